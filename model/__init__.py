@@ -1,0 +1,1 @@
+"""Inference library: sparse tensors, SS-VAE, SS-DiT, image to mesh."""

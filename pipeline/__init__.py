@@ -1,0 +1,1 @@
+"""Catalogue of raw 3D assets -> verified SDF and render shards."""

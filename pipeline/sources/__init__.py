@@ -1,0 +1,1 @@
+"""Where assets come from: each source gives records and open bytes."""
