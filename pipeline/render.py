@@ -1,0 +1,133 @@
+"""Views of a mesh: RGBA images from seeded cameras under seeded lights, checked before they count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.cameras import CameraSet, camera
+from pipeline.canvas import canvas, renderer_string
+from pipeline.schema import Mesh, Reject, View
+from pipeline.shading import lighting
+
+__all__ = ["ImageFormat", "RenderConfig", "decode", "encode", "render_views", "renderer_string", "view_numbers"]
+
+ImageFormat = Literal["png", "webp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderConfig:
+    """ValueError for a number out of range or an unknown name."""
+
+    views: int = 45  # paper, sec. 2 (data)
+    image_size: int = 1024  # pixels a side; paper, sec. 2 (data)
+    cameras: CameraSet = "paper"
+    format: ImageFormat = "png"
+    attempts: int = 4  # draws of one view before its asset is rejected
+    min_coverage: float = 1e-4  # share of the image below which a view is empty
+
+    def __post_init__(self) -> None:
+        for name in ("views", "image_size", "attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.min_coverage < 1:
+            raise ValueError(f"min_coverage must lie between 0 and 1, got {self.min_coverage}")
+        for name, allowed in (("cameras", get_args(CameraSet)), ("format", get_args(ImageFormat))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+
+def render_views(mesh: Mesh, uid: str, cfg: RenderConfig) -> Iterator[View]:
+    """Views 0..cfg.views-1 of a normalised mesh, in order; the same bytes on the same renderer.
+
+    Reject, with the view and what was seen: "render_empty", "render_cut_off" (the object touches the border),
+    "render_constant" (one colour all over), after cfg.attempts cameras. RunError without EGL.
+    """
+    with canvas(mesh, cfg.image_size) as drawing:
+        for view in range(cfg.views):
+            for attempt in range(cfg.attempts):
+                eye = camera(uid, view, cfg.cameras, attempt)
+                rgba = unpremultiply(drawing.draw(eye, lighting(uid, view, eye, attempt)))
+                fault = fault_of(rgba, cfg.min_coverage)
+                if fault is None:
+                    break
+            else:
+                assert fault is not None
+                raise Reject(
+                    fault, view=view, attempts=cfg.attempts, coverage=round(float((rgba[..., 3] > 0).mean()), 6)
+                )
+            size = {"width": cfg.image_size, "height": cfg.image_size}
+            yield View(rgba=rgba, meta={"uid": uid, "view": view, **eye.meta(), **size})
+
+
+def unpremultiply(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Colour divided by alpha, rounded; colour 0 where alpha is 0. Contiguous [H, W, 4]."""
+    result = np.ascontiguousarray(rgba)
+    if result is rgba:
+        result = rgba.copy()
+    rows, columns = np.nonzero((result[..., 3] > 0) & (result[..., 3] < 255))
+    edge = result[rows, columns].astype(np.uint32)
+    alpha = edge[:, 3:]
+    edge[:, :3] = np.minimum((edge[:, :3] * 255 + alpha // 2) // alpha, 255)
+    result[rows, columns] = edge
+    return result
+
+
+def fault_of(rgba: NDArray[np.uint8], min_coverage: float) -> str | None:
+    """Why a view is not worth keeping, or None: a Reject's reason.
+
+    Constant means that no channel varies by more than 2 of 255 over the solid pixels: shading makes even a white
+    ball vary, so only something that light does not reach (black, burnt out, no faces drawn) looks like that.
+    """
+    alpha = rgba[..., 3]
+    if np.count_nonzero(alpha) < max(min_coverage * alpha.size, 1):
+        return "render_empty"
+    if alpha[[0, -1]].any() or alpha[:, [0, -1]].any():
+        return "render_cut_off"
+    solid = rgba[alpha > 127][:, :3]
+    if len(solid) and int((solid.max(axis=0) - solid.min(axis=0)).max()) <= 2:
+        return "render_constant"
+    return None
+
+
+def view_numbers(views: Iterable[View]) -> dict[str, float]:
+    """What the filter judges an asset's views by, 0..1: coverage, brightness and clipping over the object's pixels."""
+    rows = []
+    for view in views:
+        alpha = view.rgba[..., 3]
+        color = view.rgba[alpha > 127][:, :3]
+        mean = float(color.mean()) / 255 if len(color) else 0.0
+        spread = float(color.max(axis=1).std()) / 255 if len(color) else 0.0
+        white = float((color.min(axis=1) >= 254).mean()) if len(color) else 0.0
+        rows.append((float((alpha > 127).mean()), mean, spread, white))
+    coverage, brightness, contrast, white = np.array(rows).reshape(-1, 4).T
+    return {
+        "coverage_mean": float(coverage.mean()),
+        "coverage_min": float(coverage.min()),
+        "brightness_mean": float(brightness.mean()),
+        "contrast_mean": float(contrast.mean()),
+        "white_max": float(white.max()),
+    }
+
+
+def encode(view: View, format: ImageFormat = "png") -> bytes:
+    """The image as a lossless file; the same bytes for the same pixels. ValueError for another format."""
+    image, file = Image.fromarray(view.rgba), BytesIO()
+    if format == "png":
+        image.save(file, "PNG", compress_level=4)
+    elif format == "webp":
+        image.save(file, "WEBP", lossless=True, quality=0, method=0, exact=True)
+    else:
+        raise ValueError(f"format must be one of {get_args(ImageFormat)}, got {format!r}")
+    return file.getvalue()
+
+
+def decode(data: bytes) -> NDArray[np.uint8]:
+    """An encoded view -> RGBA [H, W, 4]."""
+    return np.asarray(Image.open(BytesIO(data)).convert("RGBA"))
