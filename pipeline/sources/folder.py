@@ -1,0 +1,94 @@
+"""A user's own directory of meshes as a source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.schema import Record, UserError, make_uid
+
+MESH_FORMATS = frozenset({"glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"})
+SIDE_FORMATS = frozenset(
+    {"mtl", "bin", "png", "jpg", "jpeg", "webp", "bmp", "tga", "tif", "tiff", "gif", "ktx2", "dds"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderSource:
+    """Every mesh file below `root`, in the order of relative POSIX paths, which are also the uids' keys.
+
+    Nobody states a licence for one's own files, so it is "unknown"; the licence policy lets a folder pass because
+    its owner named it. Symbolic links count where they stay inside the folder, once, and never as a loop.
+    """
+
+    root: Path
+    up: str = "y"
+    licence: str = "unknown"
+
+    @property
+    def name(self) -> str:
+        return "folder"
+
+    @property
+    def skipped(self) -> int:
+        """How many files are neither a mesh nor the side file of one."""
+        return sum(_extension(path) not in MESH_FORMATS | SIDE_FORMATS for path in _files(self.root))
+
+    def check(self) -> None:
+        """UserError if the folder is missing, unreadable, or holds no mesh file."""
+        if not self.root.exists():
+            raise UserError(f"no folder {self.root}; give an existing one, folder:PATH")
+        if not self.root.is_dir():
+            raise UserError(f"{self.root} is a file; give the folder that holds it, folder:PATH")
+        if not os.access(self.root, os.R_OK | os.X_OK):
+            raise UserError(f"cannot read the folder {self.root}; give yourself the right to list and read it")
+        if next(self.records(), None) is None:
+            formats = " ".join(sorted(MESH_FORMATS))
+            raise UserError(f"no mesh file in {self.root}; the formats are {formats}")
+
+    def records(self) -> Iterator[Record]:
+        for path in _files(self.root):
+            if _extension(path) in MESH_FORMATS:
+                yield Record(
+                    uid=make_uid("folder", path),
+                    source=self.name,
+                    url=path,
+                    licence=self.licence,
+                    format=_extension(path),
+                )
+
+    def materialize(self, record: Record, scratch: Path) -> Path:
+        """The file itself. FileNotFoundError or PermissionError if it is gone or closed by now."""
+        path = self.root / record.url
+        with path.open("rb"):
+            return path
+
+
+def _extension(path: str) -> str:
+    return path.rpartition(".")[2].lower() if "." in path else ""
+
+
+def _files(root: Path) -> list[str]:
+    """Relative POSIX paths of all regular files, sorted; links that leave the folder or come back are not followed."""
+    top, found = root.resolve(), []
+    visited = {top}
+    pending = [root]
+    while pending:
+        directory = pending.pop()
+        try:
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except PermissionError:
+            continue  # a closed corner of the folder; its files cannot be named, so they cannot be counted either
+        for entry in entries:
+            real = Path(entry.path).resolve()
+            if not real.is_relative_to(top):
+                continue
+            if entry.is_dir():
+                if real not in visited:
+                    visited.add(real)
+                    pending.append(Path(entry.path))
+            elif entry.is_file():
+                found.append(Path(entry.path).relative_to(root).as_posix())
+    return sorted(found)

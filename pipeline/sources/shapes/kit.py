@@ -1,0 +1,193 @@
+"""Pieces of a shape, what can be done to them, and the surfaces that everything is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Points = NDArray[np.float64]
+Triangles = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paint:
+    """How a piece looks: an sRGB colour, or a texture that is laid on by the piece's uv or else by boxes."""
+
+    color: tuple[float, float, float] = (0.8, 0.8, 0.8)  # sRGB, 0..1
+    texture: NDArray[np.uint8] | None = None  # [h, w, 3] sRGB, row 0 is the top
+    tiles: float = 1.0  # how often the texture repeats over a unit of length, where there is no uv
+    metallic: float = 0.0
+    roughness: float = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A triangle surface with one paint. Corners at one position are bitwise equal, so closed means closed."""
+
+    vertices: Points  # [V, 3]
+    faces: Triangles  # [F, 3]
+    paint: Paint = Paint()
+    uv: Points | None = None  # [V, 2], v = 0 at the bottom
+    colors: Points | None = None  # [V, 3] sRGB 0..1
+    crease_degrees: float = 35.0  # sharper edges are shaded as edges
+
+
+def moved(piece: Piece, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Piece:
+    return replace(piece, vertices=piece.vertices + np.array([x, y, z]))
+
+
+def scaled(piece: Piece, x: float, y: float | None = None, z: float | None = None) -> Piece:
+    """Scaled about the origin; one number scales all three axes."""
+    return replace(piece, vertices=piece.vertices * np.array([x, x if y is None else y, x if z is None else z]))
+
+
+def turned(piece: Piece, axis: str, degrees: float) -> Piece:
+    """Turned about the x, y or z axis through the origin, right-handed."""
+    i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    vertices = piece.vertices.copy()
+    vertices[:, i] = c * piece.vertices[:, i] - s * piece.vertices[:, j]
+    vertices[:, j] = s * piece.vertices[:, i] + c * piece.vertices[:, j]
+    return replace(piece, vertices=vertices)
+
+
+def aimed(piece: Piece, start: ArrayLike, end: ArrayLike) -> Piece:
+    """A piece that runs along y from 0 to 1, laid from `start` to `end`; its thickness stays."""
+    start, end = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
+    length = float(np.linalg.norm(end - start))
+    y = (end - start) / length
+    x = np.cross(y, [0.0, 0.0, 1.0] if abs(y[2]) < 0.9 else [1.0, 0.0, 0.0])
+    x /= np.linalg.norm(x)
+    frame = np.stack([x, y * length, np.cross(x, y)])
+    return replace(piece, vertices=piece.vertices @ frame + start)
+
+
+def painted(piece: Piece, paint: Paint) -> Piece:
+    return replace(piece, paint=paint)
+
+
+def flipped(piece: Piece) -> Piece:
+    """The same surface seen from the other side."""
+    return replace(piece, faces=piece.faces[:, ::-1])
+
+
+def colored(piece: Piece, color: Callable[[Points], Points]) -> Piece:
+    """Vertex colours from positions: `color` maps [V, 3] to sRGB [V, 3] in 0..1."""
+    return replace(piece, colors=np.clip(color(piece.vertices), 0.0, 1.0), uv=None, paint=Paint(color=(1, 1, 1)))
+
+
+def joined(pieces: list[Piece]) -> Piece:
+    """One piece of several, with the first one's paint and without uv."""
+    starts = np.cumsum([0] + [len(piece.vertices) for piece in pieces[:-1]])
+    return Piece(
+        vertices=np.concatenate([piece.vertices for piece in pieces]),
+        faces=np.concatenate([piece.faces + start for piece, start in zip(pieces, starts, strict=True)]),
+        paint=pieces[0].paint,
+        crease_degrees=pieces[0].crease_degrees,
+    )
+
+
+def surface(points: Points, *, closed_u: bool = False, closed_v: bool = False) -> Piece:
+    """The sheet through a grid of points [U, V, 3], u to the right, v up, facing the viewer of that grid.
+
+    A closed direction returns to its first row, whose points are repeated bit by bit for the sake of the uv seam.
+    Rows whose points coincide (poles) make no degenerate faces.
+    """
+    if closed_u:
+        points = np.concatenate([points, points[:1]])
+    if closed_v:
+        points = np.concatenate([points, points[:, :1]], axis=1)
+    nu, nv = points.shape[:2]
+    index = np.arange(nu * nv).reshape(nu, nv)
+    a, b, c, d = index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:]
+    faces = np.stack([np.stack([a, b, c], axis=-1), np.stack([a, c, d], axis=-1)], axis=2).reshape(-1, 3)
+    vertices = points.reshape(-1, 3)
+    corners = vertices[faces]
+    faces = faces[(corners != np.roll(corners, 1, axis=1)).any(axis=2).all(axis=1)]
+    u, v = np.meshgrid(np.linspace(0, 1, nu), np.linspace(0, 1, nv), indexing="ij")
+    return Piece(vertices=vertices, faces=faces, uv=np.stack([u, v], axis=-1).reshape(-1, 2))
+
+
+def lathe(profile: ArrayLike, segments: int = 48, *, closed: bool = False) -> Piece:
+    """The surface a profile [n, 2] = (radius, y), listed from bottom to top, sweeps about the y axis.
+
+    It faces outward; a profile that begins and ends on the axis, or a `closed` one listed counter-clockwise, bounds a
+    solid.
+    """
+    profile = np.asarray(profile, dtype=np.float64)
+    angle = 2 * np.pi * np.arange(segments)[:, None] / segments
+    radius = profile[None, :, 0]
+    x, z = (np.where(radius == 0, 0.0, radius * wave) for wave in (np.sin(angle), np.cos(angle)))
+    return surface(np.stack([x, np.broadcast_to(profile[:, 1], x.shape), z], axis=-1), closed_u=True, closed_v=closed)
+
+
+def sweep(path: Points, section: Points, *, closed: bool = False) -> Piece:
+    """A section [m, 2], counter-clockwise, carried along a path [n, 3] without twisting; open ends are capped."""
+    n = len(path)
+    ahead, behind = np.roll(path, -1, axis=0), np.roll(path, 1, axis=0)
+    if not closed:
+        ahead[-1], behind[0] = path[-1], path[0]
+    tangent = ahead - behind
+    tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
+    normal = np.empty_like(path)
+    start = np.eye(3)[np.abs(tangent[0]).argmin()]
+    normal[0] = _orthogonal(start, tangent[0])
+    for i in range(1, n):
+        normal[i] = _orthogonal(normal[i - 1], tangent[i])
+    if closed:  # spread the angle that is left over along the way
+        last = _orthogonal(normal[-1], tangent[0])
+        rest = np.arctan2(np.dot(np.cross(last, normal[0]), tangent[0]), np.dot(last, normal[0]))
+        angle = (rest * np.arange(n) / n)[:, None]
+        normal = normal * np.cos(angle) + np.cross(tangent, normal) * np.sin(angle)
+    binormal = np.cross(tangent, normal)
+    points = path[:, None] + section[None, :, :1] * normal[:, None] + section[None, :, 1:] * binormal[:, None]
+    tube = surface(np.swapaxes(points, 0, 1), closed_u=True, closed_v=closed)
+    if closed:
+        return tube
+    m = len(section)
+    fan = np.stack([np.full(m - 2, 0), np.arange(1, m - 1), np.arange(2, m)], axis=1)
+    caps = [Piece(vertices=points[0], faces=fan[:, ::-1]), Piece(vertices=points[-1], faces=fan)]
+    return joined([tube, *caps])
+
+
+def _orthogonal(vector: Points, direction: Points) -> Points:
+    vector = vector - direction * np.dot(vector, direction)
+    return vector / np.linalg.norm(vector)
+
+
+def extrude(outline: ArrayLike, depth: float) -> Piece:
+    """A simple polygon [n, 2] in the xy plane, counter-clockwise, made a solid from z = -depth/2 to depth/2."""
+    outline = np.asarray(outline, dtype=np.float64)
+    n, caps = len(outline), triangulate(outline)
+    back, front = (np.column_stack([outline, np.full(n, z)]) for z in (-depth / 2, depth / 2))
+    i = np.arange(n)
+    j = (i + 1) % n
+    walls = np.concatenate([np.stack([i, j, j + n], axis=1), np.stack([i, j + n, i + n], axis=1)])
+    return Piece(vertices=np.concatenate([back, front]), faces=np.concatenate([caps[:, ::-1], caps + n, walls]))
+
+
+def triangulate(outline: Points) -> Triangles:
+    """Ears of a simple counter-clockwise polygon [n, 2] -> [n - 2, 3]. ValueError if it has none left to cut."""
+    left, faces = list(range(len(outline))), []
+    while len(left) > 3:
+        for k in range(len(left)):
+            a, b, c = left[k - 1], left[k], left[(k + 1) % len(left)]
+            others = outline[[i for i in left if i not in (a, b, c)]]
+            if _turn(outline[a], outline[b], outline[c]) > 1e-12 and not _inside(others, *outline[[a, b, c]]).any():
+                faces.append((a, b, c))
+                del left[k]
+                break
+        else:
+            raise ValueError(f"outline must be simple and counter-clockwise, stuck with {len(left)} corners")
+    return np.array([*faces, tuple(left)], dtype=np.int64)
+
+
+def _turn(a: Points, b: Points, c: Points) -> Points:
+    return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[..., 0] - a[..., 0])
+
+
+def _inside(points: Points, a: Points, b: Points, c: Points) -> NDArray[np.bool_]:
+    return (_turn(a, b, points) >= 0) & (_turn(b, c, points) >= 0) & (_turn(c, a, points) >= 0)
