@@ -1,0 +1,257 @@
+"""Decide once per asset what is outside: which triangles bound a solid, which are sheets, which opening is closed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from pipeline import holes
+from pipeline.exterior import REACH_VOXELS, Exterior, bin_triangles, cut_off, flood, state_at
+from pipeline.schema import BLOCK, Mesh, Reject, check_resolution, spacing
+from pipeline.triangles import pack, segment_hits
+from pipeline.visibility import BACK, HIDDEN, SHEET, classify_triangles, visible_edges
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopologyConfig:
+    resolution: int = 512  # of the grid on which everything is decided, whatever R is asked for
+    max_opening: float = 0.05  # an opening is closed if the space behind it sees less than this share of the sphere
+    sharp_degrees: float = 30.0  # an edge is sharp where its faces deviate from flat by more
+
+    def __post_init__(self) -> None:
+        check_resolution(self.resolution)
+        if self.resolution < 64:
+            raise ValueError(f"topology resolution must be at least 64, got {self.resolution}")
+        if not 0 <= self.max_opening <= 1:
+            raise ValueError(f"max_opening must lie in 0..1, got {self.max_opening}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """The surface the exterior touches, ready for distances at any resolution.
+
+    `sign_path` is how the inside came about: "closed" (flood fill alone), "capped" (an opening was closed), "sheet"
+    (no inside: everything is a thin shell), joined by "+" where an asset is several of these.
+    """
+
+    resolution: int
+    triangles: NDArray[np.float64]  # [T, 3, 3]; wound so that a solid's normals point outwards
+    kinds: NDArray[np.uint8]  # [T] SOLID, SHEET or BURIED
+    sharp_edges: NDArray[np.float64]  # [S, 2, 3] segments
+    sign_path: str
+    numbers: dict[str, float]
+
+
+VIEWS, SAMPLES = 96, 64  # directions, and points of a region, that decide whether an opening is closed
+SOLID, THIN, BURIED = 0, 1, 2  # bounds a solid; a sheet with exterior on both sides; inside a solid
+
+
+def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
+    """Sorts the triangles of a normalised mesh into solid, sheet and buried ones, closing openings on evidence.
+
+    Reject: "no_area" if no triangle has any, "not_visible" if the outside touches nothing.
+    ValueError if the mesh leaves the cube [-0.5, 0.5]^3.
+    """
+    if len(mesh.vertices) and np.abs(mesh.vertices).max() > 0.5:
+        raise ValueError(f"mesh must lie in [-0.5, 0.5]^3, reaches {np.abs(mesh.vertices).max():.4g}: normalize it")
+    vertices, faces = holes.weld(mesh.vertices, mesh.faces)
+    given = len(faces)
+    vertices, faces, cap_of = _add_caps(vertices, faces)
+    keep = holes.has_area(vertices, faces)  # only now: a needle without area still joins its neighbours
+    faces, cap_of = faces[keep], cap_of[keep]
+    if len(faces) == 0:
+        raise Reject("no_area", faces=len(mesh.faces))
+    packed = pack(vertices[faces])
+    bins = bin_triangles(packed, cfg.resolution)
+    use = cap_of < 0
+    exterior = flood(packed, bins, use)
+    opening = 0.0
+    if not use.all():
+        closed = flood(packed, bins, np.ones(len(faces), np.bool_))
+        accepted, opening = _accepted_caps(packed, cap_of, exterior, closed, cfg.max_opening)
+        use |= accepted[np.maximum(cap_of, 0)]
+        if use.all():
+            exterior = closed
+        elif accepted.any():
+            exterior = flood(packed, bins, use)
+    pieces, codes, parents = classify_triangles(packed, faces, use, exterior)
+    if (codes == HIDDEN).all():
+        raise Reject("not_visible", faces=given)
+
+    pieces[codes == BACK] = pieces[codes == BACK][:, [0, 2, 1]]
+    kinds = np.where(codes == SHEET, THIN, np.where(codes == HIDDEN, BURIED, SOLID)).astype(np.uint8)
+    area = np.linalg.norm(np.cross(pieces[:, 1] - pieces[:, 0], pieces[:, 2] - pieces[:, 0]), axis=1) / 2
+    capped = cap_of[parents] >= 0
+    visible = area[kinds != BURIED].sum()
+    path = [
+        name
+        for name, part in (
+            ("closed", (kinds == SOLID) & ~capped),
+            ("capped", (kinds == SOLID) & capped),
+            ("sheet", kinds == THIN),
+        )
+        if area[part].sum() > 1e-3 * visible
+    ]
+    if "capped" in path and "closed" in path:
+        path.remove("closed")  # the closed part is what the cap closed
+    return Topology(
+        resolution=cfg.resolution,
+        triangles=pieces,
+        kinds=kinds,
+        sharp_edges=_sharp_edges(packed, vertices, faces, use, exterior, cfg.sharp_degrees),
+        sign_path="+".join(path),
+        numbers={
+            "visible_area": float(visible),
+            "sheet_share": float(area[kinds == THIN].sum() / visible),
+            "buried_area": float(area[kinds == BURIED].sum()),
+            "cap_area": float(area[capped & (kinds != BURIED)].sum()),
+            "opening": float(opening),
+        },
+    )
+
+
+def _add_caps(
+    vertices: NDArray[np.float64], faces: NDArray[np.int32]
+) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32]]:
+    """Appends a cap for every boundary loop: vertices, faces, and the cap a face belongs to (-1: the mesh's own)."""
+    all_faces, cap_of = [faces], [np.full(len(faces), -1, np.int32)]
+    for number, loop in enumerate(holes.boundary_loops(faces)):
+        vertices, added = holes.cap(vertices, loop)
+        all_faces.append(added)
+        cap_of.append(np.full(len(added), number, np.int32))
+    return vertices, np.concatenate(all_faces), np.concatenate(cap_of)
+
+
+@njit(cache=True)
+def _escape_share(packed, use, bin_of, offsets, triangles, h, points, directions):
+    """Share of rays from the points, one in each direction, that leave the cube without meeting a triangle in use."""
+    size, escaped = len(bin_of), 0
+    step = REACH_VOXELS * 2 * h  # what a piece meets is within reach of one of its ends
+    for p in range(len(points)):
+        for d in range(len(directions)):
+            x, y, z = points[p, 0], points[p, 1], points[p, 2]
+            dx, dy, dz = directions[d, 0] * step, directions[d, 1] * step, directions[d, 2] * step
+            blocked = False
+            while not blocked and max(abs(x), abs(y), abs(z)) < 0.5:
+                previous = -1
+                for end in range(2):
+                    i = int((x + end * dx + 0.5) / h) // BLOCK
+                    j = int((y + end * dy + 0.5) / h) // BLOCK
+                    k = int((z + end * dz + 0.5) / h) // BLOCK
+                    if min(i, j, k) < 0 or max(i, j, k) >= size:
+                        continue
+                    m = bin_of[i, j, k]
+                    if m < 0 or m == previous:
+                        continue
+                    previous = m
+                    for e in range(offsets[m], offsets[m + 1]):
+                        t = triangles[e]
+                        if use[t] and segment_hits(packed[t], x, y, z, x + dx, y + dy, z + dz):
+                            blocked = True
+                            break
+                    if blocked:
+                        break
+                x, y, z = x + dx, y + dy, z + dz
+            escaped += not blocked
+    return escaped / (len(points) * len(directions))
+
+
+def _sphere_directions(count: int) -> NDArray[np.float64]:
+    """[count, 3] unit vectors spread evenly over the sphere (Fibonacci spiral)."""
+    z = 1 - (2 * np.arange(count) + 1) / count
+    angle = np.pi * (3 - np.sqrt(5)) * np.arange(count)
+    radius = np.sqrt(1 - z * z)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle), z], axis=1)
+
+
+@njit(cache=True)
+def _labels_beside(packed, bin_of, points, whole, h):
+    """[T, 8] labels met two voxels off each triangle, on both sides of four of its points."""
+    out = np.full((len(packed), 8), -1, np.int32)
+    for t in range(len(packed)):
+        row = packed[t]
+        for s in range(8):
+            v = 1 / 3 if s // 2 == 3 else (0.9 if s // 2 == 1 else 0.05)
+            w = 1 / 3 if s // 2 == 3 else (0.9 if s // 2 == 2 else 0.05)
+            off = 2 * h if s % 2 else -2 * h
+            i = int(np.round((row[0] + v * row[3] + w * row[6] + off * row[9] + 0.5) / h))
+            j = int(np.round((row[1] + v * row[4] + w * row[7] + off * row[10] + 0.5) / h))
+            k = int(np.round((row[2] + v * row[5] + w * row[8] + off * row[11] + 0.5) / h))
+            if min(i, j, k) >= 0 and max(i, j, k) < len(bin_of) * BLOCK:
+                out[t, s] = state_at(bin_of, points, whole, i, j, k)
+    return out
+
+
+def _accepted_caps(
+    packed: NDArray[np.float64], cap_of: NDArray[np.int32], before: Exterior, after: Exterior, max_opening: float
+) -> tuple[NDArray[np.bool_], float]:
+    """Which caps close a solid [caps], and the largest opening that was closed, as a share of the sphere.
+
+    The caps cut regions off the exterior. A region is solid if, averaged over its points, less than max_opening of all
+    views from outside reach it past the mesh; behind a single opening that share is 1 - |winding number| of the mesh.
+    A cap stays if a solid region, or one that never was exterior, lies on one of its sides.
+    """
+    bins, h = before.bins, spacing(before.bins.resolution)
+    points, whole, regions = cut_off(before, after)
+    caps = np.flatnonzero(cap_of >= 0)
+    beside = _labels_beside(packed[caps], bins.bin_of, points, whole, h)
+    accepted = np.zeros(cap_of.max() + 1, np.bool_)
+    accepted[cap_of[caps[(beside == 0).any(axis=1)]]] = True
+    largest = 0.0
+    directions = _sphere_directions(VIEWS)
+    for region in range(1, regions + 1):
+        owners = np.unique(cap_of[caps[(beside == region).any(axis=1)]])
+        if len(owners) == 0:
+            continue
+        single, blocks = np.argwhere(points == region), np.argwhere(whole == region)
+        single = single[:: len(single) // SAMPLES + 1]
+        blocks = blocks[:: len(blocks) // SAMPLES + 1]
+        inside = bins.blocks[single[:, 0]] * BLOCK + np.stack(np.unravel_index(single[:, 1], (BLOCK,) * 3), axis=1)
+        weights = np.array([(points == region).sum(), BLOCK**3 * (whole == region).sum()])
+        seen = [
+            _escape_share(
+                packed, cap_of < 0, bins.bin_of, bins.offsets, bins.triangles, h, group * h - 0.5, directions
+            ) if len(group) else 0.0
+            for group in (inside, blocks * BLOCK + (BLOCK - 1) / 2)
+        ]  # fmt: skip
+        share = float(np.dot(weights, seen) / weights.sum())
+        if share < max_opening:
+            accepted[owners] = True
+            largest = max(largest, share)
+    return accepted, largest
+
+
+def _sharp_edges(
+    packed: NDArray[np.float64],
+    vertices: NDArray[np.float64],
+    faces: NDArray[np.int32],
+    use: NDArray[np.bool_],
+    exterior: Exterior,
+    degrees: float,
+) -> NDArray[np.float64]:
+    """Visible stretches [S, 2, 3] of edges whose faces deviate from flat by more than `degrees`."""
+    used = np.flatnonzero(use)
+    edges, edge_of, counts = holes.edges_of(faces[used])
+    half_edges = np.argsort(edge_of, kind="stable")
+    face_of = used[half_edges // 3]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    # unit direction from the edge into each of its faces; two faces are flat where these are opposite
+    a, b = (vertices[edges[edge_of[half_edges], k]] for k in (0, 1))
+    along = (b - a) / np.linalg.norm(b - a, axis=1, keepdims=True)
+    inward = packed[face_of, 12:15] - a
+    inward -= along * (inward * along).sum(axis=1, keepdims=True)
+    inward /= np.linalg.norm(inward, axis=1, keepdims=True)
+    limit = -np.cos(np.radians(degrees))
+    sharp = np.zeros(len(edges), np.bool_)
+    pairs = np.flatnonzero(counts == 2)
+    sharp[pairs] = (inward[starts[pairs]] * inward[starts[pairs] + 1]).sum(axis=1) > limit
+    for e in np.flatnonzero(counts > 2):
+        mine = inward[starts[e] : starts[e + 1]]
+        sharp[e] = (mine @ mine.T)[np.triu_indices(len(mine), 1)].max() > limit
+    keep = np.flatnonzero(sharp)
+    members = np.concatenate([face_of[starts[e] : starts[e + 1]] for e in keep]) if len(keep) else face_of[:0]
+    offsets = np.concatenate([[0], np.cumsum(counts[keep])])
+    return visible_edges(packed, vertices, edges[keep], offsets, members, exterior)
