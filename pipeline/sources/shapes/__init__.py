@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.sources.shapes import basic
+from pipeline.sources.shapes import basic, nested, objects, thin, things
 from pipeline.sources.shapes.glb import to_glb
 from pipeline.sources.shapes.kit import Piece
 from pipeline.sources.shapes.textures import Rng
 
 __all__ = ["FAMILIES", "to_glb"]
 
-FAMILIES: dict[str, Callable[[Rng], list[Piece]]] = {
-    "crate": basic.crate,
-    "ball": basic.ball,
-    "barrel": basic.barrel,
-    "torus": basic.torus,
-    "supershape": basic.supershape,
-    "vase": basic.vase,
-    "star": basic.star,
-    "torus_knot": basic.torus_knot,
+Family = Callable[[Rng], list[Piece]]
+
+# The order is that of the data set: kinds alternate, so that a short build is a varied one. Add new ones at the end of
+# nothing: a family's place decides the names of all shapes after it.
+FAMILIES: dict[str, Family] = {
+    family.__name__: family
+    for family in (
+        *(basic.torus_knot, objects.chair, thin.flag, basic.supershape, things.mug, nested.nested_spheres),
+        *(objects.robot, basic.vase, thin.wireframe, objects.car, basic.gear, things.tree, thin.bowl, basic.letter),
+        *(objects.house, nested.inside_out, basic.torus, objects.table, thin.open_box, basic.pawn, objects.rocket),
+        *(basic.gem, things.mushroom, thin.fence, basic.crate, objects.lamp, nested.shuffled, basic.star),
+        *(things.castle, thin.mobius, basic.bottle, objects.airplane, basic.pebble, thin.umbrella, things.snowman),
+        *(nested.thick_box, basic.heart, objects.boat, thin.ladder, basic.barrel, things.bookshelf, thin.plates),
+        *(basic.ball, nested.doubled, thin.spring, basic.pill, things.dumbbell, thin.paper_plane),
+    )
 }

@@ -169,6 +169,13 @@ def extrude(outline: ArrayLike, depth: float) -> Piece:
     return Piece(vertices=np.concatenate([back, front]), faces=np.concatenate([caps[:, ::-1], caps + n, walls]))
 
 
+def ring(outer: Points, inner: Points, depth: float) -> Piece:
+    """The solid between two outlines [n, 2], both counter-clockwise and equally long, from z = -depth/2 to depth/2."""
+    sides = [(outer, -1), (outer, 1), (inner, 1), (inner, -1)]
+    points = [np.column_stack([outline, np.full(len(outline), sign * depth / 2)]) for outline, sign in sides]
+    return surface(np.stack(points, axis=1), closed_u=True, closed_v=True)
+
+
 def triangulate(outline: Points) -> Triangles:
     """Ears of a simple counter-clockwise polygon [n, 2] -> [n - 2, 3]. ValueError if it has none left to cut."""
     left, faces = list(range(len(outline))), []

@@ -71,14 +71,8 @@ def tube(path: ArrayLike, radius: float, sides: int = 12, *, closed: bool = Fals
     return sweep(np.asarray(path, dtype=np.float64), circle(radius, sides), closed=closed)
 
 
-def spherical(radius: Points, segments: int, rings: int) -> Piece:
-    """A star-shaped solid from radius [segments, rings + 1] over longitude and latitude, or a point [.., 3] factor."""
-    u = 2 * np.pi * np.arange(segments)[:, None] / segments
-    v = np.pi * (np.arange(rings + 1)[None, :] / rings - 0.5)
-    level = np.cos(v)
-    level[:, [0, -1]] = 0.0
-    points = np.stack([level * np.sin(u), np.sin(v) + 0 * u, level * np.cos(u)], axis=-1) * radius[..., None]
-    points[:, [0, -1]] = points[:1, [0, -1]]
+def patch(points: Points) -> Piece:
+    """The closed surface of a grid [U, V, 3] that goes round in u and comes to a point at both ends of v."""
     return surface(points, closed_u=True)
 
 
