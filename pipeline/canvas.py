@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from pipeline.cameras import RADIUS, Camera
 from pipeline.schema import Material, Mesh, Part, RunError
-from pipeline.shading import FRAGMENT_SHADER, VERTEX_SHADER, Lighting, smooth_normals, to_linear
+from pipeline.shading import Lighting, shader_sources, smooth_normals, to_linear
 
 PACKAGES = "libegl1 libgl1 libgl1-mesa-dri"
-OPAQUE, MASK, SOLID, BLEND = range(4)  # the shader's `keep`
+SMALL_AREA = 4.5e-4  # cube units, 150 pixels at 1024: smaller faces are lit at their corners
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class Batch:
     texture: NDArray[np.uint8] | None
     alpha_mode: str
     alpha_cutoff: float
+    per_vertex: bool  # light at the corners
 
 
 def _is_solid(part: Part) -> bool:
@@ -52,14 +53,18 @@ def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
     faces = mesh.faces[part.faces].astype(np.int64) - (part.vertices.start or 0)
     material = part.material
     source = np.arange(len(vertices))
-    if part.normals is not None:
-        normals = np.nan_to_num(part.normals.astype(np.float32))
+    normals = None if part.normals is None else part.normals.astype(np.float32)
+    if normals is not None and np.isfinite(normals).all() and (np.linalg.norm(normals, axis=1) > 0.5).all():
+        # Turned so that the normals are on a face's front; which side is seen is then known by the winding.
+        triangles = vertices[faces]
+        front = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+        turned = np.einsum("ij,ij->i", front, normals[faces].sum(axis=1)) < 0
+        faces[turned] = faces[turned][:, ::-1]
     else:
-        corners, corner_of = smooth_normals(vertices, faces).reshape(-1, 3), faces.reshape(-1)
+        corners, corner_of = smooth_normals(vertices, faces).reshape(-1, 3), faces.reshape(-1).copy()
         normals = np.zeros_like(vertices)
         normals[corner_of] = corners  # any one of them; the corners that differ get a vertex of their own
         split = np.flatnonzero((normals[corner_of] * corners).sum(axis=1) < 0.9999)
-        faces = faces.copy()
         faces.reshape(-1)[split] = len(vertices) + np.arange(len(split))
         source = np.concatenate([source, corner_of[split]])
         normals = np.concatenate([normals, corners[split]])
@@ -96,7 +101,18 @@ def batches(mesh: Mesh) -> list[Batch]:
             a["faces"] = a["faces"] + offset
         merged = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0]}
         image = parts[0].material.texture if texture is not None else None
-        result.append(Batch(**merged, texture=image, alpha_mode=mode, alpha_cutoff=cutoff))
+        corners = merged["positions"][merged["faces"]]
+        area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
+        small = (area < SMALL_AREA) & (mode != "BLEND")  # blended faces are sorted, so they stay together
+        for per_vertex in (False, True):
+            chosen = merged["faces"][small == per_vertex]
+            if len(chosen):
+                used, faces = np.unique(chosen, return_inverse=True)
+                arrays = {name: merged[name][used] for name in merged if name != "faces"}
+                arrays["faces"] = faces.reshape(-1, 3)
+                result.append(
+                    Batch(**arrays, texture=image, alpha_mode=mode, alpha_cutoff=cutoff, per_vertex=per_vertex)
+                )
     return result
 
 
@@ -154,22 +170,42 @@ def renderer_string() -> str:
         return ", ".join(GL.glGetString(name).decode() for name in (GL.GL_VENDOR, GL.GL_RENDERER, GL.GL_VERSION))
 
 
+class Program:
+    """A linked shader pair in the current context."""
+
+    def __init__(self, vertex: str, fragment: str):
+        from OpenGL import GL
+        from OpenGL.GL import shaders
+
+        stages = [
+            shaders.compileShader(vertex, GL.GL_VERTEX_SHADER),
+            shaders.compileShader(fragment, GL.GL_FRAGMENT_SHADER),
+        ]
+        vertex_array = GL.glGenVertexArrays(1)
+        GL.glBindVertexArray(vertex_array)  # PyOpenGL validates at linking, which needs one
+        self.id = int(shaders.compileProgram(*stages))
+        GL.glBindVertexArray(0)
+        GL.glDeleteVertexArrays(1, [vertex_array])
+        self.places: dict[str, int] = {}
+
+    def at(self, name: str) -> int:
+        """Location of a uniform; -1, which OpenGL ignores, where this variant has none of that name."""
+        from OpenGL import GL
+
+        if name not in self.places:
+            self.places[name] = GL.glGetUniformLocation(self.id, name)
+        return self.places[name]
+
+
 class Canvas:
     """A mesh loaded for drawing into square images of one size; made by `canvas`."""
 
     def __init__(self, mesh: Mesh, size: int):
         import pyrender
-        from OpenGL import GL
-        from OpenGL.GL import shaders
 
         self.size = size
         self.renderer = pyrender.Renderer(size, size)
-        self.vertex_array = GL.glGenVertexArrays(1)
-        GL.glBindVertexArray(self.vertex_array)  # linking a program is refused without one
-        self.program = shaders.compileProgram(
-            shaders.compileShader(VERTEX_SHADER.lstrip(), GL.GL_VERTEX_SHADER),
-            shaders.compileShader(FRAGMENT_SHADER.lstrip(), GL.GL_FRAGMENT_SHADER),
-        )
+        self.programs: dict[tuple[str, bool, bool], Program] = {}
         textures: dict[int, Any] = {}
         self.drawn = []  # (batch, primitive, texture or None), opaque first
         for batch in sorted(batches(mesh), key=lambda batch: batch.alpha_mode == "BLEND"):
@@ -192,48 +228,31 @@ class Canvas:
             self.drawn.append((batch, primitive, texture))
         self.textures = list(textures.values())
 
-    def _at(self, name: str) -> int:
-        from OpenGL import GL
-
-        return GL.glGetUniformLocation(self.program, name)
+    def _program(self, keep: str, textured: bool, per_vertex: bool) -> Program:
+        key = (keep, textured, per_vertex)
+        if key not in self.programs:
+            self.programs[key] = Program(*shader_sources(*key))
+        return self.programs[key]
 
     def draw(self, camera: Camera, light: Lighting) -> NDArray[np.uint8]:
         """One image [size, size, 4], row 0 on top, colour premultiplied by alpha."""
         import pyrender
         from OpenGL import GL
 
-        lens = pyrender.PerspectiveCamera(
-            yfov=np.radians(camera.fov_degrees),
-            znear=(camera.distance - RADIUS) / 2,
-            zfar=camera.distance + 10,
-            aspectRatio=1.0,
-        )
-        world_to_clip = lens.get_projection_matrix() @ np.linalg.inv(camera.c2w)
         self.renderer._configure_forward_pass_viewport(pyrender.RenderFlags.OFFSCREEN)
         GL.glEnable(GL.GL_MULTISAMPLE)
         GL.glDisable(GL.GL_CULL_FACE)
         GL.glClearColor(0, 0, 0, 0)
         GL.glClear(GL.GL_COLOR_BUFFER_BIT | GL.GL_DEPTH_BUFFER_BIT)
-        GL.glUseProgram(self.program)
-        GL.glUniformMatrix4fv(self._at("world_to_clip"), 1, GL.GL_TRUE, world_to_clip.astype(np.float32))
-        GL.glUniform3f(self._at("eye"), *camera.c2w[:3, 3])
-        GL.glUniform3f(self._at("sky"), *light.sky)
-        GL.glUniform3f(self._at("ground"), *light.ground)
-        GL.glUniform1i(self._at("light_count"), len(light.directions))
-        GL.glUniform3fv(self._at("light_direction"), len(light.directions), light.directions)
-        GL.glUniform3fv(self._at("light_color"), len(light.colors), light.colors)
-        for batch, primitive, texture in self.drawn:
-            if batch.alpha_mode == "BLEND":
-                self._draw_batch(batch, primitive, texture, SOLID)
-            else:
-                self._draw_batch(batch, primitive, texture, MASK if batch.alpha_mode == "MASK" else OPAQUE)
+        blended = [drawn for drawn in self.drawn if drawn[0].alpha_mode == "BLEND"]
+        for drawn in self.drawn:
+            self._draw_batch(*drawn, "SOLID" if drawn[0].alpha_mode == "BLEND" else drawn[0].alpha_mode, camera, light)
         GL.glDepthMask(GL.GL_FALSE)
         GL.glEnable(GL.GL_BLEND)
         GL.glBlendFunc(GL.GL_ONE, GL.GL_ONE_MINUS_SRC_ALPHA)
-        for batch, primitive, texture in self.drawn:
-            if batch.alpha_mode == "BLEND":
-                self._sort(batch, primitive, camera)
-                self._draw_batch(batch, primitive, texture, BLEND)
+        for drawn in sorted(blended, key=lambda drawn: float(drawn[0].positions.mean(axis=0) @ camera.c2w[:3, 2])):
+            self._sort(drawn[0], drawn[1], camera)
+            self._draw_batch(*drawn, "BLEND", camera, light)
         GL.glDisable(GL.GL_BLEND)
         GL.glDepthMask(GL.GL_TRUE)
         return self._read()
@@ -248,12 +267,26 @@ class Canvas:
         GL.glBindBuffer(GL.GL_ELEMENT_ARRAY_BUFFER, primitive._buffers[-1])
         GL.glBufferData(GL.GL_ELEMENT_ARRAY_BUFFER, faces.nbytes, faces, GL.GL_DYNAMIC_DRAW)
 
-    def _draw_batch(self, batch: Batch, primitive: Any, texture: Any, keep: int) -> None:
+    def _draw_batch(
+        self, batch: Batch, primitive: Any, texture: Any, keep: str, camera: Camera, light: Lighting
+    ) -> None:
+        import pyrender
         from OpenGL import GL
 
-        GL.glUniform1i(self._at("keep"), keep)
-        GL.glUniform1f(self._at("cutoff"), batch.alpha_cutoff)
-        GL.glUniform1i(self._at("textured"), texture is not None)
+        near, far = (camera.distance - RADIUS) / 2, camera.distance + 10
+        fov = np.radians(camera.fov_degrees)
+        lens = pyrender.PerspectiveCamera(yfov=fov, znear=near, zfar=far, aspectRatio=1.0).get_projection_matrix()
+        program = self._program(keep, texture is not None, batch.per_vertex)
+        GL.glUseProgram(program.id)
+        world_to_clip = (lens @ np.linalg.inv(camera.c2w)).astype(np.float32)
+        GL.glUniformMatrix4fv(program.at("world_to_clip"), 1, GL.GL_TRUE, world_to_clip)
+        GL.glUniform3f(program.at("eye"), *camera.c2w[:3, 3])
+        GL.glUniform3f(program.at("sky"), *light.sky)
+        GL.glUniform3f(program.at("ground"), *light.ground)
+        GL.glUniform1i(program.at("light_count"), len(light.directions))
+        GL.glUniform3fv(program.at("light_direction"), len(light.directions), light.directions)
+        GL.glUniform3fv(program.at("light_color"), len(light.colors), light.colors)
+        GL.glUniform1f(program.at("cutoff"), batch.alpha_cutoff)
         if texture is not None:
             GL.glActiveTexture(GL.GL_TEXTURE0)
             texture._bind()
@@ -281,8 +314,8 @@ class Canvas:
             primitive.delete()
         for texture in self.textures:
             texture.delete()
-        GL.glDeleteProgram(self.program)
-        GL.glDeleteVertexArrays(1, [self.vertex_array])
+        for program in self.programs.values():
+            GL.glDeleteProgram(program.id)
         self.renderer.delete()
 
 

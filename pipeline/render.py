@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -68,15 +69,18 @@ def render_views(mesh: Mesh, uid: str, cfg: RenderConfig) -> Iterator[View]:
 
 def unpremultiply(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Colour divided by alpha, rounded; colour 0 where alpha is 0. Contiguous [H, W, 4]."""
-    result = np.ascontiguousarray(rgba)
-    if result is rgba:
-        result = rgba.copy()
-    rows, columns = np.nonzero((result[..., 3] > 0) & (result[..., 3] < 255))
-    edge = result[rows, columns].astype(np.uint32)
-    alpha = edge[:, 3:]
-    edge[:, :3] = np.minimum((edge[:, :3] * 255 + alpha // 2) // alpha, 255)
-    result[rows, columns] = edge
+    result = np.array(rgba, order="C")
+    pixels = result.reshape(-1, 4)
+    edges = np.flatnonzero(pixels[:, 3] - np.uint8(1) < 254)  # 0 wraps round to 255
+    colors, alpha = pixels[edges, :3].astype(np.uint32), pixels[edges, 3:].astype(np.uint32)
+    pixels[edges, :3] = np.minimum((colors * 255 + alpha // 2) // alpha, 255)
     return result
+
+
+def _solid_colors(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGBA [N, 4] of the pixels that the object covers for the most part."""
+    packed = rgba.view(np.uint32)[..., 0]  # one element a pixel: masking is several times faster
+    return packed[rgba[..., 3] > 127].view(np.uint8).reshape(-1, 4)
 
 
 def fault_of(rgba: NDArray[np.uint8], min_coverage: float) -> str | None:
@@ -90,7 +94,7 @@ def fault_of(rgba: NDArray[np.uint8], min_coverage: float) -> str | None:
         return "render_empty"
     if alpha[[0, -1]].any() or alpha[:, [0, -1]].any():
         return "render_cut_off"
-    solid = rgba[alpha > 127][:, :3]
+    solid = _solid_colors(rgba)
     if len(solid) and int((solid.max(axis=0) - solid.min(axis=0)).max()) <= 2:
         return "render_constant"
     return None
@@ -101,7 +105,7 @@ def view_numbers(views: Iterable[View]) -> dict[str, float]:
     rows = []
     for view in views:
         alpha = view.rgba[..., 3]
-        color = view.rgba[alpha > 127][:, :3]
+        color = _solid_colors(view.rgba)[:, :3]
         mean = float(color.mean()) / 255 if len(color) else 0.0
         spread = float(color.max(axis=1).std()) / 255 if len(color) else 0.0
         white = float((color.min(axis=1) >= 254).mean()) if len(color) else 0.0
@@ -120,9 +124,9 @@ def encode(view: View, format: ImageFormat = "png") -> bytes:
     """The image as a lossless file; the same bytes for the same pixels. ValueError for another format."""
     image, file = Image.fromarray(view.rgba), BytesIO()
     if format == "png":
-        image.save(file, "PNG", compress_level=4)
+        image.save(file, "PNG", compress_type=zlib.Z_RLE)  # as small as level 4 in half the time
     elif format == "webp":
-        image.save(file, "WEBP", lossless=True, quality=0, method=0, exact=True)
+        image.save(file, "WEBP", lossless=True, quality=0, method=1, exact=True)
     else:
         raise ValueError(f"format must be one of {get_args(ImageFormat)}, got {format!r}")
     return file.getvalue()

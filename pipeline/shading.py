@@ -15,103 +15,142 @@ MAX_LIGHTS = 3
 CREASE_DEGREES = 40.0  # faces that meet at a larger angle keep an edge between them
 MAX_FAN = 64  # corners at one vertex up to which every pair is compared
 
-VERTEX_SHADER = """
-#version 330 core
-layout(location = 0) in vec3 position;
-layout(location = 1) in vec3 normal;
-layout(location = 2) in vec4 surface;  // metallic, roughness
-layout(location = 3) in vec2 uv;
-layout(location = 4) in vec4 color;  // linear
-uniform mat4 world_to_clip;
-out vec3 at;
-out vec3 shading_normal;
-out vec2 finish;
-out vec2 texel;
-out vec4 tint;
-
-void main() {
-    gl_Position = world_to_clip * vec4(position, 1.0);
-    at = position;
-    shading_normal = normal;
-    finish = surface.xy;
-    texel = uv;
-    tint = color;
-}
-"""
-
 # Colour leaves premultiplied, so that both blending and the average over a pixel's samples weight it by coverage.
-FRAGMENT_SHADER = """
-#version 330 core
-const float SOLID = 0.996;  // alpha from which a blended surface hides what is behind it
-uniform sampler2D base_color;
-uniform bool textured;
-uniform int keep;  // 0: all, as opaque; 1: alpha >= cutoff, as opaque; 2: alpha >= SOLID; 3: the others, blended
-uniform float cutoff;
+# PER_VERTEX lights small faces at their corners: software GL shades 4x4 pixels for every face that touches one.
+_LIGHT = """
 uniform vec3 eye;
 uniform vec3 sky;
 uniform vec3 ground;
 uniform int light_count;
 uniform vec3 light_direction[3];  // towards the light
 uniform vec3 light_color[3];
-in vec3 at;
-in vec3 shading_normal;
-in vec2 finish;
-in vec2 texel;
-in vec4 tint;
-out vec4 pixel;
 
-vec3 to_linear(vec3 c) {
-    return mix(c / 12.92, pow((c + 0.055) / 1.055, vec3(2.4)), step(0.04045, c));
-}
+float pow5(float x) { return x * x * x * x * x; }
 
-vec3 to_srgb(vec3 c) {
-    return mix(c * 12.92, 1.055 * pow(c, vec3(1.0 / 2.4)) - 0.055, step(0.0031308, c));
-}
-
-void main() {
+// What leaves a surface of colour c is c * tinted + plain. A sky above and a floor below stand in for the
+// surroundings: without them a metal has nothing to mirror.
+void shine(vec3 at, vec3 n, vec2 finish, out vec3 tinted, out vec3 plain) {
     vec3 view = normalize(eye - at);
-    vec3 facet = cross(dFdx(at), dFdy(at));
-    facet = dot(facet, facet) > 0.0 ? normalize(facet) : view;
-    facet *= dot(facet, view) < 0.0 ? -1.0 : 1.0;
-    vec4 base = tint;
-    if (textured) {
-        vec4 image = texture(base_color, texel);
-        base *= vec4(to_linear(image.rgb), image.a);
-    }
-    if (keep == 1 && base.a < cutoff || keep == 2 && base.a < SOLID || keep == 3 && base.a >= SOLID) discard;
-    float alpha = keep == 3 ? base.a : 1.0;
-
-    // Lit from the side it is seen from, whichever way the face and its normals are turned.
-    vec3 n = dot(shading_normal, shading_normal) > 0.25 ? normalize(shading_normal) : facet;
-    n *= dot(n, facet) < 0.0 ? -1.0 : 1.0;
     float metallic = finish.x;
     float rough = clamp(finish.y, 0.25, 1.0);  // a light is a point: sharper highlights would be specks
     float nv = max(dot(n, view), 1e-3);
-    vec3 f0 = mix(vec3(0.04), base.rgb, metallic);
-    vec3 fresnel = f0 + (max(vec3(1.0 - rough), f0) - f0) * pow(1.0 - nv, 5.0);
-    vec3 diffuse = base.rgb * (1.0 - metallic);
-
-    // A sky above and a floor below stand in for the surroundings: without them a metal has nothing to mirror.
     float blur = mix(0.3, 1.0, rough);
-    vec3 mirrored = mix(ground, sky, smoothstep(-blur, blur, reflect(-view, n).y));
-    vec3 color = diffuse * mix(ground, sky, 0.5 + 0.5 * n.y) + fresnel * mirrored * mix(1.0, 1.6, metallic);
+    vec3 mirrored = mix(ground, sky, smoothstep(-blur, blur, reflect(-view, n).y)) * (1.0 + 0.6 * metallic);
+    float rim = (1.0 - rough) * pow5(1.0 - nv);
+    vec3 diffuse = mix(ground, sky, 0.5 + 0.5 * n.y);
+    vec3 specular = mirrored * (1.0 - rim);
+    plain = mirrored * rim;
     float a2 = rough * rough * rough * rough;
     for (int i = 0; i < light_count; i++) {
         vec3 l = light_direction[i];
-        float nl = dot(n, l);
-        if (nl <= 0.0) continue;
+        float nl = max(dot(n, l), 0.0);
         vec3 h = normalize(l + view);
         float nh = max(dot(n, h), 0.0);
         float lobe = nh * nh * (a2 - 1.0) + 1.0;
-        float geometry = 0.5 / mix(2.0 * nl * nv, nl + nv, rough * rough);
-        vec3 f = f0 + (1.0 - f0) * pow(1.0 - max(dot(h, view), 0.0), 5.0);
-        color += (diffuse + f * geometry * a2 / (lobe * lobe)) * light_color[i] * nl;
+        float gloss = nl * a2 * 0.5 / (lobe * lobe * mix(2.0 * nl * nv, nl + nv, rough * rough) + 1e-6);
+        float edge = pow5(1.0 - max(dot(h, view), 0.0));
+        diffuse += light_color[i] * nl;
+        specular += light_color[i] * gloss * (1.0 - edge);
+        plain += light_color[i] * gloss * edge;
     }
-    vec3 over = max(color - 0.8, 0.0);  // a soft shoulder instead of a clipped white
-    color = min(color, 0.8) + 0.2 * (1.0 - exp(-over / 0.2));
-    pixel = vec4(to_srgb(color) * alpha, alpha);
+    tinted = mix(diffuse, specular, metallic);
+    plain += 0.04 * (1.0 - metallic) * specular;
 }
 """
+
+_VERTEX = """
+layout(location = 0) in vec3 position;
+layout(location = 1) in vec3 normal;
+layout(location = 2) in vec4 surface;  // metallic, roughness
+layout(location = 3) in vec2 uv;
+layout(location = 4) in vec4 color;  // linear
+uniform mat4 world_to_clip;
+out vec2 texel;
+out vec4 tint;
+#if PER_VERTEX
+out vec3 front_tinted, front_plain, back_tinted, back_plain;
+#else
+out vec3 at, shading_normal;
+out vec2 finish;
+#endif
+
+void main() {
+    gl_Position = world_to_clip * vec4(position, 1.0);
+    texel = uv;
+    tint = color;
+#if PER_VERTEX
+    shine(position, normal, surface.xy, front_tinted, front_plain);
+    shine(position, -normal, surface.xy, back_tinted, back_plain);
+#else
+    at = position;
+    shading_normal = normal;
+    finish = surface.xy;
+#endif
+}
+"""
+
+_FRAGMENT = """
+uniform sampler2D base_color;
+uniform float cutoff;
+in vec2 texel;
+in vec4 tint;
+#if PER_VERTEX
+in vec3 front_tinted, front_plain, back_tinted, back_plain;
+#else
+in vec3 at, shading_normal;
+in vec2 finish;
+#endif
+out vec4 pixel;
+
+vec3 to_linear(vec3 c) { return c * (c * (c * 0.305306011 + 0.682171111) + 0.012522878); }  // within 0.002
+
+vec3 to_srgb(vec3 c) {  // within 0.003
+    vec3 a = sqrt(c), b = sqrt(a), d = sqrt(b);
+    return 0.662002687 * a + 0.684122060 * b - 0.323583601 * d - 0.0225411470 * c;
+}
+
+void main() {
+    vec4 base = tint;
+#if TEXTURED
+    vec4 image = texture(base_color, texel);
+    base *= vec4(to_linear(image.rgb), image.a);
+#endif
+#if KEEP == KEEP_MASK
+    if (base.a < cutoff) discard;
+#elif KEEP == KEEP_SOLID
+    if (base.a < 0.996) discard;
+#elif KEEP == KEEP_BLEND
+    if (base.a >= 0.996) discard;
+#endif
+    // Lit from the side it is seen from.
+    vec3 tinted, plain;
+#if PER_VERTEX
+    tinted = gl_FrontFacing ? front_tinted : back_tinted;
+    plain = gl_FrontFacing ? front_plain : back_plain;
+#else
+    shine(at, normalize(shading_normal) * (gl_FrontFacing ? 1.0 : -1.0), finish, tinted, plain);
+#endif
+    vec3 color = base.rgb * tinted + plain;
+    vec3 over = max(color - 0.7, 0.0);  // a soft shoulder instead of a clipped white
+    color = clamp(to_srgb(min(color, 0.7) + over / (1.0 + over / 0.3)), 0.0, 1.0);
+#if KEEP == KEEP_BLEND
+    pixel = vec4(color * base.a, base.a);
+#else
+    pixel = vec4(color, 1.0);
+#endif
+}
+"""
+
+KEEPS = ("OPAQUE", "MASK", "SOLID", "BLEND")  # all; alpha >= cutoff; as good as opaque; the rest, blended
+
+
+def shader_sources(keep: str, textured: bool, per_vertex: bool) -> tuple[str, str]:
+    """Vertex and fragment GLSL of one variant. Variants, because software GL runs both sides of every `if`."""
+    head = "#version 330 core\n" + "".join(f"#define KEEP_{name} {i}\n" for i, name in enumerate(KEEPS))
+    head += (
+        f"#define KEEP {KEEPS.index(keep)}\n#define TEXTURED {int(textured)}\n#define PER_VERTEX {int(per_vertex)}\n"
+    )
+    return (head + _LIGHT + _VERTEX, head + _FRAGMENT) if per_vertex else (head + _VERTEX, head + _LIGHT + _FRAGMENT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,19 +167,21 @@ def lighting(uid: str, view: int, camera: Camera, attempt: int = 0) -> Lighting:
     """Ambient light plus 1..3 random directional lights, the first from the camera's side. Seeded like the camera."""
     draw = np.random.Generator(np.random.PCG64(seed_of(uid, "lights", view, attempt)))
     count = int(draw.integers(1, MAX_LIGHTS + 1))
-    yaw, pitch, level, warmth, ambient = draw.random((5, MAX_LIGHTS))
-    key = np.arange(count) == 0
-    yaw = np.radians(np.where(key, -70 + 140 * yaw[:count], -180 + 360 * yaw[:count]))
-    pitch = np.radians(np.where(key, -5 + 60 * pitch[:count], -20 + 80 * pitch[:count]))
+    yaw, pitch, level, warmth = draw.random((4, count))
+    ambient = draw.random(2)
+    # The key light stands aside of the camera, so that form shows; the others come from anywhere around.
+    yaw, pitch, level = -180 + 360 * yaw, -20 + 80 * pitch, 0.05 + 0.20 * level
+    yaw[0] = (20 + 55 * abs(yaw[0]) / 180) * (1 if yaw[0] > 0 else -1)
+    pitch[0], level[0] = 10 + 45 * (pitch[0] + 20) / 80, 0.45 + level[0]
+    yaw, pitch = np.radians(yaw), np.radians(pitch)
     local = np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], axis=1)
-    level = np.where(key, 0.50 + 0.25 * level[:count], 0.10 + 0.20 * level[:count])
-    warmth = 0.06 * (2 * warmth[:count, None] - 1) * np.array([1.0, 0.0, -1.0])
-    sky = 0.34 + 0.16 * ambient[0]
+    tint = 1 + 0.06 * (2 * warmth[:, None] - 1) * np.array([1.0, 0.0, -1.0])
+    sky = 0.26 + 0.14 * ambient[0]
     return Lighting(
         sky=np.full(3, sky, np.float32),
         ground=np.full(3, sky * (0.5 + 0.3 * ambient[1]), np.float32),
         directions=(local @ camera.c2w[:3, :3].T).astype(np.float32),
-        colors=(level[:, None] * (1 + warmth)).astype(np.float32),
+        colors=(level[:, None] * tint).astype(np.float32),
     )
 
 
