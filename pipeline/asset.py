@@ -1,0 +1,189 @@
+"""One asset from its record to finished files in scratch: the stages in order, and what became of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import BuildConfig
+from pipeline.filter import filter_file, filter_geometry, filter_metadata
+from pipeline.load import load_with_report
+from pipeline.normalize import normalize
+from pipeline.render import encode, render_views, renderer_string
+from pipeline.schema import BLOCK, Bricks, Mesh, Record, Reject
+from pipeline.sdf import compute_bricks
+from pipeline.shards import save_view
+from pipeline.sources import Source
+from pipeline.topology import Topology, TopologyConfig, build_topology
+
+NOTES = "asset.json"  # what the stages found so far; whoever comes after a crash reads how far they got
+BRICK_ARRAYS = ("blocks", "values", "sharp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetJob:
+    """Work on one asset. `folder` exists, is empty and belongs to it alone."""
+
+    record: Record
+    source: Source | None  # None: nothing will be fetched, only the job's end is noted
+    config: BuildConfig
+    products: tuple[str, ...]
+    folder: Path
+
+
+@dataclass(kw_only=True)
+class Notes:
+    """What is known about an asset so far; the file is replaced as a whole at every step."""
+
+    stage: str = "start"
+    status: str = "running"  # then done | rejected
+    reason: str = ""
+    row: dict[str, Any] = field(default_factory=dict)  # columns of the manifest
+    numbers: dict[str, Any] = field(default_factory=dict)
+    products: dict[str, dict[str, Any]] = field(default_factory=dict)  # those that are finished, with their counts
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+
+    def save(self, folder: Path) -> None:
+        partial = folder / f"{NOTES}.partial"
+        partial.write_text(json.dumps(asdict(self), default=_plain))
+        partial.replace(folder / NOTES)
+
+    @staticmethod
+    def load(folder: Path) -> Notes:
+        path = folder / NOTES
+        return Notes(**json.loads(path.read_text())) if path.exists() else Notes()
+
+    def reject(self, stage: str, verdict: Reject) -> None:
+        """The first verdict names the asset's fate; the numbers of all are kept."""
+        if self.status != "rejected":
+            self.stage, self.status, self.reason = stage, "rejected", verdict.reason
+        self.numbers |= verdict.numbers
+
+
+def process(job: AssetJob) -> None:
+    """Every stage of one asset. Its notes and the files of each finished product are left in the job's folder.
+
+    A product that turns the asset away does not keep the others from being made, so that a product's bytes do not
+    depend on which others were asked for. A rejection before the first product ends the asset.
+    """
+    notes = Notes()
+    try:
+        mesh, topology = _prepare(job, notes)
+    except Reject as verdict:
+        notes.reject(notes.stage, verdict)
+        notes.save(job.folder)
+        return
+    for product in job.products:
+        try:
+            with _stage(job, notes, product):
+                notes.products[product] = _make(job, product, mesh, topology)
+        except Reject as verdict:
+            notes.reject(product, verdict)
+    if notes.status == "running":
+        notes.status, notes.stage = "done", ""
+    notes.save(job.folder)
+
+
+def _prepare(job: AssetJob, notes: Notes) -> tuple[Mesh, Topology]:
+    """The stages that all products share."""
+    record, cfg = job.record, job.config
+    with _stage(job, notes, "metadata"):
+        filter_metadata(record, cfg.filter)
+    with _stage(job, notes, "fetch"):
+        scratch = job.folder / "input"
+        scratch.mkdir()
+        assert job.source is not None
+        try:
+            path = job.source.materialize(record, scratch)
+            with path.open("rb") as file:
+                notes.row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, PermissionError) as error:
+            raise Reject("file_not_readable", error=type(error).__name__) from error
+        if record.sha256 not in (None, notes.row["sha256"]):
+            raise Reject("wrong_sha256", expected=record.sha256)
+    with _stage(job, notes, "file"):
+        notes.numbers |= filter_file(path, cfg.filter)
+    with _stage(job, notes, "load"):
+        mesh, report = load_with_report(path, cfg.load, up=getattr(job.source, "up", "y"))
+        if report.warnings:
+            notes.numbers["load_warnings"] = list(report.warnings)
+    with _stage(job, notes, "normalize"):
+        mesh = normalize(mesh, cfg.normalize)
+        notes.row |= {"center": list(mesh.center), "scale": mesh.scale}
+    with _stage(job, notes, "geometry"):
+        notes.row |= filter_geometry(mesh, cfg.filter)
+    with _stage(job, notes, "topology"):
+        topology = build_topology(mesh, cfg.topology)
+        notes.row["sign_path"] = topology.sign_path
+        notes.numbers |= topology.numbers
+    return mesh, topology
+
+
+def _make(job: AssetJob, product: str, mesh: Mesh, topology: Topology) -> dict[str, Any]:
+    """Write one product's files; returns what its marker and the manifest count."""
+    kind, _, variant = product.partition("-")
+    folder = job.folder / product
+    folder.mkdir()
+    if kind == "sdf":
+        bricks = compute_bricks(topology, int(variant))
+        save_bricks(folder, bricks)
+        return {"tokens": len(bricks.blocks)}
+    cfg, uid = job.config.render, job.record.uid
+    for view in render_views(mesh, uid, cfg):
+        save_view(folder, uid, view.meta["view"], encode(view, cfg.format), view.meta, cfg.format)
+    return {"views": cfg.views, "renderer": renderer_string()}
+
+
+def save_bricks(folder: Path, bricks: Bricks) -> None:
+    """One file an array. Not np.save: a full disk must surface as OSError with its errno."""
+    for name in BRICK_ARRAYS:
+        (folder / f"{name}.bin").write_bytes(np.ascontiguousarray(getattr(bricks, name)).data)
+
+
+def load_bricks(folder: Path, resolution: int) -> Bricks:
+    """What `save_bricks` wrote, mapped rather than read."""
+    shapes = {"blocks": (np.int16, 3), "values": (np.float16, BLOCK**3), "sharp": (np.uint8, BLOCK**3 // 8)}
+    arrays: dict[str, Any] = {
+        name: np.memmap(folder / f"{name}.bin", dtype, mode="r").reshape(-1, width)
+        for name, (dtype, width) in shapes.items()
+    }
+    return Bricks(resolution=resolution, **arrays)
+
+
+def warm_up() -> None:
+    """Takes a small cube through the geometry, so that children are forked with compiled code in place."""
+    corners = np.stack(np.meshgrid(*[[-0.4, 0.4]] * 3, indexing="ij"), axis=-1).reshape(8, 3)
+    sides = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+    faces = np.array([[[a, b, c], [a, c, d]] for a, b, c, d in sides], np.int32).reshape(12, 3)
+    mesh = Mesh(vertices=corners, faces=faces)
+    filter_geometry(mesh, BuildConfig().filter)
+    compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
+
+
+@contextmanager
+def _stage(job: AssetJob, notes: Notes, name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    rejected = notes.status == "rejected"
+    if not rejected:
+        notes.stage = name
+    notes.save(job.folder)
+    try:
+        yield
+    finally:
+        notes.seconds[name] = time.perf_counter() - started
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return str(value)

@@ -1,0 +1,61 @@
+"""`python -m pipeline.build`: from meshes to verified shards of SDF bricks and renders."""
+
+from __future__ import annotations
+
+import logging
+import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline.command import command, parse
+from pipeline.config import PRESETS, BuildConfig
+from pipeline.plan import make_plan
+from pipeline.report import write_report
+from pipeline.runner import run
+from pipeline.schema import RunError
+from pipeline.sources import Source, open_source
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m pipeline.build"
+
+
+def configure(args: Sequence[str]) -> BuildConfig:
+    """The preset that `args` name, with every other option laid over it. UserError, one line, for a bad one."""
+    first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", nargs="?")
+    name = first.parse_known_args(args)[0].preset or "smoke"
+    default = PRESETS.get(name, PRESETS["smoke"])  # tyro itself refuses a name that is not there
+    if any(arg.partition("=")[0] == "--source" for arg in args):
+        default = replace(default, limit=None)  # the preset's limit is one of its own source
+    return parse(BuildConfig, args, prog=PROG, default=default)
+
+
+def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str, int]:
+    """Plan, run, report; goes on with what is there. Returns how many assets are done, rejected and failed.
+
+    `sources` stands in for those that cfg.source names. UserError and RunError as the modules it calls.
+    """
+    started = time.monotonic()
+    if sources is None:
+        sources = [open_source(spec, up=cfg.up) for spec in dict.fromkeys(cfg.source)]
+    plan = make_plan(cfg, sources)
+    log.info("%s: %d assets in %d shards, products %s", cfg.out, plan.assets, len(plan.shards), " ".join(cfg.products))
+    total = run(plan, cfg, sources)
+    page = write_report(cfg.out)
+    log.info("%d done, %d rejected, %d failed in %.0f s", *total.values(), time.monotonic() - started)
+    for what, where in (("bricks", "sdf"), ("renders", "renders"), ("manifest", "manifest")):
+        log.info("%-8s %s", what, cfg.out / where)
+    log.info("report   %s", page)
+    if not total["done"] and total["failed"]:
+        raise RunError(f"no asset came through, {total['failed']} failed; {page} says why")
+    return total
+
+
+def main(args: Sequence[str]) -> None:
+    build(configure(args))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,156 @@
+"""What a build is asked to do: one frozen config, three presets, and the hashes that say what must match."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.cameras import CameraSet
+from pipeline.filter import FilterConfig
+from pipeline.load import LoadConfig
+from pipeline.normalize import NormalizeConfig
+from pipeline.render import RenderConfig
+from pipeline.schema import FORMAT_VERSION, check_resolution
+from pipeline.topology import TopologyConfig
+
+PresetName = Literal["smoke", "full", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """What one asset, and all of them together, may cost. Limits do not belong to a dataset's identity."""
+
+    asset_timeout_s: float = 900.0  # wall time of one asset, all its stages
+    asset_memory_gb: float = 8.0  # address space of the process that works on one asset
+    retries: int = 2  # after a lost worker or node; a crash, a hang or a rejection is never tried again
+    max_failed_share: float = 0.2  # of the assets tried; beyond it (and 10 failures) the run stops
+    min_free_gb: float = 0.5  # on the output's disk; below it the run stops before the disk is full
+
+    def __post_init__(self):
+        for name in ("asset_timeout_s", "asset_memory_gb"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"max_failed_share must be in [0, 1], got {self.max_failed_share}")
+        if self.retries < 0:
+            raise ValueError(f"retries must be 0 or more, got {self.retries}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Turn raw 3D assets into verified shards of sparse SDF bricks and renders."""
+
+    preset: PresetName = "smoke"  # where the options below start from
+    source: tuple[str, ...] = ("procedural",)  # procedural | folder:PATH, one or several
+    up: Literal["y", "z"] = "y"  # the axis that points up in the source's files
+    out: Path = Path("data/smoke")  # output directory; a build that was stopped goes on there
+    limit: int | None = None  # take the first N assets only; smoke: 48, unless --source is given
+    resolutions: tuple[int, ...] = (64, 128)  # grid points along one side, multiples of 8
+    topology_resolution: int = 128  # grid on which inside and outside are decided, once for all resolutions
+    cameras: CameraSet = "paper"  # paper: the front half, 10-40 degrees up; wide: the whole sphere
+    views: int = 12  # renders of one asset
+    image_size: int = 256  # their width and height in pixels
+    image_format: Literal["png", "webp"] = "png"  # both lossless
+    shard_size: int = 64  # assets that are committed together
+    val_percent: int = 2  # share of assets, drawn by uid, in the validation split
+    workers: int | None = None  # assets worked on at once; default: every core
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    load: LoadConfig = field(default_factory=LoadConfig)
+    normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+
+    def __post_init__(self):
+        if not self.source:
+            raise ValueError("source must name at least one source, got none")
+        if not self.resolutions:
+            raise ValueError("resolutions must name at least one resolution, got none")
+        for resolution in (*self.resolutions, self.topology_resolution):
+            check_resolution(resolution)
+        for name in ("shard_size", "limit", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if not 0 <= self.val_percent <= 100:
+            raise ValueError(f"val_percent must be in 0..100, got {self.val_percent}")
+        self.render  # noqa: B018  its own checks of views and image_size
+
+    @cached_property
+    def topology(self) -> TopologyConfig:
+        return TopologyConfig(resolution=self.topology_resolution)
+
+    @cached_property
+    def render(self) -> RenderConfig:
+        return RenderConfig(
+            cameras=self.cameras, views=self.views, image_size=self.image_size, format=self.image_format
+        )
+
+    @cached_property
+    def products(self) -> tuple[str, ...]:
+        """Names of what the build makes of every shard, in the order in which an asset goes through them."""
+        return (*(f"sdf-{resolution}" for resolution in sorted(set(self.resolutions))), f"renders-{self.cameras}")
+
+    def shared(self) -> dict[str, Any]:
+        """The part that every product of one output directory has in common."""
+        names = ("source", "up", "limit", "topology_resolution", "shard_size", "val_percent")
+        stages = {name: asdict(getattr(self, name)) for name in ("load", "normalize", "filter", "topology")}
+        return to_json({**{name: getattr(self, name) for name in names}, **stages})
+
+    def of_product(self, product: str) -> dict[str, Any]:
+        """The part that this product alone depends on."""
+        kind, _, variant = product.partition("-")
+        if kind == "sdf":
+            return {"resolution": int(variant)}
+        return to_json(asdict(self.render))
+
+    def product_hash(self, product: str) -> str:
+        """Changes with whatever decides the product's bytes, other than input, code and renderer."""
+        return hash_of({"format": FORMAT_VERSION, "shared": self.shared(), "product": self.of_product(product)})
+
+
+PRESETS: dict[str, BuildConfig] = {
+    "smoke": BuildConfig(limit=48, val_percent=12),
+    "full": BuildConfig(
+        preset="full",
+        out=Path("data/full"),
+        resolutions=(256, 384, 512, 1024),
+        topology_resolution=512,
+        views=45,  # paper, sec. 2 (data)
+        image_size=1024,
+    ),
+    "paper": BuildConfig(
+        preset="paper",
+        out=Path("data/paper"),
+        resolutions=(256, 384, 512),
+        topology_resolution=512,
+        views=45,
+        image_size=1024,
+        filter=FilterConfig(min_faces=100),
+    ),
+}
+
+
+def hash_of(value: Any) -> str:
+    """16 hex digits of the sha256 of a value's canonical JSON."""
+    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_json(value: Any) -> Any:
+    """The same value as JSON knows it: tuples become lists, paths strings."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """ "name=old, now new" for every entry that two JSON configs do not share."""
+    found = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append(f"{prefix}{name}={json.dumps(before)}, now {json.dumps(after)}")
+    return found

@@ -1,0 +1,171 @@
+"""The plan of a build: which assets, in which shards, under which shared config; made once, then only read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import BuildConfig, differences, hash_of
+from pipeline.schema import FORMAT_VERSION, Record, UserError
+from pipeline.sources import Source
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("sparse3d", "numba", "numcodecs", "numpy", "pillow", "pyarrow", "pyrender", "scipy", "trimesh", "zarr")
+COLUMNS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("uid", "source", "url", "shard")),
+        ("row", pa.int32()),
+        # The rest of the record, so that going on with a build never depends on listing the source again.
+        *((name, pa.string()) for name in ("licence", "sha256", "format")),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`plan.json` and `plan.parquet` of an output directory."""
+
+    out: Path
+    info: dict[str, Any]
+    table: pa.Table
+
+    @property
+    def assets(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def shards(self) -> list[str]:
+        return self.table["shard"].unique().to_pylist()
+
+    def shard(self, name: str) -> list[Record]:
+        """The assets of one shard in row order."""
+        size = self.info["config"]["shard_size"]
+        rows = self.table.slice(int(name) * size, size).to_pylist()
+        return [Record(**{k: row[k] for k in row if k not in ("shard", "row")}) for row in rows]
+
+
+def shard_name(index: int) -> str:
+    return f"{index:06d}"
+
+
+def make_plan(cfg: BuildConfig, sources: Sequence[Source]) -> Plan:
+    """List the sources and write the plan; or read the one that is there.
+
+    UserError if the directory holds another configuration or something else altogether, or there is no asset.
+    """
+    if (cfg.out / "plan.json").exists():
+        return _matching_plan(cfg)
+    if cfg.out.exists() and (not cfg.out.is_dir() or any(_foreign(cfg.out))):
+        raise UserError(f"{cfg.out} exists and is not a build; choose another --out")
+    table = _table(chain.from_iterable(source.records() for source in sources), cfg)
+    if not table.num_rows:
+        raise UserError(f"no assets in {' '.join(cfg.source)}; name a source that has some")
+    skipped = {source.name: n for source in sources if (n := getattr(source, "skipped", 0))}
+    info = {
+        "format_version": FORMAT_VERSION,
+        "config": cfg.shared(),
+        "config_hash": hash_of(cfg.shared()),
+        "assets": table.num_rows,
+        "shards": -(-table.num_rows // cfg.shard_size),
+        "skipped_files": skipped,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": _commit(),
+    }
+    try:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, cfg.out / ".plan.parquet.partial", compression="zstd")
+        (cfg.out / ".plan.parquet.partial").replace(cfg.out / "plan.parquet")
+        partial = cfg.out / ".plan.json.partial"
+        partial.write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
+        partial.replace(cfg.out / "plan.json")  # last: a plan without it does not count
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot write to {cfg.out}: {error.strerror}; choose another --out") from error
+    return Plan(out=cfg.out, info=info, table=table)
+
+
+def read_plan(out: Path) -> Plan:
+    """The plan of a build. UserError if `out` is not one, or of another format version."""
+    try:
+        info = json.loads((out / "plan.json").read_text())
+        table = pq.read_table(out / "plan.parquet")
+        found = info["format_version"]
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"{out} is not a build: it has no readable plan.json and plan.parquet") from error
+    if found != FORMAT_VERSION:
+        raise UserError(f"{out} has format_version {found}, this code reads {FORMAT_VERSION}: rebuild it")
+    if not table.schema.equals(COLUMNS):
+        raise UserError(f"{out / 'plan.parquet'} must have the columns {COLUMNS.names}, has {table.column_names}")
+    return Plan(out=out, info=info, table=table)
+
+
+def _matching_plan(cfg: BuildConfig) -> Plan:
+    plan = read_plan(cfg.out)
+    changed = differences(plan.info["config"], cfg.shared())
+    if changed:
+        raise UserError(
+            f"{cfg.out} was built with {'; '.join(changed[:4])}{' ...' if len(changed) > 4 else ''}; "
+            "choose another --out, or the same options to go on with it"
+        )
+    if plan.info["commit"] != _commit():
+        log.warning("%s was planned by commit %s, this is %s", cfg.out, plan.info["commit"], _commit())
+    return plan
+
+
+def _table(records: Iterator[Record], cfg: BuildConfig) -> pa.Table:
+    """Column by column, so that a million assets stay far below a gigabyte."""
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
+    seen: set[str] = set()
+    for record in records:
+        if record.uid in seen:
+            log.warning("%s comes twice (%s); the first one counts", record.uid, record.url)
+            continue
+        if cfg.limit is not None and len(seen) == cfg.limit:
+            break
+        columns["shard"].append(shard_name(len(seen) // cfg.shard_size))
+        columns["row"].append(len(seen) % cfg.shard_size)
+        for name in ("uid", "source", "url", "licence", "sha256", "format"):
+            columns[name].append(getattr(record, name))
+        seen.add(record.uid)
+    return pa.table(columns, schema=COLUMNS)
+
+
+def _foreign(out: Path) -> Iterator[Path]:
+    """What lies in a directory and is not the beginning of a build."""
+    ours = {"plan.parquet", ".plan.parquet.partial", ".plan.json.partial", ".scratch"}
+    return islice((path for path in out.iterdir() if path.name not in ours), 1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the running code, "+" if files were changed since; None outside a repository."""
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

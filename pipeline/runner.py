@@ -1,0 +1,296 @@
+"""Spreads a build over Ray: one task an asset, one task a shard's commit, with our own ledger of what is where."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from pipeline.asset import AssetJob
+from pipeline.command import raise_on_signals
+from pipeline.config import BuildConfig
+from pipeline.isolate import Exit, Isolated
+from pipeline.manifest import Result
+from pipeline.pack import (
+    MANIFEST,
+    PackJob,
+    ended_for_good,
+    finished,
+    land,
+    landed,
+    marker_path,
+    pack,
+    scratch_folder,
+)
+from pipeline.plan import Plan
+from pipeline.progress import Progress
+from pipeline.schema import Record, RunError
+from pipeline.sources import Source
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT_PER_SLOT = 2  # tasks handed to Ray for every core, so that none waits for the driver
+OBJECT_STORE_BYTES = 100 << 20  # assets travel through the file system; Ray carries only a row of each
+FAILURES_BEFORE_STOP = 10
+DISK_CHECK_S = 5.0
+
+
+@dataclass(kw_only=True)
+class _Shard:
+    """A shard in the works."""
+
+    name: str
+    records: tuple[Record, ...]
+    products: tuple[str, ...]
+    waiting: set[str] = field(default_factory=set)  # uids that have not landed
+
+
+def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
+    """Make every product that is not committed yet. Returns how many assets are done, rejected and failed in all.
+
+    Uses the cluster that RAY_ADDRESS names (Ray sets it in a submitted job), else starts one on this machine for as
+    long as the run lasts. RunError if the disk fills, too many assets fail, or a commit goes wrong.
+    """
+    todo = [(name, missing) for name in plan.shards if (missing := missing_products(cfg, name))]
+    open_shards = {name for name, _ in todo}
+    for name in plan.shards:
+        if name not in open_shards:
+            shutil.rmtree(
+                cfg.out / ".scratch" / name, ignore_errors=True
+            )  # of a run killed between marker and clean-up
+    if todo:
+        with _ray(cfg):
+            _Run(plan, cfg, sources, todo).loop()
+    if (cfg.out / ".scratch").exists():
+        (cfg.out / ".scratch").rmdir()
+    return counts(plan, cfg)
+
+
+def missing_products(cfg: BuildConfig, shard: str) -> tuple[str, ...]:
+    """The products of a shard that have no marker, in order; all of them where the manifest has none."""
+    if not marker_path(cfg.out, shard, MANIFEST).exists():
+        return cfg.products
+    return tuple(product for product in cfg.products if not marker_path(cfg.out, shard, product).exists())
+
+
+def counts(plan: Plan, cfg: BuildConfig) -> dict[str, int]:
+    total = {"done": 0, "rejected": 0, "failed": 0}
+    for name in plan.shards:
+        for row in finished(cfg, name).values():
+            total[row["status"]] += 1
+    return total
+
+
+class _Run:
+    """The ledger: which tasks fly, what each is for, how often it was tried."""
+
+    def __init__(self, plan: Plan, cfg: BuildConfig, sources: Sequence[Source], todo: Sequence[tuple[str, Any]]):
+        self.plan, self.cfg = plan, cfg
+        self.sources = {source.name: ray.put(source) for source in sources}
+        self.config = ray.put(cfg)
+        self.tasks: dict[ray.ObjectRef, tuple[_Shard, Record | None]] = {}
+        self.attempts: dict[str, int] = {}
+        self.tried, self.failed = 0, 0
+        self.todo = todo
+        self.progress = Progress(sum(len(plan.shard(name)) for name, _ in todo), "assets")
+        self.disk_checked = 0.0
+
+    def loop(self) -> None:
+        """Keep a bounded number of tasks in flight until every shard is committed."""
+        jobs = self._jobs()
+        try:
+            while True:
+                room = max(0, self._slots() * IN_FLIGHT_PER_SLOT - len(self.tasks))
+                for shard, record in islice(jobs, room):
+                    self._submit(shard, record)
+                if not self.tasks:
+                    return
+                ready, _ = ray.wait(list(self.tasks), num_returns=1, timeout=1.0)
+                for ref in ready:
+                    self._take(ref)
+                self._check_disk()
+                self.progress.show()
+        finally:
+            self.progress.close()
+            for ref in self.tasks:  # on the way out after an error: nobody waits for these any more
+                ray.cancel(ref, force=True)
+
+    def _jobs(self) -> Iterator[tuple[_Shard, Record | None]]:
+        """Assets shard by shard; a shard that has all of them in scratch already comes as (shard, None)."""
+        for name, products in self.todo:
+            shard = _Shard(name=name, records=tuple(self.plan.shard(name)), products=products)
+            old = finished(self.cfg, name)
+            visits = []
+            for record in shard.records:
+                result = landed(self.cfg, name, record.uid, products)
+                if record.uid in old and ended_for_good(old[record.uid]):
+                    self.progress.count(old[record.uid]["status"], resumed=True)
+                elif result is not None and result.status != "failed":
+                    self.progress.count(result.status, resumed=True)
+                else:  # a failure that was not committed may have had a cause that is gone now
+                    visits.append(record)
+            shard.waiting = {record.uid for record in visits}
+            if visits:
+                yield from ((shard, record) for record in visits)
+            else:
+                yield shard, None
+
+    def _submit(self, shard: _Shard, record: Record | None) -> None:
+        if record is None:
+            job = PackJob(config=self.cfg, shard=shard.name, records=shard.records, products=shard.products)
+            ref = _pack_task.remote(job)
+        else:
+            attempt = self.attempts[record.uid] = self.attempts.get(record.uid, 0) + 1
+            source = self.sources[record.source]
+            ref = _asset_task.remote(record, source, self.config, shard.name, shard.products, attempt)
+        self.tasks[ref] = (shard, record)
+
+    def _take(self, ref: ray.ObjectRef) -> None:
+        """Enter a finished task into the ledger; send it again if its worker or node was lost."""
+        shard, record = self.tasks.pop(ref)
+        try:
+            result = ray.get(ref)
+        except RayTaskError as error:  # our own code raised: the run is at fault, not an asset
+            cause = error.cause
+            if isinstance(cause, RunError):
+                raise RunError(str(cause)) from None
+            if isinstance(cause, OSError) and is_disk_full(cause):
+                raise RunError(self._disk_full()) from None
+            raise
+        except RayError as error:
+            self._lost(shard, record, error)
+            return
+        if record is None:
+            log.debug("shard %s committed: %s", shard.name, result)
+            return
+        self._landed(shard, record, result)
+
+    def _landed(self, shard: _Shard, record: Record, result: tuple[str, str, str]) -> None:
+        status, stage, reason = result
+        self.tried += 1
+        self.progress.count(status)
+        if status == "failed":
+            self.failed += 1
+            log.warning("%s (%s) failed in %s: %s", record.uid, record.url, stage, reason)
+            share = self.failed / self.tried
+            if self.failed >= FAILURES_BEFORE_STOP and share > self.cfg.limits.max_failed_share:
+                raise RunError(
+                    f"{self.failed} of {self.tried} assets failed, the last in {stage}: {reason}; the limit is "
+                    f"--limits.max-failed-share {self.cfg.limits.max_failed_share}"
+                )
+        shard.waiting.discard(record.uid)
+        if not shard.waiting:
+            self._submit(shard, None)
+
+    def _lost(self, shard: _Shard, record: Record | None, error: RayError) -> None:
+        """A worker or node died under a task."""
+        key = record.uid if record else f"commit of shard {shard.name}"
+        if record is None:
+            self.attempts[key] = self.attempts.get(key, 0) + 1
+        if self.attempts[key] <= self.cfg.limits.retries:
+            log.warning("%s lost its worker (%s); trying again", key, type(error).__name__)
+            self._submit(shard, record)
+        elif record is None:
+            raise RunError(f"{key} lost its worker {self.attempts[key]} times: {type(error).__name__}")
+        else:
+            job = _job(record, None, self.cfg, shard.name, shard.products, self.attempts[key] + 1)
+            lost = Exit(reason="worker_lost", detail="", seconds=0.0, peak_rss_bytes=0)
+            self._landed(shard, record, _verdict(land(job, lost, self.attempts[key])))
+
+    def _slots(self) -> int:
+        if self.cfg.workers is not None:
+            return self.cfg.workers
+        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def _check_disk(self) -> None:
+        if time.monotonic() - self.disk_checked < DISK_CHECK_S:
+            return
+        self.disk_checked = time.monotonic()
+        if shutil.disk_usage(self.cfg.out).free < self.cfg.limits.min_free_gb * 1e9:
+            raise RunError(self._disk_full())
+
+    def _disk_full(self) -> str:
+        free = shutil.disk_usage(self.cfg.out).free / 1e9
+        return f"the disk of {self.cfg.out} is full ({free:.2f} GB free); make room and run the same command to go on"
+
+
+_isolated = Isolated("pipeline.asset:warm_up")  # of a Ray worker process
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def _asset_task(
+    record: Record, source: Source, cfg: BuildConfig, shard: str, products: tuple[str, ...], attempt: int
+) -> tuple[str, str, str]:
+    """All stages of one asset in a child of its own: (status, stage, reason). RunError if no asset could succeed."""
+    job = _job(record, source, cfg, shard, products, attempt)
+    end = _isolated.call(
+        "pipeline.asset:process",
+        job,
+        log=job.folder / "log.txt",
+        timeout_s=cfg.limits.asset_timeout_s,
+        memory_bytes=int(cfg.limits.asset_memory_gb * 1e9),
+    )
+    if end.reason == "disk_full":
+        raise OSError(errno.ENOSPC, "disk full")
+    if end.reason == "run_error":
+        raise RunError(end.detail)
+    return _verdict(land(job, end, attempt))
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def _pack_task(job: PackJob) -> dict[str, int]:
+    return pack(job)
+
+
+def _job(
+    record: Record, source: Source | None, cfg: BuildConfig, shard: str, products: tuple[str, ...], attempt: int
+) -> AssetJob:
+    """The job, with an empty folder that no other attempt writes to, not even one on a node that only seemed lost."""
+    final = scratch_folder(cfg.out, shard, record.uid)
+    for old in final.parent.glob(f"{record.uid}.*"):
+        shutil.rmtree(old, ignore_errors=True)
+    folder = final.with_name(f"{record.uid}.{attempt}-{os.getpid()}")
+    folder.mkdir(parents=True)
+    return AssetJob(record=record, source=source, config=cfg, products=products, folder=folder)
+
+
+def _verdict(result: Result) -> tuple[str, str, str]:
+    return result.status, result.stage, result.reason
+
+
+def is_disk_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+@contextmanager
+def _ray(cfg: BuildConfig) -> Iterator[None]:
+    """A connection to the cluster of RAY_ADDRESS, or a cluster of our own on this machine."""
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        os.environ.setdefault(
+            "RAY_USAGE_STATS_ENABLED", "0"
+        )  # read by Ray's own start-up, which has no argument for it
+        ray.init(
+            address="local",
+            num_cpus=cfg.workers,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    try:
+        with raise_on_signals():  # again: Ray has put its own handlers in place
+            yield
+    finally:
+        ray.shutdown()
