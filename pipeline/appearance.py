@@ -27,8 +27,8 @@ def linear_to_srgb(values: NDArray[np.float64]) -> NDArray[np.float64]:
 class Looks:
     """Materials of one file, each converted once, so that parts can be told apart by identity."""
 
-    def __init__(self, max_texture_side: int):
-        self.max_texture_side = max_texture_side
+    def __init__(self, max_texture_side: int, *, linear_colors: bool):
+        self.max_texture_side, self.linear_colors = max_texture_side, linear_colors
         self.warnings: list[str] = []
         self._plain = Material()
         self._white = Material(base_color=(1.0, 1.0, 1.0, 1.0))
@@ -45,21 +45,19 @@ class Looks:
             if uv is not None and (uv.ndim != 2 or len(uv) != count or uv.shape[1] < 2):
                 uv = None
                 self.warnings.append("texture coordinates do not match the vertices")
-            colors = self._colors(visual.vertex_attributes.get("color"), count, linear=True)
+            colors = self._colors(visual.vertex_attributes.get("color"), count)
             return material, None if uv is None else np.nan_to_num(uv[:, :2]), colors, None
         if visual.kind == "vertex":
-            # glTF alone has normals' cousin COLOR_0 in linear light; trimesh hands both over as they were stored
-            linear = (geometry.metadata or {}).get("linear_colors", False)
-            return self._white, None, self._colors(visual.vertex_colors, count, linear=linear), None
+            return self._white, None, self._colors(visual.vertex_colors, count), None
         if visual.kind == "face":
-            return self._white, None, None, self._colors(visual.face_colors, len(geometry.faces), linear=False)
+            return self._white, None, None, self._colors(visual.face_colors, len(geometry.faces))
         return self._plain, None, None, None
 
-    def _colors(self, colors: Any, count: int, *, linear: bool) -> NDArray[np.uint8] | None:
+    def _colors(self, colors: Any, count: int) -> NDArray[np.uint8] | None:
         if colors is None or len(colors) != count or np.ndim(colors) != 2 or np.shape(colors)[1] not in (3, 4):
             return None
         rgba = trimesh.visual.color.to_rgba(np.array(colors))
-        if linear:
+        if self.linear_colors:  # glTF alone stores light, all others store what is shown
             shown = linear_to_srgb(rgba[:, :3].astype(np.float64) / 255)
             rgba = np.column_stack([np.rint(shown * 255).astype(np.uint8), rgba[:, 3]])
         return rgba.astype(np.uint8)
@@ -93,6 +91,8 @@ class Looks:
     def _from_simple(self, source: Any) -> Material:
         """An OBJ or PLY material: a texture replaces the diffuse colour, which is meant as it looks (sRGB)."""
         texture = self._texture(getattr(source, "image", None))
+        if texture is not None and texture.shape[:2] == (2, 2) and (texture == texture[0, 0]).all():
+            return self._plain  # the parser's stand-in for a material that is not there
         if texture is not None:
             return Material(base_color=(1.0, 1.0, 1.0, 1.0), texture=texture)
         diffuse = getattr(source, "diffuse", None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import struct
 import zipfile
 import zlib
@@ -80,16 +82,45 @@ def load_with_report(path: Path, cfg: LoadConfig, *, up: str = "y") -> tuple[Mes
     logger.setLevel(logging.DEBUG)
     try:
         with path.open("rb") as file:
-            scene = trimesh.load_scene(file, file_type=extension, resolver=resolver, process=False)
-        pieces, dropped = _pieces(scene, cfg)
+            stream = io.BytesIO(absolute_indices(file.read())) if extension == "obj" else file
+            scene = trimesh.load_scene(stream, file_type=extension, resolver=resolver, process=False)
+        pieces, dropped = _pieces(scene, cfg, linear_colors=extension in ("glb", "gltf"))
     except PARSER_ERRORS as error:
-        raise Reject("unreadable", error=type(error).__name__, message=str(error)[:200]) from error
+        message = str(error)[:200]
+        past_the_end = isinstance(error, IndexError) and "out of bounds" in message
+        if past_the_end or "index outside the range" in message:
+            raise Reject("index_out_of_range", message=message) from error
+        raise Reject("unreadable", error=type(error).__name__, message=message) from error
     finally:
         logger.removeHandler(notes)
         logger.setLevel(level)
     mesh = _concatenate(pieces, up)
     warnings = [f"missing side file {name}" for name in resolver.missing] + notes.lines + dropped
     return mesh, LoadReport(warnings=tuple(dict.fromkeys(warnings)))
+
+
+def absolute_indices(text: bytes) -> bytes:
+    """An OBJ file whose faces count vertices from the start; negative numbers count back from the face's own line.
+
+    The parser below takes -1 for the last vertex of the whole file, which is the same only if no vertex follows.
+    """
+    if not re.search(rb"(?m)^\s*f\b[^\n]*[ \t/]-\d", text):
+        return text
+    seen, lines = {b"v": 0, b"vt": 0, b"vn": 0}, []
+    for line in text.split(b"\n"):
+        words = line.split()
+        if words and words[0] in seen:
+            seen[words[0]] += 1
+        elif words and words[0] == b"f":
+            last = tuple(seen.values())
+            corners = (zip(word.split(b"/"), last) for word in words[1:])  # one, two or three numbers each
+            line = b"f " + b" ".join(b"/".join(_absolute(word, n) for word, n in corner) for corner in corners)
+        lines.append(line)
+    return b"\n".join(lines)
+
+
+def _absolute(word: bytes, seen: int) -> bytes:
+    return b"%d" % (seen + 1 + int(word)) if word.startswith(b"-") else word
 
 
 class _Resolver(trimesh.resolvers.FilePathResolver):
@@ -141,7 +172,7 @@ class _Piece:
         return (id(self.material), self.uv is None, self.colors is None, self.normals is None)
 
 
-def _pieces(scene: trimesh.Scene, cfg: LoadConfig) -> tuple[list[_Piece], list[str]]:
+def _pieces(scene: trimesh.Scene, cfg: LoadConfig, *, linear_colors: bool) -> tuple[list[_Piece], list[str]]:
     """The placed triangle geometries of a scene, in its order, and notes about the rest."""
     if not scene.geometry:
         raise Reject("empty_scene")
@@ -157,7 +188,7 @@ def _pieces(scene: trimesh.Scene, cfg: LoadConfig) -> tuple[list[_Piece], list[s
     total = sum(len(geometry.faces) for _, geometry in placed)
     if total > cfg.max_faces or len(placed) > cfg.max_instances:
         raise Reject("too_many_faces", faces=total, instances=len(placed), max_faces=cfg.max_faces)
-    looks = Looks(cfg.max_texture_side)
+    looks = Looks(cfg.max_texture_side, linear_colors=linear_colors)
     pieces = [_piece(geometry, np.asarray(matrix, dtype=np.float64), looks) for matrix, geometry in placed]
     skipped = len(scene.geometry) - len(solid)
     notes = [f"left out {skipped} geometries without faces"] if skipped else []
