@@ -60,8 +60,10 @@ class FolderSource:
                 )
 
     def materialize(self, record: Record, scratch: Path) -> Path:
-        """The file itself. FileNotFoundError or PermissionError if it is gone or closed by now."""
+        """The file itself. FileNotFoundError or PermissionError if it is gone, closed or outside by now."""
         path = self.root / record.url
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise FileNotFoundError(f"{record.url} leads out of the folder {self.root}")
         with path.open("rb"):
             return path
 
@@ -71,24 +73,30 @@ def _extension(path: str) -> str:
 
 
 def _files(root: Path) -> list[str]:
-    """Relative POSIX paths of all regular files, sorted; links that leave the folder or come back are not followed."""
-    top, found = root.resolve(), []
-    visited = {top}
-    pending = [root]
+    """Relative POSIX paths of all regular files, sorted.
+
+    A link to a file counts if that file lies inside; a link to a directory never does: what it shows inside the folder
+    is listed in its own place.
+    """
+    top, found, pending = root.resolve(), [], [root]
     while pending:
-        directory = pending.pop()
         try:
-            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+            entries = list(os.scandir(pending.pop()))
         except PermissionError:
-            continue  # a closed corner of the folder; its files cannot be named, so they cannot be counted either
+            continue  # a closed corner of the folder: its files have no names to list
         for entry in entries:
-            real = Path(entry.path).resolve()
-            if not real.is_relative_to(top):
-                continue
-            if entry.is_dir():
-                if real not in visited:
-                    visited.add(real)
-                    pending.append(Path(entry.path))
-            elif entry.is_file():
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(Path(entry.path))
+            elif _leads_to_a_file_below(top, entry):
                 found.append(Path(entry.path).relative_to(root).as_posix())
     return sorted(found)
+
+
+def _leads_to_a_file_below(top: Path, entry: os.DirEntry[str]) -> bool:
+    if not entry.is_symlink():
+        return entry.is_file()
+    try:
+        real = Path(entry.path).resolve(strict=True)
+    except (OSError, RuntimeError):  # dangling, or a link to itself
+        return False
+    return real.is_file() and real.is_relative_to(top)

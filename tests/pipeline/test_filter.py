@@ -1,0 +1,178 @@
+"""Filter rules against shapes whose numbers are known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.filter import FilterConfig, count_components, filter_file, filter_geometry, filter_metadata, weld
+from pipeline.schema import Mesh, Record, Reject
+from pipeline.sources.shapes import kit, solids
+
+CFG = FilterConfig()
+
+
+def mesh_of(*pieces: kit.Piece) -> Mesh:
+    whole = kit.joined(list(pieces))
+    return Mesh(vertices=whole.vertices, faces=whole.faces.astype(np.int32))
+
+
+def rejects(reason: str, mesh: Mesh, cfg: FilterConfig = CFG) -> dict:
+    with pytest.raises(Reject) as caught:
+        filter_geometry(mesh, cfg)
+    assert caught.value.reason == reason
+    return caught.value.numbers
+
+
+def test_numbers_of_a_box_far_from_the_origin():
+    numbers = filter_geometry(mesh_of(kit.moved(solids.box(1, 2, 3), x=1000)), CFG)
+    assert numbers["faces"] == 12
+    assert numbers["vertices"] == 24
+    assert numbers["components"] == 1  # six separate faces, but one box
+    assert numbers["area"] == pytest.approx(22)
+    assert numbers["volume"] == pytest.approx(6)
+
+
+def test_volume_is_negative_inside_out():
+    assert filter_geometry(mesh_of(kit.flipped(solids.box(1, 1, 1))), CFG)["volume"] == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_components_are_pieces_that_share_no_corner(count):
+    mesh = mesh_of(*(kit.moved(solids.torus(1.0, 0.2), x=3 * k) for k in range(count)))
+    assert filter_geometry(mesh, CFG)["components"] == count
+
+
+def test_touching_at_one_corner_joins_and_unused_vertices_do_not_count():
+    a, b = np.eye(3), np.array([[1.0, 0, 0], [5, 5, 5], [6, 5, 5]])
+    points = np.concatenate([a, b, [[9.0, 9, 9]]])
+    faces = np.array([[0, 1, 2], [3, 4, 5]], dtype=np.int32)
+    assert count_components(points, faces) == 1
+    assert count_components(points + np.array([0, 0, 0, 1, 0, 0, 0])[:, None] * 1e-9, faces) == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(*[st.sampled_from([0.0, -0.0, 1.0, 1.0 + 2**-52, -1.0])] * 3), min_size=1, max_size=40))
+def test_weld_joins_exactly_equal_positions(points):
+    labels = weld(np.array(points))
+    for i, p in enumerate(points):
+        for j, q in enumerate(points):
+            assert (labels[i] == labels[j]) == (p == q)
+
+
+def test_weld_survives_a_hash_that_collides(monkeypatch):
+    points = np.random.default_rng(0).integers(0, 3, (200, 3)).astype(np.float64)
+    expected = weld(points)
+    unique = np.unique
+
+    def colliding(values, **options):
+        return unique(values if values.ndim == 2 else values % np.uint64(5), **options)
+
+    monkeypatch.setattr(np, "unique", colliding)
+    labels = weld(points)
+    assert ((labels[:, None] == labels) == (expected[:, None] == expected)).all()
+
+
+def test_a_sound_box_passes_the_default_and_the_limits_are_inclusive():
+    box = mesh_of(solids.box(1, 1, 1))
+    filter_geometry(box, FilterConfig(min_faces=12, max_faces=12))
+    assert rejects("too_few_faces", box, FilterConfig(min_faces=13)) == {"faces": 12, "min_faces": 13}
+    assert rejects("too_many_faces", box, FilterConfig(max_faces=11)) == {"faces": 12, "max_faces": 11}
+
+
+def test_no_faces_at_all():
+    rejects("too_few_faces", Mesh(vertices=np.eye(3), faces=np.zeros((0, 3), dtype=np.int32)))
+
+
+def grid(height) -> Mesh:
+    u = np.linspace(0, 1, 9)
+    x, y = np.meshgrid(u, u, indexing="ij")
+    return mesh_of(kit.surface(np.stack([x, y, height(x, y)], axis=-1)))
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.7])
+def test_a_plane_is_flat_however_it_lies_but_a_wavy_sheet_is_not(tilt):
+    rejects("flat", grid(lambda x, y: tilt * (x + 2 * y)))
+    assert filter_geometry(grid(lambda x, y: tilt * x + 0.01 * np.sin(5 * x)), CFG)["components"] == 1
+
+
+def test_a_flat_sheet_passes_where_flatness_is_allowed():
+    filter_geometry(grid(lambda x, y: 0 * x), FilterConfig(min_thickness=0.0))
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[[0, 0, 0]] * 3, [[0, 0, 0], [1, 1, 1], [2, 2, 2]], [[0, 0, 0], [1, 0, 0], [0.5, 1e-5, 0]]],
+    ids=["a point", "a line", "nearly a line"],
+)
+def test_a_point_or_a_line_is_degenerate(points):
+    faces = np.tile(np.array([[0, 1, 2]], dtype=np.int32), (5, 1))
+    rejects("degenerate", Mesh(vertices=np.array(points, dtype=np.float64), faces=faces))
+
+
+def test_a_thin_rod_is_no_line():
+    filter_geometry(mesh_of(solids.cylinder(0.005, 2.0)), CFG)
+
+
+def test_mostly_degenerate_faces():
+    box = mesh_of(solids.box(1, 1, 1))
+    junk = np.tile(np.array([[0, 1, 1]], dtype=np.int32), (13, 1))
+    spoiled = Mesh(vertices=box.vertices, faces=np.concatenate([box.faces, junk]))
+    assert rejects("degenerate_faces", spoiled)["share"] == pytest.approx(13 / 25)
+    filter_geometry(Mesh(vertices=box.vertices, faces=spoiled.faces[:-2]), CFG)
+
+
+def test_too_many_components():
+    boxes = mesh_of(*(kit.moved(solids.box(1, 1, 1), x=2 * k) for k in range(4)))
+    assert rejects("too_many_components", boxes, FilterConfig(max_components=3))["components"] == 4
+    filter_geometry(boxes, FilterConfig(max_components=4))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(1e-3, 1e3), st.floats(-1e3, 1e3))
+def test_verdicts_and_counts_do_not_depend_on_the_frame(scale, shift):
+    for piece in (solids.box(1, 1e-3, 1), solids.torus(1, 0.3, 12, 6)):
+        moved = Mesh(vertices=piece.vertices * scale + shift, faces=piece.faces.astype(np.int32))
+        numbers, base = filter_geometry(moved, CFG), filter_geometry(mesh_of(piece), CFG)
+        assert numbers["area"] == pytest.approx(base["area"] * scale**2, rel=1e-4)
+        assert numbers["faces"] == base["faces"]
+
+
+def test_file_size(tmp_path):
+    path = tmp_path / "a.glb"
+    path.write_bytes(b"x" * 10)
+    assert filter_file(path, FilterConfig(min_bytes=10, max_bytes=10)) == {"bytes": 10}
+    for cfg, reason in ((FilterConfig(min_bytes=11), "file_too_small"), (FilterConfig(max_bytes=9), "file_too_large")):
+        with pytest.raises(Reject) as caught:
+            filter_file(path, cfg)
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("licence", "source", "cfg", "passes"),
+    [
+        ("unknown", "folder", CFG, True),  # the owner vouches
+        ("unknown", "objaverse", CFG, False),
+        ("", "objaverse", CFG, False),
+        ("unknown", "objaverse", FilterConfig(allow_unknown_licence=True), True),
+        ("by-nc", "objaverse", FilterConfig(licences=("by", "cc0")), False),
+        ("BY", "objaverse", FilterConfig(licences=("by", "cc0")), True),
+        ("by-nc", "objaverse", CFG, True),
+    ],
+)
+def test_licence_policy(licence, source, cfg, passes):
+    record = Record(uid="x", source=source, url="x", licence=licence)
+    if passes:
+        filter_metadata(record, cfg)
+    else:
+        with pytest.raises(Reject, match="licence"):
+            filter_metadata(record, cfg)
+
+
+@pytest.mark.slow
+def test_two_million_faces():
+    u = np.linspace(0, 1, 1001)
+    x, y = np.meshgrid(u, u, indexing="ij")
+    sheet = kit.surface(np.stack([x, y, np.sin(3 * x) * y], axis=-1))
+    numbers = filter_geometry(Mesh(vertices=sheet.vertices, faces=sheet.faces.astype(np.int32)), CFG)
+    assert numbers["components"] == 1

@@ -1,0 +1,127 @@
+"""A folder as a source: what counts as an asset, in which order, and what is said when there is none."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.schema import UserError, make_uid
+from pipeline.sources import open_source
+from pipeline.sources.folder import MESH_FORMATS, FolderSource
+
+
+def fill(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def urls(folder: Path) -> list[str]:
+    return [record.url for record in open_source(f"folder:{folder}").records()]
+
+
+def test_meshes_of_every_format_and_case_in_order_of_their_relative_paths(tmp_path):
+    names = ["b.GLB", "a/z.obj", "a/b/c.Stl", "Z.ply", "é.off", "x.3MF", "x.dae", "x.zae", "x.gltf", "a.b.glb"]
+    fill(tmp_path, *names, "a/z.mtl", "x.bin", "t.png", "notes.txt", "glb", ".hidden.docx")
+    assert urls(tmp_path) == sorted(names)
+    source = open_source(f"folder:{tmp_path}")
+    assert source.skipped == 3  # notes.txt, glb, .hidden.docx: side files are no surprise
+    assert {record.format for record in source.records()} == MESH_FORMATS
+
+
+def test_a_record_depends_on_the_relative_path_alone(tmp_path):
+    here, there = fill(tmp_path / "here", "sub/a.glb"), fill(tmp_path / "there", "sub/a.glb")
+    (first,), (second,) = (list(open_source(f"folder:{folder}").records()) for folder in (here, there))
+    assert first == second
+    assert first.uid == make_uid("folder", "sub/a.glb")
+    assert (first.source, first.url, first.licence, first.format) == ("folder", "sub/a.glb", "unknown", "glb")
+
+
+def test_materialize_gives_the_file_itself_also_after_pickling(tmp_path):
+    source = pickle.loads(pickle.dumps(open_source(f"folder:{fill(tmp_path, 'sub/a.glb')}")))
+    (record,) = source.records()
+    assert source.materialize(record, tmp_path / "scratch") == tmp_path / "sub/a.glb"
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_relative_folder_keeps_its_meaning_when_the_working_directory_changes(tmp_path, monkeypatch):
+    fill(tmp_path, "meshes/a.glb")
+    monkeypatch.chdir(tmp_path)
+    source = open_source("folder:meshes", up="z")
+    monkeypatch.chdir("/")
+    (record,) = source.records()
+    assert source.materialize(record, tmp_path).read_bytes() == b"meshes/a.glb"
+    assert source.up == "z"
+
+
+def test_links_inside_count_links_outside_and_loops_do_not(tmp_path):
+    outside = fill(tmp_path / "outside", "secret.glb")
+    folder = fill(tmp_path / "folder", "a/real.glb")
+    (folder / "alias.glb").symlink_to("a/real.glb")
+    (folder / "out.glb").symlink_to(outside / "secret.glb")
+    (folder / "outdir").symlink_to(outside)
+    (folder / "a" / "loop").symlink_to(folder)
+    (folder / "self").symlink_to("self")
+    (folder / "gone.glb").symlink_to("nothing.glb")
+    assert urls(folder) == ["a/real.glb", "alias.glb"]
+
+
+def test_a_link_is_checked_again_when_it_is_opened(tmp_path):
+    outside, folder = fill(tmp_path / "outside", "secret.glb"), fill(tmp_path / "folder", "a.glb")
+    source = open_source(f"folder:{folder}")
+    (record,) = source.records()
+    (folder / "a.glb").unlink()
+    (folder / "a.glb").symlink_to(outside / "secret.glb")
+    with pytest.raises(FileNotFoundError, match=r"a\.glb"):
+        source.materialize(record, tmp_path)
+    (folder / "a.glb").unlink()
+    with pytest.raises(FileNotFoundError):
+        source.materialize(record, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("folder:{}/missing", "no folder"),
+        ("folder:{}/file.glb", "is a file"),
+        ("folder:{}/empty", "no mesh file"),
+        ("folder:", "unknown source"),
+        ("procedural:12", "unknown source"),
+        ("s3:{}", "unknown source"),
+        ("", "unknown source"),
+    ],
+)
+def test_one_clear_line_for_what_cannot_be_opened(tmp_path, spec, message):
+    fill(tmp_path, "file.glb", "empty/readme.md")
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(spec.format(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_up_axis_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="up axis must be y or z, got 'x'"):
+        open_source(f"folder:{fill(tmp_path, 'a.glb')}", up="x")
+
+
+def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, whom nothing stops
+    with pytest.raises(UserError, match="cannot read"):
+        open_source(f"folder:{fill(tmp_path, 'a.glb')}")
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=8), max_size=6))
+def test_the_order_is_that_of_the_paths_whatever_the_names(tmp_path_factory, stems):
+    folder = tmp_path_factory.mktemp("names")
+    names = {f"x{stem}.glb" for stem in stems} | {"x.glb"}
+    for name in names:
+        (folder / name).touch()
+    assert urls(folder) == sorted(p.name for p in folder.iterdir())
+
+
+def test_a_source_is_cheap_to_make(tmp_path):
+    FolderSource(root=tmp_path / "not there yet")  # nothing is read before records()
