@@ -1,0 +1,42 @@
+"""Mean over the tokens of each compression block: the pooling step of SSA's compression."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.blocks import BlockIndex
+from kernels.tiles import on_device
+
+
+@triton.jit(do_not_specialize=["C", "extra"])
+def _block_mean_fwd(x_ptr, starts_ptr, y_ptr, C, extra, BN: tl.constexpr, BC: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    start, end = tl.load(starts_ptr + m), tl.load(starts_ptr + m + 1)
+    acc = tl.zeros([BC], tl.float32)
+    for first in range(start, end, BN):
+        n = (first + tl.arange(0, BN)).to(tl.int64)
+        mask = (n < end)[:, None] & (c < C)[None, :]
+        x = tl.load(x_ptr + n[:, None] * C + c[None, :], mask, other=0.0)
+        acc += tl.sum(x.to(tl.float32), axis=0)
+    mean = acc / (end - start + extra).to(tl.float32)
+    tl.store(y_ptr + m * C + c, mean.to(y_ptr.dtype.element_ty), c < C)
+
+
+def block_mean_forward(x_NC: Tensor, index: BlockIndex, plus_one: bool) -> Tensor:
+    """[N, C] contiguous -> [P, C], sums in fp32."""
+    y_PC = x_NC.new_empty(index.num_compressed, x_NC.shape[1])
+    if y_PC.numel():
+        with on_device(x_NC):
+            _block_mean_fwd[(len(y_PC), triton.cdiv(x_NC.shape[1], 64))](
+                x_NC, index.compressed_starts, y_PC, x_NC.shape[1], int(plus_one), BN=32, BC=64, num_warps=2
+            )
+    return y_PC
+
+
+def block_mean_backward(dy_PC: Tensor, index: BlockIndex, plus_one: bool) -> Tensor:
+    """One gather, already at memory speed in torch."""
+    counts_P = index.compressed_starts.diff() + int(plus_one)
+    return (dy_PC / counts_P[:, None]).to(dy_PC.dtype)[index.compressed_of]

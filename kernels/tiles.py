@@ -1,0 +1,137 @@
+"""What the attention kernels share: loads of packed heads, the softmax over a run of keys, tile sizes."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+BOUND_LIMIT = tl.constexpr(
+    50.0
+)  # log2; a row's scores then lie within 100 of its bound, inside fp32's and bf16's range
+
+
+@triton.jit
+def load_rows(x_ptr, n, ok, g, G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr):
+    """All GS heads of kv head g of tokens n: [BQ * GS, D] from [N, G * GS, D]."""
+    first = n.to(tl.int64) * (G * GS * D) + g * (GS * D)
+    x = tl.load(x_ptr + first[:, None] + tl.arange(0, GS * D)[None, :], ok[:, None], other=0.0)
+    return tl.reshape(x, [BQ * GS, D])
+
+
+@triton.jit
+def store_rows(x_ptr, x, n, ok, g, G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr):
+    first = n.to(tl.int64) * (G * GS * D) + g * (GS * D)
+    x = tl.reshape(x.to(x_ptr.dtype.element_ty), [BQ, GS * D])
+    tl.store(x_ptr + first[:, None] + tl.arange(0, GS * D)[None, :], x, ok[:, None])
+
+
+@triton.jit
+def load_heads(x_ptr, n, ok, g, other, G: tl.constexpr, GS: tl.constexpr, BQ: tl.constexpr):
+    """One number per head: [BQ * GS] from [N, G * GS]."""
+    first = n.to(tl.int64) * (G * GS) + g * GS
+    x = tl.load(x_ptr + first[:, None] + tl.arange(0, GS)[None, :], ok[:, None], other=other)
+    return tl.reshape(x, [BQ * GS])
+
+
+@triton.jit
+def store_heads(x_ptr, x, n, ok, g, G: tl.constexpr, GS: tl.constexpr, BQ: tl.constexpr):
+    first = n.to(tl.int64) * (G * GS) + g * GS
+    tl.store(x_ptr + first[:, None] + tl.arange(0, GS)[None, :], tl.reshape(x, [BQ, GS]), ok[:, None])
+
+
+@triton.jit
+def load_keys(k_ptr, order_ptr, m, ok, g, G: tl.constexpr, D: tl.constexpr, ORDERED: tl.constexpr):
+    """Rows m (or order[m]) of kv head g: [BK, D] from [M, G, D]."""
+    row = tl.load(order_ptr + m, ok, other=0) if ORDERED else m
+    first = row.to(tl.int64) * (G * D) + g * D
+    return tl.load(k_ptr + first[:, None] + tl.arange(0, D)[None, :], ok[:, None], other=0.0)
+
+
+@triton.jit
+def row_bound(q, norm_ptr, g, norms, scale2, NORMS: tl.constexpr):
+    """|q| max|k| scale: no score of the row exceeds it. [R] in log2 units."""
+    c = tl.arange(0, NORMS)
+    largest = tl.max(tl.load(norm_ptr + g * norms + c, c < norms, other=0.0), 0)
+    q = q.to(tl.float32)
+    return tl.sqrt(tl.sum(q * q, 1)) * (largest * scale2)
+
+
+@triton.jit
+def attend_run(
+    q, m, l8, acc, k_ptr, v_ptr, order_ptr, start, end, inside, bounded, g, scale2,
+    G: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """Folds keys start..end into (m, l8, acc) of the rows that lie inside.
+
+    bounded: m is a bound that no score exceeds and stays; else m is the running maximum. l8 [R, 8] holds the
+    denominator in eight parts, so that the loop never reduces across threads.
+    """
+    R: tl.constexpr = q.shape[0]
+    c = tl.arange(0, BK)
+    if bounded:
+        m_inside = tl.where(inside, m, float("inf"))
+        full = start + (end - start) // BK * BK
+        for first in range(start, full, BK):
+            k = load_keys(k_ptr, order_ptr, first + c, first + c < end, g, G, D, ORDERED)
+            v = load_keys(v_ptr, order_ptr, first + c, first + c < end, g, G, D, ORDERED)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - m_inside[:, None])
+            l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        if full < end:
+            ok = full + c < end
+            k = load_keys(k_ptr, order_ptr, full + c, ok, g, G, D, ORDERED)
+            v = load_keys(v_ptr, order_ptr, full + c, ok, g, G, D, ORDERED)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - m_inside[:, None])
+            p = tl.where(ok[None, :], p, 0.0)
+            l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    else:
+        for first in range(start, end, BK):
+            ok = first + c < end
+            k = load_keys(k_ptr, order_ptr, first + c, ok, g, G, D, ORDERED)
+            v = load_keys(v_ptr, order_ptr, first + c, ok, g, G, D, ORDERED)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
+            s = tl.where(inside[:, None] & ok[None, :], s, -float("inf"))
+            m_new = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - m_new[:, None])
+            decay = tl.exp2(m - m_new)
+            l8 = l8 * decay[:, None] + tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+            m = m_new
+    return m, l8, acc
+
+
+@triton.jit
+def _key_norms(k_ptr, norm_ptr, M, step, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
+    c, g = tl.program_id(0), tl.program_id(1)
+    largest = tl.zeros([BM], tl.float32)
+    for first in range(c * step, tl.minimum(c * step + step, M), BM):
+        m = first + tl.arange(0, BM)
+        k = load_keys(k_ptr, k_ptr, m, m < M, g, G, D, False).to(tl.float32)
+        norm = tl.sqrt(tl.sum(k * k, 1))
+        largest = tl.maximum(largest, tl.where(norm == norm, norm, float("inf")))  # NaN must not pass as small
+    tl.store(norm_ptr + g * tl.num_programs(0) + c, tl.max(largest, 0) * 1.001)  # covers the rounding of the sums
+
+
+def key_norms(k_MGD: Tensor) -> Tensor:
+    """Largest |k| of each of up to 256 slices of the keys, fp32 [G, slices], rounded up."""
+    M, G, D = k_MGD.shape
+    step = max(256, triton.next_power_of_2(triton.cdiv(M, 256)))
+    norms = k_MGD.new_empty(G, max(1, triton.cdiv(M, step)), dtype=torch.float32)
+    _key_norms[(norms.shape[1], G)](k_MGD, norms, M, step, G, D, BM=64)
+    return norms
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Launches inside go to x's GPU, whichever is current."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def queries_per_tile(rows: int, group: int) -> int:
+    """Tokens whose packed heads fill a tile of `rows`; a matrix product wants at least 16 rows."""
+    return max(1, rows // group)
