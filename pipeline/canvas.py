@@ -13,115 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.batches import Batch, batches
 from pipeline.cameras import RADIUS, Camera
-from pipeline.schema import Material, Mesh, Part, RunError
-from pipeline.shading import Lighting, shader_sources, smooth_normals, to_linear
+from pipeline.schema import Mesh, RunError
+from pipeline.shading import Lighting, shader_sources
 
 PACKAGES = "libegl1 libgl1 libgl1-mesa-dri"
-SMALL_AREA = 4.5e-4  # cube units, 150 pixels at 1024: smaller faces are lit at their corners
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Faces drawn by one call: same texture, same alpha mode; everything else varies by vertex."""
-
-    positions: NDArray[np.float32]  # [N, 3]
-    normals: NDArray[np.float32]  # [N, 3]
-    surface: NDArray[np.float32]  # [N, 4] metallic, roughness, unused
-    uv: NDArray[np.float32]  # [N, 2]
-    colors: NDArray[np.float32]  # [N, 4] linear
-    faces: NDArray[np.int64]  # [F, 3]
-    texture: NDArray[np.uint8] | None
-    alpha_mode: str
-    alpha_cutoff: float
-    per_vertex: bool  # light at the corners
-
-
-def _is_solid(part: Part) -> bool:
-    """True where blending cannot show anything: many exporters call everything blended."""
-    material, texture = part.material, part.material.texture
-    return (
-        material.base_color[3] >= 1
-        and (texture is None or part.uv is None or bool((texture[..., 3] == 255).all()))
-        and (part.colors is None or bool((part.colors[:, 3] == 255).all()))
-    )
-
-
-def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
-    """The part's vertices, split where its faces need different normals."""
-    vertices = mesh.vertices[part.vertices].astype(np.float32)
-    faces = mesh.faces[part.faces].astype(np.int64) - (part.vertices.start or 0)
-    material = part.material
-    source = np.arange(len(vertices))
-    normals = None if part.normals is None else part.normals.astype(np.float32)
-    if normals is not None and np.isfinite(normals).all() and (np.linalg.norm(normals, axis=1) > 0.5).all():
-        # Turned so that the normals are on a face's front; which side is seen is then known by the winding.
-        triangles = vertices[faces]
-        front = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-        turned = np.einsum("ij,ij->i", front, normals[faces].sum(axis=1)) < 0
-        faces[turned] = faces[turned][:, ::-1]
-    else:
-        corners, corner_of = smooth_normals(vertices, faces).reshape(-1, 3), faces.reshape(-1).copy()
-        normals = np.zeros_like(vertices)
-        normals[corner_of] = corners  # any one of them; the corners that differ get a vertex of their own
-        split = np.flatnonzero((normals[corner_of] * corners).sum(axis=1) < 0.9999)
-        faces.reshape(-1)[split] = len(vertices) + np.arange(len(split))
-        source = np.concatenate([source, corner_of[split]])
-        normals = np.concatenate([normals, corners[split]])
-    colors = np.tile(np.asarray(material.base_color, np.float32), (len(source), 1))
-    if part.colors is not None:
-        colors[:, :3] *= to_linear(part.colors[source, :3])
-        colors[:, 3] *= part.colors[source, 3].astype(np.float32) / 255
-    uv = np.zeros((len(source), 2), np.float32) if part.uv is None else np.nan_to_num(part.uv[source])
-    surface = np.tile(np.array([material.metallic, material.roughness, 0, 0], np.float32), (len(source), 1))
-    return {
-        "positions": vertices[source],
-        "normals": normals,
-        "surface": surface,
-        "uv": uv.astype(np.float32),
-        "colors": colors,
-        "faces": faces,
-    }
-
-
-def batches(mesh: Mesh) -> list[Batch]:
-    """The mesh's faces, grouped so that an asset of a thousand parts is still drawn by a handful of calls."""
-    whole = Part(vertices=slice(0, len(mesh.vertices)), faces=slice(0, len(mesh.faces)), material=Material())
-    groups: dict[tuple[Any, ...], list[Part]] = {}
-    for part in mesh.parts or (whole,):
-        material = part.material
-        texture = None if part.uv is None or material.texture is None else id(material.texture)
-        mode = "OPAQUE" if material.alpha_mode == "BLEND" and _is_solid(part) else material.alpha_mode
-        groups.setdefault((texture, mode, material.alpha_cutoff if mode == "MASK" else 0.0), []).append(part)
-    result = []
-    for (texture, mode, cutoff), parts in groups.items():
-        arrays = [_part_arrays(mesh, part) for part in parts]
-        first = np.cumsum([0] + [len(a["positions"]) for a in arrays])
-        for a, offset in zip(arrays, first):
-            a["faces"] = a["faces"] + offset
-        merged = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0]}
-        image = parts[0].material.texture if texture is not None else None
-        corners = merged["positions"][merged["faces"]]
-        area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
-        small = (area < SMALL_AREA) & (mode != "BLEND")  # blended faces are sorted, so they stay together
-        for per_vertex in (False, True):
-            chosen = merged["faces"][small == per_vertex]
-            if len(chosen):
-                used, faces = np.unique(chosen, return_inverse=True)
-                arrays = {name: merged[name][used] for name in merged if name != "faces"}
-                arrays["faces"] = faces.reshape(-1, 3)
-                result.append(
-                    Batch(**arrays, texture=image, alpha_mode=mode, alpha_cutoff=cutoff, per_vertex=per_vertex)
-                )
-    return result
 
 
 def _import_pyrender() -> Any:
     """pyrender on EGL. Its viewer is left out: importing it loads a window toolkit that servers lack."""
     os.environ["PYOPENGL_PLATFORM"] = "egl"
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's own threads; a unit of work is one core
-    stub = types.ModuleType("pyrender.viewer")
-    stub.Viewer = None  # pyright: ignore[reportAttributeAccessIssue]
+    stub: Any = types.ModuleType("pyrender.viewer")
+    stub.Viewer = None
     sys.modules.setdefault("pyrender.viewer", stub)
     import pyrender
 
@@ -167,7 +72,9 @@ def renderer_string() -> str:
     with context(1, 1):
         from OpenGL import GL
 
-        return ", ".join(GL.glGetString(name).decode() for name in (GL.GL_VENDOR, GL.GL_RENDERER, GL.GL_VERSION))
+        return ", ".join(
+            bytes(GL.glGetString(name) or b"").decode() for name in (GL.GL_VENDOR, GL.GL_RENDERER, GL.GL_VERSION)
+        )
 
 
 class Program:
@@ -197,6 +104,24 @@ class Program:
         return self.places[name]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Uploaded:
+    batch: Batch
+    primitive: Any  # pyrender.Primitive
+    texture: Any  # pyrender.Texture or None
+
+    def sort(self, towards: NDArray[np.float64]) -> None:
+        """Farthest face first, seen from a direction [3]: only then does blending show what is behind."""
+        from OpenGL import GL
+
+        depth = self.batch.positions[self.batch.faces].mean(axis=1) @ towards
+        faces = self.batch.faces[np.argsort(depth, kind="stable")].astype(np.uint32)
+        self.primitive._bind()
+        GL.glBindBuffer(GL.GL_ELEMENT_ARRAY_BUFFER, self.primitive._buffers[-1])
+        GL.glBufferData(GL.GL_ELEMENT_ARRAY_BUFFER, faces.nbytes, faces, GL.GL_DYNAMIC_DRAW)
+        self.primitive._unbind()
+
+
 class Canvas:
     """A mesh loaded for drawing into square images of one size; made by `canvas`."""
 
@@ -206,27 +131,29 @@ class Canvas:
         self.size = size
         self.renderer = pyrender.Renderer(size, size)
         self.programs: dict[tuple[str, bool, bool], Program] = {}
-        textures: dict[int, Any] = {}
-        self.drawn = []  # (batch, primitive, texture or None), opaque first
-        for batch in sorted(batches(mesh), key=lambda batch: batch.alpha_mode == "BLEND"):
-            primitive = pyrender.Primitive(
-                positions=batch.positions,
-                normals=batch.normals,
-                tangents=batch.surface,
-                texcoord_0=batch.uv,
-                color_0=batch.colors,
-                indices=batch.faces,
-            )
-            primitive._add_to_context()
-            texture = None
-            if batch.texture is not None:
-                texture = textures.get(id(batch.texture))
-                if texture is None:
-                    texture = pyrender.Texture(source=batch.texture, source_channels="RGBA")
-                    texture._add_to_context()
-                    textures[id(batch.texture)] = texture
-            self.drawn.append((batch, primitive, texture))
-        self.textures = list(textures.values())
+        self.textures: dict[int, Any] = {}
+        self.uploaded = [self._upload(batch) for batch in batches(mesh)]
+
+    def _upload(self, batch: Batch) -> _Uploaded:
+        import pyrender
+
+        primitive: Any = pyrender.Primitive(
+            positions=batch.positions,
+            normals=batch.normals,
+            tangents=batch.surface,
+            texcoord_0=batch.uv,
+            color_0=batch.colors,
+        )
+        primitive._indices = batch.faces.astype(np.uint32)  # its setter goes through fp32: wrong beyond 2**24
+        primitive._add_to_context()
+        texture = None
+        if batch.texture is not None:
+            texture = self.textures.get(id(batch.texture))
+            if texture is None:
+                texture = pyrender.Texture(source=batch.texture, source_channels="RGBA")
+                texture._add_to_context()
+                self.textures[id(batch.texture)] = texture
+        return _Uploaded(batch=batch, primitive=primitive, texture=texture)
 
     def _program(self, keep: str, textured: bool, per_vertex: bool) -> Program:
         key = (keep, textured, per_vertex)
@@ -239,44 +166,37 @@ class Canvas:
         import pyrender
         from OpenGL import GL
 
-        self.renderer._configure_forward_pass_viewport(pyrender.RenderFlags.OFFSCREEN)
+        self.renderer._configure_forward_pass_viewport(int(pyrender.RenderFlags.OFFSCREEN))
         GL.glEnable(GL.GL_MULTISAMPLE)
         GL.glDisable(GL.GL_CULL_FACE)
         GL.glClearColor(0, 0, 0, 0)
-        GL.glClear(GL.GL_COLOR_BUFFER_BIT | GL.GL_DEPTH_BUFFER_BIT)
-        blended = [drawn for drawn in self.drawn if drawn[0].alpha_mode == "BLEND"]
-        for drawn in self.drawn:
-            self._draw_batch(*drawn, "SOLID" if drawn[0].alpha_mode == "BLEND" else drawn[0].alpha_mode, camera, light)
+        GL.glClear(int(GL.GL_COLOR_BUFFER_BIT) | int(GL.GL_DEPTH_BUFFER_BIT))
+        towards = camera.c2w[:3, 2]
+        plain = [item for item in self.uploaded if item.batch.alpha_mode != "BLEND"]
+        blended = [item for item in self.uploaded if item.batch.alpha_mode == "BLEND"]
+        blended.sort(key=lambda item: float(item.batch.positions.mean(axis=0) @ towards))
+        for item in plain:
+            self._draw(item, item.batch.alpha_mode, camera, light)
+        for item in blended:
+            item.sort(towards)
+            self._draw(item, "SOLID", camera, light)
         GL.glDepthMask(GL.GL_FALSE)
         GL.glEnable(GL.GL_BLEND)
         GL.glBlendFunc(GL.GL_ONE, GL.GL_ONE_MINUS_SRC_ALPHA)
-        for drawn in sorted(blended, key=lambda drawn: float(drawn[0].positions.mean(axis=0) @ camera.c2w[:3, 2])):
-            self._sort(drawn[0], drawn[1], camera)
-            self._draw_batch(*drawn, "BLEND", camera, light)
+        for item in blended:
+            self._draw(item, "BLEND", camera, light)
         GL.glDisable(GL.GL_BLEND)
         GL.glDepthMask(GL.GL_TRUE)
         return self._read()
 
-    def _sort(self, batch: Batch, primitive: Any, camera: Camera) -> None:
-        """Farthest triangle first: only then does blending show what is behind."""
-        from OpenGL import GL
-
-        depth = batch.positions[batch.faces].mean(axis=1) @ camera.c2w[:3, 2]
-        faces = batch.faces[np.argsort(depth, kind="stable")].astype(np.uint32)
-        primitive._bind()
-        GL.glBindBuffer(GL.GL_ELEMENT_ARRAY_BUFFER, primitive._buffers[-1])
-        GL.glBufferData(GL.GL_ELEMENT_ARRAY_BUFFER, faces.nbytes, faces, GL.GL_DYNAMIC_DRAW)
-
-    def _draw_batch(
-        self, batch: Batch, primitive: Any, texture: Any, keep: str, camera: Camera, light: Lighting
-    ) -> None:
+    def _draw(self, item: _Uploaded, keep: str, camera: Camera, light: Lighting) -> None:
         import pyrender
         from OpenGL import GL
 
         near, far = (camera.distance - RADIUS) / 2, camera.distance + 10
-        fov = np.radians(camera.fov_degrees)
+        fov = float(np.radians(camera.fov_degrees))
         lens = pyrender.PerspectiveCamera(yfov=fov, znear=near, zfar=far, aspectRatio=1.0).get_projection_matrix()
-        program = self._program(keep, texture is not None, batch.per_vertex)
+        program = self._program(keep, item.texture is not None, item.batch.per_vertex)
         GL.glUseProgram(program.id)
         world_to_clip = (lens @ np.linalg.inv(camera.c2w)).astype(np.float32)
         GL.glUniformMatrix4fv(program.at("world_to_clip"), 1, GL.GL_TRUE, world_to_clip)
@@ -286,13 +206,13 @@ class Canvas:
         GL.glUniform1i(program.at("light_count"), len(light.directions))
         GL.glUniform3fv(program.at("light_direction"), len(light.directions), light.directions)
         GL.glUniform3fv(program.at("light_color"), len(light.colors), light.colors)
-        GL.glUniform1f(program.at("cutoff"), batch.alpha_cutoff)
-        if texture is not None:
+        GL.glUniform1f(program.at("cutoff"), item.batch.alpha_cutoff)
+        if item.texture is not None:
             GL.glActiveTexture(GL.GL_TEXTURE0)
-            texture._bind()
-        primitive._bind()
-        GL.glDrawElements(GL.GL_TRIANGLES, batch.faces.size, GL.GL_UNSIGNED_INT, None)
-        primitive._unbind()
+            item.texture._bind()
+        item.primitive._bind()
+        GL.glDrawElements(GL.GL_TRIANGLES, item.batch.faces.size, GL.GL_UNSIGNED_INT, None)
+        item.primitive._unbind()
 
     def _read(self) -> NDArray[np.uint8]:
         from OpenGL import GL
@@ -310,9 +230,9 @@ class Canvas:
         """Free what lies in the context, while it still is there."""
         from OpenGL import GL
 
-        for _, primitive, _ in self.drawn:
-            primitive.delete()
-        for texture in self.textures:
+        for item in self.uploaded:
+            item.primitive.delete()
+        for texture in self.textures.values():
             texture.delete()
         for program in self.programs.values():
             GL.glDeleteProgram(program.id)

@@ -86,16 +86,16 @@ def _solid_colors(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def fault_of(rgba: NDArray[np.uint8], min_coverage: float) -> str | None:
     """Why a view is not worth keeping, or None: a Reject's reason.
 
-    Constant means that no channel varies by more than 2 of 255 over the solid pixels: shading makes even a white
-    ball vary, so only something that light does not reach (black, burnt out, no faces drawn) looks like that.
+    Constant: no channel varies by more than 2 of 255 over the pixels that the object covers. Shading makes a white
+    ball vary by a hundred; what stays is a flat sheet without a texture, or one that light does not reach.
     """
     alpha = rgba[..., 3]
     if np.count_nonzero(alpha) < max(min_coverage * alpha.size, 1):
         return "render_empty"
     if alpha[[0, -1]].any() or alpha[:, [0, -1]].any():
         return "render_cut_off"
-    solid = _solid_colors(rgba)
-    if len(solid) and int((solid.max(axis=0) - solid.min(axis=0)).max()) <= 2:
+    solid = _solid_colors(rgba)[:, :3]
+    if len(solid) and int(np.ptp(solid, axis=0).max()) <= 2:
         return "render_constant"
     return None
 

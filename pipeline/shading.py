@@ -172,7 +172,7 @@ def lighting(uid: str, view: int, camera: Camera, attempt: int = 0) -> Lighting:
     # The key light stands aside of the camera, so that form shows; the others come from anywhere around.
     yaw, pitch, level = -180 + 360 * yaw, -20 + 80 * pitch, 0.05 + 0.20 * level
     yaw[0] = (20 + 55 * abs(yaw[0]) / 180) * (1 if yaw[0] > 0 else -1)
-    pitch[0], level[0] = 10 + 45 * (pitch[0] + 20) / 80, 0.45 + level[0]
+    pitch[0], level[0] = 10 + 45 * (pitch[0] + 20) / 80, 0.50 + level[0]
     yaw, pitch = np.radians(yaw), np.radians(pitch)
     local = np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], axis=1)
     tint = 1 + 0.06 * (2 * warmth[:, None] - 1) * np.array([1.0, 0.0, -1.0])
@@ -192,7 +192,7 @@ def to_linear(srgb: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def smooth_normals(
-    vertices: NDArray[np.float32], faces: NDArray[np.int32], crease_degrees: float = CREASE_DEGREES
+    vertices: NDArray[np.float32], faces: NDArray[np.integer], crease_degrees: float = CREASE_DEGREES
 ) -> NDArray[np.float32]:
     """Unit normals [F, 3, 3], one a face corner: the area-weighted mean over the corner's smoothing group.
 
