@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import trimesh
+from collada.common import DaeError
 from numpy.typing import NDArray
 
 from pipeline.appearance import Looks
@@ -30,6 +31,7 @@ PARSER_ERRORS = (
     BufferError,
     EOFError,
     LookupError,
+    NameError,
     NotImplementedError,
     OSError,
     RecursionError,
@@ -39,6 +41,7 @@ PARSER_ERRORS = (
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
+    DaeError,
     trimesh.exchange.stl.HeaderError,
 )
 
@@ -207,7 +210,8 @@ def _piece(geometry: trimesh.Trimesh, matrix: NDArray[np.float64], looks: Looks)
         uv, normals = (None if a is None else a[faces.ravel()] for a in (uv, normals))
         vertices, colors = vertices[faces.ravel()], np.repeat(face_colors, 3, axis=0)
         faces = np.arange(len(vertices)).reshape(-1, 3)
-    vertices = vertices @ matrix[:3, :3].T + matrix[:3, 3]
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told below
+        vertices = vertices @ matrix[:3, :3].T + matrix[:3, 3]
     if np.linalg.det(matrix[:3, :3]) < 0:
         faces = faces[:, ::-1]
     if normals is not None:

@@ -20,7 +20,7 @@ class FolderSource:
     """Every mesh file below `root`, in the order of relative POSIX paths, which are also the uids' keys.
 
     Nobody states a licence for one's own files, so it is "unknown"; the licence policy lets a folder pass because
-    its owner named it. Symbolic links count where they stay inside the folder, once, and never as a loop.
+    its owner named it. A link to a file inside the folder counts, a link out of it or to a directory does not.
     """
 
     root: Path
@@ -33,8 +33,8 @@ class FolderSource:
 
     @property
     def skipped(self) -> int:
-        """How many files are neither a mesh nor the side file of one."""
-        return sum(_extension(path) not in MESH_FORMATS | SIDE_FORMATS for path in _files(self.root))
+        """How many files are neither a mesh nor the side file of one, or have a name that is not text."""
+        return sum(not _is_mesh(path) and _extension(path) not in SIDE_FORMATS for path in _files(self.root))
 
     def check(self) -> None:
         """UserError if the folder is missing, unreadable, or holds no mesh file."""
@@ -50,7 +50,7 @@ class FolderSource:
 
     def records(self) -> Iterator[Record]:
         for path in _files(self.root):
-            if _extension(path) in MESH_FORMATS:
+            if _is_mesh(path):
                 yield Record(
                     uid=make_uid("folder", path),
                     source=self.name,
@@ -66,6 +66,11 @@ class FolderSource:
             raise FileNotFoundError(f"{record.url} leads out of the folder {self.root}")
         with path.open("rb"):
             return path
+
+
+def _is_mesh(path: str) -> bool:
+    """Also False for a name whose bytes are not UTF-8: it could be neither hashed into a uid nor stored."""
+    return _extension(path) in MESH_FORMATS and not any("\udc80" <= character <= "\udcff" for character in path)
 
 
 def _extension(path: str) -> str:

@@ -70,6 +70,14 @@ def test_links_inside_count_links_outside_and_loops_do_not(tmp_path):
     assert urls(folder) == ["a/real.glb", "alias.glb"]
 
 
+def test_a_name_that_is_not_text_is_skipped(tmp_path):
+    fill(tmp_path, "a.glb")
+    with open(os.fsencode(tmp_path) + b"/\xff.glb", "wb"):  # noqa: PTH123 - a name that no Path can spell
+        pass
+    assert urls(tmp_path) == ["a.glb"]
+    assert open_source(f"folder:{tmp_path}").skipped == 1
+
+
 def test_a_link_is_checked_again_when_it_is_opened(tmp_path):
     outside, folder = fill(tmp_path / "outside", "secret.glb"), fill(tmp_path / "folder", "a.glb")
     source = open_source(f"folder:{folder}")

@@ -179,7 +179,7 @@ def ring(outer: Points, inner: Points, depth: float) -> Piece:
 def triangulate(outline: Points) -> Triangles:
     """Ears of a simple counter-clockwise polygon [n, 2] -> [n - 2, 3]. ValueError if it has none left to cut."""
     left, faces = list(range(len(outline))), []
-    while len(left) > 3:
+    while len(left) >= 3:
         for k in range(len(left)):
             a, b, c = left[k - 1], left[k], left[(k + 1) % len(left)]
             others = outline[[i for i in left if i not in (a, b, c)]]
@@ -189,7 +189,7 @@ def triangulate(outline: Points) -> Triangles:
                 break
         else:
             raise ValueError(f"outline must be simple and counter-clockwise, stuck with {len(left)} corners")
-    return np.array([*faces, tuple(left)], dtype=np.int64)
+    return np.array(faces, dtype=np.int64)
 
 
 def _turn(a: Points, b: Points, c: Points) -> Points:
