@@ -19,6 +19,7 @@ from collada.common import DaeError
 from numpy.typing import NDArray
 
 from pipeline.appearance import Looks
+from pipeline.gltf import prepared
 from pipeline.preflight import check_file
 from pipeline.schema import Material, Mesh, Part, Reject
 
@@ -76,7 +77,6 @@ def load_with_report(path: Path, cfg: LoadConfig, *, up: str = "y") -> tuple[Mes
     """
     if up not in ("y", "z"):
         raise ValueError(f'up must be "y" or "z", got {up!r}')
-    extension = check_file(path, cfg)
     resolver = _Resolver(str(path))
     notes = _Notes()
     logger = logging.getLogger("trimesh")
@@ -84,12 +84,17 @@ def load_with_report(path: Path, cfg: LoadConfig, *, up: str = "y") -> tuple[Mes
     logger.addHandler(notes)
     logger.setLevel(logging.DEBUG)
     try:
-        with path.open("rb") as file:
-            stream = io.BytesIO(absolute_indices(file.read())) if extension == "obj" else file
-            scene = trimesh.load_scene(stream, file_type=extension, resolver=resolver, process=False)
-        pieces, dropped = _pieces(scene, cfg, linear_colors=extension in ("glb", "gltf"))
+        extension = check_file(path, cfg)
+        data = path.read_bytes()
+        linear_colors = extension in ("glb", "gltf")
+        if extension == "obj":
+            data = absolute_indices(data)
+        elif linear_colors:
+            data, extension = prepared(data, extension, resolver.get)
+        scene = trimesh.load_scene(io.BytesIO(data), file_type=extension, resolver=resolver, process=False)
+        pieces, dropped = _pieces(scene, cfg, linear_colors=linear_colors)
     except PARSER_ERRORS as error:
-        message = str(error)[:200]
+        message = str(error).replace(str(path.parent), "")[:200]  # the same on every machine
         past_the_end = isinstance(error, IndexError) and "out of bounds" in message
         if past_the_end or "index outside the range" in message:
             raise Reject("index_out_of_range", message=message) from error

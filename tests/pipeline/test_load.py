@@ -471,6 +471,14 @@ def test_a_broken_file_is_rejected_with_its_reason(tmp_path, name):
     assert str(tmp_path) not in str(found)  # and must not differ from machine to machine
 
 
+def test_a_file_that_is_not_there_or_a_directory_is_unreadable(tmp_path):
+    (tmp_path / "folder.glb").mkdir()
+    for name in ("gone.glb", "folder.glb"):
+        found = reject(tmp_path / name)
+        assert found.reason == "unreadable"
+        assert str(tmp_path) not in str(found)
+
+
 def test_a_bomb_without_a_view_behind_it(tmp_path):
     document, data = gltf()
     del document["accessors"][0]["bufferView"]
