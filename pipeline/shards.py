@@ -9,21 +9,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from pipeline.cameras import SENSOR_MM, look_at_origin
+from pipeline.cameras import CameraSet, camera, look_at_origin
 from pipeline.render import ImageFormat, decode
 from pipeline.schema import FORMAT_VERSION, View
 
-HEADER = 512  # bytes of a tar member's header
+HEADER = 512  # bytes of a tar member's header; members are padded to it
+ATTEMPTS = 32  # redrawn cameras that a check recognises
 TOLERANCE = 1e-9  # of a camera's numbers against the formula
 INDEX = pa.schema([("key", pa.string()), ("member", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+DRAWN = ("azimuth_degrees", "elevation_degrees", "focal_mm")  # a camera's free numbers; the rest follows
 META_KEYS = {"uid", "view", "width", "height", *look_at_origin(0, 0, 50).meta()}
+
+
+class Row(NamedTuple):
+    """One member of the tar."""
+
+    key: str
+    member: str
+    offset: int  # of its data, bytes
+    size: int
 
 
 def view_key(uid: str, view: int) -> str:
@@ -85,13 +96,28 @@ def write_render_shard(
     counts = {len(views) for _, views in entries}
     if len(set(uids)) != len(uids) or len(counts) > 1:
         raise ValueError(f"entries must be of different assets with equally many views, got {uids} with {counts}")
-    rows: list[tuple[str, str, int, int]] = []
-    partial = path.with_name(f".{path.name}.partial")
+    index = index_path(path)
+    partial, partial_index = (file.with_name(f".{file.name}.partial") for file in (path, index))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for view in range(max(counts, default=0)):
-            for uid, views in entries:
-                data, meta = views[view]
+    try:
+        rows = _write_tar(partial, entries, max(counts, default=0), format)
+        columns = list(zip(*rows)) if rows else [()] * len(INDEX)
+        schema = INDEX.with_metadata({"format_version": str(FORMAT_VERSION)})
+        table = pa.table([pa.array(column, field.type) for column, field in zip(columns, INDEX)], schema=schema)
+        pq.write_table(table, partial_index, compression="zstd")
+        partial_index.replace(index)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+        partial_index.unlink(missing_ok=True)
+
+
+def _write_tar(path: Path, entries: Sequence[Any], views: int, format: ImageFormat) -> list[Row]:
+    rows = []
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for view in range(views):
+            for uid, encoded in entries:
+                data, meta = encoded[view]
                 if (meta.get("uid"), meta.get("view")) != (uid, view):
                     raise ValueError(
                         f"meta must be of {uid} view {view}, got {meta.get('uid')} view {meta.get('view')}"
@@ -100,20 +126,13 @@ def write_render_shard(
                 for member, content in ((f"{key}.{format}", data), (f"{key}.json", dump_meta(meta))):
                     header = tarfile.TarInfo(member)  # mtime, uid and gid 0, mode 0644
                     header.size = len(content)
-                    rows.append((key, member, tar.offset + HEADER, len(content)))
+                    rows.append(Row(key, member, tar.offset + HEADER, len(content)))
                     tar.addfile(header, BytesIO(content))
-    schema = INDEX.with_metadata({"format_version": str(FORMAT_VERSION)})
-    columns = list(zip(*rows)) if rows else [()] * len(INDEX)
-    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, INDEX)], schema=schema)
-    index = index_path(path)
-    partial_index = index.with_name(f".{index.name}.partial")
-    pq.write_table(table, partial_index, compression="zstd")
-    partial_index.replace(index)
-    partial.replace(path)
+    return rows
 
 
-def read_index(path: Path) -> list[tuple[str, str, int, int]]:
-    """Rows (key, member, offset, size) of the shard's index, in tar order. ValueError for another format_version."""
+def read_index(path: Path) -> list[Row]:
+    """The shard's index, in tar order. ValueError for another format_version."""
     index = index_path(path)
     table = pq.read_table(index)
     version = (table.schema.metadata or {}).get(b"format_version", b"none").decode()
@@ -121,7 +140,7 @@ def read_index(path: Path) -> list[tuple[str, str, int, int]]:
         raise ValueError(f"format_version of {index} must be {FORMAT_VERSION}, got {version}")
     if table.schema.remove_metadata() != INDEX:
         raise ValueError(f"columns of {index} must be {INDEX.names}, got {table.schema.names}")
-    return list(zip(*(column.to_pylist() for column in table.columns)))
+    return [Row(*row) for row in zip(*(column.to_pylist() for column in table.columns))]
 
 
 class RenderShard:
@@ -130,8 +149,8 @@ class RenderShard:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
-        for key, member, offset, size in read_index(self.path):
-            self._places.setdefault(key, {})[member.removeprefix(key + ".")] = (offset, size)
+        for row in read_index(self.path):
+            self._places.setdefault(row.key, {})[row.member.removeprefix(row.key + ".")] = (row.offset, row.size)
 
     @property
     def keys(self) -> list[str]:
@@ -162,82 +181,111 @@ class RenderShard:
         return View(rgba=decode(data), meta=meta)
 
 
-def _read_at(file: Any, offset: int, size: int) -> bytes:
+def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:
     file.seek(offset)
-    return file.read(size)
+    data = file.read(size)
+    if len(data) != size:
+        raise ValueError(f"{size} bytes at {offset} reach past the end of the tar")
+    return data
 
 
-def check_render_shard(path: Path, uids: Sequence[str], views: int, image_size: int | None = None) -> list[str]:
-    """Every breach of the contract, as "rule: what, where"; empty for a sound shard of these assets in this order.
+def check_render_shard(
+    path: Path, uids: Sequence[str], views: int, image_size: int | None = None, cameras: CameraSet | None = None
+) -> list[str]:
+    """Every breach of the contract as "rule: where"; empty for a sound shard of these assets, in this order.
 
-    Images are checked by their checksums and headers, not decoded.
+    With `cameras` the views must also be of that set, drawn for their own uid and view. PNGs are checked by their
+    checksums, not decoded.
     """
     try:
         rows = read_index(path)
-        tar = path.open("rb")
+        with path.open("rb") as tar:
+            keys = [view_key(uid, view) for view in range(views) for uid in uids]
+            return list(_problems(path.name, tar, rows, keys, image_size, cameras))
     except (OSError, ValueError, pa.ArrowException) as error:
         return [f"unreadable: {error}"]
-    with tar:
-        return list(_problems(path.name, tar, rows, [view_key(u, v) for v in range(views) for u in uids], image_size))
 
 
-def _problems(name: str, tar: Any, rows: list[Any], keys: list[str], image_size: int | None) -> Iterator[str]:
-    held = list(dict.fromkeys(key for key, *_ in rows))
-    yield from (f"missing view: {name} lacks {key}" for key in keys if key not in set(held))
-    yield from (f"unexpected view: {name} holds {key}" for key in held if key not in set(keys))
-    common = [key for key in keys if key in set(held)]
-    if [key for key in held if key in set(keys)] != common:
+def _problems(
+    name: str, tar: IO[bytes], rows: list[Row], keys: list[str], image_size: int | None, cameras: CameraSet | None
+) -> Iterator[str]:
+    held = list(dict.fromkeys(row.key for row in rows))
+    known, present = set(keys), set(held)
+    yield from (f"missing view: {name} lacks {key}" for key in keys if key not in present)
+    yield from (f"unexpected view: {name} holds {key}" for key in held if key not in known)
+    if [key for key in held if key in known] != [key for key in keys if key in present]:
         yield f"order: {name} is not in view-major order"
     try:
-        tar.seek(0)
         with tarfile.open(fileobj=tar, mode="r:") as archive:
             found = [(member.name, member.offset_data, member.size) for member in archive]
     except tarfile.TarError as error:
         yield f"truncated tar: {name}: {error}"
         return
-    if found != [(member, offset, size) for _, member, offset, size in rows]:
-        yield f"index mismatch: {name} and its index list different members, offsets or sizes"
+    end = max((offset + size for _, offset, size in found), default=0)
+    blocks = -(-end // HEADER) * HEADER + 2 * HEADER  # two empty ones close the archive
+    if tar.seek(0, 2) != -(-blocks // tarfile.RECORDSIZE) * tarfile.RECORDSIZE:
+        yield f"truncated tar: {name} has {tar.tell()} bytes, not whole records up to its end"
+    listed = [(row.member, row.offset, row.size) for row in rows]
+    if found != listed:
+        first = next((pair for pair in zip(found, listed) if pair[0] != pair[1]), (len(found), len(listed)))
+        yield f"index mismatch: {name} has {first[0]} where its index has {first[1]}"
         return
-    by_key: dict[str, dict[str, bytes]] = {}
-    for key, member, offset, size in rows:
-        content = _read_at(tar, offset, size)
-        if len(content) != size:
-            yield f"truncated tar: {name} ends within {member}"
-            return
-        by_key.setdefault(key, {})[member.removeprefix(key + ".")] = content
-        if len(by_key[key]) == 2:
-            yield from (f"{problem}: {name} {key}" for problem in _view_problems(key, by_key.pop(key), image_size))
-    yield from (f"incomplete view: {name} {key} lacks its image or json" for key in by_key)
+    content: dict[str, dict[str, bytes]] = {key: {} for key in held}
+    for row in rows:
+        parts = content[row.key]
+        parts[row.member.removeprefix(row.key + ".")] = _read_at(tar, row.offset, row.size)
+        if len(parts) == 2:
+            problems = _view_problems(row.key, content.pop(row.key), image_size, cameras)
+            yield from (f"{problem}: {name} {row.key}" for problem in problems)
+    yield from (f"incomplete view: {name} {key}" for key in content)
 
 
-def _view_problems(key: str, content: dict[str, bytes], image_size: int | None) -> Iterator[str]:
-    if "json" not in content or not set(content) & {"png", "webp"}:
-        yield f"members must be an image and a json, not {sorted(content)}"
+def _view_problems(
+    key: str, parts: dict[str, bytes], image_size: int | None, cameras: CameraSet | None
+) -> Iterator[str]:
+    if "json" not in parts or not set(parts) & set(get_args(ImageFormat)):
+        yield f"incomplete view: members {sorted(parts)}"
         return
     try:
-        meta = json.loads(content.pop("json"))
-    except ValueError as error:
-        yield f"json does not parse ({error})"
+        meta = json.loads(parts.pop("json"))
+        missing = META_KEYS - set(meta)
+        drawn = None if missing else look_at_origin(*(float(meta[name]) for name in DRAWN))
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        yield f"json: {error}"
         return
-    (data,) = content.values()
+    if drawn is None:
+        yield f"json: lacks {sorted(missing)}"
+        return
     uid, _, view = key.rpartition("-")
-    if not isinstance(meta, dict) or META_KEYS - set(meta):
-        yield f"json lacks {sorted(META_KEYS - set(meta))}"
-        return
     if (meta["uid"], meta["view"]) != (uid, int(view)):
-        yield f"json is of {meta['uid']} view {meta['view']}"
+        yield f"json: is of {meta['uid']} view {meta['view']}"
+    for field, value in drawn.meta().items():
+        try:
+            agrees = np.allclose(meta[field], value, rtol=0, atol=TOLERANCE)
+        except (ValueError, TypeError):
+            agrees = False
+        if not agrees:
+            yield f"camera: {field} is {meta[field]}, the formula gives {value}"
+    if cameras is not None:
+        again = (camera(uid, int(view), cameras, attempt) for attempt in range(ATTEMPTS))
+        if not any(all(getattr(c, name) == meta[name] for name in DRAWN) for c in again):
+            yield f"camera: is not of the set {cameras!r} for this view"
+    (data,) = parts.values()
+    yield from _image_problems(data, (meta["width"], meta["height"]), image_size)
+
+
+def _image_problems(data: bytes, stated: tuple[int, int], image_size: int | None) -> Iterator[str]:
     try:
         with Image.open(BytesIO(data)) as image:
             size, mode = image.size, image.mode
-            image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        yield f"image is damaged ({error})"
+            if image.format == "PNG":
+                image.verify()  # every chunk's checksum
+            else:
+                image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        yield f"image: {error}"
         return
     if mode != "RGBA":
-        yield f"image must be RGBA, is {mode}"
-    if size != (meta["width"], meta["height"]) or (image_size is not None and size != (image_size, image_size)):
-        yield f"image size is {size}, json says {(meta['width'], meta['height'])}, the build {image_size}"
-    expected = look_at_origin(meta["azimuth_degrees"], meta["elevation_degrees"], meta["focal_mm"])
-    for field, value in {**expected.meta(), "sensor_mm": SENSOR_MM}.items():
-        if not np.allclose(meta[field], value, rtol=0, atol=TOLERANCE):
-            yield f"camera {field} is {meta[field]}, the formula gives {value}"
+        yield f"image: must be RGBA, is {mode}"
+    if size != stated or (image_size is not None and size != (image_size, image_size)):
+        yield f"image size: is {size}, json says {stated}, the build {image_size}"
