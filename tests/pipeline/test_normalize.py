@@ -1,5 +1,7 @@
 """The frame that everything after it shares."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,11 +62,13 @@ def test_parts_and_faces_stay():
     assert result.faces is mesh.faces
 
 
-def test_center_and_scale_of_two_steps_lead_back_to_the_loaded_frame():
-    mesh = triangle([5, 5, 5], [9, 5, 5], [5, 6, 7])
-    twice = normalize(normalize(mesh, NormalizeConfig(half_extent=0.1)), CFG)
-    np.testing.assert_allclose((mesh.vertices - twice.center) * twice.scale, twice.vertices, atol=1e-12)
-    assert twice.center == pytest.approx(normalize(mesh, CFG).center)
+def test_center_and_scale_lead_back_to_the_loaded_frame_whatever_frame_came_in():
+    loaded = triangle([5, 5, 5], [9, 5, 5], [5, 6, 7])
+    center, scale = np.array([1.0, 2.0, 3.0]), 0.5
+    given_ = replace(loaded, vertices=(loaded.vertices - center) * scale, center=tuple(center), scale=scale)
+    result = normalize(given_, CFG)
+    np.testing.assert_allclose((loaded.vertices - result.center) * result.scale, result.vertices, atol=1e-12)
+    assert result.center == pytest.approx((7.0, 5.5, 6.0))
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,22 @@ def test_normals_are_smooth_on_a_ball_and_split_at_the_edges_of_a_box():
     np.testing.assert_array_equal(vertices, joined.vertices[source])
 
 
+def test_texture_coordinates_and_colours_come_back_as_they_were_made(tmp_path):
+    quad = kit.surface(np.array([[(0, 0, 0), (0, 1, 0)], [(1, 0, 0), (1, 1, 0)]], dtype=np.float64))
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    textured = kit.painted(quad, kit.Paint(texture=image))
+    tinted = kit.colored(kit.moved(quad, z=1), lambda p: np.column_stack([p[:, :2] / 2, 0 * p[:, 2]]))
+    (tmp_path / "a.glb").write_bytes(to_glb([textured, tinted]))
+    mesh, _ = load_with_report(tmp_path / "a.glb", LoadConfig())
+    for part in mesh.parts:
+        place = mesh.vertices[part.vertices]
+        if part.colors is None:
+            np.testing.assert_allclose(part.uv, place[:, :2])  # v = 0 at the bottom
+            np.testing.assert_array_equal(part.material.texture[..., :3], image)
+        else:
+            np.testing.assert_allclose(part.colors[:, :2], place[:, :2] * 127.5, atol=1)
+
+
 def test_files_stay_small():
     sizes = [len(to_glb(make_shape(key))) for key in keys(48)[::12]]
     assert max(sizes) < 600_000
