@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from pipeline.schema import BLOCK, spacing
 from pipeline.triangles import distance2
 
-FREE, BARRIER, EXTERIOR = 0, 1, 2
-POINTS = BLOCK**3
 # A 6-connected path across a closed surface has an end within h/2 of it; a little more also closes hairline cracks.
 BARRIER_VOXELS = 0.6
 REACH_VOXELS = 3.0  # triangles this close to a block are in its bin, enough for every line of sight
@@ -31,11 +29,12 @@ class Bins:
 
 @dataclass(frozen=True, kw_only=True)
 class Exterior:
-    """The flood's result: points of blocks with a bin one by one, all other blocks whole."""
+    """The flood's result. A block with a bin has one bit a point: word lx, bit 8 * ly + lz; all others are whole."""
 
     bins: Bins
-    points: NDArray[np.uint8]  # [M, 512] FREE (not reached), BARRIER or EXTERIOR
-    blocks: NDArray[np.uint8]  # [B, B, B] FREE or EXTERIOR, for blocks without a bin
+    barrier: NDArray[np.uint64]  # [M, 8] within BARRIER_VOXELS of a triangle in use
+    outside: NDArray[np.uint64]  # [M, 8] reached by the flood
+    whole: NDArray[np.bool_]  # [B, B, B] blocks without a bin that the flood reached
 
 
 @njit(cache=True)
@@ -107,9 +106,11 @@ def bin_triangles(packed: NDArray[np.float64], resolution: int) -> Bins:
 
 
 @njit(cache=True)
-def _mark_barrier(packed, resolution, radius, use, blocks, offsets, triangles, points):
+def _mark_barrier(packed, resolution, radius, use, blocks, offsets, triangles, barrier):
     h = 1.0 / (resolution - 1)
     radius2 = radius * radius
+    one = np.uint64(1)
+    low, high = np.empty(3, np.int64), np.empty(3, np.int64)
     for m in range(len(blocks)):
         x0, y0, z0 = BLOCK * blocks[m, 0], BLOCK * blocks[m, 1], BLOCK * blocks[m, 2]
         for e in range(offsets[m], offsets[m + 1]):
@@ -117,7 +118,6 @@ def _mark_barrier(packed, resolution, radius, use, blocks, offsets, triangles, p
             if not use[t]:
                 continue
             row = packed[t]
-            low, high = np.empty(3, np.int64), np.empty(3, np.int64)
             for k in range(3):
                 a, b, c = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
                 start = BLOCK * blocks[m, k]
@@ -128,147 +128,186 @@ def _mark_barrier(packed, resolution, radius, use, blocks, offsets, triangles, p
                 for j in range(low[1], high[1] + 1):
                     y = (y0 + j) * h - 0.5
                     for k in range(low[2], high[2] + 1):
-                        p = 64 * i + 8 * j + k
-                        if points[m, p] == BARRIER:
+                        bit = one << np.uint64(8 * j + k)
+                        if barrier[m, i] & bit:
                             continue
                         z = (z0 + k) * h - 0.5
                         height = (x - row[0]) * row[9] + (y - row[1]) * row[10] + (z - row[2]) * row[11]
                         if abs(height) <= radius and distance2(row, x, y, z) <= radius2:
-                            points[m, p] = BARRIER
+                            barrier[m, i] |= bit
+
+
+_NOT_Z0 = np.uint64(0xFEFEFEFEFEFEFEFE)  # every bit but those with lz = 0
+_NOT_Z7 = np.uint64(0x7F7F7F7F7F7F7F7F)
 
 
 @njit(cache=True)
-def _spread(bin_of, bin_blocks, points, whole, stack, top, old, new):
-    """6-connected fill from the stack's entries, turning state old into new; a block without a bin is filled as one.
+def _fill_words(reached, free):
+    """Spreads the bits of reached [8] through those of free [8], 6-connected, until nothing changes."""
+    one, eight = np.uint64(1), np.uint64(8)
+    changed = True
+    while changed:
+        changed = False
+        for sweep in range(16):  # forwards, then backwards
+            i = sweep if sweep < 8 else 15 - sweep
+            word = reached[i]
+            if i > 0:
+                word |= reached[i - 1]
+            if i < 7:
+                word |= reached[i + 1]
+            word &= free[i]
+            while True:
+                grown = word | (word << eight) | (word >> eight)
+                grown |= ((word << one) & _NOT_Z0) | ((word >> one) & _NOT_Z7)
+                grown &= free[i]
+                if grown == word:
+                    break
+                word = grown
+            if word != reached[i]:
+                reached[i] = word
+                changed = True
 
-    An entry is 512 * bin + point, or -1 - block number for a whole block; entries are in state new already.
+
+@njit(cache=True)
+def _face(words, axis, side):
+    """The 64 points of one face of a block as bits 8 * u + v of the two other axes in order."""
+    if axis == 0:
+        return words[7 * side]
+    face = np.uint64(0)
+    for i in range(8):
+        if axis == 1:
+            face |= (words[i] >> np.uint64(56 * side) & np.uint64(255)) << np.uint64(8 * i)
+        else:
+            for j in range(8):
+                face |= (words[i] >> np.uint64(8 * j + 7 * side) & np.uint64(1)) << np.uint64(8 * i + j)
+    return face
+
+
+@njit(cache=True)
+def _seed_face(words, free, axis, side, face):
+    """Sets the face's bits where they are free; whether any is new."""
+    new = False
+    for i in range(8):
+        bits = np.uint64(0)
+        if axis == 0:
+            if i != 7 * side:
+                continue
+            bits = face
+        elif axis == 1:
+            bits = (face >> np.uint64(8 * i) & np.uint64(255)) << np.uint64(56 * side)
+        else:
+            for j in range(8):
+                bits |= (face >> np.uint64(8 * i + j) & np.uint64(1)) << np.uint64(8 * j + 7 * side)
+        bits &= free[i] & ~words[i]
+        if bits:
+            words[i] |= bits
+            new = True
+    return new
+
+
+@njit(cache=True)
+def _spread(bin_of, bin_blocks, free, free_whole, reached, whole, queue, queued):
+    """6-connected fill block by block, from the queued blocks' reached points; a block without a bin is one point.
+
+    `queue` holds block numbers to start with and has room for all of them; `queued` marks those in it.
     """
     size = len(bin_of)
-    while top > 0:
-        top -= 1
-        code = stack[top]
-        m, p, bx, by, bz = 0, 0, 0, 0, 0
-        if code < 0:
-            b = -1 - code
-            bx, by, bz = b // (size * size), b // size % size, b % size
-        else:
-            m, p = code // POINTS, code % POINTS
-            bx, by, bz = bin_blocks[m, 0], bin_blocks[m, 1], bin_blocks[m, 2]
+    room = size**3
+    head, waiting = 0, len(queue)
+    ring = np.empty(room, np.int64)
+    ring[:waiting] = queue
+    while waiting > 0:
+        b = ring[head]
+        head = (head + 1) % room
+        waiting -= 1
+        queued[b] = False
+        bx, by, bz = b // (size * size), b // size % size, b % size
+        m = bin_of[bx, by, bz]
+        if m >= 0:
+            _fill_words(reached[m], free[m])
         for axis in range(3):
-            stride = 64 if axis == 0 else (8 if axis == 1 else 1)
-            for step in (-1, 1):
-                if code >= 0 and 0 <= p // stride % 8 + step < 8:  # most steps stay inside the block
-                    q = p + step * stride
-                    if points[m, q] == old:
-                        points[m, q] = new
-                        stack[top] = POINTS * m + q
-                        top += 1
-                    continue
-                nx = bx + step if axis == 0 else bx
-                ny = by + step if axis == 1 else by
-                nz = bz + step if axis == 2 else bz
+            for side in range(2):
+                nx = bx + (2 * side - 1) * (axis == 0)
+                ny = by + (2 * side - 1) * (axis == 1)
+                nz = bz + (2 * side - 1) * (axis == 2)
                 if min(nx, ny, nz) < 0 or max(nx, ny, nz) >= size:
                     continue
+                face = _face(reached[m], axis, side) if m >= 0 else ~np.uint64(0)
+                if not face:
+                    continue
                 n = bin_of[nx, ny, nz]
-                if n < 0:
-                    if whole[nx, ny, nz] == old:
-                        whole[nx, ny, nz] = new
-                        stack[top] = -1 - ((nx * size + ny) * size + nz)
-                        top += 1
-                elif code >= 0:
-                    q = p - step * 7 * stride
-                    if points[n, q] == old:
-                        points[n, q] = new
-                        stack[top] = POINTS * n + q
-                        top += 1
+                if n >= 0:
+                    if not _seed_face(reached[n], free[n], axis, 1 - side, face):
+                        continue
+                elif whole[nx, ny, nz] or not free_whole[nx, ny, nz]:
+                    continue
                 else:
-                    face = 0 if step > 0 else 7 * stride
-                    other1 = 8 if axis == 0 else 64
-                    other2 = 8 if axis == 2 else 1
-                    for u in range(8):
-                        for v in range(8):
-                            q = face + u * other1 + v * other2
-                            if points[n, q] == old:
-                                points[n, q] = new
-                                stack[top] = POINTS * n + q
-                                top += 1
+                    whole[nx, ny, nz] = True
+                to = (nx * size + ny) * size + nz
+                if not queued[to]:
+                    queued[to] = True
+                    ring[(head + waiting) % room] = to
+                    waiting += 1
 
 
-@njit(cache=True)
-def _flood(bin_of, bin_blocks, points, whole):
-    """EXTERIOR spreads from all FREE wall points."""
-    size = len(bin_of)
-    stack = np.empty(len(points) * POINTS + size**3 + 1, np.int64)
-    top = 0
-    last = size * BLOCK - 1
-    for bx in range(size):
-        for by in range(size):
-            for bz in range(size):
-                if 0 < bx < size - 1 and 0 < by < size - 1 and 0 < bz < size - 1:
-                    continue
-                m = bin_of[bx, by, bz]
-                if m < 0:
-                    whole[bx, by, bz] = EXTERIOR
-                    stack[top] = -1 - ((bx * size + by) * size + bz)
-                    top += 1
-                    continue
-                for p in range(POINTS):
-                    x, y, z = 8 * bx + p // 64, 8 * by + p // 8 % 8, 8 * bz + p % 8
-                    wall = x == 0 or y == 0 or z == 0 or x == last or y == last or z == last
-                    if wall and points[m, p] == FREE:
-                        points[m, p] = EXTERIOR
-                        stack[top] = POINTS * m + p
-                        top += 1
-    _spread(bin_of, bin_blocks, points, whole, stack, top, FREE, EXTERIOR)
-
-
-@njit(cache=True)
-def _label(bin_of, bin_blocks, points, whole, old, first):
-    """Numbers the connected regions of state old: first, first + 1, ...; the number after the last."""
-    size = len(bin_of)
-    stack = np.empty(len(points) * POINTS + size**3 + 1, np.int64)
-    number = first
-    for m in range(len(points)):
-        for p in range(POINTS):
-            if points[m, p] == old:
-                points[m, p] = number
-                stack[0] = POINTS * m + p
-                _spread(bin_of, bin_blocks, points, whole, stack, 1, old, number)
-                number += 1
-    return number
+def _fill(
+    bins: Bins,
+    free: NDArray[np.uint64],
+    free_whole: NDArray[np.bool_],
+    start: NDArray[np.int64],
+    reached: NDArray[np.uint64],
+    whole: NDArray[np.bool_],
+) -> None:
+    """Spreads `reached` and `whole` in place from the blocks with the numbers `start`."""
+    queued = np.zeros(bins.bin_of.size, np.bool_)
+    queued[start] = True
+    _spread(bins.bin_of, bins.blocks, free, free_whole, reached, whole, start, queued)
 
 
 def flood(packed: NDArray[np.float64], bins: Bins, use: NDArray[np.bool_]) -> Exterior:
     """Fills the outside of the triangles where `use` [T] holds, leaving a barrier of BARRIER_VOXELS around them."""
-    points = np.zeros((len(bins.blocks), POINTS), np.uint8)
+    barrier = np.zeros((len(bins.blocks), BLOCK), np.uint64)
     radius = BARRIER_VOXELS * spacing(bins.resolution)
-    _mark_barrier(packed, bins.resolution, radius, use, bins.blocks, bins.offsets, bins.triangles, points)
-    whole = np.zeros(bins.bin_of.shape, np.uint8)
-    _flood(bins.bin_of, bins.blocks, points, whole)
-    return Exterior(bins=bins, points=points, blocks=whole)
+    _mark_barrier(packed, bins.resolution, radius, use, bins.blocks, bins.offsets, bins.triangles, barrier)
+    outside, whole = np.zeros_like(barrier), np.zeros(bins.bin_of.shape, np.bool_)
+    # the flood starts at all free points of the grid's walls
+    size = len(bins.bin_of)
+    walls = np.zeros(bins.bin_of.shape, np.bool_)
+    for axis in range(3):
+        for side in (0, size - 1):
+            wall = np.moveaxis(walls, axis, 0)[side]
+            wall[...] = True
+            bin_numbers = np.moveaxis(bins.bin_of, axis, 0)[side]
+            np.moveaxis(whole, axis, 0)[side][bin_numbers < 0] = True
+            for m in bin_numbers[bin_numbers >= 0]:
+                _seed_face(outside[m], ~barrier[m], axis, int(side > 0), np.uint64(2**64 - 1))
+    start = np.flatnonzero(walls)
+    _fill(bins, ~barrier, np.ones_like(whole), start, outside, whole)
+    return Exterior(bins=bins, barrier=barrier, outside=outside, whole=whole)
 
 
-def cut_off(before: Exterior, after: Exterior) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
-    """Connected regions that were exterior before and are not any more, on the same bins.
-
-    Labels of points [M, 512] and of whole blocks [B, B, B], and the number of regions: 1.. is a region, 0 what was
-    already not exterior before (nor barrier after), -1 everything else.
-    """
-    bins = before.bins
-    unset = -2
-    points = np.where(after.points == FREE, np.where(before.points == EXTERIOR, unset, 0), -1).astype(np.int32)
-    whole = np.where(after.blocks == FREE, np.where(before.blocks == EXTERIOR, unset, 0), -1).astype(np.int32)
-    end = _label(bins.bin_of, bins.blocks, points, whole, unset, 1)
-    return points, whole, end - 1
+def region_from(free: Exterior, start: NDArray[np.int64]) -> Exterior:
+    """The connected region of the points that are `outside` in `free`, from one grid point [3] that is."""
+    bins = free.bins
+    block, local = start // BLOCK, start % BLOCK
+    reached, whole = np.zeros_like(free.outside), np.zeros_like(free.whole)
+    m = bins.bin_of[tuple(block)]
+    if m < 0:
+        whole[tuple(block)] = True
+    else:
+        reached[m, local[0]] = np.uint64(1) << np.uint64(8 * local[1] + local[2])
+    number = np.ravel_multi_index(tuple(block), bins.bin_of.shape)
+    _fill(bins, free.outside, free.whole, np.array([number]), reached, whole)
+    return Exterior(bins=bins, barrier=free.barrier, outside=reached, whole=whole)
 
 
 @njit(cache=True, inline="always")
-def state_at(bin_of, points, whole, x, y, z):
-    """FREE, BARRIER or EXTERIOR of the grid point with these indices; beyond the grid is EXTERIOR."""
+def bit_at(bin_of, words, whole, x, y, z, beyond):
+    """The bit of the grid point with these indices; `beyond` for a point off the grid."""
     last = len(bin_of) * BLOCK - 1
     if x < 0 or y < 0 or z < 0 or x > last or y > last or z > last:
-        return EXTERIOR
+        return beyond
     m = bin_of[x // 8, y // 8, z // 8]
     if m < 0:
         return whole[x // 8, y // 8, z // 8]
-    return points[m, 64 * (x % 8) + 8 * (y % 8) + z % 8]
+    return (words[m, x % 8] >> np.uint64(8 * (y % 8) + z % 8) & np.uint64(1)) != 0

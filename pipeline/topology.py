@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from pipeline import holes
-from pipeline.exterior import REACH_VOXELS, Exterior, bin_triangles, cut_off, flood, state_at
+from pipeline.exterior import REACH_VOXELS, Exterior, bin_triangles, flood, region_from
 from pipeline.schema import BLOCK, Mesh, Reject, check_resolution, spacing
 from pipeline.triangles import pack, segment_hits
 from pipeline.visibility import BACK, HIDDEN, SHEET, classify_triangles, visible_edges
@@ -41,6 +41,7 @@ class Topology:
     triangles: NDArray[np.float64]  # [T, 3, 3]; wound so that a solid's normals point outwards
     kinds: NDArray[np.uint8]  # [T] SOLID, SHEET or BURIED
     sharp_edges: NDArray[np.float64]  # [S, 2, 3] segments
+    exterior: Exterior  # the flood's labels: which side is right wherever no surface is near
     sign_path: str
     numbers: dict[str, float]
 
@@ -102,6 +103,7 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
         triangles=pieces,
         kinds=kinds,
         sharp_edges=_sharp_edges(packed, vertices, faces, use, exterior, cfg.sharp_degrees),
+        exterior=exterior,
         sign_path="+".join(path),
         numbers={
             "visible_area": float(visible),
@@ -167,22 +169,24 @@ def _sphere_directions(count: int) -> NDArray[np.float64]:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle), z], axis=1)
 
 
-@njit(cache=True)
-def _labels_beside(packed, bin_of, points, whole, h):
-    """[T, 8] labels met two voxels off each triangle, on both sides of four of its points."""
-    out = np.full((len(packed), 8), -1, np.int32)
-    for t in range(len(packed)):
-        row = packed[t]
-        for s in range(8):
-            v = 1 / 3 if s // 2 == 3 else (0.9 if s // 2 == 1 else 0.05)
-            w = 1 / 3 if s // 2 == 3 else (0.9 if s // 2 == 2 else 0.05)
-            off = 2 * h if s % 2 else -2 * h
-            i = int(np.round((row[0] + v * row[3] + w * row[6] + off * row[9] + 0.5) / h))
-            j = int(np.round((row[1] + v * row[4] + w * row[7] + off * row[10] + 0.5) / h))
-            k = int(np.round((row[2] + v * row[5] + w * row[8] + off * row[11] + 0.5) / h))
-            if min(i, j, k) >= 0 and max(i, j, k) < len(bin_of) * BLOCK:
-                out[t, s] = state_at(bin_of, points, whole, i, j, k)
-    return out
+def _points_beside(packed: NDArray[np.float64], h: float) -> NDArray[np.int64]:
+    """[T, 8, 3] grid points two voxels off each triangle, on both sides of four of its points."""
+    shares = np.array([[0.05, 0.05], [0.9, 0.05], [0.05, 0.9], [1 / 3, 1 / 3]])
+    on = packed[:, None, 0:3] + shares[:, :1] * packed[:, None, 3:6] + shares[:, 1:] * packed[:, None, 6:9]
+    off = 2 * h * packed[:, None, 9:12]
+    return np.rint((np.concatenate([on - off, on + off], axis=1) + 0.5) / h).astype(np.int64)
+
+
+def _bits(space: Exterior, points: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which grid points [..., 3] are `outside` in space; False off the grid."""
+    size = space.bins.resolution
+    inside_grid = ((points >= 0) & (points < size)).all(axis=-1)
+    x, y, z = np.moveaxis(np.clip(points, 0, size - 1), -1, 0)
+    m = space.bins.bin_of[x // BLOCK, y // BLOCK, z // BLOCK]
+    if len(space.outside) == 0:
+        return inside_grid & space.whole[x // BLOCK, y // BLOCK, z // BLOCK]
+    bit = space.outside[m, x % BLOCK] >> (8 * (y % BLOCK) + z % BLOCK).astype(np.uint64) & np.uint64(1)
+    return inside_grid & np.where(m < 0, space.whole[x // BLOCK, y // BLOCK, z // BLOCK], bit.astype(np.bool_))
 
 
 def _accepted_caps(
@@ -194,34 +198,50 @@ def _accepted_caps(
     views from outside reach it past the mesh; behind a single opening that share is 1 - |winding number| of the mesh.
     A cap stays if a solid region, or one that never was exterior, lies on one of its sides.
     """
-    bins, h = before.bins, spacing(before.bins.resolution)
-    points, whole, regions = cut_off(before, after)
+    h = spacing(before.bins.resolution)
+    lost = replace(before, outside=before.outside & ~after.outside & ~after.barrier, whole=before.whole & ~after.whole)
     caps = np.flatnonzero(cap_of >= 0)
-    beside = _labels_beside(packed[caps], bins.bin_of, points, whole, h)
+    beside = _points_beside(packed[caps], h)
+    always_inside = replace(before, outside=~(before.outside | before.barrier | after.barrier), whole=~before.whole)
     accepted = np.zeros(cap_of.max() + 1, np.bool_)
-    accepted[cap_of[caps[(beside == 0).any(axis=1)]]] = True
+    accepted[cap_of[caps[_bits(always_inside, beside).any(axis=1)]]] = True
     largest = 0.0
     directions = _sphere_directions(VIEWS)
-    for region in range(1, regions + 1):
-        owners = np.unique(cap_of[caps[(beside == region).any(axis=1)]])
-        if len(owners) == 0:
-            continue
-        single, blocks = np.argwhere(points == region), np.argwhere(whole == region)
-        single = single[:: len(single) // SAMPLES + 1]
-        blocks = blocks[:: len(blocks) // SAMPLES + 1]
-        inside = bins.blocks[single[:, 0]] * BLOCK + np.stack(np.unravel_index(single[:, 1], (BLOCK,) * 3), axis=1)
-        weights = np.array([(points == region).sum(), BLOCK**3 * (whole == region).sum()])
-        seen = [
-            _escape_share(
-                packed, cap_of < 0, bins.bin_of, bins.offsets, bins.triangles, h, group * h - 0.5, directions
-            ) if len(group) else 0.0
-            for group in (inside, blocks * BLOCK + (BLOCK - 1) / 2)
-        ]  # fmt: skip
-        share = float(np.dot(weights, seen) / weights.sum())
+    open_sides = _bits(lost, beside)
+    while open_sides.any():
+        region = region_from(lost, beside[open_sides][0])
+        touches = _bits(region, beside)
+        open_sides &= ~touches
+        owners = np.unique(cap_of[caps[touches.any(axis=1)]])
+        share = _share_seen(packed, cap_of < 0, region, directions)
         if share < max_opening:
             accepted[owners] = True
             largest = max(largest, share)
     return accepted, largest
+
+
+def _share_seen(
+    packed: NDArray[np.float64], use: NDArray[np.bool_], region: Exterior, directions: NDArray[np.float64]
+) -> float:
+    """Mean share of the directions in which sampled points of a region see out of the cube."""
+    bins, h = region.bins, spacing(region.bins.resolution)
+    mixed, blocks = np.flatnonzero(region.outside.any(axis=1)), np.argwhere(region.whole)
+    counts = np.bitwise_count(region.outside[mixed]).sum(axis=1)
+    weights = np.array([counts.sum(), BLOCK**3 * len(blocks)])  # a whole block stands for 512 points
+    mixed = mixed[:: len(mixed) // SAMPLES + 1]
+    words = region.outside[mixed]
+    slab = (words != 0).argmax(axis=1)  # one point of each sampled block: the first
+    word = words[np.arange(len(mixed)), slab]
+    bit = np.bitwise_count((word & (~word + np.uint64(1))) - np.uint64(1)).astype(np.int64)
+    points = bins.blocks[mixed] * BLOCK + np.stack([slab, bit // BLOCK, bit % BLOCK], axis=1)
+    blocks = blocks[:: len(blocks) // SAMPLES + 1]
+    seen = [
+        _escape_share(packed, use, bins.bin_of, bins.offsets, bins.triangles, h, group * h - 0.5, directions)
+        if len(group)
+        else 0.0
+        for group in (points, blocks * BLOCK + (BLOCK - 1) / 2)
+    ]
+    return float(np.dot(weights, seen) / weights.sum())
 
 
 def _sharp_edges(

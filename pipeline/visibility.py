@@ -6,30 +6,36 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.exterior import EXTERIOR, Bins, Exterior, state_at
+from pipeline.exterior import Bins, Exterior, bit_at
 from pipeline.schema import BLOCK, spacing
 from pipeline.triangles import pack, segment_hits, triangles_cross
 
 HIDDEN, FRONT, BACK, SHEET = 0, 1, 2, 3  # seen from: nowhere, the normal's side, the other side, both
 FINEST_VOXELS = 0.5  # a cut triangle's edge: the seam of two parts is found this closely
+CROSSED_VOXELS = 2.0  # a piece that another triangle passes through is sampled at least this densely
+MIXED = -3  # result of a piece whose parts are written already
+MAX_CUTS = 128
 COARSEST_VOXELS = 8.0  # samples of an uncut triangle lie no farther apart
 
 
 @njit(cache=True)
-def _sees_exterior(packed, bin_of, offsets, triangles, points, whole, h, x, y, z, nx, ny, nz):
+def _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz):
     """Whether some exterior grid point within three voxels on the side of n has a free line of sight to (x, y, z)."""
     x, y, z = x + 1e-3 * h * nx, y + 1e-3 * h * ny, z + 1e-3 * h * nz
     size = len(bin_of)
+    blocker = -1  # what hid the last candidate mostly hides the next one too
     for reach in (1.0, 1.6, 2.4):
         i0 = int(np.floor((x + reach * h * nx + 0.5) / h))
         j0 = int(np.floor((y + reach * h * ny + 0.5) / h))
         k0 = int(np.floor((z + reach * h * nz + 0.5) / h))
         for corner in range(8):
             i, j, k = i0 + (corner >> 2), j0 + (corner >> 1 & 1), k0 + (corner & 1)
-            if state_at(bin_of, points, whole, i, j, k) != EXTERIOR:
+            if not bit_at(bin_of, outside, whole, i, j, k, True):
                 continue
             qx, qy, qz = i * h - 0.5, j * h - 0.5, k * h - 0.5
             if (qx - x) * nx + (qy - y) * ny + (qz - z) * nz < 0.1 * h:
+                continue
+            if blocker >= 0 and segment_hits(packed[blocker], x, y, z, qx, qy, qz):
                 continue
             blocked = False
             previous = -1
@@ -48,6 +54,7 @@ def _sees_exterior(packed, bin_of, offsets, triangles, points, whole, h, x, y, z
                 for e in range(offsets[m], offsets[m + 1]):
                     if segment_hits(packed[triangles[e]], x, y, z, qx, qy, qz):
                         blocked = True
+                        blocker = triangles[e]
                         break
                 if blocked:
                     break
@@ -57,12 +64,12 @@ def _sees_exterior(packed, bin_of, offsets, triangles, points, whole, h, x, y, z
 
 
 @njit(cache=True)
-def sides_seen(packed, bin_of, offsets, triangles, points, whole, h, x, y, z, nx, ny, nz):
+def sides_seen(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz):
     """HIDDEN, FRONT, BACK or SHEET for a point of the surface with unit normal n."""
     code = HIDDEN
-    if _sees_exterior(packed, bin_of, offsets, triangles, points, whole, h, x, y, z, nx, ny, nz):
+    if _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz):
         code |= FRONT
-    if _sees_exterior(packed, bin_of, offsets, triangles, points, whole, h, x, y, z, -nx, -ny, -nz):
+    if _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, -nx, -ny, -nz):
         code |= BACK
     return code
 
@@ -112,102 +119,118 @@ def _crossings(packed, faces, use, offsets, triangles):
 
 
 @njit(cache=True)
-def _classify(packed, t, cross, bin_of, offsets, triangles, points, whole, h, emit, out, codes, count):
-    """Walks triangle t cut into pieces that are seen alike: their common code, or -1 and (when asked) the pieces."""
-    stack = np.empty((128, 3, 3))
-    row = packed[t]
-    for k in range(3):
-        stack[0, 0, k], stack[0, 1, k], stack[0, 2, k] = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
-    depth, common = 1, -2
-    while depth > 0:
-        depth -= 1
-        piece = stack[depth].copy()
-        longest, edge = 0.0, 0
-        for e in range(3):
-            f = (e + 1) % 3
-            length = np.sqrt(
-                (piece[e, 0] - piece[f, 0]) ** 2 + (piece[e, 1] - piece[f, 1]) ** 2 + (piece[e, 2] - piece[f, 2]) ** 2
-            )
-            if length > longest:
-                longest, edge = length, e
-        longest /= h
-        split = longest > COARSEST_VOXELS
-        if not split and longest > FINEST_VOXELS and len(cross):
-            own = pack(piece.reshape(1, 3, 3))[0]
-            for e in range(len(cross)):
-                if triangles_cross(own, packed[cross[e, 1]]):
-                    split = True
-                    break
-        code = -1
-        if not split:
-            for s in range(4):
-                wa = 1 / 3 if s == 3 else (0.8 if s == 0 else 0.1)
-                wb = 1 / 3 if s == 3 else (0.8 if s == 1 else 0.1)
-                wc = 1 - wa - wb
-                seen = sides_seen(
-                    packed, bin_of, offsets, triangles, points, whole, h,
-                    wa * piece[0, 0] + wb * piece[1, 0] + wc * piece[2, 0],
-                    wa * piece[0, 1] + wb * piece[1, 1] + wc * piece[2, 1],
-                    wa * piece[0, 2] + wb * piece[1, 2] + wc * piece[2, 2],
-                    row[9], row[10], row[11],
-                )  # fmt: skip
-                if s == 0 or (s == 3 and longest <= FINEST_VOXELS):
-                    code = seen
-                elif seen != code and longest > FINEST_VOXELS:
-                    split = True
-                    break
-        if split:
-            e, f, g = edge, (edge + 1) % 3, (edge + 2) % 3
-            middle = 0.5 * (piece[e] + piece[f])
-            stack[depth, 0], stack[depth, 1], stack[depth, 2] = piece[e], middle, piece[g]
-            stack[depth + 1, 0], stack[depth + 1, 1], stack[depth + 1, 2] = middle, piece[f], piece[g]
-            depth += 2
-            continue
-        if emit:
-            if count >= len(codes):
-                return count, out, codes
-            out[count], codes[count] = piece, code
-            count += 1
-        elif common == -2:
-            common = code
-        elif common != code:
-            return -1, out, codes
-    return (count if emit else common), out, codes
+def _longest_edge(piece):
+    """Length and number of a piece's longest edge; edge e runs from corner e to corner (e + 1) % 3."""
+    longest, edge = -1.0, 0
+    for e in range(3):
+        f = (e + 1) % 3
+        length = np.sqrt(
+            (piece[e, 0] - piece[f, 0]) ** 2 + (piece[e, 1] - piece[f, 1]) ** 2 + (piece[e, 2] - piece[f, 2]) ** 2
+        )
+        if length > longest:
+            longest, edge = length, e
+    return longest, edge
 
 
 @njit(cache=True)
-def _classify_all(packed, use, cross, cross_starts, bin_of, offsets, triangles, points, whole, h):
-    room = 2 * len(packed) + 1024
-    out, codes, parents = np.empty((room, 3, 3)), np.empty(room, np.uint8), np.empty(room, np.int32)
+def _half(piece, second, half):
+    """Writes one half of a piece, cut at the middle of its longest edge."""
+    _, e = _longest_edge(piece)
+    f, g = (e + 1) % 3, (e + 2) % 3
+    for k in range(3):
+        middle = 0.5 * (piece[e, k] + piece[f, k])
+        half[0, k] = middle if second else piece[e, k]
+        half[1, k] = piece[f, k] if second else middle
+        half[2, k] = piece[g, k]
+
+
+@njit(cache=True)
+def _code_of(piece, packed, t, cross, bin_of, offsets, triangles, outside, whole, h):
+    """The sides a piece of triangle t is seen from, or -1 if it has to be cut to tell."""
+    longest = _longest_edge(piece)[0] / h
+    if longest > COARSEST_VOXELS:
+        return -1
+    finest = longest <= FINEST_VOXELS
+    if longest > CROSSED_VOXELS and len(cross):
+        own = pack(piece.reshape(1, 3, 3))[0]
+        for e in range(len(cross)):
+            if triangles_cross(own, packed[cross[e, 1]]):
+                return -1
+    row = packed[t]
+    code = -1
+    for s in range(1 if finest else 4):
+        wa = 1 / 3 if s == 0 else (0.8 if s == 1 else 0.1)
+        wb = 1 / 3 if s == 0 else (0.8 if s == 2 else 0.1)
+        wc = 1 - wa - wb
+        seen = sides_seen(
+            packed, bin_of, offsets, triangles, outside, whole, h,
+            wa * piece[0, 0] + wb * piece[1, 0] + wc * piece[2, 0],
+            wa * piece[0, 1] + wb * piece[1, 1] + wc * piece[2, 1],
+            wa * piece[0, 2] + wb * piece[1, 2] + wc * piece[2, 2],
+            row[9], row[10], row[11],
+        )  # fmt: skip
+        if code >= 0 and seen != code:
+            return -1
+        code = seen
+    return code
+
+
+@njit(cache=True)
+def _classify_all(packed, use, cross, cross_starts, bin_of, offsets, triangles, outside, whole, h):
+    """Bisects each triangle depth first; halves that turn out alike are joined again on the way back."""
+    out = np.empty((2 * len(packed) + 1024, 3, 3))
+    codes, parents = np.empty(len(out), np.uint8), np.empty(len(out), np.int32)
     count = 0
+    frames = np.empty((MAX_CUTS, 3, 3))  # the path from the whole triangle to the current piece
+    first = np.empty(MAX_CUTS, np.int64)  # code of a piece's first half, -2 before it is known
+    half = np.empty((3, 3))
     for t in range(len(packed)):
         if not use[t]:
             continue
+        row = packed[t]
+        for k in range(3):
+            frames[0, 0, k], frames[0, 1, k], frames[0, 2, k] = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
         mine = cross[cross_starts[t] : cross_starts[t + 1]]
-        code, _, _ = _classify(packed, t, mine, bin_of, offsets, triangles, points, whole, h, False, out, codes, 0)
+        depth, result = 0, -2
         while True:
-            if code >= 0 and count < len(codes):
-                row = packed[t]
-                for k in range(3):
-                    out[count, 0, k], out[count, 1, k], out[count, 2, k] = (
-                        row[k],
-                        row[k] + row[3 + k],
-                        row[k] + row[6 + k],
-                    )
-                codes[count] = code
-                end = count + 1
-            else:
-                end, _, _ = _classify(
-                    packed, t, mine, bin_of, offsets, triangles, points, whole, h, True, out, codes, count
-                )
-            if end < len(codes):
+            if result == -2:  # a new piece
+                result = _code_of(frames[depth], packed, t, mine, bin_of, offsets, triangles, outside, whole, h)
+                if result == -1 and depth < MAX_CUTS - 1:
+                    first[depth] = -2
+                    _half(frames[depth], False, frames[depth + 1])
+                    depth += 1
+                    result = -2
+                    continue
+            if depth == 0:
                 break
-            more_out, more_codes = np.empty((2 * len(out), 3, 3)), np.empty(2 * len(codes), np.uint8)
-            more_parents = np.empty(2 * len(parents), np.int32)
-            more_out[:count], more_codes[:count], more_parents[:count] = out[:count], codes[:count], parents[:count]
-            out, codes, parents = more_out, more_codes, more_parents
-        parents[count:end] = t
-        count = end
+            depth -= 1  # hand the result to the piece it is a half of
+            if first[depth] == -2:
+                first[depth] = result
+                _half(frames[depth], True, frames[depth + 1])
+                depth += 1
+                result = -2
+                continue
+            if result != first[depth]:
+                for second in range(2):
+                    code = result if second else first[depth]
+                    if code >= 0:
+                        _half(frames[depth], second == 1, half)
+                        if count == len(out):
+                            more_out = np.empty((2 * count, 3, 3))
+                            more_codes, more_parents = np.empty(2 * count, np.uint8), np.empty(2 * count, np.int32)
+                            more_out[:count], more_codes[:count], more_parents[:count] = out, codes, parents
+                            out, codes, parents = more_out, more_codes, more_parents
+                        out[count], codes[count], parents[count] = half, code, t
+                        count += 1
+                result = MIXED
+        if result >= 0:
+            if count == len(out):
+                more_out = np.empty((2 * count, 3, 3))
+                more_codes, more_parents = np.empty(2 * count, np.uint8), np.empty(2 * count, np.int32)
+                more_out[:count], more_codes[:count], more_parents[:count] = out, codes, parents
+                out, codes, parents = more_out, more_codes, more_parents
+            out[count], codes[count], parents[count] = frames[0], result, t
+            count += 1
     return out[:count].copy(), codes[:count].copy(), parents[:count].copy()
 
 
@@ -223,13 +246,13 @@ def classify_triangles(
     pairs = np.unique(_crossings(packed, faces, use, bins.offsets, bins.triangles), axis=0)
     starts = np.searchsorted(pairs[:, 0], np.arange(len(packed) + 1))
     return _classify_all(
-        packed, use, pairs, starts, bins.bin_of, bins.offsets, bins.triangles, exterior.points, exterior.blocks,
+        packed, use, pairs, starts, bins.bin_of, bins.offsets, bins.triangles, exterior.outside, exterior.whole,
         spacing(bins.resolution),
     )  # fmt: skip
 
 
 @njit(cache=True)
-def _visible_pieces(packed, vertices, edges, starts, members, bin_of, offsets, triangles, points, whole, h):
+def _visible_pieces(packed, vertices, edges, starts, members, bin_of, offsets, triangles, outside, whole, h):
     """Of each edge the runs of pieces, at most two voxels long, beside which two faces are seen."""
     out = np.empty((1024, 2, 3))
     count = 0
@@ -250,7 +273,7 @@ def _visible_pieces(packed, vertices, edges, starts, members, bin_of, offsets, t
                 height = np.sqrt((inward**2).sum())
                 at = middle + inward * min(0.25 * h / height, 0.5)
                 if sides_seen(
-                    packed, bin_of, offsets, triangles, points, whole, h, at[0], at[1], at[2], row[9], row[10], row[11]
+                    packed, bin_of, offsets, triangles, outside, whole, h, at[0], at[1], at[2], row[9], row[10], row[11]
                 ):
                     seen += 1
             if seen < 2:
@@ -279,6 +302,6 @@ def visible_edges(
     """
     bins: Bins = exterior.bins
     return _visible_pieces(
-        packed, vertices, edges, starts, members, bins.bin_of, bins.offsets, bins.triangles, exterior.points,
-        exterior.blocks, spacing(bins.resolution),
+        packed, vertices, edges, starts, members, bins.bin_of, bins.offsets, bins.triangles, exterior.outside,
+        exterior.whole, spacing(bins.resolution),
     )  # fmt: skip
