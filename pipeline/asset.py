@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import canvas
 from pipeline.config import BuildConfig
 from pipeline.filter import filter_file, filter_geometry, filter_metadata
 from pipeline.load import load_with_report
@@ -159,13 +160,18 @@ def load_bricks(folder: Path, resolution: int) -> Bricks:
 
 
 def warm_up() -> None:
-    """Takes a small cube through the geometry, so that children are forked with compiled code in place."""
+    """Takes an open box with a loose sheet through the geometry: children are forked with compiled code in place.
+
+    The renderer is imported but not started: a graphics context does not survive a fork.
+    """
     corners = np.stack(np.meshgrid(*[[-0.4, 0.4]] * 3, indexing="ij"), axis=-1).reshape(8, 3)
-    sides = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
-    faces = np.array([[[a, b, c], [a, c, d]] for a, b, c, d in sides], np.int32).reshape(12, 3)
-    mesh = Mesh(vertices=corners, faces=faces)
+    sides = np.array([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4]])
+    sheet = np.array([[-0.2, 0.45, 0.0], [0.2, 0.45, 0.0], [0.0, 0.45, 0.2]])
+    faces = np.concatenate([sides[:, [0, 1, 2]], sides[:, [0, 2, 3]], [[8, 9, 10]]]).astype(np.int32)
+    mesh = Mesh(vertices=np.concatenate([corners, sheet]), faces=faces)
     filter_geometry(mesh, BuildConfig().filter)
     compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
+    canvas._import_pyrender()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import importlib
+import io
 import os
 import pickle
 import resource
@@ -17,11 +18,12 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from pipeline.schema import RunError
 
@@ -58,10 +60,11 @@ class Isolated:
 
     def __init__(self, warm_up: str):
         self._warm_up = warm_up
+        self._errors: IO[bytes] = io.BytesIO()
         self._server: subprocess.Popen[bytes] | None = None
 
     def call(self, function: str, argument: Any, *, log: Path, timeout_s: float, memory_bytes: int) -> Exit:
-        """Runs to the end, to a crash or to a limit. RuntimeError if the server itself dies."""
+        """Runs to the end, to a crash or to a limit. RunError if the server itself dies."""
         request = _Request(
             function=function,
             argument=pickle.dumps(argument),
@@ -80,7 +83,9 @@ class Isolated:
             pass
         if not isinstance(answer, Exit):
             self.close()
-            raise RuntimeError(f"the process that isolates assets ended with exit code {server.returncode}")
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
+            raise RunError(f"the process that isolates assets died: {lines[-1]}")
         return answer
 
     def close(self) -> None:
@@ -88,17 +93,20 @@ class Isolated:
         if self._server is not None:
             self._server.kill()
             self._server.wait()
-            _pipe(self._server.stdin).close()
+            with contextlib.suppress(BrokenPipeError):
+                _pipe(self._server.stdin).close()
             _pipe(self._server.stdout).close()
             self._server = None
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._server is None or self._server.poll() is not None:
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the server
             single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.isolate", self._warm_up],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=self._errors,
                 # One asset takes one core; Mesa draws in the calling thread with 0.
                 env={
                     **os.environ,

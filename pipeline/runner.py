@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -18,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipeline.asset import AssetJob
 from pipeline.command import raise_on_signals
-from pipeline.config import BuildConfig
+from pipeline.config import BuildConfig, differences
 from pipeline.isolate import Exit, Isolated
 from pipeline.manifest import Result
 from pipeline.pack import (
@@ -34,7 +35,7 @@ from pipeline.pack import (
 )
 from pipeline.plan import Plan
 from pipeline.progress import Progress
-from pipeline.schema import Record, RunError
+from pipeline.schema import Record, RunError, UserError
 from pipeline.sources import Source
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
     Uses the cluster that RAY_ADDRESS names (Ray sets it in a submitted job), else starts one on this machine for as
     long as the run lasts. RunError if the disk fills, too many assets fail, or a commit goes wrong.
     """
+    _check_committed(plan, cfg)
     todo = [(name, missing) for name in plan.shards if (missing := missing_products(cfg, name))]
     open_shards = {name for name, _ in todo}
     for name in plan.shards:
@@ -74,6 +76,19 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
     if (cfg.out / ".scratch").exists():
         (cfg.out / ".scratch").rmdir()
     return counts(plan, cfg)
+
+
+def _check_committed(plan: Plan, cfg: BuildConfig) -> None:
+    """UserError if a product that is there was made with other options than the run asks for."""
+    for product in cfg.products:
+        path = next((p for name in plan.shards if (p := marker_path(cfg.out, name, product)).exists()), None)
+        if path is None:
+            continue
+        changed = differences(json.loads(path.read_text())["config"], cfg.of_product(product))
+        if changed:
+            raise UserError(
+                f"{product} in {cfg.out} was built with {'; '.join(changed)}; choose another --out, or the same options"
+            )
 
 
 def missing_products(cfg: BuildConfig, shard: str) -> tuple[str, ...]:
@@ -274,7 +289,10 @@ def is_disk_full(error: OSError) -> bool:
 
 @contextmanager
 def _ray(cfg: BuildConfig) -> Iterator[None]:
-    """A connection to the cluster of RAY_ADDRESS, or a cluster of our own on this machine."""
+    """The caller's Ray if it is initialised, else the cluster of RAY_ADDRESS, else one of our own on this machine."""
+    if ray.is_initialized():
+        yield
+        return
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:

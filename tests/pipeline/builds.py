@@ -1,0 +1,75 @@
+"""Tiny builds for tests: options, processes of their own, and what two finished builds have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--views", "2", "--image-size", "32", "--topology-resolution", "64", "--shard-size", "4", "--workers", "2"]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Of a child process: its own HOME, no Ray of anybody else's, a mark by which its descendants are known."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    extra = {"HOME": str(home), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**kept, **extra, "PYTHONPATH": str(ROOT), "TEST_MARK": uuid.uuid4().hex}
+
+
+def start(module: str, *args: object, env: dict[str, str]) -> subprocess.Popen[str]:
+    """`python -m module args`, its output piped."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, args)],
+        env=env,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0, timeout_s: float = 300) -> str:
+    """Wait for the process; its output. Fails unless it exits with `code`."""
+    output = process.communicate(timeout=timeout_s)[0]
+    assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{output}"
+    return output
+
+
+def survivors(env: dict[str, str], within_s: float = 30) -> list[str]:
+    """Command lines of the processes started with `env` that are still there after that long; [] as soon as none is."""
+    deadline = time.monotonic() + within_s
+    while True:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("TEST_MARK") == env["TEST_MARK"]:
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of a build that must not vary between runs. The commit is left out: it may change under a test."""
+    files = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if path.is_file() and not name.startswith(("stats/", "report/")):
+            files[name] = path.read_bytes()
+    plan = json.loads(files["plan.json"])
+    files["plan.json"] = json.dumps({**plan, "commit": None}).encode()
+    return files
+
+
+def assert_same(left: dict[str, bytes], right: dict[str, bytes]) -> None:
+    assert sorted(left) == sorted(right)
+    assert [name for name in left if left[name] != right[name]] == []

@@ -1,0 +1,74 @@
+"""A source for tests: procedural shapes, some of which do to their process what real files have done."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.schema import Record
+from pipeline.sources.procedural import ProceduralSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostileSource:
+    """The first `count` procedural assets; asset number n behaves as behaviours says at n.
+
+    `notes`: a folder in which every visit to an asset leaves a file.
+    """
+
+    count: int
+    behaviours: tuple[tuple[int, str], ...] = ()
+    notes: Path | None = None
+    name = "procedural"
+
+    def records(self) -> Iterator[Record]:
+        yield from ProceduralSource(count=self.count).records()
+
+    def materialize(self, record: Record, scratch: Path) -> Path:
+        number = int(record.url.partition(":")[2].partition("-")[0])
+        behaviour = dict(self.behaviours).get(number, "")
+        visits = 0
+        if self.notes is not None:
+            visits = len(list(self.notes.glob(f"{number}.*")))
+            (self.notes / f"{number}.{visits}").touch()
+        if behaviour == "segfault":
+            ctypes.string_at(0)
+        elif behaviour == "abort":
+            os.abort()
+        elif behaviour == "hang":
+            ctypes.CDLL(None).sleep(600)  # native code: no Python signal handler runs
+        elif behaviour == "spin_with_child":
+            if os.fork() == 0:
+                time.sleep(600)
+            time.sleep(600)
+        elif behaviour == "memory":
+            np.ones(1 << 40, np.uint8)
+        elif behaviour == "leak":
+            kept = []
+            while True:
+                kept.append(np.empty(1 << 24, np.uint8))
+        elif behaviour == "raise":
+            raise RuntimeError(f"a bug, seen in {scratch}")
+        elif behaviour == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        elif behaviour == "lose_worker" and visits == 0:
+            _kill_ray_worker()
+        elif behaviour == "vanish":
+            raise FileNotFoundError("gone since the folder was listed")
+        return ProceduralSource().materialize(record, scratch)
+
+
+def _kill_ray_worker() -> None:
+    """The process above the server that forked us: what the loss of a node looks like from here."""
+    server = os.getppid()
+    worker = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(worker, signal.SIGKILL)
+    time.sleep(600)

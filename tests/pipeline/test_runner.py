@@ -1,0 +1,173 @@
+"""Hostile assets in a run on Ray. The tests share one local Ray, so that they pay its start once."""
+
+import json
+import os
+import shutil
+
+import pytest
+import ray
+
+from pipeline.build import build
+from pipeline.config import BuildConfig, LimitsConfig
+from pipeline.manifest import read_manifest
+from pipeline.plan import make_plan
+from pipeline.runner import missing_products, run
+from pipeline.schema import RunError, UserError
+from pipeline.verify import verify
+from tests.pipeline.hostile import HostileSource
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_ray(tmp_path_factory):
+    before = {name: os.environ.get(name) for name in ("HOME", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
+    os.environ |= {"HOME": str(tmp_path_factory.mktemp("home"))}
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=100 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def config(out, limits=None, **options):
+    tiny = {"resolutions": (64,), "topology_resolution": 64, "views": 1, "image_size": 32, "val_percent": 12}
+    limits = {"asset_memory_gb": 4.0, "min_free_gb": 0.0, **(limits or {})}
+    return BuildConfig(out=out, workers=2, limits=LimitsConfig(**limits), **{**tiny, **options})
+
+
+def rows_of(out):
+    return [row for path in sorted((out / "manifest").glob("*.parquet")) for row in read_manifest(path)]
+
+
+@pytest.fixture(scope="module")
+def hostile_build(tmp_path_factory):
+    """64 assets in one shard; these ones misbehave."""
+    folder = tmp_path_factory.mktemp("hostile")
+    behaviours = {3: "segfault", 20: "hang", 21: "memory", 40: "leak", 41: "raise", 60: "vanish", 63: "lose_worker"}
+    notes = folder / "notes"
+    notes.mkdir()
+    source = HostileSource(count=64, behaviours=tuple(behaviours.items()), notes=notes)
+    cfg = config(folder / "out", limits={"asset_timeout_s": 30.0})
+    return cfg, build(cfg, [source]), notes
+
+
+def test_hostile_assets_end_with_their_reason_and_all_others_are_done(hostile_build):
+    cfg, total, _ = hostile_build
+    ended = {n: (row["status"], row["stage"], row["reason"]) for n, row in enumerate(rows_of(cfg.out))}
+    assert {n: end for n, end in ended.items() if end != ("done", "", "")} == {
+        3: ("failed", "fetch", "crashed_signal_11"),
+        20: ("failed", "fetch", "timeout"),
+        21: ("failed", "fetch", "out_of_memory"),
+        40: ("failed", "fetch", "out_of_memory"),
+        41: ("failed", "fetch", "error_runtimeerror"),
+        60: ("rejected", "fetch", "file_not_readable"),
+    }
+    assert total == {"done": 58, "rejected": 1, "failed": 5}
+    assert verify(cfg.out) == []
+
+
+def test_only_the_lost_worker_was_tried_again(hostile_build):
+    _, _, notes = hostile_build
+    visits = [path.name.partition(".")[0] for path in notes.iterdir()]
+    assert {n for n in visits if visits.count(n) > 1} == {"63"}
+    assert visits.count("63") == 2
+
+
+def test_a_failure_says_what_happened_without_saying_where(hostile_build):
+    cfg, _, _ = hostile_build
+    numbers = json.loads(rows_of(cfg.out)[41]["numbers"])
+    assert numbers == {"error": "RuntimeError: a bug, seen in scratch/input"}
+
+
+def test_nothing_is_left_in_scratch_and_a_second_run_does_nothing(hostile_build):
+    cfg, total, notes = hostile_build
+    assert not (cfg.out / ".scratch").exists()
+    visits = len(list(notes.iterdir()))
+    assert build(cfg, [HostileSource(count=64, notes=notes)]) == total
+    assert len(list(notes.iterdir())) == visits
+
+
+def test_a_worker_lost_every_time_fails_its_asset_after_bounded_retries(tmp_path):
+    # Without notes the source does not know that it was here before.
+    source = HostileSource(count=2, behaviours=((1, "lose_worker"),))
+    assert build(config(tmp_path / "out", limits={"retries": 1}), [source]) == {"done": 1, "rejected": 0, "failed": 1}
+    assert [row["reason"] for row in rows_of(tmp_path / "out")] == ["", "worker_lost"]
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_the_same_command_goes_on(tmp_path):
+    cfg = config(tmp_path / "out", shard_size=1)
+    with pytest.raises(RunError, match=r"disk of .* is full .* run the same command to go on"):
+        build(cfg, [HostileSource(count=3, behaviours=((2, "disk"),))])
+    plan = make_plan(cfg, [])
+    assert [missing_products(cfg, shard) for shard in plan.shards][2] == cfg.products
+    assert build(cfg, [HostileSource(count=3)])["done"] == 3
+    assert verify(cfg.out) == []
+
+
+def test_a_nearly_full_disk_stops_the_run_before_it_is_full(tmp_path):
+    with pytest.raises(RunError, match="is full"):
+        build(config(tmp_path / "out", limits={"min_free_gb": 1e9}), [HostileSource(count=1)])
+
+
+def test_too_many_failures_stop_the_run_and_are_tried_again_once_the_cause_is_gone(tmp_path):
+    cfg = config(tmp_path / "out", limits={"max_failed_share": 0.5}, shard_size=64)
+    bad = tuple((n, "raise") for n in range(16))
+    with pytest.raises(RunError, match=r"10 of 1\d assets failed, the last in fetch: error_runtimeerror"):
+        build(cfg, [HostileSource(count=16, behaviours=bad)])
+    assert build(cfg, [HostileSource(count=16)])["failed"] == 0
+
+
+def test_landed_assets_are_not_visited_again(tmp_path):
+    cfg = config(tmp_path / "out", shard_size=3)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    with pytest.raises(RunError):
+        build(cfg, [HostileSource(count=3, behaviours=((2, "disk"),), notes=notes)])
+    landed = {path.parent.name for path in (cfg.out / ".scratch" / "000000").glob("*/result.json")}
+    build(cfg, [HostileSource(count=3, notes=notes)])
+    again = [path.name for path in notes.iterdir() if path.name.endswith(".1")]
+    assert len(again) == 3 - len([uid for uid in landed if "." not in uid])
+
+
+def test_an_asset_that_one_product_turns_away_keeps_the_others(tmp_path, monkeypatch):
+    cfg = config(tmp_path / "out", image_size=1)  # at one pixel every view touches the border
+    assert build(cfg, [HostileSource(count=2)]) == {"done": 0, "rejected": 2, "failed": 0}
+    for row in rows_of(cfg.out):
+        assert (row["stage"], row["tokens_64"] > 0) == ("renders-paper", True)
+    assert verify(cfg.out) == []
+
+
+def test_a_commit_that_was_cut_short_is_made_again(tmp_path, hostile_build):
+    done = hostile_build[0].out
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    cfg = config(out, limits={"asset_timeout_s": 30.0})
+    before = (out / "manifest" / "000000.parquet").read_bytes()
+    (out / "shards" / "000000" / "renders-paper.json").unlink()  # the product lies there, its marker does not
+    source = HostileSource(count=64)
+    assert any("no commit marker" in breach.rule for breach in verify(out))
+    run(make_plan(cfg, [source]), cfg, [source])
+    assert verify(out) == []
+    after = {row["uid"]: row["status"] for row in rows_of(out)}
+    assert len(after) == 64
+    assert (out / "manifest" / "000000.parquet").read_bytes() == before
+
+
+def test_an_output_directory_of_another_configuration_is_refused(hostile_build):
+    cfg, _, _ = hostile_build
+    other = config(cfg.out, topology_resolution=128, val_percent=3)
+    with pytest.raises(UserError, match=r"topology.resolution=64, now 128; .*val_percent=12, now 3; choose another"):
+        make_plan(other, [])
+
+
+def test_other_options_of_a_product_that_is_there_are_refused(hostile_build):
+    cfg, _, _ = hostile_build
+    with pytest.raises(UserError, match=r"renders-paper .*views=1, now 2"):
+        build(config(cfg.out, views=2), [HostileSource(count=64)])
