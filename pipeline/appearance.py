@@ -38,7 +38,8 @@ class Looks:
 
     def of(self, geometry: trimesh.Trimesh) -> tuple[Material, Any, Any, Any]:
         """(material, uv [V, 2] or None, vertex colours u8 [V, 4] sRGB or None, face colours u8 [F, 4] or None)."""
-        visual, count = geometry.visual, len(geometry.vertices)
+        visual: Any = geometry.visual
+        count = len(geometry.vertices)
         if isinstance(visual, trimesh.visual.TextureVisuals):
             material = self._material(visual.material)
             uv = None if visual.uv is None else np.asarray(visual.uv, dtype=np.float32)
@@ -71,7 +72,7 @@ class Looks:
 
     def _from_pbr(self, source: Any) -> Material:
         factor = source.baseColorFactor
-        color = np.ones(4) if factor is None else np.asarray(factor, dtype=np.float64) / 255
+        color = [1.0] * 4 if factor is None else (np.asarray(factor, dtype=np.float64) / 255).tolist()
         metallic = 1.0 if source.metallicFactor is None else float(source.metallicFactor)
         roughness = 1.0 if source.roughnessFactor is None else float(source.roughnessFactor)
         image = self._texture(source.metallicRoughnessTexture)
@@ -79,7 +80,7 @@ class Looks:
             roughness *= float(image[..., 1].mean()) / 255
             metallic *= float(image[..., 2].mean()) / 255
         return Material(
-            base_color=tuple(color.tolist()),
+            base_color=(color[0], color[1], color[2], color[3]),
             texture=self._texture(source.baseColorTexture),
             metallic=metallic,
             roughness=roughness,

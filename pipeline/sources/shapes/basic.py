@@ -52,7 +52,7 @@ def barrel(rng: Rng) -> list[Piece]:
     iron = Paint(color=textures.pick(rng, textures.METALS), metallic=0.6, roughness=0.5)
     hoops = []
     for height in (-0.42, -0.2, 0.2, 0.42):
-        low, high = radius(np.array(height - 0.035)), radius(np.array(height + 0.035))
+        low, high = radius(np.array([height - 0.035, height + 0.035])).tolist()
         section = [(low - 0.03, -0.035), (low + 0.015, -0.035), (high + 0.015, 0.035), (high - 0.03, 0.035)]
         hoops.append(painted(moved(lathe(section, closed=True), y=height), iron))
     return [painted(body, Paint(texture=image)), *hoops]

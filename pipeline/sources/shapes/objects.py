@@ -33,7 +33,8 @@ def table(rng: Rng) -> list[Piece]:
 
 
 def chair(rng: Rng) -> list[Piece]:
-    wood, cushion = _wood(rng), Paint(texture=textures.dots(*textures.palette(rng)[:2], 6), tiles=1.5)
+    wood, (a, b, *_) = _wood(rng), textures.palette(rng)
+    cushion = Paint(texture=textures.dots(a, b, 6), tiles=1.5)
     tall, legs = rng.uniform(0.5, 0.75), rng.uniform(0.38, 0.5)
     pieces = [painted(_plain(solids.box(0.5, 0.05, 0.5)), wood)]
     pieces.append(painted(moved(_plain(solids.box(0.44, 0.06, 0.44)), y=0.05), cushion))
@@ -120,7 +121,7 @@ def house(rng: Rng) -> list[Piece]:
     pieces = [painted(extrude(outline, deep), Paint(texture=textures.bricks(rng, wall, mortar), tiles=1.6))]
     slope = float(np.degrees(np.arctan2(gable, wide / 2)))
     length = float(np.hypot(gable, wide / 2)) + 0.14
-    tiles = Paint(texture=textures.bricks(rng, roof, tuple(0.6 * c for c in roof)), tiles=2.0)
+    tiles = Paint(texture=textures.bricks(rng, roof, textures.shaded(roof, 0.6)), tiles=2.0)
     for side in (-1, 1):
         plate = turned(_plain(solids.box(length, 0.05, deep + 0.16)), "z", -side * slope)
         lift = np.array([side * np.sin(np.radians(slope)), np.cos(np.radians(slope))]) * 0.02

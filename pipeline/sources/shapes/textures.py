@@ -38,6 +38,12 @@ def pick(rng: Rng, colors: tuple[str, ...]) -> Color:
     return from_hex(colors[rng.integers(len(colors))])
 
 
+def shaded(color: Color, factor: float) -> Color:
+    """A darker or lighter version of a colour."""
+    r, g, b = (factor * channel for channel in color)
+    return r, g, b
+
+
 def checker(a: Color, b: Color, cells: int, size: int = 128) -> Texture:
     i = np.arange(size) * cells // size
     return _mixed(a, b, ((i[:, None] + i[None, :]) % 2).astype(np.float64))
@@ -69,8 +75,7 @@ def wood(rng: Rng, base: Color, size: int = 128) -> Texture:
     """Long grain along v."""
     warp = _smooth_grid(rng.random((3, 8)), size)
     rings = 0.5 + 0.5 * np.sin(2 * np.pi * (np.arange(size)[None, :] / size * 6 + warp * 1.2))
-    dark = tuple(0.62 * channel for channel in base)
-    return _mixed(base, dark, 0.7 * rings + 0.3 * rng.random((1, size)))  # type: ignore[arg-type]
+    return _mixed(base, shaded(base, 0.62), 0.7 * rings + 0.3 * rng.random((1, size)))
 
 
 def dots(a: Color, b: Color, count: int, size: int = 128) -> Texture:

@@ -16,7 +16,11 @@ def flag(rng: Rng) -> list[Piece]:
     z = 0.13 * u**0.7 * np.sin(2 * np.pi * (waves * u - 0.25 * v) + phase)
     cloth = surface(np.stack([1.1 * u + 0 * v, 0.75 + 0.7 * v - 0.08 * u, z], axis=-1))
     colors = textures.palette(rng)[:3]
-    images = (textures.stripes(colors, 3), textures.stripes(colors, 3, upright=False), textures.checker(*colors[:2], 6))
+    images = (
+        textures.stripes(colors, 3),
+        textures.stripes(colors, 3, upright=False),
+        textures.checker(colors[0], colors[1], 6),
+    )
     pole = aimed(solids.rod(0.025, 20), (-0.01, -0.4, 0.0), (-0.01, 1.55, 0.0))
     knob = moved(solids.sphere(0.06, 24, 12), x=-0.01, y=1.57)
     return [
@@ -37,7 +41,7 @@ def open_box(rng: Rng) -> list[Piece]:
     """A cardboard box of single sheets with its four flaps open."""
     x, y, z = rng.uniform(0.3, 0.5), rng.uniform(0.4, 0.7), rng.uniform(0.3, 0.5)
     color = textures.from_hex(("c19a6b", "d4a373", "b08968")[rng.integers(3)])
-    board = Paint(texture=textures.noise(rng, color, tuple(0.85 * c for c in color)), tiles=1.0)
+    board = Paint(texture=textures.noise(rng, color, textures.shaded(color, 0.85)), tiles=1.0)
     corners = [(-x, z), (x, z), (x, -z), (-x, -z)]
     sheets = [_quad((-x, 0, -z), (x, 0, -z), (x, 0, z), (-x, 0, z))]
     for k in range(4):

@@ -77,7 +77,7 @@ def snowman(rng: Rng) -> list[Piece]:
 
 def castle(rng: Rng) -> list[Piece]:
     stone = textures.from_hex(("adb5bd", "c9b79c", "a5a58d")[rng.integers(3)])
-    wall = Paint(texture=textures.bricks(rng, stone, tuple(0.7 * c for c in stone)), tiles=2.0)
+    wall = Paint(texture=textures.bricks(rng, stone, textures.shaded(stone, 0.7)), tiles=2.0)
     roof = Paint(color=textures.palette(rng)[0])
     keep, tall = rng.uniform(0.55, 0.8), rng.uniform(0.5, 0.8)
     pieces = [painted(_block(2 * keep, 0.4, 2 * keep, y=0.2), wall)]
