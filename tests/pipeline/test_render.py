@@ -255,9 +255,10 @@ def test_blended_faces_are_drawn_from_the_farthest():
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["normals", "no normals"])
-def test_turned_faces_change_nothing(given):
+@pytest.mark.parametrize("subdivisions", [3, 5])  # lit by pixel, lit at corners
+def test_turned_faces_change_nothing(given, subdivisions):
     """Faces are seen, and lit, from both sides, whatever their winding and whoever made the normals."""
-    ball = trimesh.creation.icosphere(subdivisions=3, radius=0.4)
+    ball = trimesh.creation.icosphere(subdivisions, radius=0.4)
     normals = (ball.vertices / 0.4).astype(np.float32) if given else None
     mesh = of_trimesh(ball, normals=normals)
     turned = mesh.faces.copy()
@@ -302,9 +303,9 @@ def test_small_faces_are_lit_like_large_ones():
 
 
 def test_normals_keep_creases_and_smooth_the_rest():
-    cube = box()
-    corners = smooth_normals(cube.vertices.astype(np.float32), cube.faces)
-    assert np.abs(corners - cube.face_normals[:, None]).max() < 1e-6
+    for solid in (box(), trimesh.creation.cone(0.3, 0.3, sections=4), trimesh.creation.icosahedron()):
+        corners = smooth_normals(solid.vertices.astype(np.float32), solid.faces)
+        assert np.abs(corners - solid.face_normals[:, None]).max() < 1e-6
     can = trimesh.creation.cylinder(0.3, 0.6, sections=32)
     corners, places = smooth_normals(can.vertices.astype(np.float32), can.faces), can.vertices[can.faces]
     cap = np.abs(can.face_normals[:, 2]) > 0.5
