@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import TILE_BLOCKS, BlockIndex
+from kernels.blocks import TILE_BLOCKS, TILE_COMPRESSED, BlockIndex
 from kernels.tiles import LOG2E, load_keys, on_device
 
 
@@ -62,10 +62,12 @@ def block_score(
         return score_GNM
     BM = 32 if q_NHD.dtype == torch.float32 else 64
     grid = (len(index.tile_blocks) - 1, triton.cdiv(min(index.max_tokens, last - first), BM), G)
+    options = {"maxnreg": 96} if D <= 32 and BM == 64 else {}  # five programs a multiprocessor
     with on_device(q_NHD):
         _block_score[grid](
             q_NHD, ck_PGD, lse_NH, index.tile_blocks, index.block_compressed, index.compressed_block,
             index.block_asset, index.asset_blocks, index.token_starts, score_GNM, first, last, columns, scale * LOG2E,
-            G, H // G, D, BM, BN=64, BB=TILE_BLOCKS, num_warps=4, num_stages=2,
+            G, H // G, D, BM, BN=TILE_COMPRESSED, BB=TILE_BLOCKS, num_warps=4,
+            num_stages=3, **options,
         )  # fmt: skip
     return score_GNM

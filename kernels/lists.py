@@ -19,7 +19,7 @@ from kernels.blocks import BlockIndex
 from kernels.tiles import on_device
 from kernels.top_blocks import rank_dtype
 
-ITEM = 512
+ITEM = 96
 ITEM_FIELDS = 8  # block, kv head, first entry, last entry, first row of partial dk and dv; 32 bytes
 SCAN = 1024
 

@@ -125,10 +125,12 @@ def segment_forward(
         if bounded and norms is None:
             norms = key_norms(k_MGD)
         num_norms = norms.shape[1] if bounded else 0
+        # Four programs share a multiprocessor instead of two: measured 12% faster at D = 32.
+        options = {"maxnreg": 128} if D <= 32 and not wide else {}
         _segment_fwd[(triton.cdiv(N, BQ), G)](
             q_NHD, k_MGD, v_MGD, norms if bounded else lse_NH, segments.order, segments.query_segment,
             segments.key_starts, o_NHD, lse_NH, N, scale * LOG2E, num_norms, G, H // G, D, BQ,
             BK=32 if wide else 64, NORMS=triton.next_power_of_2(max(1, num_norms)),
-            ORDERED=len(segments.order) > 0, BOUNDED=bounded, num_warps=4, num_stages=3,
+            ORDERED=len(segments.order) > 0, BOUNDED=bounded, num_warps=4, num_stages=3, **options,
         )  # fmt: skip
     return o_NHD

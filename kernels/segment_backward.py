@@ -62,7 +62,7 @@ def _segment_dkdv(
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     t, g, split = tl.program_id(0) * BK, tl.program_id(1), tl.program_id(2)
-    m, j = t + tl.arange(0, BK), tl.arange(0, BQ)
+    m, r, d = t + tl.arange(0, BK), tl.arange(0, BQ * GS), tl.arange(0, D)
     ok_m = m < M
     k = load_keys(k_ptr, order_ptr, m, ok_m, g, G, D, ORDERED)
     v = load_keys(v_ptr, order_ptr, m, ok_m, g, G, D, ORDERED)
@@ -73,27 +73,22 @@ def _segment_dkdv(
         start = tl.maximum(tl.load(starts_ptr + segment), split * step)
         end = tl.minimum(tl.load(starts_ptr + segment + 1), split * step + step)
         inside = segment_of == segment
-        n = start + j
-        ok = n < end
-        row = tl.load(order_ptr + n, ok, other=0) if ORDERED else n
-        q_next, do_next = load_rows(q_ptr, row, ok, g, G, GS, D, BQ), load_rows(do_ptr, row, ok, g, G, GS, D, BQ)
-        lse_next = load_heads(lse_ptr, row, ok, g, float("inf"), G, GS, BQ)
-        dot_next = load_heads(dot_ptr, row, ok, g, 0.0, G, GS, BQ)
         for first in range(start, end, BQ):
-            q, do, lse, dot = q_next, do_next, lse_next, dot_next
-            n = first + BQ + j  # the next rows are on their way while these are used
+            n = first + r // GS
             ok = n < end
             row = tl.load(order_ptr + n, ok, other=0) if ORDERED else n
-            q_next, do_next = load_rows(q_ptr, row, ok, g, G, GS, D, BQ), load_rows(do_ptr, row, ok, g, G, GS, D, BQ)
-            lse_next = load_heads(lse_ptr, row, ok, g, float("inf"), G, GS, BQ)
-            dot_next = load_heads(dot_ptr, row, ok, g, 0.0, G, GS, BQ)
+            head = row.to(tl.int64) * (G * GS) + g * GS + r % GS
+            q = tl.load(q_ptr + head[:, None] * D + d[None, :], ok[:, None], other=0.0)
+            do = tl.load(do_ptr + head[:, None] * D + d[None, :], ok[:, None], other=0.0)
+            lse = tl.load(lse_ptr + head, ok, other=float("inf"))
+            dot = tl.load(dot_ptr + head, ok, other=0.0)
             p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse[None, :])
             p = tl.where(inside[:, None], p, 0.0)
             dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
             ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     row = tl.load(order_ptr + m, ok_m, other=0) if ORDERED else m
-    x = ((split.to(tl.int64) * M + row) * (G * D) + g * D)[:, None] + tl.arange(0, D)[None, :]
+    x = ((split.to(tl.int64) * M + row) * (G * D) + g * D)[:, None] + d[None, :]
     tl.store(dk_ptr + x, dk * scale, ok_m[:, None])
     tl.store(dv_ptr + x, dv, ok_m[:, None])
 
@@ -122,13 +117,14 @@ def segment_backward(
     wide, ordered = q_NHD.dtype == torch.float32 or D == 128, len(segments.order) > 0
     group, scale2 = H // G, scale * LOG2E
     with on_device(q_NHD):
-        BQ = queries_per_tile(64 if wide or D == 64 else 128, group)
+        BQ = queries_per_tile(64, group)
+        options = {"maxnreg": 128} if D <= 32 and not wide else {}  # four programs a multiprocessor
         _segment_dq[(triton.cdiv(N, BQ), G)](
             q_NHD, k_MGD, v_MGD, do_NHD, lse_NH, dot_NH, segments.order, segments.query_segment, segments.key_starts,
             dq_NHD, N, scale, scale2, G, group, D, BQ, BK=32 if wide else 64, ORDERED=ordered, ADD=add,
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=3, **options,
         )  # fmt: skip
-        BQ, BK = queries_per_tile(32 if wide else 64, group), 32 if wide else 64
+        BQ, BK = queries_per_tile(32, group), 32 if wide else 64
         tiles = triton.cdiv(M, BK) * G
         splits = 1 if segments.short else min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(N, 256))
         step = triton.cdiv(triton.cdiv(N, splits), BQ) * BQ
@@ -137,7 +133,7 @@ def segment_backward(
         _segment_dkdv[(triton.cdiv(M, BK), G, splits)](
             q_NHD, k_MGD, v_MGD, do_NHD, lse_NH, dot_NH, segments.order, segments.key_segment, segments.query_starts,
             dk_SMGD, dv_SMGD, N, M, step, scale, scale2, G, group, D, BQ, BK, ORDERED=ordered,
-            num_warps=4, num_stages=1,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
     if splits == 1:  # no copy
         return dq_NHD, dk_SMGD[0], dv_SMGD[0]

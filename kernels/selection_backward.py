@@ -40,6 +40,8 @@ def _selection_bwd(
             dot_next = load_heads(dot_ptr, n, ok_next, g, 0.0, G, GS, BQ)
             for e in range(first, last, BQ):
                 q, do, lse, dot, ok, entry = q_next, do_next, lse_next, dot_next, ok_next, entry_next
+                # Only this program writes the entry's row. Asked for early: the sum is the end of a long chain.
+                dq_before = load_rows(dq_ptr, entry, ok & (t > start), g, G, GS, D, BQ)
                 ok_next = e + BQ + j < last  # the next rows are on their way while these are used
                 entry_next = tl.load(entry_ptr + e + BQ + j, ok_next, other=0)
                 n = first_token + entry_next // top_k
@@ -52,10 +54,9 @@ def _selection_bwd(
                 dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
                 ds = (p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])).to(q.dtype)
                 dk = tl.dot(ds, q, dk, input_precision="ieee")
-                dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
-                if t > start:  # only this program writes the entry's row
-                    dq += load_rows(dq_ptr, entry, ok, g, G, GS, D, BQ).to(tl.float32)
+                dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale + dq_before.to(tl.float32)
                 store_rows(dq_ptr, dq, entry, ok, g, G, GS, D, BQ)
+            tl.debug_barrier()  # the next tile's loads of dq see these stores
             x = (partial + t - start + c)[:, None] * D + d[None, :]
             tl.store(dk_ptr + x, dk * scale, inside[:, None])
             tl.store(dv_ptr + x, dv, inside[:, None])
@@ -127,7 +128,7 @@ def selection_backward(
         _selection_bwd[(len(lists.items),)](
             q_NHD, k_NGD, v_NGD, do_NHD, lse_NH, dot_NH, lists.entries, lists.items, lists.sums[1, -1:],
             index.block_starts, part_nTHD, part_dk, part_dv, queries.first, top_k, scale, scale * LOG2E,
-            G, H // G, D, queries_per_tile(32 if wide else 64, H // G), BK=32 if wide else 64, FIELDS=ITEM_FIELDS,
+            G, H // G, D, queries_per_tile(32, H // G), BK=32 if wide else 64 if D == 64 else 128, FIELDS=ITEM_FIELDS,
             num_warps=4, num_stages=1,
         )  # fmt: skip
         R = max(1, 2048 // D)

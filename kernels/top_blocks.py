@@ -15,40 +15,42 @@ from kernels.tiles import on_device
 def _top_blocks(
     score_ptr, asset_ptr, asset_blocks_ptr, chunk_ptr, chunk_starts_ptr, chunk_ranks_ptr, selected_ptr, rank_ptr,
     first_token, tokens, columns, top_k, stride, first_chunk, G: tl.constexpr, COLUMNS: tl.constexpr,
-    RANKS: tl.constexpr,
+    ROWS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    i, g = tl.program_id(0), tl.program_id(1)
-    n = first_token + i
-    asset = tl.load(asset_ptr + n)
-    block0 = tl.load(asset_blocks_ptr + asset)
-    blocks = tl.load(asset_blocks_ptr + asset + 1) - block0
-    b = tl.arange(0, COLUMNS)
+    i, g = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    n, ok = first_token + i, i < tokens
+    asset = tl.load(asset_ptr + n, ok, other=0)
+    block0 = tl.load(asset_blocks_ptr + asset, ok, other=0)
+    blocks = tl.load(asset_blocks_ptr + asset + 1, ok, other=0) - block0
+    b = tl.arange(0, COLUMNS)[None, :]
     # Non-negative floats order as their bits do.
-    x = tl.load(score_ptr + (g.to(tl.int64) * tokens + i) * columns + b, b < blocks, other=-1.0)
-    x = x.to(tl.int32, bitcast=True)
+    at = (g.to(tl.int64) * tokens + i)[:, None] * columns + b
+    x = tl.load(score_ptr + at, b < blocks[:, None], other=-1.0).to(tl.int32, bitcast=True)
     k = tl.minimum(top_k, blocks)
     # Bisection for a threshold that k scores reach; `reach` of them do.
-    low, high, reach = k * 0, tl.max(x, 0), blocks
-    while (low < high) & (reach != k):
+    low, high, reach = k * 0, tl.max(x, 1), blocks
+    while tl.max(((low < high) & (reach != k)).to(tl.int32), 0) > 0:
+        searching = (low < high) & (reach != k)
         middle = low + ((high - low + 1) >> 1)
-        count = tl.sum((x >= middle).to(tl.int32), 0)
-        low = tl.where(count >= k, middle, low)
-        reach = tl.where(count >= k, count, reach)
-        high = tl.where(count >= k, high, middle - 1)
-    above, level = x > low, x == low
-    room = k - tl.sum(above.to(tl.int32), 0)
-    taken = above | (level & (tl.cumsum(level.to(tl.int32), 0) <= room))  # of equals the lower block
-    rank = tl.cumsum(taken.to(tl.int32), 0) - 1
-    selected_ptr += (g.to(tl.int64) * stride + n) * top_k
-    tl.store(selected_ptr + rank, block0 + b, taken)
-    tl.store(selected_ptr + b, -1 + b * 0, (b >= k) & (b < top_k))
+        count = tl.sum((x >= middle[:, None]).to(tl.int32), 1)
+        low = tl.where(searching & (count >= k), middle, low)
+        reach = tl.where(searching & (count >= k), count, reach)
+        high = tl.where(searching & (count < k), middle - 1, high)
+    above, level = x > low[:, None], x == low[:, None]
+    room = (k - tl.sum(above.to(tl.int32), 1))[:, None]
+    taken = above | (level & (tl.cumsum(level.to(tl.int32), 1) <= room))  # of equals the lower block
+    taken &= b < blocks[:, None]
+    rank = tl.cumsum(taken.to(tl.int32), 1) - 1
+    selected = selected_ptr + ((g.to(tl.int64) * stride + n) * top_k)[:, None]
+    tl.store(selected + rank, block0[:, None] + b, taken)
+    tl.store(selected + b + rank * 0, rank * 0 - 1, (b >= k[:, None]) & (b < top_k) & ok[:, None])
     if RANKS:
-        chunk = tl.load(chunk_ptr + n)
-        start = tl.load(chunk_starts_ptr + chunk)
-        size = tl.load(chunk_starts_ptr + chunk + 1) - start
-        base = (tl.load(chunk_ranks_ptr + chunk) - tl.load(chunk_ranks_ptr + first_chunk)) * G
-        x = base + (b * G + g).to(tl.int64) * size + (n - start)
-        tl.store(rank_ptr + x, (rank + 1).to(rank_ptr.dtype.element_ty), taken)
+        chunk = tl.load(chunk_ptr + n, ok, other=0)
+        start = tl.load(chunk_starts_ptr + chunk, ok, other=0)
+        size = tl.load(chunk_starts_ptr + chunk + 1, ok, other=0) - start
+        base = (tl.load(chunk_ranks_ptr + chunk, ok, other=0) - tl.load(chunk_ranks_ptr + first_chunk)) * G
+        to = (base + n - start)[:, None] + (b * G + g).to(tl.int64) * size[:, None]
+        tl.store(rank_ptr + to, (rank + 1).to(rank_ptr.dtype.element_ty), taken)
 
 
 def top_blocks(
@@ -69,11 +71,13 @@ def top_blocks(
     if tokens == 0:
         return
     COLUMNS = max(32, triton.next_power_of_2(columns))
+    # One warp a row is fastest; the interpreter pays per program instead.
+    ROWS = max(1, 2048 // COLUMNS) if triton.knobs.runtime.interpret else 1
     with on_device(score_GNM):
-        _top_blocks[(tokens, G)](
+        _top_blocks[(triton.cdiv(tokens, ROWS), G)](
             score_GNM, index.asset_of, index.asset_blocks, index.chunk_of, index.chunk_starts, index.chunk_ranks,
             selected_GNT, selected_GNT if ranks is None else ranks, first, tokens, columns, selected_GNT.shape[2],
-            selected_GNT.shape[1], first_chunk, G, COLUMNS, RANKS=ranks is not None,
+            selected_GNT.shape[1], first_chunk, G, COLUMNS, ROWS, RANKS=ranks is not None,
             num_warps=min(16, max(1, COLUMNS // 512)),
         )  # fmt: skip
 

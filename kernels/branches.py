@@ -1,0 +1,357 @@
+"""Each part of SSA as a differentiable function of its own, for callers that combine them differently."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import checks, reference
+from kernels.attention import SelectionLists, split_queries
+from kernels.block_mean import block_mean_backward, block_mean_forward
+from kernels.block_score import block_score
+from kernels.blocks import BlockIndex
+from kernels.gates import gated_sum_forward, gates_backward
+from kernels.lists import fill_lists, selected_ranks
+from kernels.segment import Segments, compressed_segments, segment_forward, window_segments
+from kernels.segment_backward import segment_backward
+from kernels.selection import combine_partials, selection_partials
+from kernels.selection_backward import selection_backward
+from kernels.tiles import key_norms
+from kernels.top_blocks import top_blocks
+
+
+def _segments(kind: str, index: BlockIndex) -> Segments:
+    return compressed_segments(index) if kind == "compressed" else window_segments(index, kind == "shifted")
+
+
+@torch.library.custom_op("sparse3d::segment_attention", mutates_args=())
+def _segment(q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], kind: str, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    return segment_forward(q, k, v, _segments(kind, BlockIndex(*index)), scale, lse), lse
+
+
+@_segment.register_fake
+def _(q, k, v, index, kind, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("sparse3d::segment_attention_backward", mutates_args=())
+def _segment_grad(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, index: list[Tensor], kind: str, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    do, q, k, v = (x.contiguous() for x in (do, q, k, v))
+    dot = (o.float() * do.float()).sum(2)
+    segments = _segments(kind, BlockIndex(*index))
+    dq, dk, dv = segment_backward(q, k, v, do, lse, dot, segments, scale)
+    return dq, dk.to(q.dtype), dv.to(q.dtype)
+
+
+@_segment_grad.register_fake
+def _(do, q, k, v, o, lse, index, kind, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _segment_setup(ctx, inputs, output):
+    q, k, v, index, ctx.kind, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *index)
+    ctx.set_materialize_grads(False)
+
+
+def _segment_backward(ctx, do, _):
+    q, k, v, o, lse, *index = ctx.saved_tensors
+    grads = (None,) * 3 if do is None else _segment_grad(do, q, k, v, o, lse, index, ctx.kind, ctx.scale)
+    return *grads, [None] * len(index), None, None
+
+
+_segment.register_autograd(_segment_backward, setup_context=_segment_setup)
+
+
+def compressed_attention(
+    q_NHD: Tensor,
+    ck_PGD: Tensor,
+    cv_PGD: Tensor,
+    index: BlockIndex,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Every query attends to all compressed tokens of its asset: [N, H, D] in q's dtype.
+
+    q [N, H, D], ck and cv [P, G, D]; dtypes, sizes, backend and errors as in `spatial_sparse_attention`. Differentiable.
+    """
+    P = index.num_compressed
+    triton = checks.use_triton(backend, q_NHD)
+    checks.check_heads(q_NHD, [("ck_PGD", ck_PGD, P), ("cv_PGD", cv_PGD, P)], index, triton)
+    scale = checks.check_scale(scale, q_NHD.shape[2])
+    if not triton:
+        return reference.compressed_attention(q_NHD, ck_PGD, cv_PGD, index, scale)
+    return _segment(q_NHD, ck_PGD, cv_PGD, index.tensors(), "compressed", scale)[0]
+
+
+def window_attention(
+    q_NHD: Tensor,
+    k_NGD: Tensor,
+    v_NGD: Tensor,
+    index: BlockIndex,
+    *,
+    shifted: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Every query attends to the tokens of its aligned or shifted window: [N, H, D] in q's dtype.
+
+    q [N, H, D], k and v [N, G, D]; dtypes, sizes, backend and errors as in `spatial_sparse_attention`. Differentiable.
+    """
+    N = index.num_tokens
+    triton = checks.use_triton(backend, q_NHD)
+    checks.check_heads(q_NHD, [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)], index, triton)
+    scale = checks.check_scale(scale, q_NHD.shape[2])
+    if not triton:
+        return reference.window_attention(q_NHD, k_NGD, v_NGD, index, shifted, scale)
+    return _segment(q_NHD, k_NGD, v_NGD, index.tensors(), "shifted" if shifted else "aligned", scale)[0]
+
+
+@torch.library.custom_op("sparse3d::select_blocks", mutates_args=())
+def _select(q: Tensor, ck: Tensor, index: list[Tensor], top_k: int, scale: float) -> Tensor:
+    q, ck, blocks = q.contiguous(), ck.contiguous(), BlockIndex(*index)
+    (N, H, D), G = q.shape, ck.shape[1]
+    lse = q.new_empty(N, H, dtype=torch.float32)
+    segment_forward(q, ck, ck, compressed_segments(blocks), scale, lse)
+    selected = torch.empty(G, N, min(top_k, blocks.num_blocks), dtype=torch.int32, device=q.device)
+    for queries in split_queries(blocks, H, D, selected.shape[2], q.element_size()):
+        score = block_score(q, ck, lse, blocks, scale, queries.first, queries.last)
+        top_blocks(score, blocks, selected, queries.first)
+    return selected
+
+
+@_select.register_fake
+def _(q, ck, index, top_k, scale):
+    blocks = BlockIndex(*index).num_blocks
+    return q.new_empty(ck.shape[1], q.shape[0], torch.sym_min(top_k, blocks), dtype=torch.int32)
+
+
+def select_blocks(
+    q_NHD: Tensor,
+    ck_PGD: Tensor,
+    index: BlockIndex,
+    *,
+    top_k: int = 8,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The blocks that each query of each key/value head attends to: int32 [G, N, min(top_k, blocks)], no gradient.
+
+    Ascending block numbers of the batch, -1 after the last. A block's score is the softmax probability that
+    compressed attention gives it, summed over the heads of the group; of equals the lower block wins. Arguments as in
+    `compressed_attention`.
+    """
+    triton = checks.use_triton(backend, q_NHD)
+    checks.check_heads(q_NHD, [("ck_PGD", ck_PGD, index.num_compressed)], index, triton)
+    checks.check_top_k(top_k)
+    scale = checks.check_scale(scale, q_NHD.shape[2])
+    if not triton:
+        return reference.select_blocks(q_NHD, ck_PGD, index, top_k, scale)
+    return _select(q_NHD.detach(), ck_PGD.detach(), index.tensors(), top_k, scale)
+
+
+@torch.library.custom_op("sparse3d::selection_attention", mutates_args=())
+def _selection(
+    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, index: list[Tensor], scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, selected, blocks = (
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        selected.contiguous(),
+        BlockIndex(*index),
+    )
+    (_, H, D), (G, _, top_k) = q.shape, selected.shape
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    norms = key_norms(k) if q.dtype == torch.bfloat16 and len(q) else None
+    storage = SelectionLists.empty(blocks, G, top_k)
+    ranges = split_queries(blocks, H, D, top_k, q.element_size())
+    for queries, lists in zip(ranges, storage.of(ranges, G, top_k), strict=True):
+        fill_lists(selected_ranks(selected, blocks, queries), blocks, queries, G, top_k, lists)
+        part, part_lse = selection_partials(q, k, v, lists, norms, blocks, queries, top_k, scale)
+        combine_partials(part, part_lse, selected, queries, o, lse)
+    return o, lse, storage.entries, storage.sums, storage.items
+
+
+@_selection.register_fake
+def _(q, k, v, selected, index, scale):
+    G, N, top_k = selected.shape
+    sizes = SelectionLists.sizes(N, BlockIndex(*index).pair_block.shape[0], G, top_k)
+    lists = (q.new_empty(size, dtype=torch.int32) for size in sizes)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32), *lists
+
+
+@torch.library.custom_op("sparse3d::selection_attention_backward", mutates_args=())
+def _selection_grad(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    saved: list[Tensor],
+    index: list[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    do, q, k, v, selected = (x.contiguous() for x in (do, q, k, v, selected))
+    o, lse, *lists = saved
+    blocks, storage = BlockIndex(*index), SelectionLists(*lists)
+    (_, H, D), (G, _, top_k) = q.shape, selected.shape
+    dot = (o.float() * do.float()).sum(2)
+    dq = torch.zeros_like(q)
+    dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
+    ranges = split_queries(blocks, H, D, top_k, q.element_size())
+    for queries, part in zip(ranges, storage.of(ranges, G, top_k), strict=True):
+        selection_backward(q, k, v, do, lse, dot, selected, part, blocks, queries, scale, dq, dk, dv)
+    return (dq, dk, dv) if q.dtype == torch.float32 else (dq, dk.to(q.dtype), dv.to(q.dtype))
+
+
+@_selection_grad.register_fake
+def _(do, q, k, v, selected, saved, index, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _selection_setup(ctx, inputs, output):
+    q, k, v, selected, index, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, selected, *output, *index)
+    ctx.set_materialize_grads(False)
+
+
+def _selection_backward(ctx, do, *_):
+    q, k, v, selected, *rest = ctx.saved_tensors
+    saved, index = rest[:5], rest[5:]
+    grads = (None,) * 3 if do is None else _selection_grad(do, q, k, v, selected, saved, index, ctx.scale)
+    return *grads, None, [None] * len(index), None
+
+
+_selection.register_autograd(_selection_backward, setup_context=_selection_setup)
+
+
+def _canonical(selected_GNT: Tensor, index: BlockIndex) -> Tensor:
+    """Ascending, each block once, numbers that are not a block of the query's asset dropped, -1 at the end."""
+    first, last = (index.asset_blocks[index.asset_of + i][:, None] for i in (0, 1))
+    none = index.num_blocks
+    ordered = torch.where((selected_GNT >= first) & (selected_GNT < last), selected_GNT, none).sort(dim=2).values
+    ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]] = none
+    ordered = ordered.sort(dim=2).values
+    return torch.where(ordered == none, -1, ordered).int()
+
+
+def selection_attention(
+    q_NHD: Tensor,
+    k_NGD: Tensor,
+    v_NGD: Tensor,
+    selected_GNT: Tensor,
+    index: BlockIndex,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Every query attends to all tokens of its selected blocks: [N, H, D] in q's dtype.
+
+    q [N, H, D], k and v [N, G, D]; selected int [G, N, T] as from `select_blocks`, in any order: a block counts once,
+    numbers that are not a block of the query's asset are skipped, and at least one must remain. Differentiable in q, k
+    and v; dtypes, sizes, backend and errors as in `spatial_sparse_attention`.
+    """
+    N = index.num_tokens
+    triton = checks.use_triton(backend, q_NHD)
+    checks.check_heads(q_NHD, [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)], index, triton)
+    scale = checks.check_scale(scale, q_NHD.shape[2])
+    G = k_NGD.shape[1]
+    if selected_GNT.ndim != 3 or selected_GNT.shape[:2] != (G, N) or selected_GNT.shape[2] == 0:
+        raise ValueError(f"selected_GNT must be [{G}, {N}, T] with T >= 1, got {list(selected_GNT.shape)}")
+    if selected_GNT.dtype not in (torch.int32, torch.int64) or selected_GNT.device != q_NHD.device:
+        found = f"{selected_GNT.dtype} on {selected_GNT.device}"
+        raise ValueError(f"selected_GNT must be int32 or int64 on {q_NHD.device}, got {found}")
+    selected_GNT = _canonical(selected_GNT, index)
+    if not triton:
+        return reference.selection_attention(q_NHD, k_NGD, v_NGD, selected_GNT, index, scale)
+    return _selection(q_NHD, k_NGD, v_NGD, selected_GNT, index.tensors(), scale)[0]
+
+
+@torch.library.custom_op("sparse3d::gated_sum", mutates_args=())
+def _gated(a: Tensor, b: Tensor, c: Tensor, gates: Tensor) -> Tensor:
+    return gated_sum_forward((a.contiguous(), b.contiguous(), c.contiguous()), gates.contiguous())
+
+
+@_gated.register_fake
+def _(a, b, c, gates):
+    return a.new_empty(a.shape)
+
+
+@torch.library.custom_op("sparse3d::gated_sum_backward", mutates_args=())
+def _gated_grad(do: Tensor, a: Tensor, b: Tensor, c: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    do, a, b, c, gates = (x.contiguous() for x in (do, a, b, c, gates))
+    lse = do.new_zeros(3, *do.shape[:2], dtype=torch.float32)
+    _, _, dgates = gates_backward((a, b, c), lse, gates, do)
+    open_N3 = gates.float().sigmoid()
+    return *((do * open_N3[:, i, None, None]).to(do.dtype) for i in range(3)), dgates
+
+
+@_gated_grad.register_fake
+def _(do, a, b, c, gates):
+    return tuple(x.new_empty(x.shape) for x in (a, b, c, gates))
+
+
+_gated.register_autograd(
+    lambda ctx, do: _gated_grad(do, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def gated_sum(branches_3_NHD: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor, *, backend: str = "auto") -> Tensor:
+    """Sum of three [N, H, D] of one dtype, each times the sigmoid of its gate [N, 3]: [N, H, D]. Differentiable."""
+    if len(branches_3_NHD) != 3 or branches_3_NHD[0].ndim != 3:
+        raise ValueError(f"branches_3_NHD must be three [N, H, D], got {[list(x.shape) for x in branches_3_NHD]}")
+    a, b, c = branches_3_NHD
+    for x in (b, c):
+        if x.shape != a.shape:
+            raise ValueError(f"branches_3_NHD must have one shape, got {list(a.shape)} and {list(x.shape)}")
+        checks.check_float("branches_3_NHD", x, a)
+    if gates_N3.shape != (len(a), 3):
+        raise ValueError(f"gates_N3 must be [{len(a)}, 3], got {list(gates_N3.shape)}")
+    checks.check_float("gates_N3", gates_N3, a)
+    if not checks.use_triton(backend, a):
+        return reference.gated_sum(branches_3_NHD, gates_N3)
+    return _gated(a, b, c, gates_N3)
+
+
+@torch.library.custom_op("sparse3d::block_mean", mutates_args=())
+def _mean(x: Tensor, index: list[Tensor], plus_one: bool) -> Tensor:
+    return block_mean_forward(x.contiguous(), BlockIndex(*index), plus_one)
+
+
+@_mean.register_fake
+def _(x, index, plus_one):
+    return x.new_empty(BlockIndex(*index).num_compressed, x.shape[1])
+
+
+def _mean_setup(ctx, inputs, output):
+    _, index, ctx.plus_one = inputs
+    ctx.save_for_backward(*index)
+
+
+def _mean_backward(ctx, dy):
+    index = ctx.saved_tensors
+    return block_mean_backward(dy, BlockIndex(*index), ctx.plus_one), [None] * len(index), None
+
+
+_mean.register_autograd(_mean_backward, setup_context=_mean_setup)
+
+
+def block_mean(x_NC: Tensor, index: BlockIndex, *, plus_one: bool = False, backend: str = "auto") -> Tensor:
+    """Mean of the rows of each compression block: [N, C] fp32, fp16 or bf16 -> [P, C], same dtype, sums in fp32.
+
+    plus_one divides by n + 1, as the published weights expect. Differentiable. ValueError if x_NC is not [N, C] of the
+    index's N on its device.
+    """
+    if x_NC.ndim != 2 or len(x_NC) != index.num_tokens or x_NC.device != index.device:
+        found = f"{list(x_NC.shape)} on {x_NC.device}"
+        raise ValueError(f"x_NC must be [{index.num_tokens}, C] on {index.device}, got {found}")
+    if not checks.use_triton(backend, x_NC):
+        return reference.block_mean(x_NC, index, plus_one)
+    return _mean(x_NC, index.tensors(), plus_one)

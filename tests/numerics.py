@@ -1,0 +1,70 @@
+"""Random batches for kernel tests, and the tolerance of a kernel: the reference's own error in that dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import BlockIndex, token_order
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_coords(tokens: Sequence[int], side: int, seed: int = 0) -> Tensor:
+    """int32 [N, 4]: that many distinct random voxels of a side^3 grid per asset, unsorted within an asset."""
+    generator = torch.Generator().manual_seed(seed)
+    assets = []
+    for asset, n in enumerate(tokens):
+        flat = torch.randperm(side**3, generator=generator)[:n]
+        xyz = torch.stack([flat // side**2, flat // side % side, flat % side], 1)
+        assets.append(torch.cat([torch.full((n, 1), asset), xyz], 1))
+    return torch.cat(assets).int()
+
+
+def random_index(tokens: Sequence[int], side: int, seed: int = 0, **sizes: int) -> BlockIndex:
+    """The index of `random_coords` on DEVICE."""
+    coords = random_coords(tokens, side, seed)
+    blocks = {name: sizes[name] for name in ("select_block", "compress_block") if name in sizes}
+    return BlockIndex.from_coords(coords[token_order(coords, **blocks)].to(DEVICE), len(tokens), **sizes)
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference; infinite if x is not finite where exact is."""
+    difference = (x.detach().double().cpu() - exact.detach().double().cpu()).abs()
+    return torch.nan_to_num(difference, nan=float("inf")).max().item() if difference.numel() else 0.0
+
+
+def assert_close_as(x: Tensor, exact: Tensor, rounded: Tensor, name: str = "value") -> None:
+    """CONTRACTS' tolerance: max(2 x the reference's own error in that dtype, 4 ulp of max|exact|).
+
+    exact is the fp64 reference on the same inputs, rounded the reference run in x's dtype.
+    """
+    assert x.shape == exact.shape, (name, x.shape, exact.shape)
+    assert x.dtype == rounded.dtype, (name, x.dtype, rounded.dtype)
+    largest = exact.detach().abs().max().item() if exact.numel() else 0.0
+    allowed = max(2 * error(rounded, exact), 4 * torch.finfo(x.dtype).eps * largest)
+    assert error(x, exact) <= allowed, f"{name}: error {error(x, exact):.3g} > {allowed:.3g}"
+
+
+def run(function: Callable[..., Tensor], inputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """The function's value on copies of the inputs, then the gradient of each for one fixed random cotangent."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    value = function(*inputs)
+    cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cotangent = cotangent.to(torch.bfloat16)  # the same number in every dtype
+    value.backward(cotangent.to(value))
+    return [value.detach(), *(x.grad if x.grad is not None else torch.zeros_like(x) for x in inputs)]
+
+
+def assert_no_worse(
+    kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor], names: Sequence[str] = ()
+) -> None:
+    """Value and all gradients of the kernel are as close to the fp64 reference as the reference in that dtype."""
+    results = run(kernel, inputs)
+    exact = run(reference, [x.double() for x in inputs])
+    rounded = run(reference, inputs)
+    labels = ["value", *(f"gradient of {name}" for name in names or range(len(inputs)))]
+    for label, x, e, r in zip(labels, results, exact, rounded, strict=True):
+        assert_close_as(x, e, r, label)
