@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import tyro
 
+from pipeline.isolate import is_disk_full
 from pipeline.schema import RunError, UserError
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,11 @@ def command(main: Callable[[Sequence[str]], int | None]) -> None:
         code = 2
     except RunError as error:
         log.error("%s", error)
+        code = 1
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        log.error("%s is full; make room and run the same command to go on", error.filename or "the disk")
         code = 1
     except Stopped as stop:
         log.error("%s; the same command goes on from here", stop)

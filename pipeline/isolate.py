@@ -28,6 +28,7 @@ from typing import IO, Any, BinaryIO
 from pipeline.schema import RunError
 
 OUT_OF_MEMORY, DISK_FULL, RUN_ERROR = 86, 87, 88  # exit codes of a child, chosen where nobody else's lie
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.01
 
@@ -145,6 +146,11 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         _send(answers, answer)
 
 
+def is_disk_full(error: OSError) -> bool:
+    """Whether writing failed for want of room; some libraries say so in words alone."""
+    return error.errno in NO_ROOM or os.strerror(errno.ENOSPC) in str(error)
+
+
 def _child(request: _Request, server: int, pipes: tuple[int, ...]) -> None:
     """Runs the call with its limits set; never returns."""
     code = 1
@@ -171,7 +177,10 @@ def _child(request: _Request, server: int, pipes: tuple[int, ...]) -> None:
         code = RUN_ERROR
         sys.stderr.write(f"{error}\n")
     except OSError as error:
-        code = {errno.ENOSPC: DISK_FULL, errno.EDQUOT: DISK_FULL, errno.ENOMEM: OUT_OF_MEMORY}.get(error.errno or 0, 1)
+        if is_disk_full(error):
+            code = DISK_FULL
+        elif error.errno == errno.ENOMEM:
+            code = OUT_OF_MEMORY
         traceback.print_exc()
     finally:
         if sys.exc_info()[0] is not None:  # anything else: its last line is found in the log

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import BuildConfig, differences, hash_of
+from pipeline.isolate import is_disk_full
 from pipeline.schema import FORMAT_VERSION, Record, UserError
 from pipeline.sources import Source
 
@@ -90,7 +91,9 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Source]) -> Plan:
         partial = cfg.out / ".plan.json.partial"
         partial.write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
         partial.replace(cfg.out / "plan.json")  # last: a plan without it does not count
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if is_disk_full(error):
+            raise
         raise UserError(f"cannot write to {cfg.out}: {error.strerror}; choose another --out") from error
     return Plan(out=cfg.out, info=info, table=table)
 

@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.asset import AssetJob
 from pipeline.command import raise_on_signals
 from pipeline.config import BuildConfig, differences
-from pipeline.isolate import Exit, Isolated
+from pipeline.isolate import Exit, Isolated, is_disk_full
 from pipeline.manifest import Result
 from pipeline.pack import (
     MANIFEST,
@@ -281,10 +281,6 @@ def _job(
 
 def _verdict(result: Result) -> tuple[str, str, str]:
     return result.status, result.stage, result.reason
-
-
-def is_disk_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 @contextmanager

@@ -1,0 +1,204 @@
+import json
+import logging
+import signal
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.build import configure, main
+from pipeline.command import command
+from pipeline.config import PRESETS, BuildConfig
+from pipeline.manifest import read_manifest
+from pipeline.plan import make_plan, read_plan
+from pipeline.schema import Record, RunError, UserError, make_uid
+from pipeline.shards import RenderShard
+from pipeline.store import SdfShard
+from pipeline.verify import verify
+from tests.pipeline.builds import TINY, assert_same, contents, environment, finish, start, survivors
+
+
+def test_tree_of_a_finished_build(tiny_build):
+    names = {path.relative_to(tiny_build).as_posix() for path in tiny_build.glob("*/*/*")}
+    names |= {path.relative_to(tiny_build).as_posix() for path in tiny_build.glob("*/*.*")}
+    shards = ["000000", "000001", "000002"]
+    products = ["manifest", "renders-paper", "sdf-64", "sdf-96"]
+    assert sorted(names) == sorted(
+        [f"sdf/{r}/{s}.zarr" for r in (64, 96) for s in shards]
+        + [f"renders/paper/{s}.{kind}" for s in shards for kind in ("tar", "index.parquet")]
+        + [f"{folder}/{s}.parquet" for s in shards for folder in ("manifest", "stats")]
+        + [f"shards/{s}/{product}.json" for s in shards for product in products]
+        + ["report/index.html"]
+    )
+    assert verify(tiny_build) == []
+
+
+def test_bricks_renders_and_manifest_tell_of_the_same_assets(tiny_build):
+    planned = pq.read_table(tiny_build / "plan.parquet").to_pylist()
+    assert [row["row"] for row in planned] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+    rows = [row for path in sorted((tiny_build / "manifest").iterdir()) for row in read_manifest(path)]
+    assert [row["uid"] for row in rows] == [row["uid"] for row in planned]
+    assert {row["status"] for row in rows} == {"done"}
+    for row in rows:
+        assert row["scale"] > 0
+        for resolution in (64, 96):
+            shard = SdfShard(tiny_build / "sdf" / str(resolution) / f"{row['shard']}.zarr")
+            assert shard.tokens(row["uid"]) == row[f"tokens_{resolution}"] > 0
+        assert RenderShard(tiny_build / "renders" / "paper" / f"{row['shard']}.tar").views(row["uid"]) == [0, 1]
+
+
+def test_stopped_killed_and_grown_a_build_ends_with_the_same_bytes(tiny_build, tmp_path):
+    """SIGKILL after the first commit; SIGTERM after the second; then one more resolution, in the run that finishes."""
+    out = tmp_path / "build"
+    args = [*TINY, "--limit", "9", "--val-percent", "30", "--out", out, "--resolutions", "64"]
+    stops = [(signal.SIGKILL, -signal.SIGKILL, "000000"), (signal.SIGTERM, 128 + signal.SIGTERM, "000001")]
+    for signum, code, shard in stops:
+        env = environment(tmp_path)
+        process = start("pipeline.build", *args, env=env)
+        wait_for(out / "shards" / shard / "renders-paper.json", process)
+        process.send_signal(signum)
+        finish(process, code=code)
+        assert survivors(env) == []
+        assert not (out / "shards" / "000002").exists()
+    committed = {
+        path: path.stat().st_mtime_ns
+        for name in ("sdf", "renders", "shards")
+        for path in (out / name).rglob("*")
+        if path.is_file() and not path.name.startswith(("manifest", "000002"))
+    }
+    assert len(committed) > 20
+    finish(start("pipeline.build", *args, "96", env=environment(tmp_path)))
+    assert {path: path.stat().st_mtime_ns for path in committed} == committed
+    assert_same(contents(out), contents(tiny_build))
+    assert verify(out) == []
+
+
+def wait_for(path, process, within_s=300.0):
+    deadline = time.monotonic() + within_s
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_smoke_preset_is_the_default_and_each_option_overrides_it():
+    smoke = configure([])
+    assert smoke == PRESETS["smoke"]
+    assert (smoke.limit, smoke.resolutions, smoke.views, smoke.image_size) == (48, (64, 128), 12, 256)
+    full = configure(["--preset", "full", "--views", "3", "--resolutions", "64"])
+    assert (full.resolutions, full.views, full.image_size, full.topology_resolution) == ((64,), 3, 1024, 512)
+    assert configure(["--preset=paper"]).resolutions == (256, 384, 512)
+    assert configure(["--source", "folder:/meshes"]).limit is None
+    assert configure(["--source", "folder:/meshes", "--limit", "5"]).limit == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--resolution", "64"], "unknown option --resolution, did you mean --resolutions?"),
+        (["--preset", "huge"], "smoke"),
+        (["--resolutions", "65"], "multiple of 8, got 65"),
+        (["--views", "0"], "views must be"),
+        (["--views", "many"], "--views: invalid literal for int() with base 10: 'many'"),
+        (["--shard-size", "0"], "shard_size must be 1 or more, got 0"),
+        (["--source", "folder:/no/such/folder"], "/no/such/folder"),
+        (["--source", "ftp:x"], "unknown source 'ftp:x'"),
+        (["--out", "/proc/nothing"], "cannot write to /proc/nothing"),
+        (["--out", "/etc"], "/etc exists and is not a build"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(args, words, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "argv", ["build", *args])
+    with pytest.raises(SystemExit) as end:
+        command(main)
+    assert end.value.code == 2
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert words in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_bad_usage_leaves_the_process_with_a_line_and_no_traceback(tmp_path):
+    output = finish(start("pipeline.build", "--bogus", env=environment(tmp_path)), code=2)
+    assert len(output.splitlines()) == 1
+    assert "unknown option --bogus" in output
+
+
+def fail(_):
+    raise RunError("the disk is full")
+
+
+def interrupt(_):
+    signal.raise_signal(signal.SIGINT)
+
+
+def terminate(_):
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("action", "code"), [(fail, 1), (interrupt, 130), (terminate, 143), (lambda _: None, 0)])
+def test_exit_codes(action, code):
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(SystemExit) as end:
+            command(action)
+    finally:
+        for signum, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(signum, handler)
+    assert end.value.code == code
+
+
+class Listing:
+    """A source that only lists."""
+
+    def __init__(self, keys, name="listing"):
+        self.keys, self.name = keys, name
+
+    def records(self):
+        for key in self.keys:
+            yield Record(uid=make_uid(self.name, key), source=self.name, url=key, licence="cc0", format="obj")
+
+
+def test_a_plan_is_read_back_whole_and_not_made_again(tmp_path):
+    cfg = BuildConfig(out=tmp_path / "out", shard_size=2, limit=5)
+    plan = make_plan(cfg, [Listing("abcdefg")])
+    assert plan.shards == ["000000", "000001", "000002"]
+    assert [record.url for name in plan.shards for record in plan.shard(name)] == list("abcde")
+    again = make_plan(cfg, [Listing("xyz")])
+    assert again.shard("000001") == plan.shard("000001") == list(Listing("cd").records())
+    assert read_plan(cfg.out).info == plan.info
+
+
+def test_an_asset_listed_twice_counts_once(tmp_path, caplog):
+    plan = make_plan(BuildConfig(out=tmp_path), [Listing("ab"), Listing("bc")])
+    assert [record.url for record in plan.shard("000000")] == list("abc")
+    assert "comes twice" in caplog.text
+
+
+def test_a_plan_needs_an_asset(tmp_path):
+    with pytest.raises(UserError, match="no assets"):
+        make_plan(BuildConfig(out=tmp_path / "out"), [Listing("")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"format_version": 99}, "format_version 99, this code reads 1"), ({"config": {}}, "was built with")],
+)
+def test_a_plan_of_another_format_or_configuration_is_refused(tmp_path, change, words):
+    cfg = BuildConfig(out=tmp_path)
+    make_plan(cfg, [Listing("ab")])
+    info = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**info, **change}))
+    with pytest.raises(UserError, match=words):
+        make_plan(cfg, [Listing("ab")])
+
+
+def test_what_a_products_hash_depends_on():
+    base = BuildConfig()
+    sdf, renders = base.product_hash("sdf-64"), base.product_hash("renders-paper")
+    assert BuildConfig(resolutions=(64, 512), workers=3, out=base.out / "x").product_hash("sdf-64") == sdf
+    assert BuildConfig(views=3).product_hash("sdf-64") == sdf
+    assert BuildConfig(views=3).product_hash("renders-paper") != renders
+    assert BuildConfig(topology_resolution=256).product_hash("sdf-64") != sdf
+    assert base.product_hash("sdf-128") != sdf

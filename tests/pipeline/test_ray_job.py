@@ -1,0 +1,71 @@
+"""The whole command as a job on a Ray head that somebody else started."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.manifest import read_manifest
+from pipeline.verify import verify
+from tests.pipeline.builds import ROOT, TINY, environment, survivors
+
+RAY = Path(sys.executable).with_name("ray")
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture
+def head(tmp_path):
+    """(address of its dashboard, environment); ended by process id, never by `ray stop`, which ends everybody's Ray."""
+    env = environment(tmp_path)
+    env["PATH"] = f"{RAY.parent}:{env['PATH']}"  # as after activating the environment
+    names = ["port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"]
+    names += ["runtime-env-agent-port", "ray-client-server-port", "metrics-export-port"]
+    ports = dict(zip(names, free_ports(len(names))))
+    temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie in it
+    options = [f"--{name}={port}" for name, port in ports.items()]
+    command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2", *options]
+    command += ["--object-store-memory=100000000", f"--temp-dir={temp}", "--disable-usage-stats"]
+    log = (tmp_path / "head.log").open("w")
+    process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log, cwd=ROOT)
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
+    try:
+        deadline = time.monotonic() + 120
+        while subprocess.run([RAY, "job", "list", "--address", address], env=env, capture_output=True).returncode:
+            assert process.poll() is None, (tmp_path / "head.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+            time.sleep(0.5)
+        yield address, env
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        log.close()
+        left = survivors(env)
+        shutil.rmtree(temp, ignore_errors=True)
+    assert left == []
+
+
+def test_a_submitted_job_builds_a_verified_dataset(head, tmp_path):
+    address, env = head
+    out = tmp_path / "out"
+    command = ["python", "-m", "pipeline.build", "--preset", "smoke", *TINY, "--limit", "3", "--out", str(out)]
+    submit = [str(RAY), "job", "submit", "--address", address, "--", *command]
+    done = subprocess.run(submit, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    assert verify(out) == []
+    assert [row["status"] for row in read_manifest(out / "manifest" / "000000.parquet")] == ["done"] * 3
