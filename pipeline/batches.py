@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from pipeline.schema import Material, Mesh, Part
 from pipeline.shading import smooth_normals, to_linear
 
-SMALL_AREA = 4.5e-4  # cube units, 150 pixels at 1024: smaller faces are lit at their corners
+SMALL_AREA = 4.5e-4  # cube units, 150 pixels at 1024
+FLAT_COSINE = 0.95  # of the angle between the normals at a face's corners
+DULL_ROUGHNESS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,15 @@ def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
     }
 
 
+def _lit_at_corners(arrays: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Faces [F] that look the same with light interpolated: small ones, and flat ones without highlights."""
+    corners, normals = arrays["positions"][arrays["faces"]], arrays["normals"][arrays["faces"]]
+    area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
+    flat = (np.einsum("fij,fij->fi", normals, np.roll(normals, 1, axis=1)) > FLAT_COSINE).all(axis=1)
+    metallic, roughness = arrays["surface"][arrays["faces"][:, 0], :2].T
+    return (area < SMALL_AREA) | (flat & (metallic < 0.5) & (roughness >= DULL_ROUGHNESS))
+
+
 def batches(mesh: Mesh) -> list[Batch]:
     """The mesh's faces, grouped so that an asset of a thousand parts is still drawn by a handful of calls."""
     whole = Part(vertices=slice(0, len(mesh.vertices)), faces=slice(0, len(mesh.faces)), material=Material())
@@ -95,11 +106,9 @@ def batches(mesh: Mesh) -> list[Batch]:
             a["faces"] = a["faces"] + offset
         merged = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0]}
         image = parts[0].material.texture if texture is not None else None
-        corners = merged["positions"][merged["faces"]]
-        area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
-        small = (area < SMALL_AREA) & (mode != "BLEND")  # blended faces are sorted, so they stay together
+        at_corners = _lit_at_corners(merged) & (mode != "BLEND")  # blended faces are sorted, so they stay together
         for per_vertex in (False, True):
-            chosen = merged["faces"][small == per_vertex]
+            chosen = merged["faces"][at_corners == per_vertex]
             if len(chosen):
                 used, faces = np.unique(chosen, return_inverse=True)
                 arrays = {name: merged[name][used] for name in merged if name != "faces"}

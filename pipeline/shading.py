@@ -65,10 +65,15 @@ layout(location = 2) in vec4 surface;  // metallic, roughness
 layout(location = 3) in vec2 uv;
 layout(location = 4) in vec4 color;  // linear
 uniform mat4 world_to_clip;
-out vec2 texel;
 out vec4 tint;
+#if TEXTURED
+out vec2 texel;
+#endif
 #if PER_VERTEX
-out vec3 front_tinted, front_plain, back_tinted, back_plain;
+out vec3 front_plain, back_plain;
+#if TEXTURED
+out vec3 front_tinted, back_tinted;
+#endif
 #else
 out vec3 at, shading_normal;
 out vec2 finish;
@@ -76,11 +81,20 @@ out vec2 finish;
 
 void main() {
     gl_Position = world_to_clip * vec4(position, 1.0);
-    texel = uv;
     tint = color;
+#if TEXTURED
+    texel = uv;
+#endif
 #if PER_VERTEX
+#if !TEXTURED
+    vec3 front_tinted, back_tinted;
+#endif
     shine(position, normal, surface.xy, front_tinted, front_plain);
     shine(position, -normal, surface.xy, back_tinted, back_plain);
+#if !TEXTURED
+    front_plain += color.rgb * front_tinted;
+    back_plain += color.rgb * back_tinted;
+#endif
 #else
     at = position;
     shading_normal = normal;
@@ -92,10 +106,15 @@ void main() {
 _FRAGMENT = """
 uniform sampler2D base_color;
 uniform float cutoff;
-in vec2 texel;
 in vec4 tint;
+#if TEXTURED
+in vec2 texel;
+#endif
 #if PER_VERTEX
-in vec3 front_tinted, front_plain, back_tinted, back_plain;
+in vec3 front_plain, back_plain;
+#if TEXTURED
+in vec3 front_tinted, back_tinted;
+#endif
 #else
 in vec3 at, shading_normal;
 in vec2 finish;
@@ -123,10 +142,12 @@ void main() {
     if (base.a >= 0.996) discard;
 #endif
     // Lit from the side it is seen from.
-    vec3 tinted, plain;
+    vec3 tinted = vec3(0.0), plain;
 #if PER_VERTEX
-    tinted = gl_FrontFacing ? front_tinted : back_tinted;
     plain = gl_FrontFacing ? front_plain : back_plain;
+#if TEXTURED
+    tinted = gl_FrontFacing ? front_tinted : back_tinted;
+#endif
 #else
     shine(at, normalize(shading_normal) * (gl_FrontFacing ? 1.0 : -1.0), finish, tinted, plain);
 #endif
