@@ -78,7 +78,8 @@ def compressed_attention(
 ) -> Tensor:
     """Every query attends to all compressed tokens of its asset: [N, H, D] in q's dtype.
 
-    q [N, H, D], ck and cv [P, G, D]; dtypes, sizes, backend and errors as in `spatial_sparse_attention`. Differentiable.
+    q [N, H, D], ck and cv [P, G, D]; dtypes, sizes, backend and errors as in `spatial_sparse_attention`.
+    Differentiable.
     """
     P = index.num_compressed
     triton = checks.use_triton(backend, q_NHD)

@@ -1,0 +1,380 @@
+"""Spatial sparse attention against its fp64 reference: value, every gradient, every range, adversarial inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import BlockIndex, block_mean, reference, select_blocks, spatial_sparse_attention, token_order
+from kernels.attention import SelectionLists
+from tests.numerics import DEVICE, assert_close_as, assert_no_worse, random_index, run
+
+GPU = DEVICE == "cuda"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])  # bf16 is garbage in the interpreter
+NAMES = ("q", "k", "v", "ck", "cv", "gates")
+slow = [] if GPU else [pytest.mark.slow]
+
+
+def make_inputs(index: BlockIndex, H: int, G: int, D: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    N, P = index.num_tokens, index.num_compressed
+    shapes = ((N, H, D), (N, G, D), (N, G, D), (P, G, D), (P, G, D), (N, 3))
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+
+
+def check(index: BlockIndex, inputs: list[torch.Tensor], top_k: int, shifted: bool = False, scale: float | None = None):
+    scale = scale or inputs[0].shape[2] ** -0.5
+    selected = select_blocks(inputs[0], inputs[3], index, top_k=top_k, scale=scale, backend="triton")
+
+    def kernel(*x):
+        return spatial_sparse_attention(*x, index, top_k=top_k, shifted=shifted, scale=scale, backend="triton")
+
+    def exact(*x):
+        options = {"top_k": top_k, "shifted": shifted, "scale": scale, "selected_GNT": selected}
+        return reference.spatial_sparse_attention(*x, index, **options)
+
+    assert_no_worse(kernel, exact, inputs, NAMES)
+
+
+BATCHES = [
+    pytest.param([40, 25], 16, 2, id="two assets"),
+    pytest.param([0, 30, 0, 20, 0], 16, 1, id="empty first, middle, last"),
+    pytest.param([1], 16, 3, id="one token"),
+    pytest.param([20], 8, 1, id="one block"),
+    pytest.param([50], 16, 100, id="more than there are blocks"),
+    pytest.param([150], (16, 8, 8), 1, id="long lists and blocks of several tiles"),
+    pytest.param([0, 0], 8, 4, id="nothing"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "side", "top_k"), BATCHES)
+def test_batches(tokens, side, top_k, dtype):
+    index = random_index(tokens, side)
+    check(index, make_inputs(index, 4, 2, 16, dtype), top_k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_papers_heads(shifted, dtype):
+    index = random_index([45, 30], 16)
+    check(index, make_inputs(index, 32, 2, 32, dtype), 3, shifted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("group", "G", "D"), [(1, 1, 16), (2, 3, 64), (8, 1, 32), (32, 1, 16), (4, 2, 128), (1, 4, 64)]
+)
+@pytest.mark.parametrize("tokens", [[35], pytest.param([900, 0, 300], marks=slow)], ids=["small", "large"])
+def test_heads_and_sizes(group, G, D, tokens, dtype):
+    index = random_index(tokens, 16 if tokens == [35] else 32)
+    check(index, make_inputs(index, group * G, G, D, dtype), 2, shifted=True)
+
+
+@pytest.mark.parametrize(("select", "compress"), [(8, 8), (8, 2), (4, 4), (16, 4), (8, 1)])
+def test_block_sizes(select, compress):
+    index = random_index([60, 30], (20, 20, 10), select_block=select, compress_block=compress)
+    check(index, make_inputs(index, 2, 1, 16, torch.float32), 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[-1:], ids=str)
+@pytest.mark.parametrize("top_k", [1, pytest.param(8, marks=slow), pytest.param(13, marks=slow)])
+def test_full_blocks_of_512(top_k, dtype):
+    index = random_index([1024, 700], (16, 8, 8) if top_k == 1 else (32, 16, 16))
+    check(index, make_inputs(index, 2, 1, 16, dtype), top_k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["huge", "moderate", "negative", "zero", "constant keys"])
+def test_adversarial_logits(case, dtype):
+    index = random_index([50], 16)
+    x = make_inputs(index, 4, 2, 16, dtype)
+    if case == "huge":  # softmax is one-hot, the bound of bf16's fast path is far too large
+        x[0] *= 40
+        x[1] *= 8
+        x[3] *= 8
+    elif case == "moderate":  # some rows inside the bound, some outside
+        x[0] *= torch.linspace(0, 12, len(x[0]), device=DEVICE).to(dtype)[:, None, None]
+    elif case == "negative":  # every score far below 0: padding must not take part
+        x[0] = -x[0].abs() * 4
+        x[1], x[3] = x[1].abs() * 4 + 4, x[3].abs() * 4 + 4
+    elif case == "zero":
+        x[0] *= 0
+    else:
+        x[1][:], x[3][:] = x[1][:1], x[3][:1]  # every block of equal size ties
+    check(index, x, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saturated_gates(dtype):
+    index = random_index([40], 16)
+    x = make_inputs(index, 2, 1, 16, dtype)
+    x[5][::2] = torch.tensor([100.0, -1000.0, 30.0])
+    x[5][1::4] = torch.tensor([-200.0, 9.0, -30.0])
+    check(index, x, 2)
+
+
+def test_inputs_need_not_be_contiguous():
+    index = random_index([40], 16)
+    x = make_inputs(index, 4, 2, 16, torch.float32)
+    strided = [torch.stack([t, t + 1], -1)[..., 0] for t in x]
+    strided[0] = x[0].transpose(0, 1).contiguous().transpose(0, 1)
+    assert not any(t.is_contiguous() for t in strided)
+    check(index, strided, 2)
+    plain = spatial_sparse_attention(*x, index, top_k=2, backend="triton")
+    assert torch.equal(spatial_sparse_attention(*strided, index, top_k=2, backend="triton"), plain)
+
+
+def test_an_asset_does_not_see_its_neighbours():
+    tokens = [37, 0, 52]
+    index, alone = random_index(tokens, 16), random_index([37], 16)
+    x = make_inputs(index, 4, 2, 16, torch.float32)
+    P = alone.num_compressed
+    one = [x[0][:37], x[1][:37], x[2][:37], x[3][:P], x[4][:P], x[5][:37]]
+    batch = spatial_sparse_attention(*x, index, top_k=2, backend="triton")
+    single = spatial_sparse_attention(*one, alone, top_k=2, backend="triton")
+    assert torch.allclose(batch[:37], single, atol=2e-6)
+    x[0][37:] += 1
+    for i in (1, 2):
+        x[i][37:] *= 3
+    for i in (3, 4):
+        x[i][P:] *= 3
+    again = spatial_sparse_attention(*x, index, top_k=2, backend="triton")
+    assert torch.equal(again[:37], batch[:37])
+
+
+def test_ranges_of_queries_do_not_change_the_result(monkeypatch):
+    from kernels import attention, blocks
+
+    monkeypatch.setattr(blocks, "_chunks", lambda tokens, found: thirds(tokens, found))
+    index = random_index([60, 45], 16)
+    assert index.chunk_starts.tolist() == [0, 20, 40, 60, 75, 90, 105]
+    x = make_inputs(index, 2, 1, 16, torch.float32)
+
+    def kernel(*x):
+        return spatial_sparse_attention(*x, index, top_k=2, backend="triton")
+
+    whole = run(kernel, x)
+    monkeypatch.setattr(attention, "RANGE_BYTES", 40 * 2 * 2 * 68)
+    assert len(attention.split_queries(index, 2, 16, 2, 4)) == 3
+    for a, b in zip(run(kernel, x), whole, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    check(index, x, 2)
+
+
+def thirds(tokens, blocks):
+    starts, pairs, assets = [0], [0], []
+    for asset, (N, M) in enumerate(zip(tokens, blocks, strict=True)):
+        for _ in range(3):
+            assets.append(asset)
+            starts.append(starts[-1] + N // 3)
+            pairs.append(pairs[-1] + M)
+    return assets, starts, pairs
+
+
+def test_two_backward_runs_are_bit_identical():
+    index = random_index([20000, 9000] if GPU else [60, 30], 64 if GPU else 16)
+    x = make_inputs(index, 8, 2, 32, DTYPES[-1])
+
+    def kernel(*x):
+        return spatial_sparse_attention(*x, index, top_k=3, backend="triton")
+
+    first, second = run(kernel, x), run(kernel, x)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_reach_the_compression_parameters():
+    index = random_index([50, 20], 16)
+    x = make_inputs(index, 4, 2, 16, torch.float32)
+    weight = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+
+    def compress(x_NGD, w, backend):
+        y = torch.nn.functional.silu(x_NGD @ w).flatten(1)
+        return block_mean(y, index, plus_one=True, backend=backend).unflatten(1, (2, 16))
+
+    with torch.no_grad():
+        ck = compress(x[1], weight[0], "triton")
+    selected = select_blocks(x[0], ck, index, top_k=2, backend="triton")
+
+    def kernel(q, k, v, gates, w):
+        ck, cv = compress(k, w[0], "triton"), compress(v, w[1], "triton")
+        return spatial_sparse_attention(q, k, v, ck, cv, gates, index, top_k=2, backend="triton")
+
+    def exact(q, k, v, gates, w):
+        ck, cv = compress(k, w[0], "reference"), compress(v, w[1], "reference")
+        return reference.spatial_sparse_attention(
+            q, k, v, ck, cv, gates, index, top_k=2, shifted=False, scale=0.25, selected_GNT=selected
+        )
+
+    assert_no_worse(kernel, exact, [x[0], x[1], x[2], x[5], weight], ("q", "k", "v", "gates", "weight"))
+
+
+def test_torch_compile_sees_one_operator():
+    index = random_index([40], 16)
+    x = make_inputs(index, 2, 1, 16, torch.float32)
+
+    def step(q, k, v, ck, cv, gates):
+        return spatial_sparse_attention(q * 1, k, v, ck, cv, gates, index, top_k=2, backend="triton") + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, x), run(step, x), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("top_k", [2, 100])
+def test_the_operators_schema_and_fakes_hold(top_k):
+    index = random_index([30, 8], 16)
+    x = [t.requires_grad_() for t in make_inputs(index, 2, 1, 16, torch.float32)]
+    arguments = (*x, index.tensors(), top_k, False, 0.25)
+    # The lists past their filled part are whatever memory held: no comparison of two runs.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.sparse3d.ssa.default, arguments, test_utils=tests)
+
+
+def test_lists_stay_inside_their_storage():
+    index = random_index([70, 30], 16)
+    x = make_inputs(index, 2, 2, 16, torch.float32)
+    _, _, _, _, _, selected, entries, sums, items = torch.ops.sparse3d.ssa(*x, index.tensors(), 2, False, 0.25)
+    pairs = index.pair_block.shape[0]
+    assert [t.numel() for t in (entries, sums, items)] == list(SelectionLists.sizes(100, pairs, 2, 2))
+    counts = sums.view(3, pairs * 2)[0].diff(prepend=sums.new_zeros(1))
+    assert counts.sum() == (selected >= 0).sum()
+    assert sorted(entries[: counts.sum()].tolist()) == sorted(2 * [n * 2 + t for n in range(100) for t in range(2)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(q=a["q"][:-1]), r"q_NHD must be \[40, H, D\]"),
+        (lambda a: a.update(k=a["k"][:, :, :8]), r"k_NGD must be \[40, G, 16\].*got \[40, 2, 8\]"),
+        (lambda a: a.update(v=a["v"][:, :1]), r"v_NGD must be .*got \[40, 1, 16\]"),
+        (lambda a: a.update(ck=a["ck"][1:]), r"ck_PGD must be"),
+        (lambda a: a.update(cv=a["cv"].double()), r"cv_PGD must be torch.float32 .*got torch.float64"),
+        (lambda a: a.update(gates=a["gates"][:, :2]), r"gates_N3 must be \[40, 3\], got \[40, 2\]"),
+        (lambda a: a.update(q=a["q"][:, :3]), r"q_NHD must have a multiple of the 2 key/value heads of k_NGD, got 3"),
+        (lambda a: a.update({n: a[n].double() for n in NAMES}), r"q_NHD must be one of .*got torch.float64"),
+        (lambda a: a.update({n: a[n].repeat(1, 1, 3) for n in NAMES[:5]}), r"head size in .*got 48"),
+        (lambda a: a.update(q=a["q"].repeat(1, 3, 1)), r"heads per key/value head, got 12 / 2"),
+        (lambda a: a.update(top_k=0), r"top_k must be an int of at least 1, got 0"),
+        (lambda a: a.update(top_k=2.0), r"top_k must be an int of at least 1, got 2.0"),
+        (lambda a: a.update(scale=-1.0), r"scale must be positive and finite, got -1.0"),
+        (lambda a: a.update(backend="cuda"), r'backend must be "auto".*got \'cuda\''),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    index = random_index([40], 16)
+    arguments = dict(zip(NAMES, make_inputs(index, 4, 2, 16, torch.float32), strict=True))
+    arguments |= {"top_k": 2, "scale": None, "backend": "triton"}
+    change(arguments)
+    x = [arguments.pop(name) for name in NAMES]
+    with pytest.raises(ValueError, match=message):
+        spatial_sparse_attention(*x, index, **arguments)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_the_step():
+    index = random_index([3000, 500], 32)
+    x = make_inputs(index, 32, 2, 32, torch.bfloat16)
+    static = [t.clone().requires_grad_() for t in x]
+    cotangent = torch.randn_like(x[0])
+
+    def step(inputs):
+        return torch.autograd.grad(spatial_sparse_attention(*inputs, index, top_k=3), inputs, cotangent)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(static)
+    fresh = make_inputs(index, 32, 2, 32, torch.bfloat16, seed=5)
+    with torch.no_grad():
+        for a, b in zip(static, fresh, strict=True):
+            a.copy_(b)
+    graph.replay()
+    expected = step([t.requires_grad_() for t in fresh])
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_forward_and_backward_do_not_wait_for_the_host():
+    index = random_index([3000], 32)
+    x = [t.requires_grad_() for t in make_inputs(index, 32, 2, 32, torch.bfloat16)]
+    spatial_sparse_attention(*x, index).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        spatial_sparse_attention(*x, index, shifted=True).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_any_device_index():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    index = random_index([300], 24)
+    x = make_inputs(index, 4, 2, 32, torch.bfloat16)
+    other = BlockIndex(*(t.to("cuda:1") for t in index.tensors()[:-1]), index.host)
+    moved = spatial_sparse_attention(*(t.to("cuda:1") for t in x), other, top_k=3)
+    assert torch.equal(moved.cpu(), spatial_sparse_attention(*x, index, top_k=3).cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("top_k", [1, 8, 40])
+def test_surface_like_sets_of_thousands(top_k, dtype):
+    from kernels.surfaces import surface_coords
+
+    coords = surface_coords(5000, 48)
+    index = BlockIndex.from_coords(coords.to(DEVICE), 1)
+    check(index, make_inputs(index, 32, 2, 32, dtype), top_k, shifted=True)
+
+
+@pytest.mark.gpu
+def test_a_million_tokens():
+    x, y = torch.meshgrid(torch.arange(512), torch.arange(512), indexing="ij")
+    sheets = [64 + 100 * i + (30 * torch.sin(x / 40 + i) * torch.cos(y / 50)).long() for i in range(4)]
+    coords = torch.cat([torch.stack([x * 0, x, y, z], -1).view(-1, 4) for z in sheets]).int()
+    coords = coords[token_order(coords)]
+    index = BlockIndex.from_coords(coords.to(DEVICE), 1)
+    assert index.num_tokens > 1_000_000
+    x = make_inputs(index, 32, 2, 32, torch.bfloat16)
+    out, *grads = run(lambda *x: spatial_sparse_attention(*x, index, top_k=4), x)
+    assert all(torch.isfinite(t).all() for t in (out, *grads))
+    rows = torch.arange(0, index.num_tokens, 9973)
+    selected = select_blocks(x[0], x[3], index, top_k=4)[:, rows].long()
+    for i, n in enumerate(rows.tolist()[:40]):  # single queries, in fp64
+        expected = one_query(x, index, n, selected[:, i])
+        error = (out[n].double() - expected).abs().max()
+        assert error <= 4 * torch.finfo(torch.bfloat16).eps * max(1.0, expected.abs().max().item())
+
+
+def one_query(x, index, n, selected_GT):
+    q, k, v, ck, cv, gates = (t.detach().double() if i in (3, 4) else t.detach() for i, t in enumerate(x))
+    row, gate, outs = q[n].double(), gates[n].double().sigmoid(), []
+    window = index.window_of[n]
+    for g in range(2):
+        heads = row[16 * g : 16 * g + 16]
+        blocks = selected_GT[g].tolist()
+        taken = torch.cat(
+            [torch.arange(index.block_starts[b], index.block_starts[b + 1], device=DEVICE) for b in blocks]
+        )
+        near = torch.arange(index.window_starts[window], index.window_starts[window + 1], device=DEVICE)
+        y = gate[0] * reference.attend(heads[None], ck[:, g : g + 1], cv[:, g : g + 1], 32**-0.5)[0]
+        for weight, rows in ((gate[1], taken), (gate[2], near)):
+            keys, values = k[rows, g : g + 1].double(), v[rows, g : g + 1].double()
+            y = y + weight * reference.attend(heads[None], keys, values, 32**-0.5)[0]
+        outs.append(y)
+    return torch.cat(outs)
+
+
+def test_the_tolerance_can_fail():
+    exact = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    rounded = exact.float()
+    assert_close_as(rounded, exact, rounded)
+    with pytest.raises(AssertionError, match="error"):
+        assert_close_as(rounded + 1e-5, exact, rounded)
+    with pytest.raises(AssertionError, match="error inf"):
+        assert_close_as(rounded / 0, exact, rounded)
