@@ -234,7 +234,7 @@ def _first_bad(coords: Tensor, key: Tensor, batch_size: int) -> Tensor:
     unsorted[1:], repeated[1:] = key[1:] < key[:-1], key[1:] == key[:-1]
     row = (outside | unsorted | repeated).int().argmax()
     counts = torch.stack([outside.sum(), unsorted.sum(), repeated.sum(), row])
-    return torch.cat([counts, coords[row].long()])
+    return torch.cat([counts, coords.index_select(0, row[None])[0].long()])  # coords[row] would wait for the host
 
 
 def _raise_bad(bad: list[int], batch_size: int, select_block: int, compress_block: int) -> None:
