@@ -8,6 +8,7 @@ import logging
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from types import FrameType
@@ -93,6 +94,39 @@ def raise_on_signals() -> Iterator[None]:
         if all(signal.getsignal(signum) is stop for signum in before):
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+
+class Stop:
+    """Which signal, if any, has asked to stop."""
+
+    def __init__(self):
+        self.signum = 0
+
+    def check(self) -> None:
+        """Stopped if a signal has come."""
+        if self.signum:
+            raise Stopped(self.signum)
+
+
+@contextmanager
+def note_signals(stop: Stop) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM are noted in `stop`: for code that an exception from a handler would break.
+
+    Outside the main thread, where Python allows no handlers, nothing is noted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(signum: int, _frame: FrameType | None) -> None:
+        stop.signum = stop.signum or signum
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _one_line(message: str) -> str:

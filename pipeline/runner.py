@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.asset import AssetJob
-from pipeline.command import raise_on_signals
+from pipeline.command import Stop, note_signals
 from pipeline.config import BuildConfig, differences
 from pipeline.isolate import Exit, Isolated, is_disk_full
 from pipeline.manifest import Result
@@ -71,8 +71,11 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
                 cfg.out / ".scratch" / name, ignore_errors=True
             )  # of a run killed between marker and clean-up
     if todo:
-        with _ray(cfg):
-            _Run(plan, cfg, sources, todo).loop()
+        stop = Stop()
+        # An exception out of a signal handler would break Ray's native code: signals are noted, and looked at between.
+        with note_signals(stop), _ray(cfg), note_signals(stop):  # Ray puts handlers of its own in place as it starts
+            stop.check()
+            _Run(plan, cfg, sources, todo).loop(stop)
     if (cfg.out / ".scratch").exists():
         (cfg.out / ".scratch").rmdir()
     return counts(plan, cfg)
@@ -120,7 +123,7 @@ class _Run:
         self.progress = Progress(sum(len(plan.shard(name)) for name, _ in todo), "assets")
         self.disk_checked = 0.0
 
-    def loop(self) -> None:
+    def loop(self, stop: Stop) -> None:
         """Keep a bounded number of tasks in flight until every shard is committed."""
         jobs = self._jobs()
         try:
@@ -130,7 +133,8 @@ class _Run:
                     self._submit(shard, record)
                 if not self.tasks:
                     return
-                ready, _ = ray.wait(list(self.tasks), num_returns=1, timeout=1.0)
+                ready, _ = ray.wait(list(self.tasks), num_returns=1, timeout=0.5)
+                stop.check()
                 for ref in ready:
                     self._take(ref)
                 self._check_disk()
@@ -304,7 +308,6 @@ def _ray(cfg: BuildConfig) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     try:
-        with raise_on_signals():  # again: Ray has put its own handlers in place
-            yield
+        yield
     finally:
         ray.shutdown()

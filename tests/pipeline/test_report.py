@@ -1,0 +1,152 @@
+import base64
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.manifest import read_manifest, write_manifest
+from pipeline.pictures import slice_picture
+from pipeline.report import cost_rows, funnel_steps, human_bytes, human_seconds, read_build, summary, write_report
+from pipeline.schema import Bricks, UserError
+
+
+class Page(HTMLParser):
+    """Tags, links, images and text of a page; fails on a tag that is closed but was not opened."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "input", "hr"})
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.links, self.images, self.text = [], [], [], ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href", "action", "srcset")]
+        self.images += [dict(attrs) for _ in [0] if tag == "img"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open[-1] != tag and self.open[-1] in ("p", "td", "tr", "th"):
+            self.open.pop()
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(tiny_build):
+    return Page((tiny_build / "report" / "index.html").read_text())
+
+
+def test_the_page_is_whole_and_loads_nothing(page, tiny_build):
+    assert page.open == []
+    assert all(link.startswith("data:image/webp;base64,") for link in page.links)
+    assert "url(" not in (tiny_build / "report" / "index.html").read_text()
+    assert (tiny_build / "report" / "index.html").stat().st_size < 500_000
+
+
+def test_every_asset_shows_its_render_its_surface_and_a_slice(page, tiny_build):
+    rows = [row for path in sorted((tiny_build / "manifest").iterdir()) for row in read_manifest(path)]
+    wanted = [f"{kind} of {row['uid']}" for row in rows for kind in ("render", "bricks", "slice")]
+    assert [image["alt"] for image in page.images] == wanted
+    pictures = {}
+    for image in page.images:
+        data = base64.b64decode(image["src"].partition(",")[2])
+        pictures[image["alt"]] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    # The surface from the bricks covers what the render covers: same frame, same camera.
+    for row in rows:
+        seen = [
+            np.abs(pictures[f"{kind} of {row['uid']}"] - [238, 241, 245]).max(axis=-1) > 24
+            for kind in ("render", "bricks")
+        ]
+        overlap = (seen[0] & seen[1]).sum() / (seen[0] | seen[1]).sum()
+        assert overlap > 0.6, (row["url"], overlap)  # the stored render has 32 pixels a side, the bricks 96 points
+
+
+def test_numbers_on_the_page_are_those_of_the_manifest(page, tiny_build):
+    build = read_build(tiny_build)
+    told = summary(build)
+    tokens = [row["tokens_96"] for row in build.rows]
+    (row,) = [row for row in told["products"] if row["name"] == "sdf-96"]
+    assert (row["assets"], row["max"]) == ("9", f"{max(tokens):,}")
+    stored = sum(marker["bytes"] for marker in build.markers["sdf-96"])
+    assert row["cell"] == f"{stored / sum(tokens):.0f} B"
+    assert row["cell"] in page.text
+    assert f"{sum(tokens) / 9:,.0f}" in page.text
+
+
+def test_text_from_assets_is_escaped_and_verdicts_are_listed(tiny_build, tmp_path):
+    out = tmp_path / "build"
+    shutil.copytree(tiny_build, out)
+    path = out / "manifest" / "000001.parquet"
+    rows = read_manifest(path)
+    bad = {"status": "rejected", "stage": "load", "reason": "empty_file", "url": "<script>alert(1)</script>.obj"}
+    write_manifest(path, [{**rows[0], **bad}, *rows[1:]], [64, 96])
+    html = write_report(out, pictures=1).read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert re.search(r"rejected</span></td>.*load</td>.*empty_file</td><td>1</td>", html)
+    assert len(Page(html).images) == 3
+
+
+def test_an_unfinished_build_has_a_page_too(tiny_build, tmp_path):
+    out = tmp_path / "build"
+    shutil.copytree(tiny_build, out)
+    shutil.rmtree(out / "shards")
+    html = write_report(out).read_text()
+    assert "3 not finished" in html
+    assert Page(html).images == []
+
+
+def test_something_else_is_a_usage_error(tmp_path):
+    with pytest.raises(UserError, match="is not a build"):
+        write_report(tmp_path)
+
+
+def test_funnel_adds_up():
+    def row(stage):
+        return {"status": "rejected" if stage else "done", "stage": stage}
+
+    rows = [row("")] * 5 + [row("load")] * 3 + [row("sdf-64")] * 2
+    steps = [(step["stage"], step["left"], step["lost"]) for step in funnel_steps(rows, ["sdf-64", "renders-paper"])]
+    assert steps == [("seen", 10, 0), ("load", 7, 3), ("sdf-64", 5, 2), ("renders-paper", 5, 0)]
+
+
+def test_costs_by_stage_in_the_order_of_the_stages():
+    stats = [
+        {
+            "stage_seconds": '{"renders-paper": 4, "sdf-512": 2, "sdf-64": 1, "load": 0.5}',
+            "seconds": s,
+            "peak_rss_bytes": 10**8,
+        }
+        for s in (1.0, 3.0)
+    ]
+    costs = {row["name"]: row["values"] for row in cost_rows(stats)}
+    assert list(costs) == ["load", "sdf-64", "sdf-512", "renders-paper", "whole asset", "peak memory"]
+    assert costs["whole asset"] == ["2 s", "2 s", "2.9 s", "3 s", "4 s"]
+    assert costs["peak memory"] == ["100 MB"] * 4 + [""]
+
+
+def test_slice_shows_inside_blue_outside_orange_and_up_is_up():
+    ramp = np.linspace(-1, 1, 8)  # along x, from inside to outside
+    values = np.broadcast_to(ramp[:, None, None], (8, 8, 8)).reshape(1, 512).astype(np.float16)
+    block = np.array([[0, 1, 1]], np.int16)  # top left of the middle plane of a 16^3 grid
+    picture = slice_picture(Bricks(resolution=16, blocks=block, values=values, sharp=np.zeros((1, 64), np.uint8)))
+    assert picture.shape == (16, 16, 3)
+    assert (picture[8:] == 255).all()
+    assert (picture[:, 8:] == 255).all()
+    inside, outside = picture[3, 0].astype(int), picture[3, 7].astype(int)
+    assert inside[2] > inside[0]
+    assert outside[0] > outside[2]
+
+
+def test_units():
+    assert [human_bytes(n) for n in (0, 999, 1000, 1_234_567, 5e12)] == ["0 B", "999 B", "1 kB", "1.23 MB", "5 TB"]
+    assert [human_seconds(s) for s in (0.0123, 1, 75.0, 7200)] == ["12.3 ms", "1 s", "75 s", "2 h"]
