@@ -11,17 +11,20 @@ MAX_EXACT_LOOP = 400  # longer loops are capped by a fan: the exact triangulatio
 
 
 def weld(vertices: NDArray[np.float64], faces: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-    """Joins equal vertices, drops faces that thereby collapse and keeps one of several faces on the same vertices."""
+    """Joins equal vertices, drops faces that thereby collapse and keeps one of several faces on the same vertices.
+
+    Vertices come out in the order of their positions and faces sorted, corners too: the same shape gives the same
+    arrays however its faces were ordered, wound or repeated.
+    """
     keys = np.round(vertices / WELD).astype(np.int64)
     keys = (keys[:, 0] << 42) + (keys[:, 1] << 21) + keys[:, 2]
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     vertices, faces = vertices[first], inverse.astype(np.int32)[faces]
-    ordered = np.sort(faces, axis=1)
-    proper = (ordered[:, 0] < ordered[:, 1]) & (ordered[:, 1] < ordered[:, 2])
-    faces, ordered = faces[proper], ordered[proper].astype(np.int64)
-    by_corners = np.lexsort(ordered.T)
+    faces = np.sort(faces, axis=1)
+    faces = faces[(faces[:, 0] < faces[:, 1]) & (faces[:, 1] < faces[:, 2])]
+    faces = faces[np.lexsort(faces.T[::-1])]
     new = np.ones(len(faces), np.bool_)
-    new[by_corners[1:]] = (ordered[by_corners[1:]] != ordered[by_corners[:-1]]).any(axis=1)
+    new[1:] = (faces[1:] != faces[:-1]).any(axis=1)
     return vertices, faces[new]
 
 

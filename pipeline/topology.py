@@ -67,18 +67,19 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
         raise Reject("no_area", faces=len(mesh.faces))
     packed = pack(vertices[faces])
     bins = bin_triangles(packed, cfg.resolution)
-    use = cap_of < 0
-    exterior = flood(packed, bins, use)
+    own = cap_of < 0
+    exterior = flood(packed, bins, own)
     opening = 0.0
-    if not use.all():
+    if not own.all():
         closed = flood(packed, bins, np.ones(len(faces), np.bool_))
         accepted, opening = _accepted_caps(packed, cap_of, exterior, closed, cfg.max_opening)
-        use |= accepted[np.maximum(cap_of, 0)]
+        use = own | accepted[np.maximum(cap_of, 0)]
         if use.all():
             exterior = closed
-        elif accepted.any():
-            exterior = flood(packed, bins, use)
-    pieces, codes, parents = classify_triangles(packed, faces, use, exterior)
+        else:  # a cap that closes nothing must not stand in the way of anything
+            faces, cap_of, packed = faces[use], cap_of[use], packed[use]
+            exterior = flood(packed, bin_triangles(packed, cfg.resolution), np.ones(len(faces), np.bool_))
+    pieces, codes, parents = classify_triangles(packed, faces, exterior)
     if (codes == HIDDEN).all():
         raise Reject("not_visible", faces=given)
 
@@ -102,7 +103,7 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
         resolution=cfg.resolution,
         triangles=pieces,
         kinds=kinds,
-        sharp_edges=_sharp_edges(packed, vertices, faces, use, exterior, cfg.sharp_degrees),
+        sharp_edges=_sharp_edges(packed, vertices, faces, exterior, cfg.sharp_degrees),
         exterior=exterior,
         sign_path="+".join(path),
         numbers={
@@ -248,15 +249,13 @@ def _sharp_edges(
     packed: NDArray[np.float64],
     vertices: NDArray[np.float64],
     faces: NDArray[np.int32],
-    use: NDArray[np.bool_],
     exterior: Exterior,
     degrees: float,
 ) -> NDArray[np.float64]:
     """Visible stretches [S, 2, 3] of edges whose faces deviate from flat by more than `degrees`."""
-    used = np.flatnonzero(use)
-    edges, edge_of, counts = holes.edges_of(faces[used])
+    edges, edge_of, counts = holes.edges_of(faces)
     half_edges = np.argsort(edge_of, kind="stable")
-    face_of = used[half_edges // 3]
+    face_of = half_edges // 3
     starts = np.concatenate([[0], np.cumsum(counts)])
     # unit direction from the edge into each of its faces; two faces are flat where these are opposite
     a, b = (vertices[edges[edge_of[half_edges], k]] for k in (0, 1))

@@ -75,7 +75,7 @@ def sides_seen(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, n
 
 
 @njit(cache=True)
-def _crossings(packed, faces, use, offsets, triangles):
+def _crossings(packed, faces, offsets, triangles):
     """Pairs of triangles that share no vertex and pass through each other: (first, second) and its mirror image."""
     pairs = np.empty((1024, 2), np.int32)
     count = 0
@@ -91,15 +91,13 @@ def _crossings(packed, faces, use, offsets, triangles):
         order = np.argsort(low[:, 0])
         for ii in range(len(members)):
             i = order[ii]
-            if not use[members[i]]:
-                continue
             for jj in range(ii + 1, len(members)):
                 j = order[jj]
                 if low[j, 0] > high[i, 0]:
                     break
                 if low[j, 1] > high[i, 1] or low[i, 1] > high[j, 1]:
                     continue
-                if low[j, 2] > high[i, 2] or low[i, 2] > high[j, 2] or not use[members[j]]:
+                if low[j, 2] > high[i, 2] or low[i, 2] > high[j, 2]:
                     continue
                 s, t = members[i], members[j]
                 shared = False
@@ -176,7 +174,7 @@ def _code_of(piece, packed, t, cross, bin_of, offsets, triangles, outside, whole
 
 
 @njit(cache=True)
-def _classify_all(packed, use, cross, cross_starts, bin_of, offsets, triangles, outside, whole, h):
+def _classify_all(packed, cross, cross_starts, bin_of, offsets, triangles, outside, whole, h):
     """Bisects each triangle depth first; halves that turn out alike are joined again on the way back."""
     out = np.empty((2 * len(packed) + 1024, 3, 3))
     codes, parents = np.empty(len(out), np.uint8), np.empty(len(out), np.int32)
@@ -185,8 +183,6 @@ def _classify_all(packed, use, cross, cross_starts, bin_of, offsets, triangles, 
     first = np.empty(MAX_CUTS, np.int64)  # code of a piece's first half, -2 before it is known
     half = np.empty((3, 3))
     for t in range(len(packed)):
-        if not use[t]:
-            continue
         row = packed[t]
         for k in range(3):
             frames[0, 0, k], frames[0, 1, k], frames[0, 2, k] = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
@@ -235,18 +231,18 @@ def _classify_all(packed, use, cross, cross_starts, bin_of, offsets, triangles, 
 
 
 def classify_triangles(
-    packed: NDArray[np.float64], faces: NDArray[np.int32], use: NDArray[np.bool_], exterior: Exterior
+    packed: NDArray[np.float64], faces: NDArray[np.int32], exterior: Exterior
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.int32]]:
-    """Pieces [P, 3, 3] of the triangles in use, the sides each is seen from [P], and the triangle it is cut from [P].
+    """Pieces [P, 3, 3] of the triangles, the sides each is seen from [P], and the triangle it is cut from [P].
 
     A triangle that is seen alike everywhere stays whole. Only where another triangle passes through, or where samples
     disagree, is it cut, down to FINEST_VOXELS.
     """
     bins = exterior.bins
-    pairs = np.unique(_crossings(packed, faces, use, bins.offsets, bins.triangles), axis=0)
+    pairs = np.unique(_crossings(packed, faces, bins.offsets, bins.triangles), axis=0)
     starts = np.searchsorted(pairs[:, 0], np.arange(len(packed) + 1))
     return _classify_all(
-        packed, use, pairs, starts, bins.bin_of, bins.offsets, bins.triangles, exterior.outside, exterior.whole,
+        packed, pairs, starts, bins.bin_of, bins.offsets, bins.triangles, exterior.outside, exterior.whole,
         spacing(bins.resolution),
     )  # fmt: skip
 
