@@ -14,13 +14,14 @@ from pipeline.canvas import canvas
 from pipeline.isosurface import extract
 from pipeline.pack import product_paths
 from pipeline.render import unpremultiply
-from pipeline.schema import BLOCK, Bricks, Mesh
+from pipeline.schema import BLOCK, Bricks, Material, Mesh, Part
 from pipeline.shading import lighting
 from pipeline.shards import RenderShard
 from pipeline.store import SdfShard
 
 PICTURES = ("render", "bricks", "slice")
 SIDE = 192  # pixels of a picture
+CLAY = Material(base_color=(0.30, 0.38, 0.48, 1.0))  # stands out from the page under any light
 PAPER = np.array([238, 241, 245], np.float64)  # behind a render
 
 
@@ -49,7 +50,8 @@ def draw_bricks(bricks: Bricks, uid: str, meta: dict[str, float]) -> NDArray[np.
     """RGBA [SIDE, SIDE, 4] of the surface in the bricks, from the camera and under the lights of a stored view."""
     vertices, faces = extract(bricks)
     eye = look_at_origin(meta["azimuth_degrees"], meta["elevation_degrees"], meta["focal_mm"])
-    with canvas(Mesh(vertices=vertices, faces=faces), SIDE) as drawing:
+    part = Part(vertices=slice(0, len(vertices)), faces=slice(0, len(faces)), material=CLAY)
+    with canvas(Mesh(vertices=vertices, faces=faces, parts=(part,)), SIDE) as drawing:
         return unpremultiply(drawing.draw(eye, lighting(uid, int(meta["view"]), eye)))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["--views", "2", "--image-size", "32", "--topology-resolution", "64", "--shard-size", "4", "--workers", "2"]
+TINY = ["--views", "2", "--image-size", "64", "--topology-resolution", "64", "--shard-size", "4", "--workers", "2"]
 
 
 def environment(home: Path) -> dict[str, str]:

@@ -13,6 +13,8 @@ from pipeline.pictures import slice_picture
 from pipeline.report import cost_rows, funnel_steps, human_bytes, human_seconds, read_build, summary, write_report
 from pipeline.schema import Bricks, UserError
 
+KINDS = ("render", "bricks", "slice")
+
 
 class Page(HTMLParser):
     """Tags, links, images and text of a page; fails on a tag that is closed but was not opened."""
@@ -54,20 +56,20 @@ def test_the_page_is_whole_and_loads_nothing(page, tiny_build):
 
 def test_every_asset_shows_its_render_its_surface_and_a_slice(page, tiny_build):
     rows = [row for path in sorted((tiny_build / "manifest").iterdir()) for row in read_manifest(path)]
-    wanted = [f"{kind} of {row['uid']}" for row in rows for kind in ("render", "bricks", "slice")]
+    wanted = [f"{kind} of {row['uid']}" for row in rows for kind in KINDS]
     assert [image["alt"] for image in page.images] == wanted
     pictures = {}
     for image in page.images:
         data = base64.b64decode(image["src"].partition(",")[2])
         pictures[image["alt"]] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    # The surface from the bricks covers what the render covers: same frame, same camera.
+    # The surface from the bricks covers what the render covers: same frame, same camera. Not more exactly, since
+    # the stored render has 64 pixels a side here and blurs what is thin.
+    overlaps = []
     for row in rows:
-        seen = [
-            np.abs(pictures[f"{kind} of {row['uid']}"] - [238, 241, 245]).max(axis=-1) > 24
-            for kind in ("render", "bricks")
-        ]
-        overlap = (seen[0] & seen[1]).sum() / (seen[0] | seen[1]).sum()
-        assert overlap > 0.6, (row["url"], overlap)  # the stored render has 32 pixels a side, the bricks 96 points
+        pair = [np.abs(pictures[f"{kind} of {row['uid']}"] - [238, 241, 245]).max(axis=-1) > 8 for kind in KINDS[:2]]
+        overlaps.append((pair[0] & pair[1]).sum() / (pair[0] | pair[1]).sum())
+    assert np.median(overlaps) > 0.8
+    assert min(overlaps) > 0.4
 
 
 def test_numbers_on_the_page_are_those_of_the_manifest(page, tiny_build):
