@@ -37,17 +37,19 @@ def check(index: BlockIndex, inputs: list[torch.Tensor], top_k: int, shifted: bo
 
 
 BATCHES = [
-    pytest.param([40, 25], 16, 2, id="two assets"),
-    pytest.param([0, 30, 0, 20, 0], 16, 1, id="empty first, middle, last"),
+    pytest.param([40, 25], 16, 2, id="two assets", marks=slow),
+    pytest.param([0, 24, 0, 14, 0], (16, 16, 8), 1, id="empty first, middle, last"),
     pytest.param([1], 16, 3, id="one token"),
     pytest.param([20], 8, 1, id="one block"),
-    pytest.param([50], 16, 100, id="more than there are blocks"),
-    pytest.param([150], (16, 8, 8), 1, id="long lists and blocks of several tiles"),
+    pytest.param([30], 16, 100, id="more than there are blocks"),
+    pytest.param([130], (16, 8, 8), 1, id="long lists and blocks of several tiles"),
     pytest.param([0, 0], 8, 4, id="nothing"),
 ]
+# The interpreter takes seconds a case: without a GPU the default suite keeps one dtype where two say the same.
+OTHER_DTYPES = [DTYPES[0], *(pytest.param(dtype, marks=slow) for dtype in DTYPES[1:])]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "side", "top_k"), BATCHES)
 def test_batches(tokens, side, top_k, dtype):
     index = random_index(tokens, side)
@@ -57,7 +59,7 @@ def test_batches(tokens, side, top_k, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shifted", [False, True])
 def test_the_papers_heads(shifted, dtype):
-    index = random_index([45, 30], 16)
+    index = random_index([20, 14], (16, 16, 8))
     check(index, make_inputs(index, 32, 2, 32, dtype), 3, shifted)
 
 
@@ -68,27 +70,27 @@ def test_the_papers_heads(shifted, dtype):
 @pytest.mark.parametrize("tokens", [[35], pytest.param([900, 0, 300], marks=slow)], ids=["small", "large"])
 def test_heads_and_sizes(group, G, D, tokens, dtype):
     index = random_index(tokens, 16 if tokens == [35] else 32)
-    check(index, make_inputs(index, group * G, G, D, dtype), 2, shifted=True)
+    check(index, make_inputs(index, group * G, G, D, dtype), 1, shifted=True)
 
 
-@pytest.mark.parametrize(("select", "compress"), [(8, 8), (8, 2), (4, 4), (16, 4), (8, 1)])
+@pytest.mark.parametrize(("select", "compress"), [(8, 8), (4, 2), (16, 4), (8, 1)])
 def test_block_sizes(select, compress):
-    index = random_index([60, 30], (20, 20, 10), select_block=select, compress_block=compress)
+    index = random_index([26, 10], (select + 4, 8, 5), select_block=select, compress_block=compress)
     check(index, make_inputs(index, 2, 1, 16, torch.float32), 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[-1:], ids=str)
-@pytest.mark.parametrize("top_k", [1, pytest.param(8, marks=slow), pytest.param(13, marks=slow)])
+@pytest.mark.parametrize("top_k", [pytest.param(k, marks=slow) for k in (1, 8, 13)])
 def test_full_blocks_of_512(top_k, dtype):
     index = random_index([1024, 700], (16, 8, 8) if top_k == 1 else (32, 16, 16))
     check(index, make_inputs(index, 2, 1, 16, dtype), top_k)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["huge", "moderate", "negative", "zero", "constant keys"])
 def test_adversarial_logits(case, dtype):
-    index = random_index([50], 16)
-    x = make_inputs(index, 4, 2, 16, dtype)
+    index = random_index([26], (16, 8, 16))
+    x = make_inputs(index, 2, 1, 16, dtype)
     if case == "huge":  # softmax is one-hot, the bound of bf16's fast path is far too large
         x[0] *= 40
         x[1] *= 8
@@ -107,59 +109,58 @@ def test_adversarial_logits(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_saturated_gates(dtype):
-    index = random_index([40], 16)
+    index = random_index([20], (16, 8, 8))
     x = make_inputs(index, 2, 1, 16, dtype)
     x[5][::2] = torch.tensor([100.0, -1000.0, 30.0])
     x[5][1::4] = torch.tensor([-200.0, 9.0, -30.0])
-    check(index, x, 2)
+    check(index, x, 1)
 
 
 def test_inputs_need_not_be_contiguous():
-    index = random_index([40], 16)
+    index = random_index([20], (16, 8, 8))
     x = make_inputs(index, 4, 2, 16, torch.float32)
     strided = [torch.stack([t, t + 1], -1)[..., 0] for t in x]
     strided[0] = x[0].transpose(0, 1).contiguous().transpose(0, 1)
     assert not any(t.is_contiguous() for t in strided)
-    check(index, strided, 2)
-    plain = spatial_sparse_attention(*x, index, top_k=2, backend="triton")
-    assert torch.equal(spatial_sparse_attention(*strided, index, top_k=2, backend="triton"), plain)
+    check(index, strided, 1)
+    plain = spatial_sparse_attention(*x, index, top_k=1, backend="triton")
+    assert torch.equal(spatial_sparse_attention(*strided, index, top_k=1, backend="triton"), plain)
 
 
 def test_an_asset_does_not_see_its_neighbours():
-    tokens = [37, 0, 52]
-    index, alone = random_index(tokens, 16), random_index([37], 16)
+    tokens = [17, 0, 22]
+    index, alone = random_index(tokens, 16), random_index([17], 16)
     x = make_inputs(index, 4, 2, 16, torch.float32)
     P = alone.num_compressed
-    one = [x[0][:37], x[1][:37], x[2][:37], x[3][:P], x[4][:P], x[5][:37]]
+    one = [x[0][:17], x[1][:17], x[2][:17], x[3][:P], x[4][:P], x[5][:17]]
     batch = spatial_sparse_attention(*x, index, top_k=2, backend="triton")
     single = spatial_sparse_attention(*one, alone, top_k=2, backend="triton")
-    assert torch.allclose(batch[:37], single, atol=2e-6)
-    x[0][37:] += 1
+    assert torch.allclose(batch[:17], single, atol=2e-6)
+    x[0][17:] += 1
     for i in (1, 2):
-        x[i][37:] *= 3
+        x[i][17:] *= 3
     for i in (3, 4):
         x[i][P:] *= 3
     again = spatial_sparse_attention(*x, index, top_k=2, backend="triton")
-    assert torch.equal(again[:37], batch[:37])
+    assert torch.equal(again[:17], batch[:17])
 
 
 def test_ranges_of_queries_do_not_change_the_result(monkeypatch):
     from kernels import attention, blocks
 
     monkeypatch.setattr(blocks, "_chunks", lambda tokens, found: thirds(tokens, found))
-    index = random_index([60, 45], 16)
-    assert index.chunk_starts.tolist() == [0, 20, 40, 60, 75, 90, 105]
+    index = random_index([24, 12], (16, 8, 8))
+    assert index.chunk_starts.tolist() == [0, 8, 16, 24, 28, 32, 36]
     x = make_inputs(index, 2, 1, 16, torch.float32)
 
     def kernel(*x):
-        return spatial_sparse_attention(*x, index, top_k=2, backend="triton")
+        return spatial_sparse_attention(*x, index, top_k=1, backend="triton")
 
     whole = run(kernel, x)
-    monkeypatch.setattr(attention, "RANGE_BYTES", 40 * 2 * 2 * 68)
-    assert len(attention.split_queries(index, 2, 16, 2, 4)) == 3
+    monkeypatch.setattr(attention, "RANGE_BYTES", 12 * 2 * 68)
+    assert len(attention.split_queries(index, 2, 16, 1, 4)) == 3
     for a, b in zip(run(kernel, x), whole, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
-    check(index, x, 2)
 
 
 def thirds(tokens, blocks):
@@ -173,18 +174,18 @@ def thirds(tokens, blocks):
 
 
 def test_two_backward_runs_are_bit_identical():
-    index = random_index([20000, 9000] if GPU else [60, 30], 64 if GPU else 16)
+    index = random_index([20000, 9000] if GPU else [24, 12], 64 if GPU else (16, 8, 8))
     x = make_inputs(index, 8, 2, 32, DTYPES[-1])
 
     def kernel(*x):
-        return spatial_sparse_attention(*x, index, top_k=3, backend="triton")
+        return spatial_sparse_attention(*x, index, top_k=1, backend="triton")
 
     first, second = run(kernel, x), run(kernel, x)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_gradients_reach_the_compression_parameters():
-    index = random_index([50, 20], 16)
+    index = random_index([24, 10], (16, 8, 8))
     x = make_inputs(index, 4, 2, 16, torch.float32)
     weight = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(9)).to(DEVICE)
 
