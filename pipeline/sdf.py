@@ -13,6 +13,7 @@ from pipeline.triangles import TIE, distance2, pack, side_vote
 
 # beyond this distance from all triangles the nearest point of the topology's grid (sqrt(3) / 2) is clear of the barrier
 FLOOD_VOXELS = BARRIER_VOXELS + 0.87
+SLAB_BLOCKS = 8
 SHEET_HALF_VOXELS = 0.87  # just above sqrt(3) / 2: a sheet of this half thickness always holds grid points
 
 
@@ -23,21 +24,21 @@ def compute_bricks(topology: Topology, resolution: int) -> Bricks:
     with a thin shell around each sheet. ValueError if the resolution is not a multiple of 8.
     """
     tau, h = band(check_resolution(resolution)), spacing(resolution)
-    half = SHEET_HALF_VOXELS * h
     packed = pack(topology.triangles)
-    exterior = topology.exterior
-    blocks, distances = _descend(
-        packed, topology.kinds, resolution, tau, half,
-        spacing(topology.resolution), exterior.bins.bin_of, exterior.outside, exterior.whole,
-    )  # fmt: skip
-    order = np.lexsort(blocks.T[::-1])
-    blocks, distances = blocks[order], distances[order]
-    return Bricks(
-        resolution=resolution,
-        blocks=blocks.astype(np.int16),
-        values=np.clip(distances / np.float32(tau), -1, 1).astype(np.float16),
-        sharp=sharp_bits(blocks, np.abs(distances) < np.float32(tau), topology.sharp_edges, resolution),
-    )
+    exterior, size = topology.exterior, resolution // BLOCK
+    slabs = []
+    for first in range(0, size, SLAB_BLOCKS):  # one slab's float32 distances at a time
+        blocks, distances = _descend(
+            packed, topology.kinds, resolution, first, min(first + SLAB_BLOCKS, size), tau, SHEET_HALF_VOXELS * h,
+            spacing(topology.resolution), exterior.bins.bin_of, exterior.outside, exterior.whole,
+        )  # fmt: skip
+        order = np.lexsort(blocks.T[::-1])
+        blocks, distances = blocks[order], distances[order]
+        sharp = sharp_bits(blocks, np.abs(distances) < np.float32(tau), topology.sharp_edges, resolution)
+        values = np.divide(distances, np.float32(tau), out=distances)
+        slabs.append((blocks.astype(np.int16), np.clip(values, -1, 1, out=values).astype(np.float16), sharp))
+    blocks, values, sharp = (np.concatenate(parts) for parts in zip(*slabs))
+    return Bricks(resolution=resolution, blocks=blocks, values=values, sharp=sharp)
 
 
 @njit(cache=True)
@@ -215,8 +216,11 @@ def _fill_block(packed, kinds, candidates, corner, h, tau, half, flood_h, bin_of
 
 
 @njit(cache=True)
-def _descend(packed, kinds, resolution, tau, half, flood_h, bin_of, outside, whole):
-    """Depth-first octree descent to blocks near the surface; a cell keeps the triangles that can be closest in it."""
+def _descend(packed, kinds, resolution, x_first, x_end, tau, half, flood_h, bin_of, outside, whole):
+    """Octree descent to the blocks with x_first <= x < x_end near the surface, and their distances.
+
+    A cell keeps the triangles that can be closest for one of its points.
+    """
     h = 1.0 / (resolution - 1)
     size = resolution // BLOCK
     blocks = np.empty((1024, 3), np.int32)
@@ -229,6 +233,7 @@ def _descend(packed, kinds, resolution, tau, half, flood_h, bin_of, outside, who
     kept = np.empty(len(packed), np.int32)
     stack = np.empty((8 * depths, 8), np.int64)  # cell bounds, then the bounds of its list
     stack[0, 0:3], stack[0, 3:6], stack[0, 6], stack[0, 7] = 0, size, 0, len(packed)
+    stack[0, 0], stack[0, 3] = x_first, x_end
     lists[: len(packed)] = np.arange(len(packed))
     depth = 1
     while depth > 0:

@@ -11,6 +11,7 @@ from pipeline.schema import BLOCK, spacing
 from pipeline.triangles import pack, segment_hits, triangles_cross
 
 HIDDEN, FRONT, BACK, SHEET = 0, 1, 2, 3  # seen from: nowhere, the normal's side, the other side, both
+GLIMPSE = 0.2  # of what the other side sees
 FINEST_VOXELS = 0.5  # a cut triangle's edge: the seam of two parts is found this closely
 CROSSED_VOXELS = 2.0  # a piece that another triangle passes through is sampled at least this densely
 MIXED = -3  # result of a piece whose parts are written already
@@ -19,8 +20,12 @@ COARSEST_VOXELS = 8.0  # samples of an uncut triangle lie no farther apart
 
 
 @njit(cache=True)
-def _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz):
-    """Whether some exterior grid point within three voxels on the side of n has a free line of sight to (x, y, z)."""
+def _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz, every):
+    """How many exterior grid points within three voxels on the side of n have a free line of sight to (x, y, z).
+
+    Stops at the first unless `every` one of the 24 tried is asked for.
+    """
+    seen = 0
     x, y, z = x + 1e-3 * h * nx, y + 1e-3 * h * ny, z + 1e-3 * h * nz
     size = len(bin_of)
     blocker = -1  # what hid the last candidate mostly hides the next one too
@@ -59,19 +64,25 @@ def _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, 
                 if blocked:
                     break
             if not blocked:
-                return True
-    return False
+                seen += 1
+                if not every:
+                    return seen
+    return seen
 
 
 @njit(cache=True)
 def sides_seen(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz):
     """HIDDEN, FRONT, BACK or SHEET for a point of the surface with unit normal n."""
-    code = HIDDEN
-    if _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz):
-        code |= FRONT
-    if _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, -nx, -ny, -nz):
-        code |= BACK
-    return code
+    front = _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz, False)
+    back = _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, -nx, -ny, -nz, False)
+    if front and back:  # a glimpse through a crack does not make a wall a sheet
+        front = _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz, True)
+        back = _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, -nx, -ny, -nz, True)
+        if back < GLIMPSE * front:
+            back = 0
+        elif front < GLIMPSE * back:
+            front = 0
+    return (FRONT if front else HIDDEN) | (BACK if back else HIDDEN)
 
 
 @njit(cache=True)
