@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.segment import Segments
 from kernels.tiles import LOG2E, load_heads, load_keys, load_rows, on_device, queries_per_tile, store_rows
 
-_PROGRAMS = 2640  # wanted for dk and dv: four waves of five on an H200; fixed, so that sums do not depend on the GPU
+_PROGRAMS = 5280  # wanted for dk and dv: eight waves of five on an H200; fixed, so that sums do not depend on the GPU
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -36,15 +36,15 @@ def _segment_dq(
         lse_inside = tl.where(segment_of == segment, lse, float("inf"))
         full = start + (end - start) // BK * BK
         for t in range(start, full, BK):
-            k = load_keys(k_ptr, order_ptr, t + c, t + c < end, g, G, D, ORDERED)
-            v = load_keys(v_ptr, order_ptr, t + c, t + c < end, g, G, D, ORDERED)
+            k = load_keys(k_ptr, order_ptr, t + c, end, g, G, D, ORDERED, True)
+            v = load_keys(v_ptr, order_ptr, t + c, end, g, G, D, ORDERED, True)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse_inside[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - dot[:, None])
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
         if full < end:
             inside = full + c < end
-            k = load_keys(k_ptr, order_ptr, full + c, inside, g, G, D, ORDERED)
-            v = load_keys(v_ptr, order_ptr, full + c, inside, g, G, D, ORDERED)
+            k = load_keys(k_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
+            v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse_inside[:, None])
             p = tl.where(inside[None, :], p, 0.0)  # a padded key's exponent may overflow
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - dot[:, None])
@@ -64,12 +64,13 @@ def _segment_dkdv(
     t, g, split = tl.program_id(0) * BK, tl.program_id(1), tl.program_id(2)
     m, r, d = t + tl.arange(0, BK), tl.arange(0, BQ * GS), tl.arange(0, D)
     ok_m = m < M
-    k = load_keys(k_ptr, order_ptr, m, ok_m, g, G, D, ORDERED)
-    v = load_keys(v_ptr, order_ptr, m, ok_m, g, G, D, ORDERED)
+    k = load_keys(k_ptr, order_ptr, m, M, g, G, D, ORDERED, False)
+    v = load_keys(v_ptr, order_ptr, m, M, g, G, D, ORDERED, False)
     segment_of = tl.load(key_segment_ptr + m, ok_m, other=-1)
     dk, dv = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
     last = tl.load(key_segment_ptr + tl.minimum(t + BK, M) - 1)
-    for segment in range(tl.load(key_segment_ptr + t), last + 1):
+    first_segment = tl.load(key_segment_ptr + t)
+    for segment in range(first_segment, last + 1):
         start = tl.maximum(tl.load(starts_ptr + segment), split * step)
         end = tl.minimum(tl.load(starts_ptr + segment + 1), split * step + step)
         inside = segment_of == segment
@@ -83,7 +84,8 @@ def _segment_dkdv(
             lse = tl.load(lse_ptr + head, ok, other=float("inf"))
             dot = tl.load(dot_ptr + head, ok, other=0.0)
             p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse[None, :])
-            p = tl.where(inside[:, None], p, 0.0)
+            if last != first_segment:  # else keys past the end only fill rows that are not stored
+                p = tl.where(inside[:, None], p, 0.0)
             dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
             ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")

@@ -12,6 +12,50 @@ from kernels.lists import ITEM, ITEM_FIELDS, Lists, QueryRange
 from kernels.tiles import LOG2E, load_heads, load_keys, load_rows, on_device, queries_per_tile, store_rows
 
 
+@triton.jit
+def _tile_bwd(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dq_ptr, dk_ptr, dv_ptr, first_token, top_k, first, last,
+    start, t, end, partial, g, scale, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Entries first..last against keys t..t + BK of a block start..end: adds to dq, writes dk and dv."""
+    j, c, d = tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, D)
+    inside = t + c < end
+    k = load_keys(k_ptr, k_ptr, t + c, end, g, G, D, False, False)
+    v = load_keys(v_ptr, v_ptr, t + c, end, g, G, D, False, False)
+    dk, dv = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
+    ok_next = first + j < last
+    entry_next = tl.load(entry_ptr + first + j, ok_next, other=0)
+    n = first_token + entry_next // top_k
+    q_next = load_rows(q_ptr, n, ok_next, g, G, GS, D, BQ)
+    do_next = load_rows(do_ptr, n, ok_next, g, G, GS, D, BQ)
+    lse_next = load_heads(lse_ptr, n, ok_next, g, float("inf"), G, GS, BQ)
+    dot_next = load_heads(dot_ptr, n, ok_next, g, 0.0, G, GS, BQ)
+    for e in range(first, last, BQ):
+        q, do, lse, dot, ok, entry = q_next, do_next, lse_next, dot_next, ok_next, entry_next
+        # Only this program writes the entry's row. Asked for early: the sum is the end of a long chain.
+        dq_before = load_rows(dq_ptr, entry, ok & (t > start), g, G, GS, D, BQ)
+        ok_next = e + BQ + j < last  # the next rows are on their way while these are used
+        entry_next = tl.load(entry_ptr + e + BQ + j, ok_next, other=0)
+        n = first_token + entry_next // top_k
+        q_next = load_rows(q_ptr, n, ok_next, g, G, GS, D, BQ)
+        do_next = load_rows(do_ptr, n, ok_next, g, G, GS, D, BQ)
+        lse_next = load_heads(lse_ptr, n, ok_next, g, float("inf"), G, GS, BQ)
+        dot_next = load_heads(dot_ptr, n, ok_next, g, 0.0, G, GS, BQ)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse[None, :])
+        if t + BK > end:  # a padded key's exponent may overflow
+            p = tl.where(inside[:, None], p, 0.0)
+        dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
+        ds = (p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale + dq_before.to(tl.float32)
+        store_rows(dq_ptr, dq, entry, ok, g, G, GS, D, BQ)
+    tl.debug_barrier()  # the next tile's loads of dq see these stores
+    x = (partial + t - start + c)[:, None] * D + d[None, :]
+    tl.store(dk_ptr + x, dk * scale, inside[:, None])
+    tl.store(dv_ptr + x, dv, inside[:, None])
+
+
 @triton.jit(do_not_specialize=["first_token", "top_k"])
 def _selection_bwd(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, dq_ptr, dk_ptr, dv_ptr,
@@ -25,41 +69,18 @@ def _selection_bwd(
         first, last = tl.load(item_ptr + 2), tl.load(item_ptr + 3)
         start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
         partial = tl.load(item_ptr + 4).to(tl.int64)
-        j, c, d = tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, D)
-        for t in range(start, end, BK):
-            inside = t + c < end
-            k = load_keys(k_ptr, k_ptr, t + c, inside, g, G, D, False)
-            v = load_keys(v_ptr, v_ptr, t + c, inside, g, G, D, False)
-            dk, dv = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
-            ok_next = first + j < last
-            entry_next = tl.load(entry_ptr + first + j, ok_next, other=0)
-            n = first_token + entry_next // top_k
-            q_next = load_rows(q_ptr, n, ok_next, g, G, GS, D, BQ)
-            do_next = load_rows(do_ptr, n, ok_next, g, G, GS, D, BQ)
-            lse_next = load_heads(lse_ptr, n, ok_next, g, float("inf"), G, GS, BQ)
-            dot_next = load_heads(dot_ptr, n, ok_next, g, 0.0, G, GS, BQ)
-            for e in range(first, last, BQ):
-                q, do, lse, dot, ok, entry = q_next, do_next, lse_next, dot_next, ok_next, entry_next
-                # Only this program writes the entry's row. Asked for early: the sum is the end of a long chain.
-                dq_before = load_rows(dq_ptr, entry, ok & (t > start), g, G, GS, D, BQ)
-                ok_next = e + BQ + j < last  # the next rows are on their way while these are used
-                entry_next = tl.load(entry_ptr + e + BQ + j, ok_next, other=0)
-                n = first_token + entry_next // top_k
-                q_next = load_rows(q_ptr, n, ok_next, g, G, GS, D, BQ)
-                do_next = load_rows(do_ptr, n, ok_next, g, G, GS, D, BQ)
-                lse_next = load_heads(lse_ptr, n, ok_next, g, float("inf"), G, GS, BQ)
-                dot_next = load_heads(dot_ptr, n, ok_next, g, 0.0, G, GS, BQ)
-                p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse[None, :])
-                p = tl.where(inside[:, None], p, 0.0)
-                dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
-                ds = (p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])).to(q.dtype)
-                dk = tl.dot(ds, q, dk, input_precision="ieee")
-                dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale + dq_before.to(tl.float32)
-                store_rows(dq_ptr, dq, entry, ok, g, G, GS, D, BQ)
-            tl.debug_barrier()  # the next tile's loads of dq see these stores
-            x = (partial + t - start + c)[:, None] * D + d[None, :]
-            tl.store(dk_ptr + x, dk * scale, inside[:, None])
-            tl.store(dv_ptr + x, dv, inside[:, None])
+        rest = (end - start) % BK
+        wide_end = tl.where(rest <= BK // 2, end - rest, end)  # a short rest takes a tile of half the size
+        for t in range(start, wide_end, BK):
+            _tile_bwd(
+                q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dq_ptr, dk_ptr, dv_ptr, first_token, top_k,
+                first, last, start, t, end, partial, g, scale, scale2, G, GS, D, BQ, BK,
+            )  # fmt: skip
+        if wide_end < end:
+            _tile_bwd(
+                q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dq_ptr, dk_ptr, dv_ptr, first_token, top_k,
+                first, last, start, wide_end, end, partial, g, scale, scale2, G, GS, D, BQ, BK // 2,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_token", "rows", "stride", "top_k"])

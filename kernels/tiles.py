@@ -45,11 +45,15 @@ def store_heads(x_ptr, x, n, ok, g, G: tl.constexpr, GS: tl.constexpr, BQ: tl.co
 
 
 @triton.jit
-def load_keys(k_ptr, order_ptr, m, ok, g, G: tl.constexpr, D: tl.constexpr, ORDERED: tl.constexpr):
-    """Rows m (or order[m]) of kv head g: [BK, D] from [M, G, D]."""
-    row = tl.load(order_ptr + m, ok, other=0) if ORDERED else m
+def load_keys(k_ptr, order_ptr, m, end, g, G: tl.constexpr, D: tl.constexpr, ORDERED: tl.constexpr, FULL: tl.constexpr):
+    """Rows m (or order[m]) of kv head g: [BK, D] from [M, G, D]; zero from `end` on, unless FULL says none is."""
+    if FULL:
+        row = tl.load(order_ptr + m) if ORDERED else m
+        first = row.to(tl.int64) * (G * D) + g * D
+        return tl.load(k_ptr + first[:, None] + tl.arange(0, D)[None, :])
+    row = tl.load(order_ptr + m, m < end, other=0) if ORDERED else m
     first = row.to(tl.int64) * (G * D) + g * D
-    return tl.load(k_ptr + first[:, None] + tl.arange(0, D)[None, :], ok[:, None], other=0.0)
+    return tl.load(k_ptr + first[:, None] + tl.arange(0, D)[None, :], (m < end)[:, None], other=0.0)
 
 
 @triton.jit
@@ -77,15 +81,15 @@ def attend_run(
         m_inside = tl.where(inside, m, float("inf"))
         full = start + (end - start) // BK * BK
         for first in range(start, full, BK):
-            k = load_keys(k_ptr, order_ptr, first + c, first + c < end, g, G, D, ORDERED)
-            v = load_keys(v_ptr, order_ptr, first + c, first + c < end, g, G, D, ORDERED)
+            k = load_keys(k_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
+            v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - m_inside[:, None])
             l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         if full < end:
             ok = full + c < end
-            k = load_keys(k_ptr, order_ptr, full + c, ok, g, G, D, ORDERED)
-            v = load_keys(v_ptr, order_ptr, full + c, ok, g, G, D, ORDERED)
+            k = load_keys(k_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
+            v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - m_inside[:, None])
             p = tl.where(ok[None, :], p, 0.0)
             l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
@@ -93,8 +97,8 @@ def attend_run(
     else:
         for first in range(start, end, BK):
             ok = first + c < end
-            k = load_keys(k_ptr, order_ptr, first + c, ok, g, G, D, ORDERED)
-            v = load_keys(v_ptr, order_ptr, first + c, ok, g, G, D, ORDERED)
+            k = load_keys(k_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False)
+            v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
             s = tl.where(inside[:, None] & ok[None, :], s, -float("inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
@@ -112,7 +116,7 @@ def _key_norms(k_ptr, norm_ptr, M, step, G: tl.constexpr, D: tl.constexpr, BM: t
     largest = tl.zeros([BM], tl.float32)
     for first in range(c * step, tl.minimum(c * step + step, M), BM):
         m = first + tl.arange(0, BM)
-        k = load_keys(k_ptr, k_ptr, m, m < M, g, G, D, False).to(tl.float32)
+        k = load_keys(k_ptr, k_ptr, m, M, g, G, D, False, False).to(tl.float32)
         norm = tl.sqrt(tl.sum(k * k, 1))
         largest = tl.maximum(largest, tl.where(norm == norm, norm, float("inf")))  # NaN must not pass as small
     tl.store(norm_ptr + g * tl.num_programs(0) + c, tl.max(largest, 0) * 1.001)  # covers the rounding of the sums

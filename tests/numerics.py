@@ -38,7 +38,9 @@ def error(x: Tensor, exact: Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-def assert_close_as(x: Tensor, exact: Tensor, rounded: Tensor, name: str = "value", size: float = 0.0) -> None:
+def assert_close_as(
+    x: Tensor, exact: Tensor, rounded: Tensor, name: str = "value", size: float = 0.0, ulps: int | None = None
+) -> None:
     """The tolerance of a kernel: max(2 x the reference's own error in that dtype, 4 ulp of max|exact|).
 
     exact is the fp64 reference on the same inputs, rounded the reference run in x's dtype. size stands for max|exact|
@@ -50,7 +52,7 @@ def assert_close_as(x: Tensor, exact: Tensor, rounded: Tensor, name: str = "valu
     assert x.dtype == rounded.dtype, (name, x.dtype, rounded.dtype)
     largest = exact.detach().abs().max().item() if exact.numel() else 0.0
     largest = size if largest == 0 else largest
-    ulps = 32 if x.dtype == torch.float32 else 4
+    ulps = ulps or (32 if x.dtype == torch.float32 else 4)
     allowed = max(2 * error(rounded, exact), ulps * torch.finfo(x.dtype).eps * largest)
     assert error(x, exact) <= allowed, f"{name}: error {error(x, exact):.3g} > {allowed:.3g}"
 
@@ -66,7 +68,11 @@ def run(function: Callable[..., Tensor], inputs: Sequence[Tensor], seed: int = 1
 
 
 def assert_no_worse(
-    kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor], names: Sequence[str] = ()
+    kernel: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    names: Sequence[str] = (),
+    ulps: int | None = None,
 ) -> None:
     """Value and all gradients of the kernel are as close to the fp64 reference as the reference in that dtype."""
     results = run(kernel, inputs)
@@ -75,4 +81,4 @@ def assert_no_worse(
     labels = ["value", *(f"gradient of {name}" for name in names or range(len(inputs)))]
     size = max((e.abs().max().item() for e in exact if e.numel()), default=0.0)
     for label, x, e, r in zip(labels, results, exact, rounded, strict=True):
-        assert_close_as(x, e, r, label, size)
+        assert_close_as(x, e, r, label, size, ulps)

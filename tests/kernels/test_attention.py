@@ -22,8 +22,10 @@ def make_inputs(index: BlockIndex, H: int, G: int, D: int, dtype: torch.dtype, s
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
 
-def check(index: BlockIndex, inputs: list[torch.Tensor], top_k: int, shifted: bool = False, scale: float | None = None):
-    scale = scale or inputs[0].shape[2] ** -0.5
+def check(
+    index: BlockIndex, inputs: list[torch.Tensor], top_k: int, shifted: bool = False, ulps: int | None = None
+) -> None:
+    scale = inputs[0].shape[2] ** -0.5
     selected = select_blocks(inputs[0], inputs[3], index, top_k=top_k, scale=scale, backend="triton")
 
     def kernel(*x):
@@ -33,7 +35,7 @@ def check(index: BlockIndex, inputs: list[torch.Tensor], top_k: int, shifted: bo
         options = {"top_k": top_k, "shifted": shifted, "scale": scale, "selected_GNT": selected}
         return reference.spatial_sparse_attention(*x, index, **options)
 
-    assert_no_worse(kernel, exact, inputs, NAMES)
+    assert_no_worse(kernel, exact, inputs, NAMES, ulps)
 
 
 BATCHES = [
@@ -63,13 +65,13 @@ def test_the_papers_heads(shifted, dtype):
     check(index, make_inputs(index, 32, 2, 32, dtype), 3, shifted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("group", "G", "D"), [(1, 1, 16), (2, 3, 64), (8, 1, 32), (32, 1, 16), (4, 2, 128), (1, 4, 64)]
 )
-@pytest.mark.parametrize("tokens", [[35], pytest.param([900, 0, 300], marks=slow)], ids=["small", "large"])
+@pytest.mark.parametrize("tokens", [[20], pytest.param([900, 0, 300], marks=slow)], ids=["small", "large"])
 def test_heads_and_sizes(group, G, D, tokens, dtype):
-    index = random_index(tokens, 16 if tokens == [35] else 32)
+    index = random_index(tokens, (16, 8, 8) if tokens == [20] else 32)
     check(index, make_inputs(index, group * G, G, D, dtype), 1, shifted=True)
 
 
@@ -104,7 +106,8 @@ def test_adversarial_logits(case, dtype):
         x[0] *= 0
     else:
         x[1][:], x[3][:] = x[1][:1], x[3][:1]  # every block of equal size ties
-    check(index, x, 2)
+    # fp32 itself rounds a logit of 500 by 3e-5, which is 256 ulp of a probability.
+    check(index, x, 2, ulps=256 if dtype == torch.float32 and case in ("huge", "negative") else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -37,7 +37,7 @@ def test_equals_sorting(kind, top_k):
 
 @pytest.mark.parametrize("top_k", [8, 300])
 def test_many_blocks(top_k):
-    index = random_index([1500 if DEVICE == "cpu" else 20000], 128)
+    index = random_index([700 if DEVICE == "cpu" else 20000], 128)
     assert index.max_blocks > 300
     scores = torch.rand(1, 24, index.max_blocks, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     selected = torch.empty(1, index.num_tokens, top_k, dtype=torch.int32, device=DEVICE)
@@ -78,7 +78,7 @@ def test_scores(select, compress, dtype):
     )
     ranges = [block_score(q, ck, lse.float(), index, 0.25, a, b) for a, b in ((0, 13), (13, 58), (58, 70))]
     parts = torch.where(exists, torch.cat(ranges, 1), zero.float())
-    assert torch.equal(parts, torch.where(exists, scores, zero.float()))
+    assert torch.allclose(parts, torch.where(exists, scores, zero.float()), rtol=1e-5)
 
 
 def test_selection_finds_the_planted_block():
