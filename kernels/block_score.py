@@ -68,6 +68,6 @@ def block_score(
             q_NHD, ck_PGD, lse_NH, index.tile_blocks, index.block_compressed, index.compressed_block,
             index.block_asset, index.asset_blocks, index.token_starts, score_GNM, first, last, columns, scale * LOG2E,
             G, H // G, D, BM, BN=TILE_COMPRESSED, BB=TILE_BLOCKS, num_warps=4,
-            num_stages=3, **options,
+            num_stages=3 if D <= 64 else 2, **options,
         )  # fmt: skip
     return score_GNM

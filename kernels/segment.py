@@ -131,6 +131,7 @@ def segment_forward(
             q_NHD, k_MGD, v_MGD, norms if bounded else lse_NH, segments.order, segments.query_segment,
             segments.key_starts, o_NHD, lse_NH, N, scale * LOG2E, num_norms, G, H // G, D, BQ,
             BK=32 if D <= 32 or wide else 64, NORMS=triton.next_power_of_2(max(1, num_norms)),
-            ORDERED=len(segments.order) > 0, BOUNDED=bounded, num_warps=4, num_stages=3, **options,
+            ORDERED=len(segments.order) > 0, BOUNDED=bounded, num_warps=4,
+            num_stages=3 if D <= 32 else 2, **options,
         )  # fmt: skip
     return o_NHD

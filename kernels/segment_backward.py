@@ -124,7 +124,7 @@ def segment_backward(
         _segment_dq[(triton.cdiv(N, BQ), G)](
             q_NHD, k_MGD, v_MGD, do_NHD, lse_NH, dot_NH, segments.order, segments.query_segment, segments.key_starts,
             dq_NHD, N, scale, scale2, G, group, D, BQ, BK=32 if wide else 64, ORDERED=ordered, ADD=add,
-            num_warps=4, num_stages=3, **options,
+            num_warps=4, num_stages=3 if D <= 32 else 2 if D == 64 else 1, **options,
         )  # fmt: skip
         BQ, BK = queries_per_tile(32, group), 32 if wide else 64
         tiles = triton.cdiv(M, BK) * G

@@ -115,9 +115,9 @@ def selection_partials(
         _selection_fwd[(len(lists.items),)](
             q_NHD, k_NGD, v_NGD, norms if bounded else part_lse, lists.entries, lists.items, lists.sums[1, -1:],
             index.block_starts, part, part_lse, queries.first, top_k, scale * LOG2E, norms.shape[1] if bounded else 0,
-            G, H // G, D, queries_per_tile(64 if wide else 128, H // G), BK=32,
+            G, H // G, D, queries_per_tile(32 if D == 128 else 64 if wide else 128, H // G), BK=32,
             NORMS=triton.next_power_of_2(norms.shape[1]) if bounded else 1, BOUNDED=bounded, FIELDS=ITEM_FIELDS,
-            num_warps=4, num_stages=3, **options,
+            num_warps=4, num_stages=3 if D <= 32 else 2, **options,
         )  # fmt: skip
     return part, part_lse
 

@@ -106,8 +106,9 @@ def test_adversarial_logits(case, dtype):
         x[0] *= 0
     else:
         x[1][:], x[3][:] = x[1][:1], x[3][:1]  # every block of equal size ties
-    # fp32 itself rounds a logit of 500 by 3e-5, which is 256 ulp of a probability.
-    check(index, x, 2, ulps=256 if dtype == torch.float32 and case in ("huge", "negative") else None)
+    # fp32 rounds a logit of 500 by 3e-5, hundreds of ulp of a probability; equal keys cancel all but the last bits.
+    loose = dtype == torch.float32 and case in ("huge", "negative", "constant keys")
+    check(index, x, 2, ulps=512 if loose else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
