@@ -44,6 +44,7 @@ IN_FLIGHT_PER_SLOT = 2  # tasks handed to Ray for every core, so that none waits
 OBJECT_STORE_BYTES = 100 << 20  # assets travel through the file system; Ray carries only a row of each
 FAILURES_BEFORE_STOP = 10
 DISK_CHECK_S = 5.0
+CANCEL_S = 30.0
 
 
 @dataclass(kw_only=True)
@@ -141,8 +142,10 @@ class _Run:
                 self.progress.show()
         finally:
             self.progress.close()
-            for ref in self.tasks:  # on the way out after an error: nobody waits for these any more
+            for ref in self.tasks:  # on the way out after an error: nobody needs these any more
                 ray.cancel(ref, force=True)
+            if self.tasks:  # the next run must not meet them
+                ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=CANCEL_S)
 
     def _jobs(self) -> Iterator[tuple[_Shard, Record | None]]:
         """Assets shard by shard; a shard that has all of them in scratch already comes as (shard, None)."""

@@ -25,7 +25,6 @@ LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {  # array -> dtype, shape of o
     "sharp": ("uint8", (POINTS // 8,)),
     "offsets": ("int64", ()),
 }
-ROUNDED_AWAY = 0.02  # share of blocks, or sharp points, whose activity rounding to f16 (|value| = 1) may have hidden
 
 
 class ArrayWriter:
@@ -218,13 +217,40 @@ def brick_problems(bricks: Bricks) -> Iterator[str]:
     if np.abs(values).max() > 1:
         yield "values outside [-1, 1]"
     active = np.abs(values) < 1
-    empty = int((~active.any(axis=1)).sum())
-    if empty > max(4, ROUNDED_AWAY * len(blocks)):
-        yield f"{empty} blocks without an active point"
+    alive = np.asarray(active.any(axis=1))
+    lonely = (~_have_neighbour(blocks[~alive], blocks[alive])).sum()
+    if lonely:
+        yield f"{lonely} blocks without an active point"
     sharp = np.unpackbits(bricks.sharp, axis=1, bitorder="little").astype(bool)
-    stray = int((sharp & ~active).sum())
-    if stray > max(64, ROUNDED_AWAY * sharp.sum()):
+    stray = sharp & ~active
+    rows = np.flatnonzero(stray.any(axis=1))
+    stray = (stray[rows] & ~_beside_active(active[rows])).sum()
+    if stray:
         yield f"{stray} sharp points that are not active"
+
+
+# Rounding to f16 makes |sdf| just below tau a 1, so that an active point, or a whole layer of them along a flat face,
+# may not look active. The surface is then a few voxels away, and points between it and them are.
+_NEIGHBOURS = np.array([step for step in itertools.product((-1, 0, 1), repeat=3) if any(step)])
+
+
+def _have_neighbour(blocks: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which blocks [m, 3] have one of the others [M, 3] among their 26 neighbours."""
+    side = np.iinfo(np.int16).max  # no neighbour wraps around
+    weights = np.array([side * side, side, 1])
+    keys = blocks @ weights
+    return np.asarray(np.isin(keys[:, None] + _NEIGHBOURS @ weights, others @ weights).any(axis=1))
+
+
+def _beside_active(active: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which points [m, 512] have an active one among their 26 neighbours, or lie at their block's border."""
+    cells = np.pad(active.reshape(-1, BLOCK, BLOCK, BLOCK), ((0, 0), (1, 1), (1, 1), (1, 1)), constant_values=False)
+    near = np.zeros((len(active), BLOCK, BLOCK, BLOCK), bool)
+    for x, y, z in _NEIGHBOURS + 1:
+        near |= cells[:, x : x + BLOCK, y : y + BLOCK, z : z + BLOCK]
+    border = np.ones((BLOCK,) * 3, bool)
+    border[1:-1, 1:-1, 1:-1] = False
+    return np.asarray(near | border).reshape(-1, POINTS)
 
 
 def _layout_problems(shard: SdfShard) -> Iterator[str]:

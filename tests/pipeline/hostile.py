@@ -1,4 +1,4 @@
-"""A source for tests: procedural shapes, some of which do to their process what real files have done."""
+"""A source for tests: boxes, some of which do to their process what real files have done."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.sources.procedural import ProceduralSource
 
 @dataclass(frozen=True, kw_only=True)
 class HostileSource:
-    """The first `count` procedural assets; asset number n behaves as behaviours says at n.
+    """`count` boxes under procedural names, cheap to process; number n behaves as behaviours says at n.
 
     `notes`: a folder in which every visit to an asset leaves a file.
     """
@@ -63,7 +63,15 @@ class HostileSource:
             _kill_ray_worker()
         elif behaviour == "vanish":
             raise FileNotFoundError("gone since the folder was listed")
-        return ProceduralSource().materialize(record, scratch)
+        path = scratch / "box.obj"
+        path.write_text(box(1 + number / 10))
+        return path
+
+
+def box(height: float) -> str:
+    """An OBJ file."""
+    corners = "".join(f"v {x} {y * height} {z}\n" for x in (0, 1) for y in (0, 1) for z in (0, 1))
+    return corners + "f 1 2 4 3\nf 5 7 8 6\nf 1 5 6 2\nf 3 4 8 7\nf 1 3 7 5\nf 2 6 8 4\n"
 
 
 def _kill_ray_worker() -> None:

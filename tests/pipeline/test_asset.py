@@ -14,11 +14,10 @@ from pipeline.schema import make_uid
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.procedural import ProceduralSource
 from tests.pipeline.builds import ROOT
+from tests.pipeline.hostile import box
 from tests.pipeline.test_store import random_bricks
 
-CUBE = "".join(f"v {x} {y} {z}\n" for x in (0, 1) for y in (0, 1) for z in (0, 1)) + (
-    "f 1 2 4 3\nf 5 7 8 6\nf 1 5 6 2\nf 3 4 8 7\nf 1 3 7 5\nf 2 6 8 4\n"
-)
+CUBE = box(1)
 
 
 def visit(tmp_path, text, products=("sdf-64", "sdf-96", "renders-paper"), **options):

@@ -6,7 +6,7 @@ import pytest
 import zarr
 
 from pipeline.schema import FORMAT_VERSION, Bricks
-from pipeline.store import ArrayWriter, SdfShard, check_sdf_shard, write_sdf_shard
+from pipeline.store import ArrayWriter, SdfShard, brick_problems, check_sdf_shard, write_sdf_shard
 
 RESOLUTION = 128
 
@@ -158,7 +158,7 @@ BAD_BRICKS = {
     "not finite": edited("values", (3, 7), np.nan),
     "outside [-1, 1]": edited("values", (3, 7), 1.5),
     "without an active point": changed(values=np.ones((50, 512), np.float16), sharp=np.zeros((50, 64), np.uint8)),
-    "sharp points that are not active": edited("values", (slice(3), slice(256)), -1),
+    "sharp points that are not active": edited("values", slice(3), -1),
     "no blocks": random_bricks(0),
 }
 
@@ -169,6 +169,26 @@ def test_check_names_asset_and_rule(tmp_path, rule):
     problems = check_sdf_shard(tmp_path / "s.zarr")
     assert all(problem.startswith("bad: ") for problem in problems)
     assert any(rule in problem for problem in problems)
+
+
+def test_points_whose_activity_was_rounded_away_are_no_breach(tmp_path):
+    """A layer of sharp points at 0.9999 tau, stored as 1: in the last block it is all that is active."""
+    values = np.full((3, 8, 8, 8), 1, np.float16)
+    values[:2, :, :, :5] = 0.5  # the blocks at z = 0 and 1; what is active of z = 2 is not to be seen
+    sharp = np.zeros((3, 8, 8, 8), bool)
+    sharp[:2, :, :, 5] = True
+    bricks = Bricks(
+        resolution=RESOLUTION,
+        blocks=np.array([[3, 3, 0], [3, 3, 1], [3, 3, 2]], np.int16),
+        values=values.reshape(3, 512),
+        sharp=np.packbits(sharp.reshape(3, 512), axis=1, bitorder="little"),
+    )
+    assert list(brick_problems(bricks)) == []
+    far = replace(bricks, blocks=np.array([[3, 3, 0], [3, 3, 1], [3, 3, 3]], np.int16))
+    assert list(brick_problems(far)) == ["1 blocks without an active point"]
+    sharp[:2, 4, 4, 5], sharp[:2, 4, 4, 6] = False, True  # two voxels from anything active
+    deep = replace(bricks, sharp=np.packbits(sharp.reshape(3, 512), axis=1, bitorder="little"))
+    assert list(brick_problems(deep)) == ["2 sharp points that are not active"]
 
 
 @pytest.mark.parametrize(
