@@ -25,7 +25,7 @@ from kernels.selection_backward import selection_backward
 from kernels.tiles import key_norms
 from kernels.top_blocks import top_blocks
 
-RANGE_BYTES = 400 << 20  # of what one range of queries needs at a time: scores, ranks, partial outputs
+RANGE_BYTES = 280 << 20  # of what one range of queries needs at a time: scores, ranks, partial outputs
 
 
 def split_queries(index: BlockIndex, H: int, D: int, top_k: int, itemsize: int) -> list[QueryRange]:

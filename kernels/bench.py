@@ -233,7 +233,8 @@ def measure(coords: Tensor, top_k: int, config: SsaConfig, rates: dict[str, floa
         graph_forward = replayed(lambda: ours(*inputs))
 
     def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(ours(*inputs), inputs, cotangent)
+        leaves = [x.detach().requires_grad_() for x in inputs]  # old ones are tied to the stream of their first use
+        return torch.autograd.grad(ours(*leaves), leaves, cotangent)
 
     row = {
         "tokens": index.num_tokens,
