@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from kernels import (
+    BlockIndex,
     block_mean,
     compressed_attention,
     gated_sum,
     reference,
     select_blocks,
     selection_attention,
+    token_order,
     window_attention,
 )
 from tests.numerics import DEVICE, assert_no_worse, random_index, run
@@ -55,6 +57,23 @@ def test_window(shifted, window, dtype):
     assert_no_worse(
         lambda *x: window_attention(*x, index, shifted=shifted, backend="triton"),
         lambda *x: reference.window_attention(*x, index, shifted, 0.25),
+        x,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:1] if DEVICE == "cpu" else DTYPES, ids=str)
+def test_runs_that_end_around_a_tiles_border(dtype):
+    sizes = [1, 31, 32, 33, 63, 64, 65]
+    cell = torch.cartesian_prod(*[torch.arange(8)] * 3)
+    offset = torch.tensor([8, 0, 0])
+    xyz = torch.cat([cell[:size] + offset * i for i, size in enumerate(sizes)])
+    coords = torch.cat([torch.zeros(len(xyz), 1, dtype=torch.int64), xyz], 1)
+    index = BlockIndex.from_coords(coords[token_order(coords)].to(DEVICE), 1)
+    assert torch.diff(index.window_starts).tolist() == sizes
+    x = [draw(len(xyz), 1, 16, dtype=dtype, seed=seed) for seed in range(3)]
+    assert_no_worse(
+        lambda *x: window_attention(*x, index, backend="triton"),
+        lambda *x: reference.window_attention(*x, index, False, 0.25),
         x,
     )
 

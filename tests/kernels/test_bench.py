@@ -1,0 +1,78 @@
+"""What of the benchmark runs without a GPU: token sets, floors, the table, the plot, and the user's peer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import BlockIndex, bench, select_blocks, token_order
+from kernels.surfaces import surface_coords
+
+
+def test_surfaces_have_the_wanted_size_and_the_statistics_of_surfaces():
+    coords = surface_coords(2062, 32)
+    assert abs(len(coords) - 2062) <= 21
+    assert torch.equal(token_order(coords), torch.arange(len(coords)))
+    assert torch.equal(coords, surface_coords(2062, 32))
+    index = BlockIndex.from_coords(coords, 1)
+    sizes = torch.diff(index.block_starts).double()
+    assert 100 < (sizes**2).sum() / sizes.sum() < 250  # tokens in the block of an average token
+    assert 12 < index.num_tokens / index.num_compressed < 22
+
+
+def test_floors_by_hand():
+    # Two blocks of one and two tokens; every query selects both.
+    coords = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 9]], dtype=torch.int32)
+    index = BlockIndex.from_coords(coords, 1)
+    config = bench.SsaConfig(heads=4, kv_heads=2, head_size=16)
+    selected = select_blocks(torch.ones(3, 4, 16), torch.ones(2, 2, 16), index, top_k=2)
+    floors = bench.floors(index, selected, config, {"flop": 1e3, "exp": 1e3, "byte": 1e3})
+    compressed, chosen, window = 4 * 3 * 2, 4 * 3 * 3, 4 * (2 * 2 + 1)
+    scores = compressed + chosen + window
+    assert floors["forward_flop"] == pytest.approx((4 * scores + 2 * compressed) * 16)
+    assert floors["forward_exp"] == pytest.approx(scores + compressed)
+    assert floors["backward_flop"] == pytest.approx(10 * scores * 16)
+    assert floors["backward_exp"] == pytest.approx(scores)
+    assert floors["forward_byte"] == pytest.approx(2 * 3 * 4 * 16 * 2 + 2 * (2 * 3 + 2 * 2) * 2 * 16)
+
+
+ROW = {
+    "tokens": 100, "top_k": 8, "forward": 2.0, "backward": 4.0, "graph_forward": 1.0, "graph_step": 3.0, "peak_gb": 0.5,
+    "floors": {f"{way}_{kind}": 0.5 for way in ("forward", "backward") for kind in ("flop", "exp", "byte")},
+    "flash": (10.0, 30.0), "cudnn": None,
+}  # fmt: skip
+
+
+def test_table_and_plot(tmp_path):
+    line = bench.table([ROW]).splitlines()[-1]
+    assert line == "| 100 | 8 | 2/4 | 1/2 | 0.5/0.5 | 50%/25% | 10/30 | - | 10x/15x | 0.50 |"
+    bench.plot([ROW, {**ROW, "tokens": 200}], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_users_coordinates(tmp_path):
+    rng = np.random.default_rng(0)
+    sets = {"a": np.unique(rng.integers(0, 30, (50, 3)), axis=0), "b": np.array([[1, 2, 3]])}
+    np.savez(tmp_path / "sets.npz", **sets)
+    small, large = bench.token_sets(bench.SsaConfig(coords=tmp_path / "sets.npz"))
+    assert small.tolist() == [[0, 1, 2, 3]]
+    assert BlockIndex.from_coords(large, 1).num_tokens == len(sets["a"])
+    np.save(tmp_path / "bad.npy", np.zeros((4, 3)))
+    with pytest.raises(ValueError, match=r"coords must hold integer arrays \[N, 3\], got float64 \(4, 3\)"):
+        bench.token_sets(bench.SsaConfig(coords=tmp_path / "bad.npy"))
+
+
+def test_a_peer_is_loaded_from_a_file(tmp_path):
+    (tmp_path / "peer.py").write_text("def spatial_sparse_attention(q, *rest):\n    return q\n")
+    assert bench.load_peer(tmp_path / "peer.py")(5) == 5
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match="peer must define spatial_sparse_attention"):
+        bench.load_peer(tmp_path / "empty.py")
+
+
+def test_without_a_gpu_the_benchmark_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        bench.bench_ssa(bench.SsaConfig())
