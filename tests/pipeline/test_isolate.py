@@ -43,6 +43,19 @@ def write_pids_and_sleep(folder):
     time.sleep(600)
 
 
+def leave_a_child_behind(folder):
+    if os.fork() == 0:
+        (folder / f"{os.getpid()}").touch()
+        time.sleep(600)
+    wait_until(lambda: list(folder.iterdir()))
+
+
+def kill_the_server(folder):
+    (folder / f"{os.getpid()}").touch()
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+
 def fail_for_all(_):
     raise RunError("no EGL on this machine")
 
@@ -118,6 +131,26 @@ def test_a_hanging_call_takes_its_own_children_along(isolated, tmp_path):
     pids = [int(path.name) for path in folder.iterdir()]
     assert len(pids) == 2
     wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_a_call_that_returns_leaves_no_child_behind(isolated, tmp_path):
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    assert call(isolated, "leave_a_child_behind", folder, tmp_path).reason == ""
+    (pid,) = [int(path.name) for path in folder.iterdir()]
+    wait_until(lambda: not alive(pid))
+
+
+def test_a_call_dies_with_its_server_and_the_next_gets_a_new_one(tmp_path):
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    one = Isolated(f"{HERE}:nothing")
+    with pytest.raises(RunError, match="isolates assets died"):
+        call(one, "kill_the_server", folder, tmp_path)
+    (pid,) = [int(path.name) for path in folder.iterdir()]
+    wait_until(lambda: not alive(pid))
+    assert call(one, "allocate", 1, tmp_path).reason == ""
+    one.close()
 
 
 def test_nothing_outlives_a_killed_client(tmp_path):

@@ -25,14 +25,14 @@ def files(path):
     return {child.relative_to(path): child.read_bytes() for child in path.rglob("*") if child.is_file()}
 
 
-# 1024 rows are a chunk: below, at, and across one
-ASSETS = [(f"test-{seed}", random_bricks(tokens, seed)) for seed, tokens in enumerate([1, 1000, 23, 1100, 1])]
+# 1024 rows are a chunk: below, at, and across one, twice
+ASSETS = [(f"test-{seed}", random_bricks(tokens, seed)) for seed, tokens in enumerate([1, 1000, 23, 500, 1100, 1])]
 
 
 @pytest.fixture
 def shard(tmp_path):
     path = tmp_path / "000000.zarr"
-    assert write_sdf_shard(path, RESOLUTION, iter(ASSETS), "hash") == 2125
+    assert write_sdf_shard(path, RESOLUTION, iter(ASSETS), "hash") == 2625
     return path
 
 
@@ -197,7 +197,7 @@ def test_points_whose_activity_was_rounded_away_are_no_breach(tmp_path):
         ({"tau": 0.5}, "tau"),
         ({"origin": 0}, "origin"),
         ({"config_hash": None}, "config_hash"),
-        ({"uids": ["a"] * 5}, "twice"),
+        ({"uids": ["a"] * 6}, "twice"),
         ({"uids": ["a"]}, "offsets must be"),
     ],
 )
