@@ -39,9 +39,11 @@ def test_block_mean(tokens, C, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compressed(dtype):
-    index = random_index([30, 0, 20], 16)
-    x = [draw(50, 4, 16, dtype=dtype), *(draw(index.num_compressed, 2, 16, dtype=dtype, seed=s) for s in (1, 2))]
+@pytest.mark.parametrize(("tokens", "side", "H", "G"), [([30, 0, 20], 16, 4, 2), ([600], 9, 1, 1)])  # 600: split sums
+def test_compressed(tokens, side, H, G, dtype):
+    index = random_index(tokens, side)
+    N, P = index.num_tokens, index.num_compressed
+    x = [draw(N, H, 16, dtype=dtype), *(draw(P, G, 16, dtype=dtype, seed=seed) for seed in (1, 2))]
     assert_no_worse(
         lambda *x: compressed_attention(*x, index, backend="triton"),
         lambda *x: reference.compressed_attention(*x, index, 0.25),
