@@ -18,7 +18,7 @@ REACH_VOXELS = 3.0  # triangles this close to a block are in its bin, enough for
 
 @dataclass(frozen=True, kw_only=True)
 class Bins:
-    """Triangles within REACH_VOXELS of each block: block -> bin (-1: none) -> run of `triangles`."""
+    """Triangles within reach of each block: block -> bin (-1: none) -> run of `triangles`; bins sorted by block."""
 
     resolution: int
     bin_of: NDArray[np.int32]  # [B, B, B]
@@ -85,10 +85,10 @@ def _visit_blocks(packed, first, resolution, reach, counts, cursor, out):
                         depth += 1
 
 
-def bin_triangles(packed: NDArray[np.float64], resolution: int) -> Bins:
-    """Lists, for every 8^3 block, the packed [T, 16] triangles within REACH_VOXELS of it, in ascending order."""
+def bin_triangles(packed: NDArray[np.float64], resolution: int, reach_voxels: float = REACH_VOXELS) -> Bins:
+    """Lists, for every 8^3 block, the packed [T, 16] triangles within reach of it (and a few more), ascending."""
     size = resolution // BLOCK
-    reach = REACH_VOXELS * spacing(resolution)
+    reach = reach_voxels * spacing(resolution)
     counts = np.zeros((size, size, size), np.int32)
     none = np.empty((0, 0, 0), np.int64)
     _visit_blocks(packed, 0, resolution, reach, counts, none, np.empty(0, np.int32))

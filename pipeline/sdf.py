@@ -1,11 +1,11 @@
-"""Exact sparse signed distances: octree descent to 8^3 blocks near the surface, closest triangles inside each block."""
+"""Exact sparse signed distances: triangles binned into the 8^3 blocks near them, the closest found in each block."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit
 
-from pipeline.exterior import BARRIER_VOXELS, bit_at
+from pipeline.exterior import BARRIER_VOXELS, bin_triangles, bit_at
 from pipeline.schema import BLOCK, Bricks, band, check_resolution, spacing
 from pipeline.sharp import sharp_bits
 from pipeline.topology import BURIED, SOLID, THIN, Topology
@@ -13,7 +13,7 @@ from pipeline.triangles import TIE, distance2, pack, side_vote
 
 # beyond this distance from all triangles the nearest point of the topology's grid (sqrt(3) / 2) is clear of the barrier
 FLOOD_VOXELS = BARRIER_VOXELS + 0.87
-SLAB_BLOCKS = 8
+CHUNK_BLOCKS = 4096
 SHEET_HALF_VOXELS = 0.87  # just above sqrt(3) / 2: a sheet of this half thickness always holds grid points
 
 
@@ -24,20 +24,24 @@ def compute_bricks(topology: Topology, resolution: int) -> Bricks:
     with a thin shell around each sheet. ValueError if the resolution is not a multiple of 8.
     """
     tau, h = band(check_resolution(resolution)), spacing(resolution)
+    half = SHEET_HALF_VOXELS * h
     packed = pack(topology.triangles)
-    exterior, size = topology.exterior, resolution // BLOCK
-    slabs = []
-    for first in range(0, size, SLAB_BLOCKS):  # one slab's float32 distances at a time
-        blocks, distances = _descend(
-            packed, topology.kinds, resolution, first, min(first + SLAB_BLOCKS, size), tau, SHEET_HALF_VOXELS * h,
-            spacing(topology.resolution), exterior.bins.bin_of, exterior.outside, exterior.whole,
+    flood_h, exterior = spacing(topology.resolution), topology.exterior
+    # farther off than this the clamp hides the distance and the flood knows the side
+    reach = max(tau + half, FLOOD_VOXELS * flood_h) / h
+    bins = bin_triangles(packed, resolution, reach)
+    parts = []
+    for first in range(0, len(bins.blocks), CHUNK_BLOCKS):  # one chunk's float32 distances at a time
+        chunk = slice(first, first + CHUNK_BLOCKS)
+        values, active = _fill_blocks(
+            packed, topology.kinds, bins.blocks[chunk], bins.offsets[first : first + CHUNK_BLOCKS + 1], bins.triangles,
+            resolution, tau, half, flood_h, exterior.bins.bin_of, exterior.outside, exterior.whole,
         )  # fmt: skip
-        order = np.lexsort(blocks.T[::-1])
-        blocks, distances = blocks[order], distances[order]
-        sharp = sharp_bits(blocks, np.abs(distances) < np.float32(tau), topology.sharp_edges, resolution)
-        values = np.divide(distances, np.float32(tau), out=distances)
-        slabs.append((blocks.astype(np.int16), np.clip(values, -1, 1, out=values).astype(np.float16), sharp))
-    blocks, values, sharp = (np.concatenate(parts) for parts in zip(*slabs))
+        blocks, values = bins.blocks[chunk][active], values[active]
+        sharp = sharp_bits(blocks, np.abs(values) < np.float32(tau), topology.sharp_edges, resolution)
+        np.clip(np.divide(values, np.float32(tau), out=values), -1, 1, out=values)
+        parts.append((blocks.astype(np.int16), values.astype(np.float16), sharp))
+    blocks, values, sharp = (np.concatenate(column) for column in zip(*parts))
     return Bricks(resolution=resolution, blocks=blocks, values=values, sharp=sharp)
 
 
@@ -46,15 +50,15 @@ def _narrow(packed, kinds, candidates, x, y, z, radius, trusted, kept, scratch):
     """Keeps the candidates that can be closest for some point within radius of (x, y, z).
 
     Solids' triangles compete with each other and so do sheets'. A buried one only tells sides near the surface: it
-    matters if it is as close as the closest solid and within `trusted`. Count kept, distance to the closest solid, to
-    the closest sheet.
+    matters if it is as close as the closest solid and within `trusted`. Count kept, distance to the closest solid and
+    to the closest sheet; scratch holds the distance of each one kept.
     """
     solid, sheet = np.inf, np.inf
     for c in range(len(candidates)):
         t = candidates[c]
-        row = packed[t]
         kind = kinds[t]
         # a lower bound first: most triangles are too far to matter
+        row = packed[t]
         dx, dy, dz = x - row[12], y - row[13], z - row[14]
         away = np.sqrt(dx * dx + dy * dy + dz * dz) - row[15]
         bound = sheet if kind == THIN else solid
@@ -74,7 +78,7 @@ def _narrow(packed, kinds, candidates, x, y, z, radius, trusted, kept, scratch):
         if kind == BURIED:
             bound = min(bound, trusted + radius)
         if scratch[c] <= bound + 2 * TIE:
-            kept[count] = candidates[c]
+            kept[count], scratch[count] = candidates[c], scratch[c]
             count += 1
     return count, solid, sheet
 
@@ -151,6 +155,14 @@ def _closest(row, x, y, z, h, grid, best, height_of_best):
         best[p] = d2 if d2 < old else old
 
 
+@njit(cache=True)
+def _largest(values):
+    largest = np.float32(0)
+    for p in range(64):
+        largest = values[p] if values[p] > largest else largest
+    return largest
+
+
 @njit(cache=True, inline="always")
 def _outside(flood_h, bin_of, outside, whole, x, y, z):
     """What the flood says of the topology's grid point nearest to (x, y, z)."""
@@ -188,8 +200,13 @@ def _fill_block(packed, kinds, candidates, corner, h, tau, half, flood_h, bin_of
                 out[first + 64 * (p // 16) + 8 * (p // 4 % 4) + p % 4] = far
             continue
         solid2[:], buried2[:], sheet2[:], height[:] = np.inf, np.inf, np.inf, np.nan
-        for c in range(count):
+        worst_solid, worst_sheet = np.inf, np.inf
+        for turn, c in enumerate(np.argsort(scratch[:count])):
             t = kept[c]
+            if turn % 4 == 3:  # what is farther than this from the centre is closest for none of the points
+                worst_solid, worst_sheet = h * np.sqrt(_largest(solid2)), h * np.sqrt(_largest(sheet2))
+            if scratch[c] - radius - TIE > (worst_sheet if kinds[t] == THIN else worst_solid):
+                continue
             if kinds[t] == SOLID:
                 _closest(packed[t], x, y, z, h, grid, solid2, height)
             elif kinds[t] == BURIED:
@@ -199,11 +216,12 @@ def _fill_block(packed, kinds, candidates, corner, h, tau, half, flood_h, bin_of
         for p in range(64):
             i, j, k = p // 16, p // 4 % 4, p % 4
             distance = h * np.sqrt(solid2[p])
-            if distance < np.inf:
-                px, py, pz = x + (i - 1.5) * h, y + (j - 1.5) * h, z + (k - 1.5) * h
-                if min(distance, h * np.sqrt(sheet2[p])) > trusted:
-                    is_out = _outside(flood_h, bin_of, outside, whole, px, py, pz)
-                elif buried2[p] == np.inf and not np.isnan(height[p]):
+            px, py, pz = x + (i - 1.5) * h, y + (j - 1.5) * h, z + (k - 1.5) * h
+            if distance > trusted:  # a sheet has the exterior on both sides, but its barrier hides that from the flood
+                if h * np.sqrt(sheet2[p]) > trusted and not _outside(flood_h, bin_of, outside, whole, px, py, pz):
+                    distance = -distance
+            else:
+                if buried2[p] == np.inf and not np.isnan(height[p]):
                     is_out = height[p] >= 0
                 else:
                     is_out = _votes(packed, kinds, kept[:count], px, py, pz) >= 0
@@ -216,72 +234,20 @@ def _fill_block(packed, kinds, candidates, corner, h, tau, half, flood_h, bin_of
 
 
 @njit(cache=True)
-def _descend(packed, kinds, resolution, x_first, x_end, tau, half, flood_h, bin_of, outside, whole):
-    """Octree descent to the blocks with x_first <= x < x_end near the surface, and their distances.
-
-    A cell keeps the triangles that can be closest for one of its points.
-    """
+def _fill_blocks(packed, kinds, blocks, offsets, triangles, resolution, tau, half, flood_h, bin_of, outside, whole):
+    """Distances [M, 512] of blocks whose candidates are triangles[offsets[m]:offsets[m + 1]], and which are active."""
     h = 1.0 / (resolution - 1)
-    size = resolution // BLOCK
-    blocks = np.empty((1024, 3), np.int32)
-    values = np.empty((1024, BLOCK**3), np.float32)
-    count = 0
-    depths = 2 + int(np.ceil(np.log2(size)))
-    # the lists of a depth's open cells lie one after another in one growing buffer
-    lists = np.empty(max(8 * len(packed), 1024), np.int32)
-    scratch = np.empty(len(packed))
-    kept = np.empty(len(packed), np.int32)
-    stack = np.empty((8 * depths, 8), np.int64)  # cell bounds, then the bounds of its list
-    stack[0, 0:3], stack[0, 3:6], stack[0, 6], stack[0, 7] = 0, size, 0, len(packed)
-    stack[0, 0], stack[0, 3] = x_first, x_end
-    lists[: len(packed)] = np.arange(len(packed))
-    depth = 1
-    while depth > 0:
-        depth -= 1
-        x0, y0, z0, x1, y1, z1, start, stop = stack[depth]
-        candidates = lists[start:stop].copy()
-        if x1 - x0 == 1 and y1 - y0 == 1 and z1 - z0 == 1:
-            if count == len(blocks):
-                more_blocks, more_values = np.empty((2 * count, 3), np.int32), np.empty((2 * count, 512), np.float32)
-                more_blocks[:count], more_values[:count] = blocks, values
-                blocks, values = more_blocks, more_values
-            corner = (BLOCK * x0 * h - 0.5, BLOCK * y0 * h - 0.5, BLOCK * z0 * h - 0.5)
-            if _fill_block(
-                packed, kinds, candidates, corner, h, tau, half, flood_h, bin_of, outside, whole,
-                kept, scratch, values[count],
-            ):  # fmt: skip
-                blocks[count, 0], blocks[count, 1], blocks[count, 2] = x0, y0, z0
-                count += 1
-            continue
-        top = start  # the cell's own list is not needed any more
-        mx, my, mz = (x0 + x1 + 1) // 2, (y0 + y1 + 1) // 2, (z0 + z1 + 1) // 2
-        for child in range(8):
-            ax, bx = (x0, mx) if child >> 2 == 0 else (mx, x1)
-            ay, by = (y0, my) if child >> 1 & 1 == 0 else (my, y1)
-            az, bz = (z0, mz) if child & 1 == 0 else (mz, z1)
-            if ax >= bx or ay >= by or az >= bz:
-                continue
-            hx, hy, hz = (
-                (BLOCK * (bx - ax) - 1) * h / 2,
-                (BLOCK * (by - ay) - 1) * h / 2,
-                (BLOCK * (bz - az) - 1) * h / 2,
-            )
-            radius = np.sqrt(hx * hx + hy * hy + hz * hz)
-            number, solid, sheet = _narrow(
-                packed, kinds, candidates,
-                BLOCK * ax * h - 0.5 + hx, BLOCK * ay * h - 0.5 + hy, BLOCK * az * h - 0.5 + hz,
-                radius, FLOOD_VOXELS * flood_h, kept, scratch,
-            )  # fmt: skip
-            if min(solid, sheet - half) - radius >= tau:
-                continue
-            if top + number > len(lists):
-                more = np.empty(2 * len(lists) + number, np.int32)
-                more[:top] = lists[:top]
-                lists = more
-            lists[top : top + number] = kept[:number]
-            stack[depth, 0], stack[depth, 1], stack[depth, 2] = ax, ay, az
-            stack[depth, 3], stack[depth, 4], stack[depth, 5] = bx, by, bz
-            stack[depth, 6], stack[depth, 7] = top, top + number
-            depth += 1
-            top += number
-    return blocks[:count].copy(), values[:count].copy()
+    values, active = np.empty((len(blocks), BLOCK**3), np.float32), np.empty(len(blocks), np.bool_)
+    longest = (offsets[1:] - offsets[:-1]).max()
+    scratch, kept = np.empty(longest), np.empty(longest, np.int32)
+    for m in range(len(blocks)):
+        corner = (
+            BLOCK * blocks[m, 0] * h - 0.5,
+            BLOCK * blocks[m, 1] * h - 0.5,
+            BLOCK * blocks[m, 2] * h - 0.5,
+        )
+        active[m] = _fill_block(
+            packed, kinds, triangles[offsets[m] : offsets[m + 1]], corner, h, tau, half,
+            flood_h, bin_of, outside, whole, kept, scratch, values[m],
+        )  # fmt: skip
+    return values, active

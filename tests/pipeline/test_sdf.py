@@ -202,6 +202,10 @@ def test_a_closed_part_beside_a_sheet_stays_exact():
     inside = geo.winding_number(points[by_ball], ball.mesh) > 0.5
     expected = np.clip(np.where(inside, -distance, distance), -band(128), band(128)) / h
     assert np.abs(stored[by_ball] - expected).max() < 2e-3
+    # and the ball, out of reach, has no say on the sheet's two sides
+    by_sheet = (ball.smooth(points) > 3 * band(128)) & (np.random.default_rng(0).random(stored.shape) < 0.05)
+    shell = geo.brute_distance(points[by_sheet], sheet) / h - SHEET_HALF_VOXELS
+    assert np.abs(stored[by_sheet] - np.minimum(shell, band(128) / h)).max() < 5e-3
 
 
 def volume_of(bricks):
