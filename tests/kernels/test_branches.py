@@ -16,6 +16,7 @@ from kernels import (
     token_order,
     window_attention,
 )
+from kernels.lists import ITEM
 from tests.numerics import DEVICE, assert_no_worse, random_index, run
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -102,6 +103,18 @@ def test_selection_takes_any_order_and_repeats(dtype):
     mixed = torch.cat([selected, blocks_of_another_asset], 2)[:, :25]
     alone = selection_attention(*x, torch.cat([mixed, mixed[:, :15] * 0 - 1], 1), index, backend="triton")
     assert torch.equal(alone[:25], reversed_order[:25])
+
+
+def test_a_block_that_everybody_selects_is_cut_into_items():
+    index = random_index([210], (16, 8, 8))
+    x = [draw(210, 1, 16, seed=seed) for seed in range(3)]
+    selected = torch.zeros(1, 210, 1, dtype=torch.int32, device=DEVICE)
+    assert index.num_tokens > 2 * ITEM
+    assert_no_worse(
+        lambda *x: selection_attention(*x, selected, index, backend="triton"),
+        lambda *x: reference.selection_attention(*x, selected, index, 0.25),
+        x,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
