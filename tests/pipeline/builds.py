@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["--views", "2", "--image-size", "64", "--topology-resolution", "64", "--shard-size", "4", "--workers", "2"]
+TINY = ["--views", "2", "--image-size", "64", "--topology-resolution", "64", "--shard-size", "3", "--workers", "2"]
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -73,3 +74,11 @@ def contents(out: Path) -> dict[str, bytes]:
 def assert_same(left: dict[str, bytes], right: dict[str, bytes]) -> None:
     assert sorted(left) == sorted(right)
     assert [name for name in left if left[name] != right[name]] == []
+
+
+def wait_until(condition: Callable[[], object], within_s: float = 300.0) -> None:
+    """Returns as soon as the condition holds; fails if it does not within that time."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s} s"
+        time.sleep(0.02)

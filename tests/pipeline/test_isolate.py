@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.isolate import Isolated
 from pipeline.schema import RunError
-from tests.pipeline.builds import ROOT
+from tests.pipeline.builds import ROOT, wait_until
 from tests.pipeline.hostile import HostileSource
 
 HERE = "tests.pipeline.test_isolate"
@@ -177,10 +177,3 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
 
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def wait_until(condition, within_s=15.0):
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "not within the time"
-        time.sleep(0.05)

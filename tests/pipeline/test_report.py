@@ -77,11 +77,11 @@ def test_numbers_on_the_page_are_those_of_the_manifest(page, tiny_build):
     told = summary(build)
     tokens = [row["tokens_96"] for row in build.rows]
     (row,) = [row for row in told["products"] if row["name"] == "sdf-96"]
-    assert (row["assets"], row["max"]) == ("9", f"{max(tokens):,}")
+    assert (row["assets"], row["max"]) == ("12", f"{max(tokens):,}")
     stored = sum(marker["bytes"] for marker in build.markers["sdf-96"])
     assert row["cell"] == f"{stored / sum(tokens):.0f} B"
     assert row["cell"] in page.text
-    assert f"{sum(tokens) / 9:,.0f}" in page.text
+    assert f"{sum(tokens) / 12:,.0f}" in page.text
 
 
 def test_text_from_assets_is_escaped_and_verdicts_are_listed(tiny_build, tmp_path):
@@ -103,7 +103,7 @@ def test_an_unfinished_build_has_a_page_too(tiny_build, tmp_path):
     shutil.copytree(tiny_build, out)
     shutil.rmtree(out / "shards")
     html = write_report(out).read_text()
-    assert "3 not finished" in html
+    assert "4 not finished" in html
     assert Page(html).images == []
 
 
