@@ -53,7 +53,7 @@ def make_uid(source: str, key: str) -> str:
 
 
 def split_of(uid: str, val_percent: int) -> str:
-    """"val" for about val_percent of all uids, else "train"; depends on the uid alone."""
+    """ "val" for about val_percent of all uids, else "train"; depends on the uid alone."""
     return "val" if int(hashlib.sha256(uid.encode()).hexdigest(), 16) % 100 < val_percent else "train"
 
 

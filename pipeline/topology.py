@@ -79,7 +79,7 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
         else:  # a cap that closes nothing must not stand in the way of anything
             faces, cap_of, packed = faces[use], cap_of[use], packed[use]
             exterior = flood(packed, bin_triangles(packed, cfg.resolution), np.ones(len(faces), np.bool_))
-    pieces, codes, parents = classify_triangles(packed, faces, exterior)
+    pieces, codes, parents, finest = classify_triangles(packed, faces, exterior)
     if (codes == HIDDEN).all():
         raise Reject("not_visible", faces=given)
 
@@ -112,6 +112,7 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
             "buried_area": float(area[kinds == BURIED].sum()),
             "cap_area": float(area[capped & (kinds != BURIED)].sum()),
             "opening": float(opening),
+            "seam_voxels": float(finest),
         },
     )
 
@@ -123,9 +124,16 @@ def _add_caps(
     all_faces, cap_of = [faces], [np.full(len(faces), -1, np.int32)]
     for number, loop in enumerate(holes.boundary_loops(faces)):
         vertices, added = holes.cap(vertices, loop)
+        added = added[~_contained(added, faces)]  # the cap of a lone triangle is the triangle itself
         all_faces.append(added)
         cap_of.append(np.full(len(added), number, np.int32))
     return vertices, np.concatenate(all_faces), np.concatenate(cap_of)
+
+
+def _contained(some: NDArray[np.int32], faces: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[S] which rows of `some` have the same three vertices as a row of `faces`."""
+    near = faces[np.isin(faces, some).all(axis=1)]
+    return (np.sort(some, axis=1)[:, None] == np.sort(near, axis=1)[None]).all(axis=2).any(axis=1)
 
 
 @njit(cache=True)

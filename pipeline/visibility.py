@@ -16,6 +16,7 @@ FINEST_VOXELS = 0.5  # a cut triangle's edge: the seam of two parts is found thi
 CROSSED_VOXELS = 2.0  # a piece that another triangle passes through is sampled at least this densely
 MIXED = -3  # result of a piece whose parts are written already
 MAX_CUTS = 128
+MAX_PIECES = 300_000  # beyond two a triangle: random triangles through each other would need millions
 COARSEST_VOXELS = 8.0  # samples of an uncut triangle lie no farther apart
 
 
@@ -154,13 +155,13 @@ def _half(piece, second, half):
 
 
 @njit(cache=True)
-def _code_of(piece, packed, t, cross, bin_of, offsets, triangles, outside, whole, h):
+def _code_of(piece, packed, t, cross, finest_voxels, bin_of, offsets, triangles, outside, whole, h):
     """The sides a piece of triangle t is seen from, or -1 if it has to be cut to tell."""
     longest = _longest_edge(piece)[0] / h
     if longest > COARSEST_VOXELS:
         return -1
-    finest = longest <= FINEST_VOXELS
-    if longest > CROSSED_VOXELS and len(cross):
+    finest = longest <= finest_voxels
+    if longest > max(CROSSED_VOXELS, finest_voxels) and len(cross):
         own = pack(piece.reshape(1, 3, 3))[0]
         for e in range(len(cross)):
             if triangles_cross(own, packed[cross[e, 1]]):
@@ -185,8 +186,11 @@ def _code_of(piece, packed, t, cross, bin_of, offsets, triangles, outside, whole
 
 
 @njit(cache=True)
-def _classify_all(packed, cross, cross_starts, bin_of, offsets, triangles, outside, whole, h):
-    """Bisects each triangle depth first; halves that turn out alike are joined again on the way back."""
+def _classify_all(packed, cross, cross_starts, finest_voxels, most, bin_of, offsets, triangles, outside, whole, h):
+    """Bisects each triangle depth first; halves that turn out alike are joined again on the way back.
+
+    Gives up, returning what it has, once there are more than `most` pieces.
+    """
     out = np.empty((2 * len(packed) + 1024, 3, 3))
     codes, parents = np.empty(len(out), np.uint8), np.empty(len(out), np.int32)
     count = 0
@@ -194,6 +198,8 @@ def _classify_all(packed, cross, cross_starts, bin_of, offsets, triangles, outsi
     first = np.empty(MAX_CUTS, np.int64)  # code of a piece's first half, -2 before it is known
     half = np.empty((3, 3))
     for t in range(len(packed)):
+        if count > most:
+            break
         row = packed[t]
         for k in range(3):
             frames[0, 0, k], frames[0, 1, k], frames[0, 2, k] = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
@@ -201,7 +207,9 @@ def _classify_all(packed, cross, cross_starts, bin_of, offsets, triangles, outsi
         depth, result = 0, -2
         while True:
             if result == -2:  # a new piece
-                result = _code_of(frames[depth], packed, t, mine, bin_of, offsets, triangles, outside, whole, h)
+                result = _code_of(
+                    frames[depth], packed, t, mine, finest_voxels, bin_of, offsets, triangles, outside, whole, h
+                )
                 if result == -1 and depth < MAX_CUTS - 1:
                     first[depth] = -2
                     _half(frames[depth], False, frames[depth + 1])
@@ -243,19 +251,25 @@ def _classify_all(packed, cross, cross_starts, bin_of, offsets, triangles, outsi
 
 def classify_triangles(
     packed: NDArray[np.float64], faces: NDArray[np.int32], exterior: Exterior
-) -> tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.int32]]:
-    """Pieces [P, 3, 3] of the triangles, the sides each is seen from [P], and the triangle it is cut from [P].
+) -> tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.int32], float]:
+    """Pieces [P, 3, 3] of the triangles, the sides each is seen from [P], the triangle it is cut from [P],
+    and the voxels to which it was cut.
 
     A triangle that is seen alike everywhere stays whole. Only where another triangle passes through, or where samples
-    disagree, is it cut, down to FINEST_VOXELS.
+    disagree, is it cut, down to FINEST_VOXELS, or coarser where that would take more than MAX_PIECES pieces.
     """
     bins = exterior.bins
     pairs = np.unique(_crossings(packed, faces, bins.offsets, bins.triangles), axis=0)
     starts = np.searchsorted(pairs[:, 0], np.arange(len(packed) + 1))
-    return _classify_all(
-        packed, pairs, starts, bins.bin_of, bins.offsets, bins.triangles, exterior.outside, exterior.whole,
-        spacing(bins.resolution),
-    )  # fmt: skip
+    finest, most = FINEST_VOXELS, 2 * len(packed) + MAX_PIECES
+    while True:
+        pieces, codes, parents = _classify_all(
+            packed, pairs, starts, finest, most, bins.bin_of, bins.offsets, bins.triangles,
+            exterior.outside, exterior.whole, spacing(bins.resolution),
+        )  # fmt: skip
+        if len(pieces) <= most or finest >= COARSEST_VOXELS:
+            return pieces, codes, parents, finest
+        finest *= 2
 
 
 @njit(cache=True)
