@@ -59,7 +59,8 @@ type: setup
 	$(BIN)/pyright
 
 bench: setup
-	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+	$(BIN)/python -m benchmarks.sdf
+	$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" && $(BIN)/python -m kernels.bench ssa || echo "no CUDA device: kernels not measured"
 
 clean:
 	rm -rf .venv data/smoke
