@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 
+from pipeline.cameras import CameraSet
 from pipeline.command import command, parse
 from pipeline.config import hash_of
 from pipeline.manifest import STATUSES, is_product, product_order, read_manifest
@@ -238,7 +239,8 @@ def _product_problems(
             return
         # An asset that another product turned away may have its renders nevertheless.
         held = [row["uid"] for row in rows if row["uid"] in stored or row["status"] == "done"]
-        yield from (f"{product}: {problem}" for problem in check_render_shard(path, held, views, size))
+        cameras = cast(CameraSet, product.removeprefix("renders-"))
+        yield from (f"{product}: {problem}" for problem in check_render_shard(path, held, views, size, cameras))
         counts = {"assets": len(held), "views": len(held) * views}
         if stored - set(held):
             yield f"{product}: holds {sorted(stored - set(held))}, which the manifest does not know"
