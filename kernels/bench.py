@@ -78,7 +78,7 @@ def by_kernel(function: Callable[[], object], repeats: int = 5) -> dict[str, flo
             function()
         torch.cuda.synchronize()
     times: dict[str, float] = collections.defaultdict(float)
-    for event in profile.events():
+    for event in profile.events() or ():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             name = event.name if event.name.startswith("_") else "torch"
             times[name] += event.device_time / 1e3 / repeats

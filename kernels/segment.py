@@ -124,7 +124,7 @@ def segment_forward(
     with on_device(q_NHD):
         if bounded and norms is None:
             norms = key_norms(k_MGD)
-        num_norms = norms.shape[1] if bounded else 0
+        num_norms = norms.shape[1] if bounded and norms is not None else 0
         # Four programs share a multiprocessor instead of two: measured 12% faster at D = 32.
         options = {"maxnreg": 128} if D <= 32 and not wide else {}
         _segment_fwd[(triton.cdiv(N, BQ), G)](

@@ -108,10 +108,7 @@ def _brute_distance(points, a, b, c):
                 inside = inside and side >= 0
                 r = min(1.0, max(0.0, (ex * px + ey * py + ez * pz) / (ex * ex + ey * ey + ez * ez)))
                 edge_best = min(edge_best, (px - r * ex) ** 2 + (py - r * ey) ** 2 + (pz - r * ez) ** 2)
-            if inside:
-                best = min(best, h * h / nn)
-            else:
-                best = min(best, edge_best)
+            best = min(best, h * h / nn if inside else edge_best)
         out[p] = np.sqrt(best)
     return out
 
