@@ -39,7 +39,7 @@ class Topology:
 
     resolution: int
     triangles: NDArray[np.float64]  # [T, 3, 3]; wound so that a solid's normals point outwards
-    kinds: NDArray[np.uint8]  # [T] SOLID, SHEET or BURIED
+    kinds: NDArray[np.uint8]  # [T] SOLID, THIN or BURIED
     sharp_edges: NDArray[np.float64]  # [S, 2, 3] segments
     exterior: Exterior  # the flood's labels: which side is right wherever no surface is near
     sign_path: str
@@ -59,7 +59,6 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
     if len(mesh.vertices) and np.abs(mesh.vertices).max() > 0.5:
         raise ValueError(f"mesh must lie in [-0.5, 0.5]^3, reaches {np.abs(mesh.vertices).max():.4g}: normalize it")
     vertices, faces = holes.weld(mesh.vertices, mesh.faces)
-    given = len(faces)
     vertices, faces, cap_of = _add_caps(vertices, faces)
     keep = holes.has_area(vertices, faces)  # only now: a needle without area still joins its neighbours
     faces, cap_of = faces[keep], cap_of[keep]
@@ -81,7 +80,7 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
             exterior = flood(packed, bin_triangles(packed, cfg.resolution), np.ones(len(faces), np.bool_))
     pieces, codes, parents, finest = classify_triangles(packed, faces, exterior)
     if (codes == HIDDEN).all():
-        raise Reject("not_visible", faces=given)
+        raise Reject("not_visible", faces=len(mesh.faces))
 
     pieces[codes == BACK] = pieces[codes == BACK][:, [0, 2, 1]]
     kinds = np.where(codes == SHEET, THIN, np.where(codes == HIDDEN, BURIED, SOLID)).astype(np.uint8)
