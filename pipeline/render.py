@@ -12,12 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.cameras import CameraSet, camera
+from pipeline.cameras import Camera, CameraSet, camera
 from pipeline.canvas import canvas, renderer_string
 from pipeline.schema import Mesh, Reject, View
 from pipeline.shading import lighting
 
-__all__ = ["ImageFormat", "RenderConfig", "decode", "encode", "render_views", "renderer_string", "view_numbers"]
+__all__ = [
+    "ImageFormat",
+    "RenderConfig",
+    "decode",
+    "encode",
+    "render_from",
+    "render_views",
+    "renderer_string",
+    "view_numbers",
+]
 
 ImageFormat = Literal["png", "webp"]
 
@@ -65,6 +74,16 @@ def render_views(mesh: Mesh, uid: str, cfg: RenderConfig) -> Iterator[View]:
                 )
             size = {"width": cfg.image_size, "height": cfg.image_size}
             yield View(rgba=rgba, meta={"uid": uid, "view": view, **eye.meta(), **size})
+
+
+def render_from(mesh: Mesh, eyes: Iterable[Camera], size: int, lights: str = "") -> Iterator[NDArray[np.uint8]]:
+    """RGBA [size, size, 4], colour not premultiplied, of a mesh from each camera; nothing is checked.
+
+    The lights are seeded by the word `lights` alone and travel with the camera. RunError without EGL.
+    """
+    with canvas(mesh, size) as drawing:
+        for eye in eyes:
+            yield unpremultiply(drawing.draw(eye, lighting(lights, 0, eye)))
 
 
 def unpremultiply(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:

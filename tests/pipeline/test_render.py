@@ -13,7 +13,16 @@ import trimesh
 from pipeline import render
 from pipeline.cameras import camera, look_at_origin
 from pipeline.canvas import canvas
-from pipeline.render import RenderConfig, decode, encode, fault_of, render_views, unpremultiply, view_numbers
+from pipeline.render import (
+    RenderConfig,
+    decode,
+    encode,
+    fault_of,
+    render_from,
+    render_views,
+    unpremultiply,
+    view_numbers,
+)
 from pipeline.schema import Material, Mesh, Part, Reject, View
 from pipeline.shading import Lighting, lighting, smooth_normals
 
@@ -393,3 +402,13 @@ def test_importing_render_loads_no_graphics():
     code = "import sys, pipeline.render\nprint({'pyrender', 'OpenGL', 'trimesh', 'torch'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+def test_given_cameras_see_what_the_seeded_ones_of_the_same_pose_see():
+    mesh = of_trimesh(l_shape())
+    (first, *_) = render_views(mesh, "a", replace(SMALL, views=1))
+    eye, other = camera("a", 0), look_at_origin(200.0, -20.0, 50.0)
+    same, behind = render_from(mesh, [eye, other], SMALL.image_size, lights="a")
+    np.testing.assert_array_equal(same, first.rgba)  # lights of (uid, view 0)
+    assert behind[..., 3].any()
+    assert ((behind[..., 3] > 0) & (same[..., 3] > 0)).sum() < 0.8 * (same[..., 3] > 0).sum()
