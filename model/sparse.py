@@ -78,10 +78,10 @@ class Level:
         """The level of half the resolution. One device-to-host copy. ValueError if the resolution is odd."""
         if self.resolution % 2:
             raise ValueError(f"resolution must be even to have parents, got {self.resolution}")
-        parents = kernels.parents(self.coords)
-        starts = _starts(parents.coords[:, 0], self.batch_size)
-        level = Level(parents.coords, self.resolution // 2, self.batch_size, starts)
-        return Parents(level, parents.parent_of, parents.children)
+        coords, parent_of, children = kernels.parents(self.coords)
+        starts = _starts(coords[:, 0], self.batch_size)
+        level = Level(coords, self.resolution // 2, self.batch_size, starts)
+        return Parents(level, parent_of, children)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Level:
         """The same level there, without its caches; itself if it is there."""
