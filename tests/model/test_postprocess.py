@@ -1,0 +1,140 @@
+"""Cleaning a surface: closed whatever is missing, floaters and bubbles gone, what is sound left alone."""
+
+import numpy as np
+import pytest
+import trimesh
+
+from model.postprocess import clean, close_holes, open_edges_of, pieces, simplify, used_only
+from pipeline.isosurface import extract
+from pipeline.schema import BLOCK, Bricks, band, spacing
+
+R = 64
+
+
+def bricks_of(sdf, keep=lambda blocks: np.ones(len(blocks), bool)):
+    """Bricks of an analytic distance function of points [..., 3] at R, without the blocks that `keep` refuses."""
+    line = np.arange(R) * spacing(R) - 0.5
+    grid = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1)
+    values = np.clip(sdf(grid) / band(R), -1, 1).astype(np.float16)
+    side = R // BLOCK
+    cells = values.reshape((side, BLOCK) * 3).transpose(0, 2, 4, 1, 3, 5).reshape(side, side, side, -1)
+    blocks = np.argwhere((np.abs(cells) < 1).any(axis=-1))
+    blocks = blocks[keep(blocks)]
+    sharp = np.zeros((len(blocks), 64), np.uint8)
+    return Bricks(resolution=R, blocks=blocks.astype(np.int16), values=cells[tuple(blocks.T)], sharp=sharp)
+
+
+def ball(radius, centre=(0.0, 0.0, 0.0)):
+    return lambda p: np.linalg.norm(p - np.array(centre), axis=-1) - radius
+
+
+def union(*shapes):
+    return lambda p: np.min([shape(p) for shape in shapes], axis=0)
+
+
+def volume(vertices, faces):
+    a, b, c = vertices[faces].transpose(1, 0, 2)
+    return (a * np.cross(b, c)).sum() / 6
+
+
+def assert_closed_manifold(vertices, faces):
+    """Every edge has two faces, in opposite directions, and the faces around every vertex are one fan."""
+    assert open_edges_of(faces) == 0
+    mesh = trimesh.Trimesh(vertices, faces, process=False, validate=False)
+    assert mesh.is_watertight
+    assert mesh.is_winding_consistent
+    links = {}
+    for face in faces:
+        for i in range(3):
+            links.setdefault(face[i], []).append((face[(i + 1) % 3], face[(i + 2) % 3]))
+    for link in links.values():
+        following = dict(link)
+        first = node = link[0][0]
+        for _ in range(len(link) - 1):
+            node = following[node]
+            assert node != first, "two fans meet in one vertex"
+
+
+def test_a_sound_mesh_is_left_alone():
+    vertices, faces = extract(bricks_of(ball(0.35)))
+    result = clean(vertices, faces)
+    np.testing.assert_array_equal(result.vertices, vertices)
+    np.testing.assert_array_equal(result.faces, faces)
+    assert (result.holes, result.floaters, result.bubbles) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("missing", [1, 8, 40])
+def test_missing_cells_leave_a_closed_mesh(missing):
+    random = np.random.default_rng(missing)
+    whole = bricks_of(ball(0.35))
+    lost = random.permutation(len(whole.blocks)) < missing
+    bricks = bricks_of(ball(0.35), lambda blocks: ~lost)
+    vertices, faces = extract(bricks)
+    assert open_edges_of(faces) > 0
+    capped, capped_faces, holes = close_holes(vertices, faces)
+    assert holes >= 1
+    assert_closed_manifold(capped, capped_faces)
+    result = clean(vertices, faces)
+    assert_closed_manifold(result.vertices, result.faces)
+    if missing == 1:  # a flat cap over a small hole
+        assert volume(result.vertices, result.faces) == pytest.approx(4 / 3 * np.pi * 0.35**3, rel=0.02)
+
+
+def test_pieces_that_touch_in_a_border_vertex_are_taken_apart():
+    # A fan of two separate triangle pairs around vertex 0: its border passes there twice.
+    vertices = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [-1, 0, 0], [-1, -1, 0], [0, -1, 0.0]])
+    faces = np.array([[0, 1, 2], [0, 2, 3], [0, 4, 5], [0, 5, 6]], np.int32)
+    closed, closed_faces, holes = close_holes(vertices, faces)
+    assert holes == 2
+    assert len(closed) == 7 + 1 + 2  # a copy of vertex 0, two centres
+    assert_closed_manifold(closed, closed_faces)
+
+
+def test_floaters_and_bubbles_go():
+    vertices, faces = extract(bricks_of(union(ball(0.3, (-0.1, 0, 0)), ball(0.03, (0.4, 0.4, 0.4)))))
+    hollow = extract(bricks_of(ball(0.1, (-0.1, 0, 0))))
+    everything = np.concatenate([vertices, hollow[0]])
+    all_faces = np.concatenate([faces, hollow[1][:, ::-1] + len(vertices)])
+    result = clean(everything, all_faces, min_piece=0.02)
+    assert (result.holes, result.floaters, result.bubbles) == (0, 1, 1)
+    assert volume(result.vertices, result.faces) == pytest.approx(4 / 3 * np.pi * 0.3**3, rel=0.01)
+    kept = clean(everything, all_faces, min_piece=0.0)
+    assert (kept.floaters, kept.bubbles) == (0, 1)
+
+
+def test_a_mesh_that_is_inside_out_as_a_whole_is_kept():
+    vertices, faces = extract(bricks_of(ball(0.3)))
+    assert len(clean(vertices, faces[:, ::-1].copy()).faces) == len(faces)
+
+
+def test_open_edges_are_counted():
+    tetrahedron = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [2, 0, 3]], np.int32)
+    assert open_edges_of(tetrahedron) == 0
+    assert open_edges_of(tetrahedron[1:]) == 3
+    turned = tetrahedron.copy()
+    turned[0] = turned[0][::-1]
+    assert open_edges_of(turned) > 0
+    assert len(set(pieces(9, np.concatenate([tetrahedron, tetrahedron + 4])))) == 3  # and a vertex of its own
+    vertices, faces = used_only(np.arange(27.0).reshape(9, 3), tetrahedron + 4)
+    np.testing.assert_array_equal(vertices, np.arange(27.0).reshape(9, 3)[4:8])
+    np.testing.assert_array_equal(faces, tetrahedron)
+
+
+def test_fewer_faces_by_a_library():
+    pytest.importorskip("fast_simplification")
+    vertices, faces = extract(bricks_of(ball(0.35)))
+    fewer, fewer_faces = simplify(vertices, faces, 1000)
+    assert 900 <= len(fewer_faces) <= 1000
+    assert open_edges_of(fewer_faces) == 0
+    np.testing.assert_allclose(np.linalg.norm(fewer, axis=1), 0.35, atol=0.01)
+    assert simplify(vertices, faces, len(faces))[1] is faces
+
+
+def test_bad_arguments_are_refused():
+    vertices, faces = extract(bricks_of(ball(0.35)))
+    with pytest.raises(ValueError, match="min_piece must be in"):
+        clean(vertices, faces, min_piece=1.0)
+    with pytest.raises(ValueError, match="must have a face, got none"):
+        clean(vertices, faces[:0])
+    with pytest.raises(ValueError, match="at least 4 faces, got 3"):
+        simplify(vertices, faces, 3)
