@@ -1,0 +1,132 @@
+"""Saving and loading models: round trips, atomicity, and errors that name what is wrong."""
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from model import checkpoint
+from model.checkpoint import load_mapped, load_model, save_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    widths: tuple[int, ...] = (3, 4)
+    bias: bool = True
+
+
+class Tiny(nn.Module):
+    Config = Sizes
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layer = nn.Linear(*config.widths, bias=config.bias)
+        self.register_buffer("shift", torch.randn(2))
+
+
+class Other(Tiny):
+    pass
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = Tiny(Sizes())
+    save_model(tmp_path / "runs" / "vae", model, model.config)
+    return tmp_path / "runs" / "vae", model
+
+
+def test_a_model_comes_back(saved):
+    path, model = saved
+    back = load_model(path, Tiny, config=Sizes())
+    assert back.config == model.config
+    assert not back.training
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values(), strict=True))
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+    assert [p.name for p in path.parent.iterdir()] == ["vae"]
+
+
+def test_saving_again_replaces(saved):
+    path, _ = saved
+    other = Tiny(Sizes(widths=(5, 2)))
+    save_model(path, other, other.config)
+    assert torch.equal(load_model(path, Tiny).layer.weight, other.layer.weight)
+    assert [p.name for p in path.parent.iterdir()] == ["vae"]
+
+
+def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
+    path, model = saved
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(path, Tiny(Sizes()), Sizes())
+    assert torch.equal(load_model(path, Tiny).layer.weight, model.layer.weight)
+    assert [p.name for p in path.parent.iterdir()] == ["vae"]
+
+
+def test_another_configuration_is_named(saved):
+    path, _ = saved
+    with pytest.raises(
+        ValueError, match=r"vae must have widths = \(3, 5\) \(there: \(3, 4\)\), bias = False \(there: True"
+    ):
+        load_model(path, Tiny, config=Sizes(widths=(3, 5), bias=False))
+    with pytest.raises(ValueError, match="must hold a Other, got a Tiny"):
+        load_model(path, Other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 9}, "format_version 1, got 9"),
+        ({"config": {"widths": [3, 4], "depth": 2}}, r"unknown: \['depth'\], missing: \['bias'\]"),
+        ({"config": {"widths": [3, 5], "bias": True}}, r"layer.bias of shape \[4\] does not fit \[5\]; layer.weight"),
+        ({"config": {"widths": [3, 4], "bias": False}}, "unknown layer.bias"),
+    ],
+)
+def test_what_does_not_fit_is_named(saved, change, message):
+    path, _ = saved
+    described = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**described, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_model(path, Tiny)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [None, "half a fi"])
+def test_a_broken_directory_is_a_clear_error(saved, name, content):
+    path, _ = saved
+    (path / name).unlink()
+    if content is not None:
+        (path / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        load_model(path, Tiny)
+
+
+def test_published_weights_under_other_names():
+    model = Tiny(Sizes())
+    keys = {
+        "net.kernel": ("layer.weight", lambda x: x.reshape(3, 4).T),
+        "net.bias": ("layer.bias", lambda x: x),
+        "shift": ("shift", lambda x: x),
+    }
+    weights = {"net.kernel": torch.arange(12.0), "net.bias": torch.ones(4), "shift": torch.zeros(2)}
+    load_mapped(model, weights, keys, "file")
+    assert torch.equal(model.layer.weight, torch.arange(12.0).reshape(3, 4).T)
+    before = model.layer.weight.clone()
+    bad = {"net.kernel": torch.zeros(11), "extra": torch.zeros(1), "shift": torch.zeros(3)}
+    message = (
+        r"file must hold the weights of this Tiny: unknown extra; missing net.bias; "
+        r"net.kernel of shape \[11\] does not fit \[4, 3\]; shift of shape \[3\] does not fit \[2\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_mapped(model, bad, keys, "file")
+    assert torch.equal(model.layer.weight, before)
+
+
+def test_configurations_compare_by_value(saved):
+    assert load_model(saved[0], Tiny, config=replace(Sizes(), widths=(3, 4))).config == Sizes()

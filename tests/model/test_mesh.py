@@ -1,0 +1,101 @@
+"""Meshes of decoded bricks against analytic surfaces."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.mesh import extract_meshes, mesh_of
+from model.sparse import BrickBatch, Level
+from pipeline.schema import Bricks, band, spacing
+
+
+def analytic_bricks(distance, resolution, reach=1.0):
+    """Every cell with a point nearer to the surface than reach * tau; distance: [N, 3] in the cube -> [N]."""
+    side, tau, h = resolution // 8, band(resolution), spacing(resolution)
+    cells = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    centre = (8 * cells + 3.5) * h - 0.5
+    cells = cells[np.abs(distance(centre)) < reach * tau + 3.5 * np.sqrt(3) * h]
+    local = np.stack(np.meshgrid(*[np.arange(8)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    blocks, values = [], []
+    for chunk in np.array_split(cells, max(1, len(cells) // 4096)):
+        d = distance(((8 * chunk[:, None] + local) * h - 0.5).reshape(-1, 3)).reshape(-1, 512)
+        near = (np.abs(d) < reach * tau).any(1)
+        blocks.append(chunk[near])
+        values.append(np.clip(d[near] / tau, -1, 1).astype(np.float16))
+    blocks, values = np.concatenate(blocks), np.concatenate(values)
+    sharp = np.zeros((len(blocks), 64), np.uint8)
+    return Bricks(resolution=resolution, blocks=blocks.astype(np.int16), values=values, sharp=sharp)
+
+
+def sphere(radius, centre=(0.0, 0.0, 0.0)):
+    return lambda p: np.linalg.norm(p - np.array(centre), axis=1) - radius
+
+
+def torus(p, major=0.3, minor=0.12):
+    return np.hypot(np.hypot(p[:, 0], p[:, 2]) - major, p[:, 1]) - minor
+
+
+def volume(vertices, faces):
+    a, b, c = (vertices[faces[:, i]] for i in range(3))
+    return (np.cross(a, b) * c).sum() / 6
+
+
+def euler(vertices, faces):
+    edges = np.unique(np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), 1), axis=0)
+    return len(vertices) - len(edges) + len(faces)
+
+
+def test_surfaces_of_a_batch_are_where_they_should_be():
+    assets = [sphere(0.3), None, torus, sphere(0.2, (0.1, 0.05, -0.1))]
+    bricks = [analytic_bricks(d or (lambda p: np.full(len(p), 1.0)), 64) for d in assets]
+    batch = BrickBatch.collate(bricks)
+    meshes = extract_meshes(batch.cells, batch.values)
+    assert len(meshes) == 4
+    assert len(meshes[1][0]) == len(meshes[1][1]) == 0
+    for distance, number, volume_exact in zip(
+        assets, (2, None, 0, 2), (4 / 3 * np.pi * 0.3**3, None, 2 * np.pi**2 * 0.3 * 0.12**2, 4 / 3 * np.pi * 0.2**3)
+    ):
+        if distance is None:
+            continue
+        vertices, faces = meshes[assets.index(distance)]
+        assert np.abs(distance(vertices)).max() < 0.1 * spacing(64)
+        assert euler(vertices, faces) == number
+        assert volume(vertices, faces) == pytest.approx(volume_exact, rel=0.02)  # positive: seen from outside
+
+
+def test_the_level_moves_the_surface():
+    one = analytic_bricks(sphere(0.3), 64)
+    vertices, _ = mesh_of(one.blocks, one.values.astype(np.float32), 64, level=0.5)
+    assert np.abs(sphere(0.3 + 0.5 * band(64))(vertices)).max() < 0.1 * spacing(64)
+
+
+def test_nothing_is_invented_beyond_decoded_cells():
+    one = analytic_bricks(sphere(0.3), 64)
+    keep = one.blocks[:, 0] < 4
+    vertices, faces = mesh_of(one.blocks[keep], one.values[keep], 64)
+    assert len(faces)
+    assert vertices[:, 0].max() <= 31 * spacing(64) - 0.5 + 1e-9  # the last plane of points that were decoded
+    assert np.abs(sphere(0.3)(vertices)).max() < 0.1 * spacing(64)
+
+
+def test_untrained_values_have_no_surface():
+    level = Level.from_coords(torch.tensor([[0, 1, 2, 3]], dtype=torch.int32), 8, 2)
+    for vertices, faces in extract_meshes(level, torch.zeros(1, 512)):
+        assert vertices.shape == faces.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "values", "message"),
+    [
+        (np.zeros((2, 2), int), np.zeros((2, 512)), r"blocks_M3 must be integer \[M, 3\], got int64 \[2, 2\]"),
+        (np.zeros((1, 3)), np.zeros((1, 512)), "blocks_M3 must be integer"),
+        (np.zeros((1, 3), int), np.zeros((1, 64)), r"values_MK must be \[1, 512\], got \[1, 64\]"),
+        (np.full((1, 3), 8), np.zeros((1, 512)), r"blocks_M3 must be in 0..7, got 8..8"),
+        (np.full((1, 3), -1), np.zeros((1, 512)), r"blocks_M3 must be in 0..7, got -1..-1"),
+        (np.zeros((2, 3), int), np.zeros((2, 512)), "blocks_M3 must not repeat a block"),
+        (np.zeros((1, 3), int), np.full((1, 512), np.nan), "values_MK must be finite, got 512 that are not"),
+    ],
+)
+def test_bad_arguments_are_named(blocks, values, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_of(blocks, values, 64)
