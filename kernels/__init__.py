@@ -1,6 +1,6 @@
 """Triton kernels and their reference definitions."""
 
-from kernels import reference
+from kernels import reference, reference_conv
 from kernels.attention import spatial_sparse_attention
 from kernels.blocks import BlockIndex, invert_order, token_order
 from kernels.branches import (
@@ -11,16 +11,28 @@ from kernels.branches import (
     selection_attention,
     window_attention,
 )
+from kernels.group_norm import group_norm
+from kernels.neighbors import Parents, neighbor_map, parents
+from kernels.pool import pool_children
+from kernels.sparse_conv import duplicate_children, sparse_conv
 
 __all__ = [
     "BlockIndex",
+    "Parents",
     "block_mean",
     "compressed_attention",
+    "duplicate_children",
     "gated_sum",
+    "group_norm",
     "invert_order",
+    "neighbor_map",
+    "parents",
+    "pool_children",
     "reference",
+    "reference_conv",
     "select_blocks",
     "selection_attention",
+    "sparse_conv",
     "spatial_sparse_attention",
     "token_order",
     "window_attention",

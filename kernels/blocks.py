@@ -23,7 +23,7 @@ def _check_sizes(select_block: int, compress_block: int) -> None:
         raise ValueError(f"compress_block must divide select_block = {select_block}, got {compress_block}")
 
 
-def _check_coords(coords: Tensor) -> None:
+def check_coords(coords: Tensor) -> None:
     if coords.ndim != 2 or coords.shape[1] != 4:
         raise ValueError(f"coords must be [N, 4] = (batch, x, y, z), got {list(coords.shape)}")
     if coords.dtype not in (torch.int32, torch.int64):
@@ -54,7 +54,7 @@ def token_order(coords: Tensor, select_block: int = 8, compress_block: int = 4) 
     Sorted means by (batch, select_block^3 block, compress_block^3 sub-block, x, y, z). Stable. ValueError as
     `BlockIndex.from_coords`, except that values are not checked here.
     """
-    _check_coords(coords)
+    check_coords(coords)
     _check_sizes(select_block, compress_block)
     return torch.argsort(_sort_key(coords, select_block, compress_block), stable=True)
 
@@ -215,7 +215,7 @@ class BlockIndex:
         as `token_order` says, repeats a voxel, leaves 0 <= x, y, z < 32768 or 0 <= batch < batch_size, or if the
         sizes do not fit: compress_block must divide select_block, 1 <= window <= 64, 0 <= window_shift < window.
         """
-        _check_coords(coords)
+        check_coords(coords)
         _check_sizes(select_block, compress_block)
         if not isinstance(batch_size, int) or not 1 <= batch_size <= MAX_BATCH:
             raise ValueError(f"batch_size must be an int from 1 to {MAX_BATCH}, got {batch_size!r}")

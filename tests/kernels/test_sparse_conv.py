@@ -1,0 +1,181 @@
+"""Sparse convolution against torch's dense one in fp64: values and gradients, every kind of rows."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import duplicate_children, neighbor_map, sparse_conv
+from tests.numerics import DEVICE, assert_close_as, random_coords
+
+BACKENDS = ["reference"]
+DTYPES = [torch.float64]
+SETS = {  # blocks (voxels for size 1) per asset, side of their grid
+    "sparse": ([30, 0, 12], 5),
+    "full": ([27], 3),
+    "alone": ([1], 2),
+    "none": ([0, 0], 3),
+}
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+
+
+def voxels(coords: Tensor, size: int) -> Tensor:
+    """Coordinates of the rows of full blocks: int64 [M * size^3, 4]."""
+    local = torch.tensor(list(itertools.product(range(size), repeat=3)), device=coords.device)
+    local = F.pad(local, (1, 0))
+    scale = torch.tensor([1, size, size, size], device=coords.device)
+    return (coords.long()[:, None] * scale + local).view(-1, 4)
+
+
+def dense_conv(x: Tensor, weight: Tensor, bias: Tensor | None, coords: Tensor, size: int, upsample: bool) -> Tensor:
+    """conv3d over the whole grid, read where voxels are."""
+    if upsample:
+        half = voxels(coords, size // 2)
+        fine = half[:, None] * torch.tensor([1, 2, 2, 2], device=x.device)
+        fine = fine + F.pad(torch.tensor(list(itertools.product((0, 1), repeat=3)), device=x.device), (1, 0))
+        source, x = fine.view(-1, 4), x.repeat_interleave(8, 0)
+    else:
+        source = voxels(coords, size)
+    target = voxels(coords, size)
+    if not len(target):
+        return x.new_empty(0, weight.shape[2]) + x.sum() + weight.sum() * 0 + (0 if bias is None else bias.sum() * 0)
+    shape = [*(target.amax(0) + 1).tolist(), x.shape[1]]
+    grid = x.new_zeros(shape).index_put(tuple(source.T), x).permute(0, 4, 1, 2, 3)
+    kernel = weight.unflatten(0, (3, 3, 3)).permute(4, 3, 0, 1, 2)
+    out = F.conv3d(grid, kernel, bias, padding=1).permute(0, 2, 3, 4, 1)
+    return out[tuple(target.T)]
+
+
+def run(function, inputs: list[Tensor | None]) -> list[Tensor]:
+    """Value and gradients for one cotangent."""
+    inputs = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    value = function(*inputs)
+    value.backward(draw(*value.shape, seed=9).to(torch.bfloat16).to(value.dtype))
+    return [value.detach(), *(x.grad for x in inputs if x is not None)]
+
+
+def check(C, O, coords, size, upsample, backend, dtype, bias=True) -> None:
+    neighbors = neighbor_map(coords)
+    rows = len(coords) * (size // 2 if upsample else size) ** 3
+    inputs = [draw(rows, C, dtype=dtype), draw(27, C, O, seed=1, dtype=dtype), draw(O, seed=2, dtype=dtype)]
+    inputs[2] = inputs[2] if bias else None
+
+    def ours(x, w, b, backend=backend):
+        return sparse_conv(x, w, b, neighbors, size=size, upsample=upsample, backend=backend)
+
+    found = run(ours, inputs)
+    exact = run(lambda *x: dense_conv(*x, coords, size, upsample), [x if x is None else x.double() for x in inputs])
+    rounded = found if dtype == torch.float64 else run(lambda *x: ours(*x, backend="reference"), inputs)
+    for name, f, e, r in zip(("value", "dx", "dw", "db"), found, exact, rounded, strict=False):
+        if dtype == torch.float64:
+            torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11 * max(1, C, O), msg=lambda m, n=name: f"{n}: {m}")
+        else:
+            assert_close_as(f, e, r, name)
+
+
+def coords_of(name: str) -> Tensor:
+    blocks, side = SETS[name]
+    return random_coords(blocks, side, seed=4).to(DEVICE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocks", SETS)
+@pytest.mark.parametrize(
+    ("size", "upsample"), [(1, False), (2, False), (4, False), (2, True), (4, True)], ids=lambda v: str(v)
+)
+def test_value_and_gradients(size, upsample, blocks, dtype, backend):
+    if size == 4 and blocks == "sparse":
+        pytest.skip("the larger sets are for the smaller blocks")
+    check(5, 7, coords_of(blocks), size, upsample, backend, dtype)
+
+
+@pytest.mark.parametrize(("size", "upsample"), [(8, False), (8, True)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_of_512(size, upsample, backend):
+    check(2, 3, random_coords([3, 2], 2).to(DEVICE), size, upsample, backend, DTYPES[0])
+
+
+@pytest.mark.parametrize(("C", "O"), [(1, 1), (1, 65), (33, 1), (130, 512), (512, 34)])
+@pytest.mark.parametrize(("size", "upsample"), [(1, False), (2, True)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_channels(C, O, size, upsample, backend):
+    check(C, O, random_coords([7, 5], 2).to(DEVICE), size, upsample, backend, DTYPES[0], bias=False)
+
+
+@pytest.mark.parametrize(("size", "upsample"), [(1, False), (2, False), (2, True), (4, True)], ids=str)
+def test_gradcheck(size, upsample):
+    coords = random_coords([3, 2], 2)
+    neighbors = neighbor_map(coords)
+    x = draw(5 * (size // 2 if upsample else size) ** 3, 2)
+    inputs = [t.cpu().requires_grad_() for t in (x, draw(27, 2, 3), draw(3))]
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: sparse_conv(x, w, b, neighbors, size=size, upsample=upsample), inputs, fast_mode=True
+    )
+
+
+def test_master_weights_and_autocast():
+    coords = random_coords([9], 3).to(DEVICE)
+    neighbors = neighbor_map(coords)
+    x, w, b = draw(9, 4, dtype=torch.float32), draw(27, 4, 6, dtype=torch.float32), draw(6, dtype=torch.float32)
+    w.requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = sparse_conv(x, w, b, neighbors)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert w.grad is not None
+    assert w.grad.dtype == torch.float32
+    assert torch.equal(y, sparse_conv(x.bfloat16(), w, b, neighbors))
+
+
+def test_rows_gathered_in_slices(monkeypatch):
+    monkeypatch.setattr("kernels.reference_conv._MAX_GATHERED", 27 * 5 * 4)
+    check(5, 7, coords_of("sparse"), 1, False, "reference", torch.float64)
+
+
+def test_duplicate_children():
+    coords = random_coords([3, 2], 2).to(DEVICE)
+    for size in (2, 4, 8):
+        half = voxels(coords, size // 2)
+        wanted = voxels(coords, size) // torch.tensor([1, 2, 2, 2], device=DEVICE)
+        assert torch.equal(duplicate_children(half.double(), size).long(), wanted)
+
+
+def good() -> dict:
+    return dict(x=torch.zeros(16, 3), w=torch.zeros(27, 3, 2), b=torch.zeros(2), n=torch.zeros(2, 27).int(), size=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(15, 3)}, r"x_NC must be floating \[16, C\], got torch.float32 \[15, 3\]"),
+        ({"x": torch.zeros(16, 3).int()}, r"x_NC must be floating \[16, C\], got torch.int32"),
+        ({"w": torch.zeros(26, 3, 2)}, r"weight_27CO must be \[27, 3, O\], got \[26, 3, 2\]"),
+        ({"w": torch.zeros(27, 3, 2).half()}, "weight_27CO must be torch.float32 as x_NC .*got torch.float16"),
+        ({"b": torch.zeros(3)}, r"bias_O must be \[2\], got \[3\]"),
+        ({"n": torch.zeros(2, 27)}, r"neighbors_M27 must be int32 \[M, 27\], got torch.float32"),
+        ({"n": torch.zeros(2, 27, device="meta").int()}, "neighbors_M27 must be on x_NC's device cpu, got meta"),
+        ({"size": 3}, r"size must be one of \(1, 2, 4, 8\), got 3"),
+        ({"size": 1, "upsample": True}, r"size must be one of \(2, 4, 8\), got 1"),
+        ({"backend": "cuda"}, "backend must be .*got 'cuda'"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = good() | change
+    x, w, b, n = (arguments.pop(name) for name in "xwbn")
+    with pytest.raises(ValueError, match=message):
+        sparse_conv(x, w, b, n, **arguments)
+
+
+def test_bad_duplication_is_named():
+    with pytest.raises(ValueError, match=r"size must be one of \(2, 4, 8\), got 1"):
+        duplicate_children(torch.zeros(8, 2), 1)
+    with pytest.raises(ValueError, match=r"x_NC must be \[M \* 8, C\], got \[7, 2\]"):
+        duplicate_children(torch.zeros(7, 2), 4)
