@@ -55,7 +55,7 @@ def check_file(path: Path, limits: Limits) -> str:
     extension = path.suffix[1:].lower()
     with path.open("rb") as file:
         head = file.read(HEAD)
-        _check_magic(head, extension, size)
+        check_magic(head, extension, size)
         check = _CHECKS.get(extension)
         if check is not None:
             file.seek(0)
@@ -63,7 +63,8 @@ def check_file(path: Path, limits: Limits) -> str:
     return extension
 
 
-def _check_magic(head: bytes, extension: str, size: int) -> None:
+def check_magic(head: bytes, extension: str, size: int) -> None:
+    """Does a file of `size` bytes that begins with `head` look like its format? Reject: "lfs_pointer", "wrong_magic"."""
     if head.startswith(b"version https://git-lfs"):
         raise Reject("lfs_pointer", bytes=size)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -73,6 +74,7 @@ def _check_magic(head: bytes, extension: str, size: int) -> None:
         "gltf": text.startswith(b"{"),
         "3mf": head.startswith(b"PK\x03\x04"),
         "zae": head.startswith(b"PK\x03\x04"),
+        "zip": head.startswith(b"PK\x03\x04"),
         "ply": head.startswith(b"ply"),
         "dae": text.startswith(b"<"),
     }

@@ -27,6 +27,13 @@ class Reject(Exception):
         return self.reason + "".join(f" {name}={value}" for name, value in self.numbers.items())
 
 
+class Transient(Reject):
+    """Something outside the asset went wrong and may be gone later: a lost connection, a server in trouble.
+
+    The runner tries again; what stays recorded in the end is a failure, not a verdict.
+    """
+
+
 class UserError(Exception):
     """What the user asked for cannot be done; the message says what and what to do. Exit code 2."""
 
