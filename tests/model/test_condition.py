@@ -1,0 +1,300 @@
+"""Image preparation, augmentation and encoders: geometry and packing by construction, errors by name."""
+
+from __future__ import annotations
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.condition import SPECIAL, DinoEncoder, EncoderConfig, ImageBatch, StandInEncoder
+from model.images import OPAQUE, Augmentation, PreparedImage, has_alpha, load_image, prepare_image
+from pipeline.schema import UserError
+
+torch.set_num_threads(1)
+SIZE = 112
+TOLERANCE = 1e-5
+
+
+def rectangle(width=40, height=20, canvas=(100, 80), corner=(30, 10), color=(200, 30, 60)):
+    """RGBA: an opaque rectangle on transparent black."""
+    pixels = np.zeros((canvas[1], canvas[0], 4), np.uint8)
+    x, y = corner
+    pixels[y : y + height, x : x + width] = [*color, 255]
+    return pixels
+
+
+def saved(image, format="PNG", **options):
+    data = io.BytesIO()
+    image.save(data, format, **options)
+    data.seek(0)
+    return data
+
+
+def test_the_foreground_is_cropped_centred_and_padded_on_white():
+    image = prepare_image(rectangle(40, 20), 518)
+    rows, columns = (np.flatnonzero(image.mask.any(axis)) for axis in (1, 0))
+    inner = 518 * 518 / 550  # resized to 518, 16 pixels on every side, resized to 518
+    assert len(columns) == pytest.approx(inner, abs=2)
+    assert len(rows) == pytest.approx(inner / 2, abs=14)  # bilinear filter of a 13x enlargement reaches half a pixel
+    assert abs(rows[0] + rows[-1] - 517) <= 2
+    assert abs(columns[0] + columns[-1] - 517) <= 2
+    assert (image.rgb[259, 259] == (200, 30, 60)).all()
+    assert (image.rgb[~image.mask][:, 0] > 250).all()
+    assert (image.rgb[0, 0] == 255).all()
+
+
+def test_position_and_canvas_do_not_matter():
+    one = prepare_image(rectangle(33, 51, (90, 90), (5, 7)), SIZE)
+    other = prepare_image(rectangle(33, 51, (200, 60), (150, 9)), SIZE)
+    assert (one.rgb == other.rgb).all()
+    assert (one.mask == other.mask).all()
+
+
+def test_transparent_colour_leaves_no_halo():
+    pixels = rectangle()
+    pixels[pixels[..., 3] == 0] = [0, 255, 0, 0]
+    assert (prepare_image(pixels, SIZE).rgb == prepare_image(rectangle(), SIZE).rgb).all()
+
+
+def test_haze_is_not_foreground():
+    pixels = rectangle()
+    pixels[0, 0] = [0, 0, 0, 5]
+    assert (prepare_image(pixels, SIZE).mask == prepare_image(rectangle(), SIZE).mask).all()
+
+
+def test_augmentation_is_seeded_and_off_by_default():
+    pixels = np.dstack([np.random.default_rng(0).integers(0, 256, (60, 60, 3)), np.full((60, 60), 255)]).astype(
+        np.uint8
+    )
+    pixels[0] = 0
+    always = Augmentation(rotation_probability=1, crop_probability=1)
+    draws = [prepare_image(pixels, SIZE, augmentation=always, rng=np.random.default_rng(s)).rgb for s in (1, 1, 2)]
+    assert (draws[0] == draws[1]).all()
+    assert (draws[0] != draws[2]).any()
+    never = Augmentation(rotation_probability=0, crop_probability=0, padding=(16, 16))
+    plain = prepare_image(pixels, SIZE, augmentation=never, rng=np.random.default_rng(1))
+    assert (plain.rgb == prepare_image(pixels, SIZE).rgb).all()
+    wide = Augmentation(rotation_probability=0, crop_probability=0, padding=(32, 32))
+    smaller = prepare_image(pixels, SIZE, augmentation=wide, rng=np.random.default_rng(1)).mask.sum()
+    assert smaller**0.5 == pytest.approx(SIZE * SIZE / (SIZE + 64), abs=2)
+
+
+def test_augmentation_moves_image_and_mask_together():
+    always = Augmentation(rotation_probability=1, rotation_degrees=45, crop_probability=1)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        image = prepare_image(rectangle(color=(0, 0, 0)), SIZE, augmentation=always, rng=rng)
+        assert ((image.rgb[..., 0] <= 255 - OPAQUE) == image.mask).mean() > 0.999  # black at its alpha on white
+
+
+FILES = {
+    "grey with alpha": lambda: saved(Image.fromarray(rectangle()).convert("LA")),
+    "palette with transparency": lambda: saved(Image.fromarray(rectangle()).quantize(8)),
+    "webp": lambda: saved(Image.fromarray(rectangle()), "WEBP", lossless=True),
+    "animated gif": lambda: saved(
+        Image.fromarray(rectangle()), "GIF", save_all=True, append_images=[Image.new("RGBA", (100, 80), (1, 2, 3, 255))]
+    ),
+    "animated png": lambda: saved(
+        Image.fromarray(rectangle()), "PNG", save_all=True, append_images=[Image.new("RGBA", (100, 80), (1, 2, 3, 255))]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_kinds_of_files(name):
+    image = load_image(FILES[name]())
+    assert image.mode == "RGBA"
+    assert has_alpha(image)
+    mask = prepare_image(image, SIZE).mask
+    assert (mask == prepare_image(rectangle(), SIZE).mask).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "CMYK", "I;16"])
+def test_images_without_alpha_say_what_to_do(mode):
+    grey = Image.fromarray((np.arange(400, dtype=np.uint16) * 160).reshape(20, 20))
+    image = grey if mode == "I;16" else Image.new(mode, (20, 20))
+    loaded = load_image(saved(image, "TIFF" if mode == "CMYK" else "PNG"))
+    assert loaded.mode == "RGBA"
+    assert not has_alpha(loaded)
+    with pytest.raises(ValueError, match="remove the background first"):
+        prepare_image(loaded, SIZE)
+    assert prepare_image(loaded, SIZE, whole_if_opaque=True).mask.any()
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    values = np.array([[0, 257, 32768, 65535]], np.uint16).repeat(4, 0)
+    assert (np.asarray(load_image(saved(Image.fromarray(values))))[0, :, 0] == [0, 1, 128, 255]).all()
+
+
+def test_camera_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert load_image(saved(Image.new("RGB", (30, 20)), "JPEG", exif=exif)).size == (20, 30)
+
+
+def huge_png(side):
+    """A PNG header that claims side x side pixels."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = side.to_bytes(4, "big") * 2 + bytes([8, 6, 0, 0, 0])
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda: huge_png(20_000), "must have at most 67108864 pixels"),
+        (lambda: huge_png(8_200), "got 8200 x 8200 = 67240000"),
+        (lambda: io.BytesIO(b"<html>"), "must be a readable image"),
+        (lambda: io.BytesIO(saved(Image.effect_noise((64, 64), 50)).getvalue()[:900]), "must be a readable image"),
+        (lambda: "/nonexistent.png", "/nonexistent.png must be a readable image"),
+        (lambda: saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "8 or 16 bits a channel, got mode 'F'"),
+    ],
+)  # fmt: skip
+def test_files_that_are_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(source())
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.zeros((50, 50, 4), np.uint8), "must have a foreground .* its largest alpha is 0"),
+        (np.full((1, 1, 4), 200, np.uint8), "foreground of at least 8 pixels, got 1 x 1"),
+        (np.zeros((0, 5, 4), np.uint8), "must have a foreground"),
+        (np.zeros((5, 5, 3), np.uint8), "must be RGBA uint8"),
+        (np.zeros((5, 5, 4), np.float32), "must be RGBA uint8"),
+    ],
+)  # fmt: skip
+def test_images_that_are_refused(pixels, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_image(pixels, SIZE)
+
+
+def test_augmentation_needs_its_generator():
+    with pytest.raises(ValueError, match="rng must be given with augmentation"):
+        prepare_image(rectangle(), SIZE, augmentation=Augmentation())
+
+
+def prepared(*cells, side=8, seed=0):
+    """An image of noise whose foreground is these (column, row) patches, by one pixel each."""
+    rgb = np.random.default_rng(seed).integers(0, 256, (14 * side, 14 * side, 3), np.uint8)
+    mask = np.zeros(rgb.shape[:2], bool)
+    for column, row in cells:
+        mask[14 * row + 13, 14 * column] = True
+    return PreparedImage(rgb, mask)
+
+
+def test_only_foreground_patches_are_kept_with_their_coordinates():
+    batch = ImageBatch.collate([prepared((3, 1), (0, 2)), prepared((7, 7))])
+    assert batch.coords.tolist() == [
+        *[[0, 0, 0, 1]] * SPECIAL, [0, 3, 1, 0], [0, 0, 2, 0], *[[1, 0, 0, 1]] * SPECIAL, [1, 7, 7, 0],
+    ]  # fmt: skip
+    assert batch.starts.tolist() == [0, 7, 13]
+    assert batch.max_tokens == 7
+    with pytest.raises(ValueError, match="images must be of one size"):
+        ImageBatch.collate([prepared((0, 0)), prepared((0, 0), side=4)])
+    with pytest.raises(ValueError, match="images must be of one size"):
+        ImageBatch.collate([])
+
+
+ENCODERS = {
+    "dinov2": lambda layers: DinoEncoder.random(32, layers, 2, SIZE),
+    "stand-in": lambda layers: StandInEncoder(32, layers, 2, SIZE),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_patchs_token_follows_its_own_pixels(kind):
+    """Without layers every token sees its own patch alone: so coordinates, order and selection are the right ones."""
+    encoder = ENCODERS[kind](0)
+    image = prepared((3, 1), (0, 2), (6, 5))
+    before = encoder(ImageBatch.collate([image])).feats_SC
+    changed = PreparedImage(image.rgb.copy(), image.mask)
+    changed.rgb[14 * 5 : 14 * 6, 14 * 6 : 14 * 7] //= 2  # row 5, column 6
+    condition = encoder(ImageBatch.collate([changed]))
+    moved = (condition.feats_SC != before).any(1)
+    assert condition.coords[moved].tolist() == [[0, 6, 5, 0]]
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_batch_is_each_image_alone(kind):
+    encoder = ENCODERS[kind](2).eval()
+    images = [prepared((3, 1), (0, 2)), prepared((7, 7), seed=1)]
+    together = encoder(ImageBatch.collate(images)).feats_SC
+    alone = torch.cat([encoder(ImageBatch.collate([image])).feats_SC for image in images])
+    assert torch.allclose(together, alone, atol=TOLERANCE)
+    assert together.mean(1).abs().max() < TOLERANCE  # normalised over channels
+    patches = together[ImageBatch.collate(images).coords[:, 3] == 0]
+    assert (patches.var(1, unbiased=False) - 1).abs().max() < 1e-3
+
+
+def test_tokens_are_those_before_the_last_norm():
+    encoder = DinoEncoder.random(32, 2, 2, SIZE)
+    pixels = torch.randn(2, 3, SIZE, SIZE)
+    exact = encoder.model(pixels, output_hidden_states=True)
+    assert torch.allclose(encoder.tokens(pixels), exact.hidden_states[-1], atol=TOLERANCE)
+    assert not torch.allclose(encoder.tokens(pixels), exact.last_hidden_state, atol=0.1)
+
+
+def test_dinov2_is_frozen_and_the_stand_in_learns():
+    batch = ImageBatch.collate([prepared((3, 1))])
+    frozen, learning = DinoEncoder.random().train(), StandInEncoder(32, 1, 2, SIZE)
+    assert not frozen(batch).feats_SC.requires_grad
+    assert not any(module.training for module in frozen.modules())
+    learning(batch).feats_SC.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learning.stem.parameters())
+    assert (frozen.trainable, learning.trainable) == (False, True)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="images must be of 112 pixels for DINOv2, got 56"):
+        DinoEncoder.random()(ImageBatch.collate([prepared((0, 0), side=4)]))
+
+
+def test_unconditional_and_dropped_features_are_zero_at_the_same_coordinates():
+    condition = StandInEncoder(32, 1, 2, SIZE)(
+        ImageBatch.collate([prepared((3, 1)), prepared((1, 1)), prepared((2, 2))])
+    )
+    nothing = condition.unconditional()
+    assert not nothing.feats_SC.any()
+    assert nothing.coords is condition.coords
+    dropped = condition.drop(torch.tensor([False, True, False]))
+    first, second = condition.starts[1], condition.starts[2]
+    assert not dropped.feats_SC[first:second].any()
+    for rows in (slice(0, first), slice(second, None)):
+        assert torch.equal(dropped.feats_SC[rows], condition.feats_SC[rows])
+
+
+def test_weights_survive_a_folder(tmp_path):
+    encoder = DinoEncoder.random(32, 1, 2, SIZE)
+    encoder.model.save_pretrained(tmp_path)
+    again = EncoderConfig(weights=str(tmp_path), image_size=SIZE, channels=32).build()
+    assert next(again.parameters()).dtype == torch.bfloat16
+    pixels = torch.randn(1, 3, SIZE, SIZE)
+    assert torch.allclose(again.tokens(pixels).float(), encoder.tokens(pixels), atol=0.05, rtol=0.05)
+    with pytest.raises(ValueError, match="channels must be 32"):
+        EncoderConfig(weights=str(tmp_path), image_size=SIZE).build()
+
+
+def test_missing_weights_say_what_to_run(tmp_path):
+    with pytest.raises(UserError, match="run `hf download facebook/dinov2-with-registers-large"):
+        DinoEncoder.load(str(tmp_path))
+
+
+@pytest.mark.gpu
+def test_no_copy_to_the_host():
+    encoder = DinoEncoder.random().cuda()
+    batch = ImageBatch.collate([prepared((3, 1)), prepared((1, 1))]).to("cuda")
+    encoder(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        encoder(batch).drop(torch.ones(2, dtype=torch.bool, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
