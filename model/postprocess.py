@@ -112,10 +112,9 @@ def simplify(vertices: Vertices, faces: Faces, target: int) -> tuple[Vertices, F
         import fast_simplification
     except ImportError as error:
         raise UserError("fewer faces need the library fast-simplification: pip install fast-simplification") from error
-    points, triangles = fast_simplification.simplify(
-        np.ascontiguousarray(vertices, np.float32), np.ascontiguousarray(faces), target_count=target
-    )
-    return points.astype(np.float64), np.asarray(triangles, np.int32)
+    points = np.ascontiguousarray(vertices, np.float64)
+    result = fast_simplification.simplify(points, np.ascontiguousarray(faces), target_count=target)
+    return result[0], result[1].astype(np.int32)
 
 
 def _directed(faces: Faces) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -131,7 +130,7 @@ def _open_edges(faces: Faces) -> NDArray[np.int64]:
     if len(key) % 2 == 0 and (ordered[::2] == ordered[1::2]).all():  # sorting alone is far cheaper than an order
         return np.empty((0, 2), np.int64)
     order = np.argsort(key, kind="stable")
-    same = np.r_[False, key[order][1:] == key[order][:-1], False]
+    same = np.pad(key[order][1:] == key[order][:-1], 1)
     alone = order[~(same[1:] | same[:-1])]
     return np.stack([start[alone], end[alone]], axis=1)
 
