@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Protocol
 
 from pipeline.schema import Reject
 
+MESH_FORMATS = frozenset({"glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"})  # what `load` reads
 HEAD = 4096
 BOMB_BYTES, BOMB_FACTOR = 1 << 26, 8  # a claim beyond both is an attack, below it the file is cut short
 COMPONENT_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
@@ -64,7 +65,7 @@ def check_file(path: Path, limits: Limits) -> str:
 
 
 def check_magic(head: bytes, extension: str, size: int) -> None:
-    """Does a file of `size` bytes that begins with `head` look like its format? Reject: "lfs_pointer", "wrong_magic"."""
+    """Reject "lfs_pointer" or "wrong_magic" if a file that begins with `head` does not look like its format."""
     if head.startswith(b"version https://git-lfs"):
         raise Reject("lfs_pointer", bytes=size)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.archive import ARCHIVE_FORMATS, ArchiveLimits, archive_format, extract, only_mesh
+from pipeline.preflight import MESH_FORMATS
 from pipeline.schema import Record, UserError, make_uid
 
-MESH_FORMATS = frozenset({"glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"})
 SIDE_FORMATS = frozenset(
     {"mtl", "bin", "png", "jpg", "jpeg", "webp", "bmp", "tga", "tif", "tiff", "gif", "ktx2", "dds"}
 )
@@ -19,6 +20,7 @@ SIDE_FORMATS = frozenset(
 class FolderSource:
     """Every mesh file below `root`, in the order of relative POSIX paths, which are also the uids' keys.
 
+    A zip or tar counts as the one mesh that lies highest in it, with its side files.
     Nobody states a licence for one's own files, so it is "unknown"; the licence policy lets a folder pass because
     its owner named it. A link to a file inside the folder counts, a link out of it or to a directory does not.
     """
@@ -26,6 +28,7 @@ class FolderSource:
     root: Path
     up: str = "y"
     licence: str = "unknown"
+    archives: ArchiveLimits = field(default_factory=ArchiveLimits)
 
     @property
     def name(self) -> str:
@@ -45,7 +48,7 @@ class FolderSource:
         if not os.access(self.root, os.R_OK | os.X_OK):
             raise UserError(f"cannot read the folder {self.root}; give yourself the right to list and read it")
         if next(self.records(), None) is None:
-            formats = " ".join(sorted(MESH_FORMATS))
+            formats = " ".join(sorted(MESH_FORMATS) + list(ARCHIVE_FORMATS))
             raise UserError(f"no mesh file in {self.root}; the formats are {formats}")
 
     def records(self) -> Iterator[Record]:
@@ -60,21 +63,30 @@ class FolderSource:
                 )
 
     def materialize(self, record: Record, scratch: Path) -> Path:
-        """The file itself. FileNotFoundError or PermissionError if it is gone, closed or outside by now."""
+        """The file itself, or the mesh out of an archive, unpacked below `scratch`.
+
+        FileNotFoundError or PermissionError if it is gone, closed or outside by now; Reject as `extract`, `only_mesh`.
+        """
         path = self.root / record.url
         if not path.resolve().is_relative_to(self.root.resolve()):
             raise FileNotFoundError(f"{record.url} leads out of the folder {self.root}")
         with path.open("rb"):
-            return path
+            if record.format not in ARCHIVE_FORMATS:
+                return path
+        folder = scratch / "archive"
+        folder.mkdir()
+        return only_mesh(extract(path, folder, self.archives), folder)
 
 
 def _is_mesh(path: str) -> bool:
     """Also False for a name whose bytes are not UTF-8: it could be neither hashed into a uid nor stored."""
-    return _extension(path) in MESH_FORMATS and not any("\udc80" <= character <= "\udcff" for character in path)
+    return _extension(path) in (*MESH_FORMATS, *ARCHIVE_FORMATS) and not any(
+        "\udc80" <= character <= "\udcff" for character in path
+    )
 
 
 def _extension(path: str) -> str:
-    return path.rpartition(".")[2].lower() if "." in path else ""
+    return archive_format(path) or (path.rpartition(".")[2].lower() if "." in path else "")
 
 
 def _files(root: Path) -> list[str]:

@@ -1,0 +1,213 @@
+"""Archives that were made to do harm, and those that were not."""
+
+import io
+import os
+import random
+import stat
+import tarfile
+import zipfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.archive import ArchiveLimits, archive_format, extract, only_mesh
+from pipeline.schema import Reject
+
+LIMITS = ArchiveLimits()
+
+
+def make_zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return path
+
+
+def make_tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, content in members.items():
+            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = 0 if info is content else len(content)
+            archive.addfile(info, None if info is content else io.BytesIO(content))
+    return path
+
+
+def make(path, members):
+    return make_zip(path, members) if path.suffix == ".zip" else make_tar(path, members)
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.tar", "w"), ("a.tgz", "w:gz"), ("a.tar.bz2", "w:bz2"), ("a.tar.xz", "w:xz")]
+)
+def test_tars_of_every_compression(tmp_path, name, mode):
+    path = make_tar(tmp_path / name, {"m/a.obj": b"one", "m/a.mtl": b"two"}, mode)
+    files = extract(path, tmp_path / "out", LIMITS)
+    assert [(file.relative_to(tmp_path / "out").as_posix(), file.read_bytes()) for file in files] == [
+        ("m/a.obj", b"one"),
+        ("m/a.mtl", b"two"),
+    ]
+    assert archive_format(name) == name.partition(".")[2]
+
+
+def test_only_what_lies_below_a_folder(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"x/a.obj": b"1", "x/b/c.png": b"2", "xy/d.obj": b"3"})
+    files = extract(path, tmp_path / "out", LIMITS, below="x")
+    assert [file.relative_to(tmp_path / "out").as_posix() for file in files] == ["x/a.obj", "x/b/c.png"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize(
+    "name", ["../evil.obj", "a/../../evil.obj", "/evil.obj", "..\\evil.obj", "C:\\evil.obj", "x" * 300 + ".obj"]
+)
+def test_no_member_leaves_the_folder(tmp_path, kind, name):
+    (tmp_path / "deep/out").mkdir(parents=True)
+    path = make(tmp_path / f"a.{kind}", {"good.obj": b"x", name: b"evil"})
+    with pytest.raises(Reject, match="archive_path"):
+        extract(path, tmp_path / "deep/out", LIMITS)
+    outside = [p for p in tmp_path.rglob("*") if p.is_file() and "out" not in p.relative_to(tmp_path).parts]
+    assert outside == [path]
+
+
+def test_links_and_devices_are_left_out_and_nothing_is_written_through_them(tmp_path):
+    (tmp_path / "outside").mkdir()
+    members = {
+        "l": link("l", str(tmp_path / "outside")),
+        "l/evil.obj": b"evil",
+        "h": link("h", "/etc/passwd", tarfile.LNKTYPE),
+        "d": link("d", "", tarfile.CHRTYPE),
+        "f": link("f", "", tarfile.FIFOTYPE),
+    }
+    files = extract(make_tar(tmp_path / "a.tar", members), tmp_path / "out", LIMITS)
+    assert [file.relative_to(tmp_path / "out").as_posix() for file in files] == ["l/evil.obj"]
+    assert not list((tmp_path / "outside").iterdir())
+    assert stat.S_ISREG(files[0].lstat().st_mode)
+
+
+def test_a_symlink_in_a_zip_is_left_out(tmp_path):
+    info = zipfile.ZipInfo("link")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(info, "/etc/passwd")
+    assert extract(tmp_path / "a.zip", tmp_path / "out", LIMITS) == []
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_too_many_members(tmp_path, kind):
+    path = make(tmp_path / f"a.{kind}", {f"{n}.obj": b"" for n in range(11)})
+    extract(path, tmp_path / "fits", ArchiveLimits(max_members=11))
+    with pytest.raises(Reject, match="archive_bomb"):
+        extract(path, tmp_path / "out", ArchiveLimits(max_members=10))
+
+
+def test_a_bomb_is_told_by_what_it_claims(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"a.obj": bytes(70 << 20)})
+    with pytest.raises(Reject, match="archive_bomb") as caught:
+        extract(path, tmp_path / "out", LIMITS)
+    assert caught.value.numbers == {"bytes": 70 << 20, "allowed": 1 << 26}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_a_tar_bomb_is_told_before_it_is_unpacked(tmp_path, mode):
+    path = make_tar(tmp_path / "a.tar", {"a.obj": bytes(70 << 20)}, mode)
+    with pytest.raises(Reject, match="archive_bomb"):
+        extract(path, tmp_path / "out", LIMITS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_zip_that_lies_about_its_sizes_gives_no_more_than_it_says(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"a.obj": bytes(1 << 20)})
+    content = path.read_bytes().replace((1 << 20).to_bytes(4, "little"), (100).to_bytes(4, "little"))
+    path.write_bytes(content)
+    with pytest.raises(Reject, match="unreadable"):  # the checksum
+        extract(path, tmp_path / "out", LIMITS)
+    assert sum(file.stat().st_size for file in (tmp_path / "out").rglob("*")) <= 100
+
+
+def test_bytes_are_counted_as_they_come(tmp_path):
+    path = make_tar(tmp_path / "a.tar", {f"{n}.obj": bytes(1000) for n in range(10)})
+    with pytest.raises(Reject, match="archive_bomb"):
+        extract(path, tmp_path / "out", ArchiveLimits(max_bytes=5500))
+    assert sum(file.stat().st_size for file in (tmp_path / "out").iterdir()) <= 5500
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", bytes(10_000), b"x" * 700]
+)
+def test_what_is_no_archive_is_unreadable(tmp_path, content):
+    (tmp_path / "a.zip").write_bytes(content)
+    try:
+        assert extract(tmp_path / "a.zip", tmp_path / "out", LIMITS) == []  # zeros are an empty tar
+    except Reject as verdict:
+        assert verdict.reason == "unreadable"
+
+
+def test_an_encrypted_zip_is_unreadable(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"a.obj": b"x" * 100})
+    content = bytearray(path.read_bytes())
+    content[6] |= 1
+    content[content.rindex(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(Reject, match="unreadable"):
+        extract(path, tmp_path / "out", LIMITS)
+
+
+def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
+    path = make_zip(tmp_path / "a.zip", {"a.obj": b"x"})
+    (tmp_path / "out").symlink_to("/dev/full")
+    with pytest.raises(Reject, match="archive_path"):  # a file where the folder should be
+        extract(path, tmp_path / "out", LIMITS)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/a.obj").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        extract(path, tmp_path / "full", LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["scene.gltf", "scene.bin", "textures/a.png"], "scene.gltf"),
+        (["x/y/a.obj", "x/y/z/b.obj"], "x/y/a.obj"),
+        (["__MACOSX/a.obj", ".hidden/b.obj", "c/d.STL"], "c/d.STL"),
+        (["a.obj", "b.obj"], "archive_ambiguous"),
+        (["readme.txt"], "archive_without_mesh"),
+        ([], "archive_without_mesh"),
+    ],
+)
+def test_the_mesh_of_an_archive(tmp_path, names, expected):
+    files = [tmp_path / name for name in names]
+    if expected.startswith("archive"):
+        with pytest.raises(Reject, match=expected):
+            only_mesh(files, tmp_path)
+    else:
+        assert only_mesh(files, tmp_path) == tmp_path / expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32), kind=st.sampled_from(["zip", "tar", "tgz"]), flips=st.integers(1, 40))
+def test_damaged_archives_are_read_or_rejected_and_never_write_elsewhere(tmp_path_factory, seed, kind, flips):
+    folder = tmp_path_factory.mktemp("fuzz")
+    members = {"m/a.obj": b"v 0 0 0\n" * 40, "m/a.mtl": b"x", "../up": b"y" * 10}
+    if seed % 2:
+        del members["../up"]
+    path = folder / f"a.{kind}"
+    make_zip(path, members) if kind == "zip" else make_tar(path, members, "w:gz" if kind == "tgz" else "w")
+    draw, content = random.Random(seed), bytearray(path.read_bytes())
+    for _ in range(flips):
+        content[draw.randrange(len(content))] = draw.randrange(256)
+    path.write_bytes(content[: draw.randrange(1, len(content) + 1)] if seed % 3 else content)
+    (folder / "in" / "out").mkdir(parents=True)
+    try:
+        files = extract(path, folder / "in" / "out", ArchiveLimits(max_bytes=1 << 20))
+        assert all(file.resolve().is_relative_to(folder / "in" / "out") for file in files)
+    except Reject as verdict:
+        assert verdict.reason in ("unreadable", "archive_path", "archive_bomb")
+    assert [p for p in folder.rglob("*") if p.is_file() and folder / "in" / "out" not in p.parents] == [path]
+    assert sum(os.path.getsize(p) for p in (folder / "in").rglob("*") if p.is_file()) <= 1 << 20  # noqa: PTH202
