@@ -201,6 +201,6 @@ def group_norm(
     parts = []
     for first, last in itertools.pairwise(asset_starts_A1.tolist()):
         if first < last:
-            parts.append(F.group_norm(x[first:last].T[None], groups, weight_C, bias_C, eps)[0].T)
+            parts.append(torch.group_norm(x[first:last].T[None], groups, weight_C, bias_C, eps)[0].T)
     y_NC = torch.cat(parts) if parts else x * weight_C + bias_C
     return (F.silu(y_NC) if silu else y_NC).to(x_NC.dtype)
