@@ -223,10 +223,14 @@ class BrickBatch:
         return torch.argsort(((batch * side + x) * side + y) * side + z)
 
     def voxels(self) -> SparseTensor:
-        """The active points with their values: feats float32 [N, 1] on a level of resolution R.
+        """The active points with their values: feats float32 [N, 1] on a level of resolution R, made once.
 
         One device-to-host copy.
         """
+        return self._voxels
+
+    @cached_property
+    def _voxels(self) -> SparseTensor:
         order, local = self._disk_order(), _LOCAL.to(self.device)
         rows, points = self.active[order][:, local].nonzero(as_tuple=True)
         rows, points = order[rows], local[points]

@@ -1,0 +1,119 @@
+"""Sparse convolution blocks: the way down of the encoder, the way up of the decoder, and its last layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import group_norm, pool_children, sparse_conv
+from model.sparse import SparseTensor
+
+TAPS = 27
+_ROWS = 1 << 20  # of the last layer at a time
+
+
+class SparseConv3d(nn.Module):
+    """Submanifold 3^3 convolution; `weight` [27, in, out] with tap (dx + 1) * 9 + (dy + 1) * 3 + dz + 1."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        bound = 1 / math.sqrt(TAPS * in_channels)  # as torch's Conv3d
+        self.weight = nn.Parameter(torch.empty(TAPS, in_channels, out_channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
+
+    def forward(self, x_NC: Tensor, neighbors_M27: Tensor, size: int = 1, upsample: bool = False) -> Tensor:
+        return sparse_conv(x_NC, self.weight, self.bias, neighbors_M27, size=size, upsample=upsample)
+
+
+class GroupNormSiLU(nn.Module):
+    """GroupNorm with the statistics of each asset's tokens, then SiLU."""
+
+    def __init__(self, groups: int, channels: int):
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return x.replace(group_norm(x.feats, x.level.asset_starts, self.groups, self.weight, self.bias, silu=True))
+
+
+class DownBlock(nn.Module):
+    """GN -> SiLU -> mean of 2^3 -> conv -> GN -> SiLU -> conv, plus a linear of the mean: half the resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, *, plus_one: bool):
+        super().__init__()
+        self.plus_one = plus_one
+        self.norm1 = GroupNormSiLU(groups, in_channels)
+        self.conv1 = SparseConv3d(in_channels, out_channels)
+        self.norm2 = GroupNormSiLU(groups, out_channels)
+        self.conv2 = SparseConv3d(out_channels, out_channels)
+        self.skip = nn.Linear(in_channels, out_channels)
+
+    def forward(self, x_NC: Tensor, x: SparseTensor) -> Tensor:
+        """Features of x's level, given apart so that they can be recomputed -> those of its parents."""
+        x, (level, _, children_P8) = x.replace(x_NC), x.level.parents
+        pooled, mean = (pool_children(y, children_P8, plus_one=self.plus_one) for y in (self.norm1(x).feats, x_NC))
+        hidden = SparseTensor(self.conv1(pooled, level.neighbors), level)
+        return self.conv2(self.norm2(hidden).feats, level.neighbors) + self.skip(mean)
+
+
+class UpBlock(nn.Module):
+    """conv -> SiLU -> every voxel becomes its 8 children -> conv; the SiLU that follows is left to what comes next."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv1 = SparseConv3d(in_channels, out_channels)
+        self.conv2 = SparseConv3d(out_channels, out_channels)
+
+    def forward(self, x_NC: Tensor, neighbors_M27: Tensor, size: int) -> Tensor:
+        """Rows of full blocks of (size / 2)^3 -> rows of full blocks of size^3; see kernels.sparse_conv."""
+        x_NC = F.silu(self.conv1(x_NC, neighbors_M27, size=size // 2))
+        return self.conv2(x_NC, neighbors_M27, size=size, upsample=True)
+
+
+class _SdfHead(torch.autograd.Function):
+    """tanh(silu(x) @ w + b) in fp32, slice by slice: of the largest activation only x itself is kept."""
+
+    @staticmethod
+    def forward(ctx, x_NC, weight_C, bias_1):
+        ctx.save_for_backward(x_NC, weight_C, bias_1)
+        y_N = torch.empty(len(x_NC), dtype=weight_C.dtype, device=x_NC.device)
+        for x, y in zip(x_NC.split(_ROWS), y_N.split(_ROWS), strict=True):
+            torch.addmv(bias_1, F.silu(x.to(weight_C.dtype)), weight_C, out=y).tanh_()
+        return y_N
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (dy_N,), (x_NC, weight_C, bias_1) = grads, ctx.saved_tensors
+        dx_NC, dw_C, db_1 = torch.empty_like(x_NC), torch.zeros_like(weight_C), torch.zeros_like(bias_1)
+        for x, dx, dy in zip(x_NC.split(_ROWS), dx_NC.split(_ROWS), dy_N.split(_ROWS), strict=True):
+            x = x.to(weight_C.dtype)
+            gate = x.sigmoid()
+            active = x * gate
+            dlogit = dy * (1 - torch.addmv(bias_1, active, weight_C).tanh_().square_())
+            dw_C += active.T @ dlogit
+            db_1 += dlogit.sum()
+            dx.copy_((gate + active * (1 - gate)) * weight_C * dlogit[:, None])
+        return dx_NC, dw_C, db_1
+
+
+def sdf_head(x_NC: Tensor, linear: nn.Linear) -> Tensor:
+    """tanh of a linear layer of SiLU(x): [N, C] -> [N] in [-1, 1], fp32 (fp64 for fp64)."""
+    dtype = torch.float64 if x_NC.dtype == torch.float64 else torch.float32
+    with torch.autocast(x_NC.device.type, enabled=False):
+        return _SdfHead.apply(x_NC, linear.weight[0].to(dtype), linear.bias.to(dtype))
+
+
+def pairs_of_blocks(neighbors_M27: Tensor, size: int, upsample: bool) -> Tensor:
+    """int64 []: how many (voxel, tap) pairs meet a voxel in a convolution over full blocks of size^3.
+
+    upsample: with 2 taps an axis instead of 3, as children of one voxel are equal.
+    """
+    inside = 2 * size - 2 if upsample else 3 * size - 2  # on one axis, of the block's own; one with each neighbour
+    axis = torch.tensor([1, inside, 1], device=neighbors_M27.device)
+    shared_27 = (axis[:, None, None] * axis[:, None] * axis).flatten()
+    return ((neighbors_M27 >= 0).sum(0) * shared_27).sum()
