@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from pipeline.archive import ARCHIVE_FORMATS
+from pipeline.licences import OPEN_LICENCES, licence_of
+from pipeline.preflight import MESH_FORMATS
 from pipeline.schema import Mesh, Record, Reject
 
 
@@ -27,21 +34,36 @@ class FilterConfig:
     max_degenerate_share: float = 0.5  # of faces whose area is below degenerate_area
     degenerate_area: float = 1e-12  # over the longest side squared
     max_components: int = 10_000
-    licences: tuple[str, ...] = ()  # allowed ones; () = any that is known
-    allow_unknown_licence: bool = False
+    # Licences of a catalogue's assets that are let through, "unknown" being one of them. Default: the open ones.
+    licences: Annotated[tuple[str, ...], tyro.conf.arg(name="license-allow", prefix_name=False)] = OPEN_LICENCES
+    max_animations: int | None = None  # that a catalogue tells of; None: any number
+    age_restricted: bool = False  # let through what a catalogue marks as such
+    # Tags, and words of a name, that mark what is no object
+    banned_words: tuple[str, ...] = ("hdri", "lidar", "nsfw", "panorama", "pointcloud", "point-cloud", "skybox")
 
 
 def filter_metadata(record: Record, cfg: FilterConfig) -> None:
-    """Reject: "licence" if it is unknown or not on the allow-list. A folder's owner vouches for its own files."""
+    """What a catalogue says about an asset, before anything is fetched.
+
+    Reject, in this order: "unsupported_format", "licence" (not on the list, or unknown), "age_restricted", "animated",
+    "banned_word". Files of one's own folder pass: their owner named it.
+    """
     if record.source in ("folder", "procedural"):
         return
-    licence = record.licence.strip().lower()
-    if licence in ("", "unknown"):
-        allowed = cfg.allow_unknown_licence
-    else:
-        allowed = not cfg.licences or licence in {name.lower() for name in cfg.licences}
-    if not allowed:
+    if record.format not in (*MESH_FORMATS, *ARCHIVE_FORMATS):
+        raise Reject("unsupported_format", format=record.format)
+    if licence_of(record.licence) not in {licence_of(name) for name in cfg.licences}:
         raise Reject("licence", licence=record.licence)
+    said = json.loads(record.metadata or "{}")
+    if said.get("age_restricted") and not cfg.age_restricted:
+        raise Reject("age_restricted")
+    animations = said.get("animations", 0)
+    if cfg.max_animations is not None and animations > cfg.max_animations:
+        raise Reject("animated", animations=animations, max_animations=cfg.max_animations)
+    words = {*re.findall(r"[\w-]+", said.get("name", "").lower()), *(tag.lower() for tag in said.get("tags", ()))}
+    banned = sorted(words & {word.lower() for word in cfg.banned_words})
+    if banned:
+        raise Reject("banned_word", word=banned[0])
 
 
 def filter_file(path: Path, cfg: FilterConfig) -> dict[str, float]:

@@ -29,7 +29,7 @@ COLUMNS = pa.schema(
         *((name, pa.string()) for name in ("uid", "source", "url", "shard")),
         ("row", pa.int32()),
         # The rest of the record, so that going on with a build never depends on listing the source again.
-        *((name, pa.string()) for name in ("licence", "sha256", "format")),
+        *((name, pa.string()) for name in ("licence", "sha256", "format", "metadata")),
     ]
 )
 
@@ -138,7 +138,7 @@ def _table(records: Iterator[Record], cfg: BuildConfig) -> pa.Table:
             break
         columns["shard"].append(shard_name(len(seen) // cfg.shard_size))
         columns["row"].append(len(seen) % cfg.shard_size)
-        for name in ("uid", "source", "url", "licence", "sha256", "format"):
+        for name in ("uid", "source", "url", "licence", "sha256", "format", "metadata"):
             columns[name].append(getattr(record, name))
         seen.add(record.uid)
     return pa.table(columns, schema=COLUMNS)

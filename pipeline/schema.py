@@ -52,6 +52,7 @@ class Record:
     licence: str = "unknown"
     sha256: str | None = None  # of the file's bytes, where the source states it
     format: str = ""  # extension without the dot, lower case
+    metadata: str = ""  # JSON: what else the catalogue says, e.g. name, tags, category, animations, age_restricted
 
 
 def make_uid(source: str, key: str) -> str:

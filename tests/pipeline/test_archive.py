@@ -1,11 +1,13 @@
 """Archives that were made to do harm, and those that were not."""
 
+import contextlib
 import io
 import os
 import random
 import stat
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -138,15 +140,16 @@ def test_bytes_are_counted_as_they_come(tmp_path):
     assert sum(file.stat().st_size for file in (tmp_path / "out").iterdir()) <= 5500
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"PK\x03\x04", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", bytes(10_000), b"x" * 700]
-)
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"x" * 700])
 def test_what_is_no_archive_is_unreadable(tmp_path, content):
     (tmp_path / "a.zip").write_bytes(content)
-    try:
-        assert extract(tmp_path / "a.zip", tmp_path / "out", LIMITS) == []  # zeros are an empty tar
-    except Reject as verdict:
-        assert verdict.reason == "unreadable"
+    with pytest.raises(Reject, match="unreadable"):
+        extract(tmp_path / "a.zip", tmp_path / "out", LIMITS)
+
+
+def test_zeros_are_an_empty_tar(tmp_path):
+    (tmp_path / "a.tar").write_bytes(bytes(10_240))
+    assert extract(tmp_path / "a.tar", tmp_path / "out", LIMITS) == []
 
 
 def test_an_encrypted_zip_is_unreadable(tmp_path):
@@ -204,10 +207,9 @@ def test_damaged_archives_are_read_or_rejected_and_never_write_elsewhere(tmp_pat
         content[draw.randrange(len(content))] = draw.randrange(256)
     path.write_bytes(content[: draw.randrange(1, len(content) + 1)] if seed % 3 else content)
     (folder / "in" / "out").mkdir(parents=True)
-    try:
+    files: list[Path] = []
+    with contextlib.suppress(Reject):  # nothing else may be raised
         files = extract(path, folder / "in" / "out", ArchiveLimits(max_bytes=1 << 20))
-        assert all(file.resolve().is_relative_to(folder / "in" / "out") for file in files)
-    except Reject as verdict:
-        assert verdict.reason in ("unreadable", "archive_path", "archive_bomb")
+    assert all(file.resolve().is_relative_to(folder / "in" / "out") for file in files)
     assert [p for p in folder.rglob("*") if p.is_file() and folder / "in" / "out" not in p.parents] == [path]
     assert sum(os.path.getsize(p) for p in (folder / "in").rglob("*") if p.is_file()) <= 1 << 20  # noqa: PTH202

@@ -1,5 +1,7 @@
 """Filter rules against shapes whose numbers are known."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -154,19 +156,54 @@ def test_file_size(tmp_path):
         ("unknown", "folder", CFG, True),  # the owner vouches
         ("unknown", "objaverse", CFG, False),
         ("", "objaverse", CFG, False),
-        ("unknown", "objaverse", FilterConfig(allow_unknown_licence=True), True),
+        ("unknown", "objaverse", FilterConfig(licences=("by", "unknown")), True),
         ("by-nc", "objaverse", FilterConfig(licences=("by", "cc0")), False),
         ("BY", "objaverse", FilterConfig(licences=("by", "cc0")), True),
-        ("by-nc", "objaverse", CFG, True),
+        ("by", "objaverse", FilterConfig(licences=("CC BY 4.0",)), True),
+        ("by", "objaverse", CFG, True),
+        ("by-nc", "objaverse", CFG, False),
+        ("by-nd", "objaverse-xl", CFG, False),
+        ("shapenet", "shapenet", CFG, False),
+        ("shapenet", "shapenet", FilterConfig(licences=("shapenet",)), True),
     ],
 )
 def test_licence_policy(licence, source, cfg, passes):
-    record = Record(uid="x", source=source, url="x", licence=licence)
+    record = Record(uid="x", source=source, url="x", licence=licence, format="obj")
     if passes:
         filter_metadata(record, cfg)
     else:
         with pytest.raises(Reject, match="licence"):
             filter_metadata(record, cfg)
+
+
+@pytest.mark.parametrize(
+    ("said", "cfg", "reason"),
+    [
+        ({}, CFG, ""),
+        ({"age_restricted": True}, CFG, "age_restricted"),
+        ({"age_restricted": True}, FilterConfig(age_restricted=True), ""),
+        ({"animations": 3}, CFG, ""),
+        ({"animations": 3}, FilterConfig(max_animations=2), "animated"),
+        ({"animations": 3}, FilterConfig(max_animations=3), ""),
+        ({"name": "An HDRI of a garden"}, CFG, "banned_word"),
+        ({"name": "Lidargate"}, CFG, ""),  # whole words
+        ({"tags": ["tree", "Point-Cloud"]}, CFG, "banned_word"),
+        ({"tags": ["tree"]}, FilterConfig(banned_words=("tree",)), "banned_word"),
+    ],
+)
+def test_what_a_catalogue_says_about_an_asset(said, cfg, reason):
+    record = Record(uid="x", source="objaverse", url="x", licence="by", format="glb", metadata=json.dumps(said))
+    if not reason:
+        filter_metadata(record, cfg)
+    else:
+        with pytest.raises(Reject) as caught:
+            filter_metadata(record, cfg)
+        assert caught.value.reason == reason
+
+
+def test_a_format_that_nothing_here_reads():
+    with pytest.raises(Reject, match="unsupported_format format=blend"):
+        filter_metadata(Record(uid="x", source="objaverse-xl", url="x", licence="by", format="blend"), CFG)
 
 
 @pytest.mark.slow
