@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,12 +104,22 @@ def load_model(
 
 
 def config_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """A config dataclass from JSON values (lists become tuples). ValueError naming unknown and missing fields."""
+    """A config dataclass, perhaps of others, from JSON values (lists become tuples).
+
+    ValueError naming unknown and missing fields.
+    """
     names = {field.name for field in dataclasses.fields(cls)}
     if names != set(values):
         unknown, missing = sorted(set(values) - names), sorted(names - set(values))
         raise ValueError(f"{where} must have the fields of {cls.__name__}; unknown: {unknown}, missing: {missing}")
-    return cls(**{name: _tuples(value) for name, value in values.items()})
+    types = typing.get_type_hints(cls)
+    inner = {name for name in names if dataclasses.is_dataclass(types[name]) and isinstance(values[name], dict)}
+    return cls(
+        **{
+            name: config_from(types[name], value, f"{where}: {name}") if name in inner else _tuples(value)
+            for name, value in values.items()
+        }
+    )
 
 
 def _tuples(value: Any) -> Any:

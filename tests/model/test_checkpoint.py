@@ -1,14 +1,14 @@
 """Saving and loading models: round trips, atomicity, and errors that name what is wrong."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 
 from model import checkpoint
-from model.checkpoint import load_mapped, load_model, save_model
+from model.checkpoint import config_from, load_mapped, load_model, save_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,3 +130,18 @@ def test_published_weights_under_other_names():
 
 def test_configurations_compare_by_value(saved):
     assert load_model(saved[0], Tiny, config=replace(Sizes(), widths=(3, 4))).config == Sizes()
+
+
+@dataclass(frozen=True)
+class Pair:
+    first: Sizes
+    name: str = "pair"
+
+
+def test_a_configuration_of_others_comes_back_whole():
+    pair = Pair(first=replace(Sizes(), widths=(5, 6)))
+    values = json.loads(json.dumps(asdict(pair)))
+    assert config_from(Pair, values, "file") == pair
+    values["first"]["odd"] = 1
+    with pytest.raises(ValueError, match=r"file: first must have the fields of Sizes; unknown: \['odd'\]"):
+        config_from(Pair, values, "file")
