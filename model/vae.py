@@ -213,7 +213,7 @@ def _as_is(x: Tensor) -> Tensor:
     return x
 
 
-def _official_kernel(kernel: Tensor) -> Tensor:
+def official_kernel(kernel: Tensor) -> Tensor:
     """torchsparse [27, in, out] counts its taps with x fastest, we with z: (dz, dy, dx) -> (dx, dy, dz)."""
     return kernel.unflatten(0, (3, 3, 3)).permute(2, 1, 0, 3, 4).flatten(0, 2)
 
@@ -226,7 +226,7 @@ def official_keys(config: VAEConfig) -> KeyMap:
         keys.update({f"{theirs}.{name}": (f"{ours}.{name}", _as_is) for name in ("weight", "bias")})
 
     def conv(theirs: str, ours: str) -> None:
-        keys[f"{theirs}.conv.kernel"] = (f"{ours}.weight", _official_kernel)
+        keys[f"{theirs}.conv.kernel"] = (f"{ours}.weight", official_kernel)
         keys[f"{theirs}.conv.bias"] = (f"{ours}.bias", _as_is)
 
     linear("encoder.input_layer1", "encoder.input")
