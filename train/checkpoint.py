@@ -1,0 +1,238 @@
+"""Checkpoints of a run: written beside, renamed when whole; `latest` always names one from which the run goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+import model.checkpoint
+from pipeline.schema import FORMAT_VERSION, UserError
+from train.distributed import World
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest"
+PACKAGES = ("sparse3d", "torch", "triton", "numpy", "safetensors", "zarr")
+
+
+def folder_of(out: Path, step: int) -> Path:
+    return out / f"step-{step:08d}"
+
+
+def latest(out: Path) -> Path | None:
+    """The newest whole checkpoint of a run's directory, or None. UserError if it is of another format version."""
+    link = out / LATEST
+    if not link.exists():
+        return None
+    path = link.resolve()
+    check_format(path)
+    return path
+
+
+def check_format(path: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. UserError if `path` is no checkpoint, or of another format version."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        found = config["format_version"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not a checkpoint: it has no readable config.json") from error
+    if found != FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {found}, this code reads {FORMAT_VERSION}")
+    return config
+
+
+def save(
+    out: Path,
+    step: int,
+    *,
+    weights: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    world: World,
+    keep_last: int,
+) -> str:
+    """Write `out/step-XXXXXXXX` and let `latest` name it; on every rank, all of which return the same way.
+
+    `weights`: file stem -> module (model, ema). Returns "", or on every rank why it could not be written: then what was
+    there before is untouched and what was written of this one is gone.
+    """
+    final, partial = folder_of(out, step), out / f".step-{step:08d}.partial"
+    problem = ""
+    if world.is_first:
+        problem = _try(_prepare, out, partial)
+    if world.any(bool(problem)):
+        return problem or "the first rank could not create it"
+    problem = _try(_write_rank, partial, world)
+    if world.is_first and not problem:
+        problem = _try(_write_shared, partial, weights, optimizer, state, config)
+    if not world.any(bool(problem)) and world.is_first:
+        problem = _try(_publish, out, partial, final)
+    failed = world.any(bool(problem))
+    if world.is_first:
+        if failed:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            prune(out, keep_last)
+    return (problem or "another rank could not write it") if failed else ""
+
+
+def restore(
+    path: Path, *, weights: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, world: World
+) -> dict[str, Any]:
+    """Load a checkpoint into modules and optimizer and set this rank's random state; returns what state.json holds.
+
+    UserError if a file is missing, damaged or does not fit.
+    """
+    for stem, module in weights.items():
+        load_weights(path / f"{stem}.safetensors", module)
+    try:
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+        state = json.loads((path / "state.json").read_text())
+        mine = path / f"rank-{world.rank}.pt"
+        if state["world_size"] != world.size:
+            log.warning("%s was trained on %d ranks, this is %d: batches differ", path, state["world_size"], world.size)
+        if mine.exists():
+            random = torch.load(mine, map_location="cpu", weights_only=True)
+            torch.set_rng_state(random["cpu"])
+            if world.device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], world.device)
+    except (OSError, ValueError, LookupError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return state
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Every tensor of the module from a safetensors file. UserError if it is missing, damaged or of another model."""
+    try:
+        model.checkpoint.load_weights(module, safetensors.torch.load_file(path), str(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} cannot be used: {error}"[:500]) from error
+
+
+def prune(out: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints; never the one that `latest` names."""
+    named = (out / LATEST).resolve().name
+    steps = sorted(path for path in out.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
+    for path in steps[: -keep_last or None]:
+        if path.name != named:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _prepare(out: Path, partial: Path) -> None:
+    for old in out.glob(".step-*.partial"):  # of a run that was killed
+        shutil.rmtree(old)
+    partial.mkdir(parents=True)
+
+
+def _write_rank(partial: Path, world: World) -> None:
+    random = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(world.device)
+    write_bytes(partial / f"rank-{world.rank}.pt", _pickled(random))
+
+
+def _write_shared(
+    partial: Path,
+    weights: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> None:
+    for stem, module in weights.items():
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+        write_bytes(partial / f"{stem}.safetensors", safetensors.torch.save(tensors))
+    write_bytes(partial / "optimizer.pt", _pickled(optimizer.state_dict()))
+    write_bytes(partial / "state.json", (json.dumps(state, indent=1) + "\n").encode())
+    write_bytes(partial / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+
+
+def _publish(out: Path, partial: Path, final: Path) -> None:
+    if final.exists():  # the same step again, after a checkpoint whose `latest` was never written
+        shutil.rmtree(final)
+    partial.replace(final)
+    link = out / f".{LATEST}.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    link.replace(out / LATEST)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _try(function: Any, *args: Any) -> str:
+    """What went wrong with the disk, or ""."""
+    try:
+        function(*args)
+    except OSError as error:
+        return f"{error.filename or args[0]}: {error.strerror or error}"
+    return ""
+
+
+def _pickled(value: Any) -> memoryview:
+    # Into memory first: torch's own writer turns a full disk into a RuntimeError like any other.
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getbuffer()
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write and sync, so that a renamed checkpoint is whole even after a power cut."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """ "name=old, now new" for every entry that two JSON objects do not share."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [f"{prefix}={json.dumps(old)}, now {json.dumps(new)}"]
+    found = []
+    for name in sorted({*old, *new}):
+        found += differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and commit of the code that runs, for config.json."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the running code, "+" if files were changed since; None outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,97 @@
+"""Who else is training: ranks under torchrun, the device of each, and the few things they say to each other."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.schema import UserError
+
+log = logging.getLogger(__name__)
+
+Device = Literal["auto", "cpu", "cuda"]
+CPU = torch.device("cpu")
+TIMEOUT = timedelta(minutes=30)  # ranks wait for the one that writes checkpoints and reconstructions
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all that train together."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum over all ranks, on each of them; float64 so that counts stay exact. Any shape."""
+        numbers = numbers.double()
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any rank."""
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model, its gradients averaged over ranks where there are several."""
+        if self.size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def join(device: Device) -> Iterator[World]:
+    """The world that torchrun describes in the environment (RANK, LOCAL_RANK, WORLD_SIZE), or this process alone.
+
+    auto: a GPU where there is one. NCCL on GPUs, gloo on CPUs. UserError if cuda is asked for and is not there, or this
+    machine has more ranks than GPUs.
+    """
+    size, rank, local = (int(os.environ.get(name, value)) for name, value in _TORCHRUN)
+    where = choose_device(device, local)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if size == 1:
+        yield World(device=where)
+        return
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=where if where.type == "cuda" else None)
+    try:
+        yield World(rank=rank, size=size, device=where)
+    finally:
+        dist.destroy_process_group()
+
+
+_TORCHRUN: Sequence[tuple[str, int]] = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+
+
+def choose_device(device: Device, local_rank: int = 0) -> torch.device:
+    """The device of this machine's rank `local_rank`. UserError if there is no such GPU."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= found:
+        raise UserError(
+            f"rank {local_rank} of this machine needs a CUDA device, {found} found; use --device cpu"
+            + (f" or --nproc-per-node {found}" if found else "")
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,114 @@
+"""Which samples make which step: drawn without I/O from a seed and cursors, the same for every number of workers."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.schema import UserError, seed_of
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample: an asset, and how often it had come before at this resolution (its augmentation depends on it)."""
+
+    asset: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step of all ranks."""
+
+    step: int
+    resolution: int
+    ranks: tuple[tuple[Draw, ...], ...]
+
+
+class Planner:
+    """Plans steps one after another; `state` is all that must be kept to go on.
+
+    Every resolution has its own endless sequence, one permutation of its assets after another. A step takes the next
+    batch_size * world_size of one of them, fewer where a rank would exceed `max_tokens`; what was not taken comes first
+    the next time. The largest samples are dealt out first, each to the rank with the fewest tokens.
+    """
+
+    def __init__(
+        self,
+        tokens: Mapping[int, NDArray[np.int64]],  # R -> cells of each asset, 0 where it has none
+        *,
+        batch_size: int,  # samples a rank, in the mean
+        world_size: int,
+        seed: int,
+        max_tokens: int | None = None,  # cells a rank
+    ):
+        self.batch_size, self.world_size, self.seed, self.max_tokens = batch_size, world_size, seed, max_tokens
+        self.tokens = dict(sorted(tokens.items()))
+        self.assets = {}
+        self.left_out = {}  # R -> assets larger than a rank's budget
+        for resolution, counts in self.tokens.items():
+            fits = counts <= max_tokens if max_tokens else np.ones(len(counts), bool)
+            self.assets[resolution] = np.flatnonzero((counts > 0) & fits)
+            self.left_out[resolution] = int(((counts > 0) & ~fits).sum())
+            if not len(self.assets[resolution]):
+                rule = f" with at most max_tokens = {max_tokens} cells" if self.left_out[resolution] else ""
+                raise UserError(f"no training asset at R = {resolution}{rule}")
+        self.step = 0
+        self.cursors = {resolution: 0 for resolution in self.tokens}  # samples drawn so far
+        self._permutation: dict[int, tuple[int, NDArray[np.int64]]] = {}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """JSON; `restore` takes it back."""
+        return {"step": self.step, "cursors": {str(resolution): n for resolution, n in self.cursors.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from there. UserError if it is a state of other resolutions."""
+        cursors = {int(resolution): int(n) for resolution, n in state["cursors"].items()}
+        if cursors.keys() != self.cursors.keys():
+            raise UserError(f"the checkpoint trained at R = {sorted(cursors)}, this run at {sorted(self.cursors)}")
+        self.step, self.cursors = int(state["step"]), cursors
+
+    def next(self) -> Plan:
+        """The next step, for all ranks."""
+        choices = list(self.tokens)
+        resolution = choices[seed_of(self.seed, "resolution", self.step) % len(choices)]
+        first = self.cursors[resolution]
+        draws = [self._draw(resolution, first + n) for n in range(self.batch_size * self.world_size)]
+        ranks = None
+        while ranks is None:  # ends: one sample a rank always fits
+            ranks = self._deal(resolution, draws)
+            taken = len(draws)
+            draws = draws[:-1]
+        self.cursors[resolution] = first + taken
+        self.step += 1
+        return Plan(self.step - 1, resolution, ranks)
+
+    def _draw(self, resolution: int, number: int) -> Draw:
+        assets = self.assets[resolution]
+        epoch, position = divmod(number, len(assets))
+        cached = self._permutation.get(resolution)
+        if cached is None or cached[0] != epoch:
+            seed = seed_of(self.seed, "epoch", resolution, epoch)
+            cached = (epoch, np.random.default_rng(seed).permutation(assets))
+            self._permutation[resolution] = cached
+        return Draw(int(cached[1][position]), epoch)
+
+    def _deal(self, resolution: int, draws: list[Draw]) -> tuple[tuple[Draw, ...], ...] | None:
+        """The samples of each rank, in the order drawn; None if a rank would exceed the budget."""
+        size = [int(self.tokens[resolution][draw.asset]) for draw in draws]
+        heap = [(0, 0, rank) for rank in range(self.world_size)]
+        of_rank: list[list[int]] = [[] for _ in heap]
+        for number in sorted(range(len(draws)), key=lambda n: (-size[n], n)):
+            load, count, rank = heapq.heappop(heap)
+            load += size[number]
+            if self.max_tokens and load > self.max_tokens:
+                return None
+            of_rank[rank].append(number)
+            heapq.heappush(heap, (load, count + 1, rank))
+        return tuple(tuple(draws[n] for n in sorted(numbers)) for numbers in of_rank)
