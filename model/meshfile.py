@@ -29,14 +29,14 @@ def write_mesh(path: Path, vertices: NDArray[np.floating], faces: NDArray[np.int
     from trimesh.visual.material import PBRMaterial
 
     check_format(path)
-    mesh = trimesh.Trimesh(vertices, faces, process=False, validate=False)
+    mesh: Any = trimesh.Trimesh(vertices, faces, process=False, validate=False)
     kind = path.suffix.lower()[1:]
     if kind == "glb":
         color = [*(round(255 * c) for c in CLAY), 255]
         mesh.visual = TextureVisuals(
             material=PBRMaterial(baseColorFactor=color, metallicFactor=0.0, roughnessFactor=0.8)
         )
-    data: Any = mesh.export(file_type=kind, **({"include_normals": True} if kind in ("glb", "obj") else {}))
+    data = mesh.export(file_type=kind, **({"include_normals": True} if kind in ("glb", "obj") else {}))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

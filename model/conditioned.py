@@ -1,0 +1,112 @@
+"""A DiT together with the image encoder it listens to: what is trained, exported and sampled as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.condition import Condition, EncoderConfig, ImageBatch, ImageEncoder
+from model.dit import DiTConfig, SparseDiT
+from model.flow import Guidance, Method, guide, noise_of, sample
+from model.sparse import Level, SparseTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionedConfig:
+    """A DiT and its encoder. ValueError if the DiT does not take the encoder's channels."""
+
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
+    def __post_init__(self) -> None:
+        if self.dit.condition_channels != self.encoder.channels:
+            found = f"{self.dit.condition_channels} and {self.encoder.channels}"
+            raise ValueError(f"dit.condition_channels must be the encoder's channels, got {found}")
+
+
+class _Shared:
+    """Holds a module that a copy of its owner does not copy: frozen weights are the same for all."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __deepcopy__(self, _memo: Any) -> _Shared:
+        return self
+
+
+class ConditionedDiT(nn.Module):
+    """Image and noisy latents to velocity.
+
+    An encoder that learns is part of the weights. A frozen one is not: it is neither saved, nor averaged, nor copied,
+    and is loaded from where its configuration says. ValueError and UserError as `EncoderConfig.build`.
+    """
+
+    Config = ConditionedConfig
+
+    def __init__(self, config: ConditionedConfig):
+        super().__init__()
+        self.config = config
+        self.dit = SparseDiT(config.dit)
+        encoder = config.encoder.build()
+        self._frozen = None if encoder.trainable else _Shared(encoder)
+        self._learning = encoder if encoder.trainable else None
+
+    @property
+    def encoder(self) -> ImageEncoder:
+        found = self._learning if self._frozen is None else self._frozen.module
+        assert isinstance(found, ImageEncoder)
+        return found
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> ConditionedDiT:
+        if self._frozen is not None:
+            self._frozen.module._apply(fn)  # .to(device) moves it along
+        return super()._apply(fn, recurse)
+
+    def condition(self, images: ImageBatch) -> Condition:
+        """The images' tokens; without gradients where the encoder is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._frozen is None):
+            return self.encoder(images)
+
+    def forward(self, x: SparseTensor, t_B: Tensor, images: ImageBatch, dropped_B: Tensor | None = None) -> Tensor:
+        """Velocity [N, latent_channels] at x, one image an asset; where bool dropped [B] is true without its image."""
+        condition = self.condition(images)
+        return self.dit(x, t_B, condition if dropped_B is None else condition.drop(dropped_B))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        level: Level,
+        condition: Condition,
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance: Guidance,
+        method: Method = "euler",
+        shift: float = 1.0,
+        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    ) -> Tensor:
+        """Latents fp32 [N, latent_channels] of the level's cells, denormalised; asset i's noise comes from seeds[i].
+
+        The same asset gets the same noise in every batch and on every device. ValueError if there is not one seed and
+        one image an asset, or as `flow.sample`.
+        """
+        if not len(seeds) == level.batch_size == condition.batch_size:
+            found = f"{len(seeds)} seeds and {condition.batch_size} images"
+            raise ValueError(f"there must be one seed and one image for each of {level.batch_size} assets, got {found}")
+        counts, layout = level.asset_starts.diff().tolist(), self.dit.layout(level)
+
+        def towards(tokens: Condition) -> Callable[[Tensor, float], Tensor]:
+            def velocity(x_NC: Tensor, t: float) -> Tensor:
+                t_B = torch.full((level.batch_size,), t, device=x_NC.device)
+                return self.dit(SparseTensor(x_NC, level), t_B, tokens, layout)
+
+            return velocity
+
+        velocity = guide(towards(condition), towards(condition.unconditional()), guidance, counts)
+        noise = noise_of(seeds, counts, self.config.dit.latent_channels, level.device)
+        x_NC = sample(velocity, noise, steps=steps, method=method, shift=shift, progress=progress)
+        return self.dit.denormalize(x_NC)

@@ -1,0 +1,166 @@
+"""The structure stage: what its weights hold, rows and grids, sampling that no batch changes, and that it learns."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import token_order
+from model.checkpoint import load_model, save_model
+from model.condition import DinoEncoder, EncoderConfig, ImageBatch
+from model.conditioned import ConditionedConfig, ConditionedDiT
+from model.dit import DiTConfig
+from model.flow import Guidance, interpolate, target
+from model.images import PreparedImage
+from model.occupancy import OccupancyConfig, intersection_over_union, occupancy_loss, occupancy_of
+from model.sparse import SparseTensor
+from model.structure import Structure, StructureConfig, dense_level, grid_to_rows, level_of, rows_to_grid
+from tests.model.test_occupancy import shells
+
+OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
+DIT = DiTConfig(
+    channels=48, blocks=2, heads=3, kv_heads=3, mlp_ratio=2, latent_channels=4, condition_channels=32, attention="full"
+)
+ENCODER = EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2)
+FLOW = ConditionedConfig(dit=DIT, encoder=ENCODER)
+TINY = StructureConfig(occupancy=OCCUPANCY, flow=FLOW)
+
+
+def images(*colors):
+    """Prepared images of one colour each, on a foreground of three of four patches."""
+    mask = np.ones((28, 28), bool)
+    mask[14:, 14:] = False
+    return ImageBatch.collate([PreparedImage(np.tile(np.uint8(color), (28, 28, 1)), mask) for color in colors])
+
+
+RED, GREEN, BLUE = (220, 30, 30), (30, 200, 40), (20, 40, 220)
+
+
+def stirred(model, seed=0):
+    """Every weight random: output layers start at zero, which would hide what comes before them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_rows_and_grids_are_two_views_of_one_thing():
+    level = dense_level(4, 3)
+    assert len(level) == 3 * 64
+    torch.testing.assert_close(token_order(level.coords), torch.arange(len(level)))
+    grid = torch.randn(3, 5, 4, 4, 4)
+    rows = grid_to_rows(grid, level)
+    for n in (0, 77, 191):
+        b, x, y, z = level.coords[n].tolist()
+        torch.testing.assert_close(rows[n], grid[b, :, x, y, z])
+    torch.testing.assert_close(rows_to_grid(rows, level), grid)
+
+
+def test_a_grid_becomes_a_level():
+    occupied = shells(8, 3)
+    occupied[1] = False  # an asset without any cell
+    level = level_of(occupied)
+    assert (level.resolution, level.batch_size) == (8, 3)
+    torch.testing.assert_close(occupancy_of(level.coords, 8, 3), occupied)
+    assert level.asset_starts[1] == level.asset_starts[2]
+
+
+def test_an_encoder_that_learns_is_part_of_the_weights(tmp_path):
+    torch.manual_seed(0)
+    structure = Structure(TINY).eval()
+    assert any(name.startswith("flow._learning.") for name in structure.state_dict())
+    save_model(tmp_path / "structure", structure, TINY)
+    again = load_model(tmp_path / "structure", Structure)
+    assert again.config == TINY
+    assert again.resolution == 64
+    batch = images(RED, BLUE)
+    torch.testing.assert_close(again.flow.condition(batch).feats_SC, structure.flow.condition(batch).feats_SC)
+    assert again.flow.condition(batch).feats_SC.requires_grad
+
+
+def test_a_frozen_encoder_is_shared_and_not_saved(monkeypatch):
+    encoder = DinoEncoder.random(channels=32, layers=1, heads=2, image_size=28)
+    monkeypatch.setattr(EncoderConfig, "build", lambda self: encoder)
+    flow = ConditionedDiT(ConditionedConfig(dit=DIT, encoder=replace(ENCODER, kind="dinov2")))
+    assert flow.encoder is encoder
+    assert {name.partition(".")[0] for name in flow.state_dict()} == {"dit"}
+    assert all(not parameter.requires_grad for parameter in encoder.parameters())
+    assert len(list(flow.parameters())) == len(list(flow.dit.parameters()))
+    twin = copy.deepcopy(flow)
+    assert twin.encoder is encoder
+    assert twin.dit is not flow.dit
+    assert not flow.condition(images(RED)).feats_SC.requires_grad
+    flow.to(torch.float64)
+    assert next(encoder.parameters()).dtype == torch.float64  # moved along
+
+
+@torch.no_grad()
+def test_a_dropped_image_is_the_unconditional_one():
+    flow = stirred(ConditionedDiT(FLOW))
+    level = dense_level(4, 2)
+    x = SparseTensor(torch.randn(len(level), 4), level)
+    t = torch.tensor([0.3, 0.8])
+    batch = images(RED, BLUE)
+    kept, none = flow(x, t, batch), flow.dit(x, t, flow.condition(batch).unconditional())
+    half = flow(x, t, batch, torch.tensor([True, False]))
+    torch.testing.assert_close(half[:64], none[:64])
+    torch.testing.assert_close(half[64:], kept[64:])
+    assert (kept[:64] - none[:64]).abs().max() > 1e-3
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    flow = stirred(ConditionedDiT(FLOW)).eval()
+    flow.dit.set_statistics(torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.5, 2.0, 1.0, 3.0]))
+    options = {"steps": 3, "guidance": Guidance(scale=3.0)}
+    both = flow.generate(dense_level(4, 2), flow.condition(images(RED, BLUE)), [7, 9], **options)
+    alone = flow.generate(dense_level(4, 1), flow.condition(images(BLUE)), [9], **options)
+    torch.testing.assert_close(both[64:], alone, rtol=1e-4, atol=1e-4)
+    other = flow.generate(dense_level(4, 1), flow.condition(images(BLUE)), [10], **options)
+    assert (other - alone).abs().max() > 0.1
+    red = flow.generate(dense_level(4, 1), flow.condition(images(RED)), [9], **options)
+    assert (red - alone).abs().max() > 1e-4
+    plain = flow.generate(dense_level(4, 1), flow.condition(images(BLUE)), [9], steps=3, guidance=Guidance(scale=1.0))
+    assert (plain - alone).abs().max() > 1e-5
+    with pytest.raises(ValueError, match="each of 2 assets, got 1 seeds and 2 images"):
+        flow.generate(dense_level(4, 2), flow.condition(images(RED, BLUE)), [7], **options)
+
+
+def test_it_learns_which_image_has_which_cells():
+    torch.manual_seed(0)
+    structure, occupied = Structure(TINY), shells(8, 3, seed=1)
+    optimizer = torch.optim.AdamW(structure.vae.parameters(), 6e-3)
+    for _ in range(80):
+        logits, posterior = structure.vae(occupied, torch.randn(3, 4, 4, 4, 4))
+        optimizer.zero_grad()
+        occupancy_loss(logits, occupied, posterior, kl_weight=1e-3)["loss"].backward()
+        optimizer.step()
+    level, flow = dense_level(4, 3), structure.flow
+    with torch.no_grad():
+        z_NC = grid_to_rows(structure.vae.encode(occupied).mean, level)
+    flow.dit.set_statistics(z_NC.mean(0), z_NC.std(0))
+    x0, batch = flow.dit.normalize(z_NC), images(RED, GREEN, BLUE)
+    optimizer = torch.optim.AdamW(flow.parameters(), 4e-3)
+    for _ in range(200):
+        t, eps = torch.rand(3), torch.randn_like(x0)
+        t_N = t[level.coords[:, 0].long()]
+        velocity = flow(SparseTensor(interpolate(x0, eps, t_N), level), t, batch, torch.rand(3) < 0.1)
+        optimizer.zero_grad()
+        (velocity - target(x0, eps)).square().mean().backward()
+        optimizer.step()
+    turned = images(BLUE, RED, GREEN)
+    cells = structure.eval().generate(flow.condition(turned), [1, 2, 3], steps=12, guidance=Guidance(scale=2.0))
+    found = occupancy_of(cells.coords, 8, 3)
+    assert intersection_over_union(found, occupied[[2, 0, 1]]).min() > 0.8
+    assert intersection_over_union(found, occupied).max() < 0.6  # the shapes differ that much
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="must be the occupancy's 4, got 8"):
+        StructureConfig(occupancy=OCCUPANCY, flow=replace(FLOW, dit=replace(DIT, latent_channels=8)))
+    with pytest.raises(ValueError, match='must be "full" on a dense grid'):
+        StructureConfig(occupancy=OCCUPANCY, flow=replace(FLOW, dit=replace(DIT, attention="ssa", kv_heads=3)))
+    with pytest.raises(ValueError, match="the encoder's channels, got 32 and 64"):
+        ConditionedConfig(dit=DIT, encoder=replace(ENCODER, channels=64))
