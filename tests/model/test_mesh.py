@@ -1,5 +1,8 @@
 """Meshes of decoded bricks against analytic surfaces."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -41,8 +44,8 @@ def volume(vertices, faces):
 
 
 def euler(vertices, faces):
-    edges = np.unique(np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), 1), axis=0)
-    return len(vertices) - len(edges) + len(faces)
+    low, high = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).astype(np.int64), 1).T
+    return len(vertices) - len(np.unique(low * len(vertices) + high)) + len(faces)
 
 
 def test_surfaces_of_a_batch_are_where_they_should_be():
@@ -99,3 +102,43 @@ def test_untrained_values_have_no_surface():
 def test_bad_arguments_are_named(blocks, values, message):
     with pytest.raises(ValueError, match=message):
         mesh_of(blocks, values, 64)
+
+
+_CHILD = """
+import resource, sys, time
+import numpy as np, torch
+from model.mesh import extract_meshes
+from model.sparse import Level
+from kernels import token_order
+coords, values = (torch.from_numpy(np.load(name)) for name in sys.argv[1:3])
+order = token_order(coords)
+cells, values = Level.from_coords(coords[order], 128, 1), values[order]
+extract_meshes(Level.from_coords(torch.zeros(1, 4).int(), 128, 1), torch.linspace(-1, 1, 512)[None])  # compiles
+base, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, time.process_time()
+(vertices, faces), = extract_meshes(cells, values)
+seconds = time.process_time() - start
+np.save(sys.argv[3], vertices), np.save(sys.argv[4], faces)
+print(len(cells), len(vertices), len(faces), seconds, base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("distance", "number", "cells"),
+    [(lambda p: torus(p, 0.28, 0.1115), 0, 45_900), (sphere(0.443), 2, 92_000)],
+    ids=["torus", "sphere"],
+)
+def test_1024_takes_seconds_and_far_less_than_4_gb(tmp_path, distance, number, cells):
+    one = analytic_bricks(distance, 1024)
+    assert abs(len(one.blocks) - cells) < 0.05 * cells
+    files = [tmp_path / f"{name}.npy" for name in ("coords", "values", "vertices", "faces")]
+    np.save(files[0], np.pad(one.blocks.astype(np.int32), ((0, 0), (1, 0))))
+    np.save(files[1], one.values)
+    child = subprocess.run([sys.executable, "-c", _CHILD, *map(str, files)], capture_output=True, text=True, check=True)
+    cells, count, _, seconds, base, peak = map(float, child.stdout.split())
+    vertices, faces = np.load(files[2]), np.load(files[3])
+    assert len(vertices) == count
+    assert np.abs(distance(vertices)).max() < 0.05 * spacing(1024)
+    assert euler(vertices, faces) == number
+    assert peak < 4096, f"{cells:.0f} cells: {seconds:.2f} CPU-s, {peak:.0f} MB, of which {base:.0f} before"
+    assert seconds < 20
