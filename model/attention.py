@@ -31,8 +31,9 @@ def ragged_attention(
     parts = []
     spans = zip(itertools.pairwise(q_starts.tolist()), itertools.pairwise(k_starts.tolist()), strict=True)
     for (q_first, q_last), (k_first, k_last) in spans:
-        q, k, v = q_NHD[q_first:q_last], k_SHD[k_first:k_last], v_SHD[k_first:k_last]
-        parts.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1))
+        q = q_NHD[q_first:q_last].transpose(0, 1)[None]
+        k, v = (x[k_first:k_last].transpose(0, 1)[None] for x in (k_SHD, v_SHD))
+        parts.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
     return torch.cat(parts)
 
 

@@ -82,11 +82,10 @@ class TimeEmbedding(nn.Sequential):
 
     def forward(self, t_B: Tensor) -> Tensor:
         half = TIME_CHANNELS // 2
-        weight = self[0].weight
         power = torch.arange(half, device=t_B.device, dtype=torch.float64) / half
         angle = 1000 * t_B.double()[:, None] * torch.exp(-math.log(10000) * power)
         waves = torch.cat([angle.cos(), angle.sin()], 1)
-        return super().forward(waves.to(weight.dtype))
+        return super().forward(waves.to(next(self.parameters()).dtype))
 
 
 def _spread(x_BC: Tensor, asset_NB: Tensor) -> Tensor:
@@ -154,10 +153,12 @@ class SparseDiT(nn.Module):
 
     def _initialize(self) -> None:
         init_linears(self)
-        for layer in (self.time[0], self.time[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for block in self.blocks:
-            zero_init(block.modulation)
+        for part in self.modules():
+            if isinstance(part, TimeEmbedding):
+                for weight in (p for p in part.parameters() if p.ndim == 2):
+                    nn.init.normal_(weight, std=0.02)
+            elif isinstance(part, DiTBlock):
+                zero_init(part.modulation)
         zero_init(self.out)
 
     def set_statistics(self, mean_C: Tensor, std_C: Tensor) -> None:
