@@ -1,35 +1,20 @@
-"""What training commands have in common: options by preset, log lines, signals, and exit codes as pipeline's have."""
+"""What the training commands add to `model.command`: options by presets, and signals that let a step finish."""
 
 from __future__ import annotations
 
-import difflib
-import errno
-import io
-import logging
-import re
 import signal
-import sys
 import threading
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
-from pipeline.schema import RunError, UserError
+from model.command import Stopped, command, parse
 
-log = logging.getLogger(__name__)
+__all__ = ["Stop", "Stopped", "command", "configure", "note_signals", "parse"]
 
 Config = TypeVar("Config")
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-
-
-class Stopped(BaseException):
-    """A signal asked the command to stop. Like KeyboardInterrupt no Exception: nothing on the way may swallow it."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
 
 
 def configure(presets: Mapping[str, Config], default: str, args: Sequence[str], *, prog: str) -> Config:
@@ -39,75 +24,6 @@ def configure(presets: Mapping[str, Config], default: str, args: Sequence[str], 
     name = first.parse_known_args(args)[0].preset or default
     start = presets.get(name, presets[default])  # tyro itself refuses a name that is not there
     return parse(type(start), args, prog=prog, default=start)
-
-
-def parse(cls: type[Config], args: Sequence[str], *, prog: str, default: Config | None = None) -> Config:
-    """The options as a config; `default` gives the values of those left out. UserError, one line, for bad ones."""
-    import tyro  # here: training as a library does without it
-
-    words = io.StringIO()
-    start = tyro.MISSING_NONPROP if default is None else default
-    try:
-        with redirect_stderr(words):
-            config, unknown = tyro.cli(cls, args=args, prog=prog, return_unknown_args=True, default=start)
-    except SystemExit as end:
-        if not end.code:
-            raise  # --help
-        raise UserError(f"{_one_line(words.getvalue())}; see {prog} --help") from None
-    except ValueError as error:  # the config's own checks
-        raise UserError(str(error)) from error
-    if unknown:
-        close = difflib.get_close_matches(unknown[0].replace("_", "-"), _options(cls, prog, start), n=1)
-        hint = f", did you mean {close[0]}?" if close else f"; see {prog} --help"
-        raise UserError(f"unknown option {unknown[0]}{hint}")
-    return config
-
-
-def command(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run `main(argv)` and leave the process with its exit code; expected errors end in one line, without traceback.
-
-    0 done, 1 the run could not go on, 2 what was asked for cannot be done, 130 and 143 stopped by a signal.
-    """
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
-    )
-    try:
-        with raise_on_signals():
-            code = main(sys.argv[1:]) or 0
-    except UserError as error:
-        log.error("%s", error)
-        code = 2
-    except RunError as error:
-        log.error("%s", error)
-        code = 1
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        log.error("%s is full; make room and run the same command to go on", error.filename or "the disk")
-        code = 1
-    except Stopped as stop:
-        log.error("%s; the same command goes on from here", stop)
-        code = 128 + stop.signum
-    logging.shutdown()
-    sys.exit(code)
-
-
-@contextmanager
-def raise_on_signals() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM raises Stopped; more of them are ignored while things are put away."""
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        if all(signal.getsignal(signum) is stop for signum in before):
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
 
 class Stop:
@@ -137,28 +53,3 @@ def note_signals() -> Iterator[Stop]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _one_line(message: str) -> str:
-    """The sentence inside the box that tyro draws."""
-    lines = [line.strip(" │╭╮╰╯─-") for line in message.splitlines()]
-    lines = [line for line in lines if line]
-    body = []
-    for line in lines[1:]:
-        if line.startswith(("Argument helptext", "For full helptext", "Got errors", "Arguments similar")):
-            break
-        body.append(line)
-    return re.sub(r"\s+", " ", " ".join(body) or " ".join(lines)).rstrip(".:; ")
-
-
-def _options(cls: type, prog: str, default: object) -> list[str]:
-    """Every option that --help lists."""
-    import tyro
-
-    text = io.StringIO()
-    try:
-        with redirect_stdout(text):
-            tyro.cli(cls, args=["--help"], prog=prog, default=default)
-    except SystemExit:
-        pass
-    return sorted(set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue())))
