@@ -43,13 +43,14 @@ class Batch(Protocol):
     def to(self, device: torch.device) -> Any: ...
 
 
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
+AnyBatch = TypeVar("AnyBatch", bound=Batch, contravariant=True)
 
 
 class Task(Protocol[AnyBatch]):
     """What a model adds to the loop. Everything random must come from the batch, or from torch's default generator."""
 
-    model: nn.Module  # fp32, on the world's device
+    @property
+    def model(self) -> nn.Module: ...  # fp32, on the world's device
 
     def losses(self, model: nn.Module, batch: AnyBatch) -> dict[str, Tensor]:
         """Scalars, the same names every step; "loss" is minimised.

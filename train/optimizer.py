@@ -63,10 +63,12 @@ def make_optimizer(model: nn.Module, cfg: LoopConfig, device: torch.device) -> t
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the averaged weights towards the model's by 1 - decay; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
-        mine.copy_(theirs)
+    """Move the averaged weights towards the model's by 1 - decay; what is not trained stays, buffers are copied."""
+    pairs = [(a, b) for a, b in zip(average.parameters(), model.parameters(), strict=True) if b.requires_grad]
+    mine, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+    torch._foreach_lerp_(mine, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    for a, b in zip(average.buffers(), model.buffers(), strict=True):
+        a.copy_(b)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -8,11 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
 Job = TypeVar("Job")
+PlannedJob = TypeVar("PlannedJob", covariant=True)
 Batch = TypeVar("Batch", covariant=True)
 Loaded = TypeVar("Loaded")
 
 
-class Planned(Protocol[Job]):
+class Planned(Protocol[PlannedJob]):
     """A cheap, resumable sequence of jobs."""
 
     @property
@@ -20,7 +21,7 @@ class Planned(Protocol[Job]):
 
     def restore(self, state: Any) -> None: ...
 
-    def next(self) -> Job: ...
+    def next(self) -> PlannedJob: ...
 
 
 class Stream(Protocol[Batch]):

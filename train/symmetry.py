@@ -49,4 +49,4 @@ def _point_order(symmetry: int) -> NDArray[np.int64]:
     """[512]: which point of the original block each point of the transformed one is."""
     axes, mirrored = SYMMETRIES[symmetry]
     cube = np.arange(BLOCK**3).reshape((BLOCK,) * 3).transpose(axes)
-    return np.flip(cube, [axis for axis in range(3) if mirrored[axis]]).reshape(-1)
+    return np.flip(cube, tuple(axis for axis in range(3) if mirrored[axis])).reshape(-1)
