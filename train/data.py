@@ -61,6 +61,12 @@ class Catalogue:
         )
 
 
+def built_resolutions(root: Path) -> list[int]:
+    """The SDF resolutions that a build has committed in some shard, increasing."""
+    names = {path.stem for path in (root / "shards").glob("*/sdf-*.json")}
+    return sorted(int(name[4:]) for name in names)
+
+
 def read_catalogue(root: Path, resolutions: Sequence[int]) -> Catalogue:
     """Every asset of the build that is done, in committed shards; `tokens` for the resolutions asked for.
 
@@ -74,7 +80,7 @@ def read_catalogue(root: Path, resolutions: Sequence[int]) -> Catalogue:
     if not tables:
         raise UserError(f"{root} is not a build with committed shards; make one: python -m pipeline.build --out {root}")
     rows = [row for table in tables for row in table.to_pylist() if row["status"] == "done"]
-    built = {int(name[7:]) for table in tables for name in table.column_names if re.fullmatch(r"tokens_\d+", name)}
+    built = set(built_resolutions(root))
     tokens = {}
     for resolution in resolutions:
         committed = {path.parent.name for path in (root / "shards").glob(f"*/sdf-{resolution}.json")}

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train.config import LoopConfig
 
@@ -65,7 +65,8 @@ def make_optimizer(model: nn.Module, cfg: LoopConfig, device: torch.device) -> t
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the model's by 1 - decay; what is not trained stays, buffers are copied."""
     pairs = [(a, b) for a, b in zip(average.parameters(), model.parameters(), strict=True) if b.requires_grad]
-    mine, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+    mine: list[Tensor] = [a for a, _ in pairs]
+    theirs: list[Tensor] = [b for _, b in pairs]
     torch._foreach_lerp_(mine, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     for a, b in zip(average.buffers(), model.buffers(), strict=True):
         a.copy_(b)

@@ -5,99 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from model.mesh import extract_meshes
-from model.sparse import BrickBatch
 from model.vae import SparseVAE
-from pipeline.isosurface import extract
 from pipeline.schema import UserError
 from train.command import command, configure
 from train.config import VAE_PRESETS, VAETraining, resolved
-from train.data import BrickLoader, Catalogue, TrainBatch, read_catalogue
+from train.data import BrickLoader, read_catalogue
 from train.distributed import World, join
 from train.loop import fit
-from train.losses import vae_losses
-from train.pictures import picture, save_image, side_by_side, write_ply
 from train.plan import Planner
 from train.prefetch import Prefetcher
+from train.vae_task import VAETask
 
 log = logging.getLogger(__name__)
 
 PROG = "python -m train.vae"
-
-
-class VAETask:
-    """The SS-VAE as the loop sees it."""
-
-    def __init__(self, cfg: VAETraining, world: World, val: Catalogue):
-        torch.manual_seed(cfg.loop.seed)  # the same weights on every rank
-        self.cfg, self.world, self.val = cfg, world, val
-        self.model = SparseVAE(cfg.model).to(world.device)
-        self.model.activation_checkpointing = cfg.loop.activation_checkpointing
-        self._flops_a_cell: dict[int, float] = {}
-
-    def losses(self, model: nn.Module, batch: TrainBatch) -> dict[str, Tensor]:
-        values, posterior = model(batch.bricks, batch.noise)
-        return vae_losses(values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss, share=batch.share)
-
-    def flops(self, batch: TrainBatch) -> float:
-        """Counted exactly for the first batch at each resolution, in proportion to cells after that."""
-        resolution = batch.bricks.resolution
-        if resolution not in self._flops_a_cell:
-            self._flops_a_cell[resolution] = self.model.flops(batch.bricks) / batch.tokens
-        return self._flops_a_cell[resolution] * batch.tokens
-
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """Losses of held-out assets as they are stored, the latents at their means; over all resolutions and ranks."""
-        bricks, names, sums = self.cfg.bricks, ("loss", "in", "ext", "sharp", "kl", "iou"), []
-        loader = BrickLoader(self.val, seed=0, noise_channels=self.cfg.model.latent_channels, symmetries=False)
-        for resolution in bricks.resolutions:
-            assets = [int(n) for n in self.val.tokens[resolution].nonzero()[0]]
-            mine = assets[self.world.rank :: self.world.size][: bricks.val_batches * bricks.batch_size]
-            for asset in mine:  # one by one: a large one beside others might not fit
-                batch = loader.load_assets([asset], resolution).to(self.world.device)
-                values, posterior = model(batch.bricks)
-                found = vae_losses(values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss)
-                overlap = inside_iou(values, batch.bricks.values)
-                sums.append(torch.stack([*(found[name].double() for name in names[:-1]), overlap]))
-        total = torch.stack(sums).sum(0) if sums else torch.zeros(len(names), device=self.world.device)
-        total = self.world.sum(torch.cat([total, total.new_tensor([len(sums)])])).tolist()
-        if not total[-1]:
-            return {}
-        return {name: value / total[-1] for name, value in zip(names, total, strict=False)}
-
-    def sample(self, model: nn.Module, folder: Path) -> None:
-        """Held-out assets at the finest resolution: reconstructions as meshes, and pictures beside the stored ones."""
-        resolution = max(self.cfg.bricks.resolutions)
-        assets = self.val.tokens[resolution].nonzero()[0][: self.cfg.bricks.reconstructions]
-        loader = BrickLoader(self.val, seed=0, noise_channels=self.cfg.model.latent_channels, symmetries=False)
-        rows = []
-        for asset in assets:
-            batch = loader.load_assets([int(asset)], resolution)
-            surface = reconstruct(model, batch.bricks.to(self.world.device))[0]
-            write_ply(folder / f"{batch.uids[0]}.ply", *surface)
-            rows.append([picture(*extract(batch.bricks.bricks()[0])), picture(*surface)])
-        if rows:
-            save_image(folder / "reconstructions.png", side_by_side(rows))
-
-
-def inside_iou(values: Tensor, stored: Tensor) -> Tensor:
-    """Intersection over union of the points below 0 among the stored ones, float64 []; 1 if neither has any."""
-    ours, theirs = values < 0, stored < 0
-    union = (ours | theirs).sum()
-    return torch.where(union > 0, (ours & theirs).sum().double() / union.clamp(min=1), 1.0)
-
-
-@torch.no_grad()
-def reconstruct(model: nn.Module, batch: BrickBatch) -> list[tuple[Any, Any]]:
-    """Every asset through encoder (its mean) and decoder: [(vertices, faces)]."""
-    values, _ = model(batch)
-    return extract_meshes(batch.cells, values)
 
 
 def train(cfg: VAETraining, world: World) -> int:
