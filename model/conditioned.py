@@ -61,6 +61,11 @@ class ConditionedDiT(nn.Module):
         assert isinstance(found, ImageEncoder)
         return found
 
+    def share_encoder(self, other: ConditionedDiT) -> None:
+        """Take the other one's encoder if both are frozen and of one configuration, so that it lies in memory once."""
+        if self._frozen is not None and other._frozen is not None and self.config.encoder == other.config.encoder:
+            self._frozen = other._frozen
+
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> ConditionedDiT:
         if self._frozen is not None:
             self._frozen.module._apply(fn)  # .to(device) moves it along

@@ -1,0 +1,127 @@
+"""`python -m model.generate IMAGE ... -o OUT.glb`: a watertight mesh from a picture of an object."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from model.command import command, parse
+from model.foreground import load_foreground
+from model.generator import Generated, Generator, Options
+from model.meshfile import FORMATS, check_format, write_mesh
+from model.preview import write_preview
+from pipeline.schema import RunError, UserError
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m model.generate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Generate a mesh for each image of an object. Transparent pixels are background."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]  # picture files
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # file; of several images the folder
+    format: Literal["glb", "obj", "ply", "stl"] = "glb"  # of the files, where --out does not say
+    checkpoint: Path = Path("runs/export")  # the trained stages, collected by python -m train.export
+    seed: int = 0  # the same seed, image and options give the same mesh on the same machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    keep_background: bool = False  # take an image without transparency as it is
+    preview: Literal["none", "png", "gif"] = "none"  # views all around, beside the mesh
+    options: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError("images must name at least one file, got none")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+
+
+def targets(cfg: GenerateConfig) -> list[Path]:
+    """The mesh file of each image. UserError if --out does not fit the number of images or two files would be one."""
+    if len(cfg.images) == 1 and cfg.out is not None and cfg.out.suffix and not cfg.out.is_dir():
+        if cfg.out.suffix.lower() not in FORMATS:
+            raise UserError(f"--out must end in one of {', '.join(FORMATS)}, got {cfg.out}")
+        return [check_format(cfg.out)]
+    if cfg.out is not None and cfg.out.suffix.lower() in FORMATS and not cfg.out.is_dir():
+        raise UserError(f"--out must be a folder for {len(cfg.images)} images, got {cfg.out}")
+    folder = cfg.out or Path()
+    files = [folder / f"{image.stem}.{cfg.format}" for image in cfg.images]
+    twice = {file for file in files if files.count(file) > 1}
+    if twice:
+        raise UserError(f"two images would both become {min(twice)}; give them different names")
+    return files
+
+
+def generate(cfg: GenerateConfig) -> int:
+    """Make every mesh; one that fails costs only itself. Returns how many failed."""
+    files = targets(cfg)
+    pictures = [load_foreground(path, keep_background=cfg.keep_background) for path in cfg.images]  # before any waiting
+    device = choose_device(cfg.device)
+    generator = Generator.load(cfg.checkpoint, device, cfg.options.resolution)
+    log.info("image encoder: %s; models for R = %s on %s", generator.structure.flow.encoder.label,
+             " ".join(map(str, generator.resolutions)), device)  # fmt: skip
+    failed = 0
+    for path, picture, file in zip(cfg.images, pictures, files, strict=True):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            made = generator.generate(
+                picture, cfg.seed, cfg.options, whole_if_opaque=cfg.keep_background, progress=_show
+            )
+        except (RunError, ValueError) as error:
+            failed += 1
+            log.error("%s: %s", path, error)
+            continue
+        write_mesh(file, made.vertices, made.faces)
+        log.info("%s", report(file, made, device))
+        if cfg.preview != "none":
+            picture_file = file.with_suffix(f".{cfg.preview}")
+            write_preview(picture_file, made.vertices, made.faces)
+            log.info("preview %s", picture_file)
+    return failed
+
+
+def report(file: Path, made: Generated, device: torch.device) -> str:
+    """One line: what was made, what each stage took, the peak of memory."""
+    stages = ", ".join(f"{stage.name} {stage.seconds:.1f} s ({stage.tokens} cells)" for stage in made.stages)
+    surface = "closed" if not made.open_edges else f"{made.open_edges} open edges"
+    done = made.cleaned
+    tidied = f"{done.holes} holes closed, {done.floaters} floaters and {done.bubbles} bubbles removed"
+    return f"{file}: {len(made.faces)} faces, {surface}; {stages}; {tidied}; peak memory {peak_memory(device)}"
+
+
+def peak_memory(device: torch.device) -> str:
+    """Of the GPU's tensors for the last image, or of this process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the GPU"
+    return f"{1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.2f} GB"
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: a GPU where there is one. UserError if cuda is asked for and is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda needs a CUDA device, none found; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _show(stage: str, steps: Iterable[int]) -> Iterable[int]:
+    return tqdm(steps, desc=stage, unit="step", leave=False, disable=not sys.stderr.isatty())
+
+
+def main(args: Sequence[str]) -> int:
+    return min(generate(parse(GenerateConfig, args, prog=PROG)), 1)
+
+
+if __name__ == "__main__":
+    command(main)

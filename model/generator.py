@@ -1,0 +1,233 @@
+"""From an image to a mesh: structure, then latents, bricks and mesh at each resolution in turn."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from kernels import token_order
+from model.cells import cells_near
+from model.checkpoint import load_model
+from model.condition import Condition, ImageBatch
+from model.conditioned import ConditionedDiT
+from model.flow import Guidance, Method
+from model.images import prepare_image
+from model.mesh import extract_meshes
+from model.postprocess import Cleaned, clean, open_edges_of, simplify
+from model.sparse import Level
+from model.structure import Structure
+from model.vae import SparseVAE
+from pipeline.schema import BLOCK, RunError, UserError
+
+See = Callable[[ConditionedDiT], Condition]
+Progress = Callable[[str, Iterable[int]], Iterable[int]]  # (stage, steps) -> the same steps, shown
+STEPS = (50, 30, 15)  # of structure, of the first resolution, of every later one; paper, sec. 4
+
+
+def quietly(_stage: str, steps: Iterable[int]) -> Iterable[int]:
+    """Steps as they are."""
+    return steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How meshes are sampled and cleaned. ValueError for a number out of range."""
+
+    resolution: int | None = None  # of the mesh; default: the finest there is a model for
+    steps: tuple[int, ...] = STEPS  # of each stage; the last holds for the stages after it
+    guidance: float = 7.0  # of the release; 1: the image's own velocity, at half the cost
+    method: Method = "euler"
+    min_piece: float = 0.01  # separate pieces with less of the largest one's area go
+    faces: int | None = None  # about so many in the end; default: all
+    max_tokens: int = 400_000  # cells of a stage, beyond which it is not tried
+
+    def __post_init__(self) -> None:
+        if not self.steps or any(steps < 1 for steps in self.steps):
+            raise ValueError(f"steps must be 1 or more for each stage, got {self.steps}")
+        if self.guidance < 0:
+            raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
+        if not 0 <= self.min_piece < 1:
+            raise ValueError(f"min_piece must be in [0, 1), got {self.min_piece}")
+        if self.faces is not None and self.faces < 4:
+            raise ValueError(f"faces must be 4 or more, got {self.faces}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
+
+    def steps_of(self, stage: int) -> int:
+        return self.steps[min(stage, len(self.steps) - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What one stage cost and made."""
+
+    name: str  # structure, 512, 1024, ...
+    seconds: float
+    tokens: int  # cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """A mesh, and how it came about."""
+
+    vertices: NDArray[np.float64]  # [V, 3] in the cube, y up
+    faces: NDArray[np.int32]  # [F, 3] seen from outside
+    open_edges: int  # 0: the surface is closed
+    cleaned: Cleaned  # of the last resolution, before its faces were reduced
+    stages: tuple[Stage, ...] = field(default=())
+
+
+class Generator:
+    """The trained stages, on one device."""
+
+    def __init__(self, vae: SparseVAE, structure: Structure, dits: dict[int, ConditionedDiT], device: torch.device):
+        first, channels = structure.resolution, vae.config.latent_channels
+        if first not in dits:
+            raise ValueError(f"dits must have one for R = {first}, where the structure stage ends, got {sorted(dits)}")
+        for resolution, dit in dits.items():
+            if dit.config.dit.latent_channels != channels:
+                found = dit.config.dit.latent_channels
+                raise ValueError(f"dits[{resolution}] must have the VAE's {channels} latent channels, got {found}")
+        self.vae, self.structure = vae.to(device).eval(), structure.to(device).eval()
+        self.dits = {
+            resolution: dits[resolution].to(device).eval() for resolution in sorted(dits) if resolution >= first
+        }
+        self.device = device
+
+    @classmethod
+    def load(cls, directory: Path, device: torch.device | str = "cpu", resolution: int | None = None) -> Generator:
+        """The models that `python -m train.export` wrote; DiTs beyond `resolution` are left on the disk.
+
+        UserError, with what to run, if they are missing, incomplete or damaged.
+        """
+        sizes = {int(path.name[4:]): path for path in directory.glob("dit_*") if re.fullmatch(r"dit_\d+", path.name)}
+        missing = [name for name in ("vae", "structure") if not (directory / name).is_dir()]
+        missing += [] if sizes else ["dit_<resolution>"]
+        if missing:
+            raise UserError(
+                f"{directory} lacks {', '.join(missing)}: train the stages and collect them with "
+                "python -m train.export, or see `make demo`"
+            )
+        if resolution is not None and resolution not in sizes:
+            raise UserError(f"{directory} has models for R = {_words(sizes)}, none for {resolution}")
+        wanted = {size: path for size, path in sizes.items() if resolution is None or size <= resolution}
+        device = torch.device(device)
+        try:
+            vae = load_model(directory / "vae", SparseVAE)
+            structure = load_model(directory / "structure", Structure)
+            dits = {size: load_model(path, ConditionedDiT) for size, path in wanted.items()}
+            for dit in dits.values():
+                dit.share_encoder(structure.flow)
+            return cls(vae, structure, dits, device)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    @property
+    def resolutions(self) -> list[int]:
+        """Of the meshes it can make, in the order in which one leads to the next."""
+        return list(self.dits)
+
+    def generate(
+        self,
+        image: Image.Image | NDArray[np.uint8],
+        seed: int,
+        options: Options | None = None,
+        *,
+        whole_if_opaque: bool = False,
+        progress: Progress = quietly,
+    ) -> Generated:
+        """A mesh of the object in an RGBA image. The same image, seed, options and device give the same mesh.
+
+        ValueError if the image has no usable foreground (see `prepare_image`) or there is no model for the resolution;
+        RunError if a stage comes out empty or too large.
+        """
+        options = options or Options()
+        last = options.resolution or self.resolutions[-1]
+        if last not in self.dits:
+            raise ValueError(f"resolution must be one of {_words(self.dits)}, got {last}")
+
+        def see(dit: ConditionedDiT) -> Condition:
+            prepared = prepare_image(image, dit.encoder.image_size, whole_if_opaque=whole_if_opaque)
+            return dit.condition(ImageBatch.collate([prepared]).to(self.device))
+
+        started = self._now()
+        level = self.cells(see, seed, options, progress)
+        stages, cleaned = [Stage(name="structure", seconds=self._now() - started, tokens=len(level))], None
+        for number, resolution in enumerate([size for size in self.resolutions if size <= last]):
+            started = self._now()
+            if cleaned is not None:
+                level = cells_of(cleaned, resolution, self.device)
+            cleaned = self.refine(level, see, seed, options, progress, stage=number + 1)
+            stages.append(Stage(name=str(resolution), seconds=self._now() - started, tokens=len(level)))
+        assert cleaned is not None
+        vertices, faces = cleaned.vertices, cleaned.faces
+        if options.faces is not None:
+            vertices, faces = simplify(vertices, faces, options.faces)
+        return Generated(
+            vertices=vertices, faces=faces, open_edges=open_edges_of(faces), cleaned=cleaned, stages=tuple(stages)
+        )
+
+    @torch.no_grad()
+    def cells(self, see: See, seed: int, options: Options, progress: Progress = quietly) -> Level:
+        """The structure stage: the cells of one asset. `see` gives a DiT's tokens of the image."""
+        with self._precision():
+            return self.structure.generate(
+                see(self.structure.flow), [seed], steps=options.steps_of(0), guidance=Guidance(scale=options.guidance),
+                method=options.method, progress=lambda steps: progress("structure", steps),
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def refine(
+        self, level: Level, see: See, seed: int, options: Options, progress: Progress = quietly, *, stage: int = 1
+    ) -> Cleaned:
+        """A stage after the structure: latents, bricks and mesh of given cells of one asset, at 8 x their resolution.
+
+        RunError if there is no cell, no surface, or more cells than options.max_tokens.
+        """
+        resolution = BLOCK * level.resolution
+        if not len(level):
+            raise RunError("the structure stage has no cell; try another --seed, or train longer")
+        if len(level) > options.max_tokens:
+            raise RunError(f"{len(level)} cells at R = {resolution} are more than --max-tokens {options.max_tokens}")
+        dit = self.dits[resolution]
+        with self._precision():
+            z_MC = dit.generate(
+                level, see(dit), [seed], steps=options.steps_of(stage), guidance=Guidance(scale=options.guidance),
+                method=options.method, progress=lambda steps: progress(str(resolution), steps),
+            )  # fmt: skip
+            values = self.vae.decode(z_MC, level)
+        ((vertices, faces),) = extract_meshes(level, values)
+        if not len(faces):
+            raise RunError(f"the stage at R = {resolution} has no surface; try another --seed, or train longer")
+        return clean(vertices, faces, options.min_piece)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """bf16 products on a GPU; fp32 on the CPU."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            yield
+
+
+def cells_of(mesh: Cleaned, resolution: int, device: torch.device | str = "cpu") -> Level:
+    """The level of the cells near a mesh at a finer resolution, of one asset."""
+    xyz = torch.from_numpy(cells_near(mesh.vertices, mesh.faces, resolution).astype(np.int32))
+    coords = torch.cat([torch.zeros(len(xyz), 1, dtype=torch.int32), xyz], 1)
+    return Level.from_coords(coords[token_order(coords)].to(device), resolution // BLOCK, 1)
+
+
+def _words(sizes: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(sizes)))

@@ -1,0 +1,323 @@
+"""From image to mesh: hostile images, where files go, the chain of stages against analytic ones, and seeds."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from model.cells import cells_near
+from model.checkpoint import save_model
+from model.condition import EncoderConfig
+from model.conditioned import ConditionedConfig, ConditionedDiT
+from model.dit import DiTConfig
+from model.foreground import load_foreground
+from model.generate import GenerateConfig, generate, main, targets
+from model.generator import Generator, Options
+from model.occupancy import OccupancyConfig
+from model.structure import Structure, StructureConfig, level_of
+from model.vae import SparseVAE, VAEConfig
+from pipeline.schema import RunError, UserError, band, spacing
+
+ROOT = Path(__file__).resolve().parents[2]
+OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
+ENCODER = EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2)
+DIT = DiTConfig(
+    channels=32, blocks=1, heads=2, kv_heads=1, mlp_ratio=2, latent_channels=4, condition_channels=32, top_k=2
+)
+VAE = VAEConfig(widths=(8, 8, 8, 16), latent_channels=4, heads=1, blocks=1, mlp_ratio=1, groups=8)
+FULL = replace(DIT, attention="full", kv_heads=2)
+STRUCTURE = StructureConfig(occupancy=OCCUPANCY, flow=ConditionedConfig(dit=FULL, encoder=ENCODER))
+FAST = Options(steps=(2,), guidance=2.0, min_piece=0.0)
+
+
+def stirred(model, seed):
+    """Every weight random: output layers start at zero, and nothing would have a surface."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def untrained(resolutions=(64, 128)):
+    torch.manual_seed(0)
+    vae, structure = stirred(SparseVAE(VAE), 1), stirred(Structure(STRUCTURE), 2)
+    flow = ConditionedConfig(dit=DIT, encoder=ENCODER)
+    return vae, structure, {size: stirred(ConditionedDiT(flow), size) for size in resolutions}
+
+
+def export(folder):
+    """A checkpoint directory of untrained models for 64 and 128."""
+    vae, structure, dits = untrained()
+    save_model(folder / "vae", vae, VAE)
+    save_model(folder / "structure", structure, STRUCTURE)
+    for size, dit in dits.items():
+        save_model(folder / f"dit_{size}", dit, dit.config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("export"))
+
+
+def disc(size=64, mode="RGBA"):
+    """A shaded disc on a transparent background."""
+    row, column = np.mgrid[:size, :size] / size - 0.5
+    inside = row**2 + column**2 < 0.16
+    rgba = np.dstack([*(np.uint8(255 * np.clip(0.5 + row, 0, 1)) for _ in range(3)), np.uint8(255 * inside)])
+    return Image.fromarray(rgba).convert(mode)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    disc().save(tmp_path / "disc.png")
+    return tmp_path / "disc.png"
+
+
+def sphere_values(level, radius=0.3):
+    """What a perfect decoder would give for a ball: clamp(sdf / tau) of the cells' 512 points."""
+    resolution = 8 * level.resolution
+    local = torch.cartesian_prod(*[torch.arange(8)] * 3)
+    points = (8 * level.coords[:, None, 1:].long() + local) * spacing(resolution) - 0.5
+    return ((points.double().norm(dim=-1) - radius) / band(resolution)).clamp(-1, 1).float()
+
+
+def test_stages_hand_on_exactly_what_the_next_needs(monkeypatch):
+    vae, structure, dits = untrained()
+    reference = trimesh.creation.icosphere(subdivisions=5, radius=0.3)
+    first = cells_near(reference.vertices, reference.faces, 64)
+    grid = torch.zeros(1, 8, 8, 8, dtype=torch.bool)
+    grid[0, *torch.from_numpy(first.astype(np.int64)).T] = True
+    monkeypatch.setattr(structure, "generate", lambda *_, **__: level_of(grid))
+    monkeypatch.setattr(vae, "decode", lambda _z, level: sphere_values(level))
+    generator = Generator(vae, structure, dits, torch.device("cpu"))
+    made = generator.generate(disc(), 0, FAST)
+    assert [stage.name for stage in made.stages] == ["structure", "64", "128"]
+    assert [stage.tokens for stage in made.stages[:2]] == [len(first)] * 2
+    exact = len(cells_near(reference.vertices, reference.faces, 128))
+    assert abs(made.stages[2].tokens - exact) < 0.03 * exact
+    assert made.open_edges == 0
+    assert (made.cleaned.holes, made.cleaned.floaters, made.cleaned.bubbles) == (0, 0, 0)
+    np.testing.assert_allclose(np.linalg.norm(made.vertices, axis=1), 0.3, atol=2e-3)
+    coarse = generator.generate(disc(), 0, replace(FAST, resolution=64))
+    assert [stage.name for stage in coarse.stages] == ["structure", "64"]
+    assert len(coarse.faces) < 0.5 * len(made.faces)
+
+
+def test_same_seed_same_mesh_closed_whatever_the_weights(checkpoint, picture, tmp_path):
+    def make(name, **changes):
+        out = tmp_path / name
+        cfg = GenerateConfig(images=(picture,), out=out, checkpoint=checkpoint, device="cpu", options=FAST)
+        assert generate(replace(cfg, **changes)) == 0
+        return out.read_bytes(), trimesh.load(out, force="mesh", process=False)
+
+    first, mesh = make("a.ply")
+    assert mesh.is_watertight
+    assert mesh.is_winding_consistent
+    assert mesh.volume > 0
+    assert make("b.ply")[0] == first
+    assert make("c.ply", seed=1)[0] != first
+    fewer = make("d.ply", options=replace(FAST, guidance=1.0))[0]
+    assert fewer != first
+
+
+def test_several_images_go_into_a_folder_each_as_if_alone(checkpoint, picture, tmp_path):
+    other = tmp_path / "other.png"
+    disc().transpose(Image.Transpose.ROTATE_90).save(other)
+    cfg = GenerateConfig(
+        images=(other, picture), out=tmp_path / "out", checkpoint=checkpoint, device="cpu", options=FAST
+    )
+    assert generate(replace(cfg, format="stl")) == 0
+    alone = replace(cfg, images=(picture,), out=tmp_path / "alone.stl")
+    assert generate(alone) == 0
+    assert (tmp_path / "out" / "disc.stl").read_bytes() == (tmp_path / "alone.stl").read_bytes()
+    assert (tmp_path / "out" / "other.stl").read_bytes() != (tmp_path / "alone.stl").read_bytes()
+
+
+def test_one_image_that_fails_costs_only_itself(checkpoint, picture, tmp_path, caplog, monkeypatch):
+    calls = []
+
+    def fail_first(self, *arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RunError("no surface")
+        return original(self, *arguments, **options)
+
+    original = Generator.generate
+    monkeypatch.setattr(Generator, "generate", fail_first)
+    disc(96).save(tmp_path / "a.png")
+    cfg = GenerateConfig(images=(tmp_path / "a.png", picture), out=tmp_path, checkpoint=checkpoint, options=FAST)
+    assert generate(replace(cfg, device="cpu")) == 1
+    assert "a.png: no surface" in caplog.text
+    assert not (tmp_path / "a.glb").exists()
+    assert (tmp_path / "disc.glb").exists()
+
+
+def test_where_files_go(tmp_path):
+    def of(*images, **options):
+        return targets(GenerateConfig(images=tuple(Path(image) for image in images), **options))
+
+    assert of("x/a.png") == [Path("a.glb")]
+    assert of("a.png", out=Path("b.OBJ")) == [Path("b.OBJ")]
+    assert of("a.png", out=tmp_path, format="ply") == [tmp_path / "a.ply"]
+    assert of("a.png", "b.jpg", out=Path("new")) == [Path("new/a.glb"), Path("new/b.glb")]
+    with pytest.raises(UserError, match=r"\.glb, \.obj, \.ply, \.stl, got c\.fbx"):
+        of("a.png", out=Path("c.fbx"))
+    with pytest.raises(UserError, match=r"must be a folder for 2 images, got c\.glb"):
+        of("a.png", "b.png", out=Path("c.glb"))
+    with pytest.raises(UserError, match=r"both become a\.glb"):
+        of("x/a.png", "y/a.jpg")
+
+
+def hostile(name, folder):
+    """An image file that may not be what an image should be."""
+    path = folder / f"{name}.png"
+    if name == "transparent":
+        Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(path)
+    elif name == "one_pixel":
+        Image.new("RGBA", (1, 1), (255, 0, 0, 255)).save(path)
+    elif name == "huge":
+        Image.new("1", (20_000, 20_000)).save(path)
+    elif name == "opaque":
+        disc().convert("RGB").save(path)
+    elif name == "empty":
+        path.write_bytes(b"")
+    elif name == "truncated":
+        disc().save(path)
+        path.write_bytes(path.read_bytes()[:200])
+    elif name == "text":
+        path.write_text("<html>not found</html>")
+    elif name == "grayscale":
+        disc(mode="LA").save(path)
+    elif name == "sixteen_bit":
+        import struct
+        import zlib
+
+        def chunk(kind, data):
+            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+        alpha = np.asarray(disc())[..., 3].astype(">u2") * 257
+        rows = np.dstack([np.full_like(alpha, 40_000)] * 3 + [alpha]).astype(">u2")
+        raw = b"".join(b"\0" + row.tobytes() for row in rows)
+        head = struct.pack(">IIBBBBB", 64, 64, 16, 6, 0, 0, 0)
+        parts = (chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(raw)), chunk(b"IEND", b""))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    elif name == "animated":
+        path = path.with_suffix(".gif")
+        frames = [disc().rotate(90 * n) for n in range(3)]
+        frames[0].save(path, save_all=True, append_images=frames[1:], disposal=2)
+    return path
+
+
+@pytest.mark.parametrize("name", ["grayscale", "sixteen_bit", "animated"])
+def test_unusual_images_are_taken(name, tmp_path):
+    image = load_foreground(hostile(name, tmp_path))
+    assert (image.mode, image.size) == ("RGBA", (64, 64))
+    covered = (np.asarray(image)[..., 3] > 127).mean()
+    assert covered == pytest.approx(np.pi * 0.16, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("transparent", "must have a foreground"),
+        ("one_pixel", "at least 8 pixels|no transparent pixel"),
+        ("huge", r"at most \d+ pixels \(8192 x 8192\)"),
+        ("opaque", "no transparent pixel.*pip install rembg.*--keep-background"),
+        ("empty", "readable image"),
+        ("truncated", "readable image"),
+        ("text", "readable image"),
+        ("missing", "readable image"),
+    ],
+)
+def test_unusable_images_are_refused_by_name(name, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rembg", None)  # as if it were not installed
+    path = hostile(name, tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_foreground(path)
+    assert path.name in str(caught.value)
+
+
+def test_a_background_can_be_kept_or_removed(tmp_path, monkeypatch):
+    path = hostile("opaque", tmp_path)
+    assert load_foreground(path, keep_background=True).getextrema()[3] == (255, 255)
+
+    class Library:
+        @staticmethod
+        def remove(image):
+            assert image.mode == "RGB"
+            return disc()
+
+    monkeypatch.setitem(sys.modules, "rembg", Library)
+    assert load_foreground(path).getextrema()[3] == (0, 255)
+
+
+def test_what_is_missing_is_said(checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"lacks vae, structure, dit_<resolution>: train the stages .* train\.export"):
+        Generator.load(tmp_path)
+    with pytest.raises(UserError, match="has models for R = 64, 128, none for 512"):
+        Generator.load(checkpoint, resolution=512)
+    assert Generator.load(checkpoint, resolution=64).resolutions == [64]
+    vae, structure, dits = untrained()
+    with pytest.raises(ValueError, match=r"must have one for R = 64, where the structure stage ends, got \[128\]"):
+        Generator(vae, structure, {128: dits[128]}, torch.device("cpu"))
+    other = SparseVAE(replace(VAE, latent_channels=8))
+    with pytest.raises(ValueError, match=r"dits\[64\] must have the VAE's 8 latent channels, got 4"):
+        Generator(other, structure, dits, torch.device("cpu"))
+
+
+def test_empty_and_oversized_stages_are_errors(checkpoint, monkeypatch):
+    generator = Generator.load(checkpoint)
+    with pytest.raises(RunError, match=r"cells at R = \d+ are more than --max-tokens 3"):
+        generator.generate(disc(), 0, replace(FAST, max_tokens=3))
+    with pytest.raises(ValueError, match="resolution must be one of 64, 128, got 256"):
+        generator.generate(disc(), 0, replace(FAST, resolution=256))
+    monkeypatch.setattr(generator.vae, "decode", lambda _z, level: torch.ones(len(level), 512))
+    with pytest.raises(RunError, match="R = 64 has no surface"):
+        generator.generate(disc(), 0, FAST)
+    nothing = torch.zeros(1, 8, 8, 8, dtype=torch.bool)
+    monkeypatch.setattr(generator.structure, "generate", lambda *_, **__: level_of(nothing))
+    with pytest.raises(RunError, match="structure stage has no cell"):
+        generator.generate(disc(), 0, FAST)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": ()}, "steps must be 1 or more for each stage"),
+        ({"steps": (5, 0)}, "steps must be 1 or more for each stage"),
+        ({"guidance": -1.0}, "guidance must be 0 or more"),
+        ({"min_piece": 1.0}, "min_piece must be in"),
+        ({"faces": 2}, "faces must be 4 or more, got 2"),
+    ],
+)
+def test_options_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**change)
+
+
+def test_the_last_number_of_steps_holds_for_later_stages():
+    assert [Options(steps=(5, 3)).steps_of(stage) for stage in range(4)] == [5, 3, 3, 3]
+
+
+def test_the_command_says_what_it_did(checkpoint, picture, tmp_path):
+    out = tmp_path / "mesh.obj"
+    words = [picture, "-o", out, "--checkpoint", checkpoint, "--device", "cpu", "--steps", "2", "--preview", "png"]
+    command = [sys.executable, "-m", "model.generate", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("stand-in", "closed", "structure", "64 ", "128 ", "peak memory", "preview"):
+        assert word in done.stderr
+    assert trimesh.load(out, force="mesh").is_watertight
+    assert Image.open(out.with_suffix(".png")).size == (1280, 640)
+    with pytest.raises(UserError, match=r"no\.png must be a readable image"):
+        main([str(tmp_path / "no.png")])
+    with pytest.raises(UserError, match="seed must be 0 or more, got -1"):
+        main([str(picture), "--seed", "-1"])
