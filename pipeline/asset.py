@@ -19,7 +19,7 @@ from pipeline.filter import filter_file, filter_geometry, filter_metadata
 from pipeline.load import load_with_report
 from pipeline.normalize import normalize
 from pipeline.render import encode, render_views, renderer_string
-from pipeline.schema import BLOCK, Bricks, Mesh, Record, Reject
+from pipeline.schema import BLOCK, Bricks, Mesh, Record, Reject, Transient
 from pipeline.sdf import compute_bricks
 from pipeline.shards import save_view
 from pipeline.sources import Source
@@ -45,12 +45,13 @@ class Notes:
     """What is known about an asset so far; the file is replaced as a whole at every step."""
 
     stage: str = "start"
-    status: str = "running"  # then done | rejected
+    status: str = "running"  # then done | rejected | failed
     reason: str = ""
     row: dict[str, Any] = field(default_factory=dict)  # columns of the manifest
     numbers: dict[str, Any] = field(default_factory=dict)
     products: dict[str, dict[str, Any]] = field(default_factory=dict)  # those that are finished, with their counts
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    transient: bool = False  # it failed, and may not fail another time
 
     def save(self, folder: Path) -> None:
         partial = folder / f"{NOTES}.partial"
@@ -64,7 +65,9 @@ class Notes:
 
     def reject(self, stage: str, verdict: Reject) -> None:
         """The first verdict names the asset's fate; the numbers of all are kept."""
-        if self.status != "rejected":
+        if isinstance(verdict, Transient):
+            self.stage, self.status, self.reason, self.transient = stage, "failed", verdict.reason, True
+        elif self.status != "rejected":
             self.stage, self.status, self.reason = stage, "rejected", verdict.reason
         self.numbers |= verdict.numbers
 
@@ -73,7 +76,7 @@ def process(job: AssetJob) -> None:
     """Every stage of one asset. Its notes and the files of each finished product are left in the job's folder.
 
     A product that turns the asset away does not keep the others from being made, so that a product's bytes do not
-    depend on which others were asked for. A rejection before the first product ends the asset.
+    depend on which others were asked for. A rejection, or a failure to fetch, before the first product ends the asset.
     """
     notes = Notes()
     try:

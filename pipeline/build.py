@@ -13,8 +13,9 @@ from pipeline.config import PRESETS, BuildConfig
 from pipeline.plan import make_plan
 from pipeline.report import write_report
 from pipeline.runner import run
-from pipeline.schema import RunError
+from pipeline.schema import RunError, UserError
 from pipeline.sources import Source, open_source
+from pipeline.sources.shapenet import LICENCE as SHAPENET
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     """
     started = time.monotonic()
     if sources is None:
-        sources = [open_source(spec, up=cfg.up) for spec in dict.fromkeys(cfg.source)]
+        sources = open_sources(cfg)
     plan = make_plan(cfg, sources)
     log.info("%s: %d assets in %d shards, products %s", cfg.out, plan.assets, len(plan.shards), " ".join(cfg.products))
     total = run(plan, cfg, sources)
@@ -51,6 +52,21 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     if not total["done"] and total["failed"]:
         raise RunError(f"no asset came through, {total['failed']} failed; {page} says why")
     return total
+
+
+def open_sources(cfg: BuildConfig) -> list[Source]:
+    """What cfg.source names. UserError as `open_source`, if two are of one kind, or if terms are not accepted."""
+    sources = [
+        open_source(spec, up=cfg.up, fetch=cfg.fetch, max_bytes=cfg.filter.max_bytes)
+        for spec in dict.fromkeys(cfg.source)
+    ]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two sources of the kind {name}: their assets could not be told apart; use two builds")
+    if SHAPENET in names and SHAPENET not in cfg.filter.licences:
+        raise UserError("ShapeNet's terms allow research, not commerce; to accept them: --license-allow shapenet")
+    return sources
 
 
 def main(args: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.cameras import CameraSet
+from pipeline.fetch import FetchConfig
 from pipeline.filter import FilterConfig
 from pipeline.load import LoadConfig
 from pipeline.normalize import NormalizeConfig
@@ -26,7 +27,8 @@ class LimitsConfig:
 
     asset_timeout_s: float = 900.0  # wall time of one asset, all its stages
     asset_memory_gb: float = 8.0  # address space of the process that works on one asset
-    retries: int = 2  # after a lost worker or node; a crash, a hang or a rejection is never tried again
+    retries: int = 2  # after a lost worker or node, or a network in trouble; never after a crash or a verdict
+    retry_wait_s: float = 60.0  # before an asset is fetched again; twice as long the next time
     max_failed_share: float = 0.2  # of the assets tried; beyond it (and 10 failures) the run stops
     min_free_gb: float = 0.5  # on the output's disk; below it the run stops before the disk is full
 
@@ -36,8 +38,9 @@ class LimitsConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share must be in [0, 1], got {self.max_failed_share}")
-        if self.retries < 0:
-            raise ValueError(f"retries must be 0 or more, got {self.retries}")
+        for name in ("retries", "retry_wait_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,8 @@ class BuildConfig:
     """Turn raw 3D assets into verified shards of sparse SDF bricks and renders."""
 
     preset: PresetName = "smoke"  # where the options below start from
-    source: tuple[str, ...] = ("procedural",)  # procedural | folder:PATH, one or several
+    # procedural | folder:PATH | objaverse | objaverse-xl[?places=github,...] | shapenet:PATH[?categories=chair]
+    source: tuple[str, ...] = ("procedural",)
     up: Literal["y", "z"] = "y"  # the axis that points up in the source's files
     out: Path = Path("data/smoke")  # output directory; a build that was stopped goes on there
     limit: int | None = None  # take the first N assets only; smoke: 48, unless --source is given
@@ -59,6 +63,7 @@ class BuildConfig:
     val_percent: int = 2  # share of assets, drawn by uid, in the validation split
     workers: int | None = None  # assets worked on at once; default: every core
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)

@@ -37,7 +37,12 @@ class Wanted:
 
     @property
     def key(self) -> str:
-        """Its name in the cache."""
+        """Its name in the cache: that of its bytes where they are known, whatever address they come from today."""
+        return hashlib.sha256((self.sha256 or self.url).encode()).hexdigest()[:40]
+
+    @property
+    def address(self) -> str:
+        """What a note on how asking for it ended goes by."""
         return hashlib.sha256(f"{self.url}\0{self.sha256 or ''}".encode()).hexdigest()[:40]
 
 
@@ -60,7 +65,7 @@ def fetch(want: Wanted, target: Path, cfg: FetchConfig) -> Path:
     kept = cfg.root / "files" / want.key[:2] / want.key
     if kept.exists() and (want.sha256 is None or sha256_of(kept) == want.sha256):
         return _deliver(kept, target, keep=True)
-    with remembered(want.key, cfg), _own_partial(want, cfg) as partial:
+    with remembered(want.address, cfg), _own_partial(want, cfg) as partial:
         begun = partial.exists()
         _download(want, partial, cfg)
         if begun and want.sha256 is not None and sha256_of(partial) != want.sha256:
@@ -236,7 +241,7 @@ def _locked(path: Path, timeout_s: float) -> Iterator[None]:
 
 def _deliver(path: Path, target: Path, *, keep: bool) -> Path:
     """Moves or copies a whole file to `target`, which appears at once."""
-    partial = target.with_name(f".{target.name[:60]}.{os.getpid()}.partial")
+    partial = target.with_name(f".fetched-{os.getpid()}.partial")
     try:
         (os.link if keep else os.rename)(path, partial)
     except OSError as error:

@@ -63,6 +63,7 @@ class Result:
     peak_rss_bytes: int = 0
     host: str = ""
     attempts: int = 1
+    transient: bool = False  # failed for a reason that may be gone another time
 
 
 def product_order(product: str) -> tuple[int, int, str]:

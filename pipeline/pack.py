@@ -87,6 +87,7 @@ def land(job: AssetJob, end: Exit, attempts: int) -> Result:
         peak_rss_bytes=end.peak_rss_bytes,
         host=socket.gethostname(),
         attempts=attempts,
+        transient=status == "failed" and notes.transient,
     )
     shutil.rmtree(job.folder / "input", ignore_errors=True)
     (job.folder / NOTES).unlink(missing_ok=True)

@@ -73,6 +73,7 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Source]) -> Plan:
     table = _table(chain.from_iterable(source.records() for source in sources), cfg)
     if not table.num_rows:
         raise UserError(f"no assets in {' '.join(cfg.source)}; name a source that has some")
+    snapshots = {source.name: snapshot() for source in sources if (snapshot := getattr(source, "snapshot", None))}
     skipped = {source.name: n for source in sources if (n := getattr(source, "skipped", 0))}
     info = {
         "format_version": FORMAT_VERSION,
@@ -81,6 +82,7 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Source]) -> Plan:
         "assets": table.num_rows,
         "shards": -(-table.num_rows // cfg.shard_size),
         "skipped_files": skipped,
+        "snapshots": snapshots,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": _commit(),
     }
@@ -108,6 +110,8 @@ def read_plan(out: Path) -> Plan:
         raise UserError(f"{out} is not a build: it has no readable plan.json and plan.parquet") from error
     if found != FORMAT_VERSION:
         raise UserError(f"{out} has format_version {found}, this code reads {FORMAT_VERSION}: rebuild it")
+    if "metadata" not in table.column_names:  # of a plan made before there were catalogues
+        table = table.append_column("metadata", pa.array([""] * table.num_rows, pa.string()))
     if not table.schema.equals(COLUMNS):
         raise UserError(f"{out / 'plan.parquet'} must have the columns {COLUMNS.names}, has {table.column_names}")
     return Plan(out=out, info=info, table=table)

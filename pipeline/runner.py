@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import heapq
 import json
 import logging
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import ray
@@ -45,6 +47,7 @@ OBJECT_STORE_BYTES = 100 << 20  # assets travel through the file system; Ray car
 FAILURES_BEFORE_STOP = 10
 DISK_CHECK_S = 5.0
 CANCEL_S = 30.0
+Verdict = tuple[str, str, str, bool]  # on an asset: status, stage, reason, whether it may be another next time
 
 
 @dataclass(kw_only=True)
@@ -119,6 +122,7 @@ class _Run:
         self.config = ray.put(cfg)
         self.tasks: dict[ray.ObjectRef, tuple[_Shard, Record | None]] = {}
         self.attempts: dict[str, int] = {}
+        self.later: list[tuple[float, str, _Shard, Record]] = []  # heap: when, uid, what to try again
         self.tried, self.failed = 0, 0
         self.todo = todo
         self.progress = Progress(sum(len(plan.shard(name)) for name, _ in todo), "assets")
@@ -130,11 +134,15 @@ class _Run:
         try:
             while True:
                 room = max(0, self._slots() * IN_FLIGHT_PER_SLOT - len(self.tasks))
-                for shard, record in islice(jobs, room):
+                for shard, record in islice(chain(self._due(), jobs), room):
                     self._submit(shard, record)
-                if not self.tasks:
+                if self.tasks:
+                    ready, _ = ray.wait(list(self.tasks), num_returns=1, timeout=0.5)
+                elif self.later:
+                    ready = []
+                    time.sleep(0.5)
+                else:
                     return
-                ready, _ = ray.wait(list(self.tasks), num_returns=1, timeout=0.5)
                 stop.check()
                 for ref in ready:
                     self._take(ref)
@@ -167,6 +175,11 @@ class _Run:
             else:
                 yield shard, None
 
+    def _due(self) -> Iterator[tuple[_Shard, Record]]:
+        """What waited long enough."""
+        while self.later and self.later[0][0] <= time.monotonic():
+            yield heapq.heappop(self.later)[2:]
+
     def _submit(self, shard: _Shard, record: Record | None) -> None:
         if record is None:
             job = PackJob(config=self.cfg, shard=shard.name, records=shard.records, products=shard.products)
@@ -197,8 +210,14 @@ class _Run:
             return
         self._landed(shard, record, result)
 
-    def _landed(self, shard: _Shard, record: Record, result: tuple[str, str, str]) -> None:
-        status, stage, reason = result
+    def _landed(self, shard: _Shard, record: Record, result: Verdict) -> None:
+        status, stage, reason, transient = result
+        attempt = self.attempts[record.uid]
+        if transient and attempt <= self.cfg.limits.retries:
+            wait_s = self.cfg.limits.retry_wait_s * 2 ** (attempt - 1) * random.uniform(1.0, 1.5)
+            log.warning("%s: %s in %s; trying again in %.0f s", record.uid, reason, stage, wait_s)
+            heapq.heappush(self.later, (time.monotonic() + wait_s, record.uid, shard, record))
+            return
         self.tried += 1
         self.progress.count(status)
         if status == "failed":
@@ -252,8 +271,8 @@ _isolated = Isolated("pipeline.asset:warm_up")  # of a Ray worker process
 @ray.remote(num_cpus=1, max_retries=0)
 def _asset_task(
     record: Record, source: Source, cfg: BuildConfig, shard: str, products: tuple[str, ...], attempt: int
-) -> tuple[str, str, str]:
-    """All stages of one asset in a child of its own: (status, stage, reason). RunError if no asset could succeed."""
+) -> Verdict:
+    """All stages of one asset in a child of its own. RunError if no asset could succeed."""
     job = _job(record, source, cfg, shard, products, attempt)
     end = _isolated.call(
         "pipeline.asset:process",
@@ -286,8 +305,8 @@ def _job(
     return AssetJob(record=record, source=source, config=cfg, products=products, folder=folder)
 
 
-def _verdict(result: Result) -> tuple[str, str, str]:
-    return result.status, result.stage, result.reason
+def _verdict(result: Result) -> Verdict:
+    return result.status, result.stage, result.reason, result.transient
 
 
 @contextmanager

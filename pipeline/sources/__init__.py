@@ -1,11 +1,13 @@
-"""Where assets come from: `open_source` turns "procedural" or "folder:PATH" into a Source."""
+"""Where assets come from: `open_source` turns "procedural", "folder:PATH", "objaverse" and so on into a Source."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import parse_qs
 
+from pipeline.fetch import FetchConfig
 from pipeline.schema import Record, UserError
 
 
@@ -13,7 +15,9 @@ class Source(Protocol):
     """A catalogue and the way to its bytes. Picklable and cheap to construct: workers get a copy.
 
     `records` yields the same records in the same order on every machine; `materialize` returns a readable local
-    file for one of them, written below `scratch` if it has to be written at all.
+    file for one of them, written below `scratch` if it has to be written at all. A source may also have `up`, the axis
+    that points up in its files, `skipped`, how many files it did not count, and `snapshot()`, which names the state of
+    its catalogue.
     """
 
     @property
@@ -24,21 +28,58 @@ class Source(Protocol):
     def materialize(self, record: Record, scratch: Path) -> Path: ...
 
 
-def open_source(spec: str, up: str = "y") -> Source:
-    """The source that `spec` names: "procedural" or "folder:PATH". `up` = axis that points up in its files.
+def open_source(spec: str, up: str = "y", fetch: FetchConfig | None = None, max_bytes: int = 1 << 30) -> Source:
+    """The source that `spec` names; `up` = axis that points up in a folder's files, `max_bytes` of a downloaded file.
 
-    UserError: unknown scheme, or a folder that is missing, unreadable or without a single mesh file.
+    procedural | folder:PATH | objaverse[:ANNOTATIONS] | objaverse-xl[:ANNOTATIONS][?places=github,...] |
+    shapenet:PATH[?categories=chair,03001627][&splits=train]. ANNOTATIONS is a folder laid out as the objaverse package
+    does; without it that package's own. UserError: unknown scheme or option, or a folder without what it should hold.
     """
+    from pipeline.sources.annotations import Annotations
     from pipeline.sources.folder import FolderSource
+    from pipeline.sources.objaverse import ObjaverseSource
+    from pipeline.sources.objaverse_xl import PLACES, ObjaverseXLSource
     from pipeline.sources.procedural import ProceduralSource
+    from pipeline.sources.shapenet import ShapeNetSource
 
     if up not in ("y", "z"):
         raise UserError(f"the up axis must be y or z, got {up!r}")
+    fetch = fetch or FetchConfig()
     scheme, _, rest = spec.partition(":")
     if scheme == "procedural" and not rest:
         return ProceduralSource()
     if scheme == "folder" and rest:
-        source = FolderSource(root=Path(rest).expanduser().absolute(), up=up)
+        source = FolderSource(root=_path(rest), up=up)
         source.check()
         return source
-    raise UserError(f"unknown source {spec!r}; use procedural or folder:PATH")
+    scheme, _, options = spec.partition("?")
+    scheme, _, rest = scheme.partition(":")
+    annotations = Annotations(root=_path(rest) if rest else None, fetch=fetch)
+    if scheme == "objaverse" and not options:
+        return ObjaverseSource(annotations=annotations, fetch=fetch, max_bytes=max_bytes)
+    if scheme == "objaverse-xl":
+        places = _options(spec, options, "places").get("places", PLACES)
+        if not set(places) <= set(PLACES):
+            raise UserError(f"{spec}: places are {','.join(PLACES)}")
+        return ObjaverseXLSource(annotations=annotations, fetch=fetch, max_bytes=max_bytes, places=places)
+    if scheme == "shapenet" and rest:
+        chosen = _options(spec, options, "categories", "splits")
+        source = ShapeNetSource(
+            root=_path(rest), categories=chosen.get("categories", ()), splits=chosen.get("splits", ())
+        )
+        source.check()
+        return source
+    raise UserError(f"unknown source {spec!r}; use procedural, folder:PATH, objaverse, objaverse-xl or shapenet:PATH")
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def _options(spec: str, text: str, *names: str) -> dict[str, tuple[str, ...]]:
+    """What follows the question mark: name=value,value joined by &."""
+    found = parse_qs(text, keep_blank_values=True)
+    for name in found:
+        if name not in names:
+            raise UserError(f"{spec}: unknown option {name!r}; there is {' and '.join(names)}")
+    return {name: tuple(word for word in ",".join(values).split(",") if word) for name, values in found.items()}

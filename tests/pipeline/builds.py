@@ -8,10 +8,16 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from pipeline.config import BuildConfig, LimitsConfig
+from pipeline.manifest import read_manifest
+from pipeline.plan import make_plan
+from pipeline.sources import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--views", "2", "--image-size", "64", "--topology-resolution", "64", "--shard-size", "3", "--workers", "2"]
@@ -82,3 +88,22 @@ def wait_until(condition: Callable[[], object], within_s: float = 300.0) -> None
     while not condition():
         assert time.monotonic() < deadline, f"not within {within_s} s"
         time.sleep(0.02)
+
+
+def config(out: Path, limits: dict | None = None, **options: Any) -> BuildConfig:
+    """Of a tiny build in this process; it needs the fixture shared_ray."""
+    tiny = {"resolutions": (64,), "topology_resolution": 64, "views": 1, "image_size": 32, "val_percent": 12}
+    limits = {"asset_memory_gb": 4.0, "min_free_gb": 0.0, **(limits or {})}
+    return BuildConfig(out=out, workers=2, limits=LimitsConfig(**limits), **{**tiny, **options})
+
+
+def build(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
+    """A build without its report."""
+    from pipeline.runner import run  # Ray is for those who build
+
+    return run(make_plan(cfg, sources), cfg, sources)
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """Of every manifest, in plan order."""
+    return [row for path in sorted((out / "manifest").glob("*.parquet")) for row in read_manifest(path)]

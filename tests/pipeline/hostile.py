@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.schema import Record
+from pipeline.schema import Record, Transient
 from pipeline.sources.procedural import ProceduralSource
 
 
@@ -61,6 +61,8 @@ class HostileSource:
             raise OSError(errno.ENOSPC, "No space left on device")
         elif behaviour == "lose_worker" and visits == 0:
             _kill_ray_worker()
+        elif behaviour == "trouble" or (behaviour == "trouble_once" and visits == 0):
+            raise Transient("http_503", host="example.org")
         elif behaviour == "vanish":
             raise FileNotFoundError("gone since the folder was listed")
         path = scratch / "box.obj"

@@ -20,8 +20,8 @@ SPELLINGS = {
         "cc0-1.0",
         "http://creativecommons.org/publicdomain/zero/1.0/",
         "Creative Commons Zero v1.0 Universal",
-    ]
-    + ["Creative Commons - Public Domain Dedication"],
+        "Creative Commons - Public Domain Dedication",
+    ],
     "public-domain": ["PDM", "Public Domain", "https://creativecommons.org/publicdomain/mark/1.0/"],
     "mit": ["MIT License", "mit", "MIT No Attribution"],
     "apache-2.0": ["Apache License 2.0"],

@@ -1,53 +1,17 @@
 """Hostile assets in a run on Ray. The tests share one local Ray, so that they pay its start once."""
 
 import json
-import os
 
 import pytest
-import ray
 
-from pipeline.config import BuildConfig, LimitsConfig
-from pipeline.manifest import read_manifest
 from pipeline.plan import make_plan
-from pipeline.runner import missing_products, run
+from pipeline.runner import missing_products
 from pipeline.schema import RunError, UserError
 from pipeline.verify import verify
-from tests.pipeline.builds import assert_same, contents
+from tests.pipeline.builds import assert_same, build, config, contents, rows_of
 from tests.pipeline.hostile import HostileSource
 
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_ray(tmp_path_factory):
-    before = {name: os.environ.get(name) for name in ("HOME", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
-    os.environ |= {"HOME": str(tmp_path_factory.mktemp("home"))}
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=100 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def config(out, limits=None, **options):
-    tiny = {"resolutions": (64,), "topology_resolution": 64, "views": 1, "image_size": 32, "val_percent": 12}
-    limits = {"asset_memory_gb": 4.0, "min_free_gb": 0.0, **(limits or {})}
-    return BuildConfig(out=out, workers=2, limits=LimitsConfig(**limits), **{**tiny, **options})
-
-
-def build(cfg, sources):
-    """A build without its report."""
-    return run(make_plan(cfg, sources), cfg, sources)
-
-
-def rows_of(out):
-    return [row for path in sorted((out / "manifest").glob("*.parquet")) for row in read_manifest(path)]
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +137,20 @@ def test_other_options_of_a_product_that_is_there_are_refused(hostile_build):
     cfg, _, _ = hostile_build
     with pytest.raises(UserError, match=r"renders-paper .*views=1, now 2"):
         build(config(cfg.out, views=2), [HostileSource(count=64)])
+
+
+def test_what_may_pass_is_tried_again_after_a_while_and_is_a_failure_if_it_does_not(tmp_path):
+    """Number 1 is in trouble once, number 2 always: one retry is too few for it."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    source = HostileSource(count=4, behaviours=((1, "trouble_once"), (2, "trouble")), notes=notes)
+    cfg = config(tmp_path / "out", limits={"retries": 1, "retry_wait_s": 0.2}, shard_size=2)
+    assert build(cfg, [source]) == {"done": 3, "rejected": 0, "failed": 1}
+    assert sorted(path.name for path in notes.iterdir()) == ["0.0", "1.0", "1.1", "2.0", "2.1", "3.0"]
+    assert [(row["status"], row["stage"], row["reason"]) for row in rows_of(cfg.out)][2] == (
+        "failed",
+        "fetch",
+        "http_503",
+    )
+    assert json.loads(rows_of(cfg.out)[2]["numbers"]) == {"host": "example.org"}
+    assert verify(cfg.out) == []
