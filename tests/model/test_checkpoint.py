@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,22 @@ def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
+        save_model(path, Tiny(Sizes()), Sizes())
+    assert torch.equal(load_model(path, Tiny).layer.weight, model.layer.weight)
+    assert [p.name for p in path.parent.iterdir()] == ["vae"]
+
+
+def test_the_old_one_returns_if_the_new_cannot_take_its_place(saved, monkeypatch):
+    path, model = saved
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output"):
         save_model(path, Tiny(Sizes()), Sizes())
     assert torch.equal(load_model(path, Tiny).layer.weight, model.layer.weight)
     assert [p.name for p in path.parent.iterdir()] == ["vae"]

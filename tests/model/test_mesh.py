@@ -69,6 +69,10 @@ def test_surfaces_of_a_batch_are_where_they_should_be():
 def test_the_level_moves_the_surface():
     one = analytic_bricks(sphere(0.3), 64)
     vertices, _ = mesh_of(one.blocks, one.values.astype(np.float32), 64, level=0.5)
+    batch = BrickBatch.collate([one])
+    ((same, _),) = extract_meshes(batch.cells, batch.values, level=0.5)
+    assert len(same) == len(vertices)
+    assert same.sum() == pytest.approx(vertices.sum())
     assert np.abs(sphere(0.3 + 0.5 * band(64))(vertices)).max() < 0.1 * spacing(64)
 
 

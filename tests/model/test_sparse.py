@@ -67,6 +67,15 @@ def test_caches_are_shared_by_every_tensor_of_a_level():
     assert x.level.to("cpu") is x.level
 
 
+def test_a_batch_moves_as_a_whole():
+    batch = BrickBatch.collate([random_bricks(9)])
+    moved = batch.to("meta")
+    for tensor in (moved.values, moved.sharp, moved.cells.coords, moved.cells.asset_starts):
+        assert tensor.device.type == "meta"
+    assert (moved.resolution, moved.cells.resolution, moved.batch_size) == (64, 8, 1)
+    assert batch.to("cpu").cells is batch.cells
+
+
 @pytest.mark.parametrize("feats", [torch.zeros(11, 3), torch.zeros(12), torch.zeros(12, 3, device="meta")])
 def test_features_must_fit_their_level(feats):
     with pytest.raises(ValueError, match=r"feats must be \[12, C\] on cpu, got"):
