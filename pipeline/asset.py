@@ -109,7 +109,7 @@ def _prepare(job: AssetJob, notes: Notes) -> tuple[Mesh, Topology]:
             path = job.source.materialize(record, scratch)
             with path.open("rb") as file:
                 notes.row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        except (FileNotFoundError, PermissionError) as error:
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
             raise Reject("file_not_readable", error=type(error).__name__) from error
         if record.sha256 not in (None, notes.row["sha256"]):
             raise Reject("wrong_sha256", expected=record.sha256)

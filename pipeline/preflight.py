@@ -13,6 +13,7 @@ from pipeline.schema import Reject
 
 MESH_FORMATS = frozenset({"glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"})  # what `load` reads
 HEAD = 4096
+ZIP_FACTOR = 200  # of text that compresses well
 BOMB_BYTES, BOMB_FACTOR = 1 << 26, 8  # a claim beyond both is an attack, below it the file is cut short
 COMPONENT_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
 COMPONENTS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
@@ -215,7 +216,7 @@ def _check_off(file: BinaryIO, size: int, limits: Limits) -> None:
 def _check_zip(file: BinaryIO, size: int, limits: Limits) -> None:
     with zipfile.ZipFile(file) as archive:
         total = sum(member.file_size for member in archive.infolist())
-    if total > limits.max_unpacked_bytes:
+    if total > min(limits.max_unpacked_bytes, max(BOMB_BYTES, ZIP_FACTOR * size)):
         raise Reject("allocation_bomb", what="archive", claimed=total, available=size)
 
 

@@ -68,7 +68,11 @@ class FolderSource:
         FileNotFoundError or PermissionError if it is gone, closed or outside by now; Reject as `extract`, `only_mesh`.
         """
         path = self.root / record.url
-        if not path.resolve().is_relative_to(self.root.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.root.resolve())
+        except RuntimeError as error:  # a link to itself
+            raise FileNotFoundError(f"{record.url} leads nowhere") from error
+        if not inside:
             raise FileNotFoundError(f"{record.url} leads out of the folder {self.root}")
         with path.open("rb"):
             if record.format not in ARCHIVE_FORMATS:
