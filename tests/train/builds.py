@@ -1,0 +1,104 @@
+"""Builds for tests, made of analytic shapes in milliseconds with the pipeline's own writers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.manifest import HEAD, TAIL, write_manifest
+from pipeline.schema import BLOCK, Bricks, band, spacing
+from pipeline.store import write_sdf_shard
+from train.config import BrickConfig, LoopConfig, VAEConfig, VAETraining
+
+Field = Callable[[NDArray], NDArray]  # points [..., 3] in the cube -> signed distance [...]
+TINY = VAEConfig(widths=(8, 8, 16, 32), heads=2, blocks=2, groups=8, mlp_ratio=2)
+
+
+def ellipsoid(center: Sequence[float], radii: Sequence[float]) -> Field:
+    """Negative inside; not a distance away from the surface, which does not matter here."""
+    return lambda p: (np.linalg.norm((p - np.array(center)) / np.array(radii), axis=-1) - 1) * min(radii)
+
+
+def grid(resolution: int) -> NDArray[np.float64]:
+    """[R, R, R, 3] positions of the grid points."""
+    axis = np.arange(resolution) * spacing(resolution) - 0.5
+    return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1)
+
+
+def bricks_of(field: Field, resolution: int, points: NDArray | None = None) -> Bricks:
+    """The bricks of a field; "sharp" are the active points with x + 2 y > 0.1, so that symmetries show in it too."""
+    points = grid(resolution) if points is None else points
+    values = np.clip(field(points) / band(resolution), -1, 1).astype(np.float16)
+    sharp = (np.abs(values) < 1) & (points[..., 0] + 2 * points[..., 1] > 0.1)
+    values, sharp = _blocks(values), _blocks(sharp)
+    blocks = np.argwhere((np.abs(values) < 1).any(axis=-1))
+    rows = tuple(blocks.T)
+    return Bricks(
+        resolution=resolution,
+        blocks=blocks.astype(np.int16),
+        values=values[rows],
+        sharp=np.packbits(sharp[rows], axis=1, bitorder="little"),
+    )
+
+
+def _blocks(dense: NDArray) -> NDArray:
+    side = len(dense) // BLOCK
+    cut = dense.reshape(side, BLOCK, side, BLOCK, side, BLOCK).transpose(0, 2, 4, 1, 3, 5)
+    return cut.reshape(side, side, side, BLOCK**3)
+
+
+def shape(number: int) -> Field:
+    """One of an endless series of ellipsoids."""
+    rng = np.random.default_rng(number)
+    return ellipsoid(rng.uniform(-0.12, 0.12, 3), rng.uniform(0.1, 0.3, 3))
+
+
+def make_build(
+    root: Path, *, assets: int = 6, val: int = 2, resolutions: Sequence[int] = (32,), shard_size: int = 4
+) -> Path:
+    """A committed build of `assets` training and `val` held-out shapes."""
+    uids = [f"analytic-{number:020d}" for number in range(assets + val)]
+    for first in range(0, len(uids), shard_size):
+        name, chosen = f"{first // shard_size:06d}", range(first, min(first + shard_size, len(uids)))
+        rows = [dict.fromkeys([*HEAD.names, *TAIL.names]) for _ in chosen]
+        for row, number in zip(rows, chosen, strict=True):
+            row |= {"uid": uids[number], "status": "done", "shard": name, "row": number - first}
+            row["split"] = "train" if number < assets else "val"
+        for resolution in resolutions:
+            made = [bricks_of(shape(number), resolution) for number in chosen]
+            path = root / "sdf" / str(resolution) / f"{name}.zarr"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_sdf_shard(path, resolution, [(uids[n], b) for n, b in zip(chosen, made, strict=True)], "test")
+            for row, bricks in zip(rows, made, strict=True):
+                row[f"tokens_{resolution}"] = len(bricks.blocks)
+            commit(root, name, f"sdf-{resolution}")
+        write_manifest(root / "manifest" / f"{name}.parquet", rows, resolutions)
+        commit(root, name, "manifest")
+    return root
+
+
+def commit(root: Path, shard: str, product: str) -> None:
+    path = root / "shards" / shard / f"{product}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"shard": shard, "product": product}))
+
+
+def tiny_training(data: Path, out: Path, *, steps: int = 4, **options: object) -> VAETraining:
+    """Options for a run of seconds; `options` go to the loop, or to the bricks where the loop has no such name."""
+    loop = {"steps": steps, "precision": "fp32", "warmup_steps": 2, "log_every": 10, "checkpoint_every": 10}
+    loop |= {"validate_every": 0, "sample_every": 0, "learning_rate": 1e-3}
+    bricks = {"resolutions": (32,), "batch_size": 2, "workers": 1}
+    for name, value in options.items():
+        (loop if name in LoopConfig.__dataclass_fields__ else bricks)[name] = value
+    return VAETraining(
+        data=data,
+        out=out,
+        device="cpu",
+        bricks=BrickConfig(**bricks),  # pyright: ignore[reportArgumentType]
+        loop=LoopConfig(**loop),  # pyright: ignore[reportArgumentType]
+        model=TINY,
+    )

@@ -1,0 +1,250 @@
+"""Training the structure stage: batches that depend on names alone, both halves, resuming, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.condition import EncoderConfig
+from model.conditioned import ConditionedConfig
+from model.dit import DiTConfig
+from model.flow import Guidance
+from model.occupancy import OccupancyConfig, occupancy_of
+from model.postprocess import open_edges_of
+from model.structure import Structure, StructureConfig
+from pipeline.cameras import camera
+from pipeline.render import encode
+from pipeline.schema import UserError, View
+from pipeline.shards import write_render_shard
+from pipeline.store import SdfShard
+from tests.train.builds import commit, make_build
+from train import checkpoint
+from train.config import LoopConfig
+from train.data import read_catalogue
+from train.distributed import World
+from train.loop import weights_file
+from train.plan import Draw
+from train.structure import main, train, train_flow, train_vae
+from train.structure_config import STRUCTURE_PRESETS, FlowTraining, OccupancyTraining, StructureTraining
+from train.structure_data import GridLoader
+from train.structure_task import cube_surface
+from train.symmetry import SYMMETRIES
+
+VIEWS = 5
+MODEL = StructureConfig(
+    occupancy=OccupancyConfig(side=4, widths=(8, 16), blocks=1, groups=8, latent_channels=4),
+    flow=ConditionedConfig(
+        dit=DiTConfig(
+            channels=48,
+            blocks=2,
+            heads=3,
+            kv_heads=3,
+            mlp_ratio=2,
+            latent_channels=4,
+            condition_channels=32,
+            attention="full",
+        ),  # fmt: skip
+        encoder=EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2),
+    ),
+)
+
+
+def color_of(number, view):
+    """Red and green say which asset it is, blue which view."""
+    return 30 + 25 * number, 220 - 25 * number, 10 + 40 * view
+
+
+def add_renders(root):
+    """Discs of one colour an asset and view, for every committed shard of a build."""
+    row, column = np.mgrid[:40, :40] / 40 - 0.5
+    inside = np.uint8(255 * (row**2 + column**2 < 0.12))
+    for path in sorted((root / "sdf" / "32").glob("*.zarr")):
+        entries = []
+        for uid in SdfShard(path).uids:
+            views = []
+            for view in range(VIEWS):
+                rgb = np.tile(np.uint8(color_of(int(uid[-3:]), view)), (40, 40, 1))
+                meta = {"uid": uid, "view": view, **camera(uid, view).meta(), "width": 40, "height": 40}
+                views.append((encode(View(rgba=np.dstack([rgb, inside]), meta=meta)), meta))
+            entries.append((uid, views))
+        write_render_shard(root / "renders" / "paper" / f"{path.stem}.tar", entries)
+        commit(root, path.stem, "renders-paper")
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    root = make_build(tmp_path_factory.mktemp("rendered"), assets=4, val=2)
+    add_renders(root)
+    return root
+
+
+def config(data, out, *, steps=4, **options):
+    loop = LoopConfig(
+        steps=steps, precision="fp32", warmup_steps=2, log_every=100, checkpoint_every=100, validate_every=0,
+        sample_every=0, learning_rate=3e-3, ema_decay=0.9,
+    )  # fmt: skip
+    cfg = StructureTraining(
+        data=data, out=out, device="cpu", resolution=32, held_out_views=2, workers=1, samples=2, model=MODEL,
+        vae=OccupancyTraining(batch_size=2, loop=loop), flow=FlowTraining(batch_size=2, steps=4, loop=loop),
+    )  # fmt: skip
+    return replace(cfg, **options)
+
+
+def metrics(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_grids_are_the_stored_cells_under_a_symmetry(rendered, tmp_path):
+    catalogue = read_catalogue(rendered, [32]).split("train")
+    loader = GridLoader(catalogue, config(rendered, tmp_path), images=False)
+    shard = SdfShard(rendered / "sdf" / "32" / "000000.zarr")
+    seen = set()
+    for epoch in range(6):
+        batch = loader.batch([Draw(asset, epoch) for asset in range(3)], 0.5)
+        for number in range(3):
+            blocks = torch.from_numpy(shard.bricks(catalogue.uids[number]).blocks.astype(np.int64))
+            stored = occupancy_of(torch.nn.functional.pad(blocks, (1, 0)), 4, 1)[0].numpy()
+            turned = [np.flip(stored.transpose(a), np.flatnonzero(m)) for a, m in SYMMETRIES]
+            assert any((batch.occupied[number].numpy() == one).all() for one in turned)
+        seen.add(batch.occupied[0].numpy().tobytes())
+        assert (batch.share, batch.images, batch.tokens) == (0.5, None, 3 * 8)
+    assert len(seen) > 1
+    plain = GridLoader(catalogue, config(rendered, tmp_path), images=False, training=False)
+    np.testing.assert_array_equal(plain.batch([Draw(2, 5)], 1.0).occupied[0].numpy(), stored)
+
+
+def test_a_sample_is_the_same_in_every_batch(rendered, tmp_path):
+    catalogue = read_catalogue(rendered, [32]).split("train")
+    loader = GridLoader(catalogue, config(rendered, tmp_path), images=True)
+    both, alone = loader.batch([Draw(1, 3), Draw(0, 2)], 0.5), loader.batch([Draw(0, 2)], 1.0)
+    torch.testing.assert_close(both.occupied[1:], alone.occupied)
+    torch.testing.assert_close(both.noise[8:], alone.noise)
+    torch.testing.assert_close(both.times[1:], alone.times)
+    torch.testing.assert_close(both.images.pixels[1:], alone.images.pixels)
+    again = loader.batch([Draw(0, 3)], 1.0)
+    assert (again.noise - alone.noise).abs().max() > 0.1
+    share = np.mean([loader.batch([Draw(0, n)], 1.0).dropped.item() for n in range(200)])
+    assert 0.03 < share < 0.2
+
+
+def test_every_view_but_the_held_out_ones_comes_in_turn(rendered, tmp_path):
+    catalogue = read_catalogue(rendered, [32]).split("train")
+    cfg = config(rendered, tmp_path, flow=replace(config(rendered, tmp_path).flow, augment=False))
+    loader = GridLoader(catalogue, cfg, images=True)
+    for turn in range(3):
+        assert {loader.view_of(1, 3 * turn + n) for n in range(3)} == {0, 1, 2}
+    held = GridLoader(catalogue, cfg, images=True, training=False, held_out_only=True)
+    assert {held.view_of(1, n) for n in range(2)} == {3, 4}
+    view = loader.view_of(1, 4)
+    pixel = loader.batch([Draw(1, 4)], 1.0).images.pixels[0, :, 14, 14]
+    assert tuple(pixel.tolist()) == color_of(1, view)
+    with pytest.raises(UserError, match="held_out_views must be below the 5 views there are, got 5"):
+        GridLoader(catalogue, replace(cfg, held_out_views=5), images=True).view_of(0, 0)
+
+
+def test_both_halves_train_and_the_checkpoint_is_the_whole_stage(rendered, tmp_path):
+    cfg = config(rendered, tmp_path / "run", steps=3)
+    loop = replace(cfg.flow.loop, validate_every=3, sample_every=3)
+    cfg = replace(cfg, vae=replace(cfg.vae, loop=loop), flow=replace(cfg.flow, loop=loop))
+    train(cfg, World())
+    found = checkpoint.latest(cfg.out / "flow")
+    assert json.loads((found / "config.json").read_text())["model"] == "Structure"
+    structure = Structure(MODEL)
+    checkpoint.load_weights(weights_file(found), structure)
+    trained = checkpoint.latest(cfg.out / "vae")
+    before = {name: tensor.clone() for name, tensor in structure.vae.state_dict().items()}
+    checkpoint.load_weights(weights_file(trained), structure.vae)
+    for name, tensor in structure.vae.state_dict().items():
+        assert torch.equal(tensor, before[name]), "the flow's training must leave the VAE alone"
+    assert (structure.flow.dit.latent_std > 0).all()
+    assert (structure.flow.dit.latent_std != 1).all()
+    rows = metrics(cfg.out / "flow")
+    assert [row["event"] for row in rows if "event" in row] == ["validation"]
+    assert {"iou", "kl", "bce"} <= set(metrics(cfg.out / "vae")[0])
+    folder = cfg.out / "flow" / "samples" / "step-00000003"
+    assert set(json.loads((folder / "iou.json").read_text())) == {"held_out_views", "held_out_assets"}
+    assert Image.open(folder / "cells.png").size == (3 * 192, 4 * 192)
+    assert Image.open(cfg.out / "vae" / "samples" / "step-00000003" / "cells.png").size == (2 * 192, 2 * 192)
+
+
+def test_a_run_in_two_parts_is_a_run_in_one(rendered, tmp_path):
+    whole, parts = config(rendered, tmp_path / "whole", steps=5), config(rendered, tmp_path / "parts", steps=2)
+    train(whole, World())
+    train(parts, World())
+    more = {name: replace(getattr(parts, name), loop=getattr(whole, name).loop) for name in ("vae", "flow")}
+    train(replace(parts, part="vae", **more), World())
+    # The flow in `parts` began on a VAE of two steps; begin it again on the same weights as the other one.
+    for name in ("vae",):
+        ours, theirs = ([row["loss"] for row in metrics(cfg.out / name)] for cfg in (parts, whole))
+        assert ours == theirs
+    split = config(rendered, tmp_path / "whole", steps=5)
+    other = replace(split, out=tmp_path / "split")
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "vae").symlink_to(whole.out / "vae")
+    train(replace(other, part="flow", flow=replace(other.flow, loop=replace(other.flow.loop, steps=2))), World())
+    train(replace(other, part="flow"), World())
+    assert [row["loss"] for row in metrics(other.out / "flow")] == [row["loss"] for row in metrics(whole.out / "flow")]
+
+
+def test_it_learns_which_image_has_which_cells(rendered, tmp_path):
+    cfg = config(rendered, tmp_path, steps=120)
+    cfg = replace(
+        cfg, vae=replace(cfg.vae, batch_size=4, symmetries=False, loop=replace(cfg.vae.loop, learning_rate=6e-3))
+    )
+    cfg = replace(cfg, flow=replace(cfg.flow, batch_size=12))
+    train(cfg, World())
+    assert metrics(cfg.out / "vae")[-1]["iou"] > 0.95
+    structure = Structure(MODEL).eval()
+    checkpoint.load_weights(weights_file(checkpoint.latest(cfg.out / "flow")), structure)
+    catalogue = read_catalogue(rendered, [32]).split("train")
+    loader = GridLoader(catalogue, cfg, images=True, training=False, held_out_only=True)
+    batch = loader.batch([Draw(asset, 0) for asset in range(4)], 1.0)  # views that training never saw
+    with torch.no_grad():
+        cells = structure.generate(
+            structure.flow.condition(batch.images), [1, 2, 3, 4], steps=12, guidance=Guidance(scale=2.0)
+        )
+    found = occupancy_of(cells.coords, 4, 4)
+    shared = (found[:, None] & batch.occupied).sum((2, 3, 4)) / (found[:, None] | batch.occupied).sum((2, 3, 4))
+    assert shared.argmax(1).tolist() == [0, 1, 2, 3]
+    assert shared.diagonal().min() > 0.7
+
+
+def test_cubes_have_a_closed_surface():
+    occupied = np.zeros((4, 4, 4), bool)
+    occupied[1:3, 1, 0] = True
+    occupied[3, 3, 3] = True
+    vertices, faces = cube_surface(occupied)
+    assert len(faces) == 2 * (10 + 6)
+    a, b, c = vertices[faces].transpose(1, 0, 2)
+    assert (a * np.cross(b, c)).sum() / 6 == pytest.approx(3 / 64)  # turned outwards
+    _, welded = np.unique(vertices, axis=0, return_inverse=True)
+    assert open_edges_of(welded.reshape(-1)[faces]) == 0
+
+
+def test_what_is_missing_is_said(rendered, tmp_path):
+    with pytest.raises(UserError, match=r"holds no occupancy VAE; train it first: .*--part vae"):
+        train(config(rendered, tmp_path / "none", part="flow"), World())
+    bare = make_build(tmp_path / "bare", assets=2, val=1)
+    cfg = config(bare, tmp_path / "bare-run")
+    chosen, val = (read_catalogue(bare, [32]).split(name) for name in ("train", "val"))
+    train_vae(cfg, World(), chosen, val)  # takes no images
+    with pytest.raises(UserError, match=r"no renders of cameras paper in shard 000000; add them"):
+        train_flow(cfg, World(), chosen, val)
+    with pytest.raises(ValueError, match="side must be resolution / 8 = 8, got 4"):
+        config(rendered, tmp_path, resolution=64)
+    with pytest.raises(UserError, match="unknown option --vae.lop"):
+        main(["--vae.lop", "3"])
+
+
+def test_presets_are_whole():
+    assert STRUCTURE_PRESETS["base"].model == StructureConfig()
+    with torch.device("meta"):
+        sizes = {}
+        for name, preset in STRUCTURE_PRESETS.items():
+            assert preset.preset == name
+            if preset.model.flow.encoder.kind == "stand-in":
+                sizes[name] = sum(p.numel() for p in Structure(preset.model).parameters())
+    assert sizes["tiny"] < 2e6 < sizes["small"] < 30e6

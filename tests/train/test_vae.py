@@ -1,0 +1,219 @@
+"""The VAE's training as users run it: killed and gone on with, refused in one line, evaluated, and learning."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoint import load_model
+from model.vae import SparseVAE
+from pipeline.schema import UserError
+from tests.train.builds import tiny_training
+from train import vae
+from train.command import configure
+from train.config import VAE_PRESETS
+from train.data import BrickReader, read_catalogue
+from train.distributed import World
+from train.evaluate import main as evaluate
+from train.vae_evaluation import VAEEvaluation, evaluate_asset, evaluate_vae, load_vae
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+CUT = """
+import sys, torch
+from pathlib import Path
+from tests.train.builds import tiny_training
+from train import vae
+from train.command import command
+from train.distributed import World
+torch.set_num_threads(1)
+command(lambda args: vae.train(tiny_training(Path(args[0]), Path(args[1]), steps=40, batch_size=1), World()) and 0)
+"""
+
+
+def exact(out):
+    """What each step came to, without times."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    names = ("step", "loss", "in", "ext", "sharp", "kl", "grad_norm", "tokens", "lr")
+    return [[line[name] for name in names] for line in lines if "event" not in line]
+
+
+@pytest.fixture(scope="module")
+def whole(build, tmp_path_factory):
+    """The metrics of an uninterrupted run."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole")
+    vae.train(tiny_training(build, out, steps=40, batch_size=1), World())
+    return exact(out)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_killed_at_an_arbitrary_step_the_next_losses_are_the_same(build, tmp_path, whole, signum, code):
+    process = subprocess.Popen([sys.executable, "-c", CUT, build, tmp_path], cwd=ROOT, env=ENVIRONMENT)
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 13):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signum)
+    assert process.wait(60) == code
+    done = len(exact(tmp_path))
+    assert 13 <= done <= 20, "cut off early enough for 20 steps after it"
+    kept = int((tmp_path / "latest").resolve().name[5:])
+    assert kept == (done if signum == signal.SIGTERM else done // 10 * 10)
+    vae.train(tiny_training(build, tmp_path, steps=40, batch_size=1), World())
+    assert exact(tmp_path) == whole
+
+
+def test_workers_change_no_loss(build, tmp_path, whole):
+    vae.train(tiny_training(build, tmp_path, steps=40, batch_size=1, workers=0), World())
+    assert exact(tmp_path) == whole
+
+
+def test_activation_checkpointing_changes_no_loss(build, tmp_path, whole):
+    cfg = tiny_training(build, tmp_path, steps=40, batch_size=1, activation_checkpointing=True)
+    vae.train(replace(cfg, loop=replace(cfg.loop, max_minutes=0.02)), World())
+    found = exact(tmp_path)
+    assert found
+    np.testing.assert_allclose(found, whole[: len(found)], rtol=1e-4)
+
+
+def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
+    load = vae.BrickLoader.load
+
+    def broken(self, plan, rank):
+        batch = load(self, plan, rank)
+        if plan.step == 3:
+            batch.noise[:] = float("nan")
+        return batch
+
+    monkeypatch.setattr(vae.BrickLoader, "load", broken)
+    assert vae.train(tiny_training(build, tmp_path, steps=6), World()) == 6
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    assert np.isnan(lines[3]["loss"])
+    assert np.isfinite(lines[5]["loss"])
+
+
+def test_a_step_writes_reconstructions_and_validates(build, tmp_path):
+    vae.train(tiny_training(build, tmp_path, steps=2, validate_every=2, sample_every=2), World())
+    (event,) = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines() if "event" in x]
+    assert {"loss", "in", "ext", "sharp", "kl", "iou"} <= event.keys()
+    folder = tmp_path / "samples" / "step-00000002"
+    assert {path.suffix for path in folder.iterdir()} == {".ply", ".png"}
+
+
+def test_a_checkpoint_is_a_model(build, tmp_path):
+    """`load_model` reads it, and so does the evaluation, which takes the average."""
+    vae.train(tiny_training(build, tmp_path, steps=3), World())
+    latest = tmp_path / "latest"
+    model = load_model(latest, SparseVAE)
+    assert model.config == tiny_training(build, tmp_path).model
+    average, described = load_vae(latest, torch.device("cpu"))
+    assert described["training"]["loop"]["steps"] == 3
+    assert not torch.equal(average.decoder.out.weight, model.decoder.out.weight)
+
+
+def test_a_perfect_model_has_perfect_metrics(build):
+    """One that returns what it was given, against the surface stored at the same resolution and at a finer one."""
+
+    class Identity(torch.nn.Module):
+        def forward(self, batch):
+            return batch.values.float(), None
+
+    catalogue = read_catalogue(build, [32])
+    options = {"device": torch.device("cpu"), "samples": 5000}
+    row, _ = evaluate_asset(Identity(), BrickReader(catalogue), 1, 32, **options)
+    assert row.chamfer < 1e-9
+    assert row.iou == 1
+    assert row.f1 == {0.005: 1.0, 0.001: 1.0}
+    finer = read_catalogue(build, [32, 40])
+    row, images = evaluate_asset(Identity(), BrickReader(finer), 1, 32, draw=True, **options)
+    assert row.reference_resolution == 40
+    assert 1e-5 < row.chamfer < 0.01
+    assert [image.shape for image in images] == [(320, 320, 3)] * 2
+
+
+def test_evaluation_of_a_run(build, tmp_path):
+    vae.train(tiny_training(build, tmp_path, steps=2), World())
+    cfg = VAEEvaluation(checkpoint=tmp_path / "latest", data=build, split="all", samples=500, limit=3)
+    result = evaluate_vae(cfg)
+    written = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert [row["uid"] for row in written["rows"]] == [row["uid"] for row in result["rows"]]
+    assert len(written["rows"]) == 3
+    table = (tmp_path / "evaluation" / "table.md").read_text()
+    assert "| R = 32, train | 3 |" in table
+    assert "Direct3D-S2, 512 (paper, protocol unknown) |  |  |  | 13.59 | 99.98 | 41.11 |" in table
+    assert (tmp_path / "evaluation" / "reconstructions.png").exists()
+
+
+# Presets and errors
+
+
+def test_presets():
+    base, more, small = (VAE_PRESETS[name] for name in ("base", "base-1024", "small"))
+    assert (base.bricks.resolutions, base.bricks.batch_size, base.loop.learning_rate) == ((256, 384, 512), 4, 1e-4)
+    assert (more.bricks.resolutions, more.bricks.batch_size, more.loop.learning_rate) == ((1024,), 1, 1e-5)
+    assert more.init == Path("runs/vae-base/latest")
+    sizes = {name: sum(p.numel() for p in SparseVAE(cfg.model).parameters()) for name, cfg in VAE_PRESETS.items()}
+    assert sizes["base"] == sizes["base-1024"] == 37_874_113
+    assert sizes["small"] <= 6_000_000
+    assert small.preset == "small"
+    assert all(cfg.preset == name for name, cfg in VAE_PRESETS.items())
+
+
+def test_options_start_from_the_preset():
+    args = ["--preset", "small", "--loop.steps", "7", "--model.widths", "32", "32", "32", "96"]
+    cfg = configure(VAE_PRESETS, "tiny", args, prog="x")
+    assert (cfg.preset, cfg.loop.steps, cfg.bricks.resolutions) == ("small", 7, (256,))
+    assert cfg.model.widths == (32, 32, 32, 96)
+    assert configure(VAE_PRESETS, "tiny", [], prog="x") == VAE_PRESETS["tiny"]
+    with pytest.raises(UserError, match=r"did you mean --loop\.steps"):
+        configure(VAE_PRESETS, "tiny", ["--steps", "7"], prog="x")
+    with pytest.raises(UserError, match="steps must be 1 or more, got 0"):
+        configure(VAE_PRESETS, "tiny", ["--loop.steps", "0"], prog="x")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "/nowhere"], "/nowhere is not a build"),
+        (["--device", "cuda"], "needs a CUDA device"),
+        (["--preset", "base-1024"], r"runs/vae-base/latest does not exist; train it first, or name .* --init"),
+        (["--preset", "huge"], "preset"),
+    ],
+)
+def test_errors_of_the_command(args, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message) as error:
+        vae.main(args)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(build, tmp_path):
+    cfg = tiny_training(build, tmp_path / "a", steps=1)
+    vae.train(cfg, World())
+    wider = replace(cfg, model=replace(cfg.model, widths=(8, 8, 16, 64)))
+    with pytest.raises(UserError, match=r"was trained with config\.widths="):
+        vae.train(wider, World())
+    with pytest.raises(UserError, match=r"ema\.safetensors cannot be used"):
+        vae.train(replace(wider, out=tmp_path / "b", init=tmp_path / "a" / "latest"), World())
+    path = tmp_path / "a" / "latest" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": "SparseDiT"}))
+    with pytest.raises(UserError, match="holds a SparseDiT, not a SparseVAE"):
+        load_vae(tmp_path / "a" / "latest", torch.device("cpu"))
+
+
+def test_evaluate_names_what_it_can():
+    with pytest.raises(UserError, match="say what to evaluate"):
+        evaluate([])
+    with pytest.raises(UserError, match="/nowhere is not a checkpoint"):
+        evaluate(["vae", "--checkpoint", "/nowhere"])
