@@ -1,0 +1,251 @@
+"""`python -m train.encode`: the latents of every asset of a build, as a trained SS-VAE's encoder sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model.sparse import BrickBatch
+from model.vae import SparseVAE
+from pipeline.schema import FORMAT_VERSION, Bricks, RunError, UserError, check_resolution
+from train.command import command, parse
+from train.data import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
+from train.distributed import Device, World, join
+from train.latents import STATISTICS, Latent, LatentShard, Sums, write_latent_shard
+from train.vae_evaluation import load_vae
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m train.encode"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """Encode a build's bricks with a trained SS-VAE. The same command goes on where it was stopped."""
+
+    vae: Path = Path("runs/vae-tiny/latest")  # a checkpoint of python -m train.vae, or an exported model
+    data: Path = Path("data/smoke")  # what python -m pipeline.build made
+    resolutions: tuple[int, ...] = ()  # default: those the VAE was trained at and the build has
+    latents: Path | None = None  # default: latents/ in the build
+    device: Device = "auto"
+    precision: Literal["bf16", "fp32"] | None = None  # of the arithmetic; default: the VAE's own in training
+    max_tokens: int = 46_000  # cells encoded together; a larger asset goes alone
+    max_bad_share: float = 0.05  # of a shard's assets that cannot be read, before the run ends
+    workers: int = 4  # threads that read ahead
+
+    def __post_init__(self):
+        for resolution in self.resolutions:
+            check_resolution(resolution)
+        if self.max_tokens < 1 or self.workers < 1:
+            raise ValueError(f"max_tokens and workers must be 1 or more, got {self.max_tokens} and {self.workers}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
+
+
+def hash_of(vae: SparseVAE) -> str:
+    """12 hex digits of the weights and configuration: the same for a checkpoint and what is exported from it."""
+    digest = hashlib.sha256(json.dumps(asdict(vae.config), sort_keys=True).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+class Encoder:
+    """A VAE, and bricks to their latents as stored."""
+
+    def __init__(self, vae: SparseVAE, device: torch.device, precision: str):
+        self.vae, self.device, self.hash = vae.to(device).eval(), device, hash_of(vae)
+        self.autocast = precision == "bf16"
+
+    @property
+    def channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    @torch.no_grad()
+    def encode(self, bricks: Sequence[Bricks]) -> list[Latent]:
+        """One Latent an asset. Cells without an active value after rounding to f16 have none."""
+        batch = BrickBatch.collate(bricks).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            posterior = self.vae.encode(batch)
+        coords = batch.cells.coords.cpu().numpy()
+        mean, logvar = (x.half().cpu().numpy() for x in (posterior.mean, posterior.logvar))
+        found = []
+        for asset in range(len(bricks)):
+            rows = np.flatnonzero(coords[:, 0] == asset)
+            rows = rows[np.lexsort(coords[rows, :0:-1].T)]  # by x, y, z
+            found.append(Latent(cells=coords[rows, 1:].astype(np.int16), mean=mean[rows], logvar=logvar[rows]))
+        return found
+
+
+def encode(cfg: Encoding, world: World) -> Path:
+    """Every resolution of the build; returns the folder of this VAE's latents.
+
+    Ranks share the shards. UserError if the VAE, the build or latents that are there do not fit, RunError if too many
+    assets cannot be read.
+    """
+    vae, described = load_vae(cfg.vae, world.device)
+    training = described.get("training", {})
+    resolutions = cfg.resolutions or _resolutions(cfg.data, training.get("bricks", {}).get("resolutions", ()))
+    encoder = Encoder(vae, world.device, cfg.precision or training.get("loop", {}).get("precision", "bf16"))
+    folder = (cfg.latents or cfg.data / "latents") / encoder.hash
+    catalogue = read_catalogue(cfg.data, resolutions)
+    for resolution in resolutions:
+        _encode_resolution(cfg, world, encoder, catalogue, resolution, folder / str(resolution))
+    return folder
+
+
+def _resolutions(data: Path, trained: Sequence[int]) -> tuple[int, ...]:
+    built = built_resolutions(data)
+    found = tuple(resolution for resolution in trained if resolution in built) or tuple(built)
+    if not found:
+        raise UserError(f"{data} is not a build with bricks; make one: python -m pipeline.build --out {data}")
+    return found
+
+
+def _encode_resolution(
+    cfg: Encoding, world: World, encoder: Encoder, catalogue: Catalogue, resolution: int, folder: Path
+) -> None:
+    with_bricks = catalogue.subset(np.flatnonzero(catalogue.tokens[resolution]))
+    names = np.array(with_bricks.shards)
+    shards = sorted(set(with_bricks.shards))
+    mine = shards[world.rank :: world.size]
+
+    def complete() -> bool:
+        return all((folder / f"{name}.zarr").exists() for name in shards)
+
+    if world.is_first and not complete():  # shards that are new to the build, or were removed
+        (folder / STATISTICS).unlink(missing_ok=True)
+    bar = tqdm(mine, desc=f"R = {resolution}", unit="shard", disable=None if world.is_first else True)
+    for name in bar:
+        path, chosen = folder / f"{name}.zarr", with_bricks.subset(np.flatnonzero(names == name))
+        if path.exists():
+            _check_there(path, chosen, encoder, resolution)
+            continue
+        held = write_latent_shard(
+            path,
+            _latents(cfg, encoder, chosen, resolution),
+            resolution=resolution,
+            vae=encoder.hash,
+            channels=encoder.channels,
+            source=_source(chosen, resolution, name),
+        )
+        log.info("shard %s at R = %d: %d assets", name, resolution, len(held))
+    if complete():  # for whoever finishes last; if that is two, both write the same
+        _write_statistics(folder, shards, encoder, resolution, world.rank)
+
+
+def _source(catalogue: Catalogue, resolution: int, name: str) -> str:
+    from pipeline.store import SdfShard
+
+    shard = SdfShard(catalogue.root / "sdf" / str(resolution) / f"{name}.zarr")
+    return str(shard.attributes.get("config_hash"))
+
+
+def _check_there(path: Path, chosen: Catalogue, encoder: Encoder, resolution: int) -> None:
+    try:
+        shard = LatentShard(path)
+        source = _source(chosen, resolution, path.stem)
+    except UNREADABLE as error:
+        raise UserError(f"{error}; remove {path} to have it made again") from error
+    strangers = sorted(set(shard.uids) - set(chosen.uids))
+    if strangers or shard.source != source or (shard.vae, shard.resolution) != (encoder.hash, resolution):
+        what = f"{strangers[0]}, which it lacks" if strangers else "other bricks or another VAE"
+        raise UserError(f"{path} was not made from {chosen.root} but from {what}: remove it to have it made again")
+
+
+def _latents(cfg: Encoding, encoder: Encoder, chosen: Catalogue, resolution: int) -> Iterator[tuple[str, bool, Latent]]:
+    """(uid, whether it trains, latent) of a shard's assets in order, encoded in groups of at most max_tokens."""
+    reader, bad = BrickReader(chosen), []
+
+    def read(asset: int) -> Bricks | None:
+        try:
+            return reader.read(asset, resolution)
+        except UNREADABLE as error:
+            bad.append(f"{chosen.uids[asset]}: {error}")
+            return None
+
+    group: list[tuple[int, Bricks]] = []
+    with ThreadPoolExecutor(cfg.workers) as pool:
+        for asset, bricks in enumerate(_ahead(pool, read, range(len(chosen)), 2 * cfg.workers)):
+            if bricks is None:
+                log.warning("R = %d, skipped %s", resolution, bad[-1])
+                if len(bad) > max(1, cfg.max_bad_share * len(chosen)):
+                    verify = f"python -m pipeline.verify {chosen.root}"
+                    raise RunError(f"{len(bad)} of {len(chosen)} assets cannot be read, as {bad[-1]}; run {verify}")
+                continue
+            if group and len(bricks.blocks) + sum(len(one.blocks) for _, one in group) > cfg.max_tokens:
+                yield from _encoded(encoder, chosen, group)
+                group = []
+            group.append((asset, bricks))
+    if group:
+        yield from _encoded(encoder, chosen, group)
+
+
+def _encoded(
+    encoder: Encoder, chosen: Catalogue, group: Sequence[tuple[int, Bricks]]
+) -> Iterator[tuple[str, bool, Latent]]:
+    for (asset, _), latent in zip(group, encoder.encode([bricks for _, bricks in group]), strict=True):
+        yield chosen.uids[asset], not chosen.is_val[asset], latent
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
+    """The function's results in order, at most `depth` of them made before they are asked for."""
+    pending: deque = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _write_statistics(folder: Path, shards: Sequence[str], encoder: Encoder, resolution: int, rank: int) -> None:
+    total, assets = Sums.of([], encoder.channels), 0
+    for name in shards:
+        shard = LatentShard(folder / f"{name}.zarr")
+        total, assets = total + shard.train_sums, assets + len(shard.uids)
+    if not total.cells:
+        raise UserError(f"{folder}: no asset is in split train, so the latents' statistics cannot be measured")
+    mean, std = total.statistics()
+    found = {
+        "format_version": FORMAT_VERSION,
+        "resolution": resolution,
+        "vae": encoder.hash,
+        "assets": assets,
+        "train_cells": total.cells,
+        "of": "posterior samples of train assets, every cell alike",
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+    }
+    partial = folder / f".{STATISTICS}.{rank}.partial"
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(folder / STATISTICS)
+
+
+def main(args: Sequence[str]) -> None:
+    cfg = parse(Encoding, args, prog=PROG)
+    with join(cfg.device) as world:
+        if not world.is_first:
+            logging.getLogger().setLevel(logging.WARNING)
+        folder = encode(cfg, world)
+        log.info("latents in %s", folder)
+
+
+if __name__ == "__main__":
+    command(main)
