@@ -14,6 +14,7 @@ from kernels.branches import (
 from kernels.group_norm import group_norm
 from kernels.neighbors import Parents, neighbor_map, parents
 from kernels.pool import pool_children
+from kernels.sdf_head import sdf_head
 from kernels.sparse_conv import duplicate_children, sparse_conv
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "pool_children",
     "reference",
     "reference_conv",
+    "sdf_head",
     "select_blocks",
     "selection_attention",
     "sparse_conv",

@@ -204,3 +204,9 @@ def group_norm(
             parts.append(torch.group_norm(x[first:last].T[None], groups, weight_C, bias_C, eps)[0].T)
     y_NC = torch.cat(parts) if parts else x * weight_C + bias_C
     return (F.silu(y_NC) if silu else y_NC).to(x_NC.dtype)
+
+
+def sdf_head(x_NC: Tensor, weight_C: Tensor, bias_1: Tensor) -> Tensor:
+    """tanh of a linear layer of SiLU(x): [N, C] -> [N], at least fp32."""
+    x, weight_C, bias_1 = (at_least_fp32(t) for t in (x_NC, weight_C, bias_1))
+    return torch.tanh(F.silu(x) @ weight_C.to(x.dtype) + bias_1.to(x.dtype))

@@ -1,4 +1,4 @@
-"""Sparse convolution blocks: the way down of the encoder, the way up of the decoder, and its last layer."""
+"""Sparse convolution blocks: the way down of the encoder, and the way up of the decoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from kernels import group_norm, pool_children, sparse_conv
 from model.sparse import SparseTensor
 
 TAPS = 27
-_ROWS = 1 << 20  # of the last layer at a time
 
 
 class SparseConv3d(nn.Module):
@@ -73,39 +72,6 @@ class UpBlock(nn.Module):
         """Rows of full blocks of (size / 2)^3 -> rows of full blocks of size^3; see kernels.sparse_conv."""
         x_NC = F.silu(self.conv1(x_NC, neighbors_M27, size=size // 2))
         return self.conv2(x_NC, neighbors_M27, size=size, upsample=True)
-
-
-class _SdfHead(torch.autograd.Function):
-    """tanh(silu(x) @ w + b) in fp32, slice by slice: of the largest activation only x itself is kept."""
-
-    @staticmethod
-    def forward(ctx, x_NC, weight_C, bias_1):
-        ctx.save_for_backward(x_NC, weight_C, bias_1)
-        y_N = torch.empty(len(x_NC), dtype=weight_C.dtype, device=x_NC.device)
-        for x, y in zip(x_NC.split(_ROWS), y_N.split(_ROWS), strict=True):
-            torch.addmv(bias_1, F.silu(x.to(weight_C.dtype)), weight_C, out=y).tanh_()
-        return y_N
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (dy_N,), (x_NC, weight_C, bias_1) = grads, ctx.saved_tensors
-        dx_NC, dw_C, db_1 = torch.empty_like(x_NC), torch.zeros_like(weight_C), torch.zeros_like(bias_1)
-        for x, dx, dy in zip(x_NC.split(_ROWS), dx_NC.split(_ROWS), dy_N.split(_ROWS), strict=True):
-            x = x.to(weight_C.dtype)
-            gate = x.sigmoid()
-            active = x * gate
-            dlogit = dy * (1 - torch.addmv(bias_1, active, weight_C).tanh_().square_())
-            dw_C += active.T @ dlogit
-            db_1 += dlogit.sum()
-            dx.copy_((gate + active * (1 - gate)) * weight_C * dlogit[:, None])
-        return dx_NC, dw_C, db_1
-
-
-def sdf_head(x_NC: Tensor, linear: nn.Linear) -> Tensor:
-    """tanh of a linear layer of SiLU(x): [N, C] -> [N] in [-1, 1], fp32 (fp64 for fp64)."""
-    dtype = torch.float64 if x_NC.dtype == torch.float64 else torch.float32
-    with torch.autocast(x_NC.device.type, enabled=False):
-        return _SdfHead.apply(x_NC, linear.weight[0].to(dtype), linear.bias.to(dtype))
 
 
 def pairs_of_blocks(neighbors_M27: Tensor, size: int, upsample: bool) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import sdf_head
 from model.checkpoint import KeyMap, load_mapped
-from model.conv import DownBlock, UpBlock, pairs_of_blocks, sdf_head
+from model.conv import DownBlock, UpBlock, pairs_of_blocks
 from model.layers import (
     WindowBlock,
     init_linears,
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
         x = self.transformer(z_MC, level, checkpointing)
         for up, size in zip(self.up, SIZES, strict=True):
             x = recompute(checkpointing, self._step, up, x, level.neighbors, size)
-        return sdf_head(x, self.out).view(-1, POINTS)
+        return sdf_head(x, self.out.weight[0], self.out.bias).view(-1, POINTS)
 
     @staticmethod
     def _step(up: UpBlock, x: Tensor, neighbors: Tensor, size: int) -> Tensor:
