@@ -134,22 +134,26 @@ class OccupancyVAE(nn.Module):
         return self.decode(posterior.sample(noise)), posterior
 
 
-def occupancy_loss(logits: Tensor, occupied: Tensor, posterior: Gaussian, kl_weight: float) -> dict[str, Tensor]:
+def occupancy_loss(
+    logits: Tensor, occupied: Tensor, posterior: Gaussian, kl_weight: float, share: float | None = None
+) -> dict[str, Tensor]:
     """Scalars: bce + dice + kl_weight * kl as "loss", each of them, and the "iou" of the logits' signs.
 
-    Means over an asset's cells, then over assets; few cells are occupied, so the soft Dice term (which does not count
-    the empty ones that are right) keeps them from being outvoted.
+    Means over an asset's cells (KL: latents), then over assets: share * their sum, by default share = 1 / assets. Few
+    cells are occupied, so the soft Dice term, which does not count the empty ones that are right, keeps them from being
+    outvoted.
     """
+    share = 1 / len(logits) if share is None else share
     target = occupied.to(logits.dtype)
-    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2, 3)).mean()
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2, 3))
     p = logits.float().sigmoid()
     shared, either = (p * target).sum((1, 2, 3)), (p + target).sum((1, 2, 3))
-    dice = (1 - (2 * shared + 1) / (either + 1)).mean()
+    dice = 1 - (2 * shared + 1) / (either + 1)
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    with torch.no_grad():
-        iou = intersection_over_union(logits > 0, occupied).mean()
-    return {"loss": bce + dice + kl_weight * kl, "bce": bce, "dice": dice, "kl": kl, "iou": iou}
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
+    iou = intersection_over_union(logits.detach() > 0, occupied)
+    parts = {"loss": bce + dice + kl_weight * kl, "bce": bce, "dice": dice, "kl": kl, "iou": iou}
+    return {name: share * part.sum() for name, part in parts.items()}
 
 
 def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:

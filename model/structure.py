@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels import token_order
-from model.condition import Condition
+from model.condition import Condition, ImageBatch
 from model.conditioned import ConditionedConfig, ConditionedDiT
+from model.dit import DiTConfig
 from model.flow import Guidance, Method
 from model.occupancy import OccupancyConfig, OccupancyVAE
-from model.sparse import Level
+from model.sparse import Level, SparseTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,11 @@ class StructureConfig:
     """The occupancy VAE, and the DiT over its latents. ValueError if the two do not fit."""
 
     occupancy: OccupancyConfig = field(default_factory=OccupancyConfig)
-    flow: ConditionedConfig = field(default_factory=ConditionedConfig)
+    flow: ConditionedConfig = field(
+        default_factory=lambda: ConditionedConfig(
+            dit=DiTConfig(latent_channels=8, heads=16, kv_heads=16, attention="full")
+        )
+    )
 
     def __post_init__(self) -> None:
         dit, channels = self.flow.dit, self.occupancy.latent_channels
@@ -46,6 +51,10 @@ class Structure(nn.Module):
     def resolution(self) -> int:
         """R of the bricks whose cells this generates."""
         return 8 * self.config.occupancy.side
+
+    def forward(self, x: SparseTensor, t_B: Tensor, images: ImageBatch, dropped_B: Tensor | None = None) -> Tensor:
+        """The flow's velocity at x, normalised latents on `dense_level`; see `ConditionedDiT`."""
+        return self.flow(x, t_B, images, dropped_B)
 
     def generate(
         self,

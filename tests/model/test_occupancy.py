@@ -77,6 +77,8 @@ def test_loss_is_its_formulas():
     dice = [1 - (2 * (a * b).sum() + 1) / (a.sum() + b.sum() + 1) for a, b in zip(p, y)]
     torch.testing.assert_close(parts["dice"].double(), torch.stack(dice).mean(), rtol=1e-6, atol=0)
     torch.testing.assert_close(parts["loss"].double(), parts["bce"] + parts["dice"] + 0.01 * kl)
+    doubled = occupancy_loss(logits, occupied, Gaussian(mean, logvar), kl_weight=0.01, share=1.0)
+    torch.testing.assert_close(doubled["loss"], 2 * parts["loss"])
     exact = torch.where(occupied, 50.0, -50.0)
     perfect = occupancy_loss(exact, occupied, Gaussian(0 * mean, 0 * logvar), kl_weight=1.0)
     assert perfect["iou"] == 1.0

@@ -46,15 +46,15 @@ MODEL = StructureConfig(
             latent_channels=4,
             condition_channels=32,
             attention="full",
-        ),  # fmt: skip
+        ),
         encoder=EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2),
     ),
 )
 
 
 def color_of(number, view):
-    """Red and green say which asset it is, blue which view."""
-    return 30 + 25 * number, 220 - 25 * number, 10 + 40 * view
+    """Red and green say which of four assets it is, blue which view."""
+    return (20, 230)[number % 2], (20, 230)[number // 2 % 2], 10 + 40 * view
 
 
 def add_renders(root):
@@ -189,12 +189,11 @@ def test_a_run_in_two_parts_is_a_run_in_one(rendered, tmp_path):
     assert [row["loss"] for row in metrics(other.out / "flow")] == [row["loss"] for row in metrics(whole.out / "flow")]
 
 
+@pytest.mark.slow
 def test_it_learns_which_image_has_which_cells(rendered, tmp_path):
-    cfg = config(rendered, tmp_path, steps=120)
-    cfg = replace(
-        cfg, vae=replace(cfg.vae, batch_size=4, symmetries=False, loop=replace(cfg.vae.loop, learning_rate=6e-3))
-    )
-    cfg = replace(cfg, flow=replace(cfg.flow, batch_size=12))
+    cfg = config(rendered, tmp_path, steps=300)
+    cfg = replace(cfg, vae=replace(cfg.vae, batch_size=4, symmetries=False))
+    cfg = replace(cfg, flow=replace(cfg.flow, batch_size=12, augment=False))
     train(cfg, World())
     assert metrics(cfg.out / "vae")[-1]["iou"] > 0.95
     structure = Structure(MODEL).eval()
@@ -235,16 +234,15 @@ def test_what_is_missing_is_said(rendered, tmp_path):
         train_flow(cfg, World(), chosen, val)
     with pytest.raises(ValueError, match="side must be resolution / 8 = 8, got 4"):
         config(rendered, tmp_path, resolution=64)
-    with pytest.raises(UserError, match="unknown option --vae.lop"):
+    with pytest.raises(UserError, match=r"unknown option --vae\.lop"):
         main(["--vae.lop", "3"])
 
 
 def test_presets_are_whole():
     assert STRUCTURE_PRESETS["base"].model == StructureConfig()
-    with torch.device("meta"):
-        sizes = {}
-        for name, preset in STRUCTURE_PRESETS.items():
-            assert preset.preset == name
-            if preset.model.flow.encoder.kind == "stand-in":
-                sizes[name] = sum(p.numel() for p in Structure(preset.model).parameters())
-    assert sizes["tiny"] < 2e6 < sizes["small"] < 30e6
+    sizes = {}
+    for name, preset in STRUCTURE_PRESETS.items():
+        assert preset.preset == name
+        if preset.model.flow.encoder.kind == "stand-in":
+            sizes[name] = sum(p.numel() for p in Structure(preset.model).parameters())
+    assert sizes["tiny"] < 2e6 < sizes["small"] < 40e6

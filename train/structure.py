@@ -1,0 +1,107 @@
+"""`python -m train.structure`: train the stage that says which cells an asset has, on a build's bricks and renders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from model.occupancy import OccupancyVAE
+from model.structure import Structure
+from pipeline.schema import UserError
+from train import checkpoint
+from train.command import command, configure
+from train.config import resolved
+from train.data import Catalogue, read_catalogue
+from train.distributed import World, join
+from train.loop import fit, weights_file
+from train.plan import Planner
+from train.prefetch import Prefetcher
+from train.structure_config import STRUCTURE_PRESETS, StructureTraining
+from train.structure_data import GridLoader
+from train.structure_task import FlowTask, OccupancyTask
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m train.structure"
+
+
+def train(cfg: StructureTraining, world: World) -> None:
+    """Both halves, or the one asked for. UserError and RunError as the modules it calls."""
+    catalogue = read_catalogue(cfg.data, [cfg.resolution])
+    chosen, val = catalogue.split("train"), catalogue.split("val")
+    if world.is_first:
+        counts = f"{len(chosen)} training and {len(val)} held-out assets"
+        log.info("structure stage at R = %d: %s of %s", cfg.resolution, counts, cfg.data)
+    if cfg.part != "flow":
+        train_vae(cfg, world, chosen, val)
+    if cfg.part != "vae":
+        train_flow(cfg, world, chosen, val)
+
+
+def train_vae(cfg: StructureTraining, world: World, chosen: Catalogue, val: Catalogue) -> int:
+    """The occupancy VAE, in OUT/vae; returns the steps done."""
+    task = OccupancyTask(cfg, world, val)
+    _introduce("occupancy VAE", task.model, world)
+    stream = _stream(cfg, world, chosen, images=False)
+    config = described(cfg, "vae", OccupancyVAE.__name__)
+    return fit(task, stream, cfg.vae.loop, out=cfg.out / "vae", world=world, config=config)
+
+
+def train_flow(cfg: StructureTraining, world: World, chosen: Catalogue, val: Catalogue) -> int:
+    """The flow model over the latents of OUT/vae, in OUT/flow; returns the steps done."""
+    task = FlowTask(cfg, world, chosen, val, trained_vae(cfg))
+    if checkpoint.latest(cfg.out / "flow") is None:  # else the checkpoint has them
+        task.measure(GridLoader(chosen, cfg, images=False, training=False))
+    _introduce(f"flow with {task.model.flow.encoder.label}", task.model.flow, world)
+    stream = _stream(cfg, world, chosen, images=True)
+    config = described(cfg, "flow", Structure.__name__)
+    return fit(task, stream, cfg.flow.loop, out=cfg.out / "flow", world=world, config=config)
+
+
+def trained_vae(cfg: StructureTraining) -> OccupancyVAE:
+    """The averaged weights of OUT/vae. UserError if they are not there, or of another configuration."""
+    found = checkpoint.latest(cfg.out / "vae")
+    if found is None:
+        raise UserError(f"{cfg.out / 'vae'} holds no occupancy VAE; train it first: {PROG} --part vae --out {cfg.out}")
+    vae = OccupancyVAE(cfg.model.occupancy)
+    checkpoint.load_weights(weights_file(found), vae)
+    return vae.eval()
+
+
+def described(cfg: StructureTraining, half: str, model: str) -> dict[str, Any]:
+    """What a checkpoint's config.json says of the run; `model` and `config` are what loading the model takes."""
+    everything = resolved(cfg)
+    names = ("resolution", "held_out_views", "cameras")
+    training = {**{name: everything[name] for name in names[: None if half == "flow" else 1]}, **everything[half]}
+    for name in ("guidance", "steps"):  # of the samples that are looked at
+        training.pop(name, None)
+    config = everything["model"]
+    return {"model": model, "config": config if half == "flow" else config["occupancy"], "training": training}
+
+
+def _stream(cfg: StructureTraining, world: World, chosen: Catalogue, *, images: bool) -> Prefetcher[Any, Any]:
+    half = cfg.flow if images else cfg.vae
+    planner = Planner(chosen.tokens, batch_size=half.batch_size, world_size=world.size, seed=half.loop.seed)
+    loader = GridLoader(chosen, cfg, images=images)
+    return Prefetcher(planner, partial(loader.load, rank=world.rank), workers=cfg.workers)
+
+
+def _introduce(name: str, model: Any, world: World) -> None:
+    if world.is_first:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        log.info("%s of %.2f M parameters, %d x %s", name, count / 1e6, world.size, world.device.type)
+
+
+def main(args: Sequence[str]) -> None:
+    cfg = configure(STRUCTURE_PRESETS, "tiny", args, prog=PROG)
+    with join(cfg.device) as world:
+        if not world.is_first:
+            logging.getLogger().setLevel(logging.WARNING)
+        train(cfg, world)
+        log.info("done; checkpoints in %s", cfg.out)
+
+
+if __name__ == "__main__":
+    command(main)
