@@ -2,12 +2,114 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import torch
 from torch import Tensor
 
 from kernels import reference_conv
+from kernels.checks import DTYPES, use_triton
+from kernels.gather_gemm import downsampling, gather_gemm, plain, upsampling
+from kernels.sparse_conv_backward import weight_grad
 
 SIZES = (1, 2, 4, 8)
+
+
+@functools.cache
+def _summed_taps(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of `reference_conv.sum_upsample_taps`: taps of each sum [64, 8], 27 for none; sums of each tap [27, 8]."""
+    sums: list[list[int]] = []
+    users: list[list[int]] = [[] for _ in range(27)]
+    offsets = [[[0], [1, 2]], [[0, 1], [2]]]  # of parity and tap, on each axis
+    for parity, tap in itertools.product(itertools.product(range(2), repeat=3), repeat=2):
+        axes = [offsets[q][e] for q, e in zip(parity, tap, strict=True)]
+        taps = [9 * x + 3 * y + z for x, y, z in itertools.product(*axes)]
+        for t in taps:
+            users[t].append(len(sums))
+        sums.append(taps + [27] * (8 - len(taps)))
+    return torch.tensor(sums).to(device), torch.tensor(users).to(device)
+
+
+def _upsample_weight(weight_27CO: Tensor) -> Tensor:
+    """`reference_conv.sum_upsample_taps` in few kernels: fp32 [8, 8, C, O]."""
+    C, O = weight_27CO.shape[1:]
+    padded = torch.cat([weight_27CO.float(), weight_27CO.new_zeros(1, C, O, dtype=torch.float32)])
+    taps = _summed_taps(weight_27CO.device)[0]
+    return padded.index_select(0, taps.view(-1)).view(64, 8, C, O).sum(1).view(8, 8, C, O)
+
+
+def _upsample_weight_grad(dw_88CO: Tensor) -> Tensor:
+    sums = _summed_taps(dw_88CO.device)[1]
+    C, O = dw_88CO.shape[2:]
+    return dw_88CO.reshape(64, C, O).index_select(0, sums.view(-1)).view(27, 8, C, O).sum(1)
+
+
+@torch.library.custom_op("sparse3d::sparse_conv", mutates_args=())
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, size: int, upsample: bool, wide: bool
+) -> Tensor:
+    x, neighbors = x.contiguous(), neighbors.contiguous()
+    taps = upsampling(size) if upsample else plain(size)
+    weight = _upsample_weight(weight) if upsample else weight
+    bias = None if bias is None else bias.contiguous()
+    return gather_gemm(x, weight.to(x.dtype).contiguous(), bias, neighbors, taps, wide=wide)
+
+
+@_conv.register_fake
+def _(x, weight, bias, neighbors, size, upsample, wide):
+    return x.new_empty(neighbors.shape[0] * size**3, weight.shape[2])
+
+
+@torch.library.custom_op("sparse3d::sparse_conv_backward", mutates_args=())
+def _conv_grad(
+    dy: Tensor, x: Tensor, weight: Tensor, neighbors: Tensor, size: int, upsample: bool, wide: bool, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight (fp32) and bias (fp32); empty where not wanted."""
+    x, dy, neighbors = x.contiguous(), dy.contiguous(), neighbors.contiguous()
+    dx, dw, db = x.new_empty(0), dy.new_empty(0, dtype=torch.float32), dy.new_empty(0, dtype=torch.float32)
+    if wanted[0]:
+        if upsample:
+            transposed = reference_conv.transposed_upsample(_upsample_weight(weight))
+        else:
+            transposed = weight.flip(0).transpose(1, 2)
+        taps = downsampling(size) if upsample else plain(size)
+        dx = gather_gemm(dy, transposed.to(x.dtype).contiguous(), None, neighbors, taps, wide=wide)
+    if wanted[1] and upsample:
+        dw_64OC = weight_grad(dy, x, neighbors, downsampling(size), wide=wide)
+        dw = _upsample_weight_grad(reference_conv.untransposed_upsample(dw_64OC))
+    elif wanted[1] and dy.shape[1] < x.shape[1]:  # the narrower rows are gathered, 27 times
+        dw = weight_grad(dy, x, neighbors, plain(size), wide=wide).flip(0).transpose(1, 2).contiguous()
+    elif wanted[1]:
+        dw = weight_grad(x, dy, neighbors, plain(size), wide=wide)
+    if wanted[2]:
+        db = dy.sum(0, dtype=torch.float32)
+    return dx, dw, db
+
+
+@_conv_grad.register_fake
+def _(dy, x, weight, neighbors, size, upsample, wide, wanted):
+    shapes = (x.shape, weight.shape, weight.shape[2:])
+    dx, dw, db = (shape if want else (0,) for shape, want in zip(shapes, wanted, strict=True))
+    return x.new_empty(dx), x.new_empty(dw, dtype=torch.float32), x.new_empty(db, dtype=torch.float32)
+
+
+def _conv_setup(ctx, inputs, output):
+    x, weight, bias, neighbors, ctx.size, ctx.upsample, ctx.wide = inputs
+    ctx.save_for_backward(x, weight, neighbors)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _conv_backward(ctx, dy):
+    x, weight, neighbors = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    dx, dw, db = _conv_grad(dy, x, weight, neighbors, ctx.size, ctx.upsample, ctx.wide, wanted)
+    grads = dx, dw.to(weight.dtype), db if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+    grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return *grads, None, None, None, None
+
+
+_conv.register_autograd(_conv_backward, setup_context=_conv_setup)
 
 
 def check_neighbors(neighbors_M27: Tensor, x_NC: Tensor) -> None:
@@ -17,7 +119,9 @@ def check_neighbors(neighbors_M27: Tensor, x_NC: Tensor) -> None:
         raise ValueError(f"neighbors_M27 must be on x_NC's device {x_NC.device}, got {neighbors_M27.device}")
 
 
-def _check(x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample) -> None:
+def _check(
+    x_NC: Tensor, weight_27CO: Tensor, bias_O: Tensor | None, neighbors_M27: Tensor, size: int, upsample: bool
+) -> None:
     check_neighbors(neighbors_M27, x_NC)
     if size not in SIZES or (upsample and size == 1):
         raise ValueError(f"size must be one of {SIZES[1:] if upsample else SIZES}, got {size!r}")
@@ -61,8 +165,10 @@ def sparse_conv(
     if torch.is_autocast_enabled(device_type) and x_NC.dtype != torch.float64:
         x_NC = x_NC.to(torch.get_autocast_dtype(device_type))
     _check(x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample)
-    if backend not in ("auto", "reference"):
-        raise ValueError(f'backend must be "auto" or "reference", got {backend!r}')
+    if use_triton(backend, x_NC):
+        if x_NC.dtype not in DTYPES:
+            raise ValueError(f"x_NC must be one of {DTYPES}, got {x_NC.dtype}")
+        return _conv(x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample, False)
     with torch.autocast(device_type, enabled=False):
         return reference_conv.sparse_conv(x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample)
 

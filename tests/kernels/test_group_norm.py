@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels import group_norm
-from tests.numerics import DEVICE
+from tests.numerics import DEVICE, assert_no_worse, run
+
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -42,6 +44,52 @@ def test_the_reference_is_the_formula(sizes, groups, C, silu):
         silu=silu,
     )
     torch.testing.assert_close(found, formula(x, sizes, groups, weight, bias, 1e-3, silu), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "groups", "C"),
+    [([1500, 0, 1048, 3], 2, 6), ([1024, 1024], 5, 5), ([0, 7], 1, 130), ([0, 0], 2, 4), ([300], 32, 64)],
+)
+def test_value_and_gradients(sizes, groups, C, silu, dtype):
+    """Assets that end inside, between and right at the chunks of 1024 rows."""
+    offsets = starts(sizes)
+    x = draw(C, sum(sizes), dtype=dtype).T * 3 + 2  # not contiguous
+    inputs = [x, draw(C, seed=1, dtype=dtype), draw(C, seed=2, dtype=dtype)]
+    assert_no_worse(
+        lambda x, w, b: group_norm(x, offsets, groups, w, b, silu=silu, backend="triton"),
+        lambda x, w, b: group_norm(x, offsets, groups, w, b, silu=silu, backend="reference"),
+        inputs,
+    )
+
+
+def test_variance_of_what_lies_far_from_zero():
+    x = draw(3000, 4, dtype=torch.float32) + 1000.0
+    one, zero = torch.ones(4, device=DEVICE), torch.zeros(4, device=DEVICE)
+    y = group_norm(x, starts([3000]), 2, one, zero, backend="triton")
+    exact = formula(x.double(), [3000], 2, one.double(), zero.double(), 1e-5, False)
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-3)  # x itself is rounded to 6e-5
+
+
+def test_backward_is_bit_identical():
+    offsets = starts([1500, 700])
+    inputs = [draw(2200, 6, dtype=torch.float32), draw(6, dtype=torch.float32), draw(6, dtype=torch.float32)]
+
+    def step():
+        return run(lambda x, w, b: group_norm(x, offsets, 3, w, b, silu=True, backend="triton"), inputs)
+
+    assert all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))
+
+
+def test_as_a_custom_operator():
+    offsets = starts([5, 4])
+    x, w, b = (draw(*shape, dtype=torch.float32).requires_grad_() for shape in ((9, 4), (4,), (4,)))
+    torch.library.opcheck(torch.ops.sparse3d.group_norm.default, (x, offsets, 2, w, b, 1e-5, True))
+    compiled = torch.compile(
+        lambda x: group_norm(x, offsets, 2, w, b, silu=True, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(x), group_norm(x, offsets, 2, w, b, silu=True, backend="triton"))
 
 
 def test_gradcheck():

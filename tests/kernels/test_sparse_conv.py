@@ -9,17 +9,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import duplicate_children, neighbor_map, sparse_conv
+from kernels import duplicate_children, neighbor_map, reference_conv, sparse_conv
+from kernels.gather_gemm import Tiles, plain, power_of_2
+from kernels.sparse_conv import _upsample_weight, _upsample_weight_grad
+from kernels.sparse_conv_backward import GradTiles, weight_grad
 from tests.numerics import DEVICE, assert_close_as, random_coords
 
-BACKENDS = ["reference"]
-DTYPES = [torch.float64]
+CASES = [("reference", torch.float64), ("triton", torch.float32)]
+HALF = [("triton", torch.float16)]
+HALF += [("triton", torch.bfloat16)] if DEVICE == "cuda" else []  # the interpreter's bf16 arithmetic is wrong
+CASES += HALF if DEVICE == "cuda" else []
 SETS = {  # blocks (voxels for size 1) per asset, side of their grid
-    "sparse": ([30, 0, 12], 5),
-    "full": ([27], 3),
+    "sparse": ([14, 0, 6], 4),
+    "full": ([8], 2),
     "alone": ([1], 2),
     "none": ([0, 0], 3),
 }
+
+
+@pytest.fixture(autouse=True)
+def default_tiles(monkeypatch):
+    """Nothing is measured here: the default tiles, whatever this machine remembers."""
+    for module in ("gather_gemm", "sparse_conv_backward"):
+        monkeypatch.setattr(f"kernels.{module}.choose", lambda key, candidates, launch, like: candidates[0])
+
+
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """In the interpreter a step costs milliseconds, whatever its size."""
+    if DEVICE == "cpu":
+        patch_tiles(monkeypatch, 128, 128, 128, 4)
+
+
+def patch_tiles(monkeypatch, rows: int, outputs: int, channels: int, taps: int) -> None:
+    def forward(C, O, dtype):
+        return [Tiles(rows, power_of_2(O, 16, outputs), power_of_2(C, 16, channels), 4, 2)]
+
+    def backward(C, O, dtype):
+        return [GradTiles(taps, power_of_2(C, 16, channels), power_of_2(O, 16, outputs), rows, 4, 2)]
+
+    monkeypatch.setattr("kernels.gather_gemm.forward_tiles", forward)
+    monkeypatch.setattr("kernels.sparse_conv_backward.grad_tiles", backward)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -85,29 +115,39 @@ def coords_of(name: str) -> Tensor:
     return random_coords(blocks, side, seed=4).to(DEVICE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("blocks", SETS)
+def case_id(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=case_id)
 @pytest.mark.parametrize(
-    ("size", "upsample"), [(1, False), (2, False), (4, False), (2, True), (4, True)], ids=lambda v: str(v)
+    ("size", "upsample", "blocks"),
+    [
+        *((size, upsample, blocks) for size, upsample in ((1, False), (2, False), (2, True)) for blocks in SETS),
+        *((4, upsample, blocks) for upsample in (False, True) for blocks in ("alone", "none")),
+    ],
+    ids=case_id,
 )
-def test_value_and_gradients(size, upsample, blocks, dtype, backend):
-    if size == 4 and blocks == "sparse":
-        pytest.skip("the larger sets are for the smaller blocks")
+def test_value_and_gradients(size, upsample, blocks, backend, dtype):
     check(5, 7, coords_of(blocks), size, upsample, backend, dtype)
 
 
+@pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize(("size", "upsample"), [(8, False), (8, True)], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_blocks_of_512(size, upsample, backend):
-    check(2, 3, random_coords([3, 2], 2).to(DEVICE), size, upsample, backend, DTYPES[0])
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=case_id)
+def test_blocks_of_512(size, upsample, backend, dtype):
+    check(2, 3, random_coords([2, 1], (2, 1, 1)).to(DEVICE), size, upsample, backend, dtype)
 
 
-@pytest.mark.parametrize(("C", "O"), [(1, 1), (1, 65), (33, 1), (130, 512), (512, 34)])
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize(("C", "O"), [(1, 1), (1, 65), (33, 1), (64, 32), (130, 512), (512, 34)])
 @pytest.mark.parametrize(("size", "upsample"), [(1, False), (2, True)], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_channels(C, O, size, upsample, backend):
-    check(C, O, random_coords([7, 5], 2).to(DEVICE), size, upsample, backend, DTYPES[0], bias=False)
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=case_id)
+def test_channels(C, O, size, upsample, backend, dtype):
+    if (backend, DEVICE) == ("triton", "cpu") and C * O > 4096:
+        pytest.skip("minutes in the interpreter; runs on the GPU")
+    check(C, O, random_coords([7, 5], 2).to(DEVICE), size, upsample, backend, dtype, bias=False)
 
 
 @pytest.mark.parametrize(("size", "upsample"), [(1, False), (2, False), (2, True), (4, True)], ids=str)
@@ -121,18 +161,100 @@ def test_gradcheck(size, upsample):
     )
 
 
-def test_master_weights_and_autocast():
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize(("backend", "dtype"), HALF, ids=case_id)
+@pytest.mark.parametrize(("size", "upsample"), [(1, False), (2, True)], ids=str)
+def test_half_precision(size, upsample, backend, dtype):
+    check(33, 20, random_coords([7, 5], 2).to(DEVICE), size, upsample, backend, dtype)
+
+
+@pytest.mark.parametrize(("size", "upsample"), [(1, False), (2, False), (2, True)], ids=str)
+def test_many_tiles(size, upsample, monkeypatch):
+    """Rows, channels, outputs and taps that end inside a tile, and a gradient summed from several parts."""
+    patch_tiles(monkeypatch, 16, 16, 16, 2)
+    monkeypatch.setattr("kernels.sparse_conv_backward._PROGRAMS", 1000)
+    check(18, 17, random_coords([3, 7 if size == 1 else 1], 3).to(DEVICE), size, upsample, "triton", torch.float32)
+
+
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize(("size", "upsample"), [(1, False), (2, True)], ids=str)
+def test_offsets_of_64_bits(size, upsample):
+    coords = random_coords([7, 5], 2).to(DEVICE)
+    neighbors = neighbor_map(coords)
+    inputs = [draw(12, 4, dtype=torch.float32), draw(27, 4, 6, dtype=torch.float32), draw(6, dtype=torch.float32)]
+    narrow, wide = (
+        run(lambda x, w, b, f=f: torch.ops.sparse3d.sparse_conv(x, w, b, neighbors, size, upsample, f), inputs)
+        for f in (False, True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+
+
+def test_backward_is_bit_identical():
+    coords = random_coords([20, 6], 3).to(DEVICE)
+    neighbors = neighbor_map(coords)
+    inputs = [draw(26, 9, dtype=torch.float32), draw(27, 9, 6, dtype=torch.float32), draw(6, dtype=torch.float32)]
+    first, second = (run(lambda *x: sparse_conv(*x, neighbors, backend="triton"), inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_parts_of_the_weight_gradient_add_up_in_order():
+    neighbors = neighbor_map(random_coords([150], 7).to(DEVICE))
+    x, dy = draw(150, 5, dtype=torch.float32), draw(150, 3, seed=1, dtype=torch.float32)
+    whole = weight_grad(x, dy, neighbors, plain(1), splits=1)
+    parts = weight_grad(x, dy, neighbors, plain(1), splits=3)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(parts, whole)  # they were really cut
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+def test_only_the_wanted_gradients(upsample):
+    neighbors = neighbor_map(random_coords([3], 2).to(DEVICE))
+    inputs = [draw(3, 4, dtype=torch.float32), draw(27, 4, 2, dtype=torch.float32), draw(2, dtype=torch.float32)]
+    size = 2 if upsample else 1
+    everything = run(lambda *x: sparse_conv(*x, neighbors, size=size, upsample=upsample, backend="triton"), inputs)
+    for i in range(3):
+        leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        value = sparse_conv(*leaves, neighbors, size=size, upsample=upsample, backend="triton")
+        value.backward(draw(*value.shape, seed=9).to(torch.bfloat16).to(value.dtype))
+        assert torch.equal(leaves[i].grad, everything[1 + i])
+
+
+def test_summed_taps():
+    weight = draw(27, 3, 2, dtype=torch.float32).requires_grad_()
+    summed = reference_conv.sum_upsample_taps(weight)
+    torch.testing.assert_close(_upsample_weight(weight), summed, rtol=1e-6, atol=1e-6)
+    cotangent = draw(8, 8, 3, 2, seed=1, dtype=torch.float32)
+    summed.backward(cotangent)
+    torch.testing.assert_close(_upsample_weight_grad(cotangent), weight.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"] if DEVICE == "cuda" else ["reference"])
+def test_master_weights_and_autocast(backend):
     coords = random_coords([9], 3).to(DEVICE)
     neighbors = neighbor_map(coords)
     x, w, b = draw(9, 4, dtype=torch.float32), draw(27, 4, 6, dtype=torch.float32), draw(6, dtype=torch.float32)
     w.requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16):
-        y = sparse_conv(x, w, b, neighbors)
+        y = sparse_conv(x, w, b, neighbors, backend=backend)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert w.grad is not None
     assert w.grad.dtype == torch.float32
-    assert torch.equal(y, sparse_conv(x.bfloat16(), w, b, neighbors))
+    assert torch.equal(y, sparse_conv(x.bfloat16(), w, b, neighbors, backend=backend))
+
+
+def test_as_a_custom_operator():
+    neighbors = neighbor_map(random_coords([3, 2], 2).to(DEVICE))
+    for size, upsample, rows in ((1, False, 5), (2, True, 5)):
+        x, w, b = (draw(*shape, dtype=torch.float32).requires_grad_() for shape in ((rows, 2), (27, 2, 3), (3,)))
+        arguments = (x, w, b, neighbors, size, upsample, False)
+        torch.library.opcheck(torch.ops.sparse3d.sparse_conv.default, arguments)
+        compiled = torch.compile(
+            lambda x, w, b, s=size, u=upsample: sparse_conv(x, w, b, neighbors, size=s, upsample=u, backend="triton"),
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        assert torch.equal(compiled(x, w, b), torch.ops.sparse3d.sparse_conv(*arguments))
 
 
 def test_rows_gathered_in_slices(monkeypatch):

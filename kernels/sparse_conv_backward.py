@@ -1,0 +1,128 @@
+"""Weight gradient of the sparse convolution: gathered rows, transposed, times the rows they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gather_gemm import Taps, is_wide, places, power_of_2, source_rows, tap_place
+from kernels.tiles import on_device
+from kernels.tuning import choose, size_class
+
+_MAX_PARTIALS = 1 << 25  # fp32 entries of all partial sums, unless one of them is larger
+_PROGRAMS = 132 * 8  # enough for every multiprocessor to have a few
+
+
+@triton.jit(do_not_specialize=["rows", "step"])
+def _weight_grad(
+    g_ptr, d_ptr, table_ptr, p_ptr, rows, step, C: tl.constexpr, O: tl.constexpr,
+    S: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    SI: tl.constexpr = 1 << LOG
+    TAPS: tl.constexpr = T * T * T
+    CT: tl.constexpr = (C + BC - 1) // BC
+    OT: tl.constexpr = (O + BO - 1) // BO
+    pid, split = tl.program_id(0), tl.program_id(1)
+    o = pid % OT * BO + tl.arange(0, BO)
+    c = pid // OT % CT * BC + tl.arange(0, BC)
+    tap = pid // (OT * CT) * BT + (tl.arange(0, BT) if BT > 1 else 0)
+    begin = split * step
+    end = tl.minimum(begin + step, rows)
+    acc = tl.zeros([BT * BC, BO], tl.float32)
+    for first in range(begin, end, BR):
+        row = first + tl.arange(0, BR)
+        ok = row < end
+        block = row // (S * S * S)
+        block27 = (block.to(tl.int64) if WIDE else block) * 27
+        place = places(row if S > 1 else 0, S, STRIDE, SI) - ((1 << 20) + (1 << 10) + 1)
+        if BT > 1:
+            if S > 1:
+                place = place[:, None]
+            place = place + tap_place(tap, T)[None, :]
+            mask = ok[:, None] & (tap < TAPS)[None, :]
+            source = source_rows(table_ptr, block27[:, None], place, mask, LOG)
+            g_first = (source.to(tl.int64) if WIDE else source) * C
+            g_mask = (source >= 0)[:, :, None] & (c < C)[None, None, :] if C % BC else (source >= 0)[:, :, None]
+            g = tl.load(g_ptr + g_first[:, :, None] + c[None, None, :], g_mask, other=0.0)
+            g = tl.reshape(g, [BR, BT * BC])
+        else:
+            source = source_rows(table_ptr, block27, place + tap_place(tap, T), ok, LOG)
+            g_first = (source.to(tl.int64) if WIDE else source) * C
+            g_mask = (source >= 0)[:, None] & (c < C)[None, :] if C % BC else (source >= 0)[:, None]
+            g = tl.load(g_ptr + g_first[:, None] + c[None, :], g_mask, other=0.0)
+        d_first = (row.to(tl.int64) if WIDE else row) * O
+        d_mask = ok[:, None] & (o < O)[None, :] if O % BO else ok[:, None]
+        d = tl.load(d_ptr + d_first[:, None] + o[None, :], d_mask, other=0.0)
+        acc = tl.dot(tl.trans(g), d, acc, input_precision="ieee")
+    tap = pid // (OT * CT) * BT + tl.arange(0, BT)
+    out = tl.reshape(tap[:, None] * C + c[None, :], [BT * BC])
+    inside = tl.reshape((tap < TAPS)[:, None] & (c < C)[None, :], [BT * BC])
+    p_first = p_ptr + split.to(tl.int64) * (TAPS * C * O)
+    tl.store(p_first + out[:, None] * O + o[None, :], acc, inside[:, None] & (o < O)[None, :])
+
+
+@dataclass(frozen=True)
+class GradTiles:
+    """Sizes of one program: taps, channels and outputs of its part of the gradient, rows at a time."""
+
+    taps: int
+    channels: int
+    outputs: int
+    rows: int
+    warps: int
+    stages: int
+
+
+def grad_tiles(C: int, O: int, dtype: torch.dtype) -> list[GradTiles]:
+    """The default, then what else may be faster."""
+    if dtype == torch.float32:
+        channels, outputs = power_of_2(C, 16, 64), power_of_2(O, 16, 64)
+        return [GradTiles(64 // channels, channels, outputs, 32, 4, 2)]
+    channels, outputs = power_of_2(C, 16, 128), power_of_2(O, 16, 128)
+    taps = 128 // channels
+    tiles = [GradTiles(taps, channels, outputs, 64, 4, 3), GradTiles(taps, channels, outputs, 64, 8, 3)]
+    tiles += [GradTiles(taps, channels, outputs, 64, 4, 1), GradTiles(taps, channels, outputs, 32, 4, 4)]
+    if outputs < 128:
+        tiles += [GradTiles(2 * taps, channels, outputs, 64, 8, 3), GradTiles(2 * taps, channels, outputs, 64, 8, 1)]
+    return tiles
+
+
+def weight_grad(
+    gathered: Tensor, dense: Tensor, table_M27: Tensor, taps: Taps, *, wide: bool = False, splits: int | None = None
+) -> Tensor:
+    """Sum over rows of gathered source row x dense row: fp32 [taps, C, O] of [.., C] and [rows, O], contiguous.
+
+    Rows are cut into splits whose sums are added in order: the same bits every time.
+    """
+    rows, C, O = len(dense), gathered.shape[1], dense.shape[1]
+    size = taps.count * C * O
+    if rows == 0 or size == 0:
+        return dense.new_zeros(taps.count, C, O, dtype=torch.float32)
+    wide = is_wide(gathered, dense, table_M27, force=wide)
+
+    def partials(tiles: GradTiles) -> Tensor:
+        parts = (triton.cdiv(n, b) for n, b in ((taps.count, tiles.taps), (C, tiles.channels), (O, tiles.outputs)))
+        programs = 1
+        for part in parts:
+            programs *= part
+        count = splits or max(1, min(_PROGRAMS // programs, _MAX_PARTIALS // size, triton.cdiv(rows, 8 * tiles.rows)))
+        step = triton.cdiv(triton.cdiv(rows, count), tiles.rows) * tiles.rows
+        count = triton.cdiv(rows, step)
+        partial = dense.new_empty(count, taps.count, C, O, dtype=torch.float32)
+        _weight_grad[(programs, count)](
+            gathered, dense, table_M27, partial, rows, step, C, O,
+            S=taps.size, LOG=taps.source.bit_length() - 1, T=taps.taps, STRIDE=taps.stride, WIDE=wide,
+            BT=tiles.taps, BC=tiles.channels, BO=tiles.outputs, BR=tiles.rows,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        return partial
+
+    key = f"weights {taps.size} {taps.source} {taps.taps} {C} {O} {dense.dtype} {size_class(rows)}"
+    with on_device(dense):
+        tiles = choose(key, grad_tiles(C, O, dense.dtype), partials, dense)
+        return partials(tiles).sum(0)
