@@ -1,0 +1,103 @@
+"""Collecting stages: what is exported generates, with the averaged weights; what does not belong together is refused."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model.generator import Generator
+from pipeline.schema import FORMAT_VERSION, UserError
+from tests.model.test_generate import FAST, disc, untrained
+from train.encode import hash_of
+from train.export import Export, export, main
+
+
+def checkpoint(path, model, **training):
+    """A checkpoint as the loop writes it: the plain weights differ from the averaged ones."""
+    path.mkdir(parents=True)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path / "ema.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path / "model.safetensors")
+    described = {"format_version": FORMAT_VERSION, "model": type(model).__name__, "config": asdict(model.config)}
+    (path / "config.json").write_text(json.dumps({**described, "training": training}))
+    return path
+
+
+@pytest.fixture
+def trained(tmp_path):
+    vae, structure, dits = untrained()
+    code = hash_of(vae)
+    paths = {
+        "vae": checkpoint(tmp_path / "vae", vae),
+        "structure": checkpoint(tmp_path / "structure", structure),
+        "dit": tuple(checkpoint(tmp_path / str(r), dit, resolution=r, vae=code) for r, dit in dits.items()),
+    }
+    return Export(**paths, out=tmp_path / "export"), (vae, structure, dits)
+
+
+def test_exported_stages_generate_what_the_trained_ones_do(trained):
+    cfg, models = trained
+    assert [path.name for path in export(cfg)] == ["vae", "structure", "dit_64", "dit_128"]
+    made = Generator.load(cfg.out).generate(disc(), 3, FAST)
+    same = Generator(*models, torch.device("cpu")).generate(disc(), 3, FAST)
+    assert (made.vertices == same.vertices).all()
+    assert (made.faces == same.faces).all()
+    files = sorted(path.relative_to(cfg.out).as_posix() for path in cfg.out.rglob("*") if path.is_file())
+    names = ("dit_128", "dit_64", "structure", "vae")
+    assert files == [f"{name}/{file}" for name in names for file in ("config.json", "model.safetensors")]
+
+
+def test_stages_can_be_replaced_one_by_one(trained):
+    cfg, (_, structure, _) = trained
+    export(cfg)
+    before = (cfg.out / "vae" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        next(structure.parameters()).add_(1.0)
+    again = checkpoint(cfg.out.parent / "later", structure)
+    export(Export(vae=None, structure=again, dit=(), out=cfg.out))
+    assert (cfg.out / "vae" / "model.safetensors").read_bytes() == before
+    loaded = Generator.load(cfg.out).structure
+    torch.testing.assert_close(next(loaded.parameters()), next(structure.parameters()))
+
+
+def test_a_dit_of_another_vae_is_refused(trained, tmp_path):
+    cfg, (_, _, dits) = trained
+    other = checkpoint(tmp_path / "other", dits[64], resolution=64, vae="0123456789ab")
+    with pytest.raises(UserError, match=r"other was trained on latents of VAE 0123456789ab, .*vae is [0-9a-f]{12}"):
+        export(Export(vae=cfg.vae, structure=None, dit=(other,), out=cfg.out))
+    assert not cfg.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vae": Path("nowhere")}, "nowhere does not exist: train the stage first"),
+        ({"vae": "structure"}, "structure must be a checkpoint of a SparseVAE, got Structure"),
+        ({"dit": ("64", "64")}, "are both of R = 64"),
+        ({"dit": ("structure",)}, "must be a checkpoint of a ConditionedDiT, got Structure"),
+    ],
+)
+def test_what_does_not_fit_is_said(trained, tmp_path, options, message):
+    cfg, _ = trained
+    given = {name: value for name, value in asdict(cfg).items()}
+    for name, value in options.items():
+        given[name] = tuple(tmp_path / one for one in value) if isinstance(value, tuple) else tmp_path / value
+    with pytest.raises(UserError, match=message):
+        export(Export(**given))
+
+
+def test_a_checkpoint_without_a_resolution_or_of_another_layout_is_refused(trained, tmp_path):
+    cfg, (_, _, dits) = trained
+    silent = checkpoint(tmp_path / "silent", dits[64])
+    with pytest.raises(UserError, match="does not say at which resolution"):
+        export(Export(vae=None, structure=None, dit=(silent,), out=cfg.out))
+    described = json.loads((silent / "config.json").read_text())
+    del described["config"]["encoder"]
+    (silent / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"unknown: \[\], missing: \['encoder'\]"):
+        export(Export(vae=None, structure=None, dit=(silent,), out=cfg.out))
+    with pytest.raises(UserError, match="must name a checkpoint, got none"):
+        main(["--vae", "None", "--structure", "None", "--dit"])

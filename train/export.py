@@ -1,0 +1,99 @@
+"""`python -m train.export`: the averaged weights of all stages in one directory, as `model.generate` wants them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from model.checkpoint import config_from, save_model
+from model.conditioned import ConditionedDiT
+from model.structure import Structure
+from model.vae import SparseVAE
+from pipeline.schema import UserError
+from train.checkpoint import check_format, load_weights
+from train.command import command, parse
+from train.encode import hash_of
+from train.loop import weights_file
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m train.export"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Collect trained stages in one directory for python -m model.generate. Stages that are there are replaced."""
+
+    vae: Path | None = Path("runs/vae-tiny/latest")  # checkpoint of python -m train.vae; None: leave it out
+    structure: Path | None = Path("runs/structure-tiny/flow/latest")  # of python -m train.structure; None: leave it out
+    dit: tuple[Path, ...] = (Path("runs/dit-tiny/latest"),)  # of python -m train.dit, one for each resolution
+    out: Path = Path("runs/export")
+
+    def __post_init__(self) -> None:
+        if self.vae is None and self.structure is None and not self.dit:
+            raise ValueError("vae, structure or dit must name a checkpoint, got none")
+
+
+def read_stage(path: Path, cls: type[nn.Module]) -> tuple[Any, dict[str, Any]]:
+    """A training checkpoint's model with its averaged weights, and what the run says of its training.
+
+    UserError if `path` is no checkpoint, or one of another kind of model.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: train the stage first, or leave it out")
+    described = check_format(path)
+    name, stored = described.get("model"), described.get("config")
+    if name != cls.__name__ or not isinstance(stored, dict):
+        raise UserError(f"{path} must be a checkpoint of a {cls.__name__}, got {name}")
+    try:
+        config = config_from(cls.Config, stored, str(path))  # pyright: ignore[reportAttributeAccessIssue]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    model = cls(config)
+    load_weights(weights_file(path), model)
+    return model.eval(), described.get("training") or {}
+
+
+def export(cfg: Export) -> list[Path]:
+    """Write the stages; returns their directories. UserError if one is missing or they do not belong together."""
+    stages: dict[str, tuple[Any, Path]] = {}
+    vae_hash = None
+    if cfg.vae is not None:
+        vae, _ = read_stage(cfg.vae, SparseVAE)
+        stages["vae"], vae_hash = (vae, cfg.vae), hash_of(vae)
+    if cfg.structure is not None:
+        stages["structure"] = (read_stage(cfg.structure, Structure)[0], cfg.structure)
+    for path in cfg.dit:
+        dit, training = read_stage(path, ConditionedDiT)
+        resolution, trained_on = training.get("resolution"), training.get("vae")
+        if not isinstance(resolution, int):
+            raise UserError(f"{path} does not say at which resolution it was trained")
+        name = f"dit_{resolution}"
+        if name in stages:
+            raise UserError(f"{path} and {stages[name][1]} are both of R = {resolution}; name one for each resolution")
+        if vae_hash is not None and trained_on is not None and trained_on != vae_hash:
+            raise UserError(
+                f"{path} was trained on latents of VAE {trained_on}, {cfg.vae} is {vae_hash}: take the VAE that made "
+                "them, or encode and train again"
+            )
+        stages[name] = (dit, path)
+    made = []
+    for name, (model, source) in stages.items():
+        save_model(cfg.out / name, model, model.config)
+        count = sum(tensor.numel() for tensor in model.state_dict().values())
+        log.info("%s: %.2f M numbers from %s", cfg.out / name, count / 1e6, source.resolve())
+        made.append(cfg.out / name)
+    return made
+
+
+def main(args: Sequence[str]) -> None:
+    export(parse(Export, args, prog=PROG))
+
+
+if __name__ == "__main__":
+    command(main)
