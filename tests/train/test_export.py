@@ -1,4 +1,4 @@
-"""Collecting stages: what is exported generates, with the averaged weights; what does not belong together is refused."""
+"""Collecting stages: what is exported generates, with averaged weights; what does not belong together is refused."""
 
 import json
 from dataclasses import asdict
