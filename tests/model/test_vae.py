@@ -422,23 +422,27 @@ def test_a_sparse_up_block_sees_only_cells_that_are_there():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_bf16_on_the_gpu_is_close_to_fp32_on_the_cpu(checkpointing):
-    config = VAEConfig(widths=(16, 32, 64, 128), heads=4, blocks=2, groups=8)
-    vae = random_vae(config, dtype=torch.float32)
+def test_the_gpu_agrees_with_the_cpu_in_fp32(dtype, allowed, checkpointing):
+    torch.manual_seed(0)
+    vae = SparseVAE(VAEConfig(widths=(16, 32, 64, 128), heads=4, blocks=2, groups=8))
+    for out in (vae.encoder.out, vae.decoder.out):
+        torch.nn.init.normal_(out.weight, std=0.1)
     batch = BrickBatch.collate([random_bricks(40, 64), random_bricks(0, 64), random_bricks(70, 64, seed=1)])
     noise, parameters = torch.randn(110, 16), list(vae.parameters())
     values, _ = vae(batch, noise)
     grads = torch.autograd.grad(values.square().sum(), parameters)
     vae.activation_checkpointing = checkpointing
     vae.cuda()
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         found, _ = vae(batch.to("cuda"), noise.cuda())
     assert found.dtype == torch.float32
-    assert (found.cpu() - values).norm() < 0.03 * values.norm()
-    found_grads = torch.autograd.grad(found.square().sum(), parameters)
+    assert (found.cpu() - values).norm() < allowed * values.norm()
+    found_grads = torch.autograd.grad(found.square().sum(), list(vae.parameters()))
     for (name, _), a, b in zip(vae.named_parameters(), found_grads, grads, strict=True):
-        assert (a.cpu() - b).norm() < 0.1 * b.norm() + 1e-4, name
+        assert a.dtype == torch.float32
+        assert (a.cpu() - b).norm() < 2 * allowed * b.norm(), name
 
 
 def test_levels_are_shared_by_encoder_and_decoder():
