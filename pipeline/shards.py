@@ -175,6 +175,19 @@ class RenderShard:
         (image,) = data.values()
         return image, meta
 
+    def read_images(self, view: int) -> dict[str, bytes]:
+        """uid -> encoded image of every asset in that view, which lie together: one sequential read."""
+        places = {}
+        for key, parts in self._places.items():
+            uid, _, number = key.rpartition("-")
+            if int(number) == view:
+                places[uid] = next(place for kind, place in parts.items() if kind != "json")
+        first = min((offset for offset, _ in places.values()), default=0)
+        last = max((offset + size for offset, size in places.values()), default=0)
+        with self.path.open("rb") as file:
+            data = memoryview(_read_at(file, first, last - first))
+        return {uid: bytes(data[offset - first :][:size]) for uid, (offset, size) in places.items()}
+
     def read(self, uid: str, view: int) -> View:
         """One decoded view. KeyError if the shard has no such view."""
         data, meta = self.read_bytes(uid, view)

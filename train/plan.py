@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,10 +94,14 @@ class Planner:
         epoch, position = divmod(number, len(assets))
         cached = self._permutation.get(resolution)
         if cached is None or cached[0] != epoch:
-            seed = seed_of(self.seed, "epoch", resolution, epoch)
-            cached = (epoch, np.random.default_rng(seed).permutation(assets))
+            rng = np.random.default_rng(seed_of(self.seed, "epoch", resolution, epoch))
+            cached = (epoch, self._order(assets, rng))
             self._permutation[resolution] = cached
         return Draw(int(cached[1][position]), epoch)
+
+    def _order(self, assets: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        """The assets of one epoch in the order in which they are drawn."""
+        return rng.permutation(assets)
 
     def _deal(self, resolution: int, draws: list[Draw]) -> tuple[tuple[Draw, ...], ...] | None:
         """The samples of each rank, in the order drawn; None if a rank would exceed the budget."""
@@ -112,3 +116,20 @@ class Planner:
             of_rank[rank].append(number)
             heapq.heappush(heap, (load, count + 1, rank))
         return tuple(tuple(draws[n] for n in sorted(numbers)) for numbers in of_rank)
+
+
+class ShardPlanner(Planner):
+    """Draws assets shard by shard, so that what lies together in a shard is read together.
+
+    The shards come in another order each epoch, `mixed` of them at a time, whose assets are shuffled among each other.
+    """
+
+    def __init__(self, tokens: Mapping[int, NDArray[np.int64]], shards: Sequence[str], *, mixed: int, **options: Any):
+        super().__init__(tokens, **options)
+        self.mixed = mixed
+        self._shard_of = np.unique(np.asarray(shards), return_inverse=True)[1].reshape(-1)  # of each asset
+
+    def _order(self, assets: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        place = rng.permutation(int(self._shard_of.max()) + 1)  # of each shard in this epoch
+        turn = place[self._shard_of[assets]] // self.mixed
+        return assets[np.lexsort([rng.random(len(assets)), turn])]

@@ -16,7 +16,7 @@ from train.config import resolved
 from train.data import Catalogue, read_catalogue
 from train.distributed import World, join
 from train.loop import fit, weights_file
-from train.plan import Planner
+from train.plan import Planner, ShardPlanner
 from train.prefetch import Prefetcher
 from train.structure_config import STRUCTURE_PRESETS, StructureTraining
 from train.structure_data import GridLoader
@@ -83,7 +83,10 @@ def described(cfg: StructureTraining, half: str, model: str) -> dict[str, Any]:
 
 def _stream(cfg: StructureTraining, world: World, chosen: Catalogue, *, images: bool) -> Prefetcher[Any, Any]:
     half = cfg.flow if images else cfg.vae
-    planner = Planner(chosen.tokens, batch_size=half.batch_size, world_size=world.size, seed=half.loop.seed)
+    options = {"batch_size": half.batch_size, "world_size": world.size, "seed": half.loop.seed}
+    planner = Planner(chosen.tokens, **options)
+    if images:  # which lie together in the shards
+        planner = ShardPlanner(chosen.tokens, chosen.shards, mixed=cfg.flow.open_shards, **options)
     loader = GridLoader(chosen, cfg, images=images)
     return Prefetcher(planner, partial(loader.load, rank=world.rank), workers=cfg.workers)
 

@@ -9,12 +9,11 @@ from typing import Literal
 from model.condition import EncoderConfig
 from model.conditioned import ConditionedConfig
 from model.dit import DiTConfig
-from model.flow import TimeDistribution
-from model.images import Augmentation
 from model.occupancy import OccupancyConfig
 from model.structure import StructureConfig
 from pipeline.cameras import CameraSet
 from pipeline.schema import BLOCK, check_resolution
+from train.conditions import FlowOptions
 from train.config import LoopConfig
 from train.distributed import Device
 
@@ -38,25 +37,15 @@ class OccupancyTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowTraining:
+class FlowTraining(FlowOptions):
     """The second half: the flow model over its latents. ValueError for a number out of range."""
 
-    batch_size: int = 8  # assets a rank; paper, sec. 4
-    dropout: float = 0.1  # share of samples trained without their image
-    times: TimeDistribution = field(default_factory=TimeDistribution)
-    augment: bool = True  # the images, as `Augmentation` says
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    guidance: float = 3.0  # of the samples that are drawn while training
-    steps: int = 25  # of the same
     statistics: int = 2048  # assets from which the latents' mean and deviation are measured
-    loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "statistics"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        super().__post_init__()
+        if self.statistics < 1:
+            raise ValueError(f"statistics must be 1 or more, got {self.statistics}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model.condition import ImageBatch
 from model.flow import noise_of
-from model.images import prepare_image
-from pipeline.schema import RunError, UserError, seed_of
-from train.data import OPEN_SHARDS, UNREADABLE, BrickLoader, Catalogue
+from pipeline.schema import seed_of
+from train.conditions import Conditions, time_of
+from train.data import BrickLoader, Catalogue
 from train.plan import Draw, Plan
 from train.structure_config import StructureTraining
 from train.symmetry import SYMMETRIES, transform_points
-
-if TYPE_CHECKING:
-    from pipeline.shards import RenderShard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,50 +51,10 @@ class GridBatch:
         return replace(self, images=None if self.images is None else self.images.to(device), **moved)
 
 
-class ViewReader:
-    """Single renders of a catalogue; safe to use from several threads. UserError if a shard has none."""
-
-    def __init__(self, catalogue: Catalogue, cameras: str):
-        self.catalogue, self.cameras = catalogue, cameras
-        self._lock = threading.Lock()
-        self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
-
-    def views(self, asset: int) -> int:
-        """How many views the asset's shard has of each of its assets."""
-        with self._lock:
-            return self._open(self.catalogue.shards[asset])[1]
-
-    def read(self, asset: int, view: int) -> NDArray[np.uint8]:
-        """RGBA [h, w, 4]. RunError, with what to run, if it cannot be read."""
-        name, uid = self.catalogue.shards[asset], self.catalogue.uids[asset]
-        with self._lock:
-            shard = self._open(name)[0]
-        try:
-            return shard.read(uid, view).rgba
-        except UNREADABLE as error:
-            root = self.catalogue.root
-            raise RunError(
-                f"view {view} of {uid} in {shard.path}: {error}; run python -m pipeline.verify {root}"
-            ) from error
-
-    def _open_shard(self, name: str) -> tuple[RenderShard, int]:
-        from pipeline.shards import RenderShard  # here: importing the stream does not take pyarrow and Pillow
-
-        root = self.catalogue.root
-        if not (root / "shards" / name / f"renders-{self.cameras}.json").exists():
-            raise UserError(
-                f"{root} has no renders of cameras {self.cameras} in shard {name}; add them: "
-                f"python -m pipeline.build --out {root} --cameras {self.cameras}"
-            )
-        shard = RenderShard(root / "renders" / self.cameras / f"{name}.tar")
-        return shard, len(shard.keys) // len(shard.uids)
-
-
 class GridLoader(BrickLoader):
     """Turns a planned step into this rank's batch; depends on the plan alone, as `BrickLoader`.
 
-    With `images` every sample gets a view of its asset, in another order each time round; `held_out` views of each
-    asset, the last ones, are left alone, or with `held_out_only` are all that is drawn.
+    With `images` every sample gets a view of its asset, as `Conditions` chooses it.
     """
 
     def __init__(
@@ -116,8 +69,19 @@ class GridLoader(BrickLoader):
         half = cfg.flow if images else cfg.vae
         channels = cfg.model.occupancy.latent_channels
         super().__init__(catalogue, seed=half.loop.seed, noise_channels=channels, symmetries=False)
-        self.cfg, self.training, self.held_out_only = cfg, training, held_out_only
-        self.views = ViewReader(catalogue, cfg.cameras) if images else None
+        self.cfg, self.training = cfg, training
+        self.conditions = None
+        if images:
+            self.conditions = Conditions(
+                catalogue,
+                cfg.flow,
+                cameras=cfg.cameras,
+                image_size=cfg.model.flow.encoder.image_size,
+                held_out=cfg.held_out_views,
+                training=training,
+                held_out_only=held_out_only,
+                ahead=2 * cfg.flow.open_shards if training else 0,
+            )
 
     def load(self, plan: Plan, rank: int) -> GridBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The batch of one rank in one step."""
@@ -133,16 +97,16 @@ class GridLoader(BrickLoader):
             uid = self.catalogue.uids[asset]
             key = (self.seed, "structure", cfg.resolution, draw.epoch, uid)  # names, not numbers
             cells = bricks.blocks[(np.abs(bricks.values) < 1).any(axis=1)]
-            if self.views is None and self.training and cfg.vae.symmetries:
+            if self.conditions is None and self.training and cfg.vae.symmetries:
                 cells = transform_points(cells, side, seed_of("symmetry", *key) % len(SYMMETRIES))
             occupied[number, *torch.from_numpy(cells.astype(np.int64)).T] = True
             seeds.append(seed_of("noise", *key) >> 1)
             uids.append(uid)
-            generator = torch.Generator().manual_seed(seed_of("time", *key) >> 1)
-            times.append(cfg.flow.times.sample(1, generator))
-            dropped.append(self.training and torch.rand((), generator=generator).item() < cfg.flow.dropout)
-            if self.views is not None:
-                prepared.append(self._image(asset, draw.epoch, key))
+            time, drop = time_of(cfg.flow, key, training=self.training)
+            times.append(time)
+            dropped.append(drop)
+            if self.conditions is not None:
+                prepared.append(self.conditions.image(asset, draw.epoch, key))
         latents = cfg.model.occupancy.latent_side**3
         return GridBatch(
             occupied=occupied,
@@ -153,23 +117,3 @@ class GridLoader(BrickLoader):
             share=share,
             uids=tuple(uids),
         )
-
-    def view_of(self, asset: int, epoch: int) -> int:
-        """Which view the asset's `epoch`-th sample sees: all that are allowed, then all again in another order."""
-        assert self.views is not None
-        count, held = self.views.views(asset), self.cfg.held_out_views
-        if held >= count:
-            raise UserError(f"held_out_views must be below the {count} views there are, got {held}")
-        allowed = np.arange(count - held, count) if self.held_out_only and held else np.arange(count - held)
-        turn, place = divmod(epoch, len(allowed))
-        order = np.random.default_rng(seed_of("view", self.seed, self.catalogue.uids[asset], turn))
-        return int(order.permutation(allowed)[place])
-
-    def _image(self, asset: int, epoch: int, key: tuple):
-        assert self.views is not None
-        pixels = self.views.read(asset, self.view_of(asset, epoch))
-        size, flow = self.cfg.model.flow.encoder.image_size, self.cfg.flow
-        if not (self.training and flow.augment):
-            return prepare_image(pixels, size, whole_if_opaque=True)
-        rng = np.random.default_rng(seed_of("augmentation", *key))
-        return prepare_image(pixels, size, augmentation=flow.augmentation, rng=rng, whole_if_opaque=True)

@@ -135,14 +135,14 @@ def test_every_view_but_the_held_out_ones_comes_in_turn(rendered, tmp_path):
     cfg = config(rendered, tmp_path, flow=replace(config(rendered, tmp_path).flow, augment=False))
     loader = GridLoader(catalogue, cfg, images=True)
     for turn in range(3):
-        assert {loader.view_of(1, 3 * turn + n) for n in range(3)} == {0, 1, 2}
+        assert {loader.conditions.view_of(1, 3 * turn + n) for n in range(3)} == {0, 1, 2}
     held = GridLoader(catalogue, cfg, images=True, training=False, held_out_only=True)
-    assert {held.view_of(1, n) for n in range(2)} == {3, 4}
-    view = loader.view_of(1, 4)
+    assert {held.conditions.view_of(1, n) for n in range(2)} == {3, 4}
+    view = loader.conditions.view_of(1, 4)
     pixel = loader.batch([Draw(1, 4)], 1.0).images.pixels[0, :, 14, 14]
     assert tuple(pixel.tolist()) == color_of(1, view)
     with pytest.raises(UserError, match="held_out_views must be below the 5 views there are, got 5"):
-        GridLoader(catalogue, replace(cfg, held_out_views=5), images=True).view_of(0, 0)
+        GridLoader(catalogue, replace(cfg, held_out_views=5), images=True).conditions.view_of(0, 0)
 
 
 def test_both_halves_train_and_the_checkpoint_is_the_whole_stage(rendered, tmp_path):

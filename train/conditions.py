@@ -1,0 +1,184 @@
+"""Renders as image conditions: the options of a flow that they guide, and which view a sample sees."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.flow import TimeDistribution
+from model.images import Augmentation, PreparedImage, prepare_image
+from pipeline.schema import RunError, UserError, seed_of
+from train.config import LoopConfig
+from train.data import OPEN_SHARDS, UNREADABLE, Catalogue
+
+if TYPE_CHECKING:
+    from pipeline.schema import View
+    from pipeline.shards import RenderShard
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowOptions:
+    """How a flow under the condition of images is trained. ValueError for a number out of range."""
+
+    batch_size: int = 8  # assets a rank; paper, sec. 4
+    dropout: float = 0.1  # share of samples trained without their image
+    times: TimeDistribution = field(default_factory=TimeDistribution)
+    augment: bool = True  # the images, as `Augmentation` says
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    guidance: float = 3.0  # of the samples that are drawn while training
+    steps: int = 25  # of the same
+    open_shards: int = 16  # whose renders are drawn from in turn and kept in memory, some 10 MB each
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "steps", "open_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+class Once(Generic[Key, Value]):
+    """The last `most` values asked for, each made by one thread while others wait for it."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._lock = threading.Lock()
+        self._held: OrderedDict[Key, tuple[threading.Lock, list[Value]]] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        with self._lock:
+            making, made = self._held.setdefault(key, (threading.Lock(), []))
+            self._held.move_to_end(key)
+            while len(self._held) > self.most:
+                self._held.popitem(last=False)
+        with making:
+            if not made:
+                made.append(make())
+        return made[0]
+
+
+class ViewReader:
+    """Renders of a catalogue; safe to use from several threads.
+
+    UserError, with what to run, if a shard has none. `ahead` > 0: a view is read as it lies in the view-major tar, that
+    of all the shard's assets in one go, and the encoded images of so many shards are kept; only what is asked for is
+    decoded. 0: every render is read on its own.
+    """
+
+    def __init__(self, catalogue: Catalogue, cameras: str, *, ahead: int = 0):
+        self.catalogue, self.cameras = catalogue, cameras
+        for name in sorted(set(catalogue.shards)):
+            if not (catalogue.root / "shards" / name / f"renders-{cameras}.json").exists():
+                raise UserError(
+                    f"{catalogue.root} has no renders of cameras {cameras} in shard {name}; add them: "
+                    f"python -m pipeline.build --out {catalogue.root} --cameras {cameras}"
+                )
+        self._lock = threading.Lock()
+        self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._images: Once[tuple[str, int], dict[str, bytes]] | None = Once(ahead) if ahead else None
+
+    def views(self, asset: int) -> int:
+        """How many views the asset's shard has of each of its assets."""
+        return self._shard(asset)[1]
+
+    def read(self, asset: int, view: int) -> NDArray[np.uint8]:
+        """RGBA [h, w, 4]. RunError, with what to run, if it cannot be read."""
+        name, uid = self.catalogue.shards[asset], self.catalogue.uids[asset]
+        if self._images is None:
+            return self.read_view(asset, view).rgba
+        from pipeline.render import decode
+
+        shard, _ = self._shard(asset)
+        try:
+            return decode(self._images.get((name, view), lambda: shard.read_images(view))[uid])
+        except UNREADABLE as error:
+            raise self._unreadable(asset, view, error) from error
+
+    def read_view(self, asset: int, view: int) -> View:
+        """One render with its camera. RunError, with what to run, if it cannot be read."""
+        shard, _ = self._shard(asset)
+        try:
+            return shard.read(self.catalogue.uids[asset], view)
+        except UNREADABLE as error:
+            raise self._unreadable(asset, view, error) from error
+
+    def _unreadable(self, asset: int, view: int, error: Exception) -> RunError:
+        root, name, uid = self.catalogue.root, self.catalogue.shards[asset], self.catalogue.uids[asset]
+        return RunError(f"view {view} of {uid} in shard {name}: {error!r}; run python -m pipeline.verify {root}")
+
+    def _shard(self, asset: int) -> tuple[RenderShard, int]:
+        try:
+            with self._lock:
+                return self._open(self.catalogue.shards[asset])
+        except UNREADABLE as error:
+            raise self._unreadable(asset, 0, error) from error
+
+    def _open_shard(self, name: str) -> tuple[RenderShard, int]:
+        from pipeline.shards import RenderShard  # here: importing the stream does not take pyarrow and Pillow
+
+        shard = RenderShard(self.catalogue.root / "renders" / self.cameras / f"{name}.tar")
+        return shard, len(shard.keys) // max(len(shard.uids), 1)
+
+
+class Conditions:
+    """What a flow's sample is given besides its latents: a view of its asset, a time, whether the image is dropped.
+
+    All of a shard's assets see the same view in an epoch, another one in each, so that training reads a view-major
+    shard in order. The last `held_out` views are left alone, or with `held_out_only` are all there is.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        flow: FlowOptions,
+        *,
+        cameras: str,
+        image_size: int,
+        held_out: int,
+        training: bool = True,
+        held_out_only: bool = False,
+        ahead: int = 0,
+    ):
+        self.catalogue, self.flow, self.image_size = catalogue, flow, image_size
+        self.held_out, self.training, self.held_out_only = held_out, training, held_out_only
+        self.views = ViewReader(catalogue, cameras, ahead=ahead)
+
+    def view_of(self, asset: int, epoch: int) -> int:
+        """Which view the asset's `epoch`-th sample sees: all that are allowed, then all again in another order."""
+        count, held = self.views.views(asset), self.held_out
+        if held >= count:
+            raise UserError(f"held_out_views must be below the {count} views there are, got {held}")
+        allowed = np.arange(count - held, count) if self.held_out_only and held else np.arange(count - held)
+        turn, place = divmod(epoch, len(allowed))
+        order = np.random.default_rng(seed_of("view", self.flow.loop.seed, self.catalogue.shards[asset], turn))
+        return int(order.permutation(allowed)[place])
+
+    def image(self, asset: int, epoch: int, key: Sequence[str | int]) -> PreparedImage:
+        """The sample's image, augmented in training; random numbers from `key` alone."""
+        pixels = self.views.read(asset, self.view_of(asset, epoch))
+        if not (self.training and self.flow.augment):
+            return prepare_image(pixels, self.image_size, whole_if_opaque=True)
+        rng = np.random.default_rng(seed_of("augmentation", *key))
+        return prepare_image(
+            pixels, self.image_size, augmentation=self.flow.augmentation, rng=rng, whole_if_opaque=True
+        )
+
+
+def time_of(flow: FlowOptions, key: Sequence[str | int], *, training: bool) -> tuple[Tensor, bool]:
+    """t [1] of a sample and whether its image is dropped, which happens in training alone."""
+    generator = torch.Generator().manual_seed(seed_of("time", *key) >> 1)
+    time = flow.times.sample(1, generator)
+    return time, training and torch.rand((), generator=generator).item() < flow.dropout
