@@ -213,7 +213,8 @@ class BrickBatch:
 
     def pin_memory(self) -> BrickBatch:
         """A copy in page-locked memory, for `to(..., non_blocking=True)`."""
-        cells = replace(self.cells, coords=self.cells.coords.pin_memory())
+        cells = self.cells
+        cells = replace(cells, coords=cells.coords.pin_memory(), asset_starts=cells.asset_starts.pin_memory())
         return replace(self, cells=cells, values=self.values.pin_memory(), sharp=self.sharp.pin_memory())
 
     def _disk_order(self) -> Tensor:

@@ -144,6 +144,17 @@ def test_decoded_values_replace_those_of_the_batch():
         batch.bricks(decoded[:13])
 
 
+@pytest.mark.gpu
+def test_a_batch_reaches_the_gpu_through_pinned_memory():
+    batch = BrickBatch.collate([random_bricks(9), random_bricks(4, seed=1)])
+    pinned = batch.pin_memory()
+    assert all(x.is_pinned() for x in (pinned.values, pinned.sharp, pinned.cells.coords, pinned.cells.asset_starts))
+    moved = pinned.to("cuda", non_blocking=True).voxels()
+    assert torch.equal(moved.coords.cpu(), batch.voxels().coords)
+    assert torch.equal(moved.feats.cpu(), batch.voxels().feats)
+    assert torch.equal(moved.level.parents.level.neighbors.cpu(), batch.voxels().level.parents.level.neighbors)
+
+
 def test_cells_that_rounding_emptied_are_dropped():
     one = random_bricks(6)
     one.values[2] = np.where(one.values[2] < 0, -1, 1)
