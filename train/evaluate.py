@@ -1,4 +1,4 @@
-"""`python -m train.evaluate vae`: how far a trained model's surfaces are from the stored ones."""
+"""`python -m train.evaluate vae | generation`: how far reconstructed or generated surfaces are from the stored ones."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from collections.abc import Sequence
 
 from pipeline.schema import UserError
 from train.command import command, parse
+from train.generation_evaluation import GenerationEvaluation, evaluate_generation
 from train.vae_evaluation import VAEEvaluation, evaluate_vae
 
 PROG = "python -m train.evaluate"
 
 
 def main(args: Sequence[str]) -> None:
-    if not args or args[0] != "vae":
-        raise UserError(f"say what to evaluate: {PROG} vae [options]; got {args[0] if args else 'nothing'}")
-    evaluate_vae(parse(VAEEvaluation, args[1:], prog=f"{PROG} vae"))
+    what, rest = (args[0], args[1:]) if args else ("nothing", args)
+    if what == "vae":
+        evaluate_vae(parse(VAEEvaluation, rest, prog=f"{PROG} vae"))
+    elif what == "generation":
+        evaluate_generation(parse(GenerationEvaluation, rest, prog=f"{PROG} generation"))
+    else:
+        raise UserError(f"say what to evaluate: {PROG} vae [options] or {PROG} generation [options]; got {what}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""Evaluation of generated meshes: an asset is its own perfect result, another one is recognised as what it is."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from model.generator import Generated, Generator, Stage
+from model.postprocess import clean
+from pipeline.cameras import camera
+from pipeline.isosurface import extract
+from pipeline.render import encode, render_from
+from pipeline.schema import RunError, UserError, View
+from pipeline.shards import write_render_shard
+from pipeline.store import SdfShard
+from tests.train.builds import commit, make_build
+from train.evaluate import main
+from train.generation_evaluation import GenerationEvaluation, _mesh, evaluate_generation
+
+VIEWS = 3
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """A build of four shapes with true renders of their surfaces."""
+    root = make_build(tmp_path_factory.mktemp("shown"), assets=3, val=1, resolutions=(32, 40))
+    shard = SdfShard(root / "sdf" / "40" / "000000.zarr")
+    entries = []
+    for uid in shard.uids:
+        mesh, eyes = _mesh(extract(shard.bricks(uid))), [camera(uid, view) for view in range(VIEWS)]
+        views = []
+        for view, rgba in enumerate(render_from(mesh, eyes, 96)):
+            meta = {"uid": uid, "view": view, **eyes[view].meta(), "width": 96, "height": 96}
+            views.append((encode(View(rgba=rgba, meta=meta)), meta))
+        entries.append((uid, views))
+    write_render_shard(root / "renders" / "paper" / "000000.tar", entries)
+    commit(root, "000000", "renders-paper")
+    return root
+
+
+class Perfect:
+    """Stands in for the models: gives the surface of the asset whose image it is shown, or of another."""
+
+    def __init__(self, root, turn=0, fails=()):
+        self.shard, self.calls, self.turn, self.fails = SdfShard(root / "sdf" / "40" / "000000.zarr"), 0, turn, fails
+        self.structure = torch.nn.Module()
+        self.structure.flow = torch.nn.Module()
+        self.structure.flow.encoder = type("Encoder", (), {"label": "nobody"})
+
+    def generate(self, image, seed, options, whole_if_opaque):
+        number = self.calls
+        self.calls += 1
+        if number in self.fails:
+            raise RunError("no surface")
+        surface = extract(self.shard.bricks((number + self.turn) % 3))
+        cleaned = clean(*surface)
+        return Generated(
+            vertices=cleaned.vertices, faces=cleaned.faces, open_edges=0, cleaned=cleaned,
+            stages=(Stage(name="structure", seconds=0.5, tokens=7),),
+        )  # fmt: skip
+
+
+def evaluate(root, out, monkeypatch, model, **options):
+    monkeypatch.setattr(Generator, "load", classmethod(lambda *_: model))
+    cfg = GenerationEvaluation(checkpoint=out, data=root, samples=2000, out=out, device="cpu", **options)
+    return evaluate_generation(cfg)
+
+
+def test_an_asset_is_its_own_perfect_result(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))
+    summary = result["summary"]
+    assert (summary["assets"], summary["empty"], summary["candidates"]) == (3, 0, 4)
+    assert summary["chamfer"] < 1e-6
+    assert summary["iou"] == summary["nearest_is_right"] == summary["closed"] == 100.0
+    assert summary["silhouette_iou"] > 99.9
+    assert summary["normal_consistency"] > 99.0
+    assert {row["view"] for row in result["rows"]} == {VIEWS - 1}
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["protocol"]["image_encoder"] == "nobody"
+    assert "nearest of 4 is right %" in (tmp_path / "table.md").read_text()
+    assert Image.open(tmp_path / "generated.png").size == (4 * 256, 3 * 256)
+    assert len(list((tmp_path / "meshes").glob("*.glb"))) == 3
+
+
+def test_another_asset_is_recognised_as_that(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered, turn=1), view=0, limit=2)
+    uids = SdfShard(rendered / "sdf" / "40" / "000000.zarr").uids
+    assert result["summary"]["nearest_is_right"] == 0.0
+    chosen = [row["uid"] for row in result["rows"]]
+    assert chosen == [uids[0], uids[1]]
+    assert [row["nearest"] for row in result["rows"]] == [uids[1], uids[2]]
+    assert result["summary"]["iou"] < 90
+    assert result["summary"]["silhouette_iou"] < 95
+    assert result["summary"]["chamfer"] > 10
+
+
+def test_an_empty_result_counts_without_a_distance(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered, fails=(1,)))
+    summary = result["summary"]
+    assert (summary["assets"], summary["empty"]) == (3, 1)
+    assert summary["iou"] == pytest.approx(200 / 3)
+    assert summary["chamfer"] < 1e-6
+    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][1]["chamfer"] is None
+
+
+def test_what_cannot_be_evaluated_is_said(rendered, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--view must be from -3 to 2 .* got 3"):
+        evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered), view=3)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="lacks vae, structure"):
+        main(["generation", "--checkpoint", str(tmp_path), "--data", str(rendered)])
+    with pytest.raises(ValueError, match="limit must be 1 or more, got 0"):
+        GenerationEvaluation(limit=0)

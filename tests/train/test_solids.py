@@ -1,0 +1,42 @@
+"""Inside and outside of closed meshes against formulas."""
+
+import numpy as np
+import pytest
+import trimesh
+
+from train.solids import OFFSETS, inside, overlap
+
+
+def points(side):
+    """The points that `inside` judges."""
+    line = np.arange(side)
+    x, y, z = np.meshgrid(line + 0.5, line + OFFSETS[0], line + OFFSETS[1], indexing="ij")
+    return np.stack([x, y, z], -1) / side - 0.5
+
+
+def test_a_rotated_box_and_a_ball_are_their_formulas():
+    turn = trimesh.transformations.rotation_matrix(0.7, [1, 2, 3])
+    box = trimesh.creation.box([0.7, 0.4, 0.3], transform=turn)
+    local = np.abs(points(40) @ turn[:3, :3]) < np.array([0.35, 0.2, 0.15])
+    np.testing.assert_array_equal(inside(box.vertices, box.faces, 40), local.all(axis=-1))
+    ball = trimesh.creation.icosphere(subdivisions=5, radius=0.4)
+    assert overlap(inside(ball.vertices, ball.faces), np.linalg.norm(points(64), axis=-1) < 0.4) > 0.99
+
+
+def test_a_hollow_is_outside_and_many_layers_are_counted():
+    shells = [trimesh.creation.icosphere(subdivisions=3, radius=0.48 * n / 100) for n in range(1, 101)]
+    both = trimesh.util.concatenate([shells[99], shells[49]])
+    radius = np.linalg.norm(points(64), axis=-1)
+    assert overlap(inside(both.vertices, both.faces), (radius < 0.48) & (radius > 0.24)) > 0.97
+    layers = trimesh.util.concatenate(shells)  # up to 200 crossings on a line
+    middle = inside(layers.vertices, layers.faces, 64)[32, 32, 32:]
+    expected = np.floor(100 * radius[32, 32, 32:] / 0.48) % 2 == 1
+    assert (middle == expected).mean() > 0.7
+
+
+def test_overlap():
+    a, b = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
+    assert overlap(a, b) == 1.0
+    a[0], b[:, :2] = True, True
+    assert overlap(a, b) == pytest.approx(2 / 6)
+    assert not inside(np.zeros((3, 3)), np.array([[0, 1, 2]]), 8).any()

@@ -1,0 +1,257 @@
+"""Meshes generated from stored renders against the assets they show: numbers for each, a table, pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import KDTree
+
+from model.generator import Generated, Generator, Options
+from model.meshfile import write_mesh
+from model.preview import CLAY, on_paper
+from pipeline.cameras import Camera, CameraSet, look_at_origin
+from pipeline.isosurface import extract
+from pipeline.render import render_from
+from pipeline.schema import Mesh, Part, RunError, UserError
+from train.checkpoint import provenance
+from train.conditions import ViewReader
+from train.data import BrickReader, Catalogue, built_resolutions, read_catalogue
+from train.distributed import Device, choose_device
+from train.pictures import save_image, side_by_side
+from train.solids import inside, overlap
+from train.surfaces import THRESHOLDS, compare_surfaces, sample_surface
+
+log = logging.getLogger(__name__)
+
+Surface = tuple[NDArray[np.float64], NDArray[np.int32]]
+NEAREST_POINTS = 4096  # of each surface, for telling which asset is meant
+SIDE = 256  # pixels of a picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationEvaluation:
+    """Generate meshes from stored renders and measure how far they are from the assets on them."""
+
+    checkpoint: Path = Path("runs/export")  # of python -m train.export
+    data: Path = Path("data/smoke")  # what python -m pipeline.build made, with renders
+    split: Literal["train", "val", "all"] = "train"
+    view: int = -1  # of each asset; -1 is the last one, which training leaves out where it holds views out
+    cameras: CameraSet = "paper"
+    limit: int | None = None  # only N assets, spread over the split
+    seed: int = 0
+    samples: int = 100_000  # on each surface
+    out: Path | None = None  # default: evaluation/ in the checkpoint directory
+    device: Device = "auto"
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self):
+        for name in ("samples", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One asset; distances in the frame [-1, 1]^3, infinite if nothing was generated."""
+
+    uid: str
+    split: str
+    view: int
+    seconds: float
+    tokens: dict[str, int]  # stage -> cells
+    faces: int
+    closed: bool
+    chamfer: float
+    normal_consistency: float
+    f1: dict[float, float]
+    iou: float  # of the solids, on a grid of 64^3
+    silhouette_iou: float  # against the image it came from, by the same camera
+    nearest: str  # asset of the build whose surface is closest
+    nearest_is_right: bool
+
+
+def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
+    """Every chosen asset; writes evaluation.json, table.md, meshes and pictures to cfg.out. UserError, RunError."""
+    catalogue = read_catalogue(cfg.data, built_resolutions(cfg.data))
+    references, views = _References(catalogue), ViewReader(catalogue, cfg.cameras)
+    chosen = [n for n in references.assets if cfg.split == "all" or catalogue.is_val[n] == (cfg.split == "val")]
+    if not chosen:
+        raise UserError(f"{cfg.data} has no asset in split {cfg.split} to evaluate; choose --split all")
+    count = min(cfg.limit or len(chosen), len(chosen))
+    chosen = [chosen[n * len(chosen) // count] for n in range(count)]
+    generator = Generator.load(cfg.checkpoint, choose_device(cfg.device), cfg.options.resolution)
+    out = cfg.out or cfg.checkpoint / "evaluation"
+    (out / "meshes").mkdir(parents=True, exist_ok=True)
+    rows, pictures = [], []
+    for asset in chosen:
+        row, images = _evaluate(cfg, generator, references, views, asset, out / "meshes")
+        rows.append(row)
+        pictures.append(images)
+        right = "right" if row.nearest_is_right else "wrong"
+        log.info("%s CD %.1f IoU %.3f silhouette %.3f nearest %s", row.uid, 1000 * row.chamfer, row.iou,
+                 row.silhouette_iou, right)  # fmt: skip
+    summary = summarize(rows, f"{cfg.split} assets, view {cfg.view}", len(references.assets))
+    result = {
+        "checkpoint": str(cfg.checkpoint.resolve()),
+        "data": str(cfg.data),
+        "protocol": {
+            "frame": "[-1, 1]^3",
+            "distance": "point to surface, unsquared, both ways; chamfer is the mean of both",
+            "samples": cfg.samples,
+            "reference": "marching cubes of the finest stored SDF",
+            "seed": cfg.seed,
+            "sampling": asdict(cfg.options),
+            "image_encoder": generator.structure.flow.encoder.label,
+        },
+        **provenance(),
+        "summary": summary,
+        "rows": [{**asdict(row), "f1": {str(t): value for t, value in row.f1.items()}} for row in rows],
+    }
+    (out / "evaluation.json").write_text(json.dumps(result, indent=1).replace("Infinity", "null") + "\n")
+    (out / "table.md").write_text(table(summary) + "\n")
+    for row, images in zip(rows, pictures, strict=True):
+        save_image(out / "meshes" / f"{row.uid}.png", side_by_side([images]))
+    save_image(out / "generated.png", side_by_side(pictures))
+    for line in table(summary).splitlines():
+        log.info("%s", line)
+    log.info("%s: evaluation.json, table.md, generated.png (image, generated, asset, generated from behind)", out)
+    return result
+
+
+class _References:
+    """The stored surface of every asset, and points on it."""
+
+    def __init__(self, catalogue: Catalogue):
+        self.catalogue, reader = catalogue, BrickReader(catalogue)
+        self.surfaces: dict[int, Surface] = {}
+        self.trees: dict[int, KDTree] = {}
+        for asset in range(len(catalogue)):
+            finest = max((r for r, tokens in catalogue.tokens.items() if tokens[asset]), default=None)
+            surface = extract(reader.read(asset, finest)) if finest else None
+            if surface is not None and len(surface[1]):
+                self.surfaces[asset] = surface
+                self.trees[asset] = KDTree(sample_surface(*surface, NEAREST_POINTS, seed=0)[0])
+
+    @property
+    def assets(self) -> list[int]:
+        return list(self.surfaces)
+
+    def nearest(self, surface: Surface) -> int:
+        """The asset with the smallest distance between points, both ways."""
+        points = sample_surface(*surface, NEAREST_POINTS, seed=1)[0]
+        tree = KDTree(points)
+        there = {asset: other.query(points)[0].mean() for asset, other in self.trees.items()}
+        return min(there, key=lambda asset: there[asset] + tree.query(self.trees[asset].data)[0].mean())
+
+
+def _evaluate(
+    cfg: GenerationEvaluation,
+    generator: Generator,
+    references: _References,
+    views: ViewReader,
+    asset: int,
+    folder: Path,
+) -> tuple[Row, list[NDArray[np.uint8]]]:
+    catalogue, reference = references.catalogue, references.surfaces[asset]
+    uid, count = catalogue.uids[asset], views.views(asset)
+    if not -count <= cfg.view < count:
+        raise UserError(f"--view must be from {-count} to {count - 1} for the {count} views there are, got {cfg.view}")
+    view = cfg.view % count
+    image = views.read_view(asset, view)
+    eye = look_at_origin(*(image.meta[name] for name in ("azimuth_degrees", "elevation_degrees", "focal_mm")))
+    empty = Row(
+        uid=uid, split="val" if catalogue.is_val[asset] else "train", view=view, seconds=0.0, tokens={}, faces=0,
+        closed=False, chamfer=float("inf"), normal_consistency=0.0, f1=dict.fromkeys(THRESHOLDS, 0.0), iou=0.0,
+        silhouette_iou=0.0, nearest="", nearest_is_right=False,
+    )  # fmt: skip
+    try:
+        made = generator.generate(image.rgba, cfg.seed, cfg.options, whole_if_opaque=True)
+    except RunError as error:
+        log.warning("%s: %s", uid, error)
+        blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
+        return empty, [_shown(image.rgba), blank, drawn(reference, [eye])[0], blank]
+    write_mesh(folder / f"{uid}.glb", made.vertices, made.faces)
+    surface = made.vertices, made.faces
+    metrics = compare_surfaces(*surface, *reference, samples=cfg.samples)
+    (same,) = render_from(_mesh(surface), [eye], len(image.rgba))
+    nearest = references.nearest(surface)
+    row = replace(
+        empty,
+        seconds=sum(stage.seconds for stage in made.stages),
+        tokens=_tokens(made),
+        faces=len(made.faces),
+        closed=made.open_edges == 0,
+        chamfer=metrics.chamfer,
+        normal_consistency=metrics.normal_consistency,
+        f1=metrics.f1,
+        iou=overlap(inside(*surface), inside(*reference)),
+        silhouette_iou=overlap(same[..., 3] > 127, image.rgba[..., 3] > 127),
+        nearest=catalogue.uids[nearest],
+        nearest_is_right=nearest == asset,
+    )
+    behind = look_at_origin(eye.azimuth_degrees + 180, eye.elevation_degrees, eye.focal_mm)
+    return row, [_shown(image.rgba), *drawn(surface, [eye]), *drawn(reference, [eye]), *drawn(surface, [behind])]
+
+
+def _tokens(made: Generated) -> dict[str, int]:
+    return {stage.name: stage.tokens for stage in made.stages}
+
+
+def _mesh(surface: Surface) -> Mesh:
+    vertices, faces = surface
+    part = Part(vertices=slice(0, len(vertices)), faces=slice(0, len(faces)), material=CLAY)
+    return Mesh(vertices=vertices, faces=faces, parts=(part,))
+
+
+def drawn(surface: Surface, eyes: Sequence[Camera]) -> list[NDArray[np.uint8]]:
+    """RGB [SIDE, SIDE, 3] of a surface from each camera. RunError without EGL."""
+    return [on_paper(rgba) for rgba in render_from(_mesh(surface), eyes, SIDE)]
+
+
+def _shown(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A stored render at the pictures' size, by the nearest pixel."""
+    rows, columns = (np.arange(SIDE) * side // SIDE for side in rgba.shape[:2])
+    return on_paper(rgba[rows][:, columns])
+
+
+def summarize(rows: Sequence[Row], name: str, candidates: int) -> dict[str, Any]:
+    """Means over assets, as displayed: distances x 1000, shares in percent.
+
+    Where nothing was generated an asset counts as 0 but has no distance, so that the number of those stands beside it.
+    """
+    there = [row for row in rows if np.isfinite(row.chamfer)]
+    percent = {field: 100 * float(np.mean([getattr(row, field) for row in rows])) for field in _SHARES}
+    return {
+        "name": name,
+        "assets": len(rows),
+        "empty": len(rows) - len(there),
+        "candidates": candidates,
+        "chamfer": 1000 * float(np.mean([row.chamfer for row in there])) if there else None,
+        **{f"f1_{t}": 100 * float(np.mean([row.f1[t] for row in rows])) for t in THRESHOLDS},
+        **percent,
+        "seconds": float(np.mean([row.seconds for row in rows])),
+    }
+
+
+_SHARES = ("normal_consistency", "iou", "silhouette_iou", "nearest_is_right", "closed")
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Markdown."""
+    heads = {
+        "assets": "assets", "empty": "empty", "chamfer": "CD x1000", **{f"f1_{t}": f"F1({t}) %" for t in THRESHOLDS},
+        "normal_consistency": "NC %", "iou": "IoU %", "silhouette_iou": "silhouette IoU %",
+        "nearest_is_right": f"nearest of {summary['candidates']} is right %", "closed": "closed %", "seconds": "s each",
+    }  # fmt: skip
+    cells = [summary[name] for name in heads]
+    words = ["" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
+    return "\n".join([*lines, f"| {summary['name']} | " + " | ".join(words) + " |"])
