@@ -357,12 +357,13 @@ def test_training_on_the_gpu(options):
     torch.manual_seed(0)
     sizes = {"channels": 256, "blocks": 4, "heads": 8, "condition_channels": 64, "latent_channels": 16}
     model = SparseDiT(DiTConfig(**sizes, **options)).to(DEVICE)
-    coords = random_coords([900, 400], 24)
-    level = Level.from_coords(coords[token_order(coords)].to(DEVICE), 24, 2)
+    coords = random_coords([2500, 1200], 32)
+    level = Level.from_coords(coords[token_order(coords)].to(DEVICE), 32, 2)
     images = make_condition([40, 25], 64, torch.float32)
     condition = Condition(images.feats_SC.to(DEVICE), images.coords.to(DEVICE), images.starts.to(DEVICE), 40)
     x = SparseTensor(torch.randn(len(level), 16, device=DEVICE), level)
-    goal, t = torch.randn_like(x.feats), torch.tensor([0.3, 0.7], device=DEVICE)
+    goal = (level.coords[:, 1:].float() @ torch.randn(3, 16, device=DEVICE) / 8).sin()
+    t = torch.tensor([0.3, 0.7], device=DEVICE)
     layout = model.layout(level)
     _ = options.get("compression") == "v2" and layout.neighbors
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
