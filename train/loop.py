@@ -157,15 +157,15 @@ class _Run:
             if bad:
                 self._complain(bad)
             ending |= self.done >= cfg.steps
-            at_leisure = ending and not self.signalled
-            if _due(self.done, cfg.validate_every, at_leisure):
+            at_leisure = not self.signalled
+            if at_leisure and _due(self.done, cfg.validate_every, ending):
                 with self._aside():
                     numbers = self.task.validate(self.ema)
                 if numbers:
                     journal.event(self.done, "validation", numbers)
             if _due(self.done, cfg.checkpoint_every, ending):
                 self._save(ending)
-            if _due(self.done, cfg.sample_every, at_leisure):
+            if at_leisure and _due(self.done, cfg.sample_every, ending):
                 self._sample()
         if stop.signum or self.signalled:
             raise Stopped(stop.signum or signal.SIGTERM)
