@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import checks, reference
 from kernels.block_score import block_score
@@ -22,10 +23,10 @@ from kernels.segment import asset_segments, compressed_segments, segment_forward
 from kernels.segment_backward import segment_backward
 from kernels.selection import combine_partials, selection_partials
 from kernels.selection_backward import selection_backward
-from kernels.tiles import key_norms
+from kernels.tiles import Bounds, key_norms, lse_dtype, on_device
 from kernels.top_blocks import top_blocks
 
-RANGE_BYTES = 280 << 20  # of what one range of queries needs at a time: scores, ranks, partial outputs
+RANGE_BYTES = 400 << 20  # of what one range of queries needs at a time: scores, ranks, partial outputs
 
 
 def split_queries(index: BlockIndex, H: int, D: int, top_k: int, itemsize: int) -> list[QueryRange]:
@@ -70,18 +71,30 @@ def ssa_forward(
     top_k: int, shifted: bool, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """out, the three branches' outputs, their lse [3, N, H], the selection [G, N, T] and its lists."""
+    with on_device(q_NHD):
+        tensors = (x.contiguous() for x in (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3))
+        return _forward(*tensors, index, top_k, shifted, scale)
+
+
+def _forward(q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k, shifted, scale) -> tuple[Tensor, ...]:
     (N, H, D), G = q_NHD.shape, k_NGD.shape[1]
-    lse_3NH = q_NHD.new_empty(3, N, H, dtype=torch.float32)
+    lse_3NH = q_NHD.new_empty(3, N, H, dtype=lse_dtype(q_NHD))
     top = min(top_k, index.num_blocks)
     selected_GNT = torch.empty(G, N, top, dtype=torch.int32, device=q_NHD.device)
     storage = SelectionLists.empty(index, G, top)
     saved = (selected_GNT, storage.entries, storage.sums, storage.items)
     if N == 0:
         return *(torch.empty_like(q_NHD) for _ in range(4)), lse_3NH, *saved
-    norms = key_norms(k_NGD) if q_NHD.dtype == torch.bfloat16 else None
-    cmp_NHD = segment_forward(q_NHD, ck_PGD, cv_PGD, compressed_segments(index), scale, lse_3NH[0])
-    win_NHD = segment_forward(q_NHD, k_NGD, v_NGD, window_segments(index, shifted), scale, lse_3NH[2], norms)
-    if top_k >= index.max_blocks:  # every block is selected
+    dense = top_k >= index.max_blocks  # every block is selected
+    norms, cnorms, bounds = None, None, None
+    if q_NHD.dtype == torch.bfloat16:
+        bounds = Bounds(q_NHD.new_empty(N, H, dtype=torch.float32), torch.empty_like(index.chunk_asset))
+        norms, cnorms = key_norms(k_NGD, ck_PGD, bounds.flags)
+    cmp_NHD = segment_forward(q_NHD, ck_PGD, cv_PGD, compressed_segments(index), scale, lse_3NH[0], cnorms)
+    win_NHD = segment_forward(
+        q_NHD, k_NGD, v_NGD, window_segments(index, shifted), scale, lse_3NH[2], norms, bounds, index.chunk_of
+    )
+    if dense:
         sel_NHD = segment_forward(q_NHD, k_NGD, v_NGD, asset_segments(index), scale, lse_3NH[1], norms)
         out_NHD = gated_sum_forward((cmp_NHD, sel_NHD, win_NHD), gates_N3)
         return out_NHD, cmp_NHD, sel_NHD, win_NHD, lse_3NH, *saved
@@ -94,7 +107,7 @@ def ssa_forward(
         del score_GNM
         fill_lists(ranks, index, queries, G, top, lists)
         del ranks
-        part, part_lse = selection_partials(q_NHD, k_NGD, v_NGD, lists, norms, index, queries, top, scale)
+        part, part_lse = selection_partials(q_NHD, k_NGD, v_NGD, lists, bounds, index, queries, top, scale)
         gated = (cmp_NHD, win_NHD, gates_N3, out_NHD)
         combine_partials(part, part_lse, selected_GNT, queries, sel_NHD, lse_3NH[1], gated)
         del part, part_lse  # before the next range takes as much
@@ -107,6 +120,15 @@ def ssa_backward(
     index: BlockIndex, top_k: int, shifted: bool, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, ck, cv and gates."""
+    with on_device(q_NHD):
+        tensors = (x.contiguous() for x in (do_NHD, q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3))
+        return _backward(*tensors, branches, lse_3NH, selected_GNT, storage, index, top_k, shifted, scale)
+
+
+def _backward(
+    do_NHD, q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, branches, lse_3NH, selected_GNT, storage, index, top_k,
+    shifted, scale,
+) -> tuple[Tensor, ...]:  # fmt: skip
     (_, H, D), (G, _, top) = q_NHD.shape, selected_GNT.shape
     lse_3NH, dot_3NH, dgates_N3 = gates_backward(branches, lse_3NH, gates_N3, do_NHD)
     dq_NHD, dk_NGD, dv_NGD = segment_backward(
@@ -136,7 +158,6 @@ def _ssa(
     q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, gates: Tensor, index: list[Tensor],
     top_k: int, shifted: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, ck, cv, gates = (x.contiguous() for x in (q, k, v, ck, cv, gates))
     return ssa_forward(q, k, v, ck, cv, gates, BlockIndex(*index), top_k, shifted, scale)
 
 
@@ -148,7 +169,7 @@ def _(q, k, v, ck, cv, gates, index, top_k, shifted, scale):
     sizes = SelectionLists.sizes(N, index.pair_block.shape[0], G, top)
     return (
         *(q.new_empty(q.shape) for _ in range(4)),
-        q.new_empty(3, N, H, dtype=torch.float32),
+        q.new_empty(3, N, H, dtype=lse_dtype(q)),
         q.new_empty(G, N, top, dtype=torch.int32),
         *(q.new_empty(size, dtype=torch.int32) for size in sizes),
     )
@@ -159,7 +180,6 @@ def _ssa_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, gates: Tensor, saved: list[Tensor],
     index: list[Tensor], top_k: int, shifted: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    do, q, k, v, ck, cv, gates = (x.contiguous() for x in (do, q, k, v, ck, cv, gates))
     cmp, sel, win, lse, selected, *lists = saved
     storage = SelectionLists(*lists)
     return ssa_backward(
@@ -180,7 +200,7 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, *_):
+def _op_backward(ctx, do, *_):
     inputs, rest = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     saved, index = list(rest[: ctx.num_saved]), list(rest[ctx.num_saved :])
     if do is None:
@@ -189,7 +209,30 @@ def _backward(ctx, do, *_):
     return *grads, [None] * len(index), None, None, None
 
 
-_ssa.register_autograd(_backward, setup_context=_setup)
+_ssa.register_autograd(_op_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the dispatcher, which costs an eager call as much as half its launches."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, ck, cv, gates, index, *options):
+        out, *saved = ssa_forward(q, k, v, ck, cv, gates, index, *options)
+        ctx.save_for_backward(q, k, v, ck, cv, gates, *saved)
+        ctx.index, ctx.options = index, options
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        if do is None:
+            return (None,) * 10
+        q, k, v, ck, cv, gates, cmp, sel, win, lse, selected, *lists = ctx.saved_tensors
+        branches, storage = (cmp, sel, win), SelectionLists(*lists)
+        inputs = (do, q, k, v, ck, cv, gates)
+        grads = ssa_backward(*inputs, branches, lse, selected, storage, ctx.index, *ctx.options)
+        return *grads, None, None, None, None
 
 
 def spatial_sparse_attention(
@@ -231,4 +274,7 @@ def spatial_sparse_attention(
         return reference.spatial_sparse_attention(
             q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k=top_k, shifted=shifted, scale=scale
         )
-    return _ssa(q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index.tensors(), top_k, shifted, scale)[0]
+    tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3)
+    if torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+        return _ssa(*tensors, index.tensors(), top_k, shifted, scale)[0]
+    return _Eager.apply(*tensors, index, top_k, shifted, scale)

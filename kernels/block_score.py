@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import TILE_BLOCKS, TILE_COMPRESSED, BlockIndex
-from kernels.tiles import LOG2E, load_keys, on_device
+from kernels.tiles import LOG2E, load_keys, scores
 
 
 @triton.jit(do_not_specialize=["first_token", "last_token", "columns"])
@@ -30,12 +30,12 @@ def _block_score(
         end = tl.load(block_compressed_ptr + b1)
         for t in range(tl.load(block_compressed_ptr + b0), end, BN):  # once, unless a block has more than BN
             m = t + tl.arange(0, BN)
-            k = tl.trans(load_keys(ck_ptr, ck_ptr, m, end, g, G, D, False, False))
+            k = load_keys(ck_ptr, ck_ptr, m, end, g, G, D, False, False)
             p = tl.zeros([BM, BN], tl.float32)
             for h in range(GS):
                 q = tl.load(q_ptr + (row + h)[:, None] * D + d[None, :], ok[:, None], other=0.0)
                 lse = tl.load(lse_ptr + row + h, ok, other=float("inf"))
-                p += tl.exp2(tl.dot(q, k, input_precision="ieee") * scale2 - lse[:, None])
+                p += tl.exp2(scores(q, k, scale2) - lse[:, None]).to(tl.float32)
             p = tl.where((m < end)[None, :], p, 0.0)
             block = tl.load(compressed_block_ptr + m, m < end, other=-1) - b0
             member = (block[:, None] == bb[None, :]).to(q_ptr.dtype.element_ty)
@@ -63,11 +63,10 @@ def block_score(
     BM = 32 if q_NHD.dtype == torch.float32 else 64
     grid = (len(index.tile_blocks) - 1, triton.cdiv(min(index.max_tokens, last - first), BM), G)
     options = {"maxnreg": 96} if D <= 32 and BM == 64 else {}  # five programs a multiprocessor
-    with on_device(q_NHD):
-        _block_score[grid](
-            q_NHD, ck_PGD, lse_NH, index.tile_blocks, index.block_compressed, index.compressed_block,
-            index.block_asset, index.asset_blocks, index.token_starts, score_GNM, first, last, columns, scale * LOG2E,
-            G, H // G, D, BM, BN=TILE_COMPRESSED, BB=TILE_BLOCKS, num_warps=4,
-            num_stages=3 if D <= 64 else 2, **options,
-        )  # fmt: skip
+    _block_score[grid](
+        q_NHD, ck_PGD, lse_NH, index.tile_blocks, index.block_compressed, index.compressed_block,
+        index.block_asset, index.asset_blocks, index.token_starts, score_GNM, first, last, columns, scale * LOG2E,
+        G, H // G, D, BM, BN=TILE_COMPRESSED, BB=TILE_BLOCKS, num_warps=4,
+        num_stages=3 if D <= 64 else 2, **options,
+    )  # fmt: skip
     return score_GNM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -176,15 +177,15 @@ class BlockIndex:
     def device(self) -> torch.device:
         return self.asset_of.device
 
-    @property
+    @cached_property
     def max_tokens(self) -> int:
         return int(self.host[2])
 
-    @property
+    @cached_property
     def max_blocks(self) -> int:
         return int(self.host[3])
 
-    @property
+    @cached_property
     def max_block_tokens(self) -> int:
         return int(self.host[4])
 

@@ -16,7 +16,7 @@ from kernels.segment import Segments, compressed_segments, segment_forward, wind
 from kernels.segment_backward import segment_backward
 from kernels.selection import combine_partials, selection_partials
 from kernels.selection_backward import selection_backward
-from kernels.tiles import key_norms
+from kernels.tiles import BOUND_LIMIT, LOG2E, Bounds, key_norms, lse_dtype, on_device
 from kernels.top_blocks import top_blocks
 
 
@@ -27,13 +27,14 @@ def _segments(kind: str, index: BlockIndex) -> Segments:
 @torch.library.custom_op("sparse3d::segment_attention", mutates_args=())
 def _segment(q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], kind: str, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    return segment_forward(q, k, v, _segments(kind, BlockIndex(*index)), scale, lse), lse
+    lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
+    with on_device(q):
+        return segment_forward(q, k, v, _segments(kind, BlockIndex(*index)), scale, lse), lse
 
 
 @_segment.register_fake
 def _(q, k, v, index, kind, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
 
 
 @torch.library.custom_op("sparse3d::segment_attention_backward", mutates_args=())
@@ -43,7 +44,8 @@ def _segment_grad(
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
     dot = (o.float() * do.float()).sum(2)
     segments = _segments(kind, BlockIndex(*index))
-    dq, dk, dv = segment_backward(q, k, v, do, lse, dot, segments, scale)
+    with on_device(q):
+        dq, dk, dv = segment_backward(q, k, v, do, lse, dot, segments, scale)
     return dq, dk.to(q.dtype), dv.to(q.dtype)
 
 
@@ -117,12 +119,13 @@ def window_attention(
 def _select(q: Tensor, ck: Tensor, index: list[Tensor], top_k: int, scale: float) -> Tensor:
     q, ck, blocks = q.contiguous(), ck.contiguous(), BlockIndex(*index)
     (N, H, D), G = q.shape, ck.shape[1]
-    lse = q.new_empty(N, H, dtype=torch.float32)
-    segment_forward(q, ck, ck, compressed_segments(blocks), scale, lse)
+    lse = q.new_empty(N, H, dtype=lse_dtype(q))
     selected = torch.empty(G, N, min(top_k, blocks.num_blocks), dtype=torch.int32, device=q.device)
-    for queries in split_queries(blocks, H, D, selected.shape[2], q.element_size()):
-        score = block_score(q, ck, lse, blocks, scale, queries.first, queries.last)
-        top_blocks(score, blocks, selected, queries.first)
+    with on_device(q):
+        segment_forward(q, ck, ck, compressed_segments(blocks), scale, lse)
+        for queries in split_queries(blocks, H, D, selected.shape[2], q.element_size()):
+            score = block_score(q, ck, lse, blocks, scale, queries.first, queries.last)
+            top_blocks(score, blocks, selected, queries.first)
     return selected
 
 
@@ -156,6 +159,15 @@ def select_blocks(
     return _select(q_NHD.detach(), ck_PGD.detach(), index.tensors(), top_k, scale)
 
 
+def _bounds(q: Tensor, k: Tensor, index: BlockIndex, scale: float) -> Bounds:
+    """Of every row against all keys; within the whole of SSA the window's forward keeps them."""
+    largest_G = key_norms(k)[0].amax(1) * (scale * LOG2E)
+    group = q.shape[1] // len(largest_G)
+    rows = torch.linalg.vector_norm(q, dim=2, dtype=torch.float32) * largest_G.repeat_interleave(group)
+    over = (rows.amax(1) > BOUND_LIMIT.value).int()
+    return Bounds(rows, torch.zeros_like(index.chunk_asset).scatter_reduce_(0, index.chunk_of.long(), over, "amax"))
+
+
 @torch.library.custom_op("sparse3d::selection_attention", mutates_args=())
 def _selection(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, index: list[Tensor], scale: float
@@ -168,14 +180,15 @@ def _selection(
         BlockIndex(*index),
     )
     (_, H, D), (G, _, top_k) = q.shape, selected.shape
-    o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    norms = key_norms(k) if q.dtype == torch.bfloat16 and len(q) else None
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
     storage = SelectionLists.empty(blocks, G, top_k)
     ranges = split_queries(blocks, H, D, top_k, q.element_size())
-    for queries, lists in zip(ranges, storage.of(ranges, G, top_k), strict=True):
-        fill_lists(selected_ranks(selected, blocks, queries), blocks, queries, G, top_k, lists)
-        part, part_lse = selection_partials(q, k, v, lists, norms, blocks, queries, top_k, scale)
-        combine_partials(part, part_lse, selected, queries, o, lse)
+    with on_device(q):
+        bounds = _bounds(q, k, blocks, scale) if q.dtype == torch.bfloat16 and len(q) else None
+        for queries, lists in zip(ranges, storage.of(ranges, G, top_k), strict=True):
+            fill_lists(selected_ranks(selected, blocks, queries), blocks, queries, G, top_k, lists)
+            part, part_lse = selection_partials(q, k, v, lists, bounds, blocks, queries, top_k, scale)
+            combine_partials(part, part_lse, selected, queries, o, lse)
     return o, lse, storage.entries, storage.sums, storage.items
 
 
@@ -184,7 +197,7 @@ def _(q, k, v, selected, index, scale):
     G, N, top_k = selected.shape
     sizes = SelectionLists.sizes(N, BlockIndex(*index).pair_block.shape[0], G, top_k)
     lists = (q.new_empty(size, dtype=torch.int32) for size in sizes)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32), *lists
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype(q)), *lists
 
 
 @torch.library.custom_op("sparse3d::selection_attention_backward", mutates_args=())
@@ -206,8 +219,9 @@ def _selection_grad(
     dq = torch.zeros_like(q)
     dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
     ranges = split_queries(blocks, H, D, top_k, q.element_size())
-    for queries, part in zip(ranges, storage.of(ranges, G, top_k), strict=True):
-        selection_backward(q, k, v, do, lse, dot, selected, part, blocks, queries, scale, dq, dk, dv)
+    with on_device(q):
+        for queries, part in zip(ranges, storage.of(ranges, G, top_k), strict=True):
+            selection_backward(q, k, v, do, lse, dot, selected, part, blocks, queries, scale, dq, dk, dv)
     return (dq, dk, dv) if q.dtype == torch.float32 else (dq, dk.to(q.dtype), dv.to(q.dtype))
 
 
@@ -276,7 +290,8 @@ def selection_attention(
 
 @torch.library.custom_op("sparse3d::gated_sum", mutates_args=())
 def _gated(a: Tensor, b: Tensor, c: Tensor, gates: Tensor) -> Tensor:
-    return gated_sum_forward((a.contiguous(), b.contiguous(), c.contiguous()), gates.contiguous())
+    with on_device(a):
+        return gated_sum_forward((a.contiguous(), b.contiguous(), c.contiguous()), gates.contiguous())
 
 
 @_gated.register_fake
@@ -288,7 +303,8 @@ def _(a, b, c, gates):
 def _gated_grad(do: Tensor, a: Tensor, b: Tensor, c: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     do, a, b, c, gates = (x.contiguous() for x in (do, a, b, c, gates))
     lse = do.new_zeros(3, *do.shape[:2], dtype=torch.float32)
-    _, _, dgates = gates_backward((a, b, c), lse, gates, do)
+    with on_device(do):
+        _, _, dgates = gates_backward((a, b, c), lse, gates, do)
     open_N3 = gates.float().sigmoid()
     return *((do * open_N3[:, i, None, None]).to(do.dtype) for i in range(3)), dgates
 

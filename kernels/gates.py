@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiles import on_device
-
 
 @triton.jit(do_not_specialize=["N"])
 def _gated_sum(a_ptr, b_ptr, c_ptr, gate_ptr, out_ptr, N, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
@@ -30,10 +28,9 @@ def gated_sum_forward(branches: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor)
     out_NHD = torch.empty_like(branches[0])
     N, C = len(out_NHD), out_NHD[0].numel() if len(out_NHD) else 0
     if N:
-        with on_device(out_NHD):
-            _gated_sum[(triton.cdiv(N, 4), triton.cdiv(C, 512))](
-                *branches, gates_N3, out_NHD, N, C, BN=4, BC=512, num_warps=4
-            )
+        _gated_sum[(triton.cdiv(N, 4), triton.cdiv(C, 512))](
+            *branches, gates_N3, out_NHD, N, C, BN=4, BC=512, num_warps=4
+        )
     return out_NHD
 
 
@@ -43,7 +40,7 @@ def _branch_dot(o_ptr, lse_ptr, dot_ptr, gate, do, x, y, ok):
     dot = tl.sum(tl.load(o_ptr + x, ok[:, :, None], other=0.0).to(tl.float32) * do, 2)
     tl.store(dot_ptr + y, dot, ok)
     lse = tl.load(lse_ptr + y, ok, other=0.0)
-    tl.store(lse_ptr + y, lse - tl.log2(gate)[:, None], ok)
+    tl.store(lse_ptr + y, lse - tl.log2(gate.to(lse_ptr.dtype.element_ty))[:, None], ok)
     return tl.sum(dot, 1) * gate * (1.0 - gate)
 
 
@@ -80,14 +77,13 @@ def gates_backward(
     A branch's output gradient is gate * do. The gate multiplies every probability of its row, so it is moved into lse
     (a gate of zero gives infinity, hence probabilities of zero) and no gated copy of do is made.
     """
-    dgates_N3, dot_3NH = torch.empty_like(gates_N3), torch.empty_like(lse_3NH)
+    dgates_N3, dot_3NH = torch.empty_like(gates_N3), torch.empty_like(lse_3NH, dtype=torch.float32)
     shifted_3NH = lse_3NH.clone()
     N, H, D = do_NHD.shape
     if N:
         heads = triton.next_power_of_2(H)
         BN = max(1, 2048 // (heads * D))
-        with on_device(do_NHD):
-            _gates_bwd[(triton.cdiv(N, BN),)](
-                *branches, shifted_3NH, gates_N3, do_NHD, dot_3NH, dgates_N3, N, H, heads, D, BN, num_warps=4
-            )
+        _gates_bwd[(triton.cdiv(N, BN),)](
+            *branches, shifted_3NH, gates_N3, do_NHD, dot_3NH, dgates_N3, N, H, heads, D, BN, num_warps=4
+        )
     return shifted_3NH, dot_3NH, dgates_N3

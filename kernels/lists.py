@@ -2,7 +2,7 @@
 
 Queries are taken by chunks (see `BlockIndex`), so that those of one list lie close together. A row is (chunk, block, kv
 head); its list is cut into items of at most ITEM entries, one program each. An entry is
-(query - first query of the range) * T + rank.
+((query - first query of the range) << entry_shift(T)) + rank.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import BlockIndex
-from kernels.tiles import on_device
 from kernels.top_blocks import rank_dtype
 
 ITEM = 96
-ITEM_FIELDS = 8  # block, kv head, first entry, last entry, first row of partial dk and dv; 32 bytes
+ITEM_FIELDS = 8  # block, kv head, first entry, last entry, first row of partial dk and dv, chunk; 32 bytes
 SCAN = 1024
+FEW_ITEMS = 8192  # programs enough for a large GPU
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,21 @@ class Lists:
     sums: Tensor  # int32 [3, pairs * G], inclusive sums over rows of entries, items, rows of partial dk and dv
     items: Tensor  # int32 [capacity, ITEM_FIELDS]; the first sums[1, -1] are filled
 
+    @property
+    def total(self) -> Tensor:
+        """How many items there are, int32 [1]."""
+        return self.sums[1, -1:]
+
+
+def spread(lists: Lists, entries: int) -> int:
+    """Programs that share an item, each at least `entries` of it: several where items alone leave a GPU idle."""
+    return max(1, min(ITEM // entries, FEW_ITEMS // len(lists.items)))
+
+
+def entry_shift(top_k: int) -> int:
+    """Bits of an entry that hold the rank."""
+    return (top_k - 1).bit_length()
+
 
 def item_capacity(pairs: int, entries: int, G: int) -> int:
     """How many items there can be: every row may have one that is not full."""
@@ -95,10 +110,10 @@ def _count(
     tl.store(count_ptr + 2 * rows + row, items * tokens)
 
 
-@triton.jit(do_not_specialize=["first_pair", "first_chunk", "first_token", "rows", "top_k"])
+@triton.jit(do_not_specialize=["first_pair", "first_chunk", "first_token", "rows", "shift"])
 def _fill(
     rank_ptr, pair_chunk_ptr, pair_block_ptr, chunk_starts_ptr, chunk_pairs_ptr, chunk_ranks_ptr, block_starts_ptr,
-    sum_ptr, entry_ptr, item_ptr, first_pair, first_chunk, first_token, rows, top_k,
+    sum_ptr, entry_ptr, item_ptr, first_pair, first_chunk, first_token, rows, shift,
     G: tl.constexpr, ITEM: tl.constexpr, FIELDS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -118,7 +133,7 @@ def _fill(
         rank = tl.load(rank_ptr + base + i, i < size, other=0).to(tl.int32)
         found = (rank > 0).to(tl.int32)
         slot = to + tl.cumsum(found, 0) - 1
-        tl.store(entry_ptr + slot, (start - first_token + i) * top_k + rank - 1, rank > 0)
+        tl.store(entry_ptr + slot, ((start - first_token + i) << shift) + rank - 1, rank > 0)
         to += tl.sum(found, 0)
     block = tl.load(pair_block_ptr + pair)
     tokens = tl.load(block_starts_ptr + block + 1) - tl.load(block_starts_ptr + block)
@@ -128,6 +143,7 @@ def _fill(
         tl.store(item_ptr + item * FIELDS + 2, first)
         tl.store(item_ptr + item * FIELDS + 3, tl.minimum(first + ITEM, end))
         tl.store(item_ptr + item * FIELDS + 4, partial)
+        tl.store(item_ptr + item * FIELDS + 5, chunk)
         item += 1
         partial += tokens
 
@@ -159,11 +175,10 @@ def fill_lists(ranks: Tensor, index: BlockIndex, queries: QueryRange, G: int, to
     args = (
         index.pair_chunk, index.pair_block, index.chunk_starts, index.chunk_pairs, index.chunk_ranks, index.block_starts
     )  # fmt: skip
-    with on_device(ranks):
-        counts = ranks.new_empty(3, rows, dtype=torch.int32)
-        _count[(rows,)](ranks, *args, counts, queries.first_pair, queries.first_chunk, rows, G, ITEM, SCAN, num_warps=4)
-        torch.cumsum(counts, 1, dtype=torch.int32, out=lists.sums)
-        _fill[(rows,)](
-            ranks, *args, lists.sums, lists.entries, lists.items, queries.first_pair, queries.first_chunk,
-            queries.first, rows, top_k, G, ITEM, ITEM_FIELDS, SCAN, num_warps=4,
-        )  # fmt: skip
+    counts = ranks.new_empty(3, rows, dtype=torch.int32)
+    _count[(rows,)](ranks, *args, counts, queries.first_pair, queries.first_chunk, rows, G, ITEM, SCAN, num_warps=4)
+    torch.cumsum(counts, 1, dtype=torch.int32, out=lists.sums)
+    _fill[(rows,)](
+        ranks, *args, lists.sums, lists.entries, lists.items, queries.first_pair, queries.first_chunk, queries.first,
+        rows, entry_shift(top_k), G, ITEM, ITEM_FIELDS, SCAN, num_warps=4,
+    )  # fmt: skip

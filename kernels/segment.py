@@ -13,10 +13,11 @@ from kernels.blocks import BlockIndex
 from kernels.tiles import (
     BOUND_LIMIT,
     LOG2E,
+    Bounds,
     attend_run,
     key_norms,
     load_rows,
-    on_device,
+    log_sum,
     queries_per_tile,
     row_bound,
     store_heads,
@@ -68,9 +69,10 @@ def window_segments(index: BlockIndex, shifted: bool) -> Segments:
 
 @triton.jit(do_not_specialize=["N", "norms"])
 def _segment_fwd(
-    q_ptr, k_ptr, v_ptr, norm_ptr, order_ptr, segment_ptr, starts_ptr, o_ptr, lse_ptr, N, scale2, norms,
+    q_ptr, k_ptr, v_ptr, norm_ptr, order_ptr, segment_ptr, starts_ptr, o_ptr, lse_ptr, row_bound_ptr,
+    flag_ptr, chunk_ptr, N, scale2, norms,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    NORMS: tl.constexpr, ORDERED: tl.constexpr, BOUNDED: tl.constexpr,
+    NORMS: tl.constexpr, ORDERED: tl.constexpr, BOUNDED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = BQ * GS
     first, g = tl.program_id(0) * BQ, tl.program_id(1)
@@ -81,11 +83,16 @@ def _segment_fwd(
     segment_of = tl.load(segment_ptr + n, ok, other=-1)
     segment_of = tl.reshape(tl.broadcast_to(segment_of[:, None], [BQ, GS]), [R])
     bounded = False
-    m = tl.full([R], -1e30, tl.float32)
+    m = tl.full([R], -1e30, lse_ptr.dtype.element_ty)
     if BOUNDED:
         bound = row_bound(q, norm_ptr, g, norms, scale2, NORMS)
         bounded = tl.max(bound, 0) <= BOUND_LIMIT
         m = tl.where(bounded, bound, m)
+        if KEEP:
+            store_heads(row_bound_ptr, bound, row, ok, g, G, GS, BQ)
+            if not bounded:
+                largest = tl.max(tl.reshape(bound, [BQ, GS]), 1)
+                tl.store(flag_ptr + tl.load(chunk_ptr + row, ok, other=0), 1, ok & (largest > BOUND_LIMIT))
     l8, acc = tl.zeros([R, 8], tl.float32), tl.zeros([R, D], tl.float32)
     last = tl.load(segment_ptr + tl.minimum(first + BQ, N) - 1)
     for segment in range(tl.load(segment_ptr + first), last + 1):  # mostly one
@@ -97,7 +104,7 @@ def _segment_fwd(
     l = tl.sum(l8, 1)
     l = tl.where(l > 0, l, 1.0)  # rows past the end
     store_rows(o_ptr, acc / l[:, None], row, ok, g, G, GS, D, BQ)
-    store_heads(lse_ptr, m + tl.log2(l), row, ok, g, G, GS, BQ)
+    store_heads(lse_ptr, log_sum(m, l, lse_ptr), row, ok, g, G, GS, BQ)
 
 
 def segment_forward(
@@ -108,11 +115,13 @@ def segment_forward(
     scale: float,
     lse_NH: Tensor,
     norms: Tensor | None = None,
+    bounds: Bounds | None = None,
+    chunk_of: Tensor | None = None,
 ) -> Tensor:
-    """Output [N, H, D]; writes log2 of the softmax denominators into lse, fp32 [N, H]. Contiguous, checked inputs.
+    """Output [N, H, D]; writes log2 of the softmax denominators into lse, [N, H]. Contiguous, checked inputs.
 
     `norms` = `key_norms` of k, where they are known already: bf16 rows whose scores are provably moderate skip the
-    running maximum.
+    running maximum. `bounds` receives the rows' bounds and the flags of their chunks, `chunk_of` [N].
     """
     (N, H, D), G = q_NHD.shape, k_MGD.shape[1]
     o_NHD = torch.empty_like(q_NHD)
@@ -121,17 +130,16 @@ def segment_forward(
     bounded = q_NHD.dtype == torch.bfloat16
     wide = q_NHD.dtype == torch.float32 or D == 128
     BQ = queries_per_tile(64 if wide else 128, H // G)
-    with on_device(q_NHD):
-        if bounded and norms is None:
-            norms = key_norms(k_MGD)
-        num_norms = norms.shape[1] if bounded and norms is not None else 0
-        # Four programs share a multiprocessor instead of two: measured 12% faster at D = 32.
-        options = {"maxnreg": 128} if D <= 32 and not wide else {}
-        _segment_fwd[(triton.cdiv(N, BQ), G)](
-            q_NHD, k_MGD, v_MGD, norms if bounded else lse_NH, segments.order, segments.query_segment,
-            segments.key_starts, o_NHD, lse_NH, N, scale * LOG2E, num_norms, G, H // G, D, BQ,
-            BK=32 if D <= 32 or wide else 64, NORMS=triton.next_power_of_2(max(1, num_norms)),
-            ORDERED=len(segments.order) > 0, BOUNDED=bounded, num_warps=4,
-            num_stages=3 if D <= 32 else 2, **options,
-        )  # fmt: skip
+    if bounded and norms is None:
+        norms, _ = key_norms(k_MGD)
+    num_norms = norms.shape[1] if bounded and norms is not None else 0
+    kept = (bounds.rows, bounds.flags, chunk_of) if bounds else (lse_NH, segments.order, segments.order)
+    # Four programs share a multiprocessor instead of two: measured 12% faster at D = 32.
+    options = {"maxnreg": 128} if D <= 32 and not wide else {}
+    _segment_fwd[(triton.cdiv(N, BQ), G)](
+        q_NHD, k_MGD, v_MGD, norms if bounded else lse_NH, segments.order, segments.query_segment, segments.key_starts,
+        o_NHD, lse_NH, *kept, N, scale * LOG2E, num_norms, G, H // G, D, BQ, BK=32 if D <= 32 or wide else 64,
+        NORMS=triton.next_power_of_2(max(1, num_norms)), ORDERED=len(segments.order) > 0, BOUNDED=bounded,
+        KEEP=bounds is not None, num_warps=4, num_stages=3 if D <= 32 else 2, **options,
+    )  # fmt: skip
     return o_NHD

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.segment import Segments
-from kernels.tiles import LOG2E, load_heads, load_keys, load_rows, on_device, queries_per_tile, store_rows
+from kernels.tiles import LOG2E, load_heads, load_keys, load_rows, long_offsets, queries_per_tile, scores, store_rows
 
 _PROGRAMS = 5280  # wanted for dk and dv: eight waves of five on an H200; fixed, so that sums do not depend on the GPU
+_MANY_KEYS = 2048
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -38,14 +39,14 @@ def _segment_dq(
         for t in range(start, full, BK):
             k = load_keys(k_ptr, order_ptr, t + c, end, g, G, D, ORDERED, True)
             v = load_keys(v_ptr, order_ptr, t + c, end, g, G, D, ORDERED, True)
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse_inside[:, None])
+            p = tl.exp2(scores(q, k, scale2) - lse_inside[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - dot[:, None])
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
         if full < end:
             inside = full + c < end
             k = load_keys(k_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
             v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse_inside[:, None])
+            p = tl.exp2(scores(q, k, scale2) - lse_inside[:, None])
             p = tl.where(inside[None, :], p, 0.0)  # a padded key's exponent may overflow
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - dot[:, None])
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
@@ -55,44 +56,80 @@ def _segment_dq(
     store_rows(dq_ptr, acc, row, ok, g, G, GS, D, BQ)
 
 
-@triton.jit(do_not_specialize=["N", "M", "step"])
+@triton.jit
+def _keys_step(
+    k, v, dk, dv, q_ptr, do_ptr, lse_ptr, dot_ptr, order_ptr, first, end, inside, mixed, g, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, ORDERED: tl.constexpr, FULL: tl.constexpr,
+    LONG: tl.constexpr,
+):  # fmt: skip
+    """Adds what queries first .. first + BQ give; FULL says that none lies past the end."""
+    r, d = tl.arange(0, BQ * GS), tl.arange(0, D)
+    n = first + r // GS
+    ok = n < end
+    if ORDERED:
+        n = tl.load(order_ptr + n) if FULL else tl.load(order_ptr + n, ok, other=0)
+    if LONG:
+        n = n.to(tl.int64)
+    row = n * (G * GS) + (g * GS + r % GS)
+    x = row[:, None] * D + d[None, :]
+    if FULL:  # masks cost a third of the loop
+        q, do, lse, dot = tl.load(q_ptr + x), tl.load(do_ptr + x), tl.load(lse_ptr + row), tl.load(dot_ptr + row)
+    else:
+        q, do = tl.load(q_ptr + x, ok[:, None], other=0.0), tl.load(do_ptr + x, ok[:, None], other=0.0)
+        lse, dot = tl.load(lse_ptr + row, ok, other=float("inf")), tl.load(dot_ptr + row, ok, other=0.0)
+    p = tl.exp2(scores(k, q, scale2) - lse[None, :])
+    if mixed:  # else keys past the end only fill rows that are not stored
+        p = tl.where(inside[:, None], p, 0.0)
+    dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
+    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
+
+
+@triton.jit(do_not_specialize=["M"])
 def _segment_dkdv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, order_ptr, key_segment_ptr, starts_ptr, dk_ptr, dv_ptr,
-    N, M, step, scale, scale2,
+    M, scale, scale2,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr,
+    FAST: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     t, g, split = tl.program_id(0) * BK, tl.program_id(1), tl.program_id(2)
-    m, r, d = t + tl.arange(0, BK), tl.arange(0, BQ * GS), tl.arange(0, D)
+    m, d = t + tl.arange(0, BK), tl.arange(0, D)
     ok_m = m < M
     k = load_keys(k_ptr, order_ptr, m, M, g, G, D, ORDERED, False)
     v = load_keys(v_ptr, order_ptr, m, M, g, G, D, ORDERED, False)
     segment_of = tl.load(key_segment_ptr + m, ok_m, other=-1)
     dk, dv = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
-    last = tl.load(key_segment_ptr + tl.minimum(t + BK, M) - 1)
     first_segment = tl.load(key_segment_ptr + t)
-    for segment in range(first_segment, last + 1):
-        start = tl.maximum(tl.load(starts_ptr + segment), split * step)
-        end = tl.minimum(tl.load(starts_ptr + segment + 1), split * step + step)
+    last_segment = tl.load(key_segment_ptr + tl.minimum(t + BK, M) - 1)
+    mixed = first_segment != last_segment
+    for segment in range(first_segment, last_segment + 1):
+        start, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
+        step = tl.cdiv(tl.cdiv(end - start, tl.num_programs(2)), BQ) * BQ
+        start += split * step
+        end = tl.minimum(start + step, end)
         inside = segment_of == segment
-        for first in range(start, end, BQ):
-            n = first + r // GS
-            ok = n < end
-            row = tl.load(order_ptr + n, ok, other=0) if ORDERED else n
-            head = row.to(tl.int64) * (G * GS) + g * GS + r % GS
-            q = tl.load(q_ptr + head[:, None] * D + d[None, :], ok[:, None], other=0.0)
-            do = tl.load(do_ptr + head[:, None] * D + d[None, :], ok[:, None], other=0.0)
-            lse = tl.load(lse_ptr + head, ok, other=float("inf"))
-            dot = tl.load(dot_ptr + head, ok, other=0.0)
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse[None, :])
-            if last != first_segment:  # else keys past the end only fill rows that are not stored
-                p = tl.where(inside[:, None], p, 0.0)
-            dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
-            ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        full = start + tl.maximum(end - start, 0) // BQ * BQ if FAST else end
+        for first in range(start, full, BQ):
+            dk, dv = _keys_step(
+                k, v, dk, dv, q_ptr, do_ptr, lse_ptr, dot_ptr, order_ptr, first, end, inside, mixed, g, scale2,
+                G, GS, D, BQ, ORDERED, FAST, LONG,
+            )  # fmt: skip
+        if full < end:
+            dk, dv = _keys_step(
+                k, v, dk, dv, q_ptr, do_ptr, lse_ptr, dot_ptr, order_ptr, full, end, inside, mixed, g, scale2,
+                G, GS, D, BQ, ORDERED, False, LONG,
+            )  # fmt: skip
     row = tl.load(order_ptr + m, ok_m, other=0) if ORDERED else m
     x = ((split.to(tl.int64) * M + row) * (G * D) + g * D)[:, None] + d[None, :]
     tl.store(dk_ptr + x, dk * scale, ok_m[:, None])
     tl.store(dv_ptr + x, dv, ok_m[:, None])
+
+
+def _splits(tiles: int, segments: Segments, N: int) -> int:
+    """Parts that every segment's queries are cut into, for programs enough; fixed by sizes, so that sums are too."""
+    if segments.short:
+        return max(1, min(_PROGRAMS // 4 // tiles, 8))
+    return min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(N, 256))
 
 
 def segment_backward(
@@ -117,26 +154,28 @@ def segment_backward(
     if N == 0:
         return dq_NHD, *(k_MGD.new_zeros(M, G, D, dtype=torch.float32) for _ in range(2))
     wide, ordered = q_NHD.dtype == torch.float32 or D == 128, len(segments.order) > 0
+    small = D <= 32 and not wide
     group, scale2 = H // G, scale * LOG2E
-    with on_device(q_NHD):
-        BQ = queries_per_tile(64, group)
-        options = {"maxnreg": 128} if D <= 32 and not wide else {}  # four programs a multiprocessor
-        _segment_dq[(triton.cdiv(N, BQ), G)](
-            q_NHD, k_MGD, v_MGD, do_NHD, lse_NH, dot_NH, segments.order, segments.query_segment, segments.key_starts,
-            dq_NHD, N, scale, scale2, G, group, D, BQ, BK=32 if wide else 64, ORDERED=ordered, ADD=add,
-            num_warps=4, num_stages=3 if D <= 32 else 2 if D == 64 else 1, **options,
-        )  # fmt: skip
-        BQ, BK = queries_per_tile(32, group), 32 if wide else 64
-        tiles = triton.cdiv(M, BK) * G
-        splits = 1 if segments.short else min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(N, 256))
-        step = triton.cdiv(triton.cdiv(N, splits), BQ) * BQ
-        dk_SMGD = q_NHD.new_empty(splits, M, G, D, dtype=torch.float32)
-        dv_SMGD = torch.empty_like(dk_SMGD)
-        _segment_dkdv[(triton.cdiv(M, BK), G, splits)](
-            q_NHD, k_MGD, v_MGD, do_NHD, lse_NH, dot_NH, segments.order, segments.key_segment, segments.query_starts,
-            dk_SMGD, dv_SMGD, N, M, step, scale, scale2, G, group, D, BQ, BK, ORDERED=ordered,
-            num_warps=4, num_stages=3,
-        )  # fmt: skip
+    BQ = queries_per_tile(64, group)
+    options = {"maxnreg": 128} if small and not segments.short else {}  # four programs a multiprocessor
+    _segment_dq[(triton.cdiv(N, BQ), G)](
+        q_NHD, k_MGD, v_MGD, do_NHD, lse_NH, dot_NH, segments.order, segments.query_segment, segments.key_starts,
+        dq_NHD, N, scale, scale2, G, group, D, BQ, BK=32 if wide or segments.short else 64, ORDERED=ordered, ADD=add,
+        num_warps=4, num_stages=3 if D <= 32 else 2 if D == 64 else 1, **options,
+    )  # fmt: skip
+    # Many keys: 128 of them share a load of two queries. Few: four queries for 64, and more programs.
+    many = small and M >= _MANY_KEYS and not segments.short
+    BK = 32 if wide else 128 if many else 64
+    BQ = queries_per_tile(64 if small and not many else 32, group)
+    splits = _splits(triton.cdiv(M, BK) * G, segments, N)
+    dk_SMGD = q_NHD.new_empty(splits, M, G, D, dtype=torch.float32)
+    dv_SMGD = torch.empty_like(dk_SMGD)
+    options = {"maxnreg": 168} if many or (small and ordered) else {}  # three programs a multiprocessor
+    _segment_dkdv[(triton.cdiv(M, BK), G, splits)](
+        q_NHD, k_MGD, v_MGD, do_NHD, lse_NH, dot_NH, segments.order, segments.key_segment, segments.query_starts,
+        dk_SMGD, dv_SMGD, M, scale, scale2, G, group, D, BQ, BK, ORDERED=ordered, FAST=not wide,
+        LONG=long_offsets(q_NHD), num_warps=4, num_stages=2 if ordered else 3, **options,
+    )  # fmt: skip
     if splits == 1:  # no copy
         return dq_NHD, dk_SMGD[0], dv_SMGD[0]
     return dq_NHD, dk_SMGD.sum(0), dv_SMGD.sum(0)

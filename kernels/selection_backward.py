@@ -1,4 +1,8 @@
-"""Attention of each query to its selected blocks, gradients: deterministic, one exponential a score."""
+"""Attention of each query to its selected blocks, gradients: deterministic, without atomics.
+
+Two kernels, as in `kernels.segment_backward`: one holds a block's keys and sums their gradients over the queries of
+its list, the other holds queries and writes dq once per (query, rank).
+"""
 
 from __future__ import annotations
 
@@ -8,59 +12,80 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import BlockIndex
-from kernels.lists import ITEM, ITEM_FIELDS, Lists, QueryRange
-from kernels.tiles import LOG2E, load_heads, load_keys, load_rows, on_device, queries_per_tile, store_rows
+from kernels.lists import ITEM, ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
+from kernels.tiles import LOG2E, load_keys, long_offsets, queries_per_tile, scores
 
 
 @triton.jit
-def _tile_bwd(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dq_ptr, dk_ptr, dv_ptr, first_token, top_k, first, last,
-    start, t, end, partial, g, scale, scale2,
-    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+def _load_entries(
+    q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, top_k, shift, g,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, FULL: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """Entries first..last against keys t..t + BK of a block start..end: adds to dq, writes dk and dv."""
-    j, c, d = tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, D)
-    inside = t + c < end
-    k = load_keys(k_ptr, k_ptr, t + c, end, g, G, D, False, False)
-    v = load_keys(v_ptr, v_ptr, t + c, end, g, G, D, False, False)
+    """q, do [R, D], lse, dot [R] of entries e .. e + BQ, which rows exist, and their rows of partial results."""
+    r, d = tl.arange(0, BQ * GS), tl.arange(0, D)
+    slot = e + r // GS
+    ok = slot < last
+    entry = tl.load(entry_ptr + slot) if FULL else tl.load(entry_ptr + slot, ok, other=0)
+    n = entry >> shift
+    to = n * top_k + entry - (n << shift)
+    n += first_token
+    if LONG:
+        n, to = n.to(tl.int64), to.to(tl.int64)
+    h = g * GS + r % GS
+    row, to = n * (G * GS) + h, to * (G * GS) + h
+    x = row[:, None] * D + d[None, :]
+    if FULL:  # masks cost a third of the keys' loop
+        q, do, lse, dot = tl.load(q_ptr + x), tl.load(do_ptr + x), tl.load(lse_ptr + row), tl.load(dot_ptr + row)
+    else:
+        q, do = tl.load(q_ptr + x, ok[:, None], other=0.0), tl.load(do_ptr + x, ok[:, None], other=0.0)
+        lse, dot = tl.load(lse_ptr + row, ok, other=float("inf")), tl.load(dot_ptr + row, ok, other=0.0)
+    return q, do, lse, dot, ok, to
+
+
+@triton.jit
+def _keys_step(k, v, dk, dv, q, do, lse, dot, scale2):
+    p = tl.exp2(scores(k, q, scale2) - lse[None, :])
+    dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
+    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
+
+
+@triton.jit
+def _tile_dkdv(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift, first, last, t, end,
+    to, g, scale, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
+    LONG: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys t .. t + BK of a block that ends at `end`, from entries first .. last, to rows to .. ."""
+    c, d = tl.arange(0, BK), tl.arange(0, D)
+    m = tl.minimum(t + c, end - 1)  # keys past the end repeat the last one; their rows are not stored
+    k = load_keys(k_ptr, k_ptr, m, end, g, G, D, False, True)
+    v = load_keys(v_ptr, v_ptr, m, end, g, G, D, False, True)
     dk, dv = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
-    ok_next = first + j < last
-    entry_next = tl.load(entry_ptr + first + j, ok_next, other=0)
-    n = first_token + entry_next // top_k
-    q_next = load_rows(q_ptr, n, ok_next, g, G, GS, D, BQ)
-    do_next = load_rows(do_ptr, n, ok_next, g, G, GS, D, BQ)
-    lse_next = load_heads(lse_ptr, n, ok_next, g, float("inf"), G, GS, BQ)
-    dot_next = load_heads(dot_ptr, n, ok_next, g, 0.0, G, GS, BQ)
-    for e in range(first, last, BQ):
-        q, do, lse, dot, ok, entry = q_next, do_next, lse_next, dot_next, ok_next, entry_next
-        # Only this program writes the entry's row. Asked for early: the sum is the end of a long chain.
-        dq_before = load_rows(dq_ptr, entry, ok & (t > start), g, G, GS, D, BQ)
-        ok_next = e + BQ + j < last  # the next rows are on their way while these are used
-        entry_next = tl.load(entry_ptr + e + BQ + j, ok_next, other=0)
-        n = first_token + entry_next // top_k
-        q_next = load_rows(q_ptr, n, ok_next, g, G, GS, D, BQ)
-        do_next = load_rows(do_ptr, n, ok_next, g, G, GS, D, BQ)
-        lse_next = load_heads(lse_ptr, n, ok_next, g, float("inf"), G, GS, BQ)
-        dot_next = load_heads(dot_ptr, n, ok_next, g, 0.0, G, GS, BQ)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse[None, :])
-        if t + BK > end:  # a padded key's exponent may overflow
-            p = tl.where(inside[:, None], p, 0.0)
-        dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
-        ds = (p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision="ieee")
-        dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale + dq_before.to(tl.float32)
-        store_rows(dq_ptr, dq, entry, ok, g, G, GS, D, BQ)
-    tl.debug_barrier()  # the next tile's loads of dq see these stores
-    x = (partial + t - start + c)[:, None] * D + d[None, :]
-    tl.store(dk_ptr + x, dk * scale, inside[:, None])
-    tl.store(dv_ptr + x, dv, inside[:, None])
+    full = first + (last - first) // BQ * BQ if FAST else last
+    for e in range(first, full, BQ):
+        q, do, lse, dot, _, _ = _load_entries(
+            q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, 0, shift, g, G, GS, D, BQ, FAST, LONG
+        )
+        dk, dv = _keys_step(k, v, dk, dv, q, do, lse, dot, scale2)
+    if full < last:
+        q, do, lse, dot, _, _ = _load_entries(
+            q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, full, last, first_token, 0, shift, g, G, GS, D, BQ, False, LONG
+        )
+        dk, dv = _keys_step(k, v, dk, dv, q, do, lse, dot, scale2)
+    x = (to + c)[:, None] * D + d[None, :]
+    inside = (t + c < end)[:, None]
+    tl.store(dk_ptr + x, dk * scale, inside)
+    tl.store(dv_ptr + x, dv, inside)
 
 
-@triton.jit(do_not_specialize=["first_token", "top_k"])
-def _selection_bwd(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, dq_ptr, dk_ptr, dv_ptr,
-    first_token, top_k, scale, scale2,
-    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, FIELDS: tl.constexpr,
+@triton.jit(do_not_specialize=["first_token", "shift"])
+def _selection_dkdv(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, dk_ptr, dv_ptr,
+    first_token, shift, scale, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
+    LONG: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     if item < tl.load(total_ptr):
@@ -68,19 +93,61 @@ def _selection_bwd(
         block, g = tl.load(item_ptr), tl.load(item_ptr + 1)
         first, last = tl.load(item_ptr + 2), tl.load(item_ptr + 3)
         start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
-        partial = tl.load(item_ptr + 4).to(tl.int64)
-        rest = (end - start) % BK
-        wide_end = tl.where(rest <= BK // 2, end - rest, end)  # a short rest takes a tile of half the size
-        for t in range(start, wide_end, BK):
-            _tile_bwd(
-                q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dq_ptr, dk_ptr, dv_ptr, first_token, top_k,
-                first, last, start, t, end, partial, g, scale, scale2, G, GS, D, BQ, BK,
+        to = tl.load(item_ptr + 4).to(tl.int64)
+        wide_end = end
+        if FAST:
+            rest = (end - start) % BK
+            wide_end = tl.where(rest <= BK // 2, end - rest, end)  # a short rest takes a tile of half the size
+        mine = start + tl.program_id(1) * BK
+        for t in range(mine, wide_end, BK * tl.num_programs(1)):
+            _tile_dkdv(
+                q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift, first,
+                last, t, end, to + t - start, g, scale, scale2, G, GS, D, BQ, BK, FAST, LONG,
             )  # fmt: skip
-        if wide_end < end:
-            _tile_bwd(
-                q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dq_ptr, dk_ptr, dv_ptr, first_token, top_k,
-                first, last, start, wide_end, end, partial, g, scale, scale2, G, GS, D, BQ, BK // 2,
+        if FAST:  # noqa: SIM102 (decides what is compiled)
+            if (wide_end < end) & ((wide_end - mine) % (BK * tl.num_programs(1)) == 0):
+                _tile_dkdv(
+                    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift,
+                    first, last, wide_end, end, to + wide_end - start, g, scale, scale2, G, GS, D, BQ, BK // 2, FAST,
+                    LONG,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first_token", "top_k", "shift"])
+def _selection_dq(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr,
+    first_token, top_k, shift, scale, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, LONG: tl.constexpr,
+    FIELDS: tl.constexpr,
+):  # fmt: skip
+    item, c, d = tl.program_id(0), tl.arange(0, BK), tl.arange(0, D)
+    if item < tl.load(total_ptr):
+        item_ptr += item * FIELDS
+        block, g = tl.load(item_ptr), tl.load(item_ptr + 1)
+        first, last = tl.load(item_ptr + 2) + tl.program_id(1) * BQ, tl.load(item_ptr + 3)
+        start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
+        full = start + (end - start) // BK * BK
+        for e in range(first, last, BQ * tl.num_programs(1)):
+            q, do, lse, dot, ok, to = _load_entries(
+                q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, top_k, shift, g, G, GS, D, BQ, False,
+                LONG,
             )  # fmt: skip
+            acc = tl.zeros([BQ * GS, D], tl.float32)
+            for t in range(start, full, BK):
+                k = load_keys(k_ptr, k_ptr, t + c, end, g, G, D, False, True)
+                v = load_keys(v_ptr, v_ptr, t + c, end, g, G, D, False, True)
+                p = tl.exp2(scores(q, k, scale2) - lse[:, None])
+                ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - dot[:, None])
+                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+            if full < end:
+                k = load_keys(k_ptr, k_ptr, full + c, end, g, G, D, False, False)
+                v = load_keys(v_ptr, v_ptr, full + c, end, g, G, D, False, False)
+                p = tl.exp2(scores(q, k, scale2) - lse[:, None])
+                p = tl.where((full + c < end)[None, :], p, 0.0)  # a padded key's exponent may overflow
+                ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - dot[:, None])
+                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+            x = to[:, None] * D + d[None, :]
+            tl.store(part_ptr + x, (acc * scale).to(part_ptr.dtype.element_ty), ok[:, None])
 
 
 @triton.jit(do_not_specialize=["first_token", "rows", "stride", "top_k"])
@@ -139,27 +206,35 @@ def selection_backward(
     (N, H, D), (G, _, top_k) = q_NHD.shape, selected_GNT.shape
     tokens = queries.last - queries.first
     part_nTHD = q_NHD.new_empty(tokens, top_k, H, D)
+    wide = q_NHD.dtype == torch.float32 or D == 128
+    small = D <= 32 and not wide
+    inputs = (q_NHD, k_NGD, v_NGD, do_NHD, lse_NH, dot_NH, lists.entries, lists.items, lists.total, index.block_starts)
+    common = {"LONG": long_offsets(q_NHD, part_nTHD), "FIELDS": ITEM_FIELDS, "num_warps": 4}
+    shift, scale2, group = entry_shift(top_k), scale * LOG2E, H // G
+    BQ = queries_per_tile(32 if wide else 64, group)
+    _selection_dq[(len(lists.items), spread(lists, BQ))](
+        *inputs, part_nTHD, queries.first, top_k, shift, scale, scale2, G, group, D, BQ, BK=32,
+        num_stages=3 if D <= 32 else 2 if D == 64 else 1, **common,
+    )  # fmt: skip
+    R = max(1, 2048 // D)
+    _combine_dq[(triton.cdiv(tokens * H, R),)](
+        part_nTHD, selected_GNT, dq_NHD, queries.first, tokens * H, N, top_k, H, group, D, R, num_warps=4
+    )
+    del part_nTHD  # before the partial dk and dv take as much
     # Each pair's block once, and once more per full item.
     partials = queries.tokens * G + tokens * G * top_k // ITEM * index.max_block_tokens
     part_dk = q_NHD.new_empty(partials, D, dtype=torch.float32)
     part_dv = torch.empty_like(part_dk)
-    wide = q_NHD.dtype == torch.float32 or D == 128
-    rows = queries.pairs * G
-    with on_device(q_NHD):
-        _selection_bwd[(len(lists.items),)](
-            q_NHD, k_NGD, v_NGD, do_NHD, lse_NH, dot_NH, lists.entries, lists.items, lists.sums[1, -1:],
-            index.block_starts, part_nTHD, part_dk, part_dv, queries.first, top_k, scale, scale * LOG2E,
-            G, H // G, D, queries_per_tile(32, H // G), BK=32 if wide else 64 if D == 64 else 128, FIELDS=ITEM_FIELDS,
-            num_warps=4, num_stages=1,
-        )  # fmt: skip
-        R = max(1, 2048 // D)
-        _combine_dq[(triton.cdiv(tokens * H, R),)](
-            part_nTHD, selected_GNT, dq_NHD, queries.first, tokens * H, N, top_k, H, H // G, D, R,
-            num_warps=4,
-        )  # fmt: skip
-        BK = 32
-        _reduce_dkdv[(index.num_blocks, G, triton.cdiv(index.max_block_tokens, BK))](
-            part_dk, part_dv, lists.sums, index.block_starts, index.block_asset, index.asset_blocks,
-            index.chunk_asset, index.chunk_pairs, dk_NGD, dv_NGD, queries.first_chunk, queries.last_chunk, rows,
-            G, D, BK, num_warps=4,
-        )  # fmt: skip
+    BK = 32 if wide else 128 if small else 64
+    tiles = triton.cdiv(index.max_block_tokens, BK) if spread(lists, 1) > 1 else 1
+    options = {"maxnreg": 168} if small else {}  # three programs a multiprocessor
+    _selection_dkdv[(len(lists.items), tiles)](
+        *inputs, part_dk, part_dv, queries.first, shift, scale, scale2, G, group, D, queries_per_tile(32, group), BK,
+        FAST=not wide, num_stages=2 if not wide else 1, **common, **options,
+    )  # fmt: skip
+    BK = 32
+    _reduce_dkdv[(index.num_blocks, G, triton.cdiv(index.max_block_tokens, BK))](
+        part_dk, part_dv, lists.sums, index.block_starts, index.block_asset, index.asset_blocks, index.chunk_asset,
+        index.chunk_pairs, dk_NGD, dv_NGD, queries.first_chunk, queries.last_chunk, queries.pairs * G, G, D, BK,
+        num_warps=4,
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+LONG_OFFSETS = (1 << 31) - 1
 BOUND_LIMIT = tl.constexpr(
     50.0
 )  # log2; a row's scores then lie within 100 of its bound, inside fp32's and bf16's range
@@ -42,6 +44,22 @@ def load_heads(x_ptr, n, ok, g, other, G: tl.constexpr, GS: tl.constexpr, BQ: tl
 def store_heads(x_ptr, x, n, ok, g, G: tl.constexpr, GS: tl.constexpr, BQ: tl.constexpr):
     first = n.to(tl.int64) * (G * GS) + g * GS
     tl.store(x_ptr + first[:, None] + tl.arange(0, GS)[None, :], tl.reshape(x, [BQ, GS]), ok[:, None])
+
+
+@triton.jit
+def scores(a, b, scale2):
+    """a b^T scale2: fp32, but fp64 of fp32. Forward and backward then agree on a logit however large it is."""
+    if a.dtype == tl.float32:
+        s = tl.dot(a.to(tl.float64), tl.trans(b.to(tl.float64)), input_precision="ieee", out_dtype=tl.float64)
+    else:
+        s = tl.dot(a, tl.trans(b), input_precision="ieee")
+    return s * scale2
+
+
+@triton.jit
+def log_sum(m, l, lse_ptr):
+    """m + log2 l in the type that lse_ptr holds."""
+    return m.to(lse_ptr.dtype.element_ty) + tl.log2(l.to(lse_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -83,14 +101,14 @@ def attend_run(
         for first in range(start, full, BK):
             k = load_keys(k_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
             v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - m_inside[:, None])
+            p = tl.exp2(scores(q, k, scale2) - m_inside[:, None]).to(tl.float32)
             l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         if full < end:
             ok = full + c < end
             k = load_keys(k_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
             v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - m_inside[:, None])
+            p = tl.exp2(scores(q, k, scale2) - m_inside[:, None]).to(tl.float32)
             p = tl.where(ok[None, :], p, 0.0)
             l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -99,11 +117,11 @@ def attend_run(
             ok = first + c < end
             k = load_keys(k_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False)
             v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
+            s = scores(q, k, scale2)
             s = tl.where(inside[:, None] & ok[None, :], s, -float("inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - m_new[:, None])
-            decay = tl.exp2(m - m_new)
+            p = tl.exp2(s - m_new[:, None]).to(tl.float32)
+            decay = tl.exp2(m - m_new).to(tl.float32)
             l8 = l8 * decay[:, None] + tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
             m = m_new
@@ -111,28 +129,71 @@ def attend_run(
 
 
 @triton.jit
-def _key_norms(k_ptr, norm_ptr, M, step, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
-    c, g = tl.program_id(0), tl.program_id(1)
+def _slice_norm(k_ptr, norm_ptr, M, c, slices, g, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
+    step = tl.cdiv(tl.cdiv(M, slices), BM) * BM
     largest = tl.zeros([BM], tl.float32)
     for first in range(c * step, tl.minimum(c * step + step, M), BM):
         m = first + tl.arange(0, BM)
         k = load_keys(k_ptr, k_ptr, m, M, g, G, D, False, False).to(tl.float32)
         norm = tl.sqrt(tl.sum(k * k, 1))
         largest = tl.maximum(largest, tl.where(norm == norm, norm, float("inf")))  # NaN must not pass as small
-    tl.store(norm_ptr + g * tl.num_programs(0) + c, tl.max(largest, 0) * 1.001)  # covers the rounding of the sums
+    tl.store(norm_ptr + g * slices + c, tl.max(largest, 0) * 1.001)  # covers the rounding of the sums
 
 
-def key_norms(k_MGD: Tensor) -> Tensor:
-    """Largest |k| of each of up to 256 slices of the keys, fp32 [G, slices], rounded up."""
-    M, G, D = k_MGD.shape
-    step = max(256, triton.next_power_of_2(triton.cdiv(M, 256)))
-    norms = k_MGD.new_empty(G, max(1, triton.cdiv(M, step)), dtype=torch.float32)
-    _key_norms[(norms.shape[1], G)](k_MGD, norms, M, step, G, D, BM=64)
-    return norms
+@triton.jit(do_not_specialize=["M", "P", "slices", "chunks"])
+def _key_norms(
+    k_ptr, ck_ptr, norm_ptr, cnorm_ptr, flag_ptr, M, P, slices, chunks,
+    G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    c, g = tl.program_id(0), tl.program_id(1)
+    if c < slices:
+        _slice_norm(k_ptr, norm_ptr, M, c, slices, g, G, D, BM)
+    else:
+        _slice_norm(ck_ptr, cnorm_ptr, P, c - slices, tl.num_programs(0) - slices, g, G, D, BM)
+    if (c == 0) & (g == 0):
+        for first in range(0, chunks, BM):
+            i = first + tl.arange(0, BM)
+            tl.store(flag_ptr + i, i * 0, i < chunks)
+
+
+def key_norms(k_MGD: Tensor, ck_PGD: Tensor | None = None, flags: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Largest |k| of each of up to 256 slices of the keys, fp32 [G, slices], rounded up; the same of ck, or empty.
+
+    Also sets flags, int32 [chunks], to 0: one launch serves all of SSA.
+    """
+    (M, G, D), P = k_MGD.shape, 0 if ck_PGD is None else len(ck_PGD)
+    slices = [min(256, triton.cdiv(rows, 256)) for rows in (max(M, 1), P)]
+    norms, cnorms = (k_MGD.new_empty(G, n, dtype=torch.float32) for n in slices)
+    ck_PGD, chunks = k_MGD if ck_PGD is None else ck_PGD, 0 if flags is None else len(flags)
+    _key_norms[(sum(slices), G)](
+        k_MGD, ck_PGD, norms, cnorms, norms if flags is None else flags, M, P, slices[0], chunks, G, D, BM=64
+    )
+    return norms, cnorms
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """What no score of a query's row exceeds; lets selection skip the running maximum where that is safe."""
+
+    rows: Tensor  # fp32 [N, H], log2
+    flags: Tensor  # int32 [chunks], not 0 where a row's bound lies above BOUND_LIMIT
+
+
+def lse_dtype(x: Tensor) -> torch.dtype:
+    """Of log-sums: fp64 for fp32, so that a probability recomputed from one carries no rounding of a large logarithm.
+
+    Everything that the kernels derive from it (probabilities, their exponential) is then fp64 as well.
+    """
+    return torch.float64 if x.dtype == torch.float32 else torch.float32
+
+
+def long_offsets(*tensors: Tensor) -> bool:
+    """Whether an element's offset may need 64 bits."""
+    return max(x.numel() for x in tensors) > LONG_OFFSETS
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Launches inside go to x's GPU, whichever is current."""
+    """Launches inside go to x's GPU, whichever is current. Every operator opens it once; launchers rely on that."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 

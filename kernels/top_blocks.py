@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import BlockIndex
-from kernels.tiles import on_device
 
 
 @triton.jit(do_not_specialize=["first_token", "tokens", "columns", "top_k", "stride", "first_chunk"])
@@ -73,13 +72,12 @@ def top_blocks(
     COLUMNS = max(32, triton.next_power_of_2(columns))
     # One warp a row is fastest; the interpreter pays per program instead.
     ROWS = max(1, 2048 // COLUMNS) if triton.knobs.runtime.interpret else 1
-    with on_device(score_GNM):
-        _top_blocks[(triton.cdiv(tokens, ROWS), G)](
-            score_GNM, index.asset_of, index.asset_blocks, index.chunk_of, index.chunk_starts, index.chunk_ranks,
-            selected_GNT, selected_GNT if ranks is None else ranks, first, tokens, columns, selected_GNT.shape[2],
-            selected_GNT.shape[1], first_chunk, G, COLUMNS, ROWS, RANKS=ranks is not None,
-            num_warps=min(16, max(1, COLUMNS // 512)),
-        )  # fmt: skip
+    _top_blocks[(triton.cdiv(tokens, ROWS), G)](
+        score_GNM, index.asset_of, index.asset_blocks, index.chunk_of, index.chunk_starts, index.chunk_ranks,
+        selected_GNT, selected_GNT if ranks is None else ranks, first, tokens, columns, selected_GNT.shape[2],
+        selected_GNT.shape[1], first_chunk, G, COLUMNS, ROWS, RANKS=ranks is not None,
+        num_warps=min(16, max(1, COLUMNS // 512)),
+    )  # fmt: skip
 
 
 def rank_dtype(top_k: int) -> torch.dtype:

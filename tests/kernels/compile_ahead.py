@@ -24,7 +24,7 @@ from kernels import attention
 from tests.numerics import random_index
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
-TYPES |= {torch.int64: "*i64", torch.uint8: "*u8", torch.int16: "*i16"}
+TYPES |= {torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8", torch.int16: "*i16"}
 
 
 def compile_launch(fn, args, kwargs, arch: int) -> dict:

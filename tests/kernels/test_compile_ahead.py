@@ -36,7 +36,8 @@ def test_every_launch_compiles(arch, dtype, group, D):
     names = {launch["name"] for launch in launches}
     assert names >= {
         "_segment_fwd", "_block_score", "_top_blocks", "_count", "_fill", "_selection_fwd", "_selection_combine",
-        "_gates_bwd", "_segment_dq", "_segment_dkdv", "_selection_bwd", "_combine_dq", "_reduce_dkdv", "_gated_sum",
+        "_gates_bwd", "_segment_dq", "_segment_dkdv", "_selection_dq", "_selection_dkdv", "_combine_dq", "_reduce_dkdv",
+        "_gated_sum",
     }  # fmt: skip
     for launch in launches:
         assert launch["shared"] <= SHARED_LIMIT, launch
