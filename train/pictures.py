@@ -15,20 +15,21 @@ VIEW = np.array([[0.8, 0.0, -0.6], [-0.24, 0.9165, -0.32], [0.5499, 0.4, 0.7332]
 LIGHT = np.array([0.35, 0.6, 0.72])
 
 
-def picture(vertices: NDArray, faces: NDArray, size: int = 320) -> NDArray[np.uint8]:
+def picture(vertices: NDArray, faces: NDArray, size: int = 320, view: NDArray = VIEW) -> NDArray[np.uint8]:
     """[size, size, 3] of a mesh in the cube [-0.5, 0.5]^3, from the front, above and to one side; white if empty.
 
+    `view`: rows right, up and towards the eye; without perspective.
     Points all over the surface, the nearest of each pixel lit by its normal: what faces away from the eye is tinted.
     """
     image = np.full((size, size, 3), 255, np.uint8)
     if not len(faces):
         return image
     points, normals = sample_surface(vertices, faces, 12 * size * size, seed=0)
-    seen = points @ (VIEW / np.linalg.norm(VIEW, axis=1, keepdims=True)).T
+    seen = points @ (view / np.linalg.norm(view, axis=1, keepdims=True)).T
     column = np.clip(((seen[:, 0] / 1.5 + 0.5) * size).astype(int), 0, size - 1)
     row = np.clip(((0.5 - seen[:, 1] / 1.5) * size).astype(int), 0, size - 1)
     order = np.argsort(seen[:, 2], kind="stable")  # later ones overwrite: nearest last
-    facing = normals @ (VIEW[2] / np.linalg.norm(VIEW[2]))
+    facing = normals @ (view[2] / np.linalg.norm(view[2]))
     shade = 0.25 + 0.75 * np.abs(normals @ (LIGHT / np.linalg.norm(LIGHT)))
     front, back = np.array([205, 210, 220]), np.array([225, 150, 120])
     colors = (np.where(facing[:, None] >= 0, front, back) * shade[:, None]).astype(np.uint8)

@@ -1,0 +1,116 @@
+"""`python -m train.dit`: train the SS-DiT on a build's renders and latents; under torchrun on several GPUs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from model.conditioned import ConditionedDiT
+from model.vae import SparseVAE
+from pipeline.schema import UserError
+from train import checkpoint
+from train.command import command, configure
+from train.config import resolved
+from train.data import Catalogue
+from train.distributed import World, join
+from train.dit_config import DIT_PRESETS, DiTTraining
+from train.dit_data import DiTLoader, joined
+from train.dit_task import DiTTask
+from train.encode import hash_of
+from train.latents import LatentStore
+from train.loop import fit, weights_file
+from train.plan import ShardPlanner
+from train.prefetch import Prefetcher
+from train.vae_evaluation import load_vae
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m train.dit"
+
+
+def train(cfg: DiTTraining, world: World) -> int:
+    """A run by its config; returns the steps done. UserError and RunError as the modules it calls."""
+    vae, store = read_latents(cfg, world)
+    catalogue = joined(cfg, store)
+    chosen, val = catalogue.split("train"), catalogue.split("val")
+    planner = ShardPlanner(
+        chosen.tokens,
+        chosen.shards,
+        mixed=cfg.flow.open_shards,
+        batch_size=cfg.flow.batch_size,
+        world_size=world.size,
+        seed=cfg.flow.loop.seed,
+        max_tokens=cfg.max_tokens,
+    )
+    loader = DiTLoader(chosen, store, cfg)
+    task = DiTTask(cfg, world, chosen, val, store, vae)
+    if cfg.init is not None and checkpoint.latest(cfg.out) is None:
+        checkpoint.load_weights(weights_file(cfg.init), task.model)
+        task.model.dit.set_statistics(store.mean, store.std)  # of these latents, not of those before
+        log.info("weights from %s", cfg.init)
+    if world.is_first:
+        _introduce(cfg, task.model, world, chosen, val, planner)
+    stream = Prefetcher(planner, partial(loader.load, rank=world.rank), workers=cfg.workers)
+    return fit(task, stream, cfg.flow.loop, out=cfg.out, world=world, config=described(cfg, store.vae))
+
+
+def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, LatentStore]:
+    """The VAE if one is named, and its latents. UserError, with what to run, if there are none or they do not fit."""
+    vae = None
+    if cfg.vae is not None:
+        if not cfg.vae.exists():
+            raise UserError(
+                f"{cfg.vae} does not exist; name the VAE that made the latents with --vae, or take those that are "
+                "there without looking at samples: --vae None"
+            )
+        vae, _ = load_vae(cfg.vae, world.device)
+    store = LatentStore(cfg.latents or cfg.data / "latents", cfg.resolution, None if vae is None else hash_of(vae))
+    if store.channels != cfg.model.dit.latent_channels:
+        raise UserError(
+            f"model.dit.latent_channels must be the {store.channels} channels of {store.folder}, "
+            f"got {cfg.model.dit.latent_channels}"
+        )
+    return vae, store
+
+
+def _introduce(
+    cfg: DiTTraining, model: ConditionedDiT, world: World, chosen: Catalogue, val: Catalogue, planner: ShardPlanner
+) -> None:
+    count = sum(parameter.numel() for parameter in model.dit.parameters())
+    assets = f"{len(chosen)} training and {len(val)} held-out assets of {cfg.data} at R = {cfg.resolution}"
+    log.info("SS-DiT of %.2f M parameters, %s, %d x %s", count / 1e6, assets, world.size, world.device.type)
+    log.info("conditions: %s", model.encoder.label)
+    if planner.left_out[cfg.resolution]:
+        log.warning("%d assets exceed max_tokens and are left out", planner.left_out[cfg.resolution])
+    if not len(val):
+        log.warning("%s has no held-out assets: nothing is validated", cfg.data)
+
+
+def described(cfg: DiTTraining, vae: str) -> dict[str, Any]:
+    """What a checkpoint's config.json says of the run; `model` and `config` are what loading the model takes.
+
+    `training` names the VAE by its hash.
+    """
+    everything = resolved(cfg)
+    names = ("resolution", "max_tokens", "held_out_views", "cameras")
+    training = {"vae": vae, **{name: everything[name] for name in names}, **everything["flow"]}
+    for name in ("guidance", "steps"):  # of the samples that are looked at
+        training.pop(name)
+    return {"model": ConditionedDiT.__name__, "config": everything["model"], "training": training}
+
+
+def main(args: Sequence[str]) -> None:
+    cfg = configure(DIT_PRESETS, "tiny", args, prog=PROG)
+    if cfg.init is not None and not cfg.init.exists():
+        raise UserError(f"{cfg.init} does not exist; train it first, or name a checkpoint with --init")
+    with join(cfg.device) as world:
+        if not world.is_first:
+            logging.getLogger().setLevel(logging.WARNING)
+        done = train(cfg, world)
+        log.info("%d steps done; checkpoints in %s", done, cfg.out)
+
+
+if __name__ == "__main__":
+    command(main)
