@@ -98,11 +98,15 @@ def prepare_image(
     """
     if (augmentation is None) != (rng is None):
         raise ValueError("rng must be given with augmentation, and only then")
-    pixels = np.asarray(image)
-    if pixels.ndim != 3 or pixels.shape[2] != 4 or pixels.dtype != np.uint8:
-        raise ValueError(f"image must be RGBA uint8 [h, w, 4], got {pixels.dtype} {list(pixels.shape)}")
-    _check_size("image", pixels.shape[1], pixels.shape[0])
-    foreground = _crop(pixels, whole_if_opaque)
+    if not isinstance(image, Image.Image):
+        if image.ndim != 3 or image.shape[2] != 4 or image.dtype != np.uint8:
+            raise ValueError(f"image must be RGBA uint8 [h, w, 4], got {image.dtype} {list(image.shape)}")
+        height, width = image.shape[:2]
+        image = Image.fromarray(image) if image.size else Image.new("RGBA", (width, height))
+    if image.mode != "RGBA":
+        raise ValueError(f"image must be RGBA uint8 [h, w, 4], got mode {image.mode!r}")
+    _check_size("image", *image.size)
+    foreground = _crop(image, whole_if_opaque)
     canvas = _Canvas.around(foreground)
     padding = PADDING
     if augmentation is not None and rng is not None:
@@ -111,21 +115,21 @@ def prepare_image(
     return PreparedImage(np.asarray(rgb), np.asarray(alpha) >= OPAQUE)
 
 
-def _crop(pixels: NDArray[np.uint8], whole_if_opaque: bool) -> NDArray[np.uint8]:
-    alpha = pixels[..., 3]
-    if not whole_if_opaque and alpha.size and alpha.min() == 255:
+def _crop(image: Image.Image, whole_if_opaque: bool) -> Image.Image:
+    if not whole_if_opaque and image.width * image.height and not has_alpha(image):
         raise ValueError(
             "image must have an alpha channel that is transparent around the object, got one without a transparent "
             "pixel: remove the background first"
         )
-    rows, columns = (np.flatnonzero((alpha >= OPAQUE).any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
-        most = alpha.max(initial=0)
+    alpha = image.getchannel("A")
+    box = alpha.point([0] * OPAQUE + [255] * (256 - OPAQUE)).getbbox()
+    if box is None:
+        most = alpha.getextrema()[1] if image.width * image.height else 0
         raise ValueError(f"image must have a foreground (alpha of at least {OPAQUE}), its largest alpha is {most}")
-    crop = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = crop.shape[:2]
-    if max(height, width) < MIN_FOREGROUND:
-        raise ValueError(f"image must have a foreground of at least {MIN_FOREGROUND} pixels, got {width} x {height}")
+    crop = image.crop(box)
+    if max(crop.size) < MIN_FOREGROUND:
+        found = f"{crop.width} x {crop.height}"
+        raise ValueError(f"image must have a foreground of at least {MIN_FOREGROUND} pixels, got {found}")
     return crop
 
 
@@ -137,13 +141,12 @@ class _Canvas:
     alpha: Image.Image
 
     @classmethod
-    def around(cls, foreground: NDArray[np.uint8]) -> _Canvas:
-        height, width = foreground.shape[:2]
-        side = max(height, width)
-        corner = ((side - width) // 2, (side - height) // 2)
-        mask = Image.fromarray(np.ascontiguousarray(foreground[..., 3]))
+    def around(cls, foreground: Image.Image) -> _Canvas:
+        side = max(foreground.size)
+        corner = ((side - foreground.width) // 2, (side - foreground.height) // 2)
+        mask = foreground.getchannel("A")
         rgb, alpha = Image.new("RGB", (side, side), WHITE), Image.new("L", (side, side), 0)
-        rgb.paste(Image.fromarray(np.ascontiguousarray(foreground[..., :3])), corner, mask)
+        rgb.paste(foreground.convert("RGB"), corner, mask)
         alpha.paste(mask, corner)
         return cls(rgb, alpha)
 
