@@ -55,11 +55,15 @@ class DiTTask:
 
     def losses(self, model: nn.Module, batch: DiTBatch) -> dict[str, Tensor]:
         """Mean squared error of the velocity over an asset's latents, every asset alike."""
-        x0_NC = self.model.dit.normalize(batch.latents.sample(batch.posterior_noise))
+        x0_NC = self._start(batch)
         error_N = self._errors(model, batch, x0_NC, batch.times, batch.dropped)
         level = batch.latents.cells
         weight_B = batch.share / level.asset_starts.diff()
         return {"loss": (error_N * weight_B[level.coords[:, 0].long()]).sum()}
+
+    def _start(self, batch: DiTBatch) -> Tensor:
+        """The flow's x0 [N, C]: a sample of the posterior."""
+        return self.model.dit.normalize(batch.latents.sample(batch.posterior_noise))
 
     def _errors(self, model: nn.Module, batch: DiTBatch, x0_NC: Tensor, t_B: Tensor, dropped_B: Tensor) -> Tensor:
         """Squared error of each token's velocity: [N]."""
@@ -77,11 +81,11 @@ class DiTTask:
         return self._flops_a_token * batch.tokens
 
     def validate(self, model: Any) -> dict[str, float]:
-        """The loss of held-out assets at the means of their latents; the same times, noise and views every time."""
+        """The loss of held-out assets, and it at each time; the same times, noise and views every time."""
         loader, sums = DiTLoader(self.val, self.store, self.cfg, training=False), []
         for asset in self._assets(self.val, self.world):  # one by one: a large one beside others might not fit
             batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
-            x0_NC = self.model.dit.normalize(batch.latents.mean)
+            x0_NC = self._start(batch)
             times = [torch.full_like(batch.times, t) for t in TIMES]
             sums.append(torch.stack([self._errors(model, batch, x0_NC, t_B, batch.dropped).mean() for t_B in times]))
         found = torch.stack(sums).double().sum(0) if sums else torch.zeros(len(TIMES), device=self.world.device)

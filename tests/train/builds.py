@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.cameras import camera
 from pipeline.manifest import HEAD, TAIL, write_manifest
-from pipeline.schema import BLOCK, Bricks, band, spacing
-from pipeline.store import write_sdf_shard
+from pipeline.render import encode
+from pipeline.schema import BLOCK, Bricks, View, band, spacing
+from pipeline.shards import write_render_shard
+from pipeline.store import SdfShard, write_sdf_shard
 from train.config import BrickConfig, LoopConfig, VAEConfig, VAETraining
 
 Field = Callable[[NDArray], NDArray]  # points [..., 3] in the cube -> signed distance [...]
@@ -85,6 +88,28 @@ def commit(root: Path, shard: str, product: str) -> None:
     path = root / "shards" / shard / f"{product}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"shard": shard, "product": product}))
+
+
+def color_of(number: int, view: int) -> tuple[int, int, int]:
+    """Red and green say which of four assets it is, blue which view."""
+    return (20, 230)[number % 2], (20, 230)[number // 2 % 2], 10 + 40 * view
+
+
+def add_renders(root: Path, views: int = 5) -> None:
+    """Discs of one colour an asset and view, for every committed shard of a build."""
+    row, column = np.mgrid[:40, :40] / 40 - 0.5
+    inside = np.uint8(255 * (row**2 + column**2 < 0.12))
+    for path in sorted((root / "sdf" / "32").glob("*.zarr")):
+        entries = []
+        for uid in SdfShard(path).uids:
+            made = []
+            for view in range(views):
+                rgb = np.tile(np.uint8(color_of(int(uid[-3:]), view)), (40, 40, 1))
+                meta = {"uid": uid, "view": view, **camera(uid, view).meta(), "width": 40, "height": 40}
+                made.append((encode(View(rgba=np.dstack([rgb, inside]), meta=meta)), meta))
+            entries.append((uid, made))
+        write_render_shard(root / "renders" / "paper" / f"{path.stem}.tar", entries)
+        commit(root, path.stem, "renders-paper")
 
 
 def tiny_training(data: Path, out: Path, *, steps: int = 4, **options: object) -> VAETraining:

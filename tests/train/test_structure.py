@@ -15,12 +15,9 @@ from model.flow import Guidance
 from model.occupancy import OccupancyConfig, occupancy_of
 from model.postprocess import open_edges_of
 from model.structure import Structure, StructureConfig
-from pipeline.cameras import camera
-from pipeline.render import encode
-from pipeline.schema import UserError, View
-from pipeline.shards import write_render_shard
+from pipeline.schema import UserError
 from pipeline.store import SdfShard
-from tests.train.builds import commit, make_build
+from tests.train.builds import add_renders, color_of, make_build
 from train import checkpoint
 from train.config import LoopConfig
 from train.data import read_catalogue
@@ -33,7 +30,6 @@ from train.structure_data import GridLoader
 from train.structure_task import cube_surface
 from train.symmetry import SYMMETRIES
 
-VIEWS = 5
 MODEL = StructureConfig(
     occupancy=OccupancyConfig(side=4, widths=(8, 16), blocks=1, groups=8, latent_channels=4),
     flow=ConditionedConfig(
@@ -50,28 +46,6 @@ MODEL = StructureConfig(
         encoder=EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2),
     ),
 )
-
-
-def color_of(number, view):
-    """Red and green say which of four assets it is, blue which view."""
-    return (20, 230)[number % 2], (20, 230)[number // 2 % 2], 10 + 40 * view
-
-
-def add_renders(root):
-    """Discs of one colour an asset and view, for every committed shard of a build."""
-    row, column = np.mgrid[:40, :40] / 40 - 0.5
-    inside = np.uint8(255 * (row**2 + column**2 < 0.12))
-    for path in sorted((root / "sdf" / "32").glob("*.zarr")):
-        entries = []
-        for uid in SdfShard(path).uids:
-            views = []
-            for view in range(VIEWS):
-                rgb = np.tile(np.uint8(color_of(int(uid[-3:]), view)), (40, 40, 1))
-                meta = {"uid": uid, "view": view, **camera(uid, view).meta(), "width": 40, "height": 40}
-                views.append((encode(View(rgba=np.dstack([rgb, inside]), meta=meta)), meta))
-            entries.append((uid, views))
-        write_render_shard(root / "renders" / "paper" / f"{path.stem}.tar", entries)
-        commit(root, path.stem, "renders-paper")
 
 
 @pytest.fixture(scope="module")
