@@ -66,6 +66,67 @@ def _weight_grad(
     tl.store(p_first + out[:, None] * O + o[None, :], acc, inside[:, None] & (o < O)[None, :])
 
 
+@triton.jit
+def _tap_product(
+    acc, d, g_ptr, table_ptr, block27, place, tap, ok, c, C: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr,
+    WIDE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    source = source_rows(table_ptr, block27, place + tap_place(tap, T), ok & (tap < T * T * T), LOG)
+    first = (source.to(tl.int64) if WIDE else source) * C
+    mask = (source >= 0)[:, None] & (c < C)[None, :] if C % BC else (source >= 0)[:, None]
+    g = tl.load(g_ptr + first[:, None] + c[None, :], mask, other=0.0)
+    return tl.dot(d, g, acc, input_precision="ieee")
+
+
+@triton.jit
+def _store_tap(p_ptr, acc, tap, c, o, C: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr):
+    mask = ((o < O) & (tap < TAPS))[:, None] & (c < C)[None, :]
+    tl.store(p_ptr + tap * (C * O) + c[None, :] * O + o[:, None], acc, mask)
+
+
+@triton.jit(do_not_specialize=["rows", "step"])
+def _weight_grad_by_tap(
+    g_ptr, d_ptr, table_ptr, p_ptr, rows, step, C: tl.constexpr, O: tl.constexpr,
+    S: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """As `_weight_grad`, with a product for each of 1, 2 or 4 taps, which share the dense rows as their tall side."""
+    SI: tl.constexpr = 1 << LOG
+    TAPS: tl.constexpr = T * T * T
+    CT: tl.constexpr = (C + BC - 1) // BC
+    OT: tl.constexpr = (O + BO - 1) // BO
+    pid, split = tl.program_id(0), tl.program_id(1)
+    o = pid % OT * BO + tl.arange(0, BO)
+    c = pid // OT % CT * BC + tl.arange(0, BC)
+    tap = pid // (OT * CT) * BT
+    begin = split * step
+    end = tl.minimum(begin + step, rows)
+    acc0 = tl.zeros([BO, BC], tl.float32)
+    acc1, acc2, acc3 = acc0, acc0, acc0
+    for first in range(begin, end, BR):
+        row = first + tl.arange(0, BR)
+        ok = row < end
+        block = row // (S * S * S)
+        block27 = (block.to(tl.int64) if WIDE else block) * 27
+        place = places(row if S > 1 else 0, S, STRIDE, SI) - ((1 << 20) + (1 << 10) + 1)
+        d_first = (row.to(tl.int64) if WIDE else row) * O
+        d_mask = ok[:, None] & (o < O)[None, :] if O % BO else ok[:, None]
+        d = tl.trans(tl.load(d_ptr + d_first[:, None] + o[None, :], d_mask, other=0.0))
+        acc0 = _tap_product(acc0, d, g_ptr, table_ptr, block27, place, tap, ok, c, C, LOG, T, WIDE, BC)
+        if BT > 1:
+            acc1 = _tap_product(acc1, d, g_ptr, table_ptr, block27, place, tap + 1, ok, c, C, LOG, T, WIDE, BC)
+        if BT > 2:
+            acc2 = _tap_product(acc2, d, g_ptr, table_ptr, block27, place, tap + 2, ok, c, C, LOG, T, WIDE, BC)
+            acc3 = _tap_product(acc3, d, g_ptr, table_ptr, block27, place, tap + 3, ok, c, C, LOG, T, WIDE, BC)
+    p_first = p_ptr + split.to(tl.int64) * (TAPS * C * O)
+    _store_tap(p_first, acc0, tap, c, o, C, O, TAPS)
+    if BT > 1:
+        _store_tap(p_first, acc1, tap + 1, c, o, C, O, TAPS)
+    if BT > 2:
+        _store_tap(p_first, acc2, tap + 2, c, o, C, O, TAPS)
+        _store_tap(p_first, acc3, tap + 3, c, o, C, O, TAPS)
+
+
 @dataclass(frozen=True)
 class GradTiles:
     """Sizes of one program: taps, channels and outputs of its part of the gradient, rows at a time."""
@@ -76,6 +137,7 @@ class GradTiles:
     rows: int
     warps: int
     stages: int
+    by_tap: bool = False  # `_weight_grad_by_tap`
 
 
 def grad_tiles(C: int, O: int, dtype: torch.dtype) -> list[GradTiles]:
@@ -85,11 +147,16 @@ def grad_tiles(C: int, O: int, dtype: torch.dtype) -> list[GradTiles]:
         return [GradTiles(64 // channels, channels, outputs, 32, 4, 2)]
     channels, outputs = power_of_2(C, 16, 128), power_of_2(O, 16, 128)
     taps = 128 // channels
-    tiles = [GradTiles(taps, channels, outputs, 64, 4, 3), GradTiles(taps, channels, outputs, 64, 8, 3)]
-    tiles += [GradTiles(taps, channels, outputs, 64, 4, 1), GradTiles(taps, channels, outputs, 32, 4, 4)]
-    if outputs < 128:
-        tiles += [GradTiles(2 * taps, channels, outputs, 64, 8, 3), GradTiles(2 * taps, channels, outputs, 64, 8, 1)]
-    return tiles
+    if outputs < 64:  # too low for a Hopper matrix product: the taps side by side are the tall side
+        tiles = [GradTiles(taps, channels, outputs, 128, warps, 2) for warps in (4, 8)]
+        return [*tiles, GradTiles(2 * taps, channels, outputs, 64, 4, 2)]
+    taps, stages = min(taps, 4), 3 if outputs == 128 else 2
+    tiles = [GradTiles(taps, channels, outputs, 64, 4, s, True) for s in (stages, 5 - stages)]
+    return [
+        *tiles,
+        GradTiles(taps, channels, outputs, 128, 4, 2, True),
+        GradTiles(taps, channels, outputs, 32, 4, 4, True),
+    ]
 
 
 def weight_grad(
@@ -114,7 +181,8 @@ def weight_grad(
         step = triton.cdiv(triton.cdiv(rows, count), tiles.rows) * tiles.rows
         count = triton.cdiv(rows, step)
         partial = dense.new_empty(count, taps.count, C, O, dtype=torch.float32)
-        _weight_grad[(programs, count)](
+        kernel = _weight_grad_by_tap if tiles.by_tap else _weight_grad
+        kernel[(programs, count)](
             gathered, dense, table_M27, partial, rows, step, C, O,
             S=taps.size, LOG=taps.source.bit_length() - 1, T=taps.taps, STRIDE=taps.stride, WIDE=wide,
             BT=tiles.taps, BC=tiles.channels, BO=tiles.outputs, BR=tiles.rows,

@@ -1,7 +1,7 @@
-"""Compiles every tile size of the convolution's kernels for an architecture, without a GPU; prints JSON.
+"""Compiles the kernels of convolution, pooling and GroupNorm for an architecture, without a GPU; prints JSON.
 
-`python -m tests.kernels.compile_conv 80 bfloat16 64 32` (architecture, dtype, C, O), without the interpreter: forward,
-data and weight gradient, of voxels and of full blocks, with and without duplication.
+`python -m tests.kernels.compile_conv 80 bfloat16 64 32 6` (architecture, dtype, C, O, how many of the tile sizes),
+without the interpreter: forward and gradients on full blocks, with and without duplication.
 """
 
 from __future__ import annotations
@@ -13,43 +13,44 @@ import torch
 import triton
 
 from kernels import gather_gemm, sparse_conv_backward
-from kernels.gather_gemm import downsampling, plain, upsampling
+from kernels.gather_gemm import plain
 from tests.kernels.compile_ahead import compile_launch
 
 
-def compile_all(arch: int, dtype: torch.dtype, C: int, O: int) -> list[dict]:
+def compile_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> list[dict]:
+    """Every launch of forward and backward, each once."""
     found: dict[str, dict] = {}
 
     def record(fn, *args, grid, warmup, **kwargs):
-        tiles = {
-            key: kwargs[key]
-            for key in ("BM", "BR", "BO", "BC", "BT", "S", "T", "num_warps", "num_stages")
-            if key in kwargs
-        }
-        key = f"{fn.__name__} {tiles}"
+        key = f"{fn.__name__} {[value for value in args if isinstance(value, int)]} {kwargs}"
         if key not in found:
-            found[key] = {"tiles": tiles} | compile_launch(fn, args, kwargs, arch)
+            found[key] = compile_launch(fn, args, kwargs, arch)
 
     def try_all(key, candidates, launch, like):
-        for candidate in candidates[1:]:
+        for candidate in candidates[1:sizes]:
             launch(candidate)
         return candidates[0]
 
     triton.JITFunction.run = record
     gather_gemm.choose = sparse_conv_backward.choose = try_all
-    for size in (1, 4):
-        table = torch.zeros(64, 27, dtype=torch.int32)
-        x, dy = torch.zeros(64 * size**3, C, dtype=dtype), torch.zeros(64 * size**3, O, dtype=dtype)
-        gather_gemm.gather_gemm(x, torch.zeros(27, C, O, dtype=dtype), dy[0], table, plain(size))
-        sparse_conv_backward.weight_grad(x, dy, table, plain(size))
-        if size == 4:
-            half = x[: 64 * 8]
-            gather_gemm.gather_gemm(half, torch.zeros(8, 8, C, O, dtype=dtype), None, table, upsampling(4))
-            gather_gemm.gather_gemm(dy, torch.zeros(64, O, C, dtype=dtype), None, table, downsampling(4))
-            sparse_conv_backward.weight_grad(dy, half, table, downsampling(4))
+    M, size, ops = 16, 4, torch.ops.sparse3d
+    table = torch.zeros(M, 27, dtype=torch.int32)
+    weight, bias = torch.zeros(27, C, O), torch.zeros(O, dtype=dtype)
+    gather_gemm.gather_gemm(torch.zeros(M, C, dtype=dtype), weight.to(dtype), None, table, plain(1))
+    for upsample in (False, True):
+        rows = M * size**3
+        x = torch.zeros(rows // 8 if upsample else rows, C, dtype=dtype)
+        dy = torch.zeros(rows, O, dtype=dtype)
+        ops.sparse_conv(x, weight, bias, table, size, upsample, False)
+        ops.sparse_conv_backward(dy, x, weight, table, size, upsample, False, [True, True, True])
+    starts, one = torch.tensor([0, len(x)]).int(), torch.ones(C)
+    _, mean, rstd = ops.group_norm(x, starts, 1, one, one, 1e-5, True)
+    ops.group_norm_backward(x, x, starts, one, one, mean, rstd, True)
+    children = torch.zeros(M, 8, dtype=torch.int32)
+    ops.pool_children_backward(ops.pool_children(x, children, False), children, len(x), False)
     return list(found.values())
 
 
 if __name__ == "__main__":
-    arch, dtype, C, O = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    sys.stdout.write(json.dumps(compile_all(arch, dtype, C, O)) + "\n")
+    numbers = [int(value) for value in sys.argv[3:]]
+    sys.stdout.write(json.dumps(compile_all(int(sys.argv[1]), getattr(torch, sys.argv[2]), *numbers)) + "\n")

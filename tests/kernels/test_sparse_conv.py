@@ -41,12 +41,12 @@ def large_tiles(monkeypatch):
         patch_tiles(monkeypatch, 128, 128, 128, 4)
 
 
-def patch_tiles(monkeypatch, rows: int, outputs: int, channels: int, taps: int) -> None:
+def patch_tiles(monkeypatch, rows: int, outputs: int, channels: int, taps: int, by_tap: bool = False) -> None:
     def forward(C, O, dtype):
         return [Tiles(rows, power_of_2(O, 16, outputs), power_of_2(C, 16, channels), 4, 2)]
 
     def backward(C, O, dtype):
-        return [GradTiles(taps, power_of_2(C, 16, channels), power_of_2(O, 16, outputs), rows, 4, 2)]
+        return [GradTiles(taps, power_of_2(C, 16, channels), power_of_2(O, 16, outputs), rows, 4, 2, by_tap)]
 
     monkeypatch.setattr("kernels.gather_gemm.forward_tiles", forward)
     monkeypatch.setattr("kernels.sparse_conv_backward.grad_tiles", backward)
@@ -168,12 +168,33 @@ def test_half_precision(size, upsample, backend, dtype):
     check(33, 20, random_coords([7, 5], 2).to(DEVICE), size, upsample, backend, dtype)
 
 
-@pytest.mark.parametrize(("size", "upsample"), [(1, False), (2, False), (2, True)], ids=str)
-def test_many_tiles(size, upsample, monkeypatch):
+@pytest.mark.parametrize(
+    ("size", "upsample", "taps", "by_tap"),
+    [(1, False, 2, False), (1, False, 4, True), (2, False, 2, True), (2, True, 4, True)],
+    ids=str,
+)
+def test_many_tiles(size, upsample, taps, by_tap, monkeypatch):
     """Rows, channels, outputs and taps that end inside a tile, and a gradient summed from several parts."""
-    patch_tiles(monkeypatch, 16, 16, 16, 2)
+    patch_tiles(monkeypatch, 16, 16, 16, taps, by_tap)
     monkeypatch.setattr("kernels.sparse_conv_backward._PROGRAMS", 1000)
-    check(18, 17, random_coords([3, 7 if size == 1 else 1], 3).to(DEVICE), size, upsample, "triton", torch.float32)
+    blocks = [3, 7 if size == 1 else 1]
+    check(18, 17, random_coords(blocks, 3).to(DEVICE), size, upsample, "triton", torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("C", "O"), [(32, 32), (64, 32), (64, 64), (100, 128)])
+@pytest.mark.parametrize(("size", "upsample"), [(1, False), (4, False), (4, True)], ids=str)
+def test_every_tile_size(C, O, size, upsample, monkeypatch):
+    """All candidates give the fp64 result, to the tolerance of bf16."""
+    coords = random_coords([90, 35], 6).to(DEVICE)
+    for candidate in range(6):
+
+        def choose(key, candidates, launch, like, candidate=candidate):
+            return candidates[min(candidate, len(candidates) - 1)]
+
+        for module in ("gather_gemm", "sparse_conv_backward"):
+            monkeypatch.setattr(f"kernels.{module}.choose", choose)
+        check(C, O, coords, size, upsample, "triton", torch.bfloat16)
 
 
 @pytest.mark.usefixtures("large_tiles")
