@@ -180,7 +180,7 @@ def _grad_apply(
 
 def _tiles(C: int) -> dict[str, int]:
     BC = min(triton.next_power_of_2(C), 128)
-    return {"BN": max(1, 4096 // BC), "BC": BC}
+    return {"BN": max(1, 2048 // BC), "BC": BC}
 
 
 def _chunks(x_NC: Tensor, starts: Tensor) -> tuple[tuple[int, int], Tensor, Tensor]:
