@@ -55,9 +55,13 @@ def test_position_and_canvas_do_not_matter():
 
 
 def test_transparent_colour_leaves_no_halo():
-    pixels = rectangle()
-    pixels[pixels[..., 3] == 0] = [0, 255, 0, 0]
-    assert (prepare_image(pixels, SIZE).rgb == prepare_image(rectangle(), SIZE).rgb).all()
+    black = rectangle()
+    black[15:25, 40:60] = 0  # a hole, so that transparent pixels lie inside the crop
+    green = black.copy()
+    green[green[..., 3] == 0] = [0, 255, 0, 0]
+    image = prepare_image(green, SIZE)
+    assert (image.rgb == prepare_image(black, SIZE).rgb).all()
+    assert (image.rgb[SIZE // 2, SIZE // 2] == 255).all()
 
 
 def test_haze_is_not_foreground():
@@ -233,6 +237,17 @@ def test_a_batch_is_each_image_alone(kind):
     assert together.mean(1).abs().max() < TOLERANCE  # normalised over channels
     patches = together[ImageBatch.collate(images).coords[:, 3] == 0]
     assert (patches.var(1, unbiased=False) - 1).abs().max() < 1e-3
+
+
+def test_pixels_are_normalised_as_imagenet(monkeypatch):
+    seen, encoder = [], StandInEncoder(32, 0, 2, SIZE)
+    monkeypatch.setattr(encoder, "tokens", lambda x: seen.append(x) or torch.zeros(1, SPECIAL + 64, 32))
+    image = prepared((3, 1))
+    image.rgb[:] = (124, 116, 104)  # ImageNet's mean
+    image.rgb[0, 0] = (182, 174, 161)  # and one deviation (58, 57, 57) more
+    encoder(ImageBatch.collate([image]))
+    assert seen[0][..., 1:].abs().max() < 0.01
+    assert torch.allclose(seen[0][0, :, 0, 0], torch.ones(3), atol=0.02)
 
 
 def test_tokens_are_those_before_the_last_norm():
