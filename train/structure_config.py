@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -97,13 +97,13 @@ _TINY_LOOP = LoopConfig(
 STRUCTURE_PRESETS: dict[str, StructureTraining] = {
     "tiny": StructureTraining(  # minutes on a CPU
         device="cpu",
-        resolution=128,
+        resolution=64,
         held_out_views=2,
         workers=1,
-        vae=OccupancyTraining(batch_size=6, loop=_TINY_LOOP),
-        flow=FlowTraining(batch_size=16, augment=False, loop=_TINY_LOOP),
+        vae=OccupancyTraining(batch_size=8, loop=_TINY_LOOP),
+        flow=FlowTraining(batch_size=16, augment=False, loop=replace(_TINY_LOOP, steps=800, learning_rate=2e-3)),
         model=StructureConfig(
-            occupancy=OccupancyConfig(side=16, widths=(8, 16, 32), blocks=1, groups=8, latent_channels=8),
+            occupancy=OccupancyConfig(side=8, widths=(16, 32), blocks=1, groups=8, latent_channels=8),
             flow=ConditionedConfig(
                 dit=DiTConfig(
                     channels=128,
