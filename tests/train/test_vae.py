@@ -217,3 +217,33 @@ def test_evaluate_names_what_it_can():
         evaluate([])
     with pytest.raises(UserError, match="/nowhere is not a checkpoint"):
         evaluate(["vae", "--checkpoint", "/nowhere"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_resumes_to_the_bit_on_a_gpu(build, tmp_path, precision):
+    """With deterministic settings; the runs share a process, as a kernel's tuning would not be the same in another."""
+    world = World(device=torch.device("cuda", 0))
+
+    def run(name, steps):
+        options = {"precision": precision, "deterministic": True, "batch_size": 2, "activation_checkpointing": True}
+        return vae.train(tiny_training(build, tmp_path / name, steps=steps, **options), world)
+
+    try:
+        run("whole", 40)
+        run("cut", 15)  # ends with a checkpoint; its configuration differs in `steps` alone
+        run("cut", 40)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
+    losses = [row[1] for row in exact(tmp_path / "whole")]
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+@pytest.mark.gpu
+def test_a_gpu_follows_the_cpu(build, tmp_path, whole):
+    """The first losses in fp32; later ones drift apart as rounding grows."""
+    cfg = tiny_training(build, tmp_path, steps=40, batch_size=1)
+    vae.train(replace(cfg, loop=replace(cfg.loop, max_minutes=0.5)), World(device=torch.device("cuda", 0)))
+    np.testing.assert_allclose(np.array(exact(tmp_path))[:5], np.array(whole)[:5], rtol=1e-2)

@@ -1,0 +1,337 @@
+"""`python -m benchmarks.training`: what training the SS-VAE costs on real bricks, and what it learns in minutes.
+
+Three commands, because the machine with the GPU may have no mesh libraries: `geometry` packs normalised meshes into one
+file, `bricks` makes a build of them on all cores, `measure` times steps and trains on that build.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import multiprocessing
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.command import command, parse
+from model.vae import VAEConfig
+from pipeline.manifest import HEAD, TAIL, write_manifest
+from pipeline.schema import Bricks, Mesh, UserError, make_uid
+from pipeline.sdf import compute_bricks
+from pipeline.store import write_sdf_shard
+from pipeline.topology import TopologyConfig, build_topology
+from train.checkpoint import provenance
+from train.config import VAE_PRESETS, BrickConfig, VAETraining
+from train.data import BrickLoader, BrickReader, read_catalogue
+from train.distributed import World
+from train.optimizer import make_optimizer, peak_flops
+from train.pictures import save_image, side_by_side
+from train.vae import train
+from train.vae_evaluation import evaluate_asset, load_vae, summarize, table
+from train.vae_task import VAETask
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m benchmarks.training"
+SHARD = "000000"
+# Of the meshes at hand: duplicates of others, those whose seams take a minute to cut, and flat ones.
+LEFT_OUT = (
+    *("duck.dae", "nancolor.obj", "negative_indices.obj", "suzanne.ply"),
+    *("counterXP.3MF", "cycloidal.ply", "soup.stl"),
+    *("plane.ply", "notenoughindices.obj"),
+)
+HELD_OUT = ("bunny.ply", "fandisk.obj", "rabbit.obj", "teapot.stl")
+PROCEDURAL = ("castle", "robot")  # top the held-out ones up
+AS_IN_THE_PAPER = ("chair_model.obj", "no_indices_3storybuilding.glb", "rabbit.obj", "teapot.stl")  # 2.1k cells at 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Pack a folder of meshes, normalised, into one file."""
+
+    meshes: Path
+    out: Path = Path("geometry.npz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrickBuild:
+    """Make a build of packed meshes on all cores."""
+
+    geometry: Path
+    out: Path
+    resolutions: tuple[int, ...] = (256, 384, 512)
+    finest: int | None = 1024  # this one only of AS_IN_THE_PAPER, for timing
+    workers: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Time steps, then train and evaluate, on one GPU."""
+
+    data: Path
+    out: Path
+    steps: bool = True  # time training steps of base
+    learn: tuple[str, ...] = ("small", "base")  # presets to train
+    resolutions: tuple[int, ...] = (256, 512)  # one after another
+    minutes: float = 1.0  # each preset at each resolution
+    learning_rate: float = 3e-4
+    samples: int = 200_000  # on each surface when evaluating
+
+
+def pack_geometry(cfg: Geometry) -> None:
+    """Writes names and, of each mesh, v<n> float32 [V, 3], f<n> int32 [F, 3]."""
+    from pipeline.load import LoadConfig, load
+    from pipeline.normalize import NormalizeConfig, normalize
+    from pipeline.schema import Reject
+    from pipeline.sources import open_source
+
+    arrays: dict[str, Any] = {}
+    names: list[str] = []
+    for spec in (f"folder:{cfg.meshes}", "procedural"):
+        source = open_source(spec)
+        for record in source.records():
+            name = Path(record.url).name if spec.startswith("folder") else record.url.partition("-")[2]
+            if name in LEFT_OUT or (spec == "procedural" and (name not in PROCEDURAL or name in names)):
+                continue
+            folder = cfg.out.with_suffix(".scratch") / record.uid
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                mesh = normalize(load(source.materialize(record, folder), LoadConfig()), NormalizeConfig())
+            except Reject as verdict:
+                log.info("%s: %s", name, verdict)
+                continue
+            arrays |= {f"v{len(names)}": mesh.vertices.astype(np.float32), f"f{len(names)}": mesh.faces}
+            names.append(name)
+    np.savez_compressed(cfg.out, names=np.array(names), **arrays)
+    log.info("%d meshes in %s", len(names), cfg.out)
+
+
+def make_bricks(cfg: BrickBuild) -> None:
+    """A committed build of one shard."""
+    packed = np.load(cfg.geometry)
+    names = packed["names"].tolist()
+    jobs = [(name, packed[f"v{n}"], packed[f"f{n}"], _resolutions(cfg, name)) for n, name in enumerate(names)]
+    began = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(cfg.workers) as pool:
+        made = dict(pool.imap_unordered(_bricks_of, sorted(jobs, key=lambda job: -len(job[2]))))
+    rows = []
+    for number, name in enumerate(names):
+        row = dict.fromkeys([*HEAD.names, *TAIL.names])
+        split = "val" if name in (*HELD_OUT, *PROCEDURAL) else "train"
+        source = "procedural" if name in PROCEDURAL else "folder"
+        row |= {
+            "uid": make_uid(source, name),
+            "url": name,
+            "status": "done",
+            "shard": SHARD,
+            "row": number,
+            "split": split,
+        }
+        rows.append(row | {f"tokens_{r}": len(bricks.blocks) for r, bricks in made[name].items()})
+    markers = cfg.out / "shards" / SHARD
+    markers.mkdir(parents=True)
+    resolutions = sorted({r for bricks in made.values() for r in bricks})
+    for resolution in resolutions:
+        assets = [(row["uid"], made[row["url"]][resolution]) for row in rows if resolution in made[row["url"]]]
+        path = cfg.out / "sdf" / str(resolution) / f"{SHARD}.zarr"
+        path.parent.mkdir(parents=True)
+        write_sdf_shard(path, resolution, assets, "benchmark")
+        (markers / f"sdf-{resolution}.json").write_text("{}")
+    write_manifest(cfg.out / "manifest" / f"{SHARD}.parquet", rows, resolutions)
+    (markers / "manifest.json").write_text("{}")
+    log.info("%d assets at R = %s in %.0f s", len(rows), resolutions, time.monotonic() - began)
+
+
+def _resolutions(cfg: BrickBuild, name: str) -> tuple[int, ...]:
+    return (*cfg.resolutions, cfg.finest) if cfg.finest and name in AS_IN_THE_PAPER else cfg.resolutions
+
+
+def _bricks_of(job: tuple[str, np.ndarray, np.ndarray, Sequence[int]]) -> tuple[str, dict[int, Bricks]]:
+    name, vertices, faces, resolutions = job
+    mesh = Mesh(vertices=vertices.astype(np.float64), faces=faces)
+    topology = build_topology(mesh, TopologyConfig())
+    return name, {resolution: compute_bricks(topology, resolution) for resolution in resolutions}
+
+
+# Steps
+
+
+def time_steps(data: Path, device: torch.device) -> list[dict[str, Any]]:
+    """Whole training steps of `base`, from a batch in host memory to the optimiser's end."""
+    rows = []
+    for resolution, batch_size in ((256, 4), (384, 4), (512, 4), (1024, 1)):
+        catalogue = read_catalogue(data, [resolution])
+        wanted = [catalogue.uids.index(make_uid("folder", name)) for name in AS_IN_THE_PAPER][:batch_size]
+        batch = BrickLoader(catalogue, seed=0, noise_channels=16, symmetries=False).load_assets(wanted, resolution)
+        for checkpointing in (False, True):
+            cfg = VAE_PRESETS["base"]
+            cfg = replace(cfg, loop=replace(cfg.loop, activation_checkpointing=checkpointing))
+            try:
+                row = _time(VAETask(cfg, World(device=device), catalogue.subset([])), cfg, batch, device)
+            except torch.cuda.OutOfMemoryError as error:
+                row = {"failed": str(error).splitlines()[0]}
+            gc.collect()
+            torch.cuda.empty_cache()
+            about = {"R": resolution, "batch": batch_size, "cells": batch.tokens, "checkpointing": checkpointing}
+            rows.append({**about, **row})
+            log.info("%s", rows[-1])
+    return rows
+
+
+def _time(task: VAETask, cfg: VAETraining, batch: Any, device: torch.device) -> dict[str, Any]:
+    optimizer = make_optimizer(task.model, cfg.loop, device)
+    events = []
+
+    def step() -> None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        there = batch.to(device)  # anew: its neighbours and windows are found again, as in training
+        with torch.autocast("cuda", torch.bfloat16):
+            losses = task.losses(task.model, there)
+        losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), cfg.loop.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        end.record()
+        events.append((start, end))
+
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    events.clear()
+    for _ in range(10):
+        step()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in events]
+    flops, milliseconds = 3 * task.model.flops(batch.to(device).bricks), median(times)
+    return {
+        "ms": milliseconds,
+        "ms_min": min(times),
+        "ms_max": max(times),
+        "tokens_per_s": 1000 * batch.tokens / milliseconds,
+        "tflop": flops / 1e12,
+        "mfu": flops / (milliseconds / 1000) / (peak_flops(device) or float("nan")),
+        "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+# Learning
+
+
+def learn(cfg: Measure, preset: str, device: torch.device) -> dict[str, Any]:
+    """Train a preset at one resolution after another, and evaluate after each, on training and held-out assets."""
+    result: dict[str, Any] = {"preset": preset, "stages": []}
+    init = None
+    for resolution in cfg.resolutions:
+        start = VAE_PRESETS[preset]
+        run = replace(
+            start,
+            data=cfg.data,
+            out=cfg.out / "runs" / f"{preset}-{resolution}",
+            init=init,
+            bricks=BrickConfig(resolutions=(resolution,), workers=8, reconstructions=0),
+            loop=replace(
+                start.loop,
+                steps=1_000_000,
+                max_minutes=cfg.minutes,
+                learning_rate=cfg.learning_rate,
+                warmup_steps=30,
+                schedule="constant",
+                ema_decay=0.99,
+                checkpoint_every=1_000_000,
+                validate_every=0,
+                sample_every=0,
+                log_every=50,
+            ),
+        )
+        began = time.monotonic()
+        steps = train(run, World(device=device))
+        seconds = time.monotonic() - began
+        init = run.out / "latest"
+        lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+        stage = {
+            "resolution": resolution,
+            "steps": steps,
+            "seconds": seconds,
+            "loss": [float(np.mean([line["loss"] for line in part])) for part in (lines[:20], lines[-20:])],
+            "ms": median(line["seconds"] for line in lines) * 1000,
+            "tokens_per_s": median(line["tokens_per_s"] for line in lines),
+            "mfu": median(line["mfu"] or 0.0 for line in lines),
+            "data_share": sum(line["data_s"] for line in lines) / sum(line["seconds"] for line in lines),
+            "skipped": lines[-1]["skipped"],
+        }
+        result["stages"].append(stage | _evaluate(cfg, preset, init, resolution, device))
+        log.info("%s", result["stages"][-1])
+    return result
+
+
+def _evaluate(cfg: Measure, preset: str, checkpoint: Path, resolution: int, device: torch.device) -> dict[str, Any]:
+    model, _ = load_vae(checkpoint, device)
+    stored = sorted({*cfg.resolutions, resolution})
+    reader = BrickReader(read_catalogue(cfg.data, stored))
+    rows, images = [], []
+    for asset in range(len(reader.catalogue)):
+        draw = bool(reader.catalogue.is_val[asset]) or asset % 6 == 0
+        found = evaluate_asset(model, reader, asset, resolution, device=device, samples=cfg.samples, draw=draw)
+        if found is not None:
+            rows.append(found[0])
+            images += [found[1]] if draw else []
+    half = -(-len(images) // 2)
+    sheet = [[*left, *right] for left, right in zip(images[:half], images[half:] + images[:1])]
+    save_image(cfg.out / f"{preset}-{resolution}.png", side_by_side(sheet))
+    procedural = {make_uid("procedural", name) for name in PROCEDURAL}
+    groups = {
+        "train, real": [row for row in rows if row.split == "train"],
+        "held out, real": [row for row in rows if row.split == "val" and row.uid not in procedural],
+        "held out, procedural": [row for row in rows if row.uid in procedural],
+    }
+    summaries = [summarize(group, f"{preset} R = {resolution}, {name}") for name, group in groups.items()]
+    log.info("\n%s", table(summaries))
+    return {"summaries": summaries}
+
+
+def measure(cfg: Measure) -> dict[str, Any]:
+    """Everything asked for; the results are rewritten after each part."""
+    if not torch.cuda.is_available():
+        raise UserError("measuring needs a CUDA device")
+    device = torch.device("cuda", 0)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    driver = torch.cuda.get_device_properties(device)
+    machine = {"gpu": driver.name, "python": platform.python_version(), "cuda": torch.version.cuda, **provenance()}
+    results: dict[str, Any] = {"machine": machine, "model": VAEConfig.__name__, "steps": [], "learn": []}
+
+    def save() -> None:
+        (cfg.out / "training.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
+
+    for preset in cfg.learn:
+        results["learn"].append(learn(cfg, preset, device))
+        save()
+    if cfg.steps:
+        results["steps"] = time_steps(cfg.data, device)
+        save()
+    return results
+
+
+def main(args: Sequence[str]) -> None:
+    kinds: dict[str, tuple[type, Any]] = {
+        "geometry": (Geometry, pack_geometry),
+        "bricks": (BrickBuild, make_bricks),
+        "measure": (Measure, measure),
+    }
+    if not args or args[0] not in kinds:
+        raise UserError(f"say what to do: {PROG} {'|'.join(kinds)} [options]")
+    cls, function = kinds[args[0]]
+    function(parse(cls, args[1:], prog=f"{PROG} {args[0]}"))
+
+
+if __name__ == "__main__":
+    command(main)
