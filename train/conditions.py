@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pipeline.schema import View
     from pipeline.shards import RenderShard
 
+PREPARED_BYTES = 64 << 20  # of images kept ready
+
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -155,6 +157,8 @@ class Conditions:
         self.catalogue, self.flow, self.image_size = catalogue, flow, image_size
         self.held_out, self.training, self.held_out_only = held_out, training, held_out_only
         self.views = ViewReader(catalogue, cameras, ahead=ahead)
+        # Images that are not augmented come out the same every time: small ones of a small build are kept.
+        self._plain: Once[tuple[int, int], PreparedImage] = Once(max(1, PREPARED_BYTES // (4 * image_size**2)))
 
     def view_of(self, asset: int, epoch: int) -> int:
         """Which view the asset's `epoch`-th sample sees: all that are allowed, then all again in another order."""
@@ -168,13 +172,17 @@ class Conditions:
 
     def image(self, asset: int, epoch: int, key: Sequence[str | int]) -> PreparedImage:
         """The sample's image, augmented in training; random numbers from `key` alone."""
-        pixels = self.views.read(asset, self.view_of(asset, epoch))
+        view = self.view_of(asset, epoch)
         if not (self.training and self.flow.augment):
-            return prepare_image(pixels, self.image_size, whole_if_opaque=True)
+            return self._plain.get((asset, view), lambda: self._prepared(asset, view))
+        pixels = self.views.read(asset, view)
         rng = np.random.default_rng(seed_of("augmentation", *key))
         return prepare_image(
             pixels, self.image_size, augmentation=self.flow.augmentation, rng=rng, whole_if_opaque=True
         )
+
+    def _prepared(self, asset: int, view: int) -> PreparedImage:
+        return prepare_image(self.views.read(asset, view), self.image_size, whole_if_opaque=True)
 
 
 def time_of(flow: FlowOptions, key: Sequence[str | int], *, training: bool) -> tuple[Tensor, bool]:
