@@ -1,9 +1,10 @@
 # Everything a newcomer types. `make test` and `make demo` set the machine up themselves.
-.PHONY: help setup demo test test-slow lint type bench clean
+.PHONY: help setup demo data test test-slow lint type bench clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3.11
 OUT ?= data/smoke
+DEMO ?= runs/demo
 # Where torch comes from. Without a GPU driver: the index of CPU builds, a fiftieth of the CUDA download. Override:
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130        another index
 #   make setup TORCH_INDEX=                                             only what pip is configured to use
@@ -18,7 +19,8 @@ BIN := .venv/bin
 READY := .venv/ready
 
 help:
-	@echo "make demo       a small dataset, verified, with its report ($(OUT))"
+	@echo "make demo       everything in small: data, training, generated meshes, a report ($(DEMO)/index.html)"
+	@echo "make data       a small dataset alone, verified, with its report ($(OUT))"
 	@echo "make test       every test that is not slow, setting the machine up first"
 	@echo "make test-slow  the others"
 	@echo "make lint type  ruff, pyright"
@@ -41,6 +43,10 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 demo: setup
+	$(BIN)/python -m train.demo --data $(OUT) --out $(DEMO)
+	@echo "open $(DEMO)/index.html"
+
+data: setup
 	$(BIN)/python -m pipeline.build --preset smoke --out $(OUT)
 	$(BIN)/python -m pipeline.verify $(OUT)
 	@echo "open $(OUT)/report/index.html"
@@ -63,4 +69,4 @@ bench: setup
 	$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" && $(BIN)/python -m kernels.bench ssa || echo "no CUDA device: kernels not measured"
 
 clean:
-	rm -rf .venv data/smoke
+	rm -rf .venv $(OUT) $(DEMO)
