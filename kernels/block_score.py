@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import TILE_BLOCKS, TILE_COMPRESSED, BlockIndex
-from kernels.tiles import LOG2E, load_keys, scores
+from kernels.tiles import LOG2E, load_keys, products
 
 
 @triton.jit(do_not_specialize=["first_token", "last_token", "columns"])
@@ -35,7 +35,7 @@ def _block_score(
             for h in range(GS):
                 q = tl.load(q_ptr + (row + h)[:, None] * D + d[None, :], ok[:, None], other=0.0)
                 lse = tl.load(lse_ptr + row + h, ok, other=float("inf"))
-                p += tl.exp2(scores(q, k, scale2) - lse[:, None]).to(tl.float32)
+                p += tl.exp2(products(q, k) * scale2 - lse[:, None]).to(tl.float32)
             p = tl.where((m < end)[None, :], p, 0.0)
             block = tl.load(compressed_block_ptr + m, m < end, other=-1) - b0
             member = (block[:, None] == bb[None, :]).to(q_ptr.dtype.element_ty)

@@ -42,7 +42,7 @@ def _segment_grad(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, index: list[Tensor], kind: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
-    dot = (o.float() * do.float()).sum(2)
+    dot = (o.to(lse.dtype) * do.to(lse.dtype)).sum(2)
     segments = _segments(kind, BlockIndex(*index))
     with on_device(q):
         dq, dk, dv = segment_backward(q, k, v, do, lse, dot, segments, scale)
@@ -215,7 +215,7 @@ def _selection_grad(
     o, lse, *lists = saved
     blocks, storage = BlockIndex(*index), SelectionLists(*lists)
     (_, H, D), (G, _, top_k) = q.shape, selected.shape
-    dot = (o.float() * do.float()).sum(2)
+    dot = (o.to(lse.dtype) * do.to(lse.dtype)).sum(2)
     dq = torch.zeros_like(q)
     dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
     ranges = split_queries(blocks, H, D, top_k, q.element_size())

@@ -37,7 +37,7 @@ def gated_sum_forward(branches: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor)
 @triton.jit
 def _branch_dot(o_ptr, lse_ptr, dot_ptr, gate, do, x, y, ok):
     """Writes dot = sum over D of o * do and moves the gate into lse; returns the gate's gradient."""
-    dot = tl.sum(tl.load(o_ptr + x, ok[:, :, None], other=0.0).to(tl.float32) * do, 2)
+    dot = tl.sum(tl.load(o_ptr + x, ok[:, :, None], other=0.0).to(do.dtype) * do, 2)
     tl.store(dot_ptr + y, dot, ok)
     lse = tl.load(lse_ptr + y, ok, other=0.0)
     tl.store(lse_ptr + y, lse - tl.log2(gate.to(lse_ptr.dtype.element_ty))[:, None], ok)
@@ -55,16 +55,17 @@ def _gates_bwd(
     x = y[:, :, None] * D + d[None, None, :]
     ok_h = ok[:, None] & (h < H)[None, :]
     mask = ok_h[:, :, None]
-    do = tl.load(do_ptr + x, mask, other=0.0).to(tl.float32)
+    wide = lse_ptr.dtype.element_ty
+    do = tl.load(do_ptr + x, mask, other=0.0).to(wide)
     z = n.to(tl.int64) * 3
     size = N.to(tl.int64) * H
-    gate = tl.sigmoid(tl.load(gate_ptr + z, ok, other=0.0).to(tl.float32))
+    gate = tl.sigmoid(tl.load(gate_ptr + z, ok, other=0.0).to(wide))
     dgate = _branch_dot(cmp_ptr, lse_ptr, dot_ptr, gate, do, x, y, ok_h)
     tl.store(dgate_ptr + z, dgate.to(dgate_ptr.dtype.element_ty), ok)
-    gate = tl.sigmoid(tl.load(gate_ptr + z + 1, ok, other=0.0).to(tl.float32))
+    gate = tl.sigmoid(tl.load(gate_ptr + z + 1, ok, other=0.0).to(wide))
     dgate = _branch_dot(sel_ptr, lse_ptr + size, dot_ptr + size, gate, do, x, y, ok_h)
     tl.store(dgate_ptr + z + 1, dgate.to(dgate_ptr.dtype.element_ty), ok)
-    gate = tl.sigmoid(tl.load(gate_ptr + z + 2, ok, other=0.0).to(tl.float32))
+    gate = tl.sigmoid(tl.load(gate_ptr + z + 2, ok, other=0.0).to(wide))
     dgate = _branch_dot(win_ptr, lse_ptr + 2 * size, dot_ptr + 2 * size, gate, do, x, y, ok_h)
     tl.store(dgate_ptr + z + 2, dgate.to(dgate_ptr.dtype.element_ty), ok)
 
@@ -77,7 +78,7 @@ def gates_backward(
     A branch's output gradient is gate * do. The gate multiplies every probability of its row, so it is moved into lse
     (a gate of zero gives infinity, hence probabilities of zero) and no gated copy of do is made.
     """
-    dgates_N3, dot_3NH = torch.empty_like(gates_N3), torch.empty_like(lse_3NH, dtype=torch.float32)
+    dgates_N3, dot_3NH = torch.empty_like(gates_N3), torch.empty_like(lse_3NH)
     shifted_3NH = lse_3NH.clone()
     N, H, D = do_NHD.shape
     if N:

@@ -103,7 +103,7 @@ def _segment_fwd(
         )  # fmt: skip
     l = tl.sum(l8, 1)
     l = tl.where(l > 0, l, 1.0)  # rows past the end
-    store_rows(o_ptr, acc / l[:, None], row, ok, g, G, GS, D, BQ)
+    store_rows(o_ptr, acc / l.to(lse_ptr.dtype.element_ty)[:, None], row, ok, g, G, GS, D, BQ)
     store_heads(lse_ptr, log_sum(m, l, lse_ptr), row, ok, g, G, GS, BQ)
 
 

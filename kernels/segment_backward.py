@@ -8,7 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.segment import Segments
-from kernels.tiles import LOG2E, load_heads, load_keys, load_rows, long_offsets, queries_per_tile, scores, store_rows
+from kernels.tiles import (
+    LOG2E,
+    add_dot,
+    load_heads,
+    load_keys,
+    load_rows,
+    long_offsets,
+    products,
+    queries_per_tile,
+    store_rows,
+)
 
 _PROGRAMS = 5280  # wanted for dk and dv: eight waves of five on an H200; fixed, so that sums do not depend on the GPU
 _MANY_KEYS = 2048
@@ -30,7 +40,7 @@ def _segment_dq(
     dot = load_heads(dot_ptr, row, ok, g, 0.0, G, GS, BQ)
     segment_of = tl.load(segment_ptr + n, ok, other=-1)
     segment_of = tl.reshape(tl.broadcast_to(segment_of[:, None], [BQ, GS]), [R])
-    acc = tl.zeros([R, D], tl.float32)
+    acc = tl.zeros([R, D], lse_ptr.dtype.element_ty)
     last = tl.load(segment_ptr + tl.minimum(first + BQ, N) - 1)
     for segment in range(tl.load(segment_ptr + first), last + 1):
         start, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
@@ -39,17 +49,17 @@ def _segment_dq(
         for t in range(start, full, BK):
             k = load_keys(k_ptr, order_ptr, t + c, end, g, G, D, ORDERED, True)
             v = load_keys(v_ptr, order_ptr, t + c, end, g, G, D, ORDERED, True)
-            p = tl.exp2(scores(q, k, scale2) - lse_inside[:, None])
-            ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - dot[:, None])
-            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+            p = tl.exp2(products(q, k) * scale2 - lse_inside[:, None])
+            ds = p * (products(do, v) - dot[:, None])
+            acc = add_dot(ds.to(k.dtype), k, acc)
         if full < end:
             inside = full + c < end
             k = load_keys(k_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
             v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
-            p = tl.exp2(scores(q, k, scale2) - lse_inside[:, None])
+            p = tl.exp2(products(q, k) * scale2 - lse_inside[:, None])
             p = tl.where(inside[None, :], p, 0.0)  # a padded key's exponent may overflow
-            ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - dot[:, None])
-            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+            ds = p * (products(do, v) - dot[:, None])
+            acc = add_dot(ds.to(k.dtype), k, acc)
     acc *= scale
     if ADD:
         acc += load_rows(dq_ptr, row, ok, g, G, GS, D, BQ).to(tl.float32)
@@ -77,12 +87,12 @@ def _keys_step(
     else:
         q, do = tl.load(q_ptr + x, ok[:, None], other=0.0), tl.load(do_ptr + x, ok[:, None], other=0.0)
         lse, dot = tl.load(lse_ptr + row, ok, other=float("inf")), tl.load(dot_ptr + row, ok, other=0.0)
-    p = tl.exp2(scores(k, q, scale2) - lse[None, :])
+    p = tl.exp2(products(k, q) * scale2 - lse[None, :])
     if mixed:  # else keys past the end only fill rows that are not stored
         p = tl.where(inside[:, None], p, 0.0)
-    dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
-    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])
-    return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
+    dv = add_dot(p.to(q.dtype), do, dv)
+    ds = p * (products(v, do) - dot[None, :])
+    return add_dot(ds.to(q.dtype), q, dk), dv
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -98,7 +108,8 @@ def _segment_dkdv(
     k = load_keys(k_ptr, order_ptr, m, M, g, G, D, ORDERED, False)
     v = load_keys(v_ptr, order_ptr, m, M, g, G, D, ORDERED, False)
     segment_of = tl.load(key_segment_ptr + m, ok_m, other=-1)
-    dk, dv = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
+    dk = tl.zeros([BK, D], lse_ptr.dtype.element_ty)
+    dv = dk
     first_segment = tl.load(key_segment_ptr + t)
     last_segment = tl.load(key_segment_ptr + tl.minimum(t + BK, M) - 1)
     mixed = first_segment != last_segment
@@ -156,7 +167,7 @@ def segment_backward(
     wide, ordered = q_NHD.dtype == torch.float32 or D == 128, len(segments.order) > 0
     small = D <= 32 and not wide
     group, scale2 = H // G, scale * LOG2E
-    BQ = queries_per_tile(64, group)
+    BQ = queries_per_tile(32 if q_NHD.dtype == torch.float32 else 64, group)
     options = {"maxnreg": 128} if small and not segments.short else {}  # four programs a multiprocessor
     _segment_dq[(triton.cdiv(N, BQ), G)](
         q_NHD, k_MGD, v_MGD, do_NHD, lse_NH, dot_NH, segments.order, segments.query_segment, segments.key_starts,

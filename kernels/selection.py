@@ -16,7 +16,7 @@ from kernels.tiles import LOG2E, Bounds, attend_run, log_sum, long_offsets, lse_
 def _store_partial(part_ptr, lse_ptr, m, l8, acc, x, ok, D: tl.constexpr):
     l = tl.sum(l8, 1)
     l = tl.where(l > 0, l, 1.0)  # rows past the end
-    acc *= (1.0 / l)[:, None]
+    acc *= (1.0 / l.to(lse_ptr.dtype.element_ty)).to(tl.float32)[:, None]
     tl.store(part_ptr + x[:, None] * D + tl.arange(0, D)[None, :], acc.to(part_ptr.dtype.element_ty), ok[:, None])
     tl.store(lse_ptr + x, log_sum(m, l, lse_ptr), ok)
 
@@ -90,16 +90,16 @@ def _selection_combine(
         part = tl.load(part_ptr + (p + t * H)[:, None] * D + d[None, :], mask[:, None], other=0.0)
         acc += w.to(tl.float32)[:, None] * part.to(tl.float32)
     l = tl.where(l > 0, l, 1.0)  # no block selected gives zero
-    acc = acc / l.to(tl.float32)[:, None]
+    acc = acc / l[:, None]
     row = first_token.to(tl.int64) * H + i
     x, mask = row[:, None] * D + d[None, :], ok[:, None]
     tl.store(sel_ptr + x, acc.to(sel_ptr.dtype.element_ty), mask)
     tl.store(lse_ptr + row, log_sum(m, l, lse_ptr), ok)
     if GATED:
         gate_ptr += (first_token + n).to(tl.int64) * 3
-        g0 = tl.sigmoid(tl.load(gate_ptr, ok, other=0.0).to(tl.float32))
-        g1 = tl.sigmoid(tl.load(gate_ptr + 1, ok, other=0.0).to(tl.float32))
-        g2 = tl.sigmoid(tl.load(gate_ptr + 2, ok, other=0.0).to(tl.float32))
+        g0 = tl.sigmoid(tl.load(gate_ptr, ok, other=0.0).to(lse_ptr.dtype.element_ty))
+        g1 = tl.sigmoid(tl.load(gate_ptr + 1, ok, other=0.0).to(lse_ptr.dtype.element_ty))
+        g2 = tl.sigmoid(tl.load(gate_ptr + 2, ok, other=0.0).to(lse_ptr.dtype.element_ty))
         y = g0[:, None] * tl.load(cmp_ptr + x, mask, other=0.0).to(tl.float32) + g1[:, None] * acc
         y += g2[:, None] * tl.load(win_ptr + x, mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + x, y.to(out_ptr.dtype.element_ty), mask)

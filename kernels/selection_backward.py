@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.blocks import BlockIndex
 from kernels.lists import ITEM, ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
-from kernels.tiles import LOG2E, load_keys, long_offsets, queries_per_tile, scores
+from kernels.tiles import LOG2E, add_dot, load_keys, long_offsets, products, queries_per_tile
 
 
 @triton.jit
@@ -44,10 +44,10 @@ def _load_entries(
 
 @triton.jit
 def _keys_step(k, v, dk, dv, q, do, lse, dot, scale2):
-    p = tl.exp2(scores(k, q, scale2) - lse[None, :])
-    dv = tl.dot(p.to(q.dtype), do, dv, input_precision="ieee")
-    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - dot[None, :])
-    return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
+    p = tl.exp2(products(k, q) * scale2 - lse[None, :])
+    dv = add_dot(p.to(q.dtype), do, dv)
+    ds = p * (products(v, do) - dot[None, :])
+    return add_dot(ds.to(q.dtype), q, dk), dv
 
 
 @triton.jit
@@ -62,7 +62,8 @@ def _tile_dkdv(
     m = tl.minimum(t + c, end - 1)  # keys past the end repeat the last one; their rows are not stored
     k = load_keys(k_ptr, k_ptr, m, end, g, G, D, False, True)
     v = load_keys(v_ptr, v_ptr, m, end, g, G, D, False, True)
-    dk, dv = tl.zeros([BK, D], tl.float32), tl.zeros([BK, D], tl.float32)
+    dk = tl.zeros([BK, D], lse_ptr.dtype.element_ty)
+    dv = dk
     full = first + (last - first) // BQ * BQ if FAST else last
     for e in range(first, full, BQ):
         q, do, lse, dot, _, _ = _load_entries(
@@ -132,20 +133,20 @@ def _selection_dq(
                 q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, top_k, shift, g, G, GS, D, BQ, False,
                 LONG,
             )  # fmt: skip
-            acc = tl.zeros([BQ * GS, D], tl.float32)
+            acc = tl.zeros([BQ * GS, D], lse_ptr.dtype.element_ty)
             for t in range(start, full, BK):
                 k = load_keys(k_ptr, k_ptr, t + c, end, g, G, D, False, True)
                 v = load_keys(v_ptr, v_ptr, t + c, end, g, G, D, False, True)
-                p = tl.exp2(scores(q, k, scale2) - lse[:, None])
-                ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - dot[:, None])
-                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+                p = tl.exp2(products(q, k) * scale2 - lse[:, None])
+                ds = p * (products(do, v) - dot[:, None])
+                acc = add_dot(ds.to(k.dtype), k, acc)
             if full < end:
                 k = load_keys(k_ptr, k_ptr, full + c, end, g, G, D, False, False)
                 v = load_keys(v_ptr, v_ptr, full + c, end, g, G, D, False, False)
-                p = tl.exp2(scores(q, k, scale2) - lse[:, None])
+                p = tl.exp2(products(q, k) * scale2 - lse[:, None])
                 p = tl.where((full + c < end)[None, :], p, 0.0)  # a padded key's exponent may overflow
-                ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - dot[:, None])
-                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+                ds = p * (products(do, v) - dot[:, None])
+                acc = add_dot(ds.to(k.dtype), k, acc)
             x = to[:, None] * D + d[None, :]
             tl.store(part_ptr + x, (acc * scale).to(part_ptr.dtype.element_ty), ok[:, None])
 

@@ -47,13 +47,23 @@ def store_heads(x_ptr, x, n, ok, g, G: tl.constexpr, GS: tl.constexpr, BQ: tl.co
 
 
 @triton.jit
-def scores(a, b, scale2):
-    """a b^T scale2: fp32, but fp64 of fp32. Forward and backward then agree on a logit however large it is."""
+def products(a, b):
+    """a b^T: fp32, but fp64 of fp32, so that forward and backward agree on a logit however large it is."""
     if a.dtype == tl.float32:
         s = tl.dot(a.to(tl.float64), tl.trans(b.to(tl.float64)), input_precision="ieee", out_dtype=tl.float64)
     else:
         s = tl.dot(a, tl.trans(b), input_precision="ieee")
-    return s * scale2
+    return s
+
+
+@triton.jit
+def add_dot(a, b, acc):
+    """acc + a b. acc is fp32, but fp64 of fp32: long sums then round no more than a short one."""
+    if a.dtype == tl.float32:
+        acc += tl.dot(a, b, input_precision="ieee").to(tl.float64)
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -101,14 +111,14 @@ def attend_run(
         for first in range(start, full, BK):
             k = load_keys(k_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
             v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
-            p = tl.exp2(scores(q, k, scale2) - m_inside[:, None]).to(tl.float32)
+            p = tl.exp2(products(q, k) * scale2 - m_inside[:, None]).to(tl.float32)
             l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         if full < end:
             ok = full + c < end
             k = load_keys(k_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
             v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
-            p = tl.exp2(scores(q, k, scale2) - m_inside[:, None]).to(tl.float32)
+            p = tl.exp2(products(q, k) * scale2 - m_inside[:, None]).to(tl.float32)
             p = tl.where(ok[None, :], p, 0.0)
             l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -117,7 +127,7 @@ def attend_run(
             ok = first + c < end
             k = load_keys(k_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False)
             v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False)
-            s = scores(q, k, scale2)
+            s = products(q, k) * scale2
             s = tl.where(inside[:, None] & ok[None, :], s, -float("inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             p = tl.exp2(s - m_new[:, None]).to(tl.float32)
