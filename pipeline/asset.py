@@ -17,6 +17,7 @@ from pipeline import canvas
 from pipeline.config import BuildConfig
 from pipeline.filter import filter_file, filter_geometry, filter_metadata
 from pipeline.load import load_with_report
+from pipeline.measure import measure, save_measured
 from pipeline.normalize import normalize
 from pipeline.render import encode, render_views, renderer_string
 from pipeline.schema import BLOCK, Bricks, Mesh, Record, Reject, Transient
@@ -136,6 +137,9 @@ def _make(job: AssetJob, product: str, mesh: Mesh, topology: Topology) -> dict[s
     kind, _, variant = product.partition("-")
     folder = job.folder / product
     folder.mkdir()
+    if kind == "screen":
+        save_measured(folder, measure(mesh, topology, job.config.screen))
+        return {}
     if kind == "sdf":
         bricks = compute_bricks(topology, int(variant))
         save_bricks(folder, bricks)

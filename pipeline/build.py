@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from pipeline.command import command, parse
 from pipeline.config import PRESETS, BuildConfig
-from pipeline.plan import make_plan
+from pipeline.plan import make_plan, refuse_foreign
 from pipeline.report import write_report
 from pipeline.runner import run
 from pipeline.schema import RunError, UserError
+from pipeline.screen import CATALOGUE, Catalogue, write_catalogue
 from pipeline.sources import Source, open_source
 from pipeline.sources.shapenet import LICENCE as SHAPENET
 
@@ -39,11 +40,7 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     `sources` stands in for those that cfg.source names. UserError and RunError as the modules it calls.
     """
     started = time.monotonic()
-    if sources is None:
-        sources = open_sources(cfg)
-    plan = make_plan(cfg, sources)
-    log.info("%s: %d assets in %d shards, products %s", cfg.out, plan.assets, len(plan.shards), " ".join(cfg.products))
-    total = run(plan, cfg, sources)
+    total = make(cfg, open_sources(cfg) if sources is None else sources)
     page = write_report(cfg.out)
     log.info("%d done, %d rejected, %d failed in %.0f s", *total.values(), time.monotonic() - started)
     for what, where in (("bricks", "sdf"), ("renders", "renders"), ("manifest", "manifest")):
@@ -52,6 +49,31 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     if not total["done"] and total["failed"]:
         raise RunError(f"no asset came through, {total['failed']} failed; {page} says why")
     return total
+
+
+def make(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
+    """The passes of a build: where it ranks, a look at every asset; the products; more of them for the best."""
+    chosen = sources if cfg.rank.target_count is None else [_screen(cfg, sources)]
+    plan = make_plan(cfg, chosen)
+    total: dict[str, int] = {}
+    passes = [cfg, *([replace(cfg, run="best")] if cfg.rank.best_count else [])]
+    for this in passes:
+        names = " ".join(this.products)
+        log.info("%s: %d assets in %d shards, products %s", cfg.out, plan.assets, len(plan.shards), names)
+        total = run(plan, this, sources)
+    return total
+
+
+def _screen(cfg: BuildConfig, sources: Sequence[Source]) -> Catalogue:
+    """The first pass of a ranked build, in OUT/screen: looks at every asset, and says which ones are kept."""
+    if (cfg.out / CATALOGUE).exists() and (cfg.out / "plan.json").exists():
+        return Catalogue(path=cfg.out / CATALOGUE)
+    refuse_foreign(cfg.out)
+    first = replace(cfg, out=cfg.out / "screen", run="screen")
+    plan = make_plan(first, sources)
+    log.info("%s: screening %d assets", cfg.out, plan.assets)
+    run(plan, first, sources)
+    return write_catalogue(cfg, plan)
 
 
 def open_sources(cfg: BuildConfig) -> list[Source]:

@@ -9,16 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from pipeline.cameras import CameraSet
 from pipeline.fetch import FetchConfig
 from pipeline.filter import FilterConfig
 from pipeline.load import LoadConfig
+from pipeline.measure import ScreenConfig
 from pipeline.normalize import NormalizeConfig
+from pipeline.rank import RankConfig
 from pipeline.render import RenderConfig
 from pipeline.schema import FORMAT_VERSION, check_resolution
 from pipeline.topology import TopologyConfig
 
 PresetName = Literal["smoke", "full", "paper"]
+Pass = Literal["build", "screen", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,10 @@ class BuildConfig:
     load: LoadConfig = field(default_factory=LoadConfig)
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
+    screen: ScreenConfig = field(default_factory=ScreenConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    # Which of a ranking build's passes this is: looking at all assets, the kept ones' products, or more of the best.
+    run: tyro.conf.Suppress[Pass] = "build"
 
     def __post_init__(self):
         if not self.source:
@@ -81,11 +90,14 @@ class BuildConfig:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         if not 0 <= self.val_percent <= 100:
             raise ValueError(f"val_percent must be in 0..100, got {self.val_percent}")
+        if set(self.rank.best_resolutions) & set(self.resolutions):
+            raise ValueError(f"best_resolutions must not be among resolutions, got {self.rank.best_resolutions}")
         self.render  # noqa: B018  its own checks of views and image_size
 
     @cached_property
     def topology(self) -> TopologyConfig:
-        return TopologyConfig(resolution=self.topology_resolution)
+        coarse = min(self.topology_resolution, self.screen.resolution)
+        return TopologyConfig(resolution=coarse if self.run == "screen" else self.topology_resolution)
 
     @cached_property
     def render(self) -> RenderConfig:
@@ -96,19 +108,28 @@ class BuildConfig:
     @cached_property
     def products(self) -> tuple[str, ...]:
         """Names of what the build makes of every shard, in the order in which an asset goes through them."""
+        if self.run == "screen":
+            return (f"screen-{self.screen.resolution}",)
+        if self.run == "best":
+            return tuple(f"sdf-{resolution}" for resolution in sorted(set(self.rank.best_resolutions)))
         return (*(f"sdf-{resolution}" for resolution in sorted(set(self.resolutions))), f"renders-{self.cameras}")
 
     def shared(self) -> dict[str, Any]:
         """The part that every product of one output directory has in common."""
+        stages = ["load", "normalize", "filter", "topology"]
+        if self.run != "screen" and self.rank.target_count is not None:
+            stages += ["screen", "rank"]
         names = ("source", "up", "limit", "topology_resolution", "shard_size", "val_percent")
-        stages = {name: asdict(getattr(self, name)) for name in ("load", "normalize", "filter", "topology")}
-        return to_json({**{name: getattr(self, name) for name in names}, **stages})
+        of_stages = {name: asdict(getattr(self, name)) for name in stages}
+        return to_json({**{name: getattr(self, name) for name in names}, **of_stages})
 
     def of_product(self, product: str) -> dict[str, Any]:
         """The part that this product alone depends on."""
         kind, _, variant = product.partition("-")
         if kind == "sdf":
             return {"resolution": int(variant)}
+        if kind == "screen":
+            return to_json(asdict(self.screen))
         return to_json(asdict(self.render))
 
     def product_hash(self, product: str) -> str:
@@ -134,6 +155,7 @@ PRESETS: dict[str, BuildConfig] = {
         views=45,
         image_size=1024,
         filter=FilterConfig(min_faces=100),
+        rank=RankConfig(target_count=452_000, best_count=68_000, best_resolutions=(1024,)),  # paper, sec. 2 (data)
     ),
 }
 

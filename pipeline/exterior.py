@@ -264,10 +264,12 @@ def _fill(
     _spread(bins.bin_of, bins.blocks, free, free_whole, reached, whole, start, queued)
 
 
-def flood(packed: NDArray[np.float64], bins: Bins, use: NDArray[np.bool_]) -> Exterior:
-    """Fills the outside of the triangles where `use` [T] holds, leaving a barrier of BARRIER_VOXELS around them."""
+def flood(
+    packed: NDArray[np.float64], bins: Bins, use: NDArray[np.bool_], barrier_voxels: float = BARRIER_VOXELS
+) -> Exterior:
+    """Fills the outside of the triangles where `use` [T] holds, leaving a barrier of this many voxels around them."""
     barrier = np.zeros((len(bins.blocks), BLOCK), np.uint64)
-    radius = BARRIER_VOXELS * spacing(bins.resolution)
+    radius = barrier_voxels * spacing(bins.resolution)
     _mark_barrier(packed, bins.resolution, radius, use, bins.blocks, bins.offsets, bins.triangles, barrier)
     outside, whole = np.zeros_like(barrier), np.zeros(bins.bin_of.shape, np.bool_)
     # the flood starts at all free points of the grid's walls

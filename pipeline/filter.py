@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.archive import ARCHIVE_FORMATS
 from pipeline.licences import OPEN_LICENCES, licence_of
 from pipeline.preflight import MESH_FORMATS
 from pipeline.schema import Mesh, Record, Reject
@@ -50,7 +49,7 @@ def filter_metadata(record: Record, cfg: FilterConfig) -> None:
     """
     if record.source in ("folder", "procedural"):
         return
-    if record.format not in (*MESH_FORMATS, *ARCHIVE_FORMATS):
+    if record.format not in MESH_FORMATS:
         raise Reject("unsupported_format", format=record.format)
     if licence_of(record.licence) not in {licence_of(name) for name in cfg.licences}:
         raise Reject("licence", licence=record.licence)

@@ -118,7 +118,7 @@ def with_products(old: dict[str, Any], result: Result) -> dict[str, Any]:
 
 def is_product(stage: str) -> bool:
     """Whether a stage is the making of a product rather than one that all products share."""
-    return stage.startswith(("sdf-", "renders-"))
+    return stage.startswith(("sdf-", "renders-", "screen-"))
 
 
 def write_manifest(path: Path, rows: Sequence[dict[str, Any]], resolutions: Iterable[int]) -> None:

@@ -24,6 +24,7 @@ from pipeline.manifest import (
     with_products,
     write_manifest,
 )
+from pipeline.measure import load_measured, write_measured
 from pipeline.schema import FORMAT_VERSION, Bricks, Record
 from pipeline.shards import Scratch, index_path, write_render_shard
 from pipeline.store import write_sdf_shard
@@ -40,6 +41,7 @@ class PackJob:
     shard: str
     records: tuple[Record, ...]
     products: tuple[str, ...]  # to be made now
+    wanted: int  # of the first so many records
 
 
 def product_paths(product: str, shard: str) -> list[Path]:
@@ -47,6 +49,8 @@ def product_paths(product: str, shard: str) -> list[Path]:
     kind, _, variant = product.partition("-")
     if kind == "sdf":
         return [Path("sdf", variant, f"{shard}.zarr")]
+    if kind == "screen":
+        return [Path("screen", variant, f"{shard}.parquet")]
     tar = Path("renders", variant, f"{shard}.tar")
     return [tar, index_path(tar)]
 
@@ -128,7 +132,7 @@ def pack(job: PackJob) -> dict[str, int]:
     cfg, out, shard = job.config, job.config.out, job.shard
     old = finished(cfg, shard)
     results: dict[str, Result] = {}
-    for record in job.records:
+    for record in job.records[: job.wanted]:
         result = landed(cfg, shard, record.uid, job.products)
         if result is not None:
             results[record.uid] = result
@@ -187,6 +191,9 @@ def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dic
         resolution = int(product[4:])
         bricks = _bricks(cfg, job.shard, product, resolution, uids)
         counts["tokens"] = write_sdf_shard(partial / paths[0].name, resolution, bricks, cfg.product_hash(product))
+    elif product.startswith("screen-"):
+        rows = [(uid, load_measured(scratch_folder(out, job.shard, uid) / product)) for uid in uids]
+        write_measured(partial / paths[0].name, rows)
     else:
         entries = []
         for uid in uids:

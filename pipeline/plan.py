@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.config import BuildConfig, differences, hash_of
 from pipeline.isolate import is_disk_full
 from pipeline.schema import FORMAT_VERSION, Record, UserError
-from pipeline.sources import Source
+from pipeline.sources import Listing
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,14 @@ class Plan:
     def shards(self) -> list[str]:
         return self.table["shard"].unique().to_pylist()
 
+    def wanted(self, product: str, shard: str) -> int:
+        """How many of a shard's first records are to have a product. A ranked plan is in the order of its ranking."""
+        size = self.info["config"]["shard_size"]
+        rank = self.info["config"].get("rank")
+        if rank is not None and product in [f"sdf-{resolution}" for resolution in rank["best_resolutions"]]:
+            return min(max(rank["best_count"] - int(shard) * size, 0), size)
+        return size
+
     def shard(self, name: str) -> list[Record]:
         """The assets of one shard in row order."""
         size = self.info["config"]["shard_size"]
@@ -61,15 +69,14 @@ def shard_name(index: int) -> str:
     return f"{index:06d}"
 
 
-def make_plan(cfg: BuildConfig, sources: Sequence[Source]) -> Plan:
+def make_plan(cfg: BuildConfig, sources: Sequence[Listing]) -> Plan:
     """List the sources and write the plan; or read the one that is there.
 
     UserError if the directory holds another configuration or something else altogether, or there is no asset.
     """
     if (cfg.out / "plan.json").exists():
         return _matching_plan(cfg)
-    if cfg.out.exists() and (not cfg.out.is_dir() or any(_foreign(cfg.out))):
-        raise UserError(f"{cfg.out} exists and is not a build; choose another --out")
+    refuse_foreign(cfg.out)
     table = _table(chain.from_iterable(source.records() for source in sources), cfg)
     if not table.num_rows:
         raise UserError(f"no assets in {' '.join(cfg.source)}; name a source that has some")
@@ -98,6 +105,12 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Source]) -> Plan:
             raise
         raise UserError(f"cannot write to {cfg.out}: {error.strerror}; choose another --out") from error
     return Plan(out=cfg.out, info=info, table=table)
+
+
+def refuse_foreign(out: Path) -> None:
+    """UserError if there is something at `out` that is not a build, nor the beginning of one."""
+    if out.exists() and not (out / "plan.json").exists() and (not out.is_dir() or any(_foreign(out))):
+        raise UserError(f"{out} exists and is not a build; choose another --out")
 
 
 def read_plan(out: Path) -> Plan:
@@ -150,7 +163,7 @@ def _table(records: Iterator[Record], cfg: BuildConfig) -> pa.Table:
 
 def _foreign(out: Path) -> Iterator[Path]:
     """What lies in a directory and is not the beginning of a build."""
-    ours = {"plan.parquet", ".plan.parquet.partial", ".plan.json.partial", ".scratch"}
+    ours = {"plan.parquet", ".plan.parquet.partial", ".plan.json.partial", ".scratch", "screen", "catalogue.parquet"}
     return islice((path for path in out.iterdir() if path.name not in ours), 1)
 
 

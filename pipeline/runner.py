@@ -67,7 +67,7 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
     long as the run lasts. RunError if the disk fills, too many assets fail, or a commit goes wrong.
     """
     _check_committed(plan, cfg)
-    todo = [(name, missing) for name in plan.shards if (missing := missing_products(cfg, name))]
+    todo = [(name, missing) for name in plan.shards if (missing := missing_products(plan, cfg, name))]
     open_shards = {name for name, _ in todo}
     for name in plan.shards:
         if name not in open_shards:
@@ -98,11 +98,19 @@ def _check_committed(plan: Plan, cfg: BuildConfig) -> None:
             )
 
 
-def missing_products(cfg: BuildConfig, shard: str) -> tuple[str, ...]:
+def missing_products(plan: Plan, cfg: BuildConfig, shard: str) -> tuple[str, ...]:
     """The products of a shard that have no marker, in order; all of them where the manifest has none."""
+    wanted = tuple(product for product in cfg.products if plan.wanted(product, shard))
     if not marker_path(cfg.out, shard, MANIFEST).exists():
-        return cfg.products
-    return tuple(product for product in cfg.products if not marker_path(cfg.out, shard, product).exists())
+        return wanted
+    return tuple(product for product in wanted if not marker_path(cfg.out, shard, product).exists())
+
+
+def _wanted(plan: Plan, shard: str, products: Sequence[str]) -> int:
+    """How many of a shard's first records a visit is for: the products of one run are wanted by the same ones."""
+    size = plan.info["config"]["shard_size"]
+    assets = min(size, plan.assets - int(shard) * size)
+    return min(assets, *(plan.wanted(product, shard) for product in products))
 
 
 def counts(plan: Plan, cfg: BuildConfig) -> dict[str, int]:
@@ -125,7 +133,7 @@ class _Run:
         self.later: list[tuple[float, str, _Shard, Record]] = []  # heap: when, uid, what to try again
         self.tried, self.failed = 0, 0
         self.todo = todo
-        self.progress = Progress(sum(len(plan.shard(name)) for name, _ in todo), "assets")
+        self.progress = Progress(sum(_wanted(plan, name, products) for name, products in todo), "assets")
         self.disk_checked = 0.0
 
     def loop(self, stop: Stop) -> None:
@@ -161,7 +169,7 @@ class _Run:
             shard = _Shard(name=name, records=tuple(self.plan.shard(name)), products=products)
             old = finished(self.cfg, name)
             visits = []
-            for record in shard.records:
+            for record in shard.records[: _wanted(self.plan, name, products)]:
                 result = landed(self.cfg, name, record.uid, products)
                 if record.uid in old and ended_for_good(old[record.uid]):
                     self.progress.count(old[record.uid]["status"], resumed=True)
@@ -182,7 +190,13 @@ class _Run:
 
     def _submit(self, shard: _Shard, record: Record | None) -> None:
         if record is None:
-            job = PackJob(config=self.cfg, shard=shard.name, records=shard.records, products=shard.products)
+            job = PackJob(
+                config=self.cfg,
+                shard=shard.name,
+                records=shard.records,
+                products=shard.products,
+                wanted=_wanted(self.plan, shard.name, shard.products),
+            )
             ref = _pack_task.remote(job)
         else:
             attempt = self.attempts[record.uid] = self.attempts.get(record.uid, 0) + 1

@@ -7,21 +7,24 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import pyarrow as pa
 import tyro
 
 from pipeline.cameras import CameraSet
 from pipeline.command import command, parse
 from pipeline.config import hash_of
 from pipeline.manifest import STATUSES, is_product, product_order, read_manifest
+from pipeline.measure import read_measured
 from pipeline.pack import MANIFEST, manifest_path, marker_path, product_paths, tree_sha256
 from pipeline.plan import Plan, read_plan
 from pipeline.schema import FORMAT_VERSION, Record, RunError, UserError, split_of
+from pipeline.screen import CATALOGUE, Catalogue
 from pipeline.shards import RenderShard, check_render_shard
 from pipeline.store import SdfShard, check_sdf_shard
 
@@ -36,6 +39,7 @@ TOP_LEVEL = {
     "manifest",
     "stats",
     "shards",
+    "screen",
     "report",
 }
 
@@ -62,8 +66,9 @@ class Breach:
 
 
 def verify(out: Path, workers: int = 1) -> list[Breach]:
-    """Every breach found in a build. UserError if `out` is not one."""
+    """Every breach found in a build, and in the screening that it is made from. UserError if `out` is not one."""
     plan = read_plan(out)
+    screening = [replace(breach, shard=f"screen {breach.shard}") for breach in verify_screening(out, workers)]
     breaches = [Breach(shard="", asset="", rule=rule) for rule in _plan_problems(plan)]
     products = sorted(
         {path.stem for path in (out / "shards").glob("*/*.json")} - {MANIFEST},
@@ -75,12 +80,18 @@ def verify(out: Path, workers: int = 1) -> list[Breach]:
             found = list(pool.map(check, plan.shards))
     else:
         found = [check(shard) for shard in plan.shards]
-    return breaches + [breach for shard in found for breach in shard]
+    return breaches + screening + [breach for shard in found for breach in shard]
+
+
+def verify_screening(out: Path, workers: int) -> list[Breach]:
+    """Every breach in the pass that chose a ranked build's assets, if it is one."""
+    return verify(out / "screen", workers) if (out / "screen" / "plan.json").exists() else []
 
 
 def verify_shard(plan: Plan, products: Sequence[str], shard: str) -> list[Breach]:
     """Every breach within one shard, which must have these products."""
     uids = {record.uid for record in plan.shard(shard)}
+    products = [product for product in products if plan.wanted(product, shard)]
     breaches = []
     for problem in _shard_problems(plan, products, shard):
         asset, colon, rule = problem.partition(": ")
@@ -102,6 +113,8 @@ def _plan_problems(plan: Plan) -> Iterator[str]:
         yield f"plan.parquet: shards are not runs of {size} assets"
     if len(set(plan.table["uid"].to_pylist())) != plan.assets:
         yield "plan.parquet: a uid comes twice"
+    if info["config"].get("rank") is not None:
+        yield from _catalogue_problems(plan)
     for path in sorted(out.iterdir()):
         if path.name not in TOP_LEVEL:
             yield f"{path.name}: does not belong here" + (" (the build is not finished)" * (path.name == ".scratch"))
@@ -115,6 +128,18 @@ def _plan_problems(plan: Plan) -> Iterator[str]:
             shard, product = path.name.partition(".")[0], f"{path.parts[-3]}-{path.parts[-2]}"
             if not marker_path(out, shard, product).exists():
                 yield f"{path.relative_to(out)}: has no commit marker"
+
+
+def _catalogue_problems(plan: Plan) -> Iterator[str]:
+    """Does a ranked build hold what its catalogue keeps?"""
+    catalogue = Catalogue(path=plan.out / CATALOGUE)
+    try:
+        if catalogue.snapshot() != plan.info["snapshots"].get("catalogue"):
+            yield f"{CATALOGUE}: is not the one that the plan was made from"
+        elif [record.uid for record in catalogue.records()][: plan.assets] != plan.table["uid"].to_pylist():
+            yield f"{CATALOGUE}: keeps other assets than the plan"
+    except (OSError, pa.ArrowException) as error:
+        yield f"{CATALOGUE}: cannot be read: {error}"
 
 
 def _shard_problems(plan: Plan, products: Sequence[str], shard: str) -> Iterator[str]:
@@ -145,7 +170,8 @@ def _shard_problems(plan: Plan, products: Sequence[str], shard: str) -> Iterator
             yield "manifest: marker counts other assets than the manifest"
     for product in products:
         if product in markers and all((out / path).exists() for path in product_paths(product, shard)):
-            yield from _product_problems(out, shard, product, markers[product], rows)
+            wanted = plan.wanted(product, shard)
+            yield from _product_problems(out, shard, product, markers[product], rows, wanted)
 
 
 def _marker_problems(
@@ -211,11 +237,11 @@ def _manifest_problems(
 
 
 def _product_problems(
-    out: Path, shard: str, product: str, marker: dict[str, Any], rows: Sequence[dict[str, Any]]
+    out: Path, shard: str, product: str, marker: dict[str, Any], rows: Sequence[dict[str, Any]], wanted: int
 ) -> Iterator[str]:
-    """The product's own format, and whether it agrees with the manifest."""
+    """The product's own format, and whether it agrees with the manifest, whose first rows must have it."""
     path = out / product_paths(product, shard)[0]
-    done = [row["uid"] for row in rows if row["status"] == "done"]
+    done = [row["uid"] for row in rows[:wanted] if row["status"] == "done"]
     if product.startswith("sdf-"):
         column = f"tokens_{product[4:]}"
         tokens = {row["uid"]: row[column] for row in rows if row.get(column) is not None}
@@ -230,6 +256,15 @@ def _product_problems(
                     yield f"{uid}: {product}: {reader.tokens(uid)} tokens, the manifest says {count}"
         counts = {"assets": len(tokens), "tokens": sum(tokens.values())}
         held = list(tokens)
+    elif product.startswith("screen-"):
+        try:
+            held = read_measured(path)["uid"].to_pylist()
+        except ValueError as error:
+            yield f"{product}: {error}"
+            return
+        counts = {"assets": len(held)}
+        if held != done:
+            yield f"{product}: holds {len(held)} assets, of which the manifest does not say done for all"
     else:
         views, size = marker["config"]["views"], marker["config"]["image_size"]
         try:

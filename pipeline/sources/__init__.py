@@ -11,19 +11,22 @@ from pipeline.fetch import FetchConfig
 from pipeline.schema import Record, UserError
 
 
-class Source(Protocol):
-    """A catalogue and the way to its bytes. Picklable and cheap to construct: workers get a copy.
-
-    `records` yields the same records in the same order on every machine; `materialize` returns a readable local
-    file for one of them, written below `scratch` if it has to be written at all. A source may also have `up`, the axis
-    that points up in its files, `skipped`, how many files it did not count, and `snapshot()`, which names the state of
-    its catalogue.
-    """
+class Listing(Protocol):
+    """Records, the same ones in the same order on every machine."""
 
     @property
     def name(self) -> str: ...
 
     def records(self) -> Iterator[Record]: ...
+
+
+class Source(Listing, Protocol):
+    """A catalogue and the way to its bytes. Picklable and cheap to construct: workers get a copy.
+
+    `materialize` returns a readable local file for a record, written below `scratch` if it has to be written at all.
+    A source may also have `up`, the axis that points up in its files, `skipped`, how many files it did not count, and
+    `snapshot()`, which names the state of its catalogue.
+    """
 
     def materialize(self, record: Record, scratch: Path) -> Path: ...
 

@@ -70,10 +70,10 @@ def contents(out: Path) -> dict[str, bytes]:
     files = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        if path.is_file() and not name.startswith(("stats/", "report/")):
+        if path.is_file() and not {"stats", "report"} & set(path.relative_to(out).parts):
             files[name] = path.read_bytes()
-    plan = json.loads(files["plan.json"])
-    files["plan.json"] = json.dumps({**plan, "commit": None}).encode()
+    for name in [name for name in files if name.endswith("plan.json")]:
+        files[name] = json.dumps({**json.loads(files[name]), "commit": None}).encode()
     return files
 
 

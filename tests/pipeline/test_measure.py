@@ -1,0 +1,151 @@
+"""Measurements of shapes whose numbers are known."""
+
+import numpy as np
+import pytest
+
+from pipeline.measure import (
+    COLUMNS,
+    ScreenConfig,
+    box_points,
+    enclosed,
+    load_measured,
+    look_bits,
+    measure,
+    occupancy_bits,
+    read_measured,
+    save_measured,
+    write_measured,
+)
+from pipeline.normalize import NormalizeConfig, normalize
+from pipeline.schema import Mesh, View, check_resolution
+from pipeline.sdf import compute_bricks
+from pipeline.sources.shapes import kit, solids
+from pipeline.topology import TopologyConfig, build_topology
+
+SMALL = ScreenConfig(resolution=64, image_size=64)
+
+
+def mesh_of(*pieces):
+    whole = kit.joined(list(pieces))
+    return normalize(Mesh(vertices=whole.vertices, faces=whole.faces.astype(np.int32)), NormalizeConfig())
+
+
+def measured(mesh, resolution=128):
+    return measure(mesh, build_topology(mesh, TopologyConfig(resolution=resolution)), SMALL)
+
+
+def differ(a, b):
+    return int(np.bitwise_count(np.frombuffer(a, np.uint8) ^ np.frombuffer(b, np.uint8)).sum())
+
+
+def without(mesh, chosen):
+    return Mesh(vertices=mesh.vertices, faces=mesh.faces[~chosen])
+
+
+def cracked_box(gap):
+    """A box, its top set off by a gap in the same plane all around: no loop of edges that a cap would close."""
+    box = mesh_of(solids.box(1, 1, 1))
+    top = (box.vertices[box.faces][:, :, 1] > 0.47).all(axis=1)
+    vertices = box.vertices[box.faces].copy()
+    vertices[top] *= np.array([1 - gap / 0.475, 1, 1 - gap / 0.475])
+    return Mesh(vertices=vertices.reshape(-1, 3), faces=np.arange(3 * len(vertices), dtype=np.int32).reshape(-1, 3))
+
+
+@pytest.mark.parametrize(("piece", "fraction"), [(solids.box(1, 2, 1), 1.0), (solids.sphere(1.0), np.pi / 6)])
+def test_solid_fraction(piece, fraction):
+    assert measured(mesh_of(piece)).solid_fraction == pytest.approx(fraction, abs=0.02)
+
+
+def test_a_sheet_encloses_nothing():
+    u = np.linspace(-1, 1, 20)
+    x, y = np.meshgrid(u, u, indexing="ij")
+    row = measured(mesh_of(kit.surface(np.stack([x, y, 0.2 * np.sin(3 * x)], axis=-1))))
+    assert (row.solid_fraction, row.leak_fraction, row.sheet_share) == (0.0, 0.0, 1.0)
+
+
+def test_nothing_leaks_out_of_a_closed_box():
+    assert measured(mesh_of(solids.box(1, 1, 1))).leak_fraction < 0.01
+    assert measured(mesh_of(solids.torus(1.0, 0.3))).leak_fraction < 0.01
+
+
+def test_a_crack_between_one_barrier_and_two_is_a_leak(monkeypatch):
+    """At 128 a voxel is 1/127: the flood passes cracks wider than 1.2 voxels, a doubled barrier up to 2.4."""
+    monkeypatch.setattr("pipeline.topology.holes.boundary_loops", lambda faces: [])  # what loops do not find
+    tight, leaky = (measured(cracked_box(voxels / 127)) for voxels in (0.5, 1.8))
+    assert tight.solid_fraction == pytest.approx(1.0, abs=0.03)
+    assert tight.leak_fraction < 0.01
+    assert leaky.solid_fraction < 0.1
+    assert leaky.leak_fraction > 0.8
+
+
+def test_signatures_do_not_depend_on_order_winding_or_repetition_of_faces():
+    knot = mesh_of(solids.torus(1.0, 0.3, 40, 20))
+    draw = np.random.default_rng(0)
+    faces = np.concatenate([knot.faces, knot.faces[:50]])[draw.permutation(len(knot.faces) + 50)]
+    faces[::2] = faces[::2, ::-1]
+    shuffled = Mesh(vertices=knot.vertices, faces=faces)
+    a, b = measured(knot), measured(shuffled)
+    assert a.occupancy == b.occupancy
+    assert (a.tokens, a.visible_area) == (b.tokens, pytest.approx(b.visible_area, rel=1e-6))
+    assert differ(a.looks, b.looks) <= 7
+
+
+def test_signatures_survive_rounding_and_tell_shapes_apart():
+    knot = mesh_of(solids.torus(1.0, 0.3, 40, 20))
+    vertices = (knot.vertices * 37 + 5).astype(np.float32).astype(np.float64)
+    rounded = normalize(Mesh(vertices=vertices, faces=knot.faces), NormalizeConfig())
+    other = mesh_of(solids.torus(1.0, 0.4, 40, 20))
+    a, b, c = measured(knot), measured(rounded), measured(other)
+    assert differ(a.occupancy, b.occupancy) <= 2
+    assert differ(a.looks, b.looks) <= 7
+    assert differ(a.occupancy, c.occupancy) > 20
+    assert differ(a.looks, c.looks) > 7
+
+
+def test_occupancy_is_where_the_blocks_are():
+    mesh = mesh_of(solids.sphere(1.0))
+    bricks = compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
+    cells = np.unpackbits(np.frombuffer(occupancy_bits(bricks), np.uint8)).reshape(16, 16, 16)
+    expected = {tuple(cell) for cell in (bricks.blocks * 2).tolist()}  # 8 blocks a side at 64: every second cell
+    assert {tuple(cell) for cell in np.argwhere(cells).tolist()} == expected
+
+
+def test_looks_see_shapes_and_not_a_little_noise():
+    draw = np.random.default_rng(0)
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[10:40, 20:50] = [200, 100, 50, 255]
+    noisy = rgba.copy()
+    noisy[..., :3] = np.clip(rgba[..., :3] + draw.integers(-3, 4, (64, 64, 3)), 0, 255)
+    moved = np.roll(rgba, 15, axis=0)
+    plain, near, far = (look_bits(View(rgba=image, meta={})) for image in (rgba, noisy, moved))
+    assert len(plain) == 8
+    assert differ(plain, near) <= 4
+    assert differ(plain, far) > 10
+
+
+def test_rows_come_back_from_scratch_and_from_a_shard(tmp_path):
+    row = measured(mesh_of(solids.box(1, 2, 3)), 64)
+    save_measured(tmp_path, row)
+    assert load_measured(tmp_path) == row
+    write_measured(tmp_path / "a.parquet", [("u", row)])
+    write_measured(tmp_path / "b.parquet", [("u", load_measured(tmp_path))])
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    table = read_measured(tmp_path / "a.parquet")
+    assert table.column_names == COLUMNS.names
+    assert table["occupancy"][0].as_py() == row.occupancy
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="readable"):
+        read_measured(tmp_path / "c.parquet")
+
+
+def test_a_resolution_that_topology_cannot_have():
+    assert check_resolution(ScreenConfig().resolution) == 256
+    with pytest.raises(ValueError, match="at least 64, got 32"):
+        ScreenConfig(resolution=32)
+
+
+def test_the_boxs_points():
+    mesh = mesh_of(solids.box(2, 1, 1))
+    assert box_points(mesh, 128) == pytest.approx((0.95 * 127) ** 3 / 4)
+    exterior = build_topology(mesh, TopologyConfig(resolution=128)).exterior
+    assert enclosed(exterior) == pytest.approx(box_points(mesh, 128), rel=0.05)
