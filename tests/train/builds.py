@@ -61,7 +61,13 @@ def shape(number: int) -> Field:
 
 
 def make_build(
-    root: Path, *, assets: int = 6, val: int = 2, resolutions: Sequence[int] = (32,), shard_size: int = 4
+    root: Path,
+    *,
+    assets: int = 6,
+    val: int = 2,
+    resolutions: Sequence[int] = (32,),
+    shard_size: int = 4,
+    field: Callable[[int], Field] = shape,
 ) -> Path:
     """A committed build of `assets` training and `val` held-out shapes."""
     uids = [f"analytic-{number:020d}" for number in range(assets + val)]
@@ -72,7 +78,7 @@ def make_build(
             row |= {"uid": uids[number], "status": "done", "shard": name, "row": number - first}
             row["split"] = "train" if number < assets else "val"
         for resolution in resolutions:
-            made = [bricks_of(shape(number), resolution) for number in chosen]
+            made = [bricks_of(field(number), resolution) for number in chosen]
             path = root / "sdf" / str(resolution) / f"{name}.zarr"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_sdf_shard(path, resolution, [(uids[n], b) for n, b in zip(chosen, made, strict=True)], "test")
