@@ -106,15 +106,17 @@ def _words(resolutions: set[int]) -> str:
 
 
 def _manifest(path: Path) -> pa.Table:
+    wanted = re.compile(r"uid|status|shard|split|tokens_\d+")
     try:
-        table = pq.read_table(path)
+        schema = pq.read_schema(path)
+        # Only these: not every Arrow reads a missing list of fixed length, as the centre of a rejected asset is.
+        table = pq.read_table(path, columns=[name for name in schema.names if wanted.fullmatch(name)])
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a readable manifest: {error}") from error
-    version = (table.schema.metadata or {}).get(b"format_version", b"none").decode()
+    version = (schema.metadata or {}).get(b"format_version", b"none").decode()
     if version != str(FORMAT_VERSION):
         raise UserError(f"{path} has format_version {version}, this code reads {FORMAT_VERSION}: rebuild it")
-    wanted = re.compile(r"uid|status|shard|split|tokens_\d+")
-    return table.select([name for name in table.column_names if wanted.fullmatch(name)])
+    return table
 
 
 class BrickReader:
