@@ -129,7 +129,7 @@ def _selection_dq(
         start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
         full = start + (end - start) // BK * BK
         for e in range(first, last, BQ * tl.num_programs(1)):
-            q, do, lse, dot, ok, to = _load_entries(
+            q, do, lse, dot, ok, to = _load_entries(  # pyright: ignore[reportGeneralTypeIssues]
                 q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, top_k, shift, g, G, GS, D, BQ, False,
                 LONG,
             )  # fmt: skip
