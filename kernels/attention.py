@@ -256,9 +256,10 @@ def spatial_sparse_attention(
     head h // (H / G). `shifted` takes the index's shifted windows. scale is 1 / sqrt(D) unless given.
 
     Differentiable in all six tensors, except through the choice of blocks; gradients are bit-identical from run to
-    run. fp16 or bf16 with fp32 sums, fp32 with fp64 ones; D in 16, 32, 64, 128; H / G in 1, 2, .. 32. No host copy, so that it can
-    be captured in a CUDA graph after one call outside of it. On CPU tensors (or with backend "reference") the torch
-    reference runs instead, dense in slices of the queries: any float dtype, meant for tests and tiny models.
+    run. fp16 or bf16 with fp32 sums, fp32 with fp64 ones; D in 16, 32, 64, 128; H / G in 1, 2, .. 32. No host copy,
+    so that it can be captured in a CUDA graph after one call outside of it. On CPU tensors (or with backend
+    "reference") the torch reference runs instead, dense in slices of the queries: any float dtype, meant for tests and
+    tiny models.
     ValueError on any other shape, dtype, device or option.
     """
     N, P = index.num_tokens, index.num_compressed
