@@ -111,25 +111,32 @@ def voxel_coords(coords: Tensor, size: int) -> Tensor:
     return (coords[:, None] * torch.tensor([1, size, size, size], device=coords.device) + local).view(-1, 4).int()
 
 
-def spconv_convolution(layer: Layer, coords: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-    """spconv's submanifold convolution, its pairs made beforehand. ImportError without spconv."""
+def measure_spconv(layer: Layer, coords: Tensor) -> tuple[float, float]:
+    """Milliseconds of spconv's submanifold convolution in fp16 (it has no bf16), its pairs made beforehand."""
     import spconv.pytorch as spconv
 
-    module = spconv.SubMConv3d(layer.C, layer.O, 3, bias=True, indice_key="subm").cuda().to(weight.dtype)
-    module.bias.data.copy_(bias)
-    side = int(coords[:, 1:].max()) + 1
-    tensor = spconv.SparseConvTensor(coords.new_zeros(len(coords), layer.C).to(weight), coords, [side] * 3, 1)
-    with torch.no_grad():
-        tensor = tensor.replace_feature(tensor.features)
-        pairs = module(tensor).indice_dict
+    voxels = coords if layer.size == 1 else voxel_coords(coords, layer.size)
+    rows = len(voxels)
+    side = int(voxels[:, 1:].max()) + 1
+    module = spconv.SubMConv3d(layer.C, layer.O, 3, bias=True, indice_key="pairs").cuda().half()
+    x = torch.randn(rows // 8 if layer.upsample else rows, layer.C, device="cuda", dtype=torch.float16)
+    pairs: dict = {}
 
-    def run(x: Tensor) -> Tensor:
-        source = spconv.SparseConvTensor(x, coords, [side] * 3, 1)
-        source.indice_dict = pairs
+    def forward(x: Tensor) -> Tensor:
+        features = duplicate_children(x, layer.size) if layer.upsample else x
+        source = spconv.SparseConvTensor(features, voxels, [side] * 3, 1, indice_dict=pairs)
         return module(source).features
 
-    run.module = module
-    return run
+    cotangent = torch.randn_like(forward(x))
+
+    def step() -> object:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(forward(leaf), [leaf, *module.parameters()], cotangent)
+
+    repeats = 3 if rows > 4_000_000 else 8
+    with torch.no_grad():
+        forward_ms = milliseconds(lambda: forward(x), repeats)
+    return forward_ms, milliseconds(step, repeats) - forward_ms
 
 
 def step_times(function: Callable[..., Tensor], inputs: list[Tensor], graph: bool, repeats: int) -> tuple[float, float]:
@@ -203,38 +210,33 @@ def measure(layer: Layer, coords: Tensor, rates: dict[str, float], peers: bool) 
         "gb_per_s": moved / forward / 1e6,
         "peak_gb": peak_gb(ours, inputs),
     }
-    if not peers:
-        return row
-    del x, weight
-    low = [t.bfloat16() for t in inputs]
-    repeats = 3 if rows > 4_000_000 else 8
-    source = (lambda x: duplicate_children(x, layer.size)) if layer.upsample else (lambda x: x)
-    if layer.size > 1:
-
-        def halo(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            return sparse_conv(source(x), w, b, neighbors, size=layer.size, backend="reference")
-
-        row["halo"] = step_times(halo, low, False, repeats)
-    around = neighbors if layer.size == 1 else block_rows(neighbors, layer.size)
-    row["gather"] = step_times(lambda x, w, b: gather_convolution(source(x), w, b, around), low, False, repeats)
-    row["gather_gb"] = peak_gb(lambda x, w, b: gather_convolution(source(x), w, b, around), low)
-    try:
-        half = [t.half() for t in inputs]
-        voxels = coords if layer.size == 1 else voxel_coords(coords, layer.size)
-        peer = spconv_convolution(layer, voxels, half[1], half[2])
-        parameters = [peer.module.weight, peer.module.bias]
-        cotangent = torch.randn(rows, layer.O, device="cuda", dtype=torch.float16)
-
-        def step() -> object:
-            leaf = half[0].detach().requires_grad_()
-            return torch.autograd.grad(peer(source(leaf)), [leaf, *parameters], cotangent)
-
-        with torch.no_grad():
-            peer_forward = milliseconds(lambda: peer(source(half[0])), repeats)
-        row["spconv"] = peer_forward, milliseconds(step, repeats) - peer_forward
-    except (ImportError, RuntimeError) as failure:
-        row["spconv_error"] = f"{type(failure).__name__}: {str(failure)[:200]}"
+    if peers:
+        row |= measure_torch(layer, inputs, neighbors)
     return row
+
+
+def measure_torch(layer: Layer, inputs: list[Tensor], neighbors: Tensor) -> dict:
+    """Gathered products, and for full blocks cuDNN on each block with its surroundings; all in bf16."""
+    low, result = [t.bfloat16() for t in inputs], {}
+    rows = len(neighbors) * layer.size**3
+    repeats = 3 if rows > 4_000_000 else 8
+
+    def source(x: Tensor) -> Tensor:
+        return duplicate_children(x, layer.size) if layer.upsample else x
+
+    def halo(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return sparse_conv(source(x), w, b, neighbors, size=layer.size, backend="reference")
+
+    if layer.size > 1:
+        result["halo"] = step_times(halo, low, False, repeats)
+    around = neighbors if layer.size == 1 else block_rows(neighbors, layer.size)
+
+    def gather(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return gather_convolution(source(x), w, b, around)
+
+    result["gather"] = step_times(gather, low, False, repeats)
+    result["gather_gb"] = peak_gb(gather, low)
+    return result
 
 
 def table(rows: list[dict], rates: dict[str, float]) -> str:
@@ -278,25 +280,38 @@ def main() -> None:
         "ceilings": rates,
     }
     sys.stdout.write(", ".join(f"{k} {v}" for k, v in result.items()) + "\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    reference_conv._MAX_GATHERED = 1 << 30  # slices that fill a GPU
+
+    def save() -> None:
+        (options.out / "conv.json").write_text(json.dumps(result, indent=1))
+
+    sets = {}
     for R, tokens in RESOLUTIONS.items():
         levels = {1: active_voxels(R, tokens)}
         for level in (2, 4, 8):
             levels[level] = parents(levels[level // 2]).coords_P4
         share = len(levels[1]) / len(levels[8]) / 512
-        sys.stdout.write(
-            f"\nR = {R}: {', '.join(f'R/{k} {len(v)}' for k, v in levels.items())}; {share:.0%} active\n\n"
-        )
-        rows = []
+        sys.stdout.write(f"R = {R}: {', '.join(f'R/{k} {len(v)}' for k, v in levels.items())}; {share:.0%} active\n")
+        sets[R] = levels
+        result[str(R)] = []
         for layer in LAYERS:
-            rows.append(measure(layer, levels[layer.level], rates, not options.no_peers))
+            result[str(R)].append(measure(layer, levels[layer.level], rates, not options.no_peers))
             torch.cuda.empty_cache()
-        result[str(R)] = rows
-        sys.stdout.write(table(rows, rates) + "\n")
-        sys.stdout.flush()
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "conv.json").write_text(json.dumps(result, indent=1))
-    errors = {row["spconv_error"] for R in RESOLUTIONS for row in result[str(R)] if "spconv_error" in row}
-    sys.stdout.writelines(f"spconv: {error}\n" for error in sorted(errors))
+            save()
+    errors = set()
+    if not options.no_peers:  # last, whatever it does to the device
+        for R, levels in sets.items():
+            for layer, row in zip(LAYERS, result[str(R)], strict=True):
+                try:
+                    row["spconv"] = measure_spconv(layer, levels[layer.level])
+                except (ImportError, RuntimeError, KeyError) as failure:
+                    errors.add(f"spconv: {type(failure).__name__}: {str(failure)[:200]}\n")
+                torch.cuda.empty_cache()
+                save()
+    for R in RESOLUTIONS:
+        sys.stdout.write(f"\nR = {R}\n\n{table(result[str(R)], rates)}\n")
+    sys.stdout.writelines(sorted(errors))
 
 
 if __name__ == "__main__":

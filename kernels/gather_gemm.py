@@ -65,7 +65,7 @@ def tap_place(tap, T: tl.constexpr):
 
 
 @triton.jit
-def source_rows(table_ptr, block27, place, ok, LOG: tl.constexpr):
+def source_rows(table_ptr, block27, place, ok, SI: tl.constexpr, LOG: tl.constexpr):
     """Source row of each place of each block, negative where there is none.
 
     A field's bits from LOG on say before (0), inside (1) or after (2) the block. One product with 9, 3, 1 turns the
@@ -74,18 +74,17 @@ def source_rows(table_ptr, block27, place, ok, LOG: tl.constexpr):
     side = (place >> LOG) & ((3 << 20) + (3 << 10) + 3)
     column = ((side * ((1 << 20) + (3 << 10) + 9)) >> 20) & 31
     block = tl.load(table_ptr + block27 + column, ok, other=-1)
-    inside = place & ((((1 << LOG) - 1) << 20) + (((1 << LOG) - 1) << 10) + (1 << LOG) - 1)
-    local = ((inside >> (20 - 2 * LOG)) + (inside >> (10 - LOG)) + inside) & ((1 << (3 * LOG)) - 1)
+    inside = place & (((SI - 1) << 20) + ((SI - 1) << 10) + SI - 1)
+    local = ((inside >> (20 - 2 * LOG)) + (inside >> (10 - LOG)) + inside) & (SI * SI * SI - 1)
     return (block << (3 * LOG)) + local
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _gather_gemm(
     x_ptr, w_ptr, b_ptr, table_ptr, y_ptr, rows, C: tl.constexpr, O: tl.constexpr,
-    S: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, PARITIES: tl.constexpr,
+    S: tl.constexpr, SI: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, PARITIES: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    SI: tl.constexpr = 1 << LOG
     CHUNKS: tl.constexpr = (C + BC - 1) // BC
     OT: tl.constexpr = (O + BO - 1) // BO
     pid = tl.program_id(0)
@@ -102,7 +101,7 @@ def _gather_gemm(
     for k in range(T * T * T * CHUNKS):
         tap = k // CHUNKS
         c = k % CHUNKS * BC + tl.arange(0, BC)
-        source = source_rows(table_ptr, block27, place + tap_place(tap, T), ok, LOG)
+        source = source_rows(table_ptr, block27, place + tap_place(tap, T), ok, SI, LOG)
         first = (source.to(tl.int64) if WIDE else source) * C
         x_mask = (source >= 0)[:, None] & (c < C)[None, :] if C % BC else (source >= 0)[:, None]
         x = tl.load(x_ptr + first[:, None] + c[None, :], x_mask, other=0.0)
@@ -176,9 +175,9 @@ def gather_gemm(
         grid = triton.cdiv(rows, tiles.rows) * parities * triton.cdiv(O, tiles.outputs)
         _gather_gemm[(grid,)](
             x_NC, weight, y if bias_O is None else bias_O, table_M27, y, rows, C, O,
-            S=taps.size, LOG=taps.source.bit_length() - 1, T=taps.taps, STRIDE=taps.stride, PARITIES=taps.parities,
-            BIAS=bias_O is not None, WIDE=wide, BM=tiles.rows, BO=tiles.outputs, BC=tiles.channels,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            S=taps.size, SI=taps.source, LOG=taps.source.bit_length() - 1, T=taps.taps, STRIDE=taps.stride,
+            PARITIES=taps.parities, BIAS=bias_O is not None, WIDE=wide,
+            BM=tiles.rows, BO=tiles.outputs, BC=tiles.channels, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
     key = f"gemm {taps.size} {taps.source} {taps.taps} {C} {O} {x_NC.dtype} {size_class(rows)}"

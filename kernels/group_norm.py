@@ -17,10 +17,14 @@ CHUNK = tl.constexpr(1024)
 
 
 @triton.jit
-def _bounds(starts_ptr, k, a, N):
-    """Rows of chunk k that belong to asset a."""
-    first = tl.maximum(tl.load(starts_ptr + a), k * CHUNK)
-    return first, tl.minimum(tl.minimum(tl.load(starts_ptr + a + 1), (k + 1) * CHUNK), N)
+def _begin(starts_ptr, k, a):
+    """First row of chunk k that belongs to asset a."""
+    return tl.maximum(tl.load(starts_ptr + a), k * CHUNK)
+
+
+@triton.jit
+def _end(starts_ptr, k, a, N):
+    return tl.minimum(tl.minimum(tl.load(starts_ptr + a + 1), (k + 1) * CHUNK), N)
 
 
 @triton.jit
@@ -35,7 +39,7 @@ def _parts(x_ptr, starts_ptr, ends_ptr, part_ptr, N, C, BN: tl.constexpr, BC: tl
     """Of each part and channel the mean and the sum of squared distances from it."""
     k, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     for a in range(tl.load(ends_ptr + 2 * k), tl.load(ends_ptr + 2 * k + 1) + 1):
-        first, last = _bounds(starts_ptr, k, a, N)
+        first, last = _begin(starts_ptr, k, a), _end(starts_ptr, k, a, N)
         mean, squares = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
         for n in range(first, last, BN):
             x, mask = _load(x_ptr, n + tl.arange(0, BN), last, c, C)
@@ -99,7 +103,7 @@ def _apply(
 ):  # fmt: skip
     k, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     for a in range(tl.load(ends_ptr + 2 * k), tl.load(ends_ptr + 2 * k + 1) + 1):
-        first, last = _bounds(starts_ptr, k, a, N)
+        first, last = _begin(starts_ptr, k, a), _end(starts_ptr, k, a, N)
         for i in range(first, last, BN):
             n = i + tl.arange(0, BN)
             x, mask = _load(x_ptr, n, last, c, C)
@@ -128,7 +132,7 @@ def _grad_parts(
     """Of each part and channel the sums of dz and of dz * x hat."""
     k, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     for a in range(tl.load(ends_ptr + 2 * k), tl.load(ends_ptr + 2 * k + 1) + 1):
-        first, last = _bounds(starts_ptr, k, a, N)
+        first, last = _begin(starts_ptr, k, a), _end(starts_ptr, k, a, N)
         sums, products = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
         for i in range(first, last, BN):
             n = i + tl.arange(0, BN)
@@ -164,7 +168,7 @@ def _grad_apply(
 ):  # fmt: skip
     k, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     for a in range(tl.load(ends_ptr + 2 * k), tl.load(ends_ptr + 2 * k + 1) + 1):
-        first, last = _bounds(starts_ptr, k, a, N)
+        first, last = _begin(starts_ptr, k, a), _end(starts_ptr, k, a, N)
         at = a * groups + c // CG
         mean_dz = tl.load(mean_dz_ptr + at, c < C, other=0.0)[None, :]
         mean_dzx = tl.load(mean_dzx_ptr + at, c < C, other=0.0)[None, :]

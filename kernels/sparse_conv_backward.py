@@ -20,10 +20,9 @@ _PROGRAMS = 132 * 8  # enough for every multiprocessor to have a few
 @triton.jit(do_not_specialize=["rows", "step"])
 def _weight_grad(
     g_ptr, d_ptr, table_ptr, p_ptr, rows, step, C: tl.constexpr, O: tl.constexpr,
-    S: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
+    S: tl.constexpr, SI: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    SI: tl.constexpr = 1 << LOG
     TAPS: tl.constexpr = T * T * T
     CT: tl.constexpr = (C + BC - 1) // BC
     OT: tl.constexpr = (O + BO - 1) // BO
@@ -45,13 +44,13 @@ def _weight_grad(
                 place = place[:, None]
             place = place + tap_place(tap, T)[None, :]
             mask = ok[:, None] & (tap < TAPS)[None, :]
-            source = source_rows(table_ptr, block27[:, None], place, mask, LOG)
+            source = source_rows(table_ptr, block27[:, None], place, mask, SI, LOG)
             g_first = (source.to(tl.int64) if WIDE else source) * C
             g_mask = (source >= 0)[:, :, None] & (c < C)[None, None, :] if C % BC else (source >= 0)[:, :, None]
             g = tl.load(g_ptr + g_first[:, :, None] + c[None, None, :], g_mask, other=0.0)
             g = tl.reshape(g, [BR, BT * BC])
         else:
-            source = source_rows(table_ptr, block27, place + tap_place(tap, T), ok, LOG)
+            source = source_rows(table_ptr, block27, place + tap_place(tap, T), ok, SI, LOG)
             g_first = (source.to(tl.int64) if WIDE else source) * C
             g_mask = (source >= 0)[:, None] & (c < C)[None, :] if C % BC else (source >= 0)[:, None]
             g = tl.load(g_ptr + g_first[:, None] + c[None, :], g_mask, other=0.0)
@@ -68,10 +67,10 @@ def _weight_grad(
 
 @triton.jit
 def _tap_product(
-    acc, d, g_ptr, table_ptr, block27, place, tap, ok, c, C: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr,
-    WIDE: tl.constexpr, BC: tl.constexpr,
+    acc, d, g_ptr, table_ptr, block27, place, tap, ok, c, C: tl.constexpr, SI: tl.constexpr, LOG: tl.constexpr,
+    T: tl.constexpr,    WIDE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    source = source_rows(table_ptr, block27, place + tap_place(tap, T), ok & (tap < T * T * T), LOG)
+    source = source_rows(table_ptr, block27, place + tap_place(tap, T), ok & (tap < T * T * T), SI, LOG)
     first = (source.to(tl.int64) if WIDE else source) * C
     mask = (source >= 0)[:, None] & (c < C)[None, :] if C % BC else (source >= 0)[:, None]
     g = tl.load(g_ptr + first[:, None] + c[None, :], mask, other=0.0)
@@ -87,11 +86,10 @@ def _store_tap(p_ptr, acc, tap, c, o, C: tl.constexpr, O: tl.constexpr, TAPS: tl
 @triton.jit(do_not_specialize=["rows", "step"])
 def _weight_grad_by_tap(
     g_ptr, d_ptr, table_ptr, p_ptr, rows, step, C: tl.constexpr, O: tl.constexpr,
-    S: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
+    S: tl.constexpr, SI: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """As `_weight_grad`, with a product for each of 1, 2 or 4 taps, which share the dense rows as their tall side."""
-    SI: tl.constexpr = 1 << LOG
     TAPS: tl.constexpr = T * T * T
     CT: tl.constexpr = (C + BC - 1) // BC
     OT: tl.constexpr = (O + BO - 1) // BO
@@ -112,12 +110,12 @@ def _weight_grad_by_tap(
         d_first = (row.to(tl.int64) if WIDE else row) * O
         d_mask = ok[:, None] & (o < O)[None, :] if O % BO else ok[:, None]
         d = tl.trans(tl.load(d_ptr + d_first[:, None] + o[None, :], d_mask, other=0.0))
-        acc0 = _tap_product(acc0, d, g_ptr, table_ptr, block27, place, tap, ok, c, C, LOG, T, WIDE, BC)
+        acc0 = _tap_product(acc0, d, g_ptr, table_ptr, block27, place, tap, ok, c, C, SI, LOG, T, WIDE, BC)
         if BT > 1:
-            acc1 = _tap_product(acc1, d, g_ptr, table_ptr, block27, place, tap + 1, ok, c, C, LOG, T, WIDE, BC)
+            acc1 = _tap_product(acc1, d, g_ptr, table_ptr, block27, place, tap + 1, ok, c, C, SI, LOG, T, WIDE, BC)
         if BT > 2:
-            acc2 = _tap_product(acc2, d, g_ptr, table_ptr, block27, place, tap + 2, ok, c, C, LOG, T, WIDE, BC)
-            acc3 = _tap_product(acc3, d, g_ptr, table_ptr, block27, place, tap + 3, ok, c, C, LOG, T, WIDE, BC)
+            acc2 = _tap_product(acc2, d, g_ptr, table_ptr, block27, place, tap + 2, ok, c, C, SI, LOG, T, WIDE, BC)
+            acc3 = _tap_product(acc3, d, g_ptr, table_ptr, block27, place, tap + 3, ok, c, C, SI, LOG, T, WIDE, BC)
     p_first = p_ptr + split.to(tl.int64) * (TAPS * C * O)
     _store_tap(p_first, acc0, tap, c, o, C, O, TAPS)
     if BT > 1:
@@ -184,7 +182,7 @@ def weight_grad(
         kernel = _weight_grad_by_tap if tiles.by_tap else _weight_grad
         kernel[(programs, count)](
             gathered, dense, table_M27, partial, rows, step, C, O,
-            S=taps.size, LOG=taps.source.bit_length() - 1, T=taps.taps, STRIDE=taps.stride, WIDE=wide,
+            S=taps.size, SI=taps.source, LOG=taps.source.bit_length() - 1, T=taps.taps, STRIDE=taps.stride, WIDE=wide,
             BT=tiles.taps, BC=tiles.channels, BO=tiles.outputs, BR=tiles.rows,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
