@@ -170,7 +170,8 @@ def time_steps(data: Path, device: torch.device) -> list[dict[str, Any]]:
     for resolution, batch_size in ((256, 4), (384, 4), (512, 4), (1024, 1)):
         catalogue = read_catalogue(data, [resolution])
         wanted = [catalogue.uids.index(make_uid("folder", name)) for name in AS_IN_THE_PAPER][:batch_size]
-        batch = BrickLoader(catalogue, seed=0, noise_channels=16, symmetries=False).load_assets(wanted, resolution)
+        loader = BrickLoader(catalogue, seed=0, noise_channels=16, symmetries=False)
+        batch = loader.load_assets(wanted, resolution).pin_memory()
         for checkpointing in (False, True):
             cfg = VAE_PRESETS["base"]
             cfg = replace(cfg, loop=replace(cfg.loop, activation_checkpointing=checkpointing))

@@ -12,7 +12,7 @@ PACKAGES = ("pipeline", "kernels", "model", "train")
 DATA = {f"pipeline.{name}" for name in ("schema", "store", "shards", "cameras", "render", "isosurface")}
 COMMANDS = {
     *(f"pipeline.{name}" for name in ("build", "verify", "report", "estimate", "runner")),
-    *("kernels.bench", "model.generate"),
+    *("kernels.bench", "model.generate", "train.vae", "train.evaluate"),
 }
 MAY_IMPORT = {"pipeline": set(), "kernels": set(), "model": {"kernels"}, "train": {"model", "kernels"}}
 MAX_LINES = 400

@@ -35,7 +35,7 @@ class LoopConfig:
     activation_checkpointing: bool = False  # compute activations again in the backward instead of keeping them
     deterministic: bool = False  # bit-exact on GPUs too, more slowly
     seed: int = 0
-    spike_factor: float = 10.0  # a gradient this many times the median of the last 100 is not applied
+    spike_factor: float = 30.0  # a gradient this many times the median of the last 100 is not applied
     max_bad_steps: int = 20  # spikes and non-finite gradients in a row before the run ends
     log_every: int = 20
     checkpoint_every: int = 1000

@@ -178,14 +178,19 @@ class TrainBatch:
         """The same batch there."""
         if device.type == "cpu":
             return self
-        return replace(self, bricks=self.bricks.to(device), noise=self.noise.to(device))
+        bricks = self.bricks.to(device, non_blocking=True)
+        return replace(self, bricks=bricks, noise=self.noise.to(device, non_blocking=True))
+
+    def pin_memory(self) -> TrainBatch:
+        """A copy in page-locked memory, from which `to` does not keep the host waiting."""
+        return replace(self, bricks=self.bricks.pin_memory(), noise=self.noise.pin_memory())
 
 
 class BrickLoader:
     """Turns a planned step into this rank's batch: reads, transforms, collates. Depends on the plan alone.
 
-    An asset that cannot be read is replaced by the next readable one of the catalogue that is not larger than the batch
-    allows, and counted; beyond `max_bad_share` of the distinct assets tried (and 5 of them) RunError.
+    An asset that cannot be read is replaced by the next readable one that is not larger than `largest`, and counted;
+    beyond `max_bad_share` of the distinct assets tried (and 5 of them) RunError. pin: page-locked batches.
     """
 
     def __init__(
@@ -197,17 +202,19 @@ class BrickLoader:
         symmetries: bool = True,
         max_bad_share: float = 0.05,
         largest: int | None = None,
+        pin: bool = False,
     ):
         self.reader = BrickReader(catalogue)
         self.catalogue, self.seed, self.noise_channels = catalogue, seed, noise_channels
-        self.symmetries, self.max_bad_share, self.largest = symmetries, max_bad_share, largest
+        self.symmetries, self.max_bad_share, self.largest, self.pin = symmetries, max_bad_share, largest, pin
         self.bad: set[tuple[int, int]] = set()  # (asset, resolution)
         self._tried: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
 
     def load(self, plan: Plan, rank: int) -> TrainBatch:
         """The batch of one rank in one step."""
-        return self._collate(plan.ranks[rank], plan.resolution, len(plan.ranks) / sum(map(len, plan.ranks)))
+        batch = self._collate(plan.ranks[rank], plan.resolution, len(plan.ranks) / sum(map(len, plan.ranks)))
+        return batch.pin_memory() if self.pin else batch
 
     def load_assets(self, assets: Sequence[int], resolution: int) -> TrainBatch:
         """Chosen assets, each for the first time."""

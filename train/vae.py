@@ -42,6 +42,7 @@ def train(cfg: VAETraining, world: World) -> int:
         symmetries=cfg.bricks.symmetries,
         max_bad_share=cfg.bricks.max_bad_share,
         largest=cfg.bricks.max_tokens,
+        pin=world.device.type == "cuda",
     )
     if world.is_first:
         count = sum(parameter.numel() for parameter in task.model.parameters())
