@@ -16,6 +16,9 @@ from train.config import LoopConfig
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
 
 
+PATIENCE = 5  # spikes in a row that are skipped: what lasts is no bad batch, and clipped steps lead out of it
+
+
 @dataclass
 class Guard:
     """Decides whether a gradient may be applied."""
@@ -34,7 +37,7 @@ class Guard:
         verdict = ""
         if not finite:
             verdict = "not finite"
-        elif usual is not None and norm > max(self.spike_factor * usual, self.clip_norm):
+        elif usual is not None and self.in_a_row < PATIENCE and norm > max(self.spike_factor * usual, self.clip_norm):
             verdict = f"{norm / usual:.0f} times the usual gradient"
         if finite:
             self.norms.append(norm)  # of spikes too: a lasting change becomes the usual

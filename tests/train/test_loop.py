@@ -176,9 +176,13 @@ def test_guard_gets_used_to_a_lasting_change():
     assert guard.judge(1.0, 0.9) == "", "10 times the usual, but below the norm to which all are clipped"
     assert guard.judge(1.0, 30.0) == "150 times the usual gradient"
     assert guard.judge(float("nan"), 0.2) == guard.judge(1.0, float("inf")) == "not finite"
+    guard.judge(1.0, 0.2)
     verdicts = [guard.judge(1.0, 30.0) for _ in range(80)]
-    assert verdicts[0]
-    assert not verdicts[-1]
+    assert all(verdicts[:5])
+    assert not any(verdicts[5:6]), "what lasts is no bad batch"
+    assert not any(verdicts[60:])
+    assert all(guard.judge(float("nan"), 1.0) for _ in range(10)), "but this is one for ever"
+    assert guard.in_a_row == 10
     copy = Guard(10, 1.0, 100)
     copy.restore(json.loads(json.dumps(guard.state())))
     assert copy == guard
