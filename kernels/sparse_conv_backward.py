@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gather_gemm import Taps, is_wide, places, power_of_2, source_rows, tap_place
-from kernels.tiles import on_device
+from kernels.tiles import add_dot, on_device
 from kernels.tuning import choose, size_class
 
 _MAX_PARTIALS = 1 << 25  # fp32 entries of all partial sums, unless one of them is larger
@@ -32,7 +32,7 @@ def _weight_grad(
     tap = pid // (OT * CT) * BT + (tl.arange(0, BT) if BT > 1 else 0)
     begin = split * step
     end = tl.minimum(begin + step, rows)
-    acc = tl.zeros([BT * BC, BO], tl.float32)
+    acc = tl.zeros([BT * BC, BO], tl.float64 if g_ptr.dtype.element_ty == tl.float32 else tl.float32)
     for first in range(begin, end, BR):
         row = first + tl.arange(0, BR)
         ok = row < end
@@ -57,12 +57,12 @@ def _weight_grad(
         d_first = (row.to(tl.int64) if WIDE else row) * O
         d_mask = ok[:, None] & (o < O)[None, :] if O % BO else ok[:, None]
         d = tl.load(d_ptr + d_first[:, None] + o[None, :], d_mask, other=0.0)
-        acc = tl.dot(tl.trans(g), d, acc, input_precision="ieee")
+        acc = add_dot(tl.trans(g), d, acc)
     tap = pid // (OT * CT) * BT + tl.arange(0, BT)
     out = tl.reshape(tap[:, None] * C + c[None, :], [BT * BC])
     inside = tl.reshape((tap < TAPS)[:, None] & (c < C)[None, :], [BT * BC])
     p_first = p_ptr + split.to(tl.int64) * (TAPS * C * O)
-    tl.store(p_first + out[:, None] * O + o[None, :], acc, inside[:, None] & (o < O)[None, :])
+    tl.store(p_first + out[:, None] * O + o[None, :], acc.to(tl.float32), inside[:, None] & (o < O)[None, :])
 
 
 @triton.jit
@@ -74,13 +74,13 @@ def _tap_product(
     first = (source.to(tl.int64) if WIDE else source) * C
     mask = (source >= 0)[:, None] & (c < C)[None, :] if C % BC else (source >= 0)[:, None]
     g = tl.load(g_ptr + first[:, None] + c[None, :], mask, other=0.0)
-    return tl.dot(d, g, acc, input_precision="ieee")
+    return add_dot(d, g, acc)
 
 
 @triton.jit
 def _store_tap(p_ptr, acc, tap, c, o, C: tl.constexpr, O: tl.constexpr, TAPS: tl.constexpr):
     mask = ((o < O) & (tap < TAPS))[:, None] & (c < C)[None, :]
-    tl.store(p_ptr + tap * (C * O) + c[None, :] * O + o[:, None], acc, mask)
+    tl.store(p_ptr + tap * (C * O) + c[None, :] * O + o[:, None], acc.to(tl.float32), mask)
 
 
 @triton.jit(do_not_specialize=["rows", "step"])
@@ -99,7 +99,7 @@ def _weight_grad_by_tap(
     tap = pid // (OT * CT) * BT
     begin = split * step
     end = tl.minimum(begin + step, rows)
-    acc0 = tl.zeros([BO, BC], tl.float32)
+    acc0 = tl.zeros([BO, BC], tl.float64 if g_ptr.dtype.element_ty == tl.float32 else tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
     for first in range(begin, end, BR):
         row = first + tl.arange(0, BR)
