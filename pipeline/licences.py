@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 # What may be changed and passed on, also for money. Copyleft software licences (GPL) are left to the user: what they
 # ask of a data set is disputed.
@@ -30,6 +31,7 @@ SOFTWARE = {
 }
 
 
+@lru_cache(1 << 14)  # a catalogue says the same few things a million times
 def licence_of(text: str | None) -> str:
     """One lower-case word for a licence: "cc0", "by-nc-sa", "mit", ...; "unknown" where nothing is said.
 

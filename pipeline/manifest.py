@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.schema import FORMAT_VERSION, Record, split_of
 
+PACK_SECONDS = "pack_seconds"
 STATUSES = ("done", "rejected", "failed")
 HEAD = pa.schema(
     [
@@ -142,8 +143,8 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
-def append_stats(path: Path, results: Iterable[Result]) -> None:
-    """Add one row for every visit to an asset."""
+def append_stats(path: Path, results: Iterable[Result], pack_seconds: float = 0.0) -> None:
+    """Add one row for every visit to an asset, and the seconds that went into the shard itself to the table's notes."""
     rows = [
         {
             "uid": result.uid,
@@ -156,8 +157,12 @@ def append_stats(path: Path, results: Iterable[Result]) -> None:
         }
         for result in results
     ]
-    old = pq.read_table(path).to_pylist() if path.exists() else []
-    _replace_table(path, pa.Table.from_pylist(old + rows, STATS))
+    old, before = [], 0.0
+    if path.exists():
+        table = pq.read_table(path)
+        old, before = table.to_pylist(), float((table.schema.metadata or {}).get(PACK_SECONDS.encode(), b"0"))
+    notes = {PACK_SECONDS: str(round(before + pack_seconds, 3))}
+    _replace_table(path, pa.Table.from_pylist(old + rows, STATS.with_metadata(notes)))
 
 
 def funnel(rows: Iterable[dict[str, Any]]) -> list[tuple[str, str, str, int]]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def ended_for_good(row: dict[str, Any]) -> bool:
 
 def pack(job: PackJob) -> dict[str, int]:
     """Write the shard's products, manifest, stats and markers; remove its scratch. Returns the manifest's counts."""
-    cfg, out, shard = job.config, job.config.out, job.shard
+    cfg, out, shard, started = job.config, job.config.out, job.shard, time.monotonic()
     old = finished(cfg, shard)
     results: dict[str, Result] = {}
     for record in job.records[: job.wanted]:
@@ -153,7 +154,7 @@ def pack(job: PackJob) -> dict[str, int]:
     resolutions |= {int(product[4:]) for product in job.products if product.startswith("sdf-")}
     path = manifest_path(out, shard)
     write_manifest(path, rows, resolutions)
-    append_stats(out / "stats" / f"{shard}.parquet", results.values())
+    append_stats(out / "stats" / f"{shard}.parquet", results.values(), time.monotonic() - started)
     statuses = {status: sum(row["status"] == status for row in rows) for status in ("done", "rejected", "failed")}
     counts = {"assets": len(rows), **statuses}
     markers[MANIFEST] = {"counts": counts, **_described(out, [path.relative_to(out)])}

@@ -32,6 +32,8 @@ COLUMNS = pa.schema(
         *((name, pa.string()) for name in ("licence", "sha256", "format", "metadata")),
     ]
 )
+RECORD = ("uid", "source", "url", "licence", "sha256", "format", "metadata")
+ROWS = 1 << 16  # written at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,34 +79,47 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Listing]) -> Plan:
     if (cfg.out / "plan.json").exists():
         return _matching_plan(cfg)
     refuse_foreign(cfg.out)
-    table = _table(chain.from_iterable(source.records() for source in sources), cfg)
-    if not table.num_rows:
-        raise UserError(f"no assets in {' '.join(cfg.source)}; name a source that has some")
+    partial = cfg.out / ".plan.parquet.partial"
+    try:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        assets = _write_table(partial, chain.from_iterable(source.records() for source in sources), cfg)
+        if not assets:
+            _forget(partial)
+            raise UserError(f"no assets in {' '.join(cfg.source)}; name a source that has some")
+        info = _info(cfg, sources, assets)
+        partial.replace(cfg.out / "plan.parquet")
+        partial = cfg.out / ".plan.json.partial"
+        partial.write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
+        partial.replace(cfg.out / "plan.json")  # last: a plan without it does not count
+    except OSError as error:
+        if is_disk_full(error) or str(cfg.out) not in str(error.filename):  # or a source could not be read
+            raise
+        raise UserError(f"cannot write to {cfg.out}: {error.strerror}; choose another --out") from error
+    return read_plan(cfg.out)
+
+
+def _info(cfg: BuildConfig, sources: Sequence[Listing], assets: int) -> dict[str, Any]:
+    """The content of plan.json."""
     snapshots = {source.name: snapshot() for source in sources if (snapshot := getattr(source, "snapshot", None))}
     skipped = {source.name: n for source in sources if (n := getattr(source, "skipped", 0))}
-    info = {
+    return {
         "format_version": FORMAT_VERSION,
         "config": cfg.shared(),
         "config_hash": hash_of(cfg.shared()),
-        "assets": table.num_rows,
-        "shards": -(-table.num_rows // cfg.shard_size),
+        "assets": assets,
+        "shards": -(-assets // cfg.shard_size),
         "skipped_files": skipped,
         "snapshots": snapshots,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": _commit(),
     }
-    try:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, cfg.out / ".plan.parquet.partial", compression="zstd")
-        (cfg.out / ".plan.parquet.partial").replace(cfg.out / "plan.parquet")
-        partial = cfg.out / ".plan.json.partial"
-        partial.write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
-        partial.replace(cfg.out / "plan.json")  # last: a plan without it does not count
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise UserError(f"cannot write to {cfg.out}: {error.strerror}; choose another --out") from error
-    return Plan(out=cfg.out, info=info, table=table)
+
+
+def _forget(partial: Path) -> None:
+    """Leave nothing of a plan that has no asset, unless something else lies there."""
+    partial.unlink()
+    if not any(partial.parent.iterdir()):
+        partial.parent.rmdir()
 
 
 def refuse_foreign(out: Path) -> None:
@@ -143,22 +158,28 @@ def _matching_plan(cfg: BuildConfig) -> Plan:
     return plan
 
 
-def _table(records: Iterator[Record], cfg: BuildConfig) -> pa.Table:
-    """Column by column, so that a million assets stay far below a gigabyte."""
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
+def _write_table(path: Path, records: Iterator[Record], cfg: BuildConfig) -> int:
+    """Writes plan.parquet piece by piece, so that ten million assets need no more memory than their uids; how many."""
     seen: set[str] = set()
-    for record in records:
-        if record.uid in seen:
-            log.warning("%s comes twice (%s); the first one counts", record.uid, record.url)
-            continue
-        if cfg.limit is not None and len(seen) == cfg.limit:
-            break
-        columns["shard"].append(shard_name(len(seen) // cfg.shard_size))
-        columns["row"].append(len(seen) % cfg.shard_size)
-        for name in ("uid", "source", "url", "licence", "sha256", "format", "metadata"):
-            columns[name].append(getattr(record, name))
-        seen.add(record.uid)
-    return pa.table(columns, schema=COLUMNS)
+    with pq.ParquetWriter(path, COLUMNS, compression="zstd") as writer:
+        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
+        for record in records:
+            if record.uid in seen:
+                log.warning("%s comes twice (%s); the first one counts", record.uid, record.url)
+                continue
+            if cfg.limit is not None and len(seen) == cfg.limit:
+                break
+            columns["shard"].append(shard_name(len(seen) // cfg.shard_size))
+            columns["row"].append(len(seen) % cfg.shard_size)
+            for name in RECORD:
+                columns[name].append(getattr(record, name))
+            seen.add(record.uid)
+            if len(columns["row"]) == ROWS:
+                writer.write_table(pa.table(columns, schema=COLUMNS))
+                columns = {name: [] for name in COLUMNS.names}
+        if columns["row"]:
+            writer.write_table(pa.table(columns, schema=COLUMNS))
+    return len(seen)
 
 
 def _foreign(out: Path) -> Iterator[Path]:

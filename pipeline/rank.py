@@ -137,7 +137,7 @@ def funnel_rows(table: pa.Table, options: dict[str, Any]) -> list[dict[str, Any]
         {
             "stage": group["stage"],
             "reason": group["reason"],
-            "thresholds": {name: _option(options, name) for name in THRESHOLDS.get(group["reason"], ())},
+            "thresholds": thresholds(group["reason"], options),
             "assets": group["uid_count"],
         }
         for group in groups
@@ -145,11 +145,16 @@ def funnel_rows(table: pa.Table, options: dict[str, Any]) -> list[dict[str, Any]
     return sorted(rows, key=lambda row: (-row["assets"], row["stage"], row["reason"]))
 
 
-def _option(options: dict[str, Any], name: str) -> Any:
-    value: Any = options
-    for part in name.split("."):
-        value = value[part]
-    return value
+def thresholds(reason: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide about a reason, with their values in a config as JSON; {} where it has none."""
+    found = {}
+    for name in THRESHOLDS.get(reason, ()):
+        value: Any = options
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def _verdicts(values: dict[str, NDArray[np.float64]], cfg: RankConfig) -> dict[str, NDArray[np.bool_]]:

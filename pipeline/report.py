@@ -24,7 +24,9 @@ from pipeline.manifest import funnel, is_product, product_order, read_manifest
 from pipeline.pack import MANIFEST, manifest_path, marker_path
 from pipeline.pictures import PICTURES, PictureJob
 from pipeline.plan import Plan, read_plan
+from pipeline.rank import thresholds
 from pipeline.schema import UserError
+from pipeline.screen import CATALOGUE, read_funnel
 
 log = logging.getLogger(__name__)
 
@@ -118,9 +120,15 @@ def summary(build: Build) -> dict[str, Any]:
         "tiles": tiles,
         "funnel": funnel_steps(rows, list(build.markers)),
         "reasons": [
-            {"status": s, "stage": stage, "reason": reason, "count": n, "example": examples[s, stage, reason]}
+            {
+                **{"status": s, "stage": stage, "reason": reason, "count": n, "example": examples[s, stage, reason]},
+                "thresholds": _spelled(thresholds(reason, info["config"])),
+            }
             for s, stage, reason, n in funnel(rows)
             if s != "done"
+        ],
+        "screening": [
+            {**row, "thresholds": _spelled(row["thresholds"])} for row in _screening(build.plan.out / CATALOGUE)
         ],
         "products": [product_row(name, markers, rows) for name, markers in build.markers.items()],
         "renderers": sorted({r for markers in build.markers.values() for m in markers for r in m.get("renderers", [])}),
@@ -131,6 +139,20 @@ def summary(build: Build) -> dict[str, Any]:
             (name, json.dumps(markers[0]["config"], indent=1)) for name, markers in build.markers.items()
         ],
     }
+
+
+def _screening(catalogue: Path) -> list[dict[str, Any]]:
+    """Why assets are not in the catalogue of a ranked build."""
+    return read_funnel(catalogue) if catalogue.exists() else []
+
+
+def _spelled(options: dict[str, Any]) -> str:
+    """Options as on a command line, long lists cut short."""
+    words = []
+    for value in options.values():
+        more = isinstance(value, list) and len(value) > 6
+        words.append(" ".join(map(str, value[:6])) + " ..." * more if isinstance(value, list) else value)
+    return ", ".join(f"--{name.replace('_', '-')} {word}" for name, word in zip(options, words))
 
 
 def funnel_steps(rows: Sequence[dict[str, Any]], products: Iterable[str]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 import json
 import logging
 import signal
+import subprocess
 import sys
 
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from pipeline.schema import Record, RunError, UserError, make_uid
 from pipeline.shards import RenderShard
 from pipeline.store import SdfShard
 from pipeline.verify import verify
-from tests.pipeline.builds import TINY, assert_same, contents, environment, finish, start, survivors, wait_until
+from tests.pipeline.builds import ROOT, TINY, assert_same, contents, environment, finish, start, survivors, wait_until
 
 
 def test_tree_of_a_finished_build(tiny_build):
@@ -201,3 +202,50 @@ def test_what_a_products_hash_depends_on():
     assert BuildConfig(views=3).product_hash("renders-paper") != renders
     assert BuildConfig(topology_resolution=256).product_hash("sdf-64") != sdf
     assert base.product_hash("sdf-128") != sdf
+
+
+class Many:
+    """A catalogue that is longer than what is written at once, one of its records coming twice."""
+
+    name = "many"
+
+    def __init__(self, count):
+        self.count = count
+
+    def records(self):
+        for number in [*range(self.count), 5]:
+            yield Record(uid=make_uid(self.name, str(number)), source=self.name, url=str(number), metadata='{"n": 1}')
+
+
+def test_a_plan_is_written_piece_by_piece(tmp_path, monkeypatch):
+    pieces = []
+    write = pq.ParquetWriter.write_table
+    monkeypatch.setattr("pipeline.plan.ROWS", 100)
+    monkeypatch.setattr(
+        pq.ParquetWriter, "write_table", lambda self, table: pieces.append(len(table)) or write(self, table)
+    )
+    plan = make_plan(BuildConfig(out=tmp_path / "out", limit=None), [Many(250)])
+    assert pieces == [100, 100, 50]
+    assert plan.assets == 250
+    assert [record.url for name in plan.shards for record in plan.shard(name)] == [str(number) for number in range(250)]
+    assert plan.shard("000003")[0].metadata == '{"n": 1}'
+    assert not (tmp_path / "out/.plan.parquet.partial").exists()
+
+
+def test_a_plan_from_before_there_were_catalogues_is_read(tmp_path):
+    cfg = BuildConfig(out=tmp_path, limit=None)
+    plan = make_plan(cfg, [Many(10)])
+    pq.write_table(plan.table.drop_columns(["metadata"]), tmp_path / "plan.parquet")
+    assert [record.metadata for record in read_plan(tmp_path).shard("000000")] == [""] * 10
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_million_assets_takes_less_than_a_minute_and_2_gb(tmp_path):
+    code = "import resource, time; from pathlib import Path; from pipeline.config import BuildConfig; "
+    code += "from pipeline.plan import make_plan; from tests.pipeline.test_build import Many; "
+    code += f"make_plan(BuildConfig(out=Path({str(tmp_path / 'out')!r}), limit=None), [Many(1_000_000)]); "
+    code += "print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, kilobytes = map(float, done.stdout.split())
+    assert seconds < 60
+    assert kilobytes < 2e6
