@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_model
+from model.sparse import BrickBatch
 from model.vae import SparseVAE
 from pipeline.schema import UserError
 from tests.train.builds import tiny_training
@@ -24,6 +25,7 @@ from train.data import BrickReader, read_catalogue
 from train.distributed import World
 from train.evaluate import main as evaluate
 from train.vae_evaluation import VAEEvaluation, evaluate_asset, evaluate_vae, load_vae
+from train.vae_task import inside_iou
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -247,3 +249,24 @@ def test_a_gpu_follows_the_cpu(build, tmp_path, whole):
     cfg = tiny_training(build, tmp_path, steps=40, batch_size=1)
     vae.train(replace(cfg, loop=replace(cfg.loop, max_minutes=0.5)), World(device=torch.device("cuda", 0)))
     np.testing.assert_allclose(np.array(exact(tmp_path))[:5], np.array(whole)[:5], rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)  # minutes on an idle core; cores are shared
+def test_tiny_learns_16_shapes_by_heart(tmp_path):
+    """The preset, without symmetries, reconstructs what it saw: IoU over the points stored around the surface."""
+    data = tmp_path / "data"
+    options = ["--limit", "16", "--val-percent", "0", "--resolutions", "64", "--views", "1", "--image-size", "64"]
+    command = [sys.executable, "-m", "pipeline.build", "--out", str(data), "--workers", "1", *options]
+    subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "HOME": str(tmp_path)}, check=True, capture_output=True)
+    cfg = VAE_PRESETS["tiny"]
+    cfg = replace(cfg, data=data, out=tmp_path / "run", bricks=replace(cfg.bricks, symmetries=False))
+    assert vae.train(cfg, World()) == cfg.loop.steps
+    model, _ = load_vae(cfg.out / "latest", torch.device("cpu"))
+    reader = BrickReader(read_catalogue(data, [64]))
+    overlaps = []
+    for asset in range(16):
+        batch = BrickBatch.collate([reader.read(asset, 64)])
+        with torch.no_grad():
+            overlaps.append(inside_iou(model(batch)[0], batch.values).item())
+    assert np.mean(overlaps) >= 0.9, overlaps
