@@ -98,6 +98,8 @@ def _gather_gemm(
     start -= (1 << 20) + (1 << 10) + 1
     place = places(row if S > 1 else 0, S, STRIDE, SI) + start
     acc = tl.zeros([BM, BO], tl.float64 if x_ptr.dtype.element_ty == tl.float32 else tl.float32)
+    if BIAS:  # before the products: registers that held it until after them would cost a third program
+        acc += tl.load(b_ptr + o, o < O, other=0.0)[None, :].to(acc.dtype)
     for k in range(T * T * T * CHUNKS):
         tap = k // CHUNKS
         c = k % CHUNKS * BC + tl.arange(0, BC)
@@ -111,8 +113,6 @@ def _gather_gemm(
         else:
             w = tl.load(w_ptr + w, (c < C)[:, None] & (o < O)[None, :], other=0.0)
         acc = add_dot(x, w, acc)
-    if BIAS:
-        acc += tl.load(b_ptr + o, o < O, other=0.0).to(tl.float32)[None, :]
     if PARITIES:  # x, y, z of the child: 2 * x + parity's x, ...
         local = places(row, S, 2, 0) + tap_place(parity, 2)
         D: tl.constexpr = 2 * S
