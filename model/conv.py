@@ -12,6 +12,7 @@ from kernels import group_norm, pool_children, sparse_conv
 from model.sparse import SparseTensor
 
 TAPS = 27
+SILU_GAIN = 1.67  # 1 / sqrt(E[silu(x)^2]) for a normal x: keeps the variance through conv -> SiLU
 
 
 class SparseConv3d(nn.Module):
@@ -19,9 +20,10 @@ class SparseConv3d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        bound = 1 / math.sqrt(TAPS * in_channels)  # as torch's Conv3d
+        # The decoder has six of these and no norm: torch's own bound would shrink a signal to a third in each.
+        bound = SILU_GAIN * math.sqrt(3 / (TAPS * in_channels))
         self.weight = nn.Parameter(torch.empty(TAPS, in_channels, out_channels).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x_NC: Tensor, neighbors_M27: Tensor, size: int = 1, upsample: bool = False) -> Tensor:
         return sparse_conv(x_NC, self.weight, self.bias, neighbors_M27, size=size, upsample=upsample)
