@@ -41,7 +41,7 @@ class RankConfig:
     best_count: int = 0  # so many of the kept ones, the best, also get
     best_resolutions: tuple[int, ...] = ()  # SDFs at these, in a pass of their own
     min_solid_fraction: float = 0.0  # of the bounding box that is enclosed; 0 lets sheets through
-    max_solid_fraction: float = 0.97  # beyond it the shape is the box itself
+    max_solid_fraction: float = 0.985  # beyond it the shape is the box itself
     max_leak_fraction: float = 0.05  # enclosed only once cracks up to twice as wide are closed
     min_tokens: int = 100  # cells of the SDF at the screening's resolution
     max_tokens: int = 20_000

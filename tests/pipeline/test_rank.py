@@ -42,7 +42,7 @@ def reasons(table):
     [
         ({}, ""),
         ({"leak_fraction": 0.051}, "leaks"),
-        ({"solid_fraction": 0.98}, "plain_box"),
+        ({"solid_fraction": 0.99}, "plain_box"),
         ({"tokens": 99}, "too_few_tokens"),
         ({"tokens": 20_001}, "too_many_tokens"),
         ({"coverage_mean": 0.004}, "low_coverage"),
@@ -66,7 +66,7 @@ def test_sheets_pass_unless_told_otherwise():
 
 
 def test_thresholds_are_inclusive():
-    edge = {"tokens": 100, "leak_fraction": 0.05, "solid_fraction": 0.97, "coverage_mean": 0.005, "white_max": 0.98}
+    edge = {"tokens": 100, "leak_fraction": 0.05, "solid_fraction": 0.985, "coverage_mean": 0.005, "white_max": 0.98}
     assert reasons(ranked(edge)) == {"a": ""}
 
 

@@ -132,7 +132,7 @@ def test_other_thresholds_need_no_second_look(ranked_build, tmp_path):
 def test_the_funnel_is_part_of_the_catalogue(ranked_build):
     cfg, _ = ranked_build
     rows = {row["reason"]: row for row in read_funnel(cfg.out / CATALOGUE)}
-    assert rows["plain_box"]["thresholds"] == {"rank.max_solid_fraction": 0.97}
+    assert rows["plain_box"]["thresholds"] == {"rank.max_solid_fraction": 0.985}
     assert sum(row["assets"] for row in rows.values()) == 9 - 4
 
 
