@@ -43,7 +43,7 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 demo: setup
-	$(BIN)/python -m train.demo --data $(OUT) --out $(DEMO)
+	$(BIN)/python -m train.demo --out $(DEMO)
 	@echo "open $(DEMO)/index.html"
 
 data: setup
@@ -66,7 +66,7 @@ type: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.sdf
-	$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" && $(BIN)/python -m kernels.bench ssa || echo "no CUDA device: kernels not measured"
+	$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" && $(BIN)/python -m kernels.bench ssa && $(BIN)/python -m benchmarks.conv || echo "no CUDA device: kernels not measured"
 
 clean:
-	rm -rf .venv $(OUT) $(DEMO)
+	rm -rf .venv data/smoke data/demo runs/demo
