@@ -29,7 +29,7 @@ class DemoConfig:
     """Build data, train every stage, generate, evaluate, report. The same command goes on with what is not done."""
 
     size: Literal["auto", "cpu", "gpu"] = "auto"  # gpu: more data, larger models; auto: where there is one
-    data: Path = Path("data/smoke")
+    data: Path = Path("data/demo")
     out: Path = Path("runs/demo")
 
 
@@ -46,86 +46,104 @@ class Plan:
     """What is run: the steps of each phase's lanes follow each other, lanes run side by side, phases in turn."""
 
     phases: tuple[tuple[tuple[Step, ...], ...], ...]
-    build: Path
     out: Path
-    note: str
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
 
 
-def plan(cfg: DemoConfig, size: str) -> Plan:
-    """All commands of the demo. The two halves that do not need each other, VAE and structure, train side by side."""
-    gpu = size == "gpu"
-    data, out = str(cfg.data), cfg.out
-    if gpu:
-        resolution, preset, device = "256", "small", "cuda"
-        build = ("--limit", "96", "--resolutions", "256", "--topology-resolution", "256", "--views", "24",
-                 "--image-size", "512")  # fmt: skip
-        minutes = ("--loop.max-minutes", "4")
-        flow = ("--flow.loop.max-minutes", "4")
-        occupancy = ("--vae.loop.max-minutes", "2")
-        sampling = ("--options.steps", "50", "30", "--options.guidance", "3.0")
-    else:
-        resolution, preset, device = "64", "tiny", "cpu"
-        build, minutes, occupancy = (), (), ("--vae.loop.steps", "300")
-        flow = ()
-        sampling = ("--options.steps", "20", "--options.guidance", "2.0")
-    held_out = ("--held-out-views", "2")
-    common = ("--data", data, "--device", device)
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large a demo is: the words that its commands get."""
 
-    def train(name: str, *words: str) -> Step:
-        return Step(name=name, command=(f"train.{name}", "--preset", preset, *common, *words))
+    device: str
+    preset: str
+    resolution: str
+    lanes: int  # of training side by side
+    build: tuple[str, ...]
+    vae: tuple[str, ...]
+    structure: tuple[str, ...]
+    dit: tuple[str, ...]
+    sampling: tuple[str, ...]
 
-    vae = train("vae", "--out", str(out / "vae"), *(("--bricks.resolutions", resolution) if gpu else ()), *minutes)
-    encode = Step(
-        name="encode",
-        command=("train.encode", "--vae", str(out / "vae/latest"), *common, "--resolutions", resolution,
-                 "--latents", str(out / "latents")),
-    )  # fmt: skip
-    dit = train(
-        "dit", "--latents", str(out / "latents"), "--vae", str(out / "vae/latest"), "--out", str(out / "dit"),
-        "--resolution", resolution, *held_out, "--samples", "0", *flow,
-    )  # fmt: skip
-    structure = train(
-        "structure", "--out", str(out / "structure"), "--resolution", resolution, *held_out, "--samples", "4",
-        *occupancy, *flow,
-    )  # fmt: skip
-    export = Step(
-        name="export",
-        command=("train.export", "--vae", str(out / "vae/latest"), "--structure", str(out / "structure/flow/latest"),
-                 "--dit", str(out / "dit/latest"), "--out", str(out / "export")),
-    )  # fmt: skip
-    judge = ("--checkpoint", str(out / "export"), *common, "--samples", "20000", *sampling)
+
+SIZES = {
+    "cpu": Size(  # about ten minutes on two cores; fewer assets are learnt by heart sooner
+        device="cpu",
+        preset="tiny",
+        resolution="64",
+        lanes=2,
+        build=("--limit", "24"),
+        vae=("--bricks.no-symmetries",),
+        structure=("--vae.loop.steps", "300", "--flow.loop.steps", "800"),
+        dit=("--flow.loop.steps", "500"),
+        sampling=("--options.steps", "20", "--options.guidance", "2.0"),
+    ),
+    "gpu": Size(
+        device="cuda",
+        preset="small",
+        resolution="256",
+        lanes=1,
+        build=(
+            *("--limit", "96", "--resolutions", "256", "--topology-resolution", "256"),
+            *("--views", "24", "--image-size", "512"),
+        ),
+        vae=("--bricks.resolutions", "256", "--loop.max-minutes", "4"),
+        structure=("--vae.loop.max-minutes", "2", "--flow.loop.max-minutes", "4"),
+        dit=("--flow.loop.max-minutes", "4"),
+        sampling=("--options.steps", "50", "30", "--options.guidance", "3.0"),
+    ),
+}
+
+
+def plan(cfg: DemoConfig, size: Size) -> Plan:
+    """All commands of the demo. The two that do not need each other, VAE and structure, begin lanes of their own."""
+    data, out = ("--data", str(cfg.data)), cfg.out
+    common = (*data, "--device", size.device)
+    flow = ("--resolution", size.resolution, "--held-out-views", "2")
+    vae, structure, dit, export = (out / name for name in ("vae", "structure", "dit", "export"))
+    latents = ("--latents", str(out / "latents"), "--vae", str(vae / "latest"))
+
+    def step(module: str, *words: str | Path, name: str = "") -> Step:
+        return Step(name=name or module.partition(".")[2], command=(module, *map(str, words)))
+
+    def train(name: str, folder: Path, *words: str) -> Step:
+        return step(f"train.{name}", "--preset", size.preset, *common, "--out", folder, *words)
+
+    def judge(name: str, folder: str, *words: str) -> Step:
+        given = ("generation", "--checkpoint", export, *common, "--samples", "20000", *size.sampling)
+        return step("train.evaluate", *given, "--out", out / folder, *words, name=name)
+
+    to_latents = (
+        train("vae", vae, *size.vae),
+        step("train.encode", *common, *latents, "--resolutions", size.resolution),
+        train("dit", dit, *latents, *flow, "--samples", "0", *size.dit),
+    )
+    to_cells = (train("structure", structure, *flow, "--samples", "4", *size.structure),)
+    collect = (
+        "--vae",
+        vae / "latest",
+        "--structure",
+        structure / "flow/latest",
+        "--dit",
+        dit / "latest",
+        "--out",
+        export,
+    )
+    reconstruct = ("--checkpoint", export / "vae", *common, "--resolutions", size.resolution, "--samples", "20000")
     phases = (
+        ((step("pipeline.build", "--preset", "smoke", "--out", cfg.data, *size.build),),),
+        ((step("pipeline.verify", cfg.data),),),
+        (to_latents, to_cells) if size.lanes == 2 else ((*to_latents, *to_cells),),
+        ((step("train.export", *collect, "--out", export),),),
         (
             (
-                Step(name="build", command=("pipeline.build", "--preset", "smoke", "--out", data, *build)),
-                Step(name="verify", command=("pipeline.verify", data)),
+                step("train.evaluate", "vae", *reconstruct, "--pictures", "6", "--out", out / "reconstruction",
+                     name="evaluate vae"),
+                judge("evaluate generation of unseen shapes", "unseen", "--split", "val", "--limit", "2"),
             ),
-        ),
-        ((vae, encode, dit), (structure,)) if not gpu else ((vae, encode, dit, structure),),
-        ((export,),),
-        (
-            (
-                Step(
-                    name="evaluate vae",
-                    command=("train.evaluate", "vae", "--checkpoint", str(out / "export/vae"), *common, "--resolutions",
-                             resolution, "--samples", "20000", "--pictures", "6", "--out", str(out / "reconstruction")),
-                ),
-            ),
-            (
-                Step(
-                    name="evaluate generation",
-                    command=("train.evaluate", "generation", *judge, "--limit", "12", "--out", str(out / "generation")),
-                ),
-                Step(
-                    name="evaluate generation of unseen shapes",
-                    command=("train.evaluate", "generation", *judge, "--split", "val", "--limit", "3", "--out",
-                             str(out / "unseen")),
-                ),
-            ),
+            (judge("evaluate generation", "generation", "--limit", "10"),),
         ),
     )  # fmt: skip
-    return Plan(phases=phases, build=cfg.data, out=out, note=size)
+    return Plan(phases=phases, out=out)
 
 
 def run(steps: Plan) -> list[StepTaken]:
@@ -201,7 +219,7 @@ def main(args: Sequence[str]) -> None:
     if size == "gpu" and not torch.cuda.is_available():
         raise UserError("--size gpu needs a CUDA device, none found; use --size cpu")
     started = time.monotonic()
-    chosen = plan(cfg, size)
+    chosen = plan(cfg, SIZES[size])
     log.info("demo of size %s into %s, with %d threads", size, cfg.out, chosen.threads)
     taken = run(chosen)
     page = write_page(cfg.out, cfg.data, taken, size=size, seconds=time.monotonic() - started)

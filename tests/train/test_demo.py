@@ -16,7 +16,7 @@ from pipeline.schema import RunError
 from train.charts import Curve, chart, curves_of, smoothed
 from train.command import configure, parse
 from train.config import VAE_PRESETS
-from train.demo import DemoConfig, Plan, Step, plan, run
+from train.demo import SIZES, DemoConfig, Plan, Step, plan, run
 from train.demo_page import StepTaken, write_page
 from train.dit_config import DIT_PRESETS
 from train.encode import Encoding
@@ -44,7 +44,7 @@ def read(command):
 
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
 def test_every_command_is_one_that_exists_and_they_fit_together(size):
-    steps = plan(DemoConfig(data=Path("d"), out=Path("o")), size)
+    steps = plan(DemoConfig(data=Path("d"), out=Path("o")), SIZES[size])
     configs = {step.name: read(step.command) for lanes in steps.phases for lane in lanes for step in lane}
     build, vae, dit, structure = (configs[name] for name in ("build", "vae", "dit", "structure"))
     assert dit.resolution == structure.resolution
@@ -69,7 +69,7 @@ def test_lanes_run_side_by_side_and_phases_in_turn(tmp_path):
     first, second = (sleep("a", 0.6), sleep("b", 0.1)), (sleep("c", 0.7),)
     last = Step(name="the end", command=("timeit", "-n", "1", "-r", "1", "1"))
     started = time.monotonic()
-    taken = run(Plan(phases=((first, second), ((last,),)), build=tmp_path, out=tmp_path, note=""))
+    taken = run(Plan(phases=((first, second), ((last,),)), out=tmp_path))
     assert [step.name for step in taken] == ["a", "b", "c", "the end"]
     assert time.monotonic() - started < sum(step.seconds for step in taken) - 0.4
     assert taken[0].command.startswith("python -m timeit")
@@ -82,7 +82,7 @@ def test_a_step_that_fails_ends_the_others_and_is_quoted(tmp_path):
     lanes = ((sleep("long", 60), sleep("never", 60)), (Step(name="bad", command=("json.tool", "no-such-file")),))
     started = time.monotonic()
     with pytest.raises(RunError, match=r"bad ended with exit code [12] (.|\n)*no-such-file"):
-        run(Plan(phases=(lanes,), build=tmp_path, out=tmp_path, note=""))
+        run(Plan(phases=(lanes,), out=tmp_path))
     assert time.monotonic() - started < 30
     assert not (tmp_path / "logs" / "never.log").exists()
 
