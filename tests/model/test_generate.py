@@ -321,3 +321,12 @@ def test_the_command_says_what_it_did(checkpoint, picture, tmp_path):
         main([str(tmp_path / "no.png")])
     with pytest.raises(UserError, match="seed must be 0 or more, got -1"):
         main([str(picture), "--seed", "-1"])
+
+
+@pytest.mark.gpu
+def test_same_seed_same_mesh_on_a_gpu(checkpoint):
+    first, again, other = (Generator.load(checkpoint, "cuda").generate(disc(), seed, FAST) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first.vertices, again.vertices)
+    np.testing.assert_array_equal(first.faces, again.faces)
+    assert first.open_edges == 0
+    assert first.vertices.shape != other.vertices.shape or (first.vertices != other.vertices).any()
