@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +15,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.schema import UserError
+from pipeline.schema import RunError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +77,44 @@ def join(device: Device) -> Iterator[World]:
         yield World(device=where)
         return
     backend = "nccl" if where.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=where if where.type == "cuda" else None)
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    dist.init_process_group(
+        backend,
+        store=of_this_start(store, rank, size),
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+        device_id=where if where.type == "cuda" else None,
+    )
     try:
         yield World(rank=rank, size=size, device=where)
     finally:
         dist.destroy_process_group()
+
+
+def of_this_start(store: Store, rank: int, size: int) -> Store:
+    """A part of torchrun's store that is empty.
+
+    The store outlives a restart, so it may still hold addresses of ranks that were killed, whom others would call. The
+    first rank names the part after itself and tells the others, each by a name that no process had before.
+    """
+    me = uuid.uuid4().hex
+    if rank:
+        store.set(f"here-{rank}", me)
+        start = store.get(f"start-for-{me}").decode()
+        store.set(f"heard-{me}-{start}", "")
+        return PrefixStore(start, store)
+    missing, deadline = set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        for other in [other for other in missing if store.check([f"here-{other}"])]:
+            name = store.get(f"here-{other}").decode()
+            store.set(f"start-for-{name}", me)
+            if store.check([f"heard-{name}-{me}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise RunError(f"ranks {sorted(missing)} of {size} did not come within {TIMEOUT}")
+        time.sleep(0.02)
+    return PrefixStore(me, store)
 
 
 _TORCHRUN: Sequence[tuple[str, int]] = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))

@@ -4,17 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from torch.distributed import HashStore
 
 from pipeline.schema import UserError
 from tests.train.builds import tiny_training
 from tests.train.ranks import gradients
-from train.distributed import World, choose_device
+from train.distributed import World, choose_device, of_this_start
 from train.vae import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +75,26 @@ def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(build, tmp_path)
     latest = (out / "latest").resolve()
     assert {"rank-0.pt", "rank-1.pt"} <= {path.name for path in latest.iterdir()}
     assert not list(out.glob(".step*"))
+
+
+def test_what_killed_ranks_left_in_the_store_is_not_found():
+    shared, together = HashStore(), threading.Barrier(3)
+    keys = [f"address-{rank}" for rank in range(3)]
+
+    def start(attempt):
+        def one(rank):
+            mine = of_this_start(shared, rank, 3)
+            together.wait(10)
+            found = [key for key in keys if mine.check([key])]
+            together.wait(10)
+            mine.set(keys[rank], str(attempt))
+            return found, [mine.get(key).decode() for key in keys]
+
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(one, (2, 1, 0)))
+
+    for attempt in range(4):
+        assert start(attempt) == [([], [str(attempt)] * 3)] * 3
 
 
 def test_more_ranks_than_gpus_is_one_clear_error(monkeypatch):
