@@ -83,7 +83,7 @@ def render(size: int, seed: int) -> np.ndarray:
     row, column = np.mgrid[:size, :size] / size - 0.5
     radius = np.hypot(row, column)
     ring = (radius < 0.45) & (radius > 0.45 * (1 - FOREGROUND / 0.785) ** 0.5)
-    noise = rng.integers(0, 256, (size // 8, size // 8, 3)).repeat(8, 0).repeat(8, 1)
+    noise = rng.integers(0, 256, (size // 8 + 1, size // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)[:size, :size]
     return np.dstack([noise, 255 * ring]).astype(np.uint8)
 
 

@@ -156,7 +156,7 @@ class Judge:
                 "uid": self.uids[asset],
                 "chamfer_x1000": 1000 * mine.chamfer,
                 **{f"f1_{t}": 100 * value for t, value in mine.f1.items()},
-                "nearest_is_right": nearest == asset,
+                "nearest_is_right": nearest == asset and np.isfinite(mine.chamfer),
                 "next_chamfer_x1000": 1000 * sorted(found.chamfer for found in metrics)[1],
                 **more,
             }
@@ -166,9 +166,15 @@ class Judge:
     def summary(self) -> dict[str, Any]:
         there = [row for row in self.rows if np.isfinite(row["chamfer_x1000"])]
         numbers = [name for name, value in self.rows[0].items() if isinstance(value, float)]
-        means = {name: float(np.mean([row[name] for row in there])) for name in numbers}
+        means = {name: float(np.mean([row[name] for row in there])) if there else None for name in numbers}
         right = sum(row["nearest_is_right"] for row in self.rows)
-        return {"assets": len(self.rows), "nearest_is_right": right, "mean": means, "rows": self.rows}
+        return {
+            "assets": len(self.rows),
+            "empty": len(self.rows) - len(there),
+            "nearest_is_right": right,
+            "mean": means,
+            "rows": self.rows,
+        }
 
 
 def judge_of(cfg: Learn) -> Judge:
