@@ -516,21 +516,43 @@ def test_a_killed_rank_is_started_again_and_goes_on_from_the_last_checkpoint(bui
 def test_from_meshes_to_generated_meshes(tmp_path):
     """Every command in turn on procedural assets; what a new view of one gives is nearest to that one."""
     data = tmp_path / "build"
-    words = ["--limit", "4", "--resolutions", "64", "--image-size", "112", "--val-percent", "0", "--workers", "1"]
+    words = [
+        "--limit",
+        "4",
+        "--resolutions",
+        "32",
+        "--topology-resolution",
+        "64",
+        "--image-size",
+        "112",
+        "--val-percent",
+        "0",
+        "--workers",
+        "1",
+    ]
     command = [sys.executable, "-m", "pipeline.build", "--preset", "smoke", "--out", str(data), *words]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     run, common = str(tmp_path / "vae"), ["--data", str(data), "--device", "cpu"]
-    vae_main([*common, "--out", run, "--loop.steps", "250", "--loop.sample-every", "0", "--bricks.no-symmetries"])
+    options = [
+        "--bricks.resolutions",
+        "32",
+        "--bricks.no-symmetries",
+        "--loop.steps",
+        "250",
+        "--loop.sample-every",
+        "0",
+    ]
+    vae_main([*common, "--out", run, *options])
     encode_main([*common, "--vae", f"{run}/latest"])
     out = tmp_path / "dit"
-    main([*common, "--vae", f"{run}/latest", "--out", str(out), "--flow.loop.steps", "200"])
+    main([*common, "--vae", f"{run}/latest", "--out", str(out), "--resolution", "32", "--flow.loop.steps", "200"])
     (folder,) = (out / "samples").iterdir()
     numbers = json.loads((folder / "iou.json").read_text())["held_out_views"]
     made = {path.stem: read_ply(path) for path in folder.glob("*.ply")}
-    reader = BrickReader(read_catalogue(data, [64]))
+    reader = BrickReader(read_catalogue(data, [32]))
     uids = reader.catalogue.uids
     assert len(made) == len(uids) == 4
-    right = [extract(reader.read(asset, 64)) for asset in range(4)]
+    right = [extract(reader.read(asset, 32)) for asset in range(4)]
     for number, uid in enumerate(uids):
         distances = [compare_surfaces(*made[uid], *mesh, samples=5000).chamfer for mesh in right]
         assert int(np.argmin(distances)) == number, (uid, distances)
