@@ -16,19 +16,20 @@ _TILES = 32  # a program of the backward works through, so that its sums for the
 
 @triton.jit
 def _rows(x_ptr, w_ptr, n, N, C, BC: tl.constexpr):
-    """Rows n of x in fp32 [BN, BC], the weight [BC], where they are and their mask."""
+    """Rows n of x in fp32 (fp64 for fp32) [BN, BC], the weight [BC], where they are and their mask."""
+    WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float32 else tl.float32
     c = tl.arange(0, BC)
     at = n.to(tl.int64)[:, None] * C + c[None, :]
     mask = (n < N)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32)
-    return x, tl.load(w_ptr + c, c < C, other=0.0).to(tl.float32), at, mask
+    x = tl.load(x_ptr + at, mask, other=0.0).to(WIDE)
+    return x, tl.load(w_ptr + c, c < C, other=0.0).to(WIDE), at, mask
 
 
 @triton.jit(do_not_specialize=["N"])
 def _head_fwd(x_ptr, w_ptr, b_ptr, y_ptr, N, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     x, w, _, _ = _rows(x_ptr, w_ptr, n, N, C, BC)  # pyright: ignore[reportGeneralTypeIssues]
-    logit = tl.sum(x * tl.sigmoid(x) * w[None, :], 1) + tl.load(b_ptr).to(tl.float32)
+    logit = tl.sum(x * tl.sigmoid(x) * w[None, :], 1) + tl.load(b_ptr)
     e = tl.exp(-2.0 * tl.abs(logit))  # tanh without overflow; the interpreter has none of its own
     tl.store(y_ptr + n, tl.where(logit < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e), n < N)
 
@@ -39,12 +40,13 @@ def _head_bwd(
     C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     program, c = tl.program_id(0).to(tl.int64), tl.arange(0, BC)
-    dw, db = tl.zeros([BC], tl.float32), tl.zeros([BN], tl.float32)
+    SUM: tl.constexpr = dw_ptr.dtype.element_ty
+    dw, db = tl.zeros([BC], SUM), tl.zeros([BN], SUM)
     for tile in range(TILES):
         n = (program * TILES + tile) * BN + tl.arange(0, BN)
         x, w, at, mask = _rows(x_ptr, w_ptr, n, N, C, BC)  # pyright: ignore[reportGeneralTypeIssues]
-        y, dy = tl.load(y_ptr + n, n < N, other=0.0), tl.load(dy_ptr + n, n < N, other=0.0)
-        dlogit = dy * (1.0 - y * y)
+        y, dy = tl.load(y_ptr + n, n < N, other=0.0).to(SUM), tl.load(dy_ptr + n, n < N, other=0.0)
+        dlogit = dy * ((1.0 - y) * (1.0 + y))
         gate = tl.sigmoid(x)
         active = x * gate
         dx = dlogit[:, None] * w[None, :] * (gate + active * (1.0 - gate))
@@ -81,8 +83,8 @@ def _head_grad(dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -
     x, (N, C) = x.contiguous(), x.shape
     dx, (BN, BC) = torch.empty_like(x), _sizes(C)
     programs = triton.cdiv(N, BN * _TILES)
-    dw = torch.empty(programs, C, dtype=torch.float32, device=x.device)
-    db = torch.empty(programs, 1, dtype=torch.float32, device=x.device)
+    sums = torch.float64 if x.dtype == torch.float32 else torch.float32
+    dw, db = x.new_empty(programs, C, dtype=sums), x.new_empty(programs, 1, dtype=sums)
     if N:
         with on_device(x):
             _head_bwd[(programs,)](x, weight.contiguous(), y, dy.contiguous(), dx, dw, db, N, C, BN, BC, _TILES)
