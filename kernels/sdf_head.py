@@ -17,7 +17,7 @@ _TILES = 32  # a program of the backward works through, so that its sums for the
 @triton.jit
 def _rows(x_ptr, w_ptr, n, N, C, BC: tl.constexpr):
     """Rows n of x in fp32 (fp64 for fp32) [BN, BC], the weight [BC], where they are and their mask."""
-    WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float32 else tl.float32
+    WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float32 else tl.float32  # pyright: ignore[reportAssignmentType]
     c = tl.arange(0, BC)
     at = n.to(tl.int64)[:, None] * C + c[None, :]
     mask = (n < N)[:, None] & (c < C)[None, :]
