@@ -261,7 +261,12 @@ def test_tiny_learns_16_shapes_by_heart(tmp_path):
     subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "HOME": str(tmp_path)}, check=True, capture_output=True)
     cfg = VAE_PRESETS["tiny"]
     cfg = replace(cfg, data=data, out=tmp_path / "run", bricks=replace(cfg.bricks, symmetries=False))
-    assert vae.train(cfg, World()) == cfg.loop.steps
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        assert vae.train(cfg, World()) == cfg.loop.steps
+    finally:
+        torch.set_num_threads(threads)
     model, _ = load_vae(cfg.out / "latest", torch.device("cpu"))
     reader = BrickReader(read_catalogue(data, [64]))
     overlaps = []
