@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trimesh
 
 from pipeline.fetch import FetchConfig
 from pipeline.plan import make_plan
@@ -38,7 +39,8 @@ def stl(triangles: np.ndarray) -> bytes:
     return bytes(80) + struct.pack("<I", len(triangles)) + rows.tobytes()
 
 
-STL = stl(TETRAHEDRON)
+# The uids, and with them the cameras, follow the server's port: from nowhere may the shape look like one flat face.
+STL = stl(trimesh.creation.icosahedron().triangles)
 
 
 def ends(out: Path) -> dict[str, tuple[str, str, str]]:
