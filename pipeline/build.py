@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from pipeline.command import command, parse
 from pipeline.config import PRESETS, BuildConfig
+from pipeline.location import check_output
 from pipeline.plan import make_plan, refuse_foreign
 from pipeline.report import write_report
 from pipeline.runner import run
@@ -40,6 +41,7 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     `sources` stands in for those that cfg.source names. UserError and RunError as the modules it calls.
     """
     started = time.monotonic()
+    check_output(cfg.out)
     total = make(cfg, open_sources(cfg) if sources is None else sources)
     page = write_report(cfg.out)
     log.info("%d done, %d rejected, %d failed in %.0f s", *total.values(), time.monotonic() - started)

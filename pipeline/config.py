@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +15,7 @@ from pipeline.cameras import CameraSet
 from pipeline.fetch import FetchConfig
 from pipeline.filter import FilterConfig
 from pipeline.load import LoadConfig
+from pipeline.location import Location, location
 from pipeline.measure import ScreenConfig
 from pipeline.normalize import NormalizeConfig
 from pipeline.rank import RankConfig
@@ -24,6 +25,17 @@ from pipeline.topology import TopologyConfig
 
 PresetName = Literal["smoke", "full", "paper"]
 Pass = Literal["build", "screen", "best"]
+# A path, or a URL if it begins like one, as an option.
+PathOrUrl = Annotated[
+    Location,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH|URL",
+        instance_from_str=lambda args: location(args[0]),
+        is_instance=lambda value: isinstance(value, Location),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +68,8 @@ class BuildConfig:
     # procedural | folder:PATH | objaverse | objaverse-xl[?places=github,...] | shapenet:PATH[?categories=chair]
     source: tuple[str, ...] = ("procedural",)
     up: Literal["y", "z"] = "y"  # the axis that points up in the source's files
-    out: Path = Path("data/smoke")  # output directory; a build that was stopped goes on there
+    out: PathOrUrl = Path("data/smoke")  # directory, or s3://bucket/prefix; a build that was stopped goes on there
+    scratch: Path | None = None  # where a node works if `out` is a URL; default: its temporary directory
     limit: int | None = None  # take the first N assets only; smoke: 48, unless --source is given
     resolutions: tuple[int, ...] = (64, 128)  # grid points along one side, multiples of 8
     topology_resolution: int = 128  # grid on which inside and outside are decided, once for all resolutions

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
 from pipeline.command import command, parse
-from pipeline.manifest import PACK_SECONDS
-from pipeline.pack import manifest_path, marker_path, product_paths
+from pipeline.config import PathOrUrl
+from pipeline.location import Location, check_input, children, files, readable
+from pipeline.manifest import PACK_SECONDS, is_product
+from pipeline.pack import manifest_path, marker_path, product_paths, stats_path
 from pipeline.plan import Plan, read_plan
 from pipeline.schema import UserError
 
@@ -27,7 +30,7 @@ log = logging.getLogger(__name__)
 class EstimateConfig:
     """Scale the measured seconds and bytes of DIR up, and say which cluster meets a deadline at what cost."""
 
-    directory: Annotated[Path, tyro.conf.Positional]  # a finished build with the options of the large one
+    directory: Annotated[PathOrUrl, tyro.conf.Positional]  # a finished build with the options of the large one
     assets: int = 1_000_000  # raw ones in the whole catalogue
     keep: int = 452_000  # of them, where the build ranks
     best: int = 68_000  # of these, with the resolutions of the second pass
@@ -82,7 +85,7 @@ class Estimate:
     storage_usd_a_month: float
 
 
-def measure_passes(out: Path) -> dict[str, Cost]:
+def measure_passes(out: Location) -> dict[str, Cost]:
     """The passes of a finished build: "build" and, where it ranks, "screen" and "best". UserError if it is none."""
     plan = read_plan(out)
     best = [f"sdf-{resolution}" for resolution in (plan.info["config"].get("rank") or {}).get("best_resolutions", ())]
@@ -136,17 +139,16 @@ def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
         if not markers:
             continue
         gpu_renders = any("nvidia" in name.lower() for marker in markers for name in marker.get("renderers", ()))
-        path = out / "stats" / f"{shard}.parquet"
-        visits = [row for row in pq.read_table(path).to_pylist() if _is_of(json.loads(row["stage_seconds"]), counts)]
+        stats = pq.read_table(readable(stats_path(out, shard)))
+        visits = [row for row in stats.to_pylist() if _is_of(json.loads(row["stage_seconds"]), counts)]
         seconds += [row["seconds"] for row in visits]
         peaks += [row["peak_rss_bytes"] for row in visits]
         renders = [_renders(json.loads(row["stage_seconds"])) for row in visits]
         gpu += renders if gpu_renders else [0.0] * len(visits)
-        sizes = pq.read_table(manifest_path(out, shard), columns=["uid", "numbers"]).to_pylist()
+        sizes = pq.read_table(readable(manifest_path(out, shard)), columns=["uid", "numbers"]).to_pylist()
         size_of = {row["uid"]: json.loads(row["numbers"]).get("bytes", 0) for row in sizes}
         fetched += [size_of.get(row["uid"], 0) for row in visits]
-        share = _pack_seconds(path) * len(visits) / max(pq.read_metadata(path).num_rows, 1)
-        pack += share
+        pack += _pack_seconds(stats) * len(visits) / max(len(stats), 1)
         stored += sum(marker["bytes"] for marker in markers)
         files += sum(1 + _files(out, marker) for marker in markers)
     if not seconds:
@@ -167,15 +169,16 @@ def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
     )
 
 
-def _markers(out: Path, shard: str, counts: Callable[[str], bool]) -> list[dict[str, Any]]:
-    folder = marker_path(out, shard, "x").parent
-    names = sorted(path.stem for path in folder.glob("*-*.json"))
+def _markers(out: Location, shard: str, counts: Callable[[str], bool]) -> list[dict[str, Any]]:
+    found = [place.name.removesuffix(".json") for place in children(out / "shards" / shard)]
+    names = sorted(name for name in found if is_product(name))
     return [json.loads(marker_path(out, shard, name).read_text()) for name in names if counts(name)]
 
 
-def _files(out: Path, marker: dict[str, Any]) -> int:
-    paths = [out / path for path in product_paths(marker["product"], marker["shard"])]
-    return sum(sum(1 for file in path.rglob("*") if file.is_file()) if path.is_dir() else 1 for path in paths)
+def _files(out: Location, marker: dict[str, Any]) -> int:
+    """An SDF shard is a directory, everything else a file."""
+    paths = product_paths(marker["product"], marker["shard"])
+    return sum(len(files(out / path)) if path.suffix == ".zarr" else 1 for path in paths)
 
 
 def _is_of(stages: dict[str, float], counts: Callable[[str], bool]) -> bool:
@@ -188,8 +191,8 @@ def _renders(stages: dict[str, float]) -> float:
     return sum(seconds for stage, seconds in stages.items() if stage.startswith("renders-"))
 
 
-def _pack_seconds(path: Path) -> float:
-    return float((pq.read_schema(path).metadata or {}).get(PACK_SECONDS.encode(), b"0"))
+def _pack_seconds(stats: pa.Table) -> float:
+    return float((stats.schema.metadata or {}).get(PACK_SECONDS.encode(), b"0"))
 
 
 def lines(estimate: Estimate, passes: dict[str, Cost], cfg: EstimateConfig) -> list[str]:
@@ -211,8 +214,7 @@ def lines(estimate: Estimate, passes: dict[str, Cost], cfg: EstimateConfig) -> l
 
 def main(args: Sequence[str]) -> None:
     cfg = parse(EstimateConfig, args, prog="python -m pipeline.estimate")
-    if not cfg.directory.is_dir():
-        raise UserError(f"no directory {cfg.directory}; give a build's output directory")
+    check_input(cfg.directory)
     passes = measure_passes(cfg.directory)
     estimate = predict(passes, cfg)
     for line in lines(estimate, passes, cfg):

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.location import Location, readable
 from pipeline.schema import FORMAT_VERSION, Record, split_of
 
 PACK_SECONDS = "pack_seconds"
@@ -127,10 +128,10 @@ def write_manifest(path: Path, rows: Sequence[dict[str, Any]], resolutions: Iter
     _replace_table(path, pa.Table.from_pylist(list(rows), manifest_schema(resolutions)))
 
 
-def read_manifest(path: Path) -> list[dict[str, Any]]:
+def read_manifest(path: Location) -> list[dict[str, Any]]:
     """The rows of one shard. ValueError if it is not a manifest of this format version."""
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(readable(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} must be a readable manifest: {error}") from error
     version = (table.schema.metadata or {}).get(b"format_version", b"none").decode()

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.fft import dctn
 
 from pipeline.exterior import BARRIER_VOXELS, Exterior, bin_triangles, flood
+from pipeline.location import Location, readable
 from pipeline.render import RenderConfig, render_views, view_numbers
 from pipeline.schema import FORMAT_VERSION, Bricks, Mesh, View, check_resolution, spacing
 from pipeline.sdf import compute_bricks
@@ -151,10 +152,10 @@ def write_measured(path: Path, rows: Sequence[tuple[str, Measured]]) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def read_measured(path: Path) -> pa.Table:
+def read_measured(path: Location) -> pa.Table:
     """ValueError if it is not a table of this format version."""
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(readable(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} must be a readable table: {error}") from error
     if not table.schema.equals(COLUMNS, check_metadata=True):

@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.asset import NOTES, AssetJob, Notes, load_bricks
 from pipeline.config import BuildConfig
 from pipeline.isolate import Exit
+from pipeline.location import Location, Remote, files
 from pipeline.manifest import (
     Result,
     append_stats,
@@ -32,6 +33,7 @@ from pipeline.store import write_sdf_shard
 
 RESULT = "result.json"
 MANIFEST = "manifest"  # the marker that goes with the manifest, which later products replace
+Root = TypeVar("Root", Path, Remote, Location)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +58,16 @@ def product_paths(product: str, shard: str) -> list[Path]:
     return [tar, index_path(tar)]
 
 
-def marker_path(out: Path, shard: str, product: str) -> Path:
+def marker_path(out: Root, shard: str, product: str) -> Root:
     return out / "shards" / shard / f"{product}.json"
 
 
-def manifest_path(out: Path, shard: str) -> Path:
+def manifest_path(out: Root, shard: str) -> Root:
     return out / "manifest" / f"{shard}.parquet"
+
+
+def stats_path(out: Root, shard: str) -> Root:
+    return out / "stats" / f"{shard}.parquet"
 
 
 def scratch_folder(out: Path, shard: str, uid: str) -> Path:
@@ -105,11 +111,14 @@ def land(job: AssetJob, end: Exit, attempts: int) -> Result:
 
 
 def landed(cfg: BuildConfig, shard: str, uid: str, products: Sequence[str]) -> Result | None:
-    """What an earlier visit left in scratch, if it tried these very products."""
-    path = scratch_folder(cfg.out, shard, uid) / RESULT
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text())
+    """What an earlier visit left in local scratch, if it tried these very products."""
+    path = scratch_folder(_local(cfg), shard, uid) / RESULT
+    return result_of(path.read_text(), cfg, products) if path.exists() else None
+
+
+def result_of(text: str, cfg: BuildConfig, products: Sequence[str]) -> Result | None:
+    """The result that RESULT holds, if its visit tried these very products."""
+    content = json.loads(text)
     if any(content["hashes"].get(product) != cfg.product_hash(product) for product in products):
         return None
     return Result(**content["result"])
@@ -123,14 +132,27 @@ def finished(cfg: BuildConfig, shard: str) -> dict[str, dict[str, Any]]:
     return {row["uid"]: row for row in read_manifest(path)}
 
 
+def committed(out: Location) -> dict[str, set[str]]:
+    """The products of every shard that have a marker, "manifest" among them."""
+    found: dict[str, set[str]] = {}
+    for name in files(out / "shards"):
+        shard, _, product = name.partition("/")
+        if product.endswith(".json") and not product.startswith("."):
+            found.setdefault(shard, set()).add(product.removesuffix(".json"))
+    return found
+
+
 def ended_for_good(row: dict[str, Any]) -> bool:
     """Whether an asset was turned away before any product, so that no further one can be made of it."""
     return row["status"] != "done" and not is_product(row["stage"])
 
 
 def pack(job: PackJob) -> dict[str, int]:
-    """Write the shard's products, manifest, stats and markers; remove its scratch. Returns the manifest's counts."""
-    cfg, out, shard, started = job.config, job.config.out, job.shard, time.monotonic()
+    """Write the shard's products, manifest, stats and markers; remove its scratch. Returns the manifest's counts.
+
+    The output must be a local directory.
+    """
+    cfg, out, shard, started = job.config, _local(job.config), job.shard, time.monotonic()
     old = finished(cfg, shard)
     results: dict[str, Result] = {}
     for record in job.records[: job.wanted]:
@@ -154,7 +176,7 @@ def pack(job: PackJob) -> dict[str, int]:
     resolutions |= {int(product[4:]) for product in job.products if product.startswith("sdf-")}
     path = manifest_path(out, shard)
     write_manifest(path, rows, resolutions)
-    append_stats(out / "stats" / f"{shard}.parquet", results.values(), time.monotonic() - started)
+    append_stats(stats_path(out, shard), results.values(), time.monotonic() - started)
     statuses = {status: sum(row["status"] == status for row in rows) for status in ("done", "rejected", "failed")}
     counts = {"assets": len(rows), **statuses}
     markers[MANIFEST] = {"counts": counts, **_described(out, [path.relative_to(out)])}
@@ -180,7 +202,7 @@ def tree_sha256(path: Path) -> tuple[int, str]:
 
 def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dict[str, Any]:
     """Write a product of all assets that have it; returns its marker."""
-    cfg, out = job.config, job.config.out
+    cfg, out = job.config, _local(job.config)
     uids = [record.uid for record in job.records if product in getattr(results.get(record.uid), "products", {})]
     paths = product_paths(product, job.shard)
     partial = out / ".scratch" / job.shard / f"{product}.partial"
@@ -224,7 +246,12 @@ def _bricks(
     cfg: BuildConfig, shard: str, product: str, resolution: int, uids: Sequence[str]
 ) -> Iterator[tuple[str, Bricks]]:
     for uid in uids:
-        yield uid, load_bricks(scratch_folder(cfg.out, shard, uid) / product, resolution)
+        yield uid, load_bricks(scratch_folder(_local(cfg), shard, uid) / product, resolution)
+
+
+def _local(cfg: BuildConfig) -> Path:
+    assert isinstance(cfg.out, Path), "a task works in a directory; see transfer.py"
+    return cfg.out
 
 
 def _described(out: Path, paths: Sequence[Path]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from PIL import Image
 from pipeline.cameras import look_at_origin
 from pipeline.canvas import canvas
 from pipeline.isosurface import extract
+from pipeline.location import Location
 from pipeline.pack import product_paths
 from pipeline.render import unpremultiply
 from pipeline.schema import BLOCK, Bricks, Material, Mesh, Part
@@ -29,7 +30,7 @@ PAPER = np.array([238, 241, 245], np.float64)  # behind a render
 class PictureJob:
     """Draw `folder/<uid>-<kind>.webp` for assets (shard, uid) of a build."""
 
-    out: Path
+    out: Location
     assets: tuple[tuple[str, str], ...]
     resolution: int
     cameras: str

@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 
 from pipeline.config import BuildConfig, differences, hash_of
 from pipeline.isolate import is_disk_full
+from pipeline.location import Location, Remote, children, readable
 from pipeline.schema import FORMAT_VERSION, Record, UserError
 from pipeline.sources import Listing
+from pipeline.workspace import workspace
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ ROWS = 1 << 16  # written at once
 class Plan:
     """`plan.json` and `plan.parquet` of an output directory."""
 
-    out: Path
+    out: Location
     info: dict[str, Any]
     table: pa.Table
 
@@ -79,22 +81,26 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Listing]) -> Plan:
     if (cfg.out / "plan.json").exists():
         return _matching_plan(cfg)
     refuse_foreign(cfg.out)
-    partial = cfg.out / ".plan.parquet.partial"
-    try:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        assets = _write_table(partial, chain.from_iterable(source.records() for source in sources), cfg)
-        if not assets:
-            _forget(partial)
-            raise UserError(f"no assets in {' '.join(cfg.source)}; name a source that has some")
-        info = _info(cfg, sources, assets)
-        partial.replace(cfg.out / "plan.parquet")
-        partial = cfg.out / ".plan.json.partial"
-        partial.write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
-        partial.replace(cfg.out / "plan.json")  # last: a plan without it does not count
-    except OSError as error:
-        if is_disk_full(error) or str(cfg.out) not in str(error.filename):  # or a source could not be read
-            raise
-        raise UserError(f"cannot write to {cfg.out}: {error.strerror}; choose another --out") from error
+    with workspace(cfg.out, cfg.scratch) as here:
+        partial = here / ".plan.parquet.partial"
+        try:
+            here.mkdir(parents=True, exist_ok=True)
+            assets = _write_table(partial, chain.from_iterable(source.records() for source in sources), cfg)
+            if not assets:
+                _forget(partial)
+                raise UserError(f"no assets in {' '.join(cfg.source)}; name a source that has some")
+            info = _info(cfg, sources, assets)
+            partial.replace(here / "plan.parquet")
+            partial = here / ".plan.json.partial"
+            partial.write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
+            partial.replace(here / "plan.json")  # last: a plan without it does not count
+        except OSError as error:
+            if is_disk_full(error) or str(here) not in str(error.filename):  # or a source could not be read
+                raise
+            raise UserError(f"cannot write to {here}: {error.strerror}; choose another --out") from error
+        if isinstance(cfg.out, Remote):
+            for name in ("plan.parquet", "plan.json"):
+                (cfg.out / name).put(here / name)
     return read_plan(cfg.out)
 
 
@@ -122,17 +128,18 @@ def _forget(partial: Path) -> None:
         partial.parent.rmdir()
 
 
-def refuse_foreign(out: Path) -> None:
+def refuse_foreign(out: Location) -> None:
     """UserError if there is something at `out` that is not a build, nor the beginning of one."""
-    if out.exists() and not (out / "plan.json").exists() and (not out.is_dir() or any(_foreign(out))):
+    a_file = isinstance(out, Path) and out.exists() and not out.is_dir()
+    if a_file or (any(_foreign(out)) and not (out / "plan.json").exists()):
         raise UserError(f"{out} exists and is not a build; choose another --out")
 
 
-def read_plan(out: Path) -> Plan:
+def read_plan(out: Location) -> Plan:
     """The plan of a build. UserError if `out` is not one, or of another format version."""
     try:
         info = json.loads((out / "plan.json").read_text())
-        table = pq.read_table(out / "plan.parquet")
+        table = pq.read_table(readable(out / "plan.parquet"))
         found = info["format_version"]
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         raise UserError(f"{out} is not a build: it has no readable plan.json and plan.parquet") from error
@@ -182,10 +189,10 @@ def _write_table(path: Path, records: Iterator[Record], cfg: BuildConfig) -> int
     return len(seen)
 
 
-def _foreign(out: Path) -> Iterator[Path]:
-    """What lies in a directory and is not the beginning of a build."""
+def _foreign(out: Location) -> Iterator[Location]:
+    """What lies there and is not the beginning of a build."""
     ours = {"plan.parquet", ".plan.parquet.partial", ".plan.json.partial", ".scratch", "screen", "catalogue.parquet"}
-    return islice((path for path in out.iterdir() if path.name not in ours), 1)
+    return islice((path for path in children(out) if path.name not in ours), 1)
 
 
 def _version(package: str) -> str | None:

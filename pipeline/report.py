@@ -9,9 +9,9 @@ import tempfile
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import jinja2
 import numpy as np
@@ -19,18 +19,22 @@ import pyarrow.parquet as pq
 import tyro
 
 from pipeline.command import command, parse
+from pipeline.config import PathOrUrl
 from pipeline.isolate import Isolated
+from pipeline.location import Location, Remote, check_input, write_whole
 from pipeline.manifest import funnel, is_product, product_order, read_manifest
 from pipeline.pack import MANIFEST, manifest_path, marker_path
 from pipeline.pictures import PICTURES, PictureJob
 from pipeline.plan import Plan, read_plan
 from pipeline.rank import thresholds
-from pipeline.schema import UserError
 from pipeline.screen import CATALOGUE, read_funnel
+from pipeline.workspace import fetched
 
 log = logging.getLogger(__name__)
 
 STAGES = ("metadata", "fetch", "file", "load", "normalize", "geometry", "topology")  # what all products share
+READ = ("plan.json", "plan.parquet", "manifest", "stats", "shards")
+Place = TypeVar("Place", Path, Remote, Location)
 PICTURE_RESOLUTION = 256  # the finest that a picture needs; extracting a surface at 1024 takes seconds
 PICTURE_TIMEOUT_S, PICTURE_BYTES = 600.0, 8 * 10**9
 
@@ -39,7 +43,7 @@ PICTURE_TIMEOUT_S, PICTURE_BYTES = 600.0, 8 * 10**9
 class ReportConfig:
     """Write DIR/report/index.html about a build, finished or not."""
 
-    directory: Annotated[Path, tyro.conf.Positional]  # the build's output directory
+    directory: Annotated[PathOrUrl, tyro.conf.Positional]  # the build's output directory
     pictures: int = 24  # assets on the contact sheet
 
 
@@ -54,9 +58,11 @@ class Build:
     open_shards: int
 
 
-def write_report(out: Path, pictures: int = 24) -> Path:
-    """Write the page and return its path. UserError if `out` is not a build."""
-    build = read_build(out)
+def write_report(out: Place, pictures: int = 24) -> Place:
+    """Write the page and return where it is. UserError if `out` is not a build."""
+    with fetched(out, READ) as here:
+        build = read_build(here)
+    build = replace(build, plan=replace(build.plan, out=out))
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline", "."),
         autoescape=True,
@@ -64,10 +70,7 @@ def write_report(out: Path, pictures: int = 24) -> Path:
         undefined=jinja2.StrictUndefined,
     ).get_template("report.html.j2")
     page = out / "report" / "index.html"
-    page.parent.mkdir(exist_ok=True)
-    partial = page.with_name(".index.html.partial")
-    partial.write_text(template.render(**summary(build), **contact_sheet(build, pictures)))
-    partial.replace(page)
+    write_whole(page, template.render(**summary(build), **contact_sheet(build, pictures)).encode())
     return page
 
 
@@ -91,7 +94,7 @@ def read_build(out: Path) -> Build:
 
 def summary(build: Build) -> dict[str, Any]:
     """Everything on the page but the contact sheet."""
-    info, rows = build.plan.info, build.rows
+    out, info, rows = build.plan.out, build.plan.info, build.rows
     status = Counter(row["status"] for row in rows)
     total_bytes = sum(marker["bytes"] for markers in build.markers.values() for marker in markers)
     views = sum(marker["counts"].get("views", 0) for markers in build.markers.values() for marker in markers)
@@ -110,7 +113,7 @@ def summary(build: Build) -> dict[str, Any]:
     ]
     examples = {(row["status"], row["stage"], row["reason"]): row["url"] for row in reversed(rows)}
     return {
-        "name": build.plan.out.resolve().name,
+        "name": out.resolve().name if isinstance(out, Path) else out.name,
         "info": info,
         "info_json": json.dumps(info, indent=1),
         "assets": build.plan.assets,
@@ -127,9 +130,7 @@ def summary(build: Build) -> dict[str, Any]:
             for s, stage, reason, n in funnel(rows)
             if s != "done"
         ],
-        "screening": [
-            {**row, "thresholds": _spelled(row["thresholds"])} for row in _screening(build.plan.out / CATALOGUE)
-        ],
+        "screening": [{**row, "thresholds": _spelled(row["thresholds"])} for row in _screening(out / CATALOGUE)],
         "products": [product_row(name, markers, rows) for name, markers in build.markers.items()],
         "renderers": sorted({r for markers in build.markers.values() for m in markers for r in m.get("renderers", [])}),
         "sign_paths": Counter(row["sign_path"] for row in rows if row["sign_path"]).most_common(),
@@ -141,7 +142,7 @@ def summary(build: Build) -> dict[str, Any]:
     }
 
 
-def _screening(catalogue: Path) -> list[dict[str, Any]]:
+def _screening(catalogue: Location) -> list[dict[str, Any]]:
     """Why assets are not in the catalogue of a ranked build."""
     return read_funnel(catalogue) if catalogue.exists() else []
 
@@ -273,8 +274,7 @@ def human_seconds(seconds: float) -> str:
 
 def main(args: Sequence[str]) -> None:
     cfg = parse(ReportConfig, args, prog="python -m pipeline.report")
-    if not cfg.directory.is_dir():
-        raise UserError(f"no directory {cfg.directory}; give a build's output directory")
+    check_input(cfg.directory)
     log.info("%s", write_report(cfg.directory, cfg.pictures))
 
 

@@ -10,11 +10,11 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -23,22 +23,24 @@ from pipeline.asset import AssetJob
 from pipeline.command import Stop, note_signals
 from pipeline.config import BuildConfig, differences
 from pipeline.isolate import Exit, Isolated, is_disk_full
-from pipeline.manifest import Result
+from pipeline.location import children, read_all, remove
+from pipeline.manifest import STATUSES, Result
 from pipeline.pack import (
     MANIFEST,
     PackJob,
+    committed,
     ended_for_good,
     finished,
     land,
-    landed,
     marker_path,
-    pack,
     scratch_folder,
 )
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.schema import Record, RunError, UserError
 from pipeline.sources import Source
+from pipeline.transfer import commit, hand_in, landed_results
+from pipeline.workspace import scratch_root, workspace
 
 log = logging.getLogger(__name__)
 
@@ -66,44 +68,47 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
     Uses the cluster that RAY_ADDRESS names (Ray sets it in a submitted job), else starts one on this machine for as
     long as the run lasts. RunError if the disk fills, too many assets fail, or a commit goes wrong.
     """
-    _check_committed(plan, cfg)
-    todo = [(name, missing) for name in plan.shards if (missing := missing_products(plan, cfg, name))]
-    open_shards = {name for name, _ in todo}
-    for name in plan.shards:
-        if name not in open_shards:
-            shutil.rmtree(
-                cfg.out / ".scratch" / name, ignore_errors=True
-            )  # of a run killed between marker and clean-up
+    held = committed(cfg.out)
+    _check_committed(cfg, held)
+    todo = missing_products(plan, cfg, held)
+    for folder in children(cfg.out / ".scratch"):
+        if folder.name not in todo:  # of a run killed between marker and clean-up
+            remove(folder)
     if todo:
         stop = Stop()
         # An exception out of a signal handler would break Ray's native code: signals are noted, and looked at between.
         with note_signals(stop), _ray(cfg), note_signals(stop):  # Ray puts handlers of its own in place as it starts
             stop.check()
-            _Run(plan, cfg, sources, todo).loop(stop)
-    if (cfg.out / ".scratch").exists():
-        (cfg.out / ".scratch").rmdir()
+            _Run(plan, cfg, sources, todo, held).loop(stop)
+    remove(cfg.out / ".scratch")
     return counts(plan, cfg)
 
 
-def _check_committed(plan: Plan, cfg: BuildConfig) -> None:
+def _check_committed(cfg: BuildConfig, held: Mapping[str, set[str]]) -> None:
     """UserError if a product that is there was made with other options than the run asks for."""
     for product in cfg.products:
-        path = next((p for name in plan.shards if (p := marker_path(cfg.out, name, product)).exists()), None)
-        if path is None:
+        shard = next((name for name, products in held.items() if product in products), None)
+        if shard is None:
             continue
-        changed = differences(json.loads(path.read_text())["config"], cfg.of_product(product))
+        marker = json.loads(marker_path(cfg.out, shard, product).read_text())
+        changed = differences(marker["config"], cfg.of_product(product))
         if changed:
             raise UserError(
                 f"{product} in {cfg.out} was built with {'; '.join(changed)}; choose another --out, or the same options"
             )
 
 
-def missing_products(plan: Plan, cfg: BuildConfig, shard: str) -> tuple[str, ...]:
-    """The products of a shard that have no marker, in order; all of them where the manifest has none."""
-    wanted = tuple(product for product in cfg.products if plan.wanted(product, shard))
-    if not marker_path(cfg.out, shard, MANIFEST).exists():
-        return wanted
-    return tuple(product for product in wanted if not marker_path(cfg.out, shard, product).exists())
+def missing_products(plan: Plan, cfg: BuildConfig, held: Mapping[str, set[str]]) -> dict[str, tuple[str, ...]]:
+    """The products of a shard that are not among those held, in order; all of them where it holds no manifest.
+
+    Shards that lack nothing are left out.
+    """
+    missing = {}
+    for name in plan.shards:
+        there = held.get(name, set())
+        wanted = (product for product in cfg.products if plan.wanted(product, name))
+        missing[name] = tuple(product for product in wanted if MANIFEST not in there or product not in there)
+    return {name: products for name, products in missing.items() if products}
 
 
 def _wanted(plan: Plan, shard: str, products: Sequence[str]) -> int:
@@ -114,17 +119,26 @@ def _wanted(plan: Plan, shard: str, products: Sequence[str]) -> int:
 
 
 def counts(plan: Plan, cfg: BuildConfig) -> dict[str, int]:
-    total = {"done": 0, "rejected": 0, "failed": 0}
-    for name in plan.shards:
-        for row in finished(cfg, name).values():
-            total[row["status"]] += 1
+    """How many assets are done, rejected and failed, as the markers of the manifests say."""
+    total: dict[str, int] = dict.fromkeys(STATUSES, 0)
+    markers = [f"{name}/{MANIFEST}.json" for name in plan.shards]
+    for marker in read_all(cfg.out / "shards", markers):
+        for status in STATUSES:
+            total[status] += json.loads(marker)["counts"][status]
     return total
 
 
 class _Run:
     """The ledger: which tasks fly, what each is for, how often it was tried."""
 
-    def __init__(self, plan: Plan, cfg: BuildConfig, sources: Sequence[Source], todo: Sequence[tuple[str, Any]]):
+    def __init__(
+        self,
+        plan: Plan,
+        cfg: BuildConfig,
+        sources: Sequence[Source],
+        todo: Mapping[str, tuple[str, ...]],
+        held: Mapping[str, set[str]],
+    ):
         self.plan, self.cfg = plan, cfg
         self.sources = {source.name: ray.put(source) for source in sources}
         self.config = ray.put(cfg)
@@ -132,8 +146,8 @@ class _Run:
         self.attempts: dict[str, int] = {}
         self.later: list[tuple[float, str, _Shard, Record]] = []  # heap: when, uid, what to try again
         self.tried, self.failed = 0, 0
-        self.todo = todo
-        self.progress = Progress(sum(_wanted(plan, name, products) for name, products in todo), "assets")
+        self.todo, self.held = todo, held
+        self.progress = Progress(sum(_wanted(plan, name, products) for name, products in todo.items()), "assets")
         self.disk_checked = 0.0
 
     def loop(self, stop: Stop) -> None:
@@ -165,12 +179,14 @@ class _Run:
 
     def _jobs(self) -> Iterator[tuple[_Shard, Record | None]]:
         """Assets shard by shard; a shard that has all of them in scratch already comes as (shard, None)."""
-        for name, products in self.todo:
+        for name, products in self.todo.items():
             shard = _Shard(name=name, records=tuple(self.plan.shard(name)), products=products)
-            old = finished(self.cfg, name)
+            wanted = shard.records[: _wanted(self.plan, name, products)]
+            old = finished(self.cfg, name) if MANIFEST in self.held.get(name, ()) else {}
+            found = landed_results(self.cfg, name, [record.uid for record in wanted], products)
             visits = []
-            for record in shard.records[: _wanted(self.plan, name, products)]:
-                result = landed(self.cfg, name, record.uid, products)
+            for record in wanted:
+                result = found.get(record.uid)
                 if record.uid in old and ended_for_good(old[record.uid]):
                     self.progress.count(old[record.uid]["status"], resumed=True)
                 elif result is not None and result.status != "failed":
@@ -258,9 +274,12 @@ class _Run:
         elif record is None:
             raise RunError(f"{key} lost its worker {self.attempts[key]} times: {type(error).__name__}")
         else:
-            job = _job(record, None, self.cfg, shard.name, shard.products, self.attempts[key] + 1)
             lost = Exit(reason="worker_lost", detail="", seconds=0.0, peak_rss_bytes=0)
-            self._landed(shard, record, _verdict(land(job, lost, self.attempts[key])))
+            with workspace(self.cfg.out, self.cfg.scratch) as here:
+                job = _job(record, None, self.cfg, here, shard.name, shard.products, self.attempts[key] + 1)
+                verdict = _verdict(land(job, lost, self.attempts[key]))
+                hand_in(self.cfg.out, here, shard.name, record.uid)
+            self._landed(shard, record, verdict)
 
     def _slots(self) -> int:
         if self.cfg.workers is not None:
@@ -271,12 +290,18 @@ class _Run:
         if time.monotonic() - self.disk_checked < DISK_CHECK_S:
             return
         self.disk_checked = time.monotonic()
-        if shutil.disk_usage(self.cfg.out).free < self.cfg.limits.min_free_gb * 1e9:
+        if shutil.disk_usage(self._disk).free < self.cfg.limits.min_free_gb * 1e9:
             raise RunError(self._disk_full())
 
     def _disk_full(self) -> str:
-        free = shutil.disk_usage(self.cfg.out).free / 1e9
-        return f"the disk of {self.cfg.out} is full ({free:.2f} GB free); make room and run the same command to go on"
+        free = shutil.disk_usage(self._disk).free / 1e9
+        return f"the disk of {self._disk} is full ({free:.2f} GB free); make room and run the same command to go on"
+
+    @property
+    def _disk(self) -> Path:
+        """Where a build that runs here writes; the disks of other nodes are not seen, but say so when they are full."""
+        root = self.cfg.out if isinstance(self.cfg.out, Path) else scratch_root(self.cfg.scratch)
+        return next(folder for folder in (root, *root.absolute().parents) if folder.exists())
 
 
 _isolated = Isolated("pipeline.asset:warm_up")  # of a Ray worker process
@@ -287,31 +312,40 @@ def _asset_task(
     record: Record, source: Source, cfg: BuildConfig, shard: str, products: tuple[str, ...], attempt: int
 ) -> Verdict:
     """All stages of one asset in a child of its own. RunError if no asset could succeed."""
-    job = _job(record, source, cfg, shard, products, attempt)
-    end = _isolated.call(
-        "pipeline.asset:process",
-        job,
-        log=job.folder / "log.txt",
-        timeout_s=cfg.limits.asset_timeout_s,
-        memory_bytes=int(cfg.limits.asset_memory_gb * 1e9),
-    )
-    if end.reason == "disk_full":
-        raise OSError(errno.ENOSPC, "disk full")
-    if end.reason == "run_error":
-        raise RunError(end.detail)
-    return _verdict(land(job, end, attempt))
+    with workspace(cfg.out, cfg.scratch) as here:
+        job = _job(record, source, cfg, here, shard, products, attempt)
+        end = _isolated.call(
+            "pipeline.asset:process",
+            job,
+            log=job.folder / "log.txt",
+            timeout_s=cfg.limits.asset_timeout_s,
+            memory_bytes=int(cfg.limits.asset_memory_gb * 1e9),
+        )
+        if end.reason == "disk_full":
+            raise OSError(errno.ENOSPC, "disk full")
+        if end.reason == "run_error":
+            raise RunError(end.detail)
+        result = land(job, end, attempt)
+        hand_in(cfg.out, here, shard, record.uid)
+        return _verdict(result)
 
 
 @ray.remote(num_cpus=1, max_retries=0)
 def _pack_task(job: PackJob) -> dict[str, int]:
-    return pack(job)
+    return commit(job)
 
 
 def _job(
-    record: Record, source: Source | None, cfg: BuildConfig, shard: str, products: tuple[str, ...], attempt: int
+    record: Record,
+    source: Source | None,
+    cfg: BuildConfig,
+    here: Path,
+    shard: str,
+    products: tuple[str, ...],
+    attempt: int,
 ) -> AssetJob:
     """The job, with an empty folder that no other attempt writes to, not even one on a node that only seemed lost."""
-    final = scratch_folder(cfg.out, shard, record.uid)
+    final = scratch_folder(here, shard, record.uid)
     for old in final.parent.glob(f"{record.uid}.*"):
         shutil.rmtree(old, ignore_errors=True)
     folder = final.with_name(f"{record.uid}.{attempt}-{os.getpid()}")

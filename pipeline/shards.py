@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple, get_args
+from typing import IO, Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.cameras import CameraSet, camera, look_at_origin
+from pipeline.location import Location, Remote, location, readable
 from pipeline.render import ImageFormat, decode
 from pipeline.schema import FORMAT_VERSION, View
 
@@ -26,6 +27,9 @@ TOLERANCE = 1e-9  # of a camera's numbers against the formula
 INDEX = pa.schema([("key", pa.string()), ("member", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 DRAWN = ("azimuth_degrees", "elevation_degrees", "focal_mm")  # a camera's free numbers; the rest follows
 META_KEYS = {"uid", "view", "width", "height", *look_at_origin(0, 0, 50).meta()}
+
+
+Tar = TypeVar("Tar", Path, Remote, Location)
 
 
 class Row(NamedTuple):
@@ -44,9 +48,9 @@ def view_key(uid: str, view: int) -> str:
     return f"{uid}-{view:02d}"
 
 
-def index_path(path: Path) -> Path:
+def index_path(path: Tar) -> Tar:
     """000123.tar -> 000123.index.parquet."""
-    return path.with_suffix(".index.parquet")
+    return path.with_name(path.name.removesuffix(".tar") + ".index.parquet")
 
 
 def dump_meta(meta: Mapping[str, Any]) -> bytes:
@@ -131,10 +135,10 @@ def _write_tar(path: Path, entries: Sequence[Any], views: int, format: ImageForm
     return rows
 
 
-def read_index(path: Path) -> list[Row]:
+def read_index(path: Location) -> list[Row]:
     """The shard's index, in tar order. ValueError for another format_version."""
     index = index_path(path)
-    table = pq.read_table(index)
+    table = pq.read_table(readable(index))
     version = (table.schema.metadata or {}).get(b"format_version", b"none").decode()
     if version != str(FORMAT_VERSION):
         raise ValueError(f"format_version of {index} must be {FORMAT_VERSION}, got {version}")
@@ -144,10 +148,13 @@ def read_index(path: Path) -> list[Row]:
 
 
 class RenderShard:
-    """Random access to a shard's views by seeking; holds the index, no open file. ValueError for another version."""
+    """Random access to a shard's views, at a path or URL; holds the index, no open file.
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
+    ValueError for another version.
+    """
+
+    def __init__(self, path: Location | str):
+        self.path = location(path)
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
         for row in read_index(self.path):
             self._places.setdefault(row.key, {})[row.member.removeprefix(row.key + ".")] = (row.offset, row.size)
@@ -169,8 +176,7 @@ class RenderShard:
     def read_bytes(self, uid: str, view: int) -> tuple[bytes, dict[str, Any]]:
         """The encoded image and its meta. KeyError if the shard has no such view."""
         places = self._places[view_key(uid, view)]
-        with self.path.open("rb") as file:
-            data = {kind: _read_at(file, offset, size) for kind, (offset, size) in places.items()}
+        data = {kind: self._bytes_at(offset, size) for kind, (offset, size) in places.items()}
         meta = json.loads(data.pop("json"))
         (image,) = data.values()
         return image, meta
@@ -184,14 +190,22 @@ class RenderShard:
                 places[uid] = next(place for kind, place in parts.items() if kind != "json")
         first = min((offset for offset, _ in places.values()), default=0)
         last = max((offset + size for offset, size in places.values()), default=0)
-        with self.path.open("rb") as file:
-            data = memoryview(_read_at(file, first, last - first))
+        data = memoryview(self._bytes_at(first, last - first))
         return {uid: bytes(data[offset - first :][:size]) for uid, (offset, size) in places.items()}
 
     def read(self, uid: str, view: int) -> View:
         """One decoded view. KeyError if the shard has no such view."""
         data, meta = self.read_bytes(uid, view)
         return View(rgba=decode(data), meta=meta)
+
+    def _bytes_at(self, offset: int, size: int) -> bytes:
+        if isinstance(self.path, Path):
+            with self.path.open("rb") as file:
+                return _read_at(file, offset, size)
+        data = self.path.read_range(offset, size) if size else b""
+        if len(data) != size:
+            raise ValueError(f"{size} bytes at {offset} reach past the end of the tar")
+        return data
 
 
 def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -14,7 +14,9 @@ from numcodecs import blosc
 from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import BloscCodec
 from zarr.errors import BaseZarrError
+from zarr.storage import FsspecStore
 
+from pipeline.location import Location, Remote, location
 from pipeline.schema import BLOCK, FORMAT_VERSION, Bricks, band, check_resolution, spacing
 
 CHUNK = 1024  # rows of an array that are compressed together, and read together
@@ -127,15 +129,15 @@ def shard_attributes(resolution: int) -> dict[str, int | float]:
 
 
 class SdfShard:
-    """Reads `sdf/<R>/<shard>.zarr`. ValueError if it is not one, or of another format version.
+    """Reads `sdf/<R>/<shard>.zarr`, at a path or URL. ValueError if it is not one, or of another format version.
 
     `uids` in row order, `offsets` int64 [A+1], `resolution`; an asset's bricks are read when asked for.
     """
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
+    def __init__(self, path: Location | str):
+        self.path = location(path)
         try:
-            group = zarr.open_group(self.path, mode="r", zarr_format=3)
+            group = zarr.open_group(_zarr_store(self.path), mode="r", zarr_format=3)
             self._arrays = {name: _array(group, name) for name in LAYOUT}
         except (OSError, KeyError, BaseZarrError) as error:
             raise ValueError(f"{self.path} must be an SDF shard (a Zarr v3 group of {', '.join(LAYOUT)})") from error
@@ -270,6 +272,12 @@ def _layout_problems(shard: SdfShard) -> Iterator[str]:
         yield "a uid comes twice"
     if len(shard.offsets) and (shard.offsets[0] != 0 or any(b < a for a, b in itertools.pairwise(shard.offsets))):
         yield "offsets must rise from 0"
+
+
+def _zarr_store(path: Location) -> Any:
+    if isinstance(path, Remote):
+        return FsspecStore.from_url(path.url, path.options, read_only=True)
+    return path
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:

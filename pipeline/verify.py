@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,15 +18,17 @@ import tyro
 
 from pipeline.cameras import CameraSet
 from pipeline.command import command, parse
-from pipeline.config import hash_of
+from pipeline.config import PathOrUrl, hash_of
+from pipeline.location import Location, check_input, children
 from pipeline.manifest import STATUSES, is_product, product_order, read_manifest
 from pipeline.measure import read_measured
-from pipeline.pack import MANIFEST, manifest_path, marker_path, product_paths, tree_sha256
+from pipeline.pack import MANIFEST, committed, manifest_path, marker_path, product_paths, tree_sha256
 from pipeline.plan import Plan, read_plan
-from pipeline.schema import FORMAT_VERSION, Record, RunError, UserError, split_of
+from pipeline.schema import FORMAT_VERSION, Record, RunError, split_of
 from pipeline.screen import CATALOGUE, Catalogue
 from pipeline.shards import RenderShard, check_render_shard
 from pipeline.store import SdfShard, check_sdf_shard
+from pipeline.workspace import fetched
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ TOP_LEVEL = {
 class VerifyConfig:
     """Check every shard of a finished build; the exit code is 1 if any rule is broken."""
 
-    directory: Annotated[Path, tyro.conf.Positional]  # the build's output directory
+    directory: Annotated[PathOrUrl, tyro.conf.Positional]  # the build's output directory
     workers: int = 1  # shards checked at once
 
 
@@ -65,13 +67,14 @@ class Breach:
         return f"{where}{', ' if self.asset else ''}{self.asset}: {self.rule}"
 
 
-def verify(out: Path, workers: int = 1) -> list[Breach]:
+def verify(out: Location, workers: int = 1) -> list[Breach]:
     """Every breach found in a build, and in the screening that it is made from. UserError if `out` is not one."""
     plan = read_plan(out)
     screening = [replace(breach, shard=f"screen {breach.shard}") for breach in verify_screening(out, workers)]
-    breaches = [Breach(shard="", asset="", rule=rule) for rule in _plan_problems(plan)]
+    held = committed(out)
+    breaches = [Breach(shard="", asset="", rule=rule) for rule in _plan_problems(plan, held)]
     products = sorted(
-        {path.stem for path in (out / "shards").glob("*/*.json")} - {MANIFEST},
+        set().union(*held.values()) - {MANIFEST},
         key=lambda name: product_order(name) if is_product(name) else (2, 0, name),
     )
     check = partial(verify_shard, plan, tuple(products))
@@ -83,7 +86,7 @@ def verify(out: Path, workers: int = 1) -> list[Breach]:
     return breaches + screening + [breach for shard in found for breach in shard]
 
 
-def verify_screening(out: Path, workers: int) -> list[Breach]:
+def verify_screening(out: Location, workers: int) -> list[Breach]:
     """Every breach in the pass that chose a ranked build's assets, if it is one."""
     return verify(out / "screen", workers) if (out / "screen" / "plan.json").exists() else []
 
@@ -92,15 +95,19 @@ def verify_shard(plan: Plan, products: Sequence[str], shard: str) -> list[Breach
     """Every breach within one shard, which must have these products."""
     uids = {record.uid for record in plan.shard(shard)}
     products = [product for product in products if plan.wanted(product, shard)]
+    parts = [manifest_path(Path(), shard), Path("shards", shard)]
+    parts += [path for product in products for path in product_paths(product, shard)]
+    with fetched(plan.out, parts) as here:
+        problems = list(_shard_problems(plan, here, products, shard))
     breaches = []
-    for problem in _shard_problems(plan, products, shard):
+    for problem in problems:
         asset, colon, rule = problem.partition(": ")
         named = next((uid for uid in uids if uid in problem), "") if asset not in uids else asset
         breaches.append(Breach(shard=shard, asset=named, rule=rule if colon and asset in uids else problem))
     return breaches
 
 
-def _plan_problems(plan: Plan) -> Iterator[str]:
+def _plan_problems(plan: Plan, held: Mapping[str, set[str]]) -> Iterator[str]:
     out, info = plan.out, plan.info
     if info.get("config_hash") != hash_of(info["config"]):
         yield "plan.json: config_hash does not belong to the config"
@@ -115,19 +122,19 @@ def _plan_problems(plan: Plan) -> Iterator[str]:
         yield "plan.parquet: a uid comes twice"
     if info["config"].get("rank") is not None:
         yield from _catalogue_problems(plan)
-    for path in sorted(out.iterdir()):
+    for path in children(out):
         if path.name not in TOP_LEVEL:
             yield f"{path.name}: does not belong here" + (" (the build is not finished)" * (path.name == ".scratch"))
     names = set(plan.shards)
-    for path in sorted(
-        [*out.glob("sdf/*/*"), *out.glob("renders/*/*"), *out.glob("manifest/*"), *out.glob("shards/*")]
-    ):
-        if path.name.partition(".")[0] not in names:
-            yield f"{path.relative_to(out)}: belongs to no shard of the plan"
-        elif path.parts[-3] in ("sdf", "renders"):
-            shard, product = path.name.partition(".")[0], f"{path.parts[-3]}-{path.parts[-2]}"
-            if not marker_path(out, shard, product).exists():
-                yield f"{path.relative_to(out)}: has no commit marker"
+    kinds = [(kind, variant.name) for kind in ("renders", "sdf") for variant in children(out / kind)]
+    for kind, *variant in sorted([("manifest",), *kinds, ("shards",)]):
+        folder = "/".join([kind, *variant])
+        for name in [path.name for path in children(out / folder)]:
+            shard = name.partition(".")[0]
+            if shard not in names:
+                yield f"{folder}/{name}: belongs to no shard of the plan"
+            elif variant and f"{kind}-{variant[0]}" not in held.get(shard, ()):
+                yield f"{folder}/{name}: has no commit marker"
 
 
 def _catalogue_problems(plan: Plan) -> Iterator[str]:
@@ -142,9 +149,9 @@ def _catalogue_problems(plan: Plan) -> Iterator[str]:
         yield f"{CATALOGUE}: cannot be read: {error}"
 
 
-def _shard_problems(plan: Plan, products: Sequence[str], shard: str) -> Iterator[str]:
-    """Problems as "uid: rule" or "rule"."""
-    out, records = plan.out, plan.shard(shard)
+def _shard_problems(plan: Plan, out: Path, products: Sequence[str], shard: str) -> Iterator[str]:
+    """Problems as "uid: rule" or "rule" of a shard that lies below `out`."""
+    records = plan.shard(shard)
     markers: dict[str, dict[str, Any]] = {}
     for product in (MANIFEST, *products):
         path = marker_path(out, shard, product)
@@ -157,7 +164,7 @@ def _shard_problems(plan: Plan, products: Sequence[str], shard: str) -> Iterator
             yield f"{product}: commit marker does not parse"
             continue
         paths = [manifest_path(out, shard).relative_to(out)] if product == MANIFEST else product_paths(product, shard)
-        yield from _marker_problems(plan, shard, product, markers[product], paths)
+        yield from _marker_problems(plan, out, shard, product, markers[product], paths)
     try:
         rows = read_manifest(manifest_path(out, shard))
     except ValueError as error:
@@ -175,7 +182,7 @@ def _shard_problems(plan: Plan, products: Sequence[str], shard: str) -> Iterator
 
 
 def _marker_problems(
-    plan: Plan, shard: str, product: str, marker: dict[str, Any], paths: Sequence[Path]
+    plan: Plan, out: Path, shard: str, product: str, marker: dict[str, Any], paths: Sequence[Path]
 ) -> Iterator[str]:
     """Does the marker speak of this product, and do its sizes and hashes hold?"""
     if (marker.get("shard"), marker.get("product")) != (shard, product):
@@ -191,10 +198,10 @@ def _marker_problems(
         yield f"{product}: marker lists {sorted(files)}"
         return
     for path in paths:
-        if not (plan.out / path).exists():
+        if not (out / path).exists():
             yield f"{product}: {path} is missing"
             continue
-        size, digest = tree_sha256(plan.out / path)
+        size, digest = tree_sha256(out / path)
         if size != files[path.as_posix()]["bytes"]:
             yield f"{product}: {path} has {size} bytes, its marker says {files[path.as_posix()]['bytes']}"
         elif digest != files[path.as_posix()]["sha256"]:
@@ -292,8 +299,7 @@ def _named(product: str, problem: str) -> str:
 
 def main(args: Sequence[str]) -> None:
     cfg = parse(VerifyConfig, args, prog="python -m pipeline.verify")
-    if not cfg.directory.is_dir():
-        raise UserError(f"no directory {cfg.directory}; give a build's output directory")
+    check_input(cfg.directory)
     breaches = verify(cfg.directory, cfg.workers)
     for breach in breaches:
         log.error("%s", breach)

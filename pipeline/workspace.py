@@ -1,0 +1,91 @@
+"""Folders of a task's own on its node, for builds whose output is a URL; those of killed tasks are removed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+
+from pipeline.location import Location, Remote
+from pipeline.schema import RunError
+
+
+@contextmanager
+def workspace(out: Location, scratch: Path | None = None) -> Iterator[Path]:
+    """Where a task works for the build at `out`: right there, or in a folder on this node that is removed in the end.
+
+    What tasks that were killed have left is removed as the next one begins. RunError if there can be no folder.
+    """
+    if isinstance(out, Path):
+        yield out
+        return
+    root = scratch_root(scratch)
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sweep(root)
+        lock, held = _lock(root)
+    except OSError as error:
+        raise RunError(f"cannot work in {root}: {error.strerror}; choose another --scratch") from error
+    folder = lock.with_suffix("")
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(held)
+
+
+@contextmanager
+def fetched(out: Location, parts: Iterable[str | PurePath]) -> Iterator[Path]:
+    """The directory of a build; of one at a URL, a copy of these files and folders of it, as far as they are there."""
+    with workspace(out) as here:
+        if isinstance(out, Remote):
+            for part in parts:
+                _fetch(out / part, here / part)
+        yield here
+
+
+def _fetch(place: Remote, local: Path) -> None:
+    names = place.files()
+    if names:
+        place.fetch_tree(local, names)
+    elif place.exists():
+        local.parent.mkdir(parents=True, exist_ok=True)
+        place.fetch(local)
+
+
+def scratch_root(scratch: Path | None) -> Path:
+    """The folder of this user's workspaces on a node."""
+    return (scratch or Path(tempfile.gettempdir())).absolute() / f"sparse3d-{os.getuid()}"
+
+
+def _lock(root: Path) -> tuple[Path, int]:
+    """A file of a new name, locked for as long as this process lives and holds it."""
+    while True:
+        held, name = tempfile.mkstemp(dir=root, suffix=".lock")
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if Path(name).exists():  # else it was swept before it was locked
+            return Path(name), held
+        os.close(held)
+
+
+def _sweep(root: Path) -> None:
+    """Remove the workspaces that no process holds."""
+    for lock in root.glob("*.lock"):
+        try:
+            held = os.open(lock, os.O_RDWR)
+        except FileNotFoundError:  # its task has just ended
+            continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(held)
