@@ -14,12 +14,16 @@ from kernels.branches import (
 from kernels.group_norm import group_norm
 from kernels.neighbors import Parents, neighbor_map, parents
 from kernels.pool import pool_children
+from kernels.sdf import Flood, Surface, block_distances, pack_surface
 from kernels.sdf_head import sdf_head
 from kernels.sparse_conv import duplicate_children, sparse_conv
 
 __all__ = [
     "BlockIndex",
+    "Flood",
     "Parents",
+    "Surface",
+    "block_distances",
     "block_mean",
     "compressed_attention",
     "duplicate_children",
@@ -27,6 +31,7 @@ __all__ = [
     "group_norm",
     "invert_order",
     "neighbor_map",
+    "pack_surface",
     "parents",
     "pool_children",
     "reference",

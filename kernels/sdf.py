@@ -278,14 +278,14 @@ def _votes(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Surface:
-    """Triangles as the kernels read them, for one resolution; made by `surface`."""
+    """Triangles as the kernels read them, for one resolution; made by `pack_surface`."""
 
     resolution: int
     rows: Tensor  # float32 [T, 16] in voxels: corner a in two halves, b - a, c - a, unit normal, kind
     exact: Tensor  # float64 [T, 16] in cube units: a, b - a, c - a, unit normal, angles at a, b, c, kind
 
 
-def surface(packed_T16: Tensor, kinds_T: Tensor, resolution: int) -> Surface:
+def pack_surface(packed_T16: Tensor, kinds_T: Tensor, resolution: int) -> Surface:
     """Prepares `pipeline.triangles.pack`'s float64 rows, kinds uint8 (0 solid, 1 sheet, 2 buried), for an R^3 grid.
 
     Differences of large coordinates are what float32 cannot hold, hence the two halves of a corner.

@@ -121,7 +121,7 @@ class Case:
         flood = kernel.Flood(
             bin_of=to(exterior.bins.bin_of), outside=to(exterior.outside.view(np.int64)), whole=to(exterior.whole)
         )
-        surface = kernel.surface(to(self.packed), to(self.kinds), self.R)
+        surface = kernel.pack_surface(to(self.packed), to(self.kinds), self.R)
         return surface, flood, to(self.blocks), to(self.offsets), to(self.candidates)
 
     def lengths(self):
@@ -235,11 +235,11 @@ def test_bad_arguments_are_named():
     packed, kinds = torch.from_numpy(case.packed), torch.from_numpy(case.kinds)
     for call, message in [
         (
-            lambda: kernel.surface(packed.float(), kinds, 64),
+            lambda: kernel.pack_surface(packed.float(), kinds, 64),
             r"packed_T16 must be torch.float64 \[any, 16\] on cpu, got",
         ),
-        (lambda: kernel.surface(packed, kinds[1:], 64), r"kinds_T must be torch.uint8 \[12\].*got torch.uint8 \[11\]"),
-        (lambda: kernel.surface(packed, kinds, 100), "resolution must be a positive multiple of 8, got 100"),
+        (lambda: kernel.pack_surface(packed, kinds[1:], 64), r"kinds_T must be torch.uint8 \[12\].*got torch.uint8 \[11\]"),
+        (lambda: kernel.pack_surface(packed, kinds, 100), "resolution must be a positive multiple of 8, got 100"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -256,7 +256,7 @@ def test_bad_arguments_are_named():
             kernel.block_distances(*wrong, **lengths)
     with pytest.raises(ValueError, match="tau must be 0 or more and finite, got inf"):
         kernel.block_distances(*arguments, **{**lengths, "tau": float("inf")})
-    fine = kernel.surface(packed.to(DEVICE), kinds.to(DEVICE), 2**25)
+    fine = kernel.pack_surface(packed.to(DEVICE), kinds.to(DEVICE), 2**25)
     with pytest.raises(ValueError, match=r"resolution times the flood's must be at most 2\*\*30, got 33554432 and 64"):
         kernel.block_distances(fine, *arguments[1:], **lengths)
 
@@ -273,7 +273,7 @@ def record(fn, *args, grid, warmup, **kwargs):
 triton.JITFunction.run = record
 side = torch.zeros(8, 8, 8)
 flood = sdf.Flood(bin_of=side.int(), outside=torch.zeros(1, 8, dtype=torch.int64), whole=side.bool())
-surface = sdf.surface(torch.rand(5, 16, dtype=torch.float64), torch.zeros(5, dtype=torch.uint8), 64)
+surface = sdf.pack_surface(torch.rand(5, 16, dtype=torch.float64), torch.zeros(5, dtype=torch.uint8), 64)
 blocks, ids = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
 lengths = dict(tau=0.01, sheet_half=0.01, trusted=0.01, tie=2e-7)
 sdf.block_distances(surface, flood, blocks, torch.tensor([0, 2, 5]), ids, **lengths)
