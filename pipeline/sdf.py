@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
-from pipeline.exterior import BARRIER_VOXELS, bin_triangles, bit_at
+from pipeline import gpu
+from pipeline.exterior import BARRIER_VOXELS, Bins, bin_triangles, bit_at
 from pipeline.schema import BLOCK, Bricks, band, check_resolution, spacing
 from pipeline.sharp import sharp_bits
 from pipeline.topology import BURIED, SOLID, THIN, Topology
@@ -14,35 +18,54 @@ from pipeline.triangles import TIE, distance2, pack, side_vote
 # beyond this distance from all triangles the nearest point of the topology's grid (sqrt(3) / 2) is clear of the barrier
 FLOOD_VOXELS = BARRIER_VOXELS + 0.87
 CHUNK_BLOCKS = 4096
+DEVICES = ("cpu", "cuda")
 SHEET_HALF_VOXELS = 0.87  # just above sqrt(3) / 2: a sheet of this half thickness always holds grid points
 
 
-def compute_bricks(topology: Topology, resolution: int) -> Bricks:
+def compute_bricks(topology: Topology, resolution: int, device: str = "cpu") -> Bricks:
     """Every 8^3 block of the R^3 grid with a point of |sdf| < tau: clamp(sdf / tau), signs everywhere, sharp bits.
 
     sdf = min(signed distance to the solid surface, distance to the sheets - SHEET_HALF_VOXELS * h): the solids' union
-    with a thin shell around each sheet. ValueError if the resolution is not a multiple of 8.
+    with a thin shell around each sheet. `device` "cuda" takes the distances in Triton, within 1e-3 h of these.
+    ValueError if the resolution is not a multiple of 8, or for another device.
     """
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {DEVICES}, got {device!r}")
     tau, h = band(check_resolution(resolution)), spacing(resolution)
-    half = SHEET_HALF_VOXELS * h
+    half, trusted = SHEET_HALF_VOXELS * h, FLOOD_VOXELS * spacing(topology.resolution)
     packed = pack(topology.triangles)
-    flood_h, exterior = spacing(topology.resolution), topology.exterior
     # farther off than this the clamp hides the distance and the flood knows the side
-    reach = max(tau + half, FLOOD_VOXELS * flood_h) / h
-    bins = bin_triangles(packed, resolution, reach)
+    bins = bin_triangles(packed, resolution, max(tau + half, trusted) / h)
+    if device == "cuda":
+        filled = gpu.fill_blocks(
+            packed, topology.kinds, bins, topology.exterior, tau=tau, half=half, trusted=trusted
+        )  # fmt: skip
+    else:
+        filled = _filled(packed, topology, bins, tau, half)
     parts = []
-    for first in range(0, len(bins.blocks), CHUNK_BLOCKS):  # one chunk's float32 distances at a time
+    for blocks, active, values in filled:
+        sharp = sharp_bits(blocks, active, topology.sharp_edges, resolution)
+        parts.append((blocks.astype(np.int16), values, sharp))
+    blocks, values, sharp = (np.concatenate(column) for column in zip(*parts))
+    return Bricks(resolution=resolution, blocks=blocks, values=values, sharp=sharp)
+
+
+def _filled(
+    packed: NDArray[np.float64], topology: Topology, bins: Bins, tau: float, half: float
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float16]]]:
+    """Active blocks [m, 3], active points and clamp(sdf / tau) [m, 512]: one chunk's float32 distances at a time."""
+    exterior = topology.exterior
+    for first in range(0, len(bins.blocks), CHUNK_BLOCKS):
         chunk = slice(first, first + CHUNK_BLOCKS)
         values, active = _fill_blocks(
             packed, topology.kinds, bins.blocks[chunk], bins.offsets[first : first + CHUNK_BLOCKS + 1], bins.triangles,
-            resolution, tau, half, flood_h, exterior.bins.bin_of, exterior.outside, exterior.whole,
+            bins.resolution, tau, half, spacing(topology.resolution), exterior.bins.bin_of, exterior.outside,
+            exterior.whole,
         )  # fmt: skip
-        blocks, values = bins.blocks[chunk][active], values[active]
-        sharp = sharp_bits(blocks, np.abs(values) < np.float32(tau), topology.sharp_edges, resolution)
+        values = values[active]
+        near = np.abs(values) < np.float32(tau)
         np.clip(np.divide(values, np.float32(tau), out=values), -1, 1, out=values)
-        parts.append((blocks.astype(np.int16), values.astype(np.float16), sharp))
-    blocks, values, sharp = (np.concatenate(column) for column in zip(*parts))
-    return Bricks(resolution=resolution, blocks=blocks, values=values, sharp=sharp)
+        yield bins.blocks[chunk][active], near, values.astype(np.float16)
 
 
 @njit(cache=True)
