@@ -36,7 +36,7 @@ def hand_in(out: Location, here: Path, shard: str, uid: str) -> None:
     folder = scratch_folder(here, shard, uid)
     packed = folder.with_name(f"{uid}.tar")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    with tarfile.open(packed, "w") as tar:
+    with tarfile.open(packed, "w", format=tarfile.GNU_FORMAT) as tar:  # no header before that of the result
         for name in [RESULT, *(name for name in names if name != RESULT)]:
             tar.add(folder / name, name, recursive=False)
     shutil.rmtree(folder)
