@@ -23,7 +23,13 @@ log = logging.getLogger(__name__)
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
 PART_BYTES, PARTS = 16 << 20, 4  # of a large object, sent or fetched at once: 64 MB of memory
 MAX_PARTS = 10_000  # of one object, S3's limit
-WAITS_S = (1.0, 5.0, 20.0)  # before an operation is tried again, after the store's own package has given up
+WAITS_S = (
+    1.0,
+    5.0,
+    20.0,
+    60.0,
+    120.0,
+)  # before another try, once the store's package has given up
 _S3: dict[str, Any] = {
     "default_block_size": PART_BYTES,
     "max_concurrency": PARTS,
@@ -112,6 +118,13 @@ class Remote:
 
     def read_text(self) -> str:
         return self.read_bytes().decode()
+
+    def read_many(self, names: Sequence[str]) -> list[bytes]:
+        """Objects below this place, many at once, in order."""
+        found, path = self._call(
+            "cannot be read", lambda fs, path: (fs.cat([f"{path}/{name}" for name in names]), path)
+        )
+        return [found[f"{path}/{name}"] for name in names]
 
     def write_bytes(self, data: bytes) -> None:
         """One object, in place of what is there, whole or not at all."""
@@ -244,11 +257,10 @@ def readable(place: Location) -> Path | BytesIO:
 
 
 def read_all(root: Location, names: Sequence[str]) -> Iterable[bytes]:
-    """The content of files below `root`, in order; of objects many at once."""
-    if isinstance(root, Path):
-        return ((root / name).read_bytes() for name in names)
-    found = root._call("cannot be read", lambda fs, path: (fs.cat([f"{path}/{name}" for name in names]), path))
-    return [found[0][f"{found[1]}/{name}"] for name in names]
+    """The content of files below `root`, in order."""
+    if isinstance(root, Remote):
+        return root.read_many(names)
+    return ((root / name).read_bytes() for name in names)
 
 
 def remove(place: Location) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tarfile
 from collections.abc import Sequence
@@ -71,12 +72,15 @@ def commit(job: PackJob) -> dict[str, int]:
     An object appears whole or not at all, so that a marker vouches for what is there however the upload ended before.
     """
     cfg, shard, out = job.config, job.shard, job.config.out
+    markers = [marker_path(out, shard, product) for product in (MANIFEST, *job.products)]
+    if all(marker.exists() for marker in markers):  # of an attempt that was lost before it could say so
+        return json.loads(markers[0].read_text())["counts"]
     if isinstance(out, Path):
         return pack(job)
     with workspace(out, cfg.scratch) as here:
         for name in (manifest_path, stats_path):
             _fetch(name(out, shard), name(here, shard))
-        _fetch(marker_path(out, shard, MANIFEST), marker_path(here, shard, MANIFEST))
+        _fetch(markers[0], marker_path(here, shard, MANIFEST))
         for uid in sorted({record.uid for record in job.records[: job.wanted]} & _handed_in(out, shard)):
             _unpack(out / ".scratch" / shard / f"{uid}.tar", scratch_folder(here, shard, uid))
         counts = pack(replace(job, config=replace(cfg, out=here)))
