@@ -47,7 +47,7 @@ class LimitsConfig:
     retries: int = 2  # after a lost worker or node, or a network in trouble; never after a crash or a verdict
     retry_wait_s: float = 60.0  # before an asset is fetched again; twice as long the next time
     max_failed_share: float = 0.2  # of the assets tried; beyond it (and 10 failures) the run stops
-    min_free_gb: float = 0.5  # on the output's disk; below it the run stops before the disk is full
+    min_free_gb: float = 0.5  # on the disk of --out, or of --scratch; below it the run stops before it is full
 
     def __post_init__(self):
         for name in ("asset_timeout_s", "asset_memory_gb"):

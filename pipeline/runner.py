@@ -227,7 +227,7 @@ class _Run:
             result = ray.get(ref)
         except RayTaskError as error:  # our own code raised: the run is at fault, not an asset
             cause = error.cause
-            if isinstance(cause, RunError):
+            if isinstance(cause, RunError | UserError):
                 raise RunError(str(cause)) from None
             if isinstance(cause, OSError) and is_disk_full(cause):
                 raise RunError(self._disk_full()) from None
