@@ -20,11 +20,14 @@ from pipeline.build import make
 from pipeline.command import command
 from pipeline.estimate import measure_passes
 from pipeline.location import Remote, location
+from pipeline.pack import PackJob
+from pipeline.plan import read_plan
 from pipeline.rank import RankConfig
 from pipeline.report import write_report
 from pipeline.schema import RunError
 from pipeline.shards import RenderShard
 from pipeline.store import SdfShard
+from pipeline.transfer import commit
 from pipeline.verify import verify
 from pipeline.workspace import scratch_root, workspace
 from tests.pipeline import object_store
@@ -197,6 +200,14 @@ def test_a_store_that_goes_away_in_a_commit_ends_the_run_in_one_line_and_the_sam
     assert build(cfg, [replace(SOURCE, notes=visits)]) == local_build[1]
     assert not {"0.0", "1.0", "2.0"} & {path.name for path in visits.iterdir()}  # landed assets are not visited again
     assert_like_local(store, prefix, local_build[0].out, tmp_path)
+
+
+def test_a_commit_whose_worker_was_lost_after_its_last_marker_is_not_repeated(store, remote):
+    prefix, cfg = remote
+    build(cfg, [SOURCE])
+    records = tuple(read_plan(cfg.out).shard("000000"))
+    job = PackJob(config=cfg, shard="000000", records=records, products=cfg.products, wanted=3)
+    assert commit(job) == {"assets": 3, "done": 2, "rejected": 1, "failed": 0}  # there is nothing left to pack
 
 
 def test_a_driver_that_is_killed_goes_on_from_what_the_store_has(store, tiny_build, tmp_path):
