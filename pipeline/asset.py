@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import canvas
+from pipeline import canvas, gpu
 from pipeline.config import BuildConfig
 from pipeline.filter import filter_file, filter_geometry, filter_metadata
 from pipeline.load import load_with_report
@@ -39,6 +39,7 @@ class AssetJob:
     config: BuildConfig
     products: tuple[str, ...]
     folder: Path
+    gpu: str | None = None  # the one it may use, as CUDA numbers them; None: any for pictures, the first for distances
 
 
 @dataclass(kw_only=True)
@@ -80,6 +81,8 @@ def process(job: AssetJob) -> None:
     depend on which others were asked for. A rejection, or a failure to fetch, before the first product ends the asset.
     """
     notes = Notes()
+    if job.gpu is not None:
+        gpu.use(job.gpu)
     try:
         mesh, topology = _prepare(job, notes)
     except Reject as verdict:
@@ -141,13 +144,14 @@ def _make(job: AssetJob, product: str, mesh: Mesh, topology: Topology) -> dict[s
         save_measured(folder, measure(mesh, topology, job.config.screen))
         return {}
     if kind == "sdf":
-        bricks = compute_bricks(topology, int(variant))
+        bricks = compute_bricks(topology, int(variant), job.config.device)
         save_bricks(folder, bricks)
-        return {"tokens": len(bricks.blocks)}
+        return {"tokens": len(bricks.blocks), "device": gpu.device_name(job.config.device)}
     cfg, uid = job.config.render, job.record.uid
-    for view in render_views(mesh, uid, cfg):
-        save_view(folder, uid, view.meta["view"], encode(view, cfg.format), view.meta, cfg.format)
-    return {"views": cfg.views, "renderer": renderer_string()}
+    with canvas.on_gpu(job.gpu):
+        for view in render_views(mesh, uid, cfg):
+            save_view(folder, uid, view.meta["view"], encode(view, cfg.format), view.meta, cfg.format)
+        return {"views": cfg.views, "renderer": renderer_string()}
 
 
 def save_bricks(folder: Path, bricks: Bricks) -> None:
@@ -179,6 +183,12 @@ def warm_up() -> None:
     filter_geometry(mesh, BuildConfig().filter)
     compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
     canvas._import_pyrender()
+
+
+def warm_up_cuda() -> None:
+    """As `warm_up`, and torch and the kernels beside it. CUDA is left to the children: it does not survive a fork."""
+    warm_up()
+    gpu.warm_up()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 from pipeline.command import command, parse
 from pipeline.config import PRESETS, BuildConfig
+from pipeline.gpu import check_cuda
 from pipeline.location import check_output
 from pipeline.plan import make_plan, refuse_foreign
 from pipeline.report import write_report
@@ -42,6 +44,8 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     """
     started = time.monotonic()
     check_output(cfg.out)
+    if cfg.device == "cuda" and not os.environ.get("RAY_ADDRESS"):  # a cluster's nodes are for the runner to ask
+        check_cuda()
     total = make(cfg, open_sources(cfg) if sources is None else sources)
     page = write_report(cfg.out)
     log.info("%d done, %d rejected, %d failed in %.0f s", *total.values(), time.monotonic() - started)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from pipeline.cameras import RADIUS, Camera
 from pipeline.schema import Mesh, RunError
 from pipeline.shading import Lighting, shader_sources
 
+EGL_CUDA_DEVICE_NV = 0x323A  # EGL_NV_device_cuda: the number that CUDA has for an EGL device
 PACKAGES = "libegl1 libgl1 libgl1-mesa-dri"
 
 
@@ -33,6 +36,43 @@ def _import_pyrender() -> Any:
     return pyrender
 
 
+_gpu: ContextVar[str | None] = ContextVar("gpu", default=None)
+
+
+@contextmanager
+def on_gpu(gpu: str | None) -> Iterator[None]:
+    """Inside, contexts begin with the EGL device that CUDA knows by this index; None, or an unknown one: the first."""
+    token = _gpu.set(gpu)
+    try:
+        yield
+    finally:
+        _gpu.reset(token)
+
+
+def _devices() -> list[Any]:
+    """All EGL devices, the wanted GPU first, else as the drivers list them: hardware before Mesa's software."""
+    from pyrender.platforms import egl
+
+    if _gpu.get() is None:
+        return egl.query_devices()
+    # A GPU that was asked for and gives no context is no reason to fail while another device draws the same picture:
+    # the choice is about load alone, and what drew is recorded.
+    return sorted(egl.query_devices(), key=lambda device: _cuda_index(device) != _gpu.get())
+
+
+def _cuda_index(device: Any) -> str | None:
+    """CUDA's number of an EGL device as text, None where CUDA does not know it."""
+    from OpenGL import EGL
+
+    query = EGL.eglGetProcAddress("eglQueryDeviceAttribEXT")  # PyOpenGL has no binding of it
+    if not query:
+        return None
+    of_device = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))
+    number = ctypes.c_ssize_t()
+    handle = ctypes.cast(device._display, ctypes.c_void_p)
+    return str(number.value) if of_device(query)(handle, EGL_CUDA_DEVICE_NV, ctypes.byref(number)) else None
+
+
 @contextmanager
 def context(width: int, height: int) -> Iterator[Any]:
     """A current OpenGL context on the first device that gives one, and pyrender's platform object for it.
@@ -46,7 +86,7 @@ def context(width: int, height: int) -> Iterator[Any]:
         from OpenGL.error import Error
         from pyrender.platforms import egl
 
-        for device in egl.query_devices():
+        for device in _devices():
             platform = egl.EGLPlatform(width, height, device=device)
             try:
                 platform.init_context()

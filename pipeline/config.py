@@ -43,7 +43,7 @@ class LimitsConfig:
     """What one asset, and all of them together, may cost. Limits do not belong to a dataset's identity."""
 
     asset_timeout_s: float = 900.0  # wall time of one asset, all its stages
-    asset_memory_gb: float = 8.0  # address space of the process that works on one asset
+    asset_memory_gb: float = 8.0  # address space (with CUDA: private memory) of the process that works on one asset
     retries: int = 2  # after a lost worker or node, or a network in trouble; never after a crash or a verdict
     retry_wait_s: float = 60.0  # before an asset is fetched again; twice as long the next time
     max_failed_share: float = 0.2  # of the assets tried; beyond it (and 10 failures) the run stops
@@ -80,6 +80,10 @@ class BuildConfig:
     shard_size: int = 64  # assets that are committed together
     val_percent: int = 2  # share of assets, drawn by uid, in the validation split
     workers: int | None = None  # assets worked on at once; default: every core
+    # Where distances are computed. As the renderer it is found in the markers and not in the hashes: cpu and cuda agree
+    # to a thousandth of a voxel, so that a build may go on where there is, or no longer is, a GPU.
+    device: Literal["cpu", "cuda"] = "cpu"
+    assets_per_gpu: int = 16  # that share a GPU at once, with `device` cuda; each takes about a gigabyte of it
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
@@ -101,11 +105,21 @@ class BuildConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
+        if not 1 <= self.assets_per_gpu <= 1000:
+            raise ValueError(f"assets_per_gpu must be in 1..1000, got {self.assets_per_gpu}")
         if not 0 <= self.val_percent <= 100:
             raise ValueError(f"val_percent must be in 0..100, got {self.val_percent}")
         if set(self.rank.best_resolutions) & set(self.resolutions):
             raise ValueError(f"best_resolutions must not be among resolutions, got {self.rank.best_resolutions}")
         self.render  # noqa: B018  its own checks of views and image_size
+
+    @property
+    def gpu_share(self) -> float:
+        """Of a GPU that an asset takes. Screening takes none: which assets are kept must not depend on the device.
+
+        Rounded down to Ray's ten-thousandths, or one asset less would fit.
+        """
+        return 10_000 // self.assets_per_gpu / 10_000 if self.device == "cuda" and self.run != "screen" else 0.0
 
     @cached_property
     def topology(self) -> TopologyConfig:
@@ -146,7 +160,7 @@ class BuildConfig:
         return to_json(asdict(self.render))
 
     def product_hash(self, product: str) -> str:
-        """Changes with whatever decides the product's bytes, other than input, code and renderer."""
+        """Changes with whatever decides the product's bytes, other than input, code, device and renderer."""
         return hash_of({"format": FORMAT_VERSION, "shared": self.shared(), "product": self.of_product(product)})
 
 

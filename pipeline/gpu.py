@@ -36,8 +36,10 @@ def use(gpu: str) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # the only way in: torch's own choice leaves contexts on the first
 
 
-def device_name() -> str:
-    """Of the GPU that `fill_blocks` uses: two kinds may differ in a distance's last bits."""
+def device_name(device: str) -> str:
+    """What the markers call a device: two kinds of GPU may differ in a distance's last bits."""
+    if device == "cpu":
+        return device
     import torch
 
     return f"cuda, {torch.cuda.get_device_name()}"

@@ -50,6 +50,7 @@ class _Request:
     log: Path
     timeout_s: float
     memory_bytes: int
+    memory_limit: int
 
 
 class Isolated:
@@ -64,14 +65,28 @@ class Isolated:
         self._errors: IO[bytes] = io.BytesIO()
         self._server: subprocess.Popen[bytes] | None = None
 
-    def call(self, function: str, argument: Any, *, log: Path, timeout_s: float, memory_bytes: int) -> Exit:
-        """Runs to the end, to a crash or to a limit. RunError if the server itself dies."""
+    def call(
+        self,
+        function: str,
+        argument: Any,
+        *,
+        log: Path,
+        timeout_s: float,
+        memory_bytes: int,
+        memory_limit: int = resource.RLIMIT_AS,
+    ) -> Exit:
+        """Runs to the end, to a crash or to a limit. RunError if the server itself dies.
+
+        CUDA reserves address space for all of a machine's memory before it uses any: calls that use it are held by
+        RLIMIT_DATA, which counts private memory that can be written to, reserved space and the GPU's own aside.
+        """
         request = _Request(
             function=function,
             argument=pickle.dumps(argument),
             log=log,
             timeout_s=timeout_s,
             memory_bytes=memory_bytes,
+            memory_limit=memory_limit,
         )
         server = self._running()
         answer = None
@@ -167,7 +182,7 @@ def _child(request: _Request, server: int, pipes: tuple[int, ...]) -> None:
         for pipe in pipes:  # a child that held them would keep a dead server's client waiting
             os.close(pipe)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (request.memory_bytes, request.memory_bytes))
+        resource.setrlimit(request.memory_limit, (request.memory_bytes, request.memory_bytes))
         module, _, name = request.function.partition(":")
         getattr(importlib.import_module(module), name)(pickle.loads(request.argument))
         code = 0

@@ -214,6 +214,7 @@ def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dic
         resolution = int(product[4:])
         bricks = _bricks(cfg, job.shard, product, resolution, uids)
         counts["tokens"] = write_sdf_shard(partial / paths[0].name, resolution, bricks, cfg.product_hash(product))
+        extra["devices"] = sorted({results[uid].products[product].get("device", "cpu") for uid in uids})
     elif product.startswith("screen-"):
         rows = [(uid, load_measured(scratch_folder(out, job.shard, uid) / product)) for uid in uids]
         write_measured(partial / paths[0].name, rows)

@@ -8,11 +8,12 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
         # An exception out of a signal handler would break Ray's native code: signals are noted, and looked at between.
         with note_signals(stop), _ray(cfg), note_signals(stop):  # Ray puts handlers of its own in place as it starts
             stop.check()
+            if cfg.gpu_share and not ray.cluster_resources().get("GPU"):
+                raise UserError("--device cuda cannot be used: Ray finds no GPU in its cluster; leave it out")
             _Run(plan, cfg, sources, todo, held).loop(stop)
     remove(cfg.out / ".scratch")
     return counts(plan, cfg)
@@ -217,7 +220,8 @@ class _Run:
         else:
             attempt = self.attempts[record.uid] = self.attempts.get(record.uid, 0) + 1
             source = self.sources[record.source]
-            ref = _asset_task.remote(record, source, self.config, shard.name, shard.products, attempt)
+            task = _asset_task.options(num_gpus=self.cfg.gpu_share)
+            ref = task.remote(record, source, self.config, shard.name, shard.products, attempt)
         self.tasks[ref] = (shard, record)
 
     def _take(self, ref: ray.ObjectRef) -> None:
@@ -304,7 +308,10 @@ class _Run:
         return next(folder for folder in (root, *root.absolute().parents) if folder.exists())
 
 
-_isolated = Isolated("pipeline.asset:warm_up")  # of a Ray worker process
+_isolated = {  # of a Ray worker process
+    "cpu": Isolated("pipeline.asset:warm_up"),
+    "cuda": Isolated("pipeline.asset:warm_up_cuda"),
+}
 
 
 @ray.remote(num_cpus=1, max_retries=0)
@@ -314,12 +321,16 @@ def _asset_task(
     """All stages of one asset in a child of its own. RunError if no asset could succeed."""
     with workspace(cfg.out, cfg.scratch) as here:
         job = _job(record, source, cfg, here, shard, products, attempt)
-        end = _isolated.call(
+        on_gpu = cfg.gpu_share > 0
+        if on_gpu:
+            job = replace(job, gpu=ray.get_runtime_context().get_accelerator_ids()["GPU"][0])
+        end = _isolated["cuda" if on_gpu else "cpu"].call(
             "pipeline.asset:process",
             job,
             log=job.folder / "log.txt",
             timeout_s=cfg.limits.asset_timeout_s,
             memory_bytes=int(cfg.limits.asset_memory_gb * 1e9),
+            memory_limit=resource.RLIMIT_DATA if on_gpu else resource.RLIMIT_AS,
         )
         if end.reason == "disk_full":
             raise OSError(errno.ENOSPC, "disk full")
