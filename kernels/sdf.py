@@ -85,7 +85,8 @@ def _to_centres(rows_ptr, triangles_ptr, first, count, i, sx, sy, sz, bx, by, bz
     """Of a block's candidates first + i [1, C] those that are there, their kinds, their distances to points [8, C]."""
     ok = i < count
     triangle = tl.load(triangles_ptr + first + i, ok, other=0)
-    ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz, kind = _load_triangles(rows_ptr, triangle, ok, bx, by, bz)
+    a_u_v_n_kind = _load_triangles(rows_ptr, triangle, ok, bx, by, bz)
+    ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz, kind = a_u_v_n_kind  # pyright: ignore[reportGeneralTypeIssues]
     d2, _, _ = _squared(sx, sy, sz, ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz)
     return triangle, kind, tl.where(ok, tl.sqrt(d2), float("inf"))
 
@@ -111,7 +112,8 @@ def _narrow(
     lane = tl.arange(0, C)[None, :]
     solid, sheet = tl.full([8, C], float("inf"), tl.float32), tl.full([8, C], float("inf"), tl.float32)
     for start in range(0, count, C):
-        _, kind, d = _to_centres(rows_ptr, triangles_ptr, first, count, start + lane, sx, sy, sz, bx, by, bz)
+        at_centres = _to_centres(rows_ptr, triangles_ptr, first, count, start + lane, sx, sy, sz, bx, by, bz)
+        _, kind, d = at_centres  # pyright: ignore[reportGeneralTypeIssues]
         solid = tl.where(kind == SOLID, tl.minimum(solid, d), solid)
         sheet = tl.where(kind == THIN, tl.minimum(sheet, d), sheet)
     nearest_solid, nearest_sheet = tl.min(solid, 1)[:, None], tl.min(sheet, 1)[:, None]
