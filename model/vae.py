@@ -26,6 +26,7 @@ from model.sparse import POINTS, BrickBatch, Level, SparseTensor
 from pipeline.schema import BLOCK
 
 HEAD_SIZES = (16, 32, 64, 128)  # that windowed attention has kernels for
+LOGVAR_START = -6.0  # log-variance of every latent before training
 SIZES = (2, 4, 8)  # voxels along a cell's side after each step of the decoder
 
 
@@ -144,6 +145,8 @@ class SparseVAE(nn.Module):
         init_linears(self)
         zero_init(self.encoder.out)
         zero_init(self.decoder.out)
+        with torch.no_grad():  # little noise at first: a decoder learns nothing from latents that drown in it
+            self.encoder.out.bias[config.latent_channels :] = LOGVAR_START
 
     def encode(self, batch: BrickBatch) -> Posterior:
         """The posterior of every cell of the batch, rows as in batch.cells.

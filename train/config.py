@@ -24,7 +24,8 @@ class LoopConfig:
 
     steps: int = 100_000  # of all ranks together; a finished run goes on if this is raised
     max_minutes: float | None = None  # stop after that, with a checkpoint; the same command goes on
-    learning_rate: float = 1e-4  # AdamW; paper, sec. 3
+    optimizer: Literal["adamw", "muon"] = "adamw"  # the paper's, or see train.optimizer.Muon
+    learning_rate: float = 1e-4  # paper, sec. 3
     warmup_steps: int = 200  # over which the learning rate rises from 0
     schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to a tenth at the last step
     betas: tuple[float, float] = (0.9, 0.99)
@@ -122,6 +123,7 @@ _VAE_TINY = VAETraining(
     bricks=BrickConfig(resolutions=(64,), workers=1, batch_size=2),
     loop=LoopConfig(
         steps=2000,
+        optimizer="muon",
         learning_rate=1e-3,
         warmup_steps=20,
         schedule="cosine",

@@ -149,12 +149,12 @@ def test_decoder_is_the_dense_one_where_the_grid_is_full():
     torch.testing.assert_close(vae.decode(z, level), expected[tuple(level.coords[:, 1:].long().T)])
 
 
-def test_a_fresh_model_says_zero():
+def test_a_fresh_model_says_zero_and_hardly_any_noise():
     batch = BrickBatch.collate([random_bricks(12, 32)])
     values, posterior = SparseVAE(TINY)(batch, torch.randn(12, 3))
-    for zero in (posterior.mean, posterior.logvar, values):
-        assert zero.dtype == torch.float32
-        assert (zero == 0).all()
+    for output, start in ((posterior.mean, 0), (posterior.logvar, -6), (values, 0)):
+        assert output.dtype == torch.float32
+        assert (output == start).all()
     assert values.shape == (12, 512)
 
 

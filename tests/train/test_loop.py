@@ -1,11 +1,13 @@
 """The loop on a model of four numbers: learning, resuming to the bit, bad gradients, full disks, signals."""
 
+import copy
 import errno
 import json
 import logging
 import os
 import resource
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -277,6 +279,34 @@ def test_average_follows_by_its_definition():
 def test_only_matrices_decay():
     groups = make_optimizer(torch.nn.Linear(3, 2), LoopConfig(weight_decay=0.1), torch.device("cpu")).param_groups
     assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [(0.1, [2]), (0.0, [1])]
+
+
+def test_the_optimizer_of_matrices_gives_each_its_polar_factor_and_the_others_adamw():
+    """Against the SVD: U V^T times the rate, for linears, our convolutions and those of torch, in the first step."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(6, 4), "dense": torch.nn.Conv3d(3, 5, 3)})
+    model["sparse"] = torch.nn.ParameterList([torch.randn(27, 4, 3), torch.randn(1, 6)])  # the row is AdamW's
+    cfg = LoopConfig(optimizer="muon", weight_decay=0.1, learning_rate=0.01)
+    optimizer = make_optimizer(model, cfg, torch.device("cpu"))
+    twin = copy.deepcopy(model)
+    adamw = make_optimizer(twin, replace(cfg, optimizer="adamw"), torch.device("cpu"))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()}
+    optimizer.step()
+    adamw.step()
+    flat = {"linear.weight": (4, 6), "dense.weight": (5, 81), "sparse.0": (108, 3)}
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        old, grad = before[name]
+        if name not in flat:
+            assert torch.equal(p, q), name
+            continue
+        change = (old * (1 - 0.01 * 0.1) - p).view(flat[name]).detach() / (0.01 * 0.2 * max(flat[name]) ** 0.5)
+        U, _, Vh = torch.linalg.svd(grad.view(flat[name]), full_matrices=False)
+        along = torch.diagonal(U.T @ change @ Vh.T)
+        assert ((along > 0.6) & (along < 1.3)).all(), (name, along)
+        torch.testing.assert_close(change, (U * along) @ Vh, atol=1e-4, rtol=0)
 
 
 def test_learning_rates():
