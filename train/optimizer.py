@@ -72,19 +72,17 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             if not group["muon"]:
                 continue
-            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)  # one product of stacks for each shape
+            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # of one shape: one stack
             for p in group["params"]:
                 if p.grad is not None:
-                    alike[_matrix(p).shape].append(p)
-            for shape, params in alike.items():
-                directions = []
-                for p in params:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.mul_(self.MOMENTUM).add_(p.grad)
-                    directions.append(p.grad.add(momentum, alpha=self.MOMENTUM).view(shape))
+                    direction = _matrix(p.grad.add(momentum, alpha=self.MOMENTUM))
+                    alike[direction.shape].append((p, direction))
                     p.grad = None
-                steps = orthogonal(torch.stack(directions)) * (self.RMS * max(shape) ** 0.5)
-                for p, change in zip(params, steps, strict=True):
+            for shape, pairs in alike.items():
+                steps = orthogonal(torch.stack([direction for _, direction in pairs]))
+                for (p, _), change in zip(pairs, steps * (self.RMS * max(shape) ** 0.5), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.view(p.shape), alpha=group["lr"])
         super().step()
 

@@ -290,10 +290,11 @@ def test_the_optimizer_of_matrices_gives_each_its_polar_factor_and_the_others_ad
     optimizer = make_optimizer(model, cfg, torch.device("cpu"))
     twin = copy.deepcopy(model)
     adamw = make_optimizer(twin, replace(cfg, optimizer="adamw"), torch.device("cpu"))
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad.clone()
-    before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()}
+    before = {}
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        grad = torch.randn_like(p)
+        before[name] = (p.detach().clone(), grad)
+        p.grad, q.grad = grad.clone(), grad.clone()
     optimizer.step()
     adamw.step()
     flat = {"linear.weight": (4, 6), "dense.weight": (5, 81), "sparse.0": (108, 3)}
