@@ -1,4 +1,7 @@
-"""`python -m benchmarks.sdf`: cost, accuracy and size of our SDF, against mesh2sdf and libigl in the same run."""
+"""`python -m benchmarks.sdf`: cost, accuracy and size of our SDF, against mesh2sdf and libigl in the same run.
+
+Its CPU path, that is; benchmarks.sdf_gpu has the other beside it.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,280 @@
+"""`python -m benchmarks.sdf_gpu`: the SDF's GPU path beside its CPU path: seconds, distances in voxels, signs.
+
+Two commands, because the machine with the GPU may have no mesh libraries: `topologies` packs meshes, with what was
+decided about inside and outside, into one file; `measure` computes their distances on both. What other libraries
+take is in benchmarks.sdf.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+
+from model.command import command, parse
+from pipeline import gpu, sdf
+from pipeline.exterior import Bins, Exterior, bin_triangles
+from pipeline.isolate import Isolated
+from pipeline.schema import Bricks, UserError, band, spacing
+from pipeline.topology import Topology, TopologyConfig, build_topology
+from pipeline.triangles import pack
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m benchmarks.sdf_gpu"
+KERNELS = ("_narrow", "_distances", "_votes")
+PARTS = ("triangles", "kinds", "sharp_edges", "bin_of", "blocks", "outside", "whole")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topologies:
+    """Pack the topologies of a folder's meshes into one file."""
+
+    meshes: Path
+    names: tuple[str, ...] = ()  # only these files of it
+    topology_resolution: int = 512
+    out: Path = Path("topologies.npz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """CPU and GPU on packed topologies, one after the other in one process; then what a fresh process pays."""
+
+    topologies: Path
+    resolutions: tuple[int, ...] = (256, 384, 512, 1024)
+    repeats: int = 5  # of the GPU's measurements, whose median counts; the CPU path runs once
+    out: Path = Path("benchmarks/results/sdf_gpu.json")
+
+
+def pack_topologies(cfg: Topologies) -> None:
+    """UserError if no file of the folder, or none of those named, is there."""
+    from pipeline.load import LoadConfig, load
+    from pipeline.normalize import NormalizeConfig, normalize
+
+    paths = [path for path in sorted(cfg.meshes.iterdir()) if not cfg.names or path.name in cfg.names]
+    if not paths:
+        raise UserError(f"no mesh in {cfg.meshes}" + (f" is called {' or '.join(cfg.names)}" if cfg.names else ""))
+    packed: dict[str, Any] = {"names": [path.name for path in paths], "resolution": cfg.topology_resolution}
+    for number, path in enumerate(paths):
+        mesh = normalize(load(path, LoadConfig()), NormalizeConfig())
+        topology = build_topology(mesh, TopologyConfig(resolution=cfg.topology_resolution))
+        packed |= {f"{part}{number}": value for part, value in _parts(topology).items()}
+        log.info("%s: %d faces, %s", path.name, len(mesh.faces), topology.sign_path)
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(cfg.out, **packed)
+
+
+def _parts(topology: Topology) -> dict[str, np.ndarray]:
+    exterior = topology.exterior
+    values = (
+        topology.triangles, topology.kinds, topology.sharp_edges,
+        exterior.bins.bin_of, exterior.bins.blocks, exterior.outside, exterior.whole,
+    )  # fmt: skip
+    return dict(zip(PARTS, values))
+
+
+def read_topologies(path: Path) -> dict[str, Topology]:
+    """Name -> topology, as far as distances need it: the flood's own triangles and barrier are left out."""
+    packed = np.load(path)
+    resolution, found = int(packed["resolution"]), {}
+    for number, name in enumerate(packed["names"].tolist()):
+        triangles, kinds, sharp_edges, bin_of, blocks, outside, whole = (packed[f"{part}{number}"] for part in PARTS)
+        none = np.zeros(len(blocks) + 1, np.int64)
+        bins = Bins(
+            resolution=resolution, bin_of=bin_of, blocks=blocks, offsets=none, triangles=np.empty(0, np.int32)
+        )  # fmt: skip
+        found[name] = Topology(
+            resolution=resolution,
+            triangles=triangles,
+            kinds=kinds,
+            sharp_edges=sharp_edges,
+            exterior=Exterior(bins=bins, barrier=np.zeros_like(outside), outside=outside, whole=whole),
+            sign_path="",
+            numbers={},
+        )
+    return found
+
+
+def measure(cfg: Measure) -> dict[str, Any]:
+    """Every number; cfg.out is rewritten after each mesh. UserError without CUDA."""
+    # First of all: a process that has a CUDA context is no server that could fork.
+    results: dict[str, Any] = {"machine": machine(), "resolutions": cfg.resolutions, "process": [], "rows": []}
+    for limit in (
+        "RLIMIT_DATA",
+        "RLIMIT_DATA",
+        "RLIMIT_AS",
+    ):  # the first compiles; the last says why it is not that one
+        results["process"].append(in_a_process(cfg.topologies, max(cfg.resolutions), limit))
+        log.info("%s", results["process"][-1])
+    gpu.check_cuda()
+    results["machine"]["gpu"] = gpu.device_name("cuda")
+    topologies = read_topologies(cfg.topologies)
+    sdf.compute_bricks(next(iter(topologies.values())), 64)  # numba compiles
+    for name, topology in topologies.items():
+        for resolution in cfg.resolutions:
+            row = {"mesh": name, "faces": len(topology.triangles), **compare(topology, resolution, cfg.repeats)}
+            log.info("%s", row)
+            results["rows"].append(row)
+        cfg.out.parent.mkdir(parents=True, exist_ok=True)
+        cfg.out.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def compare(topology: Topology, resolution: int, repeats: int, device: str = "cuda") -> Row:
+    """Both paths on one topology: seconds of `compute_bricks`, of its parts and of the kernels; where they differ."""
+    tau, h = band(resolution), spacing(resolution)
+    half, trusted = sdf.SHEET_HALF_VOXELS * h, sdf.FLOOD_VOXELS * spacing(topology.resolution)
+
+    def fill() -> None:
+        for _ in gpu.fill_blocks(
+            packed, topology.kinds, bins, topology.exterior, tau=tau, half=half, trusted=trusted, device=device
+        ):  # fmt: skip
+            pass
+
+    began = time.perf_counter()
+    packed = pack(topology.triangles)
+    bins = bin_triangles(packed, resolution, max(tau + half, trusted) / h)
+    binned = time.perf_counter()
+    expected = sdf.compute_bricks(topology, resolution)
+    done = time.perf_counter()
+    fill()  # compiles
+    row = {
+        "resolution": resolution,
+        "blocks": len(bins.blocks),
+        "candidates": len(bins.triangles),
+        "cells": len(expected.blocks),
+        "cpu_s": done - binned,
+        "bins_s": binned - began,
+        "fill_s": statistics.median(seconds(fill, device) for _ in range(repeats)),
+    }
+    if device == "cuda":
+        whole = [seconds(lambda: sdf.compute_bricks(topology, resolution, device), device) for _ in range(repeats)]
+        row |= {"gpu_s": statistics.median(whole), **kernel_ms(fill)}
+        found = sdf.compute_bricks(topology, resolution, device)
+        row |= {"kernels_ms": sum(row[f"{name}_ms"] for name in KERNELS), **difference(found, expected)}
+    return row
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """Of the wall clock, until the GPU has finished too."""
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def kernel_ms(work: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds that the GPU spends in each of our kernels, over all launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    spent = {event.key: event.self_device_time_total / 1e3 for event in profile.key_averages()}
+    return {f"{name}_ms": spent.get(name, 0.0) for name in KERNELS}
+
+
+def difference(found: Bricks, expected: Bricks) -> Row:
+    """Largest difference of stored values in voxels, signs that differ away from the surface, cells not in both."""
+    R = expected.resolution
+    keys, others = (bricks.blocks.astype(np.int64) @ [R * R, R, 1] for bricks in (expected, found))
+    both, mine, other = np.intersect1d(keys, others, assume_unique=True, return_indices=True)
+    a, b = expected.values[mine].astype(np.float32), found.values[other].astype(np.float32)
+    voxels = band(R) / spacing(R)
+    wrong = (np.signbit(a) != np.signbit(b)) & (np.abs(a) * voxels > 1e-3)
+    return {
+        "max_voxels": float(np.abs(a - b).max() * voxels),
+        "f16_step_voxels": float(voxels * 2**-11),  # what rounding to float16 alone may make of nothing
+        "differing": float((a != b).mean()),
+        "wrong_signs": int(wrong.sum()),
+        "values": a.size,
+        "other_cells": len(keys) + len(others) - 2 * len(both),
+        "other_sharp_bits": int(np.unpackbits(expected.sharp[mine] ^ found.sharp[other]).sum()),
+    }
+
+
+def in_a_process(topologies: Path, resolution: int, limit: str) -> Row:
+    """What an asset's child pays: forked from a warm server, under a memory limit of 8 GB, CUDA's start included."""
+    isolated = Isolated("benchmarks.sdf_gpu:_warm_up")
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "seconds.json"
+        end = isolated.call(
+            "benchmarks.sdf_gpu:_child",
+            (topologies, resolution, out),
+            log=Path(scratch) / "log.txt",
+            timeout_s=120,
+            memory_bytes=8 * 10**9,
+            memory_limit=getattr(resource, limit),
+        )
+        isolated.close()
+        found = json.loads(out.read_text()) if out.exists() else {"said": end.detail}
+        return {"limit": limit, "ended": end.reason or "well", "wall_s": end.seconds, **found}
+
+
+def _warm_up() -> None:
+    gpu.warm_up()
+
+
+def _child(job: tuple[Path, int, Path]) -> None:
+    """Seconds of the first two runs at 256 and one at the finest resolution, on the first topology."""
+    path, resolution, out = job
+    topology = next(iter(read_topologies(path).values()))
+    sdf.compute_bricks(topology, 256)  # numba's part
+    took = [
+        seconds(partial(sdf.compute_bricks, topology, R, "cuda"), "cuda") for R in (256, 256, resolution, resolution)
+    ]
+    at_hand = {f"run_{number}_s": value for number, value in enumerate(took)}
+    out.write_text(json.dumps({**at_hand, "gpu_mb": torch.cuda.max_memory_reserved() >> 20}))
+
+
+def machine() -> Row:
+    """What the numbers depend on besides the code."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    return {"cpu": next(iter(models), platform.machine()), **versions, "numpy": np.__version__}
+
+
+def table(results: dict[str, Any]) -> str:
+    head = ("mesh", "faces", "R", "cells", "CPU s", "GPU s", "x", "bins s", "fill s", "kernels ms")
+    head += ("narrow", "distances", "votes", "max voxels", "f16 step", "wrong signs", "other cells", "sharp bits")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in results["rows"]:
+        cells = [row["mesh"], row["faces"], row["resolution"], row["cells"], f"{row['cpu_s']:.3f}"]
+        cells += [f"{row['gpu_s']:.3f}", f"{row['cpu_s'] / row['gpu_s']:.1f}", f"{row['bins_s']:.3f}"]
+        cells += [f"{row['fill_s']:.3f}", f"{row['kernels_ms']:.2f}", *(f"{row[f'{name}_ms']:.2f}" for name in KERNELS)]
+        cells += [f"{row['max_voxels']:.5f}", f"{row['f16_step_voxels']:.5f}", row["wrong_signs"], row["other_cells"]]
+        lines.append("| " + " | ".join(map(str, [*cells, row["other_sharp_bits"]])) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def run(cfg: Measure) -> None:
+    results = measure(cfg)
+    sys.stdout.write(table(results))
+    log.info("numbers in %s", cfg.out)
+
+
+def main(args: Sequence[str]) -> None:
+    kinds: dict[str, tuple[type, Any]] = {"topologies": (Topologies, pack_topologies), "measure": (Measure, run)}
+    if not args or args[0] not in kinds:
+        raise UserError(f"say what to do: {PROG} {'|'.join(kinds)} [options]")
+    cls, function = kinds[args[0]]
+    function(parse(cls, args[1:], prog=f"{PROG} {args[0]}"))
+
+
+if __name__ == "__main__":
+    command(main)
