@@ -103,7 +103,9 @@ def test_the_same_objects_with_the_same_bytes_and_readers_that_take_urls(store, 
     assert verify(cfg.out) == []
     assert left_in(cfg.scratch) == []
     written = {name: store.client.head_object(Bucket=BUCKET, Key=f"{prefix}/{name}") for name in store.keys(prefix)}
+    store.put(f"{prefix}/.scratch/000000/late.tar", b"of a task that was thought dead")
     assert build(cfg, []) == total  # nothing is done again
+    assert sorted(store.keys(prefix)) == sorted(written)
     for name, head in written.items():
         again = store.client.head_object(Bucket=BUCKET, Key=f"{prefix}/{name}")
         assert again["LastModified"] == head["LastModified"]
@@ -203,7 +205,7 @@ def test_a_store_that_goes_away_in_a_commit_ends_the_run_in_one_line_and_the_sam
 
 
 def test_a_commit_whose_worker_was_lost_after_its_last_marker_is_not_repeated(store, remote):
-    prefix, cfg = remote
+    _, cfg = remote
     build(cfg, [SOURCE])
     records = tuple(read_plan(cfg.out).shard("000000"))
     job = PackJob(config=cfg, shard="000000", records=records, products=cfg.products, wanted=3)
@@ -350,6 +352,16 @@ def test_a_large_object_is_sent_in_parts_and_cut_parts_are_sent_again(store, tmp
         place.put(tmp_path / "large")
     store.wire.cuts = []
     assert store.get("large") == data  # nothing half replaced it
+
+
+def test_where_the_stores_package_gives_up_we_try_again_after_a_while(store):
+    cut = Cut(r"^PUT /bucket/patient", "body", times=10**6)
+    store.wire.cuts = [cut]
+    with pytest.raises(RunError, match="patient cannot be written"):
+        Remote(f"s3://{BUCKET}/patient", waits_s=()).write_bytes(b"data")
+    cut.times = 2 * len(cut.done) + 1  # once more than the package asks
+    Remote(f"s3://{BUCKET}/patient", waits_s=(0.1,)).write_bytes(b"data")
+    assert (len(cut.done), store.get("patient")) == (cut.times, b"data")
 
 
 def test_a_removal_that_the_store_refuses_is_an_error(store, monkeypatch):
