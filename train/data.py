@@ -78,6 +78,8 @@ def read_catalogue(root: Path, resolutions: Sequence[int]) -> Catalogue:
         if (root / "shards" / path.stem / "manifest.json").exists()
     ]
     if not tables:
+        if ":/" in str(root):
+            raise UserError(f"{root} looks like a URL; training reads a directory: copy the build to one")
         raise UserError(f"{root} is not a build with committed shards; make one: python -m pipeline.build --out {root}")
     rows = [row for table in tables for row in table.to_pylist() if row["status"] == "done"]
     built = set(built_resolutions(root))

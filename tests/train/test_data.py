@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 from collections import Counter
 from functools import partial
 from itertools import pairwise
@@ -204,6 +205,11 @@ def test_other_data_is_refused_in_one_line(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
         read_catalogue(root, [256])
     assert "\n" not in str(error.value)
+
+
+def test_a_url_is_refused_with_what_to_do_instead():
+    with pytest.raises(UserError, match="looks like a URL; .* copy the build"):
+        read_catalogue(Path("s3://bucket/build"), [32])
 
 
 def re_version(root, version):
