@@ -3,10 +3,10 @@
 import json
 import logging
 import shutil
-from pathlib import Path
 from collections import Counter
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -208,7 +208,7 @@ def test_other_data_is_refused_in_one_line(tmp_path, change, message):
 
 
 def test_a_url_is_refused_with_what_to_do_instead():
-    with pytest.raises(UserError, match="looks like a URL; .* copy the build"):
+    with pytest.raises(UserError, match=r"looks like a URL; .* copy the build"):
         read_catalogue(Path("s3://bucket/build"), [32])
 
 
