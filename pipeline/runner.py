@@ -220,7 +220,7 @@ class _Run:
         else:
             attempt = self.attempts[record.uid] = self.attempts.get(record.uid, 0) + 1
             source = self.sources[record.source]
-            task = _asset_task.options(num_gpus=self.cfg.gpu_share)
+            task = _asset_task.options(num_gpus=self.cfg.gpu_share or None)
             ref = task.remote(record, source, self.config, shard.name, shard.products, attempt)
         self.tasks[ref] = (shard, record)
 

@@ -17,7 +17,7 @@ from pipeline import canvas, gpu
 from pipeline import sdf as cpu
 from pipeline.config import BuildConfig
 from pipeline.isolate import Isolated
-from pipeline.schema import RunError, UserError, band, spacing
+from pipeline.schema import RunError, Transient, UserError, band, spacing
 from pipeline.sources import open_source
 from pipeline.topology import TopologyConfig, build_topology
 from tests.pipeline import geometry as geo
@@ -90,6 +90,19 @@ def test_parts_come_together_as_on_the_cpu(monkeypatch):
     assert found.values.dtype == np.float16
     apart = np.abs(found.values.astype(np.float32) - expected.values.astype(np.float32))
     assert apart.max() < 2**-11 + 1e-3 * spacing(R) / band(R)
+
+
+def test_a_full_gpu_is_tried_again(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("in use by others")
+
+    topology = build_topology(geo.box((0.5, 0.3, 0.2)).mesh, TopologyConfig(resolution=64))
+    monkeypatch.setattr("kernels.sdf.block_distances", full)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fill = gpu.fill_blocks
+    monkeypatch.setattr(gpu, "fill_blocks", lambda *args, **kwargs: fill(*args, **kwargs, device="cpu"))
+    with pytest.raises(Transient, match="gpu_out_of_memory"):
+        cpu.compute_bricks(topology, 16, "cuda")
 
 
 def reserve_and_allocate(megabytes):
