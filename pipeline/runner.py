@@ -41,7 +41,7 @@ from pipeline.progress import Progress
 from pipeline.schema import Record, RunError, UserError
 from pipeline.sources import Source
 from pipeline.transfer import commit, hand_in, landed_results
-from pipeline.workspace import scratch_root, workspace
+from pipeline.workspace import scratch_root, swept, workspace
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
     if todo:
         stop = Stop()
         # An exception out of a signal handler would break Ray's native code: signals are noted, and looked at between.
-        with note_signals(stop), _ray(cfg), note_signals(stop):  # Ray puts handlers of its own in place as it starts
+        # Ray puts handlers of its own in place as it starts.
+        with swept(cfg.out, cfg.scratch), note_signals(stop), _ray(cfg), note_signals(stop):
             stop.check()
             if cfg.gpu_share and not ray.cluster_resources().get("GPU"):
                 raise UserError("--device cuda cannot be used: Ray finds no GPU in its cluster; leave it out")

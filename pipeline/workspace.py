@@ -59,6 +59,16 @@ def _fetch(place: Remote, local: Path) -> None:
         place.fetch(local)
 
 
+@contextmanager
+def swept(out: Location, scratch: Path | None) -> Iterator[None]:
+    """In the end, nothing is left on this node of tasks that were killed inside."""
+    try:
+        yield
+    finally:
+        if not isinstance(out, Path):
+            _sweep(scratch_root(scratch))
+
+
 def scratch_root(scratch: Path | None) -> Path:
     """The folder of this user's workspaces on a node."""
     return (scratch or Path(tempfile.gettempdir())).absolute() / f"sparse3d-{os.getuid()}"
