@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.manifest import read_manifest
 from pipeline.plan import make_plan
 from pipeline.sources import Source
 
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--views", "2", "--image-size", "64", "--topology-resolution", "64", "--shard-size", "3", "--workers", "2"]
 
@@ -49,17 +51,32 @@ def finish(process: subprocess.Popen[str], code: int = 0, timeout_s: float = 300
     return output
 
 
+def marked(env: dict[str, str], word: str = "") -> list[psutil.Process]:
+    """Processes started with `env` whose command line has the word."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            # Not psutil's environ(): Ray's processes write their titles over the first variables, where it stops.
+            ours = env["TEST_MARK"].encode() in Path(f"/proc/{process.pid}/environ").read_bytes()
+            if ours and word in " ".join(process.cmdline()):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
 def survivors(env: dict[str, str], within_s: float = 30) -> list[str]:
-    """Command lines of the processes started with `env` that are still there after that long; [] as soon as none is."""
+    """Command lines of the processes started with `env` that are still there after that long; [] as soon as none is.
+
+    Ray's own agents do not count: after a killed driver they take up to two minutes to see that they are alone.
+    """
     deadline = time.monotonic() + within_s
     while True:
         found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("TEST_MARK") == env["TEST_MARK"]:
-                    found.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
+        for process in marked(env):
+            with suppress(psutil.Error):
+                found.append(" ".join(process.cmdline()).strip())
+        found = [line for line in found if line not in RAY_AGENTS]
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.2)

@@ -12,7 +12,18 @@ import psutil
 import pytest
 
 from pipeline.verify import verify
-from tests.pipeline.builds import ROOT, TINY, assert_same, contents, environment, finish, start, survivors, wait_until
+from tests.pipeline.builds import (
+    ROOT,
+    TINY,
+    assert_same,
+    contents,
+    environment,
+    finish,
+    marked,
+    start,
+    survivors,
+    wait_until,
+)
 from tests.pipeline.test_ray_job import RAY, free_ports
 
 pytestmark = pytest.mark.slow
@@ -62,21 +73,9 @@ class Nodes:
             process.wait(60)
 
 
-def marked_by(env: dict[str, str], word: str = "") -> list[psutil.Process]:
-    """Processes with the environment's mark whose command line has the word."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TEST_MARK") == env["TEST_MARK"] and word in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def kill_all(env: dict[str, str]) -> None:
     """SIGKILL to a whole node, as if its power were cut."""
-    while processes := marked_by(env):
+    while processes := marked(env):
         for process in processes:
             try:
                 process.kill()
@@ -109,8 +108,8 @@ def test_a_lost_worker_a_lost_node_and_a_lost_driver_leave_no_trace(tiny_build, 
         return len(list(out.glob(".scratch/*/*/result.json"))) + 3 * len(list(out.glob("shards/*/manifest.json")))
 
     wait_until(lambda: landed() >= 1)
-    wait_until(lambda: landed() and marked_by(first, "ray::_asset_task"))
-    os.kill(marked_by(first, "ray::_asset_task")[0].pid, signal.SIGKILL)
+    wait_until(lambda: landed() and marked(first, "ray::_asset_task"))
+    os.kill(marked(first, "ray::_asset_task")[0].pid, signal.SIGKILL)
     wait_until(lambda: landed() >= 4)
     assert landed() < 12, "the build was over before its node was lost"
     kill_all(second)
@@ -120,7 +119,7 @@ def test_a_lost_worker_a_lost_node_and_a_lost_driver_leave_no_trace(tiny_build, 
     driver.send_signal(signal.SIGKILL)
     driver.wait(60)
     assert len(list(out.glob("shards/*/manifest.json"))) < 4, "the build was over before its driver was lost"
-    wait_until(lambda: not marked_by(first, "ray::_asset_task"), 120)  # Ray ends what a lost driver had begun
+    wait_until(lambda: not marked(first, "ray::_asset_task"), 120)  # Ray ends what a lost driver had begun
     output = finish(start("pipeline.build", *args, env=env))
     assert "12 done" in output or "12/12" in output, output
     assert_same(contents(out), contents(tiny_build))
