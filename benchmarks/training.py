@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ class Measure:
     learn: tuple[str, ...] = ("small", "base")  # presets to train
     resolutions: tuple[int, ...] = (256, 512)  # one after another
     minutes: float = 1.0  # each preset at each resolution
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
     samples: int = 200_000  # on each surface when evaluating
 
@@ -230,7 +231,7 @@ def _time(task: VAETask, cfg: VAETraining, batch: Any, device: torch.device) -> 
 
 def learn(cfg: Measure, preset: str, device: torch.device) -> dict[str, Any]:
     """Train a preset at one resolution after another, and evaluate after each, on training and held-out assets."""
-    result: dict[str, Any] = {"preset": preset, "stages": []}
+    result: dict[str, Any] = {"preset": preset, "optimizer": cfg.optimizer, "stages": []}
     init = None
     for resolution in cfg.resolutions:
         start = VAE_PRESETS[preset]
@@ -244,6 +245,7 @@ def learn(cfg: Measure, preset: str, device: torch.device) -> dict[str, Any]:
                 start.loop,
                 steps=1_000_000,
                 max_minutes=cfg.minutes,
+                optimizer=cfg.optimizer,
                 learning_rate=cfg.learning_rate,
                 warmup_steps=30,
                 schedule="constant",
