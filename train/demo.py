@@ -72,9 +72,9 @@ SIZES = {
         resolution="64",
         lanes=2,
         build=("--limit", "24"),
-        vae=("--bricks.no-symmetries", "--loop.steps", "800", "--loop.learning-rate", "2e-3"),
+        vae=("--bricks.no-symmetries", "--loop.steps", "800"),
         structure=("--vae.loop.steps", "300", "--flow.loop.steps", "800"),
-        dit=("--flow.loop.steps", "500"),
+        dit=("--flow.loop.steps", "900"),
         sampling=("--options.steps", "20", "--options.guidance", "2.0"),
     ),
     "gpu": Size(
@@ -125,8 +125,6 @@ def plan(cfg: DemoConfig, size: Size) -> Plan:
         structure / "flow/latest",
         "--dit",
         dit / "latest",
-        "--out",
-        export,
     )
     reconstruct = ("--checkpoint", export / "vae", *common, "--resolutions", size.resolution, "--samples", "20000")
     phases = (
