@@ -115,22 +115,15 @@ def plan(cfg: DemoConfig, size: Size) -> Plan:
     to_latents = (
         train("vae", vae, *size.vae),
         step("train.encode", *common, *latents, "--resolutions", size.resolution),
-        train("dit", dit, *latents, *flow, "--samples", "0", *size.dit),
     )
     to_cells = (train("structure", structure, *flow, "--samples", "4", *size.structure),)
-    collect = (
-        "--vae",
-        vae / "latest",
-        "--structure",
-        structure / "flow/latest",
-        "--dit",
-        dit / "latest",
-    )
+    collect = ("--vae", vae / "latest", "--structure", structure / "flow/latest", "--dit", dit / "latest")
     reconstruct = ("--checkpoint", export / "vae", *common, "--resolutions", size.resolution, "--samples", "20000")
     phases = (
         ((step("pipeline.build", "--preset", "smoke", "--out", cfg.data, *size.build),),),
         ((step("pipeline.verify", cfg.data),),),
         (to_latents, to_cells) if size.lanes == 2 else ((*to_latents, *to_cells),),
+        ((train("dit", dit, *latents, *flow, "--samples", "0", *size.dit),),),  # longest: with every core
         ((step("train.export", *collect, "--out", export),),),
         (
             (
