@@ -75,7 +75,11 @@ class Muon(torch.optim.AdamW):
             alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # of one shape: one stack
             for p in group["params"]:
                 if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    state = self.state[p]
+                    if not state:  # AdamW, when it loads a state, wants a step in each
+                        state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(p)
+                    state["step"] += 1
+                    momentum = state["momentum"]
                     momentum.mul_(self.MOMENTUM).add_(p.grad)
                     direction = _matrix(p.grad.add(momentum, alpha=self.MOMENTUM))
                     alike[direction.shape].append((p, direction))

@@ -310,6 +310,29 @@ def test_the_optimizer_of_matrices_gives_each_its_polar_factor_and_the_others_ad
         torch.testing.assert_close(change, (U * along) @ Vh, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_optimizer_goes_on_from_its_saved_state_bit_for_bit(name, tmp_path):
+    cfg, cpu, path = LoopConfig(optimizer=name, learning_rate=0.01), torch.device("cpu"), tmp_path / "optimizer.pt"
+    torch.manual_seed(0)
+    grads = [[torch.randn(4, 6), torch.randn(4)] for _ in range(6)]
+    model = torch.nn.Linear(6, 4)
+    optimizer = make_optimizer(model, cfg, cpu)
+    for turn, pair in enumerate(grads):
+        if turn == 3:
+            torch.save(optimizer.state_dict(), path)
+            twin = copy.deepcopy(model)
+        for p, grad in zip(model.parameters(), pair, strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+    resumed = make_optimizer(twin, cfg, cpu)
+    resumed.load_state_dict(torch.load(path, weights_only=True))
+    for pair in grads[3:]:
+        for p, grad in zip(twin.parameters(), pair, strict=True):
+            p.grad = grad.clone()
+        resumed.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 def test_learning_rates():
     constant = LoopConfig(steps=100, learning_rate=1.0, warmup_steps=3)
     assert [constant.rate(step) for step in (0, 1, 3, 99)] == [0.25, 0.5, 1.0, 1.0]
