@@ -37,7 +37,8 @@ from train import vae
 from train.command import command
 from train.distributed import World
 torch.set_num_threads(1)
-command(lambda args: vae.train(tiny_training(Path(args[0]), Path(args[1]), steps=40, batch_size=1), World()) and 0)
+options = {"steps": 40, "batch_size": 1, "optimizer": "muon"}
+command(lambda args: vae.train(tiny_training(Path(args[0]), Path(args[1]), **options), World()) and 0)
 """
 
 
@@ -53,7 +54,7 @@ def whole(build, tmp_path_factory):
     """The metrics of an uninterrupted run."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole")
-    vae.train(tiny_training(build, out, steps=40, batch_size=1), World())
+    vae.train(tiny_training(build, out, steps=40, batch_size=1, optimizer="muon"), World())
     return exact(out)
 
 
@@ -71,17 +72,17 @@ def test_killed_at_an_arbitrary_step_the_next_losses_are_the_same(build, tmp_pat
     assert 13 <= done <= 20, "cut off early enough for 20 steps after it"
     kept = int((tmp_path / "latest").resolve().name[5:])
     assert kept == (done if signum == signal.SIGTERM else done // 10 * 10)
-    vae.train(tiny_training(build, tmp_path, steps=40, batch_size=1), World())
+    vae.train(tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon"), World())
     assert exact(tmp_path) == whole
 
 
 def test_workers_change_no_loss(build, tmp_path, whole):
-    vae.train(tiny_training(build, tmp_path, steps=40, batch_size=1, workers=0), World())
+    vae.train(tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon", workers=0), World())
     assert exact(tmp_path) == whole
 
 
 def test_activation_checkpointing_changes_no_loss(build, tmp_path, whole):
-    cfg = tiny_training(build, tmp_path, steps=40, batch_size=1, activation_checkpointing=True)
+    cfg = tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon", activation_checkpointing=True)
     vae.train(replace(cfg, loop=replace(cfg.loop, max_minutes=0.02)), World())
     found = exact(tmp_path)
     assert found
@@ -246,7 +247,7 @@ def test_resumes_to_the_bit_on_a_gpu(build, tmp_path, precision):
 @pytest.mark.gpu
 def test_a_gpu_follows_the_cpu(build, tmp_path, whole):
     """The first losses in fp32; later ones drift apart as rounding grows."""
-    cfg = tiny_training(build, tmp_path, steps=40, batch_size=1)
+    cfg = tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon")
     vae.train(replace(cfg, loop=replace(cfg.loop, max_minutes=0.5)), World(device=torch.device("cuda", 0)))
     np.testing.assert_allclose(np.array(exact(tmp_path))[:5], np.array(whole)[:5], rtol=1e-2)
 
