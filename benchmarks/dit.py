@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.dit_learning import Learn, learn
 from kernels import spatial_sparse_attention
@@ -87,26 +87,27 @@ def render(size: int, seed: int) -> np.ndarray:
     return np.dstack([noise, 255 * ring]).astype(np.uint8)
 
 
-def synthetic_batch(preset: str, cfg: DiTTraining) -> DiTBatch:
-    """Assets on surface-like cells of the paper's mean counts, their latents random."""
+def synthetic_batch(preset: str, cfg: DiTTraining, first: int = 0) -> DiTBatch:
+    """Assets on surface-like cells of the paper's mean counts, their latents random; others for another `first`."""
     side, B = cfg.resolution // BLOCK, cfg.flow.batch_size
-    parts = [surface_coords(TOKENS[preset], side, seed) for seed in range(B)]
+    numbers = range(first, first + B)
+    parts = [surface_coords(TOKENS[preset], side, seed) for seed in numbers]
     for number, part in enumerate(parts):
         part[:, 0] = number
     cells = Level.from_coords(torch.cat(parts), side, B)
     counts, channels = [len(part) for part in parts], cfg.model.dit.latent_channels
-    mean, posterior, noise = (noise_of([10 * n + k for n in range(B)], counts, channels) for k in range(3))
-    images = [prepare_image(render(518, n), 518) for n in range(B)]
+    mean, posterior, noise = (noise_of([10 * n + k for n in numbers], counts, channels) for k in range(3))
+    images = [prepare_image(render(518, n), 518) for n in numbers]
     return DiTBatch(
         latents=LatentBatch(cells, mean, torch.full_like(mean, -2.0)),
         posterior_noise=posterior,
         noise=noise,
-        times=cfg.flow.times.sample(B, torch.Generator().manual_seed(0)),
+        times=cfg.flow.times.sample(B, torch.Generator().manual_seed(first)),
         dropped=torch.zeros(B, dtype=torch.bool),
         images=ImageBatch.collate(images),
         resolution=cfg.resolution,
         share=1 / B,
-        uids=tuple(map(str, range(B))),
+        uids=tuple(map(str, numbers)),
     )
 
 
@@ -122,10 +123,11 @@ class Stepper:
         self.average = copy.deepcopy(self.task.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.task.model, cfg.flow.loop, device)
 
-    def step(self, batch: DiTBatch) -> None:
+    def step(self, batch: DiTBatch, model: nn.Module | None = None) -> None:
+        """One step; `model` is the task's, perhaps wrapped."""
         there = batch.to(self.device)  # anew: its blocks are found again, as in training
         with torch.autocast("cuda", torch.bfloat16):
-            loss = self.task.losses(self.task.model, there)["loss"]
+            loss = self.task.losses(model or self.task.model, there)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.cfg.flow.loop.clip_norm)
         self.optimizer.step()
