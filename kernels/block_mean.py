@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import BlockIndex
+from kernels.sizes import cdiv
 from kernels.tiles import on_device
 
 
@@ -30,7 +31,7 @@ def block_mean_forward(x_NC: Tensor, index: BlockIndex, plus_one: bool) -> Tenso
     y_PC = x_NC.new_empty(index.num_compressed, x_NC.shape[1])
     if y_PC.numel():
         with on_device(x_NC):
-            _block_mean_fwd[(len(y_PC), triton.cdiv(x_NC.shape[1], 64))](
+            _block_mean_fwd[(len(y_PC), cdiv(x_NC.shape[1], 64))](
                 x_NC, index.compressed_starts, y_PC, x_NC.shape[1], int(plus_one), BN=32, BC=64, num_warps=2
             )
     return y_PC

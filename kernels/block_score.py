@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import TILE_BLOCKS, TILE_COMPRESSED, BlockIndex
+from kernels.sizes import cdiv
 from kernels.tiles import LOG2E, load_keys, products
 
 
@@ -61,7 +62,7 @@ def block_score(
     if first == last:
         return score_GNM
     BM = 32 if q_NHD.dtype == torch.float32 else 64
-    grid = (len(index.tile_blocks) - 1, triton.cdiv(min(index.max_tokens, last - first), BM), G)
+    grid = (index.tile_blocks.shape[0] - 1, cdiv(min(index.max_tokens, last - first), BM), G)
     options = {"maxnreg": 96} if D <= 32 and BM == 64 else {}  # five programs a multiprocessor
     _block_score[grid](
         q_NHD, ck_PGD, lse_NH, index.tile_blocks, index.block_compressed, index.compressed_block,

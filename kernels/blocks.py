@@ -189,6 +189,7 @@ class BlockIndex:
     def max_block_tokens(self) -> int:
         return int(self.host[4])
 
+    @cached_property
     def chunk_table(self) -> tuple[list[int], list[int], list[int]]:
         """On the host: token starts and pair starts of the chunks, [K + 1] each; tokens of each one's asset, [K]."""
         tables = self.host[_SCALARS:].tolist()

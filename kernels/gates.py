@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sizes import cdiv, next_power_of_2
+
 
 @triton.jit(do_not_specialize=["N"])
 def _gated_sum(a_ptr, b_ptr, c_ptr, gate_ptr, out_ptr, N, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
@@ -28,9 +30,7 @@ def gated_sum_forward(branches: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor)
     out_NHD = torch.empty_like(branches[0])
     N, C = len(out_NHD), out_NHD[0].numel() if len(out_NHD) else 0
     if N:
-        _gated_sum[(triton.cdiv(N, 4), triton.cdiv(C, 512))](
-            *branches, gates_N3, out_NHD, N, C, BN=4, BC=512, num_warps=4
-        )
+        _gated_sum[(cdiv(N, 4), cdiv(C, 512))](*branches, gates_N3, out_NHD, N, C, BN=4, BC=512, num_warps=4)
     return out_NHD
 
 
@@ -82,9 +82,9 @@ def gates_backward(
     shifted_3NH = lse_3NH.clone()
     N, H, D = do_NHD.shape
     if N:
-        heads = triton.next_power_of_2(H)
+        heads = next_power_of_2(H)
         BN = max(1, 2048 // (heads * D))
-        _gates_bwd[(triton.cdiv(N, BN),)](
+        _gates_bwd[(cdiv(N, BN),)](
             *branches, shifted_3NH, gates_N3, do_NHD, dot_3NH, dgates_N3, N, H, heads, D, BN, num_warps=4
         )
     return shifted_3NH, dot_3NH, dgates_N3

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import add_dot, on_device
 from kernels.tuning import choose, size_class
 
@@ -134,7 +135,7 @@ class Tiles:
 
 
 def power_of_2(n: int, low: int, high: int) -> int:
-    return min(max(triton.next_power_of_2(n), low), high)
+    return min(max(next_power_of_2(n), low), high)
 
 
 def forward_tiles(C: int, O: int, dtype: torch.dtype) -> list[Tiles]:
@@ -171,7 +172,7 @@ def gather_gemm(
     wide = is_wide(x_NC, y, table_M27, force=wide)
 
     def launch(tiles: Tiles) -> None:
-        grid = triton.cdiv(rows, tiles.rows) * parities * triton.cdiv(O, tiles.outputs)
+        grid = cdiv(rows, tiles.rows) * parities * cdiv(O, tiles.outputs)
         _gather_gemm[(grid,)](
             x_NC, weight, y if bias_O is None else bias_O, table_M27, y, rows, C, O,
             S=taps.size, SI=taps.source, LOG=taps.source.bit_length() - 1, T=taps.taps, STRIDE=taps.stride,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import reference_conv
 from kernels.checks import DTYPES, use_triton
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import on_device
 
 # Rows are cut into chunks of CHUNK. What chunk k has of asset a is a part; its number k + a belongs to no other part,
@@ -183,19 +184,19 @@ def _grad_apply(
 
 
 def _tiles(C: int) -> dict[str, int]:
-    BC = min(triton.next_power_of_2(C), 128)
+    BC = min(next_power_of_2(C), 128)
     return {"BN": max(1, 2048 // BC), "BC": BC}
 
 
 def _chunks(x_NC: Tensor, starts: Tensor) -> tuple[tuple[int, int], Tensor, Tensor]:
     """Grid over chunks and channels; first and last asset of each chunk, [chunks, 2]; room for the parts."""
     N, C = x_NC.shape
-    chunks = triton.cdiv(N, CHUNK.value)
+    chunks = cdiv(N, CHUNK.value)
     first = torch.arange(chunks, device=starts.device, dtype=torch.int32) * CHUNK.value
     rows = torch.stack([first, (first + (CHUNK.value - 1)).clamp(max=N - 1)], 1)
     ends = torch.searchsorted(starts[1:].contiguous(), rows, right=True, out_int32=True)
     parts = x_NC.new_empty(chunks + len(starts) - 1, 2, C, dtype=torch.float32)
-    return (chunks, triton.cdiv(C, _tiles(C)["BC"])), ends, parts
+    return (chunks, cdiv(C, _tiles(C)["BC"])), ends, parts
 
 
 @torch.library.custom_op("sparse3d::group_norm", mutates_args=())
@@ -212,7 +213,7 @@ def _norm(
     weight, bias = weight.contiguous(), bias.contiguous()
     with on_device(x):
         _parts[grid](x, starts, ends, parts, N, C, **_tiles(C))
-        BG = triton.next_power_of_2(CG)
+        BG = next_power_of_2(CG)
         _statistics[(A, groups)](
             parts, starts, mean, rstd, N, C, eps, groups, CG=CG, BP=max(1, 1024 // BG), BG=BG
         )  # fmt: skip
@@ -242,7 +243,7 @@ def _norm_grad(
         _grad_parts[grid](
             dy, x, starts, ends, mean, rstd, weight, bias, parts, N, C, groups, CG, SILU=silu, **_tiles(C)
         )  # fmt: skip
-        _add_parts[(A, triton.cdiv(2 * C, 16))](parts, starts, sums_A2C, 2 * C, BP=64, BC=16)
+        _add_parts[(A, cdiv(2 * C, 16))](parts, starts, sums_A2C, 2 * C, BP=64, BC=16)
         counts_A11 = starts.diff().clamp(min=1)[:, None, None] * CG
         means_A2G = (sums_A2C * weight.float()).view(A, 2, groups, CG).sum(3) / counts_A11
         mean_dz, mean_dzx = (means_A2G[:, i].contiguous() for i in range(2))

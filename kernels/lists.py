@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import BlockIndex
+from kernels.sizes import cdiv
 from kernels.top_blocks import rank_dtype
 
 ITEM = 96
@@ -44,11 +45,11 @@ class QueryRange:
 
 def query_ranges(index: BlockIndex, bytes_per_query: int, limit: int) -> list[QueryRange]:
     """Cuts the queries between chunks so that each range needs about `limit` bytes, or one chunk."""
-    starts, pairs, tokens = index.chunk_table()
+    starts, pairs, tokens = index.chunk_table
     chunks = len(starts) - 1
     if chunks == 0:
         return []
-    count = min(chunks, triton.cdiv(index.num_tokens * bytes_per_query, limit))
+    count = min(chunks, cdiv(index.num_tokens * bytes_per_query, limit))
     cuts = sorted({chunks * i // count for i in range(count + 1)})
     ranges = []
     for a, b in itertools.pairwise(cuts):
@@ -66,6 +67,11 @@ class Lists:
     items: Tensor  # int32 [capacity, ITEM_FIELDS]; the first sums[1, -1] are filled
 
     @property
+    def capacity(self) -> int:
+        """How many items there may be."""
+        return self.items.shape[0]
+
+    @property
     def total(self) -> Tensor:
         """How many items there are, int32 [1]."""
         return self.sums[1, -1:]
@@ -73,7 +79,7 @@ class Lists:
 
 def spread(lists: Lists, entries: int) -> int:
     """Programs that share an item, each at least `entries` of it: several where items alone leave a GPU idle."""
-    return max(1, min(ITEM // entries, FEW_ITEMS // len(lists.items)))
+    return max(1, min(ITEM // entries, FEW_ITEMS // lists.capacity))
 
 
 def entry_shift(top_k: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import reference_conv
 from kernels.checks import DTYPES, use_triton
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import on_device
 
 
@@ -45,10 +46,10 @@ def _pool_bwd(dy_ptr, children_ptr, dx_ptr, P, C, extra, BP: tl.constexpr, BC: t
 def _launch(kernel, a: Tensor, children: Tensor, b: Tensor, plus_one: bool) -> Tensor:
     P, C = len(children), a.shape[1]
     if P and C:
-        BC = min(triton.next_power_of_2(C), 128)
+        BC = min(next_power_of_2(C), 128)
         BP = max(1, 2048 // BC)
         with on_device(a):
-            kernel[(triton.cdiv(P, BP), triton.cdiv(C, BC))](a, children, b, P, C, int(plus_one), BP, BC)
+            kernel[(cdiv(P, BP), cdiv(C, BC))](a, children, b, P, C, int(plus_one), BP, BC)
     return b
 
 

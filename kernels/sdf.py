@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sizes import cdiv
 from kernels.tiles import on_device
 
 SOLID, THIN, BURIED = (tl.constexpr(kind) for kind in range(3))  # as in pipeline.topology
@@ -360,7 +361,7 @@ def block_distances(
         )  # fmt: skip
         points = unsure.view(-1).nonzero().view(-1)
         if len(points):
-            _votes[(triton.cdiv(len(points), 64),)](
+            _votes[(cdiv(len(points), 64),)](
                 triangles.exact, *grid, lists, counts, points, values, len(points), last,
                 TIE=tie, P=64, C=VOTE_TILE, num_warps=8,
             )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import reference_conv
 from kernels.checks import DTYPES, use_triton
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import on_device
 
 _TILES = 32  # a program of the backward works through, so that its sums for the weight are few
@@ -58,7 +59,7 @@ def _head_bwd(
 
 
 def _sizes(C: int) -> tuple[int, int]:
-    BC = triton.next_power_of_2(C)
+    BC = next_power_of_2(C)
     return max(1, 2048 // BC), BC
 
 
@@ -69,7 +70,7 @@ def _head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if N:
         BN, BC = _sizes(C)
         with on_device(x):
-            _head_fwd[(triton.cdiv(N, BN),)](x, weight.contiguous(), bias, y, N, C, BN, BC)
+            _head_fwd[(cdiv(N, BN),)](x, weight.contiguous(), bias, y, N, C, BN, BC)
     return y
 
 
@@ -82,7 +83,7 @@ def _(x, weight, bias):
 def _head_grad(dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, (N, C) = x.contiguous(), x.shape
     dx, (BN, BC) = torch.empty_like(x), _sizes(C)
-    programs = triton.cdiv(N, BN * _TILES)
+    programs = cdiv(N, BN * _TILES)
     sums = torch.float64 if x.dtype == torch.float32 else torch.float32
     dw, db = x.new_empty(programs, C, dtype=sums), x.new_empty(programs, 1, dtype=sums)
     if N:

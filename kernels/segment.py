@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import BlockIndex
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import (
     BOUND_LIMIT,
     LOG2E,
@@ -35,6 +36,10 @@ class Segments:
     key_segment: Tensor  # [M], ascending
     key_starts: Tensor  # [S + 1]
     short: bool = False  # few queries per key: gradients of keys need no splitting
+
+    @property
+    def ordered(self) -> bool:
+        return self.order.shape[0] > 0
 
 
 def compressed_segments(index: BlockIndex) -> Segments:
@@ -136,10 +141,10 @@ def segment_forward(
     kept = (bounds.rows, bounds.flags, chunk_of) if bounds else (lse_NH, segments.order, segments.order)
     # Four programs share a multiprocessor instead of two: measured 12% faster at D = 32.
     options = {"maxnreg": 128} if D <= 32 and not wide else {}
-    _segment_fwd[(triton.cdiv(N, BQ), G)](
+    _segment_fwd[(cdiv(N, BQ), G)](
         q_NHD, k_MGD, v_MGD, norms if bounded else lse_NH, segments.order, segments.query_segment, segments.key_starts,
         o_NHD, lse_NH, *kept, N, scale * LOG2E, num_norms, G, H // G, D, BQ, BK=32 if D <= 32 or wide else 64,
-        NORMS=triton.next_power_of_2(max(1, num_norms)), ORDERED=len(segments.order) > 0, BOUNDED=bounded,
+        NORMS=next_power_of_2(max(1, num_norms)), ORDERED=segments.ordered, BOUNDED=bounded,
         KEEP=bounds is not None, num_warps=4, num_stages=3 if D <= 32 else 2, **options,
     )  # fmt: skip
     return o_NHD

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.segment import Segments
+from kernels.sizes import cdiv
 from kernels.tiles import (
     LOG2E,
     add_dot,
@@ -140,7 +141,7 @@ def _splits(tiles: int, segments: Segments, N: int) -> int:
     """Parts that every segment's queries are cut into, for programs enough; fixed by sizes, so that sums are too."""
     if segments.short:
         return max(1, min(_PROGRAMS // 4 // tiles, 8))
-    return min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(N, 256))
+    return min(cdiv(_PROGRAMS, tiles), cdiv(N, 256))
 
 
 def segment_backward(
@@ -164,12 +165,12 @@ def segment_backward(
     dq_NHD = torch.empty_like(q_NHD) if dq_NHD is None else dq_NHD
     if N == 0:
         return dq_NHD, *(k_MGD.new_zeros(M, G, D, dtype=torch.float32) for _ in range(2))
-    wide, ordered = q_NHD.dtype == torch.float32 or D == 128, len(segments.order) > 0
+    wide, ordered = q_NHD.dtype == torch.float32 or D == 128, segments.ordered
     small = D <= 32 and not wide
     group, scale2 = H // G, scale * LOG2E
     BQ = queries_per_tile(32 if q_NHD.dtype == torch.float32 else 64, group)
     options = {"maxnreg": 128} if small and not segments.short else {}  # four programs a multiprocessor
-    _segment_dq[(triton.cdiv(N, BQ), G)](
+    _segment_dq[(cdiv(N, BQ), G)](
         q_NHD, k_MGD, v_MGD, do_NHD, lse_NH, dot_NH, segments.order, segments.query_segment, segments.key_starts,
         dq_NHD, N, scale, scale2, G, group, D, BQ, BK=32 if wide or segments.short else 64, ORDERED=ordered, ADD=add,
         num_warps=4, num_stages=3 if D <= 32 else 2 if D == 64 else 1, **options,
@@ -178,11 +179,11 @@ def segment_backward(
     many = small and M >= _MANY_KEYS and not segments.short
     BK = 32 if wide else 128 if many else 64
     BQ = queries_per_tile(64 if small and not many else 32, group)
-    splits = _splits(triton.cdiv(M, BK) * G, segments, N)
+    splits = _splits(cdiv(M, BK) * G, segments, N)
     dk_SMGD = q_NHD.new_empty(splits, M, G, D, dtype=torch.float32)
     dv_SMGD = torch.empty_like(dk_SMGD)
     options = {"maxnreg": 168} if many or (small and ordered) else {}  # three programs a multiprocessor
-    _segment_dkdv[(triton.cdiv(M, BK), G, splits)](
+    _segment_dkdv[(cdiv(M, BK), G, splits)](
         q_NHD, k_MGD, v_MGD, do_NHD, lse_NH, dot_NH, segments.order, segments.key_segment, segments.query_starts,
         dk_SMGD, dv_SMGD, M, scale, scale2, G, group, D, BQ, BK, ORDERED=ordered, FAST=not wide,
         LONG=long_offsets(q_NHD), num_warps=4, num_stages=2 if ordered else 3, **options,

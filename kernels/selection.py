@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.blocks import BlockIndex
 from kernels.lists import ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
+from kernels.sizes import cdiv
 from kernels.tiles import LOG2E, Bounds, attend_run, log_sum, long_offsets, lse_dtype, queries_per_tile
 
 
@@ -121,7 +122,7 @@ def selection_partials(
     wide = q_NHD.dtype == torch.float32 or D == 128
     BQ = queries_per_tile(32 if D == 128 else 64 if wide else 128, H // G)
     options = {"maxnreg": 168} if D <= 32 and not wide else {}  # three programs a multiprocessor
-    _selection_fwd[(len(lists.items), spread(lists, BQ))](
+    _selection_fwd[(lists.capacity, spread(lists, BQ))](
         q_NHD, k_NGD, v_NGD, bounds.rows if bounds else part_lse, bounds.flags if bounds else lists.items,
         lists.entries, lists.items, lists.total, index.block_starts, part, part_lse, queries.first, top_k,
         entry_shift(top_k), scale * LOG2E, G, H // G, D, BQ, BK=32, BOUNDED=bounds is not None,
@@ -142,7 +143,7 @@ def combine_partials(
     rows = (queries.last - queries.first) * H
     R = max(1, 2048 // D)
     cmp, win, gates, out = gated or (o_NHD, o_NHD, o_NHD, o_NHD)
-    _selection_combine[(triton.cdiv(rows, R),)](
+    _selection_combine[(cdiv(rows, R),)](
         part, part_lse, selected_GNT, cmp, win, gates, o_NHD, lse_NH, out, queries.first, rows, N, top_k, H, H // G, D,
         R, GATED=gated is not None, num_warps=4,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.blocks import BlockIndex
 from kernels.lists import ITEM, ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
+from kernels.sizes import cdiv
 from kernels.tiles import LOG2E, add_dot, load_keys, long_offsets, products, queries_per_tile
 
 
@@ -213,12 +214,12 @@ def selection_backward(
     common = {"LONG": long_offsets(q_NHD, part_nTHD), "FIELDS": ITEM_FIELDS, "num_warps": 4}
     shift, scale2, group = entry_shift(top_k), scale * LOG2E, H // G
     BQ = queries_per_tile(32 if wide else 64, group)
-    _selection_dq[(len(lists.items), spread(lists, BQ))](
+    _selection_dq[(lists.capacity, spread(lists, BQ))](
         *inputs, part_nTHD, queries.first, top_k, shift, scale, scale2, G, group, D, BQ, BK=32,
         num_stages=3 if D <= 32 else 2 if D == 64 else 1, **common,
     )  # fmt: skip
     R = max(1, 2048 // D)
-    _combine_dq[(triton.cdiv(tokens * H, R),)](
+    _combine_dq[(cdiv(tokens * H, R),)](
         part_nTHD, selected_GNT, dq_NHD, queries.first, tokens * H, N, top_k, H, group, D, R, num_warps=4
     )
     del part_nTHD  # before the partial dk and dv take as much
@@ -227,14 +228,14 @@ def selection_backward(
     part_dk = q_NHD.new_empty(partials, D, dtype=torch.float32)
     part_dv = torch.empty_like(part_dk)
     BK = 32 if wide else 128 if small else 64
-    tiles = triton.cdiv(index.max_block_tokens, BK) if spread(lists, 1) > 1 else 1
+    tiles = cdiv(index.max_block_tokens, BK) if spread(lists, 1) > 1 else 1
     options = {"maxnreg": 168} if small else {}  # three programs a multiprocessor
-    _selection_dkdv[(len(lists.items), tiles)](
+    _selection_dkdv[(lists.capacity, tiles)](
         *inputs, part_dk, part_dv, queries.first, shift, scale, scale2, G, group, D, queries_per_tile(32, group), BK,
         FAST=not wide, num_stages=2 if not wide else 1, **common, **options,
     )  # fmt: skip
     BK = 32
-    _reduce_dkdv[(index.num_blocks, G, triton.cdiv(index.max_block_tokens, BK))](
+    _reduce_dkdv[(index.num_blocks, G, cdiv(index.max_block_tokens, BK))](
         part_dk, part_dv, lists.sums, index.block_starts, index.block_asset, index.asset_blocks, index.chunk_asset,
         index.chunk_pairs, dk_NGD, dv_NGD, queries.first_chunk, queries.last_chunk, queries.pairs * G, G, D, BK,
         num_warps=4,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gather_gemm import Taps, is_wide, places, power_of_2, source_rows, tap_place
+from kernels.sizes import cdiv
 from kernels.tiles import add_dot, on_device
 from kernels.tuning import choose, size_class
 
@@ -171,13 +172,13 @@ def weight_grad(
     wide = is_wide(gathered, dense, table_M27, force=wide)
 
     def partials(tiles: GradTiles) -> Tensor:
-        parts = (triton.cdiv(n, b) for n, b in ((taps.count, tiles.taps), (C, tiles.channels), (O, tiles.outputs)))
+        parts = (cdiv(n, b) for n, b in ((taps.count, tiles.taps), (C, tiles.channels), (O, tiles.outputs)))
         programs = 1
         for part in parts:
             programs *= part
-        count = splits or max(1, min(_PROGRAMS // programs, _MAX_PARTIALS // size, triton.cdiv(rows, 8 * tiles.rows)))
-        step = triton.cdiv(triton.cdiv(rows, count), tiles.rows) * tiles.rows
-        count = triton.cdiv(rows, step)
+        count = splits or max(1, min(_PROGRAMS // programs, _MAX_PARTIALS // size, cdiv(rows, 8 * tiles.rows)))
+        step = cdiv(cdiv(rows, count), tiles.rows) * tiles.rows
+        count = cdiv(rows, step)
         partial = dense.new_empty(count, taps.count, C, O, dtype=torch.float32)
         kernel = _weight_grad_by_tap if tiles.by_tap else _weight_grad
         kernel[(programs, count)](

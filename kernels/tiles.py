@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sizes import cdiv
+
 LOG2E = 1.4426950408889634
 LONG_OFFSETS = (1 << 31) - 1
 BOUND_LIMIT = tl.constexpr(
@@ -171,10 +173,10 @@ def key_norms(k_MGD: Tensor, ck_PGD: Tensor | None = None, flags: Tensor | None 
 
     Also sets flags, int32 [chunks], to 0: one launch serves all of SSA.
     """
-    (M, G, D), P = k_MGD.shape, 0 if ck_PGD is None else len(ck_PGD)
-    slices = [min(256, triton.cdiv(rows, 256)) for rows in (max(M, 1), P)]
+    (M, G, D), P = k_MGD.shape, 0 if ck_PGD is None else ck_PGD.shape[0]
+    slices = [min(256, cdiv(rows, 256)) for rows in (max(M, 1), P)]
     norms, cnorms = (k_MGD.new_empty(G, n, dtype=torch.float32) for n in slices)
-    ck_PGD, chunks = k_MGD if ck_PGD is None else ck_PGD, 0 if flags is None else len(flags)
+    ck_PGD, chunks = k_MGD if ck_PGD is None else ck_PGD, 0 if flags is None else flags.shape[0]
     _key_norms[(sum(slices), G)](
         k_MGD, ck_PGD, norms, cnorms, norms if flags is None else flags, M, P, slices[0], chunks, G, D, BM=64
     )

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import BlockIndex
+from kernels.sizes import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["first_token", "tokens", "columns", "top_k", "stride", "first_chunk"])
@@ -69,10 +70,10 @@ def top_blocks(
     G, tokens, columns = score_GNM.shape
     if tokens == 0:
         return
-    COLUMNS = max(32, triton.next_power_of_2(columns))
+    COLUMNS = max(32, next_power_of_2(columns))
     # One warp a row is fastest; the interpreter pays per program instead.
     ROWS = max(1, 2048 // COLUMNS) if triton.knobs.runtime.interpret else 1
-    _top_blocks[(triton.cdiv(tokens, ROWS), G)](
+    _top_blocks[(cdiv(tokens, ROWS), G)](
         score_GNM, index.asset_of, index.asset_blocks, index.chunk_of, index.chunk_starts, index.chunk_ranks,
         selected_GNT, selected_GNT if ranks is None else ranks, first, tokens, columns, selected_GNT.shape[2],
         selected_GNT.shape[1], first_chunk, G, COLUMNS, ROWS, RANKS=ranks is not None,

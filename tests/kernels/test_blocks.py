@@ -93,7 +93,7 @@ def test_windows_hold_exactly_the_tokens_of_a_cell(window, shift):
 
 def test_chunks_cover_every_query_once_within_an_asset():
     index = random_index([5000, 0, 7000, 1], 32)
-    starts, pairs, tokens = index.chunk_table()
+    starts, pairs, tokens = index.chunk_table
     assert starts == index.chunk_starts.tolist()
     assert pairs == index.chunk_pairs.tolist()
     assert starts[0] == 0
