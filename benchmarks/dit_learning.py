@@ -75,7 +75,7 @@ def learn(cfg: Learn, device: torch.device) -> dict[str, Any]:
     vae = replace(
         vae, data=cfg.data, out=runs / "vae",
         bricks=BrickConfig(resolutions=(R,), symmetries=False, workers=8),
-        loop=replace(vae.loop, **endless, learning_rate=5e-4, max_minutes=cfg.vae_minutes),
+        loop=replace(vae.loop, **endless, optimizer="muon", learning_rate=1e-3, max_minutes=cfg.vae_minutes),
     )  # fmt: skip
     train_vae(vae, world)
     lap("vae")

@@ -28,7 +28,11 @@ from train.vae_evaluation import VAEEvaluation, evaluate_asset, evaluate_vae, lo
 from train.vae_task import inside_iou
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
 CUT = """
 import sys, torch
 from pathlib import Path
