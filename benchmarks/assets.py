@@ -1,0 +1,300 @@
+"""`python -m benchmarks.assets`: assets per hour of one machine, on its CPU or a GPU, without Ray.
+
+Two commands: `measure` takes a folder's meshes through the stages of `pipeline.build`, each in a process of its own as
+a build does it, and keeps what they made; `compare` holds the products of two such runs against each other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.sdf_gpu import difference, machine
+from model.command import command, parse
+from pipeline import gpu
+from pipeline.asset import AssetJob, load_bricks
+from pipeline.config import PRESETS, BuildConfig, PresetName
+from pipeline.isolate import Isolated
+from pipeline.pack import land
+from pipeline.render import decode
+from pipeline.schema import Record, RunError, UserError
+from pipeline.sources import Source, open_source
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m benchmarks.assets"
+WARM_UP = {"cpu": "pipeline.asset:warm_up", "cuda": "pipeline.asset:warm_up_cuda"}
+Row = dict[str, Any]
+Visit = Callable[[Isolated, Record, str], Row]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Take every mesh of a folder through a preset's stages, several side by side, and time them."""
+
+    meshes: Path
+    out: Path  # assets.json, and the products of every asset
+    preset: PresetName = "full"
+    device: Literal["cpu", "cuda"] = "cpu"
+    processes: int | None = None  # assets worked on at once; default: every core
+    products: tuple[str, ...] = ()  # of the preset's; default: all
+    views: int | None = None  # default: the preset's, as the next
+    image_size: int | None = None
+    repeats: int = 1  # visits to each asset; the last one's products are kept
+    memory_gb: float = 8.0  # address space (with CUDA: private memory) of the process that works on an asset
+
+    def __post_init__(self):
+        for name in ("processes", "repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Distances and pictures of two runs of `measure`, as far as both have them."""
+
+    expected: Path
+    found: Path
+    out: Path | None = None  # the numbers as JSON
+
+
+def build_config(cfg: Measure) -> BuildConfig:
+    """What a build would be asked for. UserError for a product that the preset does not make."""
+    base = PRESETS[cfg.preset]
+    build = replace(
+        base,
+        source=(f"folder:{cfg.meshes}",),
+        out=cfg.out,
+        device=cfg.device,
+        views=base.views if cfg.views is None else cfg.views,
+        image_size=base.image_size if cfg.image_size is None else cfg.image_size,
+        limits=replace(base.limits, asset_memory_gb=cfg.memory_gb),
+    )
+    unknown = sorted(set(cfg.products) - set(build.products))
+    if unknown:
+        raise UserError(f"preset {cfg.preset} makes {', '.join(build.products)}, not {', '.join(unknown)}")
+    return build
+
+
+def measure(cfg: Measure) -> Row:
+    """Every number; also written to cfg.out. UserError for a folder without meshes, RunError as a build.
+
+    The smallest asset goes first and alone, in processes that find nothing compiled: it is not counted. Then the
+    largest begin, so that no process is left alone with one of them in the end.
+    """
+    build = build_config(cfg)
+    if cfg.device == "cuda":
+        gpu.check_cuda()
+    source = open_source(build.source[0])
+    records = sorted(source.records(), key=lambda record: -(cfg.meshes / record.url).stat().st_size)
+    processes = min(cfg.processes or os.cpu_count() or 1, len(records) * cfg.repeats)
+    products = tuple(name for name in build.products if not cfg.products or name in cfg.products)
+
+    jobs = [(record, f"again-{n}" if n else "assets") for n in range(cfg.repeats) for record in records]
+
+    def one(server: Isolated, record: Record, name: str) -> Row:
+        return visit(server, record, source, build, products, cfg.out / name)
+
+    shutil.rmtree(cfg.out / "assets", ignore_errors=True)
+    servers = [Isolated(WARM_UP[cfg.device]) for _ in range(processes)]
+    try:
+        began = time.monotonic()
+        first = one(servers[0], *jobs[len(records) - 1])
+        start_s = time.monotonic() - began
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(lambda server: _call(server, "builtins:bool", None, cfg.out, build), servers))  # warm
+            rows, wall_s = _all(pool, servers, jobs, one)
+    finally:
+        for server in servers:
+            server.close()
+        for old in cfg.out.glob("again-*"):
+            shutil.rmtree(old, ignore_errors=True)
+    results = {
+        "machine": {**machine(), "cores": os.cpu_count(), "processes": processes},
+        "config": {"preset": cfg.preset, "device": cfg.device, "products": products, "memory_gb": cfg.memory_gb}
+        | {"views": build.views, "image_size": build.image_size, "topology_resolution": build.topology_resolution},
+        "start_s": start_s,  # of the first process: imports, compiling, one asset
+        "first": first,
+        "wall_s": wall_s,
+        "assets_per_hour": 3600 * sum(row["status"] == "done" for row in rows) / wall_s,
+        "rows": rows,
+    }
+    (cfg.out / "assets.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _all(
+    pool: ThreadPoolExecutor, servers: Sequence[Isolated], jobs: Sequence[tuple[Record, str]], one: Visit
+) -> tuple[list[Row], float]:
+    """Every visit's row in the order of their ends, and the wall seconds of all."""
+    rows: list[Row] = []
+    waiting = iter(jobs)  # a list's iterator gives every thread another element
+    began = time.monotonic()
+
+    def work(server: Isolated) -> None:
+        for record, name in waiting:
+            row = one(server, record, name)
+            row["ended_s"] = time.monotonic() - began
+            log.info("%s: %s %s in %.1f s", row["mesh"], row["status"], row["reason"], row["wall_s"])
+            rows.append(row)
+
+    list(pool.map(work, servers))
+    return rows, time.monotonic() - began
+
+
+def visit(
+    server: Isolated, record: Record, source: Source, build: BuildConfig, products: tuple[str, ...], root: Path
+) -> Row:
+    """One asset, as a task of a build does it; its products lie in root/<uid>."""
+    folder = root / f"{record.uid}.new"
+    folder.mkdir(parents=True)
+    on_gpu = "0" if build.device == "cuda" else None
+    job = AssetJob(record=record, source=source, config=build, products=products, folder=folder, gpu=on_gpu)
+    result = land(job, _call(server, "pipeline.asset:process", job, folder, build), 1)
+    made = {name: value for counts in result.products.values() for name, value in counts.items()}
+    return {
+        "mesh": record.url,
+        "uid": record.uid,
+        "status": result.status,
+        "reason": result.reason,
+        "faces": result.row.get("faces"),
+        "sign_path": result.row.get("sign_path"),
+        "wall_s": result.wall_s,
+        "seconds": result.seconds,
+        "peak_mb": result.peak_rss_bytes >> 20,
+        "tokens": {name: counts["tokens"] for name, counts in result.products.items() if "tokens" in counts},
+        "device": made.get("device"),
+        "renderer": made.get("renderer"),
+    }
+
+
+def _call(server: Isolated, function: str, argument: Any, folder: Path, build: BuildConfig) -> Any:
+    end = server.call(
+        function,
+        argument,
+        log=folder / "log.txt",
+        timeout_s=build.limits.asset_timeout_s,
+        memory_bytes=int(build.limits.asset_memory_gb * 1e9),
+        memory_limit=resource.RLIMIT_DATA if build.device == "cuda" else resource.RLIMIT_AS,
+    )
+    if end.reason in ("disk_full", "run_error"):
+        raise RunError(end.detail or end.reason)
+    return end
+
+
+def table(results: Row) -> str:
+    """A line per visit and one of medians: seconds by stage."""
+    stages = ["topology", *results["config"]["products"]]
+    head = ["mesh", "faces", *stages, "rest", "all", "MB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    numbers: list[list[float]] = []
+    for row in sorted(results["rows"], key=lambda row: (row["mesh"], row["ended_s"])):
+        if row["status"] != "done":
+            lines.append(f"| {row['mesh']} | {row['status']}: {row['reason']} |" + " |" * (len(head) - 2))
+            continue
+        spent = [row["seconds"].get(stage, 0.0) for stage in stages]
+        numbers.append([*spent, row["wall_s"] - sum(spent), row["wall_s"], row["peak_mb"]])
+        lines.append("| " + " | ".join([row["mesh"], str(row["faces"]), *map(_short, numbers[-1])]) + " |")
+    for name, of in (("median", statistics.median), ("mean", statistics.fmean)) if numbers else ():
+        lines.append("| " + " | ".join([name, "", *(_short(of(column)) for column in zip(*numbers))]) + " |")
+    drawn = sorted({f"{row['device']}; {row['renderer']}" for row in results["rows"] if row["status"] == "done"})
+    done = f"{len(numbers)} visits by {results['machine']['processes']} processes in {results['wall_s']:.1f} s"
+    return "\n".join([*lines, "", f"{done}: {results['assets_per_hour']:.0f} assets an hour", *drawn]) + "\n"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def compare(cfg: Compare) -> Row:
+    """Rows of distances, by asset and resolution, and of pictures, by view. UserError if nothing is in both."""
+    mine = [path for path in sorted((cfg.expected / "assets").glob("*/*")) if path.is_dir()]
+    pairs = [(path, cfg.found / path.relative_to(cfg.expected)) for path in mine]
+    pairs = [(path, other) for path, other in pairs if other.is_dir()]
+    if not pairs:
+        raise UserError(f"{cfg.expected} and {cfg.found} have no product of an asset in common")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        rows = [row for some in pool.map(lambda pair: _apart(*pair), pairs) for row in some]
+    results = {"sdf": [row for row in rows if "resolution" in row], "views": [row for row in rows if "view" in row]}
+    if cfg.out is not None:
+        cfg.out.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _apart(expected: Path, found: Path) -> list[Row]:
+    """One product of one asset."""
+    uid, product = expected.parts[-2:]
+    if product.startswith("sdf-"):
+        R = int(product[4:])
+        return [{"uid": uid, "resolution": R, **difference(load_bricks(found, R), load_bricks(expected, R))}]
+    ours, theirs = ({path.stem: path for path in at.iterdir() if path.suffix != ".json"} for at in (expected, found))
+    return [
+        {"uid": uid, "view": view, **pictures_apart(decode(ours[view].read_bytes()), decode(theirs[view].read_bytes()))}
+        for view in sorted(ours.keys() & theirs.keys())
+    ]
+
+
+def pictures_apart(expected: NDArray[np.uint8], found: NDArray[np.uint8]) -> Row:
+    """Of two RGBA images of one size: what differs over a black ground, 0..1, and how well their silhouettes agree."""
+    a, b = (image.astype(np.float32) / 255 for image in (expected, found))
+    apart = np.abs(a[..., :3] * a[..., 3:] - b[..., :3] * b[..., 3:])
+    covered, other = expected[..., 3] > 127, found[..., 3] > 127
+    either = np.count_nonzero(covered | other)
+    return {
+        "mean_difference": float(apart.mean()),
+        "mean_difference_covered": float(apart[covered | other].mean()) if either else 0.0,
+        "pixels_apart": float((apart.max(axis=-1) > 16 / 255).mean()),
+        "coverage": float(covered.mean()),
+        "other_coverage": float(other.mean()),
+        "silhouette_iou": np.count_nonzero(covered & other) / either if either else 1.0,
+    }
+
+
+def summary(results: Row) -> str:
+    """The largest of every difference, by resolution and over all views."""
+    lines = []
+    for R in sorted({row["resolution"] for row in results["sdf"]}):
+        rows = [row for row in results["sdf"] if row["resolution"] == R]
+        worst, step = (max(row[name] for row in rows) for name in ("max_voxels", "f16_step_voxels"))
+        names = ("values", "wrong_signs", "other_cells", "other_sharp_bits")
+        sums = ", ".join(f"{sum(row[name] for row in rows)} {name}" for name in names)
+        lines.append(f"R = {R}: {len(rows)} assets, at most {worst:.5f} voxels apart (fp16 step {step:.5f}), {sums}")
+    if views := results["views"]:
+        mean = statistics.fmean(row["mean_difference_covered"] for row in views)
+        worst = max(row["mean_difference_covered"] for row in views)
+        iou = min(row["silhouette_iou"] for row in views)
+        lines.append(
+            f"{len(views)} views: mean difference where covered {255 * mean:.3f} of 255, in the worst view "
+            f"{255 * worst:.3f}; silhouette IoU at least {iou:.5f}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Sequence[str]) -> None:
+    kinds: dict[str, tuple[type, Callable[[Any], str]]] = {
+        "measure": (Measure, lambda cfg: table(measure(cfg))),
+        "compare": (Compare, lambda cfg: summary(compare(cfg))),
+    }
+    if not args or args[0] not in kinds:
+        raise UserError(f"say what to do: {PROG} {'|'.join(kinds)} [options]")
+    cls, function = kinds[args[0]]
+    sys.stdout.write(function(parse(cls, args[1:], prog=f"{PROG} {args[0]}")))
+
+
+if __name__ == "__main__":
+    command(main)
