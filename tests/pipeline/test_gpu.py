@@ -157,14 +157,33 @@ def test_a_picture_is_drawn_on_the_gpu_that_was_given(monkeypatch):
     assert order("1") == order(None) == order("7") == order("GPU-1234") == ["1", "0", None]
 
 
-def test_mesa_is_no_cuda_device_and_draws_for_any_gpu():
+def cuda_numbers():
+    """Of this machine's EGL devices."""
     canvas._import_pyrender()
     from pyrender.platforms import egl
 
-    assert [canvas._cuda_index(device) for device in egl.query_devices()][-1] is None
+    return [canvas._cuda_index(device) for device in egl.query_devices()]
+
+
+def test_mesa_is_no_cuda_device():
+    numbers = cuda_numbers()
+    if "Mesa" not in canvas.renderer_string() and None not in numbers:
+        pytest.skip("no Mesa here")
+    assert numbers[-1] is None
+
+
+def test_an_unknown_gpu_is_no_reason_not_to_draw():
     plain = canvas.renderer_string()
     with canvas.on_gpu("7"):
         assert canvas.renderer_string() == plain
+
+
+@pytest.mark.gpu
+def test_a_gpu_with_a_graphics_driver_draws():
+    if "0" not in cuda_numbers():
+        pytest.skip("CUDA's first GPU has no graphics driver here")
+    with canvas.on_gpu("0"):
+        assert "NVIDIA" in canvas.renderer_string()
 
 
 def test_the_marker_says_which_device(tiny_build):
