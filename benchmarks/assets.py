@@ -228,7 +228,7 @@ def compare(cfg: Compare) -> Row:
     pairs = [(path, other) for path, other in pairs if other.is_dir()]
     if not pairs:
         raise UserError(f"{cfg.expected} and {cfg.found} have no product of an asset in common")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         rows = [row for some in pool.map(lambda pair: _apart(*pair), pairs) for row in some]
     results = {"sdf": [row for row in rows if "resolution" in row], "views": [row for row in rows if "view" in row]}
     if cfg.out is not None:
