@@ -37,7 +37,7 @@ from train.plan import Draw
 from train.solids import inside, overlap
 from train.structure import train as train_structure
 from train.structure_config import STRUCTURE_PRESETS
-from train.surfaces import compare_surfaces
+from train.surfaces import FAR, Surface, SurfaceMetrics
 from train.vae import train as train_vae
 from train.vae_task import inside_iou
 
@@ -147,8 +147,18 @@ class Judge:
     right: list[Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.surfaces = [Surface(*mesh, samples=self.cfg.samples, seed=1) for mesh in self.right]
+
+    def distances(self, mesh: Any, assets: Sequence[int]) -> list[SurfaceMetrics]:
+        """Of a mesh to some of the assets."""
+        if not len(mesh[1]):
+            return [FAR for _ in assets]
+        surface = Surface(*mesh, samples=self.cfg.samples)
+        return [surface.compare(self.surfaces[asset]) for asset in assets]
+
     def add(self, asset: int, mesh: Any, **more: Any) -> None:
-        metrics = [compare_surfaces(*mesh, *other, samples=self.cfg.samples) for other in self.right]
+        metrics = self.distances(mesh, range(len(self.right)))
         nearest = int(np.argmin([found.chamfer for found in metrics]))
         mine = metrics[asset]
         self.rows.append(
@@ -156,7 +166,7 @@ class Judge:
                 "uid": self.uids[asset],
                 "chamfer_x1000": 1000 * mine.chamfer,
                 **{f"f1_{t}": 100 * value for t, value in mine.f1.items()},
-                "nearest_is_right": nearest == asset and np.isfinite(mine.chamfer),
+                "nearest_is_right": nearest == asset and bool(np.isfinite(mine.chamfer)),
                 "next_chamfer_x1000": 1000 * sorted(found.chamfer for found in metrics)[1],
                 **more,
             }
@@ -209,7 +219,7 @@ def on_given_cells(cfg: Learn, run: DiTTraining, world: World) -> dict[str, Any]
                 for images in (batch.images, wrong.images)
             ]
         meshes = [extract_meshes(level, x)[0] for x in (*values, stored)]
-        metrics = [compare_surfaces(*mesh, *judge.right[place], samples=cfg.samples) for mesh in meshes[1:]]
+        metrics = [judge.distances(mesh, [place])[0] for mesh in meshes[1:]]
         judge.add(
             place, meshes[0], iou=100 * float(inside_iou(values[0], stored)),
             wrong_image_iou=100 * float(inside_iou(values[1], stored)),

@@ -27,6 +27,11 @@ class SurfaceMetrics:
         return (self.accuracy + self.completeness) / 2
 
 
+FAR = SurfaceMetrics(  # what an empty reconstruction comes to
+    accuracy=float("inf"), completeness=float("inf"), f1=dict.fromkeys(THRESHOLDS, 0.0), normal_consistency=0.0
+)
+
+
 def compare_surfaces(
     vertices: NDArray,
     faces: NDArray,
@@ -42,114 +47,182 @@ def compare_surfaces(
     """
     if not len(to_faces):
         raise ValueError("to_faces must not be empty, got 0 faces")
-    if samples < 1:
-        raise ValueError(f"samples must be 1 or more, got {samples}")
     if not len(faces):
-        infinite = float("inf")
+        return FAR
+    ours = Surface(vertices, faces, samples=samples, seed=seed)
+    return ours.compare(Surface(to_vertices, to_faces, samples=samples, seed=seed + 1))
+
+
+class Surface:
+    """A mesh in the cube [-0.5, 0.5]^3 that others are compared with: samples on it, and a tree over its triangles.
+
+    ValueError if it has no faces or samples < 1.
+    """
+
+    def __init__(self, vertices: NDArray, faces: NDArray, *, samples: int = 1_000_000, seed: int = 0):
+        if not len(faces):
+            raise ValueError("faces must not be empty, got 0 faces")
+        if samples < 1:
+            raise ValueError(f"samples must be 1 or more, got {samples}")
+        doubled = 2 * np.asarray(vertices, np.float64)  # the frame [-1, 1]^3
+        self.points, self.normals = sample_surface(doubled, faces, samples, seed)
+        self.tree = Tree(doubled, faces)
+
+    def compare(self, reference: Surface) -> SurfaceMetrics:
+        """This one as the reconstruction of another."""
+        there, cosine_there = self._distances(reference)
+        back, cosine_back = reference._distances(self)
+        f1 = {}
+        for threshold in THRESHOLDS:
+            precision, recall = (there < threshold).mean(), (back < threshold).mean()
+            f1[threshold] = float(2 * precision * recall / max(precision + recall, 1e-12))
         return SurfaceMetrics(
-            accuracy=infinite, completeness=infinite, f1=dict.fromkeys(THRESHOLDS, 0.0), normal_consistency=0.0
+            accuracy=float(there.mean()),
+            completeness=float(back.mean()),
+            f1=f1,
+            normal_consistency=float((cosine_there.mean() + cosine_back.mean()) / 2),
         )
-    ours, theirs = 2 * np.asarray(vertices, np.float64), 2 * np.asarray(to_vertices, np.float64)
-    there, cosine_there = _distances(ours, faces, theirs, to_faces, samples, seed)
-    back, cosine_back = _distances(theirs, to_faces, ours, faces, samples, seed + 1)
-    f1 = {}
-    for threshold in THRESHOLDS:
-        precision, recall = (there < threshold).mean(), (back < threshold).mean()
-        f1[threshold] = float(2 * precision * recall / max(precision + recall, 1e-12))
-    return SurfaceMetrics(
-        accuracy=float(there.mean()),
-        completeness=float(back.mean()),
-        f1=f1,
-        normal_consistency=float((cosine_there.mean() + cosine_back.mean()) / 2),
-    )
 
-
-def _distances(
-    vertices: NDArray, faces: NDArray, to_vertices: NDArray, to_faces: NDArray, samples: int, seed: int
-) -> tuple[NDArray, NDArray]:
-    """From samples of one surface to the other: distance and |cosine| of the normals, [samples] each."""
-    points, normals = sample_surface(vertices, faces, samples, seed)
-    distance, triangle = closest(points, to_vertices, to_faces)
-    others = face_normals(to_vertices, to_faces)[triangle]
-    return distance, np.abs((normals * others).sum(axis=1))
+    def _distances(self, other: Surface) -> tuple[NDArray, NDArray]:
+        """From samples of this one to the other: distance and |cosine| of the normals, [samples] each."""
+        distance, _, normals = other.tree.closest(self.points)
+        return distance, np.abs((self.normals * normals).sum(axis=1))
 
 
 def sample_surface(vertices: NDArray, faces: NDArray, count: int, seed: int) -> tuple[NDArray, NDArray]:
     """Points [count, 3] uniform by area, and the unit normals of their faces [count, 3]."""
-    corners = np.asarray(vertices, np.float64)[faces]
-    cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    area = np.linalg.norm(cross, axis=1)
+    triangles = _triangles(np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64))
+    areas = np.cumsum(_double_areas(triangles))
     rng = np.random.default_rng(seed)
-    chosen = np.searchsorted(np.cumsum(area), rng.random(count) * area.sum(), side="right")
-    chosen = np.minimum(chosen, len(faces) - 1)
-    u, v = rng.random((2, count, 1))
-    outside = u + v > 1
-    u, v = np.where(outside, 1 - u, u), np.where(outside, 1 - v, v)
-    a, b, c = corners[chosen].transpose(1, 0, 2)
-    normals = cross[chosen] / np.maximum(area[chosen], 1e-300)[:, None]
-    return a + u * (b - a) + v * (c - a), normals
+    chosen = np.minimum(np.searchsorted(areas, rng.random(count) * areas[-1], side="right"), len(faces) - 1)
+    u, v = rng.random((2, count))
+    return _points(triangles, chosen, u, v), _normals(triangles, chosen)
 
 
-def face_normals(vertices: NDArray, faces: NDArray) -> NDArray:
-    """Unit normals [F, 3]; 0 for faces without area."""
-    corners = vertices[faces]
-    cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    length = np.linalg.norm(cross, axis=1, keepdims=True)
-    return cross / np.where(length > 0, length, 1)
+class Tree:
+    """A balanced tree of boxes over a mesh's triangles in Morton order. float64, all cores."""
+
+    def __init__(self, vertices: NDArray, faces: NDArray):
+        triangles = _triangles(np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64))
+        self.low, self.high = vertices.min(axis=0), vertices.max(axis=0)
+        self.order = np.argsort(self._keys(_centres(triangles)), kind="stable")
+        self.triangles = triangles[self.order]
+        self.boxes = _boxes(self.triangles)
+
+    def closest(self, points: NDArray) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+        """Exact distance of each point [n, 3], the closest triangle and its unit normal: [n], [n] and [n, 3]."""
+        visit = np.argsort(self._keys(points), kind="stable")  # neighbours in turn: the last answer bounds the next
+        found, nearest = _closest(np.ascontiguousarray(points[visit], np.float64), self.triangles, self.boxes)
+        distance, triangle, normals = np.empty(len(points)), np.empty(len(points), np.int64), np.empty((len(points), 3))
+        distance[visit], triangle[visit], normals[visit] = (
+            found,
+            self.order[nearest],
+            _normals(self.triangles, nearest),
+        )
+        return distance, triangle, normals
+
+    def _keys(self, points: NDArray) -> NDArray[np.uint64]:
+        scale = (2**21 - 1) / max(float((self.high - self.low).max()), 1e-30)
+        return _morton(np.ascontiguousarray(points, np.float64), self.low, scale)
 
 
-def closest(points: NDArray, vertices: NDArray, faces: NDArray) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Exact distance of each point [n, 3] to a triangle mesh, and the closest triangle: [n] and [n].
-
-    A balanced tree of boxes over the triangles in Morton order; all cores.
-    """
-    vertices = np.ascontiguousarray(vertices, np.float64)
-    corners = vertices[faces]
-    low, high = corners.min(axis=(0, 1)), corners.max(axis=(0, 1))
-    order = np.argsort(_morton(corners.mean(axis=1), low, high), kind="stable")
-    triangles = np.ascontiguousarray(corners[order])
-    boxes = _boxes(triangles)
-    visit = np.argsort(_morton(points, low, high), kind="stable")  # neighbours in turn: the last answer bounds the next
-    distance, nearest = _closest(np.ascontiguousarray(points[visit], np.float64), triangles, boxes)
-    result, triangle = np.empty(len(points)), np.empty(len(points), np.int64)
-    result[visit], triangle[visit] = distance, order[nearest]
-    return result, triangle
+@njit(cache=True)
+def _triangles(vertices, faces):
+    triangles = np.empty((len(faces), 3, 3))
+    for n in range(len(faces)):
+        for corner in range(3):
+            triangles[n, corner] = vertices[faces[n, corner]]
+    return triangles
 
 
-def _morton(points: NDArray, low: NDArray, high: NDArray) -> NDArray[np.uint64]:
+@njit(cache=True)
+def _cross(t):
+    """Of the two edges at the first corner: along the normal, as long as twice the area."""
+    ux, uy, uz = t[1, 0] - t[0, 0], t[1, 1] - t[0, 1], t[1, 2] - t[0, 2]
+    vx, vy, vz = t[2, 0] - t[0, 0], t[2, 1] - t[0, 1], t[2, 2] - t[0, 2]
+    return uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
+
+
+@njit(cache=True)
+def _double_areas(triangles):
+    areas = np.empty(len(triangles))
+    for n in range(len(triangles)):
+        x, y, z = _cross(triangles[n])
+        areas[n] = np.sqrt(x * x + y * y + z * z)
+    return areas
+
+
+@njit(cache=True)
+def _points(triangles, chosen, u, v):
+    points = np.empty((len(chosen), 3))
+    for n in range(len(chosen)):
+        t, a, b = triangles[chosen[n]], u[n], v[n]
+        if a + b > 1:
+            a, b = 1 - a, 1 - b
+        for axis in range(3):
+            points[n, axis] = t[0, axis] + a * (t[1, axis] - t[0, axis]) + b * (t[2, axis] - t[0, axis])
+    return points
+
+
+@njit(cache=True)
+def _normals(triangles, chosen):
+    """Unit normals; 0 for triangles without area."""
+    normals = np.empty((len(chosen), 3))
+    for n in range(len(chosen)):
+        x, y, z = _cross(triangles[chosen[n]])
+        length = np.sqrt(x * x + y * y + z * z)
+        scale = 1 / length if length > 0 else 0.0
+        normals[n, 0], normals[n, 1], normals[n, 2] = x * scale, y * scale, z * scale
+    return normals
+
+
+@njit(cache=True)
+def _centres(triangles):
+    centres = np.empty((len(triangles), 3))
+    for n in range(len(triangles)):
+        for axis in range(3):
+            centres[n, axis] = (triangles[n, 0, axis] + triangles[n, 1, axis] + triangles[n, 2, axis]) / 3
+    return centres
+
+
+@njit(cache=True)
+def _morton(points, low, scale):
     """21 bits an axis, interleaved."""
-    scale = (2**21 - 1) / max(float((high - low).max()), 1e-30)
-    cells = np.clip((points - low) * scale, 0, 2**21 - 1).astype(np.uint64)
-    code = np.zeros(len(points), np.uint64)
-    for axis in range(3):
-        x = cells[:, axis]
-        for shift, mask in (
-            (32, 0x1F00000000FFFF),
-            (16, 0x1F0000FF0000FF),
-            (8, 0x100F00F00F00F00F),
-            (4, 0x10C30C30C30C30C3),
-            (2, 0x1249249249249249),
-        ):
-            x = (x | (x << np.uint64(shift))) & np.uint64(mask)
-        code |= x << np.uint64(axis)
-    return code
+    keys = np.empty(len(points), np.uint64)
+    for n in range(len(points)):
+        key = np.uint64(0)
+        for axis in range(3):
+            x = np.uint64(min(max((points[n, axis] - low[axis]) * scale, 0.0), 2097151.0))
+            x = (x | (x << np.uint64(32))) & np.uint64(0x1F00000000FFFF)
+            x = (x | (x << np.uint64(16))) & np.uint64(0x1F0000FF0000FF)
+            x = (x | (x << np.uint64(8))) & np.uint64(0x100F00F00F00F00F)
+            x = (x | (x << np.uint64(4))) & np.uint64(0x10C30C30C30C30C3)
+            x = (x | (x << np.uint64(2))) & np.uint64(0x1249249249249249)
+            key |= x << np.uint64(axis)
+        keys[n] = key
+    return keys
 
 
-def _boxes(triangles: NDArray) -> NDArray:
+@njit(cache=True)
+def _boxes(triangles):
     """[2 * leaves, 6]: box n has the children 2n and 2n + 1; leaf l is box leaves + l; leaves is a power of two."""
-    count = -(-len(triangles) // LEAF)
-    leaves = 1 << (count - 1).bit_length()
+    count = (len(triangles) + LEAF - 1) // LEAF
+    leaves = 1
+    while leaves < count:
+        leaves *= 2
     boxes = np.empty((2 * leaves, 6))
     boxes[:, :3], boxes[:, 3:] = np.inf, -np.inf
-    starts = np.arange(0, len(triangles), LEAF)
-    boxes[leaves : leaves + count, :3] = np.minimum.reduceat(triangles.min(axis=1), starts)
-    boxes[leaves : leaves + count, 3:] = np.maximum.reduceat(triangles.max(axis=1), starts)
-    first = leaves
-    while first > 1:
-        pairs = boxes[first : 2 * first].reshape(-1, 2, 6)
-        first //= 2
-        boxes[first : 2 * first, :3] = pairs[:, :, :3].min(axis=1)
-        boxes[first : 2 * first, 3:] = pairs[:, :, 3:].max(axis=1)
+    for leaf in range(count):
+        for n in range(leaf * LEAF, min(leaf * LEAF + LEAF, len(triangles))):
+            for corner in range(3):
+                for axis in range(3):
+                    x = triangles[n, corner, axis]
+                    boxes[leaves + leaf, axis] = min(boxes[leaves + leaf, axis], x)
+                    boxes[leaves + leaf, 3 + axis] = max(boxes[leaves + leaf, 3 + axis], x)
+    for node in range(leaves - 1, 0, -1):
+        for axis in range(3):
+            boxes[node, axis] = min(boxes[2 * node, axis], boxes[2 * node + 1, axis])
+            boxes[node, 3 + axis] = max(boxes[2 * node, 3 + axis], boxes[2 * node + 1, 3 + axis])
     return boxes
 
 

@@ -6,7 +6,7 @@ import torch
 
 from model.mesh import mesh_of
 from tests.train.builds import bricks_of, ellipsoid
-from train.surfaces import closest, compare_surfaces, sample_surface
+from train.surfaces import Surface, Tree, compare_surfaces, sample_surface
 from train.vae_task import inside_iou
 
 
@@ -38,10 +38,14 @@ def test_closest_is_exact_on_a_soup(count):
     rng = np.random.default_rng(count)
     vertices, faces = rng.normal(size=(40, 3)), rng.integers(0, 40, (count, 3))  # some faces have no area
     points = rng.normal(size=(1500, 3)) * 2
-    distance, triangle = closest(points, vertices, faces)
+    distance, triangle, normals = Tree(vertices, faces).closest(points)
     np.testing.assert_allclose(distance, brute_force(points, vertices, faces), rtol=1e-9, atol=1e-12)
     for n in range(0, 1500, 97):  # the triangle is one that lies at that distance
         np.testing.assert_allclose(brute_force(points[n : n + 1], vertices, faces[triangle[n : n + 1]]), distance[n])
+    a, b, c = vertices[faces[triangle]].transpose(1, 0, 2)
+    cross = np.cross(b - a, c - a)
+    length = np.linalg.norm(cross, axis=1, keepdims=True)
+    np.testing.assert_allclose(normals, cross / np.where(length > 0, length, 1), atol=1e-9)
 
 
 def test_concentric_spheres():
@@ -87,6 +91,17 @@ def test_an_empty_reconstruction_is_infinitely_far():
     assert found.f1[0.005] == found.normal_consistency == 0
     with pytest.raises(ValueError, match="to_faces must not be empty"):
         compare_surfaces(*sphere(0.3), *empty)
+    with pytest.raises(ValueError, match="faces must not be empty"):
+        Surface(*empty)
+    with pytest.raises(ValueError, match="samples must be 1 or more, got 0"):
+        Surface(*sphere(0.3), samples=0)
+
+
+def test_a_reference_serves_many_comparisons():
+    reference = Surface(*sphere(0.31), samples=20_000, seed=1)
+    for radius in (0.3, 0.305):
+        once = compare_surfaces(*sphere(radius), *sphere(0.31), samples=20_000)
+        assert Surface(*sphere(radius), samples=20_000).compare(reference) == once
 
 
 def test_iou_of_spheres_is_the_ratio_of_their_points():
