@@ -54,6 +54,8 @@ class Learn:
     vae_minutes: float = 0.7
     dit_minutes: float = 1.3
     structure_minutes: tuple[float, float] = (0.3, 0.8)  # of the occupancy VAE and the flow; 0: leave the stage out
+    batch_size: int = 8  # of the DiT: with few assets, more steps are worth more
+    learning_rate: float = 1e-3  # of the DiT
     held_out_views: int = 2
     samples: int = 50_000  # on each surface
     guidance: float = 3.0
@@ -84,10 +86,13 @@ def learn(cfg: Learn, device: torch.device) -> dict[str, Any]:
     lap("encode")
     small = DIT_PRESETS["small"]
     dit = replace(
-        small, data=cfg.data, latents=latents, vae=vae.out / "latest", out=runs / "dit", resolution=R, workers=12,
+        small, data=cfg.data, latents=latents, vae=vae.out / "latest", out=runs / "dit", resolution=R, workers=4,
         held_out_views=cfg.held_out_views,
         flow=replace(
-            small.flow, augment=False, loop=replace(small.flow.loop, **endless, max_minutes=cfg.dit_minutes)
+            small.flow, augment=False, batch_size=cfg.batch_size,
+            loop=replace(
+                small.flow.loop, **endless, learning_rate=cfg.learning_rate, max_minutes=cfg.dit_minutes
+            ),
         ),
     )  # fmt: skip
     train_dit(dit, world)
@@ -97,7 +102,7 @@ def learn(cfg: Learn, device: torch.device) -> dict[str, Any]:
     if all(cfg.structure_minutes):
         start = STRUCTURE_PRESETS["small"]
         structure = replace(
-            start, data=cfg.data, out=runs / "structure", resolution=R, workers=12, held_out_views=cfg.held_out_views,
+            start, data=cfg.data, out=runs / "structure", resolution=R, workers=4, held_out_views=cfg.held_out_views,
             vae=replace(
                 start.vae, symmetries=False,
                 loop=replace(start.vae.loop, **endless, max_minutes=cfg.structure_minutes[0]),
