@@ -11,7 +11,8 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -75,6 +76,16 @@ def difference(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return (apart / sum(float(x.double().square().sum()) for x in right.values())) ** 0.5
 
 
+@contextmanager
+def shared_weights(world: World) -> Iterator[str]:
+    """The first rank's folder of encoder weights, for all ranks of this machine; transformers writes on that one only."""
+    with dino_of_random_weights() if world.is_first else nullcontext("") as folder:
+        told = [folder]
+        dist.broadcast_object_list(told, 0)
+        yield told[0]
+        world.barrier()
+
+
 def measure(preset: str, weights: str, world: World, repeats: int) -> dict[str, Any]:
     """One row; what only the first rank knows is there on the first rank."""
     chosen = DIT_PRESETS[preset]
@@ -113,7 +124,7 @@ def main(args: Sequence[str]) -> None:
         if world.size == 1:
             raise UserError(f"scaling needs several ranks: {PROG}")
         rows = []
-        with dino_of_random_weights() as weights:
+        with shared_weights(world) as weights:
             for preset in cfg.presets:
                 rows.append(measure(preset, weights, world, cfg.repeats))
                 log.info("%s", rows[-1])
