@@ -78,7 +78,7 @@ def difference(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 @contextmanager
 def shared_weights(world: World) -> Iterator[str]:
-    """The first rank's folder of encoder weights, for all ranks of this machine; transformers writes on that one only."""
+    """The first rank's folder of encoder weights, for all ranks; transformers writes on that one alone."""
     with dino_of_random_weights() if world.is_first else nullcontext("") as folder:
         told = [folder]
         dist.broadcast_object_list(told, 0)
