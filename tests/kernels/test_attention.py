@@ -92,6 +92,13 @@ def test_full_blocks_of_512(top_k, dtype):
     check(index, make_inputs(index, 2, 1, 16, dtype), top_k)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_short_rest_of_a_block_takes_half_a_tile(dtype):
+    index = random_index([300], (16, 8, 8))
+    assert all(128 < n <= 192 for n in index.block_starts.diff().tolist())
+    check(index, make_inputs(index, 2, 1, 16, dtype), 1)
+
+
 @pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["huge", "moderate", "negative", "zero", "constant keys"])
 def test_adversarial_logits(case, dtype):
