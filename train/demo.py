@@ -72,9 +72,9 @@ SIZES = {
         resolution="64",
         lanes=2,
         build=("--limit", "24"),
-        vae=("--bricks.no-symmetries", "--loop.steps", "650"),
-        structure=("--vae.loop.steps", "300", "--flow.loop.steps", "650"),
-        dit=("--flow.loop.steps", "700"),
+        vae=("--bricks.no-symmetries", "--loop.steps", "700"),
+        structure=("--vae.loop.steps", "300", "--flow.loop.steps", "700"),
+        dit=("--flow.loop.steps", "800"),
         sampling=("--options.steps", "20", "--options.guidance", "2.0"),
     ),
     "gpu": Size(

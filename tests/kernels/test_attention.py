@@ -8,6 +8,7 @@ import torch
 from kernels import (
     BlockIndex,
     block_mean,
+    lists,
     reference,
     select_blocks,
     spatial_sparse_attention,
@@ -93,7 +94,9 @@ def test_full_blocks_of_512(top_k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_the_short_rest_of_a_block_takes_half_a_tile(dtype):
+@pytest.mark.parametrize("few", [0, lists.FEW_ITEMS], ids=["one program an item", "several"])
+def test_the_short_rest_of_a_block_takes_half_a_tile(few, dtype, monkeypatch):
+    monkeypatch.setattr(lists, "FEW_ITEMS", few)
     index = random_index([300], (16, 8, 8))
     assert all(128 < n <= 192 for n in index.block_starts.diff().tolist())
     check(index, make_inputs(index, 2, 1, 16, dtype), 1)
