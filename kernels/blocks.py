@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.sizes import cdiv
 
 MAX_COORD = 1 << 15  # three of them and the batch fit one int64 sort key
 MAX_BATCH = 1 << 15
@@ -31,22 +35,50 @@ def check_coords(coords: Tensor) -> None:
         raise ValueError(f"coords must be int32 or int64, got {coords.dtype}")
 
 
-def _cell_key(batch: Tensor, xyz: Tensor, size: int) -> Tensor:
-    """int64 [N] that orders cells of `size` voxels by (batch, x, y, z)."""
+def _cell_weights(size: int) -> tuple[int, int, int, int]:
+    """What (batch, x, y, z) // size count in a key of cells of `size` voxels, ordered by (batch, x, y, z)."""
     side = MAX_COORD // size + 2  # + 2: shifted windows and sizes that do not divide
-    x, y, z = (xyz // size).unbind(1)
-    return ((batch * side + x) * side + y) * side + z
+    return side**3, side**2, side, 1
 
 
-def _sort_key(coords: Tensor, select_block: int, compress_block: int) -> Tensor:
+@functools.cache
+def _sort_constants(device: torch.device, select_block: int, compress_block: int) -> tuple[Tensor, Tensor]:
+    """Divisors and weights [10] of batch, x, y, z, of x, y, z in sub-blocks and in blocks, whose sum is the key.
+
+    Digits are differences, x % outer // inner = x // inner - outer // inner * (x // outer), so that nothing is left of
+    a key but a sum.
+    """
+    batch, *blocks = (weight * select_block**3 for weight in _cell_weights(select_block))
+    ratio, m = select_block // compress_block, compress_block
+    inside = [m**3 * ratio**2, m**3 * ratio, m**3]  # of the sub-block's place in its block
+    voxel = [m**2, m, 1]  # of the voxel's place in its sub-block
+    weights = [batch, *voxel, *(a - m * b for a, b in zip(inside, voxel, strict=True))]
+    weights += [a - ratio * b for a, b in zip(blocks, inside, strict=True)]
+    divisors = [1] * 4 + [compress_block] * 3 + [select_block] * 3
+    return torch.tensor(divisors).int().to(device), torch.tensor(weights).to(device)
+
+
+def sort_key(coords: Tensor, select_block: int, compress_block: int) -> Tensor:
     """int64 [N], ascending in (batch, block, sub-block, x, y, z); unique per voxel."""
-    batch, xyz = coords[:, 0].long(), coords[:, 1:].long()
-    key = _cell_key(batch, xyz, select_block)
-    for outer, inner in ((select_block, compress_block), (compress_block, 1)):
-        ratio = outer // inner
-        x, y, z = (xyz % outer // inner).unbind(1)
-        key = ((key * ratio + x) * ratio + y) * ratio + z
-    return key
+    divisors, weights = _sort_constants(coords.device, select_block, compress_block)
+    xyz = coords[:, 1:]
+    parts = torch.cat([coords, xyz, xyz], 1).div_(divisors, rounding_mode="floor")
+    return (parts * weights).sum(1)
+
+
+@functools.cache
+def _cell_constants(device: torch.device, cells: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Shifts, divisors and weights [K, 1, 4] of the keys of cells of (size, shift)."""
+    shifts = torch.tensor([[0, shift, shift, shift] for _, shift in cells]).int()
+    divisors = torch.tensor([[1, size, size, size] for size, _ in cells]).int()
+    weights = torch.tensor([_cell_weights(size) for size, _ in cells])
+    return shifts[:, None].to(device), divisors[:, None].to(device), weights[:, None].to(device)
+
+
+def _cell_keys(coords: Tensor, cells: tuple[tuple[int, int], ...]) -> Tensor:
+    """int64 [K, N] that orders by (batch, (xyz + shift) // size) for K cells of (size, shift)."""
+    shifts, divisors, weights = _cell_constants(coords.device, cells)
+    return ((coords + shifts).div_(divisors, rounding_mode="floor") * weights).sum(2)
 
 
 def token_order(coords: Tensor, select_block: int = 8, compress_block: int = 4) -> Tensor:
@@ -57,7 +89,7 @@ def token_order(coords: Tensor, select_block: int = 8, compress_block: int = 4) 
     """
     check_coords(coords)
     _check_sizes(select_block, compress_block)
-    return torch.argsort(_sort_key(coords, select_block, compress_block), stable=True)
+    return torch.argsort(sort_key(coords, select_block, compress_block), stable=True)
 
 
 def invert_order(order: Tensor) -> Tensor:
@@ -67,39 +99,31 @@ def invert_order(order: Tensor) -> Tensor:
     return inverse
 
 
-def _runs(key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a sorted [N] key: run of each entry [N], run starts [N + 1] padded with N, number of runs []."""
-    N = len(key)
-    new = torch.ones(N, dtype=torch.bool, device=key.device)
-    new[1:] = key[1:] != key[:-1]
-    run = new.cumsum(0) - 1
-    starts = torch.full((N + 1,), N, device=key.device)
-    position = torch.arange(N, device=key.device)
-    starts.scatter_reduce_(0, run, position, "amin")  # entries of one run agree on their minimum
-    return run, starts, new.sum()
+def _runs(key_KN: Tensor) -> tuple[Tensor, Tensor]:
+    """Of K sorted keys: run of each entry, int32 [K, N], and how many there are, int64 [K]."""
+    new_KN = torch.ones_like(key_KN, dtype=torch.bool)
+    torch.ne(key_KN[:, 1:], key_KN[:, :-1], out=new_KN[:, 1:])
+    return new_KN.cumsum(1, dtype=torch.int32).sub_(1), new_KN.sum(1)
 
 
-def _asset_starts(asset_of: Tensor, batch_size: int) -> Tensor:
-    """First entry of each asset in a sorted [N] column of asset numbers: int64 [A + 1]."""
-    return torch.searchsorted(asset_of, torch.arange(batch_size + 1, device=asset_of.device))
+def _tile_starts(compressed_starts: Tensor, asset_end: Tensor, asset_first: Tensor, smallest: int) -> Tensor:
+    """Greedy tiles of whole blocks: bool [W], true where a tile begins, and somewhere past the last block.
 
-
-def _tile_starts(compressed_starts: Tensor, asset_end: Tensor, asset_first: Tensor) -> Tensor:
-    """Greedy tiles of whole blocks: bool [N + 1], true where a tile begins.
-
-    compressed_starts [N + 1] of each block, asset_end [N + 1] the block that ends each block's asset, asset_first
-    [A] the first block of each asset. Follows the chain "next tile" from every asset by pointer doubling.
+    compressed_starts [W] of each block, asset_end [W] the block that ends each block's asset, asset_first [A] the first
+    block of each asset; whole tiles have at least `smallest` blocks. Follows the chain "next tile" from every asset by
+    pointer doubling.
     """
-    block = torch.arange(len(compressed_starts), device=compressed_starts.device)
-    following = torch.searchsorted(compressed_starts, compressed_starts + TILE_COMPRESSED, right=True) - 1
-    following = torch.minimum(torch.minimum(following, block + TILE_BLOCKS), asset_end)
-    following = torch.maximum(following, block + 1).clamp_(max=len(block) - 1)
-    reached = torch.zeros_like(block)
-    reached[asset_first] = 1
-    for _ in range(max(1, len(block).bit_length())):
-        reached = torch.maximum(reached, torch.zeros_like(reached).scatter_reduce_(0, following, reached, "amax"))
-        following = following[following]
-    return reached.bool()
+    last = len(compressed_starts) - 1
+    block = torch.arange(1, last + 2, device=compressed_starts.device)
+    following = torch.searchsorted(compressed_starts, compressed_starts + TILE_COMPRESSED, right=True).sub_(1)
+    following = torch.minimum(torch.minimum(following, block + (TILE_BLOCKS - 1)), asset_end)
+    following = torch.maximum(following, block).clamp_(max=last)
+    reached = torch.zeros_like(block, dtype=torch.bool)
+    reached.index_fill_(0, asset_first.long(), True)
+    for _ in range((cdiv(last, smallest) - 1).bit_length()):
+        reached.index_fill_(0, torch.where(reached, following, last), True)
+        following = following.take(following)
+    return reached
 
 
 def _chunks(tokens: list[int], blocks: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -228,108 +252,116 @@ class BlockIndex:
         return _build(cls, coords, batch_size, select_block, compress_block, window, window_shift)
 
 
-def _first_bad(coords: Tensor, key: Tensor, batch_size: int) -> Tensor:
-    """int64 [8]: how many rows break the range, the order, uniqueness; the first such row and its values."""
+def _raise_bad(coords: Tensor, batch_size: int, select_block: int, compress_block: int) -> None:
+    """The ValueError that names the first bad row."""
     xyz, batch = coords[:, 1:], coords[:, 0]
+    key = sort_key(coords, select_block, compress_block)
     outside = ((xyz < 0) | (xyz >= MAX_COORD)).any(1) | (batch < 0) | (batch >= batch_size)
     unsorted, repeated = torch.zeros_like(outside), torch.zeros_like(outside)
     unsorted[1:], repeated[1:] = key[1:] < key[:-1], key[1:] == key[:-1]
-    row = (outside | unsorted | repeated).int().argmax()
-    counts = torch.stack([outside.sum(), unsorted.sum(), repeated.sum(), row])
-    return torch.cat([counts, coords.index_select(0, row[None])[0].long()])  # coords[row] would wait for the host
-
-
-def _raise_bad(bad: list[int], batch_size: int, select_block: int, compress_block: int) -> None:
-    outside, unsorted, repeated, row, *values = bad
-    where = f"row {row} is {values}"
-    if outside:
+    row = int((outside | unsorted | repeated).int().argmax())
+    where = f"row {row} is {coords[row].tolist()}"
+    if outside.any():
         raise ValueError(f"coords must have 0 <= batch < {batch_size} and 0 <= x, y, z < {MAX_COORD}; {where}")
-    if unsorted:
+    if unsorted.any():
         raise ValueError(
             f"coords must be sorted by (batch, {select_block}^3 block, {compress_block}^3 sub-block, x, y, z), as "
             f"coords[token_order(coords)] is; {where}, after a larger one"
         )
-    if repeated:
-        raise ValueError(f"coords must not repeat a voxel; {where}, as is the row before")
+    raise ValueError(f"coords must not repeat a voxel; {where}, as is the row before")
 
 
 def _build(cls, coords, batch_size, select_block, compress_block, window, window_shift) -> BlockIndex:
     device, N = coords.device, len(coords)
-    batch, xyz = coords[:, 0].long(), coords[:, 1:].long()
-    bad = torch.zeros(8, dtype=torch.int64, device=device)
-    if N:
-        bad = _first_bad(coords, _sort_key(coords, select_block, compress_block), batch_size)
+    W = (N + 4) // 4 * 4  # room for one more than N; rows of int32 [.., W] start where kernels load fastest
+    checks = list(coords.aminmax(dim=0)) if N else []
+    if N > 1:
+        checks.append(sort_key(coords, select_block, compress_block).diff().amin(0, keepdim=True))
     # Until the copy below nothing may depend on a value; bad coordinates must not index out of range either.
-    batch, xyz = batch.clamp(0, batch_size - 1), xyz.clamp(0, MAX_COORD - 1)
-    batch = batch.cummax(0).values if N else batch
-    block_of, block_starts, M = _runs(_cell_key(batch, xyz, select_block))
-    compressed_of, compressed_starts, P = _runs(_cell_key(batch, xyz, compress_block))
-    token_starts = _asset_starts(batch, batch_size)
-    pad_block = torch.cat([block_of, M[None]])
-    asset_blocks = pad_block[token_starts]
-    asset_compressed = torch.cat([compressed_of, P[None]])[token_starts]
-    block_compressed = torch.cat([compressed_of, P[None]])[block_starts]
-    asset_of_block = torch.cat([batch, batch.new_full((1,), batch_size - 1)])[block_starts]
-    tiles = _tile_starts(block_compressed, asset_blocks[asset_of_block + 1], asset_blocks[:-1])
-    tiles &= torch.arange(N + 1, device=device) < M
-    tile_of = tiles.long().cumsum(0) - 1
-    tile_blocks = torch.full((N + 2,), N, device=device)
-    tile_blocks.scatter_reduce_(0, tile_of.clamp(min=0), torch.arange(N + 1, device=device), "amin")
-    windows = []
-    for shift in (0, window_shift):
-        key = _cell_key(batch, xyz + shift, window)
-        order = torch.argsort(key, stable=True)
-        windows.append((order, *_runs(key[order])))
-    counts = torch.diff(block_starts)
-    scalars = torch.stack([M, P, tiles.sum(), windows[0][3], windows[1][3], counts.max() if N else M])
+    identity = window == select_block  # tokens lie by aligned window
+    windows = ((window, window_shift),) if identity else ((window, 0), (window, window_shift))
+    key_KN = _cell_keys(coords, ((select_block, 0), (compress_block, 0), *windows))
+    placed, order = key_KN[2:].sort(dim=1, stable=True)
+    run_KN, count_K = _runs(torch.cat([key_KN[:2], placed]))
+    position = torch.arange(W, dtype=torch.int32, device=device)
+    start_KW = torch.searchsorted(run_KN, position.repeat(len(run_KN), 1), out_int32=True)
+    batch = coords[:, 0].int().clamp(0, batch_size - 1)
+    end_K = F.pad(count_K.int(), (0, 1), value=batch_size - 1)
+    # Block, sub-block, windows and asset of each token; from N on how many there are, and the last asset.
+    of_KW = torch.cat([torch.cat([run_KN, batch[None]]), end_K[:, None].expand(-1, W - N)], 1)
+    assets = torch.arange(batch_size + 1, dtype=torch.int32, device=device)
+    token_starts = torch.searchsorted(batch, assets, out_int32=True)
+    asset_blocks, asset_compressed = (of_KW[i].index_select(0, token_starts) for i in range(2))
+    of_block_KW, of_compressed_KW = (of_KW.index_select(1, start_KW[i]) for i in range(2))
+    ends_W = asset_blocks[1:].index_select(0, of_block_KW[-1])
+    smallest = max(1, min(TILE_BLOCKS, TILE_COMPRESSED // (select_block // compress_block) ** 3))
+    tile_W = _tile_starts(of_block_KW[1], ends_W, asset_blocks[:-1], smallest)
+    tile_W = (tile_W & (position < count_K[0])).cumsum(0, dtype=torch.int32)
+    tile_blocks = torch.searchsorted(tile_W, position + 1, out_int32=True)
+    counts = [count_K, tile_W[-1:], start_KW[0].diff().amax(0, keepdim=True)]
 
-    copy = torch.cat([bad, scalars, token_starts, asset_blocks]).tolist()  # the one device-to-host copy
-    _raise_bad(copy[:8], batch_size, select_block, compress_block)
-    M, P, num_tiles, num_windows, num_shifted, max_block_tokens = copy[8:14]
-    starts_A, blocks_A = copy[14 : 15 + batch_size], copy[15 + batch_size :]
+    # The one device-to-host copy.
+    checked, counted, starts_A, blocks_A = _copied([checks, counts, [token_starts], [asset_blocks]])
+    low, high, steps = checked[:4], checked[4:8], checked[8:]
+    if N and (min(low) < 0 or high[0] >= batch_size or max(high[1:]) >= MAX_COORD or min(steps, default=1) < 1):
+        _raise_bad(coords, batch_size, select_block, compress_block)
+    M, P, *num_windows, num_tiles, max_block_tokens = counted
     tokens = [b - a for a, b in itertools.pairwise(starts_A)]
     blocks = [b - a for a, b in itertools.pairwise(blocks_A)]
     chunk_asset, chunk_starts, chunk_pairs = _chunks(tokens, blocks)
     host = [select_block, compress_block, max(tokens), max(blocks), max_block_tokens]
     tables = chunk_starts + chunk_pairs + [tokens[asset] for asset in chunk_asset]
+    ranks = (
+        (b - a) * blocks[asset] for asset, (a, b) in zip(chunk_asset, itertools.pairwise(chunk_starts), strict=True)
+    )
+    chunk_ranks = torch.tensor([0, *itertools.accumulate(ranks)]).to(device)
+    before = [pairs - blocks_A[asset] for asset, pairs in zip(chunk_asset, chunk_pairs, strict=False)]
+    chunk_asset, chunk_starts, chunk_pairs, before = _uploaded([chunk_asset, chunk_starts, chunk_pairs, before], device)
+    pair = torch.arange(tables[2 * len(before) + 1], dtype=torch.int32, device=device)
+    pair_chunk = torch.searchsorted(chunk_pairs[1:], pair, right=True, out_int32=True)
+    aligned, shifted = (0, 2) if identity else (2, 3)
+    return cls(
+        asset_of=of_KW[-1, :N],
+        token_starts=token_starts,
+        block_starts=start_KW[0, : M + 1],
+        block_of=of_KW[0, :N],
+        asset_blocks=asset_blocks,
+        block_asset=of_block_KW[-1, :M],
+        compressed_starts=start_KW[1, : P + 1],
+        compressed_of=of_KW[1, :N],
+        compressed_block=of_compressed_KW[0, :P],
+        compressed_asset=of_compressed_KW[-1, :P],
+        block_compressed=of_block_KW[1, : M + 1],
+        asset_compressed=asset_compressed,
+        tile_blocks=tile_blocks[: num_tiles + 1].clamp(max=M),
+        window_order=position[:0] if identity else order[0].int(),
+        window_of=of_KW[aligned, :N],
+        window_starts=start_KW[aligned, : (M if identity else num_windows[0]) + 1],
+        shifted_order=order[-1].int(),
+        shifted_of=of_KW[shifted, :N],
+        shifted_starts=start_KW[shifted, : num_windows[-1] + 1],
+        chunk_of=torch.searchsorted(chunk_starts[1:], position[:N], right=True, out_int32=True),
+        chunk_asset=chunk_asset,
+        chunk_starts=chunk_starts,
+        chunk_pairs=chunk_pairs,
+        chunk_ranks=chunk_ranks,
+        pair_chunk=pair_chunk,
+        pair_block=pair - before.index_select(0, pair_chunk),
+        host=torch.tensor(host + tables),
+    )
 
-    def up(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device)
 
-    chunk_starts_K, chunk_pairs_K, chunk_asset_K = up(chunk_starts), up(chunk_pairs), up(chunk_asset)
-    sizes, pairs = torch.diff(chunk_starts_K), torch.diff(chunk_pairs_K)
-    chunk_of = torch.repeat_interleave(sizes, output_size=N)
-    pair_chunk = torch.repeat_interleave(pairs, output_size=chunk_pairs[-1])
-    pair_block = torch.arange(chunk_pairs[-1], device=device) - chunk_pairs_K[pair_chunk]
-    pair_block = pair_block + asset_blocks[chunk_asset_K[pair_chunk]]
-    chunk_ranks = torch.cat([sizes.new_zeros(1), (sizes * pairs).cumsum(0)])
-    tile_blocks = torch.cat([tile_blocks[:num_tiles], tile_blocks.new_full((1,), M)])
-    aligned, shifted = windows
-    identity = window == select_block
-    tensors = [
-        batch,
-        token_starts,
-        torch.cat([block_starts[:M], block_starts.new_full((1,), N)]),
-        block_of,
-        asset_blocks,
-        asset_of_block[:M],
-        torch.cat([compressed_starts[:P], compressed_starts.new_full((1,), N)]),
-        compressed_of,
-        block_of[compressed_starts[:P]],
-        batch[compressed_starts[:P]],
-        torch.cat([block_compressed[:M], block_compressed.new_full((1,), P)]),
-        asset_compressed,
-        tile_blocks,
-        aligned[0][:0] if identity else aligned[0],
-        aligned[1],
-        torch.cat([aligned[2][:num_windows], aligned[2].new_full((1,), N)]),
-        shifted[0],
-        shifted[1],
-        torch.cat([shifted[2][:num_shifted], shifted[2].new_full((1,), N)]),
-        chunk_of,
-        chunk_asset_K,
-        chunk_starts_K,
-        chunk_pairs_K,
-    ]
-    tensors = [tensor.int() for tensor in tensors] + [chunk_ranks, pair_chunk.int(), pair_block.int()]
-    return cls(*tensors, torch.tensor(host + tables))
+def _copied(parts: list[list[Tensor]]) -> list[list[int]]:
+    """Of each part the numbers of all its tensors, in one copy."""
+    numbers = iter(torch.cat([x for part in parts for x in part]).tolist())
+    return [list(itertools.islice(numbers, sum(x.numel() for x in part))) for part in parts]
+
+
+def _uploaded(lists: list[list[int]], device: torch.device) -> list[Tensor]:
+    """int32 copies of the lists on the device, in one copy; each starts where kernels load fastest."""
+    firsts, numbers = [], []
+    for one in lists:
+        firsts.append(len(numbers))
+        numbers += one + [0] * (-len(one) % 4)
+    packed = torch.tensor(numbers, dtype=torch.int32).to(device)
+    return [packed[first : first + len(one)] for first, one in zip(firsts, lists, strict=True)]

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.blocks import MAX_COORD, check_coords, token_order
+from kernels.blocks import MAX_COORD, check_coords, sort_key
 
-_SIDE = MAX_COORD + 2  # a border on both sides, so that no neighbour's key is another voxel's
+_SIDE = MAX_COORD + 1  # a border, so that no neighbour's key is another voxel's
+_ROWS = 1 << 17  # whose neighbours are looked up at a time: 100 MB
+
+
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a key counts batch, x, y and z with [4], and the key of each neighbour less the voxel's own [27]."""
+    weights = (_SIDE**3, _SIDE**2, _SIDE, 1)
+    offsets = [dx * weights[1] + dy * _SIDE + dz for dx, dy, dz in itertools.product((-1, 0, 1), repeat=3)]
+    return torch.tensor(weights).to(device), torch.tensor(offsets).to(device)
+
+
+@functools.cache
+def _halving(device: torch.device) -> tuple[Tensor, Tensor]:
+    """How far batch, x, y and z are shifted [4], and what their last bits count in a child's number [4]."""
+    return torch.tensor([0, 1, 1, 1]).int().to(device), torch.tensor([0, 4, 2, 1]).to(device)
 
 
 class Parents(NamedTuple):
@@ -28,23 +45,20 @@ def neighbor_map(coords_N4: Tensor) -> Tensor:
     ValueError if coords is not int32 or int64 [N, 4].
     """
     check_coords(coords_N4)
-    N, device = len(coords_N4), coords_N4.device
-    batch, x, y, z = (coords_N4.long() + torch.tensor([0, 1, 1, 1]).to(device)).unbind(1)
-    key, order = (((batch * _SIDE + x) * _SIDE + y) * _SIDE + z).sort()
-    order = order.int()
-    padded_key = torch.cat([key, key.new_full((3,), -1)])  # no voxel's key is negative
-    padded_row = torch.cat([order, order.new_full((3,), -1)])
-    neighbors = torch.empty(N, 27, dtype=torch.int32, device=device)
-    for column in range(9):  # of one column x + dx, y + dy the three voxels follow each other in the order
-        wanted = key + ((column // 3 - 1) * _SIDE + column % 3 - 1) * _SIDE - 1
-        place = torch.searchsorted(key, wanted)
-        for dz in range(3):
-            found = padded_key[place] == wanted
-            neighbors[:, 3 * column + dz] = torch.where(found, padded_row[place], -1)
-            place, wanted = place + found, wanted + 1
-    unsorted = torch.empty_like(neighbors)
-    unsorted[order.long()] = neighbors
-    return unsorted
+    weights, offsets = _constants(coords_N4.device)
+    key_N = (coords_N4 * weights).sum(1)
+    if len(key_N) == 0:
+        return coords_N4.new_empty(0, 27, dtype=torch.int32)
+    ordered_N, order_N = key_N.sort()
+    order_N = order_N.int()
+    parts = [_look_up(ordered_N, order_N, keys[:, None] + offsets) for keys in key_N.split(_ROWS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _look_up(ordered_N: Tensor, order_N: Tensor, wanted_K27: Tensor) -> Tensor:
+    """Row of each wanted key, -1 where no voxel has it: int32 [K, 27]. order: the row of each sorted key."""
+    place_K27 = torch.searchsorted(ordered_N, wanted_K27).clamp_(max=len(ordered_N) - 1)
+    return order_N.take(place_K27).masked_fill_(ordered_N.take(place_K27) != wanted_K27, -1)
 
 
 def parents(coords_N4: Tensor) -> Parents:
@@ -53,19 +67,18 @@ def parents(coords_N4: Tensor) -> Parents:
     Makes one device-to-host copy (P). ValueError if coords is not int32 or int64 [N, 4].
     """
     check_coords(coords_N4)
-    N, device = len(coords_N4), coords_N4.device
-    halved = torch.cat([coords_N4[:, :1], coords_N4[:, 1:] // 2], 1)
-    order = token_order(halved)
-    ordered = halved[order]
-    new = torch.ones(N, dtype=torch.bool, device=device)
-    new[1:] = (ordered[1:] != ordered[:-1]).any(1)
-    run = new.cumsum(0) - 1
-    P = int(new.sum())
-    parent_of = torch.empty_like(run)
-    parent_of[order] = run
-    coords_P4 = torch.empty(P, 4, dtype=torch.int32, device=device)
-    coords_P4[parent_of] = halved.int()  # siblings write the same values
-    cx, cy, cz = (coords_N4[:, 1:].long() % 2).unbind(1)
+    shifts, bits = _halving(coords_N4.device)
+    halved_N4 = (coords_N4 >> shifts).int()
+    key_N, order_N = sort_key(halved_N4, 8, 4).sort()
+    N, device = len(key_N), key_N.device
+    new_N = torch.ones(N, dtype=torch.bool, device=device)
+    torch.ne(key_N[1:], key_N[:-1], out=new_N[1:])
+    run_N = new_N.cumsum(0).sub_(1)
+    P = int(run_N[-1]) + 1 if N else 0
+    parent_of_N = torch.empty_like(run_N).scatter_(0, order_N, run_N)
+    coords_P4 = halved_N4.new_empty(P, 4)
+    coords_P4.index_copy_(0, parent_of_N, halved_N4)  # siblings write the same values
+    place_N = ((coords_N4 & 1) * bits).sum(1).add_(parent_of_N, alpha=8)
     children_P8 = torch.full((P, 8), -1, dtype=torch.int32, device=device)
-    children_P8[parent_of, 4 * cx + 2 * cy + cz] = torch.arange(N, dtype=torch.int32, device=device)
-    return Parents(coords_P4, parent_of.int(), children_P8)
+    children_P8.view(-1).scatter_(0, place_N, torch.arange(N, dtype=torch.int32, device=device))
+    return Parents(coords_P4, parent_of_N.int(), children_P8)

@@ -14,6 +14,7 @@ from tests.numerics import DEVICE, random_coords, random_index
 CASES = [
     ([1], 8, 8, 4),
     ([300], 24, 8, 4),
+    ([300], 80, 8, 4),  # most blocks hold one token: the longest chains of tiles
     ([0, 150, 0, 0, 70, 0], 24, 8, 4),
     ([512], 8, 8, 4),  # one full block
     ([700], 16, 8, 1),  # a block has up to 512 compressed tokens: more than a tile
