@@ -70,25 +70,37 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
-            if not group["muon"]:
-                continue
-            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # of one shape: one stack
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    if not state:  # AdamW, when it loads a state, wants a step in each
-                        state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(p)
-                    state["step"] += 1
-                    momentum = state["momentum"]
-                    momentum.mul_(self.MOMENTUM).add_(p.grad)
-                    direction = _matrix(p.grad.add(momentum, alpha=self.MOMENTUM))
-                    alike[direction.shape].append((p, direction))
-                    p.grad = None
-            for shape, pairs in alike.items():
-                steps = orthogonal(torch.stack([direction for _, direction in pairs]))
-                for (p, _), change in zip(pairs, steps * (self.RMS * max(shape) ** 0.5), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.view(p.shape), alpha=group["lr"])
+            moved = [p for p in group["params"] if p.grad is not None] if group["muon"] else []
+            if moved:
+                self._move(moved, self._directions(moved), group["lr"], group["weight_decay"])
         super().step()
+
+    def _directions(self, moved: list[Tensor]) -> list[Tensor]:
+        """Nesterov momentum of each, whose gradient it takes."""
+        states = [self.state[p] for p in moved]
+        for p, state in zip(moved, states, strict=True):
+            if not state:  # AdamW, when it loads a state, wants a step in each
+                state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(p)
+            state["step"] += 1
+        momenta: list[Tensor] = [state["momentum"] for state in states]
+        grads = [p.grad for p in moved if p.grad is not None]
+        torch._foreach_mul_(momenta, self.MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(momenta, grads)  # pyright: ignore[reportPrivateImportUsage]
+        for p in moved:
+            p.grad = None
+        directions = torch._foreach_add(grads, momenta, alpha=self.MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
+        return list(directions)
+
+    def _move(self, moved: list[Tensor], directions: list[Tensor], rate: float, decay: float) -> None:
+        torch._foreach_mul_(moved, 1 - rate * decay)  # pyright: ignore[reportPrivateImportUsage]
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # of one shape: one stack
+        for p, direction in zip(moved, map(_matrix, directions), strict=True):
+            alike[direction.shape].append((p, direction))
+        for shape, pairs in alike.items():
+            steps = orthogonal(torch.stack([direction for _, direction in pairs]))
+            changes: list[Tensor] = [step.view(p.shape) for (p, _), step in zip(pairs, steps.unbind(), strict=True)]
+            alpha = -rate * self.RMS * max(shape) ** 0.5
+            torch._foreach_add_([p for p, _ in pairs], changes, alpha=alpha)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _matrix(p: Tensor) -> Tensor:
@@ -99,8 +111,8 @@ def _matrix(p: Tensor) -> Tensor:
 def orthogonal(stack_BMN: Tensor, iterations: int = 5) -> Tensor:
     """Each matrix with its singular values brought near 1, between 0.7 and 1.2, by Newton and Schulz's iteration.
 
-    The coefficients are those of kellerjordan.github.io/posts/muon: steepest at 0, with no limit at 1. fp32 in and out;
-    bf16 inside on a GPU, which the iteration bears.
+    The coefficients are those of kellerjordan.github.io/posts/muon: steepest at 0, with no limit at 1. fp32 in and out,
+    contiguous; bf16 inside on a GPU, which the iteration bears.
     """
     tall = stack_BMN.shape[1] > stack_BMN.shape[2]
     x = stack_BMN.mT if tall else stack_BMN
@@ -108,9 +120,9 @@ def orthogonal(stack_BMN: Tensor, iterations: int = 5) -> Tensor:
     x = x.bfloat16() if x.is_cuda else x
     for _ in range(iterations):
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    x = x.to(stack_BMN.dtype)
-    return x.mT if tall else x
+        square = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, square, x, beta=3.4445)
+    return (x.mT if tall else x).to(stack_BMN.dtype, memory_format=torch.contiguous_format)
 
 
 def make_optimizer(model: nn.Module, cfg: LoopConfig, device: torch.device) -> torch.optim.AdamW:
