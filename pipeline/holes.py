@@ -118,12 +118,18 @@ def _minimal_area(points):
         for i in range(n - gap):
             k = i + gap
             best = np.inf
+            x, y, z = points[i]
+            ux, uy, uz = points[k, 0] - x, points[k, 1] - y, points[k, 2] - z
             for j in range(i + 1, k):
-                area = 0.5 * np.linalg.norm(np.cross(points[j] - points[i], points[k] - points[i]))
-                total = cost[i, j] + cost[j, k] + area
+                total = cost[i, j] + cost[k, j]  # of both halves; the table is symmetric, so that j runs along its rows
+                if total >= best:
+                    continue
+                vx, vy, vz = points[j, 0] - x, points[j, 1] - y, points[j, 2] - z
+                cx, cy, cz = vy * uz - vz * uy, vz * ux - vx * uz, vx * uy - vy * ux
+                total += 0.5 * np.sqrt(cx * cx + cy * cy + cz * cz)
                 if total < best:
                     best, choice[i, k] = total, j
-            cost[i, k] = best
+            cost[i, k] = cost[k, i] = best
     triangles = np.empty((n - 2, 3), np.int64)
     stack = np.empty((n, 2), np.int64)
     stack[0, 0], stack[0, 1] = 0, n - 1

@@ -52,7 +52,7 @@ def soak(folder: Path, assets: int, shard: int) -> None:
     """Build and check."""
     env, out, temp = environment(folder), folder / "out", folder / "tmp"
     temp.mkdir()
-    options = ["--views", "1", "--image-size", "32", "--topology-resolution", "64", "--resolutions", "64"]
+    options = ["--views", "1", "--image-size", "32", "--topology-resolution", "128", "--resolutions", "64"]
     options += ["--limit", assets, "--shard-size", shard, "--workers", os.cpu_count()]
     process = start("pipeline.build", *options, "--out", out, env=env | {"TMPDIR": str(temp)})
     watch = Watch(out, env, process.pid)
