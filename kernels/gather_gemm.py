@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +38,19 @@ class Taps:
         return blocks * self.size**3
 
 
+@functools.cache
 def plain(size: int) -> Taps:
     """The 3^3 taps of a convolution, and of its transpose with the taps reversed."""
     return Taps(size, size)
 
 
+@functools.cache
 def upsampling(size: int) -> Taps:
     """A convolution after duplication, from blocks of (size / 2)^3 to blocks of size^3."""
     return Taps(size // 2, size // 2, taps=2, parities=True)
 
 
+@functools.cache
 def downsampling(size: int) -> Taps:
     """Its transpose, from blocks of size^3 to blocks of (size / 2)^3."""
     return Taps(size // 2, size, taps=4, stride=2)
@@ -138,18 +142,19 @@ def power_of_2(n: int, low: int, high: int) -> int:
     return min(max(next_power_of_2(n), low), high)
 
 
-def forward_tiles(C: int, O: int, dtype: torch.dtype) -> list[Tiles]:
+@functools.cache
+def forward_tiles(C: int, O: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
     """The default, then what else may be faster."""
     channels, outputs = power_of_2(C, 16, 64), power_of_2(O, 16, 128)
     if dtype == torch.float32:  # sums in fp64 take twice the registers
-        return [Tiles(64, min(outputs, 64), min(channels, 32), 8, 2)]
+        return (Tiles(64, min(outputs, 64), min(channels, 32), 8, 2),)
     # Each of these is fastest for some layer of the VAE at 512 or 1024 on an H200.
     tiles = [Tiles(128, outputs, channels, 4, 2), Tiles(128, outputs, channels, 4, 3)]
     tiles += [Tiles(128, outputs, channels, 8, 3), Tiles(256, outputs, channels, 8, 2)]
     tiles += [Tiles(64, outputs, channels, 4, 3)]
     if C >= 128:
         tiles += [Tiles(64, outputs, 128, 4, 3)]
-    return tiles
+    return tuple(tiles)
 
 
 def is_wide(*tensors: Tensor, force: bool = False) -> bool:
@@ -180,7 +185,7 @@ def gather_gemm(
             BM=tiles.rows, BO=tiles.outputs, BC=tiles.channels, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
-    key = f"gemm {taps.size} {taps.source} {taps.taps} {C} {O} {x_NC.dtype} {size_class(rows)}"
+    key = ("gemm", taps.size, taps.source, taps.taps, C, O, x_NC.dtype, size_class(rows))
     with on_device(x_NC):
         launch(choose(key, forward_tiles(C, O, x_NC.dtype), launch, x_NC))
     return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -183,6 +185,7 @@ def _grad_apply(
             tl.store(dx_ptr + n.to(tl.int64)[:, None] * C + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask)
 
 
+@functools.cache
 def _tiles(C: int) -> dict[str, int]:
     BC = min(next_power_of_2(C), 128)
     return {"BN": max(1, 2048 // BC), "BC": BC}
@@ -192,8 +195,8 @@ def _chunks(x_NC: Tensor, starts: Tensor) -> tuple[tuple[int, int], Tensor, Tens
     """Grid over chunks and channels; first and last asset of each chunk, [chunks, 2]; room for the parts."""
     N, C = x_NC.shape
     chunks = cdiv(N, CHUNK.value)
-    first = torch.arange(chunks, device=starts.device, dtype=torch.int32) * CHUNK.value
-    rows = torch.stack([first, (first + (CHUNK.value - 1)).clamp(max=N - 1)], 1)
+    first = torch.arange(0, N, CHUNK.value, device=starts.device, dtype=torch.int32)
+    rows = torch.stack([first, (first + (CHUNK.value - 1)).clamp_(max=N - 1)], 1)
     ends = torch.searchsorted(starts[1:].contiguous(), rows, right=True, out_int32=True)
     parts = x_NC.new_empty(chunks + len(starts) - 1, 2, C, dtype=torch.float32)
     return (chunks, cdiv(C, _tiles(C)["BC"])), ends, parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -139,23 +140,24 @@ class GradTiles:
     by_tap: bool = False  # `_weight_grad_by_tap`
 
 
-def grad_tiles(C: int, O: int, dtype: torch.dtype) -> list[GradTiles]:
+@functools.cache
+def grad_tiles(C: int, O: int, dtype: torch.dtype) -> tuple[GradTiles, ...]:
     """The default, then what else may be faster."""
     if dtype == torch.float32:
         channels, outputs = power_of_2(C, 16, 64), power_of_2(O, 16, 64)
-        return [GradTiles(64 // channels, channels, outputs, 32, 4, 2)]
+        return (GradTiles(64 // channels, channels, outputs, 32, 4, 2),)
     channels, outputs = power_of_2(C, 16, 128), power_of_2(O, 16, 128)
     taps = 128 // channels
     if outputs < 64:  # too low for a Hopper matrix product: the taps side by side are the tall side
         tiles = [GradTiles(taps, channels, outputs, 128, warps, 2) for warps in (4, 8)]
-        return [*tiles, GradTiles(2 * taps, channels, outputs, 64, 4, 2)]
+        return (*tiles, GradTiles(2 * taps, channels, outputs, 64, 4, 2))
     taps, stages = min(taps, 4), 3 if outputs == 128 else 2
     tiles = [GradTiles(taps, channels, outputs, 64, 4, s, True) for s in (stages, 5 - stages)]
-    return [
+    return (
         *tiles,
         GradTiles(taps, channels, outputs, 128, 4, 2, True),
         GradTiles(taps, channels, outputs, 32, 4, 4, True),
-    ]
+    )
 
 
 def weight_grad(
@@ -189,7 +191,7 @@ def weight_grad(
         )  # fmt: skip
         return partial
 
-    key = f"weights {taps.size} {taps.source} {taps.taps} {C} {O} {dense.dtype} {size_class(rows)}"
+    key = ("weights", taps.size, taps.source, taps.taps, C, O, dense.dtype, size_class(rows))
     with on_device(dense):
         tiles = choose(key, grad_tiles(C, O, dense.dtype), partials, dense)
         return partials(tiles).sum(0)

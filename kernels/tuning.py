@@ -7,6 +7,7 @@ resumed must sum in the order of the first) the default, which is the first, is 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import tempfile
@@ -75,7 +76,13 @@ def _measure(candidates: Sequence[T], launch: Callable[[T], None]) -> int:
     return times.index(min(times))
 
 
-def choose(key: str, candidates: Sequence[T], launch: Callable[[T], None], like: Tensor) -> T:
+@functools.cache
+def _name(device: torch.device, key: tuple[object, ...]) -> str:
+    kind = torch.cuda.get_device_name(device)
+    return f"{kind} | triton {triton.__version__} | v{VERSION} | {' '.join(map(str, key))}"
+
+
+def choose(key: tuple[object, ...], candidates: Sequence[T], launch: Callable[[T], None], like: Tensor) -> T:
     """The fastest candidate for `launch`, which may be called with any of them any number of times.
 
     Measures, waiting for the GPU, when the key is new; `like` is a tensor on the device in question.
@@ -85,7 +92,7 @@ def choose(key: str, candidates: Sequence[T], launch: Callable[[T], None], like:
         return candidates[0]
     if _known is None:
         _known = _load()
-    name = f"{torch.cuda.get_device_name(like.device)} | triton {triton.__version__} | v{VERSION} | {key}"
+    name = _name(like.device, key)
     found = _known.get(name)
     if found is None or not 0 <= found < len(candidates):
         if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():

@@ -46,12 +46,12 @@ def launcher(times, launches, milliseconds):
 def test_the_fastest_is_found_once_and_remembered(times, monkeypatch):
     launches = []
     launch = launcher(times, launches, {"a": 3.0, "b": None, "c": 1.0})
-    assert choose("key", "abc", launch, GPU) == "c"
-    assert choose("other", "ab", launch, GPU) == "a"
+    assert choose(("key",), "abc", launch, GPU) == "c"
+    assert choose(("other", 3), "ab", launch, GPU) == "a"
     assert launches == ["a", "b", "c", "a", "b"]
     monkeypatch.setattr(tuning, "_known", None)  # another process
-    assert choose("key", "abc", launch, GPU) == "c"
-    assert choose("other", "ab", launch, GPU) == "a"
+    assert choose(("key",), "abc", launch, GPU) == "c"
+    assert choose(("other", 3), "ab", launch, GPU) == "a"
     assert len(launches) == 5
     assert len(json.loads(tuning.CACHE.read_text())) == 2
     assert [path.name for path in tuning.CACHE.parent.iterdir()] == ["tiles.json"]
@@ -61,34 +61,34 @@ def test_the_fastest_is_found_once_and_remembered(times, monkeypatch):
 def test_a_broken_file_only_means_measuring_again(times, text):
     tuning.CACHE.parent.mkdir()
     tuning.CACHE.write_text(text)
-    assert choose("key", "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU) == "b"
+    assert choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU) == "b"
     assert 1 in json.loads(tuning.CACHE.read_text()).values()
 
 
 def test_a_choice_that_no_longer_exists_is_measured_again(times, monkeypatch):
-    assert choose("key", "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU) == "b"
+    assert choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU) == "b"
     monkeypatch.setattr(tuning, "_known", {key: 7 for key in json.loads(tuning.CACHE.read_text())})
-    assert choose("key", "ac", launcher(times, [], {"a": 1.0, "c": 2.0}), GPU) == "a"
+    assert choose(("key",), "ac", launcher(times, [], {"a": 1.0, "c": 2.0}), GPU) == "a"
 
 
 def test_a_directory_that_cannot_be_written(times, caplog):
     tuning.CACHE.parent.write_text("a file")
     with caplog.at_level(logging.WARNING):
-        assert choose("key", "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU) == "b"
+        assert choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU) == "b"
     assert "cannot remember tile sizes" in caplog.text
 
 
 def test_the_default_where_nothing_may_be_measured(times, monkeypatch):
     launches = []
     launch = launcher(times, launches, {"a": 2.0, "b": 1.0})
-    assert choose("key", "ab", launch, torch.zeros(1)) == "a"
+    assert choose(("key",), "ab", launch, torch.zeros(1)) == "a"
     torch.use_deterministic_algorithms(True)
     try:
-        assert choose("key", "ab", launch, GPU) == "a"
+        assert choose(("key",), "ab", launch, GPU) == "a"
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert choose("key", "ab", launch, GPU) == "a"
+    assert choose(("key",), "ab", launch, GPU) == "a"
     assert launches == []
     assert not tuning.CACHE.exists()
 
