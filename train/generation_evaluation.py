@@ -24,6 +24,8 @@ from train.checkpoint import provenance
 from train.conditions import ViewReader
 from train.data import BrickReader, Catalogue, built_resolutions, read_catalogue
 from train.distributed import Device, choose_device
+from train.evaluation_page import write_page
+from train.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_maps
 from train.pictures import save_image, side_by_side
 from train.solids import inside, overlap
 from train.surfaces import THRESHOLDS, compare_surfaces, sample_surface
@@ -49,6 +51,7 @@ class GenerationEvaluation:
     samples: int = 100_000  # on each surface
     out: Path | None = None  # default: evaluation/ in the checkpoint directory
     device: Device = "auto"
+    features: str | None = None  # DINOv2 weights, a folder or a name on the hub: also compare what meshes look like
     options: Options = field(default_factory=Options)
 
     def __post_init__(self):
@@ -76,10 +79,28 @@ class Row:
     silhouette_iou: float  # against the image it came from, by the same camera
     nearest: str  # asset of the build whose surface is closest
     nearest_is_right: bool
+    dino_similarity: float | None = None  # cosine of the image's and the generated mesh's render's features
+    dino_similarity_of_asset: float | None = None  # the same of the asset's stored surface: what a perfect result has
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """Normal maps of all assets, generated and stored, as features."""
+
+    features: DinoFeatures
+    generated: list[NDArray[np.float64]] = field(default_factory=list)  # [SIDES, C] of each asset
+    stored: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, made: Surface, reference: Surface) -> None:
+        self.generated.append(self.features(normal_maps(*made)))
+        self.stored.append(self.features(normal_maps(*reference)))
+
+    def distance(self) -> float:
+        return frechet_distance(np.concatenate(self.generated), np.concatenate(self.stored))
 
 
 def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
-    """Every chosen asset; writes evaluation.json, table.md, meshes and pictures to cfg.out. UserError, RunError."""
+    """Every chosen asset; writes numbers, a table, a page, meshes and pictures to cfg.out. UserError, RunError."""
     catalogue = read_catalogue(cfg.data, built_resolutions(cfg.data))
     references, views = _References(catalogue), ViewReader(catalogue, cfg.cameras)
     chosen = [n for n in references.assets if cfg.split == "all" or catalogue.is_val[n] == (cfg.split == "val")]
@@ -90,15 +111,18 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     generator = Generator.load(cfg.checkpoint, choose_device(cfg.device), cfg.options.resolution)
     out = cfg.out or cfg.checkpoint / "evaluation"
     (out / "meshes").mkdir(parents=True, exist_ok=True)
+    looks = _Looks(DinoFeatures.load(cfg.features, choose_device(cfg.device))) if cfg.features else None
     rows, pictures = [], []
     for asset in chosen:
-        row, images = _evaluate(cfg, generator, references, views, asset, out / "meshes")
+        row, images = _evaluate(cfg, generator, references, views, asset, out / "meshes", looks)
         rows.append(row)
         pictures.append(images)
         right = "right" if row.nearest_is_right else "wrong"
         log.info("%s CD %.1f IoU %.3f silhouette %.3f nearest %s", row.uid, 1000 * row.chamfer, row.iou,
                  row.silhouette_iou, right)  # fmt: skip
     summary = summarize(rows, f"{cfg.split} assets, view {cfg.view}", len(references.assets))
+    if looks is not None:
+        summary["normal_map_distance"] = looks.distance()
     result = {
         "checkpoint": str(cfg.checkpoint.resolve()),
         "data": str(cfg.data),
@@ -110,6 +134,7 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
             "seed": cfg.seed,
             "sampling": asdict(cfg.options),
             "image_encoder": generator.structure.flow.encoder.label,
+            "looks": _protocol_of_looks(cfg.features),
         },
         **provenance(),
         "summary": summary,
@@ -120,10 +145,31 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     for row, images in zip(rows, pictures, strict=True):
         save_image(out / "meshes" / f"{row.uid}.png", side_by_side([images]))
     save_image(out / "generated.png", side_by_side(pictures))
+    write_page(
+        out,
+        "Meshes generated from images",
+        result["protocol"],
+        table(summary),
+        {
+            "generated.png": "Image, generated mesh, stored surface, by the same camera; generated mesh from behind",
+        },
+    )
     for line in table(summary).splitlines():
         log.info("%s", line)
     log.info("%s: evaluation.json, table.md, generated.png (image, generated, asset, generated from behind)", out)
     return result
+
+
+def _protocol_of_looks(weights: str | None) -> str | None:
+    """What the numbers about looks mean."""
+    if weights is None:
+        return None
+    return (
+        f"class token of {weights} at {SIZE} px; normal-map distance: Frechet distance (the FID's formula, with these "
+        f"features in place of Inception's) of {SIDES} normal maps an asset, generated against stored, larger for "
+        "fewer assets; similarity: cosine of the image and a clay render by the same camera, both cropped to the "
+        "foreground"
+    )
 
 
 class _References:
@@ -159,6 +205,7 @@ def _evaluate(
     views: ViewReader,
     asset: int,
     folder: Path,
+    looks: _Looks | None,
 ) -> tuple[Row, list[NDArray[np.uint8]]]:
     catalogue, reference = references.catalogue, references.surfaces[asset]
     uid, count = catalogue.uids[asset], views.views(asset)
@@ -177,12 +224,20 @@ def _evaluate(
     except RunError as error:
         log.warning("%s: %s", uid, error)
         blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
+        if looks is not None:
+            looks.add((np.zeros((0, 3)), np.zeros((0, 3), np.int32)), reference)
+            empty = replace(empty, dino_similarity=0.0, dino_similarity_of_asset=0.0)
         return empty, [_shown(image.rgba), blank, drawn(reference, [eye])[0], blank]
     write_mesh(folder / f"{uid}.glb", made.vertices, made.faces)
     surface = made.vertices, made.faces
     metrics = compare_surfaces(*surface, *reference, samples=cfg.samples)
     (same,) = render_from(_mesh(surface), [eye], len(image.rgba))
     nearest = references.nearest(surface)
+    similarity, best = None, None
+    if looks is not None:
+        looks.add(surface, reference)
+        (right,) = render_from(_mesh(reference), [eye], len(image.rgba))
+        similarity, best = (looks.features.similarity(image.rgba, other) for other in (same, right))
     row = replace(
         empty,
         seconds=sum(stage.seconds for stage in made.stages),
@@ -196,6 +251,8 @@ def _evaluate(
         silhouette_iou=overlap(same[..., 3] > 127, image.rgba[..., 3] > 127),
         nearest=catalogue.uids[nearest],
         nearest_is_right=nearest == asset,
+        dino_similarity=similarity,
+        dino_similarity_of_asset=best,
     )
     behind = look_at_origin(eye.azimuth_degrees + 180, eye.elevation_degrees, eye.focal_mm)
     return row, [_shown(image.rgba), *drawn(surface, [eye]), *drawn(reference, [eye]), *drawn(surface, [behind])]
@@ -228,6 +285,7 @@ def summarize(rows: Sequence[Row], name: str, candidates: int) -> dict[str, Any]
     Where nothing was generated an asset counts as 0 but has no distance, so that the number of those stands beside it.
     """
     there = [row for row in rows if np.isfinite(row.chamfer)]
+    with_looks = all(row.dino_similarity is not None for row in rows)
     percent = {field: 100 * float(np.mean([getattr(row, field) for row in rows])) for field in _SHARES}
     return {
         "name": name,
@@ -238,10 +296,12 @@ def summarize(rows: Sequence[Row], name: str, candidates: int) -> dict[str, Any]
         **{f"f1_{t}": 100 * float(np.mean([row.f1[t] for row in rows])) for t in THRESHOLDS},
         **percent,
         "seconds": float(np.mean([row.seconds for row in rows])),
+        **{name: float(np.mean([getattr(row, name) for row in rows])) for name in _LOOKS if with_looks},
     }
 
 
 _SHARES = ("normal_consistency", "iou", "silhouette_iou", "nearest_is_right", "closed")
+_LOOKS = ("dino_similarity", "dino_similarity_of_asset")
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -253,5 +313,11 @@ def table(summary: dict[str, Any]) -> str:
     }  # fmt: skip
     cells = [summary[name] for name in heads]
     words = ["" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    looks = {
+        "normal_map_distance": "normal-map FD", "dino_similarity": "DINOv2 cosine",
+        "dino_similarity_of_asset": "DINOv2 cosine of the asset",
+    }  # fmt: skip
+    heads |= {name: head for name, head in looks.items() if name in summary}
+    words += [f"{summary[name]:.3f}" for name in looks if name in summary]
     lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
     return "\n".join([*lines, f"| {summary['name']} | " + " | ".join(words) + " |"])

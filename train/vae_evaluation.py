@@ -24,6 +24,7 @@ from pipeline.schema import UserError
 from train.checkpoint import check_format, load_weights, provenance
 from train.data import BrickReader, Catalogue, built_resolutions, read_catalogue
 from train.distributed import Device, choose_device
+from train.evaluation_page import write_page
 from train.loop import weights_file
 from train.pictures import picture, save_image, side_by_side
 from train.surfaces import THRESHOLDS, compare_surfaces
@@ -161,7 +162,7 @@ def load_vae(path: Path, device: torch.device) -> tuple[SparseVAE, dict[str, Any
 
 
 def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
-    """Every asset of the split at every resolution; writes evaluation.json, table.md and pictures to cfg.out."""
+    """Every asset of the split at every resolution; writes numbers, a table, a page and pictures to cfg.out."""
     device = choose_device(cfg.device)
     model, described = load_vae(cfg.checkpoint, device)
     trained = tuple(described.get("training", {}).get("bricks", {}).get("resolutions", ()))
@@ -195,6 +196,8 @@ def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
     (out / "table.md").write_text(table(summaries) + "\n")
     if images:
         save_image(out / "reconstructions.png", side_by_side(images))
+    caption = {"reconstructions.png": "Stored surface, reconstruction"} if images else {}
+    write_page(out, "Surfaces through the SS-VAE and back", result["protocol"], table(summaries), caption)
     for line in table(summaries).splitlines():
         log.info("%s", line)
     log.info("%s: evaluation.json, table.md%s", out, ", reconstructions.png (reference left)" if images else "")

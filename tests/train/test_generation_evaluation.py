@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from model.condition import DinoEncoder
 from model.generator import Generated, Generator, Stage
 from model.postprocess import clean
 from pipeline.cameras import camera
@@ -93,6 +94,39 @@ def test_another_asset_is_recognised_as_that(rendered, tmp_path, monkeypatch):
     assert result["summary"]["iou"] < 90
     assert result["summary"]["silhouette_iou"] < 95
     assert result["summary"]["chamfer"] > 10
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    """A folder with a DINOv2 of random weights."""
+    folder = tmp_path_factory.mktemp("dino")
+    DinoEncoder.random(image_size=112).model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_looks_are_compared_where_weights_are_given(rendered, dino, tmp_path, monkeypatch):
+    perfect = evaluate(rendered, tmp_path / "a", monkeypatch, Perfect(rendered), features=dino)
+    summary = perfect["summary"]
+    assert summary["normal_map_distance"] == pytest.approx(0, abs=1e-5)
+    assert summary["dino_similarity"] == pytest.approx(summary["dino_similarity_of_asset"], abs=1e-4)
+    other = evaluate(rendered, tmp_path / "b", monkeypatch, Perfect(rendered, turn=1, fails=(2,)), features=dino)
+    assert other["summary"]["normal_map_distance"] > 100 * max(summary["normal_map_distance"], 1e-6)
+    assert other["rows"][0]["dino_similarity"] < other["rows"][0]["dino_similarity_of_asset"]
+    assert other["rows"][2]["dino_similarity"] == 0.0
+    assert dino in other["protocol"]["looks"]
+    text = (tmp_path / "b" / "table.md").read_text()
+    assert "normal-map FD | DINOv2 cosine | DINOv2 cosine of the asset" in text
+    page = (tmp_path / "b" / "index.html").read_text()
+    assert f"<td>{other['summary']['normal_map_distance']:.3f}</td>" in page
+    assert page.count("data:image/png;base64,") == 1
+
+
+def test_without_weights_nothing_is_said_of_looks(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))
+    assert "normal_map_distance" not in result["summary"]
+    assert "DINOv2" not in (tmp_path / "table.md").read_text()
+    with pytest.raises(UserError, match="hf download"):
+        evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered), features=str(tmp_path / "nothing"))
 
 
 def test_an_empty_result_counts_without_a_distance(rendered, tmp_path, monkeypatch):
