@@ -1,8 +1,9 @@
 """Signed distances of 8^3 blocks to the triangles near them: the GPU path of `pipeline.sdf`, which defines it.
 
 Three launches. `_narrow` tells for each of a block's eight 4^3 sub-blocks which candidates can be closest to any of its
-points. `_distances` takes the closest of them, in float32 relative to the sub-block's centre, and the side where the
-closest triangle's interior or the flood decides it. `_votes` decides, in float64, at the points where triangles tie.
+points. `_distances` takes the closest of them, in float32 relative to the sub-block's centre, and the side where that
+leaves no doubt. `_votes` decides at all other points in float64, by the operations of `pipeline.sdf._is_out` one by one
+(no fused multiply-adds), so that both paths give every point the same side.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from kernels.tiles import on_device
 SOLID, THIN, BURIED = (tl.constexpr(kind) for kind in range(3))  # as in pipeline.topology
 BLOCK = 8
 MAX_BLOCKS = 2**22 - 1  # torch finds the points that vote among fewer than 2^31
-# Voxels that a float32 distance may be off, generously: triangles this much too far are still tried.
+# Voxels that a float32 distance may be off, generously: triangles this much too far are still tried, and nothing that
+# hangs on less than this is decided in float32.
 SLACK = tl.constexpr(0.01)
 RADIUS = tl.constexpr(1.5 * math.sqrt(3))  # voxels from a sub-block's centre to its corners
 PI = tl.constexpr(math.pi)
+VOTE_ROUNDING = tl.constexpr(1e-9)  # as in pipeline.triangles
 # Candidates that a program takes at once. At most resolutions a sub-block has a handful.
 NARROW_TILE, DISTANCE_TILE, VOTE_TILE = 32, 8, 4
 
@@ -153,9 +156,12 @@ def _outside(bin_of_ptr, outside_ptr, whole_ptr, x2, y2, z2, last, flood_last, o
 @triton.jit
 def _distances(
     rows_ptr, blocks_ptr, offsets_ptr, lists_ptr, counts_ptr, bin_of_ptr, outside_ptr, whole_ptr, values_ptr,
-    unsure_ptr, last, flood_last, h, trusted, half, C: tl.constexpr,
+    unsure_ptr, last, flood_last, h, trusted, half, tie, C: tl.constexpr,
 ):  # fmt: skip
-    """Distances of one sub-block's 64 points; those whose side is left to the votes count as outside and are marked."""
+    """Distances of one sub-block's 64 points; those whose side is left open count as outside and are marked.
+
+    By 2 where the flood says inside, by 1 elsewhere.
+    """
     m, sub = tl.program_id(0).to(tl.int64) // 8, tl.program_id(0) % 8
     first = tl.load(offsets_ptr + m)
     lists = lists_ptr + (first - tl.load(offsets_ptr)) * 8 + (tl.load(offsets_ptr + m + 1) - first) * sub
@@ -175,29 +181,33 @@ def _distances(
         cx, cy, cz = x0.to(tl.float32) + 1.5, y0.to(tl.float32) + 1.5, z0.to(tl.float32) + 1.5
         lane = tl.arange(0, C)[None, :]
         solid, sheet = tl.full([64, C], float("inf"), tl.float32), tl.full([64, C], float("inf"), tl.float32)
-        closest, side = solid, tl.zeros([64, C], tl.int32)  # of solid and buried ones; 1 above its inside, -1 below
+        not_above, not_below = solid, solid  # of solid and buried ones: those whose inside is not hit from there
         for start in range(0, count, C):
             ok = start + lane < count
             triangle = tl.load(lists + start + lane, ok, other=0)
-            ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz, kind = _load_triangles(rows_ptr, triangle, ok, cx, cy, cz)
+            a_u_v_n_kind = _load_triangles(rows_ptr, triangle, ok, cx, cy, cz)
+            ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz, kind = a_u_v_n_kind  # pyright: ignore[reportGeneralTypeIssues]
             d2, height, inside = _squared(gx, gy, gz, ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz)
             solid = tl.where(kind == SOLID, tl.minimum(solid, d2), solid)
             sheet = tl.where(kind == THIN, tl.minimum(sheet, d2), sheet)
-            closer = ((kind == SOLID) | (kind == BURIED)) & (d2 < closest)
-            side = tl.where(closer, tl.where(inside & (kind == SOLID), tl.where(height >= 0, 1, -1), 0), side)
-            closest = tl.where(closer, d2, closest)
+            hit = inside & (kind == SOLID)
+            not_above = tl.where((kind != THIN) & ok & ~(hit & (height >= 0)), tl.minimum(not_above, d2), not_above)
+            not_below = tl.where((kind != THIN) & ok & ~(hit & (height < 0)), tl.minimum(not_below, d2), not_below)
         distance, shell = tl.sqrt(tl.min(solid, 1)), tl.sqrt(tl.min(sheet, 1))
-        tie = closest == tl.min(closest, 1)[:, None]
-        low, high = tl.min(tl.where(tie, side, 1), 1), tl.max(tl.where(tie, side, -1), 1)
-        near = distance <= trusted
+        not_above_d, not_below_d = tl.sqrt(tl.min(not_above, 1)), tl.sqrt(tl.min(not_below, 1))
+        closest = tl.minimum(not_above_d, not_below_d)
+        is_near, is_far = distance < trusted - SLACK, distance > trusted + SLACK
         # a sheet has the exterior on both sides, but its barrier hides that from the flood
-        by_flood = (distance > trusted) & (shell > trusted)
+        by_flood = (distance > trusted - SLACK) & (shell > trusted - SLACK)
         x2, y2, z2 = 2 * (x0 + i), 2 * (y0 + j), 2 * (z0 + k)
         out = _outside(bin_of_ptr, outside_ptr, whole_ptr, x2, y2, z2, last, flood_last, by_flood)
-        inner = (near & (high < 0)) | (by_flood & (out == 0))
+        flooded = by_flood & (out == 0)
+        clear = (closest > SLACK) & (tl.maximum(not_above_d, not_below_d) > closest + (SLACK + tie))
+        unsure = tl.where(is_near, ~clear, ~is_far | (flooded & (shell <= trusted + SLACK)))
+        inner = tl.where(is_near, not_below_d > not_above_d, flooded) & ~unsure
         value = tl.minimum(tl.where(inner, -distance, distance), shell - half)
         tl.store(values_ptr + at, value * h)
-        tl.store(unsure_ptr + at, (near & (low <= 0) & (high >= 0)).to(tl.uint8))
+        tl.store(unsure_ptr + at, tl.where(unsure, tl.where(flooded, 2, 1), 0).to(tl.uint8))
 
 
 @triton.jit
@@ -222,11 +232,31 @@ def _barycentric(d1, d2, uu, uv, vv):
 
 
 @triton.jit
+def _to_points(exact_ptr, lists_ptr, lists, lane, count, x, y, z):
+    """Of points [P, 1] and candidates [P, C]: rows, kinds, offsets from the closest points, v, w, distances."""
+    ok = lane < count
+    row = exact_ptr + tl.load(lists_ptr + lists + lane, ok, other=0).to(tl.int64) * 16
+    ax, ay, az = tl.load(row, ok, other=0.0), tl.load(row + 1, ok, other=0.0), tl.load(row + 2, ok, other=0.0)
+    ux, uy, uz = tl.load(row + 3, ok, other=0.0), tl.load(row + 4, ok, other=0.0), tl.load(row + 5, ok, other=0.0)
+    vx, vy, vz = tl.load(row + 6, ok, other=0.0), tl.load(row + 7, ok, other=0.0), tl.load(row + 8, ok, other=0.0)
+    px, py, pz = x - ax, y - ay, z - az
+    v, w = _barycentric(  # pyright: ignore[reportGeneralTypeIssues]
+        ux * px + uy * py + uz * pz, vx * px + vy * py + vz * pz,
+        ux * ux + uy * uy + uz * uz, ux * vx + uy * vy + uz * vz, vx * vx + vy * vy + vz * vz,
+    )  # fmt: skip
+    dx, dy, dz = x - (ax + v * ux + w * vx), y - (ay + v * uy + w * vy), z - (az + v * uz + w * vz)
+    kind = tl.load(row + 15, ok, other=0.0).to(tl.int32)
+    return row, kind, dx, dy, dz, v, w, tl.where(ok, tl.sqrt(dx * dx + dy * dy + dz * dz), float("inf"))
+
+
+@triton.jit
 def _votes(
-    exact_ptr, blocks_ptr, offsets_ptr, lists_ptr, counts_ptr, points_ptr, values_ptr, N, last, TIE: tl.constexpr,
-    P: tl.constexpr, C: tl.constexpr,
+    exact_ptr, blocks_ptr, offsets_ptr, lists_ptr, counts_ptr, points_ptr, unsure_ptr, values_ptr, N, last,
+    TRUSTED: tl.constexpr, TIE: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Sides of N unsure points by the angle-weighted votes of all triangles that tie for the closest, in float64."""
+    """Sides of N unsure points in float64: near a solid by the angle-weighted votes of all triangles that tie for the
+    closest, elsewhere by the sheets and the flood. Lengths are constants, since an argument would come as float32.
+    """
     n = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     known = n < N
     at = tl.load(points_ptr + n, known, other=0)
@@ -234,49 +264,42 @@ def _votes(
     lx, ly, lz = local // 64, local // 8 % 8, local % 8
     sub = lx // 4 * 4 + ly // 4 * 2 + lz // 4
     first = tl.load(offsets_ptr + m)
-    lists = (first - tl.load(offsets_ptr)) * 8 + (tl.load(offsets_ptr + m + 1) - first) * sub
+    lists = ((first - tl.load(offsets_ptr)) * 8 + (tl.load(offsets_ptr + m + 1) - first) * sub)[:, None]
     count = tl.load(counts_ptr + m * 8 + sub, known, other=0)
-    # whole numbers are divided here: an argument would come as float32
     x = ((tl.load(blocks_ptr + 3 * m) * 8 + lx).to(tl.float64) / last.to(tl.float64) - 0.5)[:, None]
     y = ((tl.load(blocks_ptr + 3 * m + 1) * 8 + ly).to(tl.float64) / last.to(tl.float64) - 0.5)[:, None]
     z = ((tl.load(blocks_ptr + 3 * m + 2) * 8 + lz).to(tl.float64) / last.to(tl.float64) - 0.5)[:, None]
-    nearest, solid = tl.full([P], float("inf"), tl.float64), tl.full([P], float("inf"), tl.float64)
-    votes = tl.zeros([P], tl.float64)
-    for start in range(0, tl.max(count, 0), C):
-        lane = (start + tl.arange(0, C))[None, :]
-        ok = lane < count[:, None]
-        row = exact_ptr + tl.load(lists_ptr + lists[:, None] + lane, ok, other=0).to(tl.int64) * 16
-        px, py, pz = (
-            x - tl.load(row, ok, other=0.0),
-            y - tl.load(row + 1, ok, other=0.0),
-            z - tl.load(row + 2, ok, other=0.0),
-        )
-        ux, uy, uz = tl.load(row + 3, ok, other=0.0), tl.load(row + 4, ok, other=0.0), tl.load(row + 5, ok, other=0.0)
-        vx, vy, vz = tl.load(row + 6, ok, other=0.0), tl.load(row + 7, ok, other=0.0), tl.load(row + 8, ok, other=0.0)
-        v, w = _barycentric(
-            px * ux + py * uy + pz * uz, px * vx + py * vy + pz * vz,
-            ux * ux + uy * uy + uz * uz, ux * vx + uy * vy + uz * vz, vx * vx + vy * vy + vz * vz,
-        )  # fmt: skip
-        dx, dy, dz = px - (v * ux + w * vx), py - (v * uy + w * vy), pz - (v * uz + w * vz)
-        height = dx * tl.load(row + 9, ok, other=0.0) + dy * tl.load(row + 10, ok, other=0.0)
-        height += dz * tl.load(row + 11, ok, other=0.0)
-        kind = tl.load(row + 15, ok, other=THIN)
-        # 2 pi for a face, pi for an edge, the angle for a corner: the sum's sign is the angle-weighted pseudonormal's
-        weight = tl.where((v == 0) | (w == 0) | (v + w >= 1), PI, 2 * PI)
-        corner = tl.where(v == 1, 1, tl.where(w == 1, 2, 0))
-        weight = tl.where(
-            (v == 1) | (w == 1) | ((v == 0) & (w == 0)), tl.load(row + 12 + corner, ok, other=0.0), weight
-        )
-        vote = height * weight
-        vote = tl.where(kind == BURIED, -tl.abs(vote), vote)
-        d = tl.where(kind == THIN, float("inf"), tl.sqrt(dx * dx + dy * dy + dz * dz))
-        lower = tl.minimum(nearest, tl.min(d, 1))
-        votes = tl.where(lower < nearest - TIE, 0.0, votes)
-        votes += tl.sum(tl.where((kind != THIN) & (d <= lower[:, None] + TIE), vote, 0.0), 1)
-        nearest = lower
+    lane, most, count_P1 = tl.arange(0, C)[None, :], tl.max(count, 0), count[:, None]
+    solid, buried = tl.full([P], float("inf"), tl.float64), tl.full([P], float("inf"), tl.float64)
+    sheet = tl.full([P], float("inf"), tl.float64)
+    for start in range(0, most, C):
+        found = _to_points(exact_ptr, lists_ptr, lists, start + lane, count_P1, x, y, z)
+        _, kind, _, _, _, _, _, d = found  # pyright: ignore[reportGeneralTypeIssues]
         solid = tl.minimum(solid, tl.min(tl.where(kind == SOLID, d, float("inf")), 1))
+        buried = tl.minimum(buried, tl.min(tl.where(kind == BURIED, d, float("inf")), 1))
+        sheet = tl.minimum(sheet, tl.min(tl.where(kind == THIN, d, float("inf")), 1))
+    limit = tl.minimum(solid, buried)[:, None] + TIE
+    votes, weights = tl.zeros([P], tl.float64), tl.zeros([P], tl.float64)
+    half_turn = tl.full([P, C], PI, tl.float64)
+    for start in range(0, most, C):
+        found = _to_points(exact_ptr, lists_ptr, lists, start + lane, count_P1, x, y, z)
+        row, kind, dx, dy, dz, v, w, d = found  # pyright: ignore[reportGeneralTypeIssues]
+        votes_too = (start + lane < count_P1) & (kind != THIN) & (d <= limit)
+        nx, ny = tl.load(row + 9, votes_too, other=0.0), tl.load(row + 10, votes_too, other=0.0)
+        height = dx * nx + dy * ny + dz * tl.load(row + 11, votes_too, other=0.0)
+        # 2 pi for a face, pi for an edge, the angle for a corner: the sum's sign is the angle-weighted pseudonormal's
+        weight = tl.where((v == 0) | (w == 0) | (v + w >= 1), half_turn, 2 * half_turn)
+        corner = tl.where(v == 1, 1, tl.where(w == 1, 2, 0))
+        at_corner = (v == 1) | (w == 1) | ((v == 0) & (w == 0))
+        weight = tl.where(at_corner, tl.load(row + 12 + corner, votes_too, other=0.0), weight)
+        vote = tl.where(votes_too, height * weight, 0.0)
+        votes += tl.sum(tl.where(kind == BURIED, -tl.abs(vote), vote), 1)
+        weights += tl.sum(tl.abs(vote), 1)
+    flooded = tl.load(unsure_ptr + at, known, other=0) == 2
+    trusted = tl.full([P], TRUSTED, tl.float64)  # a bare constant would be compared in float32
+    inner = tl.where(solid <= trusted, votes + weights * VOTE_ROUNDING < 0, (sheet > trusted) & flooded)
     value = tl.load(values_ptr + at, known, other=0.0)
-    tl.store(values_ptr + at, tl.minimum(value, -solid.to(tl.float32)), known & (votes < 0))
+    tl.store(values_ptr + at, tl.minimum(value, -solid.to(tl.float32)), known & inner)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -322,10 +345,11 @@ def block_distances(
     Block m's candidates are triangles candidates_E[offsets_M1[m]:offsets_M1[m + 1]] (int32, int64): all that come
     within max(tau + sheet_half, trusted) of it; a part of a longer list will do. Lengths are in cube units: nothing
     beyond `tau` need be exact, solids nearer than `trusted` decide on sides, the flood elsewhere; sheets count as
-    distance - sheet_half; triangles `tie` farther than the closest vote, too. Where no surface is near a value is
-    +-inf. Takes 32 bytes a candidate beside the result, and waits for the GPU twice: to count the candidates, and the
-    points that vote. ValueError for other shapes, dtypes or devices, more than MAX_BLOCKS blocks, and grids whose
-    sides' product passes 2^30.
+    distance - sheet_half; triangles `tie` farther than the closest vote, too. Distances are float32's, sides float64's:
+    the CPU's at every point. Where no surface is near a value is +-inf. Takes 32 bytes a candidate beside the result,
+    and waits for the GPU twice: to count the candidates, and the points that float32 leaves open. A `trusted` or `tie`
+    not seen before is compiled for. ValueError for other shapes, dtypes or devices, more than MAX_BLOCKS blocks, and
+    grids whose sides' product passes 2^30.
     """
     _check("flood.bin_of", flood.bin_of, (flood.bin_of.shape[0],) * 3, torch.int32, triangles.rows)
     _check("flood.whole", flood.whole, tuple(flood.bin_of.shape), torch.bool, triangles.rows)
@@ -357,13 +381,13 @@ def block_distances(
         _distances[(8 * M,)](
             triangles.rows, *grid, lists, counts, flood.bin_of.contiguous(), flood.outside.contiguous(),
             flood.whole.contiguous().view(torch.uint8), values, unsure, last, flood_last, 1 / last, near, half,
-            C=DISTANCE_TILE, num_warps=2,
+            tie * last, C=DISTANCE_TILE, num_warps=2,
         )  # fmt: skip
         points = unsure.view(-1).nonzero().view(-1)
         if len(points):
             _votes[(cdiv(len(points), 64),)](
-                triangles.exact, *grid, lists, counts, points, values, len(points), last,
-                TIE=tie, P=64, C=VOTE_TILE, num_warps=8,
+                triangles.exact, *grid, lists, counts, points, unsure, values,
+                len(points), last, TRUSTED=trusted, TIE=tie, P=64, C=VOTE_TILE, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
     return values
 

@@ -13,12 +13,13 @@ from pipeline.exterior import BARRIER_VOXELS, Bins, bin_triangles, bit_at
 from pipeline.schema import BLOCK, Bricks, band, check_resolution, spacing
 from pipeline.sharp import sharp_bits
 from pipeline.topology import BURIED, SOLID, THIN, Topology
-from pipeline.triangles import TIE, distance2, pack, side_vote
+from pipeline.triangles import TIE, VOTE_ROUNDING, distance2, pack, side_vote
 
 # beyond this distance from all triangles the nearest point of the topology's grid (sqrt(3) / 2) is clear of the barrier
 FLOOD_VOXELS = BARRIER_VOXELS + 0.87
 CHUNK_BLOCKS = 4096
 DEVICES = ("cpu", "cuda")
+SLACK = 0.01  # voxels that a float32 distance may be off, generously; the result does not depend on it
 SHEET_HALF_VOXELS = 0.87  # just above sqrt(3) / 2: a sheet of this half thickness always holds grid points
 
 
@@ -26,7 +27,8 @@ def compute_bricks(topology: Topology, resolution: int, device: str = "cpu") -> 
     """Every 8^3 block of the R^3 grid with a point of |sdf| < tau: clamp(sdf / tau), signs everywhere, sharp bits.
 
     sdf = min(signed distance to the solid surface, distance to the sheets - SHEET_HALF_VOXELS * h): the solids' union
-    with a thin shell around each sheet. `device` "cuda" takes the distances in Triton, within 1e-3 h of these.
+    with a thin shell around each sheet. `device` "cuda" takes the distances in Triton, within 1e-3 h of these and with
+    the same signs: whatever float32 might decide otherwise, both decide in float64 by the same operations.
     ValueError if the resolution is not a multiple of 8, or for another device.
     """
     if device not in DEVICES:
@@ -107,35 +109,48 @@ def _narrow(packed, kinds, candidates, x, y, z, radius, trusted, kept, scratch):
 
 
 @njit(cache=True)
-def _votes(packed, kinds, candidates, x, y, z):
-    """Side of the closest triangles by their votes, in float64: positive outside. For points near edges and corners."""
-    nearest, votes = np.inf, 0.0
-    for t in candidates:
-        if kinds[t] == THIN:
+def _is_out(packed, kinds, candidates, distances, x, y, z, trusted, flood_h, bin_of, outside, whole):
+    """The side of a point in float64, which defines it: near a solid by votes, elsewhere by sheets and the flood.
+
+    All solid and buried triangles within TIE of the closest vote, in whichever order they come. The sum must pass what
+    rounding leaves of votes that cancel. `kernels.sdf._votes` does these operations, one by one, on the GPU.
+    """
+    nearest, solid = np.inf, np.inf
+    for c in range(len(candidates)):
+        kind = kinds[candidates[c]]
+        distances[c] = np.inf
+        if kind == THIN:
             continue
-        row = packed[t]
+        row = packed[candidates[c]]
         height = (x - row[0]) * row[9] + (y - row[1]) * row[10] + (z - row[2]) * row[11]
-        if abs(height) > nearest + TIE:  # the plane alone is farther
+        if abs(height) > (solid if kind == SOLID else nearest) + 2 * TIE:  # the plane alone is farther
             continue
-        distance = np.sqrt(distance2(row, x, y, z))
-        if distance > nearest + TIE:
-            continue
-        if distance < nearest - TIE:
-            votes = 0.0
-        nearest = min(nearest, distance)
-        vote = side_vote(row, x, y, z)
-        votes += -abs(vote) if kinds[t] == BURIED else vote
-    return votes
+        distances[c] = np.sqrt(distance2(row, x, y, z))
+        nearest = min(nearest, distances[c])
+        if kind == SOLID:
+            solid = min(solid, distances[c])
+    if solid > trusted:
+        for t in candidates:
+            if kinds[t] == THIN and np.sqrt(distance2(packed[t], x, y, z)) <= trusted:
+                return True
+        return _outside(flood_h, bin_of, outside, whole, x, y, z)
+    votes, weight = 0.0, 0.0
+    for c in range(len(candidates)):
+        if distances[c] <= nearest + TIE:
+            vote = side_vote(packed[candidates[c]], x, y, z)
+            votes += -abs(vote) if kinds[candidates[c]] == BURIED else vote
+            weight += abs(vote)
+    return votes + weight * VOTE_ROUNDING >= 0
 
 
 @njit(cache=True, error_model="numpy")
-def _closest(row, x, y, z, h, grid, best, height_of_best):
-    """Lowers best [64] to the squared distance of 4^3 points to a triangle, in voxels, in float32 without branches.
+def _closest(row, x, y, z, h, grid, not_above, not_below):
+    """Lowers one or both [64] to the squared distance of 4^3 points to a triangle, in voxels, float32, no branches.
 
-    height_of_best becomes the height above the triangle where it is the closest and its inside is hit, NaN where an
-    edge or a corner is.
+    Where the triangle's inside is the closest, from above, not_above stays, and from below not_below does: the lesser
+    is the distance, and if that is far below the other all that are as close see the point on one side.
     """
-    zero, one = np.float32(0), np.float32(1)
+    zero, one, inf = np.float32(0), np.float32(1), np.float32(np.inf)
     ax, ay, az = np.float32((row[0] - x) / h), np.float32((row[1] - y) / h), np.float32((row[2] - z) / h)
     ux, uy, uz = np.float32(row[3] / h), np.float32(row[4] / h), np.float32(row[5] / h)
     vx, vy, vz = np.float32(row[6] / h), np.float32(row[7] / h), np.float32(row[8] / h)
@@ -172,18 +187,20 @@ def _closest(row, x, y, z, h, grid, best, height_of_best):
         inside = inside_u if inside_u < inside_v else inside_v
         inside = inside if inside < inside_w else inside_w
         d2 = height * height if inside > zero else edge
-        height = height if inside > zero else np.float32(np.nan)
-        old = best[p]
-        height_of_best[p] = height if d2 < old else height_of_best[p]
-        best[p] = d2 if d2 < old else old
+        above = inf if (inside > zero) & (height >= zero) else d2
+        below = inf if (inside > zero) & (height < zero) else d2
+        not_above[p] = above if above < not_above[p] else not_above[p]
+        not_below[p] = below if below < not_below[p] else not_below[p]
 
 
 @njit(cache=True)
-def _largest(values):
+def _largest(not_above, not_below):
+    """Of the 64 points' distances."""
     largest = np.float32(0)
     for p in range(64):
-        largest = values[p] if values[p] > largest else largest
-    return largest
+        lesser = not_above[p] if not_above[p] < not_below[p] else not_below[p]
+        largest = lesser if lesser > largest else largest
+    return np.sqrt(largest)
 
 
 @njit(cache=True, inline="always")
@@ -196,25 +213,28 @@ def _outside(flood_h, bin_of, outside, whole, x, y, z):
 
 
 @njit(cache=True)
-def _fill_block(packed, kinds, candidates, corner, h, tau, half, flood_h, bin_of, outside, whole, kept, scratch, out):
+def _fill_block(packed, kinds, candidates, block, last, tau, half, flood_h, bin_of, outside, whole, kept, scratch, out):
     """Distances of one block's 512 points; whether any lies inside the band.
 
     Near a surface the closest triangle decides the side; farther off, where the nearest grid point of the topology is
-    clear of its barrier, the flood does.
+    clear of its barrier, the flood does. Where float32 leaves that open `_is_out` does.
     """
     active = False
+    h = 1.0 / last
     radius = np.sqrt(3) * 1.5 * h
-    trusted = FLOOD_VOXELS * flood_h
+    trusted, slack, margin = FLOOD_VOXELS * flood_h, SLACK * h, SLACK * h + TIE
     grid = np.empty((3, 64), np.float32)
     for p in range(64):
         grid[0, p], grid[1, p], grid[2, p] = p // 16 - 1.5, p // 4 % 4 - 1.5, p % 4 - 1.5
-    solid2, buried2, sheet2 = np.empty(64, np.float32), np.empty(64, np.float32), np.empty(64, np.float32)
-    height, unused = np.empty(64, np.float32), np.empty(64, np.float32)
+    nearest = np.empty((6, 64), np.float32)  # to solids not above, not below; to buried triangles; to sheets
     for sub in range(8):
         first = 4 * (64 * (sub >> 2) + 8 * (sub >> 1 & 1) + (sub & 1))
-        x = corner[0] + (4 * (sub >> 2) + 1.5) * h
-        y = corner[1] + (4 * (sub >> 1 & 1) + 1.5) * h
-        z = corner[2] + (4 * (sub & 1) + 1.5) * h
+        x0, y0, z0 = (
+            BLOCK * block[0] + 4 * (sub >> 2),
+            BLOCK * block[1] + 4 * (sub >> 1 & 1),
+            BLOCK * block[2] + 4 * (sub & 1),
+        )
+        x, y, z = (x0 + 1.5) * h - 0.5, (y0 + 1.5) * h - 0.5, (z0 + 1.5) * h - 0.5
         count, solid, sheet = _narrow(packed, kinds, candidates, x, y, z, radius, trusted, kept, scratch)
         if min(solid, sheet - half) - radius > max(tau, trusted):
             # no surface inside: one side for all, and the clamp hides the rest
@@ -222,35 +242,40 @@ def _fill_block(packed, kinds, candidates, corner, h, tau, half, flood_h, bin_of
             for p in range(64):
                 out[first + 64 * (p // 16) + 8 * (p // 4 % 4) + p % 4] = far
             continue
-        solid2[:], buried2[:], sheet2[:], height[:] = np.inf, np.inf, np.inf, np.nan
+        nearest[:] = np.inf
         worst_solid, worst_sheet = np.inf, np.inf
         for turn, c in enumerate(np.argsort(scratch[:count])):
             t = kept[c]
             if turn % 4 == 3:  # what is farther than this from the centre is closest for none of the points
-                worst_solid, worst_sheet = h * np.sqrt(_largest(solid2)), h * np.sqrt(_largest(sheet2))
-            if scratch[c] - radius - TIE > (worst_sheet if kinds[t] == THIN else worst_solid):
+                worst_solid, worst_sheet = h * _largest(nearest[0], nearest[1]), h * _largest(nearest[4], nearest[5])
+            if scratch[c] - radius - margin > (worst_sheet if kinds[t] == THIN else worst_solid):
                 continue
             if kinds[t] == SOLID:
-                _closest(packed[t], x, y, z, h, grid, solid2, height)
+                _closest(packed[t], x, y, z, h, grid, nearest[0], nearest[1])
             elif kinds[t] == BURIED:
-                _closest(packed[t], x, y, z, h, grid, buried2, unused)
+                _closest(packed[t], x, y, z, h, grid, nearest[2], nearest[3])
             else:
-                _closest(packed[t], x, y, z, h, grid, sheet2, unused)
+                _closest(packed[t], x, y, z, h, grid, nearest[4], nearest[5])
         for p in range(64):
             i, j, k = p // 16, p // 4 % 4, p % 4
-            distance = h * np.sqrt(solid2[p])
-            px, py, pz = x + (i - 1.5) * h, y + (j - 1.5) * h, z + (k - 1.5) * h
-            if distance > trusted:  # a sheet has the exterior on both sides, but its barrier hides that from the flood
-                if h * np.sqrt(sheet2[p]) > trusted and not _outside(flood_h, bin_of, outside, whole, px, py, pz):
-                    distance = -distance
+            distance = h * np.sqrt(min(nearest[0, p], nearest[1, p]))
+            shell = h * np.sqrt(min(nearest[4, p], nearest[5, p]))
+            buried = min(nearest[2, p], nearest[3, p])
+            not_above, not_below = h * np.sqrt(min(nearest[0, p], buried)), h * np.sqrt(min(nearest[1, p], buried))
+            closest = min(not_above, not_below)
+            px, py, pz = (x0 + i) / last - 0.5, (y0 + j) / last - 0.5, (z0 + k) / last - 0.5
+            if distance < trusted - slack and closest > slack and not_above > closest + margin:
+                is_out = True
+            elif distance < trusted - slack and closest > slack and not_below > closest + margin:
+                is_out = False
+            elif distance > trusted + slack and abs(shell - trusted) > slack:
+                # a sheet has the exterior on both sides, but its barrier hides that from the flood
+                is_out = shell < trusted or _outside(flood_h, bin_of, outside, whole, px, py, pz)
             else:
-                if buried2[p] == np.inf and not np.isnan(height[p]):
-                    is_out = height[p] >= 0
-                else:
-                    is_out = _votes(packed, kinds, kept[:count], px, py, pz) >= 0
-                if not is_out:
-                    distance = -distance
-            distance = min(distance, h * np.sqrt(sheet2[p]) - half)
+                is_out = _is_out(
+                    packed, kinds, kept[:count], scratch, px, py, pz, trusted, flood_h, bin_of, outside, whole
+                )  # fmt: skip
+            distance = min(distance if is_out else -distance, shell - half)
             out[first + 64 * i + 8 * j + k] = distance
             active = active or abs(distance) < tau
     return active
@@ -259,18 +284,13 @@ def _fill_block(packed, kinds, candidates, corner, h, tau, half, flood_h, bin_of
 @njit(cache=True)
 def _fill_blocks(packed, kinds, blocks, offsets, triangles, resolution, tau, half, flood_h, bin_of, outside, whole):
     """Distances [M, 512] of blocks whose candidates are triangles[offsets[m]:offsets[m + 1]], and which are active."""
-    h = 1.0 / (resolution - 1)
+    last = float(resolution - 1)
     values, active = np.empty((len(blocks), BLOCK**3), np.float32), np.empty(len(blocks), np.bool_)
     longest = (offsets[1:] - offsets[:-1]).max()
     scratch, kept = np.empty(longest), np.empty(longest, np.int32)
     for m in range(len(blocks)):
-        corner = (
-            BLOCK * blocks[m, 0] * h - 0.5,
-            BLOCK * blocks[m, 1] * h - 0.5,
-            BLOCK * blocks[m, 2] * h - 0.5,
-        )
         active[m] = _fill_block(
-            packed, kinds, triangles[offsets[m] : offsets[m + 1]], corner, h, tau, half,
+            packed, kinds, triangles[offsets[m] : offsets[m + 1]], blocks[m], last, tau, half,
             flood_h, bin_of, outside, whole, kept, scratch, values[m],
         )  # fmt: skip
     return values, active

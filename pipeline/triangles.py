@@ -12,6 +12,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 TIE = 2e-7  # cube units: triangles this much farther than the closest one still vote on the side
+VOTE_ROUNDING = 1e-9  # of the votes' absolute sum: a sum this far below zero is zero, rounded, and outside
 
 
 @njit(cache=True)

@@ -25,11 +25,12 @@ from tests.numerics import random_index
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 TYPES |= {torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8", torch.int16: "*i16"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 def compile_launch(fn, args, kwargs, arch: int) -> dict:
-    """Registers, spilled bytes and shared memory of one launch."""
-    options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in kwargs}
+    """Registers, spilled bytes, shared memory and float64 operations (PTX) of one launch."""
+    options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
     bound = dict(zip(fn.arg_names, args)) | kwargs
     signature, constants, attrs = {}, {}, {}
     for i, parameter in enumerate(fn.params):
@@ -46,7 +47,9 @@ def compile_launch(fn, args, kwargs, arch: int) -> dict:
                 signature[parameter.name], constants[(i,)] = "constexpr", 1
     source = ASTSource(fn, signature, constants, attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return {"name": fn.__name__, "shared": compiled.metadata.shared} | resources(compiled.asm["cubin"])
+    float64 = sorted(set(re.findall(r"\b\w+(?:\.\w+)*\.f64\b", compiled.asm["ptx"])))
+    found = {"name": fn.__name__, "shared": compiled.metadata.shared, "float64": float64}
+    return found | resources(compiled.asm["cubin"])
 
 
 def resources(cubin: bytes) -> dict:
