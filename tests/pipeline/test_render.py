@@ -1,4 +1,4 @@
-"""Renders: the silhouette against a rasteriser of our own, colour, alpha modes, sides, faults, and bytes."""
+"""Renders: colour, alpha modes, sides, faults, and bytes. Silhouettes are in test_silhouettes.py."""
 
 import hashlib
 import os
@@ -82,52 +82,6 @@ def torus_knot(sides=10, turns=90, thickness=0.07):
     at = lambda i, j: (i % turns) * sides + j % sides  # noqa: E731
     faces = np.stack([at(i, j), at(i + 1, j), at(i + 1, j + 1), at(i, j), at(i + 1, j + 1), at(i, j + 1)], axis=-1)
     return trimesh.Trimesh(rings.reshape(-1, 3), faces.reshape(-1, 3), process=False)
-
-
-def silhouette(mesh, meta, samples=2):
-    """Share of each pixel that the projected triangles cover: edge functions on a finer grid, from the json alone."""
-    size = meta["width"] * samples
-    world_to_camera = np.linalg.inv(np.array(meta["c2w"]))
-    points = mesh.vertices @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]
-    focal = meta["focal_mm"] / meta["sensor_mm"] * size
-    xy = np.stack([size / 2 + focal * points[:, 0] / -points[:, 2], size / 2 - focal * points[:, 1] / -points[:, 2]], 1)
-    covered = np.zeros((size, size), bool)
-    for corners in xy[mesh.faces]:
-        low = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, size)
-        high = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 0, size)
-        x, y = np.meshgrid(np.arange(low[0], high[0]) + 0.5, np.arange(low[1], high[1]) + 0.5)
-        sides = []
-        for a, b in zip(corners, np.roll(corners, -1, axis=0)):
-            sides.append((b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0]))
-        inside = (np.min(sides, axis=0) >= 0) | (np.max(sides, axis=0) <= 0)
-        covered[low[1] : high[1], low[0] : high[0]] |= inside
-    return covered.reshape(meta["height"], samples, meta["width"], samples).mean(axis=(1, 3))
-
-
-def iou(alpha, coverage):
-    a, b = alpha >= 128, coverage >= 0.5
-    return (a & b).sum() / (a | b).sum()
-
-
-@pytest.mark.parametrize("kind", ["paper", "wide"])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        trimesh.creation.icosphere(subdivisions=3, radius=0.475),
-        trimesh.creation.box([0.95, 0.5, 0.3]),
-        l_shape(),
-        torus_knot(),
-    ],
-    ids=["sphere", "box", "l_shape", "torus_knot"],
-)
-def test_alpha_is_the_silhouette_of_the_projected_mesh(shape, kind):
-    mesh = of_trimesh(shape)
-    for view in render_views(mesh, f"folder-{kind}", RenderConfig(views=4, image_size=320, cameras=kind)):
-        coverage = silhouette(mesh, view.meta)
-        assert iou(view.rgba[..., 3], coverage) >= 0.98, view.meta
-        mirrored = iou(view.rgba[:, ::-1, 3], coverage) if shape.volume < 0.02 else 0  # the test can tell
-        assert mirrored < 0.9
-        assert np.abs(view.rgba[..., 3] / 255 - coverage).mean() < 0.004  # and edges are smooth: 4 samples a pixel
 
 
 def test_meta_is_the_contracts():
@@ -254,13 +208,13 @@ def test_blended_faces_are_drawn_from_the_farthest():
     ]
     assert all((first == other).all() for other in others)
     over_wall, over_nothing = first[80, 80], first[80, 80 - 30]
-    assert over_wall[3] == 255
-    assert over_wall[0] > 1.5 * over_wall[2] > 100  # 1/2 red, 1/4 blue, 1/4 green
-    assert over_wall[1] > 50
-    assert abs(int(over_nothing[3]) - 191) <= 2
-    assert over_nothing[0] > 1.5 * over_nothing[2]
+    # Under even light of 0.6 a channel of 1 leaves as 0.6 * (1 + 4%) in linear light and one of 0 as the sheen's 4%.
+    full, none = (255 * (1.055 * (0.6 * (own + 0.04)) ** (1 / 2.4) - 0.055) for own in (1, 0))
+    reds, greens, blues = none + (full - none) * np.eye(3)
+    assert np.abs(over_wall - [*(reds / 2 + blues / 4 + greens / 4), 255]).max() <= 2
+    assert np.abs(over_nothing - [*(reds / 2 + blues / 4) / 0.75, 0.75 * 255]).max() <= 3
     behind = lit(joined(red, blue), eye=look_at_origin(180, 0, 50), light=even_light())[80, 80]
-    assert behind[2] > 1.5 * behind[0]
+    assert np.abs(behind - [*(blues / 2 + reds / 4) / 0.75, 0.75 * 255]).max() <= 3
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["normals", "no normals"])
