@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels import checks, reference
+from kernels import checks, eager, reference
 from kernels.block_score import block_score
 from kernels.blocks import BlockIndex
 from kernels.gates import gated_sum_forward, gates_backward
@@ -212,27 +211,15 @@ def _op_backward(ctx, do, *_):
 _ssa.register_autograd(_op_backward, setup_context=_setup)
 
 
-class _Eager(torch.autograd.Function):
-    """The operator without the dispatcher, which costs an eager call as much as half its launches."""
+def _eager_forward(q, k, v, ck, cv, gates, index, *options):
+    out, *saved = ssa_forward(q, k, v, ck, cv, gates, index, *options)
+    return out, (q, k, v, ck, cv, gates, *saved), (index, *options)
 
-    @staticmethod
-    def forward(ctx, q, k, v, ck, cv, gates, index, *options):
-        out, *saved = ssa_forward(q, k, v, ck, cv, gates, index, *options)
-        ctx.save_for_backward(q, k, v, ck, cv, gates, *saved)
-        ctx.index, ctx.options = index, options
-        ctx.set_materialize_grads(False)
-        return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do):
-        if do is None:
-            return (None,) * 10
-        q, k, v, ck, cv, gates, cmp, sel, win, lse, selected, *lists = ctx.saved_tensors
-        branches, storage = (cmp, sel, win), SelectionLists(*lists)
-        inputs = (do, q, k, v, ck, cv, gates)
-        grads = ssa_backward(*inputs, branches, lse, selected, storage, ctx.index, *ctx.options)
-        return *grads, None, None, None, None
+def _eager_backward(_, do, saved, rest):
+    q, k, v, ck, cv, gates, cmp, sel, win, lse, selected, *lists = saved
+    branches, storage = (cmp, sel, win), SelectionLists(*lists)
+    return ssa_backward(do, q, k, v, ck, cv, gates, branches, lse, selected, storage, *rest)
 
 
 def spatial_sparse_attention(
@@ -276,6 +263,6 @@ def spatial_sparse_attention(
             q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k=top_k, shifted=shifted, scale=scale
         )
     tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3)
-    if torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+    if eager.traced(*tensors):
         return _ssa(*tensors, index.tensors(), top_k, shifted, scale)[0]
-    return _Eager.apply(*tensors, index, top_k, shifted, scale)
+    return eager.call(_eager_forward, _eager_backward, *tensors, index, top_k, shifted, scale)

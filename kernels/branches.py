@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks, reference
+from kernels import checks, eager, reference
 from kernels.attention import SelectionLists, split_queries
 from kernels.block_mean import block_mean_backward, block_mean_forward
 from kernels.block_score import block_score
@@ -26,10 +26,16 @@ def _segments(kind: str, index: BlockIndex) -> Segments:
 
 @torch.library.custom_op("sparse3d::segment_attention", mutates_args=())
 def _segment(q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], kind: str, scale: float) -> tuple[Tensor, Tensor]:
+    return _segment_forward(q, k, v, BlockIndex(*index), kind, scale)
+
+
+def _segment_forward(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, kind: str, scale: float
+) -> tuple[Tensor, Tensor]:
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
     with on_device(q):
-        return segment_forward(q, k, v, _segments(kind, BlockIndex(*index)), scale, lse), lse
+        return segment_forward(q, k, v, _segments(kind, index), scale, lse), lse
 
 
 @_segment.register_fake
@@ -41,9 +47,15 @@ def _(q, k, v, index, kind, scale):
 def _segment_grad(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, index: list[Tensor], kind: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _segment_grads(do, q, k, v, o, lse, BlockIndex(*index), kind, scale)
+
+
+def _segment_grads(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, index: BlockIndex, kind: str, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
     dot = (o.to(lse.dtype) * do.to(lse.dtype)).sum(2)
-    segments = _segments(kind, BlockIndex(*index))
+    segments = _segments(kind, index)
     with on_device(q):
         dq, dk, dv = segment_backward(q, k, v, do, lse, dot, segments, scale)
     return dq, dk.to(q.dtype), dv.to(q.dtype)
@@ -69,6 +81,21 @@ def _segment_backward(ctx, do, _):
 _segment.register_autograd(_segment_backward, setup_context=_segment_setup)
 
 
+def _eager_segment(q, k, v, *options):
+    o, lse = _segment_forward(q, k, v, *options)
+    return o, (q, k, v, o, lse), options
+
+
+def _eager_segment_backward(_, do, saved, options):
+    return _segment_grads(do, *saved, *options)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, kind: str, scale: float) -> Tensor:
+    if eager.traced(q, k, v):
+        return _segment(q, k, v, index.tensors(), kind, scale)[0]
+    return eager.call(_eager_segment, _eager_segment_backward, q, k, v, index, kind, scale)
+
+
 def compressed_attention(
     q_NHD: Tensor,
     ck_PGD: Tensor,
@@ -89,7 +116,7 @@ def compressed_attention(
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         return reference.compressed_attention(q_NHD, ck_PGD, cv_PGD, index, scale)
-    return _segment(q_NHD, ck_PGD, cv_PGD, index.tensors(), "compressed", scale)[0]
+    return _attend(q_NHD, ck_PGD, cv_PGD, index, "compressed", scale)
 
 
 def window_attention(
@@ -112,7 +139,7 @@ def window_attention(
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         return reference.window_attention(q_NHD, k_NGD, v_NGD, index, shifted, scale)
-    return _segment(q_NHD, k_NGD, v_NGD, index.tensors(), "shifted" if shifted else "aligned", scale)[0]
+    return _attend(q_NHD, k_NGD, v_NGD, index, "shifted" if shifted else "aligned", scale)
 
 
 @torch.library.custom_op("sparse3d::select_blocks", mutates_args=())
@@ -172,13 +199,8 @@ def _bounds(q: Tensor, k: Tensor, index: BlockIndex, scale: float) -> Bounds:
 def _selection(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, index: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, selected, blocks = (
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        selected.contiguous(),
-        BlockIndex(*index),
-    )
+    q, k, v, selected = (x.contiguous() for x in (q, k, v, selected))
+    blocks = BlockIndex(*index)
     (_, H, D), (G, _, top_k) = q.shape, selected.shape
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
     storage = SelectionLists.empty(blocks, G, top_k)
@@ -202,15 +224,9 @@ def _(q, k, v, selected, index, scale):
 
 @torch.library.custom_op("sparse3d::selection_attention_backward", mutates_args=())
 def _selection_grad(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: Tensor,
-    saved: list[Tensor],
-    index: list[Tensor],
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, saved: list[Tensor], index: list[Tensor],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     do, q, k, v, selected = (x.contiguous() for x in (do, q, k, v, selected))
     o, lse, *lists = saved
     blocks, storage = BlockIndex(*index), SelectionLists(*lists)
@@ -360,6 +376,14 @@ def _mean_backward(ctx, dy):
 _mean.register_autograd(_mean_backward, setup_context=_mean_setup)
 
 
+def _eager_mean(x, index, plus_one):
+    return block_mean_forward(x.contiguous(), index, plus_one), (), (index, plus_one)
+
+
+def _eager_mean_backward(_, dy, __, rest):
+    return (block_mean_backward(dy, *rest),)
+
+
 def block_mean(x_NC: Tensor, index: BlockIndex, *, plus_one: bool = False, backend: str = "auto") -> Tensor:
     """Mean of the rows of each compression block: [N, C] fp32, fp16 or bf16 -> [P, C], same dtype, sums in fp32.
 
@@ -371,4 +395,6 @@ def block_mean(x_NC: Tensor, index: BlockIndex, *, plus_one: bool = False, backe
         raise ValueError(f"x_NC must be [{index.num_tokens}, C] on {index.device}, got {found}")
     if not checks.use_triton(backend, x_NC):
         return reference.block_mean(x_NC, index, plus_one)
-    return _mean(x_NC, index.tensors(), plus_one)
+    if eager.traced(x_NC):
+        return _mean(x_NC, index.tensors(), plus_one)
+    return eager.call(_eager_mean, _eager_mean_backward, x_NC, index, plus_one)

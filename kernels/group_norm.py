@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference_conv
+from kernels import eager, reference_conv
 from kernels.checks import DTYPES, use_triton
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import on_device
@@ -202,8 +202,7 @@ def _chunks(x_NC: Tensor, starts: Tensor) -> tuple[tuple[int, int], Tensor, Tens
     return (chunks, cdiv(C, _tiles(C)["BC"])), ends, parts
 
 
-@torch.library.custom_op("sparse3d::group_norm", mutates_args=())
-def _norm(
+def _forward(
     x: Tensor, starts: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result, and mean and 1 / standard deviation of each asset and group."""
@@ -224,14 +223,16 @@ def _norm(
     return y, mean, rstd
 
 
+_norm = torch.library.custom_op("sparse3d::group_norm", _forward, mutates_args=())
+
+
 @_norm.register_fake
 def _(x, starts, groups, weight, bias, eps, silu):
     statistics = (x.new_empty(starts.shape[0] - 1, groups, dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape), *statistics
 
 
-@torch.library.custom_op("sparse3d::group_norm_backward", mutates_args=())
-def _norm_grad(
+def _backward(
     dy: Tensor, x: Tensor, starts: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; the latter two in fp32."""
@@ -258,6 +259,9 @@ def _norm_grad(
     return dx, dweight.clone(), dbias.clone()
 
 
+_norm_grad = torch.library.custom_op("sparse3d::group_norm_backward", _backward, mutates_args=())
+
+
 @_norm_grad.register_fake
 def _(dy, x, starts, weight, bias, mean, rstd, silu):
     grads = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
@@ -270,7 +274,7 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, *_):
+def _norm_backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 7
     x, starts, weight, bias, mean, rstd = ctx.saved_tensors
@@ -278,7 +282,17 @@ def _backward(ctx, dy, *_):
     return dx, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
 
 
-_norm.register_autograd(_backward, setup_context=_setup)
+_norm.register_autograd(_norm_backward, setup_context=_setup)
+
+
+def _eager_forward(x, starts, groups, weight, bias, eps, silu):
+    y, mean, rstd = _forward(x, starts, groups, weight, bias, eps, silu)
+    return y, (x, starts, weight, bias, mean, rstd), silu
+
+
+def _eager_backward(_, dy, saved, silu):
+    dx, dweight, dbias = _backward(dy, *saved, silu)
+    return dx, None, None, dweight.to(saved[2].dtype), dbias.to(saved[3].dtype)
 
 
 def group_norm(
@@ -304,7 +318,10 @@ def group_norm(
         return reference_conv.group_norm(x_NC, asset_starts_A1, groups, weight_C, bias_C, eps, silu)
     if x_NC.dtype not in DTYPES:
         raise ValueError(f"x_NC must be one of {DTYPES}, got {x_NC.dtype}")
-    return _norm(x_NC, asset_starts_A1, groups, weight_C, bias_C, eps, silu)[0]
+    inputs = (x_NC, asset_starts_A1, groups, weight_C, bias_C, eps, silu)
+    if eager.traced(x_NC, weight_C, bias_C):
+        return _norm(*inputs)[0]
+    return eager.call(_eager_forward, _eager_backward, *inputs)
 
 
 def _check(x_NC: Tensor, starts_A1: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: float) -> None:

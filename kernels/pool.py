@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference_conv
+from kernels import eager, reference_conv
 from kernels.checks import DTYPES, use_triton
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import on_device
@@ -53,10 +53,12 @@ def _launch(kernel, a: Tensor, children: Tensor, b: Tensor, plus_one: bool) -> T
     return b
 
 
-@torch.library.custom_op("sparse3d::pool_children", mutates_args=())
-def _pool(x: Tensor, children: Tensor, plus_one: bool) -> Tensor:
+def _forward(x: Tensor, children: Tensor, plus_one: bool) -> Tensor:
     y = x.new_empty(len(children), x.shape[1])
     return _launch(_pool_fwd, x.contiguous(), children.contiguous(), y, plus_one)
+
+
+_pool = torch.library.custom_op("sparse3d::pool_children", _forward, mutates_args=())
 
 
 @_pool.register_fake
@@ -64,10 +66,12 @@ def _(x, children, plus_one):
     return x.new_empty(children.shape[0], x.shape[1])
 
 
-@torch.library.custom_op("sparse3d::pool_children_backward", mutates_args=())
-def _pool_grad(dy: Tensor, children: Tensor, rows: int, plus_one: bool) -> Tensor:
+def _backward(dy: Tensor, children: Tensor, rows: int, plus_one: bool) -> Tensor:
     dx = dy.new_zeros(rows, dy.shape[1])  # rows may have no parent
     return _launch(_pool_bwd, dy.contiguous(), children.contiguous(), dx, plus_one)
+
+
+_pool_grad = torch.library.custom_op("sparse3d::pool_children_backward", _backward, mutates_args=())
 
 
 @_pool_grad.register_fake
@@ -86,6 +90,14 @@ _pool.register_autograd(
 )
 
 
+def _eager_forward(x, children, plus_one):
+    return _forward(x, children, plus_one), (children,), (len(x), plus_one)
+
+
+def _eager_backward(_, dy, saved, rest):
+    return (_backward(dy, *saved, *rest),)
+
+
 def pool_children(x_NC: Tensor, children_P8: Tensor, *, plus_one: bool = False, backend: str = "auto") -> Tensor:
     """Mean of the rows that children_P8 (int32 [P, 8], -1 for none) names: [N, C] -> [P, C] in x's dtype, fp32 sums.
 
@@ -102,4 +114,6 @@ def pool_children(x_NC: Tensor, children_P8: Tensor, *, plus_one: bool = False, 
         return reference_conv.pool_children(x_NC, children_P8, plus_one)
     if x_NC.dtype not in DTYPES:
         raise ValueError(f"x_NC must be one of {DTYPES}, got {x_NC.dtype}")
-    return _pool(x_NC, children_P8, plus_one)
+    if eager.traced(x_NC):
+        return _pool(x_NC, children_P8, plus_one)
+    return eager.call(_eager_forward, _eager_backward, x_NC, children_P8, plus_one)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference_conv
+from kernels import eager, reference_conv
 from kernels.checks import DTYPES, use_triton
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import on_device
@@ -63,8 +63,7 @@ def _sizes(C: int) -> tuple[int, int]:
     return max(1, 2048 // BC), BC
 
 
-@torch.library.custom_op("sparse3d::sdf_head", mutates_args=())
-def _head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x, (N, C) = x.contiguous(), x.shape
     y = torch.empty(N, dtype=torch.float32, device=x.device)
     if N:
@@ -74,13 +73,15 @@ def _head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
+_head = torch.library.custom_op("sparse3d::sdf_head", _forward, mutates_args=())
+
+
 @_head.register_fake
 def _(x, weight, bias):
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("sparse3d::sdf_head_backward", mutates_args=())
-def _head_grad(dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, (N, C) = x.contiguous(), x.shape
     dx, (BN, BC) = torch.empty_like(x), _sizes(C)
     programs = cdiv(N, BN * _TILES)
@@ -90,6 +91,9 @@ def _head_grad(dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -
         with on_device(x):
             _head_bwd[(programs,)](x, weight.contiguous(), y, dy.contiguous(), dx, dw, db, N, C, BN, BC, _TILES)
     return dx, dw.sum(0).to(weight.dtype), db.sum(0).to(bias.dtype)
+
+
+_head_grad = torch.library.custom_op("sparse3d::sdf_head_backward", _backward, mutates_args=())
 
 
 @_head_grad.register_fake
@@ -102,6 +106,15 @@ def _setup(ctx, inputs, output):
 
 
 _head.register_autograd(lambda ctx, dy: _head_grad(dy, *ctx.saved_tensors), setup_context=_setup)
+
+
+def _eager_forward(*inputs):
+    y = _forward(*inputs)
+    return y, (y, *inputs), None
+
+
+def _eager_backward(_, dy, saved, __):
+    return _backward(dy, *saved)
 
 
 def sdf_head(x_NC: Tensor, weight_C: Tensor, bias_1: Tensor, *, backend: str = "auto") -> Tensor:
@@ -121,4 +134,6 @@ def sdf_head(x_NC: Tensor, weight_C: Tensor, bias_1: Tensor, *, backend: str = "
             return reference_conv.sdf_head(x_NC, weight_C, bias_1)
     if x_NC.dtype not in DTYPES:
         raise ValueError(f"x_NC must be one of {DTYPES}, got {x_NC.dtype}")
-    return _head(x_NC, weight_C, bias_1)
+    if eager.traced(x_NC, weight_C, bias_1):
+        return _head(x_NC, weight_C, bias_1)
+    return eager.call(_eager_forward, _eager_backward, x_NC, weight_C, bias_1)

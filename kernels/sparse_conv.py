@@ -8,7 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernels import reference_conv
+from kernels import eager, reference_conv
 from kernels.checks import DTYPES, use_triton
 from kernels.gather_gemm import downsampling, gather_gemm, plain, upsampling
 from kernels.sparse_conv_backward import weight_grad
@@ -45,8 +45,7 @@ def _upsample_weight_grad(dw_88CO: Tensor) -> Tensor:
     return dw_88CO.reshape(64, C, O).index_select(0, sums.view(-1)).view(27, 8, C, O).sum(1)
 
 
-@torch.library.custom_op("sparse3d::sparse_conv", mutates_args=())
-def _conv(
+def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, size: int, upsample: bool, wide: bool
 ) -> Tensor:
     x, neighbors = x.contiguous(), neighbors.contiguous()
@@ -56,13 +55,15 @@ def _conv(
     return gather_gemm(x, weight.to(x.dtype).contiguous(), bias, neighbors, taps, wide=wide)
 
 
+_conv = torch.library.custom_op("sparse3d::sparse_conv", _forward, mutates_args=())
+
+
 @_conv.register_fake
 def _(x, weight, bias, neighbors, size, upsample, wide):
     return x.new_empty(neighbors.shape[0] * size**3, weight.shape[2])
 
 
-@torch.library.custom_op("sparse3d::sparse_conv_backward", mutates_args=())
-def _conv_grad(
+def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, neighbors: Tensor, size: int, upsample: bool, wide: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight (fp32) and bias (fp32); empty where not wanted."""
@@ -87,6 +88,9 @@ def _conv_grad(
     return dx, dw, db
 
 
+_conv_grad = torch.library.custom_op("sparse3d::sparse_conv_backward", _backward, mutates_args=())
+
+
 @_conv_grad.register_fake
 def _(dy, x, weight, neighbors, size, upsample, wide, wanted):
     shapes = (x.shape, weight.shape, weight.shape[2:])
@@ -103,13 +107,30 @@ def _conv_setup(ctx, inputs, output):
 def _conv_backward(ctx, dy):
     x, weight, neighbors = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    dx, dw, db = _conv_grad(dy, x, weight, neighbors, ctx.size, ctx.upsample, ctx.wide, wanted)
-    grads = dx, dw.to(weight.dtype), db if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
-    grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    return *grads, None, None, None, None
+    grads = _conv_grad(dy, x, weight, neighbors, ctx.size, ctx.upsample, ctx.wide, wanted)
+    return *_typed(grads, wanted, weight.dtype, ctx.bias_dtype), None, None, None, None
+
+
+def _typed(
+    grads: tuple[Tensor, Tensor, Tensor], wanted: list[bool], weight: torch.dtype, bias: torch.dtype | None
+) -> list[Tensor | None]:
+    dx, dw, db = grads
+    typed = dx, dw.to(weight), db if bias is None else db.to(bias)
+    return [grad if want else None for grad, want in zip(typed, wanted, strict=True)]
 
 
 _conv.register_autograd(_conv_backward, setup_context=_conv_setup)
+
+
+def _eager_forward(x, weight, bias, neighbors, *options):
+    y = _forward(x, weight, bias, neighbors, *options)
+    return y, (x, weight, neighbors), (*options, None if bias is None else bias.dtype)
+
+
+def _eager_backward(wanted, dy, saved, rest):
+    *options, bias_dtype = rest
+    wanted = list(wanted[:3])
+    return _typed(_backward(dy, *saved, *options, wanted), wanted, saved[1].dtype, bias_dtype)
 
 
 def check_neighbors(neighbors_M27: Tensor, x_NC: Tensor) -> None:
@@ -168,7 +189,10 @@ def sparse_conv(
     if use_triton(backend, x_NC):
         if x_NC.dtype not in DTYPES:
             raise ValueError(f"x_NC must be one of {DTYPES}, got {x_NC.dtype}")
-        return _conv(x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample, False)
+        inputs = (x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample, False)
+        if eager.traced(x_NC, weight_27CO, bias_O):
+            return _conv(*inputs)
+        return eager.call(_eager_forward, _eager_backward, *inputs)
     with torch.autocast(device_type, enabled=False):
         return reference_conv.sparse_conv(x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample)
 
