@@ -202,6 +202,11 @@ class BlockIndex:
         return self.asset_of.device
 
     @cached_property
+    def compressed_counts(self) -> Tensor:
+        """int32 [P]: tokens of each compressed token."""
+        return self.compressed_starts.diff()
+
+    @cached_property
     def max_tokens(self) -> int:
         return int(self.host[2])
 

@@ -113,9 +113,10 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(C, config.mlp_ratio)
 
     def forward(
-        self, x_NC: Tensor, time_BC: Tensor, condition: Condition, layout: TokenLayout, asset_NB: Tensor
+        self, x_NC: Tensor, active_BC: Tensor, condition: Condition, layout: TokenLayout, asset_NB: Tensor
     ) -> Tensor:
-        parts = (_spread(part, asset_NB) for part in self.modulation(F.silu(time_BC)).chunk(6, 1))
+        """active_BC: the SiLU of the time's embedding, the same for all blocks."""
+        parts = (_spread(part, asset_NB) for part in self.modulation(active_BC).chunk(6, 1))
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
         x_NC = x_NC + gate * self.attention(_modulated(x_NC, shift, scale), layout)
         x_NC = x_NC + self.cross_attention(self.cross_norm(x_NC), layout, condition)
@@ -196,11 +197,11 @@ class SparseDiT(nn.Module):
             h_NC = self.input(x.feats.to(self.input.weight.dtype))
         h_NC = h_NC + self._positions(level.coords[:, 1:], h_NC, position_factor(BLOCK * level.resolution))
         h_NC = h_NC if layout.order is None else h_NC[layout.order]
-        condition, time_BC = self._project(condition), self.time(t_B)
+        condition, active_BC = self._project(condition), F.silu(self.time(t_B))
         asset_NB = layout.index.asset_of[:, None] == torch.arange(level.batch_size, device=level.device)
-        asset_NB = asset_NB.to(time_BC.dtype)
+        asset_NB = asset_NB.to(active_BC.dtype)
         for block in self.blocks:
-            h_NC = recompute(self.activation_checkpointing, block, h_NC, time_BC, condition, layout, asset_NB)
+            h_NC = recompute(self.activation_checkpointing, block, h_NC, active_BC, condition, layout, asset_NB)
         h_NC = h_NC if layout.inverse is None else h_NC[layout.inverse]
         with torch.autocast(x.feats.device.type, enabled=False):
             return self.out(layer_norm(h_NC, eps=1e-5))

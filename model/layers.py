@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from kernels import BlockIndex, window_attention
 
 AXES = 3
+
+
+@functools.cache
+def _frequencies(n: int, device: torch.device) -> Tensor:
+    return 10000 ** (-torch.arange(n, device=device, dtype=torch.float32) / n)
 
 
 def position_embedding(coords_N3: Tensor, channels: int, factor: float = 1.0) -> Tensor:
@@ -26,8 +32,7 @@ def position_embedding(coords_N3: Tensor, channels: int, factor: float = 1.0) ->
     if n == 0:
         raise ValueError(f"channels must be at least {2 * AXES}, got {channels}")
     with torch.autocast(coords_N3.device.type, enabled=False):
-        frequency_n = 10000 ** (-torch.arange(n, device=coords_N3.device, dtype=torch.float32) / n)
-        angle_N3n = factor * coords_N3.float()[..., None] * frequency_n
+        angle_N3n = factor * coords_N3.float()[..., None] * _frequencies(n, coords_N3.device)
         waves = torch.cat([angle_N3n.sin(), angle_N3n.cos()], 2).flatten(1)
     return F.pad(waves, (0, channels - waves.shape[1]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,11 @@ class LossWeights:
     outside: float = 0.1  # L_ext: decoded voxels that were not in the input; their targets are +-1
     sharp: float = 1.0  # L_sharp: active voxels near sharp edges
     kl: float = 1e-3
+
+
+@functools.cache  # a copy to the device in every step would wait for the forward
+def _of_terms(weights: LossWeights, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([weights.inside, weights.outside, weights.sharp, weights.kl], dtype=dtype).to(device)
 
 
 def vae_losses(
@@ -53,6 +59,8 @@ def vae_losses(
         kl_A = (of_asset_AM @ kl_M) / of_asset_AM.sum(1).clamp(min=1)
         per_sample = torch.cat([total_A3 / count_A3.clamp(min=1), kl_A[:, None]], 1)
         terms = per_sample.sum(0) * (1 / batch.batch_size if share is None else share)
-        weight = torch.tensor([weights.inside, weights.outside, weights.sharp, weights.kl], dtype=dtype)
         names = (*wanted, "kl")
-        return {"loss": terms @ weight.to(terms.device), **{name: terms[n] for n, name in enumerate(names)}}
+        return {
+            "loss": terms @ _of_terms(weights, dtype, terms.device),
+            **{name: terms[n] for n, name in enumerate(names)},
+        }
