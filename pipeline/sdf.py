@@ -263,15 +263,16 @@ def _fill_block(packed, kinds, candidates, block, last, tau, half, flood_h, bin_
             buried = min(nearest[2, p], nearest[3, p])
             not_above, not_below = h * np.sqrt(min(nearest[0, p], buried)), h * np.sqrt(min(nearest[1, p], buried))
             closest = min(not_above, not_below)
-            px, py, pz = (x0 + i) / last - 0.5, (y0 + j) / last - 0.5, (z0 + k) / last - 0.5
             if distance < trusted - slack and closest > slack and not_above > closest + margin:
                 is_out = True
             elif distance < trusted - slack and closest > slack and not_below > closest + margin:
                 is_out = False
             elif distance > trusted + slack and abs(shell - trusted) > slack:
                 # a sheet has the exterior on both sides, but its barrier hides that from the flood
+                px, py, pz = x + (i - 1.5) * h, y + (j - 1.5) * h, z + (k - 1.5) * h
                 is_out = shell < trusted or _outside(flood_h, bin_of, outside, whole, px, py, pz)
             else:
+                px, py, pz = (x0 + i) / last - 0.5, (y0 + j) / last - 0.5, (z0 + k) / last - 0.5  # as the GPU has them
                 is_out = _is_out(
                     packed, kinds, kept[:count], scratch, px, py, pz, trusted, flood_h, bin_of, outside, whole
                 )  # fmt: skip
