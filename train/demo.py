@@ -73,7 +73,7 @@ SIZES = {
         lanes=2,
         build=("--limit", "24"),
         vae=("--bricks.no-symmetries", "--loop.steps", "700"),
-        structure=("--vae.loop.steps", "300", "--flow.loop.steps", "700"),
+        structure=("--vae.loop.steps", "300", "--flow.loop.steps", "800"),
         dit=("--flow.loop.steps", "800"),
         sampling=("--options.steps", "20", "--options.guidance", "2.0"),
     ),
