@@ -65,7 +65,7 @@ class BuildConfig:
     """Turn raw 3D assets into verified shards of sparse SDF bricks and renders."""
 
     preset: PresetName = "smoke"  # where the options below start from
-    # procedural | folder:PATH | objaverse | objaverse-xl[?places=github,...] | shapenet:PATH[?categories=chair]
+    # procedural[:COUNT] | folder:PATH | objaverse | objaverse-xl[?places=github,...] | shapenet:PATH[?categories=chair]
     source: tuple[str, ...] = ("procedural",)
     up: Literal["y", "z"] = "y"  # the axis that points up in the source's files
     out: PathOrUrl = Path("data/smoke")  # directory, or s3://bucket/prefix; a build that was stopped goes on there

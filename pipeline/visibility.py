@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.exterior import Bins, Exterior, bit_at
+from pipeline.exterior import Exterior, bit_at
 from pipeline.schema import BLOCK, spacing
 from pipeline.triangles import pack, segment_hits, triangles_cross
 
@@ -18,16 +20,75 @@ MIXED = -3  # result of a piece whose parts are written already
 MAX_CUTS = 128
 MAX_PIECES = 300_000  # beyond two a triangle: random triangles through each other would need millions
 COARSEST_VOXELS = 8.0  # samples of an uncut triangle lie no farther apart
+FARTHEST_VOXELS = 4.0  # a line of sight stays this close to its sample along each axis: at most 2.4 + 0.5 + 1
+
+
+class Scene(NamedTuple):
+    """What lines of sight run through, as compiled code takes it."""
+
+    packed: NDArray[np.float64]  # [T, 15] of `pack`
+    boxes: NDArray[np.float64]  # [T, 6] lowest and highest corner of each triangle
+    bin_of: NDArray[np.int32]  # as in Bins
+    offsets: NDArray[np.int64]
+    triangles: NDArray[np.int32]
+    outside: NDArray[np.uint64]  # as in Exterior
+    whole: NDArray[np.bool_]
+    h: float  # spacing of the grid
+    near: NDArray[np.int32]  # scratch of `_near_sample`: the lists of triangles near one sample
+    near_boxes: NDArray[np.float64]  # their boxes
+    lists: NDArray[np.int64]  # [1 + 8, 2]: how many lists there are; then of each its block and where in `near` it ends
+
+
+def _scene(packed: NDArray[np.float64], exterior: Exterior) -> Scene:
+    bins = exterior.bins
+    most = 8 * np.diff(bins.offsets).max(initial=0)
+    corners = np.stack([packed[:, :3], packed[:, :3] + packed[:, 3:6], packed[:, :3] + packed[:, 6:9]])
+    return Scene(
+        packed, np.concatenate([corners.min(0), corners.max(0)], axis=1), bins.bin_of, bins.offsets, bins.triangles,
+        exterior.outside, exterior.whole, spacing(bins.resolution),
+        np.empty(most, np.int32), np.empty((most, 6)), np.zeros((9, 2), np.int64),
+    )  # fmt: skip
 
 
 @njit(cache=True)
-def _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz, every):
-    """How many exterior grid points within three voxels on the side of n have a free line of sight to (x, y, z).
+def _near_sample(scene, m, x, y, z):
+    """Where in scene.near the triangles of bin m that come near the sample (x, y, z) begin and end.
+
+    Listed once a sample, when a line first asks for the bin: dozens of lines then test a handful of triangles, not
+    all of a bin. scene.lists[0, 0] = 0 begins a new sample.
+    """
+    lists, boxes = scene.lists, scene.boxes
+    known = lists[0, 0]
+    for n in range(known):
+        if lists[n + 1, 0] == m:
+            return lists[n, 1], lists[n + 1, 1]
+    start = lists[known, 1]
+    end, reach = start, FARTHEST_VOXELS * scene.h
+    for e in range(scene.offsets[m], scene.offsets[m + 1]):
+        t = scene.triangles[e]
+        if boxes[t, 0] > x + reach or boxes[t, 3] < x - reach:
+            continue
+        if boxes[t, 1] > y + reach or boxes[t, 4] < y - reach:
+            continue
+        if boxes[t, 2] > z + reach or boxes[t, 5] < z - reach:
+            continue
+        scene.near[end] = t
+        scene.near_boxes[end] = boxes[t]
+        end += 1
+    lists[known + 1, 0], lists[known + 1, 1], lists[0, 0] = m, end, known + 1
+    return start, end
+
+
+@njit(cache=True)
+def _sees_exterior(scene, sample_x, sample_y, sample_z, nx, ny, nz, every):
+    """How many exterior grid points within three voxels on the side of n have a free line of sight to the sample.
 
     Stops at the first unless `every` one of the 24 tried is asked for.
     """
     seen = 0
-    x, y, z = x + 1e-3 * h * nx, y + 1e-3 * h * ny, z + 1e-3 * h * nz
+    h, packed, bin_of, boxes = scene.h, scene.packed, scene.bin_of, scene.near_boxes
+    margin = 1e-3 * h  # more than the rounding of `segment_hits`
+    x, y, z = sample_x + 1e-3 * h * nx, sample_y + 1e-3 * h * ny, sample_z + 1e-3 * h * nz
     size = len(bin_of)
     blocker = -1  # what hid the last candidate mostly hides the next one too
     for reach in (1.0, 1.6, 2.4):
@@ -36,13 +97,15 @@ def _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, 
         k0 = int(np.floor((z + reach * h * nz + 0.5) / h))
         for corner in range(8):
             i, j, k = i0 + (corner >> 2), j0 + (corner >> 1 & 1), k0 + (corner & 1)
-            if not bit_at(bin_of, outside, whole, i, j, k, True):
+            if not bit_at(bin_of, scene.outside, scene.whole, i, j, k, True):
                 continue
             qx, qy, qz = i * h - 0.5, j * h - 0.5, k * h - 0.5
             if (qx - x) * nx + (qy - y) * ny + (qz - z) * nz < 0.1 * h:
                 continue
             if blocker >= 0 and segment_hits(packed[blocker], x, y, z, qx, qy, qz):
                 continue
+            low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
+            high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
             blocked = False
             previous = -1
             # a triangle in the way is within reach of the block at one end of the line or the other
@@ -57,10 +120,15 @@ def _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, 
                 if m < 0 or m == previous:
                     continue
                 previous = m
-                for e in range(offsets[m], offsets[m + 1]):
-                    if segment_hits(packed[triangles[e]], x, y, z, qx, qy, qz):
+                first, last = _near_sample(scene, m, sample_x, sample_y, sample_z)
+                for e in range(first, last):
+                    if boxes[e, 0] > high_x or boxes[e, 1] > high_y or boxes[e, 2] > high_z:
+                        continue
+                    if boxes[e, 3] < low_x or boxes[e, 4] < low_y or boxes[e, 5] < low_z:
+                        continue
+                    if segment_hits(packed[scene.near[e]], x, y, z, qx, qy, qz):
                         blocked = True
-                        blocker = triangles[e]
+                        blocker = scene.near[e]
                         break
                 if blocked:
                     break
@@ -72,13 +140,14 @@ def _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, 
 
 
 @njit(cache=True)
-def sides_seen(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz):
+def sides_seen(scene, x, y, z, nx, ny, nz):
     """HIDDEN, FRONT, BACK or SHEET for a point of the surface with unit normal n."""
-    front = _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz, False)
-    back = _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, -nx, -ny, -nz, False)
+    scene.lists[0, 0] = 0
+    front = _sees_exterior(scene, x, y, z, nx, ny, nz, False)
+    back = _sees_exterior(scene, x, y, z, -nx, -ny, -nz, False)
     if front and back:  # a glimpse through a crack does not make a wall a sheet
-        front = _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, nx, ny, nz, True)
-        back = _sees_exterior(packed, bin_of, offsets, triangles, outside, whole, h, x, y, z, -nx, -ny, -nz, True)
+        front = _sees_exterior(scene, x, y, z, nx, ny, nz, True)
+        back = _sees_exterior(scene, x, y, z, -nx, -ny, -nz, True)
         if back < GLIMPSE * front:
             back = 0
         elif front < GLIMPSE * back:
@@ -155,25 +224,37 @@ def _half(piece, second, half):
 
 
 @njit(cache=True)
-def _code_of(piece, packed, t, cross, finest_voxels, bin_of, offsets, triangles, outside, whole, h):
+def _boxes_meet(piece, box):
+    """Whether a piece's box, a little larger than it is, and a triangle's box overlap."""
+    for k in range(3):
+        a, b, c = piece[0, k], piece[1, k], piece[2, k]
+        low, high = min(a, b, c), max(a, b, c)
+        margin = 1e-6 * (high - low) + 1e-9
+        if low - margin > box[3 + k] or high + margin < box[k]:
+            return False
+    return True
+
+
+@njit(cache=True)
+def _code_of(piece, scene, t, cross, finest_voxels):
     """The sides a piece of triangle t is seen from, or -1 if it has to be cut to tell."""
-    longest = _longest_edge(piece)[0] / h
+    longest = _longest_edge(piece)[0] / scene.h
     if longest > COARSEST_VOXELS:
         return -1
     finest = longest <= finest_voxels
     if longest > max(CROSSED_VOXELS, finest_voxels) and len(cross):
         own = pack(piece.reshape(1, 3, 3))[0]
         for e in range(len(cross)):
-            if triangles_cross(own, packed[cross[e, 1]]):
+            if _boxes_meet(piece, scene.boxes[cross[e, 1]]) and triangles_cross(own, scene.packed[cross[e, 1]]):
                 return -1
-    row = packed[t]
+    row = scene.packed[t]
     code = -1
     for s in range(1 if finest else 4):
         wa = 1 / 3 if s == 0 else (0.8 if s == 1 else 0.1)
         wb = 1 / 3 if s == 0 else (0.8 if s == 2 else 0.1)
         wc = 1 - wa - wb
         seen = sides_seen(
-            packed, bin_of, offsets, triangles, outside, whole, h,
+            scene,
             wa * piece[0, 0] + wb * piece[1, 0] + wc * piece[2, 0],
             wa * piece[0, 1] + wb * piece[1, 1] + wc * piece[2, 1],
             wa * piece[0, 2] + wb * piece[1, 2] + wc * piece[2, 2],
@@ -186,11 +267,12 @@ def _code_of(piece, packed, t, cross, finest_voxels, bin_of, offsets, triangles,
 
 
 @njit(cache=True)
-def _classify_all(packed, cross, cross_starts, finest_voxels, most, bin_of, offsets, triangles, outside, whole, h):
+def _classify_all(scene, cross, cross_starts, finest_voxels, most):
     """Bisects each triangle depth first; halves that turn out alike are joined again on the way back.
 
     Gives up, returning what it has, once there are more than `most` pieces.
     """
+    packed = scene.packed
     out = np.empty((2 * len(packed) + 1024, 3, 3))
     codes, parents = np.empty(len(out), np.uint8), np.empty(len(out), np.int32)
     count = 0
@@ -207,9 +289,7 @@ def _classify_all(packed, cross, cross_starts, finest_voxels, most, bin_of, offs
         depth, result = 0, -2
         while True:
             if result == -2:  # a new piece
-                result = _code_of(
-                    frames[depth], packed, t, mine, finest_voxels, bin_of, offsets, triangles, outside, whole, h
-                )
+                result = _code_of(frames[depth], scene, t, mine, finest_voxels)
                 if result == -1 and depth < MAX_CUTS - 1:
                     first[depth] = -2
                     _half(frames[depth], False, frames[depth + 1])
@@ -258,23 +338,21 @@ def classify_triangles(
     A triangle that is seen alike everywhere stays whole. Only where another triangle passes through, or where samples
     disagree, is it cut, down to FINEST_VOXELS, or coarser where that would take more than MAX_PIECES pieces.
     """
-    bins = exterior.bins
-    pairs = np.unique(_crossings(packed, faces, bins.offsets, bins.triangles), axis=0)
+    scene = _scene(packed, exterior)
+    pairs = np.unique(_crossings(packed, faces, scene.offsets, scene.triangles), axis=0)
     starts = np.searchsorted(pairs[:, 0], np.arange(len(packed) + 1))
     finest, most = FINEST_VOXELS, 2 * len(packed) + MAX_PIECES
     while True:
-        pieces, codes, parents = _classify_all(
-            packed, pairs, starts, finest, most, bins.bin_of, bins.offsets, bins.triangles,
-            exterior.outside, exterior.whole, spacing(bins.resolution),
-        )  # fmt: skip
+        pieces, codes, parents = _classify_all(scene, pairs, starts, finest, most)
         if len(pieces) <= most or finest >= COARSEST_VOXELS:
             return pieces, codes, parents, finest
         finest *= 2
 
 
 @njit(cache=True)
-def _visible_pieces(packed, vertices, edges, starts, members, bin_of, offsets, triangles, outside, whole, h):
+def _visible_pieces(scene, vertices, edges, starts, members):
     """Of each edge the runs of pieces, at most two voxels long, beside which two faces are seen."""
+    h = scene.h
     out = np.empty((1024, 2, 3))
     count = 0
     for e in range(len(edges)):
@@ -287,15 +365,13 @@ def _visible_pieces(packed, vertices, edges, starts, members, bin_of, offsets, t
             middle = a + along * ((p + 0.5) / pieces)
             seen = 0
             for f in members[starts[e] : starts[e + 1]]:
-                row = packed[f]
+                row = scene.packed[f]
                 centroid = row[12:15]
                 inward = centroid - a
                 inward = inward - along * (np.dot(inward, along) / (length * length))
                 height = np.sqrt((inward**2).sum())
                 at = middle + inward * min(0.25 * h / height, 0.5)
-                if sides_seen(
-                    packed, bin_of, offsets, triangles, outside, whole, h, at[0], at[1], at[2], row[9], row[10], row[11]
-                ):
+                if sides_seen(scene, at[0], at[1], at[2], row[9], row[10], row[11]):
                     seen += 1
             if seen < 2:
                 open_run = False
@@ -321,8 +397,4 @@ def visible_edges(
 
     The faces of edge e are members[starts[e]:starts[e + 1]].
     """
-    bins: Bins = exterior.bins
-    return _visible_pieces(
-        packed, vertices, edges, starts, members, bins.bin_of, bins.offsets, bins.triangles, exterior.outside,
-        exterior.whole, spacing(bins.resolution),
-    )  # fmt: skip
+    return _visible_pieces(_scene(packed, exterior), vertices, edges, starts, members)

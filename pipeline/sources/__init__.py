@@ -34,7 +34,7 @@ class Source(Listing, Protocol):
 def open_source(spec: str, up: str = "y", fetch: FetchConfig | None = None, max_bytes: int = 1 << 30) -> Source:
     """The source that `spec` names; `up` = axis that points up in a folder's files, `max_bytes` of a downloaded file.
 
-    procedural | folder:PATH | objaverse[:ANNOTATIONS] | objaverse-xl[:ANNOTATIONS][?places=github,...] |
+    procedural[:COUNT] | folder:PATH | objaverse[:ANNOTATIONS] | objaverse-xl[:ANNOTATIONS][?places=github,...] |
     shapenet:PATH[?categories=chair,03001627][&splits=train]. ANNOTATIONS is a folder laid out as the objaverse package
     does; without it that package's own. UserError: unknown scheme or option, or a folder without what it should hold.
     """
@@ -49,8 +49,10 @@ def open_source(spec: str, up: str = "y", fetch: FetchConfig | None = None, max_
         raise UserError(f"the up axis must be y or z, got {up!r}")
     fetch = fetch or FetchConfig()
     scheme, _, rest = spec.partition(":")
-    if scheme == "procedural" and not rest:
-        return ProceduralSource()
+    if scheme == "procedural":
+        if rest and not (rest.isdecimal() and int(rest)):
+            raise UserError(f"procedural:COUNT takes how many shapes to make, 1 or more, got {rest!r}")
+        return ProceduralSource(count=int(rest)) if rest else ProceduralSource()
     if scheme == "folder" and rest:
         source = FolderSource(root=_path(rest), up=up)
         source.check()
@@ -72,7 +74,9 @@ def open_source(spec: str, up: str = "y", fetch: FetchConfig | None = None, max_
         )
         source.check()
         return source
-    raise UserError(f"unknown source {spec!r}; use procedural, folder:PATH, objaverse, objaverse-xl or shapenet:PATH")
+    raise UserError(
+        f"unknown source {spec!r}; use procedural[:COUNT], folder:PATH, objaverse, objaverse-xl or shapenet:PATH"
+    )
 
 
 def _path(text: str) -> Path:

@@ -13,7 +13,7 @@ import pytest
 from pipeline.filter import FilterConfig, count_components, filter_geometry, weld
 from pipeline.load import LoadConfig, load_with_report
 from pipeline.normalize import NormalizeConfig, normalize
-from pipeline.schema import Mesh, Record, make_uid
+from pipeline.schema import Mesh, Record, UserError, make_uid
 from pipeline.sources import open_source
 from pipeline.sources.procedural import ProceduralSource, make_shape
 from pipeline.sources.shapes import FAMILIES, basic, kit, solids, to_glb
@@ -36,6 +36,16 @@ def open_edges(piece: kit.Piece) -> int:
     faces = weld(piece.vertices)[piece.faces]
     edges = Counter(map(tuple, np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist()))
     return sum(edges[(b, a)] != count for (a, b), count in edges.items())
+
+
+def test_as_many_as_are_asked_for():
+    few, more = (list(open_source(spec).records()) for spec in ("procedural", "procedural:2000"))
+    assert (len(few), len(more)) == (300, 2000)
+    assert more[:300] == few
+    assert len({record.uid for record in more}) == 2000
+    for wrong in ("procedural:0", "procedural:-1", "procedural:many"):
+        with pytest.raises(UserError, match="1 or more"):
+            open_source(wrong)
 
 
 def test_names_are_stable_and_the_first_48_hold_every_family():
