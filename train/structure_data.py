@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.condition import ImageBatch
 from model.flow import noise_of
 from pipeline.schema import seed_of
 from train.conditions import Conditions, time_of
-from train.data import BrickLoader, Catalogue
+from train.data import ONE_BITS, BrickLoader, Catalogue, magnitude_bits
 from train.plan import Draw, Plan
 from train.structure_config import StructureTraining
 from train.symmetry import SYMMETRIES, transform_points
+
+CELLS_KEPT = 1 << 14  # assets whose cells are kept rather than read again, some 20 kB each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,7 @@ class GridLoader(BrickLoader):
         channels = cfg.model.occupancy.latent_channels
         super().__init__(catalogue, seed=half.loop.seed, noise_channels=channels, symmetries=False)
         self.cfg, self.training = cfg, training
+        self._cells = lru_cache(CELLS_KEPT)(self._read_cells)
         self.conditions = None
         if images:
             self.conditions = Conditions(
@@ -87,16 +92,20 @@ class GridLoader(BrickLoader):
         """The batch of one rank in one step."""
         return self.batch(plan.ranks[rank], len(plan.ranks) / sum(map(len, plan.ranks)))
 
+    def _read_cells(self, asset: int) -> tuple[int, NDArray[np.int16]]:
+        """The asset that is read in its place, mostly itself, and its occupied cells, [M, 3]."""
+        found, bricks = self._readable(asset, self.cfg.resolution)
+        return found, bricks.blocks[magnitude_bits(bricks.values).min(axis=1) < ONE_BITS]
+
     def batch(self, draws: Sequence[Draw], share: float) -> GridBatch:
         """A batch of the given draws."""
         cfg, side = self.cfg, self.cfg.model.occupancy.side
         occupied = torch.zeros(len(draws), side, side, side, dtype=torch.bool)
         seeds, uids, prepared, times, dropped = [], [], [], [], []
         for number, draw in enumerate(draws):
-            asset, bricks = self._readable(draw.asset, cfg.resolution)
+            asset, cells = self._cells(draw.asset)
             uid = self.catalogue.uids[asset]
             key = (self.seed, "structure", cfg.resolution, draw.epoch, uid)  # names, not numbers
-            cells = bricks.blocks[(np.abs(bricks.values) < 1).any(axis=1)]
             if self.conditions is None and self.training and cfg.vae.symmetries:
                 cells = transform_points(cells, side, seed_of("symmetry", *key) % len(SYMMETRIES))
             occupied[number, *torch.from_numpy(cells.astype(np.int64)).T] = True
