@@ -92,7 +92,7 @@ def row_bound(q, norm_ptr, g, norms, scale2, NORMS: tl.constexpr):
     c = tl.arange(0, NORMS)
     largest = tl.max(tl.load(norm_ptr + g * norms + c, c < norms, other=0.0), 0)
     q = q.to(tl.float32)
-    return tl.sqrt(tl.sum(q * q, 1)) * (largest * scale2)
+    return tl.sqrt(tl.sum(q * q, 1)) * scale2 * largest
 
 
 @triton.jit
@@ -147,9 +147,9 @@ def _slice_norm(k_ptr, norm_ptr, M, c, slices, g, G: tl.constexpr, D: tl.constex
     for first in range(c * step, tl.minimum(c * step + step, M), BM):
         m = first + tl.arange(0, BM)
         k = load_keys(k_ptr, k_ptr, m, M, g, G, D, False, False).to(tl.float32)
-        norm = tl.sqrt(tl.sum(k * k, 1))
-        largest = tl.maximum(largest, tl.where(norm == norm, norm, float("inf")))  # NaN must not pass as small
-    tl.store(norm_ptr + g * slices + c, tl.max(largest, 0) * 1.001)  # covers the rounding of the sums
+        largest = tl.maximum(largest, tl.sqrt(tl.sum(k * k, 1)))
+    # 1.001 covers the rounding of the sums. Finite, so that the bound of a zero query is 0 and not NaN.
+    tl.store(norm_ptr + g * slices + c, tl.minimum(tl.max(largest, 0) * 1.001, 3e38))
 
 
 @triton.jit(do_not_specialize=["M", "P", "slices", "chunks"])

@@ -123,6 +123,24 @@ def test_adversarial_logits(case, dtype):
     check(index, x, 2)
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
+@pytest.mark.parametrize("loud", ["first asset", "last key", "last compressed key", "keys of zero queries"])
+def test_rows_far_louder_than_the_rest(loud, dtype):
+    """What one row's size decides (bf16 takes a bound from the largest) must not come from another, nor be missed."""
+    index = random_index([26, 40], (16, 8, 16))
+    x = make_inputs(index, 2, 1, 16, dtype)
+    if loud == "first asset":
+        x[0][:26] *= 1000
+    elif loud == "last key":
+        x[1][-1] *= 100
+    elif loud == "last compressed key":
+        x[3][-1] *= 100
+    else:  # the square of a key is more than fp32 holds
+        x[0] *= 0
+        x[1], x[3] = x[1] * 1e25, x[3] * 1e25
+    check(index, x, 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_saturated_gates(dtype):
     index = random_index([20], (16, 8, 8))
