@@ -143,13 +143,24 @@ def power_of_2(n: int, low: int, high: int) -> int:
 
 
 @functools.cache
-def forward_tiles(C: int, O: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
-    """The default, then what else may be faster."""
+def group_products(device: torch.device) -> bool:
+    """Whether a product of matrices is one of four warps that read shared memory (Hopper, Blackwell of data centres).
+
+    Elsewhere its factors pass through registers, beside the sums.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@functools.cache
+def forward_tiles(C: int, O: int, dtype: torch.dtype, group: bool) -> tuple[Tiles, ...]:
+    """The default, then what else may be faster; `group` is that of `group_products`."""
     channels, outputs = power_of_2(C, 16, 64), power_of_2(O, 16, 128)
     if dtype == torch.float32:  # sums in fp64 take twice the registers
         return (Tiles(64, min(outputs, 64), min(channels, 32), 8, 2),)
     # Each of these is fastest for some layer of the VAE at 512 or 1024 on an H200.
-    tiles = [Tiles(128, outputs, channels, 4, 2), Tiles(128, outputs, channels, 4, 3)]
+    tiles = [Tiles(128, outputs, channels, 4, 2)]
+    if group or outputs < 128:  # 128 registers of sums, the factors and three stages spill
+        tiles += [Tiles(128, outputs, channels, 4, 3)]
     tiles += [Tiles(128, outputs, channels, 8, 3), Tiles(256, outputs, channels, 8, 2)]
     tiles += [Tiles(64, outputs, channels, 4, 3)]
     if C >= 128:
@@ -187,5 +198,6 @@ def gather_gemm(
 
     key = ("gemm", taps.size, taps.source, taps.taps, C, O, x_NC.dtype, size_class(rows))
     with on_device(x_NC):
-        launch(choose(key, forward_tiles(C, O, x_NC.dtype), launch, x_NC))
+        candidates = forward_tiles(C, O, x_NC.dtype, group_products(x_NC.device))
+        launch(choose(key, candidates, launch, x_NC, (_gather_gemm,)))
     return y

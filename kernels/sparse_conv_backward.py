@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import gather_gemm
 from kernels.gather_gemm import Taps, is_wide, places, power_of_2, source_rows, tap_place
 from kernels.sizes import cdiv
 from kernels.tiles import add_dot, on_device
@@ -141,8 +142,8 @@ class GradTiles:
 
 
 @functools.cache
-def grad_tiles(C: int, O: int, dtype: torch.dtype) -> tuple[GradTiles, ...]:
-    """The default, then what else may be faster."""
+def grad_tiles(C: int, O: int, dtype: torch.dtype, group: bool) -> tuple[GradTiles, ...]:
+    """The default, then what else may be faster; `group` is that of `group_products`."""
     if dtype == torch.float32:
         channels, outputs = power_of_2(C, 16, 64), power_of_2(O, 16, 64)
         return (GradTiles(64 // channels, channels, outputs, 32, 4, 2),)
@@ -152,12 +153,14 @@ def grad_tiles(C: int, O: int, dtype: torch.dtype) -> tuple[GradTiles, ...]:
         tiles = [GradTiles(taps, channels, outputs, 128, warps, 2) for warps in (4, 8)]
         return (*tiles, GradTiles(2 * taps, channels, outputs, 64, 4, 2))
     taps, stages = min(taps, 4), 3 if outputs == 128 else 2
-    tiles = [GradTiles(taps, channels, outputs, 64, 4, s, True) for s in (stages, 5 - stages)]
-    return (
-        *tiles,
-        GradTiles(taps, channels, outputs, 128, 4, 2, True),
-        GradTiles(taps, channels, outputs, 32, 4, 4, True),
-    )
+    warps = 4 if group or outputs < 128 else 8  # 128 registers of sums and the factors spill
+    tiles = [GradTiles(taps, channels, outputs, 64, warps, s, True) for s in (stages, 5 - stages)]
+    if outputs < 128:  # 128 rows of 256 numbers, twice, leave room for one program
+        tiles += [GradTiles(taps, channels, outputs, 128, warps, 2, True)]
+    return (*tiles, GradTiles(taps, channels, outputs, 32, warps, 4, True))
+
+
+KERNELS = (_weight_grad, _weight_grad_by_tap)
 
 
 def weight_grad(
@@ -193,5 +196,6 @@ def weight_grad(
 
     key = ("weights", taps.size, taps.source, taps.taps, C, O, dense.dtype, size_class(rows))
     with on_device(dense):
-        tiles = choose(key, grad_tiles(C, O, dense.dtype), partials, dense)
+        candidates = grad_tiles(C, O, dense.dtype, gather_gemm.group_products(dense.device))
+        tiles = choose(key, candidates, partials, dense, KERNELS)
         return partials(tiles).sum(0)

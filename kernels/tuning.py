@@ -1,19 +1,20 @@
 """Which of a few tile sizes is fastest, measured once for each kind of GPU and shape and remembered on disk.
 
-The file is `~/.cache/sparse3d/tiles.json`. Results are right with any choice and with no file at all: without one, in
-the interpreter, while a CUDA graph is captured and under `torch.use_deterministic_algorithms` (where a run that is
-resumed must sum in the order of the first) the default, which is the first, is taken or what is already known.
+The file is `~/.cache/sparse3d/tiles.json`; what was measured of other kernels or candidates is not looked at. Results
+are right with any choice and with no file at all: without one, in the interpreter, while a CUDA graph is captured and
+under `torch.use_deterministic_algorithms` (where a run that is resumed must sum in the order of the first) the default,
+which is the first, is taken or what is already known.
 """
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -21,9 +22,9 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 CACHE = Path.home() / ".cache" / "sparse3d" / "tiles.json"
-VERSION = 1  # of the kernels' tiles: another number forgets what was measured
 _log = logging.getLogger(__name__)
 _known: dict[str, int] | None = None
+_names: dict[tuple[torch.device, tuple[object, ...]], str] = {}
 T = TypeVar("T")
 
 
@@ -76,23 +77,33 @@ def _measure(candidates: Sequence[T], launch: Callable[[T], None]) -> int:
     return times.index(min(times))
 
 
-@functools.cache
-def _name(device: torch.device, key: tuple[object, ...]) -> str:
-    kind = torch.cuda.get_device_name(device)
-    return f"{kind} | triton {triton.__version__} | v{VERSION} | {' '.join(map(str, key))}"
+def _name(device: torch.device, key: tuple[object, ...], candidates: Sequence[object], kernels: Sequence[Any]) -> str:
+    """What was measured of another source, or among other candidates, has another name."""
+    code = " ".join([*map(repr, candidates), *(kernel.cache_key for kernel in kernels)])
+    digest = hashlib.sha256(code.encode()).hexdigest()[:12]
+    return f"{torch.cuda.get_device_name(device)} | triton {triton.__version__} | {digest} | {' '.join(map(str, key))}"
 
 
-def choose(key: tuple[object, ...], candidates: Sequence[T], launch: Callable[[T], None], like: Tensor) -> T:
+def choose(
+    key: tuple[object, ...],
+    candidates: Sequence[T],
+    launch: Callable[[T], None],
+    like: Tensor,
+    kernels: Sequence[Any],
+) -> T:
     """The fastest candidate for `launch`, which may be called with any of them any number of times.
 
-    Measures, waiting for the GPU, when the key is new; `like` is a tensor on the device in question.
+    Measures, waiting for the GPU, when the key is new; `like` is a tensor on the device in question; `kernels` are
+    those (`triton.jit`) that `launch` runs. In one process a key always comes with the same candidates and kernels.
     """
     global _known
     if not like.is_cuda or len(candidates) == 1:
         return candidates[0]
     if _known is None:
         _known = _load()
-    name = _name(like.device, key)
+    name = _names.get((like.device, key))
+    if name is None:
+        name = _names[like.device, key] = _name(like.device, key, candidates, kernels)
     found = _known.get(name)
     if found is None or not 0 <= found < len(candidates):
         if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():

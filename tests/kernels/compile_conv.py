@@ -26,12 +26,13 @@ def compile_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> li
         if key not in found:
             found[key] = compile_launch(fn, args, kwargs, arch)
 
-    def try_all(key, candidates, launch, like):
+    def try_all(key, candidates, launch, like, kernels):
         for candidate in candidates[1:sizes]:
             launch(candidate)
         return candidates[0]
 
     triton.JITFunction.run = record
+    gather_gemm.group_products = lambda device: arch >= 90
     gather_gemm.choose = sparse_conv_backward.choose = try_all
     M, size, ops = 16, 4, torch.ops.sparse3d
     table = torch.zeros(M, 27, dtype=torch.int32)

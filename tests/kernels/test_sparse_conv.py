@@ -31,7 +31,7 @@ SETS = {  # blocks (voxels for size 1) per asset, side of their grid
 def default_tiles(monkeypatch):
     """Nothing is measured here: the default tiles, whatever this machine remembers."""
     for module in ("gather_gemm", "sparse_conv_backward"):
-        monkeypatch.setattr(f"kernels.{module}.choose", lambda key, candidates, launch, like: candidates[0])
+        monkeypatch.setattr(f"kernels.{module}.choose", lambda key, candidates, *rest: candidates[0])
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def large_tiles(monkeypatch):
 
 
 def patch_tiles(monkeypatch, rows: int, outputs: int, channels: int, taps: int, by_tap: bool = False) -> None:
-    def forward(C, O, dtype):
+    def forward(C, O, dtype, group):
         return [Tiles(rows, power_of_2(O, 16, outputs), power_of_2(C, 16, channels), 4, 2)]
 
-    def backward(C, O, dtype):
+    def backward(C, O, dtype, group):
         return [GradTiles(taps, power_of_2(C, 16, channels), power_of_2(O, 16, outputs), rows, 4, 2, by_tap)]
 
     monkeypatch.setattr("kernels.gather_gemm.forward_tiles", forward)
@@ -189,7 +189,7 @@ def test_every_tile_size(C, O, size, upsample, monkeypatch):
     coords = random_coords([90, 35], 6).to(DEVICE)
     for candidate in range(6):
 
-        def choose(key, candidates, launch, like, candidate=candidate):
+        def choose(key, candidates, launch, like, kernels, candidate=candidate):
             return candidates[min(candidate, len(candidates) - 1)]
 
         for module in ("gather_gemm", "sparse_conv_backward"):
