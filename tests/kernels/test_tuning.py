@@ -13,6 +13,7 @@ from triton.runtime.errors import OutOfResources
 from kernels import gather_gemm, sparse_conv_backward, tuning
 from kernels.gather_gemm import plain
 from kernels.tuning import choose, size_class
+from tests.numerics import DEVICE
 
 GPU = SimpleNamespace(is_cuda=True, device="cuda")
 KERNELS = (SimpleNamespace(cache_key="source"),)
@@ -104,7 +105,8 @@ def test_a_choice_names_the_kernels_that_it_is_made_for(monkeypatch):
 
     for module in (gather_gemm, sparse_conv_backward):
         monkeypatch.setattr(module, "choose", record)
-    x, weight, table = torch.ones(1, 16), torch.ones(27, 16, 16), torch.full((1, 27), -1, dtype=torch.int32)
+    x, weight = torch.ones(1, 16, device=DEVICE), torch.ones(27, 16, 16, device=DEVICE)
+    table = torch.full((1, 27), -1, dtype=torch.int32, device=DEVICE)
     gather_gemm.gather_gemm(x, weight, None, table, plain(1))
     sparse_conv_backward.weight_grad(x, x, table, plain(1))
     by_tap = sparse_conv_backward._weight_grad_by_tap
