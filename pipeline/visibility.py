@@ -19,6 +19,7 @@ CROSSED_VOXELS = 2.0  # a piece that another triangle passes through is sampled 
 MIXED = -3  # result of a piece whose parts are written already
 MAX_CUTS = 128
 MAX_PIECES = 300_000  # beyond two a triangle: random triangles through each other would need millions
+TOO_MANY = 1.1  # times the pieces that are allowed, by what came of a part: not worth a try
 COARSEST_VOXELS = 8.0  # samples of an uncut triangle lie no farther apart
 FARTHEST_VOXELS = 4.0  # a line of sight stays this close to its sample along each axis: at most 2.4 + 0.5 + 1
 
@@ -270,7 +271,8 @@ def _code_of(piece, scene, t, cross, finest_voxels):
 def _classify_all(scene, cross, cross_starts, finest_voxels, most):
     """Bisects each triangle depth first; halves that turn out alike are joined again on the way back.
 
-    Gives up, returning what it has, once there are more than `most` pieces.
+    Gives up, returning what it has, once there are more than `most` pieces. Last of all returns how many triangles
+    it took.
     """
     packed = scene.packed
     out = np.empty((2 * len(packed) + 1024, 3, 3))
@@ -279,9 +281,11 @@ def _classify_all(scene, cross, cross_starts, finest_voxels, most):
     frames = np.empty((MAX_CUTS, 3, 3))  # the path from the whole triangle to the current piece
     first = np.empty(MAX_CUTS, np.int64)  # code of a piece's first half, -2 before it is known
     half = np.empty((3, 3))
+    taken = 0
     for t in range(len(packed)):
         if count > most:
             break
+        taken += 1
         row = packed[t]
         for k in range(3):
             frames[0, 0, k], frames[0, 1, k], frames[0, 2, k] = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
@@ -326,7 +330,7 @@ def _classify_all(scene, cross, cross_starts, finest_voxels, most):
                 out, codes, parents = more_out, more_codes, more_parents
             out[count], codes[count], parents[count] = frames[0], result, t
             count += 1
-    return out[:count].copy(), codes[:count].copy(), parents[:count].copy()
+    return out[:count].copy(), codes[:count].copy(), parents[:count].copy(), taken
 
 
 def classify_triangles(
@@ -342,11 +346,16 @@ def classify_triangles(
     pairs = np.unique(_crossings(packed, faces, scene.offsets, scene.triangles), axis=0)
     starts = np.searchsorted(pairs[:, 0], np.arange(len(packed) + 1))
     finest, most = FINEST_VOXELS, 2 * len(packed) + MAX_PIECES
+    areas = np.linalg.norm(np.cross(packed[:, 3:6], packed[:, 6:9]), axis=1)
     while True:
-        pieces, codes, parents = _classify_all(scene, pairs, starts, finest, most)
+        pieces, codes, parents, taken = _classify_all(scene, pairs, starts, finest, most)
         if len(pieces) <= most or finest >= COARSEST_VOXELS:
             return pieces, codes, parents, finest
-        finest *= 2
+        # Seams are lines: at best half as many pieces along them at twice the voxels.
+        seams = len(pieces) * areas.sum() / areas[:taken].sum() - len(packed)
+        finest, seams = 2 * finest, seams / 2
+        while finest < COARSEST_VOXELS and seams + len(packed) > TOO_MANY * most:
+            finest, seams = 2 * finest, seams / 2
 
 
 @njit(cache=True)
