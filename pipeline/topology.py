@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from pipeline import holes
 from pipeline.exterior import REACH_VOXELS, Exterior, bin_triangles, flood, region_from
 from pipeline.schema import BLOCK, Mesh, Reject, check_resolution, spacing
+from pipeline.sight import BACK, HIDDEN, SHEET
 from pipeline.triangles import pack, segment_hits
-from pipeline.visibility import BACK, HIDDEN, SHEET, classify_triangles, visible_edges
+from pipeline.visibility import classify_triangles, visible_edges
 
 
 @dataclass(frozen=True, kw_only=True)
