@@ -22,7 +22,7 @@ from kernels.segment import asset_segments, compressed_segments, segment_forward
 from kernels.segment_backward import segment_backward
 from kernels.selection import combine_partials, selection_partials
 from kernels.selection_backward import selection_backward
-from kernels.tiles import Bounds, key_norms, lse_dtype, on_device
+from kernels.tiles import log2_keys, lse_dtype, on_device
 from kernels.top_blocks import top_blocks
 
 RANGE_BYTES = 400 << 20  # of what one range of queries needs at a time: scores, ranks, partial outputs
@@ -69,7 +69,7 @@ def ssa_forward(
     q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, ck_PGD: Tensor, cv_PGD: Tensor, gates_N3: Tensor, index: BlockIndex,
     top_k: int, shifted: bool, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """out, the three branches' outputs, their lse [3, N, H], the selection [G, N, T] and its lists."""
+    """out, the three branches' outputs, their lse [3, N, H], flags, the selection [G, N, T] and its lists."""
     with on_device(q_NHD):
         tensors = (x.contiguous() for x in (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3))
         return _forward(*tensors, index, top_k, shifted, scale)
@@ -81,20 +81,18 @@ def _forward(q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k, shifte
     top = min(top_k, index.num_blocks)
     selected_GNT = torch.empty(G, N, top, dtype=torch.int32, device=q_NHD.device)
     storage = SelectionLists.empty(index, G, top)
-    saved = (selected_GNT, storage.entries, storage.sums, storage.items)
+    flags = torch.empty(1 + index.chunk_asset.shape[0], dtype=torch.int32, device=q_NHD.device)
+    saved = (flags, selected_GNT, storage.entries, storage.sums, storage.items)
     if N == 0:
         return *(torch.empty_like(q_NHD) for _ in range(4)), lse_3NH, *saved
     dense = top_k >= index.max_blocks  # every block is selected
-    norms, cnorms, bounds = None, None, None
-    if q_NHD.dtype == torch.bfloat16:
-        bounds = Bounds(q_NHD.new_empty(N, H, dtype=torch.float32), torch.empty_like(index.chunk_asset))
-        norms, cnorms = key_norms(k_NGD, ck_PGD, bounds.flags)
-    cmp_NHD = segment_forward(q_NHD, ck_PGD, cv_PGD, compressed_segments(index), scale, lse_3NH[0], cnorms)
-    win_NHD = segment_forward(
-        q_NHD, k_NGD, v_NGD, window_segments(index, shifted), scale, lse_3NH[2], norms, bounds, index.chunk_of
-    )
+    keys, ckeys = log2_keys(k_NGD, scale, ck_PGD, flags)
+    compressed = compressed_segments(index)
+    cmp_NHD = segment_forward(q_NHD, ckeys, cv_PGD, compressed, lse_3NH[0], flags, index.chunk_of)
+    windows = window_segments(index, shifted)
+    win_NHD = segment_forward(q_NHD, keys, v_NGD, windows, lse_3NH[2], flags, index.chunk_of)
     if dense:
-        sel_NHD = segment_forward(q_NHD, k_NGD, v_NGD, asset_segments(index), scale, lse_3NH[1], norms)
+        sel_NHD = segment_forward(q_NHD, keys, v_NGD, asset_segments(index), lse_3NH[1])
         out_NHD = gated_sum_forward((cmp_NHD, sel_NHD, win_NHD), gates_N3)
         return out_NHD, cmp_NHD, sel_NHD, win_NHD, lse_3NH, *saved
     sel_NHD, out_NHD = torch.empty_like(q_NHD), torch.empty_like(q_NHD)
@@ -106,7 +104,7 @@ def _forward(q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k, shifte
         del score_GNM
         fill_lists(ranks, index, queries, G, top, lists)
         del ranks
-        part, part_lse = selection_partials(q_NHD, k_NGD, v_NGD, lists, bounds, index, queries, top, scale)
+        part, part_lse = selection_partials(q_NHD, keys, v_NGD, lists, flags, index, queries, top)
         gated = (cmp_NHD, win_NHD, gates_N3, out_NHD)
         combine_partials(part, part_lse, selected_GNT, queries, sel_NHD, lse_3NH[1], gated)
         del part, part_lse  # before the next range takes as much
@@ -115,39 +113,33 @@ def _forward(q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k, shifte
 
 def ssa_backward(
     do_NHD: Tensor, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, ck_PGD: Tensor, cv_PGD: Tensor, gates_N3: Tensor,
-    branches: tuple[Tensor, Tensor, Tensor], lse_3NH: Tensor, selected_GNT: Tensor, storage: SelectionLists,
-    index: BlockIndex, top_k: int, shifted: bool, scale: float,
+    branches: tuple[Tensor, Tensor, Tensor], lse_3NH: Tensor, flags: Tensor, selected_GNT: Tensor,
+    storage: SelectionLists, index: BlockIndex, top_k: int, shifted: bool, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, ck, cv and gates."""
     with on_device(q_NHD):
         tensors = (x.contiguous() for x in (do_NHD, q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3))
-        return _backward(*tensors, branches, lse_3NH, selected_GNT, storage, index, top_k, shifted, scale)
+        return _backward(*tensors, branches, lse_3NH, flags, selected_GNT, storage, index, top_k, shifted, scale)
 
 
 def _backward(
-    do_NHD, q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, branches, lse_3NH, selected_GNT, storage, index, top_k,
-    shifted, scale,
+    do_NHD, q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, branches, lse_3NH, flags, selected_GNT, storage, index,
+    top_k, shifted, scale,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (_, H, D), (G, _, top) = q_NHD.shape, selected_GNT.shape
-    lse_3NH, dot_3NH, dgates_N3 = gates_backward(branches, lse_3NH, gates_N3, do_NHD)
-    dq_NHD, dk_NGD, dv_NGD = segment_backward(
-        q_NHD, k_NGD, v_NGD, do_NHD, lse_3NH[2], dot_3NH[2], window_segments(index, shifted), scale
-    )
-    _, dck_PGD, dcv_PGD = segment_backward(
-        q_NHD, ck_PGD, cv_PGD, do_NHD, lse_3NH[0], dot_3NH[0], compressed_segments(index), scale, dq_NHD
-    )
+    keys, ckeys = log2_keys(k_NGD, scale, ck_PGD)
+    fold = None if keys.scaled is None else flags
+    (cmp, sel, win), dgates_N3 = gates_backward(branches, lse_3NH, gates_N3, do_NHD, fold)
+    dq_NHD, dk_NGD, dv_NGD = segment_backward(q_NHD, keys, v_NGD, win, window_segments(index, shifted))
+    _, dck_PGD, dcv_PGD = segment_backward(q_NHD, ckeys, cv_PGD, cmp, compressed_segments(index), dq_NHD)
+    del win, cmp  # before selection takes as much
     if top_k >= index.max_blocks:
-        _, dk, dv = segment_backward(
-            q_NHD, k_NGD, v_NGD, do_NHD, lse_3NH[1], dot_3NH[1], asset_segments(index), scale, dq_NHD
-        )
+        _, dk, dv = segment_backward(q_NHD, keys, v_NGD, sel, asset_segments(index), dq_NHD)
         dk_NGD, dv_NGD = dk_NGD + dk, dv_NGD + dv
     else:
         ranges = split_queries(index, H, D, top, q_NHD.element_size())
         for queries, lists in zip(ranges, storage.of(ranges, G, top), strict=True):
-            selection_backward(
-                q_NHD, k_NGD, v_NGD, do_NHD, lse_3NH[1], dot_3NH[1], selected_GNT, lists, index, queries, scale,
-                dq_NHD, dk_NGD, dv_NGD,
-            )  # fmt: skip
+            selection_backward(q_NHD, keys, v_NGD, sel, selected_GNT, lists, index, queries, dq_NHD, dk_NGD, dv_NGD)
     dtype = q_NHD.dtype
     return dq_NHD, dk_NGD.to(dtype), dv_NGD.to(dtype), dck_PGD.to(dtype), dcv_PGD.to(dtype), dgates_N3
 
@@ -156,7 +148,7 @@ def _backward(
 def _ssa(
     q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, gates: Tensor, index: list[Tensor],
     top_k: int, shifted: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return ssa_forward(q, k, v, ck, cv, gates, BlockIndex(*index), top_k, shifted, scale)
 
 
@@ -169,6 +161,7 @@ def _(q, k, v, ck, cv, gates, index, top_k, shifted, scale):
     return (
         *(q.new_empty(q.shape) for _ in range(4)),
         q.new_empty(3, N, H, dtype=lse_dtype(q)),
+        q.new_empty(1 + index.chunk_asset.shape[0], dtype=torch.int32),
         q.new_empty(G, N, top, dtype=torch.int32),
         *(q.new_empty(size, dtype=torch.int32) for size in sizes),
     )
@@ -179,10 +172,10 @@ def _ssa_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, gates: Tensor, saved: list[Tensor],
     index: list[Tensor], top_k: int, shifted: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    cmp, sel, win, lse, selected, *lists = saved
-    storage = SelectionLists(*lists)
+    cmp, sel, win, lse, flags, selected, *lists = saved
+    branches, storage, blocks = (cmp, sel, win), SelectionLists(*lists), BlockIndex(*index)
     return ssa_backward(
-        do, q, k, v, ck, cv, gates, (cmp, sel, win), lse, selected, storage, BlockIndex(*index), top_k, shifted, scale
+        do, q, k, v, ck, cv, gates, branches, lse, flags, selected, storage, blocks, top_k, shifted, scale
     )
 
 
@@ -217,9 +210,9 @@ def _eager_forward(q, k, v, ck, cv, gates, index, *options):
 
 
 def _eager_backward(_, do, saved, rest):
-    q, k, v, ck, cv, gates, cmp, sel, win, lse, selected, *lists = saved
+    q, k, v, ck, cv, gates, cmp, sel, win, lse, flags, selected, *lists = saved
     branches, storage = (cmp, sel, win), SelectionLists(*lists)
-    return ssa_backward(do, q, k, v, ck, cv, gates, branches, lse, selected, storage, *rest)
+    return ssa_backward(do, q, k, v, ck, cv, gates, branches, lse, flags, selected, storage, *rest)
 
 
 def spatial_sparse_attention(

@@ -10,13 +10,13 @@ from kernels.attention import SelectionLists, split_queries
 from kernels.block_mean import block_mean_backward, block_mean_forward
 from kernels.block_score import block_score
 from kernels.blocks import BlockIndex
-from kernels.gates import gated_sum_forward, gates_backward
+from kernels.gates import Rows, gated_sum_forward, gates_backward
 from kernels.lists import fill_lists, selected_ranks
 from kernels.segment import Segments, compressed_segments, segment_forward, window_segments
 from kernels.segment_backward import segment_backward
 from kernels.selection import combine_partials, selection_partials
 from kernels.selection_backward import selection_backward
-from kernels.tiles import BOUND_LIMIT, LOG2E, Bounds, key_norms, lse_dtype, on_device
+from kernels.tiles import BOUND_LIMIT, Keys, log2_keys, lse_dtype, on_device
 from kernels.top_blocks import top_blocks
 
 
@@ -35,7 +35,7 @@ def _segment_forward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
     with on_device(q):
-        return segment_forward(q, k, v, _segments(kind, index), scale, lse), lse
+        return segment_forward(q, log2_keys(k, scale)[0], v, _segments(kind, index), lse), lse
 
 
 @_segment.register_fake
@@ -55,9 +55,8 @@ def _segment_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
     dot = (o.to(lse.dtype) * do.to(lse.dtype)).sum(2)
-    segments = _segments(kind, index)
     with on_device(q):
-        dq, dk, dv = segment_backward(q, k, v, do, lse, dot, segments, scale)
+        dq, dk, dv = segment_backward(q, Keys(k, scale), v, Rows(do, lse, dot), _segments(kind, index))
     return dq, dk.to(q.dtype), dv.to(q.dtype)
 
 
@@ -149,7 +148,7 @@ def _select(q: Tensor, ck: Tensor, index: list[Tensor], top_k: int, scale: float
     lse = q.new_empty(N, H, dtype=lse_dtype(q))
     selected = torch.empty(G, N, min(top_k, blocks.num_blocks), dtype=torch.int32, device=q.device)
     with on_device(q):
-        segment_forward(q, ck, ck, compressed_segments(blocks), scale, lse)
+        segment_forward(q, log2_keys(ck, scale)[0], ck, compressed_segments(blocks), lse)
         for queries in split_queries(blocks, H, D, selected.shape[2], q.element_size()):
             score = block_score(q, ck, lse, blocks, scale, queries.first, queries.last)
             top_blocks(score, blocks, selected, queries.first)
@@ -186,13 +185,14 @@ def select_blocks(
     return _select(q_NHD.detach(), ck_PGD.detach(), index.tensors(), top_k, scale)
 
 
-def _bounds(q: Tensor, k: Tensor, index: BlockIndex, scale: float) -> Bounds:
-    """Of every row against all keys; within the whole of SSA the window's forward keeps them."""
-    largest_G = key_norms(k)[0].amax(1) * (scale * LOG2E)
-    group = q.shape[1] // len(largest_G)
-    rows = torch.linalg.vector_norm(q, dim=2, dtype=torch.float32) * largest_G.repeat_interleave(group)
-    over = (rows.amax(1) > BOUND_LIMIT.value).int()
-    return Bounds(rows, torch.zeros_like(index.chunk_asset).scatter_reduce_(0, index.chunk_of.long(), over, "amax"))
+def _flags(q: Tensor, norms: Tensor | None, index: BlockIndex) -> Tensor:
+    """Those of `segment_forward`, which finds them within the whole of SSA."""
+    flags = torch.zeros(1 + len(index.chunk_asset), dtype=torch.int32, device=q.device)
+    if norms is not None:
+        largest_H = norms.amax(1).repeat_interleave(q.shape[1] // len(norms))
+        far = torch.linalg.vector_norm(q, dim=2, dtype=torch.float32) * largest_H > BOUND_LIMIT.value
+        flags.scatter_reduce_(0, 1 + index.chunk_of.long(), far.any(1).int(), "amax")
+    return flags
 
 
 @torch.library.custom_op("sparse3d::selection_attention", mutates_args=())
@@ -200,16 +200,16 @@ def _selection(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, index: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v, selected = (x.contiguous() for x in (q, k, v, selected))
-    blocks = BlockIndex(*index)
-    (_, H, D), (G, _, top_k) = q.shape, selected.shape
+    (_, H, D), (G, _, top_k), blocks = q.shape, selected.shape, BlockIndex(*index)
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
     storage = SelectionLists.empty(blocks, G, top_k)
     ranges = split_queries(blocks, H, D, top_k, q.element_size())
     with on_device(q):
-        bounds = _bounds(q, k, blocks, scale) if q.dtype == torch.bfloat16 and len(q) else None
+        keys, _ = log2_keys(k, scale)
+        flags = _flags(q, keys.norms, blocks)
         for queries, lists in zip(ranges, storage.of(ranges, G, top_k), strict=True):
             fill_lists(selected_ranks(selected, blocks, queries), blocks, queries, G, top_k, lists)
-            part, part_lse = selection_partials(q, k, v, lists, bounds, blocks, queries, top_k, scale)
+            part, part_lse = selection_partials(q, keys, v, lists, flags, blocks, queries, top_k)
             combine_partials(part, part_lse, selected, queries, o, lse)
     return o, lse, storage.entries, storage.sums, storage.items
 
@@ -231,13 +231,13 @@ def _selection_grad(
     o, lse, *lists = saved
     blocks, storage = BlockIndex(*index), SelectionLists(*lists)
     (_, H, D), (G, _, top_k) = q.shape, selected.shape
-    dot = (o.to(lse.dtype) * do.to(lse.dtype)).sum(2)
-    dq = torch.zeros_like(q)
+    dq, dot = torch.zeros_like(q), (o.to(lse.dtype) * do.to(lse.dtype)).sum(2)
     dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
+    keys, rows = Keys(k, scale), Rows(do, lse, dot)
     ranges = split_queries(blocks, H, D, top_k, q.element_size())
     with on_device(q):
         for queries, part in zip(ranges, storage.of(ranges, G, top_k), strict=True):
-            selection_backward(q, k, v, do, lse, dot, selected, part, blocks, queries, scale, dq, dk, dv)
+            selection_backward(q, keys, v, rows, selected, part, blocks, queries, dq, dk, dv)
     return (dq, dk, dv) if q.dtype == torch.float32 else (dq, dk.to(q.dtype), dv.to(q.dtype))
 
 
@@ -320,7 +320,7 @@ def _gated_grad(do: Tensor, a: Tensor, b: Tensor, c: Tensor, gates: Tensor) -> t
     do, a, b, c, gates = (x.contiguous() for x in (do, a, b, c, gates))
     lse = do.new_zeros(3, *do.shape[:2], dtype=torch.float32)
     with on_device(do):
-        _, _, dgates = gates_backward((a, b, c), lse, gates, do)
+        _, dgates = gates_backward((a, b, c), lse, gates, do)
     open_N3 = gates.float().sigmoid()
     return *((do * open_N3[:, i, None, None]).to(do.dtype) for i in range(3)), dgates
 

@@ -14,9 +14,8 @@ from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import (
     BOUND_LIMIT,
     LOG2E,
-    Bounds,
+    Keys,
     attend_run,
-    key_norms,
     load_rows,
     log_sum,
     queries_per_tile,
@@ -74,8 +73,8 @@ def window_segments(index: BlockIndex, shifted: bool) -> Segments:
 
 @triton.jit(do_not_specialize=["N", "norms"])
 def _segment_fwd(
-    q_ptr, k_ptr, v_ptr, norm_ptr, order_ptr, segment_ptr, starts_ptr, o_ptr, lse_ptr, row_bound_ptr,
-    flag_ptr, chunk_ptr, N, scale2, norms,
+    q_ptr, k_ptr, scaled_ptr, v_ptr, norm_ptr, order_ptr, segment_ptr, starts_ptr, o_ptr, lse_ptr, flag_ptr, chunk_ptr,
+    N, scale2, norms,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     NORMS: tl.constexpr, ORDERED: tl.constexpr, BOUNDED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -86,65 +85,59 @@ def _segment_fwd(
     row = tl.load(order_ptr + n, ok, other=0) if ORDERED else n
     q = load_rows(q_ptr, row, ok, g, G, GS, D, BQ)
     segment_of = tl.load(segment_ptr + n, ok, other=-1)
-    segment_of = tl.reshape(tl.broadcast_to(segment_of[:, None], [BQ, GS]), [R])
     bounded = False
     m = tl.full([R], -1e30, lse_ptr.dtype.element_ty)
     if BOUNDED:
-        bound = row_bound(q, norm_ptr, g, norms, scale2, NORMS)
+        bound = row_bound(q, norm_ptr, g, norms, NORMS)
         bounded = tl.max(bound, 0) <= BOUND_LIMIT
-        m = tl.where(bounded, bound, m)
-        if KEEP:
-            store_heads(row_bound_ptr, bound, row, ok, g, G, GS, BQ)
-            if not bounded:
-                largest = tl.max(tl.reshape(bound, [BQ, GS]), 1)
-                tl.store(flag_ptr + tl.load(chunk_ptr + row, ok, other=0), 1, ok & (largest > BOUND_LIMIT))
-    l8, acc = tl.zeros([R, 8], tl.float32), tl.zeros([R, D], tl.float32)
+        m = tl.where(bounded, 0.0, m)
+        if KEEP and not bounded:
+            largest = tl.max(tl.reshape(bound, [BQ, GS]), 1)
+            far = ok & (largest > BOUND_LIMIT)
+            tl.store(flag_ptr + row * 0, 1, far)
+            tl.store(flag_ptr + 1 + tl.load(chunk_ptr + row, ok, other=0), 1, far)
     last = tl.load(segment_ptr + tl.minimum(first + BQ, N) - 1)
     for segment in range(tl.load(segment_ptr + first), last + 1):  # mostly one
         start, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
-        m, l8, acc = attend_run(
-            q, m, l8, acc, k_ptr, v_ptr, order_ptr, start, end, segment_of == segment, bounded, g, scale2,
-            G, D, BK, ORDERED,
-        )  # fmt: skip
-    l = tl.sum(l8, 1)
-    l = tl.where(l > 0, l, 1.0)  # rows past the end
-    store_rows(o_ptr, acc / l.to(lse_ptr.dtype.element_ty)[:, None], row, ok, g, G, GS, D, BQ)
-    store_heads(lse_ptr, log_sum(m, l, lse_ptr), row, ok, g, G, GS, BQ)
+        l8, acc = tl.zeros([R, 8], tl.float32), tl.zeros([R, D], tl.float32)
+        m_run, l8, acc = attend_run(
+            q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, order_ptr, start, end, bounded, g, scale2, G, D, BK, ORDERED
+        )
+        l = tl.sum(l8, 1)
+        mine = segment_of == segment  # what other rows hold is not stored
+        store_rows(o_ptr, acc / l.to(lse_ptr.dtype.element_ty)[:, None], row, mine, g, G, GS, D, BQ)
+        store_heads(lse_ptr, log_sum(m_run, l, lse_ptr), row, mine, g, G, GS, BQ)
 
 
 def segment_forward(
     q_NHD: Tensor,
-    k_MGD: Tensor,
+    keys: Keys,
     v_MGD: Tensor,
     segments: Segments,
-    scale: float,
     lse_NH: Tensor,
-    norms: Tensor | None = None,
-    bounds: Bounds | None = None,
+    flags: Tensor | None = None,
     chunk_of: Tensor | None = None,
 ) -> Tensor:
     """Output [N, H, D]; writes log2 of the softmax denominators into lse, [N, H]. Contiguous, checked inputs.
 
-    `norms` = `key_norms` of k, where they are known already: bf16 rows whose scores are provably moderate skip the
-    running maximum. `bounds` receives the rows' bounds and the flags of their chunks, `chunk_of` [N].
+    bf16 rows whose scores are provably moderate skip the running maximum. Where there are others, flags[0] becomes 1,
+    and flags[1 + c] of their chunks c (`chunk_of`, [N]); int32 [1 + chunks].
     """
-    (N, H, D), G = q_NHD.shape, k_MGD.shape[1]
+    (N, H, D), G = q_NHD.shape, keys.k.shape[1]
     o_NHD = torch.empty_like(q_NHD)
     if N == 0:
         return o_NHD
-    bounded = q_NHD.dtype == torch.bfloat16
     wide = q_NHD.dtype == torch.float32 or D == 128
     BQ = queries_per_tile(64 if wide else 128, H // G)
-    if bounded and norms is None:
-        norms, _ = key_norms(k_MGD)
-    num_norms = norms.shape[1] if bounded and norms is not None else 0
-    kept = (bounds.rows, bounds.flags, chunk_of) if bounds else (lse_NH, segments.order, segments.order)
+    num_norms = 0 if keys.norms is None else keys.norms.shape[1]
+    kept = (segments.order, segments.order) if flags is None else (flags, chunk_of)
     # Four programs share a multiprocessor instead of two: measured 12% faster at D = 32.
     options = {"maxnreg": 128} if D <= 32 and not wide else {}
     _segment_fwd[(cdiv(N, BQ), G)](
-        q_NHD, k_MGD, v_MGD, norms if bounded else lse_NH, segments.order, segments.query_segment, segments.key_starts,
-        o_NHD, lse_NH, *kept, N, scale * LOG2E, num_norms, G, H // G, D, BQ, BK=32 if D <= 32 or wide else 64,
-        NORMS=next_power_of_2(max(1, num_norms)), ORDERED=segments.ordered, BOUNDED=bounded,
-        KEEP=bounds is not None, num_warps=4, num_stages=3 if D <= 32 else 2, **options,
+        q_NHD, keys.k, keys.k if keys.scaled is None else keys.scaled, v_MGD,
+        lse_NH if keys.norms is None else keys.norms, segments.order, segments.query_segment, segments.key_starts,
+        o_NHD, lse_NH, *kept, N, keys.scale * LOG2E, num_norms, G, H // G, D, BQ, BK=32 if D <= 32 or wide else 64,
+        NORMS=next_power_of_2(max(1, num_norms)), ORDERED=segments.ordered, BOUNDED=keys.norms is not None,
+        KEEP=flags is not None and keys.norms is not None, num_warps=4, num_stages=3 if D <= 32 else 2, **options,
     )  # fmt: skip
     return o_NHD

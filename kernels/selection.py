@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.blocks import BlockIndex
 from kernels.lists import ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
 from kernels.sizes import cdiv
-from kernels.tiles import LOG2E, Bounds, attend_run, log_sum, long_offsets, lse_dtype, queries_per_tile
+from kernels.tiles import LOG2E, Keys, attend_run, log_sum, long_offsets, lse_dtype, queries_per_tile
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _store_partial(part_ptr, lse_ptr, m, l8, acc, x, ok, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_token", "top_k", "shift"])
 def _selection_fwd(
-    q_ptr, k_ptr, v_ptr, bound_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr, lse_ptr,
+    q_ptr, k_ptr, scaled_ptr, v_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr, lse_ptr,
     first_token, top_k, shift, scale2,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BOUNDED: tl.constexpr,
     LONG: tl.constexpr, FIELDS: tl.constexpr,
@@ -38,8 +38,7 @@ def _selection_fwd(
         start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
         bounded = False
         if BOUNDED:
-            bounded = tl.load(flag_ptr + tl.load(item_ptr + 5)) == 0
-        inside = tl.full([R], 1, tl.int1)
+            bounded = tl.load(flag_ptr + 1 + tl.load(item_ptr + 5)) == 0
         for e in range(first, last, BQ * tl.num_programs(1)):
             # Addresses by row, not by token and head: a reshape of a tile would go through shared memory.
             slot = e + r // GS
@@ -55,15 +54,15 @@ def _selection_fwd(
             q = tl.load(q_ptr + row[:, None] * D + d[None, :], ok[:, None], other=0.0)
             l8, acc = tl.zeros([R, 8], tl.float32), tl.zeros([R, D], tl.float32)
             if bounded:
-                m = tl.load(bound_ptr + row, ok, other=0.0).to(lse_ptr.dtype.element_ty)
+                m = tl.zeros([R], lse_ptr.dtype.element_ty)
                 m, l8, acc = attend_run(
-                    q, m, l8, acc, k_ptr, v_ptr, k_ptr, start, end, inside, True, g, scale2, G, D, BK, False
+                    q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, k_ptr, start, end, True, g, scale2, G, D, BK, False
                 )
                 _store_partial(part_ptr, lse_ptr, m, l8, acc, x, ok, D)
             else:
                 m = tl.full([R], -1e30, lse_ptr.dtype.element_ty)
                 m, l8, acc = attend_run(
-                    q, m, l8, acc, k_ptr, v_ptr, k_ptr, start, end, inside, False, g, scale2, G, D, BK, False
+                    q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, k_ptr, start, end, False, g, scale2, G, D, BK, False
                 )
                 _store_partial(part_ptr, lse_ptr, m, l8, acc, x, ok, D)
 
@@ -107,15 +106,15 @@ def _selection_combine(
 
 
 def selection_partials(
-    q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, lists: Lists, bounds: Bounds | None, index: BlockIndex,
-    queries: QueryRange, top_k: int, scale: float,
+    q_NHD: Tensor, keys: Keys, v_NGD: Tensor, lists: Lists, flags: Tensor, index: BlockIndex,
+    queries: QueryRange, top_k: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One softmax per (query, rank): outputs [n, T, H, D] and log2 denominators [n, T, H].
 
-    Ranks that a query lacks are not written. `bounds` of the queries' scores let those of unflagged chunks skip the
+    Ranks that a query lacks are not written. In bf16, queries of chunks without a flag (see `segment_forward`) skip the
     running maximum.
     """
-    (_, H, D), G = q_NHD.shape, k_NGD.shape[1]
+    (_, H, D), G = q_NHD.shape, keys.k.shape[1]
     tokens = queries.last - queries.first
     part = q_NHD.new_empty(tokens, top_k, H, D)
     part_lse = q_NHD.new_empty(tokens, top_k, H, dtype=lse_dtype(q_NHD))
@@ -123,10 +122,10 @@ def selection_partials(
     BQ = queries_per_tile(32 if D == 128 else 64 if wide else 128, H // G)
     options = {"maxnreg": 168} if D <= 32 and not wide else {}  # three programs a multiprocessor
     _selection_fwd[(lists.capacity, spread(lists, BQ))](
-        q_NHD, k_NGD, v_NGD, bounds.rows if bounds else part_lse, bounds.flags if bounds else lists.items,
-        lists.entries, lists.items, lists.total, index.block_starts, part, part_lse, queries.first, top_k,
-        entry_shift(top_k), scale * LOG2E, G, H // G, D, BQ, BK=32, BOUNDED=bounds is not None,
-        LONG=long_offsets(q_NHD, part), FIELDS=ITEM_FIELDS, num_warps=4, num_stages=3 if D <= 32 else 2, **options,
+        q_NHD, keys.k, keys.k if keys.scaled is None else keys.scaled, v_NGD, flags, lists.entries, lists.items,
+        lists.total, index.block_starts, part, part_lse, queries.first, top_k, entry_shift(top_k), keys.scale * LOG2E,
+        G, H // G, D, BQ, BK=32, BOUNDED=keys.scaled is not None, LONG=long_offsets(q_NHD, part), FIELDS=ITEM_FIELDS,
+        num_warps=4, num_stages=3 if D <= 32 else 2, **options,
     )  # fmt: skip
     return part, part_lse
 

@@ -12,17 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.blocks import BlockIndex
+from kernels.gates import Rows
 from kernels.lists import ITEM, ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
+from kernels.segment_backward import other_form, queries_run
 from kernels.sizes import cdiv
-from kernels.tiles import LOG2E, add_dot, load_keys, long_offsets, products, queries_per_tile
+from kernels.tiles import Keys, add_dot, load_keys, long_offsets, products, queries_per_tile, score_gradients
 
 
 @triton.jit
 def _load_entries(
     q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, top_k, shift, g,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, FULL: tl.constexpr, LONG: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """q, do [R, D], lse, dot [R] of entries e .. e + BQ, which rows exist, and their rows of partial results."""
+    """q, do [R, D], lse (FOLDED: dot again), dot [R] of entries e .. e + BQ, which rows exist, and their rows of
+    partial results."""
     r, d = tl.arange(0, BQ * GS), tl.arange(0, D)
     slot = e + r // GS
     ok = slot < last
@@ -36,19 +40,22 @@ def _load_entries(
     row, to = n * (G * GS) + h, to * (G * GS) + h
     x = row[:, None] * D + d[None, :]
     if FULL:  # masks cost a third of the keys' loop
-        q, do, lse, dot = tl.load(q_ptr + x), tl.load(do_ptr + x), tl.load(lse_ptr + row), tl.load(dot_ptr + row)
+        q, do, dot = tl.load(q_ptr + x), tl.load(do_ptr + x), tl.load(dot_ptr + row)
     else:
         q, do = tl.load(q_ptr + x, ok[:, None], other=0.0), tl.load(do_ptr + x, ok[:, None], other=0.0)
-        lse, dot = tl.load(lse_ptr + row, ok, other=float("inf")), tl.load(dot_ptr + row, ok, other=0.0)
+        dot = tl.load(dot_ptr + row, ok, other=0.0)
+    lse = dot
+    if not FOLDED:
+        lse = tl.load(lse_ptr + row) if FULL else tl.load(lse_ptr + row, ok, other=float("inf"))
     return q, do, lse, dot, ok, to
 
 
 @triton.jit
-def _keys_step(k, v, dk, dv, q, do, lse, dot, scale2):
-    p = tl.exp2(products(k, q) * scale2 - lse[None, :])
+def _keys_step(k, v, dk, dv, q, do, lse, dot, scale2, FOLDED: tl.constexpr):
+    p = tl.exp2(products(k, q)) if FOLDED else tl.exp2(products(k, q) * scale2 - lse[None, :])
     dv = add_dot(p.to(q.dtype), do, dv)
-    ds = p * (products(v, do) - dot[None, :])
-    return add_dot(ds.to(q.dtype), q, dk), dv
+    ds = score_gradients(p, products(v, do) - dot[None, :], q)
+    return add_dot(ds, q, dk), dv
 
 
 @triton.jit
@@ -56,7 +63,7 @@ def _tile_dkdv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift, first, last, t, end,
     to, g, scale, scale2,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
-    LONG: tl.constexpr,
+    LONG: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys t .. t + BK of a block that ends at `end`, from entries first .. last, to rows to .. ."""
     c, d = tl.arange(0, BK), tl.arange(0, D)
@@ -68,14 +75,16 @@ def _tile_dkdv(
     full = first + (last - first) // BQ * BQ if FAST else last
     for e in range(first, full, BQ):
         q, do, lse, dot, _, _ = _load_entries(
-            q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, 0, shift, g, G, GS, D, BQ, FAST, LONG
-        )
-        dk, dv = _keys_step(k, v, dk, dv, q, do, lse, dot, scale2)
+            q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, 0, shift, g, G, GS, D, BQ, FAST, LONG,
+            FOLDED,
+        )  # fmt: skip
+        dk, dv = _keys_step(k, v, dk, dv, q, do, lse, dot, scale2, FOLDED)
     if full < last:
         q, do, lse, dot, _, _ = _load_entries(
-            q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, full, last, first_token, 0, shift, g, G, GS, D, BQ, False, LONG
-        )
-        dk, dv = _keys_step(k, v, dk, dv, q, do, lse, dot, scale2)
+            q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, full, last, first_token, 0, shift, g, G, GS, D, BQ, False, LONG,
+            FOLDED,
+        )  # fmt: skip
+        dk, dv = _keys_step(k, v, dk, dv, q, do, lse, dot, scale2, FOLDED)
     x = (to + c)[:, None] * D + d[None, :]
     inside = (t + c < end)[:, None]
     tl.store(dk_ptr + x, dk * scale, inside)
@@ -84,11 +93,13 @@ def _tile_dkdv(
 
 @triton.jit(do_not_specialize=["first_token", "shift"])
 def _selection_dkdv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, dk_ptr, dv_ptr,
-    first_token, shift, scale, scale2,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, dk_ptr,
+    dv_ptr, first_token, shift, scale, scale2,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
-    LONG: tl.constexpr, FIELDS: tl.constexpr,
+    LONG: tl.constexpr, FIELDS: tl.constexpr, FLAGGED: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
+    if other_form(flag_ptr, FLAGGED, FOLDED):
+        return
     item = tl.program_id(0)
     if item < tl.load(total_ptr):
         item_ptr += item * FIELDS
@@ -104,52 +115,40 @@ def _selection_dkdv(
         for t in range(mine, wide_end, BK * tl.num_programs(1)):
             _tile_dkdv(
                 q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift, first,
-                last, t, end, to + t - start, g, scale, scale2, G, GS, D, BQ, BK, FAST, LONG,
+                last, t, end, to + t - start, g, scale, scale2, G, GS, D, BQ, BK, FAST, LONG, FOLDED,
             )  # fmt: skip
         if FAST:  # noqa: SIM102 (decides what is compiled)
             if (wide_end < end) & ((wide_end - mine) % (BK * tl.num_programs(1)) == 0):
                 _tile_dkdv(
-                    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift,
-                    first, last, wide_end, end, to + wide_end - start, g, scale, scale2, G, GS, D, BQ, BK // 2, FAST,
-                    LONG,
+                    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift, first,
+                    last, wide_end, end, to + wide_end - start, g, scale, scale2, G, GS, D, BQ, BK // 2, FAST, LONG,
+                    FOLDED,
                 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_token", "top_k", "shift"])
 def _selection_dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr,
-    first_token, top_k, shift, scale, scale2,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr,
+    first_token, top_k, shift, dq_scale, scale2,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, LONG: tl.constexpr,
-    FIELDS: tl.constexpr,
+    FIELDS: tl.constexpr, FLAGGED: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    item, c, d = tl.program_id(0), tl.arange(0, BK), tl.arange(0, D)
+    if other_form(flag_ptr, FLAGGED, FOLDED):
+        return
+    item, d = tl.program_id(0), tl.arange(0, D)
     if item < tl.load(total_ptr):
         item_ptr += item * FIELDS
         block, g = tl.load(item_ptr), tl.load(item_ptr + 1)
         first, last = tl.load(item_ptr + 2) + tl.program_id(1) * BQ, tl.load(item_ptr + 3)
         start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
-        full = start + (end - start) // BK * BK
         for e in range(first, last, BQ * tl.num_programs(1)):
             q, do, lse, dot, ok, to = _load_entries(  # pyright: ignore[reportGeneralTypeIssues]
                 q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, top_k, shift, g, G, GS, D, BQ, False,
-                LONG,
+                LONG, FOLDED,
             )  # fmt: skip
-            acc = tl.zeros([BQ * GS, D], lse_ptr.dtype.element_ty)
-            for t in range(start, full, BK):
-                k = load_keys(k_ptr, k_ptr, t + c, end, g, G, D, False, True)
-                v = load_keys(v_ptr, v_ptr, t + c, end, g, G, D, False, True)
-                p = tl.exp2(products(q, k) * scale2 - lse[:, None])
-                ds = p * (products(do, v) - dot[:, None])
-                acc = add_dot(ds.to(k.dtype), k, acc)
-            if full < end:
-                k = load_keys(k_ptr, k_ptr, full + c, end, g, G, D, False, False)
-                v = load_keys(v_ptr, v_ptr, full + c, end, g, G, D, False, False)
-                p = tl.exp2(products(q, k) * scale2 - lse[:, None])
-                p = tl.where((full + c < end)[None, :], p, 0.0)  # a padded key's exponent may overflow
-                ds = p * (products(do, v) - dot[:, None])
-                acc = add_dot(ds.to(k.dtype), k, acc)
+            acc = queries_run(q, do, lse, dot, k_ptr, v_ptr, k_ptr, start, end, g, scale2, G, D, BK, False, FOLDED)
             x = to[:, None] * D + d[None, :]
-            tl.store(part_ptr + x, (acc * scale).to(part_ptr.dtype.element_ty), ok[:, None])
+            tl.store(part_ptr + x, (acc * dq_scale).to(part_ptr.dtype.element_ty), ok[:, None])
 
 
 @triton.jit(do_not_specialize=["first_token", "rows", "stride", "top_k"])
@@ -201,23 +200,26 @@ def _reduce_dkdv(
 
 
 def selection_backward(
-    q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, do_NHD: Tensor, lse_NH: Tensor, dot_NH: Tensor, selected_GNT: Tensor,
-    lists: Lists, index: BlockIndex, queries: QueryRange, scale: float, dq_NHD: Tensor, dk_NGD: Tensor, dv_NGD: Tensor,
+    q_NHD: Tensor, keys: Keys, v_NGD: Tensor, rows: Rows, selected_GNT: Tensor, lists: Lists, index: BlockIndex,
+    queries: QueryRange, dq_NHD: Tensor, dk_NGD: Tensor, dv_NGD: Tensor,
 ) -> None:  # fmt: skip
-    """Adds one range's gradients to dq (q's dtype), dk and dv (fp32). lse and dot as in `segment_backward`."""
+    """Adds one range's gradients to dq (q's dtype), dk and dv (fp32)."""
     (N, H, D), (G, _, top_k) = q_NHD.shape, selected_GNT.shape
     tokens = queries.last - queries.first
     part_nTHD = q_NHD.new_empty(tokens, top_k, H, D)
     wide = q_NHD.dtype == torch.float32 or D == 128
     small = D <= 32 and not wide
-    inputs = (q_NHD, k_NGD, v_NGD, do_NHD, lse_NH, dot_NH, lists.entries, lists.items, lists.total, index.block_starts)
-    common = {"LONG": long_offsets(q_NHD, part_nTHD), "FIELDS": ITEM_FIELDS, "num_warps": 4}
-    shift, scale2, group = entry_shift(top_k), scale * LOG2E, H // G
+    flag = lists.total if rows.flag is None else rows.flag
+    common = {"LONG": long_offsets(q_NHD, part_nTHD), "FIELDS": ITEM_FIELDS, "FLAGGED": rows.flag is not None}
+    shift, group = entry_shift(top_k), H // G
     BQ = queries_per_tile(32 if wide else 64, group)
-    _selection_dq[(lists.capacity, spread(lists, BQ))](
-        *inputs, part_nTHD, queries.first, top_k, shift, scale, scale2, G, group, D, BQ, BK=32,
-        num_stages=3 if D <= 32 else 2 if D == 64 else 1, **common,
-    )  # fmt: skip
+    for folded, do_NHD in rows.forms():
+        k_NGD, scale2, dq_scale = keys.of(folded)
+        _selection_dq[(lists.capacity, spread(lists, BQ))](
+            q_NHD, k_NGD, v_NGD, do_NHD, rows.lse, rows.dot, flag, lists.entries, lists.items, lists.total,
+            index.block_starts, part_nTHD, queries.first, top_k, shift, dq_scale, scale2, G, group, D, BQ, BK=32,
+            num_warps=4, num_stages=3 if D <= 32 else 2 if D == 64 else 1, FOLDED=folded, **common,
+        )  # fmt: skip
     R = max(1, 2048 // D)
     _combine_dq[(cdiv(tokens * H, R),)](
         part_nTHD, selected_GNT, dq_NHD, queries.first, tokens * H, N, top_k, H, group, D, R, num_warps=4
@@ -230,10 +232,14 @@ def selection_backward(
     BK = 32 if wide else 128 if small else 64
     tiles = cdiv(index.max_block_tokens, BK) if spread(lists, 1) > 1 else 1
     options = {"maxnreg": 168} if small else {}  # three programs a multiprocessor
-    _selection_dkdv[(lists.capacity, tiles)](
-        *inputs, part_dk, part_dv, queries.first, shift, scale, scale2, G, group, D, queries_per_tile(32, group), BK,
-        FAST=not wide, num_stages=2 if not wide else 1, **common, **options,
-    )  # fmt: skip
+    for folded, do_NHD in rows.forms():
+        k_NGD, scale2, _ = keys.of(folded)
+        _selection_dkdv[(lists.capacity, tiles)](
+            q_NHD, k_NGD, v_NGD, do_NHD, rows.lse, rows.dot, flag, lists.entries, lists.items, lists.total,
+            index.block_starts, part_dk, part_dv, queries.first, shift, keys.scale, scale2, G, group, D,
+            queries_per_tile(32, group), BK, FAST=not wide, num_warps=4, num_stages=2 if not wide else 1,
+            FOLDED=folded, **common, **options,
+        )  # fmt: skip
     BK = 32
     _reduce_dkdv[(index.num_blocks, G, cdiv(index.max_block_tokens, BK))](
         part_dk, part_dv, lists.sums, index.block_starts, index.block_asset, index.asset_blocks, index.chunk_asset,

@@ -14,9 +14,9 @@ from kernels.sizes import cdiv
 
 LOG2E = 1.4426950408889634
 LONG_OFFSETS = (1 << 31) - 1
-BOUND_LIMIT = tl.constexpr(
-    50.0
-)  # log2; a row's scores then lie within 100 of its bound, inside fp32's and bf16's range
+LN2 = 0.6931471805599453
+FOLDED_DTYPES = {torch.bfloat16}  # as many exponents as fp32, unlike fp16; fp32 is computed in fp64
+BOUND_LIMIT = tl.constexpr(50.0)  # log2; fp32 and bf16 hold the powers of such scores, their sums and the inverses
 
 
 @triton.jit
@@ -59,6 +59,19 @@ def products(a, b):
 
 
 @triton.jit
+def score_gradients(p, dp, q):
+    """p dp in q's type; of bf16 the rounded factors, which is two products an instruction and little more error."""
+    if q.dtype == tl.bfloat16:
+        ds = tl.inline_asm_elementwise(
+            "{.reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero;}",  # sm_80 has no product
+            "=r,r,r", [p.to(tl.bfloat16), dp.to(tl.bfloat16)], tl.bfloat16, True, 2,
+        )  # fmt: skip
+    else:
+        ds = (p * dp).to(q.dtype)
+    return ds
+
+
+@triton.jit
 def add_dot(a, b, acc):
     """acc + a b. acc is fp32, but fp64 of fp32: long sums then round no more than a short one."""
     if a.dtype == tl.float32:
@@ -87,40 +100,40 @@ def load_keys(k_ptr, order_ptr, m, end, g, G: tl.constexpr, D: tl.constexpr, ORD
 
 
 @triton.jit
-def row_bound(q, norm_ptr, g, norms, scale2, NORMS: tl.constexpr):
-    """|q| max|k| scale: no score of the row exceeds it. [R] in log2 units."""
+def row_bound(q, norm_ptr, g, norms, NORMS: tl.constexpr):
+    """|q| max|k|: no score of the row exceeds it. [R] in the units of the keys that the norms are of."""
     c = tl.arange(0, NORMS)
     largest = tl.max(tl.load(norm_ptr + g * norms + c, c < norms, other=0.0), 0)
     q = q.to(tl.float32)
-    return tl.sqrt(tl.sum(q * q, 1)) * scale2 * largest
+    return tl.sqrt(tl.sum(q * q, 1)) * largest
 
 
 @triton.jit
 def attend_run(
-    q, m, l8, acc, k_ptr, v_ptr, order_ptr, start, end, inside, bounded, g, scale2,
+    q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, order_ptr, start, end, bounded, g, scale2,
     G: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys start..end into (m, l8, acc) of the rows that lie inside.
+    """Folds keys start..end into (m, l8, acc).
 
-    bounded: m is a bound that no score exceeds and stays; else m is the running maximum. l8 [R, 8] holds the
-    denominator in eight parts, so that the loop never reduces across threads.
+    bounded: m is 0, no score exceeds BOUND_LIMIT and the keys are taken from scaled_ptr (`Keys.scaled`); else m is the
+    running maximum. Rows whose keys these are not hold anything afterwards. l8 [R, 8] holds the denominator in eight
+    parts, so that the loop never reduces across threads.
     """
     R: tl.constexpr = q.shape[0]
     c = tl.arange(0, BK)
     if bounded:
-        m_inside = tl.where(inside, m, float("inf"))
         full = start + (end - start) // BK * BK
         for first in range(start, full, BK):
-            k = load_keys(k_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
+            k = load_keys(scaled_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
             v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
-            p = tl.exp2(products(q, k) * scale2 - m_inside[:, None]).to(tl.float32)
+            p = tl.exp2(products(q, k)).to(tl.float32)
             l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         if full < end:
             ok = full + c < end
-            k = load_keys(k_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
+            k = load_keys(scaled_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
             v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
-            p = tl.exp2(products(q, k) * scale2 - m_inside[:, None]).to(tl.float32)
+            p = tl.exp2(products(q, k)).to(tl.float32)
             p = tl.where(ok[None, :], p, 0.0)
             l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -130,7 +143,7 @@ def attend_run(
             k = load_keys(k_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False)
             v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False)
             s = products(q, k) * scale2
-            s = tl.where(inside[:, None] & ok[None, :], s, -float("inf"))
+            s = tl.where(ok[None, :], s, -float("inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             p = tl.exp2(s - m_new[:, None]).to(tl.float32)
             decay = tl.exp2(m - m_new).to(tl.float32)
@@ -141,54 +154,69 @@ def attend_run(
 
 
 @triton.jit
-def _slice_norm(k_ptr, norm_ptr, M, c, slices, g, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
+def _slice_keys(k_ptr, to_ptr, norm_ptr, M, c, slices, g, scale2, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
     step = tl.cdiv(tl.cdiv(M, slices), BM) * BM
     largest = tl.zeros([BM], tl.float32)
     for first in range(c * step, tl.minimum(c * step + step, M), BM):
         m = first + tl.arange(0, BM)
-        k = load_keys(k_ptr, k_ptr, m, M, g, G, D, False, False).to(tl.float32)
+        k = load_keys(k_ptr, k_ptr, m, M, g, G, D, False, False).to(tl.float32) * scale2
+        k = k.to(to_ptr.dtype.element_ty)
+        tl.store(to_ptr + (m.to(tl.int64) * (G * D) + g * D)[:, None] + tl.arange(0, D)[None, :], k, (m < M)[:, None])
+        k = k.to(tl.float32)
         largest = tl.maximum(largest, tl.sqrt(tl.sum(k * k, 1)))
     # 1.001 covers the rounding of the sums. Finite, so that the bound of a zero query is 0 and not NaN.
     tl.store(norm_ptr + g * slices + c, tl.minimum(tl.max(largest, 0) * 1.001, 3e38))
 
 
-@triton.jit(do_not_specialize=["M", "P", "slices", "chunks"])
-def _key_norms(
-    k_ptr, ck_ptr, norm_ptr, cnorm_ptr, flag_ptr, M, P, slices, chunks,
+@triton.jit(do_not_specialize=["M", "P", "slices", "num_flags"])
+def _log2_keys(
+    k_ptr, ck_ptr, to_ptr, cto_ptr, norm_ptr, cnorm_ptr, flag_ptr, M, P, slices, num_flags, scale2,
     G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     c, g = tl.program_id(0), tl.program_id(1)
     if c < slices:
-        _slice_norm(k_ptr, norm_ptr, M, c, slices, g, G, D, BM)
+        _slice_keys(k_ptr, to_ptr, norm_ptr, M, c, slices, g, scale2, G, D, BM)
     else:
-        _slice_norm(ck_ptr, cnorm_ptr, P, c - slices, tl.num_programs(0) - slices, g, G, D, BM)
+        _slice_keys(ck_ptr, cto_ptr, cnorm_ptr, P, c - slices, tl.num_programs(0) - slices, g, scale2, G, D, BM)
     if (c == 0) & (g == 0):
-        for first in range(0, chunks, BM):
+        for first in range(0, num_flags, BM):
             i = first + tl.arange(0, BM)
-            tl.store(flag_ptr + i, i * 0, i < chunks)
-
-
-def key_norms(k_MGD: Tensor, ck_PGD: Tensor | None = None, flags: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Largest |k| of each of up to 256 slices of the keys, fp32 [G, slices], rounded up; the same of ck, or empty.
-
-    Also sets flags, int32 [chunks], to 0: one launch serves all of SSA.
-    """
-    (M, G, D), P = k_MGD.shape, 0 if ck_PGD is None else ck_PGD.shape[0]
-    slices = [min(256, cdiv(rows, 256)) for rows in (max(M, 1), P)]
-    norms, cnorms = (k_MGD.new_empty(G, n, dtype=torch.float32) for n in slices)
-    ck_PGD, chunks = k_MGD if ck_PGD is None else ck_PGD, 0 if flags is None else flags.shape[0]
-    _key_norms[(sum(slices), G)](
-        k_MGD, ck_PGD, norms, cnorms, norms if flags is None else flags, M, P, slices[0], chunks, G, D, BM=64
-    )
-    return norms, cnorms
+            tl.store(flag_ptr + i, i * 0, i < num_flags)
 
 
 @dataclass(frozen=True, eq=False)
-class Bounds:
-    """What no score of a query's row exceeds; lets selection skip the running maximum where that is safe."""
+class Keys:
+    """The keys of a branch, and in bf16 what spares kernels a multiplication and a subtraction a score."""
 
-    rows: Tensor  # fp32 [N, H], log2
-    flags: Tensor  # int32 [chunks], not 0 where a row's bound lies above BOUND_LIMIT
+    k: Tensor  # [M, G, D]
+    scale: float
+    scaled: Tensor | None = None  # k * scale * log2 e, rounded: right only for moderate scores
+    norms: Tensor | None = None  # fp32 [G, slices], largest |scaled| of each slice of the rows, rounded up
+
+    def of(self, folded: bool) -> tuple[Tensor, float, float]:
+        """Keys, the factor that makes products log2 scores, and the one that makes sums of ds k dq."""
+        if folded:
+            assert self.scaled is not None
+            return self.scaled, 1.0, LN2
+        return self.k, self.scale * LOG2E, self.scale
+
+
+def log2_keys(
+    k_MGD: Tensor, scale: float, ck_PGD: Tensor | None = None, flags: Tensor | None = None
+) -> tuple[Keys, Keys]:
+    """k, and ck or no keys. One launch serves all of SSA: it also sets flags, int32, to 0."""
+    (M, G, D), ck_PGD = k_MGD.shape, k_MGD[:0] if ck_PGD is None else ck_PGD
+    if k_MGD.dtype not in FOLDED_DTYPES:
+        return Keys(k_MGD, scale), Keys(ck_PGD, scale)
+    P, num_flags = len(ck_PGD), 0 if flags is None else len(flags)
+    slices = [min(256, cdiv(rows, 256)) for rows in (max(M, 1), P)]
+    norms, cnorms = (k_MGD.new_empty(G, n, dtype=torch.float32) for n in slices)
+    scaled, cscaled = torch.empty_like(k_MGD), torch.empty_like(ck_PGD)
+    _log2_keys[(sum(slices), G)](
+        k_MGD, ck_PGD, scaled, cscaled, norms, cnorms, norms if flags is None else flags, M, P, slices[0], num_flags,
+        scale * LOG2E, G, D, BM=64,
+    )  # fmt: skip
+    return Keys(k_MGD, scale, scaled, norms), Keys(ck_PGD, scale, cscaled, cnorms)
 
 
 def lse_dtype(x: Tensor) -> torch.dtype:

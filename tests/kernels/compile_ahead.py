@@ -77,9 +77,9 @@ def compile_step(arch: int, dtype: torch.dtype, group: int, D: int, G: int = 2, 
     rows = ((N, H, D), (N, G, D), (N, G, D), (P, G, D), (P, G, D), (N, 3))
     inputs = [torch.zeros(shape, dtype=dtype) for shape in rows]
     for shifted, k in ((False, top_k), (True, index.max_blocks)):
-        out, cmp, sel, win, lse, selected, *lists = attention.ssa_forward(*inputs, index, k, shifted, 1.0)
+        out, cmp, sel, win, lse, flags, selected, *lists = attention.ssa_forward(*inputs, index, k, shifted, 1.0)
         storage = attention.SelectionLists(*lists)
-        attention.ssa_backward(out, *inputs, (cmp, sel, win), lse, selected, storage, index, k, shifted, 1.0)
+        attention.ssa_backward(out, *inputs, (cmp, sel, win), lse, flags, selected, storage, index, k, shifted, 1.0)
     return list(found.values())
 
 

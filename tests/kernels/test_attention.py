@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 
 from kernels import (
     BlockIndex,
+    attention,
     block_mean,
+    branches,
     lists,
     reference,
+    segment,
     select_blocks,
     spatial_sparse_attention,
+    tiles,
 )
-from kernels.attention import SelectionLists
+from kernels.tiles import LOG2E
 from tests.numerics import DEVICE, assert_close_as, assert_no_worse, random_index, run
 
 GPU = DEVICE == "cuda"
@@ -138,6 +143,41 @@ def test_rows_far_louder_than_the_rest(loud, dtype):
     else:  # the square of a key is more than fp32 holds
         x[0] *= 0
         x[1], x[3] = x[1] * 1e25, x[3] * 1e25
+    check(index, x, 1)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
+@pytest.mark.parametrize("log_sum", [65, -65, 100, -100])
+def test_a_row_whose_log_sum_is_far_from_zero(log_sum, dtype):
+    """bf16 moves log-sums into the incoming gradient where fp32 holds their powers; one row may decide for all."""
+    index = random_index([26, 40], (16, 8, 16))
+    x = make_inputs(index, 2, 1, 16, dtype)
+    for keys in (x[1], x[3]):
+        keys.mul_(1 / 16).add_(1)
+    x[0][5] = log_sum / (16**0.5 * LOG2E)
+    check(index, x, 1)
+
+
+@pytest.fixture
+def fp16_poses_as_bf16(monkeypatch):
+    """The interpreter has no bf16: what bf16 does, with a limit that suits fp16's exponents."""
+    if GPU:
+        pytest.skip("bf16 itself is tested on a GPU")
+    monkeypatch.setattr(tiles, "FOLDED_DTYPES", {torch.float16})
+    for module in (segment, branches):
+        monkeypatch.setattr(module, "BOUND_LIMIT", tl.constexpr(10.0))
+
+
+@pytest.mark.usefixtures("fp16_poses_as_bf16")
+@pytest.mark.parametrize("loud", [None, 0, 1, 3], ids=["nobody", "a query", "a key", "a compressed key"])
+def test_moderate_scores_need_no_maximum_and_no_log_sum(loud):
+    index = random_index([26, 0, 40], (16, 8, 16))
+    x = make_inputs(index, 4, 2, 16, torch.float16)
+    x[0] *= 0.5
+    if loud is not None:
+        x[loud][-1] *= 20
+    flags = attention.ssa_forward(*x, index, 1, False, 0.25)[5]
+    assert flags[0] == (loud is not None)
     check(index, x, 1)
 
 
@@ -298,9 +338,9 @@ def test_long_offsets_and_spread_items_change_nothing(monkeypatch):
 def test_lists_stay_inside_their_storage():
     index = random_index([70, 30], 16)
     x = make_inputs(index, 2, 2, 16, torch.float32)
-    _, _, _, _, _, selected, entries, sums, items = torch.ops.sparse3d.ssa(*x, index.tensors(), 2, False, 0.25)
+    *_, selected, entries, sums, items = torch.ops.sparse3d.ssa(*x, index.tensors(), 2, False, 0.25)
     pairs = index.pair_block.shape[0]
-    assert [t.numel() for t in (entries, sums, items)] == list(SelectionLists.sizes(100, pairs, 2, 2))
+    assert [t.numel() for t in (entries, sums, items)] == list(attention.SelectionLists.sizes(100, pairs, 2, 2))
     counts = sums.view(3, pairs * 2)[0].diff(prepend=sums.new_zeros(1))
     assert counts.sum() == (selected >= 0).sum()
     assert sorted(entries[: counts.sum()].tolist()) == sorted(2 * [n * 2 + t for n in range(100) for t in range(2)])
