@@ -31,7 +31,7 @@ def _block_score(
         end = tl.load(block_compressed_ptr + b1)
         for t in range(tl.load(block_compressed_ptr + b0), end, BN):  # once, unless a block has more than BN
             m = t + tl.arange(0, BN)
-            k = load_keys(ck_ptr, ck_ptr, m, end, g, G, D, False, False)
+            k = load_keys(ck_ptr, ck_ptr, m, end, g, G, D, False, False, True)
             p = tl.zeros([BM, BN], tl.float32)
             for h in range(GS):
                 q = tl.load(q_ptr + (row + h)[:, None] * D + d[None, :], ok[:, None], other=0.0)

@@ -18,6 +18,7 @@ from kernels.tiles import (
     attend_run,
     load_rows,
     log_sum,
+    long_offsets,
     queries_per_tile,
     row_bound,
     store_heads,
@@ -76,7 +77,7 @@ def _segment_fwd(
     q_ptr, k_ptr, scaled_ptr, v_ptr, norm_ptr, order_ptr, segment_ptr, starts_ptr, o_ptr, lse_ptr, flag_ptr, chunk_ptr,
     N, scale2, norms,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    NORMS: tl.constexpr, ORDERED: tl.constexpr, BOUNDED: tl.constexpr, KEEP: tl.constexpr,
+    NORMS: tl.constexpr, ORDERED: tl.constexpr, BOUNDED: tl.constexpr, KEEP: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = BQ * GS
     first, g = tl.program_id(0) * BQ, tl.program_id(1)
@@ -101,7 +102,7 @@ def _segment_fwd(
         start, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
         l8, acc = tl.zeros([R, 8], tl.float32), tl.zeros([R, D], tl.float32)
         m_run, l8, acc = attend_run(
-            q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, order_ptr, start, end, bounded, g, scale2, G, D, BK, ORDERED
+            q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, order_ptr, start, end, bounded, g, scale2, G, D, BK, ORDERED, LONG
         )
         l = tl.sum(l8, 1)
         mine = segment_of == segment  # what other rows hold is not stored
@@ -138,6 +139,7 @@ def segment_forward(
         lse_NH if keys.norms is None else keys.norms, segments.order, segments.query_segment, segments.key_starts,
         o_NHD, lse_NH, *kept, N, keys.scale * LOG2E, num_norms, G, H // G, D, BQ, BK=32 if D <= 32 or wide else 64,
         NORMS=next_power_of_2(max(1, num_norms)), ORDERED=segments.ordered, BOUNDED=keys.norms is not None,
-        KEEP=flags is not None and keys.norms is not None, num_warps=4, num_stages=3 if D <= 32 else 2, **options,
+        KEEP=flags is not None and keys.norms is not None, LONG=long_offsets(q_NHD), num_warps=4,
+        num_stages=3 if D <= 32 else 2, **options,
     )  # fmt: skip
     return o_NHD

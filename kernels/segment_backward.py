@@ -39,22 +39,23 @@ def other_form(flag_ptr, FLAGGED: tl.constexpr, FOLDED: tl.constexpr):
 @triton.jit
 def queries_run(
     q, do, lse, dot, k_ptr, v_ptr, order_ptr, start, end, g, scale2,
-    G: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr, FOLDED: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr, LONG: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Sum over keys start .. end of ds k, [R, D]. FOLDED: no row has an lse, and keys carry the scale."""
     c = tl.arange(0, BK)
     acc = tl.zeros([q.shape[0], D], lse.dtype)
     full = start + (end - start) // BK * BK
     for t in range(start, full, BK):
-        k = load_keys(k_ptr, order_ptr, t + c, end, g, G, D, ORDERED, True)
-        v = load_keys(v_ptr, order_ptr, t + c, end, g, G, D, ORDERED, True)
+        k = load_keys(k_ptr, order_ptr, t + c, end, g, G, D, ORDERED, True, LONG)
+        v = load_keys(v_ptr, order_ptr, t + c, end, g, G, D, ORDERED, True, LONG)
         p = tl.exp2(products(q, k)) if FOLDED else tl.exp2(products(q, k) * scale2 - lse[:, None])
         ds = p * (products(do, v) - dot[:, None])
         acc = add_dot(ds.to(k.dtype), k, acc)
     if full < end:
         inside = full + c < end
-        k = load_keys(k_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
-        v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
+        k = load_keys(k_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False, LONG)
+        v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False, LONG)
         p = tl.exp2(products(q, k)) if FOLDED else tl.exp2(products(q, k) * scale2 - lse[:, None])
         p = tl.where(inside[None, :], p, 0.0)  # a padded key's exponent may overflow
         ds = p * (products(do, v) - dot[:, None])
@@ -66,7 +67,7 @@ def queries_run(
 def _segment_dq(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, flag_ptr, order_ptr, segment_ptr, starts_ptr, dq_ptr, N, dq_scale,
     scale2, G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    ORDERED: tl.constexpr, ADD: tl.constexpr, FLAGGED: tl.constexpr, FOLDED: tl.constexpr,
+    ORDERED: tl.constexpr, ADD: tl.constexpr, LONG: tl.constexpr, FLAGGED: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     if other_form(flag_ptr, FLAGGED, FOLDED):
         return
@@ -81,7 +82,9 @@ def _segment_dq(
     last = tl.load(segment_ptr + tl.minimum(first + BQ, N) - 1)
     for segment in range(tl.load(segment_ptr + first), last + 1):
         start, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
-        acc = queries_run(q, do, lse, dot, k_ptr, v_ptr, order_ptr, start, end, g, scale2, G, D, BK, ORDERED, FOLDED)
+        acc = queries_run(
+            q, do, lse, dot, k_ptr, v_ptr, order_ptr, start, end, g, scale2, G, D, BK, ORDERED, LONG, FOLDED
+        )
         acc *= dq_scale
         mine = segment_of == segment  # other rows hold what is not theirs
         if ADD:
@@ -132,8 +135,8 @@ def _segment_dkdv(
     t, g, split = tl.program_id(0) * BK, tl.program_id(1), tl.program_id(2)
     m, d = t + tl.arange(0, BK), tl.arange(0, D)
     ok_m = m < M
-    k = load_keys(k_ptr, order_ptr, m, M, g, G, D, ORDERED, False)
-    v = load_keys(v_ptr, order_ptr, m, M, g, G, D, ORDERED, False)
+    k = load_keys(k_ptr, order_ptr, m, M, g, G, D, ORDERED, False, LONG)
+    v = load_keys(v_ptr, order_ptr, m, M, g, G, D, ORDERED, False, LONG)
     segment_of = tl.load(key_segment_ptr + m, ok_m, other=-1)
     row = tl.load(order_ptr + m, ok_m, other=0) if ORDERED else m
     x = ((split.to(tl.int64) * M + row) * (G * D) + g * D)[:, None] + d[None, :]
@@ -188,7 +191,7 @@ def segment_backward(
         _segment_dq[(cdiv(N, BQ), G)](
             q_NHD, k_MGD, v_MGD, do_NHD, rows.lse, rows.dot, flag, order, segments.query_segment, segments.key_starts,
             dq_NHD, N, dq_scale, scale2, G, group, D, BQ, BK=32 if wide or segments.short else 64, ORDERED=ordered,
-            ADD=add, FLAGGED=rows.flag is not None, FOLDED=folded, num_warps=4,
+            ADD=add, LONG=long_offsets(q_NHD), FLAGGED=rows.flag is not None, FOLDED=folded, num_warps=4,
             num_stages=3 if D <= 32 else 2 if D == 64 else 1, **options,
         )  # fmt: skip
     # Many keys: 128 of them share a load of two queries. Few: four queries for 64, and more programs.

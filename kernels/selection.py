@@ -56,13 +56,13 @@ def _selection_fwd(
             if bounded:
                 m = tl.zeros([R], lse_ptr.dtype.element_ty)
                 m, l8, acc = attend_run(
-                    q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, k_ptr, start, end, True, g, scale2, G, D, BK, False
+                    q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, k_ptr, start, end, True, g, scale2, G, D, BK, False, LONG
                 )
                 _store_partial(part_ptr, lse_ptr, m, l8, acc, x, ok, D)
             else:
                 m = tl.full([R], -1e30, lse_ptr.dtype.element_ty)
                 m, l8, acc = attend_run(
-                    q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, k_ptr, start, end, False, g, scale2, G, D, BK, False
+                    q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, k_ptr, start, end, False, g, scale2, G, D, BK, False, LONG
                 )
                 _store_partial(part_ptr, lse_ptr, m, l8, acc, x, ok, D)
 

@@ -68,8 +68,8 @@ def _tile_dkdv(
     """Gradients of keys t .. t + BK of a block that ends at `end`, from entries first .. last, to rows to .. ."""
     c, d = tl.arange(0, BK), tl.arange(0, D)
     m = tl.minimum(t + c, end - 1)  # keys past the end repeat the last one; their rows are not stored
-    k = load_keys(k_ptr, k_ptr, m, end, g, G, D, False, True)
-    v = load_keys(v_ptr, v_ptr, m, end, g, G, D, False, True)
+    k = load_keys(k_ptr, k_ptr, m, end, g, G, D, False, True, LONG)
+    v = load_keys(v_ptr, v_ptr, m, end, g, G, D, False, True, LONG)
     dk = tl.zeros([BK, D], lse_ptr.dtype.element_ty)
     dv = dk
     full = first + (last - first) // BQ * BQ if FAST else last
@@ -146,7 +146,9 @@ def _selection_dq(
                 q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, top_k, shift, g, G, GS, D, BQ, False,
                 LONG, FOLDED,
             )  # fmt: skip
-            acc = queries_run(q, do, lse, dot, k_ptr, v_ptr, k_ptr, start, end, g, scale2, G, D, BK, False, FOLDED)
+            acc = queries_run(
+                q, do, lse, dot, k_ptr, v_ptr, k_ptr, start, end, g, scale2, G, D, BK, False, LONG, FOLDED
+            )
             x = to[:, None] * D + d[None, :]
             tl.store(part_ptr + x, (acc * dq_scale).to(part_ptr.dtype.element_ty), ok[:, None])
 

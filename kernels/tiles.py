@@ -88,15 +88,19 @@ def log_sum(m, l, lse_ptr):
 
 
 @triton.jit
-def load_keys(k_ptr, order_ptr, m, end, g, G: tl.constexpr, D: tl.constexpr, ORDERED: tl.constexpr, FULL: tl.constexpr):
+def load_keys(
+    k_ptr, order_ptr, m, end, g,
+    G: tl.constexpr, D: tl.constexpr, ORDERED: tl.constexpr, FULL: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
     """Rows m (or order[m]) of kv head g: [BK, D] from [M, G, D]; zero from `end` on, unless FULL says none is."""
     if FULL:
         row = tl.load(order_ptr + m) if ORDERED else m
-        first = row.to(tl.int64) * (G * D) + g * D
-        return tl.load(k_ptr + first[:, None] + tl.arange(0, D)[None, :])
-    row = tl.load(order_ptr + m, m < end, other=0) if ORDERED else m
-    first = row.to(tl.int64) * (G * D) + g * D
-    return tl.load(k_ptr + first[:, None] + tl.arange(0, D)[None, :], (m < end)[:, None], other=0.0)
+    else:
+        row = tl.load(order_ptr + m, m < end, other=0) if ORDERED else m
+    if LONG:
+        row = row.to(tl.int64)
+    x = (row * (G * D) + g * D)[:, None] + tl.arange(0, D)[None, :]
+    return tl.load(k_ptr + x) if FULL else tl.load(k_ptr + x, (m < end)[:, None], other=0.0)
 
 
 @triton.jit
@@ -111,7 +115,7 @@ def row_bound(q, norm_ptr, g, norms, NORMS: tl.constexpr):
 @triton.jit
 def attend_run(
     q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, order_ptr, start, end, bounded, g, scale2,
-    G: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Folds keys start..end into (m, l8, acc).
 
@@ -124,15 +128,15 @@ def attend_run(
     if bounded:
         full = start + (end - start) // BK * BK
         for first in range(start, full, BK):
-            k = load_keys(scaled_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
-            v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True)
+            k = load_keys(scaled_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True, LONG)
+            v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, True, LONG)
             p = tl.exp2(products(q, k)).to(tl.float32)
             l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         if full < end:
             ok = full + c < end
-            k = load_keys(scaled_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
-            v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False)
+            k = load_keys(scaled_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False, LONG)
+            v = load_keys(v_ptr, order_ptr, full + c, end, g, G, D, ORDERED, False, LONG)
             p = tl.exp2(products(q, k)).to(tl.float32)
             p = tl.where(ok[None, :], p, 0.0)
             l8 += tl.sum(tl.reshape(p, [R, BK // 8, 8]), 1)
@@ -140,8 +144,8 @@ def attend_run(
     else:
         for first in range(start, end, BK):
             ok = first + c < end
-            k = load_keys(k_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False)
-            v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False)
+            k = load_keys(k_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False, LONG)
+            v = load_keys(v_ptr, order_ptr, first + c, end, g, G, D, ORDERED, False, LONG)
             s = products(q, k) * scale2
             s = tl.where(ok[None, :], s, -float("inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
@@ -159,7 +163,7 @@ def _slice_keys(k_ptr, to_ptr, norm_ptr, M, c, slices, g, scale2, G: tl.constexp
     largest = tl.zeros([BM], tl.float32)
     for first in range(c * step, tl.minimum(c * step + step, M), BM):
         m = first + tl.arange(0, BM)
-        k = load_keys(k_ptr, k_ptr, m, M, g, G, D, False, False).to(tl.float32) * scale2
+        k = load_keys(k_ptr, k_ptr, m, M, g, G, D, False, False, True).to(tl.float32) * scale2
         k = k.to(to_ptr.dtype.element_ty)
         tl.store(to_ptr + (m.to(tl.int64) * (G * D) + g * D)[:, None] + tl.arange(0, D)[None, :], k, (m < M)[:, None])
         k = k.to(tl.float32)
