@@ -91,9 +91,10 @@ class Rows:
     weighted: Tensor | None = None  # [N, H, D], do * 2^-lse: takes the place of both
     flag: Tensor | None = None  # int32, given with weighted; flag[0] = 0: weighted is to be taken
 
-    def forms(self) -> list[tuple[bool, Tensor]]:
-        """(folded, gradient): a kernel is launched for each, and the flag decides which of them does anything."""
-        return [(False, self.do)] if self.weighted is None else [(True, self.weighted), (False, self.do)]
+    def tensors(self, some: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """do, weighted, lse, dot, flag; some of them stand for those that there are not."""
+        weighted, flag = self.do if self.weighted is None else self.weighted, some if self.flag is None else self.flag
+        return self.do, weighted, self.lse, self.dot, flag
 
 
 def gates_backward(

@@ -135,9 +135,9 @@ def segment_forward(
     # Four programs share a multiprocessor instead of two: measured 12% faster at D = 32.
     options = {"maxnreg": 128} if D <= 32 and not wide else {}
     _segment_fwd[(cdiv(N, BQ), G)](
-        q_NHD, keys.k, keys.k if keys.scaled is None else keys.scaled, v_MGD,
-        lse_NH if keys.norms is None else keys.norms, segments.order, segments.query_segment, segments.key_starts,
-        o_NHD, lse_NH, *kept, N, keys.scale * LOG2E, num_norms, G, H // G, D, BQ, BK=32 if D <= 32 or wide else 64,
+        q_NHD, *keys.both, v_MGD, lse_NH if keys.norms is None else keys.norms, segments.order, segments.query_segment,
+        segments.key_starts, o_NHD, lse_NH, *kept, N, keys.scale * LOG2E, num_norms, G, H // G, D, BQ,
+        BK=32 if D <= 32 or wide else 64,
         NORMS=next_power_of_2(max(1, num_norms)), ORDERED=segments.ordered, BOUNDED=keys.norms is not None,
         KEEP=flags is not None and keys.norms is not None, LONG=long_offsets(q_NHD), num_warps=4,
         num_stages=3 if D <= 32 else 2, **options,

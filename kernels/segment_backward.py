@@ -11,6 +11,8 @@ from kernels.gates import Rows
 from kernels.segment import Segments
 from kernels.sizes import cdiv
 from kernels.tiles import (
+    LN2,
+    LOG2E,
     Keys,
     add_dot,
     load_heads,
@@ -25,15 +27,6 @@ from kernels.tiles import (
 
 _PROGRAMS = 5280  # wanted for dk and dv: eight waves of five on an H200; fixed, so that sums do not depend on the GPU
 _MANY_KEYS = 2048
-
-
-@triton.jit
-def other_form(flag_ptr, FLAGGED: tl.constexpr, FOLDED: tl.constexpr):
-    """Whether this launch is for the other form of `Rows`."""
-    other = False
-    if FLAGGED:
-        other = (tl.load(flag_ptr) == 0) != FOLDED
-    return other
 
 
 @triton.jit
@@ -63,14 +56,12 @@ def queries_run(
     return acc
 
 
-@triton.jit(do_not_specialize=["N"])
-def _segment_dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, flag_ptr, order_ptr, segment_ptr, starts_ptr, dq_ptr, N, dq_scale,
-    scale2, G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    ORDERED: tl.constexpr, ADD: tl.constexpr, LONG: tl.constexpr, FLAGGED: tl.constexpr, FOLDED: tl.constexpr,
+@triton.jit
+def _tile_dq(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, order_ptr, segment_ptr, starts_ptr, dq_ptr, N, dq_scale, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr,
+    ADD: tl.constexpr, LONG: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    if other_form(flag_ptr, FLAGGED, FOLDED):
-        return
     first, g = tl.program_id(0) * BQ, tl.program_id(1)
     n = first + tl.arange(0, BQ)
     ok = n < N
@@ -90,6 +81,28 @@ def _segment_dq(
         if ADD:
             acc += load_rows(dq_ptr, row, mine, g, G, GS, D, BQ).to(tl.float32)
         store_rows(dq_ptr, acc, row, mine, g, G, GS, D, BQ)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _segment_dq(
+    q_ptr, k_ptr, scaled_ptr, v_ptr, do_ptr, weighted_ptr, lse_ptr, dot_ptr, flag_ptr, order_ptr, segment_ptr,
+    starts_ptr, dq_ptr, N, scale, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr,
+    ADD: tl.constexpr, LONG: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    folded = False
+    if FOLD:
+        folded = tl.load(flag_ptr) == 0
+    if folded:  # the whole of it twice: two loops in one body would share its registers
+        _tile_dq(
+            q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, order_ptr, segment_ptr, starts_ptr, dq_ptr, N,
+            LN2, 1.0, G, GS, D, BQ, BK, ORDERED, ADD, LONG, True,
+        )  # fmt: skip
+    else:
+        _tile_dq(
+            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, order_ptr, segment_ptr, starts_ptr, dq_ptr, N,
+            scale, scale2, G, GS, D, BQ, BK, ORDERED, ADD, LONG, False,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -123,15 +136,13 @@ def _keys_step(
     return add_dot(ds, q, dk), dv
 
 
-@triton.jit(do_not_specialize=["M"])
-def _segment_dkdv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, flag_ptr, order_ptr, key_segment_ptr, starts_ptr, dk_ptr, dv_ptr,
-    M, scale, scale2,
+@triton.jit
+def _tile_dkdv(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, order_ptr, key_segment_ptr, starts_ptr, dk_ptr, dv_ptr, M, scale,
+    scale2,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr,
-    FAST: tl.constexpr, LONG: tl.constexpr, FLAGGED: tl.constexpr, FOLDED: tl.constexpr,
+    FAST: tl.constexpr, LONG: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    if other_form(flag_ptr, FLAGGED, FOLDED):
-        return
     t, g, split = tl.program_id(0) * BK, tl.program_id(1), tl.program_id(2)
     m, d = t + tl.arange(0, BK), tl.arange(0, D)
     ok_m = m < M
@@ -164,6 +175,28 @@ def _segment_dkdv(
         tl.store(dv_ptr + x, dv, inside)
 
 
+@triton.jit(do_not_specialize=["M"])
+def _segment_dkdv(
+    q_ptr, k_ptr, scaled_ptr, v_ptr, do_ptr, weighted_ptr, lse_ptr, dot_ptr, flag_ptr, order_ptr, key_segment_ptr,
+    starts_ptr, dk_ptr, dv_ptr, M, scale, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, ORDERED: tl.constexpr,
+    FAST: tl.constexpr, LONG: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    folded = False
+    if FOLD:
+        folded = tl.load(flag_ptr) == 0
+    if folded:
+        _tile_dkdv(
+            q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, order_ptr, key_segment_ptr, starts_ptr, dk_ptr,
+            dv_ptr, M, scale, 1.0, G, GS, D, BQ, BK, ORDERED, FAST, LONG, True,
+        )  # fmt: skip
+    else:
+        _tile_dkdv(
+            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, order_ptr, key_segment_ptr, starts_ptr, dk_ptr, dv_ptr, M,
+            scale, scale2, G, GS, D, BQ, BK, ORDERED, FAST, LONG, False,
+        )  # fmt: skip
+
+
 def _splits(tiles: int, segments: Segments, N: int) -> int:
     """Parts that every segment's queries are cut into, for programs enough; fixed by sizes, so that sums are too."""
     if segments.short:
@@ -183,17 +216,14 @@ def segment_backward(
     wide, ordered = q_NHD.dtype == torch.float32 or D == 128, segments.ordered
     small = D <= 32 and not wide
     group, order = H // G, segments.order
-    flag = order if rows.flag is None else rows.flag
+    inputs = (q_NHD, *keys.both, v_MGD, *rows.tensors(order), order)
     BQ = queries_per_tile(32 if q_NHD.dtype == torch.float32 else 64, group)
     options = {"maxnreg": 128} if small and not segments.short else {}  # four programs a multiprocessor
-    for folded, do_NHD in rows.forms():
-        k_MGD, scale2, dq_scale = keys.of(folded)
-        _segment_dq[(cdiv(N, BQ), G)](
-            q_NHD, k_MGD, v_MGD, do_NHD, rows.lse, rows.dot, flag, order, segments.query_segment, segments.key_starts,
-            dq_NHD, N, dq_scale, scale2, G, group, D, BQ, BK=32 if wide or segments.short else 64, ORDERED=ordered,
-            ADD=add, LONG=long_offsets(q_NHD), FLAGGED=rows.flag is not None, FOLDED=folded, num_warps=4,
-            num_stages=3 if D <= 32 else 2 if D == 64 else 1, **options,
-        )  # fmt: skip
+    _segment_dq[(cdiv(N, BQ), G)](
+        *inputs, segments.query_segment, segments.key_starts, dq_NHD, N, keys.scale, keys.scale * LOG2E, G, group, D,
+        BQ, BK=32 if wide or segments.short else 64, ORDERED=ordered, ADD=add, LONG=long_offsets(q_NHD),
+        FOLD=rows.flag is not None, num_warps=4, num_stages=3 if D <= 32 else 2 if D == 64 else 1, **options,
+    )  # fmt: skip
     # Many keys: 128 of them share a load of two queries. Few: four queries for 64, and more programs.
     many = small and M >= _MANY_KEYS and not segments.short
     BK = 32 if wide else 128 if many else 64
@@ -202,14 +232,11 @@ def segment_backward(
     dk_SMGD = q_NHD.new_empty(splits, M, G, D, dtype=torch.float32)
     dv_SMGD = torch.empty_like(dk_SMGD)
     options = {"maxnreg": 168} if small else {}  # three programs a multiprocessor
-    for folded, do_NHD in rows.forms():
-        k_MGD, scale2, _ = keys.of(folded)
-        _segment_dkdv[(cdiv(M, BK), G, splits)](
-            q_NHD, k_MGD, v_MGD, do_NHD, rows.lse, rows.dot, flag, order, segments.key_segment, segments.query_starts,
-            dk_SMGD, dv_SMGD, M, keys.scale, scale2, G, group, D, BQ, BK, ORDERED=ordered, FAST=not wide,
-            LONG=long_offsets(q_NHD), FLAGGED=rows.flag is not None, FOLDED=folded, num_warps=4,
-            num_stages=2 if ordered else 3, **options,
-        )  # fmt: skip
+    _segment_dkdv[(cdiv(M, BK), G, splits)](
+        *inputs, segments.key_segment, segments.query_starts, dk_SMGD, dv_SMGD, M, keys.scale, keys.scale * LOG2E, G,
+        group, D, BQ, BK, ORDERED=ordered, FAST=not wide, LONG=long_offsets(q_NHD), FOLD=rows.flag is not None,
+        num_warps=4, num_stages=2 if ordered else 3, **options,
+    )  # fmt: skip
     if splits == 1:  # no copy
         return dq_NHD, dk_SMGD[0], dv_SMGD[0]
     return dq_NHD, dk_SMGD.sum(0), dv_SMGD.sum(0)

@@ -122,7 +122,7 @@ def selection_partials(
     BQ = queries_per_tile(32 if D == 128 else 64 if wide else 128, H // G)
     options = {"maxnreg": 168} if D <= 32 and not wide else {}  # three programs a multiprocessor
     _selection_fwd[(lists.capacity, spread(lists, BQ))](
-        q_NHD, keys.k, keys.k if keys.scaled is None else keys.scaled, v_NGD, flags, lists.entries, lists.items,
+        q_NHD, *keys.both, v_NGD, flags, lists.entries, lists.items,
         lists.total, index.block_starts, part, part_lse, queries.first, top_k, entry_shift(top_k), keys.scale * LOG2E,
         G, H // G, D, BQ, BK=32, BOUNDED=keys.scaled is not None, LONG=long_offsets(q_NHD, part), FIELDS=ITEM_FIELDS,
         num_warps=4, num_stages=3 if D <= 32 else 2, **options,

@@ -14,9 +14,19 @@ from torch import Tensor
 from kernels.blocks import BlockIndex
 from kernels.gates import Rows
 from kernels.lists import ITEM, ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
-from kernels.segment_backward import other_form, queries_run
+from kernels.segment_backward import queries_run
 from kernels.sizes import cdiv
-from kernels.tiles import Keys, add_dot, load_keys, long_offsets, products, queries_per_tile, score_gradients
+from kernels.tiles import (
+    LN2,
+    LOG2E,
+    Keys,
+    add_dot,
+    load_keys,
+    long_offsets,
+    products,
+    queries_per_tile,
+    score_gradients,
+)
 
 
 @triton.jit
@@ -91,15 +101,13 @@ def _tile_dkdv(
     tl.store(dv_ptr + x, dv, inside)
 
 
-@triton.jit(do_not_specialize=["first_token", "shift"])
-def _selection_dkdv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, dk_ptr,
-    dv_ptr, first_token, shift, scale, scale2,
+@triton.jit
+def _item_dkdv(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, dk_ptr, dv_ptr,
+    first_token, shift, scale, scale2,
     G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
-    LONG: tl.constexpr, FIELDS: tl.constexpr, FLAGGED: tl.constexpr, FOLDED: tl.constexpr,
+    LONG: tl.constexpr, FIELDS: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    if other_form(flag_ptr, FLAGGED, FOLDED):
-        return
     item = tl.program_id(0)
     if item < tl.load(total_ptr):
         item_ptr += item * FIELDS
@@ -126,15 +134,35 @@ def _selection_dkdv(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_token", "top_k", "shift"])
-def _selection_dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr,
-    first_token, top_k, shift, dq_scale, scale2,
-    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, LONG: tl.constexpr,
-    FIELDS: tl.constexpr, FLAGGED: tl.constexpr, FOLDED: tl.constexpr,
+@triton.jit(do_not_specialize=["first_token", "shift"])
+def _selection_dkdv(
+    q_ptr, k_ptr, scaled_ptr, v_ptr, do_ptr, weighted_ptr, lse_ptr, dot_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr,
+    starts_ptr, dk_ptr, dv_ptr, first_token, shift, scale, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
+    LONG: tl.constexpr, FIELDS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    if other_form(flag_ptr, FLAGGED, FOLDED):
-        return
+    folded = False
+    if FOLD:
+        folded = tl.load(flag_ptr) == 0
+    if folded:
+        _item_dkdv(
+            q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr,
+            dk_ptr, dv_ptr, first_token, shift, scale, 1.0, G, GS, D, BQ, BK, FAST, LONG, FIELDS, True,
+        )  # fmt: skip
+    else:
+        _item_dkdv(
+            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, dk_ptr, dv_ptr,
+            first_token, shift, scale, scale2, G, GS, D, BQ, BK, FAST, LONG, FIELDS, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _item_dq(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr, first_token,
+    top_k, shift, dq_scale, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, LONG: tl.constexpr,
+    FIELDS: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
     item, d = tl.program_id(0), tl.arange(0, D)
     if item < tl.load(total_ptr):
         item_ptr += item * FIELDS
@@ -151,6 +179,28 @@ def _selection_dq(
             )
             x = to[:, None] * D + d[None, :]
             tl.store(part_ptr + x, (acc * dq_scale).to(part_ptr.dtype.element_ty), ok[:, None])
+
+
+@triton.jit(do_not_specialize=["first_token", "top_k", "shift"])
+def _selection_dq(
+    q_ptr, k_ptr, scaled_ptr, v_ptr, do_ptr, weighted_ptr, lse_ptr, dot_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr,
+    starts_ptr, part_ptr, first_token, top_k, shift, scale, scale2,
+    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, LONG: tl.constexpr,
+    FIELDS: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    folded = False
+    if FOLD:
+        folded = tl.load(flag_ptr) == 0
+    if folded:
+        _item_dq(
+            q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr,
+            part_ptr, first_token, top_k, shift, LN2, 1.0, G, GS, D, BQ, BK, LONG, FIELDS, True,
+        )  # fmt: skip
+    else:
+        _item_dq(
+            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr,
+            first_token, top_k, shift, scale, scale2, G, GS, D, BQ, BK, LONG, FIELDS, False,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_token", "rows", "stride", "top_k"])
@@ -211,17 +261,17 @@ def selection_backward(
     part_nTHD = q_NHD.new_empty(tokens, top_k, H, D)
     wide = q_NHD.dtype == torch.float32 or D == 128
     small = D <= 32 and not wide
-    flag = lists.total if rows.flag is None else rows.flag
-    common = {"LONG": long_offsets(q_NHD, part_nTHD), "FIELDS": ITEM_FIELDS, "FLAGGED": rows.flag is not None}
-    shift, group = entry_shift(top_k), H // G
+    inputs = (
+        q_NHD, *keys.both, v_NGD, *rows.tensors(lists.total), lists.entries, lists.items, lists.total,
+        index.block_starts,
+    )  # fmt: skip
+    common = {"LONG": long_offsets(q_NHD, part_nTHD), "FIELDS": ITEM_FIELDS, "FOLD": rows.flag is not None}
+    shift, scale2, group = entry_shift(top_k), keys.scale * LOG2E, H // G
     BQ = queries_per_tile(32 if wide else 64, group)
-    for folded, do_NHD in rows.forms():
-        k_NGD, scale2, dq_scale = keys.of(folded)
-        _selection_dq[(lists.capacity, spread(lists, BQ))](
-            q_NHD, k_NGD, v_NGD, do_NHD, rows.lse, rows.dot, flag, lists.entries, lists.items, lists.total,
-            index.block_starts, part_nTHD, queries.first, top_k, shift, dq_scale, scale2, G, group, D, BQ, BK=32,
-            num_warps=4, num_stages=3 if D <= 32 else 2 if D == 64 else 1, FOLDED=folded, **common,
-        )  # fmt: skip
+    _selection_dq[(lists.capacity, spread(lists, BQ))](
+        *inputs, part_nTHD, queries.first, top_k, shift, keys.scale, scale2, G, group, D, BQ, BK=32, num_warps=4,
+        num_stages=3 if D <= 32 else 2 if D == 64 else 1, **common,
+    )  # fmt: skip
     R = max(1, 2048 // D)
     _combine_dq[(cdiv(tokens * H, R),)](
         part_nTHD, selected_GNT, dq_NHD, queries.first, tokens * H, N, top_k, H, group, D, R, num_warps=4
@@ -234,14 +284,10 @@ def selection_backward(
     BK = 32 if wide else 128 if small else 64
     tiles = cdiv(index.max_block_tokens, BK) if spread(lists, 1) > 1 else 1
     options = {"maxnreg": 168} if small else {}  # three programs a multiprocessor
-    for folded, do_NHD in rows.forms():
-        k_NGD, scale2, _ = keys.of(folded)
-        _selection_dkdv[(lists.capacity, tiles)](
-            q_NHD, k_NGD, v_NGD, do_NHD, rows.lse, rows.dot, flag, lists.entries, lists.items, lists.total,
-            index.block_starts, part_dk, part_dv, queries.first, shift, keys.scale, scale2, G, group, D,
-            queries_per_tile(32, group), BK, FAST=not wide, num_warps=4, num_stages=2 if not wide else 1,
-            FOLDED=folded, **common, **options,
-        )  # fmt: skip
+    _selection_dkdv[(lists.capacity, tiles)](
+        *inputs, part_dk, part_dv, queries.first, shift, keys.scale, scale2, G, group, D, queries_per_tile(32, group),
+        BK, FAST=not wide, num_warps=4, num_stages=2 if not wide else 1, **common, **options,
+    )  # fmt: skip
     BK = 32
     _reduce_dkdv[(index.num_blocks, G, cdiv(index.max_block_tokens, BK))](
         part_dk, part_dv, lists.sums, index.block_starts, index.block_asset, index.asset_blocks, index.chunk_asset,

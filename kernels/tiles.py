@@ -14,7 +14,7 @@ from kernels.sizes import cdiv
 
 LOG2E = 1.4426950408889634
 LONG_OFFSETS = (1 << 31) - 1
-LN2 = 0.6931471805599453
+LN2 = tl.constexpr(0.6931471805599453)
 FOLDED_DTYPES = {torch.bfloat16}  # as many exponents as fp32, unlike fp16; fp32 is computed in fp64
 BOUND_LIMIT = tl.constexpr(50.0)  # log2; fp32 and bf16 hold the powers of such scores, their sums and the inverses
 
@@ -168,8 +168,8 @@ def _slice_keys(k_ptr, to_ptr, norm_ptr, M, c, slices, g, scale2, G: tl.constexp
         tl.store(to_ptr + (m.to(tl.int64) * (G * D) + g * D)[:, None] + tl.arange(0, D)[None, :], k, (m < M)[:, None])
         k = k.to(tl.float32)
         largest = tl.maximum(largest, tl.sqrt(tl.sum(k * k, 1)))
-    # 1.001 covers the rounding of the sums. Finite, so that the bound of a zero query is 0 and not NaN.
-    tl.store(norm_ptr + g * slices + c, tl.minimum(tl.max(largest, 0) * 1.001, 3e38))
+    # 1.001 covers the rounding of the sums.
+    tl.store(norm_ptr + g * slices + c, tl.max(largest, 0) * 1.001)
 
 
 @triton.jit(do_not_specialize=["M", "P", "slices", "num_flags"])
@@ -197,12 +197,10 @@ class Keys:
     scaled: Tensor | None = None  # k * scale * log2 e, rounded: right only for moderate scores
     norms: Tensor | None = None  # fp32 [G, slices], largest |scaled| of each slice of the rows, rounded up
 
-    def of(self, folded: bool) -> tuple[Tensor, float, float]:
-        """Keys, the factor that makes products log2 scores, and the one that makes sums of ds k dq."""
-        if folded:
-            assert self.scaled is not None
-            return self.scaled, 1.0, LN2
-        return self.k, self.scale * LOG2E, self.scale
+    @property
+    def both(self) -> tuple[Tensor, Tensor]:
+        """k and scaled, or k twice."""
+        return self.k, self.k if self.scaled is None else self.scaled
 
 
 def log2_keys(

@@ -147,7 +147,7 @@ def test_rows_far_louder_than_the_rest(loud, dtype):
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
-@pytest.mark.parametrize("log_sum", [65, -65, 100, -100])
+@pytest.mark.parametrize("log_sum", [65, -65, 150, -150])
 def test_a_row_whose_log_sum_is_far_from_zero(log_sum, dtype):
     """bf16 moves log-sums into the incoming gradient where fp32 holds their powers; one row may decide for all."""
     index = random_index([26, 40], (16, 8, 16))
