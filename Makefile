@@ -51,8 +51,9 @@ data: setup
 	$(BIN)/python -m pipeline.verify $(OUT)
 	@echo "open $(OUT)/report/index.html"
 
+# The tests of a file share builds and servers: they stay in one process.
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses logical --maxprocesses 8 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

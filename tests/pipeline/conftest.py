@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import triton  # noqa: F401  before anything draws: some of its builds export an LLVM, and Mesa loads another one
 
 from tests.pipeline.builds import TINY, environment, finish, start
 
