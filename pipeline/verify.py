@@ -79,7 +79,8 @@ def verify(out: Location, workers: int = 1) -> list[Breach]:
     )
     check = partial(verify_shard, plan, tuple(products))
     if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        # Not a fork server: that one keeps the environment of its first use, credentials with it.
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             found = list(pool.map(check, plan.shards))
     else:
         found = [check(shard) for shard in plan.shards]

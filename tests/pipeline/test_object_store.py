@@ -293,7 +293,7 @@ def test_no_credentials_a_server_that_is_down_and_a_directory_of_others(store, r
     assert store.keys(prefix) == ["thesis.tex"]
 
 
-def test_verify_names_what_was_changed_in_the_store(store, remote, monkeypatch, caplog):
+def test_verify_names_what_was_changed_in_the_store(store, remote, local_build, monkeypatch, caplog, tmp_path):
     prefix, cfg = remote
     build(cfg, [SOURCE])
     for name, change, rule in [
@@ -318,6 +318,9 @@ def test_verify_names_what_was_changed_in_the_store(store, remote, monkeypatch, 
             store.client.delete_object(Bucket=BUCKET, Key=f"{prefix}/{name}")
         else:
             store.put(f"{prefix}/{name}", old)
+    with monkeypatch.context() as elsewhere:  # an earlier call's workers knew no credentials
+        elsewhere.setenv("HOME", str(tmp_path))
+        assert verify(local_build[0].out, workers=2) == []
     assert verify(cfg.out, workers=2) == []
     store.client.delete_object(Bucket=BUCKET, Key=f"{prefix}/shards/000000/renders-paper.json")
     with pytest.raises(RunError, match="breaches"):
