@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.gltf import prepared
 from pipeline.load import LoadConfig, load
-from tests.pipeline.test_load import TETRA, glb, gltf, png, same_triangles, write
+from tests.pipeline.formats import TETRA, glb, gltf, png, same_triangles, write
 
 CFG = LoadConfig()
 HALF_TURN_Z = [0, 0, 1, 0]  # a rotation by 180 degrees about z, as x y z w
