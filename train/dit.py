@@ -18,8 +18,7 @@ from train.distributed import World, join
 from train.dit_config import DIT_PRESETS, DiTTraining
 from train.dit_data import DiTLoader, joined
 from train.dit_task import DiTTask
-from train.encode import hash_of
-from train.latents import LatentStore
+from train.latents import LatentStore, hash_of
 from train.loop import fit, weights_file
 from train.plan import ShardPlanner
 from train.prefetch import Prefetcher

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -22,7 +21,7 @@ from pipeline.schema import FORMAT_VERSION, Bricks, RunError, UserError, check_r
 from train.command import command, parse
 from train.data import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
 from train.distributed import Device, World, join
-from train.latents import STATISTICS, Latent, LatentShard, Sums, write_latent_shard
+from train.latents import STATISTICS, Latent, LatentShard, Sums, hash_of, write_latent_shard
 from train.vae_evaluation import load_vae
 
 log = logging.getLogger(__name__)
@@ -53,15 +52,6 @@ class Encoding:
             raise ValueError(f"max_tokens and workers must be 1 or more, got {self.max_tokens} and {self.workers}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
-
-
-def hash_of(vae: SparseVAE) -> str:
-    """12 hex digits of the weights and configuration: the same for a checkpoint and what is exported from it."""
-    digest = hashlib.sha256(json.dumps(asdict(vae.config), sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 class Encoder:

@@ -17,7 +17,7 @@ from model.vae import SparseVAE
 from pipeline.schema import UserError
 from train.checkpoint import check_format, load_weights
 from train.command import command, parse
-from train.encode import hash_of
+from train.latents import hash_of
 from train.loop import weights_file
 
 log = logging.getLogger(__name__)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,21 @@ from torch import Tensor
 
 from kernels import token_order
 from model.sparse import Level
+from model.vae import SparseVAE
 from pipeline.schema import BLOCK, FORMAT_VERSION, RunError, UserError
 
 OPEN_SHARDS = 64  # kept open at once
 STATISTICS = "stats.json"
 ARRAYS = ("cells", "mean", "logvar", "offsets")
+
+
+def hash_of(vae: SparseVAE) -> str:
+    """12 hex digits of the weights and configuration: the same for a checkpoint and what is exported from it."""
+    digest = hashlib.sha256(json.dumps(asdict(vae.config), sort_keys=True).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,8 +17,8 @@ from pipeline.schema import RunError, UserError
 from pipeline.store import SdfShard
 from tests.train.builds import TINY, make_build
 from train.distributed import World
-from train.encode import Encoder, Encoding, encode, hash_of, main
-from train.latents import LatentBatch, LatentShard, LatentStore
+from train.encode import Encoder, Encoding, encode, main
+from train.latents import LatentBatch, LatentShard, LatentStore, hash_of
 
 torch.set_num_threads(1)
 SHARDS = ("000000", "000001")

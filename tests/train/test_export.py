@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from model.generator import Generator
 from pipeline.schema import FORMAT_VERSION, UserError
 from tests.model.test_generate import FAST, disc, untrained
-from train.encode import hash_of
 from train.export import Export, export, main
+from train.latents import hash_of
 
 
 def checkpoint(path, model, **training):
