@@ -1,0 +1,63 @@
+"""What the README shows: its Python runs as it stands there, and its commands have the options they are shown with."""
+
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.builds import add_renders, make_build
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+
+torch.set_num_threads(1)
+
+
+def run(block):
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+def test_the_kernels_as_functions():
+    torch.manual_seed(0)
+    found = run(next(block for block in BLOCKS if "spatial_sparse_attention(" in block))
+    N = found["N"]
+    assert 700 < N <= 900
+    assert found["out"].shape == (N, 32, 32)
+    assert found["y"].shape == (N, 128)
+    assert all(found[name].grad.abs().sum() > 0 for name in "qkv")
+
+
+def test_reading_the_data(tmp_path, monkeypatch):
+    make_build(tmp_path / "data" / "smoke", assets=2, val=0, resolutions=(32, 128))
+    add_renders(tmp_path / "data" / "smoke", views=2)
+    monkeypatch.chdir(tmp_path)
+    found = run(next(block for block in BLOCKS if "SdfShard" in block))
+    M = len(found["bricks"].blocks)
+    assert M > 0
+    assert (found["bricks"].values.shape, found["bricks"].sharp.shape) == ((M, 512), (M, 64))
+    assert found["view"].rgba.shape == (40, 40, 4)
+
+
+MODULES = "pipeline|train|model|kernels|benchmarks"
+SHOWN = re.findall(rf"(?:-m |`(?=[\w.]+ ))((?:{MODULES})\.\w+(?: [^`#\n]*)?)", README.replace("\n--", " --"))
+COMMANDS = sorted({line.strip() for line in SHOWN})
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_option_that_the_readme_shows_exists(line, monkeypatch, capsys):
+    module, *words = line.split()
+    part = [words[0]] if words and re.fullmatch("[a-z]+", words[0]) else []
+    monkeypatch.setattr(sys, "argv", [module, *part, "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    main = importlib.import_module(module).main
+    with pytest.raises(SystemExit) as ended:
+        main(sys.argv[1:]) if inspect.signature(main).parameters else main()
+    assert ended.value.code in (0, None)
+    known = set(re.findall(r"(?<![\w-])--?[a-z][\w.-]*", capsys.readouterr().out))
+    assert {word for word in words if word.startswith("-")} <= known
