@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # where people point to
 
 
 class Stopped(BaseException):
@@ -70,9 +71,12 @@ def command(main: Callable[[Sequence[str]], int | None]) -> None:
         log.error("%s", error)
         code = 1
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno in NO_ROOM:
+            log.error("%s is full; make room and run the same command to go on", error.filename or "the disk")
+        elif error.errno in REFUSED and error.filename:
+            log.error("%s: %s; choose another place, or allow it", error.filename, error.strerror)
+        else:
             raise
-        log.error("%s is full; make room and run the same command to go on", error.filename or "the disk")
         code = 1
     except Stopped as stop:
         log.error("%s; the same command goes on from here", stop)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Literal
 
 import torch
@@ -18,6 +19,7 @@ from model.command import command, parse
 from model.foreground import load_foreground
 from model.generator import Generated, Generator, Options
 from model.meshfile import FORMATS, check_format, write_mesh
+from model.postprocess import check_simplification
 from model.preview import write_preview
 from pipeline.schema import RunError, UserError
 
@@ -37,7 +39,7 @@ class GenerateConfig:
     seed: int = 0  # the same seed, image and options give the same mesh on the same machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     keep_background: bool = False  # take an image without transparency as it is
-    preview: Literal["none", "png", "gif"] = "none"  # views all around, beside the mesh
+    preview: Literal["none", "png", "gif"] = "none"  # views all around, beside the mesh as NAME.preview.png or .gif
     options: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
 
     def __post_init__(self) -> None:
@@ -48,7 +50,32 @@ class GenerateConfig:
 
 
 def targets(cfg: GenerateConfig) -> list[Path]:
-    """The mesh file of each image. UserError if --out does not fit the number of images or two files would be one."""
+    """The mesh file of each image. UserError if --out does not fit the number of images, two files would be one, or one
+    would take the place of an image."""
+    files = _named(cfg)
+    images = {image.resolve() for image in cfg.images}
+    for file in files:
+        taken = images & {file.resolve(), _preview_of(file, cfg).resolve()}
+        if taken:
+            raise UserError(f"{min(taken)} would be replaced by what is made from it; choose another --out")
+    return files
+
+
+def _check_folder(folder: Path) -> None:
+    """UserError unless files can be written there; it is made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}); choose another --out") from error
+
+
+def _preview_of(file: Path, cfg: GenerateConfig) -> Path:
+    return file.with_name(f"{file.stem}.preview.{cfg.preview}")
+
+
+def _named(cfg: GenerateConfig) -> list[Path]:
     if len(cfg.images) == 1 and cfg.out is not None and cfg.out.suffix and not cfg.out.is_dir():
         if cfg.out.suffix.lower() not in FORMATS:
             raise UserError(f"--out must end in one of {', '.join(FORMATS)}, got {cfg.out}")
@@ -66,29 +93,32 @@ def targets(cfg: GenerateConfig) -> list[Path]:
 def generate(cfg: GenerateConfig) -> int:
     """Make every mesh; one that fails costs only itself. Returns how many failed."""
     files = targets(cfg)
-    pictures = [load_foreground(path, keep_background=cfg.keep_background) for path in cfg.images]  # before any waiting
+    _check_folder(files[0].parent)
+    for path in cfg.images:  # before any waiting; not kept, for a folder of photos would not fit
+        load_foreground(path, keep_background=cfg.keep_background)
+    if cfg.options.faces is not None:
+        check_simplification()
     device = choose_device(cfg.device)
     generator = Generator.load(cfg.checkpoint, device, cfg.options.resolution)
     log.info("image encoder: %s; models for R = %s on %s", generator.structure.flow.encoder.label,
              " ".join(map(str, generator.resolutions)), device)  # fmt: skip
     failed = 0
-    for path, picture, file in zip(cfg.images, pictures, files, strict=True):
+    for path, file in zip(cfg.images, files, strict=True):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
+            picture = load_foreground(path, keep_background=cfg.keep_background)
             made = generator.generate(
                 picture, cfg.seed, cfg.options, whole_if_opaque=cfg.keep_background, progress=_show
             )
-        except (RunError, ValueError) as error:
+            write_mesh(file, made.vertices, made.faces)
+            log.info("%s", report(file, made, device))
+            if cfg.preview != "none":
+                write_preview(_preview_of(file, cfg), made.vertices, made.faces)
+                log.info("preview %s", _preview_of(file, cfg))
+        except (RunError, UserError, ValueError) as error:
             failed += 1
             log.error("%s: %s", path, error)
-            continue
-        write_mesh(file, made.vertices, made.faces)
-        log.info("%s", report(file, made, device))
-        if cfg.preview != "none":
-            picture_file = file.with_suffix(f".{cfg.preview}")
-            write_preview(picture_file, made.vertices, made.faces)
-            log.info("preview %s", picture_file)
     return failed
 
 

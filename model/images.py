@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,23 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 PADDING = 16  # white pixels on every side of the foreground, before the resize to `size`; paper, sec. 4
 OPAQUE = 13  # alpha from which a pixel is foreground: fainter is the haze that background removal leaves
 MAX_PIXELS = 1 << 26  # 8192^2; decoded RGBA of it takes 268 MB
 MIN_FOREGROUND = 8  # pixels along the longer side
 WHITE = (255, 255, 255)
+ORIENTATION = 0x0112  # EXIF; what each of its values asks for:
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +63,20 @@ def load_image(source: Path | str | BinaryIO) -> Image.Image:
         _check_size(name, *image.size)
         image.seek(0)
         image.load()
-        return _rgba(name, ImageOps.exif_transpose(image))
+        return _rgba(name, _upright(image))
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} must have at most {MAX_PIXELS} pixels (8192 x 8192): {error}") from error
     except (OSError, SyntaxError, EOFError) as error:  # FileNotFoundError and UnidentifiedImageError among them
         raise ValueError(f"{name} must be a readable image: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as the file's orientation tag says; nothing else of its metadata is looked at, which may be damaged."""
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except (SyntaxError, ValueError, TypeError, struct.error):  # what unreadable metadata raises
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _check_size(name: str, width: int, height: int) -> None:
@@ -127,9 +147,11 @@ def _crop(image: Image.Image, whole_if_opaque: bool) -> Image.Image:
         most = alpha.getextrema()[1] if image.width * image.height else 0
         raise ValueError(f"image must have a foreground (alpha of at least {OPAQUE}), its largest alpha is {most}")
     crop = image.crop(box)
+    found = f"{crop.width} x {crop.height}"
     if max(crop.size) < MIN_FOREGROUND:
-        found = f"{crop.width} x {crop.height}"
         raise ValueError(f"image must have a foreground of at least {MIN_FOREGROUND} pixels, got {found}")
+    if max(crop.size) ** 2 > MAX_PIXELS:  # it becomes a square
+        raise ValueError(f"image must have a foreground within 8192 x 8192 pixels, got {found}: make it smaller")
     return crop
 
 

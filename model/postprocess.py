@@ -99,6 +99,14 @@ def used_only(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces]:
     return vertices[used], (np.cumsum(used) - 1)[faces].astype(np.int32)
 
 
+def check_simplification() -> None:
+    """UserError unless the library that `simplify` takes is installed."""
+    try:
+        import fast_simplification  # noqa: F401
+    except ImportError as error:
+        raise UserError("fewer faces need the library fast-simplification: pip install fast-simplification") from error
+
+
 def simplify(vertices: Vertices, faces: Faces, target: int) -> tuple[Vertices, Faces]:
     """About `target` faces by quadric edge collapses, through the fast_simplification library.
 
@@ -108,10 +116,9 @@ def simplify(vertices: Vertices, faces: Faces, target: int) -> tuple[Vertices, F
         raise ValueError(f"target must be at least 4 faces, got {target}")
     if len(faces) <= target:
         return vertices, faces
-    try:
-        import fast_simplification
-    except ImportError as error:
-        raise UserError("fewer faces need the library fast-simplification: pip install fast-simplification") from error
+    check_simplification()
+    import fast_simplification
+
     points = np.ascontiguousarray(vertices, np.float64)
     result = fast_simplification.simplify(points, np.ascontiguousarray(faces), target_count=target)
     return result[0], result[1].astype(np.int32)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from model.condition import SPECIAL, DinoEncoder, EncoderConfig, ImageBatch, StandInEncoder
 from model.images import OPAQUE, Augmentation, PreparedImage, has_alpha, load_image, prepare_image
@@ -138,6 +139,27 @@ def test_camera_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     assert load_image(saved(Image.new("RGB", (30, 20)), "JPEG", exif=exif)).size == (20, 30)
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_every_orientation_is_pillows(value):
+    exif, image = Image.Exif(), Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3)
+    exif[0x0112] = value
+    expected = ImageOps.exif_transpose(Image.open(saved(image, "PNG", exif=exif))).convert("RGBA")
+    assert np.array_equal(np.asarray(load_image(saved(image, "PNG", exif=exif))), np.asarray(expected))
+
+
+def test_orientation_is_applied_beside_damaged_metadata():
+    entries = [(0x0112, 3, 1, struct.pack("<I", 6)), (0x011A, 2, 4, b"abc\0")]  # a resolution that is a text
+    directory = struct.pack("<H", 2) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + directory
+    assert load_image(saved(Image.new("RGB", (30, 20)), "JPEG", exif=exif)).size == (20, 30)
+
+
+def test_a_strip_whose_square_would_be_too_large_is_refused():
+    strip = Image.new("RGBA", (60_000, 20), (9, 9, 9, 255))
+    with pytest.raises(ValueError, match=r"within 8192 x 8192 pixels, got 60000 x 20: make it smaller"):
+        prepare_image(strip, SIZE, whole_if_opaque=True)
 
 
 def huge_png(side):

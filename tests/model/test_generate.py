@@ -174,6 +174,39 @@ def test_where_files_go(tmp_path):
         of("a.png", "b.png", out=Path("c.glb"))
     with pytest.raises(UserError, match=r"both become a\.glb"):
         of("x/a.png", "y/a.jpg")
+    with pytest.raises(UserError, match=r"a\.preview\.png would be replaced by what is made from it"):
+        of("a.png", "a.preview.png", preview="png")
+
+
+def test_what_cannot_be_done_is_said_before_the_models_are_loaded(picture, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    cfg = GenerateConfig(images=(picture,), out=tmp_path / "file" / "a.glb", checkpoint=tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"file cannot be written to \(.*\); choose another --out"):
+        generate(cfg)
+    monkeypatch.setitem(sys.modules, "fast_simplification", None)  # as if it were not installed
+    with pytest.raises(UserError, match="pip install fast-simplification"):
+        generate(replace(cfg, out=tmp_path / "a.glb", options=replace(FAST, faces=500)))
+    with pytest.raises(UserError, match="nowhere lacks"):
+        generate(replace(cfg, out=tmp_path / "a.glb"))
+
+
+def test_a_preview_leaves_the_image_alone_and_may_fail_alone(checkpoint, picture, tmp_path, caplog, monkeypatch):
+    before = picture.read_bytes()
+    disc(96).save(picture.with_name("other.png"))
+    images = (picture, picture.with_name("other.png"))
+    cfg = GenerateConfig(images=images, out=picture.parent, checkpoint=checkpoint, device="cpu", options=FAST)
+    assert generate(replace(cfg, preview="png")) == 0
+    assert picture.read_bytes() == before
+    assert Image.open(picture.with_name("disc.preview.png")).size == (1280, 640)
+
+    def no_egl(*_):
+        raise RunError("no EGL")
+
+    monkeypatch.setattr("model.preview.render_from", no_egl)
+    (picture.with_name("disc.glb")).unlink()
+    assert generate(replace(cfg, preview="png")) == 2
+    assert "other.png: no EGL" in caplog.text
+    assert picture.with_name("disc.glb").exists()
 
 
 def hostile(name, folder):
@@ -316,7 +349,7 @@ def test_the_command_says_what_it_did(checkpoint, picture, tmp_path):
     for word in ("stand-in", "closed", "structure", "64 ", "128 ", "peak memory", "preview"):
         assert word in done.stderr
     assert trimesh.load(out, force="mesh").is_watertight
-    assert Image.open(out.with_suffix(".png")).size == (1280, 640)
+    assert Image.open(out.with_suffix(".preview.png")).size == (1280, 640)
     with pytest.raises(UserError, match=r"no\.png must be a readable image"):
         main([str(tmp_path / "no.png")])
     with pytest.raises(UserError, match="seed must be 0 or more, got -1"):
