@@ -45,8 +45,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.images:
             raise ValueError("images must name at least one file, got none")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
 
 def targets(cfg: GenerateConfig) -> list[Path]:

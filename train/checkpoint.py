@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
@@ -27,6 +28,7 @@ from train.distributed import World
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
 PACKAGES = ("sparse3d", "torch", "triton", "numpy", "safetensors", "zarr")
 
 
@@ -35,13 +37,24 @@ def folder_of(out: Path, step: int) -> Path:
 
 
 def latest(out: Path) -> Path | None:
-    """The newest whole checkpoint of a run's directory, or None. UserError if it is of another format version."""
-    link = out / LATEST
-    if not link.exists():
-        return None
-    path = link.resolve()
+    """The newest whole checkpoint of a run's directory, or None. UserError if it is of another format version.
+
+    Where `latest` is missing, as in a copy made without links, it is the last step that is there.
+    """
+    path = (out / LATEST).resolve()
+    if not path.exists():
+        whole = [step for step in _steps(out) if (step / "config.json").exists() and (step / "state.json").exists()]
+        if not whole:
+            return None
+        path = whole[-1].resolve()
     check_format(path)
     return path
+
+
+def check_init(init: Path | None, out: Path) -> None:
+    """UserError if a new run in `out` is to start from a checkpoint that is not there."""
+    if init is not None and not init.exists() and latest(out) is None:
+        raise UserError(f"{init} does not exist; train it first, or name a checkpoint with --init")
 
 
 def check_format(path: Path) -> dict[str, Any]:
@@ -107,13 +120,16 @@ def restore(
         mine = path / f"rank-{world.rank}.pt"
         if state["world_size"] != world.size:
             log.warning("%s was trained on %d ranks, this is %d: batches differ", path, state["world_size"], world.size)
+        missing = {"data", "guard", "step"} - state.keys()
+        if missing:
+            raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
         if mine.exists():
             random = torch.load(mine, map_location="cpu", weights_only=True)
             torch.set_rng_state(random["cpu"])
             if world.device.type == "cuda" and "cuda" in random:
                 torch.cuda.set_rng_state(random["cuda"], world.device)
-    except (OSError, ValueError, LookupError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read: {error}"[:500]) from error
     return state
 
 
@@ -126,12 +142,16 @@ def load_weights(path: Path, module: nn.Module) -> None:
 
 
 def prune(out: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints; never the one that `latest` names."""
+    """Remove all but the newest `keep_last` checkpoints, of 0 none; never the one that `latest` names."""
     named = (out / LATEST).resolve().name
-    steps = sorted(path for path in out.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
-    for path in steps[: -keep_last or None]:
+    for path in _steps(out)[:-keep_last] if keep_last else ():
         if path.name != named:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _steps(out: Path) -> list[Path]:
+    """The folders of steps, in order."""
+    return sorted(path for path in out.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
 def _prepare(out: Path, partial: Path) -> None:
@@ -166,6 +186,8 @@ def _publish(out: Path, partial: Path, final: Path) -> None:
     if final.exists():  # the same step again, after a checkpoint whose `latest` was never written
         shutil.rmtree(final)
     partial.replace(final)
+    if not (out / LATEST).is_symlink():  # a copy that followed the link
+        shutil.rmtree(out / LATEST, ignore_errors=True)
     link = out / f".{LATEST}.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)

@@ -13,9 +13,11 @@ from pipeline.schema import check_resolution
 from train.distributed import Device
 from train.losses import LossWeights
 
+MAX_SEED = 1 << 40  # a million ranks have seeds of their own below 2^63
 VAEPreset = Literal["tiny", "small", "base", "base-1024"]
 _FREE = ("steps", "max_minutes", "log_every", "checkpoint_every", "keep_last", "validate_every", "sample_every")
-FREE_ON_RESUME = (*_FREE, "max_failed_checkpoints", "activation_checkpointing")  # what may change when a run goes on
+_LIMITS = ("max_failed_checkpoints", "max_bad_steps", "max_bad_share")
+FREE_ON_RESUME = (*_FREE, *_LIMITS, "activation_checkpointing")  # what may change when a run goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,10 @@ class LoopConfig:
             raise ValueError(f"max_minutes must be positive, got {self.max_minutes}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"seed must be from 0 to {MAX_SEED - 1}, got {self.seed}")
         if self.spike_factor <= 1:
             raise ValueError(f"spike_factor must be more than 1, got {self.spike_factor}")
 

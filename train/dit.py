@@ -102,8 +102,7 @@ def described(cfg: DiTTraining, vae: str) -> dict[str, Any]:
 
 def main(args: Sequence[str]) -> None:
     cfg = configure(DIT_PRESETS, "tiny", args, prog=PROG)
-    if cfg.init is not None and not cfg.init.exists():
-        raise UserError(f"{cfg.init} does not exist; train it first, or name a checkpoint with --init")
+    checkpoint.check_init(cfg.init, cfg.out)
     with join(cfg.device) as world:
         if not world.is_first:
             logging.getLogger().setLevel(logging.WARNING)

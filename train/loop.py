@@ -158,13 +158,13 @@ class _Run:
                 self._complain(bad)
             ending |= self.done >= cfg.steps
             at_leisure = not self.signalled
+            if _due(self.done, cfg.checkpoint_every, ending):
+                self._save(ending)  # before what may find that a held-out asset cannot be read
             if at_leisure and _due(self.done, cfg.validate_every, ending):
                 with self._aside():
                     numbers = self.task.validate(self.ema)
                 if numbers:
                     journal.event(self.done, "validation", numbers)
-            if _due(self.done, cfg.checkpoint_every, ending):
-                self._save(ending)
             if at_leisure and _due(self.done, cfg.sample_every, ending):
                 self._sample()
         if stop.signum or self.signalled:

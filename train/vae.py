@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from model.vae import SparseVAE
-from pipeline.schema import UserError
+from train import checkpoint
 from train.command import command, configure
 from train.config import VAE_PRESETS, VAETraining, resolved
 from train.data import BrickLoader, read_catalogue
@@ -81,8 +81,7 @@ def described(cfg: VAETraining) -> dict[str, Any]:
 
 def main(args: Sequence[str]) -> None:
     cfg = configure(VAE_PRESETS, "tiny", args, prog=PROG)
-    if cfg.init is not None and not cfg.init.exists():
-        raise UserError(f"{cfg.init} does not exist; train it first, or name a checkpoint with --init")
+    checkpoint.check_init(cfg.init, cfg.out)
     with join(cfg.device) as world:
         if not world.is_first:
             logging.getLogger().setLevel(logging.WARNING)

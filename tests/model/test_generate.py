@@ -352,7 +352,7 @@ def test_the_command_says_what_it_did(checkpoint, picture, tmp_path):
     assert Image.open(out.with_suffix(".preview.png")).size == (1280, 640)
     with pytest.raises(UserError, match=r"no\.png must be a readable image"):
         main([str(tmp_path / "no.png")])
-    with pytest.raises(UserError, match="seed must be 0 or more, got -1"):
+    with pytest.raises(UserError, match=r"seed must be from 0 to 2\^63 - 1, got -1"):
         main([str(picture), "--seed", "-1"])
 
 

@@ -5,7 +5,9 @@ import errno
 import json
 import logging
 import os
+import re
 import resource
+import shutil
 import signal
 from dataclasses import replace
 
@@ -116,13 +118,71 @@ def test_another_format_version_is_refused(tmp_path):
         run(tmp_path, steps=40)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
-def test_a_damaged_checkpoint_is_one_clear_error(tmp_path, name):
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "rank-0.pt"])
+@pytest.mark.parametrize("damage", [lambda data: data[:20], lambda _: b"[]", lambda _: bytes(range(60, 160))])
+def test_a_damaged_checkpoint_is_one_clear_error(tmp_path, name, damage):
     run(tmp_path)
     path = (tmp_path / "latest" / name).resolve()
-    path.write_bytes(path.read_bytes()[:20])
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"step-00000030.* cannot be"):
         run(tmp_path, steps=40)
+
+
+def test_what_a_state_lacks_is_named(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "latest" / "state.json"
+    path.write_text(json.dumps({"world_size": 1, "step": 30}))
+    with pytest.raises(UserError, match=r"step-00000030 cannot be read: state\.json lacks data, guard"):
+        run(tmp_path, steps=40)
+
+
+def without_links(source, copy):
+    shutil.copytree(source, copy, symlinks=True)
+    (copy / "latest").unlink()
+
+
+def with_links_followed(source, copy):
+    shutil.copytree(source, copy)
+
+
+@pytest.mark.parametrize("copied", [without_links, with_links_followed])
+def test_a_copy_of_a_run_goes_on_where_the_run_would(tmp_path, copied):
+    run(tmp_path / "whole", steps=50)
+    run(tmp_path / "cut", steps=30)
+    copied(tmp_path / "cut", tmp_path / "copy")
+    run(tmp_path / "copy", steps=50)
+    assert exact(tmp_path / "copy") == exact(tmp_path / "whole")
+    assert (tmp_path / "copy" / "latest").resolve().name == "step-00000050"
+    assert same_files(tmp_path / "copy" / "latest", tmp_path / "whole" / "latest")
+
+
+def test_all_checkpoints_can_be_kept(tmp_path):
+    run(tmp_path, keep_last=0)
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [f"step-{n:08d}" for n in (10, 20, 30)]
+
+
+def test_a_validation_that_ends_the_run_costs_no_step(tmp_path):
+    class Unreadable(Fit):
+        def validate(self, model):
+            raise RunError("a held-out asset cannot be read")
+
+    for done in (10, 20):
+        with pytest.raises(RunError, match="held-out"):
+            run(tmp_path, task=Unreadable(), validate_every=10)
+        assert (tmp_path / "latest").resolve().name == f"step-{done:08d}"
+
+
+def test_limits_may_change_when_a_run_goes_on(tmp_path):
+    run(tmp_path, steps=10)
+    assert run(tmp_path, steps=20, max_bad_steps=50, max_failed_checkpoints=9)[0] == 20
+
+
+def test_where_a_run_starts_matters_at_its_start_alone(tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist; train it first, or name a checkpoint with --init"):
+        checkpoint.check_init(tmp_path / "nowhere", tmp_path / "out")
+    run(tmp_path / "out", steps=10)
+    checkpoint.check_init(tmp_path / "nowhere", tmp_path / "out")
+    checkpoint.check_init(None, tmp_path / "new")
 
 
 def test_starts_from_the_average_of_another_run(tmp_path):
@@ -349,8 +409,11 @@ def test_learning_rates():
         ("max_minutes", 0.0),
         ("spike_factor", 1.0),
         ("keep_last", -1),
+        ("betas", (0.9, 1.0)),
+        ("seed", 1 << 40),
     ],
 )
 def test_options_out_of_range(option, value):
-    with pytest.raises(ValueError, match=f"{option} must be .*, got {value}"):
+    with pytest.raises(ValueError, match=re.escape(f", got {value}")) as caught:
         LoopConfig(**{option: value})
+    assert str(caught.value).startswith(f"{option} must be ")
