@@ -2,9 +2,9 @@
 
 from kernels import reference, reference_conv
 from kernels.attention import spatial_sparse_attention
+from kernels.block_mean import block_mean
 from kernels.blocks import BlockIndex, invert_order, token_order
 from kernels.branches import (
-    block_mean,
     compressed_attention,
     gated_sum,
     select_blocks,

@@ -28,9 +28,10 @@ from kernels.top_blocks import top_blocks
 RANGE_BYTES = 400 << 20  # of what one range of queries needs at a time: scores, ranks, partial outputs
 
 
-def split_queries(index: BlockIndex, H: int, D: int, top_k: int, itemsize: int) -> list[QueryRange]:
+def split_queries(index: BlockIndex, H: int, G: int, D: int, top_k: int, itemsize: int) -> list[QueryRange]:
     """The ranges of queries that selection takes one after another; the same in forward and backward."""
-    return query_ranges(index, top_k * H * (D * itemsize + 4), RANGE_BYTES)
+    scores = G * index.max_blocks * 5  # bytes a query, with ranks; they are gone when partial outputs come
+    return query_ranges(index, max(top_k * H * (D * itemsize + 4), scores), RANGE_BYTES)
 
 
 class SelectionLists:
@@ -96,7 +97,7 @@ def _forward(q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k, shifte
         out_NHD = gated_sum_forward((cmp_NHD, sel_NHD, win_NHD), gates_N3)
         return out_NHD, cmp_NHD, sel_NHD, win_NHD, lse_3NH, *saved
     sel_NHD, out_NHD = torch.empty_like(q_NHD), torch.empty_like(q_NHD)
-    ranges = split_queries(index, H, D, top, q_NHD.element_size())
+    ranges = split_queries(index, H, G, D, top, q_NHD.element_size())
     for queries, lists in zip(ranges, storage.of(ranges, G, top), strict=True):
         score_GNM = block_score(q_NHD, ck_PGD, lse_3NH[0], index, scale, queries.first, queries.last)
         ranks = new_ranks(index, queries, G, top)
@@ -137,7 +138,7 @@ def _backward(
         _, dk, dv = segment_backward(q_NHD, keys, v_NGD, sel, asset_segments(index), dq_NHD)
         dk_NGD, dv_NGD = dk_NGD + dk, dv_NGD + dv
     else:
-        ranges = split_queries(index, H, D, top, q_NHD.element_size())
+        ranges = split_queries(index, H, G, D, top, q_NHD.element_size())
         for queries, lists in zip(ranges, storage.of(ranges, G, top), strict=True):
             selection_backward(q_NHD, keys, v_NGD, sel, selected_GNT, lists, index, queries, dq_NHD, dk_NGD, dv_NGD)
     dtype = q_NHD.dtype

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import checks, eager, reference
 from kernels.blocks import BlockIndex
 from kernels.sizes import cdiv
 from kernels.tiles import on_device
@@ -41,3 +43,51 @@ def block_mean_backward(dy_PC: Tensor, index: BlockIndex, plus_one: bool) -> Ten
     """One gather, already at memory speed in torch."""
     counts_P = index.compressed_counts + 1 if plus_one else index.compressed_counts
     return (dy_PC / counts_P[:, None]).to(dy_PC.dtype)[index.compressed_of]
+
+
+@torch.library.custom_op("sparse3d::block_mean", mutates_args=())
+def _mean(x: Tensor, index: list[Tensor], plus_one: bool) -> Tensor:
+    return block_mean_forward(x.contiguous(), BlockIndex(*index), plus_one)
+
+
+@_mean.register_fake
+def _(x, index, plus_one):
+    return x.new_empty(BlockIndex(*index).num_compressed, x.shape[1])
+
+
+def _mean_setup(ctx, inputs, output):
+    _, index, ctx.plus_one = inputs
+    ctx.save_for_backward(*index)
+
+
+def _mean_backward(ctx, dy):
+    index = ctx.saved_tensors
+    return block_mean_backward(dy, BlockIndex(*index), ctx.plus_one), [None] * len(index), None
+
+
+_mean.register_autograd(_mean_backward, setup_context=_mean_setup)
+
+
+def _eager_mean(x, index, plus_one):
+    return block_mean_forward(x.contiguous(), index, plus_one), (), (index, plus_one)
+
+
+def _eager_mean_backward(_, dy, __, rest):
+    return (block_mean_backward(dy, *rest),)
+
+
+def block_mean(x_NC: Tensor, index: BlockIndex, *, plus_one: bool = False, backend: str = "auto") -> Tensor:
+    """Mean of the rows of each compression block: [N, C] fp32, fp16 or bf16 -> [P, C], same dtype, sums in fp32.
+
+    plus_one divides by n + 1, as the published weights expect. Differentiable. ValueError if x_NC is not [N, C] of the
+    index's N on its device.
+    """
+    if x_NC.ndim != 2 or len(x_NC) != index.num_tokens or x_NC.device != index.device:
+        found = f"{list(x_NC.shape)} on {x_NC.device}"
+        raise ValueError(f"x_NC must be [{index.num_tokens}, C] on {index.device}, got {found}")
+    if not checks.use_triton(backend, x_NC):
+        return reference.block_mean(x_NC, index, plus_one)
+    checks.check_dtype("x_NC", x_NC)
+    if eager.traced(x_NC):
+        return _mean(x_NC, index.tensors(), plus_one)
+    return eager.call(_eager_mean, _eager_mean_backward, x_NC, index, plus_one)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kernels import checks, eager, reference
 from kernels.attention import SelectionLists, split_queries
-from kernels.block_mean import block_mean_backward, block_mean_forward
 from kernels.block_score import block_score
 from kernels.blocks import BlockIndex
 from kernels.gates import Rows, gated_sum_forward, gates_backward
@@ -146,10 +145,11 @@ def _select(q: Tensor, ck: Tensor, index: list[Tensor], top_k: int, scale: float
     q, ck, blocks = q.contiguous(), ck.contiguous(), BlockIndex(*index)
     (N, H, D), G = q.shape, ck.shape[1]
     lse = q.new_empty(N, H, dtype=lse_dtype(q))
-    selected = torch.empty(G, N, min(top_k, blocks.num_blocks), dtype=torch.int32, device=q.device)
+    shape = (G, N, min(top_k, blocks.num_blocks))  # the largest asset may have fewer
+    selected = torch.full(shape, -1, dtype=torch.int32, device=q.device)
     with on_device(q):
         segment_forward(q, log2_keys(ck, scale)[0], ck, compressed_segments(blocks), lse)
-        for queries in split_queries(blocks, H, D, selected.shape[2], q.element_size()):
+        for queries in split_queries(blocks, H, G, D, selected.shape[2], q.element_size()):
             score = block_score(q, ck, lse, blocks, scale, queries.first, queries.last)
             top_blocks(score, blocks, selected, queries.first)
     return selected
@@ -203,7 +203,7 @@ def _selection(
     (_, H, D), (G, _, top_k), blocks = q.shape, selected.shape, BlockIndex(*index)
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
     storage = SelectionLists.empty(blocks, G, top_k)
-    ranges = split_queries(blocks, H, D, top_k, q.element_size())
+    ranges = split_queries(blocks, H, G, D, top_k, q.element_size())
     with on_device(q):
         keys, _ = log2_keys(k, scale)
         flags = _flags(q, keys.norms, blocks)
@@ -234,7 +234,7 @@ def _selection_grad(
     dq, dot = torch.zeros_like(q), (o.to(lse.dtype) * do.to(lse.dtype)).sum(2)
     dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
     keys, rows = Keys(k, scale), Rows(do, lse, dot)
-    ranges = split_queries(blocks, H, D, top_k, q.element_size())
+    ranges = split_queries(blocks, H, G, D, top_k, q.element_size())
     with on_device(q):
         for queries, part in zip(ranges, storage.of(ranges, G, top_k), strict=True):
             selection_backward(q, keys, v, rows, selected, part, blocks, queries, dq, dk, dv)
@@ -350,51 +350,6 @@ def gated_sum(branches_3_NHD: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor, *
     checks.check_float("gates_N3", gates_N3, a)
     if not checks.use_triton(backend, a):
         return reference.gated_sum(branches_3_NHD, gates_N3)
+    checks.check_dtype("branches_3_NHD", a)
+    checks.check_head_size("branches_3_NHD", a.shape[2])
     return _gated(a, b, c, gates_N3)
-
-
-@torch.library.custom_op("sparse3d::block_mean", mutates_args=())
-def _mean(x: Tensor, index: list[Tensor], plus_one: bool) -> Tensor:
-    return block_mean_forward(x.contiguous(), BlockIndex(*index), plus_one)
-
-
-@_mean.register_fake
-def _(x, index, plus_one):
-    return x.new_empty(BlockIndex(*index).num_compressed, x.shape[1])
-
-
-def _mean_setup(ctx, inputs, output):
-    _, index, ctx.plus_one = inputs
-    ctx.save_for_backward(*index)
-
-
-def _mean_backward(ctx, dy):
-    index = ctx.saved_tensors
-    return block_mean_backward(dy, BlockIndex(*index), ctx.plus_one), [None] * len(index), None
-
-
-_mean.register_autograd(_mean_backward, setup_context=_mean_setup)
-
-
-def _eager_mean(x, index, plus_one):
-    return block_mean_forward(x.contiguous(), index, plus_one), (), (index, plus_one)
-
-
-def _eager_mean_backward(_, dy, __, rest):
-    return (block_mean_backward(dy, *rest),)
-
-
-def block_mean(x_NC: Tensor, index: BlockIndex, *, plus_one: bool = False, backend: str = "auto") -> Tensor:
-    """Mean of the rows of each compression block: [N, C] fp32, fp16 or bf16 -> [P, C], same dtype, sums in fp32.
-
-    plus_one divides by n + 1, as the published weights expect. Differentiable. ValueError if x_NC is not [N, C] of the
-    index's N on its device.
-    """
-    if x_NC.ndim != 2 or len(x_NC) != index.num_tokens or x_NC.device != index.device:
-        found = f"{list(x_NC.shape)} on {x_NC.device}"
-        raise ValueError(f"x_NC must be [{index.num_tokens}, C] on {index.device}, got {found}")
-    if not checks.use_triton(backend, x_NC):
-        return reference.block_mean(x_NC, index, plus_one)
-    if eager.traced(x_NC):
-        return _mean(x_NC, index.tensors(), plus_one)
-    return eager.call(_eager_mean, _eager_mean_backward, x_NC, index, plus_one)

@@ -21,6 +21,17 @@ def check_float(name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be {like.dtype} on {like.device} as q_NHD, got {x.dtype} on {x.device}")
 
 
+def check_dtype(name: str, x: Tensor) -> None:
+    """What Triton kernels take."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} must be one of {DTYPES}, got {x.dtype}")
+
+
+def check_head_size(name: str, D: int) -> None:
+    if D not in HEAD_SIZES:
+        raise ValueError(f"{name} must have a head size in {HEAD_SIZES}, got {D}")
+
+
 def check_heads(q_NHD: Tensor, keys: list[tuple[str, Tensor, int]], index: BlockIndex, on_triton: bool) -> None:
     """keys: (name, tensor, its rows). Triton kernels ask for more than the reference: dtype, D, H / G, device."""
     check_query(q_NHD, index)
@@ -36,10 +47,8 @@ def check_heads(q_NHD: Tensor, keys: list[tuple[str, Tensor, int]], index: Block
         raise ValueError(f"q_NHD must be on the index's device {index.device}, got {q_NHD.device}")
     if not on_triton:
         return
-    if q_NHD.dtype not in DTYPES:
-        raise ValueError(f"q_NHD must be one of {DTYPES}, got {q_NHD.dtype}")
-    if D not in HEAD_SIZES:
-        raise ValueError(f"q_NHD must have a head size in {HEAD_SIZES}, got {D}")
+    check_dtype("q_NHD", q_NHD)
+    check_head_size("q_NHD", D)
     if H // G not in (1, 2, 4, 8, 16, 32):
         raise ValueError(f"q_NHD must have 1, 2, 4, 8, 16 or 32 heads per key/value head, got {H} / {G}")
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import eager, reference_conv
-from kernels.checks import DTYPES, use_triton
+from kernels.checks import check_dtype, use_triton
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import on_device
 
@@ -316,8 +316,7 @@ def group_norm(
     _check(x_NC, asset_starts_A1, groups, weight_C, bias_C, eps)
     if not use_triton(backend, x_NC):
         return reference_conv.group_norm(x_NC, asset_starts_A1, groups, weight_C, bias_C, eps, silu)
-    if x_NC.dtype not in DTYPES:
-        raise ValueError(f"x_NC must be one of {DTYPES}, got {x_NC.dtype}")
+    check_dtype("x_NC", x_NC)
     inputs = (x_NC, asset_starts_A1, groups, weight_C, bias_C, eps, silu)
     if eager.traced(x_NC, weight_C, bias_C):
         return _norm(*inputs)[0]

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import eager, reference_conv
-from kernels.checks import DTYPES, use_triton
+from kernels.checks import check_dtype, use_triton
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import on_device
 
@@ -112,8 +112,7 @@ def pool_children(x_NC: Tensor, children_P8: Tensor, *, plus_one: bool = False, 
         raise ValueError(f"children_P8 must be on x_NC's device {x_NC.device}, got {children_P8.device}")
     if not use_triton(backend, x_NC):
         return reference_conv.pool_children(x_NC, children_P8, plus_one)
-    if x_NC.dtype not in DTYPES:
-        raise ValueError(f"x_NC must be one of {DTYPES}, got {x_NC.dtype}")
+    check_dtype("x_NC", x_NC)
     if eager.traced(x_NC):
         return _pool(x_NC, children_P8, plus_one)
     return eager.call(_eager_forward, _eager_backward, x_NC, children_P8, plus_one)

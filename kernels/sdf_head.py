@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import eager, reference_conv
-from kernels.checks import DTYPES, use_triton
+from kernels.checks import check_dtype, use_triton
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.tiles import on_device
 
@@ -132,8 +132,7 @@ def sdf_head(x_NC: Tensor, weight_C: Tensor, bias_1: Tensor, *, backend: str = "
     if not use_triton(backend, x_NC):
         with torch.autocast(x_NC.device.type, enabled=False):
             return reference_conv.sdf_head(x_NC, weight_C, bias_1)
-    if x_NC.dtype not in DTYPES:
-        raise ValueError(f"x_NC must be one of {DTYPES}, got {x_NC.dtype}")
+    check_dtype("x_NC", x_NC)
     if eager.traced(x_NC, weight_C, bias_1):
         return _head(x_NC, weight_C, bias_1)
     return eager.call(_eager_forward, _eager_backward, x_NC, weight_C, bias_1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import eager, reference_conv
-from kernels.checks import DTYPES, use_triton
+from kernels.checks import check_dtype, use_triton
 from kernels.gather_gemm import downsampling, gather_gemm, plain, upsampling
 from kernels.sparse_conv_backward import weight_grad
 
@@ -187,8 +187,7 @@ def sparse_conv(
         x_NC = x_NC.to(torch.get_autocast_dtype(device_type))
     _check(x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample)
     if use_triton(backend, x_NC):
-        if x_NC.dtype not in DTYPES:
-            raise ValueError(f"x_NC must be one of {DTYPES}, got {x_NC.dtype}")
+        check_dtype("x_NC", x_NC)
         inputs = (x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample, False)
         if eager.traced(x_NC, weight_27CO, bias_O):
             return _conv(*inputs)

@@ -23,9 +23,12 @@ def _top_blocks(
     block0 = tl.load(asset_blocks_ptr + asset, ok, other=0)
     blocks = tl.load(asset_blocks_ptr + asset + 1, ok, other=0) - block0
     b = tl.arange(0, COLUMNS)[None, :]
-    # Non-negative floats order as their bits do.
+    # Non-negative floats order as their bits do. A NaN, of either sign, lies above infinity, but not so high that
+    # the bisection's sums overflow and it never ends.
     at = (g.to(tl.int64) * tokens + i)[:, None] * columns + b
-    x = tl.load(score_ptr + at, b < blocks[:, None], other=-1.0).to(tl.int32, bitcast=True)
+    there = b < blocks[:, None]
+    x = tl.load(score_ptr + at, there, other=0.0).to(tl.int32, bitcast=True)
+    x = tl.where(there, tl.minimum(x & 0x7FFFFFFF, 0x7F800001), -1)
     k = tl.minimum(top_k, blocks)
     # Bisection for a threshold that k scores reach; `reach` of them do.
     low, high, reach = k * 0, tl.max(x, 1), blocks
@@ -64,8 +67,8 @@ def top_blocks(
     """Writes the blocks of largest score of tokens first .. first + n into selected, int32 [G, N, T].
 
     T <= max_blocks. Ascending block numbers of the batch, -1 after an asset's last; of equals the lower block.
-    Scores are fp32 [G, n, max_blocks], not negative. `ranks` (zeroed, see `kernels.lists`) also receives each
-    choice's rank + 1.
+    Scores are fp32 [G, n, max_blocks], not negative; NaN is above all. `ranks` (zeroed, see `kernels.lists`) also
+    receives each choice's rank + 1.
     """
     G, tokens, columns = score_GNM.shape
     if tokens == 0:

@@ -232,9 +232,22 @@ def test_ranges_of_queries_do_not_change_the_result(monkeypatch):
 
     whole = run(kernel, x)
     monkeypatch.setattr(attention, "RANGE_BYTES", 12 * 2 * 68)
-    assert len(attention.split_queries(index, 2, 16, 1, 4)) == 3
+    assert len(attention.split_queries(index, 2, 1, 16, 1, 4)) == 3
     for a, b in zip(run(kernel, x), whole, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_ranges_are_as_short_as_scores_and_ranks_want(monkeypatch):
+    """Many key/value heads and few selected blocks: then partial outputs are not the largest part."""
+    from kernels import attention, blocks
+
+    monkeypatch.setattr(blocks, "_chunks", thirds)
+    index, G = random_index([60, 30], 64), 16
+    part, scores = 1 * G * (16 * 2 + 4), G * index.max_blocks * 5  # bytes a query
+    assert 2 * part < scores
+    for count in (1, 2, 3, 6):
+        monkeypatch.setattr(attention, "RANGE_BYTES", -(-90 * scores // count))
+        assert len(attention.split_queries(index, G, G, 16, 1, 2)) == count
 
 
 def thirds(tokens, blocks):

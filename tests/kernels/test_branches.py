@@ -161,6 +161,12 @@ def test_bad_selections_are_named(selected, message):
         (lambda i: gated_sum((draw(4, 2, 16),) * 2, draw(4, 3)), "branches_3_NHD must be three"),
         (lambda i: gated_sum((draw(4, 2, 16),) * 3, draw(4, 2)), r"gates_N3 must be \[4, 3\], got \[4, 2\]"),
         (lambda i: gated_sum((draw(4, 2, 16),) * 3, draw(4, 3).half()), "gates_N3 must be torch.float32"),
+        (lambda i: gated_sum((draw(4, 2, 48),) * 3, draw(4, 3), backend="triton"), "head size in .*, got 48"),
+        (
+            lambda i: gated_sum((draw(4, 2, 16).double(),) * 3, draw(4, 3).double(), backend="triton"),
+            "branches_3_NHD must be one of .*got torch.float64",
+        ),
+        (lambda i: block_mean(draw(40, 4).double(), i, backend="triton"), "x_NC must be one of .*got torch.float64"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

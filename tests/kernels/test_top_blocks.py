@@ -35,6 +35,18 @@ def test_equals_sorting(kind, top_k):
     assert torch.equal(by_kernel(scores, index, top_k), reference.top_blocks(scores, index, top_k))
 
 
+@pytest.mark.timeout(60)  # it may never end
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -0x400000], ids=hex)
+def test_not_a_number_is_above_all(bits):
+    """What a GPU's arithmetic makes of a NaN has all bits set, what a CPU's makes one of them."""
+    index = random_index([40, 0, 25, 1], 24)
+    scores = torch.rand(2, 66, index.max_blocks, generator=torch.Generator().manual_seed(0))
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    scores[:, ::3, 2], scores[:, ::5], scores[:, 7, 1] = nan, nan, torch.inf
+    scores = scores.to(DEVICE)
+    assert torch.equal(by_kernel(scores, index, 3), reference.top_blocks(scores, index, 3))
+
+
 @pytest.mark.parametrize("top_k", [8, 300])
 def test_many_blocks(top_k):
     index = random_index([700 if DEVICE == "cpu" else 20000], 128)
@@ -81,6 +93,16 @@ def test_scores(select, compress, dtype):
     ranges = [block_score(q, ck, lse.float(), index, 0.25, a, b) for a, b in ((0, 13), (13, 58), (58, 70))]
     parts = torch.where(exists, torch.cat(ranges, 1), zero.float())
     assert torch.allclose(parts, torch.where(exists, scores, zero.float()), rtol=1e-5)
+
+
+def test_more_blocks_than_an_asset_has_leave_nothing_unwritten():
+    index = random_index([40, 40], 64)
+    most = index.max_blocks
+    assert 32 < most < 64 < index.num_blocks  # the kernel's columns are a power of two
+    q, ck = torch.randn(80, 2, 16, device=DEVICE), torch.randn(index.num_compressed, 1, 16, device=DEVICE)
+    selected = select_blocks(q, ck, index, top_k=80, backend="triton")
+    assert torch.equal(selected[..., :most], select_blocks(q, ck, index, top_k=80, backend="reference"))
+    assert (selected[..., most:] == -1).all()
 
 
 def test_selection_finds_the_planted_block():
