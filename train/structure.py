@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from model.occupancy import OccupancyVAE
 from model.structure import Structure
@@ -35,7 +39,10 @@ def train(cfg: StructureTraining, world: World) -> None:
         counts = f"{len(chosen)} training and {len(val)} held-out assets"
         log.info("structure stage at R = %d: %s of %s", cfg.resolution, counts, cfg.data)
     if cfg.part != "flow":
-        train_vae(cfg, world, chosen, val)
+        done = train_vae(cfg, world, chosen, val)
+        if cfg.part == "both" and done < cfg.vae.loop.steps:
+            log.info("the occupancy VAE has %d of %d steps; the same command goes on", done, cfg.vae.loop.steps)
+            return
     if cfg.part != "vae":
         train_flow(cfg, world, chosen, val)
 
@@ -51,13 +58,22 @@ def train_vae(cfg: StructureTraining, world: World, chosen: Catalogue, val: Cata
 
 def train_flow(cfg: StructureTraining, world: World, chosen: Catalogue, val: Catalogue) -> int:
     """The flow model over the latents of OUT/vae, in OUT/flow; returns the steps done."""
-    task = FlowTask(cfg, world, chosen, val, trained_vae(cfg))
-    if checkpoint.latest(cfg.out / "flow") is None:  # else the checkpoint has them
+    vae, found = trained_vae(cfg), checkpoint.latest(cfg.out / "flow")
+    task = FlowTask(cfg, world, chosen, val, vae)
+    if found is None:  # else the checkpoint has them
         task.measure(GridLoader(chosen, cfg, images=False, training=False))
+    elif world.is_first and not _holds(found, vae):
+        log.warning("%s keeps the occupancy VAE that it began with; that of %s is another", found, cfg.out / "vae")
     _introduce(f"flow with {task.model.flow.encoder.label}", task.model.flow, world)
     stream = _stream(cfg, world, chosen, images=True)
     config = described(cfg, "flow", Structure.__name__)
     return fit(task, stream, cfg.flow.loop, out=cfg.out / "flow", world=world, config=config)
+
+
+def _holds(found: Path, vae: OccupancyVAE) -> bool:
+    """Whether a checkpoint of the flow has these weights of the VAE."""
+    with safe_open(weights_file(found), framework="pt") as file:
+        return all(torch.equal(file.get_tensor(f"vae.{name}"), x) for name, x in vae.state_dict().items())
 
 
 def trained_vae(cfg: StructureTraining) -> OccupancyVAE:

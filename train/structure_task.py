@@ -92,13 +92,17 @@ class FlowTask:
 
     @torch.no_grad()
     def measure(self, loader: GridLoader) -> None:
-        """Set the latents' statistics from the first cfg.flow.statistics training assets."""
-        rows = []
-        for asset in assets_of(self.train, self.cfg, World(), 1)[: self.cfg.flow.statistics]:
-            batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
-            rows.append(self._latents(self.model, batch))
-        z_NC = torch.cat(rows).double()
-        self.model.flow.dit.set_statistics(z_NC.mean(0).float(), z_NC.std(0).clamp(min=1e-3).float())
+        """Set the latents' statistics from cfg.flow.statistics training assets, spread over all of them."""
+        assets = self.train.tokens[self.cfg.resolution].nonzero()[0]
+        count = min(self.cfg.flow.statistics, len(assets))
+        rows, total_C, squares_C = 0, torch.zeros(()), torch.zeros(())
+        for asset in assets[np.arange(count) * len(assets) // count]:
+            batch = loader.batch([Draw(int(asset), 0)], 1.0).to(self.world.device)
+            z_NC = self._latents(self.model, batch).double()
+            rows, total_C, squares_C = rows + len(z_NC), total_C + z_NC.sum(0), squares_C + z_NC.square().sum(0)
+        mean_C = total_C / rows
+        std_C = ((squares_C - rows * mean_C.square()) / (rows - 1)).clamp(min=1e-6).sqrt()
+        self.model.flow.dit.set_statistics(mean_C.float(), std_C.float())
 
     def losses(self, model: nn.Module, batch: GridBatch) -> dict[str, Tensor]:
         loss_B = self._errors(model, batch, batch.times, batch.dropped)
@@ -140,7 +144,8 @@ class FlowTask:
     def sample(self, model: Any, folder: Path) -> None:
         """Training assets from views never shown, and held-out assets: image, generated cells, stored ones."""
         numbers, rows = {}, []
-        for name, catalogue, only in (("held_out_views", self.train, True), ("held_out_assets", self.val, False)):
+        seen = "held_out_views" if self.cfg.held_out_views else "training_views"
+        for name, catalogue, only in ((seen, self.train, True), ("held_out_assets", self.val, False)):
             loader = GridLoader(catalogue, self.cfg, images=True, training=False, held_out_only=only)
             overlaps = []
             for asset in assets_of(catalogue, self.cfg, World(), 1)[: self.cfg.samples]:

@@ -12,7 +12,7 @@ from model.condition import EncoderConfig
 from model.conditioned import ConditionedConfig
 from model.dit import DiTConfig
 from model.flow import Guidance
-from model.occupancy import OccupancyConfig, occupancy_of
+from model.occupancy import OccupancyConfig, OccupancyVAE, occupancy_of
 from model.postprocess import open_edges_of
 from model.structure import Structure, StructureConfig
 from pipeline.schema import UserError
@@ -27,7 +27,7 @@ from train.plan import Draw
 from train.structure import main, train, train_flow, train_vae
 from train.structure_config import STRUCTURE_PRESETS, FlowTraining, OccupancyTraining, StructureTraining
 from train.structure_data import GridLoader
-from train.structure_task import cube_surface
+from train.structure_task import FlowTask, cube_surface
 from train.symmetry import SYMMETRIES
 
 MODEL = StructureConfig(
@@ -142,6 +142,46 @@ def test_both_halves_train_and_the_checkpoint_is_the_whole_stage(rendered, tmp_p
     assert set(json.loads((folder / "iou.json").read_text())) == {"held_out_views", "held_out_assets"}
     assert Image.open(folder / "cells.png").size == (3 * 192, 4 * 192)
     assert Image.open(cfg.out / "vae" / "samples" / "step-00000003" / "cells.png").size == (2 * 192, 2 * 192)
+
+
+def test_statistics_are_those_of_as_many_assets_as_asked_for_whatever_is_validated(rendered, tmp_path):
+    cfg = config(rendered, tmp_path, samples=0, val_batches=0)
+    chosen = read_catalogue(rendered, [32]).split("train")
+    loader = GridLoader(chosen, cfg, images=False, training=False)
+    vae = OccupancyVAE(MODEL.occupancy)
+    for parameter in vae.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    grids = torch.cat([loader.batch([Draw(asset, 0)], 1.0).occupied for asset in range(len(chosen))])
+    z = vae.eval().encode(grids).mean.movedim(1, -1).flatten(1, 3).double()  # [assets, s^3, C]
+    for count, expected in ((1000, z), (2, z[[0, len(chosen) // 2]])):
+        task = FlowTask(replace(cfg, flow=replace(cfg.flow, statistics=count)), World(), chosen, chosen, vae)
+        task.measure(loader)
+        mean, std = expected.flatten(0, 1).mean(0), expected.flatten(0, 1).std(0).clamp(min=1e-3)
+        torch.testing.assert_close(task.model.flow.dit.latent_mean.double(), mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(task.model.flow.dit.latent_std.double(), std, rtol=1e-4, atol=1e-6)
+
+
+def test_the_flow_waits_for_the_whole_vae_and_says_if_that_changes(rendered, tmp_path, caplog):
+    cfg = config(rendered, tmp_path, steps=4)
+    soon = replace(cfg, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=10**6, max_minutes=0.002)))
+    with caplog.at_level("INFO"):
+        train(soon, World())
+    assert "the same command goes on" in caplog.text
+    assert not (cfg.out / "flow").exists()
+    done = json.loads((checkpoint.latest(cfg.out / "vae") / "state.json").read_text())["step"]
+    whole = replace(soon, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=done)))
+    train(whole, World())
+    assert checkpoint.latest(cfg.out / "flow").name == "step-00000004"
+    assert "keeps the occupancy VAE" not in caplog.text
+    train(replace(whole, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=done + 1))), World())
+    assert "keeps the occupancy VAE that it began with" in caplog.text
+
+
+def test_views_that_were_trained_on_are_not_called_held_out(rendered, tmp_path):
+    cfg = config(rendered, tmp_path, steps=1, held_out_views=0)
+    train(replace(cfg, flow=replace(cfg.flow, loop=replace(cfg.flow.loop, sample_every=1))), World())
+    folder = cfg.out / "flow" / "samples" / "step-00000001"
+    assert set(json.loads((folder / "iou.json").read_text())) == {"training_views", "held_out_assets"}
 
 
 def test_a_run_in_two_parts_is_a_run_in_one(rendered, tmp_path):
