@@ -23,11 +23,12 @@ KeyMap = Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]  # their name -> (
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_model(directory: Path | str, model: nn.Module, config: Any) -> None:
+def save_model(directory: Path | str, model: nn.Module, config: Any, **notes: str) -> None:
     """Write model.safetensors and config.json to `directory`, replacing what is there; all of it or nothing.
 
-    config: the frozen dataclass the model was made from. Parent directories are made. Until everything is on the disk
-    the files lie in a temporary directory beside the target, which is removed if writing fails.
+    config: the frozen dataclass the model was made from; notes are further entries of config.json. Parent directories
+    are made. Until everything is on the disk the files lie in a temporary directory beside the target, which is removed
+    if writing fails.
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,7 @@ def save_model(directory: Path | str, model: nn.Module, config: Any) -> None:
             "format_version": FORMAT_VERSION,
             "model": type(model).__name__,
             "config": dataclasses.asdict(config),
+            **notes,
         }
         (new / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
         for path in (new / WEIGHTS, new / CONFIG, new):

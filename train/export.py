@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from model.checkpoint import config_from, save_model
+from model.checkpoint import config_from, load_model, save_model
 from model.conditioned import ConditionedDiT
 from model.structure import Structure
 from model.vae import SparseVAE
@@ -62,10 +63,10 @@ def read_stage(path: Path, cls: type[nn.Module]) -> tuple[Any, dict[str, Any]]:
 def export(cfg: Export) -> list[Path]:
     """Write the stages; returns their directories. UserError if one is missing or they do not belong together."""
     stages: dict[str, tuple[Any, Path]] = {}
-    vae_hash = None
+    vaes = _already_there(cfg.out)  # stage -> the VAE that it is or belongs to
     if cfg.vae is not None:
         vae, _ = read_stage(cfg.vae, SparseVAE)
-        stages["vae"], vae_hash = (vae, cfg.vae), hash_of(vae)
+        stages["vae"], vaes["vae"] = (vae, cfg.vae), hash_of(vae)
     if cfg.structure is not None:
         stages["structure"] = (read_stage(cfg.structure, Structure)[0], cfg.structure)
     for path in cfg.dit:
@@ -76,19 +77,56 @@ def export(cfg: Export) -> list[Path]:
         name = f"dit_{resolution}"
         if name in stages:
             raise UserError(f"{path} and {stages[name][1]} are both of R = {resolution}; name one for each resolution")
-        if vae_hash is not None and trained_on is not None and trained_on != vae_hash:
-            raise UserError(
-                f"{path} was trained on latents of VAE {trained_on}, {cfg.vae} is {vae_hash}: take the VAE that made "
-                "them, or encode and train again"
-            )
         stages[name] = (dit, path)
+        vaes.pop(name, None)
+        if trained_on is not None:
+            vaes[name] = trained_on
+    _check_together(cfg, stages, vaes)
     made = []
     for name, (model, source) in stages.items():
-        save_model(cfg.out / name, model, model.config)
+        notes = {"vae": vaes[name]} if name in vaes and name != "vae" else {}
+        save_model(cfg.out / name, model, model.config, **notes)
         count = sum(tensor.numel() for tensor in model.state_dict().values())
         log.info("%s: %.2f M numbers from %s", cfg.out / name, count / 1e6, source.resolve())
         made.append(cfg.out / name)
     return made
+
+
+def _already_there(out: Path) -> dict[str, str]:
+    """The VAE of each stage that was exported to `out` before, where it is known; of "vae" itself its hash."""
+    found = {}
+    for path in sorted(out.glob("dit_*/config.json")):
+        try:
+            vae = json.loads(path.read_text()).get("vae")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read: {error}; choose another --out") from error
+        if vae is not None:
+            found[path.parent.name] = vae
+    if (out / "vae").is_dir():
+        try:
+            found["vae"] = hash_of(load_model(out / "vae", SparseVAE))
+        except ValueError as error:
+            raise UserError(f"{error}; choose another --out") from error
+    return found
+
+
+def _check_together(cfg: Export, stages: Mapping[str, tuple[Any, Path]], vaes: Mapping[str, str]) -> None:
+    """UserError if a DiT that is given, or stays in `out`, was trained on latents of another VAE than that of `out`."""
+    if "vae" not in vaes:
+        return
+    vae = cfg.vae or cfg.out / "vae"
+    for name, trained_on in vaes.items():
+        if trained_on == vaes["vae"]:
+            continue
+        if name in stages:
+            raise UserError(
+                f"{stages[name][1]} was trained on latents of VAE {trained_on}, {vae} is {vaes['vae']}: take the VAE "
+                "that made them, or encode and train again"
+            )
+        raise UserError(
+            f"{cfg.out / name} stays, and was trained on latents of VAE {trained_on}, {vae} is {vaes['vae']}: name its "
+            "successor with --dit, remove it, or choose another --out"
+        )
 
 
 def main(args: Sequence[str]) -> None:

@@ -11,29 +11,26 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import KDTree
 
 from model.generator import Generated, Generator, Options
 from model.meshfile import write_mesh
 from model.preview import CLAY, on_paper
 from pipeline.cameras import Camera, CameraSet, look_at_origin
-from pipeline.isosurface import extract
 from pipeline.render import render_from
-from pipeline.schema import Mesh, Part, RunError, UserError
+from pipeline.schema import Mesh, Part, RunError, UserError, View
 from train.checkpoint import provenance
 from train.conditions import ViewReader
-from train.data import BrickReader, Catalogue, built_resolutions, read_catalogue
+from train.data import built_resolutions, read_catalogue
 from train.distributed import Device, choose_device
 from train.evaluation_page import write_page
 from train.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_maps
 from train.pictures import save_image, side_by_side
+from train.references import References, Surface, spread
 from train.solids import inside, overlap
-from train.surfaces import THRESHOLDS, compare_surfaces, sample_surface
+from train.surfaces import THRESHOLDS, compare_surfaces
 
 log = logging.getLogger(__name__)
 
-Surface = tuple[NDArray[np.float64], NDArray[np.int32]]
-NEAREST_POINTS = 4096  # of each surface, for telling which asset is meant
 SIDE = 256  # pixels of a picture
 
 
@@ -102,25 +99,35 @@ class _Looks:
 def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     """Every chosen asset; writes numbers, a table, a page, meshes and pictures to cfg.out. UserError, RunError."""
     catalogue = read_catalogue(cfg.data, built_resolutions(cfg.data))
-    references, views = _References(catalogue), ViewReader(catalogue, cfg.cameras)
+    references, views = References(catalogue), ViewReader(catalogue, cfg.cameras)
     chosen = [n for n in references.assets if cfg.split == "all" or catalogue.is_val[n] == (cfg.split == "val")]
     if not chosen:
         raise UserError(f"{cfg.data} has no asset in split {cfg.split} to evaluate; choose --split all")
-    count = min(cfg.limit or len(chosen), len(chosen))
-    chosen = [chosen[n * len(chosen) // count] for n in range(count)]
+    chosen = spread(chosen, cfg.limit or len(chosen))
+    count = len(chosen)
+    references.compare_with(chosen)
+    chosen = [asset for asset in chosen if asset in references.trees]
     generator = Generator.load(cfg.checkpoint, choose_device(cfg.device), cfg.options.resolution)
     out = cfg.out or cfg.checkpoint / "evaluation"
     (out / "meshes").mkdir(parents=True, exist_ok=True)
     looks = _Looks(DinoFeatures.load(cfg.features, choose_device(cfg.device))) if cfg.features else None
     rows, pictures = [], []
     for asset in chosen:
-        row, images = _evaluate(cfg, generator, references, views, asset, out / "meshes", looks)
+        try:
+            reference = references.surface(asset)
+            image = views.read_view(asset, _view_of(cfg, views.views(asset)))
+        except RunError as error:
+            log.warning("%s is left out: %s", catalogue.uids[asset], error)
+            continue
+        row, images = _evaluate(cfg, generator, references, asset, reference, image, out / "meshes", looks)
         rows.append(row)
         pictures.append(images)
         right = "right" if row.nearest_is_right else "wrong"
         log.info("%s CD %.1f IoU %.3f silhouette %.3f nearest %s", row.uid, 1000 * row.chamfer, row.iou,
                  row.silhouette_iou, right)  # fmt: skip
-    summary = summarize(rows, f"{cfg.split} assets, view {cfg.view}", len(references.assets))
+    if not rows:
+        raise RunError(f"none of {count} assets of {cfg.data} can be read; run python -m pipeline.verify {cfg.data}")
+    summary = summarize(rows, f"{cfg.split} assets, view {cfg.view}", len(references.trees))
     if looks is not None:
         summary["normal_map_distance"] = looks.distance()
     result = {
@@ -172,47 +179,25 @@ def _protocol_of_looks(weights: str | None) -> str | None:
     )
 
 
-class _References:
-    """The stored surface of every asset, and points on it."""
-
-    def __init__(self, catalogue: Catalogue):
-        self.catalogue, reader = catalogue, BrickReader(catalogue)
-        self.surfaces: dict[int, Surface] = {}
-        self.trees: dict[int, KDTree] = {}
-        for asset in range(len(catalogue)):
-            finest = max((r for r, tokens in catalogue.tokens.items() if tokens[asset]), default=None)
-            surface = extract(reader.read(asset, finest)) if finest else None
-            if surface is not None and len(surface[1]):
-                self.surfaces[asset] = surface
-                self.trees[asset] = KDTree(sample_surface(*surface, NEAREST_POINTS, seed=0)[0])
-
-    @property
-    def assets(self) -> list[int]:
-        return list(self.surfaces)
-
-    def nearest(self, surface: Surface) -> int:
-        """The asset with the smallest distance between points, both ways."""
-        points = sample_surface(*surface, NEAREST_POINTS, seed=1)[0]
-        tree = KDTree(points)
-        there = {asset: other.query(points)[0].mean() for asset, other in self.trees.items()}
-        return min(there, key=lambda asset: there[asset] + tree.query(self.trees[asset].data)[0].mean())
+def _view_of(cfg: GenerationEvaluation, count: int) -> int:
+    """Which of `count` views is taken. UserError if there is no such view."""
+    if not -count <= cfg.view < count:
+        raise UserError(f"--view must be from {-count} to {count - 1} for the {count} views there are, got {cfg.view}")
+    return cfg.view % count
 
 
 def _evaluate(
     cfg: GenerationEvaluation,
     generator: Generator,
-    references: _References,
-    views: ViewReader,
+    references: References,
     asset: int,
+    reference: Surface,
+    image: View,
     folder: Path,
     looks: _Looks | None,
 ) -> tuple[Row, list[NDArray[np.uint8]]]:
-    catalogue, reference = references.catalogue, references.surfaces[asset]
-    uid, count = catalogue.uids[asset], views.views(asset)
-    if not -count <= cfg.view < count:
-        raise UserError(f"--view must be from {-count} to {count - 1} for the {count} views there are, got {cfg.view}")
-    view = cfg.view % count
-    image = views.read_view(asset, view)
+    catalogue = references.catalogue
+    uid, view = catalogue.uids[asset], image.meta["view"]
     eye = look_at_origin(*(image.meta[name] for name in ("azimuth_degrees", "elevation_degrees", "focal_mm")))
     empty = Row(
         uid=uid, split="val" if catalogue.is_val[asset] else "train", view=view, seconds=0.0, tokens={}, faces=0,

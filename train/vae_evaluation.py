@@ -20,9 +20,9 @@ from model.mesh import extract_meshes
 from model.sparse import BrickBatch
 from model.vae import SparseVAE
 from pipeline.isosurface import extract
-from pipeline.schema import UserError
+from pipeline.schema import RunError, UserError
 from train.checkpoint import check_format, load_weights, provenance
-from train.data import BrickReader, Catalogue, built_resolutions, read_catalogue
+from train.data import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
 from train.distributed import Device, choose_device
 from train.evaluation_page import write_page
 from train.loop import weights_file
@@ -91,14 +91,20 @@ def evaluate_asset(
     """One asset through the VAE (latents at their means), against the surface at its finest stored resolution.
 
     `reader.catalogue.tokens` says which resolutions are stored. With `draw` also [reference, reconstruction] as images.
-    None if the reference has no surface at all (parts thinner than its grid).
+    None if the reference has no surface at all (parts thinner than its grid). RunError if it cannot be read.
     """
     catalogue = reader.catalogue
     finest = max(r for r, tokens in catalogue.tokens.items() if tokens[asset])
-    reference = extract(reader.read(asset, finest))
+    try:
+        stored, bricks = reader.read(asset, finest), reader.read(asset, resolution)
+    except UNREADABLE as error:
+        raise RunError(
+            f"its bricks cannot be read ({error}); run python -m pipeline.verify {catalogue.root}"
+        ) from error
+    reference = extract(stored)
     if not len(reference[1]):
         return None
-    batch = BrickBatch.collate([reader.read(asset, resolution)]).to(device)
+    batch = BrickBatch.collate([bricks]).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         values, _ = model(batch)
     surface = extract_meshes(batch.cells, values)[0]
@@ -211,7 +217,12 @@ def _rows(
     for resolution in resolutions:
         for asset in np.flatnonzero(catalogue.tokens[resolution])[: cfg.limit]:
             draw = len(images) < cfg.pictures
-            found = evaluate_asset(model, reader, int(asset), resolution, device=device, samples=cfg.samples, draw=draw)
+            options = {"device": device, "samples": cfg.samples, "draw": draw}
+            try:
+                found = evaluate_asset(model, reader, int(asset), resolution, **options)
+            except RunError as error:
+                log.warning("%s left out: %s", catalogue.uids[asset], error)
+                continue
             if found is None:
                 log.warning("%s has no surface at its finest resolution, left out", catalogue.uids[asset])
                 continue

@@ -1,6 +1,7 @@
 """Collecting stages: what is exported generates, with averaged weights; what does not belong together is refused."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,6 +49,24 @@ def test_exported_stages_generate_what_the_trained_ones_do(trained):
     files = sorted(path.relative_to(cfg.out).as_posix() for path in cfg.out.rglob("*") if path.is_file())
     names = ("dit_128", "dit_64", "structure", "vae")
     assert files == [f"{name}/{file}" for name in names for file in ("config.json", "model.safetensors")]
+
+
+def test_a_directory_never_holds_stages_of_different_vaes(trained, tmp_path):
+    cfg, (vae, _, dits) = trained
+    export(cfg)
+    before = {path: path.read_bytes() for path in cfg.out.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        next(vae.parameters()).add_(1.0)
+    other = checkpoint(tmp_path / "other", vae)
+    of_other = checkpoint(tmp_path / "of-other", dits[64], resolution=64, vae=hash_of(vae))
+    with pytest.raises(UserError, match=r"dit_128 stays, and was trained on latents of VAE .* name its successor"):
+        export(Export(vae=other, structure=None, dit=(of_other,), out=cfg.out))
+    with pytest.raises(UserError, match=r"of-other was trained on latents of VAE .*export/vae is .*: take the VAE"):
+        export(Export(vae=None, structure=None, dit=(of_other,), out=cfg.out))
+    assert before == {path: path.read_bytes() for path in cfg.out.rglob("*") if path.is_file()}
+    shutil.rmtree(cfg.out / "dit_128")
+    export(Export(vae=other, structure=None, dit=(of_other,), out=cfg.out))
+    assert Generator.load(cfg.out).resolutions == [64]
 
 
 def test_stages_can_be_replaced_one_by_one(trained):

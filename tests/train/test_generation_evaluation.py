@@ -16,6 +16,9 @@ from pipeline.schema import RunError, UserError, View
 from pipeline.shards import write_render_shard
 from pipeline.store import SdfShard
 from tests.train.builds import commit, make_build
+from train import references
+from train.conditions import ViewReader
+from train.data import BrickReader
 from train.evaluate import main
 from train.generation_evaluation import GenerationEvaluation, _mesh, evaluate_generation
 
@@ -136,6 +139,41 @@ def test_an_empty_result_counts_without_a_distance(rendered, tmp_path, monkeypat
     assert summary["iou"] == pytest.approx(200 / 3)
     assert summary["chamfer"] < 1e-6
     assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][1]["chamfer"] is None
+
+
+def test_of_many_assets_few_are_read_and_none_is_kept(rendered, tmp_path, monkeypatch):
+    monkeypatch.setattr(references, "CANDIDATES", 2)
+    read, original = [], BrickReader.read
+    monkeypatch.setattr(BrickReader, "read", lambda self, *which: read.append(which) or original(self, *which))
+    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered), limit=1)
+    assert result["summary"]["candidates"] == 2
+    assert result["summary"]["nearest_is_right"] == 100.0
+    assert sorted(read) == [(0, 32), (0, 40), (1, 32)]
+
+
+def test_what_cannot_be_read_costs_itself(rendered, tmp_path, monkeypatch, caplog):
+    original, views = BrickReader.read, ViewReader.read_view
+
+    def damaged(self, asset, resolution):
+        if asset == 1:
+            raise ValueError("checksum does not match")
+        return original(self, asset, resolution)
+
+    def without_view(self, asset, view):
+        if asset == 2:
+            raise RunError("view 2 is damaged")
+        return views(self, asset, view)
+
+    monkeypatch.setattr(BrickReader, "read", damaged)
+    monkeypatch.setattr(ViewReader, "read_view", without_view)
+    summary = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))["summary"]
+    assert (summary["assets"], summary["candidates"], summary["nearest_is_right"]) == (1, 3, 100.0)
+    uids = SdfShard(rendered / "sdf" / "40" / "000000.zarr").uids
+    assert f"{uids[1]} is left out: its bricks at R = 32 cannot be read (checksum" in caplog.text
+    assert f"{uids[2]} is left out: view 2 is damaged" in caplog.text
+    monkeypatch.setattr(BrickReader, "read", lambda *_: original(*_[:1], 99, 32))
+    with pytest.raises(RunError, match=r"none of 3 assets of .* can be read; run python -m pipeline.verify"):
+        evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))
 
 
 def test_what_cannot_be_evaluated_is_said(rendered, tmp_path, monkeypatch):

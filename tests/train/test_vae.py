@@ -165,6 +165,24 @@ def test_evaluation_of_a_run(build, tmp_path):
 # Presets and errors
 
 
+def test_an_asset_that_cannot_be_read_is_left_out_of_an_evaluation(build, tmp_path, monkeypatch, caplog):
+    vae.train(tiny_training(build, tmp_path / "run", steps=1), World())
+    original, damaged = BrickReader.read, []
+
+    def read(self, asset, resolution):
+        if asset == 0:
+            damaged.append(self.catalogue.uids[0])
+            raise ValueError("checksum does not match")
+        return original(self, asset, resolution)
+
+    monkeypatch.setattr(BrickReader, "read", read)
+    cfg = VAEEvaluation(checkpoint=tmp_path / "run" / "latest", data=build, split="val", samples=500, device="cpu")
+    found = evaluate_vae(cfg)
+    assert f"{damaged[0]} left out: its bricks cannot be read (checksum" in caplog.text
+    assert damaged[0] not in {row["uid"] for row in found["rows"]}
+    assert len(found["rows"]) == 1
+
+
 def test_presets():
     base, more, small = (VAE_PRESETS[name] for name in ("base", "base-1024", "small"))
     assert (base.bricks.resolutions, base.bricks.batch_size, base.loop.learning_rate) == ((256, 384, 512), 4, 1e-4)
