@@ -73,7 +73,7 @@ def load_image(source: Path | str | BinaryIO) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as the file's orientation tag says; nothing else of its metadata is looked at, which may be damaged."""
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        turn = TURNS.get(image.getexif().get(ORIENTATION) or 1)
     except (SyntaxError, ValueError, TypeError, struct.error):  # what unreadable metadata raises
         return image
     return image if turn is None else image.transpose(turn)
