@@ -20,6 +20,7 @@ from pipeline.schema import RunError, UserError
 from pipeline.screen import CATALOGUE, Catalogue, write_catalogue
 from pipeline.sources import Source, open_source
 from pipeline.sources.shapenet import LICENCE as SHAPENET
+from pipeline.workspace import locked
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,10 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     check_output(cfg.out)
     if cfg.device == "cuda" and not os.environ.get("RAY_ADDRESS"):  # a cluster's nodes are for the runner to ask
         check_cuda()
-    total = make(cfg, open_sources(cfg) if sources is None else sources)
-    page = write_report(cfg.out)
+    sources = open_sources(cfg) if sources is None else sources
+    with locked(cfg.out):
+        total = make(cfg, sources)
+        page = write_report(cfg.out)
     log.info("%d done, %d rejected, %d failed in %.0f s", *total.values(), time.monotonic() - started)
     for what, where in (("bricks", "sdf"), ("renders", "renders"), ("manifest", "manifest")):
         log.info("%-8s %s", what, cfg.out / where)

@@ -1,8 +1,9 @@
-"""Folders of a task's own on its node, for builds whose output is a URL; those of killed tasks are removed."""
+"""Who may write where: a directory is one build's at a time; a task that fills a URL has folders of its own."""
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -11,7 +12,36 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 from pipeline.location import Location, Remote
-from pipeline.schema import RunError
+from pipeline.schema import RunError, UserError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(out: Location) -> Iterator[None]:
+    """Inside, no other build writes to the directory `out`, which is made; a place behind a URL is not locked.
+
+    The lock is on the directory itself, so that it leaves no file, and ends with this process however that ends.
+    UserError if another build holds it, or there can be no such directory.
+    """
+    if not isinstance(out, Path):
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = os.open(out, os.O_RDONLY)  # not inherited by the processes that Ray starts
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another build is running with --out {out}; wait for it, or choose another") from error
+        except OSError as error:  # some network file systems have no locks
+            log.warning("%s cannot be locked (%s): start no second build there", out, error.strerror)
+        yield
+    finally:
+        os.close(held)
 
 
 @contextmanager

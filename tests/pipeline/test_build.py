@@ -1,17 +1,20 @@
+import errno
 import json
 import logging
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.build import configure, main
+from pipeline.build import build, configure, main
 from pipeline.command import command
 from pipeline.config import PRESETS, BuildConfig
 from pipeline.manifest import read_manifest
 from pipeline.plan import make_plan, read_plan
+from pipeline.rank import RankConfig
 from pipeline.schema import Record, RunError, UserError, make_uid
 from pipeline.shards import RenderShard
 from pipeline.store import SdfShard
@@ -179,6 +182,36 @@ def test_a_plan_needs_an_asset(tmp_path):
     with pytest.raises(UserError, match="no assets"):
         make_plan(BuildConfig(out=tmp_path / "out"), [Listing("")])
     assert not (tmp_path / "out").exists()
+
+
+class Second:
+    """A source in the midst of whose listing another build begins with the same options."""
+
+    name = "second"
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+    def records(self):
+        with pytest.raises(UserError, match=f"another build is running with --out {self.cfg.out};"):
+            build(self.cfg, [Listing("ab")])
+        return iter(())
+
+
+@pytest.mark.parametrize("rank", [RankConfig(), RankConfig(target_count=1)], ids=["plain", "ranked"])
+def test_a_directory_is_one_builds_at_a_time(tmp_path, rank):
+    cfg = BuildConfig(out=tmp_path / "out", rank=rank)
+    for _ in range(2):  # the first one has left no lock
+        with pytest.raises(UserError, match="no assets"):
+            build(cfg, [Second(cfg)])
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_directory_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with pytest.raises(UserError, match="no assets"):
+        build(BuildConfig(out=tmp_path / "out"), [Listing("")])
+    assert "cannot be locked (No locks available)" in caplog.text
 
 
 @pytest.mark.parametrize(
