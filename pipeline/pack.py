@@ -226,6 +226,7 @@ def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dic
         write_render_shard(partial / paths[0].name, entries, cfg.render.format)
         counts["views"] = len(uids) * cfg.render.views
         extra["renderers"] = sorted({results[uid].products[product]["renderer"] for uid in uids})
+    marker_path(out, job.shard, product).unlink(missing_ok=True)  # it would outlive what it vouches for
     for path in paths:
         target = out / path
         target.parent.mkdir(parents=True, exist_ok=True)

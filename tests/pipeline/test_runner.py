@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from pipeline.pack import committed
+from pipeline.asset import AssetJob
+from pipeline.isolate import Exit
+from pipeline.pack import MANIFEST, PackJob, committed, land, marker_path, pack, product_paths, scratch_folder
 from pipeline.plan import make_plan
 from pipeline.runner import missing_products
 from pipeline.schema import RunError, UserError
@@ -125,6 +127,29 @@ def test_a_commit_that_was_cut_short_is_made_again(tmp_path):
     build(cfg, [source])
     assert_same(contents(cfg.out), before)
     assert verify(cfg.out) == []
+
+
+def test_a_product_that_is_made_again_is_never_without_what_its_marker_vouches_for(tmp_path, monkeypatch):
+    cfg, source = config(tmp_path / "out"), HostileSource(count=1)
+    plan = make_plan(cfg, [source])
+    (record,) = plan.shard("000000")
+    job = PackJob(config=cfg, shard="000000", records=(record,), products=cfg.products, wanted=1)
+    paths = {marker_path(cfg.out, job.shard, name): product_paths(name, job.shard) for name in job.products}
+    looked = []
+
+    def look(path):
+        looked.append(path)
+        assert all((cfg.out / part).exists() for marker in paths if marker.exists() for part in paths[marker])
+
+    for _ in range(2):  # the second time as after a crash that left these markers and none of the manifest
+        folder = scratch_folder(cfg.out, job.shard, record.uid).with_name("visit")
+        folder.mkdir(parents=True)
+        visit = AssetJob(record=record, source=None, config=cfg, products=job.products, folder=folder)
+        land(visit, Exit(reason="timeout", detail="", seconds=0.0, peak_rss_bytes=0), 1)
+        pack(job)
+        marker_path(cfg.out, job.shard, MANIFEST).unlink()
+        monkeypatch.setattr("pipeline.pack.sync", look)
+    assert len(looked) == 6
 
 
 def test_an_output_directory_of_another_configuration_is_refused(hostile_build):
