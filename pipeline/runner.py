@@ -196,7 +196,9 @@ class _Run:
                 elif result is not None and result.status != "failed":
                     self.progress.count(result.status, resumed=True)
                 else:  # a failure that was not committed may have had a cause that is gone now
-                    visits.append(record)
+                    # What is made later must be of the bytes that the first products were made of.
+                    known = record.sha256 or old.get(record.uid, {}).get("sha256")
+                    visits.append(replace(record, sha256=known))
             shard.waiting = {record.uid for record in visits}
             if visits:
                 yield from ((shard, record) for record in visits)

@@ -10,9 +10,11 @@ from pipeline.pack import MANIFEST, PackJob, committed, land, marker_path, pack,
 from pipeline.plan import make_plan
 from pipeline.runner import missing_products
 from pipeline.schema import RunError, UserError
+from pipeline.sources.folder import FolderSource
+from pipeline.store import SdfShard
 from pipeline.verify import verify
 from tests.pipeline.builds import assert_same, build, config, contents, rows_of
-from tests.pipeline.hostile import HostileSource
+from tests.pipeline.hostile import HostileSource, box
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
@@ -150,6 +152,24 @@ def test_a_product_that_is_made_again_is_never_without_what_its_marker_vouches_f
         marker_path(cfg.out, job.shard, MANIFEST).unlink()
         monkeypatch.setattr("pipeline.pack.sync", look)
     assert len(looked) == 6
+
+
+def test_a_file_that_has_changed_since_its_first_products_gets_no_others(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("kept", "changed"):
+        (tmp_path / f"in/{name}.obj").write_text(box(1))
+    source, out = FolderSource(root=tmp_path / "in"), tmp_path / "out"
+    assert build(config(out), [source]) == {"done": 2, "rejected": 0, "failed": 0}
+    before = {row["url"]: row for row in rows_of(out)}
+    (tmp_path / "in/changed.obj").write_text(box(2))
+    assert build(config(out, resolutions=(64, 96)), [source]) == {"done": 1, "rejected": 1, "failed": 0}
+    after = {row["url"]: row for row in rows_of(out)}
+    verdict = {"status": "rejected", "stage": "fetch", "reason": "wrong_sha256", "tokens_96": None}
+    numbers = json.loads(before["changed.obj"]["numbers"]) | {"expected": before["changed.obj"]["sha256"]}
+    verdict["numbers"] = json.dumps(numbers, sort_keys=True)
+    assert after["changed.obj"] == before["changed.obj"] | verdict
+    assert SdfShard(out / "sdf/96/000000.zarr").uids == [after["kept.obj"]["uid"]]
+    assert verify(out) == []
 
 
 def test_an_output_directory_of_another_configuration_is_refused(hostile_build):
