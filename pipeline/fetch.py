@@ -18,8 +18,9 @@ from pathlib import Path
 
 from urllib3.exceptions import ProtocolError
 
+from pipeline.isolate import is_disk_full
 from pipeline.preflight import HEAD, check_magic
-from pipeline.schema import Reject, Transient
+from pipeline.schema import Reject, RunError, Transient
 from pipeline.web import FetchConfig, Response, pieces, request
 
 LFS_HEAD = b"version https://git-lfs"
@@ -60,23 +61,24 @@ def fetch(want: Wanted, target: Path, cfg: FetchConfig) -> Path:
     Reject, remembered for a while, where asking again is of no use: "http_<status>", "bad_url", "too_many_redirects",
     "insecure_redirect", "file_too_large", "wrong_sha256" (the bytes go to quarantine), "wrong_magic", "empty_file".
     LfsPointer for git LFS. Transient after cfg.retries where it may be: "connection_lost", "no_answer", "truncated",
-    "http_<status>", "host_busy".
+    "http_<status>", "host_busy". RunError if the cache cannot be used.
     """
-    kept = cfg.root / "files" / want.key[:2] / want.key
-    if kept.exists() and (want.sha256 is None or sha256_of(kept) == want.sha256):
-        return _deliver(kept, target, keep=True)
-    with remembered(want.address, cfg), _own_partial(want, cfg) as partial:
-        begun = partial.exists()
-        _download(want, partial, cfg)
-        if begun and want.sha256 is not None and sha256_of(partial) != want.sha256:
-            _forget(partial)  # the beginning may be of a machine that went down while it wrote
+    with _usable(cfg):
+        kept = cfg.root / "files" / want.key[:2] / want.key
+        if kept.exists() and (want.sha256 is None or sha256_of(kept) == want.sha256):
+            return _deliver(kept, target, keep=True)
+        with remembered(want.address, cfg), _own_partial(want, cfg) as partial:
+            begun = partial.exists()
             _download(want, partial, cfg)
-        _check(want, partial, cfg)
-        if not cfg.keep:
-            return _deliver(partial, target, keep=False)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(kept)
-    return _deliver(kept, target, keep=True)
+            if begun and want.sha256 is not None and sha256_of(partial) != want.sha256:
+                _forget(partial)  # the beginning may be of a machine that went down while it wrote
+                _download(want, partial, cfg)
+            _check(want, partial, cfg)
+            if not cfg.keep:
+                return _deliver(partial, target, keep=False)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial.replace(kept)
+        return _deliver(kept, target, keep=True)
 
 
 def sha256_of(path: Path) -> str:
@@ -88,8 +90,14 @@ def sha256_of(path: Path) -> str:
 def remembered(key: str, cfg: FetchConfig) -> Iterator[None]:
     """Inside, a final Reject is noted under `key`; until the note expires, the same Reject comes at once.
 
-    An LfsPointer is no verdict on the file, and what is Transient may be otherwise next time.
+    An LfsPointer is no verdict on the file, and what is Transient may be otherwise next time. RunError as `fetch`.
     """
+    with _usable(cfg), _remembered(key, cfg):
+        yield
+
+
+@contextmanager
+def _remembered(key: str, cfg: FetchConfig) -> Iterator[None]:
     note = cfg.root / "gone" / key[:2] / f"{key}.json"
     if note.exists() and time.time() - note.stat().st_mtime < cfg.negative_ttl_h * 3600:
         with suppress(ValueError, LookupError, OSError):  # a broken note says nothing
@@ -103,6 +111,20 @@ def remembered(key: str, cfg: FetchConfig) -> Iterator[None]:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_whole(note, json.dumps({"reason": verdict.reason, "numbers": verdict.numbers}).encode())
         raise
+
+
+@contextmanager
+def _usable(cfg: FetchConfig) -> Iterator[None]:
+    """RunError for what goes wrong in the cache: it would for every asset, and says nothing about this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or is_disk_full(error):
+            raise
+        place = Path(error.filename)
+        if not place.is_relative_to(cfg.root) and not cfg.root.is_relative_to(place):
+            raise
+        raise RunError(f"cannot use --fetch.cache {cfg.root}: {error.strerror}; choose another") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

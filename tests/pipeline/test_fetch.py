@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import web
 from pipeline.fetch import FetchConfig, LfsPointer, Wanted, fetch, sha256_of
-from pipeline.schema import Reject, Transient
+from pipeline.schema import Reject, RunError, Transient
 from pipeline.web import post_json
 from tests.pipeline.misbehaving import running
 
@@ -105,6 +105,16 @@ def test_a_beginning_that_was_damaged_is_thrown_away(server, get, tmp_path):
     (partial,) = [path for path in (tmp_path / "cache/partial").rglob("*") if path.is_file() and not path.suffix]
     partial.write_bytes(bytes(partial.stat().st_size))  # a file system that came back with zeros
     assert get(sha256=SHA).read_bytes() == GLB
+
+
+@pytest.mark.parametrize("folder", ["", "partial", "hosts", "gone", "files", "quarantine"])
+def test_a_cache_that_cannot_be_used_ends_the_run_and_is_no_verdict(folder, get, tmp_path):
+    blocked = tmp_path / "cache" / folder
+    blocked.parent.mkdir(exist_ok=True)
+    blocked.touch()
+    path = "/none.glb" if folder == "gone" else "/a.glb"
+    with pytest.raises(RunError, match=f"^cannot use --fetch.cache {tmp_path}/cache: .*; choose another$"):
+        get(path, keep=True, sha256="0" * 64 if folder == "quarantine" else None)
 
 
 def test_the_server_says_when_to_come_back(server, get):
