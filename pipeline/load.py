@@ -8,6 +8,7 @@ import re
 import struct
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.appearance import Looks
 from pipeline.gltf import prepared
-from pipeline.preflight import check_file
+from pipeline.preflight import check_file, side_file
 from pipeline.schema import Material, Mesh, Part, Reject
 
 # what the parsers of nine formats raise on a broken file
@@ -139,12 +140,11 @@ class _Resolver(trimesh.resolvers.FilePathResolver):
         self.missing: list[str] = []
 
     def get(self, name: str) -> bytes:
+        found = side_file(Path(self.parent), name)
+        if found is not None:
+            with suppress(OSError):
+                return found.read_bytes()
         plain = unquote(name.strip()).replace("\\", "/")
-        for candidate in dict.fromkeys((name, plain, plain.rpartition("/")[2])):
-            try:
-                return super().get(candidate)
-            except (OSError, ValueError):
-                continue
         self.missing.append(plain[:120])
         raise FileNotFoundError(f"no side file {plain[:120]}")
 

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+from urllib.parse import unquote
 
 from pipeline.schema import Reject
 
@@ -65,6 +66,20 @@ def check_file(path: Path, limits: Limits) -> str:
     return extension
 
 
+def side_file(folder: Path, name: str) -> Path | None:
+    """The file that an asset in `folder` calls `name`: as written, unquoted, or its last part; never one above."""
+    root, names = folder.resolve(), (name.strip(), unquote(name.strip()).replace("\\", "/"))
+    relative, last = (word.lstrip("/") for word in names), (word.rpartition("/")[2] for word in names)
+    for candidate in dict.fromkeys((*names, *relative, *last)):
+        try:
+            path = (root / candidate).resolve()
+            if path.is_relative_to(root) and path.is_file():
+                return path
+        except (OSError, ValueError, RuntimeError):  # a name that no file can have, or a link to itself
+            continue
+    return None
+
+
 def check_magic(head: bytes, extension: str, size: int) -> None:
     """Reject "lfs_pointer" or "wrong_magic" if a file that begins with `head` does not look like its format."""
     if head.startswith(b"version https://git-lfs"):
@@ -108,18 +123,21 @@ def _check_glb(file: BinaryIO, size: int, limits: Limits) -> None:
     if kind != b"JSON":
         raise Reject("unreadable", error="no_json_chunk")
     _claim("json", json_bytes, size - 20)
-    _check_document(json.loads(file.read(json_bytes)), size, limits)
+    document = json.loads(file.read(json_bytes))
+    _check_document(document, size + _bytes_beside(file, document), limits)
 
 
 def _check_gltf(file: BinaryIO, size: int, limits: Limits) -> None:
     document = json.loads(file.read().decode("utf-8-sig"))
-    folder, beside = Path(file.name).parent, 0
-    for buffer in document.get("buffers", []):
-        uri = buffer.get("uri", "")
-        if uri and not uri.startswith("data:"):
-            side = folder / uri
-            beside += side.stat().st_size if side.is_file() else 0
-    _check_document(document, size + beside, limits)
+    _check_document(document, size + _bytes_beside(file, document), limits)
+
+
+def _bytes_beside(file: BinaryIO, document: dict[str, Any]) -> int:
+    """Of the files that a glTF's buffers name."""
+    folder = Path(file.name).parent
+    uris = [buffer.get("uri", "") for buffer in document.get("buffers", [])]
+    found = [side_file(folder, uri) for uri in uris if uri and not uri.startswith("data:")]
+    return sum(path.stat().st_size for path in found if path is not None)
 
 
 def _check_document(document: dict[str, Any], available: int, limits: Limits) -> None:

@@ -209,6 +209,18 @@ def test_a_huge_texture_is_made_smaller(tmp_path):
     assert mesh.parts[0].material.texture.shape == (8, 32, 4)
 
 
+@pytest.mark.parametrize("kind", ["gltf", "glb"])
+@pytest.mark.parametrize("uri", ["a%20b.bin", "x\\a b.bin", "../a%20b.bin"])
+def test_buffers_beside_a_file_count_under_every_name_that_finds_them(tmp_path, kind, uri):
+    corners = np.random.default_rng(0).random((1000, 3))  # more bytes than the document
+    faces = np.arange(999).reshape(-1, 3)
+    document, data = gltf(vertices=corners, faces=faces)
+    document["buffers"][0]["uri"] = uri
+    write(tmp_path / "a b.bin", data)
+    file = write(tmp_path / f"a.{kind}", json.dumps(document) if kind == "gltf" else glb(document, b""))
+    same_triangles(load(file, CFG), corners, faces)
+
+
 def test_gltf_with_its_buffer_beside_it_and_never_above(tmp_path):
     document, data = gltf()
     (tmp_path / "sub").mkdir()
