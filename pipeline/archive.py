@@ -115,7 +115,8 @@ def _members(path: Path, limits: ArchiveLimits, allowed: int, below: str) -> Ite
         for info in archive:  # one by one: to list a tar is to unpack it
             members, claimed = members + 1, claimed + max(info.size, 0)
             _count(members, claimed, limits, allowed)
-            _safe(info.name)
+            if not info.isdir():  # never written; "tar -C folder ." begins with "."
+                _safe(info.name)
             if info.isreg() and _is_below(info.name, below):
                 file = archive.extractfile(info)
                 assert file is not None

@@ -77,6 +77,14 @@ def test_no_member_leaves_the_folder(tmp_path, kind, name):
     assert outside == [path]
 
 
+@pytest.mark.parametrize("name", [".", "./", "..", "/"])
+def test_directories_are_not_written_and_have_no_say(tmp_path, name):
+    folder = tarfile.TarInfo(name)
+    folder.type = tarfile.DIRTYPE
+    path = make_tar(tmp_path / "a.tar", {name: folder, "./a.obj": b"x"})
+    assert extract(path, tmp_path / "out", LIMITS) == [tmp_path / "out/a.obj"]
+
+
 def test_links_and_devices_are_left_out_and_nothing_is_written_through_them(tmp_path):
     (tmp_path / "outside").mkdir()
     members = {
