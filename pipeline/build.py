@@ -8,6 +8,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from pipeline.command import command, parse
 from pipeline.config import PRESETS, BuildConfig
@@ -45,6 +46,8 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     """
     started = time.monotonic()
     check_output(cfg.out)
+    if isinstance(cfg.out, Path):
+        cfg = replace(cfg, out=cfg.out.absolute())  # Ray's workers may have another working directory
     if cfg.device == "cuda" and not os.environ.get("RAY_ADDRESS"):  # a cluster's nodes are for the runner to ask
         check_cuda()
     sources = open_sources(cfg) if sources is None else sources

@@ -1,9 +1,11 @@
 """Hostile assets in a run on Ray. The tests share one local Ray, so that they pay its start once."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from pipeline import build as build_command
 from pipeline.asset import AssetJob
 from pipeline.isolate import Exit
 from pipeline.pack import MANIFEST, PackJob, committed, land, marker_path, pack, product_paths, scratch_folder
@@ -170,6 +172,13 @@ def test_a_file_that_has_changed_since_its_first_products_gets_no_others(tmp_pat
     assert after["changed.obj"] == before["changed.obj"] | verdict
     assert SdfShard(out / "sdf/96/000000.zarr").uids == [after["kept.obj"]["uid"]]
     assert verify(out) == []
+
+
+def test_a_relative_output_is_the_drivers_wherever_the_workers_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Ray and its workers were started elsewhere
+    total = build_command.build(config(Path("out")), [HostileSource(count=1)])
+    assert total == {"done": 1, "rejected": 0, "failed": 0}
+    assert verify(tmp_path / "out") == []
 
 
 def test_an_output_directory_of_another_configuration_is_refused(hostile_build):
