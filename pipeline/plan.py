@@ -191,7 +191,8 @@ def _write_table(path: Path, records: Iterator[Record], cfg: BuildConfig) -> int
 
 def _foreign(out: Location) -> Iterator[Location]:
     """What lies there and is not the beginning of a build."""
-    ours = {"plan.parquet", ".plan.parquet.partial", ".plan.json.partial", ".scratch", "screen", "catalogue.parquet"}
+    names = ("plan.parquet", "plan.json", "catalogue.parquet")
+    ours = {*names, *(f".{name}.partial" for name in names), ".scratch", "screen"}
     return islice((path for path in children(out) if path.name not in ours), 1)
 
 

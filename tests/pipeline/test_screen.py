@@ -1,5 +1,6 @@
 """Ranked builds: a look at every asset, a catalogue, products for those that are kept, more for the best."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -127,6 +128,21 @@ def test_other_thresholds_need_no_second_look(ranked_build, tmp_path):
     }
     with pytest.raises(UserError, match=r"rank.target_count=4, now 9"):
         make(replace(cfg, rank=strict.rank), [open_source(cfg.source[0])])
+
+
+def test_a_disk_that_fills_under_the_catalogue_does_not_end_the_build_for_good(ranked_build, tmp_path, monkeypatch):
+    def full(table, path, **options):
+        path.write_bytes(b"PAR1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cfg, _ = ranked_build
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(cfg.out / "screen", out / "screen")
+    monkeypatch.setattr("pipeline.screen.pq.write_table", full)
+    for _ in range(2):  # the second one gets as far
+        with pytest.raises(OSError, match="No space left"):
+            make(replace(cfg, out=out), [open_source(cfg.source[0])])
 
 
 def test_the_funnel_is_part_of_the_catalogue(ranked_build):
