@@ -43,6 +43,7 @@ TOP_LEVEL = {
     "shards",
     "screen",
     "report",
+    "latents",  # train.encode's; not checked here
 }
 
 

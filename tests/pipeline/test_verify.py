@@ -265,6 +265,11 @@ def test_a_sound_build_passes_with_several_workers_too(tiny_build):
     assert verify(tiny_build) == verify(tiny_build, workers=2) == []
 
 
+def test_latents_are_part_of_a_build_and_are_left_to_their_readers(build):
+    (build / "latents/0123456789ab/64/000000.zarr").mkdir(parents=True)
+    assert verify(build) == []
+
+
 @pytest.mark.parametrize(("damage", "code"), [(None, 0), (flip_a_byte, 1)])
 def test_the_commands_exit_code(build, damage, code, monkeypatch, caplog):
     if damage:
