@@ -117,9 +117,15 @@ def landed(cfg: BuildConfig, shard: str, uid: str, products: Sequence[str]) -> R
 
 
 def result_of(text: str, cfg: BuildConfig, products: Sequence[str]) -> Result | None:
-    """The result that RESULT holds, if its visit tried these very products."""
+    """The result that RESULT holds, if its visit tried these very products.
+
+    And others of the same run, which are committed by now; not what another run wanted, whose traces would stay.
+    """
     content = json.loads(text)
-    if any(content["hashes"].get(product) != cfg.product_hash(product) for product in products):
+    tried = content["hashes"]
+    if not set(products) <= set(tried) <= set(cfg.products):
+        return None
+    if any(tried[product] != cfg.product_hash(product) for product in tried):
         return None
     return Result(**content["result"])
 

@@ -114,6 +114,16 @@ def test_landed_assets_are_not_visited_again(tmp_path):
     assert len(again) == 3 - len([uid for uid in landed if "." not in uid])
 
 
+def test_going_on_with_fewer_resolutions_gives_the_bytes_of_never_having_asked_for_more(tmp_path):
+    more, fewer = config(tmp_path / "out", resolutions=(64, 96)), config(tmp_path / "out")
+    with pytest.raises(RunError):
+        build(more, [HostileSource(count=3, behaviours=((2, "disk"),))])
+    assert list(more.out.glob(".scratch/000000/*/result.json"))
+    clean = config(tmp_path / "clean")
+    assert build(fewer, [HostileSource(count=3)]) == build(clean, [HostileSource(count=3)])
+    assert_same(contents(fewer.out), contents(clean.out))
+
+
 def test_an_asset_that_one_product_turns_away_keeps_the_others(tmp_path):
     cfg = config(tmp_path / "out", image_size=1)  # at one pixel every view touches the border
     assert build(cfg, [HostileSource(count=2)]) == {"done": 0, "rejected": 2, "failed": 0}
