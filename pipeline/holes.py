@@ -148,10 +148,17 @@ def _minimal_area(points):
     return triangles
 
 
-def cap(vertices: NDArray[np.float64], loop: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-    """Faces [T, 3] that close a loop, and the vertices they index: the given ones, perhaps with a centre added."""
-    if len(loop) <= MAX_EXACT_LOOP:
-        return vertices, loop[_minimal_area(vertices[loop])].astype(np.int32)
-    centre = np.full(len(loop), len(vertices))
-    faces = np.stack([loop, np.roll(loop, -1), centre], axis=1).astype(np.int32)
-    return np.concatenate([vertices, vertices[loop].mean(axis=0, keepdims=True)]), faces
+def cap(
+    vertices: NDArray[np.float64], loops: list[NDArray[np.int64]]
+) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32]]:
+    """The vertices with centres added, faces [T, 3] that close the loops, and the loop that each of them closes [T]."""
+    faces, centres = [np.empty((0, 3), np.int64)], [np.empty((0, 3))]
+    for loop in loops:
+        if len(loop) <= MAX_EXACT_LOOP:
+            faces.append(loop[_minimal_area(vertices[loop])])
+            continue
+        centre = np.full(len(loop), len(vertices) + len(centres) - 1)
+        faces.append(np.stack([loop, np.roll(loop, -1), centre], axis=1))
+        centres.append(vertices[loop].mean(axis=0, keepdims=True))
+    loop_of = np.repeat(np.arange(len(loops), dtype=np.int32), [len(added) for added in faces[1:]])
+    return np.concatenate([vertices, *centres]), np.concatenate(faces).astype(np.int32), loop_of

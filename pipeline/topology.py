@@ -121,19 +121,23 @@ def _add_caps(
     vertices: NDArray[np.float64], faces: NDArray[np.int32]
 ) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32]]:
     """Appends a cap for every boundary loop: vertices, faces, and the cap a face belongs to (-1: the mesh's own)."""
-    all_faces, cap_of = [faces], [np.full(len(faces), -1, np.int32)]
-    for number, loop in enumerate(holes.boundary_loops(faces)):
-        vertices, added = holes.cap(vertices, loop)
-        added = added[~_contained(added, faces)]  # the cap of a lone triangle is the triangle itself
-        all_faces.append(added)
-        cap_of.append(np.full(len(added), number, np.int32))
-    return vertices, np.concatenate(all_faces), np.concatenate(cap_of)
+    more, caps, cap_of = holes.cap(vertices, holes.boundary_loops(faces))
+    new = ~_contained(caps, faces, len(vertices))  # the cap of a lone triangle is the triangle itself
+    own = np.full(len(faces), -1, np.int32)
+    return more, np.concatenate([faces, caps[new]]), np.concatenate([own, cap_of[new]])
 
 
-def _contained(some: NDArray[np.int32], faces: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """[S] which rows of `some` have the same three vertices as a row of `faces`."""
-    near = faces[np.isin(faces, some).all(axis=1)]
-    return (np.sort(some, axis=1)[:, None] == np.sort(near, axis=1)[None]).all(axis=2).any(axis=1)
+def _contained(some: NDArray[np.int32], faces: NDArray[np.int32], count: int) -> NDArray[np.bool_]:
+    """[S] which rows of `some` have the same three vertices as a row of `faces`, which use the first `count` ones."""
+    exact = np.flatnonzero((some < count).all(axis=1))  # a fan has a centre that is nobody else's
+    found, on_loop = np.zeros(len(some), np.bool_), np.zeros(count, np.bool_)
+    on_loop[some[exact]] = True
+    near = faces[on_loop[faces].all(axis=1)]
+    rows = np.sort(np.concatenate([near, some[exact]]), axis=1).astype(np.int64)
+    _, pairs = np.unique(rows[:, 0] << 32 | rows[:, 1], return_inverse=True)
+    keys = pairs << 32 | rows[:, 2]
+    found[exact] = np.isin(keys[len(near) :], keys[: len(near)])
+    return found
 
 
 @njit(cache=True)

@@ -1,5 +1,7 @@
 """Which triangles bound a solid, which are sheets, which are buried; holes and their caps."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import trimesh
@@ -8,7 +10,7 @@ from scipy import ndimage
 from pipeline import holes
 from pipeline.exterior import bin_triangles, bit_at, flood
 from pipeline.schema import Mesh, Reject, spacing
-from pipeline.topology import BURIED, SOLID, THIN, TopologyConfig, build_topology
+from pipeline.topology import BURIED, SOLID, THIN, TopologyConfig, _add_caps, build_topology
 from pipeline.triangles import pack
 from tests.pipeline import geometry as geo
 
@@ -85,7 +87,7 @@ def test_loops_of_a_cylinder_without_lids():
     loops = holes.boundary_loops(faces)
     assert sorted(sorted(loop.tolist()) for loop in loops) == [list(range(n)), list(range(n, 2 * n))]
     for loop in loops:
-        same, cap = holes.cap(vertices, loop)
+        same, cap, _ = holes.cap(vertices, [loop])
         polygon = 0.5 * n * 0.2**2 * np.sin(2 * np.pi / n)
         assert area(same[cap]) == pytest.approx(polygon)
     topology = build_topology(Mesh(vertices=vertices, faces=faces), TopologyConfig(resolution=128, max_opening=0.2))
@@ -107,9 +109,46 @@ def test_a_long_loop_is_capped_by_a_fan():
     n = holes.MAX_EXACT_LOOP + 100
     angle = 2 * np.pi * np.arange(n) / n
     vertices = np.column_stack([0.3 * np.cos(angle), 0.3 * np.sin(angle), np.zeros(n)])
-    more, faces = holes.cap(vertices, np.arange(n))
-    assert len(more) == n + 1
-    assert area(more[faces]) == pytest.approx(np.pi * 0.09, rel=1e-3)
+    triangle = np.array([0, 1, 2])
+    more, faces, loop_of = holes.cap(vertices, [np.arange(n), triangle, np.arange(n)])
+    assert len(more) == n + 2
+    np.testing.assert_array_equal(loop_of, np.repeat([0, 1, 2], [n, 1, n]))
+    assert sorted(faces[loop_of == 1][0]) == [0, 1, 2]
+    for fan, centre in ((0, n), (2, n + 1)):
+        assert (faces[loop_of == fan] == centre).any(axis=1).all()
+        assert area(more[faces[loop_of == fan]]) == pytest.approx(np.pi * 0.09, rel=1e-3)
+
+
+def test_caps_repeat_no_face_of_the_mesh():
+    """Openings of one and of two triangles beside lone triangles, against sets of corners."""
+    side = 12
+    corners = np.arange(side * side).reshape(side, side)
+    a, b, c, d = (part.ravel() for part in (corners[:-1, :-1], corners[1:, :-1], corners[1:, 1:], corners[:-1, 1:]))
+    faces = np.sort(np.concatenate([np.stack([a, b, c], 1), np.stack([a, c, d], 1)]), axis=1).astype(np.int32)
+    faces = faces[np.random.default_rng(0).random(len(faces)) < 0.6]
+    vertices = np.column_stack([np.indices((side, side)).reshape(2, -1).T / side - 0.5, np.zeros(side * side)])
+    _, every, _ = holes.cap(vertices, holes.boundary_loops(faces))
+    _, capped, cap_of = _add_caps(vertices, faces)
+    own = {frozenset(face) for face in faces.tolist()}
+    expected = [face for face in every.tolist() if frozenset(face) not in own]
+    assert 0 < len(expected) < len(every)
+    assert capped[cap_of >= 0].tolist() == expected
+    np.testing.assert_array_equal(capped[cap_of < 0], faces)
+
+
+def test_a_long_loop_takes_no_more_memory_than_its_vertices():
+    n = 4000
+    x = np.linspace(-0.4, 0.4, n)
+    vertices = np.concatenate([np.stack([x, 0 * x + y, 0 * x], axis=1) for y in (0, 0.1)])
+    i = np.arange(n - 1)
+    faces = np.concatenate([np.stack([i, i + 1, n + i], 1), np.stack([i + 1, n + i, n + i + 1], 1)]).astype(np.int32)
+    _add_caps(vertices, faces[:1])  # compiled
+    tracemalloc.start()
+    _, capped, _ = _add_caps(vertices, faces)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(capped) == len(faces) + 2 * n
+    assert peak < 1000 * len(vertices)
 
 
 def test_bad_input():
