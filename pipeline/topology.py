@@ -48,6 +48,7 @@ class Topology:
 
 
 VIEWS, SAMPLES = 96, 64  # directions, and points of a region, that decide whether an opening is closed
+SAME_WAY = 1 - 1e-6  # cosine of two directions that are one
 SOLID, THIN, BURIED = 0, 1, 2  # bounds a solid; a sheet with exterior on both sides; inside a solid
 
 
@@ -275,6 +276,14 @@ def _sharp_edges(
     inward = packed[face_of, 12:15] - a
     inward -= along * (inward * along).sum(axis=1, keepdims=True)
     inward /= np.linalg.norm(inward, axis=1, keepdims=True)
+    rank = np.arange(len(half_edges)) - starts[edge_of[half_edges]]
+    new, later = np.ones(len(half_edges), np.bool_), np.flatnonzero(rank)
+    for back in range(1, counts.max()):  # faces upon each other on one side of an edge are one: they are no fold
+        new[later] &= (inward[later] * inward[later - back]).sum(axis=1) <= SAME_WAY
+        later = later[rank[later] > back]
+    face_of, inward = face_of[new], inward[new]
+    counts = np.bincount(edge_of[half_edges[new]])
+    starts = np.concatenate([[0], np.cumsum(counts)])
     limit = -np.cos(np.radians(degrees))
     sharp = np.zeros(len(edges), np.bool_)
     pairs = np.flatnonzero(counts == 2)
