@@ -59,9 +59,9 @@ def fetch(want: Wanted, target: Path, cfg: FetchConfig) -> Path:
     """The file, written to `target` at once and whole; its folder must exist.
 
     Reject, remembered for a while, where asking again is of no use: "http_<status>", "bad_url", "too_many_redirects",
-    "insecure_redirect", "file_too_large", "wrong_sha256" (the bytes go to quarantine), "wrong_magic", "empty_file".
-    LfsPointer for git LFS. Transient after cfg.retries where it may be: "connection_lost", "no_answer", "truncated",
-    "http_<status>", "host_busy". RunError if the cache cannot be used.
+    "insecure_redirect", "wrong_sha256" (the bytes go to quarantine), "wrong_magic", "empty_file". Not remembered:
+    "file_too_large". LfsPointer for git LFS. Transient after cfg.retries where it may be: "connection_lost",
+    "no_answer", "truncated", "http_<status>", "host_busy". RunError if the cache cannot be used.
     """
     with _usable(cfg):
         kept = cfg.root / "files" / want.key[:2] / want.key
@@ -90,7 +90,8 @@ def sha256_of(path: Path) -> str:
 def remembered(key: str, cfg: FetchConfig) -> Iterator[None]:
     """Inside, a final Reject is noted under `key`; until the note expires, the same Reject comes at once.
 
-    An LfsPointer is no verdict on the file, and what is Transient may be otherwise next time. RunError as `fetch`.
+    An LfsPointer is no verdict on the file, what is Transient may be otherwise next time, and "file_too_large" depends
+    on the limit of whoever asks. RunError as `fetch`.
     """
     with _usable(cfg), _remembered(key, cfg):
         yield
@@ -108,6 +109,8 @@ def _remembered(key: str, cfg: FetchConfig) -> Iterator[None]:
     except (Transient, LfsPointer):
         raise
     except Reject as verdict:
+        if verdict.reason == "file_too_large":
+            raise
         note.parent.mkdir(parents=True, exist_ok=True)
         write_whole(note, json.dumps({"reason": verdict.reason, "numbers": verdict.numbers}).encode())
         raise

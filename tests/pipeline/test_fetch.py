@@ -207,6 +207,11 @@ def test_what_is_gone_is_not_asked_for_again_until_the_note_expires(server, get,
     assert get().read_bytes() == GLB
 
 
+def test_a_larger_limit_counts_at_once(server, get):
+    rejects("file_too_large", get, max_bytes=1000)
+    assert get(max_bytes=len(GLB)).read_bytes() == GLB
+
+
 def test_what_may_pass_leaves_no_note(server, get):
     server.scripts["/a.glb"] = ["status 500"]
     rejects("http_500", get, kind=Transient, retries=0)
