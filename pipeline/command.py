@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import logging
 import re
@@ -22,6 +23,7 @@ from pipeline.schema import RunError, UserError
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # where people point to
 
 
 class Stopped(BaseException):
@@ -67,9 +69,12 @@ def command(main: Callable[[Sequence[str]], int | None]) -> None:
         log.error("%s", error)
         code = 1
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            log.error("%s is full; make room and run the same command to go on", error.filename or "the disk")
+        elif error.errno in REFUSED and error.filename:
+            log.error("%s: %s; choose another place, or allow it", error.filename, error.strerror)
+        else:
             raise
-        log.error("%s is full; make room and run the same command to go on", error.filename or "the disk")
         code = 1
     except Stopped as stop:
         log.error("%s; the same command goes on from here", stop)

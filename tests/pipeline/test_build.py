@@ -1,9 +1,11 @@
 import errno
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pyarrow.parquet as pq
@@ -149,6 +151,36 @@ def test_exit_codes(action, code):
         for signum, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
             signal.signal(signum, handler)
     assert end.value.code == code
+
+
+def write_below_a_file(_):
+    Path(__file__, "page.html").write_text("")
+
+
+def write_to_a_folder(_):
+    Path(__file__).parent.write_text("")
+
+
+def forbidden(_):
+    raise PermissionError(errno.EROFS, "Read-only file system", "report/.index.html.partial")
+
+
+@pytest.mark.parametrize("action", [write_below_a_file, write_to_a_folder, forbidden])
+def test_a_place_that_cannot_be_written_to_is_one_line(action, caplog):
+    with pytest.raises(SystemExit) as end:
+        command(action)
+    assert end.value.code == 1
+    (record,) = caplog.records
+    assert re.fullmatch(r"\S+: [A-Z][-a-z ]+; choose another place, or allow it", record.getMessage())
+
+
+def missing(_):
+    Path("/no/such/file").read_text()
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(FileNotFoundError):
+        command(missing)
 
 
 class Listing:
