@@ -50,9 +50,9 @@ class LimitsConfig:
     min_free_gb: float = 0.5  # on the disk of --out, or of --scratch; below it the run stops before it is full
 
     def __post_init__(self):
-        for name in ("asset_timeout_s", "asset_memory_gb"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("asset_timeout_s", "asset_memory_gb"):  # far below what the system's calls can take
+            if not 0 < getattr(self, name) < 1e9:
+                raise ValueError(f"{name} must be positive and below 1e9, got {getattr(self, name)}")
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share must be in [0, 1], got {self.max_failed_share}")
         for name in ("retries", "retry_wait_s"):

@@ -45,8 +45,8 @@ class EstimateConfig:
 
     def __post_init__(self):
         for name in ("assets", "keep", "best", "deadline_h", "cores_per_node"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if not 0 < self.busy <= 1:
             raise ValueError(f"busy must be in (0, 1], got {self.busy}")
 
@@ -139,14 +139,13 @@ def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
         if not markers:
             continue
         gpu_renders = any("nvidia" in name.lower() for marker in markers for name in marker.get("renderers", ()))
-        stats = pq.read_table(readable(stats_path(out, shard)))
+        stats, rows = _tables(out, shard)
         visits = [row for row in stats.to_pylist() if _is_of(json.loads(row["stage_seconds"]), counts)]
         seconds += [row["seconds"] for row in visits]
         peaks += [row["peak_rss_bytes"] for row in visits]
         renders = [_renders(json.loads(row["stage_seconds"])) for row in visits]
         gpu += renders if gpu_renders else [0.0] * len(visits)
-        sizes = pq.read_table(readable(manifest_path(out, shard)), columns=["uid", "numbers"]).to_pylist()
-        size_of = {row["uid"]: json.loads(row["numbers"]).get("bytes", 0) for row in sizes}
+        size_of = {row["uid"]: json.loads(row["numbers"]).get("bytes", 0) for row in rows}
         fetched += [size_of.get(row["uid"], 0) for row in visits]
         pack += _pack_seconds(stats) * len(visits) / max(len(stats), 1)
         stored += sum(marker["bytes"] for marker in markers)
@@ -167,6 +166,15 @@ def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
         shard_size=plan.info["config"]["shard_size"],
         memory_bytes=float(np.percentile(peaks, 99)),
     )
+
+
+def _tables(out: Location, shard: str) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """Stats and manifest of a shard that has markers."""
+    try:
+        stats = pq.read_table(readable(stats_path(out, shard)))
+        return stats, pq.read_table(readable(manifest_path(out, shard)), columns=["uid", "numbers"]).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{out} is not a whole build, copy its stats and manifest, too: {error}") from error
 
 
 def _markers(out: Location, shard: str, counts: Callable[[str], bool]) -> list[dict[str, Any]]:
@@ -215,6 +223,8 @@ def lines(estimate: Estimate, passes: dict[str, Cost], cfg: EstimateConfig) -> l
 def main(args: Sequence[str]) -> None:
     cfg = parse(EstimateConfig, args, prog="python -m pipeline.estimate")
     check_input(cfg.directory)
+    if cfg.json is not None and not cfg.json.absolute().parent.is_dir():
+        raise UserError(f"no directory {cfg.json.absolute().parent} to write --json to; make it, or name another file")
     passes = measure_passes(cfg.directory)
     estimate = predict(passes, cfg)
     for line in lines(estimate, passes, cfg):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import jinja2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
@@ -23,10 +24,11 @@ from pipeline.config import PathOrUrl
 from pipeline.isolate import Isolated
 from pipeline.location import Location, Remote, check_input, write_whole
 from pipeline.manifest import funnel, is_product, product_order, read_manifest
-from pipeline.pack import MANIFEST, manifest_path, marker_path
+from pipeline.pack import MANIFEST, manifest_path, marker_path, stats_path
 from pipeline.pictures import PICTURES, PictureJob
 from pipeline.plan import Plan, read_plan
 from pipeline.rank import thresholds
+from pipeline.schema import UserError
 from pipeline.screen import CATALOGUE, read_funnel
 from pipeline.workspace import fetched
 
@@ -75,7 +77,7 @@ def write_report(out: Place, pictures: int = 24) -> Place:
 
 
 def read_build(out: Path) -> Build:
-    """The committed part of a build. UserError if `out` is not one."""
+    """The committed part of a build. UserError if `out` is not one, or is one without its manifest or stats."""
     plan = read_plan(out)
     rows, stats, open_shards = [], [], 0
     markers: dict[str, list[dict[str, Any]]] = {}
@@ -83,8 +85,11 @@ def read_build(out: Path) -> Build:
         if not marker_path(out, shard, MANIFEST).exists():
             open_shards += 1
             continue
-        rows += read_manifest(manifest_path(out, shard))
-        stats += pq.read_table(out / "stats" / f"{shard}.parquet").to_pylist()
+        try:
+            rows += read_manifest(manifest_path(out, shard))
+            stats += pq.read_table(stats_path(out, shard)).to_pylist()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UserError(f"{out} is not a whole build, copy its stats and manifest, too: {error}") from error
         for path in (out / "shards" / shard).glob("*.json"):
             if is_product(path.stem):
                 markers.setdefault(path.stem, []).append(json.loads(path.read_text()))

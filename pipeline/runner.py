@@ -67,7 +67,8 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
     """Make every product that is not committed yet. Returns how many assets are done, rejected and failed in all.
 
     Uses the cluster that RAY_ADDRESS names (Ray sets it in a submitted job), else starts one on this machine for as
-    long as the run lasts. RunError if the disk fills, too many assets fail, or a commit goes wrong.
+    long as the run lasts. UserError if that cluster cannot be reached. RunError if the disk fills, too many assets
+    fail, or a commit goes wrong.
     """
     held = committed(cfg.out)
     _check_committed(cfg, held)
@@ -373,16 +374,19 @@ def _verdict(result: Result) -> Verdict:
 
 @contextmanager
 def _ray(cfg: BuildConfig) -> Iterator[None]:
-    """The caller's Ray if it is initialised, else the cluster of RAY_ADDRESS, else one of our own on this machine."""
+    """The caller's Ray if there is one, else RAY_ADDRESS's cluster (UserError if none), else one of our own here."""
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"no Ray at RAY_ADDRESS={address}: {why}; correct or unset it") from error
     else:
-        os.environ.setdefault(
-            "RAY_USAGE_STATS_ENABLED", "0"
-        )  # read by Ray's own start-up, which has no argument for it
+        # read by Ray's own start-up, which has no argument for it
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local",
             num_cpus=cfg.workers,

@@ -80,7 +80,10 @@ def open_source(spec: str, up: str = "y", fetch: FetchConfig | None = None, max_
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser().absolute()
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"no home directory for {text.partition('/')[0]} of {text}; give the whole path") from error
 
 
 def _options(spec: str, text: str, *names: str) -> dict[str, tuple[str, ...]]:

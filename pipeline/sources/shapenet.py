@@ -123,10 +123,13 @@ class ShapeNetSource:
         """SYNSET/ID -> split."""
         splits = {}
         for path in sorted(self.root.glob("*.csv")):
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    if {"synsetId", "modelId", "split"} <= row.keys():
-                        splits[f"{row['synsetId'].zfill(8)}/{row['modelId']}"] = row["split"]
+            try:
+                with path.open(newline="", encoding="utf-8") as file:
+                    for row in csv.DictReader(file):
+                        if {"synsetId", "modelId", "split"} <= row.keys():
+                            splits[f"{row['synsetId'].zfill(8)}/{row['modelId']}"] = row["split"]
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise UserError(f"cannot read {path}: {error}; move it away, or save it as UTF-8") from error
         return splits
 
 

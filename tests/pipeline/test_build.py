@@ -107,6 +107,8 @@ def test_smoke_preset_is_the_default_and_each_option_overrides_it():
         (["--views", "0"], "views must be"),
         (["--views", "many"], "--views: invalid literal for int() with base 10: 'many'"),
         (["--shard-size", "0"], "shard_size must be 1 or more, got 0"),
+        (["--limits.asset-timeout-s", "inf"], "asset_timeout_s must be positive and below 1e9, got inf"),
+        (["--limits.asset-memory-gb", "inf"], "asset_memory_gb must be positive and below 1e9, got inf"),
         (["--source", "folder:/no/such/folder"], "/no/such/folder"),
         (["--source", "ftp:x"], "unknown source 'ftp:x'"),
         (["--out", "/proc/nothing"], "cannot write to /proc/nothing"),
@@ -121,6 +123,18 @@ def test_bad_usage_is_one_line_and_exit_code_2(args, words, monkeypatch, caplog)
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert words in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+@pytest.mark.parametrize("error", [ConnectionError("Could not find\nany"), ValueError("Invalid address format: here")])
+def test_a_ray_that_is_not_there_is_named(error, monkeypatch, tmp_path):
+    def init(**_):
+        raise error
+
+    monkeypatch.setenv("RAY_ADDRESS", "here")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(UserError, match=r"^no Ray at RAY_ADDRESS=here: [CI].*; correct or unset it$"):
+        main([*TINY, "--limit", "1", "--out", str(tmp_path / "out")])
 
 
 def test_bad_usage_leaves_the_process_with_a_line_and_no_traceback(tmp_path):

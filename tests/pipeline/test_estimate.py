@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import shutil
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -55,7 +57,10 @@ def test_a_deadline_that_nothing_meets(tmp_path):
         predict({"build": COST}, config(tmp_path, deadline_h=0.01))
 
 
-@pytest.mark.parametrize(("option", "value"), [("assets", 0), ("busy", 1.5), ("deadline_h", -1)])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("assets", 0), ("busy", 1.5), ("deadline_h", -1), ("deadline_h", math.nan), ("deadline_h", math.inf)],
+)
 def test_options_out_of_range(tmp_path, option, value):
     with pytest.raises(ValueError, match=option):
         config(tmp_path, **{option: value})
@@ -85,6 +90,16 @@ def test_the_table_and_the_numbers(tiny_build, tmp_path, caplog):
     assert "core-hours" in caplog.text
     with pytest.raises(UserError, match="no directory"):
         main(["/no/such"])
+    with pytest.raises(UserError, match="no directory /no/such to write --json to"):
+        main([str(tiny_build), "--json", "/no/such/e.json"])
+    assert caplog.text.count("core-hours") == 1
+
+
+@pytest.mark.parametrize("part", ["stats", "manifest"])
+def test_a_copy_without_what_it_needs(part, tiny_build, tmp_path):
+    out = shutil.copytree(tiny_build, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
+    with pytest.raises(UserError, match=f"is not a whole build, copy its stats and manifest, too: .*{part}/000000"):
+        measure_passes(out)
 
 
 def test_packing_adds_up_over_the_passes_of_a_shard(tmp_path):

@@ -98,6 +98,7 @@ def test_a_link_is_checked_again_when_it_is_opened(tmp_path):
         ("folder:{}/file.glb", "is a file"),
         ("folder:{}/empty", "no mesh file"),
         ("folder:", "unknown source"),
+        ("folder:~nosuchuser/x", "no home directory for ~nosuchuser"),
         ("procedural:x", "1 or more"),
         ("s3:{}", "unknown source"),
         ("", "unknown source"),

@@ -152,3 +152,10 @@ def test_slice_shows_inside_blue_outside_orange_and_up_is_up():
 def test_units():
     assert [human_bytes(n) for n in (0, 999, 1000, 1_234_567, 5e12)] == ["0 B", "999 B", "1 kB", "1.23 MB", "5 TB"]
     assert [human_seconds(s) for s in (0.0123, 1, 75.0, 7200)] == ["12.3 ms", "1 s", "75 s", "2 h"]
+
+
+@pytest.mark.parametrize("part", ["stats", "manifest"])
+def test_a_copy_without_what_it_needs(part, tiny_build, tmp_path):
+    out = shutil.copytree(tiny_build, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
+    with pytest.raises(UserError, match=f"is not a whole build, copy its stats and manifest, too: .*{part}/000000"):
+        write_report(out)

@@ -286,6 +286,12 @@ def test_categories_and_splits_choose(core):
             open_source(f"shapenet:{core}?{options}")
 
 
+def test_a_split_file_that_is_not_text(core):
+    (core / "names.csv").write_bytes("modelId,naïve\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"cannot read .*names\.csv: .*; move it away"):
+        open_source(f"shapenet:{core}")
+
+
 def test_a_shapenet_model_that_vanished(core, tmp_path):
     source = ShapeNetSource(root=core)
     record = next(source.records())
