@@ -120,7 +120,7 @@ def _prepare(job: AssetJob, notes: Notes) -> tuple[Mesh, Topology]:
     with _stage(job, notes, "file"):
         notes.numbers |= filter_file(path, cfg.filter)
     with _stage(job, notes, "load"):
-        mesh, report = load_with_report(path, cfg.load, up=getattr(job.source, "up", "y"))
+        mesh, report = load_with_report(path, cfg.load, up=cfg.up)
         if report.warnings:
             notes.numbers["load_warnings"] = list(report.warnings)
     with _stage(job, notes, "normalize"):

@@ -67,7 +67,7 @@ class BuildConfig:
     preset: PresetName = "smoke"  # where the options below start from
     # procedural[:COUNT] | folder:PATH | objaverse | objaverse-xl[?places=github,...] | shapenet:PATH[?categories=chair]
     source: tuple[str, ...] = ("procedural",)
-    up: Literal["y", "z"] = "y"  # the axis that points up in the source's files
+    up: Literal["y", "z"] = "y"  # the axis that points up in the files of all sources
     out: PathOrUrl = Path("data/smoke")  # directory, or s3://bucket/prefix; a build that was stopped goes on there
     scratch: Path | None = None  # where a node works if `out` is a URL; default: its temporary directory
     limit: int | None = None  # take the first N assets only; smoke: 48, unless --source is given
@@ -97,6 +97,8 @@ class BuildConfig:
     def __post_init__(self):
         if not self.source:
             raise ValueError("source must name at least one source, got none")
+        if self.up not in ("y", "z"):
+            raise ValueError(f'up must be "y" or "z", got {self.up!r}')
         if not self.resolutions:
             raise ValueError("resolutions must name at least one resolution, got none")
         for resolution in (*self.resolutions, self.topology_resolution):

@@ -24,15 +24,15 @@ class Source(Listing, Protocol):
     """A catalogue and the way to its bytes. Picklable and cheap to construct: workers get a copy.
 
     `materialize` returns a readable local file for a record, written below `scratch` if it has to be written at all.
-    A source may also have `up`, the axis that points up in its files, `skipped`, how many files it did not count, and
-    `snapshot()`, which names the state of its catalogue.
+    A source may also have `skipped`, how many files it did not count, and `snapshot()`, which names the state of its
+    catalogue.
     """
 
     def materialize(self, record: Record, scratch: Path) -> Path: ...
 
 
-def open_source(spec: str, up: str = "y", fetch: FetchConfig | None = None, max_bytes: int = 1 << 30) -> Source:
-    """The source that `spec` names; `up` = axis that points up in a folder's files, `max_bytes` of a downloaded file.
+def open_source(spec: str, fetch: FetchConfig | None = None, max_bytes: int = 1 << 30) -> Source:
+    """The source that `spec` names; `max_bytes` of a downloaded file.
 
     procedural[:COUNT] | folder:PATH | objaverse[:ANNOTATIONS] | objaverse-xl[:ANNOTATIONS][?places=github,...] |
     shapenet:PATH[?categories=chair,03001627][&splits=train]. ANNOTATIONS is a folder laid out as the objaverse package
@@ -45,8 +45,6 @@ def open_source(spec: str, up: str = "y", fetch: FetchConfig | None = None, max_
     from pipeline.sources.procedural import ProceduralSource
     from pipeline.sources.shapenet import ShapeNetSource
 
-    if up not in ("y", "z"):
-        raise UserError(f"the up axis must be y or z, got {up!r}")
     fetch = fetch or FetchConfig()
     scheme, _, rest = spec.partition(":")
     if scheme == "procedural":
@@ -54,7 +52,7 @@ def open_source(spec: str, up: str = "y", fetch: FetchConfig | None = None, max_
             raise UserError(f"procedural:COUNT takes how many shapes to make, 1 or more, got {rest!r}")
         return ProceduralSource(count=int(rest)) if rest else ProceduralSource()
     if scheme == "folder" and rest:
-        source = FolderSource(root=_path(rest), up=up)
+        source = FolderSource(root=_path(rest))
         source.check()
         return source
     scheme, _, options = spec.partition("?")

@@ -26,7 +26,6 @@ class FolderSource:
     """
 
     root: Path
-    up: str = "y"
     licence: str = "unknown"
     archives: ArchiveLimits = field(default_factory=ArchiveLimits)
 

@@ -48,6 +48,24 @@ def test_a_cube_goes_through_every_stage(tmp_path):
     assert {path.name for path in (folder / "renders-paper").iterdir()} == wanted
 
 
+def test_the_up_axis_is_that_of_the_build_whatever_the_source(tmp_path):
+    """The z-up twin of a shape: its centre, too, goes from (x, y, z) to (x, z, -y)."""
+    source = ProceduralSource(count=1)
+    (record,) = source.records()
+    centres = {}
+    for up in ("y", "z"):
+        folder = tmp_path / up
+        folder.mkdir()
+        cfg = BuildConfig(up=up, topology_resolution=64)
+        process(AssetJob(record=record, source=source, config=cfg, products=(), folder=folder))
+        centres[up] = Notes.load(folder).row["center"]
+    x, y, z = centres["y"]
+    assert len({abs(x), abs(y), abs(z)}) > 1
+    assert centres["z"] == pytest.approx([x, z, -y])
+    with pytest.raises(ValueError, match='up must be "y" or "z", got \'x\''):
+        BuildConfig(up="x")
+
+
 def test_a_products_files_do_not_depend_on_the_other_products(tmp_path):
     _, everything = visit(tmp_path, CUBE)
     for product in ("sdf-96", "renders-paper"):

@@ -51,11 +51,10 @@ def test_materialize_gives_the_file_itself_also_after_pickling(tmp_path):
 def test_a_relative_folder_keeps_its_meaning_when_the_working_directory_changes(tmp_path, monkeypatch):
     fill(tmp_path, "meshes/a.glb")
     monkeypatch.chdir(tmp_path)
-    source = open_source("folder:meshes", up="z")
+    source = open_source("folder:meshes")
     monkeypatch.chdir("/")
     (record,) = source.records()
     assert source.materialize(record, tmp_path).read_bytes() == b"meshes/a.glb"
-    assert source.up == "z"
 
 
 def test_links_inside_count_links_outside_and_loops_do_not(tmp_path):
@@ -109,11 +108,6 @@ def test_one_clear_line_for_what_cannot_be_opened(tmp_path, spec, message):
     with pytest.raises(UserError, match=message) as caught:
         open_source(spec.format(tmp_path))
     assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_up_axis_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="up axis must be y or z, got 'x'"):
-        open_source(f"folder:{fill(tmp_path, 'a.glb')}", up="x")
 
 
 def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
