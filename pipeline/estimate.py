@@ -25,6 +25,8 @@ from pipeline.schema import UserError
 
 log = logging.getLogger(__name__)
 
+FIRST = "sdf-0"  # stands for whatever product a plan's first pass makes
+
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig:
@@ -133,7 +135,7 @@ def predict(passes: dict[str, Cost], cfg: EstimateConfig) -> Estimate:
 
 def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
     """Of the visits that made, or tried to make, the products that count."""
-    out, seconds, gpu, peaks, files, stored, fetched, pack = plan.out, [], [], [], 0, 0, [], 0.0
+    out, seconds, gpu, peaks, files, stored, fetched, pack = plan.out, [], [], [], [], 0, [], 0.0
     for shard in plan.shards:
         markers = _markers(out, shard, counts)
         if not markers:
@@ -149,12 +151,12 @@ def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
         fetched += [size_of.get(row["uid"], 0) for row in visits]
         pack += _pack_seconds(stats) * len(visits) / max(len(stats), 1)
         stored += sum(marker["bytes"] for marker in markers)
-        files += sum(1 + _files(out, marker) for marker in markers)
+        files.append(sum(1 + _files(out, marker) for marker in markers))
     if not seconds:
         raise UserError(f"{out} has no finished shard to learn from")
     each = np.asarray(seconds)
     spread = float(each.std(ddof=1)) if len(each) > 1 else float(each[0])
-    shards = len(plan.shards)
+    own = 3 if counts(FIRST) else 0  # a manifest, its marker, the stats: later passes write over those of the first
     return Cost(
         assets=len(each),
         seconds=float(each.mean()) + pack / len(each),
@@ -162,7 +164,7 @@ def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
         gpu_seconds=float(np.mean(gpu)),
         fetched_bytes=float(np.mean(fetched)),
         stored_bytes=stored / len(each),
-        files=files / shards + 3,  # a manifest, its marker, the stats
+        files=float(np.mean(files)) + own,
         shard_size=plan.info["config"]["shard_size"],
         memory_bytes=float(np.percentile(peaks, 99)),
     )
@@ -192,7 +194,7 @@ def _files(out: Location, marker: dict[str, Any]) -> int:
 def _is_of(stages: dict[str, float], counts: Callable[[str], bool]) -> bool:
     """Whether a visit tried a product that counts, or ended before any, which only the first pass can."""
     products = [stage for stage in stages if "-" in stage]
-    return any(counts(product) for product in products) or (not products and counts("sdf-0"))
+    return any(counts(product) for product in products) or (not products and counts(FIRST))
 
 
 def _renders(stages: dict[str, float]) -> float:

@@ -82,6 +82,26 @@ def test_what_a_build_took_is_read_from_its_stats_and_markers(tiny_build):
     assert cost.gpu_seconds == 0
 
 
+def test_files_of_the_best_count_on_the_shards_that_have_them(tiny_build, tmp_path):
+    """Finer distances of the first two shards out of four, made by a pass that adds no manifest."""
+    out = shutil.copytree(tiny_build, tmp_path / "copy")
+    for shard in ("000002", "000003"):
+        (out / "shards" / shard / "sdf-96.json").unlink()
+        shutil.rmtree(out / "sdf" / "96" / f"{shard}.zarr")
+    info = json.loads((out / "plan.json").read_text())
+    info["config"]["rank"] = {"best_resolutions": [96], "best_count": 6}
+    (out / "plan.json").write_text(json.dumps(info))
+    passes = measure_passes(out)
+    below = {
+        name: sum(path.is_file() for path in out.rglob("*") if name in path.as_posix())
+        for name in ("copy/sdf/96", "sdf-96.json", "copy/sdf/", "copy/renders", "copy/manifest", "stats", "copy/shards")
+    }
+    best = below["copy/sdf/96"] + below["sdf-96.json"]
+    assert passes["best"].files == best / 2
+    everything = sum(below.values()) - best  # it is in there twice
+    assert passes["build"].files == (everything - best) / 4
+
+
 def test_the_table_and_the_numbers(tiny_build, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     main([str(tiny_build), "--assets", "12", "--json", str(tmp_path / "e.json")])
