@@ -90,6 +90,8 @@ def load_with_report(path: Path, cfg: LoadConfig, *, up: str = "y") -> tuple[Mes
         linear_colors = extension in ("glb", "gltf")
         if extension == "obj":
             data = absolute_indices(data)
+        elif extension == "stl":
+            data = without_trailer(data)
         elif linear_colors:
             data, extension = prepared(data, extension, resolver.get)
         scene = trimesh.load_scene(io.BytesIO(data), file_type=extension, resolver=resolver, process=False)
@@ -130,6 +132,12 @@ def absolute_indices(text: bytes) -> bytes:
 
 def _absolute(word: bytes, seen: int) -> bytes:
     return b"%d" % (seen + 1 + int(word)) if word.startswith(b"-") else word
+
+
+def without_trailer(content: bytes) -> bytes:
+    """A binary STL file up to its last triangle; the parser below takes one with more behind it for text."""
+    end = 84 + 50 * int.from_bytes(content[80:84], "little")  # of text: farther than any file goes
+    return content[:end] if len(content) >= 84 else content
 
 
 class _Resolver(trimesh.resolvers.FilePathResolver):

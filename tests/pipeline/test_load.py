@@ -362,6 +362,13 @@ def test_a_file_that_is_not_there_or_a_directory_is_unreadable(tmp_path):
         assert str(tmp_path) not in str(found)
 
 
+@pytest.mark.parametrize("trailer", [b"\0", b"\n", b"made with care", b"\xff" * 50], ids=lambda value: len(value))
+def test_what_follows_the_last_triangle_of_an_stl_does_not_count(tmp_path, trailer):
+    mesh, report = load_with_report(write(tmp_path / "a.stl", stl() + trailer), CFG)
+    same_triangles(mesh)
+    assert report.warnings == ()
+
+
 def test_a_bomb_without_a_view_behind_it(tmp_path):
     document, data = gltf()
     del document["accessors"][0]["bufferView"]
