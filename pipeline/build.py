@@ -90,7 +90,11 @@ def _screen(cfg: BuildConfig, sources: Sequence[Source]) -> Catalogue:
 
 def open_sources(cfg: BuildConfig) -> list[Source]:
     """What cfg.source names. UserError as `open_source`, if two are of one kind, or if terms are not accepted."""
-    sources = [open_source(spec, fetch=cfg.fetch, max_bytes=cfg.filter.max_bytes) for spec in dict.fromkeys(cfg.source)]
+    local = cfg.out if isinstance(cfg.out, Path) else None
+    sources = [
+        open_source(spec, fetch=cfg.fetch, max_bytes=cfg.filter.max_bytes, out=local)
+        for spec in dict.fromkeys(cfg.source)
+    ]
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:

@@ -31,8 +31,10 @@ class Source(Listing, Protocol):
     def materialize(self, record: Record, scratch: Path) -> Path: ...
 
 
-def open_source(spec: str, fetch: FetchConfig | None = None, max_bytes: int = 1 << 30) -> Source:
-    """The source that `spec` names; `max_bytes` of a downloaded file.
+def open_source(
+    spec: str, fetch: FetchConfig | None = None, max_bytes: int = 1 << 30, out: Path | None = None
+) -> Source:
+    """The source that `spec` names; `max_bytes` of a downloaded file, `out` = where a build from it is written.
 
     procedural[:COUNT] | folder:PATH | objaverse[:ANNOTATIONS] | objaverse-xl[:ANNOTATIONS][?places=github,...] |
     shapenet:PATH[?categories=chair,03001627][&splits=train]. ANNOTATIONS is a folder laid out as the objaverse package
@@ -52,7 +54,7 @@ def open_source(spec: str, fetch: FetchConfig | None = None, max_bytes: int = 1 
             raise UserError(f"procedural:COUNT takes how many shapes to make, 1 or more, got {rest!r}")
         return ProceduralSource(count=int(rest)) if rest else ProceduralSource()
     if scheme == "folder" and rest:
-        source = FolderSource(root=_path(rest))
+        source = FolderSource(root=_path(rest), out=out)
         source.check()
         return source
     scheme, _, options = spec.partition("?")

@@ -15,6 +15,8 @@ SIDE_FORMATS = frozenset(
     {"mtl", "bin", "png", "jpg", "jpeg", "webp", "bmp", "tga", "tif", "tiff", "gif", "ktx2", "dds"}
 )
 
+PLAN = frozenset({"plan.json", "plan.parquet"})  # a build begins with them
+
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSource:
@@ -22,11 +24,13 @@ class FolderSource:
 
     A zip or tar counts as the one mesh that lies highest in it, with its side files.
     Nobody states a licence for one's own files, so it is "unknown"; the licence policy lets a folder pass because
-    its owner named it. A link to a file inside the folder counts, a link out of it or to a directory does not.
+    its owner named it. A link to a file inside the folder counts, a link out of it or to a directory does not. What
+    builds have put there, this one's `out` included, is no input: their renders are tars.
     """
 
     root: Path
     licence: str = "unknown"
+    out: Path | None = None
     archives: ArchiveLimits = field(default_factory=ArchiveLimits)
 
     @property
@@ -36,7 +40,7 @@ class FolderSource:
     @property
     def skipped(self) -> int:
         """How many files are neither a mesh nor the side file of one, or have a name that is not text."""
-        return sum(not _is_mesh(path) and _extension(path) not in SIDE_FORMATS for path in _files(self.root))
+        return sum(not _is_mesh(path) and _extension(path) not in SIDE_FORMATS for path in self._files())
 
     def check(self) -> None:
         """UserError if the folder is missing, unreadable, or holds no mesh file."""
@@ -51,7 +55,7 @@ class FolderSource:
             raise UserError(f"no mesh file in {self.root}; the formats are {formats}")
 
     def records(self) -> Iterator[Record]:
-        for path in _files(self.root):
+        for path in self._files():
             if _is_mesh(path):
                 yield Record(
                     uid=make_uid("folder", path),
@@ -80,6 +84,11 @@ class FolderSource:
         folder.mkdir()
         return only_mesh(extract(path, folder, self.archives), folder)
 
+    def _files(self) -> list[str]:
+        top, out = self.root.resolve(), None if self.out is None else self.out.resolve()
+        own = self.root / out.relative_to(top) if out is not None and top in out.parents else None
+        return _files(self.root, own)
+
 
 def _is_mesh(path: str) -> bool:
     """Also False for a name whose bytes are not UTF-8: it could be neither hashed into a uid nor stored."""
@@ -92,18 +101,21 @@ def _extension(path: str) -> str:
     return archive_format(path) or (path.rpartition(".")[2].lower() if "." in path else "")
 
 
-def _files(root: Path) -> list[str]:
-    """Relative POSIX paths of all regular files, sorted.
+def _files(root: Path, own: Path | None) -> list[str]:
+    """Relative POSIX paths of all regular files that are not of a build, sorted.
 
     A link to a file counts if that file lies inside; a link to a directory never does: what it shows inside the folder
     is listed in its own place.
     """
     top, found, pending = root.resolve(), [], [root]
     while pending:
+        folder = pending.pop()
         try:
-            entries = list(os.scandir(pending.pop()))
+            entries = list(os.scandir(folder))
         except PermissionError:
             continue  # a closed corner of the folder: its files have no names to list
+        if folder == own or PLAN.issubset(entry.name for entry in entries):
+            continue
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 pending.append(Path(entry.path))

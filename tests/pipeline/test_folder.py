@@ -2,12 +2,16 @@
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.build import open_sources
+from pipeline.config import BuildConfig
+from pipeline.plan import make_plan
 from pipeline.schema import UserError, make_uid
 from pipeline.sources import open_source
 from pipeline.sources.folder import MESH_FORMATS, FolderSource
@@ -75,6 +79,23 @@ def test_a_name_that_is_not_text_is_skipped(tmp_path):
         pass
     assert urls(tmp_path) == ["a.glb"]
     assert open_source(f"folder:{tmp_path}").skipped == 1
+
+
+def test_what_builds_write_into_a_folder_is_no_input(tmp_path, monkeypatch):
+    """Another build, and the beginning of this one; a plan.json alone is somebody's file."""
+    build = ["plan.json", "plan.parquet", "renders/paper/000000.tar", "renders/paper/000000.index.parquet"]
+    fill(
+        tmp_path, "a.glb", "b/plan.json", "b/b.glb", *(f"c/old/{name}" for name in build), "c/new/.plan.parquet.partial"
+    )
+    monkeypatch.chdir(tmp_path)
+    cfg = BuildConfig(source=(f"folder:{tmp_path}",), out=Path("c/new"))
+    (source,) = open_sources(cfg)
+    assert [record.url for record in source.records()] == ["a.glb", "b/b.glb"]
+    assert source.skipped == 1
+    assert make_plan(cfg, [source]).assets == 2
+    assert urls(tmp_path) == ["a.glb", "b/b.glb"]
+    (source,) = open_sources(replace(cfg, out=tmp_path))  # which is refused later, as what it is
+    assert len(list(source.records())) == 2
 
 
 def test_a_link_is_checked_again_when_it_is_opened(tmp_path):
