@@ -50,7 +50,10 @@ def write_catalogue(cfg: BuildConfig, screening: Plan) -> Catalogue:
     table = rank(_screened(screening), cfg.rank)
     if not table["keep"].to_numpy(zero_copy_only=False).any():
         reasons = ", ".join(f"{row['assets']} {row['reason']}" for row in _funnel(table, cfg)[:5])
-        raise UserError(f"no asset of {cfg.out / 'screen'} is kept ({reasons}); change --rank or --filter options")
+        raise UserError(
+            f"no asset of {cfg.out / 'screen'} is kept ({reasons}); "
+            "change --rank options, or --filter options, which need another --out"
+        )
     about = {"format_version": str(FORMAT_VERSION), "funnel": json.dumps(_funnel(table, cfg))}
     with workspace(cfg.out, cfg.scratch) as here:
         partial = here / f".{CATALOGUE}.partial"

@@ -170,8 +170,11 @@ def test_nothing_kept_is_an_error_that_says_why(tmp_path):
     (tmp_path / "meshes").mkdir()
     (tmp_path / "meshes/a.obj").write_text(box(1))
     cfg = ranked(tmp_path / "out", tmp_path / "meshes")
-    with pytest.raises(UserError, match=r"no asset of .* is kept \(1 plain_box\)"):
+    advice = "change --rank options, or --filter options, which need another --out"
+    with pytest.raises(UserError, match=rf"no asset of .* is kept \(1 plain_box\); {advice}$"):
         make(cfg, [open_source(cfg.source[0])])
+    with pytest.raises(UserError, match=r"filter\.min_faces=.*; choose another --out"):
+        make(replace(cfg, filter=replace(cfg.filter, min_faces=5)), [open_source(cfg.source[0])])
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").touch()
     with pytest.raises(UserError, match="is not a build"):
