@@ -67,8 +67,7 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
     """Make every product that is not committed yet. Returns how many assets are done, rejected and failed in all.
 
     Uses the cluster that RAY_ADDRESS names (Ray sets it in a submitted job), else starts one on this machine for as
-    long as the run lasts. UserError if that cluster cannot be reached. RunError if the disk fills, too many assets
-    fail, or a commit goes wrong.
+    long as the run lasts. UserError without it. RunError if the disk fills, too many assets fail, a commit goes wrong.
     """
     held = committed(cfg.out)
     _check_committed(cfg, held)
@@ -160,7 +159,7 @@ class _Run:
         jobs = self._jobs()
         try:
             while True:
-                room = max(0, self._slots() * IN_FLIGHT_PER_SLOT - len(self.tasks))
+                room = max(0, self._places() - len(self.tasks))
                 for shard, record in islice(chain(self._due(), jobs), room):
                     self._submit(shard, record)
                 if self.tasks:
@@ -289,10 +288,11 @@ class _Run:
                 hand_in(self.cfg.out, here, shard.name, record.uid)
             self._landed(shard, record, verdict)
 
-    def _slots(self) -> int:
-        if self.cfg.workers is not None:
-            return self.cfg.workers
-        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    def _places(self) -> int:
+        """How many tasks may fly. Ray starts all that it has cores for, workers or not."""
+        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        workers = self.cfg.workers or cores
+        return workers if workers < cores else workers * IN_FLIGHT_PER_SLOT
 
     def _check_disk(self) -> None:
         if time.monotonic() - self.disk_checked < DISK_CHECK_S:
@@ -385,8 +385,7 @@ def _ray(cfg: BuildConfig) -> Iterator[None]:
             why = " ".join(str(error).split())
             raise UserError(f"no Ray at RAY_ADDRESS={address}: {why}; correct or unset it") from error
     else:
-        # read by Ray's own start-up, which has no argument for it
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray's start-up, which has no argument for it
         ray.init(
             address="local",
             num_cpus=cfg.workers,

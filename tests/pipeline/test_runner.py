@@ -1,9 +1,11 @@
 """Hostile assets in a run on Ray. The tests share one local Ray, so that they pay its start once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 
 from pipeline import build as build_command
 from pipeline.asset import AssetJob
@@ -189,6 +191,21 @@ def test_a_relative_output_is_the_drivers_wherever_the_workers_are(tmp_path, mon
     total = build_command.build(config(Path("out")), [HostileSource(count=1)])
     assert total == {"done": 1, "rejected": 0, "failed": 0}
     assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("workers", "tasks"), [(1, 1), (2, 4)])
+def test_no_more_is_in_flight_than_may_be_worked_on_where_ray_has_more_cores(workers, tasks, tmp_path, monkeypatch):
+    """The Ray of these tests has two, and starts whatever it has a core for."""
+    flying, wait = [], ray.wait
+
+    def note(refs, **options):
+        flying.append(len(refs))
+        return wait(refs, **options)
+
+    monkeypatch.setattr("pipeline.runner.ray.wait", note)
+    cfg = replace(config(tmp_path / "out"), workers=workers)
+    assert build(cfg, [HostileSource(count=6)])["done"] == 6
+    assert max(flying) == tasks
 
 
 def test_an_output_directory_of_another_configuration_is_refused(hostile_build):
