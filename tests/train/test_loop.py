@@ -150,7 +150,9 @@ def test_a_copy_of_a_run_goes_on_where_the_run_would(tmp_path, copied):
     run(tmp_path / "whole", steps=50)
     run(tmp_path / "cut", steps=30)
     copied(tmp_path / "cut", tmp_path / "copy")
-    run(tmp_path / "copy", steps=50)
+    done = []
+    run(tmp_path / "copy", steps=50, task=Fit(done.append))
+    assert len(done) == 20
     assert exact(tmp_path / "copy") == exact(tmp_path / "whole")
     assert (tmp_path / "copy" / "latest").resolve().name == "step-00000050"
     assert same_files(tmp_path / "copy" / "latest", tmp_path / "whole" / "latest")
