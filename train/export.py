@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def read_stage(path: Path, cls: type[nn.Module]) -> tuple[Any, dict[str, Any]]:
 def export(cfg: Export) -> list[Path]:
     """Write the stages; returns their directories. UserError if one is missing or they do not belong together."""
     stages: dict[str, tuple[Any, Path]] = {}
-    vaes = _already_there(cfg.out)  # stage -> the VAE that it is or belongs to
+    vaes: dict[str, str] = {}  # stage -> the VAE that it is or belongs to
     if cfg.vae is not None:
         vae, _ = read_stage(cfg.vae, SparseVAE)
         stages["vae"], vaes["vae"] = (vae, cfg.vae), hash_of(vae)
@@ -78,10 +78,9 @@ def export(cfg: Export) -> list[Path]:
         if name in stages:
             raise UserError(f"{path} and {stages[name][1]} are both of R = {resolution}; name one for each resolution")
         stages[name] = (dit, path)
-        vaes.pop(name, None)
         if trained_on is not None:
             vaes[name] = trained_on
-    _check_together(cfg, stages, vaes)
+    _check_together(cfg, stages, {**vaes, **_staying(cfg.out, stages)})
     made = []
     for name, (model, source) in stages.items():
         notes = {"vae": vaes[name]} if name in vaes and name != "vae" else {}
@@ -92,17 +91,19 @@ def export(cfg: Export) -> list[Path]:
     return made
 
 
-def _already_there(out: Path) -> dict[str, str]:
-    """The VAE of each stage that was exported to `out` before, where it is known; of "vae" itself its hash."""
+def _staying(out: Path, replaced: Collection[str]) -> dict[str, str]:
+    """The VAE of each stage that was exported to `out` before and stays, where it is known; of "vae" its own hash."""
     found = {}
     for path in sorted(out.glob("dit_*/config.json")):
+        if path.parent.name in replaced:
+            continue
         try:
             vae = json.loads(path.read_text()).get("vae")
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{path} cannot be read: {error}; choose another --out") from error
         if vae is not None:
             found[path.parent.name] = vae
-    if (out / "vae").is_dir():
+    if "vae" not in replaced and (out / "vae").is_dir():
         try:
             found["vae"] = hash_of(load_model(out / "vae", SparseVAE))
         except ValueError as error:

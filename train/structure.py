@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from model.occupancy import OccupancyVAE
 from model.structure import Structure
@@ -71,9 +71,12 @@ def train_flow(cfg: StructureTraining, world: World, chosen: Catalogue, val: Cat
 
 
 def _holds(found: Path, vae: OccupancyVAE) -> bool:
-    """Whether a checkpoint of the flow has these weights of the VAE."""
-    with safe_open(weights_file(found), framework="pt") as file:
-        return all(torch.equal(file.get_tensor(f"vae.{name}"), x) for name, x in vae.state_dict().items())
+    """Whether a checkpoint of the flow has these weights of the VAE; of a damaged one `fit` says what is wrong."""
+    try:
+        with safe_open(weights_file(found), framework="pt") as file:
+            return all(torch.equal(file.get_tensor(f"vae.{name}"), x) for name, x in vae.state_dict().items())
+    except (OSError, SafetensorError):
+        return True
 
 
 def trained_vae(cfg: StructureTraining) -> OccupancyVAE:

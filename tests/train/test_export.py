@@ -69,6 +69,17 @@ def test_a_directory_never_holds_stages_of_different_vaes(trained, tmp_path):
     assert Generator.load(cfg.out).resolutions == [64]
 
 
+def test_a_damaged_stage_can_be_replaced(trained):
+    cfg, _ = trained
+    export(cfg)
+    for name in ("vae", "dit_64"):
+        (cfg.out / name / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"dit_64.config\.json cannot be read: .*; choose another --out"):
+        export(Export(vae=None, structure=cfg.structure, dit=(), out=cfg.out))
+    export(cfg)
+    assert Generator.load(cfg.out).resolutions == [64, 128]
+
+
 def test_stages_can_be_replaced_one_by_one(trained):
     cfg, (_, structure, _) = trained
     export(cfg)

@@ -175,6 +175,10 @@ def test_the_flow_waits_for_the_whole_vae_and_says_if_that_changes(rendered, tmp
     assert "keeps the occupancy VAE" not in caplog.text
     train(replace(whole, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=done + 1))), World())
     assert "keeps the occupancy VAE that it began with" in caplog.text
+    weights = checkpoint.latest(cfg.out / "flow") / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"ema\.safetensors cannot be used"):
+        train_flow(whole, World(), *(read_catalogue(rendered, [32]).split(name) for name in ("train", "val")))
 
 
 def test_views_that_were_trained_on_are_not_called_held_out(rendered, tmp_path):
