@@ -39,7 +39,7 @@ $(READY): pyproject.toml
 	@$(BIN)/python -c "import sys; sys.exit(sys.version_info >= (3, 12))" || $(BIN)/python -m pip install --quiet --no-deps pyrender==0.1.45
 	@if command -v g++ >/dev/null; then $(BIN)/python -m pip install --quiet -e ".[mesh2sdf]" || echo "mesh2sdf did not build; it is optional" >&2; \
 	  else echo "no g++: going on without the optional mesh2sdf" >&2; fi
-	$(BIN)/python -c "from pipeline.asset import warm_up; warm_up()"  # compiles the geometry, once for all processes
+	$(BIN)/python -c "from pipeline.orchestration.asset_stages import warm_up; warm_up()"  # compiles the geometry, once for all processes
 	@touch $(READY)
 
 demo: setup

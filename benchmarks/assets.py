@@ -25,19 +25,19 @@ from numpy.typing import NDArray
 
 from benchmarks.sdf_gpu import difference, machine
 from model.command import command, parse
-from pipeline import gpu
-from pipeline.asset import AssetJob, load_bricks
+from pipeline.geometry import sdf_cuda as gpu
+from pipeline.orchestration.asset_stages import AssetJob, load_bricks
 from pipeline.config import PRESETS, BuildConfig, PresetName
-from pipeline.isolate import Isolated
-from pipeline.pack import land
-from pipeline.render import decode
-from pipeline.schema import Record, RunError, UserError
+from pipeline.orchestration.isolated_process import Isolated
+from pipeline.orchestration.commit import land
+from pipeline.rendering.views import decode
+from pipeline.core.schema import Record, RunError, UserError
 from pipeline.sources import Source, open_source
 
 log = logging.getLogger(__name__)
 
 PROG = "python -m benchmarks.assets"
-WARM_UP = {"cpu": "pipeline.asset:warm_up", "cuda": "pipeline.asset:warm_up_cuda"}
+WARM_UP = {"cpu": "pipeline.orchestration.asset_stages:warm_up", "cuda": "pipeline.orchestration.asset_stages:warm_up_cuda"}
 Row = dict[str, Any]
 Visit = Callable[[Isolated, Record, str], Row]
 
@@ -165,7 +165,7 @@ def visit(
     folder.mkdir(parents=True)
     on_gpu = "0" if build.device == "cuda" else None
     job = AssetJob(record=record, source=source, config=build, products=products, folder=folder, gpu=on_gpu)
-    result = land(job, _call(server, "pipeline.asset:process", job, folder, build), 1)
+    result = land(job, _call(server, "pipeline.orchestration.asset_stages:process", job, folder, build), 1)
     made = {name: value for counts in result.products.values() for name, value in counts.items()}
     return {
         "mesh": record.url,

@@ -34,7 +34,7 @@ from model.condition import EncoderConfig, ImageBatch
 from model.flow import noise_of
 from model.images import Augmentation, prepare_image
 from model.sparse import Level
-from pipeline.schema import BLOCK, UserError
+from pipeline.core.schema import BLOCK, UserError
 from train.checkpoint import provenance
 from train.distributed import World
 from train.dit_config import DIT_PRESETS, DiTTraining
@@ -262,7 +262,7 @@ def time_with_decoding(stepper: Stepper, batch: DiTBatch, workers: int, steps: i
     """Steps whose images are decoded and augmented from 1024^2 PNGs while the GPU works: how long it has to wait."""
     from PIL import Image
 
-    from pipeline.render import decode
+    from pipeline.rendering.views import decode
 
     with tempfile.TemporaryDirectory() as folder:
         files = []

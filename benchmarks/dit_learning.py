@@ -19,8 +19,8 @@ from model.flow import Guidance
 from model.generator import Generator
 from model.generator import Options as GenerateOptions
 from model.mesh import extract_meshes
-from pipeline.isosurface import extract
-from pipeline.schema import RunError
+from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.schema import RunError
 from train.conditions import ViewReader
 from train.config import VAE_PRESETS, BrickConfig
 from train.data import BrickReader, read_catalogue

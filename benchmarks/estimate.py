@@ -21,7 +21,7 @@ import numpy as np
 
 from model.command import command, parse
 from pipeline.estimate import EstimateConfig, measure_passes, predict
-from pipeline.schema import RunError, UserError
+from pipeline.core.schema import RunError, UserError
 from pipeline.sources.procedural import ProceduralSource
 from train.checkpoint import provenance
 

@@ -29,7 +29,7 @@ from model.postprocess import Cleaned, clean
 from model.sparse import Level
 from model.structure import Structure, StructureConfig
 from model.vae import SparseVAE, VAEConfig
-from pipeline.schema import band, spacing
+from pipeline.core.schema import band, spacing
 
 MAJOR, MINOR = 0.30, 0.095  # of a torus: about 10.7k cells at 512 and 46k at 1024, as the paper's means
 

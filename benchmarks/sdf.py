@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from pipeline.command import command, parse
+from pipeline.core.cli import command, parse
 from pipeline.config import PRESETS
-from pipeline.schema import UserError, check_resolution
+from pipeline.core.schema import UserError, check_resolution
 from pipeline.sources import open_source
 
 log = logging.getLogger(__name__)

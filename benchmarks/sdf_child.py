@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.schema import BLOCK, Bricks, Mesh, Reject, band, spacing
+from pipeline.core.schema import BLOCK, Bricks, Mesh, Reject, band, spacing
 
 CHUNK = 1 << 20  # points that go to libigl at once
 
@@ -42,9 +42,9 @@ def main(folder: Path, job: dict[str, Any]) -> None:
 def prepare(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Loads and normalises a file as a build would, and finds the true distances for every resolution."""
     from benchmarks.sdf_truth import open_edges, sample_truth
-    from pipeline.filter import FilterConfig, filter_geometry
-    from pipeline.load import LoadConfig, load
-    from pipeline.normalize import NormalizeConfig, normalize
+    from pipeline.curation.filters import FilterConfig, filter_geometry
+    from pipeline.mesh_io.load import LoadConfig, load
+    from pipeline.mesh_io.normalize import NormalizeConfig, normalize
 
     mesh = normalize(load(Path(job["path"]), LoadConfig()), NormalizeConfig())
     filter_geometry(mesh, FilterConfig())
@@ -57,8 +57,8 @@ def prepare(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 def ours(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Topology on the same grid, distances and sharp bits."""
-    from pipeline.sdf import compute_bricks
-    from pipeline.topology import TopologyConfig, build_topology
+    from pipeline.geometry.sdf import compute_bricks
+    from pipeline.geometry.topology import TopologyConfig, build_topology
 
     mesh, resolution = _mesh(folder), job["resolution"]
     compute_bricks(build_topology(_warm_up_mesh(), TopologyConfig(resolution=64)), 64)
@@ -79,9 +79,9 @@ def ours(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 def full(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """All resolutions from one topology, each written to a store of its own; writing is left out of the seconds."""
-    from pipeline.sdf import compute_bricks
-    from pipeline.store import write_sdf_shard
-    from pipeline.topology import TopologyConfig, build_topology
+    from pipeline.geometry.sdf import compute_bricks
+    from pipeline.storage.sdf_shard import write_sdf_shard
+    from pipeline.geometry.topology import TopologyConfig, build_topology
 
     mesh = _mesh(folder)
     warm = compute_bricks(build_topology(_warm_up_mesh(), TopologyConfig(resolution=64)), 64)

@@ -26,12 +26,13 @@ import torch
 import triton
 
 from model.command import command, parse
-from pipeline import gpu, sdf
-from pipeline.exterior import Bins, Exterior, bin_triangles
-from pipeline.isolate import Isolated
-from pipeline.schema import Bricks, UserError, band, spacing
-from pipeline.topology import Topology, TopologyConfig, build_topology
-from pipeline.triangles import pack
+from pipeline.geometry import sdf_cuda as gpu
+from pipeline.geometry import sdf
+from pipeline.geometry.flood_fill import Bins, Exterior, bin_triangles
+from pipeline.orchestration.isolated_process import Isolated
+from pipeline.core.schema import Bricks, UserError, band, spacing
+from pipeline.geometry.topology import Topology, TopologyConfig, build_topology
+from pipeline.core.primitives.triangles import pack
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class Measure:
 
 def pack_topologies(cfg: Topologies) -> None:
     """UserError if no file of the folder, or none of those named, is there."""
-    from pipeline.load import LoadConfig, load
-    from pipeline.normalize import NormalizeConfig, normalize
+    from pipeline.mesh_io.load import LoadConfig, load
+    from pipeline.mesh_io.normalize import NormalizeConfig, normalize
 
     paths = [path for path in sorted(cfg.meshes.iterdir()) if not cfg.names or path.name in cfg.names]
     if not paths:

@@ -23,11 +23,11 @@ import torch
 
 from model.command import command, parse
 from model.vae import VAEConfig
-from pipeline.manifest import HEAD, TAIL, write_manifest
-from pipeline.schema import Bricks, Mesh, UserError, make_uid
-from pipeline.sdf import compute_bricks
-from pipeline.store import write_sdf_shard
-from pipeline.topology import TopologyConfig, build_topology
+from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
+from pipeline.core.schema import Bricks, Mesh, UserError, make_uid
+from pipeline.geometry.sdf import compute_bricks
+from pipeline.storage.sdf_shard import write_sdf_shard
+from pipeline.geometry.topology import TopologyConfig, build_topology
 from train.checkpoint import provenance
 from train.config import VAE_PRESETS, BrickConfig, VAETraining
 from train.data import BrickLoader, BrickReader, read_catalogue
@@ -89,9 +89,9 @@ class Measure:
 
 def pack_geometry(cfg: Geometry) -> None:
     """Writes names and, of each mesh, v<n> float32 [V, 3], f<n> int32 [F, 3]."""
-    from pipeline.load import LoadConfig, load
-    from pipeline.normalize import NormalizeConfig, normalize
-    from pipeline.schema import Reject
+    from pipeline.mesh_io.load import LoadConfig, load
+    from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+    from pipeline.core.schema import Reject
     from pipeline.sources import open_source
 
     arrays: dict[str, Any] = {}

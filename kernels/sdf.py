@@ -1,8 +1,8 @@
-"""Signed distances of 8^3 blocks to the triangles near them: the GPU path of `pipeline.sdf`, which defines it.
+"""Signed distances of 8^3 blocks to the triangles near them: the GPU path of `pipeline.geometry.sdf`, which defines it.
 
 Three launches. `_narrow` tells for each of a block's eight 4^3 sub-blocks which candidates can be closest to any of its
 points. `_distances` takes the closest of them, in float32 relative to the sub-block's centre, and the side where that
-leaves no doubt. `_votes` decides at all other points in float64, by the operations of `pipeline.sdf._is_out` one by one
+leaves no doubt. `_votes` decides at all other points in float64, by the operations of `pipeline.geometry.sdf._is_out` one by one
 (no fused multiply-adds), so that both paths give every point the same side.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.sizes import cdiv
 from kernels.tiles import on_device
 
-SOLID, THIN, BURIED = (tl.constexpr(kind) for kind in range(3))  # as in pipeline.topology
+SOLID, THIN, BURIED = (tl.constexpr(kind) for kind in range(3))  # as in pipeline.geometry.topology
 BLOCK = 8
 MAX_BLOCKS = 2**22 - 1  # torch finds the points that vote among fewer than 2^31
 # Voxels that a float32 distance may be off, generously: triangles this much too far are still tried, and nothing that
@@ -27,7 +27,7 @@ MAX_BLOCKS = 2**22 - 1  # torch finds the points that vote among fewer than 2^31
 SLACK = tl.constexpr(0.01)
 RADIUS = tl.constexpr(1.5 * math.sqrt(3))  # voxels from a sub-block's centre to its corners
 PI = tl.constexpr(math.pi)
-VOTE_ROUNDING = tl.constexpr(1e-9)  # as in pipeline.triangles
+VOTE_ROUNDING = tl.constexpr(1e-9)  # as in pipeline.core.primitives.triangles
 # Candidates that a program takes at once. At most resolutions a sub-block has a handful.
 NARROW_TILE, DISTANCE_TILE, VOTE_TILE = 32, 8, 4
 
@@ -312,7 +312,7 @@ class Surface:
 
 
 def pack_surface(packed_T16: Tensor, kinds_T: Tensor, resolution: int) -> Surface:
-    """Prepares `pipeline.triangles.pack`'s float64 rows, kinds uint8 (0 solid, 1 sheet, 2 buried), for an R^3 grid.
+    """Prepares `pipeline.core.primitives.triangles.pack`'s float64 rows, kinds uint8 (0 solid, 1 sheet, 2 buried), for an R^3 grid.
 
     Differences of large coordinates are what float32 cannot hold, hence the two halves of a corner.
     ValueError for another shape, dtype or device, or if the resolution is not a multiple of 8.

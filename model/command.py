@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import FrameType
 from typing import TypeVar
 
-from pipeline.schema import RunError, UserError
+from pipeline.core.schema import RunError, UserError
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from model.layers import (
 )
 from model.sparse import Level, SparseTensor
 from model.vae import official_kernel
-from pipeline.schema import BLOCK
+from pipeline.core.schema import BLOCK
 
 HEAD_SIZES = (16, 32, 64, 128)  # that SSA has kernels for
 TIME_CHANNELS = 256  # of the sinusoids of t

@@ -8,7 +8,7 @@ from PIL import Image
 
 from model.condition import PATCH
 from model.images import has_alpha, load_image, prepare_image
-from pipeline.schema import UserError
+from pipeline.core.schema import UserError
 
 
 def load_foreground(path: Path, *, keep_background: bool = False) -> Image.Image:

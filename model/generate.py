@@ -21,7 +21,7 @@ from model.generator import Generated, Generator, Options
 from model.meshfile import FORMATS, check_format, write_mesh
 from model.postprocess import check_simplification
 from model.preview import write_preview
-from pipeline.schema import RunError, UserError
+from pipeline.core.schema import RunError, UserError
 
 log = logging.getLogger(__name__)
 

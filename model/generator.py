@@ -26,7 +26,7 @@ from model.postprocess import Cleaned, clean, open_edges_of, simplify
 from model.sparse import Level
 from model.structure import Structure
 from model.vae import SparseVAE
-from pipeline.schema import BLOCK, RunError, UserError
+from pipeline.core.schema import BLOCK, RunError, UserError
 
 See = Callable[[ConditionedDiT], Condition]
 Progress = Callable[[str, Iterable[int]], Iterable[int]]  # (stage, steps) -> the same steps, shown

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from model.sparse import POINTS, Level
-from pipeline.isosurface import extract
-from pipeline.schema import BLOCK, Bricks, check_resolution
+from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.schema import BLOCK, Bricks, check_resolution
 
 Surface = tuple[NDArray[np.float64], NDArray[np.int32]]  # vertices [V, 3] in the cube, faces [F, 3] seen from outside
 

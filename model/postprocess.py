@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.schema import UserError
+from pipeline.core.schema import UserError
 
 Vertices = NDArray[np.float64]  # [V, 3] cube units
 Faces = NDArray[np.int32]  # [F, 3] seen from outside
@@ -29,7 +29,7 @@ class Cleaned:
 def clean(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> Cleaned:
     """Cap holes, then drop pieces with less than `min_piece` of the largest one's area, and bubbles inside.
 
-    The result is closed and, where the input's edges had at most two faces as `pipeline.isosurface` makes them,
+    The result is closed and, where the input's edges had at most two faces as `pipeline.core.primitives.marching_cubes` makes them,
     manifold. A bubble is a piece turned inside out: a hollow that nothing outside can see, which the data never holds.
     ValueError if min_piece is not in [0, 1) or there is no face.
     """

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.cameras import look_at_origin
-from pipeline.render import render_from
-from pipeline.schema import Material, Mesh, Part
+from pipeline.core.cameras import look_at_origin
+from pipeline.rendering.views import render_from
+from pipeline.core.schema import Material, Mesh, Part
 
 CLAY = Material(base_color=(0.30, 0.38, 0.48, 1.0))
 PAPER = np.array([238, 241, 245], np.float64)  # behind the mesh

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.command import command, parse
+from pipeline.core.cli import command, parse
 from pipeline.config import PRESETS, BuildConfig
-from pipeline.gpu import check_cuda
-from pipeline.location import check_output
-from pipeline.plan import make_plan, refuse_foreign
+from pipeline.geometry.sdf_cuda import check_cuda
+from pipeline.storage.remote import check_output
+from pipeline.orchestration.plan import make_plan, refuse_foreign
 from pipeline.report import write_report
-from pipeline.runner import run
-from pipeline.schema import RunError, UserError
-from pipeline.screen import CATALOGUE, Catalogue, write_catalogue
+from pipeline.orchestration.runner import run
+from pipeline.core.schema import RunError, UserError
+from pipeline.orchestration.catalogue import CATALOGUE, Catalogue, write_catalogue
 from pipeline.sources import Source, open_source
 from pipeline.sources.shapenet import LICENCE as SHAPENET
-from pipeline.workspace import locked
+from pipeline.storage.locks import locked
 
 log = logging.getLogger(__name__)
 

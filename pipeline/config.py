@@ -11,17 +11,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.cameras import CameraSet
-from pipeline.fetch import FetchConfig
-from pipeline.filter import FilterConfig
-from pipeline.load import LoadConfig
-from pipeline.location import Location, location
-from pipeline.measure import ScreenConfig
-from pipeline.normalize import NormalizeConfig
-from pipeline.rank import RankConfig
-from pipeline.render import RenderConfig
-from pipeline.schema import FORMAT_VERSION, check_resolution
-from pipeline.topology import TopologyConfig
+from pipeline.core.cameras import CameraSet
+from pipeline.download.fetch import FetchConfig
+from pipeline.curation.filters import FilterConfig
+from pipeline.mesh_io.load import LoadConfig
+from pipeline.storage.remote import Location, location
+from pipeline.curation.screening_metrics import ScreenConfig
+from pipeline.mesh_io.normalize import NormalizeConfig
+from pipeline.curation.rank import RankConfig
+from pipeline.rendering.views import RenderConfig
+from pipeline.core.schema import FORMAT_VERSION, check_resolution
+from pipeline.geometry.topology import TopologyConfig
 
 PresetName = Literal["smoke", "full", "paper"]
 Pass = Literal["build", "screen", "best"]

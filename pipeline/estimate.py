@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from pipeline.command import command, parse
+from pipeline.core.cli import command, parse
 from pipeline.config import PathOrUrl
-from pipeline.location import Location, check_input, children, files, readable
-from pipeline.manifest import PACK_SECONDS, is_product
-from pipeline.pack import manifest_path, marker_path, product_paths, stats_path
-from pipeline.plan import Plan, read_plan
-from pipeline.schema import UserError
+from pipeline.storage.remote import Location, check_input, children, files, readable
+from pipeline.orchestration.manifest import PACK_SECONDS, is_product
+from pipeline.orchestration.commit import manifest_path, marker_path, product_paths, stats_path
+from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.core.schema import UserError
 
 log = logging.getLogger(__name__)
 

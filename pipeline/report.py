@@ -19,18 +19,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from pipeline.command import command, parse
+from pipeline.core.cli import command, parse
 from pipeline.config import PathOrUrl
-from pipeline.isolate import Isolated
-from pipeline.location import Location, Remote, check_input, write_whole
-from pipeline.manifest import funnel, is_product, product_order, read_manifest
-from pipeline.pack import MANIFEST, manifest_path, marker_path, stats_path
-from pipeline.pictures import PICTURES, PictureJob
-from pipeline.plan import Plan, read_plan
-from pipeline.rank import thresholds
-from pipeline.schema import UserError
-from pipeline.screen import CATALOGUE, read_funnel
-from pipeline.workspace import fetched
+from pipeline.orchestration.isolated_process import Isolated
+from pipeline.storage.remote import Location, Remote, check_input, write_whole
+from pipeline.orchestration.manifest import funnel, is_product, product_order, read_manifest
+from pipeline.orchestration.commit import MANIFEST, manifest_path, marker_path, stats_path
+from pipeline.report_pictures import PICTURES, PictureJob
+from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.curation.rank import thresholds
+from pipeline.core.schema import UserError
+from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
+from pipeline.storage.locks import fetched
 
 log = logging.getLogger(__name__)
 
@@ -225,12 +225,12 @@ def contact_sheet(build: Build, limit: int) -> dict[str, Any]:
     resolution = max(small, default=min(sdf))
     chosen = [done[i * len(done) // min(limit, len(done))] for i in range(min(limit, len(done)))]
     folder = Path(tempfile.mkdtemp(prefix="report-"))
-    isolated = Isolated("pipeline.pictures:warm_up")
+    isolated = Isolated("pipeline.report_pictures:warm_up")
     try:
         assets = tuple((row["shard"], row["uid"]) for row in chosen)
         job = PictureJob(out=build.plan.out, assets=assets, resolution=resolution, cameras=renders, folder=folder)
         end = isolated.call(
-            "pipeline.pictures:draw",
+            "pipeline.report_pictures:draw",
             job,
             log=folder / "log.txt",
             timeout_s=PICTURE_TIMEOUT_S,

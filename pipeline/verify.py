@@ -16,19 +16,19 @@ from typing import Annotated, Any, cast
 import pyarrow as pa
 import tyro
 
-from pipeline.cameras import CameraSet
-from pipeline.command import command, parse
+from pipeline.core.cameras import CameraSet
+from pipeline.core.cli import command, parse
 from pipeline.config import PathOrUrl, hash_of
-from pipeline.location import Location, check_input, children
-from pipeline.manifest import STATUSES, is_product, product_order, read_manifest
-from pipeline.measure import read_measured
-from pipeline.pack import MANIFEST, committed, manifest_path, marker_path, product_paths, tree_sha256
-from pipeline.plan import Plan, read_plan
-from pipeline.schema import FORMAT_VERSION, Record, RunError, split_of
-from pipeline.screen import CATALOGUE, Catalogue
-from pipeline.shards import RenderShard, check_render_shard
-from pipeline.store import SdfShard, check_sdf_shard
-from pipeline.workspace import fetched
+from pipeline.storage.remote import Location, check_input, children
+from pipeline.orchestration.manifest import STATUSES, is_product, product_order, read_manifest
+from pipeline.curation.screening_metrics import read_measured
+from pipeline.orchestration.commit import MANIFEST, committed, manifest_path, marker_path, product_paths, tree_sha256
+from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.core.schema import FORMAT_VERSION, Record, RunError, split_of
+from pipeline.orchestration.catalogue import CATALOGUE, Catalogue
+from pipeline.storage.render_shard import RenderShard, check_render_shard
+from pipeline.storage.sdf_shard import SdfShard, check_sdf_shard
+from pipeline.storage.locks import fetched
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ import trimesh
 from PIL import Image
 
 from benchmarks import assets
-from pipeline.asset import load_bricks
-from pipeline.load import load
-from pipeline.normalize import normalize
-from pipeline.schema import UserError
-from pipeline.sdf import compute_bricks
-from pipeline.topology import TopologyConfig, build_topology
+from pipeline.orchestration.asset_stages import load_bricks
+from pipeline.mesh_io.load import load
+from pipeline.mesh_io.normalize import normalize
+from pipeline.core.schema import UserError
+from pipeline.geometry.sdf import compute_bricks
+from pipeline.geometry.topology import TopologyConfig, build_topology
 
 PRODUCTS = ("sdf-64", "renders-paper")
 

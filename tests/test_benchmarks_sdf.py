@@ -7,7 +7,7 @@ import trimesh
 
 from benchmarks.sdf import main
 from benchmarks.sdf_truth import closest_on_mesh, open_edges, sample_truth, winding
-from pipeline.schema import Mesh, band, spacing
+from pipeline.core.schema import Mesh, band, spacing
 
 
 def ball(subdivisions=2):

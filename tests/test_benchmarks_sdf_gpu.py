@@ -7,9 +7,9 @@ import pytest
 import trimesh
 
 from benchmarks import sdf_gpu
-from pipeline.schema import UserError
-from pipeline.sdf import compute_bricks
-from pipeline.topology import TopologyConfig, build_topology
+from pipeline.core.schema import UserError
+from pipeline.geometry.sdf import compute_bricks
+from pipeline.geometry.topology import TopologyConfig, build_topology
 from tests.pipeline import geometry as geo
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # of padding

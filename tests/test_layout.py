@@ -22,7 +22,7 @@ def module_of(path):
 
 
 STARTED = {module_of(path) for path in FILES if 'if __name__ == "__main__":' in path.read_text()}
-COMMANDS = STARTED - {"pipeline.isolate"} | {"pipeline.runner"}  # the first is started by builds, not by people
+COMMANDS = STARTED - {"pipeline.orchestration.isolated_process"} | {"pipeline.orchestration.runner"}  # the first is started by builds, not by people
 
 
 def imports(path, *, at_import_only=False):
@@ -67,7 +67,7 @@ def test_nobody_imports_a_command(path):
     for name in imports(path):
         if name in COMMANDS and module != name:
             assert (module, name) in {
-                ("pipeline.build", "pipeline.runner"),
+                ("pipeline.build", "pipeline.orchestration.runner"),
                 ("pipeline.build", "pipeline.report"),  # whose page ends every build
             }, f"{module} imports {name}"
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 import model.checkpoint
-from pipeline.schema import FORMAT_VERSION, UserError
+from pipeline.core.schema import FORMAT_VERSION, UserError
 from train.distributed import World
 
 log = logging.getLogger(__name__)

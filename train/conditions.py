@@ -16,13 +16,13 @@ from torch import Tensor
 
 from model.flow import TimeDistribution
 from model.images import Augmentation, PreparedImage, prepare_image
-from pipeline.schema import RunError, UserError, seed_of
+from pipeline.core.schema import RunError, UserError, seed_of
 from train.config import LoopConfig
 from train.data import OPEN_SHARDS, UNREADABLE, Catalogue
 
 if TYPE_CHECKING:
-    from pipeline.schema import View
-    from pipeline.shards import RenderShard
+    from pipeline.core.schema import View
+    from pipeline.storage.render_shard import RenderShard
 
 PREPARED_BYTES = 64 << 20  # of images kept ready
 
@@ -101,7 +101,7 @@ class ViewReader:
         name, uid = self.catalogue.shards[asset], self.catalogue.uids[asset]
         if self._images is None:
             return self.read_view(asset, view).rgba
-        from pipeline.render import decode
+        from pipeline.rendering.views import decode
 
         shard, _ = self._shard(asset)
         try:
@@ -129,7 +129,7 @@ class ViewReader:
             raise self._unreadable(asset, 0, error) from error
 
     def _open_shard(self, name: str) -> tuple[RenderShard, int]:
-        from pipeline.shards import RenderShard  # here: importing the stream does not take pyarrow and Pillow
+        from pipeline.storage.render_shard import RenderShard  # here: importing the stream does not take pyarrow and Pillow
 
         shard = RenderShard(self.catalogue.root / "renders" / self.cameras / f"{name}.tar")
         return shard, len(shard.keys) // max(len(shard.uids), 1)

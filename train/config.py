@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.vae import VAEConfig
-from pipeline.schema import check_resolution
+from pipeline.core.schema import check_resolution
 from train.distributed import Device
 from train.losses import LossWeights
 

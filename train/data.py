@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.sparse import BrickBatch
-from pipeline.schema import BLOCK, FORMAT_VERSION, Bricks, RunError, UserError, seed_of
+from pipeline.core.schema import BLOCK, FORMAT_VERSION, Bricks, RunError, UserError, seed_of
 from train.plan import Draw, Plan
 from train.symmetry import SYMMETRIES, transform_bricks
 
 if TYPE_CHECKING:
-    from pipeline.store import SdfShard
+    from pipeline.storage.sdf_shard import SdfShard
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class BrickReader:
         return bricks
 
     def _open_shard(self, resolution: int, name: str) -> SdfShard:
-        from pipeline.store import SdfShard  # here: importing the stream does not take Zarr
+        from pipeline.storage.sdf_shard import SdfShard  # here: importing the stream does not take Zarr
 
         path = self.catalogue.root / "sdf" / str(resolution) / f"{name}.zarr"
         shard = SdfShard(path)

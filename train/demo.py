@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.schema import RunError, UserError
+from pipeline.core.schema import RunError, UserError
 from train.command import command, parse
 from train.demo_page import StepTaken, write_page
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.conditioned import ConditionedDiT
 from model.vae import SparseVAE
-from pipeline.schema import UserError
+from pipeline.core.schema import UserError
 from train import checkpoint
 from train.command import command, configure
 from train.config import resolved

@@ -9,8 +9,8 @@ from typing import Literal
 from model.condition import EncoderConfig
 from model.conditioned import ConditionedConfig
 from model.dit import DiTConfig
-from pipeline.cameras import CameraSet
-from pipeline.schema import check_resolution
+from pipeline.core.cameras import CameraSet
+from pipeline.core.schema import check_resolution
 from train.conditions import FlowOptions
 from train.config import LoopConfig
 from train.distributed import Device

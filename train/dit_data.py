@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.condition import ImageBatch
 from model.flow import noise_of
-from pipeline.schema import RunError, UserError, seed_of
+from pipeline.core.schema import RunError, UserError, seed_of
 from train.conditions import Conditions, time_of
 from train.data import UNREADABLE, Catalogue, read_catalogue
 from train.dit_config import DiTTraining

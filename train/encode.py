@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from model.sparse import BrickBatch
 from model.vae import SparseVAE
-from pipeline.schema import FORMAT_VERSION, Bricks, RunError, UserError, check_resolution
+from pipeline.core.schema import FORMAT_VERSION, Bricks, RunError, UserError, check_resolution
 from train.command import command, parse
 from train.data import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
 from train.distributed import Device, World, join
@@ -139,7 +139,7 @@ def _encode_resolution(
 
 
 def _source(catalogue: Catalogue, resolution: int, name: str) -> str:
-    from pipeline.store import SdfShard
+    from pipeline.storage.sdf_shard import SdfShard
 
     shard = SdfShard(catalogue.root / "sdf" / str(resolution) / f"{name}.zarr")
     return str(shard.attributes.get("config_hash"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.schema import UserError
+from pipeline.core.schema import UserError
 from train.command import command, parse
 from train.generation_evaluation import GenerationEvaluation, evaluate_generation
 from train.vae_evaluation import VAEEvaluation, evaluate_vae

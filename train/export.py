@@ -15,7 +15,7 @@ from model.checkpoint import config_from, load_model, save_model
 from model.conditioned import ConditionedDiT
 from model.structure import Structure
 from model.vae import SparseVAE
-from pipeline.schema import UserError
+from pipeline.core.schema import UserError
 from train.checkpoint import check_format, load_weights
 from train.command import command, parse
 from train.latents import hash_of

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from model.generator import Generated, Generator, Options
 from model.meshfile import write_mesh
 from model.preview import CLAY, on_paper
-from pipeline.cameras import Camera, CameraSet, look_at_origin
-from pipeline.render import render_from
-from pipeline.schema import Mesh, Part, RunError, UserError, View
+from pipeline.core.cameras import Camera, CameraSet, look_at_origin
+from pipeline.rendering.views import render_from
+from pipeline.core.schema import Mesh, Part, RunError, UserError, View
 from train.checkpoint import provenance
 from train.conditions import ViewReader
 from train.data import built_resolutions, read_catalogue

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.condition import DinoEncoder
 from model.images import prepare_image
-from pipeline.cameras import Camera, look_at_origin
+from pipeline.core.cameras import Camera, look_at_origin
 
 SIZE = 224  # pixels of what the network sees; its patches divide it
 ELEVATION_DEGREES, FOCAL_MM, SIDES = 20.0, 50.0, 8  # of the cameras of normal maps, all around

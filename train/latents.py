@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels import token_order
 from model.sparse import Level
 from model.vae import SparseVAE
-from pipeline.schema import BLOCK, FORMAT_VERSION, RunError, UserError
+from pipeline.core.schema import BLOCK, FORMAT_VERSION, RunError, UserError
 
 OPEN_SHARDS = 64  # kept open at once
 STATISTICS = "stats.json"
@@ -85,7 +85,7 @@ def write_latent_shard(
     """
     import zarr
 
-    from pipeline.store import ArrayWriter
+    from pipeline.storage.sdf_shard import ArrayWriter
 
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.schema import FORMAT_VERSION, RunError, UserError
+from pipeline.core.schema import FORMAT_VERSION, RunError, UserError
 from train import checkpoint
 from train.command import Stop, Stopped, note_signals
 from train.config import FREE_ON_RESUME, LoopConfig

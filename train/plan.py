@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.schema import UserError, seed_of
+from pipeline.core.schema import UserError, seed_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
-from pipeline.isosurface import extract
-from pipeline.schema import RunError
+from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.schema import RunError
 from train.data import UNREADABLE, BrickReader, Catalogue
 from train.surfaces import sample_surface
 

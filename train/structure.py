@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from model.occupancy import OccupancyVAE
 from model.structure import Structure
-from pipeline.schema import UserError
+from pipeline.core.schema import UserError
 from train import checkpoint
 from train.command import command, configure
 from train.config import resolved

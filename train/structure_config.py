@@ -11,8 +11,8 @@ from model.conditioned import ConditionedConfig
 from model.dit import DiTConfig
 from model.occupancy import OccupancyConfig
 from model.structure import StructureConfig
-from pipeline.cameras import CameraSet
-from pipeline.schema import BLOCK, check_resolution
+from pipeline.core.cameras import CameraSet
+from pipeline.core.schema import BLOCK, check_resolution
 from train.conditions import FlowOptions
 from train.config import LoopConfig
 from train.distributed import Device

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.condition import ImageBatch
 from model.flow import noise_of
-from pipeline.schema import seed_of
+from pipeline.core.schema import seed_of
 from train.conditions import Conditions, time_of
 from train.data import ONE_BITS, BrickLoader, Catalogue, magnitude_bits
 from train.plan import Draw, Plan

@@ -19,8 +19,8 @@ from model.checkpoint import config_from
 from model.mesh import extract_meshes
 from model.sparse import BrickBatch
 from model.vae import SparseVAE
-from pipeline.isosurface import extract
-from pipeline.schema import RunError, UserError
+from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.schema import RunError, UserError
 from train.checkpoint import check_format, load_weights, provenance
 from train.data import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
 from train.distributed import Device, choose_device

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model.mesh import extract_meshes
 from model.vae import SparseVAE
-from pipeline.isosurface import extract
+from pipeline.core.primitives.marching_cubes import extract
 from train.config import VAETraining
 from train.data import BrickLoader, Catalogue, TrainBatch
 from train.distributed import World

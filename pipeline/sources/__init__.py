@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qs
 
-from pipeline.fetch import FetchConfig
-from pipeline.schema import Record, UserError
+from pipeline.download.fetch import FetchConfig
+from pipeline.core.schema import Record, UserError
 
 
 class Listing(Protocol):

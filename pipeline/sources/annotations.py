@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from zlib import error as ZlibError
 
-from pipeline.fetch import FetchConfig, Wanted, fetch, sha256_of
-from pipeline.schema import Reject, UserError
+from pipeline.download.fetch import FetchConfig, Wanted, fetch, sha256_of
+from pipeline.core.schema import Reject, UserError
 
 MAX_BYTES = 16 << 30  # of one annotation file
 WORDS, LETTERS = 32, 100  # tags of an asset, and letters of a name, that a plan keeps

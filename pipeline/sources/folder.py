@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.archive import ARCHIVE_FORMATS, ArchiveLimits, archive_format, extract, only_mesh
-from pipeline.preflight import MESH_FORMATS
-from pipeline.schema import Record, UserError, make_uid
+from pipeline.mesh_io.archive import ARCHIVE_FORMATS, ArchiveLimits, archive_format, extract, only_mesh
+from pipeline.mesh_io.file_checks import MESH_FORMATS
+from pipeline.core.schema import Record, UserError, make_uid
 
 SIDE_FORMATS = frozenset(
     {"mtl", "bin", "png", "jpg", "jpeg", "webp", "bmp", "tga", "tif", "tiff", "gif", "ktx2", "dds"}

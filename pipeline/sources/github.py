@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from pipeline.fetch import FetchConfig, LfsPointer, Wanted, fetch, remembered
-from pipeline.schema import Reject, Transient
-from pipeline.web import post_json
+from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch, remembered
+from pipeline.core.schema import Reject, Transient
+from pipeline.download.http import post_json
 
 LFS_JSON = "application/vnd.git-lfs+json"
 SIDE_FILES, SIDE_BYTES = 64, 1 << 28  # of one asset

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.fetch import FetchConfig, Wanted, fetch
-from pipeline.licences import licence_of
-from pipeline.schema import Record, make_uid
+from pipeline.download.fetch import FetchConfig, Wanted, fetch
+from pipeline.curation.licences import licence_of
+from pipeline.core.schema import Record, make_uid
 from pipeline.sources.annotations import Annotations, read_json, to_metadata
 
 HUB = "https://huggingface.co/datasets/allenai/objaverse/resolve/main"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.fetch import FetchConfig, Wanted, fetch
-from pipeline.licences import licence_of
-from pipeline.schema import Record, UserError, make_uid
+from pipeline.download.fetch import FetchConfig, Wanted, fetch
+from pipeline.curation.licences import licence_of
+from pipeline.core.schema import Record, UserError, make_uid
 from pipeline.sources.annotations import Annotations
 from pipeline.sources.github import GitHub, fetch_blob
 from pipeline.sources.objaverse import HUB, PATHS, local_name, object_paths

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.schema import Record, make_uid, seed_of
+from pipeline.core.schema import Record, make_uid, seed_of
 from pipeline.sources.shapes import FAMILIES, to_glb
 from pipeline.sources.shapes.kit import Piece
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.archive import ArchiveLimits, extract
-from pipeline.schema import Record, UserError, make_uid
+from pipeline.mesh_io.archive import ArchiveLimits, extract
+from pipeline.core.schema import Record, UserError, make_uid
 from pipeline.sources.annotations import to_metadata
 
 MODELS = ("models/model_normalized.obj", "model.obj")  # version 2, version 1

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from kernels import sdf as kernel
-from pipeline import sdf
-from pipeline.exterior import bin_triangles
-from pipeline.schema import Mesh, band, spacing
-from pipeline.topology import THIN, TopologyConfig, build_topology
-from pipeline.triangles import TIE, pack
+from pipeline.geometry import sdf
+from pipeline.geometry.flood_fill import bin_triangles
+from pipeline.core.schema import Mesh, band, spacing
+from pipeline.geometry.topology import THIN, TopologyConfig, build_topology
+from pipeline.core.primitives.triangles import TIE, pack
 from tests.numerics import DEVICE
 
 LIMIT = 1e-3  # voxels

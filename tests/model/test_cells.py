@@ -5,7 +5,7 @@ import pytest
 import trimesh
 
 from model.cells import cells_near
-from pipeline.schema import BLOCK, band, spacing
+from pipeline.core.schema import BLOCK, band, spacing
 
 
 def brute_force(vertices, faces, resolution):

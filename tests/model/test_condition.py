@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from model.condition import SPECIAL, DinoEncoder, EncoderConfig, ImageBatch, StandInEncoder
 from model.images import OPAQUE, Augmentation, PreparedImage, has_alpha, load_image, prepare_image
-from pipeline.schema import UserError
+from pipeline.core.schema import UserError
 
 torch.set_num_threads(1)
 SIZE = 112

@@ -22,7 +22,7 @@ from model.generator import Generator, Options
 from model.occupancy import OccupancyConfig
 from model.structure import Structure, StructureConfig, level_of
 from model.vae import SparseVAE, VAEConfig
-from pipeline.schema import RunError, UserError, band, spacing
+from pipeline.core.schema import RunError, UserError, band, spacing
 
 ROOT = Path(__file__).resolve().parents[2]
 OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)

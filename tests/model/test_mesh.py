@@ -9,7 +9,7 @@ import torch
 
 from model.mesh import extract_meshes, mesh_of
 from model.sparse import BrickBatch, Level
-from pipeline.schema import Bricks, band, spacing
+from pipeline.core.schema import Bricks, band, spacing
 
 
 def analytic_bricks(distance, resolution, reach=1.0):

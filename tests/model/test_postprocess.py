@@ -5,8 +5,8 @@ import pytest
 import trimesh
 
 from model.postprocess import clean, close_holes, open_edges_of, pieces, simplify, used_only
-from pipeline.isosurface import extract
-from pipeline.schema import BLOCK, Bricks, band, spacing
+from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.schema import BLOCK, Bricks, band, spacing
 
 R = 64
 

@@ -7,7 +7,7 @@ import torch
 import kernels
 from kernels import token_order
 from model.sparse import BrickBatch, Level, SparseTensor
-from pipeline.schema import Bricks
+from pipeline.core.schema import Bricks
 from tests.numerics import random_coords
 
 torch.set_num_threads(1)

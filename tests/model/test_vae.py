@@ -12,7 +12,7 @@ from model.conv import UpBlock
 from model.layers import position_embedding, position_factor
 from model.sparse import BrickBatch, Level, SparseTensor
 from model.vae import SparseVAE, VAEConfig
-from pipeline.schema import Bricks
+from pipeline.core.schema import Bricks
 from tests.model.test_sparse import random_bricks, random_level
 
 torch.set_num_threads(1)

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 
 from pipeline.config import BuildConfig, LimitsConfig
-from pipeline.manifest import read_manifest
-from pipeline.plan import make_plan
+from pipeline.orchestration.manifest import read_manifest
+from pipeline.orchestration.plan import make_plan
 from pipeline.sources import Source
 
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -116,7 +116,7 @@ def config(out: Path, limits: dict | None = None, **options: Any) -> BuildConfig
 
 def build(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
     """A build without its report."""
-    from pipeline.runner import run  # Ray is for those who build
+    from pipeline.orchestration.runner import run  # Ray is for those who build
 
     return run(make_plan(cfg, sources), cfg, sources)
 

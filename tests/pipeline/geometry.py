@@ -9,7 +9,7 @@ import numpy as np
 import trimesh
 from numba import njit
 
-from pipeline.schema import BLOCK, Bricks, Mesh, band, spacing
+from pipeline.core.schema import BLOCK, Bricks, Mesh, band, spacing
 
 
 def as_mesh(*parts: trimesh.Trimesh) -> Mesh:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.schema import Record, Transient
+from pipeline.core.schema import Record, Transient
 from pipeline.sources.procedural import ProceduralSource
 
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.archive import ArchiveLimits, archive_format, extract, only_mesh
-from pipeline.schema import Reject
+from pipeline.mesh_io.archive import ArchiveLimits, archive_format, extract, only_mesh
+from pipeline.core.schema import Reject
 
 LIMITS = ArchiveLimits()
 
@@ -142,7 +142,7 @@ def test_a_zip_that_lies_about_its_sizes_gives_no_more_than_it_says(tmp_path):
 
 
 def test_bytes_are_counted_as_they_come_whatever_is_claimed(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.archive._count", lambda *_: None)
+    monkeypatch.setattr("pipeline.mesh_io.archive._count", lambda *_: None)
     path = make_tar(tmp_path / "a.tar", {f"{n}.obj": bytes(1000) for n in range(10)})
     with pytest.raises(Reject, match="archive_bomb"):
         extract(path, tmp_path / "out", ArchiveLimits(max_bytes=5500))

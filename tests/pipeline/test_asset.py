@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.asset import AssetJob, Notes, load_bricks, process, save_bricks
+from pipeline.orchestration.asset_stages import AssetJob, Notes, load_bricks, process, save_bricks
 from pipeline.config import BuildConfig
-from pipeline.schema import make_uid
+from pipeline.core.schema import make_uid
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.procedural import ProceduralSource
 from tests.pipeline.builds import ROOT
@@ -114,7 +114,7 @@ WARM = """
 import sys, tempfile
 from pathlib import Path
 from numba.core.dispatcher import Dispatcher
-from pipeline.asset import AssetJob, Notes, process, warm_up
+from pipeline.orchestration.asset_stages import AssetJob, Notes, process, warm_up
 from pipeline.config import BuildConfig
 from pipeline.sources.procedural import ProceduralSource
 

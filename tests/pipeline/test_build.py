@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.build import build, configure, main
-from pipeline.command import command
+from pipeline.core.cli import command
 from pipeline.config import PRESETS, BuildConfig
-from pipeline.manifest import read_manifest
-from pipeline.plan import make_plan, read_plan
-from pipeline.rank import RankConfig
-from pipeline.schema import Record, RunError, UserError, make_uid
-from pipeline.shards import RenderShard
-from pipeline.store import SdfShard
+from pipeline.orchestration.manifest import read_manifest
+from pipeline.orchestration.plan import make_plan, read_plan
+from pipeline.curation.rank import RankConfig
+from pipeline.core.schema import Record, RunError, UserError, make_uid
+from pipeline.storage.render_shard import RenderShard
+from pipeline.storage.sdf_shard import SdfShard
 from pipeline.verify import verify
 from tests.pipeline.builds import ROOT, TINY, assert_same, contents, environment, finish, start, survivors, wait_until
 
@@ -299,7 +299,7 @@ class Many:
 def test_a_plan_is_written_piece_by_piece(tmp_path, monkeypatch):
     pieces = []
     write = pq.ParquetWriter.write_table
-    monkeypatch.setattr("pipeline.plan.ROWS", 100)
+    monkeypatch.setattr("pipeline.orchestration.plan.ROWS", 100)
     monkeypatch.setattr(
         pq.ParquetWriter, "write_table", lambda self, table: pieces.append(len(table)) or write(self, table)
     )
@@ -321,7 +321,7 @@ def test_a_plan_from_before_there_were_catalogues_is_read(tmp_path):
 @pytest.mark.slow
 def test_the_plan_of_a_million_assets_takes_less_than_a_minute_and_2_gb(tmp_path):
     code = "import resource, time; from pathlib import Path; from pipeline.config import BuildConfig; "
-    code += "from pipeline.plan import make_plan; from tests.pipeline.test_build import Many; "
+    code += "from pipeline.orchestration.plan import make_plan; from tests.pipeline.test_build import Many; "
     code += f"make_plan(BuildConfig(out=Path({str(tmp_path / 'out')!r}), limit=None), [Many(1_000_000)]); "
     code += "print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

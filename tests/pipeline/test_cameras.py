@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.cameras import camera, look_at_origin, project
+from pipeline.core.cameras import camera, look_at_origin, project
 
 UIDS = [f"folder-{i:020x}" for i in range(60)]
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.estimate import Cost, EstimateConfig, main, measure_passes, predict
-from pipeline.manifest import PACK_SECONDS, Result, append_stats
-from pipeline.schema import UserError
+from pipeline.orchestration.manifest import PACK_SECONDS, Result, append_stats
+from pipeline.core.schema import UserError
 
 COST = Cost(
     **{"assets": 100, "seconds": 36.0, "error": 3.6, "gpu_seconds": 0.0, "fetched_bytes": 1e7, "stored_bytes": 1e6},

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from pipeline import web
-from pipeline.fetch import FetchConfig, LfsPointer, Wanted, fetch, sha256_of
-from pipeline.schema import Reject, RunError, Transient
-from pipeline.web import post_json
+from pipeline.download import http as web
+from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch, sha256_of
+from pipeline.core.schema import Reject, RunError, Transient
+from pipeline.download.http import post_json
 from tests.pipeline.misbehaving import running
 
 GLB = struct.pack("<4sII", b"glTF", 2, 100_000) + bytes(range(256)) * 400

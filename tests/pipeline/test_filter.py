@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.filter import FilterConfig, count_components, filter_file, filter_geometry, filter_metadata, weld
-from pipeline.schema import Mesh, Record, Reject
+from pipeline.curation.filters import FilterConfig, count_components, filter_file, filter_geometry, filter_metadata, weld
+from pipeline.core.schema import Mesh, Record, Reject
 from pipeline.sources.shapes import kit, solids
 
 CFG = FilterConfig()

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.gltf import prepared
-from pipeline.load import LoadConfig, load
+from pipeline.mesh_io.gltf import prepared
+from pipeline.mesh_io.load import LoadConfig, load
 from tests.pipeline.formats import TETRA, glb, gltf, png, same_triangles, write
 
 CFG = LoadConfig()

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import canvas, gpu
-from pipeline import sdf as cpu
+from pipeline.rendering import gl_renderer as canvas
+from pipeline.geometry import sdf_cuda as gpu
+from pipeline.geometry import sdf as cpu
 from pipeline.config import BuildConfig
-from pipeline.isolate import Isolated
-from pipeline.schema import RunError, Transient, UserError, band, spacing
+from pipeline.orchestration.isolated_process import Isolated
+from pipeline.core.schema import RunError, Transient, UserError, band, spacing
 from pipeline.sources import open_source
-from pipeline.topology import TopologyConfig, build_topology
+from pipeline.geometry.topology import TopologyConfig, build_topology
 from tests.pipeline import geometry as geo
 from tests.pipeline.builds import build, config, environment, finish, start
 
@@ -195,7 +196,7 @@ def test_the_marker_says_which_device(tiny_build):
 _ON_A_PRETENDED_GPU = """
 import sys, ray
 from pathlib import Path
-from pipeline.schema import RunError
+from pipeline.core.schema import RunError
 from pipeline.sources import open_source
 from tests.pipeline.builds import build, config
 ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline.fetch import FetchConfig
-from pipeline.plan import make_plan
-from pipeline.schema import make_uid
+from pipeline.download.fetch import FetchConfig
+from pipeline.orchestration.plan import make_plan
+from pipeline.core.schema import make_uid
 from pipeline.sources import open_source
 from pipeline.sources.annotations import Annotations
 from pipeline.sources.objaverse import ObjaverseSource

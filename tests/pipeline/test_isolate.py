@@ -9,8 +9,8 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.isolate import Isolated
-from pipeline.schema import RunError
+from pipeline.orchestration.isolated_process import Isolated
+from pipeline.core.schema import RunError
 from tests.pipeline.builds import ROOT, wait_until
 from tests.pipeline.hostile import HostileSource
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline import isosurface
-from pipeline.isosurface import extract
-from pipeline.schema import Bricks, Reject, band, spacing
-from pipeline.sdf import compute_bricks
-from pipeline.topology import TopologyConfig, build_topology
-from pipeline.watertight import watertight
+from pipeline.core.primitives import marching_cubes as isosurface
+from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.schema import Bricks, Reject, band, spacing
+from pipeline.geometry.sdf import compute_bricks
+from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.geometry.watertight import watertight
 from tests.pipeline import geometry as geo
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.licences import OPEN_LICENCES, licence_of
+from pipeline.curation.licences import OPEN_LICENCES, licence_of
 
 SPELLINGS = {
     "by": ["by", "BY", "CC BY 4.0", "cc-by-4.0", "Creative Commons - Attribution", "Creative Commons Attribution 3.0"],

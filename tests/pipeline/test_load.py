@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.load import LoadConfig, absolute_indices, load, load_with_report
-from pipeline.schema import Material, Reject
+from pipeline.mesh_io.load import LoadConfig, absolute_indices, load, load_with_report
+from pipeline.core.schema import Material, Reject
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import to_glb
 from tests.pipeline.formats import (

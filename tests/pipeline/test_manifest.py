@@ -3,7 +3,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.manifest import (
+from pipeline.orchestration.manifest import (
     Result,
     append_stats,
     funnel,
@@ -13,7 +13,7 @@ from pipeline.manifest import (
     with_products,
     write_manifest,
 )
-from pipeline.schema import Record, make_uid
+from pipeline.core.schema import Record, make_uid
 
 RECORD = Record(uid=make_uid("folder", "a.obj"), source="folder", url="a.obj", licence="cc0", format="obj")
 GEOMETRY = {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.measure import (
+from pipeline.curation.screening_metrics import (
     COLUMNS,
     ScreenConfig,
     box_points,
@@ -16,11 +16,11 @@ from pipeline.measure import (
     save_measured,
     write_measured,
 )
-from pipeline.normalize import NormalizeConfig, normalize
-from pipeline.schema import Mesh, View, check_resolution
-from pipeline.sdf import compute_bricks
+from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+from pipeline.core.schema import Mesh, View, check_resolution
+from pipeline.geometry.sdf import compute_bricks
 from pipeline.sources.shapes import kit, solids
-from pipeline.topology import TopologyConfig, build_topology
+from pipeline.geometry.topology import TopologyConfig, build_topology
 
 SMALL = ScreenConfig(resolution=64, image_size=64)
 
@@ -70,7 +70,7 @@ def test_nothing_leaks_out_of_a_closed_box():
 
 def test_a_crack_between_one_barrier_and_two_is_a_leak(monkeypatch):
     """At 128 a voxel is 1/127: the flood passes cracks wider than 1.2 voxels, a doubled barrier up to 2.4."""
-    monkeypatch.setattr("pipeline.topology.holes.boundary_loops", lambda faces: [])  # what loops do not find
+    monkeypatch.setattr("pipeline.geometry.topology.holes.boundary_loops", lambda faces: [])  # what loops do not find
     tight, leaky = (measured(cracked_box(voxels / 127)) for voxels in (0.5, 1.8))
     assert tight.solid_fraction == pytest.approx(1.0, abs=0.03)
     assert tight.leak_fraction < 0.01

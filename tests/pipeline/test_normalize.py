@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.normalize import NormalizeConfig, normalize
-from pipeline.schema import Mesh, Part, Reject
+from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+from pipeline.core.schema import Mesh, Part, Reject
 
 CFG = NormalizeConfig()
 finite = st.floats(-1e6, 1e6, allow_nan=False, width=32)

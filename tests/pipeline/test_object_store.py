@@ -17,19 +17,19 @@ from pipeline import build as build_module
 from pipeline import estimate as estimate_module
 from pipeline import verify as verify_module
 from pipeline.build import make
-from pipeline.command import command
+from pipeline.core.cli import command
 from pipeline.estimate import measure_passes
-from pipeline.location import Remote, location
-from pipeline.pack import PackJob
-from pipeline.plan import read_plan
-from pipeline.rank import RankConfig
+from pipeline.storage.remote import Remote, location
+from pipeline.orchestration.commit import PackJob
+from pipeline.orchestration.plan import read_plan
+from pipeline.curation.rank import RankConfig
 from pipeline.report import write_report
-from pipeline.schema import RunError
-from pipeline.shards import RenderShard
-from pipeline.store import SdfShard
-from pipeline.transfer import commit
+from pipeline.core.schema import RunError
+from pipeline.storage.render_shard import RenderShard
+from pipeline.storage.sdf_shard import SdfShard
+from pipeline.orchestration.transfer import commit
 from pipeline.verify import verify
-from pipeline.workspace import scratch_root, workspace
+from pipeline.storage.locks import scratch_root, workspace
 from tests.pipeline import object_store
 from tests.pipeline.builds import (
     TINY,

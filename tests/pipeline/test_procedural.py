@@ -10,10 +10,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from pipeline.filter import FilterConfig, count_components, filter_geometry, weld
-from pipeline.load import LoadConfig, load_with_report
-from pipeline.normalize import NormalizeConfig, normalize
-from pipeline.schema import Mesh, Record, UserError, make_uid
+from pipeline.curation.filters import FilterConfig, count_components, filter_geometry, weld
+from pipeline.mesh_io.load import LoadConfig, load_with_report
+from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+from pipeline.core.schema import Mesh, Record, UserError, make_uid
 from pipeline.sources import open_source
 from pipeline.sources.procedural import ProceduralSource, make_shape
 from pipeline.sources.shapes import FAMILIES, basic, kit, solids, to_glb

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import PRESETS, BuildConfig
-from pipeline.filter import FilterConfig
-from pipeline.rank import THRESHOLDS, WEIGHTS, RankConfig, funnel_rows, quality, rank
+from pipeline.curation.filters import FilterConfig
+from pipeline.curation.rank import THRESHOLDS, WEIGHTS, RankConfig, funnel_rows, quality, rank
 
 GOOD = {
     **{"status": "done", "stage": "", "reason": "", "faces": 10_000, "missing_files": 0, "tokens": 2000},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import read_manifest
+from pipeline.orchestration.manifest import read_manifest
 from pipeline.verify import verify
 from tests.pipeline.builds import ROOT, TINY, environment, survivors
 

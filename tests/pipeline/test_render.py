@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline import render
-from pipeline.cameras import camera, look_at_origin
-from pipeline.canvas import canvas
-from pipeline.render import (
+from pipeline.rendering import views as render
+from pipeline.core.cameras import camera, look_at_origin
+from pipeline.rendering.gl_renderer import canvas
+from pipeline.rendering.views import (
     RenderConfig,
     decode,
     encode,
@@ -23,8 +23,8 @@ from pipeline.render import (
     unpremultiply,
     view_numbers,
 )
-from pipeline.schema import Material, Mesh, Part, Reject, View
-from pipeline.shading import Lighting, lighting, smooth_normals
+from pipeline.core.schema import Material, Mesh, Part, Reject, View
+from pipeline.rendering.shading import Lighting, lighting, smooth_normals
 
 SMALL = RenderConfig(views=4, image_size=160)
 
@@ -345,7 +345,7 @@ def test_configuration_is_checked():
 
 def test_without_egl_the_packages_are_named():
     """A process that finds no driver ends in RunError, not in a traceback of the binding's."""
-    code = "from pipeline.render import *; from pipeline.schema import RunError\n"
+    code = "from pipeline.rendering.views import *; from pipeline.core.schema import RunError\n"
     code += "try: renderer_string()\nexcept RunError as error: print(error)"
     env = {**os.environ, "__EGL_VENDOR_LIBRARY_FILENAMES": "/nonexistent"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
@@ -353,7 +353,7 @@ def test_without_egl_the_packages_are_named():
 
 
 def test_importing_render_loads_no_graphics():
-    code = "import sys, pipeline.render\nprint({'pyrender', 'OpenGL', 'trimesh', 'torch'} & set(sys.modules))"
+    code = "import sys, pipeline.rendering.views\nprint({'pyrender', 'OpenGL', 'trimesh', 'torch'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.manifest import read_manifest, write_manifest
-from pipeline.pictures import slice_picture
+from pipeline.orchestration.manifest import read_manifest, write_manifest
+from pipeline.report_pictures import slice_picture
 from pipeline.report import cost_rows, funnel_steps, human_bytes, human_seconds, read_build, summary, write_report
-from pipeline.schema import Bricks, UserError
+from pipeline.core.schema import Bricks, UserError
 
 KINDS = ("render", "bricks", "slice")
 

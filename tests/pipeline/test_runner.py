@@ -8,14 +8,14 @@ import pytest
 import ray
 
 from pipeline import build as build_command
-from pipeline.asset import AssetJob
-from pipeline.isolate import Exit
-from pipeline.pack import MANIFEST, PackJob, committed, land, marker_path, pack, product_paths, scratch_folder
-from pipeline.plan import make_plan
-from pipeline.runner import missing_products
-from pipeline.schema import RunError, UserError
+from pipeline.orchestration.asset_stages import AssetJob
+from pipeline.orchestration.isolated_process import Exit
+from pipeline.orchestration.commit import MANIFEST, PackJob, committed, land, marker_path, pack, product_paths, scratch_folder
+from pipeline.orchestration.plan import make_plan
+from pipeline.orchestration.runner import missing_products
+from pipeline.core.schema import RunError, UserError
 from pipeline.sources.folder import FolderSource
-from pipeline.store import SdfShard
+from pipeline.storage.sdf_shard import SdfShard
 from pipeline.verify import verify
 from tests.pipeline.builds import assert_same, build, config, contents, rows_of
 from tests.pipeline.hostile import HostileSource, box
@@ -164,7 +164,7 @@ def test_a_product_that_is_made_again_is_never_without_what_its_marker_vouches_f
         land(visit, Exit(reason="timeout", detail="", seconds=0.0, peak_rss_bytes=0), 1)
         pack(job)
         marker_path(cfg.out, job.shard, MANIFEST).unlink()
-        monkeypatch.setattr("pipeline.pack.sync", look)
+        monkeypatch.setattr("pipeline.orchestration.commit.sync", look)
     assert len(looked) == 6
 
 
@@ -202,7 +202,7 @@ def test_no_more_is_in_flight_than_may_be_worked_on_where_ray_has_more_cores(wor
         flying.append(len(refs))
         return wait(refs, **options)
 
-    monkeypatch.setattr("pipeline.runner.ray.wait", note)
+    monkeypatch.setattr("pipeline.orchestration.runner.ray.wait", note)
     cfg = replace(config(tmp_path / "out"), workers=workers)
     assert build(cfg, [HostileSource(count=6)])["done"] == 6
     assert max(flying) == tasks

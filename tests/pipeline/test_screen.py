@@ -9,16 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.build import make
-from pipeline.dedup import EXACT, GEOMETRY
-from pipeline.measure import ScreenConfig
-from pipeline.plan import read_plan
-from pipeline.rank import RankConfig
-from pipeline.schema import UserError
-from pipeline.screen import CATALOGUE, read_funnel
+from pipeline.curation.dedup import EXACT, GEOMETRY
+from pipeline.curation.screening_metrics import ScreenConfig
+from pipeline.orchestration.plan import read_plan
+from pipeline.curation.rank import RankConfig
+from pipeline.core.schema import UserError
+from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
 from pipeline.sources import open_source
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import FAMILIES, to_glb
-from pipeline.store import SdfShard
+from pipeline.storage.sdf_shard import SdfShard
 from pipeline.verify import verify
 from tests.pipeline.builds import assert_same, config, contents, rows_of
 from tests.pipeline.hostile import box
@@ -139,7 +139,7 @@ def test_a_disk_that_fills_under_the_catalogue_does_not_end_the_build_for_good(r
     out = tmp_path / "out"
     out.mkdir()
     shutil.copytree(cfg.out / "screen", out / "screen")
-    monkeypatch.setattr("pipeline.screen.pq.write_table", full)
+    monkeypatch.setattr("pipeline.orchestration.catalogue.pq.write_table", full)
     for _ in range(2):  # the second one gets as far
         with pytest.raises(OSError, match="No space left"):
             make(replace(cfg, out=out), [open_source(cfg.source[0])])

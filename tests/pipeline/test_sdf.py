@@ -8,11 +8,11 @@ import trimesh
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.isosurface import extract
-from pipeline.schema import BLOCK, Mesh, band, spacing
-from pipeline.sdf import SHEET_HALF_VOXELS, compute_bricks
-from pipeline.topology import TopologyConfig, build_topology
-from pipeline.watertight import watertight
+from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.schema import BLOCK, Mesh, band, spacing
+from pipeline.geometry.sdf import SHEET_HALF_VOXELS, compute_bricks
+from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.geometry.watertight import watertight
 from tests.pipeline import geometry as geo
 
 SOLIDS = {"sphere": geo.sphere, "box": geo.box, "torus": geo.torus, "capsule": geo.capsule}

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from pipeline.cameras import camera
-from pipeline.render import encode
-from pipeline.schema import View
-from pipeline.shards import (
+from pipeline.core.cameras import camera
+from pipeline.rendering.views import encode
+from pipeline.core.schema import View
+from pipeline.storage.render_shard import (
     RenderShard,
     Scratch,
     check_render_shard,

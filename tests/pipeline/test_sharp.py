@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline.schema import Mesh, band, spacing
-from pipeline.sdf import compute_bricks
-from pipeline.sharp import SHARP_VOXELS
-from pipeline.topology import TopologyConfig, build_topology
+from pipeline.core.schema import Mesh, band, spacing
+from pipeline.geometry.sdf import compute_bricks
+from pipeline.geometry.sharp_edges import SHARP_VOXELS
+from pipeline.geometry.topology import TopologyConfig, build_topology
 from tests.pipeline import geometry as geo
 
 

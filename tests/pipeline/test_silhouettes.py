@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline.render import RenderConfig, render_views
+from pipeline.rendering.views import RenderConfig, render_views
 from tests.pipeline.test_render import l_shape, lit, of_trimesh, torus_knot
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from pipeline.build import open_sources
 from pipeline.config import BuildConfig
-from pipeline.fetch import FetchConfig
-from pipeline.load import LoadConfig, load, load_with_report
-from pipeline.plan import make_plan, read_plan
-from pipeline.schema import Reject, Transient, UserError, make_uid
+from pipeline.download.fetch import FetchConfig
+from pipeline.mesh_io.load import LoadConfig, load, load_with_report
+from pipeline.orchestration.plan import make_plan, read_plan
+from pipeline.core.schema import Reject, Transient, UserError, make_uid
 from pipeline.sources import open_source
 from pipeline.sources.annotations import Annotations
 from pipeline.sources.github import GitHub, references

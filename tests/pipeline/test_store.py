@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline.schema import FORMAT_VERSION, Bricks
-from pipeline.store import ArrayWriter, SdfShard, brick_problems, check_sdf_shard, write_sdf_shard
+from pipeline.core.schema import FORMAT_VERSION, Bricks
+from pipeline.storage.sdf_shard import ArrayWriter, SdfShard, brick_problems, check_sdf_shard, write_sdf_shard
 
 RESOLUTION = 128
 

@@ -7,11 +7,11 @@ import pytest
 import trimesh
 from scipy import ndimage
 
-from pipeline import holes
-from pipeline.exterior import bin_triangles, bit_at, flood
-from pipeline.schema import Mesh, Reject, spacing
-from pipeline.topology import BURIED, SOLID, THIN, TopologyConfig, _add_caps, build_topology
-from pipeline.triangles import pack
+from pipeline.geometry import holes
+from pipeline.geometry.flood_fill import bin_triangles, bit_at, flood
+from pipeline.core.schema import Mesh, Reject, spacing
+from pipeline.geometry.topology import BURIED, SOLID, THIN, TopologyConfig, _add_caps, build_topology
+from pipeline.core.primitives.triangles import pack
 from tests.pipeline import geometry as geo
 
 

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from pipeline.command import command
-from pipeline.manifest import read_manifest, write_manifest
-from pipeline.pack import tree_sha256
-from pipeline.schema import UserError
-from pipeline.shards import RenderShard, write_render_shard
-from pipeline.store import SdfShard, write_sdf_shard
+from pipeline.core.cli import command
+from pipeline.orchestration.manifest import read_manifest, write_manifest
+from pipeline.orchestration.commit import tree_sha256
+from pipeline.core.schema import UserError
+from pipeline.storage.render_shard import RenderShard, write_render_shard
+from pipeline.storage.sdf_shard import SdfShard, write_sdf_shard
 from pipeline.verify import main, verify
 
 SHARD = "000001"

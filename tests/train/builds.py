@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cameras import camera
-from pipeline.manifest import HEAD, TAIL, write_manifest
-from pipeline.render import encode
-from pipeline.schema import BLOCK, Bricks, View, band, spacing
-from pipeline.shards import write_render_shard
-from pipeline.store import SdfShard, write_sdf_shard
+from pipeline.core.cameras import camera
+from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
+from pipeline.rendering.views import encode
+from pipeline.core.schema import BLOCK, Bricks, View, band, spacing
+from pipeline.storage.render_shard import write_render_shard
+from pipeline.storage.sdf_shard import SdfShard, write_sdf_shard
 from train.config import BrickConfig, LoopConfig, VAEConfig, VAETraining
 
 Field = Callable[[NDArray], NDArray]  # points [..., 3] in the cube -> signed distance [...]

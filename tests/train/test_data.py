@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from model.sparse import BrickBatch
-from pipeline.schema import RunError, UserError
+from pipeline.core.schema import RunError, UserError
 from tests.train.builds import bricks_of, make_build, shape
 from train.data import BrickLoader, BrickReader, read_catalogue
 from train.plan import Planner
@@ -257,7 +257,7 @@ def test_values_out_of_range_are_not_trained_on(tmp_path, monkeypatch, value):
     reader = BrickReader(read_catalogue(root, [32]))
     bricks = reader.read(0, 32)
     bricks.values[3, 7] = value
-    monkeypatch.setattr("pipeline.store.SdfShard.bricks", lambda *_: bricks)
+    monkeypatch.setattr("pipeline.storage.sdf_shard.SdfShard.bricks", lambda *_: bricks)
     with pytest.raises(ValueError, match=r"values must be finite and in \[-1, 1\]"):
         reader.read(0, 32)
 

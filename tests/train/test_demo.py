@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.command import parse as parse_build
+from pipeline.core.cli import parse as parse_build
 from pipeline.config import PRESETS, BuildConfig
-from pipeline.schema import RunError
+from pipeline.core.schema import RunError
 from train.charts import Curve, chart, curves_of, smoothed
 from train.command import configure, parse
 from train.config import VAE_PRESETS

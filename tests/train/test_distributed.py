@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch.distributed import HashStore
 
-from pipeline.schema import UserError
+from pipeline.core.schema import UserError
 from tests.train.builds import tiny_training
 from tests.train.ranks import gradients
 from train.distributed import World, choose_device, of_this_start

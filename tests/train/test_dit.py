@@ -12,7 +12,7 @@ from PIL import Image
 
 from model.condition import DinoEncoder, EncoderConfig
 from model.conditioned import ConditionedConfig, ConditionedDiT
-from pipeline.schema import RunError, UserError
+from pipeline.core.schema import RunError, UserError
 from tests.train.flows import MODEL, config, loader_of, make_vae, metrics, task_of, wake, weights
 from train import checkpoint
 from train.distributed import World

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.render
-from pipeline.shards import RenderShard
+import pipeline.rendering.views
+from pipeline.storage.render_shard import RenderShard
 from tests.train.builds import color_of
 from tests.train.flows import VIEWS, config, loader_of, task_of, wake
 from train.conditions import Once, ViewReader, time_of
@@ -94,11 +94,11 @@ def test_a_shard_is_read_view_by_view_and_only_what_is_used_is_decoded(rendered,
     cfg = config(rendered, tmp_path)
     loader = loader_of(cfg)
     reads, decoded = Counter(), []
-    read_images, decode = RenderShard.read_images, pipeline.render.decode
+    read_images, decode = RenderShard.read_images, pipeline.rendering.views.decode
     monkeypatch.setattr(
         RenderShard, "read_images", lambda self, view: reads.update([(self.path.stem, view)]) or read_images(self, view)
     )
-    monkeypatch.setattr(pipeline.render, "decode", lambda data: decoded.append(1) or decode(data))
+    monkeypatch.setattr(pipeline.rendering.views, "decode", lambda data: decoded.append(1) or decode(data))
     planner = ShardPlanner(
         loader.catalogue.tokens, loader.catalogue.shards, mixed=1, batch_size=2, world_size=1, seed=0
     )

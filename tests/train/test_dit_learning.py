@@ -14,7 +14,7 @@ import torch
 from model.conditioned import ConditionedConfig, ConditionedDiT
 from model.flow import Guidance
 from model.sparse import BrickBatch
-from pipeline.isosurface import extract
+from pipeline.core.primitives.marching_cubes import extract
 from tests.train.builds import add_renders, ellipsoid, make_build, tiny_training
 from tests.train.flows import MODEL, VIEWS, config, encode_with, loader_of, metrics, weights
 from tests.train.test_distributed import ENVIRONMENT, ROOT, torchrun

@@ -13,8 +13,8 @@ import train.encode
 from model.checkpoint import save_model
 from model.sparse import BrickBatch
 from model.vae import SparseVAE
-from pipeline.schema import RunError, UserError
-from pipeline.store import SdfShard
+from pipeline.core.schema import RunError, UserError
+from pipeline.storage.sdf_shard import SdfShard
 from tests.train.builds import TINY, make_build
 from train.distributed import World
 from train.encode import Encoder, Encoding, encode, main

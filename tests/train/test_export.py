@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.generator import Generator
-from pipeline.schema import FORMAT_VERSION, UserError
+from pipeline.core.schema import FORMAT_VERSION, UserError
 from tests.model.test_generate import FAST, disc, untrained
 from train.export import Export, export, main
 from train.latents import hash_of

@@ -9,12 +9,12 @@ from PIL import Image
 from model.condition import DinoEncoder
 from model.generator import Generated, Generator, Stage
 from model.postprocess import clean
-from pipeline.cameras import camera
-from pipeline.isosurface import extract
-from pipeline.render import encode, render_from
-from pipeline.schema import RunError, UserError, View
-from pipeline.shards import write_render_shard
-from pipeline.store import SdfShard
+from pipeline.core.cameras import camera
+from pipeline.core.primitives.marching_cubes import extract
+from pipeline.rendering.views import encode, render_from
+from pipeline.core.schema import RunError, UserError, View
+from pipeline.storage.render_shard import write_render_shard
+from pipeline.storage.sdf_shard import SdfShard
 from tests.train.builds import commit, make_build
 from train import references
 from train.conditions import ViewReader

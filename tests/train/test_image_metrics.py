@@ -7,8 +7,8 @@ import torch
 import trimesh
 
 from model.condition import DinoEncoder
-from pipeline.cameras import look_at_origin
-from pipeline.schema import UserError
+from pipeline.core.cameras import look_at_origin
+from pipeline.core.schema import UserError
 from train.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_map, normal_maps
 
 EYE = look_at_origin(30.0, 20.0, 50.0)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from model.command import Stopped
-from pipeline.schema import RunError, UserError
+from pipeline.core.schema import RunError, UserError
 from tests.train.standin import Fit, Numbers, run
 from train import checkpoint
 from train.config import LoopConfig

@@ -15,8 +15,8 @@ from model.flow import Guidance
 from model.occupancy import OccupancyConfig, OccupancyVAE, occupancy_of
 from model.postprocess import open_edges_of
 from model.structure import Structure, StructureConfig
-from pipeline.schema import UserError
-from pipeline.store import SdfShard
+from pipeline.core.schema import UserError
+from pipeline.storage.sdf_shard import SdfShard
 from tests.train.builds import add_renders, color_of, make_build
 from train import checkpoint
 from train.config import LoopConfig

@@ -16,7 +16,7 @@ import torch
 from model.checkpoint import load_model
 from model.sparse import BrickBatch
 from model.vae import SparseVAE
-from pipeline.schema import UserError
+from pipeline.core.schema import UserError
 from tests.train.builds import tiny_training
 from train import vae
 from train.command import configure

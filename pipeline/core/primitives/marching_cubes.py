@@ -1,0 +1,195 @@
+"""Marching cubes on 8^3 bricks: only cells whose eight corners are known, one vertex per crossed grid edge."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from pipeline.core.schema import BLOCK, Bricks, check_resolution, spacing
+
+# Corner c of a cell lies at (c >> 2, c >> 1 & 1, c & 1). Edge e = 4 * axis + n joins two corners that differ in `axis`;
+# n = 2 * u + v counts the positions of the other two axes in order.
+_EDGES = [(base, base | 4 >> axis) for axis in range(3) for base in range(8) if not base & 4 >> axis]
+
+
+def _case_loops(case: int) -> list[list[int]]:
+    """The directed polygons of crossed edges that separate the inside corners (bits of case) from the others.
+
+    On every face the crossings are joined so that inside corners stay apart; both cells at a face see the same four
+    corners, so their polygons meet there and the surface has no cracks.
+    """
+    inside = [case >> c & 1 for c in range(8)]
+    edge_number = {frozenset(ends): e for e, ends in enumerate(_EDGES)}
+    following: dict[int, int] = {}
+    for axis in range(3):
+        for side in (0, 1):
+            bit, (u, v) = 4 >> axis, [4 >> a for a in range(3) if a != axis]
+            start = bit * side
+            ring = [start, start | u, start | u | v, start | v]
+            if (side == 1) != (axis != 1):  # walk the face counterclockwise as seen from outside the cell
+                ring = ring[::-1]
+            for n in range(4):  # a directed segment around each run of inside corners
+                here, there = ring[n], ring[(n + 1) % 4]
+                if not inside[here] and inside[there]:
+                    m = n + 1
+                    while inside[ring[(m + 1) % 4]]:
+                        m += 1
+                    leave = edge_number[frozenset((ring[m % 4], ring[(m + 1) % 4]))]
+                    following[edge_number[frozenset((here, there))]] = leave
+    loops = []
+    while following:
+        first = min(following)
+        loop, edge = [], first
+        while edge in following:
+            loop.append(edge)
+            edge = following.pop(edge)
+        loops.append(loop)
+    return loops
+
+
+def _same_face(e: int, f: int) -> bool:
+    """Whether two edges of the cell lie on one of its faces."""
+    corners = [*_EDGES[e], *_EDGES[f]]
+    return any(len({c >> k & 1 for c in corners}) == 1 for k in range(3))
+
+
+def _triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
+    """Cuts a polygon into triangles without a diagonal in a face of the cell, where the neighbour may have it too."""
+    if len(loop) == 3:
+        return [(loop[0], loop[1], loop[2])]
+    count = len(loop)
+    for i, j in combinations(range(count), 2):
+        if j - i in (1, count - 1) or _same_face(loop[i], loop[j]):
+            continue
+        try:
+            return _triangulate(loop[i : j + 1]) + _triangulate(loop[j:] + loop[: i + 1])
+        except LookupError:
+            continue
+    raise LookupError(f"no diagonal inside the cell for {loop}")
+
+
+def _build_tables() -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    triangles = [[t for loop in _case_loops(case) for t in _triangulate(loop)] for case in range(256)]
+    counts = np.array([len(t) for t in triangles], np.int8)
+    table = np.full((256, counts.max(), 3), -1, np.int8)
+    for case, rows in enumerate(triangles):
+        if rows:
+            table[case, : len(rows)] = rows
+    return counts, table
+
+
+_TRIANGLES, _TABLE = _build_tables()
+_EDGE_CORNERS = np.array(_EDGES, np.int64)
+
+
+@njit(cache=True)
+def _gather(m, blocks, slots, values, corner):
+    """[9, 9, 9] values of a block and the first layer of its neighbours; NaN where no block is stored."""
+    size = len(slots)
+    for a in range(2):
+        for b in range(2):
+            for c in range(2):
+                x, y, z = blocks[m, 0] + a, blocks[m, 1] + b, blocks[m, 2] + c
+                n = slots[x, y, z] if max(x, y, z) < size else -1
+                for i in range(8 * a, 9 if a else 8):
+                    for j in range(8 * b, 9 if b else 8):
+                        for k in range(8 * c, 9 if c else 8):
+                            corner[i, j, k] = values[n, 64 * (i % 8) + 8 * (j % 8) + k % 8] if n >= 0 else np.nan
+
+
+@njit(cache=True)
+def _crossings(blocks, slots, values, level):
+    """Per point the crossed edges it owns (bit a: towards + on axis a), and the rank of its first one in its block."""
+    mask = np.zeros((len(blocks), 512), np.uint8)
+    first = np.zeros((len(blocks), 512), np.uint16)
+    offsets = np.zeros(len(blocks) + 1, np.int64)
+    corner = np.empty((9, 9, 9), np.float32)
+    for m in range(len(blocks)):
+        _gather(m, blocks, slots, values, corner)
+        count = 0
+        for p in range(512):
+            i, j, k = p // 64, p // 8 % 8, p % 8
+            first[m, p] = count
+            here = corner[i, j, k]
+            for axis in range(3):
+                there = corner[i + (axis == 0), j + (axis == 1), k + (axis == 2)]
+                if not np.isnan(there) and (here < level) != (there < level):
+                    mask[m, p] |= 1 << axis
+                    count += 1
+        offsets[m + 1] = offsets[m] + count
+    return mask, first, offsets
+
+
+@njit(cache=True)
+def _march(blocks, slots, values, level, mask, first, offsets, counts, table, edge_corners):
+    vertices = np.empty((offsets[-1], 3))
+    faces = np.empty((max(2 * offsets[-1], 16), 3), np.int64)
+    written = 0
+    corner = np.empty((9, 9, 9), np.float32)
+    for m in range(len(blocks)):
+        _gather(m, blocks, slots, values, corner)
+        number = offsets[m]
+        for p in range(512):
+            i, j, k = p // 64, p // 8 % 8, p % 8
+            for axis in range(3):
+                if mask[m, p] >> axis & 1:
+                    here = np.float64(corner[i, j, k]) - level
+                    there = np.float64(corner[i + (axis == 0), j + (axis == 1), k + (axis == 2)]) - level
+                    for d in range(3):
+                        vertices[number, d] = 8 * blocks[m, d] + (i if d == 0 else (j if d == 1 else k))
+                    vertices[number, axis] += here / (here - there)
+                    number += 1
+            known, case = True, 0
+            for c in range(8):
+                value = corner[i + (c >> 2), j + (c >> 1 & 1), k + (c & 1)]
+                if np.isnan(value):
+                    known = False
+                    break
+                if value < level:
+                    case |= 1 << c
+            if not known or case == 0 or case == 255:
+                continue
+            if written + 5 > len(faces):
+                more = np.empty((2 * len(faces), 3), np.int64)
+                more[:written] = faces[:written]
+                faces = more
+            for t in range(counts[case]):
+                for d in range(3):
+                    e = table[case, t, d]
+                    c = edge_corners[e, 0]
+                    x, y, z = i + (c >> 2), j + (c >> 1 & 1), k + (c & 1)
+                    n = slots[blocks[m, 0] + x // 8, blocks[m, 1] + y // 8, blocks[m, 2] + z // 8]
+                    q = 64 * (x % 8) + 8 * (y % 8) + z % 8
+                    rank = 0
+                    for lower in range(e // 4):
+                        rank += mask[n, q] >> lower & 1
+                    faces[written, d] = offsets[n] + first[n, q] + rank
+                written += 1
+    return vertices, faces[:written]
+
+
+def extract(bricks: Bricks, level: float = 0.0) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+    """The surface where the bricks pass through `level`: vertices [V, 3] in the cube, faces [F, 3] seen from outside.
+
+    Values below the level are inside. A cell is marched only if its eight corners are stored, so nothing is invented in
+    space that was not. Where every sign change lies between stored points the surface is closed. `bricks.values` may be
+    any float dtype; values are compared in float32.
+    """
+    size = check_resolution(bricks.resolution) // BLOCK
+    blocks = bricks.blocks.astype(np.int64)
+    slots = np.full((size, size, size), -1, np.int32)
+    slots[tuple(blocks.T)] = np.arange(len(blocks), dtype=np.int32)
+    values = np.ascontiguousarray(bricks.values, dtype=np.float32)
+    mask, first, offsets = _crossings(blocks, slots, values, np.float32(level))
+    vertices, faces = _march(
+        blocks, slots, values, np.float32(level), mask, first, offsets, _TRIANGLES, _TABLE, _EDGE_CORNERS
+    )
+    used = np.zeros(len(vertices), np.bool_)
+    used[faces] = True
+    if not used.all():
+        faces = (np.cumsum(used) - 1)[faces]
+        vertices = vertices[used]
+    return vertices * spacing(bricks.resolution) - 0.5, faces.astype(np.int32)

@@ -1,0 +1,288 @@
+"""Commits one shard: its assets' files in scratch become products, a manifest, and markers, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.orchestration.asset_stages import NOTES, AssetJob, Notes, load_bricks
+from pipeline.config import BuildConfig
+from pipeline.orchestration.isolated_process import Exit
+from pipeline.storage.remote import Location, Remote, files
+from pipeline.orchestration.manifest import (
+    Result,
+    append_stats,
+    is_product,
+    manifest_row,
+    read_manifest,
+    with_products,
+    write_manifest,
+)
+from pipeline.curation.screening_metrics import load_measured, write_measured
+from pipeline.core.schema import FORMAT_VERSION, Bricks, Record
+from pipeline.storage.render_shard import Scratch, index_path, write_render_shard
+from pipeline.storage.sdf_shard import write_sdf_shard
+
+RESULT = "result.json"
+MANIFEST = "manifest"  # the marker that goes with the manifest, which later products replace
+Root = TypeVar("Root", Path, Remote, Location)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackJob:
+    """One shard whose assets have all landed in scratch, or ended in an earlier visit."""
+
+    config: BuildConfig
+    shard: str
+    records: tuple[Record, ...]
+    products: tuple[str, ...]  # to be made now
+    wanted: int  # of the first so many records
+
+
+def product_paths(product: str, shard: str) -> list[Path]:
+    """Where a product of a shard lies, relative to the output directory."""
+    kind, _, variant = product.partition("-")
+    if kind == "sdf":
+        return [Path("sdf", variant, f"{shard}.zarr")]
+    if kind == "screen":
+        return [Path("screen", variant, f"{shard}.parquet")]
+    tar = Path("renders", variant, f"{shard}.tar")
+    return [tar, index_path(tar)]
+
+
+def marker_path(out: Root, shard: str, product: str) -> Root:
+    return out / "shards" / shard / f"{product}.json"
+
+
+def manifest_path(out: Root, shard: str) -> Root:
+    return out / "manifest" / f"{shard}.parquet"
+
+
+def stats_path(out: Root, shard: str) -> Root:
+    return out / "stats" / f"{shard}.parquet"
+
+
+def scratch_folder(out: Path, shard: str, uid: str) -> Path:
+    return out / ".scratch" / shard / uid
+
+
+def land(job: AssetJob, end: Exit, attempts: int) -> Result:
+    """Turn what a child left, however it ended, into a result, and put both in their final place in scratch."""
+    notes = Notes.load(job.folder)
+    status, stage, reason, numbers = notes.status, notes.stage, notes.reason, notes.numbers
+    if end.reason and status != "rejected":
+        status, reason = "failed", end.reason
+        if end.reason == "error":
+            reason = f"error_{end.detail.split(':')[0].rpartition('.')[2].lower() or 'unknown'}"
+            numbers = {**numbers, "error": end.detail}
+    # Where the build lies must not show in its bytes.
+    numbers = json.loads(json.dumps(numbers).replace(str(job.folder), "scratch"))
+    result = Result(
+        uid=job.record.uid,
+        status=status,
+        stage=stage,
+        reason=reason,
+        row=notes.row,
+        numbers=numbers,
+        products=notes.products,
+        seconds=notes.seconds,
+        wall_s=end.seconds,
+        peak_rss_bytes=end.peak_rss_bytes,
+        host=socket.gethostname(),
+        attempts=attempts,
+        transient=status == "failed" and notes.transient,
+    )
+    shutil.rmtree(job.folder / "input", ignore_errors=True)
+    (job.folder / NOTES).unlink(missing_ok=True)
+    hashes = {product: job.config.product_hash(product) for product in job.products}
+    (job.folder / RESULT).write_text(json.dumps({"hashes": hashes, "result": asdict(result)}))
+    final = job.folder.with_name(job.record.uid)
+    shutil.rmtree(final, ignore_errors=True)
+    job.folder.replace(final)
+    return result
+
+
+def landed(cfg: BuildConfig, shard: str, uid: str, products: Sequence[str]) -> Result | None:
+    """What an earlier visit left in local scratch, if it tried these very products."""
+    path = scratch_folder(_local(cfg), shard, uid) / RESULT
+    return result_of(path.read_text(), cfg, products) if path.exists() else None
+
+
+def result_of(text: str, cfg: BuildConfig, products: Sequence[str]) -> Result | None:
+    """The result that RESULT holds, if its visit tried these very products.
+
+    And others of the same run, which are committed by now; not what another run wanted, whose traces would stay.
+    """
+    content = json.loads(text)
+    tried = content["hashes"]
+    if not set(products) <= set(tried) <= set(cfg.products):
+        return None
+    if any(tried[product] != cfg.product_hash(product) for product in tried):
+        return None
+    return Result(**content["result"])
+
+
+def finished(cfg: BuildConfig, shard: str) -> dict[str, dict[str, Any]]:
+    """uid -> manifest row of a shard that has one; none before its first commit."""
+    path = manifest_path(cfg.out, shard)
+    if not path.exists() or not marker_path(cfg.out, shard, MANIFEST).exists():
+        return {}
+    return {row["uid"]: row for row in read_manifest(path)}
+
+
+def committed(out: Location) -> dict[str, set[str]]:
+    """The products of every shard that have a marker, "manifest" among them."""
+    found: dict[str, set[str]] = {}
+    for name in files(out / "shards"):
+        shard, _, product = name.partition("/")
+        if product.endswith(".json") and not product.startswith("."):
+            found.setdefault(shard, set()).add(product.removesuffix(".json"))
+    return found
+
+
+def ended_for_good(row: dict[str, Any]) -> bool:
+    """Whether an asset was turned away before any product, so that no further one can be made of it."""
+    return row["status"] != "done" and not is_product(row["stage"])
+
+
+def pack(job: PackJob) -> dict[str, int]:
+    """Write the shard's products, manifest, stats and markers; remove its scratch. Returns the manifest's counts.
+
+    The output must be a local directory.
+    """
+    cfg, out, shard, started = job.config, _local(job.config), job.shard, time.monotonic()
+    old = finished(cfg, shard)
+    results: dict[str, Result] = {}
+    for record in job.records[: job.wanted]:
+        result = landed(cfg, shard, record.uid, job.products)
+        if result is not None:
+            results[record.uid] = result
+        elif not (record.uid in old and ended_for_good(old[record.uid])):
+            raise RuntimeError(f"{record.uid} of shard {shard} has no result")
+    markers = {product: _make_product(job, product, results) for product in job.products}
+
+    rows = []
+    for number, record in enumerate(job.records):
+        result = results.get(record.uid)
+        if record.uid in old:
+            row = old[record.uid]
+            rows.append(row if result is None else with_products(row, result))
+        else:
+            assert result is not None
+            rows.append(manifest_row(record, result, shard=shard, row=number, val_percent=cfg.val_percent))
+    resolutions = {int(name[7:]) for row in rows for name in row if name.startswith("tokens_")}
+    resolutions |= {int(product[4:]) for product in job.products if product.startswith("sdf-")}
+    path = manifest_path(out, shard)
+    write_manifest(path, rows, resolutions)
+    append_stats(stats_path(out, shard), results.values(), time.monotonic() - started)
+    statuses = {status: sum(row["status"] == status for row in rows) for status in ("done", "rejected", "failed")}
+    counts = {"assets": len(rows), **statuses}
+    markers[MANIFEST] = {"counts": counts, **_described(out, [path.relative_to(out)])}
+    for product in (MANIFEST, *job.products):
+        _write_marker(marker_path(out, shard, product), {"shard": shard, "product": product, **markers[product]})
+    shutil.rmtree(out / ".scratch" / shard)
+    return counts
+
+
+def tree_sha256(path: Path) -> tuple[int, str]:
+    """(bytes, sha256) of a file; of a directory, the sha256 over its sorted "path\\0sha256" lines."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    total, lines = 0, []
+    for child in sorted(path.rglob("*"), key=lambda child: child.relative_to(path).as_posix()):
+        if child.is_file():
+            size, digest = tree_sha256(child)
+            total += size
+            lines.append(f"{child.relative_to(path).as_posix()}\0{digest}\n")
+    return total, hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dict[str, Any]:
+    """Write a product of all assets that have it; returns its marker."""
+    cfg, out = job.config, _local(job.config)
+    uids = [record.uid for record in job.records if product in getattr(results.get(record.uid), "products", {})]
+    paths = product_paths(product, job.shard)
+    partial = out / ".scratch" / job.shard / f"{product}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    counts: dict[str, Any] = {"assets": len(uids)}
+    extra: dict[str, Any] = {}
+    if product.startswith("sdf-"):
+        resolution = int(product[4:])
+        bricks = _bricks(cfg, job.shard, product, resolution, uids)
+        counts["tokens"] = write_sdf_shard(partial / paths[0].name, resolution, bricks, cfg.product_hash(product))
+        extra["devices"] = sorted({results[uid].products[product].get("device", "cpu") for uid in uids})
+    elif product.startswith("screen-"):
+        rows = [(uid, load_measured(scratch_folder(out, job.shard, uid) / product)) for uid in uids]
+        write_measured(partial / paths[0].name, rows)
+    else:
+        entries = []
+        for uid in uids:
+            folder = scratch_folder(out, job.shard, uid) / product
+            entries.append((uid, Scratch(folder, uid, cfg.render.views, cfg.render.format)))
+        write_render_shard(partial / paths[0].name, entries, cfg.render.format)
+        counts["views"] = len(uids) * cfg.render.views
+        extra["renderers"] = sorted({results[uid].products[product]["renderer"] for uid in uids})
+    marker_path(out, job.shard, product).unlink(missing_ok=True)  # it would outlive what it vouches for
+    for path in paths:
+        target = out / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():  # of a pack that was killed before its marker
+            shutil.rmtree(target)
+        sync(partial / path.name)
+        (partial / path.name).replace(target)
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": cfg.of_product(product),
+        "config_hash": cfg.product_hash(product),
+        "counts": counts,
+        **extra,
+        **_described(out, paths),
+    }
+
+
+def _bricks(
+    cfg: BuildConfig, shard: str, product: str, resolution: int, uids: Sequence[str]
+) -> Iterator[tuple[str, Bricks]]:
+    for uid in uids:
+        yield uid, load_bricks(scratch_folder(_local(cfg), shard, uid) / product, resolution)
+
+
+def _local(cfg: BuildConfig) -> Path:
+    assert isinstance(cfg.out, Path), "a task works in a directory; see transfer.py"
+    return cfg.out
+
+
+def _described(out: Path, paths: Sequence[Path]) -> dict[str, Any]:
+    files = []
+    for path in paths:
+        size, digest = tree_sha256(out / path)
+        files.append({"path": path.as_posix(), "bytes": size, "sha256": digest})
+    return {"bytes": sum(file["bytes"] for file in files), "files": files}
+
+
+def _write_marker(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    sync(partial)
+    partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or every file of a directory, to the disk: a marker must not outlive what it vouches for."""
+    for file in [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
