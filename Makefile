@@ -67,7 +67,7 @@ type: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.sdf
-	$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" && $(BIN)/python -m kernels.bench ssa && $(BIN)/python -m benchmarks.conv || echo "no CUDA device: kernels not measured"
+	$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" && $(BIN)/python -m benchmarks.ssa ssa && $(BIN)/python -m benchmarks.conv || echo "no CUDA device: kernels not measured"
 
 clean:
 	rm -rf .venv data/smoke data/demo runs/demo

@@ -15,8 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import duplicate_children, neighbor_map, parents, reference_conv, sparse_conv, token_order
-from kernels.bench import ceilings, commit, milliseconds, replayed
+from kernels import duplicate_children, neighbor_map, parents, sparse_conv, token_order
+from kernels.conv import reference as reference_conv
+from benchmarks.ssa import ceilings, commit, milliseconds, replayed
 
 RESOLUTIONS = {512: 10655, 1024: 45904}  # paper, table of section 4: mean latent tokens
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.dit_learning import Learn, learn
 from kernels import spatial_sparse_attention
-from kernels.surfaces import surface_coords
+from benchmarks.token_sets import surface_coords
 from model.attention import ragged_attention
 from model.command import command, parse
 from model.condition import EncoderConfig, ImageBatch

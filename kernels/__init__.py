@@ -1,22 +1,23 @@
 """Triton kernels and their reference definitions."""
 
-from kernels import reference, reference_conv
-from kernels.attention import spatial_sparse_attention
-from kernels.block_mean import block_mean
-from kernels.blocks import BlockIndex, invert_order, token_order
-from kernels.branches import (
+from kernels.attention.ssa import reference
+from kernels.conv import reference as reference_conv
+from kernels.attention.ssa import spatial_sparse_attention
+from kernels.attention.block_mean import block_mean
+from kernels.attention.block_index import BlockIndex, invert_order, token_order
+from kernels.attention.branches import (
     compressed_attention,
     gated_sum,
     select_blocks,
     selection_attention,
     window_attention,
 )
-from kernels.group_norm import group_norm
-from kernels.neighbors import Parents, neighbor_map, parents
-from kernels.pool import pool_children
-from kernels.sdf import Flood, Surface, block_distances, pack_surface
-from kernels.sdf_head import sdf_head
-from kernels.sparse_conv import duplicate_children, sparse_conv
+from kernels.conv.group_norm import group_norm
+from kernels.conv.neighbors import Parents, neighbor_map, parents
+from kernels.conv.pool import pool_children
+from kernels.sdf.distances import Flood, Surface, block_distances, pack_surface
+from kernels.conv.sdf_head import sdf_head
+from kernels.conv.sparse_conv import duplicate_children, sparse_conv
 
 __all__ = [
     "BlockIndex",

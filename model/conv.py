@@ -71,7 +71,7 @@ class UpBlock(nn.Module):
         self.conv2 = SparseConv3d(out_channels, out_channels)
 
     def forward(self, x_NC: Tensor, neighbors_M27: Tensor, size: int) -> Tensor:
-        """Rows of full blocks of (size / 2)^3 -> rows of full blocks of size^3; see kernels.sparse_conv."""
+        """Rows of full blocks of (size / 2)^3 -> rows of full blocks of size^3; see kernels.conv.sparse_conv."""
         x_NC = F.silu(self.conv1(x_NC, neighbors_M27, size=size // 2))
         return self.conv2(x_NC, neighbors_M27, size=size, upsample=True)
 

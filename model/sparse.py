@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels import BlockIndex, token_order
-from kernels.blocks import MAX_BATCH, MAX_COORD
+from kernels.attention.block_index import MAX_BATCH, MAX_COORD
 from pipeline.core.schema import BLOCK, Bricks, check_resolution
 
 POINTS = BLOCK**3  # voxels of a cell

@@ -38,7 +38,7 @@ def test_packed_topologies_give_the_same_distances(tmp_path):
 
 def test_both_paths_are_timed(topology, monkeypatch):
     for name in ("NARROW_TILE", "DISTANCE_TILE", "VOTE_TILE"):
-        monkeypatch.setattr(f"kernels.sdf.{name}", 32)
+        monkeypatch.setattr(f"kernels.sdf.distances.{name}", 32)
     row = sdf_gpu.compare(topology, 16, repeats=1, device="cpu")
     assert (row["resolution"], row["blocks"], row["cells"]) == (16, 8, 8)
     assert min(row["cpu_s"], row["bins_s"], row["fill_s"]) > 0

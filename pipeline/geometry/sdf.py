@@ -113,7 +113,7 @@ def _is_out(packed, kinds, candidates, distances, x, y, z, trusted, flood_h, bin
     """The side of a point in float64, which defines it: near a solid by votes, elsewhere by sheets and the flood.
 
     All solid and buried triangles within TIE of the closest vote, in whichever order they come. The sum must pass what
-    rounding leaves of votes that cancel. `kernels.sdf._votes` does these operations, one by one, on the GPU.
+    rounding leaves of votes that cancel. `kernels.sdf.distances._votes` does these operations, one by one, on the GPU.
     """
     nearest, solid = np.inf, np.inf
     for c in range(len(candidates)):

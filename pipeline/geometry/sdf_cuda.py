@@ -28,7 +28,7 @@ def check_cuda() -> None:
 
 def warm_up() -> None:
     """Imports torch and the kernels, which takes seconds, but leaves CUDA alone: it does not survive a fork."""
-    import kernels.sdf  # noqa: F401
+    import kernels.sdf.distances  # noqa: F401
 
 
 def use(gpu: str) -> None:
@@ -55,7 +55,7 @@ def fill_blocks(
     """
     import torch
 
-    from kernels.sdf import Flood, block_distances, pack_surface
+    from kernels.sdf.distances import Flood, block_distances, pack_surface
 
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: no CUDA device in the process that works on an asset")

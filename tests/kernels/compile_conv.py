@@ -12,8 +12,9 @@ import sys
 import torch
 import triton
 
-from kernels import gather_gemm, sparse_conv_backward
-from kernels.gather_gemm import plain
+from kernels.conv import gather_gemm
+from kernels.conv import sparse_conv_backward
+from kernels.conv.gather_gemm import plain
 from tests.kernels.compile_ahead import compile_launch
 
 

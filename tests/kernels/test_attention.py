@@ -6,19 +6,14 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import (
-    BlockIndex,
-    attention,
-    block_mean,
-    branches,
-    lists,
-    reference,
-    segment,
-    select_blocks,
-    spatial_sparse_attention,
-    tiles,
-)
-from kernels.tiles import LOG2E
+from kernels import BlockIndex, block_mean, select_blocks, spatial_sparse_attention
+from kernels.attention.ssa import ssa as attention
+from kernels.attention.ssa import branches
+from kernels.attention.ssa import inverse_lists as lists
+from kernels.attention.ssa import reference
+from kernels.attention.ssa import segment
+from kernels.runtime import triton_ops as tiles
+from kernels.runtime.triton_ops import LOG2E
 from tests.numerics import DEVICE, assert_close_as, assert_no_worse, random_index, run
 
 GPU = DEVICE == "cuda"
@@ -220,7 +215,8 @@ def test_an_asset_does_not_see_its_neighbours():
 
 
 def test_ranges_of_queries_do_not_change_the_result(monkeypatch):
-    from kernels import attention, blocks
+    from kernels.attention.ssa import ssa as attention
+    from kernels.attention.ssa import block_index as blocks
 
     monkeypatch.setattr(blocks, "_chunks", lambda tokens, found: thirds(tokens, found))
     index = random_index([24, 12], (16, 8, 8))
@@ -239,7 +235,8 @@ def test_ranges_of_queries_do_not_change_the_result(monkeypatch):
 
 def test_ranges_are_as_short_as_scores_and_ranks_want(monkeypatch):
     """Many key/value heads and few selected blocks: then partial outputs are not the largest part."""
-    from kernels import attention, blocks
+    from kernels.attention.ssa import ssa as attention
+    from kernels.attention.ssa import block_index as blocks
 
     monkeypatch.setattr(blocks, "_chunks", thirds)
     index, G = random_index([60, 30], 64), 16
@@ -334,7 +331,8 @@ def test_an_eager_call_is_the_operator():
 
 
 def test_long_offsets_and_spread_items_change_nothing(monkeypatch):
-    from kernels import lists, tiles
+    from kernels.attention.ssa import inverse_lists as lists
+    from kernels.runtime import triton_ops as tiles
 
     index = random_index([30, 8], 16)
     x = make_inputs(index, 2, 1, 16, torch.float32)

@@ -5,17 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import (
-    BlockIndex,
-    compressed_attention,
-    gated_sum,
-    reference,
-    select_blocks,
-    selection_attention,
-    spatial_sparse_attention,
-    token_order,
-    window_attention,
-)
+from kernels import BlockIndex, compressed_attention, gated_sum, select_blocks, selection_attention, spatial_sparse_attention, token_order, window_attention
+from kernels.attention.ssa import reference
 from tests.kernels.test_attention import check, make_inputs
 from tests.numerics import DEVICE, random_index, run
 
@@ -91,7 +82,7 @@ def test_any_device_index(top_k):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("top_k", [1, 8, 40])
 def test_surface_like_sets_of_thousands(top_k, dtype):
-    from kernels.surfaces import surface_coords
+    from benchmarks.token_sets import surface_coords
 
     coords = surface_coords(5000, 48)
     index = BlockIndex.from_coords(coords.to(DEVICE), 1)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import BlockIndex, bench, select_blocks, token_order
-from kernels.surfaces import surface_coords
+from kernels import BlockIndex, select_blocks, token_order
+from benchmarks import ssa as bench
+from benchmarks.token_sets import surface_coords
 
 
 def test_surfaces_have_the_wanted_size_and_the_statistics_of_surfaces():

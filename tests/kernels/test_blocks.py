@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import BlockIndex, invert_order, token_order
-from kernels.blocks import TILE_BLOCKS, TILE_COMPRESSED
+from kernels.attention.block_index import TILE_BLOCKS, TILE_COMPRESSED
 from tests.numerics import DEVICE, random_coords, random_index
 
 CASES = [

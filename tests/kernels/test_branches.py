@@ -5,18 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import (
-    BlockIndex,
-    block_mean,
-    compressed_attention,
-    gated_sum,
-    reference,
-    select_blocks,
-    selection_attention,
-    token_order,
-    window_attention,
-)
-from kernels.lists import ITEM
+from kernels import BlockIndex, block_mean, compressed_attention, gated_sum, select_blocks, selection_attention, token_order, window_attention
+from kernels.attention.ssa import reference
+from kernels.attention.inverse_lists import ITEM
 from tests.numerics import DEVICE, assert_no_worse, random_index, run
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])

@@ -6,20 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (
-    BlockIndex,
-    block_mean,
-    compressed_attention,
-    eager,
-    group_norm,
-    neighbor_map,
-    pool_children,
-    sdf_head,
-    sparse_conv,
-    spatial_sparse_attention,
-    token_order,
-    window_attention,
-)
+from kernels import BlockIndex, block_mean, compressed_attention, group_norm, neighbor_map, pool_children, sdf_head, sparse_conv, spatial_sparse_attention, token_order, window_attention
+from kernels.runtime import eager_autograd as eager
 from tests.numerics import DEVICE, random_coords, run
 
 COORDS = random_coords([14, 9], 6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import neighbor_map, parents, token_order
-from kernels.blocks import MAX_BATCH, MAX_COORD
+from kernels.attention.block_index import MAX_BATCH, MAX_COORD
 from tests.numerics import DEVICE, random_coords
 
 LAST = MAX_COORD - 1

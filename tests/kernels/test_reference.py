@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from kernels import block_mean, reference, spatial_sparse_attention
+from kernels import block_mean, spatial_sparse_attention
+from kernels.attention.ssa import reference
 from tests.numerics import random_coords, random_index
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the definitions are tested on the CPU")

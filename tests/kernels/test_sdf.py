@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import sdf as kernel
+from kernels.sdf.distances import distances as kernel
 from pipeline.geometry import sdf
 from pipeline.geometry.flood_fill import bin_triangles
 from pipeline.core.schema import Mesh, band, spacing

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import reference_conv, sdf_head
+from kernels import sdf_head
+from kernels.conv import reference as reference_conv
 from tests.numerics import DEVICE, assert_no_worse
 
 torch.set_num_threads(1)
@@ -71,7 +72,7 @@ def test_bad_arguments_are_named(change, message):
 _COMPILE = """
 import json, sys, torch, triton
 from kernels import sdf_head
-from kernels.sdf_head import _head, _head_grad
+from kernels.conv.sdf_head import _head, _head_grad
 from tests.kernels.compile_ahead import compile_launch
 found = []
 def record(fn, *args, grid, warmup, **kwargs):

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import duplicate_children, neighbor_map, reference_conv, sparse_conv
-from kernels.gather_gemm import Tiles, plain, power_of_2
-from kernels.sparse_conv import _upsample_weight, _upsample_weight_grad
-from kernels.sparse_conv_backward import GradTiles, weight_grad
+from kernels import duplicate_children, neighbor_map, sparse_conv
+from kernels.conv import reference as reference_conv
+from kernels.conv.gather_gemm import Tiles, plain, power_of_2
+from kernels.conv.sparse_conv import _upsample_weight, _upsample_weight_grad
+from kernels.conv.sparse_conv_backward import GradTiles, weight_grad
 from tests.numerics import DEVICE, assert_close_as, random_coords
 
 CASES = [("reference", torch.float64), ("triton", torch.float32)]
@@ -48,8 +49,8 @@ def patch_tiles(monkeypatch, rows: int, outputs: int, channels: int, taps: int, 
     def backward(C, O, dtype, group):
         return [GradTiles(taps, power_of_2(C, 16, channels), power_of_2(O, 16, outputs), rows, 4, 2, by_tap)]
 
-    monkeypatch.setattr("kernels.gather_gemm.forward_tiles", forward)
-    monkeypatch.setattr("kernels.sparse_conv_backward.grad_tiles", backward)
+    monkeypatch.setattr("kernels.conv.gather_gemm.forward_tiles", forward)
+    monkeypatch.setattr("kernels.conv.sparse_conv_backward.grad_tiles", backward)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -176,7 +177,7 @@ def test_half_precision(size, upsample, backend, dtype):
 def test_many_tiles(size, upsample, taps, by_tap, monkeypatch):
     """Rows, channels, outputs and taps that end inside a tile, and a gradient summed from several parts."""
     patch_tiles(monkeypatch, 16, 16, 16, taps, by_tap)
-    monkeypatch.setattr("kernels.sparse_conv_backward._PROGRAMS", 1000)
+    monkeypatch.setattr("kernels.conv.sparse_conv_backward._PROGRAMS", 1000)
     blocks = [3, 7 if size == 1 else 1]
     check(18, 17, random_coords(blocks, 3).to(DEVICE), size, upsample, "triton", torch.float32)
 
@@ -279,7 +280,7 @@ def test_as_a_custom_operator():
 
 
 def test_rows_gathered_in_slices(monkeypatch):
-    monkeypatch.setattr("kernels.reference_conv._MAX_GATHERED", 27 * 5 * 4)
+    monkeypatch.setattr("kernels.conv.reference._MAX_GATHERED", 27 * 5 * 4)
     check(5, 7, coords_of("sparse"), 1, False, "reference", torch.float64)
 
 

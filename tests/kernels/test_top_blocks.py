@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import reference, select_blocks
-from kernels.block_score import block_score
-from kernels.top_blocks import rank_dtype, top_blocks
+from kernels import select_blocks
+from kernels.attention.ssa import reference
+from kernels.attention.block_score import block_score
+from kernels.attention.top_blocks import rank_dtype, top_blocks
 from tests.numerics import DEVICE, assert_close_as, random_index
 
 

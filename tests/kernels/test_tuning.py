@@ -10,9 +10,11 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from kernels import gather_gemm, sparse_conv_backward, tuning
-from kernels.gather_gemm import plain
-from kernels.tuning import choose, size_class
+from kernels.conv import gather_gemm
+from kernels.conv import sparse_conv_backward
+from kernels.runtime import autotune_cache as tuning
+from kernels.conv.gather_gemm import plain
+from kernels.runtime.autotune_cache import choose, size_class
 from tests.numerics import DEVICE
 
 GPU = SimpleNamespace(is_cuda=True, device="cuda")

@@ -79,7 +79,7 @@ def test_parts_come_together_as_on_the_cpu(monkeypatch):
     """The whole path, in Triton's interpreter."""
     monkeypatch.setattr(gpu, "CHUNK_BLOCKS", 3)
     for name in ("NARROW_TILE", "DISTANCE_TILE", "VOTE_TILE"):
-        monkeypatch.setattr(f"kernels.sdf.{name}", 32)
+        monkeypatch.setattr(f"kernels.sdf.distances.{name}", 32)
     topology, R = build_topology(geo.box((0.5, 0.3, 0.2)).mesh, TopologyConfig(resolution=64)), 16
     fill = gpu.fill_blocks
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,7 +98,7 @@ def test_a_full_gpu_is_tried_again(monkeypatch):
         raise torch.OutOfMemoryError("in use by others")
 
     topology = build_topology(geo.box((0.5, 0.3, 0.2)).mesh, TopologyConfig(resolution=64))
-    monkeypatch.setattr("kernels.sdf.block_distances", full)
+    monkeypatch.setattr("kernels.sdf.distances.block_distances", full)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     fill = gpu.fill_blocks
     monkeypatch.setattr(gpu, "fill_blocks", lambda *args, **kwargs: fill(*args, **kwargs, device="cpu"))

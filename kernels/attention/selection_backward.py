@@ -1,6 +1,6 @@
 """Attention of each query to its selected blocks, gradients: deterministic, without atomics.
 
-Two kernels, as in `kernels.segment_backward`: one holds a block's keys and sums their gradients over the queries of
+Two kernels, as in `kernels.attention.segment_backward`: one holds a block's keys and sums their gradients over the queries of
 its list, the other holds queries and writes dq once per (query, rank).
 """
 
@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BlockIndex
-from kernels.gates import Rows
-from kernels.lists import ITEM, ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
-from kernels.segment_backward import queries_run
-from kernels.sizes import cdiv
-from kernels.tiles import (
+from kernels.attention.block_index import BlockIndex
+from kernels.attention.gates import Rows
+from kernels.attention.inverse_lists import ITEM, ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
+from kernels.attention.segment_backward import queries_run
+from kernels.runtime.integer_math import cdiv
+from kernels.runtime.triton_ops import (
     LN2,
     LOG2E,
     Keys,

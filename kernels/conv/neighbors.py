@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.blocks import MAX_COORD, check_coords, sort_key
+from kernels.attention.block_index import MAX_COORD, check_coords, sort_key
 
 _SIDE = MAX_COORD + 1  # a border, so that no neighbour's key is another voxel's
 _ROWS = 1 << 17  # whose neighbours are looked up at a time: 100 MB

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import eager, reference_conv
-from kernels.checks import check_dtype, use_triton
-from kernels.sizes import cdiv, next_power_of_2
-from kernels.tiles import on_device
+from kernels.runtime import eager_autograd as eager
+from kernels.conv import reference as reference_conv
+from kernels.runtime.checks import check_dtype, use_triton
+from kernels.runtime.integer_math import cdiv, next_power_of_2
+from kernels.runtime.triton_ops import on_device
 
 _TILES = 32  # a program of the backward works through, so that its sums for the weight are few
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.sizes import cdiv
+from kernels.runtime.integer_math import cdiv
 
 MAX_COORD = 1 << 15  # three of them and the batch fit one int64 sort key
 MAX_BATCH = 1 << 15

@@ -8,10 +8,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernels import eager, reference_conv
-from kernels.checks import check_dtype, use_triton
-from kernels.gather_gemm import downsampling, gather_gemm, plain, upsampling
-from kernels.sparse_conv_backward import weight_grad
+from kernels.runtime import eager_autograd as eager
+from kernels.conv import reference as reference_conv
+from kernels.runtime.checks import check_dtype, use_triton
+from kernels.conv.gather_gemm import downsampling, gather_gemm, plain, upsampling
+from kernels.conv.sparse_conv_backward import weight_grad
 
 SIZES = (1, 2, 4, 8)
 

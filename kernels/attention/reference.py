@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.blocks import BlockIndex
+from kernels.attention.block_index import BlockIndex
 
 _MAX_SCORES = 1 << 24  # entries of one dense score matrix; more queries are taken in slices
 

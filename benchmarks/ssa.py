@@ -1,4 +1,4 @@
-"""Times our kernels against their hardware floors and against dense attention: `python -m kernels.bench ssa`."""
+"""Times our kernels against their hardware floors and against dense attention: `python -m benchmarks.ssa ssa`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import BlockIndex, select_blocks, spatial_sparse_attention, token_order
-from kernels.surfaces import surface_coords
+from benchmarks.token_sets import surface_coords
 
 GRIDS = {2062: 32, 5509: 48, 10682: 64}  # of the paper's token counts; others lie in 128^3
 
@@ -319,7 +319,7 @@ def commit() -> str:
 def bench_ssa(config: SsaConfig) -> None:
     """Prints a table, writes ssa.json and ssa.png."""
     if not torch.cuda.is_available():
-        raise SystemExit("kernels.bench needs a CUDA device")
+        raise SystemExit("benchmarks.ssa needs a CUDA device")
     rates = ceilings()
     rows = [measure(coords, k, config, rates) for coords in token_sets(config) for k in config.top_k]
     result = {

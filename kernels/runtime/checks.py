@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.blocks import BlockIndex
+from kernels.attention.block_index import BlockIndex
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (16, 32, 64, 128)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sizes import cdiv, next_power_of_2
-from kernels.tiles import add_dot, on_device
-from kernels.tuning import choose, size_class
+from kernels.runtime.integer_math import cdiv, next_power_of_2
+from kernels.runtime.triton_ops import add_dot, on_device
+from kernels.runtime.autotune_cache import choose, size_class
 
 
 @dataclass(frozen=True)

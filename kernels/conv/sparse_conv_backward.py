@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import gather_gemm
-from kernels.gather_gemm import Taps, is_wide, places, power_of_2, source_rows, tap_place
-from kernels.sizes import cdiv
-from kernels.tiles import add_dot, on_device
-from kernels.tuning import choose, size_class
+from kernels.conv import gather_gemm
+from kernels.conv.gather_gemm import Taps, is_wide, places, power_of_2, source_rows, tap_place
+from kernels.runtime.integer_math import cdiv
+from kernels.runtime.triton_ops import add_dot, on_device
+from kernels.runtime.autotune_cache import choose, size_class
 
 _MAX_PARTIALS = 1 << 25  # fp32 entries of all partial sums, unless one of them is larger
 _PROGRAMS = 132 * 8  # enough for every multiprocessor to have a few

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BlockIndex
-from kernels.sizes import cdiv, next_power_of_2
-from kernels.tiles import (
+from kernels.attention.block_index import BlockIndex
+from kernels.runtime.integer_math import cdiv, next_power_of_2
+from kernels.runtime.triton_ops import (
     BOUND_LIMIT,
     LOG2E,
     Keys,

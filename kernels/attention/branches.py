@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks, eager, reference
-from kernels.attention import SelectionLists, split_queries
-from kernels.block_score import block_score
-from kernels.blocks import BlockIndex
-from kernels.gates import Rows, gated_sum_forward, gates_backward
-from kernels.lists import fill_lists, selected_ranks
-from kernels.segment import Segments, compressed_segments, segment_forward, window_segments
-from kernels.segment_backward import segment_backward
-from kernels.selection import combine_partials, selection_partials
-from kernels.selection_backward import selection_backward
-from kernels.tiles import BOUND_LIMIT, Keys, log2_keys, lse_dtype, on_device
-from kernels.top_blocks import top_blocks
+from kernels.runtime import checks
+from kernels.runtime import eager_autograd as eager
+from kernels.attention.ssa import reference
+from kernels.attention.ssa import SelectionLists, split_queries
+from kernels.attention.block_score import block_score
+from kernels.attention.block_index import BlockIndex
+from kernels.attention.gates import Rows, gated_sum_forward, gates_backward
+from kernels.attention.inverse_lists import fill_lists, selected_ranks
+from kernels.attention.segment import Segments, compressed_segments, segment_forward, window_segments
+from kernels.attention.segment_backward import segment_backward
+from kernels.attention.selection import combine_partials, selection_partials
+from kernels.attention.selection_backward import selection_backward
+from kernels.runtime.triton_ops import BOUND_LIMIT, Keys, log2_keys, lse_dtype, on_device
+from kernels.attention.top_blocks import top_blocks
 
 
 def _segments(kind: str, index: BlockIndex) -> Segments:

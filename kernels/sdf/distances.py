@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sizes import cdiv
-from kernels.tiles import on_device
+from kernels.runtime.integer_math import cdiv
+from kernels.runtime.triton_ops import on_device
 
 SOLID, THIN, BURIED = (tl.constexpr(kind) for kind in range(3))  # as in pipeline.geometry.topology
 BLOCK = 8

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gates import Rows
-from kernels.segment import Segments
-from kernels.sizes import cdiv
-from kernels.tiles import (
+from kernels.attention.gates import Rows
+from kernels.attention.segment import Segments
+from kernels.runtime.integer_math import cdiv
+from kernels.runtime.triton_ops import (
     LN2,
     LOG2E,
     Keys,

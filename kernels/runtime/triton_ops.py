@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sizes import cdiv
+from kernels.runtime.integer_math import cdiv
 
 LOG2E = 1.4426950408889634
 LONG_OFFSETS = (1 << 31) - 1

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import checks, eager, reference
-from kernels.block_score import block_score
-from kernels.blocks import BlockIndex
-from kernels.gates import gated_sum_forward, gates_backward
-from kernels.lists import (
+from kernels.runtime import checks
+from kernels.runtime import eager_autograd as eager
+from kernels.attention.ssa import reference
+from kernels.attention.block_score import block_score
+from kernels.attention.block_index import BlockIndex
+from kernels.attention.gates import gated_sum_forward, gates_backward
+from kernels.attention.inverse_lists import (
     ITEM_FIELDS,
     Lists,
     QueryRange,
@@ -18,12 +20,12 @@ from kernels.lists import (
     new_ranks,
     query_ranges,
 )
-from kernels.segment import asset_segments, compressed_segments, segment_forward, window_segments
-from kernels.segment_backward import segment_backward
-from kernels.selection import combine_partials, selection_partials
-from kernels.selection_backward import selection_backward
-from kernels.tiles import log2_keys, lse_dtype, on_device
-from kernels.top_blocks import top_blocks
+from kernels.attention.segment import asset_segments, compressed_segments, segment_forward, window_segments
+from kernels.attention.segment_backward import segment_backward
+from kernels.attention.selection import combine_partials, selection_partials
+from kernels.attention.selection_backward import selection_backward
+from kernels.runtime.triton_ops import log2_keys, lse_dtype, on_device
+from kernels.attention.top_blocks import top_blocks
 
 RANGE_BYTES = 400 << 20  # of what one range of queries needs at a time: scores, ranks, partial outputs
 

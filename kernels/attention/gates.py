@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sizes import cdiv, next_power_of_2
+from kernels.runtime.integer_math import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["N"])

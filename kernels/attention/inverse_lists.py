@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BlockIndex
-from kernels.sizes import cdiv
-from kernels.top_blocks import rank_dtype
+from kernels.attention.block_index import BlockIndex
+from kernels.runtime.integer_math import cdiv
+from kernels.attention.top_blocks import rank_dtype
 
 ITEM = 96
 ITEM_FIELDS = 8  # block, kv head, first entry, last entry, first row of partial dk and dv, chunk; 32 bytes

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BlockIndex
-from kernels.lists import ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
-from kernels.sizes import cdiv
-from kernels.tiles import LOG2E, Keys, attend_run, log_sum, long_offsets, lse_dtype, queries_per_tile
+from kernels.attention.block_index import BlockIndex
+from kernels.attention.inverse_lists import ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
+from kernels.runtime.integer_math import cdiv
+from kernels.runtime.triton_ops import LOG2E, Keys, attend_run, log_sum, long_offsets, lse_dtype, queries_per_tile
 
 
 @triton.jit

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import TILE_BLOCKS, TILE_COMPRESSED, BlockIndex
-from kernels.sizes import cdiv
-from kernels.tiles import LOG2E, load_keys, products
+from kernels.attention.block_index import TILE_BLOCKS, TILE_COMPRESSED, BlockIndex
+from kernels.runtime.integer_math import cdiv
+from kernels.runtime.triton_ops import LOG2E, load_keys, products
 
 
 @triton.jit(do_not_specialize=["first_token", "last_token", "columns"])

@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import checks, eager, reference
-from kernels.blocks import BlockIndex
-from kernels.sizes import cdiv
-from kernels.tiles import on_device
+from kernels.runtime import checks
+from kernels.runtime import eager_autograd as eager
+from kernels.attention.ssa import reference
+from kernels.attention.block_index import BlockIndex
+from kernels.runtime.integer_math import cdiv
+from kernels.runtime.triton_ops import on_device
 
 
 @triton.jit(do_not_specialize=["C", "extra"])

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.blocks import BlockIndex
-from kernels.sizes import cdiv, next_power_of_2
+from kernels.attention.block_index import BlockIndex
+from kernels.runtime.integer_math import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["first_token", "tokens", "columns", "top_k", "stride", "first_chunk"])
@@ -67,7 +67,7 @@ def top_blocks(
     """Writes the blocks of largest score of tokens first .. first + n into selected, int32 [G, N, T].
 
     T <= max_blocks. Ascending block numbers of the batch, -1 after an asset's last; of equals the lower block.
-    Scores are fp32 [G, n, max_blocks], not negative; NaN is above all. `ranks` (zeroed, see `kernels.lists`) also
+    Scores are fp32 [G, n, max_blocks], not negative; NaN is above all. `ranks` (zeroed, see `kernels.attention.inverse_lists`) also
     receives each choice's rank + 1.
     """
     G, tokens, columns = score_GNM.shape
