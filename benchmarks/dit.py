@@ -30,10 +30,10 @@ from kernels import spatial_sparse_attention
 from benchmarks.token_sets import surface_coords
 from model.attention import ragged_attention
 from model.command import command, parse
-from model.condition import EncoderConfig, ImageBatch
-from model.flow import noise_of
-from model.images import Augmentation, prepare_image
-from model.sparse import Level
+from model.conditioning.image_encoder import EncoderConfig, ImageBatch
+from model.rectified_flow import noise_of
+from model.conditioning.image_preprocessing import Augmentation, prepare_image
+from model.sparse_tensor import Level
 from pipeline.core.schema import BLOCK, UserError
 from train.checkpoint import provenance
 from train.distributed import World

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.conditioned import ConditionedDiT
-from model.flow import Guidance
-from model.generator import Generator
-from model.generator import Options as GenerateOptions
-from model.mesh import extract_meshes
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.rectified_flow import Guidance
+from model.inference.generator import Generator
+from model.inference.generator import Options as GenerateOptions
+from model.inference.extract_mesh import extract_meshes
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import RunError
 from train.conditions import ViewReader
@@ -220,7 +220,7 @@ def on_given_cells(cfg: Learn, run: DiTTraining, world: World) -> dict[str, Any]
             values = [
                 vae.decode(
                     model.generate(
-                        level, model.condition(images), [0], steps=25, guidance=Guidance(scale=cfg.guidance)
+                        level, model.conditioning.image_encoder(images), [0], steps=25, guidance=Guidance(scale=cfg.guidance)
                     ),
                     level,
                 )

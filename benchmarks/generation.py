@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.cells import cells_near
-from model.condition import DinoEncoder, EncoderConfig, ImageBatch
-from model.conditioned import ConditionedConfig, ConditionedDiT
-from model.dit import DiTConfig
-from model.flow import Guidance
-from model.generator import STEPS, cells_of
-from model.images import prepare_image
-from model.mesh import extract_meshes
-from model.occupancy import OccupancyConfig
-from model.postprocess import Cleaned, clean
-from model.sparse import Level
+from model.inference.cells_near_mesh import cells_near
+from model.conditioning.image_encoder import DinoEncoder, EncoderConfig, ImageBatch
+from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
+from model.sparse_dit import DiTConfig
+from model.rectified_flow import Guidance
+from model.inference.generator import STEPS, cells_of
+from model.conditioning.image_preprocessing import prepare_image
+from model.inference.extract_mesh import extract_meshes
+from model.occupancy_vae import OccupancyConfig
+from model.inference.mesh_cleaning import Cleaned, clean
+from model.sparse_tensor import Level
 from model.structure import Structure, StructureConfig
-from model.vae import SparseVAE, VAEConfig
+from model.sparse_vae import SparseVAE, VAEConfig
 from pipeline.core.schema import band, spacing
 
 MAJOR, MINOR = 0.30, 0.095  # of a torus: about 10.7k cells at 512 and 46k at 1024, as the paper's means

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.dit import Stepper, dino_of_random_weights, synthetic_batch
 from model.command import command, parse
-from model.condition import EncoderConfig
+from model.conditioning.image_encoder import EncoderConfig
 from pipeline.core.schema import UserError
 from train.checkpoint import provenance
 from train.distributed import World, join

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from model.command import command, parse
-from model.vae import VAEConfig
+from model.sparse_vae import VAEConfig
 from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
 from pipeline.core.schema import Bricks, Mesh, UserError, make_uid
 from pipeline.geometry.sdf import compute_bricks

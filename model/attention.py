@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import spatial_sparse_attention
-from model.compression import TokenLayout, Version, make_compression
-from model.condition import Condition
+from model.kv_compression import TokenLayout, Version, make_compression
+from model.conditioning.image_encoder import Condition
 
 
 def ragged_attention(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import group_norm, pool_children, sparse_conv
-from model.sparse import SparseTensor
+from model.sparse_tensor import SparseTensor
 
 TAPS = 27
 SILU_GAIN = 1.67  # 1 / sqrt(E[silu(x)^2]) for a normal x: keeps the variance through conv -> SiLU

@@ -16,11 +16,11 @@ import tyro
 from tqdm import tqdm
 
 from model.command import command, parse
-from model.foreground import load_foreground
-from model.generator import Generated, Generator, Options
-from model.meshfile import FORMATS, check_format, write_mesh
-from model.postprocess import check_simplification
-from model.preview import write_preview
+from model.conditioning.background_removal import load_foreground
+from model.inference.generator import Generated, Generator, Options
+from model.inference.mesh_export import FORMATS, check_format, write_mesh
+from model.inference.mesh_cleaning import check_simplification
+from model.inference.turntable import write_preview
 from pipeline.core.schema import RunError, UserError
 
 log = logging.getLogger(__name__)

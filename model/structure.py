@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels import token_order
-from model.condition import Condition, ImageBatch
-from model.conditioned import ConditionedConfig, ConditionedDiT
-from model.dit import DiTConfig
-from model.flow import Guidance, Method
-from model.occupancy import OccupancyConfig, OccupancyVAE
-from model.sparse import Level, SparseTensor
+from model.conditioning.image_encoder import Condition, ImageBatch
+from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
+from model.sparse_dit import DiTConfig
+from model.rectified_flow import Guidance, Method
+from model.occupancy_vae import OccupancyConfig, OccupancyVAE
+from model.sparse_tensor import Level, SparseTensor
 
 
 @dataclass(frozen=True, kw_only=True)

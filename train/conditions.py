@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.flow import TimeDistribution
-from model.images import Augmentation, PreparedImage, prepare_image
+from model.rectified_flow import TimeDistribution
+from model.conditioning.image_preprocessing import Augmentation, PreparedImage, prepare_image
 from pipeline.core.schema import RunError, UserError, seed_of
 from train.config import LoopConfig
 from train.data import OPEN_SHARDS, UNREADABLE, Catalogue

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from model.vae import VAEConfig
+from model.sparse_vae import VAEConfig
 from pipeline.core.schema import check_resolution
 from train.distributed import Device
 from train.losses import LossWeights

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.sparse import BrickBatch
+from model.sparse_tensor import BrickBatch
 from pipeline.core.schema import BLOCK, FORMAT_VERSION, Bricks, RunError, UserError, seed_of
 from train.plan import Draw, Plan
 from train.symmetry import SYMMETRIES, transform_bricks

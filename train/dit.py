@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from model.conditioned import ConditionedDiT
-from model.vae import SparseVAE
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.sparse_vae import SparseVAE
 from pipeline.core.schema import UserError
 from train import checkpoint
 from train.command import command, configure
@@ -68,7 +68,7 @@ def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, Late
     store = LatentStore(cfg.latents or cfg.data / "latents", cfg.resolution, None if vae is None else hash_of(vae))
     if store.channels != cfg.model.dit.latent_channels:
         raise UserError(
-            f"model.dit.latent_channels must be the {store.channels} channels of {store.folder}, "
+            f"model.sparse_dit.latent_channels must be the {store.channels} channels of {store.folder}, "
             f"got {cfg.model.dit.latent_channels}"
         )
     return vae, store
@@ -77,7 +77,7 @@ def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, Late
 def _introduce(
     cfg: DiTTraining, model: ConditionedDiT, world: World, chosen: Catalogue, val: Catalogue, planner: ShardPlanner
 ) -> None:
-    count = sum(parameter.numel() for parameter in model.dit.parameters())
+    count = sum(parameter.numel() for parameter in model.sparse_dit.parameters())
     assets = f"{len(chosen)} training and {len(val)} held-out assets of {cfg.data} at R = {cfg.resolution}"
     log.info("SS-DiT of %.2f M parameters, %s, %d x %s", count / 1e6, assets, world.size, world.device.type)
     log.info("conditions: %s", model.encoder.label)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from model.condition import EncoderConfig
-from model.conditioned import ConditionedConfig
-from model.dit import DiTConfig
+from model.conditioning.image_encoder import EncoderConfig
+from model.conditioning.image_conditioned_dit import ConditionedConfig
+from model.sparse_dit import DiTConfig
 from pipeline.core.cameras import CameraSet
 from pipeline.core.schema import check_resolution
 from train.conditions import FlowOptions

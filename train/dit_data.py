@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.condition import ImageBatch
-from model.flow import noise_of
+from model.conditioning.image_encoder import ImageBatch
+from model.rectified_flow import noise_of
 from pipeline.core.schema import RunError, UserError, seed_of
 from train.conditions import Conditions, time_of
 from train.data import UNREADABLE, Catalogue, read_catalogue

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from model.conditioned import ConditionedDiT
-from model.flow import Guidance, interpolate, target
-from model.mesh import extract_meshes
-from model.sparse import SparseTensor
-from model.vae import SparseVAE
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.rectified_flow import Guidance, interpolate, target
+from model.inference.extract_mesh import extract_meshes
+from model.sparse_tensor import SparseTensor
+from model.sparse_vae import SparseVAE
 from train.data import Catalogue
 from train.distributed import World
 from train.dit_config import DiTTraining
@@ -126,7 +126,7 @@ class DiTTask:
         batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
         level, flow = batch.latents.cells, self.cfg.flow
         z_NC = model.generate(
-            level, model.condition(batch.images), [asset], steps=flow.steps, guidance=Guidance(scale=flow.guidance)
+            level, model.conditioning.image_encoder(batch.images), [asset], steps=flow.steps, guidance=Guidance(scale=flow.guidance)
         )
         values, stored = self.vae.decode(z_NC, level), self.vae.decode(batch.latents.mean, level)
         made, right = (extract_meshes(level, x)[0] for x in (values, stored))

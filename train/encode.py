@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.sparse import BrickBatch
-from model.vae import SparseVAE
+from model.sparse_tensor import BrickBatch
+from model.sparse_vae import SparseVAE
 from pipeline.core.schema import FORMAT_VERSION, Bricks, RunError, UserError, check_resolution
 from train.command import command, parse
 from train.data import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue

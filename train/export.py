@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from model.checkpoint import config_from, load_model, save_model
-from model.conditioned import ConditionedDiT
+from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.structure import Structure
-from model.vae import SparseVAE
+from model.sparse_vae import SparseVAE
 from pipeline.core.schema import UserError
 from train.checkpoint import check_format, load_weights
 from train.command import command, parse

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from model.generator import Generated, Generator, Options
-from model.meshfile import write_mesh
-from model.preview import CLAY, on_paper
+from model.inference.generator import Generated, Generator, Options
+from model.inference.mesh_export import write_mesh
+from model.inference.turntable import CLAY, on_paper
 from pipeline.core.cameras import Camera, CameraSet, look_at_origin
 from pipeline.rendering.views import render_from
 from pipeline.core.schema import Mesh, Part, RunError, UserError, View

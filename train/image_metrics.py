@@ -11,8 +11,8 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.condition import DinoEncoder
-from model.images import prepare_image
+from model.conditioning.image_encoder import DinoEncoder
+from model.conditioning.image_preprocessing import prepare_image
 from pipeline.core.cameras import Camera, look_at_origin
 
 SIZE = 224  # pixels of what the network sees; its patches divide it

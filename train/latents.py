@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import token_order
-from model.sparse import Level
-from model.vae import SparseVAE
+from model.sparse_tensor import Level
+from model.sparse_vae import SparseVAE
 from pipeline.core.schema import BLOCK, FORMAT_VERSION, RunError, UserError
 
 OPEN_SHARDS = 64  # kept open at once

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.sparse import BrickBatch
+from model.sparse_tensor import BrickBatch
 
 
 @dataclass(frozen=True, kw_only=True)

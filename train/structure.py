@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.occupancy import OccupancyVAE
+from model.occupancy_vae import OccupancyVAE
 from model.structure import Structure
 from pipeline.core.schema import UserError
 from train import checkpoint

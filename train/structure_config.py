@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from model.condition import EncoderConfig
-from model.conditioned import ConditionedConfig
-from model.dit import DiTConfig
-from model.occupancy import OccupancyConfig
+from model.conditioning.image_encoder import EncoderConfig
+from model.conditioning.image_conditioned_dit import ConditionedConfig
+from model.sparse_dit import DiTConfig
+from model.occupancy_vae import OccupancyConfig
 from model.structure import StructureConfig
 from pipeline.core.cameras import CameraSet
 from pipeline.core.schema import BLOCK, check_resolution
@@ -74,7 +74,7 @@ class StructureTraining:
         check_resolution(self.resolution)
         if self.model.occupancy.side != self.resolution // BLOCK:
             raise ValueError(
-                f"model.occupancy.side must be resolution / {BLOCK} = {self.resolution // BLOCK}, "
+                f"model.occupancy_vae.side must be resolution / {BLOCK} = {self.resolution // BLOCK}, "
                 f"got {self.model.occupancy.side}"
             )
         for name in ("held_out_views", "workers", "val_batches", "samples"):

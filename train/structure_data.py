@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.condition import ImageBatch
-from model.flow import noise_of
+from model.conditioning.image_encoder import ImageBatch
+from model.rectified_flow import noise_of
 from pipeline.core.schema import seed_of
 from train.conditions import Conditions, time_of
 from train.data import ONE_BITS, BrickLoader, Catalogue, magnitude_bits

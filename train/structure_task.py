@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.condition import Condition
-from model.flow import Guidance, interpolate, target
-from model.occupancy import OccupancyVAE, intersection_over_union, occupancy_loss, occupancy_of
-from model.sparse import SparseTensor
+from model.conditioning.image_encoder import Condition
+from model.rectified_flow import Guidance, interpolate, target
+from model.occupancy_vae import OccupancyVAE, intersection_over_union, occupancy_loss, occupancy_of
+from model.sparse_tensor import SparseTensor
 from model.structure import Structure, dense_level, grid_to_rows, rows_to_grid
 from train.data import Catalogue
 from train.distributed import World
@@ -110,7 +110,7 @@ class FlowTask:
 
     def _latents(self, model: Structure, batch: GridBatch) -> Tensor:
         level = dense_level(self.cfg.model.occupancy.latent_side, batch.samples, batch.noise.device)
-        return grid_to_rows(model.vae.encode(batch.occupied).mean, level)
+        return grid_to_rows(model.sparse_vae.encode(batch.occupied).mean, level)
 
     def _errors(self, model: nn.Module, batch: GridBatch, t_B: Tensor, dropped_B: Tensor) -> Tensor:
         """Mean squared error of the velocity over each asset's latents: [B]."""
@@ -151,7 +151,7 @@ class FlowTask:
             for asset in assets_of(catalogue, self.cfg, World(), 1)[: self.cfg.samples]:
                 batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
                 assert batch.images is not None
-                cells = draw_cells(model, model.flow.condition(batch.images), asset, self.cfg)
+                cells = draw_cells(model, model.rectified_flow.condition(batch.images), asset, self.cfg)
                 overlaps.append(float(intersection_over_union(cells, batch.occupied)))
                 image = batch.images.pixels[0].permute(1, 2, 0).cpu().numpy()
                 rows.append([resized(image), cells_picture(cells[0]), cells_picture(batch.occupied[0])])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from model.vae import SparseVAE
+from model.sparse_vae import SparseVAE
 from train import checkpoint
 from train.command import command, configure
 from train.config import VAE_PRESETS, VAETraining, resolved

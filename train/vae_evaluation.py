@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from model.checkpoint import config_from
-from model.mesh import extract_meshes
-from model.sparse import BrickBatch
-from model.vae import SparseVAE
+from model.inference.extract_mesh import extract_meshes
+from model.sparse_tensor import BrickBatch
+from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import RunError, UserError
 from train.checkpoint import check_format, load_weights, provenance

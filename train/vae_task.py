@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.mesh import extract_meshes
-from model.vae import SparseVAE
+from model.inference.extract_mesh import extract_meshes
+from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.marching_cubes import extract
 from train.config import VAETraining
 from train.data import BrickLoader, Catalogue, TrainBatch

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kernels import token_order
 from model.attention import CrossAttention, FullAttention, SpatialSparseAttention, ragged_attention
-from model.compression import CompressionV2, TokenLayout
-from model.condition import Condition
-from model.sparse import Level
+from model.kv_compression import CompressionV2, TokenLayout
+from model.conditioning.image_encoder import Condition
+from model.sparse_tensor import Level
 from tests.numerics import assert_close_as, random_coords
 
 torch.set_num_threads(1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from model.cells import cells_near
+from model.inference.cells_near_mesh import cells_near
 from pipeline.core.schema import BLOCK, band, spacing
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from model.condition import SPECIAL, DinoEncoder, EncoderConfig, ImageBatch, StandInEncoder
-from model.images import OPAQUE, Augmentation, PreparedImage, has_alpha, load_image, prepare_image
+from model.conditioning.image_encoder import SPECIAL, DinoEncoder, EncoderConfig, ImageBatch, StandInEncoder
+from model.conditioning.image_preprocessing import OPAQUE, Augmentation, PreparedImage, has_alpha, load_image, prepare_image
 from pipeline.core.schema import UserError
 
 torch.set_num_threads(1)

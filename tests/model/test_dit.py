@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import token_order
 from model.checkpoint import load_model, save_model
-from model.condition import Condition
-from model.dit import DiTBlock, DiTConfig, SparseDiT
-from model.sparse import Level, SparseTensor
+from model.conditioning.image_encoder import Condition
+from model.sparse_dit import DiTBlock, DiTConfig, SparseDiT
+from model.sparse_tensor import Level, SparseTensor
 from tests.model.test_attention import run
 from tests.numerics import DEVICE, random_coords
 
@@ -127,7 +127,7 @@ def slow_dit(model, feats, level, t, image, image_coords):
     h = model.input(feats) + waves(level.coords[:, 1:], c.channels, max(1, 512 / (8 * level.resolution)))
     angle = 1000 * t / 10000 ** (torch.arange(128, dtype=torch.float64) / 128)
     time = model.time[2](F.silu(model.time[0](torch.cat([angle.cos(), angle.sin()]))))
-    image = model.condition(image) + waves(image_coords[:, 1:], c.condition_channels, 1)
+    image = model.conditioning.image_encoder(image) + waves(image_coords[:, 1:], c.condition_channels, 1)
     for block in model.blocks:
         shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(F.silu(time)).chunk(6)
         h = h + gate1 * run(block.attention, norm(h) * (1 + scale1) + shift1, level, c.compress_block)

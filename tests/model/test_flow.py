@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from model import flow
-from model.flow import Guidance, TimeDistribution, guide, interpolate, noise_of, sample, schedule, shift_times, target
+from model import rectified_flow as flow
+from model.rectified_flow import Guidance, TimeDistribution, guide, interpolate, noise_of, sample, schedule, shift_times, target
 
 MU, S = 1.5, 0.3  # of the data
 

@@ -11,17 +11,17 @@ import torch
 import trimesh
 from PIL import Image
 
-from model.cells import cells_near
+from model.inference.cells_near_mesh import cells_near
 from model.checkpoint import save_model
-from model.condition import EncoderConfig
-from model.conditioned import ConditionedConfig, ConditionedDiT
-from model.dit import DiTConfig
-from model.foreground import load_foreground
+from model.conditioning.image_encoder import EncoderConfig
+from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
+from model.sparse_dit import DiTConfig
+from model.conditioning.background_removal import load_foreground
 from model.generate import GenerateConfig, generate, main, targets
-from model.generator import Generator, Options
-from model.occupancy import OccupancyConfig
+from model.inference.generator import Generator, Options
+from model.occupancy_vae import OccupancyConfig
 from model.structure import Structure, StructureConfig, level_of
-from model.vae import SparseVAE, VAEConfig
+from model.sparse_vae import SparseVAE, VAEConfig
 from pipeline.core.schema import RunError, UserError, band, spacing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,7 +202,7 @@ def test_a_preview_leaves_the_image_alone_and_may_fail_alone(checkpoint, picture
     def no_egl(*_):
         raise RunError("no EGL")
 
-    monkeypatch.setattr("model.preview.render_from", no_egl)
+    monkeypatch.setattr("model.inference.turntable.render_from", no_egl)
     (picture.with_name("disc.glb")).unlink()
     assert generate(replace(cfg, preview="png")) == 2
     assert "other.png: no EGL" in caplog.text

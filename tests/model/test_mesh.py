@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.mesh import extract_meshes, mesh_of
-from model.sparse import BrickBatch, Level
+from model.inference.extract_mesh import extract_meshes, mesh_of
+from model.sparse_tensor import BrickBatch, Level
 from pipeline.core.schema import Bricks, band, spacing
 
 
@@ -111,8 +111,8 @@ def test_bad_arguments_are_named(blocks, values, message):
 _CHILD = """
 import resource, sys, time
 import numpy as np, torch
-from model.mesh import extract_meshes
-from model.sparse import Level
+from model.inference.extract_mesh import extract_meshes
+from model.sparse_tensor import Level
 from kernels import token_order
 coords, values = (torch.from_numpy(np.load(name)) for name in sys.argv[1:3])
 order = token_order(coords)

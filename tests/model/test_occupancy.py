@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from model.checkpoint import load_model, save_model
-from model.occupancy import (
+from model.occupancy_vae import (
     Gaussian,
     OccupancyConfig,
     OccupancyVAE,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from model.postprocess import clean, close_holes, open_edges_of, pieces, simplify, used_only
+from model.inference.mesh_cleaning import clean, close_holes, open_edges_of, pieces, simplify, used_only
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import BLOCK, Bricks, band, spacing
 

@@ -6,7 +6,7 @@ import torch
 
 import kernels
 from kernels import token_order
-from model.sparse import BrickBatch, Level, SparseTensor
+from model.sparse_tensor import BrickBatch, Level, SparseTensor
 from pipeline.core.schema import Bricks
 from tests.numerics import random_coords
 

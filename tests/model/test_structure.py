@@ -9,13 +9,13 @@ import torch
 
 from kernels import token_order
 from model.checkpoint import load_model, save_model
-from model.condition import DinoEncoder, EncoderConfig, ImageBatch
-from model.conditioned import ConditionedConfig, ConditionedDiT
-from model.dit import DiTConfig
-from model.flow import Guidance, interpolate, target
-from model.images import PreparedImage
-from model.occupancy import OccupancyConfig, intersection_over_union, occupancy_loss, occupancy_of
-from model.sparse import SparseTensor
+from model.conditioning.image_encoder import DinoEncoder, EncoderConfig, ImageBatch
+from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
+from model.sparse_dit import DiTConfig
+from model.rectified_flow import Guidance, interpolate, target
+from model.conditioning.image_preprocessing import PreparedImage
+from model.occupancy_vae import OccupancyConfig, intersection_over_union, occupancy_loss, occupancy_of
+from model.sparse_tensor import SparseTensor
 from model.structure import Structure, StructureConfig, dense_level, grid_to_rows, level_of, rows_to_grid
 from tests.model.test_occupancy import shells
 

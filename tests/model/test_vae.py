@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from kernels import token_order
 from model.conv import UpBlock
 from model.layers import position_embedding, position_factor
-from model.sparse import BrickBatch, Level, SparseTensor
-from model.vae import SparseVAE, VAEConfig
+from model.sparse_tensor import BrickBatch, Level, SparseTensor
+from model.sparse_vae import SparseVAE, VAEConfig
 from pipeline.core.schema import Bricks
 from tests.model.test_sparse import random_bricks, random_level
 

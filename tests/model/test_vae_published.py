@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from kernels import token_order
 from model.conv import SparseConv3d
-from model.sparse import Level
-from model.vae import SparseVAE, VAEConfig, official_keys
+from model.sparse_tensor import Level
+from model.sparse_vae import SparseVAE, VAEConfig, official_keys
 from tests.model.test_vae import TINY
 from tests.numerics import random_coords
 

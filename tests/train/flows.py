@@ -8,10 +8,10 @@ import safetensors.torch
 import torch
 
 from model.checkpoint import save_model
-from model.condition import EncoderConfig
-from model.conditioned import ConditionedConfig
-from model.dit import DiTConfig
-from model.vae import SparseVAE
+from model.conditioning.image_encoder import EncoderConfig
+from model.conditioning.image_conditioned_dit import ConditionedConfig
+from model.sparse_dit import DiTConfig
+from model.sparse_vae import SparseVAE
 from tests.train.builds import TINY
 from train import checkpoint
 from train.conditions import FlowOptions

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from model.sparse import BrickBatch
+from model.sparse_tensor import BrickBatch
 from pipeline.core.schema import RunError, UserError
 from tests.train.builds import bricks_of, make_build, shape
 from train.data import BrickLoader, BrickReader, read_catalogue

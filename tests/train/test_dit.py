@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model.condition import DinoEncoder, EncoderConfig
-from model.conditioned import ConditionedConfig, ConditionedDiT
+from model.conditioning.image_encoder import DinoEncoder, EncoderConfig
+from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
 from pipeline.core.schema import RunError, UserError
 from tests.train.flows import MODEL, config, loader_of, make_vae, metrics, task_of, wake, weights
 from train import checkpoint
@@ -63,8 +63,8 @@ def test_a_checkpoint_says_what_export_needs(rendered, tmp_path):
     _, store = read_latents(cfg, World())
     assert (training["resolution"], training["vae"]) == (32, store.vae)
     assert model.config == MODEL
-    assert torch.equal(model.dit.latent_mean, store.mean)
-    assert torch.equal(model.dit.latent_std, store.std)
+    assert torch.equal(model.sparse_dit.latent_mean, store.mean)
+    assert torch.equal(model.sparse_dit.latent_std, store.std)
     assert metrics(cfg.out, "validation")[0]["loss"] > 0
     folder = cfg.out / "samples" / "step-00000002"
     numbers = json.loads((folder / "iou.json").read_text())

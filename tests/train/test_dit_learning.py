@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.conditioned import ConditionedConfig, ConditionedDiT
-from model.flow import Guidance
-from model.sparse import BrickBatch
+from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
+from model.rectified_flow import Guidance
+from model.sparse_tensor import BrickBatch
 from pipeline.core.primitives.marching_cubes import extract
 from tests.train.builds import add_renders, ellipsoid, make_build, tiny_training
 from tests.train.flows import MODEL, VIEWS, config, encode_with, loader_of, metrics, weights

@@ -11,8 +11,8 @@ import torch
 
 import train.encode
 from model.checkpoint import save_model
-from model.sparse import BrickBatch
-from model.vae import SparseVAE
+from model.sparse_tensor import BrickBatch
+from model.sparse_vae import SparseVAE
 from pipeline.core.schema import RunError, UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.builds import TINY, make_build

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.generator import Generator
+from model.inference.generator import Generator
 from pipeline.core.schema import FORMAT_VERSION, UserError
 from tests.model.test_generate import FAST, disc, untrained
 from train.export import Export, export, main

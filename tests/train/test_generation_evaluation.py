@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from model.condition import DinoEncoder
-from model.generator import Generated, Generator, Stage
-from model.postprocess import clean
+from model.conditioning.image_encoder import DinoEncoder
+from model.inference.generator import Generated, Generator, Stage
+from model.inference.mesh_cleaning import clean
 from pipeline.core.cameras import camera
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.rendering.views import encode, render_from

@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 import trimesh
 
-from model.condition import DinoEncoder
+from model.conditioning.image_encoder import DinoEncoder
 from pipeline.core.cameras import look_at_origin
 from pipeline.core.schema import UserError
 from train.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_map, normal_maps

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.sparse import BrickBatch
+from model.sparse_tensor import BrickBatch
 from tests.train.builds import bricks_of, shape
 from train.losses import LossWeights, vae_losses
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from model.condition import EncoderConfig
-from model.conditioned import ConditionedConfig
-from model.dit import DiTConfig
-from model.flow import Guidance
-from model.occupancy import OccupancyConfig, OccupancyVAE, occupancy_of
-from model.postprocess import open_edges_of
+from model.conditioning.image_encoder import EncoderConfig
+from model.conditioning.image_conditioned_dit import ConditionedConfig
+from model.sparse_dit import DiTConfig
+from model.rectified_flow import Guidance
+from model.occupancy_vae import OccupancyConfig, OccupancyVAE, occupancy_of
+from model.inference.mesh_cleaning import open_edges_of
 from model.structure import Structure, StructureConfig
 from pipeline.core.schema import UserError
 from pipeline.storage.sdf_shard import SdfShard

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.mesh import mesh_of
+from model.inference.extract_mesh import mesh_of
 from tests.train.builds import bricks_of, ellipsoid
 from train.surfaces import Surface, Tree, compare_surfaces, sample_surface
 from train.vae_task import inside_iou

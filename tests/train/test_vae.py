@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from model.checkpoint import load_model
-from model.sparse import BrickBatch
-from model.vae import SparseVAE
+from model.sparse_tensor import BrickBatch
+from model.sparse_vae import SparseVAE
 from pipeline.core.schema import UserError
 from tests.train.builds import tiny_training
 from train import vae

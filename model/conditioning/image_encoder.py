@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.images import PreparedImage
+from model.conditioning.image_preprocessing import PreparedImage
 from model.layers import init_linears, layer_norm, position_embedding
 from pipeline.core.schema import UserError
 

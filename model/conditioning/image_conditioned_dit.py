@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.condition import Condition, EncoderConfig, ImageBatch, ImageEncoder
-from model.dit import DiTConfig, SparseDiT
-from model.flow import Guidance, Method, guide, noise_of, sample
-from model.sparse import Level, SparseTensor
+from model.conditioning.image_encoder import Condition, EncoderConfig, ImageBatch, ImageEncoder
+from model.sparse_dit import DiTConfig, SparseDiT
+from model.rectified_flow import Guidance, Method, guide, noise_of, sample
+from model.sparse_tensor import Level, SparseTensor
 
 
 @dataclass(frozen=True, kw_only=True)

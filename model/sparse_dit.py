@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from model.attention import CrossAttention, FullAttention, SpatialSparseAttention
 from model.checkpoint import KeyMap, load_mapped
-from model.compression import GROUPS, TokenLayout, Version
-from model.condition import Condition
+from model.kv_compression import GROUPS, TokenLayout, Version
+from model.conditioning.image_encoder import Condition
 from model.layers import (
     Mlp,
     autocast_dtype,
@@ -25,8 +25,8 @@ from model.layers import (
     recompute,
     zero_init,
 )
-from model.sparse import Level, SparseTensor
-from model.vae import official_kernel
+from model.sparse_tensor import Level, SparseTensor
+from model.sparse_vae import official_kernel
 from pipeline.core.schema import BLOCK
 
 HEAD_SIZES = (16, 32, 64, 128)  # that SSA has kernels for

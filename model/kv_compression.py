@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels import BlockIndex, block_mean, group_norm, invert_order, neighbor_map, token_order
 from model.conv import GroupNormSiLU, SparseConv3d
-from model.sparse import SHIFT, WINDOW, Level
+from model.sparse_tensor import SHIFT, WINDOW, Level
 
 Version = Literal["v1", "v2"]
 GROUPS = 32  # of GroupNorm in v2

@@ -22,7 +22,7 @@ from model.layers import (
     recompute,
     zero_init,
 )
-from model.sparse import POINTS, BrickBatch, Level, SparseTensor
+from model.sparse_tensor import POINTS, BrickBatch, Level, SparseTensor
 from pipeline.core.schema import BLOCK
 
 HEAD_SIZES = (16, 32, 64, 128)  # that windowed attention has kernels for

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from model.sparse import POINTS, Level
+from model.sparse_tensor import POINTS, Level
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import BLOCK, Bricks, check_resolution
 

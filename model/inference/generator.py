@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kernels import token_order
-from model.cells import cells_near
+from model.inference.cells_near_mesh import cells_near
 from model.checkpoint import load_model
-from model.condition import Condition, ImageBatch
-from model.conditioned import ConditionedDiT
-from model.flow import Guidance, Method
-from model.images import prepare_image
-from model.mesh import extract_meshes
-from model.postprocess import Cleaned, clean, open_edges_of, simplify
-from model.sparse import Level
+from model.conditioning.image_encoder import Condition, ImageBatch
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.rectified_flow import Guidance, Method
+from model.conditioning.image_preprocessing import prepare_image
+from model.inference.extract_mesh import extract_meshes
+from model.inference.mesh_cleaning import Cleaned, clean, open_edges_of, simplify
+from model.sparse_tensor import Level
 from model.structure import Structure
-from model.vae import SparseVAE
+from model.sparse_vae import SparseVAE
 from pipeline.core.schema import BLOCK, RunError, UserError
 
 See = Callable[[ConditionedDiT], Condition]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from model.condition import PATCH
-from model.images import has_alpha, load_image, prepare_image
+from model.conditioning.image_encoder import PATCH
+from model.conditioning.image_preprocessing import has_alpha, load_image, prepare_image
 from pipeline.core.schema import UserError
 
 
@@ -16,7 +16,7 @@ def load_foreground(path: Path, *, keep_background: bool = False) -> Image.Image
 
     An image with alpha is taken as it is. From an opaque one the rembg library removes the background, if it is
     installed; with `keep_background` all of it counts as the object. UserError, naming the file, if the image cannot
-    be used (see `load_image` and `prepare_image` of `model.images`), or is opaque and rembg is not there.
+    be used (see `load_image` and `prepare_image` of `model.conditioning.image_preprocessing`), or is opaque and rembg is not there.
     """
     try:
         image = load_image(path)
