@@ -35,14 +35,14 @@ from model.rectified_flow import noise_of
 from model.conditioning.image_preprocessing import Augmentation, prepare_image
 from model.sparse_tensor import Level
 from pipeline.core.schema import BLOCK, UserError
-from train.checkpoint import provenance
-from train.distributed import World
-from train.dit_config import DIT_PRESETS, DiTTraining
-from train.dit_data import DiTBatch
-from train.dit_task import DiTTask
-from train.latents import LatentBatch
-from train.optimizer import make_optimizer, peak_flops, update_average
-from train.prefetch import Prefetcher
+from train.engine.checkpoint import provenance
+from train.engine.distributed import World
+from train.stages.dit.config import DIT_PRESETS, DiTTraining
+from train.stages.dit.data import DiTBatch
+from train.stages.dit.task import DiTTask
+from train.data.latents import LatentBatch
+from train.engine.optimizer import make_optimizer, peak_flops, update_average
+from train.engine.prefetch import Prefetcher
 
 log = logging.getLogger(__name__)
 

@@ -21,25 +21,25 @@ from model.inference.generator import Options as GenerateOptions
 from model.inference.extract_mesh import extract_meshes
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import RunError
-from train.conditions import ViewReader
-from train.config import VAE_PRESETS, BrickConfig
-from train.data import BrickReader, read_catalogue
-from train.distributed import World
+from train.data.render_conditions import ViewReader
+from train.engine.config import VAE_PRESETS, BrickConfig
+from train.data.bricks import BrickReader, read_catalogue
+from train.engine.distributed import World
 from train.dit import read_latents
 from train.dit import train as train_dit
-from train.dit_config import DIT_PRESETS, DiTTraining
-from train.dit_data import DiTLoader, joined
-from train.dit_task import on_white
+from train.stages.dit.config import DIT_PRESETS, DiTTraining
+from train.stages.dit.data import DiTLoader, joined
+from train.stages.dit.task import on_white
 from train.encode import Encoding, encode
 from train.export import Export, export, read_stage
-from train.pictures import picture, save_image, side_by_side
-from train.plan import Draw
-from train.solids import inside, overlap
+from train.engine.mesh_pictures import picture, save_image, side_by_side
+from train.engine.batch_sampler import Draw
+from pipeline.core.primitives.voxel_iou import inside, overlap
 from train.structure import train as train_structure
-from train.structure_config import STRUCTURE_PRESETS
-from train.surfaces import FAR, Surface, SurfaceMetrics
+from train.stages.structure.config import STRUCTURE_PRESETS
+from pipeline.core.primitives.surface_distance import FAR, Surface, SurfaceMetrics
 from train.vae import train as train_vae
-from train.vae_task import inside_iou
+from train.stages.vae.task import inside_iou
 
 log = logging.getLogger(__name__)
 

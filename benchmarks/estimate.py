@@ -23,7 +23,7 @@ from model.command import command, parse
 from pipeline.estimate import EstimateConfig, measure_passes, predict
 from pipeline.core.schema import RunError, UserError
 from pipeline.sources.procedural import ProceduralSource
-from train.checkpoint import provenance
+from train.engine.checkpoint import provenance
 
 log = logging.getLogger(__name__)
 

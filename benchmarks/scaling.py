@@ -26,10 +26,10 @@ from benchmarks.dit import Stepper, dino_of_random_weights, synthetic_batch
 from model.command import command, parse
 from model.conditioning.image_encoder import EncoderConfig
 from pipeline.core.schema import UserError
-from train.checkpoint import provenance
-from train.distributed import World, join
-from train.dit_config import DIT_PRESETS
-from train.dit_data import DiTBatch
+from train.engine.checkpoint import provenance
+from train.engine.distributed import World, join
+from train.stages.dit.config import DIT_PRESETS
+from train.stages.dit.data import DiTBatch
 
 log = logging.getLogger(__name__)
 

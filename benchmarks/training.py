@@ -28,15 +28,15 @@ from pipeline.core.schema import Bricks, Mesh, UserError, make_uid
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.storage.sdf_shard import write_sdf_shard
 from pipeline.geometry.topology import TopologyConfig, build_topology
-from train.checkpoint import provenance
-from train.config import VAE_PRESETS, BrickConfig, VAETraining
-from train.data import BrickLoader, BrickReader, read_catalogue
-from train.distributed import World
-from train.optimizer import make_optimizer, peak_flops
-from train.pictures import save_image, side_by_side
+from train.engine.checkpoint import provenance
+from train.engine.config import VAE_PRESETS, BrickConfig, VAETraining
+from train.data.bricks import BrickLoader, BrickReader, read_catalogue
+from train.engine.distributed import World
+from train.engine.optimizer import make_optimizer, peak_flops
+from train.engine.mesh_pictures import save_image, side_by_side
 from train.vae import train
-from train.vae_evaluation import evaluate_asset, load_vae, summarize, table
-from train.vae_task import VAETask
+from train.evaluation.vae import evaluate_asset, load_vae, summarize, table
+from train.stages.vae.task import VAETask
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.core.schema import RunError, UserError
 from train.command import command, parse
-from train.demo_page import StepTaken, write_page
+from train.demo.page import StepTaken, write_page
 
 log = logging.getLogger(__name__)
 

@@ -10,19 +10,19 @@ from typing import Any
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.sparse_vae import SparseVAE
 from pipeline.core.schema import UserError
-from train import checkpoint
+from train.engine import checkpoint
 from train.command import command, configure
-from train.config import resolved
-from train.data import Catalogue
-from train.distributed import World, join
-from train.dit_config import DIT_PRESETS, DiTTraining
-from train.dit_data import DiTLoader, joined
-from train.dit_task import DiTTask
-from train.latents import LatentStore, hash_of
-from train.loop import fit, weights_file
-from train.plan import ShardPlanner
-from train.prefetch import Prefetcher
-from train.vae_evaluation import load_vae
+from train.engine.config import resolved
+from train.data.bricks import Catalogue
+from train.engine.distributed import World, join
+from train.stages.dit.config import DIT_PRESETS, DiTTraining
+from train.stages.dit.data import DiTLoader, joined
+from train.stages.dit.task import DiTTask
+from train.data.latents import LatentStore, hash_of
+from train.engine.trainer import fit, weights_file
+from train.engine.batch_sampler import ShardPlanner
+from train.engine.prefetch import Prefetcher
+from train.evaluation.vae import load_vae
 
 log = logging.getLogger(__name__)
 

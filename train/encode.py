@@ -19,10 +19,10 @@ from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.schema import FORMAT_VERSION, Bricks, RunError, UserError, check_resolution
 from train.command import command, parse
-from train.data import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
-from train.distributed import Device, World, join
-from train.latents import STATISTICS, Latent, LatentShard, Sums, hash_of, write_latent_shard
-from train.vae_evaluation import load_vae
+from train.data.bricks import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
+from train.engine.distributed import Device, World, join
+from train.data.latents import STATISTICS, Latent, LatentShard, Sums, hash_of, write_latent_shard
+from train.evaluation.vae import load_vae
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pipeline.core.schema import UserError
 from train.command import command, parse
-from train.generation_evaluation import GenerationEvaluation, evaluate_generation
-from train.vae_evaluation import VAEEvaluation, evaluate_vae
+from train.evaluation.generation import GenerationEvaluation, evaluate_generation
+from train.evaluation.vae import VAEEvaluation, evaluate_vae
 
 PROG = "python -m train.evaluate"
 

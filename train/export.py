@@ -16,10 +16,10 @@ from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.structure import Structure
 from model.sparse_vae import SparseVAE
 from pipeline.core.schema import UserError
-from train.checkpoint import check_format, load_weights
+from train.engine.checkpoint import check_format, load_weights
 from train.command import command, parse
-from train.latents import hash_of
-from train.loop import weights_file
+from train.data.latents import hash_of
+from train.engine.trainer import weights_file
 
 log = logging.getLogger(__name__)
 

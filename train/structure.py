@@ -14,17 +14,17 @@ from safetensors import SafetensorError, safe_open
 from model.occupancy_vae import OccupancyVAE
 from model.structure import Structure
 from pipeline.core.schema import UserError
-from train import checkpoint
+from train.engine import checkpoint
 from train.command import command, configure
-from train.config import resolved
-from train.data import Catalogue, read_catalogue
-from train.distributed import World, join
-from train.loop import fit, weights_file
-from train.plan import Planner, ShardPlanner
-from train.prefetch import Prefetcher
-from train.structure_config import STRUCTURE_PRESETS, StructureTraining
-from train.structure_data import GridLoader
-from train.structure_task import FlowTask, OccupancyTask
+from train.engine.config import resolved
+from train.data.bricks import Catalogue, read_catalogue
+from train.engine.distributed import World, join
+from train.engine.trainer import fit, weights_file
+from train.engine.batch_sampler import Planner, ShardPlanner
+from train.engine.prefetch import Prefetcher
+from train.stages.structure.config import STRUCTURE_PRESETS, StructureTraining
+from train.stages.structure.data import GridLoader
+from train.stages.structure.task import FlowTask, OccupancyTask
 
 log = logging.getLogger(__name__)
 

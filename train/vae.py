@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any
 
 from model.sparse_vae import SparseVAE
-from train import checkpoint
+from train.engine import checkpoint
 from train.command import command, configure
-from train.config import VAE_PRESETS, VAETraining, resolved
-from train.data import BrickLoader, read_catalogue
-from train.distributed import World, join
-from train.loop import fit
-from train.plan import Planner
-from train.prefetch import Prefetcher
-from train.vae_task import VAETask
+from train.engine.config import VAE_PRESETS, VAETraining, resolved
+from train.data.bricks import BrickLoader, read_catalogue
+from train.engine.distributed import World, join
+from train.engine.trainer import fit
+from train.engine.batch_sampler import Planner
+from train.engine.prefetch import Prefetcher
+from train.stages.vae.task import VAETask
 
 log = logging.getLogger(__name__)
 

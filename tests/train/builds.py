@@ -15,7 +15,7 @@ from pipeline.rendering.views import encode
 from pipeline.core.schema import BLOCK, Bricks, View, band, spacing
 from pipeline.storage.render_shard import write_render_shard
 from pipeline.storage.sdf_shard import SdfShard, write_sdf_shard
-from train.config import BrickConfig, LoopConfig, VAEConfig, VAETraining
+from train.engine.config import BrickConfig, LoopConfig, VAEConfig, VAETraining
 
 Field = Callable[[NDArray], NDArray]  # points [..., 3] in the cube -> signed distance [...]
 TINY = VAEConfig(widths=(8, 8, 16, 32), heads=2, blocks=2, groups=8, mlp_ratio=2)

@@ -13,14 +13,14 @@ from model.conditioning.image_conditioned_dit import ConditionedConfig
 from model.sparse_dit import DiTConfig
 from model.sparse_vae import SparseVAE
 from tests.train.builds import TINY
-from train import checkpoint
-from train.conditions import FlowOptions
-from train.config import LoopConfig
-from train.distributed import World
+from train.engine import checkpoint
+from train.data.render_conditions import FlowOptions
+from train.engine.config import LoopConfig
+from train.engine.distributed import World
 from train.dit import read_latents
-from train.dit_config import DiTTraining
-from train.dit_data import DiTLoader, joined
-from train.dit_task import DiTTask
+from train.stages.dit.config import DiTTraining
+from train.stages.dit.data import DiTLoader, joined
+from train.stages.dit.task import DiTTask
 from train.encode import Encoding, encode
 
 VIEWS = 5

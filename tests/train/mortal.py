@@ -11,7 +11,7 @@ import torch
 
 from train.command import command
 from train.dit import main
-from train.dit_task import DiTTask
+from train.stages.dit.task import DiTTask
 
 
 def mortal(flag: Path, step: int) -> None:

@@ -13,11 +13,11 @@ import safetensors.torch
 import torch
 
 from tests.train.builds import TINY, tiny_training
-from train.data import BrickLoader, TrainBatch, read_catalogue
-from train.distributed import World, join
-from train.plan import Planner
-from train.prefetch import Prefetcher
-from train.vae_task import VAETask
+from train.data.bricks import BrickLoader, TrainBatch, read_catalogue
+from train.engine.distributed import World, join
+from train.engine.batch_sampler import Planner
+from train.engine.prefetch import Prefetcher
+from train.stages.vae.task import VAETask
 
 GLOBAL_BATCH, STEPS = 4, 2
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.config import LoopConfig
-from train.distributed import World
-from train.loop import fit
+from train.engine.config import LoopConfig
+from train.engine.distributed import World
+from train.engine.trainer import fit
 
 CONFIG = {"model": "Line", "config": {"inputs": 3}, "training": {}}
 

@@ -16,9 +16,9 @@ import torch
 from model.sparse_tensor import BrickBatch
 from pipeline.core.schema import RunError, UserError
 from tests.train.builds import bricks_of, make_build, shape
-from train.data import BrickLoader, BrickReader, read_catalogue
-from train.plan import Planner
-from train.prefetch import Prefetcher
+from train.data.bricks import BrickLoader, BrickReader, read_catalogue
+from train.engine.batch_sampler import Planner
+from train.engine.prefetch import Prefetcher
 
 
 def planner(tokens=None, **options):

@@ -13,17 +13,17 @@ from PIL import Image
 from pipeline.core.cli import parse as parse_build
 from pipeline.config import PRESETS, BuildConfig
 from pipeline.core.schema import RunError
-from train.charts import Curve, chart, curves_of, smoothed
+from train.demo.charts import Curve, chart, curves_of, smoothed
 from train.command import configure, parse
-from train.config import VAE_PRESETS
+from train.engine.config import VAE_PRESETS
 from train.demo import SIZES, DemoConfig, Plan, Step, plan, run
-from train.demo_page import StepTaken, write_page
-from train.dit_config import DIT_PRESETS
+from train.demo.page import StepTaken, write_page
+from train.stages.dit.config import DIT_PRESETS
 from train.encode import Encoding
 from train.export import Export
-from train.generation_evaluation import GenerationEvaluation
-from train.structure_config import STRUCTURE_PRESETS
-from train.vae_evaluation import VAEEvaluation
+from train.evaluation.generation import GenerationEvaluation
+from train.stages.structure.config import STRUCTURE_PRESETS
+from train.evaluation.vae import VAEEvaluation
 
 
 def read(command):

@@ -17,7 +17,7 @@ from torch.distributed import HashStore
 from pipeline.core.schema import UserError
 from tests.train.builds import tiny_training
 from tests.train.ranks import gradients
-from train.distributed import World, choose_device, of_this_start
+from train.engine.distributed import World, choose_device, of_this_start
 from train.vae import train
 
 ROOT = Path(__file__).resolve().parents[2]

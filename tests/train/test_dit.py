@@ -14,14 +14,14 @@ from model.conditioning.image_encoder import DinoEncoder, EncoderConfig
 from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
 from pipeline.core.schema import RunError, UserError
 from tests.train.flows import MODEL, config, loader_of, make_vae, metrics, task_of, wake, weights
-from train import checkpoint
-from train.distributed import World
+from train.engine import checkpoint
+from train.engine.distributed import World
 from train.dit import main, read_latents, train
-from train.dit_config import DIT_PRESETS
-from train.dit_data import joined
-from train.dit_task import DiTTask
+from train.stages.dit.config import DIT_PRESETS
+from train.stages.dit.data import joined
+from train.stages.dit.task import DiTTask
 from train.export import read_stage
-from train.plan import Draw
+from train.engine.batch_sampler import Draw
 
 
 def test_steps_on_one_batch_lower_its_loss_the_same_way_every_time(rendered, tmp_path):

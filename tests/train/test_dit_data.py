@@ -13,9 +13,9 @@ import pipeline.rendering.views
 from pipeline.storage.render_shard import RenderShard
 from tests.train.builds import color_of
 from tests.train.flows import VIEWS, config, loader_of, task_of, wake
-from train.conditions import Once, ViewReader, time_of
-from train.data import read_catalogue
-from train.plan import Draw, ShardPlanner
+from train.data.render_conditions import Once, ViewReader, time_of
+from train.data.bricks import read_catalogue
+from train.engine.batch_sampler import Draw, ShardPlanner
 
 
 def test_a_sample_is_the_same_in_every_batch(rendered, tmp_path):

@@ -18,20 +18,20 @@ from pipeline.core.primitives.marching_cubes import extract
 from tests.train.builds import add_renders, ellipsoid, make_build, tiny_training
 from tests.train.flows import MODEL, VIEWS, config, encode_with, loader_of, metrics, weights
 from tests.train.test_distributed import ENVIRONMENT, ROOT, torchrun
-from train import checkpoint
-from train.data import BrickReader, read_catalogue
-from train.distributed import World
+from train.engine import checkpoint
+from train.data.bricks import BrickReader, read_catalogue
+from train.engine.distributed import World
 from train.dit import main, read_latents, train
 from train.encode import main as encode_main
 from train.export import read_stage
-from train.plan import Draw
-from train.surfaces import compare_surfaces
+from train.engine.batch_sampler import Draw
+from pipeline.core.primitives.surface_distance import compare_surfaces
 from train.vae import main as vae_main
 from train.vae import train as train_vae
 
 
 def read_ply(path):
-    """What train.pictures.write_ply wrote."""
+    """What train.engine.mesh_pictures.write_ply wrote."""
     header, _, body = path.read_bytes().partition(b"end_header\n")
     counts = [int(line.split()[-1]) for line in header.decode().splitlines() if line.startswith("element")]
     vertices = np.frombuffer(body, "<f4", 3 * counts[0]).reshape(-1, 3)

@@ -16,9 +16,9 @@ from model.sparse_vae import SparseVAE
 from pipeline.core.schema import RunError, UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.builds import TINY, make_build
-from train.distributed import World
+from train.engine.distributed import World
 from train.encode import Encoder, Encoding, encode, main
-from train.latents import LatentBatch, LatentShard, LatentStore, hash_of
+from train.data.latents import LatentBatch, LatentShard, LatentStore, hash_of
 
 torch.set_num_threads(1)
 SHARDS = ("000000", "000001")

@@ -13,7 +13,7 @@ from model.inference.generator import Generator
 from pipeline.core.schema import FORMAT_VERSION, UserError
 from tests.model.test_generate import FAST, disc, untrained
 from train.export import Export, export, main
-from train.latents import hash_of
+from train.data.latents import hash_of
 
 
 def checkpoint(path, model, **training):

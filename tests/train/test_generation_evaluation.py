@@ -16,11 +16,11 @@ from pipeline.core.schema import RunError, UserError, View
 from pipeline.storage.render_shard import write_render_shard
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.builds import commit, make_build
-from train import references
-from train.conditions import ViewReader
-from train.data import BrickReader
+from train.evaluation import reference_surfaces as references
+from train.data.render_conditions import ViewReader
+from train.data.bricks import BrickReader
 from train.evaluate import main
-from train.generation_evaluation import GenerationEvaluation, _mesh, evaluate_generation
+from train.evaluation.generation import GenerationEvaluation, _mesh, evaluate_generation
 
 VIEWS = 3
 

@@ -9,7 +9,7 @@ import trimesh
 from model.conditioning.image_encoder import DinoEncoder
 from pipeline.core.cameras import look_at_origin
 from pipeline.core.schema import UserError
-from train.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_map, normal_maps
+from train.evaluation.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_map, normal_maps
 
 EYE = look_at_origin(30.0, 20.0, 50.0)
 

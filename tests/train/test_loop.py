@@ -17,9 +17,9 @@ import torch
 from model.command import Stopped
 from pipeline.core.schema import RunError, UserError
 from tests.train.standin import Fit, Numbers, run
-from train import checkpoint
-from train.config import LoopConfig
-from train.optimizer import Guard, make_optimizer, update_average
+from train.engine import checkpoint
+from train.engine.config import LoopConfig
+from train.engine.optimizer import Guard, make_optimizer, update_average
 
 
 def rows(out, event=None):

@@ -6,7 +6,7 @@ import torch
 
 from model.sparse_tensor import BrickBatch
 from tests.train.builds import bricks_of, shape
-from train.losses import LossWeights, vae_losses
+from train.stages.vae.losses import LossWeights, vae_losses
 
 
 def batch_of(numbers, sharp=True):

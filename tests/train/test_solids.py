@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from train.solids import OFFSETS, inside, overlap
+from pipeline.core.primitives.voxel_iou import OFFSETS, inside, overlap
 
 
 def points(side):

@@ -18,17 +18,17 @@ from model.structure import Structure, StructureConfig
 from pipeline.core.schema import UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.builds import add_renders, color_of, make_build
-from train import checkpoint
-from train.config import LoopConfig
-from train.data import read_catalogue
-from train.distributed import World
-from train.loop import weights_file
-from train.plan import Draw
+from train.engine import checkpoint
+from train.engine.config import LoopConfig
+from train.data.bricks import read_catalogue
+from train.engine.distributed import World
+from train.engine.trainer import weights_file
+from train.engine.batch_sampler import Draw
 from train.structure import main, train, train_flow, train_vae
-from train.structure_config import STRUCTURE_PRESETS, FlowTraining, OccupancyTraining, StructureTraining
-from train.structure_data import GridLoader
-from train.structure_task import FlowTask, cube_surface
-from train.symmetry import SYMMETRIES
+from train.stages.structure.config import STRUCTURE_PRESETS, FlowTraining, OccupancyTraining, StructureTraining
+from train.stages.structure.data import GridLoader
+from train.stages.structure.task import FlowTask, cube_surface
+from train.data.symmetry import SYMMETRIES
 
 MODEL = StructureConfig(
     occupancy=OccupancyConfig(side=4, widths=(8, 16), blocks=1, groups=8, latent_channels=4),

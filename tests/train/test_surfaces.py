@@ -6,8 +6,8 @@ import torch
 
 from model.inference.extract_mesh import mesh_of
 from tests.train.builds import bricks_of, ellipsoid
-from train.surfaces import Surface, Tree, compare_surfaces, sample_surface
-from train.vae_task import inside_iou
+from pipeline.core.primitives.surface_distance import Surface, Tree, compare_surfaces, sample_surface
+from train.stages.vae.task import inside_iou
 
 
 def sphere(radius, R=64):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.train.builds import bricks_of, ellipsoid, grid
-from train.symmetry import SYMMETRIES, transform_bricks, transform_points
+from train.data.symmetry import SYMMETRIES, transform_bricks, transform_points
 
 R = 32
 FIELD = ellipsoid((0.09, -0.05, 0.02), (0.31, 0.2, 0.12))  # no symmetry of its own

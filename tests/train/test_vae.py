@@ -20,12 +20,12 @@ from pipeline.core.schema import UserError
 from tests.train.builds import tiny_training
 from train import vae
 from train.command import configure
-from train.config import VAE_PRESETS
-from train.data import BrickReader, read_catalogue
-from train.distributed import World
+from train.engine.config import VAE_PRESETS
+from train.data.bricks import BrickReader, read_catalogue
+from train.engine.distributed import World
 from train.evaluate import main as evaluate
-from train.vae_evaluation import VAEEvaluation, evaluate_asset, evaluate_vae, load_vae
-from train.vae_task import inside_iou
+from train.evaluation.vae import VAEEvaluation, evaluate_asset, evaluate_vae, load_vae
+from train.stages.vae.task import inside_iou
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -39,7 +39,7 @@ from pathlib import Path
 from tests.train.builds import tiny_training
 from train import vae
 from train.command import command
-from train.distributed import World
+from train.engine.distributed import World
 torch.set_num_threads(1)
 options = {"steps": 40, "batch_size": 1, "optimizer": "muon"}
 command(lambda args: vae.train(tiny_training(Path(args[0]), Path(args[1]), **options), World()) and 0)

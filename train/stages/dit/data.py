@@ -13,11 +13,11 @@ from torch import Tensor
 from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import noise_of
 from pipeline.core.schema import RunError, UserError, seed_of
-from train.conditions import Conditions, time_of
-from train.data import UNREADABLE, Catalogue, read_catalogue
-from train.dit_config import DiTTraining
-from train.latents import Latent, LatentBatch, LatentStore
-from train.plan import Draw, Plan
+from train.data.render_conditions import Conditions, time_of
+from train.data.bricks import UNREADABLE, Catalogue, read_catalogue
+from train.stages.dit.config import DiTTraining
+from train.data.latents import Latent, LatentBatch, LatentStore
+from train.engine.batch_sampler import Draw, Plan
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from model.conditioning.image_conditioned_dit import ConditionedConfig
 from model.sparse_dit import DiTConfig
 from pipeline.core.cameras import CameraSet
 from pipeline.core.schema import check_resolution
-from train.conditions import FlowOptions
-from train.config import LoopConfig
-from train.distributed import Device
+from train.data.render_conditions import FlowOptions
+from train.engine.config import LoopConfig
+from train.engine.distributed import Device
 
 DiTPreset = Literal["tiny", "small", "256", "384", "512", "1024"]
 

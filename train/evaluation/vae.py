@@ -21,14 +21,14 @@ from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import RunError, UserError
-from train.checkpoint import check_format, load_weights, provenance
-from train.data import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
-from train.distributed import Device, choose_device
-from train.evaluation_page import write_page
-from train.loop import weights_file
-from train.pictures import picture, save_image, side_by_side
-from train.surfaces import THRESHOLDS, compare_surfaces
-from train.vae_task import inside_iou
+from train.engine.checkpoint import check_format, load_weights, provenance
+from train.data.bricks import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
+from train.engine.distributed import Device, choose_device
+from train.evaluation.page import write_page
+from train.engine.trainer import weights_file
+from train.engine.mesh_pictures import picture, save_image, side_by_side
+from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
+from train.stages.vae.task import inside_iou
 
 log = logging.getLogger(__name__)
 

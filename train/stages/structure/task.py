@@ -17,12 +17,12 @@ from model.rectified_flow import Guidance, interpolate, target
 from model.occupancy_vae import OccupancyVAE, intersection_over_union, occupancy_loss, occupancy_of
 from model.sparse_tensor import SparseTensor
 from model.structure import Structure, dense_level, grid_to_rows, rows_to_grid
-from train.data import Catalogue
-from train.distributed import World
-from train.pictures import picture, save_image, side_by_side
-from train.plan import Draw
-from train.structure_config import StructureTraining
-from train.structure_data import GridBatch, GridLoader
+from train.data.bricks import Catalogue
+from train.engine.distributed import World
+from train.engine.mesh_pictures import picture, save_image, side_by_side
+from train.engine.batch_sampler import Draw
+from train.stages.structure.config import StructureTraining
+from train.stages.structure.data import GridBatch, GridLoader
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which held-out assets are judged
 PICTURE = 192  # pixels

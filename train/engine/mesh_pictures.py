@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from train.surfaces import sample_surface
+from pipeline.core.primitives.surface_distance import sample_surface
 
 VIEW = np.array([[0.8, 0.0, -0.6], [-0.24, 0.9165, -0.32], [0.5499, 0.4, 0.7332]])  # right, up, towards the eye
 LIGHT = np.array([0.35, 0.6, 0.72])

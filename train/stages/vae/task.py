@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from model.inference.extract_mesh import extract_meshes
 from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.marching_cubes import extract
-from train.config import VAETraining
-from train.data import BrickLoader, Catalogue, TrainBatch
-from train.distributed import World
-from train.losses import vae_losses
-from train.pictures import picture, save_image, side_by_side, write_ply
+from train.engine.config import VAETraining
+from train.data.bricks import BrickLoader, Catalogue, TrainBatch
+from train.engine.distributed import World
+from train.stages.vae.losses import vae_losses
+from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
 
 
 class VAETask:

@@ -17,14 +17,14 @@ from model.rectified_flow import Guidance, interpolate, target
 from model.inference.extract_mesh import extract_meshes
 from model.sparse_tensor import SparseTensor
 from model.sparse_vae import SparseVAE
-from train.data import Catalogue
-from train.distributed import World
-from train.dit_config import DiTTraining
-from train.dit_data import DiTBatch, DiTLoader
-from train.latents import LatentStore
-from train.pictures import picture, save_image, side_by_side, write_ply
-from train.plan import Draw
-from train.vae_task import inside_iou
+from train.data.bricks import Catalogue
+from train.engine.distributed import World
+from train.stages.dit.config import DiTTraining
+from train.stages.dit.data import DiTBatch, DiTLoader
+from train.data.latents import LatentStore
+from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
+from train.engine.batch_sampler import Draw
+from train.stages.vae.task import inside_iou
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which held-out assets are judged
 PICTURE = 256  # pixels

@@ -11,8 +11,8 @@ from scipy.spatial import KDTree
 
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import RunError
-from train.data import UNREADABLE, BrickReader, Catalogue
-from train.surfaces import sample_surface
+from train.data.bricks import UNREADABLE, BrickReader, Catalogue
+from pipeline.core.primitives.surface_distance import sample_surface
 
 log = logging.getLogger(__name__)
 

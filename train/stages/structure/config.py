@@ -13,9 +13,9 @@ from model.occupancy_vae import OccupancyConfig
 from model.structure import StructureConfig
 from pipeline.core.cameras import CameraSet
 from pipeline.core.schema import BLOCK, check_resolution
-from train.conditions import FlowOptions
-from train.config import LoopConfig
-from train.distributed import Device
+from train.data.render_conditions import FlowOptions
+from train.engine.config import LoopConfig
+from train.engine.distributed import Device
 
 StructurePreset = Literal["tiny", "small", "base"]
 

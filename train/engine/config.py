@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from model.sparse_vae import VAEConfig
 from pipeline.core.schema import check_resolution
-from train.distributed import Device
-from train.losses import LossWeights
+from train.engine.distributed import Device
+from train.stages.vae.losses import LossWeights
 
 MAX_SEED = 1 << 40  # a million ranks have seeds of their own below 2^63
 VAEPreset = Literal["tiny", "small", "base", "base-1024"]
@@ -26,7 +26,7 @@ class LoopConfig:
 
     steps: int = 100_000  # of all ranks together; a finished run goes on if this is raised
     max_minutes: float | None = None  # stop after that, with a checkpoint; the same command goes on
-    optimizer: Literal["adamw", "muon"] = "adamw"  # the paper's, or see train.optimizer.Muon
+    optimizer: Literal["adamw", "muon"] = "adamw"  # the paper's, or see train.engine.optimizer.Muon
     learning_rate: float = 1e-4  # paper, sec. 3
     warmup_steps: int = 200  # over which the learning rate rises from 0
     schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to a tenth at the last step

@@ -18,16 +18,16 @@ from model.inference.turntable import CLAY, on_paper
 from pipeline.core.cameras import Camera, CameraSet, look_at_origin
 from pipeline.rendering.views import render_from
 from pipeline.core.schema import Mesh, Part, RunError, UserError, View
-from train.checkpoint import provenance
-from train.conditions import ViewReader
-from train.data import built_resolutions, read_catalogue
-from train.distributed import Device, choose_device
-from train.evaluation_page import write_page
-from train.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_maps
-from train.pictures import save_image, side_by_side
-from train.references import References, Surface, spread
-from train.solids import inside, overlap
-from train.surfaces import THRESHOLDS, compare_surfaces
+from train.engine.checkpoint import provenance
+from train.data.render_conditions import ViewReader
+from train.data.bricks import built_resolutions, read_catalogue
+from train.engine.distributed import Device, choose_device
+from train.evaluation.page import write_page
+from train.evaluation.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_maps
+from train.engine.mesh_pictures import save_image, side_by_side
+from train.evaluation.reference_surfaces import References, Surface, spread
+from pipeline.core.primitives.voxel_iou import inside, overlap
+from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
 
 log = logging.getLogger(__name__)
 

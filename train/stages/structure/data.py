@@ -14,11 +14,11 @@ from torch import Tensor
 from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import noise_of
 from pipeline.core.schema import seed_of
-from train.conditions import Conditions, time_of
-from train.data import ONE_BITS, BrickLoader, Catalogue, magnitude_bits
-from train.plan import Draw, Plan
-from train.structure_config import StructureTraining
-from train.symmetry import SYMMETRIES, transform_points
+from train.data.render_conditions import Conditions, time_of
+from train.data.bricks import ONE_BITS, BrickLoader, Catalogue, magnitude_bits
+from train.engine.batch_sampler import Draw, Plan
+from train.stages.structure.config import StructureTraining
+from train.data.symmetry import SYMMETRIES, transform_points
 
 CELLS_KEPT = 1 << 14  # assets whose cells are kept rather than read again, some 20 kB each
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from model.sparse_tensor import BrickBatch
 from pipeline.core.schema import BLOCK, FORMAT_VERSION, Bricks, RunError, UserError, seed_of
-from train.plan import Draw, Plan
-from train.symmetry import SYMMETRIES, transform_bricks
+from train.engine.batch_sampler import Draw, Plan
+from train.data.symmetry import SYMMETRIES, transform_bricks
 
 if TYPE_CHECKING:
     from pipeline.storage.sdf_shard import SdfShard

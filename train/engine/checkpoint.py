@@ -23,7 +23,7 @@ from torch import nn
 
 import model.checkpoint
 from pipeline.core.schema import FORMAT_VERSION, UserError
-from train.distributed import World
+from train.engine.distributed import World
 
 log = logging.getLogger(__name__)
 

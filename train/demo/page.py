@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from train.charts import chart, curves_of
-from train.checkpoint import provenance
+from train.demo.charts import chart, curves_of
+from train.engine.checkpoint import provenance
 
 CURVES = (
     ("SS-VAE: bricks to latents and back", "vae", ("loss", "in", "ext", "sharp")),

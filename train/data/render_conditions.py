@@ -17,8 +17,8 @@ from torch import Tensor
 from model.rectified_flow import TimeDistribution
 from model.conditioning.image_preprocessing import Augmentation, PreparedImage, prepare_image
 from pipeline.core.schema import RunError, UserError, seed_of
-from train.config import LoopConfig
-from train.data import OPEN_SHARDS, UNREADABLE, Catalogue
+from train.engine.config import LoopConfig
+from train.data.bricks import OPEN_SHARDS, UNREADABLE, Catalogue
 
 if TYPE_CHECKING:
     from pipeline.core.schema import View

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.schema import FORMAT_VERSION, RunError, UserError
-from train import checkpoint
+from train.engine import checkpoint
 from train.command import Stop, Stopped, note_signals
-from train.config import FREE_ON_RESUME, LoopConfig
-from train.distributed import World
-from train.journal import Journal
-from train.optimizer import Guard, make_optimizer, peak_flops, update_average
-from train.prefetch import Stream
+from train.engine.config import FREE_ON_RESUME, LoopConfig
+from train.engine.distributed import World
+from train.engine.metrics_log import Journal
+from train.engine.optimizer import Guard, make_optimizer, peak_flops, update_average
+from train.engine.prefetch import Stream
 
 log = logging.getLogger(__name__)
 
