@@ -25,19 +25,22 @@ from numpy.typing import NDArray
 
 from benchmarks.sdf_gpu import difference, machine
 from model.command import command, parse
+from pipeline.config import PRESETS, BuildConfig, PresetName
+from pipeline.core.schema import Record, RunError, UserError
 from pipeline.geometry import sdf_cuda as gpu
 from pipeline.orchestration.asset_stages import AssetJob, load_bricks
-from pipeline.config import PRESETS, BuildConfig, PresetName
-from pipeline.orchestration.isolated_process import Isolated
 from pipeline.orchestration.commit import land
+from pipeline.orchestration.isolated_process import Isolated
 from pipeline.rendering.views import decode
-from pipeline.core.schema import Record, RunError, UserError
 from pipeline.sources import Source, open_source
 
 log = logging.getLogger(__name__)
 
 PROG = "python -m benchmarks.assets"
-WARM_UP = {"cpu": "pipeline.orchestration.asset_stages:warm_up", "cuda": "pipeline.orchestration.asset_stages:warm_up_cuda"}
+WARM_UP = {
+    "cpu": "pipeline.orchestration.asset_stages:warm_up",
+    "cuda": "pipeline.orchestration.asset_stages:warm_up_cuda",
+}
 Row = dict[str, Any]
 Visit = Callable[[Isolated, Record, str], Row]
 
@@ -55,7 +58,9 @@ class Measure:
     views: int | None = None  # default: the preset's, as the next
     image_size: int | None = None
     repeats: int = 1  # visits to each asset; the last one's products are kept
-    memory_gb: float = 8.0  # address space (with CUDA: private memory) of the process that works on an asset
+    memory_gb: float = (
+        8.0  # address space (with CUDA: private memory) of the process that works on an asset
+    )
 
     def __post_init__(self):
         for name in ("processes", "repeats"):
@@ -87,7 +92,9 @@ def build_config(cfg: Measure) -> BuildConfig:
     )
     unknown = sorted(set(cfg.products) - set(build.products))
     if unknown:
-        raise UserError(f"preset {cfg.preset} makes {', '.join(build.products)}, not {', '.join(unknown)}")
+        raise UserError(
+            f"preset {cfg.preset} makes {', '.join(build.products)}, not {', '.join(unknown)}"
+        )
     return build
 
 
@@ -105,7 +112,9 @@ def measure(cfg: Measure) -> Row:
     processes = min(cfg.processes or os.cpu_count() or 1, len(records) * cfg.repeats)
     products = tuple(name for name in build.products if not cfg.products or name in cfg.products)
 
-    jobs = [(record, f"again-{n}" if n else "assets") for n in range(cfg.repeats) for record in records]
+    jobs = [
+        (record, f"again-{n}" if n else "assets") for n in range(cfg.repeats) for record in records
+    ]
 
     def one(server: Isolated, record: Record, name: str) -> Row:
         return visit(server, record, source, build, products, cfg.out / name)
@@ -117,7 +126,11 @@ def measure(cfg: Measure) -> Row:
         first = one(servers[0], *jobs[len(records) - 1])
         start_s = time.monotonic() - began
         with ThreadPoolExecutor(processes) as pool:
-            list(pool.map(lambda server: _call(server, "builtins:bool", None, cfg.out, build), servers))  # warm
+            list(
+                pool.map(
+                    lambda server: _call(server, "builtins:bool", None, cfg.out, build), servers
+                )
+            )  # warm
             rows, wall_s = _all(pool, servers, jobs, one)
     finally:
         for server in servers:
@@ -126,8 +139,17 @@ def measure(cfg: Measure) -> Row:
             shutil.rmtree(old, ignore_errors=True)
     results = {
         "machine": {**machine(), "cores": os.cpu_count(), "processes": processes},
-        "config": {"preset": cfg.preset, "device": cfg.device, "products": products, "memory_gb": cfg.memory_gb}
-        | {"views": build.views, "image_size": build.image_size, "topology_resolution": build.topology_resolution},
+        "config": {
+            "preset": cfg.preset,
+            "device": cfg.device,
+            "products": products,
+            "memory_gb": cfg.memory_gb,
+        }
+        | {
+            "views": build.views,
+            "image_size": build.image_size,
+            "topology_resolution": build.topology_resolution,
+        },
         "start_s": start_s,  # of the first process: imports, compiling, one asset
         "first": first,
         "wall_s": wall_s,
@@ -139,7 +161,10 @@ def measure(cfg: Measure) -> Row:
 
 
 def _all(
-    pool: ThreadPoolExecutor, servers: Sequence[Isolated], jobs: Sequence[tuple[Record, str]], one: Visit
+    pool: ThreadPoolExecutor,
+    servers: Sequence[Isolated],
+    jobs: Sequence[tuple[Record, str]],
+    one: Visit,
 ) -> tuple[list[Row], float]:
     """Every visit's row in the order of their ends, and the wall seconds of all."""
     rows: list[Row] = []
@@ -150,7 +175,9 @@ def _all(
         for record, name in waiting:
             row = one(server, record, name)
             row["ended_s"] = time.monotonic() - began
-            log.info("%s: %s %s in %.1f s", row["mesh"], row["status"], row["reason"], row["wall_s"])
+            log.info(
+                "%s: %s %s in %.1f s", row["mesh"], row["status"], row["reason"], row["wall_s"]
+            )
             rows.append(row)
 
     list(pool.map(work, servers))
@@ -158,14 +185,23 @@ def _all(
 
 
 def visit(
-    server: Isolated, record: Record, source: Source, build: BuildConfig, products: tuple[str, ...], root: Path
+    server: Isolated,
+    record: Record,
+    source: Source,
+    build: BuildConfig,
+    products: tuple[str, ...],
+    root: Path,
 ) -> Row:
     """One asset, as a task of a build does it; its products lie in root/<uid>."""
     folder = root / f"{record.uid}.new"
     folder.mkdir(parents=True)
     on_gpu = "0" if build.device == "cuda" else None
-    job = AssetJob(record=record, source=source, config=build, products=products, folder=folder, gpu=on_gpu)
-    result = land(job, _call(server, "pipeline.orchestration.asset_stages:process", job, folder, build), 1)
+    job = AssetJob(
+        record=record, source=source, config=build, products=products, folder=folder, gpu=on_gpu
+    )
+    result = land(
+        job, _call(server, "pipeline.orchestration.asset_stages:process", job, folder, build), 1
+    )
     made = {name: value for counts in result.products.values() for name, value in counts.items()}
     return {
         "mesh": record.url,
@@ -177,7 +213,9 @@ def visit(
         "wall_s": result.wall_s,
         "seconds": result.seconds,
         "peak_mb": result.peak_rss_bytes >> 20,
-        "tokens": {name: counts["tokens"] for name, counts in result.products.items() if "tokens" in counts},
+        "tokens": {
+            name: counts["tokens"] for name, counts in result.products.items() if "tokens" in counts
+        },
         "device": made.get("device"),
         "renderer": made.get("renderer"),
     }
@@ -205,16 +243,31 @@ def table(results: Row) -> str:
     numbers: list[list[float]] = []
     for row in sorted(results["rows"], key=lambda row: (row["mesh"], row["ended_s"])):
         if row["status"] != "done":
-            lines.append(f"| {row['mesh']} | {row['status']}: {row['reason']} |" + " |" * (len(head) - 2))
+            lines.append(
+                f"| {row['mesh']} | {row['status']}: {row['reason']} |" + " |" * (len(head) - 2)
+            )
             continue
         spent = [row["seconds"].get(stage, 0.0) for stage in stages]
         numbers.append([*spent, row["wall_s"] - sum(spent), row["wall_s"], row["peak_mb"]])
-        lines.append("| " + " | ".join([row["mesh"], str(row["faces"]), *map(_short, numbers[-1])]) + " |")
+        lines.append(
+            "| " + " | ".join([row["mesh"], str(row["faces"]), *map(_short, numbers[-1])]) + " |"
+        )
     for name, of in (("median", statistics.median), ("mean", statistics.fmean)) if numbers else ():
-        lines.append("| " + " | ".join([name, "", *(_short(of(column)) for column in zip(*numbers))]) + " |")
-    drawn = sorted({f"{row['device']}; {row['renderer']}" for row in results["rows"] if row["status"] == "done"})
+        lines.append(
+            "| " + " | ".join([name, "", *(_short(of(column)) for column in zip(*numbers))]) + " |"
+        )
+    drawn = sorted(
+        {
+            f"{row['device']}; {row['renderer']}"
+            for row in results["rows"]
+            if row["status"] == "done"
+        }
+    )
     done = f"{len(numbers)} visits by {results['machine']['processes']} processes in {results['wall_s']:.1f} s"
-    return "\n".join([*lines, "", f"{done}: {results['assets_per_hour']:.0f} assets an hour", *drawn]) + "\n"
+    return (
+        "\n".join([*lines, "", f"{done}: {results['assets_per_hour']:.0f} assets an hour", *drawn])
+        + "\n"
+    )
 
 
 def _short(value: float) -> str:
@@ -230,7 +283,10 @@ def compare(cfg: Compare) -> Row:
         raise UserError(f"{cfg.expected} and {cfg.found} have no product of an asset in common")
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         rows = [row for some in pool.map(lambda pair: _apart(*pair), pairs) for row in some]
-    results = {"sdf": [row for row in rows if "resolution" in row], "views": [row for row in rows if "view" in row]}
+    results = {
+        "sdf": [row for row in rows if "resolution" in row],
+        "views": [row for row in rows if "view" in row],
+    }
     if cfg.out is not None:
         cfg.out.write_text(json.dumps(results, indent=1) + "\n")
     return results
@@ -241,10 +297,23 @@ def _apart(expected: Path, found: Path) -> list[Row]:
     uid, product = expected.parts[-2:]
     if product.startswith("sdf-"):
         R = int(product[4:])
-        return [{"uid": uid, "resolution": R, **difference(load_bricks(found, R), load_bricks(expected, R))}]
-    ours, theirs = ({path.stem: path for path in at.iterdir() if path.suffix != ".json"} for at in (expected, found))
+        return [
+            {
+                "uid": uid,
+                "resolution": R,
+                **difference(load_bricks(found, R), load_bricks(expected, R)),
+            }
+        ]
+    ours, theirs = (
+        {path.stem: path for path in at.iterdir() if path.suffix != ".json"}
+        for at in (expected, found)
+    )
     return [
-        {"uid": uid, "view": view, **pictures_apart(decode(ours[view].read_bytes()), decode(theirs[view].read_bytes()))}
+        {
+            "uid": uid,
+            "view": view,
+            **pictures_apart(decode(ours[view].read_bytes()), decode(theirs[view].read_bytes())),
+        }
         for view in sorted(ours.keys() & theirs.keys())
     ]
 
@@ -273,7 +342,9 @@ def summary(results: Row) -> str:
         worst, step = (max(row[name] for row in rows) for name in ("max_voxels", "f16_step_voxels"))
         names = ("values", "wrong_signs", "other_cells", "other_sharp_bits")
         sums = ", ".join(f"{sum(row[name] for row in rows)} {name}" for name in names)
-        lines.append(f"R = {R}: {len(rows)} assets, at most {worst:.5f} voxels apart (fp16 step {step:.5f}), {sums}")
+        lines.append(
+            f"R = {R}: {len(rows)} assets, at most {worst:.5f} voxels apart (fp16 step {step:.5f}), {sums}"
+        )
     if views := results["views"]:
         mean = statistics.fmean(row["mean_difference_covered"] for row in views)
         worst = max(row["mean_difference_covered"] for row in views)

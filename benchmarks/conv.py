@@ -15,9 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.ssa import ceilings, commit, milliseconds, replayed
 from kernels import duplicate_children, neighbor_map, parents, sparse_conv, token_order
 from kernels.conv import reference as reference_conv
-from benchmarks.ssa import ceilings, commit, milliseconds, replayed
 
 RESOLUTIONS = {512: 10655, 1024: 45904}  # paper, table of section 4: mean latent tokens
 
@@ -102,14 +102,20 @@ def block_rows(neighbors: Tensor, size: int) -> Tensor:
         x, y, z = (place.div(size, rounding_mode="floor") + 1).unbind(1)
         i, j, k = (place % size).unbind(1)
         block = neighbors[:, x * 9 + y * 3 + z]
-        columns.append(torch.where(block < 0, -1, block * size**3 + ((i * size + j) * size + k).int()).view(-1))
+        columns.append(
+            torch.where(block < 0, -1, block * size**3 + ((i * size + j) * size + k).int()).view(-1)
+        )
     return torch.stack(columns, 1)
 
 
 def voxel_coords(coords: Tensor, size: int) -> Tensor:
     axis = torch.arange(size, device=coords.device, dtype=torch.int32)
     local = torch.nn.functional.pad(torch.cartesian_prod(axis, axis, axis), (1, 0))
-    return (coords[:, None] * torch.tensor([1, size, size, size], device=coords.device) + local).view(-1, 4).int()
+    return (
+        (coords[:, None] * torch.tensor([1, size, size, size], device=coords.device) + local)
+        .view(-1, 4)
+        .int()
+    )
 
 
 def measure_spconv(layer: Layer, coords: Tensor) -> tuple[float, float]:
@@ -120,7 +126,9 @@ def measure_spconv(layer: Layer, coords: Tensor) -> tuple[float, float]:
     rows = len(voxels)
     side = int(voxels[:, 1:].max()) + 1
     module = spconv.SubMConv3d(layer.C, layer.O, 3, bias=True, indice_key="pairs").cuda().half()
-    x = torch.randn(rows // 8 if layer.upsample else rows, layer.C, device="cuda", dtype=torch.float16)
+    x = torch.randn(
+        rows // 8 if layer.upsample else rows, layer.C, device="cuda", dtype=torch.float16
+    )
     pairs: dict = {}
 
     def forward(x: Tensor) -> Tensor:
@@ -140,7 +148,9 @@ def measure_spconv(layer: Layer, coords: Tensor) -> tuple[float, float]:
     return forward_ms, milliseconds(step, repeats) - forward_ms
 
 
-def step_times(function: Callable[..., Tensor], inputs: list[Tensor], graph: bool, repeats: int) -> tuple[float, float]:
+def step_times(
+    function: Callable[..., Tensor], inputs: list[Tensor], graph: bool, repeats: int
+) -> tuple[float, float]:
     """Milliseconds of forward and of backward."""
     cotangent = torch.randn_like(function(*inputs).detach())
 
@@ -149,7 +159,11 @@ def step_times(function: Callable[..., Tensor], inputs: list[Tensor], graph: boo
         return torch.autograd.grad(function(*leaves), leaves, cotangent)
 
     with torch.no_grad():
-        forward = replayed(lambda: function(*inputs)) if graph else milliseconds(lambda: function(*inputs), repeats)
+        forward = (
+            replayed(lambda: function(*inputs))
+            if graph
+            else milliseconds(lambda: function(*inputs), repeats)
+        )
     both = replayed(step) if graph else milliseconds(step, repeats)
     return forward, both - forward
 
@@ -165,7 +179,9 @@ def peak_gb(function: Callable[..., Tensor], inputs: list[Tensor]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def floors(layer: Layer, pairs: float, rows_in: int, rows_out: int, rates: dict[str, float]) -> tuple[float, float]:
+def floors(
+    layer: Layer, pairs: float, rows_in: int, rows_out: int, rates: dict[str, float]
+) -> tuple[float, float]:
     """Least milliseconds of forward and backward: FLOP that exist, or every row read and written once."""
     flop = 2 * pairs * layer.C * layer.O
     read, write = 2 * rows_in * layer.C, 2 * rows_out * layer.O
@@ -190,8 +206,12 @@ def measure(layer: Layer, coords: Tensor, rates: dict[str, float], peers: bool) 
     ours(*(t.requires_grad_() for t in inputs)).sum().backward()  # chooses tiles
     inputs = [t.detach() for t in inputs]
     present = float((neighbors >= 0).double().sum())
-    if layer.size > 1:  # of the 27 taps of a block's voxels, those in the block next to it on one, two or three axes
-        share = torch.tensor([1 / (3 * layer.size), 1 - 2 / (3 * layer.size), 1 / (3 * layer.size)], device="cuda")
+    if (
+        layer.size > 1
+    ):  # of the 27 taps of a block's voxels, those in the block next to it on one, two or three axes
+        share = torch.tensor(
+            [1 / (3 * layer.size), 1 - 2 / (3 * layer.size), 1 / (3 * layer.size)], device="cuda"
+        )
         columns = torch.stack([a * b * c for a, b, c in itertools.product(share, repeat=3)])
         present = float(((neighbors >= 0) * columns).double().sum()) * 27 * layer.size**3
     dense_flop = 2 * 27 * rows * layer.C * layer.O
@@ -252,7 +272,9 @@ def table(rows: list[dict], rates: dict[str, float]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        share = "/".join(f"{100 * f / t:.0f}%" for f, t in zip(row["floor"], row["ours"], strict=True))
+        share = "/".join(
+            f"{100 * f / t:.0f}%" for f, t in zip(row["floor"], row["ours"], strict=True)
+        )
         peers = [sum(row[name]) for name in ("gather", "halo", "spconv") if row.get(name)]
         gain = f"{min(peers) / sum(row['ours']):.2f}x" if peers else "-"
         lines.append(
@@ -293,7 +315,9 @@ def main() -> None:
         for level in (2, 4, 8):
             levels[level] = parents(levels[level // 2]).coords_P4
         share = len(levels[1]) / len(levels[8]) / 512
-        sys.stdout.write(f"R = {R}: {', '.join(f'R/{k} {len(v)}' for k, v in levels.items())}; {share:.0%} active\n")
+        sys.stdout.write(
+            f"R = {R}: {', '.join(f'R/{k} {len(v)}' for k, v in levels.items())}; {share:.0%} active\n"
+        )
         sets[R] = levels
         result[str(R)] = []
         for layer in LAYERS:

@@ -26,23 +26,23 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dit_learning import Learn, learn
-from kernels import spatial_sparse_attention
 from benchmarks.token_sets import surface_coords
+from kernels import spatial_sparse_attention
 from model.attention import ragged_attention
 from model.command import command, parse
 from model.conditioning.image_encoder import EncoderConfig, ImageBatch
-from model.rectified_flow import noise_of
 from model.conditioning.image_preprocessing import Augmentation, prepare_image
+from model.rectified_flow import noise_of
 from model.sparse_tensor import Level
 from pipeline.core.schema import BLOCK, UserError
+from train.data.latents import LatentBatch
 from train.engine.checkpoint import provenance
 from train.engine.distributed import World
+from train.engine.optimizer import make_optimizer, peak_flops, update_average
+from train.engine.prefetch import Prefetcher
 from train.stages.dit.config import DIT_PRESETS, DiTTraining
 from train.stages.dit.data import DiTBatch
 from train.stages.dit.task import DiTTask
-from train.data.latents import LatentBatch
-from train.engine.optimizer import make_optimizer, peak_flops, update_average
-from train.engine.prefetch import Prefetcher
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,11 @@ def render(size: int, seed: int) -> np.ndarray:
     row, column = np.mgrid[:size, :size] / size - 0.5
     radius = np.hypot(row, column)
     ring = (radius < 0.45) & (radius > 0.45 * (1 - FOREGROUND / 0.785) ** 0.5)
-    noise = rng.integers(0, 256, (size // 8 + 1, size // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)[:size, :size]
+    noise = (
+        rng.integers(0, 256, (size // 8 + 1, size // 8 + 1, 3))
+        .repeat(8, 0)
+        .repeat(8, 1)[:size, :size]
+    )
     return np.dstack([noise, 255 * ring]).astype(np.uint8)
 
 
@@ -96,7 +100,9 @@ def synthetic_batch(preset: str, cfg: DiTTraining, first: int = 0) -> DiTBatch:
         part[:, 0] = number
     cells = Level.from_coords(torch.cat(parts), side, B)
     counts, channels = [len(part) for part in parts], cfg.model.dit.latent_channels
-    mean, posterior, noise = (noise_of([10 * n + k for n in numbers], counts, channels) for k in range(3))
+    mean, posterior, noise = (
+        noise_of([10 * n + k for n in numbers], counts, channels) for k in range(3)
+    )
     images = [prepare_image(render(518, n), 518) for n in numbers]
     return DiTBatch(
         latents=LatentBatch(cells, mean, torch.full_like(mean, -2.0)),
@@ -144,7 +150,9 @@ class Stepper:
         there = batch.to(self.device)
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             condition = self.task.model.condition(there.images)
-            encoder = median(milliseconds(lambda: self.task.model.condition(there.images)) for _ in range(3))
+            encoder = median(
+                milliseconds(lambda: self.task.model.condition(there.images)) for _ in range(3)
+            )
         flops, ms = 3 * self.task.model.dit.flops(there.latents.cells, condition), median(times)
         return {
             "ms": ms,
@@ -181,13 +189,19 @@ def attention_ms(stepper: Stepper, batch: DiTBatch, repeats: int) -> dict[str, f
 
     kv = H if full else G
     q, k, v = random(N, H, D), random(N, kv, D), random(N, kv, D)
-    ck, cv, gates = random(len(layout.compressed), G, D), random(len(layout.compressed), G, D), random(N, 3)
+    ck, cv, gates = (
+        random(len(layout.compressed), G, D),
+        random(len(layout.compressed), G, D),
+        random(N, 3),
+    )
 
     def run(shifted: bool) -> Tensor:
         if full:
             starts, most = index.token_starts, index.max_tokens
             return ragged_attention(q, k, v, starts, starts, most, most)
-        return spatial_sparse_attention(q, k, v, ck, cv, gates, index, top_k=cfg.top_k, shifted=shifted)
+        return spatial_sparse_attention(
+            q, k, v, ck, cv, gates, index, top_k=cfg.top_k, shifted=shifted
+        )
 
     forward = backward = 0.0
     for shifted in (False, True):
@@ -206,7 +220,9 @@ def attention_ms(stepper: Stepper, batch: DiTBatch, repeats: int) -> dict[str, f
     return {"forward_ms": forward, "backward_ms": backward}
 
 
-def time_steps(cfg: Steps, device: torch.device, rows: list[dict[str, Any]], save: Callable[[], None]) -> None:
+def time_steps(
+    cfg: Steps, device: torch.device, rows: list[dict[str, Any]], save: Callable[[], None]
+) -> None:
     """Every preset with SSA and with full attention, with and without activation checkpointing."""
     with dino_of_random_weights() as weights:
         for attention in ("ssa", "full"):
@@ -231,7 +247,12 @@ def time_steps(cfg: Steps, device: torch.device, rows: list[dict[str, Any]], sav
                         row = {"failed": str(error).splitlines()[0]}
                     gc.collect()
                     torch.cuda.empty_cache()
-                    about = {"preset": preset, "attention": attention, "batch": batch.samples, "tokens": batch.tokens}
+                    about = {
+                        "preset": preset,
+                        "attention": attention,
+                        "batch": batch.samples,
+                        "tokens": batch.tokens,
+                    }
                     rows.append({**about, "checkpointing": checkpointing, **row})
                     log.info("%s", rows[-1])
                     save()
@@ -258,7 +279,9 @@ class Count:
         return self.state["n"]
 
 
-def time_with_decoding(stepper: Stepper, batch: DiTBatch, workers: int, steps: int = 30) -> dict[str, Any]:
+def time_with_decoding(
+    stepper: Stepper, batch: DiTBatch, workers: int, steps: int = 30
+) -> dict[str, Any]:
     """Steps whose images are decoded and augmented from 1024^2 PNGs while the GPU works: how long it has to wait."""
     from PIL import Image
 
@@ -273,12 +296,17 @@ def time_with_decoding(stepper: Stepper, batch: DiTBatch, workers: int, steps: i
 
     def image(n: int) -> Any:
         return prepare_image(
-            decode(files[n % len(files)]), 518, augmentation=Augmentation(), rng=np.random.default_rng(n)
+            decode(files[n % len(files)]),
+            518,
+            augmentation=Augmentation(),
+            rng=np.random.default_rng(n),
         )
 
     def load(job: int) -> DiTBatch:
         first = job * batch.samples
-        return replace(batch, images=ImageBatch.collate([image(first + n) for n in range(batch.samples)]))
+        return replace(
+            batch, images=ImageBatch.collate([image(first + n) for n in range(batch.samples)])
+        )
 
     with ThreadPoolExecutor(workers) as pool:
         began = time.monotonic()
@@ -316,7 +344,12 @@ def main(args: Sequence[str]) -> None:
     device = torch.device("cuda", 0)
     cfg.out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_properties(device).name
-    machine = {"gpu": gpu, "python": platform.python_version(), "cuda": torch.version.cuda, **provenance()}
+    machine = {
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        **provenance(),
+    }
     results: dict[str, Any] = {"machine": machine, "rows": []}
 
     def save() -> None:

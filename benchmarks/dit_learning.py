@@ -15,31 +15,31 @@ import numpy as np
 import torch
 
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.rectified_flow import Guidance
+from model.inference.extract_mesh import extract_meshes
 from model.inference.generator import Generator
 from model.inference.generator import Options as GenerateOptions
-from model.inference.extract_mesh import extract_meshes
+from model.rectified_flow import Guidance
 from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.primitives.surface_distance import FAR, Surface, SurfaceMetrics
+from pipeline.core.primitives.voxel_iou import inside, overlap
 from pipeline.core.schema import RunError
-from train.data.render_conditions import ViewReader
-from train.engine.config import VAE_PRESETS, BrickConfig
 from train.data.bricks import BrickReader, read_catalogue
-from train.engine.distributed import World
+from train.data.render_conditions import ViewReader
 from train.dit import read_latents
 from train.dit import train as train_dit
+from train.encode import Encoding, encode
+from train.engine.batch_sampler import Draw
+from train.engine.config import VAE_PRESETS, BrickConfig
+from train.engine.distributed import World
+from train.engine.mesh_pictures import picture, save_image, side_by_side
+from train.export import Export, export, read_stage
 from train.stages.dit.config import DIT_PRESETS, DiTTraining
 from train.stages.dit.data import DiTLoader, joined
 from train.stages.dit.task import on_white
-from train.encode import Encoding, encode
-from train.export import Export, export, read_stage
-from train.engine.mesh_pictures import picture, save_image, side_by_side
-from train.engine.batch_sampler import Draw
-from pipeline.core.primitives.voxel_iou import inside, overlap
-from train.structure import train as train_structure
 from train.stages.structure.config import STRUCTURE_PRESETS
-from pipeline.core.primitives.surface_distance import FAR, Surface, SurfaceMetrics
-from train.vae import train as train_vae
 from train.stages.vae.task import inside_iou
+from train.structure import train as train_structure
+from train.vae import train as train_vae
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,10 @@ class Learn:
     resolution: int = 256
     vae_minutes: float = 0.7
     dit_minutes: float = 1.3
-    structure_minutes: tuple[float, float] = (0.3, 0.8)  # of the occupancy VAE and the flow; 0: leave the stage out
+    structure_minutes: tuple[float, float] = (
+        0.3,
+        0.8,
+    )  # of the occupancy VAE and the flow; 0: leave the stage out
     batch_size: int = 8  # of the DiT: with few assets, more steps are worth more
     learning_rate: float = 1e-3  # of the DiT
     held_out_views: int = 2
@@ -65,7 +68,12 @@ class Learn:
 def learn(cfg: Learn, device: torch.device) -> dict[str, Any]:
     """Everything on the build's training assets, then samples from their last views."""
     world, runs, R = World(device=device), cfg.out / "runs", cfg.resolution
-    endless = {"steps": 1_000_000, "schedule": "constant", "checkpoint_every": 1_000_000, "validate_every": 0}
+    endless = {
+        "steps": 1_000_000,
+        "schedule": "constant",
+        "checkpoint_every": 1_000_000,
+        "validate_every": 0,
+    }
     endless |= {"sample_every": 0, "log_every": 100, "warmup_steps": 50, "ema_decay": 0.99}
     seconds: dict[str, float] = {}
     began = time.monotonic()
@@ -83,7 +91,9 @@ def learn(cfg: Learn, device: torch.device) -> dict[str, Any]:
     train_vae(vae, world)
     lap("vae")
     latents = runs / "latents"
-    encode(Encoding(vae=vae.out / "latest", data=cfg.data, resolutions=(R,), latents=latents), world)
+    encode(
+        Encoding(vae=vae.out / "latest", data=cfg.data, resolutions=(R,), latents=latents), world
+    )
     lap("encode")
     small = DIT_PRESETS["small"]
     dit = replace(
@@ -122,7 +132,10 @@ def learn(cfg: Learn, device: torch.device) -> dict[str, Any]:
             out=runs / "export",
         )  # fmt: skip
         export(stages)
-        result |= {"generated": from_images(cfg, dit, runs / "export", device), "loops": loops(runs)}
+        result |= {
+            "generated": from_images(cfg, dit, runs / "export", device),
+            "loops": loops(runs),
+        }
         lap("generated")
     return {**result, "seconds": seconds}
 
@@ -136,7 +149,10 @@ def loops(runs: Path) -> dict[str, Any]:
         total = sum(line["seconds"] for line in lines)
         found[str(path.parent.relative_to(runs))] = {
             "steps": len(lines),
-            "loss": [float(np.mean([line["loss"] for line in part])) for part in (lines[:20], lines[-100:])],
+            "loss": [
+                float(np.mean([line["loss"] for line in part]))
+                for part in (lines[:20], lines[-100:])
+            ],
             "ms": 1000 * median(line["seconds"] for line in lines),
             "tokens_per_s": median(line["tokens_per_s"] for line in lines),
             "samples": median(line["samples"] for line in lines),
@@ -184,7 +200,10 @@ class Judge:
     def summary(self) -> dict[str, Any]:
         there = [row for row in self.rows if np.isfinite(row["chamfer_x1000"])]
         numbers = [name for name, value in self.rows[0].items() if isinstance(value, float)]
-        means = {name: float(np.mean([row[name] for row in there])) if there else None for name in numbers}
+        means = {
+            name: float(np.mean([row[name] for row in there])) if there else None
+            for name in numbers
+        }
         right = sum(row["nearest_is_right"] for row in self.rows)
         return {
             "assets": len(self.rows),
@@ -198,7 +217,11 @@ class Judge:
 def judge_of(cfg: Learn) -> Judge:
     reader = BrickReader(read_catalogue(cfg.data, [cfg.resolution]))
     assets = range(len(reader.catalogue))
-    return Judge(cfg, reader.catalogue.uids, [extract(reader.read(asset, cfg.resolution)) for asset in assets])
+    return Judge(
+        cfg,
+        reader.catalogue.uids,
+        [extract(reader.read(asset, cfg.resolution)) for asset in assets],
+    )
 
 
 @torch.no_grad()
@@ -220,7 +243,11 @@ def on_given_cells(cfg: Learn, run: DiTTraining, world: World) -> dict[str, Any]
             values = [
                 vae.decode(
                     model.generate(
-                        level, model.conditioning.image_encoder(images), [0], steps=25, guidance=Guidance(scale=cfg.guidance)
+                        level,
+                        model.condition(images),
+                        [0],
+                        steps=25,
+                        guidance=Guidance(scale=cfg.guidance),
                     ),
                     level,
                 )
@@ -261,7 +288,9 @@ def from_images(cfg: Learn, run: DiTTraining, stages: Path, device: torch.device
         right = judge.right[asset]
         iou = overlap(inside(*mesh), inside(*right)) if len(mesh[1]) else 0.0
         judge.add(asset, mesh, iou=100 * float(iou), cells=tokens)
-        rows.append([on_white(view.rgba), *(picture(*x, size=256, view=axes) for x in (mesh, right))])
+        rows.append(
+            [on_white(view.rgba), *(picture(*x, size=256, view=axes) for x in (mesh, right))]
+        )
     half = len(rows) // 2
     pairs = [[*left, *other] for left, other in zip(rows[:half], rows[half:], strict=False)]
     save_image(cfg.out / "generated.png", side_by_side(pairs))

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from model.command import command, parse
-from pipeline.estimate import EstimateConfig, measure_passes, predict
 from pipeline.core.schema import RunError, UserError
+from pipeline.estimate import EstimateConfig, measure_passes, predict
 from pipeline.sources.procedural import ProceduralSource
 from train.engine.checkpoint import provenance
 
@@ -43,14 +43,27 @@ class Check:
 
     def __post_init__(self) -> None:
         if self.times < 2 or self.assets < 2 * self.times:
-            raise ValueError(f"assets must be at least 2 * times, times 2 or more, got {self.assets} and {self.times}")
+            raise ValueError(
+                f"assets must be at least 2 * times, times 2 or more, got {self.assets} and {self.times}"
+            )
 
 
 def build(cfg: Check, meshes: Path, out: Path) -> float:
     """Seconds of a whole `pipeline.build`. RunError if it fails."""
-    options = ["--source", f"folder:{meshes}", "--preset", cfg.preset, "--workers", str(cfg.workers), "--out", str(out)]
+    options = [
+        "--source",
+        f"folder:{meshes}",
+        "--preset",
+        cfg.preset,
+        "--workers",
+        str(cfg.workers),
+        "--out",
+        str(out),
+    ]
     began = time.monotonic()
-    ended = subprocess.run([sys.executable, "-m", "pipeline.build", *options], check=False).returncode
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipeline.build", *options], check=False
+    ).returncode
     if ended:
         raise RunError(f"pipeline.build into {out} ended with {ended}")
     return time.monotonic() - began
@@ -61,15 +74,24 @@ def check(cfg: Check) -> list[dict[str, float | str]]:
     whole, part = cfg.out / "meshes", cfg.out / "sample"
     if whole.exists():
         raise UserError(f"{cfg.out} was used already: choose a new folder")
-    paths = [ProceduralSource().materialize(record, whole) for record in ProceduralSource(count=cfg.assets).records()]
+    paths = [
+        ProceduralSource().materialize(record, whole)
+        for record in ProceduralSource(count=cfg.assets).records()
+    ]
     part.mkdir()
     for n in np.random.default_rng(cfg.seed).permutation(len(paths))[: len(paths) // cfg.times]:
         shutil.copy(paths[n], part)
     small, large = cfg.out / "small", cfg.out / "large"
-    start_s = build(cfg, part, small) - _busy(small, cfg)  # of the machine, before and after its work on assets
+    start_s = build(cfg, part, small) - _busy(
+        small, cfg
+    )  # of the machine, before and after its work on assets
     log.info("the small build: %.0f s beside its assets", start_s)
     options = EstimateConfig(
-        directory=small, assets=cfg.assets, deadline_h=10_000, cores_per_node=cfg.workers, start_s=max(start_s, 0.0)
+        directory=small,
+        assets=cfg.assets,
+        deadline_h=10_000,
+        cores_per_node=cfg.workers,
+        start_s=max(start_s, 0.0),
     )
     predicted = predict(measure_passes(small), options)
     wall = build(cfg, whole, large)
@@ -97,11 +119,21 @@ def _busy(out: Path, cfg: Check) -> float:
 def main(args: Sequence[str]) -> None:
     cfg = parse(Check, args, prog=PROG)
     rows = check(cfg)
-    (cfg.out / "estimate.json").write_text(json.dumps({"rows": rows, **provenance()}, indent=1, default=str) + "\n")
-    log.info("| %d assets from %d | predicted | measured | error |", cfg.assets, cfg.assets // cfg.times)
+    (cfg.out / "estimate.json").write_text(
+        json.dumps({"rows": rows, **provenance()}, indent=1, default=str) + "\n"
+    )
+    log.info(
+        "| %d assets from %d | predicted | measured | error |", cfg.assets, cfg.assets // cfg.times
+    )
     log.info("|---|---|---|---|")
     for row in rows:
-        log.info("| %s | %.3g | %.3g | %+.0f%% |", row["what"], row["predicted"], row["measured"], 100 * row["error"])
+        log.info(
+            "| %s | %.3g | %.3g | %+.0f%% |",
+            row["what"],
+            row["predicted"],
+            row["measured"],
+            100 * row["error"],
+        )
 
 
 if __name__ == "__main__":

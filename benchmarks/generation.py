@@ -16,22 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.inference.cells_near_mesh import cells_near
-from model.conditioning.image_encoder import DinoEncoder, EncoderConfig, ImageBatch
 from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
-from model.sparse_dit import DiTConfig
-from model.rectified_flow import Guidance
-from model.inference.generator import STEPS, cells_of
+from model.conditioning.image_encoder import DinoEncoder, EncoderConfig, ImageBatch
 from model.conditioning.image_preprocessing import prepare_image
+from model.inference.cells_near_mesh import cells_near
 from model.inference.extract_mesh import extract_meshes
-from model.occupancy_vae import OccupancyConfig
+from model.inference.generator import STEPS, cells_of
 from model.inference.mesh_cleaning import Cleaned, clean
+from model.occupancy_vae import OccupancyConfig
+from model.rectified_flow import Guidance
+from model.sparse_dit import DiTConfig
 from model.sparse_tensor import Level
-from model.structure import Structure, StructureConfig
 from model.sparse_vae import SparseVAE, VAEConfig
+from model.structure import Structure, StructureConfig
 from pipeline.core.schema import band, spacing
 
-MAJOR, MINOR = 0.30, 0.095  # of a torus: about 10.7k cells at 512 and 46k at 1024, as the paper's means
+MAJOR, MINOR = (
+    0.30,
+    0.095,
+)  # of a torus: about 10.7k cells at 512 and 46k at 1024, as the paper's means
 
 
 def torus_values(level: Level) -> torch.Tensor:
@@ -50,7 +53,9 @@ def torus_mesh(n: int = 512) -> tuple[np.ndarray, np.ndarray]:
     vertices = np.stack([ring * np.cos(u), MINOR * np.sin(v), ring * np.sin(u)], -1).reshape(-1, 3)
     i, j = np.meshgrid(np.arange(n), np.arange(n), indexing="ij")
     a, b, c, d = (((i + x) % n) * n + (j + y) % n for x, y in ((0, 0), (0, 1), (1, 1), (1, 0)))
-    faces = np.concatenate([np.stack([a, b, c], -1).reshape(-1, 3), np.stack([a, c, d], -1).reshape(-1, 3)])
+    faces = np.concatenate(
+        [np.stack([a, b, c], -1).reshape(-1, 3), np.stack([a, c, d], -1).reshape(-1, 3)]
+    )
     return vertices, faces.astype(np.int32)
 
 
@@ -60,7 +65,13 @@ def models(tiny: bool) -> tuple[SparseVAE, Structure, ConditionedDiT, int]:
         size, first = {"channels": 32, "layers": 1, "heads": 2, "image_size": 112}, 64
         dit = DiTConfig(channels=64, blocks=2, heads=4, kv_heads=2, condition_channels=32)
         full = DiTConfig(
-            channels=64, blocks=2, heads=4, kv_heads=4, condition_channels=32, latent_channels=8, attention="full"
+            channels=64,
+            blocks=2,
+            heads=4,
+            kv_heads=4,
+            condition_channels=32,
+            latent_channels=8,
+            attention="full",
         )
         occupancy, vae = (
             OccupancyConfig(side=8, widths=(8, 16), groups=8),
@@ -68,15 +79,29 @@ def models(tiny: bool) -> tuple[SparseVAE, Structure, ConditionedDiT, int]:
         )
     else:
         size, first = {"channels": 1024, "layers": 24, "heads": 16, "image_size": 518}, 512
-        dit, full, occupancy, vae = DiTConfig(), StructureConfig().flow.dit, OccupancyConfig(), VAEConfig()
+        dit, full, occupancy, vae = (
+            DiTConfig(),
+            StructureConfig().flow.dit,
+            OccupancyConfig(),
+            VAEConfig(),
+        )
     image = EncoderConfig(kind="dinov2", channels=size["channels"], image_size=size["image_size"])
     encoder = DinoEncoder.random(**size).to(torch.float32 if tiny else torch.bfloat16)
     EncoderConfig.build = lambda self: encoder  # weights are not to be had here
-    structure = Structure(StructureConfig(occupancy=occupancy, flow=ConditionedConfig(dit=full, encoder=image)))
-    return SparseVAE(vae), structure, ConditionedDiT(ConditionedConfig(dit=dit, encoder=image)), first
+    structure = Structure(
+        StructureConfig(occupancy=occupancy, flow=ConditionedConfig(dit=full, encoder=image))
+    )
+    return (
+        SparseVAE(vae),
+        structure,
+        ConditionedDiT(ConditionedConfig(dit=dit, encoder=image)),
+        first,
+    )
 
 
-def measure(device: torch.device, tiny: bool, guidance: float, steps: tuple[int, ...]) -> list[dict[str, Any]]:
+def measure(
+    device: torch.device, tiny: bool, guidance: float, steps: tuple[int, ...]
+) -> list[dict[str, Any]]:
     """One row a stage."""
     torch.manual_seed(0)
     vae, structure, dit, first = models(tiny)
@@ -89,12 +114,17 @@ def measure(device: torch.device, tiny: bool, guidance: float, steps: tuple[int,
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
+        ):
             made = work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-        rows.append({"stage": name, "seconds": time.perf_counter() - started, "peak_gb": peak, **about})
+        rows.append(
+            {"stage": name, "seconds": time.perf_counter() - started, "peak_gb": peak, **about}
+        )
         return made
 
     row, column = np.mgrid[:1024, :1024] / 1024 - 0.5
@@ -105,7 +135,10 @@ def measure(device: torch.device, tiny: bool, guidance: float, steps: tuple[int,
     condition = timed("image encoder", lambda: dit.condition(images))
     scale = Guidance(scale=guidance)
     for count in (1, steps[0]):
-        timed(f"structure, {count} steps", lambda n=count: structure.generate(condition, [0], steps=n, guidance=scale))
+        timed(
+            f"structure, {count} steps",
+            lambda n=count: structure.generate(condition, [0], steps=n, guidance=scale),
+        )
     vertices, faces = torus_mesh()
     mesh = Cleaned(vertices=vertices, faces=faces, holes=0, floaters=0, bubbles=0)
     for number, resolution in enumerate((first, 2 * first)):
@@ -120,7 +153,9 @@ def measure(device: torch.device, tiny: bool, guidance: float, steps: tuple[int,
         timed(f"VAE decoder at {resolution} (first call)", lambda z=z, at=level: vae.decode(z, at))
         timed(f"VAE decoder at {resolution}", lambda z=z, at=level: vae.decode(z, at))
         values = torus_values(level)
-        ((v, f),) = timed(f"marching cubes at {resolution}", lambda at=level, x=values: extract_meshes(at, x))
+        ((v, f),) = timed(
+            f"marching cubes at {resolution}", lambda at=level, x=values: extract_meshes(at, x)
+        )
         mesh = timed(f"cleaning at {resolution}", lambda v=v, f=f: clean(v, f), faces=len(f))
     return rows
 
@@ -128,7 +163,9 @@ def measure(device: torch.device, tiny: bool, guidance: float, steps: tuple[int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="models and resolutions that a CPU can run")
+    parser.add_argument(
+        "--tiny", action="store_true", help="models and resolutions that a CPU can run"
+    )
     parser.add_argument("--guidance", type=float, default=7.0)
     parser.add_argument("--steps", type=int, nargs=3, default=STEPS)
     parser.add_argument("--out", type=Path, default=None, help="also write the rows as JSON")
@@ -138,7 +175,9 @@ def main() -> None:
     lines = ["| stage | tokens | seconds | peak GB |", "|---|---|---|---|"]
     for row in rows:
         peak = "" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"
-        lines.append(f"| {row['stage']} | {row.get('tokens', '')} | {row['seconds']:.3g} | {peak} |")
+        lines.append(
+            f"| {row['stage']} | {row.get('tokens', '')} | {row['seconds']:.3g} | {peak} |"
+        )
     print("\n".join(lines))  # noqa: T201
     if cfg.out is not None:
         cfg.out.write_text(json.dumps(rows, indent=1) + "\n")

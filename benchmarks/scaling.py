@@ -92,7 +92,10 @@ def measure(preset: str, weights: str, world: World, repeats: int) -> dict[str, 
     chosen = replace(chosen, model=replace(chosen.model, encoder=EncoderConfig(weights=weights)))
     stepper = Stepper(chosen, world.device)
     model = stepper.task.model
-    batches = [synthetic_batch(preset, chosen, first=rank * chosen.flow.batch_size) for rank in range(world.size)]
+    batches = [
+        synthetic_batch(preset, chosen, first=rank * chosen.flow.batch_size)
+        for rank in range(world.size)
+    ]
     mine, about = batches[world.rank], {}
     stepper.step(mine)  # everybody compiles
     world.barrier()
@@ -112,10 +115,19 @@ def measure(preset: str, weights: str, world: World, repeats: int) -> dict[str, 
         about["gradient_difference"] = difference(averaged, right)
         about["difference_of_one_rank"] = difference(own, right)
     together = seconds(lambda: stepper.step(mine, wrapped), repeats)
-    about |= {"ms_together": 1000 * together, "tokens_per_s": sum(x.tokens for x in batches) / together}
+    about |= {
+        "ms_together": 1000 * together,
+        "tokens_per_s": sum(x.tokens for x in batches) / together,
+    }
     if world.is_first:
         about["efficiency"] = about["ms_alone"] / about["ms_together"]
-    return {"preset": preset, "ranks": world.size, "batch_per_rank": mine.samples, "tokens": mine.tokens, **about}
+    return {
+        "preset": preset,
+        "ranks": world.size,
+        "batch_per_rank": mine.samples,
+        "tokens": mine.tokens,
+        **about,
+    }
 
 
 def main(args: Sequence[str]) -> None:
@@ -132,7 +144,12 @@ def main(args: Sequence[str]) -> None:
                 world.barrier()
         if world.is_first:
             gpu = torch.cuda.get_device_properties(world.device).name
-            machine = {"gpu": gpu, "python": platform.python_version(), "cuda": torch.version.cuda, **provenance()}
+            machine = {
+                "gpu": gpu,
+                "python": platform.python_version(),
+                "cuda": torch.version.cuda,
+                **provenance(),
+            }
             cfg.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"machine": machine, "rows": rows}, indent=1, default=str)
             (cfg.out / "scaling.json").write_text(text + "\n")

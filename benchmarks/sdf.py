@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from pipeline.core.cli import command, parse
 from pipeline.config import PRESETS
+from pipeline.core.cli import command, parse
 from pipeline.core.schema import UserError, check_resolution
 from pipeline.sources import open_source
 
@@ -41,11 +41,19 @@ class SdfBenchmark:
     names: tuple[str, ...] = ()  # only these files of it
     limit: int | None = None  # only the first N
     resolutions: tuple[int, ...] = (128, 256, 512, 1024)
-    full_resolutions: tuple[int, ...] = PRESETS["full"].resolutions  # all from one topology; also the stored size
+    full_resolutions: tuple[int, ...] = PRESETS[
+        "full"
+    ].resolutions  # all from one topology; also the stored size
     topology_resolution: int = PRESETS["full"].topology_resolution  # of that topology
-    peers: tuple[Literal["mesh2sdf", "libigl"], ...] = ("mesh2sdf", "libigl")  # those not installed are left out
+    peers: tuple[Literal["mesh2sdf", "libigl"], ...] = (
+        "mesh2sdf",
+        "libigl",
+    )  # those not installed are left out
     peer_names: tuple[str, ...] = ()  # files on which peers are measured; default: all
-    mesh2sdf_resolutions: tuple[int, ...] = (64, 128)  # 256 takes minutes a mesh; the last one also runs without fix
+    mesh2sdf_resolutions: tuple[int, ...] = (
+        64,
+        128,
+    )  # 256 takes minutes a mesh; the last one also runs without fix
     samples: int = 20_000  # grid points at which errors are measured
     timeout_s: float = 3600.0  # of one measurement
     out: Path = Path("benchmarks/results/sdf.json")
@@ -85,13 +93,23 @@ def measure(cfg: SdfBenchmark) -> dict[str, Any]:
 
 
 def _measure_mesh(
-    cfg: SdfBenchmark, name: str, path: Path, folder: Path, peers: Sequence[str], results: dict[str, Any]
+    cfg: SdfBenchmark,
+    name: str,
+    path: Path,
+    folder: Path,
+    peers: Sequence[str],
+    results: dict[str, Any],
 ) -> None:
     with_fix = sorted(set(cfg.mesh2sdf_resolutions)) if "mesh2sdf" in peers else []
     resolutions = sorted({*cfg.resolutions, *with_fix})
     prepared = run_child(
         folder,
-        {"method": "prepare", "path": str(path), "resolutions": resolutions, "samples": cfg.samples},
+        {
+            "method": "prepare",
+            "path": str(path),
+            "resolutions": resolutions,
+            "samples": cfg.samples,
+        },
         cfg.timeout_s,
     )
     if "faces" not in prepared:
@@ -106,9 +124,18 @@ def _measure_mesh(
             methods.append("mesh2sdf raw")
         for method in methods:
             job = {"method": method, "resolution": resolution, "keep_band": libigl}
-            row = {**about, "resolution": resolution, "method": method, **run_child(folder, job, cfg.timeout_s)}
+            row = {
+                **about,
+                "resolution": resolution,
+                "method": method,
+                **run_child(folder, job, cfg.timeout_s),
+            }
             log.info(
-                "%s R=%d %s: %s", name, resolution, method, row.get("failed") or f"{row.get('cpu_s', 0):.2f} CPU-s"
+                "%s R=%d %s: %s",
+                name,
+                resolution,
+                method,
+                row.get("failed") or f"{row.get('cpu_s', 0):.2f} CPU-s",
             )
             results["rows"].append(row)
             if "cpu_s" not in row and method == "ours":
@@ -121,7 +148,9 @@ def _measure_mesh(
             "topology_resolution": cfg.topology_resolution,
         }
         row = {**about, **run_child(folder, job, cfg.timeout_s)}
-        log.info("%s all resolutions: %s", name, row.get("failed") or f"{row.get('cpu_s', 0):.2f} CPU-s")
+        log.info(
+            "%s all resolutions: %s", name, row.get("failed") or f"{row.get('cpu_s', 0):.2f} CPU-s"
+        )
         results["full"].append(row)
 
 
@@ -132,7 +161,12 @@ def run_child(folder: Path, job: dict[str, Any], timeout_s: float) -> dict[str, 
     arguments = [sys.executable, "-m", "benchmarks.sdf_child", str(folder), json.dumps(job)]
     try:
         done = subprocess.run(
-            arguments, cwd=ROOT, env={**os.environ, **ONE_THREAD}, capture_output=True, text=True, timeout=timeout_s
+            arguments,
+            cwd=ROOT,
+            env={**os.environ, **ONE_THREAD},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"took more than {timeout_s:.0f} s"}
@@ -163,7 +197,11 @@ def machine(peers: Sequence[str]) -> dict[str, Any]:
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {name: _version(name) for name in ("numba", "numpy", *peers)}
-    return {"cpu": next(iter(models), platform.machine()), "python": platform.python_version(), **versions}
+    return {
+        "cpu": next(iter(models), platform.machine()),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def _version(package: str) -> str | None:
@@ -199,16 +237,25 @@ def tables(results: dict[str, Any]) -> str:
             "## Stored bytes per cell (8^3 block), one asset a store, metadata included",
             _markdown(_size_rows(full)),
         ]
-    left_out = [*results["left_out"], *(row for row in results["rows"] + results["full"] if "cpu_s" not in row)]
+    left_out = [
+        *results["left_out"],
+        *(row for row in results["rows"] + results["full"] if "cpu_s" not in row),
+    ]
     if left_out:
         parts.append("## Left out")
-        parts.append("\n".join(f"- {_where(row)}: {row.get('rejected') or row.get('failed')}" for row in left_out))
+        parts.append(
+            "\n".join(
+                f"- {_where(row)}: {row.get('rejected') or row.get('failed')}" for row in left_out
+            )
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def _cost_rows(rows: Sequence[Row]) -> Iterator[Row]:
     ours = {
-        (row["mesh"], row["resolution"]): row["cpu_s"] for row in rows if row["method"] == "ours" and "cpu_s" in row
+        (row["mesh"], row["resolution"]): row["cpu_s"]
+        for row in rows
+        if row["method"] == "ours" and "cpu_s" in row
     }
     for row in rows:
         if "cpu_s" not in row:
@@ -220,7 +267,9 @@ def _cost_rows(rows: Sequence[Row]) -> Iterator[Row]:
             "R": row["resolution"],
             "method": row["method"],
             "CPU s": f"{row['cpu_s']:.2f}",
-            "topology + sdf": "" if topology is None else f"{topology:.2f} + {row['parts_s']['sdf']:.2f}",
+            "topology + sdf": ""
+            if topology is None
+            else f"{topology:.2f} + {row['parts_s']['sdf']:.2f}",
             "x ours": f"{row['cpu_s'] / ours[row['mesh'], row['resolution']]:.1f}",
             "peak MB": f"{row['peak_mb']:.0f}",
             "base": f"{row['base_mb']:.0f}",
@@ -236,20 +285,35 @@ def _cost_rows(rows: Sequence[Row]) -> Iterator[Row]:
 
 def _full_rows(rows: Sequence[Row]) -> Iterator[Row]:
     for row in rows:
-        parts = {name.removeprefix("sdf_"): f"{seconds:.2f}" for name, seconds in row["parts_s"].items()}
+        parts = {
+            name.removeprefix("sdf_"): f"{seconds:.2f}" for name, seconds in row["parts_s"].items()
+        }
         memory = {"peak MB": f"{row['peak_mb']:.0f}", "base": f"{row['base_mb']:.0f}"}
-        yield {"mesh": row["mesh"], "faces": row["faces"], **parts, "all CPU s": f"{row['cpu_s']:.2f}", **memory}
+        yield {
+            "mesh": row["mesh"],
+            "faces": row["faces"],
+            **parts,
+            "all CPU s": f"{row['cpu_s']:.2f}",
+            **memory,
+        }
 
 
 def _size_rows(rows: Sequence[Row]) -> Iterator[Row]:
     resolutions = list(rows[0]["stored"])
     table = {
-        row["mesh"]: {R: row["stored"][R]["bytes"] / row["stored"][R]["cells"] for R in resolutions} for row in rows
+        row["mesh"]: {R: row["stored"][R]["bytes"] / row["stored"][R]["cells"] for R in resolutions}
+        for row in rows
     }
     for row in rows:
         cells = " / ".join(str(row["stored"][R]["cells"]) for R in resolutions)
-        yield {"mesh": row["mesh"], **{R: f"{table[row['mesh']][R]:.0f}" for R in resolutions}, "cells": cells}
-    cells = " / ".join(f"{mean(row['stored'][R]['cells'] for row in rows):.0f}" for R in resolutions)
+        yield {
+            "mesh": row["mesh"],
+            **{R: f"{table[row['mesh']][R]:.0f}" for R in resolutions},
+            "cells": cells,
+        }
+    cells = " / ".join(
+        f"{mean(row['stored'][R]['cells'] for row in rows):.0f}" for R in resolutions
+    )
     yield {
         "mesh": "mean",
         **{R: f"{mean(line[R] for line in table.values()):.0f}" for R in resolutions},
@@ -258,7 +322,9 @@ def _size_rows(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def _where(row: Row) -> str:
-    return " ".join([row["mesh"], *(str(row[name]) for name in ("resolution", "method") if name in row)])
+    return " ".join(
+        [row["mesh"], *(str(row[name]) for name in ("resolution", "method") if name in row)]
+    )
 
 
 def _number(value: float | None, digits: int, factor: float = 1) -> str:
@@ -272,7 +338,10 @@ def _markdown(rows: Iterator[Row]) -> str:
     widths = {name: max(len(name), *(len(row[name]) for row in table)) for name in table[0]}
     head = "| " + " | ".join(name.ljust(width) for name, width in widths.items()) + " |"
     rule = "|" + "|".join("-" * (width + 2) for width in widths.values()) + "|"
-    body = ["| " + " | ".join(row[name].rjust(width) for name, width in widths.items()) + " |" for row in table]
+    body = [
+        "| " + " | ".join(row[name].rjust(width) for name, width in widths.items()) + " |"
+        for row in table
+    ]
     return "\n".join([head, rule, *body])
 
 

@@ -73,15 +73,23 @@ def ours(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         rows, points = np.nonzero(active)
         local = np.stack(np.unravel_index(points, (BLOCK,) * 3), axis=1).astype(np.int16)
         np.save(folder / f"band-{resolution}.npy", bricks.blocks[rows] * np.int16(BLOCK) + local)
-    sizes = {"sign_path": topology.sign_path, "cells": len(bricks.blocks), "band_points": int(active.sum())}
-    return {**cost, **sizes, **_errors(folder, resolution, lambda points: stored_voxels(bricks, points))}
+    sizes = {
+        "sign_path": topology.sign_path,
+        "cells": len(bricks.blocks),
+        "band_points": int(active.sum()),
+    }
+    return {
+        **cost,
+        **sizes,
+        **_errors(folder, resolution, lambda points: stored_voxels(bricks, points)),
+    }
 
 
 def full(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """All resolutions from one topology, each written to a store of its own; writing is left out of the seconds."""
     from pipeline.geometry.sdf import compute_bricks
-    from pipeline.storage.sdf_shard import write_sdf_shard
     from pipeline.geometry.topology import TopologyConfig, build_topology
+    from pipeline.storage.sdf_shard import write_sdf_shard
 
     mesh = _mesh(folder)
     warm = compute_bricks(build_topology(_warm_up_mesh(), TopologyConfig(resolution=64)), 64)
@@ -110,7 +118,9 @@ def mesh2sdf(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     def grid_of(mesh: Mesh, size: int) -> Any:
         # its point i lies at -1 + 2 i / R of [-1, 1], ours at -0.5 + i / (R - 1) of [-0.5, 0.5]
         vertices = (2 * mesh.vertices + 1) * ((size - 1) / size) - 1
-        return peer.compute(vertices, mesh.faces, size, fix=job["method"] == "mesh2sdf", level=2 / size)
+        return peer.compute(
+            vertices, mesh.faces, size, fix=job["method"] == "mesh2sdf", level=2 / size
+        )
 
     mesh, resolution = _mesh(folder), job["resolution"]
     grid_of(_warm_up_mesh(), 16)
@@ -118,7 +128,10 @@ def mesh2sdf(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     grid = grid_of(mesh, resolution)
     clock.lap("sdf")
     cost = clock.cost()
-    return {**cost, **_errors(folder, resolution, lambda points: grid[tuple(points.T)] * (resolution / 2))}
+    return {
+        **cost,
+        **_errors(folder, resolution, lambda points: grid[tuple(points.T)] * (resolution / 2)),
+    }
 
 
 def libigl(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +182,12 @@ class Clock:
         self.last = time.process_time()
 
     def cost(self) -> dict[str, Any]:
-        return {"cpu_s": sum(self.parts.values()), "parts_s": self.parts, "peak_mb": peak_mb(), "base_mb": self.base_mb}
+        return {
+            "cpu_s": sum(self.parts.values()),
+            "parts_s": self.parts,
+            "peak_mb": peak_mb(),
+            "base_mb": self.base_mb,
+        }
 
 
 def peak_mb() -> float:
@@ -188,11 +206,19 @@ def stored_voxels(bricks: Bricks, points: NDArray[np.int32]) -> NDArray[np.float
     keys = bricks.blocks.astype(np.int64) @ weights
     wanted = points // BLOCK @ weights
     rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    values = bricks.values[rows, points % BLOCK @ np.array([BLOCK * BLOCK, BLOCK, 1])].astype(np.float64)
-    return np.where(keys[rows] == wanted, values * (band(bricks.resolution) / spacing(bricks.resolution)), np.nan)
+    values = bricks.values[rows, points % BLOCK @ np.array([BLOCK * BLOCK, BLOCK, 1])].astype(
+        np.float64
+    )
+    return np.where(
+        keys[rows] == wanted,
+        values * (band(bricks.resolution) / spacing(bricks.resolution)),
+        np.nan,
+    )
 
 
-def _errors(folder: Path, resolution: int, voxels_at: Callable[[NDArray[np.int32]], NDArray]) -> dict[str, Any]:
+def _errors(
+    folder: Path, resolution: int, voxels_at: Callable[[NDArray[np.int32]], NDArray]
+) -> dict[str, Any]:
     """Against the truth, in voxels. `offset` is how far the surface lies too far out."""
     truth = np.load(folder / f"truth-{resolution}.npz")
     sampled, count = int(truth["sampled"]), len(truth["points"])
@@ -201,7 +227,9 @@ def _errors(folder: Path, resolution: int, voxels_at: Callable[[NDArray[np.int32
     true, found = truth["voxels"], voxels_at(truth["points"])
     known = np.isfinite(found)
     error = true[known] - found[known]
-    turned = known & (np.signbit(found) != np.signbit(true)) & (np.abs(true) > 1e-3)  # fp16 on the surface itself
+    turned = (
+        known & (np.signbit(found) != np.signbit(true)) & (np.abs(true) > 1e-3)
+    )  # fp16 on the surface itself
     return {
         "points": count,
         "sampled": sampled,
@@ -223,7 +251,9 @@ def _warm_up_mesh() -> Mesh:
     box = np.stack(np.meshgrid(*[[-0.4, 0.4]] * 3, indexing="ij"), axis=-1).reshape(8, 3)
     sheet = np.array([[-0.2, 0.45, 0.0], [0.2, 0.45, 0.0], [0.0, 0.45, 0.2]])
     sides = np.array([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4]])
-    faces = np.concatenate([sides[:, [0, 1, 2]], sides[:, [0, 2, 3]], [[8, 9, 10]]]).astype(np.int32)
+    faces = np.concatenate([sides[:, [0, 1, 2]], sides[:, [0, 2, 3]], [[8, 9, 10]]]).astype(
+        np.int32
+    )
     return Mesh(vertices=np.concatenate([box, sheet]), faces=faces)
 
 

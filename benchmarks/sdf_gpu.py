@@ -26,13 +26,13 @@ import torch
 import triton
 
 from model.command import command, parse
-from pipeline.geometry import sdf_cuda as gpu
-from pipeline.geometry import sdf
-from pipeline.geometry.flood_fill import Bins, Exterior, bin_triangles
-from pipeline.orchestration.isolated_process import Isolated
-from pipeline.core.schema import Bricks, UserError, band, spacing
-from pipeline.geometry.topology import Topology, TopologyConfig, build_topology
 from pipeline.core.primitives.triangles import pack
+from pipeline.core.schema import Bricks, UserError, band, spacing
+from pipeline.geometry import sdf
+from pipeline.geometry import sdf_cuda as gpu
+from pipeline.geometry.flood_fill import Bins, Exterior, bin_triangles
+from pipeline.geometry.topology import Topology, TopologyConfig, build_topology
+from pipeline.orchestration.isolated_process import Isolated
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +67,18 @@ def pack_topologies(cfg: Topologies) -> None:
     from pipeline.mesh_io.load import LoadConfig, load
     from pipeline.mesh_io.normalize import NormalizeConfig, normalize
 
-    paths = [path for path in sorted(cfg.meshes.iterdir()) if not cfg.names or path.name in cfg.names]
+    paths = [
+        path for path in sorted(cfg.meshes.iterdir()) if not cfg.names or path.name in cfg.names
+    ]
     if not paths:
-        raise UserError(f"no mesh in {cfg.meshes}" + (f" is called {' or '.join(cfg.names)}" if cfg.names else ""))
-    packed: dict[str, Any] = {"names": [path.name for path in paths], "resolution": cfg.topology_resolution}
+        raise UserError(
+            f"no mesh in {cfg.meshes}"
+            + (f" is called {' or '.join(cfg.names)}" if cfg.names else "")
+        )
+    packed: dict[str, Any] = {
+        "names": [path.name for path in paths],
+        "resolution": cfg.topology_resolution,
+    }
     for number, path in enumerate(paths):
         mesh = normalize(load(path, LoadConfig()), NormalizeConfig())
         topology = build_topology(mesh, TopologyConfig(resolution=cfg.topology_resolution))
@@ -94,7 +102,9 @@ def read_topologies(path: Path) -> dict[str, Topology]:
     packed = np.load(path)
     resolution, found = int(packed["resolution"]), {}
     for number, name in enumerate(packed["names"].tolist()):
-        triangles, kinds, sharp_edges, bin_of, blocks, outside, whole = (packed[f"{part}{number}"] for part in PARTS)
+        triangles, kinds, sharp_edges, bin_of, blocks, outside, whole = (
+            packed[f"{part}{number}"] for part in PARTS
+        )
         none = np.zeros(len(blocks) + 1, np.int64)
         bins = Bins(
             resolution=resolution, bin_of=bin_of, blocks=blocks, offsets=none, triangles=np.empty(0, np.int32)
@@ -104,7 +114,9 @@ def read_topologies(path: Path) -> dict[str, Topology]:
             triangles=triangles,
             kinds=kinds,
             sharp_edges=sharp_edges,
-            exterior=Exterior(bins=bins, barrier=np.zeros_like(outside), outside=outside, whole=whole),
+            exterior=Exterior(
+                bins=bins, barrier=np.zeros_like(outside), outside=outside, whole=whole
+            ),
             sign_path="",
             numbers={},
         )
@@ -114,7 +126,12 @@ def read_topologies(path: Path) -> dict[str, Topology]:
 def measure(cfg: Measure) -> dict[str, Any]:
     """Every number; cfg.out is rewritten after each mesh. UserError without CUDA."""
     # First of all: a process that has a CUDA context is no server that could fork.
-    results: dict[str, Any] = {"machine": machine(), "resolutions": cfg.resolutions, "process": [], "rows": []}
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "resolutions": cfg.resolutions,
+        "process": [],
+        "rows": [],
+    }
     for limit in (
         "RLIMIT_DATA",
         "RLIMIT_DATA",
@@ -128,7 +145,11 @@ def measure(cfg: Measure) -> dict[str, Any]:
     sdf.compute_bricks(next(iter(topologies.values())), 64)  # numba compiles
     for name, topology in topologies.items():
         for resolution in cfg.resolutions:
-            row = {"mesh": name, "faces": len(topology.triangles), **compare(topology, resolution, cfg.repeats)}
+            row = {
+                "mesh": name,
+                "faces": len(topology.triangles),
+                **compare(topology, resolution, cfg.repeats),
+            }
             log.info("%s", row)
             results["rows"].append(row)
         cfg.out.parent.mkdir(parents=True, exist_ok=True)
@@ -164,10 +185,16 @@ def compare(topology: Topology, resolution: int, repeats: int, device: str = "cu
         "fill_s": statistics.median(seconds(fill, device) for _ in range(repeats)),
     }
     if device == "cuda":
-        whole = [seconds(lambda: sdf.compute_bricks(topology, resolution, device), device) for _ in range(repeats)]
+        whole = [
+            seconds(lambda: sdf.compute_bricks(topology, resolution, device), device)
+            for _ in range(repeats)
+        ]
         row |= {"gpu_s": statistics.median(whole), **kernel_ms(fill)}
         found = sdf.compute_bricks(topology, resolution, device)
-        row |= {"kernels_ms": sum(row[f"{name}_ms"] for name in KERNELS), **difference(found, expected)}
+        row |= {
+            "kernels_ms": sum(row[f"{name}_ms"] for name in KERNELS),
+            **difference(found, expected),
+        }
     return row
 
 
@@ -199,7 +226,9 @@ def difference(found: Bricks, expected: Bricks) -> Row:
     wrong = (np.signbit(a) != np.signbit(b)) & (np.abs(a) * voxels > 1e-3)
     return {
         "max_voxels": float(np.abs(a - b).max() * voxels),
-        "f16_step_voxels": float(voxels * 2**-11),  # what rounding to float16 alone may make of nothing
+        "f16_step_voxels": float(
+            voxels * 2**-11
+        ),  # what rounding to float16 alone may make of nothing
         "differing": float((a != b).mean()),
         "wrong_signs": int(wrong.sum()),
         "values": a.size,
@@ -236,7 +265,8 @@ def _child(job: tuple[Path, int, Path]) -> None:
     topology = next(iter(read_topologies(path).values()))
     sdf.compute_bricks(topology, 256)  # numba's part
     took = [
-        seconds(partial(sdf.compute_bricks, topology, R, "cuda"), "cuda") for R in (256, 256, resolution, resolution)
+        seconds(partial(sdf.compute_bricks, topology, R, "cuda"), "cuda")
+        for R in (256, 256, resolution, resolution)
     ]
     at_hand = {f"run_{number}_s": value for number, value in enumerate(took)}
     out.write_text(json.dumps({**at_hand, "gpu_mb": torch.cuda.max_memory_reserved() >> 20}))
@@ -246,19 +276,45 @@ def machine() -> Row:
     """What the numbers depend on besides the code."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
     return {"cpu": next(iter(models), platform.machine()), **versions, "numpy": np.__version__}
 
 
 def table(results: dict[str, Any]) -> str:
     head = ("mesh", "faces", "R", "cells", "CPU s", "GPU s", "x", "bins s", "fill s", "kernels ms")
-    head += ("narrow", "distances", "votes", "max voxels", "f16 step", "wrong signs", "other cells", "sharp bits")
+    head += (
+        "narrow",
+        "distances",
+        "votes",
+        "max voxels",
+        "f16 step",
+        "wrong signs",
+        "other cells",
+        "sharp bits",
+    )
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in results["rows"]:
         cells = [row["mesh"], row["faces"], row["resolution"], row["cells"], f"{row['cpu_s']:.3f}"]
-        cells += [f"{row['gpu_s']:.3f}", f"{row['cpu_s'] / row['gpu_s']:.1f}", f"{row['bins_s']:.3f}"]
-        cells += [f"{row['fill_s']:.3f}", f"{row['kernels_ms']:.2f}", *(f"{row[f'{name}_ms']:.2f}" for name in KERNELS)]
-        cells += [f"{row['max_voxels']:.5f}", f"{row['f16_step_voxels']:.5f}", row["wrong_signs"], row["other_cells"]]
+        cells += [
+            f"{row['gpu_s']:.3f}",
+            f"{row['cpu_s'] / row['gpu_s']:.1f}",
+            f"{row['bins_s']:.3f}",
+        ]
+        cells += [
+            f"{row['fill_s']:.3f}",
+            f"{row['kernels_ms']:.2f}",
+            *(f"{row[f'{name}_ms']:.2f}" for name in KERNELS),
+        ]
+        cells += [
+            f"{row['max_voxels']:.5f}",
+            f"{row['f16_step_voxels']:.5f}",
+            row["wrong_signs"],
+            row["other_cells"],
+        ]
         lines.append("| " + " | ".join(map(str, [*cells, row["other_sharp_bits"]])) + " |")
     return "\n".join(lines) + "\n"
 
@@ -270,7 +326,10 @@ def run(cfg: Measure) -> None:
 
 
 def main(args: Sequence[str]) -> None:
-    kinds: dict[str, tuple[type, Any]] = {"topologies": (Topologies, pack_topologies), "measure": (Measure, run)}
+    kinds: dict[str, tuple[type, Any]] = {
+        "topologies": (Topologies, pack_topologies),
+        "measure": (Measure, run),
+    }
     if not args or args[0] not in kinds:
         raise UserError(f"say what to do: {PROG} {'|'.join(kinds)} [options]")
     cls, function = kinds[args[0]]

@@ -41,19 +41,38 @@ def sample_truth(mesh: Mesh, resolution: int, samples: int, seed: int = 0) -> Tr
     rim = open_edges(mesh)
     if len(rim):
         in_band &= closest_on_mesh(points, rim[:, [0, 1, 1]])[0] > RIM_BANDS * tau
-    grid, points, distance, face, foot = grid[in_band], points[in_band], distance[in_band], face[in_band], foot[in_band]
-    inner = foot + 0.01 * (corners[face].mean(axis=1) - foot)  # off the edges, where sides are ambiguous
+    grid, points, distance, face, foot = (
+        grid[in_band],
+        points[in_band],
+        distance[in_band],
+        face[in_band],
+        foot[in_band],
+    )
+    inner = foot + 0.01 * (
+        corners[face].mean(axis=1) - foot
+    )  # off the edges, where sides are ambiguous
     normal = np.cross(corners[face, 1] - corners[face, 0], corners[face, 2] - corners[face, 0])
     length = np.linalg.norm(normal, axis=1, keepdims=True)
     normal /= np.where(length > 0, length, 1)
     front, back = (winding(inner + side * PROBE * normal, corners) for side in (1, -1))
-    sure = (np.minimum(front, back) < CLEAR) & (np.maximum(front, back) > 1 - CLEAR) & (length[:, 0] > 0)
+    sure = (
+        (np.minimum(front, back) < CLEAR)
+        & (np.maximum(front, back) > 1 - CLEAR)
+        & (length[:, 0] > 0)
+    )
     sign = np.where(winding(points[sure], corners) > 0.5, -1.0, 1.0)
-    return Truth(points=grid[sure].astype(np.int32), voxels=sign * distance[sure] / h, sampled=sampled)
+    return Truth(
+        points=grid[sure].astype(np.int32), voxels=sign * distance[sure] / h, sampled=sampled
+    )
 
 
 def _near_surface(
-    corners: NDArray[np.float64], tau: float, h: float, resolution: int, count: int, rng: np.random.Generator
+    corners: NDArray[np.float64],
+    tau: float,
+    h: float,
+    resolution: int,
+    count: int,
+    rng: np.random.Generator,
 ) -> NDArray[np.int64]:
     """Distinct grid points about as dense everywhere in the band."""
     normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
@@ -85,7 +104,9 @@ def closest_on_mesh(
 
 def winding(points: NDArray[np.floating], corners: NDArray[np.float64]) -> NDArray[np.float64]:
     """[P] how often triangles [T, 3, 3] wind around points [P, 3], in either direction; far ones count as dipoles."""
-    return np.abs(_winding(np.ascontiguousarray(points), np.ascontiguousarray(corners), *_spheres(corners)))
+    return np.abs(
+        _winding(np.ascontiguousarray(points), np.ascontiguousarray(corners), *_spheres(corners))
+    )
 
 
 def _spheres(corners: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -95,7 +116,11 @@ def _spheres(corners: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
 
 @njit(cache=True)
 def _closest(points, corners, centres, radii):
-    distance, face, foot = np.empty(len(points)), np.zeros(len(points), np.int64), np.empty((len(points), 3))
+    distance, face, foot = (
+        np.empty(len(points)),
+        np.zeros(len(points), np.int64),
+        np.empty((len(points), 3)),
+    )
     for i in range(len(points)):
         p = points[i]
         best = np.inf
@@ -113,7 +138,13 @@ def _closest(points, corners, centres, radii):
                 s, d = corners[t, e], corners[t, (e + 1) % 3]
                 ex, ey, ez = d[0] - s[0], d[1] - s[1], d[2] - s[2]
                 px, py, pz = p[0] - s[0], p[1] - s[1], p[2] - s[2]
-                over = over and (ey * pz - ez * py) * nx + (ez * px - ex * pz) * ny + (ex * py - ey * px) * nz >= 0
+                over = (
+                    over
+                    and (ey * pz - ez * py) * nx
+                    + (ez * px - ex * pz) * ny
+                    + (ex * py - ey * px) * nz
+                    >= 0
+                )
                 ee = ex * ex + ey * ey + ez * ez
                 r = min(1.0, max(0.0, (ex * px + ey * py + ez * pz) / ee)) if ee > 0 else 0.0
                 away = np.sqrt((px - r * ex) ** 2 + (py - r * ey) ** 2 + (pz - r * ez) ** 2)
@@ -125,7 +156,11 @@ def _closest(points, corners, centres, radii):
                 away = abs(height) * np.sqrt(nn)
                 if away < best:
                     best, face[i] = away, t
-                    foot[i, 0], foot[i, 1], foot[i, 2] = p[0] - height * nx, p[1] - height * ny, p[2] - height * nz
+                    foot[i, 0], foot[i, 1], foot[i, 2] = (
+                        p[0] - height * nx,
+                        p[1] - height * ny,
+                        p[2] - height * nz,
+                    )
         distance[i] = best
     return distance, face, foot
 
@@ -146,7 +181,9 @@ def _winding(points, corners, centres, radii):
             dx, dy, dz = centres[t, 0] - x, centres[t, 1] - y, centres[t, 2] - z
             d2 = dx * dx + dy * dy + dz * dz
             if d2 > (FAR_RADII * radii[t]) ** 2:
-                total += (dx * normals[t, 0] + dy * normals[t, 1] + dz * normals[t, 2]) / (d2 * np.sqrt(d2))
+                total += (dx * normals[t, 0] + dy * normals[t, 1] + dz * normals[t, 2]) / (
+                    d2 * np.sqrt(d2)
+                )
                 continue
             ax, ay, az = corners[t, 0, 0] - x, corners[t, 0, 1] - y, corners[t, 0, 2] - z
             bx, by, bz = corners[t, 1, 0] - x, corners[t, 1, 1] - y, corners[t, 1, 2] - z
@@ -154,7 +191,13 @@ def _winding(points, corners, centres, radii):
             la, lb = np.sqrt(ax * ax + ay * ay + az * az), np.sqrt(bx * bx + by * by + bz * bz)
             lc = np.sqrt(cx * cx + cy * cy + cz * cz)
             det = ax * (by * cz - bz * cy) + ay * (bz * cx - bx * cz) + az * (bx * cy - by * cx)
-            ab, bc, ca = ax * bx + ay * by + az * bz, bx * cx + by * cy + bz * cz, cx * ax + cy * ay + cz * az
-            total += 2 * np.arctan2(det, la * lb * lc + ab * lc + bc * la + ca * lb)  # Van Oosterom and Strackee 1983
+            ab, bc, ca = (
+                ax * bx + ay * by + az * bz,
+                bx * cx + by * cy + bz * cz,
+                cx * ax + cy * ay + cz * az,
+            )
+            total += 2 * np.arctan2(
+                det, la * lb * lc + ab * lc + bc * la + ca * lb
+            )  # Van Oosterom and Strackee 1983
         out[i] = total / (4 * np.pi)
     return out

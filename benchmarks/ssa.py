@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import BlockIndex, select_blocks, spatial_sparse_attention, token_order
 from benchmarks.token_sets import surface_coords
+from kernels import BlockIndex, select_blocks, spatial_sparse_attention, token_order
 
 GRIDS = {2062: 32, 5509: 48, 10682: 64}  # of the paper's token counts; others lie in 128^3
 
@@ -37,7 +37,9 @@ class SsaConfig:
     kv_heads: int = 2
     head_size: int = 32
     dense: bool = True  # also time dense attention
-    peer: Path | None = None  # a file that defines spatial_sparse_attention(q, k, v, ck, cv, gates, coords, top_k)
+    peer: Path | None = (
+        None  # a file that defines spatial_sparse_attention(q, k, v, ck, cv, gates, coords, top_k)
+    )
     out: Path = Path("runs/bench")  # ssa.json and ssa.png go here
 
 
@@ -104,15 +106,22 @@ def ceilings() -> dict[str, float]:
     return {
         "flop": 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3,
         "byte": 2 * (1 << 30) / milliseconds(lambda: big[0].copy_(big[1])) * 1e3,
-        "exp": rounds * x.numel() / milliseconds(lambda: _exponentials[grid](x, y, rounds, 1024)) * 1e3,
+        "exp": rounds
+        * x.numel()
+        / milliseconds(lambda: _exponentials[grid](x, y, rounds, 1024))
+        * 1e3,
     }
 
 
-def floors(index: BlockIndex, selected_GNT: Tensor, config: SsaConfig, rates: dict[str, float]) -> dict[str, float]:
+def floors(
+    index: BlockIndex, selected_GNT: Tensor, config: SsaConfig, rates: dict[str, float]
+) -> dict[str, float]:
     """Least milliseconds of one step: the arithmetic, exponentials and bytes it cannot do without."""
     H, G, D, N = config.heads, config.kv_heads, config.head_size, index.num_tokens
     sizes = torch.diff(index.block_starts).double()
-    compressed = float(H * (torch.diff(index.token_starts) * torch.diff(index.asset_compressed).double()).sum())
+    compressed = float(
+        H * (torch.diff(index.token_starts) * torch.diff(index.asset_compressed).double()).sum()
+    )
     chosen = torch.where(selected_GNT >= 0, sizes[selected_GNT.clamp(min=0).long()], 0.0)
     selected = float(chosen.sum()) * H / G
     window = float((torch.diff(index.window_starts).double() ** 2).sum()) * H
@@ -132,7 +141,13 @@ def floors(index: BlockIndex, selected_GNT: Tensor, config: SsaConfig, rates: di
 def make_inputs(index: BlockIndex, coords: Tensor, config: SsaConfig) -> list[Tensor]:
     """q, k, v, ck, cv and gates in bf16. Smooth ones are random cosines of the position."""
     generator = torch.Generator(device="cuda").manual_seed(0)
-    N, P, H, G, D = index.num_tokens, index.num_compressed, config.heads, config.kv_heads, config.head_size
+    N, P, H, G, D = (
+        index.num_tokens,
+        index.num_compressed,
+        config.heads,
+        config.kv_heads,
+        config.head_size,
+    )
     place_N3 = coords[:, 1:].float()
     place_P3 = place_N3[index.compressed_starts[:-1].long()]
 
@@ -149,7 +164,9 @@ def make_inputs(index: BlockIndex, coords: Tensor, config: SsaConfig) -> list[Te
     return [x.bfloat16().requires_grad_() for x in tensors]
 
 
-def time_step(function: Callable[..., Tensor], inputs: list[Tensor], repeats: int = 20) -> tuple[float, float]:
+def time_step(
+    function: Callable[..., Tensor], inputs: list[Tensor], repeats: int = 20
+) -> tuple[float, float]:
     """Milliseconds of forward and of backward, as a training loop sees them."""
     forward = milliseconds(lambda: function(*inputs), repeats)
     out = function(*inputs)
@@ -206,7 +223,9 @@ def token_sets(config: SsaConfig) -> list[Tensor]:
     sets = []
     for array in loaded.values() if hasattr(loaded, "values") else [loaded]:
         if array.ndim != 2 or array.shape[1] != 3 or array.dtype.kind not in "iu":
-            raise ValueError(f"coords must hold integer arrays [N, 3], got {array.dtype} {array.shape}")
+            raise ValueError(
+                f"coords must hold integer arrays [N, 3], got {array.dtype} {array.shape}"
+            )
         xyz = torch.from_numpy(array.astype(np.int32))
         coords = torch.cat([torch.zeros(len(xyz), 1, dtype=torch.int32), xyz], 1)
         sets.append(coords[token_order(coords)])
@@ -233,7 +252,9 @@ def measure(coords: Tensor, top_k: int, config: SsaConfig, rates: dict[str, floa
         graph_forward = replayed(lambda: ours(*inputs))
 
     def step() -> tuple[Tensor, ...]:
-        leaves = [x.detach().requires_grad_() for x in inputs]  # old ones are tied to the stream of their first use
+        leaves = [
+            x.detach().requires_grad_() for x in inputs
+        ]  # old ones are tied to the stream of their first use
         return torch.autograd.grad(ours(*leaves), leaves, cotangent)
 
     row = {
@@ -247,7 +268,9 @@ def measure(coords: Tensor, top_k: int, config: SsaConfig, rates: dict[str, floa
         "graph_step": replayed(step),
         "peak_gb": peak_bytes(ours, inputs) / 2**30,
         "index_ms": milliseconds(lambda: BlockIndex.from_coords(coords, 1), 5),
-        "floors": floors(index, select_blocks(inputs[0], inputs[3], index, top_k=top_k), config, rates),
+        "floors": floors(
+            index, select_blocks(inputs[0], inputs[3], index, top_k=top_k), config, rates
+        ),
         "forward_kernels": by_kernel(lambda: ours(*inputs)),
         "backward_kernels": by_kernel(backward),
     }
@@ -274,11 +297,16 @@ def table(rows: list[dict]) -> str:
         ours = row["forward"], row["backward"]
         graph = row["graph_forward"], row["graph_step"] - row["graph_forward"]
         floor = [
-            max(row["floors"][f"{way}_{kind}"] for kind in ("flop", "exp", "byte")) for way in ("forward", "backward")
+            max(row["floors"][f"{way}_{kind}"] for kind in ("flop", "exp", "byte"))
+            for way in ("forward", "backward")
         ]
         share = "/".join(f"{100 * f / t:.0f}%" for f, t in zip(floor, graph, strict=True))
         flash, cudnn = row.get("flash"), row.get("cudnn")
-        ratio = "-" if flash is None else "/".join(f"{f / t:.2g}x" for f, t in zip(flash, graph, strict=True))
+        ratio = (
+            "-"
+            if flash is None
+            else "/".join(f"{f / t:.2g}x" for f, t in zip(flash, graph, strict=True))
+        )
         lines.append(
             f"| {row['tokens']} | {row['top_k']} | {pair(ours)} | {pair(graph)} | {pair(floor)} | {share} "
             f"| {pair(flash)} | {pair(cudnn)} | {ratio} | {row['peak_gb']:.2f} |"
@@ -295,9 +323,13 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
     for axis, way, i in zip(axes, ("forward", "backward"), (0, 1), strict=True):
         N = [row["tokens"] for row in rows]
-        graph = [(row["graph_forward"], row["graph_step"] - row["graph_forward"])[i] for row in rows]
+        graph = [
+            (row["graph_forward"], row["graph_step"] - row["graph_forward"])[i] for row in rows
+        ]
         axis.loglog(N, graph, "o-", label="ours")
-        floor = [max(row["floors"][f"{way}_{kind}"] for kind in ("flop", "exp", "byte")) for row in rows]
+        floor = [
+            max(row["floors"][f"{way}_{kind}"] for kind in ("flop", "exp", "byte")) for row in rows
+        ]
         axis.loglog(N, floor, "k:", label="hardware floor of SSA")
         for name, label in (("flash", "dense, flash"), ("cudnn", "dense, cuDNN"), ("peer", "peer")):
             points = [(row["tokens"], row[name][i]) for row in rows if row.get(name)]
@@ -312,7 +344,9 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def commit() -> str:
     """The checkout's commit, or "unknown"."""
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return result.stdout.strip() or "unknown"
 
 
@@ -321,7 +355,9 @@ def bench_ssa(config: SsaConfig) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.ssa needs a CUDA device")
     rates = ceilings()
-    rows = [measure(coords, k, config, rates) for coords in token_sets(config) for k in config.top_k]
+    rows = [
+        measure(coords, k, config, rates) for coords in token_sets(config) for k in config.top_k
+    ]
     result = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -337,11 +373,15 @@ def bench_ssa(config: SsaConfig) -> None:
     sys.stdout.write(
         f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}, commit {result['commit']}\n"
     )
-    sys.stdout.write("ceilings: " + ", ".join(f"{v / 1e12:.4g} T{k}/s" for k, v in rates.items()) + "\n")
+    sys.stdout.write(
+        "ceilings: " + ", ".join(f"{v / 1e12:.4g} T{k}/s" for k, v in rates.items()) + "\n"
+    )
     sys.stdout.write(table(rows) + "\n")
     for row in rows:
         for way in ("forward", "backward"):
-            parts = ", ".join(f"{name.strip('_')} {ms:.3g}" for name, ms in row[f"{way}_kernels"].items())
+            parts = ", ".join(
+                f"{name.strip('_')} {ms:.3g}" for name, ms in row[f"{way}_kernels"].items()
+            )
             sys.stdout.write(f"{row['tokens']} top-k {row['top_k']} {way}: {parts}\n")
 
 

@@ -34,7 +34,10 @@ def _torus(center: Points, ring: float, tube: float, turn: Points) -> Shape:
         kept = rng.uniform(0, ring + tube, 2 * n) < ring + tube * np.cos(v)
         u, v = u[kept], v[kept]
         distance = ring + tube * np.cos(v)
-        return center + np.stack([distance * np.cos(u), distance * np.sin(u), tube * np.sin(v)], 1) @ turn.T
+        return (
+            center
+            + np.stack([distance * np.cos(u), distance * np.sin(u), tube * np.sin(v)], 1) @ turn.T
+        )
 
     return 4 * np.pi**2 * ring * tube, sample
 
@@ -70,13 +73,17 @@ def _scene(extra: int, rng: np.random.Generator) -> list[Shape]:
     ]
     for _ in range(8):
         center = middle + rng.uniform(-0.28, 0.28, 3)
-        shapes.append(_rod(center, rng.uniform(0.006, 0.014), rng.uniform(0.25, 0.5), _rotation(rng)))
+        shapes.append(
+            _rod(center, rng.uniform(0.006, 0.014), rng.uniform(0.25, 0.5), _rotation(rng))
+        )
     for i in range(extra):
         center = middle + rng.uniform(-0.33, 0.33, 3)
         if i % 3 == 0:
             shapes.append(_sphere(center, rng.uniform(0.04, 0.15)))
         elif i % 3 == 1:
-            shapes.append(_torus(center, rng.uniform(0.06, 0.14), rng.uniform(0.015, 0.04), _rotation(rng)))
+            shapes.append(
+                _torus(center, rng.uniform(0.06, 0.14), rng.uniform(0.015, 0.04), _rotation(rng))
+            )
         else:
             half = rng.uniform([0.02, 0.05, 0.005], [0.1, 0.15, 0.02])
             shapes.append(_slab(center, half, _rotation(rng)))
@@ -90,7 +97,9 @@ def _voxels(shapes: list[Shape], grid: int, scale: float, seed: int) -> NDArray[
     for area, sample in shapes:
         points = (sample(int(area * (scale * grid) ** 2 * DENSITY) + 500, rng) - 0.5) * scale + 0.5
         offset = rng.normal(size=points.shape)
-        offset *= rng.uniform(0, 0.25 / grid, (len(points), 1)) / np.linalg.norm(offset, axis=1, keepdims=True)
+        offset *= rng.uniform(0, 0.25 / grid, (len(points), 1)) / np.linalg.norm(
+            offset, axis=1, keepdims=True
+        )
         voxel = np.floor((points + offset) * grid).astype(np.int64)
         voxel = voxel[((voxel >= 0) & (voxel < grid)).all(1)]
         codes.append(np.unique(voxel @ np.array([grid * grid, grid, 1])))
@@ -101,7 +110,9 @@ def surface_coords(tokens: int, grid: int, seed: int = 0) -> Tensor:
     """int32 [N, 4] sorted coordinates (batch 0, x, y, z) of about `tokens` voxels (within 1%) of a grid^3."""
     # How much surface a grid holds decides how many parts the scene needs.
     crowding = tokens / grid**2
-    shapes = _scene(0 if crowding < 2.3 else 6 if crowding < 4.5 else 70, np.random.default_rng(100 + seed))
+    shapes = _scene(
+        0 if crowding < 2.3 else 6 if crowding < 4.5 else 70, np.random.default_rng(100 + seed)
+    )
     scale = 0.8
     for _ in range(12):
         codes = _voxels(shapes, grid, scale, seed)

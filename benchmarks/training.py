@@ -23,20 +23,20 @@ import torch
 
 from model.command import command, parse
 from model.sparse_vae import VAEConfig
-from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
 from pipeline.core.schema import Bricks, Mesh, UserError, make_uid
 from pipeline.geometry.sdf import compute_bricks
-from pipeline.storage.sdf_shard import write_sdf_shard
 from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
+from pipeline.storage.sdf_shard import write_sdf_shard
+from train.data.bricks import BrickLoader, BrickReader, read_catalogue
 from train.engine.checkpoint import provenance
 from train.engine.config import VAE_PRESETS, BrickConfig, VAETraining
-from train.data.bricks import BrickLoader, BrickReader, read_catalogue
 from train.engine.distributed import World
-from train.engine.optimizer import make_optimizer, peak_flops
 from train.engine.mesh_pictures import save_image, side_by_side
-from train.vae import train
+from train.engine.optimizer import make_optimizer, peak_flops
 from train.evaluation.vae import evaluate_asset, load_vae, summarize, table
 from train.stages.vae.task import VAETask
+from train.vae import train
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,12 @@ LEFT_OUT = (
 )
 HELD_OUT = ("bunny.ply", "fandisk.obj", "rabbit.obj", "teapot.stl")
 PROCEDURAL = ("castle", "robot")  # top the held-out ones up
-AS_IN_THE_PAPER = ("chair_model.obj", "no_indices_3storybuilding.glb", "rabbit.obj", "teapot.stl")  # 2.1k cells at 256
+AS_IN_THE_PAPER = (
+    "chair_model.obj",
+    "no_indices_3storybuilding.glb",
+    "rabbit.obj",
+    "teapot.stl",
+)  # 2.1k cells at 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +94,9 @@ class Measure:
 
 def pack_geometry(cfg: Geometry) -> None:
     """Writes names and, of each mesh, v<n> float32 [V, 3], f<n> int32 [F, 3]."""
+    from pipeline.core.schema import Reject
     from pipeline.mesh_io.load import LoadConfig, load
     from pipeline.mesh_io.normalize import NormalizeConfig, normalize
-    from pipeline.core.schema import Reject
     from pipeline.sources import open_source
 
     arrays: dict[str, Any] = {}
@@ -99,17 +104,26 @@ def pack_geometry(cfg: Geometry) -> None:
     for spec in (f"folder:{cfg.meshes}", "procedural"):
         source = open_source(spec)
         for record in source.records():
-            name = Path(record.url).name if spec.startswith("folder") else record.url.partition("-")[2]
-            if name in LEFT_OUT or (spec == "procedural" and (name not in PROCEDURAL or name in names)):
+            name = (
+                Path(record.url).name if spec.startswith("folder") else record.url.partition("-")[2]
+            )
+            if name in LEFT_OUT or (
+                spec == "procedural" and (name not in PROCEDURAL or name in names)
+            ):
                 continue
             folder = cfg.out.with_suffix(".scratch") / record.uid
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                mesh = normalize(load(source.materialize(record, folder), LoadConfig()), NormalizeConfig())
+                mesh = normalize(
+                    load(source.materialize(record, folder), LoadConfig()), NormalizeConfig()
+                )
             except Reject as verdict:
                 log.info("%s: %s", name, verdict)
                 continue
-            arrays |= {f"v{len(names)}": mesh.vertices.astype(np.float32), f"f{len(names)}": mesh.faces}
+            arrays |= {
+                f"v{len(names)}": mesh.vertices.astype(np.float32),
+                f"f{len(names)}": mesh.faces,
+            }
             names.append(name)
     np.savez_compressed(cfg.out, names=np.array(names), **arrays)
     log.info("%d meshes in %s", len(names), cfg.out)
@@ -119,7 +133,10 @@ def make_bricks(cfg: BrickBuild) -> None:
     """A committed build of one shard."""
     packed = np.load(cfg.geometry)
     names = packed["names"].tolist()
-    jobs = [(name, packed[f"v{n}"], packed[f"f{n}"], _resolutions(cfg, name)) for n, name in enumerate(names)]
+    jobs = [
+        (name, packed[f"v{n}"], packed[f"f{n}"], _resolutions(cfg, name))
+        for n, name in enumerate(names)
+    ]
     began = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(cfg.workers) as pool:
         made = dict(pool.imap_unordered(_bricks_of, sorted(jobs, key=lambda job: -len(job[2]))))
@@ -141,7 +158,11 @@ def make_bricks(cfg: BrickBuild) -> None:
     markers.mkdir(parents=True)
     resolutions = sorted({r for bricks in made.values() for r in bricks})
     for resolution in resolutions:
-        assets = [(row["uid"], made[row["url"]][resolution]) for row in rows if resolution in made[row["url"]]]
+        assets = [
+            (row["uid"], made[row["url"]][resolution])
+            for row in rows
+            if resolution in made[row["url"]]
+        ]
         path = cfg.out / "sdf" / str(resolution) / f"{SHARD}.zarr"
         path.parent.mkdir(parents=True)
         write_sdf_shard(path, resolution, assets, "benchmark")
@@ -152,10 +173,16 @@ def make_bricks(cfg: BrickBuild) -> None:
 
 
 def _resolutions(cfg: BrickBuild, name: str) -> tuple[int, ...]:
-    return (*cfg.resolutions, cfg.finest) if cfg.finest and name in AS_IN_THE_PAPER else cfg.resolutions
+    return (
+        (*cfg.resolutions, cfg.finest)
+        if cfg.finest and name in AS_IN_THE_PAPER
+        else cfg.resolutions
+    )
 
 
-def _bricks_of(job: tuple[str, np.ndarray, np.ndarray, Sequence[int]]) -> tuple[str, dict[int, Bricks]]:
+def _bricks_of(
+    job: tuple[str, np.ndarray, np.ndarray, Sequence[int]],
+) -> tuple[str, dict[int, Bricks]]:
     name, vertices, faces, resolutions = job
     mesh = Mesh(vertices=vertices.astype(np.float64), faces=faces)
     topology = build_topology(mesh, TopologyConfig())
@@ -170,19 +197,28 @@ def time_steps(data: Path, device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for resolution, batch_size in ((256, 4), (384, 4), (512, 4), (1024, 1)):
         catalogue = read_catalogue(data, [resolution])
-        wanted = [catalogue.uids.index(make_uid("folder", name)) for name in AS_IN_THE_PAPER][:batch_size]
+        wanted = [catalogue.uids.index(make_uid("folder", name)) for name in AS_IN_THE_PAPER][
+            :batch_size
+        ]
         loader = BrickLoader(catalogue, seed=0, noise_channels=16, symmetries=False)
         batch = loader.load_assets(wanted, resolution).pin_memory()
         for checkpointing in (False, True):
             cfg = VAE_PRESETS["base"]
             cfg = replace(cfg, loop=replace(cfg.loop, activation_checkpointing=checkpointing))
             try:
-                row = _time(VAETask(cfg, World(device=device), catalogue.subset([])), cfg, batch, device)
+                row = _time(
+                    VAETask(cfg, World(device=device), catalogue.subset([])), cfg, batch, device
+                )
             except torch.cuda.OutOfMemoryError as error:
                 row = {"failed": str(error).splitlines()[0]}
             gc.collect()
             torch.cuda.empty_cache()
-            about = {"R": resolution, "batch": batch_size, "cells": batch.tokens, "checkpointing": checkpointing}
+            about = {
+                "R": resolution,
+                "batch": batch_size,
+                "cells": batch.tokens,
+                "checkpointing": checkpointing,
+            }
             rows.append({**about, **row})
             log.info("%s", rows[-1])
     return rows
@@ -265,11 +301,15 @@ def learn(cfg: Measure, preset: str, device: torch.device) -> dict[str, Any]:
             "resolution": resolution,
             "steps": steps,
             "seconds": seconds,
-            "loss": [float(np.mean([line["loss"] for line in part])) for part in (lines[:20], lines[-20:])],
+            "loss": [
+                float(np.mean([line["loss"] for line in part]))
+                for part in (lines[:20], lines[-20:])
+            ],
             "ms": median(line["seconds"] for line in lines) * 1000,
             "tokens_per_s": median(line["tokens_per_s"] for line in lines),
             "mfu": median(line["mfu"] or 0.0 for line in lines),
-            "data_share": sum(line["data_s"] for line in lines) / sum(line["seconds"] for line in lines),
+            "data_share": sum(line["data_s"] for line in lines)
+            / sum(line["seconds"] for line in lines),
             "skipped": lines[-1]["skipped"],
         }
         result["stages"].append(stage | _evaluate(cfg, preset, init, resolution, device))
@@ -277,14 +317,18 @@ def learn(cfg: Measure, preset: str, device: torch.device) -> dict[str, Any]:
     return result
 
 
-def _evaluate(cfg: Measure, preset: str, checkpoint: Path, resolution: int, device: torch.device) -> dict[str, Any]:
+def _evaluate(
+    cfg: Measure, preset: str, checkpoint: Path, resolution: int, device: torch.device
+) -> dict[str, Any]:
     model, _ = load_vae(checkpoint, device)
     stored = sorted({*cfg.resolutions, resolution})
     reader = BrickReader(read_catalogue(cfg.data, stored))
     rows, images = [], []
     for asset in range(len(reader.catalogue)):
         draw = bool(reader.catalogue.is_val[asset]) or asset % 6 == 0
-        found = evaluate_asset(model, reader, asset, resolution, device=device, samples=cfg.samples, draw=draw)
+        found = evaluate_asset(
+            model, reader, asset, resolution, device=device, samples=cfg.samples, draw=draw
+        )
         if found is not None:
             rows.append(found[0])
             images += [found[1]] if draw else []
@@ -297,7 +341,9 @@ def _evaluate(cfg: Measure, preset: str, checkpoint: Path, resolution: int, devi
         "held out, real": [row for row in rows if row.split == "val" and row.uid not in procedural],
         "held out, procedural": [row for row in rows if row.uid in procedural],
     }
-    summaries = [summarize(group, f"{preset} R = {resolution}, {name}") for name, group in groups.items()]
+    summaries = [
+        summarize(group, f"{preset} R = {resolution}, {name}") for name, group in groups.items()
+    ]
     log.info("\n%s", table(summaries))
     return {"summaries": summaries}
 
@@ -309,8 +355,18 @@ def measure(cfg: Measure) -> dict[str, Any]:
     device = torch.device("cuda", 0)
     cfg.out.mkdir(parents=True, exist_ok=True)
     driver = torch.cuda.get_device_properties(device)
-    machine = {"gpu": driver.name, "python": platform.python_version(), "cuda": torch.version.cuda, **provenance()}
-    results: dict[str, Any] = {"machine": machine, "model": VAEConfig.__name__, "steps": [], "learn": []}
+    machine = {
+        "gpu": driver.name,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        **provenance(),
+    }
+    results: dict[str, Any] = {
+        "machine": machine,
+        "model": VAEConfig.__name__,
+        "steps": [],
+        "learn": [],
+    }
 
     def save() -> None:
         (cfg.out / "training.json").write_text(json.dumps(results, indent=1, default=str) + "\n")

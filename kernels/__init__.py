@@ -1,10 +1,7 @@
 """Triton kernels and their reference definitions."""
 
-from kernels.attention.ssa import reference
-from kernels.conv import reference as reference_conv
-from kernels.attention.ssa import spatial_sparse_attention
-from kernels.attention.block_mean import block_mean
 from kernels.attention.block_index import BlockIndex, invert_order, token_order
+from kernels.attention.block_mean import block_mean
 from kernels.attention.branches import (
     compressed_attention,
     gated_sum,
@@ -12,12 +9,14 @@ from kernels.attention.branches import (
     selection_attention,
     window_attention,
 )
+from kernels.attention.ssa import reference, spatial_sparse_attention
+from kernels.conv import reference as reference_conv
 from kernels.conv.group_norm import group_norm
 from kernels.conv.neighbors import Parents, neighbor_map, parents
 from kernels.conv.pool import pool_children
-from kernels.sdf.distances import Flood, Surface, block_distances, pack_surface
 from kernels.conv.sdf_head import sdf_head
 from kernels.conv.sparse_conv import duplicate_children, sparse_conv
+from kernels.sdf.distances import Flood, Surface, block_distances, pack_surface
 
 __all__ = [
     "BlockIndex",

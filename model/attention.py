@@ -9,12 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import spatial_sparse_attention
-from model.kv_compression import TokenLayout, Version, make_compression
 from model.conditioning.image_encoder import Condition
+from model.kv_compression import TokenLayout, Version, make_compression
 
 
 def ragged_attention(
-    q_NHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int
+    q_NHD: Tensor,
+    k_SHD: Tensor,
+    v_SHD: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_q: int,
+    max_k: int,
 ) -> Tensor:
     """Softmax attention of each asset's queries to the same asset's keys: [N, H, D] in q's dtype.
 
@@ -29,7 +35,9 @@ def ragged_attention(
         assert isinstance(out, Tensor)
         return out
     parts = []
-    spans = zip(itertools.pairwise(q_starts.tolist()), itertools.pairwise(k_starts.tolist()), strict=True)
+    spans = zip(
+        itertools.pairwise(q_starts.tolist()), itertools.pairwise(k_starts.tolist()), strict=True
+    )
     for (q_first, q_last), (k_first, k_last) in spans:
         q = q_NHD[q_first:q_last].transpose(0, 1)[None]
         k, v = (x[k_first:k_last].transpose(0, 1)[None] for x in (k_SHD, v_SHD))
@@ -50,7 +58,9 @@ class SpatialSparseAttention(nn.Module):
         self.query = nn.Linear(channels, channels, bias=False)
         self.key = nn.Linear(channels, kv_channels, bias=False)
         self.value = nn.Linear(channels, kv_channels, bias=False)
-        self.gate = nn.Linear(channels, 3, bias=False)  # of compression, selection, window; before the sigmoid
+        self.gate = nn.Linear(
+            channels, 3, bias=False
+        )  # of compression, selection, window; before the sigmoid
         self.key_position = nn.Parameter(torch.zeros(compress_block**3, kv_channels))
         self.compress_key = make_compression(compression, kv_channels, plus_one=plus_one)
         self.compress_value = make_compression(compression, kv_channels, plus_one=plus_one)
@@ -96,7 +106,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_NC: Tensor, layout: TokenLayout, condition: Condition) -> Tensor:
         q_NHD = self.query(x_NC).unflatten(1, (self.heads, -1))
-        k_SHD, v_SHD = self.key_value(condition.feats_SC).unflatten(1, (2, self.heads, -1)).unbind(1)
+        k_SHD, v_SHD = (
+            self.key_value(condition.feats_SC).unflatten(1, (2, self.heads, -1)).unbind(1)
+        )
         starts, most = layout.index.token_starts, layout.index.max_tokens
-        out = ragged_attention(q_NHD, k_SHD, v_SHD, starts, condition.starts, most, condition.max_tokens)
+        out = ragged_attention(
+            q_NHD, k_SHD, v_SHD, starts, condition.starts, most, condition.max_tokens
+        )
         return self.out(out.flatten(1))

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-KeyMap = Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]  # their name -> (our name, their layout to ours)
+KeyMap = Mapping[
+    str, tuple[str, Callable[[Tensor], Tensor]]
+]  # their name -> (our name, their layout to ours)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -36,7 +38,9 @@ def save_model(directory: Path | str, model: nn.Module, config: Any, **notes: st
     try:
         new, old = made / "new", made / "old"
         new.mkdir()
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        weights = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+        }
         save_file(weights, new / WEIGHTS)
         described = {
             "format_version": FORMAT_VERSION,
@@ -85,7 +89,9 @@ def load_model(
         described = json.loads((directory / CONFIG).read_text())
         version, name, stored = (described[key] for key in ("format_version", "model", "config"))
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory} must hold a model ({CONFIG}, {WEIGHTS}): {error!r}") from error
+        raise ValueError(
+            f"{directory} must hold a model ({CONFIG}, {WEIGHTS}): {error!r}"
+        ) from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{directory} must have format_version {FORMAT_VERSION}, got {version}")
     if name != cls.__name__:
@@ -93,7 +99,11 @@ def load_model(
     found = config_from(cls.Config, stored, str(directory))  # pyright: ignore[reportAttributeAccessIssue]
     if config is not None and found != config:
         wanted, there = dataclasses.asdict(config), dataclasses.asdict(found)
-        fields = [f"{key} = {wanted[key]} (there: {there[key]})" for key in wanted if wanted[key] != there[key]]
+        fields = [
+            f"{key} = {wanted[key]} (there: {there[key]})"
+            for key in wanted
+            if wanted[key] != there[key]
+        ]
         raise ValueError(f"{directory} must have {', '.join(fields)}")
     with torch.device(device):
         model = cls(found)
@@ -113,12 +123,20 @@ def config_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
     names = {field.name for field in dataclasses.fields(cls)}
     if names != set(values):
         unknown, missing = sorted(set(values) - names), sorted(names - set(values))
-        raise ValueError(f"{where} must have the fields of {cls.__name__}; unknown: {unknown}, missing: {missing}")
+        raise ValueError(
+            f"{where} must have the fields of {cls.__name__}; unknown: {unknown}, missing: {missing}"
+        )
     types = typing.get_type_hints(cls)
-    inner = {name for name in names if dataclasses.is_dataclass(types[name]) and isinstance(values[name], dict)}
+    inner = {
+        name
+        for name in names
+        if dataclasses.is_dataclass(types[name]) and isinstance(values[name], dict)
+    }
     return cls(
         **{
-            name: config_from(types[name], value, f"{where}: {name}") if name in inner else _tuples(value)
+            name: config_from(types[name], value, f"{where}: {name}")
+            if name in inner
+            else _tuples(value)
             for name, value in values.items()
         }
     )
@@ -151,9 +169,13 @@ def load_mapped(model: nn.Module, weights: Mapping[str, Tensor], keys: KeyMap, w
         except RuntimeError:  # a shape that the conversion cannot take
             matches = False
         if not matches:
-            problems.append(f"{name} of shape {list(weights[name].shape)} does not fit {list(targets[ours].shape)}")
+            problems.append(
+                f"{name} of shape {list(weights[name].shape)} does not fit {list(targets[ours].shape)}"
+            )
     if problems:
-        raise ValueError(f"{where} must hold the weights of this {type(model).__name__}: {'; '.join(problems)}")
+        raise ValueError(
+            f"{where} must hold the weights of this {type(model).__name__}: {'; '.join(problems)}"
+        )
     with torch.no_grad():
         for name, tensor in converted.items():
             targets[name].copy_(tensor)

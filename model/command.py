@@ -20,7 +20,14 @@ log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # where people point to
+REFUSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)  # where people point to
 
 
 class Stopped(BaseException):
@@ -31,7 +38,9 @@ class Stopped(BaseException):
         self.signum = signum
 
 
-def parse(cls: type[Config], args: Sequence[str], *, prog: str, default: Config | None = None) -> Config:
+def parse(
+    cls: type[Config], args: Sequence[str], *, prog: str, default: Config | None = None
+) -> Config:
     """The options as a config; `default` gives the values of those left out. UserError, one line, for bad ones."""
     import tyro  # here: the libraries do without it
 
@@ -39,7 +48,9 @@ def parse(cls: type[Config], args: Sequence[str], *, prog: str, default: Config 
     start = tyro.MISSING_NONPROP if default is None else default
     try:
         with redirect_stderr(words):
-            config, unknown = tyro.cli(cls, args=args, prog=prog, return_unknown_args=True, default=start)
+            config, unknown = tyro.cli(
+                cls, args=args, prog=prog, return_unknown_args=True, default=start
+            )
     except SystemExit as end:
         if not end.code:
             raise  # --help
@@ -47,7 +58,9 @@ def parse(cls: type[Config], args: Sequence[str], *, prog: str, default: Config 
     except ValueError as error:  # the config's own checks
         raise UserError(str(error)) from error
     if unknown:
-        close = difflib.get_close_matches(unknown[0].replace("_", "-"), _options(cls, prog, start), n=1)
+        close = difflib.get_close_matches(
+            unknown[0].replace("_", "-"), _options(cls, prog, start), n=1
+        )
         hint = f", did you mean {close[0]}?" if close else f"; see {prog} --help"
         raise UserError(f"unknown option {unknown[0]}{hint}")
     return config
@@ -59,7 +72,10 @@ def command(main: Callable[[Sequence[str]], int | None]) -> None:
     0 done, 1 the run could not go on, 2 what was asked for cannot be done, 130 and 143 stopped by a signal.
     """
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
     )
     try:
         with raise_on_signals():
@@ -72,7 +88,10 @@ def command(main: Callable[[Sequence[str]], int | None]) -> None:
         code = 1
     except OSError as error:
         if error.errno in NO_ROOM:
-            log.error("%s is full; make room and run the same command to go on", error.filename or "the disk")
+            log.error(
+                "%s is full; make room and run the same command to go on",
+                error.filename or "the disk",
+            )
         elif error.errno in REFUSED and error.filename:
             log.error("%s: %s; choose another place, or allow it", error.filename, error.strerror)
         else:
@@ -109,7 +128,9 @@ def _one_line(message: str) -> str:
     lines = [line for line in lines if line]
     body = []
     for line in lines[1:]:
-        if line.startswith(("Argument helptext", "For full helptext", "Got errors", "Arguments similar")):
+        if line.startswith(
+            ("Argument helptext", "For full helptext", "Got errors", "Arguments similar")
+        ):
             break
         body.append(line)
     return re.sub(r"\s+", " ", " ".join(body) or " ".join(lines)).rstrip(".:; ")

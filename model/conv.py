@@ -22,11 +22,17 @@ class SparseConv3d(nn.Module):
         super().__init__()
         # The decoder has six of these and no norm: torch's own bound would shrink a signal to a third in each.
         bound = SILU_GAIN * math.sqrt(3 / (TAPS * in_channels))
-        self.weight = nn.Parameter(torch.empty(TAPS, in_channels, out_channels).uniform_(-bound, bound))
+        self.weight = nn.Parameter(
+            torch.empty(TAPS, in_channels, out_channels).uniform_(-bound, bound)
+        )
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
-    def forward(self, x_NC: Tensor, neighbors_M27: Tensor, size: int = 1, upsample: bool = False) -> Tensor:
-        return sparse_conv(x_NC, self.weight, self.bias, neighbors_M27, size=size, upsample=upsample)
+    def forward(
+        self, x_NC: Tensor, neighbors_M27: Tensor, size: int = 1, upsample: bool = False
+    ) -> Tensor:
+        return sparse_conv(
+            x_NC, self.weight, self.bias, neighbors_M27, size=size, upsample=upsample
+        )
 
 
 class GroupNormSiLU(nn.Module):
@@ -39,7 +45,11 @@ class GroupNormSiLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        return x.replace(group_norm(x.feats, x.level.asset_starts, self.groups, self.weight, self.bias, silu=True))
+        return x.replace(
+            group_norm(
+                x.feats, x.level.asset_starts, self.groups, self.weight, self.bias, silu=True
+            )
+        )
 
 
 class DownBlock(nn.Module):
@@ -57,7 +67,10 @@ class DownBlock(nn.Module):
     def forward(self, x_NC: Tensor, x: SparseTensor) -> Tensor:
         """Features of x's level, given apart so that they can be recomputed -> those of its parents."""
         x, (level, _, children_P8) = x.replace(x_NC), x.level.parents
-        pooled, mean = (pool_children(y, children_P8, plus_one=self.plus_one) for y in (self.norm1(x).feats, x_NC))
+        pooled, mean = (
+            pool_children(y, children_P8, plus_one=self.plus_one)
+            for y in (self.norm1(x).feats, x_NC)
+        )
         hidden = SparseTensor(self.conv1(pooled, level.neighbors), level)
         return self.conv2(self.norm2(hidden).feats, level.neighbors) + self.skip(mean)
 
@@ -81,7 +94,9 @@ def pairs_of_blocks(neighbors_M27: Tensor, size: int, upsample: bool) -> Tensor:
 
     upsample: with 2 taps an axis instead of 3, as children of one voxel are equal.
     """
-    inside = 2 * size - 2 if upsample else 3 * size - 2  # on one axis, of the block's own; one with each neighbour
+    inside = (
+        2 * size - 2 if upsample else 3 * size - 2
+    )  # on one axis, of the block's own; one with each neighbour
     axis = torch.tensor([1, inside, 1], device=neighbors_M27.device)
     shared_27 = (axis[:, None, None] * axis[:, None] * axis).flatten()
     return ((neighbors_M27 >= 0).sum(0) * shared_27).sum()

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from model.command import command, parse
 from model.conditioning.background_removal import load_foreground
 from model.inference.generator import Generated, Generator, Options
-from model.inference.mesh_export import FORMATS, check_format, write_mesh
 from model.inference.mesh_cleaning import check_simplification
+from model.inference.mesh_export import FORMATS, check_format, write_mesh
 from model.inference.turntable import write_preview
 from pipeline.core.schema import RunError, UserError
 
@@ -33,13 +33,19 @@ class GenerateConfig:
     """Generate a mesh for each image of an object. Transparent pixels are background."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]  # picture files
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # file; of several images the folder
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = (
+        None  # file; of several images the folder
+    )
     format: Literal["glb", "obj", "ply", "stl"] = "glb"  # of the files, where --out does not say
-    checkpoint: Path = Path("runs/export")  # the trained stages, collected by python -m train.export
+    checkpoint: Path = Path(
+        "runs/export"
+    )  # the trained stages, collected by python -m train.export
     seed: int = 0  # the same seed, image and options give the same mesh on the same machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     keep_background: bool = False  # take an image without transparency as it is
-    preview: Literal["none", "png", "gif"] = "none"  # views all around, beside the mesh as NAME.preview.png or .gif
+    preview: Literal["none", "png", "gif"] = (
+        "none"  # views all around, beside the mesh as NAME.preview.png or .gif
+    )
     options: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
 
     def __post_init__(self) -> None:
@@ -57,7 +63,9 @@ def targets(cfg: GenerateConfig) -> list[Path]:
     for file in files:
         taken = images & {file.resolve(), _preview_of(file, cfg).resolve()}
         if taken:
-            raise UserError(f"{min(taken)} would be replaced by what is made from it; choose another --out")
+            raise UserError(
+                f"{min(taken)} would be replaced by what is made from it; choose another --out"
+            )
     return files
 
 
@@ -68,7 +76,9 @@ def _check_folder(folder: Path) -> None:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}); choose another --out") from error
+        raise UserError(
+            f"{folder} cannot be written to ({error.strerror}); choose another --out"
+        ) from error
 
 
 def _preview_of(file: Path, cfg: GenerateConfig) -> Path:
@@ -124,10 +134,14 @@ def generate(cfg: GenerateConfig) -> int:
 
 def report(file: Path, made: Generated, device: torch.device) -> str:
     """One line: what was made, what each stage took, the peak of memory."""
-    stages = ", ".join(f"{stage.name} {stage.seconds:.1f} s ({stage.tokens} cells)" for stage in made.stages)
+    stages = ", ".join(
+        f"{stage.name} {stage.seconds:.1f} s ({stage.tokens} cells)" for stage in made.stages
+    )
     surface = "closed" if not made.open_edges else f"{made.open_edges} open edges"
     done = made.cleaned
-    tidied = f"{done.holes} holes closed, {done.floaters} floaters and {done.bubbles} bubbles removed"
+    tidied = (
+        f"{done.holes} holes closed, {done.floaters} floaters and {done.bubbles} bubbles removed"
+    )
     return f"{file}: {len(made.faces)} faces, {surface}; {stages}; {tidied}; peak memory {peak_memory(device)}"
 
 

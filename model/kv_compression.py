@@ -78,7 +78,9 @@ class CompressionV2(nn.Module):
         index, neighbors = layout.index, layout.neighbors
         both = torch.cat([_norm(self.norm1, x_NC, index.token_starts), x_NC], 1)
         pooled_PC, skip_PC = block_mean(both, index, plus_one=self.plus_one).chunk(2, 1)
-        hidden_PC = _norm(self.norm2, self.conv1(pooled_PC.contiguous(), neighbors), index.asset_compressed)
+        hidden_PC = _norm(
+            self.norm2, self.conv1(pooled_PC.contiguous(), neighbors), index.asset_compressed
+        )
         return self.conv2(hidden_PC, neighbors) + skip_PC
 
 

@@ -68,7 +68,9 @@ class Mlp(nn.Sequential):
 
     def __init__(self, channels: int, ratio: int = 4):
         super().__init__(
-            nn.Linear(channels, ratio * channels), nn.GELU(approximate="tanh"), nn.Linear(ratio * channels, channels)
+            nn.Linear(channels, ratio * channels),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(ratio * channels, channels),
         )
 
 

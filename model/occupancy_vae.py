@@ -17,7 +17,11 @@ class OccupancyConfig:
     """Sizes of an OccupancyVAE; the defaults are for the 64^3 cells of R = 512. ValueError if they do not fit."""
 
     side: int = 64  # cells along one side: R / 8
-    widths: tuple[int, ...] = (32, 128, 512)  # channels at each level; every level after the first halves the grid
+    widths: tuple[int, ...] = (
+        32,
+        128,
+        512,
+    )  # channels at each level; every level after the first halves the grid
     blocks: int = 2  # residual blocks a level, and twice as many at the last
     groups: int = 32  # of GroupNorm
     latent_channels: int = 8
@@ -27,9 +31,13 @@ class OccupancyConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
-            raise ValueError(f"widths must be positive multiples of groups = {self.groups}, got {self.widths}")
+            raise ValueError(
+                f"widths must be positive multiples of groups = {self.groups}, got {self.widths}"
+            )
         if self.side % self.factor:
-            raise ValueError(f"side must be a multiple of {self.factor} for {len(self.widths)} widths, got {self.side}")
+            raise ValueError(
+                f"side must be a multiple of {self.factor} for {len(self.widths)} widths, got {self.side}"
+            )
 
     @property
     def factor(self) -> int:
@@ -61,8 +69,12 @@ class _Residual(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.first = nn.Sequential(*_norm(groups, channels), nn.Conv3d(channels, channels, 3, padding=1))
-        self.second = nn.Sequential(*_norm(groups, channels), nn.Conv3d(channels, channels, 3, padding=1))
+        self.first = nn.Sequential(
+            *_norm(groups, channels), nn.Conv3d(channels, channels, 3, padding=1)
+        )
+        self.second = nn.Sequential(
+            *_norm(groups, channels), nn.Conv3d(channels, channels, 3, padding=1)
+        )
         for parameter in self.second[-1].parameters():
             nn.init.zeros_(parameter)
 
@@ -92,7 +104,12 @@ class OccupancyVAE(nn.Module):
     def __init__(self, config: OccupancyConfig):
         super().__init__()
         self.config = config
-        widths, blocks, groups, latent = config.widths, config.blocks, config.groups, config.latent_channels
+        widths, blocks, groups, latent = (
+            config.widths,
+            config.blocks,
+            config.groups,
+            config.latent_channels,
+        )
         encoder: list[nn.Module] = [nn.Conv3d(1, widths[0], 3, padding=1)]
         for level, width in enumerate(widths):
             if level:
@@ -108,7 +125,9 @@ class OccupancyVAE(nn.Module):
             decoder += [_Residual(widths[level], groups) for _ in range(blocks)]
             if level:
                 decoder.append(_Up(widths[level], widths[level - 1]))
-        self.decoder = nn.Sequential(*decoder, *_norm(groups, widths[0]), nn.Conv3d(widths[0], 1, 3, padding=1))
+        self.decoder = nn.Sequential(
+            *decoder, *_norm(groups, widths[0]), nn.Conv3d(widths[0], 1, 3, padding=1)
+        )
 
     def encode(self, occupied: Tensor) -> Gaussian:
         """bool [B, S, S, S] -> the latents' distribution, [B, C, s, s, s]. ValueError for another side."""
@@ -135,7 +154,11 @@ class OccupancyVAE(nn.Module):
 
 
 def occupancy_loss(
-    logits: Tensor, occupied: Tensor, posterior: Gaussian, kl_weight: float, share: float | None = None
+    logits: Tensor,
+    occupied: Tensor,
+    posterior: Gaussian,
+    kl_weight: float,
+    share: float | None = None,
 ) -> dict[str, Tensor]:
     """Scalars: bce + dice + kl_weight * kl as "loss", each of them, and the "iou" of the logits' signs.
 

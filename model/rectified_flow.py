@@ -36,7 +36,9 @@ class TimeDistribution:
         if self.kind == "uniform":
             t_B = torch.rand(count, generator=generator, device=device)
         else:
-            t_B = torch.sigmoid(self.mean + self.std * torch.randn(count, generator=generator, device=device))
+            t_B = torch.sigmoid(
+                self.mean + self.std * torch.randn(count, generator=generator, device=device)
+            )
         return shift_times(t_B, self.shift).clamp(1e-5, 1 - 1e-5)
 
 
@@ -56,7 +58,9 @@ def target(x0_NC: Tensor, eps_NC: Tensor) -> Tensor:
     return eps_NC - x0_NC
 
 
-def noise_of(seeds: Sequence[int], counts: Sequence[int], channels: int, device: torch.device | str = "cpu") -> Tensor:
+def noise_of(
+    seeds: Sequence[int], counts: Sequence[int], channels: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Standard normal fp32 [sum of counts, channels]: the rows of asset i depend on seeds[i] and counts[i] alone.
 
     Drawn on the CPU, so the same on every device and in every batch. ValueError if there are not as many seeds as
@@ -76,7 +80,10 @@ class Guidance:
     """Classifier-free guidance. ValueError for a negative scale, an interval outside [0, 1] or rescale outside it."""
 
     scale: float = 7.0  # of the release; 1 is the conditional velocity itself
-    interval: tuple[float, float] = (0.0, 1.0)  # of t, ends included; outside, the conditional velocity alone
+    interval: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # of t, ends included; outside, the conditional velocity alone
     rescale: float = 0.0  # share of the correction that gives the guided velocity the conditional one's deviation
 
     def __post_init__(self) -> None:
@@ -84,12 +91,16 @@ class Guidance:
         if not 0.0 <= self.scale < float("inf"):
             raise ValueError(f"scale must be at least 0 and finite, got {self.scale}")
         if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(f"interval must be (low, high) with 0 <= low <= high <= 1, got {self.interval}")
+            raise ValueError(
+                f"interval must be (low, high) with 0 <= low <= high <= 1, got {self.interval}"
+            )
         if not 0.0 <= self.rescale <= 1.0:
             raise ValueError(f"rescale must be from 0 to 1, got {self.rescale}")
 
 
-def guide(conditional: Velocity, unconditional: Velocity, guidance: Guidance, counts: Sequence[int]) -> Velocity:
+def guide(
+    conditional: Velocity, unconditional: Velocity, guidance: Guidance, counts: Sequence[int]
+) -> Velocity:
     """u + scale * (c - u) inside the interval, c outside; at scale 1 the unconditional velocity is never asked for.
 
     counts: rows of each asset in x. With rescale r each asset's guided velocity is multiplied by

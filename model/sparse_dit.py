@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from model.attention import CrossAttention, FullAttention, SpatialSparseAttention
 from model.checkpoint import KeyMap, load_mapped
-from model.kv_compression import GROUPS, TokenLayout, Version
 from model.conditioning.image_encoder import Condition
+from model.kv_compression import GROUPS, TokenLayout, Version
 from model.layers import (
     Mlp,
     autocast_dtype,
@@ -52,7 +52,15 @@ class DiTConfig:
     plus_one_pooling: bool = False  # compression divides by n + 1, as the published weights expect
 
     def __post_init__(self) -> None:
-        counts = ("channels", "blocks", "heads", "kv_heads", "mlp_ratio", "latent_channels", "top_k")
+        counts = (
+            "channels",
+            "blocks",
+            "heads",
+            "kv_heads",
+            "mlp_ratio",
+            "latent_channels",
+            "top_k",
+        )
         for name in (*counts, "condition_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -63,11 +71,17 @@ class DiTConfig:
         if self.compress_block not in (4, 8):
             raise ValueError(f"compress_block must be 4 or 8, got {self.compress_block}")
         if self.channels % self.heads or self.channels // self.heads not in HEAD_SIZES:
-            raise ValueError(f"heads must split {self.channels} channels into one of {HEAD_SIZES}, got {self.heads}")
+            raise ValueError(
+                f"heads must split {self.channels} channels into one of {HEAD_SIZES}, got {self.heads}"
+            )
         if self.heads % self.kv_heads or self.heads // self.kv_heads not in (1, 2, 4, 8, 16, 32):
-            raise ValueError(f"kv_heads must be heads = {self.heads} over 1, 2, 4, .. or 32, got {self.kv_heads}")
+            raise ValueError(
+                f"kv_heads must be heads = {self.heads} over 1, 2, 4, .. or 32, got {self.kv_heads}"
+            )
         if self.compression == "v2" and self.kv_channels % GROUPS:
-            raise ValueError(f"kv_heads x head size must be a multiple of {GROUPS} for v2, got {self.kv_channels}")
+            raise ValueError(
+                f"kv_heads x head size must be a multiple of {GROUPS} for v2, got {self.kv_channels}"
+            )
 
     @property
     def kv_channels(self) -> int:
@@ -78,7 +92,9 @@ class TimeEmbedding(nn.Sequential):
     """1000 t as cosines and sines, through an MLP: [B] in [0, 1] -> [B, C]."""
 
     def __init__(self, channels: int):
-        super().__init__(nn.Linear(TIME_CHANNELS, channels), nn.SiLU(), nn.Linear(channels, channels))
+        super().__init__(
+            nn.Linear(TIME_CHANNELS, channels), nn.SiLU(), nn.Linear(channels, channels)
+        )
 
     def forward(self, t_B: Tensor) -> Tensor:
         half = TIME_CHANNELS // 2
@@ -113,7 +129,12 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(C, config.mlp_ratio)
 
     def forward(
-        self, x_NC: Tensor, active_BC: Tensor, condition: Condition, layout: TokenLayout, asset_NB: Tensor
+        self,
+        x_NC: Tensor,
+        active_BC: Tensor,
+        condition: Condition,
+        layout: TokenLayout,
+        asset_NB: Tensor,
     ) -> Tensor:
         """active_BC: the SiLU of the time's embedding, the same for all blocks."""
         parts = (_spread(part, asset_NB) for part in self.modulation(active_BC).chunk(6, 1))
@@ -185,7 +206,9 @@ class SparseDiT(nn.Module):
         """What `forward` needs to know of the cells; worth keeping where the same level comes again (sampling)."""
         return TokenLayout.of(level, self.config.compress_block)
 
-    def forward(self, x: SparseTensor, t_B: Tensor, condition: Condition, layout: TokenLayout | None = None) -> Tensor:
+    def forward(
+        self, x: SparseTensor, t_B: Tensor, condition: Condition, layout: TokenLayout | None = None
+    ) -> Tensor:
         """The velocity, fp32 (fp64 in an fp64 model) [N, latent_channels], rows as in x.
 
         x: normalised latents at time t on cells, a level of resolution R / 8; t [B] in [0, 1]; one image an asset.
@@ -193,15 +216,23 @@ class SparseDiT(nn.Module):
         """
         self._check(x, t_B, condition)
         level, layout = x.level, layout or self.layout(x.level)
-        with torch.autocast(x.feats.device.type, enabled=False):  # little work, and the ends should not be rounded
+        with torch.autocast(
+            x.feats.device.type, enabled=False
+        ):  # little work, and the ends should not be rounded
             h_NC = self.input(x.feats.to(self.input.weight.dtype))
-        h_NC = h_NC + self._positions(level.coords[:, 1:], h_NC, position_factor(BLOCK * level.resolution))
+        h_NC = h_NC + self._positions(
+            level.coords[:, 1:], h_NC, position_factor(BLOCK * level.resolution)
+        )
         h_NC = h_NC if layout.order is None else h_NC[layout.order]
         condition, active_BC = self._project(condition), F.silu(self.time(t_B))
-        asset_NB = layout.index.asset_of[:, None] == torch.arange(level.batch_size, device=level.device)
+        asset_NB = layout.index.asset_of[:, None] == torch.arange(
+            level.batch_size, device=level.device
+        )
         asset_NB = asset_NB.to(active_BC.dtype)
         for block in self.blocks:
-            h_NC = recompute(self.activation_checkpointing, block, h_NC, active_BC, condition, layout, asset_NB)
+            h_NC = recompute(
+                self.activation_checkpointing, block, h_NC, active_BC, condition, layout, asset_NB
+            )
         h_NC = h_NC if layout.inverse is None else h_NC[layout.inverse]
         with torch.autocast(x.feats.device.type, enabled=False):
             return self.out(layer_norm(h_NC, eps=1e-5))
@@ -212,7 +243,9 @@ class SparseDiT(nn.Module):
 
     def _project(self, condition: Condition) -> Condition:
         feats_SC = self.condition(condition.feats_SC)
-        return replace(condition, feats_SC=feats_SC + self._positions(condition.coords[:, 1:], feats_SC))
+        return replace(
+            condition, feats_SC=feats_SC + self._positions(condition.coords[:, 1:], feats_SC)
+        )
 
     def _check(self, x: SparseTensor, t_B: Tensor, condition: Condition) -> None:
         channels, B = self.config.latent_channels, x.batch_size
@@ -224,7 +257,9 @@ class SparseDiT(nn.Module):
             raise ValueError(f"condition must be of {B} assets, got {condition.batch_size}")
         if condition.feats_SC.shape[1] != self.config.condition_channels:
             found = condition.feats_SC.shape[1]
-            raise ValueError(f"condition must have {self.config.condition_channels} channels, got {found}")
+            raise ValueError(
+                f"condition must have {self.config.condition_channels} channels, got {found}"
+            )
 
     def flops(self, level: Level, condition: Condition) -> int:
         """Multiplications and additions of one forward pass; a training step needs three times as many.
@@ -248,7 +283,11 @@ def _flops(config: DiTConfig, layout: TokenLayout, condition: Condition) -> int:
     C, E, index = config.channels, config.kv_channels, layout.index
     N, S, B = index.num_tokens, len(condition.coords), condition.batch_size
     tokens, images = index.token_starts.diff().double(), condition.starts.diff().double()
-    linear = N * (2 * C * C + 2 * config.mlp_ratio * C * C) + S * 2 * config.condition_channels * C + B * 6 * C * C
+    linear = (
+        N * (2 * C * C + 2 * config.mlp_ratio * C * C)
+        + S * 2 * config.condition_channels * C
+        + B * 6 * C * C
+    )
     pairs = [config.blocks * (tokens * images).sum()]  # of a query and a key
     taps = torch.zeros((), device=index.device, dtype=torch.float64)
     if config.attention == "full":
@@ -266,7 +305,11 @@ def _flops(config: DiTConfig, layout: TokenLayout, condition: Condition) -> int:
             shifted = config.shifted_windows and n % 2 == 1
             starts = index.shifted_starts if shifted else index.window_starts
             pairs.append(starts.diff().double().square().sum())
-    ends = 2 * N * C * config.latent_channels + B * C * (TIME_CHANNELS + C) + S * config.condition_channels**2
+    ends = (
+        2 * N * C * config.latent_channels
+        + B * C * (TIME_CHANNELS + C)
+        + S * config.condition_channels**2
+    )
     attention = float(2 * C * torch.stack(pairs).sum() + config.blocks * taps)
     return int(2 * (config.blocks * linear + ends + attention))
 
@@ -279,7 +322,9 @@ def official_keys(config: DiTConfig) -> KeyMap:
     }
 
     def linear(theirs: str, ours: str, *names: str) -> None:
-        keys.update({f"{theirs}.{name}": (f"{ours}.{name}", _as_is) for name in names or ("weight", "bias")})
+        keys.update(
+            {f"{theirs}.{name}": (f"{ours}.{name}", _as_is) for name in names or ("weight", "bias")}
+        )
 
     linear("input_layer", "input")
     linear("t_embedder.mlp.0", "time.0")
@@ -298,12 +343,23 @@ def official_keys(config: DiTConfig) -> KeyMap:
             linear(f"{theirs}.self_attn.to_qkv", f"{ours}.attention.qkv")
             linear(f"{theirs}.self_attn.to_out", f"{ours}.attention.out")
             continue
-        for part, name in (("proj_q", "query"), ("proj_k", "key"), ("proj_v", "value"), ("proj_o", "out")):
+        for part, name in (
+            ("proj_q", "query"),
+            ("proj_k", "key"),
+            ("proj_v", "value"),
+            ("proj_o", "out"),
+        ):
             linear(f"{theirs}.self_attn.{part}", f"{ours}.attention.{name}", "weight")
         linear(f"{theirs}.self_attn.gate.0", f"{ours}.attention.gate", "weight")
-        keys[f"{theirs}.self_attn.intra_block_pe"] = (f"{ours}.attention.key_position", lambda x: x.flatten(0, 2))
+        keys[f"{theirs}.self_attn.intra_block_pe"] = (
+            f"{ours}.attention.key_position",
+            lambda x: x.flatten(0, 2),
+        )
         for side in ("key", "value"):
-            compression = (f"{theirs}.self_attn.compression_{side}", f"{ours}.attention.compress_{side}")
+            compression = (
+                f"{theirs}.self_attn.compression_{side}",
+                f"{ours}.attention.compress_{side}",
+            )
             _compression_keys(keys, linear, config.compression, *compression)
     return keys
 
@@ -312,7 +368,9 @@ def _as_is(x: Tensor) -> Tensor:
     return x
 
 
-def _compression_keys(keys: dict, linear: Callable[..., None], version: Version, theirs: str, ours: str) -> None:
+def _compression_keys(
+    keys: dict, linear: Callable[..., None], version: Version, theirs: str, ours: str
+) -> None:
     if version == "v1":
         keys[f"{theirs}.act_layers.0.conv.kernel"] = (f"{ours}.linear.weight", torch.t)  # [in, out]
         keys[f"{theirs}.act_layers.0.conv.bias"] = (f"{ours}.linear.bias", _as_is)
@@ -320,5 +378,8 @@ def _compression_keys(keys: dict, linear: Callable[..., None], version: Version,
     linear(f"{theirs}.act_layers.0", f"{ours}.norm1")
     linear(f"{theirs}.out_layers.1", f"{ours}.norm2")
     for layer, name in ((0, "conv1"), (3, "conv2")):
-        keys[f"{theirs}.out_layers.{layer}.conv.kernel"] = (f"{ours}.{name}.weight", official_kernel)
+        keys[f"{theirs}.out_layers.{layer}.conv.kernel"] = (
+            f"{ours}.{name}.weight",
+            official_kernel,
+        )
         keys[f"{theirs}.out_layers.{layer}.conv.bias"] = (f"{ours}.{name}.bias", _as_is)

@@ -48,7 +48,10 @@ class Level:
         One device-to-host copy. ValueError if coords is not sorted as `coords[kernels.token_order(coords)]` is, repeats
         a voxel or leaves 0 <= x, y, z < resolution or 0 <= batch < batch_size.
         """
-        for name, value, most in (("resolution", resolution, MAX_COORD), ("batch_size", batch_size, MAX_BATCH)):
+        for name, value, most in (
+            ("resolution", resolution, MAX_COORD),
+            ("batch_size", batch_size, MAX_BATCH),
+        ):
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"{name} must be an int from 1 to {most}, got {value!r}")
         order = token_order(coords)
@@ -71,7 +74,9 @@ class Level:
     @cached_property
     def blocks(self) -> BlockIndex:
         """Blocks, and windows of 8^3 voxels, aligned and shifted by 4. One device-to-host copy."""
-        return BlockIndex.from_coords(self.coords, self.batch_size, window=WINDOW, window_shift=SHIFT)
+        return BlockIndex.from_coords(
+            self.coords, self.batch_size, window=WINDOW, window_shift=SHIFT
+        )
 
     @cached_property
     def parents(self) -> Parents:
@@ -85,7 +90,9 @@ class Level:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Level:
         """The same level there, without its caches; itself if it is there."""
-        coords, starts = (x.to(device, non_blocking=non_blocking) for x in (self.coords, self.asset_starts))
+        coords, starts = (
+            x.to(device, non_blocking=non_blocking) for x in (self.coords, self.asset_starts)
+        )
         return self if coords is self.coords else replace(self, coords=coords, asset_starts=starts)
 
 
@@ -102,7 +109,9 @@ def _check(coords: Tensor, order: Tensor, resolution: int, batch_size: int) -> N
     repeated[1:] = (coords[1:] == coords[:-1]).all(1)
     broken = torch.stack([outside, unsorted, repeated])
     rows = broken.int().argmax(1)
-    copy = torch.cat([broken.any(1)[:, None], rows[:, None], coords.index_select(0, rows)], 1).tolist()
+    copy = torch.cat(
+        [broken.any(1)[:, None], rows[:, None], coords.index_select(0, rows)], 1
+    ).tolist()
     rules = (
         f"have 0 <= batch < {batch_size} and 0 <= x, y, z < {resolution}",
         "be sorted as coords[token_order(coords)] is",
@@ -164,11 +173,17 @@ class BrickBatch:
     def __post_init__(self) -> None:
         shape = (len(self.cells), POINTS)
         if self.resolution != BLOCK * self.cells.resolution:
-            raise ValueError(f"resolution must be 8 x the cells' {self.cells.resolution}, got {self.resolution}")
+            raise ValueError(
+                f"resolution must be 8 x the cells' {self.cells.resolution}, got {self.resolution}"
+            )
         if self.values.shape != shape or not self.values.dtype.is_floating_point:
-            raise ValueError(f"values must be float {list(shape)}, got {self.values.dtype} {list(self.values.shape)}")
+            raise ValueError(
+                f"values must be float {list(shape)}, got {self.values.dtype} {list(self.values.shape)}"
+            )
         if self.sharp.shape != shape or self.sharp.dtype != torch.bool:
-            raise ValueError(f"sharp must be bool {list(shape)}, got {self.sharp.dtype} {list(self.sharp.shape)}")
+            raise ValueError(
+                f"sharp must be bool {list(shape)}, got {self.sharp.dtype} {list(self.sharp.shape)}"
+            )
 
     @classmethod
     def collate(cls, bricks: Sequence[Bricks]) -> BrickBatch:
@@ -214,8 +229,12 @@ class BrickBatch:
     def pin_memory(self) -> BrickBatch:
         """A copy in page-locked memory, for `to(..., non_blocking=True)`."""
         cells = self.cells
-        cells = replace(cells, coords=cells.coords.pin_memory(), asset_starts=cells.asset_starts.pin_memory())
-        return replace(self, cells=cells, values=self.values.pin_memory(), sharp=self.sharp.pin_memory())
+        cells = replace(
+            cells, coords=cells.coords.pin_memory(), asset_starts=cells.asset_starts.pin_memory()
+        )
+        return replace(
+            self, cells=cells, values=self.values.pin_memory(), sharp=self.sharp.pin_memory()
+        )
 
     def _disk_order(self) -> Tensor:
         """int64 [M] that sorts the cells by (batch, x, y, z): the order on disk, and of blocks among voxels."""
@@ -256,6 +275,8 @@ class BrickBatch:
         sharp = np.packbits(self.sharp[order].cpu().numpy(), axis=1, bitorder="little")
         starts = self.cells.asset_starts.tolist()
         return [
-            Bricks(resolution=self.resolution, blocks=blocks[a:b], values=stored[a:b], sharp=sharp[a:b])
+            Bricks(
+                resolution=self.resolution, blocks=blocks[a:b], values=stored[a:b], sharp=sharp[a:b]
+            )
             for a, b in itertools.pairwise(starts)
         ]

@@ -51,7 +51,9 @@ class VAEConfig:
         if any(width % self.groups for width in self.widths):
             raise ValueError(f"groups must divide all widths {self.widths}, got {self.groups}")
         if self.widths[3] % self.heads or self.widths[3] // self.heads not in HEAD_SIZES:
-            raise ValueError(f"heads must split {self.widths[3]} channels into one of {HEAD_SIZES}, got {self.heads}")
+            raise ValueError(
+                f"heads must split {self.widths[3]} channels into one of {HEAD_SIZES}, got {self.heads}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,8 @@ class Encoder(nn.Module):
         widths = config.widths
         self.input = nn.Linear(1, widths[0])
         self.down = nn.ModuleList(
-            DownBlock(a, b, config.groups, plus_one=config.plus_one_pooling) for a, b in itertools.pairwise(widths)
+            DownBlock(a, b, config.groups, plus_one=config.plus_one_pooling)
+            for a, b in itertools.pairwise(widths)
         )
         self.transformer = _Transformer(widths[3], config)
         self.out = nn.Linear(widths[3], 2 * config.latent_channels)
@@ -145,7 +148,9 @@ class SparseVAE(nn.Module):
         init_linears(self)
         zero_init(self.encoder.out)
         zero_init(self.decoder.out)
-        with torch.no_grad():  # little noise at first: a decoder learns nothing from latents that drown in it
+        with (
+            torch.no_grad()
+        ):  # little noise at first: a decoder learns nothing from latents that drown in it
             self.encoder.out.bias[config.latent_channels :] = LOGVAR_START
 
     def encode(self, batch: BrickBatch) -> Posterior:
@@ -156,7 +161,9 @@ class SparseVAE(nn.Module):
         x = self.encoder(batch.voxels(), self.activation_checkpointing)
         if len(x.level) != len(batch.cells):
             found = f"{len(batch.cells) - len(x.level)} without"
-            raise ValueError(f"batch must have an active value in each of its {len(batch.cells)} cells, got {found}")
+            raise ValueError(
+                f"batch must have an active value in each of its {len(batch.cells)} cells, got {found}"
+            )
         moments = x.feats if x.feats.dtype == torch.float64 else x.feats.float()
         mean, logvar = moments.chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0), x.level)
@@ -171,7 +178,9 @@ class SparseVAE(nn.Module):
             raise ValueError(f"z_MC must be {shape}, got {list(z_MC.shape)}")
         return self.decoder(z_MC, level, self.activation_checkpointing)
 
-    def forward(self, batch: BrickBatch, noise_MC: Tensor | None = None) -> tuple[Tensor, Posterior]:
+    def forward(
+        self, batch: BrickBatch, noise_MC: Tensor | None = None
+    ) -> tuple[Tensor, Posterior]:
         """(decoded values [M, 512], posterior); latents are the mean plus noise [M, latent_channels], if any."""
         posterior = self.encode(batch)
         z_MC = posterior.mean if noise_MC is None else posterior.sample(noise_MC)
@@ -196,7 +205,9 @@ class SparseVAE(nn.Module):
 def _flops(config: VAEConfig, batch: BrickBatch) -> int:
     down, up = (list(itertools.pairwise(widths)) for widths in (config.widths, config.widths[::-1]))
     level, width, M = batch.voxels().level, config.widths[3], len(batch.cells)
-    dense = len(level) * config.widths[0] + M * POINTS * config.widths[0]  # multiply-adds of linear layers
+    dense = (
+        len(level) * config.widths[0] + M * POINTS * config.widths[0]
+    )  # multiply-adds of linear layers
     sparse: list[Tensor] = []  # of the others, counted on the device
     for a, b in down:
         level = level.parents.level
@@ -241,7 +252,10 @@ def official_keys(config: VAEConfig) -> KeyMap:
         linear(f"{theirs}.out_layers.1", f"{ours}.norm2")
         conv(f"{theirs}.out_layers.3", f"{ours}.conv2")
         conv(f"{theirs}.skip_connection", f"{ours}.skip")
-        keys[f"{theirs}.skip_connection.conv.kernel"] = (f"{ours}.skip.weight", torch.t)  # [in, out]
+        keys[f"{theirs}.skip_connection.conv.kernel"] = (
+            f"{ours}.skip.weight",
+            torch.t,
+        )  # [in, out]
         conv(f"decoder.upsample.{n}.act_layers.0", f"decoder.up.{n}.conv1")
         conv(f"decoder.upsample.{n}.out_layers.0", f"decoder.up.{n}.conv2")
     for part in ("encoder", "decoder"):

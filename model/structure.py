@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels import token_order
-from model.conditioning.image_encoder import Condition, ImageBatch
 from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
-from model.sparse_dit import DiTConfig
-from model.rectified_flow import Guidance, Method
+from model.conditioning.image_encoder import Condition, ImageBatch
 from model.occupancy_vae import OccupancyConfig, OccupancyVAE
+from model.rectified_flow import Guidance, Method
+from model.sparse_dit import DiTConfig
 from model.sparse_tensor import Level, SparseTensor
 
 
@@ -31,9 +31,13 @@ class StructureConfig:
     def __post_init__(self) -> None:
         dit, channels = self.flow.dit, self.occupancy.latent_channels
         if dit.latent_channels != channels:
-            raise ValueError(f"flow.dit.latent_channels must be the occupancy's {channels}, got {dit.latent_channels}")
+            raise ValueError(
+                f"flow.dit.latent_channels must be the occupancy's {channels}, got {dit.latent_channels}"
+            )
         if dit.attention != "full":
-            raise ValueError(f'flow.dit.attention must be "full" on a dense grid, got {dit.attention!r}')
+            raise ValueError(
+                f'flow.dit.attention must be "full" on a dense grid, got {dit.attention!r}'
+            )
 
 
 class Structure(nn.Module):
@@ -52,7 +56,9 @@ class Structure(nn.Module):
         """R of the bricks whose cells this generates."""
         return 8 * self.config.occupancy.side
 
-    def forward(self, x: SparseTensor, t_B: Tensor, images: ImageBatch, dropped_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: SparseTensor, t_B: Tensor, images: ImageBatch, dropped_B: Tensor | None = None
+    ) -> Tensor:
         """The flow's velocity at x, normalised latents on `dense_level`; see `ConditionedDiT`."""
         return self.flow(x, t_B, images, dropped_B)
 
@@ -70,12 +76,22 @@ class Structure(nn.Module):
 
         `condition` is this stage's own (`flow.condition`). ValueError as `ConditionedDiT.generate`.
         """
-        level = dense_level(self.config.occupancy.latent_side, condition.batch_size, condition.feats_SC.device)
+        level = dense_level(
+            self.config.occupancy.latent_side, condition.batch_size, condition.feats_SC.device
+        )
         z_NC = self.flow.generate(
-            level, condition, seeds, steps=steps, guidance=guidance, method=method, progress=progress
+            level,
+            condition,
+            seeds,
+            steps=steps,
+            guidance=guidance,
+            method=method,
+            progress=progress,
         )
         with torch.no_grad():
-            logits = self.vae.decode(rows_to_grid(z_NC, level).to(next(self.vae.parameters()).dtype))
+            logits = self.vae.decode(
+                rows_to_grid(z_NC, level).to(next(self.vae.parameters()).dtype)
+            )
         return level_of(logits > 0)
 
 

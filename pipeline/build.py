@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core.cli import command, parse
 from pipeline.config import PRESETS, BuildConfig
-from pipeline.geometry.sdf_cuda import check_cuda
-from pipeline.storage.remote import check_output
-from pipeline.orchestration.plan import make_plan, refuse_foreign
-from pipeline.report import write_report
-from pipeline.orchestration.runner import run
+from pipeline.core.cli import command, parse
 from pipeline.core.schema import RunError, UserError
+from pipeline.geometry.sdf_cuda import check_cuda
 from pipeline.orchestration.catalogue import CATALOGUE, Catalogue, write_catalogue
+from pipeline.orchestration.plan import make_plan, refuse_foreign
+from pipeline.orchestration.runner import run
+from pipeline.report import write_report
 from pipeline.sources import Source, open_source
 from pipeline.sources.shapenet import LICENCE as SHAPENET
 from pipeline.storage.locks import locked
+from pipeline.storage.remote import check_output
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,20 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     started = time.monotonic()
     check_output(cfg.out)
     if isinstance(cfg.out, Path):
-        cfg = replace(cfg, out=cfg.out.absolute())  # Ray's workers may have another working directory
-    if cfg.device == "cuda" and not os.environ.get("RAY_ADDRESS"):  # a cluster's nodes are for the runner to ask
+        cfg = replace(
+            cfg, out=cfg.out.absolute()
+        )  # Ray's workers may have another working directory
+    if cfg.device == "cuda" and not os.environ.get(
+        "RAY_ADDRESS"
+    ):  # a cluster's nodes are for the runner to ask
         check_cuda()
     sources = open_sources(cfg) if sources is None else sources
     with locked(cfg.out):
         total = make(cfg, sources)
         page = write_report(cfg.out)
-    log.info("%d done, %d rejected, %d failed in %.0f s", *total.values(), time.monotonic() - started)
+    log.info(
+        "%d done, %d rejected, %d failed in %.0f s", *total.values(), time.monotonic() - started
+    )
     for what, where in (("bricks", "sdf"), ("renders", "renders"), ("manifest", "manifest")):
         log.info("%-8s %s", what, cfg.out / where)
     log.info("report   %s", page)
@@ -71,7 +77,9 @@ def make(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
     passes = [cfg, *([replace(cfg, run="best")] if cfg.rank.best_count else [])]
     for this in passes:
         names = " ".join(this.products)
-        log.info("%s: %d assets in %d shards, products %s", cfg.out, plan.assets, len(plan.shards), names)
+        log.info(
+            "%s: %d assets in %d shards, products %s", cfg.out, plan.assets, len(plan.shards), names
+        )
         total = run(plan, this, sources)
     return total
 
@@ -98,9 +106,13 @@ def open_sources(cfg: BuildConfig) -> list[Source]:
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two sources of the kind {name}: their assets could not be told apart; use two builds")
+            raise UserError(
+                f"two sources of the kind {name}: their assets could not be told apart; use two builds"
+            )
     if SHAPENET in names and SHAPENET not in cfg.filter.licences:
-        raise UserError("ShapeNet's terms allow research, not commerce; to accept them: --license-allow shapenet")
+        raise UserError(
+            "ShapeNet's terms allow research, not commerce; to accept them: --license-allow shapenet"
+        )
     return sources
 
 

@@ -12,16 +12,16 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipeline.core.cameras import CameraSet
-from pipeline.download.fetch import FetchConfig
-from pipeline.curation.filters import FilterConfig
-from pipeline.mesh_io.load import LoadConfig
-from pipeline.storage.remote import Location, location
-from pipeline.curation.screening_metrics import ScreenConfig
-from pipeline.mesh_io.normalize import NormalizeConfig
-from pipeline.curation.rank import RankConfig
-from pipeline.rendering.views import RenderConfig
 from pipeline.core.schema import FORMAT_VERSION, check_resolution
+from pipeline.curation.filters import FilterConfig
+from pipeline.curation.rank import RankConfig
+from pipeline.curation.screening_metrics import ScreenConfig
+from pipeline.download.fetch import FetchConfig
 from pipeline.geometry.topology import TopologyConfig
+from pipeline.mesh_io.load import LoadConfig
+from pipeline.mesh_io.normalize import NormalizeConfig
+from pipeline.rendering.views import RenderConfig
+from pipeline.storage.remote import Location, location
 
 PresetName = Literal["smoke", "full", "paper"]
 Pass = Literal["build", "screen", "best"]
@@ -43,16 +43,27 @@ class LimitsConfig:
     """What one asset, and all of them together, may cost. Limits do not belong to a dataset's identity."""
 
     asset_timeout_s: float = 900.0  # wall time of one asset, all its stages
-    asset_memory_gb: float = 8.0  # address space (with CUDA: private memory) of the process that works on one asset
-    retries: int = 2  # after a lost worker or node, or a network in trouble; never after a crash or a verdict
+    asset_memory_gb: float = (
+        8.0  # address space (with CUDA: private memory) of the process that works on one asset
+    )
+    retries: int = (
+        2  # after a lost worker or node, or a network in trouble; never after a crash or a verdict
+    )
     retry_wait_s: float = 60.0  # before an asset is fetched again; twice as long the next time
     max_failed_share: float = 0.2  # of the assets tried; beyond it (and 10 failures) the run stops
-    min_free_gb: float = 0.5  # on the disk of --out, or of --scratch; below it the run stops before it is full
+    min_free_gb: float = (
+        0.5  # on the disk of --out, or of --scratch; below it the run stops before it is full
+    )
 
     def __post_init__(self):
-        for name in ("asset_timeout_s", "asset_memory_gb"):  # far below what the system's calls can take
+        for name in (
+            "asset_timeout_s",
+            "asset_memory_gb",
+        ):  # far below what the system's calls can take
             if not 0 < getattr(self, name) < 1e9:
-                raise ValueError(f"{name} must be positive and below 1e9, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be positive and below 1e9, got {getattr(self, name)}"
+                )
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share must be in [0, 1], got {self.max_failed_share}")
         for name in ("retries", "retry_wait_s"):
@@ -68,11 +79,17 @@ class BuildConfig:
     # procedural[:COUNT] | folder:PATH | objaverse | objaverse-xl[?places=github,...] | shapenet:PATH[?categories=chair]
     source: tuple[str, ...] = ("procedural",)
     up: Literal["y", "z"] = "y"  # the axis that points up in the files of all sources
-    out: PathOrUrl = Path("data/smoke")  # directory, or s3://bucket/prefix; a build that was stopped goes on there
-    scratch: Path | None = None  # where a node works if `out` is a URL; default: its temporary directory
+    out: PathOrUrl = Path(
+        "data/smoke"
+    )  # directory, or s3://bucket/prefix; a build that was stopped goes on there
+    scratch: Path | None = (
+        None  # where a node works if `out` is a URL; default: its temporary directory
+    )
     limit: int | None = None  # take the first N assets only; smoke: 48, unless --source is given
     resolutions: tuple[int, ...] = (64, 128)  # grid points along one side, multiples of 8
-    topology_resolution: int = 128  # grid on which inside and outside are decided, once for all resolutions
+    topology_resolution: int = (
+        128  # grid on which inside and outside are decided, once for all resolutions
+    )
     cameras: CameraSet = "paper"  # paper: the front half, 10-40 degrees up; wide: the whole sphere
     views: int = 12  # renders of one asset
     image_size: int = 256  # their width and height in pixels
@@ -83,7 +100,9 @@ class BuildConfig:
     # Where distances are computed. As the renderer it is found in the markers and not in the hashes: cpu and cuda agree
     # to a thousandth of a voxel, so that a build may go on where there is, or no longer is, a GPU.
     device: Literal["cpu", "cuda"] = "cpu"
-    assets_per_gpu: int = 16  # that share a GPU at once, with `device` cuda; each takes about a gigabyte of it
+    assets_per_gpu: int = (
+        16  # that share a GPU at once, with `device` cuda; each takes about a gigabyte of it
+    )
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
@@ -112,7 +131,9 @@ class BuildConfig:
         if not 0 <= self.val_percent <= 100:
             raise ValueError(f"val_percent must be in 0..100, got {self.val_percent}")
         if set(self.rank.best_resolutions) & set(self.resolutions):
-            raise ValueError(f"best_resolutions must not be among resolutions, got {self.rank.best_resolutions}")
+            raise ValueError(
+                f"best_resolutions must not be among resolutions, got {self.rank.best_resolutions}"
+            )
         self.render  # noqa: B018  its own checks of views and image_size
 
     @property
@@ -121,17 +142,26 @@ class BuildConfig:
 
         Rounded down to Ray's ten-thousandths, or one asset less would fit.
         """
-        return 10_000 // self.assets_per_gpu / 10_000 if self.device == "cuda" and self.run != "screen" else 0.0
+        return (
+            10_000 // self.assets_per_gpu / 10_000
+            if self.device == "cuda" and self.run != "screen"
+            else 0.0
+        )
 
     @cached_property
     def topology(self) -> TopologyConfig:
         coarse = min(self.topology_resolution, self.screen.resolution)
-        return TopologyConfig(resolution=coarse if self.run == "screen" else self.topology_resolution)
+        return TopologyConfig(
+            resolution=coarse if self.run == "screen" else self.topology_resolution
+        )
 
     @cached_property
     def render(self) -> RenderConfig:
         return RenderConfig(
-            cameras=self.cameras, views=self.views, image_size=self.image_size, format=self.image_format
+            cameras=self.cameras,
+            views=self.views,
+            image_size=self.image_size,
+            format=self.image_format,
         )
 
     @cached_property
@@ -140,8 +170,13 @@ class BuildConfig:
         if self.run == "screen":
             return (f"screen-{self.screen.resolution}",)
         if self.run == "best":
-            return tuple(f"sdf-{resolution}" for resolution in sorted(set(self.rank.best_resolutions)))
-        return (*(f"sdf-{resolution}" for resolution in sorted(set(self.resolutions))), f"renders-{self.cameras}")
+            return tuple(
+                f"sdf-{resolution}" for resolution in sorted(set(self.rank.best_resolutions))
+            )
+        return (
+            *(f"sdf-{resolution}" for resolution in sorted(set(self.resolutions))),
+            f"renders-{self.cameras}",
+        )
 
     def shared(self) -> dict[str, Any]:
         """The part that every product of one output directory has in common."""
@@ -163,7 +198,9 @@ class BuildConfig:
 
     def product_hash(self, product: str) -> str:
         """Changes with whatever decides the product's bytes, other than input, code, device and renderer."""
-        return hash_of({"format": FORMAT_VERSION, "shared": self.shared(), "product": self.of_product(product)})
+        return hash_of(
+            {"format": FORMAT_VERSION, "shared": self.shared(), "product": self.of_product(product)}
+        )
 
 
 PRESETS: dict[str, BuildConfig] = {
@@ -184,7 +221,9 @@ PRESETS: dict[str, BuildConfig] = {
         views=45,
         image_size=1024,
         filter=FilterConfig(min_faces=100),
-        rank=RankConfig(target_count=452_000, best_count=68_000, best_resolutions=(1024,)),  # paper, sec. 2 (data)
+        rank=RankConfig(
+            target_count=452_000, best_count=68_000, best_resolutions=(1024,)
+        ),  # paper, sec. 2 (data)
     ),
 }
 

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from pipeline.core.cli import command, parse
 from pipeline.config import PathOrUrl
-from pipeline.storage.remote import Location, check_input, children, files, readable
-from pipeline.orchestration.manifest import PACK_SECONDS, is_product
-from pipeline.orchestration.commit import manifest_path, marker_path, product_paths, stats_path
-from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.core.cli import command, parse
 from pipeline.core.schema import UserError
+from pipeline.orchestration.commit import manifest_path, marker_path, product_paths, stats_path
+from pipeline.orchestration.manifest import PACK_SECONDS, is_product
+from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.storage.remote import Location, check_input, children, files, readable
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,9 @@ FIRST = "sdf-0"  # stands for whatever product a plan's first pass makes
 class EstimateConfig:
     """Scale the measured seconds and bytes of DIR up, and say which cluster meets a deadline at what cost."""
 
-    directory: Annotated[PathOrUrl, tyro.conf.Positional]  # a finished build with the options of the large one
+    directory: Annotated[
+        PathOrUrl, tyro.conf.Positional
+    ]  # a finished build with the options of the large one
     assets: int = 1_000_000  # raw ones in the whole catalogue
     keep: int = 452_000  # of them, where the build ranks
     best: int = 68_000  # of these, with the resolutions of the second pass
@@ -90,7 +92,10 @@ class Estimate:
 def measure_passes(out: Location) -> dict[str, Cost]:
     """The passes of a finished build: "build" and, where it ranks, "screen" and "best". UserError if it is none."""
     plan = read_plan(out)
-    best = [f"sdf-{resolution}" for resolution in (plan.info["config"].get("rank") or {}).get("best_resolutions", ())]
+    best = [
+        f"sdf-{resolution}"
+        for resolution in (plan.info["config"].get("rank") or {}).get("best_resolutions", ())
+    ]
     passes = {}
     if (out / "screen" / "plan.json").exists():
         passes["screen"] = _cost(read_plan(out / "screen"), lambda product: True)
@@ -102,13 +107,19 @@ def measure_passes(out: Location) -> dict[str, Cost]:
 
 def predict(passes: dict[str, Cost], cfg: EstimateConfig) -> Estimate:
     """The model: a pass costs its mean per visit times its visits. Visits: all assets where there is no screening."""
-    visits = {"screen": cfg.assets, "build": cfg.keep if "screen" in passes else cfg.assets, "best": cfg.best}
+    visits = {
+        "screen": cfg.assets,
+        "build": cfg.keep if "screen" in passes else cfg.assets,
+        "best": cfg.best,
+    }
     seconds = sum(visits[name] * cost.seconds for name, cost in passes.items())
     error = math.hypot(*(visits[name] * cost.error for name, cost in passes.items()))
     gpu_seconds = sum(visits[name] * cost.gpu_seconds for name, cost in passes.items())
     fetched = sum(visits[name] * cost.fetched_bytes for name, cost in passes.items())
     stored = sum(visits[name] * cost.stored_bytes for name, cost in passes.items())
-    files = sum(math.ceil(visits[name] / cost.shard_size) * cost.files for name, cost in passes.items())
+    files = sum(
+        math.ceil(visits[name] / cost.shard_size) * cost.files for name, cost in passes.items()
+    )
     # Every core starts up once a pass.
     room_s = cfg.deadline_h * 3600 - len(passes) * cfg.start_s
     if room_s <= 0:
@@ -125,10 +136,13 @@ def predict(passes: dict[str, Cost], cfg: EstimateConfig) -> Estimate:
         files=math.ceil(files),
         nodes=nodes,
         cores=cores,
-        node_memory_gb=cfg.cores_per_node * max(cost.memory_bytes for cost in passes.values()) / 1e9,
+        node_memory_gb=cfg.cores_per_node
+        * max(cost.memory_bytes for cost in passes.values())
+        / 1e9,
         gigabits_per_s=8 * fetched / wall_s / 1e9,
         wall_hours=wall_s / 3600,
-        compute_usd=cores * wall_s / 3600 * cfg.core_hour_usd + gpu_seconds / 3600 * cfg.gpu_hour_usd,
+        compute_usd=cores * wall_s / 3600 * cfg.core_hour_usd
+        + gpu_seconds / 3600 * cfg.gpu_hour_usd,
         storage_usd_a_month=stored / 1e12 * cfg.terabyte_month_usd,
     )
 
@@ -140,9 +154,13 @@ def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
         markers = _markers(out, shard, counts)
         if not markers:
             continue
-        gpu_renders = any("nvidia" in name.lower() for marker in markers for name in marker.get("renderers", ()))
+        gpu_renders = any(
+            "nvidia" in name.lower() for marker in markers for name in marker.get("renderers", ())
+        )
         stats, rows = _tables(out, shard)
-        visits = [row for row in stats.to_pylist() if _is_of(json.loads(row["stage_seconds"]), counts)]
+        visits = [
+            row for row in stats.to_pylist() if _is_of(json.loads(row["stage_seconds"]), counts)
+        ]
         seconds += [row["seconds"] for row in visits]
         peaks += [row["peak_rss_bytes"] for row in visits]
         renders = [_renders(json.loads(row["stage_seconds"])) for row in visits]
@@ -156,7 +174,9 @@ def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
         raise UserError(f"{out} has no finished shard to learn from")
     each = np.asarray(seconds)
     spread = float(each.std(ddof=1)) if len(each) > 1 else float(each[0])
-    own = 3 if counts(FIRST) else 0  # a manifest, its marker, the stats: later passes write over those of the first
+    own = (
+        3 if counts(FIRST) else 0
+    )  # a manifest, its marker, the stats: later passes write over those of the first
     return Cost(
         assets=len(each),
         seconds=float(each.mean()) + pack / len(each),
@@ -174,9 +194,13 @@ def _tables(out: Location, shard: str) -> tuple[pa.Table, list[dict[str, Any]]]:
     """Stats and manifest of a shard that has markers."""
     try:
         stats = pq.read_table(readable(stats_path(out, shard)))
-        return stats, pq.read_table(readable(manifest_path(out, shard)), columns=["uid", "numbers"]).to_pylist()
+        return stats, pq.read_table(
+            readable(manifest_path(out, shard)), columns=["uid", "numbers"]
+        ).to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{out} is not a whole build, copy its stats and manifest, too: {error}") from error
+        raise UserError(
+            f"{out} is not a whole build, copy its stats and manifest, too: {error}"
+        ) from error
 
 
 def _markers(out: Location, shard: str, counts: Callable[[str], bool]) -> list[dict[str, Any]]:
@@ -207,7 +231,9 @@ def _pack_seconds(stats: pa.Table) -> float:
 
 def lines(estimate: Estimate, passes: dict[str, Cost], cfg: EstimateConfig) -> list[str]:
     """The estimate as a table, in Markdown."""
-    measured = ", ".join(f"{name}: {cost.seconds:.2f} s x {cost.assets}" for name, cost in passes.items())
+    measured = ", ".join(
+        f"{name}: {cost.seconds:.2f} s x {cost.assets}" for name, cost in passes.items()
+    )
     shape = f"{estimate.nodes} x {cfg.cores_per_node} cores, {estimate.node_memory_gb:.0f} GB each"
     return [
         f"| {cfg.assets:,} assets, measured on {measured} | |",
@@ -226,13 +252,18 @@ def main(args: Sequence[str]) -> None:
     cfg = parse(EstimateConfig, args, prog="python -m pipeline.estimate")
     check_input(cfg.directory)
     if cfg.json is not None and not cfg.json.absolute().parent.is_dir():
-        raise UserError(f"no directory {cfg.json.absolute().parent} to write --json to; make it, or name another file")
+        raise UserError(
+            f"no directory {cfg.json.absolute().parent} to write --json to; make it, or name another file"
+        )
     passes = measure_passes(cfg.directory)
     estimate = predict(passes, cfg)
     for line in lines(estimate, passes, cfg):
         log.info("%s", line)
     if cfg.json is not None:
-        content = {"estimate": asdict(estimate), "passes": {name: asdict(cost) for name, cost in passes.items()}}
+        content = {
+            "estimate": asdict(estimate),
+            "passes": {name: asdict(cost) for name, cost in passes.items()},
+        }
         cfg.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -19,25 +19,35 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from pipeline.core.cli import command, parse
 from pipeline.config import PathOrUrl
-from pipeline.orchestration.isolated_process import Isolated
-from pipeline.storage.remote import Location, Remote, check_input, write_whole
-from pipeline.orchestration.manifest import funnel, is_product, product_order, read_manifest
-from pipeline.orchestration.commit import MANIFEST, manifest_path, marker_path, stats_path
-from pipeline.report_pictures import PICTURES, PictureJob
-from pipeline.orchestration.plan import Plan, read_plan
-from pipeline.curation.rank import thresholds
+from pipeline.core.cli import command, parse
 from pipeline.core.schema import UserError
+from pipeline.curation.rank import thresholds
 from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
+from pipeline.orchestration.commit import MANIFEST, manifest_path, marker_path, stats_path
+from pipeline.orchestration.isolated_process import Isolated
+from pipeline.orchestration.manifest import funnel, is_product, product_order, read_manifest
+from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.report_pictures import PICTURES, PictureJob
 from pipeline.storage.locks import fetched
+from pipeline.storage.remote import Location, Remote, check_input, write_whole
 
 log = logging.getLogger(__name__)
 
-STAGES = ("metadata", "fetch", "file", "load", "normalize", "geometry", "topology")  # what all products share
+STAGES = (
+    "metadata",
+    "fetch",
+    "file",
+    "load",
+    "normalize",
+    "geometry",
+    "topology",
+)  # what all products share
 READ = ("plan.json", "plan.parquet", "manifest", "stats", "shards")
 Place = TypeVar("Place", Path, Remote, Location)
-PICTURE_RESOLUTION = 256  # the finest that a picture needs; extracting a surface at 1024 takes seconds
+PICTURE_RESOLUTION = (
+    256  # the finest that a picture needs; extracting a surface at 1024 takes seconds
+)
 PICTURE_TIMEOUT_S, PICTURE_BYTES = 600.0, 8 * 10**9
 
 
@@ -89,7 +99,9 @@ def read_build(out: Path) -> Build:
             rows += read_manifest(manifest_path(out, shard))
             stats += pq.read_table(stats_path(out, shard)).to_pylist()
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise UserError(f"{out} is not a whole build, copy its stats and manifest, too: {error}") from error
+            raise UserError(
+                f"{out} is not a whole build, copy its stats and manifest, too: {error}"
+            ) from error
         for path in (out / "shards" / shard).glob("*.json"):
             if is_product(path.stem):
                 markers.setdefault(path.stem, []).append(json.loads(path.read_text()))
@@ -102,11 +114,21 @@ def summary(build: Build) -> dict[str, Any]:
     out, info, rows = build.plan.out, build.plan.info, build.rows
     status = Counter(row["status"] for row in rows)
     total_bytes = sum(marker["bytes"] for markers in build.markers.values() for marker in markers)
-    views = sum(marker["counts"].get("views", 0) for markers in build.markers.values() for marker in markers)
+    views = sum(
+        marker["counts"].get("views", 0) for markers in build.markers.values() for marker in markers
+    )
     tiles = [
         {"kind": "good", "value": f"{status['done']:,}", "label": "assets done"},
-        {"kind": "warn" * bool(status["rejected"]), "value": f"{status['rejected']:,}", "label": "rejected"},
-        {"kind": "bad" * bool(status["failed"]), "value": f"{status['failed']:,}", "label": "failed"},
+        {
+            "kind": "warn" * bool(status["rejected"]),
+            "value": f"{status['rejected']:,}",
+            "label": "rejected",
+        },
+        {
+            "kind": "bad" * bool(status["failed"]),
+            "value": f"{status['failed']:,}",
+            "label": "failed",
+        },
         {"kind": "", "value": f"{views:,}", "label": "renders"},
         {"kind": "", "value": human_bytes(total_bytes), "label": "stored"},
         {
@@ -114,7 +136,11 @@ def summary(build: Build) -> dict[str, Any]:
             "value": f"{sum(row['split'] == 'val' and row['status'] == 'done' for row in rows):,}",
             "label": "done, for validation",
         },
-        {"kind": "", "value": f"{sum(info['skipped_files'].values()):,}", "label": "files of other kinds"},
+        {
+            "kind": "",
+            "value": f"{sum(info['skipped_files'].values()):,}",
+            "label": "files of other kinds",
+        },
     ]
     examples = {(row["status"], row["stage"], row["reason"]): row["url"] for row in reversed(rows)}
     return {
@@ -129,20 +155,37 @@ def summary(build: Build) -> dict[str, Any]:
         "funnel": funnel_steps(rows, list(build.markers)),
         "reasons": [
             {
-                **{"status": s, "stage": stage, "reason": reason, "count": n, "example": examples[s, stage, reason]},
+                **{
+                    "status": s,
+                    "stage": stage,
+                    "reason": reason,
+                    "count": n,
+                    "example": examples[s, stage, reason],
+                },
                 "thresholds": _spelled(thresholds(reason, info["config"])),
             }
             for s, stage, reason, n in funnel(rows)
             if s != "done"
         ],
-        "screening": [{**row, "thresholds": _spelled(row["thresholds"])} for row in _screening(out / CATALOGUE)],
+        "screening": [
+            {**row, "thresholds": _spelled(row["thresholds"])}
+            for row in _screening(out / CATALOGUE)
+        ],
         "products": [product_row(name, markers, rows) for name, markers in build.markers.items()],
-        "renderers": sorted({r for markers in build.markers.values() for m in markers for r in m.get("renderers", [])}),
+        "renderers": sorted(
+            {
+                r
+                for markers in build.markers.values()
+                for m in markers
+                for r in m.get("renderers", [])
+            }
+        ),
         "sign_paths": Counter(row["sign_path"] for row in rows if row["sign_path"]).most_common(),
         "costs": cost_rows(build.stats),
         "hosts": sorted({row["host"] for row in build.stats}),
         "product_configs": [
-            (name, json.dumps(markers[0]["config"], indent=1)) for name, markers in build.markers.items()
+            (name, json.dumps(markers[0]["config"], indent=1))
+            for name, markers in build.markers.items()
         ],
     }
 
@@ -157,7 +200,9 @@ def _spelled(options: dict[str, Any]) -> str:
     words = []
     for value in options.values():
         more = isinstance(value, list) and len(value) > 6
-        words.append(" ".join(map(str, value[:6])) + " ..." * more if isinstance(value, list) else value)
+        words.append(
+            " ".join(map(str, value[:6])) + " ..." * more if isinstance(value, list) else value
+        )
     return ", ".join(f"--{name.replace('_', '-')} {word}" for name, word in zip(options, words))
 
 
@@ -175,13 +220,19 @@ def funnel_steps(rows: Sequence[dict[str, Any]], products: Iterable[str]) -> lis
     return steps
 
 
-def product_row(name: str, markers: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+def product_row(
+    name: str, markers: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
+) -> dict[str, str]:
     """Counts and sizes of one product over all its shards."""
     total = sum(marker["bytes"] for marker in markers)
     assets = sum(marker["counts"]["assets"] for marker in markers)
     column = f"tokens_{name.partition('-')[2]}"
     tokens = [row[column] for row in rows if row.get(column) is not None]
-    cells = (f"{np.mean(tokens):,.0f}", f"{np.median(tokens):,.0f}", f"{max(tokens):,}") if tokens else ("",) * 3
+    cells = (
+        (f"{np.mean(tokens):,.0f}", f"{np.median(tokens):,.0f}", f"{max(tokens):,}")
+        if tokens
+        else ("",) * 3
+    )
     return {
         "name": name,
         "assets": f"{assets:,}",
@@ -199,7 +250,9 @@ def cost_rows(stats: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for stage, seconds in json.loads(row["stage_seconds"]).items():
             by_stage.setdefault(stage, []).append(seconds)
     order = {stage: number for number, stage in enumerate(STAGES)}
-    stages = sorted(by_stage, key=lambda s: (order.get(s, 99), product_order(s) if is_product(s) else (9, 0, s)))
+    stages = sorted(
+        by_stage, key=lambda s: (order.get(s, 99), product_order(s) if is_product(s) else (9, 0, s))
+    )
     costs = [_cost(stage, by_stage[stage], human_seconds) for stage in stages]
     if stats:
         costs.append(_cost("whole asset", [row["seconds"] for row in stats], human_seconds))
@@ -209,7 +262,13 @@ def cost_rows(stats: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cost(name: str, values: Sequence[float], show: Any) -> dict[str, Any]:
-    numbers = (np.mean(values), np.median(values), np.percentile(values, 95), max(values), sum(values))
+    numbers = (
+        np.mean(values),
+        np.median(values),
+        np.percentile(values, 95),
+        max(values),
+        sum(values),
+    )
     return {"name": name, "count": len(values), "values": [show(number) for number in numbers]}
 
 
@@ -218,7 +277,11 @@ def contact_sheet(build: Build, limit: int) -> dict[str, Any]:
     sdf = [int(name[4:]) for name in build.markers if name.startswith("sdf-")]
     renders = next((name[8:] for name in build.markers if name.startswith("renders-")), None)
     done = [row for row in build.rows if row["status"] == "done"]
-    sheet: dict[str, Any] = {"cards": [], "picture_resolution": 0, "no_pictures": "nothing is finished"}
+    sheet: dict[str, Any] = {
+        "cards": [],
+        "picture_resolution": 0,
+        "no_pictures": "nothing is finished",
+    }
     if not sdf or renders is None or not done or limit < 1:
         return sheet
     small = [resolution for resolution in sdf if resolution <= PICTURE_RESOLUTION]
@@ -228,7 +291,9 @@ def contact_sheet(build: Build, limit: int) -> dict[str, Any]:
     isolated = Isolated("pipeline.report_pictures:warm_up")
     try:
         assets = tuple((row["shard"], row["uid"]) for row in chosen)
-        job = PictureJob(out=build.plan.out, assets=assets, resolution=resolution, cameras=renders, folder=folder)
+        job = PictureJob(
+            out=build.plan.out, assets=assets, resolution=resolution, cameras=renders, folder=folder
+        )
         end = isolated.call(
             "pipeline.report_pictures:draw",
             job,
@@ -250,14 +315,21 @@ def _card(folder: Path, row: dict[str, Any], resolutions: Iterable[int]) -> dict
     files = {kind: folder / f"{row['uid']}-{kind}.webp" for kind in PICTURES}
     if not all(file.exists() for file in files.values()):
         return None
-    tokens = [f"{row[f'tokens_{r}']:,} tokens at {r}" for r in resolutions if row.get(f"tokens_{r}") is not None]
+    tokens = [
+        f"{row[f'tokens_{r}']:,} tokens at {r}"
+        for r in resolutions
+        if row.get(f"tokens_{r}") is not None
+    ]
     return {
         "uid": row["uid"],
         "url": row["url"],
         "faces": f"{row['faces']:,}",
         "sign_path": row["sign_path"],
         "tokens": ", ".join(tokens),
-        "images": [(kind, f"data:image/webp;base64,{b64encode(f.read_bytes()).decode()}") for kind, f in files.items()],
+        "images": [
+            (kind, f"data:image/webp;base64,{b64encode(f.read_bytes()).decode()}")
+            for kind, f in files.items()
+        ],
     }
 
 

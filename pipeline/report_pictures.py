@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.core.cameras import look_at_origin
-from pipeline.rendering.gl_renderer import canvas
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.storage.remote import Location
-from pipeline.orchestration.commit import product_paths
-from pipeline.rendering.views import unpremultiply
 from pipeline.core.schema import BLOCK, Bricks, Material, Mesh, Part
+from pipeline.orchestration.commit import product_paths
+from pipeline.rendering.gl_renderer import canvas
 from pipeline.rendering.shading import lighting
+from pipeline.rendering.views import unpremultiply
+from pipeline.storage.remote import Location
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard
 
@@ -66,7 +66,9 @@ def slice_picture(bricks: Bricks) -> NDArray[np.uint8]:
     cells[x, y] = bricks.values[here].reshape(-1, BLOCK, BLOCK, BLOCK)[..., middle % BLOCK]
     plane = cells.transpose(0, 2, 1, 3).reshape(bricks.resolution, bricks.resolution).T[::-1]
     strength = np.abs(np.nan_to_num(plane))[..., None]
-    color = np.where(np.nan_to_num(plane)[..., None] < 0, [53.0, 103.0, 176.0], [226.0, 138.0, 52.0])
+    color = np.where(
+        np.nan_to_num(plane)[..., None] < 0, [53.0, 103.0, 176.0], [226.0, 138.0, 52.0]
+    )
     shade = np.clip(1.15 * strength, 0.12, 1.0) * (color + (255 - color) * 0.65 * strength)
     return np.where(np.isnan(plane)[..., None], 255, np.minimum(shade, 255)).astype(np.uint8)
 
@@ -79,7 +81,9 @@ def on_paper(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def save(job: PictureJob, uid: str, kind: str, rgb: NDArray[np.uint8]) -> None:
     method = Image.Resampling.NEAREST if len(rgb) < SIDE else Image.Resampling.LANCZOS
-    Image.fromarray(rgb).resize((SIDE, SIDE), method).save(job.folder / f"{uid}-{kind}.webp", quality=80, method=4)
+    Image.fromarray(rgb).resize((SIDE, SIDE), method).save(
+        job.folder / f"{uid}-{kind}.webp", quality=80, method=4
+    )
 
 
 def warm_up() -> None:

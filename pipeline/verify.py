@@ -16,19 +16,26 @@ from typing import Annotated, Any, cast
 import pyarrow as pa
 import tyro
 
+from pipeline.config import PathOrUrl, hash_of
 from pipeline.core.cameras import CameraSet
 from pipeline.core.cli import command, parse
-from pipeline.config import PathOrUrl, hash_of
-from pipeline.storage.remote import Location, check_input, children
-from pipeline.orchestration.manifest import STATUSES, is_product, product_order, read_manifest
-from pipeline.curation.screening_metrics import read_measured
-from pipeline.orchestration.commit import MANIFEST, committed, manifest_path, marker_path, product_paths, tree_sha256
-from pipeline.orchestration.plan import Plan, read_plan
 from pipeline.core.schema import FORMAT_VERSION, Record, RunError, split_of
+from pipeline.curation.screening_metrics import read_measured
 from pipeline.orchestration.catalogue import CATALOGUE, Catalogue
+from pipeline.orchestration.commit import (
+    MANIFEST,
+    committed,
+    manifest_path,
+    marker_path,
+    product_paths,
+    tree_sha256,
+)
+from pipeline.orchestration.manifest import STATUSES, is_product, product_order, read_manifest
+from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.storage.locks import fetched
+from pipeline.storage.remote import Location, check_input, children
 from pipeline.storage.render_shard import RenderShard, check_render_shard
 from pipeline.storage.sdf_shard import SdfShard, check_sdf_shard
-from pipeline.storage.locks import fetched
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +78,9 @@ class Breach:
 def verify(out: Location, workers: int = 1) -> list[Breach]:
     """Every breach found in a build, and in the screening that it is made from. UserError if `out` is not one."""
     plan = read_plan(out)
-    screening = [replace(breach, shard=f"screen {breach.shard}") for breach in verify_screening(out, workers)]
+    screening = [
+        replace(breach, shard=f"screen {breach.shard}") for breach in verify_screening(out, workers)
+    ]
     held = committed(out)
     breaches = [Breach(shard="", asset="", rule=rule) for rule in _plan_problems(plan, held)]
     products = sorted(
@@ -105,7 +114,9 @@ def verify_shard(plan: Plan, products: Sequence[str], shard: str) -> list[Breach
     for problem in problems:
         asset, colon, rule = problem.partition(": ")
         named = next((uid for uid in uids if uid in problem), "") if asset not in uids else asset
-        breaches.append(Breach(shard=shard, asset=named, rule=rule if colon and asset in uids else problem))
+        breaches.append(
+            Breach(shard=shard, asset=named, rule=rule if colon and asset in uids else problem)
+        )
     return breaches
 
 
@@ -126,9 +137,13 @@ def _plan_problems(plan: Plan, held: Mapping[str, set[str]]) -> Iterator[str]:
         yield from _catalogue_problems(plan)
     for path in children(out):
         if path.name not in TOP_LEVEL:
-            yield f"{path.name}: does not belong here" + (" (the build is not finished)" * (path.name == ".scratch"))
+            yield f"{path.name}: does not belong here" + (
+                " (the build is not finished)" * (path.name == ".scratch")
+            )
     names = set(plan.shards)
-    kinds = [(kind, variant.name) for kind in ("renders", "sdf") for variant in children(out / kind)]
+    kinds = [
+        (kind, variant.name) for kind in ("renders", "sdf") for variant in children(out / kind)
+    ]
     for kind, *variant in sorted([("manifest",), *kinds, ("shards",)]):
         folder = "/".join([kind, *variant])
         for name in [path.name for path in children(out / folder)]:
@@ -145,7 +160,9 @@ def _catalogue_problems(plan: Plan) -> Iterator[str]:
     try:
         if catalogue.snapshot() != plan.info["snapshots"].get("catalogue"):
             yield f"{CATALOGUE}: is not the one that the plan was made from"
-        elif [record.uid for record in catalogue.records()][: plan.assets] != plan.table["uid"].to_pylist():
+        elif [record.uid for record in catalogue.records()][: plan.assets] != plan.table[
+            "uid"
+        ].to_pylist():
             yield f"{CATALOGUE}: keeps other assets than the plan"
     except (OSError, pa.ArrowException) as error:
         yield f"{CATALOGUE}: cannot be read: {error}"
@@ -165,7 +182,11 @@ def _shard_problems(plan: Plan, out: Path, products: Sequence[str], shard: str) 
         except ValueError:
             yield f"{product}: commit marker does not parse"
             continue
-        paths = [manifest_path(out, shard).relative_to(out)] if product == MANIFEST else product_paths(product, shard)
+        paths = (
+            [manifest_path(out, shard).relative_to(out)]
+            if product == MANIFEST
+            else product_paths(product, shard)
+        )
         yield from _marker_problems(plan, out, shard, product, markers[product], paths)
     try:
         rows = read_manifest(manifest_path(out, shard))
@@ -178,7 +199,9 @@ def _shard_problems(plan: Plan, out: Path, products: Sequence[str], shard: str) 
         if markers[MANIFEST].get("counts") != {"assets": len(rows), **counts}:
             yield "manifest: marker counts other assets than the manifest"
     for product in products:
-        if product in markers and all((out / path).exists() for path in product_paths(product, shard)):
+        if product in markers and all(
+            (out / path).exists() for path in product_paths(product, shard)
+        ):
             wanted = plan.wanted(product, shard)
             yield from _product_problems(out, shard, product, markers[product], rows, wanted)
 
@@ -192,7 +215,11 @@ def _marker_problems(
     if product != MANIFEST:
         if marker.get("format_version") != FORMAT_VERSION:
             yield f"{product}: format_version is {marker.get('format_version')}, must be {FORMAT_VERSION}"
-        of_all = {"format": FORMAT_VERSION, "shared": plan.info["config"], "product": marker.get("config")}
+        of_all = {
+            "format": FORMAT_VERSION,
+            "shared": plan.info["config"],
+            "product": marker.get("config"),
+        }
         if marker.get("config_hash") != hash_of(of_all):
             yield f"{product}: config_hash does not belong to the config"
     files = {file["path"]: file for file in marker.get("files", [])}
@@ -229,7 +256,9 @@ def _manifest_problems(
         if uid not in by_uid:
             continue
         record = by_uid[uid]
-        if any(row[name] != getattr(record, name) for name in ("source", "url", "licence", "format")):
+        if any(
+            row[name] != getattr(record, name) for name in ("source", "url", "licence", "format")
+        ):
             yield f"{uid}: manifest row says otherwise than the plan"
         if (row["shard"], row["row"]) != (shard, planned.index(uid)):
             yield f"{uid}: manifest row is of shard {row['shard']} row {row['row']}"
@@ -246,7 +275,12 @@ def _manifest_problems(
 
 
 def _product_problems(
-    out: Path, shard: str, product: str, marker: dict[str, Any], rows: Sequence[dict[str, Any]], wanted: int
+    out: Path,
+    shard: str,
+    product: str,
+    marker: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    wanted: int,
 ) -> Iterator[str]:
     """The product's own format, and whether it agrees with the manifest, whose first rows must have it."""
     path = out / product_paths(product, shard)[0]
@@ -284,7 +318,10 @@ def _product_problems(
         # An asset that another product turned away may have its renders nevertheless.
         held = [row["uid"] for row in rows if row["uid"] in stored or row["status"] == "done"]
         cameras = cast(CameraSet, product.removeprefix("renders-"))
-        yield from (f"{product}: {problem}" for problem in check_render_shard(path, held, views, size, cameras))
+        yield from (
+            f"{product}: {problem}"
+            for problem in check_render_shard(path, held, views, size, cameras)
+        )
         counts = {"assets": len(held), "views": len(held) * views}
         if stored - set(held):
             yield f"{product}: holds {sorted(stored - set(held))}, which the manifest does not know"

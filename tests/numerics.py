@@ -24,11 +24,15 @@ def random_coords(tokens: Sequence[int], side: int | tuple[int, int, int], seed:
     return torch.cat(assets).int()
 
 
-def random_index(tokens: Sequence[int], side: int | tuple[int, int, int], seed: int = 0, **sizes: int) -> BlockIndex:
+def random_index(
+    tokens: Sequence[int], side: int | tuple[int, int, int], seed: int = 0, **sizes: int
+) -> BlockIndex:
     """The index of `random_coords` on DEVICE."""
     coords = random_coords(tokens, side, seed)
     blocks = {name: sizes[name] for name in ("select_block", "compress_block") if name in sizes}
-    return BlockIndex.from_coords(coords[token_order(coords, **blocks)].to(DEVICE), len(tokens), **sizes)
+    return BlockIndex.from_coords(
+        coords[token_order(coords, **blocks)].to(DEVICE), len(tokens), **sizes
+    )
 
 
 def error(x: Tensor, exact: Tensor) -> float:
@@ -38,7 +42,9 @@ def error(x: Tensor, exact: Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-def assert_close_as(x: Tensor, exact: Tensor, rounded: Tensor, name: str = "value", size: float = 0.0) -> None:
+def assert_close_as(
+    x: Tensor, exact: Tensor, rounded: Tensor, name: str = "value", size: float = 0.0
+) -> None:
     """The tolerance of a kernel: max(2 x the reference's own error in that dtype, 4 ulp of max|exact|).
 
     exact is the fp64 reference on the same inputs, rounded the reference run in x's dtype. size stands for max|exact|
@@ -56,10 +62,15 @@ def run(function: Callable[..., Tensor], inputs: Sequence[Tensor], seed: int = 1
     """The function's value on copies of the inputs, then the gradient of each for one fixed random cotangent."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     value = function(*inputs)
-    cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cotangent = torch.randn(
+        value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     cotangent = cotangent.to(torch.bfloat16)  # the same number in every dtype
     value.backward(cotangent.to(value))
-    return [value.detach(), *(x.grad if x.grad is not None else torch.zeros_like(x) for x in inputs)]
+    return [
+        value.detach(),
+        *(x.grad if x.grad is not None else torch.zeros_like(x) for x in inputs),
+    ]
 
 
 def assert_no_worse(

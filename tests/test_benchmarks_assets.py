@@ -9,12 +9,12 @@ import trimesh
 from PIL import Image
 
 from benchmarks import assets
-from pipeline.orchestration.asset_stages import load_bricks
-from pipeline.mesh_io.load import load
-from pipeline.mesh_io.normalize import normalize
 from pipeline.core.schema import UserError
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.mesh_io.load import load
+from pipeline.mesh_io.normalize import normalize
+from pipeline.orchestration.asset_stages import load_bricks
 
 PRODUCTS = ("sdf-64", "renders-paper")
 
@@ -36,12 +36,20 @@ def measured(tmp_path_factory):
 
 def test_every_visit_is_timed_stage_by_stage(measured):
     cfg, results = measured
-    assert sorted(row["mesh"] for row in results["rows"]) == sorted(["ball.stl", "box.ply", "empty.stl"] * 2)
+    assert sorted(row["mesh"] for row in results["rows"]) == sorted(
+        ["ball.stl", "box.ply", "empty.stl"] * 2
+    )
     done = [row for row in results["rows"] if row["status"] == "done"]
     assert len(done) == 4
     for row in done:
         assert {"topology", *PRODUCTS} <= set(row["seconds"])
-        assert 0 < sum(row["seconds"].values()) < row["wall_s"] <= row["ended_s"] + 0.1 <= results["wall_s"] + 0.1
+        assert (
+            0
+            < sum(row["seconds"].values())
+            < row["wall_s"]
+            <= row["ended_s"] + 0.1
+            <= results["wall_s"] + 0.1
+        )
         assert (row["device"], row["tokens"].keys()) == ("cpu", {"sdf-64"})
         assert row["renderer"]
     assert results["assets_per_hour"] == pytest.approx(3600 * 4 / results["wall_s"])
@@ -73,8 +81,12 @@ def test_comparing_finds_what_was_changed(measured, tmp_path):
     shutil.copytree(cfg.out, other)
     same = assets.compare(assets.Compare(expected=cfg.out, found=other))
     assert (len(same["sdf"]), len(same["views"])) == (2, 4)
-    assert not any(row["max_voxels"] or row["wrong_signs"] or row["other_cells"] for row in same["sdf"])
-    assert {(row["mean_difference"], row["silhouette_iou"]) for row in same["views"]} == {(0.0, 1.0)}
+    assert not any(
+        row["max_voxels"] or row["wrong_signs"] or row["other_cells"] for row in same["sdf"]
+    )
+    assert {(row["mean_difference"], row["silhouette_iou"]) for row in same["views"]} == {
+        (0.0, 1.0)
+    }
     values = np.memmap(other / "assets" / uid / "sdf-64" / "values.bin", np.float16, "r+")
     values[np.abs(values.astype(np.float32)).argmax()] *= -1
     values.flush()
@@ -98,22 +110,36 @@ def test_comparing_finds_what_was_changed(measured, tmp_path):
 
 
 def test_pictures_are_compared_as_they_look_over_black():
-    white, clear, grey = np.full((2, 2, 4), 255, np.uint8), np.zeros((2, 2, 4), np.uint8), np.full((2, 2, 4), 255)
+    white, clear, grey = (
+        np.full((2, 2, 4), 255, np.uint8),
+        np.zeros((2, 2, 4), np.uint8),
+        np.full((2, 2, 4), 255),
+    )
     grey[..., :3] = 204
     clear[..., :3] = 90  # colour that nobody sees
-    assert assets.pictures_apart(white, grey.astype(np.uint8))["mean_difference_covered"] == pytest.approx(0.2)
+    assert assets.pictures_apart(white, grey.astype(np.uint8))[
+        "mean_difference_covered"
+    ] == pytest.approx(0.2)
     nothing = assets.pictures_apart(clear, np.zeros_like(clear))
     assert (nothing["mean_difference"], nothing["silhouette_iou"]) == (0.0, 1.0)
     gone = assets.pictures_apart(white, clear)
-    assert (gone["mean_difference"], gone["silhouette_iou"], gone["pixels_apart"]) == (1.0, 0.0, 1.0)
+    assert (gone["mean_difference"], gone["silhouette_iou"], gone["pixels_apart"]) == (
+        1.0,
+        0.0,
+        1.0,
+    )
 
 
 def test_errors_say_what_to_do(tmp_path, measured):
     cfg, _ = measured
     with pytest.raises(UserError, match=r"say what to do: .* measure\|compare"):
         assets.main([])
-    with pytest.raises(UserError, match=r"preset smoke makes sdf-64, sdf-128, renders-paper, not sdf-512"):
-        assets.main(f"measure --meshes {cfg.meshes} --out {tmp_path} --preset smoke --products sdf-512".split())
+    with pytest.raises(
+        UserError, match=r"preset smoke makes sdf-64, sdf-128, renders-paper, not sdf-512"
+    ):
+        assets.main(
+            f"measure --meshes {cfg.meshes} --out {tmp_path} --preset smoke --products sdf-512".split()
+        )
     with pytest.raises(UserError, match="processes must be 1 or more, got 0"):
         assets.main(f"measure --meshes {cfg.meshes} --out {tmp_path} --processes 0".split())
     with pytest.raises(UserError, match="no product of an asset in common"):

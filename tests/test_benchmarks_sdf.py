@@ -23,7 +23,12 @@ def test_one_run_measures_cost_error_and_size(tmp_path, capsys):
     )
     results = json.loads(out.read_text())
     (ours,) = results["rows"]
-    assert (ours["mesh"], ours["faces"], ours["method"], ours["resolution"]) == ("ball.ply", 320, "ours", 64)
+    assert (ours["mesh"], ours["faces"], ours["method"], ours["resolution"]) == (
+        "ball.ply",
+        320,
+        "ours",
+        64,
+    )
     assert ours["cpu_s"] > 0
     assert ours["peak_mb"] > ours["base_mb"] > 10
     assert ours["points"] > 1500
@@ -52,7 +57,9 @@ def test_the_truth_knows_a_sphere_and_leaves_an_opening_out():
     truth = sample_truth(opened, 64, 2000)
     assert 0.5 * truth.sampled < len(truth.points) < truth.sampled
     rim = open_edges(opened)
-    assert closest_on_mesh(truth.points * spacing(64) - 0.5, rim[:, [0, 1, 1]])[0].min() > 1.5 * band(64)
+    assert closest_on_mesh(truth.points * spacing(64) - 0.5, rim[:, [0, 1, 1]])[
+        0
+    ].min() > 1.5 * band(64)
     assert 0.9 < winding(np.zeros((1, 3)), opened.vertices[opened.faces])[0] < 1
 
 

@@ -12,7 +12,9 @@ from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import TopologyConfig, build_topology
 from tests.pipeline import geometry as geo
 
-pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # of padding
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(divide by zero|invalid value):RuntimeWarning"
+)  # of padding
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,9 @@ def test_packed_topologies_give_the_same_distances(tmp_path):
     trimesh.creation.box((1, 2, 3)).export(tmp_path / "box.ply")
     trimesh.creation.icosphere(subdivisions=2).export(tmp_path / "ball.stl")
     file = tmp_path / "out" / "packed.npz"
-    sdf_gpu.main(f"topologies --meshes {tmp_path} --names box.ply --topology-resolution 64 --out {file}".split())
+    sdf_gpu.main(
+        f"topologies --meshes {tmp_path} --names box.ply --topology-resolution 64 --out {file}".split()
+    )
     with pytest.raises(UserError, match="is called nothing"):
         sdf_gpu.main(f"topologies --meshes {tmp_path} --names nothing --out {file}".split())
     (name, found), *others = sdf_gpu.read_topologies(file).items()
@@ -33,7 +37,9 @@ def test_packed_topologies_give_the_same_distances(tmp_path):
     expected = compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
     bricks = compute_bricks(found, 64)
     np.testing.assert_array_equal(bricks.blocks, expected.blocks)
-    np.testing.assert_allclose(bricks.values.astype(float), expected.values.astype(float), atol=1e-3)
+    np.testing.assert_allclose(
+        bricks.values.astype(float), expected.values.astype(float), atol=1e-3
+    )
 
 
 def test_both_paths_are_timed(topology, monkeypatch):
@@ -48,7 +54,10 @@ def test_what_differs_is_counted(topology):
     bricks = compute_bricks(topology, 64)
     same = sdf_gpu.difference(bricks, bricks)
     assert same["values"] == bricks.values.size
-    assert not any(same[name] for name in ("max_voxels", "differing", "wrong_signs", "other_cells", "other_sharp_bits"))
+    assert not any(
+        same[name]
+        for name in ("max_voxels", "differing", "wrong_signs", "other_cells", "other_sharp_bits")
+    )
     values, sharp = bricks.values.copy(), bricks.sharp.copy()
     at = np.abs(bricks.values[3]).argmax()
     values[3, at] *= -1

@@ -9,8 +9,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "kernels", "model", "train")
-DATA = {f"pipeline.{name}" for name in ("schema", "store", "shards", "cameras", "render", "isosurface")}
-MAY_IMPORT = {"pipeline": set(), "kernels": set(), "model": {"kernels"}, "train": {"model", "kernels"}}
+DATA = {
+    f"pipeline.{name}" for name in ("schema", "store", "shards", "cameras", "render", "isosurface")
+}
+MAY_IMPORT = {
+    "pipeline": set(),
+    "kernels": set(),
+    "model": {"kernels"},
+    "train": {"model", "kernels"},
+}
 MAX_LINES = 400
 
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -22,7 +29,9 @@ def module_of(path):
 
 
 STARTED = {module_of(path) for path in FILES if 'if __name__ == "__main__":' in path.read_text()}
-COMMANDS = STARTED - {"pipeline.orchestration.isolated_process"} | {"pipeline.orchestration.runner"}  # the first is started by builds, not by people
+COMMANDS = STARTED - {"pipeline.orchestration.isolated_process"} | {
+    "pipeline.orchestration.runner"
+}  # the first is started by builds, not by people
 
 
 def imports(path, *, at_import_only=False):
@@ -53,8 +62,12 @@ def test_imports_keep_their_direction(path):
         other = name.partition(".")[0]
         if not is_ours(name) or other == package or other in MAY_IMPORT[package]:
             continue
-        if package == "pipeline" and other == "kernels":  # its GPU path, inside the function that takes it
-            assert name not in imports(path, at_import_only=True), f"{name} must be imported where it is used"
+        if (
+            package == "pipeline" and other == "kernels"
+        ):  # its GPU path, inside the function that takes it
+            assert name not in imports(path, at_import_only=True), (
+                f"{name} must be imported where it is used"
+            )
             continue
         module = ".".join(name.split(".")[:2])
         allowed = package in ("model", "train") and (module in DATA or name == "pipeline")
@@ -82,7 +95,9 @@ def test_only_the_runner_knows_ray(path):
 def test_files_can_be_read_in_one_sitting_and_say_what_they_are_for(path):
     text = path.read_text()
     assert len(text.splitlines()) <= MAX_LINES
-    assert not text.strip() or ast.get_docstring(ast.parse(text)), "opens with one sentence saying what it is for"
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), (
+        "opens with one sentence saying what it is for"
+    )
 
 
 def test_the_pipeline_imports_without_torch():

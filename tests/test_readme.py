@@ -45,7 +45,9 @@ def test_reading_the_data(tmp_path, monkeypatch):
 
 
 MODULES = "pipeline|train|model|kernels|benchmarks"
-SHOWN = re.findall(rf"(?:-m |`(?=[\w.]+ ))((?:{MODULES})\.\w+(?: [^`#\n]*)?)", README.replace("\n--", " --"))
+SHOWN = re.findall(
+    rf"(?:-m |`(?=[\w.]+ ))((?:{MODULES})\.\w+(?: [^`#\n]*)?)", README.replace("\n--", " --")
+)
 COMMANDS = sorted({line.strip() for line in SHOWN})
 
 

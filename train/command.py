@@ -17,7 +17,9 @@ __all__ = ["Stop", "Stopped", "command", "configure", "note_signals", "parse"]
 Config = TypeVar("Config")
 
 
-def configure(presets: Mapping[str, Config], default: str, args: Sequence[str], *, prog: str) -> Config:
+def configure(
+    presets: Mapping[str, Config], default: str, args: Sequence[str], *, prog: str
+) -> Config:
     """The preset that `args` name, with every other option laid over it. UserError, one line, for a bad one."""
     first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?")

@@ -10,19 +10,19 @@ from typing import Any
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.sparse_vae import SparseVAE
 from pipeline.core.schema import UserError
-from train.engine import checkpoint
 from train.command import command, configure
-from train.engine.config import resolved
 from train.data.bricks import Catalogue
+from train.data.latents import LatentStore, hash_of
+from train.engine import checkpoint
+from train.engine.batch_sampler import ShardPlanner
+from train.engine.config import resolved
 from train.engine.distributed import World, join
+from train.engine.prefetch import Prefetcher
+from train.engine.trainer import fit, weights_file
+from train.evaluation.vae import load_vae
 from train.stages.dit.config import DIT_PRESETS, DiTTraining
 from train.stages.dit.data import DiTLoader, joined
 from train.stages.dit.task import DiTTask
-from train.data.latents import LatentStore, hash_of
-from train.engine.trainer import fit, weights_file
-from train.engine.batch_sampler import ShardPlanner
-from train.engine.prefetch import Prefetcher
-from train.evaluation.vae import load_vae
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +47,16 @@ def train(cfg: DiTTraining, world: World) -> int:
     task = DiTTask(cfg, world, chosen, val, store, vae)
     if cfg.init is not None and checkpoint.latest(cfg.out) is None:
         checkpoint.load_weights(weights_file(cfg.init), task.model)
-        task.model.dit.set_statistics(store.mean, store.std)  # of these latents, not of those before
+        task.model.dit.set_statistics(
+            store.mean, store.std
+        )  # of these latents, not of those before
         log.info("weights from %s", cfg.init)
     if world.is_first:
         _introduce(cfg, task.model, world, chosen, val, planner)
     stream = Prefetcher(planner, partial(loader.load, rank=world.rank), workers=cfg.workers)
-    return fit(task, stream, cfg.flow.loop, out=cfg.out, world=world, config=described(cfg, store.vae))
+    return fit(
+        task, stream, cfg.flow.loop, out=cfg.out, world=world, config=described(cfg, store.vae)
+    )
 
 
 def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, LatentStore]:
@@ -65,24 +69,39 @@ def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, Late
                 "there without looking at samples: --vae None"
             )
         vae, _ = load_vae(cfg.vae, world.device)
-    store = LatentStore(cfg.latents or cfg.data / "latents", cfg.resolution, None if vae is None else hash_of(vae))
+    store = LatentStore(
+        cfg.latents or cfg.data / "latents", cfg.resolution, None if vae is None else hash_of(vae)
+    )
     if store.channels != cfg.model.dit.latent_channels:
         raise UserError(
-            f"model.sparse_dit.latent_channels must be the {store.channels} channels of {store.folder}, "
+            f"model.dit.latent_channels must be the {store.channels} channels of {store.folder}, "
             f"got {cfg.model.dit.latent_channels}"
         )
     return vae, store
 
 
 def _introduce(
-    cfg: DiTTraining, model: ConditionedDiT, world: World, chosen: Catalogue, val: Catalogue, planner: ShardPlanner
+    cfg: DiTTraining,
+    model: ConditionedDiT,
+    world: World,
+    chosen: Catalogue,
+    val: Catalogue,
+    planner: ShardPlanner,
 ) -> None:
-    count = sum(parameter.numel() for parameter in model.sparse_dit.parameters())
+    count = sum(parameter.numel() for parameter in model.dit.parameters())
     assets = f"{len(chosen)} training and {len(val)} held-out assets of {cfg.data} at R = {cfg.resolution}"
-    log.info("SS-DiT of %.2f M parameters, %s, %d x %s", count / 1e6, assets, world.size, world.device.type)
+    log.info(
+        "SS-DiT of %.2f M parameters, %s, %d x %s",
+        count / 1e6,
+        assets,
+        world.size,
+        world.device.type,
+    )
     log.info("conditions: %s", model.encoder.label)
     if planner.left_out[cfg.resolution]:
-        log.warning("%d assets exceed max_tokens and are left out", planner.left_out[cfg.resolution])
+        log.warning(
+            "%d assets exceed max_tokens and are left out", planner.left_out[cfg.resolution]
+        )
     if not len(val):
         log.warning("%s has no held-out assets: nothing is validated", cfg.data)
 

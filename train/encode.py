@@ -20,8 +20,8 @@ from model.sparse_vae import SparseVAE
 from pipeline.core.schema import FORMAT_VERSION, Bricks, RunError, UserError, check_resolution
 from train.command import command, parse
 from train.data.bricks import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
-from train.engine.distributed import Device, World, join
 from train.data.latents import STATISTICS, Latent, LatentShard, Sums, hash_of, write_latent_shard
+from train.engine.distributed import Device, World, join
 from train.evaluation.vae import load_vae
 
 log = logging.getLogger(__name__)
@@ -35,12 +35,16 @@ Result = TypeVar("Result")
 class Encoding:
     """Encode a build's bricks with a trained SS-VAE. The same command goes on where it was stopped."""
 
-    vae: Path = Path("runs/vae-tiny/latest")  # a checkpoint of python -m train.vae, or an exported model
+    vae: Path = Path(
+        "runs/vae-tiny/latest"
+    )  # a checkpoint of python -m train.vae, or an exported model
     data: Path = Path("data/smoke")  # what python -m pipeline.build made
     resolutions: tuple[int, ...] = ()  # default: those the VAE was trained at and the build has
     latents: Path | None = None  # default: latents/ in the build
     device: Device = "auto"
-    precision: Literal["bf16", "fp32"] | None = None  # of the arithmetic; default: the VAE's own in training
+    precision: Literal["bf16", "fp32"] | None = (
+        None  # of the arithmetic; default: the VAE's own in training
+    )
     max_tokens: int = 46_000  # cells encoded together; a larger asset goes alone
     max_bad_share: float = 0.05  # of a shard's assets that cannot be read, before the run ends
     workers: int = 4  # threads that read ahead
@@ -49,7 +53,9 @@ class Encoding:
         for resolution in self.resolutions:
             check_resolution(resolution)
         if self.max_tokens < 1 or self.workers < 1:
-            raise ValueError(f"max_tokens and workers must be 1 or more, got {self.max_tokens} and {self.workers}")
+            raise ValueError(
+                f"max_tokens and workers must be 1 or more, got {self.max_tokens} and {self.workers}"
+            )
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
 
@@ -77,7 +83,11 @@ class Encoder:
         for asset in range(len(bricks)):
             rows = np.flatnonzero(coords[:, 0] == asset)
             rows = rows[np.lexsort(coords[rows, :0:-1].T)]  # by x, y, z
-            found.append(Latent(cells=coords[rows, 1:].astype(np.int16), mean=mean[rows], logvar=logvar[rows]))
+            found.append(
+                Latent(
+                    cells=coords[rows, 1:].astype(np.int16), mean=mean[rows], logvar=logvar[rows]
+                )
+            )
         return found
 
 
@@ -89,8 +99,12 @@ def encode(cfg: Encoding, world: World) -> Path:
     """
     vae, described = load_vae(cfg.vae, world.device)
     training = described.get("training", {})
-    resolutions = cfg.resolutions or _resolutions(cfg.data, training.get("bricks", {}).get("resolutions", ()))
-    encoder = Encoder(vae, world.device, cfg.precision or training.get("loop", {}).get("precision", "bf16"))
+    resolutions = cfg.resolutions or _resolutions(
+        cfg.data, training.get("bricks", {}).get("resolutions", ())
+    )
+    encoder = Encoder(
+        vae, world.device, cfg.precision or training.get("loop", {}).get("precision", "bf16")
+    )
     folder = (cfg.latents or cfg.data / "latents") / encoder.hash
     catalogue = read_catalogue(cfg.data, resolutions)
     for resolution in resolutions:
@@ -102,12 +116,19 @@ def _resolutions(data: Path, trained: Sequence[int]) -> tuple[int, ...]:
     built = built_resolutions(data)
     found = tuple(resolution for resolution in trained if resolution in built) or tuple(built)
     if not found:
-        raise UserError(f"{data} is not a build with bricks; make one: python -m pipeline.build --out {data}")
+        raise UserError(
+            f"{data} is not a build with bricks; make one: python -m pipeline.build --out {data}"
+        )
     return found
 
 
 def _encode_resolution(
-    cfg: Encoding, world: World, encoder: Encoder, catalogue: Catalogue, resolution: int, folder: Path
+    cfg: Encoding,
+    world: World,
+    encoder: Encoder,
+    catalogue: Catalogue,
+    resolution: int,
+    folder: Path,
 ) -> None:
     with_bricks = catalogue.subset(np.flatnonzero(catalogue.tokens[resolution]))
     names = np.array(with_bricks.shards)
@@ -119,7 +140,9 @@ def _encode_resolution(
 
     if world.is_first and not complete():  # shards that are new to the build, or were removed
         (folder / STATISTICS).unlink(missing_ok=True)
-    bar = tqdm(mine, desc=f"R = {resolution}", unit="shard", disable=None if world.is_first else True)
+    bar = tqdm(
+        mine, desc=f"R = {resolution}", unit="shard", disable=None if world.is_first else True
+    )
     for name in bar:
         path, chosen = folder / f"{name}.zarr", with_bricks.subset(np.flatnonzero(names == name))
         if path.exists():
@@ -152,12 +175,20 @@ def _check_there(path: Path, chosen: Catalogue, encoder: Encoder, resolution: in
     except UNREADABLE as error:
         raise UserError(f"{error}; remove {path} to have it made again") from error
     strangers = sorted(set(shard.uids) - set(chosen.uids))
-    if strangers or shard.source != source or (shard.vae, shard.resolution) != (encoder.hash, resolution):
+    if (
+        strangers
+        or shard.source != source
+        or (shard.vae, shard.resolution) != (encoder.hash, resolution)
+    ):
         what = f"{strangers[0]}, which it lacks" if strangers else "other bricks or another VAE"
-        raise UserError(f"{path} was not made from {chosen.root} but from {what}: remove it to have it made again")
+        raise UserError(
+            f"{path} was not made from {chosen.root} but from {what}: remove it to have it made again"
+        )
 
 
-def _latents(cfg: Encoding, encoder: Encoder, chosen: Catalogue, resolution: int) -> Iterator[tuple[str, bool, Latent]]:
+def _latents(
+    cfg: Encoding, encoder: Encoder, chosen: Catalogue, resolution: int
+) -> Iterator[tuple[str, bool, Latent]]:
     """(uid, whether it trains, latent) of a shard's assets in order, encoded in groups of at most max_tokens."""
     reader, bad = BrickReader(chosen), []
 
@@ -175,9 +206,14 @@ def _latents(cfg: Encoding, encoder: Encoder, chosen: Catalogue, resolution: int
                 log.warning("R = %d, skipped %s", resolution, bad[-1])
                 if len(bad) > max(1, cfg.max_bad_share * len(chosen)):
                     verify = f"python -m pipeline.verify {chosen.root}"
-                    raise RunError(f"{len(bad)} of {len(chosen)} assets cannot be read, as {bad[-1]}; run {verify}")
+                    raise RunError(
+                        f"{len(bad)} of {len(chosen)} assets cannot be read, as {bad[-1]}; run {verify}"
+                    )
                 continue
-            if group and len(bricks.blocks) + sum(len(one.blocks) for _, one in group) > cfg.max_tokens:
+            if (
+                group
+                and len(bricks.blocks) + sum(len(one.blocks) for _, one in group) > cfg.max_tokens
+            ):
                 yield from _encoded(encoder, chosen, group)
                 group = []
             group.append((asset, bricks))
@@ -188,7 +224,9 @@ def _latents(cfg: Encoding, encoder: Encoder, chosen: Catalogue, resolution: int
 def _encoded(
     encoder: Encoder, chosen: Catalogue, group: Sequence[tuple[int, Bricks]]
 ) -> Iterator[tuple[str, bool, Latent]]:
-    for (asset, _), latent in zip(group, encoder.encode([bricks for _, bricks in group]), strict=True):
+    for (asset, _), latent in zip(
+        group, encoder.encode([bricks for _, bricks in group]), strict=True
+    ):
         yield chosen.uids[asset], not chosen.is_val[asset], latent
 
 
@@ -205,13 +243,17 @@ def _ahead(
         yield pending.popleft().result()
 
 
-def _write_statistics(folder: Path, shards: Sequence[str], encoder: Encoder, resolution: int, rank: int) -> None:
+def _write_statistics(
+    folder: Path, shards: Sequence[str], encoder: Encoder, resolution: int, rank: int
+) -> None:
     total, assets = Sums.of([], encoder.channels), 0
     for name in shards:
         shard = LatentShard(folder / f"{name}.zarr")
         total, assets = total + shard.train_sums, assets + len(shard.uids)
     if not total.cells:
-        raise UserError(f"{folder}: no asset is in split train, so the latents' statistics cannot be measured")
+        raise UserError(
+            f"{folder}: no asset is in split train, so the latents' statistics cannot be measured"
+        )
     mean, std = total.statistics()
     found = {
         "format_version": FORMAT_VERSION,

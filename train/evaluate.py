@@ -19,7 +19,9 @@ def main(args: Sequence[str]) -> None:
     elif what == "generation":
         evaluate_generation(parse(GenerationEvaluation, rest, prog=f"{PROG} generation"))
     else:
-        raise UserError(f"say what to evaluate: {PROG} vae [options] or {PROG} generation [options]; got {what}")
+        raise UserError(
+            f"say what to evaluate: {PROG} vae [options] or {PROG} generation [options]; got {what}"
+        )
 
 
 if __name__ == "__main__":

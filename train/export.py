@@ -13,12 +13,12 @@ from torch import nn
 
 from model.checkpoint import config_from, load_model, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.structure import Structure
 from model.sparse_vae import SparseVAE
+from model.structure import Structure
 from pipeline.core.schema import UserError
-from train.engine.checkpoint import check_format, load_weights
 from train.command import command, parse
 from train.data.latents import hash_of
+from train.engine.checkpoint import check_format, load_weights
 from train.engine.trainer import weights_file
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,15 @@ PROG = "python -m train.export"
 class Export:
     """Collect trained stages in one directory for python -m model.generate. Stages that are there are replaced."""
 
-    vae: Path | None = Path("runs/vae-tiny/latest")  # checkpoint of python -m train.vae; None: leave it out
-    structure: Path | None = Path("runs/structure-tiny/flow/latest")  # of python -m train.structure; None: leave it out
-    dit: tuple[Path, ...] = (Path("runs/dit-tiny/latest"),)  # of python -m train.dit, one for each resolution
+    vae: Path | None = Path(
+        "runs/vae-tiny/latest"
+    )  # checkpoint of python -m train.vae; None: leave it out
+    structure: Path | None = Path(
+        "runs/structure-tiny/flow/latest"
+    )  # of python -m train.structure; None: leave it out
+    dit: tuple[Path, ...] = (
+        Path("runs/dit-tiny/latest"),
+    )  # of python -m train.dit, one for each resolution
     out: Path = Path("runs/export")
 
     def __post_init__(self) -> None:
@@ -76,7 +82,9 @@ def export(cfg: Export) -> list[Path]:
             raise UserError(f"{path} does not say at which resolution it was trained")
         name = f"dit_{resolution}"
         if name in stages:
-            raise UserError(f"{path} and {stages[name][1]} are both of R = {resolution}; name one for each resolution")
+            raise UserError(
+                f"{path} and {stages[name][1]} are both of R = {resolution}; name one for each resolution"
+            )
         stages[name] = (dit, path)
         if trained_on is not None:
             vaes[name] = trained_on
@@ -111,7 +119,9 @@ def _staying(out: Path, replaced: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _check_together(cfg: Export, stages: Mapping[str, tuple[Any, Path]], vaes: Mapping[str, str]) -> None:
+def _check_together(
+    cfg: Export, stages: Mapping[str, tuple[Any, Path]], vaes: Mapping[str, str]
+) -> None:
     """UserError if a DiT that is given, or stays in `out`, was trained on latents of another VAE than that of `out`."""
     if "vae" not in vaes:
         return

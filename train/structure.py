@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 from model.occupancy_vae import OccupancyVAE
 from model.structure import Structure
 from pipeline.core.schema import UserError
-from train.engine import checkpoint
 from train.command import command, configure
-from train.engine.config import resolved
 from train.data.bricks import Catalogue, read_catalogue
-from train.engine.distributed import World, join
-from train.engine.trainer import fit, weights_file
+from train.engine import checkpoint
 from train.engine.batch_sampler import Planner, ShardPlanner
+from train.engine.config import resolved
+from train.engine.distributed import World, join
 from train.engine.prefetch import Prefetcher
+from train.engine.trainer import fit, weights_file
 from train.stages.structure.config import STRUCTURE_PRESETS, StructureTraining
 from train.stages.structure.data import GridLoader
 from train.stages.structure.task import FlowTask, OccupancyTask
@@ -41,7 +41,11 @@ def train(cfg: StructureTraining, world: World) -> None:
     if cfg.part != "flow":
         done = train_vae(cfg, world, chosen, val)
         if cfg.part == "both" and done < cfg.vae.loop.steps:
-            log.info("the occupancy VAE has %d of %d steps; the same command goes on", done, cfg.vae.loop.steps)
+            log.info(
+                "the occupancy VAE has %d of %d steps; the same command goes on",
+                done,
+                cfg.vae.loop.steps,
+            )
             return
     if cfg.part != "vae":
         train_flow(cfg, world, chosen, val)
@@ -63,7 +67,11 @@ def train_flow(cfg: StructureTraining, world: World, chosen: Catalogue, val: Cat
     if found is None:  # else the checkpoint has them
         task.measure(GridLoader(chosen, cfg, images=False, training=False))
     elif world.is_first and not _holds(found, vae):
-        log.warning("%s keeps the occupancy VAE that it began with; that of %s is another", found, cfg.out / "vae")
+        log.warning(
+            "%s keeps the occupancy VAE that it began with; that of %s is another",
+            found,
+            cfg.out / "vae",
+        )
     _introduce(f"flow with {task.model.flow.encoder.label}", task.model.flow, world)
     stream = _stream(cfg, world, chosen, images=True)
     config = described(cfg, "flow", Structure.__name__)
@@ -74,7 +82,10 @@ def _holds(found: Path, vae: OccupancyVAE) -> bool:
     """Whether a checkpoint of the flow has these weights of the VAE; of a damaged one `fit` says what is wrong."""
     try:
         with safe_open(weights_file(found), framework="pt") as file:
-            return all(torch.equal(file.get_tensor(f"vae.{name}"), x) for name, x in vae.state_dict().items())
+            return all(
+                torch.equal(file.get_tensor(f"vae.{name}"), x)
+                for name, x in vae.state_dict().items()
+            )
     except (OSError, SafetensorError):
         return True
 
@@ -83,7 +94,9 @@ def trained_vae(cfg: StructureTraining) -> OccupancyVAE:
     """The averaged weights of OUT/vae. UserError if they are not there, or of another configuration."""
     found = checkpoint.latest(cfg.out / "vae")
     if found is None:
-        raise UserError(f"{cfg.out / 'vae'} holds no occupancy VAE; train it first: {PROG} --part vae --out {cfg.out}")
+        raise UserError(
+            f"{cfg.out / 'vae'} holds no occupancy VAE; train it first: {PROG} --part vae --out {cfg.out}"
+        )
     vae = OccupancyVAE(cfg.model.occupancy)
     checkpoint.load_weights(weights_file(found), vae)
     return vae.eval()
@@ -93,14 +106,23 @@ def described(cfg: StructureTraining, half: str, model: str) -> dict[str, Any]:
     """What a checkpoint's config.json says of the run; `model` and `config` are what loading the model takes."""
     everything = resolved(cfg)
     names = ("resolution", "held_out_views", "cameras")
-    training = {**{name: everything[name] for name in names[: None if half == "flow" else 1]}, **everything[half]}
+    training = {
+        **{name: everything[name] for name in names[: None if half == "flow" else 1]},
+        **everything[half],
+    }
     for name in ("guidance", "steps"):  # of the samples that are looked at
         training.pop(name, None)
     config = everything["model"]
-    return {"model": model, "config": config if half == "flow" else config["occupancy"], "training": training}
+    return {
+        "model": model,
+        "config": config if half == "flow" else config["occupancy"],
+        "training": training,
+    }
 
 
-def _stream(cfg: StructureTraining, world: World, chosen: Catalogue, *, images: bool) -> Prefetcher[Any, Any]:
+def _stream(
+    cfg: StructureTraining, world: World, chosen: Catalogue, *, images: bool
+) -> Prefetcher[Any, Any]:
     half = cfg.flow if images else cfg.vae
     options = {"batch_size": half.batch_size, "world_size": world.size, "seed": half.loop.seed}
     planner = Planner(chosen.tokens, **options)
@@ -113,7 +135,9 @@ def _stream(cfg: StructureTraining, world: World, chosen: Catalogue, *, images: 
 def _introduce(name: str, model: Any, world: World) -> None:
     if world.is_first:
         count = sum(parameter.numel() for parameter in model.parameters())
-        log.info("%s of %.2f M parameters, %d x %s", name, count / 1e6, world.size, world.device.type)
+        log.info(
+            "%s of %.2f M parameters, %d x %s", name, count / 1e6, world.size, world.device.type
+        )
 
 
 def main(args: Sequence[str]) -> None:

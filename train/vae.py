@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 
 from model.sparse_vae import SparseVAE
-from train.engine import checkpoint
 from train.command import command, configure
-from train.engine.config import VAE_PRESETS, VAETraining, resolved
 from train.data.bricks import BrickLoader, read_catalogue
-from train.engine.distributed import World, join
-from train.engine.trainer import fit
+from train.engine import checkpoint
 from train.engine.batch_sampler import Planner
+from train.engine.config import VAE_PRESETS, VAETraining, resolved
+from train.engine.distributed import World, join
 from train.engine.prefetch import Prefetcher
+from train.engine.trainer import fit
 from train.stages.vae.task import VAETask
 
 log = logging.getLogger(__name__)
@@ -58,11 +58,15 @@ def train(cfg: VAETraining, world: World) -> int:
         )
         for resolution, left_out in planner.left_out.items():
             if left_out:
-                log.warning("%d assets exceed max_tokens at R = %d and are left out", left_out, resolution)
+                log.warning(
+                    "%d assets exceed max_tokens at R = %d and are left out", left_out, resolution
+                )
         if not len(val):
             log.warning("%s has no held-out assets: nothing is validated", cfg.data)
     stream = Prefetcher(planner, partial(loader.load, rank=world.rank), workers=cfg.bricks.workers)
-    return fit(task, stream, cfg.loop, out=cfg.out, world=world, config=described(cfg), init=cfg.init)
+    return fit(
+        task, stream, cfg.loop, out=cfg.out, world=world, config=described(cfg), init=cfg.init
+    )
 
 
 def described(cfg: VAETraining) -> dict[str, Any]:

@@ -25,7 +25,9 @@ def _check_sizes(select_block: int, compress_block: int) -> None:
         if not isinstance(value, int) or not 1 <= value <= 64:
             raise ValueError(f"{name} must be an int from 1 to 64, got {value!r}")
     if select_block % compress_block:
-        raise ValueError(f"compress_block must divide select_block = {select_block}, got {compress_block}")
+        raise ValueError(
+            f"compress_block must divide select_block = {select_block}, got {compress_block}"
+        )
 
 
 def check_coords(coords: Tensor) -> None:
@@ -42,7 +44,9 @@ def _cell_weights(size: int) -> tuple[int, int, int, int]:
 
 
 @functools.cache
-def _sort_constants(device: torch.device, select_block: int, compress_block: int) -> tuple[Tensor, Tensor]:
+def _sort_constants(
+    device: torch.device, select_block: int, compress_block: int
+) -> tuple[Tensor, Tensor]:
     """Divisors and weights [10] of batch, x, y, z, of x, y, z in sub-blocks and in blocks, whose sum is the key.
 
     Digits are differences, x % outer // inner = x // inner - outer // inner * (x // outer), so that nothing is left of
@@ -67,7 +71,9 @@ def sort_key(coords: Tensor, select_block: int, compress_block: int) -> Tensor:
 
 
 @functools.cache
-def _cell_constants(device: torch.device, cells: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _cell_constants(
+    device: torch.device, cells: tuple[tuple[int, int], ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Shifts, divisors and weights [K, 1, 4] of the keys of cells of (size, shift)."""
     shifts = torch.tensor([[0, shift, shift, shift] for _, shift in cells]).int()
     divisors = torch.tensor([[1, size, size, size] for size, _ in cells]).int()
@@ -106,7 +112,9 @@ def _runs(key_KN: Tensor) -> tuple[Tensor, Tensor]:
     return new_KN.cumsum(1, dtype=torch.int32).sub_(1), new_KN.sum(1)
 
 
-def _tile_starts(compressed_starts: Tensor, asset_end: Tensor, asset_first: Tensor, smallest: int) -> Tensor:
+def _tile_starts(
+    compressed_starts: Tensor, asset_end: Tensor, asset_first: Tensor, smallest: int
+) -> Tensor:
     """Greedy tiles of whole blocks: bool [W], true where a tile begins, and somewhere past the last block.
 
     compressed_starts [W] of each block, asset_end [W] the block that ends each block's asset, asset_first [A] the first
@@ -115,7 +123,9 @@ def _tile_starts(compressed_starts: Tensor, asset_end: Tensor, asset_first: Tens
     """
     last = len(compressed_starts) - 1
     block = torch.arange(1, last + 2, device=compressed_starts.device)
-    following = torch.searchsorted(compressed_starts, compressed_starts + TILE_COMPRESSED, right=True).sub_(1)
+    following = torch.searchsorted(
+        compressed_starts, compressed_starts + TILE_COMPRESSED, right=True
+    ).sub_(1)
     following = torch.minimum(torch.minimum(following, block + (TILE_BLOCKS - 1)), asset_end)
     following = torch.maximum(following, block).clamp_(max=last)
     reached = torch.zeros_like(block, dtype=torch.bool)
@@ -253,7 +263,9 @@ class BlockIndex:
         if not isinstance(window, int) or not 1 <= window <= 64:
             raise ValueError(f"window must be an int from 1 to 64, got {window!r}")
         if not isinstance(window_shift, int) or not 0 <= window_shift < window:
-            raise ValueError(f"window_shift must be an int from 0 to window - 1 = {window - 1}, got {window_shift!r}")
+            raise ValueError(
+                f"window_shift must be an int from 0 to window - 1 = {window - 1}, got {window_shift!r}"
+            )
         return _build(cls, coords, batch_size, select_block, compress_block, window, window_shift)
 
 
@@ -267,7 +279,9 @@ def _raise_bad(coords: Tensor, batch_size: int, select_block: int, compress_bloc
     row = int((outside | unsorted | repeated).int().argmax())
     where = f"row {row} is {coords[row].tolist()}"
     if outside.any():
-        raise ValueError(f"coords must have 0 <= batch < {batch_size} and 0 <= x, y, z < {MAX_COORD}; {where}")
+        raise ValueError(
+            f"coords must have 0 <= batch < {batch_size} and 0 <= x, y, z < {MAX_COORD}; {where}"
+        )
     if unsorted.any():
         raise ValueError(
             f"coords must be sorted by (batch, {select_block}^3 block, {compress_block}^3 sub-block, x, y, z), as "
@@ -276,9 +290,13 @@ def _raise_bad(coords: Tensor, batch_size: int, select_block: int, compress_bloc
     raise ValueError(f"coords must not repeat a voxel; {where}, as is the row before")
 
 
-def _build(cls, coords, batch_size, select_block, compress_block, window, window_shift) -> BlockIndex:
+def _build(
+    cls, coords, batch_size, select_block, compress_block, window, window_shift
+) -> BlockIndex:
     device, N = coords.device, len(coords)
-    W = (N + 4) // 4 * 4  # room for one more than N; rows of int32 [.., W] start where kernels load fastest
+    W = (
+        (N + 4) // 4 * 4
+    )  # room for one more than N; rows of int32 [.., W] start where kernels load fastest
     checks = list(coords.aminmax(dim=0)) if N else []
     if N > 1:
         checks.append(sort_key(coords, select_block, compress_block).diff().amin(0, keepdim=True))
@@ -308,7 +326,12 @@ def _build(cls, coords, batch_size, select_block, compress_block, window, window
     # The one device-to-host copy.
     checked, counted, starts_A, blocks_A = _copied([checks, counts, [token_starts], [asset_blocks]])
     low, high, steps = checked[:4], checked[4:8], checked[8:]
-    if N and (min(low) < 0 or high[0] >= batch_size or max(high[1:]) >= MAX_COORD or min(steps, default=1) < 1):
+    if N and (
+        min(low) < 0
+        or high[0] >= batch_size
+        or max(high[1:]) >= MAX_COORD
+        or min(steps, default=1) < 1
+    ):
         _raise_bad(coords, batch_size, select_block, compress_block)
     M, P, *num_windows, num_tiles, max_block_tokens = counted
     tokens = [b - a for a, b in itertools.pairwise(starts_A)]
@@ -317,11 +340,16 @@ def _build(cls, coords, batch_size, select_block, compress_block, window, window
     host = [select_block, compress_block, max(tokens), max(blocks), max_block_tokens]
     tables = chunk_starts + chunk_pairs + [tokens[asset] for asset in chunk_asset]
     ranks = (
-        (b - a) * blocks[asset] for asset, (a, b) in zip(chunk_asset, itertools.pairwise(chunk_starts), strict=True)
+        (b - a) * blocks[asset]
+        for asset, (a, b) in zip(chunk_asset, itertools.pairwise(chunk_starts), strict=True)
     )
     chunk_ranks = torch.tensor([0, *itertools.accumulate(ranks)]).to(device)
-    before = [pairs - blocks_A[asset] for asset, pairs in zip(chunk_asset, chunk_pairs, strict=False)]
-    chunk_asset, chunk_starts, chunk_pairs, before = _uploaded([chunk_asset, chunk_starts, chunk_pairs, before], device)
+    before = [
+        pairs - blocks_A[asset] for asset, pairs in zip(chunk_asset, chunk_pairs, strict=False)
+    ]
+    chunk_asset, chunk_starts, chunk_pairs, before = _uploaded(
+        [chunk_asset, chunk_starts, chunk_pairs, before], device
+    )
     pair = torch.arange(tables[2 * len(before) + 1], dtype=torch.int32, device=device)
     pair_chunk = torch.searchsorted(chunk_pairs[1:], pair, right=True, out_int32=True)
     aligned, shifted = (0, 2) if identity else (2, 3)

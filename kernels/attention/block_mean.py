@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention import reference
+from kernels.attention.block_index import BlockIndex
 from kernels.runtime import checks
 from kernels.runtime import eager_autograd as eager
-from kernels.attention.ssa import reference
-from kernels.attention.block_index import BlockIndex
 from kernels.runtime.integer_math import cdiv
 from kernels.runtime.triton_ops import on_device
 
@@ -36,7 +36,14 @@ def block_mean_forward(x_NC: Tensor, index: BlockIndex, plus_one: bool) -> Tenso
     if y_PC.numel():
         with on_device(x_NC):
             _block_mean_fwd[(len(y_PC), cdiv(x_NC.shape[1], 64))](
-                x_NC, index.compressed_starts, y_PC, x_NC.shape[1], int(plus_one), BN=32, BC=64, num_warps=2
+                x_NC,
+                index.compressed_starts,
+                y_PC,
+                x_NC.shape[1],
+                int(plus_one),
+                BN=32,
+                BC=64,
+                num_warps=2,
             )
     return y_PC
 
@@ -78,7 +85,9 @@ def _eager_mean_backward(_, dy, __, rest):
     return (block_mean_backward(dy, *rest),)
 
 
-def block_mean(x_NC: Tensor, index: BlockIndex, *, plus_one: bool = False, backend: str = "auto") -> Tensor:
+def block_mean(
+    x_NC: Tensor, index: BlockIndex, *, plus_one: bool = False, backend: str = "auto"
+) -> Tensor:
     """Mean of the rows of each compression block: [N, C] fp32, fp16 or bf16 -> [P, C], same dtype, sums in fp32.
 
     plus_one divides by n + 1, as the published weights expect. Differentiable. ValueError if x_NC is not [N, C] of the

@@ -29,7 +29,9 @@ def _block_score(
         row = n.to(tl.int64) * (G * GS) + g * GS
         acc = tl.zeros([BM, BB], tl.float32)
         end = tl.load(block_compressed_ptr + b1)
-        for t in range(tl.load(block_compressed_ptr + b0), end, BN):  # once, unless a block has more than BN
+        for t in range(
+            tl.load(block_compressed_ptr + b0), end, BN
+        ):  # once, unless a block has more than BN
             m = t + tl.arange(0, BN)
             k = load_keys(ck_ptr, ck_ptr, m, end, g, G, D, False, False, True)
             p = tl.zeros([BM, BN], tl.float32)
@@ -42,14 +44,27 @@ def _block_score(
             member = (block[:, None] == bb[None, :]).to(q_ptr.dtype.element_ty)
             high = p.to(member.dtype)  # two products of 16-bit floats keep 16 bits of the sum
             low = (p - high.to(tl.float32)).to(member.dtype)
-            acc = tl.dot(low, member, tl.dot(high, member, acc, input_precision="ieee"), input_precision="ieee")
+            acc = tl.dot(
+                low,
+                member,
+                tl.dot(high, member, acc, input_precision="ieee"),
+                input_precision="ieee",
+            )
         column = b0 - tl.load(asset_blocks_ptr + asset) + bb
-        x = (g.to(tl.int64) * (last_token - first_token) + n - first_token)[:, None] * columns + column[None, :]
+        x = (g.to(tl.int64) * (last_token - first_token) + n - first_token)[
+            :, None
+        ] * columns + column[None, :]
         tl.store(score_ptr + x, acc, ok[:, None] & (b0 + bb < b1)[None, :])
 
 
 def block_score(
-    q_NHD: Tensor, ck_PGD: Tensor, lse_NH: Tensor, index: BlockIndex, scale: float, first: int = 0, last: int = -1
+    q_NHD: Tensor,
+    ck_PGD: Tensor,
+    lse_NH: Tensor,
+    index: BlockIndex,
+    scale: float,
+    first: int = 0,
+    last: int = -1,
 ) -> Tensor:
     """Scores of tokens first..last: fp32 [G, last - first, max_blocks]; columns an asset lacks are not written.
 

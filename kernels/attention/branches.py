@@ -5,28 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.runtime import checks
-from kernels.runtime import eager_autograd as eager
-from kernels.attention.ssa import reference
-from kernels.attention.ssa import SelectionLists, split_queries
-from kernels.attention.block_score import block_score
+from kernels.attention import reference
 from kernels.attention.block_index import BlockIndex
+from kernels.attention.block_score import block_score
 from kernels.attention.gates import Rows, gated_sum_forward, gates_backward
 from kernels.attention.inverse_lists import fill_lists, selected_ranks
-from kernels.attention.segment import Segments, compressed_segments, segment_forward, window_segments
+from kernels.attention.segment import (
+    Segments,
+    compressed_segments,
+    segment_forward,
+    window_segments,
+)
 from kernels.attention.segment_backward import segment_backward
 from kernels.attention.selection import combine_partials, selection_partials
 from kernels.attention.selection_backward import selection_backward
-from kernels.runtime.triton_ops import BOUND_LIMIT, Keys, log2_keys, lse_dtype, on_device
+from kernels.attention.ssa import SelectionLists, split_queries
 from kernels.attention.top_blocks import top_blocks
+from kernels.runtime import checks
+from kernels.runtime import eager_autograd as eager
+from kernels.runtime.triton_ops import BOUND_LIMIT, Keys, log2_keys, lse_dtype, on_device
 
 
 def _segments(kind: str, index: BlockIndex) -> Segments:
-    return compressed_segments(index) if kind == "compressed" else window_segments(index, kind == "shifted")
+    return (
+        compressed_segments(index)
+        if kind == "compressed"
+        else window_segments(index, kind == "shifted")
+    )
 
 
 @torch.library.custom_op("sparse3d::segment_attention", mutates_args=())
-def _segment(q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], kind: str, scale: float) -> tuple[Tensor, Tensor]:
+def _segment(
+    q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], kind: str, scale: float
+) -> tuple[Tensor, Tensor]:
     return _segment_forward(q, k, v, BlockIndex(*index), kind, scale)
 
 
@@ -46,18 +57,36 @@ def _(q, k, v, index, kind, scale):
 
 @torch.library.custom_op("sparse3d::segment_attention_backward", mutates_args=())
 def _segment_grad(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, index: list[Tensor], kind: str, scale: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    index: list[Tensor],
+    kind: str,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _segment_grads(do, q, k, v, o, lse, BlockIndex(*index), kind, scale)
 
 
 def _segment_grads(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, index: BlockIndex, kind: str, scale: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    index: BlockIndex,
+    kind: str,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
     dot = (o.to(lse.dtype) * do.to(lse.dtype)).sum(2)
     with on_device(q):
-        dq, dk, dv = segment_backward(q, Keys(k, scale), v, Rows(do, lse, dot), _segments(kind, index))
+        dq, dk, dv = segment_backward(
+            q, Keys(k, scale), v, Rows(do, lse, dot), _segments(kind, index)
+        )
     return dq, dk.to(q.dtype), dv.to(q.dtype)
 
 
@@ -74,7 +103,11 @@ def _segment_setup(ctx, inputs, output):
 
 def _segment_backward(ctx, do, _):
     q, k, v, o, lse, *index = ctx.saved_tensors
-    grads = (None,) * 3 if do is None else _segment_grad(do, q, k, v, o, lse, index, ctx.kind, ctx.scale)
+    grads = (
+        (None,) * 3
+        if do is None
+        else _segment_grad(do, q, k, v, o, lse, index, ctx.kind, ctx.scale)
+    )
     return *grads, [None] * len(index), None, None
 
 
@@ -192,7 +225,9 @@ def _flags(q: Tensor, norms: Tensor | None, index: BlockIndex) -> Tensor:
     flags = torch.zeros(1 + len(index.chunk_asset), dtype=torch.int32, device=q.device)
     if norms is not None:
         largest_H = norms.amax(1).repeat_interleave(q.shape[1] // len(norms))
-        far = torch.linalg.vector_norm(q, dim=2, dtype=torch.float32) * largest_H > BOUND_LIMIT.value
+        far = (
+            torch.linalg.vector_norm(q, dim=2, dtype=torch.float32) * largest_H > BOUND_LIMIT.value
+        )
         flags.scatter_reduce_(0, 1 + index.chunk_of.long(), far.any(1).int(), "amax")
     return flags
 
@@ -257,7 +292,11 @@ def _selection_setup(ctx, inputs, output):
 def _selection_backward(ctx, do, *_):
     q, k, v, selected, *rest = ctx.saved_tensors
     saved, index = rest[:5], rest[5:]
-    grads = (None,) * 3 if do is None else _selection_grad(do, q, k, v, selected, saved, index, ctx.scale)
+    grads = (
+        (None,) * 3
+        if do is None
+        else _selection_grad(do, q, k, v, selected, saved, index, ctx.scale)
+    )
     return *grads, None, [None] * len(index), None
 
 
@@ -268,7 +307,11 @@ def _canonical(selected_GNT: Tensor, index: BlockIndex) -> Tensor:
     """Ascending, each block once, numbers that are not a block of the query's asset dropped, -1 at the end."""
     first, last = (index.asset_blocks[index.asset_of + i][:, None] for i in (0, 1))
     none = index.num_blocks
-    ordered = torch.where((selected_GNT >= first) & (selected_GNT < last), selected_GNT, none).sort(dim=2).values
+    ordered = (
+        torch.where((selected_GNT >= first) & (selected_GNT < last), selected_GNT, none)
+        .sort(dim=2)
+        .values
+    )
     ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]] = none
     ordered = ordered.sort(dim=2).values
     return torch.where(ordered == none, -1, ordered).int()
@@ -296,7 +339,9 @@ def selection_attention(
     scale = checks.check_scale(scale, q_NHD.shape[2])
     G = k_NGD.shape[1]
     if selected_GNT.ndim != 3 or selected_GNT.shape[:2] != (G, N) or selected_GNT.shape[2] == 0:
-        raise ValueError(f"selected_GNT must be [{G}, {N}, T] with T >= 1, got {list(selected_GNT.shape)}")
+        raise ValueError(
+            f"selected_GNT must be [{G}, {N}, T] with T >= 1, got {list(selected_GNT.shape)}"
+        )
     if selected_GNT.dtype not in (torch.int32, torch.int64) or selected_GNT.device != q_NHD.device:
         found = f"{selected_GNT.dtype} on {selected_GNT.device}"
         raise ValueError(f"selected_GNT must be int32 or int64 on {q_NHD.device}, got {found}")
@@ -309,7 +354,9 @@ def selection_attention(
 @torch.library.custom_op("sparse3d::gated_sum", mutates_args=())
 def _gated(a: Tensor, b: Tensor, c: Tensor, gates: Tensor) -> Tensor:
     with on_device(a):
-        return gated_sum_forward((a.contiguous(), b.contiguous(), c.contiguous()), gates.contiguous())
+        return gated_sum_forward(
+            (a.contiguous(), b.contiguous(), c.contiguous()), gates.contiguous()
+        )
 
 
 @_gated.register_fake
@@ -318,7 +365,9 @@ def _(a, b, c, gates):
 
 
 @torch.library.custom_op("sparse3d::gated_sum_backward", mutates_args=())
-def _gated_grad(do: Tensor, a: Tensor, b: Tensor, c: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gated_grad(
+    do: Tensor, a: Tensor, b: Tensor, c: Tensor, gates: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     do, a, b, c, gates = (x.contiguous() for x in (do, a, b, c, gates))
     lse = do.new_zeros(3, *do.shape[:2], dtype=torch.float32)
     with on_device(do):
@@ -338,14 +387,20 @@ _gated.register_autograd(
 )
 
 
-def gated_sum(branches_3_NHD: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor, *, backend: str = "auto") -> Tensor:
+def gated_sum(
+    branches_3_NHD: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor, *, backend: str = "auto"
+) -> Tensor:
     """Sum of three [N, H, D] of one dtype, each times the sigmoid of its gate [N, 3]: [N, H, D]. Differentiable."""
     if len(branches_3_NHD) != 3 or branches_3_NHD[0].ndim != 3:
-        raise ValueError(f"branches_3_NHD must be three [N, H, D], got {[list(x.shape) for x in branches_3_NHD]}")
+        raise ValueError(
+            f"branches_3_NHD must be three [N, H, D], got {[list(x.shape) for x in branches_3_NHD]}"
+        )
     a, b, c = branches_3_NHD
     for x in (b, c):
         if x.shape != a.shape:
-            raise ValueError(f"branches_3_NHD must have one shape, got {list(a.shape)} and {list(x.shape)}")
+            raise ValueError(
+                f"branches_3_NHD must have one shape, got {list(a.shape)} and {list(x.shape)}"
+            )
         checks.check_float("branches_3_NHD", x, a)
     if gates_N3.shape != (len(a), 3):
         raise ValueError(f"gates_N3 must be [{len(a)}, 3], got {list(gates_N3.shape)}")

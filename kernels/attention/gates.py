@@ -13,13 +13,17 @@ from kernels.runtime.integer_math import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["N"])
-def _gated_sum(a_ptr, b_ptr, c_ptr, gate_ptr, out_ptr, N, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+def _gated_sum(
+    a_ptr, b_ptr, c_ptr, gate_ptr, out_ptr, N, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
     n, c = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BC + tl.arange(0, BC)
     ok = n < N
     mask = ok[:, None] & (c < C)[None, :]
     x = n.to(tl.int64)[:, None] * C + c[None, :]
     gate_ptr += n.to(tl.int64) * 3
-    y = tl.sigmoid(tl.load(gate_ptr, ok, other=0.0).to(tl.float32))[:, None] * tl.load(a_ptr + x, mask).to(tl.float32)
+    y = tl.sigmoid(tl.load(gate_ptr, ok, other=0.0).to(tl.float32))[:, None] * tl.load(
+        a_ptr + x, mask
+    ).to(tl.float32)
     gate = tl.sigmoid(tl.load(gate_ptr + 1, ok, other=0.0).to(tl.float32))
     y += gate[:, None] * tl.load(b_ptr + x, mask).to(tl.float32)
     gate = tl.sigmoid(tl.load(gate_ptr + 2, ok, other=0.0).to(tl.float32))
@@ -32,18 +36,24 @@ def gated_sum_forward(branches: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor)
     out_NHD = torch.empty_like(branches[0])
     N, C = len(out_NHD), out_NHD[0].numel() if len(out_NHD) else 0
     if N:
-        _gated_sum[(cdiv(N, 4), cdiv(C, 512))](*branches, gates_N3, out_NHD, N, C, BN=4, BC=512, num_warps=4)
+        _gated_sum[(cdiv(N, 4), cdiv(C, 512))](
+            *branches, gates_N3, out_NHD, N, C, BN=4, BC=512, num_warps=4
+        )
     return out_NHD
 
 
 @triton.jit
-def _branch_dot(o_ptr, lse_ptr, dot_ptr, moved_ptr, weighted_ptr, gate, do, x, y, ok, folded, FOLD: tl.constexpr):
+def _branch_dot(
+    o_ptr, lse_ptr, dot_ptr, moved_ptr, weighted_ptr, gate, do, x, y, ok, folded, FOLD: tl.constexpr
+):
     """Writes what the branch's backward needs of each row; returns the gate's gradient."""
     o = tl.load(o_ptr + x, ok[:, :, None], other=0.0).to(do.dtype)
     lse = tl.load(lse_ptr + y, ok, other=0.0)
     dot = tl.sum(o * do, 2)
     if FOLD and folded:
-        weighted = (do * (tl.exp2(-lse) * gate[:, None])[:, :, None]).to(weighted_ptr.dtype.element_ty)
+        weighted = (do * (tl.exp2(-lse) * gate[:, None])[:, :, None]).to(
+            weighted_ptr.dtype.element_ty
+        )
         tl.store(weighted_ptr + x, weighted, ok[:, :, None])
         # Of what was rounded: a row's gradients of scores then still sum to zero.
         tl.store(dot_ptr + y, tl.sum(o * weighted.to(do.dtype), 2), ok)
@@ -76,7 +86,18 @@ def _gates_bwd(
         weighted_ptr = wcmp_ptr if branch == 0 else wsel_ptr if branch == 1 else wwin_ptr
         gate, to = tl.sigmoid(tl.load(gate_ptr + z + branch, ok, other=0.0).to(wide)), branch * size
         dgate = _branch_dot(
-            o_ptr, lse_ptr + to, dot_ptr + to, moved_ptr + to, weighted_ptr, gate, do, x, y, ok_h, folded, FOLD
+            o_ptr,
+            lse_ptr + to,
+            dot_ptr + to,
+            moved_ptr + to,
+            weighted_ptr,
+            gate,
+            do,
+            x,
+            y,
+            ok_h,
+            folded,
+            FOLD,
         )
         tl.store(dgate_ptr + z + branch, dgate.to(dgate_ptr.dtype.element_ty), ok)
 
@@ -93,7 +114,10 @@ class Rows:
 
     def tensors(self, some: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """do, weighted, lse, dot, flag; some of them stand for those that there are not."""
-        weighted, flag = self.do if self.weighted is None else self.weighted, some if self.flag is None else self.flag
+        weighted, flag = (
+            self.do if self.weighted is None else self.weighted,
+            some if self.flag is None else self.flag,
+        )
         return self.do, weighted, self.lse, self.dot, flag
 
 
@@ -111,8 +135,14 @@ def gates_backward(
     Otherwise the gate is moved into lse (a gate of zero gives infinity, hence probabilities of zero).
     """
     fold, (N, H, D) = flags is not None, do_NHD.shape
-    dgates_N3, dot_3NH, moved_3NH = torch.empty_like(gates_N3), torch.empty_like(lse_3NH), torch.empty_like(lse_3NH)
-    weighted = [torch.empty_like(do_NHD) if fold else None for _ in range(3)]  # three, so that each can be freed
+    dgates_N3, dot_3NH, moved_3NH = (
+        torch.empty_like(gates_N3),
+        torch.empty_like(lse_3NH),
+        torch.empty_like(lse_3NH),
+    )
+    weighted = [
+        torch.empty_like(do_NHD) if fold else None for _ in range(3)
+    ]  # three, so that each can be freed
     if N:
         heads = next_power_of_2(H)
         BN = max(1, 2048 // (heads * D))

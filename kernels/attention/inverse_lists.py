@@ -16,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.block_index import BlockIndex
-from kernels.runtime.integer_math import cdiv
 from kernels.attention.top_blocks import rank_dtype
+from kernels.runtime.integer_math import cdiv
 
 ITEM = 96
-ITEM_FIELDS = 8  # block, kv head, first entry, last entry, first row of partial dk and dv, chunk; 32 bytes
+ITEM_FIELDS = (
+    8  # block, kv head, first entry, last entry, first row of partial dk and dv, chunk; 32 bytes
+)
 SCAN = 1024
 FEW_ITEMS = 8192  # programs enough for a large GPU
 
@@ -54,7 +56,9 @@ def query_ranges(index: BlockIndex, bytes_per_query: int, limit: int) -> list[Qu
     ranges = []
     for a, b in itertools.pairwise(cuts):
         ranks = sum((starts[i + 1] - starts[i]) * (pairs[i + 1] - pairs[i]) for i in range(a, b))
-        ranges.append(QueryRange(a, b, starts[a], starts[b], pairs[a], pairs[b], ranks, sum(tokens[a:b])))
+        ranges.append(
+            QueryRange(a, b, starts[a], starts[b], pairs[a], pairs[b], ranks, sum(tokens[a:b]))
+        )
     return ranges
 
 
@@ -165,7 +169,9 @@ def selected_ranks(selected_GNT: Tensor, index: BlockIndex, queries: QueryRange)
     local = block - index.asset_blocks[index.asset_of[n]][:, None]
     g = torch.arange(G, device=index.device)[:, None, None]
     at = base[:, None] + (local * G + g) * (index.chunk_starts[chunk + 1] - start)[:, None]
-    ranks = torch.zeros(queries.ranks * G + 1, dtype=rank_dtype(T), device=index.device)  # the last takes the skipped
+    ranks = torch.zeros(
+        queries.ranks * G + 1, dtype=rank_dtype(T), device=index.device
+    )  # the last takes the skipped
     rank = torch.arange(1, T + 1, device=index.device).to(ranks.dtype).expand(at.shape)
     return ranks.scatter_(0, torch.where(block < 0, len(ranks) - 1, at).flatten(), rank.flatten())
 
@@ -175,14 +181,27 @@ def new_ranks(index: BlockIndex, queries: QueryRange, G: int, top_k: int) -> Ten
     return torch.zeros(queries.ranks * G, dtype=rank_dtype(top_k), device=index.device)
 
 
-def fill_lists(ranks: Tensor, index: BlockIndex, queries: QueryRange, G: int, top_k: int, lists: Lists) -> None:
+def fill_lists(
+    ranks: Tensor, index: BlockIndex, queries: QueryRange, G: int, top_k: int, lists: Lists
+) -> None:
     """Writes `lists` from the rank map of `top_blocks`."""
     rows = queries.pairs * G
     args = (
         index.pair_chunk, index.pair_block, index.chunk_starts, index.chunk_pairs, index.chunk_ranks, index.block_starts
     )  # fmt: skip
     counts = ranks.new_empty(3, rows, dtype=torch.int32)
-    _count[(rows,)](ranks, *args, counts, queries.first_pair, queries.first_chunk, rows, G, ITEM, SCAN, num_warps=4)
+    _count[(rows,)](
+        ranks,
+        *args,
+        counts,
+        queries.first_pair,
+        queries.first_chunk,
+        rows,
+        G,
+        ITEM,
+        SCAN,
+        num_warps=4,
+    )
     torch.cumsum(counts, 1, dtype=torch.int32, out=lists.sums)
     _fill[(rows,)](
         ranks, *args, lists.sums, lists.entries, lists.items, queries.first_pair, queries.first_chunk, queries.first,

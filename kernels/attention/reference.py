@@ -20,7 +20,9 @@ def block_mean(x_NC: Tensor, index: BlockIndex, plus_one: bool = False) -> Tenso
     return sums_PC.index_add(0, index.compressed_of, x_NC) / counts_P[:, None]
 
 
-def attend(q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, scale: float, mask_GNM: Tensor | None = None) -> Tensor:
+def attend(
+    q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, scale: float, mask_GNM: Tensor | None = None
+) -> Tensor:
     """Softmax attention of query head h to key/value head h // (H / G), where the mask is true: [N, H, D]."""
     group = q_NHD.shape[1] // k_MGD.shape[1]
     scores_HNM = _scores(q_NHD, k_MGD, scale)
@@ -50,7 +52,9 @@ def _collect(parts: list[Tensor], like: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim) if parts else like
 
 
-def compressed_attention(q_NHD: Tensor, ck_PGD: Tensor, cv_PGD: Tensor, index: BlockIndex, scale: float) -> Tensor:
+def compressed_attention(
+    q_NHD: Tensor, ck_PGD: Tensor, cv_PGD: Tensor, index: BlockIndex, scale: float
+) -> Tensor:
     """Every query attends to all compressed tokens of its asset."""
     slices = _slices(index, q_NHD.shape[1], index.asset_compressed)
     return _collect([attend(q_NHD[n], ck_PGD[m], cv_PGD[m], scale) for _, n, m in slices], q_NHD)
@@ -70,7 +74,9 @@ def block_scores(q_NHD: Tensor, ck_PGD: Tensor, index: BlockIndex, scale: float)
         p_GNM = p_HNM.unflatten(0, (G, H // G)).sum(1)
         block = index.compressed_block[m] - first_A[asset]
         blocks = first_A[asset + 1] - first_A[asset]
-        scores_GNM[:, n, :blocks] = p_GNM.new_zeros(*p_GNM.shape[:2], blocks).index_add(2, block, p_GNM)
+        scores_GNM[:, n, :blocks] = p_GNM.new_zeros(*p_GNM.shape[:2], blocks).index_add(
+            2, block, p_GNM
+        )
     return scores_GNM
 
 
@@ -83,25 +89,43 @@ def top_blocks(scores_GNM: Tensor, index: BlockIndex, top_k: int) -> Tensor:
     first_N, last_N = index.asset_blocks[index.asset_of], index.asset_blocks[index.asset_of + 1]
     columns = torch.arange(scores_GNM.shape[2], device=scores_GNM.device)
     exists_NM = columns < (last_N - first_N)[:, None]
-    ranked = scores_GNM.masked_fill(~exists_NM, -math.inf).sort(dim=2, descending=True, stable=True).indices[..., :k]
+    ranked = (
+        scores_GNM.masked_fill(~exists_NM, -math.inf)
+        .sort(dim=2, descending=True, stable=True)
+        .indices[..., :k]
+    )
     taken_GNM = torch.zeros_like(scores_GNM, dtype=torch.bool).scatter(2, ranked, True) & exists_NM
-    chosen = columns.expand_as(taken_GNM).masked_fill(~taken_GNM, len(columns)).sort(dim=2).values[..., :k]
+    chosen = (
+        columns.expand_as(taken_GNM)
+        .masked_fill(~taken_GNM, len(columns))
+        .sort(dim=2)
+        .values[..., :k]
+    )
     return torch.where(chosen < len(columns), chosen + first_N[:, None], -1).int()
 
 
-def select_blocks(q_NHD: Tensor, ck_PGD: Tensor, index: BlockIndex, top_k: int, scale: float) -> Tensor:
+def select_blocks(
+    q_NHD: Tensor, ck_PGD: Tensor, index: BlockIndex, top_k: int, scale: float
+) -> Tensor:
     """The blocks each query of each key/value head attends to; as `top_blocks`, carries no gradient."""
     return top_blocks(block_scores(q_NHD.detach(), ck_PGD.detach(), index, scale), index, top_k)
 
 
 def selection_attention(
-    q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, selected_GNT: Tensor, index: BlockIndex, scale: float
+    q_NHD: Tensor,
+    k_NGD: Tensor,
+    v_NGD: Tensor,
+    selected_GNT: Tensor,
+    index: BlockIndex,
+    scale: float,
 ) -> Tensor:
     """Every query attends to all tokens of its selected blocks (block numbers of the batch, -1 for none)."""
     parts, G = [], k_NGD.shape[1]
     for _, n, m in _slices(index, q_NHD.shape[1], index.token_starts):
         selected = selected_GNT[:, n].long()
-        taken = torch.zeros(G, selected.shape[1], index.num_blocks + 1, dtype=torch.bool, device=q_NHD.device)
+        taken = torch.zeros(
+            G, selected.shape[1], index.num_blocks + 1, dtype=torch.bool, device=q_NHD.device
+        )
         taken.scatter_(2, torch.where(selected < 0, index.num_blocks, selected), True)
         parts.append(attend(q_NHD[n], k_NGD[m], v_NGD[m], scale, taken[:, :, index.block_of[m]]))
     return _collect(parts, q_NHD)
@@ -112,7 +136,9 @@ def window_attention(
 ) -> Tensor:
     """Every query attends to the tokens of its own aligned or shifted window."""
     order, starts = (
-        (index.shifted_order, index.shifted_starts) if shifted else (index.window_order, index.window_starts)
+        (index.shifted_order, index.shifted_starts)
+        if shifted
+        else (index.window_order, index.window_starts)
     )
     order = order if len(order) else torch.arange(index.num_tokens, device=q_NHD.device)
     q, k, v, starts = q_NHD[order], k_NGD[order], v_NGD[order], starts.tolist()

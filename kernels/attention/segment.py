@@ -69,7 +69,14 @@ def window_segments(index: BlockIndex, shifted: bool) -> Segments:
     order, of, starts = index.window_order, index.window_of, index.window_starts
     if shifted:
         order, of, starts = index.shifted_order, index.shifted_of, index.shifted_starts
-    return Segments(order=order, query_segment=of, query_starts=starts, key_segment=of, key_starts=starts, short=True)
+    return Segments(
+        order=order,
+        query_segment=of,
+        query_starts=starts,
+        key_segment=of,
+        key_starts=starts,
+        short=True,
+    )
 
 
 @triton.jit(do_not_specialize=["N", "norms"])
@@ -102,7 +109,24 @@ def _segment_fwd(
         start, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
         l8, acc = tl.zeros([R, 8], tl.float32), tl.zeros([R, D], tl.float32)
         m_run, l8, acc = attend_run(
-            q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, order_ptr, start, end, bounded, g, scale2, G, D, BK, ORDERED, LONG
+            q,
+            m,
+            l8,
+            acc,
+            k_ptr,
+            scaled_ptr,
+            v_ptr,
+            order_ptr,
+            start,
+            end,
+            bounded,
+            g,
+            scale2,
+            G,
+            D,
+            BK,
+            ORDERED,
+            LONG,
         )
         l = tl.sum(l8, 1)
         mine = segment_of == segment  # what other rows hold is not stored

@@ -74,7 +74,23 @@ def _tile_dq(
     for segment in range(tl.load(segment_ptr + first), last + 1):
         start, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
         acc = queries_run(
-            q, do, lse, dot, k_ptr, v_ptr, order_ptr, start, end, g, scale2, G, D, BK, ORDERED, LONG, FOLDED
+            q,
+            do,
+            lse,
+            dot,
+            k_ptr,
+            v_ptr,
+            order_ptr,
+            start,
+            end,
+            g,
+            scale2,
+            G,
+            D,
+            BK,
+            ORDERED,
+            LONG,
+            FOLDED,
         )
         acc *= dq_scale
         mine = segment_of == segment  # other rows hold what is not theirs
@@ -124,7 +140,10 @@ def _keys_step(
     if FULL:  # masks cost a third of the loop
         q, do, dot = tl.load(q_ptr + x), tl.load(do_ptr + x), tl.load(dot_ptr + row)
     else:
-        q, do = tl.load(q_ptr + x, ok[:, None], other=0.0), tl.load(do_ptr + x, ok[:, None], other=0.0)
+        q, do = (
+            tl.load(q_ptr + x, ok[:, None], other=0.0),
+            tl.load(do_ptr + x, ok[:, None], other=0.0),
+        )
         dot = tl.load(dot_ptr + row, ok, other=0.0)
     if FOLDED:
         p = tl.exp2(products(k, q))
@@ -205,7 +224,12 @@ def _splits(tiles: int, segments: Segments, N: int) -> int:
 
 
 def segment_backward(
-    q_NHD: Tensor, keys: Keys, v_MGD: Tensor, rows: Rows, segments: Segments, dq_NHD: Tensor | None = None
+    q_NHD: Tensor,
+    keys: Keys,
+    v_MGD: Tensor,
+    rows: Rows,
+    segments: Segments,
+    dq_NHD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [N, H, D] in q's dtype, dk and dv [M, G, D] in fp32. Where dq is given it is added to in place."""
     (N, H, D), (M, G, _) = q_NHD.shape, keys.k.shape
@@ -218,7 +242,9 @@ def segment_backward(
     group, order = H // G, segments.order
     inputs = (q_NHD, *keys.both, v_MGD, *rows.tensors(order), order)
     BQ = queries_per_tile(32 if q_NHD.dtype == torch.float32 else 64, group)
-    options = {"maxnreg": 128} if small and not segments.short else {}  # four programs a multiprocessor
+    options = (
+        {"maxnreg": 128} if small and not segments.short else {}
+    )  # four programs a multiprocessor
     _segment_dq[(cdiv(N, BQ), G)](
         *inputs, segments.query_segment, segments.key_starts, dq_NHD, N, keys.scale, keys.scale * LOG2E, G, group, D,
         BQ, BK=32 if wide or segments.short else 64, ORDERED=ordered, ADD=add, LONG=long_offsets(q_NHD),

@@ -10,7 +10,15 @@ from torch import Tensor
 from kernels.attention.block_index import BlockIndex
 from kernels.attention.inverse_lists import ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
 from kernels.runtime.integer_math import cdiv
-from kernels.runtime.triton_ops import LOG2E, Keys, attend_run, log_sum, long_offsets, lse_dtype, queries_per_tile
+from kernels.runtime.triton_ops import (
+    LOG2E,
+    Keys,
+    attend_run,
+    log_sum,
+    long_offsets,
+    lse_dtype,
+    queries_per_tile,
+)
 
 
 @triton.jit
@@ -18,7 +26,11 @@ def _store_partial(part_ptr, lse_ptr, m, l8, acc, x, ok, D: tl.constexpr):
     l = tl.sum(l8, 1)
     l = tl.where(l > 0, l, 1.0)  # rows past the end
     acc *= (1.0 / l.to(lse_ptr.dtype.element_ty)).to(tl.float32)[:, None]
-    tl.store(part_ptr + x[:, None] * D + tl.arange(0, D)[None, :], acc.to(part_ptr.dtype.element_ty), ok[:, None])
+    tl.store(
+        part_ptr + x[:, None] * D + tl.arange(0, D)[None, :],
+        acc.to(part_ptr.dtype.element_ty),
+        ok[:, None],
+    )
     tl.store(lse_ptr + x, log_sum(m, l, lse_ptr), ok)
 
 
@@ -56,13 +68,47 @@ def _selection_fwd(
             if bounded:
                 m = tl.zeros([R], lse_ptr.dtype.element_ty)
                 m, l8, acc = attend_run(
-                    q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, k_ptr, start, end, True, g, scale2, G, D, BK, False, LONG
+                    q,
+                    m,
+                    l8,
+                    acc,
+                    k_ptr,
+                    scaled_ptr,
+                    v_ptr,
+                    k_ptr,
+                    start,
+                    end,
+                    True,
+                    g,
+                    scale2,
+                    G,
+                    D,
+                    BK,
+                    False,
+                    LONG,
                 )
                 _store_partial(part_ptr, lse_ptr, m, l8, acc, x, ok, D)
             else:
                 m = tl.full([R], -1e30, lse_ptr.dtype.element_ty)
                 m, l8, acc = attend_run(
-                    q, m, l8, acc, k_ptr, scaled_ptr, v_ptr, k_ptr, start, end, False, g, scale2, G, D, BK, False, LONG
+                    q,
+                    m,
+                    l8,
+                    acc,
+                    k_ptr,
+                    scaled_ptr,
+                    v_ptr,
+                    k_ptr,
+                    start,
+                    end,
+                    False,
+                    g,
+                    scale2,
+                    G,
+                    D,
+                    BK,
+                    False,
+                    LONG,
                 )
                 _store_partial(part_ptr, lse_ptr, m, l8, acc, x, ok, D)
 

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from kernels.attention.block_index import BlockIndex
 from kernels.attention.gates import Rows
-from kernels.attention.inverse_lists import ITEM, ITEM_FIELDS, Lists, QueryRange, entry_shift, spread
+from kernels.attention.inverse_lists import (
+    ITEM,
+    ITEM_FIELDS,
+    Lists,
+    QueryRange,
+    entry_shift,
+    spread,
+)
 from kernels.attention.segment_backward import queries_run
 from kernels.runtime.integer_math import cdiv
 from kernels.runtime.triton_ops import (
@@ -52,7 +59,10 @@ def _load_entries(
     if FULL:  # masks cost a third of the keys' loop
         q, do, dot = tl.load(q_ptr + x), tl.load(do_ptr + x), tl.load(dot_ptr + row)
     else:
-        q, do = tl.load(q_ptr + x, ok[:, None], other=0.0), tl.load(do_ptr + x, ok[:, None], other=0.0)
+        q, do = (
+            tl.load(q_ptr + x, ok[:, None], other=0.0),
+            tl.load(do_ptr + x, ok[:, None], other=0.0),
+        )
         dot = tl.load(dot_ptr + row, ok, other=0.0)
     lse = dot
     if not FOLDED:
@@ -77,7 +87,9 @@ def _tile_dkdv(
 ):  # fmt: skip
     """Gradients of keys t .. t + BK of a block that ends at `end`, from entries first .. last, to rows to .. ."""
     c, d = tl.arange(0, BK), tl.arange(0, D)
-    m = tl.minimum(t + c, end - 1)  # keys past the end repeat the last one; their rows are not stored
+    m = tl.minimum(
+        t + c, end - 1
+    )  # keys past the end repeat the last one; their rows are not stored
     k = load_keys(k_ptr, k_ptr, m, end, g, G, D, False, True, LONG)
     v = load_keys(v_ptr, v_ptr, m, end, g, G, D, False, True, LONG)
     dk = tl.zeros([BK, D], lse_ptr.dtype.element_ty)
@@ -118,7 +130,9 @@ def _item_dkdv(
         wide_end = end
         if FAST:
             rest = (end - start) % BK
-            wide_end = tl.where(rest <= BK // 2, end - rest, end)  # a short rest takes a tile of half the size
+            wide_end = tl.where(
+                rest <= BK // 2, end - rest, end
+            )  # a short rest takes a tile of half the size
         mine = start + tl.program_id(1) * BK
         for t in range(mine, wide_end, BK * tl.num_programs(1)):
             _tile_dkdv(
@@ -175,7 +189,23 @@ def _item_dq(
                 LONG, FOLDED,
             )  # fmt: skip
             acc = queries_run(
-                q, do, lse, dot, k_ptr, v_ptr, k_ptr, start, end, g, scale2, G, D, BK, False, LONG, FOLDED
+                q,
+                do,
+                lse,
+                dot,
+                k_ptr,
+                v_ptr,
+                k_ptr,
+                start,
+                end,
+                g,
+                scale2,
+                G,
+                D,
+                BK,
+                False,
+                LONG,
+                FOLDED,
             )
             x = to[:, None] * D + d[None, :]
             tl.store(part_ptr + x, (acc * dq_scale).to(part_ptr.dtype.element_ty), ok[:, None])
@@ -265,7 +295,11 @@ def selection_backward(
         q_NHD, *keys.both, v_NGD, *rows.tensors(lists.total), lists.entries, lists.items, lists.total,
         index.block_starts,
     )  # fmt: skip
-    common = {"LONG": long_offsets(q_NHD, part_nTHD), "FIELDS": ITEM_FIELDS, "FOLD": rows.flag is not None}
+    common = {
+        "LONG": long_offsets(q_NHD, part_nTHD),
+        "FIELDS": ITEM_FIELDS,
+        "FOLD": rows.flag is not None,
+    }
     shift, scale2, group = entry_shift(top_k), keys.scale * LOG2E, H // G
     BQ = queries_per_tile(32 if wide else 64, group)
     _selection_dq[(lists.capacity, spread(lists, BQ))](
@@ -274,7 +308,18 @@ def selection_backward(
     )  # fmt: skip
     R = max(1, 2048 // D)
     _combine_dq[(cdiv(tokens * H, R),)](
-        part_nTHD, selected_GNT, dq_NHD, queries.first, tokens * H, N, top_k, H, group, D, R, num_warps=4
+        part_nTHD,
+        selected_GNT,
+        dq_NHD,
+        queries.first,
+        tokens * H,
+        N,
+        top_k,
+        H,
+        group,
+        D,
+        R,
+        num_warps=4,
     )
     del part_nTHD  # before the partial dk and dv take as much
     # Each pair's block once, and once more per full item.

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.runtime import checks
-from kernels.runtime import eager_autograd as eager
-from kernels.attention.ssa import reference
-from kernels.attention.block_score import block_score
+from kernels.attention import reference
 from kernels.attention.block_index import BlockIndex
+from kernels.attention.block_score import block_score
 from kernels.attention.gates import gated_sum_forward, gates_backward
 from kernels.attention.inverse_lists import (
     ITEM_FIELDS,
@@ -20,19 +18,32 @@ from kernels.attention.inverse_lists import (
     new_ranks,
     query_ranges,
 )
-from kernels.attention.segment import asset_segments, compressed_segments, segment_forward, window_segments
+from kernels.attention.segment import (
+    asset_segments,
+    compressed_segments,
+    segment_forward,
+    window_segments,
+)
 from kernels.attention.segment_backward import segment_backward
 from kernels.attention.selection import combine_partials, selection_partials
 from kernels.attention.selection_backward import selection_backward
-from kernels.runtime.triton_ops import log2_keys, lse_dtype, on_device
 from kernels.attention.top_blocks import top_blocks
+from kernels.runtime import checks
+from kernels.runtime import eager_autograd as eager
+from kernels.runtime.triton_ops import log2_keys, lse_dtype, on_device
 
-RANGE_BYTES = 400 << 20  # of what one range of queries needs at a time: scores, ranks, partial outputs
+RANGE_BYTES = (
+    400 << 20
+)  # of what one range of queries needs at a time: scores, ranks, partial outputs
 
 
-def split_queries(index: BlockIndex, H: int, G: int, D: int, top_k: int, itemsize: int) -> list[QueryRange]:
+def split_queries(
+    index: BlockIndex, H: int, G: int, D: int, top_k: int, itemsize: int
+) -> list[QueryRange]:
     """The ranges of queries that selection takes one after another; the same in forward and backward."""
-    scores = G * index.max_blocks * 5  # bytes a query, with ranks; they are gone when partial outputs come
+    scores = (
+        G * index.max_blocks * 5
+    )  # bytes a query, with ranks; they are gone when partial outputs come
     return query_ranges(index, max(top_k * H * (D * itemsize + 4), scores), RANGE_BYTES)
 
 
@@ -61,7 +72,9 @@ class SelectionLists:
                 Lists(
                     self.entries[queries.first * G * top_k :][:entries],
                     sums.view(3, queries.pairs * G),
-                    self.items[item * ITEM_FIELDS : (item + capacity) * ITEM_FIELDS].view(capacity, ITEM_FIELDS),
+                    self.items[item * ITEM_FIELDS : (item + capacity) * ITEM_FIELDS].view(
+                        capacity, ITEM_FIELDS
+                    ),
                 )
             )
             item += capacity
@@ -78,7 +91,9 @@ def ssa_forward(
         return _forward(*tensors, index, top_k, shifted, scale)
 
 
-def _forward(q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k, shifted, scale) -> tuple[Tensor, ...]:
+def _forward(
+    q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k, shifted, scale
+) -> tuple[Tensor, ...]:
     (N, H, D), G = q_NHD.shape, k_NGD.shape[1]
     lse_3NH = q_NHD.new_empty(3, N, H, dtype=lse_dtype(q_NHD))
     top = min(top_k, index.num_blocks)
@@ -101,7 +116,9 @@ def _forward(q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k, shifte
     sel_NHD, out_NHD = torch.empty_like(q_NHD), torch.empty_like(q_NHD)
     ranges = split_queries(index, H, G, D, top, q_NHD.element_size())
     for queries, lists in zip(ranges, storage.of(ranges, G, top), strict=True):
-        score_GNM = block_score(q_NHD, ck_PGD, lse_3NH[0], index, scale, queries.first, queries.last)
+        score_GNM = block_score(
+            q_NHD, ck_PGD, lse_3NH[0], index, scale, queries.first, queries.last
+        )
         ranks = new_ranks(index, queries, G, top)
         top_blocks(score_GNM, index, selected_GNT, queries.first, ranks, queries.first_chunk)
         del score_GNM
@@ -122,7 +139,9 @@ def ssa_backward(
     """Gradients of q, k, v, ck, cv and gates."""
     with on_device(q_NHD):
         tensors = (x.contiguous() for x in (do_NHD, q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3))
-        return _backward(*tensors, branches, lse_3NH, flags, selected_GNT, storage, index, top_k, shifted, scale)
+        return _backward(
+            *tensors, branches, lse_3NH, flags, selected_GNT, storage, index, top_k, shifted, scale
+        )
 
 
 def _backward(
@@ -133,8 +152,12 @@ def _backward(
     keys, ckeys = log2_keys(k_NGD, scale, ck_PGD)
     fold = None if keys.scaled is None else flags
     (cmp, sel, win), dgates_N3 = gates_backward(branches, lse_3NH, gates_N3, do_NHD, fold)
-    dq_NHD, dk_NGD, dv_NGD = segment_backward(q_NHD, keys, v_NGD, win, window_segments(index, shifted))
-    _, dck_PGD, dcv_PGD = segment_backward(q_NHD, ckeys, cv_PGD, cmp, compressed_segments(index), dq_NHD)
+    dq_NHD, dk_NGD, dv_NGD = segment_backward(
+        q_NHD, keys, v_NGD, win, window_segments(index, shifted)
+    )
+    _, dck_PGD, dcv_PGD = segment_backward(
+        q_NHD, ckeys, cv_PGD, cmp, compressed_segments(index), dq_NHD
+    )
     del win, cmp  # before selection takes as much
     if top_k >= index.max_blocks:
         _, dk, dv = segment_backward(q_NHD, keys, v_NGD, sel, asset_segments(index), dq_NHD)
@@ -142,9 +165,18 @@ def _backward(
     else:
         ranges = split_queries(index, H, G, D, top, q_NHD.element_size())
         for queries, lists in zip(ranges, storage.of(ranges, G, top), strict=True):
-            selection_backward(q_NHD, keys, v_NGD, sel, selected_GNT, lists, index, queries, dq_NHD, dk_NGD, dv_NGD)
+            selection_backward(
+                q_NHD, keys, v_NGD, sel, selected_GNT, lists, index, queries, dq_NHD, dk_NGD, dv_NGD
+            )
     dtype = q_NHD.dtype
-    return dq_NHD, dk_NGD.to(dtype), dv_NGD.to(dtype), dck_PGD.to(dtype), dcv_PGD.to(dtype), dgates_N3
+    return (
+        dq_NHD,
+        dk_NGD.to(dtype),
+        dv_NGD.to(dtype),
+        dck_PGD.to(dtype),
+        dcv_PGD.to(dtype),
+        dgates_N3,
+    )
 
 
 @torch.library.custom_op("sparse3d::ssa", mutates_args=())
@@ -178,7 +210,22 @@ def _ssa_backward(
     cmp, sel, win, lse, flags, selected, *lists = saved
     branches, storage, blocks = (cmp, sel, win), SelectionLists(*lists), BlockIndex(*index)
     return ssa_backward(
-        do, q, k, v, ck, cv, gates, branches, lse, flags, selected, storage, blocks, top_k, shifted, scale
+        do,
+        q,
+        k,
+        v,
+        ck,
+        cv,
+        gates,
+        branches,
+        lse,
+        flags,
+        selected,
+        storage,
+        blocks,
+        top_k,
+        shifted,
+        scale,
     )
 
 
@@ -256,7 +303,16 @@ def spatial_sparse_attention(
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         return reference.spatial_sparse_attention(
-            q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k=top_k, shifted=shifted, scale=scale
+            q_NHD,
+            k_NGD,
+            v_NGD,
+            ck_PGD,
+            cv_PGD,
+            gates_N3,
+            index,
+            top_k=top_k,
+            shifted=shifted,
+            scale=scale,
         )
     tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3)
     if eager.traced(*tensors):

@@ -11,7 +11,9 @@ from kernels.attention.block_index import BlockIndex
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["first_token", "tokens", "columns", "top_k", "stride", "first_chunk"])
+@triton.jit(
+    do_not_specialize=["first_token", "tokens", "columns", "top_k", "stride", "first_chunk"]
+)
 def _top_blocks(
     score_ptr, asset_ptr, asset_blocks_ptr, chunk_ptr, chunk_starts_ptr, chunk_ranks_ptr, selected_ptr, rank_ptr,
     first_token, tokens, columns, top_k, stride, first_chunk, G: tl.constexpr, COLUMNS: tl.constexpr,
@@ -41,7 +43,9 @@ def _top_blocks(
         high = tl.where(searching & (count < k), middle - 1, high)
     above, level = x > low[:, None], x == low[:, None]
     room = (k - tl.sum(above.to(tl.int32), 1))[:, None]
-    taken = above | (level & (tl.cumsum(level.to(tl.int32), 1) <= room))  # of equals the lower block
+    taken = above | (
+        level & (tl.cumsum(level.to(tl.int32), 1) <= room)
+    )  # of equals the lower block
     taken &= b < blocks[:, None]
     rank = tl.cumsum(taken.to(tl.int32), 1) - 1
     selected = selected_ptr + ((g.to(tl.int64) * stride + n) * top_k)[:, None]
@@ -51,7 +55,9 @@ def _top_blocks(
         chunk = tl.load(chunk_ptr + n, ok, other=0)
         start = tl.load(chunk_starts_ptr + chunk, ok, other=0)
         size = tl.load(chunk_starts_ptr + chunk + 1, ok, other=0) - start
-        base = (tl.load(chunk_ranks_ptr + chunk, ok, other=0) - tl.load(chunk_ranks_ptr + first_chunk)) * G
+        base = (
+            tl.load(chunk_ranks_ptr + chunk, ok, other=0) - tl.load(chunk_ranks_ptr + first_chunk)
+        ) * G
         to = (base + n - start)[:, None] + (b * G + g).to(tl.int64) * size[:, None]
         tl.store(rank_ptr + to, (rank + 1).to(rank_ptr.dtype.element_ty), taken)
 

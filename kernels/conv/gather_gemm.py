@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.runtime.autotune_cache import choose, size_class
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import add_dot, on_device
-from kernels.runtime.autotune_cache import choose, size_class
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ def _gather_gemm(
     start -= (1 << 20) + (1 << 10) + 1
     place = places(row if S > 1 else 0, S, STRIDE, SI) + start
     acc = tl.zeros([BM, BO], tl.float64 if x_ptr.dtype.element_ty == tl.float32 else tl.float32)
-    if BIAS:  # before the products: registers that held it until after them would cost a third program
+    if (
+        BIAS
+    ):  # before the products: registers that held it until after them would cost a third program
         acc += tl.load(b_ptr + o, o < O, other=0.0)[None, :].to(acc.dtype)
     for k in range(T * T * T * CHUNKS):
         tap = k // CHUNKS
@@ -121,7 +123,12 @@ def _gather_gemm(
     if PARITIES:  # x, y, z of the child: 2 * x + parity's x, ...
         local = places(row, S, 2, 0) + tap_place(parity, 2)
         D: tl.constexpr = 2 * S
-        row = block * (D * D * D) + (local >> 20) * (D * D) + ((local >> 10) & 1023) * D + (local & 1023)
+        row = (
+            block * (D * D * D)
+            + (local >> 20) * (D * D)
+            + ((local >> 10) & 1023) * D
+            + (local & 1023)
+        )
     first = (row.to(tl.int64) if WIDE else row) * O
     y_mask = ok[:, None] & (o < O)[None, :] if O % BO else ok[:, None]
     tl.store(y_ptr + first[:, None] + o[None, :], acc.to(y_ptr.dtype.element_ty), y_mask)
@@ -174,7 +181,13 @@ def is_wide(*tensors: Tensor, force: bool = False) -> bool:
 
 
 def gather_gemm(
-    x_NC: Tensor, weight: Tensor, bias_O: Tensor | None, table_M27: Tensor, taps: Taps, *, wide: bool = False
+    x_NC: Tensor,
+    weight: Tensor,
+    bias_O: Tensor | None,
+    table_M27: Tensor,
+    taps: Taps,
+    *,
+    wide: bool = False,
 ) -> Tensor:
     """Sum over taps of source rows times weight [taps, C, O] or, with parities, [8, taps, C, O]; contiguous inputs.
 

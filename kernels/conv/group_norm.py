@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.runtime import eager_autograd as eager
 from kernels.conv import reference as reference_conv
+from kernels.runtime import eager_autograd as eager
 from kernels.runtime.checks import check_dtype, use_triton
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import on_device
@@ -52,7 +52,9 @@ def _parts(x_ptr, starts_ptr, ends_ptr, part_ptr, N, C, BN: tl.constexpr, BC: tl
             distance = tl.where(mask, x - own[None, :], 0.0)
             before = (n - first).to(tl.float32)
             step = own - mean
-            squares += tl.sum(distance * distance, 0) + step * step * (before * count / (before + count))
+            squares += tl.sum(distance * distance, 0) + step * step * (
+                before * count / (before + count)
+            )
             mean += step * (count / (before + count))
         part = part_ptr + (k + a).to(tl.int64) * (2 * C)
         tl.store(part + c, mean, c < C)
@@ -74,13 +76,19 @@ def _statistics(
     squares = 0.0
     for first in range(start // CHUNK, tl.where(end > start, (end - 1) // CHUNK + 1, 0), BP):
         k = first + tl.arange(0, BP)
-        n = tl.maximum(tl.minimum(end, (k + 1) * CHUNK) - tl.maximum(start, k * CHUNK), 0).to(tl.float32)
+        n = tl.maximum(tl.minimum(end, (k + 1) * CHUNK) - tl.maximum(start, k * CHUNK), 0).to(
+            tl.float32
+        )
         mask = (n > 0)[:, None] & inside[None, :]
-        means = tl.load(part_ptr + (k + a).to(tl.int64)[:, None] * (2 * C) + c[None, :], mask, other=0.0)
+        means = tl.load(
+            part_ptr + (k + a).to(tl.int64)[:, None] * (2 * C) + c[None, :], mask, other=0.0
+        )
         mean += tl.sum(tl.sum(means * n[:, None], 1), 0) / total
     for first in range(start // CHUNK, tl.where(end > start, (end - 1) // CHUNK + 1, 0), BP):
         k = first + tl.arange(0, BP)
-        n = tl.maximum(tl.minimum(end, (k + 1) * CHUNK) - tl.maximum(start, k * CHUNK), 0).to(tl.float32)
+        n = tl.maximum(tl.minimum(end, (k + 1) * CHUNK) - tl.maximum(start, k * CHUNK), 0).to(
+            tl.float32
+        )
         mask = (n > 0)[:, None] & inside[None, :]
         at = part_ptr + (k + a).to(tl.int64)[:, None] * (2 * C) + c[None, :]
         distance = tl.where(mask, tl.load(at, mask, other=0.0) - mean, 0.0)
@@ -111,11 +119,15 @@ def _apply(
         for i in range(first, last, BN):
             n = i + tl.arange(0, BN)
             x, mask = _load(x_ptr, n, last, c, C)
-            hat, _, weight, bias = _normalised(x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG)
+            hat, _, weight, bias = _normalised(
+                x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG
+            )
             y = hat * weight[None, :] + bias[None, :]
             if SILU:
                 y = y * tl.sigmoid(y)
-            tl.store(y_ptr + n.to(tl.int64)[:, None] * C + c[None, :], y.to(y_ptr.dtype.element_ty), mask)
+            tl.store(
+                y_ptr + n.to(tl.int64)[:, None] * C + c[None, :], y.to(y_ptr.dtype.element_ty), mask
+            )
 
 
 @triton.jit
@@ -142,7 +154,9 @@ def _grad_parts(
             n = i + tl.arange(0, BN)
             x, _ = _load(x_ptr, n, last, c, C)
             dy, _ = _load(dy_ptr, n, last, c, C)
-            hat, _, weight, bias = _normalised(x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG)
+            hat, _, weight, bias = _normalised(
+                x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG
+            )
             dz = _before_silu(dy, hat, weight, bias, SILU)  # zero past the end, as dy is
             sums += tl.sum(dz, 0)
             products += tl.sum(dz * hat, 0)
@@ -161,7 +175,9 @@ def _add_parts(part_ptr, starts_ptr, sum_ptr, W, BP: tl.constexpr, BC: tl.conste
     for first in range(start // CHUNK, last, BP):
         k = first + tl.arange(0, BP)
         mask = (k < last)[:, None] & (c < W)[None, :]
-        acc += tl.sum(tl.load(part_ptr + (k + a).to(tl.int64)[:, None] * W + c[None, :], mask, other=0.0), 0)
+        acc += tl.sum(
+            tl.load(part_ptr + (k + a).to(tl.int64)[:, None] * W + c[None, :], mask, other=0.0), 0
+        )
     tl.store(sum_ptr + a * W + c, acc, c < W)
 
 
@@ -180,10 +196,16 @@ def _grad_apply(
             n = i + tl.arange(0, BN)
             x, mask = _load(x_ptr, n, last, c, C)
             dy, _ = _load(dy_ptr, n, last, c, C)
-            hat, rstd, weight, bias = _normalised(x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG)
+            hat, rstd, weight, bias = _normalised(
+                x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG
+            )
             dz = _before_silu(dy, hat, weight, bias, SILU) * weight[None, :]
             dx = (dz - mean_dz - hat * mean_dzx) * rstd[None, :]
-            tl.store(dx_ptr + n.to(tl.int64)[:, None] * C + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask)
+            tl.store(
+                dx_ptr + n.to(tl.int64)[:, None] * C + c[None, :],
+                dx.to(dx_ptr.dtype.element_ty),
+                mask,
+            )
 
 
 @functools.cache
@@ -220,7 +242,9 @@ def _forward(
         _statistics[(A, groups)](
             parts, starts, mean, rstd, N, C, eps, groups, CG=CG, BP=max(1, 1024 // BG), BG=BG
         )  # fmt: skip
-        _apply[grid](x, starts, ends, mean, rstd, weight, bias, y, N, C, groups, CG, SILU=silu, **_tiles(C))
+        _apply[grid](
+            x, starts, ends, mean, rstd, weight, bias, y, N, C, groups, CG, SILU=silu, **_tiles(C)
+        )
     return y, mean, rstd
 
 
@@ -234,7 +258,14 @@ def _(x, starts, groups, weight, bias, eps, silu):
 
 
 def _backward(
-    dy: Tensor, x: Tensor, starts: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool
+    dy: Tensor,
+    x: Tensor,
+    starts: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; the latter two in fp32."""
     dy, x, weight, bias = (t.contiguous() for t in (dy, x, weight, bias))
@@ -324,7 +355,9 @@ def group_norm(
     return eager.call(_eager_forward, _eager_backward, *inputs)
 
 
-def _check(x_NC: Tensor, starts_A1: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: float) -> None:
+def _check(
+    x_NC: Tensor, starts_A1: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: float
+) -> None:
     if x_NC.ndim != 2 or not x_NC.is_floating_point():
         raise ValueError(f"x_NC must be floating [N, C], got {x_NC.dtype} {list(x_NC.shape)}")
     C = x_NC.shape[1]

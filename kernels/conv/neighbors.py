@@ -19,7 +19,9 @@ _ROWS = 1 << 17  # whose neighbours are looked up at a time: 100 MB
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
     """What a key counts batch, x, y and z with [4], and the key of each neighbour less the voxel's own [27]."""
     weights = (_SIDE**3, _SIDE**2, _SIDE, 1)
-    offsets = [dx * weights[1] + dy * _SIDE + dz for dx, dy, dz in itertools.product((-1, 0, 1), repeat=3)]
+    offsets = [
+        dx * weights[1] + dy * _SIDE + dz for dx, dy, dz in itertools.product((-1, 0, 1), repeat=3)
+    ]
     return torch.tensor(weights).to(device), torch.tensor(offsets).to(device)
 
 

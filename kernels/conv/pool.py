@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.runtime import eager_autograd as eager
 from kernels.conv import reference as reference_conv
+from kernels.runtime import eager_autograd as eager
 from kernels.runtime.checks import check_dtype, use_triton
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import on_device
@@ -22,11 +22,15 @@ def _pool_fwd(x_ptr, children_ptr, y_ptr, P, C, extra, BP: tl.constexpr, BC: tl.
     for child in tl.static_range(8):
         row = tl.load(children_ptr + p.to(tl.int64) * 8 + child, p < P, other=-1)
         mask = (row >= 0)[:, None] & (c < C)[None, :]
-        acc += tl.load(x_ptr + row.to(tl.int64)[:, None] * C + c[None, :], mask, other=0.0).to(tl.float32)
+        acc += tl.load(x_ptr + row.to(tl.int64)[:, None] * C + c[None, :], mask, other=0.0).to(
+            tl.float32
+        )
         count += (row >= 0).to(tl.int32)
     mean = acc / tl.maximum(count, 1).to(tl.float32)[:, None]
     mask = (p < P)[:, None] & (c < C)[None, :]
-    tl.store(y_ptr + p.to(tl.int64)[:, None] * C + c[None, :], mean.to(y_ptr.dtype.element_ty), mask)
+    tl.store(
+        y_ptr + p.to(tl.int64)[:, None] * C + c[None, :], mean.to(y_ptr.dtype.element_ty), mask
+    )
 
 
 @triton.jit(do_not_specialize=["P", "extra"])
@@ -35,13 +39,19 @@ def _pool_bwd(dy_ptr, children_ptr, dx_ptr, P, C, extra, BP: tl.constexpr, BC: t
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     count = tl.zeros([BP], tl.int32) + extra
     for child in tl.static_range(8):
-        count += (tl.load(children_ptr + p.to(tl.int64) * 8 + child, p < P, other=-1) >= 0).to(tl.int32)
+        count += (tl.load(children_ptr + p.to(tl.int64) * 8 + child, p < P, other=-1) >= 0).to(
+            tl.int32
+        )
     mask = (p < P)[:, None] & (c < C)[None, :]
     dy = tl.load(dy_ptr + p.to(tl.int64)[:, None] * C + c[None, :], mask, other=0.0).to(tl.float32)
     share = (dy / tl.maximum(count, 1).to(tl.float32)[:, None]).to(dx_ptr.dtype.element_ty)
     for child in tl.static_range(8):
         row = tl.load(children_ptr + p.to(tl.int64) * 8 + child, p < P, other=-1)
-        tl.store(dx_ptr + row.to(tl.int64)[:, None] * C + c[None, :], share, (row >= 0)[:, None] & (c < C)[None, :])
+        tl.store(
+            dx_ptr + row.to(tl.int64)[:, None] * C + c[None, :],
+            share,
+            (row >= 0)[:, None] & (c < C)[None, :],
+        )
 
 
 def _launch(kernel, a: Tensor, children: Tensor, b: Tensor, plus_one: bool) -> Tensor:
@@ -87,7 +97,8 @@ def _setup(ctx, inputs, output):
 
 
 _pool.register_autograd(
-    lambda ctx, dy: (_pool_grad(dy, *ctx.saved_tensors, ctx.rows, ctx.plus_one), None, None), setup_context=_setup
+    lambda ctx, dy: (_pool_grad(dy, *ctx.saved_tensors, ctx.rows, ctx.plus_one), None, None),
+    setup_context=_setup,
 )
 
 
@@ -99,7 +110,9 @@ def _eager_backward(_, dy, saved, rest):
     return (_backward(dy, *saved, *rest),)
 
 
-def pool_children(x_NC: Tensor, children_P8: Tensor, *, plus_one: bool = False, backend: str = "auto") -> Tensor:
+def pool_children(
+    x_NC: Tensor, children_P8: Tensor, *, plus_one: bool = False, backend: str = "auto"
+) -> Tensor:
     """Mean of the rows that children_P8 (int32 [P, 8], -1 for none) names: [N, C] -> [P, C] in x's dtype, fp32 sums.
 
     plus_one divides by n + 1, as the published weights expect. A row is a child of at most one parent, and a parent
@@ -108,9 +121,13 @@ def pool_children(x_NC: Tensor, children_P8: Tensor, *, plus_one: bool = False, 
     if x_NC.ndim != 2 or not x_NC.is_floating_point():
         raise ValueError(f"x_NC must be floating [N, C], got {x_NC.dtype} {list(x_NC.shape)}")
     if children_P8.ndim != 2 or children_P8.shape[1] != 8 or children_P8.dtype != torch.int32:
-        raise ValueError(f"children_P8 must be int32 [P, 8], got {children_P8.dtype} {list(children_P8.shape)}")
+        raise ValueError(
+            f"children_P8 must be int32 [P, 8], got {children_P8.dtype} {list(children_P8.shape)}"
+        )
     if children_P8.device != x_NC.device:
-        raise ValueError(f"children_P8 must be on x_NC's device {x_NC.device}, got {children_P8.device}")
+        raise ValueError(
+            f"children_P8 must be on x_NC's device {x_NC.device}, got {children_P8.device}"
+        )
     if not use_triton(backend, x_NC):
         return reference_conv.pool_children(x_NC, children_P8, plus_one)
     check_dtype("x_NC", x_NC)

@@ -18,13 +18,23 @@ def _halo(x_NC: Tensor, neighbors_M27: Tensor, size: int) -> Tensor:
     blocks = x_NC.reshape(M, size, size, size, C)
     padded = torch.cat([blocks, blocks.new_zeros(1, size, size, size, C)])
     rows_M27 = torch.where(neighbors_M27 < 0, M, neighbors_M27).long()
-    near = (slice(size - 1, size), slice(0, size), slice(0, 1))  # what a block sees of the one before, of itself, after
+    near = (
+        slice(size - 1, size),
+        slice(0, size),
+        slice(0, 1),
+    )  # what a block sees of the one before, of itself, after
 
     def piece(dx: int, dy: int, dz: int) -> Tensor:
         own = dx == dy == dz == 1
-        return blocks if own else padded[:, near[dx], near[dy], near[dz]][rows_M27[:, dx * 9 + dy * 3 + dz]]
+        return (
+            blocks
+            if own
+            else padded[:, near[dx], near[dy], near[dz]][rows_M27[:, dx * 9 + dy * 3 + dz]]
+        )
 
-    lines = [[torch.cat([piece(dx, dy, dz) for dz in range(3)], 3) for dy in range(3)] for dx in range(3)]
+    lines = [
+        [torch.cat([piece(dx, dy, dz) for dz in range(3)], 3) for dy in range(3)] for dx in range(3)
+    ]
     return torch.cat([torch.cat(line, 2) for line in lines], 1).permute(0, 4, 1, 2, 3)
 
 
@@ -46,7 +56,10 @@ def _gather(x_NC: Tensor, neighbors_M27: Tensor) -> Tensor:
 
 
 def _voxels_forward(x_NC: Tensor, weight_27CO: Tensor, neighbors: Tensor) -> Tensor:
-    parts = [_gather(x_NC, neighbors[n]) @ weight_27CO.flatten(0, 1) for n in _slices(neighbors, x_NC.shape[1])]
+    parts = [
+        _gather(x_NC, neighbors[n]) @ weight_27CO.flatten(0, 1)
+        for n in _slices(neighbors, x_NC.shape[1])
+    ]
     return torch.cat(parts) if parts else x_NC.new_empty(0, weight_27CO.shape[2])
 
 
@@ -91,7 +104,9 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (dy_NO,), size, (x_NC, weight_27CO, neighbors) = grads, ctx.size, ctx.saved_tensors
-        dx = F.conv3d(_halo(dy_NO, neighbors, size), _kernel(weight_27CO.flip(0).transpose(1, 2), 3))
+        dx = F.conv3d(
+            _halo(dy_NO, neighbors, size), _kernel(weight_27CO.flip(0).transpose(1, 2), 3)
+        )
         dy = dy_NO.reshape(-1, size, size, size, dy_NO.shape[1]).permute(0, 4, 1, 2, 3)
         return _rows(dx), _weight_grad(_halo(x_NC, neighbors, size), dy, 3, 1), None, None
 
@@ -107,7 +122,9 @@ class _Upsampled(torch.autograd.Function):
         y = x_NC.new_empty(M, half, 2, half, 2, half, 2, O)
         for q, (a, b, c) in enumerate(itertools.product(range(2), repeat=3)):
             near = halo[:, :, a : a + half + 1, b : b + half + 1, c : c + half + 1]
-            y[:, :, a, :, b, :, c] = F.conv3d(near, _kernel(weight_88CO[q], 2)).permute(0, 2, 3, 4, 1)
+            y[:, :, a, :, b, :, c] = F.conv3d(near, _kernel(weight_88CO[q], 2)).permute(
+                0, 2, 3, 4, 1
+            )
         return y.view(-1, O)
 
     @staticmethod
@@ -163,7 +180,9 @@ def sparse_conv(
 ) -> Tensor:
     """Cross-correlation with 3^3 taps where voxels are: [N, C] -> [M * size^3, O]; absent neighbours count as zero."""
     if upsample:
-        y_NO = _Upsampled.apply(x_NC, sum_upsample_taps(weight_27CO).to(x_NC.dtype), neighbors_M27, size)
+        y_NO = _Upsampled.apply(
+            x_NC, sum_upsample_taps(weight_27CO).to(x_NC.dtype), neighbors_M27, size
+        )
     elif size > 1:
         y_NO = _Blocks.apply(x_NC, weight_27CO.to(x_NC.dtype), neighbors_M27, size)
     else:
@@ -184,7 +203,9 @@ def pool_children(x_NC: Tensor, children_P8: Tensor, plus_one: bool = False) -> 
     padded = torch.cat([x_NC, x_NC.new_zeros(1, x_NC.shape[1])])
     rows_P8 = torch.where(present_P8, children_P8, len(x_NC))
     counts_P1 = present_P8.sum(1, keepdim=True) + int(plus_one)
-    return padded.index_select(0, rows_P8.view(-1)).view(-1, 8, x_NC.shape[1]).sum(1) / counts_P1.to(x_NC.dtype)
+    return padded.index_select(0, rows_P8.view(-1)).view(-1, 8, x_NC.shape[1]).sum(
+        1
+    ) / counts_P1.to(x_NC.dtype)
 
 
 def group_norm(
@@ -201,7 +222,9 @@ def group_norm(
     parts = []
     for first, last in itertools.pairwise(asset_starts_A1.tolist()):
         if first < last:
-            parts.append(torch.group_norm(x[first:last].T[None], groups, weight_C, bias_C, eps)[0].T)
+            parts.append(
+                torch.group_norm(x[first:last].T[None], groups, weight_C, bias_C, eps)[0].T
+            )
     y_NC = torch.cat(parts) if parts else x * weight_C + bias_C
     return (F.silu(y_NC) if silu else y_NC).to(x_NC.dtype)
 

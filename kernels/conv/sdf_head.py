@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.runtime import eager_autograd as eager
 from kernels.conv import reference as reference_conv
+from kernels.runtime import eager_autograd as eager
 from kernels.runtime.checks import check_dtype, use_triton
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import on_device
@@ -82,7 +82,9 @@ def _(x, weight, bias):
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _backward(dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     x, (N, C) = x.contiguous(), x.shape
     dx, (BN, BC) = torch.empty_like(x), _sizes(C)
     programs = cdiv(N, BN * _TILES)
@@ -90,7 +92,9 @@ def _backward(dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) ->
     dw, db = x.new_empty(programs, C, dtype=sums), x.new_empty(programs, 1, dtype=sums)
     if N:
         with on_device(x):
-            _head_bwd[(programs,)](x, weight.contiguous(), y, dy.contiguous(), dx, dw, db, N, C, BN, BC, _TILES)
+            _head_bwd[(programs,)](
+                x, weight.contiguous(), y, dy.contiguous(), dx, dw, db, N, C, BN, BC, _TILES
+            )
     return dx, dw.sum(0).to(weight.dtype), db.sum(0).to(bias.dtype)
 
 
@@ -127,9 +131,15 @@ def sdf_head(x_NC: Tensor, weight_C: Tensor, bias_1: Tensor, *, backend: str = "
     if x_NC.ndim != 2 or not x_NC.is_floating_point():
         raise ValueError(f"x_NC must be floating [N, C], got {x_NC.dtype} {list(x_NC.shape)}")
     for name, w, rows in (("weight_C", weight_C, x_NC.shape[1]), ("bias_1", bias_1, 1)):
-        if w.shape != (rows,) or w.dtype not in (x_NC.dtype, torch.float32) or w.device != x_NC.device:
+        if (
+            w.shape != (rows,)
+            or w.dtype not in (x_NC.dtype, torch.float32)
+            or w.device != x_NC.device
+        ):
             found = f"{w.dtype} {list(w.shape)} on {w.device}"
-            raise ValueError(f"{name} must be [{rows}] in x_NC's dtype or float32 on {x_NC.device}, got {found}")
+            raise ValueError(
+                f"{name} must be [{rows}] in x_NC's dtype or float32 on {x_NC.device}, got {found}"
+            )
     if not use_triton(backend, x_NC):
         with torch.autocast(x_NC.device.type, enabled=False):
             return reference_conv.sdf_head(x_NC, weight_C, bias_1)

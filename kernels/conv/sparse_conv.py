@@ -8,11 +8,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernels.runtime import eager_autograd as eager
 from kernels.conv import reference as reference_conv
-from kernels.runtime.checks import check_dtype, use_triton
 from kernels.conv.gather_gemm import downsampling, gather_gemm, plain, upsampling
 from kernels.conv.sparse_conv_backward import weight_grad
+from kernels.runtime import eager_autograd as eager
+from kernels.runtime.checks import check_dtype, use_triton
 
 SIZES = (1, 2, 4, 8)
 
@@ -47,7 +47,13 @@ def _upsample_weight_grad(dw_88CO: Tensor) -> Tensor:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, size: int, upsample: bool, wide: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    neighbors: Tensor,
+    size: int,
+    upsample: bool,
+    wide: bool,
 ) -> Tensor:
     x, neighbors = x.contiguous(), neighbors.contiguous()
     taps = upsampling(size) if upsample else plain(size)
@@ -65,11 +71,22 @@ def _(x, weight, bias, neighbors, size, upsample, wide):
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, neighbors: Tensor, size: int, upsample: bool, wide: bool, wanted: list[bool]
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbors: Tensor,
+    size: int,
+    upsample: bool,
+    wide: bool,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight (fp32) and bias (fp32); empty where not wanted."""
     x, dy, neighbors = x.contiguous(), dy.contiguous(), neighbors.contiguous()
-    dx, dw, db = x.new_empty(0), dy.new_empty(0, dtype=torch.float32), dy.new_empty(0, dtype=torch.float32)
+    dx, dw, db = (
+        x.new_empty(0),
+        dy.new_empty(0, dtype=torch.float32),
+        dy.new_empty(0, dtype=torch.float32),
+    )
     if wanted[0]:
         if upsample:
             transposed = reference_conv.transposed_upsample(_upsample_weight(weight))
@@ -81,7 +98,12 @@ def _backward(
         dw_64OC = weight_grad(dy, x, neighbors, downsampling(size), wide=wide)
         dw = _upsample_weight_grad(reference_conv.untransposed_upsample(dw_64OC))
     elif wanted[1] and dy.shape[1] < x.shape[1]:  # the narrower rows are gathered, 27 times
-        dw = weight_grad(dy, x, neighbors, plain(size), wide=wide).flip(0).transpose(1, 2).contiguous()
+        dw = (
+            weight_grad(dy, x, neighbors, plain(size), wide=wide)
+            .flip(0)
+            .transpose(1, 2)
+            .contiguous()
+        )
     elif wanted[1]:
         dw = weight_grad(x, dy, neighbors, plain(size), wide=wide)
     if wanted[2]:
@@ -96,7 +118,11 @@ _conv_grad = torch.library.custom_op("sparse3d::sparse_conv_backward", _backward
 def _(dy, x, weight, neighbors, size, upsample, wide, wanted):
     shapes = (x.shape, weight.shape, weight.shape[2:])
     dx, dw, db = (shape if want else (0,) for shape, want in zip(shapes, wanted, strict=True))
-    return x.new_empty(dx), x.new_empty(dw, dtype=torch.float32), x.new_empty(db, dtype=torch.float32)
+    return (
+        x.new_empty(dx),
+        x.new_empty(dw, dtype=torch.float32),
+        x.new_empty(db, dtype=torch.float32),
+    )
 
 
 def _conv_setup(ctx, inputs, output):
@@ -113,7 +139,10 @@ def _conv_backward(ctx, dy):
 
 
 def _typed(
-    grads: tuple[Tensor, Tensor, Tensor], wanted: list[bool], weight: torch.dtype, bias: torch.dtype | None
+    grads: tuple[Tensor, Tensor, Tensor],
+    wanted: list[bool],
+    weight: torch.dtype,
+    bias: torch.dtype | None,
 ) -> list[Tensor | None]:
     dx, dw, db = grads
     typed = dx, dw.to(weight), db if bias is None else db.to(bias)
@@ -135,14 +164,27 @@ def _eager_backward(wanted, dy, saved, rest):
 
 
 def check_neighbors(neighbors_M27: Tensor, x_NC: Tensor) -> None:
-    if neighbors_M27.ndim != 2 or neighbors_M27.shape[1] != 27 or neighbors_M27.dtype != torch.int32:
-        raise ValueError(f"neighbors_M27 must be int32 [M, 27], got {neighbors_M27.dtype} {list(neighbors_M27.shape)}")
+    if (
+        neighbors_M27.ndim != 2
+        or neighbors_M27.shape[1] != 27
+        or neighbors_M27.dtype != torch.int32
+    ):
+        raise ValueError(
+            f"neighbors_M27 must be int32 [M, 27], got {neighbors_M27.dtype} {list(neighbors_M27.shape)}"
+        )
     if neighbors_M27.device != x_NC.device:
-        raise ValueError(f"neighbors_M27 must be on x_NC's device {x_NC.device}, got {neighbors_M27.device}")
+        raise ValueError(
+            f"neighbors_M27 must be on x_NC's device {x_NC.device}, got {neighbors_M27.device}"
+        )
 
 
 def _check(
-    x_NC: Tensor, weight_27CO: Tensor, bias_O: Tensor | None, neighbors_M27: Tensor, size: int, upsample: bool
+    x_NC: Tensor,
+    weight_27CO: Tensor,
+    bias_O: Tensor | None,
+    neighbors_M27: Tensor,
+    size: int,
+    upsample: bool,
 ) -> None:
     check_neighbors(neighbors_M27, x_NC)
     if size not in SIZES or (upsample and size == 1):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kernels.conv import gather_gemm
 from kernels.conv.gather_gemm import Taps, is_wide, places, power_of_2, source_rows, tap_place
+from kernels.runtime.autotune_cache import choose, size_class
 from kernels.runtime.integer_math import cdiv
 from kernels.runtime.triton_ops import add_dot, on_device
-from kernels.runtime.autotune_cache import choose, size_class
 
 _MAX_PARTIALS = 1 << 25  # fp32 entries of all partial sums, unless one of them is larger
 _PROGRAMS = 132 * 8  # enough for every multiprocessor to have a few
@@ -35,7 +35,9 @@ def _weight_grad(
     tap = pid // (OT * CT) * BT + (tl.arange(0, BT) if BT > 1 else 0)
     begin = split * step
     end = tl.minimum(begin + step, rows)
-    acc = tl.zeros([BT * BC, BO], tl.float64 if g_ptr.dtype.element_ty == tl.float32 else tl.float32)
+    acc = tl.zeros(
+        [BT * BC, BO], tl.float64 if g_ptr.dtype.element_ty == tl.float32 else tl.float32
+    )
     for first in range(begin, end, BR):
         row = first + tl.arange(0, BR)
         ok = row < end
@@ -49,7 +51,11 @@ def _weight_grad(
             mask = ok[:, None] & (tap < TAPS)[None, :]
             source = source_rows(table_ptr, block27[:, None], place, mask, SI, LOG)
             g_first = (source.to(tl.int64) if WIDE else source) * C
-            g_mask = (source >= 0)[:, :, None] & (c < C)[None, None, :] if C % BC else (source >= 0)[:, :, None]
+            g_mask = (
+                (source >= 0)[:, :, None] & (c < C)[None, None, :]
+                if C % BC
+                else (source >= 0)[:, :, None]
+            )
             g = tl.load(g_ptr + g_first[:, :, None] + c[None, None, :], g_mask, other=0.0)
             g = tl.reshape(g, [BR, BT * BC])
         else:
@@ -65,7 +71,11 @@ def _weight_grad(
     out = tl.reshape(tap[:, None] * C + c[None, :], [BT * BC])
     inside = tl.reshape((tap < TAPS)[:, None] & (c < C)[None, :], [BT * BC])
     p_first = p_ptr + split.to(tl.int64) * (TAPS * C * O)
-    tl.store(p_first + out[:, None] * O + o[None, :], acc.to(tl.float32), inside[:, None] & (o < O)[None, :])
+    tl.store(
+        p_first + out[:, None] * O + o[None, :],
+        acc.to(tl.float32),
+        inside[:, None] & (o < O)[None, :],
+    )
 
 
 @triton.jit
@@ -73,7 +83,9 @@ def _tap_product(
     acc, d, g_ptr, table_ptr, block27, place, tap, ok, c, C: tl.constexpr, SI: tl.constexpr, LOG: tl.constexpr,
     T: tl.constexpr,    WIDE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    source = source_rows(table_ptr, block27, place + tap_place(tap, T), ok & (tap < T * T * T), SI, LOG)
+    source = source_rows(
+        table_ptr, block27, place + tap_place(tap, T), ok & (tap < T * T * T), SI, LOG
+    )
     first = (source.to(tl.int64) if WIDE else source) * C
     mask = (source >= 0)[:, None] & (c < C)[None, :] if C % BC else (source >= 0)[:, None]
     g = tl.load(g_ptr + first[:, None] + c[None, :], mask, other=0.0)
@@ -113,12 +125,20 @@ def _weight_grad_by_tap(
         d_first = (row.to(tl.int64) if WIDE else row) * O
         d_mask = ok[:, None] & (o < O)[None, :] if O % BO else ok[:, None]
         d = tl.trans(tl.load(d_ptr + d_first[:, None] + o[None, :], d_mask, other=0.0))
-        acc0 = _tap_product(acc0, d, g_ptr, table_ptr, block27, place, tap, ok, c, C, SI, LOG, T, WIDE, BC)
+        acc0 = _tap_product(
+            acc0, d, g_ptr, table_ptr, block27, place, tap, ok, c, C, SI, LOG, T, WIDE, BC
+        )
         if BT > 1:
-            acc1 = _tap_product(acc1, d, g_ptr, table_ptr, block27, place, tap + 1, ok, c, C, SI, LOG, T, WIDE, BC)
+            acc1 = _tap_product(
+                acc1, d, g_ptr, table_ptr, block27, place, tap + 1, ok, c, C, SI, LOG, T, WIDE, BC
+            )
         if BT > 2:
-            acc2 = _tap_product(acc2, d, g_ptr, table_ptr, block27, place, tap + 2, ok, c, C, SI, LOG, T, WIDE, BC)
-            acc3 = _tap_product(acc3, d, g_ptr, table_ptr, block27, place, tap + 3, ok, c, C, SI, LOG, T, WIDE, BC)
+            acc2 = _tap_product(
+                acc2, d, g_ptr, table_ptr, block27, place, tap + 2, ok, c, C, SI, LOG, T, WIDE, BC
+            )
+            acc3 = _tap_product(
+                acc3, d, g_ptr, table_ptr, block27, place, tap + 3, ok, c, C, SI, LOG, T, WIDE, BC
+            )
     p_first = p_ptr + split.to(tl.int64) * (TAPS * C * O)
     _store_tap(p_first, acc0, tap, c, o, C, O, TAPS)
     if BT > 1:
@@ -164,7 +184,13 @@ KERNELS = (_weight_grad, _weight_grad_by_tap)
 
 
 def weight_grad(
-    gathered: Tensor, dense: Tensor, table_M27: Tensor, taps: Taps, *, wide: bool = False, splits: int | None = None
+    gathered: Tensor,
+    dense: Tensor,
+    table_M27: Tensor,
+    taps: Taps,
+    *,
+    wide: bool = False,
+    splits: int | None = None,
 ) -> Tensor:
     """Sum over rows of gathered source row x dense row: fp32 [taps, C, O] of [.., C] and [rows, O], contiguous.
 
@@ -177,11 +203,16 @@ def weight_grad(
     wide = is_wide(gathered, dense, table_M27, force=wide)
 
     def partials(tiles: GradTiles) -> Tensor:
-        parts = (cdiv(n, b) for n, b in ((taps.count, tiles.taps), (C, tiles.channels), (O, tiles.outputs)))
+        parts = (
+            cdiv(n, b)
+            for n, b in ((taps.count, tiles.taps), (C, tiles.channels), (O, tiles.outputs))
+        )
         programs = 1
         for part in parts:
             programs *= part
-        count = splits or max(1, min(_PROGRAMS // programs, _MAX_PARTIALS // size, cdiv(rows, 8 * tiles.rows)))
+        count = splits or max(
+            1, min(_PROGRAMS // programs, _MAX_PARTIALS // size, cdiv(rows, 8 * tiles.rows))
+        )
         step = cdiv(cdiv(rows, count), tiles.rows) * tiles.rows
         count = cdiv(rows, step)
         partial = dense.new_empty(count, taps.count, C, O, dtype=torch.float32)

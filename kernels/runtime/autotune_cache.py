@@ -47,7 +47,9 @@ def _save(key: str, choice: int) -> None:
     """Adds to what is on disk by now, atomically; a disk that cannot be written only means measuring again."""
     try:
         CACHE.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=CACHE.parent, suffix=".json", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=CACHE.parent, suffix=".json", delete=False
+        ) as file:
             json.dump(_load() | {key: choice}, file, indent=0, sort_keys=True)
         Path(file.name).replace(CACHE)
     except OSError as error:
@@ -77,7 +79,12 @@ def _measure(candidates: Sequence[T], launch: Callable[[T], None]) -> int:
     return times.index(min(times))
 
 
-def _name(device: torch.device, key: tuple[object, ...], candidates: Sequence[object], kernels: Sequence[Any]) -> str:
+def _name(
+    device: torch.device,
+    key: tuple[object, ...],
+    candidates: Sequence[object],
+    kernels: Sequence[Any],
+) -> str:
     """What was measured of another source, or among other candidates, has another name."""
     code = " ".join([*map(repr, candidates), *(kernel.cache_key for kernel in kernels)])
     digest = hashlib.sha256(code.encode()).hexdigest()[:12]

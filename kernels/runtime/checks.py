@@ -13,12 +13,16 @@ HEAD_SIZES = (16, 32, 64, 128)
 
 def check_query(q_NHD: Tensor, index: BlockIndex) -> None:
     if q_NHD.ndim != 3 or q_NHD.shape[0] != index.num_tokens:
-        raise ValueError(f"q_NHD must be [{index.num_tokens}, H, D] as the index has it, got {list(q_NHD.shape)}")
+        raise ValueError(
+            f"q_NHD must be [{index.num_tokens}, H, D] as the index has it, got {list(q_NHD.shape)}"
+        )
 
 
 def check_float(name: str, x: Tensor, like: Tensor) -> None:
     if x.dtype != like.dtype or x.device != like.device:
-        raise ValueError(f"{name} must be {like.dtype} on {like.device} as q_NHD, got {x.dtype} on {x.device}")
+        raise ValueError(
+            f"{name} must be {like.dtype} on {like.device} as q_NHD, got {x.dtype} on {x.device}"
+        )
 
 
 def check_dtype(name: str, x: Tensor) -> None:
@@ -32,17 +36,23 @@ def check_head_size(name: str, D: int) -> None:
         raise ValueError(f"{name} must have a head size in {HEAD_SIZES}, got {D}")
 
 
-def check_heads(q_NHD: Tensor, keys: list[tuple[str, Tensor, int]], index: BlockIndex, on_triton: bool) -> None:
+def check_heads(
+    q_NHD: Tensor, keys: list[tuple[str, Tensor, int]], index: BlockIndex, on_triton: bool
+) -> None:
     """keys: (name, tensor, its rows). Triton kernels ask for more than the reference: dtype, D, H / G, device."""
     check_query(q_NHD, index)
     _, H, D = q_NHD.shape
     G = keys[0][1].shape[1] if keys[0][1].ndim == 3 else 0
     for name, x, rows in keys:
         if x.ndim != 3 or x.shape[0] != rows or x.shape[2] != D or x.shape[1] != G:
-            raise ValueError(f"{name} must be [{rows}, G, {D}] with one G for all keys and values, got {list(x.shape)}")
+            raise ValueError(
+                f"{name} must be [{rows}, G, {D}] with one G for all keys and values, got {list(x.shape)}"
+            )
         check_float(name, x, q_NHD)
     if G == 0 or H % G:
-        raise ValueError(f"q_NHD must have a multiple of the {G} key/value heads of {keys[0][0]}, got {H} heads")
+        raise ValueError(
+            f"q_NHD must have a multiple of the {G} key/value heads of {keys[0][0]}, got {H} heads"
+        )
     if q_NHD.device != index.device:
         raise ValueError(f"q_NHD must be on the index's device {index.device}, got {q_NHD.device}")
     if not on_triton:
@@ -50,7 +60,9 @@ def check_heads(q_NHD: Tensor, keys: list[tuple[str, Tensor, int]], index: Block
     check_dtype("q_NHD", q_NHD)
     check_head_size("q_NHD", D)
     if H // G not in (1, 2, 4, 8, 16, 32):
-        raise ValueError(f"q_NHD must have 1, 2, 4, 8, 16 or 32 heads per key/value head, got {H} / {G}")
+        raise ValueError(
+            f"q_NHD must have 1, 2, 4, 8, 16 or 32 heads per key/value head, got {H} / {G}"
+        )
 
 
 def check_top_k(top_k: int) -> None:

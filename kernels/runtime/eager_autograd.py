@@ -37,7 +37,9 @@ class _Eager(torch.autograd.Function):
         return None, None, *grads, *(None,) * (len(wanted) - len(grads))
 
 
-def call(forward: Forward, backward: Callable[..., Sequence[Tensor | None]], *inputs: Any) -> Tensor:
+def call(
+    forward: Forward, backward: Callable[..., Sequence[Tensor | None]], *inputs: Any
+) -> Tensor:
     """The result of forward(*inputs) = (result, tensors to save, anything else), differentiable once.
 
     backward(which inputs want a gradient, the result's, the saved tensors, anything else) gives those of the first

@@ -16,11 +16,15 @@ LOG2E = 1.4426950408889634
 LONG_OFFSETS = (1 << 31) - 1
 LN2 = tl.constexpr(0.6931471805599453)
 FOLDED_DTYPES = {torch.bfloat16}  # as many exponents as fp32, unlike fp16; fp32 is computed in fp64
-BOUND_LIMIT = tl.constexpr(50.0)  # log2; fp32 and bf16 hold the powers of such scores, their sums and the inverses
+BOUND_LIMIT = tl.constexpr(
+    50.0
+)  # log2; fp32 and bf16 hold the powers of such scores, their sums and the inverses
 
 
 @triton.jit
-def load_rows(x_ptr, n, ok, g, G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr):
+def load_rows(
+    x_ptr, n, ok, g, G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr
+):
     """All GS heads of kv head g of tokens n: [BQ * GS, D] from [N, G * GS, D]."""
     first = n.to(tl.int64) * (G * GS * D) + g * (GS * D)
     x = tl.load(x_ptr + first[:, None] + tl.arange(0, GS * D)[None, :], ok[:, None], other=0.0)
@@ -28,7 +32,9 @@ def load_rows(x_ptr, n, ok, g, G: tl.constexpr, GS: tl.constexpr, D: tl.constexp
 
 
 @triton.jit
-def store_rows(x_ptr, x, n, ok, g, G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr):
+def store_rows(
+    x_ptr, x, n, ok, g, G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr
+):
     first = n.to(tl.int64) * (G * GS * D) + g * (GS * D)
     x = tl.reshape(x.to(x_ptr.dtype.element_ty), [BQ, GS * D])
     tl.store(x_ptr + first[:, None] + tl.arange(0, GS * D)[None, :], x, ok[:, None])
@@ -45,14 +51,21 @@ def load_heads(x_ptr, n, ok, g, other, G: tl.constexpr, GS: tl.constexpr, BQ: tl
 @triton.jit
 def store_heads(x_ptr, x, n, ok, g, G: tl.constexpr, GS: tl.constexpr, BQ: tl.constexpr):
     first = n.to(tl.int64) * (G * GS) + g * GS
-    tl.store(x_ptr + first[:, None] + tl.arange(0, GS)[None, :], tl.reshape(x, [BQ, GS]), ok[:, None])
+    tl.store(
+        x_ptr + first[:, None] + tl.arange(0, GS)[None, :], tl.reshape(x, [BQ, GS]), ok[:, None]
+    )
 
 
 @triton.jit
 def products(a, b):
     """a b^T: fp32, but fp64 of fp32, so that forward and backward agree on a logit however large it is."""
     if a.dtype == tl.float32:
-        s = tl.dot(a.to(tl.float64), tl.trans(b.to(tl.float64)), input_precision="ieee", out_dtype=tl.float64)
+        s = tl.dot(
+            a.to(tl.float64),
+            tl.trans(b.to(tl.float64)),
+            input_precision="ieee",
+            out_dtype=tl.float64,
+        )
     else:
         s = tl.dot(a, tl.trans(b), input_precision="ieee")
     return s
@@ -158,14 +171,30 @@ def attend_run(
 
 
 @triton.jit
-def _slice_keys(k_ptr, to_ptr, norm_ptr, M, c, slices, g, scale2, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
+def _slice_keys(
+    k_ptr,
+    to_ptr,
+    norm_ptr,
+    M,
+    c,
+    slices,
+    g,
+    scale2,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+):
     step = tl.cdiv(tl.cdiv(M, slices), BM) * BM
     largest = tl.zeros([BM], tl.float32)
     for first in range(c * step, tl.minimum(c * step + step, M), BM):
         m = first + tl.arange(0, BM)
         k = load_keys(k_ptr, k_ptr, m, M, g, G, D, False, False, True).to(tl.float32) * scale2
         k = k.to(to_ptr.dtype.element_ty)
-        tl.store(to_ptr + (m.to(tl.int64) * (G * D) + g * D)[:, None] + tl.arange(0, D)[None, :], k, (m < M)[:, None])
+        tl.store(
+            to_ptr + (m.to(tl.int64) * (G * D) + g * D)[:, None] + tl.arange(0, D)[None, :],
+            k,
+            (m < M)[:, None],
+        )
         k = k.to(tl.float32)
         largest = tl.maximum(largest, tl.sqrt(tl.sum(k * k, 1)))
     # 1.001 covers the rounding of the sums.
@@ -181,7 +210,19 @@ def _log2_keys(
     if c < slices:
         _slice_keys(k_ptr, to_ptr, norm_ptr, M, c, slices, g, scale2, G, D, BM)
     else:
-        _slice_keys(ck_ptr, cto_ptr, cnorm_ptr, P, c - slices, tl.num_programs(0) - slices, g, scale2, G, D, BM)
+        _slice_keys(
+            ck_ptr,
+            cto_ptr,
+            cnorm_ptr,
+            P,
+            c - slices,
+            tl.num_programs(0) - slices,
+            g,
+            scale2,
+            G,
+            D,
+            BM,
+        )
     if (c == 0) & (g == 0):
         for first in range(0, num_flags, BM):
             i = first + tl.arange(0, BM)
@@ -195,7 +236,9 @@ class Keys:
     k: Tensor  # [M, G, D]
     scale: float
     scaled: Tensor | None = None  # k * scale * log2 e, rounded: right only for moderate scores
-    norms: Tensor | None = None  # fp32 [G, slices], largest |scaled| of each slice of the rows, rounded up
+    norms: Tensor | None = (
+        None  # fp32 [G, slices], largest |scaled| of each slice of the rows, rounded up
+    )
 
     @property
     def both(self) -> tuple[Tensor, Tensor]:

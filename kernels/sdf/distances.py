@@ -45,13 +45,43 @@ class Flood:
 def _load_triangles(rows_ptr, triangle, ok, cx, cy, cz):
     """float32 rows of triangles [1, C]: corner a relative to the centre, b - a, c - a, unit normal, kind."""
     at = rows_ptr + triangle.to(tl.int64) * 16
-    ax = tl.load(at, ok, other=0.0) - cx + tl.load(at + 3, ok, other=0.0)  # leading and trailing half: as exact as
-    ay = tl.load(at + 1, ok, other=0.0) - cy + tl.load(at + 4, ok, other=0.0)  # float64 once the centre is gone
+    ax = (
+        tl.load(at, ok, other=0.0) - cx + tl.load(at + 3, ok, other=0.0)
+    )  # leading and trailing half: as exact as
+    ay = (
+        tl.load(at + 1, ok, other=0.0) - cy + tl.load(at + 4, ok, other=0.0)
+    )  # float64 once the centre is gone
     az = tl.load(at + 2, ok, other=0.0) - cz + tl.load(at + 5, ok, other=0.0)
-    ux, uy, uz = tl.load(at + 6, ok, other=0.0), tl.load(at + 7, ok, other=0.0), tl.load(at + 8, ok, other=0.0)
-    vx, vy, vz = tl.load(at + 9, ok, other=0.0), tl.load(at + 10, ok, other=0.0), tl.load(at + 11, ok, other=0.0)
-    nx, ny, nz = tl.load(at + 12, ok, other=0.0), tl.load(at + 13, ok, other=0.0), tl.load(at + 14, ok, other=0.0)
-    return ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz, tl.load(at + 15, ok, other=-1.0).to(tl.int32)
+    ux, uy, uz = (
+        tl.load(at + 6, ok, other=0.0),
+        tl.load(at + 7, ok, other=0.0),
+        tl.load(at + 8, ok, other=0.0),
+    )
+    vx, vy, vz = (
+        tl.load(at + 9, ok, other=0.0),
+        tl.load(at + 10, ok, other=0.0),
+        tl.load(at + 11, ok, other=0.0),
+    )
+    nx, ny, nz = (
+        tl.load(at + 12, ok, other=0.0),
+        tl.load(at + 13, ok, other=0.0),
+        tl.load(at + 14, ok, other=0.0),
+    )
+    return (
+        ax,
+        ay,
+        az,
+        ux,
+        uy,
+        uz,
+        vx,
+        vy,
+        vz,
+        nx,
+        ny,
+        nz,
+        tl.load(at + 15, ok, other=-1.0).to(tl.int32),
+    )
 
 
 @triton.jit
@@ -114,21 +144,33 @@ def _narrow(
         (sub % 2 * 4 - 2).to(tl.float32),
     )
     lane = tl.arange(0, C)[None, :]
-    solid, sheet = tl.full([8, C], float("inf"), tl.float32), tl.full([8, C], float("inf"), tl.float32)
+    solid, sheet = (
+        tl.full([8, C], float("inf"), tl.float32),
+        tl.full([8, C], float("inf"), tl.float32),
+    )
     for start in range(0, count, C):
-        at_centres = _to_centres(rows_ptr, triangles_ptr, first, count, start + lane, sx, sy, sz, bx, by, bz)
+        at_centres = _to_centres(
+            rows_ptr, triangles_ptr, first, count, start + lane, sx, sy, sz, bx, by, bz
+        )
         _, kind, d = at_centres  # pyright: ignore[reportGeneralTypeIssues]
         solid = tl.where(kind == SOLID, tl.minimum(solid, d), solid)
         sheet = tl.where(kind == THIN, tl.minimum(sheet, d), sheet)
     nearest_solid, nearest_sheet = tl.min(solid, 1)[:, None], tl.min(sheet, 1)[:, None]
     near = tl.minimum(nearest_solid, nearest_sheet - half) - RADIUS <= far
     # Solids' triangles compete with each other and so do sheets'. A buried one only tells sides near the surface.
-    solid_bound, sheet_bound = nearest_solid + (2 * RADIUS + SLACK), nearest_sheet + (2 * RADIUS + SLACK)
+    solid_bound, sheet_bound = (
+        nearest_solid + (2 * RADIUS + SLACK),
+        nearest_sheet + (2 * RADIUS + SLACK),
+    )
     buried_bound = tl.minimum(solid_bound, trusted + (RADIUS + SLACK))
     kept = tl.zeros([8], tl.int32)
     for start in range(0, count, C):
-        triangle, kind, d = _to_centres(rows_ptr, triangles_ptr, first, count, start + lane, sx, sy, sz, bx, by, bz)
-        bound = tl.where(kind == THIN, sheet_bound, tl.where(kind == BURIED, buried_bound, solid_bound))
+        triangle, kind, d = _to_centres(
+            rows_ptr, triangles_ptr, first, count, start + lane, sx, sy, sz, bx, by, bz
+        )
+        bound = tl.where(
+            kind == THIN, sheet_bound, tl.where(kind == BURIED, buried_bound, solid_bound)
+        )
         keep = near & (start + lane < count) & (d <= bound)
         place = kept[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
         tl.store(lists + sub.to(tl.int64) * count + place, tl.broadcast_to(triangle, [8, C]), keep)
@@ -164,7 +206,11 @@ def _distances(
     """
     m, sub = tl.program_id(0).to(tl.int64) // 8, tl.program_id(0) % 8
     first = tl.load(offsets_ptr + m)
-    lists = lists_ptr + (first - tl.load(offsets_ptr)) * 8 + (tl.load(offsets_ptr + m + 1) - first) * sub
+    lists = (
+        lists_ptr
+        + (first - tl.load(offsets_ptr)) * 8
+        + (tl.load(offsets_ptr + m + 1) - first) * sub
+    )
     count = tl.load(counts_ptr + m * 8 + sub)
     x0 = tl.load(blocks_ptr + 3 * m) * 8 + sub // 4 * 4
     y0 = tl.load(blocks_ptr + 3 * m + 1) * 8 + sub // 2 % 2 * 4
@@ -173,26 +219,51 @@ def _distances(
     i, j, k = p // 16, p // 4 % 4, p % 4
     at = m * 512 + (sub // 4 * 4 + i) * 64 + (sub // 2 % 2 * 4 + j) * 8 + sub % 2 * 4 + k
     if count == 0:  # one side for all, and the clamp hides the rest
-        whole = _outside(bin_of_ptr, outside_ptr, whole_ptr, 2 * x0 + 3, 2 * y0 + 3, 2 * z0 + 3, last, flood_last, True)
-        tl.store(values_ptr + at, tl.where(whole, float("inf"), float("-inf")) + tl.zeros([64], tl.float32))
+        whole = _outside(
+            bin_of_ptr,
+            outside_ptr,
+            whole_ptr,
+            2 * x0 + 3,
+            2 * y0 + 3,
+            2 * z0 + 3,
+            last,
+            flood_last,
+            True,
+        )
+        tl.store(
+            values_ptr + at,
+            tl.where(whole, float("inf"), float("-inf")) + tl.zeros([64], tl.float32),
+        )
         tl.store(unsure_ptr + at, tl.zeros([64], tl.uint8))
     else:
         gx, gy, gz = (i - 1.5)[:, None], (j - 1.5)[:, None], (k - 1.5)[:, None]
         cx, cy, cz = x0.to(tl.float32) + 1.5, y0.to(tl.float32) + 1.5, z0.to(tl.float32) + 1.5
         lane = tl.arange(0, C)[None, :]
-        solid, sheet = tl.full([64, C], float("inf"), tl.float32), tl.full([64, C], float("inf"), tl.float32)
-        not_above, not_below = solid, solid  # of solid and buried ones: those whose inside is not hit from there
+        solid, sheet = (
+            tl.full([64, C], float("inf"), tl.float32),
+            tl.full([64, C], float("inf"), tl.float32),
+        )
+        not_above, not_below = (
+            solid,
+            solid,
+        )  # of solid and buried ones: those whose inside is not hit from there
         for start in range(0, count, C):
             ok = start + lane < count
             triangle = tl.load(lists + start + lane, ok, other=0)
             a_u_v_n_kind = _load_triangles(rows_ptr, triangle, ok, cx, cy, cz)
             ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz, kind = a_u_v_n_kind  # pyright: ignore[reportGeneralTypeIssues]
-            d2, height, inside = _squared(gx, gy, gz, ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz)
+            d2, height, inside = _squared(
+                gx, gy, gz, ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz
+            )
             solid = tl.where(kind == SOLID, tl.minimum(solid, d2), solid)
             sheet = tl.where(kind == THIN, tl.minimum(sheet, d2), sheet)
             hit = inside & (kind == SOLID)
-            not_above = tl.where((kind != THIN) & ok & ~(hit & (height >= 0)), tl.minimum(not_above, d2), not_above)
-            not_below = tl.where((kind != THIN) & ok & ~(hit & (height < 0)), tl.minimum(not_below, d2), not_below)
+            not_above = tl.where(
+                (kind != THIN) & ok & ~(hit & (height >= 0)), tl.minimum(not_above, d2), not_above
+            )
+            not_below = tl.where(
+                (kind != THIN) & ok & ~(hit & (height < 0)), tl.minimum(not_below, d2), not_below
+            )
         distance, shell = tl.sqrt(tl.min(solid, 1)), tl.sqrt(tl.min(sheet, 1))
         not_above_d, not_below_d = tl.sqrt(tl.min(not_above, 1)), tl.sqrt(tl.min(not_below, 1))
         closest = tl.minimum(not_above_d, not_below_d)
@@ -236,9 +307,21 @@ def _to_points(exact_ptr, lists_ptr, lists, lane, count, x, y, z):
     """Of points [P, 1] and candidates [P, C]: rows, kinds, offsets from the closest points, v, w, distances."""
     ok = lane < count
     row = exact_ptr + tl.load(lists_ptr + lists + lane, ok, other=0).to(tl.int64) * 16
-    ax, ay, az = tl.load(row, ok, other=0.0), tl.load(row + 1, ok, other=0.0), tl.load(row + 2, ok, other=0.0)
-    ux, uy, uz = tl.load(row + 3, ok, other=0.0), tl.load(row + 4, ok, other=0.0), tl.load(row + 5, ok, other=0.0)
-    vx, vy, vz = tl.load(row + 6, ok, other=0.0), tl.load(row + 7, ok, other=0.0), tl.load(row + 8, ok, other=0.0)
+    ax, ay, az = (
+        tl.load(row, ok, other=0.0),
+        tl.load(row + 1, ok, other=0.0),
+        tl.load(row + 2, ok, other=0.0),
+    )
+    ux, uy, uz = (
+        tl.load(row + 3, ok, other=0.0),
+        tl.load(row + 4, ok, other=0.0),
+        tl.load(row + 5, ok, other=0.0),
+    )
+    vx, vy, vz = (
+        tl.load(row + 6, ok, other=0.0),
+        tl.load(row + 7, ok, other=0.0),
+        tl.load(row + 8, ok, other=0.0),
+    )
     px, py, pz = x - ax, y - ay, z - az
     v, w = _barycentric(  # pyright: ignore[reportGeneralTypeIssues]
         ux * px + uy * py + uz * pz, vx * px + vy * py + vz * pz,
@@ -246,7 +329,16 @@ def _to_points(exact_ptr, lists_ptr, lists, lane, count, x, y, z):
     )  # fmt: skip
     dx, dy, dz = x - (ax + v * ux + w * vx), y - (ay + v * uy + w * vy), z - (az + v * uz + w * vz)
     kind = tl.load(row + 15, ok, other=0.0).to(tl.int32)
-    return row, kind, dx, dy, dz, v, w, tl.where(ok, tl.sqrt(dx * dx + dy * dy + dz * dz), float("inf"))
+    return (
+        row,
+        kind,
+        dx,
+        dy,
+        dz,
+        v,
+        w,
+        tl.where(ok, tl.sqrt(dx * dx + dy * dy + dz * dz), float("inf")),
+    )
 
 
 @triton.jit
@@ -264,11 +356,17 @@ def _votes(
     lx, ly, lz = local // 64, local // 8 % 8, local % 8
     sub = lx // 4 * 4 + ly // 4 * 2 + lz // 4
     first = tl.load(offsets_ptr + m)
-    lists = ((first - tl.load(offsets_ptr)) * 8 + (tl.load(offsets_ptr + m + 1) - first) * sub)[:, None]
+    lists = ((first - tl.load(offsets_ptr)) * 8 + (tl.load(offsets_ptr + m + 1) - first) * sub)[
+        :, None
+    ]
     count = tl.load(counts_ptr + m * 8 + sub, known, other=0)
     x = ((tl.load(blocks_ptr + 3 * m) * 8 + lx).to(tl.float64) / last.to(tl.float64) - 0.5)[:, None]
-    y = ((tl.load(blocks_ptr + 3 * m + 1) * 8 + ly).to(tl.float64) / last.to(tl.float64) - 0.5)[:, None]
-    z = ((tl.load(blocks_ptr + 3 * m + 2) * 8 + lz).to(tl.float64) / last.to(tl.float64) - 0.5)[:, None]
+    y = ((tl.load(blocks_ptr + 3 * m + 1) * 8 + ly).to(tl.float64) / last.to(tl.float64) - 0.5)[
+        :, None
+    ]
+    z = ((tl.load(blocks_ptr + 3 * m + 2) * 8 + lz).to(tl.float64) / last.to(tl.float64) - 0.5)[
+        :, None
+    ]
     lane, most, count_P1 = tl.arange(0, C)[None, :], tl.max(count, 0), count[:, None]
     solid, buried = tl.full([P], float("inf"), tl.float64), tl.full([P], float("inf"), tl.float64)
     sheet = tl.full([P], float("inf"), tl.float64)
@@ -297,7 +395,9 @@ def _votes(
         weights += tl.sum(tl.abs(vote), 1)
     flooded = tl.load(unsure_ptr + at, known, other=0) == 2
     trusted = tl.full([P], TRUSTED, tl.float64)  # a bare constant would be compared in float32
-    inner = tl.where(solid <= trusted, votes + weights * VOTE_ROUNDING < 0, (sheet > trusted) & flooded)
+    inner = tl.where(
+        solid <= trusted, votes + weights * VOTE_ROUNDING < 0, (sheet > trusted) & flooded
+    )
     value = tl.load(values_ptr + at, known, other=0.0)
     tl.store(values_ptr + at, tl.minimum(value, -solid.to(tl.float32)), known & inner)
 
@@ -307,7 +407,9 @@ class Surface:
     """Triangles as the kernels read them, for one resolution; made by `pack_surface`."""
 
     resolution: int
-    rows: Tensor  # float32 [T, 16] in voxels: corner a in two halves, b - a, c - a, unit normal, kind
+    rows: (
+        Tensor  # float32 [T, 16] in voxels: corner a in two halves, b - a, c - a, unit normal, kind
+    )
     exact: Tensor  # float64 [T, 16] in cube units: a, b - a, c - a, unit normal, angles at a, b, c, kind
 
 
@@ -357,14 +459,21 @@ def block_distances(
     _check("blocks_M3", blocks_M3, (None, 3), torch.int32, triangles.rows)
     _check("offsets_M1", offsets_M1, (len(blocks_M3) + 1,), torch.int64, triangles.rows)
     _check("candidates_E", candidates_E, (None,), torch.int32, triangles.rows)
-    for name, value in (("tau", tau), ("sheet_half", sheet_half), ("trusted", trusted), ("tie", tie)):
+    for name, value in (
+        ("tau", tau),
+        ("sheet_half", sheet_half),
+        ("trusted", trusted),
+        ("tie", tie),
+    ):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be 0 or more and finite, got {value}")
     if len(blocks_M3) > MAX_BLOCKS:
         raise ValueError(f"blocks_M3 must be at most {MAX_BLOCKS} at once, got {len(blocks_M3)}")
     M, last, flood_last = len(blocks_M3), triangles.resolution - 1, BLOCK * len(flood.bin_of) - 1
     if last * flood_last >= 2**30:
-        raise ValueError(f"resolution times the flood's must be at most 2**30, got {last + 1} and {flood_last + 1}")
+        raise ValueError(
+            f"resolution times the flood's must be at most 2**30, got {last + 1} and {flood_last + 1}"
+        )
     values = triangles.rows.new_empty(M, BLOCK**3)
     if M == 0:
         return values
@@ -376,7 +485,16 @@ def block_distances(
     far, near, half = max(tau, trusted) * last, trusted * last, sheet_half * last  # in voxels
     with on_device(values):
         _narrow[(M,)](
-            triangles.rows, *grid, candidates_E.contiguous(), lists, counts, far, near, half, C=NARROW_TILE, num_warps=2
+            triangles.rows,
+            *grid,
+            candidates_E.contiguous(),
+            lists,
+            counts,
+            far,
+            near,
+            half,
+            C=NARROW_TILE,
+            num_warps=2,
         )
         _distances[(8 * M,)](
             triangles.rows, *grid, lists, counts, flood.bin_of.contiguous(), flood.outside.contiguous(),
@@ -392,8 +510,12 @@ def block_distances(
     return values
 
 
-def _check(name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype, like: Tensor) -> None:
+def _check(
+    name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype, like: Tensor
+) -> None:
     fits = x.ndim == len(shape) and all(n in (None, size) for n, size in zip(shape, x.shape))
     if not fits or x.dtype != dtype or x.device != like.device:
-        wanted = f"{dtype} {['any' if n is None else n for n in shape]} on {like.device}".replace("'", "")
+        wanted = f"{dtype} {['any' if n is None else n for n in shape]} on {like.device}".replace(
+            "'", ""
+        )
         raise ValueError(f"{name} must be {wanted}, got {x.dtype} {list(x.shape)} on {x.device}")

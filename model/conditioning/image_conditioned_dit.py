@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from model.conditioning.image_encoder import Condition, EncoderConfig, ImageBatch, ImageEncoder
-from model.sparse_dit import DiTConfig, SparseDiT
 from model.rectified_flow import Guidance, Method, guide, noise_of, sample
+from model.sparse_dit import DiTConfig, SparseDiT
 from model.sparse_tensor import Level, SparseTensor
 
 
@@ -63,7 +63,11 @@ class ConditionedDiT(nn.Module):
 
     def share_encoder(self, other: ConditionedDiT) -> None:
         """Take the other one's encoder if both are frozen and of one configuration, so that it lies in memory once."""
-        if self._frozen is not None and other._frozen is not None and self.config.encoder == other.config.encoder:
+        if (
+            self._frozen is not None
+            and other._frozen is not None
+            and self.config.encoder == other.config.encoder
+        ):
             self._frozen = other._frozen
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> ConditionedDiT:
@@ -76,7 +80,9 @@ class ConditionedDiT(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._frozen is None):
             return self.encoder(images)
 
-    def forward(self, x: SparseTensor, t_B: Tensor, images: ImageBatch, dropped_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: SparseTensor, t_B: Tensor, images: ImageBatch, dropped_B: Tensor | None = None
+    ) -> Tensor:
         """Velocity [N, latent_channels] at x, one image an asset; where bool dropped [B] is true without its image."""
         condition = self.condition(images)
         return self.dit(x, t_B, condition if dropped_B is None else condition.drop(dropped_B))
@@ -101,7 +107,9 @@ class ConditionedDiT(nn.Module):
         """
         if not len(seeds) == level.batch_size == condition.batch_size:
             found = f"{len(seeds)} seeds and {condition.batch_size} images"
-            raise ValueError(f"there must be one seed and one image for each of {level.batch_size} assets, got {found}")
+            raise ValueError(
+                f"there must be one seed and one image for each of {level.batch_size} assets, got {found}"
+            )
         counts, layout = level.asset_starts.diff().tolist(), self.dit.layout(level)
 
         def towards(tokens: Condition) -> Callable[[Tensor, float], Tensor]:

@@ -59,7 +59,9 @@ class ImageBatch:
         """One batch on the CPU. ValueError if there is no image, sizes differ or are no multiple of PATCH."""
         sizes = sorted({image.rgb.shape[0] for image in images})
         if len(sizes) != 1 or sizes[0] % PATCH:
-            raise ValueError(f"images must be of one size, a multiple of {PATCH} pixels, got {sizes}")
+            raise ValueError(
+                f"images must be of one size, a multiple of {PATCH} pixels, got {sizes}"
+            )
         side = sizes[0] // PATCH
         coords, rows = [], []
         for asset, image in enumerate(images):
@@ -72,7 +74,9 @@ class ImageBatch:
             rows.append(first + np.concatenate([np.arange(SPECIAL), SPECIAL + row * side + column]))
         counts = [len(part) for part in rows]
         return cls(
-            torch.from_numpy(np.stack([image.rgb for image in images])).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(np.stack([image.rgb for image in images]))
+            .permute(0, 3, 1, 2)
+            .contiguous(),
             torch.from_numpy(np.concatenate(rows)),
             torch.from_numpy(np.concatenate(coords).astype(np.int32)),
             torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
@@ -88,7 +92,9 @@ class ImageBatch:
         return self.pixels.shape[2]
 
     def _map(self, function: Any) -> ImageBatch:
-        tensors = {name: function(getattr(self, name)) for name in ("pixels", "rows", "coords", "starts")}
+        tensors = {
+            name: function(getattr(self, name)) for name in ("pixels", "rows", "coords", "starts")
+        }
         return replace(self, **tensors)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
@@ -125,7 +131,9 @@ class ImageEncoder(nn.Module):
         ValueError for images of another size. No device-to-host copy.
         """
         if batch.size != self.image_size:
-            raise ValueError(f"images must be of {self.image_size} pixels for {self.label}, got {batch.size}")
+            raise ValueError(
+                f"images must be of {self.image_size} pixels for {self.label}, got {batch.size}"
+            )
         tokens_BTC = self.tokens((batch.pixels.float() / 255 - self.mean) / self.std)
         feats_SC = layer_norm(tokens_BTC.flatten(0, 1)[batch.rows], eps=1e-5)
         return Condition(feats_SC, batch.coords, batch.starts, batch.max_tokens)
@@ -142,11 +150,19 @@ class DinoEncoder(ImageEncoder):
         config: Any = model.config
         if config.patch_size != PATCH or config.num_register_tokens != SPECIAL - 1:
             found = f"{config.patch_size} and {config.num_register_tokens}"
-            raise ValueError(f"model must have patches of {PATCH} pixels and {SPECIAL - 1} registers, got {found}")
-        self.model, self.channels, self.image_size = model.eval().requires_grad_(False), config.hidden_size, image_size
+            raise ValueError(
+                f"model must have patches of {PATCH} pixels and {SPECIAL - 1} registers, got {found}"
+            )
+        self.model, self.channels, self.image_size = (
+            model.eval().requires_grad_(False),
+            config.hidden_size,
+            image_size,
+        )
 
     @classmethod
-    def load(cls, path: str = DINO, *, image_size: int = 518, dtype: torch.dtype = torch.bfloat16) -> DinoEncoder:
+    def load(
+        cls, path: str = DINO, *, image_size: int = 518, dtype: torch.dtype = torch.bfloat16
+    ) -> DinoEncoder:
         """Pretrained weights from a folder, the local hub cache or the hub, as `dtype`.
 
         UserError, with what to run, if they are nowhere to be had.
@@ -155,7 +171,9 @@ class DinoEncoder(ImageEncoder):
 
         for local in (True, False):  # asks the network only for what is not on this machine
             try:
-                model = Dinov2WithRegistersModel.from_pretrained(path, dtype=dtype, local_files_only=local)
+                model = Dinov2WithRegistersModel.from_pretrained(
+                    path, dtype=dtype, local_files_only=local
+                )
             except OSError as error:
                 missing = error
             else:
@@ -169,7 +187,12 @@ class DinoEncoder(ImageEncoder):
 
     @classmethod
     def random(
-        cls, channels: int = 32, layers: int = 2, heads: int = 2, image_size: int = 112, seed: int = 0
+        cls,
+        channels: int = 32,
+        layers: int = 2,
+        heads: int = 2,
+        image_size: int = 112,
+        seed: int = 0,
     ) -> DinoEncoder:
         """The same architecture, small and with random weights, in fp32: for tests."""
         from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -215,7 +238,13 @@ class StandInEncoder(ImageEncoder):
         self.special = nn.Parameter(0.02 * torch.randn(SPECIAL, channels))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                channels, heads, 4 * channels, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True
+                channels,
+                heads,
+                4 * channels,
+                dropout=0.0,
+                activation=F.gelu,
+                batch_first=True,
+                norm_first=True,
             )
             for _ in range(layers)
         )
@@ -226,7 +255,9 @@ class StandInEncoder(ImageEncoder):
 
     def tokens(self, pixels_BCHW: Tensor) -> Tensor:
         patches_BPC = self.stem(pixels_BCHW).flatten(2).transpose(1, 2) + self.position
-        x_BTC = torch.cat([self.special.expand(len(pixels_BCHW), -1, -1).to(patches_BPC), patches_BPC], 1)
+        x_BTC = torch.cat(
+            [self.special.expand(len(pixels_BCHW), -1, -1).to(patches_BPC), patches_BPC], 1
+        )
         for block in self.blocks:
             x_BTC = block(x_BTC)
         return x_BTC
@@ -253,5 +284,7 @@ class EncoderConfig:
             return StandInEncoder(self.channels, self.layers, self.heads, self.image_size)
         encoder = DinoEncoder.load(self.weights, image_size=self.image_size)
         if encoder.channels != self.channels:
-            raise ValueError(f"channels must be {encoder.channels} for {self.weights}, got {self.channels}")
+            raise ValueError(
+                f"channels must be {encoder.channels} for {self.weights}, got {self.channels}"
+            )
         return encoder

@@ -13,8 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-PADDING = 16  # white pixels on every side of the foreground, before the resize to `size`; paper, sec. 4
-OPAQUE = 13  # alpha from which a pixel is foreground: fainter is the haze that background removal leaves
+PADDING = (
+    16  # white pixels on every side of the foreground, before the resize to `size`; paper, sec. 4
+)
+OPAQUE = (
+    13  # alpha from which a pixel is foreground: fainter is the haze that background removal leaves
+)
 MAX_PIXELS = 1 << 26  # 8192^2; decoded RGBA of it takes 268 MB
 MIN_FOREGROUND = 8  # pixels along the longer side
 WHITE = (255, 255, 255)
@@ -58,15 +62,23 @@ def load_image(source: Path | str | BinaryIO) -> Image.Image:
     name = str(source) if isinstance(source, (str, Path)) else "image"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # the limit below is stricter
             image = Image.open(source)
         _check_size(name, *image.size)
         image.seek(0)
         image.load()
         return _rgba(name, _upright(image))
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} must have at most {MAX_PIXELS} pixels (8192 x 8192): {error}") from error
-    except (OSError, SyntaxError, EOFError) as error:  # FileNotFoundError and UnidentifiedImageError among them
+        raise ValueError(
+            f"{name} must have at most {MAX_PIXELS} pixels (8192 x 8192): {error}"
+        ) from error
+    except (
+        OSError,
+        SyntaxError,
+        EOFError,
+    ) as error:  # FileNotFoundError and UnidentifiedImageError among them
         raise ValueError(f"{name} must be a readable image: {error}") from error
 
 
@@ -82,7 +94,9 @@ def _upright(image: Image.Image) -> Image.Image:
 def _check_size(name: str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         found = f"{width} x {height} = {width * height}"
-        raise ValueError(f"{name} must have at most {MAX_PIXELS} pixels (8192 x 8192), got {found}: make it smaller")
+        raise ValueError(
+            f"{name} must have at most {MAX_PIXELS} pixels (8192 x 8192), got {found}: make it smaller"
+        )
 
 
 def _rgba(name: str, image: Image.Image) -> Image.Image:
@@ -90,7 +104,9 @@ def _rgba(name: str, image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.float32) / 257  # 65535 becomes 255
         image = Image.fromarray(np.rint(grey).astype(np.uint8), "L")
     if image.mode in ("I", "F"):
-        raise ValueError(f"{name} must have 8 or 16 bits a channel, got mode {image.mode!r}: save it as an 8-bit PNG")
+        raise ValueError(
+            f"{name} must have 8 or 16 bits a channel, got mode {image.mode!r}: save it as an 8-bit PNG"
+        )
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "1"):
         image = image.convert("RGB")
     return image.convert("RGBA")
@@ -120,7 +136,9 @@ def prepare_image(
         raise ValueError("rng must be given with augmentation, and only then")
     if not isinstance(image, Image.Image):
         if image.ndim != 3 or image.shape[2] != 4 or image.dtype != np.uint8:
-            raise ValueError(f"image must be RGBA uint8 [h, w, 4], got {image.dtype} {list(image.shape)}")
+            raise ValueError(
+                f"image must be RGBA uint8 [h, w, 4], got {image.dtype} {list(image.shape)}"
+            )
         height, width = image.shape[:2]
         image = Image.fromarray(image) if image.size else Image.new("RGBA", (width, height))
     if image.mode != "RGBA":
@@ -145,13 +163,19 @@ def _crop(image: Image.Image, whole_if_opaque: bool) -> Image.Image:
     box = alpha.point([0] * OPAQUE + [255] * (256 - OPAQUE)).getbbox()
     if box is None:
         most = alpha.getextrema()[1] if image.width * image.height else 0
-        raise ValueError(f"image must have a foreground (alpha of at least {OPAQUE}), its largest alpha is {most}")
+        raise ValueError(
+            f"image must have a foreground (alpha of at least {OPAQUE}), its largest alpha is {most}"
+        )
     crop = image.crop(box)
     found = f"{crop.width} x {crop.height}"
     if max(crop.size) < MIN_FOREGROUND:
-        raise ValueError(f"image must have a foreground of at least {MIN_FOREGROUND} pixels, got {found}")
+        raise ValueError(
+            f"image must have a foreground of at least {MIN_FOREGROUND} pixels, got {found}"
+        )
     if max(crop.size) ** 2 > MAX_PIXELS:  # it becomes a square
-        raise ValueError(f"image must have a foreground within 8192 x 8192 pixels, got {found}: make it smaller")
+        raise ValueError(
+            f"image must have a foreground within 8192 x 8192 pixels, got {found}: make it smaller"
+        )
     return crop
 
 
@@ -193,7 +217,9 @@ class _Canvas:
         return results[0], results[1]
 
 
-def _augmented(canvas: _Canvas, chosen: Augmentation, rng: np.random.Generator) -> tuple[_Canvas, int]:
+def _augmented(
+    canvas: _Canvas, chosen: Augmentation, rng: np.random.Generator
+) -> tuple[_Canvas, int]:
     """Rotation, crop and padding. All random numbers are drawn whatever happens, so that one choice moves no other."""
     rotate, crop, angle, ratio, left, top = rng.random(6)
     padding = int(rng.integers(chosen.padding[0], chosen.padding[1], endpoint=True))

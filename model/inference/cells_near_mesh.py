@@ -82,7 +82,9 @@ def _any_within(low, high, i, j, k, a, b, c, limit, p):
     return False
 
 
-def cells_near(vertices: NDArray[np.floating], faces: NDArray[np.integer], resolution: int) -> NDArray[np.int16]:
+def cells_near(
+    vertices: NDArray[np.floating], faces: NDArray[np.integer], resolution: int
+) -> NDArray[np.int16]:
     """The cells [M, 3] in x, y, z order that hold a grid point with |udf| < tau(resolution) of the mesh, exactly.
 
     vertices [V, 3] in the cube [-0.5, 0.5]^3, faces [F, 3]. A mesh's own cells at its next resolution, as stored data
@@ -94,5 +96,10 @@ def cells_near(vertices: NDArray[np.floating], faces: NDArray[np.integer], resol
     step = spacing(resolution)
     near = np.zeros((resolution // BLOCK,) * 3, np.bool_)
     steps = (np.asarray(vertices, np.float64) + 0.5) / step
-    _mark(np.ascontiguousarray(steps), np.ascontiguousarray(faces, np.int64), band(resolution) / step, near)
+    _mark(
+        np.ascontiguousarray(steps),
+        np.ascontiguousarray(faces, np.int64),
+        band(resolution) / step,
+        near,
+    )
     return np.argwhere(near).astype(np.int16)

@@ -13,10 +13,14 @@ from model.sparse_tensor import POINTS, Level
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import BLOCK, Bricks, check_resolution
 
-Surface = tuple[NDArray[np.float64], NDArray[np.int32]]  # vertices [V, 3] in the cube, faces [F, 3] seen from outside
+Surface = tuple[
+    NDArray[np.float64], NDArray[np.int32]
+]  # vertices [V, 3] in the cube, faces [F, 3] seen from outside
 
 
-def mesh_of(blocks_M3: ArrayLike, values_MK: ArrayLike, resolution: int, level: float = 0.0) -> Surface:
+def mesh_of(
+    blocks_M3: ArrayLike, values_MK: ArrayLike, resolution: int, level: float = 0.0
+) -> Surface:
     """The surface of one asset where its bricks pass through `level`.
 
     blocks integer [M, 3] = index // 8, in any order; values float [M, 512] of points 64 * lx + 8 * ly + lz, negative
@@ -27,7 +31,9 @@ def mesh_of(blocks_M3: ArrayLike, values_MK: ArrayLike, resolution: int, level: 
     blocks, values = np.asarray(blocks_M3), np.asarray(values_MK)
     side = check_resolution(resolution) // BLOCK
     if blocks.ndim != 2 or blocks.shape[1] != 3 or not np.issubdtype(blocks.dtype, np.integer):
-        raise ValueError(f"blocks_M3 must be integer [M, 3], got {blocks.dtype} {list(blocks.shape)}")
+        raise ValueError(
+            f"blocks_M3 must be integer [M, 3], got {blocks.dtype} {list(blocks.shape)}"
+        )
     if values.shape != (len(blocks), POINTS):
         raise ValueError(f"values_MK must be [{len(blocks)}, {POINTS}], got {list(values.shape)}")
     if len(blocks) and (blocks.min() < 0 or blocks.max() >= side):
@@ -35,7 +41,9 @@ def mesh_of(blocks_M3: ArrayLike, values_MK: ArrayLike, resolution: int, level: 
     if len(np.unique(np.ravel_multi_index(tuple(blocks.T), (side,) * 3))) != len(blocks):
         raise ValueError("blocks_M3 must not repeat a block")
     if not np.isfinite(values).all():
-        raise ValueError(f"values_MK must be finite, got {(~np.isfinite(values)).sum()} that are not")
+        raise ValueError(
+            f"values_MK must be finite, got {(~np.isfinite(values)).sum()} that are not"
+        )
     empty = np.zeros((len(blocks), POINTS // 8), np.uint8)
     return extract(Bricks(resolution=resolution, blocks=blocks, values=values, sharp=empty), level)
 
@@ -48,4 +56,7 @@ def extract_meshes(cells: Level, values_MK: Tensor, level: float = 0.0) -> list[
     blocks = cells.coords[:, 1:].cpu().numpy()
     values = values_MK.detach().to("cpu", torch.float32).numpy()
     starts = cells.asset_starts.tolist()
-    return [mesh_of(blocks[a:b], values[a:b], BLOCK * cells.resolution, level) for a, b in itertools.pairwise(starts)]
+    return [
+        mesh_of(blocks[a:b], values[a:b], BLOCK * cells.resolution, level)
+        for a, b in itertools.pairwise(starts)
+    ]

@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kernels import token_order
-from model.inference.cells_near_mesh import cells_near
 from model.checkpoint import load_model
-from model.conditioning.image_encoder import Condition, ImageBatch
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.rectified_flow import Guidance, Method
+from model.conditioning.image_encoder import Condition, ImageBatch
 from model.conditioning.image_preprocessing import prepare_image
+from model.inference.cells_near_mesh import cells_near
 from model.inference.extract_mesh import extract_meshes
 from model.inference.mesh_cleaning import Cleaned, clean, open_edges_of, simplify
+from model.rectified_flow import Guidance, Method
 from model.sparse_tensor import Level
-from model.structure import Structure
 from model.sparse_vae import SparseVAE
+from model.structure import Structure
 from pipeline.core.schema import BLOCK, RunError, UserError
 
 See = Callable[[ConditionedDiT], Condition]
@@ -89,27 +89,45 @@ class Generated:
 class Generator:
     """The trained stages, on one device."""
 
-    def __init__(self, vae: SparseVAE, structure: Structure, dits: dict[int, ConditionedDiT], device: torch.device):
+    def __init__(
+        self,
+        vae: SparseVAE,
+        structure: Structure,
+        dits: dict[int, ConditionedDiT],
+        device: torch.device,
+    ):
         first, channels = structure.resolution, vae.config.latent_channels
         if first not in dits:
-            raise ValueError(f"dits must have one for R = {first}, where the structure stage ends, got {sorted(dits)}")
+            raise ValueError(
+                f"dits must have one for R = {first}, where the structure stage ends, got {sorted(dits)}"
+            )
         for resolution, dit in dits.items():
             if dit.config.dit.latent_channels != channels:
                 found = dit.config.dit.latent_channels
-                raise ValueError(f"dits[{resolution}] must have the VAE's {channels} latent channels, got {found}")
+                raise ValueError(
+                    f"dits[{resolution}] must have the VAE's {channels} latent channels, got {found}"
+                )
         self.vae, self.structure = vae.to(device).eval(), structure.to(device).eval()
         self.dits = {
-            resolution: dits[resolution].to(device).eval() for resolution in sorted(dits) if resolution >= first
+            resolution: dits[resolution].to(device).eval()
+            for resolution in sorted(dits)
+            if resolution >= first
         }
         self.device = device
 
     @classmethod
-    def load(cls, directory: Path, device: torch.device | str = "cpu", resolution: int | None = None) -> Generator:
+    def load(
+        cls, directory: Path, device: torch.device | str = "cpu", resolution: int | None = None
+    ) -> Generator:
         """The models that `python -m train.export` wrote; DiTs beyond `resolution` are left on the disk.
 
         UserError, with what to run, if they are missing, incomplete or damaged.
         """
-        sizes = {int(path.name[4:]): path for path in directory.glob("dit_*") if re.fullmatch(r"dit_\d+", path.name)}
+        sizes = {
+            int(path.name[4:]): path
+            for path in directory.glob("dit_*")
+            if re.fullmatch(r"dit_\d+", path.name)
+        }
         missing = [name for name in ("vae", "structure") if not (directory / name).is_dir()]
         missing += [] if sizes else ["dit_<resolution>"]
         if missing:
@@ -118,8 +136,12 @@ class Generator:
                 "python -m train.export, or see `make demo`"
             )
         if resolution is not None and resolution not in sizes:
-            raise UserError(f"{directory} has models for R = {_words(sizes)}, none for {resolution}")
-        wanted = {size: path for size, path in sizes.items() if resolution is None or size <= resolution}
+            raise UserError(
+                f"{directory} has models for R = {_words(sizes)}, none for {resolution}"
+            )
+        wanted = {
+            size: path for size, path in sizes.items() if resolution is None or size <= resolution
+        }
         device = torch.device(device)
         try:
             vae = load_model(directory / "vae", SparseVAE)
@@ -161,19 +183,28 @@ class Generator:
 
         started = self._now()
         level = self.cells(see, seed, options, progress)
-        stages, cleaned = [Stage(name="structure", seconds=self._now() - started, tokens=len(level))], None
+        stages, cleaned = (
+            [Stage(name="structure", seconds=self._now() - started, tokens=len(level))],
+            None,
+        )
         for number, resolution in enumerate([size for size in self.resolutions if size <= last]):
             started = self._now()
             if cleaned is not None:
                 level = cells_of(cleaned, resolution, self.device)
             cleaned = self.refine(level, see, seed, options, progress, stage=number + 1)
-            stages.append(Stage(name=str(resolution), seconds=self._now() - started, tokens=len(level)))
+            stages.append(
+                Stage(name=str(resolution), seconds=self._now() - started, tokens=len(level))
+            )
         assert cleaned is not None
         vertices, faces = cleaned.vertices, cleaned.faces
         if options.faces is not None:
             vertices, faces = simplify(vertices, faces, options.faces)
         return Generated(
-            vertices=vertices, faces=faces, open_edges=open_edges_of(faces), cleaned=cleaned, stages=tuple(stages)
+            vertices=vertices,
+            faces=faces,
+            open_edges=open_edges_of(faces),
+            cleaned=cleaned,
+            stages=tuple(stages),
         )
 
     @torch.no_grad()
@@ -187,7 +218,14 @@ class Generator:
 
     @torch.no_grad()
     def refine(
-        self, level: Level, see: See, seed: int, options: Options, progress: Progress = quietly, *, stage: int = 1
+        self,
+        level: Level,
+        see: See,
+        seed: int,
+        options: Options,
+        progress: Progress = quietly,
+        *,
+        stage: int = 1,
     ) -> Cleaned:
         """A stage after the structure: latents, bricks and mesh of given cells of one asset, at 8 x their resolution.
 
@@ -197,7 +235,9 @@ class Generator:
         if not len(level):
             raise RunError("the structure stage has no cell; try another --seed, or train longer")
         if len(level) > options.max_tokens:
-            raise RunError(f"{len(level)} cells at R = {resolution} are more than --max-tokens {options.max_tokens}")
+            raise RunError(
+                f"{len(level)} cells at R = {resolution} are more than --max-tokens {options.max_tokens}"
+            )
         dit = self.dits[resolution]
         with self._precision():
             z_MC = dit.generate(
@@ -207,7 +247,9 @@ class Generator:
             values = self.vae.decode(z_MC, level)
         ((vertices, faces),) = extract_meshes(level, values)
         if not len(faces):
-            raise RunError(f"the stage at R = {resolution} has no surface; try another --seed, or train longer")
+            raise RunError(
+                f"the stage at R = {resolution} has no surface; try another --seed, or train longer"
+            )
         return clean(vertices, faces, options.min_piece)
 
     def _now(self) -> float:

@@ -51,7 +51,13 @@ def clean(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> Cleaned:
         solid, bubble = bubble, solid
     small = solid & (area < min_piece * area[solid].max())
     vertices, faces = used_only(vertices, faces[(solid & ~small)[piece_of]])
-    return Cleaned(vertices=vertices, faces=faces, holes=holes, floaters=int(small.sum()), bubbles=int(bubble.sum()))
+    return Cleaned(
+        vertices=vertices,
+        faces=faces,
+        holes=holes,
+        floaters=int(small.sum()),
+        bubbles=int(bubble.sum()),
+    )
 
 
 def close_holes(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces, int]:
@@ -71,7 +77,11 @@ def close_holes(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces, int]
     sizes = np.bincount(loop_of)
     centres = np.stack([np.bincount(loop_of, vertices[start, d]) / sizes for d in range(3)], axis=1)
     fans = np.stack([end, start, count + loop_of], axis=1)
-    return np.concatenate([vertices, centres]), np.concatenate([faces, fans]).astype(np.int32), len(loops)
+    return (
+        np.concatenate([vertices, centres]),
+        np.concatenate([faces, fans]).astype(np.int32),
+        len(loops),
+    )
 
 
 def open_edges_of(faces: Faces) -> int:
@@ -104,7 +114,9 @@ def check_simplification() -> None:
     try:
         import fast_simplification  # noqa: F401
     except ImportError as error:
-        raise UserError("fewer faces need the library fast-simplification: pip install fast-simplification") from error
+        raise UserError(
+            "fewer faces need the library fast-simplification: pip install fast-simplification"
+        ) from error
 
 
 def simplify(vertices: Vertices, faces: Faces, target: int) -> tuple[Vertices, Faces]:
@@ -134,7 +146,9 @@ def _open_edges(faces: Faces) -> NDArray[np.int64]:
     start, end = _directed(faces)
     key = np.minimum(start, end) * (int(faces.max(initial=0)) + 1) + np.maximum(start, end)
     ordered = np.sort(key)
-    if len(key) % 2 == 0 and (ordered[::2] == ordered[1::2]).all():  # sorting alone is far cheaper than an order
+    if (
+        len(key) % 2 == 0 and (ordered[::2] == ordered[1::2]).all()
+    ):  # sorting alone is far cheaper than an order
         return np.empty((0, 2), np.int64)
     order = np.argsort(key, kind="stable")
     same = np.pad(key[order][1:] == key[order][:-1], 1)
@@ -142,7 +156,9 @@ def _open_edges(faces: Faces) -> NDArray[np.int64]:
     return np.stack([start[alone], end[alone]], axis=1)
 
 
-def _split_vertices(vertices: Vertices, faces: Faces, which: NDArray[np.int64]) -> tuple[Vertices, Faces]:
+def _split_vertices(
+    vertices: Vertices, faces: Faces, which: NDArray[np.int64]
+) -> tuple[Vertices, Faces]:
     """Gives every fan of faces around each of the vertices `which` a vertex of its own."""
     chosen = np.zeros(len(vertices), bool)
     chosen[which] = True
@@ -153,11 +169,16 @@ def _split_vertices(vertices: Vertices, faces: Faces, which: NDArray[np.int64]) 
     key = np.minimum(start, end) * len(vertices) + np.maximum(start, end)
     order = np.argsort(key, kind="stable")
     pair = np.flatnonzero(key[order][1:] == key[order][:-1])
-    one, other = order[pair], order[pair + 1]  # opposite directions: start of one is end of the other
+    one, other = (
+        order[pair],
+        order[pair + 1],
+    )  # opposite directions: start of one is end of the other
     left = np.concatenate([one, after[one]])
     right = np.concatenate([after[other], other])
     keep = chosen[start[left]]
-    graph = coo_matrix((np.ones(keep.sum(), np.int8), (left[keep], right[keep])), shape=(faces.size,) * 2)
+    graph = coo_matrix(
+        (np.ones(keep.sum(), np.int8), (left[keep], right[keep])), shape=(faces.size,) * 2
+    )
     fan_of = connected_components(graph, directed=False)[1]
     corners = np.flatnonzero(chosen[start])
     fans, first, fan = np.unique(fan_of[corners], return_index=True, return_inverse=True)

@@ -15,7 +15,9 @@ CLAY = (0.30, 0.38, 0.48)  # linear base colour: nothing generates a texture
 def check_format(path: Path) -> Path:
     """The path itself. ValueError if its ending is not one of FORMATS."""
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path} must end in one of {', '.join(FORMATS)}, got {path.suffix or 'no ending'}")
+        raise ValueError(
+            f"{path} must end in one of {', '.join(FORMATS)}, got {path.suffix or 'no ending'}"
+        )
     return path
 
 
@@ -36,7 +38,9 @@ def write_mesh(path: Path, vertices: NDArray[np.floating], faces: NDArray[np.int
         mesh.visual = TextureVisuals(
             material=PBRMaterial(baseColorFactor=color, metallicFactor=0.0, roughnessFactor=0.8)
         )
-    data = mesh.export(file_type=kind, **({"include_normals": True} if kind in ("glb", "obj") else {}))
+    data = mesh.export(
+        file_type=kind, **({"include_normals": True} if kind in ("glb", "obj") else {})
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.core.cameras import look_at_origin
-from pipeline.rendering.views import render_from
 from pipeline.core.schema import Material, Mesh, Part
+from pipeline.rendering.views import render_from
 
 CLAY = Material(base_color=(0.30, 0.38, 0.48, 1.0))
 PAPER = np.array([238, 241, 245], np.float64)  # behind the mesh
@@ -28,8 +28,12 @@ def turntable(
     RunError without EGL.
     """
     part = Part(vertices=slice(0, len(vertices)), faces=slice(0, len(faces)), material=CLAY)
-    mesh = Mesh(vertices=np.asarray(vertices, np.float64), faces=np.asarray(faces, np.int32), parts=(part,))
-    eyes = [look_at_origin(30 + 360 * n / frames, ELEVATION_DEGREES, FOCAL_MM) for n in range(frames)]
+    mesh = Mesh(
+        vertices=np.asarray(vertices, np.float64), faces=np.asarray(faces, np.int32), parts=(part,)
+    )
+    eyes = [
+        look_at_origin(30 + 360 * n / frames, ELEVATION_DEGREES, FOCAL_MM) for n in range(frames)
+    ]
     return [on_paper(rgba) for rgba in render_from(mesh, eyes, size)]
 
 
@@ -39,7 +43,9 @@ def on_paper(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return (rgba[..., :3] * alpha + PAPER * (1 - alpha)).round().astype(np.uint8)
 
 
-def write_preview(path: Path, vertices: NDArray[np.floating], faces: NDArray[np.integer], size: int = 320) -> None:
+def write_preview(
+    path: Path, vertices: NDArray[np.floating], faces: NDArray[np.integer], size: int = 320
+) -> None:
     """Write a GIF that turns once, or a PNG of eight views. ValueError for another ending."""
     kind = path.suffix.lower()
     if kind not in (".gif", ".png"):
@@ -51,5 +57,9 @@ def write_preview(path: Path, vertices: NDArray[np.floating], faces: NDArray[np.
         return
     rows, columns = VIEWS
     views = np.stack(turntable(vertices, faces, rows * columns, size))
-    sheet = views.reshape(rows, columns, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(rows * size, columns * size, 3)
+    sheet = (
+        views.reshape(rows, columns, size, size, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(rows * size, columns * size, 3)
+    )
     Image.fromarray(sheet).save(path)

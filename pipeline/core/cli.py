@@ -17,13 +17,20 @@ from typing import TypeVar
 
 import tyro
 
-from pipeline.orchestration.isolated_process import is_disk_full
 from pipeline.core.schema import RunError, UserError
+from pipeline.orchestration.isolated_process import is_disk_full
 
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # where people point to
+REFUSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)  # where people point to
 
 
 class Stopped(BaseException):
@@ -34,13 +41,17 @@ class Stopped(BaseException):
         self.signum = signum
 
 
-def parse(cls: type[Config], args: Sequence[str], *, prog: str, default: Config | None = None) -> Config:
+def parse(
+    cls: type[Config], args: Sequence[str], *, prog: str, default: Config | None = None
+) -> Config:
     """The options as a config; `default` gives the values of those left out. UserError, one line, for bad ones."""
     words = io.StringIO()
     start = tyro.MISSING_NONPROP if default is None else default
     try:
         with redirect_stderr(words):
-            config, unknown = tyro.cli(cls, args=args, prog=prog, return_unknown_args=True, default=start)
+            config, unknown = tyro.cli(
+                cls, args=args, prog=prog, return_unknown_args=True, default=start
+            )
     except SystemExit as end:
         if not end.code:
             raise  # --help
@@ -50,14 +61,19 @@ def parse(cls: type[Config], args: Sequence[str], *, prog: str, default: Config 
     if unknown:
         close = difflib.get_close_matches(unknown[0].replace("_", "-"), _options(cls, prog), n=1)
         hint = f", did you mean {close[0]}?" if close else ""
-        raise UserError(f"unknown option {unknown[0]}{hint or ''}{'' if hint else ';'} see {prog} --help")
+        raise UserError(
+            f"unknown option {unknown[0]}{hint or ''}{'' if hint else ';'} see {prog} --help"
+        )
     return config
 
 
 def command(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run `main(argv)` and leave the process with its exit code; expected errors end in one line, without traceback."""
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
     )
     try:
         with raise_on_signals():
@@ -70,7 +86,10 @@ def command(main: Callable[[Sequence[str]], int | None]) -> None:
         code = 1
     except OSError as error:
         if is_disk_full(error):
-            log.error("%s is full; make room and run the same command to go on", error.filename or "the disk")
+            log.error(
+                "%s is full; make room and run the same command to go on",
+                error.filename or "the disk",
+            )
         elif error.errno in REFUSED and error.filename:
             log.error("%s: %s; choose another place, or allow it", error.filename, error.strerror)
         else:
@@ -140,7 +159,9 @@ def _one_line(message: str) -> str:
     lines = [line for line in lines if line]
     body = []
     for line in lines[1:]:
-        if line.startswith(("Argument helptext", "For full helptext", "Got errors", "Arguments similar")):
+        if line.startswith(
+            ("Argument helptext", "For full helptext", "Got errors", "Arguments similar")
+        ):
             break
         body.append(line)
     return re.sub(r"\s+", " ", " ".join(body) or " ".join(lines)).rstrip(".:; ")

@@ -62,7 +62,9 @@ def make_uid(source: str, key: str) -> str:
 
 def split_of(uid: str, val_percent: int) -> str:
     """ "val" for about val_percent of all uids, else "train"; depends on the uid alone."""
-    return "val" if int(hashlib.sha256(uid.encode()).hexdigest(), 16) % 100 < val_percent else "train"
+    return (
+        "val" if int(hashlib.sha256(uid.encode()).hexdigest(), 16) % 100 < val_percent else "train"
+    )
 
 
 def seed_of(*parts: object) -> int:
@@ -133,7 +135,9 @@ class Bricks:
 
     resolution: int
     blocks: NDArray[np.int16]  # [M, 3] index // 8, sorted by x, y, z
-    values: NDArray[np.float16]  # [M, 512] clamp(sdf / tau, -1, 1), point 64 * lx + 8 * ly + lz, negative inside
+    values: NDArray[
+        np.float16
+    ]  # [M, 512] clamp(sdf / tau, -1, 1), point 64 * lx + 8 * ly + lz, negative inside
     sharp: NDArray[np.uint8]  # [M, 64] packed bits (little) in the same order
 
 

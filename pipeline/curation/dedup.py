@@ -19,7 +19,9 @@ class DedupConfig:
 
     area_percent: float = 0.5  # visible surfaces differ by less,
     tokens_percent: float = 1.0  # so do cells of the SDF,
-    occupancy_percent: float = 2.0  # and so many of the occupied cells of the 16^3 grid are not the other's
+    occupancy_percent: float = (
+        2.0  # and so many of the occupied cells of the 16^3 grid are not the other's
+    )
     look_bits: int = 7  # of 256 bits of four views that may differ
 
     def __post_init__(self):
@@ -78,10 +80,14 @@ def _classes(rows: Iterable[object]) -> NDArray[np.int64]:
     """For every row the number of the first one that is equal: [N]."""
     first: dict[bytes, int] = {}
     digests = (hashlib.blake2b(repr(row).encode(), digest_size=16).digest() for row in rows)
-    return np.array([first.setdefault(digest, number) for number, digest in enumerate(digests)], np.int64)
+    return np.array(
+        [first.setdefault(digest, number) for number, digest in enumerate(digests)], np.int64
+    )
 
 
-def _near_shapes(signatures: Signatures, chosen: NDArray[np.int64], cfg: DedupConfig) -> NDArray[np.int64]:
+def _near_shapes(
+    signatures: Signatures, chosen: NDArray[np.int64], cfg: DedupConfig
+) -> NDArray[np.int64]:
     """[P, 2] pairs of the chosen ones whose area, tokens and occupied cells are about the same."""
     area = np.log(np.maximum(signatures.area[chosen], 1e-12))
     tokens = np.log(np.maximum(signatures.tokens[chosen], 1))
@@ -96,7 +102,9 @@ def _near_shapes(signatures: Signatures, chosen: NDArray[np.int64], cfg: DedupCo
             drawer_a = np.floor(area / (2 * most_area) + shift_a).astype(np.int64)
             drawer_t = np.floor(tokens / (2 * most_tokens) + shift_t).astype(np.int64)
             for a, b in _pairs(drawer_a * (1 << 20) + drawer_t):
-                close = (np.abs(area[a] - area[b]) <= most_area) & (np.abs(tokens[a] - tokens[b]) <= most_tokens)
+                close = (np.abs(area[a] - area[b]) <= most_area) & (
+                    np.abs(tokens[a] - tokens[b]) <= most_tokens
+                )
                 a, b = a[close], b[close]
                 for bits in (sketch, occupancy):
                     differ = np.bitwise_count(bits[a] ^ bits[b]).sum(axis=1, dtype=np.int64)
@@ -110,7 +118,9 @@ def _halved(occupancy: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[N, 64] of [N, 512]: cells joined by eights. These differ in no more bits than those."""
     parts = [np.zeros((0, 64), np.uint8)]
     for start in range(0, len(occupancy), ROWS_AT_ONCE):
-        cells = np.unpackbits(occupancy[start : start + ROWS_AT_ONCE], axis=1).reshape(-1, 16, 16, 16)
+        cells = np.unpackbits(occupancy[start : start + ROWS_AT_ONCE], axis=1).reshape(
+            -1, 16, 16, 16
+        )
         for axis in (1, 2, 3):
             even, odd = (cells.take(range(first, 16, 2), axis) for first in (0, 1))
             cells = even | odd
@@ -118,7 +128,9 @@ def _halved(occupancy: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.concatenate(parts)
 
 
-def _near_looks(looks: NDArray[np.uint8], chosen: NDArray[np.int64], cfg: DedupConfig) -> NDArray[np.int64]:
+def _near_looks(
+    looks: NDArray[np.uint8], chosen: NDArray[np.int64], cfg: DedupConfig
+) -> NDArray[np.int64]:
     """[P, 2] pairs of the chosen ones whose hashes differ by at most cfg.look_bits."""
     bits = np.ascontiguousarray(looks[chosen])
     pairs = []
@@ -144,7 +156,10 @@ def _pairs(keys: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray
 
 
 def _joined(pairs: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.unique(np.concatenate([np.empty((0, 2), np.int64), *(np.sort(pair, axis=1) for pair in pairs)]), axis=0)
+    return np.unique(
+        np.concatenate([np.empty((0, 2), np.int64), *(np.sort(pair, axis=1) for pair in pairs)]),
+        axis=0,
+    )
 
 
 def _neighbours(pairs: NDArray[np.int64]) -> dict[int, list[int]]:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from pipeline.core.schema import Mesh, Record, Reject
 from pipeline.curation.licences import OPEN_LICENCES, licence_of
 from pipeline.mesh_io.file_checks import MESH_FORMATS
-from pipeline.core.schema import Mesh, Record, Reject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +29,28 @@ class FilterConfig:
     max_faces: int = 2_000_000
     min_area: float = 1e-4  # of the surface, over the longest side squared
     min_width: float = 1e-3  # second principal extent over the first: below it the shape is a line
-    min_thickness: float = 1e-5  # third principal extent over the first: below it the shape is one flat sheet
+    min_thickness: float = (
+        1e-5  # third principal extent over the first: below it the shape is one flat sheet
+    )
     max_degenerate_share: float = 0.5  # of faces whose area is below degenerate_area
     degenerate_area: float = 1e-12  # over the longest side squared
     max_components: int = 10_000
     # Licences of a catalogue's assets that are let through, "unknown" being one of them. Default: the open ones.
-    licences: Annotated[tuple[str, ...], tyro.conf.arg(name="license-allow", prefix_name=False)] = OPEN_LICENCES
+    licences: Annotated[tuple[str, ...], tyro.conf.arg(name="license-allow", prefix_name=False)] = (
+        OPEN_LICENCES
+    )
     max_animations: int | None = None  # that a catalogue tells of; None: any number
     age_restricted: bool = False  # let through what a catalogue marks as such
     # Tags, and words of a name, that mark what is no object
-    banned_words: tuple[str, ...] = ("hdri", "lidar", "nsfw", "panorama", "pointcloud", "point-cloud", "skybox")
+    banned_words: tuple[str, ...] = (
+        "hdri",
+        "lidar",
+        "nsfw",
+        "panorama",
+        "pointcloud",
+        "point-cloud",
+        "skybox",
+    )
 
 
 def filter_metadata(record: Record, cfg: FilterConfig) -> None:
@@ -59,7 +71,10 @@ def filter_metadata(record: Record, cfg: FilterConfig) -> None:
     animations = said.get("animations", 0)
     if cfg.max_animations is not None and animations > cfg.max_animations:
         raise Reject("animated", animations=animations, max_animations=cfg.max_animations)
-    words = {*re.findall(r"[\w-]+", said.get("name", "").lower()), *(tag.lower() for tag in said.get("tags", ()))}
+    words = {
+        *re.findall(r"[\w-]+", said.get("name", "").lower()),
+        *(tag.lower() for tag in said.get("tags", ())),
+    }
     banned = sorted(words & {word.lower() for word in cfg.banned_words})
     if banned:
         raise Reject("banned_word", word=banned[0])
@@ -103,14 +118,24 @@ def filter_geometry(mesh: Mesh, cfg: FilterConfig) -> dict[str, float]:
         raise Reject("degenerate_faces", share=share, max_share=cfg.max_degenerate_share)
     components = count_components(mesh.vertices, mesh.faces)
     if components > cfg.max_components:
-        raise Reject("too_many_components", components=components, max_components=cfg.max_components)
-    return {"faces": faces, "vertices": vertices, "components": components, "area": area, "volume": volume}
+        raise Reject(
+            "too_many_components", components=components, max_components=cfg.max_components
+        )
+    return {
+        "faces": faces,
+        "vertices": vertices,
+        "components": components,
+        "area": area,
+        "volume": volume,
+    }
 
 
 def _areas_and_volume(corners: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
     """Area of every triangle [F] and the signed volume that they enclose, from corners [F, 3, 3]."""
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    middle = corners.mean(axis=(0, 1))  # keeps an open mesh's "volume" from growing with its distance to the origin
+    middle = corners.mean(
+        axis=(0, 1)
+    )  # keeps an open mesh's "volume" from growing with its distance to the origin
     volume = float(np.einsum("fi,fi->", corners[:, 0] - middle, normals) / 6)
     return np.linalg.norm(normals, axis=1) / 2, volume
 
@@ -144,6 +169,8 @@ def weld(vertices: NDArray[np.float64]) -> NDArray[np.int64]:
         key = (key ^ (key >> np.uint64(31))) + bits[:, 2] * np.uint64(0x94D049BB133111EB)
         key ^= key >> np.uint64(32)
     _, first, label = np.unique(key, return_index=True, return_inverse=True)
-    if (bits != bits[first[label]]).any():  # two positions with one 64-bit key: sort by the positions themselves
+    if (
+        bits != bits[first[label]]
+    ).any():  # two positions with one 64-bit key: sort by the positions themselves
         _, label = np.unique(bits, axis=0, return_inverse=True)
     return label.ravel()

@@ -11,7 +11,18 @@ OPEN_LICENCES = (
     *("cc0", "public-domain", "by", "by-sa", "odc-by", "odbl"),
     *("0bsd", "apache-2.0", "bsd", "bsl-1.0", "isc", "mit", "unlicense", "wtfpl", "zlib"),
 )
-UNKNOWN = ("", "unknown", "none", "null", "nan", "other", "noassertion", "n/a", "no license", "no licence")
+UNKNOWN = (
+    "",
+    "unknown",
+    "none",
+    "null",
+    "nan",
+    "other",
+    "noassertion",
+    "n/a",
+    "no license",
+    "no licence",
+)
 SOFTWARE = {
     r"\bapache\b": "apache-2.0",
     r"\b0bsd\b|zero[- ]clause bsd": "0bsd",
@@ -40,7 +51,9 @@ def licence_of(text: str | None) -> str:
     words = re.sub(r"[\s_]+", " ", (text or "").strip().lower())
     if words in UNKNOWN:
         return "unknown"
-    if re.search(r"publicdomain/zero|\bcc[- ]?0\b|(commons|cc) zero\b|public domain dedication", words):
+    if re.search(
+        r"publicdomain/zero|\bcc[- ]?0\b|(commons|cc) zero\b|public domain dedication", words
+    ):
         return "cc0"
     if re.search(r"publicdomain/mark|public domain|\bpdm\b", words):
         return "public-domain"
@@ -51,5 +64,9 @@ def licence_of(text: str | None) -> str:
     short = re.fullmatch(r"(cc[- ]?)?by([- ](nc|nd|sa))*([- ]?\d\.\d)?", words)
     if software or not (short or re.search(r"\battribution\b", words)):
         return software or words
-    terms = {"nc": r"\bnc\b|non[- ]?commercial", "nd": r"\bnd\b|no[- ]?deriv", "sa": r"\bsa\b|share[- ]?alike"}
+    terms = {
+        "nc": r"\bnc\b|non[- ]?commercial",
+        "nd": r"\bnd\b|no[- ]?deriv",
+        "sa": r"\bsa\b|share[- ]?alike",
+    }
     return "-".join(["by", *(name for name, pattern in terms.items() if re.search(pattern, words))])

@@ -9,25 +9,41 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.curation.dedup import DedupConfig, Signatures, duplicates
 from pipeline.core.schema import check_resolution
+from pipeline.curation.dedup import DedupConfig, Signatures, duplicates
 
 WEIGHTS = {"detail": 0.30, "texture": 0.25, "solid": 0.20, "views": 0.15, "complete": 0.10}
 # Why an asset is turned away, and the options that decide it; the rest of the reasons have no threshold.
 THRESHOLDS: dict[str, tuple[str, ...]] = {
-    **{"unsupported_format": (), "licence": ("filter.licences",), "age_restricted": ("filter.age_restricted",)},
+    **{
+        "unsupported_format": (),
+        "licence": ("filter.licences",),
+        "age_restricted": ("filter.age_restricted",),
+    },
     **{"animated": ("filter.max_animations",), "banned_word": ("filter.banned_words",)},
     **{"file_too_small": ("filter.min_bytes",), "file_too_large": ("filter.max_bytes",)},
-    **{"too_few_faces": ("filter.min_faces",), "too_many_faces": ("filter.max_faces", "load.max_faces")},
+    **{
+        "too_few_faces": ("filter.min_faces",),
+        "too_many_faces": ("filter.max_faces", "load.max_faces"),
+    },
     **{"degenerate": ("filter.min_area", "filter.min_width"), "flat": ("filter.min_thickness",)},
-    **{"degenerate_faces": ("filter.max_degenerate_share",), "too_many_components": ("filter.max_components",)},
+    **{
+        "degenerate_faces": ("filter.max_degenerate_share",),
+        "too_many_components": ("filter.max_components",),
+    },
     **{"allocation_bomb": ("load.max_unpacked_bytes",), "plain_box": ("rank.max_solid_fraction",)},
     **{"leaks": ("rank.max_leak_fraction",), "hollow": ("rank.min_solid_fraction",)},
     **{"too_few_tokens": ("rank.min_tokens",), "too_many_tokens": ("rank.max_tokens",)},
-    **{"low_coverage": ("rank.min_coverage",), "dark": ("rank.min_brightness",), "washed_out": ("rank.max_white",)},
+    **{
+        "low_coverage": ("rank.min_coverage",),
+        "dark": ("rank.min_brightness",),
+        "washed_out": ("rank.max_white",),
+    },
     **{"monotonous": ("rank.min_contrast",), "missing_files": ("rank.max_missing_files",)},
     "duplicate_bytes": (),
-    "duplicate_geometry": tuple(f"rank.dedup.{name}_percent" for name in ("area", "tokens", "occupancy")),
+    "duplicate_geometry": tuple(
+        f"rank.dedup.{name}_percent" for name in ("area", "tokens", "occupancy")
+    ),
     "duplicate_looks": ("rank.dedup.look_bits",),
     "below_target": ("rank.target_count",),
 }
@@ -37,7 +53,9 @@ THRESHOLDS: dict[str, tuple[str, ...]] = {
 class RankConfig:
     """What the second look turns away, and how many are kept. Changing it does not change what was measured."""
 
-    target_count: int | None = None  # keep the best so many of all that are screened; None: no screening, keep all
+    target_count: int | None = (
+        None  # keep the best so many of all that are screened; None: no screening, keep all
+    )
     best_count: int = 0  # so many of the kept ones, the best, also get
     best_resolutions: tuple[int, ...] = ()  # SDFs at these, in a pass of their own
     min_solid_fraction: float = 0.0  # of the bounding box that is enclosed; 0 lets sheets through
@@ -90,7 +108,9 @@ def rank(table: pa.Table, cfg: RankConfig) -> pa.Table:
     for copy, (why, original) in copies.items():
         stage[candidates[copy]], reason[candidates[copy]] = "duplicates", why
         duplicate_of[candidates[copy]] = uids[candidates[original]]
-    left = np.array([row for number, row in enumerate(candidates.tolist()) if number not in copies], np.int64)
+    left = np.array(
+        [row for number, row in enumerate(candidates.tolist()) if number not in copies], np.int64
+    )
     kept, below = left[: cfg.target_count], left[len(left[: cfg.target_count]) :]
     stage[below], reason[below] = "rank", "below_target"
     place = np.full(len(uids), -1, np.int64)
@@ -120,10 +140,13 @@ def quality(values: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
         "detail": np.clip(np.log10(np.maximum(values["faces"], 1) / 100) / 4, 0, 1),
         "texture": np.where(values["textured"] > 0, 1.0, 0.5 * (values["colored"] > 0)),
         "solid": 1 - values["sheet_share"],
-        "views": np.clip(values["coverage_mean"] / 0.15, 0, 1) * np.clip(values["contrast_mean"] / 0.1, 0, 1),
+        "views": np.clip(values["coverage_mean"] / 0.15, 0, 1)
+        * np.clip(values["contrast_mean"] / 0.1, 0, 1),
         "complete": (values["missing_files"] == 0).astype(np.float64),
     }
-    return sum((WEIGHTS[name] * part for name, part in parts.items()), np.zeros(len(values["faces"])))
+    return sum(
+        (WEIGHTS[name] * part for name, part in parts.items()), np.zeros(len(values["faces"]))
+    )
 
 
 def funnel_rows(table: pa.Table, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -157,7 +180,9 @@ def thresholds(reason: str, options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _verdicts(values: dict[str, NDArray[np.float64]], cfg: RankConfig) -> dict[str, NDArray[np.bool_]]:
+def _verdicts(
+    values: dict[str, NDArray[np.float64]], cfg: RankConfig
+) -> dict[str, NDArray[np.bool_]]:
     """Reason -> which assets it holds for, in the order in which they are asked."""
     return {
         "leaks": values["leak_fraction"] > cfg.max_leak_fraction,
@@ -173,10 +198,14 @@ def _verdicts(values: dict[str, NDArray[np.float64]], cfg: RankConfig) -> dict[s
     }
 
 
-def _signatures(table: pa.Table, values: dict[str, NDArray[np.float64]], rows: NDArray[np.int64]) -> Signatures:
+def _signatures(
+    table: pa.Table, values: dict[str, NDArray[np.float64]], rows: NDArray[np.int64]
+) -> Signatures:
     def bits(name: str) -> NDArray[np.uint8]:
         joined = b"".join(table[name].to_pylist())
-        return np.frombuffer(joined, np.uint8).reshape(len(rows), table.schema.field(name).type.byte_width)
+        return np.frombuffer(joined, np.uint8).reshape(
+            len(rows), table.schema.field(name).type.byte_width
+        )
 
     return Signatures(
         sha256=table["sha256"].to_pylist(),

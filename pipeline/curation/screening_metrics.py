@@ -13,22 +13,30 @@ import pyarrow.parquet as pq
 from PIL import Image
 from scipy.fft import dctn
 
-from pipeline.geometry.flood_fill import BARRIER_VOXELS, Exterior, bin_triangles, flood
-from pipeline.storage.remote import Location, readable
-from pipeline.rendering.views import RenderConfig, render_views, view_numbers
+from pipeline.core.primitives.triangles import pack
 from pipeline.core.schema import FORMAT_VERSION, Bricks, Mesh, View, check_resolution, spacing
+from pipeline.geometry.flood_fill import BARRIER_VOXELS, Exterior, bin_triangles, flood
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import Topology
-from pipeline.core.primitives.triangles import pack
+from pipeline.rendering.views import RenderConfig, render_views, view_numbers
+from pipeline.storage.remote import Location, readable
 
 CELLS = 16  # along one side of the occupancy signature: 16^3 bits
-CAMERAS = "screening"  # seeds the views: the same for every asset, so that their hashes can be compared
+CAMERAS = (
+    "screening"  # seeds the views: the same for every asset, so that their hashes can be compared
+)
 COLUMNS = pa.schema(
     [
         ("uid", pa.string()),
         ("tokens", pa.int64()),
-        *((name, pa.float64()) for name in ("solid_fraction", "leak_fraction", "sheet_share", "visible_area")),
-        *((name, pa.float64()) for name in ("coverage_mean", "coverage_min", "brightness_mean", "contrast_mean")),
+        *(
+            (name, pa.float64())
+            for name in ("solid_fraction", "leak_fraction", "sheet_share", "visible_area")
+        ),
+        *(
+            (name, pa.float64())
+            for name in ("coverage_mean", "coverage_min", "brightness_mean", "contrast_mean")
+        ),
         ("white_max", pa.float64()),
         *((name, pa.bool_()) for name in ("textured", "colored")),
         ("occupancy", pa.binary(CELLS**3 // 8)),
@@ -42,7 +50,9 @@ COLUMNS = pa.schema(
 class ScreenConfig:
     """How an asset is looked at before it is known whether it is kept."""
 
-    resolution: int = 256  # of its SDF, and at most of the grid on which inside and outside are decided
+    resolution: int = (
+        256  # of its SDF, and at most of the grid on which inside and outside are decided
+    )
     image_size: int = 256  # of its four views, pixels a side
 
     def __post_init__(self):
@@ -131,24 +141,37 @@ def look_bits(view: View) -> bytes:
     rgba = view.rgba.astype(np.float64)
     alpha = rgba[..., 3] / 255
     grey = rgba[..., :3] @ (0.299, 0.587, 0.114) * alpha + 128 * (1 - alpha)
-    small = np.asarray(Image.fromarray(grey.astype(np.float32)).resize((32, 32), Image.Resampling.BOX))
+    small = np.asarray(
+        Image.fromarray(grey.astype(np.float32)).resize((32, 32), Image.Resampling.BOX)
+    )
     low = np.asarray(dctn(small, norm="ortho"))[:8, :8].ravel()
     return np.packbits(low > np.median(low[1:])).tobytes()
 
 
 def save_measured(folder: Path, measured: Measured) -> None:
-    row = {name: value.hex() if isinstance(value, bytes) else value for name, value in asdict(measured).items()}
+    row = {
+        name: value.hex() if isinstance(value, bytes) else value
+        for name, value in asdict(measured).items()
+    }
     (folder / "measured.json").write_text(json.dumps(row))
 
 
 def load_measured(folder: Path) -> Measured:
     row = json.loads((folder / "measured.json").read_text())
-    return Measured(**{**row, "occupancy": bytes.fromhex(row["occupancy"]), "looks": bytes.fromhex(row["looks"])})
+    return Measured(
+        **{
+            **row,
+            "occupancy": bytes.fromhex(row["occupancy"]),
+            "looks": bytes.fromhex(row["looks"]),
+        }
+    )
 
 
 def write_measured(path: Path, rows: Sequence[tuple[str, Measured]]) -> None:
     """One shard's rows, in the given order. The same rows give the same bytes."""
-    table = pa.Table.from_pylist([{"uid": uid, **asdict(measured)} for uid, measured in rows], COLUMNS)
+    table = pa.Table.from_pylist(
+        [{"uid": uid, **asdict(measured)} for uid, measured in rows], COLUMNS
+    )
     pq.write_table(table, path, compression="zstd")
 
 
@@ -159,5 +182,7 @@ def read_measured(path: Location) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} must be a readable table: {error}") from error
     if not table.schema.equals(COLUMNS, check_metadata=True):
-        raise ValueError(f"{path} must have the columns {COLUMNS.names} of format_version {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path} must have the columns {COLUMNS.names} of format_version {FORMAT_VERSION}"
+        )
     return table

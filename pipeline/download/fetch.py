@@ -18,10 +18,10 @@ from pathlib import Path
 
 from urllib3.exceptions import ProtocolError
 
-from pipeline.orchestration.isolated_process import is_disk_full
-from pipeline.mesh_io.file_checks import HEAD, check_magic
 from pipeline.core.schema import Reject, RunError, Transient
 from pipeline.download.http import FetchConfig, Response, pieces, request
+from pipeline.mesh_io.file_checks import HEAD, check_magic
+from pipeline.orchestration.isolated_process import is_disk_full
 
 LFS_HEAD = b"version https://git-lfs"
 
@@ -112,7 +112,9 @@ def _remembered(key: str, cfg: FetchConfig) -> Iterator[None]:
         if verdict.reason == "file_too_large":
             raise
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(note, json.dumps({"reason": verdict.reason, "numbers": verdict.numbers}).encode())
+        write_whole(
+            note, json.dumps({"reason": verdict.reason, "numbers": verdict.numbers}).encode()
+        )
         raise
 
 
@@ -127,7 +129,9 @@ def _usable(cfg: FetchConfig) -> Iterator[None]:
         place = Path(error.filename)
         if not place.is_relative_to(cfg.root) and not cfg.root.is_relative_to(place):
             raise
-        raise RunError(f"cannot use --fetch.cache {cfg.root}: {error.strerror}; choose another") from error
+        raise RunError(
+            f"cannot use --fetch.cache {cfg.root}: {error.strerror}; choose another"
+        ) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -184,7 +188,11 @@ def _download(want: Wanted, partial: Path, cfg: FetchConfig) -> None:
             _forget(partial)
             raise ProtocolError("an answer with another range than was asked for")
         etag = response.headers.get("ETag", "")
-        validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
+        validator = (
+            etag
+            if etag and not etag.startswith("W/")
+            else response.headers.get("Last-Modified", "")
+        )
         if response.status == 200 or validator:
             _state(partial).write_text(json.dumps({"validator": validator}))
         goes_on = response.status == 206
@@ -204,7 +212,9 @@ def _download(want: Wanted, partial: Path, cfg: FetchConfig) -> None:
 
 def _range(response: Response) -> tuple[int, int, int]:
     """First byte, last byte and size of the whole, of a 206; -1 for what the server does not say."""
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+    found = re.fullmatch(
+        r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip()
+    )
     if found is None:
         return -1, -1, -1
     return int(found[1]), int(found[2]), -1 if found[3] == "*" else int(found[3])
@@ -235,10 +245,18 @@ def read_pointer(head: bytes) -> LfsPointer | None:
     """The git LFS pointer that a file's first bytes are, if they are one."""
     if not head.startswith(LFS_HEAD):
         return None
-    lines = {line.partition(" ")[0]: line.partition(" ")[2] for line in head.decode("utf-8", "replace").splitlines()}
+    lines = {
+        line.partition(" ")[0]: line.partition(" ")[2]
+        for line in head.decode("utf-8", "replace").splitlines()
+    }
     kind, _, oid = lines.get("oid", "").partition(":")
     size = lines.get("size", "")
-    if kind != "sha256" or len(oid) != 64 or not set(oid) <= set("0123456789abcdef") or not size.isdecimal():
+    if (
+        kind != "sha256"
+        or len(oid) != 64
+        or not set(oid) <= set("0123456789abcdef")
+        or not size.isdecimal()
+    ):
         raise Reject("lfs_pointer", error="not one that can be read")
     return LfsPointer(oid, int(size))
 
@@ -251,7 +269,9 @@ def _locked(path: Path, timeout_s: float) -> Iterator[None]:
         with path.open("wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:  # not removed meanwhile
+                if (
+                    path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
+                ):  # not removed meanwhile
                     try:
                         yield
                     finally:

@@ -40,17 +40,23 @@ Response = urllib3.BaseHTTPResponse
 class FetchConfig:
     """How files are downloaded. None of it belongs to a dataset's identity."""
 
-    cache: Path = Path("~/.cache/sparse3d")  # unfinished downloads, what is known to be gone; one a machine
+    cache: Path = Path(
+        "~/.cache/sparse3d"
+    )  # unfinished downloads, what is known to be gone; one a machine
     keep: bool = False  # keep the files too, for the next build
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 30.0  # silence after which a connection counts as lost
     attempt_timeout_s: float = 600.0  # of one answer as a whole, however it trickles
     retries: int = 5  # of one request, with growing, jittered waits; Retry-After is honoured
-    backoff_s: float = 0.5  # the first wait; each is twice the last, and up to this much more at random
+    backoff_s: float = (
+        0.5  # the first wait; each is twice the last, and up to this much more at random
+    )
     max_wait_s: float = 120.0  # no wait is longer, whatever the server asks for
     max_redirects: int = 5
     per_host: int = 8  # connections that this machine keeps to one host at a time
-    negative_ttl_h: float = 24.0  # how long a file that was refused, missing or not what it should be is left alone
+    negative_ttl_h: float = (
+        24.0  # how long a file that was refused, missing or not what it should be is left alone
+    )
     proxy: str = ""  # URL of an HTTP proxy
 
     def __post_init__(self):
@@ -81,7 +87,9 @@ def request(
         backoff_jitter=cfg.backoff_s,
         backoff_max=cfg.max_wait_s,
         retry_after_max=int(cfg.max_wait_s),
-    ).increment(method, "")  # urllib3 would send the first repetition at once: an error before the first makes it wait
+    ).increment(
+        method, ""
+    )  # urllib3 would send the first repetition at once: an error before the first makes it wait
     while True:
         answer: Response | None = None
         url, headers = ask()
@@ -113,7 +121,9 @@ def request(
         retry.sleep(answer)
 
 
-def post_json(url: str, body: Any, headers: Mapping[str, str], cfg: FetchConfig, max_bytes: int = 1 << 20) -> Any:
+def post_json(
+    url: str, body: Any, headers: Mapping[str, str], cfg: FetchConfig, max_bytes: int = 1 << 20
+) -> Any:
     """The JSON that a server answers to JSON. Errors as in `fetch`, and Reject "bad_answer"."""
     content = b""
 
@@ -130,12 +140,16 @@ def post_json(url: str, body: Any, headers: Mapping[str, str], cfg: FetchConfig,
 
 def _may_pass(response: Response) -> bool:
     """Whether a refusal may end by itself. GitHub says 403 when it has been asked too often."""
-    asked_too_often = "Retry-After" in response.headers or response.headers.get("X-RateLimit-Remaining") == "0"
+    asked_too_often = (
+        "Retry-After" in response.headers or response.headers.get("X-RateLimit-Remaining") == "0"
+    )
     return response.status in RETRIED or (response.status == 403 and asked_too_often)
 
 
 @contextmanager
-def _answer(method: str, url: str, headers: dict[str, str], cfg: FetchConfig, body: bytes | None) -> Iterator[Response]:
+def _answer(
+    method: str, url: str, headers: dict[str, str], cfg: FetchConfig, body: bytes | None
+) -> Iterator[Response]:
     """The answer after redirects, its headers read, its body not. One of the host's places is held meanwhile."""
     origin = _parts(url)
     for _ in range(cfg.max_redirects + 1):
@@ -184,7 +198,9 @@ def pieces(response: Response, max_bytes: int, cfg: FetchConfig) -> Iterator[byt
     if claimed.isdecimal() and int(claimed) > max_bytes:
         raise Reject("file_too_large", bytes=int(claimed), max_bytes=max_bytes)
     size = 0
-    while piece := response.read1(PIECE, decode_content=False):  # what there is: read would wait for all of it
+    while piece := response.read1(
+        PIECE, decode_content=False
+    ):  # what there is: read would wait for all of it
         size += len(piece)
         if size > max_bytes:
             raise Reject("file_too_large", max_bytes=max_bytes)

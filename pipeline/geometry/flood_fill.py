@@ -8,8 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.schema import BLOCK, spacing
 from pipeline.core.primitives.triangles import distance2
+from pipeline.core.schema import BLOCK, spacing
 
 # A 6-connected path across a closed surface has an end within h/2 of it; a little more also closes hairline cracks.
 BARRIER_VOXELS = 0.6
@@ -60,7 +60,11 @@ def _visit_blocks(packed, first, resolution, reach, counts, cursor, out):
             hx = 0.5 * h * (BLOCK * (x1 - x0) - 1)
             hy = 0.5 * h * (BLOCK * (y1 - y0) - 1)
             hz = 0.5 * h * (BLOCK * (z1 - z0) - 1)
-            cx, cy, cz = BLOCK * x0 * h - 0.5 + hx, BLOCK * y0 * h - 0.5 + hy, BLOCK * z0 * h - 0.5 + hz
+            cx, cy, cz = (
+                BLOCK * x0 * h - 0.5 + hx,
+                BLOCK * y0 * h - 0.5 + hy,
+                BLOCK * z0 * h - 0.5 + hz,
+            )
             radius = np.sqrt(hx * hx + hy * hy + hz * hz) + reach
             # the plane first: it prunes most cells for less than the full distance
             height = (cx - row[0]) * row[9] + (cy - row[1]) * row[10] + (cz - row[2]) * row[11]
@@ -85,7 +89,9 @@ def _visit_blocks(packed, first, resolution, reach, counts, cursor, out):
                         depth += 1
 
 
-def bin_triangles(packed: NDArray[np.float64], resolution: int, reach_voxels: float = REACH_VOXELS) -> Bins:
+def bin_triangles(
+    packed: NDArray[np.float64], resolution: int, reach_voxels: float = REACH_VOXELS
+) -> Bins:
     """Lists, for every 8^3 block, the packed [T, 16] triangles within reach of it (and a few more), ascending."""
     size = resolution // BLOCK
     reach = reach_voxels * spacing(resolution)
@@ -102,7 +108,9 @@ def bin_triangles(packed: NDArray[np.float64], resolution: int, reach_voxels: fl
     triangles = np.empty(offsets[-1], np.int32)
     if len(triangles):
         _visit_blocks(packed, 0, resolution, reach, counts, cursor, triangles)
-    return Bins(resolution=resolution, bin_of=bin_of, blocks=blocks, offsets=offsets, triangles=triangles)
+    return Bins(
+        resolution=resolution, bin_of=bin_of, blocks=blocks, offsets=offsets, triangles=triangles
+    )
 
 
 @njit(cache=True)
@@ -132,7 +140,9 @@ def _mark_barrier(packed, resolution, radius, use, blocks, offsets, triangles, b
                         if barrier[m, i] & bit:
                             continue
                         z = (z0 + k) * h - 0.5
-                        height = (x - row[0]) * row[9] + (y - row[1]) * row[10] + (z - row[2]) * row[11]
+                        height = (
+                            (x - row[0]) * row[9] + (y - row[1]) * row[10] + (z - row[2]) * row[11]
+                        )
                         if abs(height) <= radius and distance2(row, x, y, z) <= radius2:
                             barrier[m, i] |= bit
 
@@ -179,7 +189,9 @@ def _face(words, axis, side):
             face |= (words[i] >> np.uint64(56 * side) & np.uint64(255)) << np.uint64(8 * i)
         else:
             for j in range(8):
-                face |= (words[i] >> np.uint64(8 * j + 7 * side) & np.uint64(1)) << np.uint64(8 * i + j)
+                face |= (words[i] >> np.uint64(8 * j + 7 * side) & np.uint64(1)) << np.uint64(
+                    8 * i + j
+                )
     return face
 
 
@@ -265,12 +277,17 @@ def _fill(
 
 
 def flood(
-    packed: NDArray[np.float64], bins: Bins, use: NDArray[np.bool_], barrier_voxels: float = BARRIER_VOXELS
+    packed: NDArray[np.float64],
+    bins: Bins,
+    use: NDArray[np.bool_],
+    barrier_voxels: float = BARRIER_VOXELS,
 ) -> Exterior:
     """Fills the outside of the triangles where `use` [T] holds, leaving a barrier of this many voxels around them."""
     barrier = np.zeros((len(bins.blocks), BLOCK), np.uint64)
     radius = barrier_voxels * spacing(bins.resolution)
-    _mark_barrier(packed, bins.resolution, radius, use, bins.blocks, bins.offsets, bins.triangles, barrier)
+    _mark_barrier(
+        packed, bins.resolution, radius, use, bins.blocks, bins.offsets, bins.triangles, barrier
+    )
     outside, whole = np.zeros_like(barrier), np.zeros(bins.bin_of.shape, np.bool_)
     # the flood starts at all free points of the grid's walls
     size = len(bins.bin_of)

@@ -10,7 +10,9 @@ WELD = 2.0**-21  # cube units (5e-7): vertices rounding to the same point of thi
 MAX_EXACT_LOOP = 400  # longer loops are capped by a fan: the exact triangulation costs O(n^3)
 
 
-def weld(vertices: NDArray[np.float64], faces: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+def weld(
+    vertices: NDArray[np.float64], faces: NDArray[np.int32]
+) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
     """Joins equal vertices, drops faces that thereby collapse and keeps one of several faces on the same vertices.
 
     Vertices come out in the order of their positions and faces sorted, corners too: the same shape gives the same
@@ -36,7 +38,9 @@ def has_area(vertices: NDArray[np.float64], faces: NDArray[np.int32]) -> NDArray
     return doubled_area > 1e-7 * np.maximum(longest2, WELD**2)
 
 
-def edges_of(faces: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+def edges_of(
+    faces: NDArray[np.int32],
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     """Undirected edges [E, 2], the edge of each of the 3 F half-edges (ab, bc, ca per face), and faces per edge."""
     half = np.sort(faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2), axis=1)
     keys = half[:, 0].astype(np.int64) << 32 | half[:, 1]
@@ -105,7 +109,10 @@ def boundary_loops(faces: NDArray[np.int32]) -> list[NDArray[np.int64]]:
     number = _walk_loops(local, starts, by_vertex % len(edges), order, lengths)
     if number == 0:
         return []
-    return [vertices[loop] for loop in np.split(order[: lengths[:number].sum()], np.cumsum(lengths[:number])[:-1])]
+    return [
+        vertices[loop]
+        for loop in np.split(order[: lengths[:number].sum()], np.cumsum(lengths[:number])[:-1])
+    ]
 
 
 @njit(cache=True)
@@ -121,7 +128,9 @@ def _minimal_area(points):
             x, y, z = points[i]
             ux, uy, uz = points[k, 0] - x, points[k, 1] - y, points[k, 2] - z
             for j in range(i + 1, k):
-                total = cost[i, j] + cost[k, j]  # of both halves; the table is symmetric, so that j runs along its rows
+                total = (
+                    cost[i, j] + cost[k, j]
+                )  # of both halves; the table is symmetric, so that j runs along its rows
                 if total >= best:
                     continue
                 vx, vy, vz = points[j, 0] - x, points[j, 1] - y, points[j, 2] - z

@@ -8,13 +8,20 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.geometry.flood_fill import Exterior, bit_at
-from pipeline.core.schema import BLOCK, spacing
 from pipeline.core.primitives.triangles import segment_hits
+from pipeline.core.schema import BLOCK, spacing
+from pipeline.geometry.flood_fill import Exterior, bit_at
 
-HIDDEN, FRONT, BACK, SHEET = 0, 1, 2, 3  # seen from: nowhere, the normal's side, the other side, both
+HIDDEN, FRONT, BACK, SHEET = (
+    0,
+    1,
+    2,
+    3,
+)  # seen from: nowhere, the normal's side, the other side, both
 GLIMPSE = 0.2  # of what the other side sees
-FARTHEST_VOXELS = 4.0  # a line of sight stays this close to its sample along each axis: at most 2.4 + 0.5 + 1
+FARTHEST_VOXELS = (
+    4.0  # a line of sight stays this close to its sample along each axis: at most 2.4 + 0.5 + 1
+)
 
 
 class Scene(NamedTuple):
@@ -30,14 +37,18 @@ class Scene(NamedTuple):
     h: float  # spacing of the grid
     near: NDArray[np.int32]  # scratch of `_near_sample`: the lists of triangles near one sample
     near_boxes: NDArray[np.float64]  # their boxes
-    lists: NDArray[np.int64]  # [1 + 8, 2]: how many lists there are; then of each its block and where in `near` it ends
+    lists: NDArray[
+        np.int64
+    ]  # [1 + 8, 2]: how many lists there are; then of each its block and where in `near` it ends
 
 
 def scene_of(packed: NDArray[np.float64], exterior: Exterior) -> Scene:
     """The triangles of `pack` among an exterior."""
     bins = exterior.bins
     most = 8 * np.diff(bins.offsets).max(initial=0)
-    corners = np.stack([packed[:, :3], packed[:, :3] + packed[:, 3:6], packed[:, :3] + packed[:, 6:9]])
+    corners = np.stack(
+        [packed[:, :3], packed[:, :3] + packed[:, 3:6], packed[:, :3] + packed[:, 6:9]]
+    )
     return Scene(
         packed, np.concatenate([corners.min(0), corners.max(0)], axis=1), bins.bin_of, bins.offsets, bins.triangles,
         exterior.outside, exterior.whole, spacing(bins.resolution),
@@ -106,7 +117,11 @@ def _sees_exterior(scene, sample_x, sample_y, sample_z, nx, ny, nz, every):
             # a triangle in the way is within reach of the block at one end of the line or the other
             for end in range(2):
                 if end == 0:
-                    a, b, c = int((x + 0.5) / h) // BLOCK, int((y + 0.5) / h) // BLOCK, int((z + 0.5) / h) // BLOCK
+                    a, b, c = (
+                        int((x + 0.5) / h) // BLOCK,
+                        int((y + 0.5) / h) // BLOCK,
+                        int((z + 0.5) / h) // BLOCK,
+                    )
                 else:
                     a, b, c = i // BLOCK, j // BLOCK, k // BLOCK
                 if min(a, b, c) < 0 or max(a, b, c) >= size:

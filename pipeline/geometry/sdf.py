@@ -8,19 +8,23 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.core.primitives.triangles import TIE, VOTE_ROUNDING, distance2, pack, side_vote
+from pipeline.core.schema import BLOCK, Bricks, band, check_resolution, spacing
 from pipeline.geometry import sdf_cuda as gpu
 from pipeline.geometry.flood_fill import BARRIER_VOXELS, Bins, bin_triangles, bit_at
-from pipeline.core.schema import BLOCK, Bricks, band, check_resolution, spacing
 from pipeline.geometry.sharp_edges import sharp_bits
 from pipeline.geometry.topology import BURIED, SOLID, THIN, Topology
-from pipeline.core.primitives.triangles import TIE, VOTE_ROUNDING, distance2, pack, side_vote
 
 # beyond this distance from all triangles the nearest point of the topology's grid (sqrt(3) / 2) is clear of the barrier
 FLOOD_VOXELS = BARRIER_VOXELS + 0.87
 CHUNK_BLOCKS = 4096
 DEVICES = ("cpu", "cuda")
-SLACK = 0.01  # voxels that a float32 distance may be off, generously; the result does not depend on it
-SHEET_HALF_VOXELS = 0.87  # just above sqrt(3) / 2: a sheet of this half thickness always holds grid points
+SLACK = (
+    0.01  # voxels that a float32 distance may be off, generously; the result does not depend on it
+)
+SHEET_HALF_VOXELS = (
+    0.87  # just above sqrt(3) / 2: a sheet of this half thickness always holds grid points
+)
 
 
 def compute_bricks(topology: Topology, resolution: int, device: str = "cpu") -> Bricks:
@@ -109,7 +113,9 @@ def _narrow(packed, kinds, candidates, x, y, z, radius, trusted, kept, scratch):
 
 
 @njit(cache=True)
-def _is_out(packed, kinds, candidates, distances, x, y, z, trusted, flood_h, bin_of, outside, whole):
+def _is_out(
+    packed, kinds, candidates, distances, x, y, z, trusted, flood_h, bin_of, outside, whole
+):
     """The side of a point in float64, which defines it: near a solid by votes, elsewhere by sheets and the flood.
 
     All solid and buried triangles within TIE of the closest vote, in whichever order they come. The sum must pass what
@@ -123,7 +129,9 @@ def _is_out(packed, kinds, candidates, distances, x, y, z, trusted, flood_h, bin
             continue
         row = packed[candidates[c]]
         height = (x - row[0]) * row[9] + (y - row[1]) * row[10] + (z - row[2]) * row[11]
-        if abs(height) > (solid if kind == SOLID else nearest) + 2 * TIE:  # the plane alone is farther
+        if (
+            abs(height) > (solid if kind == SOLID else nearest) + 2 * TIE
+        ):  # the plane alone is farther
             continue
         distances[c] = np.sqrt(distance2(row, x, y, z))
         nearest = min(nearest, distances[c])
@@ -151,7 +159,11 @@ def _closest(row, x, y, z, h, grid, not_above, not_below):
     is the distance, and if that is far below the other all that are as close see the point on one side.
     """
     zero, one, inf = np.float32(0), np.float32(1), np.float32(np.inf)
-    ax, ay, az = np.float32((row[0] - x) / h), np.float32((row[1] - y) / h), np.float32((row[2] - z) / h)
+    ax, ay, az = (
+        np.float32((row[0] - x) / h),
+        np.float32((row[1] - y) / h),
+        np.float32((row[2] - z) / h),
+    )
     ux, uy, uz = np.float32(row[3] / h), np.float32(row[4] / h), np.float32(row[5] / h)
     vx, vy, vz = np.float32(row[6] / h), np.float32(row[7] / h), np.float32(row[8] / h)
     nx, ny, nz = np.float32(row[9]), np.float32(row[10]), np.float32(row[11])
@@ -177,7 +189,11 @@ def _closest(row, x, y, z, h, grid, not_above, not_below):
         sx, sy, sz = px - s * ux, py - s * uy, pz - s * uz
         tx, ty, tz = px - t * vx, py - t * vy, pz - t * vz
         rx, ry, rz = qx - r * wx, qy - r * wy, qz - r * wz
-        ds, dt, dr = sx * sx + sy * sy + sz * sz, tx * tx + ty * ty + tz * tz, rx * rx + ry * ry + rz * rz
+        ds, dt, dr = (
+            sx * sx + sy * sy + sz * sz,
+            tx * tx + ty * ty + tz * tz,
+            rx * rx + ry * ry + rz * rz,
+        )
         edge = ds if ds < dt else dt
         edge = edge if edge < dr else dr
         height = px * nx + py * ny + pz * nz
@@ -213,7 +229,22 @@ def _outside(flood_h, bin_of, outside, whole, x, y, z):
 
 
 @njit(cache=True)
-def _fill_block(packed, kinds, candidates, block, last, tau, half, flood_h, bin_of, outside, whole, kept, scratch, out):
+def _fill_block(
+    packed,
+    kinds,
+    candidates,
+    block,
+    last,
+    tau,
+    half,
+    flood_h,
+    bin_of,
+    outside,
+    whole,
+    kept,
+    scratch,
+    out,
+):
     """Distances of one block's 512 points; whether any lies inside the band.
 
     Near a surface the closest triangle decides the side; farther off, where the nearest grid point of the topology is
@@ -226,7 +257,9 @@ def _fill_block(packed, kinds, candidates, block, last, tau, half, flood_h, bin_
     grid = np.empty((3, 64), np.float32)
     for p in range(64):
         grid[0, p], grid[1, p], grid[2, p] = p // 16 - 1.5, p // 4 % 4 - 1.5, p % 4 - 1.5
-    nearest = np.empty((6, 64), np.float32)  # to solids not above, not below; to buried triangles; to sheets
+    nearest = np.empty(
+        (6, 64), np.float32
+    )  # to solids not above, not below; to buried triangles; to sheets
     for sub in range(8):
         first = 4 * (64 * (sub >> 2) + 8 * (sub >> 1 & 1) + (sub & 1))
         x0, y0, z0 = (
@@ -235,7 +268,9 @@ def _fill_block(packed, kinds, candidates, block, last, tau, half, flood_h, bin_
             BLOCK * block[2] + 4 * (sub & 1),
         )
         x, y, z = (x0 + 1.5) * h - 0.5, (y0 + 1.5) * h - 0.5, (z0 + 1.5) * h - 0.5
-        count, solid, sheet = _narrow(packed, kinds, candidates, x, y, z, radius, trusted, kept, scratch)
+        count, solid, sheet = _narrow(
+            packed, kinds, candidates, x, y, z, radius, trusted, kept, scratch
+        )
         if min(solid, sheet - half) - radius > max(tau, trusted):
             # no surface inside: one side for all, and the clamp hides the rest
             far = np.inf if _outside(flood_h, bin_of, outside, whole, x, y, z) else -np.inf
@@ -246,8 +281,13 @@ def _fill_block(packed, kinds, candidates, block, last, tau, half, flood_h, bin_
         worst_solid, worst_sheet = np.inf, np.inf
         for turn, c in enumerate(np.argsort(scratch[:count])):
             t = kept[c]
-            if turn % 4 == 3:  # what is farther than this from the centre is closest for none of the points
-                worst_solid, worst_sheet = h * _largest(nearest[0], nearest[1]), h * _largest(nearest[4], nearest[5])
+            if (
+                turn % 4 == 3
+            ):  # what is farther than this from the centre is closest for none of the points
+                worst_solid, worst_sheet = (
+                    h * _largest(nearest[0], nearest[1]),
+                    h * _largest(nearest[4], nearest[5]),
+                )
             if scratch[c] - radius - margin > (worst_sheet if kinds[t] == THIN else worst_solid):
                 continue
             if kinds[t] == SOLID:
@@ -261,7 +301,10 @@ def _fill_block(packed, kinds, candidates, block, last, tau, half, flood_h, bin_
             distance = h * np.sqrt(min(nearest[0, p], nearest[1, p]))
             shell = h * np.sqrt(min(nearest[4, p], nearest[5, p]))
             buried = min(nearest[2, p], nearest[3, p])
-            not_above, not_below = h * np.sqrt(min(nearest[0, p], buried)), h * np.sqrt(min(nearest[1, p], buried))
+            not_above, not_below = (
+                h * np.sqrt(min(nearest[0, p], buried)),
+                h * np.sqrt(min(nearest[1, p], buried)),
+            )
             closest = min(not_above, not_below)
             if distance < trusted - slack and closest > slack and not_above > closest + margin:
                 is_out = True
@@ -272,7 +315,11 @@ def _fill_block(packed, kinds, candidates, block, last, tau, half, flood_h, bin_
                 px, py, pz = x + (i - 1.5) * h, y + (j - 1.5) * h, z + (k - 1.5) * h
                 is_out = shell < trusted or _outside(flood_h, bin_of, outside, whole, px, py, pz)
             else:
-                px, py, pz = (x0 + i) / last - 0.5, (y0 + j) / last - 0.5, (z0 + k) / last - 0.5  # as the GPU has them
+                px, py, pz = (
+                    (x0 + i) / last - 0.5,
+                    (y0 + j) / last - 0.5,
+                    (z0 + k) / last - 0.5,
+                )  # as the GPU has them
                 is_out = _is_out(
                     packed, kinds, kept[:count], scratch, px, py, pz, trusted, flood_h, bin_of, outside, whole
                 )  # fmt: skip
@@ -283,7 +330,20 @@ def _fill_block(packed, kinds, candidates, block, last, tau, half, flood_h, bin_
 
 
 @njit(cache=True)
-def _fill_blocks(packed, kinds, blocks, offsets, triangles, resolution, tau, half, flood_h, bin_of, outside, whole):
+def _fill_blocks(
+    packed,
+    kinds,
+    blocks,
+    offsets,
+    triangles,
+    resolution,
+    tau,
+    half,
+    flood_h,
+    bin_of,
+    outside,
+    whole,
+):
     """Distances [M, 512] of blocks whose candidates are triangles[offsets[m]:offsets[m + 1]], and which are active."""
     last = float(resolution - 1)
     values, active = np.empty((len(blocks), BLOCK**3), np.float32), np.empty(len(blocks), np.bool_)

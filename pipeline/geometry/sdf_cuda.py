@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.geometry.flood_fill import Bins, Exterior
-from pipeline.core.schema import RunError, Transient, UserError
 from pipeline.core.primitives.triangles import TIE
+from pipeline.core.schema import RunError, Transient, UserError
+from pipeline.geometry.flood_fill import Bins, Exterior
 
 # What is on the GPU at once: 64 MB of distances and 128 MB of lists, since several assets share it
 CHUNK_BLOCKS, CHUNK_CANDIDATES = 1 << 15, 1 << 22
@@ -22,8 +22,14 @@ def check_cuda() -> None:
 
     if torch.cuda.is_available():
         return
-    why = "torch finds no CUDA device here" if torch.version.cuda else "the torch installed here has no CUDA"
-    raise UserError(f"--device cuda cannot be used: {why}; --device cpu gives the same distances, in more time")
+    why = (
+        "torch finds no CUDA device here"
+        if torch.version.cuda
+        else "the torch installed here has no CUDA"
+    )
+    raise UserError(
+        f"--device cuda cannot be used: {why}; --device cpu gives the same distances, in more time"
+    )
 
 
 def warm_up() -> None:
@@ -33,7 +39,9 @@ def warm_up() -> None:
 
 def use(gpu: str) -> None:
     """Makes this the process's only GPU (an index or UUID as CUDA knows it). Only before its first use of CUDA."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # the only way in: torch's own choice leaves contexts on the first
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        gpu  # the only way in: torch's own choice leaves contexts on the first
+    )
 
 
 def device_name(device: str) -> str:
@@ -65,8 +73,12 @@ def fill_blocks(
 
     try:
         surface = pack_surface(there(packed), there(kinds), bins.resolution)
-        outside = there(exterior.outside.view(np.int64))  # the same bits; torch has little for uint64
-        flood = Flood(bin_of=there(exterior.bins.bin_of), outside=outside, whole=there(exterior.whole))
+        outside = there(
+            exterior.outside.view(np.int64)
+        )  # the same bits; torch has little for uint64
+        flood = Flood(
+            bin_of=there(exterior.bins.bin_of), outside=outside, whole=there(exterior.whole)
+        )
         limit = torch.tensor(tau, dtype=torch.float32, device=device)
         for first, last in _chunks(bins.offsets):
             offsets = bins.offsets[first : last + 1]
@@ -78,7 +90,11 @@ def fill_blocks(
             near = values.abs() < limit
             active = near.any(1)
             stored = (values[active] / limit).clamp(-1, 1).half()
-            yield bins.blocks[first:last][active.cpu().numpy()], near[active].cpu().numpy(), stored.cpu().numpy()
+            yield (
+                bins.blocks[first:last][active.cpu().numpy()],
+                near[active].cpu().numpy(),
+                stored.cpu().numpy(),
+            )
     except torch.OutOfMemoryError as error:
         raise Transient("gpu_out_of_memory") from error
 

@@ -37,13 +37,22 @@ def _mark(slots, segments, resolution, near):
                         if m < 0:
                             continue
                         x, y, z = i * h - 0.5 - px, j * h - 0.5 - py, k * h - 0.5 - pz
-                        t = min(1.0, max(0.0, (x * dx + y * dy + z * dz) / square)) if square > 0 else 0.0
-                        if (x - t * dx) ** 2 + (y - t * dy) ** 2 + (z - t * dz) ** 2 <= reach * reach:
+                        t = (
+                            min(1.0, max(0.0, (x * dx + y * dy + z * dz) / square))
+                            if square > 0
+                            else 0.0
+                        )
+                        if (x - t * dx) ** 2 + (y - t * dy) ** 2 + (
+                            z - t * dz
+                        ) ** 2 <= reach * reach:
                             near[m, 64 * (i % 8) + 8 * (j % 8) + k % 8] = True
 
 
 def sharp_bits(
-    blocks: NDArray[np.integer], active: NDArray[np.bool_], segments: NDArray[np.float64], resolution: int
+    blocks: NDArray[np.integer],
+    active: NDArray[np.bool_],
+    segments: NDArray[np.float64],
+    resolution: int,
 ) -> NDArray[np.uint8]:
     """[M, 64] packed bits: the active points [M, 512] within SHARP_VOXELS of a segment [S, 2, 3]."""
     size = resolution // BLOCK

@@ -8,18 +8,20 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.core.primitives.triangles import pack, segment_hits
+from pipeline.core.schema import BLOCK, Mesh, Reject, check_resolution, spacing
 from pipeline.geometry import holes
 from pipeline.geometry.flood_fill import REACH_VOXELS, Exterior, bin_triangles, flood, region_from
-from pipeline.core.schema import BLOCK, Mesh, Reject, check_resolution, spacing
 from pipeline.geometry.line_of_sight import BACK, HIDDEN, SHEET
-from pipeline.core.primitives.triangles import pack, segment_hits
 from pipeline.geometry.visibility import classify_triangles, visible_edges
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopologyConfig:
     resolution: int = 512  # of the grid on which everything is decided, whatever R is asked for
-    max_opening: float = 0.05  # an opening is closed if the space behind it sees less than this share of the sphere
+    max_opening: float = (
+        0.05  # an opening is closed if the space behind it sees less than this share of the sphere
+    )
     sharp_degrees: float = 30.0  # an edge is sharp where its faces deviate from flat by more
 
     def __post_init__(self) -> None:
@@ -47,7 +49,10 @@ class Topology:
     numbers: dict[str, float]
 
 
-VIEWS, SAMPLES = 96, 64  # directions, and points of a region, that decide whether an opening is closed
+VIEWS, SAMPLES = (
+    96,
+    64,
+)  # directions, and points of a region, that decide whether an opening is closed
 SAME_WAY = 1 - 1e-6  # cosine of two directions that are one
 SOLID, THIN, BURIED = 0, 1, 2  # bounds a solid; a sheet with exterior on both sides; inside a solid
 
@@ -59,10 +64,14 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
     ValueError if the mesh leaves the cube [-0.5, 0.5]^3.
     """
     if len(mesh.vertices) and np.abs(mesh.vertices).max() > 0.5:
-        raise ValueError(f"mesh must lie in [-0.5, 0.5]^3, reaches {np.abs(mesh.vertices).max():.4g}: normalize it")
+        raise ValueError(
+            f"mesh must lie in [-0.5, 0.5]^3, reaches {np.abs(mesh.vertices).max():.4g}: normalize it"
+        )
     vertices, faces = holes.weld(mesh.vertices, mesh.faces)
     vertices, faces, cap_of = _add_caps(vertices, faces)
-    keep = holes.has_area(vertices, faces)  # only now: a needle without area still joins its neighbours
+    keep = holes.has_area(
+        vertices, faces
+    )  # only now: a needle without area still joins its neighbours
     faces, cap_of = faces[keep], cap_of[keep]
     if len(faces) == 0:
         raise Reject("no_area", faces=len(mesh.faces))
@@ -79,14 +88,21 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
             exterior = closed
         else:  # a cap that closes nothing must not stand in the way of anything
             faces, cap_of, packed = faces[use], cap_of[use], packed[use]
-            exterior = flood(packed, bin_triangles(packed, cfg.resolution), np.ones(len(faces), np.bool_))
+            exterior = flood(
+                packed, bin_triangles(packed, cfg.resolution), np.ones(len(faces), np.bool_)
+            )
     pieces, codes, parents, finest = classify_triangles(packed, faces, exterior)
     if (codes == HIDDEN).all():
         raise Reject("not_visible", faces=len(mesh.faces))
 
     pieces[codes == BACK] = pieces[codes == BACK][:, [0, 2, 1]]
-    kinds = np.where(codes == SHEET, THIN, np.where(codes == HIDDEN, BURIED, SOLID)).astype(np.uint8)
-    area = np.linalg.norm(np.cross(pieces[:, 1] - pieces[:, 0], pieces[:, 2] - pieces[:, 0]), axis=1) / 2
+    kinds = np.where(codes == SHEET, THIN, np.where(codes == HIDDEN, BURIED, SOLID)).astype(
+        np.uint8
+    )
+    area = (
+        np.linalg.norm(np.cross(pieces[:, 1] - pieces[:, 0], pieces[:, 2] - pieces[:, 0]), axis=1)
+        / 2
+    )
     capped = cap_of[parents] >= 0
     visible = area[kinds != BURIED].sum()
     path = [
@@ -123,7 +139,9 @@ def _add_caps(
 ) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32]]:
     """Appends a cap for every boundary loop: vertices, faces, and the cap a face belongs to (-1: the mesh's own)."""
     more, caps, cap_of = holes.cap(vertices, holes.boundary_loops(faces))
-    new = ~_contained(caps, faces, len(vertices))  # the cap of a lone triangle is the triangle itself
+    new = ~_contained(
+        caps, faces, len(vertices)
+    )  # the cap of a lone triangle is the triangle itself
     own = np.full(len(faces), -1, np.int32)
     return more, np.concatenate([faces, caps[new]]), np.concatenate([own, cap_of[new]])
 
@@ -186,7 +204,11 @@ def _sphere_directions(count: int) -> NDArray[np.float64]:
 def _points_beside(packed: NDArray[np.float64], h: float) -> NDArray[np.int64]:
     """[T, 8, 3] grid points two voxels off each triangle, on both sides of four of its points."""
     shares = np.array([[0.05, 0.05], [0.9, 0.05], [0.05, 0.9], [1 / 3, 1 / 3]])
-    on = packed[:, None, 0:3] + shares[:, :1] * packed[:, None, 3:6] + shares[:, 1:] * packed[:, None, 6:9]
+    on = (
+        packed[:, None, 0:3]
+        + shares[:, :1] * packed[:, None, 3:6]
+        + shares[:, 1:] * packed[:, None, 6:9]
+    )
     off = 2 * h * packed[:, None, 9:12]
     return np.rint((np.concatenate([on - off, on + off], axis=1) + 0.5) / h).astype(np.int64)
 
@@ -199,12 +221,20 @@ def _bits(space: Exterior, points: NDArray[np.int64]) -> NDArray[np.bool_]:
     m = space.bins.bin_of[x // BLOCK, y // BLOCK, z // BLOCK]
     if len(space.outside) == 0:
         return inside_grid & space.whole[x // BLOCK, y // BLOCK, z // BLOCK]
-    bit = space.outside[m, x % BLOCK] >> (8 * (y % BLOCK) + z % BLOCK).astype(np.uint64) & np.uint64(1)
-    return inside_grid & np.where(m < 0, space.whole[x // BLOCK, y // BLOCK, z // BLOCK], bit.astype(np.bool_))
+    bit = space.outside[m, x % BLOCK] >> (8 * (y % BLOCK) + z % BLOCK).astype(
+        np.uint64
+    ) & np.uint64(1)
+    return inside_grid & np.where(
+        m < 0, space.whole[x // BLOCK, y // BLOCK, z // BLOCK], bit.astype(np.bool_)
+    )
 
 
 def _accepted_caps(
-    packed: NDArray[np.float64], cap_of: NDArray[np.int32], before: Exterior, after: Exterior, max_opening: float
+    packed: NDArray[np.float64],
+    cap_of: NDArray[np.int32],
+    before: Exterior,
+    after: Exterior,
+    max_opening: float,
 ) -> tuple[NDArray[np.bool_], float]:
     """Which caps close a solid [caps], and the largest opening that was closed, as a share of the sphere.
 
@@ -213,10 +243,16 @@ def _accepted_caps(
     A cap stays if a solid region, or one that never was exterior, lies on one of its sides.
     """
     h = spacing(before.bins.resolution)
-    lost = replace(before, outside=before.outside & ~after.outside & ~after.barrier, whole=before.whole & ~after.whole)
+    lost = replace(
+        before,
+        outside=before.outside & ~after.outside & ~after.barrier,
+        whole=before.whole & ~after.whole,
+    )
     caps = np.flatnonzero(cap_of >= 0)
     beside = _points_beside(packed[caps], h)
-    always_inside = replace(before, outside=~(before.outside | before.barrier | after.barrier), whole=~before.whole)
+    always_inside = replace(
+        before, outside=~(before.outside | before.barrier | after.barrier), whole=~before.whole
+    )
     accepted = np.zeros(cap_of.max() + 1, np.bool_)
     accepted[cap_of[caps[_bits(always_inside, beside).any(axis=1)]]] = True
     largest = 0.0
@@ -235,13 +271,18 @@ def _accepted_caps(
 
 
 def _share_seen(
-    packed: NDArray[np.float64], use: NDArray[np.bool_], region: Exterior, directions: NDArray[np.float64]
+    packed: NDArray[np.float64],
+    use: NDArray[np.bool_],
+    region: Exterior,
+    directions: NDArray[np.float64],
 ) -> float:
     """Mean share of the directions in which sampled points of a region see out of the cube."""
     bins, h = region.bins, spacing(region.bins.resolution)
     mixed, blocks = np.flatnonzero(region.outside.any(axis=1)), np.argwhere(region.whole)
     counts = np.bitwise_count(region.outside[mixed]).sum(axis=1)
-    weights = np.array([counts.sum(), BLOCK**3 * len(blocks)])  # a whole block stands for 512 points
+    weights = np.array(
+        [counts.sum(), BLOCK**3 * len(blocks)]
+    )  # a whole block stands for 512 points
     mixed = mixed[:: len(mixed) // SAMPLES + 1]
     words = region.outside[mixed]
     slab = (words != 0).argmax(axis=1)  # one point of each sampled block: the first
@@ -250,7 +291,9 @@ def _share_seen(
     points = bins.blocks[mixed] * BLOCK + np.stack([slab, bit // BLOCK, bit % BLOCK], axis=1)
     blocks = blocks[:: len(blocks) // SAMPLES + 1]
     seen = [
-        _escape_share(packed, use, bins.bin_of, bins.offsets, bins.triangles, h, group * h - 0.5, directions)
+        _escape_share(
+            packed, use, bins.bin_of, bins.offsets, bins.triangles, h, group * h - 0.5, directions
+        )
         if len(group)
         else 0.0
         for group in (points, blocks * BLOCK + (BLOCK - 1) / 2)
@@ -278,7 +321,9 @@ def _sharp_edges(
     inward /= np.linalg.norm(inward, axis=1, keepdims=True)
     rank = np.arange(len(half_edges)) - starts[edge_of[half_edges]]
     new, later = np.ones(len(half_edges), np.bool_), np.flatnonzero(rank)
-    for back in range(1, counts.max()):  # faces upon each other on one side of an edge are one: they are no fold
+    for back in range(
+        1, counts.max()
+    ):  # faces upon each other on one side of an edge are one: they are no fold
         new[later] &= (inward[later] * inward[later - back]).sum(axis=1) <= SAME_WAY
         later = later[rank[later] > back]
     face_of, inward = face_of[new], inward[new]
@@ -292,6 +337,10 @@ def _sharp_edges(
         mine = inward[starts[e] : starts[e + 1]]
         sharp[e] = (mine @ mine.T)[np.triu_indices(len(mine), 1)].max() > limit
     keep = np.flatnonzero(sharp)
-    members = np.concatenate([face_of[starts[e] : starts[e + 1]] for e in keep]) if len(keep) else face_of[:0]
+    members = (
+        np.concatenate([face_of[starts[e] : starts[e + 1]] for e in keep])
+        if len(keep)
+        else face_of[:0]
+    )
     offsets = np.concatenate([[0], np.cumsum(counts[keep])])
     return visible_edges(packed, vertices, edges[keep], offsets, members, exterior)

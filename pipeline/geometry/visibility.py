@@ -6,15 +6,19 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.core.primitives.triangles import pack, triangles_cross
 from pipeline.geometry.flood_fill import Exterior
 from pipeline.geometry.line_of_sight import scene_of, sides_seen
-from pipeline.core.primitives.triangles import pack, triangles_cross
 
 FINEST_VOXELS = 0.5  # a cut triangle's edge: the seam of two parts is found this closely
-CROSSED_VOXELS = 2.0  # a piece that another triangle passes through is sampled at least this densely
+CROSSED_VOXELS = (
+    2.0  # a piece that another triangle passes through is sampled at least this densely
+)
 MIXED = -3  # result of a piece whose parts are written already
 MAX_CUTS = 128
-MAX_PIECES = 300_000  # beyond two a triangle: random triangles through each other would need millions
+MAX_PIECES = (
+    300_000  # beyond two a triangle: random triangles through each other would need millions
+)
 TOO_MANY = 1.1  # times the pieces that are allowed, by what came of a part: not worth a try
 COARSEST_VOXELS = 8.0  # samples of an uncut triangle lie no farther apart
 
@@ -68,7 +72,9 @@ def _longest_edge(piece):
     for e in range(3):
         f = (e + 1) % 3
         length = np.sqrt(
-            (piece[e, 0] - piece[f, 0]) ** 2 + (piece[e, 1] - piece[f, 1]) ** 2 + (piece[e, 2] - piece[f, 2]) ** 2
+            (piece[e, 0] - piece[f, 0]) ** 2
+            + (piece[e, 1] - piece[f, 1]) ** 2
+            + (piece[e, 2] - piece[f, 2]) ** 2
         )
         if length > longest:
             longest, edge = length, e
@@ -109,7 +115,9 @@ def _code_of(piece, scene, t, cross, finest_voxels):
     if longest > max(CROSSED_VOXELS, finest_voxels) and len(cross):
         own = pack(piece.reshape(1, 3, 3))[0]
         for e in range(len(cross)):
-            if _boxes_meet(piece, scene.boxes[cross[e, 1]]) and triangles_cross(own, scene.packed[cross[e, 1]]):
+            if _boxes_meet(piece, scene.boxes[cross[e, 1]]) and triangles_cross(
+                own, scene.packed[cross[e, 1]]
+            ):
                 return -1
     row = scene.packed[t]
     code = -1
@@ -151,7 +159,11 @@ def _classify_all(scene, cross, cross_starts, finest_voxels, most):
         taken += 1
         row = packed[t]
         for k in range(3):
-            frames[0, 0, k], frames[0, 1, k], frames[0, 2, k] = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
+            frames[0, 0, k], frames[0, 1, k], frames[0, 2, k] = (
+                row[k],
+                row[k] + row[3 + k],
+                row[k] + row[6 + k],
+            )
         mine = cross[cross_starts[t] : cross_starts[t + 1]]
         depth, result = 0, -2
         while True:
@@ -179,8 +191,15 @@ def _classify_all(scene, cross, cross_starts, finest_voxels, most):
                         _half(frames[depth], second == 1, half)
                         if count == len(out):
                             more_out = np.empty((2 * count, 3, 3))
-                            more_codes, more_parents = np.empty(2 * count, np.uint8), np.empty(2 * count, np.int32)
-                            more_out[:count], more_codes[:count], more_parents[:count] = out, codes, parents
+                            more_codes, more_parents = (
+                                np.empty(2 * count, np.uint8),
+                                np.empty(2 * count, np.int32),
+                            )
+                            more_out[:count], more_codes[:count], more_parents[:count] = (
+                                out,
+                                codes,
+                                parents,
+                            )
                             out, codes, parents = more_out, more_codes, more_parents
                         out[count], codes[count], parents[count] = half, code, t
                         count += 1
@@ -188,7 +207,10 @@ def _classify_all(scene, cross, cross_starts, finest_voxels, most):
         if result >= 0:
             if count == len(out):
                 more_out = np.empty((2 * count, 3, 3))
-                more_codes, more_parents = np.empty(2 * count, np.uint8), np.empty(2 * count, np.int32)
+                more_codes, more_parents = (
+                    np.empty(2 * count, np.uint8),
+                    np.empty(2 * count, np.int32),
+                )
                 more_out[:count], more_codes[:count], more_parents[:count] = out, codes, parents
                 out, codes, parents = more_out, more_codes, more_parents
             out[count], codes[count], parents[count] = frames[0], result, t

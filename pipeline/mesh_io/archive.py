@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from pipeline.mesh_io.file_checks import MESH_FORMATS
 from pipeline.core.schema import Reject
+from pipeline.mesh_io.file_checks import MESH_FORMATS
 
 ARCHIVE_FORMATS = ("zip", "tar", "tar.gz", "tgz", "tar.bz2", "tar.xz")
 PIECE = 1 << 20
@@ -30,7 +30,14 @@ BROKEN = (
     UnicodeError,
     ValueError,
 )
-BAD_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EILSEQ, errno.EINVAL)
+BAD_NAME = (
+    errno.ENAMETOOLONG,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EILSEQ,
+    errno.EINVAL,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +103,17 @@ def only_mesh(files: list[Path], folder: Path) -> Path:
     return highest[0]
 
 
-def _members(path: Path, limits: ArchiveLimits, allowed: int, below: str) -> Iterator[tuple[str, IO[bytes]]]:
+def _members(
+    path: Path, limits: ArchiveLimits, allowed: int, below: str
+) -> Iterator[tuple[str, IO[bytes]]]:
     """Name and content of every regular member, once names, counts and claims are in order."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            chosen = [info for info in archive.infolist() if not info.is_dir() and _is_below(info.filename, below)]
+            chosen = [
+                info
+                for info in archive.infolist()
+                if not info.is_dir() and _is_below(info.filename, below)
+            ]
             _count(len(chosen), sum(info.file_size for info in chosen), limits, allowed)
             for info in chosen:
                 _safe(info.filename)  # before anything is written
@@ -138,6 +151,12 @@ def _is_below(name: str, folder: str) -> bool:
 def _safe(name: str) -> PurePosixPath:
     """The member's path below the folder it is unpacked to."""
     plain = PurePosixPath(name.replace("\\", "/"))
-    if plain.is_absolute() or ".." in plain.parts or not plain.parts or plain.parts[0][1:2] == ":" or "\0" in name:
+    if (
+        plain.is_absolute()
+        or ".." in plain.parts
+        or not plain.parts
+        or plain.parts[0][1:2] == ":"
+        or "\0" in name
+    ):
         raise Reject("archive_path", member=ascii(name[:100]))
     return plain

@@ -12,15 +12,38 @@ from urllib.parse import unquote
 
 from pipeline.core.schema import Reject
 
-MESH_FORMATS = frozenset({"glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"})  # what `load` reads
+MESH_FORMATS = frozenset(
+    {"glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"}
+)  # what `load` reads
 HEAD = 4096
 ZIP_FACTOR = 200  # of text that compresses well
-BOMB_BYTES, BOMB_FACTOR = 1 << 26, 8  # a claim beyond both is an attack, below it the file is cut short
+BOMB_BYTES, BOMB_FACTOR = (
+    1 << 26,
+    8,
+)  # a claim beyond both is an attack, below it the file is cut short
 COMPONENT_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
 COMPONENTS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 PLY_BYTES = {
-    **{"char": 1, "uchar": 1, "int8": 1, "uint8": 1, "short": 2, "ushort": 2, "int16": 2, "uint16": 2},
-    **{"int": 4, "uint": 4, "int32": 4, "uint32": 4, "float": 4, "float32": 4, "double": 8, "float64": 8},
+    **{
+        "char": 1,
+        "uchar": 1,
+        "int8": 1,
+        "uint8": 1,
+        "short": 2,
+        "ushort": 2,
+        "int16": 2,
+        "uint16": 2,
+    },
+    **{
+        "int": 4,
+        "uint": 4,
+        "int32": 4,
+        "uint32": 4,
+        "float": 4,
+        "float32": 4,
+        "double": 8,
+        "float64": 8,
+    },
 }
 # glTF extensions whose absence from the result changes the look at most
 HARMLESS = (
@@ -69,13 +92,20 @@ def check_file(path: Path, limits: Limits) -> str:
 def side_file(folder: Path, name: str) -> Path | None:
     """The file that an asset in `folder` calls `name`: as written, unquoted, or its last part; never one above."""
     root, names = folder.resolve(), (name.strip(), unquote(name.strip()).replace("\\", "/"))
-    relative, last = (word.lstrip("/") for word in names), (word.rpartition("/")[2] for word in names)
+    relative, last = (
+        (word.lstrip("/") for word in names),
+        (word.rpartition("/")[2] for word in names),
+    )
     for candidate in dict.fromkeys((*names, *relative, *last)):
         try:
             path = (root / candidate).resolve()
             if path.is_relative_to(root) and path.is_file():
                 return path
-        except (OSError, ValueError, RuntimeError):  # a name that no file can have, or a link to itself
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ):  # a name that no file can have, or a link to itself
             continue
     return None
 
@@ -106,7 +136,9 @@ def _claim(what: str, claimed: int, available: int) -> None:
     if claimed > max(BOMB_FACTOR * available, BOMB_BYTES):
         raise Reject("allocation_bomb", what=what, claimed=claimed, available=available)
     if claimed > available:
-        raise Reject("unreadable", error="truncated", what=what, claimed=claimed, available=available)
+        raise Reject(
+            "unreadable", error="truncated", what=what, claimed=claimed, available=available
+        )
 
 
 def _count_faces(faces: int, limits: Limits) -> None:
@@ -142,7 +174,9 @@ def _bytes_beside(file: BinaryIO, document: dict[str, Any]) -> int:
 
 def _check_document(document: dict[str, Any], available: int, limits: Limits) -> None:
     """Views and accessors of a glTF may overlap, but each is copied out: their sums count too."""
-    unknown = [name for name in document.get("extensionsRequired", []) if not name.startswith(HARMLESS)]
+    unknown = [
+        name for name in document.get("extensionsRequired", []) if not name.startswith(HARMLESS)
+    ]
     if unknown:
         raise Reject("unsupported_extension", extensions=unknown[:8])
     views, accessors = document.get("bufferViews", []), document.get("accessors", [])
@@ -178,12 +212,18 @@ def _placed_faces(document: dict[str, Any], limits: Limits) -> int:
             continue
         reached.add(index)
         pending += nodes[index].get("children", [])
-        for primitive in meshes[nodes[index]["mesh"]]["primitives"] if "mesh" in nodes[index] else []:
+        for primitive in (
+            meshes[nodes[index]["mesh"]]["primitives"] if "mesh" in nodes[index] else []
+        ):
             placed += 1
-            corners = accessors[primitive.get("indices", primitive["attributes"].get("POSITION", 0))]["count"]
+            corners = accessors[
+                primitive.get("indices", primitive["attributes"].get("POSITION", 0))
+            ]["count"]
             faces += corners // 3 if primitive.get("mode", 4) == 4 else corners
     if placed > limits.max_instances:
-        raise Reject("too_many_faces", faces=faces, instances=placed, max_instances=limits.max_instances)
+        raise Reject(
+            "too_many_faces", faces=faces, instances=placed, max_instances=limits.max_instances
+        )
     return faces
 
 
@@ -197,13 +237,19 @@ def _check_ply(file: BinaryIO, size: int, limits: Limits) -> None:
             binary = not words[1].startswith("ascii")
         elif words[:1] == ["element"]:
             elements.append([words[1], int(words[2]), 0])
-        elif words[:1] == ["property"]:  # the least that a row can take: a digit and a blank, or an empty list
-            elements[-1][2] += PLY_BYTES[words[2] if words[1] == "list" else words[1]] if binary else 2
+        elif words[:1] == [
+            "property"
+        ]:  # the least that a row can take: a digit and a blank, or an empty list
+            elements[-1][2] += (
+                PLY_BYTES[words[2] if words[1] == "list" else words[1]] if binary else 2
+            )
     else:
         raise Reject("unreadable", error="no_end_header")
     for name, count, row in elements:
         # The last line may end without its blank or line break.
-        _claim(f"element {name}", count * row - (0 if binary or count == 0 else 2), size - file.tell())
+        _claim(
+            f"element {name}", count * row - (0 if binary or count == 0 else 2), size - file.tell()
+        )
         if name == "face":
             _count_faces(count, limits)
 

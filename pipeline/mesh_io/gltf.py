@@ -36,9 +36,13 @@ def split_glb(data: bytes) -> tuple[Document, list[bytes]]:
     return document, chunks
 
 
-def prepared(data: bytes, extension: str, read_side_file: Callable[[str], bytes]) -> tuple[bytes, str]:
+def prepared(
+    data: bytes, extension: str, read_side_file: Callable[[str], bytes]
+) -> tuple[bytes, str]:
     """(bytes, extension) for the parser: the file's own, or a GLB of the same scene that it reads right."""
-    document, chunks = split_glb(data) if extension == "glb" else (json.loads(data.decode("utf-8-sig")), [])
+    document, chunks = (
+        split_glb(data) if extension == "glb" else (json.loads(data.decode("utf-8-sig")), [])
+    )
     if not (_is_skinned(document) or any(_needs_new_attributes(document))):
         return data, extension
     buffers = []
@@ -65,15 +69,24 @@ def _is_skinned(document: Document) -> bool:
 def _needs_new_attributes(document: Document) -> Iterator[bool]:
     for primitive in _primitives(document):
         texture = _base_texture(document, primitive)
-        yield "KHR_texture_transform" in texture.get("extensions", {}) or texture.get("texCoord", 0) != 0
+        yield (
+            "KHR_texture_transform" in texture.get("extensions", {})
+            or texture.get("texCoord", 0) != 0
+        )
         for name, index in primitive["attributes"].items():
-            yield name in ("POSITION", "TEXCOORD_0") and bool(document["accessors"][index].get("normalized"))
+            yield name in ("POSITION", "TEXCOORD_0") and bool(
+                document["accessors"][index].get("normalized")
+            )
 
 
 def _base_texture(document: Document, primitive: dict[str, Any]) -> dict[str, Any]:
     if "material" not in primitive:
         return {}
-    return document["materials"][primitive["material"]].get("pbrMetallicRoughness", {}).get("baseColorTexture", {})
+    return (
+        document["materials"][primitive["material"]]
+        .get("pbrMetallicRoughness", {})
+        .get("baseColorTexture", {})
+    )
 
 
 class _Rewrite:
@@ -121,7 +134,9 @@ class _Rewrite:
 
     def _append(self, values: Floats) -> int:
         data = np.ascontiguousarray(values, "<f4").tobytes()
-        self.document["bufferViews"].append({"buffer": 0, "byteOffset": self.length, "byteLength": len(data)})
+        self.document["bufferViews"].append(
+            {"buffer": 0, "byteOffset": self.length, "byteLength": len(data)}
+        )
         self.added.append(data)
         self.length += len(data)
         accessor = {"bufferView": len(self.document["bufferViews"]) - 1, "componentType": FLOAT}
@@ -131,7 +146,9 @@ class _Rewrite:
 
     def _float_attributes(self, primitive: dict[str, Any]) -> None:
         attributes = primitive["attributes"]
-        if self.document["accessors"][attributes["POSITION"]].get("normalized"):  # not one that a skin has posed
+        if self.document["accessors"][attributes["POSITION"]].get(
+            "normalized"
+        ):  # not one that a skin has posed
             attributes["POSITION"] = self._append(self._values(attributes["POSITION"]))
         texture = _base_texture(self.document, primitive)
         transform = texture.get("extensions", {}).get("KHR_texture_transform", {})
@@ -157,7 +174,9 @@ class _Rewrite:
             )
             joints = np.stack([world.get(joint, np.eye(4)) for joint in skin["joints"]])
             if "inverseBindMatrices" in skin:
-                joints = joints @ self._values(skin["inverseBindMatrices"]).reshape(-1, 4, 4).transpose(0, 2, 1)
+                joints = joints @ self._values(skin["inverseBindMatrices"]).reshape(
+                    -1, 4, 4
+                ).transpose(0, 2, 1)
             for primitive in mesh["primitives"]:
                 self._pose(primitive["attributes"], joints, matrix)
             self.document["meshes"].append(mesh)
@@ -170,7 +189,10 @@ class _Rewrite:
         for k in range(4):
             if f"JOINTS_{k}" not in attributes or f"WEIGHTS_{k}" not in attributes:
                 break
-            which, weights = self._values(attributes[f"JOINTS_{k}"]), self._values(attributes[f"WEIGHTS_{k}"])
+            which, weights = (
+                self._values(attributes[f"JOINTS_{k}"]),
+                self._values(attributes[f"WEIGHTS_{k}"]),
+            )
             for corner in range(4):
                 blend += weights[:, corner, None, None] * joints[which[:, corner].astype(np.int64)]
                 total += weights[:, corner]
@@ -178,7 +200,9 @@ class _Rewrite:
         blend[bound] /= total[bound, None, None]
         blend[~bound] = unskinned
         moved = (blend[:, :3, :3] @ position[..., None])[..., 0] + blend[:, :3, 3]
-        if "NORMAL" in attributes:  # joints rarely shear: their linear part serves normals, the loader makes them unit
+        if (
+            "NORMAL" in attributes
+        ):  # joints rarely shear: their linear part serves normals, the loader makes them unit
             turned = blend[:, :3, :3] @ self._values(attributes["NORMAL"])[..., None]
             attributes["NORMAL"] = self._append(turned[..., 0])
         attributes["POSITION"] = self._append(moved)
@@ -193,7 +217,9 @@ class _Rewrite:
             index, above = pending.pop()
             if index not in world:
                 world[index] = above @ _local_matrix(nodes[index])
-                pending += [(child, world[index]) for child in reversed(nodes[index].get("children", []))]
+                pending += [
+                    (child, world[index]) for child in reversed(nodes[index].get("children", []))
+                ]
         return world
 
 

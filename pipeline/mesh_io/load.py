@@ -19,10 +19,10 @@ import trimesh
 from collada.common import DaeError
 from numpy.typing import NDArray
 
-from pipeline.mesh_io.materials import Looks
-from pipeline.mesh_io.gltf import prepared
-from pipeline.mesh_io.file_checks import check_file, side_file
 from pipeline.core.schema import Material, Mesh, Part, Reject
+from pipeline.mesh_io.file_checks import check_file, side_file
+from pipeline.mesh_io.gltf import prepared
+from pipeline.mesh_io.materials import Looks
 
 # what the parsers of nine formats raise on a broken file
 PARSER_ERRORS = (
@@ -50,7 +50,9 @@ PARSER_ERRORS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    max_faces: int = 4_000_000  # after instances are written out; the geometry filter has its own, lower limit
+    max_faces: int = (
+        4_000_000  # after instances are written out; the geometry filter has its own, lower limit
+    )
     max_instances: int = 20_000  # placements of geometry in a scene
     max_unpacked_bytes: int = 1 << 30  # of a zipped format
     max_texture_side: int = 4096  # larger images are halved until they fit
@@ -94,7 +96,9 @@ def load_with_report(path: Path, cfg: LoadConfig, *, up: str = "y") -> tuple[Mes
             data = without_trailer(data)
         elif linear_colors:
             data, extension = prepared(data, extension, resolver.get)
-        scene = trimesh.load_scene(io.BytesIO(data), file_type=extension, resolver=resolver, process=False)
+        scene = trimesh.load_scene(
+            io.BytesIO(data), file_type=extension, resolver=resolver, process=False
+        )
         pieces, dropped = _pieces(scene, cfg, linear_colors=linear_colors)
     except PARSER_ERRORS as error:
         message = str(error).replace(str(path.parent), "")[:200]  # the same on every machine
@@ -124,8 +128,12 @@ def absolute_indices(text: bytes) -> bytes:
             seen[words[0]] += 1
         elif words and words[0] == b"f":
             last = tuple(seen.values())
-            corners = (zip(word.split(b"/"), last) for word in words[1:])  # one, two or three numbers each
-            line = b"f " + b" ".join(b"/".join(_absolute(word, n) for word, n in corner) for corner in corners)
+            corners = (
+                zip(word.split(b"/"), last) for word in words[1:]
+            )  # one, two or three numbers each
+            line = b"f " + b" ".join(
+                b"/".join(_absolute(word, n) for word, n in corner) for corner in corners
+            )
         lines.append(line)
     return b"\n".join(lines)
 
@@ -160,7 +168,14 @@ class _Resolver(trimesh.resolvers.FilePathResolver):
 class _Notes(logging.Handler):
     """Collects what the parsers say that they left out."""
 
-    WORDS = ("failed to load", "unable to", "skipping", "didn't decode", "unsupported textures", "not loaded")
+    WORDS = (
+        "failed to load",
+        "unable to",
+        "skipping",
+        "didn't decode",
+        "unsupported textures",
+        "not loaded",
+    )
 
     def __init__(self):
         super().__init__(logging.DEBUG)
@@ -188,11 +203,17 @@ class _Piece:
         return (id(self.material), self.uv is None, self.colors is None, self.normals is None)
 
 
-def _pieces(scene: trimesh.Scene, cfg: LoadConfig, *, linear_colors: bool) -> tuple[list[_Piece], list[str]]:
+def _pieces(
+    scene: trimesh.Scene, cfg: LoadConfig, *, linear_colors: bool
+) -> tuple[list[_Piece], list[str]]:
     """The placed triangle geometries of a scene, in its order, and notes about the rest."""
     if not scene.geometry:
         raise Reject("empty_scene")
-    solid = {name: g for name, g in scene.geometry.items() if isinstance(g, trimesh.Trimesh) and len(g.faces)}
+    solid = {
+        name: g
+        for name, g in scene.geometry.items()
+        if isinstance(g, trimesh.Trimesh) and len(g.faces)
+    }
     if not solid:
         kinds = sorted({type(g).__name__ for g in scene.geometry.values()})
         points = sum(len(getattr(g, "vertices", ())) for g in scene.geometry.values())
@@ -205,7 +226,9 @@ def _pieces(scene: trimesh.Scene, cfg: LoadConfig, *, linear_colors: bool) -> tu
     if total > cfg.max_faces or len(placed) > cfg.max_instances:
         raise Reject("too_many_faces", faces=total, instances=len(placed), max_faces=cfg.max_faces)
     looks = Looks(cfg.max_texture_side, linear_colors=linear_colors)
-    pieces = [_piece(geometry, np.asarray(matrix, dtype=np.float64), looks) for matrix, geometry in placed]
+    pieces = [
+        _piece(geometry, np.asarray(matrix, dtype=np.float64), looks) for matrix, geometry in placed
+    ]
     skipped = len(scene.geometry) - len(solid)
     notes = [f"left out {skipped} geometries without faces"] if skipped else []
     return pieces, notes + looks.warnings
@@ -217,8 +240,14 @@ def _piece(geometry: trimesh.Trimesh, matrix: NDArray[np.float64], looks: Looks)
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise Reject("index_out_of_range", index=int(faces.max()), vertices=len(vertices))
     material, uv, colors, face_colors = looks.of(geometry)
-    normals = geometry._cache["vertex_normals"]  # those of the file; the property would make them up
-    normals = None if normals is None or len(normals) != len(vertices) else np.asarray(normals, dtype=np.float64)
+    normals = geometry._cache[
+        "vertex_normals"
+    ]  # those of the file; the property would make them up
+    normals = (
+        None
+        if normals is None or len(normals) != len(vertices)
+        else np.asarray(normals, dtype=np.float64)
+    )
     if face_colors is not None:
         uv, normals = (None if a is None else a[faces.ravel()] for a in (uv, normals))
         vertices, colors = vertices[faces.ravel()], np.repeat(face_colors, 3, axis=0)
@@ -233,7 +262,9 @@ def _piece(geometry: trimesh.Trimesh, matrix: NDArray[np.float64], looks: Looks)
     distinct = (corners != np.roll(corners, 1, axis=1)).any(axis=2).all(axis=1)
     used, faces = np.unique(faces[distinct], return_inverse=True)
     if not np.isfinite(vertices[used]).all():
-        raise Reject("non_finite_vertices", vertices=int((~np.isfinite(vertices[used])).any(axis=1).sum()))
+        raise Reject(
+            "non_finite_vertices", vertices=int((~np.isfinite(vertices[used])).any(axis=1).sum())
+        )
     return _Piece(
         vertices=vertices[used],
         faces=faces.reshape(-1, 3),
@@ -252,7 +283,9 @@ def _cofactors(linear: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _unit(normals: NDArray[np.float64]) -> NDArray[np.float64]:
     length = np.linalg.norm(np.nan_to_num(normals), axis=1, keepdims=True)
-    return np.where(length > 0, np.nan_to_num(normals) / np.where(length > 0, length, 1), [0.0, 1.0, 0.0])
+    return np.where(
+        length > 0, np.nan_to_num(normals) / np.where(length > 0, length, 1), [0.0, 1.0, 0.0]
+    )
 
 
 def _concatenate(pieces: list[_Piece], up: str) -> Mesh:

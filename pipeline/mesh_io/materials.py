@@ -11,7 +11,15 @@ from PIL import Image
 
 from pipeline.core.schema import Material
 
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, Image.DecompressionBombError)
+IMAGE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    LookupError,
+    Image.DecompressionBombError,
+)
 
 
 def srgb_to_linear(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -21,7 +29,11 @@ def srgb_to_linear(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def linear_to_srgb(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sRGB transfer function: [0, 1] -> [0, 1], any shape."""
-    return np.where(values <= 0.0031308, values * 12.92, 1.055 * np.maximum(values, 0.0031308) ** (1 / 2.4) - 0.055)
+    return np.where(
+        values <= 0.0031308,
+        values * 12.92,
+        1.055 * np.maximum(values, 0.0031308) ** (1 / 2.4) - 0.055,
+    )
 
 
 class Looks:
@@ -55,7 +67,12 @@ class Looks:
         return self._plain, None, None, None
 
     def _colors(self, colors: Any, count: int) -> NDArray[np.uint8] | None:
-        if colors is None or len(colors) != count or np.ndim(colors) != 2 or np.shape(colors)[1] not in (3, 4):
+        if (
+            colors is None
+            or len(colors) != count
+            or np.ndim(colors) != 2
+            or np.shape(colors)[1] not in (3, 4)
+        ):
             return None
         rgba = trimesh.visual.color.to_rgba(np.array(colors))
         if self.linear_colors:  # glTF alone stores light, all others store what is shown
@@ -66,13 +83,19 @@ class Looks:
     def _material(self, source: Any) -> Material:
         if id(source) not in self._materials:
             self._alive.append(source)
-            convert = self._from_pbr if isinstance(source, trimesh.visual.material.PBRMaterial) else self._from_simple
+            convert = (
+                self._from_pbr
+                if isinstance(source, trimesh.visual.material.PBRMaterial)
+                else self._from_simple
+            )
             self._materials[id(source)] = convert(source)
         return self._materials[id(source)]
 
     def _from_pbr(self, source: Any) -> Material:
         factor = source.baseColorFactor
-        color = [1.0] * 4 if factor is None else (np.asarray(factor, dtype=np.float64) / 255).tolist()
+        color = (
+            [1.0] * 4 if factor is None else (np.asarray(factor, dtype=np.float64) / 255).tolist()
+        )
         metallic = 1.0 if source.metallicFactor is None else float(source.metallicFactor)
         roughness = 1.0 if source.roughnessFactor is None else float(source.roughnessFactor)
         image = self._texture(source.metallicRoughnessTexture)
@@ -118,6 +141,8 @@ class Looks:
                     image_ = image.convert("RGBA")
                 self._textures[id(image)] = np.asarray(image_, dtype=np.uint8)
             except IMAGE_ERRORS as error:
-                self.warnings.append(f"texture unreadable: {type(error).__name__} {str(error)[:100]}")
+                self.warnings.append(
+                    f"texture unreadable: {type(error).__name__} {str(error)[:100]}"
+                )
                 self._textures[id(image)] = None
         return self._textures[id(image)]

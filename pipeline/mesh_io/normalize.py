@@ -43,7 +43,9 @@ def normalize(mesh: Mesh, cfg: NormalizeConfig) -> Mesh:
     loaded_center = np.asarray(mesh.center) + center / mesh.scale
     return replace(
         mesh,
-        vertices=np.clip(vertices, -cfg.half_extent, cfg.half_extent),  # the last bit of a rounding error
+        vertices=np.clip(
+            vertices, -cfg.half_extent, cfg.half_extent
+        ),  # the last bit of a rounding error
         center=tuple(float(c) for c in loaded_center),
         scale=mesh.scale * factor,
     )

@@ -13,21 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.rendering import gl_renderer as canvas
-from pipeline.geometry import sdf_cuda as gpu
 from pipeline.config import BuildConfig
-from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata
-from pipeline.mesh_io.load import load_with_report
-from pipeline.curation.screening_metrics import measure, save_measured
-from pipeline.mesh_io.normalize import normalize
-from pipeline.rendering.views import encode, render_views, renderer_string
 from pipeline.core.schema import BLOCK, Bricks, Mesh, Record, Reject, Transient
+from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata
+from pipeline.curation.screening_metrics import measure, save_measured
+from pipeline.geometry import sdf_cuda as gpu
 from pipeline.geometry.sdf import compute_bricks
-from pipeline.storage.render_shard import save_view
-from pipeline.sources import Source
 from pipeline.geometry.topology import Topology, TopologyConfig, build_topology
+from pipeline.mesh_io.load import load_with_report
+from pipeline.mesh_io.normalize import normalize
+from pipeline.rendering import gl_renderer as canvas
+from pipeline.rendering.views import encode, render_views, renderer_string
+from pipeline.sources import Source
+from pipeline.storage.render_shard import save_view
 
-NOTES = "asset.json"  # what the stages found so far; whoever comes after a crash reads how far they got
+NOTES = (
+    "asset.json"  # what the stages found so far; whoever comes after a crash reads how far they got
+)
 BRICK_ARRAYS = ("blocks", "values", "sharp")
 
 
@@ -40,7 +42,9 @@ class AssetJob:
     config: BuildConfig
     products: tuple[str, ...]
     folder: Path
-    gpu: str | None = None  # the one it may use, as CUDA numbers them; None: any for pictures, the first for distances
+    gpu: str | None = (
+        None  # the one it may use, as CUDA numbers them; None: any for pictures, the first for distances
+    )
 
 
 @dataclass(kw_only=True)
@@ -52,7 +56,9 @@ class Notes:
     reason: str = ""
     row: dict[str, Any] = field(default_factory=dict)  # columns of the manifest
     numbers: dict[str, Any] = field(default_factory=dict)
-    products: dict[str, dict[str, Any]] = field(default_factory=dict)  # those that are finished, with their counts
+    products: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # those that are finished, with their counts
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     transient: bool = False  # it failed, and may not fail another time
 
@@ -69,7 +75,12 @@ class Notes:
     def reject(self, stage: str, verdict: Reject) -> None:
         """The first verdict names the asset's fate; the numbers of all are kept."""
         if isinstance(verdict, Transient):
-            self.stage, self.status, self.reason, self.transient = stage, "failed", verdict.reason, True
+            self.stage, self.status, self.reason, self.transient = (
+                stage,
+                "failed",
+                verdict.reason,
+                True,
+            )
         elif self.status != "rejected":
             self.stage, self.status, self.reason = stage, "rejected", verdict.reason
         self.numbers |= verdict.numbers
@@ -151,7 +162,9 @@ def _make(job: AssetJob, product: str, mesh: Mesh, topology: Topology) -> dict[s
     cfg, uid = job.config.render, job.record.uid
     with canvas.on_gpu(job.gpu):
         for view in render_views(mesh, uid, cfg):
-            save_view(folder, uid, view.meta["view"], encode(view, cfg.format), view.meta, cfg.format)
+            save_view(
+                folder, uid, view.meta["view"], encode(view, cfg.format), view.meta, cfg.format
+            )
         return {"views": cfg.views, "renderer": renderer_string()}
 
 
@@ -163,7 +176,11 @@ def save_bricks(folder: Path, bricks: Bricks) -> None:
 
 def load_bricks(folder: Path, resolution: int) -> Bricks:
     """What `save_bricks` wrote, mapped rather than read."""
-    shapes = {"blocks": (np.int16, 3), "values": (np.float16, BLOCK**3), "sharp": (np.uint8, BLOCK**3 // 8)}
+    shapes = {
+        "blocks": (np.int16, 3),
+        "values": (np.float16, BLOCK**3),
+        "sharp": (np.uint8, BLOCK**3 // 8),
+    }
     arrays: dict[str, Any] = {
         name: np.memmap(folder / f"{name}.bin", dtype, mode="r").reshape(-1, width)
         for name, (dtype, width) in shapes.items()
@@ -179,7 +196,9 @@ def warm_up() -> None:
     corners = np.stack(np.meshgrid(*[[-0.4, 0.4]] * 3, indexing="ij"), axis=-1).reshape(8, 3)
     sides = np.array([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4]])
     sheet = np.array([[-0.2, 0.45, 0.0], [0.2, 0.45, 0.0], [0.0, 0.45, 0.2]])
-    faces = np.concatenate([sides[:, [0, 1, 2]], sides[:, [0, 2, 3]], [[8, 9, 10]]]).astype(np.int32)
+    faces = np.concatenate([sides[:, [0, 1, 2]], sides[:, [0, 2, 3]], [[8, 9, 10]]]).astype(
+        np.int32
+    )
     mesh = Mesh(vertices=np.concatenate([corners, sheet]), faces=faces)
     filter_geometry(mesh, BuildConfig().filter)
     compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)

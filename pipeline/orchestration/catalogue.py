@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import BuildConfig, to_json
-from pipeline.download.fetch import sha256_of
-from pipeline.storage.remote import Location, Remote, children, readable
+from pipeline.core.schema import FORMAT_VERSION, Record, RunError, UserError
+from pipeline.curation.rank import funnel_rows, rank
 from pipeline.curation.screening_metrics import read_measured
+from pipeline.download.fetch import sha256_of
 from pipeline.orchestration.commit import manifest_path, product_paths
 from pipeline.orchestration.plan import Plan
-from pipeline.curation.rank import funnel_rows, rank
-from pipeline.core.schema import FORMAT_VERSION, Record, RunError, UserError
 from pipeline.storage.locks import workspace
+from pipeline.storage.remote import Location, Remote, children, readable
 
 CATALOGUE = "catalogue.parquet"
 NAMES = ("uid", "status", "stage", "reason", "sha256", "faces", "numbers")  # of the manifest
@@ -89,9 +89,13 @@ def _screened(plan: Plan) -> pa.Table:
         found = pq.read_table(readable(manifest_path(out, shard)), columns=list(NAMES))
         said = [json.loads(text).get("load_warnings", ()) for text in found["numbers"].to_pylist()]
         missing = [sum(line.startswith("missing side file") for line in lines) for lines in said]
-        found = found.drop_columns(["numbers"]).append_column("missing_files", pa.array(missing, pa.int64()))
+        found = found.drop_columns(["numbers"]).append_column(
+            "missing_files", pa.array(missing, pa.int64())
+        )
         records = plan.table.slice(number * size, size).drop_columns(["shard", "row", "sha256"])
-        measured = read_measured(out / product_paths(product, shard)[0]).replace_schema_metadata(None)
+        measured = read_measured(out / product_paths(product, shard)[0]).replace_schema_metadata(
+            None
+        )
         joined = records.join(found, "uid").join(measured, "uid")
         parts.append(joined.sort_by("uid"))
     return pa.concat_tables(parts)

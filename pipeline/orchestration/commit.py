@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.orchestration.asset_stages import NOTES, AssetJob, Notes, load_bricks
 from pipeline.config import BuildConfig
+from pipeline.core.schema import FORMAT_VERSION, Bricks, Record
+from pipeline.curation.screening_metrics import load_measured, write_measured
+from pipeline.orchestration.asset_stages import NOTES, AssetJob, Notes, load_bricks
 from pipeline.orchestration.isolated_process import Exit
-from pipeline.storage.remote import Location, Remote, files
 from pipeline.orchestration.manifest import (
     Result,
     append_stats,
@@ -26,8 +27,7 @@ from pipeline.orchestration.manifest import (
     with_products,
     write_manifest,
 )
-from pipeline.curation.screening_metrics import load_measured, write_measured
-from pipeline.core.schema import FORMAT_VERSION, Bricks, Record
+from pipeline.storage.remote import Location, Remote, files
 from pipeline.storage.render_shard import Scratch, index_path, write_render_shard
 from pipeline.storage.sdf_shard import write_sdf_shard
 
@@ -177,17 +177,25 @@ def pack(job: PackJob) -> dict[str, int]:
             rows.append(row if result is None else with_products(row, result))
         else:
             assert result is not None
-            rows.append(manifest_row(record, result, shard=shard, row=number, val_percent=cfg.val_percent))
+            rows.append(
+                manifest_row(record, result, shard=shard, row=number, val_percent=cfg.val_percent)
+            )
     resolutions = {int(name[7:]) for row in rows for name in row if name.startswith("tokens_")}
     resolutions |= {int(product[4:]) for product in job.products if product.startswith("sdf-")}
     path = manifest_path(out, shard)
     write_manifest(path, rows, resolutions)
     append_stats(stats_path(out, shard), results.values(), time.monotonic() - started)
-    statuses = {status: sum(row["status"] == status for row in rows) for status in ("done", "rejected", "failed")}
+    statuses = {
+        status: sum(row["status"] == status for row in rows)
+        for status in ("done", "rejected", "failed")
+    }
     counts = {"assets": len(rows), **statuses}
     markers[MANIFEST] = {"counts": counts, **_described(out, [path.relative_to(out)])}
     for product in (MANIFEST, *job.products):
-        _write_marker(marker_path(out, shard, product), {"shard": shard, "product": product, **markers[product]})
+        _write_marker(
+            marker_path(out, shard, product),
+            {"shard": shard, "product": product, **markers[product]},
+        )
     shutil.rmtree(out / ".scratch" / shard)
     return counts
 
@@ -209,7 +217,11 @@ def tree_sha256(path: Path) -> tuple[int, str]:
 def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dict[str, Any]:
     """Write a product of all assets that have it; returns its marker."""
     cfg, out = job.config, _local(job.config)
-    uids = [record.uid for record in job.records if product in getattr(results.get(record.uid), "products", {})]
+    uids = [
+        record.uid
+        for record in job.records
+        if product in getattr(results.get(record.uid), "products", {})
+    ]
     paths = product_paths(product, job.shard)
     partial = out / ".scratch" / job.shard / f"{product}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -219,8 +231,12 @@ def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dic
     if product.startswith("sdf-"):
         resolution = int(product[4:])
         bricks = _bricks(cfg, job.shard, product, resolution, uids)
-        counts["tokens"] = write_sdf_shard(partial / paths[0].name, resolution, bricks, cfg.product_hash(product))
-        extra["devices"] = sorted({results[uid].products[product].get("device", "cpu") for uid in uids})
+        counts["tokens"] = write_sdf_shard(
+            partial / paths[0].name, resolution, bricks, cfg.product_hash(product)
+        )
+        extra["devices"] = sorted(
+            {results[uid].products[product].get("device", "cpu") for uid in uids}
+        )
     elif product.startswith("screen-"):
         rows = [(uid, load_measured(scratch_folder(out, job.shard, uid) / product)) for uid in uids]
         write_measured(partial / paths[0].name, rows)
@@ -232,7 +248,9 @@ def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dic
         write_render_shard(partial / paths[0].name, entries, cfg.render.format)
         counts["views"] = len(uids) * cfg.render.views
         extra["renderers"] = sorted({results[uid].products[product]["renderer"] for uid in uids})
-    marker_path(out, job.shard, product).unlink(missing_ok=True)  # it would outlive what it vouches for
+    marker_path(out, job.shard, product).unlink(
+        missing_ok=True
+    )  # it would outlive what it vouches for
     for path in paths:
         target = out / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +298,9 @@ def _write_marker(path: Path, content: dict[str, Any]) -> None:
 
 def sync(path: Path) -> None:
     """Force a file, or every file of a directory, to the disk: a marker must not outlive what it vouches for."""
-    for file in [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]:
+    for file in (
+        [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]
+    ):
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)

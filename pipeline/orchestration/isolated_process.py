@@ -27,7 +27,11 @@ from typing import IO, Any, BinaryIO
 
 from pipeline.core.schema import RunError
 
-OUT_OF_MEMORY, DISK_FULL, RUN_ERROR = 86, 87, 88  # exit codes of a child, chosen where nobody else's lie
+OUT_OF_MEMORY, DISK_FULL, RUN_ERROR = (
+    86,
+    87,
+    88,
+)  # exit codes of a child, chosen where nobody else's lie
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.01
@@ -100,7 +104,9 @@ class Isolated:
         if not isinstance(answer, Exit):
             self.close()
             self._errors.seek(0)
-            lines = self._errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
+            lines = self._errors.read().decode(errors="replace").strip().splitlines() or [
+                "no message"
+            ]
             raise RunError(f"the process that isolates assets died: {lines[-1]}")
         return answer
 
@@ -117,7 +123,9 @@ class Isolated:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._server is None or self._server.poll() is not None:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the server
-            single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+            single = dict.fromkeys(
+                ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
+            )
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.orchestration.isolated_process", self._warm_up],
                 stdin=subprocess.PIPE,
@@ -211,10 +219,14 @@ def _wait(pid: int, timeout_s: float, requests: BinaryIO) -> tuple[int, Any, boo
     timed_out = False
     while True:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            _kill_group(pid)  # before the child is reaped, while its number cannot be anybody else's
+            _kill_group(
+                pid
+            )  # before the child is reaped, while its number cannot be anybody else's
             _, status, usage = os.wait4(pid, 0)
             return status, usage, timed_out
-        if select.select([requests], [], [], POLL_S)[0]:  # nothing is asked while a call runs: the other side is gone
+        if select.select([requests], [], [], POLL_S)[
+            0
+        ]:  # nothing is asked while a call runs: the other side is gone
             _kill_group(pid)
             os._exit(0)
         if time.monotonic() > deadline:
@@ -231,7 +243,9 @@ def _kill_group(pid: int) -> None:
 def _reason(status: int) -> str:
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        return "out_of_memory" if number == signal.SIGKILL else f"crashed_signal_{number}"  # the kernel's OOM killer
+        return (
+            "out_of_memory" if number == signal.SIGKILL else f"crashed_signal_{number}"
+        )  # the kernel's OOM killer
     code = os.WEXITSTATUS(status)
     known = {0: "", OUT_OF_MEMORY: "out_of_memory", DISK_FULL: "disk_full", RUN_ERROR: "run_error"}
     return known.get(code, "error")

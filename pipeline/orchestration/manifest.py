@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage.remote import Location, readable
 from pipeline.core.schema import FORMAT_VERSION, Record, split_of
+from pipeline.storage.remote import Location, readable
 
 PACK_SECONDS = "pack_seconds"
 STATUSES = ("done", "rejected", "failed")
@@ -59,7 +59,9 @@ class Result:
     reason: str
     row: dict[str, Any] = field(default_factory=dict)  # sha256, faces, ..., scale
     numbers: dict[str, Any] = field(default_factory=dict)
-    products: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished ones and their counts
+    products: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # finished ones and their counts
     seconds: dict[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
     peak_rss_bytes: int = 0
@@ -80,9 +82,15 @@ def manifest_schema(resolutions: Iterable[int]) -> pa.Schema:
     return pa.schema([*HEAD, *tokens, *TAIL], metadata={"format_version": str(FORMAT_VERSION)})
 
 
-def manifest_row(record: Record, result: Result, *, shard: str, row: int, val_percent: int) -> dict[str, Any]:
+def manifest_row(
+    record: Record, result: Result, *, shard: str, row: int, val_percent: int
+) -> dict[str, Any]:
     """One row of the manifest from an asset's first visit."""
-    tokens = {f"tokens_{name[4:]}": counts["tokens"] for name, counts in result.products.items() if "tokens" in counts}
+    tokens = {
+        f"tokens_{name[4:]}": counts["tokens"]
+        for name, counts in result.products.items()
+        if "tokens" in counts
+    }
     names = ("faces", "vertices", "components", "area", "volume", "sign_path", "center", "scale")
     return {
         "uid": record.uid,
@@ -105,7 +113,11 @@ def manifest_row(record: Record, result: Result, *, shard: str, row: int, val_pe
 
 def with_products(old: dict[str, Any], result: Result) -> dict[str, Any]:
     """The row after a later visit made more products: as if one visit had made them all."""
-    tokens = {f"tokens_{name[4:]}": counts["tokens"] for name, counts in result.products.items() if "tokens" in counts}
+    tokens = {
+        f"tokens_{name[4:]}": counts["tokens"]
+        for name, counts in result.products.items()
+        if "tokens" in counts
+    }
     numbers = {**json.loads(old["numbers"]), **result.numbers}
     row = {**old, **tokens, "numbers": json.dumps(numbers, sort_keys=True)}
     later = old["status"] == "done" or (
@@ -136,8 +148,12 @@ def read_manifest(path: Location) -> list[dict[str, Any]]:
         raise ValueError(f"{path} must be a readable manifest: {error}") from error
     version = (table.schema.metadata or {}).get(b"format_version", b"none").decode()
     if version != str(FORMAT_VERSION):
-        raise ValueError(f"{path} must have format_version {FORMAT_VERSION}, got {version}: rebuild it")
-    resolutions = [int(name[7:]) for name in table.column_names if re.fullmatch(r"tokens_\d+", name)]
+        raise ValueError(
+            f"{path} must have format_version {FORMAT_VERSION}, got {version}: rebuild it"
+        )
+    resolutions = [
+        int(name[7:]) for name in table.column_names if re.fullmatch(r"tokens_\d+", name)
+    ]
     want = manifest_schema(resolutions)
     if not table.schema.equals(want):
         raise ValueError(f"{path} must have the columns {want.names}, has {table.column_names}")
@@ -161,7 +177,10 @@ def append_stats(path: Path, results: Iterable[Result], pack_seconds: float = 0.
     old, before = [], 0.0
     if path.exists():
         table = pq.read_table(path)
-        old, before = table.to_pylist(), float((table.schema.metadata or {}).get(PACK_SECONDS.encode(), b"0"))
+        old, before = (
+            table.to_pylist(),
+            float((table.schema.metadata or {}).get(PACK_SECONDS.encode(), b"0")),
+        )
     notes = {PACK_SECONDS: str(round(before + pack_seconds, 3))}
     _replace_table(path, pa.Table.from_pylist(old + rows, STATS.with_metadata(notes)))
 
@@ -169,7 +188,10 @@ def append_stats(path: Path, results: Iterable[Result], pack_seconds: float = 0.
 def funnel(rows: Iterable[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
     """(status, stage, reason, assets), done first, then by how many."""
     counts = Counter((row["status"], row["stage"], row["reason"]) for row in rows)
-    return sorted(((*key, n) for key, n in counts.items()), key=lambda item: (item[0] != "done", -item[3], item[:3]))
+    return sorted(
+        ((*key, n) for key, n in counts.items()),
+        key=lambda item: (item[0] != "done", -item[3], item[:3]),
+    )
 
 
 def _replace_table(path: Path, table: pa.Table) -> None:

@@ -17,15 +17,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import BuildConfig, differences, hash_of
-from pipeline.orchestration.isolated_process import is_disk_full
-from pipeline.storage.remote import Location, Remote, children, readable
 from pipeline.core.schema import FORMAT_VERSION, Record, UserError
+from pipeline.orchestration.isolated_process import is_disk_full
 from pipeline.sources import Listing
 from pipeline.storage.locks import workspace
+from pipeline.storage.remote import Location, Remote, children, readable
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("sparse3d", "numba", "numcodecs", "numpy", "pillow", "pyarrow", "pyrender", "scipy", "trimesh", "zarr")
+PACKAGES = (
+    "sparse3d",
+    "numba",
+    "numcodecs",
+    "numpy",
+    "pillow",
+    "pyarrow",
+    "pyrender",
+    "scipy",
+    "trimesh",
+    "zarr",
+)
 COLUMNS = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "source", "url", "shard")),
@@ -58,7 +69,9 @@ class Plan:
         """How many of a shard's first records are to have a product. A ranked plan is in the order of its ranking."""
         size = self.info["config"]["shard_size"]
         rank = self.info["config"].get("rank")
-        if rank is not None and product in [f"sdf-{resolution}" for resolution in rank["best_resolutions"]]:
+        if rank is not None and product in [
+            f"sdf-{resolution}" for resolution in rank["best_resolutions"]
+        ]:
             return min(max(rank["best_count"] - int(shard) * size, 0), size)
         return size
 
@@ -85,7 +98,9 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Listing]) -> Plan:
         partial = here / ".plan.parquet.partial"
         try:
             here.mkdir(parents=True, exist_ok=True)
-            assets = _write_table(partial, chain.from_iterable(source.records() for source in sources), cfg)
+            assets = _write_table(
+                partial, chain.from_iterable(source.records() for source in sources), cfg
+            )
             if not assets:
                 _forget(partial)
                 raise UserError(f"no assets in {' '.join(cfg.source)}; name a source that has some")
@@ -95,9 +110,13 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Listing]) -> Plan:
             partial.write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
             partial.replace(here / "plan.json")  # last: a plan without it does not count
         except OSError as error:
-            if is_disk_full(error) or str(here) not in str(error.filename):  # or a source could not be read
+            if is_disk_full(error) or str(here) not in str(
+                error.filename
+            ):  # or a source could not be read
                 raise
-            raise UserError(f"cannot write to {here}: {error.strerror}; choose another --out") from error
+            raise UserError(
+                f"cannot write to {here}: {error.strerror}; choose another --out"
+            ) from error
         if isinstance(cfg.out, Remote):
             for name in ("plan.parquet", "plan.json"):
                 (cfg.out / name).put(here / name)
@@ -106,7 +125,11 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Listing]) -> Plan:
 
 def _info(cfg: BuildConfig, sources: Sequence[Listing], assets: int) -> dict[str, Any]:
     """The content of plan.json."""
-    snapshots = {source.name: snapshot() for source in sources if (snapshot := getattr(source, "snapshot", None))}
+    snapshots = {
+        source.name: snapshot()
+        for source in sources
+        if (snapshot := getattr(source, "snapshot", None))
+    }
     skipped = {source.name: n for source in sources if (n := getattr(source, "skipped", 0))}
     return {
         "format_version": FORMAT_VERSION,
@@ -116,7 +139,10 @@ def _info(cfg: BuildConfig, sources: Sequence[Listing], assets: int) -> dict[str
         "shards": -(-assets // cfg.shard_size),
         "skipped_files": skipped,
         "snapshots": snapshots,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
         "commit": _commit(),
     }
 
@@ -142,13 +168,19 @@ def read_plan(out: Location) -> Plan:
         table = pq.read_table(readable(out / "plan.parquet"))
         found = info["format_version"]
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"{out} is not a build: it has no readable plan.json and plan.parquet") from error
+        raise UserError(
+            f"{out} is not a build: it has no readable plan.json and plan.parquet"
+        ) from error
     if found != FORMAT_VERSION:
-        raise UserError(f"{out} has format_version {found}, this code reads {FORMAT_VERSION}: rebuild it")
+        raise UserError(
+            f"{out} has format_version {found}, this code reads {FORMAT_VERSION}: rebuild it"
+        )
     if "metadata" not in table.column_names:  # of a plan made before there were catalogues
         table = table.append_column("metadata", pa.array([""] * table.num_rows, pa.string()))
     if not table.schema.equals(COLUMNS):
-        raise UserError(f"{out / 'plan.parquet'} must have the columns {COLUMNS.names}, has {table.column_names}")
+        raise UserError(
+            f"{out / 'plan.parquet'} must have the columns {COLUMNS.names}, has {table.column_names}"
+        )
     return Plan(out=out, info=info, table=table)
 
 
@@ -161,7 +193,9 @@ def _matching_plan(cfg: BuildConfig) -> Plan:
             "choose another --out, or the same options to go on with it"
         )
     if plan.info["commit"] != _commit():
-        log.warning("%s was planned by commit %s, this is %s", cfg.out, plan.info["commit"], _commit())
+        log.warning(
+            "%s was planned by commit %s, this is %s", cfg.out, plan.info["commit"], _commit()
+        )
     return plan
 
 

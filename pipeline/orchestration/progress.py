@@ -20,9 +20,13 @@ class Progress:
     def __init__(self, total: int, unit: str):
         self.total, self.unit = total, unit
         self.counts: Counter[str] = Counter()
-        self.resumed = 0  # counted before anything was done in this run: they say nothing about its speed
+        self.resumed = (
+            0  # counted before anything was done in this run: they say nothing about its speed
+        )
         self.started = self.shown = time.monotonic()
-        self.bar = tqdm(total=total, unit=unit[:-1], dynamic_ncols=True) if sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=total, unit=unit[:-1], dynamic_ncols=True) if sys.stderr.isatty() else None
+        )
 
     def count(self, status: str, *, resumed: bool = False) -> None:
         self.counts[status] += 1
@@ -47,5 +51,7 @@ class Progress:
         seen = sum(self.counts.values())
         rate = (seen - self.resumed) / max(self.shown - self.started, 1e-9)
         left = f"{(self.total - seen) / rate:.0f} s left" if rate else "time left unknown"
-        kinds = ", ".join(f"{n} {status}" for status, n in sorted(self.counts.items())) or "none yet"
+        kinds = (
+            ", ".join(f"{n} {status}" for status, n in sorted(self.counts.items())) or "none yet"
+        )
         log.info("%d/%d %s (%s), %.2f/s, %s", seen, self.total, self.unit, kinds, rate, left)

@@ -20,12 +20,10 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.orchestration.asset_stages import AssetJob
-from pipeline.core.cli import Stop, note_signals
 from pipeline.config import BuildConfig, differences
-from pipeline.orchestration.isolated_process import Exit, Isolated, is_disk_full
-from pipeline.storage.remote import children, read_all, remove
-from pipeline.orchestration.manifest import STATUSES, Result
+from pipeline.core.cli import Stop, note_signals
+from pipeline.core.schema import Record, RunError, UserError
+from pipeline.orchestration.asset_stages import AssetJob
 from pipeline.orchestration.commit import (
     MANIFEST,
     PackJob,
@@ -36,21 +34,27 @@ from pipeline.orchestration.commit import (
     marker_path,
     scratch_folder,
 )
+from pipeline.orchestration.isolated_process import Exit, Isolated, is_disk_full
+from pipeline.orchestration.manifest import STATUSES, Result
 from pipeline.orchestration.plan import Plan
 from pipeline.orchestration.progress import Progress
-from pipeline.core.schema import Record, RunError, UserError
-from pipeline.sources import Source
 from pipeline.orchestration.transfer import commit, hand_in, landed_results
+from pipeline.sources import Source
 from pipeline.storage.locks import scratch_root, swept, workspace
+from pipeline.storage.remote import children, read_all, remove
 
 log = logging.getLogger(__name__)
 
 IN_FLIGHT_PER_SLOT = 2  # tasks handed to Ray for every core, so that none waits for the driver
-OBJECT_STORE_BYTES = 100 << 20  # assets travel through the file system; Ray carries only a row of each
+OBJECT_STORE_BYTES = (
+    100 << 20
+)  # assets travel through the file system; Ray carries only a row of each
 FAILURES_BEFORE_STOP = 10
 DISK_CHECK_S = 5.0
 CANCEL_S = 30.0
-Verdict = tuple[str, str, str, bool]  # on an asset: status, stage, reason, whether it may be another next time
+Verdict = tuple[
+    str, str, str, bool
+]  # on an asset: status, stage, reason, whether it may be another next time
 
 
 @dataclass(kw_only=True)
@@ -82,7 +86,9 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
         with swept(cfg.out, cfg.scratch), note_signals(stop), _ray(cfg), note_signals(stop):
             stop.check()
             if cfg.gpu_share and not ray.cluster_resources().get("GPU"):
-                raise UserError("--device cuda cannot be used: Ray finds no GPU in its cluster; leave it out")
+                raise UserError(
+                    "--device cuda cannot be used: Ray finds no GPU in its cluster; leave it out"
+                )
             _Run(plan, cfg, sources, todo, held).loop(stop)
     remove(cfg.out / ".scratch")
     return counts(plan, cfg)
@@ -102,7 +108,9 @@ def _check_committed(cfg: BuildConfig, held: Mapping[str, set[str]]) -> None:
             )
 
 
-def missing_products(plan: Plan, cfg: BuildConfig, held: Mapping[str, set[str]]) -> dict[str, tuple[str, ...]]:
+def missing_products(
+    plan: Plan, cfg: BuildConfig, held: Mapping[str, set[str]]
+) -> dict[str, tuple[str, ...]]:
     """The products of a shard that are not among those held, in order; all of them where it holds no manifest.
 
     Shards that lack nothing are left out.
@@ -111,7 +119,9 @@ def missing_products(plan: Plan, cfg: BuildConfig, held: Mapping[str, set[str]])
     for name in plan.shards:
         there = held.get(name, set())
         wanted = (product for product in cfg.products if plan.wanted(product, name))
-        missing[name] = tuple(product for product in wanted if MANIFEST not in there or product not in there)
+        missing[name] = tuple(
+            product for product in wanted if MANIFEST not in there or product not in there
+        )
     return {name: products for name, products in missing.items() if products}
 
 
@@ -148,10 +158,14 @@ class _Run:
         self.config = ray.put(cfg)
         self.tasks: dict[ray.ObjectRef, tuple[_Shard, Record | None]] = {}
         self.attempts: dict[str, int] = {}
-        self.later: list[tuple[float, str, _Shard, Record]] = []  # heap: when, uid, what to try again
+        self.later: list[
+            tuple[float, str, _Shard, Record]
+        ] = []  # heap: when, uid, what to try again
         self.tried, self.failed = 0, 0
         self.todo, self.held = todo, held
-        self.progress = Progress(sum(_wanted(plan, name, products) for name, products in todo.items()), "assets")
+        self.progress = Progress(
+            sum(_wanted(plan, name, products) for name, products in todo.items()), "assets"
+        )
         self.disk_checked = 0.0
 
     def loop(self, stop: Stop) -> None:
@@ -279,11 +293,15 @@ class _Run:
             log.warning("%s lost its worker (%s); trying again", key, type(error).__name__)
             self._submit(shard, record)
         elif record is None:
-            raise RunError(f"{key} lost its worker {self.attempts[key]} times: {type(error).__name__}")
+            raise RunError(
+                f"{key} lost its worker {self.attempts[key]} times: {type(error).__name__}"
+            )
         else:
             lost = Exit(reason="worker_lost", detail="", seconds=0.0, peak_rss_bytes=0)
             with workspace(self.cfg.out, self.cfg.scratch) as here:
-                job = _job(record, None, self.cfg, here, shard.name, shard.products, self.attempts[key] + 1)
+                job = _job(
+                    record, None, self.cfg, here, shard.name, shard.products, self.attempts[key] + 1
+                )
                 verdict = _verdict(land(job, lost, self.attempts[key]))
                 hand_in(self.cfg.out, here, shard.name, record.uid)
             self._landed(shard, record, verdict)
@@ -320,7 +338,12 @@ _isolated = {  # of a Ray worker process
 
 @ray.remote(num_cpus=1, max_retries=0)
 def _asset_task(
-    record: Record, source: Source, cfg: BuildConfig, shard: str, products: tuple[str, ...], attempt: int
+    record: Record,
+    source: Source,
+    cfg: BuildConfig,
+    shard: str,
+    products: tuple[str, ...],
+    attempt: int,
 ) -> Verdict:
     """All stages of one asset in a child of its own. RunError if no asset could succeed."""
     with workspace(cfg.out, cfg.scratch) as here:
@@ -383,9 +406,13 @@ def _ray(cfg: BuildConfig) -> Iterator[None]:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             why = " ".join(str(error).split())
-            raise UserError(f"no Ray at RAY_ADDRESS={address}: {why}; correct or unset it") from error
+            raise UserError(
+                f"no Ray at RAY_ADDRESS={address}: {why}; correct or unset it"
+            ) from error
     else:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray's start-up, which has no argument for it
+        os.environ.setdefault(
+            "RAY_USAGE_STATS_ENABLED", "0"
+        )  # read by Ray's start-up, which has no argument for it
         ray.init(
             address="local",
             num_cpus=cfg.workers,

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import BuildConfig
-from pipeline.storage.remote import Location, Remote, children
-from pipeline.orchestration.manifest import Result
 from pipeline.orchestration.commit import (
     MANIFEST,
     RESULT,
@@ -25,7 +23,9 @@ from pipeline.orchestration.commit import (
     scratch_folder,
     stats_path,
 )
+from pipeline.orchestration.manifest import Result
 from pipeline.storage.locks import workspace
+from pipeline.storage.remote import Location, Remote, children
 
 HEAD_BYTES = 1 << 16  # of a landed asset: its result comes first, and is rarely longer
 
@@ -37,14 +37,18 @@ def hand_in(out: Location, here: Path, shard: str, uid: str) -> None:
     folder = scratch_folder(here, shard, uid)
     packed = folder.with_name(f"{uid}.tar")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    with tarfile.open(packed, "w", format=tarfile.GNU_FORMAT) as tar:  # no header before that of the result
+    with tarfile.open(
+        packed, "w", format=tarfile.GNU_FORMAT
+    ) as tar:  # no header before that of the result
         for name in [RESULT, *(name for name in names if name != RESULT)]:
             tar.add(folder / name, name, recursive=False)
     shutil.rmtree(folder)
     (out / ".scratch" / shard / packed.name).put(packed)
 
 
-def landed_results(cfg: BuildConfig, shard: str, uids: Sequence[str], products: Sequence[str]) -> dict[str, Result]:
+def landed_results(
+    cfg: BuildConfig, shard: str, uids: Sequence[str], products: Sequence[str]
+) -> dict[str, Result]:
     """What earlier visits left in scratch, of those that tried these very products."""
     out, found = cfg.out, {}
     if isinstance(out, Path):
@@ -73,7 +77,9 @@ def commit(job: PackJob) -> dict[str, int]:
     """
     cfg, shard, out = job.config, job.shard, job.config.out
     markers = [marker_path(out, shard, product) for product in (MANIFEST, *job.products)]
-    if all(marker.exists() for marker in markers):  # of an attempt that was lost before it could say so
+    if all(
+        marker.exists() for marker in markers
+    ):  # of an attempt that was lost before it could say so
         return json.loads(markers[0].read_text())["counts"]
     if isinstance(out, Path):
         return pack(job)
@@ -81,7 +87,9 @@ def commit(job: PackJob) -> dict[str, int]:
         for name in (manifest_path, stats_path):
             _fetch(name(out, shard), name(here, shard))
         _fetch(markers[0], marker_path(here, shard, MANIFEST))
-        for uid in sorted({record.uid for record in job.records[: job.wanted]} & _handed_in(out, shard)):
+        for uid in sorted(
+            {record.uid for record in job.records[: job.wanted]} & _handed_in(out, shard)
+        ):
             _unpack(out / ".scratch" / shard / f"{uid}.tar", scratch_folder(here, shard, uid))
         counts = pack(replace(job, config=replace(cfg, out=here)))
         for product in job.products:

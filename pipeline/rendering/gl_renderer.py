@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.rendering.draw_calls import Batch, batches
 from pipeline.core.cameras import RADIUS, Camera
 from pipeline.core.schema import Mesh, RunError
+from pipeline.rendering.draw_calls import Batch, batches
 from pipeline.rendering.shading import Lighting, shader_sources
 
 EGL_CUDA_DEVICE_NV = 0x323A  # EGL_NV_device_cuda: the number that CUDA has for an EGL device
@@ -67,10 +67,16 @@ def _cuda_index(device: Any) -> str | None:
     query = EGL.eglGetProcAddress("eglQueryDeviceAttribEXT")  # PyOpenGL has no binding of it
     if not query:
         return None
-    of_device = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))
+    of_device = ctypes.CFUNCTYPE(
+        ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t)
+    )
     number = ctypes.c_ssize_t()
     handle = ctypes.cast(device._display, ctypes.c_void_p)
-    return str(number.value) if of_device(query)(handle, EGL_CUDA_DEVICE_NV, ctypes.byref(number)) else None
+    return (
+        str(number.value)
+        if of_device(query)(handle, EGL_CUDA_DEVICE_NV, ctypes.byref(number))
+        else None
+    )
 
 
 @contextmanager
@@ -94,7 +100,13 @@ def context(width: int, height: int) -> Iterator[Any]:
             except (Error, AssertionError) as error:
                 problems.append(f"{device!r}: {error!r}")
                 platform = None
-    except (ImportError, OSError, AttributeError, TypeError, RuntimeError) as error:  # PyOpenGL without its libraries
+    except (
+        ImportError,
+        OSError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # PyOpenGL without its libraries
         problems.append(repr(error))
     if platform is None:
         why = "; ".join(problems) or "no device found"
@@ -113,7 +125,8 @@ def renderer_string() -> str:
         from OpenGL import GL
 
         return ", ".join(
-            bytes(GL.glGetString(name) or b"").decode() for name in (GL.GL_VENDOR, GL.GL_RENDERER, GL.GL_VERSION)
+            bytes(GL.glGetString(name) or b"").decode()
+            for name in (GL.GL_VENDOR, GL.GL_RENDERER, GL.GL_VERSION)
         )
 
 
@@ -184,7 +197,9 @@ class Canvas:
             texcoord_0=batch.uv,
             color_0=batch.colors,
         )
-        primitive._indices = batch.faces.astype(np.uint32)  # its setter goes through fp32: wrong beyond 2**24
+        primitive._indices = batch.faces.astype(
+            np.uint32
+        )  # its setter goes through fp32: wrong beyond 2**24
         primitive._add_to_context()
         texture = None
         if batch.texture is not None:
@@ -235,7 +250,9 @@ class Canvas:
 
         near, far = (camera.distance - RADIUS) / 2, camera.distance + 10
         fov = float(np.radians(camera.fov_degrees))
-        lens = pyrender.PerspectiveCamera(yfov=fov, znear=near, zfar=far, aspectRatio=1.0).get_projection_matrix()
+        lens = pyrender.PerspectiveCamera(
+            yfov=fov, znear=near, zfar=far, aspectRatio=1.0
+        ).get_projection_matrix()
         program = self._program(keep, item.texture is not None, item.batch.per_vertex)
         GL.glUseProgram(program.id)
         world_to_clip = (lens @ np.linalg.inv(camera.c2w)).astype(np.float32)
@@ -260,12 +277,16 @@ class Canvas:
         size, renderer = self.size, self.renderer
         GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, renderer._main_fb_ms)
         GL.glBindFramebuffer(GL.GL_DRAW_FRAMEBUFFER, renderer._main_fb)
-        GL.glBlitFramebuffer(0, 0, size, size, 0, 0, size, size, GL.GL_COLOR_BUFFER_BIT, GL.GL_NEAREST)
+        GL.glBlitFramebuffer(
+            0, 0, size, size, 0, 0, size, size, GL.GL_COLOR_BUFFER_BIT, GL.GL_NEAREST
+        )
         GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, renderer._main_fb)
         rgba = np.empty((size, size, 4), np.uint8)
         GL.glReadPixels(0, 0, size, size, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE, rgba)
         alpha = rgba[..., 3]
-        alpha[alpha == 127] = 128  # 2 of 4 samples are 127.5: NVIDIA rounds down, Mesa up, and masks cut there
+        alpha[alpha == 127] = (
+            128  # 2 of 4 samples are 127.5: NVIDIA rounds down, Mesa up, and masks cut there
+        )
         return rgba[::-1]
 
     def close(self) -> None:

@@ -162,16 +162,25 @@ void main() {
 }
 """
 
-KEEPS = ("OPAQUE", "MASK", "SOLID", "BLEND")  # all; alpha >= cutoff; as good as opaque; the rest, blended
+KEEPS = (
+    "OPAQUE",
+    "MASK",
+    "SOLID",
+    "BLEND",
+)  # all; alpha >= cutoff; as good as opaque; the rest, blended
 
 
 def shader_sources(keep: str, textured: bool, per_vertex: bool) -> tuple[str, str]:
     """Vertex and fragment GLSL of one variant. Variants, because software GL runs both sides of every `if`."""
-    head = "#version 330 core\n" + "".join(f"#define KEEP_{name} {i}\n" for i, name in enumerate(KEEPS))
-    head += (
-        f"#define KEEP {KEEPS.index(keep)}\n#define TEXTURED {int(textured)}\n#define PER_VERTEX {int(per_vertex)}\n"
+    head = "#version 330 core\n" + "".join(
+        f"#define KEEP_{name} {i}\n" for i, name in enumerate(KEEPS)
     )
-    return (head + _LIGHT + _VERTEX, head + _FRAGMENT) if per_vertex else (head + _VERTEX, head + _LIGHT + _FRAGMENT)
+    head += f"#define KEEP {KEEPS.index(keep)}\n#define TEXTURED {int(textured)}\n#define PER_VERTEX {int(per_vertex)}\n"
+    return (
+        (head + _LIGHT + _VERTEX, head + _FRAGMENT)
+        if per_vertex
+        else (head + _VERTEX, head + _LIGHT + _FRAGMENT)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +204,9 @@ def lighting(uid: str, view: int, camera: Camera, attempt: int = 0) -> Lighting:
     yaw[0] = (20 + 55 * abs(yaw[0]) / 180) * (1 if yaw[0] > 0 else -1)
     pitch[0], level[0] = 10 + 45 * (pitch[0] + 20) / 80, 0.50 + level[0]
     yaw, pitch = np.radians(yaw), np.radians(pitch)
-    local = np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], axis=1)
+    local = np.stack(
+        [np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], axis=1
+    )
     tint = 1 + 0.06 * (2 * warmth[:, None] - 1) * np.array([1.0, 0.0, -1.0])
     sky = 0.26 + 0.14 * ambient[0]
     return Lighting(
@@ -209,11 +220,15 @@ def lighting(uid: str, view: int, camera: Camera, attempt: int = 0) -> Lighting:
 def to_linear(srgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """8-bit sRGB -> linear 0..1, fp32, any shape."""
     table = np.arange(256) / 255
-    return np.where(table <= 0.04045, table / 12.92, ((table + 0.055) / 1.055) ** 2.4).astype(np.float32)[srgb]
+    return np.where(table <= 0.04045, table / 12.92, ((table + 0.055) / 1.055) ** 2.4).astype(
+        np.float32
+    )[srgb]
 
 
 def smooth_normals(
-    vertices: NDArray[np.float32], faces: NDArray[np.integer], crease_degrees: float = CREASE_DEGREES
+    vertices: NDArray[np.float32],
+    faces: NDArray[np.integer],
+    crease_degrees: float = CREASE_DEGREES,
 ) -> NDArray[np.float32]:
     """Unit normals [F, 3, 3], one a face corner: the area-weighted mean over the corner's smoothing group.
 
@@ -227,10 +242,14 @@ def smooth_normals(
     order = np.argsort(place, kind="stable")
     start = np.flatnonzero(np.r_[True, place[order][1:] != place[order][:-1]])
     size = np.diff(np.r_[start, len(order)])
-    left = np.repeat(size, size) - (np.arange(len(order)) - np.repeat(start, size)) - 1  # corners after this one
+    left = (
+        np.repeat(size, size) - (np.arange(len(order)) - np.repeat(start, size)) - 1
+    )  # corners after this one
     own, weight = unit[order // 3], area[order // 3]
     total = weight.copy()
-    paired = np.repeat(size <= MAX_FAN, size)  # the apex of a large fan would cost its square; it stays faceted
+    paired = np.repeat(
+        size <= MAX_FAN, size
+    )  # the apex of a large fan would cost its square; it stays faceted
     limit = cos(radians(crease_degrees))
     for step in range(1, int(min(size.max(initial=1), MAX_FAN))):
         i = np.flatnonzero(paired & (left >= step))

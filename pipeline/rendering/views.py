@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.core.cameras import Camera, CameraSet, camera
-from pipeline.rendering.gl_renderer import canvas, renderer_string
 from pipeline.core.schema import Mesh, Reject, View
+from pipeline.rendering.gl_renderer import canvas, renderer_string
 from pipeline.rendering.shading import lighting
 
 __all__ = [
@@ -70,13 +70,18 @@ def render_views(mesh: Mesh, uid: str, cfg: RenderConfig) -> Iterator[View]:
             else:
                 assert fault is not None
                 raise Reject(
-                    fault, view=view, attempts=cfg.attempts, coverage=round(float((rgba[..., 3] > 0).mean()), 6)
+                    fault,
+                    view=view,
+                    attempts=cfg.attempts,
+                    coverage=round(float((rgba[..., 3] > 0).mean()), 6),
                 )
             size = {"width": cfg.image_size, "height": cfg.image_size}
             yield View(rgba=rgba, meta={"uid": uid, "view": view, **eye.meta(), **size})
 
 
-def render_from(mesh: Mesh, eyes: Iterable[Camera], size: int, lights: str = "") -> Iterator[NDArray[np.uint8]]:
+def render_from(
+    mesh: Mesh, eyes: Iterable[Camera], size: int, lights: str = ""
+) -> Iterator[NDArray[np.uint8]]:
     """RGBA [size, size, 4], colour not premultiplied, of a mesh from each camera; nothing is checked.
 
     The lights are seeded by the word `lights` alone and travel with the camera. RunError without EGL.
@@ -114,7 +119,9 @@ def fault_of(rgba: NDArray[np.uint8], min_coverage: float) -> str | None:
     if alpha[[0, -1]].any() or alpha[:, [0, -1]].any():
         return "render_cut_off"
     solid = _solid_colors(rgba)[:, :3]
-    varies = any(len(some) and np.ptp(some, axis=0).max() > 2 for some in (solid[::16], solid))  # a sample often tells
+    varies = any(
+        len(some) and np.ptp(some, axis=0).max() > 2 for some in (solid[::16], solid)
+    )  # a sample often tells
     return None if varies or not len(solid) else "render_constant"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qs
 
-from pipeline.download.fetch import FetchConfig
 from pipeline.core.schema import Record, UserError
+from pipeline.download.fetch import FetchConfig
 
 
 class Listing(Protocol):
@@ -51,7 +51,9 @@ def open_source(
     scheme, _, rest = spec.partition(":")
     if scheme == "procedural":
         if rest and not (rest.isdecimal() and int(rest)):
-            raise UserError(f"procedural:COUNT takes how many shapes to make, 1 or more, got {rest!r}")
+            raise UserError(
+                f"procedural:COUNT takes how many shapes to make, 1 or more, got {rest!r}"
+            )
         return ProceduralSource(count=int(rest)) if rest else ProceduralSource()
     if scheme == "folder" and rest:
         source = FolderSource(root=_path(rest), out=out)
@@ -66,11 +68,15 @@ def open_source(
         places = _options(spec, options, "places").get("places", PLACES)
         if not set(places) <= set(PLACES):
             raise UserError(f"{spec}: places are {','.join(PLACES)}")
-        return ObjaverseXLSource(annotations=annotations, fetch=fetch, max_bytes=max_bytes, places=places)
+        return ObjaverseXLSource(
+            annotations=annotations, fetch=fetch, max_bytes=max_bytes, places=places
+        )
     if scheme == "shapenet" and rest:
         chosen = _options(spec, options, "categories", "splits")
         source = ShapeNetSource(
-            root=_path(rest), categories=chosen.get("categories", ()), splits=chosen.get("splits", ())
+            root=_path(rest),
+            categories=chosen.get("categories", ()),
+            splits=chosen.get("splits", ()),
         )
         source.check()
         return source
@@ -83,7 +89,9 @@ def _path(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:
-        raise UserError(f"no home directory for {text.partition('/')[0]} of {text}; give the whole path") from error
+        raise UserError(
+            f"no home directory for {text.partition('/')[0]} of {text}; give the whole path"
+        ) from error
 
 
 def _options(spec: str, text: str, *names: str) -> dict[str, tuple[str, ...]]:
@@ -92,4 +100,7 @@ def _options(spec: str, text: str, *names: str) -> dict[str, tuple[str, ...]]:
     for name in found:
         if name not in names:
             raise UserError(f"{spec}: unknown option {name!r}; there is {' and '.join(names)}")
-    return {name: tuple(word for word in ",".join(values).split(",") if word) for name, values in found.items()}
+    return {
+        name: tuple(word for word in ",".join(values).split(",") if word)
+        for name, values in found.items()
+    }

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from zlib import error as ZlibError
 
-from pipeline.download.fetch import FetchConfig, Wanted, fetch, sha256_of
 from pipeline.core.schema import Reject, UserError
+from pipeline.download.fetch import FetchConfig, Wanted, fetch, sha256_of
 
 MAX_BYTES = 16 << 30  # of one annotation file
 WORDS, LETTERS = 32, 100  # tags of an asset, and letters of a name, that a plan keeps
@@ -42,7 +42,9 @@ class Annotations:
         try:
             return fetch(Wanted(url=url, max_bytes=MAX_BYTES), path, self.fetch)
         except Reject as verdict:
-            raise UserError(f"cannot download the annotations {url} ({verdict}); put the file at {path}") from verdict
+            raise UserError(
+                f"cannot download the annotations {url} ({verdict}); put the file at {path}"
+            ) from verdict
 
     def snapshot(self, names: Sequence[str]) -> str:
         """The sha256 over the sorted "name\\0sha256" lines of files that are there."""
@@ -56,7 +58,9 @@ def read_json(path: Path) -> Any:
         with gzip.open(path, "rb") as file:
             return json.load(file)
     except (OSError, EOFError, ValueError, ZlibError) as error:
-        raise UserError(f"the annotation file {path} is damaged ({error}); delete it to download it again") from error
+        raise UserError(
+            f"the annotation file {path} is damaged ({error}); delete it to download it again"
+        ) from error
 
 
 def to_metadata(**said: Any) -> str:

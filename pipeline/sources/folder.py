@@ -7,9 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.mesh_io.archive import ARCHIVE_FORMATS, ArchiveLimits, archive_format, extract, only_mesh
-from pipeline.mesh_io.file_checks import MESH_FORMATS
 from pipeline.core.schema import Record, UserError, make_uid
+from pipeline.mesh_io.archive import (
+    ARCHIVE_FORMATS,
+    ArchiveLimits,
+    archive_format,
+    extract,
+    only_mesh,
+)
+from pipeline.mesh_io.file_checks import MESH_FORMATS
 
 SIDE_FORMATS = frozenset(
     {"mtl", "bin", "png", "jpg", "jpeg", "webp", "bmp", "tga", "tif", "tiff", "gif", "ktx2", "dds"}
@@ -40,7 +46,9 @@ class FolderSource:
     @property
     def skipped(self) -> int:
         """How many files are neither a mesh nor the side file of one, or have a name that is not text."""
-        return sum(not _is_mesh(path) and _extension(path) not in SIDE_FORMATS for path in self._files())
+        return sum(
+            not _is_mesh(path) and _extension(path) not in SIDE_FORMATS for path in self._files()
+        )
 
     def check(self) -> None:
         """UserError if the folder is missing, unreadable, or holds no mesh file."""
@@ -49,7 +57,9 @@ class FolderSource:
         if not self.root.is_dir():
             raise UserError(f"{self.root} is a file; give the folder that holds it, folder:PATH")
         if not os.access(self.root, os.R_OK | os.X_OK):
-            raise UserError(f"cannot read the folder {self.root}; give yourself the right to list and read it")
+            raise UserError(
+                f"cannot read the folder {self.root}; give yourself the right to list and read it"
+            )
         if next(self.records(), None) is None:
             formats = " ".join(sorted(MESH_FORMATS) + list(ARCHIVE_FORMATS))
             raise UserError(f"no mesh file in {self.root}; the formats are {formats}")

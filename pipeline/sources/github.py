@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch, remembered
 from pipeline.core.schema import Reject, Transient
+from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch, remembered
 from pipeline.download.http import post_json
 
 LFS_JSON = "application/vnd.git-lfs+json"
@@ -48,7 +48,10 @@ def fetch_blob(want: Wanted, folder: Path, cfg: FetchConfig, hosts: GitHub) -> P
     """
     blob = parse_blob(want.url, hosts)
     folder.mkdir()
-    main = folder / f"{posixpath.splitext(posixpath.basename(blob.path))[0][:50] or 'file'}.{want.format}"
+    main = (
+        folder
+        / f"{posixpath.splitext(posixpath.basename(blob.path))[0][:50] or 'file'}.{want.format}"
+    )
     _fetch(want, blob, main, cfg, hosts)
     partial = folder / ".side-file"
     pending, known, room = deque(references(main)), set[str](), SIDE_BYTES
@@ -94,7 +97,9 @@ def references(path: Path) -> list[str]:
 
 def _is_relative(name: str) -> bool:
     parts = name.split("/")
-    possible = name.isprintable() and all(len(part.encode("utf-8", "replace")) <= 200 for part in parts)
+    possible = name.isprintable() and all(
+        len(part.encode("utf-8", "replace")) <= 200 for part in parts
+    )
     return bool(name) and possible and "://" not in name and not name.startswith(("data:", "/"))
 
 
@@ -104,7 +109,9 @@ def _references(path: Path, kind: str) -> Iterator[str]:
         try:
             document = json.loads(content)
             entries = [*document.get("buffers", ()), *document.get("images", ())]
-            yield from (unquote(entry["uri"]) for entry in entries if isinstance(entry.get("uri"), str))
+            yield from (
+                unquote(entry["uri"]) for entry in entries if isinstance(entry.get("uri"), str)
+            )
         except (ValueError, AttributeError, TypeError):
             return
     elif kind == "obj":
@@ -128,7 +135,9 @@ def _fetch(want: Wanted, blob: Blob, target: Path, cfg: FetchConfig, hosts: GitH
             fetch(_lfs_object(plain, pointer, blob, cfg, hosts), target, cfg)
 
 
-def _lfs_object(want: Wanted, pointer: LfsPointer, blob: Blob, cfg: FetchConfig, hosts: GitHub) -> Wanted:
+def _lfs_object(
+    want: Wanted, pointer: LfsPointer, blob: Blob, cfg: FetchConfig, hosts: GitHub
+) -> Wanted:
     """Where git LFS's batch interface says that an object is."""
     if want.sha256 not in (None, pointer.oid):
         raise Reject("wrong_sha256", expected=want.sha256, sha256=pointer.oid)
@@ -136,7 +145,11 @@ def _lfs_object(want: Wanted, pointer: LfsPointer, blob: Blob, cfg: FetchConfig,
         raise Reject("file_too_large", bytes=pointer.size, max_bytes=want.max_bytes)
     answer = post_json(
         f"{hosts.site}/{blob.repository}.git/info/lfs/objects/batch",
-        {"operation": "download", "transfers": ["basic"], "objects": [{"oid": pointer.oid, "size": pointer.size}]},
+        {
+            "operation": "download",
+            "transfers": ["basic"],
+            "objects": [{"oid": pointer.oid, "size": pointer.size}],
+        },
         {"Accept": LFS_JSON, "Content-Type": LFS_JSON},
         cfg,
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.download.fetch import FetchConfig, Wanted, fetch
-from pipeline.curation.licences import licence_of
 from pipeline.core.schema import Record, make_uid
+from pipeline.curation.licences import licence_of
+from pipeline.download.fetch import FetchConfig, Wanted, fetch
 from pipeline.sources.annotations import Annotations, read_json, to_metadata
 
 HUB = "https://huggingface.co/datasets/allenai/objaverse/resolve/main"
@@ -45,7 +45,9 @@ class ObjaverseSource:
     def materialize(self, record: Record, scratch: Path) -> Path:
         """The file, downloaded below `scratch`. Reject and Transient as `fetch`."""
         scratch.mkdir(parents=True, exist_ok=True)
-        want = Wanted(url=record.url, format=record.format, sha256=record.sha256, max_bytes=self.max_bytes)
+        want = Wanted(
+            url=record.url, format=record.format, sha256=record.sha256, max_bytes=self.max_bytes
+        )
         return fetch(want, scratch / f"{record.uid}.{record.format}", self.fetch)
 
     def _names(self) -> list[str]:

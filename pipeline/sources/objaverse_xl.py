@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.download.fetch import FetchConfig, Wanted, fetch
-from pipeline.curation.licences import licence_of
 from pipeline.core.schema import Record, UserError, make_uid
+from pipeline.curation.licences import licence_of
+from pipeline.download.fetch import FetchConfig, Wanted, fetch
 from pipeline.sources.annotations import Annotations
 from pipeline.sources.github import GitHub, fetch_blob
 from pipeline.sources.objaverse import HUB, PATHS, local_name, object_paths
@@ -69,7 +69,9 @@ class ObjaverseXLSource:
         self.annotations.file(name, f"{self.hub_xl}/{name}")
         return name
 
-    def _records(self, place: str, batch: pa.RecordBatch, paths: dict[str, str]) -> Iterator[Record]:
+    def _records(
+        self, place: str, batch: pa.RecordBatch, paths: dict[str, str]
+    ) -> Iterator[Record]:
         for key, licence, kind, sha256 in zip(*(batch[name].to_pylist() for name in COLUMNS)):
             url = self._url(place, key, paths)
             if url is not None:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.mesh_io.archive import ArchiveLimits, extract
 from pipeline.core.schema import Record, UserError, make_uid
+from pipeline.mesh_io.archive import ArchiveLimits, extract
 from pipeline.sources.annotations import to_metadata
 
 MODELS = ("models/model_normalized.obj", "model.obj")  # version 2, version 1
@@ -35,7 +35,9 @@ class ShapeNetSource:
     def check(self) -> None:
         """UserError if there is no ShapeNetCore at root, a category has no name, or nothing is chosen."""
         if not self.root.is_dir():
-            raise UserError(f"no folder {self.root}; give the one that holds ShapeNetCore's synsets, shapenet:PATH")
+            raise UserError(
+                f"no folder {self.root}; give the one that holds ShapeNetCore's synsets, shapenet:PATH"
+            )
         names = self._names()
         known = {*self._synsets(), *(word for words in names.values() for word in words)}
         for category in self.categories:
@@ -44,7 +46,9 @@ class ShapeNetSource:
         if self.splits and not self._split_of():
             raise UserError(f"no split file (*.csv with synsetId, modelId, split) in {self.root}")
         if next(self.records(), None) is None:
-            raise UserError(f"no SYNSET/ID/{MODELS[0]} and no SYNSET/ID/{MODELS[1]} is chosen in {self.root}")
+            raise UserError(
+                f"no SYNSET/ID/{MODELS[0]} and no SYNSET/ID/{MODELS[1]} is chosen in {self.root}"
+            )
 
     def records(self) -> Iterator[Record]:
         names, split_of = self._names(), self._split_of()
@@ -61,7 +65,9 @@ class ShapeNetSource:
                         url=path,
                         licence=LICENCE,
                         format="obj",
-                        metadata=to_metadata(name=words[0] if words else "", categories=[synset, *words], split=split),
+                        metadata=to_metadata(
+                            name=words[0] if words else "", categories=[synset, *words], split=split
+                        ),
                     )
 
     def materialize(self, record: Record, scratch: Path) -> Path:
@@ -115,7 +121,10 @@ class ShapeNetSource:
             return {}
         try:
             entries = json.loads(path.read_text())
-            return {entry["synsetId"]: [word.strip() for word in entry["name"].split(",")] for entry in entries}
+            return {
+                entry["synsetId"]: [word.strip() for word in entry["name"].split(",")]
+                for entry in entries
+            }
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not ShapeNet's taxonomy: {error}") from error
 
@@ -129,7 +138,9 @@ class ShapeNetSource:
                         if {"synsetId", "modelId", "split"} <= row.keys():
                             splits[f"{row['synsetId'].zfill(8)}/{row['modelId']}"] = row["split"]
             except (UnicodeDecodeError, csv.Error) as error:
-                raise UserError(f"cannot read {path}: {error}; move it away, or save it as UTF-8") from error
+                raise UserError(
+                    f"cannot read {path}: {error}; move it away, or save it as UTF-8"
+                ) from error
         return splits
 
 
@@ -142,5 +153,10 @@ def _belongings(model: Path) -> Iterator[Path]:
         yield model
     for folder in folders:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.is_file() and not path.is_symlink() and path != model and path.suffix not in (".obj", ".binvox"):
+            if (
+                path.is_file()
+                and not path.is_symlink()
+                and path != model
+                and path.suffix not in (".obj", ".binvox")
+            ):
                 yield path

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
-from pipeline.storage.remote import Location, Remote
 from pipeline.core.schema import RunError, UserError
+from pipeline.storage.remote import Location, Remote
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,13 @@ def locked(out: Location) -> Iterator[None]:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another build is running with --out {out}; wait for it, or choose another") from error
+            raise UserError(
+                f"another build is running with --out {out}; wait for it, or choose another"
+            ) from error
         except OSError as error:  # some network file systems have no locks
-            log.warning("%s cannot be locked (%s): start no second build there", out, error.strerror)
+            log.warning(
+                "%s cannot be locked (%s): start no second build there", out, error.strerror
+            )
         yield
     finally:
         os.close(held)
@@ -59,7 +63,9 @@ def workspace(out: Location, scratch: Path | None = None) -> Iterator[Path]:
         _sweep(root)
         lock, held = _lock(root)
     except OSError as error:
-        raise RunError(f"cannot work in {root}: {error.strerror}; choose another --scratch") from error
+        raise RunError(
+            f"cannot work in {root}: {error.strerror}; choose another --scratch"
+        ) from error
     folder = lock.with_suffix("")
     try:
         folder.mkdir()

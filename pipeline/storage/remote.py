@@ -14,8 +14,8 @@ from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from pipeline.orchestration.isolated_process import is_disk_full
 from pipeline.core.schema import RunError, UserError
+from pipeline.orchestration.isolated_process import is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,14 @@ _S3: dict[str, Any] = {
     },
 }
 OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
-EXTRAS = {"s3": "sparse3d[s3]", "s3a": "sparse3d[s3]", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+EXTRAS = {
+    "s3": "sparse3d[s3]",
+    "s3a": "sparse3d[s3]",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
 # What a store's package raises, next to OSError, once it has been imported.
 ERRORS = (
     ("botocore.exceptions", "BotoCoreError"),
@@ -68,7 +75,9 @@ class Remote:
         return _public(self.url)
 
     def __truediv__(self, name: str | PurePath) -> Remote:
-        return Remote(f"{self.url}/{name if isinstance(name, str) else name.as_posix()}", self.waits_s)
+        return Remote(
+            f"{self.url}/{name if isinstance(name, str) else name.as_posix()}", self.waits_s
+        )
 
     @property
     def name(self) -> str:
@@ -93,10 +102,16 @@ class Remote:
     def iterdir(self) -> list[Remote]:
         """What is one level below, by name; [] if there is nothing."""
         try:
-            found = self._call("cannot be listed", lambda fs, path: (fs.ls(path, detail=False), path))
+            found = self._call(
+                "cannot be listed", lambda fs, path: (fs.ls(path, detail=False), path)
+            )
         except FileNotFoundError:
             return []
-        names = {entry.rstrip("/").rpartition("/")[2] for entry in found[0] if entry.strip("/") != found[1].strip("/")}
+        names = {
+            entry.rstrip("/").rpartition("/")[2]
+            for entry in found[0]
+            if entry.strip("/") != found[1].strip("/")
+        }
         return [self / name for name in sorted(names)]
 
     def files(self) -> list[str]:
@@ -106,15 +121,21 @@ class Remote:
         except FileNotFoundError:
             return []
         start = root.strip("/") + "/"
-        return sorted(path.strip("/")[len(start) :] for path in found if path.strip("/").startswith(start))
+        return sorted(
+            path.strip("/")[len(start) :] for path in found if path.strip("/").startswith(start)
+        )
 
     def read_bytes(self, first: int | None = None) -> bytes:
         """The object, or its first so many bytes."""
-        return self._call("cannot be read", lambda fs, path: fs.cat_file(path, start=first and 0, end=first))
+        return self._call(
+            "cannot be read", lambda fs, path: fs.cat_file(path, start=first and 0, end=first)
+        )
 
     def read_range(self, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start`."""
-        return self._call("cannot be read", lambda fs, path: fs.cat_file(path, start=start, end=start + size))
+        return self._call(
+            "cannot be read", lambda fs, path: fs.cat_file(path, start=start, end=start + size)
+        )
 
     def read_text(self) -> str:
         return self.read_bytes().decode()
@@ -134,10 +155,16 @@ class Remote:
         """A file as one object; a directory as a tree, of which nothing that was there before is left."""
         if not local.is_dir():
             size = local.stat().st_size
-            part = {"chunksize": max(PART_BYTES, -(-size // MAX_PARTS))} if self.scheme in OPTIONS else {}
+            part = (
+                {"chunksize": max(PART_BYTES, -(-size // MAX_PARTS))}
+                if self.scheme in OPTIONS
+                else {}
+            )
             self._write(lambda fs, path: fs.put_file(str(local), path, **part))
             return
-        names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
+        names = sorted(
+            path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()
+        )
         for name in names:
             (self / name).put(local / name)
         # Last, not first: another attempt at the same commit, not yet known to be dead, may have put the same files.
@@ -153,12 +180,18 @@ class Remote:
             (local / name).parent.mkdir(parents=True, exist_ok=True)
         targets = [str(local / name) for name in names]
         if names:
-            self._call("cannot be fetched", lambda fs, path: fs.get([f"{path}/{name}" for name in names], targets))
+            self._call(
+                "cannot be fetched",
+                lambda fs, path: fs.get([f"{path}/{name}" for name in names], targets),
+            )
 
     def remove(self) -> None:
         """The object, or all below it; nothing if there is nothing."""
         if self.scheme not in OBJECT_STORES:  # folders are real there
-            self._call("cannot be removed", lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None)
+            self._call(
+                "cannot be removed",
+                lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None,
+            )
             return
         names = self.files()
         self._remove(names)
@@ -168,10 +201,16 @@ class Remote:
     def _remove(self, names: Sequence[str]) -> None:
         if not names:
             return
-        self._call("cannot be removed", lambda fs, path: fs.rm([f"{path}/{name}" for name in names]))
-        left = set(self.files()) & set(names)  # bulk deletions do not tell of those that were refused
+        self._call(
+            "cannot be removed", lambda fs, path: fs.rm([f"{path}/{name}" for name in names])
+        )
+        left = set(self.files()) & set(
+            names
+        )  # bulk deletions do not tell of those that were refused
         if left:
-            raise RunError(f"{self / min(left)} cannot be removed; allow it, and run the same command to go on")
+            raise RunError(
+                f"{self / min(left)} cannot be removed; allow it, and run the same command to go on"
+            )
 
     def _write(self, write: Callable[[Any, str], object]) -> None:
         def whole(fs: Any, path: str) -> None:
@@ -184,7 +223,9 @@ class Remote:
 
         self._call("cannot be written", whole, missing=False)
 
-    def _call(self, failed: str, operation: Callable[[Any, str], Answer], missing: bool = True) -> Answer:
+    def _call(
+        self, failed: str, operation: Callable[[Any, str], Answer], missing: bool = True
+    ) -> Answer:
         """operation(filesystem, path), again after a while if it fails; `missing`: FileNotFoundError is an answer."""
         for wait_s in (*self.waits_s, None):
             try:
@@ -214,7 +255,9 @@ class Remote:
         except ImportError as error:
             package = EXTRAS.get(self.scheme)
             how = f"pip install '{package}'" if package else str(error)
-            raise UserError(f"{self}: the package for {self.scheme}:// is missing; {how}") from error
+            raise UserError(
+                f"{self}: the package for {self.scheme}:// is missing; {how}"
+            ) from error
         except (ValueError, TypeError) as error:
             raise UserError(f"{self} is no URL that can be used: {error}") from error
         return fs, path
@@ -232,7 +275,9 @@ def location(text: str | Path | Remote) -> Location:
     scheme, _, rest = text.partition("://")
     if scheme.lower() in ("file", "local"):
         if not rest.startswith("/"):
-            raise ValueError(f"a {scheme} URL must have three slashes and an absolute path, got {text}")
+            raise ValueError(
+                f"a {scheme} URL must have three slashes and an absolute path, got {text}"
+            )
         return Path(rest)
     return Remote(f"{scheme.lower()}://{rest.rstrip('/')}")
 
@@ -298,9 +343,13 @@ def check_output(out: Location) -> None:
         probe.remove()
     except (RunError, OSError, NotImplementedError) as error:
         reason = _said(error.__cause__ or error)
-        raise UserError(f"cannot write to {out}: {reason}; make it writable, or choose another --out") from error
+        raise UserError(
+            f"cannot write to {out}: {reason}; make it writable, or choose another --out"
+        ) from error
     if not same:
-        raise UserError(f"cannot write to {out}: what was written is not what is read; choose another --out")
+        raise UserError(
+            f"cannot write to {out}: what was written is not what is read; choose another --out"
+        )
 
 
 def check_input(directory: Location) -> None:

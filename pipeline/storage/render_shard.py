@@ -17,15 +17,21 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.core.cameras import CameraSet, camera, look_at_origin
-from pipeline.storage.remote import Location, Remote, location, readable
-from pipeline.rendering.views import ImageFormat, decode
 from pipeline.core.schema import FORMAT_VERSION, View
+from pipeline.rendering.views import ImageFormat, decode
+from pipeline.storage.remote import Location, Remote, location, readable
 
 HEADER = 512  # bytes of a tar member's header; members are padded to it
 ATTEMPTS = 32  # redrawn cameras that a check recognises
 TOLERANCE = 1e-9  # of a camera's numbers against the formula
-INDEX = pa.schema([("key", pa.string()), ("member", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
-DRAWN = ("azimuth_degrees", "elevation_degrees", "focal_mm")  # a camera's free numbers; the rest follows
+INDEX = pa.schema(
+    [("key", pa.string()), ("member", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
+)
+DRAWN = (
+    "azimuth_degrees",
+    "elevation_degrees",
+    "focal_mm",
+)  # a camera's free numbers; the rest follows
 META_KEYS = {"uid", "view", "width", "height", *look_at_origin(0, 0, 50).meta()}
 
 
@@ -58,7 +64,9 @@ def dump_meta(meta: Mapping[str, Any]) -> bytes:
     return json.dumps(meta, sort_keys=True, allow_nan=False).encode()
 
 
-def save_view(folder: Path, uid: str, view: int, data: bytes, meta: Mapping[str, Any], format: ImageFormat) -> None:
+def save_view(
+    folder: Path, uid: str, view: int, data: bytes, meta: Mapping[str, Any], format: ImageFormat
+) -> None:
     """Put one encoded view into a scratch folder, for `Scratch` to find."""
     key = view_key(uid, view)
     (folder / f"{key}.{format}").write_bytes(data)
@@ -99,7 +107,9 @@ def write_render_shard(
     uids = [uid for uid, _ in entries]
     counts = {len(views) for _, views in entries}
     if len(set(uids)) != len(uids) or len(counts) > 1:
-        raise ValueError(f"entries must be of different assets with equally many views, got {uids} with {counts}")
+        raise ValueError(
+            f"entries must be of different assets with equally many views, got {uids} with {counts}"
+        )
     index = index_path(path)
     partial, partial_index = (file.with_name(f".{file.name}.partial") for file in (path, index))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +117,9 @@ def write_render_shard(
         rows = _write_tar(partial, entries, max(counts, default=0), format)
         columns = list(zip(*rows)) if rows else [()] * len(INDEX)
         schema = INDEX.with_metadata({"format_version": str(FORMAT_VERSION)})
-        table = pa.table([pa.array(column, field.type) for column, field in zip(columns, INDEX)], schema=schema)
+        table = pa.table(
+            [pa.array(column, field.type) for column, field in zip(columns, INDEX)], schema=schema
+        )
         pq.write_table(table, partial_index, compression="zstd")
         partial_index.replace(index)
         partial.replace(path)
@@ -127,7 +139,10 @@ def _write_tar(path: Path, entries: Sequence[Any], views: int, format: ImageForm
                         f"meta must be of {uid} view {view}, got {meta.get('uid')} view {meta.get('view')}"
                     )
                 key = view_key(uid, view)
-                for member, content in ((f"{key}.{format}", data), (f"{key}.json", dump_meta(meta))):
+                for member, content in (
+                    (f"{key}.{format}", data),
+                    (f"{key}.json", dump_meta(meta)),
+                ):
                     header = tarfile.TarInfo(member)  # mtime, uid and gid 0, mode 0644
                     header.size = len(content)
                     rows.append(Row(key, member, tar.offset + HEADER, len(content)))
@@ -157,7 +172,10 @@ class RenderShard:
         self.path = location(path)
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
         for row in read_index(self.path):
-            self._places.setdefault(row.key, {})[row.member.removeprefix(row.key + ".")] = (row.offset, row.size)
+            self._places.setdefault(row.key, {})[row.member.removeprefix(row.key + ".")] = (
+                row.offset,
+                row.size,
+            )
 
     @property
     def keys(self) -> list[str]:
@@ -171,7 +189,12 @@ class RenderShard:
 
     def views(self, uid: str) -> list[int]:
         """The views stored of an asset; empty for an unknown one."""
-        return [int(view) for key in self._places for owner, _, view in [key.rpartition("-")] if owner == uid]
+        return [
+            int(view)
+            for key in self._places
+            for owner, _, view in [key.rpartition("-")]
+            if owner == uid
+        ]
 
     def read_bytes(self, uid: str, view: int) -> tuple[bytes, dict[str, Any]]:
         """The encoded image and its meta. KeyError if the shard has no such view."""
@@ -217,7 +240,11 @@ def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:
 
 
 def check_render_shard(
-    path: Path, uids: Sequence[str], views: int, image_size: int | None = None, cameras: CameraSet | None = None
+    path: Path,
+    uids: Sequence[str],
+    views: int,
+    image_size: int | None = None,
+    cameras: CameraSet | None = None,
 ) -> list[str]:
     """Every breach of the contract as "rule: where"; empty for a sound shard of these assets, in this order.
 
@@ -234,7 +261,12 @@ def check_render_shard(
 
 
 def _problems(
-    name: str, tar: IO[bytes], rows: list[Row], keys: list[str], image_size: int | None, cameras: CameraSet | None
+    name: str,
+    tar: IO[bytes],
+    rows: list[Row],
+    keys: list[str],
+    image_size: int | None,
+    cameras: CameraSet | None,
 ) -> Iterator[str]:
     held = list(dict.fromkeys(row.key for row in rows))
     known, present = set(keys), set(held)
@@ -254,7 +286,9 @@ def _problems(
         yield f"truncated tar: {name} has {tar.tell()} bytes, not whole records up to its end"
     listed = [(row.member, row.offset, row.size) for row in rows]
     if found != listed:
-        first = next((pair for pair in zip(found, listed) if pair[0] != pair[1]), (len(found), len(listed)))
+        first = next(
+            (pair for pair in zip(found, listed) if pair[0] != pair[1]), (len(found), len(listed))
+        )
         yield f"index mismatch: {name} has {first[0]} where its index has {first[1]}"
         return
     content: dict[str, dict[str, bytes]] = {key: {} for key in held}

@@ -16,8 +16,8 @@ from zarr.codecs import BloscCodec
 from zarr.errors import BaseZarrError
 from zarr.storage import FsspecStore
 
-from pipeline.storage.remote import Location, Remote, location
 from pipeline.core.schema import BLOCK, FORMAT_VERSION, Bricks, band, check_resolution, spacing
+from pipeline.storage.remote import Location, Remote, location
 
 CHUNK = 1024  # rows of an array that are compressed together, and read together
 POINTS = BLOCK**3
@@ -48,7 +48,9 @@ class ArrayWriter:
     def append(self, rows: NDArray) -> None:
         """Add [n, *row_shape] rows. ValueError on another shape or dtype."""
         if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
-            raise ValueError(f"{self.name} must be [n, {self.row_shape}] {self.dtype}, got {rows.shape} {rows.dtype}")
+            raise ValueError(
+                f"{self.name} must be [n, {self.row_shape}] {self.dtype}, got {rows.shape} {rows.dtype}"
+            )
         start = 0
         while start < len(rows):
             piece = rows[start : start + CHUNK - self._pending_rows]
@@ -74,7 +76,9 @@ class ArrayWriter:
             dtype=self.dtype,
             chunks=(CHUNK, *self.row_shape),
             shards=(shard_rows, *self.row_shape),
-            compressors=BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=self.dtype.itemsize),
+            compressors=BloscCodec(
+                cname="zstd", clevel=5, shuffle="shuffle", typesize=self.dtype.itemsize
+            ),
             fill_value=0,
         )
 
@@ -91,18 +95,24 @@ class ArrayWriter:
         self._pending, self._pending_rows = [], 0
 
 
-def write_sdf_shard(path: Path, resolution: int, assets: Iterable[tuple[str, Bricks]], config_hash: str) -> int:
+def write_sdf_shard(
+    path: Path, resolution: int, assets: Iterable[tuple[str, Bricks]], config_hash: str
+) -> int:
     """Write (uid, bricks) in the given order to a new directory `path`; returns the number of blocks.
 
     Holds one asset and one chunk in memory. ValueError if a brick has another resolution or a uid comes twice.
     """
     path.mkdir(parents=True)
     zarr.create_group(path, zarr_format=3)
-    arrays = {name: ArrayWriter(path, name, *LAYOUT[name]) for name in ("blocks", "values", "sharp")}
+    arrays = {
+        name: ArrayWriter(path, name, *LAYOUT[name]) for name in ("blocks", "values", "sharp")
+    }
     offsets, uids = [0], []
     for uid, bricks in assets:
         if bricks.resolution != resolution or uid in uids:
-            raise ValueError(f"{uid}: needs resolution {resolution} and a new uid, got {bricks.resolution}")
+            raise ValueError(
+                f"{uid}: needs resolution {resolution} and a new uid, got {bricks.resolution}"
+            )
         for name, array in arrays.items():
             array.append(getattr(bricks, name))
         uids.append(uid)
@@ -140,11 +150,15 @@ class SdfShard:
             group = zarr.open_group(_zarr_store(self.path), mode="r", zarr_format=3)
             self._arrays = {name: _array(group, name) for name in LAYOUT}
         except (OSError, KeyError, BaseZarrError) as error:
-            raise ValueError(f"{self.path} must be an SDF shard (a Zarr v3 group of {', '.join(LAYOUT)})") from error
+            raise ValueError(
+                f"{self.path} must be an SDF shard (a Zarr v3 group of {', '.join(LAYOUT)})"
+            ) from error
         self.attributes = dict(group.attrs)
         version = self.attributes.get("format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(f"{self.path} must have format_version {FORMAT_VERSION}, got {version}: rebuild it")
+            raise ValueError(
+                f"{self.path} must have format_version {FORMAT_VERSION}, got {version}: rebuild it"
+            )
         self.resolution = check_resolution(int(str(self.attributes.get("resolution"))))
         self.uids: list[str] = list(self.attributes["uids"])  # pyright: ignore[reportArgumentType]
         self.offsets: NDArray[np.int64] = np.asarray(self._arrays["offsets"][:])
@@ -157,7 +171,9 @@ class SdfShard:
         """One asset, by row or uid; reads the chunks it lies in and no others. KeyError for an unknown uid."""
         row = self._row[asset] if isinstance(asset, str) else range(len(self))[asset]
         rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        arrays = {name: np.asarray(self._arrays[name][rows]) for name in ("blocks", "values", "sharp")}
+        arrays = {
+            name: np.asarray(self._arrays[name][rows]) for name in ("blocks", "values", "sharp")
+        }
         return Bricks(resolution=self.resolution, **arrays)
 
     def tokens(self, asset: int | str) -> int:
@@ -185,7 +201,9 @@ def check_sdf_shard(path: Path, uids: list[str] | None = None) -> list[str]:
         return [str(error)]
     problems = list(_layout_problems(shard))
     if uids is not None and shard.uids != uids:
-        problems.append(f"uids must be the {len(uids)} assets of the manifest in row order, got {len(shard.uids)}")
+        problems.append(
+            f"uids must be the {len(uids)} assets of the manifest in row order, got {len(shard.uids)}"
+        )
     if problems:
         return problems
     for row, uid in enumerate(shard.uids):
@@ -246,7 +264,11 @@ def _have_neighbour(blocks: NDArray[np.int64], others: NDArray[np.int64]) -> NDA
 
 def _beside_active(active: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Which points [m, 512] have an active one among their 26 neighbours, or lie at their block's border."""
-    cells = np.pad(active.reshape(-1, BLOCK, BLOCK, BLOCK), ((0, 0), (1, 1), (1, 1), (1, 1)), constant_values=False)
+    cells = np.pad(
+        active.reshape(-1, BLOCK, BLOCK, BLOCK),
+        ((0, 0), (1, 1), (1, 1), (1, 1)),
+        constant_values=False,
+    )
     near = np.zeros((len(active), BLOCK, BLOCK, BLOCK), bool)
     for x, y, z in _NEIGHBOURS + 1:
         near |= cells[:, x : x + BLOCK, y : y + BLOCK, z : z + BLOCK]
@@ -270,7 +292,9 @@ def _layout_problems(shard: SdfShard) -> Iterator[str]:
         yield "attribute config_hash is missing"
     if len(set(shard.uids)) != rows:
         yield "a uid comes twice"
-    if len(shard.offsets) and (shard.offsets[0] != 0 or any(b < a for a, b in itertools.pairwise(shard.offsets))):
+    if len(shard.offsets) and (
+        shard.offsets[0] != 0 or any(b < a for a, b in itertools.pairwise(shard.offsets))
+    ):
         yield "offsets must rise from 0"
 
 

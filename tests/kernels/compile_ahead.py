@@ -20,10 +20,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from kernels.attention.ssa import ssa as attention
+from kernels.attention import ssa as attention
 from tests.numerics import random_index
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+}
 TYPES |= {torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8", torch.int16: "*i16"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
@@ -57,12 +62,16 @@ def resources(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return {"registers": int(usage["REG"]), "spilled": int(usage["STACK"]) + int(usage["LOCAL"])}
 
 
-def compile_step(arch: int, dtype: torch.dtype, group: int, D: int, G: int = 2, top_k: int = 3) -> list[dict]:
+def compile_step(
+    arch: int, dtype: torch.dtype, group: int, D: int, G: int = 2, top_k: int = 3
+) -> list[dict]:
     """Every kernel of forward and backward, ordered and unordered windows, each once."""
     index = random_index([700, 300], 24)
     N, P, H = index.num_tokens, index.num_compressed, G * group
@@ -77,12 +86,21 @@ def compile_step(arch: int, dtype: torch.dtype, group: int, D: int, G: int = 2, 
     rows = ((N, H, D), (N, G, D), (N, G, D), (P, G, D), (P, G, D), (N, 3))
     inputs = [torch.zeros(shape, dtype=dtype) for shape in rows]
     for shifted, k in ((False, top_k), (True, index.max_blocks)):
-        out, cmp, sel, win, lse, flags, selected, *lists = attention.ssa_forward(*inputs, index, k, shifted, 1.0)
+        out, cmp, sel, win, lse, flags, selected, *lists = attention.ssa_forward(
+            *inputs, index, k, shifted, 1.0
+        )
         storage = attention.SelectionLists(*lists)
-        attention.ssa_backward(out, *inputs, (cmp, sel, win), lse, flags, selected, storage, index, k, shifted, 1.0)
+        attention.ssa_backward(
+            out, *inputs, (cmp, sel, win), lse, flags, selected, storage, index, k, shifted, 1.0
+        )
     return list(found.values())
 
 
 if __name__ == "__main__":
-    arch, dtype, group, D = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    arch, dtype, group, D = (
+        int(sys.argv[1]),
+        getattr(torch, sys.argv[2]),
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+    )
     sys.stdout.write(json.dumps(compile_step(arch, dtype, group, D)) + "\n")

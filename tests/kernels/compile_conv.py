@@ -12,8 +12,7 @@ import sys
 import torch
 import triton
 
-from kernels.conv import gather_gemm
-from kernels.conv import sparse_conv_backward
+from kernels.conv import gather_gemm, sparse_conv_backward
 from kernels.conv.gather_gemm import plain
 from tests.kernels.compile_ahead import compile_launch
 
@@ -55,4 +54,6 @@ def compile_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> li
 
 if __name__ == "__main__":
     numbers = [int(value) for value in sys.argv[3:]]
-    sys.stdout.write(json.dumps(compile_all(int(sys.argv[1]), getattr(torch, sys.argv[2]), *numbers)) + "\n")
+    sys.stdout.write(
+        json.dumps(compile_all(int(sys.argv[1]), getattr(torch, sys.argv[2]), *numbers)) + "\n"
+    )

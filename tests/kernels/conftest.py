@@ -10,10 +10,16 @@ import triton.language as tl
 def _patch_once_per_launch() -> None:
     from triton.runtime import interpreter
 
-    original_patch, original_call, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+    original_patch, original_call, done = (
+        interpreter._patch_lang,
+        interpreter.GridExecutor.__call__,
+        set(),
+    )
 
     def patch(fn):
-        modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+        modules = frozenset(
+            id(value) for value in fn.__globals__.values() if value is tl or value is tl.core
+        )
         if modules in done:
             return None
         done.add(modules)

@@ -7,22 +7,24 @@ import torch
 import triton.language as tl
 
 from kernels import BlockIndex, block_mean, select_blocks, spatial_sparse_attention
-from kernels.attention.ssa import ssa as attention
-from kernels.attention.ssa import branches
-from kernels.attention.ssa import inverse_lists as lists
-from kernels.attention.ssa import reference
-from kernels.attention.ssa import segment
+from kernels.attention import branches, reference, segment
+from kernels.attention import inverse_lists as lists
+from kernels.attention import ssa as attention
 from kernels.runtime import triton_ops as tiles
 from kernels.runtime.triton_ops import LOG2E
 from tests.numerics import DEVICE, assert_close_as, assert_no_worse, random_index, run
 
 GPU = DEVICE == "cuda"
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])  # bf16 is garbage in the interpreter
+DTYPES = [torch.float32, torch.float16] + (
+    [torch.bfloat16] if GPU else []
+)  # bf16 is garbage in the interpreter
 NAMES = ("q", "k", "v", "ck", "cv", "gates")
 slow = [] if GPU else [pytest.mark.slow]
 
 
-def make_inputs(index: BlockIndex, H: int, G: int, D: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+def make_inputs(
+    index: BlockIndex, H: int, G: int, D: int, dtype: torch.dtype, seed: int = 0
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     N, P = index.num_tokens, index.num_compressed
     shapes = ((N, H, D), (N, G, D), (N, G, D), (P, G, D), (P, G, D), (N, 3))
@@ -31,10 +33,14 @@ def make_inputs(index: BlockIndex, H: int, G: int, D: int, dtype: torch.dtype, s
 
 def check(index: BlockIndex, inputs: list[torch.Tensor], top_k: int, shifted: bool = False) -> None:
     scale = inputs[0].shape[2] ** -0.5
-    selected = select_blocks(inputs[0], inputs[3], index, top_k=top_k, scale=scale, backend="triton")
+    selected = select_blocks(
+        inputs[0], inputs[3], index, top_k=top_k, scale=scale, backend="triton"
+    )
 
     def kernel(*x):
-        return spatial_sparse_attention(*x, index, top_k=top_k, shifted=shifted, scale=scale, backend="triton")
+        return spatial_sparse_attention(
+            *x, index, top_k=top_k, shifted=shifted, scale=scale, backend="triton"
+        )
 
     def exact(*x):
         options = {"top_k": top_k, "shifted": shifted, "scale": scale, "selected_GNT": selected}
@@ -74,7 +80,9 @@ def test_the_papers_heads(shifted, dtype):
 @pytest.mark.parametrize(
     ("group", "G", "D"), [(1, 1, 16), (2, 3, 64), (8, 1, 32), (32, 1, 16), (4, 2, 128), (1, 4, 64)]
 )
-@pytest.mark.parametrize("tokens", [[20], pytest.param([900, 0, 300], marks=slow)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    "tokens", [[20], pytest.param([900, 0, 300], marks=slow)], ids=["small", "large"]
+)
 def test_heads_and_sizes(group, G, D, tokens, dtype):
     index = random_index(tokens, (16, 8, 8) if tokens == [20] else 32)
     check(index, make_inputs(index, group * G, G, D, dtype), 1, shifted=True)
@@ -124,7 +132,9 @@ def test_adversarial_logits(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
-@pytest.mark.parametrize("loud", ["first asset", "last key", "last compressed key", "keys of zero queries"])
+@pytest.mark.parametrize(
+    "loud", ["first asset", "last key", "last compressed key", "keys of zero queries"]
+)
 def test_rows_far_louder_than_the_rest(loud, dtype):
     """What one row's size decides (bf16 takes a bound from the largest) must not come from another, nor be missed."""
     index = random_index([26, 40], (16, 8, 16))
@@ -164,7 +174,9 @@ def fp16_poses_as_bf16(monkeypatch):
 
 
 @pytest.mark.usefixtures("fp16_poses_as_bf16")
-@pytest.mark.parametrize("loud", [None, 0, 1, 3], ids=["nobody", "a query", "a key", "a compressed key"])
+@pytest.mark.parametrize(
+    "loud", [None, 0, 1, 3], ids=["nobody", "a query", "a key", "a compressed key"]
+)
 def test_moderate_scores_need_no_maximum_and_no_log_sum(loud):
     index = random_index([26, 0, 40], (16, 8, 16))
     x = make_inputs(index, 4, 2, 16, torch.float16)
@@ -215,8 +227,8 @@ def test_an_asset_does_not_see_its_neighbours():
 
 
 def test_ranges_of_queries_do_not_change_the_result(monkeypatch):
-    from kernels.attention.ssa import ssa as attention
-    from kernels.attention.ssa import block_index as blocks
+    from kernels.attention import block_index as blocks
+    from kernels.attention import ssa as attention
 
     monkeypatch.setattr(blocks, "_chunks", lambda tokens, found: thirds(tokens, found))
     index = random_index([24, 12], (16, 8, 8))
@@ -235,8 +247,8 @@ def test_ranges_of_queries_do_not_change_the_result(monkeypatch):
 
 def test_ranges_are_as_short_as_scores_and_ranks_want(monkeypatch):
     """Many key/value heads and few selected blocks: then partial outputs are not the largest part."""
-    from kernels.attention.ssa import ssa as attention
-    from kernels.attention.ssa import block_index as blocks
+    from kernels.attention import block_index as blocks
+    from kernels.attention import ssa as attention
 
     monkeypatch.setattr(blocks, "_chunks", thirds)
     index, G = random_index([60, 30], 64), 16
@@ -291,7 +303,9 @@ def test_gradients_reach_the_compression_parameters():
             q, k, v, ck, cv, gates, index, top_k=2, shifted=False, scale=0.25, selected_GNT=selected
         )
 
-    assert_no_worse(kernel, exact, [x[0], x[1], x[2], x[5], weight], ("q", "k", "v", "gates", "weight"))
+    assert_no_worse(
+        kernel, exact, [x[0], x[1], x[2], x[5], weight], ("q", "k", "v", "gates", "weight")
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
@@ -300,7 +314,10 @@ def test_torch_compile_sees_one_operator(backend):
     x = make_inputs(index, 2, 1, 16, torch.float32)
 
     def step(q, k, v, ck, cv, gates):
-        return spatial_sparse_attention(q * 1, k, v, ck, cv, gates, index, top_k=2, backend="triton") + 1
+        return (
+            spatial_sparse_attention(q * 1, k, v, ck, cv, gates, index, top_k=2, backend="triton")
+            + 1
+        )
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     for a, b in zip(run(compiled, x), run(step, x), strict=True):
@@ -331,7 +348,7 @@ def test_an_eager_call_is_the_operator():
 
 
 def test_long_offsets_and_spread_items_change_nothing(monkeypatch):
-    from kernels.attention.ssa import inverse_lists as lists
+    from kernels.attention import inverse_lists as lists
     from kernels.runtime import triton_ops as tiles
 
     index = random_index([30, 8], 16)
@@ -351,10 +368,14 @@ def test_lists_stay_inside_their_storage():
     x = make_inputs(index, 2, 2, 16, torch.float32)
     *_, selected, entries, sums, items = torch.ops.sparse3d.ssa(*x, index.tensors(), 2, False, 0.25)
     pairs = index.pair_block.shape[0]
-    assert [t.numel() for t in (entries, sums, items)] == list(attention.SelectionLists.sizes(100, pairs, 2, 2))
+    assert [t.numel() for t in (entries, sums, items)] == list(
+        attention.SelectionLists.sizes(100, pairs, 2, 2)
+    )
     counts = sums.view(3, pairs * 2)[0].diff(prepend=sums.new_zeros(1))
     assert counts.sum() == (selected >= 0).sum()
-    assert sorted(entries[: counts.sum()].tolist()) == sorted(2 * [n * 2 + t for n in range(100) for t in range(2)])
+    assert sorted(entries[: counts.sum()].tolist()) == sorted(
+        2 * [n * 2 + t for n in range(100) for t in range(2)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -364,11 +385,23 @@ def test_lists_stay_inside_their_storage():
         (lambda a: a.update(k=a["k"][:, :, :8]), r"k_NGD must be \[40, G, 16\].*got \[40, 2, 8\]"),
         (lambda a: a.update(v=a["v"][:, :1]), r"v_NGD must be .*got \[40, 1, 16\]"),
         (lambda a: a.update(ck=a["ck"][1:]), r"ck_PGD must be"),
-        (lambda a: a.update(cv=a["cv"].double()), r"cv_PGD must be torch.float32 .*got torch.float64"),
+        (
+            lambda a: a.update(cv=a["cv"].double()),
+            r"cv_PGD must be torch.float32 .*got torch.float64",
+        ),
         (lambda a: a.update(gates=a["gates"][:, :2]), r"gates_N3 must be \[40, 3\], got \[40, 2\]"),
-        (lambda a: a.update(q=a["q"][:, :3]), r"q_NHD must have a multiple of the 2 key/value heads of k_NGD, got 3"),
-        (lambda a: a.update({n: a[n].double() for n in NAMES}), r"q_NHD must be one of .*got torch.float64"),
-        (lambda a: a.update({n: a[n].repeat(1, 1, 3) for n in NAMES[:5]}), r"head size in .*got 48"),
+        (
+            lambda a: a.update(q=a["q"][:, :3]),
+            r"q_NHD must have a multiple of the 2 key/value heads of k_NGD, got 3",
+        ),
+        (
+            lambda a: a.update({n: a[n].double() for n in NAMES}),
+            r"q_NHD must be one of .*got torch.float64",
+        ),
+        (
+            lambda a: a.update({n: a[n].repeat(1, 1, 3) for n in NAMES[:5]}),
+            r"head size in .*got 48",
+        ),
         (lambda a: a.update(q=a["q"].repeat(1, 3, 1)), r"heads per key/value head, got 12 / 2"),
         (lambda a: a.update(top_k=0), r"top_k must be an int of at least 1, got 0"),
         (lambda a: a.update(top_k=2.0), r"top_k must be an int of at least 1, got 2.0"),

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import BlockIndex, compressed_attention, gated_sum, select_blocks, selection_attention, spatial_sparse_attention, token_order, window_attention
-from kernels.attention.ssa import reference
+from kernels import (
+    BlockIndex,
+    compressed_attention,
+    gated_sum,
+    select_blocks,
+    selection_attention,
+    spatial_sparse_attention,
+    token_order,
+    window_attention,
+)
+from kernels.attention import reference
 from tests.kernels.test_attention import check, make_inputs
 from tests.numerics import DEVICE, random_index, run
 
@@ -19,7 +28,9 @@ def test_a_cuda_graph_replays_the_step():
     cotangent = torch.randn_like(x[0])
 
     def step(inputs):
-        return torch.autograd.grad(spatial_sparse_attention(*inputs, index, top_k=3), inputs, cotangent)
+        return torch.autograd.grad(
+            spatial_sparse_attention(*inputs, index, top_k=3), inputs, cotangent
+        )
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -69,7 +80,10 @@ def test_any_device_index(top_k):
 
         def branches(q, k, v, ck, cv, gates):
             selected = select_blocks(q, ck, where, top_k=top_k)
-            outs = compressed_attention(q, ck, cv, where), selection_attention(q, k, v, selected, where)
+            outs = (
+                compressed_attention(q, ck, cv, where),
+                selection_attention(q, k, v, selected, where),
+            )
             return gated_sum((*outs, window_attention(q, k, v, where)), gates)
 
         return [t.cpu() for function in (kernel, operator, branches) for t in run(function, inputs)]
@@ -92,7 +106,9 @@ def test_surface_like_sets_of_thousands(top_k, dtype):
 @pytest.mark.gpu
 def test_a_million_tokens():
     x, y = torch.meshgrid(torch.arange(512), torch.arange(512), indexing="ij")
-    sheets = [64 + 100 * i + (30 * torch.sin(x / 40 + i) * torch.cos(y / 50)).long() for i in range(4)]
+    sheets = [
+        64 + 100 * i + (30 * torch.sin(x / 40 + i) * torch.cos(y / 50)).long() for i in range(4)
+    ]
     coords = torch.cat([torch.stack([x * 0, x, y, z], -1).view(-1, 4) for z in sheets]).int()
     coords = coords[token_order(coords)]
     index = BlockIndex.from_coords(coords.to(DEVICE), 1)
@@ -109,16 +125,23 @@ def test_a_million_tokens():
 
 
 def one_query(x, index, n, selected_GT):
-    q, k, v, ck, cv, gates = (t.detach().double() if i in (3, 4) else t.detach() for i, t in enumerate(x))
+    q, k, v, ck, cv, gates = (
+        t.detach().double() if i in (3, 4) else t.detach() for i, t in enumerate(x)
+    )
     row, gate, outs = q[n].double(), gates[n].double().sigmoid(), []
     window = index.window_of[n]
     for g in range(2):
         heads = row[16 * g : 16 * g + 16]
         blocks = selected_GT[g].tolist()
         taken = torch.cat(
-            [torch.arange(index.block_starts[b], index.block_starts[b + 1], device=DEVICE) for b in blocks]
+            [
+                torch.arange(index.block_starts[b], index.block_starts[b + 1], device=DEVICE)
+                for b in blocks
+            ]
         )
-        near = torch.arange(index.window_starts[window], index.window_starts[window + 1], device=DEVICE)
+        near = torch.arange(
+            index.window_starts[window], index.window_starts[window + 1], device=DEVICE
+        )
         y = gate[0] * reference.attend(heads[None], ck[:, g : g + 1], cv[:, g : g + 1], 32**-0.5)[0]
         for weight, rows in ((gate[1], taken), (gate[2], near)):
             keys, values = k[rows, g : g + 1].double(), v[rows, g : g + 1].double()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import BlockIndex, select_blocks, token_order
 from benchmarks import ssa as bench
 from benchmarks.token_sets import surface_coords
+from kernels import BlockIndex, select_blocks, token_order
 
 
 def test_surfaces_have_the_wanted_size_and_the_statistics_of_surfaces():
@@ -35,7 +35,9 @@ def test_floors_by_hand():
     assert floors["forward_exp"] == pytest.approx(scores + compressed)
     assert floors["backward_flop"] == pytest.approx(10 * scores * 16)
     assert floors["backward_exp"] == pytest.approx(scores)
-    assert floors["forward_byte"] == pytest.approx(2 * 3 * 4 * 16 * 2 + 2 * (2 * 3 + 2 * 2) * 2 * 16)
+    assert floors["forward_byte"] == pytest.approx(
+        2 * 3 * 4 * 16 * 2 + 2 * (2 * 3 + 2 * 2) * 2 * 16
+    )
 
 
 ROW = {
@@ -60,7 +62,9 @@ def test_the_users_coordinates(tmp_path):
     assert small.tolist() == [[0, 1, 2, 3]]
     assert BlockIndex.from_coords(large, 1).num_tokens == len(sets["a"])
     np.save(tmp_path / "bad.npy", np.zeros((4, 3)))
-    with pytest.raises(ValueError, match=r"coords must hold integer arrays \[N, 3\], got float64 \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"coords must hold integer arrays \[N, 3\], got float64 \(4, 3\)"
+    ):
         bench.token_sets(bench.SsaConfig(coords=tmp_path / "bad.npy"))
 
 

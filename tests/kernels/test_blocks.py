@@ -33,7 +33,9 @@ def test_metadata_matches_a_dictionary(tokens, side, select, compress):
     order = token_order(coords, select, compress)
     assert order.tolist() == expected
     assert torch.equal(coords[order][invert_order(order)], coords)
-    index = BlockIndex.from_coords(coords[order].to(DEVICE), len(tokens), select_block=select, compress_block=compress)
+    index = BlockIndex.from_coords(
+        coords[order].to(DEVICE), len(tokens), select_block=select, compress_block=compress
+    )
     key.sort()
     blocks = [list(group) for _, group in itertools.groupby(key, key=lambda k: k[:4])]
     cells = [list(group) for _, group in itertools.groupby(key, key=lambda k: k[:7])]
@@ -65,7 +67,11 @@ def test_tiles_are_greedy_runs_of_whole_blocks(tokens, side, select, compress):
     sizes, assets = torch.diff(index.block_compressed).tolist(), index.block_asset.tolist()
     starts, first = [], 0
     for i in range(index.num_blocks):
-        fits = sum(sizes[first : i + 1]) <= TILE_COMPRESSED and i - first < TILE_BLOCKS and assets[i] == assets[first]
+        fits = (
+            sum(sizes[first : i + 1]) <= TILE_COMPRESSED
+            and i - first < TILE_BLOCKS
+            and assets[i] == assets[first]
+        )
         if i == 0 or not fits:
             starts.append(i)
             first = i
@@ -107,14 +113,21 @@ def test_chunks_cover_every_query_once_within_an_asset():
     assert torch.equal(assets, ends)
     assert index.chunk_asset.tolist() == assets.tolist()
     assert tokens == [[5000, 0, 7000, 1][a] for a in assets.tolist()]
-    assert index.chunk_of.tolist() == [i for i, size in enumerate(sizes.tolist()) for _ in range(size)]
+    assert index.chunk_of.tolist() == [
+        i for i, size in enumerate(sizes.tolist()) for _ in range(size)
+    ]
     blocks = torch.diff(index.asset_blocks)
     assert torch.diff(torch.tensor(pairs)).tolist() == blocks[assets.long()].tolist()
-    assert index.chunk_ranks.tolist() == [0, *(sizes * blocks[assets.long()].cpu()).cumsum(0).tolist()]
+    assert index.chunk_ranks.tolist() == [
+        0,
+        *(sizes * blocks[assets.long()].cpu()).cumsum(0).tolist(),
+    ]
     assert index.pair_block.tolist() == [
         b for a in assets.tolist() for b in range(index.asset_blocks[a], index.asset_blocks[a + 1])
     ]
-    assert index.pair_chunk.tolist() == [i for i in range(len(sizes)) for _ in range(pairs[i + 1] - pairs[i])]
+    assert index.pair_chunk.tolist() == [
+        i for i in range(len(sizes)) for _ in range(pairs[i + 1] - pairs[i])
+    ]
 
 
 def test_an_index_survives_the_trip_through_its_tensors():
@@ -157,7 +170,10 @@ def test_bad_coordinates_are_named(coords, message):
     ("sizes", "message"),
     [
         ({"batch_size": 0}, "batch_size must be an int from 1"),
-        ({"select_block": 8, "compress_block": 3}, "compress_block must divide select_block = 8, got 3"),
+        (
+            {"select_block": 8, "compress_block": 3},
+            "compress_block must divide select_block = 8, got 3",
+        ),
         ({"select_block": 0}, "select_block must be an int from 1"),
         ({"window": 0}, "window must be an int from 1"),
         ({"window_shift": 8}, "window_shift must be an int from 0 to window - 1 = 7, got 8"),
@@ -170,7 +186,9 @@ def test_bad_sizes_are_named(sizes, message):
 
 def test_the_largest_coordinates_do_not_collide():
     top = 32767
-    coords = torch.tensor([[0, 0, 0, 0], [0, top, top, top], [32767, 0, 0, top], [32767, top, top, top]])
+    coords = torch.tensor(
+        [[0, 0, 0, 0], [0, top, top, top], [32767, 0, 0, top], [32767, top, top, top]]
+    )
     coords = coords[token_order(coords)]
     index = BlockIndex.from_coords(coords, 32768)
     assert index.num_blocks == 4

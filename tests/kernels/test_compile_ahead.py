@@ -15,7 +15,15 @@ SPILL_LIMIT = 256  # bytes a thread: what a register cap that buys occupancy may
 
 def compiled(arch: int, dtype: str, group: int, D: int) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.compile_ahead", str(arch), dtype, str(group), str(D)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.kernels.compile_ahead",
+        str(arch),
+        dtype,
+        str(group),
+        str(D),
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)

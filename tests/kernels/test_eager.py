@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernels import BlockIndex, block_mean, compressed_attention, group_norm, neighbor_map, pool_children, sdf_head, sparse_conv, spatial_sparse_attention, token_order, window_attention
+from kernels import (
+    BlockIndex,
+    block_mean,
+    compressed_attention,
+    group_norm,
+    neighbor_map,
+    pool_children,
+    sdf_head,
+    sparse_conv,
+    spatial_sparse_attention,
+    token_order,
+    window_attention,
+)
 from kernels.runtime import eager_autograd as eager
 from tests.numerics import DEVICE, random_coords, run
 
@@ -14,7 +26,9 @@ COORDS = random_coords([14, 9], 6)
 INDEX = BlockIndex.from_coords(COORDS[token_order(COORDS)].to(DEVICE), 2)
 N, P = INDEX.num_tokens, INDEX.num_compressed
 NEIGHBORS = neighbor_map(COORDS.to(DEVICE))
-CHILDREN = torch.tensor([[0, -1, 3, 5, -1, -1, -1, 22], [1, 2, -1, -1, 4, -1, -1, -1]]).int().to(DEVICE)
+CHILDREN = (
+    torch.tensor([[0, -1, 3, 5, -1, -1, -1, 22], [1, 2, -1, -1, 4, -1, -1, -1]]).int().to(DEVICE)
+)
 HEADS = [(N, 2, 16), (N, 1, 16), (N, 1, 16)]
 COMPRESSED = [(P, 1, 16), (P, 1, 16)]
 OPS = torch.ops.sparse3d
@@ -87,18 +101,24 @@ def test_an_eager_call_is_the_operator(shapes, function, operator, monkeypatch):
     assert not calls
     assert all(torch.equal(a, b) for a, b in zip(run(function, inputs), wanted, strict=True))
     assert len(calls) == 1, "no detour through the dispatcher"
-    assert torch.equal(function(*(x.as_subclass(Seen) for x in inputs)).as_subclass(torch.Tensor), wanted[0])
+    assert torch.equal(
+        function(*(x.as_subclass(Seen) for x in inputs)).as_subclass(torch.Tensor), wanted[0]
+    )
     assert len(calls) == 1
     again = run(lambda *x: checkpoint(function, *x, use_reentrant=False), inputs)
     assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
-    assert len(calls) == (2 if function is CASES["mean"][1] else 3), "what saves nothing is not computed again"
+    assert len(calls) == (2 if function is CASES["mean"][1] else 3), (
+        "what saves nothing is not computed again"
+    )
 
 
 @pytest.mark.parametrize(("shapes", "function", "operator"), CASES.values(), ids=CASES)
 def test_who_traces_sees_the_operator(shapes, function, operator):
     inputs = inputs_of(shapes)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(a, b) for a, b in zip(run(compiled, inputs), run(operator, inputs), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(compiled, inputs), run(operator, inputs), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("shapes", "function", "operator"), CASES.values(), ids=CASES)

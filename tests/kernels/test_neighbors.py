@@ -30,7 +30,10 @@ SETS = {
 def test_neighbors(coords, dtype):
     row_of = {tuple(c): row for row, c in enumerate(coords.tolist())}
     offsets = list(itertools.product((-1, 0, 1), repeat=3))
-    wanted = [[row_of.get((b, x + i, y + j, z + k), -1) for i, j, k in offsets] for b, x, y, z in coords.tolist()]
+    wanted = [
+        [row_of.get((b, x + i, y + j, z + k), -1) for i, j, k in offsets]
+        for b, x, y, z in coords.tolist()
+    ]
     found = neighbor_map(coords.to(DEVICE, dtype))
     assert found.dtype == torch.int32
     assert found.tolist() == wanted
@@ -43,10 +46,14 @@ def test_parents(coords):
     halved = [(b, x // 2, y // 2, z // 2) for b, x, y, z in coords.tolist()]
     assert {x.dtype for x in result} == {torch.int32}
     assert len(result.coords_P4) == len(set(halved))
-    assert torch.equal(token_order(result.coords_P4), torch.arange(len(result.coords_P4), device=DEVICE))
+    assert torch.equal(
+        token_order(result.coords_P4), torch.arange(len(result.coords_P4), device=DEVICE)
+    )
     assert [tuple(result.coords_P4[row].tolist()) for row in result.parent_of_N.tolist()] == halved
     wanted = torch.full((len(result.coords_P4), 8), -1)
-    for row, ((_, x, y, z), parent) in enumerate(zip(coords.tolist(), result.parent_of_N.tolist(), strict=True)):
+    for row, ((_, x, y, z), parent) in enumerate(
+        zip(coords.tolist(), result.parent_of_N.tolist(), strict=True)
+    ):
         wanted[parent, x % 2 * 4 + y % 2 * 2 + z % 2] = row
     assert result.children_P8.tolist() == wanted.tolist()
 

@@ -17,12 +17,16 @@ SETS = {"sparse": ([40, 0, 25], 7), "full": ([64], 4), "none": ([0], 3)}
 @pytest.mark.parametrize("blocks", SETS)
 def test_the_reference_is_the_mean_of_the_children(blocks, plus_one):
     family = parents(random_coords(*SETS[blocks]))
-    x = torch.randn(len(family.parent_of_N), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        len(family.parent_of_N), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     pooled = pool_children(x, family.children_P8, plus_one=plus_one)
     assert pooled.shape == (len(family.coords_P4), 3)
     for parent, row in enumerate(pooled):
         children = x[family.parent_of_N == parent]
-        torch.testing.assert_close(row, children.sum(0) / (len(children) + plus_one), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(
+            row, children.sum(0) / (len(children) + plus_one), rtol=1e-14, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -30,7 +34,11 @@ def test_the_reference_is_the_mean_of_the_children(blocks, plus_one):
 @pytest.mark.parametrize("blocks", SETS)
 def test_value_and_gradient(blocks, C, dtype):
     children = parents(random_coords(*SETS[blocks]).to(DEVICE)).children_P8
-    x = torch.randn(C, sum(SETS[blocks][0]), generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype).T
+    x = (
+        torch.randn(C, sum(SETS[blocks][0]), generator=torch.Generator().manual_seed(0))
+        .to(DEVICE, dtype)
+        .T
+    )
     for plus_one in (False, True):
         assert_no_worse(
             lambda x, p=plus_one: pool_children(x, children, plus_one=p, backend="triton"),
@@ -65,10 +73,26 @@ def test_gradcheck():
 @pytest.mark.parametrize(
     ("x", "children", "message"),
     [
-        (torch.zeros(3), torch.zeros(1, 8).int(), r"x_NC must be floating \[N, C\], got torch.float32 \[3\]"),
-        (torch.zeros(3, 2), torch.zeros(1, 7).int(), r"children_P8 must be int32 \[P, 8\], got torch.int32 \[1, 7\]"),
-        (torch.zeros(3, 2), torch.zeros(1, 8), r"children_P8 must be int32 \[P, 8\], got torch.float32"),
-        (torch.zeros(3, 2), torch.zeros(1, 8, device="meta").int(), "children_P8 must be on x_NC's device cpu"),
+        (
+            torch.zeros(3),
+            torch.zeros(1, 8).int(),
+            r"x_NC must be floating \[N, C\], got torch.float32 \[3\]",
+        ),
+        (
+            torch.zeros(3, 2),
+            torch.zeros(1, 7).int(),
+            r"children_P8 must be int32 \[P, 8\], got torch.int32 \[1, 7\]",
+        ),
+        (
+            torch.zeros(3, 2),
+            torch.zeros(1, 8),
+            r"children_P8 must be int32 \[P, 8\], got torch.float32",
+        ),
+        (
+            torch.zeros(3, 2),
+            torch.zeros(1, 8, device="meta").int(),
+            "children_P8 must be on x_NC's device cpu",
+        ),
     ],
 )
 def test_bad_arguments_are_named(x, children, message):

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from kernels import block_mean, spatial_sparse_attention
-from kernels.attention.ssa import reference
+from kernels.attention import reference
 from tests.numerics import random_coords, random_index
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the definitions are tested on the CPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the definitions are tested on the CPU"
+)
 
 
 def inputs(index, H=4, G=2, D=16, seed=0):
@@ -36,7 +38,9 @@ def test_spatial_sparse_attention_is_what_the_paper_says(shifted):
 
     coords = coords[token_order(coords)].tolist()
     q, k, v, ck, cv, gates = inputs(index)
-    out = spatial_sparse_attention(q, k, v, ck, cv, gates, index, top_k=top_k, shifted=shifted, scale=0.3)
+    out = spatial_sparse_attention(
+        q, k, v, ck, cv, gates, index, top_k=top_k, shifted=shifted, scale=0.3
+    )
     block = [(b, x // 8, y // 8, z // 8) for b, x, y, z in coords]
     cell = [(b, x // 4, y // 4, z // 4) for b, x, y, z in coords]
     s = 4 if shifted else 0
@@ -46,7 +50,9 @@ def test_spatial_sparse_attention_is_what_the_paper_says(shifted):
         mine = [c for c in range(len(cells)) if cells[c][0] == coords[n][0]]
         for h in range(4):
             g = h // 2
-            compressed = softmax_over(q[n, h], [ck[c, g] for c in mine], [cv[c, g] for c in mine], 0.3)
+            compressed = softmax_over(
+                q[n, h], [ck[c, g] for c in mine], [cv[c, g] for c in mine], 0.3
+            )
             score = {}
             for head in (2 * g, 2 * g + 1):
                 weights = [math.exp(0.3 * float(q[n, head] @ ck[c, g])) for c in mine]
@@ -56,7 +62,9 @@ def test_spatial_sparse_attention_is_what_the_paper_says(shifted):
             best = sorted(score, key=score.get, reverse=True)[:top_k]
             chosen = [m for m in range(len(coords)) if block[m] in best]
             near = [m for m in range(len(coords)) if window[m] == window[n]]
-            selected = softmax_over(q[n, h], [k[m, g] for m in chosen], [v[m, g] for m in chosen], 0.3)
+            selected = softmax_over(
+                q[n, h], [k[m, g] for m in chosen], [v[m, g] for m in chosen], 0.3
+            )
             windowed = softmax_over(q[n, h], [k[m, g] for m in near], [v[m, g] for m in near], 0.3)
             weight = torch.sigmoid(gates[n])
             expected = weight[0] * compressed + weight[1] * selected + weight[2] * windowed
@@ -85,7 +93,9 @@ def test_gradients_of_the_whole_with_compression_pass_gradcheck():
     q, k, v, _, _, gates = inputs(index, H=2, G=1, D=4)
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)
-    selected = reference.select_blocks(q, reference.block_mean(k[:, 0], index)[:, None], index, 2, 0.5)
+    selected = reference.select_blocks(
+        q, reference.block_mean(k[:, 0], index)[:, None], index, 2, 0.5
+    )
 
     def whole(q, k, v, gates, weight):
         ck, cv = (
@@ -104,13 +114,17 @@ def test_gradients_of_the_whole_with_compression_pass_gradcheck():
 def test_top_blocks_against_sorting(top_k):
     index = random_index([40, 0, 25], 24)
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 4, (2, 65, index.max_blocks), generator=generator).double()  # many ties
+    scores = torch.randint(
+        0, 4, (2, 65, index.max_blocks), generator=generator
+    ).double()  # many ties
     selected = reference.top_blocks(scores, index, top_k)
     assert selected.shape == (2, 65, min(top_k, index.max_blocks))
     for g in range(2):
         for n in range(65):
             asset = int(index.asset_of[n])
             first, last = (int(index.asset_blocks[asset + i]) for i in (0, 1))
-            ranked = sorted(range(first, last), key=lambda b: (-float(scores[g, n, b - first]), b))[:top_k]
+            ranked = sorted(range(first, last), key=lambda b: (-float(scores[g, n, b - first]), b))[
+                :top_k
+            ]
             expected = sorted(ranked) + [-1] * (selected.shape[2] - len(ranked))
             assert selected[g, n].tolist() == expected

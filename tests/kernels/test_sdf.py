@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from kernels.sdf.distances import distances as kernel
+from pipeline.core.primitives.triangles import TIE, pack
+from pipeline.core.schema import Mesh, band, spacing
 from pipeline.geometry import sdf
 from pipeline.geometry.flood_fill import bin_triangles
-from pipeline.core.schema import Mesh, band, spacing
 from pipeline.geometry.topology import THIN, TopologyConfig, build_topology
-from pipeline.core.primitives.triangles import TIE, pack
 from tests.numerics import DEVICE
 
 LIMIT = 1e-3  # voxels
@@ -26,20 +26,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):R
 def sphere(subdivisions=2, radius=0.4, centre=(0.013, -0.004, 0.007)):
     """An octahedron, subdivided: 8 * 4^n faces, many of which tie on the planes of symmetry."""
     vertices = np.concatenate([np.eye(3), -np.eye(3)])
-    faces = np.array([[0, 1, 2], [1, 3, 2], [3, 4, 2], [4, 0, 2], [1, 0, 5], [3, 1, 5], [4, 3, 5], [0, 4, 5]])
+    faces = np.array(
+        [[0, 1, 2], [1, 3, 2], [3, 4, 2], [4, 0, 2], [1, 0, 5], [3, 1, 5], [4, 3, 5], [0, 4, 5]]
+    )
     for _ in range(subdivisions):
         a, b, c = (vertices[faces[:, k]] for k in range(3))
         corners = np.stack([a, b, c, (a + b) / 2, (b + c) / 2, (c + a) / 2], 1).reshape(-1, 3)
         first = 6 * np.arange(len(faces))[:, None]
         faces = np.concatenate([first + k for k in ([0, 3, 5], [3, 1, 4], [5, 4, 2], [3, 4, 5])])
         vertices, where = np.unique(corners.round(12), axis=0, return_inverse=True)
-        vertices, faces = vertices / np.linalg.norm(vertices, axis=1, keepdims=True), where.reshape(-1)[faces]
+        vertices, faces = (
+            vertices / np.linalg.norm(vertices, axis=1, keepdims=True),
+            where.reshape(-1)[faces],
+        )
     return Mesh(vertices=vertices * radius + np.array(centre), faces=faces.astype(np.int32))
 
 
 def box(extents=(0.8, 0.5, 0.37), centre=(0.013, -0.004, 0.007), open_top=False):
     corners = np.stack(np.meshgrid(*[[-0.5, 0.5]] * 3, indexing="ij"), axis=-1).reshape(8, 3)
-    quads = np.array([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]])
+    quads = np.array(
+        [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+    )
     quads = quads[: 6 - open_top]
     faces = np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]]).astype(np.int32)
     return Mesh(vertices=corners * extents + np.array(centre), faces=faces)
@@ -49,7 +56,9 @@ def joined(*meshes):
     starts = np.cumsum([0, *(len(mesh.vertices) for mesh in meshes)])
     return Mesh(
         vertices=np.concatenate([mesh.vertices for mesh in meshes]),
-        faces=np.concatenate([mesh.faces + start for mesh, start in zip(meshes, starts)]).astype(np.int32),
+        faces=np.concatenate([mesh.faces + start for mesh, start in zip(meshes, starts)]).astype(
+            np.int32
+        ),
     )
 
 
@@ -58,23 +67,34 @@ def sheet():
     vertices = np.stack([u, 0.08 * np.sin(9 * u) * np.cos(7 * v), v], axis=-1).reshape(-1, 3)
     i, j = np.meshgrid(np.arange(8), np.arange(8), indexing="ij")
     corner = (9 * i + j).reshape(-1)
-    faces = [np.stack([corner, corner + 1, corner + 10], 1), np.stack([corner, corner + 10, corner + 9], 1)]
+    faces = [
+        np.stack([corner, corner + 1, corner + 10], 1),
+        np.stack([corner, corner + 10, corner + 9], 1),
+    ]
     return Mesh(vertices=vertices, faces=np.concatenate(faces).astype(np.int32))
 
 
 def triangles(corners):
     corners = np.asarray(corners, np.float64)
-    return Mesh(vertices=corners.reshape(-1, 3), faces=np.arange(3 * len(corners), dtype=np.int32).reshape(-1, 3))
+    return Mesh(
+        vertices=corners.reshape(-1, 3),
+        faces=np.arange(3 * len(corners), dtype=np.int32).reshape(-1, 3),
+    )
 
 
 def soup(seed, count=30):
     """Triangles of all sizes, every third a needle."""
     random = np.random.default_rng(seed)
     size = 10 ** random.uniform(-2, 0, (count, 1, 1))
-    corners = random.uniform(-0.25, 0.25, (count, 1, 3)) + random.uniform(-0.22, 0.22, (count, 3, 3)) * size
+    corners = (
+        random.uniform(-0.25, 0.25, (count, 1, 3))
+        + random.uniform(-0.22, 0.22, (count, 3, 3)) * size
+    )
     along = random.uniform(0, 1, (count, 1))[::3]
     corners[::3, 2] = (
-        (1 - along) * corners[::3, 0] + along * corners[::3, 1] + random.normal(size=(len(along), 3)) * 1e-7
+        (1 - along) * corners[::3, 0]
+        + along * corners[::3, 1]
+        + random.normal(size=(len(along), 3)) * 1e-7
     )
     return triangles(corners)
 
@@ -82,7 +102,9 @@ def soup(seed, count=30):
 def fans(seed, count=8):
     """Threes of triangles with one corner in common, first, second or last of each: there the angles decide."""
     random = np.random.default_rng(seed)
-    corners = random.uniform(-0.3, 0.3, (count, 1, 1, 3)) + random.uniform(-0.15, 0.15, (count, 3, 3, 3))
+    corners = random.uniform(-0.3, 0.3, (count, 1, 1, 3)) + random.uniform(
+        -0.15, 0.15, (count, 3, 3, 3)
+    )
     for k in range(3):
         corners[:, k, random.integers(3)] = corners[:, 0, 0]
     return triangles(corners.reshape(-1, 3, 3))
@@ -107,16 +129,25 @@ class Case:
     def __init__(self, mesh, R, T=64, blocks=None, kinds=None, seed=0):
         self.topology = build_topology(mesh, TopologyConfig(resolution=T))
         self.kinds = self.topology.kinds if kinds is None else kinds(len(self.topology.kinds))
-        self.R, self.tau, self.h, self.packed = R, band(R), spacing(R), pack(self.topology.triangles)
+        self.R, self.tau, self.h, self.packed = (
+            R,
+            band(R),
+            spacing(R),
+            pack(self.topology.triangles),
+        )
         self.half, self.trusted = sdf.SHEET_HALF_VOXELS * self.h, sdf.FLOOD_VOXELS * spacing(T)
         bins = bin_triangles(self.packed, R, max(self.tau + self.half, self.trusted) / self.h)
         counts, chosen = np.diff(bins.offsets), np.arange(len(bins.blocks))
         if blocks is not None and blocks < len(chosen):  # with more candidates rather than with few
             random = np.random.default_rng(seed)
-            chosen = np.sort(random.choice(chosen, blocks, replace=False, p=counts**2 / (counts**2).sum()))
+            chosen = np.sort(
+                random.choice(chosen, blocks, replace=False, p=counts**2 / (counts**2).sum())
+            )
         self.blocks = bins.blocks[chosen]
         self.offsets = np.concatenate([[0], np.cumsum(counts[chosen])])
-        self.candidates = np.concatenate([bins.triangles[bins.offsets[m] : bins.offsets[m + 1]] for m in chosen])
+        self.candidates = np.concatenate(
+            [bins.triangles[bins.offsets[m] : bins.offsets[m + 1]] for m in chosen]
+        )
 
     def by_numba(self):
         exterior = self.topology.exterior
@@ -129,7 +160,9 @@ class Case:
         exterior = self.topology.exterior
         to = lambda array: torch.from_numpy(array).to(DEVICE)  # noqa: E731
         flood = kernel.Flood(
-            bin_of=to(exterior.bins.bin_of), outside=to(exterior.outside.view(np.int64)), whole=to(exterior.whole)
+            bin_of=to(exterior.bins.bin_of),
+            outside=to(exterior.outside.view(np.int64)),
+            whole=to(exterior.whole),
         )
         surface = kernel.pack_surface(to(self.packed), to(self.kinds), self.R)
         return surface, flood, to(self.blocks), to(self.offsets), to(self.candidates)
@@ -151,10 +184,17 @@ class Case:
         assert not np.isnan(values).any()
         wrong = (np.signbit(values) != np.signbit(expected)) & (np.abs(expected) > limit)
         assert not wrong.any(), np.argwhere(wrong)[:5]
-        assert np.abs(np.clip(values, -self.tau, self.tau) - np.clip(expected, -self.tau, self.tau)).max() <= limit
+        assert (
+            np.abs(
+                np.clip(values, -self.tau, self.tau) - np.clip(expected, -self.tau, self.tau)
+            ).max()
+            <= limit
+        )
         closest = np.abs(expected).min(axis=1)
         clear = np.abs(closest - self.tau) > limit
-        np.testing.assert_array_equal((np.abs(values) < self.tau).any(axis=1)[clear], (closest < self.tau)[clear])
+        np.testing.assert_array_equal(
+            (np.abs(values) < self.tau).any(axis=1)[clear], (closest < self.tau)[clear]
+        )
 
 
 @pytest.fixture
@@ -180,7 +220,9 @@ def test_values_signs_and_blocks_are_those_of_the_numba_path(name, R, wide_tiles
 def test_kinds_that_no_topology_would_give(mesh, kinds, wide_tiles):
     """Solid, thin and buried needles and plates through each other, by chance; corners that no surface has."""
     random = np.random.default_rng(0)
-    case = Case(mesh, 64, blocks=SOME, kinds=lambda T: random.integers(0, kinds, T).astype(np.uint8))
+    case = Case(
+        mesh, 64, blocks=SOME, kinds=lambda T: random.integers(0, kinds, T).astype(np.uint8)
+    )
     assert set(case.kinds) == {*range(kinds)}
     case.check(case.by_kernel(), case.by_numba()[0])
 
@@ -216,7 +258,10 @@ def test_what_float32_cannot_tell_float64_decides(name, wide_tiles):
     """In one layer of points sides hang on less than float32 holds, or on a tie; both paths find every one of them."""
     corners, kinds = PLATES[name]
     case = Case(triangles(corners), 64, kinds=lambda count: np.array(kinds, np.uint8))
-    case.blocks, case.candidates = np.array([[4, 4, 3]], np.int32), np.arange(len(kinds), dtype=np.int32)
+    case.blocks, case.candidates = (
+        np.array([[4, 4, 3]], np.int32),
+        np.arange(len(kinds), dtype=np.int32),
+    )
     case.offsets = np.array([0, len(kinds)])
     if name == "sheet":
         case.topology.exterior.outside[:], case.topology.exterior.whole[:] = 0, False
@@ -246,14 +291,18 @@ def brute_distance(points, corners):
         for k in range(3):
             start, along = triangle[k], triangle[(k + 1) % 3] - triangle[k]
             place = np.clip((points - start) @ along / (along @ along), 0, 1)
-            best = np.minimum(best, np.linalg.norm(points - start - place[..., None] * along, axis=-1))
+            best = np.minimum(
+                best, np.linalg.norm(points - start - place[..., None] * along, axis=-1)
+            )
             above &= (points - start) @ np.cross(normal, along) > 0
         best = np.where(above, np.minimum(best, np.abs((points - triangle[0]) @ normal)), best)
     return best
 
 
 def test_a_tetrahedron_against_brute_force(wide_tiles):
-    corners = np.array([[-0.31, -0.2, -0.27], [0.33, -0.22, -0.2], [-0.05, 0.35, -0.13], [0.03, 0.01, 0.3]])
+    corners = np.array(
+        [[-0.31, -0.2, -0.27], [0.33, -0.22, -0.2], [-0.05, 0.35, -0.13], [0.03, 0.01, 0.3]]
+    )
     faces = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [2, 0, 3]])
     case = Case(Mesh(vertices=corners, faces=faces.astype(np.int32)), 32, blocks=SOME)
     points = case.points()
@@ -277,10 +326,16 @@ def test_a_part_of_a_longer_list_and_no_blocks():
     case = Case(MESHES["box"], 64, blocks=2)
     surface, flood, blocks, offsets, candidates = case.arguments()
     whole = kernel.block_distances(surface, flood, blocks, offsets, candidates, **case.lengths())
-    part = kernel.block_distances(surface, flood, blocks[1:], offsets[1:], candidates, **case.lengths())
+    part = kernel.block_distances(
+        surface, flood, blocks[1:], offsets[1:], candidates, **case.lengths()
+    )
     assert torch.equal(part, whole[1:])
-    assert torch.equal(whole, kernel.block_distances(surface, flood, blocks, offsets, candidates, **case.lengths()))
-    none = kernel.block_distances(surface, flood, blocks[:0], offsets[:1], candidates[:0], **case.lengths())
+    assert torch.equal(
+        whole, kernel.block_distances(surface, flood, blocks, offsets, candidates, **case.lengths())
+    )
+    none = kernel.block_distances(
+        surface, flood, blocks[:0], offsets[:1], candidates[:0], **case.lengths()
+    )
     assert none.shape == (0, 512)
 
 
@@ -297,13 +352,20 @@ def test_bad_arguments_are_named():
             lambda: kernel.pack_surface(packed, kinds[1:], 64),
             r"kinds_T must be torch.uint8 \[12\].*got torch.uint8 \[11\]",
         ),
-        (lambda: kernel.pack_surface(packed, kinds, 100), "resolution must be a positive multiple of 8, got 100"),
+        (
+            lambda: kernel.pack_surface(packed, kinds, 100),
+            "resolution must be a positive multiple of 8, got 100",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
     for at, value, message in [
         (2, arguments[2].long(), r"blocks_M3 must be torch.int32 \[any, 3\]"),
-        (2, arguments[2].expand(2**22, 3), "blocks_M3 must be at most 4194303 at once, got 4194304"),
+        (
+            2,
+            arguments[2].expand(2**22, 3),
+            "blocks_M3 must be at most 4194303 at once, got 4194304",
+        ),
         (3, arguments[3].int(), r"offsets_M1 must be torch.int64 \[2\]"),
         (4, arguments[4][None], r"candidates_E must be torch.int32 \[any\]"),
     ]:
@@ -315,7 +377,10 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="tau must be 0 or more and finite, got inf"):
         kernel.block_distances(*arguments, **{**lengths, "tau": float("inf")})
     fine = kernel.pack_surface(packed.to(DEVICE), kinds.to(DEVICE), 2**25)
-    with pytest.raises(ValueError, match=r"resolution times the flood's must be at most 2\*\*30, got 33554432 and 64"):
+    with pytest.raises(
+        ValueError,
+        match=r"resolution times the flood's must be at most 2\*\*30, got 33554432 and 64",
+    ):
         kernel.block_distances(fine, *arguments[1:], **lengths)
 
 
@@ -342,7 +407,11 @@ print(json.dumps(found))
 def test_it_compiles_for_both_architectures_without_spills():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     launches = json.loads(result.stdout)
@@ -386,5 +455,7 @@ def test_lists_beyond_2_to_the_31():
     values = kernel.block_distances(
         surface, flood, blocks[m : m + 1].repeat(M, 1), every, mine.repeat(M), **case.lengths()
     )
-    one = kernel.block_distances(surface, flood, blocks[m : m + 1], every[:2], mine, **case.lengths())
+    one = kernel.block_distances(
+        surface, flood, blocks[m : m + 1], every[:2], mine, **case.lengths()
+    )
     assert all((part == one).all() for part in values.split(2**18))

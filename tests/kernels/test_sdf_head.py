@@ -24,7 +24,9 @@ def random_inputs(N, C, dtype, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("N", "C"), [(0, 8), (1, 32), (63, 1), (5000, 32), (400, 40)])  # 5000: programs of 2048 rows
+@pytest.mark.parametrize(
+    ("N", "C"), [(0, 8), (1, 32), (63, 1), (5000, 32), (400, 40)]
+)  # 5000: programs of 2048 rows
 def test_value_and_gradients_are_the_definitions(N, C, dtype):
     inputs = random_inputs(N, C, dtype)
 
@@ -64,7 +66,11 @@ def test_large_inputs_saturate_and_stay_finite():
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    inputs = {"x_NC": torch.zeros(2, 4), "weight_C": torch.zeros(4), "bias_1": torch.zeros(1)} | change
+    inputs = {
+        "x_NC": torch.zeros(2, 4),
+        "weight_C": torch.zeros(4),
+        "bias_1": torch.zeros(1),
+    } | change
     with pytest.raises(ValueError, match=message):
         sdf_head(**inputs, backend="triton")
 

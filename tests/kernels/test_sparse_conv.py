@@ -18,7 +18,9 @@ from tests.numerics import DEVICE, assert_close_as, random_coords
 
 CASES = [("reference", torch.float64), ("triton", torch.float32)]
 HALF = [("triton", torch.float16)]
-HALF += [("triton", torch.bfloat16)] if DEVICE == "cuda" else []  # the interpreter's bf16 arithmetic is wrong
+HALF += (
+    [("triton", torch.bfloat16)] if DEVICE == "cuda" else []
+)  # the interpreter's bf16 arithmetic is wrong
 CASES += HALF if DEVICE == "cuda" else []
 SETS = {  # blocks (voxels for size 1) per asset, side of their grid
     "sparse": ([14, 0, 6], 4),
@@ -32,7 +34,9 @@ SETS = {  # blocks (voxels for size 1) per asset, side of their grid
 def default_tiles(monkeypatch):
     """Nothing is measured here: the default tiles, whatever this machine remembers."""
     for module in ("gather_gemm", "sparse_conv_backward"):
-        monkeypatch.setattr(f"kernels.{module}.choose", lambda key, candidates, *rest: candidates[0])
+        monkeypatch.setattr(
+            f"kernels.{module}.choose", lambda key, candidates, *rest: candidates[0]
+        )
 
 
 @pytest.fixture
@@ -42,19 +46,27 @@ def large_tiles(monkeypatch):
         patch_tiles(monkeypatch, 128, 128, 128, 4)
 
 
-def patch_tiles(monkeypatch, rows: int, outputs: int, channels: int, taps: int, by_tap: bool = False) -> None:
+def patch_tiles(
+    monkeypatch, rows: int, outputs: int, channels: int, taps: int, by_tap: bool = False
+) -> None:
     def forward(C, O, dtype, group):
         return [Tiles(rows, power_of_2(O, 16, outputs), power_of_2(C, 16, channels), 4, 2)]
 
     def backward(C, O, dtype, group):
-        return [GradTiles(taps, power_of_2(C, 16, channels), power_of_2(O, 16, outputs), rows, 4, 2, by_tap)]
+        return [
+            GradTiles(
+                taps, power_of_2(C, 16, channels), power_of_2(O, 16, outputs), rows, 4, 2, by_tap
+            )
+        ]
 
     monkeypatch.setattr("kernels.conv.gather_gemm.forward_tiles", forward)
     monkeypatch.setattr("kernels.conv.sparse_conv_backward.grad_tiles", backward)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(DEVICE, dtype)
 
 
 def voxels(coords: Tensor, size: int) -> Tensor:
@@ -65,18 +77,27 @@ def voxels(coords: Tensor, size: int) -> Tensor:
     return (coords.long()[:, None] * scale + local).view(-1, 4)
 
 
-def dense_conv(x: Tensor, weight: Tensor, bias: Tensor | None, coords: Tensor, size: int, upsample: bool) -> Tensor:
+def dense_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, coords: Tensor, size: int, upsample: bool
+) -> Tensor:
     """conv3d over the whole grid, read where voxels are."""
     if upsample:
         half = voxels(coords, size // 2)
         fine = half[:, None] * torch.tensor([1, 2, 2, 2], device=x.device)
-        fine = fine + F.pad(torch.tensor(list(itertools.product((0, 1), repeat=3)), device=x.device), (1, 0))
+        fine = fine + F.pad(
+            torch.tensor(list(itertools.product((0, 1), repeat=3)), device=x.device), (1, 0)
+        )
         source, x = fine.view(-1, 4), x.repeat_interleave(8, 0)
     else:
         source = voxels(coords, size)
     target = voxels(coords, size)
     if not len(target):
-        return x.new_empty(0, weight.shape[2]) + x.sum() + weight.sum() * 0 + (0 if bias is None else bias.sum() * 0)
+        return (
+            x.new_empty(0, weight.shape[2])
+            + x.sum()
+            + weight.sum() * 0
+            + (0 if bias is None else bias.sum() * 0)
+        )
     shape = [*(target.amax(0) + 1).tolist(), x.shape[1]]
     grid = x.new_zeros(shape).index_put(tuple(source.T), x).permute(0, 4, 1, 2, 3)
     kernel = weight.unflatten(0, (3, 3, 3)).permute(4, 3, 0, 1, 2)
@@ -95,18 +116,29 @@ def run(function, inputs: list[Tensor | None]) -> list[Tensor]:
 def check(C, O, coords, size, upsample, backend, dtype, bias=True) -> None:
     neighbors = neighbor_map(coords)
     rows = len(coords) * (size // 2 if upsample else size) ** 3
-    inputs = [draw(rows, C, dtype=dtype), draw(27, C, O, seed=1, dtype=dtype), draw(O, seed=2, dtype=dtype)]
+    inputs = [
+        draw(rows, C, dtype=dtype),
+        draw(27, C, O, seed=1, dtype=dtype),
+        draw(O, seed=2, dtype=dtype),
+    ]
     inputs[2] = inputs[2] if bias else None
 
     def ours(x, w, b, backend=backend):
         return sparse_conv(x, w, b, neighbors, size=size, upsample=upsample, backend=backend)
 
     found = run(ours, inputs)
-    exact = run(lambda *x: dense_conv(*x, coords, size, upsample), [x if x is None else x.double() for x in inputs])
-    rounded = found if dtype == torch.float64 else run(lambda *x: ours(*x, backend="reference"), inputs)
+    exact = run(
+        lambda *x: dense_conv(*x, coords, size, upsample),
+        [x if x is None else x.double() for x in inputs],
+    )
+    rounded = (
+        found if dtype == torch.float64 else run(lambda *x: ours(*x, backend="reference"), inputs)
+    )
     for name, f, e, r in zip(("value", "dx", "dw", "db"), found, exact, rounded, strict=False):
         if dtype == torch.float64:
-            torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11 * max(1, C, O), msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                f, e, rtol=1e-11, atol=1e-11 * max(1, C, O), msg=lambda m, n=name: f"{n}: {m}"
+            )
         else:
             assert_close_as(f, e, r, name)
 
@@ -125,7 +157,11 @@ def case_id(value: object) -> str:
 @pytest.mark.parametrize(
     ("size", "upsample", "blocks"),
     [
-        *((size, upsample, blocks) for size, upsample in ((1, False), (2, False), (2, True)) for blocks in SETS),
+        *(
+            (size, upsample, blocks)
+            for size, upsample in ((1, False), (2, False), (2, True))
+            for blocks in SETS
+        ),
         *((4, upsample, blocks) for upsample in (False, True) for blocks in ("alone", "none")),
     ],
     ids=case_id,
@@ -151,14 +187,18 @@ def test_channels(C, O, size, upsample, backend, dtype):
     check(C, O, random_coords([7, 5], 2).to(DEVICE), size, upsample, backend, dtype, bias=False)
 
 
-@pytest.mark.parametrize(("size", "upsample"), [(1, False), (2, False), (2, True), (4, True)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "upsample"), [(1, False), (2, False), (2, True), (4, True)], ids=str
+)
 def test_gradcheck(size, upsample):
     coords = random_coords([3, 2], 2)
     neighbors = neighbor_map(coords)
     x = draw(5 * (size // 2 if upsample else size) ** 3, 2)
     inputs = [t.cpu().requires_grad_() for t in (x, draw(27, 2, 3), draw(3))]
     assert torch.autograd.gradcheck(
-        lambda x, w, b: sparse_conv(x, w, b, neighbors, size=size, upsample=upsample), inputs, fast_mode=True
+        lambda x, w, b: sparse_conv(x, w, b, neighbors, size=size, upsample=upsample),
+        inputs,
+        fast_mode=True,
     )
 
 
@@ -203,9 +243,18 @@ def test_every_tile_size(C, O, size, upsample, monkeypatch):
 def test_offsets_of_64_bits(size, upsample):
     coords = random_coords([7, 5], 2).to(DEVICE)
     neighbors = neighbor_map(coords)
-    inputs = [draw(12, 4, dtype=torch.float32), draw(27, 4, 6, dtype=torch.float32), draw(6, dtype=torch.float32)]
+    inputs = [
+        draw(12, 4, dtype=torch.float32),
+        draw(27, 4, 6, dtype=torch.float32),
+        draw(6, dtype=torch.float32),
+    ]
     narrow, wide = (
-        run(lambda x, w, b, f=f: torch.ops.sparse3d.sparse_conv(x, w, b, neighbors, size, upsample, f), inputs)
+        run(
+            lambda x, w, b, f=f: torch.ops.sparse3d.sparse_conv(
+                x, w, b, neighbors, size, upsample, f
+            ),
+            inputs,
+        )
         for f in (False, True)
     )
     assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
@@ -214,8 +263,14 @@ def test_offsets_of_64_bits(size, upsample):
 def test_backward_is_bit_identical():
     coords = random_coords([20, 6], 3).to(DEVICE)
     neighbors = neighbor_map(coords)
-    inputs = [draw(26, 9, dtype=torch.float32), draw(27, 9, 6, dtype=torch.float32), draw(6, dtype=torch.float32)]
-    first, second = (run(lambda *x: sparse_conv(*x, neighbors, backend="triton"), inputs) for _ in range(2))
+    inputs = [
+        draw(26, 9, dtype=torch.float32),
+        draw(27, 9, 6, dtype=torch.float32),
+        draw(6, dtype=torch.float32),
+    ]
+    first, second = (
+        run(lambda *x: sparse_conv(*x, neighbors, backend="triton"), inputs) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -231,9 +286,16 @@ def test_parts_of_the_weight_gradient_add_up_in_order():
 @pytest.mark.parametrize("upsample", [False, True])
 def test_only_the_wanted_gradients(upsample):
     neighbors = neighbor_map(random_coords([3], 2).to(DEVICE))
-    inputs = [draw(3, 4, dtype=torch.float32), draw(27, 4, 2, dtype=torch.float32), draw(2, dtype=torch.float32)]
+    inputs = [
+        draw(3, 4, dtype=torch.float32),
+        draw(27, 4, 2, dtype=torch.float32),
+        draw(2, dtype=torch.float32),
+    ]
     size = 2 if upsample else 1
-    everything = run(lambda *x: sparse_conv(*x, neighbors, size=size, upsample=upsample, backend="triton"), inputs)
+    everything = run(
+        lambda *x: sparse_conv(*x, neighbors, size=size, upsample=upsample, backend="triton"),
+        inputs,
+    )
     for i in range(3):
         leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
         value = sparse_conv(*leaves, neighbors, size=size, upsample=upsample, backend="triton")
@@ -254,7 +316,11 @@ def test_summed_taps():
 def test_master_weights_and_autocast(backend):
     coords = random_coords([9], 3).to(DEVICE)
     neighbors = neighbor_map(coords)
-    x, w, b = draw(9, 4, dtype=torch.float32), draw(27, 4, 6, dtype=torch.float32), draw(6, dtype=torch.float32)
+    x, w, b = (
+        draw(9, 4, dtype=torch.float32),
+        draw(27, 4, 6, dtype=torch.float32),
+        draw(6, dtype=torch.float32),
+    )
     w.requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16):
         y = sparse_conv(x, w, b, neighbors, backend=backend)
@@ -268,11 +334,16 @@ def test_master_weights_and_autocast(backend):
 def test_as_a_custom_operator():
     neighbors = neighbor_map(random_coords([3, 2], 2).to(DEVICE))
     for size, upsample, rows in ((1, False, 5), (2, True, 5)):
-        x, w, b = (draw(*shape, dtype=torch.float32).requires_grad_() for shape in ((rows, 2), (27, 2, 3), (3,)))
+        x, w, b = (
+            draw(*shape, dtype=torch.float32).requires_grad_()
+            for shape in ((rows, 2), (27, 2, 3), (3,))
+        )
         arguments = (x, w, b, neighbors, size, upsample, False)
         torch.library.opcheck(torch.ops.sparse3d.sparse_conv.default, arguments)
         compiled = torch.compile(
-            lambda x, w, b, s=size, u=upsample: sparse_conv(x, w, b, neighbors, size=s, upsample=u, backend="triton"),
+            lambda x, w, b, s=size, u=upsample: sparse_conv(
+                x, w, b, neighbors, size=s, upsample=u, backend="triton"
+            ),
             fullgraph=True,
             backend="aot_eager",
         )
@@ -293,19 +364,34 @@ def test_duplicate_children():
 
 
 def good() -> dict:
-    return dict(x=torch.zeros(16, 3), w=torch.zeros(27, 3, 2), b=torch.zeros(2), n=torch.zeros(2, 27).int(), size=2)
+    return dict(
+        x=torch.zeros(16, 3),
+        w=torch.zeros(27, 3, 2),
+        b=torch.zeros(2),
+        n=torch.zeros(2, 27).int(),
+        size=2,
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(15, 3)}, r"x_NC must be floating \[16, C\], got torch.float32 \[15, 3\]"),
+        (
+            {"x": torch.zeros(15, 3)},
+            r"x_NC must be floating \[16, C\], got torch.float32 \[15, 3\]",
+        ),
         ({"x": torch.zeros(16, 3).int()}, r"x_NC must be floating \[16, C\], got torch.int32"),
         ({"w": torch.zeros(26, 3, 2)}, r"weight_27CO must be \[27, 3, O\], got \[26, 3, 2\]"),
-        ({"w": torch.zeros(27, 3, 2).half()}, "weight_27CO must be torch.float32 as x_NC .*got torch.float16"),
+        (
+            {"w": torch.zeros(27, 3, 2).half()},
+            "weight_27CO must be torch.float32 as x_NC .*got torch.float16",
+        ),
         ({"b": torch.zeros(3)}, r"bias_O must be \[2\], got \[3\]"),
         ({"n": torch.zeros(2, 27)}, r"neighbors_M27 must be int32 \[M, 27\], got torch.float32"),
-        ({"n": torch.zeros(2, 27, device="meta").int()}, "neighbors_M27 must be on x_NC's device cpu, got meta"),
+        (
+            {"n": torch.zeros(2, 27, device="meta").int()},
+            "neighbors_M27 must be on x_NC's device cpu, got meta",
+        ),
         ({"size": 3}, r"size must be one of \(1, 2, 4, 8\), got 3"),
         ({"size": 1, "upsample": True}, r"size must be one of \(2, 4, 8\), got 1"),
         ({"backend": "cuda"}, "backend must be .*got 'cuda'"),

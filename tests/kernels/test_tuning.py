@@ -10,10 +10,9 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from kernels.conv import gather_gemm
-from kernels.conv import sparse_conv_backward
-from kernels.runtime import autotune_cache as tuning
+from kernels.conv import gather_gemm, sparse_conv_backward
 from kernels.conv.gather_gemm import plain
+from kernels.runtime import autotune_cache as tuning
 from kernels.runtime.autotune_cache import choose, size_class
 from tests.numerics import DEVICE
 
@@ -89,7 +88,12 @@ def test_a_choice_that_no_longer_exists_is_measured_again(times, monkeypatch):
 def test_what_was_measured_of_other_code_is_forgotten(candidates, sources, times, monkeypatch):
     kernels = [SimpleNamespace(cache_key=source) for source in ("f", "g")]
     launches = []
-    assert choose(("key",), "abc", launcher(times, launches, {"a": 3.0, "b": 1.0, "c": 2.0}), GPU, kernels) == "b"
+    assert (
+        choose(
+            ("key",), "abc", launcher(times, launches, {"a": 3.0, "b": 1.0, "c": 2.0}), GPU, kernels
+        )
+        == "b"
+    )
     another_process(monkeypatch)
     kernels = [SimpleNamespace(cache_key=source) for source in sources]
     launch = launcher(times, launches, {"a": 3.0, "b": 2.0, "c": 1.0})
@@ -118,7 +122,9 @@ def test_a_choice_names_the_kernels_that_it_is_made_for(monkeypatch):
 def test_a_directory_that_cannot_be_written(times, caplog):
     tuning.CACHE.parent.write_text("a file")
     with caplog.at_level(logging.WARNING):
-        assert choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU, KERNELS) == "b"
+        assert (
+            choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU, KERNELS) == "b"
+        )
     assert "cannot remember tile sizes" in caplog.text
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kernels import token_order
 from model.attention import CrossAttention, FullAttention, SpatialSparseAttention, ragged_attention
-from model.kv_compression import CompressionV2, TokenLayout
 from model.conditioning.image_encoder import Condition
+from model.kv_compression import CompressionV2, TokenLayout
 from model.sparse_tensor import Level
 from tests.numerics import assert_close_as, random_coords
 
@@ -30,7 +30,13 @@ def make_level(tokens, side, seed=0, device="cpu"):
 
 
 def make_ssa(seed=0, **options):
-    defaults = {"compress_block": 4, "compression": "v1", "top_k": 2, "shifted": False, "plus_one": False}
+    defaults = {
+        "compress_block": 4,
+        "compression": "v1",
+        "top_k": 2,
+        "shifted": False,
+        "plus_one": False,
+    }
     torch.manual_seed(seed)
     module = SpatialSparseAttention(C, HEADS, KV_HEADS, **{**defaults, **options}).double()
     for parameter in module.parameters():  # nothing is zero or one
@@ -60,7 +66,10 @@ def grouped(coords, size, shift=0):
 def slow_group_norm(x, norm):
     """Of one asset: x [n, E], E groups of one channel or more."""
     groups = x.unflatten(1, (norm.groups, -1))
-    mean, variance = groups.mean((0, 2), keepdim=True), groups.var((0, 2), unbiased=False, keepdim=True)
+    mean, variance = (
+        groups.mean((0, 2), keepdim=True),
+        groups.var((0, 2), unbiased=False, keepdim=True),
+    )
     return F.silu(((groups - mean) / (variance + 1e-5).sqrt()).flatten(1) * norm.weight + norm.bias)
 
 
@@ -95,7 +104,11 @@ def slow_ssa(module, x_NC, coords, m=4, opened=None) -> Tensor:
     k, v = ((x_NC @ layer.weight.T) for layer in (module.key, module.value))
     table = module.key_position.view(m, m, m, -1)
     place = torch.stack([table[tuple(int(c) % m for c in xyz)] for xyz in coords])
-    blocks, big, windows = grouped(coords, m), grouped(coords, 8), grouped(coords, 8, 4 if module.shifted else 0)
+    blocks, big, windows = (
+        grouped(coords, m),
+        grouped(coords, 8),
+        grouped(coords, 8, 4 if module.shifted else 0),
+    )
     ck = slow_compression(module.compress_key, k + place, blocks).unflatten(1, (KV_HEADS, D))
     cv = slow_compression(module.compress_value, v, blocks).unflatten(1, (KV_HEADS, D))
     k, v = k.unflatten(1, (KV_HEADS, D)), v.unflatten(1, (KV_HEADS, D))
@@ -115,8 +128,12 @@ def slow_ssa(module, x_NC, coords, m=4, opened=None) -> Tensor:
             for h in group:
                 branches = [probability[h] @ cv[:, g]]
                 for keys in (chosen, window):
-                    branches.append(torch.softmax(k[keys, g] @ q[n, h] / math.sqrt(D), 0) @ v[keys, g])
-                heads[h] = sum(gate * branch for gate, branch in zip(gates[n], branches, strict=True))
+                    branches.append(
+                        torch.softmax(k[keys, g] @ q[n, h] / math.sqrt(D), 0) @ v[keys, g]
+                    )
+                heads[h] = sum(
+                    gate * branch for gate, branch in zip(gates[n], branches, strict=True)
+                )
         rows.append(torch.cat(heads))
     return torch.stack(rows) @ module.out.weight.T
 
@@ -125,7 +142,12 @@ CASES = [
     pytest.param({}, [25, 40], 20, id="v1"),
     pytest.param({"compression": "v2"}, [25, 40], 12, id="v2"),
     pytest.param({"compress_block": 8}, [30, 1, 20], 24, id="m_cmp 8"),
-    pytest.param({"compress_block": 8, "compression": "v2", "shifted": True}, [30], 24, id="m_cmp 8, v2, shifted"),
+    pytest.param(
+        {"compress_block": 8, "compression": "v2", "shifted": True},
+        [30],
+        24,
+        id="m_cmp 8, v2, shifted",
+    ),
     pytest.param({"shifted": True, "top_k": 3}, [50], 24, id="shifted, top-k 3"),
     pytest.param({"plus_one": True, "top_k": 50}, [40], 16, id="n + 1, more than there are blocks"),
     pytest.param({"plus_one": True, "compression": "v2"}, [40], 16, id="n + 1, v2"),
@@ -174,8 +196,12 @@ def test_a_closed_gate_removes_its_branch(branch):
     exact = slow_ssa(module, x, level.coords[:, 1:].tolist(), opened=opened)
     out = run(module, x, level)
     assert torch.allclose(out, exact, atol=TOLERANCE)
-    gradients = torch.autograd.grad(out.square().sum(), [module.value.weight, module.compress_value.linear.weight])
-    assert bool(gradients[1].any()) == (branch != 0)  # compressed values reach the output through branch 0 alone
+    gradients = torch.autograd.grad(
+        out.square().sum(), [module.value.weight, module.compress_value.linear.weight]
+    )
+    assert bool(gradients[1].any()) == (
+        branch != 0
+    )  # compressed values reach the output through branch 0 alone
 
 
 @pytest.mark.parametrize("compression", ["v1", "v2"])
@@ -191,8 +217,12 @@ def test_other_orders_of_the_tokens_change_nothing(axes, compression):
     with torch.no_grad():
         table = module.key_position.view(4, 4, 4, -1)
         module.key_position.copy_(table.permute(*axes, 3).reshape(64, -1))
-        for conv in (part for part in module.modules() if hasattr(part, "weight") and part.weight.ndim == 3):
-            conv.weight.copy_(conv.weight.unflatten(0, (3, 3, 3)).permute(*axes, 3, 4).flatten(0, 2))
+        for conv in (
+            part for part in module.modules() if hasattr(part, "weight") and part.weight.ndim == 3
+        ):
+            conv.weight.copy_(
+                conv.weight.unflatten(0, (3, 3, 3)).permute(*axes, 3, 4).flatten(0, 2)
+            )
     again = run(module, x[order], Level.from_coords(coords[order], 16, 2))
     assert torch.allclose(again, out[order], atol=TOLERANCE)
 
@@ -204,7 +234,9 @@ def test_whole_blocks_of_translation_change_nothing():
     assert torch.allclose(run(module, x, moved), run(module, x, level), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("options", [{}, {"compression": "v2", "shifted": True}, {"compress_block": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "v2", "shifted": True}, {"compress_block": 8}], ids=str
+)
 def test_a_batch_is_each_asset_alone(options):
     module, m = make_ssa(**options), options.get("compress_block", 4)
     level = make_level([40, 1, 0, 25], 20)
@@ -219,7 +251,9 @@ def test_a_batch_is_each_asset_alone(options):
 
 def dense_attention(q, k, v, q_asset, k_asset):
     mask = (q_asset[:, None] == k_asset[None])[None]
-    return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask).transpose(0, 1)
+    return F.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask
+    ).transpose(0, 1)
 
 
 def ragged_inputs(queries, keys, dtype=torch.float64, device="cpu"):
@@ -259,7 +293,10 @@ def test_full_and_cross_attention():
     layout, asset = TokenLayout.of(level, 4), level.coords[:, 0]
     x = torch.randn(len(level), C, dtype=torch.float64)
     full, cross = FullAttention(C, HEADS).double(), CrossAttention(C, 48, HEADS).double()
-    q, k, v = ((x @ w.T + b).unflatten(1, (HEADS, D)) for w, b in zip(full.qkv.weight.chunk(3), full.qkv.bias.chunk(3)))
+    q, k, v = (
+        (x @ w.T + b).unflatten(1, (HEADS, D))
+        for w, b in zip(full.qkv.weight.chunk(3), full.qkv.bias.chunk(3))
+    )
     exact = full.out(dense_attention(q, k, v, asset, asset).flatten(1))
     assert torch.allclose(full(x, layout), exact, atol=TOLERANCE)
     q = cross.query(x).unflatten(1, (HEADS, D))
@@ -279,7 +316,9 @@ def test_ragged_attention_on_the_gpu(dtype):
     for arguments, kind in ((inputs, None), (on_cpu, torch.float64), (on_cpu, dtype)):
         leaves = [x.detach().to(kind or x.dtype).requires_grad_() for x in arguments[:3]]
         out = ragged_attention(*leaves, *arguments[3:])
-        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(
+            torch.bfloat16
+        )
         results.append([out, *torch.autograd.grad(out, leaves, cotangent.to(out))])
     for name, x, exact, rounded in zip(("out", "dq", "dk", "dv"), *results, strict=True):
         assert_close_as(x.cpu(), exact, rounded, name)
@@ -291,7 +330,14 @@ def test_the_module_in_bf16(compression):
     """Every block is selected, so that rounding cannot choose others: against fp64, no worse than bf16 on the CPU."""
     level = make_level([400, 150], 24)
     module = SpatialSparseAttention(
-        1024, 32, 2, compress_block=4, compression=compression, top_k=64, shifted=True, plus_one=False
+        1024,
+        32,
+        2,
+        compress_block=4,
+        compression=compression,
+        top_k=64,
+        shifted=True,
+        plus_one=False,
     )
     x = torch.randn(len(level), 1024)
     layout = TokenLayout.of(level, 4)

@@ -15,7 +15,9 @@ def brute_force(vertices, faces, resolution):
     triangles = vertices[faces]
     best = np.full(len(points), np.inf)
     for triangle in triangles:
-        close = trimesh.triangles.closest_point(np.broadcast_to(triangle, (len(points), 3, 3)), points)
+        close = trimesh.triangles.closest_point(
+            np.broadcast_to(triangle, (len(points), 3, 3)), points
+        )
         best = np.minimum(best, np.linalg.norm(close - points, axis=1))
     near = (best < band(resolution)).reshape((resolution // BLOCK, BLOCK) * 3).any(axis=(1, 3, 5))
     return np.argwhere(near)
@@ -24,7 +26,9 @@ def brute_force(vertices, faces, resolution):
 def soup(seed, faces, size):
     random = np.random.default_rng(seed)
     centre = random.uniform(-0.5, 0.5, (faces, 1, 3))
-    return (centre + size * random.uniform(-1, 1, (faces, 3, 3))).reshape(-1, 3), np.arange(3 * faces).reshape(-1, 3)
+    return (centre + size * random.uniform(-1, 1, (faces, 3, 3))).reshape(-1, 3), np.arange(
+        3 * faces
+    ).reshape(-1, 3)
 
 
 @pytest.mark.parametrize("resolution", [16, 24])
@@ -32,7 +36,9 @@ def soup(seed, faces, size):
 def test_cells_are_those_of_brute_force(resolution, size):
     for seed in range(3):
         vertices, faces = soup(seed, 4, size)  # some of it outside the cube
-        np.testing.assert_array_equal(cells_near(vertices, faces, resolution), brute_force(vertices, faces, resolution))
+        np.testing.assert_array_equal(
+            cells_near(vertices, faces, resolution), brute_force(vertices, faces, resolution)
+        )
 
 
 @pytest.mark.parametrize("shape", ["point", "segment"])
@@ -41,7 +47,8 @@ def test_a_face_without_area_counts_as_what_it_is(shape):
     if shape == "segment":
         vertices[1] += [0.2, -0.1, -0.4]
     np.testing.assert_array_equal(
-        cells_near(vertices, np.array([[0, 1, 2]]), 16), brute_force_of_points(vertices[0], vertices[1], 16)
+        cells_near(vertices, np.array([[0, 1, 2]]), 16),
+        brute_force_of_points(vertices[0], vertices[1], 16),
     )
 
 
@@ -55,8 +62,13 @@ def brute_force_of_points(a, b, resolution):
 
 
 def test_the_band_is_open_at_its_border():
-    step, tau = spacing(16), band(16)  # tau is 1/8: the plane x = c is exactly tau from grid plane x = 0
-    vertices = np.array([[-0.5 + tau, -9.0, -9.0], [-0.5 + tau, 9.0, -9.0], [-0.5 + tau, 0.0, 18.0]])
+    step, tau = (
+        spacing(16),
+        band(16),
+    )  # tau is 1/8: the plane x = c is exactly tau from grid plane x = 0
+    vertices = np.array(
+        [[-0.5 + tau, -9.0, -9.0], [-0.5 + tau, 9.0, -9.0], [-0.5 + tau, 0.0, 18.0]]
+    )
     found = cells_near(vertices, np.array([[0, 1, 2]]), 16)
     assert set(found[:, 0]) == {0}
     assert step < tau

@@ -44,7 +44,10 @@ def test_a_model_comes_back(saved):
     back = load_model(path, Tiny, config=Sizes())
     assert back.config == model.config
     assert not back.training
-    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(back.state_dict().values(), model.state_dict().values(), strict=True)
+    )
     assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
     assert [p.name for p in path.parent.iterdir()] == ["vae"]
 
@@ -89,7 +92,8 @@ def test_the_old_one_returns_if_the_new_cannot_take_its_place(saved, monkeypatch
 def test_another_configuration_is_named(saved):
     path, _ = saved
     with pytest.raises(
-        ValueError, match=r"vae must have widths = \(3, 5\) \(there: \(3, 4\)\), bias = False \(there: True"
+        ValueError,
+        match=r"vae must have widths = \(3, 5\) \(there: \(3, 4\)\), bias = False \(there: True",
     ):
         load_model(path, Tiny, config=Sizes(widths=(3, 5), bias=False))
     with pytest.raises(ValueError, match="must hold a Other, got a Tiny"):
@@ -101,7 +105,10 @@ def test_another_configuration_is_named(saved):
     [
         ({"format_version": 9}, "format_version 1, got 9"),
         ({"config": {"widths": [3, 4], "depth": 2}}, r"unknown: \['depth'\], missing: \['bias'\]"),
-        ({"config": {"widths": [3, 5], "bias": True}}, r"layer.bias of shape \[4\] does not fit \[5\]; layer.weight"),
+        (
+            {"config": {"widths": [3, 5], "bias": True}},
+            r"layer.bias of shape \[4\] does not fit \[5\]; layer.weight",
+        ),
         ({"config": {"widths": [3, 4], "bias": False}}, "unknown layer.bias"),
     ],
 )
@@ -160,5 +167,7 @@ def test_a_configuration_of_others_comes_back_whole():
     values = json.loads(json.dumps(asdict(pair)))
     assert config_from(Pair, values, "file") == pair
     values["first"]["odd"] = 1
-    with pytest.raises(ValueError, match=r"file: first must have the fields of Sizes; unknown: \['odd'\]"):
+    with pytest.raises(
+        ValueError, match=r"file: first must have the fields of Sizes; unknown: \['odd'\]"
+    ):
         config_from(Pair, values, "file")

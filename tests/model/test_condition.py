@@ -11,8 +11,21 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from model.conditioning.image_encoder import SPECIAL, DinoEncoder, EncoderConfig, ImageBatch, StandInEncoder
-from model.conditioning.image_preprocessing import OPAQUE, Augmentation, PreparedImage, has_alpha, load_image, prepare_image
+from model.conditioning.image_encoder import (
+    SPECIAL,
+    DinoEncoder,
+    EncoderConfig,
+    ImageBatch,
+    StandInEncoder,
+)
+from model.conditioning.image_preprocessing import (
+    OPAQUE,
+    Augmentation,
+    PreparedImage,
+    has_alpha,
+    load_image,
+    prepare_image,
+)
 from pipeline.core.schema import UserError
 
 torch.set_num_threads(1)
@@ -40,7 +53,9 @@ def test_the_foreground_is_cropped_centred_and_padded_on_white():
     rows, columns = (np.flatnonzero(image.mask.any(axis)) for axis in (1, 0))
     inner = 518 * 518 / 550  # resized to 518, 16 pixels on every side, resized to 518
     assert len(columns) == pytest.approx(inner, abs=2)
-    assert len(rows) == pytest.approx(inner / 2, abs=14)  # bilinear filter of a 13x enlargement reaches half a pixel
+    assert len(rows) == pytest.approx(
+        inner / 2, abs=14
+    )  # bilinear filter of a 13x enlargement reaches half a pixel
     assert abs(rows[0] + rows[-1] - 517) <= 2
     assert abs(columns[0] + columns[-1] - 517) <= 2
     assert (image.rgb[259, 259] == (200, 30, 60)).all()
@@ -72,19 +87,24 @@ def test_haze_is_not_foreground():
 
 
 def test_augmentation_is_seeded_and_off_by_default():
-    pixels = np.dstack([np.random.default_rng(0).integers(0, 256, (60, 60, 3)), np.full((60, 60), 255)]).astype(
-        np.uint8
-    )
+    pixels = np.dstack(
+        [np.random.default_rng(0).integers(0, 256, (60, 60, 3)), np.full((60, 60), 255)]
+    ).astype(np.uint8)
     pixels[0] = 0
     always = Augmentation(rotation_probability=1, crop_probability=1)
-    draws = [prepare_image(pixels, SIZE, augmentation=always, rng=np.random.default_rng(s)).rgb for s in (1, 1, 2)]
+    draws = [
+        prepare_image(pixels, SIZE, augmentation=always, rng=np.random.default_rng(s)).rgb
+        for s in (1, 1, 2)
+    ]
     assert (draws[0] == draws[1]).all()
     assert (draws[0] != draws[2]).any()
     never = Augmentation(rotation_probability=0, crop_probability=0, padding=(16, 16))
     plain = prepare_image(pixels, SIZE, augmentation=never, rng=np.random.default_rng(1))
     assert (plain.rgb == prepare_image(pixels, SIZE).rgb).all()
     wide = Augmentation(rotation_probability=0, crop_probability=0, padding=(32, 32))
-    smaller = prepare_image(pixels, SIZE, augmentation=wide, rng=np.random.default_rng(1)).mask.sum()
+    smaller = prepare_image(
+        pixels, SIZE, augmentation=wide, rng=np.random.default_rng(1)
+    ).mask.sum()
     assert smaller**0.5 == pytest.approx(SIZE * SIZE / (SIZE + 64), abs=2)
 
 
@@ -93,7 +113,9 @@ def test_augmentation_moves_image_and_mask_together():
     for seed in range(5):
         rng = np.random.default_rng(seed)
         image = prepare_image(rectangle(color=(0, 0, 0)), SIZE, augmentation=always, rng=rng)
-        assert ((image.rgb[..., 0] <= 255 - OPAQUE) == image.mask).mean() > 0.999  # black at its alpha on white
+        assert (
+            (image.rgb[..., 0] <= 255 - OPAQUE) == image.mask
+        ).mean() > 0.999  # black at its alpha on white
 
 
 FILES = {
@@ -101,10 +123,16 @@ FILES = {
     "palette with transparency": lambda: saved(Image.fromarray(rectangle()).quantize(8)),
     "webp": lambda: saved(Image.fromarray(rectangle()), "WEBP", lossless=True),
     "animated gif": lambda: saved(
-        Image.fromarray(rectangle()), "GIF", save_all=True, append_images=[Image.new("RGBA", (100, 80), (1, 2, 3, 255))]
+        Image.fromarray(rectangle()),
+        "GIF",
+        save_all=True,
+        append_images=[Image.new("RGBA", (100, 80), (1, 2, 3, 255))],
     ),
     "animated png": lambda: saved(
-        Image.fromarray(rectangle()), "PNG", save_all=True, append_images=[Image.new("RGBA", (100, 80), (1, 2, 3, 255))]
+        Image.fromarray(rectangle()),
+        "PNG",
+        save_all=True,
+        append_images=[Image.new("RGBA", (100, 80), (1, 2, 3, 255))],
     ),
 }
 
@@ -132,7 +160,9 @@ def test_images_without_alpha_say_what_to_do(mode):
 
 def test_sixteen_bits_are_scaled_to_eight():
     values = np.array([[0, 257, 32768, 65535]], np.uint16).repeat(4, 0)
-    assert (np.asarray(load_image(saved(Image.fromarray(values))))[0, :, 0] == [0, 1, 128, 255]).all()
+    assert (
+        np.asarray(load_image(saved(Image.fromarray(values))))[0, :, 0] == [0, 1, 128, 255]
+    ).all()
 
 
 def test_camera_orientation_is_applied():
@@ -143,22 +173,36 @@ def test_camera_orientation_is_applied():
 
 @pytest.mark.parametrize("value", range(1, 9))
 def test_every_orientation_is_pillows(value):
-    exif, image = Image.Exif(), Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3)
+    exif, image = (
+        Image.Exif(),
+        Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3),
+    )
     exif[0x0112] = value
     expected = ImageOps.exif_transpose(Image.open(saved(image, "PNG", exif=exif))).convert("RGBA")
-    assert np.array_equal(np.asarray(load_image(saved(image, "PNG", exif=exif))), np.asarray(expected))
+    assert np.array_equal(
+        np.asarray(load_image(saved(image, "PNG", exif=exif))), np.asarray(expected)
+    )
 
 
 def test_orientation_is_applied_beside_damaged_metadata():
-    entries = [(0x0112, 3, 1, struct.pack("<I", 6)), (0x011A, 2, 4, b"abc\0")]  # a resolution that is a text
-    directory = struct.pack("<H", 2) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
+    entries = [
+        (0x0112, 3, 1, struct.pack("<I", 6)),
+        (0x011A, 2, 4, b"abc\0"),
+    ]  # a resolution that is a text
+    directory = (
+        struct.pack("<H", 2)
+        + b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+        + bytes(4)
+    )
     exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + directory
     assert load_image(saved(Image.new("RGB", (30, 20)), "JPEG", exif=exif)).size == (20, 30)
 
 
 def test_a_strip_whose_square_would_be_too_large_is_refused():
     strip = Image.new("RGBA", (60_000, 20), (9, 9, 9, 255))
-    with pytest.raises(ValueError, match=r"within 8192 x 8192 pixels, got 60000 x 20: make it smaller"):
+    with pytest.raises(
+        ValueError, match=r"within 8192 x 8192 pixels, got 60000 x 20: make it smaller"
+    ):
         prepare_image(strip, SIZE, whole_if_opaque=True)
 
 
@@ -166,10 +210,14 @@ def huge_png(side):
     """A PNG header that claims side x side pixels."""
 
     def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        return (
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
 
     header = side.to_bytes(4, "big") * 2 + bytes([8, 6, 0, 0, 0])
-    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    return io.BytesIO(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -263,7 +311,9 @@ def test_a_batch_is_each_image_alone(kind):
 
 def test_pixels_are_normalised_as_imagenet(monkeypatch):
     seen, encoder = [], StandInEncoder(32, 0, 2, SIZE)
-    monkeypatch.setattr(encoder, "tokens", lambda x: seen.append(x) or torch.zeros(1, SPECIAL + 64, 32))
+    monkeypatch.setattr(
+        encoder, "tokens", lambda x: seen.append(x) or torch.zeros(1, SPECIAL + 64, 32)
+    )
     image = prepared((3, 1))
     image.rgb[:] = (124, 116, 104)  # ImageNet's mean
     image.rgb[0, 0] = (182, 174, 161)  # and one deviation (58, 57, 57) more
@@ -315,7 +365,9 @@ def test_weights_survive_a_folder(tmp_path):
     again = EncoderConfig(weights=str(tmp_path), image_size=SIZE, channels=32).build()
     assert next(again.parameters()).dtype == torch.bfloat16
     pixels = torch.randn(1, 3, SIZE, SIZE)
-    assert torch.allclose(again.tokens(pixels).float(), encoder.tokens(pixels), atol=0.05, rtol=0.05)
+    assert torch.allclose(
+        again.tokens(pixels).float(), encoder.tokens(pixels), atol=0.05, rtol=0.05
+    )
     with pytest.raises(ValueError, match="channels must be 32"):
         EncoderConfig(weights=str(tmp_path), image_size=SIZE).build()
 

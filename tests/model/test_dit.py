@@ -99,14 +99,19 @@ def test_every_parameter_learns():
     model(x, t, condition).sin().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        silent = name.endswith("compress_key.conv2.bias")  # a constant added to all keys changes no softmax
+        silent = name.endswith(
+            "compress_key.conv2.bias"
+        )  # a constant added to all keys changes no softmax
         assert silent or parameter.grad.abs().max() > 1e-9, name
 
 
 def waves(coords, channels, factor):
     """Sines and cosines of one asset's coordinates, axis after axis, zeros up to `channels`."""
     n = channels // 6
-    angles = [factor * axis[:, None] / 10000 ** (torch.arange(n) / n) for axis in coords.double().unbind(1)]
+    angles = [
+        factor * axis[:, None] / 10000 ** (torch.arange(n) / n)
+        for axis in coords.double().unbind(1)
+    ]
     parts = [part for angle in angles for part in (angle.sin(), angle.cos())]
     return F.pad(torch.cat(parts, 1), (0, channels - 6 * n))
 
@@ -124,13 +129,17 @@ def attend(q, k, v, heads):
 def slow_dit(model, feats, level, t, image, image_coords):
     """One asset, from the paper's description; self-attention is the module that test_attention.py holds to account."""
     c = model.config
-    h = model.input(feats) + waves(level.coords[:, 1:], c.channels, max(1, 512 / (8 * level.resolution)))
+    h = model.input(feats) + waves(
+        level.coords[:, 1:], c.channels, max(1, 512 / (8 * level.resolution))
+    )
     angle = 1000 * t / 10000 ** (torch.arange(128, dtype=torch.float64) / 128)
     time = model.time[2](F.silu(model.time[0](torch.cat([angle.cos(), angle.sin()]))))
-    image = model.conditioning.image_encoder(image) + waves(image_coords[:, 1:], c.condition_channels, 1)
+    image = model.condition(image) + waves(image_coords[:, 1:], c.condition_channels, 1)
     for block in model.blocks:
         shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(F.silu(time)).chunk(6)
-        h = h + gate1 * run(block.attention, norm(h) * (1 + scale1) + shift1, level, c.compress_block)
+        h = h + gate1 * run(
+            block.attention, norm(h) * (1 + scale1) + shift1, level, c.compress_block
+        )
         cross, y = block.cross_attention, norm(h) * block.cross_norm.weight + block.cross_norm.bias
         key, value = cross.key_value(image).chunk(2, 1)
         h = h + cross.out(attend(cross.query(y), key, value, c.heads))
@@ -152,7 +161,13 @@ def test_the_network_is_its_description(options, side):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"compression": "v2"}, {"compress_block": 8}, {"attention": "full"}, {"plus_one_pooling": True, "top_k": 9}],
+    [
+        {},
+        {"compression": "v2"},
+        {"compress_block": 8},
+        {"attention": "full"},
+        {"plus_one_pooling": True, "top_k": 9},
+    ],
     ids=str,
 )
 def test_a_batch_is_each_asset_alone(options):
@@ -165,7 +180,9 @@ def test_a_batch_is_each_asset_alone(options):
         alone = torch.tensor([0, 1, 1, 1], dtype=torch.int32)
         level = Level.from_coords(x.coords[rows] * alone, 16, 1)
         count = torch.tensor([0, tokens.stop - tokens.start], dtype=torch.int32)
-        image = Condition(condition.feats_SC[tokens], condition.coords[tokens] * alone, count, int(count[1]))
+        image = Condition(
+            condition.feats_SC[tokens], condition.coords[tokens] * alone, count, int(count[1])
+        )
         exact = model(SparseTensor(x.feats[rows], level), t[asset : asset + 1], image)
         assert torch.allclose(out[rows], exact, atol=TOLERANCE)
 
@@ -181,7 +198,9 @@ def test_what_the_velocity_depends_on():
     ):
         assert torch.equal(changed[: starts[1]], out[: starts[1]])
         assert ((changed - out)[second].abs().amax(1) > 1e-6).all()
-    moved = Condition(condition.feats_SC, condition.coords.flip(1), condition.starts, condition.max_tokens)
+    moved = Condition(
+        condition.feats_SC, condition.coords.flip(1), condition.starts, condition.max_tokens
+    )
     assert not torch.allclose(model(x, t, moved), out, atol=1e-3)
 
 
@@ -253,7 +272,10 @@ def official_state(compression="v1", m=4, blocks=2, c=64, kv=32, cond=24, latent
         for side in ("key", "value"):
             part = f"{b}.self_attn.compression_{side}"
             if compression == "v1":
-                shapes |= {f"{part}.act_layers.0.conv.kernel": (kv, kv), f"{part}.act_layers.0.conv.bias": (kv,)}
+                shapes |= {
+                    f"{part}.act_layers.0.conv.kernel": (kv, kv),
+                    f"{part}.act_layers.0.conv.bias": (kv,),
+                }
                 continue
             for norm in ("act_layers.0", "out_layers.1"):
                 shapes |= {f"{part}.{norm}.weight": (kv,), f"{part}.{norm}.bias": (kv,)}
@@ -272,9 +294,13 @@ def official_state(compression="v1", m=4, blocks=2, c=64, kv=32, cond=24, latent
 @pytest.mark.parametrize(("compression", "m"), [("v1", 4), ("v2", 4), ("v1", 8)])
 def test_published_weights(compression, m):
     weights = official_state(compression, m)
-    model = SparseDiT(DiTConfig(**TINY, compression=compression, compress_block=m, plus_one_pooling=True))
+    model = SparseDiT(
+        DiTConfig(**TINY, compression=compression, compress_block=m, plus_one_pooling=True)
+    )
     model.load_official(weights, torch.tensor(0.25), torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert torch.equal(model.denormalize(torch.ones(1, 4)), torch.tensor([[5.0, 6.0, 7.0, 8.0]]))  # z / scale + shift
+    assert torch.equal(
+        model.denormalize(torch.ones(1, 4)), torch.tensor([[5.0, 6.0, 7.0, 8.0]])
+    )  # z / scale + shift
     assert sum(p.numel() for p in model.parameters()) == sum(w.numel() for w in weights.values())
     ours = dict(model.named_parameters())
     place = (m - 1) * m * m + 2 * m + 1  # of cell (m - 1, 2, 1) in its block
@@ -282,12 +308,16 @@ def test_published_weights(compression, m):
     assert torch.equal(ours["blocks.1.attention.key_position"][place], table[m - 1, 2, 1])
     x, part = torch.randn(5, 32), "blocks.0.self_attn.compression_value"
     if compression == "v1":
-        theirs = x @ weights[f"{part}.act_layers.0.conv.kernel"] + weights[f"{part}.act_layers.0.conv.bias"]
+        theirs = (
+            x @ weights[f"{part}.act_layers.0.conv.kernel"]
+            + weights[f"{part}.act_layers.0.conv.bias"]
+        )
         assert torch.allclose(model.blocks[0].attention.compress_value.linear(x), theirs, atol=1e-4)
     else:  # torchsparse: tap (dz + 1) * 9 + (dy + 1) * 3 + dx + 1
         kernel = weights[f"{part}.out_layers.3.conv.kernel"]
         assert torch.equal(
-            ours["blocks.0.attention.compress_value.conv2.weight"][2 * 9 + 1 * 3 + 0], kernel[0 * 9 + 3 + 2]
+            ours["blocks.0.attention.compress_value.conv2.weight"][2 * 9 + 1 * 3 + 0],
+            kernel[0 * 9 + 3 + 2],
         )
     q, kv = weights["blocks.0.cross_attn.to_q.weight"], weights["blocks.0.cross_attn.to_kv.weight"]
     assert torch.equal(ours["blocks.0.cross_attention.query.weight"], q)
@@ -298,7 +328,9 @@ def test_published_weights_that_do_not_fit_are_named():
     model, one = SparseDiT(DiTConfig(**TINY)), torch.tensor(1.0)
     weights = official_state()
     weights["blocks.0.extra"] = weights.pop("blocks.0.norm2.weight")
-    with pytest.raises(ValueError, match=r"unknown blocks\.0\.extra; missing blocks\.0\.norm2\.weight"):
+    with pytest.raises(
+        ValueError, match=r"unknown blocks\.0\.extra; missing blocks\.0\.norm2\.weight"
+    ):
         model.load_official(weights, one, one)
     with pytest.raises(ValueError, match=r"intra_block_pe of shape \[8, 8, 8, 32\] does not fit"):
         model.load_official(official_state(m=8), one, one)
@@ -316,8 +348,13 @@ def test_flops_are_those_of_the_products():
     assert full.flops(x.level, condition) == counted(full, x, t, condition)
     level = make_level([40], 8)  # one block: the window and the selection are the whole asset
     ssa = make_dit(shifted_windows=False)
-    score = 2 * ssa.config.blocks * 40 * level.blocks.num_compressed * ssa.config.channels  # scores, for the selection
-    assert ssa.flops(level, condition) == counted(ssa, SparseTensor(x.feats, level), t, condition) - score
+    score = (
+        2 * ssa.config.blocks * 40 * level.blocks.num_compressed * ssa.config.channels
+    )  # scores, for the selection
+    assert (
+        ssa.flops(level, condition)
+        == counted(ssa, SparseTensor(x.feats, level), t, condition) - score
+    )
 
 
 @pytest.mark.parametrize(
@@ -355,12 +392,20 @@ def test_inputs_that_do_not_belong_together():
 def test_training_on_the_gpu(options):
     """bf16, recomputed activations: gradients of the first step as without, and the loss falls; no copy to the host."""
     torch.manual_seed(0)
-    sizes = {"channels": 256, "blocks": 4, "heads": 8, "condition_channels": 64, "latent_channels": 16}
+    sizes = {
+        "channels": 256,
+        "blocks": 4,
+        "heads": 8,
+        "condition_channels": 64,
+        "latent_channels": 16,
+    }
     model = SparseDiT(DiTConfig(**sizes, **options)).to(DEVICE)
     coords = random_coords([2500, 1200], 32)
     level = Level.from_coords(coords[token_order(coords)].to(DEVICE), 32, 2)
     images = make_condition([40, 25], 64, torch.float32)
-    condition = Condition(images.feats_SC.to(DEVICE), images.coords.to(DEVICE), images.starts.to(DEVICE), 40)
+    condition = Condition(
+        images.feats_SC.to(DEVICE), images.coords.to(DEVICE), images.starts.to(DEVICE), 40
+    )
     x = SparseTensor(torch.randn(len(level), 16, device=DEVICE), level)
     goal = (level.coords[:, 1:].float() @ torch.randn(3, 16, device=DEVICE) / 8).sin()
     t = torch.tensor([0.3, 0.7], device=DEVICE)

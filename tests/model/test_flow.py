@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from model import rectified_flow as flow
-from model.rectified_flow import Guidance, TimeDistribution, guide, interpolate, noise_of, sample, schedule, shift_times, target
+from model.rectified_flow import (
+    Guidance,
+    TimeDistribution,
+    guide,
+    interpolate,
+    noise_of,
+    sample,
+    schedule,
+    shift_times,
+    target,
+)
 
 MU, S = 1.5, 0.3  # of the data
 
@@ -27,7 +37,12 @@ def exact(noise):
 
 def error(steps, method, shift=1.0):
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    return (sample(gaussian_velocity, noise, steps=steps, method=method, shift=shift) - exact(noise)).abs().max().item()
+    return (
+        (sample(gaussian_velocity, noise, steps=steps, method=method, shift=shift) - exact(noise))
+        .abs()
+        .max()
+        .item()
+    )
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
@@ -80,7 +95,9 @@ def test_times_of_training():
     assert u.sort().values.sub(torch.linspace(0, 1, 100_000)).abs().max() < 0.01
     shifted = TimeDistribution(kind="uniform", shift=3.0).sample(100_000, generator)
     assert shifted.median().item() == pytest.approx(0.75, abs=0.01)
-    assert torch.equal(*(TimeDistribution().sample(8, torch.Generator().manual_seed(5)) for _ in range(2)))
+    assert torch.equal(
+        *(TimeDistribution().sample(8, torch.Generator().manual_seed(5)) for _ in range(2))
+    )
 
 
 def test_noise_depends_on_the_asset_alone():
@@ -98,7 +115,9 @@ def test_guidance_one_is_the_conditional_velocity():
 
     noise = noise_of([1], [50], 2)
     plain = sample(gaussian_velocity, noise, steps=5)
-    assert torch.equal(sample(guide(gaussian_velocity, never, Guidance(scale=1.0), [50]), noise, steps=5), plain)
+    assert torch.equal(
+        sample(guide(gaussian_velocity, never, Guidance(scale=1.0), [50]), noise, steps=5), plain
+    )
 
 
 def test_guidance_and_its_interval():
@@ -108,9 +127,19 @@ def test_guidance_and_its_interval():
         asked.append(t)
         return torch.full_like(x, 2.0)
 
-    velocity = guide(lambda x, t: torch.full_like(x, 3.0), unconditional, Guidance(scale=4, interval=(0.3, 0.6)), [2])
+    velocity = guide(
+        lambda x, t: torch.full_like(x, 3.0),
+        unconditional,
+        Guidance(scale=4, interval=(0.3, 0.6)),
+        [2],
+    )
     x = torch.zeros(2, 1)
-    assert [velocity(x, t)[0, 0].item() for t in (0.2, 0.3, 0.6, 0.7)] == [3.0, 6.0, 6.0, 3.0]  # 2 + 4 * (3 - 2)
+    assert [velocity(x, t)[0, 0].item() for t in (0.2, 0.3, 0.6, 0.7)] == [
+        3.0,
+        6.0,
+        6.0,
+        3.0,
+    ]  # 2 + 4 * (3 - 2)
     assert asked == [0.3, 0.6]
 
 
@@ -119,14 +148,20 @@ def test_rescaling_keeps_each_assets_deviation():
     counts = [30, 40]
 
     def guided(rescale):
-        return guide(lambda x, t: c, lambda x, t: u, Guidance(scale=5.0, rescale=rescale), counts)(c, 0.5)
+        return guide(lambda x, t: c, lambda x, t: u, Guidance(scale=5.0, rescale=rescale), counts)(
+            c, 0.5
+        )
 
     plain, full, half = guided(0.0), guided(1.0), guided(0.5)
-    for v, w, p, h in zip(full.split(counts), c.split(counts), plain.split(counts), half.split(counts), strict=True):
+    for v, w, p, h in zip(
+        full.split(counts), c.split(counts), plain.split(counts), half.split(counts), strict=True
+    ):
         assert v.std().item() == pytest.approx(w.std().item(), rel=1e-5)
         assert p.std() > 2 * w.std()
         assert torch.allclose(h, (p + v) / 2, atol=1e-5)
-    alone = guide(lambda x, t: c[:30], lambda x, t: u[:30], Guidance(scale=5.0, rescale=1.0), [30])(c[:30], 0.5)
+    alone = guide(lambda x, t: c[:30], lambda x, t: u[:30], Guidance(scale=5.0, rescale=1.0), [30])(
+        c[:30], 0.5
+    )
     assert torch.equal(full[:30], alone)
 
 

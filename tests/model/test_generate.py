@@ -11,24 +11,31 @@ import torch
 import trimesh
 from PIL import Image
 
-from model.inference.cells_near_mesh import cells_near
 from model.checkpoint import save_model
-from model.conditioning.image_encoder import EncoderConfig
-from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
-from model.sparse_dit import DiTConfig
 from model.conditioning.background_removal import load_foreground
+from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
+from model.conditioning.image_encoder import EncoderConfig
 from model.generate import GenerateConfig, generate, main, targets
+from model.inference.cells_near_mesh import cells_near
 from model.inference.generator import Generator, Options
 from model.occupancy_vae import OccupancyConfig
-from model.structure import Structure, StructureConfig, level_of
+from model.sparse_dit import DiTConfig
 from model.sparse_vae import SparseVAE, VAEConfig
+from model.structure import Structure, StructureConfig, level_of
 from pipeline.core.schema import RunError, UserError, band, spacing
 
 ROOT = Path(__file__).resolve().parents[2]
 OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
 ENCODER = EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2)
 DIT = DiTConfig(
-    channels=32, blocks=1, heads=2, kv_heads=1, mlp_ratio=2, latent_channels=4, condition_channels=32, top_k=2
+    channels=32,
+    blocks=1,
+    heads=2,
+    kv_heads=1,
+    mlp_ratio=2,
+    latent_channels=4,
+    condition_channels=32,
+    top_k=2,
 )
 VAE = VAEConfig(widths=(8, 8, 8, 16), latent_channels=4, heads=1, blocks=1, mlp_ratio=1, groups=8)
 FULL = replace(DIT, attention="full", kv_heads=2)
@@ -71,7 +78,9 @@ def disc(size=64, mode="RGBA"):
     """A shaded disc on a transparent background."""
     row, column = np.mgrid[:size, :size] / size - 0.5
     inside = row**2 + column**2 < 0.16
-    rgba = np.dstack([*(np.uint8(255 * np.clip(0.5 + row, 0, 1)) for _ in range(3)), np.uint8(255 * inside)])
+    rgba = np.dstack(
+        [*(np.uint8(255 * np.clip(0.5 + row, 0, 1)) for _ in range(3)), np.uint8(255 * inside)]
+    )
     return Image.fromarray(rgba).convert(mode)
 
 
@@ -114,7 +123,9 @@ def test_stages_hand_on_exactly_what_the_next_needs(monkeypatch):
 def test_same_seed_same_mesh_closed_whatever_the_weights(checkpoint, picture, tmp_path):
     def make(name, **changes):
         out = tmp_path / name
-        cfg = GenerateConfig(images=(picture,), out=out, checkpoint=checkpoint, device="cpu", options=FAST)
+        cfg = GenerateConfig(
+            images=(picture,), out=out, checkpoint=checkpoint, device="cpu", options=FAST
+        )
         assert generate(replace(cfg, **changes)) == 0
         return out.read_bytes(), trimesh.load(out, force="mesh", process=False)
 
@@ -132,7 +143,11 @@ def test_several_images_go_into_a_folder_each_as_if_alone(checkpoint, picture, t
     other = tmp_path / "other.png"
     disc().transpose(Image.Transpose.ROTATE_90).save(other)
     cfg = GenerateConfig(
-        images=(other, picture), out=tmp_path / "out", checkpoint=checkpoint, device="cpu", options=FAST
+        images=(other, picture),
+        out=tmp_path / "out",
+        checkpoint=checkpoint,
+        device="cpu",
+        options=FAST,
     )
     assert generate(replace(cfg, format="stl")) == 0
     alone = replace(cfg, images=(picture,), out=tmp_path / "alone.stl")
@@ -153,7 +168,9 @@ def test_one_image_that_fails_costs_only_itself(checkpoint, picture, tmp_path, c
     original = Generator.generate
     monkeypatch.setattr(Generator, "generate", fail_first)
     disc(96).save(tmp_path / "a.png")
-    cfg = GenerateConfig(images=(tmp_path / "a.png", picture), out=tmp_path, checkpoint=checkpoint, options=FAST)
+    cfg = GenerateConfig(
+        images=(tmp_path / "a.png", picture), out=tmp_path, checkpoint=checkpoint, options=FAST
+    )
     assert generate(replace(cfg, device="cpu")) == 1
     assert "a.png: no surface" in caplog.text
     assert not (tmp_path / "a.glb").exists()
@@ -174,13 +191,17 @@ def test_where_files_go(tmp_path):
         of("a.png", "b.png", out=Path("c.glb"))
     with pytest.raises(UserError, match=r"both become a\.glb"):
         of("x/a.png", "y/a.jpg")
-    with pytest.raises(UserError, match=r"a\.preview\.png would be replaced by what is made from it"):
+    with pytest.raises(
+        UserError, match=r"a\.preview\.png would be replaced by what is made from it"
+    ):
         of("a.png", "a.preview.png", preview="png")
 
 
 def test_what_cannot_be_done_is_said_before_the_models_are_loaded(picture, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
-    cfg = GenerateConfig(images=(picture,), out=tmp_path / "file" / "a.glb", checkpoint=tmp_path / "nowhere")
+    cfg = GenerateConfig(
+        images=(picture,), out=tmp_path / "file" / "a.glb", checkpoint=tmp_path / "nowhere"
+    )
     with pytest.raises(UserError, match=r"file cannot be written to \(.*\); choose another --out"):
         generate(cfg)
     monkeypatch.setitem(sys.modules, "fast_simplification", None)  # as if it were not installed
@@ -190,11 +211,15 @@ def test_what_cannot_be_done_is_said_before_the_models_are_loaded(picture, tmp_p
         generate(replace(cfg, out=tmp_path / "a.glb"))
 
 
-def test_a_preview_leaves_the_image_alone_and_may_fail_alone(checkpoint, picture, tmp_path, caplog, monkeypatch):
+def test_a_preview_leaves_the_image_alone_and_may_fail_alone(
+    checkpoint, picture, tmp_path, caplog, monkeypatch
+):
     before = picture.read_bytes()
     disc(96).save(picture.with_name("other.png"))
     images = (picture, picture.with_name("other.png"))
-    cfg = GenerateConfig(images=images, out=picture.parent, checkpoint=checkpoint, device="cpu", options=FAST)
+    cfg = GenerateConfig(
+        images=images, out=picture.parent, checkpoint=checkpoint, device="cpu", options=FAST
+    )
     assert generate(replace(cfg, preview="png")) == 0
     assert picture.read_bytes() == before
     assert Image.open(picture.with_name("disc.preview.png")).size == (1280, 640)
@@ -234,7 +259,12 @@ def hostile(name, folder):
         import zlib
 
         def chunk(kind, data):
-            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            return (
+                struct.pack(">I", len(data))
+                + kind
+                + data
+                + struct.pack(">I", zlib.crc32(kind + data))
+            )
 
         alpha = np.asarray(disc())[..., 3].astype(">u2") * 257
         rows = np.dstack([np.full_like(alpha, 40_000)] * 3 + [alpha]).astype(">u2")
@@ -293,16 +323,23 @@ def test_a_background_can_be_kept_or_removed(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_said(checkpoint, tmp_path):
-    with pytest.raises(UserError, match=r"lacks vae, structure, dit_<resolution>: train the stages .* train\.export"):
+    with pytest.raises(
+        UserError,
+        match=r"lacks vae, structure, dit_<resolution>: train the stages .* train\.export",
+    ):
         Generator.load(tmp_path)
     with pytest.raises(UserError, match="has models for R = 64, 128, none for 512"):
         Generator.load(checkpoint, resolution=512)
     assert Generator.load(checkpoint, resolution=64).resolutions == [64]
     vae, structure, dits = untrained()
-    with pytest.raises(ValueError, match=r"must have one for R = 64, where the structure stage ends, got \[128\]"):
+    with pytest.raises(
+        ValueError, match=r"must have one for R = 64, where the structure stage ends, got \[128\]"
+    ):
         Generator(vae, structure, {128: dits[128]}, torch.device("cpu"))
     other = SparseVAE(replace(VAE, latent_channels=8))
-    with pytest.raises(ValueError, match=r"dits\[64\] must have the VAE's 8 latent channels, got 4"):
+    with pytest.raises(
+        ValueError, match=r"dits\[64\] must have the VAE's 8 latent channels, got 4"
+    ):
         Generator(other, structure, dits, torch.device("cpu"))
 
 
@@ -342,7 +379,19 @@ def test_the_last_number_of_steps_holds_for_later_stages():
 
 def test_the_command_says_what_it_did(checkpoint, picture, tmp_path):
     out = tmp_path / "mesh.obj"
-    words = [picture, "-o", out, "--checkpoint", checkpoint, "--device", "cpu", "--steps", "2", "--preview", "png"]
+    words = [
+        picture,
+        "-o",
+        out,
+        "--checkpoint",
+        checkpoint,
+        "--device",
+        "cpu",
+        "--steps",
+        "2",
+        "--preview",
+        "png",
+    ]
     command = [sys.executable, "-m", "model.generate", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -358,7 +407,9 @@ def test_the_command_says_what_it_did(checkpoint, picture, tmp_path):
 
 @pytest.mark.gpu
 def test_same_seed_same_mesh_on_a_gpu(checkpoint):
-    first, again, other = (Generator.load(checkpoint, "cuda").generate(disc(), seed, FAST) for seed in (5, 5, 6))
+    first, again, other = (
+        Generator.load(checkpoint, "cuda").generate(disc(), seed, FAST) for seed in (5, 5, 6)
+    )
     np.testing.assert_array_equal(first.vertices, again.vertices)
     np.testing.assert_array_equal(first.faces, again.faces)
     assert first.open_edges == 0

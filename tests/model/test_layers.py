@@ -27,7 +27,9 @@ def test_positions_are_the_formula():
     assert embedded.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("resolution", "factor"), [(256, 2.0), (384, 512 / 384), (512, 1.0), (1024, 1.0)])
+@pytest.mark.parametrize(
+    ("resolution", "factor"), [(256, 2.0), (384, 512 / 384), (512, 1.0), (1024, 1.0)]
+)
 def test_resolutions_to_512_share_a_range(resolution, factor):
     assert layers.position_factor(resolution) == factor
 
@@ -53,9 +55,12 @@ def test_a_window_block_is_torchs_attention_within_windows(shifted):
     window = window if shifted else index.block_of.long()  # blocks are the aligned windows
     normed = F.layer_norm(x, (32,), eps=1e-6)
     mask = window[:, None] != window
-    expected = x + peer(normed[None], normed[None], normed[None], attn_mask=mask, need_weights=False)[0][0]
+    expected = (
+        x + peer(normed[None], normed[None], normed[None], attn_mask=mask, need_weights=False)[0][0]
+    )
     hidden = F.gelu(
-        F.layer_norm(expected, (32,), eps=1e-6) @ block.mlp[0].weight.T + block.mlp[0].bias, approximate="tanh"
+        F.layer_norm(expected, (32,), eps=1e-6) @ block.mlp[0].weight.T + block.mlp[0].bias,
+        approximate="tanh",
     )
     expected = expected + hidden @ block.mlp[2].weight.T + block.mlp[2].bias
     torch.testing.assert_close(block(x, index), expected)
@@ -80,7 +85,9 @@ def test_recomputed_activations_are_not_kept(wanted):
         return (x.exp() * 3).sin()
 
     x = torch.randn(1000, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         y = layers.recompute(wanted, function, x)
     y.sum().backward()
     assert len(calls) == 1 + wanted

@@ -56,14 +56,18 @@ def test_surfaces_of_a_batch_are_where_they_should_be():
     assert len(meshes) == 4
     assert len(meshes[1][0]) == len(meshes[1][1]) == 0
     for distance, number, volume_exact in zip(
-        assets, (2, None, 0, 2), (4 / 3 * np.pi * 0.3**3, None, 2 * np.pi**2 * 0.3 * 0.12**2, 4 / 3 * np.pi * 0.2**3)
+        assets,
+        (2, None, 0, 2),
+        (4 / 3 * np.pi * 0.3**3, None, 2 * np.pi**2 * 0.3 * 0.12**2, 4 / 3 * np.pi * 0.2**3),
     ):
         if distance is None:
             continue
         vertices, faces = meshes[assets.index(distance)]
         assert np.abs(distance(vertices)).max() < 0.1 * spacing(64)
         assert euler(vertices, faces) == number
-        assert volume(vertices, faces) == pytest.approx(volume_exact, rel=0.02)  # positive: seen from outside
+        assert volume(vertices, faces) == pytest.approx(
+            volume_exact, rel=0.02
+        )  # positive: seen from outside
 
 
 def test_the_level_moves_the_surface():
@@ -81,7 +85,9 @@ def test_nothing_is_invented_beyond_decoded_cells():
     keep = one.blocks[:, 0] < 4
     vertices, faces = mesh_of(one.blocks[keep], one.values[keep], 64)
     assert len(faces)
-    assert vertices[:, 0].max() <= 31 * spacing(64) - 0.5 + 1e-9  # the last plane of points that were decoded
+    assert (
+        vertices[:, 0].max() <= 31 * spacing(64) - 0.5 + 1e-9
+    )  # the last plane of points that were decoded
     assert np.abs(sphere(0.3)(vertices)).max() < 0.1 * spacing(64)
 
 
@@ -94,13 +100,21 @@ def test_untrained_values_have_no_surface():
 @pytest.mark.parametrize(
     ("blocks", "values", "message"),
     [
-        (np.zeros((2, 2), int), np.zeros((2, 512)), r"blocks_M3 must be integer \[M, 3\], got int64 \[2, 2\]"),
+        (
+            np.zeros((2, 2), int),
+            np.zeros((2, 512)),
+            r"blocks_M3 must be integer \[M, 3\], got int64 \[2, 2\]",
+        ),
         (np.zeros((1, 3)), np.zeros((1, 512)), "blocks_M3 must be integer"),
         (np.zeros((1, 3), int), np.zeros((1, 64)), r"values_MK must be \[1, 512\], got \[1, 64\]"),
         (np.full((1, 3), 8), np.zeros((1, 512)), r"blocks_M3 must be in 0..7, got 8..8"),
         (np.full((1, 3), -1), np.zeros((1, 512)), r"blocks_M3 must be in 0..7, got -1..-1"),
         (np.zeros((2, 3), int), np.zeros((2, 512)), "blocks_M3 must not repeat a block"),
-        (np.zeros((1, 3), int), np.full((1, 512), np.nan), "values_MK must be finite, got 512 that are not"),
+        (
+            np.zeros((1, 3), int),
+            np.full((1, 512), np.nan),
+            "values_MK must be finite, got 512 that are not",
+        ),
     ],
 )
 def test_bad_arguments_are_named(blocks, values, message):
@@ -138,11 +152,15 @@ def test_1024_takes_seconds_and_far_less_than_4_gb(tmp_path, distance, number, c
     files = [tmp_path / f"{name}.npy" for name in ("coords", "values", "vertices", "faces")]
     np.save(files[0], np.pad(one.blocks.astype(np.int32), ((0, 0), (1, 0))))
     np.save(files[1], one.values)
-    child = subprocess.run([sys.executable, "-c", _CHILD, *map(str, files)], capture_output=True, text=True, check=True)
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD, *map(str, files)], capture_output=True, text=True, check=True
+    )
     cells, count, _, seconds, base, peak = map(float, child.stdout.split())
     vertices, faces = np.load(files[2]), np.load(files[3])
     assert len(vertices) == count
     assert np.abs(distance(vertices)).max() < 0.05 * spacing(1024)
     assert euler(vertices, faces) == number
-    assert peak < 4096, f"{cells:.0f} cells: {seconds:.2f} CPU-s, {peak:.0f} MB, of which {base:.0f} before"
+    assert peak < 4096, (
+        f"{cells:.0f} cells: {seconds:.2f} CPU-s, {peak:.0f} MB, of which {base:.0f} before"
+    )
     assert seconds < 20

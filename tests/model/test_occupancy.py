@@ -41,7 +41,9 @@ def test_shapes_follow_the_configuration():
     logits, again = vae(occupied, torch.zeros_like(posterior.mean))
     assert logits.shape == (3, 16, 16, 16)
     torch.testing.assert_close(logits, vae.decode(again.mean))
-    flat = OccupancyVAE(OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=4, latent_channels=2))
+    flat = OccupancyVAE(
+        OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=4, latent_channels=2)
+    )
     assert flat.encode(shells(8, 1)).mean.shape == (1, 2, 4, 4, 4)
 
 
@@ -70,9 +72,13 @@ def test_loss_is_its_formulas():
     mean, logvar = torch.randn(2, 3, 2, 2, 2), torch.randn(2, 3, 2, 2, 2)
     parts = occupancy_loss(logits, occupied, Gaussian(mean, logvar), kl_weight=0.01)
     normal = torch.distributions.Normal
-    kl = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).mean()
+    kl = torch.distributions.kl_divergence(
+        normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)
+    ).mean()
     torch.testing.assert_close(parts["kl"], kl)
-    torch.testing.assert_close(parts["bce"], F.binary_cross_entropy(logits.sigmoid(), occupied.double()))
+    torch.testing.assert_close(
+        parts["bce"], F.binary_cross_entropy(logits.sigmoid(), occupied.double())
+    )
     p, y = logits.sigmoid().flatten(1), occupied.double().flatten(1)
     dice = [1 - (2 * (a * b).sum() + 1) / (a.sum() + b.sum() + 1) for a, b in zip(p, y)]
     torch.testing.assert_close(parts["dice"].double(), torch.stack(dice).mean(), rtol=1e-6, atol=0)

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import trimesh
 
-from model.inference.mesh_cleaning import clean, close_holes, open_edges_of, pieces, simplify, used_only
+from model.inference.mesh_cleaning import (
+    clean,
+    close_holes,
+    open_edges_of,
+    pieces,
+    simplify,
+    used_only,
+)
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import BLOCK, Bricks, band, spacing
 
@@ -17,11 +24,15 @@ def bricks_of(sdf, keep=lambda blocks: np.ones(len(blocks), bool)):
     grid = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1)
     values = np.clip(sdf(grid) / band(R), -1, 1).astype(np.float16)
     side = R // BLOCK
-    cells = values.reshape((side, BLOCK) * 3).transpose(0, 2, 4, 1, 3, 5).reshape(side, side, side, -1)
+    cells = (
+        values.reshape((side, BLOCK) * 3).transpose(0, 2, 4, 1, 3, 5).reshape(side, side, side, -1)
+    )
     blocks = np.argwhere((np.abs(cells) < 1).any(axis=-1))
     blocks = blocks[keep(blocks)]
     sharp = np.zeros((len(blocks), 64), np.uint8)
-    return Bricks(resolution=R, blocks=blocks.astype(np.int16), values=cells[tuple(blocks.T)], sharp=sharp)
+    return Bricks(
+        resolution=R, blocks=blocks.astype(np.int16), values=cells[tuple(blocks.T)], sharp=sharp
+    )
 
 
 def ball(radius, centre=(0.0, 0.0, 0.0)):
@@ -77,12 +88,16 @@ def test_missing_cells_leave_a_closed_mesh(missing):
     result = clean(vertices, faces)
     assert_closed_manifold(result.vertices, result.faces)
     if missing == 1:  # a flat cap over a small hole
-        assert volume(result.vertices, result.faces) == pytest.approx(4 / 3 * np.pi * 0.35**3, rel=0.02)
+        assert volume(result.vertices, result.faces) == pytest.approx(
+            4 / 3 * np.pi * 0.35**3, rel=0.02
+        )
 
 
 def test_pieces_that_touch_in_a_border_vertex_are_taken_apart():
     # A fan of two separate triangle pairs around vertex 0: its border passes there twice.
-    vertices = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [-1, 0, 0], [-1, -1, 0], [0, -1, 0.0]])
+    vertices = np.array(
+        [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [-1, 0, 0], [-1, -1, 0], [0, -1, 0.0]]
+    )
     faces = np.array([[0, 1, 2], [0, 2, 3], [0, 4, 5], [0, 5, 6]], np.int32)
     closed, closed_faces, holes = close_holes(vertices, faces)
     assert holes == 2
@@ -91,7 +106,9 @@ def test_pieces_that_touch_in_a_border_vertex_are_taken_apart():
 
 
 def test_floaters_and_bubbles_go():
-    vertices, faces = extract(bricks_of(union(ball(0.3, (-0.1, 0, 0)), ball(0.03, (0.4, 0.4, 0.4)))))
+    vertices, faces = extract(
+        bricks_of(union(ball(0.3, (-0.1, 0, 0)), ball(0.03, (0.4, 0.4, 0.4))))
+    )
     hollow = extract(bricks_of(ball(0.1, (-0.1, 0, 0))))
     everything = np.concatenate([vertices, hollow[0]])
     all_faces = np.concatenate([faces, hollow[1][:, ::-1] + len(vertices)])
@@ -114,7 +131,9 @@ def test_open_edges_are_counted():
     turned = tetrahedron.copy()
     turned[0] = turned[0][::-1]
     assert open_edges_of(turned) > 0
-    assert len(set(pieces(9, np.concatenate([tetrahedron, tetrahedron + 4])))) == 3  # and a vertex of its own
+    assert (
+        len(set(pieces(9, np.concatenate([tetrahedron, tetrahedron + 4])))) == 3
+    )  # and a vertex of its own
     vertices, faces = used_only(np.arange(27.0).reshape(9, 3), tetrahedron + 4)
     np.testing.assert_array_equal(vertices, np.arange(27.0).reshape(9, 3)[4:8])
     np.testing.assert_array_equal(faces, tetrahedron)

@@ -25,7 +25,9 @@ def random_bricks(cells, resolution=64, seed=0):
     flat = np.sort(rng.choice(side**3, cells, replace=False))
     blocks = np.stack([flat // side**2, flat // side % side, flat % side], 1).astype(np.int16)
     values = np.clip(rng.uniform(-3, 3, (cells, 512)), -1, 1).astype(np.float16)
-    sharp = np.packbits((np.abs(values) < 1) & (rng.random((cells, 512)) < 0.1), axis=1, bitorder="little")
+    sharp = np.packbits(
+        (np.abs(values) < 1) & (rng.random((cells, 512)) < 0.1), axis=1, bitorder="little"
+    )
     return Bricks(resolution=resolution, blocks=blocks, values=values, sharp=sharp)
 
 
@@ -34,7 +36,10 @@ def test_a_level_knows_where_its_assets_start():
     assert level.asset_starts.tolist() == [0, 5, 5, 12, 12]
     assert level.asset_starts.dtype == level.coords.dtype == torch.int32
     assert len(level) == 12
-    assert Level.from_coords(torch.zeros(0, 4, dtype=torch.int32), 8, 3).asset_starts.tolist() == [0] * 4
+    assert (
+        Level.from_coords(torch.zeros(0, 4, dtype=torch.int32), 8, 3).asset_starts.tolist()
+        == [0] * 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +81,9 @@ def test_a_batch_moves_as_a_whole():
     assert batch.to("cpu").cells is batch.cells
 
 
-@pytest.mark.parametrize("feats", [torch.zeros(11, 3), torch.zeros(12), torch.zeros(12, 3, device="meta")])
+@pytest.mark.parametrize(
+    "feats", [torch.zeros(11, 3), torch.zeros(12), torch.zeros(12, 3, device="meta")]
+)
 def test_features_must_fit_their_level(feats):
     with pytest.raises(ValueError, match=r"feats must be \[12, C\] on cpu, got"):
         SparseTensor(feats, random_level([5, 7]))
@@ -91,10 +98,16 @@ def test_parents_hold_their_children():
     assert torch.equal(parent.coords[parent_of.long()], halved)
     assert torch.equal(parent.coords, parent.coords[token_order(parent.coords)])
     assert len(parent) == len(torch.unique(halved, dim=0))
-    assert parent.asset_starts.tolist() == [0, *torch.bincount(parent.coords[:, 0], minlength=3).cumsum(0).tolist()]
+    assert parent.asset_starts.tolist() == [
+        0,
+        *torch.bincount(parent.coords[:, 0], minlength=3).cumsum(0).tolist(),
+    ]
     rows = {tuple(c): n for n, c in enumerate(level.coords.tolist())}
     for p, (b, x, y, z) in enumerate(parent.coords.tolist()):
-        expected = [rows.get((b, 2 * x + (c >> 2), 2 * y + (c >> 1 & 1), 2 * z + (c & 1)), -1) for c in range(8)]
+        expected = [
+            rows.get((b, 2 * x + (c >> 2), 2 * y + (c >> 1 & 1), 2 * z + (c & 1)), -1)
+            for c in range(8)
+        ]
         assert children[p].tolist() == expected
     with pytest.raises(ValueError, match="resolution must be even to have parents, got 3"):
         _ = parent.parents
@@ -105,7 +118,10 @@ def test_neighbours_are_those_of_the_same_asset():
     rows = {tuple(c): n for n, c in enumerate(level.coords.tolist())}
     for n, (b, x, y, z) in enumerate(level.coords.tolist()):
         expected = [
-            rows.get((b, x + dx, y + dy, z + dz), -1) for dx in (-1, 0, 1) for dy in (-1, 0, 1) for dz in (-1, 0, 1)
+            rows.get((b, x + dx, y + dy, z + dz), -1)
+            for dx in (-1, 0, 1)
+            for dy in (-1, 0, 1)
+            for dz in (-1, 0, 1)
         ]
         assert level.neighbors[n].tolist() == expected
 
@@ -134,9 +150,9 @@ def test_decoded_values_replace_those_of_the_batch():
     decoded = torch.linspace(-2, 2, 14)[:, None].expand(14, 512)
     back = np.concatenate([one.values for one in batch.bricks(decoded)])
     cells = [tuple(c) for one in batch.bricks() for c in one.blocks.tolist()]
-    assert [(b.item(), *c) for b, c in zip(batch.cells.coords[:, 0].sort().values, cells, strict=True)] == sorted(
-        tuple(c) for c in batch.cells.coords.tolist()
-    )
+    assert [
+        (b.item(), *c) for b, c in zip(batch.cells.coords[:, 0].sort().values, cells, strict=True)
+    ] == sorted(tuple(c) for c in batch.cells.coords.tolist())
     for row, (b, *c) in enumerate(batch.cells.coords.tolist()):
         place = next(i for i, cell in enumerate(cells) if cell == tuple(c) and (i >= 9) == b)
         assert (back[place] == np.float16(max(-1.0, min(1.0, decoded[row, 0].item())))).all()
@@ -148,11 +164,16 @@ def test_decoded_values_replace_those_of_the_batch():
 def test_a_batch_reaches_the_gpu_through_pinned_memory():
     batch = BrickBatch.collate([random_bricks(9), random_bricks(4, seed=1)])
     pinned = batch.pin_memory()
-    assert all(x.is_pinned() for x in (pinned.values, pinned.sharp, pinned.cells.coords, pinned.cells.asset_starts))
+    assert all(
+        x.is_pinned()
+        for x in (pinned.values, pinned.sharp, pinned.cells.coords, pinned.cells.asset_starts)
+    )
     moved = pinned.to("cuda", non_blocking=True).voxels()
     assert torch.equal(moved.coords.cpu(), batch.voxels().coords)
     assert torch.equal(moved.feats.cpu(), batch.voxels().feats)
-    assert torch.equal(moved.level.parents.level.neighbors.cpu(), batch.voxels().level.parents.level.neighbors)
+    assert torch.equal(
+        moved.level.parents.level.neighbors.cpu(), batch.voxels().level.parents.level.neighbors
+    )
 
 
 def test_cells_that_rounding_emptied_are_dropped():
@@ -171,8 +192,12 @@ def test_voxels_are_the_active_points_in_order():
         for block, values in zip(one.blocks.tolist(), one.values, strict=True):
             for point in np.flatnonzero(np.abs(values) < 1).tolist():
                 local = (point // 64, point // 8 % 8, point % 8)
-                expected[(asset, *(8 * b + p for b, p in zip(block, local, strict=True)))] = float(values[point])
-    assert {tuple(c): v for c, v in zip(x.coords.tolist(), x.feats[:, 0].tolist(), strict=True)} == expected
+                expected[(asset, *(8 * b + p for b, p in zip(block, local, strict=True)))] = float(
+                    values[point]
+                )
+    assert {
+        tuple(c): v for c, v in zip(x.coords.tolist(), x.feats[:, 0].tolist(), strict=True)
+    } == expected
     assert x.feats.dtype == torch.float32
     checked = Level.from_coords(x.coords, 64, 3)  # sorted, in range, no voxel twice
     assert torch.equal(checked.asset_starts, x.level.asset_starts)
@@ -180,7 +205,9 @@ def test_voxels_are_the_active_points_in_order():
 
 
 def test_three_poolings_of_the_voxels_are_the_cells():
-    batch = BrickBatch.collate([random_bricks(60, seed=1), random_bricks(0), random_bricks(20, seed=2)])
+    batch = BrickBatch.collate(
+        [random_bricks(60, seed=1), random_bricks(0), random_bricks(20, seed=2)]
+    )
     level = batch.voxels().level
     for _ in range(3):
         level = level.parents.level
@@ -211,5 +238,7 @@ def test_a_batch_has_one_resolution():
 
 def test_a_wrong_order_would_be_seen():
     """The oracle of the tests above is the kernels' own order: it is the documented one."""
-    coords = torch.tensor([[0, 0, 0, 4], [0, 0, 1, 0], [0, 4, 0, 0], [0, 0, 0, 8]], dtype=torch.int32)
+    coords = torch.tensor(
+        [[0, 0, 0, 4], [0, 0, 1, 0], [0, 4, 0, 0], [0, 0, 0, 8]], dtype=torch.int32
+    )
     assert kernels.token_order(coords).tolist() == [1, 0, 2, 3]

@@ -9,19 +9,38 @@ import torch
 
 from kernels import token_order
 from model.checkpoint import load_model, save_model
-from model.conditioning.image_encoder import DinoEncoder, EncoderConfig, ImageBatch
 from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
-from model.sparse_dit import DiTConfig
-from model.rectified_flow import Guidance, interpolate, target
+from model.conditioning.image_encoder import DinoEncoder, EncoderConfig, ImageBatch
 from model.conditioning.image_preprocessing import PreparedImage
-from model.occupancy_vae import OccupancyConfig, intersection_over_union, occupancy_loss, occupancy_of
+from model.occupancy_vae import (
+    OccupancyConfig,
+    intersection_over_union,
+    occupancy_loss,
+    occupancy_of,
+)
+from model.rectified_flow import Guidance, interpolate, target
+from model.sparse_dit import DiTConfig
 from model.sparse_tensor import SparseTensor
-from model.structure import Structure, StructureConfig, dense_level, grid_to_rows, level_of, rows_to_grid
+from model.structure import (
+    Structure,
+    StructureConfig,
+    dense_level,
+    grid_to_rows,
+    level_of,
+    rows_to_grid,
+)
 from tests.model.test_occupancy import shells
 
 OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
 DIT = DiTConfig(
-    channels=48, blocks=2, heads=3, kv_heads=3, mlp_ratio=2, latent_channels=4, condition_channels=32, attention="full"
+    channels=48,
+    blocks=2,
+    heads=3,
+    kv_heads=3,
+    mlp_ratio=2,
+    latent_channels=4,
+    condition_channels=32,
+    attention="full",
 )
 ENCODER = EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2)
 FLOW = ConditionedConfig(dit=DIT, encoder=ENCODER)
@@ -32,7 +51,9 @@ def images(*colors):
     """Prepared images of one colour each, on a foreground of three of four patches."""
     mask = np.ones((28, 28), bool)
     mask[14:, 14:] = False
-    return ImageBatch.collate([PreparedImage(np.tile(np.uint8(color), (28, 28, 1)), mask) for color in colors])
+    return ImageBatch.collate(
+        [PreparedImage(np.tile(np.uint8(color), (28, 28, 1)), mask) for color in colors]
+    )
 
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 200, 40), (20, 40, 220)
@@ -77,7 +98,9 @@ def test_an_encoder_that_learns_is_part_of_the_weights(tmp_path):
     assert again.config == TINY
     assert again.resolution == 64
     batch = images(RED, BLUE)
-    torch.testing.assert_close(again.flow.condition(batch).feats_SC, structure.flow.condition(batch).feats_SC)
+    torch.testing.assert_close(
+        again.flow.condition(batch).feats_SC, structure.flow.condition(batch).feats_SC
+    )
     assert again.flow.condition(batch).feats_SC.requires_grad
 
 
@@ -122,7 +145,9 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert (other - alone).abs().max() > 0.1
     red = flow.generate(dense_level(4, 1), flow.condition(images(RED)), [9], **options)
     assert (red - alone).abs().max() > 1e-4
-    plain = flow.generate(dense_level(4, 1), flow.condition(images(BLUE)), [9], steps=3, guidance=Guidance(scale=1.0))
+    plain = flow.generate(
+        dense_level(4, 1), flow.condition(images(BLUE)), [9], steps=3, guidance=Guidance(scale=1.0)
+    )
     assert (plain - alone).abs().max() > 1e-5
     with pytest.raises(ValueError, match="each of 2 assets, got 1 seeds and 2 images"):
         flow.generate(dense_level(4, 2), flow.condition(images(RED, BLUE)), [7], **options)
@@ -146,12 +171,16 @@ def test_it_learns_which_image_has_which_cells():
     for _ in range(200):
         t, eps = torch.rand(3), torch.randn_like(x0)
         t_N = t[level.coords[:, 0].long()]
-        velocity = flow(SparseTensor(interpolate(x0, eps, t_N), level), t, batch, torch.rand(3) < 0.1)
+        velocity = flow(
+            SparseTensor(interpolate(x0, eps, t_N), level), t, batch, torch.rand(3) < 0.1
+        )
         optimizer.zero_grad()
         (velocity - target(x0, eps)).square().mean().backward()
         optimizer.step()
     turned = images(BLUE, RED, GREEN)
-    cells = structure.eval().generate(flow.condition(turned), [1, 2, 3], steps=12, guidance=Guidance(scale=2.0))
+    cells = structure.eval().generate(
+        flow.condition(turned), [1, 2, 3], steps=12, guidance=Guidance(scale=2.0)
+    )
     found = occupancy_of(cells.coords, 8, 3)
     assert intersection_over_union(found, occupied[[2, 0, 1]]).min() > 0.8
     assert intersection_over_union(found, occupied).max() < 0.6  # the shapes differ that much
@@ -159,8 +188,12 @@ def test_it_learns_which_image_has_which_cells():
 
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="must be the occupancy's 4, got 8"):
-        StructureConfig(occupancy=OCCUPANCY, flow=replace(FLOW, dit=replace(DIT, latent_channels=8)))
+        StructureConfig(
+            occupancy=OCCUPANCY, flow=replace(FLOW, dit=replace(DIT, latent_channels=8))
+        )
     with pytest.raises(ValueError, match='must be "full" on a dense grid'):
-        StructureConfig(occupancy=OCCUPANCY, flow=replace(FLOW, dit=replace(DIT, attention="ssa", kv_heads=3)))
+        StructureConfig(
+            occupancy=OCCUPANCY, flow=replace(FLOW, dit=replace(DIT, attention="ssa", kv_heads=3))
+        )
     with pytest.raises(ValueError, match="the encoder's channels, got 32 and 64"):
         ConditionedConfig(dit=DIT, encoder=replace(ENCODER, channels=64))

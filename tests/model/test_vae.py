@@ -34,9 +34,18 @@ def random_vae(config=TINY, seed=0, dtype=torch.float64):
 def full_bricks(side, seed=0):
     """Every voxel of an (8 * side)^3 grid active."""
     rng = np.random.default_rng(seed)
-    blocks = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3).astype(np.int16)
+    blocks = (
+        np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1)
+        .reshape(-1, 3)
+        .astype(np.int16)
+    )
     values = rng.uniform(-0.99, 0.99, (len(blocks), 512)).astype(np.float16)
-    return Bricks(resolution=8 * side, blocks=blocks, values=values, sharp=np.zeros((len(blocks), 64), np.uint8))
+    return Bricks(
+        resolution=8 * side,
+        blocks=blocks,
+        values=values,
+        sharp=np.zeros((len(blocks), 64), np.uint8),
+    )
 
 
 def densify(x, coords, side):
@@ -61,9 +70,13 @@ def dense_transformer(transformer, x, factor):
         window = (xyz + 4 * (n % 2)) // 8
         mask = (window[:, None] == window).all(2)
         attention, (first, _, last) = block.attention, block.mlp
-        qkv = attention.qkv(F.layer_norm(h, h.shape[1:], eps=1e-6)).view(len(h), 3, attention.heads, -1)
+        qkv = attention.qkv(F.layer_norm(h, h.shape[1:], eps=1e-6)).view(
+            len(h), 3, attention.heads, -1
+        )
         q, k, v = qkv.permute(1, 2, 0, 3)
-        h = h + attention.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(0, 1).flatten(1))
+        h = h + attention.out(
+            F.scaled_dot_product_attention(q, k, v, mask).transpose(0, 1).flatten(1)
+        )
         h = h + last(F.gelu(first(F.layer_norm(h, h.shape[1:], eps=1e-6)), approximate="tanh"))
     return h.T.view(1, -1, side, side, side)
 
@@ -73,7 +86,9 @@ def dense_encoder(encoder, x, groups, factor, scale):
     for down in encoder.down:
         h = F.silu(F.group_norm(x, groups, down.norm1.weight, down.norm1.bias))
         h = dense_conv(down.conv1, F.avg_pool3d(h, 2) * scale)
-        h = dense_conv(down.conv2, F.silu(F.group_norm(h, groups, down.norm2.weight, down.norm2.bias)))
+        h = dense_conv(
+            down.conv2, F.silu(F.group_norm(h, groups, down.norm2.weight, down.norm2.bias))
+        )
         x = h + down.skip((F.avg_pool3d(x, 2) * scale).movedim(1, -1)).movedim(-1, 1)
     h = dense_transformer(encoder.transformer, x, factor)[0].flatten(1).T
     return F.layer_norm(h, h.shape[1:]) @ encoder.out.weight.T + encoder.out.bias
@@ -93,7 +108,11 @@ def count(module):
 
 def test_parameters_are_those_of_the_paper():
     vae = SparseVAE(VAEConfig(plus_one_pooling=True))
-    assert (count(vae.encoder), count(vae.decoder), count(vae)) == (22_637_024, 15_237_089, 37_874_113)
+    assert (count(vae.encoder), count(vae.decoder), count(vae)) == (
+        22_637_024,
+        15_237_089,
+        37_874_113,
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +162,9 @@ def test_decoder_is_the_dense_one_where_the_grid_is_full():
     cells = torch.cartesian_prod(torch.zeros(1).int(), *[torch.arange(side).int()] * 3)
     level = Level.from_coords(cells[token_order(cells)], side, 1)
     z = torch.randn(side**3, 3, dtype=torch.float64)
-    volume = dense_decoder(vae.decoder, densify(z, level.coords, side), position_factor(8 * side))[0, 0]
+    volume = dense_decoder(vae.decoder, densify(z, level.coords, side), position_factor(8 * side))[
+        0, 0
+    ]
     expected = volume.view(side, 8, side, 8, side, 8).permute(0, 2, 4, 1, 3, 5).flatten(3)
     torch.testing.assert_close(vae.decode(z, level), expected[tuple(level.coords[:, 1:].long().T)])
 
@@ -166,7 +187,9 @@ def test_latents_are_mean_plus_noise_and_logvar_is_bounded():
     assert (posterior.logvar[:, 2] == 20).all()
     assert (posterior.logvar[:, 1].abs() < 20).all()
     noise = torch.randn(10, 3, dtype=torch.float64)
-    torch.testing.assert_close(posterior.sample(noise), posterior.mean + (posterior.logvar / 2).exp() * noise)
+    torch.testing.assert_close(
+        posterior.sample(noise), posterior.mean + (posterior.logvar / 2).exp() * noise
+    )
     values, again = vae(batch, noise)
     torch.testing.assert_close(values, vae.decode(again.sample(noise), again.level))
     torch.testing.assert_close(vae(batch)[0], vae.decode(again.mean, again.level))
@@ -176,15 +199,26 @@ def loss_of(vae, batch, noise):
     """A scalar that every output matters to, and the gradient of every parameter."""
     values, posterior = vae(batch, noise)
     weight = torch.linspace(-1, 1, 512, dtype=values.dtype)
-    loss = (values * weight + values**2).sum() + posterior.mean.pow(2).sum() + posterior.logvar.exp().sum()
+    loss = (
+        (values * weight + values**2).sum()
+        + posterior.mean.pow(2).sum()
+        + posterior.logvar.exp().sum()
+    )
     return values, posterior, loss, torch.autograd.grad(loss, list(vae.parameters()))
 
 
 def test_a_batch_is_its_assets_one_by_one_in_any_order():
     vae = random_vae()
-    bricks = [random_bricks(20, 32, seed=1), random_bricks(0, 32), random_bricks(1, 32), random_bricks(25, 32, seed=2)]
+    bricks = [
+        random_bricks(20, 32, seed=1),
+        random_bricks(0, 32),
+        random_bricks(1, 32),
+        random_bricks(25, 32, seed=2),
+    ]
     noise = [torch.randn(len(one.blocks), 3, dtype=torch.float64) for one in bricks]
-    alone = [loss_of(vae, BrickBatch.collate([one]), n) for one, n in zip(bricks, noise, strict=True)]
+    alone = [
+        loss_of(vae, BrickBatch.collate([one]), n) for one, n in zip(bricks, noise, strict=True)
+    ]
     for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
         batch = BrickBatch.collate([bricks[i] for i in order])
         values, posterior, loss, grads = loss_of(vae, batch, torch.cat([noise[i] for i in order]))
@@ -196,7 +230,10 @@ def test_a_batch_is_its_assets_one_by_one_in_any_order():
 
 
 def test_gradients_are_those_of_finite_differences():
-    vae, batch = random_vae(), BrickBatch.collate([random_bricks(3, 16), random_bricks(1, 16, seed=1)])
+    vae, batch = (
+        random_vae(),
+        BrickBatch.collate([random_bricks(3, 16), random_bricks(1, 16, seed=1)]),
+    )
     noise = torch.randn(4, 3, dtype=torch.float64)
     grads = loss_of(vae, batch, noise)[3]
     rng = np.random.default_rng(0)
@@ -212,7 +249,9 @@ def test_gradients_are_those_of_finite_differences():
                 values, posterior = vae(batch, noise)
                 weight = torch.linspace(-1, 1, 512, dtype=values.dtype)
                 losses.append(
-                    (values * weight + values**2).sum() + posterior.mean.pow(2).sum() + posterior.logvar.exp().sum()
+                    (values * weight + values**2).sum()
+                    + posterior.mean.pow(2).sum()
+                    + posterior.logvar.exp().sum()
                 )
         expected = (losses[0] - losses[1]).item() / (2 * step)
         assert grad[index].item() == pytest.approx(expected, rel=1e-5, abs=1e-6), name
@@ -224,14 +263,22 @@ def test_recomputing_activations_changes_nothing_but_memory():
     results, sizes = [], []
     for vae.activation_checkpointing in (False, True):
         kept, owned = [], {parameter.data_ptr() for parameter in vae.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t) or t, lambda t: t
+        ):
             posterior = vae.encode(batch)
             encoder = len(kept)
             values = vae.decode(posterior.mean, posterior.level)
         for part in (kept[:encoder], kept[encoder:]):
-            unique = {t.data_ptr(): t.numel() for t in part if t.is_floating_point() and t.data_ptr() not in owned}
+            unique = {
+                t.data_ptr(): t.numel()
+                for t in part
+                if t.is_floating_point() and t.data_ptr() not in owned
+            }
             sizes.append(sum(unique.values()))
-        results.append([values, *torch.autograd.grad(values.square().sum(), list(vae.decoder.parameters()))])
+        results.append(
+            [values, *torch.autograd.grad(values.square().sum(), list(vae.decoder.parameters()))]
+        )
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     head = 20 * 512 * (2 * TINY.widths[0] + 1)  # what the last layer keeps either way
@@ -249,10 +296,16 @@ def test_under_autocast_values_stay_close_and_fp32():
     assert 1e-5 < (values - exact).abs().mean() < 0.02 * exact.abs().mean() + 1e-3
     values.square().mean().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in vae.decoder.parameters())
-    assert all(parameter.grad.isfinite().all() for parameter in vae.parameters() if parameter.grad is not None)
+    assert all(
+        parameter.grad.isfinite().all()
+        for parameter in vae.parameters()
+        if parameter.grad is not None
+    )
 
 
-@pytest.mark.parametrize("bricks", [[random_bricks(0, 16)], [random_bricks(0, 16), random_bricks(1, 16)]])
+@pytest.mark.parametrize(
+    "bricks", [[random_bricks(0, 16)], [random_bricks(0, 16), random_bricks(1, 16)]]
+)
 def test_empty_and_smallest_assets_train(bricks):
     vae, batch = random_vae(dtype=torch.float32), BrickBatch.collate(bricks)
     values, posterior = vae(batch, torch.zeros(len(batch.cells), 3))
@@ -277,7 +330,9 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"z_MC must be \[5, 3\], got \[5, 4\]"):
         vae.decode(torch.zeros(5, 4, dtype=torch.float64), batch.cells)
     batch.values[2] = 1
-    with pytest.raises(ValueError, match="batch must have an active value in each of its 5 cells, got 1 without"):
+    with pytest.raises(
+        ValueError, match="batch must have an active value in each of its 5 cells, got 1 without"
+    ):
         vae.encode(batch)
 
 
@@ -287,8 +342,14 @@ def count_flops(config, batch):
     def pairs(cells, parents_only=False):
         here, total = set(map(tuple, cells)), 0
         for b, x, y, z in here:
-            near = {(b, x + d, y + e, z + f) for d, e, f in itertools.product((-1, 0, 1), repeat=3)} & here
-            total += len({(c, u // 2, v // 2, w // 2) for c, u, v, w in near}) if parents_only else len(near)
+            near = {
+                (b, x + d, y + e, z + f) for d, e, f in itertools.product((-1, 0, 1), repeat=3)
+            } & here
+            total += (
+                len({(c, u // 2, v // 2, w // 2) for c, u, v, w in near})
+                if parents_only
+                else len(near)
+            )
         return total
 
     def blown_up(cells, size):
@@ -313,7 +374,10 @@ def count_flops(config, batch):
         total += 2 * M * (4 * w[3] ** 2 + 2 * config.mlp_ratio * w[3] ** 2)
     total += M * (w[3] ** 2 + w[3] * 2 * config.latent_channels + config.latent_channels * w[3])
     for (a, b), size in zip(itertools.pairwise(w[::-1]), (2, 4, 8), strict=True):
-        total += pairs(blown_up(cells, size // 2)) * a * b + pairs(blown_up(cells, size), parents_only=True) * b * b
+        total += (
+            pairs(blown_up(cells, size // 2)) * a * b
+            + pairs(blown_up(cells, size), parents_only=True) * b * b
+        )
     return 2 * (total + 512 * M * w[0])
 
 
@@ -327,7 +391,10 @@ def test_a_sparse_up_block_sees_only_cells_that_are_there():
     level, up = random_level([30], side=4, resolution=4), UpBlock(6, 5).double()
     x = torch.randn(30, 6, dtype=torch.float64)
     at = tuple(level.coords[:, 1:].long().T)
-    volume, mask = torch.zeros(4, 4, 4, 6, dtype=torch.float64), torch.zeros(4, 4, 4, dtype=torch.float64)
+    volume, mask = (
+        torch.zeros(4, 4, 4, 6, dtype=torch.float64),
+        torch.zeros(4, 4, 4, dtype=torch.float64),
+    )
     volume[at], mask[at] = x, 1
     h = F.silu(dense_conv(up.conv1, volume.permute(3, 0, 1, 2)[None])) * mask
     fine = dense_conv(up.conv2, F.interpolate(h, scale_factor=2, mode="nearest"))[0]
@@ -336,14 +403,18 @@ def test_a_sparse_up_block_sees_only_cells_that_are_there():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)], ids=str
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gpu_agrees_with_the_cpu_in_fp32(dtype, allowed, checkpointing):
     torch.manual_seed(0)
     vae = SparseVAE(VAEConfig(widths=(16, 32, 64, 128), heads=4, blocks=2, groups=8))
     for out in (vae.encoder.out, vae.decoder.out):
         torch.nn.init.normal_(out.weight, std=0.1)
-    batch = BrickBatch.collate([random_bricks(40, 64), random_bricks(0, 64), random_bricks(70, 64, seed=1)])
+    batch = BrickBatch.collate(
+        [random_bricks(40, 64), random_bricks(0, 64), random_bricks(70, 64, seed=1)]
+    )
     noise, parameters = torch.randn(110, 16), list(vae.parameters())
     values, _ = vae(batch, noise)
     grads = torch.autograd.grad(values.square().sum(), parameters)

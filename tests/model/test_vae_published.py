@@ -19,18 +19,36 @@ torch.set_num_threads(1)
 
 def official_shapes(widths=(32, 64, 128, 512), latent=16, blocks=4):
     """Names and shapes of the published VAE."""
-    shapes = {"encoder.input_layer1.weight": (widths[0], 1), "encoder.input_layer1.bias": (widths[0],)}
+    shapes = {
+        "encoder.input_layer1.weight": (widths[0], 1),
+        "encoder.input_layer1.bias": (widths[0],),
+    }
     for n, (a, b) in enumerate(itertools.pairwise(widths)):
         down = f"encoder.downsample.{n}"
         shapes |= {f"{down}.act_layers.0.{name}": (a,) for name in ("weight", "bias")}
-        shapes |= {f"{down}.out_layers.0.conv.kernel": (27, a, b), f"{down}.out_layers.0.conv.bias": (b,)}
+        shapes |= {
+            f"{down}.out_layers.0.conv.kernel": (27, a, b),
+            f"{down}.out_layers.0.conv.bias": (b,),
+        }
         shapes |= {f"{down}.out_layers.1.{name}": (b,) for name in ("weight", "bias")}
-        shapes |= {f"{down}.out_layers.3.conv.kernel": (27, b, b), f"{down}.out_layers.3.conv.bias": (b,)}
-        shapes |= {f"{down}.skip_connection.conv.kernel": (a, b), f"{down}.skip_connection.conv.bias": (b,)}
+        shapes |= {
+            f"{down}.out_layers.3.conv.kernel": (27, b, b),
+            f"{down}.out_layers.3.conv.bias": (b,),
+        }
+        shapes |= {
+            f"{down}.skip_connection.conv.kernel": (a, b),
+            f"{down}.skip_connection.conv.bias": (b,),
+        }
     for n, (a, b) in enumerate(itertools.pairwise(widths[::-1])):
         up = f"decoder.upsample.{n}"
-        shapes |= {f"{up}.act_layers.0.conv.kernel": (27, a, b), f"{up}.act_layers.0.conv.bias": (b,)}
-        shapes |= {f"{up}.out_layers.0.conv.kernel": (27, b, b), f"{up}.out_layers.0.conv.bias": (b,)}
+        shapes |= {
+            f"{up}.act_layers.0.conv.kernel": (27, a, b),
+            f"{up}.act_layers.0.conv.bias": (b,),
+        }
+        shapes |= {
+            f"{up}.out_layers.0.conv.kernel": (27, b, b),
+            f"{up}.out_layers.0.conv.bias": (b,),
+        }
     C = widths[-1]
     linears = {"encoder.input_layer": (C, C), "decoder.input_layer": (C, latent)}
     linears |= {"encoder.out_layer": (2 * latent, C), "decoder.out_layer": (1, widths[0])}
@@ -59,14 +77,19 @@ def test_published_weights_land_where_they_belong():
     vae, weights = SparseVAE(TINY), published()
     vae.load_official(weights)
     sums = sorted(tensor.double().sum().item() for tensor in weights.values())
-    assert sorted(tensor.double().sum().item() for tensor in vae.state_dict().values()) == pytest.approx(sums)
+    assert sorted(
+        tensor.double().sum().item() for tensor in vae.state_dict().values()
+    ) == pytest.approx(sums)
     skip = torch.randn(5, 4)
     torch.testing.assert_close(
         vae.encoder.down[0].skip(skip),
         skip @ weights["encoder.downsample.0.skip_connection.conv.kernel"]
         + weights["encoder.downsample.0.skip_connection.conv.bias"],
     )
-    assert torch.equal(vae.decoder.transformer.blocks[1].mlp[0].weight, weights["decoder.blocks.1.mlp.mlp.0.weight"])
+    assert torch.equal(
+        vae.decoder.transformer.blocks[1].mlp[0].weight,
+        weights["decoder.blocks.1.mlp.mlp.0.weight"],
+    )
     assert torch.equal(vae.encoder.input.bias, weights["encoder.input_layer1.bias"])
 
 
@@ -75,7 +98,9 @@ def test_published_convolutions_are_dense_convolutions_with_x_fastest():
     vae, weights = SparseVAE(TINY), published()
     vae.load_official(weights)
     kernel = weights["encoder.downsample.1.out_layers.0.conv.kernel"]
-    dense = kernel.view(3, 3, 3, 8, 8).permute(4, 3, 2, 1, 0)  # [dz, dy, dx, in, out] -> conv3d's [out, in, dx, dy, dz]
+    dense = kernel.view(3, 3, 3, 8, 8).permute(
+        4, 3, 2, 1, 0
+    )  # [dz, dy, dx, in, out] -> conv3d's [out, in, dx, dy, dz]
     coords = random_coords([70], side=6)
     level = Level.from_coords(coords[token_order(coords)], 8, 1)
     x = torch.randn(70, 8)
@@ -83,7 +108,10 @@ def test_published_convolutions_are_dense_convolutions_with_x_fastest():
     at = tuple(level.coords[:, 1:].long().T)
     volume[at] = x
     expected = F.conv3d(
-        volume.permute(3, 0, 1, 2)[None], dense, weights["encoder.downsample.1.out_layers.0.conv.bias"], padding=1
+        volume.permute(3, 0, 1, 2)[None],
+        dense,
+        weights["encoder.downsample.1.out_layers.0.conv.bias"],
+        padding=1,
     )[0].permute(1, 2, 3, 0)[at]
     conv = vae.encoder.down[1].conv1
     assert isinstance(conv, SparseConv3d)
@@ -95,8 +123,6 @@ def test_what_published_weights_lack_is_listed():
     del weights["decoder.out_layer.bias"]
     weights["encoder.extra"] = torch.zeros(1)
     weights["encoder.input_layer1.bias"] = torch.zeros(5)
-    message = (
-        r"unknown encoder.extra; missing decoder.out_layer.bias; encoder.input_layer1.bias of shape \[5\] does not fit"
-    )
+    message = r"unknown encoder.extra; missing decoder.out_layer.bias; encoder.input_layer1.bias of shape \[5\] does not fit"
     with pytest.raises(ValueError, match=message):
         vae.load_official(weights)

@@ -22,7 +22,18 @@ from pipeline.sources import Source
 
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["--views", "2", "--image-size", "64", "--topology-resolution", "64", "--shard-size", "3", "--workers", "2"]
+TINY = [
+    "--views",
+    "2",
+    "--image-size",
+    "64",
+    "--topology-resolution",
+    "64",
+    "--shard-size",
+    "3",
+    "--workers",
+    "2",
+]
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -109,7 +120,13 @@ def wait_until(condition: Callable[[], object], within_s: float = 300.0) -> None
 
 def config(out: Path, limits: dict | None = None, **options: Any) -> BuildConfig:
     """Of a tiny build in this process; it needs the fixture shared_ray."""
-    tiny = {"resolutions": (64,), "topology_resolution": 64, "views": 1, "image_size": 32, "val_percent": 12}
+    tiny = {
+        "resolutions": (64,),
+        "topology_resolution": 64,
+        "views": 1,
+        "image_size": 32,
+        "val_percent": 12,
+    }
     limits = {"asset_memory_gb": 4.0, "min_free_gb": 0.0, **(limits or {})}
     return BuildConfig(out=out, workers=2, limits=LimitsConfig(**limits), **{**tiny, **options})
 
@@ -123,4 +140,6 @@ def build(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
     """Of every manifest, in plan order."""
-    return [row for path in sorted((out / "manifest").glob("*.parquet")) for row in read_manifest(path)]
+    return [
+        row for path in sorted((out / "manifest").glob("*.parquet")) for row in read_manifest(path)
+    ]

@@ -31,21 +31,33 @@ def write_json(path: Path, value: object) -> None:
 
 def about(**said: object) -> dict:
     """An annotation with the fields of a real one that matter."""
-    return {"name": "Thing", "license": "by", "animationCount": 0, "isAgeRestricted": False, "tags": [], **said}
+    return {
+        "name": "Thing",
+        "license": "by",
+        "animationCount": 0,
+        "isAgeRestricted": False,
+        "tags": [],
+        **said,
+    }
 
 
 def objaverse(folder: Path, assets: dict[str, dict]) -> Path:
     """Annotations of Objaverse 1.0: id -> annotation, spread over two metadata files."""
     ids = sorted(assets)
     place = {uid: f"000-{number % 2:03d}" for number, uid in enumerate(ids)}
-    write_json(folder / "hf-objaverse-v1/object-paths.json.gz", {uid: f"glbs/{place[uid]}/{uid}.glb" for uid in ids})
+    write_json(
+        folder / "hf-objaverse-v1/object-paths.json.gz",
+        {uid: f"glbs/{place[uid]}/{uid}.glb" for uid in ids},
+    )
     for name in ("000-000", "000-001"):
         content = {uid: assets[uid] for uid in reversed(ids) if place[uid] == name}
         write_json(folder / f"hf-objaverse-v1/metadata/{name}.json.gz", content)
     return folder
 
 
-def objaverse_xl(folder: Path, rows: dict[str, list[tuple[str, str | None, str, str | None]]]) -> Path:
+def objaverse_xl(
+    folder: Path, rows: dict[str, list[tuple[str, str | None, str, str | None]]]
+) -> Path:
     """Annotations of Objaverse-XL: place -> (fileIdentifier, license, fileType, sha256)."""
     for place in ("github", "thingiverse", "smithsonian", "sketchfab"):
         path = folder / place / f"{place}.parquet"
@@ -61,7 +73,9 @@ def objaverse_xl(folder: Path, rows: dict[str, list[tuple[str, str | None, str, 
     return folder
 
 
-def shapenet(root: Path, version: int, models: dict[str, list[str]], *, zipped: tuple[str, ...] = ()) -> Path:
+def shapenet(
+    root: Path, version: int, models: dict[str, list[str]], *, zipped: tuple[str, ...] = ()
+) -> Path:
     """Synset -> ids; version 2 keeps the images a folder above the mesh. Synsets in `zipped` are archives."""
     mtl = "newmtl m\nKd 1 1 1\nmap_Kd {}\n"
     obj = "mtllib {}\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nvt 0 0\nvt 1 0\nvt 0 1\n"
@@ -72,7 +86,9 @@ def shapenet(root: Path, version: int, models: dict[str, list[str]], *, zipped: 
             if version == 2:
                 home = f"{synset}/{model}/models"
                 files[f"{home}/model_normalized.obj"] = obj.format("model_normalized.mtl").encode()
-                files[f"{home}/model_normalized.mtl"] = mtl.format("../images/texture0.png").encode()
+                files[f"{home}/model_normalized.mtl"] = mtl.format(
+                    "../images/texture0.png"
+                ).encode()
                 files[f"{home}/model_normalized.solid.binvox"] = b"x"
             else:
                 home = f"{synset}/{model}"
@@ -95,9 +111,14 @@ def png() -> bytes:
     import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0\xff\0\0")) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(b"\0\xff\0\0"))
+        + chunk(b"IEND", b"")
     )

@@ -13,7 +13,18 @@ def tiny_build(tmp_path_factory):
     """An undisturbed build of 12 procedural assets in 4 shards at R = 64 and 96. Copy it before you change it."""
     folder = tmp_path_factory.mktemp("tiny")
     out = folder / "build"
-    args = [*TINY, "--limit", "12", "--resolutions", "64", "96", "--val-percent", "30", "--out", out]
+    args = [
+        *TINY,
+        "--limit",
+        "12",
+        "--resolutions",
+        "64",
+        "96",
+        "--val-percent",
+        "30",
+        "--out",
+        out,
+    ]
     finish(start("pipeline.build", *args, env=environment(folder)))
     return out
 
@@ -23,7 +34,9 @@ def shared_ray(tmp_path_factory):
     """One local Ray for every test that builds in its own process."""
     import ray
 
-    before = {name: os.environ.get(name) for name in ("HOME", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
+    before = {
+        name: os.environ.get(name) for name in ("HOME", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")
+    }
     os.environ |= {"HOME": str(tmp_path_factory.mktemp("home"))}
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     ray.init(

@@ -42,14 +42,18 @@ def gltf(
     """A document of one mesh and its binary data; `extra` is merged in at the top."""
     arrays = [("POSITION", np.asarray(vertices, "<f4"), "VEC3", FLOAT)]
     if image is not None:
-        arrays.append(("TEXCOORD_0", np.array([[0, 0], [1, 0], [0, 1], [1, 1]], "<f4"), "VEC2", FLOAT))
+        arrays.append(
+            ("TEXCOORD_0", np.array([[0, 0], [1, 0], [0, 1], [1, 1]], "<f4"), "VEC2", FLOAT)
+        )
     if colors is not None:
         arrays.append(("COLOR_0", np.asarray(colors, "<f4"), "VEC4", FLOAT))
     arrays.append(("indices", np.asarray(faces, "<u4").reshape(-1, 1), "SCALAR", UINT))
     data, views, accessors, attributes = b"", [], [], {}
     for k, (name, array, kind, component) in enumerate(arrays):
         views.append({"buffer": 0, "byteOffset": len(data), "byteLength": array.nbytes})
-        accessors.append({"bufferView": k, "componentType": component, "count": len(array), "type": kind})
+        accessors.append(
+            {"bufferView": k, "componentType": component, "count": len(array), "type": kind}
+        )
         attributes[name] = k
         data += array.tobytes()
     primitive = {"indices": attributes.pop("indices"), "attributes": attributes}
@@ -66,8 +70,13 @@ def gltf(
         "materials": [material or {}],
     }
     if image is not None:
-        document["materials"][0].setdefault("pbrMetallicRoughness", {})["baseColorTexture"] = {"index": 0}
-        document |= {"textures": [{"source": 0}], "images": [{"bufferView": len(views), "mimeType": "image/png"}]}
+        document["materials"][0].setdefault("pbrMetallicRoughness", {})["baseColorTexture"] = {
+            "index": 0
+        }
+        document |= {
+            "textures": [{"source": 0}],
+            "images": [{"bufferView": len(views), "mimeType": "image/png"}],
+        }
         views.append({"buffer": 0, "byteOffset": len(data), "byteLength": len(image)})
         data += image + b"\0" * (-len(image) % 4)
     document["buffers"] = [{"byteLength": len(data)}]
@@ -77,11 +86,19 @@ def gltf(
 def glb(document: dict, data: bytes) -> bytes:
     text = json.dumps(document).encode()
     text += b" " * (-len(text) % 4)
-    body = struct.pack("<I4s", len(text), b"JSON") + text + struct.pack("<I4s", len(data), b"BIN\0") + data
+    body = (
+        struct.pack("<I4s", len(text), b"JSON")
+        + text
+        + struct.pack("<I4s", len(data), b"BIN\0")
+        + data
+    )
     return struct.pack("<4sII", b"glTF", 2, 12 + len(body)) + body
 
 
-OBJ = "\n".join([f"v {x} {y} {z}" for x, y, z in TETRA] + [f"f {a + 1} {b + 1} {c + 1}" for a, b, c in FACES.tolist()])
+OBJ = "\n".join(
+    [f"v {x} {y} {z}" for x, y, z in TETRA]
+    + [f"f {a + 1} {b + 1} {c + 1}" for a, b, c in FACES.tolist()]
+)
 OFF = "OFF\n4 4 0\n" + "\n".join(" ".join(map(str, row)) for row in TETRA.tolist())
 OFF += "\n" + "\n".join("3 " + " ".join(map(str, row)) for row in FACES.tolist())
 PLY = "ply\nformat ascii 1.0\nelement vertex 4\nproperty float x\nproperty float y\nproperty float z\nelement face 4\n"
@@ -98,7 +115,9 @@ def stl(corners=CORNERS, count=None) -> bytes:
 
 def stl_text() -> str:
     facets = "".join(
-        "facet normal 0 0 0\nouter loop\n" + "".join(f"vertex {x} {y} {z}\n" for x, y, z in t) + "endloop\nendfacet\n"
+        "facet normal 0 0 0\nouter loop\n"
+        + "".join(f"vertex {x} {y} {z}\n" for x, y, z in t)
+        + "endloop\nendfacet\n"
         for t in CORNERS.tolist()
     )
     return f"solid a\n{facets}endsolid a\n"
@@ -112,7 +131,13 @@ def threemf() -> bytes:
         f'<resources><object id="1" type="model"><mesh><vertices>{vertices}</vertices><triangles>{faces}</triangles>'
         '</mesh></object></resources><build><item objectid="1"/></build></model>'
     )
-    return zipped({"3D/3dmodel.model": model.encode(), "[Content_Types].xml": b"<Types/>", "_rels/.rels": b"<R/>"})
+    return zipped(
+        {
+            "3D/3dmodel.model": model.encode(),
+            "[Content_Types].xml": b"<Types/>",
+            "_rels/.rels": b"<R/>",
+        }
+    )
 
 
 def zipped(members: dict[str, bytes]) -> bytes:
@@ -138,7 +163,9 @@ def dae() -> bytes:
 
 def gltf_embedded() -> str:
     document, data = gltf()
-    document["buffers"][0]["uri"] = "data:application/octet-stream;base64," + base64.b64encode(data).decode()
+    document["buffers"][0]["uri"] = (
+        "data:application/octet-stream;base64," + base64.b64encode(data).decode()
+    )
     return json.dumps(document)
 
 

@@ -14,13 +14,17 @@ from pipeline.core.schema import BLOCK, Bricks, Mesh, band, spacing
 
 def as_mesh(*parts: trimesh.Trimesh) -> Mesh:
     joined = trimesh.util.concatenate(parts) if len(parts) > 1 else parts[0]
-    return Mesh(vertices=np.asarray(joined.vertices, np.float64), faces=np.asarray(joined.faces, np.int32))
+    return Mesh(
+        vertices=np.asarray(joined.vertices, np.float64), faces=np.asarray(joined.faces, np.int32)
+    )
 
 
 def rotated(shape: trimesh.Trimesh, seed: int = 0) -> trimesh.Trimesh:
     """A copy turned by a random rotation, so that nothing lies along the grid by accident."""
     turned = shape.copy()
-    turned.apply_transform(trimesh.transformations.random_rotation_matrix(np.random.default_rng(seed).random(3)))
+    turned.apply_transform(
+        trimesh.transformations.random_rotation_matrix(np.random.default_rng(seed).random(3))
+    )
     return turned
 
 
@@ -42,7 +46,9 @@ def sphere(radius: float = 0.45, centre=(0.0, 0.0, 0.0), subdivisions: int = 2) 
     shape = trimesh.creation.icosphere(subdivisions=subdivisions, radius=radius)
     sag = _sag(shape, lambda p: np.linalg.norm(p, axis=-1) - radius)
     shape.apply_translation(centre)
-    return Solid(as_mesh(shape), lambda p: np.linalg.norm(p - np.array(centre), axis=-1) - radius, sag)
+    return Solid(
+        as_mesh(shape), lambda p: np.linalg.norm(p - np.array(centre), axis=-1) - radius, sag
+    )
 
 
 def box(extents=(0.9, 0.5, 0.37), centre=(0.0, 0.0, 0.0)) -> Solid:
@@ -92,9 +98,17 @@ def _brute_distance(points, a, b, c):
         best = np.inf
         for t in range(len(a)):
             u, v = b[t] - a[t], c[t] - a[t]
-            nx, ny, nz = u[1] * v[2] - u[2] * v[1], u[2] * v[0] - u[0] * v[2], u[0] * v[1] - u[1] * v[0]
+            nx, ny, nz = (
+                u[1] * v[2] - u[2] * v[1],
+                u[2] * v[0] - u[0] * v[2],
+                u[0] * v[1] - u[1] * v[0],
+            )
             nn = nx * nx + ny * ny + nz * nz
-            h = (points[p, 0] - a[t, 0]) * nx + (points[p, 1] - a[t, 1]) * ny + (points[p, 2] - a[t, 2]) * nz
+            h = (
+                (points[p, 0] - a[t, 0]) * nx
+                + (points[p, 1] - a[t, 1]) * ny
+                + (points[p, 2] - a[t, 2]) * nz
+            )
             if h * h >= best * nn:  # the plane is no closer
                 continue
             inside = True
@@ -104,10 +118,16 @@ def _brute_distance(points, a, b, c):
                 d = b[t] if e == 0 else (c[t] if e == 1 else a[t])
                 ex, ey, ez = d[0] - s[0], d[1] - s[1], d[2] - s[2]
                 px, py, pz = points[p, 0] - s[0], points[p, 1] - s[1], points[p, 2] - s[2]
-                side = (ey * pz - ez * py) * nx + (ez * px - ex * pz) * ny + (ex * py - ey * px) * nz
+                side = (
+                    (ey * pz - ez * py) * nx + (ez * px - ex * pz) * ny + (ex * py - ey * px) * nz
+                )
                 inside = inside and side >= 0
-                r = min(1.0, max(0.0, (ex * px + ey * py + ez * pz) / (ex * ex + ey * ey + ez * ez)))
-                edge_best = min(edge_best, (px - r * ex) ** 2 + (py - r * ey) ** 2 + (pz - r * ez) ** 2)
+                r = min(
+                    1.0, max(0.0, (ex * px + ey * py + ez * pz) / (ex * ex + ey * ey + ez * ez))
+                )
+                edge_best = min(
+                    edge_best, (px - r * ex) ** 2 + (py - r * ey) ** 2 + (pz - r * ez) ** 2
+                )
             best = min(best, h * h / nn if inside else edge_best)
         out[p] = np.sqrt(best)
     return out
@@ -134,7 +154,9 @@ def winding_number(points: np.ndarray, mesh: Mesh) -> np.ndarray:
 def points_of(bricks: Bricks) -> np.ndarray:
     """[M, 512, 3] positions of all stored points."""
     local = np.stack(np.unravel_index(np.arange(BLOCK**3), (BLOCK,) * 3), axis=1)
-    return (bricks.blocks[:, None].astype(np.int64) * BLOCK + local) * spacing(bricks.resolution) - 0.5
+    return (bricks.blocks[:, None].astype(np.int64) * BLOCK + local) * spacing(
+        bricks.resolution
+    ) - 0.5
 
 
 def distances_of(bricks: Bricks) -> np.ndarray:
@@ -142,7 +164,9 @@ def distances_of(bricks: Bricks) -> np.ndarray:
     return bricks.values.astype(np.float64) * band(bricks.resolution) / spacing(bricks.resolution)
 
 
-def grid_points_where(smooth: Callable[[np.ndarray], np.ndarray], limit: float, resolution: int) -> np.ndarray:
+def grid_points_where(
+    smooth: Callable[[np.ndarray], np.ndarray], limit: float, resolution: int
+) -> np.ndarray:
     """[P, 3] indices of all grid points with |smooth| < limit, one slab at a time."""
     axis = np.arange(resolution) * spacing(resolution) - 0.5
     found = []

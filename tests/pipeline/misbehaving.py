@@ -30,7 +30,13 @@ class Handler(BaseHTTPRequestHandler):
             server.open_now += 1
             server.most_open = max(server.most_open, server.open_now)
         script = server.scripts.get(self.path, [])
-        behaviour = script[visit] if visit < len(script) else script[-1] if script and script[-1] == "always" else ""
+        behaviour = (
+            script[visit]
+            if visit < len(script)
+            else script[-1]
+            if script and script[-1] == "always"
+            else ""
+        )
         if behaviour == "always":
             behaviour = script[-2]
         try:
@@ -59,7 +65,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.status("416")
                 return
             span = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            self._head(206, {"Content-Length": len(content) - start, "Content-Range": span, "ETag": tag})
+            self._head(
+                206, {"Content-Length": len(content) - start, "Content-Range": span, "ETag": tag}
+            )
             self.wfile.write(content[start:])
             return
         self._head(200, {"Content-Length": len(content), "ETag": tag})
@@ -92,7 +100,9 @@ class Handler(BaseHTTPRequestHandler):
         content = self.server.files[self.path]
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         headers = {"Content-Length": len(content) - start, "ETag": '"same"'}
-        span = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        span = (
+            {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        )
         self._head(206 if start else 200, headers | span)
         self.wfile.write(content[start : start + int(sent)])
         self.close_connection = True
@@ -146,7 +156,11 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except (ConnectionError, ValueError, OSError):  # what we did to the connection, or the client gave up
+        except (
+            ConnectionError,
+            ValueError,
+            OSError,
+        ):  # what we did to the connection, or the client gave up
             self.close_connection = True
 
     def finish(self) -> None:
@@ -182,7 +196,9 @@ class Server(ThreadingHTTPServer):
 @contextmanager
 def running():
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     try:
         yield server

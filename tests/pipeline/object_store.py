@@ -69,7 +69,9 @@ class Wire:
             for pump in (self._requests, self._answers):
                 threading.Thread(target=pump, args=(*pair, state), daemon=True).start()
 
-    def _requests(self, client: socket.socket, server: socket.socket, state: dict[str, Any]) -> None:
+    def _requests(
+        self, client: socket.socket, server: socket.socket, state: dict[str, Any]
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 16):
                 found = REQUEST.search(data)
@@ -92,7 +94,11 @@ class Wire:
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 16):
                 cut = state["cut"]
-                if self.down or (cut is not None and cut.where == "answer" and not data.startswith(b"HTTP/1.1 100")):
+                if self.down or (
+                    cut is not None
+                    and cut.where == "answer"
+                    and not data.startswith(b"HTTP/1.1 100")
+                ):
                     break
                 client.sendall(data)
         self._end(client, server, state)
@@ -150,13 +156,21 @@ class Store:
         """By which the processes that have this HOME find the store."""
         folder = home / ".aws"
         folder.mkdir(exist_ok=True)
-        (folder / "config").write_text(f"[default]\nregion = us-east-1\nendpoint_url = {self.endpoint}\n")
-        (folder / "credentials").write_text("\n".join(["[default]", *(f"{k} = {v}" for k, v in KEYS.items())]))
+        (folder / "config").write_text(
+            f"[default]\nregion = us-east-1\nendpoint_url = {self.endpoint}\n"
+        )
+        (folder / "credentials").write_text(
+            "\n".join(["[default]", *(f"{k} = {v}" for k, v in KEYS.items())])
+        )
 
     def keys(self, prefix: str) -> list[str]:
         """Below a prefix, relative to it."""
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}/")
-        return [item["Key"][len(prefix) + 1 :] for page in pages for item in page.get("Contents", [])]
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=BUCKET, Prefix=f"{prefix}/"
+        )
+        return [
+            item["Key"][len(prefix) + 1 :] for page in pages for item in page.get("Contents", [])
+        ]
 
     def get(self, key: str) -> bytes:
         return self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
@@ -172,7 +186,10 @@ class Store:
         return folder
 
     def unfinished_uploads(self) -> list[str]:
-        return [upload["Key"] for upload in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
+        return [
+            upload["Key"]
+            for upload in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+        ]
 
 
 @contextlib.contextmanager

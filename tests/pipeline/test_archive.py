@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.mesh_io.archive import ArchiveLimits, archive_format, extract, only_mesh
 from pipeline.core.schema import Reject
+from pipeline.mesh_io.archive import ArchiveLimits, archive_format, extract, only_mesh
 
 LIMITS = ArchiveLimits()
 
@@ -46,12 +46,15 @@ def link(name, target, kind=tarfile.SYMTYPE):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("a.tar", "w"), ("a.tgz", "w:gz"), ("a.tar.bz2", "w:bz2"), ("a.tar.xz", "w:xz")]
+    ("name", "mode"),
+    [("a.tar", "w"), ("a.tgz", "w:gz"), ("a.tar.bz2", "w:bz2"), ("a.tar.xz", "w:xz")],
 )
 def test_tars_of_every_compression(tmp_path, name, mode):
     path = make_tar(tmp_path / name, {"m/a.obj": b"one", "m/a.mtl": b"two"}, mode)
     files = extract(path, tmp_path / "out", LIMITS)
-    assert [(file.relative_to(tmp_path / "out").as_posix(), file.read_bytes()) for file in files] == [
+    assert [
+        (file.relative_to(tmp_path / "out").as_posix(), file.read_bytes()) for file in files
+    ] == [
         ("m/a.obj", b"one"),
         ("m/a.mtl", b"two"),
     ]
@@ -61,19 +64,32 @@ def test_tars_of_every_compression(tmp_path, name, mode):
 def test_only_what_lies_below_a_folder(tmp_path):
     path = make_zip(tmp_path / "a.zip", {"x/a.obj": b"1", "x/b/c.png": b"2", "xy/d.obj": b"3"})
     files = extract(path, tmp_path / "out", LIMITS, below="x")
-    assert [file.relative_to(tmp_path / "out").as_posix() for file in files] == ["x/a.obj", "x/b/c.png"]
+    assert [file.relative_to(tmp_path / "out").as_posix() for file in files] == [
+        "x/a.obj",
+        "x/b/c.png",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 @pytest.mark.parametrize(
-    "name", ["../evil.obj", "a/../../evil.obj", "/evil.obj", "..\\evil.obj", "C:\\evil.obj", "x" * 300 + ".obj"]
+    "name",
+    [
+        "../evil.obj",
+        "a/../../evil.obj",
+        "/evil.obj",
+        "..\\evil.obj",
+        "C:\\evil.obj",
+        "x" * 300 + ".obj",
+    ],
 )
 def test_no_member_leaves_the_folder(tmp_path, kind, name):
     (tmp_path / "deep/out").mkdir(parents=True)
     path = make(tmp_path / f"a.{kind}", {"good.obj": b"x", name: b"evil"})
     with pytest.raises(Reject, match="archive_path"):
         extract(path, tmp_path / "deep/out", LIMITS)
-    outside = [p for p in tmp_path.rglob("*") if p.is_file() and "out" not in p.relative_to(tmp_path).parts]
+    outside = [
+        p for p in tmp_path.rglob("*") if p.is_file() and "out" not in p.relative_to(tmp_path).parts
+    ]
     assert outside == [path]
 
 
@@ -134,7 +150,9 @@ def test_a_tar_bomb_is_told_before_it_is_unpacked(tmp_path, mode):
 
 def test_a_zip_that_lies_about_its_sizes_gives_no_more_than_it_says(tmp_path):
     path = make_zip(tmp_path / "a.zip", {"a.obj": bytes(1 << 20)})
-    content = path.read_bytes().replace((1 << 20).to_bytes(4, "little"), (100).to_bytes(4, "little"))
+    content = path.read_bytes().replace(
+        (1 << 20).to_bytes(4, "little"), (100).to_bytes(4, "little")
+    )
     path.write_bytes(content)
     with pytest.raises(Reject, match="unreadable"):  # the checksum
         extract(path, tmp_path / "out", LIMITS)
@@ -149,7 +167,9 @@ def test_bytes_are_counted_as_they_come_whatever_is_claimed(tmp_path, monkeypatc
     assert sum(file.stat().st_size for file in (tmp_path / "out").iterdir()) <= 5500
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"x" * 700])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"x" * 700]
+)
 def test_what_is_no_archive_is_unreadable(tmp_path, content):
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(Reject, match="unreadable"):
@@ -203,14 +223,22 @@ def test_the_mesh_of_an_archive(tmp_path, names, expected):
 
 
 @settings(max_examples=150, deadline=None)
-@given(seed=st.integers(0, 2**32), kind=st.sampled_from(["zip", "tar", "tgz"]), flips=st.integers(1, 40))
-def test_damaged_archives_are_read_or_rejected_and_never_write_elsewhere(tmp_path_factory, seed, kind, flips):
+@given(
+    seed=st.integers(0, 2**32),
+    kind=st.sampled_from(["zip", "tar", "tgz"]),
+    flips=st.integers(1, 40),
+)
+def test_damaged_archives_are_read_or_rejected_and_never_write_elsewhere(
+    tmp_path_factory, seed, kind, flips
+):
     folder = tmp_path_factory.mktemp("fuzz")
     members = {"m/a.obj": b"v 0 0 0\n" * 40, "m/a.mtl": b"x", "../up": b"y" * 10}
     if seed % 2:
         del members["../up"]
     path = folder / f"a.{kind}"
-    make_zip(path, members) if kind == "zip" else make_tar(path, members, "w:gz" if kind == "tgz" else "w")
+    make_zip(path, members) if kind == "zip" else make_tar(
+        path, members, "w:gz" if kind == "tgz" else "w"
+    )
     draw, content = random.Random(seed), bytearray(path.read_bytes())
     for _ in range(flips):
         content[draw.randrange(len(content))] = draw.randrange(256)
@@ -220,5 +248,7 @@ def test_damaged_archives_are_read_or_rejected_and_never_write_elsewhere(tmp_pat
     with contextlib.suppress(Reject):  # nothing else may be raised
         files = extract(path, folder / "in" / "out", ArchiveLimits(max_bytes=1 << 20))
     assert all(file.resolve().is_relative_to(folder / "in" / "out") for file in files)
-    assert [p for p in folder.rglob("*") if p.is_file() and folder / "in" / "out" not in p.parents] == [path]
+    assert [
+        p for p in folder.rglob("*") if p.is_file() and folder / "in" / "out" not in p.parents
+    ] == [path]
     assert sum(os.path.getsize(p) for p in (folder / "in").rglob("*") if p.is_file()) <= 1 << 20  # noqa: PTH202

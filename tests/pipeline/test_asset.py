@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.orchestration.asset_stages import AssetJob, Notes, load_bricks, process, save_bricks
 from pipeline.config import BuildConfig
 from pipeline.core.schema import make_uid
+from pipeline.orchestration.asset_stages import AssetJob, Notes, load_bricks, process, save_bricks
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.procedural import ProceduralSource
 from tests.pipeline.builds import ROOT
@@ -25,10 +25,24 @@ def visit(tmp_path, text, products=("sdf-64", "sdf-96", "renders-paper"), **opti
     (tmp_path / "in" / "a.obj").write_text(text)
     source = FolderSource(root=tmp_path / "in")
     (record,) = source.records()
-    tiny = {"resolutions": (64, 96), "topology_resolution": 64, "views": 2, "image_size": 32, **options}
+    tiny = {
+        "resolutions": (64, 96),
+        "topology_resolution": 64,
+        "views": 2,
+        "image_size": 32,
+        **options,
+    }
     folder = tmp_path / "-".join(products)
     folder.mkdir()
-    process(AssetJob(record=record, source=source, config=BuildConfig(**tiny), products=tuple(products), folder=folder))
+    process(
+        AssetJob(
+            record=record,
+            source=source,
+            config=BuildConfig(**tiny),
+            products=tuple(products),
+            folder=folder,
+        )
+    )
     return Notes.load(folder), folder
 
 
@@ -73,7 +87,9 @@ def test_a_products_files_do_not_depend_on_the_other_products(tmp_path):
         files = sorted(path.name for path in (everything / product).iterdir())
         assert files
         for name in files:
-            assert (alone / product / name).read_bytes() == (everything / product / name).read_bytes()
+            assert (alone / product / name).read_bytes() == (
+                everything / product / name
+            ).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +97,11 @@ def test_a_products_files_do_not_depend_on_the_other_products(tmp_path):
     [
         ("", "file", "file_too_small"),
         ("v 0 0 0\nv 1 0 0\n", "load", None),
-        ("v 0 0 0\nv 1 0 0\nv 0 1 0\nv 1 1 0\nf 1 2 3\nf 2 4 3\nf 1 3 2\nf 2 3 4\n", "geometry", "flat"),
+        (
+            "v 0 0 0\nv 1 0 0\nv 0 1 0\nv 1 1 0\nf 1 2 3\nf 2 4 3\nf 1 3 2\nf 2 3 4\n",
+            "geometry",
+            "flat",
+        ),
     ],
 )
 def test_a_rejection_ends_the_asset_where_it_happens(tmp_path, text, stage, reason):
@@ -97,7 +117,15 @@ def test_a_source_that_states_another_hash_is_believed(tmp_path):
     source = ProceduralSource(count=1)
     (record,) = source.records()
     record = type(record)(**{**vars(record), "sha256": "0" * 64})
-    process(AssetJob(record=record, source=source, config=BuildConfig(), products=("sdf-64",), folder=tmp_path / "out"))
+    process(
+        AssetJob(
+            record=record,
+            source=source,
+            config=BuildConfig(),
+            products=("sdf-64",),
+            folder=tmp_path / "out",
+        )
+    )
     notes = Notes.load(tmp_path / "out")
     assert (notes.status, notes.stage, notes.reason) == ("rejected", "fetch", "wrong_sha256")
 

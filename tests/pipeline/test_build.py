@@ -12,16 +12,26 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.build import build, configure, main
-from pipeline.core.cli import command
 from pipeline.config import PRESETS, BuildConfig
+from pipeline.core.cli import command
+from pipeline.core.schema import Record, RunError, UserError, make_uid
+from pipeline.curation.rank import RankConfig
 from pipeline.orchestration.manifest import read_manifest
 from pipeline.orchestration.plan import make_plan, read_plan
-from pipeline.curation.rank import RankConfig
-from pipeline.core.schema import Record, RunError, UserError, make_uid
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard
 from pipeline.verify import verify
-from tests.pipeline.builds import ROOT, TINY, assert_same, contents, environment, finish, start, survivors, wait_until
+from tests.pipeline.builds import (
+    ROOT,
+    TINY,
+    assert_same,
+    contents,
+    environment,
+    finish,
+    start,
+    survivors,
+    wait_until,
+)
 
 
 def test_tree_of_a_finished_build(tiny_build):
@@ -42,7 +52,9 @@ def test_tree_of_a_finished_build(tiny_build):
 def test_bricks_renders_and_manifest_tell_of_the_same_assets(tiny_build):
     planned = pq.read_table(tiny_build / "plan.parquet").to_pylist()
     assert [row["row"] for row in planned] == [0, 1, 2] * 4
-    rows = [row for path in sorted((tiny_build / "manifest").iterdir()) for row in read_manifest(path)]
+    rows = [
+        row for path in sorted((tiny_build / "manifest").iterdir()) for row in read_manifest(path)
+    ]
     assert [row["uid"] for row in rows] == [row["uid"] for row in planned]
     assert {row["status"] for row in rows} == {"done"}
     for row in rows:
@@ -50,7 +62,9 @@ def test_bricks_renders_and_manifest_tell_of_the_same_assets(tiny_build):
         for resolution in (64, 96):
             shard = SdfShard(tiny_build / "sdf" / str(resolution) / f"{row['shard']}.zarr")
             assert shard.tokens(row["uid"]) == row[f"tokens_{resolution}"] > 0
-        assert RenderShard(tiny_build / "renders" / "paper" / f"{row['shard']}.tar").views(row["uid"]) == [0, 1]
+        assert RenderShard(tiny_build / "renders" / "paper" / f"{row['shard']}.tar").views(
+            row["uid"]
+        ) == [0, 1]
 
 
 def test_stopped_killed_and_grown_a_build_ends_with_the_same_bytes(tiny_build, tmp_path):
@@ -63,7 +77,9 @@ def test_stopped_killed_and_grown_a_build_ends_with_the_same_bytes(tiny_build, t
     ]:
         env, before = environment(tmp_path), set(out.glob(news))
         process = start("pipeline.build", *args, env=env)
-        wait_until(lambda process=process, news=news, before=before: news_of(process, out, news) - before)
+        wait_until(
+            lambda process=process, news=news, before=before: news_of(process, out, news) - before
+        )
         process.send_signal(signum)
         finish(process, code=code)
         assert survivors(env) == []
@@ -72,7 +88,9 @@ def test_stopped_killed_and_grown_a_build_ends_with_the_same_bytes(tiny_build, t
         for marker in out.glob("shards/*/renders-paper.json")
         for name in ("sdf", "renders", "shards")
         for path in (out / name).rglob("*")
-        if path.is_file() and marker.parent.name in str(path) and not path.name.startswith("manifest")
+        if path.is_file()
+        and marker.parent.name in str(path)
+        and not path.name.startswith("manifest")
     }
     assert len(committed) > 10
     assert len(list(out.glob("shards/*"))) < 4
@@ -90,9 +108,19 @@ def news_of(process, out, pattern):
 def test_smoke_preset_is_the_default_and_each_option_overrides_it():
     smoke = configure([])
     assert smoke == PRESETS["smoke"]
-    assert (smoke.limit, smoke.resolutions, smoke.views, smoke.image_size) == (48, (64, 128), 12, 256)
+    assert (smoke.limit, smoke.resolutions, smoke.views, smoke.image_size) == (
+        48,
+        (64, 128),
+        12,
+        256,
+    )
     full = configure(["--preset", "full", "--views", "3", "--resolutions", "64"])
-    assert (full.resolutions, full.views, full.image_size, full.topology_resolution) == ((64,), 3, 1024, 512)
+    assert (full.resolutions, full.views, full.image_size, full.topology_resolution) == (
+        (64,),
+        3,
+        1024,
+        512,
+    )
     assert configure(["--preset=paper"]).resolutions == (256, 384, 512)
     assert configure(["--source", "folder:/meshes"]).limit is None
     assert configure(["--source", "folder:/meshes", "--limit", "5"]).limit == 5
@@ -107,8 +135,14 @@ def test_smoke_preset_is_the_default_and_each_option_overrides_it():
         (["--views", "0"], "views must be"),
         (["--views", "many"], "--views: invalid literal for int() with base 10: 'many'"),
         (["--shard-size", "0"], "shard_size must be 1 or more, got 0"),
-        (["--limits.asset-timeout-s", "inf"], "asset_timeout_s must be positive and below 1e9, got inf"),
-        (["--limits.asset-memory-gb", "inf"], "asset_memory_gb must be positive and below 1e9, got inf"),
+        (
+            ["--limits.asset-timeout-s", "inf"],
+            "asset_timeout_s must be positive and below 1e9, got inf",
+        ),
+        (
+            ["--limits.asset-memory-gb", "inf"],
+            "asset_memory_gb must be positive and below 1e9, got inf",
+        ),
         (["--source", "folder:/no/such/folder"], "/no/such/folder"),
         (["--source", "ftp:x"], "unknown source 'ftp:x'"),
         (["--out", "/proc/nothing"], "cannot write to /proc/nothing"),
@@ -125,7 +159,9 @@ def test_bad_usage_is_one_line_and_exit_code_2(args, words, monkeypatch, caplog)
     assert "\n" not in record.getMessage()
 
 
-@pytest.mark.parametrize("error", [ConnectionError("Could not find\nany"), ValueError("Invalid address format: here")])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("Could not find\nany"), ValueError("Invalid address format: here")]
+)
 def test_a_ray_that_is_not_there_is_named(error, monkeypatch, tmp_path):
     def init(**_):
         raise error
@@ -133,7 +169,9 @@ def test_a_ray_that_is_not_there_is_named(error, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "here")
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", init)
-    with pytest.raises(UserError, match=r"^no Ray at RAY_ADDRESS=here: [CI].*; correct or unset it$"):
+    with pytest.raises(
+        UserError, match=r"^no Ray at RAY_ADDRESS=here: [CI].*; correct or unset it$"
+    ):
         main([*TINY, "--limit", "1", "--out", str(tmp_path / "out")])
 
 
@@ -155,7 +193,9 @@ def terminate(_):
     signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("action", "code"), [(fail, 1), (interrupt, 130), (terminate, 143), (lambda _: None, 0)])
+@pytest.mark.parametrize(
+    ("action", "code"), [(fail, 1), (interrupt, 130), (terminate, 143), (lambda _: None, 0)]
+)
 def test_exit_codes(action, code):
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     try:
@@ -185,7 +225,9 @@ def test_a_place_that_cannot_be_written_to_is_one_line(action, caplog):
         command(action)
     assert end.value.code == 1
     (record,) = caplog.records
-    assert re.fullmatch(r"\S+: [A-Z][-a-z ]+; choose another place, or allow it", record.getMessage())
+    assert re.fullmatch(
+        r"\S+: [A-Z][-a-z ]+; choose another place, or allow it", record.getMessage()
+    )
 
 
 def missing(_):
@@ -205,7 +247,9 @@ class Listing:
 
     def records(self):
         for key in self.keys:
-            yield Record(uid=make_uid(self.name, key), source=self.name, url=key, licence="cc0", format="obj")
+            yield Record(
+                uid=make_uid(self.name, key), source=self.name, url=key, licence="cc0", format="obj"
+            )
 
 
 def test_a_plan_is_read_back_whole_and_not_made_again(tmp_path):
@@ -244,7 +288,9 @@ class Second:
         return iter(())
 
 
-@pytest.mark.parametrize("rank", [RankConfig(), RankConfig(target_count=1)], ids=["plain", "ranked"])
+@pytest.mark.parametrize(
+    "rank", [RankConfig(), RankConfig(target_count=1)], ids=["plain", "ranked"]
+)
 def test_a_directory_is_one_builds_at_a_time(tmp_path, rank):
     cfg = BuildConfig(out=tmp_path / "out", rank=rank)
     for _ in range(2):  # the first one has left no lock
@@ -254,7 +300,9 @@ def test_a_directory_is_one_builds_at_a_time(tmp_path, rank):
 
 
 def test_a_directory_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    monkeypatch.setattr(
+        "fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    )
     with pytest.raises(UserError, match="no assets"):
         build(BuildConfig(out=tmp_path / "out"), [Listing("")])
     assert "cannot be locked (No locks available)" in caplog.text
@@ -262,7 +310,10 @@ def test_a_directory_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monk
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"format_version": 99}, "format_version 99, this code reads 1"), ({"config": {}}, "was built with")],
+    [
+        ({"format_version": 99}, "format_version 99, this code reads 1"),
+        ({"config": {}}, "was built with"),
+    ],
 )
 def test_a_plan_of_another_format_or_configuration_is_refused(tmp_path, change, words):
     cfg = BuildConfig(out=tmp_path)
@@ -276,7 +327,10 @@ def test_a_plan_of_another_format_or_configuration_is_refused(tmp_path, change, 
 def test_what_a_products_hash_depends_on():
     base = BuildConfig()
     sdf, renders = base.product_hash("sdf-64"), base.product_hash("renders-paper")
-    assert BuildConfig(resolutions=(64, 512), workers=3, out=base.out / "x").product_hash("sdf-64") == sdf
+    assert (
+        BuildConfig(resolutions=(64, 512), workers=3, out=base.out / "x").product_hash("sdf-64")
+        == sdf
+    )
     assert BuildConfig(views=3).product_hash("sdf-64") == sdf
     assert BuildConfig(views=3).product_hash("renders-paper") != renders
     assert BuildConfig(topology_resolution=256).product_hash("sdf-64") != sdf
@@ -293,7 +347,12 @@ class Many:
 
     def records(self):
         for number in [*range(self.count), 5]:
-            yield Record(uid=make_uid(self.name, str(number)), source=self.name, url=str(number), metadata='{"n": 1}')
+            yield Record(
+                uid=make_uid(self.name, str(number)),
+                source=self.name,
+                url=str(number),
+                metadata='{"n": 1}',
+            )
 
 
 def test_a_plan_is_written_piece_by_piece(tmp_path, monkeypatch):
@@ -301,12 +360,16 @@ def test_a_plan_is_written_piece_by_piece(tmp_path, monkeypatch):
     write = pq.ParquetWriter.write_table
     monkeypatch.setattr("pipeline.orchestration.plan.ROWS", 100)
     monkeypatch.setattr(
-        pq.ParquetWriter, "write_table", lambda self, table: pieces.append(len(table)) or write(self, table)
+        pq.ParquetWriter,
+        "write_table",
+        lambda self, table: pieces.append(len(table)) or write(self, table),
     )
     plan = make_plan(BuildConfig(out=tmp_path / "out", limit=None), [Many(250)])
     assert pieces == [100, 100, 50]
     assert plan.assets == 250
-    assert [record.url for name in plan.shards for record in plan.shard(name)] == [str(number) for number in range(250)]
+    assert [record.url for name in plan.shards for record in plan.shard(name)] == [
+        str(number) for number in range(250)
+    ]
     assert plan.shard("000003")[0].metadata == '{"n": 1}'
     assert not (tmp_path / "out/.plan.parquet.partial").exists()
 
@@ -320,11 +383,15 @@ def test_a_plan_from_before_there_were_catalogues_is_read(tmp_path):
 
 @pytest.mark.slow
 def test_the_plan_of_a_million_assets_takes_less_than_a_minute_and_2_gb(tmp_path):
-    code = "import resource, time; from pathlib import Path; from pipeline.config import BuildConfig; "
+    code = (
+        "import resource, time; from pathlib import Path; from pipeline.config import BuildConfig; "
+    )
     code += "from pipeline.orchestration.plan import make_plan; from tests.pipeline.test_build import Many; "
     code += f"make_plan(BuildConfig(out=Path({str(tmp_path / 'out')!r}), limit=None), [Many(1_000_000)]); "
     code += "print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     seconds, kilobytes = map(float, done.stdout.split())
     assert seconds < 60
     assert kilobytes < 2e6

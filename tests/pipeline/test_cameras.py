@@ -26,11 +26,17 @@ def test_paper_cameras_have_the_papers_statistics():  # paper, sec. 2 (data)
     assert_uniform([c.elevation_degrees for c in cameras], 10, 40)
     assert_uniform([c.azimuth_degrees for c in cameras], 0, 180)
     assert_uniform([c.focal_mm for c in cameras], 30, 100)
-    for name in ("elevation_degrees", "azimuth_degrees", "focal_mm"):  # neither repeated nor a sequence
+    for name in (
+        "elevation_degrees",
+        "azimuth_degrees",
+        "focal_mm",
+    ):  # neither repeated nor a sequence
         values = np.array([getattr(c, name) for c in cameras])
         assert len(np.unique(values)) == len(values)
         assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.1
-    independent = np.corrcoef([[c.azimuth_degrees, c.elevation_degrees, c.focal_mm] for c in cameras], rowvar=False)
+    independent = np.corrcoef(
+        [[c.azimuth_degrees, c.elevation_degrees, c.focal_mm] for c in cameras], rowvar=False
+    )
     assert np.abs(independent - np.eye(3)).max() < 0.1
 
 

@@ -62,7 +62,9 @@ def same(s, a, b, cfg):
 def brute_force(s, cfg):
     result = {}
     for b in range(len(s.sha256)):
-        reasons = {why: a for a in reversed(range(b)) if a not in result and (why := same(s, a, b, cfg))}
+        reasons = {
+            why: a for a in reversed(range(b)) if a not in result and (why := same(s, a, b, cfg))
+        }
         if reasons:
             result[b] = next(why for why in (EXACT, GEOMETRY, LOOKS) if why in reasons)
     return result

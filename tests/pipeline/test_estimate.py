@@ -9,12 +9,19 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.core.schema import UserError
 from pipeline.estimate import Cost, EstimateConfig, main, measure_passes, predict
 from pipeline.orchestration.manifest import PACK_SECONDS, Result, append_stats
-from pipeline.core.schema import UserError
 
 COST = Cost(
-    **{"assets": 100, "seconds": 36.0, "error": 3.6, "gpu_seconds": 0.0, "fetched_bytes": 1e7, "stored_bytes": 1e6},
+    **{
+        "assets": 100,
+        "seconds": 36.0,
+        "error": 3.6,
+        "gpu_seconds": 0.0,
+        "fetched_bytes": 1e7,
+        "stored_bytes": 1e6,
+    },
     **{"files": 10.0, "shard_size": 64, "memory_bytes": 5e8},
 )
 
@@ -24,7 +31,9 @@ def config(tmp_path, **options):
 
 
 def test_one_pass_is_visits_times_mean(tmp_path):
-    found = predict({"build": COST}, config(tmp_path, assets=6400, busy=1.0, start_s=0.0, deadline_h=1.0))
+    found = predict(
+        {"build": COST}, config(tmp_path, assets=6400, busy=1.0, start_s=0.0, deadline_h=1.0)
+    )
     assert found.core_hours == pytest.approx(64.0)
     assert found.core_hours_error == pytest.approx(6.4)
     assert (found.nodes, found.cores, found.wall_hours) == (1, 64, pytest.approx(1.0))
@@ -36,7 +45,11 @@ def test_one_pass_is_visits_times_mean(tmp_path):
 
 
 def test_a_ranked_build_looks_at_all_and_builds_those_it_keeps(tmp_path):
-    passes = {"screen": COST, "build": replace(COST, seconds=360.0), "best": replace(COST, seconds=3600.0)}
+    passes = {
+        "screen": COST,
+        "build": replace(COST, seconds=360.0),
+        "best": replace(COST, seconds=3600.0),
+    }
     found = predict(passes, config(tmp_path, assets=1000, keep=100, best=10))
     assert found.core_hours == pytest.approx(10 + 10 + 10)
     assert found.core_hours_error == pytest.approx((1000**2 + 100**2 + 10**2) ** 0.5 * 3.6 / 3600)
@@ -59,7 +72,13 @@ def test_a_deadline_that_nothing_meets(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("assets", 0), ("busy", 1.5), ("deadline_h", -1), ("deadline_h", math.nan), ("deadline_h", math.inf)],
+    [
+        ("assets", 0),
+        ("busy", 1.5),
+        ("deadline_h", -1),
+        ("deadline_h", math.nan),
+        ("deadline_h", math.inf),
+    ],
 )
 def test_options_out_of_range(tmp_path, option, value):
     with pytest.raises(ValueError, match=option):
@@ -68,13 +87,22 @@ def test_options_out_of_range(tmp_path, option, value):
 
 def test_what_a_build_took_is_read_from_its_stats_and_markers(tiny_build):
     (cost,) = measure_passes(tiny_build).values()
-    stats = [row for path in sorted((tiny_build / "stats").iterdir()) for row in pq.read_table(path).to_pylist()]
-    pack = sum(float(pq.read_schema(path).metadata[PACK_SECONDS.encode()]) for path in (tiny_build / "stats").iterdir())
+    stats = [
+        row
+        for path in sorted((tiny_build / "stats").iterdir())
+        for row in pq.read_table(path).to_pylist()
+    ]
+    pack = sum(
+        float(pq.read_schema(path).metadata[PACK_SECONDS.encode()])
+        for path in (tiny_build / "stats").iterdir()
+    )
     assert pack > 0
     assert cost.assets == 12
     assert cost.seconds == pytest.approx((sum(row["seconds"] for row in stats) + pack) / 12)
     products = ("sdf", "renders")
-    stored = sum(p.stat().st_size for name in products for p in (tiny_build / name).rglob("*") if p.is_file())
+    stored = sum(
+        p.stat().st_size for name in products for p in (tiny_build / name).rglob("*") if p.is_file()
+    )
     assert cost.stored_bytes == pytest.approx(stored / 12)
     names = (*products, "manifest", "stats", "shards")
     files = sum(p.is_file() for name in names for p in (tiny_build / name).rglob("*"))
@@ -94,7 +122,15 @@ def test_files_of_the_best_count_on_the_shards_that_have_them(tiny_build, tmp_pa
     passes = measure_passes(out)
     below = {
         name: sum(path.is_file() for path in out.rglob("*") if name in path.as_posix())
-        for name in ("copy/sdf/96", "sdf-96.json", "copy/sdf/", "copy/renders", "copy/manifest", "stats", "copy/shards")
+        for name in (
+            "copy/sdf/96",
+            "sdf-96.json",
+            "copy/sdf/",
+            "copy/renders",
+            "copy/manifest",
+            "stats",
+            "copy/shards",
+        )
     }
     best = below["copy/sdf/96"] + below["sdf-96.json"]
     assert passes["best"].files == best / 2
@@ -106,7 +142,9 @@ def test_the_table_and_the_numbers(tiny_build, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     main([str(tiny_build), "--assets", "12", "--json", str(tmp_path / "e.json")])
     numbers = json.loads((tmp_path / "e.json").read_text())
-    assert numbers["estimate"]["core_hours"] == pytest.approx(numbers["passes"]["build"]["seconds"] * 12 / 3600)
+    assert numbers["estimate"]["core_hours"] == pytest.approx(
+        numbers["passes"]["build"]["seconds"] * 12 / 3600
+    )
     assert "core-hours" in caplog.text
     with pytest.raises(UserError, match="no directory"):
         main(["/no/such"])
@@ -118,7 +156,9 @@ def test_the_table_and_the_numbers(tiny_build, tmp_path, caplog):
 @pytest.mark.parametrize("part", ["stats", "manifest"])
 def test_a_copy_without_what_it_needs(part, tiny_build, tmp_path):
     out = shutil.copytree(tiny_build, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
-    with pytest.raises(UserError, match=f"is not a whole build, copy its stats and manifest, too: .*{part}/000000"):
+    with pytest.raises(
+        UserError, match=f"is not a whole build, copy its stats and manifest, too: .*{part}/000000"
+    ):
         measure_passes(out)
 
 

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from pipeline.core.schema import Reject, RunError, Transient
 from pipeline.download import http as web
 from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch, sha256_of
-from pipeline.core.schema import Reject, RunError, Transient
 from pipeline.download.http import post_json
 from tests.pipeline.misbehaving import running
 
@@ -32,7 +32,13 @@ def get(server, tmp_path):
     """Fetches a path of the server with short waits; options of the file and of the client by name."""
 
     def run(path="/a.glb", *, sha256=None, format="glb", max_bytes=1 << 20, **options):
-        quick = {"read_timeout_s": 0.5, "connect_timeout_s": 2.0, "backoff_s": 0.01, "max_wait_s": 3.0, "retries": 3}
+        quick = {
+            "read_timeout_s": 0.5,
+            "connect_timeout_s": 2.0,
+            "backoff_s": 0.01,
+            "max_wait_s": 3.0,
+            "retries": 3,
+        }
         cfg = FetchConfig(cache=tmp_path / "cache", **{**quick, **options})
         url = path if "://" in path else server.url + path
         want = Wanted(url=url, format=format, sha256=sha256, max_bytes=max_bytes)
@@ -102,7 +108,11 @@ def test_the_rest_of_another_file_is_not_appended(server, get):
 def test_a_beginning_that_was_damaged_is_thrown_away(server, get, tmp_path):
     server.scripts["/a.glb"] = ["reset 5000", "reset", "reset", "reset"]
     rejects("connection_lost", get, kind=Transient, sha256=SHA)
-    (partial,) = [path for path in (tmp_path / "cache/partial").rglob("*") if path.is_file() and not path.suffix]
+    (partial,) = [
+        path
+        for path in (tmp_path / "cache/partial").rglob("*")
+        if path.is_file() and not path.suffix
+    ]
     partial.write_bytes(bytes(partial.stat().st_size))  # a file system that came back with zeros
     assert get(sha256=SHA).read_bytes() == GLB
 
@@ -113,7 +123,9 @@ def test_a_cache_that_cannot_be_used_ends_the_run_and_is_no_verdict(folder, get,
     blocked.parent.mkdir(exist_ok=True)
     blocked.touch()
     path = "/none.glb" if folder == "gone" else "/a.glb"
-    with pytest.raises(RunError, match=f"^cannot use --fetch.cache {tmp_path}/cache: .*; choose another$"):
+    with pytest.raises(
+        RunError, match=f"^cannot use --fetch.cache {tmp_path}/cache: .*; choose another$"
+    ):
         get(path, keep=True, sha256="0" * 64 if folder == "quarantine" else None)
 
 
@@ -165,7 +177,9 @@ def test_waits_grow_and_differ(server, get, monkeypatch):
 def test_how_what_does_not_pass_ends(script, reason, kind, server, get, tmp_path):
     server.scripts["/a.glb"] = script
     rejects(reason, get, kind=kind, max_bytes=1 << 20, retries=2)
-    assert server.visits["/a.glb"] == (6 if reason == "too_many_redirects" else 3 if kind is Transient else 1)
+    assert server.visits["/a.glb"] == (
+        6 if reason == "too_many_redirects" else 3 if kind is Transient else 1
+    )
     assert not (tmp_path / "a.glb").exists()
 
 
@@ -183,7 +197,9 @@ def test_a_file_that_is_too_large_is_not_downloaded(server, get):
 def test_wrong_bytes_go_to_quarantine_and_are_never_returned(server, get, tmp_path):
     expected = "0" * 64
     assert rejects("wrong_sha256", get, sha256=expected) == {"expected": expected, "sha256": SHA}
-    note, kept = sorted((tmp_path / "cache/quarantine").iterdir(), key=lambda path: path.suffix, reverse=True)
+    note, kept = sorted(
+        (tmp_path / "cache/quarantine").iterdir(), key=lambda path: path.suffix, reverse=True
+    )
     assert json.loads(note.read_text())["expected"] == expected
     assert sha256_of(kept) == SHA
     assert not (tmp_path / "a.glb").exists()
@@ -192,7 +208,10 @@ def test_wrong_bytes_go_to_quarantine_and_are_never_returned(server, get, tmp_pa
 def test_empty_files_and_pointers_are_told(server, get):
     server.files |= {"/empty.glb": b"", "/lfs.glb": POINTER, "/bad.glb": POINTER[:60]}
     rejects("empty_file", get, "/empty.glb")
-    assert rejects("lfs_pointer", get, "/lfs.glb", kind=LfsPointer) == {"oid": "ab" * 32, "bytes": 123}
+    assert rejects("lfs_pointer", get, "/lfs.glb", kind=LfsPointer) == {
+        "oid": "ab" * 32,
+        "bytes": 123,
+    }
     rejects("lfs_pointer", get, "/bad.glb")
 
 
@@ -240,7 +259,9 @@ def test_redirects_are_followed_and_secrets_stay_with_their_host(server, tmp_pat
         assert [headers.get("Authorization") for _, headers in other.asked] == [None]
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "http://", "http://[::1", "ftp://127.0.0.1/x", "/etc/passwd"])
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "http://", "http://[::1", "ftp://127.0.0.1/x", "/etc/passwd"]
+)
 def test_only_http(url, tmp_path):
     with pytest.raises(Reject, match="bad_url"):
         fetch(Wanted(url=url), tmp_path / "x", FetchConfig(cache=tmp_path))
@@ -260,7 +281,10 @@ def test_one_host_is_asked_by_so_many_processes_at_once(server, tmp_path):
         server.files[f"/{number}.glb"] = GLB
         server.scripts[f"/{number}.glb"] = ["slowly 0.3"]
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_fetch_one, args=(server.url, tmp_path, number)) for number in range(6)]
+    children = [
+        context.Process(target=_fetch_one, args=(server.url, tmp_path, number))
+        for number in range(6)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -278,7 +302,9 @@ def test_json_is_asked_for_and_an_answer_that_is_none_is_told(server, tmp_path):
         post_json(f"{server.url}/api", [1], {}, cfg, max_bytes=1000)
 
 
-@pytest.mark.parametrize(("option", "value"), [("per_host", 0), ("retries", -1), ("read_timeout_s", 0)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("per_host", 0), ("retries", -1), ("read_timeout_s", 0)]
+)
 def test_options_out_of_range(option, value):
     with pytest.raises(ValueError, match=option):
         FetchConfig(**{option: value})

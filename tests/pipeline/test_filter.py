@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curation.filters import FilterConfig, count_components, filter_file, filter_geometry, filter_metadata, weld
 from pipeline.core.schema import Mesh, Record, Reject
+from pipeline.curation.filters import (
+    FilterConfig,
+    count_components,
+    filter_file,
+    filter_geometry,
+    filter_metadata,
+    weld,
+)
 from pipeline.sources.shapes import kit, solids
 
 CFG = FilterConfig()
@@ -36,7 +43,9 @@ def test_numbers_of_a_box_far_from_the_origin():
 
 
 def test_volume_is_negative_inside_out():
-    assert filter_geometry(mesh_of(kit.flipped(solids.box(1, 1, 1))), CFG)["volume"] == pytest.approx(-1)
+    assert filter_geometry(mesh_of(kit.flipped(solids.box(1, 1, 1))), CFG)[
+        "volume"
+    ] == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -54,7 +63,13 @@ def test_touching_at_one_corner_joins_and_unused_vertices_do_not_count():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(*[st.sampled_from([0.0, -0.0, 1.0, 1.0 + 2**-52, -1.0])] * 3), min_size=1, max_size=40))
+@given(
+    st.lists(
+        st.tuples(*[st.sampled_from([0.0, -0.0, 1.0, 1.0 + 2**-52, -1.0])] * 3),
+        min_size=1,
+        max_size=40,
+    )
+)
 def test_weld_joins_exactly_equal_positions(points):
     labels = weld(np.array(points))
     for i, p in enumerate(points):
@@ -78,8 +93,14 @@ def test_weld_survives_a_hash_that_collides(monkeypatch):
 def test_a_sound_box_passes_the_default_and_the_limits_are_inclusive():
     box = mesh_of(solids.box(1, 1, 1))
     filter_geometry(box, FilterConfig(min_faces=12, max_faces=12))
-    assert rejects("too_few_faces", box, FilterConfig(min_faces=13)) == {"faces": 12, "min_faces": 13}
-    assert rejects("too_many_faces", box, FilterConfig(max_faces=11)) == {"faces": 12, "max_faces": 11}
+    assert rejects("too_few_faces", box, FilterConfig(min_faces=13)) == {
+        "faces": 12,
+        "min_faces": 13,
+    }
+    assert rejects("too_many_faces", box, FilterConfig(max_faces=11)) == {
+        "faces": 12,
+        "max_faces": 11,
+    }
 
 
 def test_no_faces_at_all():
@@ -95,7 +116,9 @@ def grid(height) -> Mesh:
 @pytest.mark.parametrize("tilt", [0.0, 0.7])
 def test_a_plane_is_flat_however_it_lies_but_a_wavy_sheet_is_not(tilt):
     rejects("flat", grid(lambda x, y: tilt * (x + 2 * y)))
-    assert filter_geometry(grid(lambda x, y: tilt * x + 0.01 * np.sin(5 * x)), CFG)["components"] == 1
+    assert (
+        filter_geometry(grid(lambda x, y: tilt * x + 0.01 * np.sin(5 * x)), CFG)["components"] == 1
+    )
 
 
 def test_a_flat_sheet_passes_where_flatness_is_allowed():
@@ -144,7 +167,10 @@ def test_file_size(tmp_path):
     path = tmp_path / "a.glb"
     path.write_bytes(b"x" * 10)
     assert filter_file(path, FilterConfig(min_bytes=10, max_bytes=10)) == {"bytes": 10}
-    for cfg, reason in ((FilterConfig(min_bytes=11), "file_too_small"), (FilterConfig(max_bytes=9), "file_too_large")):
+    for cfg, reason in (
+        (FilterConfig(min_bytes=11), "file_too_small"),
+        (FilterConfig(max_bytes=9), "file_too_large"),
+    ):
         with pytest.raises(Reject) as caught:
             filter_file(path, cfg)
         assert caught.value.reason == reason
@@ -192,7 +218,9 @@ def test_licence_policy(licence, source, cfg, passes):
     ],
 )
 def test_what_a_catalogue_says_about_an_asset(said, cfg, reason):
-    record = Record(uid="x", source="objaverse", url="x", licence="by", format="glb", metadata=json.dumps(said))
+    record = Record(
+        uid="x", source="objaverse", url="x", licence="by", format="glb", metadata=json.dumps(said)
+    )
     if not reason:
         filter_metadata(record, cfg)
     else:
@@ -203,7 +231,9 @@ def test_what_a_catalogue_says_about_an_asset(said, cfg, reason):
 
 def test_a_format_that_nothing_here_reads():
     with pytest.raises(Reject, match="unsupported_format format=blend"):
-        filter_metadata(Record(uid="x", source="objaverse-xl", url="x", licence="by", format="blend"), CFG)
+        filter_metadata(
+            Record(uid="x", source="objaverse-xl", url="x", licence="by", format="blend"), CFG
+        )
 
 
 @pytest.mark.slow
@@ -211,5 +241,7 @@ def test_two_million_faces():
     u = np.linspace(0, 1, 1001)
     x, y = np.meshgrid(u, u, indexing="ij")
     sheet = kit.surface(np.stack([x, y, np.sin(3 * x) * y], axis=-1))
-    numbers = filter_geometry(Mesh(vertices=sheet.vertices, faces=sheet.faces.astype(np.int32)), CFG)
+    numbers = filter_geometry(
+        Mesh(vertices=sheet.vertices, faces=sheet.faces.astype(np.int32)), CFG
+    )
     assert numbers["components"] == 1

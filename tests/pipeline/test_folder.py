@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.build import open_sources
 from pipeline.config import BuildConfig
-from pipeline.orchestration.plan import make_plan
 from pipeline.core.schema import UserError, make_uid
+from pipeline.orchestration.plan import make_plan
 from pipeline.sources import open_source
 from pipeline.sources.folder import MESH_FORMATS, FolderSource
 
@@ -29,7 +29,18 @@ def urls(folder: Path) -> list[str]:
 
 
 def test_meshes_of_every_format_and_case_in_order_of_their_relative_paths(tmp_path):
-    names = ["b.GLB", "a/z.obj", "a/b/c.Stl", "Z.ply", "é.off", "x.3MF", "x.dae", "x.zae", "x.gltf", "a.b.glb"]
+    names = [
+        "b.GLB",
+        "a/z.obj",
+        "a/b/c.Stl",
+        "Z.ply",
+        "é.off",
+        "x.3MF",
+        "x.dae",
+        "x.zae",
+        "x.gltf",
+        "a.b.glb",
+    ]
     fill(tmp_path, *names, "a/z.mtl", "x.bin", "t.png", "notes.txt", "glb", ".hidden.docx")
     assert urls(tmp_path) == sorted(names)
     source = open_source(f"folder:{tmp_path}")
@@ -39,10 +50,17 @@ def test_meshes_of_every_format_and_case_in_order_of_their_relative_paths(tmp_pa
 
 def test_a_record_depends_on_the_relative_path_alone(tmp_path):
     here, there = fill(tmp_path / "here", "sub/a.glb"), fill(tmp_path / "there", "sub/a.glb")
-    (first,), (second,) = (list(open_source(f"folder:{folder}").records()) for folder in (here, there))
+    (first,), (second,) = (
+        list(open_source(f"folder:{folder}").records()) for folder in (here, there)
+    )
     assert first == second
     assert first.uid == make_uid("folder", "sub/a.glb")
-    assert (first.source, first.url, first.licence, first.format) == ("folder", "sub/a.glb", "unknown", "glb")
+    assert (first.source, first.url, first.licence, first.format) == (
+        "folder",
+        "sub/a.glb",
+        "unknown",
+        "glb",
+    )
 
 
 def test_materialize_gives_the_file_itself_also_after_pickling(tmp_path):
@@ -52,7 +70,9 @@ def test_materialize_gives_the_file_itself_also_after_pickling(tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
-def test_a_relative_folder_keeps_its_meaning_when_the_working_directory_changes(tmp_path, monkeypatch):
+def test_a_relative_folder_keeps_its_meaning_when_the_working_directory_changes(
+    tmp_path, monkeypatch
+):
     fill(tmp_path, "meshes/a.glb")
     monkeypatch.chdir(tmp_path)
     source = open_source("folder:meshes")
@@ -83,9 +103,19 @@ def test_a_name_that_is_not_text_is_skipped(tmp_path):
 
 def test_what_builds_write_into_a_folder_is_no_input(tmp_path, monkeypatch):
     """Another build, and the beginning of this one; a plan.json alone is somebody's file."""
-    build = ["plan.json", "plan.parquet", "renders/paper/000000.tar", "renders/paper/000000.index.parquet"]
+    build = [
+        "plan.json",
+        "plan.parquet",
+        "renders/paper/000000.tar",
+        "renders/paper/000000.index.parquet",
+    ]
     fill(
-        tmp_path, "a.glb", "b/plan.json", "b/b.glb", *(f"c/old/{name}" for name in build), "c/new/.plan.parquet.partial"
+        tmp_path,
+        "a.glb",
+        "b/plan.json",
+        "b/b.glb",
+        *(f"c/old/{name}" for name in build),
+        "c/new/.plan.parquet.partial",
     )
     monkeypatch.chdir(tmp_path)
     cfg = BuildConfig(source=(f"folder:{tmp_path}",), out=Path("c/new"))
@@ -132,13 +162,20 @@ def test_one_clear_line_for_what_cannot_be_opened(tmp_path, spec, message):
 
 
 def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, whom nothing stops
+    monkeypatch.setattr(
+        os, "access", lambda *_: False
+    )  # the tests may run as root, whom nothing stops
     with pytest.raises(UserError, match="cannot read"):
         open_source(f"folder:{fill(tmp_path, 'a.glb')}")
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=8), max_size=6))
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=8),
+        max_size=6,
+    )
+)
 def test_the_order_is_that_of_the_paths_whatever_the_names(tmp_path_factory, stems):
     folder = tmp_path_factory.mktemp("names")
     names = {f"x{stem}.glb" for stem in stems} | {"x.glb"}

@@ -13,10 +13,18 @@ CFG = LoadConfig()
 HALF_TURN_Z = [0, 0, 1, 0]  # a rotation by 180 degrees about z, as x y z w
 
 
-def with_array(document: dict, data: bytes, name: str, array: np.ndarray, kind: str, component: int, **fields) -> bytes:
+def with_array(
+    document: dict, data: bytes, name: str, array: np.ndarray, kind: str, component: int, **fields
+) -> bytes:
     """The data with one more array behind it, as an attribute of the first primitive unless its name is lower case."""
-    document["bufferViews"].append({"buffer": 0, "byteOffset": len(data), "byteLength": array.nbytes})
-    accessor = {"bufferView": len(document["bufferViews"]) - 1, "componentType": component, "count": len(array)}
+    document["bufferViews"].append(
+        {"buffer": 0, "byteOffset": len(data), "byteLength": array.nbytes}
+    )
+    accessor = {
+        "bufferView": len(document["bufferViews"]) - 1,
+        "componentType": component,
+        "count": len(array),
+    }
     document["accessors"].append(accessor | {"type": kind} | fields)
     if name[0].isupper():
         document["meshes"][0]["primitives"][0]["attributes"][name] = len(document["accessors"]) - 1
@@ -29,7 +37,9 @@ def uv_by_place(path) -> dict:
     mesh = load(path, CFG)
     same_triangles(mesh)
     uv = mesh.parts[0].uv
-    return {tuple(p): tuple(np.round(t, 4).tolist()) for p, t in zip(mesh.vertices, uv, strict=True)}
+    return {
+        tuple(p): tuple(np.round(t, 4).tolist()) for p, t in zip(mesh.vertices, uv, strict=True)
+    }
 
 
 def test_files_without_any_of_it_are_left_alone(tmp_path):
@@ -59,7 +69,12 @@ def test_the_second_set_of_texture_coordinates(tmp_path):
     data = with_array(document, data, "TEXCOORD_1", second, "VEC2", 5126)
     document["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"]["texCoord"] = 1
     found = uv_by_place(write(tmp_path / "a.glb", glb(document, data)))
-    assert found == {(0, 0, 0): (0.5, 0.5), (1, 0, 0): (0.25, 0.5), (0, 2, 0): (0.5, 0.75), (0, 0, 3): (0.75, 0.0)}
+    assert found == {
+        (0, 0, 0): (0.5, 0.5),
+        (1, 0, 0): (0.25, 0.5),
+        (0, 2, 0): (0.5, 0.75),
+        (0, 0, 3): (0.75, 0.0),
+    }
 
 
 def test_a_texture_transform(tmp_path):
@@ -69,7 +84,12 @@ def test_a_texture_transform(tmp_path):
     texture["extensions"] = {"KHR_texture_transform": transform}
     found = uv_by_place(write(tmp_path / "a.glb", glb(document, data)))
     # (u, v) -> (4 v + 0.5, -2 u + 0.25) by the extension's matrices; ours counts v from the bottom
-    assert found == {(0, 0, 0): (0.5, 0.75), (1, 0, 0): (0.5, 2.75), (0, 2, 0): (4.5, 0.75), (0, 0, 3): (4.5, 2.75)}
+    assert found == {
+        (0, 0, 0): (0.5, 0.75),
+        (1, 0, 0): (0.5, 2.75),
+        (0, 2, 0): (4.5, 0.75),
+        (0, 0, 3): (4.5, 2.75),
+    }
 
 
 def skinned(weights, *, inverse=None, unit_bytes=False) -> tuple[dict, bytes]:
@@ -85,11 +105,19 @@ def skinned(weights, *, inverse=None, unit_bytes=False) -> tuple[dict, bytes]:
     document["meshes"].append(json.loads(json.dumps(document["meshes"][0])))
     document["scenes"][0]["nodes"] = [0, 1, 2]
     document["skins"] = [{"joints": [1, 4]}]
-    data = with_array(document, data, "JOINTS_0", np.tile(np.array([[0, 1, 0, 0]], "u1"), (4, 1)), "VEC4", 5121)
+    data = with_array(
+        document, data, "JOINTS_0", np.tile(np.array([[0, 1, 0, 0]], "u1"), (4, 1)), "VEC4", 5121
+    )
     stored = np.array(weights, dtype="<f4")
     if unit_bytes:
         data = with_array(
-            document, data, "WEIGHTS_0", np.rint(stored * 255).astype("u1"), "VEC4", 5121, normalized=True
+            document,
+            data,
+            "WEIGHTS_0",
+            np.rint(stored * 255).astype("u1"),
+            "VEC4",
+            5121,
+            normalized=True,
         )
     else:
         data = with_array(document, data, "WEIGHTS_0", stored, "VEC4", 5126)
@@ -104,7 +132,12 @@ def test_a_skinned_mesh_stands_where_its_joints_put_it(tmp_path, unit_bytes):
     weights = [[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
     mesh = load(write(tmp_path / "a.glb", glb(*skinned(weights, unit_bytes=unit_bytes))), CFG)
     found = {tuple(p) for p in mesh.vertices.round(5).tolist()}
-    plain = {(100, 0, 0), (101, 0, 0), (100, 2, 0), (100, 0, 3)}  # the other mesh hangs below the node as ever
+    plain = {
+        (100, 0, 0),
+        (101, 0, 0),
+        (100, 2, 0),
+        (100, 0, 3),
+    }  # the other mesh hangs below the node as ever
     # bound to the first joint: lifted; to the second: (0, 2, 0) turned to (0, -2, 0) and moved; to none: the node's
     assert found == plain | {(0, 10, 0), (1, 10, 0), (5, -2, 0), (100, 0, 3)}
     assert len(mesh.faces) == 8

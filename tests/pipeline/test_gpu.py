@@ -13,20 +13,24 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.rendering import gl_renderer as canvas
-from pipeline.geometry import sdf_cuda as gpu
-from pipeline.geometry import sdf as cpu
 from pipeline.config import BuildConfig
-from pipeline.orchestration.isolated_process import Isolated
 from pipeline.core.schema import RunError, Transient, UserError, band, spacing
-from pipeline.sources import open_source
+from pipeline.geometry import sdf as cpu
+from pipeline.geometry import sdf_cuda as gpu
 from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.orchestration.isolated_process import Isolated
+from pipeline.rendering import gl_renderer as canvas
+from pipeline.sources import open_source
 from tests.pipeline import geometry as geo
 from tests.pipeline.builds import build, config, environment, finish, start
 
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+without_cuda = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="says what happens without CUDA"
+)
 GB = 10**9
-pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # of padding
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(divide by zero|invalid value):RuntimeWarning"
+)  # of padding
 
 
 @without_cuda
@@ -59,7 +63,9 @@ def test_without_cuda_distances_are_refused():
 def test_the_device_changes_no_hash_and_screening_takes_none():
     base, other = BuildConfig(), BuildConfig(device="cuda", assets_per_gpu=3)
     assert other.shared() == base.shared()
-    assert [other.product_hash(name) for name in base.products] == [base.product_hash(name) for name in base.products]
+    assert [other.product_hash(name) for name in base.products] == [
+        base.product_hash(name) for name in base.products
+    ]
     assert base.gpu_share == 0
     assert (other.gpu_share, replace(other, run="screen").gpu_share) == (0.3333, 0)
     with pytest.raises(ValueError, match=r"assets_per_gpu must be in 1\.\.1000, got 0"):
@@ -83,7 +89,9 @@ def test_parts_come_together_as_on_the_cpu(monkeypatch):
     topology, R = build_topology(geo.box((0.5, 0.3, 0.2)).mesh, TopologyConfig(resolution=64)), 16
     fill = gpu.fill_blocks
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    monkeypatch.setattr(gpu, "fill_blocks", lambda *args, **kwargs: fill(*args, **kwargs, device=device))
+    monkeypatch.setattr(
+        gpu, "fill_blocks", lambda *args, **kwargs: fill(*args, **kwargs, device=device)
+    )
     expected, found = cpu.compute_bricks(topology, R), cpu.compute_bricks(topology, R, "cuda")
     np.testing.assert_array_equal(found.blocks, expected.blocks)
     assert len(found.blocks) == 8
@@ -101,7 +109,9 @@ def test_a_full_gpu_is_tried_again(monkeypatch):
     monkeypatch.setattr("kernels.sdf.distances.block_distances", full)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     fill = gpu.fill_blocks
-    monkeypatch.setattr(gpu, "fill_blocks", lambda *args, **kwargs: fill(*args, **kwargs, device="cpu"))
+    monkeypatch.setattr(
+        gpu, "fill_blocks", lambda *args, **kwargs: fill(*args, **kwargs, device="cpu")
+    )
     with pytest.raises(Transient, match="gpu_out_of_memory"):
         cpu.compute_bricks(topology, 16, "cuda")
 
@@ -146,7 +156,9 @@ def test_a_picture_is_drawn_on_the_gpu_that_was_given(monkeypatch):
     canvas._import_pyrender()
     from pyrender.platforms import egl
 
-    devices = [SimpleNamespace(cuda=number) for number in ("1", "0", None)]  # as drivers may list them; Mesa last
+    devices = [
+        SimpleNamespace(cuda=number) for number in ("1", "0", None)
+    ]  # as drivers may list them; Mesa last
     monkeypatch.setattr(egl, "query_devices", lambda: list(devices))
     monkeypatch.setattr(canvas, "_cuda_index", lambda device: device.cuda)
 
@@ -188,7 +200,9 @@ def test_a_gpu_with_a_graphics_driver_draws():
 
 
 def test_the_marker_says_which_device(tiny_build):
-    markers = [json.loads(path.read_text()) for path in sorted((tiny_build / "shards").rglob("sdf-*.json"))]
+    markers = [
+        json.loads(path.read_text()) for path in sorted((tiny_build / "shards").rglob("sdf-*.json"))
+    ]
     assert markers
     assert all(marker["devices"] == ["cpu"] for marker in markers)
 
@@ -219,4 +233,6 @@ def test_the_way_to_a_child_with_a_gpu(tmp_path):
         timeout=300,
         check=False,
     )
-    assert "said: --device cuda: no CUDA device in the process" in done.stdout, done.stdout + done.stderr
+    assert "said: --device cuda: no CUDA device in the process" in done.stdout, (
+        done.stdout + done.stderr
+    )

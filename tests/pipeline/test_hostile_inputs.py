@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import trimesh
 
+from pipeline.core.schema import make_uid
 from pipeline.download.fetch import FetchConfig
 from pipeline.orchestration.plan import make_plan
-from pipeline.core.schema import make_uid
 from pipeline.sources import open_source
 from pipeline.sources.annotations import Annotations
 from pipeline.sources.objaverse import ObjaverseSource
@@ -74,21 +74,34 @@ def test_a_server_that_misbehaves_and_the_run_goes_on(tmp_path):
         unlike = {"page-unhashed": None, "other": "0" * 64}
         licences, kinds = {"closed": "by-nc"}, {"blend": "blend"}
         rows = [
-            (f"{server.url}/{n}.stl", licences.get(n, "by"), kinds.get(n, "stl"), unlike.get(n, sha256(STL)))
+            (
+                f"{server.url}/{n}.stl",
+                licences.get(n, "by"),
+                kinds.get(n, "stl"),
+                unlike.get(n, sha256(STL)),
+            )
             for n in faults
         ]
         root = objaverse_xl(tmp_path / "xl", {"smithsonian": rows})
-        client = FetchConfig(cache=tmp_path / "cache", retries=3, backoff_s=0.01, max_wait_s=1.0, read_timeout_s=1.0)
-        source = ObjaverseXLSource(annotations=Annotations(root=root), fetch=client, places=("smithsonian",))
+        client = FetchConfig(
+            cache=tmp_path / "cache", retries=3, backoff_s=0.01, max_wait_s=1.0, read_timeout_s=1.0
+        )
+        source = ObjaverseXLSource(
+            annotations=Annotations(root=root), fetch=client, places=("smithsonian",)
+        )
         limits = {"retries": 1, "retry_wait_s": 0.2, "max_failed_share": 1.0}
         cfg = config(tmp_path / "out", limits=limits, source=("objaverse-xl",))
         total = build(cfg, [source])
-        assert ends(cfg.out) == {f"{server.url}/{name}.stl": end for name, (_, end) in faults.items()}
+        assert ends(cfg.out) == {
+            f"{server.url}/{name}.stl": end for name, (_, end) in faults.items()
+        }
         assert verify(cfg.out) == []
         assert total == {"done": 9, "rejected": 7, "failed": 1}
         assert server.visits.get("/closed.stl", 0) == server.visits.get("/blend.stl", 0) == 0
         # What a calm server would have given: the faults leave no trace in what is built.
-        server.scripts = {f"/{name}.stl": script for name, (script, end) in faults.items() if end != DONE}
+        server.scripts = {
+            f"/{name}.stl": script for name, (script, end) in faults.items() if end != DONE
+        }
         server.visits.clear()
         calm = config(tmp_path / "calm", limits=limits, source=("objaverse-xl",))
         build(calm, [replace(source, fetch=replace(client, cache=tmp_path / "other"))])
@@ -99,17 +112,28 @@ def test_a_server_that_misbehaves_and_the_run_goes_on(tmp_path):
 def test_objaverse_from_its_annotations_to_shards(tmp_path):
     with running() as server:
         ids = {letter: letter * 32 for letter in "abcd"}
-        said = {"a": about(), "b": about(isAgeRestricted=True), "c": about(license="by-nc"), "d": about(name="an hdri")}
-        root = objaverse(tmp_path / "annotations", {ids[letter]: entry for letter, entry in said.items()})
+        said = {
+            "a": about(),
+            "b": about(isAgeRestricted=True),
+            "c": about(license="by-nc"),
+            "d": about(name="an hdri"),
+        }
+        root = objaverse(
+            tmp_path / "annotations", {ids[letter]: entry for letter, entry in said.items()}
+        )
         server.files[f"/glbs/000-000/{ids['a']}.glb"] = GLB
         client = FetchConfig(cache=tmp_path / "cache")
         folders = ("000-000", "000-001")
-        source = ObjaverseSource(annotations=Annotations(root=root), fetch=client, hub=server.url, folders=folders)
+        source = ObjaverseSource(
+            annotations=Annotations(root=root), fetch=client, hub=server.url, folders=folders
+        )
         cfg = config(tmp_path / "out", source=("objaverse",))
         assert build(cfg, [source]) == {"done": 1, "rejected": 3, "failed": 0}
         found = {row["uid"]: row["reason"] for row in rows_of(cfg.out)}
         reasons = {"a": "", "b": "age_restricted", "c": "licence", "d": "banned_word"}
-        assert found == {make_uid("objaverse", ids[letter]): reason for letter, reason in reasons.items()}
+        assert found == {
+            make_uid("objaverse", ids[letter]): reason for letter, reason in reasons.items()
+        }
         assert len(server.asked) == 1
 
 
@@ -157,7 +181,13 @@ def fill(folder: Path, secret: Path) -> dict[str, tuple[str, str, str]]:
     add("claims.ply", ply, "load", "allocation_bomb")
     add("many.stl", stl(soup), "geometry", "too_many_faces")
     add("in/good.gltf", gltf("good.bin"))
-    outside = ["../../secret.bin", str(secret), f"file://{secret}", "http://127.0.0.1:9/x.bin", "gone.bin"]
+    outside = [
+        "../../secret.bin",
+        str(secret),
+        f"file://{secret}",
+        "http://127.0.0.1:9/x.bin",
+        "gone.bin",
+    ]
     for number, uri in enumerate(outside):
         add(f"in/outside{number}.gltf", gltf(uri), "load", "unreadable")
     for ending, maker in (("zip", make_zip), ("tar", make_tar)):
@@ -190,7 +220,9 @@ def test_a_hostile_folder(tmp_path):
     folder.mkdir()
     expected = fill(folder, tmp_path / "secret.bin")
     before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_symlink()}
-    cfg = config(tmp_path / "out", limits={"max_failed_share": 1.0}, source=(f"folder:{folder}",), views=1)
+    cfg = config(
+        tmp_path / "out", limits={"max_failed_share": 1.0}, source=(f"folder:{folder}",), views=1
+    )
     source = open_source(cfg.source[0])
     total = build(cfg, [source])
     found = ends(cfg.out)
@@ -198,7 +230,9 @@ def test_a_hostile_folder(tmp_path):
     assert sorted(found) == sorted(expected)
     assert total["failed"] == 0
     assert verify(cfg.out) == []
-    assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_symlink()} == before
+    assert {
+        path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_symlink()
+    } == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meshes", "out", "secret.bin"]
     assert sorted(path.name for path in cfg.out.iterdir()) == sorted(
         ["plan.json", "plan.parquet", "sdf", "renders", "manifest", "stats", "shards"]

@@ -9,8 +9,8 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.orchestration.isolated_process import Isolated
 from pipeline.core.schema import RunError
+from pipeline.orchestration.isolated_process import Isolated
 from tests.pipeline.builds import ROOT, wait_until
 from tests.pipeline.hostile import HostileSource
 
@@ -73,7 +73,9 @@ def isolated():
 
 def call(isolated, name, argument, tmp_path, timeout_s=60.0, memory_bytes=8 * GB):
     log = tmp_path / "log.txt"
-    return isolated.call(f"{HERE}:{name}", argument, log=log, timeout_s=timeout_s, memory_bytes=memory_bytes)
+    return isolated.call(
+        f"{HERE}:{name}", argument, log=log, timeout_s=timeout_s, memory_bytes=memory_bytes
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,9 +91,13 @@ def call(isolated, name, argument, tmp_path, timeout_s=60.0, memory_bytes=8 * GB
         ("hang", "timeout"),
     ],
 )
-def test_a_call_ends_with_its_reason_and_the_next_one_is_not_harmed(isolated, tmp_path, behaviour, reason):
+def test_a_call_ends_with_its_reason_and_the_next_one_is_not_harmed(
+    isolated, tmp_path, behaviour, reason
+):
     limit = 0.5 if behaviour == "hang" else 60
-    end = call(isolated, "behave", (behaviour, tmp_path), tmp_path, timeout_s=limit, memory_bytes=3 * GB)
+    end = call(
+        isolated, "behave", (behaviour, tmp_path), tmp_path, timeout_s=limit, memory_bytes=3 * GB
+    )
     assert end.reason == reason
     assert end.seconds < (5 if behaviour == "hang" else 60)
     assert call(isolated, "behave", ("", tmp_path), tmp_path).reason == ""
@@ -111,7 +117,10 @@ def test_an_error_that_is_nobodys_fault_is_told_apart(isolated, tmp_path):
 def test_limits_hold_for_one_call_each_in_a_process_of_its_own(isolated, tmp_path):
     seen = []
     for limit in (2 * GB, 3 * GB):
-        assert call(isolated, "write_limits", tmp_path / "limits", tmp_path, memory_bytes=limit).reason == ""
+        assert (
+            call(isolated, "write_limits", tmp_path / "limits", tmp_path, memory_bytes=limit).reason
+            == ""
+        )
         seen.append((tmp_path / "limits").read_text().split())
     assert [int(words[0]) for words in seen] == [2 * GB, 3 * GB]
     assert seen[0][1] != seen[1][1]
@@ -127,7 +136,9 @@ def test_peak_memory_is_the_calls_own(isolated, tmp_path):
 def test_a_hanging_call_takes_its_own_children_along(isolated, tmp_path):
     folder = tmp_path / "pids"
     folder.mkdir()
-    assert call(isolated, "write_pids_and_sleep", folder, tmp_path, timeout_s=1.5).reason == "timeout"
+    assert (
+        call(isolated, "write_pids_and_sleep", folder, tmp_path, timeout_s=1.5).reason == "timeout"
+    )
     pids = [int(path.name) for path in folder.iterdir()]
     assert len(pids) == 2
     wait_until(lambda: not any(alive(pid) for pid in pids))

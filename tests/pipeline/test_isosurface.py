@@ -19,7 +19,9 @@ def bricks_from(dense):
     blocks = np.argwhere(np.ones((size,) * 3, bool)).astype(np.int16)
     values = dense.reshape(size, 8, size, 8, size, 8).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 512)
     sharp = np.zeros((len(blocks), 64), np.uint8)
-    return Bricks(resolution=len(dense), blocks=blocks, values=values.astype(np.float32), sharp=sharp)
+    return Bricks(
+        resolution=len(dense), blocks=blocks, values=values.astype(np.float32), sharp=sharp
+    )
 
 
 def directed_edges(faces):
@@ -48,7 +50,9 @@ def test_random_fields_give_closed_manifolds(seed):
 def test_every_case_separates_inside_from_outside():
     for case in range(256):
         rows = isosurface._TABLE[case, : isosurface._TRIANGLES[case]]
-        crossed = {e for e, (a, b) in enumerate(isosurface._EDGES) if (case >> a & 1) != (case >> b & 1)}
+        crossed = {
+            e for e, (a, b) in enumerate(isosurface._EDGES) if (case >> a & 1) != (case >> b & 1)
+        }
         assert set(rows.reshape(-1).tolist()) == crossed
 
 
@@ -58,7 +62,9 @@ def test_vertices_interpolate_on_grid_edges():
     vertices, faces = extract(bricks_from(0.3 * i - 0.2 * j + 0.5 * k - 3.31))
     index = (vertices + 0.5) / spacing(16)
     assert np.abs(index @ [0.3, -0.2, 0.5] - 3.31).max() < 1e-5
-    normals = np.cross(vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]])
+    normals = np.cross(
+        vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]]
+    )
     assert (normals @ [0.3, -0.2, 0.5] > -1e-12).all()  # towards growing values
 
 
@@ -69,7 +75,9 @@ def test_cells_with_an_unknown_corner_are_left_out():
     dense[:, :16, :16] = j - 7.5 + 0 * i + 0 * k
     whole = bricks_from(dense)
     keep = (whole.blocks[:, 2] == 0) & (whole.blocks[:, 1] < 2) & (whole.blocks[:, 0] < 2)
-    part = Bricks(resolution=24, blocks=whole.blocks[keep], values=whole.values[keep], sharp=whole.sharp[keep])
+    part = Bricks(
+        resolution=24, blocks=whole.blocks[keep], values=whole.values[keep], sharp=whole.sharp[keep]
+    )
     vertices, faces = extract(part)
     index = (vertices + 0.5) / spacing(24)
     np.testing.assert_allclose(index[:, 1], 7.5)

@@ -5,13 +5,24 @@ import pytest
 from pipeline.curation.licences import OPEN_LICENCES, licence_of
 
 SPELLINGS = {
-    "by": ["by", "BY", "CC BY 4.0", "cc-by-4.0", "Creative Commons - Attribution", "Creative Commons Attribution 3.0"],
+    "by": [
+        "by",
+        "BY",
+        "CC BY 4.0",
+        "cc-by-4.0",
+        "Creative Commons - Attribution",
+        "Creative Commons Attribution 3.0",
+    ],
     "by-sa": [
         "Creative Commons - Attribution - Share Alike",
         "https://creativecommons.org/licenses/by-sa/4.0/",
         "by-sa",
     ],
-    "by-nc-sa": ["by-nc-sa", "Attribution-NonCommercial-ShareAlike 4.0 International", "CC BY-NC-SA 4.0"],
+    "by-nc-sa": [
+        "by-nc-sa",
+        "Attribution-NonCommercial-ShareAlike 4.0 International",
+        "CC BY-NC-SA 4.0",
+    ],
     "by-nc": ["Creative Commons - Attribution - Non-Commercial", "cc by-nc"],
     "by-nd": ["Creative Commons - Attribution - No Derivatives", "cc-by-nd-4.0"],
     "by-nc-nd": ["Attribution - Non-Commercial - No Derivatives"],
@@ -37,7 +48,9 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize(("word", "text"), [(word, text) for word, texts in SPELLINGS.items() for text in texts])
+@pytest.mark.parametrize(
+    ("word", "text"), [(word, text) for word, texts in SPELLINGS.items() for text in texts]
+)
 def test_one_word_for_every_spelling(word, text):
     assert licence_of(text) == word
 

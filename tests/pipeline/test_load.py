@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.mesh_io.load import LoadConfig, absolute_indices, load, load_with_report
 from pipeline.core.schema import Material, Reject
+from pipeline.mesh_io.load import LoadConfig, absolute_indices, load, load_with_report
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import to_glb
 from tests.pipeline.formats import (
@@ -66,7 +66,9 @@ def test_up_z_is_turned_to_y_with_normals(tmp_path):
     path = write(tmp_path / "a.glb", to_glb(make_shape("0-gem")))
     plain, turned = load(path, CFG), load(path, CFG, up="z")
     (part,) = turned.parts
-    np.testing.assert_allclose(part.normals, plain.parts[0].normals[:, [0, 2, 1]] * [1, 1, -1], atol=1e-7)
+    np.testing.assert_allclose(
+        part.normals, plain.parts[0].normals[:, [0, 2, 1]] * [1, 1, -1], atol=1e-7
+    )
     with pytest.raises(ValueError, match='up must be "y" or "z"'):
         load(path, CFG, up="x")
 
@@ -81,7 +83,10 @@ def test_node_transforms_are_baked_and_mirrors_keep_faces_outward(tmp_path):
     assert len(mesh.faces) == 8
     assert len(mesh.parts) == 1  # one look, one part
     corners = mesh.vertices[mesh.faces]
-    volumes = np.einsum("fi,fi->f", corners[:, 0] - [10, 0, 0], np.cross(corners[:, 1], corners[:, 2])) / 6
+    volumes = (
+        np.einsum("fi,fi->f", corners[:, 0] - [10, 0, 0], np.cross(corners[:, 1], corners[:, 2]))
+        / 6
+    )
     assert volumes.sum() == pytest.approx(3.0)  # 2 + 1: a mirrored solid has a positive volume too
     np.testing.assert_allclose(mesh.vertices.min(axis=0), [9, 0, 0])
     np.testing.assert_allclose(mesh.vertices.max(axis=0), [12, 2, 3])
@@ -101,20 +106,35 @@ def test_normals_follow_an_uneven_scale(tmp_path):
 
 def test_materials_textures_and_coordinates(tmp_path):
     look = {
-        "pbrMetallicRoughness": {"baseColorFactor": [0.5, 1, 1, 0.25], "metallicFactor": 0.2, "roughnessFactor": 0.6},
+        "pbrMetallicRoughness": {
+            "baseColorFactor": [0.5, 1, 1, 0.25],
+            "metallicFactor": 0.2,
+            "roughnessFactor": 0.6,
+        },
         "alphaMode": "MASK",
         "alphaCutoff": 0.3,
     }
     image = png((10, 200, 30, 128))
-    mesh, report = load_with_report(write(tmp_path / "a.glb", glb(*gltf(material=look, image=image))), CFG)
+    mesh, report = load_with_report(
+        write(tmp_path / "a.glb", glb(*gltf(material=look, image=image))), CFG
+    )
     (part,) = mesh.parts
     material = part.material
     assert material.texture.shape == (4, 4, 4)
     assert (material.texture == [10, 200, 30, 128]).all()
     np.testing.assert_allclose(material.base_color, [0.5, 1, 1, 0.25], atol=1 / 255)
     assert (material.metallic, material.roughness) == (0.2, 0.6)
-    assert (material.alpha_mode, material.alpha_cutoff, material.double_sided) == ("MASK", 0.3, False)
-    expected = {(0, 0, 0): (0, 1), (1, 0, 0): (1, 1), (0, 2, 0): (0, 0), (0, 0, 3): (1, 0)}  # v = 0 at the bottom
+    assert (material.alpha_mode, material.alpha_cutoff, material.double_sided) == (
+        "MASK",
+        0.3,
+        False,
+    )
+    expected = {
+        (0, 0, 0): (0, 1),
+        (1, 0, 0): (1, 1),
+        (0, 2, 0): (0, 0),
+        (0, 0, 3): (1, 0),
+    }  # v = 0 at the bottom
     assert {tuple(p): tuple(uv) for p, uv in zip(mesh.vertices, part.uv, strict=True)} == expected
     assert report.warnings == ()
 
@@ -132,7 +152,10 @@ def test_vertex_colours_of_gltf_are_light_and_become_srgb(tmp_path):
         if material is not None:
             document["meshes"][0]["primitives"][0]["material"] = 0
         mesh = load(write(tmp_path / "a.glb", glb(document, data)), CFG)
-        by_place = {tuple(p): tuple(c) for p, c in zip(mesh.vertices, mesh.parts[0].colors.tolist(), strict=True)}
+        by_place = {
+            tuple(p): tuple(c)
+            for p, c in zip(mesh.vertices, mesh.parts[0].colors.tolist(), strict=True)
+        }
         assert by_place[1, 0, 0] == (255, 255, 255, 255)
         np.testing.assert_allclose(by_place[0, 2, 0], [128, 0, 0, 255], atol=2)
         np.testing.assert_allclose(by_place[0, 0, 3], [188, 188, 188, 128], atol=2)
@@ -140,20 +163,25 @@ def test_vertex_colours_of_gltf_are_light_and_become_srgb(tmp_path):
 
 def test_vertex_colours_of_ply_are_what_is_shown(tmp_path):
     text = PLY.replace(
-        "property float z\n", "property float z\n" + "".join(f"property uchar {c}\n" for c in ("red", "green", "blue"))
+        "property float z\n",
+        "property float z\n" + "".join(f"property uchar {c}\n" for c in ("red", "green", "blue")),
     )
     lines = text.split("\n")
     start = lines.index("end_header") + 1
     for k in range(4):
         lines[start + k] += f" {10 * k} 128 255"
     mesh = load(write(tmp_path / "a.ply", "\n".join(lines)), CFG)
-    by_place = {tuple(p): tuple(c) for p, c in zip(mesh.vertices, mesh.parts[0].colors.tolist(), strict=True)}
+    by_place = {
+        tuple(p): tuple(c)
+        for p, c in zip(mesh.vertices, mesh.parts[0].colors.tolist(), strict=True)
+    }
     assert by_place[0, 0, 3] == (30, 128, 255, 255)
 
 
 def test_face_colours_split_the_corners(tmp_path):
     text = PLY.replace(
-        "vertex_indices\n", "vertex_indices\nproperty uchar red\nproperty uchar green\nproperty uchar blue\n"
+        "vertex_indices\n",
+        "vertex_indices\nproperty uchar red\nproperty uchar green\nproperty uchar blue\n",
     )
     lines = text.rstrip("\n").split("\n")
     for k in range(4):
@@ -168,7 +196,10 @@ def test_face_colours_split_the_corners(tmp_path):
 def test_obj_with_its_material_and_texture_beside_it(tmp_path):
     (tmp_path / "textures").mkdir()
     write(tmp_path / "textures" / "skin one.png", png((1, 2, 3, 255)))
-    write(tmp_path / "a.mtl", "newmtl skin\nKd 1 1 1\nmap_Kd textures\\skin one.png\nnewmtl red\nKd 1 0 0\n")
+    write(
+        tmp_path / "a.mtl",
+        "newmtl skin\nKd 1 1 1\nmap_Kd textures\\skin one.png\nnewmtl red\nKd 1 0 0\n",
+    )
     lines = ["mtllib a.mtl", *OBJ.split("\n")[:4], "vt 0 0", "vt 1 0", "vt 0 1"]
     lines += ["usemtl skin", "f 1/1 3/2 2/3", "f 1/1 2/2 4/3", "usemtl red", "f 1 4 3", "f 2 3 4"]
     mesh, report = load_with_report(write(tmp_path / "a.obj", "\n".join(lines)), CFG)
@@ -217,7 +248,9 @@ def test_buffers_beside_a_file_count_under_every_name_that_finds_them(tmp_path, 
     document, data = gltf(vertices=corners, faces=faces)
     document["buffers"][0]["uri"] = uri
     write(tmp_path / "a b.bin", data)
-    file = write(tmp_path / f"a.{kind}", json.dumps(document) if kind == "gltf" else glb(document, b""))
+    file = write(
+        tmp_path / f"a.{kind}", json.dumps(document) if kind == "gltf" else glb(document, b"")
+    )
     same_triangles(load(file, CFG), corners, faces)
 
 
@@ -245,13 +278,17 @@ def test_quads_and_polygons_become_triangles(tmp_path):
     mesh = load(write(tmp_path / "a.obj", text), CFG)
     corners = mesh.vertices[mesh.faces]
     assert len(mesh.faces) == 6
-    assert np.einsum("fi,fi->", corners[:, 0], np.cross(corners[:, 1], corners[:, 2])) / 6 == pytest.approx(4.0)
+    assert np.einsum(
+        "fi,fi->", corners[:, 0], np.cross(corners[:, 1], corners[:, 2])
+    ) / 6 == pytest.approx(4.0)
 
 
 def test_negative_obj_indices_count_from_their_own_line(tmp_path):
     first, second = OBJ.split("\n")[:4], ["v 5 0 0", "v 6 0 0", "v 5 1 0", "v 5 0 1"]
     faces = [" ".join(str(int(i) - 4) for i in face) for face in FACES]
-    text = "\n".join([*first, *(f"f {face}" for face in faces), *second, *(f"f {face}" for face in faces)])
+    text = "\n".join(
+        [*first, *(f"f {face}" for face in faces), *second, *(f"f {face}" for face in faces)]
+    )
     mesh = load(write(tmp_path / "a.obj", text), CFG)
     same_triangles(replace(mesh, faces=mesh.faces[:4]))
     np.testing.assert_allclose(mesh.vertices.max(axis=0), [6, 2, 3])
@@ -299,8 +336,14 @@ def archive_bomb() -> bytes:
 
 BROKEN = {
     "empty file.glb": (b"", "empty_file"),
-    "pointer.glb": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "lfs_pointer"),
-    "pointer.stl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "lfs_pointer"),
+    "pointer.glb": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+        "lfs_pointer",
+    ),
+    "pointer.stl": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+        "lfs_pointer",
+    ),
     "page.glb": (b"<!DOCTYPE html><html>not found</html>", "wrong_magic"),
     "page.obj": (b"\n<html><body>404</body></html>", "wrong_magic"),
     "page.dae": (b"<HTML></HTML>", "wrong_magic"),
@@ -321,7 +364,10 @@ BROKEN = {
     "no dae.zae": (zipped({"readme.txt": b"hello"}), "unreadable"),
     "version 1.glb": (b"glTF\1\0\0\0" + SOUND["glb"][8:], "unreadable"),
     "no scene.obj": (b"# nothing here\n", "empty_scene"),
-    "no scene.glb": (glb({"asset": {"version": "2.0"}, "scenes": [{}], "nodes": []}, b""), "empty_scene"),
+    "no scene.glb": (
+        glb({"asset": {"version": "2.0"}, "scenes": [{}], "nodes": []}, b""),
+        "empty_scene",
+    ),
     "no triangles.stl": (stl(np.zeros((0, 3, 3))), "empty_scene"),
     "points.ply": (PLY.replace("face 4", "face 0").rsplit("\n", 5)[0] + "\n", "points_only"),
     "points.obj": (OBJ.split("\nf")[0], "points_only"),
@@ -362,7 +408,9 @@ def test_a_file_that_is_not_there_or_a_directory_is_unreadable(tmp_path):
         assert str(tmp_path) not in str(found)
 
 
-@pytest.mark.parametrize("trailer", [b"\0", b"\n", b"made with care", b"\xff" * 50], ids=lambda value: len(value))
+@pytest.mark.parametrize(
+    "trailer", [b"\0", b"\n", b"made with care", b"\xff" * 50], ids=lambda value: len(value)
+)
 def test_what_follows_the_last_triangle_of_an_stl_does_not_count(tmp_path, trailer):
     mesh, report = load_with_report(write(tmp_path / "a.stl", stl() + trailer), CFG)
     same_triangles(mesh)
@@ -382,7 +430,13 @@ def test_an_archive_that_unpacks_to_too_much(tmp_path):
 
 
 def test_too_many_faces_with_and_without_instances(tmp_path):
-    for name, data in (("a.stl", stl()), ("a.ply", PLY), ("a.off", OFF), ("a.obj", OBJ), ("a.glb", glb(*gltf()))):
+    for name, data in (
+        ("a.stl", stl()),
+        ("a.ply", PLY),
+        ("a.off", OFF),
+        ("a.obj", OBJ),
+        ("a.glb", glb(*gltf())),
+    ):
         found = reject(write(tmp_path / name, data), replace(CFG, max_faces=3))
         assert (found.reason, found.numbers["faces"]) == ("too_many_faces", 4)
     found = reject(write(tmp_path / "b.glb", instances(10)), replace(CFG, max_faces=39))
@@ -414,11 +468,17 @@ def test_the_order_of_parts_does_not_depend_on_the_process(tmp_path):
     path = write(tmp_path / "house.glb", to_glb(make_shape("0014-house")))
     code = "import sys; from tests.pipeline.test_load import digest; print(digest(sys.argv[1]))"
     other = subprocess.run(
-        [sys.executable, "-c", code, str(path)], env={"PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(path)],
+        env={"PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert other.stdout.strip() == digest(str(path))
 
 
 def digest(path: str) -> str:
     mesh = load(Path(path), CFG)
-    return hashlib.sha256(mesh.vertices.tobytes() + mesh.faces.tobytes() + repr(mesh.parts).encode()).hexdigest()
+    return hashlib.sha256(
+        mesh.vertices.tobytes() + mesh.faces.tobytes() + repr(mesh.parts).encode()
+    ).hexdigest()

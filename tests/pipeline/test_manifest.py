@@ -3,6 +3,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.core.schema import Record, make_uid
 from pipeline.orchestration.manifest import (
     Result,
     append_stats,
@@ -13,9 +14,10 @@ from pipeline.orchestration.manifest import (
     with_products,
     write_manifest,
 )
-from pipeline.core.schema import Record, make_uid
 
-RECORD = Record(uid=make_uid("folder", "a.obj"), source="folder", url="a.obj", licence="cc0", format="obj")
+RECORD = Record(
+    uid=make_uid("folder", "a.obj"), source="folder", url="a.obj", licence="cc0", format="obj"
+)
 GEOMETRY = {
     **{"sha256": "0" * 64, "faces": 12, "vertices": 8, "components": 1, "area": 6.0, "volume": 1.0},
     **{"sign_path": "closed", "center": [0.0, 1.0, 2.0], "scale": 0.5},
@@ -26,7 +28,13 @@ def visit(status="done", stage="", reason="", **products):
     made = {name.replace("_", "-"): {"tokens": n} for name, n in products.items()}
     numbers = {"seen": sorted(products)[0]} if products else {}
     return Result(
-        uid=RECORD.uid, status=status, stage=stage, reason=reason, row=GEOMETRY, products=made, numbers=numbers
+        uid=RECORD.uid,
+        status=status,
+        stage=stage,
+        reason=reason,
+        row=GEOMETRY,
+        products=made,
+        numbers=numbers,
     )
 
 
@@ -56,7 +64,9 @@ def test_what_ended_early_has_nulls_for_what_was_not_reached(tmp_path):
     early = Result(uid=RECORD.uid, status="rejected", stage="load", reason="empty_file")
     write_manifest(tmp_path / "m.parquet", [row_of(early)], [64])
     (row,) = read_manifest(tmp_path / "m.parquet")
-    assert [row[name] for name in ("faces", "area", "sign_path", "tokens_64", "center", "scale")] == [None] * 6
+    assert [
+        row[name] for name in ("faces", "area", "sign_path", "tokens_64", "center", "scale")
+    ] == [None] * 6
     assert (row["status"], row["stage"], row["reason"]) == ("rejected", "load", "empty_file")
 
 
@@ -97,10 +107,17 @@ def test_funnel_counts_every_verdict_done_first():
 
 def test_stats_keep_every_visit(tmp_path):
     for attempts in (1, 2):
-        append_stats(tmp_path / "s.parquet", [Result(uid="a", status="done", stage="", reason="", attempts=attempts)])
+        append_stats(
+            tmp_path / "s.parquet",
+            [Result(uid="a", status="done", stage="", reason="", attempts=attempts)],
+        )
     assert pq.read_table(tmp_path / "s.parquet")["attempts"].to_pylist() == [1, 2]
 
 
 def test_schema_sorts_resolutions_as_numbers():
     names = manifest_schema([1024, 64, 512]).names
-    assert [name for name in names if name.startswith("tokens")] == ["tokens_64", "tokens_512", "tokens_1024"]
+    assert [name for name in names if name.startswith("tokens")] == [
+        "tokens_64",
+        "tokens_512",
+        "tokens_1024",
+    ]

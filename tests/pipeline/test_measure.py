@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pipeline.core.schema import Mesh, View, check_resolution
 from pipeline.curation.screening_metrics import (
     COLUMNS,
     ScreenConfig,
@@ -16,18 +17,19 @@ from pipeline.curation.screening_metrics import (
     save_measured,
     write_measured,
 )
-from pipeline.mesh_io.normalize import NormalizeConfig, normalize
-from pipeline.core.schema import Mesh, View, check_resolution
 from pipeline.geometry.sdf import compute_bricks
-from pipeline.sources.shapes import kit, solids
 from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+from pipeline.sources.shapes import kit, solids
 
 SMALL = ScreenConfig(resolution=64, image_size=64)
 
 
 def mesh_of(*pieces):
     whole = kit.joined(list(pieces))
-    return normalize(Mesh(vertices=whole.vertices, faces=whole.faces.astype(np.int32)), NormalizeConfig())
+    return normalize(
+        Mesh(vertices=whole.vertices, faces=whole.faces.astype(np.int32)), NormalizeConfig()
+    )
 
 
 def measured(mesh, resolution=128):
@@ -48,10 +50,15 @@ def cracked_box(gap):
     top = (box.vertices[box.faces][:, :, 1] > 0.47).all(axis=1)
     vertices = box.vertices[box.faces].copy()
     vertices[top] *= np.array([1 - gap / 0.475, 1, 1 - gap / 0.475])
-    return Mesh(vertices=vertices.reshape(-1, 3), faces=np.arange(3 * len(vertices), dtype=np.int32).reshape(-1, 3))
+    return Mesh(
+        vertices=vertices.reshape(-1, 3),
+        faces=np.arange(3 * len(vertices), dtype=np.int32).reshape(-1, 3),
+    )
 
 
-@pytest.mark.parametrize(("piece", "fraction"), [(solids.box(1, 2, 1), 1.0), (solids.sphere(1.0), np.pi / 6)])
+@pytest.mark.parametrize(
+    ("piece", "fraction"), [(solids.box(1, 2, 1), 1.0), (solids.sphere(1.0), np.pi / 6)]
+)
 def test_solid_fraction(piece, fraction):
     assert measured(mesh_of(piece)).solid_fraction == pytest.approx(fraction, abs=0.02)
 
@@ -70,7 +77,9 @@ def test_nothing_leaks_out_of_a_closed_box():
 
 def test_a_crack_between_one_barrier_and_two_is_a_leak(monkeypatch):
     """At 128 a voxel is 1/127: the flood passes cracks wider than 1.2 voxels, a doubled barrier up to 2.4."""
-    monkeypatch.setattr("pipeline.geometry.topology.holes.boundary_loops", lambda faces: [])  # what loops do not find
+    monkeypatch.setattr(
+        "pipeline.geometry.topology.holes.boundary_loops", lambda faces: []
+    )  # what loops do not find
     tight, leaky = (measured(cracked_box(voxels / 127)) for voxels in (0.5, 1.8))
     assert tight.solid_fraction == pytest.approx(1.0, abs=0.03)
     assert tight.leak_fraction < 0.01
@@ -106,7 +115,9 @@ def test_occupancy_is_where_the_blocks_are():
     mesh = mesh_of(solids.sphere(1.0))
     bricks = compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
     cells = np.unpackbits(np.frombuffer(occupancy_bits(bricks), np.uint8)).reshape(16, 16, 16)
-    expected = {tuple(cell) for cell in (bricks.blocks * 2).tolist()}  # 8 blocks a side at 64: every second cell
+    expected = {
+        tuple(cell) for cell in (bricks.blocks * 2).tolist()
+    }  # 8 blocks a side at 64: every second cell
     assert {tuple(cell) for cell in np.argwhere(cells).tolist()} == expected
 
 

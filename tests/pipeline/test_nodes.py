@@ -38,7 +38,9 @@ class Nodes:
         names = ("ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
         options = [f"--{name}={number}" for name, number in zip(names, others, strict=True)]
         self.address = f"127.0.0.1:{port}"
-        self._start("--head", f"--port={port}", "--include-dashboard=false", "--num-cpus=0", *options)
+        self._start(
+            "--head", f"--port={port}", "--include-dashboard=false", "--num-cpus=0", *options
+        )
         self._joined(1)
 
     def add(self) -> dict[str, str]:
@@ -52,20 +54,36 @@ class Nodes:
 
     def _start(self, *options: str) -> dict[str, str]:
         env = environment(self.home)
-        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000", *options]
+        command = [
+            RAY,
+            "start",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            "--object-store-memory=100000000",
+            *options,
+        ]
         if "--head" in options:
             command.append(f"--temp-dir={self.temp}")
         log = (self.home / f"node-{len(self.marked)}.log").open("w")
-        process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log, cwd=ROOT)
+        process = subprocess.Popen(
+            list(map(str, command)), env=env, stdout=log, stderr=log, cwd=ROOT
+        )
         self.marked.append((env, process))
         return env
 
     def _joined(self, count: int) -> None:
         """Wait until so many nodes are alive."""
-        code = f"import ray; ray.init({self.address!r}, log_to_driver=False, logging_level='ERROR'); "
+        code = (
+            f"import ray; ray.init({self.address!r}, log_to_driver=False, logging_level='ERROR'); "
+        )
         code += f"assert sum(node['Alive'] for node in ray.nodes()) >= {count}"
         command = [str(RAY.with_name("python")), "-c", code]
-        wait_until(lambda: not subprocess.run(command, env=self.marked[0][0], capture_output=True).returncode, 120)
+        wait_until(
+            lambda: (
+                not subprocess.run(command, env=self.marked[0][0], capture_output=True).returncode
+            ),
+            120,
+        )
 
     def close(self) -> None:
         for env, process in reversed(self.marked):
@@ -99,13 +117,26 @@ def nodes(tmp_path):
 def test_a_lost_worker_a_lost_node_and_a_lost_driver_leave_no_trace(tiny_build, nodes, tmp_path):
     out = tmp_path / "build"
     first, second = nodes.add(), nodes.add()
-    args = [*TINY, "--limit", "12", "--val-percent", "30", "--out", out, "--resolutions", "64", "96"]
+    args = [
+        *TINY,
+        "--limit",
+        "12",
+        "--val-percent",
+        "30",
+        "--out",
+        out,
+        "--resolutions",
+        "64",
+        "96",
+    ]
     env = environment(tmp_path) | {"RAY_ADDRESS": nodes.address}
     driver = start("pipeline.build", *args, env=env)
 
     def landed():
         assert driver.poll() is None, driver.communicate()[0]
-        return len(list(out.glob(".scratch/*/*/result.json"))) + 3 * len(list(out.glob("shards/*/manifest.json")))
+        return len(list(out.glob(".scratch/*/*/result.json"))) + 3 * len(
+            list(out.glob("shards/*/manifest.json"))
+        )
 
     wait_until(lambda: landed() >= 1)
     wait_until(lambda: landed() and marked(first, "ray::_asset_task"))
@@ -118,8 +149,12 @@ def test_a_lost_worker_a_lost_node_and_a_lost_driver_leave_no_trace(tiny_build, 
     wait_until(lambda: landed() > before)
     driver.send_signal(signal.SIGKILL)
     driver.wait(60)
-    assert len(list(out.glob("shards/*/manifest.json"))) < 4, "the build was over before its driver was lost"
-    wait_until(lambda: not marked(first, "ray::_asset_task"), 120)  # Ray ends what a lost driver had begun
+    assert len(list(out.glob("shards/*/manifest.json"))) < 4, (
+        "the build was over before its driver was lost"
+    )
+    wait_until(
+        lambda: not marked(first, "ray::_asset_task"), 120
+    )  # Ray ends what a lost driver had begun
     output = finish(start("pipeline.build", *args, env=env))
     assert "12 done" in output or "12/12" in output, output
     assert_same(contents(out), contents(tiny_build))

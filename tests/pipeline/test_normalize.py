@@ -8,15 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.mesh_io.normalize import NormalizeConfig, normalize
 from pipeline.core.schema import Mesh, Part, Reject
+from pipeline.mesh_io.normalize import NormalizeConfig, normalize
 
 CFG = NormalizeConfig()
 finite = st.floats(-1e6, 1e6, allow_nan=False, width=32)
 
 
 def triangle(*points) -> Mesh:
-    return Mesh(vertices=np.array(points, dtype=np.float64), faces=np.array([[0, 1, 2]], dtype=np.int32))
+    return Mesh(
+        vertices=np.array(points, dtype=np.float64), faces=np.array([[0, 1, 2]], dtype=np.int32)
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -65,9 +67,13 @@ def test_parts_and_faces_stay():
 def test_center_and_scale_lead_back_to_the_loaded_frame_whatever_frame_came_in():
     loaded = triangle([5, 5, 5], [9, 5, 5], [5, 6, 7])
     center, scale = np.array([1.0, 2.0, 3.0]), 0.5
-    given_ = replace(loaded, vertices=(loaded.vertices - center) * scale, center=tuple(center), scale=scale)
+    given_ = replace(
+        loaded, vertices=(loaded.vertices - center) * scale, center=tuple(center), scale=scale
+    )
     result = normalize(given_, CFG)
-    np.testing.assert_allclose((loaded.vertices - result.center) * result.scale, result.vertices, atol=1e-12)
+    np.testing.assert_allclose(
+        (loaded.vertices - result.center) * result.scale, result.vertices, atol=1e-12
+    )
     assert result.center == pytest.approx((7.0, 5.5, 6.0))
 
 

@@ -18,18 +18,18 @@ from pipeline import estimate as estimate_module
 from pipeline import verify as verify_module
 from pipeline.build import make
 from pipeline.core.cli import command
+from pipeline.core.schema import RunError
+from pipeline.curation.rank import RankConfig
 from pipeline.estimate import measure_passes
-from pipeline.storage.remote import Remote, location
 from pipeline.orchestration.commit import PackJob
 from pipeline.orchestration.plan import read_plan
-from pipeline.curation.rank import RankConfig
+from pipeline.orchestration.transfer import commit
 from pipeline.report import write_report
-from pipeline.core.schema import RunError
+from pipeline.storage.locks import scratch_root, workspace
+from pipeline.storage.remote import Remote, location
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard
-from pipeline.orchestration.transfer import commit
 from pipeline.verify import verify
-from pipeline.storage.locks import scratch_root, workspace
 from tests.pipeline import object_store
 from tests.pipeline.builds import (
     TINY,
@@ -95,14 +95,19 @@ def left_in(scratch):
     return [path.name for path in scratch_root(scratch).rglob("*")]
 
 
-def test_the_same_objects_with_the_same_bytes_and_readers_that_take_urls(store, local_build, remote, tmp_path):
+def test_the_same_objects_with_the_same_bytes_and_readers_that_take_urls(
+    store, local_build, remote, tmp_path
+):
     local, total = local_build
     prefix, cfg = remote
     assert build(cfg, [SOURCE]) == total == {"done": 4, "rejected": 1, "failed": 0}
     assert_like_local(store, prefix, local.out, tmp_path)
     assert verify(cfg.out) == []
     assert left_in(cfg.scratch) == []
-    written = {name: store.client.head_object(Bucket=BUCKET, Key=f"{prefix}/{name}") for name in store.keys(prefix)}
+    written = {
+        name: store.client.head_object(Bucket=BUCKET, Key=f"{prefix}/{name}")
+        for name in store.keys(prefix)
+    }
     store.put(f"{prefix}/.scratch/000000/late.tar", b"of a task that was thought dead")
     assert build(cfg, []) == total  # nothing is done again
     assert sorted(store.keys(prefix)) == sorted(written)
@@ -142,7 +147,9 @@ def test_one_more_resolution_then_report_and_estimate(store, local_build, remote
 def test_a_ranked_build(store, remote, tmp_path):
     prefix, cfg = remote
     loose = {"min_tokens": 1, "min_contrast": 0.0, "min_coverage": 0.0, "max_solid_fraction": 1.0}
-    rank = RankConfig(target_count=2, best_count=1, best_resolutions=(72,), max_leak_fraction=1.0, **loose)
+    rank = RankConfig(
+        target_count=2, best_count=1, best_resolutions=(72,), max_leak_fraction=1.0, **loose
+    )
     cfg = replace(cfg, rank=rank, screen=replace(cfg.screen, resolution=64, image_size=64))
     local = replace(cfg, out=tmp_path / "local")
     assert make(cfg, [SOURCE]) == make(local, [SOURCE])
@@ -164,7 +171,9 @@ def test_a_ranked_build(store, remote, tmp_path):
         (r"^POST /bucket\?delete", "answer", 0),
     ],
 )
-def test_a_connection_that_is_cut_once_is_made_again(store, local_build, remote, tmp_path, pattern, where, after_bytes):
+def test_a_connection_that_is_cut_once_is_made_again(
+    store, local_build, remote, tmp_path, pattern, where, after_bytes
+):
     prefix, cfg = remote
     cut = Cut(pattern, where, after_bytes=after_bytes)
     store.wire.cuts = [cut]
@@ -177,7 +186,11 @@ def test_a_connection_that_is_cut_once_is_made_again(store, local_build, remote,
     ("name", "there", "not_there"),
     [
         ("000000.index.parquet", "renders/paper/000000.tar", "shards/000000/manifest.json"),
-        ("shards/000000/renders-paper.json", "shards/000000/sdf-64.json", "shards/000000/renders-paper.json"),
+        (
+            "shards/000000/renders-paper.json",
+            "shards/000000/sdf-64.json",
+            "shards/000000/renders-paper.json",
+        ),
     ],
 )
 def test_a_store_that_goes_away_in_a_commit_ends_the_run_in_one_line_and_the_same_command_goes_on(
@@ -185,21 +198,31 @@ def test_a_store_that_goes_away_in_a_commit_ends_the_run_in_one_line_and_the_sam
 ):
     prefix, cfg = remote
     cfg = replace(cfg, out=replace(cfg.out, waits_s=(0.1, 0.1)))
-    store.wire.cuts = [Cut(rf"^PUT /bucket/[^ ]*/{re.escape(name)}", "body", times=10**6, after_bytes=100)]
-    with pytest.raises(RunError, match=rf"s3://bucket/.*/{re.escape(name)} cannot be written .*same command"):
+    store.wire.cuts = [
+        Cut(rf"^PUT /bucket/[^ ]*/{re.escape(name)}", "body", times=10**6, after_bytes=100)
+    ]
+    with pytest.raises(
+        RunError, match=rf"s3://bucket/.*/{re.escape(name)} cannot be written .*same command"
+    ):
         build(cfg, [SOURCE])
     held = store.keys(prefix)
     assert there in held  # a part of the commit
     assert not_there not in held
-    assert len([name for name in held if name.startswith(".scratch/000000/")]) == 3  # and what it takes to repeat it
-    if "shards/000000/sdf-64.json" not in held:  # the half was of other code, and had an object more
+    assert (
+        len([name for name in held if name.startswith(".scratch/000000/")]) == 3
+    )  # and what it takes to repeat it
+    if (
+        "shards/000000/sdf-64.json" not in held
+    ):  # the half was of other code, and had an object more
         store.put(f"{prefix}/sdf/64/000000.zarr/values/c/0/0/stray", b"stray")
     store.put(f"{prefix}/.scratch/000001/gone.tar", b"stray")
     store.wire.cuts = []
     visits = tmp_path / "notes"
     visits.mkdir()
     assert build(cfg, [replace(SOURCE, notes=visits)]) == local_build[1]
-    assert not {"0.0", "1.0", "2.0"} & {path.name for path in visits.iterdir()}  # landed assets are not visited again
+    assert not {"0.0", "1.0", "2.0"} & {
+        path.name for path in visits.iterdir()
+    }  # landed assets are not visited again
     assert_like_local(store, prefix, local_build[0].out, tmp_path)
     assert left_in(cfg.scratch) == []
 
@@ -209,7 +232,12 @@ def test_a_commit_whose_worker_was_lost_after_its_last_marker_is_not_repeated(st
     build(cfg, [SOURCE])
     records = tuple(read_plan(cfg.out).shard("000000"))
     job = PackJob(config=cfg, shard="000000", records=records, products=cfg.products, wanted=3)
-    assert commit(job) == {"assets": 3, "done": 2, "rejected": 1, "failed": 0}  # there is nothing left to pack
+    assert commit(job) == {
+        "assets": 3,
+        "done": 2,
+        "rejected": 1,
+        "failed": 0,
+    }  # there is nothing left to pack
 
 
 def test_a_driver_that_is_killed_goes_on_from_what_the_store_has(store, tiny_build, tmp_path):
@@ -223,7 +251,9 @@ def test_a_driver_that_is_killed_goes_on_from_what_the_store_has(store, tiny_bui
         assert process.poll() is None, process.communicate()[0]
         names = store.keys(prefix)
         shards = {name.split("/")[1] for name in names if name.endswith("/renders-paper.json")}
-        return shards and any(n.startswith(".scratch/") and n.split("/")[1] not in shards for n in names)
+        return shards and any(
+            n.startswith(".scratch/") and n.split("/")[1] not in shards for n in names
+        )
 
     wait_until(committed_one_and_works_on_another)
     process.send_signal(signal.SIGKILL)
@@ -258,7 +288,10 @@ def run_main(main, args, monkeypatch, caplog):
         ("memory://x", "is seen by one process alone"),
         ("gs://bucket/x", "the package for gs:// is missing; pip install 'gcsfs'"),
         ("http://127.0.0.1:9/x", "cannot write to http://127.0.0.1:9/x"),
-        ("ftp://me:secret@127.0.0.1:1/x", "cannot write to ftp://127.0.0.1:1/x: ConnectionRefusedError"),
+        (
+            "ftp://me:secret@127.0.0.1:1/x",
+            "cannot write to ftp://127.0.0.1:1/x: ConnectionRefusedError",
+        ),
         ("file://host/x", "a file URL must have three slashes"),
     ],
 )
@@ -269,7 +302,9 @@ def test_an_output_that_cannot_be_is_one_line_before_any_work(out, words, monkey
     assert "secret" not in line
 
 
-def test_no_credentials_a_server_that_is_down_and_a_directory_of_others(store, remote, monkeypatch, caplog):
+def test_no_credentials_a_server_that_is_down_and_a_directory_of_others(
+    store, remote, monkeypatch, caplog
+):
     prefix, cfg = remote
     args = ["--out", str(cfg.out)]
     with monkeypatch.context() as patch:
@@ -278,7 +313,11 @@ def test_no_credentials_a_server_that_is_down_and_a_directory_of_others(store, r
     assert (code, "NoCredentialsError" in line) == (2, True)
     caplog.clear()
     store.wire.down = True
-    for main, first in ((build_module.main, args), (verify_module.main, args[1:]), (estimate_module.main, args[1:])):
+    for main, first in (
+        (build_module.main, args),
+        (verify_module.main, args[1:]),
+        (estimate_module.main, args[1:]),
+    ):
         code, line = run_main(main, first, monkeypatch, caplog)
         assert (code, str(cfg.out) in line, "rror: " in line) == (2, True, True)
         caplog.clear()
@@ -293,7 +332,9 @@ def test_no_credentials_a_server_that_is_down_and_a_directory_of_others(store, r
     assert store.keys(prefix) == ["thesis.tex"]
 
 
-def test_verify_names_what_was_changed_in_the_store(store, remote, local_build, monkeypatch, caplog, tmp_path):
+def test_verify_names_what_was_changed_in_the_store(
+    store, remote, local_build, monkeypatch, caplog, tmp_path
+):
     prefix, cfg = remote
     build(cfg, [SOURCE])
     for name, change, rule in [
@@ -302,13 +343,37 @@ def test_verify_names_what_was_changed_in_the_store(store, remote, local_build, 
             lambda data: data[:-9] + b"x" + data[-8:],
             "shard 000001: sdf-64: .*sha256",
         ),
-        ("sdf/64/000001.zarr/values/c/0/0", lambda data: data[:-1], "shard 000001: sdf-64: .*000001.zarr has .* bytes"),
-        ("sdf/64/000000.zarr/stray", lambda data: b"stray", "shard 000000: sdf-64: .*000000.zarr has .* bytes"),
-        ("renders/paper/000000.tar", lambda data: data[:600] + b"x" + data[601:], "shard 000000: renders-.*sha256"),
-        ("manifest/000001.parquet", lambda data: b"", "shard 000001: .*must be a readable manifest"),
-        ("shards/000001/sdf-64.json", lambda data: data[:40], "shard 000001: sdf-64: commit marker does not parse"),
+        (
+            "sdf/64/000001.zarr/values/c/0/0",
+            lambda data: data[:-1],
+            "shard 000001: sdf-64: .*000001.zarr has .* bytes",
+        ),
+        (
+            "sdf/64/000000.zarr/stray",
+            lambda data: b"stray",
+            "shard 000000: sdf-64: .*000000.zarr has .* bytes",
+        ),
+        (
+            "renders/paper/000000.tar",
+            lambda data: data[:600] + b"x" + data[601:],
+            "shard 000000: renders-.*sha256",
+        ),
+        (
+            "manifest/000001.parquet",
+            lambda data: b"",
+            "shard 000001: .*must be a readable manifest",
+        ),
+        (
+            "shards/000001/sdf-64.json",
+            lambda data: data[:40],
+            "shard 000001: sdf-64: commit marker does not parse",
+        ),
         (".scratch/000000/left.tar", lambda data: b"", r"build: \.scratch: does not belong here"),
-        ("sdf/64/000009.zarr/zarr.json", lambda data: b"{}", "build: sdf/64/000009.zarr: belongs to no shard"),
+        (
+            "sdf/64/000009.zarr/zarr.json",
+            lambda data: b"{}",
+            "build: sdf/64/000009.zarr: belongs to no shard",
+        ),
     ]:
         old = store.get(f"{prefix}/{name}") if name in store.keys(prefix) else None
         store.put(f"{prefix}/{name}", change(old))
@@ -351,7 +416,9 @@ def test_a_large_object_is_sent_in_parts_and_cut_parts_are_sent_again(store, tmp
     place.fetch(tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == data
     store.wire.cuts = [Cut(r"^PUT /bucket/large\?.*partNumber=2", "body", times=10**6)]
-    with pytest.raises(RunError, match=r"s3://bucket/large cannot be written .*same command goes on"):
+    with pytest.raises(
+        RunError, match=r"s3://bucket/large cannot be written .*same command goes on"
+    ):
         place.put(tmp_path / "large")
     store.wire.cuts = []
     assert store.get("large") == data  # nothing half replaced it
@@ -380,7 +447,9 @@ def test_where_objects_are_files_they_are_written_under_another_name_first(monke
     seen = []
     memory = fsspec.get_filesystem_class("memory")
     move = memory.mv
-    monkeypatch.setattr(memory, "mv", lambda self, a, b, **kw: seen.append((a, b)) or move(self, a, b, **kw))
+    monkeypatch.setattr(
+        memory, "mv", lambda self, a, b, **kw: seen.append((a, b)) or move(self, a, b, **kw)
+    )
     place.write_bytes(b"one")
     assert (seen, place.read_bytes()) == ([("/files/x.partial", "/files/x")], b"one")
     (place.with_name("tree") / "a/b").write_bytes(b"two")
@@ -417,5 +486,8 @@ def test_workspaces_of_killed_processes_are_removed_and_those_of_others_stay(tmp
     tasks[1][0].join()
     assert left_in(tmp_path) == []
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(RunError, match="choose another --scratch"), workspace(Remote("s3://b/x"), tmp_path / "file"):
+    with (
+        pytest.raises(RunError, match="choose another --scratch"),
+        workspace(Remote("s3://b/x"), tmp_path / "file"),
+    ):
         pass

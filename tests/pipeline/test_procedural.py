@@ -10,21 +10,33 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from pipeline.core.schema import Mesh, Record, UserError, make_uid
 from pipeline.curation.filters import FilterConfig, count_components, filter_geometry, weld
 from pipeline.mesh_io.load import LoadConfig, load_with_report
 from pipeline.mesh_io.normalize import NormalizeConfig, normalize
-from pipeline.core.schema import Mesh, Record, UserError, make_uid
 from pipeline.sources import open_source
 from pipeline.sources.procedural import ProceduralSource, make_shape
 from pipeline.sources.shapes import FAMILIES, basic, kit, solids, to_glb
 
-SHEETS = {"flag": 1, "bowl": 1, "mobius": 1, "umbrella": 1, "lamp": 1, "boat": 4, "open_box": 9, "paper_plane": 4}
+SHEETS = {
+    "flag": 1,
+    "bowl": 1,
+    "mobius": 1,
+    "umbrella": 1,
+    "lamp": 1,
+    "boat": 4,
+    "open_box": 9,
+    "paper_plane": 4,
+}
 MISLEADING = {"inside_out", "shuffled", "nested_spheres"}  # not every piece faces outward
 SOLID = sorted(set(FAMILIES) - set(SHEETS) - MISLEADING - {"doubled"})
 
 
 def keys(count: int) -> list[str]:
-    return [record.url.partition(":")[2] for record in islice(open_source("procedural").records(), count)]
+    return [
+        record.url.partition(":")[2]
+        for record in islice(open_source("procedural").records(), count)
+    ]
 
 
 def mesh_of(piece: kit.Piece) -> Mesh:
@@ -34,7 +46,9 @@ def mesh_of(piece: kit.Piece) -> Mesh:
 def open_edges(piece: kit.Piece) -> int:
     """Directed edges that are not met by as many in the other direction."""
     faces = weld(piece.vertices)[piece.faces]
-    edges = Counter(map(tuple, np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist()))
+    edges = Counter(
+        map(tuple, np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist())
+    )
     return sum(edges[(b, a)] != count for (a, b), count in edges.items())
 
 
@@ -116,7 +130,10 @@ def test_a_boat_is_closed_by_its_deck():
 
 def test_misleading_families_mislead():
     for k in range(3):
-        assert all(filter_geometry(mesh_of(p), FilterConfig())["volume"] < 0 for p in make_shape(f"{k}-inside_out"))
+        assert all(
+            filter_geometry(mesh_of(p), FilterConfig())["volume"] < 0
+            for p in make_shape(f"{k}-inside_out")
+        )
         assert all(open_edges(piece) > 0 for piece in make_shape(f"{k}-shuffled"))
         for piece in make_shape(f"{k}-doubled"):
             sets = Counter(map(tuple, np.sort(weld(piece.vertices)[piece.faces], axis=1).tolist()))
@@ -134,12 +151,19 @@ def test_all_of_the_smoke_set_loads_as_it_was_made(tmp_path):
         mesh, report = load_with_report(source.materialize(record, tmp_path), LoadConfig())
         assert report.warnings == ()
         assert len(mesh.faces) == sum(len(piece.faces) for piece in pieces)
-        made = np.sort(np.concatenate([p.vertices[p.faces] for p in pieces]).astype(np.float32).reshape(-1, 9), axis=0)
-        np.testing.assert_array_equal(np.sort(mesh.vertices[mesh.faces].reshape(-1, 9), axis=0), made)
+        made = np.sort(
+            np.concatenate([p.vertices[p.faces] for p in pieces]).astype(np.float32).reshape(-1, 9),
+            axis=0,
+        )
+        np.testing.assert_array_equal(
+            np.sort(mesh.vertices[mesh.faces].reshape(-1, 9), axis=0), made
+        )
         for part in mesh.parts:
             assert part.normals is not None
             assert part.material.texture is None or part.uv is not None
-            kinds += Counter(textured=part.material.texture is not None, colored=part.colors is not None)
+            kinds += Counter(
+                textured=part.material.texture is not None, colored=part.colors is not None
+            )
             kinds["metallic"] += part.material.metallic > 0
         kinds["several looks"] += len(mesh.parts) > 1
         numbers = filter_geometry(normalize(mesh, NormalizeConfig()), FilterConfig())
@@ -172,11 +196,26 @@ def test_all_300_pass_the_default_filters(tmp_path):
         (kit.aimed(solids.rod(0.1, 4), (1, 2, 3), (4, 6, 3)), 5 * 0.02, 1e-12),
         (solids.tube([(0, 0, 0), (0, 0, 2.0)], 0.1, 4), 0.04, 1e-12),
     ],
-    ids=["box", "sphere", "torus", "capsule", "cylinder", "cone", "octa", "icosa", "extrude", "ring", "aimed", "tube"],
+    ids=[
+        "box",
+        "sphere",
+        "torus",
+        "capsule",
+        "cylinder",
+        "cone",
+        "octa",
+        "icosa",
+        "extrude",
+        "ring",
+        "aimed",
+        "tube",
+    ],
 )
 def test_volumes_of_the_kit(piece, volume, tolerance):
     assert open_edges(piece) == 0
-    assert filter_geometry(mesh_of(piece), FilterConfig())["volume"] == pytest.approx(volume, rel=tolerance)
+    assert filter_geometry(mesh_of(piece), FilterConfig())["volume"] == pytest.approx(
+        volume, rel=tolerance
+    )
 
 
 @pytest.mark.parametrize("name", sorted(basic.LETTERS))
@@ -184,19 +223,27 @@ def test_letters_are_cut_into_triangles_without_gap_or_overlap(name):
     outline = np.array(basic.LETTERS[name], dtype=np.float64)
     x, y = outline.T
     shoelace = (x * np.roll(y, -1) - y * np.roll(x, -1)).sum() / 2
-    assert filter_geometry(mesh_of(kit.extrude(outline, 2.0)), FilterConfig())["volume"] == pytest.approx(2 * shoelace)
+    assert filter_geometry(mesh_of(kit.extrude(outline, 2.0)), FilterConfig())[
+        "volume"
+    ] == pytest.approx(2 * shoelace)
 
 
-@pytest.mark.parametrize("outline", [[(0, 0), (0, 1), (1, 1), (1, 0)], [(0, 0), (1, 1), (1, 0), (0, 1)]])
+@pytest.mark.parametrize(
+    "outline", [[(0, 0), (0, 1), (1, 1), (1, 0)], [(0, 0), (1, 1), (1, 0), (0, 1)]]
+)
 def test_a_clockwise_or_crossing_outline_is_an_error(outline):
     with pytest.raises(ValueError, match="simple and counter-clockwise"):
         kit.extrude(outline, 1.0)
 
 
 def test_turns_are_right_handed():
-    x, y, z = (kit.Piece(vertices=row[None], faces=np.zeros((0, 3), dtype=int)) for row in np.eye(3))
+    x, y, z = (
+        kit.Piece(vertices=row[None], faces=np.zeros((0, 3), dtype=int)) for row in np.eye(3)
+    )
     for piece, axis, result in ((x, "z", y), (y, "x", z), (z, "y", x)):
-        np.testing.assert_allclose(kit.turned(piece, axis, 90).vertices, result.vertices, atol=1e-15)
+        np.testing.assert_allclose(
+            kit.turned(piece, axis, 90).vertices, result.vertices, atol=1e-15
+        )
 
 
 def document_of(data: bytes) -> dict:
@@ -212,7 +259,10 @@ def test_a_glb_states_exactly_what_it_holds():
         assert view["byteOffset"] + view["byteLength"] <= document["buffers"][0]["byteLength"]
     for accessor in document["accessors"]:
         width = {"SCALAR": 1, "VEC2": 2, "VEC3": 3}[accessor["type"]]
-        assert document["bufferViews"][accessor["bufferView"]]["byteLength"] == 4 * width * accessor["count"]
+        assert (
+            document["bufferViews"][accessor["bufferView"]]["byteLength"]
+            == 4 * width * accessor["count"]
+        )
 
 
 def test_normals_are_smooth_on_a_ball_and_split_at_the_edges_of_a_box():
@@ -232,7 +282,9 @@ def test_texture_coordinates_and_colours_come_back_as_they_were_made(tmp_path):
     quad = kit.surface(np.array([[(0, 0, 0), (0, 1, 0)], [(1, 0, 0), (1, 1, 0)]], dtype=np.float64))
     image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     textured = kit.painted(quad, kit.Paint(texture=image))
-    tinted = kit.colored(kit.moved(quad, z=1), lambda p: np.column_stack([p[:, :2] / 2, 0 * p[:, 2]]))
+    tinted = kit.colored(
+        kit.moved(quad, z=1), lambda p: np.column_stack([p[:, :2] / 2, 0 * p[:, 2]])
+    )
     (tmp_path / "a.glb").write_bytes(to_glb([textured, tinted]))
     mesh, _ = load_with_report(tmp_path / "a.glb", LoadConfig())
     for part in mesh.parts:

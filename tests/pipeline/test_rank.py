@@ -11,8 +11,21 @@ from pipeline.curation.filters import FilterConfig
 from pipeline.curation.rank import THRESHOLDS, WEIGHTS, RankConfig, funnel_rows, quality, rank
 
 GOOD = {
-    **{"status": "done", "stage": "", "reason": "", "faces": 10_000, "missing_files": 0, "tokens": 2000},
-    **{"solid_fraction": 0.4, "leak_fraction": 0.0, "sheet_share": 0.0, "visible_area": 2.0, "coverage_mean": 0.2},
+    **{
+        "status": "done",
+        "stage": "",
+        "reason": "",
+        "faces": 10_000,
+        "missing_files": 0,
+        "tokens": 2000,
+    },
+    **{
+        "solid_fraction": 0.4,
+        "leak_fraction": 0.0,
+        "sheet_share": 0.0,
+        "visible_area": 2.0,
+        "coverage_mean": 0.2,
+    },
     **{"coverage_min": 0.1, "brightness_mean": 0.5, "contrast_mean": 0.05, "white_max": 0.0},
     **{"textured": True, "colored": False},
 }
@@ -23,10 +36,16 @@ def catalogue(*changes, seed=0):
     draw = np.random.default_rng(seed)
     rows = []
     for number, change in enumerate(changes):
-        bits = {"occupancy": draw.bytes(512), "looks": draw.bytes(32), "sha256": draw.bytes(32).hex()}
+        bits = {
+            "occupancy": draw.bytes(512),
+            "looks": draw.bytes(32),
+            "sha256": draw.bytes(32).hex(),
+        }
         rows.append({"uid": chr(ord("a") + number), **GOOD, **bits, **change})
     kinds = {"occupancy": pa.binary(512), "looks": pa.binary(32)}
-    return pa.table({name: pa.array([row[name] for row in rows], kinds.get(name)) for name in rows[0]})
+    return pa.table(
+        {name: pa.array([row[name] for row in rows], kinds.get(name)) for name in rows[0]}
+    )
 
 
 def ranked(*changes, **options):
@@ -66,12 +85,20 @@ def test_sheets_pass_unless_told_otherwise():
 
 
 def test_thresholds_are_inclusive():
-    edge = {"tokens": 100, "leak_fraction": 0.05, "solid_fraction": 0.985, "coverage_mean": 0.005, "white_max": 0.98}
+    edge = {
+        "tokens": 100,
+        "leak_fraction": 0.05,
+        "solid_fraction": 0.985,
+        "coverage_mean": 0.005,
+        "white_max": 0.98,
+    }
     assert reasons(ranked(edge)) == {"a": ""}
 
 
 def test_the_best_come_first_and_equals_by_uid():
-    table = ranked({"faces": 100}, {"faces": 10_000}, {"faces": 1000}, {"faces": 10_000}, target_count=3)
+    table = ranked(
+        {"faces": 100}, {"faces": 10_000}, {"faces": 1000}, {"faces": 10_000}, target_count=3
+    )
     assert table["uid"].to_pylist() == ["b", "d", "c", "a"]
     assert table["rank"].to_pylist() == [0, 1, 2, -1]
     assert reasons(table) == {"a": "below_target", "b": "", "c": "", "d": ""}
@@ -81,7 +108,9 @@ def test_the_better_one_of_two_copies_is_kept():
     same = {"sha256": "0" * 64}
     table = ranked({"faces": 100, **same}, {"faces": 5000, **same}, {"faces": 1000, **same})
     rows = {row["uid"]: row for row in table.to_pylist()}
-    assert {uid: (row["keep"], row["reason"], row["duplicate_of"]) for uid, row in rows.items()} == {
+    assert {
+        uid: (row["keep"], row["reason"], row["duplicate_of"]) for uid, row in rows.items()
+    } == {
         "a": (False, "duplicate_bytes", "b"),
         "b": (True, "", ""),
         "c": (False, "duplicate_bytes", "b"),
@@ -95,10 +124,14 @@ def test_an_asset_that_was_turned_away_displaces_nobody():
 
 
 def test_what_did_not_come_through_screening_stays_as_it_ended():
-    nothing = dict.fromkeys(set(GOOD) - {"status", "stage", "reason", "missing_files", "textured", "colored"})
+    nothing = dict.fromkeys(
+        set(GOOD) - {"status", "stage", "reason", "missing_files", "textured", "colored"}
+    )
     ended = {**nothing, "status": "rejected", "stage": "load", "reason": "unreadable"}
     table = ranked(ended, {"status": "failed", "stage": "fetch", "reason": "http_500"}, {})
-    assert [(row["uid"], row["stage"], row["reason"], row["keep"]) for row in table.to_pylist()] == [
+    assert [
+        (row["uid"], row["stage"], row["reason"], row["keep"]) for row in table.to_pylist()
+    ] == [
         ("c", "", "", True),
         ("a", "load", "unreadable", False),
         ("b", "fetch", "http_500", False),
@@ -107,16 +140,27 @@ def test_what_did_not_come_through_screening_stays_as_it_ended():
 
 def test_the_order_of_rows_does_not_matter():
     draw = np.random.default_rng(1)
-    table = catalogue(*({"faces": int(faces)} for faces in draw.integers(100, 5000, 20)), {"tokens": 1})
+    table = catalogue(
+        *({"faces": int(faces)} for faces in draw.integers(100, 5000, 20)), {"tokens": 1}
+    )
     cfg = RankConfig(target_count=10)
     assert rank(table, cfg).equals(rank(table.take(draw.permutation(21)), cfg))
 
 
 def test_quality_is_what_its_description_says():
-    rows = {name: np.array([value] * 2, np.float64) for name, value in GOOD.items() if not isinstance(value, str)}
+    rows = {
+        name: np.array([value] * 2, np.float64)
+        for name, value in GOOD.items()
+        if not isinstance(value, str)
+    }
     best = {**rows, "faces": np.array([1e6, 1e9]), "contrast_mean": np.array([0.1, 0.5])}
     np.testing.assert_allclose(quality(best), 1.0)
-    worst = {**rows, "faces": np.array([100.0, 4]), "sheet_share": np.ones(2), "missing_files": np.ones(2)}
+    worst = {
+        **rows,
+        "faces": np.array([100.0, 4]),
+        "sheet_share": np.ones(2),
+        "missing_files": np.ones(2),
+    }
     worst |= {"textured": np.zeros(2), "coverage_mean": np.zeros(2)}
     np.testing.assert_allclose(quality(worst), 0.0)
     np.testing.assert_allclose(quality({**worst, "colored": np.ones(2)}), WEIGHTS["texture"] / 2)
@@ -127,11 +171,27 @@ def test_quality_is_what_its_description_says():
 
 def test_the_funnel_names_every_reason_with_its_thresholds_and_count():
     cfg = BuildConfig(rank=RankConfig(target_count=1, min_tokens=200))
-    changes = [{"tokens": 150}, {"tokens": 150}, {}, {}, {"status": "rejected", "stage": "x", "reason": "y"}]
+    changes = [
+        {"tokens": 150},
+        {"tokens": 150},
+        {},
+        {},
+        {"status": "rejected", "stage": "x", "reason": "y"},
+    ]
     rows = funnel_rows(rank(catalogue(*changes), cfg.rank), cfg.shared())
     assert rows == [
-        {"stage": "rank", "reason": "too_few_tokens", "thresholds": {"rank.min_tokens": 200}, "assets": 2},
-        {"stage": "rank", "reason": "below_target", "thresholds": {"rank.target_count": 1}, "assets": 1},
+        {
+            "stage": "rank",
+            "reason": "too_few_tokens",
+            "thresholds": {"rank.min_tokens": 200},
+            "assets": 2,
+        },
+        {
+            "stage": "rank",
+            "reason": "below_target",
+            "thresholds": {"rank.target_count": 1},
+            "assets": 1,
+        },
         {"stage": "x", "reason": "y", "thresholds": {}, "assets": 1},
     ]
 
@@ -147,7 +207,9 @@ def test_every_threshold_is_an_option():
 
 
 def test_every_metadata_and_geometry_filter_is_in_the_funnel():
-    assert {name for names in THRESHOLDS.values() for name in names if name.startswith("filter.")} == {
+    assert {
+        name for names in THRESHOLDS.values() for name in names if name.startswith("filter.")
+    } == {
         f"filter.{name}" for name in FilterConfig.__dataclass_fields__ if name != "degenerate_area"
     }
 
@@ -169,7 +231,11 @@ def test_options_that_contradict_each_other(options, words):
 
 def test_the_papers_preset_keeps_452000_and_makes_1024_for_the_best_68000():
     paper = PRESETS["paper"]
-    assert (paper.rank.target_count, paper.rank.best_count, paper.rank.best_resolutions) == (452_000, 68_000, (1024,))
+    assert (paper.rank.target_count, paper.rank.best_count, paper.rank.best_resolutions) == (
+        452_000,
+        68_000,
+        (1024,),
+    )
     assert (paper.resolutions, paper.filter.min_faces) == ((256, 384, 512), 100)
     with pytest.raises(ValueError, match="must not be among resolutions"):
         BuildConfig(resolutions=(1024,), rank=paper.rank)

@@ -38,14 +38,24 @@ def head(tmp_path):
     ports = dict(zip(names, free_ports(len(names))))
     temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie in it
     options = [f"--{name}={port}" for name, port in ports.items()]
-    command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2", *options]
+    command = [
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=2",
+        *options,
+    ]
     command += ["--object-store-memory=100000000", f"--temp-dir={temp}", "--disable-usage-stats"]
     log = (tmp_path / "head.log").open("w")
     process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log, cwd=ROOT)
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:
         deadline = time.monotonic() + 120
-        while subprocess.run([RAY, "job", "list", "--address", address], env=env, capture_output=True).returncode:
+        while subprocess.run(
+            [RAY, "job", "list", "--address", address], env=env, capture_output=True
+        ).returncode:
             assert process.poll() is None, (tmp_path / "head.log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
             time.sleep(0.5)
@@ -62,10 +72,25 @@ def head(tmp_path):
 def test_a_submitted_job_builds_a_verified_dataset(head, tmp_path):
     address, env = head
     out = tmp_path / "out"
-    command = ["python", "-m", "pipeline.build", "--preset", "smoke", *TINY, "--limit", "3", "--out", str(out)]
+    command = [
+        "python",
+        "-m",
+        "pipeline.build",
+        "--preset",
+        "smoke",
+        *TINY,
+        "--limit",
+        "3",
+        "--out",
+        str(out),
+    ]
     submit = [str(RAY), "job", "submit", "--address", address, "--", *command]
-    done = subprocess.run(submit, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        submit, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     assert verify(out) == []
-    assert [row["status"] for row in read_manifest(out / "manifest" / "000000.parquet")] == ["done"] * 3
+    assert [row["status"] for row in read_manifest(out / "manifest" / "000000.parquet")] == [
+        "done"
+    ] * 3

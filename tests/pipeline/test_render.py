@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline.rendering import views as render
 from pipeline.core.cameras import camera, look_at_origin
+from pipeline.core.schema import Material, Mesh, Part, Reject, View
+from pipeline.rendering import views as render
 from pipeline.rendering.gl_renderer import canvas
+from pipeline.rendering.shading import Lighting, lighting, smooth_normals
 from pipeline.rendering.views import (
     RenderConfig,
     decode,
@@ -23,8 +25,6 @@ from pipeline.rendering.views import (
     unpremultiply,
     view_numbers,
 )
-from pipeline.core.schema import Material, Mesh, Part, Reject, View
-from pipeline.rendering.shading import Lighting, lighting, smooth_normals
 
 SMALL = RenderConfig(views=4, image_size=160)
 
@@ -32,7 +32,11 @@ SMALL = RenderConfig(views=4, image_size=160)
 def of_trimesh(shape, material=None, **looks):
     vertices, faces = np.asarray(shape.vertices, np.float64), np.asarray(shape.faces, np.int32)
     whole = {"vertices": slice(0, len(vertices)), "faces": slice(0, len(faces))}
-    return Mesh(vertices=vertices, faces=faces, parts=(Part(**whole, material=material or Material(), **looks),))
+    return Mesh(
+        vertices=vertices,
+        faces=faces,
+        parts=(Part(**whole, material=material or Material(), **looks),),
+    )
 
 
 def joined(*meshes):
@@ -42,15 +46,25 @@ def joined(*meshes):
         (part,) = mesh.parts
         vertices.append(mesh.vertices)
         faces.append(mesh.faces + v)
-        parts.append(replace(part, vertices=slice(v, v + len(mesh.vertices)), faces=slice(f, f + len(mesh.faces))))
+        parts.append(
+            replace(
+                part, vertices=slice(v, v + len(mesh.vertices)), faces=slice(f, f + len(mesh.faces))
+            )
+        )
         v, f = v + len(mesh.vertices), f + len(mesh.faces)
-    return Mesh(vertices=np.concatenate(vertices), faces=np.concatenate(faces).astype(np.int32), parts=tuple(parts))
+    return Mesh(
+        vertices=np.concatenate(vertices),
+        faces=np.concatenate(faces).astype(np.int32),
+        parts=tuple(parts),
+    )
 
 
 def quad(material, z=0.0, size=0.4, uv=None):
     """A sheet that faces +z."""
     corners = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]]) * size + [0, 0, z]
-    return of_trimesh(trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], process=False), material, uv=uv)
+    return of_trimesh(
+        trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], process=False), material, uv=uv
+    )
 
 
 def box(size=0.3):
@@ -64,23 +78,38 @@ def l_shape():
         ([0.1, 0.3, 0.1], [0.05, 0.15, 0.05]),
         ([0.1, 0.1, 0.2], [0.05, 0.05, 0.1]),
     ]
-    return trimesh.util.concatenate([trimesh.creation.box(e).apply_translation(np.add(c, 0.04)) for e, c in arms])
+    return trimesh.util.concatenate(
+        [trimesh.creation.box(e).apply_translation(np.add(c, 0.04)) for e, c in arms]
+    )
 
 
 def torus_knot(sides=10, turns=90, thickness=0.07):
     t = np.linspace(0, 2 * np.pi, turns, endpoint=False)
     spine = (
-        np.stack([np.cos(2 * t) * (2 + np.cos(3 * t)), np.sin(2 * t) * (2 + np.cos(3 * t)), -np.sin(3 * t)], axis=1) / 8
+        np.stack(
+            [
+                np.cos(2 * t) * (2 + np.cos(3 * t)),
+                np.sin(2 * t) * (2 + np.cos(3 * t)),
+                -np.sin(3 * t),
+            ],
+            axis=1,
+        )
+        / 8
     )
     along = np.roll(spine, -1, axis=0) - np.roll(spine, 1, axis=0)
     side = np.cross(along, spine)
     side /= np.linalg.norm(side, axis=1, keepdims=True)
     over = np.cross(side, along / np.linalg.norm(along, axis=1, keepdims=True))
     angle = np.linspace(0, 2 * np.pi, sides, endpoint=False)[None, :, None]
-    rings = spine[:, None] + thickness * (np.cos(angle) * side[:, None] + np.sin(angle) * over[:, None])
+    rings = spine[:, None] + thickness * (
+        np.cos(angle) * side[:, None] + np.sin(angle) * over[:, None]
+    )
     i, j = np.meshgrid(np.arange(turns), np.arange(sides), indexing="ij")
     at = lambda i, j: (i % turns) * sides + j % sides  # noqa: E731
-    faces = np.stack([at(i, j), at(i + 1, j), at(i + 1, j + 1), at(i, j), at(i + 1, j + 1), at(i, j + 1)], axis=-1)
+    faces = np.stack(
+        [at(i, j), at(i + 1, j), at(i + 1, j + 1), at(i, j), at(i + 1, j + 1), at(i, j + 1)],
+        axis=-1,
+    )
     return trimesh.Trimesh(rings.reshape(-1, 3), faces.reshape(-1, 3), process=False)
 
 
@@ -95,7 +124,9 @@ def test_meta_is_the_contracts():
 
 
 def digest(mesh, uid="folder-a", cfg=SMALL):
-    return hashlib.sha256(b"".join(encode(view) for view in render_views(mesh, uid, cfg))).hexdigest()
+    return hashlib.sha256(
+        b"".join(encode(view) for view in render_views(mesh, uid, cfg))
+    ).hexdigest()
 
 
 def test_same_seed_same_bytes_in_this_process_and_in_another():
@@ -104,7 +135,9 @@ def test_same_seed_same_bytes_in_this_process_and_in_another():
     here = "from tests.pipeline.test_render import *; print(digest(of_trimesh(torus_knot())))"
     for threads in ("0", "2"):
         env = {**os.environ, "PYTHONHASHSEED": threads, "LP_NUM_THREADS": threads}
-        out = subprocess.run([sys.executable, "-c", here], env=env, capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", here], env=env, capture_output=True, text=True, check=True
+        ).stdout
         assert out.strip() == digest(mesh)
 
 
@@ -119,7 +152,10 @@ def even_light():
     """White from everywhere: a flat face shows its own colour, up to its sheen."""
     one = np.ones(3, np.float32)
     return Lighting(
-        sky=0.6 * one, ground=0.6 * one, directions=np.zeros((0, 3), np.float32), colors=np.zeros((0, 3), np.float32)
+        sky=0.6 * one,
+        ground=0.6 * one,
+        directions=np.zeros((0, 3), np.float32),
+        colors=np.zeros((0, 3), np.float32),
     )
 
 
@@ -133,7 +169,10 @@ def test_textures_are_the_right_way_up_and_round():
     texture[:32, 32:, 1] = 255  # top right green
     texture[32:, :32, 2] = 255  # bottom left blue; bottom right black
     image = lit(quad(Material(base_color=(1, 1, 1, 1), texture=texture), uv=CORNERS))
-    strongest = [[image[y, x, :3].argmax() if image[y, x, :3].max() > 120 else 3 for x in (60, 100)] for y in (60, 100)]
+    strongest = [
+        [image[y, x, :3].argmax() if image[y, x, :3].max() > 120 else 3 for x in (60, 100)]
+        for y in (60, 100)
+    ]
     assert strongest == [[0, 1], [2, 3]]
 
 
@@ -141,12 +180,17 @@ def test_textures_are_the_right_way_up_and_round():
 def test_colour_comes_out_as_it_went_in(how):
     """Under even light of 0.6 a dull surface of sRGB value s shows 0.6 of it in linear light."""
     srgb = np.array([200, 120, 40])
-    linear = np.where(srgb / 255 <= 0.04045, srgb / 255 / 12.92, ((srgb / 255 + 0.055) / 1.055) ** 2.4)
+    linear = np.where(
+        srgb / 255 <= 0.04045, srgb / 255 / 12.92, ((srgb / 255 + 0.055) / 1.055) ** 2.4
+    )
     rgba = np.array([*srgb, 255], np.uint8)
     if how == "factor":
         mesh = quad(Material(base_color=(*linear, 1), roughness=1))
     elif how == "texture":
-        mesh = quad(Material(base_color=(1, 1, 1, 1), roughness=1, texture=np.tile(rgba, (8, 8, 1))), uv=CORNERS)
+        mesh = quad(
+            Material(base_color=(1, 1, 1, 1), roughness=1, texture=np.tile(rgba, (8, 8, 1))),
+            uv=CORNERS,
+        )
     else:
         mesh = quad(Material(base_color=(1, 1, 1, 1), roughness=1))
         mesh = replace(mesh, parts=(replace(mesh.parts[0], colors=np.tile(rgba, (4, 1))),))
@@ -157,7 +201,9 @@ def test_colour_comes_out_as_it_went_in(how):
 
 def test_colour_is_not_premultiplied():
     """Under even light every pixel of a ball has one colour, those that it covers in part too."""
-    image = lit(of_trimesh(trimesh.creation.icosphere(3, 0.4), Material(roughness=1)), light=even_light())
+    image = lit(
+        of_trimesh(trimesh.creation.icosphere(3, 0.4), Material(roughness=1)), light=even_light()
+    )
     alpha = image[..., 3]
     assert len(np.unique(alpha)) == 5  # 0 to 4 samples
     for covered in np.unique(alpha)[1:]:
@@ -172,7 +218,9 @@ def test_unpremultiply_inverts_premultiplication():
     straight[:5, :, 3] = 0
     straight[5:10, :, 3] = 255
     alpha = straight[..., 3:].astype(float)
-    premultiplied = np.concatenate([np.rint(straight[..., :3] * alpha / 255), alpha], axis=2).astype(np.uint8)
+    premultiplied = np.concatenate(
+        [np.rint(straight[..., :3] * alpha / 255), alpha], axis=2
+    ).astype(np.uint8)
     result = unpremultiply(premultiplied)
     assert (result[..., 3] == straight[..., 3]).all()
     error = np.abs(result[..., :3].astype(float) - straight[..., :3])
@@ -204,7 +252,8 @@ def test_blended_faces_are_drawn_from_the_farthest():
     blue = quad(Material(base_color=(0, 0, 1, 0.5), **glass), z=0.0, size=0.45)
     wall = quad(Material(base_color=(0, 1, 0, 1), roughness=1.0), z=-0.2, size=0.2)
     first, *others = [
-        lit(joined(*order), light=even_light()) for order in ((red, blue, wall), (wall, blue, red), (blue, wall, red))
+        lit(joined(*order), light=even_light())
+        for order in ((red, blue, wall), (wall, blue, red), (blue, wall, red))
     ]
     assert all((first == other).all() for other in others)
     over_wall, over_nothing = first[80, 80], first[80, 80 - 30]
@@ -239,7 +288,10 @@ def test_a_sheet_is_seen_from_both_sides():
 
 
 def test_lighting_is_neither_dark_nor_burnt_out():
-    looks = {"white": Material(base_color=(1, 1, 1, 1)), "grey": Material(base_color=(0.5, 0.5, 0.5, 1))}
+    looks = {
+        "white": Material(base_color=(1, 1, 1, 1)),
+        "grey": Material(base_color=(0.5, 0.5, 0.5, 1)),
+    }
     looks["metal"] = Material(base_color=(0.9, 0.9, 0.9, 1), metallic=1.0, roughness=0.2)
     looks["gold"] = Material(base_color=(1.0, 0.77, 0.34, 1), metallic=1.0, roughness=0.5)
     numbers = {}
@@ -251,7 +303,9 @@ def test_lighting_is_neither_dark_nor_burnt_out():
         assert numbers[name]["white_max"] < 0.02, name
         assert 0.05 < numbers[name]["coverage_min"] < numbers[name]["coverage_mean"] < 0.6
     assert numbers["white"]["brightness_mean"] > numbers["grey"]["brightness_mean"] + 0.05
-    counts = [len(lighting("folder-a", view, camera("folder-a", view)).colors) for view in range(200)]
+    counts = [
+        len(lighting("folder-a", view, camera("folder-a", view)).colors) for view in range(200)
+    ]
     assert set(counts) == {1, 2, 3}
 
 
@@ -260,26 +314,45 @@ def test_small_faces_are_lit_like_large_ones():
     images = []
     for subdivisions in (2, 5):
         ball = trimesh.creation.icosphere(subdivisions, 0.4)
-        images.append(lit(of_trimesh(ball, normals=(ball.vertices / 0.4).astype(np.float32))).astype(int))
+        images.append(
+            lit(of_trimesh(ball, normals=(ball.vertices / 0.4).astype(np.float32))).astype(int)
+        )
     both = (images[0][..., 3] == 255) & (images[1][..., 3] == 255)
     assert np.abs(images[0] - images[1])[both].mean() < 1.5
 
 
 def test_normals_keep_creases_and_smooth_the_rest():
-    for solid in (box(), trimesh.creation.cone(0.3, 0.3, sections=4), trimesh.creation.icosahedron()):
+    for solid in (
+        box(),
+        trimesh.creation.cone(0.3, 0.3, sections=4),
+        trimesh.creation.icosahedron(),
+    ):
         corners = smooth_normals(solid.vertices.astype(np.float32), solid.faces)
         assert np.abs(corners - solid.face_normals[:, None]).max() < 1e-6
     can = trimesh.creation.cylinder(0.3, 0.6, sections=32)
-    corners, places = smooth_normals(can.vertices.astype(np.float32), can.faces), can.vertices[can.faces]
+    corners, places = (
+        smooth_normals(can.vertices.astype(np.float32), can.faces),
+        can.vertices[can.faces],
+    )
     cap = np.abs(can.face_normals[:, 2]) > 0.5
     assert np.abs(np.abs(corners[cap][..., 2]) - 1).max() < 1e-6
     radial = places[~cap] * [1, 1, 0] / 0.3
-    assert np.einsum("fij,fij->fi", corners[~cap], radial).min() > 0.995  # facets are 11 degrees wide
+    assert (
+        np.einsum("fij,fij->fi", corners[~cap], radial).min() > 0.995
+    )  # facets are 11 degrees wide
     seam = trimesh.Trimesh(
-        can.vertices[can.faces].reshape(-1, 3), np.arange(len(can.faces) * 3).reshape(-1, 3), process=False
+        can.vertices[can.faces].reshape(-1, 3),
+        np.arange(len(can.faces) * 3).reshape(-1, 3),
+        process=False,
     )
-    assert np.abs(smooth_normals(seam.vertices.astype(np.float32), seam.faces) - corners).max() < 1e-5
-    assert smooth_normals(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)).shape == (0, 3, 3)
+    assert (
+        np.abs(smooth_normals(seam.vertices.astype(np.float32), seam.faces) - corners).max() < 1e-5
+    )
+    assert smooth_normals(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)).shape == (
+        0,
+        3,
+        3,
+    )
 
 
 def test_hopeless_assets_are_rejected():
@@ -348,13 +421,17 @@ def test_without_egl_the_packages_are_named():
     code = "from pipeline.rendering.views import *; from pipeline.core.schema import RunError\n"
     code += "try: renderer_string()\nexcept RunError as error: print(error)"
     env = {**os.environ, "__EGL_VENDOR_LIBRARY_FILENAMES": "/nonexistent"}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
     assert "libegl1 libgl1 libgl1-mesa-dri" in out
 
 
 def test_importing_render_loads_no_graphics():
     code = "import sys, pipeline.rendering.views\nprint({'pyrender', 'OpenGL', 'trimesh', 'torch'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert out.strip() == "set()"
 
 

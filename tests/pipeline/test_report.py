@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.orchestration.manifest import read_manifest, write_manifest
-from pipeline.report_pictures import slice_picture
-from pipeline.report import cost_rows, funnel_steps, human_bytes, human_seconds, read_build, summary, write_report
 from pipeline.core.schema import Bricks, UserError
+from pipeline.orchestration.manifest import read_manifest, write_manifest
+from pipeline.report import (
+    cost_rows,
+    funnel_steps,
+    human_bytes,
+    human_seconds,
+    read_build,
+    summary,
+    write_report,
+)
+from pipeline.report_pictures import slice_picture
 
 KINDS = ("render", "bricks", "slice")
 
@@ -28,7 +36,9 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag, attrs):
-        self.links += [value for name, value in attrs if name in ("src", "href", "action", "srcset")]
+        self.links += [
+            value for name, value in attrs if name in ("src", "href", "action", "srcset")
+        ]
         self.images += [dict(attrs) for _ in [0] if tag == "img"]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -55,7 +65,9 @@ def test_the_page_is_whole_and_loads_nothing(page, tiny_build):
 
 
 def test_every_asset_shows_its_render_its_surface_and_a_slice(page, tiny_build):
-    rows = [row for path in sorted((tiny_build / "manifest").iterdir()) for row in read_manifest(path)]
+    rows = [
+        row for path in sorted((tiny_build / "manifest").iterdir()) for row in read_manifest(path)
+    ]
     wanted = [f"{kind} of {row['uid']}" for row in rows for kind in KINDS]
     assert [image["alt"] for image in page.images] == wanted
     pictures = {}
@@ -66,7 +78,10 @@ def test_every_asset_shows_its_render_its_surface_and_a_slice(page, tiny_build):
     # the stored render has 64 pixels a side here and blurs what is thin.
     overlaps = []
     for row in rows:
-        pair = [np.abs(pictures[f"{kind} of {row['uid']}"] - [238, 241, 245]).max(axis=-1) > 8 for kind in KINDS[:2]]
+        pair = [
+            np.abs(pictures[f"{kind} of {row['uid']}"] - [238, 241, 245]).max(axis=-1) > 8
+            for kind in KINDS[:2]
+        ]
         overlaps.append((pair[0] & pair[1]).sum() / (pair[0] | pair[1]).sum())
     assert np.median(overlaps) > 0.8
     assert min(overlaps) > 0.4
@@ -89,7 +104,12 @@ def test_text_from_assets_is_escaped_and_verdicts_are_listed(tiny_build, tmp_pat
     shutil.copytree(tiny_build, out)
     path = out / "manifest" / "000001.parquet"
     rows = read_manifest(path)
-    bad = {"status": "rejected", "stage": "load", "reason": "empty_file", "url": "<script>alert(1)</script>.obj"}
+    bad = {
+        "status": "rejected",
+        "stage": "load",
+        "reason": "empty_file",
+        "url": "<script>alert(1)</script>.obj",
+    }
     write_manifest(path, [{**rows[0], **bad}, *rows[1:]], [64, 96])
     html = write_report(out, pictures=1).read_text()
     assert "<script" not in html
@@ -117,7 +137,10 @@ def test_funnel_adds_up():
         return {"status": "rejected" if stage else "done", "stage": stage}
 
     rows = [row("")] * 5 + [row("load")] * 3 + [row("sdf-64")] * 2
-    steps = [(step["stage"], step["left"], step["lost"]) for step in funnel_steps(rows, ["sdf-64", "renders-paper"])]
+    steps = [
+        (step["stage"], step["left"], step["lost"])
+        for step in funnel_steps(rows, ["sdf-64", "renders-paper"])
+    ]
     assert steps == [("seen", 10, 0), ("load", 7, 3), ("sdf-64", 5, 2), ("renders-paper", 5, 0)]
 
 
@@ -131,7 +154,14 @@ def test_costs_by_stage_in_the_order_of_the_stages():
         for s in (1.0, 3.0)
     ]
     costs = {row["name"]: row["values"] for row in cost_rows(stats)}
-    assert list(costs) == ["load", "sdf-64", "sdf-512", "renders-paper", "whole asset", "peak memory"]
+    assert list(costs) == [
+        "load",
+        "sdf-64",
+        "sdf-512",
+        "renders-paper",
+        "whole asset",
+        "peak memory",
+    ]
     assert costs["whole asset"] == ["2 s", "2 s", "2.9 s", "3 s", "4 s"]
     assert costs["peak memory"] == ["100 MB"] * 4 + [""]
 
@@ -140,7 +170,9 @@ def test_slice_shows_inside_blue_outside_orange_and_up_is_up():
     ramp = np.linspace(-1, 1, 8)  # along x, from inside to outside
     values = np.broadcast_to(ramp[:, None, None], (8, 8, 8)).reshape(1, 512).astype(np.float16)
     block = np.array([[0, 1, 1]], np.int16)  # top left of the middle plane of a 16^3 grid
-    picture = slice_picture(Bricks(resolution=16, blocks=block, values=values, sharp=np.zeros((1, 64), np.uint8)))
+    picture = slice_picture(
+        Bricks(resolution=16, blocks=block, values=values, sharp=np.zeros((1, 64), np.uint8))
+    )
     assert picture.shape == (16, 16, 3)
     assert (picture[8:] == 255).all()
     assert (picture[:, 8:] == 255).all()
@@ -150,12 +182,20 @@ def test_slice_shows_inside_blue_outside_orange_and_up_is_up():
 
 
 def test_units():
-    assert [human_bytes(n) for n in (0, 999, 1000, 1_234_567, 5e12)] == ["0 B", "999 B", "1 kB", "1.23 MB", "5 TB"]
+    assert [human_bytes(n) for n in (0, 999, 1000, 1_234_567, 5e12)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "1.23 MB",
+        "5 TB",
+    ]
     assert [human_seconds(s) for s in (0.0123, 1, 75.0, 7200)] == ["12.3 ms", "1 s", "75 s", "2 h"]
 
 
 @pytest.mark.parametrize("part", ["stats", "manifest"])
 def test_a_copy_without_what_it_needs(part, tiny_build, tmp_path):
     out = shutil.copytree(tiny_build, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
-    with pytest.raises(UserError, match=f"is not a whole build, copy its stats and manifest, too: .*{part}/000000"):
+    with pytest.raises(
+        UserError, match=f"is not a whole build, copy its stats and manifest, too: .*{part}/000000"
+    ):
         write_report(out)

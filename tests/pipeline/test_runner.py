@@ -8,12 +8,21 @@ import pytest
 import ray
 
 from pipeline import build as build_command
+from pipeline.core.schema import RunError, UserError
 from pipeline.orchestration.asset_stages import AssetJob
+from pipeline.orchestration.commit import (
+    MANIFEST,
+    PackJob,
+    committed,
+    land,
+    marker_path,
+    pack,
+    product_paths,
+    scratch_folder,
+)
 from pipeline.orchestration.isolated_process import Exit
-from pipeline.orchestration.commit import MANIFEST, PackJob, committed, land, marker_path, pack, product_paths, scratch_folder
 from pipeline.orchestration.plan import make_plan
 from pipeline.orchestration.runner import missing_products
-from pipeline.core.schema import RunError, UserError
 from pipeline.sources.folder import FolderSource
 from pipeline.storage.sdf_shard import SdfShard
 from pipeline.verify import verify
@@ -27,7 +36,15 @@ pytestmark = pytest.mark.usefixtures("shared_ray")
 def hostile_build(tmp_path_factory):
     """64 assets in one shard; these ones misbehave."""
     folder = tmp_path_factory.mktemp("hostile")
-    behaviours = {3: "segfault", 20: "hang", 21: "memory", 40: "leak", 41: "raise", 60: "vanish", 63: "lose_worker"}
+    behaviours = {
+        3: "segfault",
+        20: "hang",
+        21: "memory",
+        40: "leak",
+        41: "raise",
+        60: "vanish",
+        63: "lose_worker",
+    }
     notes = folder / "notes"
     notes.mkdir()
     source = HostileSource(count=64, behaviours=tuple(behaviours.items()), notes=notes)
@@ -37,7 +54,9 @@ def hostile_build(tmp_path_factory):
 
 def test_hostile_assets_end_with_their_reason_and_all_others_are_done(hostile_build):
     cfg, total, _ = hostile_build
-    ended = {n: (row["status"], row["stage"], row["reason"]) for n, row in enumerate(rows_of(cfg.out))}
+    ended = {
+        n: (row["status"], row["stage"], row["reason"]) for n, row in enumerate(rows_of(cfg.out))
+    }
     assert {n: end for n, end in ended.items() if end != ("done", "", "")} == {
         3: ("failed", "fetch", "crashed_signal_11"),
         20: ("failed", "fetch", "timeout"),
@@ -74,7 +93,11 @@ def test_nothing_is_left_in_scratch_and_a_second_run_does_nothing(hostile_build)
 def test_a_worker_lost_every_time_fails_its_asset_after_bounded_retries(tmp_path):
     # Without notes the source does not know that it was here before.
     source = HostileSource(count=2, behaviours=((1, "lose_worker"),))
-    assert build(config(tmp_path / "out", limits={"retries": 1}), [source]) == {"done": 1, "rejected": 0, "failed": 1}
+    assert build(config(tmp_path / "out", limits={"retries": 1}), [source]) == {
+        "done": 1,
+        "rejected": 0,
+        "failed": 1,
+    }
     assert [row["reason"] for row in rows_of(tmp_path / "out")] == ["", "worker_lost"]
 
 
@@ -98,7 +121,9 @@ def test_too_many_failures_stop_the_run_and_are_tried_again_once_the_cause_is_go
     for behaviour in ("raise", "vanish"):
         source = HostileSource(count=12, behaviours=tuple((n, behaviour) for n in range(12)))
         if behaviour == "raise":
-            with pytest.raises(RunError, match=r"10 of 1\d assets failed, the last in fetch: error_runtimeerror"):
+            with pytest.raises(
+                RunError, match=r"10 of 1\d assets failed, the last in fetch: error_runtimeerror"
+            ):
                 build(cfg, [source])
         else:
             assert build(cfg, [source]) == {"done": 0, "rejected": 12, "failed": 0}
@@ -138,29 +163,45 @@ def test_a_commit_that_was_cut_short_is_made_again(tmp_path):
     cfg, source = config(tmp_path / "out"), HostileSource(count=3, behaviours=((1, "vanish"),))
     build(cfg, [source])
     before = contents(cfg.out)
-    (cfg.out / "shards" / "000000" / "renders-paper.json").unlink()  # the product lies there, its marker does not
+    (
+        cfg.out / "shards" / "000000" / "renders-paper.json"
+    ).unlink()  # the product lies there, its marker does not
     assert any("no commit marker" in breach.rule for breach in verify(cfg.out))
     build(cfg, [source])
     assert_same(contents(cfg.out), before)
     assert verify(cfg.out) == []
 
 
-def test_a_product_that_is_made_again_is_never_without_what_its_marker_vouches_for(tmp_path, monkeypatch):
+def test_a_product_that_is_made_again_is_never_without_what_its_marker_vouches_for(
+    tmp_path, monkeypatch
+):
     cfg, source = config(tmp_path / "out"), HostileSource(count=1)
     plan = make_plan(cfg, [source])
     (record,) = plan.shard("000000")
     job = PackJob(config=cfg, shard="000000", records=(record,), products=cfg.products, wanted=1)
-    paths = {marker_path(cfg.out, job.shard, name): product_paths(name, job.shard) for name in job.products}
+    paths = {
+        marker_path(cfg.out, job.shard, name): product_paths(name, job.shard)
+        for name in job.products
+    }
     looked = []
 
     def look(path):
         looked.append(path)
-        assert all((cfg.out / part).exists() for marker in paths if marker.exists() for part in paths[marker])
+        assert all(
+            (cfg.out / part).exists()
+            for marker in paths
+            if marker.exists()
+            for part in paths[marker]
+        )
 
-    for _ in range(2):  # the second time as after a crash that left these markers and none of the manifest
+    for _ in range(
+        2
+    ):  # the second time as after a crash that left these markers and none of the manifest
         folder = scratch_folder(cfg.out, job.shard, record.uid).with_name("visit")
         folder.mkdir(parents=True)
-        visit = AssetJob(record=record, source=None, config=cfg, products=job.products, folder=folder)
+        visit = AssetJob(
+            record=record, source=None, config=cfg, products=job.products, folder=folder
+        )
         land(visit, Exit(reason="timeout", detail="", seconds=0.0, peak_rss_bytes=0), 1)
         pack(job)
         marker_path(cfg.out, job.shard, MANIFEST).unlink()
@@ -176,10 +217,16 @@ def test_a_file_that_has_changed_since_its_first_products_gets_no_others(tmp_pat
     assert build(config(out), [source]) == {"done": 2, "rejected": 0, "failed": 0}
     before = {row["url"]: row for row in rows_of(out)}
     (tmp_path / "in/changed.obj").write_text(box(2))
-    assert build(config(out, resolutions=(64, 96)), [source]) == {"done": 1, "rejected": 1, "failed": 0}
+    assert build(config(out, resolutions=(64, 96)), [source]) == {
+        "done": 1,
+        "rejected": 1,
+        "failed": 0,
+    }
     after = {row["url"]: row for row in rows_of(out)}
     verdict = {"status": "rejected", "stage": "fetch", "reason": "wrong_sha256", "tokens_96": None}
-    numbers = json.loads(before["changed.obj"]["numbers"]) | {"expected": before["changed.obj"]["sha256"]}
+    numbers = json.loads(before["changed.obj"]["numbers"]) | {
+        "expected": before["changed.obj"]["sha256"]
+    }
     verdict["numbers"] = json.dumps(numbers, sort_keys=True)
     assert after["changed.obj"] == before["changed.obj"] | verdict
     assert SdfShard(out / "sdf/96/000000.zarr").uids == [after["kept.obj"]["uid"]]
@@ -194,7 +241,9 @@ def test_a_relative_output_is_the_drivers_wherever_the_workers_are(tmp_path, mon
 
 
 @pytest.mark.parametrize(("workers", "tasks"), [(1, 1), (2, 4)])
-def test_no_more_is_in_flight_than_may_be_worked_on_where_ray_has_more_cores(workers, tasks, tmp_path, monkeypatch):
+def test_no_more_is_in_flight_than_may_be_worked_on_where_ray_has_more_cores(
+    workers, tasks, tmp_path, monkeypatch
+):
     """The Ray of these tests has two, and starts whatever it has a core for."""
     flying, wait = [], ray.wait
 
@@ -211,7 +260,9 @@ def test_no_more_is_in_flight_than_may_be_worked_on_where_ray_has_more_cores(wor
 def test_an_output_directory_of_another_configuration_is_refused(hostile_build):
     cfg, _, _ = hostile_build
     other = config(cfg.out, topology_resolution=128, val_percent=3)
-    with pytest.raises(UserError, match=r"topology.resolution=64, now 128; .*val_percent=12, now 3; choose another"):
+    with pytest.raises(
+        UserError, match=r"topology.resolution=64, now 128; .*val_percent=12, now 3; choose another"
+    ):
         make_plan(other, [])
 
 
@@ -228,7 +279,14 @@ def test_what_may_pass_is_tried_again_after_a_while_and_is_a_failure_if_it_does_
     source = HostileSource(count=4, behaviours=((1, "trouble_once"), (2, "trouble")), notes=notes)
     cfg = config(tmp_path / "out", limits={"retries": 1, "retry_wait_s": 0.2}, shard_size=2)
     assert build(cfg, [source]) == {"done": 3, "rejected": 0, "failed": 1}
-    assert sorted(path.name for path in notes.iterdir()) == ["0.0", "1.0", "1.1", "2.0", "2.1", "3.0"]
+    assert sorted(path.name for path in notes.iterdir()) == [
+        "0.0",
+        "1.0",
+        "1.1",
+        "2.0",
+        "2.1",
+        "3.0",
+    ]
     assert [(row["status"], row["stage"], row["reason"]) for row in rows_of(cfg.out)][2] == (
         "failed",
         "fetch",

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.build import make
-from pipeline.curation.dedup import EXACT, GEOMETRY
-from pipeline.curation.screening_metrics import ScreenConfig
-from pipeline.orchestration.plan import read_plan
-from pipeline.curation.rank import RankConfig
 from pipeline.core.schema import UserError
+from pipeline.curation.dedup import EXACT, GEOMETRY
+from pipeline.curation.rank import RankConfig
+from pipeline.curation.screening_metrics import ScreenConfig
 from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
+from pipeline.orchestration.plan import read_plan
 from pipeline.sources import open_source
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import FAMILIES, to_glb
@@ -34,11 +34,16 @@ def fill(folder):
     names = [name for name in SHAPES if name in FAMILY] or list(FAMILIES)[:5]
     names = (names + [name for name in FAMILIES if name not in names])[:5]
     for number, name in enumerate(names):
-        (folder / f"{number}-{name}.glb").write_bytes(to_glb(make_shape(f"{FAMILY[name]:04d}-{name}")))
+        (folder / f"{number}-{name}.glb").write_bytes(
+            to_glb(make_shape(f"{FAMILY[name]:04d}-{name}"))
+        )
     first = folder / f"0-{names[0]}.glb"
     shutil.copy(first, folder / "copy.glb")
     pieces = make_shape(f"{FAMILY[names[0]]:04d}-{names[0]}")
-    turned = [replace(piece, vertices=piece.vertices * 7.0 + 3.0, faces=piece.faces[::-1, ::-1]) for piece in pieces]
+    turned = [
+        replace(piece, vertices=piece.vertices * 7.0 + 3.0, faces=piece.faces[::-1, ::-1])
+        for piece in pieces
+    ]
     (folder / "turned.glb").write_bytes(to_glb(turned))
     (folder / "broken.glb").write_bytes(b"glTF")
     (folder / "box.obj").write_text(box(1))
@@ -47,7 +52,9 @@ def fill(folder):
 
 def ranked(out, folder, **options):
     looks = {"min_tokens": 10, "min_contrast": 0.0, "min_coverage": 0.0, "max_leak_fraction": 1.0}
-    rank = RankConfig(**{"target_count": 4, "best_count": 2, "best_resolutions": (96,), **looks, **options})
+    rank = RankConfig(
+        **{"target_count": 4, "best_count": 2, "best_resolutions": (96,), **looks, **options}
+    )
     small = ScreenConfig(resolution=64, image_size=64)
     return config(out, source=(f"folder:{folder}",), rank=rank, screen=small, shard_size=3)
 
@@ -110,7 +117,9 @@ def test_a_finished_build_is_not_touched_again(ranked_build):
     cfg, total = ranked_build
     before = {path: path.stat().st_mtime_ns for path in cfg.out.rglob("*") if path.is_file()}
     assert make(cfg, []) == total
-    assert {path: path.stat().st_mtime_ns for path in cfg.out.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in cfg.out.rglob("*") if path.is_file()
+    } == before
 
 
 def test_other_thresholds_need_no_second_look(ranked_build, tmp_path):
@@ -120,7 +129,9 @@ def test_other_thresholds_need_no_second_look(ranked_build, tmp_path):
     out.mkdir()
     shutil.copytree(cfg.out / "screen", out / "screen")
     before = {path: path.stat().st_mtime_ns for path in (out / "screen").rglob("*")}
-    strict = ranked(out, cfg.source[0].removeprefix("folder:"), max_solid_fraction=1.0, target_count=9)
+    strict = ranked(
+        out, cfg.source[0].removeprefix("folder:"), max_solid_fraction=1.0, target_count=9
+    )
     make(strict, [open_source(cfg.source[0])])
     assert {path: path.stat().st_mtime_ns for path in (out / "screen").rglob("*")} == before
     assert {row["url"] for row in catalogue(strict) if row["keep"]} > {
@@ -130,7 +141,9 @@ def test_other_thresholds_need_no_second_look(ranked_build, tmp_path):
         make(replace(cfg, rank=strict.rank), [open_source(cfg.source[0])])
 
 
-def test_a_disk_that_fills_under_the_catalogue_does_not_end_the_build_for_good(ranked_build, tmp_path, monkeypatch):
+def test_a_disk_that_fills_under_the_catalogue_does_not_end_the_build_for_good(
+    ranked_build, tmp_path, monkeypatch
+):
     def full(table, path, **options):
         path.write_bytes(b"PAR1")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -158,7 +171,9 @@ def test_a_catalogue_that_was_changed_is_found(ranked_build, tmp_path):
     shutil.copytree(cfg.out, out)
     table = pq.read_table(out / CATALOGUE)
     pq.write_table(table.slice(1), out / CATALOGUE)
-    assert [breach.rule for breach in verify(out)] == [f"{CATALOGUE}: is not the one that the plan was made from"]
+    assert [breach.rule for breach in verify(out)] == [
+        f"{CATALOGUE}: is not the one that the plan was made from"
+    ]
     (out / CATALOGUE).unlink()
     assert "cannot be read" in str(verify(out)[0])
     shutil.copy(cfg.out / CATALOGUE, out / CATALOGUE)
@@ -186,8 +201,10 @@ def test_the_screenings_options_are_its_own(tmp_path):
     first = replace(cfg, run="screen")
     assert first.products == ("screen-64",)
     assert "rank" not in json.dumps(first.shared())
-    assert replace(first, rank=RankConfig()).product_hash("screen-64") == first.product_hash("screen-64")
-    assert replace(first, screen=ScreenConfig(resolution=128)).product_hash("screen-128") != first.product_hash(
+    assert replace(first, rank=RankConfig()).product_hash("screen-64") == first.product_hash(
         "screen-64"
     )
+    assert replace(first, screen=ScreenConfig(resolution=128)).product_hash(
+        "screen-128"
+    ) != first.product_hash("screen-64")
     assert replace(cfg, run="best").products == ("sdf-96",)

@@ -79,21 +79,30 @@ def test_two_overlapping_spheres_are_their_union():
     """Exact outside; inside within one voxel at the seam; edges about a voxel long."""
     resolution = 64
     a, b = geo.sphere(0.28, (-0.13, 0.01, 0.02), 4), geo.sphere(0.25, (0.17, -0.02, 0.0), 4)
-    mesh = geo.as_mesh(*(trimesh.Trimesh(s.mesh.vertices, s.mesh.faces, process=False) for s in (a, b)))
+    mesh = geo.as_mesh(
+        *(trimesh.Trimesh(s.mesh.vertices, s.mesh.faces, process=False) for s in (a, b))
+    )
     bricks = bricks_of(mesh, resolution, topology=64)
     points = geo.points_of(bricks)
     union = np.minimum(a.smooth(points), b.smooth(points))
     clear = np.abs(union) > a.sag + b.sag
     np.testing.assert_array_equal(signs(bricks)[clear], (union < 0)[clear])
     h = spacing(resolution)
-    error = np.abs(geo.distances_of(bricks) - np.clip(union, -band(resolution), band(resolution)) / h)
+    error = np.abs(
+        geo.distances_of(bricks) - np.clip(union, -band(resolution), band(resolution)) / h
+    )
     at_seam = np.abs(a.smooth(points) - b.smooth(points)) < 3 * h
     sag = max(a.sag, b.sag) / h + 5e-3
     assert error[(union > 0) & ~at_seam].max() < sag
-    assert error[(union > 0) & at_seam].max() < sag + 0.25  # the seam is found to a quarter of a voxel
+    assert (
+        error[(union > 0) & at_seam].max() < sag + 0.25
+    )  # the seam is found to a quarter of a voxel
     # inside, the union's formula is a bound only; the true distance is to the seam's visible side
     deep = (union < 0) & (union > -band(resolution))
-    true = np.maximum(-geo.brute_distance(points[deep], visible_part(mesh, (a, b))), -band(resolution)) / h
+    true = (
+        np.maximum(-geo.brute_distance(points[deep], visible_part(mesh, (a, b))), -band(resolution))
+        / h
+    )
     assert np.abs(geo.distances_of(bricks)[deep] - true).max() < 1
 
 
@@ -117,9 +126,17 @@ def test_union_of_random_boxes_is_signed_right_everywhere(seed):
         turn[:3, 3] = random.uniform(-0.12, 0.12, 3)
         shape.apply_transform(turn)
         boxes.append(shape)
-        half, back = shape.primitive.extents / 2 if hasattr(shape, "primitive") else None, np.linalg.inv(turn)
+        half, back = (
+            shape.primitive.extents / 2 if hasattr(shape, "primitive") else None,
+            np.linalg.inv(turn),
+        )
         insides.append(
-            (np.ptp(trimesh.transform_points(shape.vertices, back), axis=0) / 2 if half is None else half, back)
+            (
+                np.ptp(trimesh.transform_points(shape.vertices, back), axis=0) / 2
+                if half is None
+                else half,
+                back,
+            )
         )
     bricks = bricks_of(geo.as_mesh(*boxes), 64)
     points = geo.points_of(bricks)
@@ -171,7 +188,10 @@ def sheet_mesh():
     i, j = np.meshgrid(np.arange(24), np.arange(24), indexing="ij")
     corner = (25 * i + j).reshape(-1)
     faces = np.concatenate(
-        [np.stack([corner, corner + 1, corner + 26], 1), np.stack([corner, corner + 26, corner + 25], 1)]
+        [
+            np.stack([corner, corner + 1, corner + 26], 1),
+            np.stack([corner, corner + 26, corner + 25], 1),
+        ]
     )
     return Mesh(vertices=vertices, faces=faces.astype(np.int32))
 
@@ -184,7 +204,10 @@ def test_an_open_sheet_becomes_a_thin_shell(resolution):
     bricks = compute_bricks(topology, resolution)
     h = spacing(resolution)
     some = np.random.default_rng(0).choice(bricks.values.size, 60_000, replace=False)
-    distance = geo.brute_distance(geo.points_of(bricks).reshape(-1, 3)[some], sheet) / h - SHEET_HALF_VOXELS
+    distance = (
+        geo.brute_distance(geo.points_of(bricks).reshape(-1, 3)[some], sheet) / h
+        - SHEET_HALF_VOXELS
+    )
     stored = geo.distances_of(bricks).reshape(-1)[some]
     assert np.abs(stored - np.minimum(distance, band(resolution) / h)).max() < 5e-3
     assert stored.min() < -0.5  # there is an inside
@@ -206,7 +229,9 @@ def test_a_closed_part_beside_a_sheet_stays_exact():
     expected = np.clip(np.where(inside, -distance, distance), -band(128), band(128)) / h
     assert np.abs(stored[by_ball] - expected).max() < 2e-3
     # and the ball, out of reach, has no say on the sheet's two sides
-    by_sheet = (ball.smooth(points) > 3 * band(128)) & (np.random.default_rng(0).random(stored.shape) < 0.05)
+    by_sheet = (ball.smooth(points) > 3 * band(128)) & (
+        np.random.default_rng(0).random(stored.shape) < 0.05
+    )
     shell = geo.brute_distance(points[by_sheet], sheet) / h - SHEET_HALF_VOXELS
     assert np.abs(stored[by_sheet] - np.minimum(shell, band(128) / h)).max() < 5e-3
 
@@ -226,17 +251,32 @@ def test_openings_are_closed_on_evidence(resolution):
     assert "capped" in topology.sign_path
     assert volume_of(compute_bricks(topology, resolution)) == pytest.approx(ball.volume, rel=0.02)
 
-    profile = np.array([[0, 0.45], [0.16, 0.42], [0.24, 0.3], [0.3, 0.0], [0.33, -0.2], [0.25, -0.4], [0.13, -0.45]])
+    profile = np.array(
+        [
+            [0, 0.45],
+            [0.16, 0.42],
+            [0.24, 0.3],
+            [0.3, 0.0],
+            [0.33, -0.2],
+            [0.25, -0.4],
+            [0.13, -0.45],
+        ]
+    )
     vase = trimesh.creation.revolve(profile[::-1], sections=48)
     full = trimesh.creation.revolve(np.concatenate([[[0, -0.45]], profile[::-1]]), sections=48)
     turn = trimesh.transformations.rotation_matrix(-np.pi / 2, [1, 0, 0])
-    topology = build_topology(geo.as_mesh(vase.apply_transform(turn)), TopologyConfig(resolution=resolution))
+    topology = build_topology(
+        geo.as_mesh(vase.apply_transform(turn)), TopologyConfig(resolution=resolution)
+    )
     assert "capped" in topology.sign_path
     assert volume_of(compute_bricks(topology, resolution)) == pytest.approx(full.volume, rel=0.05)
 
     bowl = ball.copy()
     bowl.update_faces(bowl.triangles_center[:, 1] < 0.1)
-    assert build_topology(geo.as_mesh(bowl), TopologyConfig(resolution=resolution)).sign_path == "sheet"
+    assert (
+        build_topology(geo.as_mesh(bowl), TopologyConfig(resolution=resolution)).sign_path
+        == "sheet"
+    )
 
 
 def test_all_components_survive():
@@ -258,13 +298,17 @@ def test_a_closed_plate_thinner_than_a_voxel_of_the_topology_keeps_its_thickness
 
 def test_resolutions_agree_and_refinement_changes_no_sign():
     # a cross: its concave edges are right-angled, too wide for the barrier to close
-    mesh = geo.as_mesh(*(geo.rotated(trimesh.creation.box(extents=e)) for e in [(0.6, 0.3, 0.2), (0.2, 0.21, 0.6)]))
+    mesh = geo.as_mesh(
+        *(geo.rotated(trimesh.creation.box(extents=e)) for e in [(0.6, 0.3, 0.2), (0.2, 0.21, 0.6)])
+    )
     topology = build_topology(mesh, TopologyConfig(resolution=128))
     fine = compute_bricks(topology, 256)
     dense = np.full((256,) * 3, np.nan)
     for block, values in zip(fine.blocks, fine.values):
         x, y, z = block * 8
-        dense[x : x + 8, y : y + 8, z : z + 8] = values.reshape(8, 8, 8).astype(np.float64) * band(256)
+        dense[x : x + 8, y : y + 8, z : z + 8] = values.reshape(8, 8, 8).astype(np.float64) * band(
+            256
+        )
     for resolution in (64, 128, 192):
         coarse = compute_bricks(topology, resolution)
         points = geo.points_of(coarse).reshape(-1, 3)

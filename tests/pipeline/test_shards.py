@@ -12,8 +12,8 @@ import pytest
 import webdataset
 
 from pipeline.core.cameras import camera
-from pipeline.rendering.views import encode
 from pipeline.core.schema import View
+from pipeline.rendering.views import encode
 from pipeline.storage.render_shard import (
     RenderShard,
     Scratch,
@@ -30,7 +30,13 @@ VIEWS, SIZE = 3, 16
 
 def view_of(uid, number, cameras="paper"):
     rng = np.random.default_rng([*uid.encode(), number])
-    meta = {"uid": uid, "view": number, "width": SIZE, "height": SIZE, **camera(uid, number, cameras).meta()}
+    meta = {
+        "uid": uid,
+        "view": number,
+        "width": SIZE,
+        "height": SIZE,
+        **camera(uid, number, cameras).meta(),
+    }
     return View(rgba=rng.integers(0, 256, (SIZE, SIZE, 4), dtype=np.uint8), meta=meta)
 
 
@@ -57,7 +63,9 @@ def test_round_trip_by_seeking(tmp_path, format):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000.index.parquet", "000000.tar"]
     shard = RenderShard(path)
     assert shard.uids == UIDS
-    assert shard.keys == [f"{uid}-{view:02d}" for view in range(VIEWS) for uid in UIDS]  # view-major
+    assert shard.keys == [
+        f"{uid}-{view:02d}" for view in range(VIEWS) for uid in UIDS
+    ]  # view-major
     for uid in UIDS:
         assert shard.views(uid) == [0, 1, 2]
         for number in range(VIEWS):
@@ -74,7 +82,9 @@ def test_round_trip_by_seeking(tmp_path, format):
 
 def test_webdataset_reads_it(shard):
     samples = list(webdataset.WebDataset(str(shard), shardshuffle=False).decode("rgba8"))
-    assert [sample["__key__"] for sample in samples] == [f"{uid}-{view:02d}" for view in range(VIEWS) for uid in UIDS]
+    assert [sample["__key__"] for sample in samples] == [
+        f"{uid}-{view:02d}" for view in range(VIEWS) for uid in UIDS
+    ]
     assert (samples[4]["png"] == view_of("folder-a", 1).rgba).all()
     assert samples[4]["json"] == view_of("folder-a", 1).meta
 
@@ -90,8 +100,15 @@ def test_bytes_depend_on_the_entries_alone(shard, tmp_path):
     assert again.read_bytes() == shard.read_bytes()
     assert index_path(again).read_bytes() == index_path(shard).read_bytes()
     with tarfile.open(shard) as tar:
-        assert {(m.mtime, m.uid, m.gid, m.mode, m.uname, m.gname) for m in tar} == {(0, 0, 0, 0o644, "", "")}
-        names = [f"{uid}-{view:02d}.{kind}" for view in range(VIEWS) for uid in UIDS for kind in ("png", "json")]
+        assert {(m.mtime, m.uid, m.gid, m.mode, m.uname, m.gname) for m in tar} == {
+            (0, 0, 0, 0o644, "", "")
+        }
+        names = [
+            f"{uid}-{view:02d}.{kind}"
+            for view in range(VIEWS)
+            for uid in UIDS
+            for kind in ("png", "json")
+        ]
         assert tar.getnames() == names
         text = tar.extractfile("folder-a-01.json").read()
     assert text == json.dumps(view_of("folder-a", 1).meta, sort_keys=True).encode()
@@ -108,9 +125,18 @@ def test_a_shard_is_never_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "scratch").mkdir()
     for number in range(24):
-        save_view(tmp_path / "scratch", "folder-a", number, rng.bytes(1 << 20), view_of("folder-a", number).meta, "png")
+        save_view(
+            tmp_path / "scratch",
+            "folder-a",
+            number,
+            rng.bytes(1 << 20),
+            view_of("folder-a", number).meta,
+            "png",
+        )
     tracemalloc.start()
-    write_render_shard(tmp_path / "000000.tar", [("folder-a", Scratch(tmp_path / "scratch", "folder-a", 24))])
+    write_render_shard(
+        tmp_path / "000000.tar", [("folder-a", Scratch(tmp_path / "scratch", "folder-a", 24))]
+    )
     assert tracemalloc.get_traced_memory()[1] < 6 << 20
     tracemalloc.stop()
 
@@ -147,7 +173,12 @@ def rewrite(path, change):
 def edit_json(member, **fields):
     def change(members):
         return [
-            (name, json.dumps({**json.loads(data), **fields}, sort_keys=True).encode() if name == member else data)
+            (
+                name,
+                json.dumps({**json.loads(data), **fields}, sort_keys=True).encode()
+                if name == member
+                else data,
+            )
             for name, data in members
         ]
 
@@ -170,11 +201,17 @@ A1 = "folder-a-01"
 GOOD = view_of("folder-a", 1)
 LARGE = encode(View(rgba=np.zeros((SIZE, 2 * SIZE, 4), np.uint8), meta={}))
 OTHER_SET = {
-    name: value for name, value in view_of("folder-a", 1, "wide").meta.items() if name in camera("a", 0).meta()
+    name: value
+    for name, value in view_of("folder-a", 1, "wide").meta.items()
+    if name in camera("a", 0).meta()
 }
 BREACHES = {
     "missing view": (lambda members: [m for m in members if A1 not in m[0]], "missing view", A1),
-    "missing image": (lambda members: [m for m in members if m[0] != f"{A1}.png"], "incomplete view", A1),
+    "missing image": (
+        lambda members: [m for m in members if m[0] != f"{A1}.png"],
+        "incomplete view",
+        A1,
+    ),
     "order": (swap, "order", "000007.tar"),
     "asset-major": (lambda members: sorted(members), "order", "000007.tar"),
     "unexpected view": (
@@ -193,7 +230,11 @@ BREACHES = {
     "no camera": (replace_data(f"{A1}.json", b'{"uid": "folder-a", "view": 1}'), "json", A1),
     "camera moved": (edit_json(f"{A1}.json", c2w=np.eye(4).tolist()), "camera", A1),
     "camera is text": (edit_json(f"{A1}.json", distance="far"), "camera", A1),
-    "camera turned": (edit_json(f"{A1}.json", azimuth_degrees=-GOOD.meta["azimuth_degrees"]), "camera", A1),
+    "camera turned": (
+        edit_json(f"{A1}.json", azimuth_degrees=-GOOD.meta["azimuth_degrees"]),
+        "camera",
+        A1,
+    ),
     "other camera set": (edit_json(f"{A1}.json", **OTHER_SET), "camera", A1),
 }
 
@@ -206,11 +247,15 @@ def test_check_names_the_rule_and_the_asset(shard, breach):
     rewrite(shard, change)
     problems = check(shard)
     assert problems
-    assert any(problem.startswith(rule + ":") and where in problem for problem in problems), problems
+    assert any(problem.startswith(rule + ":") and where in problem for problem in problems), (
+        problems
+    )
 
 
 def test_check_needs_the_expected_assets_and_size(shard):
-    assert any("lacks folder-z-00" in p for p in check_render_shard(shard, [*UIDS, "folder-z"], VIEWS))
+    assert any(
+        "lacks folder-z-00" in p for p in check_render_shard(shard, [*UIDS, "folder-z"], VIEWS)
+    )
     assert any("lacks folder-a-03" in p for p in check_render_shard(shard, UIDS, VIEWS + 1))
     assert any("holds folder-c-7-00" in p for p in check_render_shard(shard, UIDS[:2], VIEWS))
     assert any(p.startswith("order") for p in check_render_shard(shard, UIDS[::-1], VIEWS))

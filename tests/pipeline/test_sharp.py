@@ -22,18 +22,24 @@ def distance_to_box_edges(points, half):
     for axis in range(3):  # edges along this axis
         others = [a for a in range(3) if a != axis]
         along = np.maximum(np.abs(points[..., axis]) - half[axis], 0)
-        best = np.minimum(best, np.sqrt(gap[..., others[0]] ** 2 + gap[..., others[1]] ** 2 + along**2))
+        best = np.minimum(
+            best, np.sqrt(gap[..., others[0]] ** 2 + gap[..., others[1]] ** 2 + along**2)
+        )
     return best
 
 
 def test_a_box_gives_its_twelve_edges_and_nothing_else():
     half = np.array([0.41, 0.3, 0.22])
-    bricks = compute_bricks(build_topology(geo.box(2 * half).mesh, TopologyConfig(resolution=128)), 128)
+    bricks = compute_bricks(
+        build_topology(geo.box(2 * half).mesh, TopologyConfig(resolution=128)), 128
+    )
     points, h = geo.points_of(bricks), spacing(128)
     active = np.abs(geo.distances_of(bricks)) * h < band(128) * 0.999
     distance = distance_to_box_edges(points, half)
     clear = np.abs(distance - SHARP_VOXELS * h) > 1e-6
-    np.testing.assert_array_equal(bits(bricks)[clear & active], (distance < SHARP_VOXELS * h)[clear & active])
+    np.testing.assert_array_equal(
+        bits(bricks)[clear & active], (distance < SHARP_VOXELS * h)[clear & active]
+    )
     assert not bits(bricks)[np.abs(bricks.values) == 1].any()
 
 
@@ -46,26 +52,40 @@ def doubled(quads, vertices):
 def test_the_backs_of_flat_quads_add_no_edge():
     """A cube of 4 x 4 quads a side, each twice: the segments that lie on its 12 edges, once each."""
     n, half = 4, 0.4
-    grid = 2 * half * np.stack(np.meshgrid(*[np.arange(n + 1)] * 2, indexing="ij"), axis=-1) / n - half
+    grid = (
+        2 * half * np.stack(np.meshgrid(*[np.arange(n + 1)] * 2, indexing="ij"), axis=-1) / n - half
+    )
     number = np.arange((n + 1) ** 2).reshape(n + 1, n + 1)
-    side = np.stack([number[:-1, :-1], number[1:, :-1], number[1:, 1:], number[:-1, 1:]], axis=-1).reshape(-1, 4)
-    sheets = [np.insert(grid.reshape(-1, 2), axis, sign * half, axis=1) for axis in range(3) for sign in (-1, 1)]
+    side = np.stack(
+        [number[:-1, :-1], number[1:, :-1], number[1:, 1:], number[:-1, 1:]], axis=-1
+    ).reshape(-1, 4)
+    sheets = [
+        np.insert(grid.reshape(-1, 2), axis, sign * half, axis=1)
+        for axis in range(3)
+        for sign in (-1, 1)
+    ]
     quads = np.concatenate([side + k * len(sheets[0]) for k in range(6)])
     topology = build_topology(doubled(quads, np.concatenate(sheets)), TopologyConfig(resolution=64))
     ends = topology.sharp_edges
-    assert (np.isclose(np.abs(ends), half).all(axis=1).sum(axis=1) == 2).all()  # two coordinates are at the wall
+    assert (
+        np.isclose(np.abs(ends), half).all(axis=1).sum(axis=1) == 2
+    ).all()  # two coordinates are at the wall
     assert np.linalg.norm(ends[:, 0] - ends[:, 1], axis=1).sum() == pytest.approx(12 * 2 * half)
     assert len(np.unique(ends.mean(axis=1).round(6), axis=0)) == len(ends) == 12 * n
 
 
 def test_a_flat_quad_with_a_back_has_no_fold():
     corners = [[-0.4, 0, -0.4], [0.4, 0, -0.4], [0.4, 0, 0.4], [-0.4, 0, 0.4]]
-    topology = build_topology(doubled(np.array([[0, 1, 2, 3]]), corners), TopologyConfig(resolution=64))
+    topology = build_topology(
+        doubled(np.array([[0, 1, 2, 3]]), corners), TopologyConfig(resolution=64)
+    )
     assert len(topology.sharp_edges) == 0
 
 
 def test_a_sphere_gives_none():
-    bricks = compute_bricks(build_topology(geo.sphere(subdivisions=3).mesh, TopologyConfig(resolution=128)), 128)
+    bricks = compute_bricks(
+        build_topology(geo.sphere(subdivisions=3).mesh, TopologyConfig(resolution=128)), 128
+    )
     assert not bits(bricks).any()
 
 

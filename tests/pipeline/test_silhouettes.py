@@ -14,7 +14,13 @@ def silhouette(mesh, meta, samples=2):
     world_to_camera = np.linalg.inv(np.array(meta["c2w"]))
     points = mesh.vertices @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]
     focal = meta["focal_mm"] / meta["sensor_mm"] * size
-    xy = np.stack([size / 2 + focal * points[:, 0] / -points[:, 2], size / 2 - focal * points[:, 1] / -points[:, 2]], 1)
+    xy = np.stack(
+        [
+            size / 2 + focal * points[:, 0] / -points[:, 2],
+            size / 2 - focal * points[:, 1] / -points[:, 2],
+        ],
+        1,
+    )
     covered = np.zeros((size, size), bool)
     for corners in xy[mesh.faces]:
         low = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, size)
@@ -51,12 +57,16 @@ def around(x):
 )
 def test_alpha_is_the_silhouette_of_the_projected_mesh(shape, kind):
     mesh = of_trimesh(shape)
-    for view in render_views(mesh, f"folder-{kind}", RenderConfig(views=4, image_size=320, cameras=kind)):
+    for view in render_views(
+        mesh, f"folder-{kind}", RenderConfig(views=4, image_size=320, cameras=kind)
+    ):
         alpha = view.rgba[..., 3]
         assert iou(alpha, silhouette(mesh, view.meta)) >= 0.98, view.meta
         coverage = silhouette(mesh, view.meta, samples=6)
         near = around(coverage)
-        assert (alpha[(near == 0).all(axis=0)] == 0).all()  # off by a pixel from the outline nothing differs
+        assert (
+            alpha[(near == 0).all(axis=0)] == 0
+        ).all()  # off by a pixel from the outline nothing differs
         assert (alpha[(near == 1).all(axis=0)] == 255).all()
         mirrored = iou(alpha[:, ::-1], coverage) if shape.volume < 0.02 else 0  # the test can tell
         assert mirrored < 0.9

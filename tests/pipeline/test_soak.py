@@ -53,8 +53,24 @@ def soak(folder: Path, assets: int, shard: int) -> None:
     """Build and check."""
     env, out = environment(folder), folder / "out"
     temp = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: Ray's sockets lie in it
-    options = ["--views", "1", "--image-size", "32", "--topology-resolution", "128", "--resolutions", "64"]
-    options += ["--source", f"procedural:{assets}", "--shard-size", shard, "--workers", os.cpu_count()]
+    options = [
+        "--views",
+        "1",
+        "--image-size",
+        "32",
+        "--topology-resolution",
+        "128",
+        "--resolutions",
+        "64",
+    ]
+    options += [
+        "--source",
+        f"procedural:{assets}",
+        "--shard-size",
+        shard,
+        "--workers",
+        os.cpu_count(),
+    ]
     process = start("pipeline.build", *options, "--out", out, env=env | {"TMPDIR": str(temp)})
     watch = Watch(out, env, process.pid)
     finish(process, timeout_s=4 * 3600)

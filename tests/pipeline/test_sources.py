@@ -8,17 +8,26 @@ import pytest
 
 from pipeline.build import open_sources
 from pipeline.config import BuildConfig
+from pipeline.core.schema import Reject, Transient, UserError, make_uid
 from pipeline.download.fetch import FetchConfig
 from pipeline.mesh_io.load import LoadConfig, load, load_with_report
 from pipeline.orchestration.plan import make_plan, read_plan
-from pipeline.core.schema import Reject, Transient, UserError, make_uid
 from pipeline.sources import open_source
 from pipeline.sources.annotations import Annotations
 from pipeline.sources.github import GitHub, references
 from pipeline.sources.objaverse import ObjaverseSource
 from pipeline.sources.objaverse_xl import ObjaverseXLSource
 from pipeline.sources.shapenet import ShapeNetSource
-from tests.pipeline.catalogues import COMMIT, GLB, about, objaverse, objaverse_xl, png, sha256, shapenet
+from tests.pipeline.catalogues import (
+    COMMIT,
+    GLB,
+    about,
+    objaverse,
+    objaverse_xl,
+    png,
+    sha256,
+    shapenet,
+)
 from tests.pipeline.misbehaving import running
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
@@ -33,37 +42,66 @@ def server():
 
 @pytest.fixture
 def client(tmp_path):
-    return FetchConfig(cache=tmp_path / "cache", backoff_s=0.01, max_wait_s=0.1, retries=2, read_timeout_s=1.0)
+    return FetchConfig(
+        cache=tmp_path / "cache", backoff_s=0.01, max_wait_s=0.1, retries=2, read_timeout_s=1.0
+    )
 
 
 def small(tmp_path, client, server, **assets):
     root = objaverse(tmp_path / "annotations", assets)
     annotations = Annotations(root=root, fetch=client)
-    return ObjaverseSource(annotations=annotations, fetch=client, hub=server.url, folders=("000-000", "000-001"))
+    return ObjaverseSource(
+        annotations=annotations, fetch=client, hub=server.url, folders=("000-000", "000-001")
+    )
 
 
 def test_objaverse_records_follow_the_annotations(tmp_path, client, server):
     said = about(
-        name="A tree", license="cc0", animationCount=2, tags=[{"name": "Tree"}], categories=[{"name": "nature"}]
+        name="A tree",
+        license="cc0",
+        animationCount=2,
+        tags=[{"name": "Tree"}],
+        categories=[{"name": "nature"}],
     )
-    source = small(tmp_path, client, server, **{B: about(isAgeRestricted=True), A: said, C: about(license=None)})
+    source = small(
+        tmp_path,
+        client,
+        server,
+        **{B: about(isAgeRestricted=True), A: said, C: about(license=None)},
+    )
     records = list(source.records())
-    assert [record.uid for record in records] == [make_uid("objaverse", key) for key in (A, C, B)]  # file by file
+    assert [record.uid for record in records] == [
+        make_uid("objaverse", key) for key in (A, C, B)
+    ]  # file by file
     first = records[0]
-    assert (first.url, first.licence, first.format) == (f"{server.url}/glbs/000-000/{A}.glb", "cc0", "glb")
-    assert json.loads(first.metadata) == {"name": "A tree", "tags": ["Tree"], "categories": ["nature"], "animations": 2}
+    assert (first.url, first.licence, first.format) == (
+        f"{server.url}/glbs/000-000/{A}.glb",
+        "cc0",
+        "glb",
+    )
+    assert json.loads(first.metadata) == {
+        "name": "A tree",
+        "tags": ["Tree"],
+        "categories": ["nature"],
+        "animations": 2,
+    }
     assert [record.licence for record in records] == ["cc0", "unknown", "by"]
     assert json.loads(records[2].metadata)["age_restricted"] is True
     assert server.asked == []
 
 
-def test_annotations_that_are_not_there_are_downloaded_once_and_named_in_the_plan(tmp_path, client, server):
+def test_annotations_that_are_not_there_are_downloaded_once_and_named_in_the_plan(
+    tmp_path, client, server
+):
     there = objaverse(tmp_path / "there", {A: about(), B: about()})
     server.files |= {
-        "/" + path.relative_to(there / "hf-objaverse-v1").as_posix(): path.read_bytes() for path in there.rglob("*.gz")
+        "/" + path.relative_to(there / "hf-objaverse-v1").as_posix(): path.read_bytes()
+        for path in there.rglob("*.gz")
     }
     annotations = Annotations(root=tmp_path / "here", fetch=client)
-    source = ObjaverseSource(annotations=annotations, fetch=client, hub=server.url, folders=("000-000", "000-001"))
+    source = ObjaverseSource(
+        annotations=annotations, fetch=client, hub=server.url, folders=("000-000", "000-001")
+    )
     make_plan(BuildConfig(source=("objaverse",), out=tmp_path / "out"), [source])
     assert len(server.asked) == 3
     assert len(list(source.records())) == 2
@@ -75,8 +113,12 @@ def test_annotations_that_are_not_there_are_downloaded_once_and_named_in_the_pla
 
 
 def test_annotations_that_cannot_be_had_or_read_are_an_error_in_one_line(tmp_path, client, server):
-    source = ObjaverseSource(annotations=Annotations(root=tmp_path, fetch=client), fetch=client, hub=server.url)
-    with pytest.raises(UserError, match=r"cannot download the annotations .*http_404.*put the file at"):
+    source = ObjaverseSource(
+        annotations=Annotations(root=tmp_path, fetch=client), fetch=client, hub=server.url
+    )
+    with pytest.raises(
+        UserError, match=r"cannot download the annotations .*http_404.*put the file at"
+    ):
         list(source.records())
     source = small(tmp_path, client, server, **{A: about()})
     path = tmp_path / "annotations/hf-objaverse-v1/metadata/000-000.json.gz"
@@ -124,9 +166,21 @@ def test_objaverse_xl_records_say_where_the_bytes_are(tmp_path, client, server):
         server,
         github=[(blob(server, "x y/a.GLB"), "MIT License", "GLB", sha256(GLB))],
         thingiverse=[
-            ("https://www.thingiverse.com/thing:1/files?fileId=22", "Creative Commons - Attribution", "stl", None)
+            (
+                "https://www.thingiverse.com/thing:1/files?fileId=22",
+                "Creative Commons - Attribution",
+                "stl",
+                None,
+            )
         ],
-        smithsonian=[("https://3d-api.si.edu/x.glb", "http://creativecommons.org/publicdomain/zero/1.0/", "glb", "ab")],
+        smithsonian=[
+            (
+                "https://3d-api.si.edu/x.glb",
+                "http://creativecommons.org/publicdomain/zero/1.0/",
+                "glb",
+                "ab",
+            )
+        ],
         sketchfab=[
             (f"https://sketchfab.com/3d-models/{A}", "by-nc", "glb", "cd"),
             ("https://x/gone", "by", "glb", "ef"),
@@ -149,7 +203,9 @@ def fetched(tmp_path, source):
 
 
 def test_a_blob_comes_from_its_commit(tmp_path, client, server):
-    source = xl(tmp_path, client, server, github=[(blob(server, "x y/a#1.glb"), "MIT", "glb", sha256(GLB))])
+    source = xl(
+        tmp_path, client, server, github=[(blob(server, "x y/a#1.glb"), "MIT", "glb", sha256(GLB))]
+    )
     server.files[f"/raw/ann/meshes/{COMMIT}/x%20y/a%231.glb"] = GLB
     assert fetched(tmp_path, source).read_bytes() == GLB
 
@@ -161,12 +217,17 @@ def test_a_branch_is_no_commit(tmp_path, client, server):
 
 
 def lfs(server, content, oid):
-    server.files |= {"/store/1": content, f"/raw/ann/meshes/{COMMIT}/a.glb": POINTER.format(oid, len(content)).encode()}
+    server.files |= {
+        "/store/1": content,
+        f"/raw/ann/meshes/{COMMIT}/a.glb": POINTER.format(oid, len(content)).encode(),
+    }
     asked = []
 
     def batch(body):
         asked.append(body)
-        actions = {"download": {"href": f"{server.url}/store/1", "header": {"Authorization": "token"}}}
+        actions = {
+            "download": {"href": f"{server.url}/store/1", "header": {"Authorization": "token"}}
+        }
         return {"objects": [{"oid": oid, "size": len(content), "actions": actions}]}
 
     server.posts["/site/ann/meshes.git/info/lfs/objects/batch"] = batch
@@ -187,7 +248,9 @@ def test_an_lfs_object_that_is_gone_or_another_is_rejected(tmp_path, client, ser
     source = xl(tmp_path, client, server, github=[(blob(server, "a.glb"), "MIT", "glb", None)])
     with pytest.raises(Reject, match="wrong_sha256"):
         fetched(tmp_path, source)
-    server.posts["/site/ann/meshes.git/info/lfs/objects/batch"] = lambda body: {"objects": [{"error": {"code": 404}}]}
+    server.posts["/site/ann/meshes.git/info/lfs/objects/batch"] = lambda body: {
+        "objects": [{"error": {"code": 404}}]
+    }
     lfs_source = replace(source, fetch=replace(client, cache=tmp_path / "other"))
     with pytest.raises(Reject, match="lfs_missing"):
         fetched(tmp_path, lfs_source)
@@ -195,18 +258,26 @@ def test_an_lfs_object_that_is_gone_or_another_is_rejected(tmp_path, client, ser
     with pytest.raises(Reject, match="wrong_sha256"):
         source.materialize(replace(record, sha256="1" * 64), tmp_path / "s3")
     with pytest.raises(Reject, match="file_too_large"):
-        replace(lfs_source, max_bytes=200, fetch=replace(client, cache=tmp_path / "third")).materialize(
-            replace(record, sha256=None), tmp_path / "s4"
-        )
+        replace(
+            lfs_source, max_bytes=200, fetch=replace(client, cache=tmp_path / "third")
+        ).materialize(replace(record, sha256=None), tmp_path / "s4")
 
 
-def test_side_files_come_along_also_through_lfs_and_missing_ones_do_not_matter(tmp_path, client, server):
+def test_side_files_come_along_also_through_lfs_and_missing_ones_do_not_matter(
+    tmp_path, client, server
+):
     """An obj in a folder, its material beside it, one texture in a folder above, one that is not there."""
     obj = b"mtllib my mat.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nvt 0 0\nf 1/1 3/1 2/1\nf 1/1 2/1 4/1\n"
     mtl = b"newmtl m\nmap_Kd -s 1 1 1 ../tex/a.png\nmap_Bump gone.png\nmap_d ../../../../etc/passwd\nmap_Ks http://x/y.png\n"
     here = f"/raw/ann/meshes/{COMMIT}/models"
-    server.files |= {f"{here}/a.obj": obj, f"{here}/my%20mat.mtl": mtl, f"/raw/ann/meshes/{COMMIT}/tex/a.png": png()}
-    source = xl(tmp_path, client, server, github=[(blob(server, "models/a.obj"), "MIT", "obj", sha256(obj))])
+    server.files |= {
+        f"{here}/a.obj": obj,
+        f"{here}/my%20mat.mtl": mtl,
+        f"/raw/ann/meshes/{COMMIT}/tex/a.png": png(),
+    }
+    source = xl(
+        tmp_path, client, server, github=[(blob(server, "models/a.obj"), "MIT", "obj", sha256(obj))]
+    )
     path = fetched(tmp_path, source)
     assert sorted(file.name for file in path.parent.iterdir()) == ["a.obj", "a.png", "my mat.mtl"]
     mesh = load(path, LoadConfig())
@@ -229,16 +300,23 @@ def test_references_of_a_gltf_and_a_dae(tmp_path):
         "images": [{"uri": "t/c.png"}, {"uri": "x" * 300}],
     }
     (tmp_path / "a.gltf").write_text(json.dumps(gltf))
-    (tmp_path / "a.dae").write_text("<library_images><image><init_from>t\\d.jpg</init_from></image></library_images>")
+    (tmp_path / "a.dae").write_text(
+        "<library_images><image><init_from>t\\d.jpg</init_from></image></library_images>"
+    )
     (tmp_path / "b.gltf").write_text("[1")
-    (tmp_path / "c.gltf").write_text('{"buffers": [1, {"uri": "x\\u0000y"}, {"uri": "/etc/passwd"}]}')
+    (tmp_path / "c.gltf").write_text(
+        '{"buffers": [1, {"uri": "x\\u0000y"}, {"uri": "/etc/passwd"}]}'
+    )
     assert references(tmp_path / "a.gltf") == ["a b.bin", "t/c.png"]
     assert references(tmp_path / "a.dae") == ["t/d.jpg"]
     assert references(tmp_path / "b.gltf") == references(tmp_path / "c.gltf") == []
 
 
 CHAIR, PLANE = "03001627", "02691156"
-TAXONOMY = [{"synsetId": CHAIR, "name": "chair"}, {"synsetId": PLANE, "name": "airplane,aeroplane,plane"}]
+TAXONOMY = [
+    {"synsetId": CHAIR, "name": "chair"},
+    {"synsetId": PLANE, "name": "airplane,aeroplane,plane"},
+]
 
 
 @pytest.fixture(params=[(1, ()), (2, ()), (2, (CHAIR,))], ids=["v1", "v2", "v2 zipped"])
@@ -248,8 +326,14 @@ def core(request, tmp_path):
     root.mkdir()
     shapenet(root, version, {CHAIR: ["b1", "a1"], PLANE: ["c1"]}, zipped=zipped)
     (root / "taxonomy.json").write_text(json.dumps(TAXONOMY))
-    rows = ["1,03001627,03001627,a1,train", "2,03001627,03001627,b1,test", "3,2691156,2691156,c1,val"]  # zeros get lost
-    (root / "all.csv").write_text("id,synsetId,subSynsetId,modelId,split\n" + "\n".join(rows) + "\n")
+    rows = [
+        "1,03001627,03001627,a1,train",
+        "2,03001627,03001627,b1,test",
+        "3,2691156,2691156,c1,val",
+    ]  # zeros get lost
+    (root / "all.csv").write_text(
+        "id,synsetId,subSynsetId,modelId,split\n" + "\n".join(rows) + "\n"
+    )
     return root
 
 
@@ -259,12 +343,18 @@ def test_shapenet_in_every_layout(core, tmp_path):
     keys = [f"{PLANE}/c1", f"{CHAIR}/a1", f"{CHAIR}/b1"]
     assert [record.uid for record in records] == [make_uid("shapenet", key) for key in keys]
     said = [json.loads(record.metadata) for record in records]
-    assert said[0] == {"name": "airplane", "categories": [PLANE, "airplane", "aeroplane", "plane"], "split": "val"}
+    assert said[0] == {
+        "name": "airplane",
+        "categories": [PLANE, "airplane", "aeroplane", "plane"],
+        "split": "val",
+    }
     assert [about["split"] for about in said] == ["val", "train", "test"]
     assert {record.licence for record in records} == {"shapenet"}
     for number, record in enumerate(records):
         (tmp_path / str(number)).mkdir()
-        mesh, report = load_with_report(source.materialize(record, tmp_path / str(number)), LoadConfig())
+        mesh, report = load_with_report(
+            source.materialize(record, tmp_path / str(number)), LoadConfig()
+        )
         assert report.warnings == ()
         texture = mesh.parts[0].material.texture
         assert texture is not None
@@ -280,7 +370,11 @@ def test_categories_and_splits_choose(core):
     assert ids("categories=chair") == ids(f"categories={CHAIR}") == ["a1", "b1"]
     assert ids("categories=plane,chair&splits=train,val") == ["c1", "a1"]
     assert ids("splits=test") == ["b1"]
-    wrong = {"categories=dog": "no category 'dog'", "splits=x": "is chosen", "category=chair": "unknown"}
+    wrong = {
+        "categories=dog": "no category 'dog'",
+        "splits=x": "is chosen",
+        "category=chair": "unknown",
+    }
     for options, words in wrong.items():
         with pytest.raises(UserError, match=words):
             open_source(f"shapenet:{core}?{options}")
@@ -332,4 +426,8 @@ def test_a_spec_that_means_nothing(spec, words):
 def test_specs_of_catalogues(tmp_path):
     assert open_source("objaverse").annotations.folder.name == ".objaverse"
     source = open_source(f"objaverse-xl:{tmp_path}?places=github,smithsonian", max_bytes=5)
-    assert (source.annotations.folder, source.places, source.max_bytes) == (tmp_path, ("github", "smithsonian"), 5)
+    assert (source.annotations.folder, source.places, source.max_bytes) == (
+        tmp_path,
+        ("github", "smithsonian"),
+        5,
+    )

@@ -6,7 +6,13 @@ import pytest
 import zarr
 
 from pipeline.core.schema import FORMAT_VERSION, Bricks
-from pipeline.storage.sdf_shard import ArrayWriter, SdfShard, brick_problems, check_sdf_shard, write_sdf_shard
+from pipeline.storage.sdf_shard import (
+    ArrayWriter,
+    SdfShard,
+    brick_problems,
+    check_sdf_shard,
+    write_sdf_shard,
+)
 
 RESOLUTION = 128
 
@@ -22,11 +28,16 @@ def random_bricks(tokens, seed=0, resolution=RESOLUTION):
 
 
 def files(path):
-    return {child.relative_to(path): child.read_bytes() for child in path.rglob("*") if child.is_file()}
+    return {
+        child.relative_to(path): child.read_bytes() for child in path.rglob("*") if child.is_file()
+    }
 
 
 # 1024 rows are a chunk: below, at, and across one, twice
-ASSETS = [(f"test-{seed}", random_bricks(tokens, seed)) for seed, tokens in enumerate([1, 1000, 23, 500, 1100, 1])]
+ASSETS = [
+    (f"test-{seed}", random_bricks(tokens, seed))
+    for seed, tokens in enumerate([1, 1000, 23, 500, 1100, 1])
+]
 
 
 @pytest.fixture
@@ -44,7 +55,9 @@ def test_every_asset_comes_back_by_row_and_by_uid(shard):
         for got in (reader.bricks(row), reader.bricks(uid)):
             assert got.resolution == RESOLUTION
             for name in ("blocks", "values", "sharp"):
-                np.testing.assert_array_equal(getattr(got, name), getattr(bricks, name), strict=True)
+                np.testing.assert_array_equal(
+                    getattr(got, name), getattr(bricks, name), strict=True
+                )
     assert check_sdf_shard(shard, reader.uids) == []
 
 
@@ -60,7 +73,9 @@ def test_the_files_are_what_zarr_itself_writes(shard, tmp_path):
             dtype=array.dtype,
             chunks=(1024, *array.shape[1:]),
             shards=(-(-array.shape[0] // 1024) * 1024, *array.shape[1:]),
-            compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=width),
+            compressors=zarr.codecs.BloscCodec(
+                cname="zstd", clevel=5, shuffle="shuffle", typesize=width
+            ),
         )
         copy[:] = array[:]
     assert files(tmp_path / "zarr") == files(shard)
@@ -69,7 +84,11 @@ def test_the_files_are_what_zarr_itself_writes(shard, tmp_path):
 def test_layout_is_one_file_an_array_and_attributes_as_agreed(shard):
     assert sorted(str(name) for name in files(shard)) == sorted(
         ["zarr.json"]
-        + [f"{name}/{file}" for name in ("blocks", "values", "sharp") for file in ("zarr.json", "c/0/0")]
+        + [
+            f"{name}/{file}"
+            for name in ("blocks", "values", "sharp")
+            for file in ("zarr.json", "c/0/0")
+        ]
         + ["offsets/zarr.json", "offsets/c/0"]
     )
     assert dict(zarr.open_group(shard, mode="r").attrs) == {
@@ -125,7 +144,9 @@ def test_dense_places_every_point(tmp_path):
 
 def test_another_format_version_is_refused_with_a_reason(shard):
     zarr.open_group(shard, mode="r+").update_attributes({"format_version": FORMAT_VERSION + 1})
-    with pytest.raises(ValueError, match=f"format_version {FORMAT_VERSION}, got {FORMAT_VERSION + 1}"):
+    with pytest.raises(
+        ValueError, match=f"format_version {FORMAT_VERSION}, got {FORMAT_VERSION + 1}"
+    ):
         SdfShard(shard)
 
 
@@ -138,7 +159,9 @@ def test_writer_refuses_a_brick_of_another_resolution_and_a_uid_twice(tmp_path):
     with pytest.raises(ValueError, match="resolution 128"):
         write_sdf_shard(tmp_path / "a", 128, [("a", random_bricks(3, resolution=64))], "hash")
     with pytest.raises(ValueError, match="new uid"):
-        write_sdf_shard(tmp_path / "b", 128, [("a", random_bricks(3)), ("a", random_bricks(3))], "hash")
+        write_sdf_shard(
+            tmp_path / "b", 128, [("a", random_bricks(3)), ("a", random_bricks(3))], "hash"
+        )
 
 
 def changed(**arrays):
@@ -157,7 +180,9 @@ BAD_BRICKS = {
     "outside 0..15": edited("blocks", 49, 16),
     "not finite": edited("values", (3, 7), np.nan),
     "outside [-1, 1]": edited("values", (3, 7), 1.5),
-    "without an active point": changed(values=np.ones((50, 512), np.float16), sharp=np.zeros((50, 64), np.uint8)),
+    "without an active point": changed(
+        values=np.ones((50, 512), np.float16), sharp=np.zeros((50, 64), np.uint8)
+    ),
     "sharp points that are not active": edited("values", slice(3), -1),
     "no blocks": random_bricks(0),
 }
@@ -165,7 +190,12 @@ BAD_BRICKS = {
 
 @pytest.mark.parametrize("rule", BAD_BRICKS)
 def test_check_names_asset_and_rule(tmp_path, rule):
-    write_sdf_shard(tmp_path / "s.zarr", RESOLUTION, [("good", random_bricks(9)), ("bad", BAD_BRICKS[rule])], "hash")
+    write_sdf_shard(
+        tmp_path / "s.zarr",
+        RESOLUTION,
+        [("good", random_bricks(9)), ("bad", BAD_BRICKS[rule])],
+        "hash",
+    )
     problems = check_sdf_shard(tmp_path / "s.zarr")
     assert all(problem.startswith("bad: ") for problem in problems)
     assert any(rule in problem for problem in problems)
@@ -174,7 +204,9 @@ def test_check_names_asset_and_rule(tmp_path, rule):
 def test_points_whose_activity_was_rounded_away_are_no_breach(tmp_path):
     """A layer of sharp points at 0.9999 tau, stored as 1: in the last block it is all that is active."""
     values = np.full((3, 8, 8, 8), 1, np.float16)
-    values[:2, :, :, :5] = 0.5  # the blocks at z = 0 and 1; what is active of z = 2 is not to be seen
+    values[:2, :, :, :5] = (
+        0.5  # the blocks at z = 0 and 1; what is active of z = 2 is not to be seen
+    )
     sharp = np.zeros((3, 8, 8, 8), bool)
     sharp[:2, :, :, 5] = True
     bricks = Bricks(

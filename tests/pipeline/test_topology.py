@@ -7,17 +7,27 @@ import pytest
 import trimesh
 from scipy import ndimage
 
+from pipeline.core.primitives.triangles import pack
+from pipeline.core.schema import Mesh, Reject, spacing
 from pipeline.geometry import holes
 from pipeline.geometry.flood_fill import bin_triangles, bit_at, flood
-from pipeline.core.schema import Mesh, Reject, spacing
-from pipeline.geometry.topology import BURIED, SOLID, THIN, TopologyConfig, _add_caps, build_topology
-from pipeline.core.primitives.triangles import pack
+from pipeline.geometry.topology import (
+    BURIED,
+    SOLID,
+    THIN,
+    TopologyConfig,
+    _add_caps,
+    build_topology,
+)
 from tests.pipeline import geometry as geo
 
 
 def area(triangles):
     return (
-        np.linalg.norm(np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]), axis=1).sum() / 2
+        np.linalg.norm(
+            np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]), axis=1
+        ).sum()
+        / 2
     )
 
 
@@ -28,17 +38,23 @@ def test_pieces_tile_the_surface_and_point_outwards():
     assert (topology.kinds == SOLID).all()
     assert area(topology.triangles) == pytest.approx(area(solid.mesh.vertices[solid.mesh.faces]))
     normals = np.cross(
-        topology.triangles[:, 1] - topology.triangles[:, 0], topology.triangles[:, 2] - topology.triangles[:, 0]
+        topology.triangles[:, 1] - topology.triangles[:, 0],
+        topology.triangles[:, 2] - topology.triangles[:, 0],
     )
     assert ((normals * topology.triangles.mean(axis=1)).sum(axis=1) > 0).all()
 
 
 def test_a_bar_through_a_box_is_cut_where_it_enters():
-    bar, block = trimesh.creation.box(extents=(0.9, 0.1, 0.12)), trimesh.creation.box(extents=(0.4, 0.5, 0.6))
+    bar, block = (
+        trimesh.creation.box(extents=(0.9, 0.1, 0.12)),
+        trimesh.creation.box(extents=(0.4, 0.5, 0.6)),
+    )
     topology = build_topology(geo.as_mesh(bar, block), TopologyConfig(resolution=256))
     h = spacing(256)
     buried = area(topology.triangles[topology.kinds == BURIED])
-    exact = 0.4 * 2 * (0.1 + 0.12) + 2 * 0.1 * 0.12  # the bar's middle and the two plugs it leaves in the block's faces
+    exact = (
+        0.4 * 2 * (0.1 + 0.12) + 2 * 0.1 * 0.12
+    )  # the bar's middle and the two plugs it leaves in the block's faces
     assert buried == pytest.approx(exact, abs=2 * 4 * (0.1 + 0.12) * h)
     assert not (topology.kinds == THIN).any()
     assert len(topology.triangles) < 20_000  # only the seam is cut finely
@@ -54,11 +70,16 @@ def test_flood_equals_a_dense_one():
     bins = bin_triangles(packed, resolution)
     exterior = flood(packed, bins, np.ones(len(packed), bool))
     index = np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), axis=-1)
-    distance = geo.brute_distance(index.reshape(-1, 3) * spacing(resolution) - 0.5, mesh).reshape(index.shape[:3])
+    distance = geo.brute_distance(index.reshape(-1, 3) * spacing(resolution) - 0.5, mesh).reshape(
+        index.shape[:3]
+    )
     labels, _ = ndimage.label(distance > 0.6 * spacing(resolution))
     expected = labels == labels[0, 0, 0]
     got = np.array(
-        [bit_at(bins.bin_of, exterior.outside, exterior.whole, *p, True) for p in index.reshape(-1, 3)]
+        [
+            bit_at(bins.bin_of, exterior.outside, exterior.whole, *p, True)
+            for p in index.reshape(-1, 3)
+        ]
     ).reshape(expected.shape)
     np.testing.assert_array_equal(got, expected)
     assert 0.5 < expected.mean() < 0.999
@@ -70,8 +91,12 @@ def test_weld_gives_the_same_arrays_for_any_order_winding_and_repetition():
     vertices, faces = holes.weld(mesh.vertices, mesh.faces)
     order = random.permutation(len(mesh.vertices))
     renumber = np.argsort(order)
-    shuffled = renumber[mesh.faces][random.permutation(len(mesh.faces))][:, [1, 0, 2]].astype(np.int32)
-    again_vertices, again_faces = holes.weld(mesh.vertices[order], np.concatenate([shuffled, shuffled[::3]]))
+    shuffled = renumber[mesh.faces][random.permutation(len(mesh.faces))][:, [1, 0, 2]].astype(
+        np.int32
+    )
+    again_vertices, again_faces = holes.weld(
+        mesh.vertices[order], np.concatenate([shuffled, shuffled[::3]])
+    )
     np.testing.assert_array_equal(again_vertices, vertices)
     np.testing.assert_array_equal(again_faces, faces)
 
@@ -83,14 +108,21 @@ def test_loops_of_a_cylinder_without_lids():
     vertices = np.concatenate([np.column_stack([ring, np.full(n, z)]) for z in (-0.4, 0.4)])
     i = np.arange(n)
     j = (i + 1) % n
-    faces = np.concatenate([np.stack([i, j, n + i], 1), np.stack([j, n + j, n + i], 1)]).astype(np.int32)
+    faces = np.concatenate([np.stack([i, j, n + i], 1), np.stack([j, n + j, n + i], 1)]).astype(
+        np.int32
+    )
     loops = holes.boundary_loops(faces)
-    assert sorted(sorted(loop.tolist()) for loop in loops) == [list(range(n)), list(range(n, 2 * n))]
+    assert sorted(sorted(loop.tolist()) for loop in loops) == [
+        list(range(n)),
+        list(range(n, 2 * n)),
+    ]
     for loop in loops:
         same, cap, _ = holes.cap(vertices, [loop])
         polygon = 0.5 * n * 0.2**2 * np.sin(2 * np.pi / n)
         assert area(same[cap]) == pytest.approx(polygon)
-    topology = build_topology(Mesh(vertices=vertices, faces=faces), TopologyConfig(resolution=128, max_opening=0.2))
+    topology = build_topology(
+        Mesh(vertices=vertices, faces=faces), TopologyConfig(resolution=128, max_opening=0.2)
+    )
     assert topology.sign_path == "capped"
 
 
@@ -123,10 +155,17 @@ def test_caps_repeat_no_face_of_the_mesh():
     """Openings of one and of two triangles beside lone triangles, against sets of corners."""
     side = 12
     corners = np.arange(side * side).reshape(side, side)
-    a, b, c, d = (part.ravel() for part in (corners[:-1, :-1], corners[1:, :-1], corners[1:, 1:], corners[:-1, 1:]))
-    faces = np.sort(np.concatenate([np.stack([a, b, c], 1), np.stack([a, c, d], 1)]), axis=1).astype(np.int32)
+    a, b, c, d = (
+        part.ravel()
+        for part in (corners[:-1, :-1], corners[1:, :-1], corners[1:, 1:], corners[:-1, 1:])
+    )
+    faces = np.sort(
+        np.concatenate([np.stack([a, b, c], 1), np.stack([a, c, d], 1)]), axis=1
+    ).astype(np.int32)
     faces = faces[np.random.default_rng(0).random(len(faces)) < 0.6]
-    vertices = np.column_stack([np.indices((side, side)).reshape(2, -1).T / side - 0.5, np.zeros(side * side)])
+    vertices = np.column_stack(
+        [np.indices((side, side)).reshape(2, -1).T / side - 0.5, np.zeros(side * side)]
+    )
     _, every, _ = holes.cap(vertices, holes.boundary_loops(faces))
     _, capped, cap_of = _add_caps(vertices, faces)
     own = {frozenset(face) for face in faces.tolist()}
@@ -141,7 +180,9 @@ def test_a_long_loop_takes_no_more_memory_than_its_vertices():
     x = np.linspace(-0.4, 0.4, n)
     vertices = np.concatenate([np.stack([x, 0 * x + y, 0 * x], axis=1) for y in (0, 0.1)])
     i = np.arange(n - 1)
-    faces = np.concatenate([np.stack([i, i + 1, n + i], 1), np.stack([i + 1, n + i, n + i + 1], 1)]).astype(np.int32)
+    faces = np.concatenate(
+        [np.stack([i, i + 1, n + i], 1), np.stack([i + 1, n + i, n + i + 1], 1)]
+    ).astype(np.int32)
     _add_caps(vertices, faces[:1])  # compiled
     tracemalloc.start()
     _, capped, _ = _add_caps(vertices, faces)
@@ -156,9 +197,15 @@ def test_bad_input():
         TopologyConfig(resolution=32)
     with pytest.raises(ValueError, match=r"max_opening must lie in 0\.\.1, got 2"):
         TopologyConfig(max_opening=2)
-    line = Mesh(vertices=np.array([[0, 0, 0], [0.1, 0, 0], [0.2, 0, 0.0]]), faces=np.array([[0, 1, 2]], np.int32))
+    line = Mesh(
+        vertices=np.array([[0, 0, 0], [0.1, 0, 0], [0.2, 0, 0.0]]),
+        faces=np.array([[0, 1, 2]], np.int32),
+    )
     with pytest.raises(Reject, match="no_area"):
         build_topology(line, TopologyConfig(resolution=64))
-    big = Mesh(vertices=np.array([[0, 0, 0], [0.7, 0, 0], [0, 0.2, 0.0]]), faces=np.array([[0, 1, 2]], np.int32))
+    big = Mesh(
+        vertices=np.array([[0, 0, 0], [0.7, 0, 0], [0, 0.2, 0.0]]),
+        faces=np.array([[0, 1, 2]], np.int32),
+    )
     with pytest.raises(ValueError, match=r"reaches 0\.7"):
         build_topology(big, TopologyConfig(resolution=64))

@@ -13,9 +13,9 @@ import pytest
 import zarr
 
 from pipeline.core.cli import command
-from pipeline.orchestration.manifest import read_manifest, write_manifest
-from pipeline.orchestration.commit import tree_sha256
 from pipeline.core.schema import UserError
+from pipeline.orchestration.commit import tree_sha256
+from pipeline.orchestration.manifest import read_manifest, write_manifest
 from pipeline.storage.render_shard import RenderShard, write_render_shard
 from pipeline.storage.sdf_shard import SdfShard, write_sdf_shard
 from pipeline.verify import main, verify
@@ -122,7 +122,9 @@ def change_the_stores_version(build):
 
 def write_views(build, change):
     shard = RenderShard(tar(build))
-    entries = [(uid, [shard.read_bytes(uid, view) for view in shard.views(uid)]) for uid in shard.uids]
+    entries = [
+        (uid, [shard.read_bytes(uid, view) for view in shard.views(uid)]) for uid in shard.uids
+    ]
     write_render_shard(tar(build), change(entries))
     vouch(build, "renders-paper")
 
@@ -224,7 +226,11 @@ BREACHES = [  # damage, asset named, rule
     (lambda build: marker(build, "manifest").unlink(), "", "manifest: has no commit marker"),
     (lambda build: marker(build, "sdf-64").write_text("{"), "", "commit marker does not parse"),
     (lambda build: shutil.rmtree(sdf(build)), "", "sdf-64: .* is missing"),
-    (lambda build: tar(build).with_suffix(".index.parquet").unlink(), "", "index.parquet is missing"),
+    (
+        lambda build: tar(build).with_suffix(".index.parquet").unlink(),
+        "",
+        "index.parquet is missing",
+    ),
     (edit_marker("sdf-64", config_hash="0"), "", "config_hash does not belong to the config"),
     (edit_marker("sdf-64", format_version=0), "", "format_version is 0, must be 1"),
     (edit_marker("sdf-64", counts={}), "", "sdf-64: marker counts {}"),
@@ -235,12 +241,16 @@ BREACHES = [  # damage, asset named, rule
 ]
 
 
-@pytest.mark.parametrize(("damage", "asset", "rule"), BREACHES, ids=[rule for _, _, rule in BREACHES])
+@pytest.mark.parametrize(
+    ("damage", "asset", "rule"), BREACHES, ids=[rule for _, _, rule in BREACHES]
+)
 def test_a_breach_is_found_and_named(build, damage, asset, rule):
     asset = asset and uids(build)[1]
     damage(build)
     found = verify(build)
-    assert any(b.shard == SHARD and b.asset == asset and re.search(rule, b.rule) for b in found), [*map(str, found)]
+    assert any(b.shard == SHARD and b.asset == asset and re.search(rule, b.rule) for b in found), [
+        *map(str, found)
+    ]
 
 
 @pytest.mark.parametrize(

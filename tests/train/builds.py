@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.cameras import camera
+from pipeline.core.schema import BLOCK, Bricks, View, band, spacing
 from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
 from pipeline.rendering.views import encode
-from pipeline.core.schema import BLOCK, Bricks, View, band, spacing
 from pipeline.storage.render_shard import write_render_shard
 from pipeline.storage.sdf_shard import SdfShard, write_sdf_shard
 from train.engine.config import BrickConfig, LoopConfig, VAEConfig, VAETraining
@@ -23,7 +23,9 @@ TINY = VAEConfig(widths=(8, 8, 16, 32), heads=2, blocks=2, groups=8, mlp_ratio=2
 
 def ellipsoid(center: Sequence[float], radii: Sequence[float]) -> Field:
     """Negative inside; not a distance away from the surface, which does not matter here."""
-    return lambda p: (np.linalg.norm((p - np.array(center)) / np.array(radii), axis=-1) - 1) * min(radii)
+    return lambda p: (
+        (np.linalg.norm((p - np.array(center)) / np.array(radii), axis=-1) - 1) * min(radii)
+    )
 
 
 def grid(resolution: int) -> NDArray[np.float64]:
@@ -72,7 +74,10 @@ def make_build(
     """A committed build of `assets` training and `val` held-out shapes."""
     uids = [f"analytic-{number:020d}" for number in range(assets + val)]
     for first in range(0, len(uids), shard_size):
-        name, chosen = f"{first // shard_size:06d}", range(first, min(first + shard_size, len(uids)))
+        name, chosen = (
+            f"{first // shard_size:06d}",
+            range(first, min(first + shard_size, len(uids))),
+        )
         rows = [dict.fromkeys([*HEAD.names, *TAIL.names]) for _ in chosen]
         for row, number in zip(rows, chosen, strict=True):
             row |= {"uid": uids[number], "status": "done", "shard": name, "row": number - first}
@@ -81,7 +86,9 @@ def make_build(
             made = [bricks_of(field(number), resolution) for number in chosen]
             path = root / "sdf" / str(resolution) / f"{name}.zarr"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_sdf_shard(path, resolution, [(uids[n], b) for n, b in zip(chosen, made, strict=True)], "test")
+            write_sdf_shard(
+                path, resolution, [(uids[n], b) for n, b in zip(chosen, made, strict=True)], "test"
+            )
             for row, bricks in zip(rows, made, strict=True):
                 row[f"tokens_{resolution}"] = len(bricks.blocks)
             commit(root, name, f"sdf-{resolution}")
@@ -111,7 +118,13 @@ def add_renders(root: Path, views: int = 5) -> None:
             made = []
             for view in range(views):
                 rgb = np.tile(np.uint8(color_of(int(uid[-3:]), view)), (40, 40, 1))
-                meta = {"uid": uid, "view": view, **camera(uid, view).meta(), "width": 40, "height": 40}
+                meta = {
+                    "uid": uid,
+                    "view": view,
+                    **camera(uid, view).meta(),
+                    "width": 40,
+                    "height": 40,
+                }
                 made.append((encode(View(rgba=np.dstack([rgb, inside]), meta=meta)), meta))
             entries.append((uid, made))
         write_render_shard(root / "renders" / "paper" / f"{path.stem}.tar", entries)
@@ -120,7 +133,13 @@ def add_renders(root: Path, views: int = 5) -> None:
 
 def tiny_training(data: Path, out: Path, *, steps: int = 4, **options: object) -> VAETraining:
     """Options for a run of seconds; `options` go to the loop, or to the bricks where the loop has no such name."""
-    loop = {"steps": steps, "precision": "fp32", "warmup_steps": 2, "log_every": 10, "checkpoint_every": 10}
+    loop = {
+        "steps": steps,
+        "precision": "fp32",
+        "warmup_steps": 2,
+        "log_every": 10,
+        "checkpoint_every": 10,
+    }
     loop |= {"validate_every": 0, "sample_every": 0, "learning_rate": 1e-3}
     bricks = {"resolutions": (32,), "batch_size": 2, "workers": 1}
     for name, value in options.items():

@@ -8,20 +8,20 @@ import safetensors.torch
 import torch
 
 from model.checkpoint import save_model
-from model.conditioning.image_encoder import EncoderConfig
 from model.conditioning.image_conditioned_dit import ConditionedConfig
+from model.conditioning.image_encoder import EncoderConfig
 from model.sparse_dit import DiTConfig
 from model.sparse_vae import SparseVAE
 from tests.train.builds import TINY
-from train.engine import checkpoint
 from train.data.render_conditions import FlowOptions
+from train.dit import read_latents
+from train.encode import Encoding, encode
+from train.engine import checkpoint
 from train.engine.config import LoopConfig
 from train.engine.distributed import World
-from train.dit import read_latents
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTLoader, joined
 from train.stages.dit.task import DiTTask
-from train.encode import Encoding, encode
 
 VIEWS = 5
 MODEL = ConditionedConfig(
@@ -41,7 +41,10 @@ def make_vae(path, seed=0):
 
 
 def encode_with(vae, data):
-    encode(Encoding(vae=vae, data=data, resolutions=(32,), device="cpu", precision="fp32", workers=1), World())
+    encode(
+        Encoding(vae=vae, data=data, resolutions=(32,), device="cpu", precision="fp32", workers=1),
+        World(),
+    )
 
 
 def config(rendered, out, *, steps=4, loop=None, **options):
@@ -50,8 +53,17 @@ def config(rendered, out, *, steps=4, loop=None, **options):
         "steps": steps, "precision": "fp32", "warmup_steps": 2, "log_every": 100, "checkpoint_every": 2,
         "validate_every": 0, "sample_every": 0, "learning_rate": 3e-3, "ema_decay": 0.9,
     }  # fmt: skip
-    flow = FlowOptions(batch_size=3, steps=2, open_shards=1, loop=LoopConfig(**{**defaults, **(loop or {})}))
-    chosen = {"device": "cpu", "resolution": 32, "held_out_views": 2, "workers": 2, "samples": 1, "model": MODEL}
+    flow = FlowOptions(
+        batch_size=3, steps=2, open_shards=1, loop=LoopConfig(**{**defaults, **(loop or {})})
+    )
+    chosen = {
+        "device": "cpu",
+        "resolution": 32,
+        "held_out_views": 2,
+        "workers": 2,
+        "samples": 1,
+        "model": MODEL,
+    }
     return DiTTraining(**{"data": data, "vae": vae, "out": out, "flow": flow, **chosen, **options})
 
 

@@ -14,8 +14,8 @@ import torch
 
 from tests.train.builds import TINY, tiny_training
 from train.data.bricks import BrickLoader, TrainBatch, read_catalogue
-from train.engine.distributed import World, join
 from train.engine.batch_sampler import Planner
+from train.engine.distributed import World, join
 from train.engine.prefetch import Prefetcher
 from train.stages.vae.task import VAETask
 
@@ -28,12 +28,16 @@ def gradients(data: Path, world: World) -> dict[str, torch.Tensor]:
     catalogue = read_catalogue(data, [32]).split("train")
     task = VAETask(tiny_training(data, Path("unused")), world, catalogue.subset([]))
     task.model.to(dtype)
-    for parameter in task.model.parameters():  # the output layers start at zero, through which nothing flows
+    for (
+        parameter
+    ) in task.model.parameters():  # the output layers start at zero, through which nothing flows
         torch.manual_seed(parameter.numel())
         parameter.data += 0.02 * torch.randn(parameter.shape, dtype=torch.float64).to(parameter)
     model = world.parallel(task.model)
     loader = BrickLoader(catalogue, seed=0, noise_channels=TINY.latent_channels)
-    plan = Planner(catalogue.tokens, batch_size=GLOBAL_BATCH // world.size, world_size=world.size, seed=0)
+    plan = Planner(
+        catalogue.tokens, batch_size=GLOBAL_BATCH // world.size, world_size=world.size, seed=0
+    )
     stream = Prefetcher(plan, partial(loader.load, rank=world.rank), workers=1)
     found: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
@@ -56,7 +60,9 @@ def main() -> None:
     with join(device) as world:  # pyright: ignore[reportArgumentType]
         found = gradients(Path(data), world)
         if world.is_first:
-            safetensors.torch.save_file({name: x.cpu().contiguous() for name, x in found.items()}, out)
+            safetensors.torch.save_file(
+                {name: x.cpu().contiguous() for name, x in found.items()}, out
+            )
         world.barrier()
 
 

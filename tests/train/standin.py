@@ -95,11 +95,26 @@ class Fit:
         self.sampled.append(folder)
 
 
-def run(out: Path, *, task: Fit | None = None, stream: Numbers | None = None, init: Path | None = None, **options: Any):
+def run(
+    out: Path,
+    *,
+    task: Fit | None = None,
+    stream: Numbers | None = None,
+    init: Path | None = None,
+    **options: Any,
+):
     """(steps done, task)"""
-    defaults = {"steps": 30, "precision": "fp32", "warmup_steps": 3, "learning_rate": 0.1, "log_every": 5}
+    defaults = {
+        "steps": 30,
+        "precision": "fp32",
+        "warmup_steps": 3,
+        "learning_rate": 0.1,
+        "log_every": 5,
+    }
     defaults |= {"checkpoint_every": 10, "validate_every": 0, "sample_every": 0, "ema_decay": 0.9}
     cfg = LoopConfig(**{**defaults, **options})
     task = task or Fit()
     config = {**CONFIG, "training": {"loop": {**defaults, **options}}}
-    return fit(task, stream or Numbers(), cfg, out=out, world=World(), config=config, init=init), task
+    return fit(
+        task, stream or Numbers(), cfg, out=out, world=World(), config=config, init=init
+    ), task

@@ -84,7 +84,9 @@ def test_ranks_are_balanced():
     rng = np.random.default_rng(0)
     tokens = {512: (2000 * rng.lognormal(1.5, 0.6, 200)).astype(int)}
     plan = planner(tokens, batch_size=4, world_size=8)
-    loads = np.array([[sum(tokens[512][d.asset] for d in rank) for rank in plan.next().ranks] for _ in range(50)])
+    loads = np.array(
+        [[sum(tokens[512][d.asset] for d in rank) for rank in plan.next().ranks] for _ in range(50)]
+    )
     unequal = (loads.max(1) / loads.mean(1)).mean()
     in_order = [tokens[512][rng.permutation(200)[:32]].reshape(8, 4).sum(1) for _ in range(50)]
     assert unequal < 1.1 < 1.3 < np.mean([load.max() / load.mean() for load in in_order])
@@ -102,7 +104,9 @@ def test_a_budget_holds_and_nothing_is_lost():
     assert set(seen.values()) == {1}
     per_epoch = Counter(draw.epoch for draw in seen)
     assert all(per_epoch[epoch] == 6 for epoch in range(max(per_epoch)))
-    with pytest.raises(UserError, match="no training asset at R = 256 with at most max_tokens = 5 cells"):
+    with pytest.raises(
+        UserError, match="no training asset at R = 256 with at most max_tokens = 5 cells"
+    ):
         planner(tokens, max_tokens=5)
 
 
@@ -153,7 +157,9 @@ def test_ranks_share_the_global_batch_of_one(build):
 
 def samples(batch):
     """Each asset of a batch by its bytes; one may come twice, in two epochs."""
-    of_asset = [batch.noise[batch.bricks.cells.coords[:, 0] == n].numpy() for n in range(batch.samples)]
+    of_asset = [
+        batch.noise[batch.bricks.cells.coords[:, 0] == n].numpy() for n in range(batch.samples)
+    ]
     bricks = batch.bricks.bricks()
     pairs = zip(batch.uids, bricks, of_asset, strict=True)
     return Counter((uid, one.values.tobytes(), noise.tobytes()) for uid, one, noise in pairs)
@@ -167,7 +173,9 @@ def test_symmetries_vary_and_can_be_switched_off(build):
         assert torch.equal(plain.load_assets([n], 32).bricks.values, expected)
     plan = Planner(catalogue.tokens, batch_size=6, world_size=1, seed=0)
     loader = BrickLoader(catalogue, seed=0, noise_channels=4)
-    looks = [{x.values.tobytes() for x in loader.load(plan.next(), 0).bricks.bricks()} for _ in range(3)]
+    looks = [
+        {x.values.tobytes() for x in loader.load(plan.next(), 0).bricks.bricks()} for _ in range(3)
+    ]
     assert all(a != b for a, b in pairwise(looks)), "other symmetries in other epochs"
 
 
@@ -194,9 +202,15 @@ def test_reads_only_what_is_committed_and_done(tmp_path):
     ("change", "message"),
     [
         (lambda root: shutil.rmtree(root / "manifest"), "not a build with committed shards"),
-        (lambda root: (root / "manifest" / "000000.parquet").write_bytes(b"PAR1"), "not a readable manifest"),
+        (
+            lambda root: (root / "manifest" / "000000.parquet").write_bytes(b"PAR1"),
+            "not a readable manifest",
+        ),
         (lambda root: re_version(root, b"2"), "format_version 2, this code reads 1: rebuild it"),
-        (lambda root: None, r"no bricks at R = 256, only at R = 32; add them: .* --resolutions 32 256"),
+        (
+            lambda root: None,
+            r"no bricks at R = 256, only at R = 32; add them: .* --resolutions 32 256",
+        ),
     ],
 )
 def test_other_data_is_refused_in_one_line(tmp_path, change, message):
@@ -220,7 +234,10 @@ def re_version(root, version):
 
 def damage(root, resolution=32, shard="000000"):
     """Overwrite the compressed chunk of a shard's values."""
-    chunk = next(path for path in (root / "sdf" / str(resolution) / f"{shard}.zarr" / "values" / "c").rglob("*/0"))
+    chunk = next(
+        path
+        for path in (root / "sdf" / str(resolution) / f"{shard}.zarr" / "values" / "c").rglob("*/0")
+    )
     data = bytearray(chunk.read_bytes())
     data[: len(data) // 2] = bytes(len(data) // 2)
     chunk.write_bytes(data)
@@ -235,7 +252,9 @@ def test_a_damaged_shard_is_skipped_counted_and_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         batches = [loader.load(plan.next(), 0) for _ in range(6)]
     assert {uid for batch in batches for uid in batch.uids} == set(catalogue.uids[2:])
-    assert all(batch.samples == 4 for batch in batches), "replaced, so that weights and ranks stay as planned"
+    assert all(batch.samples == 4 for batch in batches), (
+        "replaced, so that weights and ranks stay as planned"
+    )
     assert loader.bad == {(0, 32), (1, 32)}
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2, "said once each"
@@ -247,7 +266,9 @@ def test_too_much_damage_ends_the_run(tmp_path):
     damage(root)
     catalogue = read_catalogue(root, [32])
     loader = BrickLoader(catalogue, seed=0, noise_channels=4)
-    with pytest.raises(RunError, match=r"5 of 5 assets in .* cannot be read, .*python -m pipeline.verify"):
+    with pytest.raises(
+        RunError, match=r"5 of 5 assets in .* cannot be read, .*python -m pipeline.verify"
+    ):
         loader.load_assets([0], 32)
 
 

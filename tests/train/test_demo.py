@@ -10,26 +10,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.cli import parse as parse_build
 from pipeline.config import PRESETS, BuildConfig
+from pipeline.core.cli import parse as parse_build
 from pipeline.core.schema import RunError
-from train.demo.charts import Curve, chart, curves_of, smoothed
 from train.command import configure, parse
-from train.engine.config import VAE_PRESETS
-from train.demo import SIZES, DemoConfig, Plan, Step, plan, run
+from train.demo.charts import Curve, chart, curves_of, smoothed
 from train.demo.page import StepTaken, write_page
-from train.stages.dit.config import DIT_PRESETS
+from train.demo.steps import SIZES, DemoConfig, Plan, Step, plan, run
 from train.encode import Encoding
-from train.export import Export
+from train.engine.config import VAE_PRESETS
 from train.evaluation.generation import GenerationEvaluation
-from train.stages.structure.config import STRUCTURE_PRESETS
 from train.evaluation.vae import VAEEvaluation
+from train.export import Export
+from train.stages.dit.config import DIT_PRESETS
+from train.stages.structure.config import STRUCTURE_PRESETS
 
 
 def read(command):
     """The config that a command's own options give."""
     module, *words = command
-    presets = {"train.vae": VAE_PRESETS, "train.dit": DIT_PRESETS, "train.structure": STRUCTURE_PRESETS}
+    presets = {
+        "train.vae": VAE_PRESETS,
+        "train.dit": DIT_PRESETS,
+        "train.structure": STRUCTURE_PRESETS,
+    }
     if module in presets:
         return configure(presets[module], "tiny", words, prog=module)
     if module == "pipeline.build":
@@ -45,7 +49,9 @@ def read(command):
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
 def test_every_command_is_one_that_exists_and_they_fit_together(size):
     steps = plan(DemoConfig(data=Path("d"), out=Path("o")), SIZES[size])
-    configs = {step.name: read(step.command) for lanes in steps.phases for lane in lanes for step in lane}
+    configs = {
+        step.name: read(step.command) for lanes in steps.phases for lane in lanes for step in lane
+    }
     build, vae, dit, structure = (configs[name] for name in ("build", "vae", "dit", "structure"))
     assert dit.resolution == structure.resolution
     assert dit.resolution in build.resolutions
@@ -62,7 +68,9 @@ def test_every_command_is_one_that_exists_and_they_fit_together(size):
 
 
 def sleep(name, seconds):
-    return Step(name=name, command=("timeit", "-n", "1", "-r", "1", f"import time; time.sleep({seconds})"))
+    return Step(
+        name=name, command=("timeit", "-n", "1", "-r", "1", f"import time; time.sleep({seconds})")
+    )
 
 
 def test_lanes_run_side_by_side_and_phases_in_turn(tmp_path):
@@ -79,7 +87,10 @@ def test_lanes_run_side_by_side_and_phases_in_turn(tmp_path):
 
 
 def test_a_step_that_fails_ends_the_others_and_is_quoted(tmp_path):
-    lanes = ((sleep("long", 60), sleep("never", 60)), (Step(name="bad", command=("json.tool", "no-such-file")),))
+    lanes = (
+        (sleep("long", 60), sleep("never", 60)),
+        (Step(name="bad", command=("json.tool", "no-such-file")),),
+    )
     started = time.monotonic()
     with pytest.raises(RunError, match=r"bad ended with exit code [12] (.|\n)*no-such-file"):
         run(Plan(phases=(lanes,), out=tmp_path))
@@ -90,17 +101,30 @@ def test_a_step_that_fails_ends_the_others_and_is_quoted(tmp_path):
 def fake_outputs(out, build):
     """What the steps leave behind, by hand."""
     (build / "report").mkdir(parents=True)
-    report = (
-        "<html><head><style>body{margin:0}</style></head><body><main><h1>smoke</h1><p>FUNNEL</p></main></body></html>"
-    )
+    report = "<html><head><style>body{margin:0}</style></head><body><main><h1>smoke</h1><p>FUNNEL</p></main></body></html>"
     (build / "report" / "index.html").write_text(report)
     picture = Image.fromarray(np.full((8, 32, 3), 90, np.uint8))
     row = {
         "uid": "a-1", "view": 11, "chamfer": 0.0123, "iou": 0.87, "f1": {"0.005": 0.5, "0.001": 0.1}, "closed": True,
         "silhouette_iou": 0.93, "faces": 1234, "nearest_is_right": True, "seconds": 1.5,
     }  # fmt: skip
-    shares = ("f1_0.005", "f1_0.001", "normal_consistency", "iou", "silhouette_iou", "nearest_is_right", "closed")
-    summary = {"name": "train assets", "assets": 2, "empty": 1, "candidates": 48, "chamfer": 12.3, "seconds": 1.5}
+    shares = (
+        "f1_0.005",
+        "f1_0.001",
+        "normal_consistency",
+        "iou",
+        "silhouette_iou",
+        "nearest_is_right",
+        "closed",
+    )
+    summary = {
+        "name": "train assets",
+        "assets": 2,
+        "empty": 1,
+        "candidates": 48,
+        "chamfer": 12.3,
+        "seconds": 1.5,
+    }
     protocol = {
         "image_encoder": "stand-in <encoder>", "samples": 20000, "reference": "marching cubes",
         "sampling": {"steps": [20], "guidance": 2.0, "method": "euler"},
@@ -109,19 +133,37 @@ def fake_outputs(out, build):
         (out / name / "meshes").mkdir(parents=True)
         picture.save(out / name / "meshes" / "a-1.png")
         rows = [row, {**row, "uid": "b-2", "chamfer": None}]
-        found = {"summary": {**summary, **dict.fromkeys(shares, 87.5)}, "protocol": protocol, "rows": rows}
+        found = {
+            "summary": {**summary, **dict.fromkeys(shares, 87.5)},
+            "protocol": protocol,
+            "rows": rows,
+        }
         (out / name / "evaluation.json").write_text(json.dumps(found))
     (out / "reconstruction").mkdir()
-    line = {"name": "R = 64, val", "assets": 9, "chamfer": 7.77, "normal_consistency": 95.0, "iou": 91.0}
+    line = {
+        "name": "R = 64, val",
+        "assets": 9,
+        "chamfer": 7.77,
+        "normal_consistency": 95.0,
+        "iou": 91.0,
+    }
     line |= {"f1_0.005": 60.0, "f1_0.001": 20.0}
-    paper = {"name": "Direct3D-S2, 512 (paper)", "chamfer": 13.59, "f1_0.005": 99.98, "f1_0.001": 41.11}
+    paper = {
+        "name": "Direct3D-S2, 512 (paper)",
+        "chamfer": 13.59,
+        "f1_0.005": 99.98,
+        "f1_0.001": 41.11,
+    }
     found = {"summaries": [line], "paper": [paper]}
     (out / "reconstruction" / "evaluation.json").write_text(json.dumps(found))
     picture.save(out / "reconstruction" / "reconstructions.png")
     for name in ("vae", "structure/vae", "structure/flow", "dit"):
         (out / name / "latest").mkdir(parents=True)
         (out / name / "latest" / "config.json").write_text('{"model": "M"}')
-        rows = [{"step": n, "loss": 1 / n, "bce": 1 / n, "dice": 0.5, "seconds": 0.5} for n in range(1, 21)]
+        rows = [
+            {"step": n, "loss": 1 / n, "bce": 1 / n, "dice": 0.5, "seconds": 0.5}
+            for n in range(1, 21)
+        ]
         rows.append({"step": 20, "event": "validation", "loss": 0.3})
         (out / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (out / "structure" / "flow" / "samples" / "step-00000020").mkdir(parents=True)
@@ -149,7 +191,15 @@ class Links(HTMLParser):
 
 def test_the_page_holds_every_number_and_loads_nothing(tmp_path):
     fake_outputs(tmp_path / "o", tmp_path / "d")
-    taken = [StepTaken(name="vae", command="python -m train.vae", seconds=61.0, cpu_seconds=77.0, peak_bytes=10**9)]
+    taken = [
+        StepTaken(
+            name="vae",
+            command="python -m train.vae",
+            seconds=61.0,
+            cpu_seconds=77.0,
+            peak_bytes=10**9,
+        )
+    ]
     page = write_page(tmp_path / "o", tmp_path / "d", taken, size="cpu", seconds=605.0)
     text = page.read_text()
     links = Links()
@@ -159,15 +209,33 @@ def test_the_page_holds_every_number_and_loads_nothing(tmp_path):
     assert all(value.startswith("data:image/webp;base64,") for value in links.loaded)
     assert not re.search(r"@import|url\((?!data:)", text)
     plain = re.sub(r"<[^>]+>", " ", text)
-    words = ("10.1 min", "IoU 0.87", "CD 12.3", "7.8", "13.6", "nothing was generated", "FUNNEL", "steps 20", "1.00")
-    words += ("python -m train.vae", "77", "stand-in &lt;encoder&gt;", "held-out assets 0.300", "among 48 assets")
+    words = (
+        "10.1 min",
+        "IoU 0.87",
+        "CD 12.3",
+        "7.8",
+        "13.6",
+        "nothing was generated",
+        "FUNNEL",
+        "steps 20",
+        "1.00",
+    )
+    words += (
+        "python -m train.vae",
+        "77",
+        "stand-in &lt;encoder&gt;",
+        "held-out assets 0.300",
+        "among 48 assets",
+    )
     for word in words:
         assert word in plain, word
     assert text.count("<svg") == 4
 
 
 def test_charts_draw_what_the_metrics_say(tmp_path):
-    rows = [{"step": n, "loss": 10.0 ** (-n / 50)} for n in range(1, 101)] + [{"step": 9, "loss": float("nan")}]
+    rows = [{"step": n, "loss": 10.0 ** (-n / 50)} for n in range(1, 101)] + [
+        {"step": 9, "loss": float("nan")}
+    ]
     rows.append({"step": 100, "event": "validation", "loss": 0.02})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = curves_of(tmp_path / "metrics.jsonl", ("loss", "absent"))

@@ -29,9 +29,22 @@ ENVIRONMENT = {
 
 
 def torchrun(*arguments, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *arguments,
+    ]
     return subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*map(str, command)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -46,7 +59,9 @@ def compare(build, path, device, tolerance):
         size = expected.abs().max().clamp(min=1e-3)
         assert expected.isfinite().all()
         assert (two[name] - expected).abs().max() <= tolerance * size, name
-    assert sum(bool(x.abs().max() > 1e-6) for x in one.values()) > 0.9 * len(one), "gradients that could be wrong"
+    assert sum(bool(x.abs().max() > 1e-6) for x in one.values()) > 0.9 * len(one), (
+        "gradients that could be wrong"
+    )
 
 
 def test_two_ranks_have_the_gradients_of_one(build, tmp_path):
@@ -64,8 +79,21 @@ def test_two_gpus_have_the_gradients_of_one(build, tmp_path):
 def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(build, tmp_path):
     """And the run goes on from there with one rank, which warns that its batches differ."""
     out = tmp_path / "run"
-    options = ["--data", build, "--out", out, "--device", "cpu", "--bricks.resolutions", 32, "--loop.steps", 100000]
-    process = torchrun("-m", "train.vae", *options, "--bricks.batch-size", 1, "--loop.validate-every", 0)
+    options = [
+        "--data",
+        build,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--bricks.resolutions",
+        32,
+        "--loop.steps",
+        100000,
+    ]
+    process = torchrun(
+        "-m", "train.vae", *options, "--bricks.batch-size", 1, "--loop.validate-every", 0
+    )
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
@@ -105,7 +133,10 @@ def test_more_ranks_than_gpus_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
-    with pytest.raises(UserError, match=r"rank 2 of this machine needs a CUDA device, 2 found; .* --nproc-per-node 2"):
+    with pytest.raises(
+        UserError,
+        match=r"rank 2 of this machine needs a CUDA device, 2 found; .* --nproc-per-node 2",
+    ):
         choose_device("cuda", 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")

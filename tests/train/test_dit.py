@@ -10,18 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from model.conditioning.image_encoder import DinoEncoder, EncoderConfig
 from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
+from model.conditioning.image_encoder import DinoEncoder, EncoderConfig
 from pipeline.core.schema import RunError, UserError
 from tests.train.flows import MODEL, config, loader_of, make_vae, metrics, task_of, wake, weights
-from train.engine import checkpoint
-from train.engine.distributed import World
 from train.dit import main, read_latents, train
+from train.engine import checkpoint
+from train.engine.batch_sampler import Draw
+from train.engine.distributed import World
+from train.export import read_stage
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.dit.data import joined
 from train.stages.dit.task import DiTTask
-from train.export import read_stage
-from train.engine.batch_sampler import Draw
 
 
 def test_steps_on_one_batch_lower_its_loss_the_same_way_every_time(rendered, tmp_path):
@@ -46,25 +46,32 @@ def test_the_loss_weighs_assets_alike_and_ranks_add_up(rendered, tmp_path):
     wake(task.model)
     draws = [Draw(0, 0), Draw(3, 1), Draw(5, 0)]
     whole = task.losses(task.model, loader.batch(draws, 1 / 3))["loss"]
-    ranks = [task.losses(task.model, loader.batch(part, 2 / 3))["loss"] for part in (draws[:1], draws[1:])]
+    ranks = [
+        task.losses(task.model, loader.batch(part, 2 / 3))["loss"]
+        for part in (draws[:1], draws[1:])
+    ]
     torch.testing.assert_close(sum(ranks) / 2, whole)
     alone = []
     for draw in draws:
         batch = loader.batch([draw], 1.0)
-        alone.append(task._errors(task.model, batch, task._start(batch), batch.times, batch.dropped).mean())
+        alone.append(
+            task._errors(task.model, batch, task._start(batch), batch.times, batch.dropped).mean()
+        )
     torch.testing.assert_close(torch.stack(alone).mean(), whole)
 
 
 def test_a_checkpoint_says_what_export_needs(rendered, tmp_path):
-    cfg = config(rendered, tmp_path / "run", loop={"steps": 2, "validate_every": 2, "sample_every": 2})
+    cfg = config(
+        rendered, tmp_path / "run", loop={"steps": 2, "validate_every": 2, "sample_every": 2}
+    )
     assert train(cfg, World()) == 2
     found = checkpoint.latest(cfg.out)
     model, training = read_stage(found, ConditionedDiT)
     _, store = read_latents(cfg, World())
     assert (training["resolution"], training["vae"]) == (32, store.vae)
     assert model.config == MODEL
-    assert torch.equal(model.sparse_dit.latent_mean, store.mean)
-    assert torch.equal(model.sparse_dit.latent_std, store.std)
+    assert torch.equal(model.dit.latent_mean, store.mean)
+    assert torch.equal(model.dit.latent_std, store.std)
     assert metrics(cfg.out, "validation")[0]["loss"] > 0
     folder = cfg.out / "samples" / "step-00000002"
     numbers = json.loads((folder / "iou.json").read_text())
@@ -73,8 +80,13 @@ def test_a_checkpoint_says_what_export_needs(rendered, tmp_path):
     assert len(list(folder.glob("*.ply"))) == 2
 
 
-def test_resumes_to_the_bit_between_checkpoints_and_in_the_middle_of_a_shard(rendered, tmp_path, monkeypatch):
-    whole, cut = config(rendered, tmp_path / "whole", steps=7), config(rendered, tmp_path / "cut", steps=7, workers=0)
+def test_resumes_to_the_bit_between_checkpoints_and_in_the_middle_of_a_shard(
+    rendered, tmp_path, monkeypatch
+):
+    whole, cut = (
+        config(rendered, tmp_path / "whole", steps=7),
+        config(rendered, tmp_path / "cut", steps=7, workers=0),
+    )
     train(whole, World())
     original, calls = DiTTask.losses, []
 
@@ -114,7 +126,10 @@ def test_a_stage_starts_from_the_one_before_with_statistics_of_its_own(rendered,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.dit.DiTTask", Seen)
-        train(config((data, rendered[1]), tmp_path / "second", steps=1, init=first.out / "latest"), World())
+        train(
+            config((data, rendered[1]), tmp_path / "second", steps=1, init=first.out / "latest"),
+            World(),
+        )
     average = weights(first.out, "ema")
     for name, tensor in seen[0].items():
         factor = 2 if name == "dit.latent_std" else 1
@@ -125,7 +140,9 @@ def test_a_stage_starts_from_the_one_before_with_statistics_of_its_own(rendered,
 
 def test_a_frozen_encoder_is_neither_trained_nor_kept(rendered, tmp_path):
     DinoEncoder.random(channels=16, image_size=28).model.save_pretrained(tmp_path / "dino")
-    frozen = EncoderConfig(kind="dinov2", weights=str(tmp_path / "dino"), image_size=28, channels=16)
+    frozen = EncoderConfig(
+        kind="dinov2", weights=str(tmp_path / "dino"), image_size=28, channels=16
+    )
     cfg = config(rendered, tmp_path / "run", steps=2, model=replace(MODEL, encoder=frozen))
     train(cfg, World())
     assert {name.partition(".")[0] for name in weights(cfg.out)} == {"dit"}
@@ -141,9 +158,14 @@ def test_latents_that_are_missing_or_of_another_vae(rendered, tmp_path):
     shutil.copytree(rendered[0], data)
     (folder,) = (data / "latents").iterdir()
     other = make_vae(tmp_path / "other", 1)
-    with pytest.raises(UserError, match=rf"has latents of VAE {folder.name} at R = 32, not of .*; make them: python"):
+    with pytest.raises(
+        UserError,
+        match=rf"has latents of VAE {folder.name} at R = 32, not of .*; make them: python",
+    ):
         train(config((data, other), tmp_path / "run"), World())
-    with pytest.raises(UserError, match=r"has no latents at R = 64; make them: python -m train.encode"):
+    with pytest.raises(
+        UserError, match=r"has no latents at R = 64; make them: python -m train.encode"
+    ):
         train(config((data, rendered[1]), tmp_path / "run", resolution=64), World())
     shutil.rmtree(folder / "32" / "000001.zarr")
     with pytest.raises(
@@ -153,7 +175,9 @@ def test_latents_that_are_missing_or_of_another_vae(rendered, tmp_path):
         train(config((data, rendered[1]), tmp_path / "run"), World())
     cfg = config((data, rendered[1]), tmp_path / "run", max_missing_share=0.5)
     assert len(joined(cfg, read_latents(cfg, World())[1])) == 4
-    with pytest.raises(UserError, match="nowhere does not exist; name the VAE that made the latents"):
+    with pytest.raises(
+        UserError, match="nowhere does not exist; name the VAE that made the latents"
+    ):
         train(config((data, tmp_path / "nowhere"), tmp_path / "run"), World())
     wide = replace(MODEL, dit=replace(MODEL.dit, latent_channels=8))
     with pytest.raises(UserError, match="latent_channels must be the 16 channels of"):
@@ -167,20 +191,26 @@ def test_renders_that_are_missing_or_damaged(rendered, tmp_path):
     tar = data / "renders" / "paper" / "000000.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
     cfg = config((data, rendered[1]), tmp_path / "run")
-    with pytest.raises(RunError, match=r"view \d of analytic-.* in shard 000000: .* run python -m pipeline.verify"):
+    with pytest.raises(
+        RunError, match=r"view \d of analytic-.* in shard 000000: .* run python -m pipeline.verify"
+    ):
         train(cfg, World())
     (data / "shards" / "000000" / "renders-paper.json").unlink()
     with pytest.raises(
-        UserError, match=r"no renders of cameras paper in shard 000000; add them: python -m pipeline.build"
+        UserError,
+        match=r"no renders of cameras paper in shard 000000; add them: python -m pipeline.build",
     ):
         train(cfg, World())
-    with pytest.raises(UserError, match="held_out_views must be below the 5 views there are, got 5"):
+    with pytest.raises(
+        UserError, match="held_out_views must be below the 5 views there are, got 5"
+    ):
         train(config(rendered, tmp_path / "held", held_out_views=5), World())
 
 
 def test_missing_image_encoder_says_what_to_run(rendered, tmp_path):
     model = ConditionedConfig(
-        dit=replace(MODEL.dit, condition_channels=1024), encoder=EncoderConfig(weights=str(tmp_path / "nowhere"))
+        dit=replace(MODEL.dit, condition_channels=1024),
+        encoder=EncoderConfig(weights=str(tmp_path / "nowhere")),
     )
     cfg = config(rendered, tmp_path, model=model)
     with pytest.raises(UserError, match=r"run `hf download facebook/dinov2-with-registers-large"):
@@ -206,7 +236,12 @@ def test_bad_options_in_one_line(arguments, message):
 
 
 def test_presets_are_the_papers_schedule():
-    table = {"256": (1e-4, 8, None), "384": (1e-4, 8, "256"), "512": (5e-5, 8, "384"), "1024": (2e-5, 2, "512")}
+    table = {
+        "256": (1e-4, 8, None),
+        "384": (1e-4, 8, "256"),
+        "512": (5e-5, 8, "384"),
+        "1024": (2e-5, 2, "512"),
+    }
     for name, (rate, batch, before) in table.items():  # paper, sec. 4
         preset = DIT_PRESETS[name]
         assert (preset.flow.loop.learning_rate, preset.flow.batch_size) == (rate, batch)
@@ -214,4 +249,7 @@ def test_presets_are_the_papers_schedule():
         assert (preset.resolution, preset.model) == (int(name), ConditionedConfig())
         assert (preset.flow.dropout, preset.flow.times.kind) == (0.1, "logit_normal")
     assert all(preset.preset == name for name, preset in DIT_PRESETS.items())
-    assert {name for name, p in DIT_PRESETS.items() if p.model.encoder.kind == "stand-in"} == {"tiny", "small"}
+    assert {name for name, p in DIT_PRESETS.items() if p.model.encoder.kind == "stand-in"} == {
+        "tiny",
+        "small",
+    }

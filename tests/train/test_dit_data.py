@@ -13,8 +13,8 @@ import pipeline.rendering.views
 from pipeline.storage.render_shard import RenderShard
 from tests.train.builds import color_of
 from tests.train.flows import VIEWS, config, loader_of, task_of, wake
-from train.data.render_conditions import Once, ViewReader, time_of
 from train.data.bricks import read_catalogue
+from train.data.render_conditions import Once, ViewReader, time_of
 from train.engine.batch_sampler import Draw, ShardPlanner
 
 
@@ -64,11 +64,15 @@ def test_the_flow_starts_at_samples_of_the_posterior_with_unit_statistics(render
 
 def test_a_tenth_is_trained_without_image(rendered, tmp_path):
     cfg = config(rendered, tmp_path)
-    dropped = [time_of(cfg.flow, (0, "dit", 32, n, "some-uid"), training=True)[1] for n in range(4000)]
+    dropped = [
+        time_of(cfg.flow, (0, "dit", 32, n, "some-uid"), training=True)[1] for n in range(4000)
+    ]
     assert 0.085 < np.mean(dropped) < 0.115
     loader, draws = loader_of(cfg), [Draw(0, n) for n in range(30)]
     uid = loader.catalogue.uids[0]
-    expected = [time_of(cfg.flow, (0, "dit", 32, draw.epoch, uid), training=True)[1] for draw in draws]
+    expected = [
+        time_of(cfg.flow, (0, "dit", 32, draw.epoch, uid), training=True)[1] for draw in draws
+    ]
     assert sum(expected) > 0
     assert loader.batch(draws, 1.0).dropped.tolist() == expected
     assert not loader_of(cfg, training=False).batch(draws, 1.0).dropped.any()
@@ -90,37 +94,56 @@ def test_what_is_dropped_does_not_see_its_image(rendered, tmp_path):
         assert not torch.equal(ours[first:], theirs[first:])
 
 
-def test_a_shard_is_read_view_by_view_and_only_what_is_used_is_decoded(rendered, tmp_path, monkeypatch):
+def test_a_shard_is_read_view_by_view_and_only_what_is_used_is_decoded(
+    rendered, tmp_path, monkeypatch
+):
     cfg = config(rendered, tmp_path)
     loader = loader_of(cfg)
     reads, decoded = Counter(), []
     read_images, decode = RenderShard.read_images, pipeline.rendering.views.decode
     monkeypatch.setattr(
-        RenderShard, "read_images", lambda self, view: reads.update([(self.path.stem, view)]) or read_images(self, view)
+        RenderShard,
+        "read_images",
+        lambda self, view: reads.update([(self.path.stem, view)]) or read_images(self, view),
     )
-    monkeypatch.setattr(pipeline.rendering.views, "decode", lambda data: decoded.append(1) or decode(data))
+    monkeypatch.setattr(
+        pipeline.rendering.views, "decode", lambda data: decoded.append(1) or decode(data)
+    )
     planner = ShardPlanner(
-        loader.catalogue.tokens, loader.catalogue.shards, mixed=1, batch_size=2, world_size=1, seed=0
+        loader.catalogue.tokens,
+        loader.catalogue.shards,
+        mixed=1,
+        batch_size=2,
+        world_size=1,
+        seed=0,
     )
     for _ in range(9):  # three epochs: of the views that may be seen
         loader.load(planner.next(), 0)
-    assert reads == Counter({(shard, view): 1 for shard in ("000000", "000001") for view in range(VIEWS - 2)})
+    assert reads == Counter(
+        {(shard, view): 1 for shard in ("000000", "000001") for view in range(VIEWS - 2)}
+    )
     assert len(decoded) == 3 * 6
 
 
 def test_an_epoch_takes_shards_in_turn(rendered):
     shards = [f"{n // 3}" for n in range(30)]
-    planner = ShardPlanner({32: np.arange(30) % 4}, shards, mixed=2, batch_size=1, world_size=1, seed=0)
+    planner = ShardPlanner(
+        {32: np.arange(30) % 4}, shards, mixed=2, batch_size=1, world_size=1, seed=0
+    )
     drawn = [planner.next().ranks[0][0] for _ in range(2 * 22)]  # every fourth has no cells
     orders = []
     for epoch in range(2):
         assets = [draw.asset for draw in drawn if draw.epoch == epoch]
         assert sorted(assets) == [n for n in range(30) if n % 4]
         turns = [shards[asset] for asset in assets]
-        positions = {shard: [n for n, other in enumerate(turns) if other == shard] for shard in set(turns)}
+        positions = {
+            shard: [n for n, other in enumerate(turns) if other == shard] for shard in set(turns)
+        }
         together = [max(p) - min(p) for p in positions.values()]
         assert max(together) < 6, "two shards of three are mixed"
-        assert any(span >= len(p) for span, p in zip(together, positions.values(), strict=True)), "mixed"
+        assert any(span >= len(p) for span, p in zip(together, positions.values(), strict=True)), (
+            "mixed"
+        )
         orders.append(assets)
     assert orders[0] != orders[1]
     planner.restore({"step": 30, "cursors": {"32": 30}})

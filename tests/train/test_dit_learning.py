@@ -15,17 +15,17 @@ from model.conditioning.image_conditioned_dit import ConditionedConfig, Conditio
 from model.rectified_flow import Guidance
 from model.sparse_tensor import BrickBatch
 from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.primitives.surface_distance import compare_surfaces
 from tests.train.builds import add_renders, ellipsoid, make_build, tiny_training
 from tests.train.flows import MODEL, VIEWS, config, encode_with, loader_of, metrics, weights
 from tests.train.test_distributed import ENVIRONMENT, ROOT, torchrun
-from train.engine import checkpoint
 from train.data.bricks import BrickReader, read_catalogue
-from train.engine.distributed import World
 from train.dit import main, read_latents, train
 from train.encode import main as encode_main
-from train.export import read_stage
+from train.engine import checkpoint
 from train.engine.batch_sampler import Draw
-from pipeline.core.primitives.surface_distance import compare_surfaces
+from train.engine.distributed import World
+from train.export import read_stage
 from train.vae import main as vae_main
 from train.vae import train as train_vae
 
@@ -33,9 +33,13 @@ from train.vae import train as train_vae
 def read_ply(path):
     """What train.engine.mesh_pictures.write_ply wrote."""
     header, _, body = path.read_bytes().partition(b"end_header\n")
-    counts = [int(line.split()[-1]) for line in header.decode().splitlines() if line.startswith("element")]
+    counts = [
+        int(line.split()[-1]) for line in header.decode().splitlines() if line.startswith("element")
+    ]
     vertices = np.frombuffer(body, "<f4", 3 * counts[0]).reshape(-1, 3)
-    rows = np.frombuffer(body, np.dtype([("count", "u1"), ("corners", "<i4", (3,))]), offset=12 * counts[0])
+    rows = np.frombuffer(
+        body, np.dtype([("count", "u1"), ("corners", "<i4", (3,))]), offset=12 * counts[0]
+    )
     return vertices, rows["corners"]
 
 
@@ -48,11 +52,20 @@ def ball(number):
 def test_the_image_says_which_shape(tmp_path):
     data = make_build(tmp_path / "build", assets=4, val=0, field=ball)
     add_renders(data, VIEWS)
-    options = {"learning_rate": 3e-3, "ema_decay": 0.95, "checkpoint_every": 1000, "schedule": "cosine"}
-    vae = tiny_training(data, tmp_path / "vae", steps=500, batch_size=4, symmetries=False, **options)
+    options = {
+        "learning_rate": 3e-3,
+        "ema_decay": 0.95,
+        "checkpoint_every": 1000,
+        "schedule": "cosine",
+    }
+    vae = tiny_training(
+        data, tmp_path / "vae", steps=500, batch_size=4, symmetries=False, **options
+    )
     train_vae(vae, World())
     encode_with(vae.out / "latest", data)
-    model = ConditionedConfig(dit=replace(MODEL.dit, channels=64, heads=4, kv_heads=2, blocks=3), encoder=MODEL.encoder)
+    model = ConditionedConfig(
+        dit=replace(MODEL.dit, channels=64, heads=4, kv_heads=2, blocks=3), encoder=MODEL.encoder
+    )
     loop = {**options, "warmup_steps": 20}
     cfg = config((data, vae.out / "latest"), tmp_path / "dit", steps=400, loop=loop, model=model)
     cfg = replace(cfg, flow=replace(cfg.flow, batch_size=8, augment=False))
@@ -65,7 +78,9 @@ def test_the_image_says_which_shape(tmp_path):
     assert level.asset_starts.tolist() == [0, 8, 16, 24, 32]
     assert torch.equal(level.coords[:8, 1:], level.coords[24:, 1:])
     with torch.no_grad():
-        z = dit.generate(level, dit.condition(batch.images), [1, 2, 3, 4], steps=12, guidance=Guidance(scale=2.0))
+        z = dit.generate(
+            level, dit.condition(batch.images), [1, 2, 3, 4], steps=12, guidance=Guidance(scale=2.0)
+        )
         found = decoder.decode(z, level).view(4, -1) < 0
     bricks = [BrickReader(loader.catalogue).read(asset, 32) for asset in range(4)]
     right = BrickBatch.collate(bricks).values.view(4, -1) < 0
@@ -85,7 +100,9 @@ def test_a_killed_rank_is_started_again_and_goes_on_from_the_last_checkpoint(ren
             "--flow.loop.validate-every": 0, "--flow.loop.log-every": 1,
         }  # fmt: skip
         words = [word for pair in options.items() for word in pair]
-        process = torchrun("--max-restarts", 1, "-m", "tests.train.mortal", tmp_path / f"{name}-flag", step, *words)
+        process = torchrun(
+            "--max-restarts", 1, "-m", "tests.train.mortal", tmp_path / f"{name}-flag", step, *words
+        )
         outputs[name] = process.communicate(timeout=300)[0]
         assert process.returncode == 0, outputs[name]
     assert "going on from" not in outputs["whole"]
@@ -103,7 +120,16 @@ def test_from_meshes_to_generated_meshes(tmp_path):
         "--limit", "4", "--resolutions", "32", "--topology-resolution", "64", "--image-size", "112", "--val-percent",
         "0", "--workers", "1",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "pipeline.build", "--preset", "smoke", "--out", str(data), *words]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.build",
+        "--preset",
+        "smoke",
+        "--out",
+        str(data),
+        *words,
+    ]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     run, common = str(tmp_path / "vae"), ["--data", str(data), "--device", "cpu"]
     options = [
@@ -112,7 +138,19 @@ def test_from_meshes_to_generated_meshes(tmp_path):
     vae_main([*common, "--out", run, *options])
     encode_main([*common, "--vae", f"{run}/latest"])
     out = tmp_path / "dit"
-    main([*common, "--vae", f"{run}/latest", "--out", str(out), "--resolution", "32", "--flow.loop.steps", "200"])
+    main(
+        [
+            *common,
+            "--vae",
+            f"{run}/latest",
+            "--out",
+            str(out),
+            "--resolution",
+            "32",
+            "--flow.loop.steps",
+            "200",
+        ]
+    )
     (folder,) = (out / "samples").iterdir()
     numbers = json.loads((folder / "iou.json").read_text())["held_out_views"]
     made = {path.stem: read_ply(path) for path in folder.glob("*.ply")}

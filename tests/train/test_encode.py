@@ -16,9 +16,9 @@ from model.sparse_vae import SparseVAE
 from pipeline.core.schema import RunError, UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.builds import TINY, make_build
-from train.engine.distributed import World
-from train.encode import Encoder, Encoding, encode, main
 from train.data.latents import LatentBatch, LatentShard, LatentStore, hash_of
+from train.encode import Encoder, Encoding, encode, main
+from train.engine.distributed import World
 
 torch.set_num_threads(1)
 SHARDS = ("000000", "000001")
@@ -48,13 +48,23 @@ def encoded(build, checkpoint, tmp_path_factory):
 
 
 def options(build, checkpoint, root, **others):
-    defaults = {"resolutions": (32, 40), "device": "cpu", "precision": "fp32", "max_tokens": 60, "workers": 2}
+    defaults = {
+        "resolutions": (32, 40),
+        "device": "cpu",
+        "precision": "fp32",
+        "max_tokens": 60,
+        "workers": 2,
+    }
     return Encoding(vae=checkpoint, data=build, latents=root, **{**defaults, **others})
 
 
 def tree(folder):
     """Every file's bytes; what a killed attempt leaves would show too."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("resolution", [32, 40])
@@ -66,7 +76,11 @@ def test_every_asset_has_what_its_encoder_says(build, encoded, resolution):
             bricks, latent = shard.bricks(uid), store.read(uid)
             active = (np.abs(bricks.values) < 1).any(1)
             assert np.array_equal(latent.cells, bricks.blocks[active])  # by x, y, z
-            assert (latent.cells.dtype, latent.mean.dtype, latent.logvar.dtype) == (np.int16, np.float16, np.float16)
+            assert (latent.cells.dtype, latent.mean.dtype, latent.logvar.dtype) == (
+                np.int16,
+                np.float16,
+                np.float16,
+            )
             batch = BrickBatch.collate([bricks])
             with torch.no_grad():
                 posterior = vae.encode(batch)
@@ -84,8 +98,13 @@ def test_every_asset_has_what_its_encoder_says(build, encoded, resolution):
 def test_statistics_are_those_of_samples_of_train_assets(build, encoded):
     store = LatentStore(encoded[0], 32)
     latents = [store.read(f"analytic-{number:020d}") for number in range(6)]  # 6 and 7 are held out
-    mean, logvar = (np.concatenate([getattr(x, name) for x in latents]).astype(float) for name in ("mean", "logvar"))
-    samples = mean + np.exp(0.5 * logvar) * np.random.default_rng(0).standard_normal((2000, *mean.shape))
+    mean, logvar = (
+        np.concatenate([getattr(x, name) for x in latents]).astype(float)
+        for name in ("mean", "logvar")
+    )
+    samples = mean + np.exp(0.5 * logvar) * np.random.default_rng(0).standard_normal(
+        (2000, *mean.shape)
+    )
     assert np.allclose(store.mean, mean.mean(0), atol=1e-6)
     assert np.allclose(store.std, samples.reshape(-1, mean.shape[1]).std(0), rtol=0.01)
     assert store.channels == TINY.latent_channels
@@ -114,8 +133,12 @@ def test_what_is_missing_is_made_again_and_nothing_else(build, checkpoint, encod
     gone, kept = (folder / "32" / f"{name}.zarr" for name in SHARDS)
     shutil.rmtree(gone)
     (folder / "32" / "stats.json").unlink()
-    (folder / "32" / f".{gone.name}.partial" / "mean").mkdir(parents=True)  # of a run that was killed
-    with pytest.raises(UserError, match=r"is not complete \(no stats.json\); go on with python -m train.encode"):
+    (folder / "32" / f".{gone.name}.partial" / "mean").mkdir(
+        parents=True
+    )  # of a run that was killed
+    with pytest.raises(
+        UserError, match=r"is not complete \(no stats.json\); go on with python -m train.encode"
+    ):
         LatentStore(root, 32)
     stamps = {path: path.stat().st_mtime_ns for path in kept.rglob("*")}
     encode(options(build, checkpoint, root), World())
@@ -131,7 +154,9 @@ def test_ranks_share_the_shards(build, checkpoint, encoded, tmp_path):
     assert tree(folder / "32") == tree(encoded[1] / "32")
 
 
-def test_a_stop_in_the_middle_leaves_whole_shards(build, checkpoint, encoded, tmp_path, monkeypatch):
+def test_a_stop_in_the_middle_leaves_whole_shards(
+    build, checkpoint, encoded, tmp_path, monkeypatch
+):
     calls, original = [], Encoder.encode
 
     def stops(self, bricks):
@@ -146,7 +171,9 @@ def test_a_stop_in_the_middle_leaves_whole_shards(build, checkpoint, encoded, tm
         encode(cfg, World())
     assert calls == [1] * 5
     (folder,) = tmp_path.iterdir()
-    assert [path.name for path in (folder / "32").iterdir()] == ["000000.zarr"]  # of four assets each
+    assert [path.name for path in (folder / "32").iterdir()] == [
+        "000000.zarr"
+    ]  # of four assets each
     encode(cfg, World())
     assert len(LatentStore(tmp_path, 32).tokens) == 8
 
@@ -168,13 +195,17 @@ def test_latents_of_several_or_other_vaes(build, encoded, tmp_path):
         LatentStore(root, 32)
     assert LatentStore(root, 32, other).vae == other
     assert LatentStore(root, 40).vae == mine
-    with pytest.raises(UserError, match=rf"has latents of VAE {mine} at R = 40, not of {other}; make them: python"):
+    with pytest.raises(
+        UserError, match=rf"has latents of VAE {mine} at R = 40, not of {other}; make them: python"
+    ):
         LatentStore(root, 40, other)
     with pytest.raises(UserError, match="has no latents at R = 48; make them: python"):
         LatentStore(root, 48)
     shutil.rmtree(root / mine / "32" / "000001.zarr")
     shutil.copytree(root / other / "32" / "000001.zarr", root / mine / "32" / "000001.zarr")
-    with pytest.raises(UserError, match=f"must hold latents of VAE {mine} at R = 32, got VAE {other}"):
+    with pytest.raises(
+        UserError, match=f"must hold latents of VAE {mine} at R = 32, got VAE {other}"
+    ):
         LatentStore(root, 32, mine)
 
 
@@ -201,7 +232,10 @@ def test_latents_of_another_build_are_not_taken_for_this_one(build, checkpoint, 
     fewer = make_build(tmp_path / "fewer", assets=1, val=1, resolutions=(32,))
     root = tmp_path / "latents"
     shutil.copytree(encoded[0], root)
-    with pytest.raises(UserError, match=r"was not made from .*fewer but from analytic-0+2, which it lacks: remove it"):
+    with pytest.raises(
+        UserError,
+        match=r"was not made from .*fewer but from analytic-0+2, which it lacks: remove it",
+    ):
         encode(options(fewer, checkpoint, root, resolutions=(32,)), World())
 
 
@@ -222,7 +256,9 @@ def test_assets_that_cannot_be_read(build, checkpoint, encoded, tmp_path, monkey
     again, exact = (x.read("analytic-00000000000000000002") for x in (store, whole))
     assert np.allclose(again.mean, exact.mean, atol=2e-3)
     broken.add("analytic-00000000000000000003")
-    with pytest.raises(RunError, match=r"2 of 4 assets cannot be read, .* run python -m pipeline\.verify"):
+    with pytest.raises(
+        RunError, match=r"2 of 4 assets cannot be read, .* run python -m pipeline\.verify"
+    ):
         encode(options(build, checkpoint, tmp_path / "two", resolutions=(32,)), World())
     assert not list((tmp_path / "two").rglob("*.zarr"))
 
@@ -251,7 +287,9 @@ def test_the_command(build, checkpoint, encoded, tmp_path):
     shutil.copytree(build, data)
     main(["--vae", str(trained), "--data", str(data), "--device", "cpu", "--max-tokens", "60"])
     folder = data / "latents" / encoded[1].name
-    assert [path.name for path in folder.iterdir()] == ["40"]  # the one of the VAE's resolutions that the build has
+    assert [path.name for path in folder.iterdir()] == [
+        "40"
+    ]  # the one of the VAE's resolutions that the build has
     assert tree(folder / "40") == tree(encoded[1] / "40")
 
 
@@ -266,7 +304,12 @@ def test_the_command(build, checkpoint, encoded, tmp_path):
     ],
 )
 def test_bad_options_in_one_line(build, checkpoint, arguments, message, tmp_path):
-    defaults = {"--vae": str(checkpoint), "--data": str(build), "--latents": str(tmp_path), "--device": "cpu"}
+    defaults = {
+        "--vae": str(checkpoint),
+        "--data": str(build),
+        "--latents": str(tmp_path),
+        "--device": "cpu",
+    }
     defaults |= dict([arguments])
     with pytest.raises(UserError, match=message):
         main([word for pair in defaults.items() for word in pair])

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from model.inference.generator import Generator
 from pipeline.core.schema import FORMAT_VERSION, UserError
 from tests.model.test_generate import FAST, disc, untrained
-from train.export import Export, export, main
 from train.data.latents import hash_of
+from train.export import Export, export, main
 
 
 def checkpoint(path, model, **training):
@@ -21,8 +21,15 @@ def checkpoint(path, model, **training):
     path.mkdir(parents=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, path / "ema.safetensors")
-    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path / "model.safetensors")
-    described = {"format_version": FORMAT_VERSION, "model": type(model).__name__, "config": asdict(model.config)}
+    save_file(
+        {name: torch.zeros_like(tensor) for name, tensor in tensors.items()},
+        path / "model.safetensors",
+    )
+    described = {
+        "format_version": FORMAT_VERSION,
+        "model": type(model).__name__,
+        "config": asdict(model.config),
+    }
     (path / "config.json").write_text(json.dumps({**described, "training": training}))
     return path
 
@@ -34,7 +41,9 @@ def trained(tmp_path):
     paths = {
         "vae": checkpoint(tmp_path / "vae", vae),
         "structure": checkpoint(tmp_path / "structure", structure),
-        "dit": tuple(checkpoint(tmp_path / str(r), dit, resolution=r, vae=code) for r, dit in dits.items()),
+        "dit": tuple(
+            checkpoint(tmp_path / str(r), dit, resolution=r, vae=code) for r, dit in dits.items()
+        ),
     }
     return Export(**paths, out=tmp_path / "export"), (vae, structure, dits)
 
@@ -46,9 +55,13 @@ def test_exported_stages_generate_what_the_trained_ones_do(trained):
     same = Generator(*models, torch.device("cpu")).generate(disc(), 3, FAST)
     assert (made.vertices == same.vertices).all()
     assert (made.faces == same.faces).all()
-    files = sorted(path.relative_to(cfg.out).as_posix() for path in cfg.out.rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(cfg.out).as_posix() for path in cfg.out.rglob("*") if path.is_file()
+    )
     names = ("dit_128", "dit_64", "structure", "vae")
-    assert files == [f"{name}/{file}" for name in names for file in ("config.json", "model.safetensors")]
+    assert files == [
+        f"{name}/{file}" for name in names for file in ("config.json", "model.safetensors")
+    ]
 
 
 def test_a_directory_never_holds_stages_of_different_vaes(trained, tmp_path):
@@ -59,9 +72,13 @@ def test_a_directory_never_holds_stages_of_different_vaes(trained, tmp_path):
         next(vae.parameters()).add_(1.0)
     other = checkpoint(tmp_path / "other", vae)
     of_other = checkpoint(tmp_path / "of-other", dits[64], resolution=64, vae=hash_of(vae))
-    with pytest.raises(UserError, match=r"dit_128 stays, and was trained on latents of VAE .* name its successor"):
+    with pytest.raises(
+        UserError, match=r"dit_128 stays, and was trained on latents of VAE .* name its successor"
+    ):
         export(Export(vae=other, structure=None, dit=(of_other,), out=cfg.out))
-    with pytest.raises(UserError, match=r"of-other was trained on latents of VAE .*export/vae is .*: take the VAE"):
+    with pytest.raises(
+        UserError, match=r"of-other was trained on latents of VAE .*export/vae is .*: take the VAE"
+    ):
         export(Export(vae=None, structure=None, dit=(of_other,), out=cfg.out))
     assert before == {path: path.read_bytes() for path in cfg.out.rglob("*") if path.is_file()}
     shutil.rmtree(cfg.out / "dit_128")
@@ -74,7 +91,9 @@ def test_a_damaged_stage_can_be_replaced(trained):
     export(cfg)
     for name in ("vae", "dit_64"):
         (cfg.out / name / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"dit_64.config\.json cannot be read: .*; choose another --out"):
+    with pytest.raises(
+        UserError, match=r"dit_64.config\.json cannot be read: .*; choose another --out"
+    ):
         export(Export(vae=None, structure=cfg.structure, dit=(), out=cfg.out))
     export(cfg)
     assert Generator.load(cfg.out).resolutions == [64, 128]
@@ -96,7 +115,9 @@ def test_stages_can_be_replaced_one_by_one(trained):
 def test_a_dit_of_another_vae_is_refused(trained, tmp_path):
     cfg, (_, _, dits) = trained
     other = checkpoint(tmp_path / "other", dits[64], resolution=64, vae="0123456789ab")
-    with pytest.raises(UserError, match=r"other was trained on latents of VAE 0123456789ab, .*vae is [0-9a-f]{12}"):
+    with pytest.raises(
+        UserError, match=r"other was trained on latents of VAE 0123456789ab, .*vae is [0-9a-f]{12}"
+    ):
         export(Export(vae=cfg.vae, structure=None, dit=(other,), out=cfg.out))
     assert not cfg.out.exists()
 
@@ -114,7 +135,9 @@ def test_what_does_not_fit_is_said(trained, tmp_path, options, message):
     cfg, _ = trained
     given = {name: value for name, value in asdict(cfg).items()}
     for name, value in options.items():
-        given[name] = tuple(tmp_path / one for one in value) if isinstance(value, tuple) else tmp_path / value
+        given[name] = (
+            tuple(tmp_path / one for one in value) if isinstance(value, tuple) else tmp_path / value
+        )
     with pytest.raises(UserError, match=message):
         export(Export(**given))
 

@@ -11,15 +11,15 @@ from model.inference.generator import Generated, Generator, Stage
 from model.inference.mesh_cleaning import clean
 from pipeline.core.cameras import camera
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.rendering.views import encode, render_from
 from pipeline.core.schema import RunError, UserError, View
+from pipeline.rendering.views import encode, render_from
 from pipeline.storage.render_shard import write_render_shard
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.builds import commit, make_build
-from train.evaluation import reference_surfaces as references
-from train.data.render_conditions import ViewReader
 from train.data.bricks import BrickReader
+from train.data.render_conditions import ViewReader
 from train.evaluate import main
+from train.evaluation import reference_surfaces as references
 from train.evaluation.generation import GenerationEvaluation, _mesh, evaluate_generation
 
 VIEWS = 3
@@ -47,7 +47,12 @@ class Perfect:
     """Stands in for the models: gives the surface of the asset whose image it is shown, or of another."""
 
     def __init__(self, root, turn=0, fails=()):
-        self.shard, self.calls, self.turn, self.fails = SdfShard(root / "sdf" / "40" / "000000.zarr"), 0, turn, fails
+        self.shard, self.calls, self.turn, self.fails = (
+            SdfShard(root / "sdf" / "40" / "000000.zarr"),
+            0,
+            turn,
+            fails,
+        )
         self.structure = torch.nn.Module()
         self.structure.flow = torch.nn.Module()
         self.structure.flow.encoder = type("Encoder", (), {"label": "nobody"})
@@ -67,7 +72,9 @@ class Perfect:
 
 def evaluate(root, out, monkeypatch, model, **options):
     monkeypatch.setattr(Generator, "load", classmethod(lambda *_: model))
-    cfg = GenerationEvaluation(checkpoint=out, data=root, samples=2000, out=out, device="cpu", **options)
+    cfg = GenerationEvaluation(
+        checkpoint=out, data=root, samples=2000, out=out, device="cpu", **options
+    )
     return evaluate_generation(cfg)
 
 
@@ -111,8 +118,12 @@ def test_looks_are_compared_where_weights_are_given(rendered, dino, tmp_path, mo
     perfect = evaluate(rendered, tmp_path / "a", monkeypatch, Perfect(rendered), features=dino)
     summary = perfect["summary"]
     assert summary["normal_map_distance"] == pytest.approx(0, abs=1e-5)
-    assert summary["dino_similarity"] == pytest.approx(summary["dino_similarity_of_asset"], abs=1e-4)
-    other = evaluate(rendered, tmp_path / "b", monkeypatch, Perfect(rendered, turn=1, fails=(2,)), features=dino)
+    assert summary["dino_similarity"] == pytest.approx(
+        summary["dino_similarity_of_asset"], abs=1e-4
+    )
+    other = evaluate(
+        rendered, tmp_path / "b", monkeypatch, Perfect(rendered, turn=1, fails=(2,)), features=dino
+    )
     assert other["summary"]["normal_map_distance"] > 100 * max(summary["normal_map_distance"], 1e-6)
     assert other["rows"][0]["dino_similarity"] < other["rows"][0]["dino_similarity_of_asset"]
     assert other["rows"][2]["dino_similarity"] == 0.0
@@ -129,7 +140,9 @@ def test_without_weights_nothing_is_said_of_looks(rendered, tmp_path, monkeypatc
     assert "normal_map_distance" not in result["summary"]
     assert "DINOv2" not in (tmp_path / "table.md").read_text()
     with pytest.raises(UserError, match="hf download"):
-        evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered), features=str(tmp_path / "nothing"))
+        evaluate(
+            rendered, tmp_path, monkeypatch, Perfect(rendered), features=str(tmp_path / "nothing")
+        )
 
 
 def test_an_empty_result_counts_without_a_distance(rendered, tmp_path, monkeypatch):
@@ -144,7 +157,9 @@ def test_an_empty_result_counts_without_a_distance(rendered, tmp_path, monkeypat
 def test_of_many_assets_few_are_read_and_none_is_kept(rendered, tmp_path, monkeypatch):
     monkeypatch.setattr(references, "CANDIDATES", 2)
     read, original = [], BrickReader.read
-    monkeypatch.setattr(BrickReader, "read", lambda self, *which: read.append(which) or original(self, *which))
+    monkeypatch.setattr(
+        BrickReader, "read", lambda self, *which: read.append(which) or original(self, *which)
+    )
     result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered), limit=1)
     assert result["summary"]["candidates"] == 2
     assert result["summary"]["nearest_is_right"] == 100.0
@@ -172,7 +187,9 @@ def test_what_cannot_be_read_costs_itself(rendered, tmp_path, monkeypatch, caplo
     assert f"{uids[1]} is left out: its bricks at R = 32 cannot be read (checksum" in caplog.text
     assert f"{uids[2]} is left out: view 2 is damaged" in caplog.text
     monkeypatch.setattr(BrickReader, "read", lambda *_: original(*_[:1], 99, 32))
-    with pytest.raises(RunError, match=r"none of 3 assets of .* can be read; run python -m pipeline.verify"):
+    with pytest.raises(
+        RunError, match=r"none of 3 assets of .* can be read; run python -m pipeline.verify"
+    ):
         evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))
 
 

@@ -9,7 +9,14 @@ import trimesh
 from model.conditioning.image_encoder import DinoEncoder
 from pipeline.core.cameras import look_at_origin
 from pipeline.core.schema import UserError
-from train.evaluation.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_map, normal_maps
+from train.evaluation.image_metrics import (
+    SIDES,
+    SIZE,
+    DinoFeatures,
+    frechet_distance,
+    normal_map,
+    normal_maps,
+)
 
 EYE = look_at_origin(30.0, 20.0, 50.0)
 
@@ -47,7 +54,9 @@ def test_the_nearer_face_hides_the_other_and_both_sides_look_alike():
     for order in (both, both[::-1], both[:, ::-1]):
         image = normal_map(vertices, order, front, 64)
         assert image[32, 32].tolist() == [128, 128, 255]
-    assert np.allclose(normals_of(normal_map(tilted, faces, front, 64))[32, 32], [0, 0.6, 0.8], atol=0.01)
+    assert np.allclose(
+        normals_of(normal_map(tilted, faces, front, 64))[32, 32], [0, 0.6, 0.8], atol=0.01
+    )
     assert (normal_map(np.zeros((0, 3)), np.zeros((0, 3), int), front, 64) == 255).all()
 
 

@@ -36,14 +36,22 @@ def exact(out):
 def same_files(a, b):
     return all(
         (a / name).read_bytes() == (b / name).read_bytes()
-        for name in ("model.safetensors", "ema.safetensors", "state.json", "optimizer.pt", "rank-0.pt")
+        for name in (
+            "model.safetensors",
+            "ema.safetensors",
+            "state.json",
+            "optimizer.pt",
+            "rank-0.pt",
+        )
     )
 
 
 def test_learns_and_leaves_what_it_promises(tmp_path):
     done, task = run(tmp_path, steps=200, validate_every=50, sample_every=100)
     assert done == 200
-    torch.testing.assert_close(task.model.weight.data, torch.tensor([[1.0, 2.0, 3.0]]), atol=0.1, rtol=0)
+    torch.testing.assert_close(
+        task.model.weight.data, torch.tensor([[1.0, 2.0, 3.0]]), atol=0.1, rtol=0
+    )
     assert (tmp_path / "latest").resolve().name == "step-00000200"
     assert sorted(path.name for path in (tmp_path / "latest").iterdir()) == [
         "config.json",
@@ -53,11 +61,20 @@ def test_learns_and_leaves_what_it_promises(tmp_path):
         "rank-0.pt",
         "state.json",
     ]
-    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [f"step-{n:08d}" for n in (180, 190, 200)]
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [
+        f"step-{n:08d}" for n in (180, 190, 200)
+    ]
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 201))
-    assert {"loss", "error", "grad_norm", "lr", "tokens_per_s", "mfu", "data_s", "resolution"} <= rows(tmp_path)[
-        0
-    ].keys()
+    assert {
+        "loss",
+        "error",
+        "grad_norm",
+        "lr",
+        "tokens_per_s",
+        "mfu",
+        "data_s",
+        "resolution",
+    } <= rows(tmp_path)[0].keys()
     assert [row["step"] for row in rows(tmp_path, "validation")] == [50, 100, 150, 200]
     assert [path.name for path in task.sampled] == ["step-00000100", "step-00000200"]
     config = json.loads((tmp_path / "latest" / "config.json").read_text())
@@ -105,7 +122,8 @@ def test_a_finished_run_does_nothing(tmp_path):
 def test_another_configuration_is_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(
-        UserError, match=r"was trained with training\.loop\.learning_rate=0\.1, now 0\.2; choose another"
+        UserError,
+        match=r"was trained with training\.loop\.learning_rate=0\.1, now 0\.2; choose another",
     ):
         run(tmp_path, learning_rate=0.2)
 
@@ -119,7 +137,9 @@ def test_another_format_version_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "rank-0.pt"])
-@pytest.mark.parametrize("damage", [lambda data: data[:20], lambda _: b"[]", lambda _: bytes(range(60, 160))])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:20], lambda _: b"[]", lambda _: bytes(range(60, 160))]
+)
 def test_a_damaged_checkpoint_is_one_clear_error(tmp_path, name, damage):
     run(tmp_path)
     path = (tmp_path / "latest" / name).resolve()
@@ -132,7 +152,9 @@ def test_what_a_state_lacks_is_named(tmp_path):
     run(tmp_path)
     path = tmp_path / "latest" / "state.json"
     path.write_text(json.dumps({"world_size": 1, "step": 30}))
-    with pytest.raises(UserError, match=r"step-00000030 cannot be read: state\.json lacks data, guard"):
+    with pytest.raises(
+        UserError, match=r"step-00000030 cannot be read: state\.json lacks data, guard"
+    ):
         run(tmp_path, steps=40)
 
 
@@ -160,7 +182,9 @@ def test_a_copy_of_a_run_goes_on_where_the_run_would(tmp_path, copied):
 
 def test_all_checkpoints_can_be_kept(tmp_path):
     run(tmp_path, keep_last=0)
-    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [f"step-{n:08d}" for n in (10, 20, 30)]
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [
+        f"step-{n:08d}" for n in (10, 20, 30)
+    ]
 
 
 def test_a_validation_that_ends_the_run_costs_no_step(tmp_path):
@@ -180,7 +204,9 @@ def test_limits_may_change_when_a_run_goes_on(tmp_path):
 
 
 def test_where_a_run_starts_matters_at_its_start_alone(tmp_path):
-    with pytest.raises(UserError, match="nowhere does not exist; train it first, or name a checkpoint with --init"):
+    with pytest.raises(
+        UserError, match="nowhere does not exist; train it first, or name a checkpoint with --init"
+    ):
         checkpoint.check_init(tmp_path / "nowhere", tmp_path / "out")
     run(tmp_path / "out", steps=10)
     checkpoint.check_init(tmp_path / "nowhere", tmp_path / "out")
@@ -192,7 +218,9 @@ def test_starts_from_the_average_of_another_run(tmp_path):
     seen = []
     task = Fit(lambda step: seen.append(task.model.weight.detach().clone()))
     run(tmp_path / "second", task=task, steps=1, init=tmp_path / "first" / "latest")
-    average = checkpoint.safetensors.torch.load_file(tmp_path / "first" / "latest" / "ema.safetensors")
+    average = checkpoint.safetensors.torch.load_file(
+        tmp_path / "first" / "latest" / "ema.safetensors"
+    )
     assert torch.equal(seen[0], average["weight"])
     assert not torch.equal(seen[0], first.model.weight)
     with pytest.raises(UserError, match="is not a checkpoint"):
@@ -211,16 +239,21 @@ def test_a_bad_batch_costs_its_step_only(tmp_path, bad, caplog):
     assert all(parameter.isfinite().all() for parameter in task.model.parameters())
     assert rows(tmp_path)[-1]["skipped"] == 2
     assert "step 6 not applied: not finite (1 skipped so far)" in caplog.text
-    torch.testing.assert_close(task.model.weight.data, torch.tensor([[1.0, 2.0, 3.0]]), atol=0.3, rtol=0)
+    torch.testing.assert_close(
+        task.model.weight.data, torch.tensor([[1.0, 2.0, 3.0]]), atol=0.3, rtol=0
+    )
     for name in ("model", "ema"):
-        tensors = checkpoint.safetensors.torch.load_file(tmp_path / "latest" / f"{name}.safetensors")
+        tensors = checkpoint.safetensors.torch.load_file(
+            tmp_path / "latest" / f"{name}.safetensors"
+        )
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_many_bad_batches_end_the_run_and_keep_its_checkpoint(tmp_path):
     change = lambda step, x: x * float("nan") if step >= 12 else x  # noqa: E731
     with pytest.raises(
-        RunError, match=r"5 gradients in a row .* not finite; .* the last checkpoint is .*step-00000010"
+        RunError,
+        match=r"5 gradients in a row .* not finite; .* the last checkpoint is .*step-00000010",
     ):
         run(tmp_path, stream=Numbers(change), max_bad_steps=5)
     assert (tmp_path / "latest").resolve().name == "step-00000010"
@@ -228,8 +261,16 @@ def test_many_bad_batches_end_the_run_and_keep_its_checkpoint(tmp_path):
 
 def test_a_spike_is_not_applied(tmp_path):
     before, after = [], []
-    task = Fit(lambda step: (before if step == 40 else after).append(task.model.weight.detach().clone()))
-    run(tmp_path, task=task, stream=Numbers(lambda step, x: 50 * x if step == 40 else x), steps=42, clip_norm=1.0)
+    task = Fit(
+        lambda step: (before if step == 40 else after).append(task.model.weight.detach().clone())
+    )
+    run(
+        tmp_path,
+        task=task,
+        stream=Numbers(lambda step, x: 50 * x if step == 40 else x),
+        steps=42,
+        clip_norm=1.0,
+    )
     assert rows(tmp_path)[40]["skipped"] == rows(tmp_path)[39]["skipped"] + 1
     assert torch.equal(after[-1], before[0])
 
@@ -237,7 +278,9 @@ def test_a_spike_is_not_applied(tmp_path):
 def test_guard_gets_used_to_a_lasting_change():
     guard = Guard(spike_factor=10, clip_norm=1.0, max_bad_steps=100)
     assert not any(guard.judge(1.0, 0.2) for _ in range(60))
-    assert guard.judge(1.0, 0.9) == "", "10 times the usual, but below the norm to which all are clipped"
+    assert guard.judge(1.0, 0.9) == "", (
+        "10 times the usual, but below the norm to which all are clipped"
+    )
     assert guard.judge(1.0, 30.0) == "150 times the usual gradient"
     assert guard.judge(float("nan"), 0.2) == guard.judge(1.0, float("inf")) == "not finite"
     guard.judge(1.0, 0.2)
@@ -265,22 +308,33 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(tmp_path, mo
         real(path, data)
 
     monkeypatch.setattr(checkpoint, "write_bytes", write)
-    task = Fit(lambda step: full.update(now=10 <= step < 25))  # the checkpoint of step 20 fails, that of 30 does not
+    task = Fit(
+        lambda step: full.update(now=10 <= step < 25)
+    )  # the checkpoint of step 20 fails, that of 30 does not
     with caplog.at_level(logging.ERROR):
         done, _ = run(tmp_path, task=task)
     assert done == 30
     assert "step 20: no checkpoint" in caplog.text
     assert "No space left on device; the last one is" in caplog.text
-    assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-00000010", "step-00000030"]
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == [
+        "step-00000010",
+        "step-00000030",
+    ]
     assert not list(tmp_path.glob(".step*"))
 
 
 def test_a_disk_that_stays_full_ends_the_run(tmp_path, caplog):
     """The kernel refuses writes beyond a size, in every file: a stand-in for a disk that is full for real."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    task = Fit(lambda step: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1])) if step == 10 else None)
+    task = Fit(
+        lambda step: (
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1])) if step == 10 else None
+        )
+    )
     try:
-        with pytest.raises(RunError, match=r"2 checkpoints in a row could not be written .*kept is .*step-00000010"):
+        with pytest.raises(
+            RunError, match=r"2 checkpoints in a row could not be written .*kept is .*step-00000010"
+        ):
             run(tmp_path, task=task, steps=100, max_failed_checkpoints=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -305,7 +359,9 @@ def test_a_signal_finishes_the_step_and_keeps_it(tmp_path, signum):
     assert stop.value.signum == signum
     assert signal.getsignal(signum) is handlers
     assert (tmp_path / "cut" / "latest").resolve().name == "step-00000014"
-    assert [path.name for path in task.sampled][-1] == "step-00000013", "nothing is drawn when there is a hurry"
+    assert [path.name for path in task.sampled][-1] == "step-00000013", (
+        "nothing is drawn when there is a hurry"
+    )
     run(tmp_path / "cut", validate_every=1, sample_every=1)
     run(tmp_path / "whole", validate_every=1, sample_every=1)
     assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
@@ -339,15 +395,24 @@ def test_average_follows_by_its_definition():
 
 
 def test_only_matrices_decay():
-    groups = make_optimizer(torch.nn.Linear(3, 2), LoopConfig(weight_decay=0.1), torch.device("cpu")).param_groups
-    assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [(0.1, [2]), (0.0, [1])]
+    groups = make_optimizer(
+        torch.nn.Linear(3, 2), LoopConfig(weight_decay=0.1), torch.device("cpu")
+    ).param_groups
+    assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [
+        (0.1, [2]),
+        (0.0, [1]),
+    ]
 
 
 def test_the_optimizer_of_matrices_gives_each_its_polar_factor_and_the_others_adamw():
     """Against the SVD: U V^T times the rate, for linears, our convolutions and those of torch, in the first step."""
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(6, 4), "dense": torch.nn.Conv3d(3, 5, 3)})
-    model["sparse"] = torch.nn.ParameterList([torch.randn(27, 4, 3), torch.randn(1, 6)])  # the row is AdamW's
+    model = torch.nn.ModuleDict(
+        {"linear": torch.nn.Linear(6, 4), "dense": torch.nn.Conv3d(3, 5, 3)}
+    )
+    model["sparse"] = torch.nn.ParameterList(
+        [torch.randn(27, 4, 3), torch.randn(1, 6)]
+    )  # the row is AdamW's
     cfg = LoopConfig(optimizer="muon", weight_decay=0.1, learning_rate=0.01)
     optimizer = make_optimizer(model, cfg, torch.device("cpu"))
     twin = copy.deepcopy(model)
@@ -365,7 +430,9 @@ def test_the_optimizer_of_matrices_gives_each_its_polar_factor_and_the_others_ad
         if name not in flat:
             assert torch.equal(p, q), name
             continue
-        change = (old * (1 - 0.01 * 0.1) - p).view(flat[name]).detach() / (0.01 * 0.2 * max(flat[name]) ** 0.5)
+        change = (old * (1 - 0.01 * 0.1) - p).view(flat[name]).detach() / (
+            0.01 * 0.2 * max(flat[name]) ** 0.5
+        )
         U, _, Vh = torch.linalg.svd(grad.view(flat[name]), full_matrices=False)
         along = torch.diagonal(U.T @ change @ Vh.T)
         assert ((along > 0.6) & (along < 1.3)).all(), (name, along)
@@ -374,7 +441,11 @@ def test_the_optimizer_of_matrices_gives_each_its_polar_factor_and_the_others_ad
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_an_optimizer_goes_on_from_its_saved_state_bit_for_bit(name, tmp_path):
-    cfg, cpu, path = LoopConfig(optimizer=name, learning_rate=0.01), torch.device("cpu"), tmp_path / "optimizer.pt"
+    cfg, cpu, path = (
+        LoopConfig(optimizer=name, learning_rate=0.01),
+        torch.device("cpu"),
+        tmp_path / "optimizer.pt",
+    )
     torch.manual_seed(0)
     grads = [[torch.randn(4, 6), torch.randn(4)] for _ in range(6)]
     model = torch.nn.Linear(6, 4)
@@ -392,7 +463,9 @@ def test_an_optimizer_goes_on_from_its_saved_state_bit_for_bit(name, tmp_path):
         for p, grad in zip(twin.parameters(), pair, strict=True):
             p.grad = grad.clone()
         resumed.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )
 
 
 def test_learning_rates():

@@ -45,7 +45,10 @@ def by_hand(values, mean, logvar, batch):
 def test_terms_and_total(sharp):
     batch = batch_of([0, 1, 2], sharp)
     values, mean, logvar = outputs(batch)
-    found, expected = vae_losses(values, mean, logvar, batch, LossWeights()), by_hand(values, mean, logvar, batch)
+    found, expected = (
+        vae_losses(values, mean, logvar, batch, LossWeights()),
+        by_hand(values, mean, logvar, batch),
+    )
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value, rel=1e-12), name
     total = expected["in"] + 0.1 * expected["ext"] + expected["sharp"] + 1e-3 * expected["kl"]
@@ -77,9 +80,13 @@ def test_shares_of_parts_add_up_to_the_whole():
     for numbers in ([0], [1, 2]):
         rows = torch.isin(whole.cells.coords[:, 0], torch.tensor(numbers))
         part = batch_of(numbers)
-        ranks.append(vae_losses(values[rows], mean[rows], logvar[rows], part, LossWeights(), share=2 / 3))
+        ranks.append(
+            vae_losses(values[rows], mean[rows], logvar[rows], part, LossWeights(), share=2 / 3)
+        )
     for name, value in expected.items():
-        assert torch.stack([rank[name] for rank in ranks]).mean().item() == pytest.approx(value.item(), rel=1e-12)
+        assert torch.stack([rank[name] for rank in ranks]).mean().item() == pytest.approx(
+            value.item(), rel=1e-12
+        )
 
 
 def test_half_precision_is_summed_in_fp32():

@@ -20,11 +20,15 @@ def test_a_rotated_box_and_a_ball_are_their_formulas():
     local = np.abs(points(40) @ turn[:3, :3]) < np.array([0.35, 0.2, 0.15])
     np.testing.assert_array_equal(inside(box.vertices, box.faces, 40), local.all(axis=-1))
     ball = trimesh.creation.icosphere(subdivisions=5, radius=0.4)
-    assert overlap(inside(ball.vertices, ball.faces), np.linalg.norm(points(64), axis=-1) < 0.4) > 0.99
+    assert (
+        overlap(inside(ball.vertices, ball.faces), np.linalg.norm(points(64), axis=-1) < 0.4) > 0.99
+    )
 
 
 def test_a_hollow_is_outside_and_many_layers_are_counted():
-    shells = [trimesh.creation.icosphere(subdivisions=3, radius=0.48 * n / 100) for n in range(1, 101)]
+    shells = [
+        trimesh.creation.icosphere(subdivisions=3, radius=0.48 * n / 100) for n in range(1, 101)
+    ]
     both = trimesh.util.concatenate([shells[99], shells[49]])
     radius = np.linalg.norm(points(64), axis=-1)
     assert overlap(inside(both.vertices, both.faces), (radius < 0.48) & (radius > 0.24)) > 0.97

@@ -8,27 +8,32 @@ import pytest
 import torch
 from PIL import Image
 
-from model.conditioning.image_encoder import EncoderConfig
 from model.conditioning.image_conditioned_dit import ConditionedConfig
-from model.sparse_dit import DiTConfig
-from model.rectified_flow import Guidance
-from model.occupancy_vae import OccupancyConfig, OccupancyVAE, occupancy_of
+from model.conditioning.image_encoder import EncoderConfig
 from model.inference.mesh_cleaning import open_edges_of
+from model.occupancy_vae import OccupancyConfig, OccupancyVAE, occupancy_of
+from model.rectified_flow import Guidance
+from model.sparse_dit import DiTConfig
 from model.structure import Structure, StructureConfig
 from pipeline.core.schema import UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.builds import add_renders, color_of, make_build
-from train.engine import checkpoint
-from train.engine.config import LoopConfig
 from train.data.bricks import read_catalogue
+from train.data.symmetry import SYMMETRIES
+from train.engine import checkpoint
+from train.engine.batch_sampler import Draw
+from train.engine.config import LoopConfig
 from train.engine.distributed import World
 from train.engine.trainer import weights_file
-from train.engine.batch_sampler import Draw
-from train.structure import main, train, train_flow, train_vae
-from train.stages.structure.config import STRUCTURE_PRESETS, FlowTraining, OccupancyTraining, StructureTraining
+from train.stages.structure.config import (
+    STRUCTURE_PRESETS,
+    FlowTraining,
+    OccupancyTraining,
+    StructureTraining,
+)
 from train.stages.structure.data import GridLoader
 from train.stages.structure.task import FlowTask, cube_surface
-from train.data.symmetry import SYMMETRIES
+from train.structure import main, train, train_flow, train_vae
 
 MODEL = StructureConfig(
     occupancy=OccupancyConfig(side=4, widths=(8, 16), blocks=1, groups=8, latent_channels=4),
@@ -115,7 +120,9 @@ def test_every_view_but_the_held_out_ones_comes_in_turn(rendered, tmp_path):
     view = loader.conditions.view_of(1, 4)
     pixel = loader.batch([Draw(1, 4)], 1.0).images.pixels[0, :, 14, 14]
     assert tuple(pixel.tolist()) == color_of(1, view)
-    with pytest.raises(UserError, match="held_out_views must be below the 5 views there are, got 5"):
+    with pytest.raises(
+        UserError, match="held_out_views must be below the 5 views there are, got 5"
+    ):
         GridLoader(catalogue, replace(cfg, held_out_views=5), images=True).conditions.view_of(0, 0)
 
 
@@ -139,31 +146,49 @@ def test_both_halves_train_and_the_checkpoint_is_the_whole_stage(rendered, tmp_p
     assert [row["event"] for row in rows if "event" in row] == ["validation"]
     assert {"iou", "kl", "bce"} <= set(metrics(cfg.out / "vae")[0])
     folder = cfg.out / "flow" / "samples" / "step-00000003"
-    assert set(json.loads((folder / "iou.json").read_text())) == {"held_out_views", "held_out_assets"}
+    assert set(json.loads((folder / "iou.json").read_text())) == {
+        "held_out_views",
+        "held_out_assets",
+    }
     assert Image.open(folder / "cells.png").size == (3 * 192, 4 * 192)
-    assert Image.open(cfg.out / "vae" / "samples" / "step-00000003" / "cells.png").size == (2 * 192, 2 * 192)
+    assert Image.open(cfg.out / "vae" / "samples" / "step-00000003" / "cells.png").size == (
+        2 * 192,
+        2 * 192,
+    )
 
 
-def test_statistics_are_those_of_as_many_assets_as_asked_for_whatever_is_validated(rendered, tmp_path):
+def test_statistics_are_those_of_as_many_assets_as_asked_for_whatever_is_validated(
+    rendered, tmp_path
+):
     cfg = config(rendered, tmp_path, samples=0, val_batches=0)
     chosen = read_catalogue(rendered, [32]).split("train")
     loader = GridLoader(chosen, cfg, images=False, training=False)
     vae = OccupancyVAE(MODEL.occupancy)
     for parameter in vae.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    grids = torch.cat([loader.batch([Draw(asset, 0)], 1.0).occupied for asset in range(len(chosen))])
+    grids = torch.cat(
+        [loader.batch([Draw(asset, 0)], 1.0).occupied for asset in range(len(chosen))]
+    )
     z = vae.eval().encode(grids).mean.movedim(1, -1).flatten(1, 3).double()  # [assets, s^3, C]
     for count, expected in ((1000, z), (2, z[[0, len(chosen) // 2]])):
-        task = FlowTask(replace(cfg, flow=replace(cfg.flow, statistics=count)), World(), chosen, chosen, vae)
+        task = FlowTask(
+            replace(cfg, flow=replace(cfg.flow, statistics=count)), World(), chosen, chosen, vae
+        )
         task.measure(loader)
         mean, std = expected.flatten(0, 1).mean(0), expected.flatten(0, 1).std(0).clamp(min=1e-3)
-        torch.testing.assert_close(task.model.flow.dit.latent_mean.double(), mean, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(task.model.flow.dit.latent_std.double(), std, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            task.model.flow.dit.latent_mean.double(), mean, rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(
+            task.model.flow.dit.latent_std.double(), std, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_the_flow_waits_for_the_whole_vae_and_says_if_that_changes(rendered, tmp_path, caplog):
     cfg = config(rendered, tmp_path, steps=4)
-    soon = replace(cfg, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=10**6, max_minutes=0.002)))
+    soon = replace(
+        cfg, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=10**6, max_minutes=0.002))
+    )
     with caplog.at_level("INFO"):
         train(soon, World())
     assert "the same command goes on" in caplog.text
@@ -178,21 +203,36 @@ def test_the_flow_waits_for_the_whole_vae_and_says_if_that_changes(rendered, tmp
     weights = checkpoint.latest(cfg.out / "flow") / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:20])
     with pytest.raises(UserError, match=r"ema\.safetensors cannot be used"):
-        train_flow(whole, World(), *(read_catalogue(rendered, [32]).split(name) for name in ("train", "val")))
+        train_flow(
+            whole,
+            World(),
+            *(read_catalogue(rendered, [32]).split(name) for name in ("train", "val")),
+        )
 
 
 def test_views_that_were_trained_on_are_not_called_held_out(rendered, tmp_path):
     cfg = config(rendered, tmp_path, steps=1, held_out_views=0)
-    train(replace(cfg, flow=replace(cfg.flow, loop=replace(cfg.flow.loop, sample_every=1))), World())
+    train(
+        replace(cfg, flow=replace(cfg.flow, loop=replace(cfg.flow.loop, sample_every=1))), World()
+    )
     folder = cfg.out / "flow" / "samples" / "step-00000001"
-    assert set(json.loads((folder / "iou.json").read_text())) == {"training_views", "held_out_assets"}
+    assert set(json.loads((folder / "iou.json").read_text())) == {
+        "training_views",
+        "held_out_assets",
+    }
 
 
 def test_a_run_in_two_parts_is_a_run_in_one(rendered, tmp_path):
-    whole, parts = config(rendered, tmp_path / "whole", steps=5), config(rendered, tmp_path / "parts", steps=2)
+    whole, parts = (
+        config(rendered, tmp_path / "whole", steps=5),
+        config(rendered, tmp_path / "parts", steps=2),
+    )
     train(whole, World())
     train(parts, World())
-    more = {name: replace(getattr(parts, name), loop=getattr(whole, name).loop) for name in ("vae", "flow")}
+    more = {
+        name: replace(getattr(parts, name), loop=getattr(whole, name).loop)
+        for name in ("vae", "flow")
+    }
     train(replace(parts, part="vae", **more), World())
     # The flow in `parts` began on a VAE of two steps; begin it again on the same weights as the other one.
     for name in ("vae",):
@@ -202,9 +242,16 @@ def test_a_run_in_two_parts_is_a_run_in_one(rendered, tmp_path):
     other = replace(split, out=tmp_path / "split")
     (tmp_path / "split").mkdir()
     (tmp_path / "split" / "vae").symlink_to(whole.out / "vae")
-    train(replace(other, part="flow", flow=replace(other.flow, loop=replace(other.flow.loop, steps=2))), World())
+    train(
+        replace(
+            other, part="flow", flow=replace(other.flow, loop=replace(other.flow.loop, steps=2))
+        ),
+        World(),
+    )
     train(replace(other, part="flow"), World())
-    assert [row["loss"] for row in metrics(other.out / "flow")] == [row["loss"] for row in metrics(whole.out / "flow")]
+    assert [row["loss"] for row in metrics(other.out / "flow")] == [
+        row["loss"] for row in metrics(whole.out / "flow")
+    ]
 
 
 @pytest.mark.slow
@@ -218,13 +265,20 @@ def test_it_learns_which_image_has_which_cells(rendered, tmp_path):
     checkpoint.load_weights(weights_file(checkpoint.latest(cfg.out / "flow")), structure)
     catalogue = read_catalogue(rendered, [32]).split("train")
     loader = GridLoader(catalogue, cfg, images=True, training=False, held_out_only=True)
-    batch = loader.batch([Draw(asset, 0) for asset in range(4)], 1.0)  # views that training never saw
+    batch = loader.batch(
+        [Draw(asset, 0) for asset in range(4)], 1.0
+    )  # views that training never saw
     with torch.no_grad():
         cells = structure.generate(
-            structure.flow.condition(batch.images), [1, 2, 3, 4], steps=12, guidance=Guidance(scale=2.0)
+            structure.flow.condition(batch.images),
+            [1, 2, 3, 4],
+            steps=12,
+            guidance=Guidance(scale=2.0),
         )
     found = occupancy_of(cells.coords, 4, 4)
-    shared = (found[:, None] & batch.occupied).sum((2, 3, 4)) / (found[:, None] | batch.occupied).sum((2, 3, 4))
+    shared = (found[:, None] & batch.occupied).sum((2, 3, 4)) / (
+        found[:, None] | batch.occupied
+    ).sum((2, 3, 4))
     assert shared.argmax(1).tolist() == [0, 1, 2, 3]
     assert shared.diagonal().min() > 0.7
 

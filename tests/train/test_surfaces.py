@@ -5,8 +5,13 @@ import pytest
 import torch
 
 from model.inference.extract_mesh import mesh_of
+from pipeline.core.primitives.surface_distance import (
+    Surface,
+    Tree,
+    compare_surfaces,
+    sample_surface,
+)
 from tests.train.builds import bricks_of, ellipsoid
-from pipeline.core.primitives.surface_distance import Surface, Tree, compare_surfaces, sample_surface
 from train.stages.vae.task import inside_iou
 
 
@@ -22,7 +27,9 @@ def brute_force(points, vertices, faces):
         a, b, c = vertices[face]
         for s, e in ((a, b), (b, c), (c, a)):
             length = ((e - s) ** 2).sum()
-            t = np.clip(((points - s) @ (e - s)) / length if length else np.zeros(len(points)), 0, 1)
+            t = np.clip(
+                ((points - s) @ (e - s)) / length if length else np.zeros(len(points)), 0, 1
+            )
             best = np.minimum(best, np.linalg.norm(points - s - t[:, None] * (e - s), axis=1))
         basis = np.stack([b - a, c - a], 1)
         if np.linalg.matrix_rank(basis) == 2:
@@ -36,12 +43,19 @@ def brute_force(points, vertices, faces):
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 61])
 def test_closest_is_exact_on_a_soup(count):
     rng = np.random.default_rng(count)
-    vertices, faces = rng.normal(size=(40, 3)), rng.integers(0, 40, (count, 3))  # some faces have no area
+    vertices, faces = (
+        rng.normal(size=(40, 3)),
+        rng.integers(0, 40, (count, 3)),
+    )  # some faces have no area
     points = rng.normal(size=(1500, 3)) * 2
     distance, triangle, normals = Tree(vertices, faces).closest(points)
-    np.testing.assert_allclose(distance, brute_force(points, vertices, faces), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        distance, brute_force(points, vertices, faces), rtol=1e-9, atol=1e-12
+    )
     for n in range(0, 1500, 97):  # the triangle is one that lies at that distance
-        np.testing.assert_allclose(brute_force(points[n : n + 1], vertices, faces[triangle[n : n + 1]]), distance[n])
+        np.testing.assert_allclose(
+            brute_force(points[n : n + 1], vertices, faces[triangle[n : n + 1]]), distance[n]
+        )
     a, b, c = vertices[faces[triangle]].transpose(1, 0, 2)
     cross = np.cross(b - a, c - a)
     length = np.linalg.norm(cross, axis=1, keepdims=True)
@@ -51,7 +65,9 @@ def test_closest_is_exact_on_a_soup(count):
 def test_concentric_spheres():
     inner, outer = sphere(0.3), sphere(0.31)
     found = compare_surfaces(*inner, *outer, samples=20_000)
-    assert found.accuracy == pytest.approx(0.02, rel=0.02)  # 2 x the radii's difference: the frame is [-1, 1]
+    assert found.accuracy == pytest.approx(
+        0.02, rel=0.02
+    )  # 2 x the radii's difference: the frame is [-1, 1]
     assert found.completeness == pytest.approx(0.02, rel=0.02)
     assert found.chamfer == pytest.approx(0.02, rel=0.02)
     assert found.f1 == {0.005: 0.0, 0.001: 0.0}
@@ -68,7 +84,10 @@ def test_a_surface_is_no_distance_from_itself():
 def test_f1_counts_both_ways():
     """A second sphere far away in the reconstruction costs precision alone."""
     vertices, faces = sphere(0.2)
-    both = np.concatenate([vertices, vertices + 5.0]), np.concatenate([faces, faces + len(vertices)])
+    both = (
+        np.concatenate([vertices, vertices + 5.0]),
+        np.concatenate([faces, faces + len(vertices)]),
+    )
     found = compare_surfaces(*both, vertices, faces, samples=40_000)
     assert found.completeness < 1e-9 < 1.0 < found.accuracy
     assert found.f1[0.005] == pytest.approx(2 * 0.5 * 1 / 1.5, abs=0.01)

@@ -16,14 +16,19 @@ def moved_back(symmetry):
     matrix = np.zeros((3, 3), int)
     for axis in range(3):
         matrix[axis, axes[axis]] = -1 if mirrored[axis] else 1
-    doubled = 2 * np.stack(np.meshgrid(*[np.arange(R)] * 3, indexing="ij"), -1) - (R - 1)  # about the centre
+    doubled = 2 * np.stack(np.meshgrid(*[np.arange(R)] * 3, indexing="ij"), -1) - (
+        R - 1
+    )  # about the centre
     source = (doubled @ matrix + R - 1) // 2  # the inverse of an orthogonal matrix is its transpose
     return grid(R)[tuple(np.moveaxis(source, -1, 0))]
 
 
 @pytest.mark.parametrize("symmetry", range(48))
 def test_equals_the_bricks_of_the_moved_shape(symmetry):
-    moved, expected = transform_bricks(bricks_of(FIELD, R), symmetry), bricks_of(FIELD, R, moved_back(symmetry))
+    moved, expected = (
+        transform_bricks(bricks_of(FIELD, R), symmetry),
+        bricks_of(FIELD, R, moved_back(symmetry)),
+    )
     assert moved.resolution == R
     for name in ("blocks", "values", "sharp"):
         ours, theirs = getattr(moved, name), getattr(expected, name)
@@ -43,7 +48,9 @@ def test_points_move_like_bricks():
     bricks = bricks_of(FIELD, R)
     for symmetry in (5, 23, 47):
         moved = transform_points(bricks.blocks, R // 8, symmetry)
-        assert {*map(tuple, moved.tolist())} == {*map(tuple, transform_bricks(bricks, symmetry).blocks.tolist())}
+        assert {*map(tuple, moved.tolist())} == {
+            *map(tuple, transform_bricks(bricks, symmetry).blocks.tolist())
+        }
 
 
 @pytest.mark.parametrize("symmetry", [-1, 48])

@@ -20,8 +20,8 @@ from pipeline.core.schema import UserError
 from tests.train.builds import tiny_training
 from train import vae
 from train.command import configure
-from train.engine.config import VAE_PRESETS
 from train.data.bricks import BrickReader, read_catalogue
+from train.engine.config import VAE_PRESETS
 from train.engine.distributed import World
 from train.evaluate import main as evaluate
 from train.evaluation.vae import VAEEvaluation, evaluate_asset, evaluate_vae, load_vae
@@ -63,8 +63,12 @@ def whole(build, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_killed_at_an_arbitrary_step_the_next_losses_are_the_same(build, tmp_path, whole, signum, code):
-    process = subprocess.Popen([sys.executable, "-c", CUT, build, tmp_path], cwd=ROOT, env=ENVIRONMENT)
+def test_killed_at_an_arbitrary_step_the_next_losses_are_the_same(
+    build, tmp_path, whole, signum, code
+):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CUT, build, tmp_path], cwd=ROOT, env=ENVIRONMENT
+    )
     metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text().count("\n") >= 13):
         assert process.poll() is None
@@ -81,12 +85,16 @@ def test_killed_at_an_arbitrary_step_the_next_losses_are_the_same(build, tmp_pat
 
 
 def test_workers_change_no_loss(build, tmp_path, whole):
-    vae.train(tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon", workers=0), World())
+    vae.train(
+        tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon", workers=0), World()
+    )
     assert exact(tmp_path) == whole
 
 
 def test_activation_checkpointing_changes_no_loss(build, tmp_path, whole):
-    cfg = tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon", activation_checkpointing=True)
+    cfg = tiny_training(
+        build, tmp_path, steps=40, batch_size=1, optimizer="muon", activation_checkpointing=True
+    )
     vae.train(replace(cfg, loop=replace(cfg.loop, max_minutes=0.02)), World())
     found = exact(tmp_path)
     assert found
@@ -112,7 +120,9 @@ def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
 
 def test_a_step_writes_reconstructions_and_validates(build, tmp_path):
     vae.train(tiny_training(build, tmp_path, steps=2, validate_every=2, sample_every=2), World())
-    (event,) = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines() if "event" in x]
+    (event,) = [
+        json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines() if "event" in x
+    ]
     assert {"loss", "in", "ext", "sharp", "kl", "iou"} <= event.keys()
     folder = tmp_path / "samples" / "step-00000002"
     assert {path.suffix for path in folder.iterdir()} == {".ply", ".png"}
@@ -151,7 +161,9 @@ def test_a_perfect_model_has_perfect_metrics(build):
 
 def test_evaluation_of_a_run(build, tmp_path):
     vae.train(tiny_training(build, tmp_path, steps=2), World())
-    cfg = VAEEvaluation(checkpoint=tmp_path / "latest", data=build, split="all", samples=500, limit=3)
+    cfg = VAEEvaluation(
+        checkpoint=tmp_path / "latest", data=build, split="all", samples=500, limit=3
+    )
     result = evaluate_vae(cfg)
     written = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert [row["uid"] for row in written["rows"]] == [row["uid"] for row in result["rows"]]
@@ -165,7 +177,9 @@ def test_evaluation_of_a_run(build, tmp_path):
 # Presets and errors
 
 
-def test_an_asset_that_cannot_be_read_is_left_out_of_an_evaluation(build, tmp_path, monkeypatch, caplog):
+def test_an_asset_that_cannot_be_read_is_left_out_of_an_evaluation(
+    build, tmp_path, monkeypatch, caplog
+):
     vae.train(tiny_training(build, tmp_path / "run", steps=1), World())
     original, damaged = BrickReader.read, []
 
@@ -176,7 +190,9 @@ def test_an_asset_that_cannot_be_read_is_left_out_of_an_evaluation(build, tmp_pa
         return original(self, asset, resolution)
 
     monkeypatch.setattr(BrickReader, "read", read)
-    cfg = VAEEvaluation(checkpoint=tmp_path / "run" / "latest", data=build, split="val", samples=500, device="cpu")
+    cfg = VAEEvaluation(
+        checkpoint=tmp_path / "run" / "latest", data=build, split="val", samples=500, device="cpu"
+    )
     found = evaluate_vae(cfg)
     assert f"{damaged[0]} left out: its bricks cannot be read (checksum" in caplog.text
     assert damaged[0] not in {row["uid"] for row in found["rows"]}
@@ -185,10 +201,21 @@ def test_an_asset_that_cannot_be_read_is_left_out_of_an_evaluation(build, tmp_pa
 
 def test_presets():
     base, more, small = (VAE_PRESETS[name] for name in ("base", "base-1024", "small"))
-    assert (base.bricks.resolutions, base.bricks.batch_size, base.loop.learning_rate) == ((256, 384, 512), 4, 1e-4)
-    assert (more.bricks.resolutions, more.bricks.batch_size, more.loop.learning_rate) == ((1024,), 1, 1e-5)
+    assert (base.bricks.resolutions, base.bricks.batch_size, base.loop.learning_rate) == (
+        (256, 384, 512),
+        4,
+        1e-4,
+    )
+    assert (more.bricks.resolutions, more.bricks.batch_size, more.loop.learning_rate) == (
+        (1024,),
+        1,
+        1e-5,
+    )
     assert more.init == Path("runs/vae-base/latest")
-    sizes = {name: sum(p.numel() for p in SparseVAE(cfg.model).parameters()) for name, cfg in VAE_PRESETS.items()}
+    sizes = {
+        name: sum(p.numel() for p in SparseVAE(cfg.model).parameters())
+        for name, cfg in VAE_PRESETS.items()
+    }
     assert sizes["base"] == sizes["base-1024"] == 37_874_113
     assert sizes["small"] <= 6_000_000
     assert small.preset == "small"
@@ -212,7 +239,10 @@ def test_options_start_from_the_preset():
     [
         (["--data", "/nowhere"], "/nowhere is not a build"),
         (["--device", "cuda"], "needs a CUDA device"),
-        (["--preset", "base-1024"], r"runs/vae-base/latest does not exist; train it first, or name .* --init"),
+        (
+            ["--preset", "base-1024"],
+            r"runs/vae-base/latest does not exist; train it first, or name .* --init",
+        ),
         (["--preset", "huge"], "preset"),
     ],
 )
@@ -251,7 +281,12 @@ def test_resumes_to_the_bit_on_a_gpu(build, tmp_path, precision):
     world = World(device=torch.device("cuda", 0))
 
     def run(name, steps):
-        options = {"precision": precision, "deterministic": True, "batch_size": 2, "activation_checkpointing": True}
+        options = {
+            "precision": precision,
+            "deterministic": True,
+            "batch_size": 2,
+            "activation_checkpointing": True,
+        }
         return vae.train(tiny_training(build, tmp_path / name, steps=steps, **options), world)
 
     try:
@@ -270,7 +305,9 @@ def test_resumes_to_the_bit_on_a_gpu(build, tmp_path, precision):
 def test_a_gpu_follows_the_cpu(build, tmp_path, whole):
     """The first losses in fp32; later ones drift apart as rounding grows."""
     cfg = tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon")
-    vae.train(replace(cfg, loop=replace(cfg.loop, max_minutes=0.5)), World(device=torch.device("cuda", 0)))
+    vae.train(
+        replace(cfg, loop=replace(cfg.loop, max_minutes=0.5)), World(device=torch.device("cuda", 0))
+    )
     np.testing.assert_allclose(np.array(exact(tmp_path))[:5], np.array(whole)[:5], rtol=1e-2)
 
 
@@ -279,11 +316,39 @@ def test_a_gpu_follows_the_cpu(build, tmp_path, whole):
 def test_tiny_learns_16_shapes_by_heart(tmp_path):
     """The preset, without symmetries, reconstructs what it saw: IoU over the points stored around the surface."""
     data = tmp_path / "data"
-    options = ["--limit", "16", "--val-percent", "0", "--resolutions", "64", "--views", "1", "--image-size", "64"]
-    command = [sys.executable, "-m", "pipeline.build", "--out", str(data), "--workers", "1", *options]
-    subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "HOME": str(tmp_path)}, check=True, capture_output=True)
+    options = [
+        "--limit",
+        "16",
+        "--val-percent",
+        "0",
+        "--resolutions",
+        "64",
+        "--views",
+        "1",
+        "--image-size",
+        "64",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.build",
+        "--out",
+        str(data),
+        "--workers",
+        "1",
+        *options,
+    ]
+    subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**ENVIRONMENT, "HOME": str(tmp_path)},
+        check=True,
+        capture_output=True,
+    )
     cfg = VAE_PRESETS["tiny"]
-    cfg = replace(cfg, data=data, out=tmp_path / "run", bricks=replace(cfg.bricks, symmetries=False))
+    cfg = replace(
+        cfg, data=data, out=tmp_path / "run", bricks=replace(cfg.bricks, symmetries=False)
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     try:

@@ -20,15 +20,21 @@ from torch import Tensor
 
 from model.sparse_tensor import BrickBatch
 from pipeline.core.schema import BLOCK, FORMAT_VERSION, Bricks, RunError, UserError, seed_of
-from train.engine.batch_sampler import Draw, Plan
 from train.data.symmetry import SYMMETRIES, transform_bricks
+from train.engine.batch_sampler import Draw, Plan
 
 if TYPE_CHECKING:
     from pipeline.storage.sdf_shard import SdfShard
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = (ValueError, KeyError, RuntimeError, OSError, IndexError)  # what a damaged store raises
+UNREADABLE = (
+    ValueError,
+    KeyError,
+    RuntimeError,
+    OSError,
+    IndexError,
+)  # what a damaged store raises
 OPEN_SHARDS = 64  # kept open at once; each is a few small objects
 ONE_BITS = 0x3C00  # of 1.0 as float16
 
@@ -80,15 +86,25 @@ def read_catalogue(root: Path, resolutions: Sequence[int]) -> Catalogue:
     ]
     if not tables:
         if ":/" in str(root):
-            raise UserError(f"{root} looks like a URL; training reads a directory: copy the build to one")
-        raise UserError(f"{root} is not a build with committed shards; make one: python -m pipeline.build --out {root}")
+            raise UserError(
+                f"{root} looks like a URL; training reads a directory: copy the build to one"
+            )
+        raise UserError(
+            f"{root} is not a build with committed shards; make one: python -m pipeline.build --out {root}"
+        )
     rows = [row for table in tables for row in table.to_pylist() if row["status"] == "done"]
     built = set(built_resolutions(root))
     tokens = {}
     for resolution in resolutions:
-        committed = {path.parent.name for path in (root / "shards").glob(f"*/sdf-{resolution}.json")}
+        committed = {
+            path.parent.name for path in (root / "shards").glob(f"*/sdf-{resolution}.json")
+        }
         tokens[resolution] = np.array(
-            [(row.get(f"tokens_{resolution}") or 0) if row["shard"] in committed else 0 for row in rows], np.int64
+            [
+                (row.get(f"tokens_{resolution}") or 0) if row["shard"] in committed else 0
+                for row in rows
+            ],
+            np.int64,
         )
         if not tokens[resolution].any():
             raise UserError(
@@ -113,12 +129,16 @@ def _manifest(path: Path) -> pa.Table:
     try:
         schema = pq.read_schema(path)
         # Only these: not every Arrow reads a missing list of fixed length, as the centre of a rejected asset is.
-        table = pq.read_table(path, columns=[name for name in schema.names if wanted.fullmatch(name)])
+        table = pq.read_table(
+            path, columns=[name for name in schema.names if wanted.fullmatch(name)]
+        )
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a readable manifest: {error}") from error
     version = (schema.metadata or {}).get(b"format_version", b"none").decode()
     if version != str(FORMAT_VERSION):
-        raise UserError(f"{path} has format_version {version}, this code reads {FORMAT_VERSION}: rebuild it")
+        raise UserError(
+            f"{path} has format_version {version}, this code reads {FORMAT_VERSION}: rebuild it"
+        )
     return table
 
 
@@ -146,13 +166,17 @@ class BrickReader:
             raise ValueError(f"blocks must lie in 0..{resolution // BLOCK - 1}")
         size = magnitude_bits(bricks.values)
         if size.max() > ONE_BITS:
-            raise ValueError(f"values must be finite and in [-1, 1], got {np.abs(bricks.values).max()}")
+            raise ValueError(
+                f"values must be finite and in [-1, 1], got {np.abs(bricks.values).max()}"
+            )
         if size.min() == ONE_BITS:
             raise ValueError("no active point")
         return bricks
 
     def _open_shard(self, resolution: int, name: str) -> SdfShard:
-        from pipeline.storage.sdf_shard import SdfShard  # here: importing the stream does not take Zarr
+        from pipeline.storage.sdf_shard import (
+            SdfShard,  # here: importing the stream does not take Zarr
+        )
 
         path = self.catalogue.root / "sdf" / str(resolution) / f"{name}.zarr"
         shard = SdfShard(path)
@@ -214,14 +238,21 @@ class BrickLoader:
     ):
         self.reader = BrickReader(catalogue)
         self.catalogue, self.seed, self.noise_channels = catalogue, seed, noise_channels
-        self.symmetries, self.max_bad_share, self.largest, self.pin = symmetries, max_bad_share, largest, pin
+        self.symmetries, self.max_bad_share, self.largest, self.pin = (
+            symmetries,
+            max_bad_share,
+            largest,
+            pin,
+        )
         self.bad: set[tuple[int, int]] = set()  # (asset, resolution)
         self._tried: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
 
     def load(self, plan: Plan, rank: int) -> TrainBatch:
         """The batch of one rank in one step."""
-        batch = self._collate(plan.ranks[rank], plan.resolution, len(plan.ranks) / sum(map(len, plan.ranks)))
+        batch = self._collate(
+            plan.ranks[rank], plan.resolution, len(plan.ranks) / sum(map(len, plan.ranks))
+        )
         return batch.pin_memory() if self.pin else batch
 
     def load_assets(self, assets: Sequence[int], resolution: int) -> TrainBatch:
@@ -273,7 +304,15 @@ class BrickLoader:
             self.bad.add((asset, resolution))
             bad, tried = len(self.bad), len(self._tried)
         uid, shard = self.catalogue.uids[asset], self.catalogue.shards[asset]
-        log.warning("%s at R = %d skipped, shard %s: %s (%d bad of %d)", uid, resolution, shard, error, bad, tried)
+        log.warning(
+            "%s at R = %d skipped, shard %s: %s (%d bad of %d)",
+            uid,
+            resolution,
+            shard,
+            error,
+            bad,
+            tried,
+        )
         if bad >= 5 and bad > self.max_bad_share * tried:
             raise RunError(
                 f"{bad} of {tried} assets in {self.catalogue.root} cannot be read, the last one {uid}: {error}; "

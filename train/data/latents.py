@@ -56,7 +56,9 @@ class Sums:
 
     @classmethod
     def of(cls, latents: Iterable[Latent], channels: int) -> Sums:
-        total = cls(cells=0, mean=np.zeros(channels), square=np.zeros(channels), variance=np.zeros(channels))
+        total = cls(
+            cells=0, mean=np.zeros(channels), square=np.zeros(channels), variance=np.zeros(channels)
+        )
         for latent in latents:
             mean, logvar = latent.mean.astype(np.float64), latent.logvar.astype(np.float64)
             mine = cls(
@@ -66,17 +68,28 @@ class Sums:
         return total
 
     def __add__(self, other: Sums) -> Sums:
-        sums = {name: getattr(self, name) + getattr(other, name) for name in ("mean", "square", "variance")}
+        sums = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in ("mean", "square", "variance")
+        }
         return Sums(cells=self.cells + other.cells, **sums)
 
     def statistics(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and standard deviation of posterior samples, [C] each."""
         mean = self.mean / self.cells
-        return mean, np.sqrt(np.maximum(self.square / self.cells - mean**2, 0) + self.variance / self.cells)
+        return mean, np.sqrt(
+            np.maximum(self.square / self.cells - mean**2, 0) + self.variance / self.cells
+        )
 
 
 def write_latent_shard(
-    path: Path, latents: Iterable[tuple[str, bool, Latent]], *, resolution: int, vae: str, channels: int, source: str
+    path: Path,
+    latents: Iterable[tuple[str, bool, Latent]],
+    *,
+    resolution: int,
+    vae: str,
+    channels: int,
+    source: str,
 ) -> list[str]:
     """Write (uid, whether it trains, latent) in the given order to a new store `path`; returns the uids.
 
@@ -100,7 +113,9 @@ def write_latent_shard(
         offsets, uids, total = [0], [], Sums.of([], channels)
         for uid, trains, latent in latents:
             if not (np.isfinite(latent.mean).all() and np.isfinite(latent.logvar).all()):
-                raise RunError(f"latents of {uid} at R = {resolution} are not finite in f16: the VAE has diverged")
+                raise RunError(
+                    f"latents of {uid} at R = {resolution} are not finite in f16: the VAE has diverged"
+                )
             for name, array in arrays.items():
                 array.append(getattr(latent, name))
             uids.append(uid)
@@ -136,11 +151,17 @@ class LatentShard:
             self._arrays: dict[str, Any] = {name: group[name] for name in ARRAYS}
             attributes: dict[str, Any] = dict(group.attrs)
         except (OSError, KeyError, ValueError, BaseZarrError) as error:
-            raise ValueError(f"{self.path} must hold latents (a Zarr v3 group of {', '.join(ARRAYS)})") from error
+            raise ValueError(
+                f"{self.path} must hold latents (a Zarr v3 group of {', '.join(ARRAYS)})"
+            ) from error
         version = attributes.get("format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(f"{self.path} must have format_version {FORMAT_VERSION}, got {version}: encode it again")
-        self.vae, self.resolution, self.source = (attributes[name] for name in ("vae", "resolution", "source"))
+            raise ValueError(
+                f"{self.path} must have format_version {FORMAT_VERSION}, got {version}: encode it again"
+            )
+        self.vae, self.resolution, self.source = (
+            attributes[name] for name in ("vae", "resolution", "source")
+        )
         self.uids: list[str] = list(attributes["uids"])
         sums = attributes["train_sums"]
         arrays = {name: np.array(sums[name]) for name in ("mean", "square", "variance")}
@@ -157,7 +178,9 @@ class LatentShard:
         """One asset. KeyError for an unknown uid."""
         row = self._row[uid]
         rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        return Latent(**{name: np.asarray(self._arrays[name][rows]) for name in ("cells", "mean", "logvar")})
+        return Latent(
+            **{name: np.asarray(self._arrays[name][rows]) for name in ("cells", "mean", "logvar")}
+        )
 
 
 class LatentStore:
@@ -169,17 +192,22 @@ class LatentStore:
     def __init__(self, root: Path, resolution: int, vae: str | None = None):
         self.vae, self.resolution = _choose(root, resolution, vae), resolution
         self.folder = root / self.vae / str(resolution)
-        again = (
-            f"python -m train.encode --resolutions {resolution} --latents {root}, with the --vae and --data it is of"
-        )
+        again = f"python -m train.encode --resolutions {resolution} --latents {root}, with the --vae and --data it is of"
         try:
             found = json.loads((self.folder / STATISTICS).read_text())
             version, mean, std = (found[name] for name in ("format_version", "mean", "std"))
         except (OSError, ValueError, LookupError) as error:
-            raise UserError(f"{self.folder} is not complete (no {STATISTICS}); go on with {again}") from error
+            raise UserError(
+                f"{self.folder} is not complete (no {STATISTICS}); go on with {again}"
+            ) from error
         if version != FORMAT_VERSION:
-            raise UserError(f"{self.folder} has format_version {version}, this code reads {FORMAT_VERSION}: {again}")
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)  # fp32 [C], of posterior samples of train assets
+            raise UserError(
+                f"{self.folder} has format_version {version}, this code reads {FORMAT_VERSION}: {again}"
+            )
+        self.mean, self.std = (
+            torch.tensor(mean),
+            torch.tensor(std),
+        )  # fp32 [C], of posterior samples of train assets
         self.tokens: dict[str, int] = {}  # uid -> cells
         self._shard_of: dict[str, Path] = {}
         for path in sorted(self.folder.glob("*.zarr")):
@@ -196,7 +224,9 @@ class LatentStore:
             raise UserError(str(error)) from error
         if (shard.vae, shard.resolution) != (self.vae, self.resolution):
             found = f"VAE {shard.vae} at R = {shard.resolution}"
-            raise UserError(f"{path} must hold latents of VAE {self.vae} at R = {self.resolution}, got {found}")
+            raise UserError(
+                f"{path} must hold latents of VAE {self.vae} at R = {self.resolution}, got {found}"
+            )
         return shard
 
     def __contains__(self, uid: str) -> bool:
@@ -226,7 +256,9 @@ def _choose(root: Path, resolution: int, vae: str | None) -> str:
     if not names:
         raise UserError(f"{root} has no latents at R = {resolution}; make them: {make}")
     if vae is None:
-        raise UserError(f"{root} has latents of {len(names)} VAEs at R = {resolution} ({', '.join(names)}): name one")
+        raise UserError(
+            f"{root} has latents of {len(names)} VAEs at R = {resolution} ({', '.join(names)}): name one"
+        )
     raise UserError(
         f"{root} has latents of VAE {', '.join(names)} at R = {resolution}, not of {vae}; make them: {make}"
     )
@@ -251,7 +283,9 @@ class LatentBatch:
         order = token_order(coords)
         cells = Level.from_coords(coords[order], resolution // BLOCK, len(latents))
         mean, logvar = (
-            torch.from_numpy(np.concatenate([getattr(latent, name) for latent in latents])).float()[order]
+            torch.from_numpy(np.concatenate([getattr(latent, name) for latent in latents])).float()[
+                order
+            ]
             for name in ("mean", "logvar")
         )
         return cls(cells, mean, logvar)

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.rectified_flow import TimeDistribution
 from model.conditioning.image_preprocessing import Augmentation, PreparedImage, prepare_image
+from model.rectified_flow import TimeDistribution
 from pipeline.core.schema import RunError, UserError, seed_of
-from train.engine.config import LoopConfig
 from train.data.bricks import OPEN_SHARDS, UNREADABLE, Catalogue
+from train.engine.config import LoopConfig
 
 if TYPE_CHECKING:
     from pipeline.core.schema import View
@@ -41,7 +41,9 @@ class FlowOptions:
     augmentation: Augmentation = field(default_factory=Augmentation)
     guidance: float = 3.0  # of the samples that are drawn while training
     steps: int = 25  # of the same
-    open_shards: int = 16  # whose renders are drawn from in turn and kept in memory, some 10 MB each
+    open_shards: int = (
+        16  # whose renders are drawn from in turn and kept in memory, some 10 MB each
+    )
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
@@ -90,7 +92,9 @@ class ViewReader:
                 )
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
-        self._images: Once[tuple[str, int], dict[str, bytes]] | None = Once(ahead) if ahead else None
+        self._images: Once[tuple[str, int], dict[str, bytes]] | None = (
+            Once(ahead) if ahead else None
+        )
 
     def views(self, asset: int) -> int:
         """How many views the asset's shard has of each of its assets."""
@@ -118,8 +122,14 @@ class ViewReader:
             raise self._unreadable(asset, view, error) from error
 
     def _unreadable(self, asset: int, view: int, error: Exception) -> RunError:
-        root, name, uid = self.catalogue.root, self.catalogue.shards[asset], self.catalogue.uids[asset]
-        return RunError(f"view {view} of {uid} in shard {name}: {error!r}; run python -m pipeline.verify {root}")
+        root, name, uid = (
+            self.catalogue.root,
+            self.catalogue.shards[asset],
+            self.catalogue.uids[asset],
+        )
+        return RunError(
+            f"view {view} of {uid} in shard {name}: {error!r}; run python -m pipeline.verify {root}"
+        )
 
     def _shard(self, asset: int) -> tuple[RenderShard, int]:
         try:
@@ -129,7 +139,9 @@ class ViewReader:
             raise self._unreadable(asset, 0, error) from error
 
     def _open_shard(self, name: str) -> tuple[RenderShard, int]:
-        from pipeline.storage.render_shard import RenderShard  # here: importing the stream does not take pyarrow and Pillow
+        from pipeline.storage.render_shard import (
+            RenderShard,  # here: importing the stream does not take pyarrow and Pillow
+        )
 
         shard = RenderShard(self.catalogue.root / "renders" / self.cameras / f"{name}.tar")
         return shard, len(shard.keys) // max(len(shard.uids), 1)
@@ -158,16 +170,24 @@ class Conditions:
         self.held_out, self.training, self.held_out_only = held_out, training, held_out_only
         self.views = ViewReader(catalogue, cameras, ahead=ahead)
         # Images that are not augmented come out the same every time: small ones of a small build are kept.
-        self._plain: Once[tuple[int, int], PreparedImage] = Once(max(1, PREPARED_BYTES // (4 * image_size**2)))
+        self._plain: Once[tuple[int, int], PreparedImage] = Once(
+            max(1, PREPARED_BYTES // (4 * image_size**2))
+        )
 
     def view_of(self, asset: int, epoch: int) -> int:
         """Which view the asset's `epoch`-th sample sees: all that are allowed, then all again in another order."""
         count, held = self.views.views(asset), self.held_out
         if held >= count:
             raise UserError(f"held_out_views must be below the {count} views there are, got {held}")
-        allowed = np.arange(count - held, count) if self.held_out_only and held else np.arange(count - held)
+        allowed = (
+            np.arange(count - held, count)
+            if self.held_out_only and held
+            else np.arange(count - held)
+        )
         turn, place = divmod(epoch, len(allowed))
-        order = np.random.default_rng(seed_of("view", self.flow.loop.seed, self.catalogue.shards[asset], turn))
+        order = np.random.default_rng(
+            seed_of("view", self.flow.loop.seed, self.catalogue.shards[asset], turn)
+        )
         return int(order.permutation(allowed)[place])
 
     def image(self, asset: int, epoch: int, key: Sequence[str | int]) -> PreparedImage:
@@ -178,7 +198,11 @@ class Conditions:
         pixels = self.views.read(asset, view)
         rng = np.random.default_rng(seed_of("augmentation", *key))
         return prepare_image(
-            pixels, self.image_size, augmentation=self.flow.augmentation, rng=rng, whole_if_opaque=True
+            pixels,
+            self.image_size,
+            augmentation=self.flow.augmentation,
+            rng=rng,
+            whole_if_opaque=True,
         )
 
     def _prepared(self, asset: int, view: int) -> PreparedImage:

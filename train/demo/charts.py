@@ -32,9 +32,19 @@ def curves_of(metrics: Path, names: Sequence[str]) -> list[Curve]:
         if found:
             values = smoothed([value for _, value in found], max(1, len(found) // 50))
             curves.append(Curve(name=name, steps=[step for step, _ in found], values=values))
-    held = [(row["step"], row["loss"]) for row in rows if row.get("event") == "validation" and _shown(row.get("loss"))]
+    held = [
+        (row["step"], row["loss"])
+        for row in rows
+        if row.get("event") == "validation" and _shown(row.get("loss"))
+    ]
     if held:
-        curves.append(Curve(name="loss, held-out assets", steps=[s for s, _ in held], values=[v for _, v in held]))
+        curves.append(
+            Curve(
+                name="loss, held-out assets",
+                steps=[s for s, _ in held],
+                values=[v for _, v in held],
+            )
+        )
     return curves
 
 
@@ -65,17 +75,27 @@ def chart(curves: Sequence[Curve]) -> str:
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-size="11" fill="#647084">']
     for value in _ticks(low, high):
         parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="#e3e7ee"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>'
+        )
     for step in (0, last // 2, last):
         parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{step}</text>')
     for number, curve in enumerate(curves):
         color = COLORS[number % len(COLORS)]
-        points = [(x(step), y(value)) for step, value in zip(curve.steps, curve.values, strict=True) if value > 0]
+        points = [
+            (x(step), y(value))
+            for step, value in zip(curve.steps, curve.values, strict=True)
+            if value > 0
+        ]
         line = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.6"/>')
         if len(points) <= 12:
-            parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.6" fill="{color}"/>' for px, py in points]
-        parts.append(f'<text x="{WIDTH - RIGHT - 4}" y="{TOP + 12 + 14 * number}" text-anchor="end" fill="{color}">')
+            parts += [
+                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.6" fill="{color}"/>' for px, py in points
+            ]
+        parts.append(
+            f'<text x="{WIDTH - RIGHT - 4}" y="{TOP + 12 + 14 * number}" text-anchor="end" fill="{color}">'
+        )
         parts.append(f"{curve.name}</text>")
     return "".join(parts) + "</svg>"
 
@@ -84,7 +104,9 @@ def _ticks(low: float, high: float) -> list[float]:
     """Round values between two powers of ten, at most about six."""
     for steps in ((1, 2, 5), (1, 3), (1,)):
         exponents = range(math.floor(low), math.ceil(high) + 1)
-        found = [m * 10.0**e for e in exponents for m in steps if low <= math.log10(m * 10.0**e) <= high]
+        found = [
+            m * 10.0**e for e in exponents for m in steps if low <= math.log10(m * 10.0**e) <= high
+        ]
         if len(found) <= 6:
             return found
     return found[:: max(1, len(found) // 6)]

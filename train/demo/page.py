@@ -38,10 +38,15 @@ class StepTaken:
     peak_bytes: int
 
 
-def write_page(out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, seconds: float) -> Path:
+def write_page(
+    out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, seconds: float
+) -> Path:
     """Write out/index.html from what the steps left in `out` and in the build; returns its path."""
     template = jinja2.Environment(
-        loader=jinja2.PackageLoader("train", "."), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("train", "."),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
     ).get_template("demo.html.j2")
     page = out / "index.html"
     partial = page.with_name(".index.html.partial")
@@ -50,7 +55,9 @@ def write_page(out: Path, build: Path, taken: Sequence[StepTaken], *, size: str,
     return page
 
 
-def contents(out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, seconds: float) -> dict[str, Any]:
+def contents(
+    out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, seconds: float
+) -> dict[str, Any]:
     """Everything the template shows."""
     seen, unseen = (_generation(out / name) for name in ("generation", "unseen"))
     reconstruction = json.loads((out / "reconstruction" / "evaluation.json").read_text())
@@ -58,7 +65,10 @@ def contents(out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, s
     summary = seen["summary"]
     tiles = [
         {"value": f"{seconds / 60:.1f} min", "label": f"in all, {os.cpu_count()} cores"},
-        {"value": f"{summary['nearest_is_right']:.0f}%", "label": f"recognised among {summary['candidates']} assets"},
+        {
+            "value": f"{summary['nearest_is_right']:.0f}%",
+            "label": f"recognised among {summary['candidates']} assets",
+        },
         {"value": f"{summary['iou']:.0f}%", "label": "IoU of generated solids"},
         {"value": f"{summary['silhouette_iou']:.0f}%", "label": "silhouette IoU with the image"},
         {"value": f"{summary['closed']:.0f}%", "label": "generated meshes closed"},
@@ -84,7 +94,11 @@ def contents(out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, s
             if path is not None
         ],
         "curves": [
-            {"title": title, "svg": chart(curves_of(out / run / "metrics.jsonl", names)), **_run(out / run)}
+            {
+                "title": title,
+                "svg": chart(curves_of(out / run / "metrics.jsonl", names)),
+                **_run(out / run),
+            }
             for title, run, names in CURVES
         ],
         "steps": [
@@ -100,7 +114,12 @@ def contents(out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, s
         "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
         "provenance": provenance(),
         "configs": [
-            (run, json.dumps(json.loads((out / run / "latest" / "config.json").read_text()), indent=1))
+            (
+                run,
+                json.dumps(
+                    json.loads((out / run / "latest" / "config.json").read_text()), indent=1
+                ),
+            )
             for _, run, _ in CURVES
         ],
     }

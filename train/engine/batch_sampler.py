@@ -47,7 +47,12 @@ class Planner:
         seed: int,
         max_tokens: int | None = None,  # cells a rank
     ):
-        self.batch_size, self.world_size, self.seed, self.max_tokens = batch_size, world_size, seed, max_tokens
+        self.batch_size, self.world_size, self.seed, self.max_tokens = (
+            batch_size,
+            world_size,
+            seed,
+            max_tokens,
+        )
         self.tokens = dict(sorted(tokens.items()))
         self.assets = {}
         self.left_out = {}  # R -> assets larger than a rank's budget
@@ -56,7 +61,11 @@ class Planner:
             self.assets[resolution] = np.flatnonzero((counts > 0) & fits)
             self.left_out[resolution] = int(((counts > 0) & ~fits).sum())
             if not len(self.assets[resolution]):
-                rule = f" with at most max_tokens = {max_tokens} cells" if self.left_out[resolution] else ""
+                rule = (
+                    f" with at most max_tokens = {max_tokens} cells"
+                    if self.left_out[resolution]
+                    else ""
+                )
                 raise UserError(f"no training asset at R = {resolution}{rule}")
         self.step = 0
         self.cursors = {resolution: 0 for resolution in self.tokens}  # samples drawn so far
@@ -65,13 +74,18 @@ class Planner:
     @property
     def state(self) -> dict[str, Any]:
         """JSON; `restore` takes it back."""
-        return {"step": self.step, "cursors": {str(resolution): n for resolution, n in self.cursors.items()}}
+        return {
+            "step": self.step,
+            "cursors": {str(resolution): n for resolution, n in self.cursors.items()},
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from there. UserError if it is a state of other resolutions."""
         cursors = {int(resolution): int(n) for resolution, n in state["cursors"].items()}
         if cursors.keys() != self.cursors.keys():
-            raise UserError(f"the checkpoint trained at R = {sorted(cursors)}, this run at {sorted(self.cursors)}")
+            raise UserError(
+                f"the checkpoint trained at R = {sorted(cursors)}, this run at {sorted(self.cursors)}"
+            )
         self.step, self.cursors = int(state["step"]), cursors
 
     def next(self) -> Plan:
@@ -79,7 +93,9 @@ class Planner:
         choices = list(self.tokens)
         resolution = choices[seed_of(self.seed, "resolution", self.step) % len(choices)]
         first = self.cursors[resolution]
-        draws = [self._draw(resolution, first + n) for n in range(self.batch_size * self.world_size)]
+        draws = [
+            self._draw(resolution, first + n) for n in range(self.batch_size * self.world_size)
+        ]
         ranks = None
         while ranks is None:  # ends: one sample a rank always fits
             ranks = self._deal(resolution, draws)
@@ -124,10 +140,19 @@ class ShardPlanner(Planner):
     The shards come in another order each epoch, `mixed` of them at a time, whose assets are shuffled among each other.
     """
 
-    def __init__(self, tokens: Mapping[int, NDArray[np.int64]], shards: Sequence[str], *, mixed: int, **options: Any):
+    def __init__(
+        self,
+        tokens: Mapping[int, NDArray[np.int64]],
+        shards: Sequence[str],
+        *,
+        mixed: int,
+        **options: Any,
+    ):
         super().__init__(tokens, **options)
         self.mixed = mixed
-        self._shard_of = np.unique(np.asarray(shards), return_inverse=True)[1].reshape(-1)  # of each asset
+        self._shard_of = np.unique(np.asarray(shards), return_inverse=True)[1].reshape(
+            -1
+        )  # of each asset
 
     def _order(self, assets: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
         place = rng.permutation(int(self._shard_of.max()) + 1)  # of each shard in this epoch

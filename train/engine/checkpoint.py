@@ -28,7 +28,16 @@ from train.engine.distributed import World
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    UnpicklingError,
+)
 PACKAGES = ("sparse3d", "torch", "triton", "numpy", "safetensors", "zarr")
 
 
@@ -43,7 +52,11 @@ def latest(out: Path) -> Path | None:
     """
     path = (out / LATEST).resolve()
     if not path.exists():
-        whole = [step for step in _steps(out) if (step / "config.json").exists() and (step / "state.json").exists()]
+        whole = [
+            step
+            for step in _steps(out)
+            if (step / "config.json").exists() and (step / "state.json").exists()
+        ]
         if not whole:
             return None
         path = whole[-1].resolve()
@@ -115,11 +128,18 @@ def restore(
     for stem, module in weights.items():
         load_weights(path / f"{stem}.safetensors", module)
     try:
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+        optimizer.load_state_dict(
+            torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        )
         state = json.loads((path / "state.json").read_text())
         mine = path / f"rank-{world.rank}.pt"
         if state["world_size"] != world.size:
-            log.warning("%s was trained on %d ranks, this is %d: batches differ", path, state["world_size"], world.size)
+            log.warning(
+                "%s was trained on %d ranks, this is %d: batches differ",
+                path,
+                state["world_size"],
+                world.size,
+            )
         missing = {"data", "guard", "step"} - state.keys()
         if missing:
             raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
@@ -175,7 +195,9 @@ def _write_shared(
     config: Mapping[str, Any],
 ) -> None:
     for stem, module in weights.items():
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+        }
         write_bytes(partial / f"{stem}.safetensors", safetensors.torch.save(tensors))
     write_bytes(partial / "optimizer.pt", _pickled(optimizer.state_dict()))
     write_bytes(partial / "state.json", (json.dumps(state, indent=1) + "\n").encode())
@@ -236,7 +258,10 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def provenance() -> dict[str, Any]:
     """Versions and commit of the code that runs, for config.json."""
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
         "commit": _commit(),
     }
 
@@ -253,7 +278,12 @@ def _commit() -> str | None:
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

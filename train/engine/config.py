@@ -15,9 +15,21 @@ from train.stages.vae.losses import LossWeights
 
 MAX_SEED = 1 << 40  # a million ranks have seeds of their own below 2^63
 VAEPreset = Literal["tiny", "small", "base", "base-1024"]
-_FREE = ("steps", "max_minutes", "log_every", "checkpoint_every", "keep_last", "validate_every", "sample_every")
+_FREE = (
+    "steps",
+    "max_minutes",
+    "log_every",
+    "checkpoint_every",
+    "keep_last",
+    "validate_every",
+    "sample_every",
+)
 _LIMITS = ("max_failed_checkpoints", "max_bad_steps", "max_bad_share")
-FREE_ON_RESUME = (*_FREE, *_LIMITS, "activation_checkpointing")  # what may change when a run goes on
+FREE_ON_RESUME = (
+    *_FREE,
+    *_LIMITS,
+    "activation_checkpointing",
+)  # what may change when a run goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +46,17 @@ class LoopConfig:
     weight_decay: float = 0.01  # of matrices; not of biases and norms
     clip_norm: float = 1.0  # largest norm of all gradients together
     ema_decay: float = 0.9995  # of the averaged weights that are validated, sampled and exported
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; weights and their averages are fp32
-    activation_checkpointing: bool = False  # compute activations again in the backward instead of keeping them
+    precision: Literal["bf16", "fp32"] = (
+        "bf16"  # of the arithmetic; weights and their averages are fp32
+    )
+    activation_checkpointing: bool = (
+        False  # compute activations again in the backward instead of keeping them
+    )
     deterministic: bool = False  # bit-exact on GPUs too, more slowly
     seed: int = 0
-    spike_factor: float = 30.0  # a gradient this many times the median of the last 100 is not applied
+    spike_factor: float = (
+        30.0  # a gradient this many times the median of the last 100 is not applied
+    )
     max_bad_steps: int = 20  # gradients in a row that are not applied before the run ends
     log_every: int = 20
     checkpoint_every: int = 1000
@@ -48,7 +66,13 @@ class LoopConfig:
     sample_every: int = 5000  # 0: never
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "checkpoint_every", "max_bad_steps", "max_failed_checkpoints"):
+        for name in (
+            "steps",
+            "log_every",
+            "checkpoint_every",
+            "max_bad_steps",
+            "max_failed_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("warmup_steps", "keep_last", "validate_every", "sample_every", "weight_decay"):
@@ -81,9 +105,15 @@ class LoopConfig:
 class BrickConfig:
     """Which bricks are trained on, and how they become batches. ValueError for a number out of range."""
 
-    resolutions: tuple[int, ...] = (256, 384, 512)  # one of them, drawn anew, in each step; paper, sec. 3
+    resolutions: tuple[int, ...] = (
+        256,
+        384,
+        512,
+    )  # one of them, drawn anew, in each step; paper, sec. 3
     batch_size: int = 4  # samples a rank, in the mean; paper, sec. 3
-    max_tokens: int | None = None  # cells a rank: fewer samples where they would exceed it, larger assets are left out
+    max_tokens: int | None = (
+        None  # cells a rank: fewer samples where they would exceed it, larger assets are left out
+    )
     symmetries: bool = True  # each sample under one of the cube's 48
     max_bad_share: float = 0.05  # of assets that cannot be read, before the run ends
     workers: int = 4  # threads that prepare batches ahead; any number gives the same batches
@@ -95,7 +125,12 @@ class BrickConfig:
             raise ValueError("resolutions must name at least one resolution, got none")
         for resolution in self.resolutions:
             check_resolution(resolution)
-        for name, least in (("batch_size", 1), ("workers", 0), ("val_batches", 0), ("reconstructions", 0)):
+        for name, least in (
+            ("batch_size", 1),
+            ("workers", 0),
+            ("val_batches", 0),
+            ("reconstructions", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -162,7 +197,10 @@ VAE_PRESETS: dict[str, VAETraining] = {
         model=VAEConfig(widths=(32, 64, 96, 192), heads=6, blocks=2),
     ),
     "base": VAETraining(  # paper, sec. 3: a day on eight A100
-        preset="base", data=Path("data/paper"), out=Path("runs/vae-base"), loop=LoopConfig(steps=200_000)
+        preset="base",
+        data=Path("data/paper"),
+        out=Path("runs/vae-base"),
+        loop=LoopConfig(steps=200_000),
     ),
     "base-1024": VAETraining(  # paper, sec. 3: then another one
         preset="base-1024",

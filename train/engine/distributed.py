@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda"]
 CPU = torch.device("cpu")
-TIMEOUT = timedelta(minutes=30)  # ranks wait for the one that writes checkpoints and reconstructions
+TIMEOUT = timedelta(
+    minutes=30
+)  # ranks wait for the one that writes checkpoints and reconstructions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,15 @@ from PIL import Image
 
 from pipeline.core.primitives.surface_distance import sample_surface
 
-VIEW = np.array([[0.8, 0.0, -0.6], [-0.24, 0.9165, -0.32], [0.5499, 0.4, 0.7332]])  # right, up, towards the eye
+VIEW = np.array(
+    [[0.8, 0.0, -0.6], [-0.24, 0.9165, -0.32], [0.5499, 0.4, 0.7332]]
+)  # right, up, towards the eye
 LIGHT = np.array([0.35, 0.6, 0.72])
 
 
-def picture(vertices: NDArray, faces: NDArray, size: int = 320, view: NDArray = VIEW) -> NDArray[np.uint8]:
+def picture(
+    vertices: NDArray, faces: NDArray, size: int = 320, view: NDArray = VIEW
+) -> NDArray[np.uint8]:
     """[size, size, 3] of a mesh in the cube [-0.5, 0.5]^3, from the front, above and to one side; white if empty.
 
     `view`: rows right, up and towards the eye; without perspective.

@@ -88,7 +88,9 @@ class Journal:
 
     def _complain(self, error: OSError) -> None:
         if not self._complained:
-            log.warning("metrics cannot be written (%s); training goes on without", error.strerror or error)
+            log.warning(
+                "metrics cannot be written (%s); training goes on without", error.strerror or error
+            )
         self._complained = True
 
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from train.engine.config import LoopConfig
 
-PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+PEAK_BF16_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
 
 
 PATIENCE = 5  # spikes in a row that are skipped: what lasts is no bad batch, and clipped steps lead out of it
@@ -37,7 +44,11 @@ class Guard:
         verdict = ""
         if not finite:
             verdict = "not finite"
-        elif usual is not None and self.in_a_row < PATIENCE and norm > max(self.spike_factor * usual, self.clip_norm):
+        elif (
+            usual is not None
+            and self.in_a_row < PATIENCE
+            and norm > max(self.spike_factor * usual, self.clip_norm)
+        ):
             verdict = f"{norm / usual:.0f} times the usual gradient"
         if finite:
             self.norms.append(norm)  # of spikes too: a lasting change becomes the usual
@@ -91,14 +102,20 @@ class Muon(torch.optim.AdamW):
         directions = torch._foreach_add(grads, momenta, alpha=self.MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
         return list(directions)
 
-    def _move(self, moved: list[Tensor], directions: list[Tensor], rate: float, decay: float) -> None:
+    def _move(
+        self, moved: list[Tensor], directions: list[Tensor], rate: float, decay: float
+    ) -> None:
         torch._foreach_mul_(moved, 1 - rate * decay)  # pyright: ignore[reportPrivateImportUsage]
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # of one shape: one stack
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(
+            list
+        )  # of one shape: one stack
         for p, direction in zip(moved, map(_matrix, directions), strict=True):
             alike[direction.shape].append((p, direction))
         for shape, pairs in alike.items():
             steps = orthogonal(torch.stack([direction for _, direction in pairs]))
-            changes: list[Tensor] = [step.view(p.shape) for (p, _), step in zip(pairs, steps.unbind(), strict=True)]
+            changes: list[Tensor] = [
+                step.view(p.shape) for (p, _), step in zip(pairs, steps.unbind(), strict=True)
+            ]
             alpha = -rate * self.RMS * max(shape) ** 0.5
             torch._foreach_add_([p for p, _ in pairs], changes, alpha=alpha)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -130,11 +147,17 @@ def make_optimizer(model: nn.Module, cfg: LoopConfig, device: torch.device) -> t
     parameters = [p for p in model.parameters() if p.requires_grad]
     muon = cfg.optimizer == "muon"
     matrices = [p for p in parameters if p.ndim > 1]
-    of_muon = [p for p in matrices if muon and min(_matrix(p).shape) > 1]  # a row or column has one direction
+    of_muon = [
+        p for p in matrices if muon and min(_matrix(p).shape) > 1
+    ]  # a row or column has one direction
     taken = {id(p) for p in of_muon}
     groups = [
         {"params": of_muon, "weight_decay": cfg.weight_decay, "muon": True},
-        {"params": [p for p in matrices if id(p) not in taken], "weight_decay": cfg.weight_decay, "muon": False},
+        {
+            "params": [p for p in matrices if id(p) not in taken],
+            "weight_decay": cfg.weight_decay,
+            "muon": False,
+        },
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "muon": False},
     ]
     kind = Muon if muon else torch.optim.AdamW
@@ -149,7 +172,11 @@ def make_optimizer(model: nn.Module, cfg: LoopConfig, device: torch.device) -> t
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the model's by 1 - decay; what is not trained stays, buffers are copied."""
-    pairs = [(a, b) for a, b in zip(average.parameters(), model.parameters(), strict=True) if b.requires_grad]
+    pairs = [
+        (a, b)
+        for a, b in zip(average.parameters(), model.parameters(), strict=True)
+        if b.requires_grad
+    ]
     mine: list[Tensor] = [a for a, _ in pairs]
     theirs: list[Tensor] = [b for _, b in pairs]
     torch._foreach_lerp_(mine, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -44,7 +44,14 @@ class Prefetcher(Generic[Job, Loaded]):
     comes out where its batch would have.
     """
 
-    def __init__(self, plan: Planned[Job], load: Callable[[Job], Loaded], *, workers: int, ahead: int | None = None):
+    def __init__(
+        self,
+        plan: Planned[Job],
+        load: Callable[[Job], Loaded],
+        *,
+        workers: int,
+        ahead: int | None = None,
+    ):
         self.plan, self.load, self.workers = plan, load, workers
         self.ahead = ahead or 2 * workers
         self._state = plan.state

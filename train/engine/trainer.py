@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.schema import FORMAT_VERSION, RunError, UserError
-from train.engine import checkpoint
 from train.command import Stop, Stopped, note_signals
+from train.engine import checkpoint
 from train.engine.config import FREE_ON_RESUME, LoopConfig
 from train.engine.distributed import World
 from train.engine.metrics_log import Journal
@@ -38,7 +38,9 @@ class Batch(Protocol):
     def samples(self) -> int: ...
 
     @property
-    def about(self) -> Mapping[str, Any]: ...  # what the metrics should say of it: {"resolution": 256}
+    def about(
+        self,
+    ) -> Mapping[str, Any]: ...  # what the metrics should say of it: {"resolution": 256}
 
     def to(self, device: torch.device) -> Any: ...
 
@@ -134,7 +136,11 @@ class _Run:
     def train(self) -> int:
         cfg = self.cfg
         journal = Journal(
-            self.out, first=self.done, steps=cfg.steps, log_every=cfg.log_every, enabled=self.world.is_first
+            self.out,
+            first=self.done,
+            steps=cfg.steps,
+            log_every=cfg.log_every,
+            enabled=self.world.is_first,
         )
         try:
             with note_signals() as stop:
@@ -171,7 +177,9 @@ class _Run:
             raise Stopped(stop.signum or signal.SIGTERM)
 
     def _complain(self, bad: str) -> None:
-        log.warning("step %d not applied: %s (%d skipped so far)", self.done, bad, self.guard.skipped)
+        log.warning(
+            "step %d not applied: %s (%d skipped so far)", self.done, bad, self.guard.skipped
+        )
         if self.guard.in_a_row >= self.cfg.max_bad_steps:
             raise RunError(
                 f"{self.guard.in_a_row} gradients in a row could not be applied, the last one {bad}; lower "
@@ -192,9 +200,13 @@ class _Run:
             losses = self.task.losses(self.wrapped, batch)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_norm)
-        late = cfg.max_minutes is not None and time.monotonic() - self.started > 60 * cfg.max_minutes
+        late = (
+            cfg.max_minutes is not None and time.monotonic() - self.started > 60 * cfg.max_minutes
+        )
         counts = [tokens, samples, self.task.flops(batch), waited, bool(stop.signum), late]
-        scalars = torch.stack([*(value.detach().double() for value in losses.values()), norm.double()])
+        scalars = torch.stack(
+            [*(value.detach().double() for value in losses.values()), norm.double()]
+        )
         counted = torch.tensor(counts, dtype=torch.float64).to(world.device, non_blocking=True)
         values = world.sum(torch.cat([scalars, counted])).tolist()  # the one wait for the device
         split = len(losses) + 1
@@ -204,11 +216,19 @@ class _Run:
         bad = self.guard.judge(row["loss"], norm)
         if not bad:
             self.optimizer.step()
-            update_average(self.ema, self.model, min(cfg.ema_decay, (1 + self.done) / (10 + self.done)))
+            update_average(
+                self.ema, self.model, min(cfg.ema_decay, (1 + self.done) / (10 + self.done))
+            )
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         self.signalled = signals > 0
-        row |= about | {"grad_norm": norm, "lr": rate, "tokens": int(tokens), "samples": int(samples), "flops": flops}
+        row |= about | {
+            "grad_norm": norm,
+            "lr": rate,
+            "tokens": int(tokens),
+            "samples": int(samples),
+            "flops": flops,
+        }
         row |= {"data_s": waited / world.size, "skipped": self.guard.skipped}
         return row, bad, bool(signals or late)
 
@@ -239,7 +259,9 @@ class _Run:
         kept = checkpoint.latest(self.out)
         log.error("step %d: no checkpoint: %s; the last one is %s", self.done, problem, kept)
         if ending or self.failed_saves >= self.cfg.max_failed_checkpoints:
-            raise RunError(f"{self.failed_saves} checkpoints in a row could not be written ({problem}); kept is {kept}")
+            raise RunError(
+                f"{self.failed_saves} checkpoints in a row could not be written ({problem}); kept is {kept}"
+            )
 
     def _resume(self, found: Path) -> None:
         there = checkpoint.check_format(found)
@@ -252,7 +274,9 @@ class _Run:
                 "another --out (and --init for its weights), or the same options to go on with it"
             )
         weights = {"model": self.model, "ema": self.ema}
-        state = checkpoint.restore(found, weights=weights, optimizer=self.optimizer, world=self.world)
+        state = checkpoint.restore(
+            found, weights=weights, optimizer=self.optimizer, world=self.world
+        )
         self.stream.restore(state["data"])
         self.guard.restore(state["guard"])
         self.done = state["step"]
@@ -300,4 +324,6 @@ def weights_file(path: Path) -> Path:
     for name in ("ema.safetensors", "model.safetensors"):
         if (path / name).exists():
             return path / name
-    raise UserError(f"{path} is not a checkpoint: it has neither ema.safetensors nor model.safetensors")
+    raise UserError(
+        f"{path} is not a checkpoint: it has neither ema.safetensors nor model.safetensors"
+    )

@@ -16,18 +16,18 @@ from model.inference.generator import Generated, Generator, Options
 from model.inference.mesh_export import write_mesh
 from model.inference.turntable import CLAY, on_paper
 from pipeline.core.cameras import Camera, CameraSet, look_at_origin
-from pipeline.rendering.views import render_from
-from pipeline.core.schema import Mesh, Part, RunError, UserError, View
-from train.engine.checkpoint import provenance
-from train.data.render_conditions import ViewReader
-from train.data.bricks import built_resolutions, read_catalogue
-from train.engine.distributed import Device, choose_device
-from train.evaluation.page import write_page
-from train.evaluation.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_maps
-from train.engine.mesh_pictures import save_image, side_by_side
-from train.evaluation.reference_surfaces import References, Surface, spread
-from pipeline.core.primitives.voxel_iou import inside, overlap
 from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
+from pipeline.core.primitives.voxel_iou import inside, overlap
+from pipeline.core.schema import Mesh, Part, RunError, UserError, View
+from pipeline.rendering.views import render_from
+from train.data.bricks import built_resolutions, read_catalogue
+from train.data.render_conditions import ViewReader
+from train.engine.checkpoint import provenance
+from train.engine.distributed import Device, choose_device
+from train.engine.mesh_pictures import save_image, side_by_side
+from train.evaluation.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_maps
+from train.evaluation.page import write_page
+from train.evaluation.reference_surfaces import References, Surface, spread
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,18 @@ class GenerationEvaluation:
     checkpoint: Path = Path("runs/export")  # of python -m train.export
     data: Path = Path("data/smoke")  # what python -m pipeline.build made, with renders
     split: Literal["train", "val", "all"] = "train"
-    view: int = -1  # of each asset; -1 is the last one, which training leaves out where it holds views out
+    view: int = (
+        -1
+    )  # of each asset; -1 is the last one, which training leaves out where it holds views out
     cameras: CameraSet = "paper"
     limit: int | None = None  # only N assets, spread over the split
     seed: int = 0
     samples: int = 100_000  # on each surface
     out: Path | None = None  # default: evaluation/ in the checkpoint directory
     device: Device = "auto"
-    features: str | None = None  # DINOv2 weights, a folder or a name on the hub: also compare what meshes look like
+    features: str | None = (
+        None  # DINOv2 weights, a folder or a name on the hub: also compare what meshes look like
+    )
     options: Options = field(default_factory=Options)
 
     def __post_init__(self):
@@ -76,8 +80,12 @@ class Row:
     silhouette_iou: float  # against the image it came from, by the same camera
     nearest: str  # asset of the build whose surface is closest
     nearest_is_right: bool
-    dino_similarity: float | None = None  # cosine of the image's and the generated mesh's render's features
-    dino_similarity_of_asset: float | None = None  # the same of the asset's stored surface: what a perfect result has
+    dino_similarity: float | None = (
+        None  # cosine of the image's and the generated mesh's render's features
+    )
+    dino_similarity_of_asset: float | None = (
+        None  # the same of the asset's stored surface: what a perfect result has
+    )
 
 
 @dataclass(frozen=True)
@@ -100,9 +108,15 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     """Every chosen asset; writes numbers, a table, a page, meshes and pictures to cfg.out. UserError, RunError."""
     catalogue = read_catalogue(cfg.data, built_resolutions(cfg.data))
     references, views = References(catalogue), ViewReader(catalogue, cfg.cameras)
-    chosen = [n for n in references.assets if cfg.split == "all" or catalogue.is_val[n] == (cfg.split == "val")]
+    chosen = [
+        n
+        for n in references.assets
+        if cfg.split == "all" or catalogue.is_val[n] == (cfg.split == "val")
+    ]
     if not chosen:
-        raise UserError(f"{cfg.data} has no asset in split {cfg.split} to evaluate; choose --split all")
+        raise UserError(
+            f"{cfg.data} has no asset in split {cfg.split} to evaluate; choose --split all"
+        )
     chosen = spread(chosen, cfg.limit or len(chosen))
     count = len(chosen)
     references.compare_with(chosen)
@@ -110,7 +124,9 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     generator = Generator.load(cfg.checkpoint, choose_device(cfg.device), cfg.options.resolution)
     out = cfg.out or cfg.checkpoint / "evaluation"
     (out / "meshes").mkdir(parents=True, exist_ok=True)
-    looks = _Looks(DinoFeatures.load(cfg.features, choose_device(cfg.device))) if cfg.features else None
+    looks = (
+        _Looks(DinoFeatures.load(cfg.features, choose_device(cfg.device))) if cfg.features else None
+    )
     rows, pictures = [], []
     for asset in chosen:
         try:
@@ -119,14 +135,18 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
         except RunError as error:
             log.warning("%s is left out: %s", catalogue.uids[asset], error)
             continue
-        row, images = _evaluate(cfg, generator, references, asset, reference, image, out / "meshes", looks)
+        row, images = _evaluate(
+            cfg, generator, references, asset, reference, image, out / "meshes", looks
+        )
         rows.append(row)
         pictures.append(images)
         right = "right" if row.nearest_is_right else "wrong"
         log.info("%s CD %.1f IoU %.3f silhouette %.3f nearest %s", row.uid, 1000 * row.chamfer, row.iou,
                  row.silhouette_iou, right)  # fmt: skip
     if not rows:
-        raise RunError(f"none of {count} assets of {cfg.data} can be read; run python -m pipeline.verify {cfg.data}")
+        raise RunError(
+            f"none of {count} assets of {cfg.data} can be read; run python -m pipeline.verify {cfg.data}"
+        )
     summary = summarize(rows, f"{cfg.split} assets, view {cfg.view}", len(references.trees))
     if looks is not None:
         summary["normal_map_distance"] = looks.distance()
@@ -145,9 +165,13 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
         },
         **provenance(),
         "summary": summary,
-        "rows": [{**asdict(row), "f1": {str(t): value for t, value in row.f1.items()}} for row in rows],
+        "rows": [
+            {**asdict(row), "f1": {str(t): value for t, value in row.f1.items()}} for row in rows
+        ],
     }
-    (out / "evaluation.json").write_text(json.dumps(result, indent=1).replace("Infinity", "null") + "\n")
+    (out / "evaluation.json").write_text(
+        json.dumps(result, indent=1).replace("Infinity", "null") + "\n"
+    )
     (out / "table.md").write_text(table(summary) + "\n")
     for row, images in zip(rows, pictures, strict=True):
         save_image(out / "meshes" / f"{row.uid}.png", side_by_side([images]))
@@ -163,7 +187,10 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     )
     for line in table(summary).splitlines():
         log.info("%s", line)
-    log.info("%s: evaluation.json, table.md, generated.png (image, generated, asset, generated from behind)", out)
+    log.info(
+        "%s: evaluation.json, table.md, generated.png (image, generated, asset, generated from behind)",
+        out,
+    )
     return result
 
 
@@ -182,7 +209,9 @@ def _protocol_of_looks(weights: str | None) -> str | None:
 def _view_of(cfg: GenerationEvaluation, count: int) -> int:
     """Which of `count` views is taken. UserError if there is no such view."""
     if not -count <= cfg.view < count:
-        raise UserError(f"--view must be from {-count} to {count - 1} for the {count} views there are, got {cfg.view}")
+        raise UserError(
+            f"--view must be from {-count} to {count - 1} for the {count} views there are, got {cfg.view}"
+        )
     return cfg.view % count
 
 
@@ -198,7 +227,9 @@ def _evaluate(
 ) -> tuple[Row, list[NDArray[np.uint8]]]:
     catalogue = references.catalogue
     uid, view = catalogue.uids[asset], image.meta["view"]
-    eye = look_at_origin(*(image.meta[name] for name in ("azimuth_degrees", "elevation_degrees", "focal_mm")))
+    eye = look_at_origin(
+        *(image.meta[name] for name in ("azimuth_degrees", "elevation_degrees", "focal_mm"))
+    )
     empty = Row(
         uid=uid, split="val" if catalogue.is_val[asset] else "train", view=view, seconds=0.0, tokens={}, faces=0,
         closed=False, chamfer=float("inf"), normal_consistency=0.0, f1=dict.fromkeys(THRESHOLDS, 0.0), iou=0.0,
@@ -240,7 +271,12 @@ def _evaluate(
         dino_similarity_of_asset=best,
     )
     behind = look_at_origin(eye.azimuth_degrees + 180, eye.elevation_degrees, eye.focal_mm)
-    return row, [_shown(image.rgba), *drawn(surface, [eye]), *drawn(reference, [eye]), *drawn(surface, [behind])]
+    return row, [
+        _shown(image.rgba),
+        *drawn(surface, [eye]),
+        *drawn(reference, [eye]),
+        *drawn(surface, [behind]),
+    ]
 
 
 def _tokens(made: Generated) -> dict[str, int]:
@@ -271,7 +307,9 @@ def summarize(rows: Sequence[Row], name: str, candidates: int) -> dict[str, Any]
     """
     there = [row for row in rows if np.isfinite(row.chamfer)]
     with_looks = all(row.dino_similarity is not None for row in rows)
-    percent = {field: 100 * float(np.mean([getattr(row, field) for row in rows])) for field in _SHARES}
+    percent = {
+        field: 100 * float(np.mean([getattr(row, field) for row in rows])) for field in _SHARES
+    }
     return {
         "name": name,
         "assets": len(rows),
@@ -281,7 +319,11 @@ def summarize(rows: Sequence[Row], name: str, candidates: int) -> dict[str, Any]
         **{f"f1_{t}": 100 * float(np.mean([row.f1[t] for row in rows])) for t in THRESHOLDS},
         **percent,
         "seconds": float(np.mean([row.seconds for row in rows])),
-        **{name: float(np.mean([getattr(row, name) for row in rows])) for name in _LOOKS if with_looks},
+        **{
+            name: float(np.mean([getattr(row, name) for row in rows]))
+            for name in _LOOKS
+            if with_looks
+        },
     }
 
 
@@ -297,7 +339,10 @@ def table(summary: dict[str, Any]) -> str:
         "nearest_is_right": f"nearest of {summary['candidates']} is right %", "closed": "closed %", "seconds": "s each",
     }  # fmt: skip
     cells = [summary[name] for name in heads]
-    words = ["" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    words = [
+        "" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else str(cell)
+        for cell in cells
+    ]
     looks = {
         "normal_map_distance": "normal-map FD", "dino_similarity": "DINOv2 cosine",
         "dino_similarity_of_asset": "DINOv2 cosine of the asset",

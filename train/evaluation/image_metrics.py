@@ -37,7 +37,10 @@ class DinoFeatures:
         shapes = {image.shape for image in images}
         if shapes != {(SIZE, SIZE, 3)}:
             raise ValueError(f"images must be RGB [{SIZE}, {SIZE}, 3], got {sorted(shapes)}")
-        found = [self._of(torch.from_numpy(np.stack(images[n : n + 32]))) for n in range(0, len(images), 32)]
+        found = [
+            self._of(torch.from_numpy(np.stack(images[n : n + 32])))
+            for n in range(0, len(images), 32)
+        ]
         return torch.cat(found).double().cpu().numpy()
 
     def _of(self, pixels_BHWC: Tensor) -> Tensor:
@@ -64,20 +67,26 @@ def frechet_distance(a_NC: NDArray[np.floating], b_MC: NDArray[np.floating]) -> 
     """
     a, b = np.asarray(a_NC, np.float64), np.asarray(b_MC, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"a_NC and b_MC must be [2 or more, C] of one C, got {a.shape} and {b.shape}")
+        raise ValueError(
+            f"a_NC and b_MC must be [2 or more, C] of one C, got {a.shape} and {b.shape}"
+        )
     mean, other = a.mean(0), b.mean(0)
     a, b = (a - mean) / (len(a) - 1) ** 0.5, (b - other) / (len(b) - 1) ** 0.5
     both = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return float(max(((mean - other) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * both, 0.0))
 
 
-def normal_maps(vertices: NDArray[np.floating], faces: NDArray[np.integer]) -> list[NDArray[np.uint8]]:
+def normal_maps(
+    vertices: NDArray[np.floating], faces: NDArray[np.integer]
+) -> list[NDArray[np.uint8]]:
     """RGB [SIZE, SIZE, 3] from SIDES cameras around a mesh in the cube [-0.5, 0.5]^3; white if it is empty."""
     eyes = [look_at_origin(360 * n / SIDES, ELEVATION_DEGREES, FOCAL_MM) for n in range(SIDES)]
     return [normal_map(vertices, faces, eye, SIZE) for eye in eyes]
 
 
-def normal_map(vertices: NDArray[np.floating], faces: NDArray[np.integer], eye: Camera, size: int) -> NDArray[np.uint8]:
+def normal_map(
+    vertices: NDArray[np.floating], faces: NDArray[np.integer], eye: Camera, size: int
+) -> NDArray[np.uint8]:
     """RGB [size, size, 3]: the unit normal n of each pixel's nearest face as 127.5 (n + 1); white around.
 
     In the camera's axes: right, up, towards the eye. A face seen from behind shows the normal of its other side.
@@ -111,8 +120,14 @@ def _draw_normals(vertices, faces, scale, image):
             continue
         if nx * a[0] + ny * a[1] + nz * a[2] > 0:  # it faces away
             length = -length
-        low_x, high_x = max(int(np.floor(min(xa, xb, xc))), 0), min(int(np.ceil(max(xa, xb, xc))), size)
-        low_y, high_y = max(int(np.floor(min(ya, yb, yc))), 0), min(int(np.ceil(max(ya, yb, yc))), size)
+        low_x, high_x = (
+            max(int(np.floor(min(xa, xb, xc))), 0),
+            min(int(np.ceil(max(xa, xb, xc))), size),
+        )
+        low_y, high_y = (
+            max(int(np.floor(min(ya, yb, yc))), 0),
+            min(int(np.ceil(max(ya, yb, yc))), size),
+        )
         for row in range(low_y, high_y):
             for column in range(low_x, high_x):
                 x, y = column + 0.5 - xa, row + 0.5 - ya

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.primitives.surface_distance import sample_surface
 from pipeline.core.schema import RunError
 from train.data.bricks import UNREADABLE, BrickReader, Catalogue
-from pipeline.core.primitives.surface_distance import sample_surface
 
 log = logging.getLogger(__name__)
 
@@ -73,4 +73,6 @@ class References:
         points = sample_surface(*surface, POINTS, seed=1)[0]
         tree = KDTree(points)
         there = {asset: other.query(points)[0].mean() for asset, other in self.trees.items()}
-        return min(there, key=lambda asset: there[asset] + tree.query(self.trees[asset].data)[0].mean())
+        return min(
+            there, key=lambda asset: there[asset] + tree.query(self.trees[asset].data)[0].mean()
+        )

@@ -20,22 +20,32 @@ from model.inference.extract_mesh import extract_meshes
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.core.schema import RunError, UserError
-from train.engine.checkpoint import check_format, load_weights, provenance
-from train.data.bricks import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
-from train.engine.distributed import Device, choose_device
-from train.evaluation.page import write_page
-from train.engine.trainer import weights_file
-from train.engine.mesh_pictures import picture, save_image, side_by_side
 from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
+from pipeline.core.schema import RunError, UserError
+from train.data.bricks import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
+from train.engine.checkpoint import check_format, load_weights, provenance
+from train.engine.distributed import Device, choose_device
+from train.engine.mesh_pictures import picture, save_image, side_by_side
+from train.engine.trainer import weights_file
+from train.evaluation.page import write_page
 from train.stages.vae.task import inside_iou
 
 log = logging.getLogger(__name__)
 
 # paper, table 4; what was sampled, and in which frame, it does not say
 PAPER = (
-    {"name": "Direct3D-S2, 512 (paper, protocol unknown)", "chamfer": 13.59, "f1_0.005": 99.98, "f1_0.001": 41.11},
-    {"name": "Direct3D-S2, 1024 (paper, protocol unknown)", "chamfer": 7.91, "f1_0.005": 100.0, "f1_0.001": 70.19},
+    {
+        "name": "Direct3D-S2, 512 (paper, protocol unknown)",
+        "chamfer": 13.59,
+        "f1_0.005": 99.98,
+        "f1_0.001": 41.11,
+    },
+    {
+        "name": "Direct3D-S2, 1024 (paper, protocol unknown)",
+        "chamfer": 7.91,
+        "f1_0.005": 100.0,
+        "f1_0.001": 70.19,
+    },
 )
 
 
@@ -144,12 +154,22 @@ def summarize(rows: Sequence[Row], name: str) -> dict[str, Any]:
 
 def table(summaries: Sequence[dict[str, Any]]) -> str:
     """Markdown, the paper's rows last."""
-    columns = ("assets", "empty", "iou", "chamfer", *(f"f1_{t}" for t in THRESHOLDS), "normal_consistency")
+    columns = (
+        "assets",
+        "empty",
+        "iou",
+        "chamfer",
+        *(f"f1_{t}" for t in THRESHOLDS),
+        "normal_consistency",
+    )
     heads = ("assets", "empty", "IoU %", "CD x1000", *(f"F1({t}) %" for t in THRESHOLDS), "NC %")
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for summary in (*summaries, *PAPER):
         cells = [summary.get(column) for column in columns]
-        words = ["" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        words = [
+            "" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+            for cell in cells
+        ]
         lines.append(f"| {summary['name']} | " + " | ".join(words) + " |")
     return "\n".join(lines)
 
@@ -173,12 +193,19 @@ def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
     model, described = load_vae(cfg.checkpoint, device)
     trained = tuple(described.get("training", {}).get("bricks", {}).get("resolutions", ()))
     stored = built_resolutions(cfg.data)
-    wanted = cfg.resolutions or tuple(r for r in trained if r in stored) or trained or tuple(stored[:1])
+    wanted = (
+        cfg.resolutions or tuple(r for r in trained if r in stored) or trained or tuple(stored[:1])
+    )
     catalogue = read_catalogue(cfg.data, sorted({*stored, *wanted})).split(cfg.split)
     rows, images = _rows(cfg, model, catalogue, wanted, device)
     if not rows:
-        raise UserError(f"{cfg.data} has no asset in split {cfg.split} to evaluate; choose --split all")
-    groups = groupby(sorted(rows, key=lambda row: (row.resolution, row.split)), lambda row: (row.resolution, row.split))
+        raise UserError(
+            f"{cfg.data} has no asset in split {cfg.split} to evaluate; choose --split all"
+        )
+    groups = groupby(
+        sorted(rows, key=lambda row: (row.resolution, row.split)),
+        lambda row: (row.resolution, row.split),
+    )
     summaries = [summarize(list(group), f"R = {key[0]}, {key[1]}") for key, group in groups]
     result = {
         "checkpoint": str(cfg.checkpoint.resolve()),
@@ -193,7 +220,9 @@ def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
         **provenance(),
         "summaries": summaries,
         "paper": PAPER,
-        "rows": [{**asdict(row), "f1": {str(t): value for t, value in row.f1.items()}} for row in rows],
+        "rows": [
+            {**asdict(row), "f1": {str(t): value for t, value in row.f1.items()}} for row in rows
+        ],
     }
     out = cfg.out or cfg.checkpoint.resolve().parent / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
@@ -203,15 +232,25 @@ def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
     if images:
         save_image(out / "reconstructions.png", side_by_side(images))
     caption = {"reconstructions.png": "Stored surface, reconstruction"} if images else {}
-    write_page(out, "Surfaces through the SS-VAE and back", result["protocol"], table(summaries), caption)
+    write_page(
+        out, "Surfaces through the SS-VAE and back", result["protocol"], table(summaries), caption
+    )
     for line in table(summaries).splitlines():
         log.info("%s", line)
-    log.info("%s: evaluation.json, table.md%s", out, ", reconstructions.png (reference left)" if images else "")
+    log.info(
+        "%s: evaluation.json, table.md%s",
+        out,
+        ", reconstructions.png (reference left)" if images else "",
+    )
     return result
 
 
 def _rows(
-    cfg: VAEEvaluation, model: nn.Module, catalogue: Catalogue, resolutions: Sequence[int], device: torch.device
+    cfg: VAEEvaluation,
+    model: nn.Module,
+    catalogue: Catalogue,
+    resolutions: Sequence[int],
+    device: torch.device,
 ) -> tuple[list[Row], list[list[NDArray[np.uint8]]]]:
     reader, rows, images = BrickReader(catalogue), [], []
     for resolution in resolutions:
@@ -224,7 +263,9 @@ def _rows(
                 log.warning("%s left out: %s", catalogue.uids[asset], error)
                 continue
             if found is None:
-                log.warning("%s has no surface at its finest resolution, left out", catalogue.uids[asset])
+                log.warning(
+                    "%s has no surface at its finest resolution, left out", catalogue.uids[asset]
+                )
                 continue
             row, drawn = found
             rows.append(row)

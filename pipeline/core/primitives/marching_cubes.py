@@ -12,7 +12,9 @@ from pipeline.core.schema import BLOCK, Bricks, check_resolution, spacing
 
 # Corner c of a cell lies at (c >> 2, c >> 1 & 1, c & 1). Edge e = 4 * axis + n joins two corners that differ in `axis`;
 # n = 2 * u + v counts the positions of the other two axes in order.
-_EDGES = [(base, base | 4 >> axis) for axis in range(3) for base in range(8) if not base & 4 >> axis]
+_EDGES = [
+    (base, base | 4 >> axis) for axis in range(3) for base in range(8) if not base & 4 >> axis
+]
 
 
 def _case_loops(case: int) -> list[list[int]]:
@@ -29,7 +31,9 @@ def _case_loops(case: int) -> list[list[int]]:
             bit, (u, v) = 4 >> axis, [4 >> a for a in range(3) if a != axis]
             start = bit * side
             ring = [start, start | u, start | u | v, start | v]
-            if (side == 1) != (axis != 1):  # walk the face counterclockwise as seen from outside the cell
+            if (side == 1) != (
+                axis != 1
+            ):  # walk the face counterclockwise as seen from outside the cell
                 ring = ring[::-1]
             for n in range(4):  # a directed segment around each run of inside corners
                 here, there = ring[n], ring[(n + 1) % 4]
@@ -72,7 +76,9 @@ def _triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
 
 
 def _build_tables() -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    triangles = [[t for loop in _case_loops(case) for t in _triangulate(loop)] for case in range(256)]
+    triangles = [
+        [t for loop in _case_loops(case) for t in _triangulate(loop)] for case in range(256)
+    ]
     counts = np.array([len(t) for t in triangles], np.int8)
     table = np.full((256, counts.max(), 3), -1, np.int8)
     for case, rows in enumerate(triangles):
@@ -97,7 +103,9 @@ def _gather(m, blocks, slots, values, corner):
                 for i in range(8 * a, 9 if a else 8):
                     for j in range(8 * b, 9 if b else 8):
                         for k in range(8 * c, 9 if c else 8):
-                            corner[i, j, k] = values[n, 64 * (i % 8) + 8 * (j % 8) + k % 8] if n >= 0 else np.nan
+                            corner[i, j, k] = (
+                                values[n, 64 * (i % 8) + 8 * (j % 8) + k % 8] if n >= 0 else np.nan
+                            )
 
 
 @njit(cache=True)
@@ -137,9 +145,14 @@ def _march(blocks, slots, values, level, mask, first, offsets, counts, table, ed
             for axis in range(3):
                 if mask[m, p] >> axis & 1:
                     here = np.float64(corner[i, j, k]) - level
-                    there = np.float64(corner[i + (axis == 0), j + (axis == 1), k + (axis == 2)]) - level
+                    there = (
+                        np.float64(corner[i + (axis == 0), j + (axis == 1), k + (axis == 2)])
+                        - level
+                    )
                     for d in range(3):
-                        vertices[number, d] = 8 * blocks[m, d] + (i if d == 0 else (j if d == 1 else k))
+                        vertices[number, d] = 8 * blocks[m, d] + (
+                            i if d == 0 else (j if d == 1 else k)
+                        )
                     vertices[number, axis] += here / (here - there)
                     number += 1
             known, case = True, 0
@@ -185,7 +198,16 @@ def extract(bricks: Bricks, level: float = 0.0) -> tuple[NDArray[np.float64], ND
     values = np.ascontiguousarray(bricks.values, dtype=np.float32)
     mask, first, offsets = _crossings(blocks, slots, values, np.float32(level))
     vertices, faces = _march(
-        blocks, slots, values, np.float32(level), mask, first, offsets, _TRIANGLES, _TABLE, _EDGE_CORNERS
+        blocks,
+        slots,
+        values,
+        np.float32(level),
+        mask,
+        first,
+        offsets,
+        _TRIANGLES,
+        _TABLE,
+        _EDGE_CORNERS,
     )
     used = np.zeros(len(vertices), np.bool_)
     used[faces] = True

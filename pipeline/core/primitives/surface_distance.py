@@ -18,8 +18,12 @@ class SurfaceMetrics:
 
     accuracy: float  # mean distance of the reconstruction's samples to the reference
     completeness: float  # mean distance of the reference's samples to the reconstruction
-    f1: dict[float, float]  # threshold -> harmonic mean of the shares of samples closer than it, both ways
-    normal_consistency: float  # mean |cosine| of a sample's normal and that of its closest point, both ways
+    f1: dict[
+        float, float
+    ]  # threshold -> harmonic mean of the shares of samples closer than it, both ways
+    normal_consistency: (
+        float  # mean |cosine| of a sample's normal and that of its closest point, both ways
+    )
 
     @property
     def chamfer(self) -> float:
@@ -28,7 +32,10 @@ class SurfaceMetrics:
 
 
 FAR = SurfaceMetrics(  # what an empty reconstruction comes to
-    accuracy=float("inf"), completeness=float("inf"), f1=dict.fromkeys(THRESHOLDS, 0.0), normal_consistency=0.0
+    accuracy=float("inf"),
+    completeness=float("inf"),
+    f1=dict.fromkeys(THRESHOLDS, 0.0),
+    normal_consistency=0.0,
 )
 
 
@@ -59,7 +66,9 @@ class Surface:
     ValueError if it has no faces or samples < 1.
     """
 
-    def __init__(self, vertices: NDArray, faces: NDArray, *, samples: int = 1_000_000, seed: int = 0):
+    def __init__(
+        self, vertices: NDArray, faces: NDArray, *, samples: int = 1_000_000, seed: int = 0
+    ):
         if not len(faces):
             raise ValueError("faces must not be empty, got 0 faces")
         if samples < 1:
@@ -89,12 +98,18 @@ class Surface:
         return distance, np.abs((self.normals * normals).sum(axis=1))
 
 
-def sample_surface(vertices: NDArray, faces: NDArray, count: int, seed: int) -> tuple[NDArray, NDArray]:
+def sample_surface(
+    vertices: NDArray, faces: NDArray, count: int, seed: int
+) -> tuple[NDArray, NDArray]:
     """Points [count, 3] uniform by area, and the unit normals of their faces [count, 3]."""
-    triangles = _triangles(np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64))
+    triangles = _triangles(
+        np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64)
+    )
     areas = np.cumsum(_double_areas(triangles))
     rng = np.random.default_rng(seed)
-    chosen = np.minimum(np.searchsorted(areas, rng.random(count) * areas[-1], side="right"), len(faces) - 1)
+    chosen = np.minimum(
+        np.searchsorted(areas, rng.random(count) * areas[-1], side="right"), len(faces) - 1
+    )
     u, v = rng.random((2, count))
     return _points(triangles, chosen, u, v), _normals(triangles, chosen)
 
@@ -103,17 +118,29 @@ class Tree:
     """A balanced tree of boxes over a mesh's triangles in Morton order. float64, all cores."""
 
     def __init__(self, vertices: NDArray, faces: NDArray):
-        triangles = _triangles(np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64))
+        triangles = _triangles(
+            np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64)
+        )
         self.low, self.high = vertices.min(axis=0), vertices.max(axis=0)
         self.order = np.argsort(self._keys(_centres(triangles)), kind="stable")
         self.triangles = triangles[self.order]
         self.boxes = _boxes(self.triangles)
 
-    def closest(self, points: NDArray) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    def closest(
+        self, points: NDArray
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
         """Exact distance of each point [n, 3], the closest triangle and its unit normal: [n], [n] and [n, 3]."""
-        visit = np.argsort(self._keys(points), kind="stable")  # neighbours in turn: the last answer bounds the next
-        found, nearest = _closest(np.ascontiguousarray(points[visit], np.float64), self.triangles, self.boxes)
-        distance, triangle, normals = np.empty(len(points)), np.empty(len(points), np.int64), np.empty((len(points), 3))
+        visit = np.argsort(
+            self._keys(points), kind="stable"
+        )  # neighbours in turn: the last answer bounds the next
+        found, nearest = _closest(
+            np.ascontiguousarray(points[visit], np.float64), self.triangles, self.boxes
+        )
+        distance, triangle, normals = (
+            np.empty(len(points)),
+            np.empty(len(points), np.int64),
+            np.empty((len(points), 3)),
+        )
         distance[visit], triangle[visit], normals[visit] = (
             found,
             self.order[nearest],
@@ -160,7 +187,9 @@ def _points(triangles, chosen, u, v):
         if a + b > 1:
             a, b = 1 - a, 1 - b
         for axis in range(3):
-            points[n, axis] = t[0, axis] + a * (t[1, axis] - t[0, axis]) + b * (t[2, axis] - t[0, axis])
+            points[n, axis] = (
+                t[0, axis] + a * (t[1, axis] - t[0, axis]) + b * (t[2, axis] - t[0, axis])
+            )
     return points
 
 
@@ -181,7 +210,9 @@ def _centres(triangles):
     centres = np.empty((len(triangles), 3))
     for n in range(len(triangles)):
         for axis in range(3):
-            centres[n, axis] = (triangles[n, 0, axis] + triangles[n, 1, axis] + triangles[n, 2, axis]) / 3
+            centres[n, axis] = (
+                triangles[n, 0, axis] + triangles[n, 1, axis] + triangles[n, 2, axis]
+            ) / 3
     return centres
 
 
@@ -256,8 +287,12 @@ def _to_triangle(px, py, pz, t):
     wx, wy, wz = px - t[0, 0], py - t[0, 1], pz - t[0, 2]
     square = nx * nx + ny * ny + nz * nz
     if square > 0:  # above the inside: both barycentric coordinates from the normal
-        b = (nx * (wy * vz - wz * vy) + ny * (wz * vx - wx * vz) + nz * (wx * vy - wy * vx)) / square
-        c = (nx * (uy * wz - uz * wy) + ny * (uz * wx - ux * wz) + nz * (ux * wy - uy * wx)) / square
+        b = (
+            nx * (wy * vz - wz * vy) + ny * (wz * vx - wx * vz) + nz * (wx * vy - wy * vx)
+        ) / square
+        c = (
+            nx * (uy * wz - uz * wy) + ny * (uz * wx - ux * wz) + nz * (ux * wy - uy * wx)
+        ) / square
         if b >= 0 and c >= 0 and b + c <= 1:
             height = nx * wx + ny * wy + nz * wz
             return height * height / square

@@ -12,7 +12,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 TIE = 2e-7  # cube units: triangles this much farther than the closest one still vote on the side
-VOTE_ROUNDING = 1e-9  # of the votes' absolute sum: a sum this far below zero is zero, rounded, and outside
+VOTE_ROUNDING = (
+    1e-9  # of the votes' absolute sum: a sum this far below zero is zero, rounded, and outside
+)
 
 
 @njit(cache=True)
@@ -33,7 +35,12 @@ def pack(corners: NDArray[np.float64]) -> NDArray[np.float64]:
         for k in range(3):
             row[12 + k] = (a[k] + b[k] + c[k]) / 3
         for corner in (a, b, c):
-            radius2 = max(radius2, (corner[0] - row[12]) ** 2 + (corner[1] - row[13]) ** 2 + (corner[2] - row[14]) ** 2)
+            radius2 = max(
+                radius2,
+                (corner[0] - row[12]) ** 2
+                + (corner[1] - row[13]) ** 2
+                + (corner[2] - row[14]) ** 2,
+            )
         row[15] = math.sqrt(radius2)
     return packed
 

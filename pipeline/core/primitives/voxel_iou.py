@@ -6,7 +6,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-OFFSETS = (0.3183098861, 0.2718281828)  # of the lines, in cells: irrational, so that none meets an edge or a vertex
+OFFSETS = (
+    0.3183098861,
+    0.2718281828,
+)  # of the lines, in cells: irrational, so that none meets an edge or a vertex
 
 
 @njit(cache=True)
@@ -19,8 +22,12 @@ def _crossings(triangles, side, counts, places, capacity):
         area = (b[1] - a[1]) * (c[2] - a[2]) - (b[2] - a[2]) * (c[1] - a[1])
         if area == 0:
             continue
-        for j in range(max(np.int64(np.ceil(low_y)), 0), min(np.int64(np.floor(high_y)), side - 1) + 1):
-            for k in range(max(np.int64(np.ceil(low_z)), 0), min(np.int64(np.floor(high_z)), side - 1) + 1):
+        for j in range(
+            max(np.int64(np.ceil(low_y)), 0), min(np.int64(np.floor(high_y)), side - 1) + 1
+        ):
+            for k in range(
+                max(np.int64(np.ceil(low_z)), 0), min(np.int64(np.floor(high_z)), side - 1) + 1
+            ):
                 u = ((j - a[1]) * (c[2] - a[2]) - (k - a[2]) * (c[1] - a[1])) / area
                 v = ((b[1] - a[1]) * (k - a[2]) - (b[2] - a[2]) * (j - a[1])) / area
                 if u < 0 or v < 0 or u + v > 1:
@@ -47,7 +54,9 @@ def inside(vertices: NDArray, faces: NDArray, side: int = 64) -> NDArray[np.bool
         if counts.max(initial=0) <= capacity:
             break
         capacity = int(counts.max())
-    beyond = (places[:, :, None, :] < np.arange(side)[None, None, :, None]).sum(axis=3)  # crossings before each point
+    beyond = (places[:, :, None, :] < np.arange(side)[None, None, :, None]).sum(
+        axis=3
+    )  # crossings before each point
     return (beyond % 2 == 1).transpose(2, 0, 1)
 
 

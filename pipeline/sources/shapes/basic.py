@@ -5,21 +5,96 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.sources.shapes import solids, textures
-from pipeline.sources.shapes.kit import Paint, Piece, colored, extrude, lathe, moved, painted, ring, scaled, turned
+from pipeline.sources.shapes.kit import (
+    Paint,
+    Piece,
+    colored,
+    extrude,
+    lathe,
+    moved,
+    painted,
+    ring,
+    scaled,
+    turned,
+)
 from pipeline.sources.shapes.textures import Rng
 
 LETTERS: dict[str, list[tuple[float, float]]] = {  # counter-clockwise outlines, five units high
-    "E": [(0, 0), (3, 0), (3, 1), (1, 1), (1, 2), (2.5, 2), (2.5, 3), (1, 3), (1, 4), (3, 4), (3, 5), (0, 5)],
+    "E": [
+        (0, 0),
+        (3, 0),
+        (3, 1),
+        (1, 1),
+        (1, 2),
+        (2.5, 2),
+        (2.5, 3),
+        (1, 3),
+        (1, 4),
+        (3, 4),
+        (3, 5),
+        (0, 5),
+    ],
     "F": [(0, 0), (1, 0), (1, 2), (2.5, 2), (2.5, 3), (1, 3), (1, 4), (3, 4), (3, 5), (0, 5)],
-    "H": [(0, 0), (1, 0), (1, 2), (2, 2), (2, 0), (3, 0), (3, 5), (2, 5), (2, 3), (1, 3), (1, 5), (0, 5)],
-    "K": [(0, 0), (1, 0), (1, 1.8), (2, 0), (3.1, 0), (1.8, 2.5), (3.1, 5), (2, 5), (1, 3.2), (1, 5), (0, 5)],
+    "H": [
+        (0, 0),
+        (1, 0),
+        (1, 2),
+        (2, 2),
+        (2, 0),
+        (3, 0),
+        (3, 5),
+        (2, 5),
+        (2, 3),
+        (1, 3),
+        (1, 5),
+        (0, 5),
+    ],
+    "K": [
+        (0, 0),
+        (1, 0),
+        (1, 1.8),
+        (2, 0),
+        (3.1, 0),
+        (1.8, 2.5),
+        (3.1, 5),
+        (2, 5),
+        (1, 3.2),
+        (1, 5),
+        (0, 5),
+    ],
     "L": [(0, 0), (3, 0), (3, 1), (1, 1), (1, 5), (0, 5)],
-    "M": [(0, 0), (1, 0), (1, 3), (2, 1.5), (3, 3), (3, 0), (4, 0), (4, 5), (3, 5), (2, 3.2), (1, 5), (0, 5)],
+    "M": [
+        (0, 0),
+        (1, 0),
+        (1, 3),
+        (2, 1.5),
+        (3, 3),
+        (3, 0),
+        (4, 0),
+        (4, 5),
+        (3, 5),
+        (2, 3.2),
+        (1, 5),
+        (0, 5),
+    ],
     "N": [(0, 0), (1, 0), (1, 2.8), (2, 0), (3, 0), (3, 5), (2, 5), (2, 2.2), (1, 5), (0, 5)],
     "T": [(1, 0), (2, 0), (2, 4), (3, 4), (3, 5), (0, 5), (0, 4), (1, 4)],
     "U": [(0, 0), (3, 0), (3, 5), (2, 5), (2, 1), (1, 1), (1, 5), (0, 5)],
     "V": [(1, 0), (2, 0), (3, 5), (2, 5), (1.5, 1.8), (1, 5), (0, 5)],
-    "X": [(0, 0), (1, 0), (1.5, 1.6), (2, 0), (3, 0), (2, 2.5), (3, 5), (2, 5), (1.5, 3.4), (1, 5), (0, 5), (1, 2.5)],
+    "X": [
+        (0, 0),
+        (1, 0),
+        (1.5, 1.6),
+        (2, 0),
+        (3, 0),
+        (2, 2.5),
+        (3, 5),
+        (2, 5),
+        (1.5, 3.4),
+        (1, 5),
+        (0, 5),
+        (1, 2.5),
+    ],
     "Y": [(1, 0), (2, 0), (2, 2.2), (3, 5), (2, 5), (1.5, 3.2), (1, 5), (0, 5), (1, 2.2)],
     "Z": [(0, 0), (3, 0), (3, 1), (1.2, 1), (3, 4), (3, 5), (0, 5), (0, 4), (1.8, 4), (0, 1)],
 }
@@ -31,11 +106,15 @@ ICINGS = ("ff8fab", "5e3023", "fff1e6", "80ed99", "a2d2ff", "b5179e")
 def crate(rng: Rng) -> list[Piece]:
     a, b, *_ = textures.palette(rng)
     x, y, z = rng.uniform(0.5, 1.0, 3)
-    return [painted(solids.box(x, y, z), Paint(texture=textures.checker(a, b, int(rng.integers(2, 7)))))]
+    return [
+        painted(solids.box(x, y, z), Paint(texture=textures.checker(a, b, int(rng.integers(2, 7)))))
+    ]
 
 
 def ball(rng: Rng) -> list[Piece]:
-    image = textures.stripes(textures.palette(rng)[: rng.integers(2, 5)], int(rng.integers(2, 4)) * 4)
+    image = textures.stripes(
+        textures.palette(rng)[: rng.integers(2, 5)], int(rng.integers(2, 4)) * 4
+    )
     tilted = turned(solids.sphere(1.0), "x", rng.uniform(-40, 40))
     return [painted(tilted, Paint(texture=image, roughness=0.4))]
 
@@ -53,7 +132,12 @@ def barrel(rng: Rng) -> list[Piece]:
     hoops = []
     for height in (-0.42, -0.2, 0.2, 0.42):
         low, high = radius(np.array([height - 0.035, height + 0.035])).tolist()
-        section = [(low - 0.03, -0.035), (low + 0.015, -0.035), (high + 0.015, 0.035), (high - 0.03, 0.035)]
+        section = [
+            (low - 0.03, -0.035),
+            (low + 0.015, -0.035),
+            (high + 0.015, 0.035),
+            (high - 0.03, 0.035),
+        ]
         hoops.append(painted(moved(lathe(section, closed=True), y=height), iron))
     return [painted(body, Paint(texture=image)), *hoops]
 
@@ -82,12 +166,18 @@ def supershape(rng: Rng) -> list[Piece]:
 def vase(rng: Rng) -> list[Piece]:
     """A solid pot with a real wall: out, over the lip and down inside."""
     t = np.linspace(0, 1, 40)
-    radius = 0.28 + 0.12 * np.sin(2 * np.pi * t * rng.uniform(0.6, 1.2) + rng.uniform(0, 6)) + 0.05 * t
+    radius = (
+        0.28 + 0.12 * np.sin(2 * np.pi * t * rng.uniform(0.6, 1.2) + rng.uniform(0, 6)) + 0.05 * t
+    )
     outer = np.stack([radius, t], axis=1)
     inner = (outer - np.array([0.035, 0.0]))[:2:-1]
     profile = np.concatenate([[(0.0, 0.0)], outer, inner, [(0.0, inner[-1, 1])]])
     a, b, *_ = textures.palette(rng)
-    image = (textures.gradient(a, b), textures.noise(rng, a, b), textures.stripes([a, b], 12, upright=False))
+    image = (
+        textures.gradient(a, b),
+        textures.noise(rng, a, b),
+        textures.stripes([a, b], 12, upright=False),
+    )
     return [painted(lathe(profile, 64), Paint(texture=image[rng.integers(3)], roughness=0.3))]
 
 
@@ -116,14 +206,27 @@ def gear(rng: Rng) -> list[Piece]:
     at = (np.arange(teeth)[:, None] + np.array([0.0, 0.45, 0.58, 0.87])) / teeth
     angle = 2 * np.pi * at.ravel()
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    wheel = ring(np.tile(shape, teeth)[:, None] * circle, rng.uniform(0.2, 0.5) * circle, rng.uniform(0.2, 0.4))
-    return [painted(wheel, Paint(color=textures.pick(rng, textures.METALS), metallic=0.7, roughness=0.45))]
+    wheel = ring(
+        np.tile(shape, teeth)[:, None] * circle,
+        rng.uniform(0.2, 0.5) * circle,
+        rng.uniform(0.2, 0.4),
+    )
+    return [
+        painted(
+            wheel, Paint(color=textures.pick(rng, textures.METALS), metallic=0.7, roughness=0.45)
+        )
+    ]
 
 
 def letter(rng: Rng) -> list[Piece]:
     outline = LETTERS[sorted(LETTERS)[rng.integers(len(LETTERS))]]
     a, b, *_ = textures.palette(rng)
-    return [painted(extrude(outline, rng.uniform(0.8, 1.6)), Paint(texture=textures.dots(a, b, 2), tiles=0.5))]
+    return [
+        painted(
+            extrude(outline, rng.uniform(0.8, 1.6)),
+            Paint(texture=textures.dots(a, b, 2), tiles=0.5),
+        )
+    ]
 
 
 def gem(rng: Rng) -> list[Piece]:
@@ -133,7 +236,9 @@ def gem(rng: Rng) -> list[Piece]:
         n = int(rng.integers(6, 11))
         top, middle = solids.circle(0.55, n), solids.circle(1.0, 2 * n)
         rows = [np.column_stack([top[:, 0], np.full(n, 0.4), top[:, 1]])]
-        rows += [np.column_stack([middle[:, 0], np.full(2 * n, y), middle[:, 1]]) for y in (0.05, 0.0)]
+        rows += [
+            np.column_stack([middle[:, 0], np.full(2 * n, y), middle[:, 1]]) for y in (0.05, 0.0)
+        ]
         body = solids.hull(np.concatenate([*rows, [[0.0, -0.85, 0.0]]]))
     else:
         body = scaled(solids.polyhedron(name), 1.0, rng.uniform(1.0, 1.6), 1.0)
@@ -144,7 +249,9 @@ def pill(rng: Rng) -> list[Piece]:
     a, b, *_ = textures.palette(rng)
     length = rng.uniform(0.8, 2.0)
     body = turned(solids.capsule(0.5, length), "z", rng.uniform(-60, 60))
-    return [painted(body, Paint(texture=textures.stripes([a, b], 2, upright=False), roughness=0.25))]
+    return [
+        painted(body, Paint(texture=textures.stripes([a, b], 2, upright=False), roughness=0.25))
+    ]
 
 
 def heart(rng: Rng) -> list[Piece]:
@@ -181,7 +288,9 @@ def pawn(rng: Rng) -> list[Piece]:
 def bottle(rng: Rng) -> list[Piece]:
     body, neck = rng.uniform(0.24, 0.32), rng.uniform(0.07, 0.1)
     t = np.linspace(0, 1, 14)
-    shoulder = np.stack([neck + (body - neck) * (0.5 + 0.5 * np.cos(np.pi * t)), 0.7 + 0.25 * t], axis=1)
+    shoulder = np.stack(
+        [neck + (body - neck) * (0.5 + 0.5 * np.cos(np.pi * t)), 0.7 + 0.25 * t], axis=1
+    )
     profile = [(0.0, 0.04), (body * 0.7, 0.0), (body, 0.05), *shoulder, (neck, 1.2), (0.0, 1.2)]
     cap = moved(solids.cylinder(neck * 1.25, 0.1), y=1.2)
     colors = textures.palette(rng)
@@ -189,7 +298,9 @@ def bottle(rng: Rng) -> list[Piece]:
     return [
         painted(lathe(profile), Paint(color=colors[0], roughness=0.15)),
         painted(cap, Paint(color=colors[1])),
-        painted(lathe(label, closed=True), Paint(texture=textures.stripes(colors[2:], 6, upright=False))),
+        painted(
+            lathe(label, closed=True), Paint(texture=textures.stripes(colors[2:], 6, upright=False))
+        ),
     ]
 
 
@@ -201,4 +312,6 @@ def pebble(rng: Rng) -> list[Piece]:
     stone = Piece(vertices=base.vertices * height[:, None], faces=base.faces, uv=base.uv)
     a, b, *_ = (np.array(color) for color in textures.palette(rng))
     flat = scaled(stone, 1.0, rng.uniform(0.6, 1.0), rng.uniform(0.7, 1.0))
-    return [colored(flat, lambda p: a + (b - a) * (0.5 + 0.5 * np.sin(9 * p @ directions[0]))[:, None])]
+    return [
+        colored(flat, lambda p: a + (b - a) * (0.5 + 0.5 * np.sin(9 * p @ directions[0]))[:, None])
+    ]

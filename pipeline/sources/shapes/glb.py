@@ -73,11 +73,15 @@ class _Writer:
         }
         if piece.paint.texture is not None:
             assert uv is not None
-            attributes["TEXCOORD_0"] = self._array(uv * [1, -1] + [0, 1])  # glTF counts v from the top
+            attributes["TEXCOORD_0"] = self._array(
+                uv * [1, -1] + [0, 1]
+            )  # glTF counts v from the top
         if piece.colors is not None:
             attributes["COLOR_0"] = self._array(linear(piece.colors[source]))
         indices = self._view(faces.astype("<u4").tobytes(), ELEMENT_BUFFER)
-        self.accessors.append({"bufferView": indices, "componentType": UINT32, "count": faces.size, "type": "SCALAR"})
+        self.accessors.append(
+            {"bufferView": indices, "componentType": UINT32, "count": faces.size, "type": "SCALAR"}
+        )
         return {
             "attributes": attributes,
             "indices": len(self.accessors) - 1,
@@ -109,7 +113,9 @@ class _Writer:
         image = None if paint.texture is None else self._image(paint.texture)
         key = (paint.color, image, paint.metallic, paint.roughness)
         if key not in self._materials:
-            factor = [1.0] * 4 if image is not None else [*linear(paint.color).round(6).tolist(), 1.0]
+            factor = (
+                [1.0] * 4 if image is not None else [*linear(paint.color).round(6).tolist(), 1.0]
+            )
             surface: dict[str, Any] = {
                 "baseColorFactor": factor,
                 "metallicFactor": paint.metallic,
@@ -139,7 +145,9 @@ def split_at_creases(piece: Piece) -> tuple[Points, Triangles, Points, NDArray[n
     """
     corners = piece.vertices[piece.faces]
     area_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    face_normals = area_normals / np.maximum(np.linalg.norm(area_normals, axis=1, keepdims=True), 1e-30)
+    face_normals = area_normals / np.maximum(
+        np.linalg.norm(area_normals, axis=1, keepdims=True), 1e-30
+    )
     _, place = np.unique(piece.vertices, axis=0, return_inverse=True)
     corner_place = place.ravel()[piece.faces].ravel()  # [3F]
     owner = np.repeat(np.arange(len(piece.faces)), 3)
@@ -148,7 +156,9 @@ def split_at_creases(piece: Piece) -> tuple[Points, Triangles, Points, NDArray[n
     mine = np.repeat(np.arange(len(owner)), degree)
     offset = np.arange(len(mine)) - np.repeat(np.cumsum(degree) - degree, degree)
     other = at.indices[at.indptr[corner_place][mine] + offset]
-    smooth = (face_normals[owner[mine]] * face_normals[other]).sum(axis=1) > np.cos(np.radians(piece.crease_degrees))
+    smooth = (face_normals[owner[mine]] * face_normals[other]).sum(axis=1) > np.cos(
+        np.radians(piece.crease_degrees)
+    )
     total = np.zeros((len(owner), 3))
     np.add.at(total, mine[smooth], area_normals[other[smooth]])
     length = np.linalg.norm(total, axis=1, keepdims=True)
@@ -164,8 +174,13 @@ def _box_mapped(
 ) -> tuple[Points, Triangles, Points, Points]:
     """Texture coordinates from the two axes across each face's normal; corners become separate vertices."""
     corners = vertices[faces]
-    across = np.abs(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])).argmax(axis=1)
+    across = np.abs(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])).argmax(
+        axis=1
+    )
     axes = np.array([[2, 1], [0, 2], [0, 1]])[across]  # [F, 2]
-    uv = np.take_along_axis(corners, np.repeat(axes[:, None], 3, axis=1), axis=2).reshape(-1, 2) * tiles
+    uv = (
+        np.take_along_axis(corners, np.repeat(axes[:, None], 3, axis=1), axis=2).reshape(-1, 2)
+        * tiles
+    )
     flat = faces.ravel()
     return vertices[flat], np.arange(len(flat)).reshape(-1, 3), normals[flat], uv

@@ -41,7 +41,9 @@ def moved(piece: Piece, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Piece
 
 def scaled(piece: Piece, x: float, y: float | None = None, z: float | None = None) -> Piece:
     """Scaled about the origin; one number scales all three axes."""
-    return replace(piece, vertices=piece.vertices * np.array([x, x if y is None else y, x if z is None else z]))
+    return replace(
+        piece, vertices=piece.vertices * np.array([x, x if y is None else y, x if z is None else z])
+    )
 
 
 def turned(piece: Piece, axis: str, degrees: float) -> Piece:
@@ -76,7 +78,12 @@ def flipped(piece: Piece) -> Piece:
 
 def colored(piece: Piece, color: Callable[[Points], Points]) -> Piece:
     """Vertex colours from positions: `color` maps [V, 3] to sRGB [V, 3] in 0..1."""
-    return replace(piece, colors=np.clip(color(piece.vertices), 0.0, 1.0), uv=None, paint=Paint(color=(1, 1, 1)))
+    return replace(
+        piece,
+        colors=np.clip(color(piece.vertices), 0.0, 1.0),
+        uv=None,
+        paint=Paint(color=(1, 1, 1)),
+    )
 
 
 def joined(pieces: list[Piece]) -> Piece:
@@ -84,7 +91,9 @@ def joined(pieces: list[Piece]) -> Piece:
     starts = np.cumsum([0] + [len(piece.vertices) for piece in pieces[:-1]])
     return Piece(
         vertices=np.concatenate([piece.vertices for piece in pieces]),
-        faces=np.concatenate([piece.faces + start for piece, start in zip(pieces, starts, strict=True)]),
+        faces=np.concatenate(
+            [piece.faces + start for piece, start in zip(pieces, starts, strict=True)]
+        ),
         paint=pieces[0].paint,
         crease_degrees=pieces[0].crease_degrees,
     )
@@ -103,7 +112,9 @@ def surface(points: Points, *, closed_u: bool = False, closed_v: bool = False) -
     nu, nv = points.shape[:2]
     index = np.arange(nu * nv).reshape(nu, nv)
     a, b, c, d = index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:]
-    faces = np.stack([np.stack([a, b, c], axis=-1), np.stack([a, c, d], axis=-1)], axis=2).reshape(-1, 3)
+    faces = np.stack([np.stack([a, b, c], axis=-1), np.stack([a, c, d], axis=-1)], axis=2).reshape(
+        -1, 3
+    )
     vertices = points.reshape(-1, 3)
     corners = vertices[faces]
     faces = faces[(corners != np.roll(corners, 1, axis=1)).any(axis=2).all(axis=1)]
@@ -121,7 +132,11 @@ def lathe(profile: ArrayLike, segments: int = 48, *, closed: bool = False) -> Pi
     angle = 2 * np.pi * np.arange(segments)[:, None] / segments
     radius = profile[None, :, 0]
     x, z = (np.where(radius == 0, 0.0, radius * wave) for wave in (np.sin(angle), np.cos(angle)))
-    return surface(np.stack([x, np.broadcast_to(profile[:, 1], x.shape), z], axis=-1), closed_u=True, closed_v=closed)
+    return surface(
+        np.stack([x, np.broadcast_to(profile[:, 1], x.shape), z], axis=-1),
+        closed_u=True,
+        closed_v=closed,
+    )
 
 
 def sweep(path: Points, section: Points, *, closed: bool = False) -> Piece:
@@ -143,7 +158,11 @@ def sweep(path: Points, section: Points, *, closed: bool = False) -> Piece:
         angle = (rest * np.arange(n) / n)[:, None]
         normal = normal * np.cos(angle) + np.cross(tangent, normal) * np.sin(angle)
     binormal = np.cross(tangent, normal)
-    points = path[:, None] + section[None, :, :1] * normal[:, None] + section[None, :, 1:] * binormal[:, None]
+    points = (
+        path[:, None]
+        + section[None, :, :1] * normal[:, None]
+        + section[None, :, 1:] * binormal[:, None]
+    )
     tube = surface(np.swapaxes(points, 0, 1), closed_u=True, closed_v=closed)
     if closed:
         return tube
@@ -166,13 +185,19 @@ def extrude(outline: ArrayLike, depth: float) -> Piece:
     i = np.arange(n)
     j = (i + 1) % n
     walls = np.concatenate([np.stack([i, j, j + n], axis=1), np.stack([i, j + n, i + n], axis=1)])
-    return Piece(vertices=np.concatenate([back, front]), faces=np.concatenate([caps[:, ::-1], caps + n, walls]))
+    return Piece(
+        vertices=np.concatenate([back, front]),
+        faces=np.concatenate([caps[:, ::-1], caps + n, walls]),
+    )
 
 
 def ring(outer: Points, inner: Points, depth: float) -> Piece:
     """The solid between two outlines [n, 2], both counter-clockwise and equally long, from z = -depth/2 to depth/2."""
     sides = [(outer, -1), (outer, 1), (inner, 1), (inner, -1)]
-    points = [np.column_stack([outline, np.full(len(outline), sign * depth / 2)]) for outline, sign in sides]
+    points = [
+        np.column_stack([outline, np.full(len(outline), sign * depth / 2)])
+        for outline, sign in sides
+    ]
     return surface(np.stack(points, axis=1), closed_u=True, closed_v=True)
 
 
@@ -183,17 +208,24 @@ def triangulate(outline: Points) -> Triangles:
         for k in range(len(left)):
             a, b, c = left[k - 1], left[k], left[(k + 1) % len(left)]
             others = outline[[i for i in left if i not in (a, b, c)]]
-            if _turn(outline[a], outline[b], outline[c]) > 1e-12 and not _inside(others, *outline[[a, b, c]]).any():
+            if (
+                _turn(outline[a], outline[b], outline[c]) > 1e-12
+                and not _inside(others, *outline[[a, b, c]]).any()
+            ):
                 faces.append((a, b, c))
                 del left[k]
                 break
         else:
-            raise ValueError(f"outline must be simple and counter-clockwise, stuck with {len(left)} corners")
+            raise ValueError(
+                f"outline must be simple and counter-clockwise, stuck with {len(left)} corners"
+            )
     return np.array(faces, dtype=np.int64)
 
 
 def _turn(a: Points, b: Points, c: Points) -> Points:
-    return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[..., 0] - a[..., 0])
+    return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (
+        c[..., 0] - a[..., 0]
+    )
 
 
 def _inside(points: Points, a: Points, b: Points, c: Points) -> NDArray[np.bool_]:

@@ -14,8 +14,13 @@ from pipeline.sources.shapes.textures import Rng
 def nested_spheres(rng: Rng) -> list[Piece]:
     """A ball with hidden ones inside; only the outermost can be seen."""
     a, b, c, *_ = textures.palette(rng)
-    outer = painted(solids.sphere(1.0, 64, 32), Paint(texture=textures.noise(rng, a, b), roughness=0.3))
-    inner = [moved(solids.sphere(rng.uniform(0.15, 0.35), 32, 16), *rng.uniform(-0.35, 0.35, 3)) for _ in range(2)]
+    outer = painted(
+        solids.sphere(1.0, 64, 32), Paint(texture=textures.noise(rng, a, b), roughness=0.3)
+    )
+    inner = [
+        moved(solids.sphere(rng.uniform(0.15, 0.35), 32, 16), *rng.uniform(-0.35, 0.35, 3))
+        for _ in range(2)
+    ]
     inner.append(flipped(solids.sphere(0.85, 48, 24)))
     return [outer, *(painted(ball, Paint(color=c)) for ball in inner)]
 
@@ -27,12 +32,18 @@ def thick_box(rng: Rng) -> list[Piece]:
     square = np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]) * 0.5
     tube = ring(square, square * (1 - 2 * wall), tall)
     upright = replace(
-        tube, vertices=np.stack([tube.vertices[:, 0], tube.vertices[:, 2], -tube.vertices[:, 1]], axis=1), uv=None
+        tube,
+        vertices=np.stack([tube.vertices[:, 0], tube.vertices[:, 2], -tube.vertices[:, 1]], axis=1),
+        uv=None,
     )
     inside = moved(solids.box(0.3, tall * rng.uniform(0.6, 1.3), 0.3), y=0.1)
     floor = moved(solids.box(0.99, 0.08, 0.99), y=-tall / 2 + 0.04)
     paint = Paint(texture=textures.checker(a, b, 4), tiles=1.0)
-    return [painted(upright, paint), painted(floor, Paint(color=b)), painted(inside, Paint(color=c))]
+    return [
+        painted(upright, paint),
+        painted(floor, Paint(color=b)),
+        painted(inside, Paint(color=c)),
+    ]
 
 
 def inside_out(rng: Rng) -> list[Piece]:
@@ -55,4 +66,6 @@ def _with_flips(piece: Piece, rng: Rng) -> Piece:
 def doubled(rng: Rng) -> list[Piece]:
     """A sound shape, every face there twice: once as it is, once seen from behind."""
     shape = (basic.pebble, basic.star, basic.heart, objects.chair)[rng.integers(4)](rng)
-    return [replace(piece, faces=np.concatenate([piece.faces, piece.faces[:, ::-1]])) for piece in shape]
+    return [
+        replace(piece, faces=np.concatenate([piece.faces, piece.faces[:, ::-1]])) for piece in shape
+    ]

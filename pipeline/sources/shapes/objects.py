@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.sources.shapes import solids, textures
-from pipeline.sources.shapes.kit import Paint, Piece, aimed, extrude, lathe, moved, painted, scaled, surface, turned
+from pipeline.sources.shapes.kit import (
+    Paint,
+    Piece,
+    aimed,
+    extrude,
+    lathe,
+    moved,
+    painted,
+    scaled,
+    surface,
+    turned,
+)
 from pipeline.sources.shapes.textures import Rng
 
 
@@ -39,8 +50,12 @@ def chair(rng: Rng) -> list[Piece]:
     pieces = [painted(_plain(solids.box(0.5, 0.05, 0.5)), wood)]
     pieces.append(painted(moved(_plain(solids.box(0.44, 0.06, 0.44)), y=0.05), cushion))
     for sx in (-0.21, 0.21):
-        pieces.append(painted(moved(_plain(solids.box(0.05, legs, 0.05)), x=sx, y=-legs / 2, z=0.21), wood))
-        back = moved(_plain(solids.box(0.05, legs + tall, 0.05)), x=sx, y=(tall - legs) / 2, z=-0.22)
+        pieces.append(
+            painted(moved(_plain(solids.box(0.05, legs, 0.05)), x=sx, y=-legs / 2, z=0.21), wood)
+        )
+        back = moved(
+            _plain(solids.box(0.05, legs + tall, 0.05)), x=sx, y=(tall - legs) / 2, z=-0.22
+        )
         pieces.append(painted(back, wood))
     for k in range(rails := int(rng.integers(2, 5))):
         rail = moved(_plain(solids.box(0.4, 0.07, 0.03)), y=tall * (k + 1) / rails - 0.06, z=-0.22)
@@ -64,7 +79,10 @@ def lamp(rng: Rng) -> list[Piece]:
 
 def robot(rng: Rng) -> list[Piece]:
     shell, joint, eyes, light, *_ = textures.palette(rng)
-    body, dark = Paint(color=shell, metallic=0.3, roughness=0.4), Paint(color=joint, metallic=0.4, roughness=0.5)
+    body, dark = (
+        Paint(color=shell, metallic=0.3, roughness=0.4),
+        Paint(color=joint, metallic=0.4, roughness=0.5),
+    )
     wide, tall = rng.uniform(0.45, 0.65), rng.uniform(0.5, 0.7)
     pieces = [
         painted(solids.box(wide, tall, 0.35), body),
@@ -72,15 +90,24 @@ def robot(rng: Rng) -> list[Piece]:
         painted(moved(solids.cylinder(0.08, 0.16), y=tall / 2 + 0.04), dark),
         painted(moved(solids.cylinder(0.012, 0.2, 12), y=tall / 2 + 0.48), dark),
         painted(moved(solids.sphere(0.04, 20, 10), y=tall / 2 + 0.58), Paint(color=light)),
-        painted(moved(solids.box(wide * 0.6, tall * 0.35, 0.04), y=0.05, z=0.18), Paint(color=light)),
+        painted(
+            moved(solids.box(wide * 0.6, tall * 0.35, 0.04), y=0.05, z=0.18), Paint(color=light)
+        ),
     ]
     for side in (-1, 1):
         eye = turned(solids.cylinder(0.06, 0.05, 24), "x", 90)
-        pieces.append(painted(moved(eye, x=side * wide * 0.17, y=tall / 2 + 0.27, z=0.17), Paint(color=eyes)))
+        pieces.append(
+            painted(moved(eye, x=side * wide * 0.17, y=tall / 2 + 0.27, z=0.17), Paint(color=eyes))
+        )
         lift = rng.uniform(-10, 70)
         arm = turned(moved(solids.capsule(0.06, 0.38, 24), y=-0.22), "z", side * lift)
         pieces.append(painted(moved(arm, x=side * (wide / 2 + 0.06), y=tall / 2 - 0.1), dark))
-        pieces.append(painted(moved(solids.sphere(0.1, 24, 12), x=side * (wide / 2 + 0.05), y=tall / 2 - 0.1), body))
+        pieces.append(
+            painted(
+                moved(solids.sphere(0.1, 24, 12), x=side * (wide / 2 + 0.05), y=tall / 2 - 0.1),
+                body,
+            )
+        )
         leg = moved(solids.cylinder(0.08, 0.4, 24), x=side * wide * 0.27, y=-tall / 2 - 0.18)
         foot = moved(solids.box(0.2, 0.1, 0.32), x=side * wide * 0.27, y=-tall / 2 - 0.4, z=0.05)
         pieces += [painted(leg, dark), painted(foot, body)]
@@ -117,8 +144,18 @@ def car(rng: Rng) -> list[Piece]:
 def house(rng: Rng) -> list[Piece]:
     wall, mortar, roof, door, frame = textures.palette(rng)
     wide, tall, deep, gable = *rng.uniform((0.8, 0.5, 0.7), (1.1, 0.8, 1.2)), rng.uniform(0.3, 0.55)
-    outline = [(-wide / 2, 0), (wide / 2, 0), (wide / 2, tall), (0, tall + gable), (-wide / 2, tall)]
-    pieces = [painted(extrude(outline, deep), Paint(texture=textures.bricks(rng, wall, mortar), tiles=1.6))]
+    outline = [
+        (-wide / 2, 0),
+        (wide / 2, 0),
+        (wide / 2, tall),
+        (0, tall + gable),
+        (-wide / 2, tall),
+    ]
+    pieces = [
+        painted(
+            extrude(outline, deep), Paint(texture=textures.bricks(rng, wall, mortar), tiles=1.6)
+        )
+    ]
     slope = float(np.degrees(np.arctan2(gable, wide / 2)))
     length = float(np.hypot(gable, wide / 2)) + 0.14
     tiles = Paint(texture=textures.bricks(rng, roof, textures.shaded(roof, 0.6)), tiles=2.0)
@@ -128,13 +165,22 @@ def house(rng: Rng) -> list[Piece]:
         at = np.array([side * wide / 4, tall + gable / 2]) + lift
         slip = 0.05 * np.array([side * np.cos(np.radians(slope)), -np.sin(np.radians(slope))])
         pieces.append(painted(moved(plate, *(at + slip)), tiles))
-    pieces.append(painted(moved(_plain(solids.box(0.18, 0.36, 0.03)), y=0.18, z=deep / 2), Paint(color=door)))
+    pieces.append(
+        painted(moved(_plain(solids.box(0.18, 0.36, 0.03)), y=0.18, z=deep / 2), Paint(color=door))
+    )
     for x in (-wide * 0.3, wide * 0.3):
         for z in (-deep / 2, deep / 2):
             window = moved(solids.box(0.16, 0.18, 0.04), x=x, y=tall * 0.6, z=z)
-            pieces.append(painted(window, Paint(texture=textures.checker(frame, (0.65, 0.8, 0.9), 4))))
-    chimney = moved(_plain(solids.box(0.13, gable + 0.2, 0.13)), x=wide * 0.25, y=tall + gable / 2 + 0.1)
-    return [*pieces, painted(chimney, Paint(texture=textures.bricks(rng, (0.6, 0.25, 0.2), mortar), tiles=3.0))]
+            pieces.append(
+                painted(window, Paint(texture=textures.checker(frame, (0.65, 0.8, 0.9), 4)))
+            )
+    chimney = moved(
+        _plain(solids.box(0.13, gable + 0.2, 0.13)), x=wide * 0.25, y=tall + gable / 2 + 0.1
+    )
+    return [
+        *pieces,
+        painted(chimney, Paint(texture=textures.bricks(rng, (0.6, 0.25, 0.2), mortar), tiles=3.0)),
+    ]
 
 
 def rocket(rng: Rng) -> list[Piece]:
@@ -144,7 +190,10 @@ def rocket(rng: Rng) -> list[Piece]:
     profile = np.stack([belly * (1 - t**2.4) * (0.75 + 0.9 * t * (1 - t)), 1.6 * t], axis=1)
     profile[-1, 0] = 0.0
     pieces = [
-        painted(lathe([(0.0, 0.0), *profile], 56), Paint(texture=textures.stripes([hull, (1, 1, 1)], 4, upright=False)))
+        painted(
+            lathe([(0.0, 0.0), *profile], 56),
+            Paint(texture=textures.stripes([hull, (1, 1, 1)], 4, upright=False)),
+        )
     ]
     fin = extrude([(0.1, 0.0), (0.45, -0.22), (0.47, 0.02), (0.12, 0.5)], 0.05)
     for k in range(count := int(rng.integers(3, 5))):
@@ -154,7 +203,10 @@ def rocket(rng: Rng) -> list[Piece]:
     glass = turned(solids.torus(0.09, 0.03, 40, 16), "x", 90)
     pieces.append(painted(moved(glass, y=0.95, z=belly * 0.82), _metal(rng)))
     pieces.append(
-        painted(moved(solids.sphere(0.09, 24, 12), y=0.95, z=belly * 0.77), Paint(color=window, roughness=0.1))
+        painted(
+            moved(solids.sphere(0.09, 24, 12), y=0.95, z=belly * 0.77),
+            Paint(color=window, roughness=0.1),
+        )
     )
     return pieces
 
@@ -164,14 +216,29 @@ def airplane(rng: Rng) -> list[Piece]:
     body, wing, tail, *_ = textures.palette(rng)
     fuselage = scaled(turned(solids.capsule(0.14, 1.2), "x", 90), 1.0, 1.05, 1.0)
     span, sweep = rng.uniform(0.7, 1.0), rng.uniform(0.0, 0.4)
-    pieces = [painted(fuselage, Paint(texture=textures.stripes([body, body, body, (1, 1, 1)], 8), roughness=0.3))]
+    pieces = [
+        painted(
+            fuselage,
+            Paint(texture=textures.stripes([body, body, body, (1, 1, 1)], 8), roughness=0.3),
+        )
+    ]
     for side in (-1, 1):
-        outline = [(0.0, -0.2), (side * span, -0.12 - sweep), (side * span, 0.06 - sweep), (0.0, 0.25)]
+        outline = [
+            (0.0, -0.2),
+            (side * span, -0.12 - sweep),
+            (side * span, 0.06 - sweep),
+            (0.0, 0.25),
+        ]
         blade = turned(extrude(outline[::side], 0.035), "x", 90)  # outline's y becomes z
         pieces.append(painted(moved(blade, z=0.1), Paint(color=wing)))
         pieces.append(painted(moved(scaled(blade, 0.4, 1.0, 0.5), z=-0.62), Paint(color=tail)))
         engine = turned(solids.capsule(0.06, 0.2, 24), "x", 90)
-        pieces.append(painted(moved(engine, x=side * span * 0.45, y=-0.07, z=0.12 - sweep * 0.4), Paint(color=tail)))
+        pieces.append(
+            painted(
+                moved(engine, x=side * span * 0.45, y=-0.07, z=0.12 - sweep * 0.4),
+                Paint(color=tail),
+            )
+        )
     fin = turned(extrude([(0.5, 0.05), (0.72, 0.05), (0.78, 0.4), (0.66, 0.4)], 0.035), "y", 90)
     return [*pieces, painted(fin, Paint(color=tail))]
 
@@ -187,11 +254,22 @@ def boat(rng: Rng) -> list[Piece]:
     lid = surface(np.stack([x[:, [-1, 0]], y[:, [-1, 0]], z[:, [-1, 0]]], axis=-1))
     tall = rng.uniform(0.9, 1.3)
     mast = aimed(solids.rod(0.025), (0.0, -0.1, 0.0), (0.0, tall, 0.0))
-    pieces = [painted(below, Paint(color=hull)), painted(lid, Paint(color=deck)), painted(mast, _wood(rng))]
+    pieces = [
+        painted(below, Paint(color=hull)),
+        painted(lid, Paint(color=deck)),
+        painted(mast, _wood(rng)),
+    ]
     u, v = np.linspace(0, 1, 21)[:, None], np.linspace(0, 1, 21)[None]
     for reach, low in ((-0.8, 0.12), (0.75, 0.15)):
         width = reach * (1 - v) * u
         bulge = 0.15 * np.sin(np.pi * u) * np.sin(np.pi * (0.15 + 0.8 * v)) * (1 - v)
-        points = np.stack([0.03 * np.sign(reach) + width, low + (tall - low - 0.03) * v + 0 * u, bulge], axis=-1)
-        pieces.append(painted(surface(points), Paint(texture=textures.stripes([cloth, (1, 1, 1)], 6, upright=False))))
+        points = np.stack(
+            [0.03 * np.sign(reach) + width, low + (tall - low - 0.03) * v + 0 * u, bulge], axis=-1
+        )
+        pieces.append(
+            painted(
+                surface(points),
+                Paint(texture=textures.stripes([cloth, (1, 1, 1)], 6, upright=False)),
+            )
+        )
     return pieces

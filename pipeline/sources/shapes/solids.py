@@ -44,7 +44,9 @@ def sphere(radius: float, segments: int = 48, rings: int = 24) -> Piece:
 
 def torus(ring: float, tube: float, segments: int = 64, sides: int = 24) -> Piece:
     angle = 2 * np.pi * np.arange(sides) / sides
-    return lathe(np.stack([ring + tube * np.cos(angle), tube * np.sin(angle)], axis=1), segments, closed=True)
+    return lathe(
+        np.stack([ring + tube * np.cos(angle), tube * np.sin(angle)], axis=1), segments, closed=True
+    )
 
 
 def capsule(radius: float, length: float, segments: int = 40, rings: int = 10) -> Piece:
@@ -76,7 +78,9 @@ def patch(points: Points) -> Piece:
     return surface(points, closed_u=True)
 
 
-def supershape(m: tuple[int, int], n: tuple[float, float, float], segments: int = 96, rings: int = 48) -> Piece:
+def supershape(
+    m: tuple[int, int], n: tuple[float, float, float], segments: int = 96, rings: int = 48
+) -> Piece:
     """Gielis' superformula on longitude (m[0]) and latitude (m[1]); all exponents positive."""
     u = 2 * np.pi * np.arange(segments) / segments - np.pi
     v = np.pi * (np.arange(rings + 1) / rings - 0.5)

@@ -101,7 +101,10 @@ def _smooth_grid(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
         blend = t - low
         blend = blend * blend * (3 - 2 * blend)
         blend = blend[:, None] if axis == 0 else blend[None, :]
-        first, second = np.take(values, low, axis=axis), np.take(values, (low + 1) % cells, axis=axis)
+        first, second = (
+            np.take(values, low, axis=axis),
+            np.take(values, (low + 1) % cells, axis=axis),
+        )
         values = first * (1 - blend) + second * blend
     return values
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.sources.shapes import solids, textures
-from pipeline.sources.shapes.kit import Paint, Piece, aimed, colored, extrude, lathe, moved, painted, surface, turned
+from pipeline.sources.shapes.kit import (
+    Paint,
+    Piece,
+    aimed,
+    colored,
+    extrude,
+    lathe,
+    moved,
+    painted,
+    surface,
+    turned,
+)
 from pipeline.sources.shapes.textures import Rng
 
 
@@ -50,7 +61,10 @@ def open_box(rng: Rng) -> list[Piece]:
         out = np.array([(ax + bx) / 2, (az + bz) / 2])
         lean, rise = out / np.linalg.norm(out) * 0.6 * min(x, z), rng.uniform(-0.1, 0.15)
         flap = _quad(
-            (ax, y, az), (bx, y, bz), (bx + lean[0], y + rise, bz + lean[1]), (ax + lean[0], y + rise, az + lean[1])
+            (ax, y, az),
+            (bx, y, bz),
+            (bx + lean[0], y + rise, bz + lean[1]),
+            (ax + lean[0], y + rise, az + lean[1]),
         )
         sheets.append(flap)
     return [painted(sheet, board) for sheet in sheets]
@@ -67,7 +81,9 @@ def bowl(rng: Rng) -> list[Piece]:
     around = np.arctan2(sheet.vertices[:, 0], sheet.vertices[:, 2])
     wave = 1 + depth * np.rint(1e6 * np.sin(ripples * around)) / 1e6 * sheet.vertices[:, 1]
     rim = Piece(vertices=sheet.vertices * wave[:, None], faces=sheet.faces, uv=sheet.uv)
-    return [painted(rim, Paint(texture=textures.stripes([a, a, b], 12, upright=False), roughness=0.3))]
+    return [
+        painted(rim, Paint(texture=textures.stripes([a, a, b], 12, upright=False), roughness=0.3))
+    ]
 
 
 def mobius(rng: Rng) -> list[Piece]:
@@ -92,13 +108,20 @@ def umbrella(rng: Rng) -> list[Piece]:
     around = 2 * np.pi * np.arange(ribs * 8)[:, None] / (ribs * 8)
     down = np.linspace(1, 0, 17)[None]
     scallop = 1 - 0.09 * np.abs(np.sin(ribs * around / 2)) * down
-    x, z = (np.where(down == 0, 0.0, down * scallop * wave) for wave in (np.sin(around), np.cos(around)))
-    y = rng.uniform(0.3, 0.5) * np.cos(np.pi / 2 * 0.95 * down) + 0.02 * np.abs(np.sin(ribs * around / 2)) * down
+    x, z = (
+        np.where(down == 0, 0.0, down * scallop * wave) for wave in (np.sin(around), np.cos(around))
+    )
+    y = (
+        rng.uniform(0.3, 0.5) * np.cos(np.pi / 2 * 0.95 * down)
+        + 0.02 * np.abs(np.sin(ribs * around / 2)) * down
+    )
     canopy = surface(np.stack([x, y, z], axis=-1), closed_u=True)
     colors = textures.palette(rng)[: int(rng.integers(2, 4))]
     bend = np.linspace(0, np.pi, 16)
     hook = np.stack([0.1 - 0.1 * np.cos(bend), -1.05 - 0.1 * np.sin(bend), 0 * bend], axis=1)
-    path = np.concatenate([np.stack([0 * bend, np.linspace(0.55, -1.0, 16), 0 * bend], axis=1), hook])
+    path = np.concatenate(
+        [np.stack([0 * bend, np.linspace(0.55, -1.0, 16), 0 * bend], axis=1), hook]
+    )
     return [
         painted(canopy, Paint(texture=textures.stripes(colors, ribs))),
         painted(solids.tube(path, 0.02, 12), Paint(color=(0.25, 0.16, 0.1))),
@@ -110,7 +133,9 @@ def paper_plane(rng: Rng) -> list[Piece]:
     span, keel, lift = rng.uniform(0.35, 0.6), rng.uniform(0.15, 0.28), rng.uniform(0.0, 0.12)
     nose, tail, bottom = (0.0, 0.0, 1.0), (0.0, 0.0, -0.6), (0.0, -keel, -0.5)
     a, b, *_ = textures.palette(rng)
-    paper = Paint(texture=textures.stripes([a, (0.97, 0.97, 0.95), (0.97, 0.97, 0.95), b], 8), tiles=0.8)
+    paper = Paint(
+        texture=textures.stripes([a, (0.97, 0.97, 0.95), (0.97, 0.97, 0.95), b], 8), tiles=0.8
+    )
     sheets = []
     for side in (-1, 1):
         fold = (side * 0.04, 0.0, -0.6)
@@ -118,7 +143,10 @@ def paper_plane(rng: Rng) -> list[Piece]:
         sheets.append(np.array([nose, fold, wing]))
         sheets.append(np.array([nose, bottom, fold]))
     del tail
-    return [painted(Piece(vertices=sheet.astype(np.float64), faces=np.array([[0, 1, 2]])), paper) for sheet in sheets]
+    return [
+        painted(Piece(vertices=sheet.astype(np.float64), faces=np.array([[0, 1, 2]])), paper)
+        for sheet in sheets
+    ]
 
 
 def wireframe(rng: Rng) -> list[Piece]:
@@ -126,14 +154,26 @@ def wireframe(rng: Rng) -> list[Piece]:
     name = ("tetrahedron", "octahedron", "icosahedron", "cube")[rng.integers(4)]
     if name == "cube":
         corners = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * 0.6
-        edges = {(i, j) for i in range(8) for j in range(i) if (corners[i] != corners[j]).sum() == 1}
+        edges = {
+            (i, j) for i in range(8) for j in range(i) if (corners[i] != corners[j]).sum() == 1
+        }
     else:
         body = solids.polyhedron(name)
         corners = body.vertices
-        edges = {(max(f[i], f[i - 1]), min(f[i], f[i - 1])) for f in body.faces.tolist() for i in range(3)}
+        edges = {
+            (max(f[i], f[i - 1]), min(f[i], f[i - 1]))
+            for f in body.faces.tolist()
+            for i in range(3)
+        }
     radius, (a, b, *_) = rng.uniform(0.012, 0.03), textures.palette(rng)
-    rods = [painted(aimed(solids.rod(radius), corners[i], corners[j]), Paint(color=a)) for i, j in sorted(edges)]
-    return rods + [painted(moved(solids.sphere(radius * 2.5, 20, 10), *corner), Paint(color=b)) for corner in corners]
+    rods = [
+        painted(aimed(solids.rod(radius), corners[i], corners[j]), Paint(color=a))
+        for i, j in sorted(edges)
+    ]
+    return rods + [
+        painted(moved(solids.sphere(radius * 2.5, 20, 10), *corner), Paint(color=b))
+        for corner in corners
+    ]
 
 
 def fence(rng: Rng) -> list[Piece]:
@@ -142,7 +182,10 @@ def fence(rng: Rng) -> list[Piece]:
     pickets, gap, tall = int(rng.integers(7, 13)), 0.16, rng.uniform(0.6, 0.9)
     wide = rng.uniform(0.06, 0.11)
     outline = [(-wide / 2, 0), (wide / 2, 0), (wide / 2, tall), (0, tall + 0.08), (-wide / 2, tall)]
-    pieces = [painted(moved(extrude(outline, 0.02), x=gap * (k - (pickets - 1) / 2)), wood) for k in range(pickets)]
+    pieces = [
+        painted(moved(extrude(outline, 0.02), x=gap * (k - (pickets - 1) / 2)), wood)
+        for k in range(pickets)
+    ]
     for y in (0.2, tall - 0.15):
         pieces.append(painted(moved(solids.box(gap * pickets, 0.05, 0.02), y=y, z=-0.02), wood))
     return pieces
@@ -159,8 +202,17 @@ def plates(rng: Rng) -> list[Piece]:
     ]
     for k in range(count):
         radius = 0.8 * (1 - 0.6 * k / count)
-        dish = [(0.0, 0.0), (radius * 0.7, 0.0), (radius, 0.06), (radius, 0.075), (radius * 0.69, 0.015), (0.0, 0.015)]
-        pieces.append(painted(moved(lathe(dish, 64), y=0.36 * k), Paint(color=colors[k % 4], roughness=0.2)))
+        dish = [
+            (0.0, 0.0),
+            (radius * 0.7, 0.0),
+            (radius, 0.06),
+            (radius, 0.075),
+            (radius * 0.69, 0.015),
+            (0.0, 0.015),
+        ]
+        pieces.append(
+            painted(moved(lathe(dish, 64), y=0.36 * k), Paint(color=colors[k % 4], roughness=0.2))
+        )
     return pieces
 
 
@@ -168,7 +220,10 @@ def ladder(rng: Rng) -> list[Piece]:
     rungs, tall, wide = int(rng.integers(5, 10)), 1.6, rng.uniform(0.18, 0.26)
     paint = Paint(texture=textures.wood(rng, textures.pick(rng, textures.WOODS)))
     lean = rng.uniform(10, 25)
-    pieces = [aimed(solids.rod(0.03), (side * wide, 0, 0), (side * wide * 0.8, tall, 0)) for side in (-1, 1)]
+    pieces = [
+        aimed(solids.rod(0.03), (side * wide, 0, 0), (side * wide * 0.8, tall, 0))
+        for side in (-1, 1)
+    ]
     for k in range(rungs):
         y = tall * (k + 0.5) / rungs
         reach = wide * (1 - 0.2 * y / tall)

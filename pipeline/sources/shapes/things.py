@@ -13,7 +13,8 @@ def tree(rng: Rng) -> list[Piece]:
     bark = Paint(texture=textures.wood(rng, textures.from_hex("6f4518")))
     trunk = lathe([(0.0, 0.0), (0.16, 0.0), (0.1, 0.15), (0.07, 0.9), (0.0, 0.9)], 24)
     dark, light = (
-        np.array(textures.from_hex(text)) for text in (("1b4332", "52b788"), ("606c38", "a3b18a"))[rng.integers(2)]
+        np.array(textures.from_hex(text))
+        for text in (("1b4332", "52b788"), ("606c38", "a3b18a"))[rng.integers(2)]
     )
     pieces = [painted(trunk, bark)]
     if rng.random() < 0.5:  # a conifer
@@ -21,13 +22,17 @@ def tree(rng: Rng) -> list[Piece]:
             wide = 0.55 * (1 - k / (layers + 0.8))
             skirt = lathe([(0.0, 0.06), (wide, 0.0), (wide * 0.94, 0.04), (0.0, 0.5)], 40)
             green = 0.8 * dark + 0.2 * light * k / layers
-            pieces.append(painted(moved(skirt, y=0.35 + 0.27 * k), Paint(color=tuple(green.tolist()))))
+            pieces.append(
+                painted(moved(skirt, y=0.35 + 0.27 * k), Paint(color=tuple(green.tolist())))
+            )
     else:
         for _ in range(int(rng.integers(5, 9))):
             blob = solids.sphere(rng.uniform(0.22, 0.36), 40, 20)
             at = rng.uniform((-0.3, 0.85, -0.3), (0.3, 1.35, 0.3))
             crown = moved(blob, *at)
-            pieces.append(colored(crown, lambda p: dark + (light - dark) * ((p[:, 1:2] - 0.6) / 1.1)))
+            pieces.append(
+                colored(crown, lambda p: dark + (light - dark) * ((p[:, 1:2] - 0.6) / 1.1))
+            )
     return pieces
 
 
@@ -35,13 +40,27 @@ def mug(rng: Rng) -> list[Piece]:
     """A cup with a thick wall, its handle running into it, and a surface of coffee."""
     tall, wall = rng.uniform(0.8, 1.2), 0.06
     bottom, top = rng.uniform(0.34, 0.42), rng.uniform(0.4, 0.5)
-    cup = [(0.0, 0.0), (bottom - 0.03, 0.0), (bottom, 0.03), (top, tall - 0.02), (top - wall / 2, tall)]
+    cup = [
+        (0.0, 0.0),
+        (bottom - 0.03, 0.0),
+        (bottom, 0.03),
+        (top, tall - 0.02),
+        (top - wall / 2, tall),
+    ]
     cup += [(top - wall, tall - 0.02), (bottom - wall, wall), (0.0, wall)]
     a, b, c, *_ = textures.palette(rng)
-    image = (textures.stripes([a, b], 8), textures.dots(a, c, 6), textures.checker(a, b, 12))[rng.integers(3)]
+    image = (textures.stripes([a, b], 8), textures.dots(a, c, 6), textures.checker(a, b, 12))[
+        rng.integers(3)
+    ]
     bend = np.linspace(-0.5 * np.pi, 0.5 * np.pi, 28)[:, None]
     reach, middle = rng.uniform(0.2, 0.3), tall / 2
-    path = np.hstack([(top + bottom) / 2 - 0.04 + reach * np.cos(bend), middle + 0.3 * tall * np.sin(bend), 0 * bend])
+    path = np.hstack(
+        [
+            (top + bottom) / 2 - 0.04 + reach * np.cos(bend),
+            middle + 0.3 * tall * np.sin(bend),
+            0 * bend,
+        ]
+    )
     coffee = moved(solids.cylinder(top - wall * 0.8, 0.02), y=tall * 0.8)
     return [
         painted(lathe(cup, 64), Paint(texture=image, roughness=0.3)),
@@ -54,24 +73,46 @@ def snowman(rng: Rng) -> list[Piece]:
     snow, coal = Paint(color=(0.94, 0.96, 0.98)), Paint(color=(0.08, 0.08, 0.08))
     scarf, hat, *_ = textures.palette(rng)
     sizes = rng.uniform((0.42, 0.3, 0.2), (0.5, 0.35, 0.24))
-    heights = np.array([0.0, 0.62 * (sizes[0] + sizes[1]), 0.62 * (sizes[0] + 2 * sizes[1] + sizes[2])])
-    pieces = [painted(moved(solids.sphere(r), y=y), snow) for r, y in zip(sizes, heights, strict=True)]
+    heights = np.array(
+        [0.0, 0.62 * (sizes[0] + sizes[1]), 0.62 * (sizes[0] + 2 * sizes[1] + sizes[2])]
+    )
+    pieces = [
+        painted(moved(solids.sphere(r), y=y), snow) for r, y in zip(sizes, heights, strict=True)
+    ]
     face, radius = heights[2], sizes[2]
     for x in (-0.08, 0.08):
-        pieces.append(painted(moved(solids.sphere(0.03, 16, 8), x=x, y=face + 0.06, z=radius * 0.92), coal))
+        pieces.append(
+            painted(moved(solids.sphere(0.03, 16, 8), x=x, y=face + 0.06, z=radius * 0.92), coal)
+        )
     for k in range(3):
         pieces.append(
-            painted(moved(solids.sphere(0.035, 16, 8), y=heights[1] + 0.12 * (k - 1), z=sizes[1] * 0.98), coal)
+            painted(
+                moved(
+                    solids.sphere(0.035, 16, 8), y=heights[1] + 0.12 * (k - 1), z=sizes[1] * 0.98
+                ),
+                coal,
+            )
         )
-    nose = aimed(lathe([(0.0, 0.0), (0.045, 0.0), (0.0, 1.0)], 20), (0, face, radius * 0.8), (0, face, radius + 0.25))
+    nose = aimed(
+        lathe([(0.0, 0.0), (0.045, 0.0), (0.0, 1.0)], 20),
+        (0, face, radius * 0.8),
+        (0, face, radius + 0.25),
+    )
     pieces.append(painted(nose, Paint(color=(0.95, 0.45, 0.1))))
-    pieces.append(painted(moved(solids.torus(radius * 0.8, 0.06, 48, 16), y=face - radius * 0.75), Paint(color=scarf)))
+    pieces.append(
+        painted(
+            moved(solids.torus(radius * 0.8, 0.06, 48, 16), y=face - radius * 0.75),
+            Paint(color=scarf),
+        )
+    )
     brim = [(0.0, 0.0), (0.27, 0.0), (0.27, 0.03), (0.17, 0.03), (0.16, 0.3), (0.0, 0.3)]
     pieces.append(painted(moved(lathe(brim), y=face + radius * 0.8), Paint(color=hat)))
     for side in (-1, 1):
         shoulder = np.array([side * sizes[1] * 0.9, heights[1] + 0.08, 0.0])
         hand = shoulder + np.array([side * 0.4, rng.uniform(0.0, 0.35), 0.1])
-        pieces.append(painted(aimed(solids.rod(0.02), shoulder, hand), Paint(color=(0.35, 0.22, 0.1))))
+        pieces.append(
+            painted(aimed(solids.rod(0.02), shoulder, hand), Paint(color=(0.35, 0.22, 0.1)))
+        )
     return pieces
 
 
@@ -84,22 +125,39 @@ def castle(rng: Rng) -> list[Piece]:
     pieces.append(painted(_block(keep * 0.8, tall, keep * 0.8, y=tall / 2), wall))
     for x in np.linspace(-keep, keep, 7)[1:-1]:
         for sign in (-1, 1):
-            pieces.append(painted(_block(0.1, 0.1, 0.08, x=x, y=0.45, z=sign * (keep - 0.04)), wall))
-            pieces.append(painted(_block(0.08, 0.1, 0.1, x=sign * (keep - 0.04), y=0.45, z=x), wall))
+            pieces.append(
+                painted(_block(0.1, 0.1, 0.08, x=x, y=0.45, z=sign * (keep - 0.04)), wall)
+            )
+            pieces.append(
+                painted(_block(0.08, 0.1, 0.1, x=sign * (keep - 0.04), y=0.45, z=x), wall)
+            )
     for sx in (-1, 1):
         for sz in (-1, 1):
-            tower = lathe([(0.0, 0.0), (0.2, 0.0), (0.18, tall * 0.9), (0.22, tall), (0.0, tall)], 32)
+            tower = lathe(
+                [(0.0, 0.0), (0.2, 0.0), (0.18, tall * 0.9), (0.22, tall), (0.0, tall)], 32
+            )
             pieces.append(
-                painted(moved(Piece(vertices=tower.vertices, faces=tower.faces), sx * keep, 0, sz * keep), wall)
+                painted(
+                    moved(
+                        Piece(vertices=tower.vertices, faces=tower.faces), sx * keep, 0, sz * keep
+                    ),
+                    wall,
+                )
             )
             cone = lathe([(0.0, 0.0), (0.26, 0.0), (0.0, 0.42)], 32)
             pieces.append(painted(moved(cone, sx * keep, tall - 0.01, sz * keep), roof))
     pyramid = turned(lathe([(0.0, 0.0), (keep * 0.62, 0.0), (0.0, 0.4)], 4), "y", 45)
     gate = _block(0.22, 0.28, 0.06, y=0.14, z=keep)
-    return [*pieces, painted(moved(pyramid, y=tall - 0.01), roof), painted(gate, Paint(color=(0.3, 0.18, 0.1)))]
+    return [
+        *pieces,
+        painted(moved(pyramid, y=tall - 0.01), roof),
+        painted(gate, Paint(color=(0.3, 0.18, 0.1))),
+    ]
 
 
-def _block(x_side: float, y_side: float, z_side: float, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Piece:
+def _block(
+    x_side: float, y_side: float, z_side: float, x: float = 0.0, y: float = 0.0, z: float = 0.0
+) -> Piece:
     side = solids.box(x_side, y_side, z_side)
     return moved(Piece(vertices=side.vertices, faces=side.faces), x, y, z)
 
@@ -139,7 +197,9 @@ def bookshelf(rng: Rng) -> list[Piece]:
         while x < wide / 2 - 0.12:
             thick, high = rng.uniform(0.035, 0.07), rng.uniform(0.2, 0.29)
             if rng.random() < 0.85:
-                book = _block(thick, high, 0.18, x=x + thick / 2, y=k * 0.36 + 0.0175 + high / 2, z=0.01)
+                book = _block(
+                    thick, high, 0.18, x=x + thick / 2, y=k * 0.36 + 0.0175 + high / 2, z=0.01
+                )
                 pieces.append(painted(book, Paint(color=colors[rng.integers(len(colors))])))
             x += thick + 0.004
     return pieces
@@ -152,10 +212,21 @@ def dumbbell(rng: Rng) -> list[Piece]:
     for side in (-1, 1):
         for k in range(count := int(rng.integers(1, 4))):
             radius = 0.4 - 0.08 * k
-            edge = [(0.0, -0.05), (radius - 0.02, -0.05), (radius, -0.03), (radius, 0.03), (radius - 0.02, 0.05)]
+            edge = [
+                (0.0, -0.05),
+                (radius - 0.02, -0.05),
+                (radius, -0.03),
+                (radius, 0.03),
+                (radius - 0.02, 0.05),
+            ]
             disc = turned(lathe([*edge, (0.0, 0.05)], 56), "z", 90)
             pieces.append(painted(moved(disc, x=side * (0.45 + 0.11 * k)), plates))
         pieces.append(
-            painted(moved(turned(solids.cylinder(0.09, 0.06, 6), "z", 90), x=side * (0.5 + 0.11 * count)), iron)
+            painted(
+                moved(
+                    turned(solids.cylinder(0.09, 0.06, 6), "z", 90), x=side * (0.5 + 0.11 * count)
+                ),
+                iron,
+            )
         )
     return pieces

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from model.conditioning.image_encoder import EncoderConfig
 from model.conditioning.image_conditioned_dit import ConditionedConfig
+from model.conditioning.image_encoder import EncoderConfig
 from model.sparse_dit import DiTConfig
 from pipeline.core.cameras import CameraSet
 from pipeline.core.schema import check_resolution
@@ -28,12 +28,16 @@ class DiTTraining:
     preset: DiTPreset = "tiny"  # where the options below start from
     data: Path = Path("data/smoke")  # what python -m pipeline.build made; its renders are read
     latents: Path | None = None  # what python -m train.encode made; default: latents/ in the build
-    vae: Path | None = Path("runs/vae-tiny/latest")  # whose latents they are; None: the only ones, no samples are drawn
+    vae: Path | None = Path(
+        "runs/vae-tiny/latest"
+    )  # whose latents they are; None: the only ones, no samples are drawn
     out: Path = Path("runs/dit-tiny")  # checkpoints, metrics.jsonl, samples
     init: Path | None = None  # a checkpoint whose averaged weights a new run starts from
     device: Device = "auto"
     resolution: int = 512  # R of the latents: cells of R / 8 a side
-    max_tokens: int | None = None  # cells a rank: fewer assets where they would exceed it, larger ones are left out
+    max_tokens: int | None = (
+        None  # cells a rank: fewer assets where they would exceed it, larger ones are left out
+    )
     cameras: CameraSet = "paper"  # which renders are the condition
     held_out_views: int = 0  # the last so many views of every asset are not trained on
     max_missing_share: float = 0.01  # of the build's assets that may lack latents
@@ -55,7 +59,12 @@ class DiTTraining:
 
 
 def _paper(
-    resolution: int, learning_rate: float, batch_size: int, max_tokens: int, steps: int, init: int | None
+    resolution: int,
+    learning_rate: float,
+    batch_size: int,
+    max_tokens: int,
+    steps: int,
+    init: int | None,
 ) -> DiTTraining:
     """A stage on eight GPUs. paper, sec. 4; steps and max_tokens are ours, the paper gives days."""
     return DiTTraining(
@@ -70,7 +79,10 @@ def _paper(
             batch_size=batch_size,
             guidance=7.0,
             loop=LoopConfig(
-                steps=steps, learning_rate=learning_rate, activation_checkpointing=resolution >= 512, ema_decay=0.9999
+                steps=steps,
+                learning_rate=learning_rate,
+                activation_checkpointing=resolution >= 512,
+                ema_decay=0.9999,
             ),
         ),
     )
@@ -100,7 +112,9 @@ DIT_PRESETS: dict[str, DiTTraining] = {
             ),
         ),
         model=ConditionedConfig(
-            dit=DiTConfig(channels=128, blocks=4, heads=4, kv_heads=2, mlp_ratio=2, condition_channels=64),
+            dit=DiTConfig(
+                channels=128, blocks=4, heads=4, kv_heads=2, mlp_ratio=2, condition_channels=64
+            ),
             encoder=EncoderConfig(kind="stand-in", image_size=112, channels=64, layers=2, heads=2),
         ),
     ),

@@ -13,11 +13,11 @@ from torch import Tensor
 from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import noise_of
 from pipeline.core.schema import RunError, UserError, seed_of
-from train.data.render_conditions import Conditions, time_of
 from train.data.bricks import UNREADABLE, Catalogue, read_catalogue
-from train.stages.dit.config import DiTTraining
 from train.data.latents import Latent, LatentBatch, LatentStore
+from train.data.render_conditions import Conditions, time_of
 from train.engine.batch_sampler import Draw, Plan
+from train.stages.dit.config import DiTTraining
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,9 @@ class DiTBatch:
     """What one rank works on in one step. What is random in it is each asset's own, whatever it is batched with."""
 
     latents: LatentBatch
-    posterior_noise: Tensor  # fp32 standard normal [N, C], by which the latents are drawn from their posteriors
+    posterior_noise: (
+        Tensor  # fp32 standard normal [N, C], by which the latents are drawn from their posteriors
+    )
     noise: Tensor  # fp32 standard normal [N, C], where the flow begins
     times: Tensor  # fp32 [B] in (0, 1)
     dropped: Tensor  # bool [B] trained without the image
@@ -66,7 +68,9 @@ def joined(cfg: DiTTraining, store: LatentStore) -> Catalogue:
     tokens = np.array([store.tokens.get(uid, 0) for uid in catalogue.uids], np.int64)
     wanted = catalogue.tokens[cfg.resolution] > 0
     missing = [catalogue.uids[n] for n in np.flatnonzero(wanted & (tokens == 0))]
-    said = f"{len(missing)} of {wanted.sum()} assets of {cfg.data} have no latents in {store.folder}"
+    said = (
+        f"{len(missing)} of {wanted.sum()} assets of {cfg.data} have no latents in {store.folder}"
+    )
     if len(missing) > cfg.max_missing_share * wanted.sum():
         raise UserError(
             f"{said}, {missing[0]} for one; make them: python -m train.encode --vae {cfg.vae or 'CHECKPOINT'} "
@@ -122,7 +126,9 @@ class DiTLoader:
             dropped.append(drop)
             seeds.append([seed_of(name, *key) >> 1 for name in ("posterior", "noise")])
         counts = [len(latent.cells) for latent in latents]
-        posterior, noise = (noise_of(of, counts, self.store.channels) for of in zip(*seeds, strict=True))
+        posterior, noise = (
+            noise_of(of, counts, self.store.channels) for of in zip(*seeds, strict=True)
+        )
         return DiTBatch(
             latents=LatentBatch.collate(latents, cfg.resolution),
             posterior_noise=posterior,

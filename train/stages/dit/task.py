@@ -13,17 +13,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.rectified_flow import Guidance, interpolate, target
 from model.inference.extract_mesh import extract_meshes
+from model.rectified_flow import Guidance, interpolate, target
 from model.sparse_tensor import SparseTensor
 from model.sparse_vae import SparseVAE
 from train.data.bricks import Catalogue
+from train.data.latents import LatentStore
+from train.engine.batch_sampler import Draw
 from train.engine.distributed import World
+from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTBatch, DiTLoader
-from train.data.latents import LatentStore
-from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
-from train.engine.batch_sampler import Draw
 from train.stages.vae.task import inside_iou
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which held-out assets are judged
@@ -65,7 +65,9 @@ class DiTTask:
         """The flow's x0 [N, C]: a sample of the posterior."""
         return self.model.dit.normalize(batch.latents.sample(batch.posterior_noise))
 
-    def _errors(self, model: nn.Module, batch: DiTBatch, x0_NC: Tensor, t_B: Tensor, dropped_B: Tensor) -> Tensor:
+    def _errors(
+        self, model: nn.Module, batch: DiTBatch, x0_NC: Tensor, t_B: Tensor, dropped_B: Tensor
+    ) -> Tensor:
         """Squared error of each token's velocity: [N]."""
         level = batch.latents.cells
         x_NC = interpolate(x0_NC, batch.noise, t_B[level.coords[:, 0].long()])
@@ -77,19 +79,33 @@ class DiTTask:
         if self._flops_a_token is None:
             with torch.no_grad():
                 condition = self.model.condition(batch.images)
-            self._flops_a_token = self.model.dit.flops(batch.latents.cells, condition) / batch.tokens
+            self._flops_a_token = (
+                self.model.dit.flops(batch.latents.cells, condition) / batch.tokens
+            )
         return self._flops_a_token * batch.tokens
 
     def validate(self, model: Any) -> dict[str, float]:
         """The loss of held-out assets, and it at each time; the same times, noise and views every time."""
         loader, sums = DiTLoader(self.val, self.store, self.cfg, training=False), []
-        for asset in self._assets(self.val, self.world):  # one by one: a large one beside others might not fit
+        for asset in self._assets(
+            self.val, self.world
+        ):  # one by one: a large one beside others might not fit
             batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
             x0_NC = self._start(batch)
             times = [torch.full_like(batch.times, t) for t in TIMES]
-            sums.append(torch.stack([self._errors(model, batch, x0_NC, t_B, batch.dropped).mean() for t_B in times]))
-        found = torch.stack(sums).double().sum(0) if sums else torch.zeros(len(TIMES), device=self.world.device)
-        *errors, count = self.world.sum(torch.cat([found.double(), found.new_tensor([len(sums)])])).tolist()
+            sums.append(
+                torch.stack(
+                    [self._errors(model, batch, x0_NC, t_B, batch.dropped).mean() for t_B in times]
+                )
+            )
+        found = (
+            torch.stack(sums).double().sum(0)
+            if sums
+            else torch.zeros(len(TIMES), device=self.world.device)
+        )
+        *errors, count = self.world.sum(
+            torch.cat([found.double(), found.new_tensor([len(sums)])])
+        ).tolist()
         if not count:
             return {}
         by_time = {f"loss_{t}": error / count for t, error in zip(TIMES, errors, strict=True)}
@@ -97,7 +113,9 @@ class DiTTask:
 
     def _assets(self, catalogue: Catalogue, world: World) -> list[int]:
         """This rank's share, at most val_batches x batch_size."""
-        return list(range(len(catalogue)))[world.rank :: world.size][: self.cfg.val_batches * self.cfg.flow.batch_size]
+        return list(range(len(catalogue)))[world.rank :: world.size][
+            : self.cfg.val_batches * self.cfg.flow.batch_size
+        ]
 
     def sample(self, model: Any, folder: Path) -> None:
         """Training assets from views never shown, and held-out assets, on their stored cells.
@@ -109,7 +127,10 @@ class DiTTask:
             return
         numbers, rows = {}, []
         seen = "held_out_views" if self.cfg.held_out_views else "training_views"
-        for name, catalogue, only in ((seen, self.train, True), ("held_out_assets", self.val, False)):
+        for name, catalogue, only in (
+            (seen, self.train, True),
+            ("held_out_assets", self.val, False),
+        ):
             loader = DiTLoader(catalogue, self.store, self.cfg, training=False, held_out_only=only)
             found = {}
             for asset in range(min(len(catalogue), self.cfg.samples)):
@@ -121,19 +142,28 @@ class DiTTask:
         if rows:
             save_image(folder / "contact.png", side_by_side(rows))
 
-    def _sample(self, model: Any, loader: DiTLoader, asset: int, folder: Path) -> tuple[float, list[NDArray[np.uint8]]]:
+    def _sample(
+        self, model: Any, loader: DiTLoader, asset: int, folder: Path
+    ) -> tuple[float, list[NDArray[np.uint8]]]:
         assert self.vae is not None
         batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
         level, flow = batch.latents.cells, self.cfg.flow
         z_NC = model.generate(
-            level, model.conditioning.image_encoder(batch.images), [asset], steps=flow.steps, guidance=Guidance(scale=flow.guidance)
+            level,
+            model.condition(batch.images),
+            [asset],
+            steps=flow.steps,
+            guidance=Guidance(scale=flow.guidance),
         )
         values, stored = self.vae.decode(z_NC, level), self.vae.decode(batch.latents.mean, level)
         made, right = (extract_meshes(level, x)[0] for x in (values, stored))
         write_ply(folder / f"{batch.uids[0]}.ply", *made)
         view = loader.conditions.views.read_view(asset, loader.conditions.view_of(asset, 0))
         axes = np.array(view.meta["c2w"])[:3, :3].T
-        row = [on_white(view.rgba), *(picture(*mesh, size=PICTURE, view=axes) for mesh in (made, right))]
+        row = [
+            on_white(view.rgba),
+            *(picture(*mesh, size=PICTURE, view=axes) for mesh in (made, right)),
+        ]
         return float(inside_iou(values, stored)), row
 
 

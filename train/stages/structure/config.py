@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from model.conditioning.image_encoder import EncoderConfig
 from model.conditioning.image_conditioned_dit import ConditionedConfig
-from model.sparse_dit import DiTConfig
+from model.conditioning.image_encoder import EncoderConfig
 from model.occupancy_vae import OccupancyConfig
+from model.sparse_dit import DiTConfig
 from model.structure import StructureConfig
 from pipeline.core.cameras import CameraSet
 from pipeline.core.schema import BLOCK, check_resolution
@@ -74,7 +74,7 @@ class StructureTraining:
         check_resolution(self.resolution)
         if self.model.occupancy.side != self.resolution // BLOCK:
             raise ValueError(
-                f"model.occupancy_vae.side must be resolution / {BLOCK} = {self.resolution // BLOCK}, "
+                f"model.occupancy.side must be resolution / {BLOCK} = {self.resolution // BLOCK}, "
                 f"got {self.model.occupancy.side}"
             )
         for name in ("held_out_views", "workers", "val_batches", "samples"):
@@ -101,9 +101,13 @@ STRUCTURE_PRESETS: dict[str, StructureTraining] = {
         held_out_views=2,
         workers=1,
         vae=OccupancyTraining(batch_size=8, loop=_TINY_LOOP),
-        flow=FlowTraining(batch_size=16, augment=False, loop=replace(_TINY_LOOP, steps=800, learning_rate=2e-3)),
+        flow=FlowTraining(
+            batch_size=16, augment=False, loop=replace(_TINY_LOOP, steps=800, learning_rate=2e-3)
+        ),
         model=StructureConfig(
-            occupancy=OccupancyConfig(side=8, widths=(16, 32), blocks=1, groups=8, latent_channels=8),
+            occupancy=OccupancyConfig(
+                side=8, widths=(16, 32), blocks=1, groups=8, latent_channels=8
+            ),
             flow=ConditionedConfig(
                 dit=DiTConfig(
                     channels=128,
@@ -115,7 +119,9 @@ STRUCTURE_PRESETS: dict[str, StructureTraining] = {
                     condition_channels=64,
                     attention="full",
                 ),
-                encoder=EncoderConfig(kind="stand-in", image_size=112, channels=64, layers=2, heads=2),
+                encoder=EncoderConfig(
+                    kind="stand-in", image_size=112, channels=64, layers=2, heads=2
+                ),
             ),
         ),
     ),
@@ -126,10 +132,12 @@ STRUCTURE_PRESETS: dict[str, StructureTraining] = {
         resolution=256,
         held_out_views=5,
         vae=OccupancyTraining(
-            batch_size=16, loop=LoopConfig(steps=2000, learning_rate=1e-3, schedule="cosine", ema_decay=0.995)
+            batch_size=16,
+            loop=LoopConfig(steps=2000, learning_rate=1e-3, schedule="cosine", ema_decay=0.995),
         ),
         flow=FlowTraining(
-            batch_size=16, loop=LoopConfig(steps=6000, learning_rate=5e-4, schedule="cosine", ema_decay=0.995)
+            batch_size=16,
+            loop=LoopConfig(steps=6000, learning_rate=5e-4, schedule="cosine", ema_decay=0.995),
         ),
         model=StructureConfig(
             occupancy=OccupancyConfig(side=32, widths=(32, 64, 128), latent_channels=8),

@@ -14,11 +14,11 @@ from torch import Tensor
 from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import noise_of
 from pipeline.core.schema import seed_of
-from train.data.render_conditions import Conditions, time_of
 from train.data.bricks import ONE_BITS, BrickLoader, Catalogue, magnitude_bits
+from train.data.render_conditions import Conditions, time_of
+from train.data.symmetry import SYMMETRIES, transform_points
 from train.engine.batch_sampler import Draw, Plan
 from train.stages.structure.config import StructureTraining
-from train.data.symmetry import SYMMETRIES, transform_points
 
 CELLS_KEPT = 1 << 14  # assets whose cells are kept rather than read again, some 20 kB each
 
@@ -51,8 +51,13 @@ class GridBatch:
         """The same batch there."""
         if device.type == "cpu":
             return self
-        moved = {name: getattr(self, name).to(device) for name in ("occupied", "noise", "times", "dropped")}
-        return replace(self, images=None if self.images is None else self.images.to(device), **moved)
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("occupied", "noise", "times", "dropped")
+        }
+        return replace(
+            self, images=None if self.images is None else self.images.to(device), **moved
+        )
 
 
 class GridLoader(BrickLoader):

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.conditioning.image_encoder import Condition
-from model.rectified_flow import Guidance, interpolate, target
 from model.occupancy_vae import OccupancyVAE, intersection_over_union, occupancy_loss, occupancy_of
+from model.rectified_flow import Guidance, interpolate, target
 from model.sparse_tensor import SparseTensor
 from model.structure import Structure, dense_level, grid_to_rows, rows_to_grid
 from train.data.bricks import Catalogue
+from train.engine.batch_sampler import Draw
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side
-from train.engine.batch_sampler import Draw
 from train.stages.structure.config import StructureTraining
 from train.stages.structure.data import GridBatch, GridLoader
 
@@ -39,7 +39,9 @@ class OccupancyTask:
 
     def losses(self, model: nn.Module, batch: GridBatch) -> dict[str, Tensor]:
         logits, posterior = model(batch.occupied, self._noise(batch))
-        return occupancy_loss(logits, batch.occupied, posterior, self.cfg.vae.kl_weight, batch.share)
+        return occupancy_loss(
+            logits, batch.occupied, posterior, self.cfg.vae.kl_weight, batch.share
+        )
 
     def _noise(self, batch: GridBatch) -> Tensor:
         level = dense_level(self.cfg.model.occupancy.latent_side, batch.samples, batch.noise.device)
@@ -80,7 +82,14 @@ class FlowTask:
 
     model: Structure
 
-    def __init__(self, cfg: StructureTraining, world: World, train: Catalogue, val: Catalogue, vae: OccupancyVAE):
+    def __init__(
+        self,
+        cfg: StructureTraining,
+        world: World,
+        train: Catalogue,
+        val: Catalogue,
+        vae: OccupancyVAE,
+    ):
         torch.manual_seed(cfg.flow.loop.seed)
         self.cfg, self.world, self.train, self.val = cfg, world, train, val
         self.model = Structure(cfg.model)
@@ -99,7 +108,11 @@ class FlowTask:
         for asset in assets[np.arange(count) * len(assets) // count]:
             batch = loader.batch([Draw(int(asset), 0)], 1.0).to(self.world.device)
             z_NC = self._latents(self.model, batch).double()
-            rows, total_C, squares_C = rows + len(z_NC), total_C + z_NC.sum(0), squares_C + z_NC.square().sum(0)
+            rows, total_C, squares_C = (
+                rows + len(z_NC),
+                total_C + z_NC.sum(0),
+                squares_C + z_NC.square().sum(0),
+            )
         mean_C = total_C / rows
         std_C = ((squares_C - rows * mean_C.square()) / (rows - 1)).clamp(min=1e-6).sqrt()
         self.model.flow.dit.set_statistics(mean_C.float(), std_C.float())
@@ -110,7 +123,7 @@ class FlowTask:
 
     def _latents(self, model: Structure, batch: GridBatch) -> Tensor:
         level = dense_level(self.cfg.model.occupancy.latent_side, batch.samples, batch.noise.device)
-        return grid_to_rows(model.sparse_vae.encode(batch.occupied).mean, level)
+        return grid_to_rows(model.vae.encode(batch.occupied).mean, level)
 
     def _errors(self, model: nn.Module, batch: GridBatch, t_B: Tensor, dropped_B: Tensor) -> Tensor:
         """Mean squared error of the velocity over each asset's latents: [B]."""
@@ -125,9 +138,13 @@ class FlowTask:
     def flops(self, batch: GridBatch) -> float:
         """Of the DiT alone, counted on the first batch."""
         if self._flops_a_sample is None and batch.images is not None:
-            level = dense_level(self.cfg.model.occupancy.latent_side, batch.samples, batch.noise.device)
+            level = dense_level(
+                self.cfg.model.occupancy.latent_side, batch.samples, batch.noise.device
+            )
             images = batch.images
-            empty = Condition(images.pixels.new_empty(0, 0), images.coords, images.starts, images.max_tokens)
+            empty = Condition(
+                images.pixels.new_empty(0, 0), images.coords, images.starts, images.max_tokens
+            )
             self._flops_a_sample = self.model.flow.dit.flops(level, empty) / batch.samples
         return (self._flops_a_sample or 0.0) * batch.samples
 
@@ -137,7 +154,10 @@ class FlowTask:
         loader = GridLoader(self.val, self.cfg, images=True, training=False)
         for asset in assets_of(self.val, self.cfg, self.world, self.cfg.flow.batch_size):
             batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
-            errors = [self._errors(model, batch, torch.full_like(batch.times, t), batch.dropped) for t in TIMES]
+            errors = [
+                self._errors(model, batch, torch.full_like(batch.times, t), batch.dropped)
+                for t in TIMES
+            ]
             found.append({"loss": torch.stack(errors).mean()})
         return mean_over_ranks(found, ("loss",), self.world)
 
@@ -145,16 +165,23 @@ class FlowTask:
         """Training assets from views never shown, and held-out assets: image, generated cells, stored ones."""
         numbers, rows = {}, []
         seen = "held_out_views" if self.cfg.held_out_views else "training_views"
-        for name, catalogue, only in ((seen, self.train, True), ("held_out_assets", self.val, False)):
-            loader = GridLoader(catalogue, self.cfg, images=True, training=False, held_out_only=only)
+        for name, catalogue, only in (
+            (seen, self.train, True),
+            ("held_out_assets", self.val, False),
+        ):
+            loader = GridLoader(
+                catalogue, self.cfg, images=True, training=False, held_out_only=only
+            )
             overlaps = []
             for asset in assets_of(catalogue, self.cfg, World(), 1)[: self.cfg.samples]:
                 batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
                 assert batch.images is not None
-                cells = draw_cells(model, model.rectified_flow.condition(batch.images), asset, self.cfg)
+                cells = draw_cells(model, model.flow.condition(batch.images), asset, self.cfg)
                 overlaps.append(float(intersection_over_union(cells, batch.occupied)))
                 image = batch.images.pixels[0].permute(1, 2, 0).cpu().numpy()
-                rows.append([resized(image), cells_picture(cells[0]), cells_picture(batch.occupied[0])])
+                rows.append(
+                    [resized(image), cells_picture(cells[0]), cells_picture(batch.occupied[0])]
+                )
             if overlaps:
                 numbers[name] = {"iou": float(np.mean(overlaps)), "each": overlaps}
         (folder / "iou.json").write_text(json.dumps(numbers, indent=1) + "\n")
@@ -164,17 +191,23 @@ class FlowTask:
 
 def draw_cells(model: Structure, condition: Condition, seed: int, cfg: StructureTraining) -> Tensor:
     """bool [1, S, S, S] generated for one image."""
-    level = model.generate(condition, [seed], steps=cfg.flow.steps, guidance=Guidance(scale=cfg.flow.guidance))
+    level = model.generate(
+        condition, [seed], steps=cfg.flow.steps, guidance=Guidance(scale=cfg.flow.guidance)
+    )
     return occupancy_of(level.coords, level.resolution, 1)
 
 
-def assets_of(catalogue: Catalogue, cfg: StructureTraining, world: World, batch_size: int) -> list[int]:
+def assets_of(
+    catalogue: Catalogue, cfg: StructureTraining, world: World, batch_size: int
+) -> list[int]:
     """This rank's share of the assets with cells, at most val_batches x batch_size where there are several ranks."""
     assets = [int(n) for n in catalogue.tokens[cfg.resolution].nonzero()[0]]
     return assets[world.rank :: world.size][: max(cfg.val_batches * batch_size, cfg.samples)]
 
 
-def mean_over_ranks(found: list[dict[str, Tensor]], names: tuple[str, ...], world: World) -> dict[str, float]:
+def mean_over_ranks(
+    found: list[dict[str, Tensor]], names: tuple[str, ...], world: World
+) -> dict[str, float]:
     """The mean of every number over all ranks' assets; {} if there is none."""
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)
     for one in found:
@@ -200,7 +233,9 @@ def cube_surface(occupied: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDAr
             corners.append(square[:, turn])
     quads = np.concatenate(corners)
     first = 4 * np.arange(len(quads))[:, None]
-    faces = np.concatenate([first + np.array(corner) for corner in ((0, 1, 2), (0, 2, 3))]).astype(np.int32)
+    faces = np.concatenate([first + np.array(corner) for corner in ((0, 1, 2), (0, 2, 3))]).astype(
+        np.int32
+    )
     return quads.reshape(-1, 3) / len(occupied) - 0.5, faces
 
 

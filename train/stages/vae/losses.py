@@ -23,7 +23,9 @@ class LossWeights:
 
 @functools.cache  # a copy to the device in every step would wait for the forward
 def _of_terms(weights: LossWeights, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor([weights.inside, weights.outside, weights.sharp, weights.kl], dtype=dtype).to(device)
+    return torch.tensor(
+        [weights.inside, weights.outside, weights.sharp, weights.kl], dtype=dtype
+    ).to(device)
 
 
 def vae_losses(
@@ -43,16 +45,22 @@ def vae_losses(
     if values.shape != batch.values.shape:
         raise ValueError(f"values must be {list(batch.values.shape)}, got {list(values.shape)}")
     if mean.shape != logvar.shape or mean.ndim != 2 or len(mean) != len(values):
-        raise ValueError(f"mean, logvar must be [{len(values)}, C], got {list(mean.shape)}, {list(logvar.shape)}")
+        raise ValueError(
+            f"mean, logvar must be [{len(values)}, C], got {list(mean.shape)}, {list(logvar.shape)}"
+        )
     with torch.autocast(values.device.type, enabled=False):
         dtype = torch.promote_types(values.dtype, torch.float32)
         square = (values.to(dtype) - batch.values.to(dtype)).square()
         active, sharp = batch.active, batch.sharp
         asset_of = batch.cells.coords[:, 0].long()
         # Sums per asset as a product with indicators: deterministic, which index_add is not on a GPU.
-        of_asset_AM = (torch.arange(batch.batch_size, device=values.device)[:, None] == asset_of).to(dtype)
+        of_asset_AM = (
+            torch.arange(batch.batch_size, device=values.device)[:, None] == asset_of
+        ).to(dtype)
         wanted = {"in": active, "ext": ~active, "sharp": sharp}
-        total_A3 = of_asset_AM @ torch.stack([torch.where(mask, square, 0).sum(1) for mask in wanted.values()], 1)
+        total_A3 = of_asset_AM @ torch.stack(
+            [torch.where(mask, square, 0).sum(1) for mask in wanted.values()], 1
+        )
         count_A3 = of_asset_AM @ torch.stack([mask.sum(1).to(dtype) for mask in wanted.values()], 1)
         mean, logvar = mean.to(dtype), logvar.to(dtype)
         kl_M = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(1)

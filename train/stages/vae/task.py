@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from model.inference.extract_mesh import extract_meshes
 from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.marching_cubes import extract
-from train.engine.config import VAETraining
 from train.data.bricks import BrickLoader, Catalogue, TrainBatch
+from train.engine.config import VAETraining
 from train.engine.distributed import World
-from train.stages.vae.losses import vae_losses
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
+from train.stages.vae.losses import vae_losses
 
 
 class VAETask:
@@ -29,7 +29,9 @@ class VAETask:
 
     def losses(self, model: nn.Module, batch: TrainBatch) -> dict[str, Tensor]:
         values, posterior = model(batch.bricks, batch.noise)
-        return vae_losses(values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss, share=batch.share)
+        return vae_losses(
+            values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss, share=batch.share
+        )
 
     def flops(self, batch: TrainBatch) -> float:
         """Counted exactly for the first batch at each resolution, in proportion to cells after that."""
@@ -41,17 +43,25 @@ class VAETask:
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Losses of held-out assets as they are stored, the latents at their means; over all resolutions and ranks."""
         bricks, names, sums = self.cfg.bricks, ("loss", "in", "ext", "sharp", "kl", "iou"), []
-        loader = BrickLoader(self.val, seed=0, noise_channels=self.cfg.model.latent_channels, symmetries=False)
+        loader = BrickLoader(
+            self.val, seed=0, noise_channels=self.cfg.model.latent_channels, symmetries=False
+        )
         for resolution in bricks.resolutions:
             assets = [int(n) for n in self.val.tokens[resolution].nonzero()[0]]
-            mine = assets[self.world.rank :: self.world.size][: bricks.val_batches * bricks.batch_size]
+            mine = assets[self.world.rank :: self.world.size][
+                : bricks.val_batches * bricks.batch_size
+            ]
             for asset in mine:  # one by one: a large one beside others might not fit
                 batch = loader.load_assets([asset], resolution).to(self.world.device)
                 values, posterior = model(batch.bricks)
-                found = vae_losses(values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss)
+                found = vae_losses(
+                    values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss
+                )
                 overlap = inside_iou(values, batch.bricks.values)
                 sums.append(torch.stack([*(found[name].double() for name in names[:-1]), overlap]))
-        total = torch.stack(sums).sum(0) if sums else torch.zeros(len(names), device=self.world.device)
+        total = (
+            torch.stack(sums).sum(0) if sums else torch.zeros(len(names), device=self.world.device)
+        )
         total = self.world.sum(torch.cat([total, total.new_tensor([len(sums)])])).tolist()
         if not total[-1]:
             return {}
@@ -61,7 +71,9 @@ class VAETask:
         """Held-out assets at the finest resolution: reconstructions as meshes, and pictures beside the stored ones."""
         resolution = max(self.cfg.bricks.resolutions)
         assets = self.val.tokens[resolution].nonzero()[0][: self.cfg.bricks.reconstructions]
-        loader = BrickLoader(self.val, seed=0, noise_channels=self.cfg.model.latent_channels, symmetries=False)
+        loader = BrickLoader(
+            self.val, seed=0, noise_channels=self.cfg.model.latent_channels, symmetries=False
+        )
         rows = []
         for asset in assets:
             batch = loader.load_assets([int(asset)], resolution)

@@ -28,7 +28,9 @@ PROG = "python -m train.demo"
 class DemoConfig:
     """Build data, train every stage, generate, evaluate, report. The same command goes on with what is not done."""
 
-    size: Literal["auto", "cpu", "gpu"] = "auto"  # gpu: more data, larger models; auto: where there is one
+    size: Literal["auto", "cpu", "gpu"] = (
+        "auto"  # gpu: more data, larger models; auto: where there is one
+    )
     data: Path = Path("data/demo")
     out: Path = Path("runs/demo")
 
@@ -109,17 +111,42 @@ def plan(cfg: DemoConfig, size: Size) -> Plan:
         return step(f"train.{name}", "--preset", size.preset, *common, "--out", folder, *words)
 
     def judge(name: str, folder: str, *words: str) -> Step:
-        given = ("generation", "--checkpoint", export, *common, "--samples", "20000", *size.sampling)
+        given = (
+            "generation",
+            "--checkpoint",
+            export,
+            *common,
+            "--samples",
+            "20000",
+            *size.sampling,
+        )
         return step("train.evaluate", *given, "--out", out / folder, *words, name=name)
 
     to_latents = (
         train("vae", vae, *size.vae),
         step("train.encode", *common, *latents, "--resolutions", size.resolution),
-        train("dit", dit, *latents, *flow, "--samples", "0", *size.dit),  # slower on two threads than on one
+        train(
+            "dit", dit, *latents, *flow, "--samples", "0", *size.dit
+        ),  # slower on two threads than on one
     )
     to_cells = (train("structure", structure, *flow, "--samples", "4", *size.structure),)
-    collect = ("--vae", vae / "latest", "--structure", structure / "flow/latest", "--dit", dit / "latest")
-    reconstruct = ("--checkpoint", export / "vae", *common, "--resolutions", size.resolution, "--samples", "20000")
+    collect = (
+        "--vae",
+        vae / "latest",
+        "--structure",
+        structure / "flow/latest",
+        "--dit",
+        dit / "latest",
+    )
+    reconstruct = (
+        "--checkpoint",
+        export / "vae",
+        *common,
+        "--resolutions",
+        size.resolution,
+        "--samples",
+        "20000",
+    )
     phases = (
         ((step("pipeline.build", "--preset", "smoke", "--out", cfg.data, *size.build),),),
         ((step("pipeline.verify", cfg.data),),),
@@ -185,7 +212,9 @@ class _Runner:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         started = time.monotonic()
         with path.open("wb") as file:
-            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(
+                words, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
             self.running.add(process)
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
@@ -193,7 +222,9 @@ class _Runner:
         seconds = time.monotonic() - started
         if process.returncode:
             end = "\n".join(path.read_text(errors="replace").splitlines()[-8:])
-            raise RunError(f"{step.name} ended with exit code {process.returncode} ({path}):\n{end}")
+            raise RunError(
+                f"{step.name} ended with exit code {process.returncode} ({path}):\n{end}"
+            )
         log.info("%s done in %.0f s", step.name, seconds)
         return StepTaken(
             name=step.name,
@@ -215,7 +246,3 @@ def main(args: Sequence[str]) -> None:
     taken = run(chosen)
     page = write_page(cfg.out, cfg.data, taken, size=size, seconds=time.monotonic() - started)
     log.info("open %s", page)
-
-
-if __name__ == "__main__":
-    command(main)
