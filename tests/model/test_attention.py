@@ -16,7 +16,7 @@ from model.attention import CrossAttention, FullAttention, SpatialSparseAttentio
 from model.conditioning.image_encoder import Condition
 from model.kv_compression import CompressionV2, TokenLayout
 from model.sparse_tensor import Level
-from tests.numerics import assert_close_as, random_coords
+from tests.kernel_inputs import assert_close_as, random_coords
 
 torch.set_num_threads(1)
 C, HEADS, KV_HEADS, D = 128, 4, 2, 32

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import layers
-from tests.numerics import random_index
+from tests.kernel_inputs import random_index
 
 torch.set_num_threads(1)
 

@@ -29,7 +29,7 @@ from model.structure import (
     level_of,
     rows_to_grid,
 )
-from tests.model.test_occupancy import shells
+from tests.model.test_occupancy_vae import shells
 
 OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
 DIT = DiTConfig(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.train.builds import add_renders, make_build
-from tests.train.flows import VIEWS, encode_with, make_vae
+from tests.train.analytic_builds import add_renders, make_build
+from tests.train.ss_dit_fixtures import VIEWS, encode_with, make_vae
 
 torch.set_num_threads(1)
 

@@ -16,9 +16,9 @@ from model.rectified_flow import Guidance
 from model.sparse_tensor import BrickBatch
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import compare_surfaces
-from tests.train.builds import add_renders, ellipsoid, make_build, tiny_training
-from tests.train.flows import MODEL, VIEWS, config, encode_with, loader_of, metrics, weights
-from tests.train.test_distributed import ENVIRONMENT, ROOT, torchrun
+from tests.train.analytic_builds import add_renders, ellipsoid, make_build, tiny_training
+from tests.train.ss_dit_fixtures import MODEL, VIEWS, config, encode_with, loader_of, metrics, weights
+from tests.train.engine.test_distributed import ENVIRONMENT, ROOT, torchrun
 from train.data.bricks import BrickReader, read_catalogue
 from train.dit import main, read_latents, train
 from train.encode import main as encode_main
@@ -101,7 +101,7 @@ def test_a_killed_rank_is_started_again_and_goes_on_from_the_last_checkpoint(ren
         }  # fmt: skip
         words = [word for pair in options.items() for word in pair]
         process = torchrun(
-            "--max-restarts", 1, "-m", "tests.train.mortal", tmp_path / f"{name}-flag", step, *words
+            "--max-restarts", 1, "-m", "tests.train.killed_rank_run", tmp_path / f"{name}-flag", step, *words
         )
         outputs[name] = process.communicate(timeout=300)[0]
         assert process.returncode == 0, outputs[name]

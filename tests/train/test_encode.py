@@ -15,7 +15,7 @@ from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.schema import RunError, UserError
 from pipeline.storage.sdf_shard import SdfShard
-from tests.train.builds import TINY, make_build
+from tests.train.analytic_builds import TINY, make_build
 from train.data.latents import LatentBatch, LatentShard, LatentStore, hash_of
 from train.encode import Encoder, Encoding, encode, main
 from train.engine.distributed import World

@@ -17,7 +17,7 @@ from model.sparse_dit import DiTConfig
 from model.structure import Structure, StructureConfig
 from pipeline.core.schema import UserError
 from pipeline.storage.sdf_shard import SdfShard
-from tests.train.builds import add_renders, color_of, make_build
+from tests.train.analytic_builds import add_renders, color_of, make_build
 from train.data.bricks import read_catalogue
 from train.data.symmetry import SYMMETRIES
 from train.engine import checkpoint

@@ -17,7 +17,7 @@ from model.checkpoint import load_model
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.schema import UserError
-from tests.train.builds import tiny_training
+from tests.train.analytic_builds import tiny_training
 from train import vae
 from train.command import configure
 from train.data.bricks import BrickReader, read_catalogue
@@ -36,7 +36,7 @@ ENVIRONMENT = {
 CUT = """
 import sys, torch
 from pathlib import Path
-from tests.train.builds import tiny_training
+from tests.train.analytic_builds import tiny_training
 from train import vae
 from train.command import command
 from train.engine.distributed import World

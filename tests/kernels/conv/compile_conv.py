@@ -1,0 +1,59 @@
+"""Compiles the kernels of convolution, pooling and GroupNorm for an architecture, without a GPU; prints JSON.
+
+`python -m tests.kernels.conv.compile_conv 80 bfloat16 64 32 6` (architecture, dtype, C, O, how many of the tile sizes),
+without the interpreter: forward and gradients on full blocks, with and without duplication.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import triton
+
+from kernels.conv import gather_gemm, sparse_conv_backward
+from kernels.conv.gather_gemm import plain
+from tests.kernels.attention.compile_ahead import compile_launch
+
+
+def compile_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> list[dict]:
+    """Every launch of forward and backward, each once."""
+    found: dict[str, dict] = {}
+
+    def record(fn, *args, grid, warmup, **kwargs):
+        key = f"{fn.__name__} {[value for value in args if isinstance(value, int)]} {kwargs}"
+        if key not in found:
+            found[key] = compile_launch(fn, args, kwargs, arch)
+
+    def try_all(key, candidates, launch, like, kernels):
+        for candidate in candidates[1:sizes]:
+            launch(candidate)
+        return candidates[0]
+
+    triton.JITFunction.run = record
+    gather_gemm.group_products = lambda device: arch >= 90
+    gather_gemm.choose = sparse_conv_backward.choose = try_all
+    M, size, ops = 16, 4, torch.ops.sparse3d
+    table = torch.zeros(M, 27, dtype=torch.int32)
+    weight, bias = torch.zeros(27, C, O), torch.zeros(O, dtype=dtype)
+    gather_gemm.gather_gemm(torch.zeros(M, C, dtype=dtype), weight.to(dtype), None, table, plain(1))
+    for upsample in (False, True):
+        rows = M * size**3
+        x = torch.zeros(rows // 8 if upsample else rows, C, dtype=dtype)
+        dy = torch.zeros(rows, O, dtype=dtype)
+        ops.sparse_conv(x, weight, bias, table, size, upsample, False)
+        ops.sparse_conv_backward(dy, x, weight, table, size, upsample, False, [True, True, True])
+    starts, one = torch.tensor([0, len(x)]).int(), torch.ones(C)
+    _, mean, rstd = ops.group_norm(x, starts, 1, one, one, 1e-5, True)
+    ops.group_norm_backward(x, x, starts, one, one, mean, rstd, True)
+    children = torch.zeros(M, 8, dtype=torch.int32)
+    ops.pool_children_backward(ops.pool_children(x, children, False), children, len(x), False)
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    numbers = [int(value) for value in sys.argv[3:]]
+    sys.stdout.write(
+        json.dumps(compile_all(int(sys.argv[1]), getattr(torch, sys.argv[2]), *numbers)) + "\n"
+    )

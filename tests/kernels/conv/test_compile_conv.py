@@ -1,0 +1,44 @@
+"""Every launch of convolution, pooling and GroupNorm compiles for A100 and Hopper, within memory and without spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED_LIMIT = {80: 82 * 1024, 90: 114 * 1024}  # two programs on a multiprocessor
+
+
+def compiled(*arguments: int | str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.conv.compile_conv", *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("dtype", "C", "O", "sizes"),
+    [
+        ("bfloat16", 64, 32, 1),
+        pytest.param("bfloat16", 64, 32, 6, marks=pytest.mark.slow),
+        pytest.param("float16", 32, 32, 6, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 512, 512, 6, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 1, 33, 6, marks=pytest.mark.slow),
+        pytest.param("float32", 130, 65, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_every_launch_compiles(arch, dtype, C, O, sizes):
+    launches = compiled(arch, dtype, C, O, sizes)
+    assert {launch["name"] for launch in launches} - {"_weight_grad", "_weight_grad_by_tap"} == {
+        "_gather_gemm", "_pool_fwd", "_pool_bwd", "_parts", "_statistics", "_apply", "_grad_parts", "_add_parts",
+        "_grad_apply",
+    }  # fmt: skip
+    assert any(launch["name"].startswith("_weight_grad") for launch in launches)
+    for launch in launches:
+        assert launch["shared"] <= SHARED_LIMIT[arch], launch
+        assert launch["spilled"] == 0, launch

@@ -1,0 +1,116 @@
+"""The marching-cubes tables on every case, and the closed mesh against the field it comes from."""
+
+import numpy as np
+import pytest
+import trimesh
+
+from pipeline.core.primitives import marching_cubes as isosurface
+from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.schema import Bricks, Reject, band, spacing
+from pipeline.geometry.sdf import compute_bricks
+from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.geometry.watertight import watertight
+from tests.pipeline import known_shapes as geo
+
+
+def bricks_from(dense):
+    """Bricks holding every block of a dense [R, R, R] field."""
+    size = len(dense) // 8
+    blocks = np.argwhere(np.ones((size,) * 3, bool)).astype(np.int16)
+    values = dense.reshape(size, 8, size, 8, size, 8).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 512)
+    sharp = np.zeros((len(blocks), 64), np.uint8)
+    return Bricks(
+        resolution=len(dense), blocks=blocks, values=values.astype(np.float32), sharp=sharp
+    )
+
+
+def directed_edges(faces):
+    return np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+
+
+def assert_closed_and_oriented(faces):
+    """Every directed edge occurs once and so does its reverse: a closed, consistently wound 2-manifold edge by edge."""
+    edges = directed_edges(faces)
+    keys = edges[:, 0].astype(np.int64) << 32 | edges[:, 1]
+    reverse = edges[:, 1].astype(np.int64) << 32 | edges[:, 0]
+    assert len(np.unique(keys)) == len(keys)
+    np.testing.assert_array_equal(np.sort(keys), np.sort(reverse))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_fields_give_closed_manifolds(seed):
+    """White noise meets all 256 cases and every ambiguous face; the padding outside closes the surface."""
+    field = np.ones((32, 32, 32))
+    field[2:-2, 2:-2, 2:-2] = np.random.default_rng(seed).uniform(-1, 1, (28, 28, 28))
+    vertices, faces = extract(bricks_from(field))
+    assert_closed_and_oriented(faces)
+    assert trimesh.Trimesh(vertices, faces, process=False).volume > 0  # wound outwards
+
+
+def test_every_case_separates_inside_from_outside():
+    for case in range(256):
+        rows = isosurface._TABLE[case, : isosurface._TRIANGLES[case]]
+        crossed = {
+            e for e, (a, b) in enumerate(isosurface._EDGES) if (case >> a & 1) != (case >> b & 1)
+        }
+        assert set(rows.reshape(-1).tolist()) == crossed
+
+
+def test_vertices_interpolate_on_grid_edges():
+    """A tilted plane is linear, so its surface must lie in the plane to rounding."""
+    i, j, k = np.indices((16, 16, 16))
+    vertices, faces = extract(bricks_from(0.3 * i - 0.2 * j + 0.5 * k - 3.31))
+    index = (vertices + 0.5) / spacing(16)
+    assert np.abs(index @ [0.3, -0.2, 0.5] - 3.31).max() < 1e-5
+    normals = np.cross(
+        vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]]
+    )
+    assert (normals @ [0.3, -0.2, 0.5] > -1e-12).all()  # towards growing values
+
+
+def test_cells_with_an_unknown_corner_are_left_out():
+    """Two blocks side by side and a plane through both: the surface ends where knowledge does, and is not bent."""
+    i, j, k = np.indices((24, 16, 16))
+    dense = np.full((24, 24, 24), 9.0)
+    dense[:, :16, :16] = j - 7.5 + 0 * i + 0 * k
+    whole = bricks_from(dense)
+    keep = (whole.blocks[:, 2] == 0) & (whole.blocks[:, 1] < 2) & (whole.blocks[:, 0] < 2)
+    part = Bricks(
+        resolution=24, blocks=whole.blocks[keep], values=whole.values[keep], sharp=whole.sharp[keep]
+    )
+    vertices, faces = extract(part)
+    index = (vertices + 0.5) / spacing(24)
+    np.testing.assert_allclose(index[:, 1], 7.5)
+    assert index.max(axis=0) == pytest.approx([15, 7.5, 7])
+    assert len(faces) == 2 * 15 * 7
+
+
+@pytest.mark.parametrize("resolution", [64, 256])
+def test_the_watertight_mesh_is_closed_and_on_the_zero_level(resolution):
+    solid = geo.torus()
+    bricks = compute_bricks(build_topology(solid.mesh, TopologyConfig(resolution=128)), resolution)
+    mesh = watertight(bricks)
+    assert_closed_and_oriented(mesh.faces)
+    dense = np.full((resolution,) * 3, np.nan)
+    for (x, y, z), values in zip(bricks.blocks.astype(int) * 8, bricks.values):
+        dense[x : x + 8, y : y + 8, z : z + 8] = values.reshape(8, 8, 8)
+    index = (mesh.vertices + 0.5) / spacing(resolution)
+    low = np.clip(np.floor(index).astype(int), 0, resolution - 2)
+    t = index - low
+    value = np.zeros(len(index))
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.prod(np.where(corner, t, 1 - t), axis=1)
+        value += np.where(weight > 1e-6, weight * np.nan_to_num(dense[tuple((low + corner).T)]), 0)
+    assert np.abs(value).max() * band(resolution) / spacing(resolution) < 0.05
+    volume = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).volume
+    exact = trimesh.Trimesh(solid.mesh.vertices, solid.mesh.faces, process=False).volume
+    assert volume == pytest.approx(exact, rel=0.02)
+
+
+def test_no_surface_is_rejected():
+    empty = Bricks(
+        resolution=64, blocks=np.zeros((0, 3), np.int16), values=np.zeros((0, 512), np.float16),
+        sharp=np.zeros((0, 64), np.uint8),
+    )  # fmt: skip
+    with pytest.raises(Reject, match="no_surface"):
+        watertight(empty)

@@ -1,0 +1,484 @@
+"""Loading, on files written here byte by byte: sound ones come out exactly, broken ones with the right reason."""
+
+import hashlib
+import json
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.core.schema import Material, Reject
+from pipeline.mesh_io.load import LoadConfig, absolute_indices, load, load_with_report
+from pipeline.sources.procedural import make_shape
+from pipeline.sources.shapes import to_glb
+from tests.pipeline.mesh_files import (
+    FACES,
+    OBJ,
+    OFF,
+    PLY,
+    SOUND,
+    TETRA,
+    dae,
+    glb,
+    gltf,
+    png,
+    same_triangles,
+    stl,
+    threemf,
+    write,
+    zipped,
+)
+
+CFG = LoadConfig()
+
+
+def reject(path: Path, cfg: LoadConfig = CFG) -> Reject:
+    with pytest.raises(Reject) as caught:
+        load(path, cfg)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_every_format_gives_the_same_tetrahedron(tmp_path, name):
+    mesh, report = load_with_report(write(tmp_path / f"a.{name}", SOUND[name]), CFG)
+    same_triangles(mesh)
+    assert mesh.vertices.dtype == np.float64
+    assert mesh.faces.dtype == np.int32
+    assert report.warnings == ()
+    assert [part.faces for part in mesh.parts] == [slice(0, 4)]
+    assert (mesh.center, mesh.scale) == ((0.0, 0.0, 0.0), 1.0)
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_upper_case_extensions_are_the_same_formats(tmp_path, name):
+    same_triangles(load(write(tmp_path / f"A.{name.upper()}", SOUND[name]), CFG))
+
+
+def test_up_z_is_turned_to_y_with_normals(tmp_path):
+    mesh = load(write(tmp_path / "a.stl", stl()), CFG, up="z")
+    same_triangles(mesh, TETRA[:, [0, 2, 1]] * [1, 1, -1])
+    path = write(tmp_path / "a.glb", to_glb(make_shape("0-gem")))
+    plain, turned = load(path, CFG), load(path, CFG, up="z")
+    (part,) = turned.parts
+    np.testing.assert_allclose(
+        part.normals, plain.parts[0].normals[:, [0, 2, 1]] * [1, 1, -1], atol=1e-7
+    )
+    with pytest.raises(ValueError, match='up must be "y" or "z"'):
+        load(path, CFG, up="x")
+
+
+def test_node_transforms_are_baked_and_mirrors_keep_faces_outward(tmp_path):
+    nodes = [
+        {"children": [1, 2], "translation": [10, 0, 0]},
+        {"mesh": 0, "scale": [2, 1, 1]},
+        {"mesh": 0, "scale": [-1, 1, 1]},
+    ]
+    mesh = load(write(tmp_path / "a.glb", glb(*gltf(nodes=nodes))), CFG)
+    assert len(mesh.faces) == 8
+    assert len(mesh.parts) == 1  # one look, one part
+    corners = mesh.vertices[mesh.faces]
+    volumes = (
+        np.einsum("fi,fi->f", corners[:, 0] - [10, 0, 0], np.cross(corners[:, 1], corners[:, 2]))
+        / 6
+    )
+    assert volumes.sum() == pytest.approx(3.0)  # 2 + 1: a mirrored solid has a positive volume too
+    np.testing.assert_allclose(mesh.vertices.min(axis=0), [9, 0, 0])
+    np.testing.assert_allclose(mesh.vertices.max(axis=0), [12, 2, 3])
+
+
+def test_normals_follow_an_uneven_scale(tmp_path):
+    data = to_glb(make_shape("0-gem"))
+    (size,) = struct.unpack_from("<I", data, 12)
+    document = json.loads(data[20 : 20 + size])
+    document["nodes"] = [{"mesh": 0, "scale": [3, -1, 0.5]}]
+    mesh = load(write(tmp_path / "a.glb", glb(document, data[28 + size :])), CFG)
+    corners = mesh.vertices[mesh.faces]
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    assert (normals[:, None] * mesh.parts[0].normals[mesh.faces]).sum(axis=2).min() > 0.999
+
+
+def test_materials_textures_and_coordinates(tmp_path):
+    look = {
+        "pbrMetallicRoughness": {
+            "baseColorFactor": [0.5, 1, 1, 0.25],
+            "metallicFactor": 0.2,
+            "roughnessFactor": 0.6,
+        },
+        "alphaMode": "MASK",
+        "alphaCutoff": 0.3,
+    }
+    image = png((10, 200, 30, 128))
+    mesh, report = load_with_report(
+        write(tmp_path / "a.glb", glb(*gltf(material=look, image=image))), CFG
+    )
+    (part,) = mesh.parts
+    material = part.material
+    assert material.texture.shape == (4, 4, 4)
+    assert (material.texture == [10, 200, 30, 128]).all()
+    np.testing.assert_allclose(material.base_color, [0.5, 1, 1, 0.25], atol=1 / 255)
+    assert (material.metallic, material.roughness) == (0.2, 0.6)
+    assert (material.alpha_mode, material.alpha_cutoff, material.double_sided) == (
+        "MASK",
+        0.3,
+        False,
+    )
+    expected = {
+        (0, 0, 0): (0, 1),
+        (1, 0, 0): (1, 1),
+        (0, 2, 0): (0, 0),
+        (0, 0, 3): (1, 0),
+    }  # v = 0 at the bottom
+    assert {tuple(p): tuple(uv) for p, uv in zip(mesh.vertices, part.uv, strict=True)} == expected
+    assert report.warnings == ()
+
+
+def test_a_file_without_any_look_has_the_default_one(tmp_path):
+    (part,) = load(write(tmp_path / "a.stl", stl()), CFG).parts
+    assert part.material == Material()
+    assert (part.uv, part.colors, part.normals) == (None, None, None)
+
+
+def test_vertex_colours_of_gltf_are_light_and_become_srgb(tmp_path):
+    colors = np.array([[0, 0, 0, 1], [1, 1, 1, 1], [0.2158605, 0.0, 0.0, 1], [0.5, 0.5, 0.5, 0.5]])
+    for material in (None, {}):
+        document, data = gltf(colors=colors, material=material)
+        if material is not None:
+            document["meshes"][0]["primitives"][0]["material"] = 0
+        mesh = load(write(tmp_path / "a.glb", glb(document, data)), CFG)
+        by_place = {
+            tuple(p): tuple(c)
+            for p, c in zip(mesh.vertices, mesh.parts[0].colors.tolist(), strict=True)
+        }
+        assert by_place[1, 0, 0] == (255, 255, 255, 255)
+        np.testing.assert_allclose(by_place[0, 2, 0], [128, 0, 0, 255], atol=2)
+        np.testing.assert_allclose(by_place[0, 0, 3], [188, 188, 188, 128], atol=2)
+
+
+def test_vertex_colours_of_ply_are_what_is_shown(tmp_path):
+    text = PLY.replace(
+        "property float z\n",
+        "property float z\n" + "".join(f"property uchar {c}\n" for c in ("red", "green", "blue")),
+    )
+    lines = text.split("\n")
+    start = lines.index("end_header") + 1
+    for k in range(4):
+        lines[start + k] += f" {10 * k} 128 255"
+    mesh = load(write(tmp_path / "a.ply", "\n".join(lines)), CFG)
+    by_place = {
+        tuple(p): tuple(c)
+        for p, c in zip(mesh.vertices, mesh.parts[0].colors.tolist(), strict=True)
+    }
+    assert by_place[0, 0, 3] == (30, 128, 255, 255)
+
+
+def test_face_colours_split_the_corners(tmp_path):
+    text = PLY.replace(
+        "vertex_indices\n",
+        "vertex_indices\nproperty uchar red\nproperty uchar green\nproperty uchar blue\n",
+    )
+    lines = text.rstrip("\n").split("\n")
+    for k in range(4):
+        lines[k - 4] += f" {60 * k} 0 9"
+    mesh = load(write(tmp_path / "a.ply", "\n".join(lines) + "\n"), CFG)
+    same_triangles(mesh)
+    (part,) = mesh.parts
+    colors = part.colors[mesh.faces]
+    assert (colors[..., 0] == 60 * np.arange(4)[:, None]).all()
+
+
+def test_obj_with_its_material_and_texture_beside_it(tmp_path):
+    (tmp_path / "textures").mkdir()
+    write(tmp_path / "textures" / "skin one.png", png((1, 2, 3, 255)))
+    write(
+        tmp_path / "a.mtl",
+        "newmtl skin\nKd 1 1 1\nmap_Kd textures\\skin one.png\nnewmtl red\nKd 1 0 0\n",
+    )
+    lines = ["mtllib a.mtl", *OBJ.split("\n")[:4], "vt 0 0", "vt 1 0", "vt 0 1"]
+    lines += ["usemtl skin", "f 1/1 3/2 2/3", "f 1/1 2/2 4/3", "usemtl red", "f 1 4 3", "f 2 3 4"]
+    mesh, report = load_with_report(write(tmp_path / "a.obj", "\n".join(lines)), CFG)
+    assert report.warnings == ()
+    assert len(mesh.faces) == 4
+    skin, red = sorted(mesh.parts, key=lambda part: part.material.texture is None)
+    assert (skin.material.texture[..., :3] == [1, 2, 3]).all()
+    assert skin.uv.shape == (skin.vertices.stop - skin.vertices.start, 2)
+    assert red.material.base_color == (1.0, 0.0, 0.0, 1.0)
+    covered = np.concatenate([np.arange(4)[part.faces] for part in mesh.parts])
+    assert sorted(covered) == [0, 1, 2, 3]
+    for part in mesh.parts:
+        run = mesh.faces[part.faces]
+        assert run.min() >= part.vertices.start
+        assert run.max() < part.vertices.stop
+
+
+def test_a_missing_texture_is_a_warning(tmp_path):
+    write(tmp_path / "a.mtl", "newmtl skin\nmap_Kd gone.png\n")
+    path = write(tmp_path / "a.obj", "mtllib a.mtl\nusemtl skin\n" + OBJ)
+    mesh, report = load_with_report(path, CFG)
+    same_triangles(mesh)
+    assert mesh.parts[0].material.texture is None
+    assert any("gone.png" in line for line in report.warnings)
+
+
+def test_a_broken_texture_is_a_warning(tmp_path):
+    broken = png(size=(64, 64))[:60]
+    mesh, report = load_with_report(write(tmp_path / "a.glb", glb(*gltf(image=broken))), CFG)
+    same_triangles(mesh)
+    assert mesh.parts[0].material.texture is None
+    assert report.warnings
+
+
+def test_a_huge_texture_is_made_smaller(tmp_path):
+    path = write(tmp_path / "a.glb", glb(*gltf(image=png(size=(64, 16)))))
+    mesh = load(path, replace(CFG, max_texture_side=32))
+    assert mesh.parts[0].material.texture.shape == (8, 32, 4)
+
+
+@pytest.mark.parametrize("kind", ["gltf", "glb"])
+@pytest.mark.parametrize("uri", ["a%20b.bin", "x\\a b.bin", "../a%20b.bin"])
+def test_buffers_beside_a_file_count_under_every_name_that_finds_them(tmp_path, kind, uri):
+    corners = np.random.default_rng(0).random((1000, 3))  # more bytes than the document
+    faces = np.arange(999).reshape(-1, 3)
+    document, data = gltf(vertices=corners, faces=faces)
+    document["buffers"][0]["uri"] = uri
+    write(tmp_path / "a b.bin", data)
+    file = write(
+        tmp_path / f"a.{kind}", json.dumps(document) if kind == "gltf" else glb(document, b"")
+    )
+    same_triangles(load(file, CFG), corners, faces)
+
+
+def test_gltf_with_its_buffer_beside_it_and_never_above(tmp_path):
+    document, data = gltf()
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "a b.bin", data)
+    write(tmp_path / "secret.bin", data)
+    document["buffers"][0]["uri"] = "a%20b.bin"
+    same_triangles(load(write(tmp_path / "sub" / "a.gltf", json.dumps(document)), CFG))
+    document["buffers"][0]["uri"] = "../secret.bin"
+    assert reject(write(tmp_path / "sub" / "b.gltf", json.dumps(document))).reason == "unreadable"
+
+
+def test_vertices_without_faces_and_collapsed_faces_are_dropped(tmp_path):
+    vertices = np.concatenate([[[9, 9, 9]], TETRA, [[np.nan] * 3]])
+    faces = np.concatenate([FACES + 1, [[1, 1, 2]]])
+    mesh = load(write(tmp_path / "a.glb", glb(*gltf(vertices=vertices, faces=faces))), CFG)
+    same_triangles(mesh)
+    assert len(mesh.vertices) == 4
+
+
+def test_quads_and_polygons_become_triangles(tmp_path):
+    text = "v 0 0 0\nv 2 0 0\nv 2 2 0\nv 0 2 0\nv 1 1 3\nf 4 3 2 1\nf 1 2 5\nf 2 3 5\nf 3 4 5\nf 4 1 5\n"
+    mesh = load(write(tmp_path / "a.obj", text), CFG)
+    corners = mesh.vertices[mesh.faces]
+    assert len(mesh.faces) == 6
+    assert np.einsum(
+        "fi,fi->", corners[:, 0], np.cross(corners[:, 1], corners[:, 2])
+    ) / 6 == pytest.approx(4.0)
+
+
+def test_negative_obj_indices_count_from_their_own_line(tmp_path):
+    first, second = OBJ.split("\n")[:4], ["v 5 0 0", "v 6 0 0", "v 5 1 0", "v 5 0 1"]
+    faces = [" ".join(str(int(i) - 4) for i in face) for face in FACES]
+    text = "\n".join(
+        [*first, *(f"f {face}" for face in faces), *second, *(f"f {face}" for face in faces)]
+    )
+    mesh = load(write(tmp_path / "a.obj", text), CFG)
+    same_triangles(replace(mesh, faces=mesh.faces[:4]))
+    np.testing.assert_allclose(mesh.vertices.max(axis=0), [6, 2, 3])
+
+
+def test_absolute_indices_leaves_other_files_alone():
+    plain = b"v 0 0 -1\nvt -1 0\nf 1/1 2/2 3/3\r\nf 1 2 3"
+    assert absolute_indices(plain) is plain
+    text = b"v 0 0 0\nvn 0 0 1\nv 1 0 0\nv 0 1 0\nf -3//-1 2//1 -1//-1\n"
+    assert absolute_indices(text) == b"v 0 0 0\nvn 0 0 1\nv 1 0 0\nv 0 1 0\nf 1//1 2//1 3//1\n"
+
+
+def bomb(count: int, **fields) -> bytes:
+    document, data = gltf()
+    document["accessors"][0] |= {"count": count} | fields
+    return glb(document, data)
+
+
+def instances(count: int) -> bytes:
+    nodes = [{"children": list(range(1, count + 1))}, *({"mesh": 0} for _ in range(count))]
+    return glb(*gltf(nodes=nodes))
+
+
+def overlapping_views() -> bytes:
+    document, data = gltf()
+    data += b"\0" * 1_000_000
+    document["buffers"][0]["byteLength"] = len(data)
+    document["bufferViews"] += [{"buffer": 0, "byteLength": len(data)}] * 1000
+    return glb(document, data)
+
+
+def nan_vertex() -> bytes:
+    vertices = TETRA.copy()
+    vertices[3, 1] = np.nan
+    return glb(*gltf(vertices=vertices))
+
+
+def draco() -> bytes:
+    return glb(*gltf(extra={"extensionsRequired": ["KHR_draco_mesh_compression"]}))
+
+
+def archive_bomb() -> bytes:
+    return zipped({"3D/3dmodel.model": b"\0" * 5_000_000})
+
+
+BROKEN = {
+    "empty file.glb": (b"", "empty_file"),
+    "pointer.glb": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+        "lfs_pointer",
+    ),
+    "pointer.stl": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+        "lfs_pointer",
+    ),
+    "page.glb": (b"<!DOCTYPE html><html>not found</html>", "wrong_magic"),
+    "page.obj": (b"\n<html><body>404</body></html>", "wrong_magic"),
+    "page.dae": (b"<HTML></HTML>", "wrong_magic"),
+    "image.ply": (png(), "wrong_magic"),
+    "text.3mf": (b"hello", "wrong_magic"),
+    "text.off": (b"hello", "wrong_magic"),
+    "text.gltf": (b"glTF", "wrong_magic"),
+    "cut.glb": (SOUND["glb"][:-40], "unreadable"),
+    "cut header.glb": (SOUND["glb"][:10], "unreadable"),
+    "cut.gltf": (SOUND["gltf"][:-30], "unreadable"),
+    "cut.ply": (PLY[: PLY.index("end_header") + 30], "unreadable"),
+    "cut header.ply": (PLY[:60], "unreadable"),
+    "cut.stl": (stl()[:-20], "unreadable"),
+    "cut header.stl": (stl()[:50], "unreadable"),
+    "cut.off": (OFF[:40], "unreadable"),
+    "cut.3mf": (threemf()[:-50], "unreadable"),
+    "cut.dae": (dae()[:700], "unreadable"),
+    "no dae.zae": (zipped({"readme.txt": b"hello"}), "unreadable"),
+    "version 1.glb": (b"glTF\1\0\0\0" + SOUND["glb"][8:], "unreadable"),
+    "no scene.obj": (b"# nothing here\n", "empty_scene"),
+    "no scene.glb": (
+        glb({"asset": {"version": "2.0"}, "scenes": [{}], "nodes": []}, b""),
+        "empty_scene",
+    ),
+    "no triangles.stl": (stl(np.zeros((0, 3, 3))), "empty_scene"),
+    "points.ply": (PLY.replace("face 4", "face 0").rsplit("\n", 5)[0] + "\n", "points_only"),
+    "points.obj": (OBJ.split("\nf")[0], "points_only"),
+    "nan.glb": (nan_vertex(), "non_finite_vertices"),
+    "infinite.obj": (OBJ.replace("v 1.0", "v inf"), "non_finite_vertices"),
+    "far index.glb": (glb(*gltf(faces=FACES + 1)), "index_out_of_range"),
+    "far index.obj": (OBJ + "\nf 1 2 9", "index_out_of_range"),
+    "far index.off": (OFF[:-1] + "7", "index_out_of_range"),
+    "far index.ply": (PLY[:-2] + "7\n", "index_out_of_range"),
+    "bomb.glb": (bomb(400_000_000), "allocation_bomb"),
+    "bomb without view.glb": (bomb(400_000_000, bufferView=0, byteOffset=0), "allocation_bomb"),
+    "views.glb": (overlapping_views(), "allocation_bomb"),
+    "bomb.ply": (PLY.replace("vertex 4", "vertex 400000000"), "allocation_bomb"),
+    "bomb.stl": (stl(count=400_000_000), "allocation_bomb"),
+    "bomb.off": (OFF.replace("4 4 0", "400000000 4 0"), "allocation_bomb"),
+    "slightly too many.stl": (stl(count=5), "unreadable"),
+    "negative.off": (OFF.replace("4 4 0", "-4 4 0"), "unreadable"),
+    "collapsed.obj": (b"v 0 0 0\nv 1 0 0\nf 1 1 2\nf 1 2 2\n", "degenerate"),
+    "draco.glb": (draco(), "unsupported_extension"),
+    "instances.glb": (instances(25_000), "too_many_faces"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_rejected_with_its_reason(tmp_path, name):
+    data, reason = BROKEN[name]
+    found = reject(write(tmp_path / name, data))
+    assert found.reason == reason
+    json.dumps(found.numbers)  # it goes into the manifest
+    assert str(tmp_path) not in str(found)  # and must not differ from machine to machine
+
+
+def test_a_file_that_is_not_there_or_a_directory_is_unreadable(tmp_path):
+    (tmp_path / "folder.glb").mkdir()
+    for name in ("gone.glb", "folder.glb"):
+        found = reject(tmp_path / name)
+        assert found.reason == "unreadable"
+        assert str(tmp_path) not in str(found)
+
+
+@pytest.mark.parametrize(
+    "trailer", [b"\0", b"\n", b"made with care", b"\xff" * 50], ids=lambda value: len(value)
+)
+def test_what_follows_the_last_triangle_of_an_stl_does_not_count(tmp_path, trailer):
+    mesh, report = load_with_report(write(tmp_path / "a.stl", stl() + trailer), CFG)
+    same_triangles(mesh)
+    assert report.warnings == ()
+
+
+def test_a_bomb_without_a_view_behind_it(tmp_path):
+    document, data = gltf()
+    del document["accessors"][0]["bufferView"]
+    document["accessors"][0]["count"] = 400_000_000
+    assert reject(write(tmp_path / "a.glb", glb(document, data))).reason == "allocation_bomb"
+
+
+def test_an_archive_that_unpacks_to_too_much(tmp_path):
+    cfg = replace(CFG, max_unpacked_bytes=4_000_000)
+    assert reject(write(tmp_path / "a.3mf", archive_bomb()), cfg).reason == "allocation_bomb"
+
+
+def test_too_many_faces_with_and_without_instances(tmp_path):
+    for name, data in (
+        ("a.stl", stl()),
+        ("a.ply", PLY),
+        ("a.off", OFF),
+        ("a.obj", OBJ),
+        ("a.glb", glb(*gltf())),
+    ):
+        found = reject(write(tmp_path / name, data), replace(CFG, max_faces=3))
+        assert (found.reason, found.numbers["faces"]) == ("too_many_faces", 4)
+    found = reject(write(tmp_path / "b.glb", instances(10)), replace(CFG, max_faces=39))
+    assert (found.reason, found.numbers["faces"]) == ("too_many_faces", 40)
+    assert len(load(tmp_path / "b.glb", replace(CFG, max_faces=40)).faces) == 40
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(SOUND)), st.data())
+def test_damaged_bytes_end_in_a_verdict(tmp_path_factory, name, data):
+    """Any one cut or byte changed: a finite mesh with sound indices, or a Reject; no other exception."""
+    whole = SOUND[name].encode() if isinstance(SOUND[name], str) else SOUND[name]
+    place = data.draw(st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+        damaged = whole[:place]
+    else:
+        damaged = whole[:place] + bytes([data.draw(st.integers(0, 255))]) + whole[place + 1 :]
+    path = write(tmp_path_factory.getbasetemp() / f"damaged.{name}", damaged)
+    try:
+        mesh = load(path, CFG)
+    except Reject:
+        return
+    assert np.isfinite(mesh.vertices).all()
+    assert 0 <= mesh.faces.min() <= mesh.faces.max() < len(mesh.vertices)
+
+
+def test_the_order_of_parts_does_not_depend_on_the_process(tmp_path):
+    """Hash seeds and generated names differ from process to process; what is loaded must not."""
+    path = write(tmp_path / "house.glb", to_glb(make_shape("0014-house")))
+    code = "import sys; from tests.pipeline.mesh_io.test_load import digest; print(digest(sys.argv[1]))"
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        env={"PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert other.stdout.strip() == digest(str(path))
+
+
+def digest(path: str) -> str:
+    mesh = load(Path(path), CFG)
+    return hashlib.sha256(
+        mesh.vertices.tobytes() + mesh.faces.tobytes() + repr(mesh.parts).encode()
+    ).hexdigest()

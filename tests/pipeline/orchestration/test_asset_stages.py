@@ -1,0 +1,180 @@
+"""One asset through all its stages, without Ray or isolation."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pipeline.config import BuildConfig
+from pipeline.core.schema import make_uid
+from pipeline.orchestration.asset_stages import AssetJob, Notes, load_bricks, process, save_bricks
+from pipeline.sources.folder import FolderSource
+from pipeline.sources.procedural import ProceduralSource
+from tests.pipeline.builds import ROOT
+from tests.pipeline.crashing_source import box
+from tests.pipeline.storage.test_sdf_shard import random_bricks
+
+CUBE = box(1)
+
+
+def visit(tmp_path, text, products=("sdf-64", "sdf-96", "renders-paper"), **options):
+    (tmp_path / "in").mkdir(exist_ok=True)
+    (tmp_path / "in" / "a.obj").write_text(text)
+    source = FolderSource(root=tmp_path / "in")
+    (record,) = source.records()
+    tiny = {
+        "resolutions": (64, 96),
+        "topology_resolution": 64,
+        "views": 2,
+        "image_size": 32,
+        **options,
+    }
+    folder = tmp_path / "-".join(products)
+    folder.mkdir()
+    process(
+        AssetJob(
+            record=record,
+            source=source,
+            config=BuildConfig(**tiny),
+            products=tuple(products),
+            folder=folder,
+        )
+    )
+    return Notes.load(folder), folder
+
+
+def test_a_cube_goes_through_every_stage(tmp_path):
+    notes, folder = visit(tmp_path, CUBE)
+    assert (notes.status, notes.stage, notes.reason) == ("done", "", "")
+    stages = "metadata fetch file load normalize geometry topology sdf-64 sdf-96 renders-paper"
+    assert " ".join(notes.seconds) == stages
+    assert (notes.row["faces"], notes.row["vertices"], notes.row["components"]) == (12, 8, 1)
+    assert notes.row["center"] == [0.5, 0.5, 0.5]
+    assert notes.row["scale"] == pytest.approx(0.95)
+    assert notes.row["sign_path"] == "closed"
+    bricks = load_bricks(folder / "sdf-64", 64)
+    assert len(bricks.blocks) == notes.products["sdf-64"]["tokens"] > 0
+    uid = make_uid("folder", "a.obj")
+    wanted = {f"{uid}-0{view}.{kind}" for view in (0, 1) for kind in ("png", "json")}
+    assert {path.name for path in (folder / "renders-paper").iterdir()} == wanted
+
+
+def test_the_up_axis_is_that_of_the_build_whatever_the_source(tmp_path):
+    """The z-up twin of a shape: its centre, too, goes from (x, y, z) to (x, z, -y)."""
+    source = ProceduralSource(count=1)
+    (record,) = source.records()
+    centres = {}
+    for up in ("y", "z"):
+        folder = tmp_path / up
+        folder.mkdir()
+        cfg = BuildConfig(up=up, topology_resolution=64)
+        process(AssetJob(record=record, source=source, config=cfg, products=(), folder=folder))
+        centres[up] = Notes.load(folder).row["center"]
+    x, y, z = centres["y"]
+    assert len({abs(x), abs(y), abs(z)}) > 1
+    assert centres["z"] == pytest.approx([x, z, -y])
+    with pytest.raises(ValueError, match='up must be "y" or "z", got \'x\''):
+        BuildConfig(up="x")
+
+
+def test_a_products_files_do_not_depend_on_the_other_products(tmp_path):
+    _, everything = visit(tmp_path, CUBE)
+    for product in ("sdf-96", "renders-paper"):
+        _, alone = visit(tmp_path, CUBE, products=(product,))
+        files = sorted(path.name for path in (everything / product).iterdir())
+        assert files
+        for name in files:
+            assert (alone / product / name).read_bytes() == (
+                everything / product / name
+            ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "stage", "reason"),
+    [
+        ("", "file", "file_too_small"),
+        ("v 0 0 0\nv 1 0 0\n", "load", None),
+        (
+            "v 0 0 0\nv 1 0 0\nv 0 1 0\nv 1 1 0\nf 1 2 3\nf 2 4 3\nf 1 3 2\nf 2 3 4\n",
+            "geometry",
+            "flat",
+        ),
+    ],
+)
+def test_a_rejection_ends_the_asset_where_it_happens(tmp_path, text, stage, reason):
+    notes, folder = visit(tmp_path, text)
+    assert (notes.status, notes.stage) == ("rejected", stage)
+    assert reason in (None, notes.reason)
+    assert notes.products == {}
+    assert not (folder / "sdf-64").exists()
+
+
+def test_a_source_that_states_another_hash_is_believed(tmp_path):
+    (tmp_path / "out").mkdir()
+    source = ProceduralSource(count=1)
+    (record,) = source.records()
+    record = type(record)(**{**vars(record), "sha256": "0" * 64})
+    process(
+        AssetJob(
+            record=record,
+            source=source,
+            config=BuildConfig(),
+            products=("sdf-64",),
+            folder=tmp_path / "out",
+        )
+    )
+    notes = Notes.load(tmp_path / "out")
+    assert (notes.status, notes.stage, notes.reason) == ("rejected", "fetch", "wrong_sha256")
+
+
+def test_bricks_survive_scratch(tmp_path):
+    bricks = random_bricks(7)
+    save_bricks(tmp_path, bricks)
+    again = load_bricks(tmp_path, bricks.resolution)
+    for name in ("blocks", "values", "sharp"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(bricks, name), strict=True)
+
+
+WARM = """
+import sys, tempfile
+from pathlib import Path
+from numba.core.dispatcher import Dispatcher
+from pipeline.orchestration.asset_stages import AssetJob, Notes, process, warm_up
+from pipeline.config import BuildConfig
+from pipeline.sources.procedural import ProceduralSource
+
+def compiled():
+    return {
+        f"{name}.{key}": len(value.signatures)
+        for name, module in sys.modules.items() if name.startswith("pipeline.")
+        for key, value in vars(module).items() if isinstance(value, Dispatcher)
+    }
+
+warm_up()
+before = compiled()
+source = ProceduralSource(count=int(sys.argv[1]))
+for record in source.records():
+    folder = Path(tempfile.mkdtemp(dir=sys.argv[2]))
+    config = BuildConfig(resolutions=(64,), topology_resolution=64)
+    process(AssetJob(record=record, source=source, config=config, products=("sdf-64",), folder=folder))
+    assert Notes.load(folder).status == "done", Notes.load(folder)
+after = compiled()
+late = sorted(name for name in after if after[name] != before.get(name))
+sys.exit(f"compiled by an asset, not by the warm-up: {late}" if late else 0)
+"""
+
+
+def test_the_warm_up_leaves_nothing_for_an_asset_to_compile(tmp_path):
+    """A function compiled in a child is compiled again in every child that comes before the cache is written."""
+    command = [sys.executable, "-c", WARM, "12", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_notes_of_a_crashed_stage_say_how_far_it_got(tmp_path):
+    Notes(stage="load", row={"sha256": "x"}).save(tmp_path)
+    assert json.loads((tmp_path / "asset.json").read_text())["stage"] == "load"
+    assert Notes.load(tmp_path).status == "running"

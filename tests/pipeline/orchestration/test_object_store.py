@@ -1,0 +1,493 @@
+"""Builds into an object store, over HTTP, against moto's S3 server: the same bytes, whatever happens on the way."""
+
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from pipeline import build as build_module
+from pipeline import estimate as estimate_module
+from pipeline import verify as verify_module
+from pipeline.build import make
+from pipeline.core.cli import command
+from pipeline.core.schema import RunError
+from pipeline.curation.rank import RankConfig
+from pipeline.estimate import measure_passes
+from pipeline.orchestration.commit import PackJob
+from pipeline.orchestration.plan import read_plan
+from pipeline.orchestration.transfer import commit
+from pipeline.report import write_report
+from pipeline.storage.locks import scratch_root, workspace
+from pipeline.storage.remote import Remote, location
+from pipeline.storage.render_shard import RenderShard
+from pipeline.storage.sdf_shard import SdfShard
+from pipeline.verify import verify
+from tests.pipeline import s3_server as object_store
+from tests.pipeline.builds import (
+    TINY,
+    assert_same,
+    build,
+    config,
+    contents,
+    environment,
+    finish,
+    rows_of,
+    start,
+    survivors,
+    wait_until,
+)
+from tests.pipeline.crashing_source import HostileSource
+from tests.pipeline.s3_server import BUCKET, Cut
+
+SOURCE = HostileSource(count=5, behaviours=((1, "vanish"),))  # two shards of three
+SMALL = {"shard_size": 3}
+
+
+@pytest.fixture(scope="module")
+def store(shared_ray):
+    """Found by everything that has the HOME of the shared Ray. Its wire is the same for the whole module."""
+    with object_store.running() as running:
+        running.write_settings(Path(os.environ["HOME"]))
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def whole_wire(store, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    store.wire.cuts, store.wire.down = [], False
+    yield
+    store.wire.cuts, store.wire.down = [], False
+
+
+@pytest.fixture(scope="module")
+def local_build(shared_ray, tmp_path_factory):
+    cfg = config(tmp_path_factory.mktemp("local") / "out", **SMALL)
+    return cfg, build(cfg, [SOURCE])
+
+
+@pytest.fixture
+def remote(request, tmp_path):
+    """A config of the same build whose output is a prefix of this test's own."""
+    prefix = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    return prefix, config(Remote(f"s3://{BUCKET}/{prefix}"), scratch=tmp_path / "scratch", **SMALL)
+
+
+def assert_like_local(store, prefix, local, folder):
+    """The same objects as files, the same bytes but in stats and report."""
+    assert sorted(store.keys(prefix)) == sorted(
+        path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()
+    )
+    assert_same(contents(store.download(prefix, folder / "copy")), contents(local))
+    assert store.unfinished_uploads() == []
+
+
+def left_in(scratch):
+    return [path.name for path in scratch_root(scratch).rglob("*")]
+
+
+def test_the_same_objects_with_the_same_bytes_and_readers_that_take_urls(
+    store, local_build, remote, tmp_path
+):
+    local, total = local_build
+    prefix, cfg = remote
+    assert build(cfg, [SOURCE]) == total == {"done": 4, "rejected": 1, "failed": 0}
+    assert_like_local(store, prefix, local.out, tmp_path)
+    assert verify(cfg.out) == []
+    assert left_in(cfg.scratch) == []
+    written = {
+        name: store.client.head_object(Bucket=BUCKET, Key=f"{prefix}/{name}")
+        for name in store.keys(prefix)
+    }
+    store.put(f"{prefix}/.scratch/000000/late.tar", b"of a task that was thought dead")
+    assert build(cfg, []) == total  # nothing is done again
+    assert sorted(store.keys(prefix)) == sorted(written)
+    for name, head in written.items():
+        again = store.client.head_object(Bucket=BUCKET, Key=f"{prefix}/{name}")
+        assert again["LastModified"] == head["LastModified"]
+
+    uid = next(row["uid"] for row in rows_of(local.out) if row["status"] == "done")
+    here, there = (SdfShard(cfg.out / "sdf/64/000000.zarr") for cfg in (local, cfg))
+    assert there.uids == here.uids
+    for name in ("blocks", "values", "sharp"):
+        assert np.array_equal(getattr(there.bricks(uid), name), getattr(here.bricks(uid), name))
+    url = f"s3://{BUCKET}/{prefix}/renders/paper/000000.tar"
+    here, there = RenderShard(local.out / "renders/paper/000000.tar"), RenderShard(url)
+    assert there.keys == here.keys
+    assert there.read_bytes(uid, 0) == here.read_bytes(uid, 0)
+    assert there.read_images(0) == here.read_images(0)
+
+
+def test_one_more_resolution_then_report_and_estimate(store, local_build, remote, tmp_path):
+    prefix, cfg = remote
+    local = replace(local_build[0], out=tmp_path / "local")
+    for this in (local, cfg):
+        build(this, [SOURCE])
+        build(replace(this, resolutions=(64, 72)), [SOURCE])
+    page = write_report(cfg.out)
+    text = store.get(f"{prefix}/report/index.html").decode()
+    assert str(page) == f"s3://{BUCKET}/{prefix}/report/index.html"
+    assert text.count("data:image/webp") == 3 * 4  # three pictures of every asset that is done
+    write_report(local.out)
+    assert_like_local(store, prefix, local.out, tmp_path)
+    (cost,), (cost_here,) = (measure_passes(out).values() for out in (cfg.out, local.out))
+    same = ("assets", "stored_bytes", "files", "shard_size", "fetched_bytes")
+    assert [getattr(cost, name) for name in same] == [getattr(cost_here, name) for name in same]
+
+
+def test_a_ranked_build(store, remote, tmp_path):
+    prefix, cfg = remote
+    loose = {"min_tokens": 1, "min_contrast": 0.0, "min_coverage": 0.0, "max_solid_fraction": 1.0}
+    rank = RankConfig(
+        target_count=2, best_count=1, best_resolutions=(72,), max_leak_fraction=1.0, **loose
+    )
+    cfg = replace(cfg, rank=rank, screen=replace(cfg.screen, resolution=64, image_size=64))
+    local = replace(cfg, out=tmp_path / "local")
+    assert make(cfg, [SOURCE]) == make(local, [SOURCE])
+    assert_like_local(store, prefix, local.out, tmp_path)
+    assert verify(cfg.out) == []
+    assert make(cfg, []) == make(local, [])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "where", "after_bytes"),
+    [
+        (r"^PUT /bucket/[^ ]*/000000\.tar", "body", 1500),
+        (r"^PUT /bucket/[^ ]*/values/c/0/0", "body", 3000),
+        (r"^PUT /bucket/[^ ]*/shards/000000/manifest\.json", "answer", 0),
+        (r"^PUT /bucket/[^ ]*/shards/000001/renders-paper\.json", "answer", 0),
+        (r"^PUT /bucket/[^ ]*/plan\.json", "answer", 0),
+        (r"^PUT /bucket/[^ ]*/\.scratch/000000/", "body", 1500),
+        (r"^GET /bucket/[^ ]*/\.scratch/000000/", "answer", 0),
+        (r"^POST /bucket\?delete", "answer", 0),
+    ],
+)
+def test_a_connection_that_is_cut_once_is_made_again(
+    store, local_build, remote, tmp_path, pattern, where, after_bytes
+):
+    prefix, cfg = remote
+    cut = Cut(pattern, where, after_bytes=after_bytes)
+    store.wire.cuts = [cut]
+    assert build(cfg, [SOURCE]) == local_build[1]
+    assert len(cut.done) == 1
+    assert_like_local(store, prefix, local_build[0].out, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "not_there"),
+    [
+        ("000000.index.parquet", "renders/paper/000000.tar", "shards/000000/manifest.json"),
+        (
+            "shards/000000/renders-paper.json",
+            "shards/000000/sdf-64.json",
+            "shards/000000/renders-paper.json",
+        ),
+    ],
+)
+def test_a_store_that_goes_away_in_a_commit_ends_the_run_in_one_line_and_the_same_command_goes_on(
+    store, local_build, remote, tmp_path, name, there, not_there
+):
+    prefix, cfg = remote
+    cfg = replace(cfg, out=replace(cfg.out, waits_s=(0.1, 0.1)))
+    store.wire.cuts = [
+        Cut(rf"^PUT /bucket/[^ ]*/{re.escape(name)}", "body", times=10**6, after_bytes=100)
+    ]
+    with pytest.raises(
+        RunError, match=rf"s3://bucket/.*/{re.escape(name)} cannot be written .*same command"
+    ):
+        build(cfg, [SOURCE])
+    held = store.keys(prefix)
+    assert there in held  # a part of the commit
+    assert not_there not in held
+    assert (
+        len([name for name in held if name.startswith(".scratch/000000/")]) == 3
+    )  # and what it takes to repeat it
+    if (
+        "shards/000000/sdf-64.json" not in held
+    ):  # the half was of other code, and had an object more
+        store.put(f"{prefix}/sdf/64/000000.zarr/values/c/0/0/stray", b"stray")
+    store.put(f"{prefix}/.scratch/000001/gone.tar", b"stray")
+    store.wire.cuts = []
+    visits = tmp_path / "notes"
+    visits.mkdir()
+    assert build(cfg, [replace(SOURCE, notes=visits)]) == local_build[1]
+    assert not {"0.0", "1.0", "2.0"} & {
+        path.name for path in visits.iterdir()
+    }  # landed assets are not visited again
+    assert_like_local(store, prefix, local_build[0].out, tmp_path)
+    assert left_in(cfg.scratch) == []
+
+
+def test_a_commit_whose_worker_was_lost_after_its_last_marker_is_not_repeated(store, remote):
+    _, cfg = remote
+    build(cfg, [SOURCE])
+    records = tuple(read_plan(cfg.out).shard("000000"))
+    job = PackJob(config=cfg, shard="000000", records=records, products=cfg.products, wanted=3)
+    assert commit(job) == {
+        "assets": 3,
+        "done": 2,
+        "rejected": 1,
+        "failed": 0,
+    }  # there is nothing left to pack
+
+
+def test_a_driver_that_is_killed_goes_on_from_what_the_store_has(store, tiny_build, tmp_path):
+    prefix, scratch = "killed", tmp_path / "scratch"
+    args = [*TINY, "--limit", "12", "--resolutions", "64", "96", "--val-percent", "30"]
+    args += ["--out", f"s3://{BUCKET}/{prefix}", "--scratch", scratch]
+    env = {**environment(tmp_path), **store.environment()}
+    process = start("pipeline.build", *args, env=env)
+
+    def committed_one_and_works_on_another():
+        assert process.poll() is None, process.communicate()[0]
+        names = store.keys(prefix)
+        shards = {name.split("/")[1] for name in names if name.endswith("/renders-paper.json")}
+        return shards and any(
+            n.startswith(".scratch/") and n.split("/")[1] not in shards for n in names
+        )
+
+    wait_until(committed_one_and_works_on_another)
+    process.send_signal(signal.SIGKILL)
+    finish(process, code=-signal.SIGKILL)
+    assert survivors(env) == []
+    held = store.keys(prefix)
+    assert len([name for name in held if name.endswith("/manifest.json")]) < 4
+    finish(start("pipeline.build", *args, env=env))
+    assert_like_local(store, prefix, tiny_build, tmp_path)
+    assert left_in(scratch) == []
+
+
+def run_main(main, args, monkeypatch, caplog):
+    """Exit code and the only line of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["command", *args])
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(SystemExit) as end:
+        command(main)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    lines = [record for record in caplog.records if record.name.startswith("pipeline.")]
+    (record,) = [record for record in lines if record.levelno >= logging.WARNING]
+    assert "\n" not in record.getMessage()
+    return end.value.code, record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("s3://no-such-bucket/x", "cannot write to s3://no-such-bucket/x: FileNotFoundError"),
+        ("s3://", "s3:// names no bucket"),
+        ("bad://x/y", "Protocol not known: bad"),
+        ("memory://x", "is seen by one process alone"),
+        ("gs://bucket/x", "the package for gs:// is missing; pip install 'gcsfs'"),
+        ("http://127.0.0.1:9/x", "cannot write to http://127.0.0.1:9/x"),
+        (
+            "ftp://me:secret@127.0.0.1:1/x",
+            "cannot write to ftp://127.0.0.1:1/x: ConnectionRefusedError",
+        ),
+        ("file://host/x", "a file URL must have three slashes"),
+    ],
+)
+def test_an_output_that_cannot_be_is_one_line_before_any_work(out, words, monkeypatch, caplog):
+    code, line = run_main(build_module.main, ["--out", out], monkeypatch, caplog)
+    assert code == 2
+    assert words in line
+    assert "secret" not in line
+
+
+def test_no_credentials_a_server_that_is_down_and_a_directory_of_others(
+    store, remote, monkeypatch, caplog
+):
+    prefix, cfg = remote
+    args = ["--out", str(cfg.out)]
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+        code, line = run_main(build_module.main, args, monkeypatch, caplog)
+    assert (code, "NoCredentialsError" in line) == (2, True)
+    caplog.clear()
+    store.wire.down = True
+    for main, first in (
+        (build_module.main, args),
+        (verify_module.main, args[1:]),
+        (estimate_module.main, args[1:]),
+    ):
+        code, line = run_main(main, first, monkeypatch, caplog)
+        assert (code, str(cfg.out) in line, "rror: " in line) == (2, True, True)
+        caplog.clear()
+    store.wire.down = False
+    assert store.keys(prefix) == []
+    code, line = run_main(verify_module.main, args[1:], monkeypatch, caplog)
+    assert (code, "nothing at" in line) == (2, True)
+    caplog.clear()
+    store.put(f"{prefix}/thesis.tex", b"mine")
+    code, line = run_main(build_module.main, args, monkeypatch, caplog)
+    assert (code, "exists and is not a build" in line) == (2, True)
+    assert store.keys(prefix) == ["thesis.tex"]
+
+
+def test_verify_names_what_was_changed_in_the_store(
+    store, remote, local_build, monkeypatch, caplog, tmp_path
+):
+    prefix, cfg = remote
+    build(cfg, [SOURCE])
+    for name, change, rule in [
+        (
+            "sdf/64/000001.zarr/values/c/0/0",
+            lambda data: data[:-9] + b"x" + data[-8:],
+            "shard 000001: sdf-64: .*sha256",
+        ),
+        (
+            "sdf/64/000001.zarr/values/c/0/0",
+            lambda data: data[:-1],
+            "shard 000001: sdf-64: .*000001.zarr has .* bytes",
+        ),
+        (
+            "sdf/64/000000.zarr/stray",
+            lambda data: b"stray",
+            "shard 000000: sdf-64: .*000000.zarr has .* bytes",
+        ),
+        (
+            "renders/paper/000000.tar",
+            lambda data: data[:600] + b"x" + data[601:],
+            "shard 000000: renders-.*sha256",
+        ),
+        (
+            "manifest/000001.parquet",
+            lambda data: b"",
+            "shard 000001: .*must be a readable manifest",
+        ),
+        (
+            "shards/000001/sdf-64.json",
+            lambda data: data[:40],
+            "shard 000001: sdf-64: commit marker does not parse",
+        ),
+        (".scratch/000000/left.tar", lambda data: b"", r"build: \.scratch: does not belong here"),
+        (
+            "sdf/64/000009.zarr/zarr.json",
+            lambda data: b"{}",
+            "build: sdf/64/000009.zarr: belongs to no shard",
+        ),
+    ]:
+        old = store.get(f"{prefix}/{name}") if name in store.keys(prefix) else None
+        store.put(f"{prefix}/{name}", change(old))
+        breaches = [str(breach) for breach in verify(cfg.out)]
+        assert any(re.match(rule, breach) for breach in breaches), breaches
+        if old is None:
+            store.client.delete_object(Bucket=BUCKET, Key=f"{prefix}/{name}")
+        else:
+            store.put(f"{prefix}/{name}", old)
+    with monkeypatch.context() as elsewhere:  # an earlier call's workers knew no credentials
+        elsewhere.setenv("HOME", str(tmp_path))
+        assert verify(local_build[0].out, workers=2) == []
+    assert verify(cfg.out, workers=2) == []
+    store.client.delete_object(Bucket=BUCKET, Key=f"{prefix}/shards/000000/renders-paper.json")
+    with pytest.raises(RunError, match="breaches"):
+        verify_module.main([str(cfg.out)])
+    assert "renders/paper/000000.tar: has no commit marker" in caplog.text
+
+
+def test_a_file_url_is_a_path_and_no_credential_is_stored(local_build, store, tmp_path):
+    assert location(f"file://{tmp_path}/x") == tmp_path / "x"
+    assert location("data/x") == Path("data/x")
+    with pytest.raises(ValueError, match="three slashes"):
+        location("file://host/x")
+    assert str(Remote("sftp://me:secret@host/x")) == "sftp://host/x"
+
+
+def test_a_large_object_is_sent_in_parts_and_cut_parts_are_sent_again(store, tmp_path):
+    data = np.random.default_rng(0).bytes(40 << 20)
+    (tmp_path / "large").write_bytes(data)
+    place = Remote(f"s3://{BUCKET}/large", waits_s=(0.1,))
+    cuts = [Cut(r"^PUT /bucket/large\?.*partNumber=2", "body", after_bytes=1 << 20)]
+    cuts += [Cut(r"^POST /bucket/large\?uploadId", "answer")]  # finished, and nobody knows
+    store.wire.cuts = cuts
+    place.put(tmp_path / "large")
+    assert [len(cut.done) for cut in cuts] == [1, 1]
+    assert store.get("large") == data
+    assert store.unfinished_uploads() == []
+    store.wire.cuts = [Cut(r"^GET /bucket/large", "answer")]
+    place.fetch(tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    store.wire.cuts = [Cut(r"^PUT /bucket/large\?.*partNumber=2", "body", times=10**6)]
+    with pytest.raises(
+        RunError, match=r"s3://bucket/large cannot be written .*same command goes on"
+    ):
+        place.put(tmp_path / "large")
+    store.wire.cuts = []
+    assert store.get("large") == data  # nothing half replaced it
+
+
+def test_where_the_stores_package_gives_up_we_try_again_after_a_while(store):
+    cut = Cut(r"^PUT /bucket/patient", "body", times=10**6)
+    store.wire.cuts = [cut]
+    with pytest.raises(RunError, match="patient cannot be written"):
+        Remote(f"s3://{BUCKET}/patient", waits_s=()).write_bytes(b"data")
+    cut.times = 2 * len(cut.done) + 1  # once more than the package asks
+    Remote(f"s3://{BUCKET}/patient", waits_s=(0.1,)).write_bytes(b"data")
+    assert (len(cut.done), store.get("patient")) == (cut.times, b"data")
+
+
+def test_a_removal_that_the_store_refuses_is_an_error(store, monkeypatch):
+    place = Remote(f"s3://{BUCKET}/refused", waits_s=())
+    store.put("refused/a", b"a")
+    monkeypatch.setattr(place.filesystem()[0], "rm", lambda paths: [])
+    with pytest.raises(RunError, match="refused/a cannot be removed"):
+        place.remove()
+
+
+def test_where_objects_are_files_they_are_written_under_another_name_first(monkeypatch):
+    place = Remote("memory://files/x", waits_s=())
+    seen = []
+    memory = fsspec.get_filesystem_class("memory")
+    move = memory.mv
+    monkeypatch.setattr(
+        memory, "mv", lambda self, a, b, **kw: seen.append((a, b)) or move(self, a, b, **kw)
+    )
+    place.write_bytes(b"one")
+    assert (seen, place.read_bytes()) == ([("/files/x.partial", "/files/x")], b"one")
+    (place.with_name("tree") / "a/b").write_bytes(b"two")
+    assert place.with_name("tree").files() == ["a/b"]
+    place.with_name("tree").remove()
+    place.remove()
+    assert Remote("memory://files").files() == []
+    with pytest.raises(FileNotFoundError):
+        place.read_bytes()
+
+
+def work(scratch, ready, end):
+    with workspace(Remote("s3://bucket/x"), scratch) as here:
+        (here / "file").write_bytes(b"x")
+        ready.set()
+        end.wait()
+
+
+def test_workspaces_of_killed_processes_are_removed_and_those_of_others_stay(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    tasks = []
+    for _ in range(2):
+        ready, end = context.Event(), context.Event()
+        process = context.Process(target=work, args=(tmp_path, ready, end))
+        process.start()
+        tasks.append((process, ready, end))
+    assert all(ready.wait(60) for _, ready, _ in tasks)
+    tasks[0][0].kill()
+    tasks[0][0].join()
+    assert len(list(scratch_root(tmp_path).glob("*/file"))) == 2
+    with workspace(Remote("s3://bucket/x"), tmp_path):
+        assert len(list(scratch_root(tmp_path).glob("*/file"))) == 1
+    tasks[1][2].set()
+    tasks[1][0].join()
+    assert left_in(tmp_path) == []
+    (tmp_path / "file").write_bytes(b"")
+    with (
+        pytest.raises(RunError, match="choose another --scratch"),
+        workspace(Remote("s3://b/x"), tmp_path / "file"),
+    ):
+        pass

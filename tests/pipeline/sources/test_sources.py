@@ -1,0 +1,433 @@
+"""Catalogues as sources: records from small annotation files, bytes from a server on loopback."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from pipeline.build import open_sources
+from pipeline.config import BuildConfig
+from pipeline.core.schema import Reject, Transient, UserError, make_uid
+from pipeline.download.fetch import FetchConfig
+from pipeline.mesh_io.load import LoadConfig, load, load_with_report
+from pipeline.orchestration.plan import make_plan, read_plan
+from pipeline.sources import open_source
+from pipeline.sources.annotations import Annotations
+from pipeline.sources.github import GitHub, references
+from pipeline.sources.objaverse import ObjaverseSource
+from pipeline.sources.objaverse_xl import ObjaverseXLSource
+from pipeline.sources.shapenet import ShapeNetSource
+from tests.pipeline.catalogues import (
+    COMMIT,
+    GLB,
+    about,
+    objaverse,
+    objaverse_xl,
+    png,
+    sha256,
+    shapenet,
+)
+from tests.pipeline.faulty_http_server import running
+
+A, B, C = "a" * 32, "b" * 32, "c" * 32
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
+
+
+@pytest.fixture
+def server():
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def client(tmp_path):
+    return FetchConfig(
+        cache=tmp_path / "cache", backoff_s=0.01, max_wait_s=0.1, retries=2, read_timeout_s=1.0
+    )
+
+
+def small(tmp_path, client, server, **assets):
+    root = objaverse(tmp_path / "annotations", assets)
+    annotations = Annotations(root=root, fetch=client)
+    return ObjaverseSource(
+        annotations=annotations, fetch=client, hub=server.url, folders=("000-000", "000-001")
+    )
+
+
+def test_objaverse_records_follow_the_annotations(tmp_path, client, server):
+    said = about(
+        name="A tree",
+        license="cc0",
+        animationCount=2,
+        tags=[{"name": "Tree"}],
+        categories=[{"name": "nature"}],
+    )
+    source = small(
+        tmp_path,
+        client,
+        server,
+        **{B: about(isAgeRestricted=True), A: said, C: about(license=None)},
+    )
+    records = list(source.records())
+    assert [record.uid for record in records] == [
+        make_uid("objaverse", key) for key in (A, C, B)
+    ]  # file by file
+    first = records[0]
+    assert (first.url, first.licence, first.format) == (
+        f"{server.url}/glbs/000-000/{A}.glb",
+        "cc0",
+        "glb",
+    )
+    assert json.loads(first.metadata) == {
+        "name": "A tree",
+        "tags": ["Tree"],
+        "categories": ["nature"],
+        "animations": 2,
+    }
+    assert [record.licence for record in records] == ["cc0", "unknown", "by"]
+    assert json.loads(records[2].metadata)["age_restricted"] is True
+    assert server.asked == []
+
+
+def test_annotations_that_are_not_there_are_downloaded_once_and_named_in_the_plan(
+    tmp_path, client, server
+):
+    there = objaverse(tmp_path / "there", {A: about(), B: about()})
+    server.files |= {
+        "/" + path.relative_to(there / "hf-objaverse-v1").as_posix(): path.read_bytes()
+        for path in there.rglob("*.gz")
+    }
+    annotations = Annotations(root=tmp_path / "here", fetch=client)
+    source = ObjaverseSource(
+        annotations=annotations, fetch=client, hub=server.url, folders=("000-000", "000-001")
+    )
+    make_plan(BuildConfig(source=("objaverse",), out=tmp_path / "out"), [source])
+    assert len(server.asked) == 3
+    assert len(list(source.records())) == 2
+    assert len(server.asked) == 3
+    snapshot = read_plan(tmp_path / "out").info["snapshots"]["objaverse"]
+    assert snapshot == replace(source, annotations=Annotations(root=there)).snapshot()
+    objaverse(there, {A: about(), B: about(name="other")})
+    assert snapshot != replace(source, annotations=Annotations(root=there)).snapshot()
+
+
+def test_annotations_that_cannot_be_had_or_read_are_an_error_in_one_line(tmp_path, client, server):
+    source = ObjaverseSource(
+        annotations=Annotations(root=tmp_path, fetch=client), fetch=client, hub=server.url
+    )
+    with pytest.raises(
+        UserError, match=r"cannot download the annotations .*http_404.*put the file at"
+    ):
+        list(source.records())
+    source = small(tmp_path, client, server, **{A: about()})
+    path = tmp_path / "annotations/hf-objaverse-v1/metadata/000-000.json.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is damaged"):
+        list(source.records())
+    source = xl(tmp_path, client, server, github=[])
+    (tmp_path / "xl/github/github.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="is damaged"):
+        list(source.records())
+
+
+def test_objaverse_downloads_what_a_record_names(tmp_path, client, server):
+    source = pickle.loads(pickle.dumps(small(tmp_path, client, server, **{A: about()})))
+    (record,) = source.records()
+    server.files[f"/glbs/000-000/{A}.glb"] = GLB
+    assert source.materialize(record, tmp_path / "scratch").read_bytes() == GLB
+    with pytest.raises(Reject, match="file_too_large"):
+        replace(source, max_bytes=10).materialize(record, tmp_path / "scratch")
+
+
+def xl(tmp_path, client, server, **rows):
+    """Objaverse-XL on the test's server; without Sketchfab's rows nothing of Objaverse 1.0 is read."""
+    root = objaverse_xl(tmp_path / "xl", rows)
+    hosts = GitHub(site=f"{server.url}/site", files=f"{server.url}/raw")
+    return ObjaverseXLSource(
+        annotations=Annotations(root=root, fetch=client),
+        fetch=client,
+        places=tuple(rows),
+        hub=f"{server.url}/hub",
+        thingiverse=f"{server.url}/things",
+        github=hosts,
+    )
+
+
+def blob(server, path):
+    return f"{server.url}/site/ann/meshes/blob/{COMMIT}/{path}"
+
+
+def test_objaverse_xl_records_say_where_the_bytes_are(tmp_path, client, server):
+    objaverse(tmp_path / "xl", {A: about()})
+    source = xl(
+        tmp_path,
+        client,
+        server,
+        github=[(blob(server, "x y/a.GLB"), "MIT License", "GLB", sha256(GLB))],
+        thingiverse=[
+            (
+                "https://www.thingiverse.com/thing:1/files?fileId=22",
+                "Creative Commons - Attribution",
+                "stl",
+                None,
+            )
+        ],
+        smithsonian=[
+            (
+                "https://3d-api.si.edu/x.glb",
+                "http://creativecommons.org/publicdomain/zero/1.0/",
+                "glb",
+                "ab",
+            )
+        ],
+        sketchfab=[
+            (f"https://sketchfab.com/3d-models/{A}", "by-nc", "glb", "cd"),
+            ("https://x/gone", "by", "glb", "ef"),
+        ],
+    )
+    records = list(source.records())
+    assert [(record.url, record.licence, record.format, record.sha256) for record in records] == [
+        (blob(server, "x y/a.GLB"), "mit", "glb", sha256(GLB)),
+        (f"{server.url}/things/download:22", "by", "stl", None),
+        ("https://3d-api.si.edu/x.glb", "cc0", "glb", "ab"),
+        (f"{server.url}/hub/glbs/000-000/{A}.glb", "by-nc", "glb", "cd"),
+    ]
+    assert records[0].uid == make_uid("objaverse-xl", blob(server, "x y/a.GLB"))
+    assert len(source.snapshot()) == 64
+
+
+def fetched(tmp_path, source):
+    (record,) = source.records()
+    return source.materialize(record, tmp_path / f"scratch{len(list(tmp_path.iterdir()))}")
+
+
+def test_a_blob_comes_from_its_commit(tmp_path, client, server):
+    source = xl(
+        tmp_path, client, server, github=[(blob(server, "x y/a#1.glb"), "MIT", "glb", sha256(GLB))]
+    )
+    server.files[f"/raw/ann/meshes/{COMMIT}/x%20y/a%231.glb"] = GLB
+    assert fetched(tmp_path, source).read_bytes() == GLB
+
+
+def test_a_branch_is_no_commit(tmp_path, client, server):
+    url = blob(server, "a.glb").replace(COMMIT, "main")
+    with pytest.raises(Reject, match="not_pinned"):
+        fetched(tmp_path, xl(tmp_path, client, server, github=[(url, "MIT", "glb", None)]))
+
+
+def lfs(server, content, oid):
+    server.files |= {
+        "/store/1": content,
+        f"/raw/ann/meshes/{COMMIT}/a.glb": POINTER.format(oid, len(content)).encode(),
+    }
+    asked = []
+
+    def batch(body):
+        asked.append(body)
+        actions = {
+            "download": {"href": f"{server.url}/store/1", "header": {"Authorization": "token"}}
+        }
+        return {"objects": [{"oid": oid, "size": len(content), "actions": actions}]}
+
+    server.posts["/site/ann/meshes.git/info/lfs/objects/batch"] = batch
+    return asked
+
+
+def test_lfs_pointers_are_followed(tmp_path, client, server):
+    oid = sha256(GLB)
+    asked = lfs(server, GLB, oid)
+    source = xl(tmp_path, client, server, github=[(blob(server, "a.glb"), "MIT", "glb", oid)])
+    assert fetched(tmp_path, source).read_bytes() == GLB
+    assert asked[0]["objects"] == [{"oid": oid, "size": len(GLB)}]
+    assert dict(server.asked[-1][1])["Authorization"] == "token"
+
+
+def test_an_lfs_object_that_is_gone_or_another_is_rejected(tmp_path, client, server):
+    lfs(server, GLB, "0" * 64)
+    source = xl(tmp_path, client, server, github=[(blob(server, "a.glb"), "MIT", "glb", None)])
+    with pytest.raises(Reject, match="wrong_sha256"):
+        fetched(tmp_path, source)
+    server.posts["/site/ann/meshes.git/info/lfs/objects/batch"] = lambda body: {
+        "objects": [{"error": {"code": 404}}]
+    }
+    lfs_source = replace(source, fetch=replace(client, cache=tmp_path / "other"))
+    with pytest.raises(Reject, match="lfs_missing"):
+        fetched(tmp_path, lfs_source)
+    (record,) = source.records()
+    with pytest.raises(Reject, match="wrong_sha256"):
+        source.materialize(replace(record, sha256="1" * 64), tmp_path / "s3")
+    with pytest.raises(Reject, match="file_too_large"):
+        replace(
+            lfs_source, max_bytes=200, fetch=replace(client, cache=tmp_path / "third")
+        ).materialize(replace(record, sha256=None), tmp_path / "s4")
+
+
+def test_side_files_come_along_also_through_lfs_and_missing_ones_do_not_matter(
+    tmp_path, client, server
+):
+    """An obj in a folder, its material beside it, one texture in a folder above, one that is not there."""
+    obj = b"mtllib my mat.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nvt 0 0\nf 1/1 3/1 2/1\nf 1/1 2/1 4/1\n"
+    mtl = b"newmtl m\nmap_Kd -s 1 1 1 ../tex/a.png\nmap_Bump gone.png\nmap_d ../../../../etc/passwd\nmap_Ks http://x/y.png\n"
+    here = f"/raw/ann/meshes/{COMMIT}/models"
+    server.files |= {
+        f"{here}/a.obj": obj,
+        f"{here}/my%20mat.mtl": mtl,
+        f"/raw/ann/meshes/{COMMIT}/tex/a.png": png(),
+    }
+    source = xl(
+        tmp_path, client, server, github=[(blob(server, "models/a.obj"), "MIT", "obj", sha256(obj))]
+    )
+    path = fetched(tmp_path, source)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["a.obj", "a.png", "my mat.mtl"]
+    mesh = load(path, LoadConfig())
+    assert mesh.parts[0].material.texture is not None
+    assert not [visit for visit, _ in server.asked if "passwd" in visit]
+
+
+def test_a_server_in_trouble_while_a_side_file_is_fetched_is_no_verdict(tmp_path, client, server):
+    here = f"/raw/ann/meshes/{COMMIT}"
+    server.files |= {f"{here}/a.obj": b"mtllib a.mtl\n", f"{here}/a.mtl": b""}
+    server.scripts[f"{here}/a.mtl"] = ["status 500", "always"]
+    source = xl(tmp_path, client, server, github=[(blob(server, "a.obj"), "MIT", "obj", None)])
+    with pytest.raises(Transient, match="http_500"):
+        fetched(tmp_path, source)
+
+
+def test_references_of_a_gltf_and_a_dae(tmp_path):
+    gltf = {
+        "buffers": [{"uri": "a%20b.bin"}, {"uri": "data:x"}, {}],
+        "images": [{"uri": "t/c.png"}, {"uri": "x" * 300}],
+    }
+    (tmp_path / "a.gltf").write_text(json.dumps(gltf))
+    (tmp_path / "a.dae").write_text(
+        "<library_images><image><init_from>t\\d.jpg</init_from></image></library_images>"
+    )
+    (tmp_path / "b.gltf").write_text("[1")
+    (tmp_path / "c.gltf").write_text(
+        '{"buffers": [1, {"uri": "x\\u0000y"}, {"uri": "/etc/passwd"}]}'
+    )
+    assert references(tmp_path / "a.gltf") == ["a b.bin", "t/c.png"]
+    assert references(tmp_path / "a.dae") == ["t/d.jpg"]
+    assert references(tmp_path / "b.gltf") == references(tmp_path / "c.gltf") == []
+
+
+CHAIR, PLANE = "03001627", "02691156"
+TAXONOMY = [
+    {"synsetId": CHAIR, "name": "chair"},
+    {"synsetId": PLANE, "name": "airplane,aeroplane,plane"},
+]
+
+
+@pytest.fixture(params=[(1, ()), (2, ()), (2, (CHAIR,))], ids=["v1", "v2", "v2 zipped"])
+def core(request, tmp_path):
+    version, zipped = request.param
+    root = tmp_path / "ShapeNetCore"
+    root.mkdir()
+    shapenet(root, version, {CHAIR: ["b1", "a1"], PLANE: ["c1"]}, zipped=zipped)
+    (root / "taxonomy.json").write_text(json.dumps(TAXONOMY))
+    rows = [
+        "1,03001627,03001627,a1,train",
+        "2,03001627,03001627,b1,test",
+        "3,2691156,2691156,c1,val",
+    ]  # zeros get lost
+    (root / "all.csv").write_text(
+        "id,synsetId,subSynsetId,modelId,split\n" + "\n".join(rows) + "\n"
+    )
+    return root
+
+
+def test_shapenet_in_every_layout(core, tmp_path):
+    source = pickle.loads(pickle.dumps(open_source(f"shapenet:{core}")))
+    records = list(source.records())
+    keys = [f"{PLANE}/c1", f"{CHAIR}/a1", f"{CHAIR}/b1"]
+    assert [record.uid for record in records] == [make_uid("shapenet", key) for key in keys]
+    said = [json.loads(record.metadata) for record in records]
+    assert said[0] == {
+        "name": "airplane",
+        "categories": [PLANE, "airplane", "aeroplane", "plane"],
+        "split": "val",
+    }
+    assert [about["split"] for about in said] == ["val", "train", "test"]
+    assert {record.licence for record in records} == {"shapenet"}
+    for number, record in enumerate(records):
+        (tmp_path / str(number)).mkdir()
+        mesh, report = load_with_report(
+            source.materialize(record, tmp_path / str(number)), LoadConfig()
+        )
+        assert report.warnings == ()
+        texture = mesh.parts[0].material.texture
+        assert texture is not None
+        assert (texture.reshape(-1, 4) == [255, 0, 0, 255]).all()
+
+
+def test_categories_and_splits_choose(core):
+    def ids(options):
+        records = open_source(f"shapenet:{core}?{options}").records()
+        paths = [record.url.partition("!/")[2] or record.url for record in records]
+        return [path.split("/")[1] for path in paths]
+
+    assert ids("categories=chair") == ids(f"categories={CHAIR}") == ["a1", "b1"]
+    assert ids("categories=plane,chair&splits=train,val") == ["c1", "a1"]
+    assert ids("splits=test") == ["b1"]
+    wrong = {
+        "categories=dog": "no category 'dog'",
+        "splits=x": "is chosen",
+        "category=chair": "unknown",
+    }
+    for options, words in wrong.items():
+        with pytest.raises(UserError, match=words):
+            open_source(f"shapenet:{core}?{options}")
+
+
+def test_a_split_file_that_is_not_text(core):
+    (core / "names.csv").write_bytes("modelId,naïve\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"cannot read .*names\.csv: .*; move it away"):
+        open_source(f"shapenet:{core}")
+
+
+def test_a_shapenet_model_that_vanished(core, tmp_path):
+    source = ShapeNetSource(root=core)
+    record = next(source.records())
+    with pytest.raises(FileNotFoundError):
+        source.materialize(replace(record, url=record.url.replace("c1", "c2")), tmp_path)
+
+
+def test_shapenets_terms_are_accepted_by_name(core):
+    cfg = BuildConfig(source=(f"shapenet:{core}",))
+    with pytest.raises(UserError, match="--license-allow shapenet"):
+        open_sources(cfg)
+    accepted = replace(cfg, filter=replace(cfg.filter, licences=("shapenet",)))
+    assert [source.name for source in open_sources(accepted)] == ["shapenet"]
+
+
+def test_two_folders_cannot_be_told_apart(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.obj").touch()
+    with pytest.raises(UserError, match="two sources of the kind folder"):
+        open_sources(BuildConfig(source=(f"folder:{tmp_path}/a", f"folder:{tmp_path}")))
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("objaverse-xl?places=myspace", "places are github"),
+        ("objaverse-xl?place=github", "unknown option 'place'"),
+        ("objaverse?x=1", "unknown source"),
+        ("shapenet:/no/such", "no folder /no/such"),
+        ("shapenet:", "unknown source"),
+    ],
+)
+def test_a_spec_that_means_nothing(spec, words):
+    with pytest.raises(UserError, match=words):
+        open_source(spec)
+
+
+def test_specs_of_catalogues(tmp_path):
+    assert open_source("objaverse").annotations.folder.name == ".objaverse"
+    source = open_source(f"objaverse-xl:{tmp_path}?places=github,smithsonian", max_bytes=5)
+    assert (source.annotations.folder, source.places, source.max_bytes) == (
+        tmp_path,
+        ("github", "smithsonian"),
+        5,
+    )

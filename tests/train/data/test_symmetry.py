@@ -1,0 +1,59 @@
+"""Symmetries against the bricks of the shape itself, moved."""
+
+import numpy as np
+import pytest
+
+from tests.train.analytic_builds import bricks_of, ellipsoid, grid
+from train.data.symmetry import SYMMETRIES, transform_bricks, transform_points
+
+R = 32
+FIELD = ellipsoid((0.09, -0.05, 0.02), (0.31, 0.2, 0.12))  # no symmetry of its own
+
+
+def moved_back(symmetry):
+    """[R, R, R, 3]: where each grid point of the moved shape was, the exact coordinates of that grid point."""
+    axes, mirrored = SYMMETRIES[symmetry]
+    matrix = np.zeros((3, 3), int)
+    for axis in range(3):
+        matrix[axis, axes[axis]] = -1 if mirrored[axis] else 1
+    doubled = 2 * np.stack(np.meshgrid(*[np.arange(R)] * 3, indexing="ij"), -1) - (
+        R - 1
+    )  # about the centre
+    source = (doubled @ matrix + R - 1) // 2  # the inverse of an orthogonal matrix is its transpose
+    return grid(R)[tuple(np.moveaxis(source, -1, 0))]
+
+
+@pytest.mark.parametrize("symmetry", range(48))
+def test_equals_the_bricks_of_the_moved_shape(symmetry):
+    moved, expected = (
+        transform_bricks(bricks_of(FIELD, R), symmetry),
+        bricks_of(FIELD, R, moved_back(symmetry)),
+    )
+    assert moved.resolution == R
+    for name in ("blocks", "values", "sharp"):
+        ours, theirs = getattr(moved, name), getattr(expected, name)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs, name)
+
+
+def test_there_are_48_and_the_first_changes_nothing():
+    matrices = {symmetry for symmetry in SYMMETRIES}
+    assert len(matrices) == len(SYMMETRIES) == 48
+    bricks = bricks_of(FIELD, R)
+    assert transform_bricks(bricks, 0) is bricks
+    assert len({transform_bricks(bricks, n).values.tobytes() for n in range(48)}) == 48
+
+
+def test_points_move_like_bricks():
+    bricks = bricks_of(FIELD, R)
+    for symmetry in (5, 23, 47):
+        moved = transform_points(bricks.blocks, R // 8, symmetry)
+        assert {*map(tuple, moved.tolist())} == {
+            *map(tuple, transform_bricks(bricks, symmetry).blocks.tolist())
+        }
+
+
+@pytest.mark.parametrize("symmetry", [-1, 48])
+def test_refuses_others(symmetry):
+    with pytest.raises(ValueError, match=r"symmetry must be in 0\.\.47"):
+        transform_bricks(bricks_of(FIELD, R), symmetry)

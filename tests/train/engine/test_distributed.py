@@ -1,0 +1,153 @@
+"""Two ranks against one: gloo here, NCCL where there are two GPUs."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch.distributed import HashStore
+
+from pipeline.core.schema import UserError
+from tests.train.analytic_builds import tiny_training
+from tests.train.two_rank_gradients import gradients
+from train.engine.distributed import World, choose_device, of_this_start
+from train.vae import train
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
+
+
+def torchrun(*arguments, **options):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *arguments,
+    ]
+    return subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def compare(build, path, device, tolerance):
+    process = torchrun("-m", "tests.train.two_rank_gradients", build, path, device.type)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    two, one = safetensors.torch.load_file(path), gradients(build, World(device=device))
+    assert two.keys() == one.keys()
+    for name, expected in one.items():
+        expected = expected.cpu()
+        size = expected.abs().max().clamp(min=1e-3)
+        assert expected.isfinite().all()
+        assert (two[name] - expected).abs().max() <= tolerance * size, name
+    assert sum(bool(x.abs().max() > 1e-6) for x in one.values()) > 0.9 * len(one), (
+        "gradients that could be wrong"
+    )
+
+
+def test_two_ranks_have_the_gradients_of_one(build, tmp_path):
+    compare(build, tmp_path / "two.safetensors", torch.device("cpu"), 1e-10)
+
+
+@pytest.mark.gpu
+def test_two_gpus_have_the_gradients_of_one(build, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    compare(build, tmp_path / "two.safetensors", torch.device("cuda", 0), 2e-3)
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(build, tmp_path):
+    """And the run goes on from there with one rank, which warns that its batches differ."""
+    out = tmp_path / "run"
+    options = [
+        "--data",
+        build,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--bricks.resolutions",
+        32,
+        "--loop.steps",
+        100000,
+    ]
+    process = torchrun(
+        "-m", "train.vae", *options, "--bricks.batch-size", 1, "--loop.validate-every", 0
+    )
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "stopped by SIGTERM; the same command goes on" in output
+    latest = (out / "latest").resolve()
+    assert {"rank-0.pt", "rank-1.pt"} <= {path.name for path in latest.iterdir()}
+    assert not list(out.glob(".step*"))
+
+
+def test_what_killed_ranks_left_in_the_store_is_not_found():
+    shared, together = HashStore(), threading.Barrier(3)
+    keys = [f"address-{rank}" for rank in range(3)]
+
+    def start(attempt):
+        def one(rank):
+            mine = of_this_start(shared, rank, 3)
+            together.wait(10)
+            found = [key for key in keys if mine.check([key])]
+            together.wait(10)
+            mine.set(keys[rank], str(attempt))
+            return found, [mine.get(key).decode() for key in keys]
+
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(one, (2, 1, 0)))
+
+    for attempt in range(4):
+        assert start(attempt) == [([], [str(attempt)] * 3)] * 3
+
+
+def test_more_ranks_than_gpus_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(
+        UserError,
+        match=r"rank 2 of this machine needs a CUDA device, 2 found; .* --nproc-per-node 2",
+    ):
+        choose_device("cuda", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match=r"needs a CUDA device, 0 found; use --device cpu"):
+        choose_device("cuda")
+
+
+def test_a_checkpoint_of_two_ranks_can_be_gone_on_from_with_one(build, tmp_path, caplog):
+    cfg = tiny_training(build, tmp_path, steps=2)
+    assert train(cfg, World()) == 2
+    state = (tmp_path / "latest").resolve() / "state.json"
+    state.write_text(state.read_text().replace('"world_size": 1', '"world_size": 2'))
+    assert train(tiny_training(build, tmp_path, steps=3), World()) == 3
+    assert "was trained on 2 ranks, this is 1: batches differ" in caplog.text

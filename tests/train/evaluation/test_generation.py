@@ -1,0 +1,203 @@
+"""Evaluation of generated meshes: an asset is its own perfect result, another one is recognised as what it is."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from model.conditioning.image_encoder import DinoEncoder
+from model.inference.generator import Generated, Generator, Stage
+from model.inference.mesh_cleaning import clean
+from pipeline.core.cameras import camera
+from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.schema import RunError, UserError, View
+from pipeline.rendering.views import encode, render_from
+from pipeline.storage.render_shard import write_render_shard
+from pipeline.storage.sdf_shard import SdfShard
+from tests.train.analytic_builds import commit, make_build
+from train.data.bricks import BrickReader
+from train.data.render_conditions import ViewReader
+from train.evaluate import main
+from train.evaluation import reference_surfaces as references
+from train.evaluation.generation import GenerationEvaluation, _mesh, evaluate_generation
+
+VIEWS = 3
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """A build of four shapes with true renders of their surfaces."""
+    root = make_build(tmp_path_factory.mktemp("shown"), assets=3, val=1, resolutions=(32, 40))
+    shard = SdfShard(root / "sdf" / "40" / "000000.zarr")
+    entries = []
+    for uid in shard.uids:
+        mesh, eyes = _mesh(extract(shard.bricks(uid))), [camera(uid, view) for view in range(VIEWS)]
+        views = []
+        for view, rgba in enumerate(render_from(mesh, eyes, 96)):
+            meta = {"uid": uid, "view": view, **eyes[view].meta(), "width": 96, "height": 96}
+            views.append((encode(View(rgba=rgba, meta=meta)), meta))
+        entries.append((uid, views))
+    write_render_shard(root / "renders" / "paper" / "000000.tar", entries)
+    commit(root, "000000", "renders-paper")
+    return root
+
+
+class Perfect:
+    """Stands in for the models: gives the surface of the asset whose image it is shown, or of another."""
+
+    def __init__(self, root, turn=0, fails=()):
+        self.shard, self.calls, self.turn, self.fails = (
+            SdfShard(root / "sdf" / "40" / "000000.zarr"),
+            0,
+            turn,
+            fails,
+        )
+        self.structure = torch.nn.Module()
+        self.structure.flow = torch.nn.Module()
+        self.structure.flow.encoder = type("Encoder", (), {"label": "nobody"})
+
+    def generate(self, image, seed, options, whole_if_opaque):
+        number = self.calls
+        self.calls += 1
+        if number in self.fails:
+            raise RunError("no surface")
+        surface = extract(self.shard.bricks((number + self.turn) % 3))
+        cleaned = clean(*surface)
+        return Generated(
+            vertices=cleaned.vertices, faces=cleaned.faces, open_edges=0, cleaned=cleaned,
+            stages=(Stage(name="structure", seconds=0.5, tokens=7),),
+        )  # fmt: skip
+
+
+def evaluate(root, out, monkeypatch, model, **options):
+    monkeypatch.setattr(Generator, "load", classmethod(lambda *_: model))
+    cfg = GenerationEvaluation(
+        checkpoint=out, data=root, samples=2000, out=out, device="cpu", **options
+    )
+    return evaluate_generation(cfg)
+
+
+def test_an_asset_is_its_own_perfect_result(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))
+    summary = result["summary"]
+    assert (summary["assets"], summary["empty"], summary["candidates"]) == (3, 0, 4)
+    assert summary["chamfer"] < 1e-6
+    assert summary["iou"] == summary["nearest_is_right"] == summary["closed"] == 100.0
+    assert summary["silhouette_iou"] > 99.9
+    assert summary["normal_consistency"] > 99.0
+    assert {row["view"] for row in result["rows"]} == {VIEWS - 1}
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["protocol"]["image_encoder"] == "nobody"
+    assert "nearest of 4 is right %" in (tmp_path / "table.md").read_text()
+    assert Image.open(tmp_path / "generated.png").size == (4 * 256, 3 * 256)
+    assert len(list((tmp_path / "meshes").glob("*.glb"))) == 3
+
+
+def test_another_asset_is_recognised_as_that(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered, turn=1), view=0, limit=2)
+    uids = SdfShard(rendered / "sdf" / "40" / "000000.zarr").uids
+    assert result["summary"]["nearest_is_right"] == 0.0
+    chosen = [row["uid"] for row in result["rows"]]
+    assert chosen == [uids[0], uids[1]]
+    assert [row["nearest"] for row in result["rows"]] == [uids[1], uids[2]]
+    assert result["summary"]["iou"] < 90
+    assert result["summary"]["silhouette_iou"] < 95
+    assert result["summary"]["chamfer"] > 10
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    """A folder with a DINOv2 of random weights."""
+    folder = tmp_path_factory.mktemp("dino")
+    DinoEncoder.random(image_size=112).model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_looks_are_compared_where_weights_are_given(rendered, dino, tmp_path, monkeypatch):
+    perfect = evaluate(rendered, tmp_path / "a", monkeypatch, Perfect(rendered), features=dino)
+    summary = perfect["summary"]
+    assert summary["normal_map_distance"] == pytest.approx(0, abs=1e-5)
+    assert summary["dino_similarity"] == pytest.approx(
+        summary["dino_similarity_of_asset"], abs=1e-4
+    )
+    other = evaluate(
+        rendered, tmp_path / "b", monkeypatch, Perfect(rendered, turn=1, fails=(2,)), features=dino
+    )
+    assert other["summary"]["normal_map_distance"] > 100 * max(summary["normal_map_distance"], 1e-6)
+    assert other["rows"][0]["dino_similarity"] < other["rows"][0]["dino_similarity_of_asset"]
+    assert other["rows"][2]["dino_similarity"] == 0.0
+    assert dino in other["protocol"]["looks"]
+    text = (tmp_path / "b" / "table.md").read_text()
+    assert "normal-map FD | DINOv2 cosine | DINOv2 cosine of the asset" in text
+    page = (tmp_path / "b" / "index.html").read_text()
+    assert f"<td>{other['summary']['normal_map_distance']:.3f}</td>" in page
+    assert page.count("data:image/png;base64,") == 1
+
+
+def test_without_weights_nothing_is_said_of_looks(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))
+    assert "normal_map_distance" not in result["summary"]
+    assert "DINOv2" not in (tmp_path / "table.md").read_text()
+    with pytest.raises(UserError, match="hf download"):
+        evaluate(
+            rendered, tmp_path, monkeypatch, Perfect(rendered), features=str(tmp_path / "nothing")
+        )
+
+
+def test_an_empty_result_counts_without_a_distance(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered, fails=(1,)))
+    summary = result["summary"]
+    assert (summary["assets"], summary["empty"]) == (3, 1)
+    assert summary["iou"] == pytest.approx(200 / 3)
+    assert summary["chamfer"] < 1e-6
+    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][1]["chamfer"] is None
+
+
+def test_of_many_assets_few_are_read_and_none_is_kept(rendered, tmp_path, monkeypatch):
+    monkeypatch.setattr(references, "CANDIDATES", 2)
+    read, original = [], BrickReader.read
+    monkeypatch.setattr(
+        BrickReader, "read", lambda self, *which: read.append(which) or original(self, *which)
+    )
+    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered), limit=1)
+    assert result["summary"]["candidates"] == 2
+    assert result["summary"]["nearest_is_right"] == 100.0
+    assert sorted(read) == [(0, 32), (0, 40), (1, 32)]
+
+
+def test_what_cannot_be_read_costs_itself(rendered, tmp_path, monkeypatch, caplog):
+    original, views = BrickReader.read, ViewReader.read_view
+
+    def damaged(self, asset, resolution):
+        if asset == 1:
+            raise ValueError("checksum does not match")
+        return original(self, asset, resolution)
+
+    def without_view(self, asset, view):
+        if asset == 2:
+            raise RunError("view 2 is damaged")
+        return views(self, asset, view)
+
+    monkeypatch.setattr(BrickReader, "read", damaged)
+    monkeypatch.setattr(ViewReader, "read_view", without_view)
+    summary = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))["summary"]
+    assert (summary["assets"], summary["candidates"], summary["nearest_is_right"]) == (1, 3, 100.0)
+    uids = SdfShard(rendered / "sdf" / "40" / "000000.zarr").uids
+    assert f"{uids[1]} is left out: its bricks at R = 32 cannot be read (checksum" in caplog.text
+    assert f"{uids[2]} is left out: view 2 is damaged" in caplog.text
+    monkeypatch.setattr(BrickReader, "read", lambda *_: original(*_[:1], 99, 32))
+    with pytest.raises(
+        RunError, match=r"none of 3 assets of .* can be read; run python -m pipeline.verify"
+    ):
+        evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))
+
+
+def test_what_cannot_be_evaluated_is_said(rendered, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--view must be from -3 to 2 .* got 3"):
+        evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered), view=3)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="lacks vae, structure"):
+        main(["generation", "--checkpoint", str(tmp_path), "--data", str(rendered)])
+    with pytest.raises(ValueError, match="limit must be 1 or more, got 0"):
+        GenerationEvaluation(limit=0)

@@ -1,0 +1,94 @@
+"""Runs of the SS-DiT in small, on builds of analytic shapes: their options, data, tasks and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+
+import safetensors.torch
+import torch
+
+from model.checkpoint import save_model
+from model.conditioning.image_conditioned_dit import ConditionedConfig
+from model.conditioning.image_encoder import EncoderConfig
+from model.sparse_dit import DiTConfig
+from model.sparse_vae import SparseVAE
+from tests.train.analytic_builds import TINY
+from train.data.render_conditions import FlowOptions
+from train.dit import read_latents
+from train.encode import Encoding, encode
+from train.engine import checkpoint
+from train.engine.config import LoopConfig
+from train.engine.distributed import World
+from train.stages.dit.config import DiTTraining
+from train.stages.dit.data import DiTLoader, joined
+from train.stages.dit.task import DiTTask
+
+VIEWS = 5
+MODEL = ConditionedConfig(
+    dit=DiTConfig(channels=32, blocks=2, heads=2, kv_heads=1, mlp_ratio=2, condition_channels=16),
+    encoder=EncoderConfig(kind="stand-in", image_size=28, channels=16, layers=1, heads=2),
+)
+
+
+def make_vae(path, seed=0):
+    """A checkpoint of random weights."""
+    torch.manual_seed(seed)
+    vae = SparseVAE(TINY)
+    for parameter in vae.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_model(path, vae, TINY)
+    return path
+
+
+def encode_with(vae, data):
+    encode(
+        Encoding(vae=vae, data=data, resolutions=(32,), device="cpu", precision="fp32", workers=1),
+        World(),
+    )
+
+
+def config(rendered, out, *, steps=4, loop=None, **options):
+    data, vae = rendered
+    defaults = {
+        "steps": steps, "precision": "fp32", "warmup_steps": 2, "log_every": 100, "checkpoint_every": 2,
+        "validate_every": 0, "sample_every": 0, "learning_rate": 3e-3, "ema_decay": 0.9,
+    }  # fmt: skip
+    flow = FlowOptions(
+        batch_size=3, steps=2, open_shards=1, loop=LoopConfig(**{**defaults, **(loop or {})})
+    )
+    chosen = {
+        "device": "cpu",
+        "resolution": 32,
+        "held_out_views": 2,
+        "workers": 2,
+        "samples": 1,
+        "model": MODEL,
+    }
+    return DiTTraining(**{"data": data, "vae": vae, "out": out, "flow": flow, **chosen, **options})
+
+
+def loader_of(cfg, split="train", **options):
+    _, store = read_latents(cfg, World())
+    return DiTLoader(joined(cfg, store).split(split), store, cfg, **options)
+
+
+def task_of(cfg):
+    vae, store = read_latents(cfg, World())
+    catalogue = joined(cfg, store)
+    return DiTTask(cfg, World(), catalogue.split("train"), catalogue.split("val"), store, vae)
+
+
+def metrics(path, event=None):
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row.get("event") == event]
+
+
+def wake(model):
+    """The output layers start at zero, through which neither image nor latent is felt."""
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+
+
+def weights(out, name="model"):
+    return safetensors.torch.load_file(checkpoint.latest(out) / f"{name}.safetensors")

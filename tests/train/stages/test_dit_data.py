@@ -1,0 +1,168 @@
+"""Batches of the SS-DiT that depend on names alone, and the order in which shards and views are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import pipeline.rendering.views
+from pipeline.storage.render_shard import RenderShard
+from tests.train.analytic_builds import color_of
+from tests.train.ss_dit_fixtures import VIEWS, config, loader_of, task_of, wake
+from train.data.bricks import read_catalogue
+from train.data.render_conditions import Once, ViewReader, time_of
+from train.engine.batch_sampler import Draw, ShardPlanner
+
+
+def test_a_sample_is_the_same_in_every_batch(rendered, tmp_path):
+    loader = loader_of(config(rendered, tmp_path))
+    both, alone = loader.batch([Draw(1, 3), Draw(0, 2)], 0.5), loader.batch([Draw(0, 2)], 1.0)
+    first = int(both.latents.cells.asset_starts[1])
+    assert torch.equal(both.latents.cells.coords[first:, 1:], alone.latents.cells.coords[:, 1:])
+    for name in ("noise", "posterior_noise"):
+        assert torch.equal(getattr(both, name)[first:], getattr(alone, name)), name
+    assert torch.equal(both.latents.mean[first:], alone.latents.mean)
+    assert torch.equal(both.times[1:], alone.times)
+    assert torch.equal(both.images.pixels[1:], alone.images.pixels)
+    assert (both.share, both.samples, both.tokens) == (0.5, 2, len(both.noise))
+    again = loader.batch([Draw(0, 3)], 1.0)
+    for name in ("noise", "posterior_noise"):
+        assert (getattr(again, name) - getattr(alone, name)).abs().max() > 0.1, name
+    assert again.times != alone.times
+    assert (alone.noise - alone.posterior_noise).abs().max() > 0.1
+
+
+def test_latents_and_image_are_of_one_asset(rendered, tmp_path):
+    cfg = config(rendered, tmp_path)
+    loader = loader_of(replace(cfg, flow=replace(cfg.flow, augment=False)))
+    store = loader.store
+    for asset in range(4):
+        batch = loader.batch([Draw(asset, 1)], 1.0)
+        stored = store.read(batch.uids[0])
+        assert {tuple(row) for row in batch.latents.cells.coords[:, 1:].tolist()} == {
+            *map(tuple, stored.cells.tolist())
+        }
+        pixel = batch.images.pixels[0, :, 14, 14]
+        number = int(batch.uids[0][-3:])
+        assert tuple(pixel.tolist()) == color_of(number, loader.conditions.view_of(asset, 1))
+
+
+def test_the_flow_starts_at_samples_of_the_posterior_with_unit_statistics(rendered, tmp_path):
+    task, loader = task_of(config(rendered, tmp_path)), loader_of(config(rendered, tmp_path))
+    batches = [loader.batch([Draw(asset, epoch)], 1.0) for asset in range(6) for epoch in range(25)]
+    x0 = torch.cat([task._start(batch) for batch in batches])
+    assert x0.mean(0).abs().max() < 0.08
+    assert (x0.std(0) - 1).abs().max() < 0.05
+    batch = batches[0]
+    z = batch.latents.mean + (batch.latents.logvar / 2).exp() * batch.posterior_noise
+    assert torch.allclose(task.model.dit.denormalize(task._start(batch)), z, atol=1e-5)
+
+
+def test_a_tenth_is_trained_without_image(rendered, tmp_path):
+    cfg = config(rendered, tmp_path)
+    dropped = [
+        time_of(cfg.flow, (0, "dit", 32, n, "some-uid"), training=True)[1] for n in range(4000)
+    ]
+    assert 0.085 < np.mean(dropped) < 0.115
+    loader, draws = loader_of(cfg), [Draw(0, n) for n in range(30)]
+    uid = loader.catalogue.uids[0]
+    expected = [
+        time_of(cfg.flow, (0, "dit", 32, draw.epoch, uid), training=True)[1] for draw in draws
+    ]
+    assert sum(expected) > 0
+    assert loader.batch(draws, 1.0).dropped.tolist() == expected
+    assert not loader_of(cfg, training=False).batch(draws, 1.0).dropped.any()
+
+
+def test_what_is_dropped_does_not_see_its_image(rendered, tmp_path):
+    task, loader = task_of(config(rendered, tmp_path)), loader_of(config(rendered, tmp_path))
+    wake(task.model)
+    batch = loader.batch([Draw(0, 0), Draw(1, 0)], 1.0)
+    black = replace(batch.images, pixels=torch.zeros_like(batch.images.pixels))
+    x0 = task._start(batch)
+    for dropped in (torch.tensor([True, False]), torch.tensor([False, False])):
+        ours, theirs = (
+            task._errors(task.model, replace(batch, images=images), x0, batch.times, dropped)
+            for images in (batch.images, black)
+        )
+        first = int(batch.latents.cells.asset_starts[1])
+        assert torch.equal(ours[:first], theirs[:first]) == bool(dropped[0])
+        assert not torch.equal(ours[first:], theirs[first:])
+
+
+def test_a_shard_is_read_view_by_view_and_only_what_is_used_is_decoded(
+    rendered, tmp_path, monkeypatch
+):
+    cfg = config(rendered, tmp_path)
+    loader = loader_of(cfg)
+    reads, decoded = Counter(), []
+    read_images, decode = RenderShard.read_images, pipeline.rendering.views.decode
+    monkeypatch.setattr(
+        RenderShard,
+        "read_images",
+        lambda self, view: reads.update([(self.path.stem, view)]) or read_images(self, view),
+    )
+    monkeypatch.setattr(
+        pipeline.rendering.views, "decode", lambda data: decoded.append(1) or decode(data)
+    )
+    planner = ShardPlanner(
+        loader.catalogue.tokens,
+        loader.catalogue.shards,
+        mixed=1,
+        batch_size=2,
+        world_size=1,
+        seed=0,
+    )
+    for _ in range(9):  # three epochs: of the views that may be seen
+        loader.load(planner.next(), 0)
+    assert reads == Counter(
+        {(shard, view): 1 for shard in ("000000", "000001") for view in range(VIEWS - 2)}
+    )
+    assert len(decoded) == 3 * 6
+
+
+def test_an_epoch_takes_shards_in_turn(rendered):
+    shards = [f"{n // 3}" for n in range(30)]
+    planner = ShardPlanner(
+        {32: np.arange(30) % 4}, shards, mixed=2, batch_size=1, world_size=1, seed=0
+    )
+    drawn = [planner.next().ranks[0][0] for _ in range(2 * 22)]  # every fourth has no cells
+    orders = []
+    for epoch in range(2):
+        assets = [draw.asset for draw in drawn if draw.epoch == epoch]
+        assert sorted(assets) == [n for n in range(30) if n % 4]
+        turns = [shards[asset] for asset in assets]
+        positions = {
+            shard: [n for n, other in enumerate(turns) if other == shard] for shard in set(turns)
+        }
+        together = [max(p) - min(p) for p in positions.values()]
+        assert max(together) < 6, "two shards of three are mixed"
+        assert any(span >= len(p) for span, p in zip(together, positions.values(), strict=True)), (
+            "mixed"
+        )
+        orders.append(assets)
+    assert orders[0] != orders[1]
+    planner.restore({"step": 30, "cursors": {"32": 30}})
+    assert [planner.next().ranks[0][0] for _ in range(14)] == drawn[30:]
+
+
+def test_once_is_made_once_and_few_are_kept():
+    made, once = [], Once(2)
+    for key in (1, 2, 1, 3, 1, 2):
+        assert once.get(key, lambda key=key: made.append(key) or 10 * key) == 10 * key
+    assert made == [1, 2, 3, 2]
+    with pytest.raises(ZeroDivisionError):
+        once.get(9, lambda: 1 // 0)
+    assert once.get(9, lambda: 7) == 7, "an error is not kept"
+
+
+def test_random_and_streamed_reading_agree(rendered):
+    catalogue = read_catalogue(rendered[0], [32])
+    streamed, single = ViewReader(catalogue, "paper", ahead=2), ViewReader(catalogue, "paper")
+    for asset in range(len(catalogue)):
+        for view in range(VIEWS):
+            assert np.array_equal(streamed.read(asset, view), single.read(asset, view))

@@ -1,0 +1,70 @@
+"""`torchrun ... -m tests.train.two_rank_gradients DATA OUT DEVICE`: gradients of one global batch, averaged over the ranks, to OUT.
+
+Started without torchrun it is the one rank whose gradients are the right ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from tests.train.analytic_builds import TINY, tiny_training
+from train.data.bricks import BrickLoader, TrainBatch, read_catalogue
+from train.engine.batch_sampler import Planner
+from train.engine.distributed import World, join
+from train.engine.prefetch import Prefetcher
+from train.stages.vae.task import VAETask
+
+GLOBAL_BATCH, STEPS = 4, 2
+
+
+def gradients(data: Path, world: World) -> dict[str, torch.Tensor]:
+    """Of STEPS global batches together, and their losses. fp64 on the CPU, fp32 on a GPU."""
+    dtype = torch.float64 if world.device.type == "cpu" else torch.float32
+    catalogue = read_catalogue(data, [32]).split("train")
+    task = VAETask(tiny_training(data, Path("unused")), world, catalogue.subset([]))
+    task.model.to(dtype)
+    for (
+        parameter
+    ) in task.model.parameters():  # the output layers start at zero, through which nothing flows
+        torch.manual_seed(parameter.numel())
+        parameter.data += 0.02 * torch.randn(parameter.shape, dtype=torch.float64).to(parameter)
+    model = world.parallel(task.model)
+    loader = BrickLoader(catalogue, seed=0, noise_channels=TINY.latent_channels)
+    plan = Planner(
+        catalogue.tokens, batch_size=GLOBAL_BATCH // world.size, world_size=world.size, seed=0
+    )
+    stream = Prefetcher(plan, partial(loader.load, rank=world.rank), workers=1)
+    found: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        losses = task.losses(model, in_dtype(next(stream).to(world.device), dtype))
+        losses["loss"].backward()
+        for name, value in losses.items():
+            found[f"{name}.{step}"] = world.sum(value.detach()[None]) / world.size
+    stream.close()
+    return found | {name: parameter.grad for name, parameter in task.model.named_parameters()}  # pyright: ignore
+
+
+def in_dtype(batch: TrainBatch, dtype: torch.dtype) -> TrainBatch:
+    object.__setattr__(batch, "noise", batch.noise.to(dtype))
+    return batch
+
+
+def main() -> None:
+    data, out, device = sys.argv[1:]
+    torch.set_num_threads(1)
+    with join(device) as world:  # pyright: ignore[reportArgumentType]
+        found = gradients(Path(data), world)
+        if world.is_first:
+            safetensors.torch.save_file(
+                {name: x.cpu().contiguous() for name, x in found.items()}, out
+            )
+        world.barrier()
+
+
+if __name__ == "__main__":
+    main()
