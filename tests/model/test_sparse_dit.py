@@ -15,8 +15,8 @@ from model.checkpoint import load_model, save_model
 from model.conditioning.image_encoder import Condition
 from model.sparse_dit import DiTBlock, DiTConfig, SparseDiT
 from model.sparse_tensor import Level, SparseTensor
-from tests.model.test_attention import run
 from tests.kernel_inputs import DEVICE, random_coords
+from tests.model.test_attention import run
 
 torch.set_num_threads(1)
 TINY = {

@@ -11,8 +11,8 @@ from kernels import token_order
 from model.conv import SparseConv3d
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE, VAEConfig, official_keys
-from tests.model.test_sparse_vae import TINY
 from tests.kernel_inputs import random_coords
+from tests.model.test_sparse_vae import TINY
 
 torch.set_num_threads(1)
 

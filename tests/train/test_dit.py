@@ -13,7 +13,16 @@ from PIL import Image
 from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
 from model.conditioning.image_encoder import DinoEncoder, EncoderConfig
 from pipeline.core.schema import RunError, UserError
-from tests.train.ss_dit_fixtures import MODEL, config, loader_of, make_vae, metrics, task_of, wake, weights
+from tests.train.ss_dit_fixtures import (
+    MODEL,
+    config,
+    loader_of,
+    make_vae,
+    metrics,
+    task_of,
+    wake,
+    weights,
+)
 from train.dit import main, read_latents, train
 from train.engine import checkpoint
 from train.engine.batch_sampler import Draw

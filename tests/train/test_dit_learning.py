@@ -17,8 +17,16 @@ from model.sparse_tensor import BrickBatch
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import compare_surfaces
 from tests.train.analytic_builds import add_renders, ellipsoid, make_build, tiny_training
-from tests.train.ss_dit_fixtures import MODEL, VIEWS, config, encode_with, loader_of, metrics, weights
 from tests.train.engine.test_distributed import ENVIRONMENT, ROOT, torchrun
+from tests.train.ss_dit_fixtures import (
+    MODEL,
+    VIEWS,
+    config,
+    encode_with,
+    loader_of,
+    metrics,
+    weights,
+)
 from train.data.bricks import BrickReader, read_catalogue
 from train.dit import main, read_latents, train
 from train.encode import main as encode_main

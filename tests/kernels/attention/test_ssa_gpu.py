@@ -16,8 +16,8 @@ from kernels import (
     window_attention,
 )
 from kernels.attention import reference
-from tests.kernels.attention.test_ssa import check, make_inputs
 from tests.kernel_inputs import DEVICE, random_index, run
+from tests.kernels.attention.test_ssa import check, make_inputs
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.sdf.distances import distances as kernel
+from kernels.sdf import distances as kernel
 from pipeline.core.primitives.triangles import TIE, pack
 from pipeline.core.schema import Mesh, band, spacing
 from pipeline.geometry import sdf

@@ -20,7 +20,7 @@ from tests.train.two_rank_gradients import gradients
 from train.engine.distributed import World, choose_device, of_this_start
 from train.vae import train
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
