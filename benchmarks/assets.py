@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.sdf_gpu import difference, machine
-from model.command import command, parse
 from pipeline.config import PRESETS, BuildConfig, PresetName
-from pipeline.core.schema import Record, RunError, UserError
+from pipeline.core.cli import command, parse
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.schema import Record
 from pipeline.geometry import sdf_cuda as gpu
 from pipeline.orchestration.asset_stages import AssetJob, load_bricks
 from pipeline.orchestration.commit import land

@@ -29,12 +29,13 @@ from benchmarks.dit_learning import Learn, learn
 from benchmarks.token_sets import surface_coords
 from kernels import spatial_sparse_attention
 from model.attention import ragged_attention
-from model.command import command, parse
 from model.conditioning.image_encoder import EncoderConfig, ImageBatch
 from model.conditioning.image_preprocessing import Augmentation, prepare_image
 from model.rectified_flow import noise_of
 from model.sparse_tensor import Level
-from pipeline.core.schema import BLOCK, UserError
+from pipeline.core.cli import command, parse
+from pipeline.core.errors import UserError
+from pipeline.core.grid import BLOCK
 from train.data.latents import LatentBatch
 from train.engine.checkpoint import provenance
 from train.engine.distributed import World

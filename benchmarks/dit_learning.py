@@ -19,10 +19,10 @@ from model.inference.extract_mesh import extract_meshes
 from model.inference.generator import Generator
 from model.inference.generator import Options as GenerateOptions
 from model.rectified_flow import Guidance
+from pipeline.core.errors import RunError
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import FAR, Surface, SurfaceMetrics
 from pipeline.core.primitives.voxel_iou import inside, overlap
-from pipeline.core.schema import RunError
 from train.data.bricks import BrickReader, read_catalogue
 from train.data.render_conditions import ViewReader
 from train.dit import read_latents

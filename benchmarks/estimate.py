@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model.command import command, parse
-from pipeline.core.schema import RunError, UserError
+from pipeline.core.cli import command, parse
+from pipeline.core.errors import RunError, UserError
 from pipeline.estimate import EstimateConfig, measure_passes, predict
 from pipeline.sources.procedural import ProceduralSource
 from train.engine.checkpoint import provenance

@@ -29,7 +29,7 @@ from model.sparse_dit import DiTConfig
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE, VAEConfig
 from model.structure import Structure, StructureConfig
-from pipeline.core.schema import band, spacing
+from pipeline.core.grid import band, spacing
 
 MAJOR, MINOR = (
     0.30,

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.dit import Stepper, dino_of_random_weights, synthetic_batch
-from model.command import command, parse
 from model.conditioning.image_encoder import EncoderConfig
-from pipeline.core.schema import UserError
+from pipeline.core.cli import command, parse
+from pipeline.core.errors import UserError
 from train.engine.checkpoint import provenance
 from train.engine.distributed import World, join
 from train.stages.dit.config import DIT_PRESETS

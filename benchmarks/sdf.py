@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 from pipeline.config import PRESETS
 from pipeline.core.cli import command, parse
-from pipeline.core.schema import UserError, check_resolution
+from pipeline.core.errors import UserError
+from pipeline.core.grid import check_resolution
 from pipeline.sources import open_source
 
 log = logging.getLogger(__name__)

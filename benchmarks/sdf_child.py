@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.schema import BLOCK, Bricks, Mesh, Reject, band, spacing
+from pipeline.core.errors import Reject
+from pipeline.core.grid import BLOCK, band, spacing
+from pipeline.core.schema import Bricks, Mesh
 
 CHUNK = 1 << 20  # points that go to libigl at once
 

@@ -25,9 +25,11 @@ import numpy as np
 import torch
 import triton
 
-from model.command import command, parse
+from pipeline.core.cli import command, parse
+from pipeline.core.errors import UserError
+from pipeline.core.grid import band, spacing
 from pipeline.core.primitives.triangles import pack
-from pipeline.core.schema import Bricks, UserError, band, spacing
+from pipeline.core.schema import Bricks
 from pipeline.geometry import sdf
 from pipeline.geometry import sdf_cuda as gpu
 from pipeline.geometry.flood_fill import Bins, Exterior, bin_triangles

@@ -8,7 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.schema import Mesh, band, spacing
+from pipeline.core.grid import band, spacing
+from pipeline.core.schema import Mesh
 
 PROBE = 1e-6  # cube units off the surface where its two sides are looked at
 FAR_RADII = 5.0  # a triangle this many of its radii away counts as a dipole in the winding number

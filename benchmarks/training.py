@@ -21,9 +21,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from model.command import command, parse
 from model.sparse_vae import VAEConfig
-from pipeline.core.schema import Bricks, Mesh, UserError, make_uid
+from pipeline.core.cli import command, parse
+from pipeline.core.errors import UserError
+from pipeline.core.hashing import make_uid
+from pipeline.core.schema import Bricks, Mesh
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import TopologyConfig, build_topology
 from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
@@ -94,7 +96,7 @@ class Measure:
 
 def pack_geometry(cfg: Geometry) -> None:
     """Writes names and, of each mesh, v<n> float32 [V, 3], f<n> int32 [F, 3]."""
-    from pipeline.core.schema import Reject
+    from pipeline.core.errors import Reject
     from pipeline.mesh_io.load import LoadConfig, load
     from pipeline.mesh_io.normalize import NormalizeConfig, normalize
     from pipeline.sources import open_source

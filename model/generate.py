@@ -15,13 +15,13 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from model.command import command, parse
 from model.conditioning.background_removal import load_foreground
 from model.inference.generator import Generated, Generator, Options
 from model.inference.mesh_cleaning import check_simplification
 from model.inference.mesh_export import FORMATS, check_format, write_mesh
 from model.inference.turntable import write_preview
-from pipeline.core.schema import RunError, UserError
+from pipeline.core.cli import command, parse
+from pipeline.core.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from model.layers import (
 )
 from model.sparse_tensor import Level, SparseTensor
 from model.sparse_vae import official_kernel
-from pipeline.core.schema import BLOCK
+from pipeline.core.grid import BLOCK
 
 HEAD_SIZES = (16, 32, 64, 128)  # that SSA has kernels for
 TIME_CHANNELS = 256  # of the sinusoids of t

@@ -15,7 +15,8 @@ from torch import Tensor
 import kernels
 from kernels import BlockIndex, token_order
 from kernels.attention.block_index import MAX_BATCH, MAX_COORD
-from pipeline.core.schema import BLOCK, Bricks, check_resolution
+from pipeline.core.grid import BLOCK, check_resolution
+from pipeline.core.schema import Bricks
 
 POINTS = BLOCK**3  # voxels of a cell
 WINDOW, SHIFT = 8, 4  # of window attention, in cells

@@ -23,7 +23,7 @@ from model.layers import (
     zero_init,
 )
 from model.sparse_tensor import POINTS, BrickBatch, Level, SparseTensor
-from pipeline.core.schema import BLOCK
+from pipeline.core.grid import BLOCK
 
 HEAD_SIZES = (16, 32, 64, 128)  # that windowed attention has kernels for
 LOGVAR_START = -6.0  # log-variance of every latent before training

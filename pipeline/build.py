@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config import PRESETS, BuildConfig
 from pipeline.core.cli import command, parse
-from pipeline.core.schema import RunError, UserError
+from pipeline.core.errors import RunError, UserError
 from pipeline.geometry.sdf_cuda import check_cuda
 from pipeline.orchestration.catalogue import CATALOGUE, Catalogue, write_catalogue
 from pipeline.orchestration.plan import make_plan, refuse_foreign

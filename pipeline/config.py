@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +10,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipeline.core.cameras import CameraSet
-from pipeline.core.schema import FORMAT_VERSION, check_resolution
+from pipeline.core.grid import check_resolution
+from pipeline.core.hashing import hash_of, to_json
+from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.curation.filters import FilterConfig
 from pipeline.curation.rank import RankConfig
 from pipeline.curation.screening_metrics import ScreenConfig
@@ -226,26 +226,3 @@ PRESETS: dict[str, BuildConfig] = {
         ),  # paper, sec. 2 (data)
     ),
 }
-
-
-def hash_of(value: Any) -> str:
-    """16 hex digits of the sha256 of a value's canonical JSON."""
-    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def to_json(value: Any) -> Any:
-    """The same value as JSON knows it: tuples become lists, paths strings."""
-    return json.loads(json.dumps(value, default=str))
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """ "name=old, now new" for every entry that two JSON configs do not share."""
-    found = []
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append(f"{prefix}{name}={json.dumps(before)}, now {json.dumps(after)}")
-    return found

@@ -17,7 +17,7 @@ import tyro
 
 from pipeline.config import PathOrUrl
 from pipeline.core.cli import command, parse
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 from pipeline.orchestration.commit import manifest_path, marker_path, product_paths, stats_path
 from pipeline.orchestration.manifest import PACK_SECONDS, is_product
 from pipeline.orchestration.plan import Plan, read_plan

@@ -21,7 +21,7 @@ import tyro
 
 from pipeline.config import PathOrUrl
 from pipeline.core.cli import command, parse
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 from pipeline.curation.rank import thresholds
 from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
 from pipeline.orchestration.commit import MANIFEST, manifest_path, marker_path, stats_path

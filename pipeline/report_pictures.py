@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.core.cameras import look_at_origin
+from pipeline.core.grid import BLOCK
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.core.schema import BLOCK, Bricks, Material, Mesh, Part
+from pipeline.core.schema import Bricks, Material, Mesh, Part
 from pipeline.orchestration.commit import product_paths
 from pipeline.rendering.gl_renderer import canvas
 from pipeline.rendering.shading import lighting

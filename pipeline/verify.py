@@ -16,10 +16,13 @@ from typing import Annotated, Any, cast
 import pyarrow as pa
 import tyro
 
-from pipeline.config import PathOrUrl, hash_of
+from pipeline.config import PathOrUrl
 from pipeline.core.cameras import CameraSet
 from pipeline.core.cli import command, parse
-from pipeline.core.schema import FORMAT_VERSION, Record, RunError, split_of
+from pipeline.core.errors import RunError
+from pipeline.core.hashing import hash_of, split_of
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.schema import Record
 from pipeline.curation.screening_metrics import read_measured
 from pipeline.orchestration.catalogue import CATALOGUE, Catalogue
 from pipeline.orchestration.commit import (

@@ -9,8 +9,8 @@ from typing import Any
 
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.sparse_vae import SparseVAE
-from pipeline.core.schema import UserError
-from train.command import command, configure
+from pipeline.core.cli import command, parse_with_presets
+from pipeline.core.errors import UserError
 from train.data.bricks import Catalogue
 from train.data.latents import LatentStore, hash_of
 from train.engine import checkpoint
@@ -120,7 +120,7 @@ def described(cfg: DiTTraining, vae: str) -> dict[str, Any]:
 
 
 def main(args: Sequence[str]) -> None:
-    cfg = configure(DIT_PRESETS, "tiny", args, prog=PROG)
+    cfg = parse_with_presets(DIT_PRESETS, "tiny", args, prog=PROG)
     checkpoint.check_init(cfg.init, cfg.out)
     with join(cfg.device) as world:
         if not world.is_first:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.core.schema import UserError
-from train.command import command, parse
+from pipeline.core.cli import command, parse
+from pipeline.core.errors import UserError
 from train.evaluation.generation import GenerationEvaluation, evaluate_generation
 from train.evaluation.vae import VAEEvaluation, evaluate_vae
 

@@ -15,8 +15,8 @@ from model.checkpoint import config_from, load_model, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
-from pipeline.core.schema import UserError
-from train.command import command, parse
+from pipeline.core.cli import command, parse
+from pipeline.core.errors import UserError
 from train.data.latents import hash_of
 from train.engine.checkpoint import check_format, load_weights
 from train.engine.trainer import weights_file

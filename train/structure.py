@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from model.occupancy_vae import OccupancyVAE
 from model.structure import Structure
-from pipeline.core.schema import UserError
-from train.command import command, configure
+from pipeline.core.cli import command, parse_with_presets
+from pipeline.core.errors import UserError
 from train.data.bricks import Catalogue, read_catalogue
 from train.engine import checkpoint
 from train.engine.batch_sampler import Planner, ShardPlanner
@@ -141,7 +141,7 @@ def _introduce(name: str, model: Any, world: World) -> None:
 
 
 def main(args: Sequence[str]) -> None:
-    cfg = configure(STRUCTURE_PRESETS, "tiny", args, prog=PROG)
+    cfg = parse_with_presets(STRUCTURE_PRESETS, "tiny", args, prog=PROG)
     with join(cfg.device) as world:
         if not world.is_first:
             logging.getLogger().setLevel(logging.WARNING)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from model.sparse_vae import SparseVAE
-from train.command import command, configure
+from pipeline.core.cli import command, parse_with_presets
 from train.data.bricks import BrickLoader, read_catalogue
 from train.engine import checkpoint
 from train.engine.batch_sampler import Planner
@@ -84,7 +84,7 @@ def described(cfg: VAETraining) -> dict[str, Any]:
 
 
 def main(args: Sequence[str]) -> None:
-    cfg = configure(VAE_PRESETS, "tiny", args, prog=PROG)
+    cfg = parse_with_presets(VAE_PRESETS, "tiny", args, prog=PROG)
     checkpoint.check_init(cfg.init, cfg.out)
     with join(cfg.device) as world:
         if not world.is_first:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from model.conditioning.image_encoder import PATCH
 from model.conditioning.image_preprocessing import has_alpha, load_image, prepare_image
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 
 
 def load_foreground(path: Path, *, keep_background: bool = False) -> Image.Image:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.conditioning.image_preprocessing import PreparedImage
 from model.layers import init_linears, layer_norm, position_embedding
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 
 PATCH = 14  # pixels along a patch, of DINOv2 and the stand-in alike
 SPECIAL = 5  # tokens before the patches: cls and 4 registers

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.schema import BLOCK, band, check_resolution, spacing
+from pipeline.core.grid import BLOCK, band, check_resolution, spacing
 
 
 @njit(cache=True)

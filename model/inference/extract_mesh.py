@@ -10,8 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from model.sparse_tensor import POINTS, Level
+from pipeline.core.grid import BLOCK, check_resolution
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.core.schema import BLOCK, Bricks, check_resolution
+from pipeline.core.schema import Bricks
 
 Surface = tuple[
     NDArray[np.float64], NDArray[np.int32]

@@ -26,7 +26,8 @@ from model.rectified_flow import Guidance, Method
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
-from pipeline.core.schema import BLOCK, RunError, UserError
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.grid import BLOCK
 
 See = Callable[[ConditionedDiT], Condition]
 Progress = Callable[[str, Iterable[int]], Iterable[int]]  # (stage, steps) -> the same steps, shown

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 
 Vertices = NDArray[np.float64]  # [V, 3] cube units
 Faces = NDArray[np.int32]  # [F, 3] seen from outside

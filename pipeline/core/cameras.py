@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.schema import seed_of
+from pipeline.core.hashing import seed_of
 
 SENSOR_MM = 36.0  # side of the square sensor
 RADIUS = 0.866  # of the sphere that just fits the image: half the diagonal of the unit cube

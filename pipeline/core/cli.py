@@ -1,4 +1,8 @@
-"""What every command has in common: options, log lines, signals, exit codes (2 usage, 1 run, 130 or 143 stopped)."""
+"""The command line of every command: options, presets, log lines and exit codes.
+
+Exit codes: 0 the command is done, 1 the run could not continue, 2 the request cannot be fulfilled,
+130 and 143 stopped by SIGINT and SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,22 @@ import errno
 import io
 import logging
 import re
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from types import FrameType
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import TypeVar
 
 import tyro
 
-from pipeline.core.schema import RunError, UserError
-from pipeline.orchestration.isolated_process import is_disk_full
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.files import is_disk_full
+from pipeline.core.signals import Stopped, raise_on_signals
 
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
+# What the system says of a place that the user may not or cannot write to.
 REFUSED = (
     errno.EACCES,
     errno.EPERM,
@@ -30,45 +34,72 @@ REFUSED = (
     errno.EEXIST,
     errno.ENOTDIR,
     errno.EISDIR,
-)  # where people point to
-
-
-class Stopped(BaseException):
-    """A signal asked the command to stop. Like KeyboardInterrupt no Exception: nothing on the way may swallow it."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
+)
 
 
 def parse(
     cls: type[Config], args: Sequence[str], *, prog: str, default: Config | None = None
 ) -> Config:
-    """The options as a config; `default` gives the values of those left out. UserError, one line, for bad ones."""
-    words = io.StringIO()
+    """Parse a command's options.
+
+    Args:
+        cls: A dataclass. Each field is an option.
+        args: The words after the command.
+        prog: The command as the user types it. Messages name it.
+        default: Gives the values of options that `args` leaves out. None takes the defaults of
+            `cls`.
+
+    Raises:
+        UserError: If an option is unknown, missing or has a bad value. The message is one line.
+        SystemExit: If `args` asks for help.
+    """
     start = tyro.MISSING_NONPROP if default is None else default
+    message = io.StringIO()
     try:
-        with redirect_stderr(words):
+        with redirect_stderr(message):
             config, unknown = tyro.cli(
                 cls, args=args, prog=prog, return_unknown_args=True, default=start
             )
     except SystemExit as end:
         if not end.code:
             raise  # --help
-        raise UserError(f"{_one_line(words.getvalue())}; see {prog} --help") from None
+        raise UserError(f"{_one_line(message.getvalue())}; see {prog} --help") from None
     except ValueError as error:  # the config's own checks
         raise UserError(str(error)) from error
     if unknown:
-        close = difflib.get_close_matches(unknown[0].replace("_", "-"), _options(cls, prog), n=1)
-        hint = f", did you mean {close[0]}?" if close else ""
-        raise UserError(
-            f"unknown option {unknown[0]}{hint or ''}{'' if hint else ';'} see {prog} --help"
-        )
+        options = _options(cls, prog, start)
+        close = difflib.get_close_matches(unknown[0].replace("_", "-"), options, n=1)
+        hint = f", did you mean {close[0]}?" if close else ";"
+        raise UserError(f"unknown option {unknown[0]}{hint} see {prog} --help")
     return config
 
 
+def parse_with_presets(
+    presets: Mapping[str, Config], default: str, args: Sequence[str], *, prog: str
+) -> Config:
+    """Parse a command's options, starting from the preset that `--preset` names.
+
+    Args:
+        presets: The configurations by name.
+        default: Name of the preset that is taken without `--preset`.
+        args: The words after the command.
+        prog: The command as the user types it.
+
+    Raises:
+        UserError: As in `parse`.
+    """
+    first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", nargs="?")
+    name = first.parse_known_args(args)[0].preset or default
+    start = presets.get(name, presets[default])  # tyro itself refuses an unknown name
+    return parse(type(start), args, prog=prog, default=start)
+
+
 def command(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run `main(argv)` and leave the process with its exit code; expected errors end in one line, without traceback."""
+    """Run `main(argv)` and leave the process with an exit code of the module's list.
+
+    Expected errors are logged as one line without a traceback.
+    """
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO,
@@ -86,75 +117,26 @@ def command(main: Callable[[Sequence[str]], int | None]) -> None:
         code = 1
     except OSError as error:
         if is_disk_full(error):
-            log.error(
-                "%s is full; make room and run the same command to go on",
-                error.filename or "the disk",
-            )
+            place = error.filename or "the disk"
+            log.error("%s is full; free some space and run the same command to resume", place)
         elif error.errno in REFUSED and error.filename:
-            log.error("%s: %s; choose another place, or allow it", error.filename, error.strerror)
+            log.error(
+                "%s: %s; choose another place or allow writing there",
+                error.filename,
+                error.strerror,
+            )
         else:
             raise
         code = 1
     except Stopped as stop:
-        log.error("%s; the same command goes on from here", stop)
+        log.error("%s; run the same command to resume", stop)
         code = 128 + stop.signum
     logging.shutdown()
     sys.exit(code)
 
 
-@contextmanager
-def raise_on_signals() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM raises Stopped; more of them are ignored while things are put away."""
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        if all(signal.getsignal(signum) is stop for signum in before):
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-
-class Stop:
-    """Which signal, if any, has asked to stop."""
-
-    def __init__(self):
-        self.signum = 0
-
-    def check(self) -> None:
-        """Stopped if a signal has come."""
-        if self.signum:
-            raise Stopped(self.signum)
-
-
-@contextmanager
-def note_signals(stop: Stop) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM are noted in `stop`: for code that an exception from a handler would break.
-
-    Outside the main thread, where Python allows no handlers, nothing is noted.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def note(signum: int, _frame: FrameType | None) -> None:
-        stop.signum = stop.signum or signum
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def _one_line(message: str) -> str:
-    """The sentence inside the box that tyro draws."""
+    """Return the sentence inside the box that tyro draws."""
     lines = [line.strip(" │╭╮╰╯─-") for line in message.splitlines()]
     lines = [line for line in lines if line]
     body = []
@@ -167,14 +149,12 @@ def _one_line(message: str) -> str:
     return re.sub(r"\s+", " ", " ".join(body) or " ".join(lines)).rstrip(".:; ")
 
 
-def _options(cls: type, prog: str) -> list[str]:
-    """Every option that --help lists."""
+def _options(cls: type, prog: str, default: object) -> list[str]:
+    """Return every option that `--help` lists."""
     text = io.StringIO()
-    stdout, sys.stdout = sys.stdout, text
     try:
-        tyro.cli(cls, args=["--help"], prog=prog)
+        with redirect_stdout(text):
+            tyro.cli(cls, args=["--help"], prog=prog, default=default)
     except SystemExit:
         pass
-    finally:
-        sys.stdout = stdout
     return sorted(set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue())))

@@ -2,44 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-FORMAT_VERSION = 1  # of every store and shard; a reader refuses another
-BLOCK = 8  # grid points along one side of a block (= one cell, one latent token)
-
-
-class Reject(Exception):
-    """A stage turns an asset away: a deterministic verdict, never retried, recorded in the manifest.
-
-    `reason` is a fixed snake_case word (it becomes a funnel row), `numbers` what the rule saw.
-    """
-
-    def __init__(self, reason: str, **numbers: Any):
-        super().__init__(reason, numbers)
-        self.reason, self.numbers = reason, numbers
-
-    def __str__(self) -> str:
-        return self.reason + "".join(f" {name}={value}" for name, value in self.numbers.items())
-
-
-class Transient(Reject):
-    """Something outside the asset went wrong and may be gone later: a lost connection, a server in trouble.
-
-    The runner tries again; what stays recorded in the end is a failure, not a verdict.
-    """
-
-
-class UserError(Exception):
-    """What the user asked for cannot be done; the message says what and what to do. Exit code 2."""
-
-
-class RunError(Exception):
-    """A run that began cannot go on (a full disk, too many failures); committed work is kept. Exit code 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,24 +20,6 @@ class Record:
     sha256: str | None = None  # of the file's bytes, where the source states it
     format: str = ""  # extension without the dot, lower case
     metadata: str = ""  # JSON: what else the catalogue says, e.g. name, tags, category, animations, age_restricted
-
-
-def make_uid(source: str, key: str) -> str:
-    """`<source>-<first 20 hex of sha256(key)>`; the key of a folder's file is its relative POSIX path."""
-    return f"{source}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-
-
-def split_of(uid: str, val_percent: int) -> str:
-    """ "val" for about val_percent of all uids, else "train"; depends on the uid alone."""
-    return (
-        "val" if int(hashlib.sha256(uid.encode()).hexdigest(), 16) % 100 < val_percent else "train"
-    )
-
-
-def seed_of(*parts: object) -> int:
-    """A 64-bit seed from names and numbers, e.g. (uid, "camera", view); the same on every machine."""
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,23 +59,6 @@ class Mesh:
     parts: tuple[Part, ...] = ()  # in order, covering every face once; () = default look
     center: tuple[float, float, float] = (0.0, 0.0, 0.0)
     scale: float = 1.0
-
-
-def check_resolution(resolution: int) -> int:
-    """The resolution itself. ValueError if it is not a positive multiple of 8."""
-    if resolution <= 0 or resolution % BLOCK:
-        raise ValueError(f"resolution must be a positive multiple of {BLOCK}, got {resolution}")
-    return resolution
-
-
-def spacing(resolution: int) -> float:
-    """Distance of neighbouring grid points: point i lies at -0.5 + i * spacing, i = 0..R-1."""
-    return 1.0 / (check_resolution(resolution) - 1)
-
-
-def band(resolution: int) -> float:
-    """tau in cube units: a point is active where |sdf| < tau. 2, 3, 4, 4 times 1/R at 256, 384, 512, 1024."""
-    return min(max(resolution / 128, 2.0), 4.0) / check_resolution(resolution)
 
 
 @dataclass(frozen=True, kw_only=True)

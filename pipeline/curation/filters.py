@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.core.schema import Mesh, Record, Reject
+from pipeline.core.errors import Reject
+from pipeline.core.schema import Mesh, Record
 from pipeline.curation.licences import OPEN_LICENCES, licence_of
 from pipeline.mesh_io.file_checks import MESH_FORMATS
 

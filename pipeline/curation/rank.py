@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.core.schema import check_resolution
+from pipeline.core.grid import check_resolution
 from pipeline.curation.dedup import DedupConfig, Signatures, duplicates
 
 WEIGHTS = {"detail": 0.30, "texture": 0.25, "solid": 0.20, "views": 0.15, "complete": 0.10}

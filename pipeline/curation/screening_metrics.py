@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from scipy.fft import dctn
 
+from pipeline.core.grid import check_resolution, spacing
 from pipeline.core.primitives.triangles import pack
-from pipeline.core.schema import FORMAT_VERSION, Bricks, Mesh, View, check_resolution, spacing
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.schema import Bricks, Mesh, View
 from pipeline.geometry.flood_fill import BARRIER_VOXELS, Exterior, bin_triangles, flood
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import Topology

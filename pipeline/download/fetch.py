@@ -18,10 +18,11 @@ from pathlib import Path
 
 from urllib3.exceptions import ProtocolError
 
-from pipeline.core.schema import Reject, RunError, Transient
+from pipeline.core.errors import Reject, RunError, Transient
+from pipeline.core.files import is_disk_full
+from pipeline.core.hashing import sha256_of
 from pipeline.download.http import FetchConfig, Response, pieces, request
 from pipeline.mesh_io.file_checks import HEAD, check_magic
-from pipeline.orchestration.isolated_process import is_disk_full
 
 LFS_HEAD = b"version https://git-lfs"
 
@@ -79,11 +80,6 @@ def fetch(want: Wanted, target: Path, cfg: FetchConfig) -> Path:
             kept.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(kept)
         return _deliver(kept, target, keep=True)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from urllib3.exceptions import (
 )
 from urllib3.util import Retry, Timeout
 
-from pipeline.core.schema import Reject, Transient
+from pipeline.core.errors import Reject, Transient
 
 PIECE = 1 << 16
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})

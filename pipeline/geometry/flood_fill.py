@@ -8,8 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.core.grid import BLOCK, spacing
 from pipeline.core.primitives.triangles import distance2
-from pipeline.core.schema import BLOCK, spacing
 
 # A 6-connected path across a closed surface has an end within h/2 of it; a little more also closes hairline cracks.
 BARRIER_VOXELS = 0.6

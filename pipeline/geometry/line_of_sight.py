@@ -8,8 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.core.grid import BLOCK, spacing
 from pipeline.core.primitives.triangles import segment_hits
-from pipeline.core.schema import BLOCK, spacing
 from pipeline.geometry.flood_fill import Exterior, bit_at
 
 HIDDEN, FRONT, BACK, SHEET = (

@@ -8,8 +8,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.core.grid import BLOCK, band, check_resolution, spacing
 from pipeline.core.primitives.triangles import TIE, VOTE_ROUNDING, distance2, pack, side_vote
-from pipeline.core.schema import BLOCK, Bricks, band, check_resolution, spacing
+from pipeline.core.schema import Bricks
 from pipeline.geometry import sdf_cuda as gpu
 from pipeline.geometry.flood_fill import BARRIER_VOXELS, Bins, bin_triangles, bit_at
 from pipeline.geometry.sharp_edges import sharp_bits

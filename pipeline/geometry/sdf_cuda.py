@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.errors import RunError, Transient, UserError
 from pipeline.core.primitives.triangles import TIE
-from pipeline.core.schema import RunError, Transient, UserError
 from pipeline.geometry.flood_fill import Bins, Exterior
 
 # What is on the GPU at once: 64 MB of distances and 128 MB of lists, since several assets share it

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.schema import BLOCK
+from pipeline.core.grid import BLOCK
 
 SHARP_VOXELS = 2.0
 

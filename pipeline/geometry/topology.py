@@ -8,8 +8,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.core.errors import Reject
+from pipeline.core.grid import BLOCK, check_resolution, spacing
 from pipeline.core.primitives.triangles import pack, segment_hits
-from pipeline.core.schema import BLOCK, Mesh, Reject, check_resolution, spacing
+from pipeline.core.schema import Mesh
 from pipeline.geometry import holes
 from pipeline.geometry.flood_fill import REACH_VOXELS, Exterior, bin_triangles, flood, region_from
 from pipeline.geometry.line_of_sight import BACK, HIDDEN, SHEET

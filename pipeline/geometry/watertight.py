@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pipeline.core.errors import Reject
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.core.schema import Bricks, Mesh, Reject
+from pipeline.core.schema import Bricks, Mesh
 
 
 def watertight(bricks: Bricks) -> Mesh:

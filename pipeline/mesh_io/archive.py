@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from pipeline.core.schema import Reject
+from pipeline.core.errors import Reject
 from pipeline.mesh_io.file_checks import MESH_FORMATS
 
 ARCHIVE_FORMATS = ("zip", "tar", "tar.gz", "tgz", "tar.bz2", "tar.xz")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote
 
-from pipeline.core.schema import Reject
+from pipeline.core.errors import Reject
 
 MESH_FORMATS = frozenset(
     {"glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"}

@@ -19,7 +19,8 @@ import trimesh
 from collada.common import DaeError
 from numpy.typing import NDArray
 
-from pipeline.core.schema import Material, Mesh, Part, Reject
+from pipeline.core.errors import Reject
+from pipeline.core.schema import Material, Mesh, Part
 from pipeline.mesh_io.file_checks import check_file, side_file
 from pipeline.mesh_io.gltf import prepared
 from pipeline.mesh_io.materials import Looks

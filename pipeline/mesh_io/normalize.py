@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.core.schema import Mesh, Reject
+from pipeline.core.errors import Reject
+from pipeline.core.schema import Mesh
 
 
 @dataclass(frozen=True, kw_only=True)

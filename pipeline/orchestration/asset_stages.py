@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import BuildConfig
-from pipeline.core.schema import BLOCK, Bricks, Mesh, Record, Reject, Transient
+from pipeline.core.errors import Reject, Transient
+from pipeline.core.grid import BLOCK
+from pipeline.core.schema import Bricks, Mesh, Record
 from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata
 from pipeline.curation.screening_metrics import measure, save_measured
 from pipeline.geometry import sdf_cuda as gpu

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import BuildConfig, to_json
-from pipeline.core.schema import FORMAT_VERSION, Record, RunError, UserError
+from pipeline.config import BuildConfig
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.hashing import sha256_of, to_json
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.schema import Record
 from pipeline.curation.rank import funnel_rows, rank
 from pipeline.curation.screening_metrics import read_measured
-from pipeline.download.fetch import sha256_of
 from pipeline.orchestration.commit import manifest_path, product_paths
 from pipeline.orchestration.plan import Plan
 from pipeline.storage.locks import workspace

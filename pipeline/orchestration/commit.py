@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import socket
 import time
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.config import BuildConfig
-from pipeline.core.schema import FORMAT_VERSION, Bricks, Record
+from pipeline.core.files import sync
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.schema import Bricks, Record
 from pipeline.curation.screening_metrics import load_measured, write_measured
 from pipeline.orchestration.asset_stages import NOTES, AssetJob, Notes, load_bricks
 from pipeline.orchestration.isolated_process import Exit
@@ -294,15 +295,3 @@ def _write_marker(path: Path, content: dict[str, Any]) -> None:
     partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     sync(partial)
     partial.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or every file of a directory, to the disk: a marker must not outlive what it vouches for."""
-    for file in (
-        [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]
-    ):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

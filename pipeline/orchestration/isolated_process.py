@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from pipeline.core.schema import RunError
+from pipeline.core.errors import RunError
+from pipeline.core.files import is_disk_full
 
 OUT_OF_MEMORY, DISK_FULL, RUN_ERROR = (
     86,
     87,
     88,
 )  # exit codes of a child, chosen where nobody else's lie
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.01
 
@@ -167,11 +167,6 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             peak_rss_bytes=usage.ru_maxrss * 1024,
         )
         _send(answers, answer)
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether writing failed for want of room; some libraries say so in words alone."""
-    return error.errno in NO_ROOM or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _child(request: _Request, server: int, pipes: tuple[int, ...]) -> None:

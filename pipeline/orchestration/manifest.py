@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.schema import FORMAT_VERSION, Record, split_of
+from pipeline.core.hashing import split_of
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.schema import Record
 from pipeline.storage.remote import Location, readable
 
 PACK_SECONDS = "pack_seconds"

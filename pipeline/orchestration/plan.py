@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import BuildConfig, differences, hash_of
-from pipeline.core.schema import FORMAT_VERSION, Record, UserError
-from pipeline.orchestration.isolated_process import is_disk_full
+from pipeline.config import BuildConfig
+from pipeline.core.errors import UserError
+from pipeline.core.files import is_disk_full
+from pipeline.core.hashing import differences, hash_of
+from pipeline.core.provenance import FORMAT_VERSION, commit_of_code, provenance
+from pipeline.core.schema import Record
 from pipeline.sources import Listing
 from pipeline.storage.locks import workspace
 from pipeline.storage.remote import Location, Remote, children, readable
@@ -139,11 +139,7 @@ def _info(cfg: BuildConfig, sources: Sequence[Listing], assets: int) -> dict[str
         "shards": -(-assets // cfg.shard_size),
         "skipped_files": skipped,
         "snapshots": snapshots,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
-        },
-        "commit": _commit(),
+        **provenance(PACKAGES),
     }
 
 
@@ -192,9 +188,12 @@ def _matching_plan(cfg: BuildConfig) -> Plan:
             f"{cfg.out} was built with {'; '.join(changed[:4])}{' ...' if len(changed) > 4 else ''}; "
             "choose another --out, or the same options to go on with it"
         )
-    if plan.info["commit"] != _commit():
+    if plan.info["commit"] != commit_of_code():
         log.warning(
-            "%s was planned by commit %s, this is %s", cfg.out, plan.info["commit"], _commit()
+            "%s was planned by commit %s, this is %s",
+            cfg.out,
+            plan.info["commit"],
+            commit_of_code(),
         )
     return plan
 
@@ -228,27 +227,3 @@ def _foreign(out: Location) -> Iterator[Location]:
     names = ("plan.parquet", "plan.json", "catalogue.parquet")
     ours = {*names, *(f".{name}.partial" for name in names), ".scratch", "screen"}
     return islice((path for path in children(out) if path.name not in ours), 1)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the running code, "+" if files were changed since; None outside a repository."""
-    folder = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -20,9 +20,12 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.config import BuildConfig, differences
-from pipeline.core.cli import Stop, note_signals
-from pipeline.core.schema import Record, RunError, UserError
+from pipeline.config import BuildConfig
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.files import is_disk_full
+from pipeline.core.hashing import differences
+from pipeline.core.schema import Record
+from pipeline.core.signals import Stop, note_signals
 from pipeline.orchestration.asset_stages import AssetJob
 from pipeline.orchestration.commit import (
     MANIFEST,
@@ -34,7 +37,7 @@ from pipeline.orchestration.commit import (
     marker_path,
     scratch_folder,
 )
-from pipeline.orchestration.isolated_process import Exit, Isolated, is_disk_full
+from pipeline.orchestration.isolated_process import Exit, Isolated
 from pipeline.orchestration.manifest import STATUSES, Result
 from pipeline.orchestration.plan import Plan
 from pipeline.orchestration.progress import Progress

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.cameras import RADIUS, Camera
-from pipeline.core.schema import Mesh, RunError
+from pipeline.core.errors import RunError
+from pipeline.core.schema import Mesh
 from pipeline.rendering.draw_calls import Batch, batches
 from pipeline.rendering.shading import Lighting, shader_sources
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.cameras import Camera
-from pipeline.core.schema import seed_of
+from pipeline.core.hashing import seed_of
 
 MAX_LIGHTS = 3
 CREASE_DEGREES = 40.0  # faces that meet at a larger angle keep an edge between them

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.core.cameras import Camera, CameraSet, camera
-from pipeline.core.schema import Mesh, Reject, View
+from pipeline.core.errors import Reject
+from pipeline.core.schema import Mesh, View
 from pipeline.rendering.gl_renderer import canvas, renderer_string
 from pipeline.rendering.shading import lighting
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qs
 
-from pipeline.core.schema import Record, UserError
+from pipeline.core.errors import UserError
+from pipeline.core.schema import Record
 from pipeline.download.fetch import FetchConfig
 
 

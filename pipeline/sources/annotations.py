@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 from zlib import error as ZlibError
 
-from pipeline.core.schema import Reject, UserError
-from pipeline.download.fetch import FetchConfig, Wanted, fetch, sha256_of
+from pipeline.core.errors import Reject, UserError
+from pipeline.core.hashing import sha256_of
+from pipeline.download.fetch import FetchConfig, Wanted, fetch
 
 MAX_BYTES = 16 << 30  # of one annotation file
 WORDS, LETTERS = 32, 100  # tags of an asset, and letters of a name, that a plan keeps

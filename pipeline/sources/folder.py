@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.core.schema import Record, UserError, make_uid
+from pipeline.core.errors import UserError
+from pipeline.core.hashing import make_uid
+from pipeline.core.schema import Record
 from pipeline.mesh_io.archive import (
     ARCHIVE_FORMATS,
     ArchiveLimits,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from pipeline.core.schema import Reject, Transient
+from pipeline.core.errors import Reject, Transient
 from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch, remembered
 from pipeline.download.http import post_json
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.schema import Record, make_uid
+from pipeline.core.hashing import make_uid
+from pipeline.core.schema import Record
 from pipeline.curation.licences import licence_of
 from pipeline.download.fetch import FetchConfig, Wanted, fetch
 from pipeline.sources.annotations import Annotations, read_json, to_metadata

@@ -9,7 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.schema import Record, UserError, make_uid
+from pipeline.core.errors import UserError
+from pipeline.core.hashing import make_uid
+from pipeline.core.schema import Record
 from pipeline.curation.licences import licence_of
 from pipeline.download.fetch import FetchConfig, Wanted, fetch
 from pipeline.sources.annotations import Annotations

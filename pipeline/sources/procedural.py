@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.schema import Record, make_uid, seed_of
+from pipeline.core.hashing import make_uid, seed_of
+from pipeline.core.schema import Record
 from pipeline.sources.shapes import FAMILIES, to_glb
 from pipeline.sources.shapes.kit import Piece
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
-from pipeline.core.schema import RunError, UserError
+from pipeline.core.errors import RunError, UserError
 from pipeline.storage.remote import Location, Remote
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from pipeline.core.schema import RunError, UserError
-from pipeline.orchestration.isolated_process import is_disk_full
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.files import is_disk_full
 
 log = logging.getLogger(__name__)
 

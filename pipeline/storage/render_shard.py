@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.core.cameras import CameraSet, camera, look_at_origin
-from pipeline.core.schema import FORMAT_VERSION, View
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.schema import View
 from pipeline.rendering.views import ImageFormat, decode
 from pipeline.storage.remote import Location, Remote, location, readable
 

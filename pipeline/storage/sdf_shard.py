@@ -16,7 +16,9 @@ from zarr.codecs import BloscCodec
 from zarr.errors import BaseZarrError
 from zarr.storage import FsspecStore
 
-from pipeline.core.schema import BLOCK, FORMAT_VERSION, Bricks, band, check_resolution, spacing
+from pipeline.core.grid import BLOCK, band, check_resolution, spacing
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.schema import Bricks
 from pipeline.storage.remote import Location, Remote, location
 
 CHUNK = 1024  # rows of an array that are compressed together, and read together

@@ -9,7 +9,7 @@ import trimesh
 from PIL import Image
 
 from benchmarks import assets
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import TopologyConfig, build_topology
 from pipeline.mesh_io.load import load

@@ -7,7 +7,8 @@ import trimesh
 
 from benchmarks.sdf import main
 from benchmarks.sdf_truth import closest_on_mesh, open_edges, sample_truth, winding
-from pipeline.core.schema import Mesh, band, spacing
+from pipeline.core.grid import band, spacing
+from pipeline.core.schema import Mesh
 
 
 def ball(subdivisions=2):

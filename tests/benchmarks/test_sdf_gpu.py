@@ -7,7 +7,7 @@ import pytest
 import trimesh
 
 from benchmarks import sdf_gpu
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import TopologyConfig, build_topology
 from tests.pipeline import known_shapes as geo

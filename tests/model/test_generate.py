@@ -22,7 +22,8 @@ from model.occupancy_vae import OccupancyConfig
 from model.sparse_dit import DiTConfig
 from model.sparse_vae import SparseVAE, VAEConfig
 from model.structure import Structure, StructureConfig, level_of
-from pipeline.core.schema import RunError, UserError, band, spacing
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.grid import band, spacing
 
 ROOT = Path(__file__).resolve().parents[2]
 OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)

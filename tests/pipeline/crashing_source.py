@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.schema import Record, Transient
+from pipeline.core.errors import Transient
+from pipeline.core.schema import Record
 from pipeline.sources.procedural import ProceduralSource
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import trimesh
 from numba import njit
 
-from pipeline.core.schema import BLOCK, Bricks, Mesh, band, spacing
+from pipeline.core.grid import BLOCK, band, spacing
+from pipeline.core.schema import Bricks, Mesh
 
 
 def as_mesh(*parts: trimesh.Trimesh) -> Mesh:

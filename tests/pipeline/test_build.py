@@ -14,7 +14,9 @@ import pytest
 from pipeline.build import build, configure, main
 from pipeline.config import PRESETS, BuildConfig
 from pipeline.core.cli import command
-from pipeline.core.schema import Record, RunError, UserError, make_uid
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.hashing import make_uid
+from pipeline.core.schema import Record
 from pipeline.curation.rank import RankConfig
 from pipeline.orchestration.manifest import read_manifest
 from pipeline.orchestration.plan import make_plan, read_plan

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 from pipeline.estimate import Cost, EstimateConfig, main, measure_passes, predict
 from pipeline.orchestration.manifest import PACK_SECONDS, Result, append_stats
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.schema import Bricks, UserError
+from pipeline.core.errors import UserError
+from pipeline.core.schema import Bricks
 from pipeline.orchestration.manifest import read_manifest, write_manifest
 from pipeline.report import (
     cost_rows,

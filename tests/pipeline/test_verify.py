@@ -13,7 +13,7 @@ import pytest
 import zarr
 
 from pipeline.core.cli import command
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 from pipeline.orchestration.commit import tree_sha256
 from pipeline.orchestration.manifest import read_manifest, write_manifest
 from pipeline.storage.render_shard import RenderShard, write_render_shard

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.cameras import camera
-from pipeline.core.schema import BLOCK, Bricks, View, band, spacing
+from pipeline.core.grid import BLOCK, band, spacing
+from pipeline.core.schema import Bricks, View
 from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
 from pipeline.rendering.views import encode
 from pipeline.storage.render_shard import write_render_shard

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from train.command import command
+from pipeline.core.cli import command
 from train.dit import main
 from train.stages.dit.task import DiTTask
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
 from model.conditioning.image_encoder import DinoEncoder, EncoderConfig
-from pipeline.core.schema import RunError, UserError
+from pipeline.core.errors import RunError, UserError
 from tests.train.ss_dit_fixtures import (
     MODEL,
     config,

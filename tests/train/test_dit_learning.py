@@ -109,7 +109,13 @@ def test_a_killed_rank_is_started_again_and_goes_on_from_the_last_checkpoint(ren
         }  # fmt: skip
         words = [word for pair in options.items() for word in pair]
         process = torchrun(
-            "--max-restarts", 1, "-m", "tests.train.killed_rank_run", tmp_path / f"{name}-flag", step, *words
+            "--max-restarts",
+            1,
+            "-m",
+            "tests.train.killed_rank_run",
+            tmp_path / f"{name}-flag",
+            step,
+            *words,
         )
         outputs[name] = process.communicate(timeout=300)[0]
         assert process.returncode == 0, outputs[name]

@@ -13,7 +13,7 @@ import train.encode
 from model.checkpoint import save_model
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
-from pipeline.core.schema import RunError, UserError
+from pipeline.core.errors import RunError, UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.analytic_builds import TINY, make_build
 from train.data.latents import LatentBatch, LatentShard, LatentStore, hash_of

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from model.inference.generator import Generator
-from pipeline.core.schema import FORMAT_VERSION, UserError
+from pipeline.core.errors import UserError
+from pipeline.core.provenance import FORMAT_VERSION
 from tests.model.test_generate import FAST, disc, untrained
 from train.data.latents import hash_of
 from train.export import Export, export, main

@@ -15,7 +15,7 @@ from model.occupancy_vae import OccupancyConfig, OccupancyVAE, occupancy_of
 from model.rectified_flow import Guidance
 from model.sparse_dit import DiTConfig
 from model.structure import Structure, StructureConfig
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.analytic_builds import add_renders, color_of, make_build
 from train.data.bricks import read_catalogue

@@ -16,10 +16,10 @@ import torch
 from model.checkpoint import load_model
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
-from pipeline.core.schema import UserError
+from pipeline.core.cli import parse_with_presets
+from pipeline.core.errors import UserError
 from tests.train.analytic_builds import tiny_training
 from train import vae
-from train.command import configure
 from train.data.bricks import BrickReader, read_catalogue
 from train.engine.config import VAE_PRESETS
 from train.engine.distributed import World
@@ -224,14 +224,14 @@ def test_presets():
 
 def test_options_start_from_the_preset():
     args = ["--preset", "small", "--loop.steps", "7", "--model.widths", "32", "32", "32", "96"]
-    cfg = configure(VAE_PRESETS, "tiny", args, prog="x")
+    cfg = parse_with_presets(VAE_PRESETS, "tiny", args, prog="x")
     assert (cfg.preset, cfg.loop.steps, cfg.bricks.resolutions) == ("small", 7, (256,))
     assert cfg.model.widths == (32, 32, 32, 96)
-    assert configure(VAE_PRESETS, "tiny", [], prog="x") == VAE_PRESETS["tiny"]
+    assert parse_with_presets(VAE_PRESETS, "tiny", [], prog="x") == VAE_PRESETS["tiny"]
     with pytest.raises(UserError, match=r"did you mean --loop\.steps"):
-        configure(VAE_PRESETS, "tiny", ["--steps", "7"], prog="x")
+        parse_with_presets(VAE_PRESETS, "tiny", ["--steps", "7"], prog="x")
     with pytest.raises(UserError, match="steps must be 1 or more, got 0"):
-        configure(VAE_PRESETS, "tiny", ["--loop.steps", "0"], prog="x")
+        parse_with_presets(VAE_PRESETS, "tiny", ["--loop.steps", "0"], prog="x")
 
 
 @pytest.mark.parametrize(

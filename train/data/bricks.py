@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.sparse_tensor import BrickBatch
-from pipeline.core.schema import BLOCK, FORMAT_VERSION, Bricks, RunError, UserError, seed_of
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.grid import BLOCK
+from pipeline.core.hashing import seed_of
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.schema import Bricks
 from train.data.symmetry import SYMMETRIES, transform_bricks
 from train.engine.batch_sampler import Draw, Plan
 

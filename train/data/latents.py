@@ -20,7 +20,9 @@ from torch import Tensor
 from kernels import token_order
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
-from pipeline.core.schema import BLOCK, FORMAT_VERSION, RunError, UserError
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.grid import BLOCK
+from pipeline.core.provenance import FORMAT_VERSION
 
 OPEN_SHARDS = 64  # kept open at once
 STATISTICS = "stats.json"

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from model.conditioning.image_preprocessing import Augmentation, PreparedImage, prepare_image
 from model.rectified_flow import TimeDistribution
-from pipeline.core.schema import RunError, UserError, seed_of
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.hashing import seed_of
 from train.data.bricks import OPEN_SHARDS, UNREADABLE, Catalogue
 from train.engine.config import LoopConfig
 

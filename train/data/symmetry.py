@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.schema import BLOCK, Bricks
+from pipeline.core.grid import BLOCK
+from pipeline.core.schema import Bricks
 
 # Number g is (axes, reversed): axis a of the result is axis axes[a] of the original, i -> R - 1 - i where reversed[a].
 SYMMETRIES: tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...] = tuple(

@@ -1,6 +1,6 @@
 """`python -m train.demo`: build data, train every stage, generate meshes and write one report page."""
 
-from train.command import command
+from pipeline.core.cli import command
 from train.demo.steps import main
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from typing import Literal
 
 import torch
 
-from pipeline.core.schema import RunError, UserError
-from train.command import command, parse
+from pipeline.core.cli import parse
+from pipeline.core.errors import RunError, UserError
 from train.demo.page import StepTaken, write_page
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.schema import UserError, seed_of
+from pipeline.core.errors import UserError
+from pipeline.core.hashing import seed_of
 
 
 @dataclass(frozen=True)

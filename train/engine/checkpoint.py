@@ -6,12 +6,9 @@ import io
 import json
 import logging
 import os
-import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,7 +19,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 import model.checkpoint
-from pipeline.core.schema import FORMAT_VERSION, UserError
+from pipeline.core.errors import UserError
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.provenance import provenance as core_provenance
 from train.engine.distributed import World
 
 log = logging.getLogger(__name__)
@@ -245,46 +244,6 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """ "name=old, now new" for every entry that two JSON objects do not share."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return [] if old == new else [f"{prefix}={json.dumps(old)}, now {json.dumps(new)}"]
-    found = []
-    for name in sorted({*old, *new}):
-        found += differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
-    return found
-
-
 def provenance() -> dict[str, Any]:
-    """Versions and commit of the code that runs, for config.json."""
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
-        },
-        "commit": _commit(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the running code, "+" if files were changed since; None outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    """Return the versions and the commit of the running code, for config.json."""
+    return core_provenance(PACKAGES)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.sparse_vae import VAEConfig
-from pipeline.core.schema import check_resolution
+from pipeline.core.grid import check_resolution
 from train.engine.distributed import Device
 from train.stages.vae.losses import LossWeights
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core.schema import RunError, UserError
+from pipeline.core.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 

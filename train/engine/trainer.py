@@ -16,8 +16,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.schema import FORMAT_VERSION, RunError, UserError
-from train.command import Stop, Stopped, note_signals
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.hashing import differences
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.signals import Stop, Stopped, note_signals
 from train.engine import checkpoint
 from train.engine.config import FREE_ON_RESUME, LoopConfig
 from train.engine.distributed import World
@@ -267,7 +269,7 @@ class _Run:
         there = checkpoint.check_format(found)
         wanted = {name: self.config.get(name) for name in ("model", "config", "training")}
         stored = {name: there.get(name) for name in wanted}
-        changed = checkpoint.differences(_identity(stored), _identity(wanted))
+        changed = differences(_identity(stored), _identity(wanted))
         if changed:
             raise UserError(
                 f"{found} was trained with {'; '.join(changed[:4])}{' ...' if len(changed) > 4 else ''}; choose "

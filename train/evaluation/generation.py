@@ -16,9 +16,10 @@ from model.inference.generator import Generated, Generator, Options
 from model.inference.mesh_export import write_mesh
 from model.inference.turntable import CLAY, on_paper
 from pipeline.core.cameras import Camera, CameraSet, look_at_origin
+from pipeline.core.errors import RunError, UserError
 from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
 from pipeline.core.primitives.voxel_iou import inside, overlap
-from pipeline.core.schema import Mesh, Part, RunError, UserError, View
+from pipeline.core.schema import Mesh, Part, View
 from pipeline.rendering.views import render_from
 from train.data.bricks import built_resolutions, read_catalogue
 from train.data.render_conditions import ViewReader

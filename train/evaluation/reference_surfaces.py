@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
+from pipeline.core.errors import RunError
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import sample_surface
-from pipeline.core.schema import RunError
 from train.data.bricks import UNREADABLE, BrickReader, Catalogue
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.schema import BLOCK, Bricks, check_resolution, spacing
+from pipeline.core.grid import BLOCK, check_resolution, spacing
+from pipeline.core.schema import Bricks
 
 # Corner c of a cell lies at (c >> 2, c >> 1 & 1, c & 1). Edge e = 4 * axis + n joins two corners that differ in `axis`;
 # n = 2 * u + v counts the positions of the other two axes in order.

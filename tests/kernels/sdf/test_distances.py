@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from kernels.sdf import distances as kernel
+from pipeline.core.grid import band, spacing
 from pipeline.core.primitives.triangles import TIE, pack
-from pipeline.core.schema import Mesh, band, spacing
+from pipeline.core.schema import Mesh
 from pipeline.geometry import sdf
 from pipeline.geometry.flood_fill import bin_triangles
 from pipeline.geometry.topology import THIN, TopologyConfig, build_topology

@@ -26,7 +26,7 @@ from model.conditioning.image_preprocessing import (
     load_image,
     prepare_image,
 )
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 
 torch.set_num_threads(1)
 SIZE = 112

@@ -5,7 +5,7 @@ import pytest
 import trimesh
 
 from model.inference.cells_near_mesh import cells_near
-from pipeline.core.schema import BLOCK, band, spacing
+from pipeline.core.grid import BLOCK, band, spacing
 
 
 def brute_force(vertices, faces, resolution):

@@ -9,7 +9,8 @@ import torch
 
 from model.inference.extract_mesh import extract_meshes, mesh_of
 from model.sparse_tensor import BrickBatch, Level
-from pipeline.core.schema import Bricks, band, spacing
+from pipeline.core.grid import band, spacing
+from pipeline.core.schema import Bricks
 
 
 def analytic_bricks(distance, resolution, reach=1.0):

@@ -12,8 +12,9 @@ from model.inference.mesh_cleaning import (
     simplify,
     used_only,
 )
+from pipeline.core.grid import BLOCK, band, spacing
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.core.schema import BLOCK, Bricks, band, spacing
+from pipeline.core.schema import Bricks
 
 R = 64
 

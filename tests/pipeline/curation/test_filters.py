@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.schema import Mesh, Record, Reject
+from pipeline.core.errors import Reject
+from pipeline.core.schema import Mesh, Record
 from pipeline.curation.filters import (
     FilterConfig,
     count_components,

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.core.schema import Mesh, View, check_resolution
+from pipeline.core.grid import check_resolution
+from pipeline.core.schema import Mesh, View
 from pipeline.curation.screening_metrics import (
     COLUMNS,
     ScreenConfig,

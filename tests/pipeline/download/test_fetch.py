@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from pipeline.core.schema import Reject, RunError, Transient
+from pipeline.core.errors import Reject, RunError, Transient
+from pipeline.core.hashing import sha256_of
 from pipeline.download import http as web
-from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch, sha256_of
+from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch
 from pipeline.download.http import post_json
 from tests.pipeline.faulty_http_server import running
 

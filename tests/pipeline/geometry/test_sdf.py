@@ -8,8 +8,9 @@ import trimesh
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pipeline.core.grid import BLOCK, band, spacing
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.core.schema import BLOCK, Mesh, band, spacing
+from pipeline.core.schema import Mesh
 from pipeline.geometry.sdf import SHEET_HALF_VOXELS, compute_bricks
 from pipeline.geometry.topology import TopologyConfig, build_topology
 from pipeline.geometry.watertight import watertight

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pipeline.config import BuildConfig
-from pipeline.core.schema import RunError, Transient, UserError, band, spacing
+from pipeline.core.errors import RunError, Transient, UserError
+from pipeline.core.grid import band, spacing
 from pipeline.geometry import sdf as cpu
 from pipeline.geometry import sdf_cuda as gpu
 from pipeline.geometry.topology import TopologyConfig, build_topology

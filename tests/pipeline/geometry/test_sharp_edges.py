@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline.core.schema import Mesh, band, spacing
+from pipeline.core.grid import band, spacing
+from pipeline.core.schema import Mesh
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.sharp_edges import SHARP_VOXELS
 from pipeline.geometry.topology import TopologyConfig, build_topology

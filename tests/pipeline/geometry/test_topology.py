@@ -7,8 +7,10 @@ import pytest
 import trimesh
 from scipy import ndimage
 
+from pipeline.core.errors import Reject
+from pipeline.core.grid import spacing
 from pipeline.core.primitives.triangles import pack
-from pipeline.core.schema import Mesh, Reject, spacing
+from pipeline.core.schema import Mesh
 from pipeline.geometry import holes
 from pipeline.geometry.flood_fill import bin_triangles, bit_at, flood
 from pipeline.geometry.topology import (

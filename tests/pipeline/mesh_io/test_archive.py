@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.schema import Reject
+from pipeline.core.errors import Reject
 from pipeline.mesh_io.archive import ArchiveLimits, archive_format, extract, only_mesh
 
 LIMITS = ArchiveLimits()

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.schema import Material, Reject
+from pipeline.core.errors import Reject
+from pipeline.core.schema import Material
 from pipeline.mesh_io.load import LoadConfig, absolute_indices, load, load_with_report
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import to_glb

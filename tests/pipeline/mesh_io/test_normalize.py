@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.core.schema import Mesh, Part, Reject
+from pipeline.core.errors import Reject
+from pipeline.core.schema import Mesh, Part
 from pipeline.mesh_io.normalize import NormalizeConfig, normalize
 
 CFG = NormalizeConfig()

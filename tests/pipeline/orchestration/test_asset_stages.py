@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import BuildConfig
-from pipeline.core.schema import make_uid
+from pipeline.core.hashing import make_uid
 from pipeline.orchestration.asset_stages import AssetJob, Notes, load_bricks, process, save_bricks
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.procedural import ProceduralSource

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.build import make
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 from pipeline.curation.dedup import EXACT, GEOMETRY
 from pipeline.curation.rank import RankConfig
 from pipeline.curation.screening_metrics import ScreenConfig

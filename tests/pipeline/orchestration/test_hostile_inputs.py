@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline.core.schema import make_uid
+from pipeline.core.hashing import make_uid
 from pipeline.download.fetch import FetchConfig
 from pipeline.orchestration.plan import make_plan
 from pipeline.sources import open_source

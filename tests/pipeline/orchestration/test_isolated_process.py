@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.core.schema import RunError
+from pipeline.core.errors import RunError
 from pipeline.orchestration.isolated_process import Isolated
 from tests.pipeline.builds import ROOT, wait_until
 from tests.pipeline.crashing_source import HostileSource

@@ -3,7 +3,8 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.schema import Record, make_uid
+from pipeline.core.hashing import make_uid
+from pipeline.core.schema import Record
 from pipeline.orchestration.manifest import (
     Result,
     append_stats,

@@ -18,7 +18,7 @@ from pipeline import estimate as estimate_module
 from pipeline import verify as verify_module
 from pipeline.build import make
 from pipeline.core.cli import command
-from pipeline.core.schema import RunError
+from pipeline.core.errors import RunError
 from pipeline.curation.rank import RankConfig
 from pipeline.estimate import measure_passes
 from pipeline.orchestration.commit import PackJob

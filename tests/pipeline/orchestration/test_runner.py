@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from pipeline import build as build_command
-from pipeline.core.schema import RunError, UserError
+from pipeline.core.errors import RunError, UserError
 from pipeline.orchestration.asset_stages import AssetJob
 from pipeline.orchestration.commit import (
     MANIFEST,

@@ -11,7 +11,8 @@ import pytest
 import trimesh
 
 from pipeline.core.cameras import camera, look_at_origin
-from pipeline.core.schema import Material, Mesh, Part, Reject, View
+from pipeline.core.errors import Reject
+from pipeline.core.schema import Material, Mesh, Part, View
 from pipeline.rendering import views as render
 from pipeline.rendering.gl_renderer import canvas
 from pipeline.rendering.shading import Lighting, lighting, smooth_normals
@@ -132,7 +133,9 @@ def digest(mesh, uid="folder-a", cfg=SMALL):
 def test_same_seed_same_bytes_in_this_process_and_in_another():
     mesh = of_trimesh(torus_knot())
     assert digest(mesh) == digest(mesh) != digest(mesh, "folder-b")
-    here = "from tests.pipeline.rendering.test_views import *; print(digest(of_trimesh(torus_knot())))"
+    here = (
+        "from tests.pipeline.rendering.test_views import *; print(digest(of_trimesh(torus_knot())))"
+    )
     for threads in ("0", "2"):
         env = {**os.environ, "PYTHONHASHSEED": threads, "LP_NUM_THREADS": threads}
         out = subprocess.run(

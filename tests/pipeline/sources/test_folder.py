@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.build import open_sources
 from pipeline.config import BuildConfig
-from pipeline.core.schema import UserError, make_uid
+from pipeline.core.errors import UserError
+from pipeline.core.hashing import make_uid
 from pipeline.orchestration.plan import make_plan
 from pipeline.sources import open_source
 from pipeline.sources.folder import MESH_FORMATS, FolderSource

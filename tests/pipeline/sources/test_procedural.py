@@ -10,7 +10,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from pipeline.core.schema import Mesh, Record, UserError, make_uid
+from pipeline.core.errors import UserError
+from pipeline.core.hashing import make_uid
+from pipeline.core.schema import Mesh, Record
 from pipeline.curation.filters import FilterConfig, count_components, filter_geometry, weld
 from pipeline.mesh_io.load import LoadConfig, load_with_report
 from pipeline.mesh_io.normalize import NormalizeConfig, normalize

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.build import open_sources
 from pipeline.config import BuildConfig
-from pipeline.core.schema import Reject, Transient, UserError, make_uid
+from pipeline.core.errors import Reject, Transient, UserError
+from pipeline.core.hashing import make_uid
 from pipeline.download.fetch import FetchConfig
 from pipeline.mesh_io.load import LoadConfig, load, load_with_report
 from pipeline.orchestration.plan import make_plan, read_plan

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline.core.schema import FORMAT_VERSION, Bricks
+from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.schema import Bricks
 from pipeline.storage.sdf_shard import (
     ArrayWriter,
     SdfShard,

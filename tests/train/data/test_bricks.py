@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from model.sparse_tensor import BrickBatch
-from pipeline.core.schema import RunError, UserError
+from pipeline.core.errors import RunError, UserError
 from tests.train.analytic_builds import bricks_of, make_build, shape
 from train.data.bricks import BrickLoader, BrickReader, read_catalogue
 from train.engine.batch_sampler import Planner

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from pipeline.config import PRESETS, BuildConfig
+from pipeline.core.cli import parse, parse_with_presets
 from pipeline.core.cli import parse as parse_build
-from pipeline.core.schema import RunError
-from train.command import configure, parse
+from pipeline.core.errors import RunError
 from train.demo.charts import Curve, chart, curves_of, smoothed
 from train.demo.page import StepTaken, write_page
 from train.demo.steps import SIZES, DemoConfig, Plan, Step, plan, run
@@ -35,7 +35,7 @@ def read(command):
         "train.structure": STRUCTURE_PRESETS,
     }
     if module in presets:
-        return configure(presets[module], "tiny", words, prog=module)
+        return parse_with_presets(presets[module], "tiny", words, prog=module)
     if module == "pipeline.build":
         return parse_build(BuildConfig, words, prog=module, default=PRESETS["smoke"])
     if module == "pipeline.verify":

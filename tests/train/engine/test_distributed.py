@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch.distributed import HashStore
 
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 from tests.train.analytic_builds import tiny_training
 from tests.train.two_rank_gradients import gradients
 from train.engine.distributed import World, choose_device, of_this_start

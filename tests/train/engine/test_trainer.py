@@ -14,8 +14,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.command import Stopped
-from pipeline.core.schema import RunError, UserError
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.signals import Stopped
 from tests.train.toy_model import Fit, Numbers, run
 from train.engine import checkpoint
 from train.engine.config import LoopConfig

@@ -8,7 +8,7 @@ import trimesh
 
 from model.conditioning.image_encoder import DinoEncoder
 from pipeline.core.cameras import look_at_origin
-from pipeline.core.schema import UserError
+from pipeline.core.errors import UserError
 from train.evaluation.image_metrics import (
     SIDES,
     SIZE,

@@ -10,7 +10,7 @@ from model.conditioning.image_conditioned_dit import ConditionedConfig
 from model.conditioning.image_encoder import EncoderConfig
 from model.sparse_dit import DiTConfig
 from pipeline.core.cameras import CameraSet
-from pipeline.core.schema import check_resolution
+from pipeline.core.grid import check_resolution
 from train.data.render_conditions import FlowOptions
 from train.engine.config import LoopConfig
 from train.engine.distributed import Device

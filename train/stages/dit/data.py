@@ -12,7 +12,8 @@ from torch import Tensor
 
 from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import noise_of
-from pipeline.core.schema import RunError, UserError, seed_of
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.hashing import seed_of
 from train.data.bricks import UNREADABLE, Catalogue, read_catalogue
 from train.data.latents import Latent, LatentBatch, LatentStore
 from train.data.render_conditions import Conditions, time_of

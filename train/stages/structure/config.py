@@ -12,7 +12,7 @@ from model.occupancy_vae import OccupancyConfig
 from model.sparse_dit import DiTConfig
 from model.structure import StructureConfig
 from pipeline.core.cameras import CameraSet
-from pipeline.core.schema import BLOCK, check_resolution
+from pipeline.core.grid import BLOCK, check_resolution
 from train.data.render_conditions import FlowOptions
 from train.engine.config import LoopConfig
 from train.engine.distributed import Device

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import noise_of
-from pipeline.core.schema import seed_of
+from pipeline.core.hashing import seed_of
 from train.data.bricks import ONE_BITS, BrickLoader, Catalogue, magnitude_bits
 from train.data.render_conditions import Conditions, time_of
 from train.data.symmetry import SYMMETRIES, transform_points

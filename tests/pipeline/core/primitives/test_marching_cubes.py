@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import trimesh
 
+from pipeline.core.errors import Reject
+from pipeline.core.grid import band, spacing
 from pipeline.core.primitives import marching_cubes as isosurface
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.core.schema import Bricks, Reject, band, spacing
+from pipeline.core.schema import Bricks
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import TopologyConfig, build_topology
 from pipeline.geometry.watertight import watertight

@@ -1,0 +1,73 @@
+"""Values derived from names alone: uids, splits, seeds, and hashes of configurations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def make_uid(source: str, key: str) -> str:
+    """Return `<source>-<first 20 hex digits of sha256(key)>`.
+
+    Args:
+        source: Name of the source, such as "folder".
+        key: The source's own identifier of the asset. For a folder it is the relative POSIX path.
+    """
+    return f"{source}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+
+
+def split_of(uid: str, val_percent: int) -> str:
+    """Return "val" for about `val_percent` of all uids and "train" for the others.
+
+    The result depends on the uid alone, so an asset keeps its split in every build.
+    """
+    number = int(hashlib.sha256(uid.encode()).hexdigest(), 16)
+    return "val" if number % 100 < val_percent else "train"
+
+
+def seed_of(*parts: object) -> int:
+    """Return a 64-bit seed derived from names and numbers, such as (uid, "camera", view).
+
+    The seed is the same on every machine.
+    """
+    text = "\0".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's bytes as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(value: Any) -> str:
+    """Return the first 16 hex digits of the sha256 of a value's canonical JSON."""
+    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_json(value: Any) -> Any:
+    """Return the value as it is after a round trip through JSON: tuples are lists, paths strings."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """List the entries in which two JSON values differ.
+
+    Args:
+        old: The recorded value.
+        new: The value of now.
+        prefix: Dotted name of the entry that `old` and `new` are. "" at the top.
+
+    Returns:
+        One "name=old, now new" per differing entry, with dotted names, in the order of the names.
+    """
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [f"{prefix}={json.dumps(old)}, now {json.dumps(new)}"]
+    changed = []
+    for name in sorted({*old, *new}):
+        inner = f"{prefix}.{name}" if prefix else name
+        changed += differences(old.get(name), new.get(name), inner)
+    return changed
