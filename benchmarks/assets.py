@@ -27,12 +27,12 @@ from benchmarks.sdf_gpu import difference, machine
 from pipeline.config import PRESETS, BuildConfig, PresetName
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.image_codec import decode
 from pipeline.core.schema import Record
 from pipeline.geometry import sdf_cuda as gpu
 from pipeline.orchestration.asset_stages import AssetJob, load_bricks
 from pipeline.orchestration.commit import land
 from pipeline.orchestration.isolated_process import Isolated
-from pipeline.rendering.views import decode
 from pipeline.sources import Source, open_source
 
 log = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ from model.rectified_flow import noise_of
 from model.sparse_tensor import Level
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
-from pipeline.core.grid import BLOCK
+from pipeline.core.grid import CELL_SIDE
 from train.data.latents import LatentBatch
 from train.engine.checkpoint import provenance
 from train.engine.distributed import World
@@ -94,7 +94,7 @@ def render(size: int, seed: int) -> np.ndarray:
 
 def synthetic_batch(preset: str, cfg: DiTTraining, first: int = 0) -> DiTBatch:
     """Assets on surface-like cells of the paper's mean counts, their latents random; others for another `first`."""
-    side, B = cfg.resolution // BLOCK, cfg.flow.batch_size
+    side, B = cfg.resolution // CELL_SIDE, cfg.flow.batch_size
     numbers = range(first, first + B)
     parts = [surface_coords(TOKENS[preset], side, seed) for seed in numbers]
     for number, part in enumerate(parts):
@@ -286,7 +286,7 @@ def time_with_decoding(
     """Steps whose images are decoded and augmented from 1024^2 PNGs while the GPU works: how long it has to wait."""
     from PIL import Image
 
-    from pipeline.rendering.views import decode
+    from pipeline.core.image_codec import decode
 
     with tempfile.TemporaryDirectory() as folder:
         files = []

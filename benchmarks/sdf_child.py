@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import Reject
-from pipeline.core.grid import BLOCK, band, spacing
+from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.schema import Bricks, Mesh
 
 CHUNK = 1 << 20  # points that go to libigl at once
@@ -44,9 +44,11 @@ def main(folder: Path, job: dict[str, Any]) -> None:
 def prepare(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Loads and normalises a file as a build would, and finds the true distances for every resolution."""
     from benchmarks.sdf_truth import open_edges, sample_truth
-    from pipeline.curation.filters import FilterConfig, filter_geometry
-    from pipeline.mesh_io.load import LoadConfig, load
-    from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+    from pipeline.curation.config import FilterConfig
+    from pipeline.curation.filters import filter_geometry
+    from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
+    from pipeline.mesh_io.load import load
+    from pipeline.mesh_io.normalize import normalize
 
     mesh = normalize(load(Path(job["path"]), LoadConfig()), NormalizeConfig())
     filter_geometry(mesh, FilterConfig())
@@ -59,8 +61,9 @@ def prepare(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 def ours(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Topology on the same grid, distances and sharp bits."""
+    from pipeline.geometry.config import TopologyConfig
     from pipeline.geometry.sdf import compute_bricks
-    from pipeline.geometry.topology import TopologyConfig, build_topology
+    from pipeline.geometry.topology import build_topology
 
     mesh, resolution = _mesh(folder), job["resolution"]
     compute_bricks(build_topology(_warm_up_mesh(), TopologyConfig(resolution=64)), 64)
@@ -73,8 +76,10 @@ def ours(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     active = np.abs(bricks.values) < 1
     if job["keep_band"]:
         rows, points = np.nonzero(active)
-        local = np.stack(np.unravel_index(points, (BLOCK,) * 3), axis=1).astype(np.int16)
-        np.save(folder / f"band-{resolution}.npy", bricks.blocks[rows] * np.int16(BLOCK) + local)
+        local = np.stack(np.unravel_index(points, (CELL_SIDE,) * 3), axis=1).astype(np.int16)
+        np.save(
+            folder / f"band-{resolution}.npy", bricks.blocks[rows] * np.int16(CELL_SIDE) + local
+        )
     sizes = {
         "sign_path": topology.sign_path,
         "cells": len(bricks.blocks),
@@ -89,8 +94,9 @@ def ours(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 def full(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """All resolutions from one topology, each written to a store of its own; writing is left out of the seconds."""
+    from pipeline.geometry.config import TopologyConfig
     from pipeline.geometry.sdf import compute_bricks
-    from pipeline.geometry.topology import TopologyConfig, build_topology
+    from pipeline.geometry.topology import build_topology
     from pipeline.storage.sdf_shard import write_sdf_shard
 
     mesh = _mesh(folder)
@@ -203,14 +209,14 @@ def peak_mb() -> float:
 
 def stored_voxels(bricks: Bricks, points: NDArray[np.int32]) -> NDArray[np.float64]:
     """Distances in voxels at grid points [P, 3]; NaN where no block is stored."""
-    side = bricks.resolution // BLOCK
+    side = bricks.resolution // CELL_SIDE
     weights = np.array([side * side, side, 1])
     keys = bricks.blocks.astype(np.int64) @ weights
-    wanted = points // BLOCK @ weights
+    wanted = points // CELL_SIDE @ weights
     rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    values = bricks.values[rows, points % BLOCK @ np.array([BLOCK * BLOCK, BLOCK, 1])].astype(
-        np.float64
-    )
+    values = bricks.values[
+        rows, points % CELL_SIDE @ np.array([CELL_SIDE * CELL_SIDE, CELL_SIDE, 1])
+    ].astype(np.float64)
     return np.where(
         keys[rows] == wanted,
         values * (band(bricks.resolution) / spacing(bricks.resolution)),

@@ -32,8 +32,9 @@ from pipeline.core.primitives.triangles import pack
 from pipeline.core.schema import Bricks
 from pipeline.geometry import sdf
 from pipeline.geometry import sdf_cuda as gpu
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.flood_fill import Bins, Exterior, bin_triangles
-from pipeline.geometry.topology import Topology, TopologyConfig, build_topology
+from pipeline.geometry.topology import Topology, build_topology
 from pipeline.orchestration.isolated_process import Isolated
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,9 @@ class Measure:
 
 def pack_topologies(cfg: Topologies) -> None:
     """UserError if no file of the folder, or none of those named, is there."""
-    from pipeline.mesh_io.load import LoadConfig, load
-    from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+    from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
+    from pipeline.mesh_io.load import load
+    from pipeline.mesh_io.normalize import normalize
 
     paths = [
         path for path in sorted(cfg.meshes.iterdir()) if not cfg.names or path.name in cfg.names

@@ -26,8 +26,9 @@ from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Bricks, Mesh
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
-from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.geometry.topology import build_topology
 from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
 from pipeline.storage.sdf_shard import write_sdf_shard
 from train.data.bricks import BrickLoader, BrickReader, read_catalogue
@@ -97,8 +98,9 @@ class Measure:
 def pack_geometry(cfg: Geometry) -> None:
     """Writes names and, of each mesh, v<n> float32 [V, 3], f<n> int32 [F, 3]."""
     from pipeline.core.errors import Reject
-    from pipeline.mesh_io.load import LoadConfig, load
-    from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+    from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
+    from pipeline.mesh_io.load import load
+    from pipeline.mesh_io.normalize import normalize
     from pipeline.sources import open_source
 
     arrays: dict[str, Any] = {}

@@ -27,7 +27,7 @@ from model.layers import (
 )
 from model.sparse_tensor import Level, SparseTensor
 from model.sparse_vae import official_kernel
-from pipeline.core.grid import BLOCK
+from pipeline.core.grid import CELL_SIDE
 
 HEAD_SIZES = (16, 32, 64, 128)  # that SSA has kernels for
 TIME_CHANNELS = 256  # of the sinusoids of t
@@ -221,7 +221,7 @@ class SparseDiT(nn.Module):
         ):  # little work, and the ends should not be rounded
             h_NC = self.input(x.feats.to(self.input.weight.dtype))
         h_NC = h_NC + self._positions(
-            level.coords[:, 1:], h_NC, position_factor(BLOCK * level.resolution)
+            level.coords[:, 1:], h_NC, position_factor(CELL_SIDE * level.resolution)
         )
         h_NC = h_NC if layout.order is None else h_NC[layout.order]
         condition, active_BC = self._project(condition), F.silu(self.time(t_B))

@@ -15,10 +15,10 @@ from torch import Tensor
 import kernels
 from kernels import BlockIndex, token_order
 from kernels.attention.block_index import MAX_BATCH, MAX_COORD
-from pipeline.core.grid import BLOCK, check_resolution
+from pipeline.core.grid import CELL_SIDE, check_resolution
 from pipeline.core.schema import Bricks
 
-POINTS = BLOCK**3  # voxels of a cell
+POINTS = CELL_SIDE**3  # voxels of a cell
 WINDOW, SHIFT = 8, 4  # of window attention, in cells
 
 
@@ -155,7 +155,7 @@ class SparseTensor:
 
 def _local_points() -> Tensor:
     """int64 [512]: the points of a cell, as 64 * x + 8 * y + z, in the order of its voxels in a level."""
-    xyz = torch.cartesian_prod(*[torch.arange(BLOCK)] * 3)
+    xyz = torch.cartesian_prod(*[torch.arange(CELL_SIDE)] * 3)
     return token_order(torch.cat([torch.zeros(POINTS, 1, dtype=torch.int64), xyz], 1))
 
 
@@ -173,7 +173,7 @@ class BrickBatch:
 
     def __post_init__(self) -> None:
         shape = (len(self.cells), POINTS)
-        if self.resolution != BLOCK * self.cells.resolution:
+        if self.resolution != CELL_SIDE * self.cells.resolution:
             raise ValueError(
                 f"resolution must be 8 x the cells' {self.cells.resolution}, got {self.resolution}"
             )
@@ -205,7 +205,7 @@ class BrickBatch:
         bits = np.concatenate([one.sharp[keep] for one, keep in pairs])
         sharp = torch.from_numpy(np.unpackbits(bits, axis=1, bitorder="little")).bool()
         order = token_order(coords)
-        cells = Level.from_coords(coords[order], resolutions[0] // BLOCK, len(bricks))
+        cells = Level.from_coords(coords[order], resolutions[0] // CELL_SIDE, len(bricks))
         return cls(cells, values[order], sharp[order], resolutions[0])
 
     @property
@@ -256,7 +256,7 @@ class BrickBatch:
         rows, points = self.active[order][:, local].nonzero(as_tuple=True)
         rows, points = order[rows], local[points]
         coords = self.cells.coords[rows]
-        coords[:, 1:] *= BLOCK
+        coords[:, 1:] *= CELL_SIDE
         coords[:, 1:] += torch.stack([points // 64, points // 8 % 8, points % 8], 1).int()
         feats = self.values[rows, points].float()[:, None]
         starts = _starts(coords[:, 0], self.batch_size)

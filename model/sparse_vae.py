@@ -23,7 +23,7 @@ from model.layers import (
     zero_init,
 )
 from model.sparse_tensor import POINTS, BrickBatch, Level, SparseTensor
-from pipeline.core.grid import BLOCK
+from pipeline.core.grid import CELL_SIDE
 
 HEAD_SIZES = (16, 32, 64, 128)  # that windowed attention has kernels for
 LOGVAR_START = -6.0  # log-variance of every latent before training
@@ -82,7 +82,7 @@ class _Transformer(nn.Module):
         )
 
     def forward(self, x_MC: Tensor, level: Level, checkpointing: bool) -> Tensor:
-        factor = position_factor(BLOCK * level.resolution)
+        factor = position_factor(CELL_SIDE * level.resolution)
         x_MC = self.input(x_MC) + position_embedding(level.coords[:, 1:], self.width, factor)
         for block in self.blocks:
             x_MC = recompute(checkpointing, block, x_MC, level.blocks)

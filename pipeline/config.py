@@ -9,18 +9,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.core.cameras import CameraSet
 from pipeline.core.grid import check_resolution
 from pipeline.core.hashing import hash_of, to_json
+from pipeline.core.options import CameraSet
 from pipeline.core.provenance import FORMAT_VERSION
-from pipeline.curation.filters import FilterConfig
-from pipeline.curation.rank import RankConfig
-from pipeline.curation.screening_metrics import ScreenConfig
+from pipeline.curation.config import FilterConfig, RankConfig, ScreenConfig
 from pipeline.download.fetch import FetchConfig
-from pipeline.geometry.topology import TopologyConfig
-from pipeline.mesh_io.load import LoadConfig
-from pipeline.mesh_io.normalize import NormalizeConfig
-from pipeline.rendering.views import RenderConfig
+from pipeline.geometry.config import TopologyConfig
+from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
+from pipeline.rendering.config import RenderConfig
 from pipeline.storage.remote import Location, location
 
 PresetName = Literal["smoke", "full", "paper"]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.core.cameras import look_at_origin
-from pipeline.core.grid import BLOCK
+from pipeline.core.grid import CELL_SIDE
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import Bricks, Material, Mesh, Part
 from pipeline.orchestration.commit import product_paths
@@ -60,11 +60,13 @@ def draw_bricks(bricks: Bricks, uid: str, meta: dict[str, float]) -> NDArray[np.
 def slice_picture(bricks: Bricks) -> NDArray[np.uint8]:
     """RGB [R, R, 3] of the grid plane closest to z = 0, y up: blue inside, orange outside, dark at the surface."""
     middle = bricks.resolution // 2
-    side = bricks.resolution // BLOCK
-    here = bricks.blocks[:, 2] == middle // BLOCK
-    cells = np.full((side, side, BLOCK, BLOCK), np.nan)
+    side = bricks.resolution // CELL_SIDE
+    here = bricks.blocks[:, 2] == middle // CELL_SIDE
+    cells = np.full((side, side, CELL_SIDE, CELL_SIDE), np.nan)
     x, y, _ = bricks.blocks[here].T
-    cells[x, y] = bricks.values[here].reshape(-1, BLOCK, BLOCK, BLOCK)[..., middle % BLOCK]
+    cells[x, y] = bricks.values[here].reshape(-1, CELL_SIDE, CELL_SIDE, CELL_SIDE)[
+        ..., middle % CELL_SIDE
+    ]
     plane = cells.transpose(0, 2, 1, 3).reshape(bricks.resolution, bricks.resolution).T[::-1]
     strength = np.abs(np.nan_to_num(plane))[..., None]
     color = np.where(

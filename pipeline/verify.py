@@ -17,10 +17,10 @@ import pyarrow as pa
 import tyro
 
 from pipeline.config import PathOrUrl
-from pipeline.core.cameras import CameraSet
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import RunError
 from pipeline.core.hashing import hash_of, split_of
+from pipeline.core.options import CameraSet
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Record
 from pipeline.curation.screening_metrics import read_measured

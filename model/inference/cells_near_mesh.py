@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.grid import BLOCK, band, check_resolution, spacing
+from pipeline.core.grid import CELL_SIDE, band, check_resolution, spacing
 
 
 @njit(cache=True)
@@ -94,7 +94,7 @@ def cells_near(
     if not np.isfinite(vertices).all():
         raise ValueError("vertices must be finite")
     step = spacing(resolution)
-    near = np.zeros((resolution // BLOCK,) * 3, np.bool_)
+    near = np.zeros((resolution // CELL_SIDE,) * 3, np.bool_)
     steps = (np.asarray(vertices, np.float64) + 0.5) / step
     _mark(
         np.ascontiguousarray(steps),

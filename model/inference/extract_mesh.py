@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from model.sparse_tensor import POINTS, Level
-from pipeline.core.grid import BLOCK, check_resolution
+from pipeline.core.grid import CELL_SIDE, check_resolution
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import Bricks
 
@@ -30,7 +30,7 @@ def mesh_of(
     outside the grid or comes twice, or a value is not finite.
     """
     blocks, values = np.asarray(blocks_M3), np.asarray(values_MK)
-    side = check_resolution(resolution) // BLOCK
+    side = check_resolution(resolution) // CELL_SIDE
     if blocks.ndim != 2 or blocks.shape[1] != 3 or not np.issubdtype(blocks.dtype, np.integer):
         raise ValueError(
             f"blocks_M3 must be integer [M, 3], got {blocks.dtype} {list(blocks.shape)}"
@@ -58,6 +58,6 @@ def extract_meshes(cells: Level, values_MK: Tensor, level: float = 0.0) -> list[
     values = values_MK.detach().to("cpu", torch.float32).numpy()
     starts = cells.asset_starts.tolist()
     return [
-        mesh_of(blocks[a:b], values[a:b], BLOCK * cells.resolution, level)
+        mesh_of(blocks[a:b], values[a:b], CELL_SIDE * cells.resolution, level)
         for a, b in itertools.pairwise(starts)
     ]

@@ -27,7 +27,7 @@ from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
 from pipeline.core.errors import RunError, UserError
-from pipeline.core.grid import BLOCK
+from pipeline.core.grid import CELL_SIDE
 
 See = Callable[[ConditionedDiT], Condition]
 Progress = Callable[[str, Iterable[int]], Iterable[int]]  # (stage, steps) -> the same steps, shown
@@ -232,7 +232,7 @@ class Generator:
 
         RunError if there is no cell, no surface, or more cells than options.max_tokens.
         """
-        resolution = BLOCK * level.resolution
+        resolution = CELL_SIDE * level.resolution
         if not len(level):
             raise RunError("the structure stage has no cell; try another --seed, or train longer")
         if len(level) > options.max_tokens:
@@ -269,7 +269,7 @@ def cells_of(mesh: Cleaned, resolution: int, device: torch.device | str = "cpu")
     """The level of the cells near a mesh at a finer resolution, of one asset."""
     xyz = torch.from_numpy(cells_near(mesh.vertices, mesh.faces, resolution).astype(np.int32))
     coords = torch.cat([torch.zeros(len(xyz), 1, dtype=torch.int32), xyz], 1)
-    return Level.from_coords(coords[token_order(coords)].to(device), resolution // BLOCK, 1)
+    return Level.from_coords(coords[token_order(coords)].to(device), resolution // CELL_SIDE, 1)
 
 
 def _words(sizes: Iterable[int]) -> str:

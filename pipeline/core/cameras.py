@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import atan, cos, degrees, radians, sin
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.hashing import seed_of
+from pipeline.core.options import CameraSet
 
 SENSOR_MM = 36.0  # side of the square sensor
 RADIUS = 0.866  # of the sphere that just fits the image: half the diagonal of the unit cube
 FOCAL_MM = (30.0, 100.0)  # paper, sec. 2 (data)
-CameraSet = Literal["paper", "wide"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
-"""The sampling grid of the SDF: block size, spacing and width of the narrow band at a resolution."""
+"""The sampling grid of the SDF: cell size, spacing and width of the narrow band at a resolution."""
 
 from __future__ import annotations
 
-BLOCK = 8  # grid points along one side of a block; a block is one cell and one latent token
+CELL_SIDE = 8  # grid points along one side of a cell; one cell is one latent token
 
 
 def check_resolution(resolution: int) -> int:
@@ -14,8 +14,8 @@ def check_resolution(resolution: int) -> int:
     Raises:
         ValueError: If `resolution` is not a positive multiple of 8.
     """
-    if resolution <= 0 or resolution % BLOCK:
-        raise ValueError(f"resolution must be a positive multiple of {BLOCK}, got {resolution}")
+    if resolution <= 0 or resolution % CELL_SIDE:
+        raise ValueError(f"resolution must be a positive multiple of {CELL_SIDE}, got {resolution}")
     return resolution
 
 

@@ -9,27 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.curation.config import DedupConfig
+
 EXACT, GEOMETRY, LOOKS = "duplicate_bytes", "duplicate_geometry", "duplicate_looks"
 ROWS_AT_ONCE = 1 << 15  # pairs compared in one go
-
-
-@dataclass(frozen=True, kw_only=True)
-class DedupConfig:
-    """When two assets count as one. Shapes are compared as they are turned: a rotated copy is another asset."""
-
-    area_percent: float = 0.5  # visible surfaces differ by less,
-    tokens_percent: float = 1.0  # so do cells of the SDF,
-    occupancy_percent: float = (
-        2.0  # and so many of the occupied cells of the 16^3 grid are not the other's
-    )
-    look_bits: int = 7  # of 256 bits of four views that may differ
-
-    def __post_init__(self):
-        for name in ("area_percent", "tokens_percent", "occupancy_percent"):
-            if not 0 < getattr(self, name) < 100:
-                raise ValueError(f"{name} must lie between 0 and 100, got {getattr(self, name)}")
-        if not 0 <= self.look_bits <= 7:
-            raise ValueError(f"look_bits must lie in 0..7, got {self.look_bits}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,54 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh, Record
-from pipeline.curation.licences import OPEN_LICENCES, licence_of
+from pipeline.curation.config import FilterConfig
+from pipeline.curation.licences import licence_of
 from pipeline.mesh_io.file_checks import MESH_FORMATS
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilterConfig:
-    """Thresholds; lengths are relative to the longest side of the bounding box, so no rule depends on the frame."""
-
-    min_bytes: int = 1
-    max_bytes: int = 1 << 30
-    min_faces: int = 4  # preset paper: 100
-    max_faces: int = 2_000_000
-    min_area: float = 1e-4  # of the surface, over the longest side squared
-    min_width: float = 1e-3  # second principal extent over the first: below it the shape is a line
-    min_thickness: float = (
-        1e-5  # third principal extent over the first: below it the shape is one flat sheet
-    )
-    max_degenerate_share: float = 0.5  # of faces whose area is below degenerate_area
-    degenerate_area: float = 1e-12  # over the longest side squared
-    max_components: int = 10_000
-    # Licences of a catalogue's assets that are let through, "unknown" being one of them. Default: the open ones.
-    licences: Annotated[tuple[str, ...], tyro.conf.arg(name="license-allow", prefix_name=False)] = (
-        OPEN_LICENCES
-    )
-    max_animations: int | None = None  # that a catalogue tells of; None: any number
-    age_restricted: bool = False  # let through what a catalogue marks as such
-    # Tags, and words of a name, that mark what is no object
-    banned_words: tuple[str, ...] = (
-        "hdri",
-        "lidar",
-        "nsfw",
-        "panorama",
-        "pointcloud",
-        "point-cloud",
-        "skybox",
-    )
 
 
 def filter_metadata(record: Record, cfg: FilterConfig) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.core.grid import check_resolution
-from pipeline.curation.dedup import DedupConfig, Signatures, duplicates
+from pipeline.curation.config import RankConfig
+from pipeline.curation.dedup import Signatures, duplicates
 
 WEIGHTS = {"detail": 0.30, "texture": 0.25, "solid": 0.20, "views": 0.15, "complete": 0.10}
 # Why an asset is turned away, and the options that decide it; the rest of the reasons have no threshold.
@@ -47,42 +46,6 @@ THRESHOLDS: dict[str, tuple[str, ...]] = {
     "duplicate_looks": ("rank.dedup.look_bits",),
     "below_target": ("rank.target_count",),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankConfig:
-    """What the second look turns away, and how many are kept. Changing it does not change what was measured."""
-
-    target_count: int | None = (
-        None  # keep the best so many of all that are screened; None: no screening, keep all
-    )
-    best_count: int = 0  # so many of the kept ones, the best, also get
-    best_resolutions: tuple[int, ...] = ()  # SDFs at these, in a pass of their own
-    min_solid_fraction: float = 0.0  # of the bounding box that is enclosed; 0 lets sheets through
-    max_solid_fraction: float = 0.985  # beyond it the shape is the box itself
-    max_leak_fraction: float = 0.05  # enclosed only once cracks up to twice as wide are closed
-    min_tokens: int = 100  # cells of the SDF at the screening's resolution
-    max_tokens: int = 20_000
-    min_coverage: float = 0.005  # mean share of the four images that the object covers
-    min_brightness: float = 0.02  # mean over its pixels
-    min_contrast: float = 0.002  # mean deviation of its pixels' brightest channel
-    max_white: float = 0.98  # share of pixels that are overexposed, in the worst view
-    max_missing_files: int = 0  # materials and textures that a file names and that are not there
-    dedup: DedupConfig = field(default_factory=DedupConfig)
-
-    def __post_init__(self):
-        if self.target_count is not None and self.target_count < 1:
-            raise ValueError(f"target_count must be 1 or more, got {self.target_count}")
-        if self.best_count < 0:
-            raise ValueError(f"best_count must be 0 or more, got {self.best_count}")
-        if self.best_count and self.target_count is None:
-            raise ValueError(f"best_count needs a target_count, got {self.best_count} alone")
-        if bool(self.best_count) != bool(self.best_resolutions):
-            raise ValueError(
-                f"best_count and best_resolutions go together, got {self.best_count} and {self.best_resolutions}"
-            )
-        for resolution in self.best_resolutions:
-            check_resolution(resolution)
 
 
 def rank(table: pa.Table, cfg: RankConfig) -> pa.Table:

@@ -13,14 +13,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 from scipy.fft import dctn
 
-from pipeline.core.grid import check_resolution, spacing
+from pipeline.core.grid import spacing
 from pipeline.core.primitives.triangles import pack
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks, Mesh, View
+from pipeline.curation.config import ScreenConfig
 from pipeline.geometry.flood_fill import BARRIER_VOXELS, Exterior, bin_triangles, flood
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import Topology
-from pipeline.rendering.views import RenderConfig, render_views, view_numbers
+from pipeline.rendering.views import render_views, view_numbers
 from pipeline.storage.remote import Location, readable
 
 CELLS = 16  # along one side of the occupancy signature: 16^3 bits
@@ -46,24 +47,6 @@ COLUMNS = pa.schema(
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScreenConfig:
-    """How an asset is looked at before it is known whether it is kept."""
-
-    resolution: int = (
-        256  # of its SDF, and at most of the grid on which inside and outside are decided
-    )
-    image_size: int = 256  # of its four views, pixels a side
-
-    def __post_init__(self):
-        if check_resolution(self.resolution) < 64:
-            raise ValueError(f"resolution must be at least 64, got {self.resolution}")
-
-    @property
-    def render(self) -> RenderConfig:
-        return RenderConfig(views=4, image_size=self.image_size, cameras="wide")
 
 
 @dataclass(frozen=True, kw_only=True)

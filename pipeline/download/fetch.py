@@ -21,7 +21,8 @@ from urllib3.exceptions import ProtocolError
 from pipeline.core.errors import Reject, RunError, Transient
 from pipeline.core.files import is_disk_full
 from pipeline.core.hashing import sha256_of
-from pipeline.download.http import FetchConfig, Response, pieces, request
+from pipeline.download.config import FetchConfig
+from pipeline.download.http import Response, pieces, request
 from pipeline.mesh_io.file_checks import HEAD, check_magic
 
 LFS_HEAD = b"version https://git-lfs"

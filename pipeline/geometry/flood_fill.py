@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.grid import BLOCK, spacing
+from pipeline.core.grid import CELL_SIDE, spacing
 from pipeline.core.primitives.triangles import distance2
 
 # A 6-connected path across a closed surface has an end within h/2 of it; a little more also closes hairline cracks.
@@ -41,15 +41,15 @@ class Exterior:
 def _visit_blocks(packed, first, resolution, reach, counts, cursor, out):
     """Octree descent of each triangle to the blocks it comes within reach of: count them, or write them at cursor."""
     h = 1.0 / (resolution - 1)
-    size = resolution // BLOCK
+    size = resolution // CELL_SIDE
     stack = np.empty((256, 6), np.int32)
     for t in range(first, len(packed)):
         row = packed[t]
         low, high = np.empty(3, np.int32), np.empty(3, np.int32)
         for k in range(3):
             a, b, c = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
-            low[k] = max(0, int(np.floor((min(a, b, c) - reach + 0.5) / h)) // BLOCK)
-            high[k] = min(size, int(np.ceil((max(a, b, c) + reach + 0.5) / h)) // BLOCK + 1)
+            low[k] = max(0, int(np.floor((min(a, b, c) - reach + 0.5) / h)) // CELL_SIDE)
+            high[k] = min(size, int(np.ceil((max(a, b, c) + reach + 0.5) / h)) // CELL_SIDE + 1)
         stack[0, :3], stack[0, 3:] = low, high
         depth = 1
         while depth > 0:
@@ -57,13 +57,13 @@ def _visit_blocks(packed, first, resolution, reach, counts, cursor, out):
             x0, y0, z0, x1, y1, z1 = stack[depth]
             if x0 >= x1 or y0 >= y1 or z0 >= z1:
                 continue
-            hx = 0.5 * h * (BLOCK * (x1 - x0) - 1)
-            hy = 0.5 * h * (BLOCK * (y1 - y0) - 1)
-            hz = 0.5 * h * (BLOCK * (z1 - z0) - 1)
+            hx = 0.5 * h * (CELL_SIDE * (x1 - x0) - 1)
+            hy = 0.5 * h * (CELL_SIDE * (y1 - y0) - 1)
+            hz = 0.5 * h * (CELL_SIDE * (z1 - z0) - 1)
             cx, cy, cz = (
-                BLOCK * x0 * h - 0.5 + hx,
-                BLOCK * y0 * h - 0.5 + hy,
-                BLOCK * z0 * h - 0.5 + hz,
+                CELL_SIDE * x0 * h - 0.5 + hx,
+                CELL_SIDE * y0 * h - 0.5 + hy,
+                CELL_SIDE * z0 * h - 0.5 + hz,
             )
             radius = np.sqrt(hx * hx + hy * hy + hz * hz) + reach
             # the plane first: it prunes most cells for less than the full distance
@@ -93,7 +93,7 @@ def bin_triangles(
     packed: NDArray[np.float64], resolution: int, reach_voxels: float = REACH_VOXELS
 ) -> Bins:
     """Lists, for every 8^3 block, the packed [T, 16] triangles within reach of it (and a few more), ascending."""
-    size = resolution // BLOCK
+    size = resolution // CELL_SIDE
     reach = reach_voxels * spacing(resolution)
     counts = np.zeros((size, size, size), np.int32)
     none = np.empty((0, 0, 0), np.int64)
@@ -120,7 +120,7 @@ def _mark_barrier(packed, resolution, radius, use, blocks, offsets, triangles, b
     one = np.uint64(1)
     low, high = np.empty(3, np.int64), np.empty(3, np.int64)
     for m in range(len(blocks)):
-        x0, y0, z0 = BLOCK * blocks[m, 0], BLOCK * blocks[m, 1], BLOCK * blocks[m, 2]
+        x0, y0, z0 = CELL_SIDE * blocks[m, 0], CELL_SIDE * blocks[m, 1], CELL_SIDE * blocks[m, 2]
         for e in range(offsets[m], offsets[m + 1]):
             t = triangles[e]
             if not use[t]:
@@ -128,9 +128,11 @@ def _mark_barrier(packed, resolution, radius, use, blocks, offsets, triangles, b
             row = packed[t]
             for k in range(3):
                 a, b, c = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
-                start = BLOCK * blocks[m, k]
+                start = CELL_SIDE * blocks[m, k]
                 low[k] = max(0, int(np.ceil((min(a, b, c) - radius + 0.5) / h)) - start)
-                high[k] = min(BLOCK - 1, int(np.floor((max(a, b, c) + radius + 0.5) / h)) - start)
+                high[k] = min(
+                    CELL_SIDE - 1, int(np.floor((max(a, b, c) + radius + 0.5) / h)) - start
+                )
             for i in range(low[0], high[0] + 1):
                 x = (x0 + i) * h - 0.5
                 for j in range(low[1], high[1] + 1):
@@ -283,7 +285,7 @@ def flood(
     barrier_voxels: float = BARRIER_VOXELS,
 ) -> Exterior:
     """Fills the outside of the triangles where `use` [T] holds, leaving a barrier of this many voxels around them."""
-    barrier = np.zeros((len(bins.blocks), BLOCK), np.uint64)
+    barrier = np.zeros((len(bins.blocks), CELL_SIDE), np.uint64)
     radius = barrier_voxels * spacing(bins.resolution)
     _mark_barrier(
         packed, bins.resolution, radius, use, bins.blocks, bins.offsets, bins.triangles, barrier
@@ -308,7 +310,7 @@ def flood(
 def region_from(free: Exterior, start: NDArray[np.int64]) -> Exterior:
     """The connected region of the points that are `outside` in `free`, from one grid point [3] that is."""
     bins = free.bins
-    block, local = start // BLOCK, start % BLOCK
+    block, local = start // CELL_SIDE, start % CELL_SIDE
     reached, whole = np.zeros_like(free.outside), np.zeros_like(free.whole)
     m = bins.bin_of[tuple(block)]
     if m < 0:
@@ -323,7 +325,7 @@ def region_from(free: Exterior, start: NDArray[np.int64]) -> Exterior:
 @njit(cache=True, inline="always")
 def bit_at(bin_of, words, whole, x, y, z, beyond):
     """The bit of the grid point with these indices; `beyond` for a point off the grid."""
-    last = len(bin_of) * BLOCK - 1
+    last = len(bin_of) * CELL_SIDE - 1
     if x < 0 or y < 0 or z < 0 or x > last or y > last or z > last:
         return beyond
     m = bin_of[x // 8, y // 8, z // 8]

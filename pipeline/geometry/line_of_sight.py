@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.grid import BLOCK, spacing
+from pipeline.core.grid import CELL_SIDE, spacing
 from pipeline.core.primitives.triangles import segment_hits
 from pipeline.geometry.flood_fill import Exterior, bit_at
 
@@ -118,12 +118,12 @@ def _sees_exterior(scene, sample_x, sample_y, sample_z, nx, ny, nz, every):
             for end in range(2):
                 if end == 0:
                     a, b, c = (
-                        int((x + 0.5) / h) // BLOCK,
-                        int((y + 0.5) / h) // BLOCK,
-                        int((z + 0.5) / h) // BLOCK,
+                        int((x + 0.5) / h) // CELL_SIDE,
+                        int((y + 0.5) / h) // CELL_SIDE,
+                        int((z + 0.5) / h) // CELL_SIDE,
                     )
                 else:
-                    a, b, c = i // BLOCK, j // BLOCK, k // BLOCK
+                    a, b, c = i // CELL_SIDE, j // CELL_SIDE, k // CELL_SIDE
                 if min(a, b, c) < 0 or max(a, b, c) >= size:
                     continue
                 m = bin_of[a, b, c]

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.grid import BLOCK, band, check_resolution, spacing
+from pipeline.core.grid import CELL_SIDE, band, check_resolution, spacing
 from pipeline.core.primitives.triangles import TIE, VOTE_ROUNDING, distance2, pack, side_vote
 from pipeline.core.schema import Bricks
 from pipeline.geometry import sdf_cuda as gpu
@@ -264,9 +264,9 @@ def _fill_block(
     for sub in range(8):
         first = 4 * (64 * (sub >> 2) + 8 * (sub >> 1 & 1) + (sub & 1))
         x0, y0, z0 = (
-            BLOCK * block[0] + 4 * (sub >> 2),
-            BLOCK * block[1] + 4 * (sub >> 1 & 1),
-            BLOCK * block[2] + 4 * (sub & 1),
+            CELL_SIDE * block[0] + 4 * (sub >> 2),
+            CELL_SIDE * block[1] + 4 * (sub >> 1 & 1),
+            CELL_SIDE * block[2] + 4 * (sub & 1),
         )
         x, y, z = (x0 + 1.5) * h - 0.5, (y0 + 1.5) * h - 0.5, (z0 + 1.5) * h - 0.5
         count, solid, sheet = _narrow(
@@ -347,7 +347,10 @@ def _fill_blocks(
 ):
     """Distances [M, 512] of blocks whose candidates are triangles[offsets[m]:offsets[m + 1]], and which are active."""
     last = float(resolution - 1)
-    values, active = np.empty((len(blocks), BLOCK**3), np.float32), np.empty(len(blocks), np.bool_)
+    values, active = (
+        np.empty((len(blocks), CELL_SIDE**3), np.float32),
+        np.empty(len(blocks), np.bool_),
+    )
     longest = (offsets[1:] - offsets[:-1]).max()
     scratch, kept = np.empty(longest), np.empty(longest, np.int32)
     for m in range(len(blocks)):

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.grid import BLOCK
+from pipeline.core.grid import CELL_SIDE
 
 SHARP_VOXELS = 2.0
 
@@ -33,7 +33,7 @@ def _mark(slots, segments, resolution, near):
             for i in range(low[0], high[0] + 1):
                 for j in range(low[1], high[1] + 1):
                     for k in range(low[2], high[2] + 1):
-                        m = slots[i // BLOCK, j // BLOCK, k // BLOCK]
+                        m = slots[i // CELL_SIDE, j // CELL_SIDE, k // CELL_SIDE]
                         if m < 0:
                             continue
                         x, y, z = i * h - 0.5 - px, j * h - 0.5 - py, k * h - 0.5 - pz
@@ -55,7 +55,7 @@ def sharp_bits(
     resolution: int,
 ) -> NDArray[np.uint8]:
     """[M, 64] packed bits: the active points [M, 512] within SHARP_VOXELS of a segment [S, 2, 3]."""
-    size = resolution // BLOCK
+    size = resolution // CELL_SIDE
     slots = np.full((size, size, size), -1, np.int32)
     slots[tuple(blocks.T)] = np.arange(len(blocks), dtype=np.int32)
     near = np.zeros(active.shape, np.bool_)

@@ -9,29 +9,14 @@ from numba import njit
 from numpy.typing import NDArray
 
 from pipeline.core.errors import Reject
-from pipeline.core.grid import BLOCK, check_resolution, spacing
+from pipeline.core.grid import CELL_SIDE, spacing
 from pipeline.core.primitives.triangles import pack, segment_hits
 from pipeline.core.schema import Mesh
 from pipeline.geometry import holes
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.flood_fill import REACH_VOXELS, Exterior, bin_triangles, flood, region_from
 from pipeline.geometry.line_of_sight import BACK, HIDDEN, SHEET
 from pipeline.geometry.visibility import classify_triangles, visible_edges
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopologyConfig:
-    resolution: int = 512  # of the grid on which everything is decided, whatever R is asked for
-    max_opening: float = (
-        0.05  # an opening is closed if the space behind it sees less than this share of the sphere
-    )
-    sharp_degrees: float = 30.0  # an edge is sharp where its faces deviate from flat by more
-
-    def __post_init__(self) -> None:
-        check_resolution(self.resolution)
-        if self.resolution < 64:
-            raise ValueError(f"topology resolution must be at least 64, got {self.resolution}")
-        if not 0 <= self.max_opening <= 1:
-            raise ValueError(f"max_opening must lie in 0..1, got {self.max_opening}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +159,9 @@ def _escape_share(packed, use, bin_of, offsets, triangles, h, points, directions
             while not blocked and max(abs(x), abs(y), abs(z)) < 0.5:
                 previous = -1
                 for end in range(2):
-                    i = int((x + end * dx + 0.5) / h) // BLOCK
-                    j = int((y + end * dy + 0.5) / h) // BLOCK
-                    k = int((z + end * dz + 0.5) / h) // BLOCK
+                    i = int((x + end * dx + 0.5) / h) // CELL_SIDE
+                    j = int((y + end * dy + 0.5) / h) // CELL_SIDE
+                    k = int((z + end * dz + 0.5) / h) // CELL_SIDE
                     if min(i, j, k) < 0 or max(i, j, k) >= size:
                         continue
                     m = bin_of[i, j, k]
@@ -220,14 +205,14 @@ def _bits(space: Exterior, points: NDArray[np.int64]) -> NDArray[np.bool_]:
     size = space.bins.resolution
     inside_grid = ((points >= 0) & (points < size)).all(axis=-1)
     x, y, z = np.moveaxis(np.clip(points, 0, size - 1), -1, 0)
-    m = space.bins.bin_of[x // BLOCK, y // BLOCK, z // BLOCK]
+    m = space.bins.bin_of[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE]
     if len(space.outside) == 0:
-        return inside_grid & space.whole[x // BLOCK, y // BLOCK, z // BLOCK]
-    bit = space.outside[m, x % BLOCK] >> (8 * (y % BLOCK) + z % BLOCK).astype(
+        return inside_grid & space.whole[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE]
+    bit = space.outside[m, x % CELL_SIDE] >> (8 * (y % CELL_SIDE) + z % CELL_SIDE).astype(
         np.uint64
     ) & np.uint64(1)
     return inside_grid & np.where(
-        m < 0, space.whole[x // BLOCK, y // BLOCK, z // BLOCK], bit.astype(np.bool_)
+        m < 0, space.whole[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE], bit.astype(np.bool_)
     )
 
 
@@ -283,14 +268,16 @@ def _share_seen(
     mixed, blocks = np.flatnonzero(region.outside.any(axis=1)), np.argwhere(region.whole)
     counts = np.bitwise_count(region.outside[mixed]).sum(axis=1)
     weights = np.array(
-        [counts.sum(), BLOCK**3 * len(blocks)]
+        [counts.sum(), CELL_SIDE**3 * len(blocks)]
     )  # a whole block stands for 512 points
     mixed = mixed[:: len(mixed) // SAMPLES + 1]
     words = region.outside[mixed]
     slab = (words != 0).argmax(axis=1)  # one point of each sampled block: the first
     word = words[np.arange(len(mixed)), slab]
     bit = np.bitwise_count((word & (~word + np.uint64(1))) - np.uint64(1)).astype(np.int64)
-    points = bins.blocks[mixed] * BLOCK + np.stack([slab, bit // BLOCK, bit % BLOCK], axis=1)
+    points = bins.blocks[mixed] * CELL_SIDE + np.stack(
+        [slab, bit // CELL_SIDE, bit % CELL_SIDE], axis=1
+    )
     blocks = blocks[:: len(blocks) // SAMPLES + 1]
     seen = [
         _escape_share(
@@ -298,7 +285,7 @@ def _share_seen(
         )
         if len(group)
         else 0.0
-        for group in (points, blocks * BLOCK + (BLOCK - 1) / 2)
+        for group in (points, blocks * CELL_SIDE + (CELL_SIDE - 1) / 2)
     ]
     return float(np.dot(weights, seen) / weights.sum())
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Material, Mesh, Part
+from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.file_checks import check_file, side_file
 from pipeline.mesh_io.gltf import prepared
 from pipeline.mesh_io.materials import Looks
@@ -47,16 +48,6 @@ PARSER_ERRORS = (
     DaeError,
     trimesh.exchange.stl.HeaderError,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadConfig:
-    max_faces: int = (
-        4_000_000  # after instances are written out; the geometry filter has its own, lower limit
-    )
-    max_instances: int = 20_000  # placements of geometry in a scene
-    max_unpacked_bytes: int = 1 << 30  # of a zipped format
-    max_texture_side: int = 4096  # larger images are halved until they fit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh
-
-
-@dataclass(frozen=True, kw_only=True)
-class NormalizeConfig:
-    half_extent: float = 0.475  # largest |coordinate| of the result; 0.5 touches the wall
-
-    def __post_init__(self):
-        if not 0 < self.half_extent <= 0.5:
-            raise ValueError(f"half_extent must be in (0, 0.5], got {self.half_extent}")
+from pipeline.mesh_io.config import NormalizeConfig
 
 
 def normalize(mesh: Mesh, cfg: NormalizeConfig) -> Mesh:

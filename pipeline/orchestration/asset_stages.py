@@ -15,17 +15,19 @@ import numpy as np
 
 from pipeline.config import BuildConfig
 from pipeline.core.errors import Reject, Transient
-from pipeline.core.grid import BLOCK
+from pipeline.core.grid import CELL_SIDE
+from pipeline.core.image_codec import encode
 from pipeline.core.schema import Bricks, Mesh, Record
 from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata
 from pipeline.curation.screening_metrics import measure, save_measured
 from pipeline.geometry import sdf_cuda as gpu
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
-from pipeline.geometry.topology import Topology, TopologyConfig, build_topology
+from pipeline.geometry.topology import Topology, build_topology
 from pipeline.mesh_io.load import load_with_report
 from pipeline.mesh_io.normalize import normalize
 from pipeline.rendering import gl_renderer as canvas
-from pipeline.rendering.views import encode, render_views, renderer_string
+from pipeline.rendering.views import render_views, renderer_string
 from pipeline.sources import Source
 from pipeline.storage.render_shard import save_view
 
@@ -180,8 +182,8 @@ def load_bricks(folder: Path, resolution: int) -> Bricks:
     """What `save_bricks` wrote, mapped rather than read."""
     shapes = {
         "blocks": (np.int16, 3),
-        "values": (np.float16, BLOCK**3),
-        "sharp": (np.uint8, BLOCK**3 // 8),
+        "values": (np.float16, CELL_SIDE**3),
+        "sharp": (np.uint8, CELL_SIDE**3 // 8),
     }
     arrays: dict[str, Any] = {
         name: np.memmap(folder / f"{name}.bin", dtype, mode="r").reshape(-1, width)

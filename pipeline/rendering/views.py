@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from io import BytesIO
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from pipeline.core.cameras import Camera, CameraSet, camera
+from pipeline.core.cameras import Camera, camera
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh, View
+from pipeline.rendering.config import RenderConfig
 from pipeline.rendering.gl_renderer import canvas, renderer_string
 from pipeline.rendering.shading import lighting
 
 __all__ = [
-    "ImageFormat",
-    "RenderConfig",
-    "decode",
-    "encode",
     "render_from",
     "render_views",
     "renderer_string",
     "view_numbers",
 ]
-
-ImageFormat = Literal["png", "webp"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RenderConfig:
-    """ValueError for a number out of range or an unknown name."""
-
-    views: int = 45  # paper, sec. 2 (data)
-    image_size: int = 1024  # pixels a side; paper, sec. 2 (data)
-    cameras: CameraSet = "paper"
-    format: ImageFormat = "png"
-    attempts: int = 4  # draws of one view before its asset is rejected
-    min_coverage: float = 1e-4  # share of the image below which a view is empty
-
-    def __post_init__(self) -> None:
-        for name in ("views", "image_size", "attempts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.min_coverage < 1:
-            raise ValueError(f"min_coverage must lie between 0 and 1, got {self.min_coverage}")
-        for name, allowed in (("cameras", get_args(CameraSet)), ("format", get_args(ImageFormat))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
 
 def render_views(mesh: Mesh, uid: str, cfg: RenderConfig) -> Iterator[View]:
@@ -144,20 +112,3 @@ def view_numbers(views: Iterable[View]) -> dict[str, float]:
         "contrast_mean": float(contrast.mean()),
         "white_max": float(white.max()),
     }
-
-
-def encode(view: View, format: ImageFormat = "png") -> bytes:
-    """The image as a lossless file; the same bytes for the same pixels. ValueError for another format."""
-    image, file = Image.fromarray(view.rgba), BytesIO()
-    if format == "png":
-        image.save(file, "PNG", compress_type=zlib.Z_RLE)  # as small as level 4 in half the time
-    elif format == "webp":
-        image.save(file, "WEBP", lossless=True, quality=0, method=1, exact=True)
-    else:
-        raise ValueError(f"format must be one of {get_args(ImageFormat)}, got {format!r}")
-    return file.getvalue()
-
-
-def decode(data: bytes) -> NDArray[np.uint8]:
-    """An encoded view -> RGBA [H, W, 4]."""
-    return np.asarray(Image.open(BytesIO(data)).convert("RGBA"))

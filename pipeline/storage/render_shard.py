@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.core.cameras import CameraSet, camera, look_at_origin
+from pipeline.core.cameras import camera, look_at_origin
+from pipeline.core.image_codec import decode
+from pipeline.core.options import CameraSet, ImageFormat
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import View
-from pipeline.rendering.views import ImageFormat, decode
 from pipeline.storage.remote import Location, Remote, location, readable
 
 HEADER = 512  # bytes of a tar member's header; members are padded to it

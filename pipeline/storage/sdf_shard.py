@@ -16,13 +16,13 @@ from zarr.codecs import BloscCodec
 from zarr.errors import BaseZarrError
 from zarr.storage import FsspecStore
 
-from pipeline.core.grid import BLOCK, band, check_resolution, spacing
+from pipeline.core.grid import CELL_SIDE, band, check_resolution, spacing
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks
 from pipeline.storage.remote import Location, Remote, location
 
 CHUNK = 1024  # rows of an array that are compressed together, and read together
-POINTS = BLOCK**3
+POINTS = CELL_SIDE**3
 LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {  # array -> dtype, shape of one row
     "blocks": ("int16", (3,)),
     "values": ("float16", (POINTS,)),
@@ -134,7 +134,7 @@ def shard_attributes(resolution: int) -> dict[str, int | float]:
         "format_version": FORMAT_VERSION,
         "resolution": resolution,
         "tau": band(resolution),
-        "block_size": BLOCK,
+        "block_size": CELL_SIDE,
         "origin": -0.5,
         "spacing": spacing(resolution),
     }
@@ -186,9 +186,9 @@ class SdfShard:
     def dense(self, asset: int | str) -> NDArray[np.float32]:
         """[R, R, R] of sdf / tau, NaN where no block is stored. For small R."""
         bricks = self.bricks(asset)
-        side = self.resolution // BLOCK
-        cells = np.full((side, side, side, BLOCK, BLOCK, BLOCK), np.nan, np.float32)
-        cells[tuple(bricks.blocks.T)] = bricks.values.reshape(-1, BLOCK, BLOCK, BLOCK)
+        side = self.resolution // CELL_SIDE
+        cells = np.full((side, side, side, CELL_SIDE, CELL_SIDE, CELL_SIDE), np.nan, np.float32)
+        cells[tuple(bricks.blocks.T)] = bricks.values.reshape(-1, CELL_SIDE, CELL_SIDE, CELL_SIDE)
         return cells.transpose(0, 3, 1, 4, 2, 5).reshape((self.resolution,) * 3)
 
 
@@ -224,7 +224,7 @@ def brick_problems(bricks: Bricks) -> Iterator[str]:
     if not len(blocks):
         yield "has no blocks"
         return
-    side = bricks.resolution // BLOCK
+    side = bricks.resolution // CELL_SIDE
     if blocks.min() < 0 or blocks.max() >= side:
         yield f"block index outside 0..{side - 1}"
         return
@@ -267,14 +267,14 @@ def _have_neighbour(blocks: NDArray[np.int64], others: NDArray[np.int64]) -> NDA
 def _beside_active(active: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Which points [m, 512] have an active one among their 26 neighbours, or lie at their block's border."""
     cells = np.pad(
-        active.reshape(-1, BLOCK, BLOCK, BLOCK),
+        active.reshape(-1, CELL_SIDE, CELL_SIDE, CELL_SIDE),
         ((0, 0), (1, 1), (1, 1), (1, 1)),
         constant_values=False,
     )
-    near = np.zeros((len(active), BLOCK, BLOCK, BLOCK), bool)
+    near = np.zeros((len(active), CELL_SIDE, CELL_SIDE, CELL_SIDE), bool)
     for x, y, z in _NEIGHBOURS + 1:
-        near |= cells[:, x : x + BLOCK, y : y + BLOCK, z : z + BLOCK]
-    border = np.ones((BLOCK,) * 3, bool)
+        near |= cells[:, x : x + CELL_SIDE, y : y + CELL_SIDE, z : z + CELL_SIDE]
+    border = np.ones((CELL_SIDE,) * 3, bool)
     border[1:-1, 1:-1, 1:-1] = False
     return np.asarray(near | border).reshape(-1, POINTS)
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 from benchmarks import assets
 from pipeline.core.errors import UserError
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
-from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.geometry.topology import build_topology
 from pipeline.mesh_io.load import load
 from pipeline.mesh_io.normalize import normalize
 from pipeline.orchestration.asset_stages import load_bricks

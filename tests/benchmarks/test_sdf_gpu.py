@@ -8,8 +8,9 @@ import trimesh
 
 from benchmarks import sdf_gpu
 from pipeline.core.errors import UserError
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
-from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.geometry.topology import build_topology
 from tests.pipeline import known_shapes as geo
 
 pytestmark = pytest.mark.filterwarnings(

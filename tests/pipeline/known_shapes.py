@@ -9,7 +9,7 @@ import numpy as np
 import trimesh
 from numba import njit
 
-from pipeline.core.grid import BLOCK, band, spacing
+from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.schema import Bricks, Mesh
 
 
@@ -154,8 +154,8 @@ def winding_number(points: np.ndarray, mesh: Mesh) -> np.ndarray:
 
 def points_of(bricks: Bricks) -> np.ndarray:
     """[M, 512, 3] positions of all stored points."""
-    local = np.stack(np.unravel_index(np.arange(BLOCK**3), (BLOCK,) * 3), axis=1)
-    return (bricks.blocks[:, None].astype(np.int64) * BLOCK + local) * spacing(
+    local = np.stack(np.unravel_index(np.arange(CELL_SIDE**3), (CELL_SIDE,) * 3), axis=1)
+    return (bricks.blocks[:, None].astype(np.int64) * CELL_SIDE + local) * spacing(
         bricks.resolution
     ) - 0.5
 

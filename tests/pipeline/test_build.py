@@ -17,7 +17,7 @@ from pipeline.core.cli import command
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Record
-from pipeline.curation.rank import RankConfig
+from pipeline.curation.config import RankConfig
 from pipeline.orchestration.manifest import read_manifest
 from pipeline.orchestration.plan import make_plan, read_plan
 from pipeline.storage.render_shard import RenderShard

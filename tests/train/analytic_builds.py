@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.cameras import camera
-from pipeline.core.grid import BLOCK, band, spacing
+from pipeline.core.grid import CELL_SIDE, band, spacing
+from pipeline.core.image_codec import encode
 from pipeline.core.schema import Bricks, View
 from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
-from pipeline.rendering.views import encode
 from pipeline.storage.render_shard import write_render_shard
 from pipeline.storage.sdf_shard import SdfShard, write_sdf_shard
 from train.engine.config import BrickConfig, LoopConfig, VAEConfig, VAETraining
@@ -52,9 +52,11 @@ def bricks_of(field: Field, resolution: int, points: NDArray | None = None) -> B
 
 
 def _blocks(dense: NDArray) -> NDArray:
-    side = len(dense) // BLOCK
-    cut = dense.reshape(side, BLOCK, side, BLOCK, side, BLOCK).transpose(0, 2, 4, 1, 3, 5)
-    return cut.reshape(side, side, side, BLOCK**3)
+    side = len(dense) // CELL_SIDE
+    cut = dense.reshape(side, CELL_SIDE, side, CELL_SIDE, side, CELL_SIDE).transpose(
+        0, 2, 4, 1, 3, 5
+    )
+    return cut.reshape(side, side, side, CELL_SIDE**3)
 
 
 def shape(number: int) -> Field:

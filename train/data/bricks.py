@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.sparse_tensor import BrickBatch
 from pipeline.core.errors import RunError, UserError
-from pipeline.core.grid import BLOCK
+from pipeline.core.grid import CELL_SIDE
 from pipeline.core.hashing import seed_of
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks
@@ -166,8 +166,8 @@ class BrickReader:
         bricks = shard.bricks(self.catalogue.uids[asset])
         if not len(bricks.blocks):
             raise ValueError("no blocks")
-        if bricks.blocks.min() < 0 or bricks.blocks.max() >= resolution // BLOCK:
-            raise ValueError(f"blocks must lie in 0..{resolution // BLOCK - 1}")
+        if bricks.blocks.min() < 0 or bricks.blocks.max() >= resolution // CELL_SIDE:
+            raise ValueError(f"blocks must lie in 0..{resolution // CELL_SIDE - 1}")
         size = magnitude_bits(bricks.values)
         if size.max() > ONE_BITS:
             raise ValueError(

@@ -21,7 +21,7 @@ from kernels import token_order
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from pipeline.core.errors import RunError, UserError
-from pipeline.core.grid import BLOCK
+from pipeline.core.grid import CELL_SIDE
 from pipeline.core.provenance import FORMAT_VERSION
 
 OPEN_SHARDS = 64  # kept open at once
@@ -283,7 +283,7 @@ class LatentBatch:
         xyz = np.concatenate([latent.cells for latent in latents])
         coords = torch.from_numpy(np.concatenate([batch[:, None], xyz], 1).astype(np.int32))
         order = token_order(coords)
-        cells = Level.from_coords(coords[order], resolution // BLOCK, len(latents))
+        cells = Level.from_coords(coords[order], resolution // CELL_SIDE, len(latents))
         mean, logvar = (
             torch.from_numpy(np.concatenate([getattr(latent, name) for latent in latents])).float()[
                 order

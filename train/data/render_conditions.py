@@ -106,7 +106,7 @@ class ViewReader:
         name, uid = self.catalogue.shards[asset], self.catalogue.uids[asset]
         if self._images is None:
             return self.read_view(asset, view).rgba
-        from pipeline.rendering.views import decode
+        from pipeline.core.image_codec import decode
 
         shard, _ = self._shard(asset)
         try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.grid import BLOCK
+from pipeline.core.grid import CELL_SIDE
 from pipeline.core.schema import Bricks
 
 # Number g is (axes, reversed): axis a of the result is axis axes[a] of the original, i -> R - 1 - i where reversed[a].
@@ -27,7 +27,7 @@ def transform_bricks(bricks: Bricks, symmetry: int) -> Bricks:
         raise ValueError(f"symmetry must be in 0..{len(SYMMETRIES) - 1}, got {symmetry}")
     if symmetry == 0:
         return bricks
-    blocks = transform_points(bricks.blocks, bricks.resolution // BLOCK, symmetry)
+    blocks = transform_points(bricks.blocks, bricks.resolution // CELL_SIDE, symmetry)
     rows = np.lexsort(blocks.T[::-1])
     points = _point_order(symmetry)
     sharp = np.unpackbits(bricks.sharp, axis=1, bitorder="little")[rows].take(points, axis=1)
@@ -49,5 +49,5 @@ def transform_points(indices: NDArray, side: int, symmetry: int) -> NDArray:
 def _point_order(symmetry: int) -> NDArray[np.int64]:
     """[512]: which point of the original block each point of the transformed one is."""
     axes, mirrored = SYMMETRIES[symmetry]
-    cube = np.arange(BLOCK**3).reshape((BLOCK,) * 3).transpose(axes)
+    cube = np.arange(CELL_SIDE**3).reshape((CELL_SIDE,) * 3).transpose(axes)
     return np.flip(cube, tuple(axis for axis in range(3) if mirrored[axis])).reshape(-1)

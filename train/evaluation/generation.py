@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from model.inference.generator import Generated, Generator, Options
 from model.inference.mesh_export import write_mesh
 from model.inference.turntable import CLAY, on_paper
-from pipeline.core.cameras import Camera, CameraSet, look_at_origin
+from pipeline.core.cameras import Camera, look_at_origin
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.options import CameraSet
 from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
 from pipeline.core.primitives.voxel_iou import inside, overlap
 from pipeline.core.schema import Mesh, Part, View

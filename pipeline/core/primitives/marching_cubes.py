@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.grid import BLOCK, check_resolution, spacing
+from pipeline.core.grid import CELL_SIDE, check_resolution, spacing
 from pipeline.core.schema import Bricks
 
 # Corner c of a cell lies at (c >> 2, c >> 1 & 1, c & 1). Edge e = 4 * axis + n joins two corners that differ in `axis`;
@@ -192,7 +192,7 @@ def extract(bricks: Bricks, level: float = 0.0) -> tuple[NDArray[np.float64], ND
     space that was not. Where every sign change lies between stored points the surface is closed. `bricks.values` may be
     any float dtype; values are compared in float32.
     """
-    size = check_resolution(bricks.resolution) // BLOCK
+    size = check_resolution(bricks.resolution) // CELL_SIDE
     blocks = bricks.blocks.astype(np.int64)
     slots = np.full((size, size, size), -1, np.int32)
     slots[tuple(blocks.T)] = np.arange(len(blocks), dtype=np.int32)

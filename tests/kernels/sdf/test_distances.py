@@ -15,8 +15,9 @@ from pipeline.core.grid import band, spacing
 from pipeline.core.primitives.triangles import TIE, pack
 from pipeline.core.schema import Mesh
 from pipeline.geometry import sdf
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.flood_fill import bin_triangles
-from pipeline.geometry.topology import THIN, TopologyConfig, build_topology
+from pipeline.geometry.topology import THIN, build_topology
 from tests.kernel_inputs import DEVICE
 
 LIMIT = 1e-3  # voxels

@@ -5,7 +5,7 @@ import pytest
 import trimesh
 
 from model.inference.cells_near_mesh import cells_near
-from pipeline.core.grid import BLOCK, band, spacing
+from pipeline.core.grid import CELL_SIDE, band, spacing
 
 
 def brute_force(vertices, faces, resolution):
@@ -19,7 +19,11 @@ def brute_force(vertices, faces, resolution):
             np.broadcast_to(triangle, (len(points), 3, 3)), points
         )
         best = np.minimum(best, np.linalg.norm(close - points, axis=1))
-    near = (best < band(resolution)).reshape((resolution // BLOCK, BLOCK) * 3).any(axis=(1, 3, 5))
+    near = (
+        (best < band(resolution))
+        .reshape((resolution // CELL_SIDE, CELL_SIDE) * 3)
+        .any(axis=(1, 3, 5))
+    )
     return np.argwhere(near)
 
 
@@ -58,7 +62,7 @@ def brute_force_of_points(a, b, resolution):
     along = b - a
     t = np.clip((points - a) @ along / max(along @ along, 1e-300), 0, 1)
     near = np.linalg.norm(points - a - t[:, None] * along, axis=1) < band(resolution)
-    return np.argwhere(near.reshape((resolution // BLOCK, BLOCK) * 3).any(axis=(1, 3, 5)))
+    return np.argwhere(near.reshape((resolution // CELL_SIDE, CELL_SIDE) * 3).any(axis=(1, 3, 5)))
 
 
 def test_the_band_is_open_at_its_border():

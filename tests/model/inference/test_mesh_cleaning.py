@@ -12,7 +12,7 @@ from model.inference.mesh_cleaning import (
     simplify,
     used_only,
 )
-from pipeline.core.grid import BLOCK, band, spacing
+from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import Bricks
 
@@ -24,9 +24,11 @@ def bricks_of(sdf, keep=lambda blocks: np.ones(len(blocks), bool)):
     line = np.arange(R) * spacing(R) - 0.5
     grid = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1)
     values = np.clip(sdf(grid) / band(R), -1, 1).astype(np.float16)
-    side = R // BLOCK
+    side = R // CELL_SIDE
     cells = (
-        values.reshape((side, BLOCK) * 3).transpose(0, 2, 4, 1, 3, 5).reshape(side, side, side, -1)
+        values.reshape((side, CELL_SIDE) * 3)
+        .transpose(0, 2, 4, 1, 3, 5)
+        .reshape(side, side, side, -1)
     )
     blocks = np.argwhere((np.abs(cells) < 1).any(axis=-1))
     blocks = blocks[keep(blocks)]

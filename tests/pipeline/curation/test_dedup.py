@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curation.dedup import EXACT, GEOMETRY, LOOKS, DedupConfig, Signatures, duplicates
+from pipeline.curation.config import DedupConfig
+from pipeline.curation.dedup import EXACT, GEOMETRY, LOOKS, Signatures, duplicates
 
 CFG = DedupConfig(area_percent=2.0, tokens_percent=4.0)  # wide enough for many near misses
 

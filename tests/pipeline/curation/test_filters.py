@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh, Record
+from pipeline.curation.config import FilterConfig
 from pipeline.curation.filters import (
-    FilterConfig,
     count_components,
     filter_file,
     filter_geometry,

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import PRESETS, BuildConfig
-from pipeline.curation.filters import FilterConfig
-from pipeline.curation.rank import THRESHOLDS, WEIGHTS, RankConfig, funnel_rows, quality, rank
+from pipeline.curation.config import FilterConfig, RankConfig
+from pipeline.curation.rank import THRESHOLDS, WEIGHTS, funnel_rows, quality, rank
 
 GOOD = {
     **{

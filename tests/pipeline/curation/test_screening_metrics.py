@@ -5,9 +5,9 @@ import pytest
 
 from pipeline.core.grid import check_resolution
 from pipeline.core.schema import Mesh, View
+from pipeline.curation.config import ScreenConfig
 from pipeline.curation.screening_metrics import (
     COLUMNS,
-    ScreenConfig,
     box_points,
     enclosed,
     load_measured,
@@ -18,9 +18,11 @@ from pipeline.curation.screening_metrics import (
     save_measured,
     write_measured,
 )
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
-from pipeline.geometry.topology import TopologyConfig, build_topology
-from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+from pipeline.geometry.topology import build_topology
+from pipeline.mesh_io.config import NormalizeConfig
+from pipeline.mesh_io.normalize import normalize
 from pipeline.sources.shapes import kit, solids
 
 SMALL = ScreenConfig(resolution=64, image_size=64)

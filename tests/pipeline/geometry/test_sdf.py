@@ -8,11 +8,12 @@ import trimesh
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.grid import BLOCK, band, spacing
+from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import Mesh
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import SHEET_HALF_VOXELS, compute_bricks
-from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.geometry.topology import build_topology
 from pipeline.geometry.watertight import watertight
 from tests.pipeline import known_shapes as geo
 
@@ -38,7 +39,7 @@ def test_values_signs_and_blocks_equal_brute_force(name, resolution):
 
     candidates = geo.grid_points_where(solid.smooth, tau + solid.sag, resolution)
     near = geo.brute_distance(candidates * spacing(resolution) - 0.5, solid.mesh) < tau
-    expected_blocks = np.unique(candidates[near] // BLOCK, axis=0)
+    expected_blocks = np.unique(candidates[near] // CELL_SIDE, axis=0)
     np.testing.assert_array_equal(bricks.blocks, expected_blocks)
 
     points = geo.points_of(bricks).reshape(-1, 3)

@@ -18,7 +18,8 @@ from pipeline.core.errors import RunError, Transient, UserError
 from pipeline.core.grid import band, spacing
 from pipeline.geometry import sdf as cpu
 from pipeline.geometry import sdf_cuda as gpu
-from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.geometry.config import TopologyConfig
+from pipeline.geometry.topology import build_topology
 from pipeline.orchestration.isolated_process import Isolated
 from pipeline.rendering import gl_renderer as canvas
 from pipeline.sources import open_source

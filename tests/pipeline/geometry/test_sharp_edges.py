@@ -6,9 +6,10 @@ import trimesh
 
 from pipeline.core.grid import band, spacing
 from pipeline.core.schema import Mesh
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.sharp_edges import SHARP_VOXELS
-from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.geometry.topology import build_topology
 from tests.pipeline import known_shapes as geo
 
 

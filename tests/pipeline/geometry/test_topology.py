@@ -12,15 +12,9 @@ from pipeline.core.grid import spacing
 from pipeline.core.primitives.triangles import pack
 from pipeline.core.schema import Mesh
 from pipeline.geometry import holes
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.flood_fill import bin_triangles, bit_at, flood
-from pipeline.geometry.topology import (
-    BURIED,
-    SOLID,
-    THIN,
-    TopologyConfig,
-    _add_caps,
-    build_topology,
-)
+from pipeline.geometry.topology import BURIED, SOLID, THIN, _add_caps, build_topology
 from tests.pipeline import known_shapes as geo
 
 

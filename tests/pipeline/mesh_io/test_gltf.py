@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.gltf import prepared
-from pipeline.mesh_io.load import LoadConfig, load
+from pipeline.mesh_io.load import load
 from tests.pipeline.mesh_files import TETRA, glb, gltf, png, same_triangles, write
 
 CFG = LoadConfig()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Material
-from pipeline.mesh_io.load import LoadConfig, absolute_indices, load, load_with_report
+from pipeline.mesh_io.config import LoadConfig
+from pipeline.mesh_io.load import absolute_indices, load, load_with_report
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import to_glb
 from tests.pipeline.mesh_files import (

@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh, Part
-from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+from pipeline.mesh_io.config import NormalizeConfig
+from pipeline.mesh_io.normalize import normalize
 
 CFG = NormalizeConfig()
 finite = st.floats(-1e6, 1e6, allow_nan=False, width=32)

@@ -10,9 +10,8 @@ import pytest
 
 from pipeline.build import make
 from pipeline.core.errors import UserError
+from pipeline.curation.config import RankConfig, ScreenConfig
 from pipeline.curation.dedup import EXACT, GEOMETRY
-from pipeline.curation.rank import RankConfig
-from pipeline.curation.screening_metrics import ScreenConfig
 from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
 from pipeline.orchestration.plan import read_plan
 from pipeline.sources import open_source

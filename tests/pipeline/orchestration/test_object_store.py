@@ -19,7 +19,7 @@ from pipeline import verify as verify_module
 from pipeline.build import make
 from pipeline.core.cli import command
 from pipeline.core.errors import RunError
-from pipeline.curation.rank import RankConfig
+from pipeline.curation.config import RankConfig
 from pipeline.estimate import measure_passes
 from pipeline.orchestration.commit import PackJob
 from pipeline.orchestration.plan import read_plan

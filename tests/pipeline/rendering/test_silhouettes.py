@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline.rendering.views import RenderConfig, render_views
+from pipeline.rendering.config import RenderConfig
+from pipeline.rendering.views import render_views
 from tests.pipeline.rendering.test_views import l_shape, lit, of_trimesh, torus_knot
 
 

@@ -12,14 +12,13 @@ import trimesh
 
 from pipeline.core.cameras import camera, look_at_origin
 from pipeline.core.errors import Reject
+from pipeline.core.image_codec import decode, encode
 from pipeline.core.schema import Material, Mesh, Part, View
 from pipeline.rendering import views as render
+from pipeline.rendering.config import RenderConfig
 from pipeline.rendering.gl_renderer import canvas
 from pipeline.rendering.shading import Lighting, lighting, smooth_normals
 from pipeline.rendering.views import (
-    RenderConfig,
-    decode,
-    encode,
     fault_of,
     render_from,
     render_views,

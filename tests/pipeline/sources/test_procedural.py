@@ -13,9 +13,11 @@ import pytest
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Mesh, Record
-from pipeline.curation.filters import FilterConfig, count_components, filter_geometry, weld
-from pipeline.mesh_io.load import LoadConfig, load_with_report
-from pipeline.mesh_io.normalize import NormalizeConfig, normalize
+from pipeline.curation.config import FilterConfig
+from pipeline.curation.filters import count_components, filter_geometry, weld
+from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
+from pipeline.mesh_io.load import load_with_report
+from pipeline.mesh_io.normalize import normalize
 from pipeline.sources import open_source
 from pipeline.sources.procedural import ProceduralSource, make_shape
 from pipeline.sources.shapes import FAMILIES, basic, kit, solids, to_glb

@@ -11,7 +11,8 @@ from pipeline.config import BuildConfig
 from pipeline.core.errors import Reject, Transient, UserError
 from pipeline.core.hashing import make_uid
 from pipeline.download.fetch import FetchConfig
-from pipeline.mesh_io.load import LoadConfig, load, load_with_report
+from pipeline.mesh_io.config import LoadConfig
+from pipeline.mesh_io.load import load, load_with_report
 from pipeline.orchestration.plan import make_plan, read_plan
 from pipeline.sources import open_source
 from pipeline.sources.annotations import Annotations

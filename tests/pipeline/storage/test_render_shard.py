@@ -12,8 +12,8 @@ import pytest
 import webdataset
 
 from pipeline.core.cameras import camera
+from pipeline.core.image_codec import encode
 from pipeline.core.schema import View
-from pipeline.rendering.views import encode
 from pipeline.storage.render_shard import (
     RenderShard,
     Scratch,

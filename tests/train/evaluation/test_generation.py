@@ -11,9 +11,10 @@ from model.inference.generator import Generated, Generator, Stage
 from model.inference.mesh_cleaning import clean
 from pipeline.core.cameras import camera
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.image_codec import encode
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import View
-from pipeline.rendering.views import encode, render_from
+from pipeline.rendering.views import render_from
 from pipeline.storage.render_shard import write_render_shard
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.analytic_builds import commit, make_build

@@ -11,8 +11,8 @@ from model.conditioning.image_encoder import EncoderConfig
 from model.occupancy_vae import OccupancyConfig
 from model.sparse_dit import DiTConfig
 from model.structure import StructureConfig
-from pipeline.core.cameras import CameraSet
-from pipeline.core.grid import BLOCK, check_resolution
+from pipeline.core.grid import CELL_SIDE, check_resolution
+from pipeline.core.options import CameraSet
 from train.data.render_conditions import FlowOptions
 from train.engine.config import LoopConfig
 from train.engine.distributed import Device
@@ -72,9 +72,9 @@ class StructureTraining:
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)
-        if self.model.occupancy.side != self.resolution // BLOCK:
+        if self.model.occupancy.side != self.resolution // CELL_SIDE:
             raise ValueError(
-                f"model.occupancy.side must be resolution / {BLOCK} = {self.resolution // BLOCK}, "
+                f"model.occupancy.side must be resolution / {CELL_SIDE} = {self.resolution // CELL_SIDE}, "
                 f"got {self.model.occupancy.side}"
             )
         for name in ("held_out_views", "workers", "val_batches", "samples"):

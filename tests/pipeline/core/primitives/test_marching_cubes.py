@@ -9,8 +9,9 @@ from pipeline.core.grid import band, spacing
 from pipeline.core.primitives import marching_cubes as isosurface
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.schema import Bricks
+from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
-from pipeline.geometry.topology import TopologyConfig, build_topology
+from pipeline.geometry.topology import build_topology
 from pipeline.geometry.watertight import watertight
 from tests.pipeline import known_shapes as geo
 
