@@ -6,14 +6,12 @@ import json
 import logging
 import shutil
 import tempfile
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +20,7 @@ import tyro
 from pipeline.config import PathOrUrl
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
+from pipeline.core.html import image_uri, render_page
 from pipeline.curation.rank import thresholds
 from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
 from pipeline.orchestration.commit import MANIFEST, manifest_path, marker_path, stats_path
@@ -34,6 +33,7 @@ from pipeline.storage.remote import Location, Remote, check_input, write_whole
 
 log = logging.getLogger(__name__)
 
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 STAGES = (
     "metadata",
     "fetch",
@@ -75,14 +75,9 @@ def write_report(out: Place, pictures: int = 24) -> Place:
     with fetched(out, READ) as here:
         build = read_build(here)
     build = replace(build, plan=replace(build.plan, out=out))
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline", "."),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("report.html.j2")
     page = out / "report" / "index.html"
-    write_whole(page, template.render(**summary(build), **contact_sheet(build, pictures)).encode())
+    html = render_page(TEMPLATE, **summary(build), **contact_sheet(build, pictures))
+    write_whole(page, html.encode())
     return page
 
 
@@ -326,10 +321,7 @@ def _card(folder: Path, row: dict[str, Any], resolutions: Iterable[int]) -> dict
         "faces": f"{row['faces']:,}",
         "sign_path": row["sign_path"],
         "tokens": ", ".join(tokens),
-        "images": [
-            (kind, f"data:image/webp;base64,{b64encode(f.read_bytes()).decode()}")
-            for kind, f in files.items()
-        ],
+        "images": [(kind, image_uri(file.read_bytes(), "webp")) for kind, file in files.items()],
     }
 
 

@@ -6,19 +6,19 @@ import json
 import os
 import platform
 import re
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from PIL import Image
 
+from pipeline.core import html
 from train.demo.charts import chart, curves_of
 from train.engine.checkpoint import provenance
 
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 CURVES = (
     ("SS-VAE: bricks to latents and back", "vae", ("loss", "in", "ext", "sharp")),
     ("Occupancy VAE of the structure stage", "structure/vae", ("bce", "dice")),
@@ -42,26 +42,16 @@ def write_page(
     out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, seconds: float
 ) -> Path:
     """Write out/index.html from what the steps left in `out` and in the build; returns its path."""
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("train", "."),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("demo.html.j2")
-    page = out / "index.html"
-    partial = page.with_name(".index.html.partial")
-    partial.write_text(template.render(**contents(out, build, taken, size=size, seconds=seconds)))
-    partial.replace(page)
-    return page
+    content = page_content(out, build, taken, size=size, seconds=seconds)
+    return html.write_page(out / "index.html", TEMPLATE, **content)
 
 
-def contents(
+def page_content(
     out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, seconds: float
 ) -> dict[str, Any]:
     """Everything the template shows."""
     seen, unseen = (_generation(out / name) for name in ("generation", "unseen"))
     reconstruction = json.loads((out / "reconstruction" / "evaluation.json").read_text())
-    style, body = build_report(build / "report" / "index.html")
     summary = seen["summary"]
     tiles = [
         {"value": f"{seconds / 60:.1f} min", "label": f"in all, {os.cpu_count()} cores"},
@@ -76,8 +66,7 @@ def contents(
     ]
     return {
         "size": size,
-        "style": style,
-        "build_report": body,
+        "build_report": build_report(build / "report" / "index.html"),
         "tiles": tiles,
         "encoder": seen["protocol"]["image_encoder"],
         "sampling": seen["protocol"]["sampling"],
@@ -157,14 +146,14 @@ def _picture(path: Path) -> str:
     with Image.open(path) as image:
         file = BytesIO()
         image.convert("RGB").save(file, "WEBP", quality=82, method=4)
-    return f"data:image/webp;base64,{b64encode(file.getvalue()).decode()}"
+    return html.image_uri(file.getvalue(), "webp")
 
 
-def build_report(page: Path) -> tuple[str, str]:
-    """Style and body of the build's own report, so that this page can take it up whole."""
-    text = page.read_text()
-    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
-    body = re.search(r"<main>(.*)</main>", text, re.DOTALL)
-    assert style is not None, f"{page} has no style"
-    assert body is not None, f"{page} has no main part"
-    return style[1], body[1]
+def build_report(page: Path) -> str:
+    """Return the inside of the `main` element of the build's own report.
+
+    Both pages have the style of the same base template, so the demo's page can include it whole.
+    """
+    main = re.search(r"<main>(.*)</main>", page.read_text(), re.DOTALL)
+    assert main is not None, f"{page} has no main element"
+    return main[1]

@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from pipeline.core import html
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def write_page(
     out: Path, title: str, protocol: Mapping[str, Any], table: str, pictures: Mapping[str, str]
 ) -> Path:
-    """Write out/index.html, which needs no other file; returns its path.
+    """Write the page `out`/index.html, which needs no other file.
 
-    table: Markdown as the evaluation writes it; pictures: file in `out` -> caption.
+    Args:
+        out: The directory of the evaluation.
+        title: Heading of the page.
+        protocol: How the numbers were measured, by name. Values of None are left out.
+        table: The evaluation's table in Markdown, with a heading row.
+        pictures: Caption of each PNG file in `out`, by file name.
+
+    Returns:
+        The path of the page.
     """
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("train", "."),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("evaluation.html.j2")
     heads, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
     )
-    shown = [
-        {
-            "caption": caption,
-            "source": "data:image/png;base64," + b64encode((out / name).read_bytes()).decode(),
-        }
+    figures = [
+        {"caption": caption, "source": html.image_uri((out / name).read_bytes(), "png")}
         for name, caption in pictures.items()
     ]
-    page = out / "index.html"
-    page.write_text(
-        template.render(
-            title=title, heads=heads, rows=rows, pictures=shown, protocol=_flat(protocol)
-        ),
-        encoding="utf-8",
+    return html.write_page(
+        out / "index.html",
+        TEMPLATE,
+        title=title,
+        heads=heads,
+        rows=rows,
+        pictures=figures,
+        protocol=_as_text(protocol),
     )
-    return page
 
 
-def _flat(protocol: Mapping[str, Any]) -> dict[str, str]:
-    """What is known, as text; groups of options on one line."""
+def _as_text(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """Return the entries that are not None as text. A group of options becomes one line."""
     text = {}
     for name, value in protocol.items():
         if isinstance(value, Mapping):
