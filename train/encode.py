@@ -18,13 +18,14 @@ from tqdm import tqdm
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.cli import command, parse
+from pipeline.core.devices import Device
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import check_resolution
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks
 from train.data.bricks import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
 from train.data.latents import STATISTICS, Latent, LatentShard, Sums, hash_of, write_latent_shard
-from train.engine.distributed import Device, World, join
+from train.engine.distributed import World, join
 from train.evaluation.vae import load_vae
 
 log = logging.getLogger(__name__)

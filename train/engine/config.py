@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.sparse_vae import VAEConfig
+from pipeline.core.devices import Device
 from pipeline.core.grid import check_resolution
-from train.engine.distributed import Device
 from train.stages.vae.losses import LossWeights
 
 MAX_SEED = 1 << 40  # a million ranks have seeds of their own below 2^63

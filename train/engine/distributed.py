@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core.errors import RunError, UserError
+from pipeline.core.devices import Device, choose_device
+from pipeline.core.errors import RunError
 
 log = logging.getLogger(__name__)
 
-Device = Literal["auto", "cpu", "cuda"]
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(
     minutes=30
@@ -120,16 +119,3 @@ def of_this_start(store: Store, rank: int, size: int) -> Store:
 
 
 _TORCHRUN: Sequence[tuple[str, int]] = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-
-
-def choose_device(device: Device, local_rank: int = 0) -> torch.device:
-    """The device of this machine's rank `local_rank`. UserError if there is no such GPU."""
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if local_rank >= found:
-        raise UserError(
-            f"rank {local_rank} of this machine needs a CUDA device, {found} found; use --device cpu"
-            + (f" or --nproc-per-node {found}" if found else "")
-        )
-    return torch.device("cuda", local_rank)

@@ -16,6 +16,7 @@ from model.inference.generator import Generated, Generator, Options
 from model.inference.mesh_export import write_mesh
 from model.inference.turntable import CLAY, on_paper
 from pipeline.core.cameras import Camera, look_at_origin
+from pipeline.core.devices import Device, choose_device
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.options import CameraSet
 from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
@@ -25,7 +26,6 @@ from pipeline.rendering.views import render_from
 from train.data.bricks import built_resolutions, read_catalogue
 from train.data.render_conditions import ViewReader
 from train.engine.checkpoint import provenance
-from train.engine.distributed import Device, choose_device
 from train.engine.mesh_pictures import save_image, side_by_side
 from train.evaluation.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_maps
 from train.evaluation.page import write_page

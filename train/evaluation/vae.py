@@ -19,12 +19,12 @@ from model.checkpoint import config_from
 from model.inference.extract_mesh import extract_meshes
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
+from pipeline.core.devices import Device, choose_device
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
 from train.data.bricks import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
 from train.engine.checkpoint import check_format, load_weights, provenance
-from train.engine.distributed import Device, choose_device
 from train.engine.mesh_pictures import picture, save_image, side_by_side
 from train.engine.trainer import weights_file
 from train.evaluation.page import write_page

@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 from torch.distributed import HashStore
 
+from pipeline.core.devices import choose_device
 from pipeline.core.errors import UserError
 from tests.train.analytic_builds import tiny_training
 from tests.train.two_rank_gradients import gradients
-from train.engine.distributed import World, choose_device, of_this_start
+from train.engine.distributed import World, of_this_start
 from train.vae import train
 
 ROOT = Path(__file__).resolve().parents[3]

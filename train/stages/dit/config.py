@@ -9,11 +9,11 @@ from typing import Literal
 from model.conditioning.image_conditioned_dit import ConditionedConfig
 from model.conditioning.image_encoder import EncoderConfig
 from model.sparse_dit import DiTConfig
+from pipeline.core.devices import Device
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import CameraSet
 from train.data.render_conditions import FlowOptions
 from train.engine.config import LoopConfig
-from train.engine.distributed import Device
 
 DiTPreset = Literal["tiny", "small", "256", "384", "512", "1024"]
 

@@ -11,11 +11,11 @@ from model.conditioning.image_encoder import EncoderConfig
 from model.occupancy_vae import OccupancyConfig
 from model.sparse_dit import DiTConfig
 from model.structure import StructureConfig
+from pipeline.core.devices import Device
 from pipeline.core.grid import CELL_SIDE, check_resolution
 from pipeline.core.options import CameraSet
 from train.data.render_conditions import FlowOptions
 from train.engine.config import LoopConfig
-from train.engine.distributed import Device
 
 StructurePreset = Literal["tiny", "small", "base"]
 
