@@ -23,16 +23,16 @@ from pipeline.core.errors import RunError
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import FAR, Surface, SurfaceMetrics
 from pipeline.core.primitives.voxel_iou import inside, overlap
-from train.data.bricks import BrickReader, read_catalogue
+from train.data.bricks import BrickReader, read_build_index
 from train.data.render_conditions import ViewReader
 from train.dit import read_latents
 from train.dit import train as train_dit
-from train.encode import Encoding, encode
-from train.engine.batch_sampler import Draw
+from train.encode import EncodeConfig, encode
+from train.engine.batch_sampler import SampleId
 from train.engine.config import VAE_PRESETS, BrickConfig
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side
-from train.export import Export, export, read_stage
+from train.export import ExportConfig, export, read_stage
 from train.stages.dit.config import DIT_PRESETS, DiTTraining
 from train.stages.dit.data import DiTLoader, joined
 from train.stages.dit.task import on_white
@@ -92,7 +92,8 @@ def learn(cfg: Learn, device: torch.device) -> dict[str, Any]:
     lap("vae")
     latents = runs / "latents"
     encode(
-        Encoding(vae=vae.out / "latest", data=cfg.data, resolutions=(R,), latents=latents), world
+        EncodeConfig(vae=vae.out / "latest", data=cfg.data, resolutions=(R,), latents=latents),
+        world,
     )
     lap("encode")
     small = DIT_PRESETS["small"]
@@ -127,7 +128,7 @@ def learn(cfg: Learn, device: torch.device) -> dict[str, Any]:
         )  # fmt: skip
         train_structure(structure, world)
         lap("structure")
-        stages = Export(
+        stages = ExportConfig(
             vae=vae.out / "latest", structure=structure.out / "flow" / "latest", dit=(dit.out / "latest",),
             out=runs / "export",
         )  # fmt: skip
@@ -215,11 +216,11 @@ class Judge:
 
 
 def judge_of(cfg: Learn) -> Judge:
-    reader = BrickReader(read_catalogue(cfg.data, [cfg.resolution]))
-    assets = range(len(reader.catalogue))
+    reader = BrickReader(read_build_index(cfg.data, [cfg.resolution]))
+    assets = range(len(reader.index))
     return Judge(
         cfg,
-        reader.catalogue.uids,
+        reader.index.uids,
         [extract(reader.read(asset, cfg.resolution)) for asset in assets],
     )
 
@@ -229,14 +230,14 @@ def on_given_cells(cfg: Learn, run: DiTTraining, world: World) -> dict[str, Any]
     """The DiT alone: an asset's own cells, a view of it that was never shown, and the same under a wrong image."""
     vae, store = read_latents(run, world)
     assert vae is not None
-    catalogue, judge, rows = joined(run, store), judge_of(cfg), []
+    index, judge, rows = joined(run, store), judge_of(cfg), []
     model = read_stage(run.out / "latest", ConditionedDiT)[0].to(world.device)
-    loader = DiTLoader(catalogue, store, run, training=False, held_out_only=True)
-    bricks = BrickReader(read_catalogue(cfg.data, [cfg.resolution]))
-    for asset, uid in enumerate(catalogue.uids):
-        place = bricks.catalogue.uids.index(uid)
-        batch = loader.batch([Draw(asset, 0)], 1.0).to(world.device)
-        wrong = loader.batch([Draw((asset + 1) % len(catalogue), 0)], 1.0).to(world.device)
+    loader = DiTLoader(index, store, run, training=False, held_out_only=True)
+    bricks = BrickReader(read_build_index(cfg.data, [cfg.resolution]))
+    for asset, uid in enumerate(index.uids):
+        place = bricks.index.uids.index(uid)
+        batch = loader.batch([SampleId(asset, 0)], 1.0).to(world.device)
+        wrong = loader.batch([SampleId((asset + 1) % len(index), 0)], 1.0).to(world.device)
         level, meshes = batch.latents.cells, []
         with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
             stored = vae.decode(batch.latents.mean, level)
@@ -273,17 +274,17 @@ def on_given_cells(cfg: Learn, run: DiTTraining, world: World) -> dict[str, Any]
 def from_images(cfg: Learn, run: DiTTraining, stages: Path, device: torch.device) -> dict[str, Any]:
     """Every stage: from the last view of each asset, which training never saw, to a mesh."""
     generator, judge = Generator.load(stages, device), judge_of(cfg)
-    catalogue, rows = read_catalogue(cfg.data, [cfg.resolution]), []
-    views = ViewReader(catalogue, run.cameras)
+    index, rows = read_build_index(cfg.data, [cfg.resolution]), []
+    views = ViewReader(index, run.cameras)
     options = GenerateOptions(steps=(25, 25), guidance=cfg.guidance)
-    for asset in range(len(catalogue)):
+    for asset in range(len(index)):
         view = views.read_view(asset, views.views(asset) - 1)
         axes = np.array(view.meta["c2w"])[:3, :3].T
         try:
             made = generator.generate(view.rgba, 0, options, whole_if_opaque=True)
             mesh, tokens = (made.vertices, made.faces), made.stages[-1].tokens
         except RunError as error:
-            log.warning("%s: %s", catalogue.uids[asset], error)
+            log.warning("%s: %s", index.uids[asset], error)
             mesh, tokens = (np.zeros((0, 3)), np.zeros((0, 3), np.int32)), 0
         right = judge.right[asset]
         iou = overlap(inside(*mesh), inside(*right)) if len(mesh[1]) else 0.0

@@ -27,7 +27,7 @@ from model.conditioning.image_encoder import EncoderConfig
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
 from train.engine.checkpoint import provenance
-from train.engine.distributed import World, join
+from train.engine.distributed import World, join_world
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.dit.data import DiTBatch
 
@@ -132,7 +132,7 @@ def measure(preset: str, weights: str, world: World, repeats: int) -> dict[str, 
 
 def main(args: Sequence[str]) -> None:
     cfg = parse(Scaling, args, prog=PROG)
-    with join("cuda") as world:
+    with join_world("cuda") as world:
         if world.size == 1:
             raise UserError(f"scaling needs several ranks: {PROG}")
         rows = []

@@ -31,7 +31,7 @@ from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import build_topology
 from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
 from pipeline.storage.sdf_shard import write_sdf_shard
-from train.data.bricks import BrickLoader, BrickReader, read_catalogue
+from train.data.bricks import BrickLoader, BrickReader, read_build_index
 from train.engine.checkpoint import provenance
 from train.engine.config import VAE_PRESETS, BrickConfig, VAETraining
 from train.engine.distributed import World
@@ -200,18 +200,18 @@ def time_steps(data: Path, device: torch.device) -> list[dict[str, Any]]:
     """Whole training steps of `base`, from a batch in host memory to the optimiser's end."""
     rows = []
     for resolution, batch_size in ((256, 4), (384, 4), (512, 4), (1024, 1)):
-        catalogue = read_catalogue(data, [resolution])
-        wanted = [catalogue.uids.index(make_uid("folder", name)) for name in AS_IN_THE_PAPER][
+        index = read_build_index(data, [resolution])
+        wanted = [index.uids.index(make_uid("folder", name)) for name in AS_IN_THE_PAPER][
             :batch_size
         ]
-        loader = BrickLoader(catalogue, seed=0, noise_channels=16, symmetries=False)
+        loader = BrickLoader(index, seed=0, noise_channels=16, symmetries=False)
         batch = loader.load_assets(wanted, resolution).pin_memory()
         for checkpointing in (False, True):
             cfg = VAE_PRESETS["base"]
             cfg = replace(cfg, loop=replace(cfg.loop, activation_checkpointing=checkpointing))
             try:
                 row = _time(
-                    VAETask(cfg, World(device=device), catalogue.subset([])), cfg, batch, device
+                    VAETask(cfg, World(device=device), index.subset([])), cfg, batch, device
                 )
             except torch.cuda.OutOfMemoryError as error:
                 row = {"failed": str(error).splitlines()[0]}
@@ -326,10 +326,10 @@ def _evaluate(
 ) -> dict[str, Any]:
     model, _ = load_vae(checkpoint, device)
     stored = sorted({*cfg.resolutions, resolution})
-    reader = BrickReader(read_catalogue(cfg.data, stored))
+    reader = BrickReader(read_build_index(cfg.data, stored))
     rows, images = [], []
-    for asset in range(len(reader.catalogue)):
-        draw = bool(reader.catalogue.is_val[asset]) or asset % 6 == 0
+    for asset in range(len(reader.index)):
+        draw = bool(reader.index.is_val[asset]) or asset % 6 == 0
         found = evaluate_asset(
             model, reader, asset, resolution, device=device, samples=cfg.samples, draw=draw
         )

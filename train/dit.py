@@ -11,12 +11,12 @@ from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.sparse_vae import SparseVAE
 from pipeline.core.cli import command, parse_with_presets
 from pipeline.core.errors import UserError
-from train.data.bricks import Catalogue
-from train.data.latents import LatentStore, hash_of
+from train.data.bricks import BuildIndex
+from train.data.latents import LatentStore, vae_hash
 from train.engine import checkpoint
-from train.engine.batch_sampler import ShardPlanner
+from train.engine.batch_sampler import ShardBatchSampler
 from train.engine.config import resolved
-from train.engine.distributed import World, join
+from train.engine.distributed import World, join_world
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import fit, weights_file
 from train.evaluation.vae import load_vae
@@ -32,9 +32,9 @@ PROG = "python -m train.dit"
 def train(cfg: DiTTraining, world: World) -> int:
     """A run by its config; returns the steps done. UserError and RunError as the modules it calls."""
     vae, store = read_latents(cfg, world)
-    catalogue = joined(cfg, store)
-    chosen, val = catalogue.split("train"), catalogue.split("val")
-    planner = ShardPlanner(
+    index = joined(cfg, store)
+    chosen, val = index.split("train"), index.split("val")
+    planner = ShardBatchSampler(
         chosen.tokens,
         chosen.shards,
         mixed=cfg.flow.open_shards,
@@ -55,7 +55,7 @@ def train(cfg: DiTTraining, world: World) -> int:
         _introduce(cfg, task.model, world, chosen, val, planner)
     stream = Prefetcher(planner, partial(loader.load, rank=world.rank), workers=cfg.workers)
     return fit(
-        task, stream, cfg.flow.loop, out=cfg.out, world=world, config=described(cfg, store.vae)
+        task, stream, cfg.flow.loop, out=cfg.out, world=world, config=run_config(cfg, store.vae)
     )
 
 
@@ -70,7 +70,7 @@ def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, Late
             )
         vae, _ = load_vae(cfg.vae, world.device)
     store = LatentStore(
-        cfg.latents or cfg.data / "latents", cfg.resolution, None if vae is None else hash_of(vae)
+        cfg.latents or cfg.data / "latents", cfg.resolution, None if vae is None else vae_hash(vae)
     )
     if store.channels != cfg.model.dit.latent_channels:
         raise UserError(
@@ -84,9 +84,9 @@ def _introduce(
     cfg: DiTTraining,
     model: ConditionedDiT,
     world: World,
-    chosen: Catalogue,
-    val: Catalogue,
-    planner: ShardPlanner,
+    chosen: BuildIndex,
+    val: BuildIndex,
+    planner: ShardBatchSampler,
 ) -> None:
     count = sum(parameter.numel() for parameter in model.dit.parameters())
     assets = f"{len(chosen)} training and {len(val)} held-out assets of {cfg.data} at R = {cfg.resolution}"
@@ -106,7 +106,7 @@ def _introduce(
         log.warning("%s has no held-out assets: nothing is validated", cfg.data)
 
 
-def described(cfg: DiTTraining, vae: str) -> dict[str, Any]:
+def run_config(cfg: DiTTraining, vae: str) -> dict[str, Any]:
     """What a checkpoint's config.json says of the run; `model` and `config` are what loading the model takes.
 
     `training` names the VAE by its hash.
@@ -122,7 +122,7 @@ def described(cfg: DiTTraining, vae: str) -> dict[str, Any]:
 def main(args: Sequence[str]) -> None:
     cfg = parse_with_presets(DIT_PRESETS, "tiny", args, prog=PROG)
     checkpoint.check_init(cfg.init, cfg.out)
-    with join(cfg.device) as world:
+    with join_world(cfg.device) as world:
         if not world.is_first:
             logging.getLogger().setLevel(logging.WARNING)
         done = train(cfg, world)

@@ -23,9 +23,15 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import check_resolution
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks
-from train.data.bricks import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
-from train.data.latents import STATISTICS, Latent, LatentShard, Sums, hash_of, write_latent_shard
-from train.engine.distributed import World, join
+from train.data.bricks import (
+    UNREADABLE,
+    BrickReader,
+    BuildIndex,
+    built_resolutions,
+    read_build_index,
+)
+from train.data.latents import STATISTICS, Latent, LatentShard, Sums, vae_hash, write_latent_shard
+from train.engine.distributed import World, join_world
 from train.evaluation.vae import load_vae
 
 log = logging.getLogger(__name__)
@@ -36,7 +42,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding:
+class EncodeConfig:
     """Encode a build's bricks with a trained SS-VAE. The same command goes on where it was stopped."""
 
     vae: Path = Path(
@@ -64,11 +70,11 @@ class Encoding:
             raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
 
 
-class Encoder:
+class LatentEncoder:
     """A VAE, and bricks to their latents as stored."""
 
     def __init__(self, vae: SparseVAE, device: torch.device, precision: str):
-        self.vae, self.device, self.hash = vae.to(device).eval(), device, hash_of(vae)
+        self.vae, self.device, self.hash = vae.to(device).eval(), device, vae_hash(vae)
         self.autocast = precision == "bf16"
 
     @property
@@ -95,7 +101,7 @@ class Encoder:
         return found
 
 
-def encode(cfg: Encoding, world: World) -> Path:
+def encode(cfg: EncodeConfig, world: World) -> Path:
     """Every resolution of the build; returns the folder of this VAE's latents.
 
     Ranks share the shards. UserError if the VAE, the build or latents that are there do not fit, RunError if too many
@@ -106,13 +112,13 @@ def encode(cfg: Encoding, world: World) -> Path:
     resolutions = cfg.resolutions or _resolutions(
         cfg.data, training.get("bricks", {}).get("resolutions", ())
     )
-    encoder = Encoder(
+    encoder = LatentEncoder(
         vae, world.device, cfg.precision or training.get("loop", {}).get("precision", "bf16")
     )
     folder = (cfg.latents or cfg.data / "latents") / encoder.hash
-    catalogue = read_catalogue(cfg.data, resolutions)
+    index = read_build_index(cfg.data, resolutions)
     for resolution in resolutions:
-        _encode_resolution(cfg, world, encoder, catalogue, resolution, folder / str(resolution))
+        _encode_resolution(cfg, world, encoder, index, resolution, folder / str(resolution))
     return folder
 
 
@@ -127,14 +133,14 @@ def _resolutions(data: Path, trained: Sequence[int]) -> tuple[int, ...]:
 
 
 def _encode_resolution(
-    cfg: Encoding,
+    cfg: EncodeConfig,
     world: World,
-    encoder: Encoder,
-    catalogue: Catalogue,
+    encoder: LatentEncoder,
+    index: BuildIndex,
     resolution: int,
     folder: Path,
 ) -> None:
-    with_bricks = catalogue.subset(np.flatnonzero(catalogue.tokens[resolution]))
+    with_bricks = index.subset(np.flatnonzero(index.tokens[resolution]))
     names = np.array(with_bricks.shards)
     shards = sorted(set(with_bricks.shards))
     mine = shards[world.rank :: world.size]
@@ -165,14 +171,14 @@ def _encode_resolution(
         _write_statistics(folder, shards, encoder, resolution, world.rank)
 
 
-def _source(catalogue: Catalogue, resolution: int, name: str) -> str:
+def _source(index: BuildIndex, resolution: int, name: str) -> str:
     from pipeline.storage.sdf_shard import SdfShard
 
-    shard = SdfShard(catalogue.root / "sdf" / str(resolution) / f"{name}.zarr")
+    shard = SdfShard(index.root / "sdf" / str(resolution) / f"{name}.zarr")
     return str(shard.attributes.get("config_hash"))
 
 
-def _check_there(path: Path, chosen: Catalogue, encoder: Encoder, resolution: int) -> None:
+def _check_there(path: Path, chosen: BuildIndex, encoder: LatentEncoder, resolution: int) -> None:
     try:
         shard = LatentShard(path)
         source = _source(chosen, resolution, path.stem)
@@ -191,7 +197,7 @@ def _check_there(path: Path, chosen: Catalogue, encoder: Encoder, resolution: in
 
 
 def _latents(
-    cfg: Encoding, encoder: Encoder, chosen: Catalogue, resolution: int
+    cfg: EncodeConfig, encoder: LatentEncoder, chosen: BuildIndex, resolution: int
 ) -> Iterator[tuple[str, bool, Latent]]:
     """(uid, whether it trains, latent) of a shard's assets in order, encoded in groups of at most max_tokens."""
     reader, bad = BrickReader(chosen), []
@@ -226,7 +232,7 @@ def _latents(
 
 
 def _encoded(
-    encoder: Encoder, chosen: Catalogue, group: Sequence[tuple[int, Bricks]]
+    encoder: LatentEncoder, chosen: BuildIndex, group: Sequence[tuple[int, Bricks]]
 ) -> Iterator[tuple[str, bool, Latent]]:
     for (asset, _), latent in zip(
         group, encoder.encode([bricks for _, bricks in group]), strict=True
@@ -248,7 +254,7 @@ def _ahead(
 
 
 def _write_statistics(
-    folder: Path, shards: Sequence[str], encoder: Encoder, resolution: int, rank: int
+    folder: Path, shards: Sequence[str], encoder: LatentEncoder, resolution: int, rank: int
 ) -> None:
     total, assets = Sums.of([], encoder.channels), 0
     for name in shards:
@@ -275,8 +281,8 @@ def _write_statistics(
 
 
 def main(args: Sequence[str]) -> None:
-    cfg = parse(Encoding, args, prog=PROG)
-    with join(cfg.device) as world:
+    cfg = parse(EncodeConfig, args, prog=PROG)
+    with join_world(cfg.device) as world:
         if not world.is_first:
             logging.getLogger().setLevel(logging.WARNING)
         folder = encode(cfg, world)

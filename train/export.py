@@ -17,8 +17,8 @@ from model.sparse_vae import SparseVAE
 from model.structure import Structure
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
-from train.data.latents import hash_of
-from train.engine.checkpoint import check_format, load_weights
+from train.data.latents import vae_hash
+from train.engine.checkpoint import load_weights, read_config
 from train.engine.trainer import weights_file
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ PROG = "python -m train.export"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class ExportConfig:
     """Collect trained stages in one directory for python -m model.generate. Stages that are there are replaced."""
 
     vae: Path | None = Path(
@@ -53,7 +53,7 @@ def read_stage(path: Path, cls: type[nn.Module]) -> tuple[Any, dict[str, Any]]:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: train the stage first, or leave it out")
-    described = check_format(path)
+    described = read_config(path)
     name, stored = described.get("model"), described.get("config")
     if name != cls.__name__ or not isinstance(stored, dict):
         raise UserError(f"{path} must be a checkpoint of a {cls.__name__}, got {name}")
@@ -66,13 +66,13 @@ def read_stage(path: Path, cls: type[nn.Module]) -> tuple[Any, dict[str, Any]]:
     return model.eval(), described.get("training") or {}
 
 
-def export(cfg: Export) -> list[Path]:
+def export(cfg: ExportConfig) -> list[Path]:
     """Write the stages; returns their directories. UserError if one is missing or they do not belong together."""
     stages: dict[str, tuple[Any, Path]] = {}
     vaes: dict[str, str] = {}  # stage -> the VAE that it is or belongs to
     if cfg.vae is not None:
         vae, _ = read_stage(cfg.vae, SparseVAE)
-        stages["vae"], vaes["vae"] = (vae, cfg.vae), hash_of(vae)
+        stages["vae"], vaes["vae"] = (vae, cfg.vae), vae_hash(vae)
     if cfg.structure is not None:
         stages["structure"] = (read_stage(cfg.structure, Structure)[0], cfg.structure)
     for path in cfg.dit:
@@ -113,14 +113,14 @@ def _staying(out: Path, replaced: Collection[str]) -> dict[str, str]:
             found[path.parent.name] = vae
     if "vae" not in replaced and (out / "vae").is_dir():
         try:
-            found["vae"] = hash_of(load_model(out / "vae", SparseVAE))
+            found["vae"] = vae_hash(load_model(out / "vae", SparseVAE))
         except ValueError as error:
             raise UserError(f"{error}; choose another --out") from error
     return found
 
 
 def _check_together(
-    cfg: Export, stages: Mapping[str, tuple[Any, Path]], vaes: Mapping[str, str]
+    cfg: ExportConfig, stages: Mapping[str, tuple[Any, Path]], vaes: Mapping[str, str]
 ) -> None:
     """UserError if a DiT that is given, or stays in `out`, was trained on latents of another VAE than that of `out`."""
     if "vae" not in vaes:
@@ -141,7 +141,7 @@ def _check_together(
 
 
 def main(args: Sequence[str]) -> None:
-    export(parse(Export, args, prog=PROG))
+    export(parse(ExportConfig, args, prog=PROG))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from model.occupancy_vae import OccupancyVAE
 from model.structure import Structure
 from pipeline.core.cli import command, parse_with_presets
 from pipeline.core.errors import UserError
-from train.data.bricks import Catalogue, read_catalogue
+from train.data.bricks import BuildIndex, read_build_index
 from train.engine import checkpoint
-from train.engine.batch_sampler import Planner, ShardPlanner
+from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
 from train.engine.config import resolved
-from train.engine.distributed import World, join
+from train.engine.distributed import World, join_world
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import fit, weights_file
 from train.stages.structure.config import STRUCTURE_PRESETS, StructureTraining
@@ -33,8 +33,8 @@ PROG = "python -m train.structure"
 
 def train(cfg: StructureTraining, world: World) -> None:
     """Both halves, or the one asked for. UserError and RunError as the modules it calls."""
-    catalogue = read_catalogue(cfg.data, [cfg.resolution])
-    chosen, val = catalogue.split("train"), catalogue.split("val")
+    index = read_build_index(cfg.data, [cfg.resolution])
+    chosen, val = index.split("train"), index.split("val")
     if world.is_first:
         counts = f"{len(chosen)} training and {len(val)} held-out assets"
         log.info("structure stage at R = %d: %s of %s", cfg.resolution, counts, cfg.data)
@@ -51,16 +51,16 @@ def train(cfg: StructureTraining, world: World) -> None:
         train_flow(cfg, world, chosen, val)
 
 
-def train_vae(cfg: StructureTraining, world: World, chosen: Catalogue, val: Catalogue) -> int:
+def train_vae(cfg: StructureTraining, world: World, chosen: BuildIndex, val: BuildIndex) -> int:
     """The occupancy VAE, in OUT/vae; returns the steps done."""
     task = OccupancyTask(cfg, world, val)
     _introduce("occupancy VAE", task.model, world)
     stream = _stream(cfg, world, chosen, images=False)
-    config = described(cfg, "vae", OccupancyVAE.__name__)
+    config = run_config(cfg, "vae", OccupancyVAE.__name__)
     return fit(task, stream, cfg.vae.loop, out=cfg.out / "vae", world=world, config=config)
 
 
-def train_flow(cfg: StructureTraining, world: World, chosen: Catalogue, val: Catalogue) -> int:
+def train_flow(cfg: StructureTraining, world: World, chosen: BuildIndex, val: BuildIndex) -> int:
     """The flow model over the latents of OUT/vae, in OUT/flow; returns the steps done."""
     vae, found = trained_vae(cfg), checkpoint.latest(cfg.out / "flow")
     task = FlowTask(cfg, world, chosen, val, vae)
@@ -74,7 +74,7 @@ def train_flow(cfg: StructureTraining, world: World, chosen: Catalogue, val: Cat
         )
     _introduce(f"flow with {task.model.flow.encoder.label}", task.model.flow, world)
     stream = _stream(cfg, world, chosen, images=True)
-    config = described(cfg, "flow", Structure.__name__)
+    config = run_config(cfg, "flow", Structure.__name__)
     return fit(task, stream, cfg.flow.loop, out=cfg.out / "flow", world=world, config=config)
 
 
@@ -102,7 +102,7 @@ def trained_vae(cfg: StructureTraining) -> OccupancyVAE:
     return vae.eval()
 
 
-def described(cfg: StructureTraining, half: str, model: str) -> dict[str, Any]:
+def run_config(cfg: StructureTraining, half: str, model: str) -> dict[str, Any]:
     """What a checkpoint's config.json says of the run; `model` and `config` are what loading the model takes."""
     everything = resolved(cfg)
     names = ("resolution", "held_out_views", "cameras")
@@ -121,13 +121,15 @@ def described(cfg: StructureTraining, half: str, model: str) -> dict[str, Any]:
 
 
 def _stream(
-    cfg: StructureTraining, world: World, chosen: Catalogue, *, images: bool
+    cfg: StructureTraining, world: World, chosen: BuildIndex, *, images: bool
 ) -> Prefetcher[Any, Any]:
     half = cfg.flow if images else cfg.vae
     options = {"batch_size": half.batch_size, "world_size": world.size, "seed": half.loop.seed}
-    planner = Planner(chosen.tokens, **options)
+    planner = BatchSampler(chosen.tokens, **options)
     if images:  # which lie together in the shards
-        planner = ShardPlanner(chosen.tokens, chosen.shards, mixed=cfg.flow.open_shards, **options)
+        planner = ShardBatchSampler(
+            chosen.tokens, chosen.shards, mixed=cfg.flow.open_shards, **options
+        )
     loader = GridLoader(chosen, cfg, images=images)
     return Prefetcher(planner, partial(loader.load, rank=world.rank), workers=cfg.workers)
 
@@ -142,7 +144,7 @@ def _introduce(name: str, model: Any, world: World) -> None:
 
 def main(args: Sequence[str]) -> None:
     cfg = parse_with_presets(STRUCTURE_PRESETS, "tiny", args, prog=PROG)
-    with join(cfg.device) as world:
+    with join_world(cfg.device) as world:
         if not world.is_first:
             logging.getLogger().setLevel(logging.WARNING)
         train(cfg, world)

@@ -9,11 +9,11 @@ from typing import Any
 
 from model.sparse_vae import SparseVAE
 from pipeline.core.cli import command, parse_with_presets
-from train.data.bricks import BrickLoader, read_catalogue
+from train.data.bricks import BrickLoader, read_build_index
 from train.engine import checkpoint
-from train.engine.batch_sampler import Planner
+from train.engine.batch_sampler import BatchSampler
 from train.engine.config import VAE_PRESETS, VAETraining, resolved
-from train.engine.distributed import World, join
+from train.engine.distributed import World, join_world
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import fit
 from train.stages.vae.task import VAETask
@@ -25,10 +25,10 @@ PROG = "python -m train.vae"
 
 def train(cfg: VAETraining, world: World) -> int:
     """A run by its config; returns the steps done. UserError and RunError as the modules it calls."""
-    catalogue = read_catalogue(cfg.data, cfg.bricks.resolutions)
-    chosen, val = catalogue.split("train"), catalogue.split("val")
+    index = read_build_index(cfg.data, cfg.bricks.resolutions)
+    chosen, val = index.split("train"), index.split("val")
     task = VAETask(cfg, world, val)
-    planner = Planner(
+    planner = BatchSampler(
         chosen.tokens,
         batch_size=cfg.bricks.batch_size,
         world_size=world.size,
@@ -65,11 +65,11 @@ def train(cfg: VAETraining, world: World) -> int:
             log.warning("%s has no held-out assets: nothing is validated", cfg.data)
     stream = Prefetcher(planner, partial(loader.load, rank=world.rank), workers=cfg.bricks.workers)
     return fit(
-        task, stream, cfg.loop, out=cfg.out, world=world, config=described(cfg), init=cfg.init
+        task, stream, cfg.loop, out=cfg.out, world=world, config=run_config(cfg), init=cfg.init
     )
 
 
-def described(cfg: VAETraining) -> dict[str, Any]:
+def run_config(cfg: VAETraining) -> dict[str, Any]:
     """What a checkpoint's config.json says of the run; `model` and `config` are what loading the model takes."""
     training = resolved(cfg)
     config = training.pop("model")
@@ -86,7 +86,7 @@ def described(cfg: VAETraining) -> dict[str, Any]:
 def main(args: Sequence[str]) -> None:
     cfg = parse_with_presets(VAE_PRESETS, "tiny", args, prog=PROG)
     checkpoint.check_init(cfg.init, cfg.out)
-    with join(cfg.device) as world:
+    with join_world(cfg.device) as world:
         if not world.is_first:
             logging.getLogger().setLevel(logging.WARNING)
         done = train(cfg, world)

@@ -15,7 +15,7 @@ from model.sparse_vae import SparseVAE
 from tests.train.analytic_builds import TINY
 from train.data.render_conditions import FlowOptions
 from train.dit import read_latents
-from train.encode import Encoding, encode
+from train.encode import EncodeConfig, encode
 from train.engine import checkpoint
 from train.engine.config import LoopConfig
 from train.engine.distributed import World
@@ -42,7 +42,9 @@ def make_vae(path, seed=0):
 
 def encode_with(vae, data):
     encode(
-        Encoding(vae=vae, data=data, resolutions=(32,), device="cpu", precision="fp32", workers=1),
+        EncodeConfig(
+            vae=vae, data=data, resolutions=(32,), device="cpu", precision="fp32", workers=1
+        ),
         World(),
     )
 
@@ -74,8 +76,8 @@ def loader_of(cfg, split="train", **options):
 
 def task_of(cfg):
     vae, store = read_latents(cfg, World())
-    catalogue = joined(cfg, store)
-    return DiTTask(cfg, World(), catalogue.split("train"), catalogue.split("val"), store, vae)
+    index = joined(cfg, store)
+    return DiTTask(cfg, World(), index.split("train"), index.split("val"), store, vae)
 
 
 def metrics(path, event=None):

@@ -25,7 +25,7 @@ from tests.train.ss_dit_fixtures import (
 )
 from train.dit import main, read_latents, train
 from train.engine import checkpoint
-from train.engine.batch_sampler import Draw
+from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.export import read_stage
 from train.stages.dit.config import DIT_PRESETS
@@ -37,7 +37,7 @@ def test_steps_on_one_batch_lower_its_loss_the_same_way_every_time(rendered, tmp
     losses = []
     for _ in range(2):
         task = task_of(config(rendered, tmp_path))
-        batch = loader_of(config(rendered, tmp_path)).batch([Draw(0, 0), Draw(1, 0)], 0.5)
+        batch = loader_of(config(rendered, tmp_path)).batch([SampleId(0, 0), SampleId(1, 0)], 0.5)
         optimizer, found = torch.optim.SGD(task.model.parameters(), lr=0.05), []
         for _ in range(4):
             loss = task.losses(task.model, batch)["loss"]
@@ -53,7 +53,7 @@ def test_steps_on_one_batch_lower_its_loss_the_same_way_every_time(rendered, tmp
 def test_the_loss_weighs_assets_alike_and_ranks_add_up(rendered, tmp_path):
     task, loader = task_of(config(rendered, tmp_path)), loader_of(config(rendered, tmp_path))
     wake(task.model)
-    draws = [Draw(0, 0), Draw(3, 1), Draw(5, 0)]
+    draws = [SampleId(0, 0), SampleId(3, 1), SampleId(5, 0)]
     whole = task.losses(task.model, loader.batch(draws, 1 / 3))["loss"]
     ranks = [
         task.losses(task.model, loader.batch(part, 2 / 3))["loss"]

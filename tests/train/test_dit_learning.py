@@ -27,11 +27,11 @@ from tests.train.ss_dit_fixtures import (
     metrics,
     weights,
 )
-from train.data.bricks import BrickReader, read_catalogue
+from train.data.bricks import BrickReader, read_build_index
 from train.dit import main, read_latents, train
 from train.encode import main as encode_main
 from train.engine import checkpoint
-from train.engine.batch_sampler import Draw
+from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.export import read_stage
 from train.vae import main as vae_main
@@ -81,7 +81,7 @@ def test_the_image_says_which_shape(tmp_path):
     dit, _ = read_stage(checkpoint.latest(cfg.out), ConditionedDiT)
     decoder, _ = read_latents(cfg, World())
     loader = loader_of(cfg, training=False, held_out_only=True)  # views that training never saw
-    batch = loader.batch([Draw(asset, 0) for asset in range(4)], 1.0)
+    batch = loader.batch([SampleId(asset, 0) for asset in range(4)], 1.0)
     level = batch.latents.cells
     assert level.asset_starts.tolist() == [0, 8, 16, 24, 32]
     assert torch.equal(level.coords[:8, 1:], level.coords[24:, 1:])
@@ -90,7 +90,7 @@ def test_the_image_says_which_shape(tmp_path):
             level, dit.condition(batch.images), [1, 2, 3, 4], steps=12, guidance=Guidance(scale=2.0)
         )
         found = decoder.decode(z, level).view(4, -1) < 0
-    bricks = [BrickReader(loader.catalogue).read(asset, 32) for asset in range(4)]
+    bricks = [BrickReader(loader.index).read(asset, 32) for asset in range(4)]
     right = BrickBatch.collate(bricks).values.view(4, -1) < 0
     shared = (found[:, None] & right).sum(2) / (found[:, None] | right).sum(2)
     assert shared.argmax(1).tolist() == [0, 1, 2, 3]
@@ -168,8 +168,8 @@ def test_from_meshes_to_generated_meshes(tmp_path):
     (folder,) = (out / "samples").iterdir()
     numbers = json.loads((folder / "iou.json").read_text())["held_out_views"]
     made = {path.stem: read_ply(path) for path in folder.glob("*.ply")}
-    reader = BrickReader(read_catalogue(data, [32]))
-    uids = reader.catalogue.uids
+    reader = BrickReader(read_build_index(data, [32]))
+    uids = reader.index.uids
     assert len(made) == len(uids) == 4
     right = [extract(reader.read(asset, 32)) for asset in range(4)]
     for number, uid in enumerate(uids):

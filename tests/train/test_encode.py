@@ -16,8 +16,8 @@ from model.sparse_vae import SparseVAE
 from pipeline.core.errors import RunError, UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.analytic_builds import TINY, make_build
-from train.data.latents import LatentBatch, LatentShard, LatentStore, hash_of
-from train.encode import Encoder, Encoding, encode, main
+from train.data.latents import LatentBatch, LatentShard, LatentStore, vae_hash
+from train.encode import EncodeConfig, LatentEncoder, encode, main
 from train.engine.distributed import World
 
 torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def options(build, checkpoint, root, **others):
         "max_tokens": 60,
         "workers": 2,
     }
-    return Encoding(vae=checkpoint, data=build, latents=root, **{**defaults, **others})
+    return EncodeConfig(vae=checkpoint, data=build, latents=root, **{**defaults, **others})
 
 
 def tree(folder):
@@ -157,7 +157,7 @@ def test_ranks_share_the_shards(build, checkpoint, encoded, tmp_path):
 def test_a_stop_in_the_middle_leaves_whole_shards(
     build, checkpoint, encoded, tmp_path, monkeypatch
 ):
-    calls, original = [], Encoder.encode
+    calls, original = [], LatentEncoder.encode
 
     def stops(self, bricks):
         calls.append(len(bricks))
@@ -165,7 +165,7 @@ def test_a_stop_in_the_middle_leaves_whole_shards(
             raise KeyboardInterrupt
         return original(self, bricks)
 
-    monkeypatch.setattr(Encoder, "encode", stops)
+    monkeypatch.setattr(LatentEncoder, "encode", stops)
     cfg = options(build, checkpoint, tmp_path, max_tokens=1, resolutions=(32,))
     with pytest.raises(KeyboardInterrupt):
         encode(cfg, World())
@@ -180,9 +180,9 @@ def test_a_stop_in_the_middle_leaves_whole_shards(
 
 def test_a_checkpoint_and_its_export_are_one_vae(tmp_path):
     vae, other = make_vae(), make_vae(1)
-    assert hash_of(vae) == hash_of(make_vae())
-    assert hash_of(vae) != hash_of(other)
-    assert len(hash_of(vae)) == 12
+    assert vae_hash(vae) == vae_hash(make_vae())
+    assert vae_hash(vae) != vae_hash(other)
+    assert len(vae_hash(vae)) == 12
 
 
 def test_latents_of_several_or_other_vaes(build, encoded, tmp_path):
@@ -190,7 +190,7 @@ def test_latents_of_several_or_other_vaes(build, encoded, tmp_path):
     shutil.copytree(encoded[0], root)
     save_model(tmp_path / "other", make_vae(1), TINY)
     encode(options(build, tmp_path / "other", root, resolutions=(32,)), World())
-    mine, other = encoded[1].name, hash_of(make_vae(1))
+    mine, other = encoded[1].name, vae_hash(make_vae(1))
     with pytest.raises(UserError, match="has latents of 2 VAEs at R = 32"):
         LatentStore(root, 32)
     assert LatentStore(root, 32, other).vae == other
@@ -244,7 +244,7 @@ def test_assets_that_cannot_be_read(build, checkpoint, encoded, tmp_path, monkey
     original = train.encode.BrickReader.read
 
     def read(self, asset, resolution):
-        if self.catalogue.uids[asset] in broken:
+        if self.index.uids[asset] in broken:
             raise ValueError("no blocks")
         return original(self, asset, resolution)
 

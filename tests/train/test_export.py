@@ -13,8 +13,8 @@ from model.inference.generator import Generator
 from pipeline.core.errors import UserError
 from pipeline.core.provenance import FORMAT_VERSION
 from tests.model.test_generate import FAST, disc, untrained
-from train.data.latents import hash_of
-from train.export import Export, export, main
+from train.data.latents import vae_hash
+from train.export import ExportConfig, export, main
 
 
 def checkpoint(path, model, **training):
@@ -38,7 +38,7 @@ def checkpoint(path, model, **training):
 @pytest.fixture
 def trained(tmp_path):
     vae, structure, dits = untrained()
-    code = hash_of(vae)
+    code = vae_hash(vae)
     paths = {
         "vae": checkpoint(tmp_path / "vae", vae),
         "structure": checkpoint(tmp_path / "structure", structure),
@@ -46,7 +46,7 @@ def trained(tmp_path):
             checkpoint(tmp_path / str(r), dit, resolution=r, vae=code) for r, dit in dits.items()
         ),
     }
-    return Export(**paths, out=tmp_path / "export"), (vae, structure, dits)
+    return ExportConfig(**paths, out=tmp_path / "export"), (vae, structure, dits)
 
 
 def test_exported_stages_generate_what_the_trained_ones_do(trained):
@@ -72,18 +72,18 @@ def test_a_directory_never_holds_stages_of_different_vaes(trained, tmp_path):
     with torch.no_grad():
         next(vae.parameters()).add_(1.0)
     other = checkpoint(tmp_path / "other", vae)
-    of_other = checkpoint(tmp_path / "of-other", dits[64], resolution=64, vae=hash_of(vae))
+    of_other = checkpoint(tmp_path / "of-other", dits[64], resolution=64, vae=vae_hash(vae))
     with pytest.raises(
         UserError, match=r"dit_128 stays, and was trained on latents of VAE .* name its successor"
     ):
-        export(Export(vae=other, structure=None, dit=(of_other,), out=cfg.out))
+        export(ExportConfig(vae=other, structure=None, dit=(of_other,), out=cfg.out))
     with pytest.raises(
         UserError, match=r"of-other was trained on latents of VAE .*export/vae is .*: take the VAE"
     ):
-        export(Export(vae=None, structure=None, dit=(of_other,), out=cfg.out))
+        export(ExportConfig(vae=None, structure=None, dit=(of_other,), out=cfg.out))
     assert before == {path: path.read_bytes() for path in cfg.out.rglob("*") if path.is_file()}
     shutil.rmtree(cfg.out / "dit_128")
-    export(Export(vae=other, structure=None, dit=(of_other,), out=cfg.out))
+    export(ExportConfig(vae=other, structure=None, dit=(of_other,), out=cfg.out))
     assert Generator.load(cfg.out).resolutions == [64]
 
 
@@ -95,7 +95,7 @@ def test_a_damaged_stage_can_be_replaced(trained):
     with pytest.raises(
         UserError, match=r"dit_64.config\.json cannot be read: .*; choose another --out"
     ):
-        export(Export(vae=None, structure=cfg.structure, dit=(), out=cfg.out))
+        export(ExportConfig(vae=None, structure=cfg.structure, dit=(), out=cfg.out))
     export(cfg)
     assert Generator.load(cfg.out).resolutions == [64, 128]
 
@@ -107,7 +107,7 @@ def test_stages_can_be_replaced_one_by_one(trained):
     with torch.no_grad():
         next(structure.parameters()).add_(1.0)
     again = checkpoint(cfg.out.parent / "later", structure)
-    export(Export(vae=None, structure=again, dit=(), out=cfg.out))
+    export(ExportConfig(vae=None, structure=again, dit=(), out=cfg.out))
     assert (cfg.out / "vae" / "model.safetensors").read_bytes() == before
     loaded = Generator.load(cfg.out).structure
     torch.testing.assert_close(next(loaded.parameters()), next(structure.parameters()))
@@ -119,7 +119,7 @@ def test_a_dit_of_another_vae_is_refused(trained, tmp_path):
     with pytest.raises(
         UserError, match=r"other was trained on latents of VAE 0123456789ab, .*vae is [0-9a-f]{12}"
     ):
-        export(Export(vae=cfg.vae, structure=None, dit=(other,), out=cfg.out))
+        export(ExportConfig(vae=cfg.vae, structure=None, dit=(other,), out=cfg.out))
     assert not cfg.out.exists()
 
 
@@ -140,18 +140,18 @@ def test_what_does_not_fit_is_said(trained, tmp_path, options, message):
             tuple(tmp_path / one for one in value) if isinstance(value, tuple) else tmp_path / value
         )
     with pytest.raises(UserError, match=message):
-        export(Export(**given))
+        export(ExportConfig(**given))
 
 
 def test_a_checkpoint_without_a_resolution_or_of_another_layout_is_refused(trained, tmp_path):
     cfg, (_, _, dits) = trained
     silent = checkpoint(tmp_path / "silent", dits[64])
     with pytest.raises(UserError, match="does not say at which resolution"):
-        export(Export(vae=None, structure=None, dit=(silent,), out=cfg.out))
+        export(ExportConfig(vae=None, structure=None, dit=(silent,), out=cfg.out))
     described = json.loads((silent / "config.json").read_text())
     del described["config"]["encoder"]
     (silent / "config.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match=r"unknown: \[\], missing: \['encoder'\]"):
-        export(Export(vae=None, structure=None, dit=(silent,), out=cfg.out))
+        export(ExportConfig(vae=None, structure=None, dit=(silent,), out=cfg.out))
     with pytest.raises(UserError, match="must name a checkpoint, got none"):
         main(["--vae", "None", "--structure", "None", "--dit"])

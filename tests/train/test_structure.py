@@ -18,10 +18,10 @@ from model.structure import Structure, StructureConfig
 from pipeline.core.errors import UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.analytic_builds import add_renders, color_of, make_build
-from train.data.bricks import read_catalogue
+from train.data.bricks import read_build_index
 from train.data.symmetry import SYMMETRIES
 from train.engine import checkpoint
-from train.engine.batch_sampler import Draw
+from train.engine.batch_sampler import SampleId
 from train.engine.config import LoopConfig
 from train.engine.distributed import World
 from train.engine.trainer import weights_file
@@ -77,53 +77,56 @@ def metrics(path):
 
 
 def test_grids_are_the_stored_cells_under_a_symmetry(rendered, tmp_path):
-    catalogue = read_catalogue(rendered, [32]).split("train")
-    loader = GridLoader(catalogue, config(rendered, tmp_path), images=False)
+    index = read_build_index(rendered, [32]).split("train")
+    loader = GridLoader(index, config(rendered, tmp_path), images=False)
     shard = SdfShard(rendered / "sdf" / "32" / "000000.zarr")
     seen = set()
     for epoch in range(6):
-        batch = loader.batch([Draw(asset, epoch) for asset in range(3)], 0.5)
+        batch = loader.batch([SampleId(asset, epoch) for asset in range(3)], 0.5)
         for number in range(3):
-            blocks = torch.from_numpy(shard.bricks(catalogue.uids[number]).blocks.astype(np.int64))
+            blocks = torch.from_numpy(shard.bricks(index.uids[number]).blocks.astype(np.int64))
             stored = occupancy_of(torch.nn.functional.pad(blocks, (1, 0)), 4, 1)[0].numpy()
             turned = [np.flip(stored.transpose(a), np.flatnonzero(m)) for a, m in SYMMETRIES]
             assert any((batch.occupied[number].numpy() == one).all() for one in turned)
         seen.add(batch.occupied[0].numpy().tobytes())
         assert (batch.share, batch.images, batch.tokens) == (0.5, None, 3 * 8)
     assert len(seen) > 1
-    plain = GridLoader(catalogue, config(rendered, tmp_path), images=False, training=False)
-    np.testing.assert_array_equal(plain.batch([Draw(2, 5)], 1.0).occupied[0].numpy(), stored)
+    plain = GridLoader(index, config(rendered, tmp_path), images=False, training=False)
+    np.testing.assert_array_equal(plain.batch([SampleId(2, 5)], 1.0).occupied[0].numpy(), stored)
 
 
 def test_a_sample_is_the_same_in_every_batch(rendered, tmp_path):
-    catalogue = read_catalogue(rendered, [32]).split("train")
-    loader = GridLoader(catalogue, config(rendered, tmp_path), images=True)
-    both, alone = loader.batch([Draw(1, 3), Draw(0, 2)], 0.5), loader.batch([Draw(0, 2)], 1.0)
+    index = read_build_index(rendered, [32]).split("train")
+    loader = GridLoader(index, config(rendered, tmp_path), images=True)
+    both, alone = (
+        loader.batch([SampleId(1, 3), SampleId(0, 2)], 0.5),
+        loader.batch([SampleId(0, 2)], 1.0),
+    )
     torch.testing.assert_close(both.occupied[1:], alone.occupied)
     torch.testing.assert_close(both.noise[8:], alone.noise)
     torch.testing.assert_close(both.times[1:], alone.times)
     torch.testing.assert_close(both.images.pixels[1:], alone.images.pixels)
-    again = loader.batch([Draw(0, 3)], 1.0)
+    again = loader.batch([SampleId(0, 3)], 1.0)
     assert (again.noise - alone.noise).abs().max() > 0.1
-    share = np.mean([loader.batch([Draw(0, n)], 1.0).dropped.item() for n in range(200)])
+    share = np.mean([loader.batch([SampleId(0, n)], 1.0).dropped.item() for n in range(200)])
     assert 0.03 < share < 0.2
 
 
 def test_every_view_but_the_held_out_ones_comes_in_turn(rendered, tmp_path):
-    catalogue = read_catalogue(rendered, [32]).split("train")
+    index = read_build_index(rendered, [32]).split("train")
     cfg = config(rendered, tmp_path, flow=replace(config(rendered, tmp_path).flow, augment=False))
-    loader = GridLoader(catalogue, cfg, images=True)
+    loader = GridLoader(index, cfg, images=True)
     for turn in range(3):
         assert {loader.conditions.view_of(1, 3 * turn + n) for n in range(3)} == {0, 1, 2}
-    held = GridLoader(catalogue, cfg, images=True, training=False, held_out_only=True)
+    held = GridLoader(index, cfg, images=True, training=False, held_out_only=True)
     assert {held.conditions.view_of(1, n) for n in range(2)} == {3, 4}
     view = loader.conditions.view_of(1, 4)
-    pixel = loader.batch([Draw(1, 4)], 1.0).images.pixels[0, :, 14, 14]
+    pixel = loader.batch([SampleId(1, 4)], 1.0).images.pixels[0, :, 14, 14]
     assert tuple(pixel.tolist()) == color_of(1, view)
     with pytest.raises(
         UserError, match="held_out_views must be below the 5 views there are, got 5"
     ):
-        GridLoader(catalogue, replace(cfg, held_out_views=5), images=True).conditions.view_of(0, 0)
+        GridLoader(index, replace(cfg, held_out_views=5), images=True).conditions.view_of(0, 0)
 
 
 def test_both_halves_train_and_the_checkpoint_is_the_whole_stage(rendered, tmp_path):
@@ -161,13 +164,13 @@ def test_statistics_are_those_of_as_many_assets_as_asked_for_whatever_is_validat
     rendered, tmp_path
 ):
     cfg = config(rendered, tmp_path, samples=0, val_batches=0)
-    chosen = read_catalogue(rendered, [32]).split("train")
+    chosen = read_build_index(rendered, [32]).split("train")
     loader = GridLoader(chosen, cfg, images=False, training=False)
     vae = OccupancyVAE(MODEL.occupancy)
     for parameter in vae.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     grids = torch.cat(
-        [loader.batch([Draw(asset, 0)], 1.0).occupied for asset in range(len(chosen))]
+        [loader.batch([SampleId(asset, 0)], 1.0).occupied for asset in range(len(chosen))]
     )
     z = vae.eval().encode(grids).mean.movedim(1, -1).flatten(1, 3).double()  # [assets, s^3, C]
     for count, expected in ((1000, z), (2, z[[0, len(chosen) // 2]])):
@@ -206,7 +209,7 @@ def test_the_flow_waits_for_the_whole_vae_and_says_if_that_changes(rendered, tmp
         train_flow(
             whole,
             World(),
-            *(read_catalogue(rendered, [32]).split(name) for name in ("train", "val")),
+            *(read_build_index(rendered, [32]).split(name) for name in ("train", "val")),
         )
 
 
@@ -263,10 +266,10 @@ def test_it_learns_which_image_has_which_cells(rendered, tmp_path):
     assert metrics(cfg.out / "vae")[-1]["iou"] > 0.95
     structure = Structure(MODEL).eval()
     checkpoint.load_weights(weights_file(checkpoint.latest(cfg.out / "flow")), structure)
-    catalogue = read_catalogue(rendered, [32]).split("train")
-    loader = GridLoader(catalogue, cfg, images=True, training=False, held_out_only=True)
+    index = read_build_index(rendered, [32]).split("train")
+    loader = GridLoader(index, cfg, images=True, training=False, held_out_only=True)
     batch = loader.batch(
-        [Draw(asset, 0) for asset in range(4)], 1.0
+        [SampleId(asset, 0) for asset in range(4)], 1.0
     )  # views that training never saw
     with torch.no_grad():
         cells = structure.generate(
@@ -300,7 +303,7 @@ def test_what_is_missing_is_said(rendered, tmp_path):
         train(config(rendered, tmp_path / "none", part="flow"), World())
     bare = make_build(tmp_path / "bare", assets=2, val=1)
     cfg = config(bare, tmp_path / "bare-run")
-    chosen, val = (read_catalogue(bare, [32]).split(name) for name in ("train", "val"))
+    chosen, val = (read_build_index(bare, [32]).split(name) for name in ("train", "val"))
     train_vae(cfg, World(), chosen, val)  # takes no images
     with pytest.raises(UserError, match=r"no renders of cameras paper in shard 000000; add them"):
         train_flow(cfg, World(), chosen, val)

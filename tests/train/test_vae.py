@@ -20,7 +20,7 @@ from pipeline.core.cli import parse_with_presets
 from pipeline.core.errors import UserError
 from tests.train.analytic_builds import tiny_training
 from train import vae
-from train.data.bricks import BrickReader, read_catalogue
+from train.data.bricks import BrickReader, read_build_index
 from train.engine.config import VAE_PRESETS
 from train.engine.distributed import World
 from train.evaluate import main as evaluate
@@ -38,7 +38,7 @@ import sys, torch
 from pathlib import Path
 from tests.train.analytic_builds import tiny_training
 from train import vae
-from train.command import command
+from pipeline.core.cli import command
 from train.engine.distributed import World
 torch.set_num_threads(1)
 options = {"steps": 40, "batch_size": 1, "optimizer": "muon"}
@@ -146,13 +146,13 @@ def test_a_perfect_model_has_perfect_metrics(build):
         def forward(self, batch):
             return batch.values.float(), None
 
-    catalogue = read_catalogue(build, [32])
+    index = read_build_index(build, [32])
     options = {"device": torch.device("cpu"), "samples": 5000}
-    row, _ = evaluate_asset(Identity(), BrickReader(catalogue), 1, 32, **options)
+    row, _ = evaluate_asset(Identity(), BrickReader(index), 1, 32, **options)
     assert row.chamfer < 1e-9
     assert row.iou == 1
     assert row.f1 == {0.005: 1.0, 0.001: 1.0}
-    finer = read_catalogue(build, [32, 40])
+    finer = read_build_index(build, [32, 40])
     row, images = evaluate_asset(Identity(), BrickReader(finer), 1, 32, draw=True, **options)
     assert row.reference_resolution == 40
     assert 1e-5 < row.chamfer < 0.01
@@ -185,7 +185,7 @@ def test_an_asset_that_cannot_be_read_is_left_out_of_an_evaluation(
 
     def read(self, asset, resolution):
         if asset == 0:
-            damaged.append(self.catalogue.uids[0])
+            damaged.append(self.index.uids[0])
             raise ValueError("checksum does not match")
         return original(self, asset, resolution)
 
@@ -356,7 +356,7 @@ def test_tiny_learns_16_shapes_by_heart(tmp_path):
     finally:
         torch.set_num_threads(threads)
     model, _ = load_vae(cfg.out / "latest", torch.device("cpu"))
-    reader = BrickReader(read_catalogue(data, [64]))
+    reader = BrickReader(read_build_index(data, [64]))
     overlaps = []
     for asset in range(16):
         batch = BrickBatch.collate([reader.read(asset, 64)])

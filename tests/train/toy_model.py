@@ -35,7 +35,7 @@ class Points:
     samples: int = 8
 
     @property
-    def about(self) -> dict[str, Any]:
+    def metric_labels(self) -> dict[str, Any]:
         return {"resolution": 32}
 
     def to(self, device: torch.device) -> Points:

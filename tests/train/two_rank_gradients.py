@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 
 from tests.train.analytic_builds import TINY, tiny_training
-from train.data.bricks import BrickLoader, TrainBatch, read_catalogue
-from train.engine.batch_sampler import Planner
-from train.engine.distributed import World, join
+from train.data.bricks import BrickLoader, VAEBatch, read_build_index
+from train.engine.batch_sampler import BatchSampler
+from train.engine.distributed import World, join_world
 from train.engine.prefetch import Prefetcher
 from train.stages.vae.task import VAETask
 
@@ -25,8 +25,8 @@ GLOBAL_BATCH, STEPS = 4, 2
 def gradients(data: Path, world: World) -> dict[str, torch.Tensor]:
     """Of STEPS global batches together, and their losses. fp64 on the CPU, fp32 on a GPU."""
     dtype = torch.float64 if world.device.type == "cpu" else torch.float32
-    catalogue = read_catalogue(data, [32]).split("train")
-    task = VAETask(tiny_training(data, Path("unused")), world, catalogue.subset([]))
+    index = read_build_index(data, [32]).split("train")
+    task = VAETask(tiny_training(data, Path("unused")), world, index.subset([]))
     task.model.to(dtype)
     for (
         parameter
@@ -34,9 +34,9 @@ def gradients(data: Path, world: World) -> dict[str, torch.Tensor]:
         torch.manual_seed(parameter.numel())
         parameter.data += 0.02 * torch.randn(parameter.shape, dtype=torch.float64).to(parameter)
     model = world.parallel(task.model)
-    loader = BrickLoader(catalogue, seed=0, noise_channels=TINY.latent_channels)
-    plan = Planner(
-        catalogue.tokens, batch_size=GLOBAL_BATCH // world.size, world_size=world.size, seed=0
+    loader = BrickLoader(index, seed=0, noise_channels=TINY.latent_channels)
+    plan = BatchSampler(
+        index.tokens, batch_size=GLOBAL_BATCH // world.size, world_size=world.size, seed=0
     )
     stream = Prefetcher(plan, partial(loader.load, rank=world.rank), workers=1)
     found: dict[str, torch.Tensor] = {}
@@ -49,7 +49,7 @@ def gradients(data: Path, world: World) -> dict[str, torch.Tensor]:
     return found | {name: parameter.grad for name, parameter in task.model.named_parameters()}  # pyright: ignore
 
 
-def in_dtype(batch: TrainBatch, dtype: torch.dtype) -> TrainBatch:
+def in_dtype(batch: VAEBatch, dtype: torch.dtype) -> VAEBatch:
     object.__setattr__(batch, "noise", batch.noise.to(dtype))
     return batch
 
@@ -57,7 +57,7 @@ def in_dtype(batch: TrainBatch, dtype: torch.dtype) -> TrainBatch:
 def main() -> None:
     data, out, device = sys.argv[1:]
     torch.set_num_threads(1)
-    with join(device) as world:  # pyright: ignore[reportArgumentType]
+    with join_world(device) as world:  # pyright: ignore[reportArgumentType]
         found = gradients(Path(data), world)
         if world.is_first:
             safetensors.torch.save_file(

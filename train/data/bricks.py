@@ -25,7 +25,7 @@ from pipeline.core.hashing import seed_of
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks
 from train.data.symmetry import SYMMETRIES, transform_bricks
-from train.engine.batch_sampler import Draw, Plan
+from train.engine.batch_sampler import SampleId, StepSamples
 
 if TYPE_CHECKING:
     from pipeline.storage.sdf_shard import SdfShard
@@ -44,7 +44,7 @@ ONE_BITS = 0x3C00  # of 1.0 as float16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Catalogue:
+class BuildIndex:
     """The assets of a build that came through, with the committed SDF resolutions of each."""
 
     root: Path
@@ -56,12 +56,12 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.uids)
 
-    def split(self, name: str) -> Catalogue:
+    def split(self, name: str) -> BuildIndex:
         """Only "train", "val", or "all" of it."""
         keep = np.ones(len(self), bool) if name == "all" else self.is_val == (name == "val")
         return self.subset(np.flatnonzero(keep))
 
-    def subset(self, assets: Sequence[int] | NDArray[np.int64]) -> Catalogue:
+    def subset(self, assets: Sequence[int] | NDArray[np.int64]) -> BuildIndex:
         rows = np.asarray(assets, np.int64)
         return replace(
             self,
@@ -78,7 +78,7 @@ def built_resolutions(root: Path) -> list[int]:
     return sorted(int(name[4:]) for name in names)
 
 
-def read_catalogue(root: Path, resolutions: Sequence[int]) -> Catalogue:
+def read_build_index(root: Path, resolutions: Sequence[int]) -> BuildIndex:
     """Every asset of the build that is done, in committed shards; `tokens` for the resolutions asked for.
 
     UserError, with what to run, if `root` is no build, of another format version, or lacks a resolution.
@@ -115,7 +115,7 @@ def read_catalogue(root: Path, resolutions: Sequence[int]) -> Catalogue:
                 f"{root} has no bricks at R = {resolution}, only at R = {_words(built)}; add them: the command that "
                 f"made it with --resolutions {_words({*built, resolution})}"
             )
-    return Catalogue(
+    return BuildIndex(
         root=root,
         uids=tuple(row["uid"] for row in rows),
         shards=tuple(row["shard"] for row in rows),
@@ -152,18 +152,18 @@ def magnitude_bits(values: NDArray[np.float16]) -> NDArray[np.uint16]:
 
 
 class BrickReader:
-    """Reads single assets of a catalogue; safe to use from several threads."""
+    """Reads single assets of a build index; safe to use from several threads."""
 
-    def __init__(self, catalogue: Catalogue):
-        self.catalogue = catalogue
+    def __init__(self, index: BuildIndex):
+        self.index = index
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
 
     def read(self, asset: int, resolution: int) -> Bricks:
         """One asset's bricks, checked. ValueError, KeyError, RuntimeError or OSError if they cannot be used."""
         with self._lock:
-            shard = self._open(resolution, self.catalogue.shards[asset])
-        bricks = shard.bricks(self.catalogue.uids[asset])
+            shard = self._open(resolution, self.index.shards[asset])
+        bricks = shard.bricks(self.index.uids[asset])
         if not len(bricks.blocks):
             raise ValueError("no blocks")
         if bricks.blocks.min() < 0 or bricks.blocks.max() >= resolution // CELL_SIDE:
@@ -182,7 +182,7 @@ class BrickReader:
             SdfShard,  # here: importing the stream does not take Zarr
         )
 
-        path = self.catalogue.root / "sdf" / str(resolution) / f"{name}.zarr"
+        path = self.index.root / "sdf" / str(resolution) / f"{name}.zarr"
         shard = SdfShard(path)
         if shard.resolution != resolution:
             raise ValueError(f"{path} must have resolution {resolution}, got {shard.resolution}")
@@ -190,7 +190,7 @@ class BrickReader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBatch:
+class VAEBatch:
     """What one rank works on in one step."""
 
     bricks: BrickBatch
@@ -207,17 +207,17 @@ class TrainBatch:
         return len(self.uids)
 
     @property
-    def about(self) -> dict[str, int]:
+    def metric_labels(self) -> dict[str, int]:
         return {"resolution": self.bricks.resolution}
 
-    def to(self, device: torch.device) -> TrainBatch:
+    def to(self, device: torch.device) -> VAEBatch:
         """The same batch there."""
         if device.type == "cpu":
             return self
         bricks = self.bricks.to(device, non_blocking=True)
         return replace(self, bricks=bricks, noise=self.noise.to(device, non_blocking=True))
 
-    def pin_memory(self) -> TrainBatch:
+    def pin_memory(self) -> VAEBatch:
         """A copy in page-locked memory, from which `to` does not keep the host waiting."""
         return replace(self, bricks=self.bricks.pin_memory(), noise=self.noise.pin_memory())
 
@@ -231,7 +231,7 @@ class BrickLoader:
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        index: BuildIndex,
         *,
         seed: int,
         noise_channels: int,
@@ -240,8 +240,8 @@ class BrickLoader:
         largest: int | None = None,
         pin: bool = False,
     ):
-        self.reader = BrickReader(catalogue)
-        self.catalogue, self.seed, self.noise_channels = catalogue, seed, noise_channels
+        self.reader = BrickReader(index)
+        self.index, self.seed, self.noise_channels = index, seed, noise_channels
         self.symmetries, self.max_bad_share, self.largest, self.pin = (
             symmetries,
             max_bad_share,
@@ -252,23 +252,23 @@ class BrickLoader:
         self._tried: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
 
-    def load(self, plan: Plan, rank: int) -> TrainBatch:
+    def load(self, plan: StepSamples, rank: int) -> VAEBatch:
         """The batch of one rank in one step."""
         batch = self._collate(
             plan.ranks[rank], plan.resolution, len(plan.ranks) / sum(map(len, plan.ranks))
         )
         return batch.pin_memory() if self.pin else batch
 
-    def load_assets(self, assets: Sequence[int], resolution: int) -> TrainBatch:
+    def load_assets(self, assets: Sequence[int], resolution: int) -> VAEBatch:
         """Chosen assets, each for the first time."""
-        return self._collate([Draw(asset, 0) for asset in assets], resolution, 1 / len(assets))
+        return self._collate([SampleId(asset, 0) for asset in assets], resolution, 1 / len(assets))
 
-    def _collate(self, draws: Sequence[Draw], resolution: int, share: float) -> TrainBatch:
+    def _collate(self, draws: Sequence[SampleId], resolution: int, share: float) -> VAEBatch:
         bricks, seeds, uids = [], [], []
         for draw in draws:
             asset, one = self._readable(draw.asset, resolution)
-            uid = self.catalogue.uids[asset]
-            # Names, not numbers: a sample is the same whatever else the catalogue holds.
+            uid = self.index.uids[asset]
+            # Names, not numbers: a sample is the same whatever else the index holds.
             key = (self.seed, resolution, draw.epoch, uid)
             if self.symmetries:
                 one = transform_bricks(one, seed_of("symmetry", *key) % len(SYMMETRIES))
@@ -276,7 +276,7 @@ class BrickLoader:
             seeds.append(seed_of("noise", *key) >> 1)  # torch wants it below 2^63
             uids.append(uid)
         batch = BrickBatch.collate(bricks)
-        return TrainBatch(
+        return VAEBatch(
             bricks=batch,
             noise=sample_noise(batch, seeds, self.noise_channels),
             share=share,
@@ -284,7 +284,7 @@ class BrickLoader:
         )
 
     def _readable(self, asset: int, resolution: int) -> tuple[int, Bricks]:
-        tokens = self.catalogue.tokens[resolution]
+        tokens = self.index.tokens[resolution]
         for step in range(len(tokens)):
             candidate = (asset + step) % len(tokens)
             fits = tokens[candidate] and (self.largest is None or tokens[candidate] <= self.largest)
@@ -298,7 +298,7 @@ class BrickLoader:
             with self._lock:
                 self._tried.add((candidate, resolution))
             return candidate, bricks
-        raise RunError(f"{self.catalogue.root}: no asset can be read at R = {resolution}")
+        raise RunError(f"{self.index.root}: no asset can be read at R = {resolution}")
 
     def _note_bad(self, asset: int, resolution: int, error: Exception) -> None:
         with self._lock:
@@ -307,7 +307,7 @@ class BrickLoader:
                 return
             self.bad.add((asset, resolution))
             bad, tried = len(self.bad), len(self._tried)
-        uid, shard = self.catalogue.uids[asset], self.catalogue.shards[asset]
+        uid, shard = self.index.uids[asset], self.index.shards[asset]
         log.warning(
             "%s at R = %d skipped, shard %s: %s (%d bad of %d)",
             uid,
@@ -319,8 +319,8 @@ class BrickLoader:
         )
         if bad >= 5 and bad > self.max_bad_share * tried:
             raise RunError(
-                f"{bad} of {tried} assets in {self.catalogue.root} cannot be read, the last one {uid}: {error}; "
-                f"run python -m pipeline.verify {self.catalogue.root}"
+                f"{bad} of {tried} assets in {self.index.root} cannot be read, the last one {uid}: {error}; "
+                f"run python -m pipeline.verify {self.index.root}"
             ) from error
 
 

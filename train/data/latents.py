@@ -29,7 +29,7 @@ STATISTICS = "stats.json"
 ARRAYS = ("cells", "mean", "logvar", "offsets")
 
 
-def hash_of(vae: SparseVAE) -> str:
+def vae_hash(vae: SparseVAE) -> str:
     """12 hex digits of the weights and configuration: the same for a checkpoint and what is exported from it."""
     digest = hashlib.sha256(json.dumps(asdict(vae.config), sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):

@@ -18,7 +18,7 @@ from model.conditioning.image_preprocessing import Augmentation, PreparedImage, 
 from model.rectified_flow import TimeDistribution
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
-from train.data.bricks import OPEN_SHARDS, UNREADABLE, Catalogue
+from train.data.bricks import OPEN_SHARDS, UNREADABLE, BuildIndex
 from train.engine.config import LoopConfig
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class FlowOptions:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
-class Once(Generic[Key, Value]):
+class ThreadSafeCache(Generic[Key, Value]):
     """The last `most` values asked for, each made by one thread while others wait for it."""
 
     def __init__(self, most: int):
@@ -76,25 +76,25 @@ class Once(Generic[Key, Value]):
 
 
 class ViewReader:
-    """Renders of a catalogue; safe to use from several threads.
+    """Renders of a build index; safe to use from several threads.
 
     UserError, with what to run, if a shard has none. `ahead` > 0: a view is read as it lies in the view-major tar, that
     of all the shard's assets in one go, and the encoded images of so many shards are kept; only what is asked for is
     decoded. 0: every render is read on its own.
     """
 
-    def __init__(self, catalogue: Catalogue, cameras: str, *, ahead: int = 0):
-        self.catalogue, self.cameras = catalogue, cameras
-        for name in sorted(set(catalogue.shards)):
-            if not (catalogue.root / "shards" / name / f"renders-{cameras}.json").exists():
+    def __init__(self, index: BuildIndex, cameras: str, *, ahead: int = 0):
+        self.index, self.cameras = index, cameras
+        for name in sorted(set(index.shards)):
+            if not (index.root / "shards" / name / f"renders-{cameras}.json").exists():
                 raise UserError(
-                    f"{catalogue.root} has no renders of cameras {cameras} in shard {name}; add them: "
-                    f"python -m pipeline.build --out {catalogue.root} --cameras {cameras}"
+                    f"{index.root} has no renders of cameras {cameras} in shard {name}; add them: "
+                    f"python -m pipeline.build --out {index.root} --cameras {cameras}"
                 )
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
-        self._images: Once[tuple[str, int], dict[str, bytes]] | None = (
-            Once(ahead) if ahead else None
+        self._images: ThreadSafeCache[tuple[str, int], dict[str, bytes]] | None = (
+            ThreadSafeCache(ahead) if ahead else None
         )
 
     def views(self, asset: int) -> int:
@@ -103,7 +103,7 @@ class ViewReader:
 
     def read(self, asset: int, view: int) -> NDArray[np.uint8]:
         """RGBA [h, w, 4]. RunError, with what to run, if it cannot be read."""
-        name, uid = self.catalogue.shards[asset], self.catalogue.uids[asset]
+        name, uid = self.index.shards[asset], self.index.uids[asset]
         if self._images is None:
             return self.read_view(asset, view).rgba
         from pipeline.core.image_codec import decode
@@ -118,15 +118,15 @@ class ViewReader:
         """One render with its camera. RunError, with what to run, if it cannot be read."""
         shard, _ = self._shard(asset)
         try:
-            return shard.read(self.catalogue.uids[asset], view)
+            return shard.read(self.index.uids[asset], view)
         except UNREADABLE as error:
             raise self._unreadable(asset, view, error) from error
 
     def _unreadable(self, asset: int, view: int, error: Exception) -> RunError:
         root, name, uid = (
-            self.catalogue.root,
-            self.catalogue.shards[asset],
-            self.catalogue.uids[asset],
+            self.index.root,
+            self.index.shards[asset],
+            self.index.uids[asset],
         )
         return RunError(
             f"view {view} of {uid} in shard {name}: {error!r}; run python -m pipeline.verify {root}"
@@ -135,7 +135,7 @@ class ViewReader:
     def _shard(self, asset: int) -> tuple[RenderShard, int]:
         try:
             with self._lock:
-                return self._open(self.catalogue.shards[asset])
+                return self._open(self.index.shards[asset])
         except UNREADABLE as error:
             raise self._unreadable(asset, 0, error) from error
 
@@ -144,11 +144,11 @@ class ViewReader:
             RenderShard,  # here: importing the stream does not take pyarrow and Pillow
         )
 
-        shard = RenderShard(self.catalogue.root / "renders" / self.cameras / f"{name}.tar")
+        shard = RenderShard(self.index.root / "renders" / self.cameras / f"{name}.tar")
         return shard, len(shard.keys) // max(len(shard.uids), 1)
 
 
-class Conditions:
+class RenderConditions:
     """What a flow's sample is given besides its latents: a view of its asset, a time, whether the image is dropped.
 
     All of a shard's assets see the same view in an epoch, another one in each, so that training reads a view-major
@@ -157,7 +157,7 @@ class Conditions:
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        index: BuildIndex,
         flow: FlowOptions,
         *,
         cameras: str,
@@ -167,11 +167,11 @@ class Conditions:
         held_out_only: bool = False,
         ahead: int = 0,
     ):
-        self.catalogue, self.flow, self.image_size = catalogue, flow, image_size
+        self.index, self.flow, self.image_size = index, flow, image_size
         self.held_out, self.training, self.held_out_only = held_out, training, held_out_only
-        self.views = ViewReader(catalogue, cameras, ahead=ahead)
+        self.views = ViewReader(index, cameras, ahead=ahead)
         # Images that are not augmented come out the same every time: small ones of a small build are kept.
-        self._plain: Once[tuple[int, int], PreparedImage] = Once(
+        self._plain: ThreadSafeCache[tuple[int, int], PreparedImage] = ThreadSafeCache(
             max(1, PREPARED_BYTES // (4 * image_size**2))
         )
 
@@ -187,7 +187,7 @@ class Conditions:
         )
         turn, place = divmod(epoch, len(allowed))
         order = np.random.default_rng(
-            seed_of("view", self.flow.loop.seed, self.catalogue.shards[asset], turn)
+            seed_of("view", self.flow.loop.seed, self.index.shards[asset], turn)
         )
         return int(order.permutation(allowed)[place])
 
@@ -210,7 +210,9 @@ class Conditions:
         return prepare_image(self.views.read(asset, view), self.image_size, whole_if_opaque=True)
 
 
-def time_of(flow: FlowOptions, key: Sequence[str | int], *, training: bool) -> tuple[Tensor, bool]:
+def sample_time(
+    flow: FlowOptions, key: Sequence[str | int], *, training: bool
+) -> tuple[Tensor, bool]:
     """t [1] of a sample and whether its image is dropped, which happens in training alone."""
     generator = torch.Generator().manual_seed(seed_of("time", *key) >> 1)
     time = flow.times.sample(1, generator)

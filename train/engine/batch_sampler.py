@@ -15,7 +15,7 @@ from pipeline.core.hashing import seed_of
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleId:
     """One sample: an asset, and how often it had come before at this resolution (its augmentation depends on it)."""
 
     asset: int
@@ -23,15 +23,15 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepSamples:
     """One step of all ranks."""
 
     step: int
     resolution: int
-    ranks: tuple[tuple[Draw, ...], ...]
+    ranks: tuple[tuple[SampleId, ...], ...]
 
 
-class Planner:
+class BatchSampler:
     """Plans steps one after another; `state` is all that must be kept to go on.
 
     Every resolution has its own endless sequence, one permutation of its assets after another. A step takes the next
@@ -89,7 +89,7 @@ class Planner:
             )
         self.step, self.cursors = int(state["step"]), cursors
 
-    def next(self) -> Plan:
+    def next(self) -> StepSamples:
         """The next step, for all ranks."""
         choices = list(self.tokens)
         resolution = choices[seed_of(self.seed, "resolution", self.step) % len(choices)]
@@ -104,9 +104,9 @@ class Planner:
             draws = draws[:-1]
         self.cursors[resolution] = first + taken
         self.step += 1
-        return Plan(self.step - 1, resolution, ranks)
+        return StepSamples(self.step - 1, resolution, ranks)
 
-    def _draw(self, resolution: int, number: int) -> Draw:
+    def _draw(self, resolution: int, number: int) -> SampleId:
         assets = self.assets[resolution]
         epoch, position = divmod(number, len(assets))
         cached = self._permutation.get(resolution)
@@ -114,13 +114,15 @@ class Planner:
             rng = np.random.default_rng(seed_of(self.seed, "epoch", resolution, epoch))
             cached = (epoch, self._order(assets, rng))
             self._permutation[resolution] = cached
-        return Draw(int(cached[1][position]), epoch)
+        return SampleId(int(cached[1][position]), epoch)
 
     def _order(self, assets: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
         """The assets of one epoch in the order in which they are drawn."""
         return rng.permutation(assets)
 
-    def _deal(self, resolution: int, draws: list[Draw]) -> tuple[tuple[Draw, ...], ...] | None:
+    def _deal(
+        self, resolution: int, draws: list[SampleId]
+    ) -> tuple[tuple[SampleId, ...], ...] | None:
         """The samples of each rank, in the order drawn; None if a rank would exceed the budget."""
         size = [int(self.tokens[resolution][draw.asset]) for draw in draws]
         heap = [(0, 0, rank) for rank in range(self.world_size)]
@@ -135,7 +137,7 @@ class Planner:
         return tuple(tuple(draws[n] for n in sorted(numbers)) for numbers in of_rank)
 
 
-class ShardPlanner(Planner):
+class ShardBatchSampler(BatchSampler):
     """Draws assets shard by shard, so that what lies together in a shard is read together.
 
     The shards come in another order each epoch, `mixed` of them at a time, whose assets are shuffled among each other.

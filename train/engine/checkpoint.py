@@ -59,7 +59,7 @@ def latest(out: Path) -> Path | None:
         if not whole:
             return None
         path = whole[-1].resolve()
-    check_format(path)
+    read_config(path)
     return path
 
 
@@ -69,7 +69,7 @@ def check_init(init: Path | None, out: Path) -> None:
         raise UserError(f"{init} does not exist; train it first, or name a checkpoint with --init")
 
 
-def check_format(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """A checkpoint's config.json. UserError if `path` is no checkpoint, or of another format version."""
     try:
         config = json.loads((path / "config.json").read_text())

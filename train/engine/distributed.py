@@ -64,7 +64,7 @@ class World:
 
 
 @contextmanager
-def join(device: Device) -> Iterator[World]:
+def join_world(device: Device) -> Iterator[World]:
     """The world that torchrun describes in the environment (RANK, LOCAL_RANK, WORLD_SIZE), or this process alone.
 
     auto: a GPU where there is one. NCCL on GPUs, gloo on CPUs. UserError if cuda is asked for and is not there, or this
@@ -81,7 +81,7 @@ def join(device: Device) -> Iterator[World]:
     store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
     dist.init_process_group(
         backend,
-        store=of_this_start(store, rank, size),
+        store=fresh_store(store, rank, size),
         rank=rank,
         world_size=size,
         timeout=TIMEOUT,
@@ -93,7 +93,7 @@ def join(device: Device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def of_this_start(store: Store, rank: int, size: int) -> Store:
+def fresh_store(store: Store, rank: int, size: int) -> Store:
     """A part of torchrun's store that is empty.
 
     The store outlives a restart, so it may still hold addresses of ranks that were killed, whom others would call. The

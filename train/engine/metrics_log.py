@@ -16,7 +16,7 @@ METRICS = "metrics.jsonl"
 QUIET = ("seconds", "data_s", "tokens", "samples", "skipped")  # only in the file
 
 
-class Journal:
+class MetricsLog:
     """Writes on the first rank only. A full disk costs lines, never the run.
 
     `first` is the number of steps done before: lines beyond it, of a run that was killed, are removed, so that every
@@ -32,7 +32,7 @@ class Journal:
         if not enabled:
             return
         out.mkdir(parents=True, exist_ok=True)
-        forget_after(out / METRICS, first)
+        drop_steps_after(out / METRICS, first)
         self._file = (out / METRICS).open("a")
         self._board = _tensorboard(out / "tensorboard", first)
         if sys.stderr.isatty():
@@ -94,7 +94,7 @@ class Journal:
         self._complained = True
 
 
-def forget_after(path: Path, step: int) -> None:
+def drop_steps_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and a last line that was cut off."""
     if not path.exists():
         return

@@ -27,7 +27,7 @@ PATIENCE = 5  # spikes in a row that are skipped: what lasts is no bad batch, an
 
 
 @dataclass
-class Guard:
+class GradientGuard:
     """Decides whether a gradient may be applied."""
 
     spike_factor: float

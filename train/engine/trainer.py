@@ -23,8 +23,8 @@ from pipeline.core.signals import Stop, Stopped, note_signals
 from train.engine import checkpoint
 from train.engine.config import FREE_ON_RESUME, LoopConfig
 from train.engine.distributed import World
-from train.engine.metrics_log import Journal
-from train.engine.optimizer import Guard, make_optimizer, peak_flops, update_average
+from train.engine.metrics_log import MetricsLog
+from train.engine.optimizer import GradientGuard, make_optimizer, peak_flops, update_average
 from train.engine.prefetch import Stream
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Batch(Protocol):
     def samples(self) -> int: ...
 
     @property
-    def about(
+    def metric_labels(
         self,
     ) -> Mapping[str, Any]: ...  # what the metrics should say of it: {"resolution": 256}
 
@@ -117,7 +117,7 @@ class _Run:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
             torch.use_deterministic_algorithms(True)
-        self.guard = Guard(cfg.spike_factor, cfg.clip_norm, cfg.max_bad_steps)
+        self.guard = GradientGuard(cfg.spike_factor, cfg.clip_norm, cfg.max_bad_steps)
         self.optimizer = make_optimizer(self.model, cfg, world.device)
         found = checkpoint.latest(out)
         if found is None and init is not None:
@@ -137,7 +137,7 @@ class _Run:
 
     def train(self) -> int:
         cfg = self.cfg
-        journal = Journal(
+        journal = MetricsLog(
             self.out,
             first=self.done,
             steps=cfg.steps,
@@ -152,7 +152,7 @@ class _Run:
             journal.close()
             self.stream.close()
 
-    def _steps(self, journal: Journal, stop: Stop) -> None:
+    def _steps(self, journal: MetricsLog, stop: Stop) -> None:
         cfg, ending = self.cfg, self.done >= self.cfg.steps
         while not ending:
             started = time.monotonic()
@@ -192,7 +192,7 @@ class _Run:
         """One step: what it came to, why it was not applied, and whether some rank wants to end."""
         cfg, world, started = self.cfg, self.world, time.monotonic()
         batch = next(self.stream)
-        tokens, samples, about = batch.tokens, batch.samples, dict(batch.about)
+        tokens, samples, about = batch.tokens, batch.samples, dict(batch.metric_labels)
         batch = batch.to(world.device)
         waited = time.monotonic() - started
         rate = cfg.rate(self.done)
@@ -266,7 +266,7 @@ class _Run:
             )
 
     def _resume(self, found: Path) -> None:
-        there = checkpoint.check_format(found)
+        there = checkpoint.read_config(found)
         wanted = {name: self.config.get(name) for name in ("model", "config", "training")}
         stored = {name: there.get(name) for name in wanted}
         changed = differences(_identity(stored), _identity(wanted))

@@ -23,7 +23,7 @@ from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfac
 from pipeline.core.primitives.voxel_iou import inside, overlap
 from pipeline.core.schema import Mesh, Part, View
 from pipeline.rendering.views import render_from
-from train.data.bricks import built_resolutions, read_catalogue
+from train.data.bricks import built_resolutions, read_build_index
 from train.data.render_conditions import ViewReader
 from train.engine.checkpoint import provenance
 from train.engine.mesh_pictures import save_image, side_by_side
@@ -108,12 +108,12 @@ class _Looks:
 
 def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     """Every chosen asset; writes numbers, a table, a page, meshes and pictures to cfg.out. UserError, RunError."""
-    catalogue = read_catalogue(cfg.data, built_resolutions(cfg.data))
-    references, views = References(catalogue), ViewReader(catalogue, cfg.cameras)
+    index = read_build_index(cfg.data, built_resolutions(cfg.data))
+    references, views = References(index), ViewReader(index, cfg.cameras)
     chosen = [
         n
         for n in references.assets
-        if cfg.split == "all" or catalogue.is_val[n] == (cfg.split == "val")
+        if cfg.split == "all" or index.is_val[n] == (cfg.split == "val")
     ]
     if not chosen:
         raise UserError(
@@ -135,7 +135,7 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
             reference = references.surface(asset)
             image = views.read_view(asset, _view_of(cfg, views.views(asset)))
         except RunError as error:
-            log.warning("%s is left out: %s", catalogue.uids[asset], error)
+            log.warning("%s is left out: %s", index.uids[asset], error)
             continue
         row, images = _evaluate(
             cfg, generator, references, asset, reference, image, out / "meshes", looks
@@ -227,13 +227,13 @@ def _evaluate(
     folder: Path,
     looks: _Looks | None,
 ) -> tuple[Row, list[NDArray[np.uint8]]]:
-    catalogue = references.catalogue
-    uid, view = catalogue.uids[asset], image.meta["view"]
+    index = references.index
+    uid, view = index.uids[asset], image.meta["view"]
     eye = look_at_origin(
         *(image.meta[name] for name in ("azimuth_degrees", "elevation_degrees", "focal_mm"))
     )
     empty = Row(
-        uid=uid, split="val" if catalogue.is_val[asset] else "train", view=view, seconds=0.0, tokens={}, faces=0,
+        uid=uid, split="val" if index.is_val[asset] else "train", view=view, seconds=0.0, tokens={}, faces=0,
         closed=False, chamfer=float("inf"), normal_consistency=0.0, f1=dict.fromkeys(THRESHOLDS, 0.0), iou=0.0,
         silhouette_iou=0.0, nearest="", nearest_is_right=False,
     )  # fmt: skip
@@ -267,7 +267,7 @@ def _evaluate(
         f1=metrics.f1,
         iou=overlap(inside(*surface), inside(*reference)),
         silhouette_iou=overlap(same[..., 3] > 127, image.rgba[..., 3] > 127),
-        nearest=catalogue.uids[nearest],
+        nearest=index.uids[nearest],
         nearest_is_right=nearest == asset,
         dino_similarity=similarity,
         dino_similarity_of_asset=best,

@@ -12,7 +12,7 @@ from scipy.spatial import KDTree
 from pipeline.core.errors import RunError
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import sample_surface
-from train.data.bricks import UNREADABLE, BrickReader, Catalogue
+from train.data.bricks import UNREADABLE, BrickReader, BuildIndex
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +30,13 @@ def spread(assets: Sequence[int], count: int) -> list[int]:
 class References:
     """A build's stored surfaces: each is read when it is asked for, since a build has more than fit into memory."""
 
-    def __init__(self, catalogue: Catalogue):
-        self.catalogue, self._reader = catalogue, BrickReader(catalogue)
-        self.assets = [n for n in range(len(catalogue)) if self._resolutions(n)]  # with cells
+    def __init__(self, index: BuildIndex):
+        self.index, self._reader = index, BrickReader(index)
+        self.assets = [n for n in range(len(index)) if self._resolutions(n)]  # with cells
         self.trees: dict[int, KDTree] = {}
 
     def _resolutions(self, asset: int) -> list[int]:
-        return [r for r, tokens in self.catalogue.tokens.items() if tokens[asset]]
+        return [r for r, tokens in self.index.tokens.items() if tokens[asset]]
 
     def surface(self, asset: int) -> Surface:
         """At the finest resolution that is stored. RunError if it has none or cannot be read."""
@@ -48,7 +48,7 @@ class References:
         except UNREADABLE as error:
             raise RunError(
                 f"its bricks at R = {resolution} cannot be read ({error}); run python -m pipeline.verify "
-                f"{self.catalogue.root}"
+                f"{self.index.root}"
             ) from error
         if not len(surface[1]):
             raise RunError(f"it has no surface at R = {resolution}")
@@ -64,7 +64,7 @@ class References:
             try:
                 surface = self._read(asset, min(self._resolutions(asset)))
             except RunError as error:
-                log.warning("%s is left out: %s", self.catalogue.uids[asset], error)
+                log.warning("%s is left out: %s", self.index.uids[asset], error)
                 continue
             self.trees[asset] = KDTree(sample_surface(*surface, POINTS, seed=0)[0])
 

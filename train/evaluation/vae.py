@@ -23,8 +23,14 @@ from pipeline.core.devices import Device, choose_device
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
-from train.data.bricks import UNREADABLE, BrickReader, Catalogue, built_resolutions, read_catalogue
-from train.engine.checkpoint import check_format, load_weights, provenance
+from train.data.bricks import (
+    UNREADABLE,
+    BrickReader,
+    BuildIndex,
+    built_resolutions,
+    read_build_index,
+)
+from train.engine.checkpoint import load_weights, provenance, read_config
 from train.engine.mesh_pictures import picture, save_image, side_by_side
 from train.engine.trainer import weights_file
 from train.evaluation.page import write_page
@@ -100,16 +106,16 @@ def evaluate_asset(
 ) -> tuple[Row, list[NDArray[np.uint8]]] | None:
     """One asset through the VAE (latents at their means), against the surface at its finest stored resolution.
 
-    `reader.catalogue.tokens` says which resolutions are stored. With `draw` also [reference, reconstruction] as images.
+    `reader.index.tokens` says which resolutions are stored. With `draw` also [reference, reconstruction] as images.
     None if the reference has no surface at all (parts thinner than its grid). RunError if it cannot be read.
     """
-    catalogue = reader.catalogue
-    finest = max(r for r, tokens in catalogue.tokens.items() if tokens[asset])
+    index = reader.index
+    finest = max(r for r, tokens in index.tokens.items() if tokens[asset])
     try:
         stored, bricks = reader.read(asset, finest), reader.read(asset, resolution)
     except UNREADABLE as error:
         raise RunError(
-            f"its bricks cannot be read ({error}); run python -m pipeline.verify {catalogue.root}"
+            f"its bricks cannot be read ({error}); run python -m pipeline.verify {index.root}"
         ) from error
     reference = extract(stored)
     if not len(reference[1]):
@@ -120,8 +126,8 @@ def evaluate_asset(
     surface = extract_meshes(batch.cells, values)[0]
     metrics = compare_surfaces(*surface, *reference, samples=samples)
     row = Row(
-        uid=catalogue.uids[asset],
-        split="val" if catalogue.is_val[asset] else "train",
+        uid=index.uids[asset],
+        split="val" if index.is_val[asset] else "train",
         resolution=resolution,
         reference_resolution=finest,
         tokens=len(batch.cells),
@@ -176,7 +182,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
 
 def load_vae(path: Path, device: torch.device) -> tuple[SparseVAE, dict[str, Any]]:
     """The model of a checkpoint (its averaged weights) or an export, and its config.json. UserError for another."""
-    described = check_format(path)
+    described = read_config(path)
     if described.get("model") != SparseVAE.__name__:
         raise UserError(f"{path} holds a {described.get('model')}, not a {SparseVAE.__name__}")
     try:
@@ -196,8 +202,8 @@ def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
     wanted = (
         cfg.resolutions or tuple(r for r in trained if r in stored) or trained or tuple(stored[:1])
     )
-    catalogue = read_catalogue(cfg.data, sorted({*stored, *wanted})).split(cfg.split)
-    rows, images = _rows(cfg, model, catalogue, wanted, device)
+    index = read_build_index(cfg.data, sorted({*stored, *wanted})).split(cfg.split)
+    rows, images = _rows(cfg, model, index, wanted, device)
     if not rows:
         raise UserError(
             f"{cfg.data} has no asset in split {cfg.split} to evaluate; choose --split all"
@@ -248,23 +254,23 @@ def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
 def _rows(
     cfg: VAEEvaluation,
     model: nn.Module,
-    catalogue: Catalogue,
+    index: BuildIndex,
     resolutions: Sequence[int],
     device: torch.device,
 ) -> tuple[list[Row], list[list[NDArray[np.uint8]]]]:
-    reader, rows, images = BrickReader(catalogue), [], []
+    reader, rows, images = BrickReader(index), [], []
     for resolution in resolutions:
-        for asset in np.flatnonzero(catalogue.tokens[resolution])[: cfg.limit]:
+        for asset in np.flatnonzero(index.tokens[resolution])[: cfg.limit]:
             draw = len(images) < cfg.pictures
             options = {"device": device, "samples": cfg.samples, "draw": draw}
             try:
                 found = evaluate_asset(model, reader, int(asset), resolution, **options)
             except RunError as error:
-                log.warning("%s left out: %s", catalogue.uids[asset], error)
+                log.warning("%s left out: %s", index.uids[asset], error)
                 continue
             if found is None:
                 log.warning(
-                    "%s has no surface at its finest resolution, left out", catalogue.uids[asset]
+                    "%s has no surface at its finest resolution, left out", index.uids[asset]
                 )
                 continue
             row, drawn = found

@@ -16,20 +16,20 @@ import torch
 from model.sparse_tensor import BrickBatch
 from pipeline.core.errors import RunError, UserError
 from tests.train.analytic_builds import bricks_of, make_build, shape
-from train.data.bricks import BrickLoader, BrickReader, read_catalogue
-from train.engine.batch_sampler import Planner
+from train.data.bricks import BrickLoader, BrickReader, read_build_index
+from train.engine.batch_sampler import BatchSampler
 from train.engine.prefetch import Prefetcher
 
 
 def planner(tokens=None, **options):
     tokens = tokens or {256: np.arange(1, 12) * 10, 384: np.arange(1, 12) * 25}
-    return Planner(tokens, **{"batch_size": 2, "world_size": 2, "seed": 0, **options})
+    return BatchSampler(tokens, **{"batch_size": 2, "world_size": 2, "seed": 0, **options})
 
 
 def stream_of(build, *, workers=0, rank=0, world_size=1, seed=0, **options):
-    catalogue = read_catalogue(build, [32, 40]).split("train")
-    loader = BrickLoader(catalogue, seed=seed, noise_channels=4, **options)
-    plan = Planner(catalogue.tokens, batch_size=2, world_size=world_size, seed=seed)
+    index = read_build_index(build, [32, 40]).split("train")
+    loader = BrickLoader(index, seed=seed, noise_channels=4, **options)
+    plan = BatchSampler(index.tokens, batch_size=2, world_size=world_size, seed=seed)
     return Prefetcher(plan, partial(loader.load, rank=rank), workers=workers)
 
 
@@ -166,13 +166,13 @@ def samples(batch):
 
 
 def test_symmetries_vary_and_can_be_switched_off(build):
-    catalogue = read_catalogue(build, [32]).split("train")
-    plain = BrickLoader(catalogue, seed=0, noise_channels=4, symmetries=False)
-    stored = [BrickBatch.collate([bricks_of(shape(n), 32)]).values for n in range(len(catalogue))]
+    index = read_build_index(build, [32]).split("train")
+    plain = BrickLoader(index, seed=0, noise_channels=4, symmetries=False)
+    stored = [BrickBatch.collate([bricks_of(shape(n), 32)]).values for n in range(len(index))]
     for n, expected in enumerate(stored):
         assert torch.equal(plain.load_assets([n], 32).bricks.values, expected)
-    plan = Planner(catalogue.tokens, batch_size=6, world_size=1, seed=0)
-    loader = BrickLoader(catalogue, seed=0, noise_channels=4)
+    plan = BatchSampler(index.tokens, batch_size=6, world_size=1, seed=0)
+    loader = BrickLoader(index, seed=0, noise_channels=4)
     looks = [
         {x.values.tobytes() for x in loader.load(plan.next(), 0).bricks.bricks()} for _ in range(3)
     ]
@@ -184,18 +184,18 @@ def test_symmetries_vary_and_can_be_switched_off(build):
 
 def test_reads_only_what_is_committed_and_done(tmp_path):
     root = make_build(tmp_path / "build", assets=7, val=1, shard_size=4)
-    assert len(read_catalogue(root, [32])) == 8
-    assert len(read_catalogue(root, [32]).split("val")) == 1
+    assert len(read_build_index(root, [32])) == 8
+    assert len(read_build_index(root, [32]).split("val")) == 1
     path = root / "manifest" / "000000.parquet"
     table = pq.read_table(path)
     status = ["rejected", *["done"] * 3]
     column = table.column_names.index("status")
     pq.write_table(table.set_column(column, table.schema.field(column), [status]), path)
-    assert len(read_catalogue(root, [32])) == 7
+    assert len(read_build_index(root, [32])) == 7
     (root / "shards" / "000001" / "sdf-32.json").unlink()
-    assert [*(read_catalogue(root, [32]).tokens[32] > 0)] == [True] * 3 + [False] * 4
+    assert [*(read_build_index(root, [32]).tokens[32] > 0)] == [True] * 3 + [False] * 4
     (root / "shards" / "000001" / "manifest.json").unlink()
-    assert len(read_catalogue(root, [32])) == 3
+    assert len(read_build_index(root, [32])) == 3
 
 
 @pytest.mark.parametrize(
@@ -217,13 +217,13 @@ def test_other_data_is_refused_in_one_line(tmp_path, change, message):
     root = make_build(tmp_path / "build", assets=2, val=0)
     change(root)
     with pytest.raises(UserError, match=message) as error:
-        read_catalogue(root, [256])
+        read_build_index(root, [256])
     assert "\n" not in str(error.value)
 
 
 def test_a_url_is_refused_with_what_to_do_instead():
     with pytest.raises(UserError, match=r"looks like a URL; .* copy the build"):
-        read_catalogue(Path("s3://bucket/build"), [32])
+        read_build_index(Path("s3://bucket/build"), [32])
 
 
 def re_version(root, version):
@@ -246,12 +246,12 @@ def damage(root, resolution=32, shard="000000"):
 def test_a_damaged_shard_is_skipped_counted_and_said(tmp_path, caplog):
     root = make_build(tmp_path / "build", assets=8, val=0, shard_size=2)
     damage(root)
-    catalogue = read_catalogue(root, [32])
-    loader = BrickLoader(catalogue, seed=0, noise_channels=4)
-    plan = Planner(catalogue.tokens, batch_size=4, world_size=1, seed=0)
+    index = read_build_index(root, [32])
+    loader = BrickLoader(index, seed=0, noise_channels=4)
+    plan = BatchSampler(index.tokens, batch_size=4, world_size=1, seed=0)
     with caplog.at_level(logging.WARNING):
         batches = [loader.load(plan.next(), 0) for _ in range(6)]
-    assert {uid for batch in batches for uid in batch.uids} == set(catalogue.uids[2:])
+    assert {uid for batch in batches for uid in batch.uids} == set(index.uids[2:])
     assert all(batch.samples == 4 for batch in batches), (
         "replaced, so that weights and ranks stay as planned"
     )
@@ -264,8 +264,8 @@ def test_a_damaged_shard_is_skipped_counted_and_said(tmp_path, caplog):
 def test_too_much_damage_ends_the_run(tmp_path):
     root = make_build(tmp_path / "build", assets=8, val=0, shard_size=8)
     damage(root)
-    catalogue = read_catalogue(root, [32])
-    loader = BrickLoader(catalogue, seed=0, noise_channels=4)
+    index = read_build_index(root, [32])
+    loader = BrickLoader(index, seed=0, noise_channels=4)
     with pytest.raises(
         RunError, match=r"5 of 5 assets in .* cannot be read, .*python -m pipeline.verify"
     ):
@@ -275,7 +275,7 @@ def test_too_much_damage_ends_the_run(tmp_path):
 @pytest.mark.parametrize("value", [np.nan, 1.5])
 def test_values_out_of_range_are_not_trained_on(tmp_path, monkeypatch, value):
     root = make_build(tmp_path / "build", assets=2, val=0)
-    reader = BrickReader(read_catalogue(root, [32]))
+    reader = BrickReader(read_build_index(root, [32]))
     bricks = reader.read(0, 32)
     bricks.values[3, 7] = value
     monkeypatch.setattr("pipeline.storage.sdf_shard.SdfShard.bricks", lambda *_: bricks)

@@ -17,11 +17,11 @@ from pipeline.core.errors import RunError
 from train.demo.charts import Curve, chart, curves_of, smoothed
 from train.demo.page import StepTaken, write_page
 from train.demo.steps import SIZES, DemoConfig, Plan, Step, plan, run
-from train.encode import Encoding
+from train.encode import EncodeConfig
 from train.engine.config import VAE_PRESETS
 from train.evaluation.generation import GenerationEvaluation
 from train.evaluation.vae import VAEEvaluation
-from train.export import Export
+from train.export import ExportConfig
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.structure.config import STRUCTURE_PRESETS
 
@@ -40,7 +40,7 @@ def read(command):
         return parse_build(BuildConfig, words, prog=module, default=PRESETS["smoke"])
     if module == "pipeline.verify":
         return words
-    kinds = {"train.encode": Encoding, "train.export": Export}
+    kinds = {"train.encode": EncodeConfig, "train.export": ExportConfig}
     if module == "train.evaluate":
         kinds[module] = {"vae": VAEEvaluation, "generation": GenerationEvaluation}[words.pop(0)]
     return parse(kinds[module], words, prog=module)

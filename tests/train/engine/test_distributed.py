@@ -18,7 +18,7 @@ from pipeline.core.devices import choose_device
 from pipeline.core.errors import UserError
 from tests.train.analytic_builds import tiny_training
 from tests.train.two_rank_gradients import gradients
-from train.engine.distributed import World, of_this_start
+from train.engine.distributed import World, fresh_store
 from train.vae import train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -116,7 +116,7 @@ def test_what_killed_ranks_left_in_the_store_is_not_found():
 
     def start(attempt):
         def one(rank):
-            mine = of_this_start(shared, rank, 3)
+            mine = fresh_store(shared, rank, 3)
             together.wait(10)
             found = [key for key in keys if mine.check([key])]
             together.wait(10)

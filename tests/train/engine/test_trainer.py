@@ -19,7 +19,7 @@ from pipeline.core.signals import Stopped
 from tests.train.toy_model import Fit, Numbers, run
 from train.engine import checkpoint
 from train.engine.config import LoopConfig
-from train.engine.optimizer import Guard, make_optimizer, update_average
+from train.engine.optimizer import GradientGuard, make_optimizer, update_average
 
 
 def rows(out, event=None):
@@ -276,7 +276,7 @@ def test_a_spike_is_not_applied(tmp_path):
 
 
 def test_guard_gets_used_to_a_lasting_change():
-    guard = Guard(spike_factor=10, clip_norm=1.0, max_bad_steps=100)
+    guard = GradientGuard(spike_factor=10, clip_norm=1.0, max_bad_steps=100)
     assert not any(guard.judge(1.0, 0.2) for _ in range(60))
     assert guard.judge(1.0, 0.9) == "", (
         "10 times the usual, but below the norm to which all are clipped"
@@ -290,7 +290,7 @@ def test_guard_gets_used_to_a_lasting_change():
     assert not any(verdicts[60:])
     assert all(guard.judge(float("nan"), 1.0) for _ in range(10)), "but this is one for ever"
     assert guard.in_a_row == 10
-    copy = Guard(10, 1.0, 100)
+    copy = GradientGuard(10, 1.0, 100)
     copy.restore(json.loads(json.dumps(guard.state())))
     assert copy == guard
 

@@ -13,14 +13,17 @@ import pipeline.rendering.views
 from pipeline.storage.render_shard import RenderShard
 from tests.train.analytic_builds import color_of
 from tests.train.ss_dit_fixtures import VIEWS, config, loader_of, task_of, wake
-from train.data.bricks import read_catalogue
-from train.data.render_conditions import Once, ViewReader, time_of
-from train.engine.batch_sampler import Draw, ShardPlanner
+from train.data.bricks import read_build_index
+from train.data.render_conditions import ThreadSafeCache, ViewReader, sample_time
+from train.engine.batch_sampler import SampleId, ShardBatchSampler
 
 
 def test_a_sample_is_the_same_in_every_batch(rendered, tmp_path):
     loader = loader_of(config(rendered, tmp_path))
-    both, alone = loader.batch([Draw(1, 3), Draw(0, 2)], 0.5), loader.batch([Draw(0, 2)], 1.0)
+    both, alone = (
+        loader.batch([SampleId(1, 3), SampleId(0, 2)], 0.5),
+        loader.batch([SampleId(0, 2)], 1.0),
+    )
     first = int(both.latents.cells.asset_starts[1])
     assert torch.equal(both.latents.cells.coords[first:, 1:], alone.latents.cells.coords[:, 1:])
     for name in ("noise", "posterior_noise"):
@@ -29,7 +32,7 @@ def test_a_sample_is_the_same_in_every_batch(rendered, tmp_path):
     assert torch.equal(both.times[1:], alone.times)
     assert torch.equal(both.images.pixels[1:], alone.images.pixels)
     assert (both.share, both.samples, both.tokens) == (0.5, 2, len(both.noise))
-    again = loader.batch([Draw(0, 3)], 1.0)
+    again = loader.batch([SampleId(0, 3)], 1.0)
     for name in ("noise", "posterior_noise"):
         assert (getattr(again, name) - getattr(alone, name)).abs().max() > 0.1, name
     assert again.times != alone.times
@@ -41,7 +44,7 @@ def test_latents_and_image_are_of_one_asset(rendered, tmp_path):
     loader = loader_of(replace(cfg, flow=replace(cfg.flow, augment=False)))
     store = loader.store
     for asset in range(4):
-        batch = loader.batch([Draw(asset, 1)], 1.0)
+        batch = loader.batch([SampleId(asset, 1)], 1.0)
         stored = store.read(batch.uids[0])
         assert {tuple(row) for row in batch.latents.cells.coords[:, 1:].tolist()} == {
             *map(tuple, stored.cells.tolist())
@@ -53,7 +56,9 @@ def test_latents_and_image_are_of_one_asset(rendered, tmp_path):
 
 def test_the_flow_starts_at_samples_of_the_posterior_with_unit_statistics(rendered, tmp_path):
     task, loader = task_of(config(rendered, tmp_path)), loader_of(config(rendered, tmp_path))
-    batches = [loader.batch([Draw(asset, epoch)], 1.0) for asset in range(6) for epoch in range(25)]
+    batches = [
+        loader.batch([SampleId(asset, epoch)], 1.0) for asset in range(6) for epoch in range(25)
+    ]
     x0 = torch.cat([task._start(batch) for batch in batches])
     assert x0.mean(0).abs().max() < 0.08
     assert (x0.std(0) - 1).abs().max() < 0.05
@@ -65,13 +70,13 @@ def test_the_flow_starts_at_samples_of_the_posterior_with_unit_statistics(render
 def test_a_tenth_is_trained_without_image(rendered, tmp_path):
     cfg = config(rendered, tmp_path)
     dropped = [
-        time_of(cfg.flow, (0, "dit", 32, n, "some-uid"), training=True)[1] for n in range(4000)
+        sample_time(cfg.flow, (0, "dit", 32, n, "some-uid"), training=True)[1] for n in range(4000)
     ]
     assert 0.085 < np.mean(dropped) < 0.115
-    loader, draws = loader_of(cfg), [Draw(0, n) for n in range(30)]
-    uid = loader.catalogue.uids[0]
+    loader, draws = loader_of(cfg), [SampleId(0, n) for n in range(30)]
+    uid = loader.index.uids[0]
     expected = [
-        time_of(cfg.flow, (0, "dit", 32, draw.epoch, uid), training=True)[1] for draw in draws
+        sample_time(cfg.flow, (0, "dit", 32, draw.epoch, uid), training=True)[1] for draw in draws
     ]
     assert sum(expected) > 0
     assert loader.batch(draws, 1.0).dropped.tolist() == expected
@@ -81,7 +86,7 @@ def test_a_tenth_is_trained_without_image(rendered, tmp_path):
 def test_what_is_dropped_does_not_see_its_image(rendered, tmp_path):
     task, loader = task_of(config(rendered, tmp_path)), loader_of(config(rendered, tmp_path))
     wake(task.model)
-    batch = loader.batch([Draw(0, 0), Draw(1, 0)], 1.0)
+    batch = loader.batch([SampleId(0, 0), SampleId(1, 0)], 1.0)
     black = replace(batch.images, pixels=torch.zeros_like(batch.images.pixels))
     x0 = task._start(batch)
     for dropped in (torch.tensor([True, False]), torch.tensor([False, False])):
@@ -109,9 +114,9 @@ def test_a_shard_is_read_view_by_view_and_only_what_is_used_is_decoded(
     monkeypatch.setattr(
         pipeline.rendering.views, "decode", lambda data: decoded.append(1) or decode(data)
     )
-    planner = ShardPlanner(
-        loader.catalogue.tokens,
-        loader.catalogue.shards,
+    planner = ShardBatchSampler(
+        loader.index.tokens,
+        loader.index.shards,
         mixed=1,
         batch_size=2,
         world_size=1,
@@ -127,7 +132,7 @@ def test_a_shard_is_read_view_by_view_and_only_what_is_used_is_decoded(
 
 def test_an_epoch_takes_shards_in_turn(rendered):
     shards = [f"{n // 3}" for n in range(30)]
-    planner = ShardPlanner(
+    planner = ShardBatchSampler(
         {32: np.arange(30) % 4}, shards, mixed=2, batch_size=1, world_size=1, seed=0
     )
     drawn = [planner.next().ranks[0][0] for _ in range(2 * 22)]  # every fourth has no cells
@@ -151,7 +156,7 @@ def test_an_epoch_takes_shards_in_turn(rendered):
 
 
 def test_once_is_made_once_and_few_are_kept():
-    made, once = [], Once(2)
+    made, once = [], ThreadSafeCache(2)
     for key in (1, 2, 1, 3, 1, 2):
         assert once.get(key, lambda key=key: made.append(key) or 10 * key) == 10 * key
     assert made == [1, 2, 3, 2]
@@ -161,8 +166,8 @@ def test_once_is_made_once_and_few_are_kept():
 
 
 def test_random_and_streamed_reading_agree(rendered):
-    catalogue = read_catalogue(rendered[0], [32])
-    streamed, single = ViewReader(catalogue, "paper", ahead=2), ViewReader(catalogue, "paper")
-    for asset in range(len(catalogue)):
+    index = read_build_index(rendered[0], [32])
+    streamed, single = ViewReader(index, "paper", ahead=2), ViewReader(index, "paper")
+    for asset in range(len(index)):
         for view in range(VIEWS):
             assert np.array_equal(streamed.read(asset, view), single.read(asset, view))

@@ -14,10 +14,10 @@ from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import noise_of
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
-from train.data.bricks import UNREADABLE, Catalogue, read_catalogue
+from train.data.bricks import UNREADABLE, BuildIndex, read_build_index
 from train.data.latents import Latent, LatentBatch, LatentStore
-from train.data.render_conditions import Conditions, time_of
-from train.engine.batch_sampler import Draw, Plan
+from train.data.render_conditions import RenderConditions, sample_time
+from train.engine.batch_sampler import SampleId, StepSamples
 from train.stages.dit.config import DiTTraining
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class DiTBatch:
         return len(self.uids)
 
     @property
-    def about(self) -> dict[str, int]:
+    def metric_labels(self) -> dict[str, int]:
         return {"resolution": self.resolution}
 
     def to(self, device: torch.device) -> DiTBatch:
@@ -59,16 +59,16 @@ class DiTBatch:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def joined(cfg: DiTTraining, store: LatentStore) -> Catalogue:
+def joined(cfg: DiTTraining, store: LatentStore) -> BuildIndex:
     """The build's assets that have latents, counted in their cells.
 
     UserError, with what to run, if more than max_missing_share of those that have bricks lack latents: the rest are
     those that the encoder could not read.
     """
-    catalogue = read_catalogue(cfg.data, [cfg.resolution])
-    tokens = np.array([store.tokens.get(uid, 0) for uid in catalogue.uids], np.int64)
-    wanted = catalogue.tokens[cfg.resolution] > 0
-    missing = [catalogue.uids[n] for n in np.flatnonzero(wanted & (tokens == 0))]
+    index = read_build_index(cfg.data, [cfg.resolution])
+    tokens = np.array([store.tokens.get(uid, 0) for uid in index.uids], np.int64)
+    wanted = index.tokens[cfg.resolution] > 0
+    missing = [index.uids[n] for n in np.flatnonzero(wanted & (tokens == 0))]
     said = (
         f"{len(missing)} of {wanted.sum()} assets of {cfg.data} have no latents in {store.folder}"
     )
@@ -79,27 +79,27 @@ def joined(cfg: DiTTraining, store: LatentStore) -> Catalogue:
         )
     if missing:
         log.warning("%s and are left out", said)
-    return replace(catalogue, tokens={cfg.resolution: tokens}).subset(np.flatnonzero(tokens))
+    return replace(index, tokens={cfg.resolution: tokens}).subset(np.flatnonzero(tokens))
 
 
 class DiTLoader:
     """Turns a planned step into this rank's batch: latents and renders of the same assets. Depends on the plan alone.
 
-    RunError, with what to run, for an asset that cannot be read. Options as `Conditions`.
+    RunError, with what to run, for an asset that cannot be read. Options as `RenderConditions`.
     """
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        index: BuildIndex,
         store: LatentStore,
         cfg: DiTTraining,
         *,
         training: bool = True,
         held_out_only: bool = False,
     ):
-        self.catalogue, self.store, self.cfg, self.training = catalogue, store, cfg, training
-        self.conditions = Conditions(
-            catalogue,
+        self.index, self.store, self.cfg, self.training = index, store, cfg, training
+        self.conditions = RenderConditions(
+            index,
             cfg.flow,
             cameras=cfg.cameras,
             image_size=cfg.model.encoder.image_size,
@@ -109,20 +109,20 @@ class DiTLoader:
             ahead=2 * cfg.flow.open_shards if training else 0,
         )
 
-    def load(self, plan: Plan, rank: int) -> DiTBatch:
+    def load(self, plan: StepSamples, rank: int) -> DiTBatch:
         """The batch of one rank in one step."""
         return self.batch(plan.ranks[rank], len(plan.ranks) / sum(map(len, plan.ranks)))
 
-    def batch(self, draws: Sequence[Draw], share: float) -> DiTBatch:
+    def batch(self, draws: Sequence[SampleId], share: float) -> DiTBatch:
         """A batch of the given draws; on the CPU."""
         cfg, seed = self.cfg, self.cfg.flow.loop.seed
         latents, images, times, dropped, seeds = [], [], [], [], []
-        uids = tuple(self.catalogue.uids[draw.asset] for draw in draws)
+        uids = tuple(self.index.uids[draw.asset] for draw in draws)
         for draw, uid in zip(draws, uids, strict=True):
             key = (seed, "dit", cfg.resolution, draw.epoch, uid)  # names, not numbers
             latents.append(self._latent(uid))
             images.append(self.conditions.image(draw.asset, draw.epoch, key))
-            time, drop = time_of(cfg.flow, key, training=self.training)
+            time, drop = sample_time(cfg.flow, key, training=self.training)
             times.append(time)
             dropped.append(drop)
             seeds.append([seed_of(name, *key) >> 1 for name in ("posterior", "noise")])

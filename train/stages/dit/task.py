@@ -17,9 +17,9 @@ from model.inference.extract_mesh import extract_meshes
 from model.rectified_flow import Guidance, interpolate, target
 from model.sparse_tensor import SparseTensor
 from model.sparse_vae import SparseVAE
-from train.data.bricks import Catalogue
+from train.data.bricks import BuildIndex
 from train.data.latents import LatentStore
-from train.engine.batch_sampler import Draw
+from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
 from train.stages.dit.config import DiTTraining
@@ -39,8 +39,8 @@ class DiTTask:
         self,
         cfg: DiTTraining,
         world: World,
-        train: Catalogue,
-        val: Catalogue,
+        train: BuildIndex,
+        val: BuildIndex,
         store: LatentStore,
         vae: SparseVAE | None,
     ):
@@ -90,7 +90,7 @@ class DiTTask:
         for asset in self._assets(
             self.val, self.world
         ):  # one by one: a large one beside others might not fit
-            batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
+            batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
             x0_NC = self._start(batch)
             times = [torch.full_like(batch.times, t) for t in TIMES]
             sums.append(
@@ -111,9 +111,9 @@ class DiTTask:
         by_time = {f"loss_{t}": error / count for t, error in zip(TIMES, errors, strict=True)}
         return {"loss": sum(by_time.values()) / len(TIMES), **by_time}
 
-    def _assets(self, catalogue: Catalogue, world: World) -> list[int]:
+    def _assets(self, index: BuildIndex, world: World) -> list[int]:
         """This rank's share, at most val_batches x batch_size."""
-        return list(range(len(catalogue)))[world.rank :: world.size][
+        return list(range(len(index)))[world.rank :: world.size][
             : self.cfg.val_batches * self.cfg.flow.batch_size
         ]
 
@@ -127,14 +127,14 @@ class DiTTask:
             return
         numbers, rows = {}, []
         seen = "held_out_views" if self.cfg.held_out_views else "training_views"
-        for name, catalogue, only in (
+        for name, index, only in (
             (seen, self.train, True),
             ("held_out_assets", self.val, False),
         ):
-            loader = DiTLoader(catalogue, self.store, self.cfg, training=False, held_out_only=only)
+            loader = DiTLoader(index, self.store, self.cfg, training=False, held_out_only=only)
             found = {}
-            for asset in range(min(len(catalogue), self.cfg.samples)):
-                found[catalogue.uids[asset]], row = self._sample(model, loader, asset, folder)
+            for asset in range(min(len(index), self.cfg.samples)):
+                found[index.uids[asset]], row = self._sample(model, loader, asset, folder)
                 rows.append(row)
             if found:
                 numbers[name] = {"iou": float(np.mean(list(found.values()))), "each": found}
@@ -146,7 +146,7 @@ class DiTTask:
         self, model: Any, loader: DiTLoader, asset: int, folder: Path
     ) -> tuple[float, list[NDArray[np.uint8]]]:
         assert self.vae is not None
-        batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
+        batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
         level, flow = batch.latents.cells, self.cfg.flow
         z_NC = model.generate(
             level,

@@ -14,10 +14,10 @@ from torch import Tensor
 from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import noise_of
 from pipeline.core.hashing import seed_of
-from train.data.bricks import ONE_BITS, BrickLoader, Catalogue, magnitude_bits
-from train.data.render_conditions import Conditions, time_of
+from train.data.bricks import ONE_BITS, BrickLoader, BuildIndex, magnitude_bits
+from train.data.render_conditions import RenderConditions, sample_time
 from train.data.symmetry import SYMMETRIES, transform_points
-from train.engine.batch_sampler import Draw, Plan
+from train.engine.batch_sampler import SampleId, StepSamples
 from train.stages.structure.config import StructureTraining
 
 CELLS_KEPT = 1 << 14  # assets whose cells are kept rather than read again, some 20 kB each
@@ -44,7 +44,7 @@ class GridBatch:
         return len(self.noise)
 
     @property
-    def about(self) -> dict[str, int]:
+    def metric_labels(self) -> dict[str, int]:
         return {}
 
     def to(self, device: torch.device) -> GridBatch:
@@ -63,12 +63,12 @@ class GridBatch:
 class GridLoader(BrickLoader):
     """Turns a planned step into this rank's batch; depends on the plan alone, as `BrickLoader`.
 
-    With `images` every sample gets a view of its asset, as `Conditions` chooses it.
+    With `images` every sample gets a view of its asset, as `RenderConditions` chooses it.
     """
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        index: BuildIndex,
         cfg: StructureTraining,
         *,
         images: bool,
@@ -77,13 +77,13 @@ class GridLoader(BrickLoader):
     ):
         half = cfg.flow if images else cfg.vae
         channels = cfg.model.occupancy.latent_channels
-        super().__init__(catalogue, seed=half.loop.seed, noise_channels=channels, symmetries=False)
+        super().__init__(index, seed=half.loop.seed, noise_channels=channels, symmetries=False)
         self.cfg, self.training = cfg, training
         self._cells = lru_cache(CELLS_KEPT)(self._read_cells)
         self.conditions = None
         if images:
-            self.conditions = Conditions(
-                catalogue,
+            self.conditions = RenderConditions(
+                index,
                 cfg.flow,
                 cameras=cfg.cameras,
                 image_size=cfg.model.flow.encoder.image_size,
@@ -93,7 +93,7 @@ class GridLoader(BrickLoader):
                 ahead=2 * cfg.flow.open_shards if training else 0,
             )
 
-    def load(self, plan: Plan, rank: int) -> GridBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def load(self, plan: StepSamples, rank: int) -> GridBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The batch of one rank in one step."""
         return self.batch(plan.ranks[rank], len(plan.ranks) / sum(map(len, plan.ranks)))
 
@@ -102,21 +102,21 @@ class GridLoader(BrickLoader):
         found, bricks = self._readable(asset, self.cfg.resolution)
         return found, bricks.blocks[magnitude_bits(bricks.values).min(axis=1) < ONE_BITS]
 
-    def batch(self, draws: Sequence[Draw], share: float) -> GridBatch:
+    def batch(self, draws: Sequence[SampleId], share: float) -> GridBatch:
         """A batch of the given draws."""
         cfg, side = self.cfg, self.cfg.model.occupancy.side
         occupied = torch.zeros(len(draws), side, side, side, dtype=torch.bool)
         seeds, uids, prepared, times, dropped = [], [], [], [], []
         for number, draw in enumerate(draws):
             asset, cells = self._cells(draw.asset)
-            uid = self.catalogue.uids[asset]
+            uid = self.index.uids[asset]
             key = (self.seed, "structure", cfg.resolution, draw.epoch, uid)  # names, not numbers
             if self.conditions is None and self.training and cfg.vae.symmetries:
                 cells = transform_points(cells, side, seed_of("symmetry", *key) % len(SYMMETRIES))
             occupied[number, *torch.from_numpy(cells.astype(np.int64)).T] = True
             seeds.append(seed_of("noise", *key) >> 1)
             uids.append(uid)
-            time, drop = time_of(cfg.flow, key, training=self.training)
+            time, drop = sample_time(cfg.flow, key, training=self.training)
             times.append(time)
             dropped.append(drop)
             if self.conditions is not None:

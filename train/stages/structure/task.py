@@ -17,8 +17,8 @@ from model.occupancy_vae import OccupancyVAE, intersection_over_union, occupancy
 from model.rectified_flow import Guidance, interpolate, target
 from model.sparse_tensor import SparseTensor
 from model.structure import Structure, dense_level, grid_to_rows, rows_to_grid
-from train.data.bricks import Catalogue
-from train.engine.batch_sampler import Draw
+from train.data.bricks import BuildIndex
+from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side
 from train.stages.structure.config import StructureTraining
@@ -31,7 +31,7 @@ PICTURE = 192  # pixels
 class OccupancyTask:
     """Grids to latents and back."""
 
-    def __init__(self, cfg: StructureTraining, world: World, val: Catalogue):
+    def __init__(self, cfg: StructureTraining, world: World, val: BuildIndex):
         torch.manual_seed(cfg.vae.loop.seed)  # the same weights on every rank
         self.cfg, self.world, self.val = cfg, world, val
         self.model = OccupancyVAE(cfg.model.occupancy).to(world.device)
@@ -60,7 +60,7 @@ class OccupancyTask:
         found = []
         loader = GridLoader(self.val, self.cfg, images=False, training=False)
         for asset in assets_of(self.val, self.cfg, self.world, self.cfg.vae.batch_size):
-            batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
+            batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
             posterior = model.encode(batch.occupied)
             logits, kl_weight = model.decode(posterior.mean), self.cfg.vae.kl_weight
             found.append(occupancy_loss(logits, batch.occupied, posterior, kl_weight))
@@ -70,7 +70,7 @@ class OccupancyTask:
         """Held-out assets: the stored cells beside the decoded ones."""
         loader, rows = GridLoader(self.val, self.cfg, images=False, training=False), []
         for asset in assets_of(self.val, self.cfg, World(), 1)[: self.cfg.samples]:
-            batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
+            batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
             decoded = model.decode(model.encode(batch.occupied).mean) > 0
             rows.append([cells_picture(batch.occupied[0]), cells_picture(decoded[0])])
         if rows:
@@ -86,8 +86,8 @@ class FlowTask:
         self,
         cfg: StructureTraining,
         world: World,
-        train: Catalogue,
-        val: Catalogue,
+        train: BuildIndex,
+        val: BuildIndex,
         vae: OccupancyVAE,
     ):
         torch.manual_seed(cfg.flow.loop.seed)
@@ -106,7 +106,7 @@ class FlowTask:
         count = min(self.cfg.flow.statistics, len(assets))
         rows, total_C, squares_C = 0, torch.zeros(()), torch.zeros(())
         for asset in assets[np.arange(count) * len(assets) // count]:
-            batch = loader.batch([Draw(int(asset), 0)], 1.0).to(self.world.device)
+            batch = loader.batch([SampleId(int(asset), 0)], 1.0).to(self.world.device)
             z_NC = self._latents(self.model, batch).double()
             rows, total_C, squares_C = (
                 rows + len(z_NC),
@@ -153,7 +153,7 @@ class FlowTask:
         found = []
         loader = GridLoader(self.val, self.cfg, images=True, training=False)
         for asset in assets_of(self.val, self.cfg, self.world, self.cfg.flow.batch_size):
-            batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
+            batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
             errors = [
                 self._errors(model, batch, torch.full_like(batch.times, t), batch.dropped)
                 for t in TIMES
@@ -165,16 +165,14 @@ class FlowTask:
         """Training assets from views never shown, and held-out assets: image, generated cells, stored ones."""
         numbers, rows = {}, []
         seen = "held_out_views" if self.cfg.held_out_views else "training_views"
-        for name, catalogue, only in (
+        for name, index, only in (
             (seen, self.train, True),
             ("held_out_assets", self.val, False),
         ):
-            loader = GridLoader(
-                catalogue, self.cfg, images=True, training=False, held_out_only=only
-            )
+            loader = GridLoader(index, self.cfg, images=True, training=False, held_out_only=only)
             overlaps = []
-            for asset in assets_of(catalogue, self.cfg, World(), 1)[: self.cfg.samples]:
-                batch = loader.batch([Draw(asset, 0)], 1.0).to(self.world.device)
+            for asset in assets_of(index, self.cfg, World(), 1)[: self.cfg.samples]:
+                batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
                 assert batch.images is not None
                 cells = draw_cells(model, model.flow.condition(batch.images), asset, self.cfg)
                 overlaps.append(float(intersection_over_union(cells, batch.occupied)))
@@ -198,10 +196,10 @@ def draw_cells(model: Structure, condition: Condition, seed: int, cfg: Structure
 
 
 def assets_of(
-    catalogue: Catalogue, cfg: StructureTraining, world: World, batch_size: int
+    index: BuildIndex, cfg: StructureTraining, world: World, batch_size: int
 ) -> list[int]:
     """This rank's share of the assets with cells, at most val_batches x batch_size where there are several ranks."""
-    assets = [int(n) for n in catalogue.tokens[cfg.resolution].nonzero()[0]]
+    assets = [int(n) for n in index.tokens[cfg.resolution].nonzero()[0]]
     return assets[world.rank :: world.size][: max(cfg.val_batches * batch_size, cfg.samples)]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.inference.extract_mesh import extract_meshes
 from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.marching_cubes import extract
-from train.data.bricks import BrickLoader, Catalogue, TrainBatch
+from train.data.bricks import BrickLoader, BuildIndex, VAEBatch
 from train.engine.config import VAETraining
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
@@ -20,20 +20,20 @@ from train.stages.vae.losses import vae_losses
 class VAETask:
     """The SS-VAE as the loop sees it."""
 
-    def __init__(self, cfg: VAETraining, world: World, val: Catalogue):
+    def __init__(self, cfg: VAETraining, world: World, val: BuildIndex):
         torch.manual_seed(cfg.loop.seed)  # the same weights on every rank
         self.cfg, self.world, self.val = cfg, world, val
         self.model = SparseVAE(cfg.model).to(world.device)
         self.model.activation_checkpointing = cfg.loop.activation_checkpointing
         self._flops_a_cell: dict[int, float] = {}
 
-    def losses(self, model: nn.Module, batch: TrainBatch) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, batch: VAEBatch) -> dict[str, Tensor]:
         values, posterior = model(batch.bricks, batch.noise)
         return vae_losses(
             values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss, share=batch.share
         )
 
-    def flops(self, batch: TrainBatch) -> float:
+    def flops(self, batch: VAEBatch) -> float:
         """Counted exactly for the first batch at each resolution, in proportion to cells after that."""
         resolution = batch.bricks.resolution
         if resolution not in self._flops_a_cell:
