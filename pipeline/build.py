@@ -19,7 +19,7 @@ from pipeline.orchestration.plan import make_plan, refuse_foreign
 from pipeline.orchestration.runner import run
 from pipeline.report import write_report
 from pipeline.sources import Source, open_source
-from pipeline.sources.shapenet import LICENCE as SHAPENET
+from pipeline.sources.shapenet import SHAPENET_LICENCE
 from pipeline.storage.locks import locked
 from pipeline.storage.remote import check_output
 
@@ -109,7 +109,7 @@ def open_sources(cfg: BuildConfig) -> list[Source]:
             raise UserError(
                 f"two sources of the kind {name}: their assets could not be told apart; use two builds"
             )
-    if SHAPENET in names and SHAPENET not in cfg.filter.licences:
+    if SHAPENET_LICENCE in names and SHAPENET_LICENCE not in cfg.filter.licences:
         raise UserError(
             "ShapeNet's terms allow research, not commerce; to accept them: --license-allow shapenet"
         )

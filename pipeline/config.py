@@ -14,7 +14,7 @@ from pipeline.core.hashing import hash_of, to_json
 from pipeline.core.options import CameraSet
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.curation.config import FilterConfig, RankConfig, ScreenConfig
-from pipeline.download.fetch import FetchConfig
+from pipeline.download.config import FetchConfig
 from pipeline.geometry.config import TopologyConfig
 from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
 from pipeline.rendering.config import RenderConfig

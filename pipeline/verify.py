@@ -23,7 +23,7 @@ from pipeline.core.hashing import hash_of, split_of
 from pipeline.core.options import CameraSet
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Record
-from pipeline.curation.screening_metrics import read_measured
+from pipeline.curation.screening_metrics import read_metrics_table
 from pipeline.orchestration.catalogue import CATALOGUE, Catalogue
 from pipeline.orchestration.commit import (
     MANIFEST,
@@ -304,7 +304,7 @@ def _product_problems(
         held = list(tokens)
     elif product.startswith("screen-"):
         try:
-            held = read_measured(path)["uid"].to_pylist()
+            held = read_metrics_table(path)["uid"].to_pylist()
         except ValueError as error:
             yield f"{product}: {error}"
             return

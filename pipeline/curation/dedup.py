@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 
 from pipeline.curation.config import DedupConfig
 
-EXACT, GEOMETRY, LOOKS = "duplicate_bytes", "duplicate_geometry", "duplicate_looks"
+DUPLICATE_BYTES, DUPLICATE_GEOMETRY, DUPLICATE_LOOKS = (
+    "duplicate_bytes",
+    "duplicate_geometry",
+    "duplicate_looks",
+)
 ROWS_AT_ONCE = 1 << 15  # pairs compared in one go
 
 
@@ -26,7 +30,7 @@ class Signatures:
     looks: NDArray[np.uint8]  # [N, 32]
 
 
-def duplicates(signatures: Signatures, cfg: DedupConfig) -> dict[int, tuple[str, int]]:
+def find_duplicates(signatures: Signatures, cfg: DedupConfig) -> dict[int, tuple[str, int]]:
     """Asset -> (why, of which one) for every copy of a kept asset. A copy of a dropped one alone is kept.
 
     Assets are judged in their order, by bytes, then shape, then looks.
@@ -36,9 +40,17 @@ def duplicates(signatures: Signatures, cfg: DedupConfig) -> dict[int, tuple[str,
     shape_of = _classes((row.tobytes(), area, tokens) for row, area, tokens in exact)
     looks_of = _classes(row.tobytes() for row in signatures.looks)
     kinds = [
-        (EXACT, bytes_of, {}),
-        (GEOMETRY, shape_of, _neighbours(_near_shapes(signatures, np.unique(shape_of), cfg))),
-        (LOOKS, looks_of, _neighbours(_near_looks(signatures.looks, np.unique(looks_of), cfg))),
+        (DUPLICATE_BYTES, bytes_of, {}),
+        (
+            DUPLICATE_GEOMETRY,
+            shape_of,
+            _neighbours(_near_shapes(signatures, np.unique(shape_of), cfg)),
+        ),
+        (
+            DUPLICATE_LOOKS,
+            looks_of,
+            _neighbours(_near_looks(signatures.looks, np.unique(looks_of), cfg)),
+        ),
     ]
     kept: dict[tuple[str, int], int] = {}  # a class of equals -> the asset of it that is kept
     result: dict[int, tuple[str, int]] = {}

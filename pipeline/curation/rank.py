@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.curation.config import RankConfig
-from pipeline.curation.dedup import Signatures, duplicates
+from pipeline.curation.dedup import Signatures, find_duplicates
 
 WEIGHTS = {"detail": 0.30, "texture": 0.25, "solid": 0.20, "views": 0.15, "complete": 0.10}
 # Why an asset is turned away, and the options that decide it; the rest of the reasons have no threshold.
@@ -66,7 +66,7 @@ def rank(table: pa.Table, cfg: RankConfig) -> pa.Table:
     # The best first, equals by uid; rows are sorted by uid already and the sort is stable.
     candidates = np.flatnonzero(measured & (reason == ""))
     candidates = candidates[np.argsort(-score[candidates], kind="stable")]
-    copies = duplicates(_signatures(table.take(candidates), values, candidates), cfg.dedup)
+    copies = find_duplicates(_signatures(table.take(candidates), values, candidates), cfg.dedup)
     duplicate_of = np.full(len(uids), "", object)
     for copy, (why, original) in copies.items():
         stage[candidates[copy]], reason[candidates[copy]] = "duplicates", why

@@ -28,7 +28,7 @@ CELLS = 16  # along one side of the occupancy signature: 16^3 bits
 CAMERAS = (
     "screening"  # seeds the views: the same for every asset, so that their hashes can be compared
 )
-COLUMNS = pa.schema(
+METRICS_SCHEMA = pa.schema(
     [
         ("uid", pa.string()),
         ("tokens", pa.int64()),
@@ -50,7 +50,7 @@ COLUMNS = pa.schema(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class ScreeningMetrics:
     """One row of `screen/<R>/<shard>.parquet`, uid aside."""
 
     tokens: int  # at the screening's resolution
@@ -69,34 +69,36 @@ class Measured:
     looks: bytes
 
 
-def measure(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> Measured:
+def compute_metrics(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> ScreeningMetrics:
     """Everything, from a normalised mesh. Reject as `render_views`."""
     bricks = compute_bricks(topology, cfg.resolution)
-    box = box_points(mesh, topology.resolution)
-    solid = float(enclosed(topology.exterior) / box)
+    box = bounding_box_grid_points(mesh, topology.resolution)
+    solid = float(enclosed_grid_points(topology.exterior) / box)
     views = list(render_views(mesh, CAMERAS, cfg.render))
     numbers = {name: round(value, 6) for name, value in view_numbers(views).items()}
-    return Measured(
+    return ScreeningMetrics(
         tokens=len(bricks.blocks),
         solid_fraction=round(min(solid, 1.0), 6),  # the barrier may stick out of the box
-        leak_fraction=round(max(0.0, float(enclosed(_doubled(topology)) / box) - solid), 6),
+        leak_fraction=round(
+            max(0.0, float(enclosed_grid_points(_doubled(topology)) / box) - solid), 6
+        ),
         sheet_share=round(topology.numbers["sheet_share"], 6),
         visible_area=round(topology.numbers["visible_area"], 6),
         textured=any(part.material.texture is not None for part in mesh.parts),
         colored=any(part.colors is not None for part in mesh.parts) or len(mesh.parts) > 1,
-        occupancy=occupancy_bits(bricks),
-        looks=b"".join(look_bits(view) for view in views),
+        occupancy=occupancy_signature(bricks),
+        looks=b"".join(appearance_hash(view) for view in views),
         **numbers,
     )
 
 
-def box_points(mesh: Mesh, resolution: int) -> float:
+def bounding_box_grid_points(mesh: Mesh, resolution: int) -> float:
     """How many points of the R^3 grid the bounding box holds, as a volume; at least one voxel thick."""
     h = spacing(resolution)
     return float(np.prod(np.maximum(np.ptp(mesh.vertices, axis=0), h)) / h**3)
 
 
-def enclosed(exterior: Exterior) -> float:
+def enclosed_grid_points(exterior: Exterior) -> float:
     """How many grid points the flood did not reach, those of the barrier counting half."""
     bins = exterior.bins
     inside = np.count_nonzero((bins.bin_of < 0) & ~exterior.whole) * 512
@@ -114,14 +116,14 @@ def _doubled(topology: Topology) -> Exterior:
     return flood(packed, bins, np.ones(len(packed), np.bool_), 2 * BARRIER_VOXELS)
 
 
-def occupancy_bits(bricks: Bricks) -> bytes:
+def occupancy_signature(bricks: Bricks) -> bytes:
     """Which cells of a 16^3 grid over the cube hold surface: the same for any winding, order and cut of the faces."""
     cells = np.zeros((CELLS,) * 3, bool)
     cells[tuple((bricks.blocks.astype(np.int64) * 8 * CELLS // bricks.resolution).T)] = True
     return np.packbits(cells).tobytes()
 
 
-def look_bits(view: View) -> bytes:
+def appearance_hash(view: View) -> bytes:
     """64 bits of a view's low frequencies, each above or below their median: a perceptual hash (DCT of 32 x 32)."""
     rgba = view.rgba.astype(np.float64)
     alpha = rgba[..., 3] / 255
@@ -133,7 +135,7 @@ def look_bits(view: View) -> bytes:
     return np.packbits(low > np.median(low[1:])).tobytes()
 
 
-def save_measured(folder: Path, measured: Measured) -> None:
+def save_metrics(folder: Path, measured: ScreeningMetrics) -> None:
     row = {
         name: value.hex() if isinstance(value, bytes) else value
         for name, value in asdict(measured).items()
@@ -141,9 +143,9 @@ def save_measured(folder: Path, measured: Measured) -> None:
     (folder / "measured.json").write_text(json.dumps(row))
 
 
-def load_measured(folder: Path) -> Measured:
+def load_metrics(folder: Path) -> ScreeningMetrics:
     row = json.loads((folder / "measured.json").read_text())
-    return Measured(
+    return ScreeningMetrics(
         **{
             **row,
             "occupancy": bytes.fromhex(row["occupancy"]),
@@ -152,22 +154,22 @@ def load_measured(folder: Path) -> Measured:
     )
 
 
-def write_measured(path: Path, rows: Sequence[tuple[str, Measured]]) -> None:
+def write_metrics_table(path: Path, rows: Sequence[tuple[str, ScreeningMetrics]]) -> None:
     """One shard's rows, in the given order. The same rows give the same bytes."""
     table = pa.Table.from_pylist(
-        [{"uid": uid, **asdict(measured)} for uid, measured in rows], COLUMNS
+        [{"uid": uid, **asdict(measured)} for uid, measured in rows], METRICS_SCHEMA
     )
     pq.write_table(table, path, compression="zstd")
 
 
-def read_measured(path: Location) -> pa.Table:
+def read_metrics_table(path: Location) -> pa.Table:
     """ValueError if it is not a table of this format version."""
     try:
         table = pq.read_table(readable(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} must be a readable table: {error}") from error
-    if not table.schema.equals(COLUMNS, check_metadata=True):
+    if not table.schema.equals(METRICS_SCHEMA, check_metadata=True):
         raise ValueError(
-            f"{path} must have the columns {COLUMNS.names} of format_version {FORMAT_VERSION}"
+            f"{path} must have the columns {METRICS_SCHEMA.names} of format_version {FORMAT_VERSION}"
         )
     return table

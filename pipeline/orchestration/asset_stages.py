@@ -19,7 +19,7 @@ from pipeline.core.grid import CELL_SIDE
 from pipeline.core.image_codec import encode
 from pipeline.core.schema import Bricks, Mesh, Record
 from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata
-from pipeline.curation.screening_metrics import measure, save_measured
+from pipeline.curation.screening_metrics import compute_metrics, save_metrics
 from pipeline.geometry import sdf_cuda as gpu
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
@@ -157,7 +157,7 @@ def _make(job: AssetJob, product: str, mesh: Mesh, topology: Topology) -> dict[s
     folder = job.folder / product
     folder.mkdir()
     if kind == "screen":
-        save_measured(folder, measure(mesh, topology, job.config.screen))
+        save_metrics(folder, compute_metrics(mesh, topology, job.config.screen))
         return {}
     if kind == "sdf":
         bricks = compute_bricks(topology, int(variant), job.config.device)

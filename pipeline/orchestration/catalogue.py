@@ -16,7 +16,7 @@ from pipeline.core.hashing import sha256_of, to_json
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Record
 from pipeline.curation.rank import funnel_rows, rank
-from pipeline.curation.screening_metrics import read_measured
+from pipeline.curation.screening_metrics import read_metrics_table
 from pipeline.orchestration.commit import manifest_path, product_paths
 from pipeline.orchestration.plan import Plan
 from pipeline.storage.locks import workspace
@@ -95,9 +95,9 @@ def _screened(plan: Plan) -> pa.Table:
             "missing_files", pa.array(missing, pa.int64())
         )
         records = plan.table.slice(number * size, size).drop_columns(["shard", "row", "sha256"])
-        measured = read_measured(out / product_paths(product, shard)[0]).replace_schema_metadata(
-            None
-        )
+        measured = read_metrics_table(
+            out / product_paths(product, shard)[0]
+        ).replace_schema_metadata(None)
         joined = records.join(found, "uid").join(measured, "uid")
         parts.append(joined.sort_by("uid"))
     return pa.concat_tables(parts)

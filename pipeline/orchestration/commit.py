@@ -16,7 +16,7 @@ from pipeline.config import BuildConfig
 from pipeline.core.files import sync
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks, Record
-from pipeline.curation.screening_metrics import load_measured, write_measured
+from pipeline.curation.screening_metrics import load_metrics, write_metrics_table
 from pipeline.orchestration.asset_stages import NOTES, AssetJob, Notes, load_bricks
 from pipeline.orchestration.isolated_process import Exit
 from pipeline.orchestration.manifest import (
@@ -239,8 +239,8 @@ def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dic
             {results[uid].products[product].get("device", "cpu") for uid in uids}
         )
     elif product.startswith("screen-"):
-        rows = [(uid, load_measured(scratch_folder(out, job.shard, uid) / product)) for uid in uids]
-        write_measured(partial / paths[0].name, rows)
+        rows = [(uid, load_metrics(scratch_folder(out, job.shard, uid) / product)) for uid in uids]
+        write_metrics_table(partial / paths[0].name, rows)
     else:
         entries = []
         for uid in uids:

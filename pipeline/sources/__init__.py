@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 
 from pipeline.core.errors import UserError
 from pipeline.core.schema import Record
-from pipeline.download.fetch import FetchConfig
+from pipeline.download.config import FetchConfig
 
 
 class Listing(Protocol):

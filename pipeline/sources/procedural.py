@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.core.hashing import make_uid, seed_of
 from pipeline.core.schema import Record
 from pipeline.sources.shapes import FAMILIES, to_glb
-from pipeline.sources.shapes.kit import Piece
+from pipeline.sources.shapes.primitives import Piece
 
 
 @dataclass(frozen=True, kw_only=True)

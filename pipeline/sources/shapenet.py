@@ -17,7 +17,9 @@ from pipeline.mesh_io.archive import ArchiveLimits, extract
 from pipeline.sources.annotations import to_metadata
 
 MODELS = ("models/model_normalized.obj", "model.obj")  # version 2, version 1
-LICENCE = "shapenet"  # its terms of use: research, not commercial; on no list of open licences
+SHAPENET_LICENCE = (
+    "shapenet"  # its terms of use: research, not commercial; on no list of open licences
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class ShapeNetSource:
                         uid=make_uid(self.name, f"{synset}/{model}"),
                         source=self.name,
                         url=path,
-                        licence=LICENCE,
+                        licence=SHAPENET_LICENCE,
                         format="obj",
                         metadata=to_metadata(
                             name=words[0] if words else "", categories=[synset, *words], split=split

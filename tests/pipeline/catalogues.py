@@ -29,7 +29,7 @@ def write_json(path: Path, value: object) -> None:
         file.write(gzip.compress(json.dumps(value).encode(), mtime=0))
 
 
-def about(**said: object) -> dict:
+def annotation(**said: object) -> dict:
     """An annotation with the fields of a real one that matter."""
     return {
         "name": "Thing",
@@ -41,7 +41,7 @@ def about(**said: object) -> dict:
     }
 
 
-def objaverse(folder: Path, assets: dict[str, dict]) -> Path:
+def write_objaverse(folder: Path, assets: dict[str, dict]) -> Path:
     """Annotations of Objaverse 1.0: id -> annotation, spread over two metadata files."""
     ids = sorted(assets)
     place = {uid: f"000-{number % 2:03d}" for number, uid in enumerate(ids)}
@@ -55,7 +55,7 @@ def objaverse(folder: Path, assets: dict[str, dict]) -> Path:
     return folder
 
 
-def objaverse_xl(
+def write_objaverse_xl(
     folder: Path, rows: dict[str, list[tuple[str, str | None, str, str | None]]]
 ) -> Path:
     """Annotations of Objaverse-XL: place -> (fileIdentifier, license, fileType, sha256)."""
@@ -73,7 +73,7 @@ def objaverse_xl(
     return folder
 
 
-def shapenet(
+def write_shapenet(
     root: Path, version: int, models: dict[str, list[str]], *, zipped: tuple[str, ...] = ()
 ) -> Path:
     """Synset -> ids; version 2 keeps the images a folder above the mesh. Synsets in `zipped` are archives."""

@@ -24,11 +24,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         with server.lock:
-            visit = server.visits.get(self.path, 0)
-            server.visits[self.path] = visit + 1
-            server.asked.append((self.path, dict(self.headers)))
+            visit = server.visit_counts.get(self.path, 0)
+            server.visit_counts[self.path] = visit + 1
+            server.requests.append((self.path, dict(self.headers)))
             server.open_now += 1
-            server.most_open = max(server.most_open, server.open_now)
+            server.max_open = max(server.max_open, server.open_now)
         script = server.scripts.get(self.path, [])
         behaviour = (
             script[visit]
@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = json.dumps(self.server.posts[self.path](body)).encode()
+        answer = json.dumps(self.server.post_handlers[self.path](body)).encode()
         self._head(200, {"Content-Length": len(answer)})
         self.wfile.write(answer)
 
@@ -144,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
         while not self.server.end.is_set():
             self.wfile.write(b"x" * 65536)
 
-    def go(self, location: str) -> None:
+    def redirect(self, location: str) -> None:
         self._head(302, {"Location": location, "Content-Length": 0})
 
     def _head(self, code: int, headers: dict[str, object]) -> None:
@@ -178,12 +178,12 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.scripts: dict[str, list[str]] = {}
-        self.posts: dict[str, Callable[[dict], object]] = {}
-        self.visits: dict[str, int] = {}
-        self.asked: list[tuple[str, dict[str, str]]] = []
+        self.post_handlers: dict[str, Callable[[dict], object]] = {}
+        self.visit_counts: dict[str, int] = {}
+        self.requests: list[tuple[str, dict[str, str]]] = []
         self.lock = threading.Lock()
         self.end = threading.Event()
-        self.open_now = self.most_open = 0
+        self.open_now = self.max_open = 0
 
     @property
     def url(self) -> str:
@@ -194,7 +194,7 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def running():
+def run_server():
     server = Server()
     thread = threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True

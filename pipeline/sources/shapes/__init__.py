@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.sources.shapes import basic, nested, objects, thin, things
+from pipeline.sources.shapes import basic, everyday_objects, furniture_and_parts, nested, thin
 from pipeline.sources.shapes.glb import to_glb
-from pipeline.sources.shapes.kit import Piece
+from pipeline.sources.shapes.primitives import Piece
 from pipeline.sources.shapes.textures import Rng
 
 __all__ = ["FAMILIES", "to_glb"]
@@ -20,58 +20,65 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(
             basic.torus_knot,
-            objects.chair,
+            furniture_and_parts.chair,
             thin.flag,
             basic.supershape,
-            things.mug,
+            everyday_objects.mug,
             nested.nested_spheres,
         ),
         *(
-            objects.robot,
+            furniture_and_parts.robot,
             basic.vase,
             thin.wireframe,
-            objects.car,
+            furniture_and_parts.car,
             basic.gear,
-            things.tree,
+            everyday_objects.tree,
             thin.bowl,
             basic.letter,
         ),
         *(
-            objects.house,
+            furniture_and_parts.house,
             nested.inside_out,
             basic.torus,
-            objects.table,
+            furniture_and_parts.table,
             thin.open_box,
             basic.pawn,
-            objects.rocket,
+            furniture_and_parts.rocket,
         ),
         *(
             basic.gem,
-            things.mushroom,
+            everyday_objects.mushroom,
             thin.fence,
             basic.crate,
-            objects.lamp,
+            furniture_and_parts.lamp,
             nested.shuffled,
             basic.star,
         ),
         *(
-            things.castle,
+            everyday_objects.castle,
             thin.mobius,
             basic.bottle,
-            objects.airplane,
+            furniture_and_parts.airplane,
             basic.pebble,
             thin.umbrella,
-            things.snowman,
+            everyday_objects.snowman,
         ),
         *(
             nested.thick_box,
             basic.heart,
-            objects.boat,
+            furniture_and_parts.boat,
             thin.ladder,
             basic.barrel,
-            things.bookshelf,
+            everyday_objects.bookshelf,
             thin.plates,
         ),
-        *(basic.ball, nested.doubled, thin.spring, basic.pill, things.dumbbell, thin.paper_plane),
+        *(
+            basic.ball,
+            nested.doubled,
+            thin.spring,
+            basic.pill,
+            everyday_objects.dumbbell,
+            thin.paper_plane,
+        ),
     )
 }

@@ -1,21 +1,21 @@
-"""Families of single closed solids."""
+"""Families of single closed closed_solids."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pipeline.sources.shapes import solids, textures
-from pipeline.sources.shapes.kit import (
+from pipeline.sources.shapes import closed_solids, textures
+from pipeline.sources.shapes.primitives import (
     Paint,
     Piece,
     colored,
     extrude,
     lathe,
-    moved,
     painted,
     ring,
+    rotated,
     scaled,
-    turned,
+    translated,
 )
 from pipeline.sources.shapes.textures import Rng
 
@@ -107,7 +107,10 @@ def crate(rng: Rng) -> list[Piece]:
     a, b, *_ = textures.palette(rng)
     x, y, z = rng.uniform(0.5, 1.0, 3)
     return [
-        painted(solids.box(x, y, z), Paint(texture=textures.checker(a, b, int(rng.integers(2, 7)))))
+        painted(
+            closed_solids.box(x, y, z),
+            Paint(texture=textures.checker(a, b, int(rng.integers(2, 7)))),
+        )
     ]
 
 
@@ -115,7 +118,7 @@ def ball(rng: Rng) -> list[Piece]:
     image = textures.stripes(
         textures.palette(rng)[: rng.integers(2, 5)], int(rng.integers(2, 4)) * 4
     )
-    tilted = turned(solids.sphere(1.0), "x", rng.uniform(-40, 40))
+    tilted = rotated(closed_solids.sphere(1.0), "x", rng.uniform(-40, 40))
     return [painted(tilted, Paint(texture=image, roughness=0.4))]
 
 
@@ -138,7 +141,7 @@ def barrel(rng: Rng) -> list[Piece]:
             (high + 0.015, 0.035),
             (high - 0.03, 0.035),
         ]
-        hoops.append(painted(moved(lathe(section, closed=True), y=height), iron))
+        hoops.append(painted(translated(lathe(section, closed=True), y=height), iron))
     return [painted(body, Paint(texture=image)), *hoops]
 
 
@@ -151,14 +154,14 @@ def torus(rng: Rng) -> list[Piece]:
         edge = 0.06 * np.sin(waves * np.arctan2(p[:, 2], p[:, 0]) + phase)
         return np.where((p[:, 1] > edge)[:, None], icing, dough)
 
-    return [colored(solids.torus(1.0, tube, 128, 48), color)]
+    return [colored(closed_solids.torus(1.0, tube, 128, 48), color)]
 
 
 def supershape(rng: Rng) -> list[Piece]:
     m = int(rng.integers(3, 9)), int(rng.integers(2, 7))
     n = float(rng.uniform(0.35, 0.8)), float(rng.uniform(0.8, 1.6)), float(rng.uniform(0.8, 1.6))
     a, b, *_ = (np.array(color) for color in textures.palette(rng))
-    body = solids.supershape(m, n)
+    body = closed_solids.supershape(m, n)
     far = np.linalg.norm(body.vertices, axis=1).max()
     return [colored(body, lambda p: a + (b - a) * np.linalg.norm(p, axis=1, keepdims=True) / far)]
 
@@ -195,7 +198,7 @@ def torus_knot(rng: Rng) -> list[Piece]:
     t = 2 * np.pi * np.arange(300) / 300
     r = 1 + 0.45 * np.cos(q * t)
     path = np.stack([r * np.cos(p * t), r * np.sin(p * t), 0.45 * np.sin(q * t)], axis=1)
-    wire = solids.tube(path, rng.uniform(0.1, 0.17), 16, closed=True)
+    wire = closed_solids.tube(path, rng.uniform(0.1, 0.17), 16, closed=True)
     a, b, *_ = (np.array(color) for color in textures.palette(rng))
     return [colored(wire, lambda x: a + (b - a) * (0.5 + 0.5 * np.sin(3 * x[:, :1])))]
 
@@ -234,21 +237,21 @@ def gem(rng: Rng) -> list[Piece]:
     color = textures.palette(rng)[0]
     if name == "cut":  # like a brilliant: table, crown, girdle, pavilion
         n = int(rng.integers(6, 11))
-        top, middle = solids.circle(0.55, n), solids.circle(1.0, 2 * n)
+        top, middle = closed_solids.circle(0.55, n), closed_solids.circle(1.0, 2 * n)
         rows = [np.column_stack([top[:, 0], np.full(n, 0.4), top[:, 1]])]
         rows += [
             np.column_stack([middle[:, 0], np.full(2 * n, y), middle[:, 1]]) for y in (0.05, 0.0)
         ]
-        body = solids.hull(np.concatenate([*rows, [[0.0, -0.85, 0.0]]]))
+        body = closed_solids.hull(np.concatenate([*rows, [[0.0, -0.85, 0.0]]]))
     else:
-        body = scaled(solids.polyhedron(name), 1.0, rng.uniform(1.0, 1.6), 1.0)
+        body = scaled(closed_solids.polyhedron(name), 1.0, rng.uniform(1.0, 1.6), 1.0)
     return [painted(body, Paint(color=color, roughness=0.15))]
 
 
 def pill(rng: Rng) -> list[Piece]:
     a, b, *_ = textures.palette(rng)
     length = rng.uniform(0.8, 2.0)
-    body = turned(solids.capsule(0.5, length), "z", rng.uniform(-60, 60))
+    body = rotated(closed_solids.capsule(0.5, length), "z", rng.uniform(-60, 60))
     return [
         painted(body, Paint(texture=textures.stripes([a, b], 2, upright=False), roughness=0.25))
     ]
@@ -265,7 +268,7 @@ def heart(rng: Rng) -> list[Piece]:
     flat = centre + (outline - centre)[:, None] * np.cos(slope)[None, :, None]
     flat[:, [0, -1]] = centre
     depth = np.broadcast_to(bulge * np.sin(slope), flat.shape[:2])
-    body = solids.patch(np.concatenate([flat, depth[..., None]], axis=-1))
+    body = closed_solids.patch(np.concatenate([flat, depth[..., None]], axis=-1))
     return [painted(body, Paint(color=textures.palette(rng)[0], roughness=0.3))]
 
 
@@ -292,7 +295,7 @@ def bottle(rng: Rng) -> list[Piece]:
         [neck + (body - neck) * (0.5 + 0.5 * np.cos(np.pi * t)), 0.7 + 0.25 * t], axis=1
     )
     profile = [(0.0, 0.04), (body * 0.7, 0.0), (body, 0.05), *shoulder, (neck, 1.2), (0.0, 1.2)]
-    cap = moved(solids.cylinder(neck * 1.25, 0.1), y=1.2)
+    cap = translated(closed_solids.cylinder(neck * 1.25, 0.1), y=1.2)
     colors = textures.palette(rng)
     label = [(body + 0.008, 0.2), (body + 0.008, 0.55), (body - 0.02, 0.55), (body - 0.02, 0.2)]
     return [
@@ -306,7 +309,7 @@ def bottle(rng: Rng) -> list[Piece]:
 
 def pebble(rng: Rng) -> list[Piece]:
     """A lumpy stone: a sphere displaced by a few soft waves."""
-    base = solids.sphere(1.0, 96, 48)
+    base = closed_solids.sphere(1.0, 96, 48)
     directions, phases = rng.normal(size=(8, 3)), rng.uniform(0, 6, 8)
     height = 1 + 0.07 * np.sin(2.2 * base.vertices @ directions.T + phases).sum(axis=1) / 2
     stone = Piece(vertices=base.vertices * height[:, None], faces=base.faces, uv=base.uv)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse import coo_array
 
-from pipeline.sources.shapes.kit import Paint, Piece, Points, Triangles
+from pipeline.sources.shapes.primitives import Paint, Piece, Points, Triangles
 
 FLOAT, UINT32 = 5126, 5125
 ARRAY_BUFFER, ELEMENT_BUFFER = 34962, 34963

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.sources.shapes import basic, objects, solids, textures
-from pipeline.sources.shapes.kit import Paint, Piece, flipped, moved, painted, ring
+from pipeline.sources.shapes import basic, closed_solids, furniture_and_parts, textures
+from pipeline.sources.shapes.primitives import Paint, Piece, flipped, painted, ring, translated
 from pipeline.sources.shapes.textures import Rng
 
 
@@ -15,13 +15,15 @@ def nested_spheres(rng: Rng) -> list[Piece]:
     """A ball with hidden ones inside; only the outermost can be seen."""
     a, b, c, *_ = textures.palette(rng)
     outer = painted(
-        solids.sphere(1.0, 64, 32), Paint(texture=textures.noise(rng, a, b), roughness=0.3)
+        closed_solids.sphere(1.0, 64, 32), Paint(texture=textures.noise(rng, a, b), roughness=0.3)
     )
     inner = [
-        moved(solids.sphere(rng.uniform(0.15, 0.35), 32, 16), *rng.uniform(-0.35, 0.35, 3))
+        translated(
+            closed_solids.sphere(rng.uniform(0.15, 0.35), 32, 16), *rng.uniform(-0.35, 0.35, 3)
+        )
         for _ in range(2)
     ]
-    inner.append(flipped(solids.sphere(0.85, 48, 24)))
+    inner.append(flipped(closed_solids.sphere(0.85, 48, 24)))
     return [outer, *(painted(ball, Paint(color=c)) for ball in inner)]
 
 
@@ -36,8 +38,8 @@ def thick_box(rng: Rng) -> list[Piece]:
         vertices=np.stack([tube.vertices[:, 0], tube.vertices[:, 2], -tube.vertices[:, 1]], axis=1),
         uv=None,
     )
-    inside = moved(solids.box(0.3, tall * rng.uniform(0.6, 1.3), 0.3), y=0.1)
-    floor = moved(solids.box(0.99, 0.08, 0.99), y=-tall / 2 + 0.04)
+    inside = translated(closed_solids.box(0.3, tall * rng.uniform(0.6, 1.3), 0.3), y=0.1)
+    floor = translated(closed_solids.box(0.99, 0.08, 0.99), y=-tall / 2 + 0.04)
     paint = Paint(texture=textures.checker(a, b, 4), tiles=1.0)
     return [
         painted(upright, paint),
@@ -48,13 +50,15 @@ def thick_box(rng: Rng) -> list[Piece]:
 
 def inside_out(rng: Rng) -> list[Piece]:
     """A sound shape, every face turned inward."""
-    shape = (basic.pawn, basic.gear, basic.vase, objects.car)[rng.integers(4)](rng)
+    shape = (basic.pawn, basic.gear, basic.vase, furniture_and_parts.car)[rng.integers(4)](rng)
     return [flipped(piece) for piece in shape]
 
 
 def shuffled(rng: Rng) -> list[Piece]:
     """A sound shape, half of its faces turned inward at random."""
-    shape = (basic.supershape, basic.torus_knot, basic.bottle, objects.rocket)[rng.integers(4)](rng)
+    shape = (basic.supershape, basic.torus_knot, basic.bottle, furniture_and_parts.rocket)[
+        rng.integers(4)
+    ](rng)
     return [_with_flips(piece, rng) for piece in shape]
 
 
@@ -65,7 +69,7 @@ def _with_flips(piece: Piece, rng: Rng) -> Piece:
 
 def doubled(rng: Rng) -> list[Piece]:
     """A sound shape, every face there twice: once as it is, once seen from behind."""
-    shape = (basic.pebble, basic.star, basic.heart, objects.chair)[rng.integers(4)](rng)
+    shape = (basic.pebble, basic.star, basic.heart, furniture_and_parts.chair)[rng.integers(4)](rng)
     return [
         replace(piece, faces=np.concatenate([piece.faces, piece.faces[:, ::-1]])) for piece in shape
     ]

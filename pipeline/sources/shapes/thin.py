@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.sources.shapes import solids, textures
-from pipeline.sources.shapes.kit import (
+from pipeline.sources.shapes import closed_solids, textures
+from pipeline.sources.shapes.primitives import (
     Paint,
     Piece,
-    aimed,
     colored,
     extrude,
     lathe,
-    moved,
     painted,
+    placed_between,
+    rotated,
     surface,
-    turned,
+    translated,
 )
 from pipeline.sources.shapes.textures import Rng
 
@@ -32,8 +32,8 @@ def flag(rng: Rng) -> list[Piece]:
         textures.stripes(colors, 3, upright=False),
         textures.checker(colors[0], colors[1], 6),
     )
-    pole = aimed(solids.rod(0.025, 20), (-0.01, -0.4, 0.0), (-0.01, 1.55, 0.0))
-    knob = moved(solids.sphere(0.06, 24, 12), x=-0.01, y=1.57)
+    pole = placed_between(closed_solids.rod(0.025, 20), (-0.01, -0.4, 0.0), (-0.01, 1.55, 0.0))
+    knob = translated(closed_solids.sphere(0.06, 24, 12), x=-0.01, y=1.57)
     return [
         painted(cloth, Paint(texture=images[rng.integers(3)])),
         painted(pole, Paint(color=(0.75, 0.75, 0.78), metallic=0.5, roughness=0.4)),
@@ -100,7 +100,7 @@ def mobius(rng: Rng) -> list[Piece]:
         t = np.arctan2(p[:, :1], p[:, 2:]) / np.pi
         return np.where(np.abs(t) < 1 / 3, a, np.where(t < 0, b, c))
 
-    return [colored(turned(surface(points), "x", 25), color)]
+    return [colored(rotated(surface(points), "x", 25), color)]
 
 
 def umbrella(rng: Rng) -> list[Piece]:
@@ -124,7 +124,7 @@ def umbrella(rng: Rng) -> list[Piece]:
     )
     return [
         painted(canopy, Paint(texture=textures.stripes(colors, ribs))),
-        painted(solids.tube(path, 0.02, 12), Paint(color=(0.25, 0.16, 0.1))),
+        painted(closed_solids.tube(path, 0.02, 12), Paint(color=(0.25, 0.16, 0.1))),
     ]
 
 
@@ -158,7 +158,7 @@ def wireframe(rng: Rng) -> list[Piece]:
             (i, j) for i in range(8) for j in range(i) if (corners[i] != corners[j]).sum() == 1
         }
     else:
-        body = solids.polyhedron(name)
+        body = closed_solids.polyhedron(name)
         corners = body.vertices
         edges = {
             (max(f[i], f[i - 1]), min(f[i], f[i - 1]))
@@ -167,11 +167,11 @@ def wireframe(rng: Rng) -> list[Piece]:
         }
     radius, (a, b, *_) = rng.uniform(0.012, 0.03), textures.palette(rng)
     rods = [
-        painted(aimed(solids.rod(radius), corners[i], corners[j]), Paint(color=a))
+        painted(placed_between(closed_solids.rod(radius), corners[i], corners[j]), Paint(color=a))
         for i, j in sorted(edges)
     ]
     return rods + [
-        painted(moved(solids.sphere(radius * 2.5, 20, 10), *corner), Paint(color=b))
+        painted(translated(closed_solids.sphere(radius * 2.5, 20, 10), *corner), Paint(color=b))
         for corner in corners
     ]
 
@@ -183,11 +183,13 @@ def fence(rng: Rng) -> list[Piece]:
     wide = rng.uniform(0.06, 0.11)
     outline = [(-wide / 2, 0), (wide / 2, 0), (wide / 2, tall), (0, tall + 0.08), (-wide / 2, tall)]
     pieces = [
-        painted(moved(extrude(outline, 0.02), x=gap * (k - (pickets - 1) / 2)), wood)
+        painted(translated(extrude(outline, 0.02), x=gap * (k - (pickets - 1) / 2)), wood)
         for k in range(pickets)
     ]
     for y in (0.2, tall - 0.15):
-        pieces.append(painted(moved(solids.box(gap * pickets, 0.05, 0.02), y=y, z=-0.02), wood))
+        pieces.append(
+            painted(translated(closed_solids.box(gap * pickets, 0.05, 0.02), y=y, z=-0.02), wood)
+        )
     return pieces
 
 
@@ -196,7 +198,10 @@ def plates(rng: Rng) -> list[Piece]:
     colors, count = textures.palette(rng), int(rng.integers(3, 6))
     pieces = [
         painted(
-            moved(solids.cylinder(0.03, 0.36 * (count - 1) + 0.3, 20), y=0.18 * (count - 1) + 0.1),
+            translated(
+                closed_solids.cylinder(0.03, 0.36 * (count - 1) + 0.3, 20),
+                y=0.18 * (count - 1) + 0.1,
+            ),
             Paint(color=colors[4]),
         )
     ]
@@ -211,7 +216,9 @@ def plates(rng: Rng) -> list[Piece]:
             (0.0, 0.015),
         ]
         pieces.append(
-            painted(moved(lathe(dish, 64), y=0.36 * k), Paint(color=colors[k % 4], roughness=0.2))
+            painted(
+                translated(lathe(dish, 64), y=0.36 * k), Paint(color=colors[k % 4], roughness=0.2)
+            )
         )
     return pieces
 
@@ -221,14 +228,14 @@ def ladder(rng: Rng) -> list[Piece]:
     paint = Paint(texture=textures.wood(rng, textures.pick(rng, textures.WOODS)))
     lean = rng.uniform(10, 25)
     pieces = [
-        aimed(solids.rod(0.03), (side * wide, 0, 0), (side * wide * 0.8, tall, 0))
+        placed_between(closed_solids.rod(0.03), (side * wide, 0, 0), (side * wide * 0.8, tall, 0))
         for side in (-1, 1)
     ]
     for k in range(rungs):
         y = tall * (k + 0.5) / rungs
         reach = wide * (1 - 0.2 * y / tall)
-        pieces.append(aimed(solids.rod(0.018), (-reach, y, 0), (reach, y, 0)))
-    return [painted(turned(piece, "x", -lean), paint) for piece in pieces]
+        pieces.append(placed_between(closed_solids.rod(0.018), (-reach, y, 0), (reach, y, 0)))
+    return [painted(rotated(piece, "x", -lean), paint) for piece in pieces]
 
 
 def spring(rng: Rng) -> list[Piece]:
@@ -237,4 +244,4 @@ def spring(rng: Rng) -> list[Piece]:
     radius = 0.4 * (1 - rng.uniform(0, 0.5) * t / t[-1])
     path = np.stack([radius * np.sin(t), 1.2 * t / t[-1], radius * np.cos(t)], axis=1)
     a, b, *_ = (np.array(color) for color in textures.palette(rng))
-    return [colored(solids.tube(path, wire, 12), lambda p: a + (b - a) * p[:, 1:2] / 1.2)]
+    return [colored(closed_solids.tube(path, wire, 12), lambda p: a + (b - a) * p[:, 1:2] / 1.2)]

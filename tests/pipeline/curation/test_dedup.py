@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.curation.config import DedupConfig
-from pipeline.curation.dedup import EXACT, GEOMETRY, LOOKS, Signatures, duplicates
+from pipeline.curation.dedup import (
+    DUPLICATE_BYTES,
+    DUPLICATE_GEOMETRY,
+    DUPLICATE_LOOKS,
+    Signatures,
+    find_duplicates,
+)
 
 CFG = DedupConfig(area_percent=2.0, tokens_percent=4.0)  # wide enough for many near misses
 
@@ -48,15 +54,15 @@ def flipped(row, bits, draw):
 def same(s, a, b, cfg):
     """Why b is a copy of a, "" if it is none."""
     if s.sha256[a] == s.sha256[b]:
-        return EXACT
+        return DUPLICATE_BYTES
     close = abs(np.log(s.area[a] / s.area[b])) <= np.log1p(cfg.area_percent / 100)
     close &= abs(np.log(s.tokens[a] / s.tokens[b])) <= np.log1p(cfg.tokens_percent / 100)
     bits = [int(np.unpackbits(s.occupancy[n]).sum()) for n in (a, b)]
     differ = int(np.unpackbits(s.occupancy[a] ^ s.occupancy[b]).sum())
     if close and differ * 100 <= cfg.occupancy_percent * min(bits):
-        return GEOMETRY
+        return DUPLICATE_GEOMETRY
     if int(np.unpackbits(s.looks[a] ^ s.looks[b]).sum()) <= cfg.look_bits:
-        return LOOKS
+        return DUPLICATE_LOOKS
     return ""
 
 
@@ -67,7 +73,11 @@ def brute_force(s, cfg):
             why: a for a in reversed(range(b)) if a not in result and (why := same(s, a, b, cfg))
         }
         if reasons:
-            result[b] = next(why for why in (EXACT, GEOMETRY, LOOKS) if why in reasons)
+            result[b] = next(
+                why
+                for why in (DUPLICATE_BYTES, DUPLICATE_GEOMETRY, DUPLICATE_LOOKS)
+                if why in reasons
+            )
     return result
 
 
@@ -75,7 +85,7 @@ def brute_force(s, cfg):
 @given(st.integers(0, 2**32), st.integers(0, 60))
 def test_the_same_copies_as_comparing_all_with_all(seed, count):
     signatures = random_signatures(count, seed)
-    found = duplicates(signatures, CFG)
+    found = find_duplicates(signatures, CFG)
     assert {asset: why for asset, (why, _) in found.items()} == brute_force(signatures, CFG)
     for asset, (_, of) in found.items():
         assert of < asset
@@ -90,7 +100,7 @@ def test_what_is_like_a_dropped_one_alone_is_kept():
     signatures.looks[1, 0] ^= 0b0011_1111  # 6 bits
     signatures.looks[2, 0] ^= 0b0011_1111
     signatures.looks[2, 1] ^= 0b0011_1111
-    assert duplicates(signatures, CFG) == {1: (LOOKS, 0)}
+    assert find_duplicates(signatures, CFG) == {1: (DUPLICATE_LOOKS, 0)}
 
 
 @pytest.mark.parametrize("option", [{"area_percent": 0}, {"tokens_percent": 100}, {"look_bits": 8}])
@@ -105,5 +115,5 @@ def test_a_crowd_of_equals_is_cheap():
     for column in (signatures.area, signatures.tokens, signatures.occupancy, signatures.looks):
         column[:] = column[0]
     started = time.process_time()
-    assert len(duplicates(signatures, CFG)) == count - 1
+    assert len(find_duplicates(signatures, CFG)) == count - 1
     assert time.process_time() - started < 5

@@ -17,13 +17,13 @@ from pipeline.curation.filters import (
     filter_metadata,
     weld,
 )
-from pipeline.sources.shapes import kit, solids
+from pipeline.sources.shapes import closed_solids, primitives
 
 CFG = FilterConfig()
 
 
-def mesh_of(*pieces: kit.Piece) -> Mesh:
-    whole = kit.joined(list(pieces))
+def mesh_of(*pieces: primitives.Piece) -> Mesh:
+    whole = primitives.joined(list(pieces))
     return Mesh(vertices=whole.vertices, faces=whole.faces.astype(np.int32))
 
 
@@ -35,7 +35,9 @@ def rejects(reason: str, mesh: Mesh, cfg: FilterConfig = CFG) -> dict:
 
 
 def test_numbers_of_a_box_far_from_the_origin():
-    numbers = filter_geometry(mesh_of(kit.moved(solids.box(1, 2, 3), x=1000)), CFG)
+    numbers = filter_geometry(
+        mesh_of(primitives.translated(closed_solids.box(1, 2, 3), x=1000)), CFG
+    )
     assert numbers["faces"] == 12
     assert numbers["vertices"] == 24
     assert numbers["components"] == 1  # six separate faces, but one box
@@ -44,14 +46,16 @@ def test_numbers_of_a_box_far_from_the_origin():
 
 
 def test_volume_is_negative_inside_out():
-    assert filter_geometry(mesh_of(kit.flipped(solids.box(1, 1, 1))), CFG)[
+    assert filter_geometry(mesh_of(primitives.flipped(closed_solids.box(1, 1, 1))), CFG)[
         "volume"
     ] == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_components_are_pieces_that_share_no_corner(count):
-    mesh = mesh_of(*(kit.moved(solids.torus(1.0, 0.2), x=3 * k) for k in range(count)))
+    mesh = mesh_of(
+        *(primitives.translated(closed_solids.torus(1.0, 0.2), x=3 * k) for k in range(count))
+    )
     assert filter_geometry(mesh, CFG)["components"] == count
 
 
@@ -92,7 +96,7 @@ def test_weld_survives_a_hash_that_collides(monkeypatch):
 
 
 def test_a_sound_box_passes_the_default_and_the_limits_are_inclusive():
-    box = mesh_of(solids.box(1, 1, 1))
+    box = mesh_of(closed_solids.box(1, 1, 1))
     filter_geometry(box, FilterConfig(min_faces=12, max_faces=12))
     assert rejects("too_few_faces", box, FilterConfig(min_faces=13)) == {
         "faces": 12,
@@ -111,7 +115,7 @@ def test_no_faces_at_all():
 def grid(height) -> Mesh:
     u = np.linspace(0, 1, 9)
     x, y = np.meshgrid(u, u, indexing="ij")
-    return mesh_of(kit.surface(np.stack([x, y, height(x, y)], axis=-1)))
+    return mesh_of(primitives.surface(np.stack([x, y, height(x, y)], axis=-1)))
 
 
 @pytest.mark.parametrize("tilt", [0.0, 0.7])
@@ -137,11 +141,11 @@ def test_a_point_or_a_line_is_degenerate(points):
 
 
 def test_a_thin_rod_is_no_line():
-    filter_geometry(mesh_of(solids.cylinder(0.005, 2.0)), CFG)
+    filter_geometry(mesh_of(closed_solids.cylinder(0.005, 2.0)), CFG)
 
 
 def test_mostly_degenerate_faces():
-    box = mesh_of(solids.box(1, 1, 1))
+    box = mesh_of(closed_solids.box(1, 1, 1))
     junk = np.tile(np.array([[0, 1, 1]], dtype=np.int32), (13, 1))
     spoiled = Mesh(vertices=box.vertices, faces=np.concatenate([box.faces, junk]))
     assert rejects("degenerate_faces", spoiled)["share"] == pytest.approx(13 / 25)
@@ -149,7 +153,7 @@ def test_mostly_degenerate_faces():
 
 
 def test_too_many_components():
-    boxes = mesh_of(*(kit.moved(solids.box(1, 1, 1), x=2 * k) for k in range(4)))
+    boxes = mesh_of(*(primitives.translated(closed_solids.box(1, 1, 1), x=2 * k) for k in range(4)))
     assert rejects("too_many_components", boxes, FilterConfig(max_components=3))["components"] == 4
     filter_geometry(boxes, FilterConfig(max_components=4))
 
@@ -157,7 +161,7 @@ def test_too_many_components():
 @settings(max_examples=20, deadline=None)
 @given(st.floats(1e-3, 1e3), st.floats(-1e3, 1e3))
 def test_verdicts_and_counts_do_not_depend_on_the_frame(scale, shift):
-    for piece in (solids.box(1, 1e-3, 1), solids.torus(1, 0.3, 12, 6)):
+    for piece in (closed_solids.box(1, 1e-3, 1), closed_solids.torus(1, 0.3, 12, 6)):
         moved = Mesh(vertices=piece.vertices * scale + shift, faces=piece.faces.astype(np.int32))
         numbers, base = filter_geometry(moved, CFG), filter_geometry(mesh_of(piece), CFG)
         assert numbers["area"] == pytest.approx(base["area"] * scale**2, rel=1e-4)
@@ -241,7 +245,7 @@ def test_a_format_that_nothing_here_reads():
 def test_two_million_faces():
     u = np.linspace(0, 1, 1001)
     x, y = np.meshgrid(u, u, indexing="ij")
-    sheet = kit.surface(np.stack([x, y, np.sin(3 * x) * y], axis=-1))
+    sheet = primitives.surface(np.stack([x, y, np.sin(3 * x) * y], axis=-1))
     numbers = filter_geometry(
         Mesh(vertices=sheet.vertices, faces=sheet.faces.astype(np.int32)), CFG
     )

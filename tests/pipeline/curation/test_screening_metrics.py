@@ -7,36 +7,36 @@ from pipeline.core.grid import check_resolution
 from pipeline.core.schema import Mesh, View
 from pipeline.curation.config import ScreenConfig
 from pipeline.curation.screening_metrics import (
-    COLUMNS,
-    box_points,
-    enclosed,
-    load_measured,
-    look_bits,
-    measure,
-    occupancy_bits,
-    read_measured,
-    save_measured,
-    write_measured,
+    METRICS_SCHEMA,
+    appearance_hash,
+    bounding_box_grid_points,
+    compute_metrics,
+    enclosed_grid_points,
+    load_metrics,
+    occupancy_signature,
+    read_metrics_table,
+    save_metrics,
+    write_metrics_table,
 )
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import build_topology
 from pipeline.mesh_io.config import NormalizeConfig
 from pipeline.mesh_io.normalize import normalize
-from pipeline.sources.shapes import kit, solids
+from pipeline.sources.shapes import closed_solids, primitives
 
 SMALL = ScreenConfig(resolution=64, image_size=64)
 
 
 def mesh_of(*pieces):
-    whole = kit.joined(list(pieces))
+    whole = primitives.joined(list(pieces))
     return normalize(
         Mesh(vertices=whole.vertices, faces=whole.faces.astype(np.int32)), NormalizeConfig()
     )
 
 
 def measured(mesh, resolution=128):
-    return measure(mesh, build_topology(mesh, TopologyConfig(resolution=resolution)), SMALL)
+    return compute_metrics(mesh, build_topology(mesh, TopologyConfig(resolution=resolution)), SMALL)
 
 
 def differ(a, b):
@@ -49,7 +49,7 @@ def without(mesh, chosen):
 
 def cracked_box(gap):
     """A box, its top set off by a gap in the same plane all around: no loop of edges that a cap would close."""
-    box = mesh_of(solids.box(1, 1, 1))
+    box = mesh_of(closed_solids.box(1, 1, 1))
     top = (box.vertices[box.faces][:, :, 1] > 0.47).all(axis=1)
     vertices = box.vertices[box.faces].copy()
     vertices[top] *= np.array([1 - gap / 0.475, 1, 1 - gap / 0.475])
@@ -60,7 +60,8 @@ def cracked_box(gap):
 
 
 @pytest.mark.parametrize(
-    ("piece", "fraction"), [(solids.box(1, 2, 1), 1.0), (solids.sphere(1.0), np.pi / 6)]
+    ("piece", "fraction"),
+    [(closed_solids.box(1, 2, 1), 1.0), (closed_solids.sphere(1.0), np.pi / 6)],
 )
 def test_solid_fraction(piece, fraction):
     assert measured(mesh_of(piece)).solid_fraction == pytest.approx(fraction, abs=0.02)
@@ -69,13 +70,13 @@ def test_solid_fraction(piece, fraction):
 def test_a_sheet_encloses_nothing():
     u = np.linspace(-1, 1, 20)
     x, y = np.meshgrid(u, u, indexing="ij")
-    row = measured(mesh_of(kit.surface(np.stack([x, y, 0.2 * np.sin(3 * x)], axis=-1))))
+    row = measured(mesh_of(primitives.surface(np.stack([x, y, 0.2 * np.sin(3 * x)], axis=-1))))
     assert (row.solid_fraction, row.leak_fraction, row.sheet_share) == (0.0, 0.0, 1.0)
 
 
 def test_nothing_leaks_out_of_a_closed_box():
-    assert measured(mesh_of(solids.box(1, 1, 1))).leak_fraction < 0.01
-    assert measured(mesh_of(solids.torus(1.0, 0.3))).leak_fraction < 0.01
+    assert measured(mesh_of(closed_solids.box(1, 1, 1))).leak_fraction < 0.01
+    assert measured(mesh_of(closed_solids.torus(1.0, 0.3))).leak_fraction < 0.01
 
 
 def test_a_crack_between_one_barrier_and_two_is_a_leak(monkeypatch):
@@ -91,7 +92,7 @@ def test_a_crack_between_one_barrier_and_two_is_a_leak(monkeypatch):
 
 
 def test_signatures_do_not_depend_on_order_winding_or_repetition_of_faces():
-    knot = mesh_of(solids.torus(1.0, 0.3, 40, 20))
+    knot = mesh_of(closed_solids.torus(1.0, 0.3, 40, 20))
     draw = np.random.default_rng(0)
     faces = np.concatenate([knot.faces, knot.faces[:50]])[draw.permutation(len(knot.faces) + 50)]
     faces[::2] = faces[::2, ::-1]
@@ -103,10 +104,10 @@ def test_signatures_do_not_depend_on_order_winding_or_repetition_of_faces():
 
 
 def test_signatures_survive_rounding_and_tell_shapes_apart():
-    knot = mesh_of(solids.torus(1.0, 0.3, 40, 20))
+    knot = mesh_of(closed_solids.torus(1.0, 0.3, 40, 20))
     vertices = (knot.vertices * 37 + 5).astype(np.float32).astype(np.float64)
     rounded = normalize(Mesh(vertices=vertices, faces=knot.faces), NormalizeConfig())
-    other = mesh_of(solids.torus(1.0, 0.4, 40, 20))
+    other = mesh_of(closed_solids.torus(1.0, 0.4, 40, 20))
     a, b, c = measured(knot), measured(rounded), measured(other)
     assert differ(a.occupancy, b.occupancy) <= 2
     assert differ(a.looks, b.looks) <= 7
@@ -115,9 +116,9 @@ def test_signatures_survive_rounding_and_tell_shapes_apart():
 
 
 def test_occupancy_is_where_the_blocks_are():
-    mesh = mesh_of(solids.sphere(1.0))
+    mesh = mesh_of(closed_solids.sphere(1.0))
     bricks = compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
-    cells = np.unpackbits(np.frombuffer(occupancy_bits(bricks), np.uint8)).reshape(16, 16, 16)
+    cells = np.unpackbits(np.frombuffer(occupancy_signature(bricks), np.uint8)).reshape(16, 16, 16)
     expected = {
         tuple(cell) for cell in (bricks.blocks * 2).tolist()
     }  # 8 blocks a side at 64: every second cell
@@ -131,25 +132,27 @@ def test_looks_see_shapes_and_not_a_little_noise():
     noisy = rgba.copy()
     noisy[..., :3] = np.clip(rgba[..., :3] + draw.integers(-3, 4, (64, 64, 3)), 0, 255)
     moved = np.roll(rgba, 15, axis=0)
-    plain, near, far = (look_bits(View(rgba=image, meta={})) for image in (rgba, noisy, moved))
+    plain, near, far = (
+        appearance_hash(View(rgba=image, meta={})) for image in (rgba, noisy, moved)
+    )
     assert len(plain) == 8
     assert differ(plain, near) <= 4
     assert differ(plain, far) > 10
 
 
 def test_rows_come_back_from_scratch_and_from_a_shard(tmp_path):
-    row = measured(mesh_of(solids.box(1, 2, 3)), 64)
-    save_measured(tmp_path, row)
-    assert load_measured(tmp_path) == row
-    write_measured(tmp_path / "a.parquet", [("u", row)])
-    write_measured(tmp_path / "b.parquet", [("u", load_measured(tmp_path))])
+    row = measured(mesh_of(closed_solids.box(1, 2, 3)), 64)
+    save_metrics(tmp_path, row)
+    assert load_metrics(tmp_path) == row
+    write_metrics_table(tmp_path / "a.parquet", [("u", row)])
+    write_metrics_table(tmp_path / "b.parquet", [("u", load_metrics(tmp_path))])
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
-    table = read_measured(tmp_path / "a.parquet")
-    assert table.column_names == COLUMNS.names
+    table = read_metrics_table(tmp_path / "a.parquet")
+    assert table.column_names == METRICS_SCHEMA.names
     assert table["occupancy"][0].as_py() == row.occupancy
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="readable"):
-        read_measured(tmp_path / "c.parquet")
+        read_metrics_table(tmp_path / "c.parquet")
 
 
 def test_a_resolution_that_topology_cannot_have():
@@ -159,7 +162,9 @@ def test_a_resolution_that_topology_cannot_have():
 
 
 def test_the_boxs_points():
-    mesh = mesh_of(solids.box(2, 1, 1))
-    assert box_points(mesh, 128) == pytest.approx((0.95 * 127) ** 3 / 4)
+    mesh = mesh_of(closed_solids.box(2, 1, 1))
+    assert bounding_box_grid_points(mesh, 128) == pytest.approx((0.95 * 127) ** 3 / 4)
     exterior = build_topology(mesh, TopologyConfig(resolution=128)).exterior
-    assert enclosed(exterior) == pytest.approx(box_points(mesh, 128), rel=0.05)
+    assert enclosed_grid_points(exterior) == pytest.approx(
+        bounding_box_grid_points(mesh, 128), rel=0.05
+    )

@@ -14,7 +14,7 @@ from pipeline.core.hashing import sha256_of
 from pipeline.download import http as web
 from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch
 from pipeline.download.http import post_json
-from tests.pipeline.faulty_http_server import running
+from tests.pipeline.faulty_http_server import run_server
 
 GLB = struct.pack("<4sII", b"glTF", 2, 100_000) + bytes(range(256)) * 400
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 123\n"
@@ -23,7 +23,7 @@ SHA = hashlib.sha256(GLB).hexdigest()
 
 @pytest.fixture
 def server():
-    with running() as server:
+    with run_server() as server:
         server.files |= {"/a.glb": GLB}
         yield server
 
@@ -83,7 +83,7 @@ def test_a_file_arrives_whole_and_nothing_else_stays(get, tmp_path):
 def test_what_passes_is_tried_again(script, visits, server, get, tmp_path):
     server.scripts["/a.glb"] = script
     assert get(sha256=SHA).read_bytes() == GLB
-    assert server.visits["/a.glb"] == visits
+    assert server.visit_counts["/a.glb"] == visits
     assert files_below(tmp_path) == ["a.glb"]
 
 
@@ -91,11 +91,11 @@ def test_a_download_goes_on_where_it_was_cut_off_also_in_another_process(server,
     server.scripts["/a.glb"] = ["reset 5000", "reset", "reset", "reset"]
     assert rejects("connection_lost", get, kind=Transient)
     assert get().read_bytes() == GLB
-    ranges = [headers.get("Range") for _, headers in server.asked]
+    ranges = [headers.get("Range") for _, headers in server.requests]
     begun = int(ranges[-1].removeprefix("bytes=").rstrip("-"))
     assert ranges[0] is None
     assert 0 < begun <= 5000
-    assert all("If-Range" in headers for _, headers in server.asked[1:])
+    assert all("If-Range" in headers for _, headers in server.requests[1:])
 
 
 def test_the_rest_of_another_file_is_not_appended(server, get):
@@ -169,16 +169,16 @@ def test_waits_grow_and_differ(server, get, monkeypatch):
         (["status 403"], "http_403", Reject),
         (["status 410"], "http_410", Reject),
         (["html"], "wrong_magic", Reject),
-        (["go /a.glb", "always"], "too_many_redirects", Reject),
-        (["go ftp://127.0.0.1/a.glb"], "bad_url", Reject),
-        (["go file:///etc/passwd"], "bad_url", Reject),
+        (["redirect /a.glb", "always"], "too_many_redirects", Reject),
+        (["redirect ftp://127.0.0.1/a.glb"], "bad_url", Reject),
+        (["redirect file:///etc/passwd"], "bad_url", Reject),
         (["endless"], "file_too_large", Reject),
     ],
 )
 def test_how_what_does_not_pass_ends(script, reason, kind, server, get, tmp_path):
     server.scripts["/a.glb"] = script
     rejects(reason, get, kind=kind, max_bytes=1 << 20, retries=2)
-    assert server.visits["/a.glb"] == (
+    assert server.visit_counts["/a.glb"] == (
         6 if reason == "too_many_redirects" else 3 if kind is Transient else 1
     )
     assert not (tmp_path / "a.glb").exists()
@@ -220,7 +220,7 @@ def test_what_is_gone_is_not_asked_for_again_until_the_note_expires(server, get,
     server.scripts["/a.glb"] = ["status 404"]
     first = rejects("http_404", get)
     assert rejects("http_404", get) == first
-    assert server.visits["/a.glb"] == 1
+    assert server.visit_counts["/a.glb"] == 1
     (note,) = (tmp_path / "cache/gone").rglob("*.json")
     yesterday = time.time() - 25 * 3600
     os.utime(note, (yesterday, yesterday))
@@ -241,23 +241,23 @@ def test_what_may_pass_leaves_no_note(server, get):
 def test_kept_files_are_checked_before_they_are_given_again(server, get, tmp_path):
     get(sha256=SHA, keep=True)
     assert get(sha256=SHA, keep=True).read_bytes() == GLB
-    assert server.visits["/a.glb"] == 1
+    assert server.visit_counts["/a.glb"] == 1
     (kept,) = (path for path in (tmp_path / "cache/files").rglob("*") if path.is_file())
     kept.unlink()
     kept.write_bytes(b"somebody else's")
     assert get(sha256=SHA, keep=True).read_bytes() == GLB
-    assert server.visits["/a.glb"] == 2
+    assert server.visit_counts["/a.glb"] == 2
 
 
 def test_redirects_are_followed_and_secrets_stay_with_their_host(server, tmp_path):
-    with running() as other:
+    with run_server() as other:
         other.files["/b.glb"] = GLB
-        server.scripts["/a.glb"] = ["go /c.glb"]
-        server.scripts["/c.glb"] = [f"go {other.url}/b.glb"]
+        server.scripts["/a.glb"] = ["redirect /c.glb"]
+        server.scripts["/c.glb"] = [f"redirect {other.url}/b.glb"]
         want = Wanted(url=f"{server.url}/a.glb", format="glb", headers={"Authorization": "secret"})
         assert fetch(want, tmp_path / "a.glb", FetchConfig(cache=tmp_path)).read_bytes() == GLB
-        assert [headers.get("Authorization") for _, headers in server.asked] == ["secret"] * 2
-        assert [headers.get("Authorization") for _, headers in other.asked] == [None]
+        assert [headers.get("Authorization") for _, headers in server.requests] == ["secret"] * 2
+        assert [headers.get("Authorization") for _, headers in other.requests] == [None]
 
 
 @pytest.mark.parametrize(
@@ -291,14 +291,14 @@ def test_one_host_is_asked_by_so_many_processes_at_once(server, tmp_path):
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0] * 6
-    assert server.most_open == 2
+    assert server.max_open == 2
 
 
 def test_json_is_asked_for_and_an_answer_that_is_none_is_told(server, tmp_path):
     cfg = FetchConfig(cache=tmp_path)
-    server.posts["/api"] = lambda body: {"got": body}
+    server.post_handlers["/api"] = lambda body: {"got": body}
     assert post_json(f"{server.url}/api", [1], {}, cfg) == {"got": [1]}
-    server.posts["/api"] = lambda body: "x" * 2000
+    server.post_handlers["/api"] = lambda body: "x" * 2000
     with pytest.raises(Reject, match="file_too_large"):
         post_json(f"{server.url}/api", [1], {}, cfg, max_bytes=1000)
 

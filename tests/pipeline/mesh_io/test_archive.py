@@ -1,7 +1,6 @@
 """Archives that were made to do harm, and those that were not."""
 
 import contextlib
-import io
 import os
 import random
 import stat
@@ -15,24 +14,9 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import Reject
 from pipeline.mesh_io.archive import ArchiveLimits, archive_format, extract, only_mesh
+from tests.pipeline.archive_files import make_tar, make_zip
 
 LIMITS = ArchiveLimits()
-
-
-def make_zip(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
-    return path
-
-
-def make_tar(path, members, mode="w"):
-    with tarfile.open(path, mode) as archive:
-        for name, content in members.items():
-            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-            info.size = 0 if info is content else len(content)
-            archive.addfile(info, None if info is content else io.BytesIO(content))
-    return path
 
 
 def make(path, members):

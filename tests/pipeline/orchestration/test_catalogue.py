@@ -11,7 +11,7 @@ import pytest
 from pipeline.build import make
 from pipeline.core.errors import UserError
 from pipeline.curation.config import RankConfig, ScreenConfig
-from pipeline.curation.dedup import EXACT, GEOMETRY
+from pipeline.curation.dedup import DUPLICATE_BYTES, DUPLICATE_GEOMETRY
 from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
 from pipeline.orchestration.plan import read_plan
 from pipeline.sources import open_source
@@ -83,7 +83,7 @@ def test_the_catalogue_has_every_asset_and_says_which_are_kept(ranked_build):
     reasons = {rows[name]["reason"] for name in ("copy.glb", "turned.glb")} | {
         row["reason"] for url, row in rows.items() if url.startswith("0-")
     }
-    assert {EXACT, GEOMETRY} <= reasons
+    assert {DUPLICATE_BYTES, DUPLICATE_GEOMETRY} <= reasons
     assert sum(row["reason"] == "below_target" for row in rows.values()) == 1
 
 

@@ -12,18 +12,24 @@ import pytest
 import trimesh
 
 from pipeline.core.hashing import make_uid
-from pipeline.download.fetch import FetchConfig
+from pipeline.download.config import FetchConfig
 from pipeline.orchestration.plan import make_plan
 from pipeline.sources import open_source
 from pipeline.sources.annotations import Annotations
 from pipeline.sources.objaverse import ObjaverseSource
 from pipeline.sources.objaverse_xl import ObjaverseXLSource
 from pipeline.verify import verify
+from tests.pipeline.archive_files import make_tar, make_zip
 from tests.pipeline.builds import assert_same, build, config, contents, rows_of
-from tests.pipeline.catalogues import GLB, about, objaverse, objaverse_xl, sha256
+from tests.pipeline.catalogues import (
+    GLB,
+    annotation,
+    sha256,
+    write_objaverse,
+    write_objaverse_xl,
+)
 from tests.pipeline.crashing_source import box
-from tests.pipeline.faulty_http_server import running
-from tests.pipeline.mesh_io.test_archive import make_tar, make_zip
+from tests.pipeline.faulty_http_server import run_server
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
@@ -57,18 +63,18 @@ def test_a_server_that_misbehaves_and_the_run_goes_on(tmp_path):
         "stall": (["stall 9"], DONE),
         "truncated": (["truncate 60", "truncate 60"], DONE),
         "range-ignored": (["reset 50", "ignore_range"], DONE),
-        "redirected": (["go /well.stl"], DONE),
+        "redirected": (["redirect /well.stl"], DONE),
         "later": (["status 500"] * 4, DONE),  # the client gives up once, the run does not
         "never": (["status 500", "always"], ("failed", "fetch", "http_500")),
         "gone": (["status 404"], ("rejected", "fetch", "http_404")),
-        "loop": (["go /loop.stl", "always"], ("rejected", "fetch", "too_many_redirects")),
+        "loop": (["redirect /loop.stl", "always"], ("rejected", "fetch", "too_many_redirects")),
         "page": (["html"], ("rejected", "fetch", "wrong_sha256")),
         "page-unhashed": (["html"], ("rejected", "fetch", "wrong_magic")),
         "other": ([], ("rejected", "fetch", "wrong_sha256")),
         "closed": ([], ("rejected", "metadata", "licence")),
         "blend": ([], ("rejected", "metadata", "unsupported_format")),
     }
-    with running() as server:
+    with run_server() as server:
         server.files |= {f"/{name}.stl": STL for name in faults}
         server.scripts |= {f"/{name}.stl": script for name, (script, _) in faults.items()}
         unlike = {"page-unhashed": None, "other": "0" * 64}
@@ -82,7 +88,7 @@ def test_a_server_that_misbehaves_and_the_run_goes_on(tmp_path):
             )
             for n in faults
         ]
-        root = objaverse_xl(tmp_path / "xl", {"smithsonian": rows})
+        root = write_objaverse_xl(tmp_path / "xl", {"smithsonian": rows})
         client = FetchConfig(
             cache=tmp_path / "cache", retries=3, backoff_s=0.01, max_wait_s=1.0, read_timeout_s=1.0
         )
@@ -97,12 +103,16 @@ def test_a_server_that_misbehaves_and_the_run_goes_on(tmp_path):
         }
         assert verify(cfg.out) == []
         assert total == {"done": 9, "rejected": 7, "failed": 1}
-        assert server.visits.get("/closed.stl", 0) == server.visits.get("/blend.stl", 0) == 0
+        assert (
+            server.visit_counts.get("/closed.stl", 0)
+            == server.visit_counts.get("/blend.stl", 0)
+            == 0
+        )
         # What a calm server would have given: the faults leave no trace in what is built.
         server.scripts = {
             f"/{name}.stl": script for name, (script, end) in faults.items() if end != DONE
         }
-        server.visits.clear()
+        server.visit_counts.clear()
         calm = config(tmp_path / "calm", limits=limits, source=("objaverse-xl",))
         build(calm, [replace(source, fetch=replace(client, cache=tmp_path / "other"))])
         assert_same(contents(calm.out), contents(cfg.out))
@@ -110,15 +120,15 @@ def test_a_server_that_misbehaves_and_the_run_goes_on(tmp_path):
 
 
 def test_objaverse_from_its_annotations_to_shards(tmp_path):
-    with running() as server:
+    with run_server() as server:
         ids = {letter: letter * 32 for letter in "abcd"}
         said = {
-            "a": about(),
-            "b": about(isAgeRestricted=True),
-            "c": about(license="by-nc"),
-            "d": about(name="an hdri"),
+            "a": annotation(),
+            "b": annotation(isAgeRestricted=True),
+            "c": annotation(license="by-nc"),
+            "d": annotation(name="an hdri"),
         }
-        root = objaverse(
+        root = write_objaverse(
             tmp_path / "annotations", {ids[letter]: entry for letter, entry in said.items()}
         )
         server.files[f"/glbs/000-000/{ids['a']}.glb"] = GLB
@@ -134,7 +144,7 @@ def test_objaverse_from_its_annotations_to_shards(tmp_path):
         assert found == {
             make_uid("objaverse", ids[letter]): reason for letter, reason in reasons.items()
         }
-        assert len(server.asked) == 1
+        assert len(server.requests) == 1
 
 
 def gltf(uri: str) -> str:

@@ -20,7 +20,7 @@ from pipeline.mesh_io.load import load_with_report
 from pipeline.mesh_io.normalize import normalize
 from pipeline.sources import open_source
 from pipeline.sources.procedural import ProceduralSource, make_shape
-from pipeline.sources.shapes import FAMILIES, basic, kit, solids, to_glb
+from pipeline.sources.shapes import FAMILIES, basic, closed_solids, primitives, to_glb
 
 SHEETS = {
     "flag": 1,
@@ -43,11 +43,11 @@ def keys(count: int) -> list[str]:
     ]
 
 
-def mesh_of(piece: kit.Piece) -> Mesh:
+def mesh_of(piece: primitives.Piece) -> Mesh:
     return Mesh(vertices=piece.vertices, faces=piece.faces.astype(np.int32))
 
 
-def open_edges(piece: kit.Piece) -> int:
+def open_edges(piece: primitives.Piece) -> int:
     """Directed edges that are not met by as many in the other direction."""
     faces = weld(piece.vertices)[piece.faces]
     edges = Counter(
@@ -128,8 +128,8 @@ def test_sheets_are_open(family):
 
 def test_a_boat_is_closed_by_its_deck():
     hull, deck, *_ = make_shape("0037-boat")
-    assert open_edges(kit.joined([hull, deck])) == 0
-    assert filter_geometry(mesh_of(kit.joined([hull, deck])), FilterConfig())["volume"] > 0
+    assert open_edges(primitives.joined([hull, deck])) == 0
+    assert filter_geometry(mesh_of(primitives.joined([hull, deck])), FilterConfig())["volume"] > 0
 
 
 def test_misleading_families_mislead():
@@ -187,18 +187,26 @@ def test_all_300_pass_the_default_filters(tmp_path):
 @pytest.mark.parametrize(
     ("piece", "volume", "tolerance"),
     [
-        (solids.box(1, 2, 3), 6, 1e-12),
-        (solids.sphere(1.0, 192, 96), 4 / 3 * np.pi, 2e-3),
-        (solids.torus(1.0, 0.3, 192, 96), 2 * np.pi**2 * 0.09, 2e-3),
-        (solids.capsule(0.5, 2.0, 192, 48), np.pi * (0.5 + 4 / 24), 2e-3),
-        (solids.cylinder(1.0, 2.0, 192), 2 * np.pi, 1e-3),
-        (solids.cylinder(1.0, 3.0, 192, top=0.0), np.pi, 1e-3),
-        (solids.polyhedron("octahedron"), 4 / 3, 1e-12),
-        (solids.polyhedron("icosahedron"), 2.53615, 1e-5),
-        (kit.extrude([(0, 0), (2, 0), (2, 1), (1, 1), (1, 2), (0, 2)], 0.5), 1.5, 1e-12),
-        (kit.ring(solids.circle(2.0, 4), solids.circle(1.0, 4), 0.5), 3.0, 1e-12),
-        (kit.aimed(solids.rod(0.1, 4), (1, 2, 3), (4, 6, 3)), 5 * 0.02, 1e-12),
-        (solids.tube([(0, 0, 0), (0, 0, 2.0)], 0.1, 4), 0.04, 1e-12),
+        (closed_solids.box(1, 2, 3), 6, 1e-12),
+        (closed_solids.sphere(1.0, 192, 96), 4 / 3 * np.pi, 2e-3),
+        (closed_solids.torus(1.0, 0.3, 192, 96), 2 * np.pi**2 * 0.09, 2e-3),
+        (closed_solids.capsule(0.5, 2.0, 192, 48), np.pi * (0.5 + 4 / 24), 2e-3),
+        (closed_solids.cylinder(1.0, 2.0, 192), 2 * np.pi, 1e-3),
+        (closed_solids.cylinder(1.0, 3.0, 192, top=0.0), np.pi, 1e-3),
+        (closed_solids.polyhedron("octahedron"), 4 / 3, 1e-12),
+        (closed_solids.polyhedron("icosahedron"), 2.53615, 1e-5),
+        (primitives.extrude([(0, 0), (2, 0), (2, 1), (1, 1), (1, 2), (0, 2)], 0.5), 1.5, 1e-12),
+        (
+            primitives.ring(closed_solids.circle(2.0, 4), closed_solids.circle(1.0, 4), 0.5),
+            3.0,
+            1e-12,
+        ),
+        (
+            primitives.placed_between(closed_solids.rod(0.1, 4), (1, 2, 3), (4, 6, 3)),
+            5 * 0.02,
+            1e-12,
+        ),
+        (closed_solids.tube([(0, 0, 0), (0, 0, 2.0)], 0.1, 4), 0.04, 1e-12),
     ],
     ids=[
         "box",
@@ -227,7 +235,7 @@ def test_letters_are_cut_into_triangles_without_gap_or_overlap(name):
     outline = np.array(basic.LETTERS[name], dtype=np.float64)
     x, y = outline.T
     shoelace = (x * np.roll(y, -1) - y * np.roll(x, -1)).sum() / 2
-    assert filter_geometry(mesh_of(kit.extrude(outline, 2.0)), FilterConfig())[
+    assert filter_geometry(mesh_of(primitives.extrude(outline, 2.0)), FilterConfig())[
         "volume"
     ] == pytest.approx(2 * shoelace)
 
@@ -237,16 +245,16 @@ def test_letters_are_cut_into_triangles_without_gap_or_overlap(name):
 )
 def test_a_clockwise_or_crossing_outline_is_an_error(outline):
     with pytest.raises(ValueError, match="simple and counter-clockwise"):
-        kit.extrude(outline, 1.0)
+        primitives.extrude(outline, 1.0)
 
 
 def test_turns_are_right_handed():
     x, y, z = (
-        kit.Piece(vertices=row[None], faces=np.zeros((0, 3), dtype=int)) for row in np.eye(3)
+        primitives.Piece(vertices=row[None], faces=np.zeros((0, 3), dtype=int)) for row in np.eye(3)
     )
     for piece, axis, result in ((x, "z", y), (y, "x", z), (z, "y", x)):
         np.testing.assert_allclose(
-            kit.turned(piece, axis, 90).vertices, result.vertices, atol=1e-15
+            primitives.rotated(piece, axis, 90).vertices, result.vertices, atol=1e-15
         )
 
 
@@ -272,9 +280,9 @@ def test_a_glb_states_exactly_what_it_holds():
 def test_normals_are_smooth_on_a_ball_and_split_at_the_edges_of_a_box():
     from pipeline.sources.shapes.glb import split_at_creases
 
-    vertices, _, normals, _ = split_at_creases(solids.sphere(1.0, 96, 48))
+    vertices, _, normals, _ = split_at_creases(closed_solids.sphere(1.0, 96, 48))
     assert (normals * vertices).sum(axis=1).min() > 0.999
-    joined = kit.extrude([(-1, -1), (1, -1), (1, 1), (-1, 1)], 2.0)  # eight shared corners
+    joined = primitives.extrude([(-1, -1), (1, -1), (1, 1), (-1, 1)], 2.0)  # eight shared corners
     vertices, faces, normals, source = split_at_creases(joined)
     assert len(vertices) == 24
     assert sorted(map(tuple, np.abs(normals).round(6).tolist()))[0] == (0.0, 0.0, 1.0)
@@ -283,11 +291,13 @@ def test_normals_are_smooth_on_a_ball_and_split_at_the_edges_of_a_box():
 
 
 def test_texture_coordinates_and_colours_come_back_as_they_were_made(tmp_path):
-    quad = kit.surface(np.array([[(0, 0, 0), (0, 1, 0)], [(1, 0, 0), (1, 1, 0)]], dtype=np.float64))
+    quad = primitives.surface(
+        np.array([[(0, 0, 0), (0, 1, 0)], [(1, 0, 0), (1, 1, 0)]], dtype=np.float64)
+    )
     image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    textured = kit.painted(quad, kit.Paint(texture=image))
-    tinted = kit.colored(
-        kit.moved(quad, z=1), lambda p: np.column_stack([p[:, :2] / 2, 0 * p[:, 2]])
+    textured = primitives.painted(quad, primitives.Paint(texture=image))
+    tinted = primitives.colored(
+        primitives.translated(quad, z=1), lambda p: np.column_stack([p[:, :2] / 2, 0 * p[:, 2]])
     )
     (tmp_path / "a.glb").write_bytes(to_glb([textured, tinted]))
     mesh, _ = load_with_report(tmp_path / "a.glb", LoadConfig())

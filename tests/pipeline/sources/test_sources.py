@@ -10,7 +10,7 @@ from pipeline.build import open_sources
 from pipeline.config import BuildConfig
 from pipeline.core.errors import Reject, Transient, UserError
 from pipeline.core.hashing import make_uid
-from pipeline.download.fetch import FetchConfig
+from pipeline.download.config import FetchConfig
 from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.load import load, load_with_report
 from pipeline.orchestration.plan import make_plan, read_plan
@@ -23,14 +23,14 @@ from pipeline.sources.shapenet import ShapeNetSource
 from tests.pipeline.catalogues import (
     COMMIT,
     GLB,
-    about,
-    objaverse,
-    objaverse_xl,
+    annotation,
     png,
     sha256,
-    shapenet,
+    write_objaverse,
+    write_objaverse_xl,
+    write_shapenet,
 )
-from tests.pipeline.faulty_http_server import running
+from tests.pipeline.faulty_http_server import run_server
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
@@ -38,7 +38,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
 
 @pytest.fixture
 def server():
-    with running() as server:
+    with run_server() as server:
         yield server
 
 
@@ -50,7 +50,7 @@ def client(tmp_path):
 
 
 def small(tmp_path, client, server, **assets):
-    root = objaverse(tmp_path / "annotations", assets)
+    root = write_objaverse(tmp_path / "annotations", assets)
     annotations = Annotations(root=root, fetch=client)
     return ObjaverseSource(
         annotations=annotations, fetch=client, hub=server.url, folders=("000-000", "000-001")
@@ -58,7 +58,7 @@ def small(tmp_path, client, server, **assets):
 
 
 def test_objaverse_records_follow_the_annotations(tmp_path, client, server):
-    said = about(
+    said = annotation(
         name="A tree",
         license="cc0",
         animationCount=2,
@@ -69,7 +69,7 @@ def test_objaverse_records_follow_the_annotations(tmp_path, client, server):
         tmp_path,
         client,
         server,
-        **{B: about(isAgeRestricted=True), A: said, C: about(license=None)},
+        **{B: annotation(isAgeRestricted=True), A: said, C: annotation(license=None)},
     )
     records = list(source.records())
     assert [record.uid for record in records] == [
@@ -89,13 +89,13 @@ def test_objaverse_records_follow_the_annotations(tmp_path, client, server):
     }
     assert [record.licence for record in records] == ["cc0", "unknown", "by"]
     assert json.loads(records[2].metadata)["age_restricted"] is True
-    assert server.asked == []
+    assert server.requests == []
 
 
 def test_annotations_that_are_not_there_are_downloaded_once_and_named_in_the_plan(
     tmp_path, client, server
 ):
-    there = objaverse(tmp_path / "there", {A: about(), B: about()})
+    there = write_objaverse(tmp_path / "there", {A: annotation(), B: annotation()})
     server.files |= {
         "/" + path.relative_to(there / "hf-objaverse-v1").as_posix(): path.read_bytes()
         for path in there.rglob("*.gz")
@@ -105,12 +105,12 @@ def test_annotations_that_are_not_there_are_downloaded_once_and_named_in_the_pla
         annotations=annotations, fetch=client, hub=server.url, folders=("000-000", "000-001")
     )
     make_plan(BuildConfig(source=("objaverse",), out=tmp_path / "out"), [source])
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
     assert len(list(source.records())) == 2
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
     snapshot = read_plan(tmp_path / "out").info["snapshots"]["objaverse"]
     assert snapshot == replace(source, annotations=Annotations(root=there)).snapshot()
-    objaverse(there, {A: about(), B: about(name="other")})
+    write_objaverse(there, {A: annotation(), B: annotation(name="other")})
     assert snapshot != replace(source, annotations=Annotations(root=there)).snapshot()
 
 
@@ -122,7 +122,7 @@ def test_annotations_that_cannot_be_had_or_read_are_an_error_in_one_line(tmp_pat
         UserError, match=r"cannot download the annotations .*http_404.*put the file at"
     ):
         list(source.records())
-    source = small(tmp_path, client, server, **{A: about()})
+    source = small(tmp_path, client, server, **{A: annotation()})
     path = tmp_path / "annotations/hf-objaverse-v1/metadata/000-000.json.gz"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="is damaged"):
@@ -134,7 +134,7 @@ def test_annotations_that_cannot_be_had_or_read_are_an_error_in_one_line(tmp_pat
 
 
 def test_objaverse_downloads_what_a_record_names(tmp_path, client, server):
-    source = pickle.loads(pickle.dumps(small(tmp_path, client, server, **{A: about()})))
+    source = pickle.loads(pickle.dumps(small(tmp_path, client, server, **{A: annotation()})))
     (record,) = source.records()
     server.files[f"/glbs/000-000/{A}.glb"] = GLB
     assert source.materialize(record, tmp_path / "scratch").read_bytes() == GLB
@@ -144,7 +144,7 @@ def test_objaverse_downloads_what_a_record_names(tmp_path, client, server):
 
 def xl(tmp_path, client, server, **rows):
     """Objaverse-XL on the test's server; without Sketchfab's rows nothing of Objaverse 1.0 is read."""
-    root = objaverse_xl(tmp_path / "xl", rows)
+    root = write_objaverse_xl(tmp_path / "xl", rows)
     hosts = GitHub(site=f"{server.url}/site", files=f"{server.url}/raw")
     return ObjaverseXLSource(
         annotations=Annotations(root=root, fetch=client),
@@ -161,7 +161,7 @@ def blob(server, path):
 
 
 def test_objaverse_xl_records_say_where_the_bytes_are(tmp_path, client, server):
-    objaverse(tmp_path / "xl", {A: about()})
+    write_objaverse(tmp_path / "xl", {A: annotation()})
     source = xl(
         tmp_path,
         client,
@@ -232,7 +232,7 @@ def lfs(server, content, oid):
         }
         return {"objects": [{"oid": oid, "size": len(content), "actions": actions}]}
 
-    server.posts["/site/ann/meshes.git/info/lfs/objects/batch"] = batch
+    server.post_handlers["/site/ann/meshes.git/info/lfs/objects/batch"] = batch
     return asked
 
 
@@ -242,7 +242,7 @@ def test_lfs_pointers_are_followed(tmp_path, client, server):
     source = xl(tmp_path, client, server, github=[(blob(server, "a.glb"), "MIT", "glb", oid)])
     assert fetched(tmp_path, source).read_bytes() == GLB
     assert asked[0]["objects"] == [{"oid": oid, "size": len(GLB)}]
-    assert dict(server.asked[-1][1])["Authorization"] == "token"
+    assert dict(server.requests[-1][1])["Authorization"] == "token"
 
 
 def test_an_lfs_object_that_is_gone_or_another_is_rejected(tmp_path, client, server):
@@ -250,7 +250,7 @@ def test_an_lfs_object_that_is_gone_or_another_is_rejected(tmp_path, client, ser
     source = xl(tmp_path, client, server, github=[(blob(server, "a.glb"), "MIT", "glb", None)])
     with pytest.raises(Reject, match="wrong_sha256"):
         fetched(tmp_path, source)
-    server.posts["/site/ann/meshes.git/info/lfs/objects/batch"] = lambda body: {
+    server.post_handlers["/site/ann/meshes.git/info/lfs/objects/batch"] = lambda body: {
         "objects": [{"error": {"code": 404}}]
     }
     lfs_source = replace(source, fetch=replace(client, cache=tmp_path / "other"))
@@ -284,7 +284,7 @@ def test_side_files_come_along_also_through_lfs_and_missing_ones_do_not_matter(
     assert sorted(file.name for file in path.parent.iterdir()) == ["a.obj", "a.png", "my mat.mtl"]
     mesh = load(path, LoadConfig())
     assert mesh.parts[0].material.texture is not None
-    assert not [visit for visit, _ in server.asked if "passwd" in visit]
+    assert not [visit for visit, _ in server.requests if "passwd" in visit]
 
 
 def test_a_server_in_trouble_while_a_side_file_is_fetched_is_no_verdict(tmp_path, client, server):
@@ -326,7 +326,7 @@ def core(request, tmp_path):
     version, zipped = request.param
     root = tmp_path / "ShapeNetCore"
     root.mkdir()
-    shapenet(root, version, {CHAIR: ["b1", "a1"], PLANE: ["c1"]}, zipped=zipped)
+    write_shapenet(root, version, {CHAIR: ["b1", "a1"], PLANE: ["c1"]}, zipped=zipped)
     (root / "taxonomy.json").write_text(json.dumps(TAXONOMY))
     rows = [
         "1,03001627,03001627,a1,train",

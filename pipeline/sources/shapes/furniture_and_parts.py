@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.sources.shapes import solids, textures
-from pipeline.sources.shapes.kit import (
+from pipeline.sources.shapes import closed_solids, textures
+from pipeline.sources.shapes.primitives import (
     Paint,
     Piece,
-    aimed,
     extrude,
     lathe,
-    moved,
     painted,
+    placed_between,
+    rotated,
     scaled,
     surface,
-    turned,
+    translated,
 )
 from pipeline.sources.shapes.textures import Rng
 
@@ -36,10 +36,12 @@ def _plain(piece: Piece) -> Piece:
 def table(rng: Rng) -> list[Piece]:
     height, wood, round_top = rng.uniform(0.5, 0.8), _wood(rng), rng.random() < 0.4
     x, z = rng.uniform(0.8, 1.3), rng.uniform(0.6, 0.8)
-    top = _plain(solids.cylinder(x / 2, 0.06, 64) if round_top else solids.box(x, 0.06, z))
+    top = _plain(
+        closed_solids.cylinder(x / 2, 0.06, 64) if round_top else closed_solids.box(x, 0.06, z)
+    )
     reach = (x / 2 * 0.6, x / 2 * 0.6) if round_top else (x / 2 - 0.07, z / 2 - 0.07)
     leg = lathe([(0.0, -height), (0.03, -height), (0.045, 0.0), (0.0, 0.0)], 16)
-    legs = [moved(leg, x=sx * reach[0], z=sz * reach[1]) for sx in (-1, 1) for sz in (-1, 1)]
+    legs = [translated(leg, x=sx * reach[0], z=sz * reach[1]) for sx in (-1, 1) for sz in (-1, 1)]
     return [painted(top, wood), *(painted(leg, _wood(rng)) for leg in legs)]
 
 
@@ -47,18 +49,23 @@ def chair(rng: Rng) -> list[Piece]:
     wood, (a, b, *_) = _wood(rng), textures.palette(rng)
     cushion = Paint(texture=textures.dots(a, b, 6), tiles=1.5)
     tall, legs = rng.uniform(0.5, 0.75), rng.uniform(0.38, 0.5)
-    pieces = [painted(_plain(solids.box(0.5, 0.05, 0.5)), wood)]
-    pieces.append(painted(moved(_plain(solids.box(0.44, 0.06, 0.44)), y=0.05), cushion))
+    pieces = [painted(_plain(closed_solids.box(0.5, 0.05, 0.5)), wood)]
+    pieces.append(painted(translated(_plain(closed_solids.box(0.44, 0.06, 0.44)), y=0.05), cushion))
     for sx in (-0.21, 0.21):
         pieces.append(
-            painted(moved(_plain(solids.box(0.05, legs, 0.05)), x=sx, y=-legs / 2, z=0.21), wood)
+            painted(
+                translated(_plain(closed_solids.box(0.05, legs, 0.05)), x=sx, y=-legs / 2, z=0.21),
+                wood,
+            )
         )
-        back = moved(
-            _plain(solids.box(0.05, legs + tall, 0.05)), x=sx, y=(tall - legs) / 2, z=-0.22
+        back = translated(
+            _plain(closed_solids.box(0.05, legs + tall, 0.05)), x=sx, y=(tall - legs) / 2, z=-0.22
         )
         pieces.append(painted(back, wood))
     for k in range(rails := int(rng.integers(2, 5))):
-        rail = moved(_plain(solids.box(0.4, 0.07, 0.03)), y=tall * (k + 1) / rails - 0.06, z=-0.22)
+        rail = translated(
+            _plain(closed_solids.box(0.4, 0.07, 0.03)), y=tall * (k + 1) / rails - 0.06, z=-0.22
+        )
         pieces.append(painted(rail, wood))
     return pieces
 
@@ -71,9 +78,11 @@ def lamp(rng: Rng) -> list[Piece]:
     shade = lathe([(wide, height - 0.2), (wide * rng.uniform(0.4, 0.8), height + 0.15)], 64)
     return [
         painted(foot, metal),
-        painted(moved(solids.cylinder(0.025, height, 20), y=height / 2), metal),
+        painted(translated(closed_solids.cylinder(0.025, height, 20), y=height / 2), metal),
         painted(shade, Paint(texture=textures.stripes(colors[:2], 24))),
-        painted(moved(solids.sphere(0.09, 24, 12), y=height), Paint(color=(1.0, 0.95, 0.75))),
+        painted(
+            translated(closed_solids.sphere(0.09, 24, 12), y=height), Paint(color=(1.0, 0.95, 0.75))
+        ),
     ]
 
 
@@ -85,31 +94,42 @@ def robot(rng: Rng) -> list[Piece]:
     )
     wide, tall = rng.uniform(0.45, 0.65), rng.uniform(0.5, 0.7)
     pieces = [
-        painted(solids.box(wide, tall, 0.35), body),
-        painted(moved(solids.box(wide * 0.7, 0.32, 0.32), y=tall / 2 + 0.24), body),
-        painted(moved(solids.cylinder(0.08, 0.16), y=tall / 2 + 0.04), dark),
-        painted(moved(solids.cylinder(0.012, 0.2, 12), y=tall / 2 + 0.48), dark),
-        painted(moved(solids.sphere(0.04, 20, 10), y=tall / 2 + 0.58), Paint(color=light)),
+        painted(closed_solids.box(wide, tall, 0.35), body),
+        painted(translated(closed_solids.box(wide * 0.7, 0.32, 0.32), y=tall / 2 + 0.24), body),
+        painted(translated(closed_solids.cylinder(0.08, 0.16), y=tall / 2 + 0.04), dark),
+        painted(translated(closed_solids.cylinder(0.012, 0.2, 12), y=tall / 2 + 0.48), dark),
         painted(
-            moved(solids.box(wide * 0.6, tall * 0.35, 0.04), y=0.05, z=0.18), Paint(color=light)
+            translated(closed_solids.sphere(0.04, 20, 10), y=tall / 2 + 0.58), Paint(color=light)
+        ),
+        painted(
+            translated(closed_solids.box(wide * 0.6, tall * 0.35, 0.04), y=0.05, z=0.18),
+            Paint(color=light),
         ),
     ]
     for side in (-1, 1):
-        eye = turned(solids.cylinder(0.06, 0.05, 24), "x", 90)
-        pieces.append(
-            painted(moved(eye, x=side * wide * 0.17, y=tall / 2 + 0.27, z=0.17), Paint(color=eyes))
-        )
-        lift = rng.uniform(-10, 70)
-        arm = turned(moved(solids.capsule(0.06, 0.38, 24), y=-0.22), "z", side * lift)
-        pieces.append(painted(moved(arm, x=side * (wide / 2 + 0.06), y=tall / 2 - 0.1), dark))
+        eye = rotated(closed_solids.cylinder(0.06, 0.05, 24), "x", 90)
         pieces.append(
             painted(
-                moved(solids.sphere(0.1, 24, 12), x=side * (wide / 2 + 0.05), y=tall / 2 - 0.1),
+                translated(eye, x=side * wide * 0.17, y=tall / 2 + 0.27, z=0.17), Paint(color=eyes)
+            )
+        )
+        lift = rng.uniform(-10, 70)
+        arm = rotated(translated(closed_solids.capsule(0.06, 0.38, 24), y=-0.22), "z", side * lift)
+        pieces.append(painted(translated(arm, x=side * (wide / 2 + 0.06), y=tall / 2 - 0.1), dark))
+        pieces.append(
+            painted(
+                translated(
+                    closed_solids.sphere(0.1, 24, 12), x=side * (wide / 2 + 0.05), y=tall / 2 - 0.1
+                ),
                 body,
             )
         )
-        leg = moved(solids.cylinder(0.08, 0.4, 24), x=side * wide * 0.27, y=-tall / 2 - 0.18)
-        foot = moved(solids.box(0.2, 0.1, 0.32), x=side * wide * 0.27, y=-tall / 2 - 0.4, z=0.05)
+        leg = translated(
+            closed_solids.cylinder(0.08, 0.4, 24), x=side * wide * 0.27, y=-tall / 2 - 0.18
+        )
+        foot = translated(
+            closed_solids.box(0.2, 0.1, 0.32), x=side * wide * 0.27, y=-tall / 2 - 0.4, z=0.05
+        )
         pieces += [painted(leg, dark), painted(foot, body)]
     return pieces
 
@@ -130,14 +150,16 @@ def car(rng: Rng) -> list[Piece]:
     tyre, hub = Paint(color=(0.08, 0.08, 0.09), roughness=0.9), _metal(rng)
     for x in (-0.6, 0.6):
         for z in (-0.38, 0.38):
-            wheel = turned(solids.cylinder(0.2, 0.14, 40), "x", 90)
-            pieces.append(painted(moved(wheel, x=x, y=0.12, z=z), tyre))
-            cap = turned(solids.cylinder(0.11, 0.16, 24), "x", 90)
-            pieces.append(painted(moved(cap, x=x, y=0.12, z=z), hub))
+            wheel = rotated(closed_solids.cylinder(0.2, 0.14, 40), "x", 90)
+            pieces.append(painted(translated(wheel, x=x, y=0.12, z=z), tyre))
+            cap = rotated(closed_solids.cylinder(0.11, 0.16, 24), "x", 90)
+            pieces.append(painted(translated(cap, x=x, y=0.12, z=z), hub))
     for z in (-0.27, 0.27):
-        lamp_ = scaled(solids.sphere(0.07, 20, 10), 0.5, 0.8, 1.3)
-        pieces.append(painted(moved(lamp_, x=1.0, y=0.26, z=z), Paint(color=(1.0, 0.95, 0.7))))
-        pieces.append(painted(moved(lamp_, x=-1.01, y=0.28, z=z), Paint(color=(0.8, 0.1, 0.08))))
+        lamp_ = scaled(closed_solids.sphere(0.07, 20, 10), 0.5, 0.8, 1.3)
+        pieces.append(painted(translated(lamp_, x=1.0, y=0.26, z=z), Paint(color=(1.0, 0.95, 0.7))))
+        pieces.append(
+            painted(translated(lamp_, x=-1.01, y=0.28, z=z), Paint(color=(0.8, 0.1, 0.08)))
+        )
     return pieces
 
 
@@ -160,22 +182,25 @@ def house(rng: Rng) -> list[Piece]:
     length = float(np.hypot(gable, wide / 2)) + 0.14
     tiles = Paint(texture=textures.bricks(rng, roof, textures.shaded(roof, 0.6)), tiles=2.0)
     for side in (-1, 1):
-        plate = turned(_plain(solids.box(length, 0.05, deep + 0.16)), "z", -side * slope)
+        plate = rotated(_plain(closed_solids.box(length, 0.05, deep + 0.16)), "z", -side * slope)
         lift = np.array([side * np.sin(np.radians(slope)), np.cos(np.radians(slope))]) * 0.02
         at = np.array([side * wide / 4, tall + gable / 2]) + lift
         slip = 0.05 * np.array([side * np.cos(np.radians(slope)), -np.sin(np.radians(slope))])
-        pieces.append(painted(moved(plate, *(at + slip)), tiles))
+        pieces.append(painted(translated(plate, *(at + slip)), tiles))
     pieces.append(
-        painted(moved(_plain(solids.box(0.18, 0.36, 0.03)), y=0.18, z=deep / 2), Paint(color=door))
+        painted(
+            translated(_plain(closed_solids.box(0.18, 0.36, 0.03)), y=0.18, z=deep / 2),
+            Paint(color=door),
+        )
     )
     for x in (-wide * 0.3, wide * 0.3):
         for z in (-deep / 2, deep / 2):
-            window = moved(solids.box(0.16, 0.18, 0.04), x=x, y=tall * 0.6, z=z)
+            window = translated(closed_solids.box(0.16, 0.18, 0.04), x=x, y=tall * 0.6, z=z)
             pieces.append(
                 painted(window, Paint(texture=textures.checker(frame, (0.65, 0.8, 0.9), 4)))
             )
-    chimney = moved(
-        _plain(solids.box(0.13, gable + 0.2, 0.13)), x=wide * 0.25, y=tall + gable / 2 + 0.1
+    chimney = translated(
+        _plain(closed_solids.box(0.13, gable + 0.2, 0.13)), x=wide * 0.25, y=tall + gable / 2 + 0.1
     )
     return [
         *pieces,
@@ -197,14 +222,14 @@ def rocket(rng: Rng) -> list[Piece]:
     ]
     fin = extrude([(0.1, 0.0), (0.45, -0.22), (0.47, 0.02), (0.12, 0.5)], 0.05)
     for k in range(count := int(rng.integers(3, 5))):
-        pieces.append(painted(turned(fin, "y", 360 * k / count + 45), Paint(color=fins)))
+        pieces.append(painted(rotated(fin, "y", 360 * k / count + 45), Paint(color=fins)))
     nozzle = lathe([(0.0, -0.12), (0.17, -0.12), (0.1, 0.05), (0.0, 0.05)])
     pieces.append(painted(nozzle, _metal(rng)))
-    glass = turned(solids.torus(0.09, 0.03, 40, 16), "x", 90)
-    pieces.append(painted(moved(glass, y=0.95, z=belly * 0.82), _metal(rng)))
+    glass = rotated(closed_solids.torus(0.09, 0.03, 40, 16), "x", 90)
+    pieces.append(painted(translated(glass, y=0.95, z=belly * 0.82), _metal(rng)))
     pieces.append(
         painted(
-            moved(solids.sphere(0.09, 24, 12), y=0.95, z=belly * 0.77),
+            translated(closed_solids.sphere(0.09, 24, 12), y=0.95, z=belly * 0.77),
             Paint(color=window, roughness=0.1),
         )
     )
@@ -214,7 +239,7 @@ def rocket(rng: Rng) -> list[Piece]:
 def airplane(rng: Rng) -> list[Piece]:
     """Flies towards +z."""
     body, wing, tail, *_ = textures.palette(rng)
-    fuselage = scaled(turned(solids.capsule(0.14, 1.2), "x", 90), 1.0, 1.05, 1.0)
+    fuselage = scaled(rotated(closed_solids.capsule(0.14, 1.2), "x", 90), 1.0, 1.05, 1.0)
     span, sweep = rng.uniform(0.7, 1.0), rng.uniform(0.0, 0.4)
     pieces = [
         painted(
@@ -229,17 +254,17 @@ def airplane(rng: Rng) -> list[Piece]:
             (side * span, 0.06 - sweep),
             (0.0, 0.25),
         ]
-        blade = turned(extrude(outline[::side], 0.035), "x", 90)  # outline's y becomes z
-        pieces.append(painted(moved(blade, z=0.1), Paint(color=wing)))
-        pieces.append(painted(moved(scaled(blade, 0.4, 1.0, 0.5), z=-0.62), Paint(color=tail)))
-        engine = turned(solids.capsule(0.06, 0.2, 24), "x", 90)
+        blade = rotated(extrude(outline[::side], 0.035), "x", 90)  # outline's y becomes z
+        pieces.append(painted(translated(blade, z=0.1), Paint(color=wing)))
+        pieces.append(painted(translated(scaled(blade, 0.4, 1.0, 0.5), z=-0.62), Paint(color=tail)))
+        engine = rotated(closed_solids.capsule(0.06, 0.2, 24), "x", 90)
         pieces.append(
             painted(
-                moved(engine, x=side * span * 0.45, y=-0.07, z=0.12 - sweep * 0.4),
+                translated(engine, x=side * span * 0.45, y=-0.07, z=0.12 - sweep * 0.4),
                 Paint(color=tail),
             )
         )
-    fin = turned(extrude([(0.5, 0.05), (0.72, 0.05), (0.78, 0.4), (0.66, 0.4)], 0.035), "y", 90)
+    fin = rotated(extrude([(0.5, 0.05), (0.72, 0.05), (0.78, 0.4), (0.66, 0.4)], 0.035), "y", 90)
     return [*pieces, painted(fin, Paint(color=tail))]
 
 
@@ -253,7 +278,7 @@ def boat(rng: Rng) -> list[Piece]:
     below = surface(np.stack([x, y, z], axis=-1))
     lid = surface(np.stack([x[:, [-1, 0]], y[:, [-1, 0]], z[:, [-1, 0]]], axis=-1))
     tall = rng.uniform(0.9, 1.3)
-    mast = aimed(solids.rod(0.025), (0.0, -0.1, 0.0), (0.0, tall, 0.0))
+    mast = placed_between(closed_solids.rod(0.025), (0.0, -0.1, 0.0), (0.0, tall, 0.0))
     pieces = [
         painted(below, Paint(color=hull)),
         painted(lid, Paint(color=deck)),

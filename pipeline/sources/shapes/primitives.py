@@ -35,7 +35,7 @@ class Piece:
     crease_degrees: float = 35.0  # sharper edges are shaded as edges
 
 
-def moved(piece: Piece, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Piece:
+def translated(piece: Piece, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Piece:
     return replace(piece, vertices=piece.vertices + np.array([x, y, z]))
 
 
@@ -46,7 +46,7 @@ def scaled(piece: Piece, x: float, y: float | None = None, z: float | None = Non
     )
 
 
-def turned(piece: Piece, axis: str, degrees: float) -> Piece:
+def rotated(piece: Piece, axis: str, degrees: float) -> Piece:
     """Turned about the x, y or z axis through the origin, right-handed."""
     i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
@@ -56,7 +56,7 @@ def turned(piece: Piece, axis: str, degrees: float) -> Piece:
     return replace(piece, vertices=vertices)
 
 
-def aimed(piece: Piece, start: ArrayLike, end: ArrayLike) -> Piece:
+def placed_between(piece: Piece, start: ArrayLike, end: ArrayLike) -> Piece:
     """A piece that runs along y from 0 to 1, laid from `start` to `end`; its thickness stays."""
     start, end = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
     length = float(np.linalg.norm(end - start))

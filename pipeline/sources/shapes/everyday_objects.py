@@ -1,11 +1,20 @@
-"""Families of everyday things and growing ones, most of them several overlapping solids."""
+"""Families of everyday things and growing ones, most of them several overlapping closed_solids."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pipeline.sources.shapes import solids, textures
-from pipeline.sources.shapes.kit import Paint, Piece, aimed, colored, lathe, moved, painted, turned
+from pipeline.sources.shapes import closed_solids, textures
+from pipeline.sources.shapes.primitives import (
+    Paint,
+    Piece,
+    colored,
+    lathe,
+    painted,
+    placed_between,
+    rotated,
+    translated,
+)
 from pipeline.sources.shapes.textures import Rng
 
 
@@ -23,13 +32,13 @@ def tree(rng: Rng) -> list[Piece]:
             skirt = lathe([(0.0, 0.06), (wide, 0.0), (wide * 0.94, 0.04), (0.0, 0.5)], 40)
             green = 0.8 * dark + 0.2 * light * k / layers
             pieces.append(
-                painted(moved(skirt, y=0.35 + 0.27 * k), Paint(color=tuple(green.tolist())))
+                painted(translated(skirt, y=0.35 + 0.27 * k), Paint(color=tuple(green.tolist())))
             )
     else:
         for _ in range(int(rng.integers(5, 9))):
-            blob = solids.sphere(rng.uniform(0.22, 0.36), 40, 20)
+            blob = closed_solids.sphere(rng.uniform(0.22, 0.36), 40, 20)
             at = rng.uniform((-0.3, 0.85, -0.3), (0.3, 1.35, 0.3))
-            crown = moved(blob, *at)
+            crown = translated(blob, *at)
             pieces.append(
                 colored(crown, lambda p: dark + (light - dark) * ((p[:, 1:2] - 0.6) / 1.1))
             )
@@ -61,10 +70,10 @@ def mug(rng: Rng) -> list[Piece]:
             0 * bend,
         ]
     )
-    coffee = moved(solids.cylinder(top - wall * 0.8, 0.02), y=tall * 0.8)
+    coffee = translated(closed_solids.cylinder(top - wall * 0.8, 0.02), y=tall * 0.8)
     return [
         painted(lathe(cup, 64), Paint(texture=image, roughness=0.3)),
-        painted(solids.tube(path, 0.05, 16), Paint(color=b, roughness=0.3)),
+        painted(closed_solids.tube(path, 0.05, 16), Paint(color=b, roughness=0.3)),
         painted(coffee, Paint(color=(0.2, 0.1, 0.05), roughness=0.1)),
     ]
 
@@ -77,23 +86,29 @@ def snowman(rng: Rng) -> list[Piece]:
         [0.0, 0.62 * (sizes[0] + sizes[1]), 0.62 * (sizes[0] + 2 * sizes[1] + sizes[2])]
     )
     pieces = [
-        painted(moved(solids.sphere(r), y=y), snow) for r, y in zip(sizes, heights, strict=True)
+        painted(translated(closed_solids.sphere(r), y=y), snow)
+        for r, y in zip(sizes, heights, strict=True)
     ]
     face, radius = heights[2], sizes[2]
     for x in (-0.08, 0.08):
         pieces.append(
-            painted(moved(solids.sphere(0.03, 16, 8), x=x, y=face + 0.06, z=radius * 0.92), coal)
+            painted(
+                translated(closed_solids.sphere(0.03, 16, 8), x=x, y=face + 0.06, z=radius * 0.92),
+                coal,
+            )
         )
     for k in range(3):
         pieces.append(
             painted(
-                moved(
-                    solids.sphere(0.035, 16, 8), y=heights[1] + 0.12 * (k - 1), z=sizes[1] * 0.98
+                translated(
+                    closed_solids.sphere(0.035, 16, 8),
+                    y=heights[1] + 0.12 * (k - 1),
+                    z=sizes[1] * 0.98,
                 ),
                 coal,
             )
         )
-    nose = aimed(
+    nose = placed_between(
         lathe([(0.0, 0.0), (0.045, 0.0), (0.0, 1.0)], 20),
         (0, face, radius * 0.8),
         (0, face, radius + 0.25),
@@ -101,17 +116,20 @@ def snowman(rng: Rng) -> list[Piece]:
     pieces.append(painted(nose, Paint(color=(0.95, 0.45, 0.1))))
     pieces.append(
         painted(
-            moved(solids.torus(radius * 0.8, 0.06, 48, 16), y=face - radius * 0.75),
+            translated(closed_solids.torus(radius * 0.8, 0.06, 48, 16), y=face - radius * 0.75),
             Paint(color=scarf),
         )
     )
     brim = [(0.0, 0.0), (0.27, 0.0), (0.27, 0.03), (0.17, 0.03), (0.16, 0.3), (0.0, 0.3)]
-    pieces.append(painted(moved(lathe(brim), y=face + radius * 0.8), Paint(color=hat)))
+    pieces.append(painted(translated(lathe(brim), y=face + radius * 0.8), Paint(color=hat)))
     for side in (-1, 1):
         shoulder = np.array([side * sizes[1] * 0.9, heights[1] + 0.08, 0.0])
         hand = shoulder + np.array([side * 0.4, rng.uniform(0.0, 0.35), 0.1])
         pieces.append(
-            painted(aimed(solids.rod(0.02), shoulder, hand), Paint(color=(0.35, 0.22, 0.1)))
+            painted(
+                placed_between(closed_solids.rod(0.02), shoulder, hand),
+                Paint(color=(0.35, 0.22, 0.1)),
+            )
         )
     return pieces
 
@@ -138,19 +156,19 @@ def castle(rng: Rng) -> list[Piece]:
             )
             pieces.append(
                 painted(
-                    moved(
+                    translated(
                         Piece(vertices=tower.vertices, faces=tower.faces), sx * keep, 0, sz * keep
                     ),
                     wall,
                 )
             )
             cone = lathe([(0.0, 0.0), (0.26, 0.0), (0.0, 0.42)], 32)
-            pieces.append(painted(moved(cone, sx * keep, tall - 0.01, sz * keep), roof))
-    pyramid = turned(lathe([(0.0, 0.0), (keep * 0.62, 0.0), (0.0, 0.4)], 4), "y", 45)
+            pieces.append(painted(translated(cone, sx * keep, tall - 0.01, sz * keep), roof))
+    pyramid = rotated(lathe([(0.0, 0.0), (keep * 0.62, 0.0), (0.0, 0.4)], 4), "y", 45)
     gate = _block(0.22, 0.28, 0.06, y=0.14, z=keep)
     return [
         *pieces,
-        painted(moved(pyramid, y=tall - 0.01), roof),
+        painted(translated(pyramid, y=tall - 0.01), roof),
         painted(gate, Paint(color=(0.3, 0.18, 0.1))),
     ]
 
@@ -158,8 +176,8 @@ def castle(rng: Rng) -> list[Piece]:
 def _block(
     x_side: float, y_side: float, z_side: float, x: float = 0.0, y: float = 0.0, z: float = 0.0
 ) -> Piece:
-    side = solids.box(x_side, y_side, z_side)
-    return moved(Piece(vertices=side.vertices, faces=side.faces), x, y, z)
+    side = closed_solids.box(x_side, y_side, z_side)
+    return translated(Piece(vertices=side.vertices, faces=side.faces), x, y, z)
 
 
 def mushroom(rng: Rng) -> list[Piece]:
@@ -208,7 +226,7 @@ def bookshelf(rng: Rng) -> list[Piece]:
 def dumbbell(rng: Rng) -> list[Piece]:
     iron = Paint(color=textures.pick(rng, textures.METALS), metallic=0.7, roughness=0.4)
     plates = Paint(color=textures.palette(rng)[0], roughness=0.6)
-    pieces = [painted(turned(solids.cylinder(0.06, 1.5), "z", 90), iron)]
+    pieces = [painted(rotated(closed_solids.cylinder(0.06, 1.5), "z", 90), iron)]
     for side in (-1, 1):
         for k in range(count := int(rng.integers(1, 4))):
             radius = 0.4 - 0.08 * k
@@ -219,12 +237,13 @@ def dumbbell(rng: Rng) -> list[Piece]:
                 (radius, 0.03),
                 (radius - 0.02, 0.05),
             ]
-            disc = turned(lathe([*edge, (0.0, 0.05)], 56), "z", 90)
-            pieces.append(painted(moved(disc, x=side * (0.45 + 0.11 * k)), plates))
+            disc = rotated(lathe([*edge, (0.0, 0.05)], 56), "z", 90)
+            pieces.append(painted(translated(disc, x=side * (0.45 + 0.11 * k)), plates))
         pieces.append(
             painted(
-                moved(
-                    turned(solids.cylinder(0.09, 0.06, 6), "z", 90), x=side * (0.5 + 0.11 * count)
+                translated(
+                    rotated(closed_solids.cylinder(0.09, 0.06, 6), "z", 90),
+                    x=side * (0.5 + 0.11 * count),
                 ),
                 iron,
             )
