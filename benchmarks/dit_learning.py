@@ -29,7 +29,6 @@ from train.dit import read_latents
 from train.dit import train as train_dit
 from train.encode import EncodeConfig, encode
 from train.engine.batch_sampler import SampleId
-from train.engine.config import VAE_PRESETS, BrickConfig
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side
 from train.export import ExportConfig, export, read_stage
@@ -37,6 +36,7 @@ from train.stages.dit.config import DIT_PRESETS, DiTTraining
 from train.stages.dit.data import DiTLoader, joined
 from train.stages.dit.task import on_white
 from train.stages.structure.config import STRUCTURE_PRESETS
+from train.stages.vae.config import VAE_PRESETS, BrickConfig
 from train.stages.vae.task import inside_iou
 from train.structure import train as train_structure
 from train.vae import train as train_vae

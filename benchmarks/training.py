@@ -33,11 +33,11 @@ from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
 from pipeline.storage.sdf_shard import write_sdf_shard
 from train.data.bricks import BrickLoader, BrickReader, read_build_index
 from train.engine.checkpoint import provenance
-from train.engine.config import VAE_PRESETS, BrickConfig, VAETraining
 from train.engine.distributed import World
 from train.engine.mesh_pictures import save_image, side_by_side
 from train.engine.optimizer import make_optimizer, peak_flops
 from train.evaluation.vae import evaluate_asset, load_vae, summarize, table
+from train.stages.vae.config import VAE_PRESETS, BrickConfig, VAETraining
 from train.stages.vae.task import VAETask
 from train.vae import train
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,11 @@ from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.sparse_vae import SparseVAE
 from pipeline.core.cli import command, parse_with_presets
 from pipeline.core.errors import UserError
+from pipeline.core.hashing import to_json
 from train.data.bricks import BuildIndex
 from train.data.latents import LatentStore, vae_hash
 from train.engine import checkpoint
 from train.engine.batch_sampler import ShardBatchSampler
-from train.engine.config import resolved
 from train.engine.distributed import World, join_world
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import fit, weights_file
@@ -111,7 +112,7 @@ def run_config(cfg: DiTTraining, vae: str) -> dict[str, Any]:
 
     `training` names the VAE by its hash.
     """
-    everything = resolved(cfg)
+    everything = to_json(asdict(cfg))
     names = ("resolution", "max_tokens", "held_out_views", "cameras")
     training = {"vae": vae, **{name: everything[name] for name in names}, **everything["flow"]}
     for name in ("guidance", "steps"):  # of the samples that are looked at

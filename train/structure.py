@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from model.occupancy_vae import OccupancyVAE
 from model.structure import Structure
 from pipeline.core.cli import command, parse_with_presets
 from pipeline.core.errors import UserError
+from pipeline.core.hashing import to_json
 from train.data.bricks import BuildIndex, read_build_index
 from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
-from train.engine.config import resolved
 from train.engine.distributed import World, join_world
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import fit, weights_file
@@ -104,7 +105,7 @@ def trained_vae(cfg: StructureTraining) -> OccupancyVAE:
 
 def run_config(cfg: StructureTraining, half: str, model: str) -> dict[str, Any]:
     """What a checkpoint's config.json says of the run; `model` and `config` are what loading the model takes."""
-    everything = resolved(cfg)
+    everything = to_json(asdict(cfg))
     names = ("resolution", "held_out_views", "cameras")
     training = {
         **{name: everything[name] for name in names[: None if half == "flow" else 1]},

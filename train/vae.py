@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from model.sparse_vae import SparseVAE
 from pipeline.core.cli import command, parse_with_presets
+from pipeline.core.hashing import to_json
 from train.data.bricks import BrickLoader, read_build_index
 from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler
-from train.engine.config import VAE_PRESETS, VAETraining, resolved
 from train.engine.distributed import World, join_world
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import fit
+from train.stages.vae.config import VAE_PRESETS, VAETraining
 from train.stages.vae.task import VAETask
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ def train(cfg: VAETraining, world: World) -> int:
 
 def run_config(cfg: VAETraining) -> dict[str, Any]:
     """What a checkpoint's config.json says of the run; `model` and `config` are what loading the model takes."""
-    training = resolved(cfg)
+    training = to_json(asdict(cfg))
     config = training.pop("model")
     for name in ("data", "out", "device", "init", "preset"):  # where it ran, not what it is
         training.pop(name)

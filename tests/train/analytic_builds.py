@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from model.sparse_vae import VAEConfig
 from pipeline.core.cameras import camera
 from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.image_codec import encode
@@ -16,7 +17,8 @@ from pipeline.core.schema import Bricks, View
 from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
 from pipeline.storage.render_shard import write_render_shard
 from pipeline.storage.sdf_shard import SdfShard, write_sdf_shard
-from train.engine.config import BrickConfig, LoopConfig, VAEConfig, VAETraining
+from train.engine.config import LoopConfig
+from train.stages.vae.config import BrickConfig, VAETraining
 
 Field = Callable[[NDArray], NDArray]  # points [..., 3] in the cube -> signed distance [...]
 TINY = VAEConfig(widths=(8, 8, 16, 32), heads=2, blocks=2, groups=8, mlp_ratio=2)

@@ -13,7 +13,7 @@ from model.conditioning.image_encoder import EncoderConfig
 from model.sparse_dit import DiTConfig
 from model.sparse_vae import SparseVAE
 from tests.train.analytic_builds import TINY
-from train.data.render_conditions import FlowOptions
+from train.data.config import FlowOptions
 from train.dit import read_latents
 from train.encode import EncodeConfig, encode
 from train.engine import checkpoint

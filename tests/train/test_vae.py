@@ -21,10 +21,10 @@ from pipeline.core.errors import UserError
 from tests.train.analytic_builds import tiny_training
 from train import vae
 from train.data.bricks import BrickReader, read_build_index
-from train.engine.config import VAE_PRESETS
 from train.engine.distributed import World
 from train.evaluate import main as evaluate
 from train.evaluation.vae import VAEEvaluation, evaluate_asset, evaluate_vae, load_vae
+from train.stages.vae.config import VAE_PRESETS
 from train.stages.vae.task import inside_iou
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -14,12 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.conditioning.image_preprocessing import Augmentation, PreparedImage, prepare_image
-from model.rectified_flow import TimeDistribution
+from model.conditioning.image_preprocessing import PreparedImage, prepare_image
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
 from train.data.bricks import OPEN_SHARDS, UNREADABLE, BuildIndex
-from train.engine.config import LoopConfig
+from train.data.config import FlowOptions
 
 if TYPE_CHECKING:
     from pipeline.core.schema import View
@@ -29,30 +27,6 @@ PREPARED_BYTES = 64 << 20  # of images kept ready
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowOptions:
-    """How a flow under the condition of images is trained. ValueError for a number out of range."""
-
-    batch_size: int = 8  # assets a rank; paper, sec. 4
-    dropout: float = 0.1  # share of samples trained without their image
-    times: TimeDistribution = field(default_factory=TimeDistribution)
-    augment: bool = True  # the images, as `Augmentation` says
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    guidance: float = 3.0  # of the samples that are drawn while training
-    steps: int = 25  # of the same
-    open_shards: int = (
-        16  # whose renders are drawn from in turn and kept in memory, some 10 MB each
-    )
-    loop: LoopConfig = field(default_factory=LoopConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "open_shards"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
 class ThreadSafeCache(Generic[Key, Value]):

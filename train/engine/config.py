@@ -1,21 +1,16 @@
-"""Every option of training: frozen dataclasses, and the presets from which they start."""
+"""Options of the trainer, which are the same for every model."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from model.sparse_vae import VAEConfig
-from pipeline.core.devices import Device
-from pipeline.core.grid import check_resolution
-from train.stages.vae.losses import LossWeights
+MAX_SEED = 1 << 40  # seed * 1_000_003 + rank stays below 2^63 for a million ranks
 
-MAX_SEED = 1 << 40  # a million ranks have seeds of their own below 2^63
-VAEPreset = Literal["tiny", "small", "base", "base-1024"]
-_FREE = (
+# Options that may differ when a run is resumed: how long it runs, what it reports, its limits, and
+# what changes memory and speed alone.
+FREE_ON_RESUME = (
     "steps",
     "max_minutes",
     "log_every",
@@ -23,56 +18,80 @@ _FREE = (
     "keep_last",
     "validate_every",
     "sample_every",
-)
-_LIMITS = ("max_failed_checkpoints", "max_bad_steps", "max_bad_share")
-FREE_ON_RESUME = (
-    *_FREE,
-    *_LIMITS,
+    "max_failed_checkpoints",
+    "max_bad_steps",
+    "max_bad_share",
     "activation_checkpointing",
-)  # what may change when a run goes on
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long and how training goes on; the same for every model. ValueError for a number out of range."""
+    """Optimizer, schedule, checkpoints and logging of a training run.
 
-    steps: int = 100_000  # of all ranks together; a finished run goes on if this is raised
-    max_minutes: float | None = None  # stop after that, with a checkpoint; the same command goes on
-    optimizer: Literal["adamw", "muon"] = "adamw"  # the paper's, or see train.engine.optimizer.Muon
-    learning_rate: float = 1e-4  # paper, sec. 3
-    warmup_steps: int = 200  # over which the learning rate rises from 0
-    schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to a tenth at the last step
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    steps: int = 100_000
+    """Number of training steps. A finished run continues if this is raised."""
+    max_minutes: float | None = None
+    """Minutes after which training stops with a checkpoint. The same command resumes it. None sets
+    no limit."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the weight matrices. AdamW is the paper's. Muon learns faster in short runs; it
+    leaves all other parameters to AdamW."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    warmup_steps: int = 200
+    """Number of steps over which the learning rate rises from 0 to its peak."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up. Cosine falls to a tenth of the peak at the last step."""
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01  # of matrices; not of biases and norms
-    clip_norm: float = 1.0  # largest norm of all gradients together
-    ema_decay: float = 0.9995  # of the averaged weights that are validated, sampled and exported
-    precision: Literal["bf16", "fp32"] = (
-        "bf16"  # of the arithmetic; weights and their averages are fp32
-    )
-    activation_checkpointing: bool = (
-        False  # compute activations again in the backward instead of keeping them
-    )
-    deterministic: bool = False  # bit-exact on GPUs too, more slowly
+    """Decay rates of AdamW's first and second moment."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices. Biases and normalisation parameters are not decayed."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient of all parameters together. Larger gradients are scaled down."""
+    ema_decay: float = 0.9995
+    """Decay of the averaged weights, which are the ones that are validated, sampled and exported."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the arithmetic. Weights and their averages are always fp32."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them. This saves memory and
+    costs one more forward pass per step."""
+    deterministic: bool = False
+    """Use only deterministic algorithms, so that runs on a GPU are equal to the bit. This is
+    slower."""
     seed: int = 0
-    spike_factor: float = (
-        30.0  # a gradient this many times the median of the last 100 is not applied
-    )
-    max_bad_steps: int = 20  # gradients in a row that are not applied before the run ends
+    """Seed of initial weights, sample order, augmentation and noise."""
+    spike_factor: float = 30.0
+    """A gradient is skipped if its norm exceeds this multiple of the median of the last 100."""
+    max_bad_steps: int = 20
+    """Number of skipped gradients in a row after which the run ends with an error."""
     log_every: int = 20
+    """Number of steps between log lines. metrics.jsonl has every step."""
     checkpoint_every: int = 1000
-    keep_last: int = 3  # checkpoints; 0: all
-    max_failed_checkpoints: int = 3  # in a row before the run ends
-    validate_every: int = 1000  # 0: never
-    sample_every: int = 5000  # 0: never
+    """Number of steps between checkpoints."""
+    keep_last: int = 3
+    """Number of recent checkpoints to keep. 0 keeps all."""
+    max_failed_checkpoints: int = 3
+    """Number of checkpoints in a row that may fail to be written before the run ends."""
+    validate_every: int = 1000
+    """Number of steps between validations on held-out assets. 0 disables validation."""
+    sample_every: int = 5000
+    """Number of steps between previews in samples/. 0 disables previews."""
 
-    def __post_init__(self):
-        for name in (
+    def __post_init__(self) -> None:
+        # Optimizer and learning rate: Direct3D-S2 paper (arXiv 2505.17412), section 3.
+        positive = (
             "steps",
             "log_every",
             "checkpoint_every",
             "max_bad_steps",
             "max_failed_checkpoints",
-        ):
+        )
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("warmup_steps", "keep_last", "validate_every", "sample_every", "weight_decay"):
@@ -93,121 +112,14 @@ class LoopConfig:
             raise ValueError(f"spike_factor must be more than 1, got {self.spike_factor}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ..."""
-        rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        """Return the learning rate of a step, counted from 0."""
+        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.schedule == "constant":
-            return self.learning_rate * rise
-        done = min(step / self.steps, 1.0)
-        return self.learning_rate * rise * (0.55 + 0.45 * math.cos(done * math.pi))
+            return self.learning_rate * warmup
+        progress = min(step / self.steps, 1.0)
+        return self.learning_rate * warmup * (0.55 + 0.45 * math.cos(progress * math.pi))
 
 
-@dataclass(frozen=True, kw_only=True)
-class BrickConfig:
-    """Which bricks are trained on, and how they become batches. ValueError for a number out of range."""
-
-    resolutions: tuple[int, ...] = (
-        256,
-        384,
-        512,
-    )  # one of them, drawn anew, in each step; paper, sec. 3
-    batch_size: int = 4  # samples a rank, in the mean; paper, sec. 3
-    max_tokens: int | None = (
-        None  # cells a rank: fewer samples where they would exceed it, larger assets are left out
-    )
-    symmetries: bool = True  # each sample under one of the cube's 48
-    max_bad_share: float = 0.05  # of assets that cannot be read, before the run ends
-    workers: int = 4  # threads that prepare batches ahead; any number gives the same batches
-    val_batches: int = 8  # of each rank at each resolution in a validation
-    reconstructions: int = 4  # held-out assets that are written as meshes and images
-
-    def __post_init__(self):
-        if not self.resolutions:
-            raise ValueError("resolutions must name at least one resolution, got none")
-        for resolution in self.resolutions:
-            check_resolution(resolution)
-        for name, least in (
-            ("batch_size", 1),
-            ("workers", 0),
-            ("val_batches", 0),
-            ("reconstructions", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAETraining:
-    """Train the SS-VAE on the SDF bricks of a build. The same command goes on with a run that was stopped."""
-
-    preset: VAEPreset = "tiny"  # where the options below start from
-    data: Path = Path("data/smoke")  # what python -m pipeline.build made
-    out: Path = Path("runs/vae-tiny")  # checkpoints, metrics.jsonl, samples
-    init: Path | None = None  # a checkpoint whose averaged weights a new run starts from
-    device: Device = "auto"
-    bricks: BrickConfig = field(default_factory=BrickConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    loss: LossWeights = field(default_factory=LossWeights)
-    model: VAEConfig = field(default_factory=VAEConfig)
-
-
-def resolved(config: Any) -> dict[str, Any]:
-    """A config dataclass as JSON: tuples become lists, paths strings."""
-    return json.loads(json.dumps(asdict(config), default=str))
-
-
-_VAE_TINY = VAETraining(
-    device="cpu",
-    bricks=BrickConfig(resolutions=(64,), workers=1, batch_size=2),
-    loop=LoopConfig(
-        steps=2000,
-        optimizer="muon",
-        learning_rate=1e-3,
-        warmup_steps=20,
-        schedule="cosine",
-        ema_decay=0.98,
-        precision="fp32",
-        checkpoint_every=200,
-        validate_every=500,
-        sample_every=1000,
-    ),
-    model=VAEConfig(widths=(8, 16, 32, 64), heads=4, blocks=2, groups=8),
-)
-
-VAE_PRESETS: dict[str, VAETraining] = {
-    "tiny": _VAE_TINY,  # minutes on a CPU
-    "small": VAETraining(  # minutes on a GPU
-        preset="small",
-        data=Path("data/full"),
-        out=Path("runs/vae-small"),
-        bricks=BrickConfig(resolutions=(256,)),
-        loop=LoopConfig(
-            steps=3000,
-            learning_rate=1e-3,
-            warmup_steps=100,
-            schedule="cosine",
-            ema_decay=0.995,
-            checkpoint_every=500,
-            validate_every=500,
-            sample_every=1500,
-        ),
-        model=VAEConfig(widths=(32, 64, 96, 192), heads=6, blocks=2),
-    ),
-    "base": VAETraining(  # paper, sec. 3: a day on eight A100
-        preset="base",
-        data=Path("data/paper"),
-        out=Path("runs/vae-base"),
-        loop=LoopConfig(steps=200_000),
-    ),
-    "base-1024": VAETraining(  # paper, sec. 3: then another one
-        preset="base-1024",
-        data=Path("data/full"),
-        out=Path("runs/vae-base-1024"),
-        init=Path("runs/vae-base/latest"),
-        bricks=BrickConfig(resolutions=(1024,), batch_size=1),
-        loop=LoopConfig(steps=50_000, learning_rate=1e-5, activation_checkpointing=True),
-    ),
-}
+# What the presets for minutes on a CPU and for minutes on a GPU have in common.
+TINY_LOOP = LoopConfig(warmup_steps=20, schedule="cosine", ema_decay=0.98, precision="fp32")
+SMALL_LOOP = LoopConfig(warmup_steps=100, schedule="cosine", ema_decay=0.995)

@@ -18,12 +18,12 @@ from train.demo.charts import Curve, chart, curves_of, smoothed
 from train.demo.page import StepTaken, write_page
 from train.demo.steps import SIZES, DemoConfig, Plan, Step, plan, run
 from train.encode import EncodeConfig
-from train.engine.config import VAE_PRESETS
 from train.evaluation.generation import GenerationEvaluation
 from train.evaluation.vae import VAEEvaluation
 from train.export import ExportConfig
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.structure.config import STRUCTURE_PRESETS
+from train.stages.vae.config import VAE_PRESETS
 
 
 def read(command):

@@ -6,7 +6,8 @@ import torch
 
 from model.sparse_tensor import BrickBatch
 from tests.train.analytic_builds import bricks_of, shape
-from train.stages.vae.losses import LossWeights, vae_losses
+from train.stages.vae.config import LossWeights
+from train.stages.vae.losses import vae_losses
 
 
 def batch_of(numbers, sharp=True):

@@ -12,7 +12,7 @@ from model.sparse_dit import DiTConfig
 from pipeline.core.devices import Device
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import CameraSet
-from train.data.render_conditions import FlowOptions
+from train.data.config import FlowOptions
 from train.engine.config import LoopConfig
 
 DiTPreset = Literal["tiny", "small", "256", "384", "512", "1024"]

@@ -14,7 +14,7 @@ from model.structure import StructureConfig
 from pipeline.core.devices import Device
 from pipeline.core.grid import CELL_SIDE, check_resolution
 from pipeline.core.options import CameraSet
-from train.data.render_conditions import FlowOptions
+from train.data.config import FlowOptions
 from train.engine.config import LoopConfig
 
 StructurePreset = Literal["tiny", "small", "base"]

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.sparse_tensor import BrickBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """paper, sec. 3"""
-
-    inside: float = 1.0  # L_in: the encoder's input, active voxels
-    outside: float = 0.1  # L_ext: decoded voxels that were not in the input; their targets are +-1
-    sharp: float = 1.0  # L_sharp: active voxels near sharp edges
-    kl: float = 1e-3
+from train.stages.vae.config import LossWeights
 
 
 @functools.cache  # a copy to the device in every step would wait for the forward

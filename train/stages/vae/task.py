@@ -11,9 +11,9 @@ from model.inference.extract_mesh import extract_meshes
 from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.marching_cubes import extract
 from train.data.bricks import BrickLoader, BuildIndex, VAEBatch
-from train.engine.config import VAETraining
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
+from train.stages.vae.config import VAETraining
 from train.stages.vae.losses import vae_losses
 
 

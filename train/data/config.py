@@ -1,0 +1,43 @@
+"""Options of flow models that are trained on renders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from model.conditioning.image_preprocessing import Augmentation
+from model.rectified_flow import TimeDistribution
+from train.engine.config import LoopConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowOptions:
+    """Training of a flow model that is conditioned on rendered images.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    # Batch size: Direct3D-S2 paper (arXiv 2505.17412), section 4.
+
+    batch_size: int = 8
+    """Number of assets per rank and step."""
+    dropout: float = 0.1
+    """Share of samples that are trained without their image, as classifier-free guidance needs."""
+    times: TimeDistribution = field(default_factory=TimeDistribution)
+    augment: bool = True
+    """Augment the images in training."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    guidance: float = 3.0
+    """Guidance scale of the previews drawn during training."""
+    steps: int = 25
+    """Sampling steps of the previews drawn during training."""
+    open_shards: int = 16
+    """Number of shards whose renders are mixed in a batch and kept in memory, about 10 MB each."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "steps", "open_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")

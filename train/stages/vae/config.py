@@ -1,0 +1,148 @@
+"""Options and presets of training the SS-VAE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from model.sparse_vae import VAEConfig
+from pipeline.core.devices import Device, check_device
+from pipeline.core.grid import check_resolution
+from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
+
+VAEPreset = Literal["tiny", "small", "base", "base-1024"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the loss terms."""
+
+    # Direct3D-S2 paper (arXiv 2505.17412), section 3: L_in, L_ext, L_sharp and the KL divergence.
+
+    inside: float = 1.0
+    """Weight of the squared error on active input voxels."""
+    outside: float = 0.1
+    """Weight of the squared error on decoded voxels that were not in the input. Their targets are
+    -1 and 1."""
+    sharp: float = 1.0
+    """Weight of the additional squared error on active voxels near sharp edges."""
+    kl: float = 1e-3
+    """Weight of the KL divergence of the latents from a standard normal distribution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrickConfig:
+    """Which bricks are trained on and how they are batched.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    # Resolutions and batch size: Direct3D-S2 paper (arXiv 2505.17412), section 3.
+
+    resolutions: tuple[int, ...] = (256, 384, 512)
+    """Resolutions of the bricks. Each step draws one of them."""
+    batch_size: int = 4
+    """Mean number of assets per rank and step."""
+    max_tokens: int | None = None
+    """Largest number of cells per rank and step. A step takes fewer assets where they would exceed
+    it, and assets that exceed it alone are left out. None sets no limit."""
+    symmetries: bool = True
+    """Apply one of the 48 symmetries of the cube to each asset."""
+    max_bad_share: float = 0.05
+    """Share of assets that may be unreadable before the run ends."""
+    workers: int = 4
+    """Number of threads that prepare batches ahead. Every number gives the same batches. 0 prepares
+    them in the training thread."""
+    val_batches: int = 8
+    """Number of batches per rank and resolution in a validation."""
+    reconstructions: int = 4
+    """Number of held-out assets that are written to samples/ as meshes and pictures."""
+
+    def __post_init__(self) -> None:
+        if not self.resolutions:
+            raise ValueError("resolutions must name at least one resolution, got none")
+        for resolution in self.resolutions:
+            check_resolution(resolution)
+        minima = {"batch_size": 1, "workers": 0, "val_batches": 0, "reconstructions": 0}
+        for name, minimum in minima.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be {minimum} or more, got {getattr(self, name)}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETraining:
+    """Train the SS-VAE on the SDF bricks of a build. The same command resumes a stopped run."""
+
+    preset: VAEPreset = "tiny"
+    """Set of defaults for all other options. tiny takes minutes on a CPU, small minutes on a GPU,
+    base is the paper's model at 256 to 512, base-1024 continues it at 1024."""
+    data: Path = Path("data/smoke")
+    """Directory of a build made by `python -m pipeline.build`."""
+    out: Path = Path("runs/vae-tiny")
+    """Directory of the run. It receives checkpoints, metrics.jsonl and samples/."""
+    init: Path | None = None
+    """Checkpoint whose averaged weights a new run starts from. None starts from random weights."""
+    device: Device = "auto"
+    """Device to train on. auto is a GPU if there is one. cuda takes one GPU per rank."""
+    bricks: BrickConfig = field(default_factory=BrickConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    loss: LossWeights = field(default_factory=LossWeights)
+    model: VAEConfig = field(default_factory=VAEConfig)
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+
+
+VAE_PRESETS: dict[str, VAETraining] = {
+    "tiny": VAETraining(
+        device="cpu",
+        bricks=BrickConfig(resolutions=(64,), workers=1, batch_size=2),
+        loop=replace(
+            TINY_LOOP,
+            steps=2000,
+            optimizer="muon",
+            learning_rate=1e-3,
+            checkpoint_every=200,
+            validate_every=500,
+            sample_every=1000,
+        ),
+        model=VAEConfig(widths=(8, 16, 32, 64), heads=4, blocks=2, groups=8),
+    ),
+    "small": VAETraining(
+        preset="small",
+        data=Path("data/full"),
+        out=Path("runs/vae-small"),
+        bricks=BrickConfig(resolutions=(256,)),
+        loop=replace(
+            SMALL_LOOP,
+            steps=3000,
+            learning_rate=1e-3,
+            checkpoint_every=500,
+            validate_every=500,
+            sample_every=1500,
+        ),
+        model=VAEConfig(widths=(32, 64, 96, 192), heads=6, blocks=2),
+    ),
+    # Direct3D-S2 paper (arXiv 2505.17412), section 3: a day on eight A100 GPUs.
+    "base": VAETraining(
+        preset="base",
+        data=Path("data/paper"),
+        out=Path("runs/vae-base"),
+        loop=LoopConfig(steps=200_000),
+    ),
+    # Direct3D-S2 paper (arXiv 2505.17412), section 3: another day, starting from base.
+    "base-1024": VAETraining(
+        preset="base-1024",
+        data=Path("data/full"),
+        out=Path("runs/vae-base-1024"),
+        init=Path("runs/vae-base/latest"),
+        bricks=BrickConfig(resolutions=(1024,), batch_size=1),
+        loop=LoopConfig(steps=50_000, learning_rate=1e-5, activation_checkpointing=True),
+    ),
+}
