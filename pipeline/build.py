@@ -20,8 +20,8 @@ from pipeline.orchestration.runner import run
 from pipeline.report import write_report
 from pipeline.sources import Source, open_source
 from pipeline.sources.shapenet import SHAPENET_LICENCE
-from pipeline.storage.locks import locked
-from pipeline.storage.remote import check_output
+from pipeline.storage.locks import lock_output
+from pipeline.storage.remote import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     `sources` stands in for those that cfg.source names. UserError and RunError as the modules it calls.
     """
     started = time.monotonic()
-    check_output(cfg.out)
+    check_writable(cfg.out)
     if isinstance(cfg.out, Path):
         cfg = replace(
             cfg, out=cfg.out.absolute()
@@ -55,7 +55,7 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     ):  # a cluster's nodes are for the runner to ask
         check_cuda()
     sources = open_sources(cfg) if sources is None else sources
-    with locked(cfg.out):
+    with lock_output(cfg.out):
         total = make(cfg, sources)
         page = write_report(cfg.out)
     log.info(

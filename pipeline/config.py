@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -18,21 +18,10 @@ from pipeline.download.config import FetchConfig
 from pipeline.geometry.config import TopologyConfig
 from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
 from pipeline.rendering.config import RenderConfig
-from pipeline.storage.remote import Location, location
+from pipeline.storage.config import PathOrUrl
 
 PresetName = Literal["smoke", "full", "paper"]
 Pass = Literal["build", "screen", "best"]
-# A path, or a URL if it begins like one, as an option.
-PathOrUrl = Annotated[
-    Location,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH|URL",
-        instance_from_str=lambda args: location(args[0]),
-        is_instance=lambda value: isinstance(value, Location),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from pipeline.config import PathOrUrl
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
 from pipeline.orchestration.commit import manifest_path, marker_path, product_paths, stats_path
 from pipeline.orchestration.manifest import PACK_SECONDS, is_product
 from pipeline.orchestration.plan import Plan, read_plan
-from pipeline.storage.remote import Location, check_input, children, files, readable
+from pipeline.storage.config import PathOrUrl
+from pipeline.storage.remote import StorePath, arrow_source, check_exists, list_children, list_files
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Estimate:
     storage_usd_a_month: float
 
 
-def measure_passes(out: Location) -> dict[str, Cost]:
+def measure_passes(out: StorePath) -> dict[str, Cost]:
     """The passes of a finished build: "build" and, where it ranks, "screen" and "best". UserError if it is none."""
     plan = read_plan(out)
     best = [
@@ -190,12 +190,12 @@ def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
     )
 
 
-def _tables(out: Location, shard: str) -> tuple[pa.Table, list[dict[str, Any]]]:
+def _tables(out: StorePath, shard: str) -> tuple[pa.Table, list[dict[str, Any]]]:
     """Stats and manifest of a shard that has markers."""
     try:
-        stats = pq.read_table(readable(stats_path(out, shard)))
+        stats = pq.read_table(arrow_source(stats_path(out, shard)))
         return stats, pq.read_table(
-            readable(manifest_path(out, shard)), columns=["uid", "numbers"]
+            arrow_source(manifest_path(out, shard)), columns=["uid", "numbers"]
         ).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(
@@ -203,16 +203,16 @@ def _tables(out: Location, shard: str) -> tuple[pa.Table, list[dict[str, Any]]]:
         ) from error
 
 
-def _markers(out: Location, shard: str, counts: Callable[[str], bool]) -> list[dict[str, Any]]:
-    found = [place.name.removesuffix(".json") for place in children(out / "shards" / shard)]
+def _markers(out: StorePath, shard: str, counts: Callable[[str], bool]) -> list[dict[str, Any]]:
+    found = [place.name.removesuffix(".json") for place in list_children(out / "shards" / shard)]
     names = sorted(name for name in found if is_product(name))
     return [json.loads(marker_path(out, shard, name).read_text()) for name in names if counts(name)]
 
 
-def _files(out: Location, marker: dict[str, Any]) -> int:
+def _files(out: StorePath, marker: dict[str, Any]) -> int:
     """An SDF shard is a directory, everything else a file."""
     paths = product_paths(marker["product"], marker["shard"])
-    return sum(len(files(out / path)) if path.suffix == ".zarr" else 1 for path in paths)
+    return sum(len(list_files(out / path)) if path.suffix == ".zarr" else 1 for path in paths)
 
 
 def _is_of(stages: dict[str, float], counts: Callable[[str], bool]) -> bool:
@@ -250,7 +250,7 @@ def lines(estimate: Estimate, passes: dict[str, Cost], cfg: EstimateConfig) -> l
 
 def main(args: Sequence[str]) -> None:
     cfg = parse(EstimateConfig, args, prog="python -m pipeline.estimate")
-    check_input(cfg.directory)
+    check_exists(cfg.directory)
     if cfg.json is not None and not cfg.json.absolute().parent.is_dir():
         raise UserError(
             f"no directory {cfg.json.absolute().parent} to write --json to; make it, or name another file"

@@ -10,14 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from pipeline.config import PathOrUrl
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
 from pipeline.core.html import image_uri, render_page
@@ -28,8 +27,9 @@ from pipeline.orchestration.isolated_process import Isolated
 from pipeline.orchestration.manifest import funnel, is_product, product_order, read_manifest
 from pipeline.orchestration.plan import Plan, read_plan
 from pipeline.report_pictures import PICTURES, PictureJob
-from pipeline.storage.locks import fetched
-from pipeline.storage.remote import Location, Remote, check_input, write_whole
+from pipeline.storage.config import PathOrUrl
+from pipeline.storage.locks import local_copy
+from pipeline.storage.remote import AnyStorePath, StorePath, check_exists, write_file
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,6 @@ STAGES = (
     "topology",
 )  # what all products share
 READ = ("plan.json", "plan.parquet", "manifest", "stats", "shards")
-Place = TypeVar("Place", Path, Remote, Location)
 PICTURE_RESOLUTION = (
     256  # the finest that a picture needs; extracting a surface at 1024 takes seconds
 )
@@ -70,14 +69,14 @@ class Build:
     open_shards: int
 
 
-def write_report(out: Place, pictures: int = 24) -> Place:
+def write_report(out: AnyStorePath, pictures: int = 24) -> AnyStorePath:
     """Write the page and return where it is. UserError if `out` is not a build."""
-    with fetched(out, READ) as here:
+    with local_copy(out, READ) as here:
         build = read_build(here)
     build = replace(build, plan=replace(build.plan, out=out))
     page = out / "report" / "index.html"
     html = render_page(TEMPLATE, **summary(build), **contact_sheet(build, pictures))
-    write_whole(page, html.encode())
+    write_file(page, html.encode())
     return page
 
 
@@ -185,7 +184,7 @@ def summary(build: Build) -> dict[str, Any]:
     }
 
 
-def _screening(catalogue: Location) -> list[dict[str, Any]]:
+def _screening(catalogue: StorePath) -> list[dict[str, Any]]:
     """Why assets are not in the catalogue of a ranked build."""
     return read_funnel(catalogue) if catalogue.exists() else []
 
@@ -343,7 +342,7 @@ def human_seconds(seconds: float) -> str:
 
 def main(args: Sequence[str]) -> None:
     cfg = parse(ReportConfig, args, prog="python -m pipeline.report")
-    check_input(cfg.directory)
+    check_exists(cfg.directory)
     log.info("%s", write_report(cfg.directory, cfg.pictures))
 
 

@@ -17,7 +17,7 @@ from pipeline.orchestration.commit import product_paths
 from pipeline.rendering.gl_renderer import canvas
 from pipeline.rendering.shading import lighting
 from pipeline.rendering.views import unpremultiply
-from pipeline.storage.remote import Location
+from pipeline.storage.remote import StorePath
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard
 
@@ -31,7 +31,7 @@ PAPER = np.array([238, 241, 245], np.float64)  # behind a render
 class PictureJob:
     """Draw `folder/<uid>-<kind>.webp` for assets (shard, uid) of a build."""
 
-    out: Location
+    out: StorePath
     assets: tuple[tuple[str, str], ...]
     resolution: int
     cameras: str

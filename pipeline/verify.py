@@ -16,7 +16,6 @@ from typing import Annotated, Any, cast
 import pyarrow as pa
 import tyro
 
-from pipeline.config import PathOrUrl
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import RunError
 from pipeline.core.hashing import hash_of, split_of
@@ -35,8 +34,9 @@ from pipeline.orchestration.commit import (
 )
 from pipeline.orchestration.manifest import STATUSES, is_product, product_order, read_manifest
 from pipeline.orchestration.plan import Plan, read_plan
-from pipeline.storage.locks import fetched
-from pipeline.storage.remote import Location, check_input, children
+from pipeline.storage.config import PathOrUrl
+from pipeline.storage.locks import local_copy
+from pipeline.storage.remote import StorePath, check_exists, list_children
 from pipeline.storage.render_shard import RenderShard, check_render_shard
 from pipeline.storage.sdf_shard import SdfShard, check_sdf_shard
 
@@ -78,7 +78,7 @@ class Breach:
         return f"{where}{', ' if self.asset else ''}{self.asset}: {self.rule}"
 
 
-def verify(out: Location, workers: int = 1) -> list[Breach]:
+def verify(out: StorePath, workers: int = 1) -> list[Breach]:
     """Every breach found in a build, and in the screening that it is made from. UserError if `out` is not one."""
     plan = read_plan(out)
     screening = [
@@ -100,7 +100,7 @@ def verify(out: Location, workers: int = 1) -> list[Breach]:
     return breaches + screening + [breach for shard in found for breach in shard]
 
 
-def verify_screening(out: Location, workers: int) -> list[Breach]:
+def verify_screening(out: StorePath, workers: int) -> list[Breach]:
     """Every breach in the pass that chose a ranked build's assets, if it is one."""
     return verify(out / "screen", workers) if (out / "screen" / "plan.json").exists() else []
 
@@ -111,7 +111,7 @@ def verify_shard(plan: Plan, products: Sequence[str], shard: str) -> list[Breach
     products = [product for product in products if plan.wanted(product, shard)]
     parts = [manifest_path(Path(), shard), Path("shards", shard)]
     parts += [path for product in products for path in product_paths(product, shard)]
-    with fetched(plan.out, parts) as here:
+    with local_copy(plan.out, parts) as here:
         problems = list(_shard_problems(plan, here, products, shard))
     breaches = []
     for problem in problems:
@@ -138,18 +138,18 @@ def _plan_problems(plan: Plan, held: Mapping[str, set[str]]) -> Iterator[str]:
         yield "plan.parquet: a uid comes twice"
     if info["config"].get("rank") is not None:
         yield from _catalogue_problems(plan)
-    for path in children(out):
+    for path in list_children(out):
         if path.name not in TOP_LEVEL:
             yield f"{path.name}: does not belong here" + (
                 " (the build is not finished)" * (path.name == ".scratch")
             )
     names = set(plan.shards)
     kinds = [
-        (kind, variant.name) for kind in ("renders", "sdf") for variant in children(out / kind)
+        (kind, variant.name) for kind in ("renders", "sdf") for variant in list_children(out / kind)
     ]
     for kind, *variant in sorted([("manifest",), *kinds, ("shards",)]):
         folder = "/".join([kind, *variant])
-        for name in [path.name for path in children(out / folder)]:
+        for name in [path.name for path in list_children(out / folder)]:
             shard = name.partition(".")[0]
             if shard not in names:
                 yield f"{folder}/{name}: belongs to no shard of the plan"
@@ -341,7 +341,7 @@ def _named(product: str, problem: str) -> str:
 
 def main(args: Sequence[str]) -> None:
     cfg = parse(VerifyConfig, args, prog="python -m pipeline.verify")
-    check_input(cfg.directory)
+    check_exists(cfg.directory)
     breaches = verify(cfg.directory, cfg.workers)
     for breach in breaches:
         log.error("%s", breach)

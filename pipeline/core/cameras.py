@@ -64,7 +64,7 @@ def look_at_origin(azimuth_degrees: float, elevation_degrees: float, focal_mm: f
     )
 
 
-def camera(uid: str, view: int, kind: CameraSet = "paper", attempt: int = 0) -> Camera:
+def sample_camera(uid: str, view: int, kind: CameraSet = "paper", attempt: int = 0) -> Camera:
     """The camera of a view; it depends on these arguments alone. `attempt` > 0 replaces a view that came out bad.
 
     paper: azimuth uniform in 0..180, elevation in 10..40 degrees, focal length in 30..100 mm.

@@ -22,7 +22,7 @@ from pipeline.geometry.flood_fill import BARRIER_VOXELS, Exterior, bin_triangles
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import Topology
 from pipeline.rendering.views import render_views, view_numbers
-from pipeline.storage.remote import Location, readable
+from pipeline.storage.remote import StorePath, arrow_source
 
 CELLS = 16  # along one side of the occupancy signature: 16^3 bits
 CAMERAS = (
@@ -162,10 +162,10 @@ def write_metrics_table(path: Path, rows: Sequence[tuple[str, ScreeningMetrics]]
     pq.write_table(table, path, compression="zstd")
 
 
-def read_metrics_table(path: Location) -> pa.Table:
+def read_metrics_table(path: StorePath) -> pa.Table:
     """ValueError if it is not a table of this format version."""
     try:
-        table = pq.read_table(readable(path))
+        table = pq.read_table(arrow_source(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} must be a readable table: {error}") from error
     if not table.schema.equals(METRICS_SCHEMA, check_metadata=True):

@@ -20,7 +20,7 @@ from pipeline.curation.screening_metrics import read_metrics_table
 from pipeline.orchestration.commit import manifest_path, product_paths
 from pipeline.orchestration.plan import Plan
 from pipeline.storage.locks import workspace
-from pipeline.storage.remote import Location, Remote, children, readable
+from pipeline.storage.remote import RemotePath, StorePath, arrow_source, list_children
 
 CATALOGUE = "catalogue.parquet"
 NAMES = ("uid", "status", "stage", "reason", "sha256", "faces", "numbers")  # of the manifest
@@ -30,17 +30,17 @@ NAMES = ("uid", "status", "stage", "reason", "sha256", "faces", "numbers")  # of
 class Catalogue:
     """The kept assets of a catalogue, the best first, with the sha256 of the bytes that were looked at."""
 
-    path: Location
+    path: StorePath
     name = "catalogue"
 
     def snapshot(self) -> str:
-        if isinstance(self.path, Remote):
+        if isinstance(self.path, RemotePath):
             return hashlib.sha256(self.path.read_bytes()).hexdigest()
         return sha256_of(self.path)
 
     def records(self) -> Iterator[Record]:
         names = ["uid", "source", "url", "licence", "sha256", "format", "metadata", "keep"]
-        for batch in pq.ParquetFile(readable(self.path)).iter_batches(1 << 16, columns=names):
+        for batch in pq.ParquetFile(arrow_source(self.path)).iter_batches(1 << 16, columns=names):
             yield from (Record(**row) for row in batch.to_pylist() if row.pop("keep"))
 
 
@@ -60,16 +60,16 @@ def write_catalogue(cfg: BuildConfig, screening: Plan) -> Catalogue:
     with workspace(cfg.out, cfg.scratch) as here:
         partial = here / f".{CATALOGUE}.partial"
         pq.write_table(table.replace_schema_metadata(about), partial, compression="zstd")
-        if isinstance(cfg.out, Remote):
-            (cfg.out / CATALOGUE).put(partial)
+        if isinstance(cfg.out, RemotePath):
+            (cfg.out / CATALOGUE).upload(partial)
         else:
             partial.replace(cfg.out / CATALOGUE)
     return Catalogue(path=cfg.out / CATALOGUE)
 
 
-def read_funnel(path: Location) -> list[dict]:
+def read_funnel(path: StorePath) -> list[dict]:
     """Why assets are not in a catalogue: stage, reason, thresholds by name, assets."""
-    metadata = pq.read_schema(readable(path)).metadata or {}
+    metadata = pq.read_schema(arrow_source(path)).metadata or {}
     return json.loads(metadata.get(b"funnel", b"[]"))
 
 
@@ -81,14 +81,16 @@ def _screened(plan: Plan) -> pa.Table:
     """A row for every asset of the plan: its record, what became of it, and what was measured."""
     out, size = plan.out, plan.info["config"]["shard_size"]
     shards = plan.shards
-    names = [place.name.removesuffix(".json") for place in children(out / "shards" / shards[0])]
+    names = [
+        place.name.removesuffix(".json") for place in list_children(out / "shards" / shards[0])
+    ]
     products = {name for name in names if name.startswith("screen-")}
     if len(products) != 1:
         raise RunError(f"{out} is not a finished screening")
     product = products.pop()
     parts = []
     for number, shard in enumerate(shards):
-        found = pq.read_table(readable(manifest_path(out, shard)), columns=list(NAMES))
+        found = pq.read_table(arrow_source(manifest_path(out, shard)), columns=list(NAMES))
         said = [json.loads(text).get("load_warnings", ()) for text in found["numbers"].to_pylist()]
         missing = [sum(line.startswith("missing side file") for line in lines) for lines in said]
         found = found.drop_columns(["numbers"]).append_column(

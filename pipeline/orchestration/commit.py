@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.config import BuildConfig
 from pipeline.core.files import sync
@@ -28,13 +28,12 @@ from pipeline.orchestration.manifest import (
     with_products,
     write_manifest,
 )
-from pipeline.storage.remote import Location, Remote, files
-from pipeline.storage.render_shard import Scratch, index_path, write_render_shard
+from pipeline.storage.remote import AnyStorePath, StorePath, list_files
+from pipeline.storage.render_shard import ViewFolder, index_path, write_render_shard
 from pipeline.storage.sdf_shard import write_sdf_shard
 
 RESULT = "result.json"
 MANIFEST = "manifest"  # the marker that goes with the manifest, which later products replace
-Root = TypeVar("Root", Path, Remote, Location)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +58,15 @@ def product_paths(product: str, shard: str) -> list[Path]:
     return [tar, index_path(tar)]
 
 
-def marker_path(out: Root, shard: str, product: str) -> Root:
+def marker_path(out: AnyStorePath, shard: str, product: str) -> AnyStorePath:
     return out / "shards" / shard / f"{product}.json"
 
 
-def manifest_path(out: Root, shard: str) -> Root:
+def manifest_path(out: AnyStorePath, shard: str) -> AnyStorePath:
     return out / "manifest" / f"{shard}.parquet"
 
 
-def stats_path(out: Root, shard: str) -> Root:
+def stats_path(out: AnyStorePath, shard: str) -> AnyStorePath:
     return out / "stats" / f"{shard}.parquet"
 
 
@@ -139,10 +138,10 @@ def finished(cfg: BuildConfig, shard: str) -> dict[str, dict[str, Any]]:
     return {row["uid"]: row for row in read_manifest(path)}
 
 
-def committed(out: Location) -> dict[str, set[str]]:
+def committed(out: StorePath) -> dict[str, set[str]]:
     """The products of every shard that have a marker, "manifest" among them."""
     found: dict[str, set[str]] = {}
-    for name in files(out / "shards"):
+    for name in list_files(out / "shards"):
         shard, _, product = name.partition("/")
         if product.endswith(".json") and not product.startswith("."):
             found.setdefault(shard, set()).add(product.removesuffix(".json"))
@@ -245,7 +244,7 @@ def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dic
         entries = []
         for uid in uids:
             folder = scratch_folder(out, job.shard, uid) / product
-            entries.append((uid, Scratch(folder, uid, cfg.render.views, cfg.render.format)))
+            entries.append((uid, ViewFolder(folder, uid, cfg.render.views, cfg.render.format)))
         write_render_shard(partial / paths[0].name, entries, cfg.render.format)
         counts["views"] = len(uids) * cfg.render.views
         extra["renderers"] = sorted({results[uid].products[product]["renderer"] for uid in uids})

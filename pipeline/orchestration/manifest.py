@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.core.hashing import split_of
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Record
-from pipeline.storage.remote import Location, readable
+from pipeline.storage.remote import StorePath, arrow_source
 
 PACK_SECONDS = "pack_seconds"
 STATUSES = ("done", "rejected", "failed")
@@ -142,10 +142,10 @@ def write_manifest(path: Path, rows: Sequence[dict[str, Any]], resolutions: Iter
     _replace_table(path, pa.Table.from_pylist(list(rows), manifest_schema(resolutions)))
 
 
-def read_manifest(path: Location) -> list[dict[str, Any]]:
+def read_manifest(path: StorePath) -> list[dict[str, Any]]:
     """The rows of one shard. ValueError if it is not a manifest of this format version."""
     try:
-        table = pq.read_table(readable(path))
+        table = pq.read_table(arrow_source(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} must be a readable manifest: {error}") from error
     version = (table.schema.metadata or {}).get(b"format_version", b"none").decode()

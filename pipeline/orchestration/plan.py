@@ -21,7 +21,7 @@ from pipeline.core.provenance import FORMAT_VERSION, commit_of_code, provenance
 from pipeline.core.schema import Record
 from pipeline.sources import Listing
 from pipeline.storage.locks import workspace
-from pipeline.storage.remote import Location, Remote, children, readable
+from pipeline.storage.remote import RemotePath, StorePath, arrow_source, list_children
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ ROWS = 1 << 16  # written at once
 class Plan:
     """`plan.json` and `plan.parquet` of an output directory."""
 
-    out: Location
+    out: StorePath
     info: dict[str, Any]
     table: pa.Table
 
@@ -117,9 +117,9 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Listing]) -> Plan:
             raise UserError(
                 f"cannot write to {here}: {error.strerror}; choose another --out"
             ) from error
-        if isinstance(cfg.out, Remote):
+        if isinstance(cfg.out, RemotePath):
             for name in ("plan.parquet", "plan.json"):
-                (cfg.out / name).put(here / name)
+                (cfg.out / name).upload(here / name)
     return read_plan(cfg.out)
 
 
@@ -150,18 +150,18 @@ def _forget(partial: Path) -> None:
         partial.parent.rmdir()
 
 
-def refuse_foreign(out: Location) -> None:
+def refuse_foreign(out: StorePath) -> None:
     """UserError if there is something at `out` that is not a build, nor the beginning of one."""
     a_file = isinstance(out, Path) and out.exists() and not out.is_dir()
     if a_file or (any(_foreign(out)) and not (out / "plan.json").exists()):
         raise UserError(f"{out} exists and is not a build; choose another --out")
 
 
-def read_plan(out: Location) -> Plan:
+def read_plan(out: StorePath) -> Plan:
     """The plan of a build. UserError if `out` is not one, or of another format version."""
     try:
         info = json.loads((out / "plan.json").read_text())
-        table = pq.read_table(readable(out / "plan.parquet"))
+        table = pq.read_table(arrow_source(out / "plan.parquet"))
         found = info["format_version"]
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         raise UserError(
@@ -222,8 +222,8 @@ def _write_table(path: Path, records: Iterator[Record], cfg: BuildConfig) -> int
     return len(seen)
 
 
-def _foreign(out: Location) -> Iterator[Location]:
+def _foreign(out: StorePath) -> Iterator[StorePath]:
     """What lies there and is not the beginning of a build."""
     names = ("plan.parquet", "plan.json", "catalogue.parquet")
     ours = {*names, *(f".{name}.partial" for name in names), ".scratch", "screen"}
-    return islice((path for path in children(out) if path.name not in ours), 1)
+    return islice((path for path in list_children(out) if path.name not in ours), 1)

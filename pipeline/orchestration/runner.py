@@ -43,8 +43,8 @@ from pipeline.orchestration.plan import Plan
 from pipeline.orchestration.progress import Progress
 from pipeline.orchestration.transfer import commit, hand_in, landed_results
 from pipeline.sources import Source
-from pipeline.storage.locks import scratch_root, swept, workspace
-from pipeline.storage.remote import children, read_all, remove
+from pipeline.storage.locks import scratch_root, sweep_on_exit, workspace
+from pipeline.storage.remote import delete, list_children, read_files
 
 log = logging.getLogger(__name__)
 
@@ -79,21 +79,21 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
     held = committed(cfg.out)
     _check_committed(cfg, held)
     todo = missing_products(plan, cfg, held)
-    for folder in children(cfg.out / ".scratch"):
+    for folder in list_children(cfg.out / ".scratch"):
         if folder.name not in todo:  # of a run killed between marker and clean-up
-            remove(folder)
+            delete(folder)
     if todo:
         stop = Stop()
         # An exception out of a signal handler would break Ray's native code: signals are noted, and looked at between.
         # Ray puts handlers of its own in place as it starts.
-        with swept(cfg.out, cfg.scratch), note_signals(stop), _ray(cfg), note_signals(stop):
+        with sweep_on_exit(cfg.out, cfg.scratch), note_signals(stop), _ray(cfg), note_signals(stop):
             stop.check()
             if cfg.gpu_share and not ray.cluster_resources().get("GPU"):
                 raise UserError(
                     "--device cuda cannot be used: Ray finds no GPU in its cluster; leave it out"
                 )
             _Run(plan, cfg, sources, todo, held).loop(stop)
-    remove(cfg.out / ".scratch")
+    delete(cfg.out / ".scratch")
     return counts(plan, cfg)
 
 
@@ -139,7 +139,7 @@ def counts(plan: Plan, cfg: BuildConfig) -> dict[str, int]:
     """How many assets are done, rejected and failed, as the markers of the manifests say."""
     total: dict[str, int] = dict.fromkeys(STATUSES, 0)
     markers = [f"{name}/{MANIFEST}.json" for name in plan.shards]
-    for marker in read_all(cfg.out / "shards", markers):
+    for marker in read_files(cfg.out / "shards", markers):
         for status in STATUSES:
             total[status] += json.loads(marker)["counts"][status]
     return total

@@ -25,12 +25,12 @@ from pipeline.orchestration.commit import (
 )
 from pipeline.orchestration.manifest import Result
 from pipeline.storage.locks import workspace
-from pipeline.storage.remote import Location, Remote, children
+from pipeline.storage.remote import RemotePath, StorePath, list_children
 
 HEAD_BYTES = 1 << 16  # of a landed asset: its result comes first, and is rarely longer
 
 
-def hand_in(out: Location, here: Path, shard: str, uid: str) -> None:
+def hand_in(out: StorePath, here: Path, shard: str, uid: str) -> None:
     """Put an asset that has landed in a workspace where the task that packs finds it: one object, its result first."""
     if isinstance(out, Path):
         return
@@ -43,7 +43,7 @@ def hand_in(out: Location, here: Path, shard: str, uid: str) -> None:
         for name in [RESULT, *(name for name in names if name != RESULT)]:
             tar.add(folder / name, name, recursive=False)
     shutil.rmtree(folder)
-    (out / ".scratch" / shard / packed.name).put(packed)
+    (out / ".scratch" / shard / packed.name).upload(packed)
 
 
 def landed_results(
@@ -61,7 +61,7 @@ def landed_results(
     return {uid: result for uid, result in found.items() if result is not None}
 
 
-def _head(place: Remote) -> str:
+def _head(place: RemotePath) -> str:
     """The first member of a tar."""
     data = place.read_bytes(HEAD_BYTES)
     size = tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "strict").size
@@ -94,33 +94,33 @@ def commit(job: PackJob) -> dict[str, int]:
         counts = pack(replace(job, config=replace(cfg, out=here)))
         for product in job.products:
             for path in product_paths(product, shard):
-                (out / path).put(here / path)
+                (out / path).upload(here / path)
         for name in (manifest_path, stats_path):
-            name(out, shard).put(name(here, shard))
+            name(out, shard).upload(name(here, shard))
         for product in (MANIFEST, *job.products):
-            marker_path(out, shard, product).put(marker_path(here, shard, product))
-    (out / ".scratch" / shard).remove()
+            marker_path(out, shard, product).upload(marker_path(here, shard, product))
+    (out / ".scratch" / shard).delete()
     return counts
 
 
-def _handed_in(out: Remote, shard: str) -> set[str]:
-    return {place.name.removesuffix(".tar") for place in children(out / ".scratch" / shard)}
+def _handed_in(out: RemotePath, shard: str) -> set[str]:
+    return {place.name.removesuffix(".tar") for place in list_children(out / ".scratch" / shard)}
 
 
-def _fetch(place: Location, local: Path) -> None:
+def _fetch(place: StorePath, local: Path) -> None:
     """A file that may not be there yet."""
-    assert isinstance(place, Remote)
+    assert isinstance(place, RemotePath)
     local.parent.mkdir(parents=True, exist_ok=True)
     try:
-        place.fetch(local)
+        place.download(local)
     except FileNotFoundError:
         local.unlink(missing_ok=True)
 
 
-def _unpack(place: Remote, folder: Path) -> None:
+def _unpack(place: RemotePath, folder: Path) -> None:
     packed = folder.with_name(f"{folder.name}.tar")
     folder.mkdir(parents=True)
-    place.fetch(packed)
+    place.download(packed)
     with tarfile.open(packed) as tar:
         tar.extractall(folder, filter="data")
     packed.unlink()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.cameras import Camera, camera
+from pipeline.core.cameras import Camera, sample_camera
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh, View
 from pipeline.rendering.config import RenderConfig
@@ -31,7 +31,7 @@ def render_views(mesh: Mesh, uid: str, cfg: RenderConfig) -> Iterator[View]:
     with canvas(mesh, cfg.image_size) as drawing:
         for view in range(cfg.views):
             for attempt in range(cfg.attempts):
-                eye = camera(uid, view, cfg.cameras, attempt)
+                eye = sample_camera(uid, view, cfg.cameras, attempt)
                 rgba = unpremultiply(drawing.draw(eye, lighting(uid, view, eye, attempt)))
                 fault = fault_of(rgba, cfg.min_coverage)
                 if fault is None:

@@ -1,4 +1,8 @@
-"""Where a build lies: a directory, or a prefix in an object store behind a URL. Nobody else talks to fsspec."""
+"""Paths of builds: a local directory or a prefix in an object store (S3, GCS, Azure and others).
+
+This is the only module that uses fsspec. Credentials come from the package of each store, for
+example from the AWS configuration files.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +19,28 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from pipeline.core.errors import RunError, UserError
-from pipeline.core.files import is_disk_full
+from pipeline.core.files import is_disk_full, write_atomically
 
 log = logging.getLogger(__name__)
 
-# Here an object appears whole or not at all. Elsewhere it is written under another name, then renamed.
+# In these stores an object appears whole or not at all. Elsewhere a file is written under a
+# temporary name and then renamed.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
-PART_BYTES, PARTS = 16 << 20, 4  # of a large object, sent or fetched at once: 64 MB of memory
-MAX_PARTS = 10_000  # of one object, S3's limit
-WAITS_S = (
-    1.0,
-    5.0,
-    20.0,
-    60.0,
-    120.0,
-)  # before another try, once the store's package has given up
+PART_BYTES = 16 << 20  # size of the parts in which a large object is sent or fetched
+CONCURRENT_PARTS = 4  # together 64 MB of memory
+MAX_PARTS = 10_000  # S3 accepts no more parts per object
+RETRY_WAITS_S = (1.0, 5.0, 20.0, 60.0, 120.0)  # after the retries of the store's own package
 _S3: dict[str, Any] = {
     "default_block_size": PART_BYTES,
-    "max_concurrency": PARTS,
+    "max_concurrency": CONCURRENT_PARTS,
     "config_kwargs": {
         "connect_timeout": 10,
         "read_timeout": 60,
         "retries": {"mode": "standard", "total_max_attempts": 3},
     },
 }
-OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
-EXTRAS = {
+FILESYSTEM_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
+PACKAGES = {  # what to install for a scheme
     "s3": "sparse3d[s3]",
     "s3a": "sparse3d[s3]",
     "gs": "gcsfs",
@@ -48,8 +48,7 @@ EXTRAS = {
     "az": "adlfs",
     "abfs": "adlfs",
 }
-# What a store's package raises, next to OSError, once it has been imported.
-ERRORS = (
+STORE_ERRORS = (  # (module, class): what the packages raise besides OSError
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
     ("aiohttp", "ClientError"),
@@ -57,163 +56,175 @@ ERRORS = (
     ("google.auth.exceptions", "GoogleAuthError"),
     ("azure.core.exceptions", "AzureError"),
 )
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Remote:
-    """A place behind a URL, with what the pipeline needs of `Path`. Credentials are its package's business.
+class RemotePath:
+    """A URL with the methods of `pathlib.Path` that the pipeline needs.
 
-    Reading what is not there raises FileNotFoundError. A store that cannot be reached, or refuses, raises RunError
-    after some waiting; UserError if the package for its scheme is missing.
+    Failed operations are retried after waits. Every method that talks to the store raises
+    FileNotFoundError if it reads something that does not exist, RunError if the store cannot be
+    reached or refuses the request, and UserError if the package for the scheme is not installed.
+
+    Args:
+        url: The URL without a slash at its end.
+        retry_waits_s: Seconds to wait before each retry.
     """
 
-    url: str  # without a slash at its end
-    waits_s: tuple[float, ...] = field(default=WAITS_S, compare=False, repr=False)
+    url: str
+    retry_waits_s: tuple[float, ...] = field(default=RETRY_WAITS_S, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return _public(self.url)
+        """Return the URL without user name and password."""
+        return _without_password(self.url)
 
-    def __truediv__(self, name: str | PurePath) -> Remote:
-        return Remote(
-            f"{self.url}/{name if isinstance(name, str) else name.as_posix()}", self.waits_s
-        )
+    def __truediv__(self, name: str | PurePath) -> RemotePath:
+        relative = name if isinstance(name, str) else name.as_posix()
+        return RemotePath(f"{self.url}/{relative}", self.retry_waits_s)
 
     @property
     def name(self) -> str:
+        """The part after the last slash."""
         return self.url.rpartition("/")[2]
 
-    def with_name(self, name: str) -> Remote:
-        return Remote(f"{self.url.rpartition('/')[0]}/{name}", self.waits_s)
+    def with_name(self, name: str) -> RemotePath:
+        """Return the path with its last part replaced."""
+        return RemotePath(f"{self.url.rpartition('/')[0]}/{name}", self.retry_waits_s)
 
     @property
     def scheme(self) -> str:
+        """The part before "://", such as "s3"."""
         return self.url.partition("://")[0]
 
     @property
     def options(self) -> dict[str, Any]:
-        """What fsspec is given next to the URL."""
-        return OPTIONS.get(self.scheme, {})
+        """Arguments for fsspec that belong to the scheme."""
+        return FILESYSTEM_OPTIONS.get(self.scheme, {})
 
     def exists(self) -> bool:
-        """Whether there is such an object, or one below it."""
+        """Return whether there is an object of this name or below this prefix."""
         return self._call("cannot be read", lambda fs, path: fs.exists(path))
 
-    def iterdir(self) -> list[Remote]:
-        """What is one level below, by name; [] if there is nothing."""
+    def iterdir(self) -> list[RemotePath]:
+        """List the objects and prefixes one level below, by name. Return [] if there are none."""
         try:
-            found = self._call(
+            entries, root = self._call(
                 "cannot be listed", lambda fs, path: (fs.ls(path, detail=False), path)
             )
         except FileNotFoundError:
             return []
         names = {
             entry.rstrip("/").rpartition("/")[2]
-            for entry in found[0]
-            if entry.strip("/") != found[1].strip("/")
+            for entry in entries
+            if entry.strip("/") != root.strip("/")
         }
         return [self / name for name in sorted(names)]
 
-    def files(self) -> list[str]:
-        """Every object below, at any depth, relative to this place, by name."""
+    def list_files(self) -> list[str]:
+        """List all objects below at any depth, by their names relative to this path, sorted."""
         try:
-            found, root = self._call("cannot be listed", lambda fs, path: (fs.find(path), path))
+            paths, root = self._call("cannot be listed", lambda fs, path: (fs.find(path), path))
         except FileNotFoundError:
             return []
-        start = root.strip("/") + "/"
+        prefix = root.strip("/") + "/"
         return sorted(
-            path.strip("/")[len(start) :] for path in found if path.strip("/").startswith(start)
+            path.strip("/")[len(prefix) :] for path in paths if path.strip("/").startswith(prefix)
         )
 
-    def read_bytes(self, first: int | None = None) -> bytes:
-        """The object, or its first so many bytes."""
+    def read_bytes(self, size: int | None = None) -> bytes:
+        """Read the object, or only its first `size` bytes."""
         return self._call(
-            "cannot be read", lambda fs, path: fs.cat_file(path, start=first and 0, end=first)
+            "cannot be read", lambda fs, path: fs.cat_file(path, start=size and 0, end=size)
         )
 
     def read_range(self, start: int, size: int) -> bytes:
-        """Up to `size` bytes from `start`."""
+        """Read `size` bytes from offset `start`, or fewer if the object ends earlier."""
         return self._call(
             "cannot be read", lambda fs, path: fs.cat_file(path, start=start, end=start + size)
         )
 
     def read_text(self) -> str:
+        """Read the object as UTF-8 text."""
         return self.read_bytes().decode()
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
-        """Objects below this place, many at once, in order."""
-        found, path = self._call(
+        """Read several objects below this path concurrently. Return them in the given order."""
+        contents, root = self._call(
             "cannot be read", lambda fs, path: (fs.cat([f"{path}/{name}" for name in names]), path)
         )
-        return [found[f"{path}/{name}"] for name in names]
+        return [contents[f"{root}/{name}"] for name in names]
 
     def write_bytes(self, data: bytes) -> None:
-        """One object, in place of what is there, whole or not at all."""
+        """Write one object. It replaces an existing one atomically."""
         self._write(lambda fs, path: fs.pipe_file(path, data))
 
-    def put(self, local: Path) -> None:
-        """A file as one object; a directory as a tree, of which nothing that was there before is left."""
+    def upload(self, local: Path) -> None:
+        """Upload a file as one object, or a directory as a tree of objects.
+
+        Objects below this path that the local directory does not have are deleted.
+        """
         if not local.is_dir():
             size = local.stat().st_size
-            part = (
+            # The package's default part size would exceed MAX_PARTS for the largest files.
+            part_options = (
                 {"chunksize": max(PART_BYTES, -(-size // MAX_PARTS))}
-                if self.scheme in OPTIONS
+                if self.scheme in FILESYSTEM_OPTIONS
                 else {}
             )
-            self._write(lambda fs, path: fs.put_file(str(local), path, **part))
+            self._write(lambda fs, path: fs.put_file(str(local), path, **part_options))
             return
-        names = sorted(
-            path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()
-        )
+        names = list_files(local)
         for name in names:
-            (self / name).put(local / name)
-        # Last, not first: another attempt at the same commit, not yet known to be dead, may have put the same files.
-        self._remove(sorted(set(self.files()) - set(names)))
+            (self / name).upload(local / name)
+        # Stale objects are deleted last: another attempt at the same commit that is not yet known
+        # to be dead may have uploaded the same files.
+        self._delete_files(sorted(set(self.list_files()) - set(names)))
 
-    def fetch(self, local: Path) -> None:
-        """The object as a file. Its folder must be there."""
-        self._call("cannot be fetched", lambda fs, path: fs.get_file(path, str(local)))
+    def download(self, local: Path) -> None:
+        """Download the object to a file. The directory of the file must exist."""
+        self._call("cannot be downloaded", lambda fs, path: fs.get_file(path, str(local)))
 
-    def fetch_tree(self, local: Path, names: Sequence[str]) -> None:
-        """Objects below this place, many at once, as files below `local`."""
+    def download_files(self, local: Path, names: Sequence[str]) -> None:
+        """Download several objects below this path concurrently to files below `local`."""
         for name in names:
             (local / name).parent.mkdir(parents=True, exist_ok=True)
         targets = [str(local / name) for name in names]
         if names:
             self._call(
-                "cannot be fetched",
+                "cannot be downloaded",
                 lambda fs, path: fs.get([f"{path}/{name}" for name in names], targets),
             )
 
-    def remove(self) -> None:
-        """The object, or all below it; nothing if there is nothing."""
-        if self.scheme not in OBJECT_STORES:  # folders are real there
+    def delete(self) -> None:
+        """Delete the object and everything below this path. Do nothing if there is nothing."""
+        if self.scheme not in OBJECT_STORES:  # these file systems have real directories
             self._call(
-                "cannot be removed",
+                "cannot be deleted",
                 lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None,
             )
             return
-        names = self.files()
-        self._remove(names)
+        names = self.list_files()
+        self._delete_files(names)
         if not names and self.exists():
-            self._call("cannot be removed", lambda fs, path: fs.rm_file(path))
+            self._call("cannot be deleted", lambda fs, path: fs.rm_file(path))
 
-    def _remove(self, names: Sequence[str]) -> None:
+    def _delete_files(self, names: Sequence[str]) -> None:
         if not names:
             return
         self._call(
-            "cannot be removed", lambda fs, path: fs.rm([f"{path}/{name}" for name in names])
+            "cannot be deleted", lambda fs, path: fs.rm([f"{path}/{name}" for name in names])
         )
-        left = set(self.files()) & set(
-            names
-        )  # bulk deletions do not tell of those that were refused
-        if left:
+        # Bulk deletions do not report which objects the store refused to delete.
+        remaining = set(self.list_files()) & set(names)
+        if remaining:
             raise RunError(
-                f"{self / min(left)} cannot be removed; allow it, and run the same command to go on"
+                f"{self / min(remaining)} cannot be deleted; allow it and run the same command "
+                "to resume"
             )
 
     def _write(self, write: Callable[[Any, str], object]) -> None:
-        def whole(fs: Any, path: str) -> None:
+        def write_atomically(fs: Any, path: str) -> None:
             if self.scheme in OBJECT_STORES:
                 write(fs, path)
                 return
@@ -221,53 +232,71 @@ class Remote:
             write(fs, f"{path}.partial")
             fs.mv(f"{path}.partial", path)
 
-        self._call("cannot be written", whole, missing=False)
+        self._call("cannot be written", write_atomically, may_be_missing=False)
 
     def _call(
-        self, failed: str, operation: Callable[[Any, str], Answer], missing: bool = True
-    ) -> Answer:
-        """operation(filesystem, path), again after a while if it fails; `missing`: FileNotFoundError is an answer."""
-        for wait_s in (*self.waits_s, None):
+        self, failure: str, operation: Callable[[Any, str], T], may_be_missing: bool = True
+    ) -> T:
+        """Return operation(file system, path), retried after each of the waits.
+
+        Args:
+            failure: What the error message says about this path, such as "cannot be read".
+            operation: Called with fsspec's file system and the path in it.
+            may_be_missing: Raise FileNotFoundError at once. False treats it as a failed attempt.
+        """
+        for wait_s in (*self.retry_waits_s, None):
             try:
                 fs, path = self.filesystem()
-                fs.invalidate_cache()  # others write there, too
+                fs.invalidate_cache()  # other processes write there, too
                 return operation(fs, path)
-            except _errors() as error:
+            except _store_errors() as error:
                 if isinstance(error, OSError) and is_disk_full(error):
                     raise
-                if isinstance(error, FileNotFoundError) and missing:
+                if isinstance(error, FileNotFoundError) and may_be_missing:
                     raise
-                reason = _said(error)
+                reason = _describe(error)
                 if wait_s is None or isinstance(error, PermissionError):
                     raise RunError(
-                        f"{self} {failed} ({reason}); nothing committed is lost, the same command goes on from there"
+                        f"{self} {failure} ({reason}); committed work is kept, run the same "
+                        "command to resume"
                     ) from error
-                log.warning("%s %s (%s); trying again in %.0f s", self, failed, reason, wait_s)
+                log.warning("%s %s (%s). Retrying in %.0f s.", self, failure, reason, wait_s)
                 time.sleep(wait_s)
         raise AssertionError("the last wait is None")
 
     def filesystem(self) -> tuple[Any, str]:
-        """fsspec's file system, which it keeps for every process, and the path in it."""
-        import fsspec  # not by readers of local files
+        """Return fsspec's file system, which fsspec caches per process, and the path in it.
+
+        Raises:
+            UserError: If the URL is malformed or the package for its scheme is not installed.
+        """
+        import fsspec  # readers of local files do not need it
 
         try:
             fs, path = fsspec.core.url_to_fs(self.url, **self.options)
         except ImportError as error:
-            package = EXTRAS.get(self.scheme)
-            how = f"pip install '{package}'" if package else str(error)
+            package = PACKAGES.get(self.scheme)
+            advice = f"pip install '{package}'" if package else str(error)
             raise UserError(
-                f"{self}: the package for {self.scheme}:// is missing; {how}"
+                f"{self}: the package for {self.scheme}:// is missing; {advice}"
             ) from error
         except (ValueError, TypeError) as error:
-            raise UserError(f"{self} is no URL that can be used: {error}") from error
+            raise UserError(f"{self} cannot be used as a URL: {error}") from error
         return fs, path
 
 
-Location = Path | Remote
+StorePath = Path | RemotePath
+AnyStorePath = TypeVar("AnyStorePath", Path, RemotePath, StorePath)
 
 
-def location(text: str | Path | Remote) -> Location:
-    """A path, or a URL if it begins like one; file:// is a path. ValueError for one with another machine's name."""
+def store_path(text: str | Path | RemotePath) -> StorePath:
+    """Return a RemotePath for text that begins with "<scheme>://", and a Path for other text.
+
+    file:// URLs become paths. Paths of either type are returned unchanged.
+
+    Raises:
+        ValueError: If a file:// URL names another machine.
+    """
     if not isinstance(text, str):
         return text
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
@@ -279,105 +308,120 @@ def location(text: str | Path | Remote) -> Location:
                 f"a {scheme} URL must have three slashes and an absolute path, got {text}"
             )
         return Path(rest)
-    return Remote(f"{scheme.lower()}://{rest.rstrip('/')}")
+    return RemotePath(f"{scheme.lower()}://{rest.rstrip('/')}")
 
 
-def children(place: Location) -> list[Location]:
-    """What is one level below, by name; [] if there is nothing."""
-    if isinstance(place, Remote):
-        return list(place.iterdir())
-    return list(sorted(place.iterdir())) if place.is_dir() else []
+def list_children(path: StorePath) -> list[StorePath]:
+    """List the entries one level below a path, by name. Return [] if it does not exist."""
+    if isinstance(path, RemotePath):
+        return list(path.iterdir())
+    return list(sorted(path.iterdir())) if path.is_dir() else []
 
 
-def files(place: Location) -> list[str]:
-    """Every file below, relative to `place`, by name."""
-    if isinstance(place, Remote):
-        return place.files()
-    return sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
+def list_files(path: StorePath) -> list[str]:
+    """List all files below a path at any depth, by their names relative to it, sorted."""
+    if isinstance(path, RemotePath):
+        return path.list_files()
+    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
 
 
-def readable(place: Location) -> Path | BytesIO:
-    """What pyarrow can read from: the path, or the object's bytes. FileNotFoundError if there is no such object."""
-    return BytesIO(place.read_bytes()) if isinstance(place, Remote) else place
+def arrow_source(path: StorePath) -> Path | BytesIO:
+    """Return what pyarrow can read a file from: the local path, or the bytes of the object.
+
+    Raises:
+        FileNotFoundError: If there is no such object.
+    """
+    return BytesIO(path.read_bytes()) if isinstance(path, RemotePath) else path
 
 
-def read_all(root: Location, names: Sequence[str]) -> Iterable[bytes]:
-    """The content of files below `root`, in order."""
-    if isinstance(root, Remote):
+def read_files(root: StorePath, names: Sequence[str]) -> Iterable[bytes]:
+    """Read the files `names` below `root`, in the given order."""
+    if isinstance(root, RemotePath):
         return root.read_many(names)
     return ((root / name).read_bytes() for name in names)
 
 
-def remove(place: Location) -> None:
-    """A folder or prefix and all below it; nothing if it is not there."""
-    if isinstance(place, Remote):
-        place.remove()
+def delete(path: StorePath) -> None:
+    """Delete a directory or prefix and everything below it. Do nothing if it does not exist."""
+    if isinstance(path, RemotePath):
+        path.delete()
     else:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def write_whole(place: Location, data: bytes) -> None:
-    """A file that is there whole or not at all, with the folders above it."""
-    if isinstance(place, Remote):
-        place.write_bytes(data)
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f".{place.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(place)
+def write_file(path: StorePath, data: bytes) -> None:
+    """Write a file or object atomically. Missing parent directories are created."""
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+    else:
+        write_atomically(path, data)
 
 
-def check_output(out: Location) -> None:
-    """UserError unless a build can be written to a URL, which is found out by writing a few bytes there."""
+def check_writable(out: StorePath) -> None:
+    """Check that a build can be written to a URL by writing, reading and deleting a few bytes.
+
+    Local paths are not checked here, because `lock_output` reports errors about them.
+
+    Raises:
+        UserError: If the URL cannot be written to. The message gives the reason.
+    """
     if isinstance(out, Path):
         return
     if out.scheme == "memory":
-        raise UserError(f"{out} is seen by one process alone; choose another --out")
+        raise UserError(f"{out} is visible to one process only; choose another --out")
     if not out.url.partition("://")[2].strip("/"):
         raise UserError(f"{out} names no bucket; choose another --out")
-    probe = Remote(out.url, waits_s=()) / ".scratch" / f"probe-{uuid.uuid4().hex}"
+    probe = RemotePath(out.url, retry_waits_s=()) / ".scratch" / f"probe-{uuid.uuid4().hex}"
     try:
         out.filesystem()
         probe.write_bytes(b"sparse3d")
-        same = probe.read_bytes() == b"sparse3d"
-        probe.remove()
+        unchanged = probe.read_bytes() == b"sparse3d"
+        probe.delete()
     except (RunError, OSError, NotImplementedError) as error:
-        reason = _said(error.__cause__ or error)
+        reason = _describe(error.__cause__ or error)
         raise UserError(
-            f"cannot write to {out}: {reason}; make it writable, or choose another --out"
+            f"cannot write to {out}: {reason}; make it writable or choose another --out"
         ) from error
-    if not same:
+    if not unchanged:
         raise UserError(
-            f"cannot write to {out}: what was written is not what is read; choose another --out"
+            f"cannot write to {out}: reading returned other bytes than were written; "
+            "choose another --out"
         )
 
 
-def check_input(directory: Location) -> None:
-    """UserError unless there is something at a path or URL."""
+def check_exists(directory: StorePath) -> None:
+    """Check that a directory exists, or that there are objects below a URL.
+
+    Raises:
+        UserError: If there is nothing or it cannot be read.
+    """
     if isinstance(directory, Path):
         if not directory.is_dir():
-            raise UserError(f"no directory {directory}; give a build's output directory")
+            raise UserError(f"no directory {directory}; give the output directory of a build")
         return
     try:
         directory.filesystem()
-        there = Remote(directory.url, waits_s=()).iterdir()
+        entries = RemotePath(directory.url, retry_waits_s=()).iterdir()
     except (RunError, OSError, NotImplementedError) as error:
-        raise UserError(f"cannot read {directory}: {_said(error.__cause__ or error)}") from error
-    if not there:
-        raise UserError(f"nothing at {directory}; give a build's output directory")
+        reason = _describe(error.__cause__ or error)
+        raise UserError(f"cannot read {directory}: {reason}") from error
+    if not entries:
+        raise UserError(f"nothing at {directory}; give the output directory of a build")
 
 
-def _said(error: BaseException) -> str:
-    """One line of what a store's package raised."""
-    return _public(" ".join(f"{type(error).__name__}: {error}".split()))[:300].rstrip(".")
+def _describe(error: BaseException) -> str:
+    """Return class and message of an error as one line of at most 300 characters."""
+    return _without_password(" ".join(f"{type(error).__name__}: {error}".split()))[:300].rstrip(".")
 
 
-def _public(text: str) -> str:
-    """Without the name and password that a URL may carry."""
+def _without_password(text: str) -> str:
+    """Remove user names and passwords from the URLs in a text."""
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
-def _errors() -> tuple[type[BaseException], ...]:
-    """What talking to a store may raise. Looked up in what is imported: only one of the packages is."""
-    found = [getattr(sys.modules[module], name) for module, name in ERRORS if module in sys.modules]
-    return (OSError, *found)
+def _store_errors() -> tuple[type[BaseException], ...]:
+    """Return the classes of errors that the imported store packages raise."""
+    imported = [
+        getattr(sys.modules[module], name) for module, name in STORE_ERRORS if module in sys.modules
+    ]
+    return (OSError, *imported)

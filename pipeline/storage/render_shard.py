@@ -9,19 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar, get_args
+from typing import IO, Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.core.cameras import camera, look_at_origin
+from pipeline.core.cameras import look_at_origin, sample_camera
 from pipeline.core.image_codec import decode
 from pipeline.core.options import CameraSet, ImageFormat
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import View
-from pipeline.storage.remote import Location, Remote, location, readable
+from pipeline.storage.remote import AnyStorePath, StorePath, arrow_source, store_path
 
 HEADER = 512  # bytes of a tar member's header; members are padded to it
 ATTEMPTS = 32  # redrawn cameras that a check recognises
@@ -35,9 +35,6 @@ DRAWN = (
     "focal_mm",
 )  # a camera's free numbers; the rest follows
 META_KEYS = {"uid", "view", "width", "height", *look_at_origin(0, 0, 50).meta()}
-
-
-Tar = TypeVar("Tar", Path, Remote, Location)
 
 
 class Row(NamedTuple):
@@ -56,7 +53,7 @@ def view_key(uid: str, view: int) -> str:
     return f"{uid}-{view:02d}"
 
 
-def index_path(path: Tar) -> Tar:
+def index_path(path: AnyStorePath) -> AnyStorePath:
     """000123.tar -> 000123.index.parquet."""
     return path.with_name(path.name.removesuffix(".tar") + ".index.parquet")
 
@@ -69,14 +66,14 @@ def dump_meta(meta: Mapping[str, Any]) -> bytes:
 def save_view(
     folder: Path, uid: str, view: int, data: bytes, meta: Mapping[str, Any], format: ImageFormat
 ) -> None:
-    """Put one encoded view into a scratch folder, for `Scratch` to find."""
+    """Put one encoded view into a scratch folder, for `ViewFolder` to find."""
     key = view_key(uid, view)
     (folder / f"{key}.{format}").write_bytes(data)
     (folder / f"{key}.json").write_bytes(dump_meta(meta))
 
 
 @dataclass(frozen=True)
-class Scratch(Sequence[tuple[bytes, dict[str, Any]]]):
+class ViewFolder(Sequence[tuple[bytes, dict[str, Any]]]):
     """An asset's encoded views in a folder, read one at a time: an entry of `write_render_shard`."""
 
     folder: Path
@@ -102,7 +99,7 @@ def write_render_shard(
 ) -> None:
     """Write `path` (a .tar) and its index: view 0 of every asset in the order given, then view 1, and so on.
 
-    An entry is a uid and its views as (encoded image, meta); use `Scratch` so that one view at a time is in memory.
+    An entry is a uid and its views as (encoded image, meta); use `ViewFolder` so that one view at a time is in memory.
     The bytes depend on the entries alone. Both files appear whole or not at all, the tar last.
     ValueError if a uid comes twice, the view counts differ, or a meta is not its view's.
     """
@@ -152,10 +149,10 @@ def _write_tar(path: Path, entries: Sequence[Any], views: int, format: ImageForm
     return rows
 
 
-def read_index(path: Location) -> list[Row]:
+def read_index(path: StorePath) -> list[Row]:
     """The shard's index, in tar order. ValueError for another format_version."""
     index = index_path(path)
-    table = pq.read_table(readable(index))
+    table = pq.read_table(arrow_source(index))
     version = (table.schema.metadata or {}).get(b"format_version", b"none").decode()
     if version != str(FORMAT_VERSION):
         raise ValueError(f"format_version of {index} must be {FORMAT_VERSION}, got {version}")
@@ -170,8 +167,8 @@ class RenderShard:
     ValueError for another version.
     """
 
-    def __init__(self, path: Location | str):
-        self.path = location(path)
+    def __init__(self, path: StorePath | str):
+        self.path = store_path(path)
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
         for row in read_index(self.path):
             self._places.setdefault(row.key, {})[row.member.removeprefix(row.key + ".")] = (
@@ -330,7 +327,7 @@ def _view_problems(
         if not agrees:
             yield f"camera: {field} is {meta[field]}, the formula gives {value}"
     if cameras is not None:
-        again = (camera(uid, int(view), cameras, attempt) for attempt in range(ATTEMPTS))
+        again = (sample_camera(uid, int(view), cameras, attempt) for attempt in range(ATTEMPTS))
         if not any(all(getattr(c, name) == meta[name] for name in DRAWN) for c in again):
             yield f"camera: is not of the set {cameras!r} for this view"
     (data,) = parts.values()

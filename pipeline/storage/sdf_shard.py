@@ -19,7 +19,7 @@ from zarr.storage import FsspecStore
 from pipeline.core.grid import CELL_SIDE, band, check_resolution, spacing
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks
-from pipeline.storage.remote import Location, Remote, location
+from pipeline.storage.remote import RemotePath, StorePath, store_path
 
 CHUNK = 1024  # rows of an array that are compressed together, and read together
 POINTS = CELL_SIDE**3
@@ -146,8 +146,8 @@ class SdfShard:
     `uids` in row order, `offsets` int64 [A+1], `resolution`; an asset's bricks are read when asked for.
     """
 
-    def __init__(self, path: Location | str):
-        self.path = location(path)
+    def __init__(self, path: StorePath | str):
+        self.path = store_path(path)
         try:
             group = zarr.open_group(_zarr_store(self.path), mode="r", zarr_format=3)
             self._arrays = {name: _array(group, name) for name in LAYOUT}
@@ -300,8 +300,8 @@ def _layout_problems(shard: SdfShard) -> Iterator[str]:
         yield "offsets must rise from 0"
 
 
-def _zarr_store(path: Location) -> Any:
-    if isinstance(path, Remote):
+def _zarr_store(path: StorePath) -> Any:
+    if isinstance(path, RemotePath):
         return FsspecStore.from_url(path.url, path.options, read_only=True)
     return path
 

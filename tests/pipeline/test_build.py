@@ -228,7 +228,7 @@ def test_a_place_that_cannot_be_written_to_is_one_line(action, caplog):
     assert end.value.code == 1
     (record,) = caplog.records
     assert re.fullmatch(
-        r"\S+: [A-Z][-a-z ]+; choose another place, or allow it", record.getMessage()
+        r"\S+: [A-Z][-a-z ]+; choose another place or allow writing there", record.getMessage()
     )
 
 

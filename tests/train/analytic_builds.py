@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.sparse_vae import VAEConfig
-from pipeline.core.cameras import camera
+from pipeline.core.cameras import sample_camera
 from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.image_codec import encode
 from pipeline.core.schema import Bricks, View
@@ -126,7 +126,7 @@ def add_renders(root: Path, views: int = 5) -> None:
                 meta = {
                     "uid": uid,
                     "view": view,
-                    **camera(uid, view).meta(),
+                    **sample_camera(uid, view).meta(),
                     "width": 40,
                     "height": 40,
                 }

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from pipeline.core.cameras import camera, look_at_origin, project
+from pipeline.core.cameras import look_at_origin, project, sample_camera
 
 UIDS = [f"folder-{i:020x}" for i in range(60)]
 
 
 def drawn(kind):
-    return [camera(uid, view, kind) for uid in UIDS for view in range(45)]
+    return [sample_camera(uid, view, kind) for uid in UIDS for view in range(45)]
 
 
 def assert_uniform(values, low, high):
@@ -48,20 +48,20 @@ def test_wide_cameras_are_uniform_on_the_sphere():
 
 
 def test_same_arguments_same_camera_and_each_argument_counts():
-    first = camera("folder-a", 3, "paper")
-    assert camera("folder-a", 3, "paper").meta() == first.meta()
+    first = sample_camera("folder-a", 3, "paper")
+    assert sample_camera("folder-a", 3, "paper").meta() == first.meta()
     # Pinned: a build must find the same cameras on every platform and in every later version.
     assert first.azimuth_degrees == 90.56322387
     assert first.focal_mm == 61.301431571
     others = [
-        camera("folder-b", 3),
-        camera("folder-a", 4),
-        camera("folder-a", 3, "wide"),
-        camera("folder-a", 3, attempt=1),
+        sample_camera("folder-b", 3),
+        sample_camera("folder-a", 4),
+        sample_camera("folder-a", 3, "wide"),
+        sample_camera("folder-a", 3, attempt=1),
     ]
     assert all(other.focal_mm != first.focal_mm for other in others)
     with pytest.raises(ValueError, match="kind"):
-        camera("folder-a", 3, "orbit")  # pyright: ignore[reportArgumentType]
+        sample_camera("folder-a", 3, "orbit")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,9 @@ def test_azimuth_and_elevation_follow_the_contract(azimuth, elevation, eye, righ
 
 
 def test_the_sphere_of_radius_0_866_just_fits():
-    for c in [camera(UIDS[0], view, kind) for kind in ("paper", "wide") for view in range(45)]:
+    for c in [
+        sample_camera(UIDS[0], view, kind) for kind in ("paper", "wide") for view in range(45)
+    ]:
         assert c.distance * np.sin(np.radians(c.fov_degrees / 2)) == pytest.approx(0.866, abs=1e-9)
         assert np.tan(np.radians(c.fov_degrees / 2)) == pytest.approx(18 / c.focal_mm, abs=1e-9)
         assert np.abs(c.c2w[:3, :3].T @ c.c2w[:3, :3] - np.eye(3)).max() < 1e-9
@@ -97,7 +99,7 @@ def test_project_is_the_pinhole_of_the_sensor():
     rng = np.random.default_rng(0)
     points = rng.uniform(-0.475, 0.475, (100, 3))
     for view in range(5):
-        c = camera("folder-a", view, "wide")
+        c = sample_camera("folder-a", view, "wide")
         pixels, depth = project(points, c, 640, 640)
         right, up, back, eye = c.c2w[:3].T
         for point, pixel, d in zip(points, pixels, depth):

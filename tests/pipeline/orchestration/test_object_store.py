@@ -26,7 +26,7 @@ from pipeline.orchestration.plan import read_plan
 from pipeline.orchestration.transfer import commit
 from pipeline.report import write_report
 from pipeline.storage.locks import scratch_root, workspace
-from pipeline.storage.remote import Remote, location
+from pipeline.storage.remote import RemotePath, store_path
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard
 from pipeline.verify import verify
@@ -79,7 +79,9 @@ def local_build(shared_ray, tmp_path_factory):
 def remote(request, tmp_path):
     """A config of the same build whose output is a prefix of this test's own."""
     prefix = "".join(c if c.isalnum() else "-" for c in request.node.name)
-    return prefix, config(Remote(f"s3://{BUCKET}/{prefix}"), scratch=tmp_path / "scratch", **SMALL)
+    return prefix, config(
+        RemotePath(f"s3://{BUCKET}/{prefix}"), scratch=tmp_path / "scratch", **SMALL
+    )
 
 
 def assert_like_local(store, prefix, local, folder):
@@ -197,7 +199,7 @@ def test_a_store_that_goes_away_in_a_commit_ends_the_run_in_one_line_and_the_sam
     store, local_build, remote, tmp_path, name, there, not_there
 ):
     prefix, cfg = remote
-    cfg = replace(cfg, out=replace(cfg.out, waits_s=(0.1, 0.1)))
+    cfg = replace(cfg, out=replace(cfg.out, retry_waits_s=(0.1, 0.1)))
     store.wire.cuts = [
         Cut(rf"^PUT /bucket/[^ ]*/{re.escape(name)}", "body", times=10**6, after_bytes=100)
     ]
@@ -285,7 +287,7 @@ def run_main(main, args, monkeypatch, caplog):
         ("s3://no-such-bucket/x", "cannot write to s3://no-such-bucket/x: FileNotFoundError"),
         ("s3://", "s3:// names no bucket"),
         ("bad://x/y", "Protocol not known: bad"),
-        ("memory://x", "is seen by one process alone"),
+        ("memory://x", "is visible to one process only"),
         ("gs://bucket/x", "the package for gs:// is missing; pip install 'gcsfs'"),
         ("http://127.0.0.1:9/x", "cannot write to http://127.0.0.1:9/x"),
         (
@@ -394,32 +396,32 @@ def test_verify_names_what_was_changed_in_the_store(
 
 
 def test_a_file_url_is_a_path_and_no_credential_is_stored(local_build, store, tmp_path):
-    assert location(f"file://{tmp_path}/x") == tmp_path / "x"
-    assert location("data/x") == Path("data/x")
+    assert store_path(f"file://{tmp_path}/x") == tmp_path / "x"
+    assert store_path("data/x") == Path("data/x")
     with pytest.raises(ValueError, match="three slashes"):
-        location("file://host/x")
-    assert str(Remote("sftp://me:secret@host/x")) == "sftp://host/x"
+        store_path("file://host/x")
+    assert str(RemotePath("sftp://me:secret@host/x")) == "sftp://host/x"
 
 
 def test_a_large_object_is_sent_in_parts_and_cut_parts_are_sent_again(store, tmp_path):
     data = np.random.default_rng(0).bytes(40 << 20)
     (tmp_path / "large").write_bytes(data)
-    place = Remote(f"s3://{BUCKET}/large", waits_s=(0.1,))
+    place = RemotePath(f"s3://{BUCKET}/large", retry_waits_s=(0.1,))
     cuts = [Cut(r"^PUT /bucket/large\?.*partNumber=2", "body", after_bytes=1 << 20)]
     cuts += [Cut(r"^POST /bucket/large\?uploadId", "answer")]  # finished, and nobody knows
     store.wire.cuts = cuts
-    place.put(tmp_path / "large")
+    place.upload(tmp_path / "large")
     assert [len(cut.done) for cut in cuts] == [1, 1]
     assert store.get("large") == data
     assert store.unfinished_uploads() == []
     store.wire.cuts = [Cut(r"^GET /bucket/large", "answer")]
-    place.fetch(tmp_path / "back")
+    place.download(tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == data
     store.wire.cuts = [Cut(r"^PUT /bucket/large\?.*partNumber=2", "body", times=10**6)]
     with pytest.raises(
-        RunError, match=r"s3://bucket/large cannot be written .*same command goes on"
+        RunError, match=r"s3://bucket/large cannot be written .*same command to resume"
     ):
-        place.put(tmp_path / "large")
+        place.upload(tmp_path / "large")
     store.wire.cuts = []
     assert store.get("large") == data  # nothing half replaced it
 
@@ -428,22 +430,22 @@ def test_where_the_stores_package_gives_up_we_try_again_after_a_while(store):
     cut = Cut(r"^PUT /bucket/patient", "body", times=10**6)
     store.wire.cuts = [cut]
     with pytest.raises(RunError, match="patient cannot be written"):
-        Remote(f"s3://{BUCKET}/patient", waits_s=()).write_bytes(b"data")
+        RemotePath(f"s3://{BUCKET}/patient", retry_waits_s=()).write_bytes(b"data")
     cut.times = 2 * len(cut.done) + 1  # once more than the package asks
-    Remote(f"s3://{BUCKET}/patient", waits_s=(0.1,)).write_bytes(b"data")
+    RemotePath(f"s3://{BUCKET}/patient", retry_waits_s=(0.1,)).write_bytes(b"data")
     assert (len(cut.done), store.get("patient")) == (cut.times, b"data")
 
 
 def test_a_removal_that_the_store_refuses_is_an_error(store, monkeypatch):
-    place = Remote(f"s3://{BUCKET}/refused", waits_s=())
+    place = RemotePath(f"s3://{BUCKET}/refused", retry_waits_s=())
     store.put("refused/a", b"a")
     monkeypatch.setattr(place.filesystem()[0], "rm", lambda paths: [])
-    with pytest.raises(RunError, match="refused/a cannot be removed"):
-        place.remove()
+    with pytest.raises(RunError, match="refused/a cannot be deleted"):
+        place.delete()
 
 
 def test_where_objects_are_files_they_are_written_under_another_name_first(monkeypatch):
-    place = Remote("memory://files/x", waits_s=())
+    place = RemotePath("memory://files/x", retry_waits_s=())
     seen = []
     memory = fsspec.get_filesystem_class("memory")
     move = memory.mv
@@ -453,16 +455,16 @@ def test_where_objects_are_files_they_are_written_under_another_name_first(monke
     place.write_bytes(b"one")
     assert (seen, place.read_bytes()) == ([("/files/x.partial", "/files/x")], b"one")
     (place.with_name("tree") / "a/b").write_bytes(b"two")
-    assert place.with_name("tree").files() == ["a/b"]
-    place.with_name("tree").remove()
-    place.remove()
-    assert Remote("memory://files").files() == []
+    assert place.with_name("tree").list_files() == ["a/b"]
+    place.with_name("tree").delete()
+    place.delete()
+    assert RemotePath("memory://files").list_files() == []
     with pytest.raises(FileNotFoundError):
         place.read_bytes()
 
 
 def work(scratch, ready, end):
-    with workspace(Remote("s3://bucket/x"), scratch) as here:
+    with workspace(RemotePath("s3://bucket/x"), scratch) as here:
         (here / "file").write_bytes(b"x")
         ready.set()
         end.wait()
@@ -480,7 +482,7 @@ def test_workspaces_of_killed_processes_are_removed_and_those_of_others_stay(tmp
     tasks[0][0].kill()
     tasks[0][0].join()
     assert len(list(scratch_root(tmp_path).glob("*/file"))) == 2
-    with workspace(Remote("s3://bucket/x"), tmp_path):
+    with workspace(RemotePath("s3://bucket/x"), tmp_path):
         assert len(list(scratch_root(tmp_path).glob("*/file"))) == 1
     tasks[1][2].set()
     tasks[1][0].join()
@@ -488,6 +490,6 @@ def test_workspaces_of_killed_processes_are_removed_and_those_of_others_stay(tmp
     (tmp_path / "file").write_bytes(b"")
     with (
         pytest.raises(RunError, match="choose another --scratch"),
-        workspace(Remote("s3://b/x"), tmp_path / "file"),
+        workspace(RemotePath("s3://b/x"), tmp_path / "file"),
     ):
         pass

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline.core.cameras import camera, look_at_origin
+from pipeline.core.cameras import look_at_origin, sample_camera
 from pipeline.core.errors import Reject
 from pipeline.core.image_codec import decode, encode
 from pipeline.core.schema import Material, Mesh, Part, View
@@ -117,7 +117,7 @@ def test_meta_is_the_contracts():
     (view,) = render_views(of_trimesh(box()), "folder-a", replace(SMALL, views=1))
     assert view.rgba.shape == (160, 160, 4)
     assert view.rgba.dtype == np.uint8
-    eye = camera("folder-a", 0, "paper")
+    eye = sample_camera("folder-a", 0, "paper")
     assert view.meta == {"uid": "folder-a", "view": 0, "width": 160, "height": 160, **eye.meta()}
     expected = "azimuth_degrees c2w distance elevation_degrees focal_mm fov_degrees sensor_mm"
     assert " ".join(sorted(eye.meta())) == expected
@@ -306,7 +306,8 @@ def test_lighting_is_neither_dark_nor_burnt_out():
         assert 0.05 < numbers[name]["coverage_min"] < numbers[name]["coverage_mean"] < 0.6
     assert numbers["white"]["brightness_mean"] > numbers["grey"]["brightness_mean"] + 0.05
     counts = [
-        len(lighting("folder-a", view, camera("folder-a", view)).colors) for view in range(200)
+        len(lighting("folder-a", view, sample_camera("folder-a", view)).colors)
+        for view in range(200)
     ]
     assert set(counts) == {1, 2, 3}
 
@@ -389,7 +390,7 @@ def test_a_bad_view_is_drawn_again_with_the_next_camera(monkeypatch):
     views = list(render_views(of_trimesh(box()), "folder-a", replace(SMALL, views=3)))
     assert [v.meta["view"] for v in views] == [0, 1, 2]
     assert [v.meta["focal_mm"] for v in views] == [
-        camera("folder-a", v, attempt=a).focal_mm for v, a in ((0, 0), (1, 2), (2, 0))
+        sample_camera("folder-a", v, attempt=a).focal_mm for v, a in ((0, 0), (1, 2), (2, 0))
     ]
 
 
@@ -440,7 +441,7 @@ def test_importing_render_loads_no_graphics():
 def test_given_cameras_see_what_the_seeded_ones_of_the_same_pose_see():
     mesh = of_trimesh(l_shape())
     (first, *_) = render_views(mesh, "a", replace(SMALL, views=1))
-    eye, other = camera("a", 0), look_at_origin(200.0, -20.0, 50.0)
+    eye, other = sample_camera("a", 0), look_at_origin(200.0, -20.0, 50.0)
     same, behind = render_from(mesh, [eye, other], SMALL.image_size, lights="a")
     np.testing.assert_array_equal(same, first.rgba)  # lights of (uid, view 0)
     assert behind[..., 3].any()

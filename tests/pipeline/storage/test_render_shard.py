@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from pipeline.core.cameras import camera
+from pipeline.core.cameras import sample_camera
 from pipeline.core.image_codec import encode
 from pipeline.core.schema import View
 from pipeline.storage.render_shard import (
     RenderShard,
-    Scratch,
+    ViewFolder,
     check_render_shard,
     index_path,
     read_index,
@@ -35,7 +35,7 @@ def view_of(uid, number, cameras="paper"):
         "view": number,
         "width": SIZE,
         "height": SIZE,
-        **camera(uid, number, cameras).meta(),
+        **sample_camera(uid, number, cameras).meta(),
     }
     return View(rgba=rng.integers(0, 256, (SIZE, SIZE, 4), dtype=np.uint8), meta=meta)
 
@@ -96,7 +96,7 @@ def test_bytes_depend_on_the_entries_alone(shard, tmp_path):
         for data, meta in views:
             save_view(scratch, uid, meta["view"], data, dict(reversed(meta.items())), "png")
     again = tmp_path / "elsewhere" / "000007.tar"
-    write_render_shard(again, [(uid, Scratch(scratch, uid, VIEWS)) for uid in UIDS])
+    write_render_shard(again, [(uid, ViewFolder(scratch, uid, VIEWS)) for uid in UIDS])
     assert again.read_bytes() == shard.read_bytes()
     assert index_path(again).read_bytes() == index_path(shard).read_bytes()
     with tarfile.open(shard) as tar:
@@ -135,7 +135,7 @@ def test_a_shard_is_never_in_memory(tmp_path):
         )
     tracemalloc.start()
     write_render_shard(
-        tmp_path / "000000.tar", [("folder-a", Scratch(tmp_path / "scratch", "folder-a", 24))]
+        tmp_path / "000000.tar", [("folder-a", ViewFolder(tmp_path / "scratch", "folder-a", 24))]
     )
     assert tracemalloc.get_traced_memory()[1] < 6 << 20
     tracemalloc.stop()
@@ -203,7 +203,7 @@ LARGE = encode(View(rgba=np.zeros((SIZE, 2 * SIZE, 4), np.uint8), meta={}))
 OTHER_SET = {
     name: value
     for name, value in view_of("folder-a", 1, "wide").meta.items()
-    if name in camera("a", 0).meta()
+    if name in sample_camera("a", 0).meta()
 }
 BREACHES = {
     "missing view": (lambda members: [m for m in members if A1 not in m[0]], "missing view", A1),

@@ -9,7 +9,7 @@ from PIL import Image
 from model.conditioning.image_encoder import DinoEncoder
 from model.inference.generator import Generated, Generator, Stage
 from model.inference.mesh_cleaning import clean
-from pipeline.core.cameras import camera
+from pipeline.core.cameras import sample_camera
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.image_codec import encode
 from pipeline.core.primitives.marching_cubes import extract
@@ -34,7 +34,10 @@ def rendered(tmp_path_factory):
     shard = SdfShard(root / "sdf" / "40" / "000000.zarr")
     entries = []
     for uid in shard.uids:
-        mesh, eyes = _mesh(extract(shard.bricks(uid))), [camera(uid, view) for view in range(VIEWS)]
+        mesh, eyes = (
+            _mesh(extract(shard.bricks(uid))),
+            [sample_camera(uid, view) for view in range(VIEWS)],
+        )
         views = []
         for view, rgba in enumerate(render_from(mesh, eyes, 96)):
             meta = {"uid": uid, "view": view, **eyes[view].meta(), "width": 96, "height": 96}
