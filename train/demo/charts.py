@@ -1,4 +1,4 @@
-"""Loss curves as SVG, drawn from a run's metrics: no plotting library, nothing to load."""
+"""Loss curves of training runs as SVG, without a plotting library."""
 
 from __future__ import annotations
 
@@ -8,49 +8,67 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-WIDTH, HEIGHT = 520, 220  # of the whole chart
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 26  # margins
+WIDTH = 520  # of the whole chart, in SVG units; so are the numbers below
+HEIGHT = 220
+LEFT = 46  # margins around the curves
+RIGHT = 10
+TOP = 12
+BOTTOM = 26
 COLORS = ("#3567b0", "#c98a1b", "#2f8f6b", "#c0483d", "#7a5ba6")
+MOST_MARKERS = 12  # a curve with at most this many points has a dot at each
+SMOOTHING_SHARE = 50  # curves are smoothed over this fraction of the run: 1/50
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One line of a chart; dots where there are few points."""
+    """One line of a chart.
+
+    Args:
+        name: Label of the line.
+        steps: Training step of each point, ascending.
+        values: Value of each point.
+    """
 
     name: str
     steps: Sequence[int]
     values: Sequence[float]
 
 
-def curves_of(metrics: Path, names: Sequence[str]) -> list[Curve]:
-    """The named numbers of a metrics.jsonl, smoothed over a fiftieth of the run, and its validation loss."""
+def read_curves(metrics: Path, names: Sequence[str]) -> list[Curve]:
+    """Read the curves of a training run.
+
+    Args:
+        metrics: The run's metrics.jsonl.
+        names: Metrics of the training steps. Each becomes a curve, smoothed over 1/50 of the run.
+            A metric that is missing, not finite or not positive in a step has no point there.
+
+    Returns:
+        The curves that have points, and the validation loss as the last one.
+    """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [row for row in rows if "event" not in row]
+    step_rows = [row for row in rows if "event" not in row]
     curves = []
     for name in names:
-        found = [(row["step"], row[name]) for row in steps if _shown(row.get(name))]
-        if found:
-            values = smoothed([value for _, value in found], max(1, len(found) // 50))
-            curves.append(Curve(name=name, steps=[step for step, _ in found], values=values))
-    held = [
+        points = [(row["step"], row[name]) for row in step_rows if _can_be_drawn(row.get(name))]
+        if points:
+            width = max(1, len(points) // SMOOTHING_SHARE)
+            values = smooth([value for _, value in points], width)
+            curves.append(Curve(name=name, steps=[step for step, _ in points], values=values))
+    validations = [
         (row["step"], row["loss"])
         for row in rows
-        if row.get("event") == "validation" and _shown(row.get("loss"))
+        if row.get("event") == "validation" and _can_be_drawn(row.get("loss"))
     ]
-    if held:
-        curves.append(
-            Curve(
-                name="loss, held-out assets",
-                steps=[s for s, _ in held],
-                values=[v for _, v in held],
-            )
-        )
+    if validations:
+        steps, losses = zip(*validations, strict=True)
+        curves.append(Curve(name="loss, held-out assets", steps=steps, values=losses))
     return curves
 
 
-def smoothed(values: Sequence[float], width: int) -> list[float]:
-    """The mean of the last `width` values at each place."""
-    total, means = 0.0, []
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Return the mean of the last `width` values at each place, or of all values before it."""
+    total = 0.0
+    means = []
     for place, value in enumerate(values):
         total += value - (values[place - width] if place >= width else 0.0)
         means.append(total / min(place + 1, width))
@@ -58,12 +76,17 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
 
 
 def chart(curves: Sequence[Curve]) -> str:
-    """An SVG with a logarithmic axis of values; "" if there is nothing positive to show."""
+    """Draw curves over a logarithmic axis of values.
+
+    Returns:
+        An SVG element, or "" if no value is positive.
+    """
     values = [value for curve in curves for value in curve.values if value > 0]
     if not values:
         return ""
     low, high = math.log10(min(values)), math.log10(max(values))
-    low, high = low - 0.05 * (high - low) - 0.02, high + 0.05 * (high - low) + 0.02
+    margin = 0.05 * (high - low) + 0.02
+    low, high = low - margin, high + margin
     last = max(max(curve.steps) for curve in curves)
 
     def x(step: float) -> float:
@@ -89,28 +112,28 @@ def chart(curves: Sequence[Curve]) -> str:
         ]
         line = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.6"/>')
-        if len(points) <= 12:
+        if len(points) <= MOST_MARKERS:
             parts += [
                 f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.6" fill="{color}"/>' for px, py in points
             ]
         parts.append(
-            f'<text x="{WIDTH - RIGHT - 4}" y="{TOP + 12 + 14 * number}" text-anchor="end" fill="{color}">'
+            f'<text x="{WIDTH - RIGHT - 4}" y="{TOP + 12 + 14 * number}" '
+            f'text-anchor="end" fill="{color}">{curve.name}</text>'
         )
-        parts.append(f"{curve.name}</text>")
     return "".join(parts) + "</svg>"
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round values between two powers of ten, at most about six."""
-    for steps in ((1, 2, 5), (1, 3), (1,)):
-        exponents = range(math.floor(low), math.ceil(high) + 1)
-        found = [
-            m * 10.0**e for e in exponents for m in steps if low <= math.log10(m * 10.0**e) <= high
-        ]
-        if len(found) <= 6:
-            return found
-    return found[:: max(1, len(found) // 6)]
+    """Return at most about six round values between 10^low and 10^high."""
+    ticks: list[float] = []
+    exponents = range(math.floor(low), math.ceil(high) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        candidates = [digit * 10.0**exponent for exponent in exponents for digit in digits]
+        ticks = [value for value in candidates if low <= math.log10(value) <= high]
+        if len(ticks) <= 6:
+            return ticks
+    return ticks[:: max(1, len(ticks) // 6)]
 
 
-def _shown(value: object) -> bool:
+def _can_be_drawn(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0

@@ -1,4 +1,4 @@
-"""The demo's report: one self-contained HTML page of pictures, curves and every number that was measured."""
+"""The demo's report: one self-contained HTML page of pictures, loss curves and measurements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ from typing import Any
 from PIL import Image
 
 from pipeline.core import html
-from train.demo.charts import chart, curves_of
+from train.demo.charts import chart, read_curves
+from train.demo.runner import CommandCost
 from train.engine.checkpoint import provenance
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-CURVES = (
+# Title, directory and charted metrics of each training run.
+RUNS = (
     ("SS-VAE: bricks to latents and back", "vae", ("loss", "in", "ext", "sharp")),
     ("Occupancy VAE of the structure stage", "structure/vae", ("bce", "dice")),
     ("Structure flow: image to cells", "structure/flow", ("loss",)),
@@ -27,31 +28,30 @@ CURVES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepTaken:
-    """What one command of the demo cost."""
-
-    name: str
-    command: str
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-
-
 def write_page(
-    out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, seconds: float
+    out: Path, build: Path, costs: Sequence[CommandCost], *, size: str, seconds: float
 ) -> Path:
-    """Write out/index.html from what the steps left in `out` and in the build; returns its path."""
-    content = page_content(out, build, taken, size=size, seconds=seconds)
+    """Write the page `out`/index.html, which needs no other file.
+
+    Args:
+        out: Directory of the demo, with the outputs of all its commands.
+        build: Directory of the build, with its report.
+        costs: The cost of each command, in the order in which they are listed.
+        size: Name of the demo's size.
+        seconds: Wall time of the demo.
+
+    Returns:
+        The path of the page.
+    """
+    content = page_content(out, build, costs, size=size, seconds=seconds)
     return html.write_page(out / "index.html", TEMPLATE, **content)
 
 
 def page_content(
-    out: Path, build: Path, taken: Sequence[StepTaken], *, size: str, seconds: float
+    out: Path, build: Path, costs: Sequence[CommandCost], *, size: str, seconds: float
 ) -> dict[str, Any]:
-    """Everything the template shows."""
+    """Return the variables of the template. The arguments are those of `write_page`."""
     seen, unseen = (_generation(out / name) for name in ("generation", "unseen"))
-    reconstruction = json.loads((out / "reconstruction" / "evaluation.json").read_text())
     summary = seen["summary"]
     tiles = [
         {"value": f"{seconds / 60:.1f} min", "label": f"in all, {os.cpu_count()} cores"},
@@ -64,6 +64,10 @@ def page_content(
         {"value": f"{summary['closed']:.0f}%", "label": "generated meshes closed"},
         {"value": f"{summary['seconds']:.1f} s", "label": "a generated mesh"},
     ]
+    cells = (
+        ("stored cells, decoded cells", _latest_sample(out / "structure" / "vae")),
+        ("image, generated cells, stored cells", _latest_sample(out / "structure" / "flow")),
+    )
     return {
         "size": size,
         "build_report": build_report(build / "report" / "index.html"),
@@ -72,77 +76,69 @@ def page_content(
         "sampling": seen["protocol"]["sampling"],
         "seen": seen,
         "unseen": unseen,
-        "reconstruction": reconstruction,
-        "reconstructions": _picture(out / "reconstruction" / "reconstructions.png"),
+        "reconstruction": json.loads((out / "reconstruction" / "evaluation.json").read_text()),
+        "reconstructions": _webp_uri(out / "reconstruction" / "reconstructions.png"),
         "cells": [
-            {"name": name, "image": _picture(path)}
-            for name, path in (
-                ("stored, decoded", _latest_sample(out / "structure" / "vae")),
-                ("image, generated, stored", _latest_sample(out / "structure" / "flow")),
-            )
-            if path is not None
+            {"name": name, "image": _webp_uri(path)} for name, path in cells if path is not None
         ],
-        "curves": [
+        "runs": [
             {
                 "title": title,
-                "svg": chart(curves_of(out / run / "metrics.jsonl", names)),
-                **_run(out / run),
+                "svg": chart(read_curves(out / run / "metrics.jsonl", names)),
+                **_run_summary(out / run),
             }
-            for title, run, names in CURVES
+            for title, run, names in RUNS
         ],
-        "steps": [
+        "costs": [
             {
-                "name": step.name,
-                "command": step.command,
-                "seconds": f"{step.seconds:.0f}",
-                "cpu": f"{step.cpu_seconds:.0f}",
-                "memory": f"{step.peak_bytes / 1e9:.2f}",
+                "name": cost.name,
+                "command_line": cost.command_line,
+                "seconds": f"{cost.seconds:.0f}",
+                "cpu": f"{cost.cpu_seconds:.0f}",
+                "memory": f"{cost.peak_bytes / 1e9:.2f}",
             }
-            for step in taken
+            for cost in costs
         ],
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), "
+        f"Python {platform.python_version()}",
         "provenance": provenance(),
-        "configs": [
-            (
-                run,
-                json.dumps(
-                    json.loads((out / run / "latest" / "config.json").read_text()), indent=1
-                ),
-            )
-            for _, run, _ in CURVES
-        ],
+        "configs": [(run, _config_text(out / run)) for _, run, _ in RUNS],
     }
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    """An evaluation, each row with its picture."""
-    found = json.loads((folder / "evaluation.json").read_text())
-    for row in found["rows"]:
+    """Return an evaluation of generated meshes, with a picture in each row."""
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    for row in evaluation["rows"]:
         path = folder / "meshes" / f"{row['uid']}.png"
-        row["image"] = _picture(path) if path.exists() else ""
-    return found
+        row["image"] = _webp_uri(path) if path.exists() else ""
+    return evaluation
 
 
-def _run(folder: Path) -> dict[str, Any]:
-    """Steps and seconds of a training run, from its metrics."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "event" not in row]
-    held = [row for row in rows if row.get("event") == "validation"]
+def _run_summary(run: Path) -> dict[str, Any]:
+    """Return the steps, the seconds and the last losses of a training run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "event" not in line]
+    validations = [line for line in lines if line.get("event") == "validation"]
     return {
         "steps": len(steps),
-        "seconds": f"{sum(row['seconds'] for row in steps):.0f}",
-        "last": f"{steps[-1]['loss']:.3f}" if steps else "",
-        "held": f"{held[-1]['loss']:.3f}" if held else "",
+        "seconds": f"{sum(line['seconds'] for line in steps):.0f}",
+        "last_loss": f"{steps[-1]['loss']:.3f}" if steps else "",
+        "validation_loss": f"{validations[-1]['loss']:.3f}" if validations else "",
     }
 
 
+def _config_text(run: Path) -> str:
+    return json.dumps(json.loads((run / "latest" / "config.json").read_text()), indent=1)
+
+
 def _latest_sample(run: Path) -> Path | None:
-    found = sorted(run.glob("samples/step-*/cells.png"))
-    return found[-1] if found else None
+    samples = sorted(run.glob("samples/step-*/cells.png"))
+    return samples[-1] if samples else None
 
 
-def _picture(path: Path) -> str:
-    """An image file as a data URI, small."""
+def _webp_uri(path: Path) -> str:
+    """Return an image file as a data URI. It is compressed with loss to keep the page small."""
     with Image.open(path) as image:
         file = BytesIO()
         image.convert("RGB").save(file, "WEBP", quality=82, method=4)

@@ -1,0 +1,61 @@
+"""The demo's commands have the options that they are given, and their paths fit together."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import PRESETS, BuildConfig
+from pipeline.core.cli import parse, parse_with_presets
+from train.demo.config import DEMO_SIZES, DemoConfig
+from train.demo.plan import plan_demo
+from train.encode import EncodeConfig
+from train.evaluation.generation import GenerationEvaluation
+from train.evaluation.vae import VAEEvaluation
+from train.export import ExportConfig
+from train.stages.dit.config import DIT_PRESETS
+from train.stages.structure.config import STRUCTURE_PRESETS
+from train.stages.vae.config import VAE_PRESETS
+
+
+def parse_options(command):
+    """Return the configuration that a command reads from its arguments."""
+    module, *arguments = command.arguments
+    presets = {
+        "train.vae": VAE_PRESETS,
+        "train.dit": DIT_PRESETS,
+        "train.structure": STRUCTURE_PRESETS,
+    }
+    if module in presets:
+        return parse_with_presets(presets[module], "tiny", arguments, prog=module)
+    if module == "pipeline.build":
+        return parse(BuildConfig, arguments, prog=module, default=PRESETS["smoke"])
+    if module == "pipeline.verify":
+        return arguments
+    kinds = {"train.encode": EncodeConfig, "train.export": ExportConfig}
+    if module == "train.evaluate":
+        kinds[module] = {"vae": VAEEvaluation, "generation": GenerationEvaluation}[arguments.pop(0)]
+    return parse(kinds[module], arguments, prog=module)
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_every_command_exists_and_reads_what_the_others_wrote(size):
+    plan = plan_demo(DemoConfig(data=Path("d"), out=Path("o")), DEMO_SIZES[size])
+    configs = {
+        command.name: parse_options(command)
+        for group in plan.groups
+        for sequence in group
+        for command in sequence
+    }
+    build, vae, dit, structure = (configs[name] for name in ("build", "vae", "dit", "structure"))
+    assert dit.resolution == structure.resolution
+    assert dit.resolution in build.resolutions
+    assert dit.resolution in vae.bricks.resolutions
+    assert configs["encode"].resolutions == (dit.resolution,)
+    assert configs["encode"].vae == vae.out / "latest" == dit.vae
+    assert configs["encode"].latents == dit.latents
+    assert dit.held_out_views == structure.held_out_views == 2 < build.views
+    assert configs["export"].dit == (dit.out / "latest",)
+    assert configs["export"].structure == structure.out / "flow" / "latest"
+    assert configs["evaluate generation"].checkpoint == configs["export"].out
+    assert configs["evaluate generation"].view == -1  # a view that training held out
+    assert vae.preset == dit.preset == structure.preset == ("small" if size == "gpu" else "tiny")
