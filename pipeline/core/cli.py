@@ -1,21 +1,24 @@
 """The command line of every command: options, presets, log lines and exit codes.
 
 Exit codes: 0 the command is done, 1 the run could not continue, 2 the request cannot be fulfilled,
-130 and 143 stopped by SIGINT and SIGTERM.
+130 and 143 stopped by SIGINT and SIGTERM, 141 the reader of the output left.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import errno
 import io
 import logging
+import os
 import re
+import signal
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from typing import TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, cast, get_type_hints
 
 import tyro
 
@@ -26,6 +29,8 @@ from pipeline.core.signals import Stopped, raise_on_signals
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
+# Only docstrings are help texts: a comment beside a field speaks to the readers of the code.
+MARKERS = (tyro.conf.HelptextFromCommentsOff,)
 # What the system says of a place that the user may not or cannot write to.
 REFUSED = (
     errno.EACCES,
@@ -38,9 +43,17 @@ REFUSED = (
 
 
 def parse(
-    cls: type[Config], args: Sequence[str], *, prog: str, default: Config | None = None
+    cls: type[Config],
+    args: Sequence[str],
+    *,
+    prog: str,
+    default: Config | None = None,
+    basic: Collection[str] = (),
 ) -> Config:
     """Parse a command's options.
+
+    `--help` lists the options that `basic` names, `--help-all` lists every option. The help text of
+    an option is the docstring below its field.
 
     Args:
         cls: A dataclass. Each field is an option.
@@ -48,17 +61,25 @@ def parse(
         prog: The command as the user types it. Messages name it.
         default: Gives the values of options that `args` leaves out. None takes the defaults of
             `cls`.
+        basic: Names of the options that most users need, such as "out" or "loop.steps". Empty means
+            all of them.
 
     Raises:
         UserError: If an option is unknown, missing or has a bad value. The message is one line.
         SystemExit: If `args` asks for help.
     """
+    if "--help-all" in args:
+        _print_help(cls, prog, default)
+    if basic and any(word in ("-h", "--help") for word in args):
+        reduced = _with_only(cls, {name.replace("_", "-") for name in basic})
+        hint = f"These are the most common options. {prog} --help-all lists every option."
+        _print_help(reduced, prog, None if default is None else _converted(default, reduced), hint)
     start = tyro.MISSING_NONPROP if default is None else default
     message = io.StringIO()
     try:
         with redirect_stderr(message):
             config, unknown = tyro.cli(
-                cls, args=args, prog=prog, return_unknown_args=True, default=start
+                cls, args=args, prog=prog, return_unknown_args=True, default=start, config=MARKERS
             )
     except SystemExit as end:
         if not end.code:
@@ -70,12 +91,17 @@ def parse(
         options = _options(cls, prog, start)
         close = difflib.get_close_matches(unknown[0].replace("_", "-"), options, n=1)
         hint = f", did you mean {close[0]}?" if close else ";"
-        raise UserError(f"unknown option {unknown[0]}{hint} see {prog} --help")
+        raise UserError(f"unknown option {unknown[0]}{hint} see {prog} --help-all")
     return config
 
 
 def parse_with_presets(
-    presets: Mapping[str, Config], default: str, args: Sequence[str], *, prog: str
+    presets: Mapping[str, Config],
+    default: str,
+    args: Sequence[str],
+    *,
+    prog: str,
+    basic: Collection[str] = (),
 ) -> Config:
     """Parse a command's options, starting from the preset that `--preset` names.
 
@@ -84,6 +110,7 @@ def parse_with_presets(
         default: Name of the preset that is taken without `--preset`.
         args: The words after the command.
         prog: The command as the user types it.
+        basic: As in `parse`.
 
     Raises:
         UserError: As in `parse`.
@@ -92,7 +119,7 @@ def parse_with_presets(
     first.add_argument("--preset", nargs="?")
     name = first.parse_known_args(args)[0].preset or default
     start = presets.get(name, presets[default])  # tyro itself refuses an unknown name
-    return parse(type(start), args, prog=prog, default=start)
+    return parse(type(start), args, prog=prog, default=start, basic=basic)
 
 
 def command(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -115,6 +142,8 @@ def command(main: Callable[[Sequence[str]], int | None]) -> None:
     except RunError as error:
         log.error("%s", error)
         code = 1
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         if is_disk_full(error):
             place = error.filename or "the disk"
@@ -131,6 +160,12 @@ def command(main: Callable[[Sequence[str]], int | None]) -> None:
     except Stopped as stop:
         log.error("%s; run the same command to resume", stop)
         code = 128 + stop.signum
+    except SystemExit as end:  # --help
+        code = end.code
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     logging.shutdown()
     sys.exit(code)
 
@@ -154,7 +189,48 @@ def _options(cls: type, prog: str, default: object) -> list[str]:
     text = io.StringIO()
     try:
         with redirect_stdout(text):
-            tyro.cli(cls, args=["--help"], prog=prog, default=default)
+            tyro.cli(cls, args=["--help"], prog=prog, default=default, config=MARKERS)
     except SystemExit:
         pass
     return sorted(set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue())))
+
+
+def _print_help(cls: type, prog: str, default: object | None, hint: str = "") -> NoReturn:
+    """Print the help of all options of `cls` and, below it, `hint`; then exit with code 0."""
+    start = tyro.MISSING_NONPROP if default is None else default
+    try:
+        tyro.cli(cls, args=["--help"], prog=prog, default=start, config=MARKERS)
+    except SystemExit:
+        if hint:
+            sys.stdout.write(f"{hint}\n")
+        raise
+    raise AssertionError("--help ends the parser")
+
+
+def _with_only(cls: type, basic: Collection[str], prefix: str = "") -> type:
+    """Return a copy of a configuration class whose help hides the options that `basic` lacks."""
+    hints = get_type_hints(cls, include_extras=True)
+    annotations: dict[str, object] = {}
+    for field in dataclasses.fields(cls):
+        name = prefix + field.name.replace("_", "-")
+        hint = hints[field.name]
+        kept = any(other.startswith(f"{name}.") for other in basic)
+        if dataclasses.is_dataclass(hint) and kept:
+            annotations[field.name] = _with_only(cast(type, hint), basic, f"{name}.")
+        elif name not in basic:
+            annotations[field.name] = Annotated[hint, tyro.conf.Suppress]
+    body = {"__annotations__": annotations, "__doc__": cls.__doc__, "__module__": cls.__module__}
+    reduced = type(cls.__name__, (cls,), body)
+    return dataclasses.dataclass(frozen=True, kw_only=True)(reduced)
+
+
+def _converted(value: Any, cls: type) -> object:
+    """Return a configuration as an instance of the class that `_with_only` made of its class."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        inner = getattr(value, field.name)
+        hint = cls.__annotations__.get(field.name)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            inner = _converted(inner, cast(type, hint))
+        values[field.name] = inner
+    return cls(**values)

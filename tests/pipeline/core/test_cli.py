@@ -1,0 +1,113 @@
+"""The command line: help in two lengths, presets, one-line errors and exit codes."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from pipeline.core.cli import parse, parse_with_presets
+from pipeline.core.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast the run is."""
+
+    steps: int = 10
+    """Number of steps."""
+    warmup: int = 2
+    """Number of steps with a lower rate."""
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be 1 or more, got {self.steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Run something."""
+
+    preset: Literal["short", "long"] = "short"
+    """Configuration that the other options start from."""
+    out: Path = Path("runs/x")
+    """Directory of the results."""
+    seed: int = 0  # a remark for readers of the code
+    speed: Speed = field(default_factory=Speed)
+
+
+BASIC = ("preset", "out", "speed.steps")
+PRESETS = {"short": Run(), "long": Run(preset="long", speed=Speed(steps=500))}
+
+
+def help_of(capsys, *args, **options) -> str:
+    with pytest.raises(SystemExit) as end:
+        parse(Run, args, prog="run", **options)
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_the_basic_options_and_names_help_all(capsys):
+    text = help_of(capsys, "--help", default=PRESETS["long"], basic=BASIC)
+    assert "--out" in text
+    assert "Directory of the results." in text
+    assert "--speed.steps" in text
+    assert "500" in text
+    assert "--seed" not in text
+    assert "--speed.warmup" not in text
+    assert "run --help-all" in text
+
+
+@pytest.mark.parametrize("basic", [BASIC, ()])
+def test_help_all_lists_every_option(capsys, basic):
+    text = help_of(capsys, "--help-all", default=PRESETS["long"], basic=basic)
+    for option in ("--preset", "--out", "--seed", "--speed.steps", "--speed.warmup"):
+        assert option in text
+    assert "a remark for readers" not in text
+
+
+def test_options_that_help_hides_are_accepted():
+    assert parse(Run, ["--seed", "3"], prog="run", basic=BASIC).seed == 3
+
+
+def test_a_preset_gives_the_values_of_the_options_left_out():
+    cfg = parse_with_presets(PRESETS, "short", ["--preset", "long", "--seed", "1"], prog="run")
+    assert (cfg.speed.steps, cfg.seed) == (500, 1)
+    assert parse_with_presets(PRESETS, "short", [], prog="run") == PRESETS["short"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--sead", "1"], "unknown option --sead, did you mean --seed? see run --help-all"),
+        (
+            ["--speed.steps", "0"],
+            "Error parsing speed: steps must be 1 or more, got 0; see run --help",
+        ),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_line(args, message):
+    with pytest.raises(UserError) as error:
+        parse(Run, args, prog="run", basic=BASIC)
+    assert str(error.value) == message
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback():
+    code = (
+        "from pipeline.core.cli import command, parse\n"
+        "from tests.pipeline.core.test_cli import Run\n"
+        "command(lambda args: print('x' * 100_000) or parse(Run, ['--help'], prog='run') and 0)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait() in (0, 141)
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
