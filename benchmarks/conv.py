@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.ssa import ceilings, commit, milliseconds, replayed
-from kernels import duplicate_children, neighbor_map, parents, sparse_conv, token_order
+from kernels import duplicate_children, neighbor_map, parent_voxels, sparse_conv, token_order
 from kernels.conv import reference as reference_conv
 
 RESOLUTIONS = {512: 10655, 1024: 45904}  # paper, table of section 4: mean latent tokens
@@ -313,7 +313,7 @@ def main() -> None:
     for R, tokens in RESOLUTIONS.items():
         levels = {1: active_voxels(R, tokens)}
         for level in (2, 4, 8):
-            levels[level] = parents(levels[level // 2]).coords_P4
+            levels[level] = parent_voxels(levels[level // 2]).coords_P4
         share = len(levels[1]) / len(levels[8]) / 512
         sys.stdout.write(
             f"R = {R}: {', '.join(f'R/{k} {len(v)}' for k, v in levels.items())}; {share:.0%} active\n"

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.attention.block_index import token_order
+from kernels import token_order
 
 Points = NDArray[np.float64]
 Shape = tuple[float, Callable[[int, np.random.Generator], Points]]  # area, sampler of points on it

@@ -1,27 +1,39 @@
-"""Triton kernels and their reference definitions."""
+"""Triton kernels and their reference definitions.
 
-from kernels.attention.block_index import BlockIndex, invert_order, token_order
-from kernels.attention.block_mean import block_mean
-from kernels.attention.branches import (
-    compressed_attention,
-    gated_sum,
-    select_blocks,
-    selection_attention,
-    window_attention,
-)
-from kernels.attention.ssa import reference, spatial_sparse_attention
-from kernels.conv import reference as reference_conv
-from kernels.conv.group_norm import group_norm
-from kernels.conv.neighbors import Parents, neighbor_map, parents
-from kernels.conv.pool import pool_children
-from kernels.conv.sdf_head import sdf_head
-from kernels.conv.sparse_conv import duplicate_children, sparse_conv
-from kernels.sdf.distances import Flood, Surface, block_distances, pack_surface
+`reference` defines the operations of sparse attention in plain torch, `reference_conv` those of the
+sparse VAE. Importing this package imports neither torch nor Triton: the module of a public name is
+imported when the name is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from kernels.runtime.lazy_exports import export_lazily
+
+if TYPE_CHECKING:
+    from kernels.attention import reference
+    from kernels.attention.block_index import BlockIndex
+    from kernels.attention.block_mean import block_mean
+    from kernels.attention.branches import (
+        compressed_attention,
+        gated_sum,
+        select_blocks,
+        selection_attention,
+        window_attention,
+    )
+    from kernels.attention.ssa import spatial_sparse_attention
+    from kernels.conv import reference as reference_conv
+    from kernels.conv.group_norm import group_norm
+    from kernels.conv.neighbors import ParentVoxels, neighbor_map, parent_voxels
+    from kernels.conv.pool import pool_children
+    from kernels.conv.sdf_head import sdf_head
+    from kernels.conv.sparse_conv import duplicate_children, sparse_conv
+    from kernels.runtime.coords import invert_order, token_order
+    from kernels.sdf.distances import Flood, Surface, block_distances, pack_surface
 
 __all__ = [
     "BlockIndex",
     "Flood",
-    "Parents",
+    "ParentVoxels",
     "Surface",
     "block_distances",
     "block_mean",
@@ -32,7 +44,7 @@ __all__ = [
     "invert_order",
     "neighbor_map",
     "pack_surface",
-    "parents",
+    "parent_voxels",
     "pool_children",
     "reference",
     "reference_conv",
@@ -44,3 +56,33 @@ __all__ = [
     "token_order",
     "window_attention",
 ]
+
+__getattr__ = export_lazily(
+    __name__,
+    {
+        "BlockIndex": "kernels.attention.block_index",
+        "Flood": "kernels.sdf.distances",
+        "ParentVoxels": "kernels.conv.neighbors",
+        "Surface": "kernels.sdf.distances",
+        "block_distances": "kernels.sdf.distances",
+        "block_mean": "kernels.attention.block_mean",
+        "compressed_attention": "kernels.attention.branches",
+        "duplicate_children": "kernels.conv.sparse_conv",
+        "gated_sum": "kernels.attention.branches",
+        "group_norm": "kernels.conv.group_norm",
+        "invert_order": "kernels.runtime.coords",
+        "neighbor_map": "kernels.conv.neighbors",
+        "pack_surface": "kernels.sdf.distances",
+        "parent_voxels": "kernels.conv.neighbors",
+        "pool_children": "kernels.conv.pool",
+        "reference": "kernels.attention.reference:module",
+        "reference_conv": "kernels.conv.reference:module",
+        "sdf_head": "kernels.conv.sdf_head",
+        "select_blocks": "kernels.attention.branches",
+        "selection_attention": "kernels.attention.branches",
+        "sparse_conv": "kernels.conv.sparse_conv",
+        "spatial_sparse_attention": "kernels.attention.ssa",
+        "token_order": "kernels.runtime.coords",
+        "window_attention": "kernels.attention.branches",
+    },
+)

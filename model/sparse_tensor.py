@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels import BlockIndex, token_order
-from kernels.attention.block_index import MAX_BATCH, MAX_COORD
+from kernels.runtime.coords import MAX_BATCH, MAX_COORD
 from pipeline.core.grid import CELL_SIDE, check_resolution
 from pipeline.core.schema import Bricks
 
@@ -84,7 +84,7 @@ class Level:
         """The level of half the resolution. One device-to-host copy. ValueError if the resolution is odd."""
         if self.resolution % 2:
             raise ValueError(f"resolution must be even to have parents, got {self.resolution}")
-        coords, parent_of, children = kernels.parents(self.coords)
+        coords, parent_of, children = kernels.parent_voxels(self.coords)
         starts = _starts(coords[:, 0], self.batch_size)
         level = Level(coords, self.resolution // 2, self.batch_size, starts)
         return Parents(level, parent_of, children)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -11,98 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.runtime.coords import (
+    MAX_BATCH,
+    MAX_COORD,
+    check_block_sizes,
+    check_coords,
+    cube_keys,
+    sort_key,
+)
 from kernels.runtime.integer_math import cdiv
 
-MAX_COORD = 1 << 15  # three of them and the batch fit one int64 sort key
-MAX_BATCH = 1 << 15
 TILE_COMPRESSED = 64  # compressed tokens in one tile of the block score ...
 TILE_BLOCKS = 16  # ... and blocks; a block with more compressed tokens is a tile of its own
 _SCALARS = 5  # leading entries of `host`, before the chunk tables
-
-
-def _check_sizes(select_block: int, compress_block: int) -> None:
-    for name, value in (("select_block", select_block), ("compress_block", compress_block)):
-        if not isinstance(value, int) or not 1 <= value <= 64:
-            raise ValueError(f"{name} must be an int from 1 to 64, got {value!r}")
-    if select_block % compress_block:
-        raise ValueError(
-            f"compress_block must divide select_block = {select_block}, got {compress_block}"
-        )
-
-
-def check_coords(coords: Tensor) -> None:
-    if coords.ndim != 2 or coords.shape[1] != 4:
-        raise ValueError(f"coords must be [N, 4] = (batch, x, y, z), got {list(coords.shape)}")
-    if coords.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"coords must be int32 or int64, got {coords.dtype}")
-
-
-def _cell_weights(size: int) -> tuple[int, int, int, int]:
-    """What (batch, x, y, z) // size count in a key of cells of `size` voxels, ordered by (batch, x, y, z)."""
-    side = MAX_COORD // size + 2  # + 2: shifted windows and sizes that do not divide
-    return side**3, side**2, side, 1
-
-
-@functools.cache
-def _sort_constants(
-    device: torch.device, select_block: int, compress_block: int
-) -> tuple[Tensor, Tensor]:
-    """Divisors and weights [10] of batch, x, y, z, of x, y, z in sub-blocks and in blocks, whose sum is the key.
-
-    Digits are differences, x % outer // inner = x // inner - outer // inner * (x // outer), so that nothing is left of
-    a key but a sum.
-    """
-    batch, *blocks = (weight * select_block**3 for weight in _cell_weights(select_block))
-    ratio, m = select_block // compress_block, compress_block
-    inside = [m**3 * ratio**2, m**3 * ratio, m**3]  # of the sub-block's place in its block
-    voxel = [m**2, m, 1]  # of the voxel's place in its sub-block
-    weights = [batch, *voxel, *(a - m * b for a, b in zip(inside, voxel, strict=True))]
-    weights += [a - ratio * b for a, b in zip(blocks, inside, strict=True)]
-    divisors = [1] * 4 + [compress_block] * 3 + [select_block] * 3
-    return torch.tensor(divisors).int().to(device), torch.tensor(weights).to(device)
-
-
-def sort_key(coords: Tensor, select_block: int, compress_block: int) -> Tensor:
-    """int64 [N], ascending in (batch, block, sub-block, x, y, z); unique per voxel."""
-    divisors, weights = _sort_constants(coords.device, select_block, compress_block)
-    xyz = coords[:, 1:]
-    parts = torch.cat([coords, xyz, xyz], 1).div_(divisors, rounding_mode="floor")
-    return (parts * weights).sum(1)
-
-
-@functools.cache
-def _cell_constants(
-    device: torch.device, cells: tuple[tuple[int, int], ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shifts, divisors and weights [K, 1, 4] of the keys of cells of (size, shift)."""
-    shifts = torch.tensor([[0, shift, shift, shift] for _, shift in cells]).int()
-    divisors = torch.tensor([[1, size, size, size] for size, _ in cells]).int()
-    weights = torch.tensor([_cell_weights(size) for size, _ in cells])
-    return shifts[:, None].to(device), divisors[:, None].to(device), weights[:, None].to(device)
-
-
-def _cell_keys(coords: Tensor, cells: tuple[tuple[int, int], ...]) -> Tensor:
-    """int64 [K, N] that orders by (batch, (xyz + shift) // size) for K cells of (size, shift)."""
-    shifts, divisors, weights = _cell_constants(coords.device, cells)
-    return ((coords + shifts).div_(divisors, rounding_mode="floor") * weights).sum(2)
-
-
-def token_order(coords: Tensor, select_block: int = 8, compress_block: int = 4) -> Tensor:
-    """The permutation that sorts tokens: int [N, 4] (batch, x, y, z) -> int64 [N], `coords[order]` is sorted.
-
-    Sorted means by (batch, select_block^3 block, compress_block^3 sub-block, x, y, z). Stable. ValueError as
-    `BlockIndex.from_coords`, except that values are not checked here.
-    """
-    check_coords(coords)
-    _check_sizes(select_block, compress_block)
-    return torch.argsort(sort_key(coords, select_block, compress_block), stable=True)
-
-
-def invert_order(order: Tensor) -> Tensor:
-    """The inverse permutation: `x[order][invert_order(order)]` is x. int64 [N] -> int64 [N]."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device, dtype=order.dtype)
-    return inverse
 
 
 def _runs(key_KN: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +177,7 @@ class BlockIndex:
         sizes do not fit: compress_block must divide select_block, 1 <= window <= 64, 0 <= window_shift < window.
         """
         check_coords(coords)
-        _check_sizes(select_block, compress_block)
+        check_block_sizes(select_block, compress_block)
         if not isinstance(batch_size, int) or not 1 <= batch_size <= MAX_BATCH:
             raise ValueError(f"batch_size must be an int from 1 to {MAX_BATCH}, got {batch_size!r}")
         if not isinstance(window, int) or not 1 <= window <= 64:
@@ -303,7 +223,7 @@ def _build(
     # Until the copy below nothing may depend on a value; bad coordinates must not index out of range either.
     identity = window == select_block  # tokens lie by aligned window
     windows = ((window, window_shift),) if identity else ((window, 0), (window, window_shift))
-    key_KN = _cell_keys(coords, ((select_block, 0), (compress_block, 0), *windows))
+    key_KN = cube_keys(coords, ((select_block, 0), (compress_block, 0), *windows))
     placed, order = key_KN[2:].sort(dim=1, stable=True)
     run_KN, count_K = _runs(torch.cat([key_KN[:2], placed]))
     position = torch.arange(W, dtype=torch.int32, device=device)

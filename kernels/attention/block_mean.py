@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernels.attention import reference
 from kernels.attention.block_index import BlockIndex
-from kernels.runtime import checks
-from kernels.runtime import eager_autograd as eager
+from kernels.runtime import eager_autograd
+from kernels.runtime.checks import check_dtype, use_triton
 from kernels.runtime.integer_math import cdiv
 from kernels.runtime.triton_ops import on_device
 
@@ -96,9 +96,9 @@ def block_mean(
     if x_NC.ndim != 2 or len(x_NC) != index.num_tokens or x_NC.device != index.device:
         found = f"{list(x_NC.shape)} on {x_NC.device}"
         raise ValueError(f"x_NC must be [{index.num_tokens}, C] on {index.device}, got {found}")
-    if not checks.use_triton(backend, x_NC):
+    if not use_triton(backend, x_NC):
         return reference.block_mean(x_NC, index, plus_one)
-    checks.check_dtype("x_NC", x_NC)
-    if eager.traced(x_NC):
+    check_dtype("x_NC", x_NC)
+    if eager_autograd.needs_dispatcher(x_NC):
         return _mean(x_NC, index.tensors(), plus_one)
-    return eager.call(_eager_mean, _eager_mean_backward, x_NC, index, plus_one)
+    return eager_autograd.apply(_eager_mean, _eager_mean_backward, x_NC, index, plus_one)

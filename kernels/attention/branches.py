@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention import reference
+from kernels.attention import checks, reference
 from kernels.attention.block_index import BlockIndex
 from kernels.attention.block_score import block_score
 from kernels.attention.gates import Rows, gated_sum_forward, gates_backward
@@ -21,8 +21,8 @@ from kernels.attention.selection import combine_partials, selection_partials
 from kernels.attention.selection_backward import selection_backward
 from kernels.attention.ssa import SelectionLists, split_queries
 from kernels.attention.top_blocks import top_blocks
-from kernels.runtime import checks
-from kernels.runtime import eager_autograd as eager
+from kernels.runtime import eager_autograd
+from kernels.runtime.checks import check_dtype, check_same_type, use_triton
 from kernels.runtime.triton_ops import BOUND_LIMIT, Keys, log2_keys, lse_dtype, on_device
 
 
@@ -124,9 +124,11 @@ def _eager_segment_backward(_, do, saved, options):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, kind: str, scale: float) -> Tensor:
-    if eager.traced(q, k, v):
+    if eager_autograd.needs_dispatcher(q, k, v):
         return _segment(q, k, v, index.tensors(), kind, scale)[0]
-    return eager.call(_eager_segment, _eager_segment_backward, q, k, v, index, kind, scale)
+    return eager_autograd.apply(
+        _eager_segment, _eager_segment_backward, q, k, v, index, kind, scale
+    )
 
 
 def compressed_attention(
@@ -144,8 +146,9 @@ def compressed_attention(
     Differentiable.
     """
     P = index.num_compressed
-    triton = checks.use_triton(backend, q_NHD)
-    checks.check_heads(q_NHD, [("ck_PGD", ck_PGD, P), ("cv_PGD", cv_PGD, P)], index, triton)
+    triton = checks.check_heads(
+        q_NHD, [("ck_PGD", ck_PGD, P), ("cv_PGD", cv_PGD, P)], index, backend
+    )
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         return reference.compressed_attention(q_NHD, ck_PGD, cv_PGD, index, scale)
@@ -167,8 +170,7 @@ def window_attention(
     q [N, H, D], k and v [N, G, D]; dtypes, sizes, backend and errors as in `spatial_sparse_attention`. Differentiable.
     """
     N = index.num_tokens
-    triton = checks.use_triton(backend, q_NHD)
-    checks.check_heads(q_NHD, [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)], index, triton)
+    triton = checks.check_heads(q_NHD, [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)], index, backend)
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         return reference.window_attention(q_NHD, k_NGD, v_NGD, index, shifted, scale)
@@ -211,8 +213,7 @@ def select_blocks(
     compressed attention gives it, summed over the heads of the group; of equals the lower block wins. Arguments as in
     `compressed_attention`.
     """
-    triton = checks.use_triton(backend, q_NHD)
-    checks.check_heads(q_NHD, [("ck_PGD", ck_PGD, index.num_compressed)], index, triton)
+    triton = checks.check_heads(q_NHD, [("ck_PGD", ck_PGD, index.num_compressed)], index, backend)
     checks.check_top_k(top_k)
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
@@ -334,8 +335,7 @@ def selection_attention(
     and v; dtypes, sizes, backend and errors as in `spatial_sparse_attention`.
     """
     N = index.num_tokens
-    triton = checks.use_triton(backend, q_NHD)
-    checks.check_heads(q_NHD, [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)], index, triton)
+    triton = checks.check_heads(q_NHD, [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)], index, backend)
     scale = checks.check_scale(scale, q_NHD.shape[2])
     G = k_NGD.shape[1]
     if selected_GNT.ndim != 3 or selected_GNT.shape[:2] != (G, N) or selected_GNT.shape[2] == 0:
@@ -401,12 +401,13 @@ def gated_sum(
             raise ValueError(
                 f"branches_3_NHD must have one shape, got {list(a.shape)} and {list(x.shape)}"
             )
-        checks.check_float("branches_3_NHD", x, a)
-    if gates_N3.shape != (len(a), 3):
-        raise ValueError(f"gates_N3 must be [{len(a)}, 3], got {list(gates_N3.shape)}")
-    checks.check_float("gates_N3", gates_N3, a)
-    if not checks.use_triton(backend, a):
+        check_same_type("branches_3_NHD", x, "the first branch", a)
+    checks.check_gates(gates_N3, len(a), "branches_3_NHD", a)
+    triton = use_triton(backend, a)
+    if triton:
+        check_dtype("branches_3_NHD", a)
+    if triton:
+        checks.check_head_size("branches_3_NHD", a.shape[2])
+    if not triton:
         return reference.gated_sum(branches_3_NHD, gates_N3)
-    checks.check_dtype("branches_3_NHD", a)
-    checks.check_head_size("branches_3_NHD", a.shape[2])
     return _gated(a, b, c, gates_N3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention import reference
+from kernels.attention import checks, reference
 from kernels.attention.block_index import BlockIndex
 from kernels.attention.block_score import block_score
 from kernels.attention.gates import gated_sum_forward, gates_backward
@@ -28,8 +28,7 @@ from kernels.attention.segment_backward import segment_backward
 from kernels.attention.selection import combine_partials, selection_partials
 from kernels.attention.selection_backward import selection_backward
 from kernels.attention.top_blocks import top_blocks
-from kernels.runtime import checks
-from kernels.runtime import eager_autograd as eager
+from kernels.runtime import eager_autograd
 from kernels.runtime.triton_ops import log2_keys, lse_dtype, on_device
 
 RANGE_BYTES = (
@@ -293,12 +292,9 @@ def spatial_sparse_attention(
     ValueError on any other shape, dtype, device or option.
     """
     N, P = index.num_tokens, index.num_compressed
-    triton = checks.use_triton(backend, q_NHD)
     keys = [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N), ("ck_PGD", ck_PGD, P), ("cv_PGD", cv_PGD, P)]
-    checks.check_heads(q_NHD, keys, index, triton)
-    if gates_N3.shape != (N, 3):
-        raise ValueError(f"gates_N3 must be [{N}, 3], got {list(gates_N3.shape)}")
-    checks.check_float("gates_N3", gates_N3, q_NHD)
+    triton = checks.check_heads(q_NHD, keys, index, backend)
+    checks.check_gates(gates_N3, N, "q_NHD", q_NHD)
     checks.check_top_k(top_k)
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
@@ -315,6 +311,8 @@ def spatial_sparse_attention(
             scale=scale,
         )
     tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3)
-    if eager.traced(*tensors):
+    if eager_autograd.needs_dispatcher(*tensors):
         return _ssa(*tensors, index.tensors(), top_k, shifted, scale)[0]
-    return eager.call(_eager_forward, _eager_backward, *tensors, index, top_k, shifted, scale)
+    return eager_autograd.apply(
+        _eager_forward, _eager_backward, *tensors, index, top_k, shifted, scale
+    )

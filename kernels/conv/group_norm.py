@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.conv import reference as reference_conv
-from kernels.runtime import eager_autograd as eager
+from kernels.runtime import eager_autograd
 from kernels.runtime.checks import check_dtype, use_triton
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import on_device
@@ -350,9 +350,9 @@ def group_norm(
         return reference_conv.group_norm(x_NC, asset_starts_A1, groups, weight_C, bias_C, eps, silu)
     check_dtype("x_NC", x_NC)
     inputs = (x_NC, asset_starts_A1, groups, weight_C, bias_C, eps, silu)
-    if eager.traced(x_NC, weight_C, bias_C):
+    if eager_autograd.needs_dispatcher(x_NC, weight_C, bias_C):
         return _norm(*inputs)[0]
-    return eager.call(_eager_forward, _eager_backward, *inputs)
+    return eager_autograd.apply(_eager_forward, _eager_backward, *inputs)
 
 
 def _check(

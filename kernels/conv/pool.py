@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.conv import reference as reference_conv
-from kernels.runtime import eager_autograd as eager
+from kernels.runtime import eager_autograd
 from kernels.runtime.checks import check_dtype, use_triton
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import on_device
@@ -131,6 +131,6 @@ def pool_children(
     if not use_triton(backend, x_NC):
         return reference_conv.pool_children(x_NC, children_P8, plus_one)
     check_dtype("x_NC", x_NC)
-    if eager.traced(x_NC):
+    if eager_autograd.needs_dispatcher(x_NC):
         return _pool(x_NC, children_P8, plus_one)
-    return eager.call(_eager_forward, _eager_backward, x_NC, children_P8, plus_one)
+    return eager_autograd.apply(_eager_forward, _eager_backward, x_NC, children_P8, plus_one)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.conv import reference as reference_conv
-from kernels.runtime import eager_autograd as eager
+from kernels.runtime import eager_autograd
 from kernels.runtime.checks import check_dtype, use_triton
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import on_device
@@ -144,6 +144,6 @@ def sdf_head(x_NC: Tensor, weight_C: Tensor, bias_1: Tensor, *, backend: str = "
         with torch.autocast(x_NC.device.type, enabled=False):
             return reference_conv.sdf_head(x_NC, weight_C, bias_1)
     check_dtype("x_NC", x_NC)
-    if eager.traced(x_NC, weight_C, bias_1):
+    if eager_autograd.needs_dispatcher(x_NC, weight_C, bias_1):
         return _head(x_NC, weight_C, bias_1)
-    return eager.call(_eager_forward, _eager_backward, x_NC, weight_C, bias_1)
+    return eager_autograd.apply(_eager_forward, _eager_backward, x_NC, weight_C, bias_1)

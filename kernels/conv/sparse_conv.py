@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.conv import reference as reference_conv
 from kernels.conv.gather_gemm import downsampling, gather_gemm, plain, upsampling
 from kernels.conv.sparse_conv_backward import weight_grad
-from kernels.runtime import eager_autograd as eager
+from kernels.runtime import eager_autograd
 from kernels.runtime.checks import check_dtype, use_triton
 
 SIZES = (1, 2, 4, 8)
@@ -232,9 +232,9 @@ def sparse_conv(
     if use_triton(backend, x_NC):
         check_dtype("x_NC", x_NC)
         inputs = (x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample, False)
-        if eager.traced(x_NC, weight_27CO, bias_O):
+        if eager_autograd.needs_dispatcher(x_NC, weight_27CO, bias_O):
             return _conv(*inputs)
-        return eager.call(_eager_forward, _eager_backward, *inputs)
+        return eager_autograd.apply(_eager_forward, _eager_backward, *inputs)
     with torch.autocast(device_type, enabled=False):
         return reference_conv.sparse_conv(x_NC, weight_27CO, bias_O, neighbors_M27, size, upsample)
 

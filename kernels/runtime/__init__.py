@@ -1,0 +1,1 @@
+"""Helpers that the kernels share. Nothing here imports kernels.attention, kernels.conv or kernels.sdf."""

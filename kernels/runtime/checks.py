@@ -1,86 +1,61 @@
-"""Argument checks of the public functions: a ValueError names the argument, the rule and the value."""
+"""Argument checks that public functions share. Each ValueError names the argument, rule and value."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kernels.attention.block_index import BlockIndex
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEAD_SIZES = (16, 32, 64, 128)
+"""Dtypes that the Triton kernels accept."""
 
 
-def check_query(q_NHD: Tensor, index: BlockIndex) -> None:
-    if q_NHD.ndim != 3 or q_NHD.shape[0] != index.num_tokens:
-        raise ValueError(
-            f"q_NHD must be [{index.num_tokens}, H, D] as the index has it, got {list(q_NHD.shape)}"
-        )
-
-
-def check_float(name: str, x: Tensor, like: Tensor) -> None:
+def check_same_type(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ValueError unless `x` has the dtype and the device of `like`."""
     if x.dtype != like.dtype or x.device != like.device:
         raise ValueError(
-            f"{name} must be {like.dtype} on {like.device} as q_NHD, got {x.dtype} on {x.device}"
+            f"{name} must be {like.dtype} on {like.device} as {like_name}, "
+            f"got {x.dtype} on {x.device}"
         )
 
 
 def check_dtype(name: str, x: Tensor) -> None:
-    """What Triton kernels take."""
+    """Raise ValueError unless the Triton kernels accept the dtype of `x`."""
     if x.dtype not in DTYPES:
         raise ValueError(f"{name} must be one of {DTYPES}, got {x.dtype}")
 
 
-def check_head_size(name: str, D: int) -> None:
-    if D not in HEAD_SIZES:
-        raise ValueError(f"{name} must have a head size in {HEAD_SIZES}, got {D}")
+def check_float_rows(name: str, x: Tensor, rows: int | None = None) -> None:
+    """Raise ValueError unless `x` is floating [rows, C], or floating [N, C] where rows is None."""
+    if x.ndim != 2 or not x.is_floating_point() or (rows is not None and len(x) != rows):
+        shape = f"[{'N' if rows is None else rows}, C]"
+        raise ValueError(f"{name} must be floating {shape}, got {x.dtype} {list(x.shape)}")
 
 
-def check_heads(
-    q_NHD: Tensor, keys: list[tuple[str, Tensor, int]], index: BlockIndex, on_triton: bool
-) -> None:
-    """keys: (name, tensor, its rows). Triton kernels ask for more than the reference: dtype, D, H / G, device."""
-    check_query(q_NHD, index)
-    _, H, D = q_NHD.shape
-    G = keys[0][1].shape[1] if keys[0][1].ndim == 3 else 0
-    for name, x, rows in keys:
-        if x.ndim != 3 or x.shape[0] != rows or x.shape[2] != D or x.shape[1] != G:
-            raise ValueError(
-                f"{name} must be [{rows}, G, {D}] with one G for all keys and values, got {list(x.shape)}"
-            )
-        check_float(name, x, q_NHD)
-    if G == 0 or H % G:
+def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ValueError unless `x` is on the device of `like`."""
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like_name}'s device {like.device}, got {x.device}")
+
+
+def check_parameter_dtype(name: str, parameter: Tensor, x_name: str, x: Tensor) -> None:
+    """Raise ValueError unless `parameter` has the dtype of `x` or is float32."""
+    if parameter.dtype not in (x.dtype, torch.float32):
         raise ValueError(
-            f"q_NHD must have a multiple of the {G} key/value heads of {keys[0][0]}, got {H} heads"
+            f"{name} must be {x.dtype} as {x_name} or torch.float32, got {parameter.dtype}"
         )
-    if q_NHD.device != index.device:
-        raise ValueError(f"q_NHD must be on the index's device {index.device}, got {q_NHD.device}")
-    if not on_triton:
-        return
-    check_dtype("q_NHD", q_NHD)
-    check_head_size("q_NHD", D)
-    if H // G not in (1, 2, 4, 8, 16, 32):
-        raise ValueError(
-            f"q_NHD must have 1, 2, 4, 8, 16 or 32 heads per key/value head, got {H} / {G}"
-        )
-
-
-def check_top_k(top_k: int) -> None:
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-        raise ValueError(f"top_k must be an int of at least 1, got {top_k!r}")
-
-
-def check_scale(scale: float | None, D: int) -> float:
-    """The scale itself, 1 / sqrt(D) for None."""
-    if scale is None:
-        return D**-0.5
-    if not 0.0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
-    return float(scale)
 
 
 def use_triton(backend: str, x: Tensor) -> bool:
-    """auto = Triton for CUDA tensors, the reference for others; "triton" on the CPU needs Triton's interpreter."""
+    """Return whether a public function runs its Triton kernels on `x`.
+
+    Args:
+        backend: "auto" takes Triton for CUDA tensors and the reference for others. "triton" works
+            on CPU tensors only in Triton's interpreter. "reference" takes the torch definition.
+        x: The main input of the function.
+
+    Raises:
+        ValueError: If `backend` is none of the three.
+    """
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend!r}')
     return backend == "triton" or (backend == "auto" and x.is_cuda)

@@ -1,4 +1,4 @@
-"""The neighbour map and the parents against plain dictionaries."""
+"""The neighbour map and the parent voxels against plain dictionaries."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from kernels import neighbor_map, parents, token_order
-from kernels.attention.block_index import MAX_BATCH, MAX_COORD
+from kernels import neighbor_map, parent_voxels, token_order
+from kernels.runtime.coords import MAX_BATCH, MAX_COORD
 from tests.kernel_inputs import DEVICE, random_coords
 
 LAST = MAX_COORD - 1
@@ -41,8 +41,8 @@ def test_neighbors(coords, dtype):
 
 
 @pytest.mark.parametrize("coords", SETS.values(), ids=SETS)
-def test_parents(coords):
-    result = parents(coords.to(DEVICE))
+def test_parent_voxels(coords):
+    result = parent_voxels(coords.to(DEVICE))
     halved = [(b, x // 2, y // 2, z // 2) for b, x, y, z in coords.tolist()]
     assert {x.dtype for x in result} == {torch.int32}
     assert len(result.coords_P4) == len(set(halved))
@@ -58,7 +58,7 @@ def test_parents(coords):
     assert result.children_P8.tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize("function", [neighbor_map, parents])
+@pytest.mark.parametrize("function", [neighbor_map, parent_voxels])
 @pytest.mark.parametrize(
     ("coords", "message"),
     [

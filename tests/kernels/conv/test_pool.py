@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import parents, pool_children
+from kernels import parent_voxels, pool_children
 from tests.kernel_inputs import DEVICE, assert_no_worse, random_coords
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -16,7 +16,7 @@ SETS = {"sparse": ([40, 0, 25], 7), "full": ([64], 4), "none": ([0], 3)}
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("blocks", SETS)
 def test_the_reference_is_the_mean_of_the_children(blocks, plus_one):
-    family = parents(random_coords(*SETS[blocks]))
+    family = parent_voxels(random_coords(*SETS[blocks]))
     x = torch.randn(
         len(family.parent_of_N), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
@@ -33,7 +33,7 @@ def test_the_reference_is_the_mean_of_the_children(blocks, plus_one):
 @pytest.mark.parametrize("C", [1, 33, 130])
 @pytest.mark.parametrize("blocks", SETS)
 def test_value_and_gradient(blocks, C, dtype):
-    children = parents(random_coords(*SETS[blocks]).to(DEVICE)).children_P8
+    children = parent_voxels(random_coords(*SETS[blocks]).to(DEVICE)).children_P8
     x = (
         torch.randn(C, sum(SETS[blocks][0]), generator=torch.Generator().manual_seed(0))
         .to(DEVICE, dtype)
@@ -55,7 +55,7 @@ def test_rows_without_a_parent_have_no_gradient():
 
 
 def test_as_a_custom_operator():
-    children = parents(random_coords([9], 3).to(DEVICE)).children_P8
+    children = parent_voxels(random_coords([9], 3).to(DEVICE)).children_P8
     x = torch.randn(9, 4, device=DEVICE, requires_grad=True)
     torch.library.opcheck(torch.ops.sparse3d.pool_children.default, (x, children, True))
     compiled = torch.compile(
@@ -65,7 +65,7 @@ def test_as_a_custom_operator():
 
 
 def test_gradcheck():
-    children = parents(random_coords([12, 5], 4)).children_P8
+    children = parent_voxels(random_coords([12, 5], 4)).children_P8
     x = torch.randn(17, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: pool_children(x, children), [x])
 

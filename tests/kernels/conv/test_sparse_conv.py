@@ -35,7 +35,7 @@ def default_tiles(monkeypatch):
     """Nothing is measured here: the default tiles, whatever this machine remembers."""
     for module in ("gather_gemm", "sparse_conv_backward"):
         monkeypatch.setattr(
-            f"kernels.{module}.choose", lambda key, candidates, *rest: candidates[0]
+            f"kernels.conv.{module}.choose", lambda key, candidates, *rest: candidates[0]
         )
 
 
@@ -234,7 +234,7 @@ def test_every_tile_size(C, O, size, upsample, monkeypatch):
             return candidates[min(candidate, len(candidates) - 1)]
 
         for module in ("gather_gemm", "sparse_conv_backward"):
-            monkeypatch.setattr(f"kernels.{module}.choose", choose)
+            monkeypatch.setattr(f"kernels.conv.{module}.choose", choose)
         check(C, O, coords, size, upsample, "triton", torch.bfloat16)
 
 

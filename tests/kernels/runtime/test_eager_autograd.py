@@ -19,7 +19,7 @@ from kernels import (
     token_order,
     window_attention,
 )
-from kernels.runtime import eager_autograd as eager
+from kernels.runtime import eager_autograd
 from tests.kernel_inputs import DEVICE, random_coords, run
 
 COORDS = random_coords([14, 9], 6)
@@ -95,8 +95,8 @@ class Seen(torch.Tensor):
 @pytest.mark.parametrize(("shapes", "function", "operator"), CASES.values(), ids=CASES)
 def test_an_eager_call_is_the_operator(shapes, function, operator, monkeypatch):
     inputs, calls = inputs_of(shapes), []
-    call = eager.call
-    monkeypatch.setattr(eager, "call", lambda *args: calls.append(1) or call(*args))
+    call = eager_autograd.apply
+    monkeypatch.setattr(eager_autograd, "apply", lambda *args: calls.append(1) or call(*args))
     wanted = run(operator, inputs)
     assert not calls
     assert all(torch.equal(a, b) for a, b in zip(run(function, inputs), wanted, strict=True))
