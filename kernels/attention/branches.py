@@ -406,7 +406,7 @@ def gated_sum(
     triton = use_triton(backend, a)
     if triton:
         check_dtype("branches_3_NHD", a)
-    if triton:
+    if backend != "reference":
         checks.check_head_size("branches_3_NHD", a.shape[2])
     if not triton:
         return reference.gated_sum(branches_3_NHD, gates_N3)

@@ -59,7 +59,7 @@ def check_heads(
         raise ValueError(f"q_NHD must be on the index's device {index.device}, got {q_NHD.device}")
     if on_triton:
         check_dtype("q_NHD", q_NHD)
-    if on_triton:
+    if backend != "reference":
         check_head_size("q_NHD", D)
         if H // G not in HEADS_PER_GROUP:
             raise ValueError(

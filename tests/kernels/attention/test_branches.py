@@ -12,6 +12,7 @@ from kernels import (
     gated_sum,
     select_blocks,
     selection_attention,
+    spatial_sparse_attention,
     token_order,
     window_attention,
 )
@@ -154,6 +155,37 @@ def test_the_cpu_path_is_the_reference():
     assert torch.equal(out, reference.selection_attention(q, k, v, selected, index, 10**-0.5))
     with pytest.raises(ValueError, match="head size in"):
         selection_attention(q, k, v, selected, index, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("H", "G", "D", "message"),
+    [(2, 1, 33, "head size in .*got 33"), (15, 1, 16, "heads per key/value head, got 15 / 1")],
+)
+def test_every_device_refuses_the_sizes_that_the_kernels_refuse(H, G, D, message):
+    """The default backend refuses on the CPU what it refuses on a GPU."""
+    index = random_index([9, 4], 16)
+    N, P = index.num_tokens, index.num_compressed
+    q, k, v, ck, cv = (
+        draw(rows, heads, D) for rows, heads in ((N, H), (N, G), (N, G), (P, G), (P, G))
+    )
+    selected = torch.zeros(G, N, 1, dtype=torch.int32, device=DEVICE)
+    gates = draw(N, 3)
+    calls = {
+        "ssa": lambda **options: spatial_sparse_attention(
+            q, k, v, ck, cv, gates, index, top_k=1, **options
+        ),
+        "compressed": lambda **options: compressed_attention(q, ck, cv, index, **options),
+        "window": lambda **options: window_attention(q, k, v, index, **options),
+        "select": lambda **options: select_blocks(q, ck, index, top_k=1, **options),
+        "selection": lambda **options: selection_attention(q, k, v, selected, index, **options),
+    }
+    if D == 33:
+        calls["gated_sum"] = lambda **options: gated_sum((q, q, q), gates, **options)
+    for name, call in calls.items():
+        for options in ({}, {"backend": "auto"}, {"backend": "triton"}):
+            with pytest.raises(ValueError, match=message):
+                call(**options)
+        assert len(call(backend="reference")) == (G if name == "select" else N)
 
 
 @pytest.mark.parametrize(
