@@ -29,9 +29,10 @@ from benchmarks.dit_learning import Learn, learn
 from benchmarks.token_sets import surface_coords
 from kernels import spatial_sparse_attention
 from model.attention import ragged_attention
-from model.conditioning.image_encoder import EncoderConfig, ImageBatch
-from model.conditioning.image_preprocessing import Augmentation, prepare_image
-from model.rectified_flow import noise_of
+from model.conditioning.image_encoder import ImageBatch
+from model.conditioning.image_preprocessing import prepare_image
+from model.config import Augmentation, EncoderConfig
+from model.rectified_flow import draw_noise
 from model.sparse_tensor import Level
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
@@ -102,7 +103,7 @@ def synthetic_batch(preset: str, cfg: DiTTraining, first: int = 0) -> DiTBatch:
     cells = Level.from_coords(torch.cat(parts), side, B)
     counts, channels = [len(part) for part in parts], cfg.model.dit.latent_channels
     mean, posterior, noise = (
-        noise_of([10 * n + k for n in numbers], counts, channels) for k in range(3)
+        draw_noise([10 * n + k for n in numbers], counts, channels) for k in range(3)
     )
     images = [prepare_image(render(518, n), 518) for n in numbers]
     return DiTBatch(
@@ -150,9 +151,9 @@ class Stepper:
         times = [milliseconds(lambda: self.step(batch)) for _ in range(repeats)]
         there = batch.to(self.device)
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            condition = self.task.model.condition(there.images)
+            condition = self.task.model.encode_images(there.images)
             encoder = median(
-                milliseconds(lambda: self.task.model.condition(there.images)) for _ in range(3)
+                milliseconds(lambda: self.task.model.encode_images(there.images)) for _ in range(3)
             )
         flops, ms = 3 * self.task.model.dit.flops(there.latents.cells, condition), median(times)
         return {

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.config import GenerationOptions, Guidance
 from model.inference.extract_mesh import extract_meshes
 from model.inference.generator import Generator
-from model.inference.generator import Options as GenerateOptions
-from model.rectified_flow import Guidance
 from pipeline.core.errors import RunError
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import FAR, Surface, SurfaceMetrics
@@ -245,7 +244,7 @@ def on_given_cells(cfg: Learn, run: DiTTraining, world: World) -> dict[str, Any]
                 vae.decode(
                     model.generate(
                         level,
-                        model.condition(images),
+                        model.encode_images(images),
                         [0],
                         steps=25,
                         guidance=Guidance(scale=cfg.guidance),
@@ -276,7 +275,7 @@ def from_images(cfg: Learn, run: DiTTraining, stages: Path, device: torch.device
     generator, judge = Generator.load(stages, device), judge_of(cfg)
     index, rows = read_build_index(cfg.data, [cfg.resolution]), []
     views = ViewReader(index, run.cameras)
-    options = GenerateOptions(steps=(25, 25), guidance=cfg.guidance)
+    options = GenerationOptions(steps=(25, 25), guidance=cfg.guidance)
     for asset in range(len(index)):
         view = views.read_view(asset, views.views(asset) - 1)
         axes = np.array(view.meta["c2w"])[:3, :3].T

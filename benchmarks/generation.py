@@ -16,19 +16,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
-from model.conditioning.image_encoder import DinoEncoder, EncoderConfig, ImageBatch
+from model.conditioning import image_conditioned_dit
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.conditioning.image_encoder import DinoEncoder, ImageBatch
 from model.conditioning.image_preprocessing import prepare_image
+from model.config import (
+    DEFAULT_STEPS,
+    ConditionedDiTConfig,
+    DiTConfig,
+    EncoderConfig,
+    Guidance,
+    OccupancyConfig,
+    StructureConfig,
+    VAEConfig,
+)
 from model.inference.cells_near_mesh import cells_near
 from model.inference.extract_mesh import extract_meshes
-from model.inference.generator import STEPS, cells_of
-from model.inference.mesh_cleaning import Cleaned, clean
-from model.occupancy_vae import OccupancyConfig
-from model.rectified_flow import Guidance
-from model.sparse_dit import DiTConfig
+from model.inference.generator import level_near_mesh
+from model.inference.mesh_cleaning import CleanedMesh, clean
 from model.sparse_tensor import Level
-from model.sparse_vae import SparseVAE, VAEConfig
-from model.structure import Structure, StructureConfig
+from model.sparse_vae import SparseVAE
+from model.structure import Structure
 from pipeline.core.grid import band, spacing
 
 MAJOR, MINOR = (
@@ -87,14 +95,15 @@ def models(tiny: bool) -> tuple[SparseVAE, Structure, ConditionedDiT, int]:
         )
     image = EncoderConfig(kind="dinov2", channels=size["channels"], image_size=size["image_size"])
     encoder = DinoEncoder.random(**size).to(torch.float32 if tiny else torch.bfloat16)
-    EncoderConfig.build = lambda self: encoder  # weights are not to be had here
+    # The pretrained weights are not available where benchmarks run.
+    image_conditioned_dit.build_encoder = lambda _config: encoder
     structure = Structure(
-        StructureConfig(occupancy=occupancy, flow=ConditionedConfig(dit=full, encoder=image))
+        StructureConfig(occupancy=occupancy, flow=ConditionedDiTConfig(dit=full, encoder=image))
     )
     return (
         SparseVAE(vae),
         structure,
-        ConditionedDiT(ConditionedConfig(dit=dit, encoder=image)),
+        ConditionedDiT(ConditionedDiTConfig(dit=dit, encoder=image)),
         first,
     )
 
@@ -131,8 +140,8 @@ def measure(
     alpha = np.uint8(255 * (row**2 + column**2 < 0.2))
     picture = np.dstack([np.full((1024, 1024, 3), 120, np.uint8), alpha])
     images = ImageBatch.collate([prepare_image(picture, dit.encoder.image_size)]).to(device)
-    condition = dit.condition(images)  # warm-up of the encoder
-    condition = timed("image encoder", lambda: dit.condition(images))
+    condition = dit.encode_images(images)  # warm-up of the encoder
+    condition = timed("image encoder", lambda: dit.encode_images(images))
     scale = Guidance(scale=guidance)
     for count in (1, steps[0]):
         timed(
@@ -140,9 +149,11 @@ def measure(
             lambda n=count: structure.generate(condition, [0], steps=n, guidance=scale),
         )
     vertices, faces = torus_mesh()
-    mesh = Cleaned(vertices=vertices, faces=faces, holes=0, floaters=0, bubbles=0)
+    mesh = CleanedMesh(vertices=vertices, faces=faces, holes=0, floaters=0, bubbles=0)
     for number, resolution in enumerate((first, 2 * first)):
-        level = timed(f"cells at {resolution}", lambda r=resolution, m=mesh: cells_of(m, r, device))
+        level = timed(
+            f"cells at {resolution}", lambda r=resolution, m=mesh: level_near_mesh(m, r, device)
+        )
         count = steps[number + 1]
         for n in (1, count):
             z = timed(
@@ -167,7 +178,7 @@ def main() -> None:
         "--tiny", action="store_true", help="models and resolutions that a CPU can run"
     )
     parser.add_argument("--guidance", type=float, default=7.0)
-    parser.add_argument("--steps", type=int, nargs=3, default=STEPS)
+    parser.add_argument("--steps", type=int, nargs=3, default=DEFAULT_STEPS)
     parser.add_argument("--out", type=Path, default=None, help="also write the rows as JSON")
     cfg = parser.parse_args()
     cells_near(*torus_mesh(8), 64)  # compiles

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.dit import Stepper, dino_of_random_weights, synthetic_batch
-from model.conditioning.image_encoder import EncoderConfig
+from model.config import EncoderConfig
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
 from train.engine.checkpoint import provenance

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from model.sparse_vae import VAEConfig
+from model.config import VAEConfig
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid

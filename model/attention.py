@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import spatial_sparse_attention
-from model.conditioning.image_encoder import Condition
-from model.kv_compression import TokenLayout, Version, make_compression
+from model.config import Compression
+from model.image_tokens import ImageTokens
+from model.kv_compression import TokenLayout, make_compression
 
 
 def ragged_attention(
@@ -49,7 +50,7 @@ class SpatialSparseAttention(nn.Module):
     """SSA with its projections: [N, C] in the layout's order -> [N, C]. paper, sec. 5"""
 
     def __init__(
-        self, channels: int, heads: int, kv_heads: int, *, compress_block: int, compression: Version, top_k: int,
+        self, channels: int, heads: int, kv_heads: int, *, compress_block: int, compression: Compression, top_k: int,
         shifted: bool, plus_one: bool,
     ):  # fmt: skip
         super().__init__()
@@ -104,7 +105,7 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(condition_channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x_NC: Tensor, layout: TokenLayout, condition: Condition) -> Tensor:
+    def forward(self, x_NC: Tensor, layout: TokenLayout, condition: ImageTokens) -> Tensor:
         q_NHD = self.query(x_NC).unflatten(1, (self.heads, -1))
         k_SHD, v_SHD = (
             self.key_value(condition.feats_SC).unflatten(1, (2, self.heads, -1)).unbind(1)

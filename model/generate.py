@@ -16,7 +16,8 @@ import tyro
 from tqdm import tqdm
 
 from model.conditioning.background_removal import load_foreground
-from model.inference.generator import Generated, Generator, Options
+from model.config import GenerationOptions
+from model.inference.generator import GeneratedMesh, Generator
 from model.inference.mesh_cleaning import check_simplification
 from model.inference.mesh_export import FORMATS, check_format, write_mesh
 from model.inference.turntable import write_preview
@@ -46,7 +47,9 @@ class GenerateConfig:
     preview: Literal["none", "png", "gif"] = (
         "none"  # views all around, beside the mesh as NAME.preview.png or .gif
     )
-    options: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
+    options: Annotated[GenerationOptions, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=GenerationOptions
+    )
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -132,7 +135,7 @@ def generate(cfg: GenerateConfig) -> int:
     return failed
 
 
-def report(file: Path, made: Generated, device: torch.device) -> str:
+def report(file: Path, made: GeneratedMesh, device: torch.device) -> str:
     """One line: what was made, what each stage took, the peak of memory."""
     stages = ", ".join(
         f"{stage.name} {stage.seconds:.1f} s ({stage.tokens} cells)" for stage in made.stages

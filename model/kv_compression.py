@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import BlockIndex, block_mean, group_norm, invert_order, neighbor_map, token_order
+from model.config import COMPRESSION_GROUPS, Compression
 from model.conv import GroupNormSiLU, SparseConv3d
 from model.sparse_tensor import SHIFT, WINDOW, Level
-
-Version = Literal["v1", "v2"]
-GROUPS = 32  # of GroupNorm in v2
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +32,7 @@ class TokenLayout:
     def of(cls, level: Level, compress_block: int) -> TokenLayout:
         """Layout of a level's cells. One device-to-host copy, unless the level already knows its blocks."""
         m, coords = compress_block, level.coords
-        index, order, inverse = level.blocks, None, None
+        index, order, inverse = level.block_index, None, None
         if m != int(index.host[1]):
             order = token_order(coords, compress_block=m)
             inverse = invert_order(order)
@@ -71,7 +68,10 @@ class CompressionV2(nn.Module):
     def __init__(self, channels: int, *, plus_one: bool):
         super().__init__()
         self.plus_one = plus_one
-        self.norm1, self.norm2 = GroupNormSiLU(GROUPS, channels), GroupNormSiLU(GROUPS, channels)
+        self.norm1, self.norm2 = (
+            GroupNormSiLU(COMPRESSION_GROUPS, channels),
+            GroupNormSiLU(COMPRESSION_GROUPS, channels),
+        )
         self.conv1, self.conv2 = SparseConv3d(channels, channels), SparseConv3d(channels, channels)
 
     def forward(self, x_NC: Tensor, layout: TokenLayout) -> Tensor:
@@ -88,5 +88,5 @@ def _norm(norm: GroupNormSiLU, x_NC: Tensor, asset_starts: Tensor) -> Tensor:
     return group_norm(x_NC, asset_starts, norm.groups, norm.weight, norm.bias, silu=True)
 
 
-def make_compression(version: Version, channels: int, *, plus_one: bool) -> nn.Module:
+def make_compression(version: Compression, channels: int, *, plus_one: bool) -> nn.Module:
     return (CompressionV1 if version == "v1" else CompressionV2)(channels, plus_one=plus_one)

@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.config import OccupancyConfig
+
 LOGVAR = (-30.0, 20.0)  # clamp of log variances; paper, sec. 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class OccupancyConfig:
-    """Sizes of an OccupancyVAE; the defaults are for the 64^3 cells of R = 512. ValueError if they do not fit."""
-
-    side: int = 64  # cells along one side: R / 8
-    widths: tuple[int, ...] = (
-        32,
-        128,
-        512,
-    )  # channels at each level; every level after the first halves the grid
-    blocks: int = 2  # residual blocks a level, and twice as many at the last
-    groups: int = 32  # of GroupNorm
-    latent_channels: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("side", "blocks", "groups", "latent_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
-            raise ValueError(
-                f"widths must be positive multiples of groups = {self.groups}, got {self.widths}"
-            )
-        if self.side % self.factor:
-            raise ValueError(
-                f"side must be a multiple of {self.factor} for {len(self.widths)} widths, got {self.side}"
-            )
-
-    @property
-    def factor(self) -> int:
-        """Cells along one side of a latent."""
-        return 2 ** (len(self.widths) - 1)
-
-    @property
-    def latent_side(self) -> int:
-        return self.side // self.factor
 
 
 class Gaussian(NamedTuple):
@@ -185,7 +149,7 @@ def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(either > 0, shared / either.clamp(min=1), 1.0)
 
 
-def occupancy_of(cells: Tensor, side: int, batch_size: int) -> Tensor:
+def occupancy_grid(cells: Tensor, side: int, batch_size: int) -> Tensor:
     """int [N, 4] (batch, x, y, z) -> bool [B, S, S, S]. ValueError if a cell lies outside."""
     grid = torch.zeros(batch_size, side, side, side, dtype=torch.bool, device=cells.device)
     if len(cells):

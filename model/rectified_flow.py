@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from model.config import METHODS, Guidance, Method, TimeDistribution
+
 Velocity = Callable[[Tensor, float], Tensor]  # (x [N, C], t) -> [N, C], an estimate of eps - x0
-Method = Literal["euler", "heun"]
-METHODS = ("euler", "heun")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TimeDistribution:
-    """Where training puts t in (0, 1). ValueError for an unknown kind, std <= 0 or shift <= 0."""
-
-    kind: Literal["logit_normal", "uniform"] = "logit_normal"
-    mean: float = 0.0  # of the logit
-    std: float = 1.0
-    shift: float = 1.0  # above 1 moves times towards the noise, as in `shift_times`
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("logit_normal", "uniform"):
-            raise ValueError(f'kind must be "logit_normal" or "uniform", got {self.kind!r}')
-        for name in ("std", "shift"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-
-    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """fp32 [count] on the generator's device, strictly inside (0, 1)."""
-        device = generator.device if generator is not None else None
-        if self.kind == "uniform":
-            t_B = torch.rand(count, generator=generator, device=device)
-        else:
-            t_B = torch.sigmoid(
-                self.mean + self.std * torch.randn(count, generator=generator, device=device)
-            )
-        return shift_times(t_B, self.shift).clamp(1e-5, 1 - 1e-5)
+def sample_times(
+    distribution: TimeDistribution, count: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """fp32 [count] on the generator's device, strictly inside (0, 1)."""
+    device = generator.device if generator is not None else None
+    if distribution.kind == "uniform":
+        t_B = torch.rand(count, generator=generator, device=device)
+    else:
+        normal_B = torch.randn(count, generator=generator, device=device)
+        t_B = torch.sigmoid(distribution.mean + distribution.std * normal_B)
+    return shift_times(t_B, distribution.shift).clamp(1e-5, 1 - 1e-5)
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
@@ -53,12 +36,12 @@ def interpolate(x0_NC: Tensor, eps_NC: Tensor, t_N: Tensor) -> Tensor:
     return (1 - t_N1) * x0_NC + t_N1 * eps_NC
 
 
-def target(x0_NC: Tensor, eps_NC: Tensor) -> Tensor:
+def velocity_target(x0_NC: Tensor, eps_NC: Tensor) -> Tensor:
     """What the network predicts: the path's velocity eps - x0. paper, sec. 4"""
     return eps_NC - x0_NC
 
 
-def noise_of(
+def draw_noise(
     seeds: Sequence[int], counts: Sequence[int], channels: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Standard normal fp32 [sum of counts, channels]: the rows of asset i depend on seeds[i] and counts[i] alone.
@@ -73,29 +56,6 @@ def noise_of(
         for seed, count in zip(seeds, counts, strict=True)
     ]
     return torch.cat([torch.empty(0, channels), *parts]).to(device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """Classifier-free guidance. ValueError for a negative scale, an interval outside [0, 1] or rescale outside it."""
-
-    scale: float = 7.0  # of the release; 1 is the conditional velocity itself
-    interval: tuple[float, float] = (
-        0.0,
-        1.0,
-    )  # of t, ends included; outside, the conditional velocity alone
-    rescale: float = 0.0  # share of the correction that gives the guided velocity the conditional one's deviation
-
-    def __post_init__(self) -> None:
-        low, high = self.interval
-        if not 0.0 <= self.scale < float("inf"):
-            raise ValueError(f"scale must be at least 0 and finite, got {self.scale}")
-        if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(
-                f"interval must be (low, high) with 0 <= low <= high <= 1, got {self.interval}"
-            )
-        if not 0.0 <= self.rescale <= 1.0:
-            raise ValueError(f"rescale must be from 0 to 1, got {self.rescale}")
 
 
 def guide(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from model.attention import CrossAttention, FullAttention, SpatialSparseAttention
 from model.checkpoint import KeyMap, load_mapped
-from model.conditioning.image_encoder import Condition
-from model.kv_compression import GROUPS, TokenLayout, Version
+from model.config import Compression, DiTConfig
+from model.image_tokens import ImageTokens
+from model.kv_compression import TokenLayout
 from model.layers import (
     Mlp,
     autocast_dtype,
@@ -26,66 +26,11 @@ from model.layers import (
     zero_init,
 )
 from model.sparse_tensor import Level, SparseTensor
-from model.sparse_vae import official_kernel
+from model.sparse_vae import published_kernel
 from pipeline.core.grid import CELL_SIDE
 
 HEAD_SIZES = (16, 32, 64, 128)  # that SSA has kernels for
 TIME_CHANNELS = 256  # of the sinusoids of t
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-    """Sizes of an SS-DiT; the defaults are the paper's, with 509,647,888 parameters. ValueError if they clash."""
-
-    channels: int = 1024
-    blocks: int = 24
-    heads: int = 32
-    kv_heads: int = 2  # of SSA
-    mlp_ratio: int = 4
-    latent_channels: int = 16
-    condition_channels: int = 1024
-    attention: Literal["ssa", "full"] = "ssa"  # full: dense attention in each asset, for comparison
-    compression: Version = "v1"
-    compress_block: int = 4  # cells along a compressed block; 4 or 8
-    top_k: int = 8
-    shifted_windows: bool = True  # by half a window in odd blocks
-    plus_one_pooling: bool = False  # compression divides by n + 1, as the published weights expect
-
-    def __post_init__(self) -> None:
-        counts = (
-            "channels",
-            "blocks",
-            "heads",
-            "kv_heads",
-            "mlp_ratio",
-            "latent_channels",
-            "top_k",
-        )
-        for name in (*counts, "condition_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.attention not in ("ssa", "full"):
-            raise ValueError(f'attention must be "ssa" or "full", got {self.attention!r}')
-        if self.compression not in ("v1", "v2"):
-            raise ValueError(f'compression must be "v1" or "v2", got {self.compression!r}')
-        if self.compress_block not in (4, 8):
-            raise ValueError(f"compress_block must be 4 or 8, got {self.compress_block}")
-        if self.channels % self.heads or self.channels // self.heads not in HEAD_SIZES:
-            raise ValueError(
-                f"heads must split {self.channels} channels into one of {HEAD_SIZES}, got {self.heads}"
-            )
-        if self.heads % self.kv_heads or self.heads // self.kv_heads not in (1, 2, 4, 8, 16, 32):
-            raise ValueError(
-                f"kv_heads must be heads = {self.heads} over 1, 2, 4, .. or 32, got {self.kv_heads}"
-            )
-        if self.compression == "v2" and self.kv_channels % GROUPS:
-            raise ValueError(
-                f"kv_heads x head size must be a multiple of {GROUPS} for v2, got {self.kv_channels}"
-            )
-
-    @property
-    def kv_channels(self) -> int:
-        return self.channels // self.heads * self.kv_heads
 
 
 class TimeEmbedding(nn.Sequential):
@@ -132,7 +77,7 @@ class DiTBlock(nn.Module):
         self,
         x_NC: Tensor,
         active_BC: Tensor,
-        condition: Condition,
+        condition: ImageTokens,
         layout: TokenLayout,
         asset_NB: Tensor,
     ) -> Tensor:
@@ -207,7 +152,11 @@ class SparseDiT(nn.Module):
         return TokenLayout.of(level, self.config.compress_block)
 
     def forward(
-        self, x: SparseTensor, t_B: Tensor, condition: Condition, layout: TokenLayout | None = None
+        self,
+        x: SparseTensor,
+        t_B: Tensor,
+        condition: ImageTokens,
+        layout: TokenLayout | None = None,
     ) -> Tensor:
         """The velocity, fp32 (fp64 in an fp64 model) [N, latent_channels], rows as in x.
 
@@ -241,13 +190,13 @@ class SparseDiT(nn.Module):
     def _positions(coords_N3: Tensor, like_NC: Tensor, factor: float = 1.0) -> Tensor:
         return position_embedding(coords_N3, like_NC.shape[1], factor).to(like_NC.dtype)
 
-    def _project(self, condition: Condition) -> Condition:
+    def _project(self, condition: ImageTokens) -> ImageTokens:
         feats_SC = self.condition(condition.feats_SC)
         return replace(
             condition, feats_SC=feats_SC + self._positions(condition.coords[:, 1:], feats_SC)
         )
 
-    def _check(self, x: SparseTensor, t_B: Tensor, condition: Condition) -> None:
+    def _check(self, x: SparseTensor, t_B: Tensor, condition: ImageTokens) -> None:
         channels, B = self.config.latent_channels, x.batch_size
         if x.feats.shape[1] != channels:
             raise ValueError(f"x must have {channels} channels, got {x.feats.shape[1]}")
@@ -261,7 +210,7 @@ class SparseDiT(nn.Module):
                 f"condition must have {self.config.condition_channels} channels, got {found}"
             )
 
-    def flops(self, level: Level, condition: Condition) -> int:
+    def flops(self, level: Level, condition: ImageTokens) -> int:
         """Multiplications and additions of one forward pass; a training step needs three times as many.
 
         Attention counts the scores and sums that its definition asks for, a selected block with its asset's mean number
@@ -269,17 +218,17 @@ class SparseDiT(nn.Module):
         """
         return _flops(self.config, self.layout(level), condition)
 
-    def load_official(self, weights: Mapping[str, Tensor], scale: Tensor, shift: Tensor) -> None:
+    def load_published(self, weights: Mapping[str, Tensor], scale: Tensor, shift: Tensor) -> None:
         """Copy the weights of a published SS-DiT, and its VAE's latents_scale and latents_shift (scalars or [C]).
 
         They expect `plus_one_pooling`. ValueError listing every unknown or missing name and wrong shape.
         """
         channels = self.config.latent_channels
         ends = {"latents_scale": scale.expand(channels), "latents_shift": shift.expand(channels)}
-        load_mapped(self, {**weights, **ends}, official_keys(self.config), "the state dict")
+        load_mapped(self, {**weights, **ends}, published_keys(self.config), "the state dict")
 
 
-def _flops(config: DiTConfig, layout: TokenLayout, condition: Condition) -> int:
+def _flops(config: DiTConfig, layout: TokenLayout, condition: ImageTokens) -> int:
     C, E, index = config.channels, config.kv_channels, layout.index
     N, S, B = index.num_tokens, len(condition.coords), condition.batch_size
     tokens, images = index.token_starts.diff().double(), condition.starts.diff().double()
@@ -314,7 +263,7 @@ def _flops(config: DiTConfig, layout: TokenLayout, condition: Condition) -> int:
     return int(2 * (config.blocks * linear + ends + attention))
 
 
-def official_keys(config: DiTConfig) -> KeyMap:
+def published_keys(config: DiTConfig) -> KeyMap:
     """Names and layouts of the published SS-DiT -> ours."""
     keys: dict = {
         "latents_scale": ("latent_std", torch.reciprocal),  # its latents are z / scale + shift
@@ -369,7 +318,7 @@ def _as_is(x: Tensor) -> Tensor:
 
 
 def _compression_keys(
-    keys: dict, linear: Callable[..., None], version: Version, theirs: str, ours: str
+    keys: dict, linear: Callable[..., None], version: Compression, theirs: str, ours: str
 ) -> None:
     if version == "v1":
         keys[f"{theirs}.act_layers.0.conv.kernel"] = (f"{ours}.linear.weight", torch.t)  # [in, out]
@@ -380,6 +329,6 @@ def _compression_keys(
     for layer, name in ((0, "conv1"), (3, "conv2")):
         keys[f"{theirs}.out_layers.{layer}.conv.kernel"] = (
             f"{ours}.{name}.weight",
-            official_kernel,
+            published_kernel,
         )
         keys[f"{theirs}.out_layers.{layer}.conv.bias"] = (f"{ours}.{name}.bias", _as_is)

@@ -73,7 +73,7 @@ class Level:
         return kernels.neighbor_map(self.coords)
 
     @cached_property
-    def blocks(self) -> BlockIndex:
+    def block_index(self) -> BlockIndex:
         """Blocks, and windows of 8^3 voxels, aligned and shifted by 4. One device-to-host copy."""
         return BlockIndex.from_coords(
             self.coords, self.batch_size, window=WINDOW, window_shift=SHIFT

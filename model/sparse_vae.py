@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kernels import sdf_head
 from model.checkpoint import KeyMap, load_mapped
+from model.config import VAEConfig
 from model.conv import DownBlock, UpBlock, pairs_of_blocks
 from model.layers import (
     WindowBlock,
@@ -28,32 +29,6 @@ from pipeline.core.grid import CELL_SIDE
 HEAD_SIZES = (16, 32, 64, 128)  # that windowed attention has kernels for
 LOGVAR_START = -6.0  # log-variance of every latent before training
 SIZES = (2, 4, 8)  # voxels along a cell's side after each step of the decoder
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAEConfig:
-    """Sizes of an SS-VAE; the defaults are those of the paper, with 37,874,113 parameters. ValueError if they clash."""
-
-    widths: tuple[int, int, int, int] = (32, 64, 128, 512)  # channels at R, R / 2, R / 4, R / 8
-    latent_channels: int = 16
-    heads: int = 8
-    blocks: int = 4  # transformer blocks in the encoder, and in the decoder
-    mlp_ratio: int = 4
-    groups: int = 32  # of GroupNorm
-    plus_one_pooling: bool = False  # means divide by n + 1, as the published weights expect
-
-    def __post_init__(self) -> None:
-        if len(self.widths) != 4 or any(width < 1 for width in self.widths):
-            raise ValueError(f"widths must be 4 positive numbers, got {self.widths}")
-        for name in ("latent_channels", "heads", "blocks", "mlp_ratio", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if any(width % self.groups for width in self.widths):
-            raise ValueError(f"groups must divide all widths {self.widths}, got {self.groups}")
-        if self.widths[3] % self.heads or self.widths[3] // self.heads not in HEAD_SIZES:
-            raise ValueError(
-                f"heads must split {self.widths[3]} channels into one of {HEAD_SIZES}, got {self.heads}"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +60,7 @@ class _Transformer(nn.Module):
         factor = position_factor(CELL_SIDE * level.resolution)
         x_MC = self.input(x_MC) + position_embedding(level.coords[:, 1:], self.width, factor)
         for block in self.blocks:
-            x_MC = recompute(checkpointing, block, x_MC, level.blocks)
+            x_MC = recompute(checkpointing, block, x_MC, level.block_index)
         return x_MC
 
 
@@ -194,12 +169,12 @@ class SparseVAE(nn.Module):
         """
         return _flops(self.config, batch)
 
-    def load_official(self, weights: Mapping[str, Tensor]) -> None:
+    def load_published(self, weights: Mapping[str, Tensor]) -> None:
         """Copy the weights of a published VAE: its state dict, convolutions as torchsparse lays them out.
 
         They expect `plus_one_pooling`. ValueError listing every unknown or missing name and wrong shape.
         """
-        load_mapped(self, weights, official_keys(self.config), "the state dict")
+        load_mapped(self, weights, published_keys(self.config), "the state dict")
 
 
 def _flops(config: VAEConfig, batch: BrickBatch) -> int:
@@ -217,7 +192,7 @@ def _flops(config: VAEConfig, batch: BrickBatch) -> int:
         sparse.append(pairs_of_blocks(level.neighbors, size // 2, upsample=False) * (a * b))
         sparse.append(pairs_of_blocks(level.neighbors, size, upsample=True) * (b * b))
     for n in range(config.blocks):  # scores and weighted sums, in the encoder and in the decoder
-        starts = level.blocks.shifted_starts if n % 2 else level.blocks.window_starts
+        starts = level.block_index.shifted_starts if n % 2 else level.block_index.window_starts
         sparse.append(4 * width * starts.diff().long().square().sum())
     dense += M * width * (width + 3 * config.latent_channels)
     dense += 2 * M * config.blocks * (4 + 2 * config.mlp_ratio) * width * width
@@ -228,12 +203,12 @@ def _as_is(x: Tensor) -> Tensor:
     return x
 
 
-def official_kernel(kernel: Tensor) -> Tensor:
+def published_kernel(kernel: Tensor) -> Tensor:
     """torchsparse [27, in, out] counts its taps with x fastest, we with z: (dz, dy, dx) -> (dx, dy, dz)."""
     return kernel.unflatten(0, (3, 3, 3)).permute(2, 1, 0, 3, 4).flatten(0, 2)
 
 
-def official_keys(config: VAEConfig) -> KeyMap:
+def published_keys(config: VAEConfig) -> KeyMap:
     """Names and layouts of the published VAE -> ours."""
     keys: dict = {}
 
@@ -241,7 +216,7 @@ def official_keys(config: VAEConfig) -> KeyMap:
         keys.update({f"{theirs}.{name}": (f"{ours}.{name}", _as_is) for name in ("weight", "bias")})
 
     def conv(theirs: str, ours: str) -> None:
-        keys[f"{theirs}.conv.kernel"] = (f"{ours}.weight", official_kernel)
+        keys[f"{theirs}.conv.kernel"] = (f"{ours}.weight", published_kernel)
         keys[f"{theirs}.conv.bias"] = (f"{ours}.bias", _as_is)
 
     linear("encoder.input_layer1", "encoder.input")

@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from kernels import token_order
-from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
-from model.conditioning.image_encoder import Condition, ImageBatch
-from model.occupancy_vae import OccupancyConfig, OccupancyVAE
-from model.rectified_flow import Guidance, Method
-from model.sparse_dit import DiTConfig
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.conditioning.image_encoder import ImageBatch
+from model.config import Guidance, Method, StructureConfig
+from model.image_tokens import ImageTokens
+from model.occupancy_vae import OccupancyVAE
 from model.sparse_tensor import Level, SparseTensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class StructureConfig:
-    """The occupancy VAE, and the DiT over its latents. ValueError if the two do not fit."""
-
-    occupancy: OccupancyConfig = field(default_factory=OccupancyConfig)
-    flow: ConditionedConfig = field(
-        default_factory=lambda: ConditionedConfig(
-            dit=DiTConfig(latent_channels=8, heads=16, kv_heads=16, attention="full")
-        )
-    )
-
-    def __post_init__(self) -> None:
-        dit, channels = self.flow.dit, self.occupancy.latent_channels
-        if dit.latent_channels != channels:
-            raise ValueError(
-                f"flow.dit.latent_channels must be the occupancy's {channels}, got {dit.latent_channels}"
-            )
-        if dit.attention != "full":
-            raise ValueError(
-                f'flow.dit.attention must be "full" on a dense grid, got {dit.attention!r}'
-            )
 
 
 class Structure(nn.Module):
@@ -64,7 +40,7 @@ class Structure(nn.Module):
 
     def generate(
         self,
-        condition: Condition,
+        condition: ImageTokens,
         seeds: Sequence[int],
         *,
         steps: int,
@@ -92,7 +68,7 @@ class Structure(nn.Module):
             logits = self.vae.decode(
                 rows_to_grid(z_NC, level).to(next(self.vae.parameters()).dtype)
             )
-        return level_of(logits > 0)
+        return occupied_level(logits > 0)
 
 
 def dense_level(side: int, batch_size: int, device: torch.device | str = "cpu") -> Level:
@@ -118,7 +94,7 @@ def rows_to_grid(rows_NC: Tensor, level: Level) -> Tensor:
     return grid.permute(0, 4, 1, 2, 3).contiguous()
 
 
-def level_of(occupied_BXYZ: Tensor) -> Level:
+def occupied_level(occupied_BXYZ: Tensor) -> Level:
     """The cells where a bool grid [B, S, S, S] is true. One device-to-host copy, and one of the level's."""
     coords = occupied_BXYZ.nonzero()
     coords = coords[token_order(coords)].int()

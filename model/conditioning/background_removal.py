@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from model.conditioning.image_encoder import PATCH
 from model.conditioning.image_preprocessing import has_alpha, load_image, prepare_image
+from model.config import PATCH
 from pipeline.core.errors import UserError
 
 

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.conditioning.image_encoder import Condition, EncoderConfig, ImageBatch, ImageEncoder
-from model.rectified_flow import Guidance, Method, guide, noise_of, sample
-from model.sparse_dit import DiTConfig, SparseDiT
+from model.conditioning.image_encoder import ImageBatch, ImageEncoder, build_encoder
+from model.config import ConditionedDiTConfig, Guidance, Method
+from model.image_tokens import ImageTokens
+from model.rectified_flow import draw_noise, guide, sample
+from model.sparse_dit import SparseDiT
 from model.sparse_tensor import Level, SparseTensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionedConfig:
-    """A DiT and its encoder. ValueError if the DiT does not take the encoder's channels."""
-
-    dit: DiTConfig = field(default_factory=DiTConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-
-    def __post_init__(self) -> None:
-        if self.dit.condition_channels != self.encoder.channels:
-            found = f"{self.dit.condition_channels} and {self.encoder.channels}"
-            raise ValueError(f"dit.condition_channels must be the encoder's channels, got {found}")
 
 
 class _Shared:
@@ -42,16 +30,16 @@ class ConditionedDiT(nn.Module):
     """Image and noisy latents to velocity.
 
     An encoder that learns is part of the weights. A frozen one is not: it is neither saved, nor averaged, nor copied,
-    and is loaded from where its configuration says. ValueError and UserError as `EncoderConfig.build`.
+    and is loaded from where its configuration says. ValueError and UserError as `build_encoder`.
     """
 
-    Config = ConditionedConfig
+    Config = ConditionedDiTConfig
 
-    def __init__(self, config: ConditionedConfig):
+    def __init__(self, config: ConditionedDiTConfig):
         super().__init__()
         self.config = config
         self.dit = SparseDiT(config.dit)
-        encoder = config.encoder.build()
+        encoder = build_encoder(config.encoder)
         self._frozen = None if encoder.trainable else _Shared(encoder)
         self._learning = encoder if encoder.trainable else None
 
@@ -75,7 +63,7 @@ class ConditionedDiT(nn.Module):
             self._frozen.module._apply(fn)  # .to(device) moves it along
         return super()._apply(fn, recurse)
 
-    def condition(self, images: ImageBatch) -> Condition:
+    def encode_images(self, images: ImageBatch) -> ImageTokens:
         """The images' tokens; without gradients where the encoder is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._frozen is None):
             return self.encoder(images)
@@ -84,14 +72,14 @@ class ConditionedDiT(nn.Module):
         self, x: SparseTensor, t_B: Tensor, images: ImageBatch, dropped_B: Tensor | None = None
     ) -> Tensor:
         """Velocity [N, latent_channels] at x, one image an asset; where bool dropped [B] is true without its image."""
-        condition = self.condition(images)
+        condition = self.encode_images(images)
         return self.dit(x, t_B, condition if dropped_B is None else condition.drop(dropped_B))
 
     @torch.no_grad()
     def generate(
         self,
         level: Level,
-        condition: Condition,
+        condition: ImageTokens,
         seeds: Sequence[int],
         *,
         steps: int,
@@ -112,7 +100,7 @@ class ConditionedDiT(nn.Module):
             )
         counts, layout = level.asset_starts.diff().tolist(), self.dit.layout(level)
 
-        def towards(tokens: Condition) -> Callable[[Tensor, float], Tensor]:
+        def towards(tokens: ImageTokens) -> Callable[[Tensor, float], Tensor]:
             def velocity(x_NC: Tensor, t: float) -> Tensor:
                 t_B = torch.full((level.batch_size,), t, device=x_NC.device)
                 return self.dit(SparseTensor(x_NC, level), t_B, tokens, layout)
@@ -120,6 +108,6 @@ class ConditionedDiT(nn.Module):
             return velocity
 
         velocity = guide(towards(condition), towards(condition.unconditional()), guidance, counts)
-        noise = noise_of(seeds, counts, self.config.dit.latent_channels, level.device)
+        noise = draw_noise(seeds, counts, self.config.dit.latent_channels, level.device)
         x_NC = sample(velocity, noise, steps=steps, method=method, shift=shift, progress=progress)
         return self.dit.denormalize(x_NC)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,36 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.conditioning.image_preprocessing import PreparedImage
+from model.config import DINO_WEIGHTS, PATCH, EncoderConfig
+from model.image_tokens import ImageTokens
 from model.layers import init_linears, layer_norm, position_embedding
 from pipeline.core.errors import UserError
 
-PATCH = 14  # pixels along a patch, of DINOv2 and the stand-in alike
 SPECIAL = 5  # tokens before the patches: cls and 4 registers
-DINO = "facebook/dinov2-with-registers-large"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB
-
-
-@dataclass(frozen=True, eq=False)
-class Condition:
-    """Image tokens of a batch of assets, ragged, one image an asset."""
-
-    feats_SC: Tensor  # [S, C]
-    coords: Tensor  # int32 [S, 4] = (asset, column, row, 0) of a patch, (asset, 0, 0, 1) of cls and registers
-    starts: Tensor  # int32 [B + 1] first token of each asset
-    max_tokens: int  # of the largest asset
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.starts) - 1
-
-    def unconditional(self) -> Condition:
-        """Zero features at the same coordinates."""
-        return replace(self, feats_SC=torch.zeros_like(self.feats_SC))
-
-    def drop(self, dropped_B: Tensor) -> Condition:
-        """Zero features for the assets where bool [B] is true: conditioning dropout."""
-        keep_S1 = ~dropped_B.to(self.coords.device)[self.coords[:, 0].long()][:, None]
-        return replace(self, feats_SC=torch.where(keep_S1, self.feats_SC, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +27,8 @@ class ImageBatch:
 
     pixels: Tensor  # uint8 [B, 3, size, size]
     rows: Tensor  # int64 [S] of the encoder's B * (SPECIAL + patches) tokens
-    coords: Tensor  # as Condition's
-    starts: Tensor  # as Condition's
+    coords: Tensor  # as ImageTokens's
+    starts: Tensor  # as ImageTokens's
     max_tokens: int
 
     @classmethod
@@ -107,7 +84,7 @@ class ImageBatch:
 
 
 class ImageEncoder(nn.Module):
-    """Images -> Condition. A subclass gives `tokens`."""
+    """Images -> ImageTokens. A subclass gives `tokens`."""
 
     channels: int
     image_size: int  # pixels along a side of the images it takes
@@ -125,8 +102,8 @@ class ImageEncoder(nn.Module):
         """[B, 3, size, size], normalised as ImageNet -> [B, SPECIAL + patches, C], before any last norm."""
         raise NotImplementedError
 
-    def forward(self, batch: ImageBatch) -> Condition:
-        """Condition with the tokens of cls, registers and foreground patches, normalised without parameters.
+    def forward(self, batch: ImageBatch) -> ImageTokens:
+        """ImageTokens with the tokens of cls, registers and foreground patches, normalised without parameters.
 
         ValueError for images of another size. No device-to-host copy.
         """
@@ -136,7 +113,7 @@ class ImageEncoder(nn.Module):
             )
         tokens_BTC = self.tokens((batch.pixels.float() / 255 - self.mean) / self.std)
         feats_SC = layer_norm(tokens_BTC.flatten(0, 1)[batch.rows], eps=1e-5)
-        return Condition(feats_SC, batch.coords, batch.starts, batch.max_tokens)
+        return ImageTokens(feats_SC, batch.coords, batch.starts, batch.max_tokens)
 
 
 class DinoEncoder(ImageEncoder):
@@ -161,7 +138,7 @@ class DinoEncoder(ImageEncoder):
 
     @classmethod
     def load(
-        cls, path: str = DINO, *, image_size: int = 518, dtype: torch.dtype = torch.bfloat16
+        cls, path: str = DINO_WEIGHTS, *, image_size: int = 518, dtype: torch.dtype = torch.bfloat16
     ) -> DinoEncoder:
         """Pretrained weights from a folder, the local hub cache or the hub, as `dtype`.
 
@@ -180,7 +157,7 @@ class DinoEncoder(ImageEncoder):
                 return cls(model, image_size)
         raise UserError(
             f"the image encoder's weights {path!r} are neither on this machine nor to be downloaded "
-            f"({str(missing).splitlines()[0]}). Where there is internet run `hf download {DINO} --local-dir dinov2`, "
+            f"({str(missing).splitlines()[0]}). Where there is internet run `hf download {DINO_WEIGHTS} --local-dir dinov2`, "
             "copy the folder here and pass it as the image encoder; or take the stand-in encoder, which is trained "
             "with the generator"
         )
@@ -263,28 +240,13 @@ class StandInEncoder(ImageEncoder):
         return x_BTC
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """Which image encoder: DINOv2 from `weights`, or a stand-in of the sizes below. ValueError for another kind."""
-
-    kind: Literal["dinov2", "stand-in"] = "dinov2"
-    weights: str = DINO  # of dinov2: a folder, or a name on the hub
-    image_size: int = 518
-    channels: int = 1024  # of the tokens
-    layers: int = 4  # of the stand-in
-    heads: int = 4  # of the stand-in
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("dinov2", "stand-in"):
-            raise ValueError(f'kind must be "dinov2" or "stand-in", got {self.kind!r}')
-
-    def build(self) -> ImageEncoder:
-        """The encoder on the CPU. UserError as `DinoEncoder.load`; ValueError if its tokens have other channels."""
-        if self.kind == "stand-in":
-            return StandInEncoder(self.channels, self.layers, self.heads, self.image_size)
-        encoder = DinoEncoder.load(self.weights, image_size=self.image_size)
-        if encoder.channels != self.channels:
-            raise ValueError(
-                f"channels must be {encoder.channels} for {self.weights}, got {self.channels}"
-            )
-        return encoder
+def build_encoder(config: EncoderConfig) -> ImageEncoder:
+    """The encoder on the CPU. UserError as `DinoEncoder.load`; ValueError if its tokens have other channels."""
+    if config.kind == "stand-in":
+        return StandInEncoder(config.channels, config.layers, config.heads, config.image_size)
+    encoder = DinoEncoder.load(config.weights, image_size=config.image_size)
+    if encoder.channels != config.channels:
+        raise ValueError(
+            f"channels must be {encoder.channels} for {config.weights}, got {config.channels}"
+        )
+    return encoder

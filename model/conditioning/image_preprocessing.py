@@ -1,4 +1,4 @@
-"""Condition images: any file to RGBA, the foreground on white at the encoder's size, and augmentation for training."""
+"""ImageTokens images: any file to RGBA, the foreground on white at the encoder's size, and augmentation for training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from model.config import Augmentation
 
 PADDING = (
     16  # white pixels on every side of the foreground, before the resize to `size`; paper, sec. 4
@@ -40,17 +42,6 @@ class PreparedImage:
 
     rgb: NDArray[np.uint8]  # [size, size, 3]
     mask: NDArray[np.bool_]  # [size, size] true on the foreground
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """Random changes of a training image. The defaults are those of the release's own transform."""
-
-    rotation_probability: float = 0.1
-    rotation_degrees: float = 10.0  # at most, either way
-    crop_probability: float = 0.1
-    crop_ratio: float = 0.9  # smallest side of the crop, of the square around the foreground
-    padding: tuple[int, int] = (0, 32)  # pixels, ends included, in place of PADDING
 
 
 def load_image(source: Path | str | BinaryIO) -> Image.Image:

@@ -17,54 +17,27 @@ from PIL import Image
 from kernels import token_order
 from model.checkpoint import load_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.conditioning.image_encoder import Condition, ImageBatch
+from model.conditioning.image_encoder import ImageBatch
 from model.conditioning.image_preprocessing import prepare_image
+from model.config import GenerationOptions, Guidance, RecommendedSampling
+from model.image_tokens import ImageTokens
 from model.inference.cells_near_mesh import cells_near
 from model.inference.extract_mesh import extract_meshes
-from model.inference.mesh_cleaning import Cleaned, clean, open_edges_of, simplify
-from model.rectified_flow import Guidance, Method
+from model.inference.mesh_cleaning import CleanedMesh, clean, count_open_edges, simplify
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import CELL_SIDE
 
-See = Callable[[ConditionedDiT], Condition]
+See = Callable[[ConditionedDiT], ImageTokens]
 Progress = Callable[[str, Iterable[int]], Iterable[int]]  # (stage, steps) -> the same steps, shown
 STEPS = (50, 30, 15)  # of structure, of the first resolution, of every later one; paper, sec. 4
 
 
-def quietly(_stage: str, steps: Iterable[int]) -> Iterable[int]:
+def no_progress(_stage: str, steps: Iterable[int]) -> Iterable[int]:
     """Steps as they are."""
     return steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How meshes are sampled and cleaned. ValueError for a number out of range."""
-
-    resolution: int | None = None  # of the mesh; default: the finest there is a model for
-    steps: tuple[int, ...] = STEPS  # of each stage; the last holds for the stages after it
-    guidance: float = 7.0  # of the release; 1: the image's own velocity, at half the cost
-    method: Method = "euler"
-    min_piece: float = 0.01  # separate pieces with less of the largest one's area go
-    faces: int | None = None  # about so many in the end; default: all
-    max_tokens: int = 400_000  # cells of a stage, beyond which it is not tried
-
-    def __post_init__(self) -> None:
-        if not self.steps or any(steps < 1 for steps in self.steps):
-            raise ValueError(f"steps must be 1 or more for each stage, got {self.steps}")
-        if self.guidance < 0:
-            raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
-        if not 0 <= self.min_piece < 1:
-            raise ValueError(f"min_piece must be in [0, 1), got {self.min_piece}")
-        if self.faces is not None and self.faces < 4:
-            raise ValueError(f"faces must be 4 or more, got {self.faces}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
-
-    def steps_of(self, stage: int) -> int:
-        return self.steps[min(stage, len(self.steps) - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +50,13 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generated:
+class GeneratedMesh:
     """A mesh, and how it came about."""
 
     vertices: NDArray[np.float64]  # [V, 3] in the cube, y up
     faces: NDArray[np.int32]  # [F, 3] seen from outside
     open_edges: int  # 0: the surface is closed
-    cleaned: Cleaned  # of the last resolution, before its faces were reduced
+    cleaned: CleanedMesh  # of the last resolution, before its faces were reduced
     stages: tuple[Stage, ...] = field(default=())
 
 
@@ -163,24 +136,24 @@ class Generator:
         self,
         image: Image.Image | NDArray[np.uint8],
         seed: int,
-        options: Options | None = None,
+        options: GenerationOptions | None = None,
         *,
         whole_if_opaque: bool = False,
-        progress: Progress = quietly,
-    ) -> Generated:
+        progress: Progress = no_progress,
+    ) -> GeneratedMesh:
         """A mesh of the object in an RGBA image. The same image, seed, options and device give the same mesh.
 
         ValueError if the image has no usable foreground (see `prepare_image`) or there is no model for the resolution;
         RunError if a stage comes out empty or too large.
         """
-        options = options or Options()
+        options = options or GenerationOptions()
         last = options.resolution or self.resolutions[-1]
         if last not in self.dits:
             raise ValueError(f"resolution must be one of {_words(self.dits)}, got {last}")
 
-        def see(dit: ConditionedDiT) -> Condition:
+        def see(dit: ConditionedDiT) -> ImageTokens:
             prepared = prepare_image(image, dit.encoder.image_size, whole_if_opaque=whole_if_opaque)
-            return dit.condition(ImageBatch.collate([prepared]).to(self.device))
+            return dit.encode_images(ImageBatch.collate([prepared]).to(self.device))
 
         started = self._now()
         level = self.cells(see, seed, options, progress)
@@ -191,7 +164,7 @@ class Generator:
         for number, resolution in enumerate([size for size in self.resolutions if size <= last]):
             started = self._now()
             if cleaned is not None:
-                level = cells_of(cleaned, resolution, self.device)
+                level = level_near_mesh(cleaned, resolution, self.device)
             cleaned = self.refine(level, see, seed, options, progress, stage=number + 1)
             stages.append(
                 Stage(name=str(resolution), seconds=self._now() - started, tokens=len(level))
@@ -200,20 +173,23 @@ class Generator:
         vertices, faces = cleaned.vertices, cleaned.faces
         if options.faces is not None:
             vertices, faces = simplify(vertices, faces, options.faces)
-        return Generated(
+        return GeneratedMesh(
             vertices=vertices,
             faces=faces,
-            open_edges=open_edges_of(faces),
+            open_edges=count_open_edges(faces),
             cleaned=cleaned,
             stages=tuple(stages),
         )
 
     @torch.no_grad()
-    def cells(self, see: See, seed: int, options: Options, progress: Progress = quietly) -> Level:
+    def cells(
+        self, see: See, seed: int, options: GenerationOptions, progress: Progress = no_progress
+    ) -> Level:
         """The structure stage: the cells of one asset. `see` gives a DiT's tokens of the image."""
         with self._precision():
             return self.structure.generate(
-                see(self.structure.flow), [seed], steps=options.steps_of(0), guidance=Guidance(scale=options.guidance),
+                see(self.structure.flow), [seed], steps=options.sampling(0, RecommendedSampling())[0],
+                guidance=Guidance(scale=options.sampling(0, RecommendedSampling())[1]),
                 method=options.method, progress=lambda steps: progress("structure", steps),
             )  # fmt: skip
 
@@ -223,11 +199,11 @@ class Generator:
         level: Level,
         see: See,
         seed: int,
-        options: Options,
-        progress: Progress = quietly,
+        options: GenerationOptions,
+        progress: Progress = no_progress,
         *,
         stage: int = 1,
-    ) -> Cleaned:
+    ) -> CleanedMesh:
         """A stage after the structure: latents, bricks and mesh of given cells of one asset, at 8 x their resolution.
 
         RunError if there is no cell, no surface, or more cells than options.max_tokens.
@@ -242,7 +218,8 @@ class Generator:
         dit = self.dits[resolution]
         with self._precision():
             z_MC = dit.generate(
-                level, see(dit), [seed], steps=options.steps_of(stage), guidance=Guidance(scale=options.guidance),
+                level, see(dit), [seed], steps=options.sampling(stage, RecommendedSampling())[0],
+                guidance=Guidance(scale=options.sampling(stage, RecommendedSampling())[1]),
                 method=options.method, progress=lambda steps: progress(str(resolution), steps),
             )  # fmt: skip
             values = self.vae.decode(z_MC, level)
@@ -265,7 +242,9 @@ class Generator:
             yield
 
 
-def cells_of(mesh: Cleaned, resolution: int, device: torch.device | str = "cpu") -> Level:
+def level_near_mesh(
+    mesh: CleanedMesh, resolution: int, device: torch.device | str = "cpu"
+) -> Level:
     """The level of the cells near a mesh at a finer resolution, of one asset."""
     xyz = torch.from_numpy(cells_near(mesh.vertices, mesh.faces, resolution).astype(np.int32))
     coords = torch.cat([torch.zeros(len(xyz), 1, dtype=torch.int32), xyz], 1)

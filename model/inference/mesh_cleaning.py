@@ -16,7 +16,7 @@ Faces = NDArray[np.int32]  # [F, 3] seen from outside
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cleaned:
+class CleanedMesh:
     """A closed mesh, and what cleaning did to come there."""
 
     vertices: Vertices
@@ -26,7 +26,7 @@ class Cleaned:
     bubbles: int  # surfaces that bound an enclosed hollow, dropped
 
 
-def clean(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> Cleaned:
+def clean(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> CleanedMesh:
     """Cap holes, then drop pieces with less than `min_piece` of the largest one's area, and bubbles inside.
 
     The result is closed and, where the input's edges had at most two faces as `pipeline.core.primitives.marching_cubes` makes them,
@@ -51,7 +51,7 @@ def clean(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> Cleaned:
         solid, bubble = bubble, solid
     small = solid & (area < min_piece * area[solid].max())
     vertices, faces = used_only(vertices, faces[(solid & ~small)[piece_of]])
-    return Cleaned(
+    return CleanedMesh(
         vertices=vertices,
         faces=faces,
         holes=holes,
@@ -84,7 +84,7 @@ def close_holes(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces, int]
     )
 
 
-def open_edges_of(faces: Faces) -> int:
+def count_open_edges(faces: Faces) -> int:
     """How many directed edges lack their opposite, or come more than once: 0 for a closed, oriented surface."""
     start, end = _directed(faces)
     count = int(faces.max(initial=0)) + 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import token_order
 from model.attention import CrossAttention, FullAttention, SpatialSparseAttention, ragged_attention
-from model.conditioning.image_encoder import Condition
+from model.image_tokens import ImageTokens
 from model.kv_compression import CompressionV2, TokenLayout
 from model.sparse_tensor import Level
 from tests.kernel_inputs import assert_close_as, random_coords
@@ -284,7 +284,7 @@ def make_condition(counts, channels=48, dtype=torch.float64, device="cpu"):
     coords[:, 0] = assets_of(counts)
     feats = torch.randn(sum(counts), channels, dtype=dtype)
     starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
-    return Condition(feats.to(device), coords.to(device), starts.to(device), max(counts))
+    return ImageTokens(feats.to(device), coords.to(device), starts.to(device), max(counts))
 
 
 def test_full_and_cross_attention():

@@ -13,15 +13,22 @@ from PIL import Image
 
 from model.checkpoint import save_model
 from model.conditioning.background_removal import load_foreground
-from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
-from model.conditioning.image_encoder import EncoderConfig
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.config import (
+    ConditionedDiTConfig,
+    DiTConfig,
+    EncoderConfig,
+    GenerationOptions,
+    OccupancyConfig,
+    RecommendedSampling,
+    StructureConfig,
+    VAEConfig,
+)
 from model.generate import GenerateConfig, generate, main, targets
 from model.inference.cells_near_mesh import cells_near
-from model.inference.generator import Generator, Options
-from model.occupancy_vae import OccupancyConfig
-from model.sparse_dit import DiTConfig
-from model.sparse_vae import SparseVAE, VAEConfig
-from model.structure import Structure, StructureConfig, level_of
+from model.inference.generator import Generator
+from model.sparse_vae import SparseVAE
+from model.structure import Structure, occupied_level
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import band, spacing
 
@@ -40,8 +47,10 @@ DIT = DiTConfig(
 )
 VAE = VAEConfig(widths=(8, 8, 8, 16), latent_channels=4, heads=1, blocks=1, mlp_ratio=1, groups=8)
 FULL = replace(DIT, attention="full", kv_heads=2)
-STRUCTURE = StructureConfig(occupancy=OCCUPANCY, flow=ConditionedConfig(dit=FULL, encoder=ENCODER))
-FAST = Options(steps=(2,), guidance=2.0, min_piece=0.0)
+STRUCTURE = StructureConfig(
+    occupancy=OCCUPANCY, flow=ConditionedDiTConfig(dit=FULL, encoder=ENCODER)
+)
+FAST = GenerationOptions(steps=(2,), guidance=2.0, min_piece=0.0)
 
 
 def stirred(model, seed):
@@ -56,7 +65,7 @@ def stirred(model, seed):
 def untrained(resolutions=(64, 128)):
     torch.manual_seed(0)
     vae, structure = stirred(SparseVAE(VAE), 1), stirred(Structure(STRUCTURE), 2)
-    flow = ConditionedConfig(dit=DIT, encoder=ENCODER)
+    flow = ConditionedDiTConfig(dit=DIT, encoder=ENCODER)
     return vae, structure, {size: stirred(ConditionedDiT(flow), size) for size in resolutions}
 
 
@@ -105,7 +114,7 @@ def test_stages_hand_on_exactly_what_the_next_needs(monkeypatch):
     first = cells_near(reference.vertices, reference.faces, 64)
     grid = torch.zeros(1, 8, 8, 8, dtype=torch.bool)
     grid[0, *torch.from_numpy(first.astype(np.int64)).T] = True
-    monkeypatch.setattr(structure, "generate", lambda *_, **__: level_of(grid))
+    monkeypatch.setattr(structure, "generate", lambda *_, **__: occupied_level(grid))
     monkeypatch.setattr(vae, "decode", lambda _z, level: sphere_values(level))
     generator = Generator(vae, structure, dits, torch.device("cpu"))
     made = generator.generate(disc(), 0, FAST)
@@ -354,7 +363,7 @@ def test_empty_and_oversized_stages_are_errors(checkpoint, monkeypatch):
     with pytest.raises(RunError, match="R = 64 has no surface"):
         generator.generate(disc(), 0, FAST)
     nothing = torch.zeros(1, 8, 8, 8, dtype=torch.bool)
-    monkeypatch.setattr(generator.structure, "generate", lambda *_, **__: level_of(nothing))
+    monkeypatch.setattr(generator.structure, "generate", lambda *_, **__: occupied_level(nothing))
     with pytest.raises(RunError, match="structure stage has no cell"):
         generator.generate(disc(), 0, FAST)
 
@@ -371,11 +380,13 @@ def test_empty_and_oversized_stages_are_errors(checkpoint, monkeypatch):
 )
 def test_options_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        Options(**change)
+        GenerationOptions(**change)
 
 
 def test_the_last_number_of_steps_holds_for_later_stages():
-    assert [Options(steps=(5, 3)).steps_of(stage) for stage in range(4)] == [5, 3, 3, 3]
+    options = GenerationOptions(steps=(5, 3))
+    steps = [options.sampling(stage, RecommendedSampling())[0] for stage in range(4)]
+    assert steps == [5, 3, 3, 3]
 
 
 def test_the_command_says_what_it_did(checkpoint, picture, tmp_path):

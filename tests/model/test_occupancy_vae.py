@@ -5,14 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from model.checkpoint import load_model, save_model
+from model.config import OccupancyConfig
 from model.occupancy_vae import (
     Gaussian,
-    OccupancyConfig,
     OccupancyVAE,
     _Up,
     intersection_over_union,
+    occupancy_grid,
     occupancy_loss,
-    occupancy_of,
 )
 
 TINY = OccupancyConfig(side=16, widths=(8, 16, 32), blocks=1, groups=8, latent_channels=4)
@@ -93,14 +93,14 @@ def test_loss_is_its_formulas():
 
 def test_grids_of_cells():
     cells = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 7], [1, 7, 7, 7]], dtype=torch.int32)
-    grid = occupancy_of(cells, 8, 3)
+    grid = occupancy_grid(cells, 8, 3)
     torch.testing.assert_close(grid.nonzero().int(), cells)
     assert intersection_over_union(grid, grid).tolist() == [1.0, 1.0, 1.0]
     assert intersection_over_union(grid, grid.flip(3)).tolist() == [0.0, 0.0, 1.0]
     with pytest.raises(ValueError, match=r"0\.\.6 with batch below 3"):
-        occupancy_of(cells, 7, 3)
+        occupancy_grid(cells, 7, 3)
     with pytest.raises(ValueError, match="batch below 1"):
-        occupancy_of(cells, 8, 1)
+        occupancy_grid(cells, 8, 1)
 
 
 def test_it_learns_the_cells_of_analytic_shapes():

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from model import rectified_flow as flow
+from model.config import Guidance, TimeDistribution
 from model.rectified_flow import (
-    Guidance,
-    TimeDistribution,
+    draw_noise,
     guide,
     interpolate,
-    noise_of,
     sample,
+    sample_times,
     schedule,
     shift_times,
-    target,
+    velocity_target,
 )
 
 MU, S = 1.5, 0.3  # of the data
@@ -47,7 +47,7 @@ def error(steps, method, shift=1.0):
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_moments_of_the_transport(method):
-    noise = noise_of([3], [200_000], 1).double()
+    noise = draw_noise([3], [200_000], 1).double()
     x = sample(gaussian_velocity, noise, steps=200, method=method)
     assert x.mean().item() == pytest.approx(MU, abs=0.005)
     assert x.std().item() == pytest.approx(S, rel=0.02)
@@ -62,7 +62,9 @@ def test_order_of_convergence(method, order, shift):
 
 def test_a_straight_path_takes_one_step():
     x0, eps = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
-    assert torch.allclose(sample(lambda x, t: target(x0, eps), eps, steps=1), x0, atol=1e-14)
+    assert torch.allclose(
+        sample(lambda x, t: velocity_target(x0, eps), eps, steps=1), x0, atol=1e-14
+    )
 
 
 def test_the_path_and_its_derivative():
@@ -72,7 +74,7 @@ def test_the_path_and_its_derivative():
     assert torch.equal(x[0], x0[0])
     assert torch.equal(x[3], eps[3])
     slope = (interpolate(x0, eps, t + 1e-3) - interpolate(x0, eps, t - 1e-3)) / 2e-3
-    assert torch.allclose(slope, target(x0, eps), atol=1e-10)
+    assert torch.allclose(slope, velocity_target(x0, eps), atol=1e-10)
 
 
 def test_schedule():
@@ -87,33 +89,33 @@ def test_schedule():
 
 def test_times_of_training():
     generator = torch.Generator().manual_seed(0)
-    t = TimeDistribution(mean=0.5, std=2.0).sample(100_000, generator)
+    t = sample_times(TimeDistribution(mean=0.5, std=2.0), 100_000, generator)
     logit = torch.logit(t.double())
     assert logit.mean().item() == pytest.approx(0.5, abs=0.03)
     assert logit.std().item() == pytest.approx(2.0, rel=0.01)
-    u = TimeDistribution(kind="uniform").sample(100_000, generator)
+    u = sample_times(TimeDistribution(kind="uniform"), 100_000, generator)
     assert u.sort().values.sub(torch.linspace(0, 1, 100_000)).abs().max() < 0.01
-    shifted = TimeDistribution(kind="uniform", shift=3.0).sample(100_000, generator)
+    shifted = sample_times(TimeDistribution(kind="uniform", shift=3.0), 100_000, generator)
     assert shifted.median().item() == pytest.approx(0.75, abs=0.01)
     assert torch.equal(
-        *(TimeDistribution().sample(8, torch.Generator().manual_seed(5)) for _ in range(2))
+        *(sample_times(TimeDistribution(), 8, torch.Generator().manual_seed(5)) for _ in range(2))
     )
 
 
 def test_noise_depends_on_the_asset_alone():
-    together = noise_of([7, 8, 9], [3, 0, 5], 4)
-    assert torch.equal(together[:3], noise_of([7], [3], 4))
-    assert torch.equal(together[3:], noise_of([9], [5], 4))
-    assert not torch.equal(noise_of([7], [3], 4), noise_of([8], [3], 4))
+    together = draw_noise([7, 8, 9], [3, 0, 5], 4)
+    assert torch.equal(together[:3], draw_noise([7], [3], 4))
+    assert torch.equal(together[3:], draw_noise([9], [5], 4))
+    assert not torch.equal(draw_noise([7], [3], 4), draw_noise([8], [3], 4))
     with pytest.raises(ValueError, match="seeds must be 2, one an asset, got 1"):
-        noise_of([1], [3, 4], 4)
+        draw_noise([1], [3, 4], 4)
 
 
 def test_guidance_one_is_the_conditional_velocity():
     def never(x, t):
         raise AssertionError("asked for the unconditional velocity")
 
-    noise = noise_of([1], [50], 2)
+    noise = draw_noise([1], [50], 2)
     plain = sample(gaussian_velocity, noise, steps=5)
     assert torch.equal(
         sample(guide(gaussian_velocity, never, Guidance(scale=1.0), [50]), noise, steps=5), plain
@@ -144,7 +146,7 @@ def test_guidance_and_its_interval():
 
 
 def test_rescaling_keeps_each_assets_deviation():
-    c, u = noise_of([1, 2], [30, 40], 3), noise_of([3, 4], [30, 40], 3) * 0.5
+    c, u = draw_noise([1, 2], [30, 40], 3), draw_noise([3, 4], [30, 40], 3) * 0.5
     counts = [30, 40]
 
     def guided(rescale):

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import token_order
 from model.checkpoint import load_model, save_model
-from model.conditioning.image_encoder import Condition
-from model.sparse_dit import DiTBlock, DiTConfig, SparseDiT
+from model.config import DiTConfig
+from model.image_tokens import ImageTokens
+from model.sparse_dit import DiTBlock, SparseDiT
 from model.sparse_tensor import Level, SparseTensor
 from tests.kernel_inputs import DEVICE, random_coords
 from tests.model.test_attention import run
@@ -51,7 +52,7 @@ def make_condition(counts, channels=24, dtype=torch.float64, seed=0):
     coords[:, 0] = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     feats = torch.randn(sum(counts), channels, generator=generator, dtype=torch.float64).to(dtype)
     starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
-    return Condition(feats, coords, starts, max(counts))
+    return ImageTokens(feats, coords, starts, max(counts))
 
 
 def make_inputs(tokens, images, dtype=torch.float64, channels=4):
@@ -134,7 +135,7 @@ def slow_dit(model, feats, level, t, image, image_coords):
     )
     angle = 1000 * t / 10000 ** (torch.arange(128, dtype=torch.float64) / 128)
     time = model.time[2](F.silu(model.time[0](torch.cat([angle.cos(), angle.sin()]))))
-    image = model.condition(image) + waves(image_coords[:, 1:], c.condition_channels, 1)
+    image = model.encode_images(image) + waves(image_coords[:, 1:], c.condition_channels, 1)
     for block in model.blocks:
         shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(F.silu(time)).chunk(6)
         h = h + gate1 * run(
@@ -180,7 +181,7 @@ def test_a_batch_is_each_asset_alone(options):
         alone = torch.tensor([0, 1, 1, 1], dtype=torch.int32)
         level = Level.from_coords(x.coords[rows] * alone, 16, 1)
         count = torch.tensor([0, tokens.stop - tokens.start], dtype=torch.int32)
-        image = Condition(
+        image = ImageTokens(
             condition.feats_SC[tokens], condition.coords[tokens] * alone, count, int(count[1])
         )
         exact = model(SparseTensor(x.feats[rows], level), t[asset : asset + 1], image)
@@ -198,7 +199,7 @@ def test_what_the_velocity_depends_on():
     ):
         assert torch.equal(changed[: starts[1]], out[: starts[1]])
         assert ((changed - out)[second].abs().amax(1) > 1e-6).all()
-    moved = Condition(
+    moved = ImageTokens(
         condition.feats_SC, condition.coords.flip(1), condition.starts, condition.max_tokens
     )
     assert not torch.allclose(model(x, t, moved), out, atol=1e-3)
@@ -297,7 +298,7 @@ def test_published_weights(compression, m):
     model = SparseDiT(
         DiTConfig(**TINY, compression=compression, compress_block=m, plus_one_pooling=True)
     )
-    model.load_official(weights, torch.tensor(0.25), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    model.load_published(weights, torch.tensor(0.25), torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert torch.equal(
         model.denormalize(torch.ones(1, 4)), torch.tensor([[5.0, 6.0, 7.0, 8.0]])
     )  # z / scale + shift
@@ -331,9 +332,9 @@ def test_published_weights_that_do_not_fit_are_named():
     with pytest.raises(
         ValueError, match=r"unknown blocks\.0\.extra; missing blocks\.0\.norm2\.weight"
     ):
-        model.load_official(weights, one, one)
+        model.load_published(weights, one, one)
     with pytest.raises(ValueError, match=r"intra_block_pe of shape \[8, 8, 8, 32\] does not fit"):
-        model.load_official(official_state(m=8), one, one)
+        model.load_published(official_state(m=8), one, one)
 
 
 def counted(model, *inputs):
@@ -349,7 +350,7 @@ def test_flops_are_those_of_the_products():
     level = make_level([40], 8)  # one block: the window and the selection are the whole asset
     ssa = make_dit(shifted_windows=False)
     score = (
-        2 * ssa.config.blocks * 40 * level.blocks.num_compressed * ssa.config.channels
+        2 * ssa.config.blocks * 40 * level.block_index.num_compressed * ssa.config.channels
     )  # scores, for the selection
     assert (
         ssa.flops(level, condition)
@@ -403,7 +404,7 @@ def test_training_on_the_gpu(options):
     coords = random_coords([2500, 1200], 32)
     level = Level.from_coords(coords[token_order(coords)].to(DEVICE), 32, 2)
     images = make_condition([40, 25], 64, torch.float32)
-    condition = Condition(
+    condition = ImageTokens(
         images.feats_SC.to(DEVICE), images.coords.to(DEVICE), images.starts.to(DEVICE), 40
     )
     x = SparseTensor(torch.randn(len(level), 16, device=DEVICE), level)

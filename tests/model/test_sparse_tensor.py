@@ -66,7 +66,7 @@ def test_caches_are_shared_by_every_tensor_of_a_level():
     y = x.replace(torch.ones(12, 8))
     assert y.level is x.level
     assert y.level.neighbors is x.level.neighbors
-    assert y.level.blocks is x.level.blocks
+    assert y.level.block_index is x.level.block_index
     assert y.level.parents.level is x.level.parents.level
     assert (y.coords, y.resolution, y.batch_size) == (x.coords, 32, 2)
     assert x.level.to("cpu") is x.level
@@ -128,9 +128,9 @@ def test_neighbours_are_those_of_the_same_asset():
 
 def test_windows_are_of_8_cells_shifted_by_4():
     level = random_level([300], side=16, resolution=16)
-    window = ((level.coords[:, 1:] + 4) // 8)[level.blocks.shifted_order.long()]
-    assert len(torch.unique(window, dim=0)) == len(level.blocks.shifted_starts) - 1
-    assert (level.blocks.shifted_of.diff() == (window.diff(dim=0) != 0).any(1).int()).all()
+    window = ((level.coords[:, 1:] + 4) // 8)[level.block_index.shifted_order.long()]
+    assert len(torch.unique(window, dim=0)) == len(level.block_index.shifted_starts) - 1
+    assert (level.block_index.shifted_of.diff() == (window.diff(dim=0) != 0).any(1).int()).all()
 
 
 def test_a_batch_gives_its_bricks_back():

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from kernels import token_order
+from model.config import VAEConfig
 from model.conv import UpBlock
 from model.layers import position_embedding, position_factor
 from model.sparse_tensor import BrickBatch, Level, SparseTensor
-from model.sparse_vae import SparseVAE, VAEConfig
+from model.sparse_vae import SparseVAE
 from pipeline.core.schema import Bricks
 from tests.model.test_sparse_tensor import random_bricks, random_level
 

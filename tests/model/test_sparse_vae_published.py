@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels import token_order
+from model.config import VAEConfig
 from model.conv import SparseConv3d
 from model.sparse_tensor import Level
-from model.sparse_vae import SparseVAE, VAEConfig, official_keys
+from model.sparse_vae import SparseVAE, published_keys
 from tests.kernel_inputs import random_coords
 from tests.model.test_sparse_vae import TINY
 
@@ -64,7 +65,7 @@ def official_shapes(widths=(32, 64, 128, 512), latent=16, blocks=4):
 def test_the_published_sizes_are_ours():
     shapes = official_shapes()
     assert sum(np.prod(shape) for shape in shapes.values()) == 37_874_113
-    assert set(shapes) == set(official_keys(VAEConfig()))
+    assert set(shapes) == set(published_keys(VAEConfig()))
 
 
 def published(seed=0):
@@ -75,7 +76,7 @@ def published(seed=0):
 
 def test_published_weights_land_where_they_belong():
     vae, weights = SparseVAE(TINY), published()
-    vae.load_official(weights)
+    vae.load_published(weights)
     sums = sorted(tensor.double().sum().item() for tensor in weights.values())
     assert sorted(
         tensor.double().sum().item() for tensor in vae.state_dict().values()
@@ -96,7 +97,7 @@ def test_published_weights_land_where_they_belong():
 def test_published_convolutions_are_dense_convolutions_with_x_fastest():
     """torchsparse: out[p] = sum over k of x[p + d] @ kernel[k] + b, k = 9 * (dz + 1) + 3 * (dy + 1) + (dx + 1)."""
     vae, weights = SparseVAE(TINY), published()
-    vae.load_official(weights)
+    vae.load_published(weights)
     kernel = weights["encoder.downsample.1.out_layers.0.conv.kernel"]
     dense = kernel.view(3, 3, 3, 8, 8).permute(
         4, 3, 2, 1, 0
@@ -125,4 +126,4 @@ def test_what_published_weights_lack_is_listed():
     weights["encoder.input_layer1.bias"] = torch.zeros(5)
     message = r"unknown encoder.extra; missing decoder.out_layer.bias; encoder.input_layer1.bias of shape \[5\] does not fit"
     with pytest.raises(ValueError, match=message):
-        vae.load_official(weights)
+        vae.load_published(weights)

@@ -9,26 +9,21 @@ import torch
 
 from kernels import token_order
 from model.checkpoint import load_model, save_model
-from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
-from model.conditioning.image_encoder import DinoEncoder, EncoderConfig, ImageBatch
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.conditioning.image_encoder import DinoEncoder, ImageBatch
 from model.conditioning.image_preprocessing import PreparedImage
-from model.occupancy_vae import (
+from model.config import (
+    ConditionedDiTConfig,
+    DiTConfig,
+    EncoderConfig,
+    Guidance,
     OccupancyConfig,
-    intersection_over_union,
-    occupancy_loss,
-    occupancy_of,
-)
-from model.rectified_flow import Guidance, interpolate, target
-from model.sparse_dit import DiTConfig
-from model.sparse_tensor import SparseTensor
-from model.structure import (
-    Structure,
     StructureConfig,
-    dense_level,
-    grid_to_rows,
-    level_of,
-    rows_to_grid,
 )
+from model.occupancy_vae import intersection_over_union, occupancy_grid, occupancy_loss
+from model.rectified_flow import interpolate, velocity_target
+from model.sparse_tensor import SparseTensor
+from model.structure import Structure, dense_level, grid_to_rows, occupied_level, rows_to_grid
 from tests.model.test_occupancy_vae import shells
 
 OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
@@ -43,7 +38,7 @@ DIT = DiTConfig(
     attention="full",
 )
 ENCODER = EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2)
-FLOW = ConditionedConfig(dit=DIT, encoder=ENCODER)
+FLOW = ConditionedDiTConfig(dit=DIT, encoder=ENCODER)
 TINY = StructureConfig(occupancy=OCCUPANCY, flow=FLOW)
 
 
@@ -83,9 +78,9 @@ def test_rows_and_grids_are_two_views_of_one_thing():
 def test_a_grid_becomes_a_level():
     occupied = shells(8, 3)
     occupied[1] = False  # an asset without any cell
-    level = level_of(occupied)
+    level = occupied_level(occupied)
     assert (level.resolution, level.batch_size) == (8, 3)
-    torch.testing.assert_close(occupancy_of(level.coords, 8, 3), occupied)
+    torch.testing.assert_close(occupancy_grid(level.coords, 8, 3), occupied)
     assert level.asset_starts[1] == level.asset_starts[2]
 
 
@@ -99,15 +94,17 @@ def test_an_encoder_that_learns_is_part_of_the_weights(tmp_path):
     assert again.resolution == 64
     batch = images(RED, BLUE)
     torch.testing.assert_close(
-        again.flow.condition(batch).feats_SC, structure.flow.condition(batch).feats_SC
+        again.flow.encode_images(batch).feats_SC, structure.flow.encode_images(batch).feats_SC
     )
-    assert again.flow.condition(batch).feats_SC.requires_grad
+    assert again.flow.encode_images(batch).feats_SC.requires_grad
 
 
 def test_a_frozen_encoder_is_shared_and_not_saved(monkeypatch):
     encoder = DinoEncoder.random(channels=32, layers=1, heads=2, image_size=28)
-    monkeypatch.setattr(EncoderConfig, "build", lambda self: encoder)
-    flow = ConditionedDiT(ConditionedConfig(dit=DIT, encoder=replace(ENCODER, kind="dinov2")))
+    monkeypatch.setattr(
+        "model.conditioning.image_conditioned_dit.build_encoder", lambda _config: encoder
+    )
+    flow = ConditionedDiT(ConditionedDiTConfig(dit=DIT, encoder=replace(ENCODER, kind="dinov2")))
     assert flow.encoder is encoder
     assert {name.partition(".")[0] for name in flow.state_dict()} == {"dit"}
     assert all(not parameter.requires_grad for parameter in encoder.parameters())
@@ -115,7 +112,7 @@ def test_a_frozen_encoder_is_shared_and_not_saved(monkeypatch):
     twin = copy.deepcopy(flow)
     assert twin.encoder is encoder
     assert twin.dit is not flow.dit
-    assert not flow.condition(images(RED)).feats_SC.requires_grad
+    assert not flow.encode_images(images(RED)).feats_SC.requires_grad
     flow.to(torch.float64)
     assert next(encoder.parameters()).dtype == torch.float64  # moved along
 
@@ -127,7 +124,7 @@ def test_a_dropped_image_is_the_unconditional_one():
     x = SparseTensor(torch.randn(len(level), 4), level)
     t = torch.tensor([0.3, 0.8])
     batch = images(RED, BLUE)
-    kept, none = flow(x, t, batch), flow.dit(x, t, flow.condition(batch).unconditional())
+    kept, none = flow(x, t, batch), flow.dit(x, t, flow.encode_images(batch).unconditional())
     half = flow(x, t, batch, torch.tensor([True, False]))
     torch.testing.assert_close(half[:64], none[:64])
     torch.testing.assert_close(half[64:], kept[64:])
@@ -138,19 +135,25 @@ def test_a_sample_does_not_depend_on_its_batch():
     flow = stirred(ConditionedDiT(FLOW)).eval()
     flow.dit.set_statistics(torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.5, 2.0, 1.0, 3.0]))
     options = {"steps": 3, "guidance": Guidance(scale=3.0)}
-    both = flow.generate(dense_level(4, 2), flow.condition(images(RED, BLUE)), [7, 9], **options)
-    alone = flow.generate(dense_level(4, 1), flow.condition(images(BLUE)), [9], **options)
+    both = flow.generate(
+        dense_level(4, 2), flow.encode_images(images(RED, BLUE)), [7, 9], **options
+    )
+    alone = flow.generate(dense_level(4, 1), flow.encode_images(images(BLUE)), [9], **options)
     torch.testing.assert_close(both[64:], alone, rtol=1e-4, atol=1e-4)
-    other = flow.generate(dense_level(4, 1), flow.condition(images(BLUE)), [10], **options)
+    other = flow.generate(dense_level(4, 1), flow.encode_images(images(BLUE)), [10], **options)
     assert (other - alone).abs().max() > 0.1
-    red = flow.generate(dense_level(4, 1), flow.condition(images(RED)), [9], **options)
+    red = flow.generate(dense_level(4, 1), flow.encode_images(images(RED)), [9], **options)
     assert (red - alone).abs().max() > 1e-4
     plain = flow.generate(
-        dense_level(4, 1), flow.condition(images(BLUE)), [9], steps=3, guidance=Guidance(scale=1.0)
+        dense_level(4, 1),
+        flow.encode_images(images(BLUE)),
+        [9],
+        steps=3,
+        guidance=Guidance(scale=1.0),
     )
     assert (plain - alone).abs().max() > 1e-5
     with pytest.raises(ValueError, match="each of 2 assets, got 1 seeds and 2 images"):
-        flow.generate(dense_level(4, 2), flow.condition(images(RED, BLUE)), [7], **options)
+        flow.generate(dense_level(4, 2), flow.encode_images(images(RED, BLUE)), [7], **options)
 
 
 def test_it_learns_which_image_has_which_cells():
@@ -175,13 +178,13 @@ def test_it_learns_which_image_has_which_cells():
             SparseTensor(interpolate(x0, eps, t_N), level), t, batch, torch.rand(3) < 0.1
         )
         optimizer.zero_grad()
-        (velocity - target(x0, eps)).square().mean().backward()
+        (velocity - velocity_target(x0, eps)).square().mean().backward()
         optimizer.step()
     turned = images(BLUE, RED, GREEN)
     cells = structure.eval().generate(
-        flow.condition(turned), [1, 2, 3], steps=12, guidance=Guidance(scale=2.0)
+        flow.encode_images(turned), [1, 2, 3], steps=12, guidance=Guidance(scale=2.0)
     )
-    found = occupancy_of(cells.coords, 8, 3)
+    found = occupancy_grid(cells.coords, 8, 3)
     assert intersection_over_union(found, occupied[[2, 0, 1]]).min() > 0.8
     assert intersection_over_union(found, occupied).max() < 0.6  # the shapes differ that much
 
@@ -196,4 +199,4 @@ def test_parts_that_do_not_fit_are_refused():
             occupancy=OCCUPANCY, flow=replace(FLOW, dit=replace(DIT, attention="ssa", kv_heads=3))
         )
     with pytest.raises(ValueError, match="the encoder's channels, got 32 and 64"):
-        ConditionedConfig(dit=DIT, encoder=replace(ENCODER, channels=64))
+        ConditionedDiTConfig(dit=DIT, encoder=replace(ENCODER, channels=64))

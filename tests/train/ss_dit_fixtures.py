@@ -8,9 +8,7 @@ import safetensors.torch
 import torch
 
 from model.checkpoint import save_model
-from model.conditioning.image_conditioned_dit import ConditionedConfig
-from model.conditioning.image_encoder import EncoderConfig
-from model.sparse_dit import DiTConfig
+from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
 from model.sparse_vae import SparseVAE
 from tests.train.analytic_builds import TINY
 from train.data.config import FlowOptions
@@ -24,7 +22,7 @@ from train.stages.dit.data import DiTLoader, joined
 from train.stages.dit.task import DiTTask
 
 VIEWS = 5
-MODEL = ConditionedConfig(
+MODEL = ConditionedDiTConfig(
     dit=DiTConfig(channels=32, blocks=2, heads=2, kv_heads=1, mlp_ratio=2, condition_channels=16),
     encoder=EncoderConfig(kind="stand-in", image_size=28, channels=16, layers=1, heads=2),
 )

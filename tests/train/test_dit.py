@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
-from model.conditioning.image_encoder import DinoEncoder, EncoderConfig
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.conditioning.image_encoder import DinoEncoder
+from model.config import ConditionedDiTConfig, EncoderConfig
 from pipeline.core.errors import RunError, UserError
 from tests.train.ss_dit_fixtures import (
     MODEL,
@@ -217,7 +218,7 @@ def test_renders_that_are_missing_or_damaged(rendered, tmp_path):
 
 
 def test_missing_image_encoder_says_what_to_run(rendered, tmp_path):
-    model = ConditionedConfig(
+    model = ConditionedDiTConfig(
         dit=replace(MODEL.dit, condition_channels=1024),
         encoder=EncoderConfig(weights=str(tmp_path / "nowhere")),
     )
@@ -255,7 +256,7 @@ def test_presets_are_the_papers_schedule():
         preset = DIT_PRESETS[name]
         assert (preset.flow.loop.learning_rate, preset.flow.batch_size) == (rate, batch)
         assert preset.init == (None if before is None else DIT_PRESETS[before].out / "latest")
-        assert (preset.resolution, preset.model) == (int(name), ConditionedConfig())
+        assert (preset.resolution, preset.model) == (int(name), ConditionedDiTConfig())
         assert (preset.flow.dropout, preset.flow.times.kind) == (0.1, "logit_normal")
     assert all(preset.preset == name for name, preset in DIT_PRESETS.items())
     assert {name for name, p in DIT_PRESETS.items() if p.model.encoder.kind == "stand-in"} == {

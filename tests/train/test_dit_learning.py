@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.conditioning.image_conditioned_dit import ConditionedConfig, ConditionedDiT
-from model.rectified_flow import Guidance
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.config import ConditionedDiTConfig, Guidance
 from model.sparse_tensor import BrickBatch
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import compare_surfaces
@@ -71,7 +71,7 @@ def test_the_image_says_which_shape(tmp_path):
     )
     train_vae(vae, World())
     encode_with(vae.out / "latest", data)
-    model = ConditionedConfig(
+    model = ConditionedDiTConfig(
         dit=replace(MODEL.dit, channels=64, heads=4, kv_heads=2, blocks=3), encoder=MODEL.encoder
     )
     loop = {**options, "warmup_steps": 20}
@@ -87,7 +87,11 @@ def test_the_image_says_which_shape(tmp_path):
     assert torch.equal(level.coords[:8, 1:], level.coords[24:, 1:])
     with torch.no_grad():
         z = dit.generate(
-            level, dit.condition(batch.images), [1, 2, 3, 4], steps=12, guidance=Guidance(scale=2.0)
+            level,
+            dit.encode_images(batch.images),
+            [1, 2, 3, 4],
+            steps=12,
+            guidance=Guidance(scale=2.0),
         )
         found = decoder.decode(z, level).view(4, -1) < 0
     bricks = [BrickReader(loader.index).read(asset, 32) for asset in range(4)]

@@ -8,13 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from model.conditioning.image_conditioned_dit import ConditionedConfig
-from model.conditioning.image_encoder import EncoderConfig
-from model.inference.mesh_cleaning import open_edges_of
-from model.occupancy_vae import OccupancyConfig, OccupancyVAE, occupancy_of
-from model.rectified_flow import Guidance
-from model.sparse_dit import DiTConfig
-from model.structure import Structure, StructureConfig
+from model.config import (
+    ConditionedDiTConfig,
+    DiTConfig,
+    EncoderConfig,
+    Guidance,
+    OccupancyConfig,
+    StructureConfig,
+)
+from model.inference.mesh_cleaning import count_open_edges
+from model.occupancy_vae import OccupancyVAE, occupancy_grid
+from model.structure import Structure
 from pipeline.core.errors import UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.analytic_builds import add_renders, color_of, make_build
@@ -37,7 +41,7 @@ from train.structure import main, train, train_flow, train_vae
 
 MODEL = StructureConfig(
     occupancy=OccupancyConfig(side=4, widths=(8, 16), blocks=1, groups=8, latent_channels=4),
-    flow=ConditionedConfig(
+    flow=ConditionedDiTConfig(
         dit=DiTConfig(
             channels=48,
             blocks=2,
@@ -85,7 +89,7 @@ def test_grids_are_the_stored_cells_under_a_symmetry(rendered, tmp_path):
         batch = loader.batch([SampleId(asset, epoch) for asset in range(3)], 0.5)
         for number in range(3):
             blocks = torch.from_numpy(shard.bricks(index.uids[number]).blocks.astype(np.int64))
-            stored = occupancy_of(torch.nn.functional.pad(blocks, (1, 0)), 4, 1)[0].numpy()
+            stored = occupancy_grid(torch.nn.functional.pad(blocks, (1, 0)), 4, 1)[0].numpy()
             turned = [np.flip(stored.transpose(a), np.flatnonzero(m)) for a, m in SYMMETRIES]
             assert any((batch.occupied[number].numpy() == one).all() for one in turned)
         seen.add(batch.occupied[0].numpy().tobytes())
@@ -273,12 +277,12 @@ def test_it_learns_which_image_has_which_cells(rendered, tmp_path):
     )  # views that training never saw
     with torch.no_grad():
         cells = structure.generate(
-            structure.flow.condition(batch.images),
+            structure.flow.encode_images(batch.images),
             [1, 2, 3, 4],
             steps=12,
             guidance=Guidance(scale=2.0),
         )
-    found = occupancy_of(cells.coords, 4, 4)
+    found = occupancy_grid(cells.coords, 4, 4)
     shared = (found[:, None] & batch.occupied).sum((2, 3, 4)) / (
         found[:, None] | batch.occupied
     ).sum((2, 3, 4))
@@ -295,7 +299,7 @@ def test_cubes_have_a_closed_surface():
     a, b, c = vertices[faces].transpose(1, 0, 2)
     assert (a * np.cross(b, c)).sum() / 6 == pytest.approx(3 / 64)  # turned outwards
     _, welded = np.unique(vertices, axis=0, return_inverse=True)
-    assert open_edges_of(welded.reshape(-1)[faces]) == 0
+    assert count_open_edges(welded.reshape(-1)[faces]) == 0
 
 
 def test_what_is_missing_is_said(rendered, tmp_path):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from model.conditioning.image_preprocessing import Augmentation
-from model.rectified_flow import TimeDistribution
+from model.config import Augmentation, TimeDistribution
 from train.engine.config import LoopConfig
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.conditioning.image_preprocessing import PreparedImage, prepare_image
+from model.rectified_flow import sample_times
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
 from train.data.bricks import OPEN_SHARDS, UNREADABLE, BuildIndex
@@ -189,5 +190,5 @@ def sample_time(
 ) -> tuple[Tensor, bool]:
     """t [1] of a sample and whether its image is dropped, which happens in training alone."""
     generator = torch.Generator().manual_seed(seed_of("time", *key) >> 1)
-    time = flow.times.sample(1, generator)
+    time = sample_times(flow.times, 1, generator)
     return time, training and torch.rand((), generator=generator).item() < flow.dropout

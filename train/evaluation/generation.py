@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from model.inference.generator import Generated, Generator, Options
+from model.config import GenerationOptions
+from model.inference.generator import GeneratedMesh, Generator
 from model.inference.mesh_export import write_mesh
 from model.inference.turntable import CLAY, on_paper
 from pipeline.core.cameras import Camera, look_at_origin
@@ -55,7 +56,7 @@ class GenerationEvaluation:
     features: str | None = (
         None  # DINOv2 weights, a folder or a name on the hub: also compare what meshes look like
     )
-    options: Options = field(default_factory=Options)
+    options: GenerationOptions = field(default_factory=GenerationOptions)
 
     def __post_init__(self):
         for name in ("samples", "limit"):
@@ -281,7 +282,7 @@ def _evaluate(
     ]
 
 
-def _tokens(made: Generated) -> dict[str, int]:
+def _tokens(made: GeneratedMesh) -> dict[str, int]:
     return {stage.name: stage.tokens for stage in made.stages}
 
 

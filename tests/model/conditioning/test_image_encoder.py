@@ -14,18 +14,18 @@ from PIL import Image, ImageOps
 from model.conditioning.image_encoder import (
     SPECIAL,
     DinoEncoder,
-    EncoderConfig,
     ImageBatch,
     StandInEncoder,
+    build_encoder,
 )
 from model.conditioning.image_preprocessing import (
     OPAQUE,
-    Augmentation,
     PreparedImage,
     has_alpha,
     load_image,
     prepare_image,
 )
+from model.config import Augmentation, EncoderConfig
 from pipeline.core.errors import UserError
 
 torch.set_num_threads(1)
@@ -362,14 +362,14 @@ def test_unconditional_and_dropped_features_are_zero_at_the_same_coordinates():
 def test_weights_survive_a_folder(tmp_path):
     encoder = DinoEncoder.random(32, 1, 2, SIZE)
     encoder.model.save_pretrained(tmp_path)
-    again = EncoderConfig(weights=str(tmp_path), image_size=SIZE, channels=32).build()
+    again = build_encoder(EncoderConfig(weights=str(tmp_path), image_size=SIZE, channels=32))
     assert next(again.parameters()).dtype == torch.bfloat16
     pixels = torch.randn(1, 3, SIZE, SIZE)
     assert torch.allclose(
         again.tokens(pixels).float(), encoder.tokens(pixels), atol=0.05, rtol=0.05
     )
     with pytest.raises(ValueError, match="channels must be 32"):
-        EncoderConfig(weights=str(tmp_path), image_size=SIZE).build()
+        build_encoder(EncoderConfig(weights=str(tmp_path), image_size=SIZE))
 
 
 def test_missing_weights_say_what_to_run(tmp_path):

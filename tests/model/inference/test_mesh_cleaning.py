@@ -7,7 +7,7 @@ import trimesh
 from model.inference.mesh_cleaning import (
     clean,
     close_holes,
-    open_edges_of,
+    count_open_edges,
     pieces,
     simplify,
     used_only,
@@ -53,7 +53,7 @@ def volume(vertices, faces):
 
 def assert_closed_manifold(vertices, faces):
     """Every edge has two faces, in opposite directions, and the faces around every vertex are one fan."""
-    assert open_edges_of(faces) == 0
+    assert count_open_edges(faces) == 0
     mesh = trimesh.Trimesh(vertices, faces, process=False, validate=False)
     assert mesh.is_watertight
     assert mesh.is_winding_consistent
@@ -84,7 +84,7 @@ def test_missing_cells_leave_a_closed_mesh(missing):
     lost = random.permutation(len(whole.blocks)) < missing
     bricks = bricks_of(ball(0.35), lambda blocks: ~lost)
     vertices, faces = extract(bricks)
-    assert open_edges_of(faces) > 0
+    assert count_open_edges(faces) > 0
     capped, capped_faces, holes = close_holes(vertices, faces)
     assert holes >= 1
     assert_closed_manifold(capped, capped_faces)
@@ -129,11 +129,11 @@ def test_a_mesh_that_is_inside_out_as_a_whole_is_kept():
 
 def test_open_edges_are_counted():
     tetrahedron = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [2, 0, 3]], np.int32)
-    assert open_edges_of(tetrahedron) == 0
-    assert open_edges_of(tetrahedron[1:]) == 3
+    assert count_open_edges(tetrahedron) == 0
+    assert count_open_edges(tetrahedron[1:]) == 3
     turned = tetrahedron.copy()
     turned[0] = turned[0][::-1]
-    assert open_edges_of(turned) > 0
+    assert count_open_edges(turned) > 0
     assert (
         len(set(pieces(9, np.concatenate([tetrahedron, tetrahedron + 4])))) == 3
     )  # and a vertex of its own
@@ -147,7 +147,7 @@ def test_fewer_faces_by_a_library():
     vertices, faces = extract(bricks_of(ball(0.35)))
     fewer, fewer_faces = simplify(vertices, faces, 1000)
     assert 900 <= len(fewer_faces) <= 1000
-    assert open_edges_of(fewer_faces) == 0
+    assert count_open_edges(fewer_faces) == 0
     np.testing.assert_allclose(np.linalg.norm(fewer, axis=1), 0.35, atol=0.01)
     assert simplify(vertices, faces, len(faces))[1] is faces
 

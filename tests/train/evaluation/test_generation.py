@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from model.conditioning.image_encoder import DinoEncoder
-from model.inference.generator import Generated, Generator, Stage
+from model.inference.generator import GeneratedMesh, Generator, Stage
 from model.inference.mesh_cleaning import clean
 from pipeline.core.cameras import sample_camera
 from pipeline.core.errors import RunError, UserError
@@ -69,7 +69,7 @@ class Perfect:
             raise RunError("no surface")
         surface = extract(self.shard.bricks((number + self.turn) % 3))
         cleaned = clean(*surface)
-        return Generated(
+        return GeneratedMesh(
             vertices=cleaned.vertices, faces=cleaned.faces, open_edges=0, cleaned=cleaned,
             stages=(Stage(name="structure", seconds=0.5, tokens=7),),
         )  # fmt: skip

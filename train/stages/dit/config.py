@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from model.conditioning.image_conditioned_dit import ConditionedConfig
-from model.conditioning.image_encoder import EncoderConfig
-from model.sparse_dit import DiTConfig
+from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
 from pipeline.core.devices import Device
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import CameraSet
@@ -45,7 +43,7 @@ class DiTTraining:
     val_batches: int = 8  # of each rank in a validation
     samples: int = 8  # assets that are drawn from held-out views, or are held out themselves
     flow: FlowOptions = field(default_factory=FlowOptions)
-    model: ConditionedConfig = field(default_factory=ConditionedConfig)
+    model: ConditionedDiTConfig = field(default_factory=ConditionedDiTConfig)
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)
@@ -111,7 +109,7 @@ DIT_PRESETS: dict[str, DiTTraining] = {
                 sample_every=1_000_000,  # at the end alone
             ),
         ),
-        model=ConditionedConfig(
+        model=ConditionedDiTConfig(
             dit=DiTConfig(
                 channels=128, blocks=4, heads=4, kv_heads=2, mlp_ratio=2, condition_channels=64
             ),
@@ -138,7 +136,7 @@ DIT_PRESETS: dict[str, DiTTraining] = {
                 sample_every=2500,
             ),
         ),
-        model=ConditionedConfig(
+        model=ConditionedDiTConfig(
             dit=DiTConfig(channels=384, blocks=8, heads=12, kv_heads=3, condition_channels=256),
             encoder=EncoderConfig(kind="stand-in", image_size=224, channels=256),
         ),

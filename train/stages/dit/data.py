@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.conditioning.image_encoder import ImageBatch
-from model.rectified_flow import noise_of
+from model.rectified_flow import draw_noise
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
 from train.data.bricks import UNREADABLE, BuildIndex, read_build_index
@@ -128,7 +128,7 @@ class DiTLoader:
             seeds.append([seed_of(name, *key) >> 1 for name in ("posterior", "noise")])
         counts = [len(latent.cells) for latent in latents]
         posterior, noise = (
-            noise_of(of, counts, self.store.channels) for of in zip(*seeds, strict=True)
+            draw_noise(of, counts, self.store.channels) for of in zip(*seeds, strict=True)
         )
         return DiTBatch(
             latents=LatentBatch.collate(latents, cfg.resolution),

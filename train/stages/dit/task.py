@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.config import Guidance
 from model.inference.extract_mesh import extract_meshes
-from model.rectified_flow import Guidance, interpolate, target
+from model.rectified_flow import interpolate, velocity_target
 from model.sparse_tensor import SparseTensor
 from model.sparse_vae import SparseVAE
 from train.data.bricks import BuildIndex
@@ -72,13 +73,13 @@ class DiTTask:
         level = batch.latents.cells
         x_NC = interpolate(x0_NC, batch.noise, t_B[level.coords[:, 0].long()])
         velocity_NC = model(SparseTensor(x_NC, level), t_B, batch.images, dropped_B)
-        return (velocity_NC - target(x0_NC, batch.noise)).square().mean(1)
+        return (velocity_NC - velocity_target(x0_NC, batch.noise)).square().mean(1)
 
     def flops(self, batch: DiTBatch) -> float:
         """Of the DiT alone, counted for the first batch, in proportion to tokens after that."""
         if self._flops_a_token is None:
             with torch.no_grad():
-                condition = self.model.condition(batch.images)
+                condition = self.model.encode_images(batch.images)
             self._flops_a_token = (
                 self.model.dit.flops(batch.latents.cells, condition) / batch.tokens
             )
@@ -150,7 +151,7 @@ class DiTTask:
         level, flow = batch.latents.cells, self.cfg.flow
         z_NC = model.generate(
             level,
-            model.condition(batch.images),
+            model.encode_images(batch.images),
             [asset],
             steps=flow.steps,
             guidance=Guidance(scale=flow.guidance),

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from model.conditioning.image_conditioned_dit import ConditionedConfig
-from model.conditioning.image_encoder import EncoderConfig
-from model.occupancy_vae import OccupancyConfig
-from model.sparse_dit import DiTConfig
-from model.structure import StructureConfig
+from model.config import (
+    ConditionedDiTConfig,
+    DiTConfig,
+    EncoderConfig,
+    OccupancyConfig,
+    StructureConfig,
+)
 from pipeline.core.devices import Device
 from pipeline.core.grid import CELL_SIDE, check_resolution
 from pipeline.core.options import CameraSet
@@ -108,7 +110,7 @@ STRUCTURE_PRESETS: dict[str, StructureTraining] = {
             occupancy=OccupancyConfig(
                 side=8, widths=(16, 32), blocks=1, groups=8, latent_channels=8
             ),
-            flow=ConditionedConfig(
+            flow=ConditionedDiTConfig(
                 dit=DiTConfig(
                     channels=128,
                     blocks=4,
@@ -141,7 +143,7 @@ STRUCTURE_PRESETS: dict[str, StructureTraining] = {
         ),
         model=StructureConfig(
             occupancy=OccupancyConfig(side=32, widths=(32, 64, 128), latent_channels=8),
-            flow=ConditionedConfig(
+            flow=ConditionedDiTConfig(
                 dit=DiTConfig(
                     channels=256,
                     blocks=8,

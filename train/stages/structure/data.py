@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.conditioning.image_encoder import ImageBatch
-from model.rectified_flow import noise_of
+from model.rectified_flow import draw_noise
 from pipeline.core.hashing import seed_of
 from train.data.bricks import ONE_BITS, BrickLoader, BuildIndex, magnitude_bits
 from train.data.render_conditions import RenderConditions, sample_time
@@ -124,7 +124,7 @@ class GridLoader(BrickLoader):
         latents = cfg.model.occupancy.latent_side**3
         return GridBatch(
             occupied=occupied,
-            noise=noise_of(seeds, [latents] * len(draws), self.noise_channels),
+            noise=draw_noise(seeds, [latents] * len(draws), self.noise_channels),
             times=torch.cat(times),
             dropped=torch.tensor(dropped),
             images=ImageBatch.collate(prepared) if prepared else None,

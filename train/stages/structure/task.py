@@ -12,9 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.conditioning.image_encoder import Condition
-from model.occupancy_vae import OccupancyVAE, intersection_over_union, occupancy_loss, occupancy_of
-from model.rectified_flow import Guidance, interpolate, target
+from model.config import Guidance
+from model.image_tokens import ImageTokens
+from model.occupancy_vae import (
+    OccupancyVAE,
+    intersection_over_union,
+    occupancy_grid,
+    occupancy_loss,
+)
+from model.rectified_flow import interpolate, velocity_target
 from model.sparse_tensor import SparseTensor
 from model.structure import Structure, dense_level, grid_to_rows, rows_to_grid
 from train.data.bricks import BuildIndex
@@ -133,7 +139,12 @@ class FlowTask:
             x0_NC = self.model.flow.dit.normalize(self._latents(self.model, batch))
         x_NC = interpolate(x0_NC, batch.noise, t_B[level.coords[:, 0].long()])
         velocity = model(SparseTensor(x_NC, level), t_B, batch.images, dropped_B)
-        return (velocity - target(x0_NC, batch.noise)).square().view(batch.samples, -1).mean(1)
+        return (
+            (velocity - velocity_target(x0_NC, batch.noise))
+            .square()
+            .view(batch.samples, -1)
+            .mean(1)
+        )
 
     def flops(self, batch: GridBatch) -> float:
         """Of the DiT alone, counted on the first batch."""
@@ -142,7 +153,7 @@ class FlowTask:
                 self.cfg.model.occupancy.latent_side, batch.samples, batch.noise.device
             )
             images = batch.images
-            empty = Condition(
+            empty = ImageTokens(
                 images.pixels.new_empty(0, 0), images.coords, images.starts, images.max_tokens
             )
             self._flops_a_sample = self.model.flow.dit.flops(level, empty) / batch.samples
@@ -174,7 +185,7 @@ class FlowTask:
             for asset in assets_of(index, self.cfg, World(), 1)[: self.cfg.samples]:
                 batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
                 assert batch.images is not None
-                cells = draw_cells(model, model.flow.condition(batch.images), asset, self.cfg)
+                cells = draw_cells(model, model.flow.encode_images(batch.images), asset, self.cfg)
                 overlaps.append(float(intersection_over_union(cells, batch.occupied)))
                 image = batch.images.pixels[0].permute(1, 2, 0).cpu().numpy()
                 rows.append(
@@ -187,12 +198,14 @@ class FlowTask:
             save_image(folder / "cells.png", side_by_side(rows))
 
 
-def draw_cells(model: Structure, condition: Condition, seed: int, cfg: StructureTraining) -> Tensor:
+def draw_cells(
+    model: Structure, condition: ImageTokens, seed: int, cfg: StructureTraining
+) -> Tensor:
     """bool [1, S, S, S] generated for one image."""
     level = model.generate(
         condition, [seed], steps=cfg.flow.steps, guidance=Guidance(scale=cfg.flow.guidance)
     )
-    return occupancy_of(level.coords, level.resolution, 1)
+    return occupancy_grid(level.coords, level.resolution, 1)
 
 
 def assets_of(

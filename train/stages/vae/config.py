@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from model.sparse_vae import VAEConfig
+from model.config import VAEConfig
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
 from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig

@@ -1,0 +1,358 @@
+"""All configuration of the models and of generation. It is read before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.core.grid import CELL_SIDE
+
+HEAD_SIZES = (16, 32, 64, 128)  # channels of a head that the attention kernels support
+QUERY_HEADS_PER_KV_HEAD = (1, 2, 4, 8, 16, 32)  # that the SSA kernels support
+COMPRESSION_GROUPS = 32  # groups of GroupNorm in version 2 of the compression
+PATCH = 14  # pixels along one side of an image patch, which is one token
+DINO_WEIGHTS = "facebook/dinov2-with-registers-large"
+DEFAULT_STEPS = (50, 30, 15)  # of each stage; Direct3D-S2 paper (arXiv 2505.17412), section 4
+DEFAULT_GUIDANCE = 7.0  # as in the published Direct3D-S2 pipeline
+
+Compression = Literal["v1", "v2"]
+Method = Literal["euler", "heun"]
+METHODS: tuple[Method, ...] = ("euler", "heun")
+
+
+def _check_at_least_one(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def _check_heads(heads: int, channels: int) -> None:
+    if channels % heads or channels // heads not in HEAD_SIZES:
+        raise ValueError(
+            f"heads must split {channels} channels into one of {HEAD_SIZES}, got {heads}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Sizes of the SS-VAE. The defaults are those of the paper (37,874,113 parameters)."""
+
+    widths: tuple[int, int, int, int] = (32, 64, 128, 512)
+    """Channels at the resolutions R, R / 2, R / 4 and R / 8."""
+    latent_channels: int = 16
+    """Latent channels of each token."""
+    heads: int = 8
+    """Attention heads. The last width divided by them must be 16, 32, 64 or 128."""
+    blocks: int = 4
+    """Transformer blocks of the encoder, and again of the decoder."""
+    mlp_ratio: int = 4
+    """Hidden channels of an MLP, as a multiple of the last width."""
+    groups: int = 32
+    """Groups of each GroupNorm. They must divide every width."""
+    plus_one_pooling: bool = False
+    """Let means divide by n + 1 instead of n. The published Direct3D-S2 weights need this."""
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != 4 or any(width < 1 for width in self.widths):
+            raise ValueError(f"widths must be 4 positive numbers, got {self.widths}")
+        _check_at_least_one(self, "latent_channels", "heads", "blocks", "mlp_ratio", "groups")
+        if any(width % self.groups for width in self.widths):
+            raise ValueError(f"groups must divide all widths {self.widths}, got {self.groups}")
+        _check_heads(self.heads, self.widths[3])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Sizes of the SS-DiT. The defaults are those of the paper (509,647,888 parameters)."""
+
+    channels: int = 1024
+    """Channels of each token inside the transformer."""
+    blocks: int = 24
+    """Transformer blocks."""
+    heads: int = 32
+    """Attention heads. `channels` divided by them must be 16, 32, 64 or 128."""
+    kv_heads: int = 2
+    """Key and value heads of spatial sparse attention. Each serves heads / kv_heads heads."""
+    mlp_ratio: int = 4
+    """Hidden channels of an MLP, as a multiple of `channels`."""
+    latent_channels: int = 16
+    """Latent channels of each token. They are those of the VAE."""
+    condition_channels: int = 1024
+    """Channels of an image token. They are those of the image encoder."""
+    attention: Literal["ssa", "full"] = "ssa"
+    """Self-attention: "ssa" is spatial sparse attention, "full" attends to all tokens."""
+    compression: Compression = "v1"
+    """How SSA makes one key and value of a block: "v1" is a linear layer, "v2" convolutions."""
+    compress_block: int = 4
+    """Tokens along one side of a compressed block of SSA, 4 or 8."""
+    top_k: int = 8
+    """Blocks of 8^3 tokens that SSA selects for each token."""
+    shifted_windows: bool = True
+    """Shift the attention windows by half their size in every other transformer block."""
+    plus_one_pooling: bool = False
+    """Let means divide by n + 1 instead of n. The published Direct3D-S2 weights need this."""
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(
+            self,
+            "channels",
+            "blocks",
+            "heads",
+            "kv_heads",
+            "mlp_ratio",
+            "latent_channels",
+            "top_k",
+            "condition_channels",
+        )
+        if self.attention not in ("ssa", "full"):
+            raise ValueError(f'attention must be "ssa" or "full", got {self.attention!r}')
+        if self.compression not in ("v1", "v2"):
+            raise ValueError(f'compression must be "v1" or "v2", got {self.compression!r}')
+        if self.compress_block not in (4, 8):
+            raise ValueError(f"compress_block must be 4 or 8, got {self.compress_block}")
+        _check_heads(self.heads, self.channels)
+        if self.heads % self.kv_heads or self.heads // self.kv_heads not in QUERY_HEADS_PER_KV_HEAD:
+            raise ValueError(
+                f"kv_heads must be heads = {self.heads} divided by one of "
+                f"{QUERY_HEADS_PER_KV_HEAD}, got {self.kv_heads}"
+            )
+        if self.compression == "v2" and self.kv_channels % COMPRESSION_GROUPS:
+            raise ValueError(
+                f"kv_heads x head size must be a multiple of {COMPRESSION_GROUPS} for v2, "
+                f"got {self.kv_channels}"
+            )
+
+    @property
+    def kv_channels(self) -> int:
+        """Channels of the keys of all key and value heads together."""
+        return self.channels // self.heads * self.kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The image encoder."""
+
+    kind: Literal["dinov2", "stand-in"] = "dinov2"
+    """The frozen encoder of the paper ("dinov2"), or a small one trained with the DiT ("stand-in")."""
+    weights: str = DINO_WEIGHTS
+    """DINOv2 weights: a folder or a name on the Hugging Face hub."""
+    image_size: int = 518
+    """Side of the square input image in pixels, a multiple of 14."""
+    channels: int = 1024
+    """Channels of an image token."""
+    layers: int = 4
+    """Transformer layers of the stand-in encoder. DINOv2 ignores this."""
+    heads: int = 4
+    """Attention heads of the stand-in encoder. DINOv2 ignores this."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("dinov2", "stand-in"):
+            raise ValueError(f'kind must be "dinov2" or "stand-in", got {self.kind!r}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionedDiTConfig:
+    """A DiT and the image encoder whose tokens it attends to."""
+
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
+    def __post_init__(self) -> None:
+        if self.dit.condition_channels != self.encoder.channels:
+            raise ValueError(
+                "dit.condition_channels must be the encoder's channels, "
+                f"got {self.dit.condition_channels} and {self.encoder.channels}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OccupancyConfig:
+    """Sizes of the occupancy VAE. The defaults are for the 64^3 cells of R = 512."""
+
+    side: int = 64
+    """Cells along one side of the grid, which is R / 8."""
+    widths: tuple[int, ...] = (32, 128, 512)
+    """Channels at each depth. Every depth after the first halves the side of the grid."""
+    blocks: int = 2
+    """Residual blocks at each depth. The last depth has twice as many."""
+    groups: int = 32
+    """Groups of each GroupNorm. They must divide every width."""
+    latent_channels: int = 8
+    """Latent channels of each position of the smallest grid."""
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "side", "blocks", "groups", "latent_channels")
+        if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
+            raise ValueError(
+                f"widths must be positive multiples of groups = {self.groups}, got {self.widths}"
+            )
+        if self.side % self.factor:
+            raise ValueError(
+                f"side must be a multiple of {self.factor} for {len(self.widths)} widths, "
+                f"got {self.side}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Cells along one side of the region that one latent describes."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def latent_side(self) -> int:
+        """Latents along one side of their grid."""
+        return self.side // self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureConfig:
+    """The structure stage: the occupancy VAE and the DiT that generates its latents."""
+
+    occupancy: OccupancyConfig = field(default_factory=OccupancyConfig)
+    flow: ConditionedDiTConfig = field(
+        default_factory=lambda: ConditionedDiTConfig(
+            dit=DiTConfig(latent_channels=8, heads=16, kv_heads=16, attention="full")
+        )
+    )
+
+    def __post_init__(self) -> None:
+        dit, channels = self.flow.dit, self.occupancy.latent_channels
+        if dit.latent_channels != channels:
+            raise ValueError(
+                f"flow.dit.latent_channels must be the occupancy VAE's {channels}, "
+                f"got {dit.latent_channels}"
+            )
+        if dit.attention != "full":
+            raise ValueError(
+                f'flow.dit.attention must be "full" on a dense grid, got {dit.attention!r}'
+            )
+
+    @property
+    def resolution(self) -> int:
+        """Resolution R of the grid whose cells the stage generates."""
+        return CELL_SIDE * self.occupancy.side
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeDistribution:
+    """The distribution of the times t in (0, 1) at which the flow is trained."""
+
+    kind: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Sigmoid of a normal variable ("logit_normal"), or all times alike ("uniform")."""
+    mean: float = 0.0
+    """Mean of the normal variable."""
+    std: float = 1.0
+    """Standard deviation of the normal variable."""
+    shift: float = 1.0
+    """Values above 1 move the times towards the noise at t = 1. 1 leaves them as drawn."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("logit_normal", "uniform"):
+            raise ValueError(f'kind must be "logit_normal" or "uniform", got {self.kind!r}')
+        for name in ("std", "shift"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance during sampling."""
+
+    scale: float = DEFAULT_GUIDANCE
+    """Weight of the image. 1 is the conditional velocity alone, at half the cost."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Times at which guidance acts, ends included. Elsewhere the scale is 1."""
+    rescale: float = 0.0
+    """Share in [0, 1] by which the guided velocity gets the conditional one's deviation."""
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0.0 <= self.scale < float("inf"):
+            raise ValueError(f"scale must be at least 0 and finite, got {self.scale}")
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(
+                f"interval must be (low, high) with 0 <= low <= high <= 1, got {self.interval}"
+            )
+        if not 0.0 <= self.rescale <= 1.0:
+            raise ValueError(f"rescale must be from 0 to 1, got {self.rescale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes of training images. The defaults are those of the published Direct3D-S2 code."""
+
+    rotation_probability: float = 0.1
+    """Probability that an image is rotated."""
+    rotation_degrees: float = 10.0
+    """Largest angle of a rotation, in either direction."""
+    crop_probability: float = 0.1
+    """Probability that an image is cropped."""
+    crop_ratio: float = 0.9
+    """Smallest side of a crop, relative to the square around the foreground."""
+    padding: tuple[int, int] = (0, 32)
+    """Smallest and largest number of white pixels around the foreground."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommendedSampling:
+    """Sampling options that an exported stage was found to work best with. None has no opinion."""
+
+    steps: int | None = None
+    """Sampling steps of the stage."""
+    guidance: float | None = None
+    """Guidance scale of the stage."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"recommended steps must be 1 or more, got {self.steps}")
+        if self.guidance is not None and self.guidance < 0:
+            raise ValueError(f"recommended guidance must be 0 or more, got {self.guidance}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """Sampling and cleaning of meshes."""
+
+    resolution: int | None = None
+    """Resolution of the mesh. Without it the finest one that has a model is taken."""
+    steps: tuple[int, ...] | None = None
+    """Sampling steps of the structure stage and of each resolution. The last number holds for the
+    stages after it. Without it the numbers that the export recommends are taken, else 50 30 15."""
+    guidance: float | None = None
+    """Guidance scale. 1 takes the image's own velocity, at half the cost. Without it the number that
+    the export recommends is taken, else 7."""
+    method: Method = "euler"
+    """Solver: "euler" needs one model call a step, "heun" is of second order and needs two."""
+    min_piece: float = 0.01
+    """Separate pieces with less than this share of the largest piece's area are removed."""
+    faces: int | None = None
+    """Simplify the mesh to about this many faces. Without it all faces are kept."""
+    max_tokens: int = 400_000
+    """Largest number of tokens of a stage. A stage with more of them fails."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and (not self.steps or any(steps < 1 for steps in self.steps)):
+            raise ValueError(f"steps must be 1 or more for each stage, got {self.steps}")
+        if self.guidance is not None and self.guidance < 0:
+            raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
+        if not 0 <= self.min_piece < 1:
+            raise ValueError(f"min_piece must be in [0, 1), got {self.min_piece}")
+        if self.faces is not None and self.faces < 4:
+            raise ValueError(f"faces must be 4 or more, got {self.faces}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
+
+    def sampling(self, stage: int, recommended: RecommendedSampling) -> tuple[int, float]:
+        """Return the sampling steps and the guidance scale of a stage.
+
+        Args:
+            stage: 0 is the structure stage, 1 the first resolution, 2 the next one, ...
+            recommended: What the stage's export recommends.
+        """
+        default = DEFAULT_STEPS[min(stage, len(DEFAULT_STEPS) - 1)]
+        steps = recommended.steps or default
+        if self.steps is not None:
+            steps = self.steps[min(stage, len(self.steps) - 1)]
+        guidance = self.guidance
+        if guidance is None:
+            guidance = recommended.guidance
+        return steps, DEFAULT_GUIDANCE if guidance is None else guidance
