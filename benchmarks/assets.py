@@ -28,6 +28,7 @@ from pipeline.config import PRESETS, BuildConfig, PresetName
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.image_codec import decode
+from pipeline.core.product import Product
 from pipeline.core.schema import Record
 from pipeline.geometry import sdf_cuda as gpu
 from pipeline.orchestration.asset_stages import AssetJob, load_bricks
@@ -91,10 +92,10 @@ def build_config(cfg: Measure) -> BuildConfig:
         image_size=base.image_size if cfg.image_size is None else cfg.image_size,
         limits=replace(base.limits, asset_memory_gb=cfg.memory_gb),
     )
-    unknown = sorted(set(cfg.products) - set(build.products))
+    unknown = sorted(set(cfg.products) - set(map(str, build.products)))
     if unknown:
         raise UserError(
-            f"preset {cfg.preset} makes {', '.join(build.products)}, not {', '.join(unknown)}"
+            f"preset {cfg.preset} makes {', '.join(map(str, build.products))}, not {', '.join(unknown)}"
         )
     return build
 
@@ -111,7 +112,9 @@ def measure(cfg: Measure) -> Row:
     source = open_source(build.source[0])
     records = sorted(source.records(), key=lambda record: -(cfg.meshes / record.url).stat().st_size)
     processes = min(cfg.processes or os.cpu_count() or 1, len(records) * cfg.repeats)
-    products = tuple(name for name in build.products if not cfg.products or name in cfg.products)
+    products = tuple(
+        product for product in build.products if not cfg.products or str(product) in cfg.products
+    )
 
     jobs = [
         (record, f"again-{n}" if n else "assets") for n in range(cfg.repeats) for record in records
@@ -143,7 +146,7 @@ def measure(cfg: Measure) -> Row:
         "config": {
             "preset": cfg.preset,
             "device": cfg.device,
-            "products": products,
+            "products": [*map(str, products)],
             "memory_gb": cfg.memory_gb,
         }
         | {
@@ -190,7 +193,7 @@ def visit(
     record: Record,
     source: Source,
     build: BuildConfig,
-    products: tuple[str, ...],
+    products: tuple[Product, ...],
     root: Path,
 ) -> Row:
     """One asset, as a task of a build does it; its products lie in root/<uid>."""
@@ -296,8 +299,8 @@ def compare(cfg: Compare) -> Row:
 def _apart(expected: Path, found: Path) -> list[Row]:
     """One product of one asset."""
     uid, product = expected.parts[-2:]
-    if product.startswith("sdf-"):
-        R = int(product[4:])
+    if (made := Product.parse(product)).kind == "sdf":
+        R = made.resolution
         return [
             {
                 "uid": uid,

@@ -25,6 +25,7 @@ from model.config import VAEConfig
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
+from pipeline.core.product import Product, tokens_column
 from pipeline.core.schema import Bricks, Mesh
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
@@ -157,7 +158,9 @@ def make_bricks(cfg: BrickBuild) -> None:
             "row": number,
             "split": split,
         }
-        rows.append(row | {f"tokens_{r}": len(bricks.blocks) for r, bricks in made[name].items()})
+        rows.append(
+            row | {tokens_column(r): len(bricks.blocks) for r, bricks in made[name].items()}
+        )
     markers = cfg.out / "shards" / SHARD
     markers.mkdir(parents=True)
     resolutions = sorted({r for bricks in made.values() for r in bricks})
@@ -170,7 +173,7 @@ def make_bricks(cfg: BrickBuild) -> None:
         path = cfg.out / "sdf" / str(resolution) / f"{SHARD}.zarr"
         path.parent.mkdir(parents=True)
         write_sdf_shard(path, resolution, assets, "benchmark")
-        (markers / f"sdf-{resolution}.json").write_text("{}")
+        (markers / f"{Product.sdf(resolution)}.json").write_text("{}")
     write_manifest(cfg.out / "manifest" / f"{SHARD}.parquet", rows, resolutions)
     (markers / "manifest.json").write_text("{}")
     log.info("%d assets at R = %s in %.0f s", len(rows), resolutions, time.monotonic() - began)

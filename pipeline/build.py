@@ -76,7 +76,7 @@ def make(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
     total: dict[str, int] = {}
     passes = [cfg, *([replace(cfg, run="best")] if cfg.rank.best_count else [])]
     for this in passes:
-        names = " ".join(this.products)
+        names = " ".join(map(str, this.products))
         log.info(
             "%s: %d assets in %d shards, products %s", cfg.out, plan.assets, len(plan.shards), names
         )

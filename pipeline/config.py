@@ -12,6 +12,7 @@ import tyro
 from pipeline.core.grid import check_resolution
 from pipeline.core.hashing import hash_of, to_json
 from pipeline.core.options import CameraSet
+from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.curation.config import FilterConfig, RankConfig, ScreenConfig
 from pipeline.download.config import FetchConfig
@@ -151,18 +152,14 @@ class BuildConfig:
         )
 
     @cached_property
-    def products(self) -> tuple[str, ...]:
-        """Names of what the build makes of every shard, in the order in which an asset goes through them."""
+    def products(self) -> tuple[Product, ...]:
+        """What the build makes of every shard, in the order in which an asset goes through it."""
         if self.run == "screen":
-            return (f"screen-{self.screen.resolution}",)
-        if self.run == "best":
-            return tuple(
-                f"sdf-{resolution}" for resolution in sorted(set(self.rank.best_resolutions))
-            )
-        return (
-            *(f"sdf-{resolution}" for resolution in sorted(set(self.resolutions))),
-            f"renders-{self.cameras}",
-        )
+            return (Product.screen(self.screen.resolution),)
+        best = self.run == "best"
+        resolutions = self.rank.best_resolutions if best else self.resolutions
+        bricks = [Product.sdf(resolution) for resolution in sorted(set(resolutions))]
+        return tuple(bricks) if best else (*bricks, Product.renders(self.cameras))
 
     def shared(self) -> dict[str, Any]:
         """The part that every product of one output directory has in common."""
@@ -173,16 +170,15 @@ class BuildConfig:
         of_stages = {name: asdict(getattr(self, name)) for name in stages}
         return to_json({**{name: getattr(self, name) for name in names}, **of_stages})
 
-    def of_product(self, product: str) -> dict[str, Any]:
+    def of_product(self, product: Product) -> dict[str, Any]:
         """The part that this product alone depends on."""
-        kind, _, variant = product.partition("-")
-        if kind == "sdf":
-            return {"resolution": int(variant)}
-        if kind == "screen":
+        if product.kind == "sdf":
+            return {"resolution": product.resolution}
+        if product.kind == "screen":
             return to_json(asdict(self.screen))
         return to_json(asdict(self.render))
 
-    def product_hash(self, product: str) -> str:
+    def product_hash(self, product: Product) -> str:
         """Changes with whatever decides the product's bytes, other than input, code, device and renderer."""
         return hash_of(
             {"format": FORMAT_VERSION, "shared": self.shared(), "product": self.of_product(product)}

@@ -17,15 +17,16 @@ import tyro
 
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
+from pipeline.core.product import Product, is_product_name
 from pipeline.orchestration.commit import manifest_path, marker_path, product_paths, stats_path
-from pipeline.orchestration.manifest import PACK_SECONDS, is_product
+from pipeline.orchestration.manifest import PACK_SECONDS
 from pipeline.orchestration.plan import Plan, read_plan
 from pipeline.storage.config import PathOrUrl
 from pipeline.storage.remote import StorePath, arrow_source, check_exists, list_children, list_files
 
 log = logging.getLogger(__name__)
 
-FIRST = "sdf-0"  # stands for whatever product a plan's first pass makes
+FIRST = Product.sdf(0)  # stands for whatever product a plan's first pass makes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +93,8 @@ class Estimate:
 def measure_passes(out: StorePath) -> dict[str, Cost]:
     """The passes of a finished build: "build" and, where it ranks, "screen" and "best". UserError if it is none."""
     plan = read_plan(out)
-    best = [
-        f"sdf-{resolution}"
-        for resolution in (plan.info["config"].get("rank") or {}).get("best_resolutions", ())
-    ]
+    rank = plan.info["config"].get("rank") or {}
+    best = [Product.sdf(resolution) for resolution in rank.get("best_resolutions", ())]
     passes = {}
     if (out / "screen" / "plan.json").exists():
         passes["screen"] = _cost(read_plan(out / "screen"), lambda product: True)
@@ -147,7 +146,7 @@ def predict(passes: dict[str, Cost], cfg: EstimateConfig) -> Estimate:
     )
 
 
-def _cost(plan: Plan, counts: Callable[[str], bool]) -> Cost:
+def _cost(plan: Plan, counts: Callable[[Product], bool]) -> Cost:
     """Of the visits that made, or tried to make, the products that count."""
     out, seconds, gpu, peaks, files, stored, fetched, pack = plan.out, [], [], [], [], 0, [], 0.0
     for shard in plan.shards:
@@ -203,26 +202,31 @@ def _tables(out: StorePath, shard: str) -> tuple[pa.Table, list[dict[str, Any]]]
         ) from error
 
 
-def _markers(out: StorePath, shard: str, counts: Callable[[str], bool]) -> list[dict[str, Any]]:
+def _markers(out: StorePath, shard: str, counts: Callable[[Product], bool]) -> list[dict[str, Any]]:
     found = [place.name.removesuffix(".json") for place in list_children(out / "shards" / shard)]
-    names = sorted(name for name in found if is_product(name))
-    return [json.loads(marker_path(out, shard, name).read_text()) for name in names if counts(name)]
+    products = sorted(Product.parse(name) for name in found if is_product_name(name))
+    paths = [marker_path(out, shard, product) for product in products if counts(product)]
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def _files(out: StorePath, marker: dict[str, Any]) -> int:
     """An SDF shard is a directory, everything else a file."""
-    paths = product_paths(marker["product"], marker["shard"])
+    paths = product_paths(Product.parse(marker["product"]), marker["shard"])
     return sum(len(list_files(out / path)) if path.suffix == ".zarr" else 1 for path in paths)
 
 
-def _is_of(stages: dict[str, float], counts: Callable[[str], bool]) -> bool:
+def _is_of(stages: dict[str, float], counts: Callable[[Product], bool]) -> bool:
     """Whether a visit tried a product that counts, or ended before any, which only the first pass can."""
-    products = [stage for stage in stages if "-" in stage]
+    products = [Product.parse(stage) for stage in stages if is_product_name(stage)]
     return any(counts(product) for product in products) or (not products and counts(FIRST))
 
 
 def _renders(stages: dict[str, float]) -> float:
-    return sum(seconds for stage, seconds in stages.items() if stage.startswith("renders-"))
+    return sum(
+        seconds
+        for stage, seconds in stages.items()
+        if is_product_name(stage) and Product.parse(stage).kind == "renders"
+    )
 
 
 def _pack_seconds(stats: pa.Table) -> float:

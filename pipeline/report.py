@@ -20,11 +20,12 @@ import tyro
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
 from pipeline.core.html import image_uri, render_page
+from pipeline.core.product import Product, is_product_name, tokens_column
 from pipeline.curation.rank import thresholds
 from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
 from pipeline.orchestration.commit import MANIFEST, manifest_path, marker_path, stats_path
 from pipeline.orchestration.isolated_process import Isolated
-from pipeline.orchestration.manifest import funnel, is_product, product_order, read_manifest
+from pipeline.orchestration.manifest import funnel, read_manifest
 from pipeline.orchestration.plan import Plan, read_plan
 from pipeline.report_pictures import PICTURES, PictureJob
 from pipeline.storage.config import PathOrUrl
@@ -64,7 +65,7 @@ class Build:
 
     plan: Plan
     rows: list[dict[str, Any]]  # of all manifests, in plan order
-    markers: dict[str, list[dict[str, Any]]]  # product -> its shards' markers
+    markers: dict[Product, list[dict[str, Any]]]  # product -> its shards' markers
     stats: list[dict[str, Any]]
     open_shards: int
 
@@ -84,7 +85,7 @@ def read_build(out: Path) -> Build:
     """The committed part of a build. UserError if `out` is not one, or is one without its manifest or stats."""
     plan = read_plan(out)
     rows, stats, open_shards = [], [], 0
-    markers: dict[str, list[dict[str, Any]]] = {}
+    markers: dict[Product, list[dict[str, Any]]] = {}
     for shard in plan.shards:
         if not marker_path(out, shard, MANIFEST).exists():
             open_shards += 1
@@ -97,9 +98,11 @@ def read_build(out: Path) -> Build:
                 f"{out} is not a whole build, copy its stats and manifest, too: {error}"
             ) from error
         for path in (out / "shards" / shard).glob("*.json"):
-            if is_product(path.stem):
-                markers.setdefault(path.stem, []).append(json.loads(path.read_text()))
-    ordered = {name: markers[name] for name in sorted(markers, key=product_order)}
+            if is_product_name(path.stem):
+                markers.setdefault(Product.parse(path.stem), []).append(
+                    json.loads(path.read_text())
+                )
+    ordered = {product: markers[product] for product in sorted(markers)}
     return Build(plan=plan, rows=rows, markers=ordered, stats=stats, open_shards=open_shards)
 
 
@@ -146,7 +149,7 @@ def summary(build: Build) -> dict[str, Any]:
         "open_shards": build.open_shards,
         "done": status["done"],
         "tiles": tiles,
-        "funnel": funnel_steps(rows, list(build.markers)),
+        "funnel": funnel_steps(rows, list(map(str, build.markers))),
         "reasons": [
             {
                 **{
@@ -165,7 +168,9 @@ def summary(build: Build) -> dict[str, Any]:
             {**row, "thresholds": _spelled(row["thresholds"])}
             for row in _screening(out / CATALOGUE)
         ],
-        "products": [product_row(name, markers, rows) for name, markers in build.markers.items()],
+        "products": [
+            product_row(product, markers, rows) for product, markers in build.markers.items()
+        ],
         "renderers": sorted(
             {
                 r
@@ -178,8 +183,8 @@ def summary(build: Build) -> dict[str, Any]:
         "costs": cost_rows(build.stats),
         "hosts": sorted({row["host"] for row in build.stats}),
         "product_configs": [
-            (name, json.dumps(markers[0]["config"], indent=1))
-            for name, markers in build.markers.items()
+            (str(product), json.dumps(markers[0]["config"], indent=1))
+            for product, markers in build.markers.items()
         ],
     }
 
@@ -215,12 +220,12 @@ def funnel_steps(rows: Sequence[dict[str, Any]], products: Iterable[str]) -> lis
 
 
 def product_row(
-    name: str, markers: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
+    product: Product, markers: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
 ) -> dict[str, str]:
     """Counts and sizes of one product over all its shards."""
     total = sum(marker["bytes"] for marker in markers)
     assets = sum(marker["counts"]["assets"] for marker in markers)
-    column = f"tokens_{name.partition('-')[2]}"
+    column = tokens_column(product.resolution) if product.kind == "sdf" else ""
     tokens = [row[column] for row in rows if row.get(column) is not None]
     cells = (
         (f"{np.mean(tokens):,.0f}", f"{np.median(tokens):,.0f}", f"{max(tokens):,}")
@@ -228,7 +233,7 @@ def product_row(
         else ("",) * 3
     )
     return {
-        "name": name,
+        "name": str(product),
         "assets": f"{assets:,}",
         **dict(zip(("mean", "median", "max"), cells)),
         "size": human_bytes(total),
@@ -244,9 +249,9 @@ def cost_rows(stats: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for stage, seconds in json.loads(row["stage_seconds"]).items():
             by_stage.setdefault(stage, []).append(seconds)
     order = {stage: number for number, stage in enumerate(STAGES)}
-    stages = sorted(
-        by_stage, key=lambda s: (order.get(s, 99), product_order(s) if is_product(s) else (9, 0, s))
-    )
+    shared = sorted(stage for stage in by_stage if not is_product_name(stage))
+    made = sorted(Product.parse(stage) for stage in by_stage if is_product_name(stage))
+    stages = [*sorted(shared, key=lambda stage: order.get(stage, len(order))), *map(str, made)]
     costs = [_cost(stage, by_stage[stage], human_seconds) for stage in stages]
     if stats:
         costs.append(_cost("whole asset", [row["seconds"] for row in stats], human_seconds))
@@ -268,8 +273,8 @@ def _cost(name: str, values: Sequence[float], show: Any) -> dict[str, Any]:
 
 def contact_sheet(build: Build, limit: int) -> dict[str, Any]:
     """Pictures of up to `limit` finished assets, spread over the build, drawn in a child that may crash."""
-    sdf = [int(name[4:]) for name in build.markers if name.startswith("sdf-")]
-    renders = next((name[8:] for name in build.markers if name.startswith("renders-")), None)
+    sdf = [product.resolution for product in build.markers if product.kind == "sdf"]
+    renders = next((p.variant for p in build.markers if p.kind == "renders"), None)
     done = [row for row in build.rows if row["status"] == "done"]
     sheet: dict[str, Any] = {
         "cards": [],
@@ -310,9 +315,9 @@ def _card(folder: Path, row: dict[str, Any], resolutions: Iterable[int]) -> dict
     if not all(file.exists() for file in files.values()):
         return None
     tokens = [
-        f"{row[f'tokens_{r}']:,} tokens at {r}"
+        f"{row[tokens_column(r)]:,} tokens at {r}"
         for r in resolutions
-        if row.get(f"tokens_{r}") is not None
+        if row.get(tokens_column(r)) is not None
     ]
     return {
         "uid": row["uid"],

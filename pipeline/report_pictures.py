@@ -12,6 +12,7 @@ from PIL import Image
 from pipeline.core.cameras import look_at_origin
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.product import Product
 from pipeline.core.schema import Bricks, Material, Mesh, Part
 from pipeline.orchestration.commit import product_paths
 from pipeline.rendering.gl_renderer import canvas
@@ -41,8 +42,12 @@ class PictureJob:
 def draw(job: PictureJob) -> None:
     """One asset after the other; what is finished stays if a later one crashes."""
     for shard, uid in job.assets:
-        bricks = SdfShard(job.out / product_paths(f"sdf-{job.resolution}", shard)[0]).bricks(uid)
-        view = RenderShard(job.out / product_paths(f"renders-{job.cameras}", shard)[0]).read(uid, 0)
+        bricks = SdfShard(job.out / product_paths(Product.sdf(job.resolution), shard)[0]).bricks(
+            uid
+        )
+        view = RenderShard(job.out / product_paths(Product.renders(job.cameras), shard)[0]).read(
+            uid, 0
+        )
         save(job, uid, "render", on_paper(view.rgba))
         save(job, uid, "bricks", on_paper(draw_bricks(bricks, uid, view.meta)))
         save(job, uid, "slice", slice_picture(bricks))

@@ -20,6 +20,7 @@ from pipeline.core.cli import command, parse
 from pipeline.core.errors import RunError
 from pipeline.core.hashing import hash_of, split_of
 from pipeline.core.options import CameraSet
+from pipeline.core.product import Product, is_product_name, tokens_column
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Record
 from pipeline.curation.screening_metrics import read_metrics_table
@@ -32,7 +33,7 @@ from pipeline.orchestration.commit import (
     product_paths,
     tree_sha256,
 )
-from pipeline.orchestration.manifest import STATUSES, is_product, product_order, read_manifest
+from pipeline.orchestration.manifest import STATUSES, read_manifest
 from pipeline.orchestration.plan import Plan, read_plan
 from pipeline.storage.config import PathOrUrl
 from pipeline.storage.locks import local_copy
@@ -86,10 +87,8 @@ def verify(out: StorePath, workers: int = 1) -> list[Breach]:
     ]
     held = committed(out)
     breaches = [Breach(shard="", asset="", rule=rule) for rule in _plan_problems(plan, held)]
-    products = sorted(
-        set().union(*held.values()) - {MANIFEST},
-        key=lambda name: product_order(name) if is_product(name) else (2, 0, name),
-    )
+    names = set().union(*held.values()) - {MANIFEST}
+    products = sorted(Product.parse(name) for name in names if is_product_name(name))
     check = partial(verify_shard, plan, tuple(products))
     if workers > 1:
         # Not a fork server: that one keeps the environment of its first use, credentials with it.
@@ -105,7 +104,7 @@ def verify_screening(out: StorePath, workers: int) -> list[Breach]:
     return verify(out / "screen", workers) if (out / "screen" / "plan.json").exists() else []
 
 
-def verify_shard(plan: Plan, products: Sequence[str], shard: str) -> list[Breach]:
+def verify_shard(plan: Plan, products: Sequence[Product], shard: str) -> list[Breach]:
     """Every breach within one shard, which must have these products."""
     uids = {record.uid for record in plan.shard(shard)}
     products = [product for product in products if plan.wanted(product, shard)]
@@ -147,6 +146,10 @@ def _plan_problems(plan: Plan, held: Mapping[str, set[str]]) -> Iterator[str]:
     kinds = [
         (kind, variant.name) for kind in ("renders", "sdf") for variant in list_children(out / kind)
     ]
+    for shard, markers in sorted(held.items()):
+        for name in sorted(markers - {MANIFEST}):
+            if not is_product_name(name):
+                yield f"shards/{shard}/{name}.json: belongs to no product"
     for kind, *variant in sorted([("manifest",), *kinds, ("shards",)]):
         folder = "/".join([kind, *variant])
         for name in [path.name for path in list_children(out / folder)]:
@@ -171,10 +174,12 @@ def _catalogue_problems(plan: Plan) -> Iterator[str]:
         yield f"{CATALOGUE}: cannot be read: {error}"
 
 
-def _shard_problems(plan: Plan, out: Path, products: Sequence[str], shard: str) -> Iterator[str]:
+def _shard_problems(
+    plan: Plan, out: Path, products: Sequence[Product], shard: str
+) -> Iterator[str]:
     """Problems as "uid: rule" or "rule" of a shard that lies below `out`."""
     records = plan.shard(shard)
-    markers: dict[str, dict[str, Any]] = {}
+    markers: dict[Product | str, dict[str, Any]] = {}
     for product in (MANIFEST, *products):
         path = marker_path(out, shard, product)
         try:
@@ -187,7 +192,7 @@ def _shard_problems(plan: Plan, out: Path, products: Sequence[str], shard: str) 
             continue
         paths = (
             [manifest_path(out, shard).relative_to(out)]
-            if product == MANIFEST
+            if isinstance(product, str)
             else product_paths(product, shard)
         )
         yield from _marker_problems(plan, out, shard, product, markers[product], paths)
@@ -210,10 +215,15 @@ def _shard_problems(plan: Plan, out: Path, products: Sequence[str], shard: str) 
 
 
 def _marker_problems(
-    plan: Plan, out: Path, shard: str, product: str, marker: dict[str, Any], paths: Sequence[Path]
+    plan: Plan,
+    out: Path,
+    shard: str,
+    product: Product | str,
+    marker: dict[str, Any],
+    paths: Sequence[Path],
 ) -> Iterator[str]:
     """Does the marker speak of this product, and do its sizes and hashes hold?"""
-    if (marker.get("shard"), marker.get("product")) != (shard, product):
+    if (marker.get("shard"), marker.get("product")) != (shard, str(product)):
         yield f"{product}: marker is of {marker.get('product')} of shard {marker.get('shard')}"
     if product != MANIFEST:
         if marker.get("format_version") != FORMAT_VERSION:
@@ -280,7 +290,7 @@ def _manifest_problems(
 def _product_problems(
     out: Path,
     shard: str,
-    product: str,
+    product: Product,
     marker: dict[str, Any],
     rows: Sequence[dict[str, Any]],
     wanted: int,
@@ -288,8 +298,8 @@ def _product_problems(
     """The product's own format, and whether it agrees with the manifest, whose first rows must have it."""
     path = out / product_paths(product, shard)[0]
     done = [row["uid"] for row in rows[:wanted] if row["status"] == "done"]
-    if product.startswith("sdf-"):
-        column = f"tokens_{product[4:]}"
+    if product.kind == "sdf":
+        column = tokens_column(product.resolution)
         tokens = {row["uid"]: row[column] for row in rows if row.get(column) is not None}
         problems = check_sdf_shard(path, list(tokens))
         yield from (_named(product, problem) for problem in problems)
@@ -302,7 +312,7 @@ def _product_problems(
                     yield f"{uid}: {product}: {reader.tokens(uid)} tokens, the manifest says {count}"
         counts = {"assets": len(tokens), "tokens": sum(tokens.values())}
         held = list(tokens)
-    elif product.startswith("screen-"):
+    elif product.kind == "screen":
         try:
             held = read_metrics_table(path)["uid"].to_pylist()
         except ValueError as error:
@@ -320,7 +330,7 @@ def _product_problems(
             return
         # An asset that another product turned away may have its renders nevertheless.
         held = [row["uid"] for row in rows if row["uid"] in stored or row["status"] == "done"]
-        cameras = cast(CameraSet, product.removeprefix("renders-"))
+        cameras = cast(CameraSet, product.variant)
         yield from (
             f"{product}: {problem}"
             for problem in check_render_shard(path, held, views, size, cameras)
@@ -333,7 +343,7 @@ def _product_problems(
     yield from (f"{uid}: done without {product}" for uid in done if uid not in held)
 
 
-def _named(product: str, problem: str) -> str:
+def _named(product: Product, problem: str) -> str:
     """ "uid: rule" -> "uid: product: rule"; "rule" -> "product: rule"."""
     uid, colon, rule = problem.partition(": ")
     return f"{uid}: {product}: {rule}" if colon and " " not in uid else f"{product}: {problem}"

@@ -17,6 +17,7 @@ from pipeline.config import BuildConfig
 from pipeline.core.errors import Reject, Transient
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.image_codec import encode
+from pipeline.core.product import Product
 from pipeline.core.schema import Bricks, Mesh, Record
 from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata
 from pipeline.curation.screening_metrics import compute_metrics, save_metrics
@@ -44,7 +45,7 @@ class AssetJob:
     record: Record
     source: Source | None  # None: nothing will be fetched, only the job's end is noted
     config: BuildConfig
-    products: tuple[str, ...]
+    products: tuple[Product, ...]
     folder: Path
     gpu: str | None = (
         None  # the one it may use, as CUDA numbers them; None: any for pictures, the first for distances
@@ -107,10 +108,10 @@ def process(job: AssetJob) -> None:
         return
     for product in job.products:
         try:
-            with _stage(job, notes, product):
-                notes.products[product] = _make(job, product, mesh, topology)
+            with _stage(job, notes, str(product)):
+                notes.products[str(product)] = _make(job, product, mesh, topology)
         except Reject as verdict:
-            notes.reject(product, verdict)
+            notes.reject(str(product), verdict)
     if notes.status == "running":
         notes.status, notes.stage = "done", ""
     notes.save(job.folder)
@@ -151,16 +152,15 @@ def _prepare(job: AssetJob, notes: Notes) -> tuple[Mesh, Topology]:
     return mesh, topology
 
 
-def _make(job: AssetJob, product: str, mesh: Mesh, topology: Topology) -> dict[str, Any]:
+def _make(job: AssetJob, product: Product, mesh: Mesh, topology: Topology) -> dict[str, Any]:
     """Write one product's files; returns what its marker and the manifest count."""
-    kind, _, variant = product.partition("-")
-    folder = job.folder / product
+    folder = job.folder / str(product)
     folder.mkdir()
-    if kind == "screen":
+    if product.kind == "screen":
         save_metrics(folder, compute_metrics(mesh, topology, job.config.screen))
         return {}
-    if kind == "sdf":
-        bricks = compute_bricks(topology, int(variant), job.config.device)
+    if product.kind == "sdf":
+        bricks = compute_bricks(topology, product.resolution, job.config.device)
         save_bricks(folder, bricks)
         return {"tokens": len(bricks.blocks), "device": gpu.device_name(job.config.device)}
     cfg, uid = job.config.render, job.record.uid

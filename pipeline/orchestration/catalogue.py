@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.config import BuildConfig
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import sha256_of, to_json
+from pipeline.core.product import Product, is_product_name
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Record
 from pipeline.curation.rank import funnel_rows, rank
@@ -84,10 +85,11 @@ def _screened(plan: Plan) -> pa.Table:
     names = [
         place.name.removesuffix(".json") for place in list_children(out / "shards" / shards[0])
     ]
-    products = {name for name in names if name.startswith("screen-")}
-    if len(products) != 1:
+    products = [Product.parse(name) for name in names if is_product_name(name)]
+    screenings = [product for product in products if product.kind == "screen"]
+    if len(screenings) != 1:
         raise RunError(f"{out} is not a finished screening")
-    product = products.pop()
+    (product,) = screenings
     parts = []
     for number, shard in enumerate(shards):
         found = pq.read_table(arrow_source(manifest_path(out, shard)), columns=list(NAMES))

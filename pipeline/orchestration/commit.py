@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.config import BuildConfig
 from pipeline.core.files import sync
+from pipeline.core.product import Product, is_product_name, resolution_of_column
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks, Record
 from pipeline.curation.screening_metrics import load_metrics, write_metrics_table
@@ -22,7 +23,6 @@ from pipeline.orchestration.isolated_process import Exit
 from pipeline.orchestration.manifest import (
     Result,
     append_stats,
-    is_product,
     manifest_row,
     read_manifest,
     with_products,
@@ -43,22 +43,21 @@ class PackJob:
     config: BuildConfig
     shard: str
     records: tuple[Record, ...]
-    products: tuple[str, ...]  # to be made now
+    products: tuple[Product, ...]  # to be made now
     wanted: int  # of the first so many records
 
 
-def product_paths(product: str, shard: str) -> list[Path]:
+def product_paths(product: Product, shard: str) -> list[Path]:
     """Where a product of a shard lies, relative to the output directory."""
-    kind, _, variant = product.partition("-")
-    if kind == "sdf":
-        return [Path("sdf", variant, f"{shard}.zarr")]
-    if kind == "screen":
-        return [Path("screen", variant, f"{shard}.parquet")]
-    tar = Path("renders", variant, f"{shard}.tar")
+    if product.kind == "sdf":
+        return [Path("sdf", product.variant, f"{shard}.zarr")]
+    if product.kind == "screen":
+        return [Path("screen", product.variant, f"{shard}.parquet")]
+    tar = Path("renders", product.variant, f"{shard}.tar")
     return [tar, index_path(tar)]
 
 
-def marker_path(out: AnyStorePath, shard: str, product: str) -> AnyStorePath:
+def marker_path(out: AnyStorePath, shard: str, product: Product | str) -> AnyStorePath:
     return out / "shards" / shard / f"{product}.json"
 
 
@@ -102,7 +101,7 @@ def land(job: AssetJob, end: Exit, attempts: int) -> Result:
     )
     shutil.rmtree(job.folder / "input", ignore_errors=True)
     (job.folder / NOTES).unlink(missing_ok=True)
-    hashes = {product: job.config.product_hash(product) for product in job.products}
+    hashes = {str(product): job.config.product_hash(product) for product in job.products}
     (job.folder / RESULT).write_text(json.dumps({"hashes": hashes, "result": asdict(result)}))
     final = job.folder.with_name(job.record.uid)
     shutil.rmtree(final, ignore_errors=True)
@@ -110,22 +109,24 @@ def land(job: AssetJob, end: Exit, attempts: int) -> Result:
     return result
 
 
-def landed(cfg: BuildConfig, shard: str, uid: str, products: Sequence[str]) -> Result | None:
+def landed(cfg: BuildConfig, shard: str, uid: str, products: Sequence[Product]) -> Result | None:
     """What an earlier visit left in local scratch, if it tried these very products."""
     path = scratch_folder(_local(cfg), shard, uid) / RESULT
     return result_of(path.read_text(), cfg, products) if path.exists() else None
 
 
-def result_of(text: str, cfg: BuildConfig, products: Sequence[str]) -> Result | None:
+def result_of(text: str, cfg: BuildConfig, products: Sequence[Product]) -> Result | None:
     """The result that RESULT holds, if its visit tried these very products.
 
     And others of the same run, which are committed by now; not what another run wanted, whose traces would stay.
     """
     content = json.loads(text)
     tried = content["hashes"]
-    if not set(products) <= set(tried) <= set(cfg.products):
+    names = {str(product) for product in products}
+    hashes = {str(product): cfg.product_hash(product) for product in cfg.products}
+    if not names <= set(tried) <= set(hashes):
         return None
-    if any(tried[product] != cfg.product_hash(product) for product in tried):
+    if any(tried[name] != hashes[name] for name in tried):
         return None
     return Result(**content["result"])
 
@@ -150,7 +151,7 @@ def committed(out: StorePath) -> dict[str, set[str]]:
 
 def ended_for_good(row: dict[str, Any]) -> bool:
     """Whether an asset was turned away before any product, so that no further one can be made of it."""
-    return row["status"] != "done" and not is_product(row["stage"])
+    return row["status"] != "done" and not is_product_name(row["stage"])
 
 
 def pack(job: PackJob) -> dict[str, int]:
@@ -167,7 +168,7 @@ def pack(job: PackJob) -> dict[str, int]:
             results[record.uid] = result
         elif not (record.uid in old and ended_for_good(old[record.uid])):
             raise RuntimeError(f"{record.uid} of shard {shard} has no result")
-    markers = {product: _make_product(job, product, results) for product in job.products}
+    markers = {str(product): _make_product(job, product, results) for product in job.products}
 
     rows = []
     for number, record in enumerate(job.records):
@@ -180,8 +181,9 @@ def pack(job: PackJob) -> dict[str, int]:
             rows.append(
                 manifest_row(record, result, shard=shard, row=number, val_percent=cfg.val_percent)
             )
-    resolutions = {int(name[7:]) for row in rows for name in row if name.startswith("tokens_")}
-    resolutions |= {int(product[4:]) for product in job.products if product.startswith("sdf-")}
+    columns = {resolution_of_column(name) for row in rows for name in row}
+    resolutions = {resolution for resolution in columns if resolution is not None}
+    resolutions |= {product.resolution for product in job.products if product.kind == "sdf"}
     path = manifest_path(out, shard)
     write_manifest(path, rows, resolutions)
     append_stats(stats_path(out, shard), results.values(), time.monotonic() - started)
@@ -191,7 +193,7 @@ def pack(job: PackJob) -> dict[str, int]:
     }
     counts = {"assets": len(rows), **statuses}
     markers[MANIFEST] = {"counts": counts, **_described(out, [path.relative_to(out)])}
-    for product in (MANIFEST, *job.products):
+    for product in (MANIFEST, *map(str, job.products)):
         _write_marker(
             marker_path(out, shard, product),
             {"shard": shard, "product": product, **markers[product]},
@@ -214,13 +216,13 @@ def tree_sha256(path: Path) -> tuple[int, str]:
     return total, hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dict[str, Any]:
+def _make_product(job: PackJob, product: Product, results: dict[str, Result]) -> dict[str, Any]:
     """Write a product of all assets that have it; returns its marker."""
     cfg, out = job.config, _local(job.config)
     uids = [
         record.uid
         for record in job.records
-        if product in getattr(results.get(record.uid), "products", {})
+        if str(product) in getattr(results.get(record.uid), "products", {})
     ]
     paths = product_paths(product, job.shard)
     partial = out / ".scratch" / job.shard / f"{product}.partial"
@@ -228,26 +230,30 @@ def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dic
     partial.mkdir(parents=True)
     counts: dict[str, Any] = {"assets": len(uids)}
     extra: dict[str, Any] = {}
-    if product.startswith("sdf-"):
-        resolution = int(product[4:])
-        bricks = _bricks(cfg, job.shard, product, resolution, uids)
+    if product.kind == "sdf":
+        resolution = product.resolution
+        bricks = _bricks(cfg, job.shard, product, uids)
         counts["tokens"] = write_sdf_shard(
             partial / paths[0].name, resolution, bricks, cfg.product_hash(product)
         )
         extra["devices"] = sorted(
-            {results[uid].products[product].get("device", "cpu") for uid in uids}
+            {results[uid].products[str(product)].get("device", "cpu") for uid in uids}
         )
-    elif product.startswith("screen-"):
-        rows = [(uid, load_metrics(scratch_folder(out, job.shard, uid) / product)) for uid in uids]
+    elif product.kind == "screen":
+        rows = [
+            (uid, load_metrics(scratch_folder(out, job.shard, uid) / str(product))) for uid in uids
+        ]
         write_metrics_table(partial / paths[0].name, rows)
     else:
         entries = []
         for uid in uids:
-            folder = scratch_folder(out, job.shard, uid) / product
+            folder = scratch_folder(out, job.shard, uid) / str(product)
             entries.append((uid, ViewFolder(folder, uid, cfg.render.views, cfg.render.format)))
         write_render_shard(partial / paths[0].name, entries, cfg.render.format)
         counts["views"] = len(uids) * cfg.render.views
-        extra["renderers"] = sorted({results[uid].products[product]["renderer"] for uid in uids})
+        extra["renderers"] = sorted(
+            {results[uid].products[str(product)]["renderer"] for uid in uids}
+        )
     marker_path(out, job.shard, product).unlink(
         missing_ok=True
     )  # it would outlive what it vouches for
@@ -269,10 +275,13 @@ def _make_product(job: PackJob, product: str, results: dict[str, Result]) -> dic
 
 
 def _bricks(
-    cfg: BuildConfig, shard: str, product: str, resolution: int, uids: Sequence[str]
+    cfg: BuildConfig, shard: str, product: Product, uids: Sequence[str]
 ) -> Iterator[tuple[str, Bricks]]:
     for uid in uids:
-        yield uid, load_bricks(scratch_folder(_local(cfg), shard, uid) / product, resolution)
+        yield (
+            uid,
+            load_bricks(scratch_folder(_local(cfg), shard, uid) / str(product), product.resolution),
+        )
 
 
 def _local(cfg: BuildConfig) -> Path:

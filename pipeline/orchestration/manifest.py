@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.hashing import split_of
+from pipeline.core.product import Product, is_product_name, resolution_of_column, tokens_column
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Record
 from pipeline.storage.remote import StorePath, arrow_source
@@ -72,15 +72,9 @@ class Result:
     transient: bool = False  # failed for a reason that may be gone another time
 
 
-def product_order(product: str) -> tuple[int, int, str]:
-    """Sort key of the order in which an asset goes through its products: resolutions upwards, then renders."""
-    kind, _, variant = product.partition("-")
-    return (0, int(variant), "") if kind == "sdf" else (1, 0, variant)
-
-
 def manifest_schema(resolutions: Iterable[int]) -> pa.Schema:
     """The columns, with one tokens_<R> for every resolution, in increasing order."""
-    tokens = [pa.field(f"tokens_{resolution}", pa.int64()) for resolution in sorted(resolutions)]
+    tokens = [pa.field(tokens_column(resolution), pa.int64()) for resolution in sorted(resolutions)]
     return pa.schema([*HEAD, *tokens, *TAIL], metadata={"format_version": str(FORMAT_VERSION)})
 
 
@@ -89,7 +83,7 @@ def manifest_row(
 ) -> dict[str, Any]:
     """One row of the manifest from an asset's first visit."""
     tokens = {
-        f"tokens_{name[4:]}": counts["tokens"]
+        tokens_column(Product.parse(name).resolution): counts["tokens"]
         for name, counts in result.products.items()
         if "tokens" in counts
     }
@@ -116,7 +110,7 @@ def manifest_row(
 def with_products(old: dict[str, Any], result: Result) -> dict[str, Any]:
     """The row after a later visit made more products: as if one visit had made them all."""
     tokens = {
-        f"tokens_{name[4:]}": counts["tokens"]
+        tokens_column(Product.parse(name).resolution): counts["tokens"]
         for name, counts in result.products.items()
         if "tokens" in counts
     }
@@ -124,17 +118,12 @@ def with_products(old: dict[str, Any], result: Result) -> dict[str, Any]:
     row = {**old, **tokens, "numbers": json.dumps(numbers, sort_keys=True)}
     later = old["status"] == "done" or (
         result.status != "done"
-        and is_product(result.stage)
-        and product_order(result.stage) < product_order(old["stage"])
+        and is_product_name(result.stage)
+        and Product.parse(result.stage) < Product.parse(old["stage"])
     )
     if later:
         row |= {"status": result.status, "stage": result.stage, "reason": result.reason}
     return row
-
-
-def is_product(stage: str) -> bool:
-    """Whether a stage is the making of a product rather than one that all products share."""
-    return stage.startswith(("sdf-", "renders-", "screen-"))
 
 
 def write_manifest(path: Path, rows: Sequence[dict[str, Any]], resolutions: Iterable[int]) -> None:
@@ -153,9 +142,8 @@ def read_manifest(path: StorePath) -> list[dict[str, Any]]:
         raise ValueError(
             f"{path} must have format_version {FORMAT_VERSION}, got {version}: rebuild it"
         )
-    resolutions = [
-        int(name[7:]) for name in table.column_names if re.fullmatch(r"tokens_\d+", name)
-    ]
+    found = map(resolution_of_column, table.column_names)
+    resolutions = [resolution for resolution in found if resolution is not None]
     want = manifest_schema(resolutions)
     if not table.schema.equals(want):
         raise ValueError(f"{path} must have the columns {want.names}, has {table.column_names}")
@@ -167,7 +155,7 @@ def append_stats(path: Path, results: Iterable[Result], pack_seconds: float = 0.
     rows = [
         {
             "uid": result.uid,
-            "products": sorted(result.products, key=product_order),
+            "products": sorted(result.products, key=Product.parse),
             "seconds": result.wall_s,
             "peak_rss_bytes": result.peak_rss_bytes,
             "host": result.host,

@@ -17,6 +17,7 @@ from pipeline.config import BuildConfig
 from pipeline.core.errors import UserError
 from pipeline.core.files import is_disk_full
 from pipeline.core.hashing import differences, hash_of
+from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION, commit_of_code, provenance
 from pipeline.core.schema import Record
 from pipeline.sources import Listing
@@ -65,13 +66,11 @@ class Plan:
     def shards(self) -> list[str]:
         return self.table["shard"].unique().to_pylist()
 
-    def wanted(self, product: str, shard: str) -> int:
+    def wanted(self, product: Product, shard: str) -> int:
         """How many of a shard's first records are to have a product. A ranked plan is in the order of its ranking."""
         size = self.info["config"]["shard_size"]
         rank = self.info["config"].get("rank")
-        if rank is not None and product in [
-            f"sdf-{resolution}" for resolution in rank["best_resolutions"]
-        ]:
+        if rank is not None and product in map(Product.sdf, rank["best_resolutions"]):
             return min(max(rank["best_count"] - int(shard) * size, 0), size)
         return size
 

@@ -24,6 +24,7 @@ from pipeline.config import BuildConfig
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.files import is_disk_full
 from pipeline.core.hashing import differences
+from pipeline.core.product import Product
 from pipeline.core.schema import Record
 from pipeline.core.signals import Stop, note_signals
 from pipeline.orchestration.asset_stages import AssetJob
@@ -66,7 +67,7 @@ class _Shard:
 
     name: str
     records: tuple[Record, ...]
-    products: tuple[str, ...]
+    products: tuple[Product, ...]
     waiting: set[str] = field(default_factory=set)  # uids that have not landed
 
 
@@ -100,7 +101,7 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
 def _check_committed(cfg: BuildConfig, held: Mapping[str, set[str]]) -> None:
     """UserError if a product that is there was made with other options than the run asks for."""
     for product in cfg.products:
-        shard = next((name for name, products in held.items() if product in products), None)
+        shard = next((name for name, products in held.items() if str(product) in products), None)
         if shard is None:
             continue
         marker = json.loads(marker_path(cfg.out, shard, product).read_text())
@@ -113,7 +114,7 @@ def _check_committed(cfg: BuildConfig, held: Mapping[str, set[str]]) -> None:
 
 def missing_products(
     plan: Plan, cfg: BuildConfig, held: Mapping[str, set[str]]
-) -> dict[str, tuple[str, ...]]:
+) -> dict[str, tuple[Product, ...]]:
     """The products of a shard that are not among those held, in order; all of them where it holds no manifest.
 
     Shards that lack nothing are left out.
@@ -123,12 +124,12 @@ def missing_products(
         there = held.get(name, set())
         wanted = (product for product in cfg.products if plan.wanted(product, name))
         missing[name] = tuple(
-            product for product in wanted if MANIFEST not in there or product not in there
+            product for product in wanted if MANIFEST not in there or str(product) not in there
         )
     return {name: products for name, products in missing.items() if products}
 
 
-def _wanted(plan: Plan, shard: str, products: Sequence[str]) -> int:
+def _wanted(plan: Plan, shard: str, products: Sequence[Product]) -> int:
     """How many of a shard's first records a visit is for: the products of one run are wanted by the same ones."""
     size = plan.info["config"]["shard_size"]
     assets = min(size, plan.assets - int(shard) * size)
@@ -153,7 +154,7 @@ class _Run:
         plan: Plan,
         cfg: BuildConfig,
         sources: Sequence[Source],
-        todo: Mapping[str, tuple[str, ...]],
+        todo: Mapping[str, tuple[Product, ...]],
         held: Mapping[str, set[str]],
     ):
         self.plan, self.cfg = plan, cfg
@@ -345,7 +346,7 @@ def _asset_task(
     source: Source,
     cfg: BuildConfig,
     shard: str,
-    products: tuple[str, ...],
+    products: tuple[Product, ...],
     attempt: int,
 ) -> Verdict:
     """All stages of one asset in a child of its own. RunError if no asset could succeed."""
@@ -382,7 +383,7 @@ def _job(
     cfg: BuildConfig,
     here: Path,
     shard: str,
-    products: tuple[str, ...],
+    products: tuple[Product, ...],
     attempt: int,
 ) -> AssetJob:
     """The job, with an empty folder that no other attempt writes to, not even one on a node that only seemed lost."""

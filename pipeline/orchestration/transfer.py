@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import BuildConfig
+from pipeline.core.product import Product
 from pipeline.orchestration.commit import (
     MANIFEST,
     RESULT,
@@ -47,7 +48,7 @@ def hand_in(out: StorePath, here: Path, shard: str, uid: str) -> None:
 
 
 def landed_results(
-    cfg: BuildConfig, shard: str, uids: Sequence[str], products: Sequence[str]
+    cfg: BuildConfig, shard: str, uids: Sequence[str], products: Sequence[Product]
 ) -> dict[str, Result]:
     """What earlier visits left in scratch, of those that tried these very products."""
     out, found = cfg.out, {}

@@ -16,6 +16,7 @@ from pipeline.config import PRESETS, BuildConfig
 from pipeline.core.cli import command
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import make_uid
+from pipeline.core.product import Product
 from pipeline.core.schema import Record
 from pipeline.curation.config import RankConfig
 from pipeline.orchestration.manifest import read_manifest
@@ -326,17 +327,21 @@ def test_a_plan_of_another_format_or_configuration_is_refused(tmp_path, change, 
         make_plan(cfg, [Listing("ab")])
 
 
+SDF_64 = Product.sdf(64)
+RENDERS = Product.renders("paper")
+
+
 def test_what_a_products_hash_depends_on():
     base = BuildConfig()
-    sdf, renders = base.product_hash("sdf-64"), base.product_hash("renders-paper")
+    sdf, renders = base.product_hash(SDF_64), base.product_hash(RENDERS)
     assert (
-        BuildConfig(resolutions=(64, 512), workers=3, out=base.out / "x").product_hash("sdf-64")
+        BuildConfig(resolutions=(64, 512), workers=3, out=base.out / "x").product_hash(SDF_64)
         == sdf
     )
-    assert BuildConfig(views=3).product_hash("sdf-64") == sdf
-    assert BuildConfig(views=3).product_hash("renders-paper") != renders
-    assert BuildConfig(topology_resolution=256).product_hash("sdf-64") != sdf
-    assert base.product_hash("sdf-128") != sdf
+    assert BuildConfig(views=3).product_hash(SDF_64) == sdf
+    assert BuildConfig(views=3).product_hash(RENDERS) != renders
+    assert BuildConfig(topology_resolution=256).product_hash(SDF_64) != sdf
+    assert base.product_hash(Product.sdf(128)) != sdf
 
 
 class Many:

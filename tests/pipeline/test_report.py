@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.core.errors import UserError
+from pipeline.core.product import Product
 from pipeline.core.schema import Bricks
 from pipeline.orchestration.manifest import read_manifest, write_manifest
 from pipeline.report import (
@@ -94,7 +95,7 @@ def test_numbers_on_the_page_are_those_of_the_manifest(page, tiny_build):
     tokens = [row["tokens_96"] for row in build.rows]
     (row,) = [row for row in told["products"] if row["name"] == "sdf-96"]
     assert (row["assets"], row["max"]) == ("12", f"{max(tokens):,}")
-    stored = sum(marker["bytes"] for marker in build.markers["sdf-96"])
+    stored = sum(marker["bytes"] for marker in build.markers[Product.sdf(96)])
     assert row["cell"] == f"{stored / sum(tokens):.0f} B"
     assert row["cell"] in page.text
     assert f"{sum(tokens) / 12:,.0f}" in page.text

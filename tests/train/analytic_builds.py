@@ -13,6 +13,7 @@ from model.sparse_vae import VAEConfig
 from pipeline.core.cameras import sample_camera
 from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.image_codec import encode
+from pipeline.core.product import Product, tokens_column
 from pipeline.core.schema import Bricks, View
 from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
 from pipeline.storage.render_shard import write_render_shard
@@ -95,17 +96,17 @@ def make_build(
                 path, resolution, [(uids[n], b) for n, b in zip(chosen, made, strict=True)], "test"
             )
             for row, bricks in zip(rows, made, strict=True):
-                row[f"tokens_{resolution}"] = len(bricks.blocks)
-            commit(root, name, f"sdf-{resolution}")
+                row[tokens_column(resolution)] = len(bricks.blocks)
+            commit(root, name, Product.sdf(resolution))
         write_manifest(root / "manifest" / f"{name}.parquet", rows, resolutions)
         commit(root, name, "manifest")
     return root
 
 
-def commit(root: Path, shard: str, product: str) -> None:
+def commit(root: Path, shard: str, product: Product | str) -> None:
     path = root / "shards" / shard / f"{product}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"shard": shard, "product": product}))
+    path.write_text(json.dumps({"shard": shard, "product": str(product)}))
 
 
 def color_of(number: int, view: int) -> tuple[int, int, int]:
@@ -133,7 +134,7 @@ def add_renders(root: Path, views: int = 5) -> None:
                 made.append((encode(View(rgba=np.dstack([rgb, inside]), meta=meta)), meta))
             entries.append((uid, made))
         write_render_shard(root / "renders" / "paper" / f"{path.stem}.tar", entries)
-        commit(root, path.stem, "renders-paper")
+        commit(root, path.stem, Product.renders("paper"))
 
 
 def tiny_training(data: Path, out: Path, *, steps: int = 4, **options: object) -> VAETraining:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from model.sparse_tensor import BrickBatch
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.hashing import seed_of
+from pipeline.core.product import Product, is_product_name, resolution_of_column, tokens_column
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks
 from train.data.symmetry import SYMMETRIES, transform_bricks
@@ -74,8 +74,9 @@ class BuildIndex:
 
 def built_resolutions(root: Path) -> list[int]:
     """The SDF resolutions that a build has committed in some shard, increasing."""
-    names = {path.stem for path in (root / "shards").glob("*/sdf-*.json")}
-    return sorted(int(name[4:]) for name in names)
+    names = {path.stem for path in (root / "shards").glob("*/*.json")}
+    products = [Product.parse(name) for name in names if is_product_name(name)]
+    return sorted(product.resolution for product in products if product.kind == "sdf")
 
 
 def read_build_index(root: Path, resolutions: Sequence[int]) -> BuildIndex:
@@ -101,11 +102,11 @@ def read_build_index(root: Path, resolutions: Sequence[int]) -> BuildIndex:
     tokens = {}
     for resolution in resolutions:
         committed = {
-            path.parent.name for path in (root / "shards").glob(f"*/sdf-{resolution}.json")
+            path.parent.name for path in (root / "shards").glob(f"*/{Product.sdf(resolution)}.json")
         }
         tokens[resolution] = np.array(
             [
-                (row.get(f"tokens_{resolution}") or 0) if row["shard"] in committed else 0
+                (row.get(tokens_column(resolution)) or 0) if row["shard"] in committed else 0
                 for row in rows
             ],
             np.int64,
@@ -129,13 +130,12 @@ def _words(resolutions: set[int]) -> str:
 
 
 def _manifest(path: Path) -> pa.Table:
-    wanted = re.compile(r"uid|status|shard|split|tokens_\d+")
+    wanted = ("uid", "status", "shard", "split")
     try:
         schema = pq.read_schema(path)
         # Only these: not every Arrow reads a missing list of fixed length, as the centre of a rejected asset is.
-        table = pq.read_table(
-            path, columns=[name for name in schema.names if wanted.fullmatch(name)]
-        )
+        names = [name for name in schema.names if name in wanted or resolution_of_column(name)]
+        table = pq.read_table(path, columns=names)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a readable manifest: {error}") from error
     version = (schema.metadata or {}).get(b"format_version", b"none").decode()

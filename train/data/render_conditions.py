@@ -17,6 +17,7 @@ from model.conditioning.image_preprocessing import PreparedImage, prepare_image
 from model.rectified_flow import sample_times
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
+from pipeline.core.product import Product
 from train.data.bricks import OPEN_SHARDS, UNREADABLE, BuildIndex
 from train.data.config import FlowOptions
 
@@ -61,7 +62,7 @@ class ViewReader:
     def __init__(self, index: BuildIndex, cameras: str, *, ahead: int = 0):
         self.index, self.cameras = index, cameras
         for name in sorted(set(index.shards)):
-            if not (index.root / "shards" / name / f"renders-{cameras}.json").exists():
+            if not (index.root / "shards" / name / f"{Product.renders(cameras)}.json").exists():
                 raise UserError(
                     f"{index.root} has no renders of cameras {cameras} in shard {name}; add them: "
                     f"python -m pipeline.build --out {index.root} --cameras {cameras}"

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.config import BuildConfig
 from pipeline.core.hashing import make_uid
+from pipeline.core.product import Product
 from pipeline.orchestration.asset_stages import AssetJob, Notes, load_bricks, process, save_bricks
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.procedural import ProceduralSource
@@ -39,7 +40,7 @@ def visit(tmp_path, text, products=("sdf-64", "sdf-96", "renders-paper"), **opti
             record=record,
             source=source,
             config=BuildConfig(**tiny),
-            products=tuple(products),
+            products=tuple(map(Product.parse, products)),
             folder=folder,
         )
     )
@@ -122,7 +123,7 @@ def test_a_source_that_states_another_hash_is_believed(tmp_path):
             record=record,
             source=source,
             config=BuildConfig(),
-            products=("sdf-64",),
+            products=(Product.sdf(64),),
             folder=tmp_path / "out",
         )
     )
@@ -144,6 +145,7 @@ from pathlib import Path
 from numba.core.dispatcher import Dispatcher
 from pipeline.orchestration.asset_stages import AssetJob, Notes, process, warm_up
 from pipeline.config import BuildConfig
+from pipeline.core.product import Product
 from pipeline.sources.procedural import ProceduralSource
 
 def compiled():
@@ -159,7 +161,7 @@ source = ProceduralSource(count=int(sys.argv[1]))
 for record in source.records():
     folder = Path(tempfile.mkdtemp(dir=sys.argv[2]))
     config = BuildConfig(resolutions=(64,), topology_resolution=64)
-    process(AssetJob(record=record, source=source, config=config, products=("sdf-64",), folder=folder))
+    process(AssetJob(record=record, source=source, config=config, products=(Product.sdf(64),), folder=folder))
     assert Notes.load(folder).status == "done", Notes.load(folder)
 after = compiled()
 late = sorted(name for name in after if after[name] != before.get(name))

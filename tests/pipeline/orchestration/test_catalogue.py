@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.build import make
 from pipeline.core.errors import UserError
+from pipeline.core.product import Product
 from pipeline.curation.config import RankConfig, ScreenConfig
 from pipeline.curation.dedup import DUPLICATE_BYTES, DUPLICATE_GEOMETRY
 from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
@@ -198,12 +199,12 @@ def test_nothing_kept_is_an_error_that_says_why(tmp_path):
 def test_the_screenings_options_are_its_own(tmp_path):
     cfg = ranked(tmp_path / "out", tmp_path)
     first = replace(cfg, run="screen")
-    assert first.products == ("screen-64",)
+    assert first.products == (Product.screen(64),)
     assert "rank" not in json.dumps(first.shared())
-    assert replace(first, rank=RankConfig()).product_hash("screen-64") == first.product_hash(
-        "screen-64"
+    assert replace(first, rank=RankConfig()).product_hash(Product.screen(64)) == first.product_hash(
+        Product.screen(64)
     )
     assert replace(first, screen=ScreenConfig(resolution=128)).product_hash(
-        "screen-128"
-    ) != first.product_hash("screen-64")
-    assert replace(cfg, run="best").products == ("sdf-96",)
+        Product.screen(128)
+    ) != first.product_hash(Product.screen(64))
+    assert replace(cfg, run="best").products == (Product.sdf(96),)

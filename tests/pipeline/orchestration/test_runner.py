@@ -180,8 +180,8 @@ def test_a_product_that_is_made_again_is_never_without_what_its_marker_vouches_f
     (record,) = plan.shard("000000")
     job = PackJob(config=cfg, shard="000000", records=(record,), products=cfg.products, wanted=1)
     paths = {
-        marker_path(cfg.out, job.shard, name): product_paths(name, job.shard)
-        for name in job.products
+        marker_path(cfg.out, job.shard, product): product_paths(product, job.shard)
+        for product in job.products
     }
     looked = []
 

@@ -1,0 +1,95 @@
+"""Products: what a build makes of every shard, named `sdf-512`, `renders-paper` or `screen-128`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_NAME = re.compile(r"(sdf|screen)-\d+|renders-.+")
+
+
+@dataclass(frozen=True)
+class Product:
+    """One resolution, one camera set or one screening of a build.
+
+    Products have an order, in which an asset goes through them: SDF bricks with increasing
+    resolution, then renders or screening.
+
+    Args:
+        kind: "sdf", "renders" or "screen".
+        variant: The resolution in digits, or the name of the camera set for renders.
+    """
+
+    kind: str
+    variant: str
+
+    def __post_init__(self):
+        if not is_product_name(str(self)):
+            raise ValueError(
+                f"a product must be sdf-RESOLUTION, renders-CAMERAS or screen-RESOLUTION, got {self}"
+            )
+
+    @classmethod
+    def parse(cls, name: str) -> Product:
+        """Return the product with this name. `str` is the inverse.
+
+        Raises:
+            ValueError: If `name` is not the name of a product.
+        """
+        kind, _, variant = name.partition("-")
+        return cls(kind, variant)
+
+    @classmethod
+    def sdf(cls, resolution: int) -> Product:
+        """Return the SDF bricks at a resolution."""
+        return cls("sdf", str(resolution))
+
+    @classmethod
+    def renders(cls, cameras: str) -> Product:
+        """Return the renders of a camera set."""
+        return cls("renders", cameras)
+
+    @classmethod
+    def screen(cls, resolution: int) -> Product:
+        """Return the screening measurements taken at a resolution."""
+        return cls("screen", str(resolution))
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.variant}"
+
+    def __lt__(self, other: Product) -> bool:
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, int, str]:
+        return (0, self.resolution, "") if self.kind == "sdf" else (1, 0, self.variant)
+
+    @property
+    def resolution(self) -> int:
+        """Grid points along one side.
+
+        Raises:
+            ValueError: If the product is renders.
+        """
+        if self.kind == "renders":
+            raise ValueError(f"{self} has no resolution")
+        return int(self.variant)
+
+
+def is_product_name(name: str) -> bool:
+    """Return whether `name` names a product.
+
+    A manifest's `stage` is the name of a product or of a stage that all products share.
+    """
+    return _NAME.fullmatch(name) is not None
+
+
+def tokens_column(resolution: int) -> str:
+    """Return the manifest column with the number of tokens at a resolution, such as "tokens_512"."""
+    return f"tokens_{resolution}"
+
+
+def resolution_of_column(name: str) -> int | None:
+    """Return the resolution of a `tokens_<R>` column of the manifest, None for another column."""
+    match = re.fullmatch(r"tokens_(\d+)", name)
+    return int(match[1]) if match else None
