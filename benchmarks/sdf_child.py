@@ -77,12 +77,10 @@ def ours(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     if job["keep_band"]:
         rows, points = np.nonzero(active)
         local = np.stack(np.unravel_index(points, (CELL_SIDE,) * 3), axis=1).astype(np.int16)
-        np.save(
-            folder / f"band-{resolution}.npy", bricks.blocks[rows] * np.int16(CELL_SIDE) + local
-        )
+        np.save(folder / f"band-{resolution}.npy", bricks.cells[rows] * np.int16(CELL_SIDE) + local)
     sizes = {
         "sign_path": topology.sign_path,
-        "cells": len(bricks.blocks),
+        "cells": len(bricks.cells),
         "band_points": int(active.sum()),
     }
     return {
@@ -211,7 +209,7 @@ def stored_voxels(bricks: Bricks, points: NDArray[np.int32]) -> NDArray[np.float
     """Distances in voxels at grid points [P, 3]; NaN where no block is stored."""
     side = bricks.resolution // CELL_SIDE
     weights = np.array([side * side, side, 1])
-    keys = bricks.blocks.astype(np.int64) @ weights
+    keys = bricks.cells.astype(np.int64) @ weights
     wanted = points // CELL_SIDE @ weights
     rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     values = bricks.values[

@@ -96,7 +96,7 @@ def _parts(topology: Topology) -> dict[str, np.ndarray]:
     exterior = topology.exterior
     values = (
         topology.triangles, topology.kinds, topology.sharp_edges,
-        exterior.bins.bin_of, exterior.bins.blocks, exterior.outside, exterior.whole,
+        exterior.bins.bin_of, exterior.bins.cells, exterior.outside, exterior.whole,
     )  # fmt: skip
     return dict(zip(PARTS, values))
 
@@ -111,7 +111,7 @@ def read_topologies(path: Path) -> dict[str, Topology]:
         )
         none = np.zeros(len(blocks) + 1, np.int64)
         bins = Bins(
-            resolution=resolution, bin_of=bin_of, blocks=blocks, offsets=none, triangles=np.empty(0, np.int32)
+            resolution=resolution, bin_of=bin_of, cells=blocks, offsets=none, triangles=np.empty(0, np.int32)
         )  # fmt: skip
         found[name] = Topology(
             resolution=resolution,
@@ -167,7 +167,7 @@ def compare(topology: Topology, resolution: int, repeats: int, device: str = "cu
     half, trusted = sdf.SHEET_HALF_VOXELS * h, sdf.FLOOD_VOXELS * spacing(topology.resolution)
 
     def fill() -> None:
-        for _ in gpu.fill_blocks(
+        for _ in gpu.fill_cells(
             packed, topology.kinds, bins, topology.exterior, tau=tau, half=half, trusted=trusted, device=device
         ):  # fmt: skip
             pass
@@ -181,9 +181,9 @@ def compare(topology: Topology, resolution: int, repeats: int, device: str = "cu
     fill()  # compiles
     row = {
         "resolution": resolution,
-        "blocks": len(bins.blocks),
+        "blocks": len(bins.cells),
         "candidates": len(bins.triangles),
-        "cells": len(expected.blocks),
+        "cells": len(expected.cells),
         "cpu_s": done - binned,
         "bins_s": binned - began,
         "fill_s": statistics.median(seconds(fill, device) for _ in range(repeats)),
@@ -223,7 +223,7 @@ def kernel_ms(work: Callable[[], None]) -> dict[str, float]:
 def difference(found: Bricks, expected: Bricks) -> Row:
     """Largest difference of stored values in voxels, signs that differ away from the surface, cells not in both."""
     R = expected.resolution
-    keys, others = (bricks.blocks.astype(np.int64) @ [R * R, R, 1] for bricks in (expected, found))
+    keys, others = (bricks.cells.astype(np.int64) @ [R * R, R, 1] for bricks in (expected, found))
     both, mine, other = np.intersect1d(keys, others, assume_unique=True, return_indices=True)
     a, b = expected.values[mine].astype(np.float32), found.values[other].astype(np.float32)
     voxels = band(R) / spacing(R)

@@ -158,9 +158,7 @@ def make_bricks(cfg: BrickBuild) -> None:
             "row": number,
             "split": split,
         }
-        rows.append(
-            row | {tokens_column(r): len(bricks.blocks) for r, bricks in made[name].items()}
-        )
+        rows.append(row | {tokens_column(r): len(bricks.cells) for r, bricks in made[name].items()})
     markers = cfg.out / "shards" / SHARD
     markers.mkdir(parents=True)
     resolutions = sorted({r for bricks in made.values() for r in bricks})

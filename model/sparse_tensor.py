@@ -199,7 +199,7 @@ class BrickBatch:
         kept = [(np.abs(one.values) < 1).any(axis=1) for one in bricks]
         pairs = list(zip(bricks, kept, strict=True))
         batch = np.repeat(np.arange(len(bricks)), [keep.sum() for keep in kept])
-        xyz = np.concatenate([one.blocks[keep] for one, keep in pairs])
+        xyz = np.concatenate([one.cells[keep] for one, keep in pairs])
         coords = torch.from_numpy(np.concatenate([batch[:, None], xyz], axis=1).astype(np.int32))
         values = torch.from_numpy(np.concatenate([one.values[keep] for one, keep in pairs]))
         bits = np.concatenate([one.sharp[keep] for one, keep in pairs])
@@ -277,7 +277,7 @@ class BrickBatch:
         starts = self.cells.asset_starts.tolist()
         return [
             Bricks(
-                resolution=self.resolution, blocks=blocks[a:b], values=stored[a:b], sharp=sharp[a:b]
+                resolution=self.resolution, cells=blocks[a:b], values=stored[a:b], sharp=sharp[a:b]
             )
             for a, b in itertools.pairwise(starts)
         ]

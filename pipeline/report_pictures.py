@@ -66,9 +66,9 @@ def slice_picture(bricks: Bricks) -> NDArray[np.uint8]:
     """RGB [R, R, 3] of the grid plane closest to z = 0, y up: blue inside, orange outside, dark at the surface."""
     middle = bricks.resolution // 2
     side = bricks.resolution // CELL_SIDE
-    here = bricks.blocks[:, 2] == middle // CELL_SIDE
+    here = bricks.cells[:, 2] == middle // CELL_SIDE
     cells = np.full((side, side, CELL_SIDE, CELL_SIDE), np.nan)
-    x, y, _ = bricks.blocks[here].T
+    x, y, _ = bricks.cells[here].T
     cells[x, y] = bricks.values[here].reshape(-1, CELL_SIDE, CELL_SIDE, CELL_SIDE)[
         ..., middle % CELL_SIDE
     ]

@@ -38,7 +38,7 @@ def test_reading_the_data(tmp_path, monkeypatch):
     add_renders(tmp_path / "data" / "smoke", views=2)
     monkeypatch.chdir(tmp_path)
     found = run(next(block for block in BLOCKS if "SdfShard" in block))
-    M = len(found["bricks"].blocks)
+    M = len(found["bricks"].cells)
     assert M > 0
     assert (found["bricks"].values.shape, found["bricks"].sharp.shape) == ((M, 512), (M, 64))
     assert found["view"].rgba.shape == (40, 40, 4)

@@ -222,7 +222,7 @@ def _latents(
                 continue
             if (
                 group
-                and len(bricks.blocks) + sum(len(one.blocks) for _, one in group) > cfg.max_tokens
+                and len(bricks.cells) + sum(len(one.cells) for _, one in group) > cfg.max_tokens
             ):
                 yield from _encoded(encoder, chosen, group)
                 group = []

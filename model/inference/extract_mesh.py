@@ -46,7 +46,7 @@ def mesh_of(
             f"values_MK must be finite, got {(~np.isfinite(values)).sum()} that are not"
         )
     empty = np.zeros((len(blocks), POINTS // 8), np.uint8)
-    return extract(Bricks(resolution=resolution, blocks=blocks, values=values, sharp=empty), level)
+    return extract(Bricks(resolution=resolution, cells=blocks, values=values, sharp=empty), level)
 
 
 def extract_meshes(cells: Level, values_MK: Tensor, level: float = 0.0) -> list[Surface]:

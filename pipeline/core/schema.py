@@ -63,14 +63,18 @@ class Mesh:
 
 @dataclass(frozen=True, kw_only=True)
 class Bricks:
-    """The sparse SDF of one asset at one resolution: every 8^3 block that holds an active point."""
+    """The sparse SDF of one asset at one resolution: every cell of 8^3 points with an active one."""
 
     resolution: int
-    blocks: NDArray[np.int16]  # [M, 3] index // 8, sorted by x, y, z
+    cells: NDArray[np.int16]  # [M, 3] index // 8, sorted by x, y, z
     values: NDArray[
         np.float16
     ]  # [M, 512] clamp(sdf / tau, -1, 1), point 64 * lx + 8 * ly + lz, negative inside
     sharp: NDArray[np.uint8]  # [M, 64] packed bits (little) in the same order
+
+
+# Name of each field of Bricks in stores and scratch files: part of the format.
+BRICK_ARRAYS = {"cells": "blocks", "values": "values", "sharp": "sharp"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ def compute_metrics(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> Screen
     views = list(render_views(mesh, CAMERAS, cfg.render))
     numbers = {name: round(value, 6) for name, value in view_numbers(views).items()}
     return ScreeningMetrics(
-        tokens=len(bricks.blocks),
+        tokens=len(bricks.cells),
         solid_fraction=round(min(solid, 1.0), 6),  # the barrier may stick out of the box
         leak_fraction=round(
             max(0.0, float(enclosed_grid_points(_doubled(topology)) / box) - solid), 6
@@ -119,7 +119,7 @@ def _doubled(topology: Topology) -> Exterior:
 def occupancy_signature(bricks: Bricks) -> bytes:
     """Which cells of a 16^3 grid over the cube hold surface: the same for any winding, order and cut of the faces."""
     cells = np.zeros((CELLS,) * 3, bool)
-    cells[tuple((bricks.blocks.astype(np.int64) * 8 * CELLS // bricks.resolution).T)] = True
+    cells[tuple((bricks.cells.astype(np.int64) * 8 * CELLS // bricks.resolution).T)] = True
     return np.packbits(cells).tobytes()
 
 

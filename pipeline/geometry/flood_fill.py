@@ -1,4 +1,4 @@
-"""Which grid points the outside reaches: triangles in block bins, a barrier around them, a flood from the walls."""
+"""Which grid points the outside reaches: triangles in cell bins, a barrier around them, a flood from the walls."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from pipeline.core.primitives.triangles import distance2
 
 # A 6-connected path across a closed surface has an end within h/2 of it; a little more also closes hairline cracks.
 BARRIER_VOXELS = 0.6
-REACH_VOXELS = 3.0  # triangles this close to a block are in its bin, enough for every line of sight
+REACH_VOXELS = 3.0  # triangles this close to a cell are in its bin, enough for every line of sight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bins:
-    """Triangles within reach of each block: block -> bin (-1: none) -> run of `triangles`; bins sorted by block."""
+    """Triangles within reach of each cell: cell -> bin (-1: none) -> run of `triangles`; bins sorted by cell."""
 
     resolution: int
     bin_of: NDArray[np.int32]  # [B, B, B]
-    blocks: NDArray[np.int32]  # [M, 3]
+    cells: NDArray[np.int32]  # [M, 3]
     offsets: NDArray[np.int64]  # [M + 1]
     triangles: NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exterior:
-    """The flood's result. A block with a bin has one bit a point: word lx, bit 8 * ly + lz; all others are whole."""
+    """The flood's result. A cell with a bin has one bit a point: word lx, bit 8 * ly + lz; all others are whole."""
 
     bins: Bins
     barrier: NDArray[np.uint64]  # [M, 8] within BARRIER_VOXELS of a triangle in use
     outside: NDArray[np.uint64]  # [M, 8] reached by the flood
-    whole: NDArray[np.bool_]  # [B, B, B] blocks without a bin that the flood reached
+    whole: NDArray[np.bool_]  # [B, B, B] cells without a bin that the flood reached
 
 
 @njit(cache=True)
-def _visit_blocks(packed, first, resolution, reach, counts, cursor, out):
-    """Octree descent of each triangle to the blocks it comes within reach of: count them, or write them at cursor."""
+def _visit_cells(packed, first, resolution, reach, counts, cursor, out):
+    """Octree descent of each triangle to the cells it comes within reach of: count them, or write them at cursor."""
     h = 1.0 / (resolution - 1)
     size = resolution // CELL_SIDE
     stack = np.empty((256, 6), np.int32)
@@ -92,35 +92,35 @@ def _visit_blocks(packed, first, resolution, reach, counts, cursor, out):
 def bin_triangles(
     packed: NDArray[np.float64], resolution: int, reach_voxels: float = REACH_VOXELS
 ) -> Bins:
-    """Lists, for every 8^3 block, the packed [T, 16] triangles within reach of it (and a few more), ascending."""
+    """Lists, for every 8^3 cell, the packed [T, 16] triangles within reach of it (and a few more), ascending."""
     size = resolution // CELL_SIDE
     reach = reach_voxels * spacing(resolution)
     counts = np.zeros((size, size, size), np.int32)
     none = np.empty((0, 0, 0), np.int64)
-    _visit_blocks(packed, 0, resolution, reach, counts, none, np.empty(0, np.int32))
-    blocks = np.argwhere(counts).astype(np.int32)
+    _visit_cells(packed, 0, resolution, reach, counts, none, np.empty(0, np.int32))
+    cells = np.argwhere(counts).astype(np.int32)
     bin_of = np.full(counts.shape, -1, np.int32)
-    bin_of[tuple(blocks.T)] = np.arange(len(blocks), dtype=np.int32)
-    offsets = np.zeros(len(blocks) + 1, np.int64)
-    np.cumsum(counts[tuple(blocks.T)], out=offsets[1:])
+    bin_of[tuple(cells.T)] = np.arange(len(cells), dtype=np.int32)
+    offsets = np.zeros(len(cells) + 1, np.int64)
+    np.cumsum(counts[tuple(cells.T)], out=offsets[1:])
     cursor = np.zeros(counts.shape, np.int64)
-    cursor[tuple(blocks.T)] = offsets[:-1]
+    cursor[tuple(cells.T)] = offsets[:-1]
     triangles = np.empty(offsets[-1], np.int32)
     if len(triangles):
-        _visit_blocks(packed, 0, resolution, reach, counts, cursor, triangles)
+        _visit_cells(packed, 0, resolution, reach, counts, cursor, triangles)
     return Bins(
-        resolution=resolution, bin_of=bin_of, blocks=blocks, offsets=offsets, triangles=triangles
+        resolution=resolution, bin_of=bin_of, cells=cells, offsets=offsets, triangles=triangles
     )
 
 
 @njit(cache=True)
-def _mark_barrier(packed, resolution, radius, use, blocks, offsets, triangles, barrier):
+def _mark_barrier(packed, resolution, radius, use, cells, offsets, triangles, barrier):
     h = 1.0 / (resolution - 1)
     radius2 = radius * radius
     one = np.uint64(1)
     low, high = np.empty(3, np.int64), np.empty(3, np.int64)
-    for m in range(len(blocks)):
-        x0, y0, z0 = CELL_SIDE * blocks[m, 0], CELL_SIDE * blocks[m, 1], CELL_SIDE * blocks[m, 2]
+    for m in range(len(cells)):
+        x0, y0, z0 = CELL_SIDE * cells[m, 0], CELL_SIDE * cells[m, 1], CELL_SIDE * cells[m, 2]
         for e in range(offsets[m], offsets[m + 1]):
             t = triangles[e]
             if not use[t]:
@@ -128,7 +128,7 @@ def _mark_barrier(packed, resolution, radius, use, blocks, offsets, triangles, b
             row = packed[t]
             for k in range(3):
                 a, b, c = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
-                start = CELL_SIDE * blocks[m, k]
+                start = CELL_SIDE * cells[m, k]
                 low[k] = max(0, int(np.ceil((min(a, b, c) - radius + 0.5) / h)) - start)
                 high[k] = min(
                     CELL_SIDE - 1, int(np.floor((max(a, b, c) + radius + 0.5) / h)) - start
@@ -182,7 +182,7 @@ def _fill_words(reached, free):
 
 @njit(cache=True)
 def _face(words, axis, side):
-    """The 64 points of one face of a block as bits 8 * u + v of the two other axes in order."""
+    """The 64 points of one face of a cell as bits 8 * u + v of the two other axes in order."""
     if axis == 0:
         return words[7 * side]
     face = np.uint64(0)
@@ -220,10 +220,10 @@ def _seed_face(words, free, axis, side, face):
 
 
 @njit(cache=True)
-def _spread(bin_of, bin_blocks, free, free_whole, reached, whole, queue, queued):
-    """6-connected fill block by block, from the queued blocks' reached points; a block without a bin is one point.
+def _spread(bin_of, bin_cells, free, free_whole, reached, whole, queue, queued):
+    """6-connected fill cell by cell, from the queued cells' reached points; a cell without a bin is one point.
 
-    `queue` holds block numbers to start with and has room for all of them; `queued` marks those in it.
+    `queue` holds cell numbers to start with and has room for all of them; `queued` marks those in it.
     """
     size = len(bin_of)
     room = size**3
@@ -272,10 +272,10 @@ def _fill(
     reached: NDArray[np.uint64],
     whole: NDArray[np.bool_],
 ) -> None:
-    """Spreads `reached` and `whole` in place from the blocks with the numbers `start`."""
+    """Spreads `reached` and `whole` in place from the cells with the numbers `start`."""
     queued = np.zeros(bins.bin_of.size, np.bool_)
     queued[start] = True
-    _spread(bins.bin_of, bins.blocks, free, free_whole, reached, whole, start, queued)
+    _spread(bins.bin_of, bins.cells, free, free_whole, reached, whole, start, queued)
 
 
 def flood(
@@ -285,10 +285,10 @@ def flood(
     barrier_voxels: float = BARRIER_VOXELS,
 ) -> Exterior:
     """Fills the outside of the triangles where `use` [T] holds, leaving a barrier of this many voxels around them."""
-    barrier = np.zeros((len(bins.blocks), CELL_SIDE), np.uint64)
+    barrier = np.zeros((len(bins.cells), CELL_SIDE), np.uint64)
     radius = barrier_voxels * spacing(bins.resolution)
     _mark_barrier(
-        packed, bins.resolution, radius, use, bins.blocks, bins.offsets, bins.triangles, barrier
+        packed, bins.resolution, radius, use, bins.cells, bins.offsets, bins.triangles, barrier
     )
     outside, whole = np.zeros_like(barrier), np.zeros(bins.bin_of.shape, np.bool_)
     # the flood starts at all free points of the grid's walls
@@ -310,14 +310,14 @@ def flood(
 def region_from(free: Exterior, start: NDArray[np.int64]) -> Exterior:
     """The connected region of the points that are `outside` in `free`, from one grid point [3] that is."""
     bins = free.bins
-    block, local = start // CELL_SIDE, start % CELL_SIDE
+    cell, local = start // CELL_SIDE, start % CELL_SIDE
     reached, whole = np.zeros_like(free.outside), np.zeros_like(free.whole)
-    m = bins.bin_of[tuple(block)]
+    m = bins.bin_of[tuple(cell)]
     if m < 0:
-        whole[tuple(block)] = True
+        whole[tuple(cell)] = True
     else:
         reached[m, local[0]] = np.uint64(1) << np.uint64(8 * local[1] + local[2])
-    number = np.ravel_multi_index(tuple(block), bins.bin_of.shape)
+    number = np.ravel_multi_index(tuple(cell), bins.bin_of.shape)
     _fill(bins, free.outside, free.whole, np.array([number]), reached, whole)
     return Exterior(bins=bins, barrier=free.barrier, outside=reached, whole=whole)
 

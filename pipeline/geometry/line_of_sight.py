@@ -39,7 +39,7 @@ class Scene(NamedTuple):
     near_boxes: NDArray[np.float64]  # their boxes
     lists: NDArray[
         np.int64
-    ]  # [1 + 8, 2]: how many lists there are; then of each its block and where in `near` it ends
+    ]  # [1 + 8, 2]: how many lists there are; then of each its cell and where in `near` it ends
 
 
 def scene_of(packed: NDArray[np.float64], exterior: Exterior) -> Scene:
@@ -114,7 +114,7 @@ def _sees_exterior(scene, sample_x, sample_y, sample_z, nx, ny, nz, every):
             high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
             blocked = False
             previous = -1
-            # a triangle in the way is within reach of the block at one end of the line or the other
+            # a triangle in the way is within reach of the cell at one end of the line or the other
             for end in range(2):
                 if end == 0:
                     a, b, c = (

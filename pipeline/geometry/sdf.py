@@ -1,4 +1,4 @@
-"""Exact sparse signed distances: triangles binned into the 8^3 blocks near them, the closest found in each block."""
+"""Exact sparse signed distances: triangles binned into the 8^3 cells near them, the closest found in each cell."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.geometry.topology import BURIED, SOLID, THIN, Topology
 
 # beyond this distance from all triangles the nearest point of the topology's grid (sqrt(3) / 2) is clear of the barrier
 FLOOD_VOXELS = BARRIER_VOXELS + 0.87
-CHUNK_BLOCKS = 4096
+CHUNK_CELLS = 4096
 DEVICES = ("cpu", "cuda")
 SLACK = (
     0.01  # voxels that a float32 distance may be off, generously; the result does not depend on it
@@ -29,7 +29,7 @@ SHEET_HALF_VOXELS = (
 
 
 def compute_bricks(topology: Topology, resolution: int, device: str = "cpu") -> Bricks:
-    """Every 8^3 block of the R^3 grid with a point of |sdf| < tau: clamp(sdf / tau), signs everywhere, sharp bits.
+    """Every 8^3 cell of the R^3 grid with a point of |sdf| < tau: clamp(sdf / tau), signs everywhere, sharp bits.
 
     sdf = min(signed distance to the solid surface, distance to the sheets - SHEET_HALF_VOXELS * h): the solids' union
     with a thin shell around each sheet. `device` "cuda" takes the distances in Triton, within 1e-3 h of these and with
@@ -44,35 +44,35 @@ def compute_bricks(topology: Topology, resolution: int, device: str = "cpu") -> 
     # farther off than this the clamp hides the distance and the flood knows the side
     bins = bin_triangles(packed, resolution, max(tau + half, trusted) / h)
     if device == "cuda":
-        filled = gpu.fill_blocks(
+        filled = gpu.fill_cells(
             packed, topology.kinds, bins, topology.exterior, tau=tau, half=half, trusted=trusted
         )  # fmt: skip
     else:
         filled = _filled(packed, topology, bins, tau, half)
     parts = []
-    for blocks, active, values in filled:
-        sharp = sharp_bits(blocks, active, topology.sharp_edges, resolution)
-        parts.append((blocks.astype(np.int16), values, sharp))
-    blocks, values, sharp = (np.concatenate(column) for column in zip(*parts))
-    return Bricks(resolution=resolution, blocks=blocks, values=values, sharp=sharp)
+    for cells, active, values in filled:
+        sharp = sharp_bits(cells, active, topology.sharp_edges, resolution)
+        parts.append((cells.astype(np.int16), values, sharp))
+    cells, values, sharp = (np.concatenate(column) for column in zip(*parts))
+    return Bricks(resolution=resolution, cells=cells, values=values, sharp=sharp)
 
 
 def _filled(
     packed: NDArray[np.float64], topology: Topology, bins: Bins, tau: float, half: float
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float16]]]:
-    """Active blocks [m, 3], active points and clamp(sdf / tau) [m, 512]: one chunk's float32 distances at a time."""
+    """Active cells [m, 3], active points and clamp(sdf / tau) [m, 512]: one chunk's float32 distances at a time."""
     exterior = topology.exterior
-    for first in range(0, len(bins.blocks), CHUNK_BLOCKS):
-        chunk = slice(first, first + CHUNK_BLOCKS)
-        values, active = _fill_blocks(
-            packed, topology.kinds, bins.blocks[chunk], bins.offsets[first : first + CHUNK_BLOCKS + 1], bins.triangles,
+    for first in range(0, len(bins.cells), CHUNK_CELLS):
+        chunk = slice(first, first + CHUNK_CELLS)
+        values, active = _fill_cells(
+            packed, topology.kinds, bins.cells[chunk], bins.offsets[first : first + CHUNK_CELLS + 1], bins.triangles,
             bins.resolution, tau, half, spacing(topology.resolution), exterior.bins.bin_of, exterior.outside,
             exterior.whole,
         )  # fmt: skip
         values = values[active]
         near = np.abs(values) < np.float32(tau)
         np.clip(np.divide(values, np.float32(tau), out=values), -1, 1, out=values)
-        yield bins.blocks[chunk][active], near, values.astype(np.float16)
+        yield bins.cells[chunk][active], near, values.astype(np.float16)
 
 
 @njit(cache=True)
@@ -230,11 +230,11 @@ def _outside(flood_h, bin_of, outside, whole, x, y, z):
 
 
 @njit(cache=True)
-def _fill_block(
+def _fill_cell(
     packed,
     kinds,
     candidates,
-    block,
+    cell,
     last,
     tau,
     half,
@@ -246,7 +246,7 @@ def _fill_block(
     scratch,
     out,
 ):
-    """Distances of one block's 512 points; whether any lies inside the band.
+    """Distances of one cell's 512 points; whether any lies inside the band.
 
     Near a surface the closest triangle decides the side; farther off, where the nearest grid point of the topology is
     clear of its barrier, the flood does. Where float32 leaves that open `_is_out` does.
@@ -264,9 +264,9 @@ def _fill_block(
     for sub in range(8):
         first = 4 * (64 * (sub >> 2) + 8 * (sub >> 1 & 1) + (sub & 1))
         x0, y0, z0 = (
-            CELL_SIDE * block[0] + 4 * (sub >> 2),
-            CELL_SIDE * block[1] + 4 * (sub >> 1 & 1),
-            CELL_SIDE * block[2] + 4 * (sub & 1),
+            CELL_SIDE * cell[0] + 4 * (sub >> 2),
+            CELL_SIDE * cell[1] + 4 * (sub >> 1 & 1),
+            CELL_SIDE * cell[2] + 4 * (sub & 1),
         )
         x, y, z = (x0 + 1.5) * h - 0.5, (y0 + 1.5) * h - 0.5, (z0 + 1.5) * h - 0.5
         count, solid, sheet = _narrow(
@@ -331,10 +331,10 @@ def _fill_block(
 
 
 @njit(cache=True)
-def _fill_blocks(
+def _fill_cells(
     packed,
     kinds,
-    blocks,
+    cells,
     offsets,
     triangles,
     resolution,
@@ -345,17 +345,17 @@ def _fill_blocks(
     outside,
     whole,
 ):
-    """Distances [M, 512] of blocks whose candidates are triangles[offsets[m]:offsets[m + 1]], and which are active."""
+    """Distances [M, 512] of cells whose candidates are triangles[offsets[m]:offsets[m + 1]], and which are active."""
     last = float(resolution - 1)
     values, active = (
-        np.empty((len(blocks), CELL_SIDE**3), np.float32),
-        np.empty(len(blocks), np.bool_),
+        np.empty((len(cells), CELL_SIDE**3), np.float32),
+        np.empty(len(cells), np.bool_),
     )
     longest = (offsets[1:] - offsets[:-1]).max()
     scratch, kept = np.empty(longest), np.empty(longest, np.int32)
-    for m in range(len(blocks)):
-        active[m] = _fill_block(
-            packed, kinds, triangles[offsets[m] : offsets[m + 1]], blocks[m], last, tau, half,
+    for m in range(len(cells)):
+        active[m] = _fill_cell(
+            packed, kinds, triangles[offsets[m] : offsets[m + 1]], cells[m], last, tau, half,
             flood_h, bin_of, outside, whole, kept, scratch, values[m],
         )  # fmt: skip
     return values, active

@@ -13,7 +13,7 @@ from pipeline.core.primitives.triangles import TIE
 from pipeline.geometry.flood_fill import Bins, Exterior
 
 # What is on the GPU at once: 64 MB of distances and 128 MB of lists, since several assets share it
-CHUNK_BLOCKS, CHUNK_CANDIDATES = 1 << 15, 1 << 22
+CHUNK_CELLS, CHUNK_CANDIDATES = 1 << 15, 1 << 22
 
 
 def check_cuda() -> None:
@@ -53,11 +53,11 @@ def device_name(device: str) -> str:
     return f"cuda, {torch.cuda.get_device_name()}"
 
 
-def fill_blocks(
+def fill_cells(
     packed: NDArray[np.float64], kinds: NDArray[np.uint8], bins: Bins, exterior: Exterior, *,
     tau: float, half: float, trusted: float, device: str = "cuda",
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float16]]]:  # fmt: skip
-    """As `pipeline.geometry.sdf` on the CPU: active blocks [m, 3], active points and clamp(sdf / tau) [m, 512], in parts.
+    """As `pipeline.geometry.sdf` on the CPU: active cells [m, 3], active points and clamp(sdf / tau) [m, 512], in parts.
 
     RunError if there is no such device; Transient "gpu_out_of_memory", since what it is shared with will end.
     """
@@ -83,7 +83,7 @@ def fill_blocks(
         for first, last in _chunks(bins.offsets):
             offsets = bins.offsets[first : last + 1]
             values = block_distances(
-                surface, flood, there(bins.blocks[first:last]), there(offsets - offsets[0]),
+                surface, flood, there(bins.cells[first:last]), there(offsets - offsets[0]),
                 there(bins.triangles[offsets[0] : offsets[-1]]),
                 tau=tau, sheet_half=half, trusted=trusted, tie=TIE,
             )  # fmt: skip
@@ -91,7 +91,7 @@ def fill_blocks(
             active = near.any(1)
             stored = (values[active] / limit).clamp(-1, 1).half()
             yield (
-                bins.blocks[first:last][active.cpu().numpy()],
+                bins.cells[first:last][active.cpu().numpy()],
                 near[active].cpu().numpy(),
                 stored.cpu().numpy(),
             )
@@ -100,10 +100,10 @@ def fill_blocks(
 
 
 def _chunks(offsets: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Runs of blocks, at least one each, within both limits."""
+    """Runs of cells, at least one each, within both limits."""
     first = 0
     while first < len(offsets) - 1:
         full = int(np.searchsorted(offsets, offsets[first] + CHUNK_CANDIDATES, side="right")) - 1
-        last = min(max(first + 1, full), first + CHUNK_BLOCKS, len(offsets) - 1)
+        last = min(max(first + 1, full), first + CHUNK_CELLS, len(offsets) - 1)
         yield first, last
         first = last

@@ -49,7 +49,7 @@ def _mark(slots, segments, resolution, near):
 
 
 def sharp_bits(
-    blocks: NDArray[np.integer],
+    cells: NDArray[np.integer],
     active: NDArray[np.bool_],
     segments: NDArray[np.float64],
     resolution: int,
@@ -57,7 +57,7 @@ def sharp_bits(
     """[M, 64] packed bits: the active points [M, 512] within SHARP_VOXELS of a segment [S, 2, 3]."""
     size = resolution // CELL_SIDE
     slots = np.full((size, size, size), -1, np.int32)
-    slots[tuple(blocks.T)] = np.arange(len(blocks), dtype=np.int32)
+    slots[tuple(cells.T)] = np.arange(len(cells), dtype=np.int32)
     near = np.zeros(active.shape, np.bool_)
     _mark(slots, segments, resolution, near)
     return np.packbits(near & active, axis=1, bitorder="little")

@@ -265,27 +265,27 @@ def _share_seen(
 ) -> float:
     """Mean share of the directions in which sampled points of a region see out of the cube."""
     bins, h = region.bins, spacing(region.bins.resolution)
-    mixed, blocks = np.flatnonzero(region.outside.any(axis=1)), np.argwhere(region.whole)
+    mixed, cells = np.flatnonzero(region.outside.any(axis=1)), np.argwhere(region.whole)
     counts = np.bitwise_count(region.outside[mixed]).sum(axis=1)
     weights = np.array(
-        [counts.sum(), CELL_SIDE**3 * len(blocks)]
-    )  # a whole block stands for 512 points
+        [counts.sum(), CELL_SIDE**3 * len(cells)]
+    )  # a whole cell stands for 512 points
     mixed = mixed[:: len(mixed) // SAMPLES + 1]
     words = region.outside[mixed]
-    slab = (words != 0).argmax(axis=1)  # one point of each sampled block: the first
+    slab = (words != 0).argmax(axis=1)  # one point of each sampled cell: the first
     word = words[np.arange(len(mixed)), slab]
     bit = np.bitwise_count((word & (~word + np.uint64(1))) - np.uint64(1)).astype(np.int64)
-    points = bins.blocks[mixed] * CELL_SIDE + np.stack(
+    points = bins.cells[mixed] * CELL_SIDE + np.stack(
         [slab, bit // CELL_SIDE, bit % CELL_SIDE], axis=1
     )
-    blocks = blocks[:: len(blocks) // SAMPLES + 1]
+    cells = cells[:: len(cells) // SAMPLES + 1]
     seen = [
         _escape_share(
             packed, use, bins.bin_of, bins.offsets, bins.triangles, h, group * h - 0.5, directions
         )
         if len(group)
         else 0.0
-        for group in (points, blocks * CELL_SIDE + (CELL_SIDE - 1) / 2)
+        for group in (points, cells * CELL_SIDE + (CELL_SIDE - 1) / 2)
     ]
     return float(np.dot(weights, seen) / weights.sum())
 

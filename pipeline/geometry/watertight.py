@@ -15,5 +15,5 @@ def watertight(bricks: Bricks) -> Mesh:
     """
     vertices, faces = extract(bricks)
     if len(faces) == 0:
-        raise Reject("no_surface", resolution=bricks.resolution, blocks=len(bricks.blocks))
+        raise Reject("no_surface", resolution=bricks.resolution, blocks=len(bricks.cells))
     return Mesh(vertices=vertices, faces=faces)

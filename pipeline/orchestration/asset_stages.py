@@ -18,7 +18,7 @@ from pipeline.core.errors import Reject, Transient
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.image_codec import encode
 from pipeline.core.product import Product
-from pipeline.core.schema import Bricks, Mesh, Record
+from pipeline.core.schema import BRICK_ARRAYS, Bricks, Mesh, Record
 from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata
 from pipeline.curation.screening_metrics import compute_metrics, save_metrics
 from pipeline.geometry import sdf_cuda as gpu
@@ -35,7 +35,6 @@ from pipeline.storage.render_shard import save_view
 NOTES = (
     "asset.json"  # what the stages found so far; whoever comes after a crash reads how far they got
 )
-BRICK_ARRAYS = ("blocks", "values", "sharp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +161,7 @@ def _make(job: AssetJob, product: Product, mesh: Mesh, topology: Topology) -> di
     if product.kind == "sdf":
         bricks = compute_bricks(topology, product.resolution, job.config.device)
         save_bricks(folder, bricks)
-        return {"tokens": len(bricks.blocks), "device": gpu.device_name(job.config.device)}
+        return {"tokens": len(bricks.cells), "device": gpu.device_name(job.config.device)}
     cfg, uid = job.config.render, job.record.uid
     with canvas.on_gpu(job.gpu):
         for view in render_views(mesh, uid, cfg):
@@ -174,20 +173,22 @@ def _make(job: AssetJob, product: Product, mesh: Mesh, topology: Topology) -> di
 
 def save_bricks(folder: Path, bricks: Bricks) -> None:
     """One file an array. Not np.save: a full disk must surface as OSError with its errno."""
-    for name in BRICK_ARRAYS:
-        (folder / f"{name}.bin").write_bytes(np.ascontiguousarray(getattr(bricks, name)).data)
+    for member, name in BRICK_ARRAYS.items():
+        (folder / f"{name}.bin").write_bytes(np.ascontiguousarray(getattr(bricks, member)).data)
 
 
 def load_bricks(folder: Path, resolution: int) -> Bricks:
     """What `save_bricks` wrote, mapped rather than read."""
     shapes = {
-        "blocks": (np.int16, 3),
+        "cells": (np.int16, 3),
         "values": (np.float16, CELL_SIDE**3),
         "sharp": (np.uint8, CELL_SIDE**3 // 8),
     }
     arrays: dict[str, Any] = {
-        name: np.memmap(folder / f"{name}.bin", dtype, mode="r").reshape(-1, width)
-        for name, (dtype, width) in shapes.items()
+        member: np.memmap(folder / f"{BRICK_ARRAYS[member]}.bin", dtype, mode="r").reshape(
+            -1, width
+        )
+        for member, (dtype, width) in shapes.items()
     }
     return Bricks(resolution=resolution, **arrays)
 

@@ -18,7 +18,7 @@ from zarr.storage import FsspecStore
 
 from pipeline.core.grid import CELL_SIDE, band, check_resolution, spacing
 from pipeline.core.provenance import FORMAT_VERSION
-from pipeline.core.schema import Bricks
+from pipeline.core.schema import BRICK_ARRAYS, Bricks
 from pipeline.storage.remote import RemotePath, StorePath, store_path
 
 CHUNK = 1024  # rows of an array that are compressed together, and read together
@@ -106,19 +106,17 @@ def write_sdf_shard(
     """
     path.mkdir(parents=True)
     zarr.create_group(path, zarr_format=3)
-    arrays = {
-        name: ArrayWriter(path, name, *LAYOUT[name]) for name in ("blocks", "values", "sharp")
-    }
+    arrays = {field: ArrayWriter(path, name, *LAYOUT[name]) for field, name in BRICK_ARRAYS.items()}
     offsets, uids = [0], []
     for uid, bricks in assets:
         if bricks.resolution != resolution or uid in uids:
             raise ValueError(
                 f"{uid}: needs resolution {resolution} and a new uid, got {bricks.resolution}"
             )
-        for name, array in arrays.items():
-            array.append(getattr(bricks, name))
+        for field, array in arrays.items():
+            array.append(getattr(bricks, field))
         uids.append(uid)
-        offsets.append(offsets[-1] + len(bricks.blocks))
+        offsets.append(offsets[-1] + len(bricks.cells))
     arrays["offsets"] = ArrayWriter(path, "offsets", *LAYOUT["offsets"])
     arrays["offsets"].append(np.array(offsets, np.int64))
     for array in arrays.values():
@@ -174,7 +172,7 @@ class SdfShard:
         row = self._row[asset] if isinstance(asset, str) else range(len(self))[asset]
         rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         arrays = {
-            name: np.asarray(self._arrays[name][rows]) for name in ("blocks", "values", "sharp")
+            field: np.asarray(self._arrays[name][rows]) for field, name in BRICK_ARRAYS.items()
         }
         return Bricks(resolution=self.resolution, **arrays)
 
@@ -188,7 +186,7 @@ class SdfShard:
         bricks = self.bricks(asset)
         side = self.resolution // CELL_SIDE
         cells = np.full((side, side, side, CELL_SIDE, CELL_SIDE, CELL_SIDE), np.nan, np.float32)
-        cells[tuple(bricks.blocks.T)] = bricks.values.reshape(-1, CELL_SIDE, CELL_SIDE, CELL_SIDE)
+        cells[tuple(bricks.cells.T)] = bricks.values.reshape(-1, CELL_SIDE, CELL_SIDE, CELL_SIDE)
         return cells.transpose(0, 3, 1, 4, 2, 5).reshape((self.resolution,) * 3)
 
 
@@ -220,7 +218,7 @@ def check_sdf_shard(path: Path, uids: list[str] | None = None) -> list[str]:
 
 def brick_problems(bricks: Bricks) -> Iterator[str]:
     """The rules that one asset's bricks break."""
-    blocks, values = bricks.blocks.astype(np.int64), bricks.values
+    blocks, values = bricks.cells.astype(np.int64), bricks.values
     if not len(blocks):
         yield "has no blocks"
         return

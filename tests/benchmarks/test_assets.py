@@ -68,7 +68,7 @@ def test_the_products_are_a_builds(measured):
     mesh = normalize(load(cfg.meshes / "ball.stl", build.load), build.normalize)
     expected = compute_bricks(build_topology(mesh, TopologyConfig(resolution=128)), 64)
     found = load_bricks(cfg.out / "assets" / uid / "sdf-64", 64)
-    np.testing.assert_array_equal(found.blocks, expected.blocks)
+    np.testing.assert_array_equal(found.cells, expected.cells)
     np.testing.assert_array_equal(found.values, expected.values)
     assert sorted(path.name for path in (cfg.out / "assets" / uid / "renders-paper").glob("*.png")) == [
         f"{uid}-00.png", f"{uid}-01.png"

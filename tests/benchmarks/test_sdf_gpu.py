@@ -37,7 +37,7 @@ def test_packed_topologies_give_the_same_distances(tmp_path):
     mesh = geo.box(tuple(0.95 * np.array([1, 2, 3]) / 3)).mesh
     expected = compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
     bricks = compute_bricks(found, 64)
-    np.testing.assert_array_equal(bricks.blocks, expected.blocks)
+    np.testing.assert_array_equal(bricks.cells, expected.cells)
     np.testing.assert_allclose(
         bricks.values.astype(float), expected.values.astype(float), atol=1e-3
     )
@@ -63,7 +63,7 @@ def test_what_differs_is_counted(topology):
     at = np.abs(bricks.values[3]).argmax()
     values[3, at] *= -1
     sharp[5, 7] ^= 0b101
-    found = replace(bricks, blocks=bricks.blocks[1:], values=values[1:], sharp=sharp[1:])
+    found = replace(bricks, cells=bricks.cells[1:], values=values[1:], sharp=sharp[1:])
     other = sdf_gpu.difference(found, bricks)
     assert (other["wrong_signs"], other["other_cells"], other["other_sharp_bits"]) == (1, 1, 2)
     tau_voxels = 2 * 63 / 64

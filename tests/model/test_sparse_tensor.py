@@ -28,7 +28,7 @@ def random_bricks(cells, resolution=64, seed=0):
     sharp = np.packbits(
         (np.abs(values) < 1) & (rng.random((cells, 512)) < 0.1), axis=1, bitorder="little"
     )
-    return Bricks(resolution=resolution, blocks=blocks, values=values, sharp=sharp)
+    return Bricks(resolution=resolution, cells=blocks, values=values, sharp=sharp)
 
 
 def test_a_level_knows_where_its_assets_start():
@@ -140,7 +140,7 @@ def test_a_batch_gives_its_bricks_back():
     assert batch.values.dtype == torch.float16
     for one, back in zip(bricks, batch.bricks(), strict=True):
         assert back.resolution == one.resolution
-        for name in ("blocks", "values", "sharp"):
+        for name in ("cells", "values", "sharp"):
             assert getattr(back, name).dtype == getattr(one, name).dtype
             assert np.array_equal(getattr(back, name), getattr(one, name)), name
 
@@ -149,7 +149,7 @@ def test_decoded_values_replace_those_of_the_batch():
     batch = BrickBatch.collate([random_bricks(9), random_bricks(5, seed=1)])
     decoded = torch.linspace(-2, 2, 14)[:, None].expand(14, 512)
     back = np.concatenate([one.values for one in batch.bricks(decoded)])
-    cells = [tuple(c) for one in batch.bricks() for c in one.blocks.tolist()]
+    cells = [tuple(c) for one in batch.bricks() for c in one.cells.tolist()]
     assert [
         (b.item(), *c) for b, c in zip(batch.cells.coords[:, 0].sort().values, cells, strict=True)
     ] == sorted(tuple(c) for c in batch.cells.coords.tolist())
@@ -181,7 +181,7 @@ def test_cells_that_rounding_emptied_are_dropped():
     one.values[2] = np.where(one.values[2] < 0, -1, 1)
     batch = BrickBatch.collate([one])
     assert len(batch.cells) == 5
-    assert np.array_equal(batch.bricks()[0].blocks, np.delete(one.blocks, 2, axis=0))
+    assert np.array_equal(batch.bricks()[0].cells, np.delete(one.cells, 2, axis=0))
 
 
 def test_voxels_are_the_active_points_in_order():
@@ -189,7 +189,7 @@ def test_voxels_are_the_active_points_in_order():
     x = BrickBatch.collate(bricks).voxels()
     expected = {}
     for asset, one in enumerate(bricks):
-        for block, values in zip(one.blocks.tolist(), one.values, strict=True):
+        for block, values in zip(one.cells.tolist(), one.values, strict=True):
             for point in np.flatnonzero(np.abs(values) < 1).tolist():
                 local = (point // 64, point // 8 % 8, point % 8)
                 expected[(asset, *(8 * b + p for b, p in zip(block, local, strict=True)))] = float(
@@ -219,7 +219,7 @@ def test_three_poolings_of_the_voxels_are_the_cells():
 def test_empty_assets_alone_are_a_batch():
     batch = BrickBatch.collate([random_bricks(0)])
     assert len(batch.voxels().level) == len(batch.cells) == 0
-    assert [len(one.blocks) for one in batch.bricks()] == [0]
+    assert [len(one.cells) for one in batch.bricks()] == [0]
 
 
 def test_a_batch_has_one_resolution():

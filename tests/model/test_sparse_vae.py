@@ -43,7 +43,7 @@ def full_bricks(side, seed=0):
     values = rng.uniform(-0.99, 0.99, (len(blocks), 512)).astype(np.float16)
     return Bricks(
         resolution=8 * side,
-        blocks=blocks,
+        cells=blocks,
         values=values,
         sharp=np.zeros((len(blocks), 64), np.uint8),
     )
@@ -216,7 +216,7 @@ def test_a_batch_is_its_assets_one_by_one_in_any_order():
         random_bricks(1, 32),
         random_bricks(25, 32, seed=2),
     ]
-    noise = [torch.randn(len(one.blocks), 3, dtype=torch.float64) for one in bricks]
+    noise = [torch.randn(len(one.cells), 3, dtype=torch.float64) for one in bricks]
     alone = [
         loss_of(vae, BrickBatch.collate([one]), n) for one, n in zip(bricks, noise, strict=True)
     ]

@@ -155,7 +155,7 @@ def winding_number(points: np.ndarray, mesh: Mesh) -> np.ndarray:
 def points_of(bricks: Bricks) -> np.ndarray:
     """[M, 512, 3] positions of all stored points."""
     local = np.stack(np.unravel_index(np.arange(CELL_SIDE**3), (CELL_SIDE,) * 3), axis=1)
-    return (bricks.blocks[:, None].astype(np.int64) * CELL_SIDE + local) * spacing(
+    return (bricks.cells[:, None].astype(np.int64) * CELL_SIDE + local) * spacing(
         bricks.resolution
     ) - 0.5
 

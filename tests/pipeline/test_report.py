@@ -173,7 +173,7 @@ def test_slice_shows_inside_blue_outside_orange_and_up_is_up():
     values = np.broadcast_to(ramp[:, None, None], (8, 8, 8)).reshape(1, 512).astype(np.float16)
     block = np.array([[0, 1, 1]], np.int16)  # top left of the middle plane of a 16^3 grid
     picture = slice_picture(
-        Bricks(resolution=16, blocks=block, values=values, sharp=np.zeros((1, 64), np.uint8))
+        Bricks(resolution=16, cells=block, values=values, sharp=np.zeros((1, 64), np.uint8))
     )
     assert picture.shape == (16, 16, 3)
     assert (picture[8:] == 255).all()

@@ -86,7 +86,7 @@ def write_bricks(build, change):
 
 def put_a_block_out_of_order(build):
     def swap(assets):
-        for name in ("blocks", "values", "sharp"):
+        for name in ("cells", "values", "sharp"):
             array = getattr(assets[1][1], name)
             array[[0, 1]] = array[[1, 0]]
         return assets
@@ -109,7 +109,7 @@ def drop_an_asset(build):
 def drop_blocks(build):
     def shorten(assets):
         uid, bricks = assets[1]
-        kept = {name: getattr(bricks, name)[:-1] for name in ("blocks", "values", "sharp")}
+        kept = {name: getattr(bricks, name)[:-1] for name in ("cells", "values", "sharp")}
         return [assets[0], (uid, type(bricks)(resolution=64, **kept)), *assets[2:]]
 
     write_bricks(build, shorten)

@@ -48,7 +48,7 @@ def bricks_of(field: Field, resolution: int, points: NDArray | None = None) -> B
     rows = tuple(blocks.T)
     return Bricks(
         resolution=resolution,
-        blocks=blocks.astype(np.int16),
+        cells=blocks.astype(np.int16),
         values=values[rows],
         sharp=np.packbits(sharp[rows], axis=1, bitorder="little"),
     )
@@ -96,7 +96,7 @@ def make_build(
                 path, resolution, [(uids[n], b) for n, b in zip(chosen, made, strict=True)], "test"
             )
             for row, bricks in zip(rows, made, strict=True):
-                row[tokens_column(resolution)] = len(bricks.blocks)
+                row[tokens_column(resolution)] = len(bricks.cells)
             commit(root, name, Product.sdf(resolution))
         write_manifest(root / "manifest" / f"{name}.parquet", rows, resolutions)
         commit(root, name, "manifest")

@@ -75,7 +75,7 @@ def test_every_asset_has_what_its_encoder_says(build, encoded, resolution):
         for uid in shard.uids:
             bricks, latent = shard.bricks(uid), store.read(uid)
             active = (np.abs(bricks.values) < 1).any(1)
-            assert np.array_equal(latent.cells, bricks.blocks[active])  # by x, y, z
+            assert np.array_equal(latent.cells, bricks.cells[active])  # by x, y, z
             assert (latent.cells.dtype, latent.mean.dtype, latent.logvar.dtype) == (
                 np.int16,
                 np.float16,

@@ -88,7 +88,7 @@ def test_grids_are_the_stored_cells_under_a_symmetry(rendered, tmp_path):
     for epoch in range(6):
         batch = loader.batch([SampleId(asset, epoch) for asset in range(3)], 0.5)
         for number in range(3):
-            blocks = torch.from_numpy(shard.bricks(index.uids[number]).blocks.astype(np.int64))
+            blocks = torch.from_numpy(shard.bricks(index.uids[number]).cells.astype(np.int64))
             stored = occupancy_grid(torch.nn.functional.pad(blocks, (1, 0)), 4, 1)[0].numpy()
             turned = [np.flip(stored.transpose(a), np.flatnonzero(m)) for a, m in SYMMETRIES]
             assert any((batch.occupied[number].numpy() == one).all() for one in turned)

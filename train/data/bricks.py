@@ -164,9 +164,9 @@ class BrickReader:
         with self._lock:
             shard = self._open(resolution, self.index.shards[asset])
         bricks = shard.bricks(self.index.uids[asset])
-        if not len(bricks.blocks):
+        if not len(bricks.cells):
             raise ValueError("no blocks")
-        if bricks.blocks.min() < 0 or bricks.blocks.max() >= resolution // CELL_SIDE:
+        if bricks.cells.min() < 0 or bricks.cells.max() >= resolution // CELL_SIDE:
             raise ValueError(f"blocks must lie in 0..{resolution // CELL_SIDE - 1}")
         size = magnitude_bits(bricks.values)
         if size.max() > ONE_BITS:

@@ -27,13 +27,13 @@ def transform_bricks(bricks: Bricks, symmetry: int) -> Bricks:
         raise ValueError(f"symmetry must be in 0..{len(SYMMETRIES) - 1}, got {symmetry}")
     if symmetry == 0:
         return bricks
-    blocks = transform_points(bricks.blocks, bricks.resolution // CELL_SIDE, symmetry)
+    blocks = transform_points(bricks.cells, bricks.resolution // CELL_SIDE, symmetry)
     rows = np.lexsort(blocks.T[::-1])
     points = _point_order(symmetry)
     sharp = np.unpackbits(bricks.sharp, axis=1, bitorder="little")[rows].take(points, axis=1)
     return replace(
         bricks,
-        blocks=blocks[rows],
+        cells=blocks[rows],
         values=bricks.values[rows].take(points, axis=1),
         sharp=np.packbits(sharp, axis=1, bitorder="little"),
     )

@@ -1,4 +1,4 @@
-"""Marching cubes on 8^3 bricks: only cells whose eight corners are known, one vertex per crossed grid edge."""
+"""Marching cubes on 8^3 bricks: only cubes whose eight corners are known, one vertex per crossed grid edge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline.core.grid import CELL_SIDE, check_resolution, spacing
 from pipeline.core.schema import Bricks
 
-# Corner c of a cell lies at (c >> 2, c >> 1 & 1, c & 1). Edge e = 4 * axis + n joins two corners that differ in `axis`;
+# Corner c of a cube lies at (c >> 2, c >> 1 & 1, c & 1). Edge e = 4 * axis + n joins two corners that differ in `axis`;
 # n = 2 * u + v counts the positions of the other two axes in order.
 _EDGES = [
     (base, base | 4 >> axis) for axis in range(3) for base in range(8) if not base & 4 >> axis
@@ -21,7 +21,7 @@ _EDGES = [
 def _case_loops(case: int) -> list[list[int]]:
     """The directed polygons of crossed edges that separate the inside corners (bits of case) from the others.
 
-    On every face the crossings are joined so that inside corners stay apart; both cells at a face see the same four
+    On every face the crossings are joined so that inside corners stay apart; both cubes at a face see the same four
     corners, so their polygons meet there and the surface has no cracks.
     """
     inside = [case >> c & 1 for c in range(8)]
@@ -34,7 +34,7 @@ def _case_loops(case: int) -> list[list[int]]:
             ring = [start, start | u, start | u | v, start | v]
             if (side == 1) != (
                 axis != 1
-            ):  # walk the face counterclockwise as seen from outside the cell
+            ):  # walk the face counterclockwise as seen from outside the cube
                 ring = ring[::-1]
             for n in range(4):  # a directed segment around each run of inside corners
                 here, there = ring[n], ring[(n + 1) % 4]
@@ -56,13 +56,13 @@ def _case_loops(case: int) -> list[list[int]]:
 
 
 def _same_face(e: int, f: int) -> bool:
-    """Whether two edges of the cell lie on one of its faces."""
+    """Whether two edges of the cube lie on one of its faces."""
     corners = [*_EDGES[e], *_EDGES[f]]
     return any(len({c >> k & 1 for c in corners}) == 1 for k in range(3))
 
 
 def _triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
-    """Cuts a polygon into triangles without a diagonal in a face of the cell, where the neighbour may have it too."""
+    """Cuts a polygon into triangles without a diagonal in a face of the cube, where the neighbour may have it too."""
     if len(loop) == 3:
         return [(loop[0], loop[1], loop[2])]
     count = len(loop)
@@ -73,7 +73,7 @@ def _triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
             return _triangulate(loop[i : j + 1]) + _triangulate(loop[j:] + loop[: i + 1])
         except LookupError:
             continue
-    raise LookupError(f"no diagonal inside the cell for {loop}")
+    raise LookupError(f"no diagonal inside the cube for {loop}")
 
 
 def _build_tables() -> tuple[NDArray[np.int8], NDArray[np.int8]]:
@@ -93,13 +93,13 @@ _EDGE_CORNERS = np.array(_EDGES, np.int64)
 
 
 @njit(cache=True)
-def _gather(m, blocks, slots, values, corner):
-    """[9, 9, 9] values of a block and the first layer of its neighbours; NaN where no block is stored."""
+def _gather(m, cells, slots, values, corner):
+    """[9, 9, 9] values of a cell and the first layer of its neighbours; NaN where no cell is stored."""
     size = len(slots)
     for a in range(2):
         for b in range(2):
             for c in range(2):
-                x, y, z = blocks[m, 0] + a, blocks[m, 1] + b, blocks[m, 2] + c
+                x, y, z = cells[m, 0] + a, cells[m, 1] + b, cells[m, 2] + c
                 n = slots[x, y, z] if max(x, y, z) < size else -1
                 for i in range(8 * a, 9 if a else 8):
                     for j in range(8 * b, 9 if b else 8):
@@ -110,14 +110,14 @@ def _gather(m, blocks, slots, values, corner):
 
 
 @njit(cache=True)
-def _crossings(blocks, slots, values, level):
-    """Per point the crossed edges it owns (bit a: towards + on axis a), and the rank of its first one in its block."""
-    mask = np.zeros((len(blocks), 512), np.uint8)
-    first = np.zeros((len(blocks), 512), np.uint16)
-    offsets = np.zeros(len(blocks) + 1, np.int64)
+def _crossings(cells, slots, values, level):
+    """Per point the crossed edges it owns (bit a: towards + on axis a), and the rank of its first one in its cell."""
+    mask = np.zeros((len(cells), 512), np.uint8)
+    first = np.zeros((len(cells), 512), np.uint16)
+    offsets = np.zeros(len(cells) + 1, np.int64)
     corner = np.empty((9, 9, 9), np.float32)
-    for m in range(len(blocks)):
-        _gather(m, blocks, slots, values, corner)
+    for m in range(len(cells)):
+        _gather(m, cells, slots, values, corner)
         count = 0
         for p in range(512):
             i, j, k = p // 64, p // 8 % 8, p % 8
@@ -133,13 +133,13 @@ def _crossings(blocks, slots, values, level):
 
 
 @njit(cache=True)
-def _march(blocks, slots, values, level, mask, first, offsets, counts, table, edge_corners):
+def _march(cells, slots, values, level, mask, first, offsets, counts, table, edge_corners):
     vertices = np.empty((offsets[-1], 3))
     faces = np.empty((max(2 * offsets[-1], 16), 3), np.int64)
     written = 0
     corner = np.empty((9, 9, 9), np.float32)
-    for m in range(len(blocks)):
-        _gather(m, blocks, slots, values, corner)
+    for m in range(len(cells)):
+        _gather(m, cells, slots, values, corner)
         number = offsets[m]
         for p in range(512):
             i, j, k = p // 64, p // 8 % 8, p % 8
@@ -151,7 +151,7 @@ def _march(blocks, slots, values, level, mask, first, offsets, counts, table, ed
                         - level
                     )
                     for d in range(3):
-                        vertices[number, d] = 8 * blocks[m, d] + (
+                        vertices[number, d] = 8 * cells[m, d] + (
                             i if d == 0 else (j if d == 1 else k)
                         )
                     vertices[number, axis] += here / (here - there)
@@ -175,7 +175,7 @@ def _march(blocks, slots, values, level, mask, first, offsets, counts, table, ed
                     e = table[case, t, d]
                     c = edge_corners[e, 0]
                     x, y, z = i + (c >> 2), j + (c >> 1 & 1), k + (c & 1)
-                    n = slots[blocks[m, 0] + x // 8, blocks[m, 1] + y // 8, blocks[m, 2] + z // 8]
+                    n = slots[cells[m, 0] + x // 8, cells[m, 1] + y // 8, cells[m, 2] + z // 8]
                     q = 64 * (x % 8) + 8 * (y % 8) + z % 8
                     rank = 0
                     for lower in range(e // 4):
@@ -188,18 +188,18 @@ def _march(blocks, slots, values, level, mask, first, offsets, counts, table, ed
 def extract(bricks: Bricks, level: float = 0.0) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
     """The surface where the bricks pass through `level`: vertices [V, 3] in the cube, faces [F, 3] seen from outside.
 
-    Values below the level are inside. A cell is marched only if its eight corners are stored, so nothing is invented in
+    Values below the level are inside. A cube is marched only if its eight corners are stored, so nothing is invented in
     space that was not. Where every sign change lies between stored points the surface is closed. `bricks.values` may be
     any float dtype; values are compared in float32.
     """
     size = check_resolution(bricks.resolution) // CELL_SIDE
-    blocks = bricks.blocks.astype(np.int64)
+    cells = bricks.cells.astype(np.int64)
     slots = np.full((size, size, size), -1, np.int32)
-    slots[tuple(blocks.T)] = np.arange(len(blocks), dtype=np.int32)
+    slots[tuple(cells.T)] = np.arange(len(cells), dtype=np.int32)
     values = np.ascontiguousarray(bricks.values, dtype=np.float32)
-    mask, first, offsets = _crossings(blocks, slots, values, np.float32(level))
+    mask, first, offsets = _crossings(cells, slots, values, np.float32(level))
     vertices, faces = _march(
-        blocks,
+        cells,
         slots,
         values,
         np.float32(level),

@@ -139,13 +139,13 @@ class Case:
         )
         self.half, self.trusted = sdf.SHEET_HALF_VOXELS * self.h, sdf.FLOOD_VOXELS * spacing(T)
         bins = bin_triangles(self.packed, R, max(self.tau + self.half, self.trusted) / self.h)
-        counts, chosen = np.diff(bins.offsets), np.arange(len(bins.blocks))
+        counts, chosen = np.diff(bins.offsets), np.arange(len(bins.cells))
         if blocks is not None and blocks < len(chosen):  # with more candidates rather than with few
             random = np.random.default_rng(seed)
             chosen = np.sort(
                 random.choice(chosen, blocks, replace=False, p=counts**2 / (counts**2).sum())
             )
-        self.blocks = bins.blocks[chosen]
+        self.blocks = bins.cells[chosen]
         self.offsets = np.concatenate([[0], np.cumsum(counts[chosen])])
         self.candidates = np.concatenate(
             [bins.triangles[bins.offsets[m] : bins.offsets[m + 1]] for m in chosen]
@@ -153,7 +153,7 @@ class Case:
 
     def by_numba(self):
         exterior = self.topology.exterior
-        return sdf._fill_blocks(
+        return sdf._fill_cells(
             self.packed, self.kinds, self.blocks, self.offsets, self.candidates, self.R, self.tau, self.half,
             spacing(self.topology.resolution), exterior.bins.bin_of, exterior.outside, exterior.whole,
         )  # fmt: skip
@@ -435,7 +435,7 @@ def test_whole_bricks_on_the_gpu(name):
     topology = build_topology(MESHES[name], TopologyConfig(resolution=128))
     for R in (128, 256):
         cpu, gpu = sdf.compute_bricks(topology, R), sdf.compute_bricks(topology, R, "cuda")
-        np.testing.assert_array_equal(gpu.blocks, cpu.blocks)
+        np.testing.assert_array_equal(gpu.cells, cpu.cells)
         tau = band(R) / spacing(R)
         difference = np.abs(gpu.values.astype(np.float64) - cpu.values.astype(np.float64)) * tau
         assert difference.max() <= LIMIT + tau * 2**-11  # neighbouring float16

@@ -28,7 +28,7 @@ def analytic_bricks(distance, resolution, reach=1.0):
         values.append(np.clip(d[near] / tau, -1, 1).astype(np.float16))
     blocks, values = np.concatenate(blocks), np.concatenate(values)
     sharp = np.zeros((len(blocks), 64), np.uint8)
-    return Bricks(resolution=resolution, blocks=blocks.astype(np.int16), values=values, sharp=sharp)
+    return Bricks(resolution=resolution, cells=blocks.astype(np.int16), values=values, sharp=sharp)
 
 
 def sphere(radius, centre=(0.0, 0.0, 0.0)):
@@ -73,7 +73,7 @@ def test_surfaces_of_a_batch_are_where_they_should_be():
 
 def test_the_level_moves_the_surface():
     one = analytic_bricks(sphere(0.3), 64)
-    vertices, _ = mesh_of(one.blocks, one.values.astype(np.float32), 64, level=0.5)
+    vertices, _ = mesh_of(one.cells, one.values.astype(np.float32), 64, level=0.5)
     batch = BrickBatch.collate([one])
     ((same, _),) = extract_meshes(batch.cells, batch.values, level=0.5)
     assert len(same) == len(vertices)
@@ -83,8 +83,8 @@ def test_the_level_moves_the_surface():
 
 def test_nothing_is_invented_beyond_decoded_cells():
     one = analytic_bricks(sphere(0.3), 64)
-    keep = one.blocks[:, 0] < 4
-    vertices, faces = mesh_of(one.blocks[keep], one.values[keep], 64)
+    keep = one.cells[:, 0] < 4
+    vertices, faces = mesh_of(one.cells[keep], one.values[keep], 64)
     assert len(faces)
     assert (
         vertices[:, 0].max() <= 31 * spacing(64) - 0.5 + 1e-9
@@ -149,9 +149,9 @@ print(len(cells), len(vertices), len(faces), seconds, base, resource.getrusage(r
 )
 def test_1024_takes_seconds_and_far_less_than_4_gb(tmp_path, distance, number, cells):
     one = analytic_bricks(distance, 1024)
-    assert abs(len(one.blocks) - cells) < 0.05 * cells
+    assert abs(len(one.cells) - cells) < 0.05 * cells
     files = [tmp_path / f"{name}.npy" for name in ("coords", "values", "vertices", "faces")]
-    np.save(files[0], np.pad(one.blocks.astype(np.int32), ((0, 0), (1, 0))))
+    np.save(files[0], np.pad(one.cells.astype(np.int32), ((0, 0), (1, 0))))
     np.save(files[1], one.values)
     child = subprocess.run(
         [sys.executable, "-c", _CHILD, *map(str, files)], capture_output=True, text=True, check=True

@@ -34,7 +34,7 @@ def bricks_of(sdf, keep=lambda blocks: np.ones(len(blocks), bool)):
     blocks = blocks[keep(blocks)]
     sharp = np.zeros((len(blocks), 64), np.uint8)
     return Bricks(
-        resolution=R, blocks=blocks.astype(np.int16), values=cells[tuple(blocks.T)], sharp=sharp
+        resolution=R, cells=blocks.astype(np.int16), values=cells[tuple(blocks.T)], sharp=sharp
     )
 
 
@@ -81,7 +81,7 @@ def test_a_sound_mesh_is_left_alone():
 def test_missing_cells_leave_a_closed_mesh(missing):
     random = np.random.default_rng(missing)
     whole = bricks_of(ball(0.35))
-    lost = random.permutation(len(whole.blocks)) < missing
+    lost = random.permutation(len(whole.cells)) < missing
     bricks = bricks_of(ball(0.35), lambda blocks: ~lost)
     vertices, faces = extract(bricks)
     assert count_open_edges(faces) > 0

@@ -120,7 +120,7 @@ def test_occupancy_is_where_the_blocks_are():
     bricks = compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
     cells = np.unpackbits(np.frombuffer(occupancy_signature(bricks), np.uint8)).reshape(16, 16, 16)
     expected = {
-        tuple(cell) for cell in (bricks.blocks * 2).tolist()
+        tuple(cell) for cell in (bricks.cells * 2).tolist()
     }  # 8 blocks a side at 64: every second cell
     assert {tuple(cell) for cell in np.argwhere(cells).tolist()} == expected
 

@@ -40,7 +40,7 @@ def test_values_signs_and_blocks_equal_brute_force(name, resolution):
     candidates = geo.grid_points_where(solid.smooth, tau + solid.sag, resolution)
     near = geo.brute_distance(candidates * spacing(resolution) - 0.5, solid.mesh) < tau
     expected_blocks = np.unique(candidates[near] // CELL_SIDE, axis=0)
-    np.testing.assert_array_equal(bricks.blocks, expected_blocks)
+    np.testing.assert_array_equal(bricks.cells, expected_blocks)
 
     points = geo.points_of(bricks).reshape(-1, 3)
     smooth = solid.smooth(points)
@@ -73,7 +73,7 @@ def test_a_sphere_inside_a_sphere_vanishes():
         faces=np.concatenate([outer.mesh.faces, inner.mesh.faces + len(outer.mesh.vertices)]),
     )
     alone, nested = bricks_of(outer.mesh, 128), bricks_of(both, 128)
-    np.testing.assert_array_equal(nested.blocks, alone.blocks)
+    np.testing.assert_array_equal(nested.cells, alone.cells)
     np.testing.assert_array_equal(nested.values, alone.values)
 
 
@@ -178,7 +178,7 @@ def test_orientation_and_duplicates_do_not_matter():
     }
     for name, variant in variants.items():
         bricks = bricks_of(variant, 128)
-        np.testing.assert_array_equal(bricks.blocks, clean.blocks, err_msg=name)
+        np.testing.assert_array_equal(bricks.cells, clean.cells, err_msg=name)
         np.testing.assert_array_equal(bricks.values, clean.values, err_msg=name)
         np.testing.assert_array_equal(bricks.sharp, clean.sharp, err_msg=name)
 
@@ -306,7 +306,7 @@ def test_resolutions_agree_and_refinement_changes_no_sign():
     topology = build_topology(mesh, TopologyConfig(resolution=128))
     fine = compute_bricks(topology, 256)
     dense = np.full((256,) * 3, np.nan)
-    for block, values in zip(fine.blocks, fine.values):
+    for block, values in zip(fine.cells, fine.values):
         x, y, z = block * 8
         dense[x : x + 8, y : y + 8, z : z + 8] = values.reshape(8, 8, 8).astype(np.float64) * band(
             256

@@ -75,7 +75,7 @@ def test_the_device_changes_no_hash_and_screening_takes_none():
 
 
 def test_chunks_are_all_blocks_in_order_within_the_limits(monkeypatch):
-    monkeypatch.setattr(gpu, "CHUNK_BLOCKS", 4)
+    monkeypatch.setattr(gpu, "CHUNK_CELLS", 4)
     monkeypatch.setattr(gpu, "CHUNK_CANDIDATES", 10)
     counts = np.array([3, 3, 3, 3, 30, 1, 1, 1, 1, 1, 10, 1])
     chunks = list(gpu._chunks(np.concatenate([[0], np.cumsum(counts)])))
@@ -85,18 +85,18 @@ def test_chunks_are_all_blocks_in_order_within_the_limits(monkeypatch):
 
 def test_parts_come_together_as_on_the_cpu(monkeypatch):
     """The whole path, in Triton's interpreter."""
-    monkeypatch.setattr(gpu, "CHUNK_BLOCKS", 3)
+    monkeypatch.setattr(gpu, "CHUNK_CELLS", 3)
     for name in ("NARROW_TILE", "DISTANCE_TILE", "VOTE_TILE"):
         monkeypatch.setattr(f"kernels.sdf.distances.{name}", 32)
     topology, R = build_topology(geo.box((0.5, 0.3, 0.2)).mesh, TopologyConfig(resolution=64)), 16
-    fill = gpu.fill_blocks
+    fill = gpu.fill_cells
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(
-        gpu, "fill_blocks", lambda *args, **kwargs: fill(*args, **kwargs, device=device)
+        gpu, "fill_cells", lambda *args, **kwargs: fill(*args, **kwargs, device=device)
     )
     expected, found = cpu.compute_bricks(topology, R), cpu.compute_bricks(topology, R, "cuda")
-    np.testing.assert_array_equal(found.blocks, expected.blocks)
-    assert len(found.blocks) == 8
+    np.testing.assert_array_equal(found.cells, expected.cells)
+    assert len(found.cells) == 8
     np.testing.assert_array_equal(found.sharp, expected.sharp)
     assert found.values.dtype == np.float16
     apart = np.abs(found.values.astype(np.float32) - expected.values.astype(np.float32))
@@ -110,9 +110,9 @@ def test_a_full_gpu_is_tried_again(monkeypatch):
     topology = build_topology(geo.box((0.5, 0.3, 0.2)).mesh, TopologyConfig(resolution=64))
     monkeypatch.setattr("kernels.sdf.distances.block_distances", full)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    fill = gpu.fill_blocks
+    fill = gpu.fill_cells
     monkeypatch.setattr(
-        gpu, "fill_blocks", lambda *args, **kwargs: fill(*args, **kwargs, device="cpu")
+        gpu, "fill_cells", lambda *args, **kwargs: fill(*args, **kwargs, device="cpu")
     )
     with pytest.raises(Transient, match="gpu_out_of_memory"):
         cpu.compute_bricks(topology, 16, "cuda")

@@ -57,7 +57,7 @@ def test_a_cube_goes_through_every_stage(tmp_path):
     assert notes.row["scale"] == pytest.approx(0.95)
     assert notes.row["sign_path"] == "closed"
     bricks = load_bricks(folder / "sdf-64", 64)
-    assert len(bricks.blocks) == notes.products["sdf-64"]["tokens"] > 0
+    assert len(bricks.cells) == notes.products["sdf-64"]["tokens"] > 0
     uid = make_uid("folder", "a.obj")
     wanted = {f"{uid}-0{view}.{kind}" for view in (0, 1) for kind in ("png", "json")}
     assert {path.name for path in (folder / "renders-paper").iterdir()} == wanted
@@ -135,7 +135,7 @@ def test_bricks_survive_scratch(tmp_path):
     bricks = random_bricks(7)
     save_bricks(tmp_path, bricks)
     again = load_bricks(tmp_path, bricks.resolution)
-    for name in ("blocks", "values", "sharp"):
+    for name in ("cells", "values", "sharp"):
         np.testing.assert_array_equal(getattr(again, name), getattr(bricks, name), strict=True)
 
 

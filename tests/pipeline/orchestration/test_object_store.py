@@ -120,7 +120,7 @@ def test_the_same_objects_with_the_same_bytes_and_readers_that_take_urls(
     uid = next(row["uid"] for row in rows_of(local.out) if row["status"] == "done")
     here, there = (SdfShard(cfg.out / "sdf/64/000000.zarr") for cfg in (local, cfg))
     assert there.uids == here.uids
-    for name in ("blocks", "values", "sharp"):
+    for name in ("cells", "values", "sharp"):
         assert np.array_equal(getattr(there.bricks(uid), name), getattr(here.bricks(uid), name))
     url = f"s3://{BUCKET}/{prefix}/renders/paper/000000.tar"
     here, there = RenderShard(local.out / "renders/paper/000000.tar"), RenderShard(url)

@@ -25,7 +25,7 @@ def random_bricks(tokens, seed=0, resolution=RESOLUTION):
     blocks = np.stack(np.unravel_index(keys, (side,) * 3), axis=1).astype(np.int16)
     values = rng.uniform(-0.99, 0.99, (tokens, 512)).astype(np.float16)
     sharp = rng.integers(0, 256, (tokens, 64)).astype(np.uint8)
-    return Bricks(resolution=resolution, blocks=blocks, values=values, sharp=sharp)
+    return Bricks(resolution=resolution, cells=blocks, values=values, sharp=sharp)
 
 
 def files(path):
@@ -52,10 +52,10 @@ def test_every_asset_comes_back_by_row_and_by_uid(shard):
     reader = SdfShard(shard)
     assert reader.uids == [uid for uid, _ in ASSETS]
     for row, (uid, bricks) in enumerate(ASSETS):
-        assert reader.tokens(uid) == len(bricks.blocks)
+        assert reader.tokens(uid) == len(bricks.cells)
         for got in (reader.bricks(row), reader.bricks(uid)):
             assert got.resolution == RESOLUTION
-            for name in ("blocks", "values", "sharp"):
+            for name in ("cells", "values", "sharp"):
                 np.testing.assert_array_equal(
                     getattr(got, name), getattr(bricks, name), strict=True
                 )
@@ -132,7 +132,7 @@ def test_dense_places_every_point(tmp_path):
     values = np.linspace(-1, 1, 1024).astype(np.float16).reshape(2, 512)
     bricks = Bricks(
         resolution=16,
-        blocks=np.array([[0, 0, 1], [1, 0, 0]], np.int16),
+        cells=np.array([[0, 0, 1], [1, 0, 0]], np.int16),
         values=values,
         sharp=np.zeros((2, 64), np.uint8),
     )
@@ -176,9 +176,9 @@ def edited(name, place, value):
 
 
 BAD_BRICKS = {
-    "not in x, y, z order": changed(blocks=random_bricks(50).blocks[::-1].copy()),
-    "duplicate": changed(blocks=np.repeat(random_bricks(50).blocks[::2], 2, axis=0)),
-    "outside 0..15": edited("blocks", 49, 16),
+    "not in x, y, z order": changed(cells=random_bricks(50).cells[::-1].copy()),
+    "duplicate": changed(cells=np.repeat(random_bricks(50).cells[::2], 2, axis=0)),
+    "outside 0..15": edited("cells", 49, 16),
     "not finite": edited("values", (3, 7), np.nan),
     "outside [-1, 1]": edited("values", (3, 7), 1.5),
     "without an active point": changed(
@@ -212,12 +212,12 @@ def test_points_whose_activity_was_rounded_away_are_no_breach(tmp_path):
     sharp[:2, :, :, 5] = True
     bricks = Bricks(
         resolution=RESOLUTION,
-        blocks=np.array([[3, 3, 0], [3, 3, 1], [3, 3, 2]], np.int16),
+        cells=np.array([[3, 3, 0], [3, 3, 1], [3, 3, 2]], np.int16),
         values=values.reshape(3, 512),
         sharp=np.packbits(sharp.reshape(3, 512), axis=1, bitorder="little"),
     )
     assert list(brick_problems(bricks)) == []
-    far = replace(bricks, blocks=np.array([[3, 3, 0], [3, 3, 1], [3, 3, 3]], np.int16))
+    far = replace(bricks, cells=np.array([[3, 3, 0], [3, 3, 1], [3, 3, 3]], np.int16))
     assert list(brick_problems(far)) == ["1 blocks without an active point"]
     sharp[:2, 4, 4, 5], sharp[:2, 4, 4, 6] = False, True  # two voxels from anything active
     deep = replace(bricks, sharp=np.packbits(sharp.reshape(3, 512), axis=1, bitorder="little"))

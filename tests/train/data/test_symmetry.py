@@ -30,7 +30,7 @@ def test_equals_the_bricks_of_the_moved_shape(symmetry):
         bricks_of(FIELD, R, moved_back(symmetry)),
     )
     assert moved.resolution == R
-    for name in ("blocks", "values", "sharp"):
+    for name in ("cells", "values", "sharp"):
         ours, theirs = getattr(moved, name), getattr(expected, name)
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs, name)
@@ -47,9 +47,9 @@ def test_there_are_48_and_the_first_changes_nothing():
 def test_points_move_like_bricks():
     bricks = bricks_of(FIELD, R)
     for symmetry in (5, 23, 47):
-        moved = transform_points(bricks.blocks, R // 8, symmetry)
+        moved = transform_points(bricks.cells, R // 8, symmetry)
         assert {*map(tuple, moved.tolist())} == {
-            *map(tuple, transform_bricks(bricks, symmetry).blocks.tolist())
+            *map(tuple, transform_bricks(bricks, symmetry).cells.tolist())
         }
 
 

@@ -100,7 +100,7 @@ class GridLoader(BrickLoader):
     def _read_cells(self, asset: int) -> tuple[int, NDArray[np.int16]]:
         """The asset that is read in its place, mostly itself, and its occupied cells, [M, 3]."""
         found, bricks = self._readable(asset, self.cfg.resolution)
-        return found, bricks.blocks[magnitude_bits(bricks.values).min(axis=1) < ONE_BITS]
+        return found, bricks.cells[magnitude_bits(bricks.values).min(axis=1) < ONE_BITS]
 
     def batch(self, draws: Sequence[SampleId], share: float) -> GridBatch:
         """A batch of the given draws."""

@@ -23,7 +23,7 @@ def bricks_from(dense):
     values = dense.reshape(size, 8, size, 8, size, 8).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 512)
     sharp = np.zeros((len(blocks), 64), np.uint8)
     return Bricks(
-        resolution=len(dense), blocks=blocks, values=values.astype(np.float32), sharp=sharp
+        resolution=len(dense), cells=blocks, values=values.astype(np.float32), sharp=sharp
     )
 
 
@@ -77,9 +77,9 @@ def test_cells_with_an_unknown_corner_are_left_out():
     dense = np.full((24, 24, 24), 9.0)
     dense[:, :16, :16] = j - 7.5 + 0 * i + 0 * k
     whole = bricks_from(dense)
-    keep = (whole.blocks[:, 2] == 0) & (whole.blocks[:, 1] < 2) & (whole.blocks[:, 0] < 2)
+    keep = (whole.cells[:, 2] == 0) & (whole.cells[:, 1] < 2) & (whole.cells[:, 0] < 2)
     part = Bricks(
-        resolution=24, blocks=whole.blocks[keep], values=whole.values[keep], sharp=whole.sharp[keep]
+        resolution=24, cells=whole.cells[keep], values=whole.values[keep], sharp=whole.sharp[keep]
     )
     vertices, faces = extract(part)
     index = (vertices + 0.5) / spacing(24)
@@ -95,7 +95,7 @@ def test_the_watertight_mesh_is_closed_and_on_the_zero_level(resolution):
     mesh = watertight(bricks)
     assert_closed_and_oriented(mesh.faces)
     dense = np.full((resolution,) * 3, np.nan)
-    for (x, y, z), values in zip(bricks.blocks.astype(int) * 8, bricks.values):
+    for (x, y, z), values in zip(bricks.cells.astype(int) * 8, bricks.values):
         dense[x : x + 8, y : y + 8, z : z + 8] = values.reshape(8, 8, 8)
     index = (mesh.vertices + 0.5) / spacing(resolution)
     low = np.clip(np.floor(index).astype(int), 0, resolution - 2)
@@ -112,7 +112,7 @@ def test_the_watertight_mesh_is_closed_and_on_the_zero_level(resolution):
 
 def test_no_surface_is_rejected():
     empty = Bricks(
-        resolution=64, blocks=np.zeros((0, 3), np.int16), values=np.zeros((0, 512), np.float16),
+        resolution=64, cells=np.zeros((0, 3), np.int16), values=np.zeros((0, 512), np.float16),
         sharp=np.zeros((0, 64), np.uint8),
     )  # fmt: skip
     with pytest.raises(Reject, match="no_surface"):

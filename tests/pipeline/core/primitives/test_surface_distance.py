@@ -17,7 +17,7 @@ from train.stages.vae.task import inside_iou
 
 def sphere(radius, R=64):
     bricks = bricks_of(ellipsoid((0, 0, 0), (radius,) * 3), R)
-    return mesh_of(bricks.blocks, bricks.values, R)
+    return mesh_of(bricks.cells, bricks.values, R)
 
 
 def brute_force(points, vertices, faces):
