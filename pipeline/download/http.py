@@ -1,15 +1,14 @@
-"""One HTTP request: repeated while that may help, its redirects followed, its host not crowded, its answer bounded."""
+"""One HTTP request: retries, redirects, a connection limit per host and a size limit."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -21,56 +20,74 @@ from urllib3.exceptions import (
     MaxRetryError,
     NewConnectionError,
     ProtocolError,
-    TimeoutError,
 )
+from urllib3.exceptions import TimeoutError as HTTPTimeoutError
 from urllib3.util import Retry, Timeout
 
 from pipeline.core.errors import Reject, Transient
+from pipeline.core.files import lock_one_of
 from pipeline.download.config import FetchConfig
 
-PIECE = 1 << 16
-RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
-HARMLESS = ("Range", "If-Range", "Accept", "Content-Type")
+CHUNK_BYTES = 1 << 16
+RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
+HEADERS_FOR_OTHER_HOSTS = ("Range", "If-Range", "Accept", "Content-Type")  # no credentials
 Response = urllib3.BaseHTTPResponse
 
 
 def request(
     method: str,
-    ask: Callable[[], tuple[str, dict[str, str]]],
-    take: Callable[[Response], None],
+    prepare: Callable[[], tuple[str, dict[str, str]]],
+    consume: Callable[[Response], None],
     cfg: FetchConfig,
     body: bytes | None = None,
-    refused: Callable[[int], None] = lambda status: None,
+    on_refusal: Callable[[int], None] = lambda status: None,
 ) -> None:
-    """Ask, and let `take` read the answer, until it has read one to its end."""
+    """Send an HTTP request and retry temporary errors until one response is read completely.
+
+    Args:
+        method: HTTP method, such as "GET".
+        prepare: Returns the URL and the headers. It is called before each attempt, so a retry can
+            ask for the missing rest of a file.
+        consume: Reads the body of a response with status 200 or 206. It raises
+            urllib3.exceptions.ProtocolError if the body is not usable, which is retried.
+        cfg: Timeouts and numbers of retries.
+        body: Body of the request.
+        on_refusal: Called with every other status before the status is judged. It may raise.
+
+    Raises:
+        Reject: "bad_url", "too_many_redirects", "insecure_redirect" or "http_<status>" for a status
+            that a retry cannot change.
+        Transient: "connection_lost", "no_answer", "truncated", "host_busy" or "http_<status>" after
+            `cfg.retries` retries.
+    """
     retry = Retry(
         total=cfg.retries + 1,
-        backoff_factor=cfg.backoff_s / 2,  # times 2 to the number of errors so far
+        backoff_factor=cfg.backoff_s / 2,  # urllib3 multiplies it by 2 ** errors
         backoff_jitter=cfg.backoff_s,
         backoff_max=cfg.max_wait_s,
         retry_after_max=int(cfg.max_wait_s),
-    ).increment(
-        method, ""
-    )  # urllib3 would send the first repetition at once: an error before the first makes it wait
+    )
+    # urllib3 does not wait before the first retry. An error that is counted here makes it wait.
+    retry = retry.increment(method, "")
     while True:
-        answer: Response | None = None
-        url, headers = ask()
+        refusal: Response | None = None
+        url, headers = prepare()
         try:
-            with _answer(method, url, headers, cfg, body) as response:
+            with _open_response(method, url, headers, cfg, body) as response:
                 if response.status in (200, 206):
-                    take(response)
+                    consume(response)
                     return
-                refused(response.status)
-                answer = response
+                on_refusal(response.status)
+                refusal = response
                 reason = f"http_{response.status}"
-                if not _may_pass(response):
-                    raise Reject(reason, host=_host(url))
-        except LocationValueError as error:  # also a scheme that is not http
+                if not _is_temporary(response):
+                    raise Reject(reason, host=_host_of(url))
+        except LocationValueError as error:  # also a scheme other than http
             raise Reject("bad_url", url=url[:200]) from error
         except NewConnectionError:
             reason = "connection_lost"
-        except TimeoutError:
+        except HTTPTimeoutError:
             reason = "no_answer"
         except ProtocolError as error:
             short = any(isinstance(part, IncompleteRead) for part in (error, *error.args))
@@ -78,46 +95,102 @@ def request(
         except HTTPError:
             reason = "connection_lost"
         try:
-            retry = retry.increment(method, "", response=answer)
+            retry = retry.increment(method, "", response=refusal)
         except MaxRetryError:
-            raise Transient(reason, host=_host(url)) from None
-        retry.sleep(answer)
+            raise Transient(reason, host=_host_of(url)) from None
+        retry.sleep(refusal)
 
 
 def post_json(
     url: str, body: Any, headers: Mapping[str, str], cfg: FetchConfig, max_bytes: int = 1 << 20
 ) -> Any:
-    """The JSON that a server answers to JSON. Errors as in `fetch`, and Reject "bad_answer"."""
+    """Send a value as JSON with POST and return the JSON value of the response.
+
+    Raises:
+        Reject: As `request`, "bad_answer" if the response is not JSON, or "file_too_large" if it
+            has more than `max_bytes` bytes.
+        Transient: As `request`.
+    """
     content = b""
 
-    def take(response: Response) -> None:
+    def consume(response: Response) -> None:
         nonlocal content
-        content = b"".join(pieces(response, max_bytes, cfg))
+        content = b"".join(read_chunks(response, max_bytes, cfg))
 
-    request("POST", lambda: (url, dict(headers)), take, cfg, body=json.dumps(body).encode())
+    request("POST", lambda: (url, dict(headers)), consume, cfg, body=json.dumps(body).encode())
     try:
         return json.loads(content)
     except ValueError as error:
-        raise Reject("bad_answer", host=_host(url)) from error
+        raise Reject("bad_answer", host=_host_of(url)) from error
 
 
-def _may_pass(response: Response) -> bool:
-    """Whether a refusal may end by itself. GitHub says 403 when it has been asked too often."""
-    asked_too_often = (
-        "Retry-After" in response.headers or response.headers.get("X-RateLimit-Remaining") == "0"
-    )
-    return response.status in RETRIED or (response.status == 403 and asked_too_often)
+def read_chunks(response: Response, max_bytes: int, cfg: FetchConfig) -> Iterator[bytes]:
+    """Yield the body of a response as it arrives.
+
+    Raises:
+        Reject: "file_too_large" if the body has, or claims to have, more than `max_bytes` bytes.
+        urllib3.exceptions.TimeoutError: If the body takes longer than `cfg.attempt_timeout_s`.
+        urllib3.exceptions.IncompleteRead: If the body is shorter than Content-Length.
+    """
+    deadline = time.monotonic() + cfg.attempt_timeout_s
+    claimed = response.headers.get("Content-Length", "")
+    if claimed.isdecimal() and int(claimed) > max_bytes:
+        raise Reject("file_too_large", bytes=int(claimed), max_bytes=max_bytes)
+    size = 0
+    # read1 returns what has arrived. read would block until a whole chunk is there, and a server
+    # that sends single bytes could then pass the deadline.
+    while chunk := response.read1(CHUNK_BYTES, decode_content=False):
+        size += len(chunk)
+        if size > max_bytes:
+            raise Reject("file_too_large", max_bytes=max_bytes)
+        if time.monotonic() > deadline:
+            raise HTTPTimeoutError(f"the response took longer than {cfg.attempt_timeout_s} s")
+        yield chunk
 
 
 @contextmanager
-def _answer(
+def hold_lock(
+    paths: Sequence[Path], timeout_s: float, *, delete: bool = False, **numbers: Any
+) -> Iterator[None]:
+    """Hold one of several file locks during a download.
+
+    Args:
+        paths: The lock files. See `pipeline.core.files.lock_one_of`.
+        timeout_s: Seconds to wait for a free lock.
+        delete: Delete the lock file at the end.
+        **numbers: Values for the error, by name.
+
+    Raises:
+        Transient: "host_busy" if other processes hold all locks for `timeout_s` seconds.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_one_of(paths, timeout_s=timeout_s, delete=delete))
+        except TimeoutError as error:
+            raise Transient("host_busy", **numbers) from error
+        yield
+
+
+def _is_temporary(response: Response) -> bool:
+    """Return whether a retry can succeed. GitHub answers 403 to clients that ask too often."""
+    rate_limited = (
+        "Retry-After" in response.headers or response.headers.get("X-RateLimit-Remaining") == "0"
+    )
+    return response.status in RETRIED_STATUSES or (response.status == 403 and rate_limited)
+
+
+@contextmanager
+def _open_response(
     method: str, url: str, headers: dict[str, str], cfg: FetchConfig, body: bytes | None
 ) -> Iterator[Response]:
-    """The answer after redirects, its headers read, its body not. One of the host's places is held meanwhile."""
-    origin = _parts(url)
+    """Follow redirects and yield the final response with its body unread.
+
+    One of the connections allowed to the host is occupied meanwhile.
+    """
+    origin = _split_url(url)
     for _ in range(cfg.max_redirects + 1):
         with _host_slot(url, cfg):
-            response = _pool(cfg).request(
+            response = _connection_pool(cfg).request(
                 method,
                 url,
                 body=body,
@@ -128,23 +201,25 @@ def _answer(
                 timeout=Timeout(connect=cfg.connect_timeout_s, read=cfg.read_timeout_s),
             )
             try:
-                if response.status not in REDIRECTS or "Location" not in response.headers:
+                if response.status not in REDIRECT_STATUSES or "Location" not in response.headers:
                     yield response
                     return
                 location = response.headers["Location"]
             finally:
                 response.close()
-        there = _parts(location, url)
-        url = there.geturl()
-        if there.netloc != origin.netloc:  # what one host may know is not for another
-            headers = {name: value for name, value in headers.items() if name in HARMLESS}
-        if origin.scheme == "https" and there.scheme != "https":
-            raise Reject("insecure_redirect", host=_host(url))
+        target = _split_url(location, url)
+        url = target.geturl()
+        if target.netloc != origin.netloc:  # credentials stay with the first host
+            headers = {
+                name: value for name, value in headers.items() if name in HEADERS_FOR_OTHER_HOSTS
+            }
+        if origin.scheme == "https" and target.scheme != "https":
+            raise Reject("insecure_redirect", host=_host_of(url))
     raise Reject("too_many_redirects", redirects=cfg.max_redirects)
 
 
-def _parts(url: str, base: str = "") -> SplitResult:
-    """Scheme, host and so on of an HTTP URL, which may be relative to another."""
+def _split_url(url: str, base: str = "") -> SplitResult:
+    """Split an HTTP URL, which may be relative to `base`."""
     try:
         parts = urlsplit(urljoin(base, url))
     except ValueError as error:
@@ -154,48 +229,21 @@ def _parts(url: str, base: str = "") -> SplitResult:
     return parts
 
 
-def pieces(response: Response, max_bytes: int, cfg: FetchConfig) -> Iterator[bytes]:
-    """The body, as it comes. An end before Content-Length is an IncompleteRead (ProtocolError)."""
-    deadline = time.monotonic() + cfg.attempt_timeout_s
-    claimed = response.headers.get("Content-Length", "")
-    if claimed.isdecimal() and int(claimed) > max_bytes:
-        raise Reject("file_too_large", bytes=int(claimed), max_bytes=max_bytes)
-    size = 0
-    while piece := response.read1(
-        PIECE, decode_content=False
-    ):  # what there is: read would wait for all of it
-        size += len(piece)
-        if size > max_bytes:
-            raise Reject("file_too_large", max_bytes=max_bytes)
-        if time.monotonic() > deadline:
-            raise TimeoutError("too slow")
-        yield piece
-
-
 @cache
-def _pool(cfg: FetchConfig) -> urllib3.PoolManager:
+def _connection_pool(cfg: FetchConfig) -> urllib3.PoolManager:
     return urllib3.ProxyManager(cfg.proxy) if cfg.proxy else urllib3.PoolManager()
 
 
-def _host(url: str) -> str:
+def _host_of(url: str) -> str:
+    """Return host and port of a URL without the user's name and password."""
     return urlsplit(url).netloc.rpartition("@")[2][:100]
 
 
 @contextmanager
 def _host_slot(url: str, cfg: FetchConfig) -> Iterator[None]:
-    """One of the host's places, shared by all processes of the machine; a process that dies leaves its place."""
-    folder = cfg.root / "hosts" / hashlib.sha256(_host(url).encode()).hexdigest()[:16]
+    """Occupy one of the `cfg.per_host` connections that all processes of the machine share."""
+    folder = cfg.root / "hosts" / hashlib.sha256(_host_of(url).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + cfg.attempt_timeout_s
-    while True:
-        for number in random.sample(range(cfg.per_host), cfg.per_host):
-            with (folder / f"{number}.lock").open("wb") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                yield
-                return
-        if time.monotonic() > deadline:
-            raise Transient("host_busy", host=_host(url))
-        time.sleep(random.uniform(0.02, 0.2))
+    slots = [folder / f"{number}.lock" for number in range(cfg.per_host)]
+    with hold_lock(slots, cfg.attempt_timeout_s, host=_host_of(url)):
+        yield

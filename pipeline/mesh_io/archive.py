@@ -1,4 +1,4 @@
-"""Unpacks zip and tar archives that strangers made: counted, bounded, and only ever into the folder that is given."""
+"""Unpack zip and tar archives from untrusted sources within limits and inside one folder."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from pipeline.core.errors import Reject
 from pipeline.mesh_io.file_checks import MESH_FORMATS
 
 ARCHIVE_FORMATS = ("zip", "tar", "tar.gz", "tgz", "tar.bz2", "tar.xz")
-PIECE = 1 << 20
-BROKEN = (
+CHUNK_BYTES = 1 << 20
+# What the readers raise on a damaged archive.
+ARCHIVE_ERRORS = (
     zipfile.BadZipFile,
     tarfile.TarError,
     zlib.error,
     lzma.LZMAError,
     struct.error,
     EOFError,
-    NotImplementedError,  # a compression that Python does not know
-    RuntimeError,  # a password
+    NotImplementedError,  # an unknown compression
+    RuntimeError,  # an encrypted member
     UnicodeError,
     ValueError,
 )
-BAD_NAME = (
+# What the file system answers to a member's name that no file can have.
+BAD_NAME_ERRNOS = (
     errno.ENAMETOOLONG,
     errno.EEXIST,
     errno.EISDIR,
@@ -42,24 +44,41 @@ BAD_NAME = (
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveLimits:
-    """What an archive may hold; bytes are counted as they are unpacked, whatever the archive says."""
+    """Largest contents of an archive. Bytes are counted while they are unpacked."""
 
     max_members: int = 10_000
+    """Largest number of members."""
+
     max_bytes: int = 1 << 30
-    max_ratio: float = 200.0  # bytes unpacked to bytes of the archive, beyond the first 64 MB
+    """Largest number of unpacked bytes."""
+
+    max_ratio: float = 200.0
+    """Largest ratio of unpacked bytes to bytes of the archive, beyond the first 64 MiB."""
 
 
 def archive_format(name: str) -> str:
-    """The ending of an archive's name without its dot, lower case; "" if it is none."""
+    """Return the archive extension of a file name in lower case, "" if it is not an archive."""
     return next((ending for ending in ARCHIVE_FORMATS if name.lower().endswith(f".{ending}")), "")
 
 
 def extract(path: Path, folder: Path, limits: ArchiveLimits, below: str = "") -> list[Path]:
-    """Writes the regular files of a zip or tar to `folder` and returns them in the archive's order.
+    """Unpack the regular files of a zip or tar archive into a folder.
 
-    `below`: only members under that directory. Links and devices are left out. Reject: "archive_bomb" (members, bytes
-    or ratio), "archive_path" (a member that is absolute, climbs out, or has a name that no file can have),
-    "unreadable" (no archive, cut short, encrypted).
+    Links, devices and other special members are skipped.
+
+    Args:
+        path: The archive. Its content decides the format, not its name.
+        folder: Directory for the files. No file is written outside it.
+        limits: Largest number of members and bytes.
+        below: Unpack only the members under this directory of the archive. "" unpacks all.
+
+    Returns:
+        The paths of the unpacked files in the order of the archive.
+
+    Raises:
+        Reject: "archive_bomb" (too many members or bytes), "archive_path" (a member's name is
+            absolute, leads out of the folder, or is impossible for a file) or "unreadable" (no
+            archive, truncated or encrypted).
     """
     size = path.stat().st_size
     allowed = min(limits.max_bytes, max(1 << 26, int(limits.max_ratio * size)))
@@ -67,46 +86,57 @@ def extract(path: Path, folder: Path, limits: ArchiveLimits, below: str = "") ->
     total = 0
     try:
         for name, file in _members(path, limits, allowed, below):
-            target = folder / _safe(name)
+            target = folder / _checked_path(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as out:
-                while piece := file.read(PIECE):
-                    total += len(piece)
+                while chunk := file.read(CHUNK_BYTES):
+                    total += len(chunk)
                     if total > allowed:
                         raise Reject("archive_bomb", bytes=total, allowed=allowed)
-                    out.write(piece)
+                    out.write(chunk)
             written.append(target)
-    except BROKEN as error:
+    except ARCHIVE_ERRORS as error:
         raise Reject("unreadable", error=type(error).__name__, what="archive") from error
     except OSError as error:
-        if error.errno in BAD_NAME:
+        if error.errno in BAD_NAME_ERRNOS:
             raise Reject("archive_path", error=errno.errorcode[error.errno]) from error
-        if error.errno is None:  # bz2
+        if error.errno is None:  # bz2 reports damaged data in this way
             raise Reject("unreadable", error=type(error).__name__, what="archive") from error
         raise
     return written
 
 
-def only_mesh(files: list[Path], folder: Path) -> Path:
-    """The one mesh file that lies highest. Reject: "archive_without_mesh", "archive_ambiguous" if it is not alone."""
-    depth: dict[int, list[Path]] = {}
+def find_only_mesh(files: list[Path], folder: Path) -> Path:
+    """Return the mesh file with the shortest path of an unpacked archive.
+
+    Hidden files and the resource forks of macOS are ignored.
+
+    Args:
+        files: The unpacked files.
+        folder: The directory that they were unpacked to.
+
+    Raises:
+        Reject: "archive_without_mesh" if there is none, "archive_ambiguous" if several mesh files
+            are equally deep.
+    """
+    meshes_by_depth: dict[int, list[Path]] = {}
     for file in files:
         parts = file.relative_to(folder).parts
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-        if file.suffix[1:].lower() in MESH_FORMATS and not hidden:
-            depth.setdefault(len(parts), []).append(file)
-    if not depth:
+        is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+        if file.suffix[1:].lower() in MESH_FORMATS and not is_hidden:
+            meshes_by_depth.setdefault(len(parts), []).append(file)
+    if not meshes_by_depth:
         raise Reject("archive_without_mesh", files=len(files))
-    highest = depth[min(depth)]
-    if len(highest) > 1:
-        raise Reject("archive_ambiguous", meshes=len(highest))
-    return highest[0]
+    topmost = meshes_by_depth[min(meshes_by_depth)]
+    if len(topmost) > 1:
+        raise Reject("archive_ambiguous", meshes=len(topmost))
+    return topmost[0]
 
 
 def _members(
     path: Path, limits: ArchiveLimits, allowed: int, below: str
 ) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of every regular member, once names, counts and claims are in order."""
+    """Yield name and open content of each regular member, after checking names and claimed sizes."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             chosen = [
@@ -114,22 +144,25 @@ def _members(
                 for info in archive.infolist()
                 if not info.is_dir() and _is_below(info.filename, below)
             ]
-            _count(len(chosen), sum(info.file_size for info in chosen), limits, allowed)
+            _check_limits(len(chosen), sum(info.file_size for info in chosen), limits, allowed)
             for info in chosen:
-                _safe(info.filename)  # before anything is written
+                _checked_path(info.filename)  # all names, before anything is written
             for info in chosen:
-                kind = info.external_attr >> 16 & 0o170000
-                if kind in (0, 0o100000):
+                file_type = info.external_attr >> 16 & 0o170000
+                if file_type in (0, 0o100000):  # unspecified, or a regular file
                     with archive.open(info) as file:
                         yield info.filename, file
         return
     with tarfile.open(path, "r:*") as archive:
-        members = claimed = 0
-        for info in archive:  # one by one: to list a tar is to unpack it
-            members, claimed = members + 1, claimed + max(info.size, 0)
-            _count(members, claimed, limits, allowed)
-            if not info.isdir():  # never written; "tar -C folder ." begins with "."
-                _safe(info.name)
+        claimed = 0
+        # One member at a time: listing a compressed tar unpacks all of it.
+        for members, info in enumerate(archive, start=1):
+            claimed += max(info.size, 0)
+            _check_limits(members, claimed, limits, allowed)
+            # Directories are not written, and their names are free: "tar -C folder ." begins
+            # with a member called ".".
+            if not info.isdir():
+                _checked_path(info.name)
             if info.isreg() and _is_below(info.name, below):
                 file = archive.extractfile(info)
                 assert file is not None
@@ -137,7 +170,7 @@ def _members(
                     yield info.name, file
 
 
-def _count(members: int, claimed: int, limits: ArchiveLimits, allowed: int) -> None:
+def _check_limits(members: int, claimed: int, limits: ArchiveLimits, allowed: int) -> None:
     if members > limits.max_members:
         raise Reject("archive_bomb", members=members, max_members=limits.max_members)
     if claimed > allowed:
@@ -148,15 +181,11 @@ def _is_below(name: str, folder: str) -> bool:
     return not folder or name.startswith(f"{folder.rstrip('/')}/")
 
 
-def _safe(name: str) -> PurePosixPath:
-    """The member's path below the folder it is unpacked to."""
-    plain = PurePosixPath(name.replace("\\", "/"))
-    if (
-        plain.is_absolute()
-        or ".." in plain.parts
-        or not plain.parts
-        or plain.parts[0][1:2] == ":"
-        or "\0" in name
-    ):
+def _checked_path(name: str) -> PurePosixPath:
+    """Return the path of a member relative to the folder, or reject a name that leads out of it."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    has_drive = bool(path.parts) and path.parts[0][1:2] == ":"
+    is_inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    if not is_inside or has_drive or "\0" in name:
         raise Reject("archive_path", member=ascii(name[:100]))
-    return plain
+    return path

@@ -7,17 +7,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    max_faces: int = (
-        4_000_000  # after instances are written out; the geometry filter has its own, lower limit
-    )
-    max_instances: int = 20_000  # placements of geometry in a scene
-    max_unpacked_bytes: int = 1 << 30  # of a zipped format
-    max_texture_side: int = 4096  # larger images are halved until they fit
+    """Limits that apply while a mesh file is read."""
+
+    max_faces: int = 4_000_000
+    """Largest number of triangles of an asset after all instances of a scene are expanded. Most
+    formats are checked before they are parsed, which bounds the memory of a worker. The limit
+    --filter.max-faces applies after loading and should not be higher than this one."""
+
+    max_instances: int = 20_000
+    """Largest number of placements of geometry in a scene."""
+
+    max_unpacked_bytes: int = 1 << 30
+    """Largest size in bytes of the unpacked contents of a zipped format (3mf, zae). More than 64 MiB
+    must also be at most 200 times the size of the file."""
+
+    max_texture_side: int = 4096
+    """Largest side of a texture in pixels. Larger textures are scaled down to it. Reduce it to save
+    memory if the renders are small."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormalizeConfig:
-    half_extent: float = 0.475  # largest |coordinate| of the result; 0.5 touches the wall
+    """Position and size of a mesh in the cube [-0.5, 0.5]^3."""
+
+    half_extent: float = 0.475
+    """Largest absolute coordinate of a normalised mesh, above 0 and at most 0.5. 0.5 touches the
+    walls of the cube and leaves no margin for the SDF band."""
 
     def __post_init__(self):
         if not 0 < self.half_extent <= 0.5:

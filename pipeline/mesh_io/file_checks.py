@@ -1,4 +1,4 @@
-"""Look at a mesh file's first bytes, and hold its counts against its size, before a parser believes them."""
+"""Checks of mesh files before parsing: magic bytes, and claimed counts against the file size."""
 
 from __future__ import annotations
 
@@ -7,46 +7,36 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from pipeline.core.errors import Reject
+from pipeline.mesh_io.config import LoadConfig
 
-MESH_FORMATS = frozenset(
-    {"glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"}
-)  # what `load` reads
-HEAD = 4096
-ZIP_FACTOR = 200  # of text that compresses well
-BOMB_BYTES, BOMB_FACTOR = (
-    1 << 26,
-    8,
-)  # a claim beyond both is an attack, below it the file is cut short
+# Extensions of the formats that `pipeline.mesh_io.load` reads.
+MESH_FORMATS = frozenset({"glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"})
+LFS_SIGNATURE = b"version https://git-lfs"
+HEAD_BYTES = 4096  # bytes at the beginning of a file that the checks look at
+
+# A claim beyond BOMB_BYTES and beyond BOMB_FACTOR times the bytes that are there is an attack.
+# Below that the file is treated as truncated.
+BOMB_BYTES = 1 << 26
+BOMB_FACTOR = 8
+MAX_ZIP_RATIO = 200  # unpacked to packed bytes; text that compresses well stays below it
+
 COMPONENT_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
 COMPONENTS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
-PLY_BYTES = {
-    **{
-        "char": 1,
-        "uchar": 1,
-        "int8": 1,
-        "uint8": 1,
-        "short": 2,
-        "ushort": 2,
-        "int16": 2,
-        "uint16": 2,
-    },
-    **{
-        "int": 4,
-        "uint": 4,
-        "int32": 4,
-        "uint32": 4,
-        "float": 4,
-        "float32": 4,
-        "double": 8,
-        "float64": 8,
-    },
+PLY_TYPES_BY_BYTES = {
+    1: ("char", "uchar", "int8", "uint8"),
+    2: ("short", "ushort", "int16", "uint16"),
+    4: ("int", "uint", "int32", "uint32", "float", "float32"),
+    8: ("double", "float64"),
 }
-# glTF extensions whose absence from the result changes the look at most
-HARMLESS = (
+PLY_BYTES = {name: size for size, names in PLY_TYPES_BY_BYTES.items() for name in names}
+
+# Prefixes of required glTF extensions without which a file is still read, at most with another
+# appearance. A file that requires any other extension is rejected.
+ACCEPTED_EXTENSIONS = (
     "KHR_materials_",
     "KHR_texture_transform",
     "KHR_lights_punctual",
@@ -55,82 +45,98 @@ HARMLESS = (
 )
 
 
-class Limits(Protocol):
-    """What of the load configuration is needed here."""
+def check_file(path: Path, cfg: LoadConfig) -> str:
+    """Check that a mesh file can be parsed within bounded memory.
 
-    @property
-    def max_faces(self) -> int: ...
+    A malformed header may raise any other exception of the code that reads it. `load` turns those
+    into "unreadable".
 
-    @property
-    def max_instances(self) -> int: ...
+    Args:
+        path: The file. Its extension decides which format is expected.
+        cfg: Limits of faces, instances and unpacked bytes.
 
-    @property
-    def max_unpacked_bytes(self) -> int: ...
+    Returns:
+        The format: the extension in lower case, without the dot.
 
-
-def check_file(path: Path, limits: Limits) -> str:
-    """The format, which is the lower-case extension, of a file whose counts fit its size.
-
-    Reject: "empty_file", "lfs_pointer", "wrong_magic", "unreadable" (cut short), "allocation_bomb" (claims far more
-    than it holds), "too_many_faces", "unsupported_extension" (a required glTF extension). A malformed header raises
-    whatever its reader raises: `load` takes that for "unreadable".
+    Raises:
+        Reject: "empty_file", "lfs_pointer", "wrong_magic", "unreadable" (for example truncated),
+            "allocation_bomb" (it claims far more data than it has), "too_many_faces" or
+            "unsupported_extension" (a glTF extension that it requires).
     """
     size = path.stat().st_size
     if size == 0:
         raise Reject("empty_file")
     extension = path.suffix[1:].lower()
     with path.open("rb") as file:
-        head = file.read(HEAD)
+        head = file.read(HEAD_BYTES)
         check_magic(head, extension, size)
-        check = _CHECKS.get(extension)
+        check = _FORMAT_CHECKS.get(extension)
         if check is not None:
             file.seek(0)
-            check(file, size, limits)
+            check(file, size, cfg)
     return extension
 
 
-def side_file(folder: Path, name: str) -> Path | None:
-    """The file that an asset in `folder` calls `name`: as written, unquoted, or its last part; never one above."""
-    root, names = folder.resolve(), (name.strip(), unquote(name.strip()).replace("\\", "/"))
-    relative, last = (
-        (word.lstrip("/") for word in names),
-        (word.rpartition("/")[2] for word in names),
-    )
+def find_side_file(folder: Path, name: str) -> Path | None:
+    """Find a file, such as a texture, that an asset refers to by name.
+
+    The name is tried as written, percent-decoded with "/" for each backslash, and reduced to its
+    last component. A file outside `folder` is never returned.
+
+    Args:
+        folder: Directory of the asset.
+        name: The name as it stands in the asset.
+
+    Returns:
+        The resolved path, or None if there is no such file.
+    """
+    root = folder.resolve()
+    names = (name.strip(), unquote(name.strip()).replace("\\", "/"))
+    relative = tuple(text.lstrip("/") for text in names)
+    last = tuple(text.rpartition("/")[2] for text in names)
     for candidate in dict.fromkeys((*names, *relative, *last)):
         try:
             path = (root / candidate).resolve()
             if path.is_relative_to(root) and path.is_file():
                 return path
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ):  # a name that no file can have, or a link to itself
+        # The name is impossible for a file, or the path is a link to itself.
+        except (OSError, ValueError, RuntimeError):
             continue
     return None
 
 
 def check_magic(head: bytes, extension: str, size: int) -> None:
-    """Reject "lfs_pointer" or "wrong_magic" if a file that begins with `head` does not look like its format."""
-    if head.startswith(b"version https://git-lfs"):
+    """Check that the first bytes of a file fit its format.
+
+    Args:
+        head: The first bytes of the file.
+        extension: The expected format. Formats without magic bytes accept anything except an HTML
+            page.
+        size: Size of the file in bytes, for the error.
+
+    Raises:
+        Reject: "lfs_pointer" or "wrong_magic".
+    """
+    if head.startswith(LFS_SIGNATURE):
         raise Reject("lfs_pointer", bytes=size)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    page = text[:15].lower().startswith((b"<!doctype html", b"<html"))
-    magic = {
+    is_html = text[:15].lower().startswith((b"<!doctype html", b"<html"))
+    is_zip = head.startswith(b"PK\x03\x04")
+    has_magic = {
         "glb": head.startswith(b"glTF"),
         "gltf": text.startswith(b"{"),
-        "3mf": head.startswith(b"PK\x03\x04"),
-        "zae": head.startswith(b"PK\x03\x04"),
-        "zip": head.startswith(b"PK\x03\x04"),
+        "3mf": is_zip,
+        "zae": is_zip,
+        "zip": is_zip,
         "ply": head.startswith(b"ply"),
         "dae": text.startswith(b"<"),
     }
-    if page or not magic.get(extension, True):
+    if is_html or not has_magic.get(extension, True):
         raise Reject("wrong_magic", format=extension, begins=ascii(head[:16].decode("latin-1")))
 
 
-def _claim(what: str, claimed: int, available: int) -> None:
-    """Bytes that a file says it has against those it can have."""
+def _check_claim(what: str, claimed: int, available: int) -> None:
+    """Compare the bytes that a file claims to have with the bytes that it can have."""
     if claimed < 0:
         raise Reject("unreadable", error="negative_count", what=what, claimed=claimed)
     if claimed > max(BOMB_FACTOR * available, BOMB_BYTES):
@@ -141,150 +147,151 @@ def _claim(what: str, claimed: int, available: int) -> None:
         )
 
 
-def _count_faces(faces: int, limits: Limits) -> None:
-    if faces > limits.max_faces:
-        raise Reject("too_many_faces", faces=faces, max_faces=limits.max_faces)
+def _check_face_count(faces: int, cfg: LoadConfig) -> None:
+    if faces > cfg.max_faces:
+        raise Reject("too_many_faces", faces=faces, max_faces=cfg.max_faces)
 
 
-def _check_glb(file: BinaryIO, size: int, limits: Limits) -> None:
+def _check_glb(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
     _, version, length = struct.unpack("<4sII", file.read(12))
-    _claim("file", length, size)
+    _check_claim("file", length, size)
     if version != 2:
         raise Reject("unreadable", error="gltf_version", version=version)
-    json_bytes, kind = struct.unpack("<I4s", file.read(8))
-    if kind != b"JSON":
+    json_bytes, chunk_type = struct.unpack("<I4s", file.read(8))
+    if chunk_type != b"JSON":
         raise Reject("unreadable", error="no_json_chunk")
-    _claim("json", json_bytes, size - 20)
+    _check_claim("json", json_bytes, size - 20)
     document = json.loads(file.read(json_bytes))
-    _check_document(document, size + _bytes_beside(file, document), limits)
+    _check_document(document, size + _side_file_bytes(file, document), cfg)
 
 
-def _check_gltf(file: BinaryIO, size: int, limits: Limits) -> None:
+def _check_gltf(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
     document = json.loads(file.read().decode("utf-8-sig"))
-    _check_document(document, size + _bytes_beside(file, document), limits)
+    _check_document(document, size + _side_file_bytes(file, document), cfg)
 
 
-def _bytes_beside(file: BinaryIO, document: dict[str, Any]) -> int:
-    """Of the files that a glTF's buffers name."""
+def _side_file_bytes(file: BinaryIO, document: dict[str, Any]) -> int:
+    """Return the total size of the files that the buffers of a glTF document refer to."""
     folder = Path(file.name).parent
     uris = [buffer.get("uri", "") for buffer in document.get("buffers", [])]
-    found = [side_file(folder, uri) for uri in uris if uri and not uri.startswith("data:")]
-    return sum(path.stat().st_size for path in found if path is not None)
+    paths = [find_side_file(folder, uri) for uri in uris if uri and not uri.startswith("data:")]
+    return sum(path.stat().st_size for path in paths if path is not None)
 
 
-def _check_document(document: dict[str, Any], available: int, limits: Limits) -> None:
-    """Views and accessors of a glTF may overlap, but each is copied out: their sums count too."""
-    unknown = [
-        name for name in document.get("extensionsRequired", []) if not name.startswith(HARMLESS)
+def _check_document(document: dict[str, Any], available: int, cfg: LoadConfig) -> None:
+    """Check the extensions, buffers and counts of a glTF document."""
+    unsupported = [
+        name
+        for name in document.get("extensionsRequired", [])
+        if not name.startswith(ACCEPTED_EXTENSIONS)
     ]
-    if unknown:
-        raise Reject("unsupported_extension", extensions=unknown[:8])
-    views, accessors = document.get("bufferViews", []), document.get("accessors", [])
+    if unsupported:
+        raise Reject("unsupported_extension", extensions=unsupported[:8])
+    # Each buffer, view and accessor must fit into the bytes that exist.
+    views = document.get("bufferViews", [])
     for buffer in document.get("buffers", []):
-        _claim("buffer", buffer["byteLength"], available)
+        _check_claim("buffer", buffer["byteLength"], available)
     for view in views:
-        _claim("buffer view", view["byteLength"], available)
-    overlapping = max(BOMB_FACTOR * available, BOMB_BYTES)
+        _check_claim("buffer view", view["byteLength"], available)
+    # Views and accessors may overlap, but the parser copies each, so their sum is bounded as well.
     total = sum(view["byteLength"] for view in views)
-    for accessor in accessors:
+    for accessor in document.get("accessors", []):
         count = accessor["count"]
-        item = COMPONENT_BYTES[accessor["componentType"]] * COMPONENTS[accessor["type"]]
+        item_bytes = COMPONENT_BYTES[accessor["componentType"]] * COMPONENTS[accessor["type"]]
         if "bufferView" in accessor:
             view = views[accessor["bufferView"]]
-            last = max(count - 1, 0) * view.get("byteStride", item) + item * min(count, 1)
-            _claim("accessor", accessor.get("byteOffset", 0) + last, view["byteLength"])
-        total += count * item
-    if total > overlapping:
+            stride = view.get("byteStride", item_bytes)
+            length = max(count - 1, 0) * stride + item_bytes * min(count, 1)
+            _check_claim("accessor", accessor.get("byteOffset", 0) + length, view["byteLength"])
+        total += count * item_bytes
+    if total > max(BOMB_FACTOR * available, BOMB_BYTES):
         raise Reject("allocation_bomb", what="accessors", claimed=total, available=available)
-    _count_faces(_placed_faces(document, limits), limits)
+    _check_face_count(_count_placed_faces(document, cfg), cfg)
 
 
-def _placed_faces(document: dict[str, Any], limits: Limits) -> int:
-    """Triangles after every node's mesh is written out."""
+def _count_placed_faces(document: dict[str, Any], cfg: LoadConfig) -> int:
+    """Count the triangles of a glTF scene with the mesh of each node counted separately."""
     meshes, nodes, accessors = (document.get(name, []) for name in ("meshes", "nodes", "accessors"))
     scenes = document.get("scenes", [])
     pending = list(scenes[document.get("scene", 0)].get("nodes", [])) if scenes else []
-    reached: set[int] = set()
-    faces = placed = 0
+    visited: set[int] = set()
+    faces = 0
+    placed = 0
     while pending:
         index = pending.pop()
-        if index in reached:
+        if index in visited:
             continue
-        reached.add(index)
-        pending += nodes[index].get("children", [])
-        for primitive in (
-            meshes[nodes[index]["mesh"]]["primitives"] if "mesh" in nodes[index] else []
-        ):
+        visited.add(index)
+        node = nodes[index]
+        pending += node.get("children", [])
+        for primitive in meshes[node["mesh"]]["primitives"] if "mesh" in node else []:
             placed += 1
-            corners = accessors[
-                primitive.get("indices", primitive["attributes"].get("POSITION", 0))
-            ]["count"]
+            counted = primitive.get("indices", primitive["attributes"].get("POSITION", 0))
+            corners = accessors[counted]["count"]
             faces += corners // 3 if primitive.get("mode", 4) == 4 else corners
-    if placed > limits.max_instances:
+    if placed > cfg.max_instances:
         raise Reject(
-            "too_many_faces", faces=faces, instances=placed, max_instances=limits.max_instances
+            "too_many_faces", faces=faces, instances=placed, max_instances=cfg.max_instances
         )
     return faces
 
 
-def _check_ply(file: BinaryIO, size: int, limits: Limits) -> None:
-    binary, elements = False, []
+def _check_ply(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
+    is_binary = False
+    elements: list[list[Any]] = []  # [name, rows, least bytes of a row]
     for _ in range(1000):
         words = file.readline(1000).decode("latin-1").split()
         if words == ["end_header"]:
             break
         if words[:1] == ["format"]:
-            binary = not words[1].startswith("ascii")
+            is_binary = not words[1].startswith("ascii")
         elif words[:1] == ["element"]:
             elements.append([words[1], int(words[2]), 0])
-        elif words[:1] == [
-            "property"
-        ]:  # the least that a row can take: a digit and a blank, or an empty list
-            elements[-1][2] += (
-                PLY_BYTES[words[2] if words[1] == "list" else words[1]] if binary else 2
-            )
+        elif words[:1] == ["property"]:
+            # The least size of a value: a digit and a blank in text, an empty list in binary.
+            position = 2 if words[1:2] == ["list"] else 1
+            elements[-1][2] += PLY_BYTES[words[position]] if is_binary else 2
     else:
         raise Reject("unreadable", error="no_end_header")
-    for name, count, row in elements:
-        # The last line may end without its blank or line break.
-        _claim(
-            f"element {name}", count * row - (0 if binary or count == 0 else 2), size - file.tell()
-        )
+    for name, count, row_bytes in elements:
+        # The last line of a text file may end without its blank and its line break.
+        missing = 0 if is_binary or count == 0 else 2
+        _check_claim(f"element {name}", count * row_bytes - missing, size - file.tell())
         if name == "face":
-            _count_faces(count, limits)
+            _check_face_count(count, cfg)
 
 
-def _check_stl(file: BinaryIO, size: int, limits: Limits) -> None:
-    head = file.read(HEAD)
+def _check_stl(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
+    head = file.read(HEAD_BYTES)
     if head.lstrip()[:5].lower() == b"solid" and b"\0" not in head:
-        return  # text: its triangles cost more than they claim
+        return  # a text STL has no counts, and its triangles take more bytes than their arrays
     if size < 84:
         raise Reject("unreadable", error="truncated", what="header", claimed=84, available=size)
     (faces,) = struct.unpack_from("<I", head, 80)
-    _claim("triangles", 50 * faces, size - 84)
-    _count_faces(faces, limits)
+    _check_claim("triangles", 50 * faces, size - 84)
+    _check_face_count(faces, cfg)
 
 
-def _check_off(file: BinaryIO, size: int, limits: Limits) -> None:
-    text = file.read(HEAD).decode("latin-1")
+def _check_off(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
+    text = file.read(HEAD_BYTES).decode("latin-1")
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
     words = " ".join(line for line in lines if line).split()
     if not words or not words[0].upper().endswith("OFF"):
         raise Reject("wrong_magic", format="off", begins=ascii(text[:16]))
     vertices, faces = int(words[1]), int(words[2])
-    _claim("vertices", 6 * vertices, size)
-    _claim("faces", 8 * faces, size)
-    _count_faces(faces, limits)
+    _check_claim("vertices", 6 * vertices, size)
+    _check_claim("faces", 8 * faces, size)
+    _check_face_count(faces, cfg)
 
 
-def _check_zip(file: BinaryIO, size: int, limits: Limits) -> None:
+def _check_zip(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
     with zipfile.ZipFile(file) as archive:
         total = sum(member.file_size for member in archive.infolist())
-    if total > min(limits.max_unpacked_bytes, max(BOMB_BYTES, ZIP_FACTOR * size)):
+    if total > min(cfg.max_unpacked_bytes, max(BOMB_BYTES, MAX_ZIP_RATIO * size)):
         raise Reject("allocation_bomb", what="archive", claimed=total, available=size)
 
 
-_CHECKS: dict[str, Callable[[BinaryIO, int, Limits], None]] = {
+_FORMAT_CHECKS: dict[str, Callable[[BinaryIO, int, LoadConfig], None]] = {
     "glb": _check_glb,
     "gltf": _check_gltf,
     "ply": _check_ply,

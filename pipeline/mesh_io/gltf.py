@@ -1,7 +1,8 @@
-"""Rewrite the parts of a glTF that its parser passes over: normalised integers, texture transforms, skins.
+"""Rewrite glTF features that the parser ignores: normalised integers, texture transforms, skins.
 
-The parser takes integers as they are stored, texture coordinates from set 0 untransformed, and a skinned mesh as if it
-had no skin: a character then stands apart from its own hat. Files without any of these are left as they are.
+The parser reads integers as they are stored, takes texture coordinates from set 0 without their
+transform, and ignores skins, so a character's body and hat would not fit together. Files without
+these features are not changed.
 """
 
 from __future__ import annotations
@@ -25,25 +26,38 @@ FLOAT = 5126
 
 
 def split_glb(data: bytes) -> tuple[Document, list[bytes]]:
-    """The document and the binary chunks of a GLB that passed `check_file`."""
-    (size,) = struct.unpack_from("<I", data, 12)
-    document, at, chunks = json.loads(data[20 : 20 + size]), 20 + size, []
-    while at + 8 <= len(data):
-        length, kind = struct.unpack_from("<I4s", data, at)
-        if kind == b"BIN\0":
-            chunks.append(data[at + 8 : at + 8 + length])
-        at += 8 + length
+    """Return the JSON document and the binary chunks of a GLB file that passed `check_file`."""
+    (json_bytes,) = struct.unpack_from("<I", data, 12)
+    document = json.loads(data[20 : 20 + json_bytes])
+    chunks = []
+    offset = 20 + json_bytes
+    while offset + 8 <= len(data):
+        length, chunk_type = struct.unpack_from("<I4s", data, offset)
+        if chunk_type == b"BIN\0":
+            chunks.append(data[offset + 8 : offset + 8 + length])
+        offset += 8 + length
     return document, chunks
 
 
-def prepared(
+def prepare_for_parser(
     data: bytes, extension: str, read_side_file: Callable[[str], bytes]
 ) -> tuple[bytes, str]:
-    """(bytes, extension) for the parser: the file's own, or a GLB of the same scene that it reads right."""
-    document, chunks = (
-        split_glb(data) if extension == "glb" else (json.loads(data.decode("utf-8-sig")), [])
-    )
-    if not (_is_skinned(document) or any(_needs_new_attributes(document))):
+    """Return a file that the parser reads correctly.
+
+    Args:
+        data: Content of a file that passed `check_file`.
+        extension: "glb" or "gltf".
+        read_side_file: Returns the content of a buffer's file by its URI.
+
+    Returns:
+        (content, extension): the arguments if nothing has to be rewritten, otherwise a GLB of the
+        same scene.
+    """
+    if extension == "glb":
+        document, chunks = split_glb(data)
+    else:
+        document, chunks = json.loads(data.decode("utf-8-sig")), []
+    if not (_is_skinned(document) or any(_attributes_to_rewrite(document))):
         return data, extension
     buffers = []
     for buffer in document["buffers"]:
@@ -54,7 +68,7 @@ def prepared(
             buffers.append(base64.b64decode(uri.partition("base64,")[2]))
         else:
             buffers.append(read_side_file(uri))
-    return _Rewrite(document, buffers).glb(), "glb"
+    return _Rewriter(document, buffers).to_glb(), "glb"
 
 
 def _primitives(document: Document) -> Iterator[dict[str, Any]]:
@@ -66,7 +80,8 @@ def _is_skinned(document: Document) -> bool:
     return any("skin" in node and "mesh" in node for node in document.get("nodes", []))
 
 
-def _needs_new_attributes(document: Document) -> Iterator[bool]:
+def _attributes_to_rewrite(document: Document) -> Iterator[bool]:
+    """Yield whether an attribute has to be rewritten, for each attribute of the document."""
     for primitive in _primitives(document):
         texture = _base_texture(document, primitive)
         yield (
@@ -80,31 +95,31 @@ def _needs_new_attributes(document: Document) -> Iterator[bool]:
 
 
 def _base_texture(document: Document, primitive: dict[str, Any]) -> dict[str, Any]:
+    """Return the base colour texture of a primitive, {} if it has none."""
     if "material" not in primitive:
         return {}
-    return (
-        document["materials"][primitive["material"]]
-        .get("pbrMetallicRoughness", {})
-        .get("baseColorTexture", {})
-    )
+    material = document["materials"][primitive["material"]]
+    return material.get("pbrMetallicRoughness", {}).get("baseColorTexture", {})
 
 
-class _Rewrite:
-    """One pass over a document; its buffers become a single one to which new arrays are appended."""
+class _Rewriter:
+    """Rewrites one document. All buffers become a single one, to which new arrays are appended."""
 
     def __init__(self, document: Document, buffers: list[bytes]):
         self.document = copy.deepcopy(document)
         padded = [buffer + b"\0" * (-len(buffer) % 4) for buffer in buffers]
         starts = np.cumsum([0] + [len(buffer) for buffer in padded]).tolist()
-        self.data, self.added, self.length = b"".join(padded), [], starts[-1]
+        self.data = b"".join(padded)
+        self.added: list[bytes] = []
+        self.length = starts[-1]
         for view in self.document["bufferViews"]:
             view["byteOffset"] = view.get("byteOffset", 0) + starts[view["buffer"]]
             view["buffer"] = 0
 
-    def glb(self) -> bytes:
-        self._pose_skins()  # first: it reads attributes of the file
+    def to_glb(self) -> bytes:
+        self._pose_skins()  # before the attributes change: it reads those of the file
         for primitive in _primitives(self.document):
-            self._float_attributes(primitive)
+            self._rewrite_attributes(primitive)
         data = b"".join([self.data, *self.added])
         self.document["buffers"] = [{"byteLength": len(data)}]
         text = json.dumps(self.document).encode()
@@ -114,12 +129,13 @@ class _Rewrite:
         return struct.pack("<4sII", b"glTF", 2, 12 + len(body)) + body
 
     def _values(self, index: int) -> Floats:
-        """One of the file's accessors as [count, components], normalised integers as the numbers they stand for."""
+        """Read an accessor of the file as float64 [count, components], normalised integers scaled."""
         accessor = self.document["accessors"][index]
         if "bufferView" not in accessor or "sparse" in accessor:
             raise NotImplementedError("sparse accessor among attributes that must be rewritten")
         view = self.document["bufferViews"][accessor["bufferView"]]
-        dtype, width = np.dtype(DTYPES[accessor["componentType"]]), COMPONENTS[accessor["type"]]
+        dtype = np.dtype(DTYPES[accessor["componentType"]])
+        width = COMPONENTS[accessor["type"]]
         stored = np.ndarray(
             (accessor["count"], width),
             dtype,
@@ -133,6 +149,7 @@ class _Rewrite:
         return values
 
     def _append(self, values: Floats) -> int:
+        """Add an array [count, components] as float32 and return the index of its accessor."""
         data = np.ascontiguousarray(values, "<f4").tobytes()
         self.document["bufferViews"].append(
             {"buffer": 0, "byteOffset": self.length, "byteLength": len(data)}
@@ -144,39 +161,42 @@ class _Rewrite:
         self.document["accessors"].append(accessor)
         return len(self.document["accessors"]) - 1
 
-    def _float_attributes(self, primitive: dict[str, Any]) -> None:
+    def _rewrite_attributes(self, primitive: dict[str, Any]) -> None:
+        """Give a primitive float positions and its transformed texture coordinates in set 0."""
         attributes = primitive["attributes"]
-        if self.document["accessors"][attributes["POSITION"]].get(
-            "normalized"
-        ):  # not one that a skin has posed
+        # Positions that a skin has posed are floats already.
+        if self.document["accessors"][attributes["POSITION"]].get("normalized"):
             attributes["POSITION"] = self._append(self._values(attributes["POSITION"]))
         texture = _base_texture(self.document, primitive)
         transform = texture.get("extensions", {}).get("KHR_texture_transform", {})
         chosen = f"TEXCOORD_{transform.get('texCoord', texture.get('texCoord', 0))}"
         if chosen not in attributes:
             return
-        uv, spin = self._values(attributes[chosen]), transform.get("rotation", 0.0)
-        uv = uv * transform.get("scale", [1.0, 1.0])
-        turn = np.array([[np.cos(spin), -np.sin(spin)], [np.sin(spin), np.cos(spin)]])
-        attributes["TEXCOORD_0"] = self._append(uv @ turn + transform.get("offset", [0.0, 0.0]))
+        uv = self._values(attributes[chosen]) * transform.get("scale", [1.0, 1.0])
+        angle = transform.get("rotation", 0.0)
+        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        uv = uv @ rotation + transform.get("offset", [0.0, 0.0])
+        attributes["TEXCOORD_0"] = self._append(uv)
 
     def _pose_skins(self) -> None:
-        """Skinned meshes in the pose of their joints' nodes, placed at the scene's root: their own node has no say."""
-        nodes, world = self.document.get("nodes", []), self._world_matrices()
+        """Move skinned meshes into the pose of their joints.
+
+        The result is placed at the root of the scene, because the transform of a skinned mesh's own
+        node does not apply.
+        """
+        nodes = self.document.get("nodes", [])
+        world = self._world_matrices()
         scene = self.document["scenes"][self.document.get("scene", 0)]
         for index, matrix in world.items():
             node = nodes[index]
             if "skin" not in node or "mesh" not in node:
                 continue
-            skin, mesh = (
-                self.document["skins"][node.pop("skin")],
-                copy.deepcopy(self.document["meshes"][node.pop("mesh")]),
-            )
+            skin = self.document["skins"][node.pop("skin")]
+            mesh = copy.deepcopy(self.document["meshes"][node.pop("mesh")])
             joints = np.stack([world.get(joint, np.eye(4)) for joint in skin["joints"]])
             if "inverseBindMatrices" in skin:
-                joints = joints @ self._values(skin["inverseBindMatrices"]).reshape(
-                    -1, 4, 4
-                ).transpose(0, 2, 1)
+                inverse = self._values(skin["inverseBindMatrices"]).reshape(-1, 4, 4)
+                joints = joints @ inverse.transpose(0, 2, 1)  # glTF stores matrices by columns
             for primitive in mesh["primitives"]:
                 self._pose(primitive["attributes"], joints, matrix)
             self.document["meshes"].append(mesh)
@@ -184,39 +204,44 @@ class _Rewrite:
             scene["nodes"].append(len(nodes) - 1)
 
     def _pose(self, attributes: dict[str, int], joints: Floats, unskinned: Floats) -> None:
+        """Apply the joints' matrices [J, 4, 4] to positions and normals of a primitive.
+
+        Vertices without weights are transformed by `unskinned` [4, 4], the matrix of the node.
+        """
         position = self._values(attributes["POSITION"])
-        blend, total = np.zeros((len(position), 4, 4)), np.zeros(len(position))
+        # Weighted mean of the matrices of each vertex's joints.
+        blend = np.zeros((len(position), 4, 4))
+        total = np.zeros(len(position))
         for k in range(4):
             if f"JOINTS_{k}" not in attributes or f"WEIGHTS_{k}" not in attributes:
                 break
-            which, weights = (
-                self._values(attributes[f"JOINTS_{k}"]),
-                self._values(attributes[f"WEIGHTS_{k}"]),
-            )
+            joint_of = self._values(attributes[f"JOINTS_{k}"]).astype(np.int64)
+            weights = self._values(attributes[f"WEIGHTS_{k}"])
             for corner in range(4):
-                blend += weights[:, corner, None, None] * joints[which[:, corner].astype(np.int64)]
+                blend += weights[:, corner, None, None] * joints[joint_of[:, corner]]
                 total += weights[:, corner]
         bound = total > 0
         blend[bound] /= total[bound, None, None]
         blend[~bound] = unskinned
-        moved = (blend[:, :3, :3] @ position[..., None])[..., 0] + blend[:, :3, 3]
-        if (
-            "NORMAL" in attributes
-        ):  # joints rarely shear: their linear part serves normals, the loader makes them unit
-            turned = blend[:, :3, :3] @ self._values(attributes["NORMAL"])[..., None]
-            attributes["NORMAL"] = self._append(turned[..., 0])
-        attributes["POSITION"] = self._append(moved)
+        posed = (blend[:, :3, :3] @ position[..., None])[..., 0] + blend[:, :3, 3]
+        # Joints rarely shear, so their linear part also transforms normals. The loader scales
+        # normals to length 1.
+        if "NORMAL" in attributes:
+            normals = blend[:, :3, :3] @ self._values(attributes["NORMAL"])[..., None]
+            attributes["NORMAL"] = self._append(normals[..., 0])
+        attributes["POSITION"] = self._append(posed)
 
     def _world_matrices(self) -> dict[int, Floats]:
-        """Of every node that the scene reaches, in a fixed order."""
-        nodes, scenes = self.document.get("nodes", []), self.document.get("scenes", [])
+        """Return the world matrix of each node of the scene, in a fixed order."""
+        nodes = self.document.get("nodes", [])
+        scenes = self.document.get("scenes", [])
         roots = scenes[self.document.get("scene", 0)].get("nodes", []) if scenes else []
         world: dict[int, Floats] = {}
         pending = [(index, np.eye(4)) for index in reversed(roots)]
         while pending:
-            index, above = pending.pop()
+            index, parent_matrix = pending.pop()
             if index not in world:
-                world[index] = above @ _local_matrix(nodes[index])
+                world[index] = parent_matrix @ _local_matrix(nodes[index])
                 pending += [
                     (child, world[index]) for child in reversed(nodes[index].get("children", []))
                 ]
@@ -224,10 +249,11 @@ class _Rewrite:
 
 
 def _local_matrix(node: dict[str, Any]) -> Floats:
+    """Return the matrix [4, 4] of a node relative to its parent."""
     if "matrix" in node:
         return np.array(node["matrix"], dtype=np.float64).reshape(4, 4).T
     x, y, z, w = np.array(node.get("rotation", [0, 0, 0, 1]), dtype=np.float64)
-    turn = np.array(
+    rotation = np.array(
         [
             [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
             [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
@@ -235,6 +261,6 @@ def _local_matrix(node: dict[str, Any]) -> Floats:
         ]
     )
     matrix = np.eye(4)
-    matrix[:3, :3] = turn * np.array(node.get("scale", [1.0, 1.0, 1.0]))
+    matrix[:3, :3] = rotation * np.array(node.get("scale", [1.0, 1.0, 1.0]))
     matrix[:3, 3] = node.get("translation", [0.0, 0.0, 0.0])
     return matrix

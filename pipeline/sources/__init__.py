@@ -1,4 +1,4 @@
-"""Where assets come from: `open_source` turns "procedural", "folder:PATH", "objaverse" and so on into a Source."""
+"""Sources of assets: `open_source` turns a specification such as "folder:PATH" into a `Source`."""
 
 from __future__ import annotations
 
@@ -13,34 +13,54 @@ from pipeline.download.config import FetchConfig
 
 
 class Listing(Protocol):
-    """Records, the same ones in the same order on every machine."""
+    """A list of assets. It yields the same records in the same order on every machine."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the source, such as "folder". It is the prefix of the uids."""
+        ...
 
-    def records(self) -> Iterator[Record]: ...
+    def records(self) -> Iterator[Record]:
+        """Yield one record per asset."""
+        ...
 
 
 class Source(Listing, Protocol):
-    """A catalogue and the way to its bytes. Picklable and cheap to construct: workers get a copy.
+    """A list of assets and the way to get their files.
 
-    `materialize` returns a readable local file for a record, written below `scratch` if it has to be written at all.
-    A source may also have `skipped`, how many files it did not count, and `snapshot()`, which names the state of its
-    catalogue.
+    A source can be pickled and is cheap to construct, because each worker gets a copy. A source may
+    also have `skipped`, the number of files that are not assets, and `snapshot()`, which returns a
+    hash of the state of its catalogue.
     """
 
-    def materialize(self, record: Record, scratch: Path) -> Path: ...
+    def materialize(self, record: Record, scratch: Path) -> Path:
+        """Return a local file for a record. A file that has to be written is below `scratch`."""
+        ...
 
 
 def open_source(
     spec: str, fetch: FetchConfig | None = None, max_bytes: int = 1 << 30, out: Path | None = None
 ) -> Source:
-    """The source that `spec` names; `max_bytes` of a downloaded file, `out` = where a build from it is written.
+    """Open the source that a specification names.
 
-    procedural[:COUNT] | folder:PATH | objaverse[:ANNOTATIONS] | objaverse-xl[:ANNOTATIONS][?places=github,...] |
-    shapenet:PATH[?categories=chair,03001627][&splits=train]. ANNOTATIONS is a folder laid out as the objaverse package
-    does; without it that package's own. UserError: unknown scheme or option, or a folder without what it should hold.
+    Args:
+        spec: One of
+            "procedural[:COUNT]", the embedded shapes,
+            "folder:PATH", a directory of mesh files,
+            "objaverse[:ANNOTATIONS]",
+            "objaverse-xl[:ANNOTATIONS][?places=github,...]",
+            "shapenet:PATH[?categories=chair,03001627][&splits=train]".
+            ANNOTATIONS is a directory in the layout of the objaverse package. Without it the
+            package's own directory is used.
+        fetch: Options of downloads.
+        max_bytes: Largest size of a downloaded file.
+        out: Output directory of the build, which a folder source does not read.
+
+    Raises:
+        UserError: If the scheme or an option is unknown, or a directory lacks the expected content.
     """
+    # Imported here, because pyarrow and the shapes take time to import and most commands do not
+    # need them.
     from pipeline.sources.annotations import Annotations
     from pipeline.sources.folder import FolderSource
     from pipeline.sources.objaverse import ObjaverseSource
@@ -53,40 +73,43 @@ def open_source(
     if scheme == "procedural":
         if rest and not (rest.isdecimal() and int(rest)):
             raise UserError(
-                f"procedural:COUNT takes how many shapes to make, 1 or more, got {rest!r}"
+                f"COUNT in procedural:COUNT must be a number of shapes, 1 or more, got {rest!r}"
             )
         return ProceduralSource(count=int(rest)) if rest else ProceduralSource()
     if scheme == "folder" and rest:
-        source = FolderSource(root=_path(rest), out=out)
+        source = FolderSource(root=_absolute_path(rest), out=out)
         source.check()
         return source
     scheme, _, options = spec.partition("?")
     scheme, _, rest = scheme.partition(":")
-    annotations = Annotations(root=_path(rest) if rest else None, fetch=fetch)
+    annotations = Annotations(root=_absolute_path(rest) if rest else None, fetch=fetch)
     if scheme == "objaverse" and not options:
         return ObjaverseSource(annotations=annotations, fetch=fetch, max_bytes=max_bytes)
     if scheme == "objaverse-xl":
-        places = _options(spec, options, "places").get("places", PLACES)
+        places = _parse_options(spec, options, "places").get("places", PLACES)
         if not set(places) <= set(PLACES):
-            raise UserError(f"{spec}: places are {','.join(PLACES)}")
+            raise UserError(
+                f"{spec}: places must be among {','.join(PLACES)}, got {','.join(places)}"
+            )
         return ObjaverseXLSource(
             annotations=annotations, fetch=fetch, max_bytes=max_bytes, places=places
         )
     if scheme == "shapenet" and rest:
-        chosen = _options(spec, options, "categories", "splits")
+        chosen = _parse_options(spec, options, "categories", "splits")
         source = ShapeNetSource(
-            root=_path(rest),
+            root=_absolute_path(rest),
             categories=chosen.get("categories", ()),
             splits=chosen.get("splits", ()),
         )
         source.check()
         return source
     raise UserError(
-        f"unknown source {spec!r}; use procedural[:COUNT], folder:PATH, objaverse, objaverse-xl or shapenet:PATH"
+        f"unknown source {spec!r}; use procedural[:COUNT], folder:PATH, objaverse, objaverse-xl or "
+        "shapenet:PATH"
     )
 
 
-def _path(text: str) -> Path:
+def _absolute_path(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:
@@ -95,13 +118,13 @@ def _path(text: str) -> Path:
         ) from error
 
 
-def _options(spec: str, text: str, *names: str) -> dict[str, tuple[str, ...]]:
-    """What follows the question mark: name=value,value joined by &."""
-    found = parse_qs(text, keep_blank_values=True)
-    for name in found:
+def _parse_options(spec: str, text: str, *names: str) -> dict[str, tuple[str, ...]]:
+    """Parse the options after the question mark: name=value,value joined by "&"."""
+    options = parse_qs(text, keep_blank_values=True)
+    for name in options:
         if name not in names:
-            raise UserError(f"{spec}: unknown option {name!r}; there is {' and '.join(names)}")
+            raise UserError(f"{spec}: unknown option {name!r}; use {' or '.join(names)}")
     return {
         name: tuple(word for word in ",".join(values).split(",") if word)
-        for name, values in found.items()
+        for name, values in options.items()
     }

@@ -1,4 +1,4 @@
-"""A catalogue's annotation files: downloaded once, kept where the objaverse package keeps them, named by a hash."""
+"""Annotation files of a catalogue: download, cache, hash and parse them."""
 
 from __future__ import annotations
 
@@ -13,63 +13,100 @@ from zlib import error as ZlibError
 
 from pipeline.core.errors import Reject, UserError
 from pipeline.core.hashing import sha256_of
-from pipeline.download.fetch import FetchConfig, Wanted, fetch
+from pipeline.download.config import FetchConfig
+from pipeline.download.fetch import DownloadRequest, download
 
-MAX_BYTES = 16 << 30  # of one annotation file
-WORDS, LETTERS = 32, 100  # tags of an asset, and letters of a name, that a plan keeps
+MAX_ANNOTATION_BYTES = 16 << 30
+MAX_ITEMS = 32  # entries of a list, such as tags, that a record keeps
+MAX_CHARACTERS = 100  # characters of a text, such as a name, that a record keeps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """Files below `root`, each under the path that the objaverse package gives it; a missing one is downloaded."""
+    """Annotation files in one directory, in the layout of the objaverse package.
 
-    root: Path | None = None  # None: where the package itself looks
+    Args:
+        root: The directory. None is the directory of the objaverse package.
+        fetch: Options of downloads.
+    """
+
+    root: Path | None = None
     fetch: FetchConfig = field(default_factory=FetchConfig)
 
     @property
     def folder(self) -> Path:
+        """The directory of the files. It may not exist yet."""
         if self.root is not None:
             return self.root
-        import objaverse  # only here: whoever brings annotations of their own does not need it
+        # Imported only here: a user with an own directory does not need the package.
+        import objaverse
 
         return Path(objaverse.BASE_PATH)
 
-    def file(self, name: str, url: str) -> Path:
-        """The local file. UserError if it is not there and cannot be had."""
+    def ensure_file(self, name: str, url: str) -> Path:
+        """Return the local file and download it first if it is missing.
+
+        Args:
+            name: Path of the file relative to `folder`.
+            url: URL to download it from.
+
+        Raises:
+            UserError: If the download fails.
+        """
         path = self.folder / name
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
+        wanted = DownloadRequest(url=url, max_bytes=MAX_ANNOTATION_BYTES)
         try:
-            return fetch(Wanted(url=url, max_bytes=MAX_BYTES), path, self.fetch)
+            return download(wanted, path, self.fetch)
         except Reject as verdict:
             raise UserError(
                 f"cannot download the annotations {url} ({verdict}); put the file at {path}"
             ) from verdict
 
     def snapshot(self, names: Sequence[str]) -> str:
-        """The sha256 over the sorted "name\\0sha256" lines of files that are there."""
+        """Hash the content of local files.
+
+        Returns:
+            The sha256 of the sorted "name\\0sha256" lines as 64 hex digits.
+        """
         lines = [f"{name}\0{sha256_of(self.folder / name)}\n" for name in sorted(names)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def damaged(path: Path, error: Exception) -> UserError:
+    """Return the error for an annotation file that cannot be parsed."""
+    return UserError(
+        f"the annotation file {path} is damaged ({error}); delete it to download it again"
+    )
+
+
 def read_json(path: Path) -> Any:
-    """A gzipped JSON file. UserError, which names it, if it is damaged."""
+    """Return the value of a gzipped JSON file.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
     try:
         with gzip.open(path, "rb") as file:
             return json.load(file)
     except (OSError, EOFError, ValueError, ZlibError) as error:
-        raise UserError(
-            f"the annotation file {path} is damaged ({error}); delete it to download it again"
-        ) from error
+        raise damaged(path, error) from error
 
 
-def to_metadata(**said: Any) -> str:
-    """What a record keeps of its annotations: JSON without what is not said."""
-    kept = {name: value for name, value in said.items() if value}
+def to_metadata(**values: Any) -> str:
+    """Encode what a record keeps of its annotations.
+
+    Long texts and lists are cut, and empty values are left out.
+
+    Returns:
+        A JSON object with sorted keys, or "" if nothing is left.
+    """
+    kept = {name: value for name, value in values.items() if value}
     for name, value in kept.items():
         if isinstance(value, str):
-            kept[name] = value[:LETTERS]
+            kept[name] = value[:MAX_CHARACTERS]
         elif isinstance(value, list):
-            kept[name] = [str(item)[:LETTERS] for item in value[:WORDS]]
+            kept[name] = [str(item)[:MAX_CHARACTERS] for item in value[:MAX_ITEMS]]
     return json.dumps(kept, sort_keys=True, ensure_ascii=False) if kept else ""

@@ -1,4 +1,4 @@
-"""A user's own directory of meshes as a source."""
+"""A local directory of mesh files and archives as a source."""
 
 from __future__ import annotations
 
@@ -15,25 +15,32 @@ from pipeline.mesh_io.archive import (
     ArchiveLimits,
     archive_format,
     extract,
-    only_mesh,
+    find_only_mesh,
 )
 from pipeline.mesh_io.file_checks import MESH_FORMATS
 
+# Files that belong to a mesh, such as textures. They are not counted as skipped.
 SIDE_FORMATS = frozenset(
     {"mtl", "bin", "png", "jpg", "jpeg", "webp", "bmp", "tga", "tif", "tiff", "gif", "ktx2", "dds"}
 )
 
-PLAN = frozenset({"plan.json", "plan.parquet"})  # a build begins with them
+BUILD_FILES = frozenset({"plan.json", "plan.parquet"})  # a directory with both is a build
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSource:
-    """Every mesh file below `root`, in the order of relative POSIX paths, which are also the uids' keys.
+    """Every mesh file below a directory, ordered by relative POSIX path, which keys the uid.
 
-    A zip or tar counts as the one mesh that lies highest in it, with its side files.
-    Nobody states a licence for one's own files, so it is "unknown"; the licence policy lets a folder pass because
-    its owner named it. A link to a file inside the folder counts, a link out of it or to a directory does not. What
-    builds have put there, this one's `out` included, is no input: their renders are tars.
+    A zip or tar archive counts as one asset: the mesh with the shortest path in it, and its side
+    files. A link to a file inside the directory counts. A link to a directory or out of the
+    directory does not. Outputs of builds are skipped, because their renders are tar files. The
+    licence is "unknown", and the licence filter accepts it because the user named the directory.
+
+    Args:
+        root: The directory.
+        licence: Licence of all assets.
+        out: Output directory of the current build, which is skipped.
+        archives: Limits of archives.
     """
 
     root: Path
@@ -47,26 +54,31 @@ class FolderSource:
 
     @property
     def skipped(self) -> int:
-        """How many files are neither a mesh nor the side file of one, or have a name that is not text."""
+        """Number of files that are neither meshes nor side files, or whose name is not UTF-8."""
         return sum(
             not _is_mesh(path) and _extension(path) not in SIDE_FORMATS for path in self._files()
         )
 
     def check(self) -> None:
-        """UserError if the folder is missing, unreadable, or holds no mesh file."""
+        """Check that the directory can be read and holds a mesh file.
+
+        Raises:
+            UserError: If it is missing, not a directory, unreadable or without mesh files.
+        """
         if not self.root.exists():
-            raise UserError(f"no folder {self.root}; give an existing one, folder:PATH")
+            raise UserError(f"no folder {self.root}; give an existing one as folder:PATH")
         if not self.root.is_dir():
-            raise UserError(f"{self.root} is a file; give the folder that holds it, folder:PATH")
+            raise UserError(f"{self.root} is a file; give its folder as folder:PATH")
         if not os.access(self.root, os.R_OK | os.X_OK):
             raise UserError(
-                f"cannot read the folder {self.root}; give yourself the right to list and read it"
+                f"cannot read the folder {self.root}; allow your user to list and read it"
             )
         if next(self.records(), None) is None:
             formats = " ".join(sorted(MESH_FORMATS) + list(ARCHIVE_FORMATS))
-            raise UserError(f"no mesh file in {self.root}; the formats are {formats}")
+            raise UserError(f"no mesh file in {self.root}; the supported formats are {formats}")
 
     def records(self) -> Iterator[Record]:
+        """Yield one record per mesh file and archive."""
         for path in self._files():
             if _is_mesh(path):
                 yield Record(
@@ -78,69 +90,81 @@ class FolderSource:
                 )
 
     def materialize(self, record: Record, scratch: Path) -> Path:
-        """The file itself, or the mesh out of an archive, unpacked below `scratch`.
+        """Return the mesh file itself, or unpack the mesh of an archive below `scratch`.
 
-        FileNotFoundError or PermissionError if it is gone, closed or outside by now; Reject as `extract`, `only_mesh`.
+        Raises:
+            FileNotFoundError: If the file is gone or leads out of the directory by now.
+            PermissionError: If the file cannot be read.
+            Reject: If an archive is damaged, too large, or does not hold exactly one mesh.
         """
         path = self.root / record.url
         try:
-            inside = path.resolve().is_relative_to(self.root.resolve())
+            is_inside = path.resolve().is_relative_to(self.root.resolve())
         except RuntimeError as error:  # a link to itself
-            raise FileNotFoundError(f"{record.url} leads nowhere") from error
-        if not inside:
+            raise FileNotFoundError(f"{record.url} is a link to itself") from error
+        if not is_inside:
             raise FileNotFoundError(f"{record.url} leads out of the folder {self.root}")
-        with path.open("rb"):
+        with path.open("rb"):  # raises if the file cannot be read
             if record.format not in ARCHIVE_FORMATS:
                 return path
         folder = scratch / "archive"
         folder.mkdir()
-        return only_mesh(extract(path, folder, self.archives), folder)
+        return find_only_mesh(extract(path, folder, self.archives), folder)
 
     def _files(self) -> list[str]:
-        top, out = self.root.resolve(), None if self.out is None else self.out.resolve()
-        own = self.root / out.relative_to(top) if out is not None and top in out.parents else None
-        return _files(self.root, own)
+        top = self.root.resolve()
+        out = None if self.out is None else self.out.resolve()
+        excluded = None
+        if out is not None and top in out.parents:
+            excluded = self.root / out.relative_to(top)
+        return _list_files(self.root, excluded)
 
 
 def _is_mesh(path: str) -> bool:
-    """Also False for a name whose bytes are not UTF-8: it could be neither hashed into a uid nor stored."""
-    return _extension(path) in (*MESH_FORMATS, *ARCHIVE_FORMATS) and not any(
-        "\udc80" <= character <= "\udcff" for character in path
-    )
+    """Return whether a path is that of a mesh or archive.
+
+    A name that is not UTF-8 does not count: it can be neither hashed into a uid nor stored.
+    """
+    is_text = not any("\udc80" <= character <= "\udcff" for character in path)
+    return _extension(path) in (*MESH_FORMATS, *ARCHIVE_FORMATS) and is_text
 
 
 def _extension(path: str) -> str:
+    """Return the extension of a path in lower case, "" without one. It may be double: tar.gz."""
     return archive_format(path) or (path.rpartition(".")[2].lower() if "." in path else "")
 
 
-def _files(root: Path, own: Path | None) -> list[str]:
-    """Relative POSIX paths of all regular files that are not of a build, sorted.
+def _list_files(root: Path, excluded: Path | None) -> list[str]:
+    """Return the sorted relative POSIX paths of all regular files outside builds.
 
-    A link to a file counts if that file lies inside; a link to a directory never does: what it shows inside the folder
-    is listed in its own place.
+    A link to a file counts if that file is inside `root`. A link to a directory never counts,
+    because what it shows inside `root` is listed in its own place.
     """
-    top, found, pending = root.resolve(), [], [root]
+    top = root.resolve()
+    files = []
+    pending = [root]
     while pending:
         folder = pending.pop()
         try:
             entries = list(os.scandir(folder))
         except PermissionError:
-            continue  # a closed corner of the folder: its files have no names to list
-        if folder == own or PLAN.issubset(entry.name for entry in entries):
+            continue  # the files of an unreadable directory cannot be listed
+        if folder == excluded or BUILD_FILES.issubset(entry.name for entry in entries):
             continue
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 pending.append(Path(entry.path))
-            elif _leads_to_a_file_below(top, entry):
-                found.append(Path(entry.path).relative_to(root).as_posix())
-    return sorted(found)
+            elif _is_file_inside(top, entry):
+                files.append(Path(entry.path).relative_to(root).as_posix())
+    return sorted(files)
 
 
-def _leads_to_a_file_below(top: Path, entry: os.DirEntry[str]) -> bool:
+def _is_file_inside(top: Path, entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a regular file or a link to one below `top`."""
     if not entry.is_symlink():
         return entry.is_file()
     try:
-        real = Path(entry.path).resolve(strict=True)
-    except (OSError, RuntimeError):  # dangling, or a link to itself
+        target = Path(entry.path).resolve(strict=True)
+    except (OSError, RuntimeError):  # a broken link, or a link to itself
         return False
-    return real.is_file() and real.is_relative_to(top)
+    return target.is_file() and target.is_relative_to(top)

@@ -1,4 +1,4 @@
-"""A file of a GitHub repository at a pinned commit, git LFS resolved, with the side files that it names."""
+"""Download a file of a GitHub repository at a fixed commit, with git LFS and its side files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from pipeline.core.errors import Reject, Transient
-from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch, remembered
+from pipeline.download.config import FetchConfig
+from pipeline.download.fetch import DownloadRequest, LfsPointer, download, negative_cache
 from pipeline.download.http import post_json
 
 LFS_JSON = "application/vnd.git-lfs+json"
-SIDE_FILES, SIDE_BYTES = 64, 1 << 28  # of one asset
-MAPS = re.compile(rb"(?im)^[ \t]*(?:map_\w+|bump|disp|norm|refl|decal)[ \t]+(.+?)[ \t\r]*$")
+MAX_SIDE_FILES = 64  # of one asset
+MAX_SIDE_BYTES = 1 << 28  # of all side files of one asset
+MATERIAL_LIBRARY = re.compile(rb"(?m)^[ \t]*mtllib[ \t]+(.+?)[ \t\r]*$")
+TEXTURE_MAP = re.compile(rb"(?im)^[ \t]*(?:map_\w+|bump|disp|norm|refl|decal)[ \t]+(.+?)[ \t\r]*$")
+COLLADA_IMAGE = re.compile(rb"<init_from>\s*(?:<ref>)?\s*([^<>]+?)\s*<")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GitHub:
-    """Where GitHub is."""
+    """URLs of GitHub: the site itself and the server of raw files."""
 
     site: str = "https://github.com"
     files: str = "https://raw.githubusercontent.com"
@@ -30,82 +34,108 @@ class GitHub:
 
 @dataclass(frozen=True, kw_only=True)
 class Blob:
-    """SITE/<owner>/<repository>/blob/<commit>/<path>, the path as git spells it."""
+    """A file of a repository at a commit: SITE/<owner>/<name>/blob/<commit>/<path>."""
 
     repository: str  # owner/name
-    commit: str
-    path: str
+    commit: str  # 40 hex digits
+    path: str  # as git spells it, not percent-encoded
 
     def url(self, hosts: GitHub) -> str:
+        """Return the URL of the raw file."""
         return f"{hosts.files}/{self.repository}/{self.commit}/{quote(self.path)}"
 
 
-def fetch_blob(want: Wanted, folder: Path, cfg: FetchConfig, hosts: GitHub) -> Path:
-    """The file at want.url, an address of a blob, below `folder`, beside its side files.
+def download_blob(wanted: DownloadRequest, folder: Path, cfg: FetchConfig, hosts: GitHub) -> Path:
+    """Download a file of a repository and the side files that it refers to.
 
-    Reject and Transient as `fetch`, "not_pinned" for an address without a whole commit, "lfs_missing" if the object is
-    not on the server. Side files that are missing stay missing: `load` says so.
+    Side files, such as materials and textures, are found recursively. A missing side file is
+    skipped, and the loader reports it.
+
+    Args:
+        wanted: The file. Its URL is that of a blob at a commit.
+        folder: Directory for the files. It must not exist.
+        cfg: Options of downloads.
+        hosts: URLs of GitHub.
+
+    Returns:
+        The path of the file itself.
+
+    Raises:
+        Reject: As `download`, "not_pinned" if the URL has no full commit hash, "lfs_missing" if the
+            LFS server does not have the object, "bad_answer" if it does not send JSON.
+        Transient: As `download`.
     """
-    blob = parse_blob(want.url, hosts)
+    blob = parse_blob(wanted.url, hosts)
     folder.mkdir()
-    main = (
-        folder
-        / f"{posixpath.splitext(posixpath.basename(blob.path))[0][:50] or 'file'}.{want.format}"
-    )
-    _fetch(want, blob, main, cfg, hosts)
+    stem = posixpath.splitext(posixpath.basename(blob.path))[0][:50] or "file"
+    main = folder / f"{stem}.{wanted.format}"
+    _download_raw(wanted, blob, main, cfg, hosts)
+    # Breadth-first search of side files within the limits of count and bytes.
     partial = folder / ".side-file"
-    pending, known, room = deque(references(main)), set[str](), SIDE_BYTES
-    while pending and len(known) < SIDE_FILES and room > 0:
+    pending = deque(find_references(main))
+    visited: set[str] = set()
+    free_bytes = MAX_SIDE_BYTES
+    while pending and len(visited) < MAX_SIDE_FILES and free_bytes > 0:
         name = pending.popleft()
         path = posixpath.normpath(posixpath.join(posixpath.dirname(blob.path), name))
-        if name in known or path.startswith(("../", "/")):
+        if name in visited or path.startswith(("../", "/")):
             continue
-        known.add(name)
-        target = _beside(folder, name)
+        visited.add(name)
+        target = _local_path(folder, name)
         if target == main:
             continue
         try:
-            _fetch(Wanted(url="", max_bytes=room), replace(blob, path=path), partial, cfg, hosts)
+            side_file = DownloadRequest(url="", max_bytes=free_bytes)
+            _download_raw(side_file, replace(blob, path=path), partial, cfg, hosts)
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(target)
         except Transient:
             raise
-        # The last three: a name that is one file's and another one's folder's.
+        # The last three: the name of one file is the directory of another.
         except (Reject, FileExistsError, NotADirectoryError, IsADirectoryError):
             continue
-        room -= target.stat().st_size
-        pending += references(target)
+        free_bytes -= target.stat().st_size
+        pending += find_references(target)
     partial.unlink(missing_ok=True)
     return main
 
 
 def parse_blob(url: str, hosts: GitHub) -> Blob:
-    found = re.fullmatch(rf"{re.escape(hosts.site)}/([^/]+/[^/]+)/blob/([0-9a-f]{{40}})/(.+)", url)
-    if found is None or ".." in found[3].split("/"):
+    """Parse the URL of a blob.
+
+    Raises:
+        Reject: "not_pinned" if the URL does not name a full commit hash.
+    """
+    match = re.fullmatch(rf"{re.escape(hosts.site)}/([^/]+/[^/]+)/blob/([0-9a-f]{{40}})/(.+)", url)
+    if match is None or ".." in match[3].split("/"):
         raise Reject("not_pinned", url=url[:200])
-    return Blob(repository=found[1], commit=found[2], path=found[3])
+    return Blob(repository=match[1], commit=match[2], path=match[3])
 
 
-def references(path: Path) -> list[str]:
-    """Names of the files that a gltf, obj, mtl or dae refers to, relative to it; [] if it cannot be read."""
-    kind = path.suffix[1:].lower()
-    if kind not in ("gltf", "obj", "mtl", "dae"):
+def find_references(path: Path) -> list[str]:
+    """Find the names of the files that a gltf, obj, mtl or dae file refers to.
+
+    Returns:
+        Relative paths with "/" as separator, without repetitions. Absolute paths, URLs and names
+        that no file can have are left out. [] for other formats and for damaged files.
+    """
+    extension = path.suffix[1:].lower()
+    if extension not in ("gltf", "obj", "mtl", "dae"):
         return []
-    names = [name.replace("\\", "/") for name in _references(path, kind)]
+    names = [name.replace("\\", "/") for name in _references(path, extension)]
     return [name for name in dict.fromkeys(names) if _is_relative(name)]
 
 
 def _is_relative(name: str) -> bool:
-    parts = name.split("/")
-    possible = name.isprintable() and all(
-        len(part.encode("utf-8", "replace")) <= 200 for part in parts
+    is_possible = name.isprintable() and all(
+        len(part.encode("utf-8", "replace")) <= 200 for part in name.split("/")
     )
-    return bool(name) and possible and "://" not in name and not name.startswith(("data:", "/"))
+    return bool(name) and is_possible and "://" not in name and not name.startswith(("data:", "/"))
 
 
-def _references(path: Path, kind: str) -> Iterator[str]:
+def _references(path: Path, extension: str) -> Iterator[str]:
     content = path.read_bytes()
-    if kind == "gltf":
+    if extension == "gltf":
         try:
             document = json.loads(content)
             entries = [*document.get("buffers", ()), *document.get("images", ())]
@@ -114,35 +144,43 @@ def _references(path: Path, kind: str) -> Iterator[str]:
             )
         except (ValueError, AttributeError, TypeError):
             return
-    elif kind == "obj":
-        for line in re.findall(rb"(?m)^[ \t]*mtllib[ \t]+(.+?)[ \t\r]*$", content):
-            yield from (line.decode("utf-8", "replace"), *line.decode("utf-8", "replace").split())
-    elif kind == "mtl":
-        for line in MAPS.findall(content):
-            words = line.decode("utf-8", "replace")
-            yield from (words, words.rpartition(" ")[2]) if " " in words else (words,)
+    elif extension == "obj":
+        # The argument is one name with blanks or several names, so both readings are yielded.
+        for match in MATERIAL_LIBRARY.findall(content):
+            argument = match.decode("utf-8", "replace")
+            yield from (argument, *argument.split())
+    elif extension == "mtl":
+        # Options such as "-s 1 1 1" may precede the name, which may contain blanks itself.
+        for match in TEXTURE_MAP.findall(content):
+            argument = match.decode("utf-8", "replace")
+            yield argument
+            if " " in argument:
+                yield argument.rpartition(" ")[2]
     else:
-        for line in re.findall(rb"<init_from>\s*(?:<ref>)?\s*([^<>]+?)\s*<", content):
-            yield unquote(line.decode("utf-8", "replace").removeprefix("file://"))
+        for match in COLLADA_IMAGE.findall(content):
+            yield unquote(match.decode("utf-8", "replace").removeprefix("file://"))
 
 
-def _fetch(want: Wanted, blob: Blob, target: Path, cfg: FetchConfig, hosts: GitHub) -> None:
-    plain = replace(want, url=blob.url(hosts))
+def _download_raw(
+    wanted: DownloadRequest, blob: Blob, target: Path, cfg: FetchConfig, hosts: GitHub
+) -> None:
+    """Download one file of a repository, from the LFS server if the repository has a pointer."""
+    raw = replace(wanted, url=blob.url(hosts))
     try:
-        fetch(plain, target, cfg)
+        download(raw, target, cfg)
     except LfsPointer as pointer:
-        with remembered(f"{pointer.oid[:20]}{plain.key[:20]}", cfg):
-            fetch(_lfs_object(plain, pointer, blob, cfg, hosts), target, cfg)
+        with negative_cache(f"{pointer.oid[:20]}{raw.cache_key[:20]}", cfg):
+            download(_locate_lfs_object(raw, pointer, blob, cfg, hosts), target, cfg)
 
 
-def _lfs_object(
-    want: Wanted, pointer: LfsPointer, blob: Blob, cfg: FetchConfig, hosts: GitHub
-) -> Wanted:
-    """Where git LFS's batch interface says that an object is."""
-    if want.sha256 not in (None, pointer.oid):
-        raise Reject("wrong_sha256", expected=want.sha256, sha256=pointer.oid)
-    if pointer.size > want.max_bytes:
-        raise Reject("file_too_large", bytes=pointer.size, max_bytes=want.max_bytes)
+def _locate_lfs_object(
+    wanted: DownloadRequest, pointer: LfsPointer, blob: Blob, cfg: FetchConfig, hosts: GitHub
+) -> DownloadRequest:
+    """Ask the batch API of git LFS for the URL of an object."""
+    if wanted.sha256 not in (None, pointer.oid):
+        raise Reject("wrong_sha256", expected=wanted.sha256, sha256=pointer.oid)
+    if pointer.size > wanted.max_bytes:
+        raise Reject("file_too_large", bytes=pointer.size, max_bytes=wanted.max_bytes)
     answer = post_json(
         f"{hosts.site}/{blob.repository}.git/info/lfs/objects/batch",
         {
@@ -156,12 +194,15 @@ def _lfs_object(
     try:
         action = answer["objects"][0]["actions"]["download"]
         headers = {str(name): str(value) for name, value in (action.get("header") or {}).items()}
-        return replace(want, url=str(action["href"]), sha256=pointer.oid, headers=headers)
+        return replace(wanted, url=str(action["href"]), sha256=pointer.oid, headers=headers)
     except (LookupError, TypeError, AttributeError) as error:
         raise Reject("lfs_missing", oid=pointer.oid) from error
 
 
-def _beside(folder: Path, name: str) -> Path:
-    """Where the loader looks for a side file: under its relative path, or, where that climbs out, under its name."""
-    plain = posixpath.normpath(name)
-    return folder / (posixpath.basename(plain) if plain.startswith("..") else plain)
+def _local_path(folder: Path, name: str) -> Path:
+    """Return where the loader looks for a side file.
+
+    That is its relative path, or its name alone if the path leads out of the folder.
+    """
+    path = posixpath.normpath(name)
+    return folder / (posixpath.basename(path) if path.startswith("..") else path)

@@ -1,4 +1,4 @@
-"""Objaverse 1.0: some 800,000 GLB files, from the annotations of the objaverse package."""
+"""Objaverse 1.0: about 800,000 GLB files, listed by the annotations of the objaverse package."""
 
 from __future__ import annotations
 
@@ -10,17 +10,29 @@ from typing import Any
 from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Record
 from pipeline.curation.licences import licence_of
-from pipeline.download.fetch import FetchConfig, Wanted, fetch
+from pipeline.download.config import FetchConfig
+from pipeline.download.fetch import DownloadRequest, download
 from pipeline.sources.annotations import Annotations, read_json, to_metadata
 
 HUB = "https://huggingface.co/datasets/allenai/objaverse/resolve/main"
-PATHS = "object-paths.json.gz"
-FOLDERS = tuple(f"{i // 1000:03d}-{i % 1000:03d}" for i in range(160))  # as the package counts them
+OBJECT_PATHS = "object-paths.json.gz"
+# The metadata files are numbered as in the objaverse package: 000-000 to 000-159.
+FOLDERS = tuple(f"{i // 1000:03d}-{i % 1000:03d}" for i in range(160))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjaverseSource:
-    """Every asset of the annotations, in the order of their files and then of Sketchfab's ids, which are the keys."""
+    """Every asset of Objaverse 1.0, ordered by annotation file and Sketchfab id.
+
+    The Sketchfab id is the key of the uid.
+
+    Args:
+        annotations: The annotation files. Missing ones are downloaded.
+        fetch: Options of downloads.
+        max_bytes: Largest size of a downloaded mesh file.
+        hub: URL of the dataset's files.
+        folders: Numbers of the metadata files to read.
+    """
 
     annotations: Annotations = field(default_factory=Annotations)
     fetch: FetchConfig = field(default_factory=FetchConfig)
@@ -30,56 +42,75 @@ class ObjaverseSource:
     name = "objaverse"
 
     def snapshot(self) -> str:
-        """Says which annotations the records come from. UserError if they cannot be had."""
-        self._files()
-        return self.annotations.snapshot([local_name(name) for name in self._names()])
+        """Return a hash of the annotations that the records come from.
+
+        Raises:
+            UserError: If an annotation file cannot be downloaded.
+        """
+        self._ensure_files()
+        return self.annotations.snapshot([local_name(name) for name in self._file_names()])
 
     def records(self) -> Iterator[Record]:
-        self._files()
-        paths = object_paths(self.annotations, self.hub)
-        for name in self._names()[1:]:
-            about = read_json(self.annotations.folder / local_name(name))
-            for uid in sorted(about):
-                if uid in paths:
-                    yield _record(uid, about[uid], f"{self.hub}/{paths[uid]}")
+        """Yield one record per asset.
+
+        Raises:
+            UserError: If an annotation file cannot be downloaded or parsed.
+        """
+        self._ensure_files()
+        paths = read_object_paths(self.annotations, self.hub)
+        for name in self._file_names()[1:]:
+            assets = read_json(self.annotations.folder / local_name(name))
+            for sketchfab_id in sorted(assets):
+                if sketchfab_id in paths:
+                    url = f"{self.hub}/{paths[sketchfab_id]}"
+                    yield _to_record(sketchfab_id, assets[sketchfab_id], url)
 
     def materialize(self, record: Record, scratch: Path) -> Path:
-        """The file, downloaded below `scratch`. Reject and Transient as `fetch`."""
+        """Download the file of a record to `scratch`. Errors as `pipeline.download.fetch`."""
         scratch.mkdir(parents=True, exist_ok=True)
-        want = Wanted(
+        wanted = DownloadRequest(
             url=record.url, format=record.format, sha256=record.sha256, max_bytes=self.max_bytes
         )
-        return fetch(want, scratch / f"{record.uid}.{record.format}", self.fetch)
+        return download(wanted, scratch / f"{record.uid}.{record.format}", self.fetch)
 
-    def _names(self) -> list[str]:
-        return [PATHS, *(f"metadata/{folder}.json.gz" for folder in self.folders)]
+    def _file_names(self) -> list[str]:
+        """Names of the annotation files. The first one holds the paths of the mesh files."""
+        return [OBJECT_PATHS, *(f"metadata/{folder}.json.gz" for folder in self.folders)]
 
-    def _files(self) -> None:
-        for name in self._names():
-            self.annotations.file(local_name(name), f"{self.hub}/{name}")
+    def _ensure_files(self) -> None:
+        for name in self._file_names():
+            self.annotations.ensure_file(local_name(name), f"{self.hub}/{name}")
 
 
 def local_name(name: str) -> str:
+    """Return the path of an annotation file in the layout of the objaverse package."""
     return f"hf-objaverse-v1/{name}"
 
 
-def object_paths(annotations: Annotations, hub: str) -> dict[str, str]:
-    """Sketchfab's id -> path below the hub, of every asset."""
-    return read_json(annotations.file(local_name(PATHS), f"{hub}/{PATHS}"))
+def read_object_paths(annotations: Annotations, hub: str) -> dict[str, str]:
+    """Return the path of each asset below `hub`, by Sketchfab id.
+
+    Raises:
+        UserError: If the annotation file cannot be downloaded or parsed.
+    """
+    path = annotations.ensure_file(local_name(OBJECT_PATHS), f"{hub}/{OBJECT_PATHS}")
+    return read_json(path)
 
 
-def _record(uid: str, about: dict[str, Any], url: str) -> Record:
+def _to_record(sketchfab_id: str, annotation: dict[str, Any], url: str) -> Record:
     return Record(
-        uid=make_uid("objaverse", uid),
+        uid=make_uid("objaverse", sketchfab_id),
         source="objaverse",
         url=url,
-        licence=licence_of(about.get("license")),
+        licence=licence_of(annotation.get("license")),
         format=url.rpartition(".")[2].lower(),
         metadata=to_metadata(
-            name=about.get("name"),
-            tags=[tag.get("name", "") for tag in about.get("tags") or ()],
-            categories=[category.get("name", "") for category in about.get("categories") or ()],
-            animations=about.get("animationCount"),
-            age_restricted=about.get("isAgeRestricted"),
+            name=annotation.get("name"),
+            tags=[tag.get("name", "") for tag in annotation.get("tags") or ()],
+            categories=[
+                category.get("name", "") for category in annotation.get("categories") or ()
+            ],
+            animations=annotation.get("animationCount"),
+            age_restricted=annotation.get("isAgeRestricted"),
         ),
     )

@@ -1,4 +1,4 @@
-"""Objaverse-XL: ten million files on GitHub, Thingiverse, Sketchfab and at the Smithsonian, each with its sha256."""
+"""Objaverse-XL: ten million files of GitHub, Thingiverse, Sketchfab and the Smithsonian."""
 
 from __future__ import annotations
 
@@ -9,24 +9,37 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Record
 from pipeline.curation.licences import licence_of
-from pipeline.download.fetch import FetchConfig, Wanted, fetch
-from pipeline.sources.annotations import Annotations
-from pipeline.sources.github import GitHub, fetch_blob
-from pipeline.sources.objaverse import HUB, PATHS, local_name, object_paths
+from pipeline.download.config import FetchConfig
+from pipeline.download.fetch import DownloadRequest, download
+from pipeline.sources.annotations import Annotations, damaged
+from pipeline.sources.github import GitHub, download_blob
+from pipeline.sources.objaverse import HUB, OBJECT_PATHS, local_name, read_object_paths
 
 HUB_XL = "https://huggingface.co/datasets/allenai/objaverse-xl/resolve/main"
-PLACES = ("github", "thingiverse", "smithsonian", "sketchfab")  # in the order of the package
+PLACES = ("github", "thingiverse", "smithsonian", "sketchfab")  # in the package's order
 COLUMNS = ["fileIdentifier", "license", "fileType", "sha256"]
-ROWS = 1 << 16
+BATCH_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjaverseXLSource:
-    """Every asset of the annotations, in their order; the key is the file identifier."""
+    """Every asset of Objaverse-XL in the order of its annotations.
+
+    The file identifier is the key of the uid.
+
+    Args:
+        annotations: The annotation files. Missing ones are downloaded.
+        fetch: Options of downloads.
+        max_bytes: Largest size of a downloaded mesh file.
+        places: The sites whose assets are listed, a subset of `PLACES`.
+        hub: URL of the files of Objaverse 1.0, which holds the Sketchfab assets.
+        hub_xl: URL of the annotations of Objaverse-XL.
+        thingiverse: URL of Thingiverse.
+        github: URLs of GitHub.
+    """
 
     annotations: Annotations = field(default_factory=Annotations)
     fetch: FetchConfig = field(default_factory=FetchConfig)
@@ -39,43 +52,56 @@ class ObjaverseXLSource:
     name = "objaverse-xl"
 
     def snapshot(self) -> str:
-        """Says which annotations the records come from. UserError if they cannot be had."""
-        paths = [local_name(PATHS)] if "sketchfab" in self.places else []
-        for path in paths:
-            self.annotations.file(path, f"{self.hub}/{PATHS}")
-        return self.annotations.snapshot(paths + [self._table(place) for place in self.places])
+        """Return a hash of the annotations that the records come from.
+
+        Raises:
+            UserError: If an annotation file cannot be downloaded.
+        """
+        names = [local_name(OBJECT_PATHS)] if "sketchfab" in self.places else []
+        for name in names:
+            self.annotations.ensure_file(name, f"{self.hub}/{OBJECT_PATHS}")
+        return self.annotations.snapshot(names + [self._ensure_table(p) for p in self.places])
 
     def records(self) -> Iterator[Record]:
-        paths = object_paths(self.annotations, self.hub) if "sketchfab" in self.places else {}
+        """Yield one record per asset.
+
+        Raises:
+            UserError: If an annotation file cannot be downloaded or parsed.
+        """
+        has_sketchfab = "sketchfab" in self.places
+        paths = read_object_paths(self.annotations, self.hub) if has_sketchfab else {}
         for place in self.places:
-            path = self.annotations.folder / self._table(place)
+            path = self.annotations.folder / self._ensure_table(place)
             try:
-                for batch in pq.ParquetFile(path).iter_batches(ROWS, columns=COLUMNS):
-                    yield from self._records(place, batch, paths)
+                for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS, columns=COLUMNS):
+                    yield from self._to_records(place, batch, paths)
             except (OSError, pa.ArrowException) as error:
-                message = f"the annotation file {path} is damaged ({error}); delete it to download it again"
-                raise UserError(message) from error
+                raise damaged(path, error) from error
 
     def materialize(self, record: Record, scratch: Path) -> Path:
-        """The file, with its side files if it has some, below `scratch`. Reject and Transient as `fetch`."""
-        scratch.mkdir(parents=True, exist_ok=True)
-        url = record.url
-        want = Wanted(url=url, format=record.format, sha256=record.sha256, max_bytes=self.max_bytes)
-        if url.startswith(f"{self.github.site}/"):
-            return fetch_blob(want, scratch / "repository", self.fetch, self.github)
-        return fetch(want, scratch / f"{record.uid}.{record.format}", self.fetch)
+        """Download the file of a record, and its side files, to `scratch`.
 
-    def _table(self, place: str) -> str:
-        """The name of a place's annotations, once they are there."""
+        Errors as `pipeline.download.fetch`.
+        """
+        scratch.mkdir(parents=True, exist_ok=True)
+        wanted = DownloadRequest(
+            url=record.url, format=record.format, sha256=record.sha256, max_bytes=self.max_bytes
+        )
+        if record.url.startswith(f"{self.github.site}/"):
+            return download_blob(wanted, scratch / "repository", self.fetch, self.github)
+        return download(wanted, scratch / f"{record.uid}.{record.format}", self.fetch)
+
+    def _ensure_table(self, place: str) -> str:
+        """Download the annotations of a site if they are missing, and return their local name."""
         name = f"{place}/{place}.parquet"
-        self.annotations.file(name, f"{self.hub_xl}/{name}")
+        self.annotations.ensure_file(name, f"{self.hub_xl}/{name}")
         return name
 
-    def _records(
+    def _to_records(
         self, place: str, batch: pa.RecordBatch, paths: dict[str, str]
     ) -> Iterator[Record]:
-        for key, licence, kind, sha256 in zip(*(batch[name].to_pylist() for name in COLUMNS)):
-            url = self._url(place, key, paths)
+        for key, licence, file_type, sha256 in zip(*(batch[name].to_pylist() for name in COLUMNS)):
+            url = self._download_url(place, key, paths)
             if url is not None:
                 yield Record(
                     uid=make_uid(self.name, key),
@@ -83,11 +109,11 @@ class ObjaverseXLSource:
                     url=url,
                     licence=licence_of(licence),
                     sha256=sha256,
-                    format=(kind or "").lower().lstrip("."),
+                    format=(file_type or "").lower().lstrip("."),
                 )
 
-    def _url(self, place: str, key: str, paths: dict[str, str]) -> str | None:
-        """Where the bytes of a file identifier are; None for what is gone from Objaverse 1.0."""
+    def _download_url(self, place: str, key: str, paths: dict[str, str]) -> str | None:
+        """Return the URL for a file identifier, None if Objaverse 1.0 has no such file any more."""
         if place == "sketchfab":
             path = paths.get(key.rpartition("/")[2])
             return None if path is None else f"{self.hub}/{path}"

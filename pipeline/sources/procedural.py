@@ -1,14 +1,14 @@
-"""The embedded data set: a few hundred seeded shapes, made on the spot without network or files."""
+"""The embedded data set: a few hundred seeded shapes that need neither network nor files."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.core.files import write_atomically
 from pipeline.core.hashing import make_uid, seed_of
 from pipeline.core.schema import Record
 from pipeline.sources.shapes import FAMILIES, to_glb
@@ -17,9 +17,13 @@ from pipeline.sources.shapes.primitives import Piece
 
 @dataclass(frozen=True, kw_only=True)
 class ProceduralSource:
-    """`count` shapes; number i is of family i mod the number of families, so the first few hold every family once.
+    """Shapes that are generated from their keys, such as 0017-torus_knot.
 
-    A record's key (and, after "procedural:", its url) is like 0017-torus_knot; the shape is a function of it alone.
+    Shape i belongs to family i modulo the number of families, so a short list is a varied one. The
+    key, and the url after "procedural:", is NUMBER-FAMILY.
+
+    Args:
+        count: Number of shapes.
     """
 
     count: int = 300
@@ -29,9 +33,10 @@ class ProceduralSource:
         return "procedural"
 
     def records(self) -> Iterator[Record]:
-        names = list(FAMILIES)
+        """Yield one record per shape."""
+        families = list(FAMILIES)
         for i in range(self.count):
-            key = f"{i:04d}-{names[i % len(names)]}"
+            key = f"{i:04d}-{families[i % len(families)]}"
             yield Record(
                 uid=make_uid(self.name, key),
                 source=self.name,
@@ -41,20 +46,28 @@ class ProceduralSource:
             )
 
     def materialize(self, record: Record, scratch: Path) -> Path:
-        """A GLB below `scratch`, the same bytes each time. ValueError for a record of another source."""
+        """Write the shape of a record as a GLB file below `scratch`, with the same bytes each time.
+
+        Raises:
+            ValueError: If the record belongs to another source.
+        """
         scheme, _, key = record.url.partition(":")
         if scheme != self.name:
             raise ValueError(f"record must be of the procedural source, got {record.url!r}")
-        scratch.mkdir(parents=True, exist_ok=True)
         path = scratch / f"{record.uid}.glb"
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(to_glb(make_shape(key)))
-        part.replace(path)
+        write_atomically(path, to_glb(make_shape(key)), several_writers=True)
         return path
 
 
 def make_shape(key: str) -> list[Piece]:
-    """The pieces of the shape called e.g. 0017-torus_knot. ValueError if its family is unknown."""
+    """Generate the pieces of a shape.
+
+    Args:
+        key: NUMBER-FAMILY, such as 0017-torus_knot. The shape depends on it alone.
+
+    Raises:
+        ValueError: If the family is unknown.
+    """
     family = key.partition("-")[2]
     if family not in FAMILIES:
         raise ValueError(f"shape must be NUMBER-FAMILY with a known family, got {key!r}")

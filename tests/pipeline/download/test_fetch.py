@@ -12,7 +12,8 @@ import pytest
 from pipeline.core.errors import Reject, RunError, Transient
 from pipeline.core.hashing import sha256_of
 from pipeline.download import http as web
-from pipeline.download.fetch import FetchConfig, LfsPointer, Wanted, fetch
+from pipeline.download.config import FetchConfig
+from pipeline.download.fetch import DownloadRequest, LfsPointer, download
 from pipeline.download.http import post_json
 from tests.pipeline.faulty_http_server import run_server
 
@@ -42,8 +43,8 @@ def get(server, tmp_path):
         }
         cfg = FetchConfig(cache=tmp_path / "cache", **{**quick, **options})
         url = path if "://" in path else server.url + path
-        want = Wanted(url=url, format=format, sha256=sha256, max_bytes=max_bytes)
-        return fetch(want, tmp_path / "a.glb", cfg)
+        want = DownloadRequest(url=url, format=format, sha256=sha256, max_bytes=max_bytes)
+        return download(want, tmp_path / "a.glb", cfg)
 
     return run
 
@@ -254,8 +255,10 @@ def test_redirects_are_followed_and_secrets_stay_with_their_host(server, tmp_pat
         other.files["/b.glb"] = GLB
         server.scripts["/a.glb"] = ["redirect /c.glb"]
         server.scripts["/c.glb"] = [f"redirect {other.url}/b.glb"]
-        want = Wanted(url=f"{server.url}/a.glb", format="glb", headers={"Authorization": "secret"})
-        assert fetch(want, tmp_path / "a.glb", FetchConfig(cache=tmp_path)).read_bytes() == GLB
+        want = DownloadRequest(
+            url=f"{server.url}/a.glb", format="glb", headers={"Authorization": "secret"}
+        )
+        assert download(want, tmp_path / "a.glb", FetchConfig(cache=tmp_path)).read_bytes() == GLB
         assert [headers.get("Authorization") for _, headers in server.requests] == ["secret"] * 2
         assert [headers.get("Authorization") for _, headers in other.requests] == [None]
 
@@ -265,7 +268,7 @@ def test_redirects_are_followed_and_secrets_stay_with_their_host(server, tmp_pat
 )
 def test_only_http(url, tmp_path):
     with pytest.raises(Reject, match="bad_url"):
-        fetch(Wanted(url=url), tmp_path / "x", FetchConfig(cache=tmp_path))
+        download(DownloadRequest(url=url), tmp_path / "x", FetchConfig(cache=tmp_path))
 
 
 def test_a_host_that_is_not_there(get):
@@ -274,7 +277,7 @@ def test_a_host_that_is_not_there(get):
 
 def _fetch_one(url, folder, number):
     cfg = FetchConfig(cache=folder, per_host=2)
-    fetch(Wanted(url=f"{url}/{number}.glb"), folder / f"{number}.out", cfg)
+    download(DownloadRequest(url=f"{url}/{number}.glb"), folder / f"{number}.out", cfg)
 
 
 def test_one_host_is_asked_by_so_many_processes_at_once(server, tmp_path):
@@ -322,6 +325,10 @@ def test_an_encrypted_connection_stays_one(monkeypatch, tmp_path):
         def request(self, *args, **options):
             return Answer()
 
-    monkeypatch.setattr(web, "_pool", lambda cfg: Pool())
+    monkeypatch.setattr(web, "_connection_pool", lambda cfg: Pool())
     with pytest.raises(Reject, match="insecure_redirect"):
-        fetch(Wanted(url="https://example.org/a.glb"), tmp_path / "x", FetchConfig(cache=tmp_path))
+        download(
+            DownloadRequest(url="https://example.org/a.glb"),
+            tmp_path / "x",
+            FetchConfig(cache=tmp_path),
+        )

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import Reject
-from pipeline.mesh_io.archive import ArchiveLimits, archive_format, extract, only_mesh
+from pipeline.mesh_io.archive import ArchiveLimits, archive_format, extract, find_only_mesh
 from tests.pipeline.archive_files import make_tar, make_zip
 
 LIMITS = ArchiveLimits()
@@ -144,7 +144,7 @@ def test_a_zip_that_lies_about_its_sizes_gives_no_more_than_it_says(tmp_path):
 
 
 def test_bytes_are_counted_as_they_come_whatever_is_claimed(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.mesh_io.archive._count", lambda *_: None)
+    monkeypatch.setattr("pipeline.mesh_io.archive._check_limits", lambda *_: None)
     path = make_tar(tmp_path / "a.tar", {f"{n}.obj": bytes(1000) for n in range(10)})
     with pytest.raises(Reject, match="archive_bomb"):
         extract(path, tmp_path / "out", ArchiveLimits(max_bytes=5500))
@@ -201,9 +201,9 @@ def test_the_mesh_of_an_archive(tmp_path, names, expected):
     files = [tmp_path / name for name in names]
     if expected.startswith("archive"):
         with pytest.raises(Reject, match=expected):
-            only_mesh(files, tmp_path)
+            find_only_mesh(files, tmp_path)
     else:
-        assert only_mesh(files, tmp_path) == tmp_path / expected
+        assert find_only_mesh(files, tmp_path) == tmp_path / expected
 
 
 @settings(max_examples=150, deadline=None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.mesh_io.config import LoadConfig
-from pipeline.mesh_io.gltf import prepared
+from pipeline.mesh_io.gltf import prepare_for_parser
 from pipeline.mesh_io.load import load
 from tests.pipeline.mesh_files import TETRA, glb, gltf, png, same_triangles, write
 
@@ -45,7 +45,7 @@ def uv_by_place(path) -> dict:
 
 def test_files_without_any_of_it_are_left_alone(tmp_path):
     data = glb(*gltf(image=png()))
-    assert prepared(data, "glb", pytest.fail)[0] is data
+    assert prepare_for_parser(data, "glb", pytest.fail)[0] is data
 
 
 def test_positions_and_texture_coordinates_stored_as_normalised_integers(tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Material
 from pipeline.mesh_io.config import LoadConfig
-from pipeline.mesh_io.load import absolute_indices, load, load_with_report
+from pipeline.mesh_io.load import load, load_with_report, use_absolute_indices
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import to_glb
 from tests.pipeline.mesh_files import (
@@ -298,9 +298,9 @@ def test_negative_obj_indices_count_from_their_own_line(tmp_path):
 
 def test_absolute_indices_leaves_other_files_alone():
     plain = b"v 0 0 -1\nvt -1 0\nf 1/1 2/2 3/3\r\nf 1 2 3"
-    assert absolute_indices(plain) is plain
+    assert use_absolute_indices(plain) is plain
     text = b"v 0 0 0\nvn 0 0 1\nv 1 0 0\nv 0 1 0\nf -3//-1 2//1 -1//-1\n"
-    assert absolute_indices(text) == b"v 0 0 0\nvn 0 0 1\nv 1 0 0\nv 0 1 0\nf 1//1 2//1 3//1\n"
+    assert use_absolute_indices(text) == b"v 0 0 0\nvn 0 0 1\nv 1 0 0\nv 0 1 0\nf 1//1 2//1 3//1\n"
 
 
 def bomb(count: int, **fields) -> bytes:

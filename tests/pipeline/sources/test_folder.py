@@ -13,9 +13,10 @@ from pipeline.build import open_sources
 from pipeline.config import BuildConfig
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
+from pipeline.mesh_io.file_checks import MESH_FORMATS
 from pipeline.orchestration.plan import make_plan
 from pipeline.sources import open_source
-from pipeline.sources.folder import MESH_FORMATS, FolderSource
+from pipeline.sources.folder import FolderSource
 
 
 def fill(folder: Path, *names: str) -> Path:

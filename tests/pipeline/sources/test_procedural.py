@@ -93,7 +93,7 @@ def test_the_same_bytes_each_time(tmp_path):
         first = source.materialize(record, tmp_path / "a").read_bytes()
         assert source.materialize(record, tmp_path / "b").read_bytes() == first
         assert [path.name for path in (tmp_path / "a").iterdir()].count(f"{record.uid}.glb") == 1
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_seeds_make_different_shapes():

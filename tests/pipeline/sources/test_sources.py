@@ -16,7 +16,7 @@ from pipeline.mesh_io.load import load, load_with_report
 from pipeline.orchestration.plan import make_plan, read_plan
 from pipeline.sources import open_source
 from pipeline.sources.annotations import Annotations
-from pipeline.sources.github import GitHub, references
+from pipeline.sources.github import GitHub, find_references
 from pipeline.sources.objaverse import ObjaverseSource
 from pipeline.sources.objaverse_xl import ObjaverseXLSource
 from pipeline.sources.shapenet import ShapeNetSource
@@ -309,9 +309,9 @@ def test_references_of_a_gltf_and_a_dae(tmp_path):
     (tmp_path / "c.gltf").write_text(
         '{"buffers": [1, {"uri": "x\\u0000y"}, {"uri": "/etc/passwd"}]}'
     )
-    assert references(tmp_path / "a.gltf") == ["a b.bin", "t/c.png"]
-    assert references(tmp_path / "a.dae") == ["t/d.jpg"]
-    assert references(tmp_path / "b.gltf") == references(tmp_path / "c.gltf") == []
+    assert find_references(tmp_path / "a.gltf") == ["a b.bin", "t/c.png"]
+    assert find_references(tmp_path / "a.dae") == ["t/d.jpg"]
+    assert find_references(tmp_path / "b.gltf") == find_references(tmp_path / "c.gltf") == []
 
 
 CHAIR, PLANE = "03001627", "02691156"
@@ -374,7 +374,7 @@ def test_categories_and_splits_choose(core):
     assert ids("splits=test") == ["b1"]
     wrong = {
         "categories=dog": "no category 'dog'",
-        "splits=x": "is chosen",
+        "splits=x": "is selected",
         "category=chair": "unknown",
     }
     for options, words in wrong.items():
@@ -413,7 +413,7 @@ def test_two_folders_cannot_be_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("objaverse-xl?places=myspace", "places are github"),
+        ("objaverse-xl?places=myspace", "places must be among github"),
         ("objaverse-xl?place=github", "unknown option 'place'"),
         ("objaverse?x=1", "unknown source"),
         ("shapenet:/no/such", "no folder /no/such"),
