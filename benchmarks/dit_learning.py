@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.checkpoint import load_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.config import GenerationOptions, Guidance
 from model.inference.extract_mesh import extract_meshes
@@ -30,7 +31,7 @@ from train.encode import EncodeConfig, encode
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side
-from train.export import ExportConfig, export, read_stage
+from train.export import ExportConfig, export
 from train.stages.dit.config import DIT_PRESETS, DiTTraining
 from train.stages.dit.data import DiTLoader, joined
 from train.stages.dit.task import on_white
@@ -230,7 +231,7 @@ def on_given_cells(cfg: Learn, run: DiTTraining, world: World) -> dict[str, Any]
     vae, store = read_latents(run, world)
     assert vae is not None
     index, judge, rows = joined(run, store), judge_of(cfg), []
-    model = read_stage(run.out / "latest", ConditionedDiT)[0].to(world.device)
+    model = load_model(run.out / "latest", ConditionedDiT, device=world.device)
     loader = DiTLoader(index, store, run, training=False, held_out_only=True)
     bricks = BrickReader(read_build_index(cfg.data, [cfg.resolution]))
     for asset, uid in enumerate(index.uids):

@@ -21,7 +21,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from model.checkpoint import load_model
 from model.config import VAEConfig
+from model.sparse_vae import SparseVAE
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
@@ -37,7 +39,7 @@ from train.engine.checkpoint import provenance
 from train.engine.distributed import World
 from train.engine.mesh_pictures import save_image, side_by_side
 from train.engine.optimizer import make_optimizer, peak_flops
-from train.evaluation.vae import evaluate_asset, load_vae, summarize, table
+from train.evaluation.vae import evaluate_asset, summarize, table
 from train.stages.vae.config import VAE_PRESETS, BrickConfig, VAETraining
 from train.stages.vae.task import VAETask
 from train.vae import train
@@ -325,7 +327,7 @@ def learn(cfg: Measure, preset: str, device: torch.device) -> dict[str, Any]:
 def _evaluate(
     cfg: Measure, preset: str, checkpoint: Path, resolution: int, device: torch.device
 ) -> dict[str, Any]:
-    model, _ = load_vae(checkpoint, device)
+    model = load_model(checkpoint, SparseVAE, device=device)
     stored = sorted({*cfg.resolutions, resolution})
     reader = BrickReader(read_build_index(cfg.data, stored))
     rows, images = [], []

@@ -1,12 +1,9 @@
-"""Models on disk: a directory of weights and configuration, and weights published under other names."""
+"""Models on disk: exports and training checkpoints, and weights published under other names."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,146 +14,211 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FORMAT_VERSION = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-KeyMap = Mapping[
-    str, tuple[str, Callable[[Tensor], Tensor]]
-]  # their name -> (our name, their layout to ours)
+from pipeline.core.errors import UserError
+from pipeline.core.files import replacing, sync_directory
+from pipeline.core.provenance import FORMAT_VERSION
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+AVERAGED_WEIGHTS = "ema.safetensors"  # only training checkpoints have them
+MAX_MESSAGE = 500  # characters of an error that lists tensors
+
+# Published name -> (our name, conversion from the published layout to ours).
+KeyMap = Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_model(directory: Path | str, model: nn.Module, config: Any, **notes: str) -> None:
-    """Write model.safetensors and config.json to `directory`, replacing what is there; all of it or nothing.
+class CheckpointError(UserError, ValueError):
+    """A directory or file does not hold the model that was asked for.
 
-    config: the frozen dataclass the model was made from; notes are further entries of config.json. Parent directories
-    are made. Until everything is on the disk the files lie in a temporary directory beside the target, which is removed
-    if writing fails.
+    Commands print it as one line. Programs may catch it as a ValueError.
     """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        new, old = made / "new", made / "old"
-        new.mkdir()
-        weights = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-        }
-        save_file(weights, new / WEIGHTS)
-        described = {
-            "format_version": FORMAT_VERSION,
-            "model": type(model).__name__,
-            "config": dataclasses.asdict(config),
-            **notes,
-        }
-        (new / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
-        for path in (new / WEIGHTS, new / CONFIG, new):
-            _sync(path)
-        if directory.exists():
-            directory.rename(old)
-        try:
-            new.rename(directory)
-        except OSError:
-            if old.exists():
-                old.rename(directory)
-            raise
-        _sync(directory.parent)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def save_model(path: Path | str, model: nn.Module, config: Any, **notes: Any) -> None:
+    """Write a model to a directory, which holds config.json and model.safetensors.
+
+    The directory is complete or absent, also after a power cut. An old directory is replaced.
+
+    Args:
+        path: The directory. Its parents are created.
+        model: The model whose state dict is written.
+        config: The frozen dataclass that `model` was made from.
+        **notes: Further entries of config.json, which must be JSON values.
+    """
+    path = Path(path)
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    description = {
+        "format_version": FORMAT_VERSION,
+        "model": type(model).__name__,
+        "config": dataclasses.asdict(config),
+        **notes,
+    }
+    with replacing(path, durable=True) as partial:
+        partial.mkdir()
+        save_file(weights, partial / WEIGHTS)
+        (partial / CONFIG).write_text(json.dumps(description, indent=1) + "\n")
+        sync_directory(partial)
+    sync_directory(path.parent)
+
+
+def read_config(path: Path | str) -> dict[str, Any]:
+    """Return the content of config.json of an export or a training checkpoint.
+
+    Raises:
+        CheckpointError: If there is no readable config.json or its format version is another one.
+    """
+    path = Path(path)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        description = json.loads((path / CONFIG).read_text())
+        version = description["format_version"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it has no readable {CONFIG} ({error!r})"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version}, this code reads {FORMAT_VERSION}"
+        )
+    return description
 
 
 def load_model(
-    directory: Path | str,
+    path: Path | str,
     cls: type[Model],
     *,
     config: Any | None = None,
     device: torch.device | str = "cpu",
+    averaged: bool = True,
 ) -> Model:
-    """The model that `save_model` wrote, as `cls(cls.Config(...))`, in eval mode on the device.
+    """Load a model from an export or a training checkpoint.
 
-    config: what the caller needs it to be. ValueError if the directory holds no such model, one of another class or
-    format version, another configuration than asked for (naming every field that differs) or broken weights.
+    Args:
+        path: The directory.
+        cls: Class of the model. It is constructed as `cls(cls.Config(...))`.
+        config: The configuration that the model must have. None accepts any.
+        device: Where the model is moved.
+        averaged: Take the averaged weights, if there are any, instead of those of the last step.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: If the directory does not hold such a model. The message names every field
+            of the configuration and every tensor that differs.
     """
-    directory = Path(directory)
-    try:
-        described = json.loads((directory / CONFIG).read_text())
-        version, name, stored = (described[key] for key in ("format_version", "model", "config"))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{directory} must hold a model ({CONFIG}, {WEIGHTS}): {error!r}"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{directory} must have format_version {FORMAT_VERSION}, got {version}")
-    if name != cls.__name__:
-        raise ValueError(f"{directory} must hold a {cls.__name__}, got a {name}")
-    found = config_from(cls.Config, stored, str(directory))  # pyright: ignore[reportAttributeAccessIssue]
+    path = Path(path)
+    description = read_config(path)
+    name, stored = description.get("model"), description.get("config")
+    if name != cls.__name__ or not isinstance(stored, dict):
+        raise CheckpointError(f"{path} must be a checkpoint of a {cls.__name__}, got {name}")
+    found = config_from(cls.Config, stored, str(path))  # pyright: ignore[reportAttributeAccessIssue]
     if config is not None and found != config:
-        wanted, there = dataclasses.asdict(config), dataclasses.asdict(found)
+        wanted = dataclasses.asdict(config)
+        actual = dataclasses.asdict(found)
         fields = [
-            f"{key} = {wanted[key]} (there: {there[key]})"
+            f"{key} = {wanted[key]} (found: {actual[key]})"
             for key in wanted
-            if wanted[key] != there[key]
+            if wanted[key] != actual[key]
         ]
-        raise ValueError(f"{directory} must have {', '.join(fields)}")
-    with torch.device(device):
-        model = cls(found)
-    try:
-        weights = load_file(directory / WEIGHTS, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{directory / WEIGHTS} must be readable weights: {error}") from error
-    load_weights(model, weights, str(directory))
-    return model.eval()
+        raise CheckpointError(f"{path} must have {', '.join(fields)}")
+    model = cls(found)
+    load_weights(weights_file(path) if averaged else path / WEIGHTS, model)
+    return model.to(device).eval()
 
 
 def config_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """A config dataclass, perhaps of others, from JSON values (lists become tuples).
+    """Make a configuration dataclass, which may contain others, from JSON values.
 
-    ValueError naming unknown and missing fields.
+    Args:
+        cls: The dataclass.
+        values: One entry for each field. Lists become tuples.
+        where: Name of the source in error messages.
+
+    Raises:
+        CheckpointError: If fields are unknown or missing, or a value is out of range.
     """
     names = {field.name for field in dataclasses.fields(cls)}
     if names != set(values):
-        unknown, missing = sorted(set(values) - names), sorted(names - set(values))
-        raise ValueError(
-            f"{where} must have the fields of {cls.__name__}; unknown: {unknown}, missing: {missing}"
+        unknown = sorted(set(values) - names)
+        missing = sorted(names - set(values))
+        raise CheckpointError(
+            f"{where} must have the fields of {cls.__name__}; "
+            f"unknown: {unknown}, missing: {missing}"
         )
     types = typing.get_type_hints(cls)
-    inner = {
-        name
-        for name in names
-        if dataclasses.is_dataclass(types[name]) and isinstance(values[name], dict)
+    arguments = {
+        name: config_from(types[name], value, f"{where}: {name}")
+        if dataclasses.is_dataclass(types[name]) and isinstance(value, dict)
+        else _to_tuples(value)
+        for name, value in values.items()
     }
-    return cls(
-        **{
-            name: config_from(types[name], value, f"{where}: {name}")
-            if name in inner
-            else _tuples(value)
-            for name, value in values.items()
-        }
+    try:
+        return cls(**arguments)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where} has no usable configuration: {error}") from error
+
+
+def _to_tuples(value: Any) -> Any:
+    return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def weights_file(path: Path) -> Path:
+    """Return the file with the averaged weights of a directory, or with its only weights.
+
+    Raises:
+        CheckpointError: If the directory has neither.
+    """
+    for name in (AVERAGED_WEIGHTS, WEIGHTS):
+        if (path / name).exists():
+            return path / name
+    raise CheckpointError(
+        f"{path} is not a checkpoint: it has neither {AVERAGED_WEIGHTS} nor {WEIGHTS}"
     )
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(x) for x in value) if isinstance(value, list) else value
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Copy weights of a file into a model.
+
+    Args:
+        path: A safetensors file, or a directory, of which `weights_file` is taken.
+        model: Its state dict must have exactly the file's names and shapes.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or of another model. The model is then
+            unchanged.
+    """
+    if path.is_dir():
+        path = weights_file(path)
+    try:
+        copy_weights(load_file(path), model, "it")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}"[:MAX_MESSAGE]) from error
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Copy weights of the model's own names. ValueError listing every unknown or missing name and wrong shape."""
-    load_mapped(model, weights, {name: (name, lambda x: x) for name in model.state_dict()}, where)
+def copy_weights(
+    weights: Mapping[str, Tensor], model: nn.Module, where: str, keys: KeyMap | None = None
+) -> None:
+    """Copy tensors into a model.
 
+    Args:
+        weights: The tensors by name.
+        model: The model.
+        where: Name of the source in error messages.
+        keys: Published names and layouts, one entry for each tensor of the model. None if
+            `weights` has the model's own names.
 
-def load_mapped(model: nn.Module, weights: Mapping[str, Tensor], keys: KeyMap, where: str) -> None:
-    """Copy weights published under other names and layouts; `keys` has one entry for each of the model's tensors.
-
-    ValueError listing every unknown name, missing name and wrong shape; the model is then untouched.
+    Raises:
+        CheckpointError: If names are unknown or missing or shapes differ. The message lists all of
+            them, and the model is unchanged.
     """
     targets = model.state_dict()
+    if keys is None:
+        keys = {name: (name, unchanged) for name in targets}
     assert {ours for ours, _ in keys.values()} == set(targets), "the key map must cover the model"
     problems = [f"unknown {name}" for name in sorted(set(weights) - set(keys))]
     problems += [f"missing {name}" for name in sorted(set(keys) - set(weights))]
@@ -165,17 +227,21 @@ def load_mapped(model: nn.Module, weights: Mapping[str, Tensor], keys: KeyMap, w
         ours, convert = keys[name]
         try:
             converted[ours] = convert(weights[name])
-            matches = converted[ours].shape == targets[ours].shape
-        except RuntimeError:  # a shape that the conversion cannot take
-            matches = False
-        if not matches:
-            problems.append(
-                f"{name} of shape {list(weights[name].shape)} does not fit {list(targets[ours].shape)}"
-            )
+            fits = converted[ours].shape == targets[ours].shape
+        except RuntimeError:  # the conversion cannot take this shape
+            fits = False
+        if not fits:
+            found, wanted = list(weights[name].shape), list(targets[ours].shape)
+            problems.append(f"{name} of shape {found} does not fit {wanted}")
     if problems:
-        raise ValueError(
+        raise CheckpointError(
             f"{where} must hold the weights of this {type(model).__name__}: {'; '.join(problems)}"
         )
     with torch.no_grad():
         for name, tensor in converted.items():
             targets[name].copy_(tensor)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """Return `x`: the conversion of a published tensor whose layout is ours."""
+    return x

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import CrossAttention, FullAttention, SpatialSparseAttention
-from model.checkpoint import KeyMap, load_mapped
+from model.checkpoint import KeyMap, copy_weights, unchanged
 from model.config import Compression, DiTConfig
 from model.image_tokens import ImageTokens
 from model.kv_compression import TokenLayout
@@ -225,7 +225,7 @@ class SparseDiT(nn.Module):
         """
         channels = self.config.latent_channels
         ends = {"latents_scale": scale.expand(channels), "latents_shift": shift.expand(channels)}
-        load_mapped(self, {**weights, **ends}, published_keys(self.config), "the state dict")
+        copy_weights({**weights, **ends}, self, "the state dict", published_keys(self.config))
 
 
 def _flops(config: DiTConfig, layout: TokenLayout, condition: ImageTokens) -> int:
@@ -267,12 +267,15 @@ def published_keys(config: DiTConfig) -> KeyMap:
     """Names and layouts of the published SS-DiT -> ours."""
     keys: dict = {
         "latents_scale": ("latent_std", torch.reciprocal),  # its latents are z / scale + shift
-        "latents_shift": ("latent_mean", _as_is),
+        "latents_shift": ("latent_mean", unchanged),
     }
 
     def linear(theirs: str, ours: str, *names: str) -> None:
         keys.update(
-            {f"{theirs}.{name}": (f"{ours}.{name}", _as_is) for name in names or ("weight", "bias")}
+            {
+                f"{theirs}.{name}": (f"{ours}.{name}", unchanged)
+                for name in names or ("weight", "bias")
+            }
         )
 
     linear("input_layer", "input")
@@ -313,16 +316,12 @@ def published_keys(config: DiTConfig) -> KeyMap:
     return keys
 
 
-def _as_is(x: Tensor) -> Tensor:
-    return x
-
-
 def _compression_keys(
     keys: dict, linear: Callable[..., None], version: Compression, theirs: str, ours: str
 ) -> None:
     if version == "v1":
         keys[f"{theirs}.act_layers.0.conv.kernel"] = (f"{ours}.linear.weight", torch.t)  # [in, out]
-        keys[f"{theirs}.act_layers.0.conv.bias"] = (f"{ours}.linear.bias", _as_is)
+        keys[f"{theirs}.act_layers.0.conv.bias"] = (f"{ours}.linear.bias", unchanged)
         return
     linear(f"{theirs}.act_layers.0", f"{ours}.norm1")
     linear(f"{theirs}.out_layers.1", f"{ours}.norm2")
@@ -331,4 +330,4 @@ def _compression_keys(
             f"{ours}.{name}.weight",
             published_kernel,
         )
-        keys[f"{theirs}.out_layers.{layer}.conv.bias"] = (f"{ours}.{name}.bias", _as_is)
+        keys[f"{theirs}.out_layers.{layer}.conv.bias"] = (f"{ours}.{name}.bias", unchanged)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import sdf_head
-from model.checkpoint import KeyMap, load_mapped
+from model.checkpoint import KeyMap, copy_weights, unchanged
 from model.config import VAEConfig
 from model.conv import DownBlock, UpBlock, pairs_of_blocks
 from model.layers import (
@@ -174,7 +174,7 @@ class SparseVAE(nn.Module):
 
         They expect `plus_one_pooling`. ValueError listing every unknown or missing name and wrong shape.
         """
-        load_mapped(self, weights, published_keys(self.config), "the state dict")
+        copy_weights(weights, self, "the state dict", published_keys(self.config))
 
 
 def _flops(config: VAEConfig, batch: BrickBatch) -> int:
@@ -199,10 +199,6 @@ def _flops(config: VAEConfig, batch: BrickBatch) -> int:
     return 2 * (dense + int(torch.stack(sparse).sum()))
 
 
-def _as_is(x: Tensor) -> Tensor:
-    return x
-
-
 def published_kernel(kernel: Tensor) -> Tensor:
     """torchsparse [27, in, out] counts its taps with x fastest, we with z: (dz, dy, dx) -> (dx, dy, dz)."""
     return kernel.unflatten(0, (3, 3, 3)).permute(2, 1, 0, 3, 4).flatten(0, 2)
@@ -213,11 +209,13 @@ def published_keys(config: VAEConfig) -> KeyMap:
     keys: dict = {}
 
     def linear(theirs: str, ours: str) -> None:
-        keys.update({f"{theirs}.{name}": (f"{ours}.{name}", _as_is) for name in ("weight", "bias")})
+        keys.update(
+            {f"{theirs}.{name}": (f"{ours}.{name}", unchanged) for name in ("weight", "bias")}
+        )
 
     def conv(theirs: str, ours: str) -> None:
         keys[f"{theirs}.conv.kernel"] = (f"{ours}.weight", published_kernel)
-        keys[f"{theirs}.conv.bias"] = (f"{ours}.bias", _as_is)
+        keys[f"{theirs}.conv.bias"] = (f"{ours}.bias", unchanged)
 
     linear("encoder.input_layer1", "encoder.input")
     for n in range(3):

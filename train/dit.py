@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from model.checkpoint import load_model, load_weights
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.sparse_vae import SparseVAE
 from pipeline.core.cli import command, parse_with_presets
@@ -19,8 +20,7 @@ from train.engine import checkpoint
 from train.engine.batch_sampler import ShardBatchSampler
 from train.engine.distributed import World, join_world
 from train.engine.prefetch import Prefetcher
-from train.engine.trainer import fit, weights_file
-from train.evaluation.vae import load_vae
+from train.engine.trainer import fit
 from train.stages.dit.config import DIT_PRESETS, DiTTraining
 from train.stages.dit.data import DiTLoader, joined
 from train.stages.dit.task import DiTTask
@@ -47,7 +47,7 @@ def train(cfg: DiTTraining, world: World) -> int:
     loader = DiTLoader(chosen, store, cfg)
     task = DiTTask(cfg, world, chosen, val, store, vae)
     if cfg.init is not None and checkpoint.latest(cfg.out) is None:
-        checkpoint.load_weights(weights_file(cfg.init), task.model)
+        load_weights(cfg.init, task.model)
         task.model.dit.set_statistics(
             store.mean, store.std
         )  # of these latents, not of those before
@@ -69,7 +69,7 @@ def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, Late
                 f"{cfg.vae} does not exist; name the VAE that made the latents with --vae, or take those that are "
                 "there without looking at samples: --vae None"
             )
-        vae, _ = load_vae(cfg.vae, world.device)
+        vae = load_model(cfg.vae, SparseVAE, device=world.device)
     store = LatentStore(
         cfg.latents or cfg.data / "latents", cfg.resolution, None if vae is None else vae_hash(vae)
     )

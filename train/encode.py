@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from model.checkpoint import load_model, read_config
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.cli import command, parse
@@ -32,7 +33,6 @@ from train.data.bricks import (
 )
 from train.data.latents import STATISTICS, Latent, LatentShard, Sums, vae_hash, write_latent_shard
 from train.engine.distributed import World, join_world
-from train.evaluation.vae import load_vae
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,8 @@ def encode(cfg: EncodeConfig, world: World) -> Path:
     Ranks share the shards. UserError if the VAE, the build or latents that are there do not fit, RunError if too many
     assets cannot be read.
     """
-    vae, described = load_vae(cfg.vae, world.device)
+    vae = load_model(cfg.vae, SparseVAE, device=world.device)
+    described = read_config(cfg.vae)
     training = described.get("training", {})
     resolutions = cfg.resolutions or _resolutions(
         cfg.data, training.get("bricks", {}).get("resolutions", ())

@@ -7,22 +7,21 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from model.checkpoint import config_from, load_model, save_model
+from model.checkpoint import load_model, read_config, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
 from train.data.latents import vae_hash
-from train.engine.checkpoint import load_weights, read_config
-from train.engine.trainer import weights_file
 
 log = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound=nn.Module)
 PROG = "python -m train.export"
 
 
@@ -46,24 +45,11 @@ class ExportConfig:
             raise ValueError("vae, structure or dit must name a checkpoint, got none")
 
 
-def read_stage(path: Path, cls: type[nn.Module]) -> tuple[Any, dict[str, Any]]:
-    """A training checkpoint's model with its averaged weights, and what the run says of its training.
-
-    UserError if `path` is no checkpoint, or one of another kind of model.
-    """
+def _load_stage(path: Path, cls: type[Model]) -> Model:
+    """Return a checkpoint's model with its averaged weights."""
     if not path.exists():
         raise UserError(f"{path} does not exist: train the stage first, or leave it out")
-    described = read_config(path)
-    name, stored = described.get("model"), described.get("config")
-    if name != cls.__name__ or not isinstance(stored, dict):
-        raise UserError(f"{path} must be a checkpoint of a {cls.__name__}, got {name}")
-    try:
-        config = config_from(cls.Config, stored, str(path))  # pyright: ignore[reportAttributeAccessIssue]
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    model = cls(config)
-    load_weights(weights_file(path), model)
-    return model.eval(), described.get("training") or {}
+    return load_model(path, cls)
 
 
 def export(cfg: ExportConfig) -> list[Path]:
@@ -71,12 +57,13 @@ def export(cfg: ExportConfig) -> list[Path]:
     stages: dict[str, tuple[Any, Path]] = {}
     vaes: dict[str, str] = {}  # stage -> the VAE that it is or belongs to
     if cfg.vae is not None:
-        vae, _ = read_stage(cfg.vae, SparseVAE)
+        vae = _load_stage(cfg.vae, SparseVAE)
         stages["vae"], vaes["vae"] = (vae, cfg.vae), vae_hash(vae)
     if cfg.structure is not None:
-        stages["structure"] = (read_stage(cfg.structure, Structure)[0], cfg.structure)
+        stages["structure"] = (_load_stage(cfg.structure, Structure), cfg.structure)
     for path in cfg.dit:
-        dit, training = read_stage(path, ConditionedDiT)
+        dit = _load_stage(path, ConditionedDiT)
+        training = read_config(path).get("training") or {}
         resolution, trained_on = training.get("resolution"), training.get("vae")
         if not isinstance(resolution, int):
             raise UserError(f"{path} does not say at which resolution it was trained")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from model.checkpoint import load_weights, weights_file
 from model.occupancy_vae import OccupancyVAE
 from model.structure import Structure
 from pipeline.core.cli import command, parse_with_presets
@@ -22,7 +23,7 @@ from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
 from train.engine.distributed import World, join_world
 from train.engine.prefetch import Prefetcher
-from train.engine.trainer import fit, weights_file
+from train.engine.trainer import fit
 from train.stages.structure.config import STRUCTURE_PRESETS, StructureTraining
 from train.stages.structure.data import GridLoader
 from train.stages.structure.task import FlowTask, OccupancyTask
@@ -99,7 +100,7 @@ def trained_vae(cfg: StructureTraining) -> OccupancyVAE:
             f"{cfg.out / 'vae'} holds no occupancy VAE; train it first: {PROG} --part vae --out {cfg.out}"
         )
     vae = OccupancyVAE(cfg.model.occupancy)
-    checkpoint.load_weights(weights_file(found), vae)
+    load_weights(found, vae)
     return vae.eval()
 
 

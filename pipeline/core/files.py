@@ -30,7 +30,8 @@ def replacing(
     """Write a file or directory under a temporary name and rename it to `path` at the end.
 
     Readers see the old content or the new content, never a part. If the block raises, `path` is
-    unchanged and the temporary file or directory is deleted.
+    unchanged and the temporary file or directory is deleted. Where a directory replaces another
+    one, `path` does not exist for a moment.
 
     Args:
         path: The final name. Its parent directories are created.
@@ -49,9 +50,25 @@ def replacing(
         yield partial
         if durable:
             sync(partial)
-        partial.replace(path)
+        _publish(partial, path)
     finally:
         _delete(partial)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`. A directory cannot be renamed over another one, so that is moved."""
+    if not partial.is_dir() or not path.is_dir():
+        partial.replace(path)
+        return
+    old = partial.with_name(f"{partial.name}.old")
+    _delete(old)
+    path.rename(old)
+    try:
+        partial.replace(path)
+    except OSError:
+        old.rename(path)
+        raise
+    _delete(old)
 
 
 def write_atomically(

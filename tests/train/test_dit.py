@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from model.checkpoint import load_model, read_config
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import DinoEncoder
 from model.config import ConditionedDiTConfig, EncoderConfig
@@ -28,7 +29,6 @@ from train.dit import main, read_latents, train
 from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
-from train.export import read_stage
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.dit.data import joined
 from train.stages.dit.task import DiTTask
@@ -76,7 +76,8 @@ def test_a_checkpoint_says_what_export_needs(rendered, tmp_path):
     )
     assert train(cfg, World()) == 2
     found = checkpoint.latest(cfg.out)
-    model, training = read_stage(found, ConditionedDiT)
+    model = load_model(found, ConditionedDiT)
+    training = read_config(found)["training"]
     _, store = read_latents(cfg, World())
     assert (training["resolution"], training["vae"]) == (32, store.vae)
     assert model.config == MODEL

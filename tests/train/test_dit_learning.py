@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.checkpoint import load_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.config import ConditionedDiTConfig, Guidance
 from model.sparse_tensor import BrickBatch
@@ -33,7 +34,6 @@ from train.encode import main as encode_main
 from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
-from train.export import read_stage
 from train.vae import main as vae_main
 from train.vae import train as train_vae
 
@@ -78,7 +78,7 @@ def test_the_image_says_which_shape(tmp_path):
     cfg = config((data, vae.out / "latest"), tmp_path / "dit", steps=400, loop=loop, model=model)
     cfg = replace(cfg, flow=replace(cfg.flow, batch_size=8, augment=False))
     train(cfg, World())
-    dit, _ = read_stage(checkpoint.latest(cfg.out), ConditionedDiT)
+    dit = load_model(checkpoint.latest(cfg.out), ConditionedDiT)
     decoder, _ = read_latents(cfg, World())
     loader = loader_of(cfg, training=False, held_out_only=True)  # views that training never saw
     batch = loader.batch([SampleId(asset, 0) for asset in range(4)], 1.0)

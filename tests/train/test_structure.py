@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from model.checkpoint import load_weights
 from model.config import (
     ConditionedDiTConfig,
     DiTConfig,
@@ -28,7 +29,6 @@ from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
 from train.engine.config import LoopConfig
 from train.engine.distributed import World
-from train.engine.trainer import weights_file
 from train.stages.structure.config import (
     STRUCTURE_PRESETS,
     FlowTraining,
@@ -141,10 +141,10 @@ def test_both_halves_train_and_the_checkpoint_is_the_whole_stage(rendered, tmp_p
     found = checkpoint.latest(cfg.out / "flow")
     assert json.loads((found / "config.json").read_text())["model"] == "Structure"
     structure = Structure(MODEL)
-    checkpoint.load_weights(weights_file(found), structure)
+    load_weights(found, structure)
     trained = checkpoint.latest(cfg.out / "vae")
     before = {name: tensor.clone() for name, tensor in structure.vae.state_dict().items()}
-    checkpoint.load_weights(weights_file(trained), structure.vae)
+    load_weights(trained, structure.vae)
     for name, tensor in structure.vae.state_dict().items():
         assert torch.equal(tensor, before[name]), "the flow's training must leave the VAE alone"
     assert (structure.flow.dit.latent_std > 0).all()
@@ -269,7 +269,7 @@ def test_it_learns_which_image_has_which_cells(rendered, tmp_path):
     train(cfg, World())
     assert metrics(cfg.out / "vae")[-1]["iou"] > 0.95
     structure = Structure(MODEL).eval()
-    checkpoint.load_weights(weights_file(checkpoint.latest(cfg.out / "flow")), structure)
+    load_weights(checkpoint.latest(cfg.out / "flow"), structure)
     index = read_build_index(rendered, [32]).split("train")
     loader = GridLoader(index, cfg, images=True, training=False, held_out_only=True)
     batch = loader.batch(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import load_model
+from model.checkpoint import load_model, read_config
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.cli import parse_with_presets
@@ -23,7 +23,7 @@ from train import vae
 from train.data.bricks import BrickReader, read_build_index
 from train.engine.distributed import World
 from train.evaluate import main as evaluate
-from train.evaluation.vae import VAEEvaluation, evaluate_asset, evaluate_vae, load_vae
+from train.evaluation.vae import VAEEvaluation, evaluate_asset, evaluate_vae
 from train.stages.vae.config import VAE_PRESETS
 from train.stages.vae.task import inside_iou
 
@@ -132,10 +132,10 @@ def test_a_checkpoint_is_a_model(build, tmp_path):
     """`load_model` reads it, and so does the evaluation, which takes the average."""
     vae.train(tiny_training(build, tmp_path, steps=3), World())
     latest = tmp_path / "latest"
-    model = load_model(latest, SparseVAE)
+    model = load_model(latest, SparseVAE, averaged=False)
     assert model.config == tiny_training(build, tmp_path).model
-    average, described = load_vae(latest, torch.device("cpu"))
-    assert described["training"]["loop"]["steps"] == 3
+    average = load_model(latest, SparseVAE)
+    assert read_config(latest)["training"]["loop"]["steps"] == 3
     assert not torch.equal(average.decoder.out.weight, model.decoder.out.weight)
 
 
@@ -263,8 +263,8 @@ def test_a_checkpoint_of_another_model_is_refused(build, tmp_path):
         vae.train(replace(wider, out=tmp_path / "b", init=tmp_path / "a" / "latest"), World())
     path = tmp_path / "a" / "latest" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model": "SparseDiT"}))
-    with pytest.raises(UserError, match="holds a SparseDiT, not a SparseVAE"):
-        load_vae(tmp_path / "a" / "latest", torch.device("cpu"))
+    with pytest.raises(UserError, match="must be a checkpoint of a SparseVAE, got SparseDiT"):
+        load_model(tmp_path / "a" / "latest", SparseVAE)
 
 
 def test_evaluate_names_what_it_can():
@@ -355,7 +355,7 @@ def test_tiny_learns_16_shapes_by_heart(tmp_path):
         assert vae.train(cfg, World()) == cfg.loop.steps
     finally:
         torch.set_num_threads(threads)
-    model, _ = load_vae(cfg.out / "latest", torch.device("cpu"))
+    model = load_model(cfg.out / "latest", SparseVAE)
     reader = BrickReader(read_build_index(data, [64]))
     overlaps = []
     for asset in range(16):

@@ -15,12 +15,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-import model.checkpoint
+from model.checkpoint import load_weights, read_config
 from pipeline.core.errors import UserError
-from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.provenance import provenance as core_provenance
 from train.engine.distributed import World
 
@@ -67,18 +65,6 @@ def check_init(init: Path | None, out: Path) -> None:
     """UserError if a new run in `out` is to start from a checkpoint that is not there."""
     if init is not None and not init.exists() and latest(out) is None:
         raise UserError(f"{init} does not exist; train it first, or name a checkpoint with --init")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. UserError if `path` is no checkpoint, or of another format version."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-        found = config["format_version"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is not a checkpoint: it has no readable config.json") from error
-    if found != FORMAT_VERSION:
-        raise UserError(f"{path} has format_version {found}, this code reads {FORMAT_VERSION}")
-    return config
 
 
 def save(
@@ -150,14 +136,6 @@ def restore(
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {error}"[:500]) from error
     return state
-
-
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Every tensor of the module from a safetensors file. UserError if it is missing, damaged or of another model."""
-    try:
-        model.checkpoint.load_weights(module, safetensors.torch.load_file(path), str(path))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} cannot be used: {error}"[:500]) from error
 
 
 def prune(out: Path, keep_last: int) -> None:

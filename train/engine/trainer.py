@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from model.checkpoint import load_weights, read_config
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import differences
 from pipeline.core.provenance import FORMAT_VERSION
@@ -121,7 +122,7 @@ class _Run:
         self.optimizer = make_optimizer(self.model, cfg, world.device)
         found = checkpoint.latest(out)
         if found is None and init is not None:
-            checkpoint.load_weights(weights_file(init), self.model)
+            load_weights(init, self.model)
             log.info("weights from %s", init)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.done = 0
@@ -266,7 +267,7 @@ class _Run:
             )
 
     def _resume(self, found: Path) -> None:
-        there = checkpoint.read_config(found)
+        there = read_config(found)
         wanted = {name: self.config.get(name) for name in ("model", "config", "training")}
         stored = {name: there.get(name) for name in wanted}
         changed = differences(_identity(stored), _identity(wanted))
@@ -319,13 +320,3 @@ def _identity(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {name: _identity(inner) for name, inner in value.items() if name not in FREE_ON_RESUME}
-
-
-def weights_file(path: Path) -> Path:
-    """The averaged weights of a checkpoint, or the weights of an exported model. UserError if it has none."""
-    for name in ("ema.safetensors", "model.safetensors"):
-        if (path / name).exists():
-            return path / name
-    raise UserError(
-        f"{path} is not a checkpoint: it has neither ema.safetensors nor model.safetensors"
-    )

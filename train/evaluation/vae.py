@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from model.checkpoint import config_from
+from model.checkpoint import load_model, read_config
 from model.inference.extract_mesh import extract_meshes
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
@@ -30,9 +30,8 @@ from train.data.bricks import (
     built_resolutions,
     read_build_index,
 )
-from train.engine.checkpoint import load_weights, provenance, read_config
+from train.engine.checkpoint import provenance
 from train.engine.mesh_pictures import picture, save_image, side_by_side
-from train.engine.trainer import weights_file
 from train.evaluation.page import write_page
 from train.stages.vae.task import inside_iou
 
@@ -180,23 +179,11 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def load_vae(path: Path, device: torch.device) -> tuple[SparseVAE, dict[str, Any]]:
-    """The model of a checkpoint (its averaged weights) or an export, and its config.json. UserError for another."""
-    described = read_config(path)
-    if described.get("model") != SparseVAE.__name__:
-        raise UserError(f"{path} holds a {described.get('model')}, not a {SparseVAE.__name__}")
-    try:
-        model = SparseVAE(config_from(SparseVAE.Config, described["config"], str(path)))
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} has no usable configuration: {error}") from error
-    load_weights(weights_file(path), model)
-    return model.to(device).eval(), described
-
-
 def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
     """Every asset of the split at every resolution; writes numbers, a table, a page and pictures to cfg.out."""
     device = choose_device(cfg.device)
-    model, described = load_vae(cfg.checkpoint, device)
+    model = load_model(cfg.checkpoint, SparseVAE, device=device)
+    described = read_config(cfg.checkpoint)
     trained = tuple(described.get("training", {}).get("bricks", {}).get("resolutions", ()))
     stored = built_resolutions(cfg.data)
     wanted = (
