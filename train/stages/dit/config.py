@@ -1,93 +1,98 @@
-"""The options of training the SS-DiT, and the presets from which they start: the paper's schedule, and small ones."""
+"""Options and presets of training the SS-DiT."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
-from pipeline.core.devices import Device
-from pipeline.core.grid import check_resolution
-from pipeline.core.options import CameraSet
 from train.data.config import FlowOptions
-from train.engine.config import LoopConfig
+from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
+from train.stages.config import ConditionedTraining
 
 DiTPreset = Literal["tiny", "small", "256", "384", "512", "1024"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTTraining:
-    """Train the SS-DiT on a build's renders and its latents. The same command goes on with a run that was stopped.
+class DiTTraining(ConditionedTraining):
+    """Train the SS-DiT on the renders and the latents of a build. The same command resumes a
+    stopped run."""
 
-    The presets 256, 384, 512 and 1024 are the paper's stages, each starting from the one before.
-    """
+    preset: DiTPreset = "tiny"
+    """Set of defaults for all other options. tiny takes minutes on a CPU, small minutes on a GPU.
+    256, 384, 512 and 1024 are the paper's runs, each of which starts from the one before."""
 
-    preset: DiTPreset = "tiny"  # where the options below start from
-    data: Path = Path("data/smoke")  # what python -m pipeline.build made; its renders are read
-    latents: Path | None = None  # what python -m train.encode made; default: latents/ in the build
-    vae: Path | None = Path(
-        "runs/vae-tiny/latest"
-    )  # whose latents they are; None: the only ones, no samples are drawn
-    out: Path = Path("runs/dit-tiny")  # checkpoints, metrics.jsonl, samples
-    init: Path | None = None  # a checkpoint whose averaged weights a new run starts from
-    device: Device = "auto"
-    resolution: int = 512  # R of the latents: cells of R / 8 a side
-    max_tokens: int | None = (
-        None  # cells a rank: fewer assets where they would exceed it, larger ones are left out
-    )
-    cameras: CameraSet = "paper"  # which renders are the condition
-    held_out_views: int = 0  # the last so many views of every asset are not trained on
-    max_missing_share: float = 0.01  # of the build's assets that may lack latents
-    workers: int = 8  # threads that prepare batches ahead; any number gives the same batches
-    val_batches: int = 8  # of each rank in a validation
-    samples: int = 8  # assets that are drawn from held-out views, or are held out themselves
+    latents: Path | None = None
+    """Directory of the latents, written by `python -m train.encode`. The default is `latents` in
+    the build."""
+
+    vae: Path | None = Path("runs/vae-tiny/latest")
+    """Checkpoint of the VAE that made the latents. Without one (None) no previews are drawn, and
+    the build must have the latents of one VAE only."""
+
+    out: Path = Path("runs/dit-tiny")
+    """Directory of the run. It receives checkpoints, metrics.jsonl and samples/."""
+
+    init: Path | None = None
+    """Checkpoint whose averaged weights a new run starts from. None starts from random weights."""
+
+    max_tokens: int | None = None
+    """Largest number of tokens per rank and step. A step takes fewer assets where they would exceed
+    it, and assets that exceed it alone are left out. None sets no limit."""
+
+    max_missing_share: float = 0.01
+    """Share of the build's assets that may lack latents before the run ends."""
+
+    workers: int = 8
+    """Number of threads that prepare batches ahead. Every number gives the same batches."""
+
     flow: FlowOptions = field(default_factory=FlowOptions)
     model: ConditionedDiTConfig = field(default_factory=ConditionedDiTConfig)
 
     def __post_init__(self) -> None:
-        check_resolution(self.resolution)
-        for name in ("held_out_views", "workers", "val_batches", "samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        super().__post_init__()
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
         if not 0 <= self.max_missing_share < 1:
             raise ValueError(f"max_missing_share must be in [0, 1), got {self.max_missing_share}")
 
 
-def _paper(
-    resolution: int,
+def _paper_preset(
+    preset: DiTPreset,
+    *,
+    init: DiTPreset | None,
     learning_rate: float,
     batch_size: int,
     max_tokens: int,
     steps: int,
-    init: int | None,
 ) -> DiTTraining:
-    """A stage on eight GPUs. paper, sec. 4; steps and max_tokens are ours, the paper gives days."""
+    """Return a run of the paper on eight GPUs.
+
+    Learning rate and batch size: Direct3D-S2 paper (arXiv 2505.17412), section 4. The paper gives
+    days of training, so the steps and `max_tokens` are ours.
+    """
+    resolution = int(preset)
+    loop = LoopConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        activation_checkpointing=resolution >= 512,
+        ema_decay=0.9999,
+    )
     return DiTTraining(
-        preset=str(resolution),  # pyright: ignore[reportArgumentType]
+        preset=preset,
         data=Path("data/paper"),
         vae=Path("runs/vae-base-1024/latest" if resolution == 1024 else "runs/vae-base/latest"),
-        out=Path(f"runs/dit-{resolution}"),
+        out=Path(f"runs/dit-{preset}"),
         init=None if init is None else Path(f"runs/dit-{init}/latest"),
         resolution=resolution,
         max_tokens=max_tokens,
-        flow=FlowOptions(
-            batch_size=batch_size,
-            guidance=7.0,
-            loop=LoopConfig(
-                steps=steps,
-                learning_rate=learning_rate,
-                activation_checkpointing=resolution >= 512,
-                ema_decay=0.9999,
-            ),
-        ),
+        flow=FlowOptions(batch_size=batch_size, guidance=7.0, loop=loop),
     )
 
 
 DIT_PRESETS: dict[str, DiTTraining] = {
-    "tiny": DiTTraining(  # minutes on a CPU
+    "tiny": DiTTraining(
         device="cpu",
         resolution=64,
         held_out_views=2,
@@ -97,16 +102,13 @@ DIT_PRESETS: dict[str, DiTTraining] = {
             batch_size=8,
             augment=False,
             steps=12,
-            loop=LoopConfig(
+            loop=replace(
+                TINY_LOOP,
                 steps=400,
                 learning_rate=2e-3,
-                warmup_steps=20,
-                schedule="cosine",
-                ema_decay=0.98,
-                precision="fp32",
                 checkpoint_every=100,
                 validate_every=100,
-                sample_every=1_000_000,  # at the end alone
+                sample_every=1_000_000,  # only at the end
             ),
         ),
         model=ConditionedDiTConfig(
@@ -116,7 +118,7 @@ DIT_PRESETS: dict[str, DiTTraining] = {
             encoder=EncoderConfig(kind="stand-in", image_size=112, channels=64, layers=2, heads=2),
         ),
     ),
-    "small": DiTTraining(  # minutes on a GPU
+    "small": DiTTraining(
         preset="small",
         data=Path("data/full"),
         vae=Path("runs/vae-small/latest"),
@@ -126,14 +128,8 @@ DIT_PRESETS: dict[str, DiTTraining] = {
         held_out_views=5,
         flow=FlowOptions(
             batch_size=16,
-            loop=LoopConfig(
-                steps=5000,
-                learning_rate=5e-4,
-                warmup_steps=100,
-                schedule="cosine",
-                ema_decay=0.995,
-                validate_every=500,
-                sample_every=2500,
+            loop=replace(
+                SMALL_LOOP, steps=5000, learning_rate=5e-4, validate_every=500, sample_every=2500
             ),
         ),
         model=ConditionedDiTConfig(
@@ -141,8 +137,16 @@ DIT_PRESETS: dict[str, DiTTraining] = {
             encoder=EncoderConfig(kind="stand-in", image_size=224, channels=256),
         ),
     ),
-    "256": _paper(256, 1e-4, 8, 32_768, 200_000, None),
-    "384": _paper(384, 1e-4, 8, 65_536, 150_000, 256),
-    "512": _paper(512, 5e-5, 8, 131_072, 100_000, 384),
-    "1024": _paper(1024, 2e-5, 2, 131_072, 50_000, 512),
+    "256": _paper_preset(
+        "256", init=None, learning_rate=1e-4, batch_size=8, max_tokens=32_768, steps=200_000
+    ),
+    "384": _paper_preset(
+        "384", init="256", learning_rate=1e-4, batch_size=8, max_tokens=65_536, steps=150_000
+    ),
+    "512": _paper_preset(
+        "512", init="384", learning_rate=5e-5, batch_size=8, max_tokens=131_072, steps=100_000
+    ),
+    "1024": _paper_preset(
+        "1024", init="512", learning_rate=2e-5, batch_size=2, max_tokens=131_072, steps=50_000
+    ),
 }

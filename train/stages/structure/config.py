@@ -1,4 +1,4 @@
-"""The options of training the structure stage, and the presets from which they start."""
+"""Options and presets of training the structure stage."""
 
 from __future__ import annotations
 
@@ -13,22 +13,32 @@ from model.config import (
     OccupancyConfig,
     StructureConfig,
 )
-from pipeline.core.devices import Device
-from pipeline.core.grid import CELL_SIDE, check_resolution
-from pipeline.core.options import CameraSet
+from pipeline.core.grid import CELL_SIDE
 from train.data.config import FlowOptions
-from train.engine.config import LoopConfig
+from train.engine.config import TINY_LOOP, LoopConfig
+from train.stages.config import ConditionedTraining
 
 StructurePreset = Literal["tiny", "small", "base"]
+StructurePart = Literal["both", "vae", "flow"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OccupancyTraining:
-    """The first half: the occupancy VAE. ValueError for a number out of range."""
+    """Training of the occupancy VAE, the first part of the stage.
 
-    batch_size: int = 8  # assets a rank
-    symmetries: bool = True  # each under one of the cube's 48
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    batch_size: int = 8
+    """Number of assets per rank and step."""
+
+    symmetries: bool = True
+    """Apply one of the 48 symmetries of the cube to each asset."""
+
     kl_weight: float = 1e-3
+    """Weight of the KL divergence of the latents from a standard normal distribution."""
+
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
@@ -40,9 +50,14 @@ class OccupancyTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowTraining(FlowOptions):
-    """The second half: the flow model over its latents. ValueError for a number out of range."""
+    """Training of the flow model over the occupancy latents, the second part of the stage.
 
-    statistics: int = 2048  # assets from which the latents' mean and deviation are measured
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    statistics: int = 2048
+    """Number of assets from which the mean and the deviation of the latents are measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,53 +66,65 @@ class FlowTraining(FlowOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StructureTraining:
-    """Train the structure stage on a build: the occupancy VAE in OUT/vae, then the flow model in OUT/flow.
+class StructureTraining(ConditionedTraining):
+    """Train the structure stage on a build: the occupancy VAE in OUT/vae, then the flow model in
+    OUT/flow. The same command resumes a stopped run."""
 
-    The same command goes on with a run that was stopped.
-    """
+    preset: StructurePreset = "tiny"
+    """Set of defaults for all other options. tiny takes minutes on a CPU, small minutes on a GPU,
+    base is the paper's model at 512."""
 
-    preset: StructurePreset = "tiny"  # where the options below start from
-    part: Literal["both", "vae", "flow"] = "both"
-    data: Path = Path("data/smoke")  # what python -m pipeline.build made
+    part: StructurePart = "both"
+    """Part of the stage to train. flow needs a trained VAE in OUT/vae."""
+
     out: Path = Path("runs/structure-tiny")
-    device: Device = "auto"
-    resolution: int = 512  # R of the stored cells that are the targets: a grid of R / 8 a side
-    cameras: CameraSet = "paper"  # which renders are the condition
-    held_out_views: int = 0  # the last so many views of every asset are not trained on
-    workers: int = 4  # threads that prepare batches ahead; any number gives the same batches
-    val_batches: int = 8  # of each rank in a validation
-    samples: int = 8  # assets that are drawn from held-out views, or are held out themselves
+    """Directory of both runs, with the subdirectories vae and flow."""
+
     vae: OccupancyTraining = field(default_factory=OccupancyTraining)
     flow: FlowTraining = field(default_factory=FlowTraining)
     model: StructureConfig = field(default_factory=StructureConfig)
 
     def __post_init__(self) -> None:
-        check_resolution(self.resolution)
-        if self.model.occupancy.side != self.resolution // CELL_SIDE:
+        super().__post_init__()
+        side = self.resolution // CELL_SIDE
+        if self.model.occupancy.side != side:
             raise ValueError(
-                f"model.occupancy.side must be resolution / {CELL_SIDE} = {self.resolution // CELL_SIDE}, "
+                f"model.occupancy.side must be resolution / {CELL_SIDE} = {side}, "
                 f"got {self.model.occupancy.side}"
             )
-        for name in ("held_out_views", "workers", "val_batches", "samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
 
-_TINY_LOOP = LoopConfig(
+_TINY_LOOP = replace(
+    TINY_LOOP,
     steps=400,
     learning_rate=3e-3,
-    warmup_steps=20,
-    schedule="cosine",
     ema_decay=0.99,
-    precision="fp32",
     checkpoint_every=200,
     validate_every=200,
-    sample_every=1_000_000,  # at the end alone
+    sample_every=1_000_000,  # only at the end
 )
+_SMALL_LOOP = LoopConfig(schedule="cosine", ema_decay=0.995)
+
+
+def _dense_dit(
+    latent_channels: int, *, channels: int, blocks: int, mlp_ratio: int, encoder: EncoderConfig
+) -> ConditionedDiTConfig:
+    """Return a DiT with four heads of full attention, as a dense grid of latents needs it."""
+    dit = DiTConfig(
+        channels=channels,
+        blocks=blocks,
+        heads=4,
+        kv_heads=4,
+        mlp_ratio=mlp_ratio,
+        latent_channels=latent_channels,
+        condition_channels=encoder.channels,
+        attention="full",
+    )
+    return ConditionedDiTConfig(dit=dit, encoder=encoder)
+
 
 STRUCTURE_PRESETS: dict[str, StructureTraining] = {
-    "tiny": StructureTraining(  # minutes on a CPU
+    "tiny": StructureTraining(
         device="cpu",
         resolution=64,
         held_out_views=2,
@@ -110,54 +137,40 @@ STRUCTURE_PRESETS: dict[str, StructureTraining] = {
             occupancy=OccupancyConfig(
                 side=8, widths=(16, 32), blocks=1, groups=8, latent_channels=8
             ),
-            flow=ConditionedDiTConfig(
-                dit=DiTConfig(
-                    channels=128,
-                    blocks=4,
-                    heads=4,
-                    kv_heads=4,
-                    mlp_ratio=2,
-                    latent_channels=8,
-                    condition_channels=64,
-                    attention="full",
-                ),
+            flow=_dense_dit(
+                8,
+                channels=128,
+                blocks=4,
+                mlp_ratio=2,
                 encoder=EncoderConfig(
                     kind="stand-in", image_size=112, channels=64, layers=2, heads=2
                 ),
             ),
         ),
     ),
-    "small": StructureTraining(  # minutes on a GPU
+    "small": StructureTraining(
         preset="small",
         data=Path("data/full"),
         out=Path("runs/structure-small"),
         resolution=256,
         held_out_views=5,
         vae=OccupancyTraining(
-            batch_size=16,
-            loop=LoopConfig(steps=2000, learning_rate=1e-3, schedule="cosine", ema_decay=0.995),
+            batch_size=16, loop=replace(_SMALL_LOOP, steps=2000, learning_rate=1e-3)
         ),
-        flow=FlowTraining(
-            batch_size=16,
-            loop=LoopConfig(steps=6000, learning_rate=5e-4, schedule="cosine", ema_decay=0.995),
-        ),
+        flow=FlowTraining(batch_size=16, loop=replace(_SMALL_LOOP, steps=6000, learning_rate=5e-4)),
         model=StructureConfig(
             occupancy=OccupancyConfig(side=32, widths=(32, 64, 128), latent_channels=8),
-            flow=ConditionedDiTConfig(
-                dit=DiTConfig(
-                    channels=256,
-                    blocks=8,
-                    heads=4,
-                    kv_heads=4,
-                    latent_channels=8,
-                    condition_channels=256,
-                    attention="full",
-                ),
+            flow=_dense_dit(
+                8,
+                channels=256,
+                blocks=8,
+                mlp_ratio=4,
                 encoder=EncoderConfig(kind="stand-in", image_size=224, channels=256),
             ),
         ),
     ),
-    "base": StructureTraining(  # paper, sec. 4: seven days on eight A100
+    # Direct3D-S2 paper (arXiv 2505.17412), section 4: seven days on eight A100 GPUs.
+    "base": StructureTraining(
         preset="base",
         data=Path("data/paper"),
         out=Path("runs/structure-base"),

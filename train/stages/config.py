@@ -1,0 +1,56 @@
+"""Options that the stages with image conditions have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.core.devices import Device, check_device
+from pipeline.core.grid import check_resolution
+from pipeline.core.options import CameraSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionedTraining:
+    """Training of a stage on the renders of a build.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    preset: str
+    """Set of defaults for all other options."""
+
+    data: Path = Path("data/smoke")
+    """Directory of a build with renders, made by `python -m pipeline.build`."""
+
+    out: Path
+    """Directory of the run. It receives checkpoints, metrics.jsonl and samples/."""
+
+    device: Device = "auto"
+    """Device to train on. auto is a GPU if there is one. cuda takes one GPU per rank."""
+
+    resolution: int = 512
+    """Resolution R of the stored SDF. The stage is trained on a grid of R / 8 cells per side."""
+
+    cameras: CameraSet = "paper"
+    """Camera set of the renders that are the condition."""
+
+    held_out_views: int = 0
+    """Number of views of each asset, the last ones, that are not trained on."""
+
+    workers: int = 4
+    """Number of threads that prepare batches ahead. Every number gives the same batches."""
+
+    val_batches: int = 8
+    """Number of batches per rank in a validation."""
+
+    samples: int = 8
+    """Number of assets that a preview draws from held-out views, and of held-out assets."""
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        check_resolution(self.resolution)
+        for name in ("held_out_views", "workers", "val_batches", "samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
