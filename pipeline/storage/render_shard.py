@@ -1,4 +1,8 @@
-"""Render shards: WebDataset tars in view-major order with an offset index, written, read and checked."""
+"""Render shards: WebDataset tar files with an index of byte offsets, written, read and checked.
+
+The views of a shard are stored in view-major order: view 0 of every asset, then view 1, and so on.
+Each view has two members, `<uid>-<view>.png` (or .webp) and `<uid>-<view>.json`.
+"""
 
 from __future__ import annotations
 
@@ -17,56 +21,75 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.core.cameras import look_at_origin, sample_camera
+from pipeline.core.files import replacing
 from pipeline.core.image_codec import decode
 from pipeline.core.options import CameraSet, ImageFormat
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import View
 from pipeline.storage.remote import AnyStorePath, StorePath, arrow_source, store_path
 
-HEADER = 512  # bytes of a tar member's header; members are padded to it
-ATTEMPTS = 32  # redrawn cameras that a check recognises
-TOLERANCE = 1e-9  # of a camera's numbers against the formula
-INDEX = pa.schema(
+HEADER_BYTES = 512  # size of a tar header; the data of members is padded to a multiple of it
+MAX_CAMERA_ATTEMPTS = 32  # attempts of `sample_camera` among which a check looks for a camera
+CAMERA_TOLERANCE = 1e-9  # largest error of a stored camera number
+INDEX_SCHEMA = pa.schema(
     [("key", pa.string()), ("member", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
 )
-DRAWN = (
+SAMPLED_NUMBERS = (
     "azimuth_degrees",
     "elevation_degrees",
     "focal_mm",
-)  # a camera's free numbers; the rest follows
+)  # the others follow from them
 META_KEYS = {"uid", "view", "width", "height", *look_at_origin(0, 0, 50).meta()}
 
 
-class Row(NamedTuple):
-    """One member of the tar."""
+class IndexRow(NamedTuple):
+    """One member of the tar file, as its index lists it."""
 
-    key: str
-    member: str
-    offset: int  # of its data, bytes
-    size: int
+    key: str  # <uid>-<view>, the common name of the members of a view
+    member: str  # the full name of the member
+    offset: int  # of the member's data in the tar file, in bytes
+    size: int  # of the member's data, in bytes
+
+    @property
+    def kind(self) -> str:
+        """The extension of the member: "png", "webp" or "json"."""
+        return self.member.removeprefix(self.key + ".")
 
 
 def view_key(uid: str, view: int) -> str:
-    """The members' common name, `<uid>-<view:02d>`. ValueError for a uid that would break it apart."""
+    """Return the common name of a view's members: `<uid>-<view>`, the view with two digits.
+
+    Raises:
+        ValueError: If the uid has other characters than a-z, 0-9 and "-", or more than 80.
+    """
     if not re.fullmatch(r"[a-z0-9-]{1,80}", uid):
         raise ValueError(f"uid must be 1 to 80 of a-z, 0-9 and '-', got {uid!r}")
     return f"{uid}-{view:02d}"
 
 
 def index_path(path: AnyStorePath) -> AnyStorePath:
-    """000123.tar -> 000123.index.parquet."""
+    """Return the path of a shard's index: 000123.tar has 000123.index.parquet."""
     return path.with_name(path.name.removesuffix(".tar") + ".index.parquet")
 
 
 def dump_meta(meta: Mapping[str, Any]) -> bytes:
-    """The bytes of a view's json member."""
+    """Return the content of a view's json member."""
     return json.dumps(meta, sort_keys=True, allow_nan=False).encode()
 
 
 def save_view(
     folder: Path, uid: str, view: int, data: bytes, meta: Mapping[str, Any], format: ImageFormat
 ) -> None:
-    """Put one encoded view into a scratch folder, for `ViewFolder` to find."""
+    """Write one encoded view into a directory from which `ViewFolder` reads it.
+
+    Args:
+        folder: An existing directory.
+        uid: The asset.
+        view: Number of the view.
+        data: The encoded image.
+        meta: The content of the view's json member.
+        format: Format of the image.
+    """
     key = view_key(uid, view)
     (folder / f"{key}.{format}").write_bytes(data)
     (folder / f"{key}.json").write_bytes(dump_meta(meta))
@@ -74,7 +97,10 @@ def save_view(
 
 @dataclass(frozen=True)
 class ViewFolder(Sequence[tuple[bytes, dict[str, Any]]]):
-    """An asset's encoded views in a folder, read one at a time: an entry of `write_render_shard`."""
+    """The encoded views of one asset in a directory. Each is read when it is asked for.
+
+    Items are (encoded image, meta), as `write_render_shard` takes them.
+    """
 
     folder: Path
     uid: str
@@ -97,11 +123,19 @@ def write_render_shard(
     entries: Sequence[tuple[str, Sequence[tuple[bytes, Mapping[str, Any]]]]],
     format: ImageFormat = "png",
 ) -> None:
-    """Write `path` (a .tar) and its index: view 0 of every asset in the order given, then view 1, and so on.
+    """Write a shard and its index atomically, the tar file last.
 
-    An entry is a uid and its views as (encoded image, meta); use `ViewFolder` so that one view at a time is in memory.
-    The bytes depend on the entries alone. Both files appear whole or not at all, the tar last.
-    ValueError if a uid comes twice, the view counts differ, or a meta is not its view's.
+    The bytes depend on the entries alone. One view at a time is in memory if the views of the
+    entries are `ViewFolder`s.
+
+    Args:
+        path: The tar file.
+        entries: A pair (uid, views) for each asset. The views are pairs (encoded image, meta).
+        format: Format of the encoded images.
+
+    Raises:
+        ValueError: If a uid occurs twice, the numbers of views differ, or the meta of a view names
+            another asset or view.
     """
     uids = [uid for uid, _ in entries]
     counts = {len(views) for _, views in entries}
@@ -109,33 +143,28 @@ def write_render_shard(
         raise ValueError(
             f"entries must be of different assets with equally many views, got {uids} with {counts}"
         )
-    index = index_path(path)
-    partial, partial_index = (file.with_name(f".{file.name}.partial") for file in (path, index))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing(path) as partial, replacing(index_path(path)) as partial_index:
         rows = _write_tar(partial, entries, max(counts, default=0), format)
-        columns = list(zip(*rows)) if rows else [()] * len(INDEX)
-        schema = INDEX.with_metadata({"format_version": str(FORMAT_VERSION)})
+        columns = list(zip(*rows)) if rows else [()] * len(INDEX_SCHEMA)
         table = pa.table(
-            [pa.array(column, field.type) for column, field in zip(columns, INDEX)], schema=schema
+            [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA)],
+            schema=INDEX_SCHEMA.with_metadata({"format_version": str(FORMAT_VERSION)}),
         )
         pq.write_table(table, partial_index, compression="zstd")
-        partial_index.replace(index)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_index.unlink(missing_ok=True)
 
 
-def _write_tar(path: Path, entries: Sequence[Any], views: int, format: ImageFormat) -> list[Row]:
+def _write_tar(
+    path: Path, entries: Sequence[Any], views: int, format: ImageFormat
+) -> list[IndexRow]:
     rows = []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for view in range(views):
-            for uid, encoded in entries:
-                data, meta = encoded[view]
+            for uid, encoded_views in entries:
+                data, meta = encoded_views[view]
                 if (meta.get("uid"), meta.get("view")) != (uid, view):
                     raise ValueError(
-                        f"meta must be of {uid} view {view}, got {meta.get('uid')} view {meta.get('view')}"
+                        f"meta must be of {uid} view {view}, "
+                        f"got {meta.get('uid')} view {meta.get('view')}"
                     )
                 key = view_key(uid, view)
                 for member, content in (
@@ -144,79 +173,108 @@ def _write_tar(path: Path, entries: Sequence[Any], views: int, format: ImageForm
                 ):
                     header = tarfile.TarInfo(member)  # mtime, uid and gid 0, mode 0644
                     header.size = len(content)
-                    rows.append(Row(key, member, tar.offset + HEADER, len(content)))
+                    rows.append(IndexRow(key, member, tar.offset + HEADER_BYTES, len(content)))
                     tar.addfile(header, BytesIO(content))
     return rows
 
 
-def read_index(path: StorePath) -> list[Row]:
-    """The shard's index, in tar order. ValueError for another format_version."""
+def read_index(path: StorePath) -> list[IndexRow]:
+    """Read the index of a shard.
+
+    Args:
+        path: The tar file.
+
+    Returns:
+        One row per member, in the order of the tar file.
+
+    Raises:
+        ValueError: If the index has another format version or other columns.
+    """
     index = index_path(path)
     table = pq.read_table(arrow_source(index))
     version = (table.schema.metadata or {}).get(b"format_version", b"none").decode()
     if version != str(FORMAT_VERSION):
         raise ValueError(f"format_version of {index} must be {FORMAT_VERSION}, got {version}")
-    if table.schema.remove_metadata() != INDEX:
-        raise ValueError(f"columns of {index} must be {INDEX.names}, got {table.schema.names}")
-    return [Row(*row) for row in zip(*(column.to_pylist() for column in table.columns))]
+    if table.schema.remove_metadata() != INDEX_SCHEMA:
+        raise ValueError(
+            f"columns of {index} must be {INDEX_SCHEMA.names}, got {table.schema.names}"
+        )
+    return [IndexRow(*row) for row in zip(*(column.to_pylist() for column in table.columns))]
 
 
 class RenderShard:
-    """Random access to a shard's views, at a path or URL; holds the index, no open file.
+    """Random access to the views of a render shard at a path or URL.
 
-    ValueError for another version.
+    The index is held in memory. No file stays open.
+
+    Args:
+        path: The tar file `renders/<cameras>/<shard>.tar` of a build.
+
+    Raises:
+        ValueError: If the shard has another format version.
     """
 
     def __init__(self, path: StorePath | str):
         self.path = store_path(path)
-        self._places: dict[str, dict[str, tuple[int, int]]] = {}
+        self._members: dict[str, dict[str, IndexRow]] = {}  # key -> kind -> member
         for row in read_index(self.path):
-            self._places.setdefault(row.key, {})[row.member.removeprefix(row.key + ".")] = (
-                row.offset,
-                row.size,
-            )
+            self._members.setdefault(row.key, {})[row.kind] = row
 
     @property
     def keys(self) -> list[str]:
-        """`<uid>-<view>` of every view, in tar order."""
-        return list(self._places)
+        """The key `<uid>-<view>` of every view, in the order of the tar file."""
+        return list(self._members)
 
     @property
     def uids(self) -> list[str]:
-        """The assets, in row order."""
-        return list(dict.fromkeys(key.rpartition("-")[0] for key in self._places))
+        """The assets of the shard, in the order of the plan."""
+        return list(dict.fromkeys(key.rpartition("-")[0] for key in self._members))
 
     def views(self, uid: str) -> list[int]:
-        """The views stored of an asset; empty for an unknown one."""
+        """Return the numbers of the views of an asset. The list is empty for an unknown asset."""
         return [
             int(view)
-            for key in self._places
+            for key in self._members
             for owner, _, view in [key.rpartition("-")]
             if owner == uid
         ]
 
     def read_bytes(self, uid: str, view: int) -> tuple[bytes, dict[str, Any]]:
-        """The encoded image and its meta. KeyError if the shard has no such view."""
-        places = self._places[view_key(uid, view)]
-        data = {kind: self._bytes_at(offset, size) for kind, (offset, size) in places.items()}
+        """Read the encoded image of a view and its meta.
+
+        Raises:
+            KeyError: If the shard has no such view.
+        """
+        data = {
+            kind: self._bytes_at(row.offset, row.size)
+            for kind, row in self._members[view_key(uid, view)].items()
+        }
         meta = json.loads(data.pop("json"))
         (image,) = data.values()
         return image, meta
 
     def read_images(self, view: int) -> dict[str, bytes]:
-        """uid -> encoded image of every asset in that view, which lie together: one sequential read."""
-        places = {}
-        for key, parts in self._places.items():
+        """Read one view of every asset with a single sequential read.
+
+        Returns:
+            The encoded image of each asset, by uid.
+        """
+        images = {}
+        for key, members in self._members.items():
             uid, _, number = key.rpartition("-")
             if int(number) == view:
-                places[uid] = next(place for kind, place in parts.items() if kind != "json")
-        first = min((offset for offset, _ in places.values()), default=0)
-        last = max((offset + size for offset, size in places.values()), default=0)
-        data = memoryview(self._bytes_at(first, last - first))
-        return {uid: bytes(data[offset - first :][:size]) for uid, (offset, size) in places.items()}
+                images[uid] = next(row for kind, row in members.items() if kind != "json")
+        start = min((row.offset for row in images.values()), default=0)
+        end = max((row.offset + row.size for row in images.values()), default=0)
+        data = memoryview(self._bytes_at(start, end - start))
+        return {uid: bytes(data[row.offset - start :][: row.size]) for uid, row in images.items()}
 
     def read(self, uid: str, view: int) -> View:
-        """One decoded view. KeyError if the shard has no such view."""
+        """Read and decode one view.
+
+        Raises:
+            KeyError: If the shard has no such view.
+        """
         data, meta = self.read_bytes(uid, view)
         return View(rgba=decode(data), meta=meta)
 
@@ -225,16 +283,17 @@ class RenderShard:
             with self.path.open("rb") as file:
                 return _read_at(file, offset, size)
         data = self.path.read_range(offset, size) if size else b""
-        if len(data) != size:
-            raise ValueError(f"{size} bytes at {offset} reach past the end of the tar")
-        return data
+        return _require_size(data, offset, size)
 
 
 def _read_at(file: IO[bytes], offset: int, size: int) -> bytes:
     file.seek(offset)
-    data = file.read(size)
+    return _require_size(file.read(size), offset, size)
+
+
+def _require_size(data: bytes, offset: int, size: int) -> bytes:
     if len(data) != size:
-        raise ValueError(f"{size} bytes at {offset} reach past the end of the tar")
+        raise ValueError(f"{size} bytes at {offset} reach past the end of the tar file")
     return data
 
 
@@ -245,101 +304,129 @@ def check_render_shard(
     image_size: int | None = None,
     cameras: CameraSet | None = None,
 ) -> list[str]:
-    """Every breach of the contract as "rule: where"; empty for a sound shard of these assets, in this order.
+    """Check a shard against the format. PNG images are verified by their checksums, not decoded.
 
-    With `cameras` the views must also be of that set, drawn for their own uid and view. PNGs are checked by their
-    checksums, not decoded.
+    Args:
+        path: The tar file.
+        uids: The assets that the shard must have, in this order.
+        views: Number of views that each asset must have.
+        image_size: Width and height that every image must have. None accepts the size in its json.
+        cameras: The camera set that every view must be of. None accepts any camera.
+
+    Returns:
+        Every problem as "rule: where". Empty if the shard is sound.
     """
     try:
         rows = read_index(path)
         with path.open("rb") as tar:
             keys = [view_key(uid, view) for view in range(views) for uid in uids]
-            return list(_problems(path.name, tar, rows, keys, image_size, cameras))
+            return list(_shard_problems(path.name, tar, rows, keys, image_size, cameras))
     except (OSError, ValueError, pa.ArrowException) as error:
         return [f"unreadable: {error}"]
 
 
-def _problems(
+def _shard_problems(
     name: str,
     tar: IO[bytes],
-    rows: list[Row],
+    rows: list[IndexRow],
     keys: list[str],
     image_size: int | None,
     cameras: CameraSet | None,
 ) -> Iterator[str]:
-    held = list(dict.fromkeys(row.key for row in rows))
-    known, present = set(keys), set(held)
-    yield from (f"missing view: {name} lacks {key}" for key in keys if key not in present)
-    yield from (f"unexpected view: {name} holds {key}" for key in held if key not in known)
-    if [key for key in held if key in known] != [key for key in keys if key in present]:
+    # The views that the index lists must be the expected ones.
+    listed_keys = list(dict.fromkeys(row.key for row in rows))
+    expected = set(keys)
+    listed = set(listed_keys)
+    yield from (f"missing view: {name} lacks {key}" for key in keys if key not in listed)
+    yield from (
+        f"unexpected view: {name} holds {key}" for key in listed_keys if key not in expected
+    )
+    if [key for key in listed_keys if key in expected] != [key for key in keys if key in listed]:
         yield f"order: {name} is not in view-major order"
+    # The tar file must be complete and agree with its index.
     try:
         with tarfile.open(fileobj=tar, mode="r:") as archive:
-            found = [(member.name, member.offset_data, member.size) for member in archive]
+            members = [(member.name, member.offset_data, member.size) for member in archive]
     except tarfile.TarError as error:
         yield f"truncated tar: {name}: {error}"
         return
-    end = max((offset + size for _, offset, size in found), default=0)
-    blocks = -(-end // HEADER) * HEADER + 2 * HEADER  # two empty ones close the archive
-    if tar.seek(0, 2) != -(-blocks // tarfile.RECORDSIZE) * tarfile.RECORDSIZE:
-        yield f"truncated tar: {name} has {tar.tell()} bytes, not whole records up to its end"
-    listed = [(row.member, row.offset, row.size) for row in rows]
-    if found != listed:
+    end = max((offset + size for _, offset, size in members), default=0)
+    padded_end = -(-end // HEADER_BYTES) * HEADER_BYTES
+    archive_bytes = padded_end + 2 * HEADER_BYTES  # two empty headers close the archive
+    if tar.seek(0, 2) != -(-archive_bytes // tarfile.RECORDSIZE) * tarfile.RECORDSIZE:
+        yield f"truncated tar: {name} has {tar.tell()} bytes, which are not whole records"
+    index = [(row.member, row.offset, row.size) for row in rows]
+    if members != index:
         first = next(
-            (pair for pair in zip(found, listed) if pair[0] != pair[1]), (len(found), len(listed))
+            (pair for pair in zip(members, index) if pair[0] != pair[1]), (len(members), len(index))
         )
         yield f"index mismatch: {name} has {first[0]} where its index has {first[1]}"
         return
-    content: dict[str, dict[str, bytes]] = {key: {} for key in held}
+    # Every view must have its two members, and they must be sound.
+    incomplete: dict[str, dict[str, bytes]] = {key: {} for key in listed_keys}
     for row in rows:
-        parts = content[row.key]
-        parts[row.member.removeprefix(row.key + ".")] = _read_at(tar, row.offset, row.size)
-        if len(parts) == 2:
-            problems = _view_problems(row.key, content.pop(row.key), image_size, cameras)
+        members_of_view = incomplete[row.key]
+        members_of_view[row.kind] = _read_at(tar, row.offset, row.size)
+        if len(members_of_view) == 2:
+            problems = _view_problems(row.key, incomplete.pop(row.key), image_size, cameras)
             yield from (f"{problem}: {name} {row.key}" for problem in problems)
-    yield from (f"incomplete view: {name} {key}" for key in content)
+    yield from (f"incomplete view: {name} {key}" for key in incomplete)
 
 
 def _view_problems(
-    key: str, parts: dict[str, bytes], image_size: int | None, cameras: CameraSet | None
+    key: str, members: dict[str, bytes], image_size: int | None, cameras: CameraSet | None
 ) -> Iterator[str]:
-    if "json" not in parts or not set(parts) & set(get_args(ImageFormat)):
-        yield f"incomplete view: members {sorted(parts)}"
+    if "json" not in members or not set(members) & set(get_args(ImageFormat)):
+        yield f"incomplete view: members {sorted(members)}"
         return
     try:
-        meta = json.loads(parts.pop("json"))
-        missing = META_KEYS - set(meta)
-        drawn = None if missing else look_at_origin(*(float(meta[name]) for name in DRAWN))
+        meta = json.loads(members.pop("json"))
+        missing_keys = META_KEYS - set(meta)
+        stored_camera = (
+            None
+            if missing_keys
+            else look_at_origin(*(float(meta[name]) for name in SAMPLED_NUMBERS))
+        )
     except (ValueError, TypeError, ZeroDivisionError) as error:
         yield f"json: {error}"
         return
-    if drawn is None:
-        yield f"json: lacks {sorted(missing)}"
+    if stored_camera is None:
+        yield f"json: lacks {sorted(missing_keys)}"
         return
     uid, _, view = key.rpartition("-")
     if (meta["uid"], meta["view"]) != (uid, int(view)):
         yield f"json: is of {meta['uid']} view {meta['view']}"
-    for field, value in drawn.meta().items():
+    # The matrix and the derived numbers must follow from azimuth, elevation and focal length.
+    for field, value in stored_camera.meta().items():
         try:
-            agrees = np.allclose(meta[field], value, rtol=0, atol=TOLERANCE)
+            agrees = np.allclose(meta[field], value, rtol=0, atol=CAMERA_TOLERANCE)
         except (ValueError, TypeError):
             agrees = False
         if not agrees:
             yield f"camera: {field} is {meta[field]}, the formula gives {value}"
     if cameras is not None:
-        again = (sample_camera(uid, int(view), cameras, attempt) for attempt in range(ATTEMPTS))
-        if not any(all(getattr(c, name) == meta[name] for name in DRAWN) for c in again):
+        attempts = (
+            sample_camera(uid, int(view), cameras, attempt)
+            for attempt in range(MAX_CAMERA_ATTEMPTS)
+        )
+        if not any(
+            all(getattr(camera, name) == meta[name] for name in SAMPLED_NUMBERS)
+            for camera in attempts
+        ):
             yield f"camera: is not of the set {cameras!r} for this view"
-    (data,) = parts.values()
+    (data,) = members.values()
     yield from _image_problems(data, (meta["width"], meta["height"]), image_size)
 
 
-def _image_problems(data: bytes, stated: tuple[int, int], image_size: int | None) -> Iterator[str]:
+def _image_problems(
+    data: bytes, size_in_json: tuple[int, int], image_size: int | None
+) -> Iterator[str]:
     try:
         with Image.open(BytesIO(data)) as image:
-            size, mode = image.size, image.mode
+            size = image.size
+            mode = image.mode
             if image.format == "PNG":
-                image.verify()  # every chunk's checksum
+                image.verify()  # compares the checksum of every chunk
             else:
                 image.load()
     except (OSError, SyntaxError, ValueError) as error:
@@ -347,5 +434,5 @@ def _image_problems(data: bytes, stated: tuple[int, int], image_size: int | None
         return
     if mode != "RGBA":
         yield f"image: must be RGBA, is {mode}"
-    if size != stated or (image_size is not None and size != (image_size, image_size)):
-        yield f"image size: is {size}, json says {stated}, the build {image_size}"
+    if size != size_in_json or (image_size is not None and size != (image_size, image_size)):
+        yield f"image size: is {size}, the json says {size_in_json}, the build {image_size}"
