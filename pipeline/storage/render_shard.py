@@ -365,7 +365,10 @@ def _shard_problems(
     # Every view must have its two members, and they must be sound.
     incomplete: dict[str, dict[str, bytes]] = {key: {} for key in listed_keys}
     for row in rows:
-        members_of_view = incomplete[row.key]
+        members_of_view = incomplete.get(row.key)
+        if members_of_view is None or row.kind in members_of_view:
+            yield f"unexpected member: {name} has {row.member} beside the two of its view"
+            continue
         members_of_view[row.kind] = _read_at(tar, row.offset, row.size)
         if len(members_of_view) == 2:
             problems = _view_problems(row.key, incomplete.pop(row.key), image_size, cameras)

@@ -219,6 +219,12 @@ BREACHES = {
         "unexpected view",
         "folder-z",
     ),
+    "third member": (lambda members: [*members, (f"{A1}.webp", b"")], "unexpected member", A1),
+    "member twice": (
+        lambda members: [m for m in members for _ in range(1 + (m[0] == f"{A1}.png"))],
+        "unexpected member",
+        A1,
+    ),
     "flipped byte": (replace_data(f"{A1}.png", damaged(encode(GOOD))), "image", A1),
     "not an image": (replace_data(f"{A1}.png", b"<html>"), "image", A1),
     "image size": (replace_data(f"{A1}.png", LARGE), "image size", A1),
