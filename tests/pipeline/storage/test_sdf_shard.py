@@ -176,16 +176,16 @@ def edited(name, place, value):
 
 
 BAD_BRICKS = {
-    "not in x, y, z order": changed(cells=random_bricks(50).cells[::-1].copy()),
-    "duplicate": changed(cells=np.repeat(random_bricks(50).cells[::2], 2, axis=0)),
+    "cells are not in x, y, z order": changed(cells=random_bricks(50).cells[::-1].copy()),
+    "duplicate cells": changed(cells=np.repeat(random_bricks(50).cells[::2], 2, axis=0)),
     "outside 0..15": edited("cells", 49, 16),
-    "not finite": edited("values", (3, 7), np.nan),
-    "outside [-1, 1]": edited("values", (3, 7), 1.5),
+    "values are not finite": edited("values", (3, 7), np.nan),
+    "values are outside [-1, 1]": edited("values", (3, 7), 1.5),
     "without an active point": changed(
         values=np.ones((50, 512), np.float16), sharp=np.zeros((50, 64), np.uint8)
     ),
     "sharp points that are not active": edited("values", slice(3), -1),
-    "no blocks": random_bricks(0),
+    "has no cells": random_bricks(0),
 }
 
 
@@ -218,10 +218,10 @@ def test_points_whose_activity_was_rounded_away_are_no_breach(tmp_path):
     )
     assert list(brick_problems(bricks)) == []
     far = replace(bricks, cells=np.array([[3, 3, 0], [3, 3, 1], [3, 3, 3]], np.int16))
-    assert list(brick_problems(far)) == ["1 blocks without an active point"]
+    assert list(brick_problems(far)) == ["has 1 cells without an active point"]
     sharp[:2, 4, 4, 5], sharp[:2, 4, 4, 6] = False, True  # two voxels from anything active
     deep = replace(bricks, sharp=np.packbits(sharp.reshape(3, 512), axis=1, bitorder="little"))
-    assert list(brick_problems(deep)) == ["2 sharp points that are not active"]
+    assert list(brick_problems(deep)) == ["has 2 sharp points that are not active"]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_points_whose_activity_was_rounded_away_are_no_breach(tmp_path):
         ({"tau": 0.5}, "tau"),
         ({"origin": 0}, "origin"),
         ({"config_hash": None}, "config_hash"),
-        ({"uids": ["a"] * 6}, "twice"),
+        ({"uids": ["a"] * 6}, "occurs twice"),
         ({"uids": ["a"]}, "offsets must be"),
     ],
 )
@@ -242,7 +242,10 @@ def test_check_compares_attributes(shard, attributes, rule):
 def test_check_finds_offsets_that_fall_and_other_assets(shard):
     assert any("manifest" in problem for problem in check_sdf_shard(shard, ["test-0"]))
     zarr.open_group(shard, mode="r+")["offsets"][1] = 2000
-    assert any("offsets must rise" in problem for problem in check_sdf_shard(shard))
+    assert any(
+        "offsets must begin with 0 and must not decrease" in problem
+        for problem in check_sdf_shard(shard)
+    )
 
 
 def test_check_reports_a_chunk_that_does_not_decode(shard):
