@@ -1,4 +1,4 @@
-"""Where a view is taken from: seeded pinhole cameras that look at the origin, and projection into their images."""
+"""Pinhole cameras that look at the origin: sampling from a camera set, and projection."""
 
 from __future__ import annotations
 
@@ -13,26 +13,34 @@ from pipeline.core.hashing import seed_of
 from pipeline.core.options import CameraSet
 
 SENSOR_MM = 36.0  # side of the square sensor
-RADIUS = 0.866  # of the sphere that just fits the image: half the diagonal of the unit cube
-FOCAL_MM = (30.0, 100.0)  # paper, sec. 2 (data)
+RADIUS = 0.866  # radius of the sphere that fits the image: half the diagonal of the unit cube
+FOCAL_MM = (30.0, 100.0)  # Direct3D-S2 paper (arXiv 2505.17412), section 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Camera:
-    """A pinhole camera with square pixels, looking at the origin, its image's up in the plane of world y.
+    """A pinhole camera with square pixels that looks at the origin. World y is up in the image.
 
-    Azimuth 0 sees the front (eye on +z), 90 has its eye on +x; elevation counts up from the horizon.
+    Attributes:
+        azimuth_degrees: Angle around the y axis. At 0 the eye is on +z (the front of the object),
+            at 90 on +x.
+        elevation_degrees: Angle of the eye above the horizontal plane.
+        focal_mm: Focal length for a square sensor of 36 mm.
+        distance: Distance of the eye from the origin, in units of the cube's side.
+        fov_degrees: Field of view of the whole image, the same horizontally and vertically.
+        c2w: float64 [4, 4], camera-to-world matrix with OpenGL axes. Its columns are right, up,
+            backwards and the eye.
     """
 
     azimuth_degrees: float
     elevation_degrees: float
     focal_mm: float
-    distance: float  # of the eye from the origin, cube units
-    fov_degrees: float  # of the whole image, horizontally and vertically
-    c2w: NDArray[np.float64]  # [4, 4], OpenGL: columns right, up, backwards, eye
+    distance: float
+    fov_degrees: float
+    c2w: NDArray[np.float64]
 
     def meta(self) -> dict[str, Any]:
-        """The camera's share of a view's json."""
+        """Return what the json of a view says about its camera."""
         return {
             "c2w": self.c2w.tolist(),
             "fov_degrees": self.fov_degrees,
@@ -45,19 +53,29 @@ class Camera:
 
 
 def look_at_origin(azimuth_degrees: float, elevation_degrees: float, focal_mm: float) -> Camera:
-    """The camera on that side of the object, as far away as the sphere of radius 0.866 needs to fit its image."""
+    """Return the camera at a direction, so far away that the sphere of radius 0.866 fits its image.
+
+    Args:
+        azimuth_degrees: See `Camera`.
+        elevation_degrees: See `Camera`.
+        focal_mm: See `Camera`.
+    """
     fov = 2 * atan(SENSOR_MM / 2 / focal_mm)
     distance = RADIUS / sin(fov / 2)
-    a, e = radians(azimuth_degrees), radians(elevation_degrees)
-    right = np.array([cos(a), 0.0, -sin(a)])
-    back = np.array([cos(e) * sin(a), sin(e), cos(e) * cos(a)])
+    azimuth = radians(azimuth_degrees)
+    elevation = radians(elevation_degrees)
+    right = np.array([cos(azimuth), 0.0, -sin(azimuth)])
+    backwards = np.array(
+        [cos(elevation) * sin(azimuth), sin(elevation), cos(elevation) * cos(azimuth)]
+    )
     c2w = np.eye(4)
-    c2w[:3] = np.stack([right, np.cross(back, right), back, distance * back], axis=1)
+    c2w[:3] = np.stack([right, np.cross(backwards, right), backwards, distance * backwards], axis=1)
     return Camera(
         azimuth_degrees=azimuth_degrees,
         elevation_degrees=elevation_degrees,
         focal_mm=focal_mm,
-        # Rounded, so that the last bit of a platform's sine does not change the bytes of a build.
+        # Rounded, because the last bit of a sine differs between platforms and must not change the
+        # bytes of a build.
         distance=round(distance, 12),
         fov_degrees=round(degrees(fov), 12),
         c2w=c2w.round(12) + 0.0,
@@ -65,33 +83,57 @@ def look_at_origin(azimuth_degrees: float, elevation_degrees: float, focal_mm: f
 
 
 def sample_camera(uid: str, view: int, kind: CameraSet = "paper", attempt: int = 0) -> Camera:
-    """The camera of a view; it depends on these arguments alone. `attempt` > 0 replaces a view that came out bad.
+    """Sample the camera of a view. The result depends on the arguments alone.
 
-    paper: azimuth uniform in 0..180, elevation in 10..40 degrees, focal length in 30..100 mm.
-    wide: the eye's direction uniform on the sphere, the same focal lengths. ValueError for another kind.
+    Args:
+        uid: The asset.
+        view: Number of the view.
+        kind: The camera set. "paper" has azimuths uniform in 0..180 degrees, elevations in 10..40
+            degrees and focal lengths in 30..100 mm. "wide" has the same focal lengths and
+            directions that are uniform on the sphere.
+        attempt: 0 for the first camera of the view. A higher number replaces a camera whose image
+            was rejected.
+
+    Raises:
+        ValueError: If `kind` is not a camera set.
     """
     if kind not in get_args(CameraSet):
         raise ValueError(f"kind must be one of {get_args(CameraSet)}, got {kind!r}")
-    u = np.random.Generator(np.random.PCG64(seed_of(uid, "camera", kind, view, attempt))).random(3)
-    if kind == "paper":  # paper, sec. 2 (data)
-        azimuth, elevation = 180 * u[0], 10 + 30 * u[1]
+    generator = np.random.Generator(np.random.PCG64(seed_of(uid, "camera", kind, view, attempt)))
+    uniform = generator.random(3)
+    if kind == "paper":  # Direct3D-S2 paper (arXiv 2505.17412), section 2
+        azimuth = 180 * uniform[0]
+        elevation = 10 + 30 * uniform[1]
     else:
-        azimuth, elevation = 360 * u[0], degrees(np.arcsin(2 * u[1] - 1))
-    focal = FOCAL_MM[0] + (FOCAL_MM[1] - FOCAL_MM[0]) * u[2]
+        azimuth = 360 * uniform[0]
+        elevation = degrees(np.arcsin(2 * uniform[1] - 1))
+    focal = FOCAL_MM[0] + (FOCAL_MM[1] - FOCAL_MM[0]) * uniform[2]
     return look_at_origin(*(round(float(value), 9) for value in (azimuth, elevation, focal)))
 
 
 def project(
     points: NDArray[np.floating], camera: Camera, width: int, height: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """World points [N, 3] -> pixel coordinates [N, 2] = (x right, y down) and depth [N] in front of the eye.
+    """Project world points into an image.
 
-    The image spans [0, width] x [0, height]; the centre of pixel (column, row) is (column + 0.5, row + 0.5).
-    The field of view is that of the height, as OpenGL has it. Points at depth <= 0 are behind the camera.
+    The image spans [0, width] x [0, height], and the centre of the pixel in column i and row j is
+    (i + 0.5, j + 0.5). The field of view applies to the height, as in OpenGL.
+
+    Args:
+        points: [N, 3] in world coordinates.
+        camera: The camera.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+
+    Returns:
+        Pixel coordinates, float64 [N, 2] = (x to the right, y downwards), and the depth in front of
+        the eye, float64 [N]. Points with depth <= 0 are behind the camera.
     """
-    rotation, eye = camera.c2w[:3, :3], camera.c2w[:3, 3]
+    rotation = camera.c2w[:3, :3]
+    eye = camera.c2w[:3, 3]
     local = (np.asarray(points, dtype=np.float64) - eye) @ rotation
     depth = -local[:, 2]
     scale = height / 2 / np.tan(np.radians(camera.fov_degrees) / 2) / depth
-    x, y = width / 2 + local[:, 0] * scale, height / 2 - local[:, 1] * scale
+    x = width / 2 + local[:, 0] * scale
+    y = height / 2 - local[:, 1] * scale
     return np.stack([x, y], axis=1), depth

@@ -6,7 +6,9 @@ from typing import Any
 
 
 class Reject(Exception):
-    """An asset is not usable. The verdict is deterministic, recorded in the manifest and never retried.
+    """An asset is not usable.
+
+    The verdict is deterministic. The manifest records it and it is never retried.
 
     Args:
         reason: A fixed snake_case word. The report counts rejected assets by this word.
@@ -30,7 +32,10 @@ class Transient(Reject):
 
 
 class UserError(Exception):
-    """A request of the user cannot be fulfilled. The message says why and what to do. Exit code 2."""
+    """A request of the user cannot be fulfilled. Exit code 2.
+
+    The message says why and what to do.
+    """
 
 
 class RunError(Exception):

@@ -49,7 +49,7 @@ def hash_of(value: Any) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """Return the value as it is after a round trip through JSON: tuples are lists, paths strings."""
+    """Return the value after a round trip through JSON: tuples become lists, paths strings."""
     return json.loads(json.dumps(value, default=str))
 
 

@@ -3,6 +3,4 @@
 from typing import Literal
 
 CameraSet = Literal["paper", "wide"]
-
-
 ImageFormat = Literal["png", "webp"]

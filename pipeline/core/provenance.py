@@ -16,7 +16,8 @@ def provenance(packages: Iterable[str]) -> dict[str, Any]:
     """Return the versions of Python and of the named packages, and the commit of the code.
 
     Returns:
-        {"versions": {name: version or None if it is not installed}, "commit": see `commit_of_code`}.
+        {"versions": {name: version}, "commit": commit}. A version is None if the package is not
+        installed. For the commit see `commit_of_code`.
     """
     versions = {"python": platform.python_version(), **{name: _version(name) for name in packages}}
     return {"versions": versions, "commit": commit_of_code()}

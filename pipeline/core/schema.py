@@ -1,4 +1,4 @@
-"""Types that every stage shares: records, meshes, bricks, views, and the ways an asset or a run ends early."""
+"""Types that several stages share: asset records, meshes, bricks and views."""
 
 from __future__ import annotations
 
@@ -11,75 +11,128 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One asset of a source, before anything was read."""
+    """One asset as its source lists it, before any file was read.
+
+    Attributes:
+        uid: Unique name, see `pipeline.core.hashing.make_uid`.
+        source: Name of the source, such as "folder" or "procedural".
+        url: Where the bytes come from: a path, a URL, or the source's own key.
+        licence: The licence as one word. "unknown" if the source states none.
+        sha256: Hash of the file's bytes, if the source states it.
+        format: File extension in lower case without the dot.
+        metadata: JSON text with what else the source says, such as name, tags, category,
+            animations and age_restricted.
+    """
 
     uid: str
-    source: str  # "folder", "procedural", ...
-    url: str  # where its bytes come from: a path, a URL, or the source's own key
+    source: str
+    url: str
     licence: str = "unknown"
-    sha256: str | None = None  # of the file's bytes, where the source states it
-    format: str = ""  # extension without the dot, lower case
-    metadata: str = ""  # JSON: what else the catalogue says, e.g. name, tags, category, animations, age_restricted
+    sha256: str | None = None
+    format: str = ""
+    metadata: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """glTF metallic-roughness terms; colours are linear factors times an sRGB texture."""
+    """A surface material in the metallic-roughness model of glTF.
+
+    Attributes:
+        base_color: Linear RGBA factors. They multiply the texture.
+        texture: uint8 [h, w, 4], sRGB with alpha, row 0 at the top. None if there is no texture.
+        metallic: 0 for dielectrics to 1 for metals.
+        roughness: 0 for mirrors to 1 for matte surfaces.
+        alpha_mode: "OPAQUE", "MASK" or "BLEND".
+        alpha_cutoff: Alpha below which "MASK" draws nothing.
+        double_sided: Whether back faces are drawn.
+    """
 
     base_color: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 1.0)
-    texture: NDArray[np.uint8] | None = None  # [h, w, 4] sRGB, row 0 is the top
+    texture: NDArray[np.uint8] | None = None
     metallic: float = 0.0
     roughness: float = 0.8
-    alpha_mode: str = "OPAQUE"  # OPAQUE | MASK | BLEND
+    alpha_mode: str = "OPAQUE"
     alpha_cutoff: float = 0.5
     double_sided: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Appearance of one run of a mesh's faces; its faces use only its own run of vertices."""
+    """A run of faces with one material. They use only the vertices of their own run.
+
+    Attributes:
+        vertices: The run of the mesh's vertices.
+        faces: The run of the mesh's faces.
+        material: The material of the faces.
+        uv: float32 [V_part, 2], texture coordinates with v = 0 at the bottom, as in OpenGL.
+        colors: uint8 [V_part, 4], sRGB with alpha.
+        normals: float32 [V_part, 3], unit normals for shading only.
+    """
 
     vertices: slice
     faces: slice
     material: Material = field(default_factory=Material)
-    uv: NDArray[np.float32] | None = None  # [V_part, 2], v = 0 at the bottom (OpenGL)
-    colors: NDArray[np.uint8] | None = None  # [V_part, 4] RGBA, sRGB
-    normals: NDArray[np.float32] | None = None  # [V_part, 3] unit, for shading only
+    uv: NDArray[np.float32] | None = None
+    colors: NDArray[np.uint8] | None = None
+    normals: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """A triangle mesh in one frame, y up, with its appearance by parts.
+    """A triangle mesh with y up, and its appearance by parts.
 
-    `center` and `scale` tell how the frame came about: p = (p_loaded - center) * scale.
+    Attributes:
+        vertices: float64 [V, 3].
+        faces: int32 [F, 3], rows of `vertices`.
+        parts: Parts in order that cover every face once. () draws all faces with the default
+            material.
+        center: How the frame came about: p = (p_loaded - center) * scale.
+        scale: See `center`.
     """
 
-    vertices: NDArray[np.float64]  # [V, 3]
-    faces: NDArray[np.int32]  # [F, 3]
-    parts: tuple[Part, ...] = ()  # in order, covering every face once; () = default look
+    vertices: NDArray[np.float64]
+    faces: NDArray[np.int32]
+    parts: tuple[Part, ...] = ()
     center: tuple[float, float, float] = (0.0, 0.0, 0.0)
     scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bricks:
-    """The sparse SDF of one asset at one resolution: every cell of 8^3 points with an active one."""
+    """The sparse SDF of one asset at one resolution: every cell with an active grid point.
+
+    A cell is a group of 8^3 grid points, and a brick its stored values. A grid point is active
+    where |sdf| < tau, see `pipeline.core.grid.band`. Point (x, y, z) of a cell has index
+    64 * x + 8 * y + z.
+
+    Attributes:
+        resolution: Grid points along one side of the cube.
+        cells: int16 [M, 3], index of each cell along x, y and z, sorted by x, then y, then z.
+            The first point of a cell is grid point 8 * index.
+        values: float16 [M, 512], clamp(sdf / tau, -1, 1), negative inside.
+        sharp: uint8 [M, 64], one bit per point, least significant bit first. It is set for active
+            points near sharp edges.
+    """
 
     resolution: int
-    cells: NDArray[np.int16]  # [M, 3] index // 8, sorted by x, y, z
-    values: NDArray[
-        np.float16
-    ]  # [M, 512] clamp(sdf / tau, -1, 1), point 64 * lx + 8 * ly + lz, negative inside
-    sharp: NDArray[np.uint8]  # [M, 64] packed bits (little) in the same order
+    cells: NDArray[np.int16]
+    values: NDArray[np.float16]
+    sharp: NDArray[np.uint8]
 
 
-# Name of each field of Bricks in stores and scratch files: part of the format.
+# Field of Bricks -> name of the array in shards and scratch files. These names are format.
 BRICK_ARRAYS = {"cells": "blocks", "values": "values", "sharp": "sharp"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One rendered image and everything needed to project into it."""
+    """One rendered image and what is needed to project into it.
 
-    rgba: NDArray[np.uint8]  # [height, width, 4], colour not premultiplied
-    meta: dict[str, Any]  # the member .json of CONTRACTS: uid, view, c2w, fov_degrees, ...
+    Attributes:
+        rgba: uint8 [height, width, 4], sRGB, not premultiplied by alpha.
+        meta: The content of the view's json: uid, view, width, height and the numbers of
+            `pipeline.core.cameras.Camera`.
+    """
+
+    rgba: NDArray[np.uint8]
+    meta: dict[str, Any]

@@ -22,10 +22,10 @@ def random_bricks(tokens, seed=0, resolution=RESOLUTION):
     rng = np.random.default_rng(seed)
     side = resolution // 8
     keys = np.sort(rng.choice(side**3, tokens, replace=False))
-    blocks = np.stack(np.unravel_index(keys, (side,) * 3), axis=1).astype(np.int16)
+    cells = np.stack(np.unravel_index(keys, (side,) * 3), axis=1).astype(np.int16)
     values = rng.uniform(-0.99, 0.99, (tokens, 512)).astype(np.float16)
     sharp = rng.integers(0, 256, (tokens, 64)).astype(np.uint8)
-    return Bricks(resolution=resolution, cells=blocks, values=values, sharp=sharp)
+    return Bricks(resolution=resolution, cells=cells, values=values, sharp=sharp)
 
 
 def files(path):
