@@ -14,27 +14,60 @@ from pipeline.rendering.config import RenderConfig
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """Thresholds; lengths are relative to the longest side of the bounding box, so no rule depends on the frame."""
+    """Rules that reject an asset by its metadata, file or geometry."""
+
+    # Lengths and areas are relative to the longest side of the bounding box, so no rule depends on
+    # the units of a file.
 
     min_bytes: int = 1
+    """Smallest accepted file size in bytes."""
+
     max_bytes: int = 1 << 30
-    min_faces: int = 4  # preset paper: 100
+    """Largest accepted file size in bytes. Larger files are not downloaded."""
+
+    min_faces: int = 4
+    """Smallest accepted number of triangles. Increase it to reject very simple shapes; the preset
+    "paper" uses 100."""
+
     max_faces: int = 2_000_000
-    min_area: float = 1e-4  # of the surface, over the longest side squared
-    min_width: float = 1e-3  # second principal extent over the first: below it the shape is a line
-    min_thickness: float = (
-        1e-5  # third principal extent over the first: below it the shape is one flat sheet
-    )
-    max_degenerate_share: float = 0.5  # of faces whose area is below degenerate_area
-    degenerate_area: float = 1e-12  # over the longest side squared
+    """Largest accepted number of triangles. Reduce it if workers run out of memory or time."""
+
+    min_area: float = 1e-4
+    """Smallest accepted surface area, relative to the square of the longest side of the bounding
+    box. 0 disables the rule."""
+
+    min_width: float = 1e-3
+    """Smallest accepted ratio of the second to the first principal extent. Below it the shape is a
+    line. 0 disables the rule."""
+
+    min_thickness: float = 1e-5
+    """Smallest accepted ratio of the third to the first principal extent. Below it the shape is one
+    flat sheet. 0 accepts flat sheets."""
+
+    max_degenerate_share: float = 0.5
+    """Largest accepted share of degenerate triangles, 0 to 1. 1 disables the rule."""
+
+    degenerate_area: float = 1e-12
+    """Area below which a triangle counts as degenerate, relative to the square of the longest side
+    of the bounding box."""
+
     max_components: int = 10_000
-    # Licences of a catalogue's assets that are let through, "unknown" being one of them. Default: the open ones.
+    """Largest accepted number of connected components of the surface."""
+
     licences: Annotated[tuple[str, ...], tyro.conf.arg(name="license-allow", prefix_name=False)] = (
         OPEN_LICENCES
     )
-    max_animations: int | None = None  # that a catalogue tells of; None: any number
-    age_restricted: bool = False  # let through what a catalogue marks as such
-    # Tags, and words of a name, that mark what is no object
+    """Accepted licences of catalogue assets, such as by, cc0 or mit. The word unknown accepts
+    assets without a licence. The default is the open licences. Folders and the embedded shapes
+    always pass."""
+
+    max_animations: int | None = None
+    """Largest accepted number of animations that a catalogue states. None accepts any number, 0
+    rejects animated assets."""
+
+    age_restricted: bool = False
+    """Accept assets that a catalogue marks as age-restricted."""
+
     banned_words: tuple[str, ...] = (
         "hdri",
         "lidar",
@@ -44,16 +77,20 @@ class FilterConfig:
         "point-cloud",
         "skybox",
     )
+    """Words that reject an asset if a catalogue gives one as a tag or as a whole word of the name.
+    Upper and lower case do not matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenConfig:
-    """How an asset is looked at before it is known whether it is kept."""
+    """How an asset is measured before ranking decides whether to keep it."""
 
-    resolution: int = (
-        256  # of its SDF, and at most of the grid on which inside and outside are decided
-    )
-    image_size: int = 256  # of its four views, pixels a side
+    resolution: int = 256
+    """Resolution of the SDF that screening measures, a multiple of 8 and at least 64. The grid that
+    decides inside and outside is not finer than this during screening."""
+
+    image_size: int = 256
+    """Side in pixels of the four views that screening renders."""
 
     def __post_init__(self):
         if check_resolution(self.resolution) < 64:
@@ -61,19 +98,29 @@ class ScreenConfig:
 
     @property
     def render(self) -> RenderConfig:
+        """Options of the four views."""
         return RenderConfig(views=4, image_size=self.image_size, cameras="wide")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DedupConfig:
-    """When two assets count as one. Shapes are compared as they are turned: a rotated copy is another asset."""
+    """When two assets count as duplicates. A rotated copy counts as another asset."""
 
-    area_percent: float = 0.5  # visible surfaces differ by less,
-    tokens_percent: float = 1.0  # so do cells of the SDF,
-    occupancy_percent: float = (
-        2.0  # and so many of the occupied cells of the 16^3 grid are not the other's
-    )
-    look_bits: int = 7  # of 256 bits of four views that may differ
+    area_percent: float = 0.5
+    """Largest difference of the visible surface areas of two duplicates, in percent, above 0 and
+    below 100. Duplicate shapes must also meet the limits of tokens and occupancy."""
+
+    tokens_percent: float = 1.0
+    """Largest difference of the numbers of SDF cells of two duplicates, in percent, above 0 and
+    below 100."""
+
+    occupancy_percent: float = 2.0
+    """Largest number of cells of the 16^3 occupancy grid that only one of two duplicates fills, in
+    percent of its filled cells. Above 0 and below 100."""
+
+    look_bits: int = 7
+    """Largest number of differing bits, of 256, in the perceptual hashes of four views of two
+    duplicates. 0 to 7. 0 requires equal hashes."""
 
     def __post_init__(self):
         for name in ("area_percent", "tokens_percent", "occupancy_percent"):
@@ -85,23 +132,57 @@ class DedupConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RankConfig:
-    """What the second look turns away, and how many are kept. Changing it does not change what was measured."""
+    """Which screened assets are kept. Changing these options does not repeat the measurements."""
 
-    target_count: int | None = (
-        None  # keep the best so many of all that are screened; None: no screening, keep all
-    )
-    best_count: int = 0  # so many of the kept ones, the best, also get
-    best_resolutions: tuple[int, ...] = ()  # SDFs at these, in a pass of their own
-    min_solid_fraction: float = 0.0  # of the bounding box that is enclosed; 0 lets sheets through
-    max_solid_fraction: float = 0.985  # beyond it the shape is the box itself
-    max_leak_fraction: float = 0.05  # enclosed only once cracks up to twice as wide are closed
-    min_tokens: int = 100  # cells of the SDF at the screening's resolution
+    target_count: int | None = None
+    """Number of assets to keep: the best ones of all that pass screening. None disables screening
+    and keeps every asset that passes the filters."""
+
+    best_count: int = 0
+    """Number of kept assets, the best ones, that also get an SDF at each of --rank.best-resolutions.
+    0 makes none. It needs --rank.target-count."""
+
+    best_resolutions: tuple[int, ...] = ()
+    """SDF resolutions of the best assets, such as 1024. They must not be among --resolutions."""
+
+    min_solid_fraction: float = 0.0
+    """Smallest accepted share of the bounding box that the surface encloses, 0 to 1. 0 accepts open
+    sheets; a small value such as 0.01 rejects them."""
+
+    max_solid_fraction: float = 0.985
+    """Largest accepted share of the bounding box that the surface encloses, 0 to 1. Above it the
+    shape is a plain box. 1 accepts boxes."""
+
+    max_leak_fraction: float = 0.05
+    """Largest accepted share of the bounding box that is enclosed only after cracks up to twice as
+    wide are closed, 0 to 1. Above it the mesh leaks. 1 disables the rule."""
+
+    min_tokens: int = 100
+    """Smallest accepted number of SDF cells at the resolution of the screening."""
+
     max_tokens: int = 20_000
-    min_coverage: float = 0.005  # mean share of the four images that the object covers
-    min_brightness: float = 0.02  # mean over its pixels
-    min_contrast: float = 0.002  # mean deviation of its pixels' brightest channel
-    max_white: float = 0.98  # share of pixels that are overexposed, in the worst view
-    max_missing_files: int = 0  # materials and textures that a file names and that are not there
+    """Largest accepted number of SDF cells at the resolution of the screening."""
+
+    min_coverage: float = 0.005
+    """Smallest accepted share of the image that the object covers, 0 to 1, as the mean of the four
+    views."""
+
+    min_brightness: float = 0.02
+    """Smallest accepted mean brightness of the object's pixels, 0 to 1, as the mean of the four
+    views. Below it the renders are almost black."""
+
+    min_contrast: float = 0.002
+    """Smallest accepted standard deviation of the brightest channel over the object's pixels, 0 to
+    1, as the mean of the four views."""
+
+    max_white: float = 0.98
+    """Largest accepted share of overexposed pixels of the object, 0 to 1, in the worst of the four
+    views."""
+
+    max_missing_files: int = 0
+    """Largest accepted number of materials and textures that a file refers to and that are
+    missing."""
+
     dedup: DedupConfig = field(default_factory=DedupConfig)
 
     def __post_init__(self):
@@ -113,7 +194,8 @@ class RankConfig:
             raise ValueError(f"best_count needs a target_count, got {self.best_count} alone")
         if bool(self.best_count) != bool(self.best_resolutions):
             raise ValueError(
-                f"best_count and best_resolutions go together, got {self.best_count} and {self.best_resolutions}"
+                "best_count and best_resolutions go together, got "
+                f"{self.best_count} and {self.best_resolutions}"
             )
         for resolution in self.best_resolutions:
             check_resolution(resolution)

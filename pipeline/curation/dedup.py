@@ -1,4 +1,4 @@
-"""Finds copies in a whole catalogue: the same bytes, the same shape, the same looks."""
+"""Find duplicates in a whole catalogue: the same bytes, the same shape, the same appearance."""
 
 from __future__ import annotations
 
@@ -11,68 +11,72 @@ from numpy.typing import NDArray
 
 from pipeline.curation.config import DedupConfig
 
-DUPLICATE_BYTES, DUPLICATE_GEOMETRY, DUPLICATE_LOOKS = (
-    "duplicate_bytes",
-    "duplicate_geometry",
-    "duplicate_looks",
-)
-ROWS_AT_ONCE = 1 << 15  # pairs compared in one go
+DUPLICATE_BYTES = "duplicate_bytes"
+DUPLICATE_GEOMETRY = "duplicate_geometry"
+DUPLICATE_LOOKS = "duplicate_looks"
+BATCH_ROWS = 1 << 15  # pairs, or rows, that are compared at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signatures:
-    """Of N assets, the best first: of two copies the one that comes first is kept."""
+    """What duplicates are found by, of N assets from the best to the worst."""
 
-    sha256: Sequence[str]
-    area: NDArray[np.float64]  # [N]
-    tokens: NDArray[np.int64]  # [N]
-    occupancy: NDArray[np.uint8]  # [N, 512]
-    looks: NDArray[np.uint8]  # [N, 32]
+    sha256: Sequence[str]  # of the source files
+    area: NDArray[np.float64]  # [N] visible surface area
+    tokens: NDArray[np.int64]  # [N] SDF cells
+    occupancy: NDArray[np.uint8]  # [N, 512] packed bits of a 16^3 grid
+    looks: NDArray[np.uint8]  # [N, 32] packed bits of four perceptual hashes
 
 
 def find_duplicates(signatures: Signatures, cfg: DedupConfig) -> dict[int, tuple[str, int]]:
-    """Asset -> (why, of which one) for every copy of a kept asset. A copy of a dropped one alone is kept.
+    """Find the assets that duplicate a kept asset.
 
-    Assets are judged in their order, by bytes, then shape, then looks.
+    The assets are judged in their order, so the best one of a group of duplicates is kept. An asset
+    that is similar only to a dropped one is kept. An asset is compared by bytes, then by shape, then
+    by appearance.
+
+    Args:
+        signatures: The signatures of N assets, the best first.
+        cfg: How similar duplicates are.
+
+    Returns:
+        {asset: (reason, original)} for each duplicate. Both numbers are positions in `signatures`.
+        The reason is DUPLICATE_BYTES, DUPLICATE_GEOMETRY or DUPLICATE_LOOKS.
     """
-    bytes_of = _classes(signatures.sha256)
-    exact = zip(signatures.occupancy, signatures.area.tolist(), signatures.tokens.tolist())
-    shape_of = _classes((row.tobytes(), area, tokens) for row, area, tokens in exact)
-    looks_of = _classes(row.tobytes() for row in signatures.looks)
-    kinds = [
-        (DUPLICATE_BYTES, bytes_of, {}),
-        (
-            DUPLICATE_GEOMETRY,
-            shape_of,
-            _neighbours(_near_shapes(signatures, np.unique(shape_of), cfg)),
-        ),
-        (
-            DUPLICATE_LOOKS,
-            looks_of,
-            _neighbours(_near_looks(signatures.looks, np.unique(looks_of), cfg)),
-        ),
+    # Group equal assets first, so that thousands of equal ones cost one comparison per group.
+    shapes = zip(signatures.occupancy, signatures.area.tolist(), signatures.tokens.tolist())
+    bytes_group = _group_equal(signatures.sha256)
+    shape_group = _group_equal((row.tobytes(), area, tokens) for row, area, tokens in shapes)
+    looks_group = _group_equal(row.tobytes() for row in signatures.looks)
+    shape_pairs = _similar_shapes(signatures, np.unique(shape_group), cfg)
+    looks_pairs = _similar_looks(signatures.looks, np.unique(looks_group), cfg)
+    criteria = [
+        (DUPLICATE_BYTES, bytes_group, {}),
+        (DUPLICATE_GEOMETRY, shape_group, _neighbours(shape_pairs)),
+        (DUPLICATE_LOOKS, looks_group, _neighbours(looks_pairs)),
     ]
-    kept: dict[tuple[str, int], int] = {}  # a class of equals -> the asset of it that is kept
-    result: dict[int, tuple[str, int]] = {}
-    for asset in range(len(bytes_of)):
-        classes = [(why, int(class_of[asset])) for why, class_of, _ in kinds]
-        found = (
-            (why, kept[why, other])
-            for (why, own), (_, _, near) in zip(classes, kinds)
-            for other in (own, *near.get(own, ()))
-            if (why, other) in kept
+    # Keep an asset if no equal or similar group has a kept asset.
+    kept: dict[tuple[str, int], int] = {}  # (reason, group) -> the kept asset of the group
+    duplicates: dict[int, tuple[str, int]] = {}
+    for asset in range(len(bytes_group)):
+        own_groups = [(reason, int(group_of[asset])) for reason, group_of, _ in criteria]
+        matches = (
+            (reason, kept[reason, group])
+            for (reason, own_group), (_, _, similar) in zip(own_groups, criteria)
+            for group in (own_group, *similar.get(own_group, ()))
+            if (reason, group) in kept
         )
-        verdict = next(found, None)
-        if verdict is None:
-            for key in classes:
+        match = next(matches, None)
+        if match is None:
+            for key in own_groups:
                 kept[key] = asset
         else:
-            result[asset] = verdict
-    return result
+            duplicates[asset] = match
+    return duplicates
 
 
-def _classes(rows: Iterable[object]) -> NDArray[np.int64]:
-    """For every row the number of the first one that is equal: [N]."""
+def _group_equal(rows: Iterable[object]) -> NDArray[np.int64]:
+    """Return for each row the position of the first row that is equal: [N]."""
     first: dict[bytes, int] = {}
     digests = (hashlib.blake2b(repr(row).encode(), digest_size=16).digest() for row in rows)
     return np.array(
@@ -80,87 +84,99 @@ def _classes(rows: Iterable[object]) -> NDArray[np.int64]:
     )
 
 
-def _near_shapes(
-    signatures: Signatures, chosen: NDArray[np.int64], cfg: DedupConfig
+def _similar_shapes(
+    signatures: Signatures, candidates: NDArray[np.int64], cfg: DedupConfig
 ) -> NDArray[np.int64]:
-    """[P, 2] pairs of the chosen ones whose area, tokens and occupied cells are about the same."""
-    area = np.log(np.maximum(signatures.area[chosen], 1e-12))
-    tokens = np.log(np.maximum(signatures.tokens[chosen], 1))
-    occupancy = signatures.occupancy[chosen]
-    sizes = np.bitwise_count(occupancy).sum(axis=1, dtype=np.int64)
-    sketch = _halved(occupancy)
-    most_area, most_tokens = np.log1p(cfg.area_percent / 100), np.log1p(cfg.tokens_percent / 100)
+    """Return the pairs [P, 2] of candidates with similar area, tokens and occupied cells."""
+    area = np.log(np.maximum(signatures.area[candidates], 1e-12))
+    tokens = np.log(np.maximum(signatures.tokens[candidates], 1))
+    occupancy = signatures.occupancy[candidates]
+    occupied = np.bitwise_count(occupancy).sum(axis=1, dtype=np.int64)
+    coarse = _coarsen(occupancy)
+    max_area_step = np.log1p(cfg.area_percent / 100)
+    max_tokens_step = np.log1p(cfg.tokens_percent / 100)
     pairs = []
-    # Two numbers closer than half a drawer's width share a drawer of one of two chests, set off by half a width.
-    for shift_a in (0.0, 0.5):
-        for shift_t in (0.0, 0.5):
-            drawer_a = np.floor(area / (2 * most_area) + shift_a).astype(np.int64)
-            drawer_t = np.floor(tokens / (2 * most_tokens) + shift_t).astype(np.int64)
-            for a, b in _pairs(drawer_a * (1 << 20) + drawer_t):
-                close = (np.abs(area[a] - area[b]) <= most_area) & (
-                    np.abs(tokens[a] - tokens[b]) <= most_tokens
+    # Area and tokens are hashed into bins twice as wide as the largest difference. Two values that
+    # are close enough share a bin of at least one of two bin grids offset by half a bin.
+    for area_offset in (0.0, 0.5):
+        for tokens_offset in (0.0, 0.5):
+            area_bin = np.floor(area / (2 * max_area_step) + area_offset).astype(np.int64)
+            tokens_bin = np.floor(tokens / (2 * max_tokens_step) + tokens_offset).astype(np.int64)
+            for a, b in _pairs_with_equal_keys(area_bin * (1 << 20) + tokens_bin):
+                is_close = (np.abs(area[a] - area[b]) <= max_area_step) & (
+                    np.abs(tokens[a] - tokens[b]) <= max_tokens_step
                 )
-                a, b = a[close], b[close]
-                for bits in (sketch, occupancy):
-                    differ = np.bitwise_count(bits[a] ^ bits[b]).sum(axis=1, dtype=np.int64)
-                    same = differ * 100 <= cfg.occupancy_percent * np.minimum(sizes[a], sizes[b])
-                    a, b = a[same], b[same]
-                pairs.append(np.stack([chosen[a], chosen[b]], axis=1))
-    return _joined(pairs)
+                a, b = a[is_close], b[is_close]
+                # The coarse grid is compared first, because it is 8 times smaller.
+                for bits in (coarse, occupancy):
+                    differing = np.bitwise_count(bits[a] ^ bits[b]).sum(axis=1, dtype=np.int64)
+                    allowed = cfg.occupancy_percent * np.minimum(occupied[a], occupied[b])
+                    is_close = differing * 100 <= allowed
+                    a, b = a[is_close], b[is_close]
+                pairs.append(np.stack([candidates[a], candidates[b]], axis=1))
+    return _unique_pairs(pairs)
 
 
-def _halved(occupancy: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[N, 64] of [N, 512]: cells joined by eights. These differ in no more bits than those."""
-    parts = [np.zeros((0, 64), np.uint8)]
-    for start in range(0, len(occupancy), ROWS_AT_ONCE):
-        cells = np.unpackbits(occupancy[start : start + ROWS_AT_ONCE], axis=1).reshape(
-            -1, 16, 16, 16
-        )
+def _coarsen(occupancy: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Join groups of 2^3 cells: [N, 512] of 16^3 cells becomes [N, 64] of 8^3 cells.
+
+    Two coarse grids never differ in more bits than the fine ones.
+    """
+    batches = [np.zeros((0, 64), np.uint8)]
+    for start in range(0, len(occupancy), BATCH_ROWS):
+        bits = np.unpackbits(occupancy[start : start + BATCH_ROWS], axis=1)
+        cells = bits.reshape(-1, 16, 16, 16)
         for axis in (1, 2, 3):
-            even, odd = (cells.take(range(first, 16, 2), axis) for first in (0, 1))
+            even = cells.take(range(0, 16, 2), axis)
+            odd = cells.take(range(1, 16, 2), axis)
             cells = even | odd
-        parts.append(np.packbits(cells.reshape(len(cells), -1), axis=1))
-    return np.concatenate(parts)
+        batches.append(np.packbits(cells.reshape(len(cells), -1), axis=1))
+    return np.concatenate(batches)
 
 
-def _near_looks(
-    looks: NDArray[np.uint8], chosen: NDArray[np.int64], cfg: DedupConfig
+def _similar_looks(
+    looks: NDArray[np.uint8], candidates: NDArray[np.int64], cfg: DedupConfig
 ) -> NDArray[np.int64]:
-    """[P, 2] pairs of the chosen ones whose hashes differ by at most cfg.look_bits."""
-    bits = np.ascontiguousarray(looks[chosen])
+    """Return the pairs [P, 2] of candidates whose hashes differ in at most cfg.look_bits bits."""
+    bits = np.ascontiguousarray(looks[candidates])
     pairs = []
-    for band in bits.view(np.uint32).T:  # 7 differing bits leave one of 8 bands as it is
-        for a, b in _pairs(band.astype(np.int64)):
-            same = np.bitwise_count(bits[a] ^ bits[b]).sum(axis=1, dtype=np.int64) <= cfg.look_bits
-            pairs.append(np.stack([chosen[a[same]], chosen[b[same]]], axis=1))
-    return _joined(pairs)
+    # Up to 7 differing bits leave at least one of 8 words of 32 bits equal.
+    for word in bits.view(np.uint32).T:
+        for a, b in _pairs_with_equal_keys(word.astype(np.int64)):
+            differing = np.bitwise_count(bits[a] ^ bits[b]).sum(axis=1, dtype=np.int64)
+            is_close = differing <= cfg.look_bits
+            pairs.append(np.stack([candidates[a[is_close]], candidates[b[is_close]]], axis=1))
+    return _unique_pairs(pairs)
 
 
-def _pairs(keys: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Every pair of positions with one key, in pieces of bounded size."""
+def _pairs_with_equal_keys(
+    keys: NDArray[np.int64],
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield all pairs of positions with equal keys, in batches of at most BATCH_ROWS pairs."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     ends = np.searchsorted(ordered, ordered, side="right")
-    alive, step = np.arange(len(keys)), 1
-    while len(alive):
-        alive = alive[alive + step < ends[alive]]
-        for start in range(0, len(alive), ROWS_AT_ONCE):
-            left = alive[start : start + ROWS_AT_ONCE]
-            yield order[left], order[left + step]
+    # Pair each position with the one `step` places later, as long as that has the same key.
+    remaining = np.arange(len(keys))
+    step = 1
+    while len(remaining):
+        remaining = remaining[remaining + step < ends[remaining]]
+        for start in range(0, len(remaining), BATCH_ROWS):
+            first = remaining[start : start + BATCH_ROWS]
+            yield order[first], order[first + step]
         step += 1
 
 
-def _joined(pairs: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.unique(
-        np.concatenate([np.empty((0, 2), np.int64), *(np.sort(pair, axis=1) for pair in pairs)]),
-        axis=0,
-    )
+def _unique_pairs(pairs: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Join arrays of pairs to one [P, 2] without repetitions, the smaller number first."""
+    ordered = (np.sort(pair, axis=1) for pair in pairs)
+    return np.unique(np.concatenate([np.empty((0, 2), np.int64), *ordered]), axis=0)
 
 
 def _neighbours(pairs: NDArray[np.int64]) -> dict[int, list[int]]:
-    """Each one's partners, in ascending order."""
-    near: dict[int, list[int]] = {}
+    """Return for each number the numbers it is paired with, in ascending order."""
+    neighbours: dict[int, list[int]] = {}
     for a, b in pairs.tolist():
-        near.setdefault(a, []).append(b)
-        near.setdefault(b, []).append(a)
-    return {one: sorted(others) for one, others in near.items()}
+        neighbours.setdefault(a, []).append(b)
+        neighbours.setdefault(b, []).append(a)
+    return {number: sorted(others) for number, others in neighbours.items()}

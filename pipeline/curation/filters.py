@@ -1,4 +1,4 @@
-"""Predicates on metadata, files and geometry: each has a name, a threshold in its config and a measured value."""
+"""Rules on metadata, files and geometry. A rule has a reason code, a threshold and a value."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ from pipeline.mesh_io.file_checks import MESH_FORMATS
 
 
 def filter_metadata(record: Record, cfg: FilterConfig) -> None:
-    """What a catalogue says about an asset, before anything is fetched.
+    """Check what a catalogue states about an asset, before the asset is downloaded.
 
-    Reject, in this order: "unsupported_format", "licence" (not on the list, or unknown), "age_restricted", "animated",
-    "banned_word". Files of one's own folder pass: their owner named it.
+    Assets of a folder and of the embedded data set pass, because the user named them.
+
+    Args:
+        record: The asset.
+        cfg: The thresholds.
+
+    Raises:
+        Reject: In this order, "unsupported_format", "licence" (not accepted, or unknown),
+            "age_restricted", "animated" or "banned_word".
     """
     if record.source in ("folder", "procedural"):
         return
@@ -30,23 +37,28 @@ def filter_metadata(record: Record, cfg: FilterConfig) -> None:
         raise Reject("unsupported_format", format=record.format)
     if licence_of(record.licence) not in {licence_of(name) for name in cfg.licences}:
         raise Reject("licence", licence=record.licence)
-    said = json.loads(record.metadata or "{}")
-    if said.get("age_restricted") and not cfg.age_restricted:
+    metadata = json.loads(record.metadata or "{}")
+    if metadata.get("age_restricted") and not cfg.age_restricted:
         raise Reject("age_restricted")
-    animations = said.get("animations", 0)
+    animations = metadata.get("animations", 0)
     if cfg.max_animations is not None and animations > cfg.max_animations:
         raise Reject("animated", animations=animations, max_animations=cfg.max_animations)
-    words = {
-        *re.findall(r"[\w-]+", said.get("name", "").lower()),
-        *(tag.lower() for tag in said.get("tags", ())),
-    }
-    banned = sorted(words & {word.lower() for word in cfg.banned_words})
+    name_words = re.findall(r"[\w-]+", metadata.get("name", "").lower())
+    tags = (tag.lower() for tag in metadata.get("tags", ()))
+    banned = sorted({*name_words, *tags} & {word.lower() for word in cfg.banned_words})
     if banned:
         raise Reject("banned_word", word=banned[0])
 
 
 def filter_file(path: Path, cfg: FilterConfig) -> dict[str, float]:
-    """{"bytes"} of a file. Reject: "file_too_small", "file_too_large"."""
+    """Check the size of a file.
+
+    Returns:
+        {"bytes": size of the file}.
+
+    Raises:
+        Reject: "file_too_small" or "file_too_large".
+    """
     size = path.stat().st_size
     if size < cfg.min_bytes:
         raise Reject("file_too_small", bytes=size, min_bytes=cfg.min_bytes)
@@ -56,12 +68,23 @@ def filter_file(path: Path, cfg: FilterConfig) -> dict[str, float]:
 
 
 def filter_geometry(mesh: Mesh, cfg: FilterConfig) -> dict[str, float]:
-    """Numbers for the manifest: faces, vertices, components, area, volume (signed), in the mesh's own frame.
+    """Check the geometry of a mesh.
 
-    Reject, checked in this order: "too_many_faces", "degenerate" (a point, a line, or hardly any area), "flat" (one
-    plane holds it all), "too_few_faces", "degenerate_faces", "too_many_components".
+    Args:
+        mesh: A mesh in any frame.
+        cfg: The thresholds. They do not depend on position and size of the mesh.
+
+    Returns:
+        The values of the manifest by name: faces, vertices, components (connected components of
+        the surface), area and volume (signed), both in units of the mesh.
+
+    Raises:
+        Reject: In this order, "too_many_faces", "too_few_faces" (none at all), "degenerate" (a
+            point, a line, or hardly any area), "flat" (all in one plane), "too_few_faces",
+            "degenerate_faces" or "too_many_components".
     """
-    faces, vertices = len(mesh.faces), len(mesh.vertices)
+    faces = len(mesh.faces)
+    vertices = len(mesh.vertices)
     if faces > cfg.max_faces:
         raise Reject("too_many_faces", faces=faces, max_faces=cfg.max_faces)
     if faces == 0:
@@ -96,37 +119,53 @@ def filter_geometry(mesh: Mesh, cfg: FilterConfig) -> dict[str, float]:
 
 
 def _areas_and_volume(corners: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Area of every triangle [F] and the signed volume that they enclose, from corners [F, 3, 3]."""
+    """Return the areas [F] and the signed volume of triangles with the corners [F, 3, 3]."""
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    middle = corners.mean(
-        axis=(0, 1)
-    )  # keeps an open mesh's "volume" from growing with its distance to the origin
+    # Relative to the middle, the "volume" of an open mesh does not grow with its distance to the
+    # origin.
+    middle = corners.mean(axis=(0, 1))
     volume = float(np.einsum("fi,fi->", corners[:, 0] - middle, normals) / 6)
     return np.linalg.norm(normals, axis=1) / 2, volume
 
 
 def _principal_extents(points: NDArray[np.float64]) -> list[float]:
-    """Extents of points [P, 3] along their principal axes, the longest first."""
+    """Return the extents of points [P, 3] along their principal axes, the longest first."""
     centred = points - points.mean(axis=0)
     _, axes = np.linalg.eigh(centred.T @ centred)
     return sorted(np.ptp(centred @ axes, axis=0).tolist(), reverse=True)
 
 
 def count_components(vertices: NDArray[np.float64], faces: NDArray[np.int32]) -> int:
-    """Number of connected pieces of a surface, faces being joined where they share a corner's position.
+    """Count the connected components of a surface.
 
-    vertices [V, 3], faces [F, 3]. Vertices that no face uses do not count.
+    Two faces are connected if corners of them have the same position. Vertices without faces do not
+    count.
+
+    Args:
+        vertices: [V, 3].
+        faces: [F, 3], at least one.
     """
     welded = weld(vertices)[faces]
     count = int(welded.max()) + 1
-    rows, cols = welded[:, [0, 1]].ravel(), welded[:, [1, 2]].ravel()
+    # The edges 0-1 and 1-2 of each face connect its three corners.
+    rows = welded[:, [0, 1]].ravel()
+    cols = welded[:, [1, 2]].ravel()
     graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, cols)), shape=(count, count))
     _, label = connected_components(graph.tocsr(), directed=False)
     return len(np.unique(label[welded[:, 0]]))
 
 
 def weld(vertices: NDArray[np.float64]) -> NDArray[np.int64]:
-    """For every vertex [V, 3] a number shared by exactly those at the same position (-0.0 is 0.0): [V]."""
+    """Number the distinct positions of vertices.
+
+    Args:
+        vertices: [V, 3].
+
+    Returns:
+        [V]. Two vertices have the same number exactly if their positions are equal. -0.0 equals
+        0.0.
+    """
+    # Sorting one 64-bit hash per vertex is faster than sorting rows of three numbers.
     bits = np.ascontiguousarray(vertices + 0.0).view(np.uint64)
     with np.errstate(over="ignore"):
         key = bits[:, 0] * np.uint64(0x9E3779B97F4A7C15)
@@ -134,8 +173,7 @@ def weld(vertices: NDArray[np.float64]) -> NDArray[np.int64]:
         key = (key ^ (key >> np.uint64(31))) + bits[:, 2] * np.uint64(0x94D049BB133111EB)
         key ^= key >> np.uint64(32)
     _, first, label = np.unique(key, return_index=True, return_inverse=True)
-    if (
-        bits != bits[first[label]]
-    ).any():  # two positions with one 64-bit key: sort by the positions themselves
+    # If two positions have the same hash, sort by the positions themselves.
+    if (bits != bits[first[label]]).any():
         _, label = np.unique(bits, axis=0, return_inverse=True)
     return label.ravel()

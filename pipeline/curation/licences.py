@@ -1,12 +1,12 @@
-"""Licences as catalogues spell them, brought to one word each, and which of them are open."""
+"""Normalise the licences of catalogues to one word each, and list the open ones."""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
 
-# What may be changed and passed on, also for money. Copyleft software licences (GPL) are left to the user: what they
-# ask of a data set is disputed.
+# Licences that allow changes and redistribution, also commercially. Copyleft software licences such
+# as the GPL are missing, because their consequences for a data set are disputed.
 OPEN_LICENCES = (
     *("cc0", "public-domain", "by", "by-sa", "odc-by", "odbl"),
     *("0bsd", "apache-2.0", "bsd", "bsl-1.0", "isc", "mit", "unlicense", "wtfpl", "zlib"),
@@ -23,7 +23,7 @@ UNKNOWN = (
     "no license",
     "no licence",
 )
-SOFTWARE = {
+SOFTWARE_PATTERNS = {  # the first match counts
     r"\bapache\b": "apache-2.0",
     r"\b0bsd\b|zero[- ]clause bsd": "0bsd",
     r"\bbsd\b": "bsd",
@@ -42,31 +42,41 @@ SOFTWARE = {
 }
 
 
-@lru_cache(1 << 14)  # a catalogue says the same few things a million times
+@lru_cache(1 << 14)  # a catalogue repeats the same few texts a million times
 def licence_of(text: str | None) -> str:
-    """One lower-case word for a licence: "cc0", "by-nc-sa", "mit", ...; "unknown" where nothing is said.
+    """Normalise the text of a licence.
 
-    What is not recognised stays as it is written, in lower case, and is on nobody's list.
+    Args:
+        text: A name, an SPDX identifier or a URL, as a catalogue states it.
+
+    Returns:
+        A lower-case word such as "cc0", "by-nc-sa" or "mit". "unknown" if the text states nothing.
+        A text that is not recognised is returned in lower case.
     """
-    words = re.sub(r"[\s_]+", " ", (text or "").strip().lower())
-    if words in UNKNOWN:
+    licence = re.sub(r"[\s_]+", " ", (text or "").strip().lower())
+    if licence in UNKNOWN:
         return "unknown"
     if re.search(
-        r"publicdomain/zero|\bcc[- ]?0\b|(commons|cc) zero\b|public domain dedication", words
+        r"publicdomain/zero|\bcc[- ]?0\b|(commons|cc) zero\b|public domain dedication", licence
     ):
         return "cc0"
-    if re.search(r"publicdomain/mark|public domain|\bpdm\b", words):
+    if re.search(r"publicdomain/mark|public domain|\bpdm\b", licence):
         return "public-domain"
-    commons = re.search(r"creativecommons\.org/licenses/([a-z-]+)", words)
+    commons = re.search(r"creativecommons\.org/licenses/([a-z-]+)", licence)
     if commons:
         return commons[1]
-    software = next((name for pattern, name in SOFTWARE.items() if re.search(pattern, words)), "")
-    short = re.fullmatch(r"(cc[- ]?)?by([- ](nc|nd|sa))*([- ]?\d\.\d)?", words)
-    if software or not (short or re.search(r"\battribution\b", words)):
-        return software or words
-    terms = {
+    matches = (name for pattern, name in SOFTWARE_PATTERNS.items() if re.search(pattern, licence))
+    software = next(matches, "")
+    if software:
+        return software
+    # Creative Commons, as "by-nc" or in words. The terms follow in a fixed order.
+    short = re.fullmatch(r"(cc[- ]?)?by([- ](nc|nd|sa))*([- ]?\d\.\d)?", licence)
+    if not short and not re.search(r"\battribution\b", licence):
+        return licence
+    patterns = {
         "nc": r"\bnc\b|non[- ]?commercial",
         "nd": r"\bnd\b|no[- ]?deriv",
         "sa": r"\bsa\b|share[- ]?alike",
     }
-    return "-".join(["by", *(name for name, pattern in terms.items() if re.search(pattern, words))])
+    terms = [name for name, pattern in patterns.items() if re.search(pattern, licence)]
+    return "-".join(["by", *terms])

@@ -1,4 +1,4 @@
-"""What screening measures of one asset: is it solid, does it leak, how does it look, by what is it known again."""
+"""Measurements of screening: solidity, leaks, appearance, and signatures to find duplicates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from scipy.fft import dctn
 
-from pipeline.core.grid import spacing
+from pipeline.core.grid import CELL_SIDE, spacing
 from pipeline.core.primitives.triangles import pack
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks, Mesh, View
@@ -24,64 +24,73 @@ from pipeline.geometry.topology import Topology
 from pipeline.rendering.views import render_views, view_numbers
 from pipeline.storage.remote import StorePath, arrow_source
 
-CELLS = 16  # along one side of the occupancy signature: 16^3 bits
-CAMERAS = (
-    "screening"  # seeds the views: the same for every asset, so that their hashes can be compared
-)
+SIGNATURE_SIDE = 16  # cells along one side of the occupancy signature
+# The key that seeds the views. It is the same for each asset, so that their hashes can be compared.
+VIEW_SEED_KEY = "screening"
 METRICS_SCHEMA = pa.schema(
     [
         ("uid", pa.string()),
         ("tokens", pa.int64()),
-        *(
-            (name, pa.float64())
-            for name in ("solid_fraction", "leak_fraction", "sheet_share", "visible_area")
-        ),
-        *(
-            (name, pa.float64())
-            for name in ("coverage_mean", "coverage_min", "brightness_mean", "contrast_mean")
-        ),
+        ("solid_fraction", pa.float64()),
+        ("leak_fraction", pa.float64()),
+        ("sheet_share", pa.float64()),
+        ("visible_area", pa.float64()),
+        ("coverage_mean", pa.float64()),
+        ("coverage_min", pa.float64()),
+        ("brightness_mean", pa.float64()),
+        ("contrast_mean", pa.float64()),
         ("white_max", pa.float64()),
-        *((name, pa.bool_()) for name in ("textured", "colored")),
-        ("occupancy", pa.binary(CELLS**3 // 8)),
+        ("textured", pa.bool_()),
+        ("colored", pa.bool_()),
+        ("occupancy", pa.binary(SIGNATURE_SIDE**3 // 8)),
         ("looks", pa.binary(32)),  # 4 views of 64 bits
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
+METRICS_FILE = "measured.json"  # in an asset's folder of intermediate results
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScreeningMetrics:
-    """One row of `screen/<R>/<shard>.parquet`, uid aside."""
+    """What screening measures of one asset: a row of `screen/<R>/<shard>.parquet` without the uid."""
 
-    tokens: int  # at the screening's resolution
-    solid_fraction: float  # of the bounding box that is enclosed
-    leak_fraction: float  # of the bounding box that is enclosed only once cracks up to twice as wide are closed
-    sheet_share: float  # of the visible surface
-    visible_area: float
-    coverage_mean: float
+    tokens: int  # SDF cells at the screening's resolution
+    solid_fraction: float  # enclosed share of the bounding box
+    leak_fraction: float  # share that is enclosed only after cracks up to twice as wide are closed
+    sheet_share: float  # share of the visible surface that does not bound a solid
+    visible_area: float  # in the cube of side 1
+    coverage_mean: float  # share of the image that the object covers, over four views
     coverage_min: float
-    brightness_mean: float
-    contrast_mean: float
-    white_max: float
-    textured: bool
-    colored: bool
-    occupancy: bytes
-    looks: bytes
+    brightness_mean: float  # of the object's pixels, 0 to 1
+    contrast_mean: float  # standard deviation of the brightest channel, 0 to 1
+    white_max: float  # share of overexposed pixels in the worst view
+    textured: bool  # a material has a texture
+    colored: bool  # vertex colours, or several materials
+    occupancy: bytes  # see `occupancy_signature`
+    looks: bytes  # `appearance_hash` of each view
 
 
 def compute_metrics(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> ScreeningMetrics:
-    """Everything, from a normalised mesh. Reject as `render_views`."""
+    """Measure one asset.
+
+    Args:
+        mesh: The normalised mesh.
+        topology: Its topology.
+        cfg: Resolution and image size.
+
+    Raises:
+        Reject: If a view cannot be rendered. See `pipeline.rendering.views.render_views`.
+    """
     bricks = compute_bricks(topology, cfg.resolution)
     box = bounding_box_grid_points(mesh, topology.resolution)
     solid = float(enclosed_grid_points(topology.exterior) / box)
-    views = list(render_views(mesh, CAMERAS, cfg.render))
+    views = list(render_views(mesh, VIEW_SEED_KEY, cfg.render))
     numbers = {name: round(value, 6) for name, value in view_numbers(views).items()}
+    solid_without_cracks = float(enclosed_grid_points(_flood_thicker_barrier(topology)) / box)
     return ScreeningMetrics(
         tokens=len(bricks.cells),
-        solid_fraction=round(min(solid, 1.0), 6),  # the barrier may stick out of the box
-        leak_fraction=round(
-            max(0.0, float(enclosed_grid_points(_doubled(topology)) / box) - solid), 6
-        ),
+        solid_fraction=round(min(solid, 1.0), 6),  # the barrier can extend beyond the box
+        leak_fraction=round(max(0.0, solid_without_cracks - solid), 6),
         sheet_share=round(topology.numbers["sheet_share"], 6),
         visible_area=round(topology.numbers["visible_area"], 6),
         textured=any(part.material.texture is not None for part in mesh.parts),
@@ -93,83 +102,96 @@ def compute_metrics(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> Screen
 
 
 def bounding_box_grid_points(mesh: Mesh, resolution: int) -> float:
-    """How many points of the R^3 grid the bounding box holds, as a volume; at least one voxel thick."""
+    """Return the volume of the bounding box in grid points. Each side is at least one voxel."""
     h = spacing(resolution)
     return float(np.prod(np.maximum(np.ptp(mesh.vertices, axis=0), h)) / h**3)
 
 
 def enclosed_grid_points(exterior: Exterior) -> float:
-    """How many grid points the flood did not reach, those of the barrier counting half."""
+    """Count the grid points that the flood did not reach. Points of the barrier count half."""
     bins = exterior.bins
-    inside = np.count_nonzero((bins.bin_of < 0) & ~exterior.whole) * 512
+    inside = np.count_nonzero((bins.bin_of < 0) & ~exterior.whole) * CELL_SIDE**3
     inside += int(np.bitwise_count(~(exterior.outside | exterior.barrier)).sum())
     barrier = int(np.bitwise_count(exterior.barrier).sum())
-    if not inside:  # nothing but surface: a sheet encloses nothing
+    if not inside:  # only the barrier itself: a sheet encloses nothing
         return 0.0
     return inside + barrier / 2
 
 
-def _doubled(topology: Topology) -> Exterior:
-    """The flood past a barrier twice as thick, which closes cracks twice as wide."""
+def _flood_thicker_barrier(topology: Topology) -> Exterior:
+    """Flood past a barrier twice as thick, which closes cracks twice as wide."""
     packed = pack(topology.triangles)
     bins = bin_triangles(packed, topology.resolution)
     return flood(packed, bins, np.ones(len(packed), np.bool_), 2 * BARRIER_VOXELS)
 
 
 def occupancy_signature(bricks: Bricks) -> bytes:
-    """Which cells of a 16^3 grid over the cube hold surface: the same for any winding, order and cut of the faces."""
-    cells = np.zeros((CELLS,) * 3, bool)
-    cells[tuple((bricks.cells.astype(np.int64) * 8 * CELLS // bricks.resolution).T)] = True
-    return np.packbits(cells).tobytes()
+    """Return which cells of a 16^3 grid over the cube hold surface.
+
+    The signature does not depend on the winding, order and subdivision of the faces.
+
+    Returns:
+        512 bytes, packed bits in the order x, y, z.
+    """
+    occupied = np.zeros((SIGNATURE_SIDE,) * 3, bool)
+    cells = bricks.cells.astype(np.int64) * CELL_SIDE * SIGNATURE_SIDE // bricks.resolution
+    occupied[tuple(cells.T)] = True
+    return np.packbits(occupied).tobytes()
 
 
 def appearance_hash(view: View) -> bytes:
-    """64 bits of a view's low frequencies, each above or below their median: a perceptual hash (DCT of 32 x 32)."""
+    """Return a perceptual hash of a view: the signs of its low frequencies around their median.
+
+    Returns:
+        8 bytes: packed bits of the 8 x 8 lowest frequencies of a 32 x 32 cosine transform.
+    """
+    # Grey levels over a mid-grey background.
     rgba = view.rgba.astype(np.float64)
     alpha = rgba[..., 3] / 255
     grey = rgba[..., :3] @ (0.299, 0.587, 0.114) * alpha + 128 * (1 - alpha)
-    small = np.asarray(
-        Image.fromarray(grey.astype(np.float32)).resize((32, 32), Image.Resampling.BOX)
-    )
+    image = Image.fromarray(grey.astype(np.float32))
+    small = np.asarray(image.resize((32, 32), Image.Resampling.BOX))
     low = np.asarray(dctn(small, norm="ortho"))[:8, :8].ravel()
-    return np.packbits(low > np.median(low[1:])).tobytes()
+    return np.packbits(low > np.median(low[1:])).tobytes()  # the first is the mean, so not counted
 
 
-def save_metrics(folder: Path, measured: ScreeningMetrics) -> None:
+def save_metrics(folder: Path, metrics: ScreeningMetrics) -> None:
+    """Write the metrics of one asset as JSON to its folder of intermediate results."""
     row = {
         name: value.hex() if isinstance(value, bytes) else value
-        for name, value in asdict(measured).items()
+        for name, value in asdict(metrics).items()
     }
-    (folder / "measured.json").write_text(json.dumps(row))
+    (folder / METRICS_FILE).write_text(json.dumps(row))
 
 
 def load_metrics(folder: Path) -> ScreeningMetrics:
-    row = json.loads((folder / "measured.json").read_text())
-    return ScreeningMetrics(
-        **{
-            **row,
-            "occupancy": bytes.fromhex(row["occupancy"]),
-            "looks": bytes.fromhex(row["looks"]),
-        }
-    )
+    """Read the metrics that `save_metrics` wrote."""
+    row = json.loads((folder / METRICS_FILE).read_text())
+    signatures = {name: bytes.fromhex(row[name]) for name in ("occupancy", "looks")}
+    return ScreeningMetrics(**{**row, **signatures})
 
 
 def write_metrics_table(path: Path, rows: Sequence[tuple[str, ScreeningMetrics]]) -> None:
-    """One shard's rows, in the given order. The same rows give the same bytes."""
+    """Write the (uid, metrics) rows of one shard as Parquet. Equal rows give equal bytes."""
     table = pa.Table.from_pylist(
-        [{"uid": uid, **asdict(measured)} for uid, measured in rows], METRICS_SCHEMA
+        [{"uid": uid, **asdict(metrics)} for uid, metrics in rows], METRICS_SCHEMA
     )
     pq.write_table(table, path, compression="zstd")
 
 
 def read_metrics_table(path: StorePath) -> pa.Table:
-    """ValueError if it is not a table of this format version."""
+    """Read the table of one shard, with the columns of METRICS_SCHEMA.
+
+    Raises:
+        ValueError: If the file cannot be read or is not a table of this format version.
+    """
     try:
         table = pq.read_table(arrow_source(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} must be a readable table: {error}") from error
     if not table.schema.equals(METRICS_SCHEMA, check_metadata=True):
         raise ValueError(
-            f"{path} must have the columns {METRICS_SCHEMA.names} of format_version {FORMAT_VERSION}"
+            f"{path} must have the columns {METRICS_SCHEMA.names} of format_version "
+            f"{FORMAT_VERSION}"
         )
     return table
