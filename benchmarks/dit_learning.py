@@ -25,21 +25,21 @@ from pipeline.core.primitives.surface_distance import FAR, Surface, SurfaceMetri
 from pipeline.core.primitives.voxel_iou import inside, overlap
 from train.data.bricks import BrickReader, read_build_index
 from train.data.render_conditions import ViewReader
-from train.dit import read_latents
-from train.dit import train as train_dit
-from train.encode import EncodeConfig, encode
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side
-from train.export import ExportConfig, export
+from train.stages.config import ExportConfig
 from train.stages.dit.config import DIT_PRESETS, DiTTraining
 from train.stages.dit.data import DiTLoader, joined
+from train.stages.dit.run import read_latents, train_dit
 from train.stages.dit.task import on_white
+from train.stages.export import export
 from train.stages.structure.config import STRUCTURE_PRESETS
-from train.stages.vae.config import VAE_PRESETS, BrickConfig
+from train.stages.structure.run import train_structure
+from train.stages.vae.config import VAE_PRESETS, BrickConfig, EncodeConfig
+from train.stages.vae.encode import encode
+from train.stages.vae.run import train_vae
 from train.stages.vae.task import inside_iou
-from train.structure import train as train_structure
-from train.vae import train as train_vae
 
 log = logging.getLogger(__name__)
 

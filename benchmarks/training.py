@@ -41,8 +41,8 @@ from train.engine.mesh_pictures import save_image, side_by_side
 from train.engine.optimizer import make_optimizer, peak_flops
 from train.evaluation.vae import evaluate_asset, summarize, table
 from train.stages.vae.config import VAE_PRESETS, BrickConfig, VAETraining
+from train.stages.vae.run import train_vae
 from train.stages.vae.task import VAETask
-from train.vae import train
 
 log = logging.getLogger(__name__)
 
@@ -300,7 +300,7 @@ def learn(cfg: Measure, preset: str, device: torch.device) -> dict[str, Any]:
             ),
         )
         began = time.monotonic()
-        steps = train(run, World(device=device))
+        steps = train_vae(run, World(device=device))
         seconds = time.monotonic() - began
         init = run.out / "latest"
         lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]

@@ -12,14 +12,15 @@ from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
 from model.sparse_vae import SparseVAE
 from tests.train.analytic_builds import TINY
 from train.data.config import FlowOptions
-from train.dit import read_latents
-from train.encode import EncodeConfig, encode
 from train.engine import checkpoint
 from train.engine.config import LoopConfig
 from train.engine.distributed import World
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTLoader, joined
+from train.stages.dit.run import read_latents
 from train.stages.dit.task import DiTTask
+from train.stages.vae.config import EncodeConfig
+from train.stages.vae.encode import encode
 
 VIEWS = 5
 MODEL = ConditionedDiTConfig(

@@ -25,12 +25,13 @@ from tests.train.ss_dit_fixtures import (
     wake,
     weights,
 )
-from train.dit import main, read_latents, train
+from train.dit import main
 from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.dit.data import joined
+from train.stages.dit.run import read_latents, train_dit
 from train.stages.dit.task import DiTTask
 
 
@@ -74,7 +75,7 @@ def test_a_checkpoint_says_what_export_needs(rendered, tmp_path):
     cfg = config(
         rendered, tmp_path / "run", loop={"steps": 2, "validate_every": 2, "sample_every": 2}
     )
-    assert train(cfg, World()) == 2
+    assert train_dit(cfg, World()) == 2
     found = checkpoint.latest(cfg.out)
     model = load_model(found, ConditionedDiT)
     training = read_config(found)["training"]
@@ -98,7 +99,7 @@ def test_resumes_to_the_bit_between_checkpoints_and_in_the_middle_of_a_shard(
         config(rendered, tmp_path / "whole", steps=7),
         config(rendered, tmp_path / "cut", steps=7, workers=0),
     )
-    train(whole, World())
+    train_dit(whole, World())
     original, calls = DiTTask.losses, []
 
     def dies(self, model, batch):
@@ -109,9 +110,9 @@ def test_resumes_to_the_bit_between_checkpoints_and_in_the_middle_of_a_shard(
 
     monkeypatch.setattr(DiTTask, "losses", dies)
     with pytest.raises(KeyboardInterrupt):
-        train(cut, World())
+        train_dit(cut, World())
     assert checkpoint.latest(cut.out).name == "step-00000004"
-    train(cut, World())
+    train_dit(cut, World())
     assert calls[6:8] == calls[4:6], "the stream went on after the last checkpoint"
     for name in ("model", "ema"):
         ours, theirs = weights(cut.out, name), weights(whole.out, name)
@@ -122,7 +123,7 @@ def test_resumes_to_the_bit_between_checkpoints_and_in_the_middle_of_a_shard(
 
 def test_a_stage_starts_from_the_one_before_with_statistics_of_its_own(rendered, tmp_path):
     first = config(rendered, tmp_path / "first", steps=3)
-    train(first, World())
+    train_dit(first, World())
     data = tmp_path / "other"
     shutil.copytree(rendered[0], data)
     stats = next(data.glob("latents/*/32/stats.json"))
@@ -136,8 +137,8 @@ def test_a_stage_starts_from_the_one_before_with_statistics_of_its_own(rendered,
             return super().losses(model, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.dit.DiTTask", Seen)
-        train(
+        patch.setattr("train.stages.dit.run.DiTTask", Seen)
+        train_dit(
             config((data, rendered[1]), tmp_path / "second", steps=1, init=first.out / "latest"),
             World(),
         )
@@ -155,7 +156,7 @@ def test_a_frozen_encoder_is_neither_trained_nor_kept(rendered, tmp_path):
         kind="dinov2", weights=str(tmp_path / "dino"), image_size=28, channels=16
     )
     cfg = config(rendered, tmp_path / "run", steps=2, model=replace(MODEL, encoder=frozen))
-    train(cfg, World())
+    train_dit(cfg, World())
     assert {name.partition(".")[0] for name in weights(cfg.out)} == {"dit"}
     described = json.loads((checkpoint.latest(cfg.out) / "config.json").read_text())
     assert described["config"]["encoder"]["kind"] == "dinov2"
@@ -173,26 +174,26 @@ def test_latents_that_are_missing_or_of_another_vae(rendered, tmp_path):
         UserError,
         match=rf"has latents of VAE {folder.name} at R = 32, not of .*; make them: python",
     ):
-        train(config((data, other), tmp_path / "run"), World())
+        train_dit(config((data, other), tmp_path / "run"), World())
     with pytest.raises(
         UserError, match=r"has no latents at R = 64; make them: python -m train.encode"
     ):
-        train(config((data, rendered[1]), tmp_path / "run", resolution=64), World())
+        train_dit(config((data, rendered[1]), tmp_path / "run", resolution=64), World())
     shutil.rmtree(folder / "32" / "000001.zarr")
     with pytest.raises(
         UserError,
         match=r"4 of 8 assets of .* have no latents in .*, analytic-0+4 for one; make them: python -m train.enc",
     ):
-        train(config((data, rendered[1]), tmp_path / "run"), World())
+        train_dit(config((data, rendered[1]), tmp_path / "run"), World())
     cfg = config((data, rendered[1]), tmp_path / "run", max_missing_share=0.5)
     assert len(joined(cfg, read_latents(cfg, World())[1])) == 4
     with pytest.raises(
         UserError, match="nowhere does not exist; name the VAE that made the latents"
     ):
-        train(config((data, tmp_path / "nowhere"), tmp_path / "run"), World())
+        train_dit(config((data, tmp_path / "nowhere"), tmp_path / "run"), World())
     wide = replace(MODEL, dit=replace(MODEL.dit, latent_channels=8))
     with pytest.raises(UserError, match="latent_channels must be the 16 channels of"):
-        train(config(rendered, tmp_path / "run", model=wide), World())
+        train_dit(config(rendered, tmp_path / "run", model=wide), World())
     assert not (tmp_path / "run").exists()
 
 
@@ -203,19 +204,20 @@ def test_renders_that_are_missing_or_damaged(rendered, tmp_path):
     tar.write_bytes(tar.read_bytes()[:3000])
     cfg = config((data, rendered[1]), tmp_path / "run")
     with pytest.raises(
-        RunError, match=r"view \d of analytic-.* in shard 000000: .* run python -m pipeline.verify"
+        RunError,
+        match=r"view \d of analytic-.* in shard 000000 cannot be read: .* run python -m pipeline.verify",
     ):
-        train(cfg, World())
+        train_dit(cfg, World())
     (data / "shards" / "000000" / "renders-paper.json").unlink()
     with pytest.raises(
         UserError,
         match=r"no renders of cameras paper in shard 000000; add them: python -m pipeline.build",
     ):
-        train(cfg, World())
+        train_dit(cfg, World())
     with pytest.raises(
         UserError, match="held_out_views must be below the 5 views there are, got 5"
     ):
-        train(config(rendered, tmp_path / "held", held_out_views=5), World())
+        train_dit(config(rendered, tmp_path / "held", held_out_views=5), World())
 
 
 def test_missing_image_encoder_says_what_to_run(rendered, tmp_path):
@@ -225,7 +227,7 @@ def test_missing_image_encoder_says_what_to_run(rendered, tmp_path):
     )
     cfg = config(rendered, tmp_path, model=model)
     with pytest.raises(UserError, match=r"run `hf download facebook/dinov2-with-registers-large"):
-        train(cfg, World())
+        train_dit(cfg, World())
 
 
 @pytest.mark.parametrize(

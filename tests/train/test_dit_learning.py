@@ -29,13 +29,14 @@ from tests.train.ss_dit_fixtures import (
     weights,
 )
 from train.data.bricks import BrickReader, read_build_index
-from train.dit import main, read_latents, train
+from train.dit import main
 from train.encode import main as encode_main
 from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
+from train.stages.dit.run import read_latents, train_dit
+from train.stages.vae.run import train_vae
 from train.vae import main as vae_main
-from train.vae import train as train_vae
 
 
 def read_ply(path):
@@ -77,7 +78,7 @@ def test_the_image_says_which_shape(tmp_path):
     loop = {**options, "warmup_steps": 20}
     cfg = config((data, vae.out / "latest"), tmp_path / "dit", steps=400, loop=loop, model=model)
     cfg = replace(cfg, flow=replace(cfg.flow, batch_size=8, augment=False))
-    train(cfg, World())
+    train_dit(cfg, World())
     dit = load_model(checkpoint.latest(cfg.out), ConditionedDiT)
     decoder, _ = read_latents(cfg, World())
     loader = loader_of(cfg, training=False, held_out_only=True)  # views that training never saw

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-import train.encode
 from model.checkpoint import save_model
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.errors import RunError, UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.analytic_builds import TINY, make_build
+from train.data.bricks import BrickReader
 from train.data.latents import LatentBatch, LatentShard, LatentStore, vae_hash
-from train.encode import EncodeConfig, LatentEncoder, encode, main
+from train.encode import main
 from train.engine.distributed import World
+from train.stages.vae.config import EncodeConfig
+from train.stages.vae.encode import LatentEncoder, encode
 
 torch.set_num_threads(1)
 SHARDS = ("000000", "000001")
@@ -137,7 +139,7 @@ def test_what_is_missing_is_made_again_and_nothing_else(build, checkpoint, encod
         parents=True
     )  # of a run that was killed
     with pytest.raises(
-        UserError, match=r"is not complete \(no stats.json\); go on with python -m train.encode"
+        UserError, match=r"is not complete \(no stats.json\); complete it: python -m train.encode"
     ):
         LatentStore(root, 32)
     stamps = {path: path.stat().st_mtime_ns for path in kept.rglob("*")}
@@ -234,23 +236,23 @@ def test_latents_of_another_build_are_not_taken_for_this_one(build, checkpoint, 
     shutil.copytree(encoded[0], root)
     with pytest.raises(
         UserError,
-        match=r"was not made from .*fewer but from analytic-0+2, which it lacks: remove it",
+        match=r"was not made from .*fewer but from analytic-0+2, which it lacks; delete it",
     ):
         encode(options(fewer, checkpoint, root, resolutions=(32,)), World())
 
 
 def test_assets_that_cannot_be_read(build, checkpoint, encoded, tmp_path, monkeypatch, caplog):
     broken = {"analytic-00000000000000000001"}
-    original = train.encode.BrickReader.read
+    original = BrickReader.read
 
     def read(self, asset, resolution):
         if self.index.uids[asset] in broken:
-            raise ValueError("no blocks")
+            raise ValueError("no cells")
         return original(self, asset, resolution)
 
-    monkeypatch.setattr(train.encode.BrickReader, "read", read)
+    monkeypatch.setattr(BrickReader, "read", read)
     encode(options(build, checkpoint, tmp_path / "one", resolutions=(32,)), World())
-    assert "skipped analytic-00000000000000000001: no blocks" in caplog.text
+    assert "skipped analytic-00000000000000000001: no cells" in caplog.text
     store, whole = LatentStore(tmp_path / "one", 32), LatentStore(encoded[0], 32)
     assert set(whole.tokens) - set(store.tokens) == broken
     again, exact = (x.read("analytic-00000000000000000002") for x in (store, whole))
@@ -267,13 +269,13 @@ def test_a_vae_that_diverged(build, tmp_path):
     vae = make_vae()
     vae.encoder.out.bias.data[0] = 1e6
     save_model(tmp_path / "vae", vae, TINY)
-    with pytest.raises(RunError, match="are not finite in f16: the VAE has diverged"):
+    with pytest.raises(RunError, match="are not finite in float16: the VAE has diverged"):
         encode(options(build, tmp_path / "vae", tmp_path / "latents"), World())
 
 
 def test_without_held_out_or_training_assets(checkpoint, tmp_path):
     only_val = make_build(tmp_path / "build", assets=0, val=2)
-    with pytest.raises(UserError, match="no asset is in split train"):
+    with pytest.raises(UserError, match="has no asset in split train"):
         encode(options(only_val, checkpoint, tmp_path / "latents", resolutions=(32,)), World())
 
 
@@ -298,7 +300,7 @@ def test_the_command(build, checkpoint, encoded, tmp_path):
     [
         (["--vae", "nowhere"], "nowhere is not a checkpoint"),
         (["--resolutions", "36"], "resolution must be a positive multiple of 8"),
-        (["--max-tokens", "0"], "max_tokens and workers must be 1 or more"),
+        (["--max-tokens", "0"], "max_tokens must be 1 or more, got 0"),
         (["--resolutions", "48"], "has no bricks at R = 48, only at R = 32 40"),
         (["--data", "nowhere"], "nowhere is not a build"),
     ],

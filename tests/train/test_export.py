@@ -14,7 +14,9 @@ from pipeline.core.errors import UserError
 from pipeline.core.provenance import FORMAT_VERSION
 from tests.model.test_generate import FAST, disc, untrained
 from train.data.latents import vae_hash
-from train.export import ExportConfig, export, main
+from train.export import main
+from train.stages.config import ExportConfig
+from train.stages.export import export
 
 
 def checkpoint(path, model, **training):
@@ -74,11 +76,13 @@ def test_a_directory_never_holds_stages_of_different_vaes(trained, tmp_path):
     other = checkpoint(tmp_path / "other", vae)
     of_other = checkpoint(tmp_path / "of-other", dits[64], resolution=64, vae=vae_hash(vae))
     with pytest.raises(
-        UserError, match=r"dit_128 stays, and was trained on latents of VAE .* name its successor"
+        UserError,
+        match=r"dit_128 stays, and was trained on latents of VAE .* replace it with --dit",
     ):
         export(ExportConfig(vae=other, structure=None, dit=(of_other,), out=cfg.out))
     with pytest.raises(
-        UserError, match=r"of-other was trained on latents of VAE .*export/vae is .*: take the VAE"
+        UserError,
+        match=r"of-other was trained on latents of VAE .*export/vae is .*; export the VAE",
     ):
         export(ExportConfig(vae=None, structure=None, dit=(of_other,), out=cfg.out))
     assert before == {path: path.read_bytes() for path in cfg.out.rglob("*") if path.is_file()}

@@ -36,8 +36,9 @@ from train.stages.structure.config import (
     StructureTraining,
 )
 from train.stages.structure.data import GridLoader
+from train.stages.structure.run import train_flow, train_occupancy_vae, train_structure
 from train.stages.structure.task import FlowTask, cube_surface
-from train.structure import main, train, train_flow, train_vae
+from train.structure import main
 
 MODEL = StructureConfig(
     occupancy=OccupancyConfig(side=4, widths=(8, 16), blocks=1, groups=8, latent_channels=4),
@@ -137,7 +138,7 @@ def test_both_halves_train_and_the_checkpoint_is_the_whole_stage(rendered, tmp_p
     cfg = config(rendered, tmp_path / "run", steps=3)
     loop = replace(cfg.flow.loop, validate_every=3, sample_every=3)
     cfg = replace(cfg, vae=replace(cfg.vae, loop=loop), flow=replace(cfg.flow, loop=loop))
-    train(cfg, World())
+    train_structure(cfg, World())
     found = checkpoint.latest(cfg.out / "flow")
     assert json.loads((found / "config.json").read_text())["model"] == "Structure"
     structure = Structure(MODEL)
@@ -197,16 +198,18 @@ def test_the_flow_waits_for_the_whole_vae_and_says_if_that_changes(rendered, tmp
         cfg, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=10**6, max_minutes=0.002))
     )
     with caplog.at_level("INFO"):
-        train(soon, World())
-    assert "the same command goes on" in caplog.text
+        train_structure(soon, World())
+    assert "Run the same command to resume it" in caplog.text
     assert not (cfg.out / "flow").exists()
     done = json.loads((checkpoint.latest(cfg.out / "vae") / "state.json").read_text())["step"]
     whole = replace(soon, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=done)))
-    train(whole, World())
+    train_structure(whole, World())
     assert checkpoint.latest(cfg.out / "flow").name == "step-00000004"
     assert "keeps the occupancy VAE" not in caplog.text
-    train(replace(whole, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=done + 1))), World())
-    assert "keeps the occupancy VAE that it began with" in caplog.text
+    train_structure(
+        replace(whole, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=done + 1))), World()
+    )
+    assert "keeps the occupancy VAE that it started with" in caplog.text
     weights = checkpoint.latest(cfg.out / "flow") / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:20])
     with pytest.raises(UserError, match=r"ema\.safetensors cannot be used"):
@@ -219,7 +222,7 @@ def test_the_flow_waits_for_the_whole_vae_and_says_if_that_changes(rendered, tmp
 
 def test_views_that_were_trained_on_are_not_called_held_out(rendered, tmp_path):
     cfg = config(rendered, tmp_path, steps=1, held_out_views=0)
-    train(
+    train_structure(
         replace(cfg, flow=replace(cfg.flow, loop=replace(cfg.flow.loop, sample_every=1))), World()
     )
     folder = cfg.out / "flow" / "samples" / "step-00000001"
@@ -234,13 +237,13 @@ def test_a_run_in_two_parts_is_a_run_in_one(rendered, tmp_path):
         config(rendered, tmp_path / "whole", steps=5),
         config(rendered, tmp_path / "parts", steps=2),
     )
-    train(whole, World())
-    train(parts, World())
+    train_structure(whole, World())
+    train_structure(parts, World())
     more = {
         name: replace(getattr(parts, name), loop=getattr(whole, name).loop)
         for name in ("vae", "flow")
     }
-    train(replace(parts, part="vae", **more), World())
+    train_structure(replace(parts, part="vae", **more), World())
     # The flow in `parts` began on a VAE of two steps; begin it again on the same weights as the other one.
     for name in ("vae",):
         ours, theirs = ([row["loss"] for row in metrics(cfg.out / name)] for cfg in (parts, whole))
@@ -249,13 +252,13 @@ def test_a_run_in_two_parts_is_a_run_in_one(rendered, tmp_path):
     other = replace(split, out=tmp_path / "split")
     (tmp_path / "split").mkdir()
     (tmp_path / "split" / "vae").symlink_to(whole.out / "vae")
-    train(
+    train_structure(
         replace(
             other, part="flow", flow=replace(other.flow, loop=replace(other.flow.loop, steps=2))
         ),
         World(),
     )
-    train(replace(other, part="flow"), World())
+    train_structure(replace(other, part="flow"), World())
     assert [row["loss"] for row in metrics(other.out / "flow")] == [
         row["loss"] for row in metrics(whole.out / "flow")
     ]
@@ -266,7 +269,7 @@ def test_it_learns_which_image_has_which_cells(rendered, tmp_path):
     cfg = config(rendered, tmp_path, steps=300)
     cfg = replace(cfg, vae=replace(cfg.vae, batch_size=4, symmetries=False))
     cfg = replace(cfg, flow=replace(cfg.flow, batch_size=12, augment=False))
-    train(cfg, World())
+    train_structure(cfg, World())
     assert metrics(cfg.out / "vae")[-1]["iou"] > 0.95
     structure = Structure(MODEL).eval()
     load_weights(checkpoint.latest(cfg.out / "flow"), structure)
@@ -304,11 +307,11 @@ def test_cubes_have_a_closed_surface():
 
 def test_what_is_missing_is_said(rendered, tmp_path):
     with pytest.raises(UserError, match=r"holds no occupancy VAE; train it first: .*--part vae"):
-        train(config(rendered, tmp_path / "none", part="flow"), World())
+        train_structure(config(rendered, tmp_path / "none", part="flow"), World())
     bare = make_build(tmp_path / "bare", assets=2, val=1)
     cfg = config(bare, tmp_path / "bare-run")
     chosen, val = (read_build_index(bare, [32]).split(name) for name in ("train", "val"))
-    train_vae(cfg, World(), chosen, val)  # takes no images
+    train_occupancy_vae(cfg, World(), chosen, val)  # takes no images
     with pytest.raises(UserError, match=r"no renders of cameras paper in shard 000000; add them"):
         train_flow(cfg, World(), chosen, val)
     with pytest.raises(ValueError, match="side must be resolution / 8 = 8, got 4"):

@@ -19,13 +19,14 @@ from model.sparse_vae import SparseVAE
 from pipeline.core.cli import parse_with_presets
 from pipeline.core.errors import UserError
 from tests.train.analytic_builds import tiny_training
-from train import vae
-from train.data.bricks import BrickReader, read_build_index
+from train.data.bricks import BrickLoader, BrickReader, read_build_index
 from train.engine.distributed import World
 from train.evaluate import main as evaluate
 from train.evaluation.vae import VAEEvaluation, evaluate_asset, evaluate_vae
 from train.stages.vae.config import VAE_PRESETS
+from train.stages.vae.run import train_vae
 from train.stages.vae.task import inside_iou
+from train.vae import main
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -37,12 +38,12 @@ CUT = """
 import sys, torch
 from pathlib import Path
 from tests.train.analytic_builds import tiny_training
-from train import vae
 from pipeline.core.cli import command
 from train.engine.distributed import World
+from train.stages.vae.run import train_vae
 torch.set_num_threads(1)
 options = {"steps": 40, "batch_size": 1, "optimizer": "muon"}
-command(lambda args: vae.train(tiny_training(Path(args[0]), Path(args[1]), **options), World()) and 0)
+command(lambda args: train_vae(tiny_training(Path(args[0]), Path(args[1]), **options), World()) and 0)
 """
 
 
@@ -58,7 +59,7 @@ def whole(build, tmp_path_factory):
     """The metrics of an uninterrupted run."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole")
-    vae.train(tiny_training(build, out, steps=40, batch_size=1, optimizer="muon"), World())
+    train_vae(tiny_training(build, out, steps=40, batch_size=1, optimizer="muon"), World())
     return exact(out)
 
 
@@ -80,12 +81,12 @@ def test_killed_at_an_arbitrary_step_the_next_losses_are_the_same(
     assert 13 <= done <= 20, "cut off early enough for 20 steps after it"
     kept = int((tmp_path / "latest").resolve().name[5:])
     assert kept == (done if signum == signal.SIGTERM else done // 10 * 10)
-    vae.train(tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon"), World())
+    train_vae(tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon"), World())
     assert exact(tmp_path) == whole
 
 
 def test_workers_change_no_loss(build, tmp_path, whole):
-    vae.train(
+    train_vae(
         tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon", workers=0), World()
     )
     assert exact(tmp_path) == whole
@@ -95,14 +96,14 @@ def test_activation_checkpointing_changes_no_loss(build, tmp_path, whole):
     cfg = tiny_training(
         build, tmp_path, steps=40, batch_size=1, optimizer="muon", activation_checkpointing=True
     )
-    vae.train(replace(cfg, loop=replace(cfg.loop, max_minutes=0.02)), World())
+    train_vae(replace(cfg, loop=replace(cfg.loop, max_minutes=0.02)), World())
     found = exact(tmp_path)
     assert found
     np.testing.assert_allclose(found, whole[: len(found)], rtol=1e-4)
 
 
 def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
-    load = vae.BrickLoader.load
+    load = BrickLoader.load
 
     def broken(self, plan, rank):
         batch = load(self, plan, rank)
@@ -110,8 +111,8 @@ def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
             batch.noise[:] = float("nan")
         return batch
 
-    monkeypatch.setattr(vae.BrickLoader, "load", broken)
-    assert vae.train(tiny_training(build, tmp_path, steps=6), World()) == 6
+    monkeypatch.setattr(BrickLoader, "load", broken)
+    assert train_vae(tiny_training(build, tmp_path, steps=6), World()) == 6
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1]
     assert np.isnan(lines[3]["loss"])
@@ -119,7 +120,7 @@ def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
 
 
 def test_a_step_writes_reconstructions_and_validates(build, tmp_path):
-    vae.train(tiny_training(build, tmp_path, steps=2, validate_every=2, sample_every=2), World())
+    train_vae(tiny_training(build, tmp_path, steps=2, validate_every=2, sample_every=2), World())
     (event,) = [
         json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines() if "event" in x
     ]
@@ -130,7 +131,7 @@ def test_a_step_writes_reconstructions_and_validates(build, tmp_path):
 
 def test_a_checkpoint_is_a_model(build, tmp_path):
     """`load_model` reads it, and so does the evaluation, which takes the average."""
-    vae.train(tiny_training(build, tmp_path, steps=3), World())
+    train_vae(tiny_training(build, tmp_path, steps=3), World())
     latest = tmp_path / "latest"
     model = load_model(latest, SparseVAE, averaged=False)
     assert model.config == tiny_training(build, tmp_path).model
@@ -160,7 +161,7 @@ def test_a_perfect_model_has_perfect_metrics(build):
 
 
 def test_evaluation_of_a_run(build, tmp_path):
-    vae.train(tiny_training(build, tmp_path, steps=2), World())
+    train_vae(tiny_training(build, tmp_path, steps=2), World())
     cfg = VAEEvaluation(
         checkpoint=tmp_path / "latest", data=build, split="all", samples=500, limit=3
     )
@@ -180,7 +181,7 @@ def test_evaluation_of_a_run(build, tmp_path):
 def test_an_asset_that_cannot_be_read_is_left_out_of_an_evaluation(
     build, tmp_path, monkeypatch, caplog
 ):
-    vae.train(tiny_training(build, tmp_path / "run", steps=1), World())
+    train_vae(tiny_training(build, tmp_path / "run", steps=1), World())
     original, damaged = BrickReader.read, []
 
     def read(self, asset, resolution):
@@ -249,18 +250,18 @@ def test_options_start_from_the_preset():
 def test_errors_of_the_command(args, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message) as error:
-        vae.main(args)
+        main(args)
     assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_of_another_model_is_refused(build, tmp_path):
     cfg = tiny_training(build, tmp_path / "a", steps=1)
-    vae.train(cfg, World())
+    train_vae(cfg, World())
     wider = replace(cfg, model=replace(cfg.model, widths=(8, 8, 16, 64)))
     with pytest.raises(UserError, match=r"was trained with config\.widths="):
-        vae.train(wider, World())
+        train_vae(wider, World())
     with pytest.raises(UserError, match=r"ema\.safetensors cannot be used"):
-        vae.train(replace(wider, out=tmp_path / "b", init=tmp_path / "a" / "latest"), World())
+        train_vae(replace(wider, out=tmp_path / "b", init=tmp_path / "a" / "latest"), World())
     path = tmp_path / "a" / "latest" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model": "SparseDiT"}))
     with pytest.raises(UserError, match="must be a checkpoint of a SparseVAE, got SparseDiT"):
@@ -287,7 +288,7 @@ def test_resumes_to_the_bit_on_a_gpu(build, tmp_path, precision):
             "batch_size": 2,
             "activation_checkpointing": True,
         }
-        return vae.train(tiny_training(build, tmp_path / name, steps=steps, **options), world)
+        return train_vae(tiny_training(build, tmp_path / name, steps=steps, **options), world)
 
     try:
         run("whole", 40)
@@ -305,7 +306,7 @@ def test_resumes_to_the_bit_on_a_gpu(build, tmp_path, precision):
 def test_a_gpu_follows_the_cpu(build, tmp_path, whole):
     """The first losses in fp32; later ones drift apart as rounding grows."""
     cfg = tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon")
-    vae.train(
+    train_vae(
         replace(cfg, loop=replace(cfg.loop, max_minutes=0.5)), World(device=torch.device("cuda", 0))
     )
     np.testing.assert_allclose(np.array(exact(tmp_path))[:5], np.array(whole)[:5], rtol=1e-2)
@@ -352,7 +353,7 @@ def test_tiny_learns_16_shapes_by_heart(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     try:
-        assert vae.train(cfg, World()) == cfg.loop.steps
+        assert train_vae(cfg, World()) == cfg.loop.steps
     finally:
         torch.set_num_threads(threads)
     model = load_model(cfg.out / "latest", SparseVAE)

@@ -1,4 +1,4 @@
-"""A build's bricks as an endless, resumable stream of training batches: one resolution a step, balanced over ranks."""
+"""The assets of a build, and their SDF bricks as training batches."""
 
 from __future__ import annotations
 
@@ -25,43 +25,56 @@ from pipeline.core.product import Product, is_product_name, resolution_of_column
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks
 from train.data.symmetry import SYMMETRIES, transform_bricks
-from train.engine.batch_sampler import SampleId, StepSamples
+from train.engine.batch_sampler import BatchSampler, SampleId, StepSamples
+from train.engine.distributed import World
 
 if TYPE_CHECKING:
     from pipeline.storage.sdf_shard import SdfShard
 
 log = logging.getLogger(__name__)
 
+# Exceptions that reading a damaged shard may raise.
 UNREADABLE = (
     ValueError,
     KeyError,
     RuntimeError,
     OSError,
     IndexError,
-)  # what a damaged store raises
-OPEN_SHARDS = 64  # kept open at once; each is a few small objects
-ONE_BITS = 0x3C00  # of 1.0 as float16
+)
+OPEN_SHARDS = 64  # shards kept open at once; each is a few small objects
+ONE_BITS = 0x3C00  # the bits of 1.0 as float16
+MIN_BAD = 5  # unreadable assets below which a run never ends
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildIndex:
-    """The assets of a build that came through, with the committed SDF resolutions of each."""
+    """The usable assets of a build, numbered 0 .. A - 1, and the sizes of their bricks.
+
+    Attributes:
+        root: Directory of the build.
+        uids: Identifier of each asset.
+        shards: Name of each asset's shard.
+        is_val: Whether each asset is held out, bool [A].
+        tokens: Number of cells of each asset, int64 [A], by resolution. 0 where an asset has no
+            committed bricks.
+    """
 
     root: Path
     uids: tuple[str, ...]
-    shards: tuple[str, ...]  # of each asset
-    is_val: NDArray[np.bool_]  # [A]
-    tokens: dict[int, NDArray[np.int64]]  # R -> [A] cells, 0 where an asset has no bricks at R
+    shards: tuple[str, ...]
+    is_val: NDArray[np.bool_]
+    tokens: dict[int, NDArray[np.int64]]
 
     def __len__(self) -> int:
         return len(self.uids)
 
     def split(self, name: str) -> BuildIndex:
-        """Only "train", "val", or "all" of it."""
+        """Return the assets of one split: "train", "val" or "all"."""
         keep = np.ones(len(self), bool) if name == "all" else self.is_val == (name == "val")
         return self.subset(np.flatnonzero(keep))
 
     def subset(self, assets: Sequence[int] | NDArray[np.int64]) -> BuildIndex:
+        """Return the index of some assets, given by their numbers."""
         rows = np.asarray(assets, np.int64)
         return replace(
             self,
@@ -73,16 +86,21 @@ class BuildIndex:
 
 
 def built_resolutions(root: Path) -> list[int]:
-    """The SDF resolutions that a build has committed in some shard, increasing."""
+    """Return the SDF resolutions of which a build has a committed shard, in increasing order."""
     names = {path.stem for path in (root / "shards").glob("*/*.json")}
     products = [Product.parse(name) for name in names if is_product_name(name)]
     return sorted(product.resolution for product in products if product.kind == "sdf")
 
 
 def read_build_index(root: Path, resolutions: Sequence[int]) -> BuildIndex:
-    """Every asset of the build that is done, in committed shards; `tokens` for the resolutions asked for.
+    """Read which assets of a build are done and lie in committed shards.
 
-    UserError, with what to run, if `root` is no build, of another format version, or lacks a resolution.
+    Args:
+        root: Directory of the build.
+        resolutions: Resolutions for which the result's `tokens` are filled.
+
+    Raises:
+        UserError: If `root` is not a build, has another format version or lacks a resolution.
     """
     tables = [
         _manifest(path)
@@ -92,10 +110,11 @@ def read_build_index(root: Path, resolutions: Sequence[int]) -> BuildIndex:
     if not tables:
         if ":/" in str(root):
             raise UserError(
-                f"{root} looks like a URL; training reads a directory: copy the build to one"
+                f"{root} looks like a URL, but training reads a local directory; copy the build"
             )
         raise UserError(
-            f"{root} is not a build with committed shards; make one: python -m pipeline.build --out {root}"
+            f"{root} is not a build with committed shards; make one: "
+            f"python -m pipeline.build --out {root}"
         )
     rows = [row for table in tables for row in table.to_pylist() if row["status"] == "done"]
     built = set(built_resolutions(root))
@@ -113,8 +132,9 @@ def read_build_index(root: Path, resolutions: Sequence[int]) -> BuildIndex:
         )
         if not tokens[resolution].any():
             raise UserError(
-                f"{root} has no bricks at R = {resolution}, only at R = {_words(built)}; add them: the command that "
-                f"made it with --resolutions {_words({*built, resolution})}"
+                f"{root} has no bricks at R = {resolution}, only at R = {_words(built)}; add them: "
+                "run its build command again with "
+                f"--resolutions {_words({*built, resolution})}"
             )
     return BuildIndex(
         root=root,
@@ -125,6 +145,28 @@ def read_build_index(root: Path, resolutions: Sequence[int]) -> BuildIndex:
     )
 
 
+def log_training_data(
+    training: BuildIndex, held_out: BuildIndex, sampler: BatchSampler, world: World
+) -> None:
+    """Log how many assets are trained on, held out and left out. Only the first rank logs."""
+    if not world.is_first:
+        return
+    log.info(
+        "Training on %d assets of %s at R = %s, with %d held-out assets.",
+        len(training),
+        training.root,
+        _words(set(sampler.tokens)),
+        len(held_out),
+    )
+    for resolution, left_out in sampler.left_out.items():
+        if left_out:
+            log.warning(
+                "%d assets exceed max_tokens at R = %d and are left out.", left_out, resolution
+            )
+    if not len(held_out):
+        log.warning("%s has no held-out assets, so nothing is validated.", training.root)
+
+
 def _words(resolutions: set[int]) -> str:
     return " ".join(map(str, sorted(resolutions)))
 
@@ -133,7 +175,8 @@ def _manifest(path: Path) -> pa.Table:
     wanted = ("uid", "status", "shard", "split")
     try:
         schema = pq.read_schema(path)
-        # Only these: not every Arrow reads a missing list of fixed length, as the centre of a rejected asset is.
+        # Other columns are not read: not every version of Arrow reads a missing list of fixed
+        # length, as the centre of a rejected asset is.
         names = [name for name in schema.names if name in wanted or resolution_of_column(name)]
         table = pq.read_table(path, columns=names)
     except (OSError, pa.ArrowException) as error:
@@ -147,12 +190,21 @@ def _manifest(path: Path) -> pa.Table:
 
 
 def magnitude_bits(values: NDArray[np.float16]) -> NDArray[np.uint16]:
-    """|values| as integers of the same order, NaN above all: numpy compares these forty times as fast as halves."""
+    """Return |values| as integers in the same order, with NaN above all numbers.
+
+    NumPy compares these integers about forty times as fast as float16 values.
+
+    Args:
+        values: float16 of any shape.
+
+    Returns:
+        uint16 of the same shape.
+    """
     return values.view(np.uint16) & np.uint16(0x7FFF)
 
 
 class BrickReader:
-    """Reads single assets of a build index; safe to use from several threads."""
+    """Reads the bricks of single assets. It may be used from several threads."""
 
     def __init__(self, index: BuildIndex):
         self.index = index
@@ -160,14 +212,23 @@ class BrickReader:
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
 
     def read(self, asset: int, resolution: int) -> Bricks:
-        """One asset's bricks, checked. ValueError, KeyError, RuntimeError or OSError if they cannot be used."""
+        """Read and check the bricks of an asset.
+
+        Args:
+            asset: Number of the asset in the index.
+            resolution: Resolution R of the bricks.
+
+        Raises:
+            ValueError: If the bricks are empty, outside the grid or not in [-1, 1]. Damaged files
+                also raise the other exceptions of UNREADABLE.
+        """
         with self._lock:
             shard = self._open(resolution, self.index.shards[asset])
         bricks = shard.bricks(self.index.uids[asset])
         if not len(bricks.cells):
-            raise ValueError("no blocks")
+            raise ValueError("no cells")
         if bricks.cells.min() < 0 or bricks.cells.max() >= resolution // CELL_SIDE:
-            raise ValueError(f"blocks must lie in 0..{resolution // CELL_SIDE - 1}")
+            raise ValueError(f"cells must lie in 0..{resolution // CELL_SIDE - 1}")
         size = magnitude_bits(bricks.values)
         if size.max() > ONE_BITS:
             raise ValueError(
@@ -178,9 +239,7 @@ class BrickReader:
         return bricks
 
     def _open_shard(self, resolution: int, name: str) -> SdfShard:
-        from pipeline.storage.sdf_shard import (
-            SdfShard,  # here: importing the stream does not take Zarr
-        )
+        from pipeline.storage.sdf_shard import SdfShard  # imports zarr, which not all users need
 
         path = self.index.root / "sdf" / str(resolution) / f"{name}.zarr"
         shard = SdfShard(path)
@@ -191,42 +250,63 @@ class BrickReader:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEBatch:
-    """What one rank works on in one step."""
+    """The part of a step's samples that one rank trains the SS-VAE on.
+
+    Attributes:
+        bricks: Bricks of the assets.
+        noise: Standard normal noise of the posterior samples, float32 [M, C] for M cells. It
+            depends on the sample alone and not on the batch.
+        share: Weight of one sample in the loss, see `StepSamples.loss_weight`.
+        uids: Identifier of each asset.
+    """
 
     bricks: BrickBatch
-    noise: Tensor  # float32 [M, C] standard normal: each asset's own, whatever it is batched with
-    share: float  # weight of one sample: ranks / samples of all of them, so that the ranks' mean is the global mean
+    noise: Tensor
+    share: float
     uids: tuple[str, ...]
 
     @property
     def tokens(self) -> int:
+        """Number of cells."""
         return len(self.bricks.cells)
 
     @property
     def samples(self) -> int:
+        """Number of assets."""
         return len(self.uids)
 
     @property
     def metric_labels(self) -> dict[str, int]:
+        """Values that are copied into the step's metrics."""
         return {"resolution": self.bricks.resolution}
 
     def to(self, device: torch.device) -> VAEBatch:
-        """The same batch there."""
+        """Return the batch on a device. Pinned memory is copied without waiting."""
         if device.type == "cpu":
             return self
         bricks = self.bricks.to(device, non_blocking=True)
         return replace(self, bricks=bricks, noise=self.noise.to(device, non_blocking=True))
 
     def pin_memory(self) -> VAEBatch:
-        """A copy in page-locked memory, from which `to` does not keep the host waiting."""
+        """Return a copy in page-locked memory, from which `to` copies without waiting."""
         return replace(self, bricks=self.bricks.pin_memory(), noise=self.noise.pin_memory())
 
 
 class BrickLoader:
-    """Turns a planned step into this rank's batch: reads, transforms, collates. Depends on the plan alone.
+    """Loads a rank's samples of a step: reads bricks, applies symmetries, adds noise, collates.
 
-    An asset that cannot be read is replaced by the next readable one that is not larger than `largest`, and counted;
-    beyond `max_bad_share` of the distinct assets tried (and 5 of them) RunError. pin: page-locked batches.
+    A batch depends on its samples alone. An asset that cannot be read is replaced by the next
+    readable one in the index.
+
+    Args:
+        index: Assets of the training run.
+        seed: Seed of symmetries and noise.
+        noise_channels: Number of channels C of the noise.
+        symmetries: Whether each sample is transformed by a random symmetry of the cube.
+        max_bad_share: Share of the assets tried so far that may be unreadable. Beyond it, and from
+            MIN_BAD assets on, loading raises RunError.
+        largest: Largest number of cells of an asset that may replace another. None: no limit.
+        pin: Whether batches are put into page-locked memory.
     """
 
     def __init__(
@@ -241,39 +321,43 @@ class BrickLoader:
         pin: bool = False,
     ):
         self.reader = BrickReader(index)
-        self.index, self.seed, self.noise_channels = index, seed, noise_channels
-        self.symmetries, self.max_bad_share, self.largest, self.pin = (
-            symmetries,
-            max_bad_share,
-            largest,
-            pin,
-        )
+        self.index = index
+        self.seed = seed
+        self.noise_channels = noise_channels
+        self.symmetries = symmetries
+        self.max_bad_share = max_bad_share
+        self.largest = largest
+        self.pin = pin
         self.bad: set[tuple[int, int]] = set()  # (asset, resolution)
         self._tried: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
 
-    def load(self, plan: StepSamples, rank: int) -> VAEBatch:
-        """The batch of one rank in one step."""
-        batch = self._collate(
-            plan.ranks[rank], plan.resolution, len(plan.ranks) / sum(map(len, plan.ranks))
-        )
+    def load(self, step: StepSamples, rank: int) -> VAEBatch:
+        """Load the batch of one rank in one step.
+
+        Raises:
+            RunError: If too many assets cannot be read.
+        """
+        batch = self._collate(step.ranks[rank], step.resolution, step.loss_weight)
         return batch.pin_memory() if self.pin else batch
 
     def load_assets(self, assets: Sequence[int], resolution: int) -> VAEBatch:
-        """Chosen assets, each for the first time."""
-        return self._collate([SampleId(asset, 0) for asset in assets], resolution, 1 / len(assets))
+        """Load a batch of chosen assets as in their first epoch, for one rank."""
+        samples = [SampleId(asset, 0) for asset in assets]
+        return self._collate(samples, resolution, 1 / len(samples))
 
-    def _collate(self, draws: Sequence[SampleId], resolution: int, share: float) -> VAEBatch:
+    def _collate(self, samples: Sequence[SampleId], resolution: int, share: float) -> VAEBatch:
         bricks, seeds, uids = [], [], []
-        for draw in draws:
-            asset, one = self._readable(draw.asset, resolution)
+        for sample in samples:
+            asset, asset_bricks = self._readable(sample.asset, resolution)
             uid = self.index.uids[asset]
-            # Names, not numbers: a sample is the same whatever else the index holds.
-            key = (self.seed, resolution, draw.epoch, uid)
+            # Seeds use names instead of numbers: a sample is the same in every index.
+            key = (self.seed, resolution, sample.epoch, uid)
             if self.symmetries:
-                one = transform_bricks(one, seed_of("symmetry", *key) % len(SYMMETRIES))
-            bricks.append(one)
-            seeds.append(seed_of("noise", *key) >> 1)  # torch wants it below 2^63
+                symmetry = seed_of("symmetry", *key) % len(SYMMETRIES)
+                asset_bricks = transform_bricks(asset_bricks, symmetry)
+            bricks.append(asset_bricks)
+            seeds.append(seed_of("noise", *key) >> 1)  # torch requires seeds below 2^63
             uids.append(uid)
         batch = BrickBatch.collate(bricks)
         return VAEBatch(
@@ -284,6 +368,7 @@ class BrickLoader:
         )
 
     def _readable(self, asset: int, resolution: int) -> tuple[int, Bricks]:
+        """Return the first readable asset from `asset` on, and its bricks."""
         tokens = self.index.tokens[resolution]
         for step in range(len(tokens)):
             candidate = (asset + step) % len(tokens)
@@ -298,7 +383,10 @@ class BrickLoader:
             with self._lock:
                 self._tried.add((candidate, resolution))
             return candidate, bricks
-        raise RunError(f"{self.index.root}: no asset can be read at R = {resolution}")
+        raise RunError(
+            f"no asset of {self.index.root} can be read at R = {resolution}; "
+            f"run python -m pipeline.verify {self.index.root}"
+        )
 
     def _note_bad(self, asset: int, resolution: int, error: Exception) -> None:
         with self._lock:
@@ -309,7 +397,7 @@ class BrickLoader:
             bad, tried = len(self.bad), len(self._tried)
         uid, shard = self.index.uids[asset], self.index.shards[asset]
         log.warning(
-            "%s at R = %d skipped, shard %s: %s (%d bad of %d)",
+            "%s at R = %d is skipped, shard %s: %s (%d of %d assets are unreadable).",
             uid,
             resolution,
             shard,
@@ -317,15 +405,24 @@ class BrickLoader:
             bad,
             tried,
         )
-        if bad >= 5 and bad > self.max_bad_share * tried:
+        if bad >= MIN_BAD and bad > self.max_bad_share * tried:
             raise RunError(
-                f"{bad} of {tried} assets in {self.index.root} cannot be read, the last one {uid}: {error}; "
-                f"run python -m pipeline.verify {self.index.root}"
+                f"{bad} of {tried} assets in {self.index.root} cannot be read, the last one "
+                f"{uid}: {error}; run python -m pipeline.verify {self.index.root}"
             ) from error
 
 
 def sample_noise(batch: BrickBatch, seeds: Sequence[int], channels: int) -> Tensor:
-    """float32 [M, channels] standard normal on the CPU, the rows of each asset from its own seed."""
+    """Draw standard normal noise for the cells of a batch.
+
+    Args:
+        batch: Bricks of A assets with M cells in total.
+        seeds: One seed per asset, from which the noise of its cells is drawn.
+        channels: Number of channels.
+
+    Returns:
+        float32 [M, channels] on the CPU.
+    """
     starts = batch.cells.asset_starts.tolist()
     pieces = [
         torch.randn(end - start, channels, generator=torch.Generator().manual_seed(seed))

@@ -1,10 +1,9 @@
-"""Latents on disk: what a VAE's encoder says of every asset of a build, written and read shard by shard."""
+"""Latents on disk: the SS-VAE's posterior of every asset of a build, written and read by shard."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,16 +20,21 @@ from kernels import token_order
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.files import replacing
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.provenance import FORMAT_VERSION
 
-OPEN_SHARDS = 64  # kept open at once
+OPEN_SHARDS = 64  # shards kept open at once
 STATISTICS = "stats.json"
 ARRAYS = ("cells", "mean", "logvar", "offsets")
+SUMS = ("mean", "square", "variance")
 
 
 def vae_hash(vae: SparseVAE) -> str:
-    """12 hex digits of the weights and configuration: the same for a checkpoint and what is exported from it."""
+    """Return 12 hex digits that identify a VAE by its weights and configuration.
+
+    A checkpoint and an export of the same weights have the same hash.
+    """
     digest = hashlib.sha256(json.dumps(asdict(vae.config), sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}".encode())
@@ -40,48 +44,60 @@ def vae_hash(vae: SparseVAE) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Latent:
-    """One asset at one resolution: a diagonal Gaussian for every cell."""
+    """Latents of one asset at one resolution: a diagonal Gaussian for each of its M cells.
 
-    cells: NDArray[np.int16]  # [M, 3], sorted by x, y, z
-    mean: NDArray[np.float16]  # [M, C]
-    logvar: NDArray[np.float16]  # [M, C]
+    Attributes:
+        cells: Positions of the cells, int16 [M, 3], sorted by x, y, z.
+        mean: float16 [M, C].
+        logvar: Logarithm of the variance, float16 [M, C].
+    """
+
+    cells: NDArray[np.int16]
+    mean: NDArray[np.float16]
+    logvar: NDArray[np.float16]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sums:
-    """Per-channel sums over cells, float64 [C], from which mean and deviation of samples follow."""
+class LatentSums:
+    """Sums over cells per channel, from which mean and deviation of posterior samples follow.
+
+    Attributes:
+        cells: Number of cells.
+        mean: Sum of the means, float64 [C].
+        square: Sum of the squared means, float64 [C].
+        variance: Sum of the variances, float64 [C].
+    """
 
     cells: int
     mean: NDArray[np.float64]
-    square: NDArray[np.float64]  # of the means
+    square: NDArray[np.float64]
     variance: NDArray[np.float64]
 
     @classmethod
-    def of(cls, latents: Iterable[Latent], channels: int) -> Sums:
-        total = cls(
-            cells=0, mean=np.zeros(channels), square=np.zeros(channels), variance=np.zeros(channels)
-        )
+    def of(cls, latents: Iterable[Latent], channels: int) -> LatentSums:
+        """Sum over the cells of some latents with `channels` channels."""
+        zeros = np.zeros(channels)
+        total = cls(cells=0, mean=zeros, square=zeros, variance=zeros)
         for latent in latents:
-            mean, logvar = latent.mean.astype(np.float64), latent.logvar.astype(np.float64)
-            mine = cls(
-                cells=len(mean), mean=mean.sum(0), square=(mean**2).sum(0), variance=np.exp(logvar).sum(0)
-            )  # fmt: skip
-            total = total + mine
+            mean = latent.mean.astype(np.float64)
+            variance = np.exp(latent.logvar.astype(np.float64))
+            total = total + cls(
+                cells=len(mean),
+                mean=mean.sum(0),
+                square=(mean**2).sum(0),
+                variance=variance.sum(0),
+            )
         return total
 
-    def __add__(self, other: Sums) -> Sums:
-        sums = {
-            name: getattr(self, name) + getattr(other, name)
-            for name in ("mean", "square", "variance")
-        }
-        return Sums(cells=self.cells + other.cells, **sums)
+    def __add__(self, other: LatentSums) -> LatentSums:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
+        return LatentSums(cells=self.cells + other.cells, **sums)
 
     def statistics(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean and standard deviation of posterior samples, [C] each."""
+        """Return mean and standard deviation of posterior samples, float64 [C] each."""
         mean = self.mean / self.cells
-        return mean, np.sqrt(
-            np.maximum(self.square / self.cells - mean**2, 0) + self.variance / self.cells
-        )
+        of_means = np.maximum(self.square / self.cells - mean**2, 0)
+        return mean, np.sqrt(of_means + self.variance / self.cells)
 
 
 def write_latent_shard(
@@ -93,55 +109,82 @@ def write_latent_shard(
     channels: int,
     source: str,
 ) -> list[str]:
-    """Write (uid, whether it trains, latent) in the given order to a new store `path`; returns the uids.
+    """Write the latents of a shard. The store appears complete or not at all.
 
-    All of it appears or nothing: it is written beside and renamed. vae: the hash of the VAE; source: config_hash of the
-    bricks. What is left of a killed attempt is replaced. RunError if values are not finite in f16.
+    Args:
+        path: The new Zarr store.
+        latents: uid, whether the asset is a training asset, and latents, in the order of the store.
+        resolution: Resolution R of the bricks that were encoded.
+        vae: Hash of the VAE, see `vae_hash`.
+        channels: Number of channels.
+        source: config_hash of the bricks' shard.
+
+    Returns:
+        The uids in the order of the store.
+
+    Raises:
+        RunError: If a value is not finite in float16.
     """
     import zarr
 
     from pipeline.storage.sdf_shard import ArrayWriter
 
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    uids: list[str] = []
+    offsets = [0]
+    total = LatentSums.of([], channels)
+    with replacing(path) as partial:
+        partial.mkdir()
         zarr.create_group(partial, zarr_format=3)
         arrays = {
             "cells": ArrayWriter(partial, "cells", "int16", (3,)),
             "mean": ArrayWriter(partial, "mean", "float16", (channels,)),
             "logvar": ArrayWriter(partial, "logvar", "float16", (channels,)),
         }
-        offsets, uids, total = [0], [], Sums.of([], channels)
-        for uid, trains, latent in latents:
+        for uid, is_training, latent in latents:
             if not (np.isfinite(latent.mean).all() and np.isfinite(latent.logvar).all()):
                 raise RunError(
-                    f"latents of {uid} at R = {resolution} are not finite in f16: the VAE has diverged"
+                    f"latents of {uid} at R = {resolution} are not finite in float16: the VAE has "
+                    "diverged; train it again with a lower learning rate"
                 )
             for name, array in arrays.items():
                 array.append(getattr(latent, name))
             uids.append(uid)
             offsets.append(offsets[-1] + len(latent.cells))
-            if trains:
-                total = total + Sums.of([latent], channels)
+            if is_training:
+                total = total + LatentSums.of([latent], channels)
         arrays["offsets"] = ArrayWriter(partial, "offsets", "int64", ())
         arrays["offsets"].append(np.array(offsets, np.int64))
         for array in arrays.values():
             array.close()
-        sums = {name: getattr(total, name).tolist() for name in ("mean", "square", "variance")}
         attributes = {
-            "format_version": FORMAT_VERSION, "resolution": resolution, "vae": vae, "source": source, "uids": uids,
-            "train_sums": {"cells": total.cells, **sums},
-        }  # fmt: skip
+            "format_version": FORMAT_VERSION,
+            "resolution": resolution,
+            "vae": vae,
+            "source": source,
+            "uids": uids,
+            "train_sums": {
+                "cells": total.cells,
+                **{name: getattr(total, name).tolist() for name in SUMS},
+            },
+        }
         zarr.open_group(partial, mode="r+", zarr_format=3).update_attributes(attributes)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return uids
 
 
 class LatentShard:
-    """Reads `latents/<vae>/<R>/<shard>.zarr`. ValueError if it is not one, or of another format version."""
+    """Reads one store `latents/<vae>/<R>/<shard>.zarr`.
+
+    Attributes:
+        vae: Hash of the VAE that made the latents.
+        resolution: Resolution R of the encoded bricks.
+        source: config_hash of the bricks' shard.
+        uids: Identifiers of the assets in the order of the store.
+        train_sums: Sums over the cells of the training assets.
+        offsets: First row of each asset, int64 [A + 1].
+
+    Raises:
+        ValueError: If `path` is not such a store, or has another format version.
+    """
 
     def __init__(self, path: Path | str):
         import zarr
@@ -159,75 +202,91 @@ class LatentShard:
         version = attributes.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{self.path} must have format_version {FORMAT_VERSION}, got {version}: encode it again"
+                f"{self.path} must have format_version {FORMAT_VERSION}, got {version}; "
+                "encode the build again"
             )
-        self.vae, self.resolution, self.source = (
-            attributes[name] for name in ("vae", "resolution", "source")
-        )
+        self.vae: str = attributes["vae"]
+        self.resolution: int = attributes["resolution"]
+        self.source: str = attributes["source"]
         self.uids: list[str] = list(attributes["uids"])
         sums = attributes["train_sums"]
-        arrays = {name: np.array(sums[name]) for name in ("mean", "square", "variance")}
-        self.train_sums = Sums(cells=sums["cells"], **arrays)
+        arrays = {name: np.array(sums[name]) for name in SUMS}
+        self.train_sums = LatentSums(cells=sums["cells"], **arrays)
         self.offsets: NDArray[np.int64] = np.asarray(self._arrays["offsets"][:])
         self._row = {uid: row for row, uid in enumerate(self.uids)}
 
     def tokens(self, uid: str) -> int:
-        """How many cells an asset has. KeyError for an unknown uid."""
+        """Return the number of cells of an asset. Unknown uids raise KeyError."""
         row = self._row[uid]
         return int(self.offsets[row + 1] - self.offsets[row])
 
     def read(self, uid: str) -> Latent:
-        """One asset. KeyError for an unknown uid."""
+        """Read the latents of an asset. Unknown uids raise KeyError."""
         row = self._row[uid]
         rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        return Latent(
-            **{name: np.asarray(self._arrays[name][rows]) for name in ("cells", "mean", "logvar")}
-        )
+        names = ("cells", "mean", "logvar")
+        return Latent(**{name: np.asarray(self._arrays[name][rows]) for name in names})
 
 
 class LatentStore:
-    """All latents of one VAE at one resolution; reading is safe from several threads.
+    """All latents of one VAE at one resolution. It may be read from several threads.
 
-    UserError, with what to run, if there are none, not all of them, or those of several VAEs and `vae` names none.
+    Args:
+        root: Directory of the latents, with one directory per VAE.
+        resolution: Resolution R of the encoded bricks.
+        vae: Hash of the VAE. None takes the only one.
+
+    Attributes:
+        folder: `root/<vae>/<R>`.
+        mean: Mean of posterior samples of training assets, float32 [C].
+        std: Their standard deviation, float32 [C].
+        tokens: Number of cells by uid.
+
+    Raises:
+        UserError: If there are no such latents, if they are incomplete, or if there are several
+            VAEs and `vae` names none of them.
     """
 
     def __init__(self, root: Path, resolution: int, vae: str | None = None):
-        self.vae, self.resolution = _choose(root, resolution, vae), resolution
+        self.vae = _choose_vae(root, resolution, vae)
+        self.resolution = resolution
         self.folder = root / self.vae / str(resolution)
-        again = f"python -m train.encode --resolutions {resolution} --latents {root}, with the --vae and --data it is of"
+        command = (
+            f"python -m train.encode --resolutions {resolution} --latents {root}, with the --vae "
+            "and --data that they were made from"
+        )
         try:
-            found = json.loads((self.folder / STATISTICS).read_text())
-            version, mean, std = (found[name] for name in ("format_version", "mean", "std"))
+            statistics = json.loads((self.folder / STATISTICS).read_text())
+            version = statistics["format_version"]
+            self.mean = torch.tensor(statistics["mean"])
+            self.std = torch.tensor(statistics["std"])
         except (OSError, ValueError, LookupError) as error:
             raise UserError(
-                f"{self.folder} is not complete (no {STATISTICS}); go on with {again}"
+                f"{self.folder} is not complete (no {STATISTICS}); complete it: {command}"
             ) from error
         if version != FORMAT_VERSION:
             raise UserError(
-                f"{self.folder} has format_version {version}, this code reads {FORMAT_VERSION}: {again}"
+                f"{self.folder} has format_version {version}, this code reads {FORMAT_VERSION}; "
+                f"make the latents again: {command}"
             )
-        self.mean, self.std = (
-            torch.tensor(mean),
-            torch.tensor(std),
-        )  # fp32 [C], of posterior samples of train assets
-        self.tokens: dict[str, int] = {}  # uid -> cells
+        self.tokens: dict[str, int] = {}
         self._shard_of: dict[str, Path] = {}
         for path in sorted(self.folder.glob("*.zarr")):
-            shard = self._checked(path)
+            shard = self._open_checked(path)
             self.tokens.update((uid, shard.tokens(uid)) for uid in shard.uids)
             self._shard_of.update(dict.fromkeys(shard.uids, path))
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_SHARDS)(LatentShard)
 
-    def _checked(self, path: Path) -> LatentShard:
+    def _open_checked(self, path: Path) -> LatentShard:
         try:
             shard = LatentShard(path)
         except ValueError as error:
             raise UserError(str(error)) from error
         if (shard.vae, shard.resolution) != (self.vae, self.resolution):
-            found = f"VAE {shard.vae} at R = {shard.resolution}"
             raise UserError(
-                f"{path} must hold latents of VAE {self.vae} at R = {self.resolution}, got {found}"
+                f"{path} must hold latents of VAE {self.vae} at R = {self.resolution}, got VAE "
+                f"{shard.vae} at R = {shard.resolution}; delete it and encode again"
             )
         return shard
 
@@ -236,10 +295,16 @@ class LatentStore:
 
     @property
     def channels(self) -> int:
+        """Number of channels C of a latent."""
         return len(self.mean)
 
     def read(self, uid: str) -> Latent:
-        """One asset. KeyError for an unknown uid, ValueError, RuntimeError or OSError if it is damaged."""
+        """Read the latents of an asset.
+
+        Raises:
+            ValueError: If they are not finite. Damaged files also raise KeyError, RuntimeError or
+                OSError.
+        """
         with self._lock:
             shard = self._open(self._shard_of[uid])
         latent = shard.read(uid)
@@ -248,35 +313,50 @@ class LatentStore:
         return latent
 
 
-def _choose(root: Path, resolution: int, vae: str | None) -> str:
+def _choose_vae(root: Path, resolution: int, vae: str | None) -> str:
     names = sorted(path.parent.name for path in root.glob(f"*/{resolution}") if path.is_dir())
     if vae is None and len(names) == 1:
         return names[0]
     if vae in names:
         return str(vae)
-    make = f"python -m train.encode --vae CHECKPOINT --data DATA --latents {root} --resolutions {resolution}"
+    make = (
+        f"python -m train.encode --vae CHECKPOINT --data DATA --latents {root} "
+        f"--resolutions {resolution}"
+    )
     if not names:
         raise UserError(f"{root} has no latents at R = {resolution}; make them: {make}")
     if vae is None:
         raise UserError(
-            f"{root} has latents of {len(names)} VAEs at R = {resolution} ({', '.join(names)}): name one"
+            f"{root} has latents of {len(names)} VAEs at R = {resolution} ({', '.join(names)}); "
+            "name one with --vae"
         )
     raise UserError(
-        f"{root} has latents of VAE {', '.join(names)} at R = {resolution}, not of {vae}; make them: {make}"
+        f"{root} has latents of VAE {', '.join(names)} at R = {resolution}, not of {vae}; "
+        f"make them: {make}"
     )
 
 
 @dataclass(frozen=True, eq=False)
 class LatentBatch:
-    """Latents of a batch of assets, in token order."""
+    """Latents of a batch of assets with N cells in total, in token order.
 
-    cells: Level  # of resolution R / 8
-    mean: Tensor  # fp32 [N, C]
-    logvar: Tensor  # fp32 [N, C]
+    Attributes:
+        cells: The cells as a level of resolution R / 8.
+        mean: float32 [N, C].
+        logvar: Logarithm of the variance, float32 [N, C].
+    """
+
+    cells: Level
+    mean: Tensor
+    logvar: Tensor
 
     @classmethod
     def collate(cls, latents: Sequence[Latent], resolution: int) -> LatentBatch:
-        """One batch on the CPU. ValueError if there is none, or cells repeat or leave the grid."""
+        """Join the latents of several assets, at resolution R, to a batch on the CPU.
+
+        Raises:
+            ValueError: If there are no latents, or cells repeat or lie outside the grid.
+        """
         if not latents:
             raise ValueError("latents must be of at least one asset, got none")
         batch = np.repeat(np.arange(len(latents)), [len(latent.cells) for latent in latents])
@@ -284,19 +364,26 @@ class LatentBatch:
         coords = torch.from_numpy(np.concatenate([batch[:, None], xyz], 1).astype(np.int32))
         order = token_order(coords)
         cells = Level.from_coords(coords[order], resolution // CELL_SIDE, len(latents))
-        mean, logvar = (
-            torch.from_numpy(np.concatenate([getattr(latent, name) for latent in latents])).float()[
-                order
-            ]
-            for name in ("mean", "logvar")
+        mean = np.concatenate([latent.mean for latent in latents])
+        logvar = np.concatenate([latent.logvar for latent in latents])
+        return cls(
+            cells,
+            torch.from_numpy(mean).float()[order],
+            torch.from_numpy(logvar).float()[order],
         )
-        return cls(cells, mean, logvar)
 
     def to(self, device: torch.device | str) -> LatentBatch:
-        """The same batch there."""
+        """Return the same batch on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("cells", "mean", "logvar")}
         return replace(self, **moved)
 
     def sample(self, noise_NC: Tensor) -> Tensor:
-        """mean + standard deviation * noise: fp32 [N, C]."""
+        """Sample the posteriors.
+
+        Args:
+            noise_NC: Standard normal noise, float32 [N, C].
+
+        Returns:
+            mean + standard deviation * noise, float32 [N, C].
+        """
         return self.mean + torch.exp(0.5 * self.logvar) * noise_NC

@@ -1,4 +1,4 @@
-"""Renders as image conditions: the options of a flow that they guide, and which view a sample sees."""
+"""Renders as image conditions of flow models: reading them, and choosing a view for each sample."""
 
 from __future__ import annotations
 
@@ -25,42 +25,55 @@ if TYPE_CHECKING:
     from pipeline.core.schema import View
     from pipeline.storage.render_shard import RenderShard
 
-PREPARED_BYTES = 64 << 20  # of images kept ready
+PREPARED_BYTES = 64 << 20  # of prepared images that are kept in memory
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
 class ThreadSafeCache(Generic[Key, Value]):
-    """The last `most` values asked for, each made by one thread while others wait for it."""
+    """A cache of recently used values. One thread makes a value while others wait for it.
 
-    def __init__(self, most: int):
-        self.most = most
+    Args:
+        max_size: Number of values to keep.
+    """
+
+    def __init__(self, max_size: int):
+        self.max_size = max_size
         self._lock = threading.Lock()
-        self._held: OrderedDict[Key, tuple[threading.Lock, list[Value]]] = OrderedDict()
+        # Each key has a lock, and a list that is empty until the value is made.
+        self._entries: OrderedDict[Key, tuple[threading.Lock, list[Value]]] = OrderedDict()
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        """Return the value of a key, calling `make` if it is not cached."""
         with self._lock:
-            making, made = self._held.setdefault(key, (threading.Lock(), []))
-            self._held.move_to_end(key)
-            while len(self._held) > self.most:
-                self._held.popitem(last=False)
-        with making:
-            if not made:
-                made.append(make())
-        return made[0]
+            key_lock, values = self._entries.setdefault(key, (threading.Lock(), []))
+            self._entries.move_to_end(key)
+            while len(self._entries) > self.max_size:
+                self._entries.popitem(last=False)
+        with key_lock:
+            if not values:
+                values.append(make())
+        return values[0]
 
 
 class ViewReader:
-    """Renders of a build index; safe to use from several threads.
+    """Reads the renders of a build. It may be used from several threads.
 
-    UserError, with what to run, if a shard has none. `ahead` > 0: a view is read as it lies in the view-major tar, that
-    of all the shard's assets in one go, and the encoded images of so many shards are kept; only what is asked for is
-    decoded. 0: every render is read on its own.
+    Args:
+        index: Assets of the build.
+        cameras: Camera set of the renders, such as "paper".
+        ahead: Number of shards whose encoded images are kept in memory. A view is then read for all
+            assets of a shard at once, as it lies in the view-major tar file. 0 reads every render
+            on its own.
+
+    Raises:
+        UserError: If a shard has no renders of these cameras.
     """
 
     def __init__(self, index: BuildIndex, cameras: str, *, ahead: int = 0):
-        self.index, self.cameras = index, cameras
+        self.index = index
+        self.cameras = cameras
         for name in sorted(set(index.shards)):
             if not (index.root / "shards" / name / f"{Product.renders(cameras)}.json").exists():
                 raise UserError(
@@ -74,11 +87,22 @@ class ViewReader:
         )
 
     def views(self, asset: int) -> int:
-        """How many views the asset's shard has of each of its assets."""
+        """Return the number of views of each asset in the asset's shard."""
         return self._shard(asset)[1]
 
     def read(self, asset: int, view: int) -> NDArray[np.uint8]:
-        """RGBA [h, w, 4]. RunError, with what to run, if it cannot be read."""
+        """Read the pixels of a render.
+
+        Args:
+            asset: Number of the asset in the index.
+            view: Number of the view.
+
+        Returns:
+            RGBA, uint8 [height, width, 4].
+
+        Raises:
+            RunError: If the render cannot be read.
+        """
         name, uid = self.index.shards[asset], self.index.uids[asset]
         if self._images is None:
             return self.read_view(asset, view).rgba
@@ -91,7 +115,11 @@ class ViewReader:
             raise self._unreadable(asset, view, error) from error
 
     def read_view(self, asset: int, view: int) -> View:
-        """One render with its camera. RunError, with what to run, if it cannot be read."""
+        """Read a render with its camera.
+
+        Raises:
+            RunError: If the render cannot be read.
+        """
         shard, _ = self._shard(asset)
         try:
             return shard.read(self.index.uids[asset], view)
@@ -99,13 +127,10 @@ class ViewReader:
             raise self._unreadable(asset, view, error) from error
 
     def _unreadable(self, asset: int, view: int, error: Exception) -> RunError:
-        root, name, uid = (
-            self.index.root,
-            self.index.shards[asset],
-            self.index.uids[asset],
-        )
+        shard, uid = self.index.shards[asset], self.index.uids[asset]
         return RunError(
-            f"view {view} of {uid} in shard {name}: {error!r}; run python -m pipeline.verify {root}"
+            f"view {view} of {uid} in shard {shard} cannot be read: {error!r}; "
+            f"run python -m pipeline.verify {self.index.root}"
         )
 
     def _shard(self, asset: int) -> tuple[RenderShard, int]:
@@ -116,19 +141,27 @@ class ViewReader:
             raise self._unreadable(asset, 0, error) from error
 
     def _open_shard(self, name: str) -> tuple[RenderShard, int]:
-        from pipeline.storage.render_shard import (
-            RenderShard,  # here: importing the stream does not take pyarrow and Pillow
-        )
+        from pipeline.storage.render_shard import RenderShard  # not all users need its imports
 
         shard = RenderShard(self.index.root / "renders" / self.cameras / f"{name}.tar")
         return shard, len(shard.keys) // max(len(shard.uids), 1)
 
 
 class RenderConditions:
-    """What a flow's sample is given besides its latents: a view of its asset, a time, whether the image is dropped.
+    """Chooses a view for each sample and prepares its image for the image encoder.
 
-    All of a shard's assets see the same view in an epoch, another one in each, so that training reads a view-major
-    shard in order. The last `held_out` views are left alone, or with `held_out_only` are all there is.
+    In an epoch all assets of a shard get the same view, so that a view-major shard is read in
+    order. The view differs from epoch to epoch.
+
+    Args:
+        index: Assets of the build.
+        flow: Options of the flow model.
+        cameras: Camera set of the renders.
+        image_size: Pixels per side of the prepared images.
+        held_out: Number of views at the end of each asset that are not trained on.
+        training: Whether images are augmented.
+        held_out_only: Whether only the held-out views are chosen.
+        ahead: Number of shards whose images are kept in memory, see `ViewReader`.
     """
 
     def __init__(
@@ -143,32 +176,47 @@ class RenderConditions:
         held_out_only: bool = False,
         ahead: int = 0,
     ):
-        self.index, self.flow, self.image_size = index, flow, image_size
-        self.held_out, self.training, self.held_out_only = held_out, training, held_out_only
+        self.index = index
+        self.flow = flow
+        self.image_size = image_size
+        self.held_out = held_out
+        self.training = training
+        self.held_out_only = held_out_only
         self.views = ViewReader(index, cameras, ahead=ahead)
-        # Images that are not augmented come out the same every time: small ones of a small build are kept.
+        # Images that are not augmented are the same every time, so those of a small build are kept.
         self._plain: ThreadSafeCache[tuple[int, int], PreparedImage] = ThreadSafeCache(
             max(1, PREPARED_BYTES // (4 * image_size**2))
         )
 
     def view_of(self, asset: int, epoch: int) -> int:
-        """Which view the asset's `epoch`-th sample sees: all that are allowed, then all again in another order."""
-        count, held = self.views.views(asset), self.held_out
-        if held >= count:
-            raise UserError(f"held_out_views must be below the {count} views there are, got {held}")
-        allowed = (
-            np.arange(count - held, count)
-            if self.held_out_only and held
-            else np.arange(count - held)
-        )
+        """Return the view of an asset in an epoch.
+
+        All allowed views come in a random order, then all again in another order.
+
+        Raises:
+            UserError: If all views are held out.
+        """
+        count = self.views.views(asset)
+        if self.held_out >= count:
+            raise UserError(
+                f"held_out_views must be below the {count} views there are, got {self.held_out}"
+            )
+        first_held_out = count - self.held_out
+        allowed = np.arange(first_held_out)
+        if self.held_out_only and self.held_out:
+            allowed = np.arange(first_held_out, count)
         turn, place = divmod(epoch, len(allowed))
-        order = np.random.default_rng(
-            seed_of("view", self.flow.loop.seed, self.index.shards[asset], turn)
-        )
-        return int(order.permutation(allowed)[place])
+        seed = seed_of("view", self.flow.loop.seed, self.index.shards[asset], turn)
+        return int(np.random.default_rng(seed).permutation(allowed)[place])
 
     def image(self, asset: int, epoch: int, key: Sequence[str | int]) -> PreparedImage:
-        """The sample's image, augmented in training; random numbers from `key` alone."""
+        """Return the prepared image of a sample.
+
+        Args:
+            asset: Number of the asset in the index.
+            epoch: Epoch of the sample, which decides about the view.
+            key: Names and numbers from which the augmentation is seeded.
+        """
         view = self.view_of(asset, epoch)
         if not (self.training and self.flow.augment):
             return self._plain.get((asset, view), lambda: self._prepared(asset, view))
@@ -189,7 +237,16 @@ class RenderConditions:
 def sample_time(
     flow: FlowOptions, key: Sequence[str | int], *, training: bool
 ) -> tuple[Tensor, bool]:
-    """t [1] of a sample and whether its image is dropped, which happens in training alone."""
+    """Draw the time of a sample, and whether it is trained without its image.
+
+    Args:
+        flow: Options of the flow model.
+        key: Names and numbers from which both are seeded.
+        training: Whether images may be dropped.
+
+    Returns:
+        The time t, float32 [1], and whether the image is dropped.
+    """
     generator = torch.Generator().manual_seed(seed_of("time", *key) >> 1)
     time = sample_times(flow.times, 1, generator)
     return time, training and torch.rand((), generator=generator).item() < flow.dropout

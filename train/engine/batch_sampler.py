@@ -1,4 +1,7 @@
-"""Which samples make which step: drawn without I/O from a seed and cursors, the same for every number of workers."""
+"""Batch samplers: which assets make up which training step, on which rank.
+
+They read no data. The samples of a step follow from the seed and the step's number.
+"""
 
 from __future__ import annotations
 
@@ -16,57 +19,72 @@ from pipeline.core.hashing import seed_of
 
 @dataclass(frozen=True)
 class SampleId:
-    """One sample: an asset, and how often it had come before at this resolution (its augmentation depends on it)."""
+    """One sample: an asset in one epoch. Its augmentation and noise depend on both."""
 
-    asset: int
-    epoch: int
+    asset: int  # row of the build index
+    epoch: int  # how often the asset was drawn before at this resolution
 
 
 @dataclass(frozen=True)
 class StepSamples:
-    """One step of all ranks."""
+    """The samples of one training step."""
 
     step: int
     resolution: int
-    ranks: tuple[tuple[SampleId, ...], ...]
+    ranks: tuple[tuple[SampleId, ...], ...]  # samples of each rank
+
+    @property
+    def loss_weight(self) -> float:
+        """Weight of one sample, with which the mean over ranks is the mean over all samples."""
+        return len(self.ranks) / sum(map(len, self.ranks))
 
 
 class BatchSampler:
-    """Plans steps one after another; `state` is all that must be kept to go on.
+    """Draws the samples of one step after another.
 
-    Every resolution has its own endless sequence, one permutation of its assets after another. A step takes the next
-    batch_size * world_size of one of them, fewer where a rank would exceed `max_tokens`; what was not taken comes first
-    the next time. The largest samples are dealt out first, each to the rank with the fewest tokens.
+    Every resolution has its own endless sequence of permutations of its assets. A step takes the
+    next `batch_size * world_size` samples of one resolution, or fewer if a rank would exceed
+    `max_tokens`; the remaining ones come first in the next step of this resolution. The largest
+    samples are assigned first, each to the rank with the fewest tokens.
+
+    Args:
+        tokens: Number of cells of each asset, int64 [A], by resolution. 0 where an asset has none.
+        batch_size: Mean number of samples per rank.
+        world_size: Number of ranks.
+        seed: Seed of all draws.
+        max_tokens: Largest number of cells per rank. Larger assets are left out. None: no limit.
+
+    Attributes:
+        left_out: Number of assets that exceed `max_tokens`, by resolution.
+
+    Raises:
+        UserError: If a resolution has no usable asset.
     """
 
     def __init__(
         self,
-        tokens: Mapping[int, NDArray[np.int64]],  # R -> cells of each asset, 0 where it has none
+        tokens: Mapping[int, NDArray[np.int64]],
         *,
-        batch_size: int,  # samples a rank, in the mean
+        batch_size: int,
         world_size: int,
         seed: int,
-        max_tokens: int | None = None,  # cells a rank
+        max_tokens: int | None = None,
     ):
-        self.batch_size, self.world_size, self.seed, self.max_tokens = (
-            batch_size,
-            world_size,
-            seed,
-            max_tokens,
-        )
+        self.batch_size = batch_size
+        self.world_size = world_size
+        self.seed = seed
+        self.max_tokens = max_tokens
         self.tokens = dict(sorted(tokens.items()))
-        self.assets = {}
-        self.left_out = {}  # R -> assets larger than a rank's budget
+        self.assets: dict[int, NDArray[np.int64]] = {}
+        self.left_out: dict[int, int] = {}
         for resolution, counts in self.tokens.items():
             fits = counts <= max_tokens if max_tokens else np.ones(len(counts), bool)
             self.assets[resolution] = np.flatnonzero((counts > 0) & fits)
             self.left_out[resolution] = int(((counts > 0) & ~fits).sum())
             if not len(self.assets[resolution]):
-                rule = (
-                    f" with at most max_tokens = {max_tokens} cells"
-                    if self.left_out[resolution]
-                    else ""
-                )
+                rule = ""
+                if self.left_out[resolution]:
+                    rule = f" with at most max_tokens = {max_tokens} cells"
                 raise UserError(f"no training asset at R = {resolution}{rule}")
         self.step = 0
         self.cursors = {resolution: 0 for resolution in self.tokens}  # samples drawn so far
@@ -74,39 +92,46 @@ class BatchSampler:
 
     @property
     def state(self) -> dict[str, Any]:
-        """JSON; `restore` takes it back."""
+        """JSON state after the last step, for `restore`."""
         return {
             "step": self.step,
             "cursors": {str(resolution): n for resolution, n in self.cursors.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from there. UserError if it is a state of other resolutions."""
+        """Continue after the step at which `state` was read.
+
+        Raises:
+            UserError: If it is the state of a run at other resolutions.
+        """
         cursors = {int(resolution): int(n) for resolution, n in state["cursors"].items()}
         if cursors.keys() != self.cursors.keys():
             raise UserError(
-                f"the checkpoint trained at R = {sorted(cursors)}, this run at {sorted(self.cursors)}"
+                f"the checkpoint trained at R = {sorted(cursors)}, this run at "
+                f"{sorted(self.cursors)}; choose another --out"
             )
-        self.step, self.cursors = int(state["step"]), cursors
+        self.step = int(state["step"])
+        self.cursors = cursors
 
     def next(self) -> StepSamples:
-        """The next step, for all ranks."""
+        """Draw the samples of the next step for all ranks."""
         choices = list(self.tokens)
         resolution = choices[seed_of(self.seed, "resolution", self.step) % len(choices)]
         first = self.cursors[resolution]
-        draws = [
+        samples = [
             self._draw(resolution, first + n) for n in range(self.batch_size * self.world_size)
         ]
         ranks = None
-        while ranks is None:  # ends: one sample a rank always fits
-            ranks = self._deal(resolution, draws)
-            taken = len(draws)
-            draws = draws[:-1]
+        while ranks is None:  # this ends, because one sample per rank always fits
+            ranks = self._assign(resolution, samples)
+            taken = len(samples)
+            samples = samples[:-1]
         self.cursors[resolution] = first + taken
         self.step += 1
         return StepSamples(self.step - 1, resolution, ranks)
 
     def _draw(self, resolution: int, number: int) -> SampleId:
+        """Return a sample by its number in the endless sequence of a resolution."""
         assets = self.assets[resolution]
         epoch, position = divmod(number, len(assets))
         cached = self._permutation.get(resolution)
@@ -117,30 +142,40 @@ class BatchSampler:
         return SampleId(int(cached[1][position]), epoch)
 
     def _order(self, assets: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-        """The assets of one epoch in the order in which they are drawn."""
+        """Return the assets of one epoch in the order in which they are drawn."""
         return rng.permutation(assets)
 
-    def _deal(
-        self, resolution: int, draws: list[SampleId]
+    def _assign(
+        self, resolution: int, samples: list[SampleId]
     ) -> tuple[tuple[SampleId, ...], ...] | None:
-        """The samples of each rank, in the order drawn; None if a rank would exceed the budget."""
-        size = [int(self.tokens[resolution][draw.asset]) for draw in draws]
-        heap = [(0, 0, rank) for rank in range(self.world_size)]
+        """Assign samples to ranks, or return None if a rank would exceed `max_tokens`.
+
+        Each rank keeps its samples in the order in which they were drawn.
+        """
+        sizes = [int(self.tokens[resolution][sample.asset]) for sample in samples]
+        heap = [(0, 0, rank) for rank in range(self.world_size)]  # (tokens, samples, rank)
         of_rank: list[list[int]] = [[] for _ in heap]
-        for number in sorted(range(len(draws)), key=lambda n: (-size[n], n)):
+        for number in sorted(range(len(samples)), key=lambda n: (-sizes[n], n)):
             load, count, rank = heapq.heappop(heap)
-            load += size[number]
+            load += sizes[number]
             if self.max_tokens and load > self.max_tokens:
                 return None
             of_rank[rank].append(number)
             heapq.heappush(heap, (load, count + 1, rank))
-        return tuple(tuple(draws[n] for n in sorted(numbers)) for numbers in of_rank)
+        return tuple(tuple(samples[n] for n in sorted(numbers)) for numbers in of_rank)
 
 
 class ShardBatchSampler(BatchSampler):
-    """Draws assets shard by shard, so that what lies together in a shard is read together.
+    """Draws assets shard by shard, so that assets of one shard are read together.
 
-    The shards come in another order each epoch, `mixed` of them at a time, whose assets are shuffled among each other.
+    The shards come in another order each epoch. The assets of `mixed` shards at a time are shuffled
+    together.
+
+    Args:
+        tokens: As for BatchSampler.
+        shards: Name of the shard of each asset.
+        mixed: Number of shards that are shuffled together.
+        **options: Other arguments of BatchSampler.
     """
 
     def __init__(
@@ -153,11 +188,10 @@ class ShardBatchSampler(BatchSampler):
     ):
         super().__init__(tokens, **options)
         self.mixed = mixed
-        self._shard_of = np.unique(np.asarray(shards), return_inverse=True)[1].reshape(
-            -1
-        )  # of each asset
+        numbers = np.unique(np.asarray(shards), return_inverse=True)[1]
+        self._shard_of = numbers.reshape(-1)  # number of each asset's shard
 
     def _order(self, assets: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
         place = rng.permutation(int(self._shard_of.max()) + 1)  # of each shard in this epoch
-        turn = place[self._shard_of[assets]] // self.mixed
-        return assets[np.lexsort([rng.random(len(assets)), turn])]
+        group = place[self._shard_of[assets]] // self.mixed
+        return assets[np.lexsort([rng.random(len(assets)), group])]

@@ -54,7 +54,7 @@ class LoopConfig:
     clip_norm: float = 1.0
     """Largest norm of the gradient of all parameters together. Larger gradients are scaled down."""
     ema_decay: float = 0.9995
-    """Decay of the averaged weights, which are the ones that are validated, sampled and exported."""
+    """Decay of the averaged weights, which are validated, sampled and exported."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the arithmetic. Weights and their averages are always fp32."""
     activation_checkpointing: bool = False

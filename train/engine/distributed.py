@@ -1,4 +1,4 @@
-"""Who else is training: ranks under torchrun, the device of each, and the few things they say to each other."""
+"""Distributed training under torchrun: ranks, their devices and their collectives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,17 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.core.devices import Device, choose_device
 from pipeline.core.errors import RunError
 
-log = logging.getLogger(__name__)
-
 CPU = torch.device("cpu")
-TIMEOUT = timedelta(
-    minutes=30
-)  # ranks wait for the one that writes checkpoints and reconstructions
+# Ranks wait this long for the first one, which writes checkpoints and previews.
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all that train together."""
+    """All processes of a training run, seen from one of them. The default is a single process."""
 
     rank: int = 0
     size: int = 1
@@ -38,25 +35,31 @@ class World:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is the rank that logs and writes files."""
         return self.rank == 0
 
-    def sum(self, numbers: Tensor) -> Tensor:
-        """The sum over all ranks, on each of them; float64 so that counts stay exact. Any shape."""
-        numbers = numbers.double()
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over all ranks as float64, in which counts are exact.
+
+        Args:
+            values: Any shape, the same on all ranks. All ranks call this together.
+        """
+        values = values.double()
         if self.size > 1:
-            dist.all_reduce(numbers)
-        return numbers
+            dist.all_reduce(values)
+        return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on any rank."""
+        """Return whether `flag` is true on any rank. All ranks call this together."""
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
 
     def barrier(self) -> None:
+        """Wait until all ranks have called this."""
         if self.size > 1:
             dist.barrier()
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over ranks where there are several."""
+        """Return a model whose gradients are averaged over the ranks."""
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -65,19 +68,31 @@ class World:
 
 @contextmanager
 def join_world(device: Device) -> Iterator[World]:
-    """The world that torchrun describes in the environment (RANK, LOCAL_RANK, WORLD_SIZE), or this process alone.
+    """Join the ranks that torchrun has started, or train in this process alone.
 
-    auto: a GPU where there is one. NCCL on GPUs, gloo on CPUs. UserError if cuda is asked for and is not there, or this
-    machine has more ranks than GPUs.
+    The ranks use NCCL on GPUs and gloo on CPUs. Ranks other than the first log only warnings.
+
+    Args:
+        device: Value of `--device`. "auto" and "cuda" take one GPU per rank.
+
+    Yields:
+        This rank, as the variables RANK, LOCAL_RANK and WORLD_SIZE describe it.
+
+    Raises:
+        UserError: If there is no such GPU, or this machine has more ranks than GPUs.
     """
-    size, rank, local = (int(os.environ.get(name, value)) for name, value in _TORCHRUN)
-    where = choose_device(device, local)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch_device = choose_device(device, local_rank)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+    if rank:
+        logging.getLogger().setLevel(logging.WARNING)
     if size == 1:
-        yield World(device=where)
+        yield World(device=torch_device)
         return
-    backend = "nccl" if where.type == "cuda" else "gloo"
+    backend = "nccl" if torch_device.type == "cuda" else "gloo"
     store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
     dist.init_process_group(
         backend,
@@ -85,37 +100,47 @@ def join_world(device: Device) -> Iterator[World]:
         rank=rank,
         world_size=size,
         timeout=TIMEOUT,
-        device_id=where if where.type == "cuda" else None,
+        device_id=torch_device if torch_device.type == "cuda" else None,
     )
     try:
-        yield World(rank=rank, size=size, device=where)
+        yield World(rank=rank, size=size, device=torch_device)
     finally:
         dist.destroy_process_group()
 
 
 def fresh_store(store: Store, rank: int, size: int) -> Store:
-    """A part of torchrun's store that is empty.
+    """Return an empty part of torchrun's store, the same part on all ranks.
 
-    The store outlives a restart, so it may still hold addresses of ranks that were killed, whom others would call. The
-    first rank names the part after itself and tells the others, each by a name that no process had before.
+    The store outlives a restart of the ranks, so it may hold addresses of killed ranks, to which
+    others would connect. Each process therefore takes a name that no process had before. The first
+    rank names the part after itself and tells its name to every other rank.
+
+    Args:
+        store: The store that torchrun has created.
+        rank: Number of this rank.
+        size: Number of ranks.
+
+    Raises:
+        RunError: If a rank did not start within TIMEOUT.
     """
-    me = uuid.uuid4().hex
+    own_name = uuid.uuid4().hex
     if rank:
-        store.set(f"here-{rank}", me)
-        start = store.get(f"start-for-{me}").decode()
-        store.set(f"heard-{me}-{start}", "")
-        return PrefixStore(start, store)
-    missing, deadline = set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
+        store.set(f"here-{rank}", own_name)
+        first_name = store.get(f"start-for-{own_name}").decode()
+        store.set(f"heard-{own_name}-{first_name}", "")
+        return PrefixStore(first_name, store)
+    missing = set(range(1, size))
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
     while missing:
         for other in [other for other in missing if store.check([f"here-{other}"])]:
             name = store.get(f"here-{other}").decode()
-            store.set(f"start-for-{name}", me)
-            if store.check([f"heard-{name}-{me}"]):
+            store.set(f"start-for-{name}", own_name)
+            # The name may be that of a killed rank, which does not answer.
+            if store.check([f"heard-{name}-{own_name}"]):
                 missing.remove(other)
         if time.monotonic() > deadline:
-            raise RunError(f"ranks {sorted(missing)} of {size} did not come within {TIMEOUT}")
+            raise RunError(
+                f"ranks {sorted(missing)} of {size} did not start within {TIMEOUT}; see their logs"
+            )
         time.sleep(0.02)
-    return PrefixStore(me, store)
-
-
-_TORCHRUN: Sequence[tuple[str, int]] = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    return PrefixStore(own_name, store)

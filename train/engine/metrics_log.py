@@ -1,34 +1,58 @@
-"""What a run tells: one JSON line a step, TensorBoard where it is installed, a progress bar or plain log lines."""
+"""Metrics of a run: metrics.jsonl, TensorBoard if installed, and a progress bar or log lines."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from pipeline.core.files import write_atomically
+
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-QUIET = ("seconds", "data_s", "tokens", "samples", "skipped")  # only in the file
+FILE_ONLY = ("seconds", "data_s", "tokens", "samples", "skipped")  # left out of log lines
 
 
 class MetricsLog:
-    """Writes on the first rank only. A full disk costs lines, never the run.
+    """Writes the metrics of a run. A full disk loses metrics but does not end the run.
 
-    `first` is the number of steps done before: lines beyond it, of a run that was killed, are removed, so that every
-    step has one line.
+    Args:
+        out: Directory of the run.
+        first: Number of steps done before. Lines of later steps, which a killed run left behind,
+            are deleted, so that every step has one line.
+        steps: Number of steps of the whole run.
+        log_every: Number of steps between log lines.
+        max_minutes: Time limit of the run, which bounds the time left. None sets no limit.
+        enabled: Whether this rank writes. Only rank 0 does.
     """
 
-    def __init__(self, out: Path, *, first: int, steps: int, log_every: int, enabled: bool = True):
-        self.enabled, self.log_every, self.steps = enabled, log_every, steps
+    def __init__(
+        self,
+        out: Path,
+        *,
+        first: int,
+        steps: int,
+        log_every: int,
+        max_minutes: float | None = None,
+        enabled: bool = True,
+    ):
+        self.enabled = enabled
+        self.log_every = log_every
+        self.steps = steps
+        self._max_seconds = None if max_minutes is None else 60 * max_minutes
+        self._started = time.monotonic()
+        self._recent_seconds: list[float] = []  # of the steps since the last log line
         self._file: TextIO | None = None
         self._board: Any = None
         self._bar: Any = None
-        self._complained = False
+        self._warned = False
         if not enabled:
             return
         out.mkdir(parents=True, exist_ok=True)
@@ -38,34 +62,51 @@ class MetricsLog:
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
 
-    def step(self, step: int, row: dict[str, Any]) -> None:
-        """One finished step."""
+    def log_step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write the metrics of a finished step.
+
+        Args:
+            step: Number of steps done.
+            metrics: Values by name, with "seconds" as the duration of the step.
+        """
         if not self.enabled:
             return
-        self._write({"step": step, **row})
+        self._write({"step": step, **metrics})
+        self._recent_seconds.append(metrics["seconds"])
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(brief(row), refresh=False)
+            self._bar.set_postfix_str(format_metrics(metrics), refresh=False)
         if step % self.log_every == 0 or step == self.steps:
             if self._bar is None:
-                log.info("step %d/%d  %s", step, self.steps, brief(row))
-            self._scalars("train", step, row)
+                log.info("Step %d/%d: %s", step, self.steps, self._line(step, metrics))
+            self._recent_seconds.clear()
+            self._scalars("train", step, metrics)
 
-    def event(self, step: int, name: str, numbers: dict[str, Any]) -> None:
-        """Something beside the steps, such as validation: a line {"step", "event", ...}."""
+    def log_event(self, step: int, name: str, metrics: dict[str, Any]) -> None:
+        """Write metrics that do not belong to a training step, such as those of a validation."""
         if not self.enabled:
             return
-        self._write({"step": step, "event": name, **numbers})
-        log.info("step %d  %s: %s", step, name, brief(numbers))
-        self._scalars(name, step, numbers)
+        self._write({"step": step, "event": name, **metrics})
+        log.info("Step %d, %s: %s", step, name, format_metrics(metrics))
+        self._scalars(name, step, metrics)
 
     def close(self) -> None:
+        """Close all files."""
         for resource in (self._bar, self._board, self._file):
             if resource is not None:
                 try:
                     resource.close()
                 except OSError as error:
-                    self._complain(error)
+                    self._warn(error)
+
+    def _line(self, step: int, metrics: dict[str, Any]) -> str:
+        """Return the metrics with the seconds per step and the time left."""
+        per_step = sum(self._recent_seconds) / len(self._recent_seconds)
+        left = (self.steps - step) * per_step
+        if self._max_seconds is not None:
+            left = min(left, self._max_seconds - (time.monotonic() - self._started))
+        time_left = timedelta(seconds=round(max(left, 0)))
+        return f"{format_metrics(metrics)}  {per_step:.3g} s/step  {time_left} left"
 
     def _write(self, row: dict[str, Any]) -> None:
         assert self._file is not None
@@ -73,29 +114,30 @@ class MetricsLog:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
 
-    def _scalars(self, group: str, step: int, numbers: dict[str, Any]) -> None:
+    def _scalars(self, group: str, step: int, metrics: dict[str, Any]) -> None:
         if self._board is None:
             return
         try:
-            for name, value in numbers.items():
+            for name, value in metrics.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{group}/{name}", value, step)
         except OSError as error:
             self._board = None
-            self._complain(error)
+            self._warn(error)
 
-    def _complain(self, error: OSError) -> None:
-        if not self._complained:
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
             log.warning(
-                "metrics cannot be written (%s); training goes on without", error.strerror or error
+                "The metrics cannot be written (%s). Training continues without them.",
+                error.strerror or error,
             )
-        self._complained = True
+        self._warned = True
 
 
 def drop_steps_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that was cut off."""
+    """Delete the lines of later steps from a metrics file, and a last line that was cut off."""
     if not path.exists():
         return
     kept = []
@@ -105,16 +147,14 @@ def drop_steps_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, LookupError):
             continue
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_atomically(path, "".join(kept))
 
 
-def brief(row: dict[str, Any]) -> str:
-    """The numbers worth a line: "loss 0.123  12.3k tokens/s  MFU 31%  ..."."""
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """Return the metrics of a log line, such as "loss 0.123  12.3k tokens/s  MFU 31.0%"."""
     words = []
-    for name, value in row.items():
-        if name in QUIET:
+    for name, value in metrics.items():
+        if name in FILE_ONLY:
             continue
         if name == "tokens_per_s":
             words.append(f"{value / 1000:.1f}k tokens/s")
@@ -122,7 +162,7 @@ def brief(row: dict[str, Any]) -> str:
             words += [f"MFU {100 * value:.1f}%"] if value else []
         elif isinstance(value, float):
             words.append(f"{name} {value:.4g}")
-        elif isinstance(value, str) or (name == "resolution"):
+        elif isinstance(value, str) or name == "resolution":
             words.append(f"{name} {value}")
     return "  ".join(words)
 

@@ -1,4 +1,4 @@
-"""AdamW and Muon, the averaged weights, and the guard that keeps bad gradients out of all of them."""
+"""Optimizers (AdamW and Muon), averaged weights, and the check for bad gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from train.engine.config import LoopConfig
 
-PEAK_BF16_FLOPS = {
+PEAK_BF16_FLOPS = {  # dense FLOP/s by the data sheets
     "H200": 989e12,
     "H100": 989e12,
     "H800": 989e12,
@@ -22,64 +22,87 @@ PEAK_BF16_FLOPS = {
     "L40S": 362e12,
 }
 
-
-PATIENCE = 5  # spikes in a row that are skipped: what lasts is no bad batch, and clipped steps lead out of it
+# Number of spikes in a row that are skipped. More are not bad batches but a lasting change, out of
+# which clipped steps lead.
+MAX_SPIKES_IN_A_ROW = 5
+MIN_NORMS = 20  # known norms from which on spikes are looked for
 
 
 @dataclass
 class GradientGuard:
-    """Decides whether a gradient may be applied."""
+    """Decides whether a gradient is applied or skipped."""
 
     spike_factor: float
+    """A norm of this multiple of the median of recent norms is a spike."""
     clip_norm: float
+    """A norm below this is never a spike."""
     max_bad_steps: int
+    """Number of skipped gradients in a row after which the trainer ends the run."""
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=100))
+    """Norms of the recent finite gradients."""
     in_a_row: int = 0
+    """Number of gradients skipped since the last one that was applied."""
     skipped: int = 0
+    """Number of all skipped gradients."""
 
     def judge(self, loss: float, norm: float) -> str:
-        """ "" to apply it, else why not."""
-        finite = abs(loss) < float("inf") and norm < float("inf")  # both false for NaN
-        usual = median(self.norms) if len(self.norms) >= 20 else None
+        """Decide about the gradient of a step.
+
+        Args:
+            loss: Loss of the global batch.
+            norm: Norm of the gradient before clipping.
+
+        Returns:
+            "" if the gradient is to be applied, else why it is to be skipped.
+        """
+        finite = abs(loss) < float("inf") and norm < float("inf")  # both are false for NaN
+        usual = median(self.norms) if len(self.norms) >= MIN_NORMS else None
         verdict = ""
         if not finite:
             verdict = "not finite"
         elif (
             usual is not None
-            and self.in_a_row < PATIENCE
+            and self.in_a_row < MAX_SPIKES_IN_A_ROW
             and norm > max(self.spike_factor * usual, self.clip_norm)
         ):
             verdict = f"{norm / usual:.0f} times the usual gradient"
         if finite:
-            self.norms.append(norm)  # of spikes too: a lasting change becomes the usual
+            self.norms.append(norm)  # also that of a spike, so that a lasting change becomes usual
         self.in_a_row = self.in_a_row + 1 if verdict else 0
         self.skipped += bool(verdict)
         return verdict
 
     def state(self) -> dict[str, Any]:
+        """Return the JSON state for `restore`."""
         return {"norms": list(self.norms), "in_a_row": self.in_a_row, "skipped": self.skipped}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that `state` returned."""
         self.norms.clear()
         self.norms.extend(state["norms"])
         self.in_a_row, self.skipped = state["in_a_row"], state["skipped"]
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the groups with `muon` set, AdamW for the others; step() uses the gradients of the former up.
+    """Muon for the parameter groups with `muon` set, AdamW for the others.
 
-    A matrix moves along its Nesterov momentum with all singular values made equal, by 0.2 * sqrt(longer side) times the
-    learning rate: an element moves as far as under AdamW, so both share one rate and weight decay. A convolution counts
-    as one matrix of all its taps. Its weights act alike on many voxels, and where each takes AdamW's full step at once
-    the output overshoots: that is what keeps a decoder of full blocks from learning faster.
-    Sources: kellerjordan.github.io/posts/muon; arXiv 2502.16982, sec. 2.2.
+    A matrix moves along its Nesterov momentum with all singular values made equal, by
+    0.2 * sqrt(longer side) times the learning rate. An element then moves as far as under AdamW, so
+    both share one learning rate and weight decay. The weights of a convolution are one matrix of
+    all its taps: they act on many voxels in the same way, and the output overshoots if each of them
+    takes AdamW's full step at once.
+
+    `step` deletes the gradients of Muon's parameters.
+
+    Sources: kellerjordan.github.io/posts/muon and arXiv 2502.16982, section 2.2.
     """
 
     MOMENTUM = 0.95
-    RMS = 0.2
+    RMS = 0.2  # of AdamW's updates, which Muon's are scaled to
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update all parameters that have gradients."""
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None] if group["muon"] else []
             if moved:
@@ -87,10 +110,10 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def _directions(self, moved: list[Tensor]) -> list[Tensor]:
-        """Nesterov momentum of each, whose gradient it takes."""
+        """Return the Nesterov momentum of each parameter and delete its gradient."""
         states = [self.state[p] for p in moved]
         for p, state in zip(moved, states, strict=True):
-            if not state:  # AdamW, when it loads a state, wants a step in each
+            if not state:  # AdamW requires an entry "step" when it loads a state
                 state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(p)
             state["step"] += 1
         momenta: list[Tensor] = [state["momentum"] for state in states]
@@ -106,12 +129,11 @@ class Muon(torch.optim.AdamW):
         self, moved: list[Tensor], directions: list[Tensor], rate: float, decay: float
     ) -> None:
         torch._foreach_mul_(moved, 1 - rate * decay)  # pyright: ignore[reportPrivateImportUsage]
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(
-            list
-        )  # of one shape: one stack
+        # Matrices of one shape are orthogonalised together.
+        same_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p, direction in zip(moved, map(_matrix, directions), strict=True):
-            alike[direction.shape].append((p, direction))
-        for shape, pairs in alike.items():
+            same_shape[direction.shape].append((p, direction))
+        for shape, pairs in same_shape.items():
             steps = orthogonal(torch.stack([direction for _, direction in pairs]))
             changes: list[Tensor] = [
                 step.view(p.shape) for (p, _), step in zip(pairs, steps.unbind(), strict=True)
@@ -121,15 +143,22 @@ class Muon(torch.optim.AdamW):
 
 
 def _matrix(p: Tensor) -> Tensor:
-    """Inputs by outputs, or outputs by inputs: of [taps, C, O] (model.conv) and of torch's [O, C, ...] alike."""
+    """Return weights [taps, C, O] of model.conv or [O, C, ...] of torch as a matrix."""
     return p.flatten(0, 1) if p.ndim == 3 else p.flatten(1)
 
 
 def orthogonal(stack_BMN: Tensor, iterations: int = 5) -> Tensor:
-    """Each matrix with its singular values brought near 1, between 0.7 and 1.2, by Newton and Schulz's iteration.
+    """Bring the singular values of matrices near 1 (0.7 to 1.2) by Newton-Schulz iteration.
 
-    The coefficients are those of kellerjordan.github.io/posts/muon: steepest at 0, with no limit at 1. fp32 in and out,
-    contiguous; bf16 inside on a GPU, which the iteration bears.
+    The coefficients of kellerjordan.github.io/posts/muon are steepest at 0 and do not converge to
+    exactly 1. On a GPU the iteration runs in bf16.
+
+    Args:
+        stack_BMN: [B, M, N] fp32.
+        iterations: Number of iterations.
+
+    Returns:
+        [B, M, N] fp32, contiguous.
     """
     tall = stack_BMN.shape[1] > stack_BMN.shape[2]
     x = stack_BMN.mT if tall else stack_BMN
@@ -143,22 +172,25 @@ def orthogonal(stack_BMN: Tensor, iterations: int = 5) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, cfg: LoopConfig, device: torch.device) -> torch.optim.AdamW:
-    """What cfg.optimizer names; weight decay on matrices only."""
+    """Make the optimizer that `cfg.optimizer` names, with weight decay on matrices only.
+
+    Args:
+        model: Parameters that require gradients are trained.
+        cfg: Options of the trainer.
+        device: Device of the model.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     muon = cfg.optimizer == "muon"
     matrices = [p for p in parameters if p.ndim > 1]
-    of_muon = [
-        p for p in matrices if muon and min(_matrix(p).shape) > 1
-    ]  # a row or column has one direction
-    taken = {id(p) for p in of_muon}
+    # A single row or column has one singular value, so Muon would only fix its length.
+    of_muon = [p for p in matrices if muon and min(_matrix(p).shape) > 1]
+    ids = {id(p) for p in of_muon}
+    of_adamw = [p for p in matrices if id(p) not in ids]
+    vectors = [p for p in parameters if p.ndim <= 1]
     groups = [
         {"params": of_muon, "weight_decay": cfg.weight_decay, "muon": True},
-        {
-            "params": [p for p in matrices if id(p) not in taken],
-            "weight_decay": cfg.weight_decay,
-            "muon": False,
-        },
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "muon": False},
+        {"params": of_adamw, "weight_decay": cfg.weight_decay, "muon": False},
+        {"params": vectors, "weight_decay": 0.0, "muon": False},
     ]
     kind = Muon if muon else torch.optim.AdamW
     return kind(
@@ -171,21 +203,26 @@ def make_optimizer(model: nn.Module, cfg: LoopConfig, device: torch.device) -> t
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the averaged weights towards the model's by 1 - decay; what is not trained stays, buffers are copied."""
-    pairs = [
-        (a, b)
-        for a, b in zip(average.parameters(), model.parameters(), strict=True)
-        if b.requires_grad
-    ]
-    mine: list[Tensor] = [a for a, _ in pairs]
-    theirs: list[Tensor] = [b for _, b in pairs]
-    torch._foreach_lerp_(mine, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    """Move averaged weights towards the model's weights.
+
+    Args:
+        average: Copy of the model. Parameters that are not trained stay, and buffers are copied.
+        model: The trained model.
+        decay: The average becomes decay * average + (1 - decay) * model.
+    """
+    averaged: list[Tensor] = []
+    trained: list[Tensor] = []
+    for a, b in zip(average.parameters(), model.parameters(), strict=True):
+        if b.requires_grad:
+            averaged.append(a)
+            trained.append(b)
+    torch._foreach_lerp_(averaged, trained, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     for a, b in zip(average.buffers(), model.buffers(), strict=True):
         a.copy_(b)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its data sheet; None if it is not known."""
+    """Return the dense bf16 FLOP/s of a GPU by its data sheet, or None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""Work done ahead in threads, handed out in order: the number of workers changes speed and nothing else."""
+"""Streams of batches, and a prefetcher that loads batches ahead in threads, in order."""
 
 from __future__ import annotations
 
@@ -8,79 +8,103 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
 Job = TypeVar("Job")
-PlannedJob = TypeVar("PlannedJob", covariant=True)
-Batch = TypeVar("Batch", covariant=True)
+JobT_co = TypeVar("JobT_co", covariant=True)
+BatchT_co = TypeVar("BatchT_co", covariant=True)
 Loaded = TypeVar("Loaded")
 
 
-class Planned(Protocol[PlannedJob]):
-    """A cheap, resumable sequence of jobs."""
+class JobSource(Protocol[JobT_co]):
+    """A cheap, endless and resumable sequence of jobs, such as a batch sampler."""
 
     @property
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """JSON state after the last job."""
+        ...
 
-    def restore(self, state: Any) -> None: ...
+    def restore(self, state: Any) -> None:
+        """Continue after the job at which `state` was read."""
+        ...
 
-    def next(self) -> PlannedJob: ...
+    def next(self) -> JobT_co:
+        """Return the next job."""
+        ...
 
 
-class Stream(Protocol[Batch]):
-    """What the training loop draws from. `state` is that after the last batch handed out, JSON."""
+class Stream(Protocol[BatchT_co]):
+    """The batches of one rank, in the order of the training steps."""
 
     @property
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """JSON state after the last batch that was handed out."""
+        ...
 
-    def restore(self, state: Any) -> None: ...
+    def restore(self, state: Any) -> None:
+        """Continue after the batch at which `state` was read."""
+        ...
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> BatchT_co: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop loading."""
+        ...
 
 
 class Prefetcher(Generic[Job, Loaded]):
-    """`load(job)` for job after job of a plan, up to `ahead` of them at once in `workers` threads; 0: when asked for.
+    """A stream that loads the jobs of a source ahead in threads.
 
-    Threads do: reading, decompression and large array operations release the interpreter's lock. An exception of a load
-    comes out where its batch would have.
+    The batches come in the order of the jobs, whatever the number of threads. Threads suffice:
+    reading, decompression and large array operations release the interpreter's lock. An exception
+    in `load` is raised where its batch would have been returned.
+
+    Args:
+        jobs: The source of jobs.
+        load: Loads the batch of a job. It runs in several threads at once.
+        workers: Number of threads. 0 loads each batch when it is asked for.
+        ahead: Largest number of batches that are loaded or waiting. None is twice `workers`.
     """
 
     def __init__(
         self,
-        plan: Planned[Job],
+        jobs: JobSource[Job],
         load: Callable[[Job], Loaded],
         *,
         workers: int,
         ahead: int | None = None,
     ):
-        self.plan, self.load, self.workers = plan, load, workers
+        self.jobs = jobs
+        self.load = load
+        self.workers = workers
         self.ahead = ahead or 2 * workers
-        self._state = plan.state
+        self._state = jobs.state
         self._waiting: deque[tuple[Future[Loaded], dict[str, Any]]] = deque()
         self._pool = ThreadPoolExecutor(workers, "prefetch") if workers else None
 
     @property
     def state(self) -> dict[str, Any]:
+        """JSON state after the last batch that was handed out."""
         return self._state
 
     def restore(self, state: Any) -> None:
+        """Continue after the batch at which `state` was read, dropping batches loaded ahead."""
         self._drop()
-        self.plan.restore(state)
-        self._state = self.plan.state
+        self.jobs.restore(state)
+        self._state = self.jobs.state
 
     def __next__(self) -> Loaded:
         if self._pool is None:
-            batch = self.load(self.plan.next())
-            self._state = self.plan.state
+            batch = self.load(self.jobs.next())
+            self._state = self.jobs.state
             return batch
         while len(self._waiting) < self.ahead:
-            job = self.plan.next()
-            self._waiting.append((self._pool.submit(self.load, job), self.plan.state))
+            job = self.jobs.next()
+            self._waiting.append((self._pool.submit(self.load, job), self.jobs.state))
         future, state = self._waiting.popleft()
         batch = future.result()
         self._state = state
         return batch
 
     def close(self) -> None:
+        """Stop the threads. Batches loaded ahead are dropped."""
         self._drop()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The training loop that every model shares: `fit` runs a task's steps and keeps what they cost and came to."""
+"""The trainer of every model: the training step, validation, previews, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,57 +25,91 @@ from pipeline.core.signals import Stop, Stopped, note_signals
 from train.engine import checkpoint
 from train.engine.config import FREE_ON_RESUME, LoopConfig
 from train.engine.distributed import World
-from train.engine.metrics_log import MetricsLog
+from train.engine.metrics_log import METRICS, MetricsLog
 from train.engine.optimizer import GradientGuard, make_optimizer, peak_flops, update_average
 from train.engine.prefetch import Stream
 
 log = logging.getLogger(__name__)
 
+SAMPLES = "samples"  # directory of the previews inside a run's directory
 
-class Batch(Protocol):
-    """What a stream hands out."""
 
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def samples(self) -> int: ...
+class TrainingBatch(Protocol):
+    """The part of the global batch that one rank works on in one step."""
 
     @property
-    def metric_labels(
-        self,
-    ) -> Mapping[str, Any]: ...  # what the metrics should say of it: {"resolution": 256}
+    def tokens(self) -> int:
+        """Number of cells."""
+        ...
 
-    def to(self, device: torch.device) -> Any: ...
+    @property
+    def samples(self) -> int:
+        """Number of assets."""
+        ...
+
+    @property
+    def metric_labels(self) -> Mapping[str, Any]:
+        """Values that are copied into the step's metrics, such as {"resolution": 256}."""
+        ...
+
+    def to(self, device: torch.device) -> Any:
+        """Return the same batch on a device."""
+        ...
 
 
-AnyBatch = TypeVar("AnyBatch", bound=Batch, contravariant=True)
+AnyBatch = TypeVar("AnyBatch", bound=TrainingBatch, contravariant=True)
 
 
 class Task(Protocol[AnyBatch]):
-    """What a model adds to the loop. Everything random must come from the batch, or from torch's default generator."""
+    """What a model adds to the trainer.
+
+    All random numbers come from the batch or from torch's default generator, so that a resumed run
+    draws the same ones.
+    """
 
     @property
-    def model(self) -> nn.Module: ...  # fp32, on the world's device
+    def model(self) -> nn.Module:
+        """The model in fp32 on the world's device."""
+        ...
 
     def losses(self, model: nn.Module, batch: AnyBatch) -> dict[str, Tensor]:
-        """Scalars, the same names every step; "loss" is minimised.
+        """Compute the loss terms of a batch.
 
-        Scaled so that their mean over the ranks is that of the global batch. `model` is the task's, perhaps wrapped.
+        Args:
+            model: The task's model, which may be wrapped for distributed training.
+            batch: This rank's batch on the world's device.
+
+        Returns:
+            Scalars, with the same names in every step. "loss" is minimised. They are scaled so that
+            their mean over the ranks is the loss of the global batch.
         """
         ...
 
     def flops(self, batch: AnyBatch) -> float:
-        """Of one forward."""
+        """Return the number of floating-point operations of one forward pass."""
         ...
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Losses of held-out assets, the same on every rank, all of which call it; {} if there are none."""
+        """Compute metrics of held-out assets. All ranks call this together.
+
+        Returns:
+            The same metrics on every rank. Empty if there are no held-out assets.
+        """
         ...
 
     def sample(self, model: nn.Module, folder: Path) -> None:
-        """Write meshes and images to a new folder; called on the first rank alone."""
+        """Write meshes and pictures to an empty folder. Only rank 0 calls this."""
         ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of one training step, the same on every rank."""
+
+    metrics: dict[str, Any]
+    flops: float  # of the forward passes of all ranks
+    skipped: str  # why the gradient was not applied, or ""
+    stop: bool  # a rank got a signal or the time limit has passed
 
 
 def fit(
@@ -87,18 +122,34 @@ def fit(
     config: Mapping[str, Any],
     init: Path | None = None,
 ) -> int:
-    """Train to cfg.steps: from `out/latest` if that is there, else from the weights of checkpoint `init`, else anew.
+    """Train a model up to `cfg.steps` steps.
 
-    config: JSON {"model", "config", "training"}, kept in every checkpoint; `out` must hold a run of the same one, but
-    for FREE_ON_RESUME. Returns the steps done, fewer than cfg.steps if max_minutes came first. Stopped after a signal
-    (the step was finished and kept), UserError for an `out` or `init` of another configuration, RunError if gradients
-    stay bad or checkpoints cannot be written. All ranks end the same way.
+    The run continues from `out/latest` if that exists. Otherwise it starts from the weights of the
+    checkpoint `init`, or from new weights. All ranks end in the same way.
+
+    Args:
+        task: The model with its losses.
+        stream: This rank's batches.
+        cfg: Options of the trainer.
+        out: Directory of the run.
+        world: This rank.
+        config: JSON entries "model", "config" and "training", kept in every checkpoint. A resumed
+            run must have the same ones except for FREE_ON_RESUME.
+        init: Checkpoint or exported model that a new run starts from.
+
+    Returns:
+        Number of steps done. It is smaller than `cfg.steps` if `cfg.max_minutes` has passed.
+
+    Raises:
+        Stopped: After SIGINT or SIGTERM. The current step is finished and a checkpoint written.
+        UserError: If `out` or `init` has another configuration.
+        RunError: If too many gradients in a row are bad, or checkpoints cannot be written.
     """
-    return _Run(task, stream, cfg, out=out, world=world, config=config, init=init).train()
+    return Trainer(task, stream, cfg, out=out, world=world, config=config, init=init).run()
 
 
-class _Run:
-    """The state of one call of `fit`."""
+class Trainer:
+    """A run of `fit`: the model, its optimizer and average, and the number of steps done."""
 
     def __init__(
         self,
@@ -111,91 +162,88 @@ class _Run:
         config: Mapping[str, Any],
         init: Path | None,
     ):
-        self.task, self.stream, self.cfg, self.out, self.world = task, stream, cfg, out, world
+        self.task = task
+        self.stream = stream
+        self.cfg = cfg
+        self.out = out
+        self.world = world
         self.config = {"format_version": FORMAT_VERSION, **config, **checkpoint.provenance()}
         self.model = task.model
         torch.manual_seed(cfg.seed * 1_000_003 + world.rank)
         if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it
             torch.use_deterministic_algorithms(True)
         self.guard = GradientGuard(cfg.spike_factor, cfg.clip_norm, cfg.max_bad_steps)
         self.optimizer = make_optimizer(self.model, cfg, world.device)
-        found = checkpoint.latest(out)
-        if found is None and init is not None:
+        newest = checkpoint.latest(out)
+        if newest is None and init is not None:
             load_weights(init, self.model)
-            log.info("weights from %s", init)
+            log.info("Starting from the weights of %s.", init)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.done = 0
-        if found is not None:
-            self._resume(found)
-        self.saved = self.done if found is not None else -1
+        self.done = 0  # steps, of this process and of those that it resumes
+        if newest is not None:
+            self._resume(newest)
+        self.saved = self.done if newest is not None else -1
         self.failed_saves = 0
-        self.signalled = False  # whether any rank was asked to stop
+        self.signalled = False  # whether any rank got a signal
         self.wrapped = world.parallel(self.model)
         self.started = time.monotonic()
         peak = peak_flops(world.device)
         self.peak = peak * world.size if peak else None
 
-    def train(self) -> int:
+    def run(self) -> int:
+        """Train up to the last step and return the number of steps done."""
         cfg = self.cfg
-        journal = MetricsLog(
+        self._log_start()
+        metrics_log = MetricsLog(
             self.out,
             first=self.done,
             steps=cfg.steps,
             log_every=cfg.log_every,
+            max_minutes=cfg.max_minutes,
             enabled=self.world.is_first,
         )
         try:
             with note_signals() as stop:
-                self._steps(journal, stop)
-            return self.done
+                self._train(metrics_log, stop)
         finally:
-            journal.close()
+            metrics_log.close()
             self.stream.close()
+        self._log_end()
+        return self.done
 
-    def _steps(self, journal: MetricsLog, stop: Stop) -> None:
-        cfg, ending = self.cfg, self.done >= self.cfg.steps
+    def _train(self, metrics_log: MetricsLog, stop: Stop) -> None:
+        cfg = self.cfg
+        ending = self.done >= cfg.steps
         while not ending:
             started = time.monotonic()
-            row, bad, ending = self._step(stop)
+            result = self.training_step(stop)
             seconds = time.monotonic() - started
-            work = 3 * row.pop("flops")  # a backward costs two forwards
-            mfu = work / seconds / self.peak if self.peak else None
-            row |= {"seconds": seconds, "tokens_per_s": row["tokens"] / seconds, "mfu": mfu}
-            journal.step(self.done, row)
-            if bad:
-                self._complain(bad)
-            ending |= self.done >= cfg.steps
-            at_leisure = not self.signalled
+            self._log_step(metrics_log, result, seconds)
+            if result.skipped:
+                self._report_skipped(result.skipped)
+            ending = result.stop or self.done >= cfg.steps
+            # The checkpoint comes first: validation may fail on an unreadable held-out asset.
             if _due(self.done, cfg.checkpoint_every, ending):
-                self._save(ending)  # before what may find that a held-out asset cannot be read
-            if at_leisure and _due(self.done, cfg.validate_every, ending):
-                with self._aside():
-                    numbers = self.task.validate(self.ema)
-                if numbers:
-                    journal.event(self.done, "validation", numbers)
-            if at_leisure and _due(self.done, cfg.sample_every, ending):
-                self._sample()
+                self._save(ending)
+            # After a signal the process has little time left.
+            if not self.signalled:
+                if _due(self.done, cfg.validate_every, ending):
+                    self._validate(metrics_log)
+                if _due(self.done, cfg.sample_every, ending):
+                    self._sample()
         if stop.signum or self.signalled:
             raise Stopped(stop.signum or signal.SIGTERM)
 
-    def _complain(self, bad: str) -> None:
-        log.warning(
-            "step %d not applied: %s (%d skipped so far)", self.done, bad, self.guard.skipped
-        )
-        if self.guard.in_a_row >= self.cfg.max_bad_steps:
-            raise RunError(
-                f"{self.guard.in_a_row} gradients in a row could not be applied, the last one {bad}; lower "
-                f"--learning-rate or look at the data; the last checkpoint is {checkpoint.latest(self.out)}"
-            )
-
-    def _step(self, stop: Stop) -> tuple[dict[str, Any], str, bool]:
-        """One step: what it came to, why it was not applied, and whether some rank wants to end."""
-        cfg, world, started = self.cfg, self.world, time.monotonic()
+    def training_step(self, stop: Stop) -> StepResult:
+        """Do one step on all ranks: batch, losses, gradients, optimizer and averaged weights."""
+        cfg, world = self.cfg, self.world
+        started = time.monotonic()
         batch = next(self.stream)
-        tokens, samples, about = batch.tokens, batch.samples, dict(batch.metric_labels)
+        tokens, samples, labels = batch.tokens, batch.samples, dict(batch.metric_labels)
         batch = batch.to(world.device)
         waited = time.monotonic() - started
+
         rate = cfg.rate(self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -203,6 +251,8 @@ class _Run:
             losses = self.task.losses(self.wrapped, batch)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_norm)
+
+        # One all-reduce and one wait for the device give all ranks the same numbers.
         late = (
             cfg.max_minutes is not None and time.monotonic() - self.started > 60 * cfg.max_minutes
         )
@@ -211,29 +261,53 @@ class _Run:
             [*(value.detach().double() for value in losses.values()), norm.double()]
         )
         counted = torch.tensor(counts, dtype=torch.float64).to(world.device, non_blocking=True)
-        values = world.sum(torch.cat([scalars, counted])).tolist()  # the one wait for the device
+        sums = world.sum(torch.cat([scalars, counted])).tolist()
         split = len(losses) + 1
-        *means, norm = (value / world.size for value in values[:split])
-        tokens, samples, flops, waited, signals, late = values[split:]
-        row = dict(zip(losses, means, strict=True))
-        bad = self.guard.judge(row["loss"], norm)
-        if not bad:
+        *means, norm = (value / world.size for value in sums[:split])
+        tokens, samples, flops, waited, signals, late = sums[split:]
+        metrics = dict(zip(losses, means, strict=True))
+
+        # A bad gradient is dropped, so that neither weights, moments nor averages see it.
+        skipped = self.guard.judge(metrics["loss"], norm)
+        if not skipped:
             self.optimizer.step()
-            update_average(
-                self.ema, self.model, min(cfg.ema_decay, (1 + self.done) / (10 + self.done))
-            )
+            decay = min(cfg.ema_decay, (1 + self.done) / (10 + self.done))
+            update_average(self.ema, self.model, decay)
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         self.signalled = signals > 0
-        row |= about | {
+        metrics |= labels | {
             "grad_norm": norm,
             "lr": rate,
             "tokens": int(tokens),
             "samples": int(samples),
-            "flops": flops,
+            "data_s": waited / world.size,
+            "skipped": self.guard.skipped,
         }
-        row |= {"data_s": waited / world.size, "skipped": self.guard.skipped}
-        return row, bad, bool(signals or late)
+        return StepResult(metrics, flops, skipped, bool(signals or late))
+
+    def _log_step(self, metrics_log: MetricsLog, result: StepResult, seconds: float) -> None:
+        work = 3 * result.flops  # a backward pass costs as much as two forward passes
+        speed = {
+            "seconds": seconds,
+            "tokens_per_s": result.metrics["tokens"] / seconds,
+            "mfu": work / seconds / self.peak if self.peak else None,
+        }
+        metrics_log.log_step(self.done, result.metrics | speed)
+
+    def _report_skipped(self, reason: str) -> None:
+        log.warning(
+            "Step %d was not applied: %s (%d skipped so far).",
+            self.done,
+            reason,
+            self.guard.skipped,
+        )
+        if self.guard.in_a_row >= self.cfg.max_bad_steps:
+            raise RunError(
+                f"{self.guard.in_a_row} gradients in a row could not be applied, the last one was "
+                f"{reason}; lower the learning rate or check the data; the last checkpoint is "
+                f"{checkpoint.latest(self.out)}"
+            )
 
     def _save(self, ending: bool) -> None:
         if self.saved == self.done:
@@ -256,50 +330,65 @@ class _Run:
             keep_last=self.cfg.keep_last,
         )
         if not problem:
-            self.saved, self.failed_saves = self.done, 0
+            self.saved = self.done
+            self.failed_saves = 0
             return
         self.failed_saves += 1
         kept = checkpoint.latest(self.out)
-        log.error("step %d: no checkpoint: %s; the last one is %s", self.done, problem, kept)
+        log.error(
+            "Step %d: the checkpoint could not be written: %s. The last checkpoint is %s.",
+            self.done,
+            problem,
+            kept,
+        )
         if ending or self.failed_saves >= self.cfg.max_failed_checkpoints:
             raise RunError(
-                f"{self.failed_saves} checkpoints in a row could not be written ({problem}); kept is {kept}"
+                f"{self.failed_saves} checkpoints in a row could not be written ({problem}); "
+                f"free some space and run the same command; the last checkpoint is {kept}"
             )
 
-    def _resume(self, found: Path) -> None:
-        there = read_config(found)
-        wanted = {name: self.config.get(name) for name in ("model", "config", "training")}
-        stored = {name: there.get(name) for name in wanted}
-        changed = differences(_identity(stored), _identity(wanted))
+    def _resume(self, path: Path) -> None:
+        stored = read_config(path)
+        names = ("model", "config", "training")
+        old = {name: stored.get(name) for name in names}
+        new = {name: self.config.get(name) for name in names}
+        changed = differences(_fixed_options(old), _fixed_options(new))
         if changed:
+            more = " ..." if len(changed) > 4 else ""
             raise UserError(
-                f"{found} was trained with {'; '.join(changed[:4])}{' ...' if len(changed) > 4 else ''}; choose "
-                "another --out (and --init for its weights), or the same options to go on with it"
+                f"{path} was trained with {'; '.join(changed[:4])}{more}; choose another --out "
+                "(and --init for its weights), or the same options to resume it"
             )
         weights = {"model": self.model, "ema": self.ema}
         state = checkpoint.restore(
-            found, weights=weights, optimizer=self.optimizer, world=self.world
+            path, weights=weights, optimizer=self.optimizer, world=self.world
         )
         self.stream.restore(state["data"])
         self.guard.restore(state["guard"])
         self.done = state["step"]
-        log.info("going on from %s", found)
+        log.info("Resuming from %s.", path)
+
+    def _validate(self, metrics_log: MetricsLog) -> None:
+        with self._inference():
+            metrics = self.task.validate(self.ema)
+        if metrics:
+            metrics_log.log_event(self.done, "validation", metrics)
 
     def _sample(self) -> None:
-        folder = self.out / "samples" / f"step-{self.done:08d}"
+        folder = checkpoint.step_directory(self.out / SAMPLES, self.done)
         if self.world.is_first:
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 folder.mkdir(parents=True)
-                with self._aside():
+                with self._inference():
                     self.task.sample(self.ema, folder)
             except OSError as error:
-                log.error("step %d: samples not written: %s", self.done, error)
+                log.error("Step %d: the previews could not be written: %s.", self.done, error)
         self.world.barrier()
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Without gradients, in the run's precision, and leaving no trace in the random state."""
+    def _inference(self) -> Iterator[None]:
+        """Compute without gradients, in the run's precision, and restore the random state."""
         device = self.world.device
         devices = [device] if device.type == "cuda" else []
         enabled = self.cfg.precision == "bf16"
@@ -310,13 +399,32 @@ class _Run:
         ):
             yield
 
+    def _log_start(self) -> None:
+        count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        log.info(
+            "Training %s with %.2f M trainable parameters on %d x %s.",
+            type(self.model).__name__,
+            count / 1e6,
+            self.world.size,
+            self.world.device.type,
+        )
+
+    def _log_end(self) -> None:
+        places = [f"checkpoints are in {self.out}", f"metrics in {self.out / METRICS}"]
+        if (self.out / SAMPLES).is_dir():
+            places.append(f"previews in {self.out / SAMPLES}/")
+        log.info("Done: %d of %d steps; %s.", self.done, self.cfg.steps, ", ".join(places))
+
 
 def _due(step: int, every: int, ending: bool) -> bool:
+    """Return whether something that happens every so many steps and at the end is due. 0: never."""
     return bool(every) and (ending or step % every == 0)
 
 
-def _identity(value: Any) -> Any:
-    """A config without what may change when a run goes on."""
+def _fixed_options(value: Any) -> Any:
+    """Return a configuration without the options that may change when a run is resumed."""
     if not isinstance(value, dict):
         return value
-    return {name: _identity(inner) for name, inner in value.items() if name not in FREE_ON_RESUME}
+    return {
+        name: _fixed_options(inner) for name, inner in value.items() if name not in FREE_ON_RESUME
+    }

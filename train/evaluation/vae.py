@@ -183,8 +183,9 @@ def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
     """Every asset of the split at every resolution; writes numbers, a table, a page and pictures to cfg.out."""
     device = choose_device(cfg.device)
     model = load_model(cfg.checkpoint, SparseVAE, device=device)
-    described = read_config(cfg.checkpoint)
-    trained = tuple(described.get("training", {}).get("bricks", {}).get("resolutions", ()))
+    trained = tuple(
+        read_config(cfg.checkpoint).get("training", {}).get("bricks", {}).get("resolutions", ())
+    )
     stored = built_resolutions(cfg.data)
     wanted = (
         cfg.resolutions or tuple(r for r in trained if r in stored) or trained or tuple(stored[:1])

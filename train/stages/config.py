@@ -1,4 +1,4 @@
-"""Options that the stages with image conditions have in common."""
+"""Options that stages with image conditions have in common, and options of exporting stages."""
 
 from __future__ import annotations
 
@@ -54,3 +54,24 @@ class ConditionedTraining:
         for name in ("held_out_views", "workers", "val_batches", "samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Collect trained stages in one directory for `python -m model.generate`.
+
+    Stages that were exported to it before are replaced.
+    """
+
+    vae: Path | None = Path("runs/vae-tiny/latest")
+    """Checkpoint of `python -m train.vae`. None leaves it out."""
+    structure: Path | None = Path("runs/structure-tiny/flow/latest")
+    """Checkpoint of `python -m train.structure`. None leaves it out."""
+    dit: tuple[Path, ...] = (Path("runs/dit-tiny/latest"),)
+    """Checkpoints of `python -m train.dit`, one for each resolution."""
+    out: Path = Path("runs/export")
+    """Directory of the exported stages."""
+
+    def __post_init__(self) -> None:
+        if self.vae is None and self.structure is None and not self.dit:
+            raise ValueError("vae, structure or dit must name a checkpoint, got none")

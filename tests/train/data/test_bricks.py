@@ -146,7 +146,7 @@ def test_resumes_at_any_batch(build, workers):
 def test_ranks_share_the_global_batch_of_one(build):
     """The same samples, transformed alike, with the same noise, weighted to the same mean."""
     whole = stream_of(build)
-    whole.plan.batch_size = 4
+    whole.jobs.batch_size = 4
     ranks = [stream_of(build, rank=rank, world_size=2) for rank in range(2)]
     for _ in range(6):
         expected, parts = next(whole), [next(rank) for rank in ranks]
@@ -258,7 +258,7 @@ def test_a_damaged_shard_is_skipped_counted_and_said(tmp_path, caplog):
     assert loader.bad == {(0, 32), (1, 32)}
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2, "said once each"
-    assert all("skipped, shard 000000" in message for message in messages)
+    assert all("is skipped, shard 000000" in message for message in messages)
 
 
 def test_too_much_damage_ends_the_run(tmp_path):

@@ -8,13 +8,12 @@ from pipeline.config import PRESETS, BuildConfig
 from pipeline.core.cli import parse, parse_with_presets
 from train.demo.config import DEMO_SIZES, DemoConfig
 from train.demo.plan import plan_demo
-from train.encode import EncodeConfig
 from train.evaluation.generation import GenerationEvaluation
 from train.evaluation.vae import VAEEvaluation
-from train.export import ExportConfig
+from train.stages.config import ExportConfig
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.structure.config import STRUCTURE_PRESETS
-from train.stages.vae.config import VAE_PRESETS
+from train.stages.vae.config import VAE_PRESETS, EncodeConfig
 
 
 def parse_options(command):

@@ -19,7 +19,7 @@ from pipeline.core.errors import UserError
 from tests.train.analytic_builds import tiny_training
 from tests.train.two_rank_gradients import gradients
 from train.engine.distributed import World, fresh_store
-from train.vae import train
+from train.stages.vae.run import train_vae
 
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {
@@ -147,8 +147,8 @@ def test_more_ranks_than_gpus_is_one_clear_error(monkeypatch):
 
 def test_a_checkpoint_of_two_ranks_can_be_gone_on_from_with_one(build, tmp_path, caplog):
     cfg = tiny_training(build, tmp_path, steps=2)
-    assert train(cfg, World()) == 2
+    assert train_vae(cfg, World()) == 2
     state = (tmp_path / "latest").resolve() / "state.json"
     state.write_text(state.read_text().replace('"world_size": 1', '"world_size": 2'))
-    assert train(tiny_training(build, tmp_path, steps=3), World()) == 3
-    assert "was trained on 2 ranks, this is 1: batches differ" in caplog.text
+    assert train_vae(tiny_training(build, tmp_path, steps=3), World()) == 3
+    assert "was trained on 2 ranks and this run has 1, so its batches differ" in caplog.text

@@ -238,7 +238,7 @@ def test_a_bad_batch_costs_its_step_only(tmp_path, bad, caplog):
     assert done == 60
     assert all(parameter.isfinite().all() for parameter in task.model.parameters())
     assert rows(tmp_path)[-1]["skipped"] == 2
-    assert "step 6 not applied: not finite (1 skipped so far)" in caplog.text
+    assert "Step 6 was not applied: not finite (1 skipped so far)" in caplog.text
     torch.testing.assert_close(
         task.model.weight.data, torch.tensor([[1.0, 2.0, 3.0]]), atol=0.3, rtol=0
     )
@@ -299,7 +299,7 @@ def test_guard_gets_used_to_a_lasting_change():
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(tmp_path, monkeypatch, caplog):
-    real = checkpoint.write_bytes
+    real = checkpoint.write_durably
     full = {"now": False}
 
     def write(path, data):
@@ -307,15 +307,15 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(tmp_path, mo
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, data)
 
-    monkeypatch.setattr(checkpoint, "write_bytes", write)
+    monkeypatch.setattr(checkpoint, "write_durably", write)
     task = Fit(
         lambda step: full.update(now=10 <= step < 25)
     )  # the checkpoint of step 20 fails, that of 30 does not
     with caplog.at_level(logging.ERROR):
         done, _ = run(tmp_path, task=task)
     assert done == 30
-    assert "step 20: no checkpoint" in caplog.text
-    assert "No space left on device; the last one is" in caplog.text
+    assert "Step 20: the checkpoint could not be written" in caplog.text
+    assert "No space left on device. The last checkpoint is" in caplog.text
     assert sorted(path.name for path in tmp_path.glob("*step*")) == [
         "step-00000010",
         "step-00000030",
@@ -333,7 +333,8 @@ def test_a_disk_that_stays_full_ends_the_run(tmp_path, caplog):
     )
     try:
         with pytest.raises(
-            RunError, match=r"2 checkpoints in a row could not be written .*kept is .*step-00000010"
+            RunError,
+            match=r"2 checkpoints in a row could not be written .*the last checkpoint is .*step-00000010",
         ):
             run(tmp_path, task=task, steps=100, max_failed_checkpoints=2)
     finally:

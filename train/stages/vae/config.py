@@ -146,3 +146,40 @@ VAE_PRESETS: dict[str, VAETraining] = {
         loop=LoopConfig(steps=50_000, learning_rate=1e-5, activation_checkpointing=True),
     ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """Encode the bricks of a build with a trained SS-VAE.
+
+    The same command resumes a stopped run.
+    """
+
+    vae: Path = Path("runs/vae-tiny/latest")
+    """Checkpoint of `python -m train.vae`, or an exported model."""
+    data: Path = Path("data/smoke")
+    """Directory of a build made by `python -m pipeline.build`."""
+    resolutions: tuple[int, ...] = ()
+    """Resolutions to encode. Without any, those that the VAE was trained at and the build has."""
+    latents: Path | None = None
+    """Directory of the latents. None takes latents/ in the build."""
+    device: Device = "auto"
+    """Device to encode on. auto is a GPU if there is one. cuda takes one GPU per rank."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Precision of the arithmetic. None takes the one that the VAE was trained in."""
+    max_tokens: int = 46_000
+    """Number of cells that are encoded together. A larger asset is encoded alone."""
+    max_bad_share: float = 0.05
+    """Share of a shard's assets that may be unreadable before the run ends."""
+    workers: int = 4
+    """Number of threads that read ahead."""
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        for resolution in self.resolutions:
+            check_resolution(resolution)
+        for name in ("max_tokens", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")

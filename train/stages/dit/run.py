@@ -1,0 +1,112 @@
+"""A training run of the SS-DiT: its latents, its batches and its configuration."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from model.checkpoint import load_model, load_weights
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.sparse_vae import SparseVAE
+from pipeline.core.errors import UserError
+from pipeline.core.hashing import to_json
+from train.data.bricks import log_training_data
+from train.data.latents import LatentStore, vae_hash
+from train.engine import checkpoint
+from train.engine.batch_sampler import ShardBatchSampler
+from train.engine.distributed import World
+from train.engine.prefetch import Prefetcher
+from train.engine.trainer import fit
+from train.stages.dit.config import DiTTraining
+from train.stages.dit.data import DiTLoader, joined
+from train.stages.dit.task import DiTTask
+
+log = logging.getLogger(__name__)
+
+RECORDED = ("resolution", "max_tokens", "held_out_views", "cameras")
+PREVIEW_OPTIONS = ("guidance", "steps")  # they do not change what is trained
+
+
+def train_dit(cfg: DiTTraining, world: World) -> int:
+    """Train the SS-DiT as configured, or resume the run in `cfg.out`.
+
+    Returns:
+        Number of steps done.
+
+    Raises:
+        UserError: If the build, the latents, the VAE or a checkpoint do not fit the options.
+        RunError: If data is unreadable, gradients stay bad or checkpoints cannot be written.
+    """
+    checkpoint.check_init(cfg.init, cfg.out)
+    vae, store = read_latents(cfg, world)
+    index = joined(cfg, store)
+    training, held_out = index.split("train"), index.split("val")
+    sampler = ShardBatchSampler(
+        training.tokens,
+        training.shards,
+        mixed=cfg.flow.open_shards,
+        batch_size=cfg.flow.batch_size,
+        world_size=world.size,
+        seed=cfg.flow.loop.seed,
+        max_tokens=cfg.max_tokens,
+    )
+    loader = DiTLoader(training, store, cfg)
+    task = DiTTask(cfg, world, training, held_out, store, vae)
+    if cfg.init is not None and checkpoint.latest(cfg.out) is None:
+        load_weights(cfg.init, task.model)
+        # The statistics are those of the latents of this run and not of the run before.
+        task.model.dit.set_statistics(store.mean, store.std)
+        log.info("Starting from the weights of %s.", cfg.init)
+    log_training_data(training, held_out, sampler, world)
+    log.info("The image encoder is %s.", task.model.encoder.label)
+    stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.workers)
+    return fit(
+        task, stream, cfg.flow.loop, out=cfg.out, world=world, config=run_config(cfg, store.vae)
+    )
+
+
+def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, LatentStore]:
+    """Load the VAE, if one is named, and open its latents.
+
+    Returns:
+        The VAE on the world's device or None, and the latents.
+
+    Raises:
+        UserError: If the VAE or its latents are missing, or do not fit the model.
+    """
+    vae = None
+    if cfg.vae is not None:
+        if not cfg.vae.exists():
+            raise UserError(
+                f"{cfg.vae} does not exist; name the VAE that made the latents with --vae, or use "
+                "the latents that exist without drawing previews: --vae None"
+            )
+        vae = load_model(cfg.vae, SparseVAE, device=world.device)
+    store = LatentStore(
+        cfg.latents or cfg.data / "latents", cfg.resolution, None if vae is None else vae_hash(vae)
+    )
+    if store.channels != cfg.model.dit.latent_channels:
+        raise UserError(
+            f"model.dit.latent_channels must be the {store.channels} channels of {store.folder}, "
+            f"got {cfg.model.dit.latent_channels}"
+        )
+    return vae, store
+
+
+def run_config(cfg: DiTTraining, vae: str) -> dict[str, Any]:
+    """Return the entries of a checkpoint's config.json that describe the run.
+
+    Args:
+        cfg: Options of the run.
+        vae: Hash of the VAE whose latents are trained on.
+
+    Returns:
+        {"model", "config", "training"}. The first two are what loading the model needs.
+    """
+    options = to_json(asdict(cfg))
+    training = {"vae": vae, **{name: options[name] for name in RECORDED}, **options["flow"]}
+    for name in PREVIEW_OPTIONS:
+        del training[name]
+    return {"model": ConditionedDiT.__name__, "config": options["model"], "training": training}

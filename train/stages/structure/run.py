@@ -1,0 +1,164 @@
+"""A training run of the structure stage: the occupancy VAE, then the flow over its latents."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model.checkpoint import load_weights, weights_file
+from model.occupancy_vae import OccupancyVAE
+from model.structure import Structure
+from pipeline.core.errors import UserError
+from pipeline.core.hashing import to_json
+from train.data.bricks import BuildIndex, log_training_data, read_build_index
+from train.engine import checkpoint
+from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
+from train.engine.distributed import World
+from train.engine.prefetch import Prefetcher
+from train.engine.trainer import fit
+from train.stages.structure.config import StructureTraining
+from train.stages.structure.data import GridLoader
+from train.stages.structure.task import FlowTask, OccupancyTask
+
+log = logging.getLogger(__name__)
+
+RECORDED = {"vae": ("resolution",), "flow": ("resolution", "held_out_views", "cameras")}
+PREVIEW_OPTIONS = ("guidance", "steps")  # they do not change what is trained
+
+
+def train_structure(cfg: StructureTraining, world: World) -> None:
+    """Train both parts of the stage, or the one that `cfg.part` names, or resume them.
+
+    Raises:
+        UserError: If the build or a checkpoint does not fit the options.
+        RunError: If data is unreadable, gradients stay bad or checkpoints cannot be written.
+    """
+    index = read_build_index(cfg.data, [cfg.resolution])
+    training, held_out = index.split("train"), index.split("val")
+    if cfg.part != "flow":
+        done = train_occupancy_vae(cfg, world, training, held_out)
+        steps = cfg.vae.loop.steps
+        if cfg.part == "both" and done < steps:
+            log.info(
+                "The occupancy VAE has %d of %d steps. Run the same command to resume it; the "
+                "flow follows when it is complete.",
+                done,
+                steps,
+            )
+            return
+    if cfg.part != "vae":
+        train_flow(cfg, world, training, held_out)
+
+
+def train_occupancy_vae(
+    cfg: StructureTraining, world: World, training: BuildIndex, held_out: BuildIndex
+) -> int:
+    """Train the occupancy VAE in OUT/vae and return the number of steps done."""
+    task = OccupancyTask(cfg, world, held_out)
+    stream = _stream(cfg, world, training, held_out, images=False)
+    config = run_config(cfg, "vae")
+    return fit(task, stream, cfg.vae.loop, out=cfg.out / "vae", world=world, config=config)
+
+
+def train_flow(
+    cfg: StructureTraining, world: World, training: BuildIndex, held_out: BuildIndex
+) -> int:
+    """Train the flow over the latents of OUT/vae in OUT/flow and return the number of steps done.
+
+    Raises:
+        UserError: If OUT/vae has no checkpoint, besides the errors of `train_structure`.
+    """
+    vae = trained_vae(cfg)
+    newest = checkpoint.latest(cfg.out / "flow")
+    task = FlowTask(cfg, world, training, held_out, vae)
+    if newest is None:  # a checkpoint holds the statistics
+        task.measure(GridLoader(training, cfg, images=False, training=False))
+    elif world.is_first and not _has_vae(newest, vae):
+        log.warning(
+            "%s keeps the occupancy VAE that it started with, which differs from that of %s.",
+            newest,
+            cfg.out / "vae",
+        )
+    log.info("The image encoder is %s.", task.model.flow.encoder.label)
+    stream = _stream(cfg, world, training, held_out, images=True)
+    config = run_config(cfg, "flow")
+    return fit(task, stream, cfg.flow.loop, out=cfg.out / "flow", world=world, config=config)
+
+
+def trained_vae(cfg: StructureTraining) -> OccupancyVAE:
+    """Load the averaged weights of the occupancy VAE in OUT/vae.
+
+    Raises:
+        UserError: If there are none, or they have another configuration.
+    """
+    newest = checkpoint.latest(cfg.out / "vae")
+    if newest is None:
+        raise UserError(
+            f"{cfg.out / 'vae'} holds no occupancy VAE; train it first: "
+            f"python -m train.structure --part vae --out {cfg.out}"
+        )
+    vae = OccupancyVAE(cfg.model.occupancy)
+    load_weights(newest, vae)
+    return vae.eval()
+
+
+def run_config(cfg: StructureTraining, part: str) -> dict[str, Any]:
+    """Return the entries of a checkpoint's config.json that describe the run of a part.
+
+    Args:
+        cfg: Options of the run.
+        part: "vae" or "flow".
+
+    Returns:
+        {"model", "config", "training"}. The first two are what loading the model needs.
+    """
+    options = to_json(asdict(cfg))
+    training = {**{name: options[name] for name in RECORDED[part]}, **options[part]}
+    for name in PREVIEW_OPTIONS:
+        training.pop(name, None)
+    config = options["model"]
+    if part == "vae":
+        return {
+            "model": OccupancyVAE.__name__,
+            "config": config["occupancy"],
+            "training": training,
+        }
+    return {"model": Structure.__name__, "config": config, "training": training}
+
+
+def _has_vae(path: Path, vae: OccupancyVAE) -> bool:
+    """Return whether a checkpoint of the flow has the weights of this VAE."""
+    try:
+        with safe_open(weights_file(path), framework="pt") as file:
+            return all(
+                torch.equal(file.get_tensor(f"vae.{name}"), tensor)
+                for name, tensor in vae.state_dict().items()
+            )
+    except (OSError, SafetensorError):
+        return True  # `fit` reports damaged checkpoints
+
+
+def _stream(
+    cfg: StructureTraining,
+    world: World,
+    training: BuildIndex,
+    held_out: BuildIndex,
+    *,
+    images: bool,
+) -> Prefetcher[Any, Any]:
+    part = cfg.flow if images else cfg.vae
+    options = {"batch_size": part.batch_size, "world_size": world.size, "seed": part.loop.seed}
+    if images:  # renders are read shard by shard
+        shards, mixed = training.shards, cfg.flow.open_shards
+        sampler = ShardBatchSampler(training.tokens, shards, mixed=mixed, **options)
+    else:
+        sampler = BatchSampler(training.tokens, **options)
+    log_training_data(training, held_out, sampler, world)
+    loader = GridLoader(training, cfg, images=images)
+    return Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.workers)

@@ -1,0 +1,75 @@
+"""A training run of the SS-VAE: its data, its batches and its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from model.sparse_vae import SparseVAE
+from pipeline.core.hashing import to_json
+from train.data.bricks import BrickLoader, log_training_data, read_build_index
+from train.engine import checkpoint
+from train.engine.batch_sampler import BatchSampler
+from train.engine.distributed import World
+from train.engine.prefetch import Prefetcher
+from train.engine.trainer import fit
+from train.stages.vae.config import VAETraining
+from train.stages.vae.task import VAETask
+
+# Options that say where a run took place and not what was trained.
+NOT_RECORDED = ("data", "out", "device", "init", "preset")
+NOT_RECORDED_OF_BRICKS = ("workers", "val_batches", "reconstructions")
+
+
+def train_vae(cfg: VAETraining, world: World) -> int:
+    """Train the SS-VAE as configured, or resume the run in `cfg.out`.
+
+    Returns:
+        Number of steps done.
+
+    Raises:
+        UserError: If the build or a checkpoint does not fit the options.
+        RunError: If too much data is unreadable, gradients stay bad or checkpoints cannot be
+            written.
+    """
+    checkpoint.check_init(cfg.init, cfg.out)
+    index = read_build_index(cfg.data, cfg.bricks.resolutions)
+    training, held_out = index.split("train"), index.split("val")
+    task = VAETask(cfg, world, held_out)
+    sampler = BatchSampler(
+        training.tokens,
+        batch_size=cfg.bricks.batch_size,
+        world_size=world.size,
+        seed=cfg.loop.seed,
+        max_tokens=cfg.bricks.max_tokens,
+    )
+    loader = BrickLoader(
+        training,
+        seed=cfg.loop.seed,
+        noise_channels=cfg.model.latent_channels,
+        symmetries=cfg.bricks.symmetries,
+        max_bad_share=cfg.bricks.max_bad_share,
+        largest=cfg.bricks.max_tokens,
+        pin=world.device.type == "cuda",
+    )
+    log_training_data(training, held_out, sampler, world)
+    stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.bricks.workers)
+    return fit(
+        task, stream, cfg.loop, out=cfg.out, world=world, config=run_config(cfg), init=cfg.init
+    )
+
+
+def run_config(cfg: VAETraining) -> dict[str, Any]:
+    """Return the entries of a checkpoint's config.json that describe the run.
+
+    Returns:
+        {"model", "config", "training"}. The first two are what loading the model needs.
+    """
+    training = to_json(asdict(cfg))
+    config = training.pop("model")
+    for name in NOT_RECORDED:
+        del training[name]
+    for name in NOT_RECORDED_OF_BRICKS:
+        del training["bricks"][name]
+    return {"model": SparseVAE.__name__, "config": config, "training": training}
