@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model.sparse_vae import VAEConfig
+from model.config import VAEConfig
 from pipeline.core.cameras import sample_camera
 from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.image_codec import encode

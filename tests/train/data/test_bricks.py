@@ -222,7 +222,7 @@ def test_other_data_is_refused_in_one_line(tmp_path, change, message):
 
 
 def test_a_url_is_refused_with_what_to_do_instead():
-    with pytest.raises(UserError, match=r"looks like a URL; .* copy the build"):
+    with pytest.raises(UserError, match=r"looks like a URL, but .*; copy the build"):
         read_build_index(Path("s3://bucket/build"), [32])
 
 
