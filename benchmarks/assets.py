@@ -28,9 +28,10 @@ from pipeline.config import PRESETS, BuildConfig, PresetName
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.image_codec import decode
+from pipeline.core.primitives.voxel_iou import intersection_over_union
 from pipeline.core.product import Product
 from pipeline.core.schema import Record
-from pipeline.geometry import sdf_cuda as gpu
+from pipeline.geometry import sdf_cuda
 from pipeline.orchestration.asset_stages import AssetJob, load_bricks
 from pipeline.orchestration.commit import land
 from pipeline.orchestration.isolated_process import Isolated
@@ -108,7 +109,7 @@ def measure(cfg: Measure) -> Row:
     """
     build = build_config(cfg)
     if cfg.device == "cuda":
-        gpu.check_cuda()
+        sdf_cuda.check_cuda()
     source = open_source(build.source[0])
     records = sorted(source.records(), key=lambda record: -(cfg.meshes / record.url).stat().st_size)
     processes = min(cfg.processes or os.cpu_count() or 1, len(records) * cfg.repeats)
@@ -327,14 +328,14 @@ def pictures_apart(expected: NDArray[np.uint8], found: NDArray[np.uint8]) -> Row
     a, b = (image.astype(np.float32) / 255 for image in (expected, found))
     apart = np.abs(a[..., :3] * a[..., 3:] - b[..., :3] * b[..., 3:])
     covered, other = expected[..., 3] > 127, found[..., 3] > 127
-    either = np.count_nonzero(covered | other)
+    either = covered | other
     return {
         "mean_difference": float(apart.mean()),
-        "mean_difference_covered": float(apart[covered | other].mean()) if either else 0.0,
+        "mean_difference_covered": float(apart[either].mean()) if either.any() else 0.0,
         "pixels_apart": float((apart.max(axis=-1) > 16 / 255).mean()),
         "coverage": float(covered.mean()),
         "other_coverage": float(other.mean()),
-        "silhouette_iou": np.count_nonzero(covered & other) / either if either else 1.0,
+        "silhouette_iou": float(intersection_over_union(covered, other)),
     }
 
 

@@ -21,8 +21,8 @@ from model.inference.extract_mesh import extract_meshes
 from model.inference.generator import Generator
 from pipeline.core.errors import RunError
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.core.primitives.surface_distance import FAR, Surface, SurfaceMetrics
-from pipeline.core.primitives.voxel_iou import inside, overlap
+from pipeline.core.primitives.surface_distance import EMPTY_METRICS, SampledSurface, SurfaceMetrics
+from pipeline.core.primitives.voxel_iou import inside, intersection_over_union
 from train.data.bricks import BrickReader, read_build_index
 from train.data.render_conditions import ViewReader
 from train.engine.batch_sampler import SampleId
@@ -39,7 +39,6 @@ from train.stages.structure.run import train_structure
 from train.stages.vae.config import VAE_PRESETS, BrickConfig, EncodeConfig
 from train.stages.vae.encode import encode
 from train.stages.vae.run import train_vae
-from train.stages.vae.task import inside_iou
 
 log = logging.getLogger(__name__)
 
@@ -173,13 +172,15 @@ class Judge:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.surfaces = [Surface(*mesh, samples=self.cfg.samples, seed=1) for mesh in self.right]
+        self.surfaces = [
+            SampledSurface(*mesh, samples=self.cfg.samples, seed=1) for mesh in self.right
+        ]
 
     def distances(self, mesh: Any, assets: Sequence[int]) -> list[SurfaceMetrics]:
         """Of a mesh to some of the assets."""
         if not len(mesh[1]):
-            return [FAR for _ in assets]
-        surface = Surface(*mesh, samples=self.cfg.samples)
+            return [EMPTY_METRICS for _ in assets]
+        surface = SampledSurface(*mesh, samples=self.cfg.samples)
         return [surface.compare(self.surfaces[asset]) for asset in assets]
 
     def add(self, asset: int, mesh: Any, **more: Any) -> None:
@@ -257,8 +258,8 @@ def on_given_cells(cfg: Learn, run: DiTTraining, world: World) -> dict[str, Any]
         meshes = [extract_meshes(level, x)[0] for x in (*values, stored)]
         metrics = [judge.distances(mesh, [place])[0] for mesh in meshes[1:]]
         judge.add(
-            place, meshes[0], iou=100 * float(inside_iou(values[0], stored)),
-            wrong_image_iou=100 * float(inside_iou(values[1], stored)),
+            place, meshes[0], iou=100 * float(intersection_over_union(values[0] < 0, stored < 0)),
+            wrong_image_iou=100 * float(intersection_over_union(values[1] < 0, stored < 0)),
             wrong_image_chamfer_x1000=1000 * metrics[0].chamfer, vae_chamfer_x1000=1000 * metrics[1].chamfer,
         )  # fmt: skip
         view = loader.conditions.views.read_view(asset, loader.conditions.view_of(asset, 0))
@@ -287,7 +288,7 @@ def from_images(cfg: Learn, run: DiTTraining, stages: Path, device: torch.device
             log.warning("%s: %s", index.uids[asset], error)
             mesh, tokens = (np.zeros((0, 3)), np.zeros((0, 3), np.int32)), 0
         right = judge.right[asset]
-        iou = overlap(inside(*mesh), inside(*right)) if len(mesh[1]) else 0.0
+        iou = intersection_over_union(inside(*mesh), inside(*right)) if len(mesh[1]) else 0.0
         judge.add(asset, mesh, iou=100 * float(iou), cells=tokens)
         rows.append(
             [on_white(view.rgba), *(picture(*x, size=256, view=axes) for x in (mesh, right))]

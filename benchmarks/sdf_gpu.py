@@ -30,10 +30,9 @@ from pipeline.core.errors import UserError
 from pipeline.core.grid import band, spacing
 from pipeline.core.primitives.triangles import pack
 from pipeline.core.schema import Bricks
-from pipeline.geometry import sdf
-from pipeline.geometry import sdf_cuda as gpu
+from pipeline.geometry import sdf, sdf_cuda
 from pipeline.geometry.config import TopologyConfig
-from pipeline.geometry.flood_fill import Bins, Exterior, bin_triangles
+from pipeline.geometry.flood_fill import Bins, FloodFill, bin_triangles
 from pipeline.geometry.topology import Topology, build_topology
 from pipeline.orchestration.isolated_process import Isolated
 
@@ -93,10 +92,10 @@ def pack_topologies(cfg: Topologies) -> None:
 
 
 def _parts(topology: Topology) -> dict[str, np.ndarray]:
-    exterior = topology.exterior
+    flood = topology.flood
     values = (
         topology.triangles, topology.kinds, topology.sharp_edges,
-        exterior.bins.bin_of, exterior.bins.cells, exterior.outside, exterior.whole,
+        flood.bins.bin_of, flood.bins.cells, flood.outside, flood.whole_cells,
     )  # fmt: skip
     return dict(zip(PARTS, values))
 
@@ -118,8 +117,8 @@ def read_topologies(path: Path) -> dict[str, Topology]:
             triangles=triangles,
             kinds=kinds,
             sharp_edges=sharp_edges,
-            exterior=Exterior(
-                bins=bins, barrier=np.zeros_like(outside), outside=outside, whole=whole
+            flood=FloodFill(
+                bins=bins, barrier=np.zeros_like(outside), outside=outside, whole_cells=whole
             ),
             sign_path="",
             numbers={},
@@ -143,8 +142,8 @@ def measure(cfg: Measure) -> dict[str, Any]:
     ):  # the first compiles; the last says why it is not that one
         results["process"].append(in_a_process(cfg.topologies, max(cfg.resolutions), limit))
         log.info("%s", results["process"][-1])
-    gpu.check_cuda()
-    results["machine"]["gpu"] = gpu.device_name("cuda")
+    sdf_cuda.check_cuda()
+    results["machine"]["gpu"] = sdf_cuda.device_name("cuda")
     topologies = read_topologies(cfg.topologies)
     sdf.compute_bricks(next(iter(topologies.values())), 64)  # numba compiles
     for name, topology in topologies.items():
@@ -167,8 +166,8 @@ def compare(topology: Topology, resolution: int, repeats: int, device: str = "cu
     half, trusted = sdf.SHEET_HALF_VOXELS * h, sdf.FLOOD_VOXELS * spacing(topology.resolution)
 
     def fill() -> None:
-        for _ in gpu.fill_cells(
-            packed, topology.kinds, bins, topology.exterior, tau=tau, half=half, trusted=trusted, device=device
+        for _ in sdf_cuda.fill_cells(
+            packed, topology.kinds, bins, topology.flood, tau=tau, half=half, trusted=trusted, device=device
         ):  # fmt: skip
             pass
 
@@ -260,7 +259,7 @@ def in_a_process(topologies: Path, resolution: int, limit: str) -> Row:
 
 
 def _warm_up() -> None:
-    gpu.warm_up()
+    sdf_cuda.warm_up()
 
 
 def _child(job: tuple[Path, int, Path]) -> None:

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from kernels.conv.sdf_head import sdf_head
     from kernels.conv.sparse_conv import duplicate_children, sparse_conv
     from kernels.runtime.coords import invert_order, token_order
-    from kernels.sdf.distances import Flood, Surface, block_distances, pack_surface
+    from kernels.sdf.distances import FloodBits, GridTriangles, cell_distances, grid_triangles
 
 __all__ = [
     "BlockIndex",
-    "Flood",
+    "FloodBits",
     "ParentVoxels",
-    "Surface",
-    "block_distances",
+    "GridTriangles",
+    "cell_distances",
     "block_mean",
     "compressed_attention",
     "duplicate_children",
@@ -43,7 +43,7 @@ __all__ = [
     "group_norm",
     "invert_order",
     "neighbor_map",
-    "pack_surface",
+    "grid_triangles",
     "parent_voxels",
     "pool_children",
     "reference",
@@ -61,10 +61,10 @@ __getattr__ = export_lazily(
     __name__,
     {
         "BlockIndex": "kernels.attention.block_index",
-        "Flood": "kernels.sdf.distances",
+        "FloodBits": "kernels.sdf.distances",
         "ParentVoxels": "kernels.conv.neighbors",
-        "Surface": "kernels.sdf.distances",
-        "block_distances": "kernels.sdf.distances",
+        "GridTriangles": "kernels.sdf.distances",
+        "cell_distances": "kernels.sdf.distances",
         "block_mean": "kernels.attention.block_mean",
         "compressed_attention": "kernels.attention.branches",
         "duplicate_children": "kernels.conv.sparse_conv",
@@ -72,7 +72,7 @@ __getattr__ = export_lazily(
         "group_norm": "kernels.conv.group_norm",
         "invert_order": "kernels.runtime.coords",
         "neighbor_map": "kernels.conv.neighbors",
-        "pack_surface": "kernels.sdf.distances",
+        "grid_triangles": "kernels.sdf.distances",
         "parent_voxels": "kernels.conv.neighbors",
         "pool_children": "kernels.conv.pool",
         "reference": "kernels.attention.reference:module",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import OccupancyConfig
+from pipeline.core.primitives.voxel_iou import intersection_over_union
 
 LOGVAR = (-30.0, 20.0)  # clamp of log variances; paper, sec. 3
 
@@ -138,15 +139,9 @@ def occupancy_loss(
     dice = 1 - (2 * shared + 1) / (either + 1)
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
-    iou = intersection_over_union(logits.detach() > 0, occupied)
+    iou = intersection_over_union(logits.detach() > 0, occupied, (1, 2, 3)).float()
     parts = {"loss": bce + dice + kl_weight * kl, "bce": bce, "dice": dice, "kl": kl, "iou": iou}
     return {name: share * part.sum() for name, part in parts.items()}
-
-
-def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
-    """Of bool grids [B, S, S, S]: [B], 1 where both are empty."""
-    shared, either = (a & b).sum((1, 2, 3)), (a | b).sum((1, 2, 3))
-    return torch.where(either > 0, shared / either.clamp(min=1), 1.0)
 
 
 def occupancy_grid(cells: Tensor, side: int, batch_size: int) -> Tensor:

@@ -15,7 +15,7 @@ from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.product import Product
 from pipeline.core.schema import Bricks, Material, Mesh, Part
 from pipeline.orchestration.commit import product_paths
-from pipeline.rendering.gl_renderer import canvas
+from pipeline.rendering.gl_renderer import open_renderer
 from pipeline.rendering.shading import lighting
 from pipeline.rendering.views import unpremultiply
 from pipeline.storage.remote import StorePath
@@ -58,7 +58,7 @@ def draw_bricks(bricks: Bricks, uid: str, meta: dict[str, float]) -> NDArray[np.
     vertices, faces = extract(bricks)
     eye = look_at_origin(meta["azimuth_degrees"], meta["elevation_degrees"], meta["focal_mm"])
     part = Part(vertices=slice(0, len(vertices)), faces=slice(0, len(faces)), material=CLAY)
-    with canvas(Mesh(vertices=vertices, faces=faces, parts=(part,)), SIDE) as drawing:
+    with open_renderer(Mesh(vertices=vertices, faces=faces, parts=(part,)), SIDE) as drawing:
         return unpremultiply(drawing.draw(eye, lighting(uid, int(meta["view"]), eye)))
 
 

@@ -1,7 +1,7 @@
-"""Signed distances of 8^3 blocks to the triangles near them: the GPU path of `pipeline.geometry.sdf`, which defines it.
+"""Signed distances of 8^3 cells to the triangles near them: the GPU path of `pipeline.geometry.sdf`, which defines it.
 
-Three launches. `_narrow` tells for each of a block's eight 4^3 sub-blocks which candidates can be closest to any of its
-points. `_distances` takes the closest of them, in float32 relative to the sub-block's centre, and the side where that
+Three launches. `_narrow` tells for each of a cell's eight 4^3 sub-cells which candidates can be closest to any of its
+points. `_distances` takes the closest of them, in float32 relative to the sub-cell's centre, and the side where that
 leaves no doubt. `_votes` decides at all other points in float64, by the operations of `pipeline.geometry.sdf._is_out` one by one
 (no fused multiply-adds), so that both paths give every point the same side.
 """
@@ -19,26 +19,26 @@ from torch import Tensor
 from kernels.runtime.integer_math import cdiv
 from kernels.runtime.triton_ops import on_device
 
-SOLID, THIN, BURIED = (tl.constexpr(kind) for kind in range(3))  # as in pipeline.geometry.topology
-BLOCK = 8
-MAX_BLOCKS = 2**22 - 1  # torch finds the points that vote among fewer than 2^31
+SOLID, SHEET, BURIED = (tl.constexpr(kind) for kind in range(3))  # as in pipeline.geometry.topology
+CELL_SIDE = 8
+MAX_CELLS = 2**22 - 1  # torch finds the points that vote among fewer than 2^31
 # Voxels that a float32 distance may be off, generously: triangles this much too far are still tried, and nothing that
 # hangs on less than this is decided in float32.
 SLACK = tl.constexpr(0.01)
-RADIUS = tl.constexpr(1.5 * math.sqrt(3))  # voxels from a sub-block's centre to its corners
+RADIUS = tl.constexpr(1.5 * math.sqrt(3))  # voxels from a sub-cell's centre to its corners
 PI = tl.constexpr(math.pi)
 VOTE_ROUNDING = tl.constexpr(1e-9)  # as in pipeline.core.primitives.triangles
-# Candidates that a program takes at once. At most resolutions a sub-block has a handful.
+# Candidates that a program takes at once. At most resolutions a sub-cell has a handful.
 NARROW_TILE, DISTANCE_TILE, VOTE_TILE = 32, 8, 4
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Flood:
-    """Which points of the topology's T^3 grid the outside reaches; a block has a bin, one bit a point, or is whole."""
+class FloodBits:
+    """Which points of the topology's T^3 grid the outside reaches; a cell has a bin, one bit a point, or is whole."""
 
     bin_of: Tensor  # int32 [T/8, T/8, T/8], -1: none
     outside: Tensor  # int64 [bins, 8]: word lx, bit 8 * ly + lz
-    whole: Tensor  # bool [T/8, T/8, T/8]
+    whole_cells: Tensor  # bool [T/8, T/8, T/8]
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _squared(gx, gy, gz, ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz):
 
 @triton.jit
 def _to_centres(rows_ptr, triangles_ptr, first, count, i, sx, sy, sz, bx, by, bz):
-    """Of a block's candidates first + i [1, C] those that are there, their kinds, their distances to points [8, C]."""
+    """Of a cell's candidates first + i [1, C] those that are there, their kinds, their distances to points [8, C]."""
     ok = i < count
     triangle = tl.load(triangles_ptr + first + i, ok, other=0)
     a_u_v_n_kind = _load_triangles(rows_ptr, triangle, ok, bx, by, bz)
@@ -127,16 +127,16 @@ def _to_centres(rows_ptr, triangles_ptr, first, count, i, sx, sy, sz, bx, by, bz
 
 @triton.jit
 def _narrow(
-    rows_ptr, blocks_ptr, offsets_ptr, triangles_ptr, lists_ptr, counts_ptr, far, trusted, half, C: tl.constexpr
+    rows_ptr, cells_ptr, offsets_ptr, triangles_ptr, lists_ptr, counts_ptr, far, trusted, half, C: tl.constexpr
 ):  # fmt: skip
-    """Lists the candidates that matter in each sub-block; none where no surface is near. One program a block."""
+    """Lists the candidates that matter in each sub-cell; none where no surface is near. One program a cell."""
     m = tl.program_id(0).to(tl.int64)
     first = tl.load(offsets_ptr + m)
     count = (tl.load(offsets_ptr + m + 1) - first).to(tl.int32)
     lists = lists_ptr + (first - tl.load(offsets_ptr)) * 8
-    bx = tl.load(blocks_ptr + 3 * m).to(tl.float32) * 8 + 3.5
-    by = tl.load(blocks_ptr + 3 * m + 1).to(tl.float32) * 8 + 3.5
-    bz = tl.load(blocks_ptr + 3 * m + 2).to(tl.float32) * 8 + 3.5
+    bx = tl.load(cells_ptr + 3 * m).to(tl.float32) * 8 + 3.5
+    by = tl.load(cells_ptr + 3 * m + 1).to(tl.float32) * 8 + 3.5
+    bz = tl.load(cells_ptr + 3 * m + 2).to(tl.float32) * 8 + 3.5
     sub = tl.arange(0, 8)[:, None]
     sx, sy, sz = (
         (sub // 4 * 4 - 2).to(tl.float32),
@@ -154,7 +154,7 @@ def _narrow(
         )
         _, kind, d = at_centres  # pyright: ignore[reportGeneralTypeIssues]
         solid = tl.where(kind == SOLID, tl.minimum(solid, d), solid)
-        sheet = tl.where(kind == THIN, tl.minimum(sheet, d), sheet)
+        sheet = tl.where(kind == SHEET, tl.minimum(sheet, d), sheet)
     nearest_solid, nearest_sheet = tl.min(solid, 1)[:, None], tl.min(sheet, 1)[:, None]
     near = tl.minimum(nearest_solid, nearest_sheet - half) - RADIUS <= far
     # Solids' triangles compete with each other and so do sheets'. A buried one only tells sides near the surface.
@@ -169,7 +169,7 @@ def _narrow(
             rows_ptr, triangles_ptr, first, count, start + lane, sx, sy, sz, bx, by, bz
         )
         bound = tl.where(
-            kind == THIN, sheet_bound, tl.where(kind == BURIED, buried_bound, solid_bound)
+            kind == SHEET, sheet_bound, tl.where(kind == BURIED, buried_bound, solid_bound)
         )
         keep = near & (start + lane < count) & (d <= bound)
         place = kept[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
@@ -197,10 +197,10 @@ def _outside(bin_of_ptr, outside_ptr, whole_ptr, x2, y2, z2, last, flood_last, o
 
 @triton.jit
 def _distances(
-    rows_ptr, blocks_ptr, offsets_ptr, lists_ptr, counts_ptr, bin_of_ptr, outside_ptr, whole_ptr, values_ptr,
+    rows_ptr, cells_ptr, offsets_ptr, lists_ptr, counts_ptr, bin_of_ptr, outside_ptr, whole_ptr, values_ptr,
     unsure_ptr, last, flood_last, h, trusted, half, tie, C: tl.constexpr,
 ):  # fmt: skip
-    """Distances of one sub-block's 64 points; those whose side is left open count as outside and are marked.
+    """Distances of one sub-cell's 64 points; those whose side is left open count as outside and are marked.
 
     By 2 where the flood says inside, by 1 elsewhere.
     """
@@ -212,9 +212,9 @@ def _distances(
         + (tl.load(offsets_ptr + m + 1) - first) * sub
     )
     count = tl.load(counts_ptr + m * 8 + sub)
-    x0 = tl.load(blocks_ptr + 3 * m) * 8 + sub // 4 * 4
-    y0 = tl.load(blocks_ptr + 3 * m + 1) * 8 + sub // 2 % 2 * 4
-    z0 = tl.load(blocks_ptr + 3 * m + 2) * 8 + sub % 2 * 4
+    x0 = tl.load(cells_ptr + 3 * m) * 8 + sub // 4 * 4
+    y0 = tl.load(cells_ptr + 3 * m + 1) * 8 + sub // 2 % 2 * 4
+    z0 = tl.load(cells_ptr + 3 * m + 2) * 8 + sub % 2 * 4
     p = tl.arange(0, 64)
     i, j, k = p // 16, p // 4 % 4, p % 4
     at = m * 512 + (sub // 4 * 4 + i) * 64 + (sub // 2 % 2 * 4 + j) * 8 + sub % 2 * 4 + k
@@ -256,13 +256,13 @@ def _distances(
                 gx, gy, gz, ax, ay, az, ux, uy, uz, vx, vy, vz, nx, ny, nz
             )
             solid = tl.where(kind == SOLID, tl.minimum(solid, d2), solid)
-            sheet = tl.where(kind == THIN, tl.minimum(sheet, d2), sheet)
+            sheet = tl.where(kind == SHEET, tl.minimum(sheet, d2), sheet)
             hit = inside & (kind == SOLID)
             not_above = tl.where(
-                (kind != THIN) & ok & ~(hit & (height >= 0)), tl.minimum(not_above, d2), not_above
+                (kind != SHEET) & ok & ~(hit & (height >= 0)), tl.minimum(not_above, d2), not_above
             )
             not_below = tl.where(
-                (kind != THIN) & ok & ~(hit & (height < 0)), tl.minimum(not_below, d2), not_below
+                (kind != SHEET) & ok & ~(hit & (height < 0)), tl.minimum(not_below, d2), not_below
             )
         distance, shell = tl.sqrt(tl.min(solid, 1)), tl.sqrt(tl.min(sheet, 1))
         not_above_d, not_below_d = tl.sqrt(tl.min(not_above, 1)), tl.sqrt(tl.min(not_below, 1))
@@ -343,7 +343,7 @@ def _to_points(exact_ptr, lists_ptr, lists, lane, count, x, y, z):
 
 @triton.jit
 def _votes(
-    exact_ptr, blocks_ptr, offsets_ptr, lists_ptr, counts_ptr, points_ptr, unsure_ptr, values_ptr, N, last,
+    exact_ptr, cells_ptr, offsets_ptr, lists_ptr, counts_ptr, points_ptr, unsure_ptr, values_ptr, N, last,
     TRUSTED: tl.constexpr, TIE: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Sides of N unsure points in float64: near a solid by the angle-weighted votes of all triangles that tie for the
@@ -360,11 +360,11 @@ def _votes(
         :, None
     ]
     count = tl.load(counts_ptr + m * 8 + sub, known, other=0)
-    x = ((tl.load(blocks_ptr + 3 * m) * 8 + lx).to(tl.float64) / last.to(tl.float64) - 0.5)[:, None]
-    y = ((tl.load(blocks_ptr + 3 * m + 1) * 8 + ly).to(tl.float64) / last.to(tl.float64) - 0.5)[
+    x = ((tl.load(cells_ptr + 3 * m) * 8 + lx).to(tl.float64) / last.to(tl.float64) - 0.5)[:, None]
+    y = ((tl.load(cells_ptr + 3 * m + 1) * 8 + ly).to(tl.float64) / last.to(tl.float64) - 0.5)[
         :, None
     ]
-    z = ((tl.load(blocks_ptr + 3 * m + 2) * 8 + lz).to(tl.float64) / last.to(tl.float64) - 0.5)[
+    z = ((tl.load(cells_ptr + 3 * m + 2) * 8 + lz).to(tl.float64) / last.to(tl.float64) - 0.5)[
         :, None
     ]
     lane, most, count_P1 = tl.arange(0, C)[None, :], tl.max(count, 0), count[:, None]
@@ -375,14 +375,14 @@ def _votes(
         _, kind, _, _, _, _, _, d = found  # pyright: ignore[reportGeneralTypeIssues]
         solid = tl.minimum(solid, tl.min(tl.where(kind == SOLID, d, float("inf")), 1))
         buried = tl.minimum(buried, tl.min(tl.where(kind == BURIED, d, float("inf")), 1))
-        sheet = tl.minimum(sheet, tl.min(tl.where(kind == THIN, d, float("inf")), 1))
+        sheet = tl.minimum(sheet, tl.min(tl.where(kind == SHEET, d, float("inf")), 1))
     limit = tl.minimum(solid, buried)[:, None] + TIE
     votes, weights = tl.zeros([P], tl.float64), tl.zeros([P], tl.float64)
     half_turn = tl.full([P, C], PI, tl.float64)
     for start in range(0, most, C):
         found = _to_points(exact_ptr, lists_ptr, lists, start + lane, count_P1, x, y, z)
         row, kind, dx, dy, dz, v, w, d = found  # pyright: ignore[reportGeneralTypeIssues]
-        votes_too = (start + lane < count_P1) & (kind != THIN) & (d <= limit)
+        votes_too = (start + lane < count_P1) & (kind != SHEET) & (d <= limit)
         nx, ny = tl.load(row + 9, votes_too, other=0.0), tl.load(row + 10, votes_too, other=0.0)
         height = dx * nx + dy * ny + dz * tl.load(row + 11, votes_too, other=0.0)
         # 2 pi for a face, pi for an edge, the angle for a corner: the sum's sign is the angle-weighted pseudonormal's
@@ -403,8 +403,8 @@ def _votes(
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Surface:
-    """Triangles as the kernels read them, for one resolution; made by `pack_surface`."""
+class GridTriangles:
+    """Triangles as the kernels read them, for one resolution; made by `grid_triangles`."""
 
     resolution: int
     rows: (
@@ -413,7 +413,7 @@ class Surface:
     exact: Tensor  # float64 [T, 16] in cube units: a, b - a, c - a, unit normal, angles at a, b, c, kind
 
 
-def pack_surface(packed_T16: Tensor, kinds_T: Tensor, resolution: int) -> Surface:
+def grid_triangles(packed_T16: Tensor, kinds_T: Tensor, resolution: int) -> GridTriangles:
     """Prepares `pipeline.core.primitives.triangles.pack`'s float64 rows, kinds uint8 (0 solid, 1 sheet, 2 buried), for an R^3 grid.
 
     Differences of large coordinates are what float32 cannot hold, hence the two halves of a corner.
@@ -421,8 +421,8 @@ def pack_surface(packed_T16: Tensor, kinds_T: Tensor, resolution: int) -> Surfac
     """
     _check("packed_T16", packed_T16, (None, 16), torch.float64, packed_T16)
     _check("kinds_T", kinds_T, (len(packed_T16),), torch.uint8, packed_T16)
-    if resolution <= 0 or resolution % BLOCK:
-        raise ValueError(f"resolution must be a positive multiple of {BLOCK}, got {resolution}")
+    if resolution <= 0 or resolution % CELL_SIDE:
+        raise ValueError(f"resolution must be a positive multiple of {CELL_SIDE}, got {resolution}")
     a, u, v, normal = packed_T16[:, :12].split(3, 1)
     corner = (a + 0.5) * (resolution - 1)
     kind = kinds_T[:, None]
@@ -430,7 +430,7 @@ def pack_surface(packed_T16: Tensor, kinds_T: Tensor, resolution: int) -> Surfac
     rows = torch.cat([corner.float(), corner - corner.float(), edges, normal, kind], 1).float()
     angles = [_angle(u, v), _angle(-u, v - u), _angle(-v, u - v)]
     exact = torch.cat([packed_T16[:, :12], *(angle[:, None] for angle in angles), kind.double()], 1)
-    return Surface(resolution=resolution, rows=rows.contiguous(), exact=exact.contiguous())
+    return GridTriangles(resolution=resolution, rows=rows.contiguous(), exact=exact.contiguous())
 
 
 def _angle(p_T3: Tensor, q_T3: Tensor) -> Tensor:
@@ -438,26 +438,32 @@ def _angle(p_T3: Tensor, q_T3: Tensor) -> Tensor:
     return cosine.clamp(-1, 1).arccos()
 
 
-def block_distances(
-    triangles: Surface, flood: Flood, blocks_M3: Tensor, offsets_M1: Tensor, candidates_E: Tensor, *,
+def cell_distances(
+    triangles: GridTriangles, flood: FloodBits, cells_M3: Tensor, offsets_M1: Tensor, candidates_E: Tensor, *,
     tau: float, sheet_half: float, trusted: float, tie: float,
 ) -> Tensor:  # fmt: skip
-    """Signed distances float32 [M, 512] in cube units of int32 blocks (x, y, z), point 64 * lx + 8 * ly + lz.
+    """Signed distances float32 [M, 512] in cube units of int32 cells (x, y, z), point 64 * lx + 8 * ly + lz.
 
-    Block m's candidates are triangles candidates_E[offsets_M1[m]:offsets_M1[m + 1]] (int32, int64): all that come
+    Cell m's candidates are triangles candidates_E[offsets_M1[m]:offsets_M1[m + 1]] (int32, int64): all that come
     within max(tau + sheet_half, trusted) of it; a part of a longer list will do. Lengths are in cube units: nothing
     beyond `tau` need be exact, solids nearer than `trusted` decide on sides, the flood elsewhere; sheets count as
     distance - sheet_half; triangles `tie` farther than the closest vote, too. Distances are float32's, sides float64's:
     the CPU's at every point. Where no surface is near a value is +-inf. Takes 32 bytes a candidate beside the result,
     and waits for the GPU twice: to count the candidates, and the points that float32 leaves open. A `trusted` or `tie`
-    not seen before is compiled for. ValueError for other shapes, dtypes or devices, more than MAX_BLOCKS blocks, and
+    not seen before is compiled for. ValueError for other shapes, dtypes or devices, more than MAX_CELLS cells, and
     grids whose sides' product passes 2^30.
     """
     _check("flood.bin_of", flood.bin_of, (flood.bin_of.shape[0],) * 3, torch.int32, triangles.rows)
-    _check("flood.whole", flood.whole, tuple(flood.bin_of.shape), torch.bool, triangles.rows)
-    _check("flood.outside", flood.outside, (None, BLOCK), torch.int64, triangles.rows)
-    _check("blocks_M3", blocks_M3, (None, 3), torch.int32, triangles.rows)
-    _check("offsets_M1", offsets_M1, (len(blocks_M3) + 1,), torch.int64, triangles.rows)
+    _check(
+        "flood.whole_cells",
+        flood.whole_cells,
+        tuple(flood.bin_of.shape),
+        torch.bool,
+        triangles.rows,
+    )
+    _check("flood.outside", flood.outside, (None, CELL_SIDE), torch.int64, triangles.rows)
+    _check("cells_M3", cells_M3, (None, 3), torch.int32, triangles.rows)
+    _check("offsets_M1", offsets_M1, (len(cells_M3) + 1,), torch.int64, triangles.rows)
     _check("candidates_E", candidates_E, (None,), torch.int32, triangles.rows)
     for name, value in (
         ("tau", tau),
@@ -467,21 +473,21 @@ def block_distances(
     ):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be 0 or more and finite, got {value}")
-    if len(blocks_M3) > MAX_BLOCKS:
-        raise ValueError(f"blocks_M3 must be at most {MAX_BLOCKS} at once, got {len(blocks_M3)}")
-    M, last, flood_last = len(blocks_M3), triangles.resolution - 1, BLOCK * len(flood.bin_of) - 1
+    if len(cells_M3) > MAX_CELLS:
+        raise ValueError(f"cells_M3 must be at most {MAX_CELLS} at once, got {len(cells_M3)}")
+    M, last, flood_last = len(cells_M3), triangles.resolution - 1, CELL_SIDE * len(flood.bin_of) - 1
     if last * flood_last >= 2**30:
         raise ValueError(
             f"resolution times the flood's must be at most 2**30, got {last + 1} and {flood_last + 1}"
         )
-    values = triangles.rows.new_empty(M, BLOCK**3)
+    values = triangles.rows.new_empty(M, CELL_SIDE**3)
     if M == 0:
         return values
     unsure = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     counts = torch.empty(M, 8, dtype=torch.int32, device=values.device)
     total = int(offsets_M1[-1] - offsets_M1[0])
     lists = torch.empty(8 * total, dtype=torch.int32, device=values.device)
-    grid = (blocks_M3.contiguous(), offsets_M1.contiguous())
+    grid = (cells_M3.contiguous(), offsets_M1.contiguous())
     far, near, half = max(tau, trusted) * last, trusted * last, sheet_half * last  # in voxels
     with on_device(values):
         _narrow[(M,)](
@@ -498,7 +504,7 @@ def block_distances(
         )
         _distances[(8 * M,)](
             triangles.rows, *grid, lists, counts, flood.bin_of.contiguous(), flood.outside.contiguous(),
-            flood.whole.contiguous().view(torch.uint8), values, unsure, last, flood_last, 1 / last, near, half,
+            flood.whole_cells.contiguous().view(torch.uint8), values, unsure, last, flood_last, 1 / last, near, half,
             tie * last, C=DISTANCE_TILE, num_warps=2,
         )  # fmt: skip
         points = unsure.view(-1).nonzero().view(-1)

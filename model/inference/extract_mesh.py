@@ -6,22 +6,18 @@ import itertools
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from model.sparse_tensor import POINTS, Level
 from pipeline.core.grid import CELL_SIDE, check_resolution
-from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.primitives.marching_cubes import MeshArrays, extract
 from pipeline.core.schema import Bricks
-
-Surface = tuple[
-    NDArray[np.float64], NDArray[np.int32]
-]  # vertices [V, 3] in the cube, faces [F, 3] seen from outside
 
 
 def mesh_of(
     blocks_M3: ArrayLike, values_MK: ArrayLike, resolution: int, level: float = 0.0
-) -> Surface:
+) -> MeshArrays:
     """The surface of one asset where its bricks pass through `level`.
 
     blocks integer [M, 3] = index // 8, in any order; values float [M, 512] of points 64 * lx + 8 * ly + lz, negative
@@ -49,7 +45,7 @@ def mesh_of(
     return extract(Bricks(resolution=resolution, cells=blocks, values=values, sharp=empty), level)
 
 
-def extract_meshes(cells: Level, values_MK: Tensor, level: float = 0.0) -> list[Surface]:
+def extract_meshes(cells: Level, values_MK: Tensor, level: float = 0.0) -> list[MeshArrays]:
     """The surface of every asset of a decoded batch, as `mesh_of` has it; empty arrays where there is none.
 
     cells: the level of the latents, of resolution R / 8; values float [M, 512] on any device.

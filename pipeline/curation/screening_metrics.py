@@ -18,7 +18,7 @@ from pipeline.core.primitives.triangles import pack
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks, Mesh, View
 from pipeline.curation.config import ScreenConfig
-from pipeline.geometry.flood_fill import BARRIER_VOXELS, Exterior, bin_triangles, flood
+from pipeline.geometry.flood_fill import BARRIER_VOXELS, FloodFill, bin_triangles, flood_fill
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import Topology
 from pipeline.rendering.views import render_views, view_numbers
@@ -83,7 +83,7 @@ def compute_metrics(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> Screen
     """
     bricks = compute_bricks(topology, cfg.resolution)
     box = bounding_box_grid_points(mesh, topology.resolution)
-    solid = float(enclosed_grid_points(topology.exterior) / box)
+    solid = float(enclosed_grid_points(topology.flood) / box)
     views = list(render_views(mesh, VIEW_SEED_KEY, cfg.render))
     numbers = {name: round(value, 6) for name, value in view_numbers(views).items()}
     solid_without_cracks = float(enclosed_grid_points(_flood_thicker_barrier(topology)) / box)
@@ -107,22 +107,22 @@ def bounding_box_grid_points(mesh: Mesh, resolution: int) -> float:
     return float(np.prod(np.maximum(np.ptp(mesh.vertices, axis=0), h)) / h**3)
 
 
-def enclosed_grid_points(exterior: Exterior) -> float:
+def enclosed_grid_points(flood: FloodFill) -> float:
     """Count the grid points that the flood did not reach. Points of the barrier count half."""
-    bins = exterior.bins
-    inside = np.count_nonzero((bins.bin_of < 0) & ~exterior.whole) * CELL_SIDE**3
-    inside += int(np.bitwise_count(~(exterior.outside | exterior.barrier)).sum())
-    barrier = int(np.bitwise_count(exterior.barrier).sum())
+    bins = flood.bins
+    inside = np.count_nonzero((bins.bin_of < 0) & ~flood.whole_cells) * CELL_SIDE**3
+    inside += int(np.bitwise_count(~(flood.outside | flood.barrier)).sum())
+    barrier = int(np.bitwise_count(flood.barrier).sum())
     if not inside:  # only the barrier itself: a sheet encloses nothing
         return 0.0
     return inside + barrier / 2
 
 
-def _flood_thicker_barrier(topology: Topology) -> Exterior:
+def _flood_thicker_barrier(topology: Topology) -> FloodFill:
     """Flood past a barrier twice as thick, which closes cracks twice as wide."""
     packed = pack(topology.triangles)
     bins = bin_triangles(packed, topology.resolution)
-    return flood(packed, bins, np.ones(len(packed), np.bool_), 2 * BARRIER_VOXELS)
+    return flood_fill(packed, bins, np.ones(len(packed), np.bool_), 2 * BARRIER_VOXELS)
 
 
 def occupancy_signature(bricks: Bricks) -> bytes:

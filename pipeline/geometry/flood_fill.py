@@ -28,13 +28,13 @@ class Bins:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exterior:
+class FloodFill:
     """The flood's result. A cell with a bin has one bit a point: word lx, bit 8 * ly + lz; all others are whole."""
 
     bins: Bins
     barrier: NDArray[np.uint64]  # [M, 8] within BARRIER_VOXELS of a triangle in use
     outside: NDArray[np.uint64]  # [M, 8] reached by the flood
-    whole: NDArray[np.bool_]  # [B, B, B] cells without a bin that the flood reached
+    whole_cells: NDArray[np.bool_]  # [B, B, B] cells without a bin that the flood reached
 
 
 @njit(cache=True)
@@ -278,12 +278,12 @@ def _fill(
     _spread(bins.bin_of, bins.cells, free, free_whole, reached, whole, start, queued)
 
 
-def flood(
+def flood_fill(
     packed: NDArray[np.float64],
     bins: Bins,
     use: NDArray[np.bool_],
     barrier_voxels: float = BARRIER_VOXELS,
-) -> Exterior:
+) -> FloodFill:
     """Fills the outside of the triangles where `use` [T] holds, leaving a barrier of this many voxels around them."""
     barrier = np.zeros((len(bins.cells), CELL_SIDE), np.uint64)
     radius = barrier_voxels * spacing(bins.resolution)
@@ -304,26 +304,26 @@ def flood(
                 _seed_face(outside[m], ~barrier[m], axis, int(side > 0), np.uint64(2**64 - 1))
     start = np.flatnonzero(walls)
     _fill(bins, ~barrier, np.ones_like(whole), start, outside, whole)
-    return Exterior(bins=bins, barrier=barrier, outside=outside, whole=whole)
+    return FloodFill(bins=bins, barrier=barrier, outside=outside, whole_cells=whole)
 
 
-def region_from(free: Exterior, start: NDArray[np.int64]) -> Exterior:
+def connected_region(free: FloodFill, start: NDArray[np.int64]) -> FloodFill:
     """The connected region of the points that are `outside` in `free`, from one grid point [3] that is."""
     bins = free.bins
     cell, local = start // CELL_SIDE, start % CELL_SIDE
-    reached, whole = np.zeros_like(free.outside), np.zeros_like(free.whole)
+    reached, whole = np.zeros_like(free.outside), np.zeros_like(free.whole_cells)
     m = bins.bin_of[tuple(cell)]
     if m < 0:
         whole[tuple(cell)] = True
     else:
         reached[m, local[0]] = np.uint64(1) << np.uint64(8 * local[1] + local[2])
     number = np.ravel_multi_index(tuple(cell), bins.bin_of.shape)
-    _fill(bins, free.outside, free.whole, np.array([number]), reached, whole)
-    return Exterior(bins=bins, barrier=free.barrier, outside=reached, whole=whole)
+    _fill(bins, free.outside, free.whole_cells, np.array([number]), reached, whole)
+    return FloodFill(bins=bins, barrier=free.barrier, outside=reached, whole_cells=whole)
 
 
 @njit(cache=True, inline="always")
-def bit_at(bin_of, words, whole, x, y, z, beyond):
+def is_reached(bin_of, words, whole, x, y, z, beyond):
     """The bit of the grid point with these indices; `beyond` for a point off the grid."""
     last = len(bin_of) * CELL_SIDE - 1
     if x < 0 or y < 0 or z < 0 or x > last or y > last or z > last:

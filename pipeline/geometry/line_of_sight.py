@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from pipeline.core.grid import CELL_SIDE, spacing
 from pipeline.core.primitives.triangles import segment_hits
-from pipeline.geometry.flood_fill import Exterior, bit_at
+from pipeline.geometry.flood_fill import FloodFill, is_reached
 
-HIDDEN, FRONT, BACK, SHEET = (
+HIDDEN, FRONT, BACK, BOTH = (
     0,
     1,
     2,
@@ -32,8 +32,8 @@ class Scene(NamedTuple):
     bin_of: NDArray[np.int32]  # as in Bins
     offsets: NDArray[np.int64]
     triangles: NDArray[np.int32]
-    outside: NDArray[np.uint64]  # as in Exterior
-    whole: NDArray[np.bool_]
+    outside: NDArray[np.uint64]  # as in FloodFill
+    whole_cells: NDArray[np.bool_]
     h: float  # spacing of the grid
     near: NDArray[np.int32]  # scratch of `_near_sample`: the lists of triangles near one sample
     near_boxes: NDArray[np.float64]  # their boxes
@@ -42,16 +42,16 @@ class Scene(NamedTuple):
     ]  # [1 + 8, 2]: how many lists there are; then of each its cell and where in `near` it ends
 
 
-def scene_of(packed: NDArray[np.float64], exterior: Exterior) -> Scene:
+def make_scene(packed: NDArray[np.float64], flood: FloodFill) -> Scene:
     """The triangles of `pack` among an exterior."""
-    bins = exterior.bins
+    bins = flood.bins
     most = 8 * np.diff(bins.offsets).max(initial=0)
     corners = np.stack(
         [packed[:, :3], packed[:, :3] + packed[:, 3:6], packed[:, :3] + packed[:, 6:9]]
     )
     return Scene(
         packed, np.concatenate([corners.min(0), corners.max(0)], axis=1), bins.bin_of, bins.offsets, bins.triangles,
-        exterior.outside, exterior.whole, spacing(bins.resolution),
+        flood.outside, flood.whole_cells, spacing(bins.resolution),
         np.empty(most, np.int32), np.empty((most, 6)), np.zeros((9, 2), np.int64),
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def _sees_exterior(scene, sample_x, sample_y, sample_z, nx, ny, nz, every):
         k0 = int(np.floor((z + reach * h * nz + 0.5) / h))
         for corner in range(8):
             i, j, k = i0 + (corner >> 2), j0 + (corner >> 1 & 1), k0 + (corner & 1)
-            if not bit_at(bin_of, scene.outside, scene.whole, i, j, k, True):
+            if not is_reached(bin_of, scene.outside, scene.whole_cells, i, j, k, True):
                 continue
             qx, qy, qz = i * h - 0.5, j * h - 0.5, k * h - 0.5
             if (qx - x) * nx + (qy - y) * ny + (qz - z) * nz < 0.1 * h:
@@ -150,8 +150,8 @@ def _sees_exterior(scene, sample_x, sample_y, sample_z, nx, ny, nz, every):
 
 
 @njit(cache=True)
-def sides_seen(scene, x, y, z, nx, ny, nz):
-    """HIDDEN, FRONT, BACK or SHEET for a point of the surface with unit normal n."""
+def visible_sides(scene, x, y, z, nx, ny, nz):
+    """HIDDEN, FRONT, BACK or BOTH for a point of the surface with unit normal n."""
     scene.lists[0, 0] = 0
     front = _sees_exterior(scene, x, y, z, nx, ny, nz, False)
     back = _sees_exterior(scene, x, y, z, -nx, -ny, -nz, False)

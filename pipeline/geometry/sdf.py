@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from pipeline.core.grid import CELL_SIDE, band, check_resolution, spacing
 from pipeline.core.primitives.triangles import TIE, VOTE_ROUNDING, distance2, pack, side_vote
 from pipeline.core.schema import Bricks
-from pipeline.geometry import sdf_cuda as gpu
-from pipeline.geometry.flood_fill import BARRIER_VOXELS, Bins, bin_triangles, bit_at
+from pipeline.geometry import sdf_cuda
+from pipeline.geometry.flood_fill import BARRIER_VOXELS, Bins, bin_triangles, is_reached
 from pipeline.geometry.sharp_edges import sharp_bits
-from pipeline.geometry.topology import BURIED, SOLID, THIN, Topology
+from pipeline.geometry.topology import BURIED, SHEET, SOLID, Topology
 
 # beyond this distance from all triangles the nearest point of the topology's grid (sqrt(3) / 2) is clear of the barrier
 FLOOD_VOXELS = BARRIER_VOXELS + 0.87
@@ -44,8 +44,8 @@ def compute_bricks(topology: Topology, resolution: int, device: str = "cpu") -> 
     # farther off than this the clamp hides the distance and the flood knows the side
     bins = bin_triangles(packed, resolution, max(tau + half, trusted) / h)
     if device == "cuda":
-        filled = gpu.fill_cells(
-            packed, topology.kinds, bins, topology.exterior, tau=tau, half=half, trusted=trusted
+        filled = sdf_cuda.fill_cells(
+            packed, topology.kinds, bins, topology.flood, tau=tau, half=half, trusted=trusted
         )  # fmt: skip
     else:
         filled = _filled(packed, topology, bins, tau, half)
@@ -61,13 +61,13 @@ def _filled(
     packed: NDArray[np.float64], topology: Topology, bins: Bins, tau: float, half: float
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float16]]]:
     """Active cells [m, 3], active points and clamp(sdf / tau) [m, 512]: one chunk's float32 distances at a time."""
-    exterior = topology.exterior
+    flood = topology.flood
     for first in range(0, len(bins.cells), CHUNK_CELLS):
         chunk = slice(first, first + CHUNK_CELLS)
         values, active = _fill_cells(
             packed, topology.kinds, bins.cells[chunk], bins.offsets[first : first + CHUNK_CELLS + 1], bins.triangles,
-            bins.resolution, tau, half, spacing(topology.resolution), exterior.bins.bin_of, exterior.outside,
-            exterior.whole,
+            bins.resolution, tau, half, spacing(topology.resolution), flood.bins.bin_of, flood.outside,
+            flood.whole_cells,
         )  # fmt: skip
         values = values[active]
         near = np.abs(values) < np.float32(tau)
@@ -91,7 +91,7 @@ def _narrow(packed, kinds, candidates, x, y, z, radius, trusted, kept, scratch):
         row = packed[t]
         dx, dy, dz = x - row[12], y - row[13], z - row[14]
         away = np.sqrt(dx * dx + dy * dy + dz * dz) - row[15]
-        bound = sheet if kind == THIN else solid
+        bound = sheet if kind == SHEET else solid
         if away > bound + 2 * radius or (kind == BURIED and away > trusted + radius):
             scratch[c] = np.inf
             continue
@@ -99,12 +99,12 @@ def _narrow(packed, kinds, candidates, x, y, z, radius, trusted, kept, scratch):
         scratch[c] = distance
         if kind == SOLID:
             solid = min(solid, distance)
-        elif kind == THIN:
+        elif kind == SHEET:
             sheet = min(sheet, distance)
     count = 0
     for c in range(len(candidates)):
         kind = kinds[candidates[c]]
-        bound = (sheet if kind == THIN else solid) + 2 * radius
+        bound = (sheet if kind == SHEET else solid) + 2 * radius
         if kind == BURIED:
             bound = min(bound, trusted + radius)
         if scratch[c] <= bound + 2 * TIE:
@@ -126,7 +126,7 @@ def _is_out(
     for c in range(len(candidates)):
         kind = kinds[candidates[c]]
         distances[c] = np.inf
-        if kind == THIN:
+        if kind == SHEET:
             continue
         row = packed[candidates[c]]
         height = (x - row[0]) * row[9] + (y - row[1]) * row[10] + (z - row[2]) * row[11]
@@ -140,7 +140,7 @@ def _is_out(
             solid = min(solid, distances[c])
     if solid > trusted:
         for t in candidates:
-            if kinds[t] == THIN and np.sqrt(distance2(packed[t], x, y, z)) <= trusted:
+            if kinds[t] == SHEET and np.sqrt(distance2(packed[t], x, y, z)) <= trusted:
                 return True
         return _outside(flood_h, bin_of, outside, whole, x, y, z)
     votes, weight = 0.0, 0.0
@@ -226,7 +226,7 @@ def _outside(flood_h, bin_of, outside, whole, x, y, z):
     i = int(np.round((x + 0.5) / flood_h))
     j = int(np.round((y + 0.5) / flood_h))
     k = int(np.round((z + 0.5) / flood_h))
-    return bit_at(bin_of, outside, whole, i, j, k, True)
+    return is_reached(bin_of, outside, whole, i, j, k, True)
 
 
 @njit(cache=True)
@@ -289,7 +289,7 @@ def _fill_cell(
                     h * _largest(nearest[0], nearest[1]),
                     h * _largest(nearest[4], nearest[5]),
                 )
-            if scratch[c] - radius - margin > (worst_sheet if kinds[t] == THIN else worst_solid):
+            if scratch[c] - radius - margin > (worst_sheet if kinds[t] == SHEET else worst_solid):
                 continue
             if kinds[t] == SOLID:
                 _closest(packed[t], x, y, z, h, grid, nearest[0], nearest[1])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import RunError, Transient, UserError
 from pipeline.core.primitives.triangles import TIE
-from pipeline.geometry.flood_fill import Bins, Exterior
+from pipeline.geometry.flood_fill import Bins, FloodFill
 
 # What is on the GPU at once: 64 MB of distances and 128 MB of lists, since several assets share it
 CHUNK_CELLS, CHUNK_CANDIDATES = 1 << 15, 1 << 22
@@ -37,7 +37,7 @@ def warm_up() -> None:
     import kernels.sdf.distances  # noqa: F401
 
 
-def use(gpu: str) -> None:
+def select_gpu(gpu: str) -> None:
     """Makes this the process's only GPU (an index or UUID as CUDA knows it). Only before its first use of CUDA."""
     os.environ["CUDA_VISIBLE_DEVICES"] = (
         gpu  # the only way in: torch's own choice leaves contexts on the first
@@ -54,7 +54,7 @@ def device_name(device: str) -> str:
 
 
 def fill_cells(
-    packed: NDArray[np.float64], kinds: NDArray[np.uint8], bins: Bins, exterior: Exterior, *,
+    packed: NDArray[np.float64], kinds: NDArray[np.uint8], bins: Bins, flood: FloodFill, *,
     tau: float, half: float, trusted: float, device: str = "cuda",
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float16]]]:  # fmt: skip
     """As `pipeline.geometry.sdf` on the CPU: active cells [m, 3], active points and clamp(sdf / tau) [m, 512], in parts.
@@ -63,7 +63,7 @@ def fill_cells(
     """
     import torch
 
-    from kernels.sdf.distances import Flood, block_distances, pack_surface
+    from kernels.sdf.distances import FloodBits, cell_distances, grid_triangles
 
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: no CUDA device in the process that works on an asset")
@@ -72,18 +72,16 @@ def fill_cells(
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     try:
-        surface = pack_surface(there(packed), there(kinds), bins.resolution)
-        outside = there(
-            exterior.outside.view(np.int64)
-        )  # the same bits; torch has little for uint64
-        flood = Flood(
-            bin_of=there(exterior.bins.bin_of), outside=outside, whole=there(exterior.whole)
+        triangles = grid_triangles(there(packed), there(kinds), bins.resolution)
+        outside = there(flood.outside.view(np.int64))  # the same bits; torch has little for uint64
+        bits = FloodBits(
+            bin_of=there(flood.bins.bin_of), outside=outside, whole_cells=there(flood.whole_cells)
         )
         limit = torch.tensor(tau, dtype=torch.float32, device=device)
         for first, last in _chunks(bins.offsets):
             offsets = bins.offsets[first : last + 1]
-            values = block_distances(
-                surface, flood, there(bins.cells[first:last]), there(offsets - offsets[0]),
+            values = cell_distances(
+                triangles, bits, there(bins.cells[first:last]), there(offsets - offsets[0]),
                 there(bins.triangles[offsets[0] : offsets[-1]]),
                 tau=tau, sheet_half=half, trusted=trusted, tie=TIE,
             )  # fmt: skip

@@ -14,8 +14,14 @@ from pipeline.core.primitives.triangles import pack, segment_hits
 from pipeline.core.schema import Mesh
 from pipeline.geometry import holes
 from pipeline.geometry.config import TopologyConfig
-from pipeline.geometry.flood_fill import REACH_VOXELS, Exterior, bin_triangles, flood, region_from
-from pipeline.geometry.line_of_sight import BACK, HIDDEN, SHEET
+from pipeline.geometry.flood_fill import (
+    REACH_VOXELS,
+    FloodFill,
+    bin_triangles,
+    connected_region,
+    flood_fill,
+)
+from pipeline.geometry.line_of_sight import BACK, BOTH, HIDDEN
 from pipeline.geometry.visibility import classify_triangles, visible_edges
 
 
@@ -29,9 +35,9 @@ class Topology:
 
     resolution: int
     triangles: NDArray[np.float64]  # [T, 3, 3]; wound so that a solid's normals point outwards
-    kinds: NDArray[np.uint8]  # [T] SOLID, THIN or BURIED
+    kinds: NDArray[np.uint8]  # [T] SOLID, SHEET or BURIED
     sharp_edges: NDArray[np.float64]  # [S, 2, 3] segments
-    exterior: Exterior  # the flood's labels: which side is right wherever no surface is near
+    flood: FloodFill  # the flood's labels: which side is right wherever no surface is near
     sign_path: str
     numbers: dict[str, float]
 
@@ -41,7 +47,11 @@ VIEWS, SAMPLES = (
     64,
 )  # directions, and points of a region, that decide whether an opening is closed
 SAME_WAY = 1 - 1e-6  # cosine of two directions that are one
-SOLID, THIN, BURIED = 0, 1, 2  # bounds a solid; a sheet with exterior on both sides; inside a solid
+SOLID, SHEET, BURIED = (
+    0,
+    1,
+    2,
+)  # bounds a solid; a sheet with exterior on both sides; inside a solid
 
 
 def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
@@ -65,25 +75,25 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
     packed = pack(vertices[faces])
     bins = bin_triangles(packed, cfg.resolution)
     own = cap_of < 0
-    exterior = flood(packed, bins, own)
+    flood = flood_fill(packed, bins, own)
     opening = 0.0
     if not own.all():
-        closed = flood(packed, bins, np.ones(len(faces), np.bool_))
-        accepted, opening = _accepted_caps(packed, cap_of, exterior, closed, cfg.max_opening)
+        closed = flood_fill(packed, bins, np.ones(len(faces), np.bool_))
+        accepted, opening = _accepted_caps(packed, cap_of, flood, closed, cfg.max_opening)
         use = own | accepted[np.maximum(cap_of, 0)]
         if use.all():
-            exterior = closed
+            flood = closed
         else:  # a cap that closes nothing must not stand in the way of anything
             faces, cap_of, packed = faces[use], cap_of[use], packed[use]
-            exterior = flood(
+            flood = flood_fill(
                 packed, bin_triangles(packed, cfg.resolution), np.ones(len(faces), np.bool_)
             )
-    pieces, codes, parents, finest = classify_triangles(packed, faces, exterior)
+    pieces, codes, parents, finest = classify_triangles(packed, faces, flood)
     if (codes == HIDDEN).all():
         raise Reject("not_visible", faces=len(mesh.faces))
 
     pieces[codes == BACK] = pieces[codes == BACK][:, [0, 2, 1]]
-    kinds = np.where(codes == SHEET, THIN, np.where(codes == HIDDEN, BURIED, SOLID)).astype(
+    kinds = np.where(codes == BOTH, SHEET, np.where(codes == HIDDEN, BURIED, SOLID)).astype(
         np.uint8
     )
     area = (
@@ -97,7 +107,7 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
         for name, part in (
             ("closed", (kinds == SOLID) & ~capped),
             ("capped", (kinds == SOLID) & capped),
-            ("sheet", kinds == THIN),
+            ("sheet", kinds == SHEET),
         )
         if area[part].sum() > 1e-3 * visible
     ]
@@ -107,12 +117,12 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
         resolution=cfg.resolution,
         triangles=pieces,
         kinds=kinds,
-        sharp_edges=_sharp_edges(packed, vertices, faces, exterior, cfg.sharp_degrees),
-        exterior=exterior,
+        sharp_edges=_sharp_edges(packed, vertices, faces, flood, cfg.sharp_degrees),
+        flood=flood,
         sign_path="+".join(path),
         numbers={
             "visible_area": float(visible),
-            "sheet_share": float(area[kinds == THIN].sum() / visible),
+            "sheet_share": float(area[kinds == SHEET].sum() / visible),
             "buried_area": float(area[kinds == BURIED].sum()),
             "cap_area": float(area[capped & (kinds != BURIED)].sum()),
             "opening": float(opening),
@@ -200,27 +210,29 @@ def _points_beside(packed: NDArray[np.float64], h: float) -> NDArray[np.int64]:
     return np.rint((np.concatenate([on - off, on + off], axis=1) + 0.5) / h).astype(np.int64)
 
 
-def _bits(space: Exterior, points: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _bits(space: FloodFill, points: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which grid points [..., 3] are `outside` in space; False off the grid."""
     size = space.bins.resolution
     inside_grid = ((points >= 0) & (points < size)).all(axis=-1)
     x, y, z = np.moveaxis(np.clip(points, 0, size - 1), -1, 0)
     m = space.bins.bin_of[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE]
     if len(space.outside) == 0:
-        return inside_grid & space.whole[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE]
+        return inside_grid & space.whole_cells[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE]
     bit = space.outside[m, x % CELL_SIDE] >> (8 * (y % CELL_SIDE) + z % CELL_SIDE).astype(
         np.uint64
     ) & np.uint64(1)
     return inside_grid & np.where(
-        m < 0, space.whole[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE], bit.astype(np.bool_)
+        m < 0,
+        space.whole_cells[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE],
+        bit.astype(np.bool_),
     )
 
 
 def _accepted_caps(
     packed: NDArray[np.float64],
     cap_of: NDArray[np.int32],
-    before: Exterior,
-    after: Exterior,
+    before: FloodFill,
+    after: FloodFill,
     max_opening: float,
 ) -> tuple[NDArray[np.bool_], float]:
     """Which caps close a solid [caps], and the largest opening that was closed, as a share of the sphere.
@@ -233,12 +245,14 @@ def _accepted_caps(
     lost = replace(
         before,
         outside=before.outside & ~after.outside & ~after.barrier,
-        whole=before.whole & ~after.whole,
+        whole_cells=before.whole_cells & ~after.whole_cells,
     )
     caps = np.flatnonzero(cap_of >= 0)
     beside = _points_beside(packed[caps], h)
     always_inside = replace(
-        before, outside=~(before.outside | before.barrier | after.barrier), whole=~before.whole
+        before,
+        outside=~(before.outside | before.barrier | after.barrier),
+        whole_cells=~before.whole_cells,
     )
     accepted = np.zeros(cap_of.max() + 1, np.bool_)
     accepted[cap_of[caps[_bits(always_inside, beside).any(axis=1)]]] = True
@@ -246,7 +260,7 @@ def _accepted_caps(
     directions = _sphere_directions(VIEWS)
     open_sides = _bits(lost, beside)
     while open_sides.any():
-        region = region_from(lost, beside[open_sides][0])
+        region = connected_region(lost, beside[open_sides][0])
         touches = _bits(region, beside)
         open_sides &= ~touches
         owners = np.unique(cap_of[caps[touches.any(axis=1)]])
@@ -260,12 +274,12 @@ def _accepted_caps(
 def _share_seen(
     packed: NDArray[np.float64],
     use: NDArray[np.bool_],
-    region: Exterior,
+    region: FloodFill,
     directions: NDArray[np.float64],
 ) -> float:
     """Mean share of the directions in which sampled points of a region see out of the cube."""
     bins, h = region.bins, spacing(region.bins.resolution)
-    mixed, cells = np.flatnonzero(region.outside.any(axis=1)), np.argwhere(region.whole)
+    mixed, cells = np.flatnonzero(region.outside.any(axis=1)), np.argwhere(region.whole_cells)
     counts = np.bitwise_count(region.outside[mixed]).sum(axis=1)
     weights = np.array(
         [counts.sum(), CELL_SIDE**3 * len(cells)]
@@ -294,7 +308,7 @@ def _sharp_edges(
     packed: NDArray[np.float64],
     vertices: NDArray[np.float64],
     faces: NDArray[np.int32],
-    exterior: Exterior,
+    flood: FloodFill,
     degrees: float,
 ) -> NDArray[np.float64]:
     """Visible stretches [S, 2, 3] of edges whose faces deviate from flat by more than `degrees`."""
@@ -332,4 +346,4 @@ def _sharp_edges(
         else face_of[:0]
     )
     offsets = np.concatenate([[0], np.cumsum(counts[keep])])
-    return visible_edges(packed, vertices, edges[keep], offsets, members, exterior)
+    return visible_edges(packed, vertices, edges[keep], offsets, members, flood)

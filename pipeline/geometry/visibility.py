@@ -7,8 +7,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from pipeline.core.primitives.triangles import pack, triangles_cross
-from pipeline.geometry.flood_fill import Exterior
-from pipeline.geometry.line_of_sight import scene_of, sides_seen
+from pipeline.geometry.flood_fill import FloodFill
+from pipeline.geometry.line_of_sight import make_scene, visible_sides
 
 FINEST_VOXELS = 0.5  # a cut triangle's edge: the seam of two parts is found this closely
 CROSSED_VOXELS = (
@@ -125,7 +125,7 @@ def _code_of(piece, scene, t, cross, finest_voxels):
         wa = 1 / 3 if s == 0 else (0.8 if s == 1 else 0.1)
         wb = 1 / 3 if s == 0 else (0.8 if s == 2 else 0.1)
         wc = 1 - wa - wb
-        seen = sides_seen(
+        seen = visible_sides(
             scene,
             wa * piece[0, 0] + wb * piece[1, 0] + wc * piece[2, 0],
             wa * piece[0, 1] + wb * piece[1, 1] + wc * piece[2, 1],
@@ -219,7 +219,7 @@ def _classify_all(scene, cross, cross_starts, finest_voxels, most):
 
 
 def classify_triangles(
-    packed: NDArray[np.float64], faces: NDArray[np.int32], exterior: Exterior
+    packed: NDArray[np.float64], faces: NDArray[np.int32], flood: FloodFill
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.int32], float]:
     """Pieces [P, 3, 3] of the triangles, the sides each is seen from [P], the triangle it is cut from [P],
     and the voxels to which it was cut.
@@ -227,7 +227,7 @@ def classify_triangles(
     A triangle that is seen alike everywhere stays whole. Only where another triangle passes through, or where samples
     disagree, is it cut, down to FINEST_VOXELS, or coarser where that would take more than MAX_PIECES pieces.
     """
-    scene = scene_of(packed, exterior)
+    scene = make_scene(packed, flood)
     pairs = np.unique(_crossings(packed, faces, scene.offsets, scene.triangles), axis=0)
     starts = np.searchsorted(pairs[:, 0], np.arange(len(packed) + 1))
     finest, most = FINEST_VOXELS, 2 * len(packed) + MAX_PIECES
@@ -265,7 +265,7 @@ def _visible_pieces(scene, vertices, edges, starts, members):
                 inward = inward - along * (np.dot(inward, along) / (length * length))
                 height = np.sqrt((inward**2).sum())
                 at = middle + inward * min(0.25 * h / height, 0.5)
-                if sides_seen(scene, at[0], at[1], at[2], row[9], row[10], row[11]):
+                if visible_sides(scene, at[0], at[1], at[2], row[9], row[10], row[11]):
                     seen += 1
             if seen < 2:
                 open_run = False
@@ -285,10 +285,10 @@ def _visible_pieces(scene, vertices, edges, starts, members):
 
 def visible_edges(
     packed: NDArray[np.float64], vertices: NDArray[np.float64], edges: NDArray[np.int32],
-    starts: NDArray[np.int64], members: NDArray[np.int64], exterior: Exterior,
+    starts: NDArray[np.int64], members: NDArray[np.int64], flood: FloodFill,
 ) -> NDArray[np.float64]:  # fmt: skip
     """Segments [S, 2, 3]: the stretches of edges [E, 2] where at least two of the edge's faces can be seen.
 
     The faces of edge e are members[starts[e]:starts[e + 1]].
     """
-    return _visible_pieces(scene_of(packed, exterior), vertices, edges, starts, members)
+    return _visible_pieces(make_scene(packed, flood), vertices, edges, starts, members)

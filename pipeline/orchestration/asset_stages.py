@@ -21,13 +21,13 @@ from pipeline.core.product import Product
 from pipeline.core.schema import BRICK_ARRAYS, Bricks, Mesh, Record
 from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata
 from pipeline.curation.screening_metrics import compute_metrics, save_metrics
-from pipeline.geometry import sdf_cuda as gpu
+from pipeline.geometry import sdf_cuda
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import Topology, build_topology
 from pipeline.mesh_io.load import load_with_report
 from pipeline.mesh_io.normalize import normalize
-from pipeline.rendering import gl_renderer as canvas
+from pipeline.rendering import gl_renderer
 from pipeline.rendering.views import render_views, renderer_string
 from pipeline.sources import Source
 from pipeline.storage.render_shard import save_view
@@ -98,7 +98,7 @@ def process(job: AssetJob) -> None:
     """
     notes = Notes()
     if job.gpu is not None:
-        gpu.use(job.gpu)
+        sdf_cuda.select_gpu(job.gpu)
     try:
         mesh, topology = _prepare(job, notes)
     except Reject as verdict:
@@ -161,9 +161,9 @@ def _make(job: AssetJob, product: Product, mesh: Mesh, topology: Topology) -> di
     if product.kind == "sdf":
         bricks = compute_bricks(topology, product.resolution, job.config.device)
         save_bricks(folder, bricks)
-        return {"tokens": len(bricks.cells), "device": gpu.device_name(job.config.device)}
+        return {"tokens": len(bricks.cells), "device": sdf_cuda.device_name(job.config.device)}
     cfg, uid = job.config.render, job.record.uid
-    with canvas.on_gpu(job.gpu):
+    with gl_renderer.on_gpu(job.gpu):
         for view in render_views(mesh, uid, cfg):
             save_view(
                 folder, uid, view.meta["view"], encode(view, cfg.format), view.meta, cfg.format
@@ -207,13 +207,13 @@ def warm_up() -> None:
     mesh = Mesh(vertices=np.concatenate([corners, sheet]), faces=faces)
     filter_geometry(mesh, BuildConfig().filter)
     compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
-    canvas._import_pyrender()
+    gl_renderer.import_pyrender()
 
 
 def warm_up_cuda() -> None:
     """As `warm_up`, and torch and the kernels beside it. CUDA is left to the children: it does not survive a fork."""
     warm_up()
-    gpu.warm_up()
+    sdf_cuda.warm_up()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ DULL_ROUGHNESS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class DrawCall:
     """Faces drawn by one call: same texture, same alpha mode; everything else varies by vertex."""
 
     positions: NDArray[np.float32]  # [N, 3]
@@ -106,7 +106,7 @@ def _lit_at_corners(arrays: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
     return (area < SMALL_AREA) | (flat & (metallic < 0.5) & (roughness >= DULL_ROUGHNESS))
 
 
-def batches(mesh: Mesh) -> list[Batch]:
+def draw_calls(mesh: Mesh) -> list[DrawCall]:
     """The mesh's faces, grouped so that an asset of a thousand parts is still drawn by a handful of calls."""
     whole = Part(
         vertices=slice(0, len(mesh.vertices)), faces=slice(0, len(mesh.faces)), material=Material()
@@ -142,7 +142,7 @@ def batches(mesh: Mesh) -> list[Batch]:
                 arrays = {name: merged[name][used] for name in merged if name != "faces"}
                 arrays["faces"] = faces.reshape(-1, 3)
                 result.append(
-                    Batch(
+                    DrawCall(
                         **arrays,
                         texture=image,
                         alpha_mode=mode,

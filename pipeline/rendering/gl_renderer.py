@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from pipeline.core.cameras import RADIUS, Camera
 from pipeline.core.errors import RunError
 from pipeline.core.schema import Mesh
-from pipeline.rendering.draw_calls import Batch, batches
+from pipeline.rendering.draw_calls import DrawCall, draw_calls
 from pipeline.rendering.shading import Lighting, shader_sources
 
 EGL_CUDA_DEVICE_NV = 0x323A  # EGL_NV_device_cuda: the number that CUDA has for an EGL device
 PACKAGES = "libegl1 libgl1 libgl1-mesa-dri"
 
 
-def _import_pyrender() -> Any:
+def import_pyrender() -> Any:
     """pyrender on EGL. Its viewer is left out: importing it loads a window toolkit that servers lack."""
     os.environ["PYOPENGL_PLATFORM"] = "egl"
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's own threads; a unit of work is one core
@@ -89,7 +89,7 @@ def context(width: int, height: int) -> Iterator[Any]:
     problems: list[str] = []
     platform = None
     try:
-        _import_pyrender()
+        import_pyrender()
         from OpenGL.error import Error
         from pyrender.platforms import egl
 
@@ -160,7 +160,7 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class _Uploaded:
-    batch: Batch
+    batch: DrawCall
     primitive: Any  # pyrender.Primitive
     texture: Any  # pyrender.Texture or None
 
@@ -176,8 +176,8 @@ class _Uploaded:
         self.primitive._unbind()
 
 
-class Canvas:
-    """A mesh loaded for drawing into square images of one size; made by `canvas`."""
+class MeshRenderer:
+    """A mesh loaded for drawing into square images of one size; made by `open_renderer`."""
 
     def __init__(self, mesh: Mesh, size: int):
         import pyrender
@@ -186,9 +186,9 @@ class Canvas:
         self.renderer = pyrender.Renderer(size, size)
         self.programs: dict[tuple[str, bool, bool], Program] = {}
         self.textures: dict[int, Any] = {}
-        self.uploaded = [self._upload(batch) for batch in batches(mesh)]
+        self.uploaded = [self._upload(batch) for batch in draw_calls(mesh)]
 
-    def _upload(self, batch: Batch) -> _Uploaded:
+    def _upload(self, batch: DrawCall) -> _Uploaded:
         import pyrender
 
         primitive: Any = pyrender.Primitive(
@@ -304,10 +304,10 @@ class Canvas:
 
 
 @contextmanager
-def canvas(mesh: Mesh, size: int) -> Iterator[Canvas]:
+def open_renderer(mesh: Mesh, size: int) -> Iterator[MeshRenderer]:
     """A canvas in a context of its own, freed at the end. RunError without EGL."""
     with context(size, size):
-        made = Canvas(mesh, size)
+        made = MeshRenderer(mesh, size)
         try:
             yield made
         finally:

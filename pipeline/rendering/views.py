@@ -11,7 +11,7 @@ from pipeline.core.cameras import Camera, sample_camera
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh, View
 from pipeline.rendering.config import RenderConfig
-from pipeline.rendering.gl_renderer import canvas, renderer_string
+from pipeline.rendering.gl_renderer import open_renderer, renderer_string
 from pipeline.rendering.shading import lighting
 
 __all__ = [
@@ -28,7 +28,7 @@ def render_views(mesh: Mesh, uid: str, cfg: RenderConfig) -> Iterator[View]:
     Reject, with the view and what was seen: "render_empty", "render_cut_off" (the object touches the border),
     "render_constant" (one colour all over), after cfg.attempts cameras. RunError without EGL.
     """
-    with canvas(mesh, cfg.image_size) as drawing:
+    with open_renderer(mesh, cfg.image_size) as drawing:
         for view in range(cfg.views):
             for attempt in range(cfg.attempts):
                 eye = sample_camera(uid, view, cfg.cameras, attempt)
@@ -55,7 +55,7 @@ def render_from(
 
     The lights are seeded by the word `lights` alone and travel with the camera. RunError without EGL.
     """
-    with canvas(mesh, size) as drawing:
+    with open_renderer(mesh, size) as drawing:
         for eye in eyes:
             yield unpremultiply(drawing.draw(eye, lighting(lights, 0, eye)))
 

@@ -10,11 +10,12 @@ from model.occupancy_vae import (
     Gaussian,
     OccupancyVAE,
     _Up,
-    intersection_over_union,
     occupancy_grid,
     occupancy_loss,
 )
+from pipeline.core.primitives.voxel_iou import intersection_over_union
 
+AXES = (1, 2, 3)  # of a grid in a batch
 TINY = OccupancyConfig(side=16, widths=(8, 16, 32), blocks=1, groups=8, latent_channels=4)
 
 
@@ -95,8 +96,8 @@ def test_grids_of_cells():
     cells = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 7], [1, 7, 7, 7]], dtype=torch.int32)
     grid = occupancy_grid(cells, 8, 3)
     torch.testing.assert_close(grid.nonzero().int(), cells)
-    assert intersection_over_union(grid, grid).tolist() == [1.0, 1.0, 1.0]
-    assert intersection_over_union(grid, grid.flip(3)).tolist() == [0.0, 0.0, 1.0]
+    assert intersection_over_union(grid, grid, AXES).tolist() == [1.0, 1.0, 1.0]
+    assert intersection_over_union(grid, grid.flip(3), AXES).tolist() == [0.0, 0.0, 1.0]
     with pytest.raises(ValueError, match=r"0\.\.6 with batch below 3"):
         occupancy_grid(cells, 7, 3)
     with pytest.raises(ValueError, match="batch below 1"):
@@ -116,7 +117,7 @@ def test_it_learns_the_cells_of_analytic_shapes():
         optimizer.step()
     with torch.no_grad():
         decoded = vae.decode(vae.encode(occupied).mean) > 0
-    assert intersection_over_union(decoded, occupied).min() > 0.95
+    assert intersection_over_union(decoded, occupied, AXES).min() > 0.95
     assert losses["kl"] < 4  # latents stay near a standard normal distribution
 
 

@@ -20,10 +20,11 @@ from model.config import (
     OccupancyConfig,
     StructureConfig,
 )
-from model.occupancy_vae import intersection_over_union, occupancy_grid, occupancy_loss
+from model.occupancy_vae import occupancy_grid, occupancy_loss
 from model.rectified_flow import interpolate, velocity_target
 from model.sparse_tensor import SparseTensor
 from model.structure import Structure, dense_level, grid_to_rows, occupied_level, rows_to_grid
+from pipeline.core.primitives.voxel_iou import intersection_over_union
 from tests.model.test_occupancy_vae import shells
 
 OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
@@ -185,8 +186,10 @@ def test_it_learns_which_image_has_which_cells():
         flow.encode_images(turned), [1, 2, 3], steps=12, guidance=Guidance(scale=2.0)
     )
     found = occupancy_grid(cells.coords, 8, 3)
-    assert intersection_over_union(found, occupied[[2, 0, 1]]).min() > 0.8
-    assert intersection_over_union(found, occupied).max() < 0.6  # the shapes differ that much
+    assert intersection_over_union(found, occupied[[2, 0, 1]], (1, 2, 3)).min() > 0.8
+    assert (
+        intersection_over_union(found, occupied, (1, 2, 3)).max() < 0.6
+    )  # the shapes differ that much
 
 
 def test_parts_that_do_not_fit_are_refused():

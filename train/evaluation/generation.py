@@ -20,8 +20,9 @@ from pipeline.core.cameras import Camera, look_at_origin
 from pipeline.core.devices import Device, choose_device
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.options import CameraSet
+from pipeline.core.primitives.marching_cubes import MeshArrays
 from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
-from pipeline.core.primitives.voxel_iou import inside, overlap
+from pipeline.core.primitives.voxel_iou import inside, intersection_over_union
 from pipeline.core.schema import Mesh, Part, View
 from pipeline.rendering.views import render_from
 from train.data.bricks import built_resolutions, read_build_index
@@ -30,7 +31,7 @@ from train.engine.checkpoint import provenance
 from train.engine.mesh_pictures import save_image, side_by_side
 from train.evaluation.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_maps
 from train.evaluation.page import write_page
-from train.evaluation.reference_surfaces import References, Surface, spread
+from train.evaluation.reference_surfaces import References, spread
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class _Looks:
     generated: list[NDArray[np.float64]] = field(default_factory=list)  # [SIDES, C] of each asset
     stored: list[NDArray[np.float64]] = field(default_factory=list)
 
-    def add(self, made: Surface, reference: Surface) -> None:
+    def add(self, made: MeshArrays, reference: MeshArrays) -> None:
         self.generated.append(self.features(normal_maps(*made)))
         self.stored.append(self.features(normal_maps(*reference)))
 
@@ -223,7 +224,7 @@ def _evaluate(
     generator: Generator,
     references: References,
     asset: int,
-    reference: Surface,
+    reference: MeshArrays,
     image: View,
     folder: Path,
     looks: _Looks | None,
@@ -266,8 +267,8 @@ def _evaluate(
         chamfer=metrics.chamfer,
         normal_consistency=metrics.normal_consistency,
         f1=metrics.f1,
-        iou=overlap(inside(*surface), inside(*reference)),
-        silhouette_iou=overlap(same[..., 3] > 127, image.rgba[..., 3] > 127),
+        iou=intersection_over_union(inside(*surface), inside(*reference)),
+        silhouette_iou=intersection_over_union(same[..., 3] > 127, image.rgba[..., 3] > 127),
         nearest=index.uids[nearest],
         nearest_is_right=nearest == asset,
         dino_similarity=similarity,
@@ -286,13 +287,13 @@ def _tokens(made: GeneratedMesh) -> dict[str, int]:
     return {stage.name: stage.tokens for stage in made.stages}
 
 
-def _mesh(surface: Surface) -> Mesh:
+def _mesh(surface: MeshArrays) -> Mesh:
     vertices, faces = surface
     part = Part(vertices=slice(0, len(vertices)), faces=slice(0, len(faces)), material=CLAY)
     return Mesh(vertices=vertices, faces=faces, parts=(part,))
 
 
-def drawn(surface: Surface, eyes: Sequence[Camera]) -> list[NDArray[np.uint8]]:
+def drawn(surface: MeshArrays, eyes: Sequence[Camera]) -> list[NDArray[np.uint8]]:
     """RGB [SIDE, SIDE, 3] of a surface from each camera. RunError without EGL."""
     return [on_paper(rgba) for rgba in render_from(_mesh(surface), eyes, SIDE)]
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from pipeline.core.errors import RunError
-from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.primitives.marching_cubes import MeshArrays, extract
 from pipeline.core.primitives.surface_distance import sample_surface
 from train.data.bricks import UNREADABLE, BrickReader, BuildIndex
 
 log = logging.getLogger(__name__)
 
-Surface = tuple[NDArray[np.float64], NDArray[np.int32]]
 POINTS = 4096  # of each surface, for telling which asset is meant
 CANDIDATES = 500  # assets among which that is asked, unless more are evaluated; some 300 kB each
 
@@ -38,11 +35,11 @@ class References:
     def _resolutions(self, asset: int) -> list[int]:
         return [r for r, tokens in self.index.tokens.items() if tokens[asset]]
 
-    def surface(self, asset: int) -> Surface:
+    def surface(self, asset: int) -> MeshArrays:
         """At the finest resolution that is stored. RunError if it has none or cannot be read."""
         return self._read(asset, max(self._resolutions(asset)))
 
-    def _read(self, asset: int, resolution: int) -> Surface:
+    def _read(self, asset: int, resolution: int) -> MeshArrays:
         try:
             surface = extract(self._reader.read(asset, resolution))
         except UNREADABLE as error:
@@ -68,7 +65,7 @@ class References:
                 continue
             self.trees[asset] = KDTree(sample_surface(*surface, POINTS, seed=0)[0])
 
-    def nearest(self, surface: Surface) -> int:
+    def nearest(self, surface: MeshArrays) -> int:
         """The asset with the smallest distance between points, both ways."""
         points = sample_surface(*surface, POINTS, seed=1)[0]
         tree = KDTree(points)

@@ -23,6 +23,7 @@ from pipeline.core.devices import Device, choose_device
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
+from pipeline.core.primitives.voxel_iou import intersection_over_union
 from train.data.bricks import (
     UNREADABLE,
     BrickReader,
@@ -33,7 +34,6 @@ from train.data.bricks import (
 from train.engine.checkpoint import provenance
 from train.engine.mesh_pictures import picture, save_image, side_by_side
 from train.evaluation.page import write_page
-from train.stages.vae.task import inside_iou
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def evaluate_asset(
         resolution=resolution,
         reference_resolution=finest,
         tokens=len(batch.cells),
-        iou=inside_iou(values, batch.values).item(),
+        iou=intersection_over_union(values < 0, batch.values < 0).item(),
         chamfer=metrics.chamfer,
         accuracy=metrics.accuracy,
         completeness=metrics.completeness,

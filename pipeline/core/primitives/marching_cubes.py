@@ -8,8 +8,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.core.errors import Reject
 from pipeline.core.grid import CELL_SIDE, check_resolution, spacing
-from pipeline.core.schema import Bricks
+from pipeline.core.schema import Bricks, Mesh
+
+# Vertices [V, 3] in the cube [-0.5, 0.5]^3 and faces [F, 3], wound so that normals point outwards.
+MeshArrays = tuple[NDArray[np.float64], NDArray[np.int32]]
 
 # Corner c of a cube lies at (c >> 2, c >> 1 & 1, c & 1). Edge e = 4 * axis + n joins two corners that differ in `axis`;
 # n = 2 * u + v counts the positions of the other two axes in order.
@@ -185,7 +189,7 @@ def _march(cells, slots, values, level, mask, first, offsets, counts, table, edg
     return vertices, faces[:written]
 
 
-def extract(bricks: Bricks, level: float = 0.0) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+def extract(bricks: Bricks, level: float = 0.0) -> MeshArrays:
     """The surface where the bricks pass through `level`: vertices [V, 3] in the cube, faces [F, 3] seen from outside.
 
     Values below the level are inside. A cube is marched only if its eight corners are stored, so nothing is invented in
@@ -216,3 +220,17 @@ def extract(bricks: Bricks, level: float = 0.0) -> tuple[NDArray[np.float64], ND
         faces = (np.cumsum(used) - 1)[faces]
         vertices = vertices[used]
     return vertices * spacing(bricks.resolution) - 0.5, faces.astype(np.int32)
+
+
+def watertight_mesh(bricks: Bricks) -> Mesh:
+    """Return the zero level set of an asset's bricks as a closed, consistently wound mesh.
+
+    A part that is thinner than a voxel and holds no grid point leaves no surface.
+
+    Raises:
+        Reject: "no_surface" if no stored value is negative.
+    """
+    vertices, faces = extract(bricks)
+    if len(faces) == 0:
+        raise Reject("no_surface", resolution=bricks.resolution, cells=len(bricks.cells))
+    return Mesh(vertices=vertices, faces=faces)

@@ -31,7 +31,7 @@ class SurfaceMetrics:
         return (self.accuracy + self.completeness) / 2
 
 
-FAR = SurfaceMetrics(  # what an empty reconstruction comes to
+EMPTY_METRICS = SurfaceMetrics(  # what an empty reconstruction comes to
     accuracy=float("inf"),
     completeness=float("inf"),
     f1=dict.fromkeys(THRESHOLDS, 0.0),
@@ -55,12 +55,12 @@ def compare_surfaces(
     if not len(to_faces):
         raise ValueError("to_faces must not be empty, got 0 faces")
     if not len(faces):
-        return FAR
-    ours = Surface(vertices, faces, samples=samples, seed=seed)
-    return ours.compare(Surface(to_vertices, to_faces, samples=samples, seed=seed + 1))
+        return EMPTY_METRICS
+    ours = SampledSurface(vertices, faces, samples=samples, seed=seed)
+    return ours.compare(SampledSurface(to_vertices, to_faces, samples=samples, seed=seed + 1))
 
 
-class Surface:
+class SampledSurface:
     """A mesh in the cube [-0.5, 0.5]^3 that others are compared with: samples on it, and a tree over its triangles.
 
     ValueError if it has no faces or samples < 1.
@@ -75,9 +75,9 @@ class Surface:
             raise ValueError(f"samples must be 1 or more, got {samples}")
         doubled = 2 * np.asarray(vertices, np.float64)  # the frame [-1, 1]^3
         self.points, self.normals = sample_surface(doubled, faces, samples, seed)
-        self.tree = Tree(doubled, faces)
+        self.tree = TriangleTree(doubled, faces)
 
-    def compare(self, reference: Surface) -> SurfaceMetrics:
+    def compare(self, reference: SampledSurface) -> SurfaceMetrics:
         """This one as the reconstruction of another."""
         there, cosine_there = self._distances(reference)
         back, cosine_back = reference._distances(self)
@@ -92,7 +92,7 @@ class Surface:
             normal_consistency=float((cosine_there.mean() + cosine_back.mean()) / 2),
         )
 
-    def _distances(self, other: Surface) -> tuple[NDArray, NDArray]:
+    def _distances(self, other: SampledSurface) -> tuple[NDArray, NDArray]:
         """From samples of this one to the other: distance and |cosine| of the normals, [samples] each."""
         distance, _, normals = other.tree.closest(self.points)
         return distance, np.abs((self.normals * normals).sum(axis=1))
@@ -114,7 +114,7 @@ def sample_surface(
     return _points(triangles, chosen, u, v), _normals(triangles, chosen)
 
 
-class Tree:
+class TriangleTree:
     """A balanced tree of boxes over a mesh's triangles in Morton order. float64, all cores."""
 
     def __init__(self, vertices: NDArray, faces: NDArray):

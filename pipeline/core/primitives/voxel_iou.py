@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -60,7 +62,24 @@ def inside(vertices: NDArray, faces: NDArray, side: int = 64) -> NDArray[np.bool
     return (beyond % 2 == 1).transpose(2, 0, 1)
 
 
-def overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
-    """Intersection over union; 1 if both are empty."""
-    either = np.count_nonzero(a | b)
-    return float(np.count_nonzero(a & b) / either) if either else 1.0
+def intersection_over_union(a: Any, b: Any, axes: tuple[int, ...] | None = None) -> Any:
+    """Return the intersection over union (IoU) of two sets, given as masks of the same grid.
+
+    Args:
+        a: bool array or tensor of any shape.
+        b: bool array or tensor of the same kind and shape.
+        axes: The axes of one set. The others count sets. None: all axes.
+
+    Returns:
+        float64, of NumPy or of torch as the masks are, without the axes `axes`. It is 1 where both
+        sets are empty.
+    """
+    shared, union = a & b, a | b
+    if axes is None:
+        shared, union = shared.sum(), union.sum()
+    else:
+        shared, union = shared.sum(axes), union.sum(axes)
+    if not isinstance(a, np.ndarray):  # tensors of integers would be divided in float32
+        shared, union = shared.double(), union.double()
+    empty = union == 0
+    return (shared + empty) / (union + empty)

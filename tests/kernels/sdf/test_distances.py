@@ -17,7 +17,7 @@ from pipeline.core.schema import Mesh
 from pipeline.geometry import sdf
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.flood_fill import bin_triangles
-from pipeline.geometry.topology import THIN, build_topology
+from pipeline.geometry.topology import SHEET, build_topology
 from tests.kernel_inputs import DEVICE
 
 LIMIT = 1e-3  # voxels
@@ -76,7 +76,7 @@ def sheet():
     return Mesh(vertices=vertices, faces=np.concatenate(faces).astype(np.int32))
 
 
-def triangles(corners):
+def mesh_of_corners(corners):
     corners = np.asarray(corners, np.float64)
     return Mesh(
         vertices=corners.reshape(-1, 3),
@@ -98,7 +98,7 @@ def soup(seed, count=30):
         + along * corners[::3, 1]
         + random.normal(size=(len(along), 3)) * 1e-7
     )
-    return triangles(corners)
+    return mesh_of_corners(corners)
 
 
 def fans(seed, count=8):
@@ -109,7 +109,7 @@ def fans(seed, count=8):
     )
     for k in range(3):
         corners[:, k, random.integers(3)] = corners[:, 0, 0]
-    return triangles(corners.reshape(-1, 3, 3))
+    return mesh_of_corners(corners.reshape(-1, 3, 3))
 
 
 MESHES = {
@@ -126,9 +126,9 @@ MESHES = {
 
 
 class Case:
-    """A topology on a T^3 grid and what its distances on an R^3 grid start from, on some blocks."""
+    """A topology on a T^3 grid and what its distances on an R^3 grid start from, on some cells."""
 
-    def __init__(self, mesh, R, T=64, blocks=None, kinds=None, seed=0):
+    def __init__(self, mesh, R, T=64, cells=None, kinds=None, seed=0):
         self.topology = build_topology(mesh, TopologyConfig(resolution=T))
         self.kinds = self.topology.kinds if kinds is None else kinds(len(self.topology.kinds))
         self.R, self.tau, self.h, self.packed = (
@@ -140,48 +140,48 @@ class Case:
         self.half, self.trusted = sdf.SHEET_HALF_VOXELS * self.h, sdf.FLOOD_VOXELS * spacing(T)
         bins = bin_triangles(self.packed, R, max(self.tau + self.half, self.trusted) / self.h)
         counts, chosen = np.diff(bins.offsets), np.arange(len(bins.cells))
-        if blocks is not None and blocks < len(chosen):  # with more candidates rather than with few
+        if cells is not None and cells < len(chosen):  # with more candidates rather than with few
             random = np.random.default_rng(seed)
             chosen = np.sort(
-                random.choice(chosen, blocks, replace=False, p=counts**2 / (counts**2).sum())
+                random.choice(chosen, cells, replace=False, p=counts**2 / (counts**2).sum())
             )
-        self.blocks = bins.cells[chosen]
+        self.cells = bins.cells[chosen]
         self.offsets = np.concatenate([[0], np.cumsum(counts[chosen])])
         self.candidates = np.concatenate(
             [bins.triangles[bins.offsets[m] : bins.offsets[m + 1]] for m in chosen]
         )
 
     def by_numba(self):
-        exterior = self.topology.exterior
+        flood = self.topology.flood
         return sdf._fill_cells(
-            self.packed, self.kinds, self.blocks, self.offsets, self.candidates, self.R, self.tau, self.half,
-            spacing(self.topology.resolution), exterior.bins.bin_of, exterior.outside, exterior.whole,
+            self.packed, self.kinds, self.cells, self.offsets, self.candidates, self.R, self.tau, self.half,
+            spacing(self.topology.resolution), flood.bins.bin_of, flood.outside, flood.whole_cells,
         )  # fmt: skip
 
     def arguments(self):
-        exterior = self.topology.exterior
+        flood = self.topology.flood
         to = lambda array: torch.from_numpy(array).to(DEVICE)  # noqa: E731
-        flood = kernel.Flood(
-            bin_of=to(exterior.bins.bin_of),
-            outside=to(exterior.outside.view(np.int64)),
-            whole=to(exterior.whole),
+        flood = kernel.FloodBits(
+            bin_of=to(flood.bins.bin_of),
+            outside=to(flood.outside.view(np.int64)),
+            whole_cells=to(flood.whole_cells),
         )
-        surface = kernel.pack_surface(to(self.packed), to(self.kinds), self.R)
-        return surface, flood, to(self.blocks), to(self.offsets), to(self.candidates)
+        triangles = kernel.grid_triangles(to(self.packed), to(self.kinds), self.R)
+        return triangles, flood, to(self.cells), to(self.offsets), to(self.candidates)
 
     def lengths(self):
         return {"tau": self.tau, "sheet_half": self.half, "trusted": self.trusted, "tie": TIE}
 
     def by_kernel(self):
-        return kernel.block_distances(*self.arguments(), **self.lengths()).cpu().numpy()
+        return kernel.cell_distances(*self.arguments(), **self.lengths()).cpu().numpy()
 
     def points(self):
         """[M, 512, 3] in float64."""
         local = np.stack(np.unravel_index(np.arange(512), (8, 8, 8)), axis=1)
-        return (self.blocks[:, None].astype(np.int64) * 8 + local) * self.h - 0.5
+        return (self.cells[:, None].astype(np.int64) * 8 + local) * self.h - 0.5
 
     def check(self, values, expected):
-        """Same distances in the band, same signs everywhere, same active blocks; to LIMIT voxels."""
+        """Same distances in the band, same signs everywhere, same active cells; to LIMIT voxels."""
         limit = LIMIT * self.h
         assert not np.isnan(values).any()
         wrong = (np.signbit(values) != np.signbit(expected)) & (np.abs(expected) > limit)
@@ -212,7 +212,7 @@ SOME = None if DEVICE == "cuda" else 4
 
 @pytest.mark.parametrize(("name", "R"), [*((name, 64) for name in MESHES), ("box", 96)])
 def test_values_signs_and_blocks_are_those_of_the_numba_path(name, R, wide_tiles):
-    case = Case(MESHES[name], R, blocks=SOME)
+    case = Case(MESHES[name], R, cells=SOME)
     expected, active = case.by_numba()
     assert active.any()
     case.check(case.by_kernel(), expected)
@@ -222,15 +222,13 @@ def test_values_signs_and_blocks_are_those_of_the_numba_path(name, R, wide_tiles
 def test_kinds_that_no_topology_would_give(mesh, kinds, wide_tiles):
     """Solid, thin and buried needles and plates through each other, by chance; corners that no surface has."""
     random = np.random.default_rng(0)
-    case = Case(
-        mesh, 64, blocks=SOME, kinds=lambda T: random.integers(0, kinds, T).astype(np.uint8)
-    )
+    case = Case(mesh, 64, cells=SOME, kinds=lambda T: random.integers(0, kinds, T).astype(np.uint8))
     assert set(case.kinds) == {*range(kinds)}
     case.check(case.by_kernel(), case.by_numba()[0])
 
 
 def test_the_tiles_of_the_gpu_give_the_same():
-    case = Case(MESHES["overlap"], 64, blocks=SOME and 1, seed=3)
+    case = Case(MESHES["overlap"], 64, cells=SOME and 1, seed=3)
     assert np.diff(case.offsets).max() > kernel.DISTANCE_TILE
     case.check(case.by_kernel(), case.by_numba()[0])
 
@@ -259,14 +257,14 @@ PLATES = {
 def test_what_float32_cannot_tell_float64_decides(name, wide_tiles):
     """In one layer of points sides hang on less than float32 holds, or on a tie; both paths find every one of them."""
     corners, kinds = PLATES[name]
-    case = Case(triangles(corners), 64, kinds=lambda count: np.array(kinds, np.uint8))
-    case.blocks, case.candidates = (
+    case = Case(mesh_of_corners(corners), 64, kinds=lambda count: np.array(kinds, np.uint8))
+    case.cells, case.candidates = (
         np.array([[4, 4, 3]], np.int32),
         np.arange(len(kinds), dtype=np.int32),
     )
     case.offsets = np.array([0, len(kinds)])
     if name == "sheet":
-        case.topology.exterior.outside[:], case.topology.exterior.whole[:] = 0, False
+        case.topology.flood.outside[:], case.topology.flood.whole_cells[:] = 0, False
     layer = np.arange(512) // 8 % 8 == 0
     height = ((case.points()[0, layer, None] - case.packed[:, :3]) * case.packed[:, 9:12]).sum(-1)
     assert (np.sign(height) == ([1, -1] if len(kinds) == 2 else [-1])).all()
@@ -306,7 +304,7 @@ def test_a_tetrahedron_against_brute_force(wide_tiles):
         [[-0.31, -0.2, -0.27], [0.33, -0.22, -0.2], [-0.05, 0.35, -0.13], [0.03, 0.01, 0.3]]
     )
     faces = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [2, 0, 3]])
-    case = Case(Mesh(vertices=corners, faces=faces.astype(np.int32)), 32, blocks=SOME)
+    case = Case(Mesh(vertices=corners, faces=faces.astype(np.int32)), 32, cells=SOME)
     points = case.points()
     inside = np.ones(points.shape[:2], bool)
     for a, b, c in corners[faces]:
@@ -317,56 +315,56 @@ def test_a_tetrahedron_against_brute_force(wide_tiles):
 
 def test_one_triangle_is_a_shell(wide_tiles):
     corners = np.array([[[-0.3, 0.02, -0.2], [0.28, 0.11, -0.1], [0.05, -0.09, 0.31]]])
-    case = Case(triangles(corners), 64, blocks=SOME)
-    assert (case.kinds == THIN).all()
+    case = Case(mesh_of_corners(corners), 64, cells=SOME)
+    assert (case.kinds == SHEET).all()
     expected = brute_distance(case.points(), case.topology.triangles) - case.half
     assert (expected < 0).any()
     case.check(case.by_kernel(), expected)
 
 
 def test_a_part_of_a_longer_list_and_no_blocks():
-    case = Case(MESHES["box"], 64, blocks=2)
-    surface, flood, blocks, offsets, candidates = case.arguments()
-    whole = kernel.block_distances(surface, flood, blocks, offsets, candidates, **case.lengths())
-    part = kernel.block_distances(
-        surface, flood, blocks[1:], offsets[1:], candidates, **case.lengths()
+    case = Case(MESHES["box"], 64, cells=2)
+    triangles, flood, cells, offsets, candidates = case.arguments()
+    whole = kernel.cell_distances(triangles, flood, cells, offsets, candidates, **case.lengths())
+    part = kernel.cell_distances(
+        triangles, flood, cells[1:], offsets[1:], candidates, **case.lengths()
     )
     assert torch.equal(part, whole[1:])
     assert torch.equal(
-        whole, kernel.block_distances(surface, flood, blocks, offsets, candidates, **case.lengths())
+        whole, kernel.cell_distances(triangles, flood, cells, offsets, candidates, **case.lengths())
     )
-    none = kernel.block_distances(
-        surface, flood, blocks[:0], offsets[:1], candidates[:0], **case.lengths()
+    none = kernel.cell_distances(
+        triangles, flood, cells[:0], offsets[:1], candidates[:0], **case.lengths()
     )
     assert none.shape == (0, 512)
 
 
 def test_bad_arguments_are_named():
-    case = Case(MESHES["box"], 64, blocks=1)
+    case = Case(MESHES["box"], 64, cells=1)
     arguments, lengths = list(case.arguments()), case.lengths()
     packed, kinds = torch.from_numpy(case.packed), torch.from_numpy(case.kinds)
     for call, message in [
         (
-            lambda: kernel.pack_surface(packed.float(), kinds, 64),
+            lambda: kernel.grid_triangles(packed.float(), kinds, 64),
             r"packed_T16 must be torch.float64 \[any, 16\] on cpu, got",
         ),
         (
-            lambda: kernel.pack_surface(packed, kinds[1:], 64),
+            lambda: kernel.grid_triangles(packed, kinds[1:], 64),
             r"kinds_T must be torch.uint8 \[12\].*got torch.uint8 \[11\]",
         ),
         (
-            lambda: kernel.pack_surface(packed, kinds, 100),
+            lambda: kernel.grid_triangles(packed, kinds, 100),
             "resolution must be a positive multiple of 8, got 100",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
     for at, value, message in [
-        (2, arguments[2].long(), r"blocks_M3 must be torch.int32 \[any, 3\]"),
+        (2, arguments[2].long(), r"cells_M3 must be torch.int32 \[any, 3\]"),
         (
             2,
             arguments[2].expand(2**22, 3),
-            "blocks_M3 must be at most 4194303 at once, got 4194304",
+            "cells_M3 must be at most 4194303 at once, got 4194304",
         ),
         (3, arguments[3].int(), r"offsets_M1 must be torch.int64 \[2\]"),
         (4, arguments[4][None], r"candidates_E must be torch.int32 \[any\]"),
@@ -375,20 +373,20 @@ def test_bad_arguments_are_named():
         if at == 2 and len(value) > 1:
             wrong[3] = torch.zeros(len(value) + 1, dtype=torch.int64, device=DEVICE)
         with pytest.raises(ValueError, match=message):
-            kernel.block_distances(*wrong, **lengths)
+            kernel.cell_distances(*wrong, **lengths)
     with pytest.raises(ValueError, match="tau must be 0 or more and finite, got inf"):
-        kernel.block_distances(*arguments, **{**lengths, "tau": float("inf")})
-    fine = kernel.pack_surface(packed.to(DEVICE), kinds.to(DEVICE), 2**25)
+        kernel.cell_distances(*arguments, **{**lengths, "tau": float("inf")})
+    fine = kernel.grid_triangles(packed.to(DEVICE), kinds.to(DEVICE), 2**25)
     with pytest.raises(
         ValueError,
         match=r"resolution times the flood's must be at most 2\*\*30, got 33554432 and 64",
     ):
-        kernel.block_distances(fine, *arguments[1:], **lengths)
+        kernel.cell_distances(fine, *arguments[1:], **lengths)
 
 
 _COMPILE = """
 import json, torch, triton
-from kernels import sdf
+from kernels.sdf import distances as sdf
 from tests.kernels.attention.compile_ahead import compile_launch
 found = []
 def record(fn, *args, grid, warmup, **kwargs):
@@ -397,11 +395,11 @@ def record(fn, *args, grid, warmup, **kwargs):
         args[9].fill_(1)  # points that vote
 triton.JITFunction.run = record
 side = torch.zeros(8, 8, 8)
-flood = sdf.Flood(bin_of=side.int(), outside=torch.zeros(1, 8, dtype=torch.int64), whole=side.bool())
-surface = sdf.pack_surface(torch.rand(5, 16, dtype=torch.float64), torch.zeros(5, dtype=torch.uint8), 64)
-blocks, ids = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+flood = sdf.FloodBits(bin_of=side.int(), outside=torch.zeros(1, 8, dtype=torch.int64), whole_cells=side.bool())
+triangles = sdf.grid_triangles(torch.rand(5, 16, dtype=torch.float64), torch.zeros(5, dtype=torch.uint8), 64)
+cells, ids = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
 lengths = dict(tau=0.01, sheet_half=0.01, trusted=0.01, tie=2e-7)
-sdf.block_distances(surface, flood, blocks, torch.tensor([0, 2, 5]), ids, **lengths)
+sdf.cell_distances(triangles, flood, cells, torch.tensor([0, 2, 5]), ids, **lengths)
 print(json.dumps(found))
 """
 
@@ -445,19 +443,19 @@ def test_whole_bricks_on_the_gpu(name):
 
 @pytest.mark.gpu
 def test_lists_beyond_2_to_the_31():
-    """Four million copies of one block with 65 candidates each: 2.2e9 places in the lists, 2.1e9 values."""
-    case = Case(sphere(4), 64, blocks=40)
+    """Four million copies of one cell with 65 candidates each: 2.2e9 places in the lists, 2.1e9 values."""
+    case = Case(sphere(4), 64, cells=40)
     m = int(np.diff(case.offsets).argmax())
-    surface, flood, blocks, offsets, candidates = case.arguments()
-    start, M = int(offsets[m]), kernel.MAX_BLOCKS
+    triangles, flood, cells, offsets, candidates = case.arguments()
+    start, M = int(offsets[m]), kernel.MAX_CELLS
     mine = candidates[start : int(offsets[m + 1])]
     mine = mine.repeat(-(-65 // len(mine)))[: max(65, len(mine))]
     every = torch.arange(M + 1, device=DEVICE) * len(mine)
     assert 8 * len(mine) * M > 2**31
-    values = kernel.block_distances(
-        surface, flood, blocks[m : m + 1].repeat(M, 1), every, mine.repeat(M), **case.lengths()
+    values = kernel.cell_distances(
+        triangles, flood, cells[m : m + 1].repeat(M, 1), every, mine.repeat(M), **case.lengths()
     )
-    one = kernel.block_distances(
-        surface, flood, blocks[m : m + 1], every[:2], mine, **case.lengths()
+    one = kernel.cell_distances(
+        triangles, flood, cells[m : m + 1], every[:2], mine, **case.lengths()
     )
     assert all((part == one).all() for part in values.split(2**18))

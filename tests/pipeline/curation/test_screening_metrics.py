@@ -164,7 +164,7 @@ def test_a_resolution_that_topology_cannot_have():
 def test_the_boxs_points():
     mesh = mesh_of(closed_solids.box(2, 1, 1))
     assert bounding_box_grid_points(mesh, 128) == pytest.approx((0.95 * 127) ** 3 / 4)
-    exterior = build_topology(mesh, TopologyConfig(resolution=128)).exterior
-    assert enclosed_grid_points(exterior) == pytest.approx(
+    flood = build_topology(mesh, TopologyConfig(resolution=128)).flood
+    assert enclosed_grid_points(flood) == pytest.approx(
         bounding_box_grid_points(mesh, 128), rel=0.05
     )

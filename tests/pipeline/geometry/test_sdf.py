@@ -9,12 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.grid import CELL_SIDE, band, spacing
-from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.primitives.marching_cubes import extract, watertight_mesh
 from pipeline.core.schema import Mesh
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import SHEET_HALF_VOXELS, compute_bricks
 from pipeline.geometry.topology import build_topology
-from pipeline.geometry.watertight import watertight
 from tests.pipeline import known_shapes as geo
 
 SOLIDS = {"sphere": geo.sphere, "box": geo.box, "torus": geo.torus, "capsule": geo.capsule}
@@ -239,7 +238,7 @@ def test_a_closed_part_beside_a_sheet_stays_exact():
 
 
 def volume_of(bricks):
-    mesh = watertight(bricks)
+    mesh = watertight_mesh(bricks)
     return trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).volume
 
 

@@ -17,11 +17,11 @@ from pipeline.config import BuildConfig
 from pipeline.core.errors import RunError, Transient, UserError
 from pipeline.core.grid import band, spacing
 from pipeline.geometry import sdf as cpu
-from pipeline.geometry import sdf_cuda as gpu
+from pipeline.geometry import sdf_cuda
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.topology import build_topology
 from pipeline.orchestration.isolated_process import Isolated
-from pipeline.rendering import gl_renderer as canvas
+from pipeline.rendering import gl_renderer
 from pipeline.sources import open_source
 from tests.pipeline import known_shapes as geo
 from tests.pipeline.builds import build, config, environment, finish, start
@@ -75,24 +75,24 @@ def test_the_device_changes_no_hash_and_screening_takes_none():
 
 
 def test_chunks_are_all_blocks_in_order_within_the_limits(monkeypatch):
-    monkeypatch.setattr(gpu, "CHUNK_CELLS", 4)
-    monkeypatch.setattr(gpu, "CHUNK_CANDIDATES", 10)
+    monkeypatch.setattr(sdf_cuda, "CHUNK_CELLS", 4)
+    monkeypatch.setattr(sdf_cuda, "CHUNK_CANDIDATES", 10)
     counts = np.array([3, 3, 3, 3, 30, 1, 1, 1, 1, 1, 10, 1])
-    chunks = list(gpu._chunks(np.concatenate([[0], np.cumsum(counts)])))
+    chunks = list(sdf_cuda._chunks(np.concatenate([[0], np.cumsum(counts)])))
     assert chunks == [(0, 3), (3, 4), (4, 5), (5, 9), (9, 10), (10, 11), (11, 12)]
-    assert list(gpu._chunks(np.array([0]))) == []
+    assert list(sdf_cuda._chunks(np.array([0]))) == []
 
 
 def test_parts_come_together_as_on_the_cpu(monkeypatch):
     """The whole path, in Triton's interpreter."""
-    monkeypatch.setattr(gpu, "CHUNK_CELLS", 3)
+    monkeypatch.setattr(sdf_cuda, "CHUNK_CELLS", 3)
     for name in ("NARROW_TILE", "DISTANCE_TILE", "VOTE_TILE"):
         monkeypatch.setattr(f"kernels.sdf.distances.{name}", 32)
     topology, R = build_topology(geo.box((0.5, 0.3, 0.2)).mesh, TopologyConfig(resolution=64)), 16
-    fill = gpu.fill_cells
+    fill = sdf_cuda.fill_cells
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(
-        gpu, "fill_cells", lambda *args, **kwargs: fill(*args, **kwargs, device=device)
+        sdf_cuda, "fill_cells", lambda *args, **kwargs: fill(*args, **kwargs, device=device)
     )
     expected, found = cpu.compute_bricks(topology, R), cpu.compute_bricks(topology, R, "cuda")
     np.testing.assert_array_equal(found.cells, expected.cells)
@@ -108,11 +108,11 @@ def test_a_full_gpu_is_tried_again(monkeypatch):
         raise torch.OutOfMemoryError("in use by others")
 
     topology = build_topology(geo.box((0.5, 0.3, 0.2)).mesh, TopologyConfig(resolution=64))
-    monkeypatch.setattr("kernels.sdf.distances.block_distances", full)
+    monkeypatch.setattr("kernels.sdf.distances.cell_distances", full)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    fill = gpu.fill_cells
+    fill = sdf_cuda.fill_cells
     monkeypatch.setattr(
-        gpu, "fill_cells", lambda *args, **kwargs: fill(*args, **kwargs, device="cpu")
+        sdf_cuda, "fill_cells", lambda *args, **kwargs: fill(*args, **kwargs, device="cpu")
     )
     with pytest.raises(Transient, match="gpu_out_of_memory"):
         cpu.compute_bricks(topology, 16, "cuda")
@@ -155,18 +155,18 @@ def test_memory_is_limited_though_address_space_is_not(tmp_path):
 
 
 def test_a_picture_is_drawn_on_the_gpu_that_was_given(monkeypatch):
-    canvas._import_pyrender()
+    gl_renderer.import_pyrender()
     from pyrender.platforms import egl
 
     devices = [
         SimpleNamespace(cuda=number) for number in ("1", "0", None)
     ]  # as drivers may list them; Mesa last
     monkeypatch.setattr(egl, "query_devices", lambda: list(devices))
-    monkeypatch.setattr(canvas, "_cuda_index", lambda device: device.cuda)
+    monkeypatch.setattr(gl_renderer, "_cuda_index", lambda device: device.cuda)
 
     def order(wanted):
-        with canvas.on_gpu(wanted):
-            return [device.cuda for device in canvas._devices()]
+        with gl_renderer.on_gpu(wanted):
+            return [device.cuda for device in gl_renderer._devices()]
 
     assert order("0") == ["0", "1", None]
     assert order("1") == order(None) == order("7") == order("GPU-1234") == ["1", "0", None]
@@ -174,31 +174,31 @@ def test_a_picture_is_drawn_on_the_gpu_that_was_given(monkeypatch):
 
 def cuda_numbers():
     """Of this machine's EGL devices."""
-    canvas._import_pyrender()
+    gl_renderer.import_pyrender()
     from pyrender.platforms import egl
 
-    return [canvas._cuda_index(device) for device in egl.query_devices()]
+    return [gl_renderer._cuda_index(device) for device in egl.query_devices()]
 
 
 def test_mesa_is_no_cuda_device():
     numbers = cuda_numbers()
-    if "Mesa" not in canvas.renderer_string() and None not in numbers:
+    if "Mesa" not in gl_renderer.renderer_string() and None not in numbers:
         pytest.skip("no Mesa here")
     assert numbers[-1] is None
 
 
 def test_an_unknown_gpu_is_no_reason_not_to_draw():
-    plain = canvas.renderer_string()
-    with canvas.on_gpu("7"):
-        assert canvas.renderer_string() == plain
+    plain = gl_renderer.renderer_string()
+    with gl_renderer.on_gpu("7"):
+        assert gl_renderer.renderer_string() == plain
 
 
 @pytest.mark.gpu
 def test_a_gpu_with_a_graphics_driver_draws():
     if "0" not in cuda_numbers():
         pytest.skip("CUDA's first GPU has no graphics driver here")
-    with canvas.on_gpu("0"):
-        assert "NVIDIA" in canvas.renderer_string()
+    with gl_renderer.on_gpu("0"):
+        assert "NVIDIA" in gl_renderer.renderer_string()
 
 
 def test_the_marker_says_which_device(tiny_build):
@@ -212,7 +212,7 @@ def test_the_marker_says_which_device(tiny_build):
 _ON_A_PRETENDED_GPU = """
 import sys, ray
 from pathlib import Path
-from pipeline.core.schema import RunError
+from pipeline.core.errors import RunError
 from pipeline.sources import open_source
 from tests.pipeline.builds import build, config
 ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)

@@ -13,8 +13,8 @@ from pipeline.core.primitives.triangles import pack
 from pipeline.core.schema import Mesh
 from pipeline.geometry import holes
 from pipeline.geometry.config import TopologyConfig
-from pipeline.geometry.flood_fill import bin_triangles, bit_at, flood
-from pipeline.geometry.topology import BURIED, SOLID, THIN, _add_caps, build_topology
+from pipeline.geometry.flood_fill import bin_triangles, flood_fill, is_reached
+from pipeline.geometry.topology import BURIED, SHEET, SOLID, _add_caps, build_topology
 from tests.pipeline import known_shapes as geo
 
 
@@ -52,7 +52,7 @@ def test_a_bar_through_a_box_is_cut_where_it_enters():
         0.4 * 2 * (0.1 + 0.12) + 2 * 0.1 * 0.12
     )  # the bar's middle and the two plugs it leaves in the block's faces
     assert buried == pytest.approx(exact, abs=2 * 4 * (0.1 + 0.12) * h)
-    assert not (topology.kinds == THIN).any()
+    assert not (topology.kinds == SHEET).any()
     assert len(topology.triangles) < 20_000  # only the seam is cut finely
 
 
@@ -64,7 +64,7 @@ def test_flood_equals_a_dense_one():
     resolution = 48
     packed = pack(mesh.vertices[mesh.faces])
     bins = bin_triangles(packed, resolution)
-    exterior = flood(packed, bins, np.ones(len(packed), bool))
+    flood = flood_fill(packed, bins, np.ones(len(packed), bool))
     index = np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), axis=-1)
     distance = geo.brute_distance(index.reshape(-1, 3) * spacing(resolution) - 0.5, mesh).reshape(
         index.shape[:3]
@@ -73,7 +73,7 @@ def test_flood_equals_a_dense_one():
     expected = labels == labels[0, 0, 0]
     got = np.array(
         [
-            bit_at(bins.bin_of, exterior.outside, exterior.whole, *p, True)
+            is_reached(bins.bin_of, flood.outside, flood.whole_cells, *p, True)
             for p in index.reshape(-1, 3)
         ]
     ).reshape(expected.shape)

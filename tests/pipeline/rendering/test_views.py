@@ -16,7 +16,7 @@ from pipeline.core.image_codec import decode, encode
 from pipeline.core.schema import Material, Mesh, Part, View
 from pipeline.rendering import views as render
 from pipeline.rendering.config import RenderConfig
-from pipeline.rendering.gl_renderer import canvas
+from pipeline.rendering.gl_renderer import open_renderer
 from pipeline.rendering.shading import Lighting, lighting, smooth_normals
 from pipeline.rendering.views import (
     fault_of,
@@ -146,7 +146,7 @@ def test_same_seed_same_bytes_in_this_process_and_in_another():
 def lit(mesh, eye=None, size=160, light=None):
     """One image from the front."""
     eye = eye or look_at_origin(0, 0, 50)
-    with canvas(mesh, size) as drawing:
+    with open_renderer(mesh, size) as drawing:
         return unpremultiply(drawing.draw(eye, light or lighting("folder-a", 0, eye)))
 
 
@@ -421,7 +421,7 @@ def test_configuration_is_checked():
 
 def test_without_egl_the_packages_are_named():
     """A process that finds no driver ends in RunError, not in a traceback of the binding's."""
-    code = "from pipeline.rendering.views import *; from pipeline.core.schema import RunError\n"
+    code = "from pipeline.rendering.views import *; from pipeline.core.errors import RunError\n"
     code += "try: renderer_string()\nexcept RunError as error: print(error)"
     env = {**os.environ, "__EGL_VENDOR_LIBRARY_FILENAMES": "/nonexistent"}
     out = subprocess.run(

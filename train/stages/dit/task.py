@@ -18,6 +18,7 @@ from model.inference.extract_mesh import extract_meshes
 from model.rectified_flow import interpolate, velocity_target
 from model.sparse_tensor import SparseTensor
 from model.sparse_vae import SparseVAE
+from pipeline.core.primitives.voxel_iou import intersection_over_union
 from train.data.bricks import BuildIndex
 from train.data.latents import LatentStore
 from train.engine.batch_sampler import SampleId
@@ -25,7 +26,6 @@ from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTBatch, DiTLoader
-from train.stages.vae.task import inside_iou
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which held-out assets are judged
 PICTURE = 256  # pixels
@@ -165,7 +165,7 @@ class DiTTask:
             on_white(view.rgba),
             *(picture(*mesh, size=PICTURE, view=axes) for mesh in (made, right)),
         ]
-        return float(inside_iou(values, stored)), row
+        return float(intersection_over_union(values < 0, stored < 0)), row
 
 
 def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -16,13 +16,13 @@ from model.config import Guidance
 from model.image_tokens import ImageTokens
 from model.occupancy_vae import (
     OccupancyVAE,
-    intersection_over_union,
     occupancy_grid,
     occupancy_loss,
 )
 from model.rectified_flow import interpolate, velocity_target
 from model.sparse_tensor import SparseTensor
 from model.structure import Structure, dense_level, grid_to_rows, rows_to_grid
+from pipeline.core.primitives.voxel_iou import intersection_over_union
 from train.data.bricks import BuildIndex
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
@@ -186,7 +186,7 @@ class FlowTask:
                 batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
                 assert batch.images is not None
                 cells = draw_cells(model, model.flow.encode_images(batch.images), asset, self.cfg)
-                overlaps.append(float(intersection_over_union(cells, batch.occupied)))
+                overlaps.append(float(intersection_over_union(cells, batch.occupied).float()))
                 image = batch.images.pixels[0].permute(1, 2, 0).cpu().numpy()
                 rows.append(
                     [resized(image), cells_picture(cells[0]), cells_picture(batch.occupied[0])]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.inference.extract_mesh import extract_meshes
 from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.primitives.voxel_iou import intersection_over_union
 from train.data.bricks import BrickLoader, BuildIndex, VAEBatch
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
@@ -57,8 +58,8 @@ class VAETask:
                 found = vae_losses(
                     values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss
                 )
-                overlap = inside_iou(values, batch.bricks.values)
-                sums.append(torch.stack([*(found[name].double() for name in names[:-1]), overlap]))
+                iou = intersection_over_union(values < 0, batch.bricks.values < 0)
+                sums.append(torch.stack([*(found[name].double() for name in names[:-1]), iou]))
         total = (
             torch.stack(sums).sum(0) if sums else torch.zeros(len(names), device=self.world.device)
         )
@@ -83,10 +84,3 @@ class VAETask:
             rows.append([picture(*extract(batch.bricks.bricks()[0])), picture(*surface)])
         if rows:
             save_image(folder / "reconstructions.png", side_by_side(rows))
-
-
-def inside_iou(values: Tensor, stored: Tensor) -> Tensor:
-    """Intersection over union of the points below 0 among the stored ones, float64 []; 1 if neither has any."""
-    ours, theirs = values < 0, stored < 0
-    union = (ours | theirs).sum()
-    return torch.where(union > 0, (ours & theirs).sum().double() / union.clamp(min=1), 1.0)

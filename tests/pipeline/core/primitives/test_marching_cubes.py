@@ -7,12 +7,11 @@ import trimesh
 from pipeline.core.errors import Reject
 from pipeline.core.grid import band, spacing
 from pipeline.core.primitives import marching_cubes as isosurface
-from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.primitives.marching_cubes import extract, watertight_mesh
 from pipeline.core.schema import Bricks
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import build_topology
-from pipeline.geometry.watertight import watertight
 from tests.pipeline import known_shapes as geo
 
 
@@ -92,7 +91,7 @@ def test_cells_with_an_unknown_corner_are_left_out():
 def test_the_watertight_mesh_is_closed_and_on_the_zero_level(resolution):
     solid = geo.torus()
     bricks = compute_bricks(build_topology(solid.mesh, TopologyConfig(resolution=128)), resolution)
-    mesh = watertight(bricks)
+    mesh = watertight_mesh(bricks)
     assert_closed_and_oriented(mesh.faces)
     dense = np.full((resolution,) * 3, np.nan)
     for (x, y, z), values in zip(bricks.cells.astype(int) * 8, bricks.values):
@@ -116,4 +115,4 @@ def test_no_surface_is_rejected():
         sharp=np.zeros((0, 64), np.uint8),
     )  # fmt: skip
     with pytest.raises(Reject, match="no_surface"):
-        watertight(empty)
+        watertight_mesh(empty)

@@ -6,13 +6,13 @@ import torch
 
 from model.inference.extract_mesh import mesh_of
 from pipeline.core.primitives.surface_distance import (
-    Surface,
-    Tree,
+    SampledSurface,
+    TriangleTree,
     compare_surfaces,
     sample_surface,
 )
+from pipeline.core.primitives.voxel_iou import intersection_over_union
 from tests.train.analytic_builds import bricks_of, ellipsoid
-from train.stages.vae.task import inside_iou
 
 
 def sphere(radius, R=64):
@@ -48,7 +48,7 @@ def test_closest_is_exact_on_a_soup(count):
         rng.integers(0, 40, (count, 3)),
     )  # some faces have no area
     points = rng.normal(size=(1500, 3)) * 2
-    distance, triangle, normals = Tree(vertices, faces).closest(points)
+    distance, triangle, normals = TriangleTree(vertices, faces).closest(points)
     np.testing.assert_allclose(
         distance, brute_force(points, vertices, faces), rtol=1e-9, atol=1e-12
     )
@@ -111,24 +111,27 @@ def test_an_empty_reconstruction_is_infinitely_far():
     with pytest.raises(ValueError, match="to_faces must not be empty"):
         compare_surfaces(*sphere(0.3), *empty)
     with pytest.raises(ValueError, match="faces must not be empty"):
-        Surface(*empty)
+        SampledSurface(*empty)
     with pytest.raises(ValueError, match="samples must be 1 or more, got 0"):
-        Surface(*sphere(0.3), samples=0)
+        SampledSurface(*sphere(0.3), samples=0)
 
 
 def test_a_reference_serves_many_comparisons():
-    reference = Surface(*sphere(0.31), samples=20_000, seed=1)
+    reference = SampledSurface(*sphere(0.31), samples=20_000, seed=1)
     for radius in (0.3, 0.305):
         once = compare_surfaces(*sphere(radius), *sphere(0.31), samples=20_000)
-        assert Surface(*sphere(radius), samples=20_000).compare(reference) == once
+        assert SampledSurface(*sphere(radius), samples=20_000).compare(reference) == once
 
 
 def test_iou_of_spheres_is_the_ratio_of_their_points():
     small, large = (ellipsoid((0, 0, 0), (r, r, r)) for r in (0.24, 0.3))
     axis = torch.linspace(-0.5, 0.5, 48, dtype=torch.float64)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).numpy()
-    a, b = (torch.from_numpy(field(points)).reshape(-1, 512) for field in (small, large))
-    assert inside_iou(a, b).item() == pytest.approx((0.24 / 0.3) ** 3, rel=0.03)
-    assert inside_iou(a, b) == inside_iou(b, a)
-    assert inside_iou(a.abs() + 1, a.abs() + 1) == 1
-    assert inside_iou(a.abs() + 1, a) == 0
+    a, b = (torch.from_numpy(field(points) < 0).reshape(-1, 512) for field in (small, large))
+    none = torch.zeros_like(a)
+    assert intersection_over_union(a, b).dtype == torch.float64
+    assert intersection_over_union(a, b).item() == pytest.approx((0.24 / 0.3) ** 3, rel=0.03)
+    assert intersection_over_union(a, b) == intersection_over_union(b, a)
+    assert intersection_over_union(a, b) == intersection_over_union(a.numpy(), b.numpy())
+    assert intersection_over_union(none, none) == 1
+    assert intersection_over_union(none, a) == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from pipeline.core.primitives.voxel_iou import OFFSETS, inside, overlap
+from pipeline.core.primitives.voxel_iou import OFFSETS, inside, intersection_over_union
 
 
 def points(side):
@@ -21,7 +21,10 @@ def test_a_rotated_box_and_a_ball_are_their_formulas():
     np.testing.assert_array_equal(inside(box.vertices, box.faces, 40), local.all(axis=-1))
     ball = trimesh.creation.icosphere(subdivisions=5, radius=0.4)
     assert (
-        overlap(inside(ball.vertices, ball.faces), np.linalg.norm(points(64), axis=-1) < 0.4) > 0.99
+        intersection_over_union(
+            inside(ball.vertices, ball.faces), np.linalg.norm(points(64), axis=-1) < 0.4
+        )
+        > 0.99
     )
 
 
@@ -31,7 +34,12 @@ def test_a_hollow_is_outside_and_many_layers_are_counted():
     ]
     both = trimesh.util.concatenate([shells[99], shells[49]])
     radius = np.linalg.norm(points(64), axis=-1)
-    assert overlap(inside(both.vertices, both.faces), (radius < 0.48) & (radius > 0.24)) > 0.97
+    assert (
+        intersection_over_union(
+            inside(both.vertices, both.faces), (radius < 0.48) & (radius > 0.24)
+        )
+        > 0.97
+    )
     layers = trimesh.util.concatenate(shells)  # up to 200 crossings on a line
     middle = inside(layers.vertices, layers.faces, 64)[32, 32, 32:]
     expected = np.floor(100 * radius[32, 32, 32:] / 0.48) % 2 == 1
@@ -40,7 +48,7 @@ def test_a_hollow_is_outside_and_many_layers_are_counted():
 
 def test_overlap():
     a, b = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
-    assert overlap(a, b) == 1.0
+    assert intersection_over_union(a, b) == 1.0
     a[0], b[:, :2] = True, True
-    assert overlap(a, b) == pytest.approx(2 / 6)
+    assert intersection_over_union(a, b) == pytest.approx(2 / 6)
     assert not inside(np.zeros((3, 3)), np.array([[0, 1, 2]]), 8).any()
