@@ -1,4 +1,7 @@
-"""`python -m model.generate IMAGE ... -o OUT.glb`: a watertight mesh from a picture of an object."""
+"""`python -m model.generate IMAGE ... -o OUT.glb`: a closed mesh of the object in each image.
+
+Options and images are checked before torch and the models are imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
-from tqdm import tqdm
 
-from model.conditioning.background_removal import load_foreground
 from model.config import GenerationOptions
-from model.inference.generator import GeneratedMesh, Generator
-from model.inference.mesh_cleaning import check_simplification
-from model.inference.mesh_export import FORMATS, check_format, write_mesh
-from model.inference.turntable import write_preview
 from pipeline.core.cli import command, parse
+from pipeline.core.devices import Device, check_device, choose_device
 from pipeline.core.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.inference.generator import GeneratedMesh
 
 log = logging.getLogger(__name__)
 
@@ -33,21 +35,31 @@ PROG = "python -m model.generate"
 class GenerateConfig:
     """Generate a mesh for each image of an object. Transparent pixels are background."""
 
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]  # picture files
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = (
-        None  # file; of several images the folder
-    )
-    format: Literal["glb", "obj", "ply", "stl"] = "glb"  # of the files, where --out does not say
-    checkpoint: Path = Path(
-        "runs/export"
-    )  # the trained stages, collected by python -m train.export
-    seed: int = 0  # the same seed, image and options give the same mesh on the same machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    keep_background: bool = False  # take an image without transparency as it is
-    preview: Literal["none", "png", "gif"] = (
-        "none"  # views all around, beside the mesh as NAME.preview.png or .gif
-    )
-    options: Annotated[GenerationOptions, tyro.conf.OmitArgPrefixes] = field(
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files."""
+
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Mesh file, or the directory of the mesh files. Without it they go to the current directory."""
+
+    checkpoint: Path = Path("runs/export")
+    """Directory of the trained stages, which python -m train.export writes."""
+
+    seed: int = 0
+    """Seed of the noise. The same seed, image and options give the same mesh on a machine."""
+
+    device: Device = "auto"
+    """Device of the models. "auto" takes a GPU if there is one, "cuda:N" the GPU of number N."""
+
+    format: Literal["glb", "obj", "ply", "stl"] = "glb"
+    """Format of the mesh files, unless --out names a file."""
+
+    keep_background: bool = False
+    """Take all of an image without transparent pixels as the object."""
+
+    preview: Literal["none", "png", "gif"] = "none"
+    """Also write views from all sides to NAME.preview.png or NAME.preview.gif beside the mesh."""
+
+    generation: Annotated[GenerationOptions, tyro.conf.OmitArgPrefixes] = field(
         default_factory=GenerationOptions
     )
 
@@ -56,24 +68,54 @@ class GenerateConfig:
             raise ValueError("images must name at least one file, got none")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+        check_device(self.device)
 
 
-def targets(cfg: GenerateConfig) -> list[Path]:
-    """The mesh file of each image. UserError if --out does not fit the number of images, two files would be one, or one
-    would take the place of an image."""
-    files = _named(cfg)
+def mesh_files(cfg: GenerateConfig) -> list[Path]:
+    """Return the mesh file of each image.
+
+    Raises:
+        UserError: If --out does not fit the number of images, if two files would have one name, or
+            if a file would replace an image.
+    """
+    files = _mesh_files(cfg)
     images = {image.resolve() for image in cfg.images}
     for file in files:
-        taken = images & {file.resolve(), _preview_of(file, cfg).resolve()}
-        if taken:
+        replaced = images & {file.resolve(), _preview_file(file, cfg).resolve()}
+        if replaced:
             raise UserError(
-                f"{min(taken)} would be replaced by what is made from it; choose another --out"
+                f"{min(replaced)} is an image and would be replaced by its mesh or preview; "
+                "choose another --out"
             )
     return files
 
 
-def _check_folder(folder: Path) -> None:
-    """UserError unless files can be written there; it is made if it is missing."""
+def _mesh_files(cfg: GenerateConfig) -> list[Path]:
+    from model.inference.mesh_export import FORMATS
+
+    names_a_file = cfg.out is not None and not cfg.out.is_dir()
+    if len(cfg.images) == 1 and cfg.out is not None and names_a_file and cfg.out.suffix:
+        if cfg.out.suffix.lower() not in FORMATS:
+            raise UserError(f"--out must end in one of {', '.join(FORMATS)}, got {cfg.out}")
+        return [cfg.out]
+    if cfg.out is not None and names_a_file and cfg.out.suffix.lower() in FORMATS:
+        raise UserError(f"--out must be a directory for {len(cfg.images)} images, got {cfg.out}")
+    folder = cfg.out or Path()
+    files = [folder / f"{image.stem}.{cfg.format}" for image in cfg.images]
+    repeated = {file for file in files if files.count(file) > 1}
+    if repeated:
+        raise UserError(
+            f"two images would both be written to {min(repeated)}; give them different names"
+        )
+    return files
+
+
+def _preview_file(mesh_file: Path, cfg: GenerateConfig) -> Path:
+    return mesh_file.with_name(f"{mesh_file.stem}.preview.{cfg.preview}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise UserError unless files can be written to a directory, which is made if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -84,85 +126,93 @@ def _check_folder(folder: Path) -> None:
         ) from error
 
 
-def _preview_of(file: Path, cfg: GenerateConfig) -> Path:
-    return file.with_name(f"{file.stem}.preview.{cfg.preview}")
-
-
-def _named(cfg: GenerateConfig) -> list[Path]:
-    if len(cfg.images) == 1 and cfg.out is not None and cfg.out.suffix and not cfg.out.is_dir():
-        if cfg.out.suffix.lower() not in FORMATS:
-            raise UserError(f"--out must end in one of {', '.join(FORMATS)}, got {cfg.out}")
-        return [check_format(cfg.out)]
-    if cfg.out is not None and cfg.out.suffix.lower() in FORMATS and not cfg.out.is_dir():
-        raise UserError(f"--out must be a folder for {len(cfg.images)} images, got {cfg.out}")
-    folder = cfg.out or Path()
-    files = [folder / f"{image.stem}.{cfg.format}" for image in cfg.images]
-    twice = {file for file in files if files.count(file) > 1}
-    if twice:
-        raise UserError(f"two images would both become {min(twice)}; give them different names")
-    return files
-
-
 def generate(cfg: GenerateConfig) -> int:
-    """Make every mesh; one that fails costs only itself. Returns how many failed."""
-    files = targets(cfg)
-    _check_folder(files[0].parent)
-    for path in cfg.images:  # before any waiting; not kept, for a folder of photos would not fit
+    """Generate the mesh of every image. An image that fails does not stop the others.
+
+    Returns:
+        Number of images that failed.
+
+    Raises:
+        UserError: If an option or an image cannot be used, or a stage is missing.
+    """
+    from model.conditioning.background_removal import load_foreground
+
+    files = mesh_files(cfg)
+    _check_writable(files[0].parent)
+    # Every image is checked before any model is loaded. A directory of photos may not fit into
+    # memory, so they are read again later.
+    for path in cfg.images:
         load_foreground(path, keep_background=cfg.keep_background)
-    if cfg.options.faces is not None:
+    if cfg.generation.faces is not None:
+        from model.inference.mesh_cleaning import check_simplification
+
         check_simplification()
     device = choose_device(cfg.device)
-    generator = Generator.load(cfg.checkpoint, device, cfg.options.resolution)
-    log.info("image encoder: %s; models for R = %s on %s", generator.structure.flow.encoder.label,
-             " ".join(map(str, generator.resolutions)), device)  # fmt: skip
+
+    import torch
+
+    from model.inference.generator import Generator
+    from model.inference.mesh_export import write_mesh
+
+    generator = Generator.load(cfg.checkpoint, device, cfg.generation.resolution)
+    log.info(
+        "image encoder: %s; models for R = %s on %s",
+        generator.structure.flow.encoder.label,
+        " ".join(map(str, generator.resolutions)),
+        device,
+    )
     failed = 0
     for path, file in zip(cfg.images, files, strict=True):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            picture = load_foreground(path, keep_background=cfg.keep_background)
-            made = generator.generate(
-                picture, cfg.seed, cfg.options, whole_if_opaque=cfg.keep_background, progress=_show
+            image = load_foreground(path, keep_background=cfg.keep_background)
+            mesh = generator.generate(
+                image,
+                cfg.seed,
+                cfg.generation,
+                whole_if_opaque=cfg.keep_background,
+                progress=_progress_bar,
             )
-            write_mesh(file, made.vertices, made.faces)
-            log.info("%s", report(file, made, device))
+            write_mesh(file, mesh.vertices, mesh.faces)
+            log.info("%s", describe(file, mesh, device))
             if cfg.preview != "none":
-                write_preview(_preview_of(file, cfg), made.vertices, made.faces)
-                log.info("preview %s", _preview_of(file, cfg))
+                from model.inference.turntable import write_preview
+
+                write_preview(_preview_file(file, cfg), mesh.vertices, mesh.faces)
+                log.info("preview: %s", _preview_file(file, cfg))
         except (RunError, UserError, ValueError) as error:
             failed += 1
             log.error("%s: %s", path, error)
     return failed
 
 
-def report(file: Path, made: GeneratedMesh, device: torch.device) -> str:
-    """One line: what was made, what each stage took, the peak of memory."""
+def describe(file: Path, mesh: GeneratedMesh, device: torch.device) -> str:
+    """Return the log line of a mesh: its size, the time of each stage, the peak of memory."""
     stages = ", ".join(
-        f"{stage.name} {stage.seconds:.1f} s ({stage.tokens} cells)" for stage in made.stages
+        f"{stage.name} {stage.seconds:.1f} s ({stage.tokens} cells)" for stage in mesh.stages
     )
-    surface = "closed" if not made.open_edges else f"{made.open_edges} open edges"
-    done = made.cleaned
-    tidied = (
-        f"{done.holes} holes closed, {done.floaters} floaters and {done.bubbles} bubbles removed"
+    surface = "closed" if not mesh.open_edges else f"{mesh.open_edges} open edges"
+    cleaned = mesh.cleaned
+    return (
+        f"{file}: {len(mesh.faces)} faces, {surface}; {stages}; {cleaned.holes} holes closed, "
+        f"{cleaned.floaters} floaters and {cleaned.bubbles} bubbles removed; "
+        f"peak memory {_peak_memory(device)}"
     )
-    return f"{file}: {len(made.faces)} faces, {surface}; {stages}; {tidied}; peak memory {peak_memory(device)}"
 
 
-def peak_memory(device: torch.device) -> str:
-    """Of the GPU's tensors for the last image, or of this process."""
+def _peak_memory(device: torch.device) -> str:
+    """Return the peak of the GPU's tensors since the last image, or that of the process."""
     if device.type == "cuda":
+        import torch
+
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the GPU"
     return f"{1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.2f} GB"
 
 
-def choose_device(name: str) -> torch.device:
-    """auto: a GPU where there is one. UserError if cuda is asked for and is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a CUDA device, none found; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def _progress_bar(stage: str, steps: Iterable[int]) -> Iterable[int]:
+    from tqdm import tqdm
 
-
-def _show(stage: str, steps: Iterable[int]) -> Iterable[int]:
     return tqdm(steps, desc=stage, unit="step", leave=False, disable=not sys.stderr.isatty())
 
 

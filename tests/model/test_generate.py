@@ -24,7 +24,7 @@ from model.config import (
     StructureConfig,
     VAEConfig,
 )
-from model.generate import GenerateConfig, generate, main, targets
+from model.generate import GenerateConfig, generate, main, mesh_files
 from model.inference.cells_near_mesh import cells_near
 from model.inference.generator import Generator
 from model.sparse_vae import SparseVAE
@@ -134,7 +134,7 @@ def test_same_seed_same_mesh_closed_whatever_the_weights(checkpoint, picture, tm
     def make(name, **changes):
         out = tmp_path / name
         cfg = GenerateConfig(
-            images=(picture,), out=out, checkpoint=checkpoint, device="cpu", options=FAST
+            images=(picture,), out=out, checkpoint=checkpoint, device="cpu", generation=FAST
         )
         assert generate(replace(cfg, **changes)) == 0
         return out.read_bytes(), trimesh.load(out, force="mesh", process=False)
@@ -145,7 +145,7 @@ def test_same_seed_same_mesh_closed_whatever_the_weights(checkpoint, picture, tm
     assert mesh.volume > 0
     assert make("b.ply")[0] == first
     assert make("c.ply", seed=1)[0] != first
-    fewer = make("d.ply", options=replace(FAST, guidance=1.0))[0]
+    fewer = make("d.ply", generation=replace(FAST, guidance=1.0))[0]
     assert fewer != first
 
 
@@ -157,7 +157,7 @@ def test_several_images_go_into_a_folder_each_as_if_alone(checkpoint, picture, t
         out=tmp_path / "out",
         checkpoint=checkpoint,
         device="cpu",
-        options=FAST,
+        generation=FAST,
     )
     assert generate(replace(cfg, format="stl")) == 0
     alone = replace(cfg, images=(picture,), out=tmp_path / "alone.stl")
@@ -179,7 +179,7 @@ def test_one_image_that_fails_costs_only_itself(checkpoint, picture, tmp_path, c
     monkeypatch.setattr(Generator, "generate", fail_first)
     disc(96).save(tmp_path / "a.png")
     cfg = GenerateConfig(
-        images=(tmp_path / "a.png", picture), out=tmp_path, checkpoint=checkpoint, options=FAST
+        images=(tmp_path / "a.png", picture), out=tmp_path, checkpoint=checkpoint, generation=FAST
     )
     assert generate(replace(cfg, device="cpu")) == 1
     assert "a.png: no surface" in caplog.text
@@ -189,7 +189,7 @@ def test_one_image_that_fails_costs_only_itself(checkpoint, picture, tmp_path, c
 
 def test_where_files_go(tmp_path):
     def of(*images, **options):
-        return targets(GenerateConfig(images=tuple(Path(image) for image in images), **options))
+        return mesh_files(GenerateConfig(images=tuple(Path(image) for image in images), **options))
 
     assert of("x/a.png") == [Path("a.glb")]
     assert of("a.png", out=Path("b.OBJ")) == [Path("b.OBJ")]
@@ -197,12 +197,12 @@ def test_where_files_go(tmp_path):
     assert of("a.png", "b.jpg", out=Path("new")) == [Path("new/a.glb"), Path("new/b.glb")]
     with pytest.raises(UserError, match=r"\.glb, \.obj, \.ply, \.stl, got c\.fbx"):
         of("a.png", out=Path("c.fbx"))
-    with pytest.raises(UserError, match=r"must be a folder for 2 images, got c\.glb"):
+    with pytest.raises(UserError, match=r"must be a directory for 2 images, got c\.glb"):
         of("a.png", "b.png", out=Path("c.glb"))
-    with pytest.raises(UserError, match=r"both become a\.glb"):
+    with pytest.raises(UserError, match=r"both be written to a\.glb"):
         of("x/a.png", "y/a.jpg")
     with pytest.raises(
-        UserError, match=r"a\.preview\.png would be replaced by what is made from it"
+        UserError, match=r"a\.preview\.png is an image and would be replaced by its mesh or preview"
     ):
         of("a.png", "a.preview.png", preview="png")
 
@@ -216,7 +216,7 @@ def test_what_cannot_be_done_is_said_before_the_models_are_loaded(picture, tmp_p
         generate(cfg)
     monkeypatch.setitem(sys.modules, "fast_simplification", None)  # as if it were not installed
     with pytest.raises(UserError, match="pip install fast-simplification"):
-        generate(replace(cfg, out=tmp_path / "a.glb", options=replace(FAST, faces=500)))
+        generate(replace(cfg, out=tmp_path / "a.glb", generation=replace(FAST, faces=500)))
     with pytest.raises(UserError, match="nowhere lacks"):
         generate(replace(cfg, out=tmp_path / "a.glb"))
 
@@ -228,7 +228,7 @@ def test_a_preview_leaves_the_image_alone_and_may_fail_alone(
     disc(96).save(picture.with_name("other.png"))
     images = (picture, picture.with_name("other.png"))
     cfg = GenerateConfig(
-        images=images, out=picture.parent, checkpoint=checkpoint, device="cpu", options=FAST
+        images=images, out=picture.parent, checkpoint=checkpoint, device="cpu", generation=FAST
     )
     assert generate(replace(cfg, preview="png")) == 0
     assert picture.read_bytes() == before
@@ -364,7 +364,7 @@ def test_empty_and_oversized_stages_are_errors(checkpoint, monkeypatch):
         generator.generate(disc(), 0, FAST)
     nothing = torch.zeros(1, 8, 8, 8, dtype=torch.bool)
     monkeypatch.setattr(generator.structure, "generate", lambda *_, **__: occupied_level(nothing))
-    with pytest.raises(RunError, match="structure stage has no cell"):
+    with pytest.raises(RunError, match="structure stage generated no cell"):
         generator.generate(disc(), 0, FAST)
 
 
@@ -415,6 +415,41 @@ def test_the_command_says_what_it_did(checkpoint, picture, tmp_path):
         main([str(tmp_path / "no.png")])
     with pytest.raises(UserError, match=r"seed must be from 0 to 2\^63 - 1, got -1"):
         main([str(picture), "--seed", "-1"])
+
+
+def test_help_imports_no_heavy_library():
+    command = [sys.executable, "-X", "importtime", "-m", "model.generate", "--help"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "--guidance" in ended.stdout
+    lines = ended.stderr.splitlines()
+    imported = {
+        line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")
+    }
+    assert "model.config" in imported
+    assert not imported & {"torch", "numba", "transformers", "ray", "trimesh", "scipy", "triton"}
+
+
+def test_an_unusable_image_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "no.png").write_bytes(b"")
+    code = f"""
+import sys
+from model.generate import main
+from pipeline.core.errors import UserError
+try:
+    main([{str(tmp_path / "no.png")!r}, "-o", {str(tmp_path / "no.glb")!r}])
+except UserError as error:
+    print(error, "torch" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.endswith("False\n"), ended.stderr
+    assert "readable image" in ended.stdout
+
+
+def test_a_device_is_checked_with_the_options(picture):
+    with pytest.raises(UserError, match=r'device must be "auto", "cpu", "cuda" or "cuda:N", got'):
+        main([str(picture), "--device", "gpu"])
+    assert GenerateConfig(images=(picture,), device="cuda:1").device == "cuda:1"
 
 
 @pytest.mark.gpu

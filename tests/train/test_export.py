@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from model.config import GenerationOptions
 from model.inference.generator import Generator
 from pipeline.core.errors import UserError
 from pipeline.core.provenance import FORMAT_VERSION
@@ -65,6 +66,45 @@ def test_exported_stages_generate_what_the_trained_ones_do(trained):
     assert files == [
         f"{name}/{file}" for name in names for file in ("config.json", "model.safetensors")
     ]
+
+
+def test_an_export_remembers_the_sampling_it_recommends(trained):
+    cfg, _ = trained
+    export(replace(cfg, steps=(3, 2), guidance=2.0))
+    fast = GenerationOptions(min_piece=0.0)
+    generator = Generator.load(cfg.out)
+    sampling = generator.describe_sampling(fast)
+    assert (sampling["steps"], sampling["guidance"]) == ([3, 2, 2], 2.0)
+    chosen = generator.describe_sampling(replace(fast, steps=(7,), guidance=1.0))
+    assert (chosen["steps"], chosen["guidance"]) == ([7, 7, 7], 1.0)
+    same = replace(fast, steps=(3, 2), guidance=2.0)
+    made, expected = (generator.generate(disc(), 3, options) for options in (fast, same))
+    assert (made.vertices == expected.vertices).all()
+    # One stage may be exported again with other numbers. The others keep theirs.
+    export(replace(cfg, vae=None, structure=None, steps=(9, 5)))
+    again = Generator.load(cfg.out).describe_sampling(fast)
+    assert (again["steps"], again["guidance"]) == ([3, 5, 5], [2.0, 7.0, 7.0])
+
+
+def test_an_export_without_a_recommendation_is_sampled_as_before(trained):
+    cfg, _ = trained
+    export(cfg)
+    assert "recommended" not in json.loads((cfg.out / "dit_64" / "config.json").read_text())
+    sampling = Generator.load(cfg.out).describe_sampling(GenerationOptions())
+    assert (sampling["steps"], sampling["guidance"]) == ([50, 30, 15], 7.0)
+
+
+def test_a_recommendation_out_of_range_is_refused(trained):
+    cfg, _ = trained
+    with pytest.raises(ValueError, match="recommended steps must be 1 or more, got 0"):
+        replace(cfg, steps=(3, 0))
+    with pytest.raises(ValueError, match="recommended guidance must be 0 or more, got -1"):
+        replace(cfg, guidance=-1.0)
+    export(cfg)
+    path = cfg.out / "structure" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "recommended": {"steps": -5}}))
+    with pytest.raises(UserError, match=r"structure: recommended .*must be 1 or more, got -5"):
+        Generator.load(cfg.out)
 
 
 def test_a_directory_never_holds_stages_of_different_vaes(trained, tmp_path):

@@ -37,7 +37,7 @@ class DemoSize:
     vae: tuple[str, ...]
     structure: tuple[str, ...]
     dit: tuple[str, ...]
-    sampling: tuple[str, ...]
+    sampling: tuple[str, ...]  # that the export recommends
 
 
 DEMO_SIZES: dict[str, DemoSize] = {
@@ -51,7 +51,7 @@ DEMO_SIZES: dict[str, DemoSize] = {
         vae=("--bricks.no-symmetries", "--loop.steps", "700"),
         structure=("--vae.loop.steps", "300", "--flow.loop.steps", "800"),
         dit=("--flow.loop.steps", "800"),
-        sampling=("--options.steps", "20", "--options.guidance", "2.0"),
+        sampling=("--steps", "20", "--guidance", "2.0"),
     ),
     "gpu": DemoSize(
         device="cuda",
@@ -65,6 +65,6 @@ DEMO_SIZES: dict[str, DemoSize] = {
         vae=("--bricks.resolutions", "256", "--loop.max-minutes", "4"),
         structure=("--vae.loop.max-minutes", "2", "--flow.loop.max-minutes", "4"),
         dit=("--flow.loop.max-minutes", "4"),
-        sampling=("--options.steps", "50", "30", "--options.guidance", "3.0"),
+        sampling=("--steps", "50", "30", "--guidance", "3.0"),
     ),
 }

@@ -81,7 +81,7 @@ def plan_demo(cfg: DemoConfig, size: DemoSize) -> DemoPlan:
         *("--vae", vae / "latest", "--structure", structure / "flow/latest"),
         *("--dit", dit / "latest"),
     )
-    generation = ("--checkpoint", export, *size.sampling)
+    generation = ("--checkpoint", export)
     evaluate_vae = evaluate(
         "vae",
         "reconstruction",
@@ -106,7 +106,7 @@ def plan_demo(cfg: DemoConfig, size: DemoSize) -> DemoPlan:
         (train_dit, train_structure)
         if size.parallel_training
         else ((*train_dit, *train_structure),),
-        ((command("train.export", *stages, "--out", export),),),
+        ((command("train.export", *stages, "--out", export, *size.sampling),),),
         ((evaluate_vae, evaluate_unseen), (evaluate_seen,)),
     )
     return DemoPlan(groups=groups, out=out)

@@ -163,7 +163,7 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
             "samples": cfg.samples,
             "reference": "marching cubes of the finest stored SDF",
             "seed": cfg.seed,
-            "sampling": asdict(cfg.options),
+            "sampling": generator.describe_sampling(cfg.options),
             "image_encoder": generator.structure.flow.encoder.label,
             "looks": _protocol_of_looks(cfg.features),
         },

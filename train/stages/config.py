@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.config import RecommendedSampling
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import CameraSet
@@ -71,7 +72,17 @@ class ExportConfig:
     """Checkpoints of `python -m train.dit`, one for each resolution."""
     out: Path = Path("runs/export")
     """Directory of the exported stages."""
+    steps: tuple[int, ...] = ()
+    """Sampling steps that `python -m model.generate` takes unless it is given others: of the
+    structure stage and of each resolution in ascending order. The last number holds for the stages
+    after it. Empty recommends none."""
+    guidance: float | None = None
+    """Guidance scale that `python -m model.generate` takes unless it is given another one. None
+    recommends none."""
 
     def __post_init__(self) -> None:
         if self.vae is None and self.structure is None and not self.dit:
             raise ValueError("vae, structure or dit must name a checkpoint, got none")
+        # Constructing it checks the numbers.
+        for steps in self.steps or (None,):
+            RecommendedSampling(steps=steps, guidance=self.guidance)

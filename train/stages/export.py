@@ -42,9 +42,14 @@ def export(cfg: ExportConfig) -> list[Path]:
     stages = _read_stages(cfg)
     vaes = {name: stage.vae for name, stage in stages.items() if stage.vae is not None}
     _check_same_vae(cfg, stages, {**vaes, **_vaes_of_kept_stages(cfg.out, stages)})
+    recommended = _recommended_sampling(cfg, stages)
     directories = []
     for name, stage in stages.items():
-        notes = {"vae": vaes[name]} if name in vaes and name != "vae" else {}
+        notes: dict[str, Any] = {}
+        if name in vaes and name != "vae":
+            notes["vae"] = vaes[name]
+        if name in recommended:
+            notes["recommended"] = recommended[name]
         save_model(cfg.out / name, stage.model, stage.model.config, **notes)
         count = sum(tensor.numel() for tensor in stage.model.state_dict().values())
         log.info(
@@ -55,6 +60,21 @@ def export(cfg: ExportConfig) -> list[Path]:
         )
         directories.append(cfg.out / name)
     return directories
+
+
+def _recommended_sampling(cfg: ExportConfig, stages: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return the steps and the guidance to record for each stage, by the name of its directory."""
+    resolutions = [int(name[4:]) for name in stages if name.startswith("dit_")]
+    # The first number is that of the structure stage, also if this export leaves the stage out.
+    names = ["structure", *(f"dit_{resolution}" for resolution in sorted(resolutions))]
+    recommended: dict[str, dict[str, Any]] = {}
+    for number, name in enumerate(names):
+        if cfg.steps:
+            steps = cfg.steps[min(number, len(cfg.steps) - 1)]
+            recommended.setdefault(name, {})["steps"] = steps
+        if cfg.guidance is not None:
+            recommended.setdefault(name, {})["guidance"] = cfg.guidance
+    return recommended
 
 
 def _read_stages(cfg: ExportConfig) -> dict[str, TrainedStage]:

@@ -54,6 +54,9 @@ def test_every_command_exists_and_reads_what_the_others_wrote(size):
     assert configs["encode"].latents == dit.latents
     assert dit.held_out_views == structure.held_out_views == 2 < build.views
     assert configs["export"].dit == (dit.out / "latest",)
+    assert configs["export"].steps
+    assert configs["export"].guidance
+    assert configs["evaluate generation"].options.steps is None  # those of the export
     assert configs["export"].structure == structure.out / "flow" / "latest"
     assert configs["evaluate generation"].checkpoint == configs["export"].out
     assert configs["evaluate generation"].view == -1  # a view that training held out

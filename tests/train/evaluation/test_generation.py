@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from model.conditioning.image_encoder import DinoEncoder
-from model.inference.generator import GeneratedMesh, Generator, Stage
+from model.inference.generator import GeneratedMesh, Generator, StageReport
 from model.inference.mesh_cleaning import clean
 from pipeline.core.cameras import sample_camera
 from pipeline.core.errors import RunError, UserError
@@ -62,6 +62,9 @@ class Perfect:
         self.structure.flow = torch.nn.Module()
         self.structure.flow.encoder = type("Encoder", (), {"label": "nobody"})
 
+    def describe_sampling(self, options):
+        return {"steps": [2], "guidance": 1.0}
+
     def generate(self, image, seed, options, whole_if_opaque):
         number = self.calls
         self.calls += 1
@@ -71,7 +74,7 @@ class Perfect:
         cleaned = clean(*surface)
         return GeneratedMesh(
             vertices=cleaned.vertices, faces=cleaned.faces, open_edges=0, cleaned=cleaned,
-            stages=(Stage(name="structure", seconds=0.5, tokens=7),),
+            stages=(StageReport(name="structure", seconds=0.5, tokens=7),),
         )  # fmt: skip
 
 
