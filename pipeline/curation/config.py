@@ -139,8 +139,8 @@ class RankConfig:
     and keeps every asset that passes the filters."""
 
     best_count: int = 0
-    """Number of kept assets, the best ones, that also get an SDF at each of --rank.best-resolutions.
-    0 makes none. It needs --rank.target-count."""
+    """Number of kept assets, the best ones, that also get SDFs at --rank.best-resolutions. 0 makes
+    none. It needs --rank.target-count."""
 
     best_resolutions: tuple[int, ...] = ()
     """SDF resolutions of the best assets, such as 1024. They must not be among --resolutions."""

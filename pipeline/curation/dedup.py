@@ -32,7 +32,7 @@ def find_duplicates(signatures: Signatures, cfg: DedupConfig) -> dict[int, tuple
     """Find the assets that duplicate a kept asset.
 
     The assets are judged in their order, so the best one of a group of duplicates is kept. An asset
-    that is similar only to a dropped one is kept. An asset is compared by bytes, then by shape, then
+    that is similar only to a dropped one is kept. Assets are compared by bytes, then by shape, then
     by appearance.
 
     Args:

@@ -52,7 +52,7 @@ METRICS_FILE = "measured.json"  # in an asset's folder of intermediate results
 
 @dataclass(frozen=True, kw_only=True)
 class ScreeningMetrics:
-    """What screening measures of one asset: a row of `screen/<R>/<shard>.parquet` without the uid."""
+    """What screening measures of one asset: a row of `screen/<R>/<shard>.parquet`, no uid."""
 
     tokens: int  # SDF cells at the screening's resolution
     solid_fraction: float  # enclosed share of the bounding box

@@ -136,7 +136,7 @@ def find_only_mesh(files: list[Path], folder: Path) -> Path:
 def _members(
     path: Path, limits: ArchiveLimits, allowed: int, below: str
 ) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield name and open content of each regular member, after checking names and claimed sizes."""
+    """Yield name and open content of each regular member, after checking names and sizes."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             chosen = [

@@ -56,7 +56,8 @@ def prepare_for_parser(
     if extension == "glb":
         document, chunks = split_glb(data)
     else:
-        document, chunks = json.loads(data.decode("utf-8-sig")), []
+        document = json.loads(data.decode("utf-8-sig"))
+        chunks = []
     if not (_is_skinned(document) or any(_attributes_to_rewrite(document))):
         return data, extension
     buffers = []
@@ -129,7 +130,7 @@ class _Rewriter:
         return struct.pack("<4sII", b"glTF", 2, 12 + len(body)) + body
 
     def _values(self, index: int) -> Floats:
-        """Read an accessor of the file as float64 [count, components], normalised integers scaled."""
+        """Read an accessor as float64 [count, components]. Normalised integers are scaled."""
         accessor = self.document["accessors"][index]
         if "bufferView" not in accessor or "sparse" in accessor:
             raise NotImplementedError("sparse accessor among attributes that must be rewritten")

@@ -342,7 +342,9 @@ def _concatenate(geometries: list[_PlacedGeometry], up: str) -> Mesh:
             groups.setdefault(geometry.appearance_key, []).append(geometry)
     if not groups:
         raise Reject("degenerate", faces=0)
-    vertices, faces, parts = [], [], []
+    vertices = []
+    faces = []
+    parts = []
     num_vertices = num_faces = 0
     for group in groups.values():
         first_vertex, first_face = num_vertices, num_faces

@@ -116,7 +116,7 @@ class MaterialConverter:
         )
 
     def _from_simple(self, source: Any) -> Material:
-        """Convert an OBJ or PLY material. Its texture replaces the diffuse colour, which is sRGB."""
+        """Convert an OBJ or PLY material. A texture replaces the diffuse colour, which is sRGB."""
         texture = self._texture(getattr(source, "image", None))
         if texture is not None and texture.shape[:2] == (2, 2) and (texture == texture[0, 0]).all():
             return self._default  # the parser's placeholder for a missing material

@@ -48,7 +48,10 @@ def gltf(
     if colors is not None:
         arrays.append(("COLOR_0", np.asarray(colors, "<f4"), "VEC4", FLOAT))
     arrays.append(("indices", np.asarray(faces, "<u4").reshape(-1, 1), "SCALAR", UINT))
-    data, views, accessors, attributes = b"", [], [], {}
+    data = b""
+    views = []
+    accessors = []
+    attributes = {}
     for k, (name, array, kind, component) in enumerate(arrays):
         views.append({"buffer": 0, "byteOffset": len(data), "byteLength": array.nbytes})
         accessors.append(

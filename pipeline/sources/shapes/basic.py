@@ -1,4 +1,4 @@
-"""Families of single closed closed_solids."""
+"""Families of shapes that consist of one or a few closed solids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from pipeline.sources.shapes.primitives import (
 )
 from pipeline.sources.shapes.textures import Rng
 
-LETTERS: dict[str, list[tuple[float, float]]] = {  # counter-clockwise outlines, five units high
+# Counter-clockwise outlines, five units high.
+LETTERS: dict[str, list[tuple[float, float]]] = {
     "E": [
         (0, 0),
         (3, 0),
@@ -146,9 +147,12 @@ def barrel(rng: Rng) -> list[Piece]:
 
 
 def torus(rng: Rng) -> list[Piece]:
-    """A doughnut: dough below, icing above, one closed surface coloured by vertex."""
-    dough, icing = np.array(textures.from_hex("c68642")), np.array(textures.pick(rng, ICINGS))
-    waves, phase, tube = rng.integers(5, 11), rng.uniform(0, 6), rng.uniform(0.28, 0.45)
+    """A doughnut with icing: one closed surface with vertex colours."""
+    dough = np.array(textures.from_hex("c68642"))
+    icing = np.array(textures.pick(rng, ICINGS))
+    waves = rng.integers(5, 11)
+    phase = rng.uniform(0, 6)
+    tube = rng.uniform(0.28, 0.45)
 
     def color(p: np.ndarray) -> np.ndarray:
         edge = 0.06 * np.sin(waves * np.arctan2(p[:, 2], p[:, 0]) + phase)
@@ -167,7 +171,7 @@ def supershape(rng: Rng) -> list[Piece]:
 
 
 def vase(rng: Rng) -> list[Piece]:
-    """A solid pot with a real wall: out, over the lip and down inside."""
+    """A vase with a thick wall. Its profile continues over the lip to the inside."""
     t = np.linspace(0, 1, 40)
     radius = (
         0.28 + 0.12 * np.sin(2 * np.pi * t * rng.uniform(0.6, 1.2) + rng.uniform(0, 6)) + 0.05 * t
@@ -204,7 +208,8 @@ def torus_knot(rng: Rng) -> list[Piece]:
 
 
 def gear(rng: Rng) -> list[Piece]:
-    teeth, depth = int(rng.integers(8, 21)), rng.uniform(0.12, 0.2)
+    teeth = int(rng.integers(8, 21))
+    depth = rng.uniform(0.12, 0.2)
     shape = np.array([1 - depth, 1 - depth, 1.0, 1.0])
     at = (np.arange(teeth)[:, None] + np.array([0.0, 0.45, 0.58, 0.87])) / teeth
     angle = 2 * np.pi * at.ravel()
@@ -235,9 +240,10 @@ def letter(rng: Rng) -> list[Piece]:
 def gem(rng: Rng) -> list[Piece]:
     name = ("tetrahedron", "octahedron", "icosahedron", "cut")[rng.integers(4)]
     color = textures.palette(rng)[0]
-    if name == "cut":  # like a brilliant: table, crown, girdle, pavilion
+    if name == "cut":  # a brilliant: table, crown, girdle and pavilion
         n = int(rng.integers(6, 11))
-        top, middle = closed_solids.circle(0.55, n), closed_solids.circle(1.0, 2 * n)
+        top = closed_solids.circle(0.55, n)
+        middle = closed_solids.circle(1.0, 2 * n)
         rows = [np.column_stack([top[:, 0], np.full(n, 0.4), top[:, 1]])]
         rows += [
             np.column_stack([middle[:, 0], np.full(2 * n, y), middle[:, 1]]) for y in (0.05, 0.0)
@@ -273,7 +279,7 @@ def heart(rng: Rng) -> list[Piece]:
 
 
 def pawn(rng: Rng) -> list[Piece]:
-    """A chess pawn turned from one profile."""
+    """A chess pawn, a surface of revolution."""
     ball_ = np.linspace(-0.9, np.pi / 2, 16)
     head = np.stack([0.17 * np.cos(ball_), 0.95 + 0.17 * np.sin(ball_)], axis=1)
     head[-1, 0] = 0.0
@@ -289,7 +295,8 @@ def pawn(rng: Rng) -> list[Piece]:
 
 
 def bottle(rng: Rng) -> list[Piece]:
-    body, neck = rng.uniform(0.24, 0.32), rng.uniform(0.07, 0.1)
+    body = rng.uniform(0.24, 0.32)
+    neck = rng.uniform(0.07, 0.1)
     t = np.linspace(0, 1, 14)
     shoulder = np.stack(
         [neck + (body - neck) * (0.5 + 0.5 * np.cos(np.pi * t)), 0.7 + 0.25 * t], axis=1
@@ -308,9 +315,10 @@ def bottle(rng: Rng) -> list[Piece]:
 
 
 def pebble(rng: Rng) -> list[Piece]:
-    """A lumpy stone: a sphere displaced by a few soft waves."""
+    """A stone: a sphere displaced by a few waves."""
     base = closed_solids.sphere(1.0, 96, 48)
-    directions, phases = rng.normal(size=(8, 3)), rng.uniform(0, 6, 8)
+    directions = rng.normal(size=(8, 3))
+    phases = rng.uniform(0, 6, 8)
     height = 1 + 0.07 * np.sin(2.2 * base.vertices @ directions.T + phases).sum(axis=1) / 2
     stone = Piece(vertices=base.vertices * height[:, None], faces=base.faces, uv=base.uv)
     a, b, *_ = (np.array(color) for color in textures.palette(rng))

@@ -1,4 +1,4 @@
-"""Single closed solids, each a few numbers away from its surface."""
+"""Closed solids of a few parameters: box, cylinder, sphere, torus, capsule and others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.sources.shapes.primitives import Piece, Points, lathe, surface, sw
 
 
 def box(x: float, y: float, z: float) -> Piece:
-    """An axis-aligned box about the origin with these sides; each face has the whole texture."""
+    """Return an axis-aligned box around the origin. Each side shows the whole texture."""
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=np.float64)
     vertices, faces = [], []
     for axis in range(3):
@@ -29,13 +29,14 @@ def box(x: float, y: float, z: float) -> Piece:
 
 
 def cylinder(radius: float, height: float, segments: int = 40, top: float | None = None) -> Piece:
-    """About the y axis, centred; `top` is the upper radius (0 makes a cone)."""
+    """Return a centred cylinder along y. `top` is the upper radius; 0 makes a cone."""
     top = radius if top is None else top
     profile = [(0.0, -height / 2), (radius, -height / 2), (top, height / 2), (0.0, height / 2)]
     return lathe(profile if top > 0 else profile[:3], segments)
 
 
 def sphere(radius: float, segments: int = 48, rings: int = 24) -> Piece:
+    """Return a sphere around the origin with poles on the y axis."""
     angle = np.pi * (np.arange(rings + 1) / rings - 0.5)
     profile = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     profile[[0, -1], 0] = 0.0
@@ -43,6 +44,7 @@ def sphere(radius: float, segments: int = 48, rings: int = 24) -> Piece:
 
 
 def torus(ring: float, tube: float, segments: int = 64, sides: int = 24) -> Piece:
+    """Return a torus around the y axis with the radii `ring` and `tube`."""
     angle = 2 * np.pi * np.arange(sides) / sides
     return lathe(
         np.stack([ring + tube * np.cos(angle), tube * np.sin(angle)], axis=1), segments, closed=True
@@ -50,7 +52,7 @@ def torus(ring: float, tube: float, segments: int = 64, sides: int = 24) -> Piec
 
 
 def capsule(radius: float, length: float, segments: int = 40, rings: int = 10) -> Piece:
-    """Along y, centred; `length` between the centres of the two half spheres."""
+    """Return a centred capsule along y. The half spheres' centres are `length` apart."""
     angle = np.pi / 2 * np.arange(rings + 1) / rings
     cap = np.stack([radius * np.sin(angle), radius * np.cos(angle)], axis=1)
     half = np.array([0.0, length / 2])
@@ -59,29 +61,37 @@ def capsule(radius: float, length: float, segments: int = 40, rings: int = 10) -
 
 
 def rod(radius: float, segments: int = 12) -> Piece:
-    """A unit rod along y from 0 to 1, for `aimed`."""
+    """Return a rod along y from 0 to 1, to be used with `placed_between`."""
     return lathe([(0.0, 0.0), (radius, 0.0), (radius, 1.0), (0.0, 1.0)], segments)
 
 
 def circle(radius: float, sides: int) -> Points:
+    """Return the corners [sides, 2] of a regular polygon, counter-clockwise."""
     angle = 2 * np.pi * np.arange(sides) / sides
     return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
 def tube(path: ArrayLike, radius: float, sides: int = 12, *, closed: bool = False) -> Piece:
-    """A round wire along a path [n, 3]."""
+    """Return a round wire along a path [N, 3]."""
     return sweep(np.asarray(path, dtype=np.float64), circle(radius, sides), closed=closed)
 
 
 def patch(points: Points) -> Piece:
-    """The closed surface of a grid [U, V, 3] that goes round in u and comes to a point at both ends of v."""
+    """Return the closed surface of a grid [U, V, 3], closed in u, with poles at both ends of v."""
     return surface(points, closed_u=True)
 
 
 def supershape(
     m: tuple[int, int], n: tuple[float, float, float], segments: int = 96, rings: int = 48
 ) -> Piece:
-    """Gielis' superformula on longitude (m[0]) and latitude (m[1]); all exponents positive."""
+    """Return a surface of Gielis' superformula.
+
+    Args:
+        m: Symmetry along longitude and along latitude.
+        n: Three positive exponents.
+        segments: Steps of longitude.
+        rings: Steps of latitude.
+    """
     u = 2 * np.pi * np.arange(segments) / segments - np.pi
     v = np.pi * (np.arange(rings + 1) / rings - 0.5)
     r1, r2 = _superformula(u, m[0], n), _superformula(v, m[1], n)
@@ -98,7 +108,11 @@ def _superformula(angle: Points, m: int, n: tuple[float, float, float]) -> Point
 
 
 def polyhedron(name: str) -> Piece:
-    """tetrahedron, octahedron or icosahedron with corners on the unit sphere."""
+    """Return a regular polyhedron with corners on the unit sphere.
+
+    Raises:
+        ValueError: If `name` is not "tetrahedron", "octahedron" or "icosahedron".
+    """
     golden = (1 + 5**0.5) / 2
     if name == "tetrahedron":
         points = [(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]
@@ -113,13 +127,13 @@ def polyhedron(name: str) -> Piece:
 
 
 def hull(points: Points) -> Piece:
-    """The convex hull of points [n, 3], facing outward."""
+    """Return the convex hull of points [N, 3], facing outward."""
     from scipy.spatial import ConvexHull
 
-    found = ConvexHull(points)
-    faces = found.simplices.astype(np.int64)
+    convex = ConvexHull(points)
+    faces = convex.simplices.astype(np.int64)
     corners = points[faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    inward = (normals * found.equations[:, :3]).sum(axis=1) < 0
+    inward = (normals * convex.equations[:, :3]).sum(axis=1) < 0
     faces[inward] = faces[inward][:, ::-1]
     return Piece(vertices=points, faces=faces, crease_degrees=10.0)

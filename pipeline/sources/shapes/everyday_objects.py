@@ -1,4 +1,4 @@
-"""Families of everyday things and growing ones, most of them several overlapping closed_solids."""
+"""Families of everyday objects and plants. Most consist of several overlapping solids."""
 
 from __future__ import annotations
 
@@ -46,9 +46,11 @@ def tree(rng: Rng) -> list[Piece]:
 
 
 def mug(rng: Rng) -> list[Piece]:
-    """A cup with a thick wall, its handle running into it, and a surface of coffee."""
-    tall, wall = rng.uniform(0.8, 1.2), 0.06
-    bottom, top = rng.uniform(0.34, 0.42), rng.uniform(0.4, 0.5)
+    """A cup with a thick wall, a handle that overlaps the wall, and coffee."""
+    tall = rng.uniform(0.8, 1.2)
+    wall = 0.06
+    bottom = rng.uniform(0.34, 0.42)
+    top = rng.uniform(0.4, 0.5)
     cup = [
         (0.0, 0.0),
         (bottom - 0.03, 0.0),
@@ -62,7 +64,8 @@ def mug(rng: Rng) -> list[Piece]:
         rng.integers(3)
     ]
     bend = np.linspace(-0.5 * np.pi, 0.5 * np.pi, 28)[:, None]
-    reach, middle = rng.uniform(0.2, 0.3), tall / 2
+    reach = rng.uniform(0.2, 0.3)
+    middle = tall / 2
     path = np.hstack(
         [
             (top + bottom) / 2 - 0.04 + reach * np.cos(bend),
@@ -79,7 +82,8 @@ def mug(rng: Rng) -> list[Piece]:
 
 
 def snowman(rng: Rng) -> list[Piece]:
-    snow, coal = Paint(color=(0.94, 0.96, 0.98)), Paint(color=(0.08, 0.08, 0.08))
+    snow = Paint(color=(0.94, 0.96, 0.98))
+    coal = Paint(color=(0.08, 0.08, 0.08))
     scarf, hat, *_ = textures.palette(rng)
     sizes = rng.uniform((0.42, 0.3, 0.2), (0.5, 0.35, 0.24))
     heights = np.array(
@@ -89,7 +93,8 @@ def snowman(rng: Rng) -> list[Piece]:
         painted(translated(closed_solids.sphere(r), y=y), snow)
         for r, y in zip(sizes, heights, strict=True)
     ]
-    face, radius = heights[2], sizes[2]
+    face = heights[2]
+    radius = sizes[2]
     for x in (-0.08, 0.08):
         pieces.append(
             painted(
@@ -138,7 +143,8 @@ def castle(rng: Rng) -> list[Piece]:
     stone = textures.from_hex(("adb5bd", "c9b79c", "a5a58d")[rng.integers(3)])
     wall = Paint(texture=textures.bricks(rng, stone, textures.shaded(stone, 0.7)), tiles=2.0)
     roof = Paint(color=textures.palette(rng)[0])
-    keep, tall = rng.uniform(0.55, 0.8), rng.uniform(0.5, 0.8)
+    keep = rng.uniform(0.55, 0.8)
+    tall = rng.uniform(0.5, 0.8)
     pieces = [painted(_block(2 * keep, 0.4, 2 * keep, y=0.2), wall)]
     pieces.append(painted(_block(keep * 0.8, tall, keep * 0.8, y=tall / 2), wall))
     for x in np.linspace(-keep, keep, 7)[1:-1]:
@@ -181,13 +187,15 @@ def _block(
 
 
 def mushroom(rng: Rng) -> list[Piece]:
-    """A cap with spots (vertex colours), gills below, and a stalk."""
+    """A cap with spots as vertex colours, and a stalk."""
     angle = np.linspace(0, np.pi / 2, 24)
-    wide, tall = rng.uniform(0.5, 0.75), rng.uniform(0.35, 0.5)
+    wide = rng.uniform(0.5, 0.75)
+    tall = rng.uniform(0.35, 0.5)
     over = np.stack([wide * np.cos(angle), 0.6 + tall * np.sin(angle)], axis=1)
     over[-1, 0] = 0.0
     cap = lathe([(0.0, 0.62), (wide * 0.9, 0.57), *over], 96)
-    base, spot = np.array(textures.palette(rng)[0]), np.array([0.98, 0.96, 0.9])
+    base = np.array(textures.palette(rng)[0])
+    spot = np.array([0.98, 0.96, 0.9])
     centres = rng.normal(size=(14, 3)) * [1, 0.6, 1] + [0, 0.5, 0]
     centres = centres / np.linalg.norm(centres, axis=1, keepdims=True)
 
@@ -202,7 +210,9 @@ def mushroom(rng: Rng) -> list[Piece]:
 
 def bookshelf(rng: Rng) -> list[Piece]:
     wood = Paint(texture=textures.wood(rng, textures.pick(rng, textures.WOODS)))
-    floors, wide, deep = int(rng.integers(2, 5)), rng.uniform(0.7, 1.0), 0.26
+    floors = int(rng.integers(2, 5))
+    wide = rng.uniform(0.7, 1.0)
+    deep = 0.26
     tall = floors * 0.36
     pieces = [painted(_block(wide, tall, 0.02, y=tall / 2, z=-deep / 2), wood)]
     for side in (-1, 1):
@@ -213,7 +223,8 @@ def bookshelf(rng: Rng) -> list[Piece]:
     for k in range(floors):
         x = -wide / 2 + 0.04
         while x < wide / 2 - 0.12:
-            thick, high = rng.uniform(0.035, 0.07), rng.uniform(0.2, 0.29)
+            thick = rng.uniform(0.035, 0.07)
+            high = rng.uniform(0.2, 0.29)
             if rng.random() < 0.85:
                 book = _block(
                     thick, high, 0.18, x=x + thick / 2, y=k * 0.36 + 0.0175 + high / 2, z=0.01

@@ -1,4 +1,4 @@
-"""Families of things assembled from overlapping solids: furniture, vehicles, figures."""
+"""Families assembled from overlapping solids: furniture, vehicles, buildings and figures."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ def _metal(rng: Rng) -> Paint:
 
 
 def _plain(piece: Piece) -> Piece:
-    """Without its own uv, so that a texture keeps its scale on long and short sides."""
+    """Return a piece without uv, so that its texture has the same scale on all sides."""
     return Piece(vertices=piece.vertices, faces=piece.faces)
 
 
 def table(rng: Rng) -> list[Piece]:
-    height, wood, round_top = rng.uniform(0.5, 0.8), _wood(rng), rng.random() < 0.4
+    height = rng.uniform(0.5, 0.8)
+    wood = _wood(rng)
+    round_top = rng.random() < 0.4
     x, z = rng.uniform(0.8, 1.3), rng.uniform(0.6, 0.8)
     top = _plain(
         closed_solids.cylinder(x / 2, 0.06, 64) if round_top else closed_solids.box(x, 0.06, z)
@@ -46,9 +48,11 @@ def table(rng: Rng) -> list[Piece]:
 
 
 def chair(rng: Rng) -> list[Piece]:
-    wood, (a, b, *_) = _wood(rng), textures.palette(rng)
+    wood = _wood(rng)
+    a, b, *_ = textures.palette(rng)
     cushion = Paint(texture=textures.dots(a, b, 6), tiles=1.5)
-    tall, legs = rng.uniform(0.5, 0.75), rng.uniform(0.38, 0.5)
+    tall = rng.uniform(0.5, 0.75)
+    legs = rng.uniform(0.38, 0.5)
     pieces = [painted(_plain(closed_solids.box(0.5, 0.05, 0.5)), wood)]
     pieces.append(painted(translated(_plain(closed_solids.box(0.44, 0.06, 0.44)), y=0.05), cushion))
     for sx in (-0.21, 0.21):
@@ -71,9 +75,11 @@ def chair(rng: Rng) -> list[Piece]:
 
 
 def lamp(rng: Rng) -> list[Piece]:
-    """A standing lamp; its shade is an open sheet."""
-    colors, metal = textures.palette(rng), _metal(rng)
-    height, wide = rng.uniform(0.8, 1.2), rng.uniform(0.28, 0.4)
+    """A floor lamp. Its shade is an open sheet."""
+    colors = textures.palette(rng)
+    metal = _metal(rng)
+    height = rng.uniform(0.8, 1.2)
+    wide = rng.uniform(0.28, 0.4)
     foot = lathe([(0.0, 0.0), (0.26, 0.0), (0.24, 0.04), (0.05, 0.08), (0.0, 0.08)])
     shade = lathe([(wide, height - 0.2), (wide * rng.uniform(0.4, 0.8), height + 0.15)], 64)
     return [
@@ -88,11 +94,10 @@ def lamp(rng: Rng) -> list[Piece]:
 
 def robot(rng: Rng) -> list[Piece]:
     shell, joint, eyes, light, *_ = textures.palette(rng)
-    body, dark = (
-        Paint(color=shell, metallic=0.3, roughness=0.4),
-        Paint(color=joint, metallic=0.4, roughness=0.5),
-    )
-    wide, tall = rng.uniform(0.45, 0.65), rng.uniform(0.5, 0.7)
+    body = Paint(color=shell, metallic=0.3, roughness=0.4)
+    dark = Paint(color=joint, metallic=0.4, roughness=0.5)
+    wide = rng.uniform(0.45, 0.65)
+    tall = rng.uniform(0.5, 0.7)
     pieces = [
         painted(closed_solids.box(wide, tall, 0.35), body),
         painted(translated(closed_solids.box(wide * 0.7, 0.32, 0.32), y=tall / 2 + 0.24), body),
@@ -135,9 +140,11 @@ def robot(rng: Rng) -> list[Piece]:
 
 
 def car(rng: Rng) -> list[Piece]:
-    """Drives towards +x; body and cabin are extruded side views."""
-    color, glass = textures.palette(rng)[0], Paint(color=(0.15, 0.2, 0.28), roughness=0.1)
-    roof, nose = rng.uniform(0.5, 0.7), rng.uniform(0.5, 0.75)
+    """A car that faces +x. Body and cabin are extruded outlines of the side."""
+    color = textures.palette(rng)[0]
+    glass = Paint(color=(0.15, 0.2, 0.28), roughness=0.1)
+    roof = rng.uniform(0.5, 0.7)
+    nose = rng.uniform(0.5, 0.75)
     side = [(-1, 0.1), (1, 0.1), (1.02, 0.28), (nose, 0.38), (-0.95, 0.4), (-1.02, 0.3)]
     cabin = [(-0.85, 0.36), (nose - 0.05, 0.36), (nose - 0.35, roof), (-0.6, roof)]
     inset = [(-0.78, 0.4), (nose - 0.14, 0.4), (nose - 0.38, roof - 0.04), (-0.57, roof - 0.04)]
@@ -147,7 +154,8 @@ def car(rng: Rng) -> list[Piece]:
         painted(extrude(cabin, 0.68), paint),
         painted(extrude(inset, 0.7), glass),
     ]
-    tyre, hub = Paint(color=(0.08, 0.08, 0.09), roughness=0.9), _metal(rng)
+    tyre = Paint(color=(0.08, 0.08, 0.09), roughness=0.9)
+    hub = _metal(rng)
     for x in (-0.6, 0.6):
         for z in (-0.38, 0.38):
             wheel = rotated(closed_solids.cylinder(0.2, 0.14, 40), "x", 90)
@@ -165,7 +173,8 @@ def car(rng: Rng) -> list[Piece]:
 
 def house(rng: Rng) -> list[Piece]:
     wall, mortar, roof, door, frame = textures.palette(rng)
-    wide, tall, deep, gable = *rng.uniform((0.8, 0.5, 0.7), (1.1, 0.8, 1.2)), rng.uniform(0.3, 0.55)
+    wide, tall, deep = rng.uniform((0.8, 0.5, 0.7), (1.1, 0.8, 1.2))
+    gable = rng.uniform(0.3, 0.55)
     outline = [
         (-wide / 2, 0),
         (wide / 2, 0),
@@ -237,10 +246,11 @@ def rocket(rng: Rng) -> list[Piece]:
 
 
 def airplane(rng: Rng) -> list[Piece]:
-    """Flies towards +z."""
+    """An airplane that faces +z."""
     body, wing, tail, *_ = textures.palette(rng)
     fuselage = scaled(rotated(closed_solids.capsule(0.14, 1.2), "x", 90), 1.0, 1.05, 1.0)
-    span, sweep = rng.uniform(0.7, 1.0), rng.uniform(0.0, 0.4)
+    span = rng.uniform(0.7, 1.0)
+    sweep = rng.uniform(0.0, 0.4)
     pieces = [
         painted(
             fuselage,
@@ -254,7 +264,7 @@ def airplane(rng: Rng) -> list[Piece]:
             (side * span, 0.06 - sweep),
             (0.0, 0.25),
         ]
-        blade = rotated(extrude(outline[::side], 0.035), "x", 90)  # outline's y becomes z
+        blade = rotated(extrude(outline[::side], 0.035), "x", 90)  # the outline's y axis becomes z
         pieces.append(painted(translated(blade, z=0.1), Paint(color=wing)))
         pieces.append(painted(translated(scaled(blade, 0.4, 1.0, 0.5), z=-0.62), Paint(color=tail)))
         engine = rotated(closed_solids.capsule(0.06, 0.2, 24), "x", 90)
@@ -269,7 +279,7 @@ def airplane(rng: Rng) -> list[Piece]:
 
 
 def boat(rng: Rng) -> list[Piece]:
-    """A sailing boat: a closed hull, a mast, and sails that are open sheets."""
+    """A sailing boat with a closed hull, a mast, and sails that are open sheets."""
     hull, deck, cloth, *_ = textures.palette(rng)
     t, s = np.linspace(-1, 1, 33)[:, None], np.linspace(-1, 1, 15)[None]
     beam = 0.32 * np.sqrt(np.maximum(1 - np.abs(t) ** 2.5, 0.0))

@@ -1,4 +1,4 @@
-"""Write pieces as one binary glTF file, the same bytes every time."""
+"""Write the pieces of a shape as one binary glTF file."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse import coo_array
 
+from pipeline.core.color import srgb_to_linear
 from pipeline.sources.shapes.primitives import Paint, Piece, Points, Triangles
 
-FLOAT, UINT32 = 5126, 5125
-ARRAY_BUFFER, ELEMENT_BUFFER = 34962, 34963
-
-
-def linear(color: Any) -> NDArray[np.float64]:
-    """sRGB 0..1 -> linear light, any shape."""
-    color = np.asarray(color, dtype=np.float64)
-    return np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+FLOAT = 5126
+UINT32 = 5125
+ARRAY_BUFFER = 34962
+ELEMENT_BUFFER = 34963
 
 
 def to_glb(pieces: list[Piece]) -> bytes:
-    """A GLB of one node and one mesh; a primitive for each piece, with normals split at the pieces' creases."""
+    """Encode pieces as GLB: one node and one mesh with a primitive per piece.
+
+    Normals are split at the creases of a piece. Equal pieces give equal bytes.
+    """
     writer = _Writer()
     primitives = [writer.primitive(piece) for piece in pieces]
     document = {
@@ -53,6 +53,8 @@ def to_glb(pieces: list[Piece]) -> bytes:
 
 
 class _Writer:
+    """Collects the arrays, materials and images of one file. Equal materials are written once."""
+
     def __init__(self):
         self.data = bytearray()
         self.views: list[dict[str, Any]] = []
@@ -63,6 +65,7 @@ class _Writer:
         self._images: dict[bytes, int] = {}
 
     def primitive(self, piece: Piece) -> dict[str, Any]:
+        """Add the arrays of a piece and return its glTF primitive."""
         vertices, faces, normals, source = split_at_creases(piece)
         uv = piece.uv[source] if piece.uv is not None else None
         if piece.paint.texture is not None and uv is None:
@@ -73,11 +76,9 @@ class _Writer:
         }
         if piece.paint.texture is not None:
             assert uv is not None
-            attributes["TEXCOORD_0"] = self._array(
-                uv * [1, -1] + [0, 1]
-            )  # glTF counts v from the top
+            attributes["TEXCOORD_0"] = self._array(uv * [1, -1] + [0, 1])  # glTF: v = 0 at the top
         if piece.colors is not None:
-            attributes["COLOR_0"] = self._array(linear(piece.colors[source]))
+            attributes["COLOR_0"] = self._array(srgb_to_linear(piece.colors[source]))
         indices = self._view(faces.astype("<u4").tobytes(), ELEMENT_BUFFER)
         self.accessors.append(
             {"bufferView": indices, "componentType": UINT32, "count": faces.size, "type": "SCALAR"}
@@ -114,7 +115,9 @@ class _Writer:
         key = (paint.color, image, paint.metallic, paint.roughness)
         if key not in self._materials:
             factor = (
-                [1.0] * 4 if image is not None else [*linear(paint.color).round(6).tolist(), 1.0]
+                [1.0] * 4
+                if image is not None
+                else [*srgb_to_linear(np.array(paint.color, np.float64)).round(6).tolist(), 1.0]
             )
             surface: dict[str, Any] = {
                 "baseColorFactor": factor,
@@ -138,31 +141,37 @@ class _Writer:
 
 
 def split_at_creases(piece: Piece) -> tuple[Points, Triangles, Points, NDArray[np.int64]]:
-    """(vertices, faces, unit normals, source vertex of each): a vertex is doubled where its faces meet at an edge.
+    """Repeat the vertices at creases, so that each has one normal.
 
-    A corner's normal is the mean, weighted by area, of the faces around its position that lean from its own by less
-    than the crease angle.
+    The normal of a face's corner is the mean, weighted by area, of the normals of all faces at this
+    position that differ from the face's own by less than the crease angle.
+
+    Returns:
+        Vertices [W, 3], faces [F, 3], unit normals [W, 3] and the original vertex [W] of each.
     """
+    # Normals of faces.
     corners = piece.vertices[piece.faces]
     area_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     face_normals = area_normals / np.maximum(
         np.linalg.norm(area_normals, axis=1, keepdims=True), 1e-30
     )
-    _, place = np.unique(piece.vertices, axis=0, return_inverse=True)
-    corner_place = place.ravel()[piece.faces].ravel()  # [3F]
-    owner = np.repeat(np.arange(len(piece.faces)), 3)
-    at = coo_array((np.ones(len(owner)), (corner_place, owner))).tocsr()
-    degree = np.diff(at.indptr)[corner_place]
-    mine = np.repeat(np.arange(len(owner)), degree)
-    offset = np.arange(len(mine)) - np.repeat(np.cumsum(degree) - degree, degree)
-    other = at.indices[at.indptr[corner_place][mine] + offset]
-    smooth = (face_normals[owner[mine]] * face_normals[other]).sum(axis=1) > np.cos(
-        np.radians(piece.crease_degrees)
-    )
-    total = np.zeros((len(owner), 3))
-    np.add.at(total, mine[smooth], area_normals[other[smooth]])
+    # All pairs of a corner and a face at the corner's position.
+    _, position_of_vertex = np.unique(piece.vertices, axis=0, return_inverse=True)
+    position = position_of_vertex.ravel()[piece.faces].ravel()  # [3F] of each corner
+    face_of_corner = np.repeat(np.arange(len(piece.faces)), 3)
+    faces_at = coo_array((np.ones(len(position)), (position, face_of_corner))).tocsr()
+    degree = np.diff(faces_at.indptr)[position]
+    corner = np.repeat(np.arange(len(position)), degree)
+    offset = np.arange(len(corner)) - np.repeat(np.cumsum(degree) - degree, degree)
+    neighbour = faces_at.indices[faces_at.indptr[position][corner] + offset]
+    # Sum over the faces within the crease angle.
+    cosine = (face_normals[face_of_corner[corner]] * face_normals[neighbour]).sum(axis=1)
+    is_smooth = cosine > np.cos(np.radians(piece.crease_degrees))
+    total = np.zeros((len(position), 3))
+    np.add.at(total, corner[is_smooth], area_normals[neighbour[is_smooth]])
     length = np.linalg.norm(total, axis=1, keepdims=True)
     normals = np.where(length > 1e-30, total / np.maximum(length, 1e-30), [0.0, 1.0, 0.0])
+    # Corners of one vertex with the same normal share a new vertex.
     key = np.column_stack([piece.faces.ravel(), np.rint(normals * 1000).astype(np.int64)])
     _, first, faces = np.unique(key, axis=0, return_index=True, return_inverse=True)
     source = piece.faces.ravel()[first]
@@ -172,15 +181,18 @@ def split_at_creases(piece: Piece) -> tuple[Points, Triangles, Points, NDArray[n
 def _box_mapped(
     vertices: Points, faces: Triangles, normals: Points, tiles: float
 ) -> tuple[Points, Triangles, Points, Points]:
-    """Texture coordinates from the two axes across each face's normal; corners become separate vertices."""
+    """Add texture coordinates along the two axes most orthogonal to each face's normal.
+
+    Each corner becomes a vertex of its own.
+
+    Returns:
+        Vertices [3F, 3], faces [F, 3], normals [3F, 3] and texture coordinates [3F, 2].
+    """
     corners = vertices[faces]
-    across = np.abs(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])).argmax(
-        axis=1
-    )
-    axes = np.array([[2, 1], [0, 2], [0, 1]])[across]  # [F, 2]
-    uv = (
-        np.take_along_axis(corners, np.repeat(axes[:, None], 3, axis=1), axis=2).reshape(-1, 2)
-        * tiles
-    )
+    area_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normal_axis = np.abs(area_normals).argmax(axis=1)
+    axes = np.array([[2, 1], [0, 2], [0, 1]])[normal_axis]  # [F, 2]
+    projected = np.take_along_axis(corners, np.repeat(axes[:, None], 3, axis=1), axis=2)
+    uv = projected.reshape(-1, 2) * tiles
     flat = faces.ravel()
     return vertices[flat], np.arange(len(flat)).reshape(-1, 3), normals[flat], uv

@@ -1,4 +1,4 @@
-"""Families whose faces mislead: shells inside shells, and sound solids with faces inverted, flipped or doubled."""
+"""Families with misleading faces: nested shells, and inverted, flipped or doubled faces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.sources.shapes.textures import Rng
 
 
 def nested_spheres(rng: Rng) -> list[Piece]:
-    """A ball with hidden ones inside; only the outermost can be seen."""
+    """A ball with hidden balls inside. Only the outermost one is visible."""
     a, b, c, *_ = textures.palette(rng)
     outer = painted(
         closed_solids.sphere(1.0, 64, 32), Paint(texture=textures.noise(rng, a, b), roughness=0.3)
@@ -28,9 +28,10 @@ def nested_spheres(rng: Rng) -> list[Piece]:
 
 
 def thick_box(rng: Rng) -> list[Piece]:
-    """A square tube with real walls, and a solid box standing in it."""
+    """A square tube with thick walls and a solid box inside."""
     a, b, c, *_ = textures.palette(rng)
-    wall, tall = rng.uniform(0.06, 0.2), rng.uniform(0.7, 1.4)
+    wall = rng.uniform(0.06, 0.2)
+    tall = rng.uniform(0.7, 1.4)
     square = np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]) * 0.5
     tube = ring(square, square * (1 - 2 * wall), tall)
     upright = replace(
@@ -49,13 +50,13 @@ def thick_box(rng: Rng) -> list[Piece]:
 
 
 def inside_out(rng: Rng) -> list[Piece]:
-    """A sound shape, every face turned inward."""
+    """A closed shape with all faces reversed."""
     shape = (basic.pawn, basic.gear, basic.vase, furniture_and_parts.car)[rng.integers(4)](rng)
     return [flipped(piece) for piece in shape]
 
 
 def shuffled(rng: Rng) -> list[Piece]:
-    """A sound shape, half of its faces turned inward at random."""
+    """A closed shape with a random half of its faces reversed."""
     shape = (basic.supershape, basic.torus_knot, basic.bottle, furniture_and_parts.rocket)[
         rng.integers(4)
     ](rng)
@@ -63,12 +64,13 @@ def shuffled(rng: Rng) -> list[Piece]:
 
 
 def _with_flips(piece: Piece, rng: Rng) -> Piece:
-    wrong = rng.random(len(piece.faces)) < 0.5
-    return replace(piece, faces=np.where(wrong[:, None], piece.faces[:, ::-1], piece.faces))
+    reversed_faces = rng.random(len(piece.faces)) < 0.5
+    faces = np.where(reversed_faces[:, None], piece.faces[:, ::-1], piece.faces)
+    return replace(piece, faces=faces)
 
 
 def doubled(rng: Rng) -> list[Piece]:
-    """A sound shape, every face there twice: once as it is, once seen from behind."""
+    """A closed shape that contains each face twice, once reversed."""
     shape = (basic.pebble, basic.star, basic.heart, furniture_and_parts.chair)[rng.integers(4)](rng)
     return [
         replace(piece, faces=np.concatenate([piece.faces, piece.faces[:, ::-1]])) for piece in shape

@@ -1,4 +1,4 @@
-"""Pieces of a shape, what can be done to them, and the surfaces that everything is built from."""
+"""The pieces of a shape, transformations of them, and surfaces that shapes are built from."""
 
 from __future__ import annotations
 
@@ -14,40 +14,47 @@ Triangles = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Paint:
-    """How a piece looks: an sRGB colour, or a texture that is laid on by the piece's uv or else by boxes."""
+    """Appearance of a piece: an sRGB colour, or a texture.
+
+    A piece without texture coordinates is mapped along the coordinate axes.
+    """
 
     color: tuple[float, float, float] = (0.8, 0.8, 0.8)  # sRGB, 0..1
     texture: NDArray[np.uint8] | None = None  # [h, w, 3] sRGB, row 0 is the top
-    tiles: float = 1.0  # how often the texture repeats over a unit of length, where there is no uv
+    tiles: float = 1.0  # texture repetitions per unit of length, for pieces without uv
     metallic: float = 0.0
     roughness: float = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A triangle surface with one paint. Corners at one position are bitwise equal, so closed means closed."""
+    """A triangle surface with one paint.
+
+    Vertices at the same position are bitwise equal, so a closed piece is exactly closed.
+    """
 
     vertices: Points  # [V, 3]
     faces: Triangles  # [F, 3]
     paint: Paint = Paint()
     uv: Points | None = None  # [V, 2], v = 0 at the bottom
     colors: Points | None = None  # [V, 3] sRGB 0..1
-    crease_degrees: float = 35.0  # sharper edges are shaded as edges
+    crease_degrees: float = 35.0  # edges with a larger angle are not shaded smoothly
 
 
 def translated(piece: Piece, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Piece:
+    """Return the piece moved by (x, y, z)."""
     return replace(piece, vertices=piece.vertices + np.array([x, y, z]))
 
 
 def scaled(piece: Piece, x: float, y: float | None = None, z: float | None = None) -> Piece:
-    """Scaled about the origin; one number scales all three axes."""
+    """Return the piece scaled about the origin. One number scales all three axes."""
     return replace(
         piece, vertices=piece.vertices * np.array([x, x if y is None else y, x if z is None else z])
     )
 
 
 def rotated(piece: Piece, axis: str, degrees: float) -> Piece:
-    """Turned about the x, y or z axis through the origin, right-handed."""
+    """Return the piece rotated about the x, y or z axis through the origin, right-handed."""
     i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     vertices = piece.vertices.copy()
@@ -57,7 +64,10 @@ def rotated(piece: Piece, axis: str, degrees: float) -> Piece:
 
 
 def placed_between(piece: Piece, start: ArrayLike, end: ArrayLike) -> Piece:
-    """A piece that runs along y from 0 to 1, laid from `start` to `end`; its thickness stays."""
+    """Return a piece that extends along y from 0 to 1, moved so that it extends between two points.
+
+    Its extent across this direction does not change.
+    """
     start, end = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
     length = float(np.linalg.norm(end - start))
     y = (end - start) / length
@@ -68,16 +78,17 @@ def placed_between(piece: Piece, start: ArrayLike, end: ArrayLike) -> Piece:
 
 
 def painted(piece: Piece, paint: Paint) -> Piece:
+    """Return the piece with another paint."""
     return replace(piece, paint=paint)
 
 
 def flipped(piece: Piece) -> Piece:
-    """The same surface seen from the other side."""
+    """Return the piece with the orientation of all faces reversed."""
     return replace(piece, faces=piece.faces[:, ::-1])
 
 
 def colored(piece: Piece, color: Callable[[Points], Points]) -> Piece:
-    """Vertex colours from positions: `color` maps [V, 3] to sRGB [V, 3] in 0..1."""
+    """Return the piece with vertex colours. `color` maps positions [V, 3] to sRGB [V, 3]."""
     return replace(
         piece,
         colors=np.clip(color(piece.vertices), 0.0, 1.0),
@@ -87,7 +98,7 @@ def colored(piece: Piece, color: Callable[[Points], Points]) -> Piece:
 
 
 def joined(pieces: list[Piece]) -> Piece:
-    """One piece of several, with the first one's paint and without uv."""
+    """Join several pieces to one, with the paint of the first and without uv."""
     starts = np.cumsum([0] + [len(piece.vertices) for piece in pieces[:-1]])
     return Piece(
         vertices=np.concatenate([piece.vertices for piece in pieces]),
@@ -100,10 +111,17 @@ def joined(pieces: list[Piece]) -> Piece:
 
 
 def surface(points: Points, *, closed_u: bool = False, closed_v: bool = False) -> Piece:
-    """The sheet through a grid of points [U, V, 3], u to the right, v up, facing the viewer of that grid.
+    """Return the sheet through a grid of points.
 
-    A closed direction returns to its first row, whose points are repeated bit by bit for the sake of the uv seam.
-    Rows whose points coincide (poles) make no degenerate faces.
+    Args:
+        points: [U, V, 3]. The front shows u to the right and v up.
+        closed_u: Connect the last row to the first one. The vertices of the seam are repeated with
+            the same bits, because their texture coordinates differ.
+        closed_v: Connect the last column to the first one.
+
+    Returns:
+        The piece with texture coordinates. Points of a row that coincide (poles) make no degenerate
+        faces.
     """
     if closed_u:
         points = np.concatenate([points, points[:1]])
@@ -123,10 +141,14 @@ def surface(points: Points, *, closed_u: bool = False, closed_v: bool = False) -
 
 
 def lathe(profile: ArrayLike, segments: int = 48, *, closed: bool = False) -> Piece:
-    """The surface a profile [n, 2] = (radius, y), listed from bottom to top, sweeps about the y axis.
+    """Return the surface of revolution of a profile about the y axis, facing outward.
 
-    It faces outward; a profile that begins and ends on the axis, or a `closed` one listed counter-clockwise, bounds a
-    solid.
+    The result bounds a solid if the profile begins and ends on the axis, or if it is closed.
+
+    Args:
+        profile: [N, 2] = (radius, y), from bottom to top, or counter-clockwise if it is closed.
+        segments: Number of steps around the axis.
+        closed: Connect the last point of the profile to the first one.
     """
     profile = np.asarray(profile, dtype=np.float64)
     angle = 2 * np.pi * np.arange(segments)[:, None] / segments
@@ -140,11 +162,19 @@ def lathe(profile: ArrayLike, segments: int = 48, *, closed: bool = False) -> Pi
 
 
 def sweep(path: Points, section: Points, *, closed: bool = False) -> Piece:
-    """A section [m, 2], counter-clockwise, carried along a path [n, 3] without twisting; open ends are capped."""
+    """Return the solid that a section sweeps along a path without twisting.
+
+    Args:
+        path: [N, 3].
+        section: [M, 2], counter-clockwise.
+        closed: Connect the end of the path to its start. Otherwise both ends are capped.
+    """
+    # Tangents, and normals that turn as little as possible from point to point.
     n = len(path)
     ahead, behind = np.roll(path, -1, axis=0), np.roll(path, 1, axis=0)
     if not closed:
-        ahead[-1], behind[0] = path[-1], path[0]
+        ahead[-1] = path[-1]
+        behind[0] = path[0]
     tangent = ahead - behind
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
     normal = np.empty_like(path)
@@ -152,11 +182,12 @@ def sweep(path: Points, section: Points, *, closed: bool = False) -> Piece:
     normal[0] = _orthogonal(start, tangent[0])
     for i in range(1, n):
         normal[i] = _orthogonal(normal[i - 1], tangent[i])
-    if closed:  # spread the angle that is left over along the way
+    if closed:  # distribute the remaining angle between end and start along the path
         last = _orthogonal(normal[-1], tangent[0])
         rest = np.arctan2(np.dot(np.cross(last, normal[0]), tangent[0]), np.dot(last, normal[0]))
         angle = (rest * np.arange(n) / n)[:, None]
         normal = normal * np.cos(angle) + np.cross(tangent, normal) * np.sin(angle)
+    # The section in the frame of each point.
     binormal = np.cross(tangent, normal)
     points = (
         path[:, None]
@@ -173,14 +204,24 @@ def sweep(path: Points, section: Points, *, closed: bool = False) -> Piece:
 
 
 def _orthogonal(vector: Points, direction: Points) -> Points:
+    """Return the part of a vector orthogonal to a unit direction, scaled to length 1."""
     vector = vector - direction * np.dot(vector, direction)
     return vector / np.linalg.norm(vector)
 
 
 def extrude(outline: ArrayLike, depth: float) -> Piece:
-    """A simple polygon [n, 2] in the xy plane, counter-clockwise, made a solid from z = -depth/2 to depth/2."""
+    """Return the solid of a simple polygon from z = -depth/2 to depth/2.
+
+    Args:
+        outline: [N, 2] in the xy plane, counter-clockwise.
+        depth: Extent along z.
+
+    Raises:
+        ValueError: If the polygon is not simple or not counter-clockwise.
+    """
     outline = np.asarray(outline, dtype=np.float64)
-    n, caps = len(outline), triangulate(outline)
+    n = len(outline)
+    caps = triangulate(outline)
     back, front = (np.column_stack([outline, np.full(n, z)]) for z in (-depth / 2, depth / 2))
     i = np.arange(n)
     j = (i + 1) % n
@@ -192,7 +233,13 @@ def extrude(outline: ArrayLike, depth: float) -> Piece:
 
 
 def ring(outer: Points, inner: Points, depth: float) -> Piece:
-    """The solid between two outlines [n, 2], both counter-clockwise and equally long, from z = -depth/2 to depth/2."""
+    """Return the solid between two outlines from z = -depth/2 to depth/2.
+
+    Args:
+        outer: [N, 2] in the xy plane, counter-clockwise.
+        inner: [N, 2] inside `outer`, counter-clockwise.
+        depth: Extent along z.
+    """
     sides = [(outer, -1), (outer, 1), (inner, 1), (inner, -1)]
     points = [
         np.column_stack([outline, np.full(len(outline), sign * depth / 2)])
@@ -202,31 +249,45 @@ def ring(outer: Points, inner: Points, depth: float) -> Piece:
 
 
 def triangulate(outline: Points) -> Triangles:
-    """Ears of a simple counter-clockwise polygon [n, 2] -> [n - 2, 3]. ValueError if it has none left to cut."""
-    left, faces = list(range(len(outline))), []
-    while len(left) >= 3:
-        for k in range(len(left)):
-            a, b, c = left[k - 1], left[k], left[(k + 1) % len(left)]
-            others = outline[[i for i in left if i not in (a, b, c)]]
+    """Triangulate a polygon by cutting off ears.
+
+    Args:
+        outline: [N, 2], simple and counter-clockwise.
+
+    Returns:
+        [N - 2, 3] indices of the corners.
+
+    Raises:
+        ValueError: If the polygon is not simple or not counter-clockwise.
+    """
+    remaining = list(range(len(outline)))
+    faces = []
+    while len(remaining) >= 3:
+        for k in range(len(remaining)):
+            a, b, c = remaining[k - 1], remaining[k], remaining[(k + 1) % len(remaining)]
+            others = outline[[i for i in remaining if i not in (a, b, c)]]
             if (
                 _turn(outline[a], outline[b], outline[c]) > 1e-12
                 and not _inside(others, *outline[[a, b, c]]).any()
             ):
                 faces.append((a, b, c))
-                del left[k]
+                del remaining[k]
                 break
         else:
             raise ValueError(
-                f"outline must be simple and counter-clockwise, stuck with {len(left)} corners"
+                "outline must be simple and counter-clockwise, got one that cannot be cut with "
+                f"{len(remaining)} corners remaining"
             )
     return np.array(faces, dtype=np.int64)
 
 
 def _turn(a: Points, b: Points, c: Points) -> Points:
+    """Return twice the signed area of triangles, positive if they are counter-clockwise."""
     return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (
         c[..., 0] - a[..., 0]
     )
 
 
 def _inside(points: Points, a: Points, b: Points, c: Points) -> NDArray[np.bool_]:
+    """Return which points are in the counter-clockwise triangle a, b, c."""
     return (_turn(a, b, points) >= 0) & (_turn(b, c, points) >= 0) & (_turn(c, a, points) >= 0)

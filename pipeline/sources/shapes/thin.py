@@ -1,4 +1,4 @@
-"""Families of open sheets and of parts so thin that a coarse grid hardly sees them."""
+"""Families of open sheets and of parts that are thinner than the spacing of a coarse grid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from pipeline.sources.shapes.textures import Rng
 def flag(rng: Rng) -> list[Piece]:
     """A waving sheet on a pole."""
     u, v = np.linspace(0, 1, 49)[:, None], np.linspace(0, 1, 25)[None]
-    waves, phase = rng.uniform(1.0, 2.2), rng.uniform(0, 6)
+    waves = rng.uniform(1.0, 2.2)
+    phase = rng.uniform(0, 6)
     z = 0.13 * u**0.7 * np.sin(2 * np.pi * (waves * u - 0.25 * v) + phase)
     cloth = surface(np.stack([1.1 * u + 0 * v, 0.75 + 0.7 * v - 0.08 * u, z], axis=-1))
     colors = textures.palette(rng)[:3]
@@ -42,7 +43,7 @@ def flag(rng: Rng) -> list[Piece]:
 
 
 def _quad(a: tuple, b: tuple, c: tuple, d: tuple, cells: int = 1) -> Piece:
-    """The sheet a-b-c-d, a at the lower left seen from its front."""
+    """Return the sheet with the corners a, b, c, d, counter-clockwise from the lower left."""
     u, v = np.linspace(0, 1, cells + 1)[:, None, None], np.linspace(0, 1, cells + 1)[None, :, None]
     p, q, r, s = (np.array(corner, dtype=np.float64) for corner in (a, b, c, d))
     return surface(p * (1 - u) * (1 - v) + q * u * (1 - v) + r * u * v + s * (1 - u) * v)
@@ -56,10 +57,12 @@ def open_box(rng: Rng) -> list[Piece]:
     corners = [(-x, z), (x, z), (x, -z), (-x, -z)]
     sheets = [_quad((-x, 0, -z), (x, 0, -z), (x, 0, z), (-x, 0, z))]
     for k in range(4):
-        (ax, az), (bx, bz) = corners[k], corners[(k + 1) % 4]
+        ax, az = corners[k]
+        bx, bz = corners[(k + 1) % 4]
         sheets.append(_quad((ax, 0, az), (bx, 0, bz), (bx, y, bz), (ax, y, az)))
         out = np.array([(ax + bx) / 2, (az + bz) / 2])
-        lean, rise = out / np.linalg.norm(out) * 0.6 * min(x, z), rng.uniform(-0.1, 0.15)
+        lean = out / np.linalg.norm(out) * 0.6 * min(x, z)
+        rise = rng.uniform(-0.1, 0.15)
         flap = _quad(
             (ax, y, az),
             (bx, y, bz),
@@ -71,12 +74,13 @@ def open_box(rng: Rng) -> list[Piece]:
 
 
 def bowl(rng: Rng) -> list[Piece]:
-    """A single sheet, open at the top."""
+    """A bowl of a single sheet."""
     angle = np.linspace(0, rng.uniform(0.36, 0.52) * np.pi, 25)
     profile = np.stack([np.sin(angle), 1 - np.cos(angle)], axis=1)
     profile[0, 0] = 0.0
     a, b, *_ = textures.palette(rng)
-    ripples, depth = int(rng.integers(0, 12)), rng.uniform(0.0, 0.08)
+    ripples = int(rng.integers(0, 12))
+    depth = rng.uniform(0.0, 0.08)
     sheet = lathe(profile, 96)
     around = np.arctan2(sheet.vertices[:, 0], sheet.vertices[:, 2])
     wave = 1 + depth * np.rint(1e6 * np.sin(ripples * around)) / 1e6 * sheet.vertices[:, 1]
@@ -89,7 +93,8 @@ def bowl(rng: Rng) -> list[Piece]:
 def mobius(rng: Rng) -> list[Piece]:
     """One-sided band: nothing can be told inside from outside."""
     turns = int(rng.choice([1, 3]))
-    t, wide = np.linspace(0, 2 * np.pi, 193)[:, None], rng.uniform(0.2, 0.4)
+    t = np.linspace(0, 2 * np.pi, 193)[:, None]
+    wide = rng.uniform(0.2, 0.4)
     w = np.linspace(-wide, wide, 13)[None]
     r = 1 + w * np.cos(turns * t / 2)
     points = np.stack([r * np.sin(t), w * np.sin(turns * t / 2), r * np.cos(t)], axis=-1)
@@ -129,9 +134,12 @@ def umbrella(rng: Rng) -> list[Piece]:
 
 
 def paper_plane(rng: Rng) -> list[Piece]:
-    """Folded sheets that meet in one edge."""
-    span, keel, lift = rng.uniform(0.35, 0.6), rng.uniform(0.15, 0.28), rng.uniform(0.0, 0.12)
-    nose, tail, bottom = (0.0, 0.0, 1.0), (0.0, 0.0, -0.6), (0.0, -keel, -0.5)
+    """A paper plane of folded sheets that share one edge."""
+    span = rng.uniform(0.35, 0.6)
+    keel = rng.uniform(0.15, 0.28)
+    lift = rng.uniform(0.0, 0.12)
+    nose = (0.0, 0.0, 1.0)
+    bottom = (0.0, -keel, -0.5)
     a, b, *_ = textures.palette(rng)
     paper = Paint(
         texture=textures.stripes([a, (0.97, 0.97, 0.95), (0.97, 0.97, 0.95), b], 8), tiles=0.8
@@ -142,7 +150,6 @@ def paper_plane(rng: Rng) -> list[Piece]:
         wing = (side * span, lift, -0.65)
         sheets.append(np.array([nose, fold, wing]))
         sheets.append(np.array([nose, bottom, fold]))
-    del tail
     return [
         painted(Piece(vertices=sheet.astype(np.float64), faces=np.array([[0, 1, 2]])), paper)
         for sheet in sheets
@@ -165,7 +172,8 @@ def wireframe(rng: Rng) -> list[Piece]:
             for f in body.faces.tolist()
             for i in range(3)
         }
-    radius, (a, b, *_) = rng.uniform(0.012, 0.03), textures.palette(rng)
+    radius = rng.uniform(0.012, 0.03)
+    a, b, *_ = textures.palette(rng)
     rods = [
         painted(placed_between(closed_solids.rod(radius), corners[i], corners[j]), Paint(color=a))
         for i, j in sorted(edges)
@@ -179,7 +187,9 @@ def wireframe(rng: Rng) -> list[Piece]:
 def fence(rng: Rng) -> list[Piece]:
     color = ((0.95, 0.95, 0.93), textures.pick(rng, textures.WOODS))[rng.integers(2)]
     wood = Paint(color=color)
-    pickets, gap, tall = int(rng.integers(7, 13)), 0.16, rng.uniform(0.6, 0.9)
+    pickets = int(rng.integers(7, 13))
+    gap = 0.16
+    tall = rng.uniform(0.6, 0.9)
     wide = rng.uniform(0.06, 0.11)
     outline = [(-wide / 2, 0), (wide / 2, 0), (wide / 2, tall), (0, tall + 0.08), (-wide / 2, tall)]
     pieces = [
@@ -195,7 +205,8 @@ def fence(rng: Rng) -> list[Piece]:
 
 def plates(rng: Rng) -> list[Piece]:
     """A stack of thin plates on a pin, like a cake stand."""
-    colors, count = textures.palette(rng), int(rng.integers(3, 6))
+    colors = textures.palette(rng)
+    count = int(rng.integers(3, 6))
     pieces = [
         painted(
             translated(
@@ -224,7 +235,9 @@ def plates(rng: Rng) -> list[Piece]:
 
 
 def ladder(rng: Rng) -> list[Piece]:
-    rungs, tall, wide = int(rng.integers(5, 10)), 1.6, rng.uniform(0.18, 0.26)
+    rungs = int(rng.integers(5, 10))
+    tall = 1.6
+    wide = rng.uniform(0.18, 0.26)
     paint = Paint(texture=textures.wood(rng, textures.pick(rng, textures.WOODS)))
     lean = rng.uniform(10, 25)
     pieces = [
@@ -239,7 +252,8 @@ def ladder(rng: Rng) -> list[Piece]:
 
 
 def spring(rng: Rng) -> list[Piece]:
-    turns, wire = rng.uniform(4, 8), rng.uniform(0.025, 0.05)
+    turns = rng.uniform(4, 8)
+    wire = rng.uniform(0.025, 0.05)
     t = np.linspace(0, 2 * np.pi * turns, int(40 * turns))
     radius = 0.4 * (1 - rng.uniform(0, 0.5) * t / t[-1])
     path = np.stack([radius * np.sin(t), 1.2 * t / t[-1], radius * np.cos(t)], axis=1)

@@ -23,11 +23,10 @@ def random_signatures(count, seed=0, *, like=0.5):
     """Random assets, a share of which is like an earlier one in some of the ways."""
     draw = np.random.default_rng(seed)
     sha = [f"{number:064x}" for number in range(count)]
-    area, tokens = draw.uniform(0.5, 3, count), draw.integers(500, 4000, count)
-    occupancy, looks = (
-        np.packbits(draw.random((count, 4096)) < 0.15, axis=1),
-        draw.integers(0, 256, (count, 32), np.uint8),
-    )
+    area = draw.uniform(0.5, 3, count)
+    tokens = draw.integers(500, 4000, count)
+    occupancy = np.packbits(draw.random((count, 4096)) < 0.15, axis=1)
+    looks = draw.integers(0, 256, (count, 32), np.uint8)
     for b in np.flatnonzero(draw.random(count) < like):
         if b == 0:
             continue

@@ -316,7 +316,10 @@ def test_options_out_of_range(option, value):
 
 def test_an_encrypted_connection_stays_one(monkeypatch, tmp_path):
     class Answer:
-        status, headers = 302, {"Location": "http://example.org/a.glb"}
+        status = 302
+
+        def __init__(self):
+            self.headers = {"Location": "http://example.org/a.glb"}
 
         def close(self):
             pass

@@ -223,7 +223,8 @@ def test_damaged_archives_are_read_or_rejected_and_never_write_elsewhere(
     make_zip(path, members) if kind == "zip" else make_tar(
         path, members, "w:gz" if kind == "tgz" else "w"
     )
-    draw, content = random.Random(seed), bytearray(path.read_bytes())
+    draw = random.Random(seed)
+    content = bytearray(path.read_bytes())
     for _ in range(flips):
         content[draw.randrange(len(content))] = draw.randrange(256)
     path.write_bytes(content[: draw.randrange(1, len(content) + 1)] if seed % 3 else content)

@@ -68,7 +68,8 @@ def test_parts_and_faces_stay():
 
 def test_center_and_scale_lead_back_to_the_loaded_frame_whatever_frame_came_in():
     loaded = triangle([5, 5, 5], [9, 5, 5], [5, 6, 7])
-    center, scale = np.array([1.0, 2.0, 3.0]), 0.5
+    center = np.array([1.0, 2.0, 3.0])
+    scale = 0.5
     given_ = replace(
         loaded, vertices=(loaded.vertices - center) * scale, center=tuple(center), scale=scale
     )

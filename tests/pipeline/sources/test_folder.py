@@ -131,7 +131,8 @@ def test_what_builds_write_into_a_folder_is_no_input(tmp_path, monkeypatch):
 
 
 def test_a_link_is_checked_again_when_it_is_opened(tmp_path):
-    outside, folder = fill(tmp_path / "outside", "secret.glb"), fill(tmp_path / "folder", "a.glb")
+    outside = fill(tmp_path / "outside", "secret.glb")
+    folder = fill(tmp_path / "folder", "a.glb")
     source = open_source(f"folder:{folder}")
     (record,) = source.records()
     (folder / "a.glb").unlink()

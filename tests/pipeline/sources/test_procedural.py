@@ -149,7 +149,8 @@ def test_misleading_families_mislead():
 
 def test_all_of_the_smoke_set_loads_as_it_was_made(tmp_path):
     """Geometry, part by part, with texture coordinates and colours, through the file and back."""
-    source, kinds = open_source("procedural"), Counter()
+    source = open_source("procedural")
+    kinds = Counter()
     for record in islice(source.records(), 48):
         pieces = make_shape(record.url.partition(":")[2])
         mesh, report = load_with_report(source.materialize(record, tmp_path), LoadConfig())
