@@ -1,46 +1,59 @@
 # Everything a newcomer types. `make test` and `make demo` set the machine up themselves.
-.PHONY: help setup demo data test test-slow lint type bench clean
+.PHONY: help setup setup-all docs demo data test test-slow lint type bench clean
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3.11
+# The newest supported interpreter that runs here. Choose another one with: make setup PYTHON=python3.12
+PYTHON ?= $(shell for name in python3.13 python3.12 python3.11; do $$name -c '' 2>/dev/null && echo $$name && break; done)
 OUT ?= data/smoke
 DEMO ?= runs/demo
-# Where torch comes from. Without a GPU driver: the index of CPU builds, a fiftieth of the CUDA download. Override:
+# Where torch comes from. Without a GPU driver it is the index of CPU builds, whose download is fifty
+# times smaller than that of the CUDA builds. Choose another source:
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130        another index
 #   make setup TORCH_INDEX=                                             only what pip is configured to use
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 TORCH_INDEX_TIMEOUT_S ?= 10
-# What headless rendering needs on Debian and Ubuntu, and the compiler for the optional mesh2sdf.
-EGL_PACKAGES = libegl1 libgl1 libgl1-mesa-dri
-APT_PACKAGES = $(EGL_PACKAGES) g++
+# What headless rendering needs on Debian and Ubuntu.
+APT_PACKAGES = libegl1 libgl1 libgl1-mesa-dri
 
 BIN := .venv/bin
 READY := .venv/ready
+READY_ALL := .venv/ready-all
 
 help:
-	@echo "make demo       everything in small: data, training, generated meshes, a report ($(DEMO)/index.html)"
-	@echo "make data       a small dataset alone, verified, with its report ($(OUT))"
-	@echo "make test       every test that is not slow, setting the machine up first"
-	@echo "make test-slow  the others"
-	@echo "make lint type  ruff, pyright"
-	@echo "make bench      benchmarks"
-	@echo "make setup      the virtual environment .venv alone"
+	@echo "make demo       run everything in small: data, training, generated meshes, a report ($(DEMO)/index.html)"
+	@echo "make data       build a small dataset alone, verify it and write its report ($(OUT))"
+	@echo "make test       run every test that is not slow, after setting the machine up"
+	@echo "make test-slow  run the slow tests"
+	@echo "make lint type  run ruff and pyright"
+	@echo "make docs       build the documentation site (site/index.html)"
+	@echo "make bench      run the benchmarks"
+	@echo "make setup      create the virtual environment .venv with what demo and tests need"
+	@echo "make setup-all  also install what is optional: docs, TensorBoard, mesh2sdf, background removal"
 
 setup: $(READY)
 
+setup-all: $(READY_ALL)
+
 $(READY): pyproject.toml
 	@sh .ci/system_packages.sh "$(APT_PACKAGES)"
-	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): install Python 3.11, or name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 was found; install one, or get one with uv (https://docs.astral.sh/uv):" >&2; \
+	  echo "    uv python install 3.12 && make $(MAKECMDGOALS) PYTHON=\$$(uv python find 3.12)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	PYTHON="$(BIN)/python" TORCH="$(TORCH)" INDEX="$(TORCH_INDEX)" TIMEOUT_S="$(TORCH_INDEX_TIMEOUT_S)" sh .ci/install_torch.sh
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@# pyrender pins a PyOpenGL that Python 3.12 cannot run; its other dependencies are in pyproject.toml.
 	@$(BIN)/python -c "import sys; sys.exit(sys.version_info >= (3, 12))" || $(BIN)/python -m pip install --quiet --no-deps pyrender==0.1.45
-	@if command -v g++ >/dev/null; then $(BIN)/python -m pip install --quiet -e ".[mesh2sdf]" || echo "mesh2sdf did not build; it is optional" >&2; \
-	  else echo "no g++: going on without the optional mesh2sdf" >&2; fi
-	$(BIN)/python -c "from pipeline.orchestration.asset_stages import warm_up; warm_up()"  # compiles the geometry, once for all processes
+	@echo "compiling the geometry (once per machine)"
+	$(BIN)/python -c "from pipeline.orchestration.asset_stages import warm_up; warm_up()"
 	@touch $(READY)
+
+$(READY_ALL): $(READY)
+	@sh .ci/system_packages.sh g++
+	$(BIN)/python -m pip install --quiet -e ".[dev,docs,generate,tensorboard]"
+	@if command -v g++ >/dev/null; then $(BIN)/python -m pip install --quiet -e ".[mesh2sdf]" || echo "mesh2sdf did not build; it is optional" >&2; \
+	  else echo "there is no g++, so the optional mesh2sdf is left out" >&2; fi
+	@touch $(READY_ALL)
 
 demo: setup
 	$(BIN)/python -m train.demo --out $(DEMO)
@@ -64,6 +77,10 @@ lint: setup
 
 type: setup
 	$(BIN)/pyright
+
+docs: setup
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 bench: setup
 	$(BIN)/python -m benchmarks.sdf

@@ -1,0 +1,115 @@
+"""Every script in examples/ runs as it stands there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+
+from tests.pipeline.builds import environment
+from tests.train.analytic_builds import add_renders, make_build
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def run(
+    script: str, *words: object, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> str:
+    """Run an example with the project importable and return what it prints."""
+    env = {**os.environ, **(env or {}), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, EXAMPLES / script, *map(str, words)]
+    ended = subprocess.run(
+        command, cwd=cwd or ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    root = make_build(tmp_path_factory.mktemp("build"), assets=2, val=0, resolutions=(32,))
+    add_renders(root, views=2)
+    return root
+
+
+def test_every_script_is_in_the_table():
+    names = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.*")} - {
+        "README.md"
+    }
+    table = (EXAMPLES / "README.md").read_text()
+    assert all(f"`{name}`" in table for name in names if "__pycache__" not in name)
+
+
+def test_read_a_shard(build):
+    text = run("read_a_shard.py", build, 32)
+    assert "bricks of 512 values at R = 32" in text
+    assert "40 x 40 pixels" in text
+
+
+def test_other_libraries_read_the_same_values(build):
+    from pipeline import SdfShard
+
+    text = run("read_with_other_libraries.py", build, 32)
+    assert "webdataset: " in text
+    assert "datasets: 2 of 2 assets are done" in text
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from read_with_other_libraries import points_and_distances
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    path = min((build / "sdf" / "32").glob("*.zarr"))
+    shard = SdfShard(path)
+    bricks = shard.bricks(shard.uids[0])
+    points, distances = points_and_distances(path, 0)
+    tau = 2 / 32
+    np.testing.assert_allclose(distances, bricks.values.astype(np.float32).reshape(-1) * tau)
+    # The first point of each brick is the corner of its cell.
+    np.testing.assert_allclose(points[::512], 8 * bricks.cells / 31 - 0.5)
+
+
+def test_attention_in_another_model_learns():
+    lines = run("attention_in_another_model.py").splitlines()
+    assert float(lines[-1].rpartition(" ")[2]) > 0.9
+
+
+def test_add_a_source(tmp_path):
+    trimesh.creation.icosphere().export(tmp_path / "ball.stl")
+    (tmp_path / "flat.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    listed = "file,licence\nball.stl,cc0\nflat.obj,cc0\nlost.glb,cc0\n"
+    (tmp_path / "assets.csv").write_text(listed)
+    ball, flat, lost = run("add_a_source.py", tmp_path / "assets.csv", tmp_path).splitlines()
+    assert ball.startswith("ball.stl: 1280 faces, closed, ")
+    assert flat.startswith("flat.obj: rejected, ")
+    assert lost == "lost.glb: rejected, file_not_readable"
+
+
+def test_train_on_a_folder(tmp_path):
+    meshes = tmp_path / "meshes"
+    meshes.mkdir()
+    for number in range(3):
+        trimesh.creation.icosphere(radius=1 + number).export(meshes / f"{number}.stl")
+    run("train_on_a_folder.py", meshes, tmp_path / "out", 2, env=environment(tmp_path))
+    assert (tmp_path / "out" / "data" / "report" / "index.html").exists()
+    assert (tmp_path / "out" / "evaluation" / "index.html").exists()
+
+
+@pytest.mark.slow
+def test_the_laptop_recipe(tmp_path):
+    env = {
+        **environment(tmp_path),
+        "OUT": str(tmp_path / "run"),
+        "STEPS": "2",
+        "PYTHON": sys.executable,
+    }
+    subprocess.run(["sh", EXAMPLES / "recipes" / "laptop.sh"], cwd=ROOT, env=env, check=True)
+    assert (tmp_path / "run" / "export" / "vae" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("script", ["paper.sh", "laptop.sh"])
+def test_a_recipe_uses_options_that_exist(script):
+    """The README's check covers options of commands; here the shell syntax is checked."""
+    subprocess.run(["sh", "-n", EXAMPLES / "recipes" / script], check=True)
