@@ -55,7 +55,7 @@ COMMANDS = sorted({line.strip() for line in SHOWN})
 def test_every_option_that_the_readme_shows_exists(line, monkeypatch, capsys):
     module, *words = line.split()
     part = [words[0]] if words and re.fullmatch("[a-z]+", words[0]) else []
-    monkeypatch.setattr(sys, "argv", [module, *part, "--help"])
+    monkeypatch.setattr(sys, "argv", [module, *part, "--help-all"])
     monkeypatch.setenv("COLUMNS", "200")
     main = importlib.import_module(module).main
     with pytest.raises(SystemExit) as ended:

@@ -10,11 +10,7 @@ from PIL import Image
 
 from model.checkpoint import load_weights
 from model.config import (
-    ConditionedDiTConfig,
-    DiTConfig,
-    EncoderConfig,
     Guidance,
-    OccupancyConfig,
     StructureConfig,
 )
 from model.inference.mesh_cleaning import count_open_edges
@@ -22,6 +18,7 @@ from model.occupancy_vae import OccupancyVAE, occupancy_grid
 from model.structure import Structure
 from pipeline.core.errors import UserError
 from pipeline.storage.sdf_shard import SdfShard
+from tests.model.test_structure import TINY
 from tests.train.analytic_builds import add_renders, color_of, make_build
 from train.data.bricks import read_build_index
 from train.data.symmetry import SYMMETRIES
@@ -40,22 +37,8 @@ from train.stages.structure.run import train_flow, train_occupancy_vae, train_st
 from train.stages.structure.task import FlowTask, cube_surface
 from train.structure import main
 
-MODEL = StructureConfig(
-    occupancy=OccupancyConfig(side=4, widths=(8, 16), blocks=1, groups=8, latent_channels=4),
-    flow=ConditionedDiTConfig(
-        dit=DiTConfig(
-            channels=48,
-            blocks=2,
-            heads=3,
-            kv_heads=3,
-            mlp_ratio=2,
-            latent_channels=4,
-            condition_channels=32,
-            attention="full",
-        ),
-        encoder=EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2),
-    ),
-)
+# A grid of 4^3 cells, as builds at R = 32 have it.
+MODEL = replace(TINY, occupancy=replace(TINY.occupancy, side=4))
 
 
 @pytest.fixture(scope="module")

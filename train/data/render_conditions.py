@@ -177,12 +177,12 @@ class RenderConditions:
         ahead: int = 0,
     ):
         self.index = index
-        self.flow = flow
-        self.image_size = image_size
-        self.held_out = held_out
-        self.training = training
-        self.held_out_only = held_out_only
         self.views = ViewReader(index, cameras, ahead=ahead)
+        self.held_out = held_out
+        self.held_out_only = held_out_only
+        self.flow = flow
+        self.training = training
+        self.image_size = image_size
         # Images that are not augmented are the same every time, so those of a small build are kept.
         self._plain: ThreadSafeCache[tuple[int, int], PreparedImage] = ThreadSafeCache(
             max(1, PREPARED_BYTES // (4 * image_size**2))

@@ -112,20 +112,11 @@ class StepResult:
     stop: bool  # a rank got a signal or the time limit has passed
 
 
-def fit(
-    task: Task[Any],
-    stream: Stream[Any],
-    cfg: LoopConfig,
-    *,
-    out: Path,
-    world: World,
-    config: Mapping[str, Any],
-    init: Path | None = None,
-) -> int:
-    """Train a model up to `cfg.steps` steps.
+class Trainer:
+    """Trains a model up to `cfg.steps` steps, with checkpoints, validation and previews.
 
-    The run continues from `out/latest` if that exists. Otherwise it starts from the weights of the
-    checkpoint `init`, or from new weights. All ranks end in the same way.
+    The run continues from `out/latest` if that exists. Otherwise it starts from the weights of
+    `init`, or from new weights. All ranks end in the same way.
 
     Args:
         task: The model with its losses.
@@ -137,19 +128,9 @@ def fit(
             run must have the same ones except for FREE_ON_RESUME.
         init: Checkpoint or exported model that a new run starts from.
 
-    Returns:
-        Number of steps done. It is smaller than `cfg.steps` if `cfg.max_minutes` has passed.
-
     Raises:
-        Stopped: After SIGINT or SIGTERM. The current step is finished and a checkpoint written.
-        UserError: If `out` or `init` has another configuration.
-        RunError: If too many gradients in a row are bad, or checkpoints cannot be written.
+        UserError: If `out` or `init` has another configuration or is damaged.
     """
-    return Trainer(task, stream, cfg, out=out, world=world, config=config, init=init).run()
-
-
-class Trainer:
-    """A run of `fit`: the model, its optimizer and average, and the number of steps done."""
 
     def __init__(
         self,
@@ -160,7 +141,7 @@ class Trainer:
         out: Path,
         world: World,
         config: Mapping[str, Any],
-        init: Path | None,
+        init: Path | None = None,
     ):
         self.task = task
         self.stream = stream
@@ -192,7 +173,15 @@ class Trainer:
         self.peak = peak * world.size if peak else None
 
     def run(self) -> int:
-        """Train up to the last step and return the number of steps done."""
+        """Train up to the last step.
+
+        Returns:
+            Number of steps done. It is smaller than `cfg.steps` if `cfg.max_minutes` has passed.
+
+        Raises:
+            Stopped: After SIGINT or SIGTERM. The current step is finished and a checkpoint written.
+            RunError: If too many gradients in a row are bad, or checkpoints cannot be written.
+        """
         cfg = self.cfg
         self._log_start()
         metrics_log = MetricsLog(

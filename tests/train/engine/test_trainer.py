@@ -16,7 +16,7 @@ import torch
 
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.signals import Stopped
-from tests.train.toy_model import Fit, Numbers, run
+from tests.train.toy_model import LineTask, PointStream, run
 from train.engine import checkpoint
 from train.engine.config import LoopConfig
 from train.engine.optimizer import GradientGuard, make_optimizer, update_average
@@ -92,9 +92,9 @@ def test_resumes_to_the_bit_after_any_end(tmp_path, stop):
 
     run(tmp_path / "whole", validate_every=7)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", task=Fit(crash), validate_every=7)
+        run(tmp_path / "cut", task=LineTask(crash), validate_every=7)
     assert len(rows(tmp_path / "cut")) == stop
-    stream = Numbers()
+    stream = PointStream()
     run(tmp_path / "cut", stream=stream, validate_every=7)
     assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
     assert stream.closed
@@ -173,7 +173,7 @@ def test_a_copy_of_a_run_goes_on_where_the_run_would(tmp_path, copied):
     run(tmp_path / "cut", steps=30)
     copied(tmp_path / "cut", tmp_path / "copy")
     done = []
-    run(tmp_path / "copy", steps=50, task=Fit(done.append))
+    run(tmp_path / "copy", steps=50, task=LineTask(done.append))
     assert len(done) == 20
     assert exact(tmp_path / "copy") == exact(tmp_path / "whole")
     assert (tmp_path / "copy" / "latest").resolve().name == "step-00000050"
@@ -188,7 +188,7 @@ def test_all_checkpoints_can_be_kept(tmp_path):
 
 
 def test_a_validation_that_ends_the_run_costs_no_step(tmp_path):
-    class Unreadable(Fit):
+    class Unreadable(LineTask):
         def validate(self, model):
             raise RunError("a held-out asset cannot be read")
 
@@ -216,7 +216,7 @@ def test_where_a_run_starts_matters_at_its_start_alone(tmp_path):
 def test_starts_from_the_average_of_another_run(tmp_path):
     _, first = run(tmp_path / "first", steps=50)
     seen = []
-    task = Fit(lambda step: seen.append(task.model.weight.detach().clone()))
+    task = LineTask(lambda step: seen.append(task.model.weight.detach().clone()))
     run(tmp_path / "second", task=task, steps=1, init=tmp_path / "first" / "latest")
     average = checkpoint.safetensors.torch.load_file(
         tmp_path / "first" / "latest" / "ema.safetensors"
@@ -234,7 +234,7 @@ def test_starts_from_the_average_of_another_run(tmp_path):
 def test_a_bad_batch_costs_its_step_only(tmp_path, bad, caplog):
     change = lambda step, x: x * bad if step in (5, 6) else x  # noqa: E731
     with caplog.at_level(logging.WARNING):
-        done, task = run(tmp_path, stream=Numbers(change), steps=60)
+        done, task = run(tmp_path, stream=PointStream(change), steps=60)
     assert done == 60
     assert all(parameter.isfinite().all() for parameter in task.model.parameters())
     assert rows(tmp_path)[-1]["skipped"] == 2
@@ -255,19 +255,19 @@ def test_many_bad_batches_end_the_run_and_keep_its_checkpoint(tmp_path):
         RunError,
         match=r"5 gradients in a row .* not finite; .* the last checkpoint is .*step-00000010",
     ):
-        run(tmp_path, stream=Numbers(change), max_bad_steps=5)
+        run(tmp_path, stream=PointStream(change), max_bad_steps=5)
     assert (tmp_path / "latest").resolve().name == "step-00000010"
 
 
 def test_a_spike_is_not_applied(tmp_path):
     before, after = [], []
-    task = Fit(
+    task = LineTask(
         lambda step: (before if step == 40 else after).append(task.model.weight.detach().clone())
     )
     run(
         tmp_path,
         task=task,
-        stream=Numbers(lambda step, x: 50 * x if step == 40 else x),
+        stream=PointStream(lambda step, x: 50 * x if step == 40 else x),
         steps=42,
         clip_norm=1.0,
     )
@@ -308,7 +308,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(tmp_path, mo
         real(path, data)
 
     monkeypatch.setattr(checkpoint, "write_durably", write)
-    task = Fit(
+    task = LineTask(
         lambda step: full.update(now=10 <= step < 25)
     )  # the checkpoint of step 20 fails, that of 30 does not
     with caplog.at_level(logging.ERROR):
@@ -326,7 +326,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(tmp_path, mo
 def test_a_disk_that_stays_full_ends_the_run(tmp_path, caplog):
     """The kernel refuses writes beyond a size, in every file: a stand-in for a disk that is full for real."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    task = Fit(
+    task = LineTask(
         lambda step: (
             resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1])) if step == 10 else None
         )
@@ -353,7 +353,7 @@ def exact_whole(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_keeps_it(tmp_path, signum):
-    task = Fit(lambda step: os.kill(os.getpid(), signum) if step == 13 else None)
+    task = LineTask(lambda step: os.kill(os.getpid(), signum) if step == 13 else None)
     handlers = signal.getsignal(signum)
     with pytest.raises(Stopped) as stop:
         run(tmp_path / "cut", task=task, validate_every=1, sample_every=1)

@@ -18,7 +18,7 @@ from train.engine import checkpoint
 from train.engine.batch_sampler import ShardBatchSampler
 from train.engine.distributed import World
 from train.engine.prefetch import Prefetcher
-from train.engine.trainer import fit
+from train.engine.trainer import Trainer
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTLoader, joined
 from train.stages.dit.task import DiTTask
@@ -62,9 +62,8 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
     log_training_data(training, held_out, sampler, world)
     log.info("The image encoder is %s.", task.model.encoder.label)
     stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.workers)
-    return fit(
-        task, stream, cfg.flow.loop, out=cfg.out, world=world, config=run_config(cfg, store.vae)
-    )
+    config = run_config(cfg, store.vae)
+    return Trainer(task, stream, cfg.flow.loop, out=cfg.out, world=world, config=config).run()
 
 
 def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, LatentStore]:

@@ -21,7 +21,7 @@ from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
 from train.engine.distributed import World
 from train.engine.prefetch import Prefetcher
-from train.engine.trainer import fit
+from train.engine.trainer import Trainer
 from train.stages.structure.config import StructureTraining
 from train.stages.structure.data import GridLoader
 from train.stages.structure.task import FlowTask, OccupancyTask
@@ -62,8 +62,8 @@ def train_occupancy_vae(
     """Train the occupancy VAE in OUT/vae and return the number of steps done."""
     task = OccupancyTask(cfg, world, held_out)
     stream = _stream(cfg, world, training, held_out, images=False)
-    config = run_config(cfg, "vae")
-    return fit(task, stream, cfg.vae.loop, out=cfg.out / "vae", world=world, config=config)
+    out, config = cfg.out / "vae", run_config(cfg, "vae")
+    return Trainer(task, stream, cfg.vae.loop, out=out, world=world, config=config).run()
 
 
 def train_flow(
@@ -87,8 +87,8 @@ def train_flow(
         )
     log.info("The image encoder is %s.", task.model.flow.encoder.label)
     stream = _stream(cfg, world, training, held_out, images=True)
-    config = run_config(cfg, "flow")
-    return fit(task, stream, cfg.flow.loop, out=cfg.out / "flow", world=world, config=config)
+    out, config = cfg.out / "flow", run_config(cfg, "flow")
+    return Trainer(task, stream, cfg.flow.loop, out=out, world=world, config=config).run()
 
 
 def trained_vae(cfg: StructureTraining) -> OccupancyVAE:
@@ -141,7 +141,7 @@ def _has_vae(path: Path, vae: OccupancyVAE) -> bool:
                 for name, tensor in vae.state_dict().items()
             )
     except (OSError, SafetensorError):
-        return True  # `fit` reports damaged checkpoints
+        return True  # the trainer reports damaged checkpoints
 
 
 def _stream(

@@ -99,6 +99,15 @@ class VAETraining:
         check_device(self.device)
 
 
+def _intervals(checkpoint: int, validate: int, sample: int) -> dict[str, int]:
+    """Return the numbers of steps between checkpoints, validations and previews as options."""
+    return {
+        "checkpoint_every": checkpoint,
+        "validate_every": validate,
+        "sample_every": sample,
+    }
+
+
 VAE_PRESETS: dict[str, VAETraining] = {
     "tiny": VAETraining(
         device="cpu",
@@ -108,9 +117,7 @@ VAE_PRESETS: dict[str, VAETraining] = {
             steps=2000,
             optimizer="muon",
             learning_rate=1e-3,
-            checkpoint_every=200,
-            validate_every=500,
-            sample_every=1000,
+            **_intervals(200, 500, 1000),
         ),
         model=VAEConfig(widths=(8, 16, 32, 64), heads=4, blocks=2, groups=8),
     ),
@@ -123,9 +130,7 @@ VAE_PRESETS: dict[str, VAETraining] = {
             SMALL_LOOP,
             steps=3000,
             learning_rate=1e-3,
-            checkpoint_every=500,
-            validate_every=500,
-            sample_every=1500,
+            **_intervals(500, 500, 1500),
         ),
         model=VAEConfig(widths=(32, 64, 96, 192), heads=6, blocks=2),
     ),

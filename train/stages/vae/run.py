@@ -13,7 +13,7 @@ from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler
 from train.engine.distributed import World
 from train.engine.prefetch import Prefetcher
-from train.engine.trainer import fit
+from train.engine.trainer import Trainer
 from train.stages.vae.config import VAETraining
 from train.stages.vae.task import VAETask
 
@@ -55,9 +55,11 @@ def train_vae(cfg: VAETraining, world: World) -> int:
     )
     log_training_data(training, held_out, sampler, world)
     stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.bricks.workers)
-    return fit(
-        task, stream, cfg.loop, out=cfg.out, world=world, config=run_config(cfg), init=cfg.init
+    config = run_config(cfg)
+    trainer = Trainer(
+        task, stream, cfg.loop, out=cfg.out, world=world, config=config, init=cfg.init
     )
+    return trainer.run()
 
 
 def run_config(cfg: VAETraining) -> dict[str, Any]:
