@@ -1,4 +1,4 @@
-"""Who may import whom, and how long a file may be."""
+"""Import directions: which package, sub-package and module may import which."""
 
 import ast
 import subprocess
@@ -8,99 +8,183 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("pipeline", "kernels", "model", "train")
-DATA = {
-    f"pipeline.{name}" for name in ("schema", "store", "shards", "cameras", "render", "isosurface")
+# Every unit may import the units above it in its own list, and what EXTERNAL adds. The last unit of
+# a package is the package's own top-level modules, among them its commands.
+UNITS = {
+    "pipeline": [
+        "pipeline.core",
+        "pipeline.storage",
+        "pipeline.mesh_io",
+        "pipeline.download",
+        "pipeline.geometry",
+        "pipeline.rendering",
+        "pipeline.curation",
+        "pipeline.sources",
+        "pipeline.config",
+        "pipeline.orchestration",
+        "pipeline",
+    ],
+    "kernels": ["kernels.runtime", "kernels.attention", "kernels.conv", "kernels.sdf", "kernels"],
+    "model": [
+        "model.config",
+        "model",
+        "model.conditioning",
+        "model.structure",
+        "model.inference",
+        "model.generate",
+    ],
+    "train": [
+        "train.engine",
+        "train.data",
+        "train.stages",
+        "train.evaluation",
+        "train.demo",
+        "train",
+    ],
 }
-MAY_IMPORT = {
-    "pipeline": set(),
+# The units of other packages that a package may import. `pipeline` alone names its lazy exports.
+EXTERNAL = {
+    "pipeline": {"kernels"},  # the GPU path of the SDF, inside the function that takes it
     "kernels": set(),
-    "model": {"kernels"},
-    "train": {"model", "kernels"},
+    "model": {"kernels", "pipeline.core", "pipeline.rendering"},
+    "train": {
+        *("kernels", "model", "pipeline.core", "pipeline.rendering", "pipeline.storage"),
+        "pipeline.orchestration.manifest",  # read side of a build
+    },
 }
-MAX_LINES = 400
-
-FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-names = [path.relative_to(ROOT).as_posix() for path in FILES]
-
-
-def module_of(path):
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+FILES = sorted(path for package in UNITS for path in (ROOT / package).rglob("*.py"))
+NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
+HEAVY = ("torch", "triton", "numba", "ray", "transformers", "numpy", "trimesh", "zarr", "pyarrow")
 
 
-STARTED = {module_of(path) for path in FILES if 'if __name__ == "__main__":' in path.read_text()}
-COMMANDS = STARTED - {"pipeline.orchestration.isolated_process"} | {
-    "pipeline.orchestration.runner"
-}  # the first is started by builds, not by people
+def module_of(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
 
 
-def imports(path, *, at_import_only=False):
-    """Dotted names of every module that a file imports; those inside functions only if asked for all."""
-    tree = ast.parse(path.read_text())
-    pending: list[ast.AST] = [tree]
-    found = set()
+MODULES = {module_of(path): path for path in FILES}
+COMMANDS = {
+    name for name, path in MODULES.items() if 'if __name__ == "__main__":' in path.read_text()
+} - {"pipeline.orchestration.isolated_process"}  # builds start it, people do not
+
+
+def imports(path: Path, *, at_import_only: bool = False) -> set[str]:
+    """Return the modules that a file imports; optionally only those outside functions.
+
+    Imports under `if TYPE_CHECKING` are left out: they do not run.
+    """
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    names = set()
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        skip = at_import_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        if not skip:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = inner & MODULES.keys()
+            names |= modules
+            if len(modules) < len(inner):
+                names.add(node.module)
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+        elif not (at_import_only and is_function):
             pending += ast.iter_child_nodes(node)
-    return found
+    return names
 
 
-def is_ours(name):
-    return name.partition(".")[0] in PACKAGES
+def is_below(name: str, unit: str) -> bool:
+    return name == unit or name.startswith(f"{unit}.")
 
 
-@pytest.mark.parametrize("path", FILES, ids=names)
-def test_imports_keep_their_direction(path):
-    package = path.relative_to(ROOT).parts[0]
+def unit_of(name: str) -> str:
+    """Return the most specific unit that contains a module."""
+    units = UNITS[name.partition(".")[0]]
+    return max((unit for unit in units if is_below(name, unit)), key=len)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_imports_point_downwards(path):
+    module = module_of(path)
+    package = module.partition(".")[0]
+    units = UNITS[package]
     for name in imports(path):
         other = name.partition(".")[0]
-        if not is_ours(name) or other == package or other in MAY_IMPORT[package]:
+        if other not in UNITS:
             continue
-        if (
-            package == "pipeline" and other == "kernels"
-        ):  # its GPU path, inside the function that takes it
-            assert name not in imports(path, at_import_only=True), (
-                f"{name} must be imported where it is used"
-            )
-            continue
-        module = ".".join(name.split(".")[:2])
-        allowed = package in ("model", "train") and (module in DATA or name == "pipeline")
-        assert allowed, f"{package} must not import {name}"
+        if other == package:
+            rank = units.index(unit_of(name))
+            assert rank <= units.index(unit_of(module)), f"{module} imports {name}, which is above"
+        else:
+            allowed = EXTERNAL[package] | ({"pipeline"} & {name})
+            assert any(is_below(name, unit) for unit in allowed), f"{module} imports {name}"
+            if package == "pipeline":
+                assert name not in imports(path, at_import_only=True), f"{name} is imported at once"
 
 
-@pytest.mark.parametrize("path", FILES, ids=names)
-def test_nobody_imports_a_command(path):
+def test_modules_import_each_other_without_cycles():
+    below = {name: imports(path) & MODULES.keys() for name, path in MODULES.items()}
+    finished: set[str] = set()
+
+    def visit(name: str, chain: tuple[str, ...]) -> None:
+        assert name not in chain, " -> ".join((*chain[chain.index(name) :], name))
+        if name not in finished:
+            for other in below[name] - {name}:
+                visit(other, (*chain, name))
+            finished.add(name)
+
+    for name in below:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_no_module_imports_a_command(path):
     module = module_of(path)
-    for name in imports(path):
-        if name in COMMANDS and module != name:
-            assert (module, name) in {
-                ("pipeline.build", "pipeline.orchestration.runner"),
-                ("pipeline.build", "pipeline.report"),  # whose page ends every build
-            }, f"{module} imports {name}"
+    report = ("pipeline.build", "pipeline.report")  # the page ends every build
+    for name in imports(path) & COMMANDS - {module}:
+        assert (module, name) == report, f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=names)
-def test_only_the_runner_knows_ray(path):
-    if path != ROOT / "pipeline" / "runner.py":
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_only_the_runner_imports_ray(path):
+    if module_of(path) != "pipeline.orchestration.runner":
         assert not {name for name in imports(path) if name.partition(".")[0] == "ray"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=names)
-def test_files_can_be_read_in_one_sitting_and_say_what_they_are_for(path):
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_every_file_says_what_it_contains(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= MAX_LINES
-    assert not text.strip() or ast.get_docstring(ast.parse(text)), (
-        "opens with one sentence saying what it is for"
+    assert not text.strip() or ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.name == "config.py"], ids=lambda path: module_of(path)
+)
+def test_a_config_module_imports_nothing_heavy(path):
+    code = (
+        f"import sys, {module_of(path)}\n"
+        f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
+        "sys.exit(' '.join(heavy) or 0)"
     )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_pipeline_imports_without_torch():
-    modules = ["pipeline.build", "pipeline.verify", "pipeline.report", *sorted(DATA)]
-    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+@pytest.mark.parametrize("package", list(UNITS))
+def test_importing_a_package_is_cheap(package):
+    code = f"import sys, {package}; sys.exit(any(name in sys.modules for name in {HEAVY}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_core_imports_neither_ray_nor_opengl_nor_torch():
+    for name, path in MODULES.items():
+        if is_below(name, "pipeline.core"):
+            assert not {other.partition(".")[0] for other in imports(path)} & {
+                "ray",
+                "OpenGL",
+                "pyrender",
+            }
+            at_once = {other.partition(".")[0] for other in imports(path, at_import_only=True)}
+            assert "torch" not in at_once, name
