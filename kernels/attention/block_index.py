@@ -1,4 +1,4 @@
-"""The token order and the block metadata of SSA, made once per batch and shared by every layer."""
+"""Block index: the metadata of a batch that SSA needs, made once and shared by every layer."""
 
 from __future__ import annotations
 
@@ -20,48 +20,71 @@ from kernels.runtime.coords import (
 )
 from kernels.runtime.integer_math import cdiv
 
-TILE_COMPRESSED = 64  # compressed tokens in one tile of the block score ...
-TILE_BLOCKS = 16  # ... and blocks; a block with more compressed tokens is a tile of its own
-_SCALARS = 5  # leading entries of `host`, before the chunk tables
+# Largest numbers of compressed tokens and of blocks in one tile of the block score. A block with
+# more compressed tokens is a tile of its own.
+TILE_COMPRESSED = 64
+TILE_BLOCKS = 16
+_SCALARS = 5  # leading entries of `BlockIndex.host`, before the chunk tables
 
 
 def _runs(key_KN: Tensor) -> tuple[Tensor, Tensor]:
-    """Of K sorted keys: run of each entry, int32 [K, N], and how many there are, int64 [K]."""
-    new_KN = torch.ones_like(key_KN, dtype=torch.bool)
-    torch.ne(key_KN[:, 1:], key_KN[:, :-1], out=new_KN[:, 1:])
-    return new_KN.cumsum(1, dtype=torch.int32).sub_(1), new_KN.sum(1)
+    """Number the runs of equal keys in K sorted rows.
+
+    Returns the run of each entry, int32 [K, N], and the number of runs, int64 [K].
+    """
+    is_first_KN = torch.ones_like(key_KN, dtype=torch.bool)
+    torch.ne(key_KN[:, 1:], key_KN[:, :-1], out=is_first_KN[:, 1:])
+    return is_first_KN.cumsum(1, dtype=torch.int32).sub_(1), is_first_KN.sum(1)
 
 
 def _tile_starts(
     compressed_starts: Tensor, asset_end: Tensor, asset_first: Tensor, smallest: int
 ) -> Tensor:
-    """Greedy tiles of whole blocks: bool [W], true where a tile begins, and somewhere past the last block.
+    """Mark where greedy tiles of whole blocks begin: bool [W], and somewhere past the last block.
 
-    compressed_starts [W] of each block, asset_end [W] the block that ends each block's asset, asset_first [A] the first
-    block of each asset; whole tiles have at least `smallest` blocks. Follows the chain "next tile" from every asset by
-    pointer doubling.
+    The chain "next tile" is followed from every asset by pointer doubling.
+
+    Args:
+        compressed_starts: [W], first compressed token of each block.
+        asset_end: [W], the block that ends each block's asset.
+        asset_first: [A], first block of each asset.
+        smallest: Smallest number of blocks of a tile that is not cut by the end of its asset.
     """
     last = len(compressed_starts) - 1
     block = torch.arange(1, last + 2, device=compressed_starts.device)
-    following = torch.searchsorted(
+
+    # The first block of the next tile, for a tile that begins at each block.
+    next_tile = torch.searchsorted(
         compressed_starts, compressed_starts + TILE_COMPRESSED, right=True
     ).sub_(1)
-    following = torch.minimum(torch.minimum(following, block + (TILE_BLOCKS - 1)), asset_end)
-    following = torch.maximum(following, block).clamp_(max=last)
-    reached = torch.zeros_like(block, dtype=torch.bool)
-    reached.index_fill_(0, asset_first.long(), True)
+    next_tile = torch.minimum(torch.minimum(next_tile, block + (TILE_BLOCKS - 1)), asset_end)
+    next_tile = torch.maximum(next_tile, block).clamp_(max=last)
+
+    # Follow 1, 2, 4, ... tiles at a time from the tiles that were reached so far.
+    is_start = torch.zeros_like(block, dtype=torch.bool)
+    is_start.index_fill_(0, asset_first.long(), True)
     for _ in range((cdiv(last, smallest) - 1).bit_length()):
-        reached.index_fill_(0, torch.where(reached, following, last), True)
-        following = following.take(following)
-    return reached
+        is_start.index_fill_(0, torch.where(is_start, next_tile, last), True)
+        next_tile = next_tile.take(next_tile)
+    return is_start
 
 
 def _chunks(tokens: list[int], blocks: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """Cuts each asset's queries into even chunks: their assets [K], token starts and block-pair starts [K + 1].
+    """Cut the queries of each asset into even chunks.
 
-    A chunk's lists (one per block and kv head) should hold about 64 queries at top-k 8, and its queries fit the L2.
+    A chunk's inverse lists (one per block and key/value head) should hold about 64 queries at top-k
+    8, and its queries should fit the L2 cache.
+
+    Args:
+        tokens: Number of tokens of each asset.
+        blocks: Number of blocks of each asset.
+
+    Returns:
+        Assets of the K chunks [K], and first token and first (chunk, block) pair of each [K + 1].
     """
-    asset_of, starts, pairs = [], [0], [0]
+    asset_of = []
+    starts = [0]
+    pairs = [0]
     for asset, (N, M) in enumerate(zip(tokens, blocks, strict=True)):
         size = min(max(1 << (8 * M - 1).bit_length(), 2048), 8192) if M else 2048
         count = max(1, round(N / size)) if N else 0
@@ -75,88 +98,150 @@ def _chunks(tokens: list[int], blocks: list[int]) -> tuple[list[int], list[int],
 
 @dataclass(frozen=True, eq=False)
 class BlockIndex:
-    """Everything SSA's kernels need to know about a batch of assets; int32 on the device unless said otherwise.
+    """Metadata of a batch of assets for spatial sparse attention. Made by `from_coords`.
 
-    A assets, N tokens, M blocks (select_block^3), P compressed tokens (compress_block^3), W shifted windows,
-    K chunks of queries. A chunk never crosses an asset; a pair is a chunk and one of its asset's M_a blocks.
-    All fields are tensors, so that an index passes through custom operators.
+    A assets, N tokens, M blocks (select_block^3 voxels), P compressed tokens (compress_block^3
+    voxels), W windows, K chunks of queries. A chunk never crosses an asset. A pair is a chunk and
+    one of the blocks of its asset. All fields are tensors, so that an index passes through custom
+    operators. They are int32 and on the device of the index unless said otherwise.
     """
 
-    asset_of: Tensor  # [N]
-    token_starts: Tensor  # [A + 1]
-    block_starts: Tensor  # [M + 1] first token of each block
-    block_of: Tensor  # [N]
-    asset_blocks: Tensor  # [A + 1] first block of each asset
-    block_asset: Tensor  # [M]
-    compressed_starts: Tensor  # [P + 1] first token of each compressed token
-    compressed_of: Tensor  # [N]
-    compressed_block: Tensor  # [P]
-    compressed_asset: Tensor  # [P]
-    block_compressed: Tensor  # [M + 1] first compressed token of each block
-    asset_compressed: Tensor  # [A + 1] first compressed token of each asset
-    tile_blocks: Tensor  # [tiles + 1] first block of each tile of the block score
-    window_order: Tensor  # [N] tokens by aligned window; empty where that is the identity
-    window_of: Tensor  # [N] window of each token, in window_order
-    window_starts: Tensor  # [windows + 1]
-    shifted_order: Tensor  # [N] tokens by shifted window
-    shifted_of: Tensor  # [N] window of each token, in shifted_order
-    shifted_starts: Tensor  # [W + 1]
-    chunk_of: Tensor  # [N]
-    chunk_asset: Tensor  # [K]
-    chunk_starts: Tensor  # [K + 1]
-    chunk_pairs: Tensor  # [K + 1] first pair of each chunk
-    chunk_ranks: Tensor  # [K + 1] int64, cumulated queries x blocks
-    pair_chunk: Tensor  # [pairs]
-    pair_block: Tensor  # [pairs]
-    host: Tensor  # int64 on the CPU: select_block, compress_block, largest asset's tokens, blocks,
-    #               largest block's tokens; then chunk_starts, chunk_pairs, tokens of each chunk's asset
+    asset_of: Tensor
+    """[N], asset of each token."""
+
+    token_starts: Tensor
+    """[A + 1], first token of each asset."""
+
+    block_starts: Tensor
+    """[M + 1], first token of each block."""
+
+    block_of: Tensor
+    """[N], block of each token."""
+
+    asset_blocks: Tensor
+    """[A + 1], first block of each asset."""
+
+    block_asset: Tensor
+    """[M], asset of each block."""
+
+    compressed_starts: Tensor
+    """[P + 1], first token of each compressed token."""
+
+    compressed_of: Tensor
+    """[N], compressed token of each token."""
+
+    compressed_block: Tensor
+    """[P], block of each compressed token."""
+
+    compressed_asset: Tensor
+    """[P], asset of each compressed token."""
+
+    block_compressed: Tensor
+    """[M + 1], first compressed token of each block."""
+
+    asset_compressed: Tensor
+    """[A + 1], first compressed token of each asset."""
+
+    tile_blocks: Tensor
+    """[tiles + 1], first block of each tile of the block score."""
+
+    window_order: Tensor
+    """[N], tokens sorted by aligned window. Empty where that is the token order itself."""
+
+    window_of: Tensor
+    """[N], aligned window of each token, in window_order."""
+
+    window_starts: Tensor
+    """[W + 1], first position of each aligned window in window_order."""
+
+    shifted_order: Tensor
+    """[N], tokens sorted by shifted window."""
+
+    shifted_of: Tensor
+    """[N], shifted window of each token, in shifted_order."""
+
+    shifted_starts: Tensor
+    """[W + 1], first position of each shifted window in shifted_order."""
+
+    chunk_of: Tensor
+    """[N], chunk of each token."""
+
+    chunk_asset: Tensor
+    """[K], asset of each chunk."""
+
+    chunk_starts: Tensor
+    """[K + 1], first token of each chunk."""
+
+    chunk_pairs: Tensor
+    """[K + 1], first pair of each chunk."""
+
+    chunk_ranks: Tensor
+    """int64 [K + 1], cumulative sum of queries times blocks of the chunks."""
+
+    pair_chunk: Tensor
+    """[pairs], chunk of each pair."""
+
+    pair_block: Tensor
+    """[pairs], block of each pair."""
+
+    host: Tensor
+    """int64 on the CPU: select_block, compress_block, tokens and blocks of the largest asset, and
+    tokens of the largest block; then chunk_starts, chunk_pairs and the tokens of each chunk's asset."""
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens N."""
         return self.asset_of.shape[0]
 
     @property
     def num_assets(self) -> int:
+        """Number of assets A."""
         return self.token_starts.shape[0] - 1
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks M."""
         return self.block_starts.shape[0] - 1
 
     @property
     def num_compressed(self) -> int:
+        """Number of compressed tokens P."""
         return self.compressed_starts.shape[0] - 1
 
     @property
     def device(self) -> torch.device:
+        """Device of the index."""
         return self.asset_of.device
 
     @cached_property
     def compressed_counts(self) -> Tensor:
-        """int32 [P]: tokens of each compressed token."""
+        """Number of tokens of each compressed token, int32 [P]."""
         return self.compressed_starts.diff()
 
     @cached_property
     def max_tokens(self) -> int:
+        """Number of tokens of the largest asset."""
         return int(self.host[2])
 
     @cached_property
     def max_blocks(self) -> int:
+        """Number of blocks of the largest asset."""
         return int(self.host[3])
 
     @cached_property
     def max_block_tokens(self) -> int:
+        """Number of tokens of the largest block."""
         return int(self.host[4])
 
     @cached_property
     def chunk_table(self) -> tuple[list[int], list[int], list[int]]:
-        """On the host: token starts and pair starts of the chunks, [K + 1] each; tokens of each one's asset, [K]."""
+        """First tokens and first pairs of the chunks [K + 1], and tokens of their assets [K]."""
         tables = self.host[_SCALARS:].tolist()
         K = (len(tables) - 2) // 3
         return tables[: K + 1], tables[K + 1 : 2 * K + 2], tables[2 * K + 2 :]
 
     def tensors(self) -> list[Tensor]:
-        """The fields in order; `BlockIndex(*index.tensors())` is the same index."""
+        """Return the fields in order. `BlockIndex(*index.tensors())` is the same index."""
         return [getattr(self, field.name) for field in fields(self)]
 
     @classmethod
@@ -170,11 +255,22 @@ class BlockIndex:
         window: int = 8,
         window_shift: int = 4,
     ) -> BlockIndex:
-        """Index of sorted voxels: int [N, 4] (batch, x, y, z) on any device, N >= 0, assets may be empty.
+        """Return the index of sorted voxels.
 
-        Makes one device-to-host copy; nothing that uses the index makes another. ValueError if coords is not sorted
-        as `token_order` says, repeats a voxel, leaves 0 <= x, y, z < 32768 or 0 <= batch < batch_size, or if the
-        sizes do not fit: compress_block must divide select_block, 1 <= window <= 64, 0 <= window_shift < window.
+        Makes one device-to-host copy. Nothing that uses the index makes another.
+
+        Args:
+            coords: int32 or int64 [N, 4] = (batch, x, y, z) on any device, sorted as
+                `coords[token_order(coords)]` is, without repeated voxels. N may be 0, and assets
+                may be empty. 0 <= x, y, z < 32768 and 0 <= batch < batch_size.
+            batch_size: Number of assets, 1 to 32768.
+            select_block: Side of a selection block in voxels, 1 to 64.
+            compress_block: Side of a compression block in voxels. It must divide select_block.
+            window: Side of a window in voxels, 1 to 64.
+            window_shift: Shift of the shifted windows in voxels, 0 to window - 1.
+
+        Raises:
+            ValueError: If `coords` or a size does not fit. The message names the first bad row.
         """
         check_coords(coords)
         check_block_sizes(select_block, compress_block)
@@ -184,13 +280,14 @@ class BlockIndex:
             raise ValueError(f"window must be an int from 1 to 64, got {window!r}")
         if not isinstance(window_shift, int) or not 0 <= window_shift < window:
             raise ValueError(
-                f"window_shift must be an int from 0 to window - 1 = {window - 1}, got {window_shift!r}"
+                f"window_shift must be an int from 0 to window - 1 = {window - 1}, "
+                f"got {window_shift!r}"
             )
         return _build(cls, coords, batch_size, select_block, compress_block, window, window_shift)
 
 
 def _raise_bad(coords: Tensor, batch_size: int, select_block: int, compress_block: int) -> None:
-    """The ValueError that names the first bad row."""
+    """Raise the ValueError that names the first bad row."""
     xyz, batch = coords[:, 1:], coords[:, 0]
     key = sort_key(coords, select_block, compress_block)
     outside = ((xyz < 0) | (xyz >= MAX_COORD)).any(1) | (batch < 0) | (batch >= batch_size)
@@ -204,8 +301,8 @@ def _raise_bad(coords: Tensor, batch_size: int, select_block: int, compress_bloc
         )
     if unsorted.any():
         raise ValueError(
-            f"coords must be sorted by (batch, {select_block}^3 block, {compress_block}^3 sub-block, x, y, z), as "
-            f"coords[token_order(coords)] is; {where}, after a larger one"
+            f"coords must be sorted by (batch, {select_block}^3 block, {compress_block}^3 "
+            f"sub-block, x, y, z), as coords[token_order(coords)] is; {where}, after a larger one"
         )
     raise ValueError(f"coords must not repeat a voxel; {where}, as is the row before")
 
@@ -213,29 +310,41 @@ def _raise_bad(coords: Tensor, batch_size: int, select_block: int, compress_bloc
 def _build(
     cls, coords, batch_size, select_block, compress_block, window, window_shift
 ) -> BlockIndex:
-    device, N = coords.device, len(coords)
-    W = (
-        (N + 4) // 4 * 4
-    )  # room for one more than N; rows of int32 [.., W] start where kernels load fastest
-    checks = list(coords.aminmax(dim=0)) if N else []
+    device = coords.device
+    N = len(coords)
+    # Room for one more than N. Rows of int32 [.., W] then start where kernels load fastest.
+    W = (N + 4) // 4 * 4
+    value_checks = list(coords.aminmax(dim=0)) if N else []
     if N > 1:
-        checks.append(sort_key(coords, select_block, compress_block).diff().amin(0, keepdim=True))
-    # Until the copy below nothing may depend on a value; bad coordinates must not index out of range either.
-    identity = window == select_block  # tokens lie by aligned window
+        steps = sort_key(coords, select_block, compress_block).diff()
+        value_checks.append(steps.amin(0, keepdim=True))
+
+    # Until the copy to the host nothing may depend on a value, and bad coordinates must not index
+    # out of range either. Sort by window; where windows are blocks, tokens already lie by window.
+    identity = window == select_block
     windows = ((window, window_shift),) if identity else ((window, 0), (window, window_shift))
     key_KN = cube_keys(coords, ((select_block, 0), (compress_block, 0), *windows))
-    placed, order = key_KN[2:].sort(dim=1, stable=True)
-    run_KN, count_K = _runs(torch.cat([key_KN[:2], placed]))
+    window_key_KN, order = key_KN[2:].sort(dim=1, stable=True)
+
+    # Number the blocks, sub-blocks and windows, and find the first token of each.
+    run_KN, count_K = _runs(torch.cat([key_KN[:2], window_key_KN]))
     position = torch.arange(W, dtype=torch.int32, device=device)
     start_KW = torch.searchsorted(run_KN, position.repeat(len(run_KN), 1), out_int32=True)
+
+    # Block, sub-block, windows and asset of each token. From column N on: the number of blocks,
+    # sub-blocks and windows, and the last asset.
     batch = coords[:, 0].int().clamp(0, batch_size - 1)
     end_K = F.pad(count_K.int(), (0, 1), value=batch_size - 1)
-    # Block, sub-block, windows and asset of each token; from N on how many there are, and the last asset.
     of_KW = torch.cat([torch.cat([run_KN, batch[None]]), end_K[:, None].expand(-1, W - N)], 1)
+
+    # First token, block and compressed token of each asset; block and asset of each block and of
+    # each compressed token.
     assets = torch.arange(batch_size + 1, dtype=torch.int32, device=device)
     token_starts = torch.searchsorted(batch, assets, out_int32=True)
     asset_blocks, asset_compressed = (of_KW[i].index_select(0, token_starts) for i in range(2))
     of_block_KW, of_compressed_KW = (of_KW.index_select(1, start_KW[i]) for i in range(2))
+
+    # Tiles of the block score.
     ends_W = asset_blocks[1:].index_select(0, of_block_KW[-1])
     smallest = max(1, min(TILE_BLOCKS, TILE_COMPRESSED // (select_block // compress_block) ** 3))
     tile_W = _tile_starts(of_block_KW[1], ends_W, asset_blocks[:-1], smallest)
@@ -243,17 +352,21 @@ def _build(
     tile_blocks = torch.searchsorted(tile_W, position + 1, out_int32=True)
     counts = [count_K, tile_W[-1:], start_KW[0].diff().amax(0, keepdim=True)]
 
-    # The one device-to-host copy.
-    checked, counted, starts_A, blocks_A = _copied([checks, counts, [token_starts], [asset_blocks]])
-    low, high, steps = checked[:4], checked[4:8], checked[8:]
+    # The one device-to-host copy, then the checks of the values.
+    checked, counted, starts_A, blocks_A = _copy_to_host(
+        [value_checks, counts, [token_starts], [asset_blocks]]
+    )
+    low, high, smallest_step = checked[:4], checked[4:8], checked[8:]
     if N and (
         min(low) < 0
         or high[0] >= batch_size
         or max(high[1:]) >= MAX_COORD
-        or min(steps, default=1) < 1
+        or min(smallest_step, default=1) < 1
     ):
         _raise_bad(coords, batch_size, select_block, compress_block)
     M, P, *num_windows, num_tiles, max_block_tokens = counted
+
+    # Chunks of queries, made on the host.
     tokens = [b - a for a, b in itertools.pairwise(starts_A)]
     blocks = [b - a for a, b in itertools.pairwise(blocks_A)]
     chunk_asset, chunk_starts, chunk_pairs = _chunks(tokens, blocks)
@@ -264,13 +377,15 @@ def _build(
         for asset, (a, b) in zip(chunk_asset, itertools.pairwise(chunk_starts), strict=True)
     )
     chunk_ranks = torch.tensor([0, *itertools.accumulate(ranks)]).to(device)
-    before = [
+
+    # Pair number minus block number, constant within a chunk; then the chunk and block of each pair.
+    offset = [
         pairs - blocks_A[asset] for asset, pairs in zip(chunk_asset, chunk_pairs, strict=False)
     ]
-    chunk_asset, chunk_starts, chunk_pairs, before = _uploaded(
-        [chunk_asset, chunk_starts, chunk_pairs, before], device
+    chunk_asset, chunk_starts, chunk_pairs, offset = _copy_to_device(
+        [chunk_asset, chunk_starts, chunk_pairs, offset], device
     )
-    pair = torch.arange(tables[2 * len(before) + 1], dtype=torch.int32, device=device)
+    pair = torch.arange(tables[2 * len(offset) + 1], dtype=torch.int32, device=device)
     pair_chunk = torch.searchsorted(chunk_pairs[1:], pair, right=True, out_int32=True)
     aligned, shifted = (0, 2) if identity else (2, 3)
     return cls(
@@ -299,22 +414,25 @@ def _build(
         chunk_pairs=chunk_pairs,
         chunk_ranks=chunk_ranks,
         pair_chunk=pair_chunk,
-        pair_block=pair - before.index_select(0, pair_chunk),
+        pair_block=pair - offset.index_select(0, pair_chunk),
         host=torch.tensor(host + tables),
     )
 
 
-def _copied(parts: list[list[Tensor]]) -> list[list[int]]:
-    """Of each part the numbers of all its tensors, in one copy."""
+def _copy_to_host(parts: list[list[Tensor]]) -> list[list[int]]:
+    """Return the numbers of all tensors of each part, with one copy for all parts."""
     numbers = iter(torch.cat([x for part in parts for x in part]).tolist())
     return [list(itertools.islice(numbers, sum(x.numel() for x in part))) for part in parts]
 
 
-def _uploaded(lists: list[list[int]], device: torch.device) -> list[Tensor]:
-    """int32 copies of the lists on the device, in one copy; each starts where kernels load fastest."""
-    firsts, numbers = [], []
-    for one in lists:
+def _copy_to_device(lists: list[list[int]], device: torch.device) -> list[Tensor]:
+    """Return int32 copies of the lists, with one copy for all. Each starts where loads are fastest."""
+    firsts = []
+    numbers = []
+    for values in lists:
         firsts.append(len(numbers))
-        numbers += one + [0] * (-len(one) % 4)
+        numbers += values + [0] * (-len(values) % 4)
     packed = torch.tensor(numbers, dtype=torch.int32).to(device)
-    return [packed[first : first + len(one)] for first, one in zip(firsts, lists, strict=True)]
+    return [
+        packed[first : first + len(values)] for first, values in zip(firsts, lists, strict=True)
+    ]

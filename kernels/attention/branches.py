@@ -1,4 +1,7 @@
-"""Each part of SSA as a differentiable function of its own, for callers that combine them differently."""
+"""Each part of SSA as a differentiable function of its own, for callers that combine them differently.
+
+The definitions are the functions of the same names in kernels.attention.reference.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from torch import Tensor
 from kernels.attention import checks, reference
 from kernels.attention.block_index import BlockIndex
 from kernels.attention.block_score import block_score
-from kernels.attention.gates import Rows, gated_sum_forward, gates_backward
-from kernels.attention.inverse_lists import fill_lists, selected_ranks
+from kernels.attention.gates import OutputGradient, gated_sum_forward, gates_backward
+from kernels.attention.inverse_lists import InverseListStorage, fill_lists, selected_ranks
+from kernels.attention.scaled_keys import BranchKeys, scale_keys
 from kernels.attention.segment import (
     Segments,
     compressed_segments,
@@ -19,35 +23,42 @@ from kernels.attention.segment import (
 from kernels.attention.segment_backward import segment_backward
 from kernels.attention.selection import combine_partials, selection_partials
 from kernels.attention.selection_backward import selection_backward
-from kernels.attention.ssa import SelectionLists, split_queries
+from kernels.attention.softmax import BOUND_LIMIT, lse_dtype
+from kernels.attention.ssa import split_queries
 from kernels.attention.top_blocks import top_blocks
 from kernels.runtime import eager_autograd
 from kernels.runtime.checks import check_dtype, check_same_type, use_triton
-from kernels.runtime.triton_ops import BOUND_LIMIT, Keys, log2_keys, lse_dtype, on_device
+from kernels.runtime.triton_ops import on_device
+
+
+def _output_gradient(do: Tensor, o: Tensor, lse: Tensor) -> OutputGradient:
+    return OutputGradient(do, lse, (o.to(lse.dtype) * do.to(lse.dtype)).sum(2))
+
+
+# Compressed and window attention.
 
 
 def _segments(kind: str, index: BlockIndex) -> Segments:
-    return (
-        compressed_segments(index)
-        if kind == "compressed"
-        else window_segments(index, kind == "shifted")
-    )
+    if kind == "compressed":
+        return compressed_segments(index)
+    return window_segments(index, kind == "shifted")
 
 
 @torch.library.custom_op("sparse3d::segment_attention", mutates_args=())
 def _segment(
     q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], kind: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _segment_forward(q, k, v, BlockIndex(*index), kind, scale)
+    return _run_segment(q, k, v, BlockIndex(*index), kind, scale)
 
 
-def _segment_forward(
+def _run_segment(
     q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, kind: str, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Return the output and its log-sums."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
     with on_device(q):
-        return segment_forward(q, log2_keys(k, scale)[0], v, _segments(kind, index), lse), lse
+        return segment_forward(q, scale_keys(k, scale)[0], v, _segments(kind, index), lse), lse
 
 
 @_segment.register_fake
@@ -56,43 +67,28 @@ def _(q, k, v, index, kind, scale):
 
 
 @torch.library.custom_op("sparse3d::segment_attention_backward", mutates_args=())
-def _segment_grad(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    index: list[Tensor],
-    kind: str,
-    scale: float,
+def _segment_backward_op(
+    do: Tensor, saved: list[Tensor], index: list[Tensor], kind: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _segment_grads(do, q, k, v, o, lse, BlockIndex(*index), kind, scale)
+    return _run_segment_backward(do, saved, BlockIndex(*index), kind, scale)
 
 
-def _segment_grads(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    index: BlockIndex,
-    kind: str,
-    scale: float,
+def _run_segment_backward(
+    do: Tensor, saved: list[Tensor], index: BlockIndex, kind: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v. `saved` holds q, k, v, the output and its log-sums."""
+    q, k, v, o, lse = saved
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
-    dot = (o.to(lse.dtype) * do.to(lse.dtype)).sum(2)
+    gradient = _output_gradient(do, o, lse)
     with on_device(q):
-        dq, dk, dv = segment_backward(
-            q, Keys(k, scale), v, Rows(do, lse, dot), _segments(kind, index)
-        )
+        segments = _segments(kind, index)
+        dq, dk, dv = segment_backward(q, BranchKeys(k, scale), v, gradient, segments)
     return dq, dk.to(q.dtype), dv.to(q.dtype)
 
 
-@_segment_grad.register_fake
-def _(do, q, k, v, o, lse, index, kind, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+@_segment_backward_op.register_fake
+def _(do, saved, index, kind, scale):
+    return tuple(x.new_empty(x.shape) for x in saved[:3])
 
 
 def _segment_setup(ctx, inputs, output):
@@ -101,26 +97,24 @@ def _segment_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _segment_backward(ctx, do, _):
-    q, k, v, o, lse, *index = ctx.saved_tensors
-    grads = (
-        (None,) * 3
-        if do is None
-        else _segment_grad(do, q, k, v, o, lse, index, ctx.kind, ctx.scale)
-    )
+def _segment_autograd(ctx, do, _):
+    saved, index = list(ctx.saved_tensors[:5]), list(ctx.saved_tensors[5:])
+    grads = (None,) * 3
+    if do is not None:
+        grads = _segment_backward_op(do, saved, index, ctx.kind, ctx.scale)
     return *grads, [None] * len(index), None, None
 
 
-_segment.register_autograd(_segment_backward, setup_context=_segment_setup)
+_segment.register_autograd(_segment_autograd, setup_context=_segment_setup)
 
 
 def _eager_segment(q, k, v, *options):
-    o, lse = _segment_forward(q, k, v, *options)
+    o, lse = _run_segment(q, k, v, *options)
     return o, (q, k, v, o, lse), options
 
 
 def _eager_segment_backward(_, do, saved, options):
-    return _segment_grads(do, *saved, *options)
+    return _run_segment_backward(do, saved, *options)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, kind: str, scale: float) -> Tensor:
@@ -140,15 +134,25 @@ def compressed_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Every query attends to all compressed tokens of its asset: [N, H, D] in q's dtype.
+    """Attention of every query to all compressed tokens of its asset. Differentiable.
 
-    q [N, H, D], ck and cv [P, G, D]; dtypes, sizes, backend and errors as in `spatial_sparse_attention`.
-    Differentiable.
+    Args:
+        q_NHD: Queries [N, H, D]. Dtypes and sizes are those of `spatial_sparse_attention`.
+        ck_PGD: Compressed keys [P, G, D].
+        cv_PGD: Compressed values [P, G, D].
+        index: Block index of the N tokens.
+        scale: Factor of the scores. None stands for 1 / sqrt(D).
+        backend: As in `spatial_sparse_attention`.
+
+    Returns:
+        [N, H, D] in the dtype of `q_NHD`.
+
+    Raises:
+        ValueError: If a shape, dtype, device or option does not fit.
     """
     P = index.num_compressed
-    triton = checks.check_heads(
-        q_NHD, [("ck_PGD", ck_PGD, P), ("cv_PGD", cv_PGD, P)], index, backend
-    )
+    keys = [("ck_PGD", ck_PGD, P), ("cv_PGD", cv_PGD, P)]
+    triton = checks.check_heads(q_NHD, keys, index, backend)
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         return reference.compressed_attention(q_NHD, ck_PGD, cv_PGD, index, scale)
@@ -165,30 +169,49 @@ def window_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Every query attends to the tokens of its aligned or shifted window: [N, H, D] in q's dtype.
+    """Attention of every query to the tokens of its window. Differentiable.
 
-    q [N, H, D], k and v [N, G, D]; dtypes, sizes, backend and errors as in `spatial_sparse_attention`. Differentiable.
+    Args:
+        q_NHD: Queries [N, H, D]. Dtypes and sizes are those of `spatial_sparse_attention`.
+        k_NGD: Keys [N, G, D].
+        v_NGD: Values [N, G, D].
+        index: Block index of the N tokens, which has the windows.
+        shifted: Whether the windows are the shifted ones.
+        scale: Factor of the scores. None stands for 1 / sqrt(D).
+        backend: As in `spatial_sparse_attention`.
+
+    Returns:
+        [N, H, D] in the dtype of `q_NHD`.
+
+    Raises:
+        ValueError: If a shape, dtype, device or option does not fit.
     """
     N = index.num_tokens
-    triton = checks.check_heads(q_NHD, [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)], index, backend)
+    keys = [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)]
+    triton = checks.check_heads(q_NHD, keys, index, backend)
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         return reference.window_attention(q_NHD, k_NGD, v_NGD, index, shifted, scale)
     return _attend(q_NHD, k_NGD, v_NGD, index, "shifted" if shifted else "aligned", scale)
 
 
+# Selection.
+
+
 @torch.library.custom_op("sparse3d::select_blocks", mutates_args=())
 def _select(q: Tensor, ck: Tensor, index: list[Tensor], top_k: int, scale: float) -> Tensor:
     q, ck, blocks = q.contiguous(), ck.contiguous(), BlockIndex(*index)
-    (N, H, D), G = q.shape, ck.shape[1]
+    N, H, D = q.shape
+    G = ck.shape[1]
     lse = q.new_empty(N, H, dtype=lse_dtype(q))
-    shape = (G, N, min(top_k, blocks.num_blocks))  # the largest asset may have fewer
-    selected = torch.full(shape, -1, dtype=torch.int32, device=q.device)
+    T = min(top_k, blocks.num_blocks)  # the largest asset may have fewer blocks
+    selected = torch.full((G, N, T), -1, dtype=torch.int32, device=q.device)
     with on_device(q):
-        segment_forward(q, log2_keys(ck, scale)[0], ck, compressed_segments(blocks), lse)
-        for queries in split_queries(blocks, H, G, D, selected.shape[2], q.element_size()):
-            score = block_score(q, ck, lse, blocks, scale, queries.first, queries.last)
-            top_blocks(score, blocks, selected, queries.first)
+        segment_forward(q, scale_keys(ck, scale)[0], ck, compressed_segments(blocks), lse)
+        for queries in split_queries(blocks, H, G, D, T, q.element_size()):
+            first, last = queries.first_token, queries.last_token
+            score = block_score(q, ck, lse, blocks, scale, first, last)
+            top_blocks(score, blocks, selected, first)
     return selected
 
 
@@ -207,13 +230,27 @@ def select_blocks(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The blocks that each query of each key/value head attends to: int32 [G, N, min(top_k, blocks)], no gradient.
+    """Return the blocks that each query of each key/value head attends to, without a gradient.
 
-    Ascending block numbers of the batch, -1 after the last. A block's score is the softmax probability that
-    compressed attention gives it, summed over the heads of the group; of equals the lower block wins. Arguments as in
-    `compressed_attention`.
+    The score of a block is the softmax probability that compressed attention gives to it, summed
+    over the heads of the group. Of equal scores the lower block wins.
+
+    Args:
+        q_NHD: Queries [N, H, D]. Dtypes and sizes are those of `spatial_sparse_attention`.
+        ck_PGD: Compressed keys [P, G, D].
+        index: Block index of the N tokens.
+        top_k: Number of blocks per query.
+        scale: Factor of the scores. None stands for 1 / sqrt(D).
+        backend: As in `spatial_sparse_attention`.
+
+    Returns:
+        int32 [G, N, min(top_k, blocks)], ascending block numbers of the batch, -1 after the last.
+
+    Raises:
+        ValueError: If a shape, dtype, device or option does not fit.
     """
-    triton = checks.check_heads(q_NHD, [("ck_PGD", ck_PGD, index.num_compressed)], index, backend)
+    keys = [("ck_PGD", ck_PGD, index.num_compressed)]
+    triton = checks.check_heads(q_NHD, keys, index, backend)
     checks.check_top_k(top_k)
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
@@ -221,15 +258,14 @@ def select_blocks(
     return _select(q_NHD.detach(), ck_PGD.detach(), index.tensors(), top_k, scale)
 
 
-def _flags(q: Tensor, norms: Tensor | None, index: BlockIndex) -> Tensor:
-    """Those of `segment_forward`, which finds them within the whole of SSA."""
+def _far_flags(q: Tensor, norms: Tensor | None, index: BlockIndex) -> Tensor:
+    """The flags that `segment_forward` sets within the whole of SSA."""
     flags = torch.zeros(1 + len(index.chunk_asset), dtype=torch.int32, device=q.device)
     if norms is not None:
         largest_H = norms.amax(1).repeat_interleave(q.shape[1] // len(norms))
-        far = (
-            torch.linalg.vector_norm(q, dim=2, dtype=torch.float32) * largest_H > BOUND_LIMIT.value
-        )
-        flags.scatter_reduce_(0, 1 + index.chunk_of.long(), far.any(1).int(), "amax")
+        bound_NH = torch.linalg.vector_norm(q, dim=2, dtype=torch.float32) * largest_H
+        far_N = (bound_NH > BOUND_LIMIT.value).any(1)
+        flags.scatter_reduce_(0, 1 + index.chunk_of.long(), far_N.int(), "amax")
     return flags
 
 
@@ -238,14 +274,16 @@ def _selection(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, index: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v, selected = (x.contiguous() for x in (q, k, v, selected))
-    (_, H, D), (G, _, top_k), blocks = q.shape, selected.shape, BlockIndex(*index)
+    _, H, D = q.shape
+    G, _, top_k = selected.shape
+    blocks = BlockIndex(*index)
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
-    storage = SelectionLists.empty(blocks, G, top_k)
+    storage = InverseListStorage.empty(blocks, G, top_k)
     ranges = split_queries(blocks, H, G, D, top_k, q.element_size())
     with on_device(q):
-        keys, _ = log2_keys(k, scale)
-        flags = _flags(q, keys.norms, blocks)
-        for queries, lists in zip(ranges, storage.of(ranges, G, top_k), strict=True):
+        keys, _ = scale_keys(k, scale)
+        flags = _far_flags(q, keys.norms, blocks)
+        for queries, lists in zip(ranges, storage.views(ranges, G, top_k), strict=True):
             fill_lists(selected_ranks(selected, blocks, queries), blocks, queries, G, top_k, lists)
             part, part_lse = selection_partials(q, keys, v, lists, flags, blocks, queries, top_k)
             combine_partials(part, part_lse, selected, queries, o, lse)
@@ -255,33 +293,35 @@ def _selection(
 @_selection.register_fake
 def _(q, k, v, selected, index, scale):
     G, N, top_k = selected.shape
-    sizes = SelectionLists.sizes(N, BlockIndex(*index).pair_block.shape[0], G, top_k)
+    sizes = InverseListStorage.sizes(N, BlockIndex(*index).pair_block.shape[0], G, top_k)
     lists = (q.new_empty(size, dtype=torch.int32) for size in sizes)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype(q)), *lists
 
 
 @torch.library.custom_op("sparse3d::selection_attention_backward", mutates_args=())
-def _selection_grad(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, saved: list[Tensor], index: list[Tensor],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    do, q, k, v, selected = (x.contiguous() for x in (do, q, k, v, selected))
+def _selection_backward_op(
+    do: Tensor, inputs: list[Tensor], saved: list[Tensor], index: list[Tensor], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    do, q, k, v, selected = (x.contiguous() for x in (do, *inputs))
     o, lse, *lists = saved
-    blocks, storage = BlockIndex(*index), SelectionLists(*lists)
-    (_, H, D), (G, _, top_k) = q.shape, selected.shape
-    dq, dot = torch.zeros_like(q), (o.to(lse.dtype) * do.to(lse.dtype)).sum(2)
+    _, H, D = q.shape
+    G, _, top_k = selected.shape
+    blocks = BlockIndex(*index)
+    dq = torch.zeros_like(q)
     dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
-    keys, rows = Keys(k, scale), Rows(do, lse, dot)
+    keys = BranchKeys(k, scale)
+    gradient = _output_gradient(do, o, lse)
     ranges = split_queries(blocks, H, G, D, top_k, q.element_size())
+    views = InverseListStorage(*lists).views(ranges, G, top_k)
     with on_device(q):
-        for queries, part in zip(ranges, storage.of(ranges, G, top_k), strict=True):
-            selection_backward(q, keys, v, rows, selected, part, blocks, queries, dq, dk, dv)
+        for queries, part in zip(ranges, views, strict=True):
+            selection_backward(q, keys, v, gradient, selected, part, blocks, queries, dq, dk, dv)
     return (dq, dk, dv) if q.dtype == torch.float32 else (dq, dk.to(q.dtype), dv.to(q.dtype))
 
 
-@_selection_grad.register_fake
-def _(do, q, k, v, selected, saved, index, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+@_selection_backward_op.register_fake
+def _(do, inputs, saved, index, scale):
+    return tuple(x.new_empty(x.shape) for x in inputs[:3])
 
 
 def _selection_setup(ctx, inputs, output):
@@ -290,29 +330,24 @@ def _selection_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _selection_backward(ctx, do, *_):
-    q, k, v, selected, *rest = ctx.saved_tensors
-    saved, index = rest[:5], rest[5:]
-    grads = (
-        (None,) * 3
-        if do is None
-        else _selection_grad(do, q, k, v, selected, saved, index, ctx.scale)
-    )
+def _selection_autograd(ctx, do, *_):
+    tensors = list(ctx.saved_tensors)
+    inputs, saved, index = tensors[:4], tensors[4:9], tensors[9:]
+    grads = (None,) * 3
+    if do is not None:
+        grads = _selection_backward_op(do, inputs, saved, index, ctx.scale)
     return *grads, None, [None] * len(index), None
 
 
-_selection.register_autograd(_selection_backward, setup_context=_selection_setup)
+_selection.register_autograd(_selection_autograd, setup_context=_selection_setup)
 
 
 def _canonical(selected_GNT: Tensor, index: BlockIndex) -> Tensor:
-    """Ascending, each block once, numbers that are not a block of the query's asset dropped, -1 at the end."""
+    """Selection in ascending order, each valid block of the query's asset once, -1 at the end."""
     first, last = (index.asset_blocks[index.asset_of + i][:, None] for i in (0, 1))
     none = index.num_blocks
-    ordered = (
-        torch.where((selected_GNT >= first) & (selected_GNT < last), selected_GNT, none)
-        .sort(dim=2)
-        .values
-    )
+    valid = (selected_GNT >= first) & (selected_GNT < last)
+    ordered = torch.where(valid, selected_GNT, none).sort(dim=2).values
     ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]] = none
     ordered = ordered.sort(dim=2).values
     return torch.where(ordered == none, -1, ordered).int()
@@ -328,14 +363,28 @@ def selection_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Every query attends to all tokens of its selected blocks: [N, H, D] in q's dtype.
+    """Attention of every query to all tokens of its selected blocks. Differentiable in q, k and v.
 
-    q [N, H, D], k and v [N, G, D]; selected int [G, N, T] as from `select_blocks`, in any order: a block counts once,
-    numbers that are not a block of the query's asset are skipped, and at least one must remain. Differentiable in q, k
-    and v; dtypes, sizes, backend and errors as in `spatial_sparse_attention`.
+    Args:
+        q_NHD: Queries [N, H, D]. Dtypes and sizes are those of `spatial_sparse_attention`.
+        k_NGD: Keys [N, G, D].
+        v_NGD: Values [N, G, D].
+        selected_GNT: int32 or int64 [G, N, T], block numbers of the batch in any order, as from
+            `select_blocks`. A block counts once. Numbers that are not a block of the query's asset
+            are skipped, and at least one number must remain.
+        index: Block index of the N tokens.
+        scale: Factor of the scores. None stands for 1 / sqrt(D).
+        backend: As in `spatial_sparse_attention`.
+
+    Returns:
+        [N, H, D] in the dtype of `q_NHD`.
+
+    Raises:
+        ValueError: If a shape, dtype, device or option does not fit.
     """
     N = index.num_tokens
-    triton = checks.check_heads(q_NHD, [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)], index, backend)
+    keys = [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)]
+    triton = checks.check_heads(q_NHD, keys, index, backend)
     scale = checks.check_scale(scale, q_NHD.shape[2])
     G = k_NGD.shape[1]
     if selected_GNT.ndim != 3 or selected_GNT.shape[:2] != (G, N) or selected_GNT.shape[2] == 0:
@@ -343,20 +392,24 @@ def selection_attention(
             f"selected_GNT must be [{G}, {N}, T] with T >= 1, got {list(selected_GNT.shape)}"
         )
     if selected_GNT.dtype not in (torch.int32, torch.int64) or selected_GNT.device != q_NHD.device:
-        found = f"{selected_GNT.dtype} on {selected_GNT.device}"
-        raise ValueError(f"selected_GNT must be int32 or int64 on {q_NHD.device}, got {found}")
+        raise ValueError(
+            f"selected_GNT must be int32 or int64 on {q_NHD.device}, "
+            f"got {selected_GNT.dtype} on {selected_GNT.device}"
+        )
     selected_GNT = _canonical(selected_GNT, index)
     if not triton:
         return reference.selection_attention(q_NHD, k_NGD, v_NGD, selected_GNT, index, scale)
     return _selection(q_NHD, k_NGD, v_NGD, selected_GNT, index.tensors(), scale)[0]
 
 
+# Gated sum.
+
+
 @torch.library.custom_op("sparse3d::gated_sum", mutates_args=())
 def _gated(a: Tensor, b: Tensor, c: Tensor, gates: Tensor) -> Tensor:
     with on_device(a):
-        return gated_sum_forward(
-            (a.contiguous(), b.contiguous(), c.contiguous()), gates.contiguous()
-        )
+        branches = (a.contiguous(), b.contiguous(), c.contiguous())
+        return gated_sum_forward(branches, gates.contiguous())
 
 
 @_gated.register_fake
@@ -365,7 +418,7 @@ def _(a, b, c, gates):
 
 
 @torch.library.custom_op("sparse3d::gated_sum_backward", mutates_args=())
-def _gated_grad(
+def _gated_backward_op(
     do: Tensor, a: Tensor, b: Tensor, c: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     do, a, b, c, gates = (x.contiguous() for x in (do, a, b, c, gates))
@@ -376,13 +429,13 @@ def _gated_grad(
     return *((do * open_N3[:, i, None, None]).to(do.dtype) for i in range(3)), dgates
 
 
-@_gated_grad.register_fake
+@_gated_backward_op.register_fake
 def _(do, a, b, c, gates):
     return tuple(x.new_empty(x.shape) for x in (a, b, c, gates))
 
 
 _gated.register_autograd(
-    lambda ctx, do: _gated_grad(do, *ctx.saved_tensors),
+    lambda ctx, do: _gated_backward_op(do, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
@@ -390,7 +443,20 @@ _gated.register_autograd(
 def gated_sum(
     branches_3_NHD: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """Sum of three [N, H, D] of one dtype, each times the sigmoid of its gate [N, 3]: [N, H, D]. Differentiable."""
+    """Sum of three tensors, each times the sigmoid of its gate. Differentiable.
+
+    Args:
+        branches_3_NHD: Three [N, H, D] of one dtype. Dtypes and head sizes are those of
+            `spatial_sparse_attention`.
+        gates_N3: Gates before the sigmoid, [N, 3] in the same dtype.
+        backend: As in `spatial_sparse_attention`.
+
+    Returns:
+        [N, H, D] in the dtype of the branches.
+
+    Raises:
+        ValueError: If a shape, dtype, device or option does not fit.
+    """
     if len(branches_3_NHD) != 3 or branches_3_NHD[0].ndim != 3:
         raise ValueError(
             f"branches_3_NHD must be three [N, H, D], got {[list(x.shape) for x in branches_3_NHD]}"

@@ -1,8 +1,9 @@
-"""Inverse of the selection: for every block the queries that chose it, ascending, without a sort or a host copy.
+"""Inverse of the selection: for every block the queries that chose it, in ascending order.
 
-Queries are taken by chunks (see `BlockIndex`), so that those of one list lie close together. A row is (chunk, block, kv
-head); its list is cut into items of at most ITEM entries, one program each. An entry is
-((query - first query of the range) << entry_shift(T)) + rank.
+The lists are built without a sort and without a host copy. Queries are taken by chunks (see
+`BlockIndex`), so that the queries of one list lie close together. A row is a (chunk, block,
+key/value head) triple. Its list is cut into items of at most ITEM entries, and one program processes
+an item. An entry is ((query - first query of the range) << entry_shift(T)) + rank.
 """
 
 from __future__ import annotations
@@ -20,33 +21,49 @@ from kernels.attention.top_blocks import rank_dtype
 from kernels.runtime.integer_math import cdiv
 
 ITEM = 96
-ITEM_FIELDS = (
-    8  # block, kv head, first entry, last entry, first row of partial dk and dv, chunk; 32 bytes
-)
+"""Largest number of entries of an item."""
+
+# Block, key/value head, first entry, last entry, first row of partial dk and dv, chunk; two unused,
+# so that an item takes 32 bytes.
+ITEM_FIELDS = 8
 SCAN = 1024
-FEW_ITEMS = 8192  # programs enough for a large GPU
+"""Queries that a program reads at a time."""
+
+FEW_ITEMS = 8192
+"""Number of programs that occupies a large GPU."""
 
 
 @dataclass(frozen=True)
-class QueryRange:
-    """A run of chunks that is executed together: their tokens, pairs and rank entries."""
+class ChunkRange:
+    """A run of chunks of queries that is executed together."""
 
     first_chunk: int
     last_chunk: int
-    first: int
-    last: int
+    """One past the last chunk, as all `last_` fields."""
+
+    first_token: int
+    last_token: int
     first_pair: int
     last_pair: int
-    ranks: int  # sum over its chunks of queries * blocks
-    tokens: int  # sum over its chunks of the asset's tokens
+    num_ranks: int
+    """Sum over the chunks of their queries times the blocks of their asset."""
+
+    asset_tokens: int
+    """Sum over the chunks of the tokens of their asset."""
 
     @property
-    def pairs(self) -> int:
+    def num_tokens(self) -> int:
+        """Number of queries."""
+        return self.last_token - self.first_token
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of (chunk, block) pairs."""
         return self.last_pair - self.first_pair
 
 
-def query_ranges(index: BlockIndex, bytes_per_query: int, limit: int) -> list[QueryRange]:
-    """Cuts the queries between chunks so that each range needs about `limit` bytes, or one chunk."""
+def chunk_ranges(index: BlockIndex, bytes_per_query: int, limit: int) -> list[ChunkRange]:
+    """Cut the queries between chunks, so that each range needs about `limit` bytes or is one chunk."""
     starts, pairs, tokens = index.chunk_table
     chunks = len(starts) - 1
     if chunks == 0:
@@ -57,61 +74,179 @@ def query_ranges(index: BlockIndex, bytes_per_query: int, limit: int) -> list[Qu
     for a, b in itertools.pairwise(cuts):
         ranks = sum((starts[i + 1] - starts[i]) * (pairs[i + 1] - pairs[i]) for i in range(a, b))
         ranges.append(
-            QueryRange(a, b, starts[a], starts[b], pairs[a], pairs[b], ranks, sum(tokens[a:b]))
+            ChunkRange(
+                first_chunk=a,
+                last_chunk=b,
+                first_token=starts[a],
+                last_token=starts[b],
+                first_pair=pairs[a],
+                last_pair=pairs[b],
+                num_ranks=ranks,
+                asset_tokens=sum(tokens[a:b]),
+            )
         )
     return ranges
 
 
 @dataclass(frozen=True, eq=False)
-class Lists:
-    """Inverse lists of one range."""
+class InverseLists:
+    """Inverse lists of one range of n queries with top-k T."""
 
-    entries: Tensor  # int32 [G * n * T]
-    sums: Tensor  # int32 [3, pairs * G], inclusive sums over rows of entries, items, rows of partial dk and dv
-    items: Tensor  # int32 [capacity, ITEM_FIELDS]; the first sums[1, -1] are filled
+    entries: Tensor
+    """int32 [G * n * T]."""
+
+    sums: Tensor
+    """int32 [3, pairs * G], inclusive sums over rows of entries, items, rows of partial dk and dv."""
+
+    items: Tensor
+    """int32 [capacity, ITEM_FIELDS]. The first sums[1, -1] of them are filled."""
 
     @property
     def capacity(self) -> int:
-        """How many items there may be."""
+        """Largest possible number of items."""
         return self.items.shape[0]
 
     @property
     def total(self) -> Tensor:
-        """How many items there are, int32 [1]."""
+        """Number of items, int32 [1]."""
         return self.sums[1, -1:]
 
 
-def spread(lists: Lists, entries: int) -> int:
-    """Programs that share an item, each at least `entries` of it: several where items alone leave a GPU idle."""
+class InverseListStorage:
+    """Storage of the inverse lists of all ranges, in three tensors sized by shapes alone."""
+
+    def __init__(self, entries: Tensor, sums: Tensor, items: Tensor):
+        self.entries = entries
+        self.sums = sums
+        self.items = items
+
+    @staticmethod
+    def sizes(N: int, pairs: int, G: int, top_k: int) -> tuple[int, int, int]:
+        """Return the number of int32 elements of the three tensors."""
+        return N * G * top_k, 3 * pairs * G, item_capacity(pairs, N * G * top_k, G) * ITEM_FIELDS
+
+    @classmethod
+    def empty(cls, index: BlockIndex, G: int, top_k: int) -> InverseListStorage:
+        """Return storage that is not initialised."""
+        sizes = cls.sizes(index.num_tokens, index.pair_block.shape[0], G, top_k)
+        return cls(*(torch.empty(size, dtype=torch.int32, device=index.device) for size in sizes))
+
+    def views(self, ranges: list[ChunkRange], G: int, top_k: int) -> list[InverseLists]:
+        """Return the parts of the storage that belong to each range."""
+        lists = []
+        item = 0
+        for queries in ranges:
+            entries = queries.num_tokens * G * top_k
+            capacity = item_capacity(queries.num_pairs, entries, G)
+            sums = self.sums[3 * queries.first_pair * G : 3 * queries.last_pair * G]
+            items = self.items[item * ITEM_FIELDS : (item + capacity) * ITEM_FIELDS]
+            lists.append(
+                InverseLists(
+                    self.entries[queries.first_token * G * top_k :][:entries],
+                    sums.view(3, queries.num_pairs * G),
+                    items.view(capacity, ITEM_FIELDS),
+                )
+            )
+            item += capacity
+        return lists
+
+
+def programs_per_item(lists: InverseLists, entries: int) -> int:
+    """Return the number of programs that share an item, each with at least `entries` of its entries.
+
+    There are several where the items alone would leave a GPU idle.
+    """
     return max(1, min(ITEM // entries, FEW_ITEMS // lists.capacity))
 
 
 def entry_shift(top_k: int) -> int:
-    """Bits of an entry that hold the rank."""
+    """Return the number of bits of an entry that hold the rank."""
     return (top_k - 1).bit_length()
 
 
 def item_capacity(pairs: int, entries: int, G: int) -> int:
-    """How many items there can be: every row may have one that is not full."""
+    """Return the largest possible number of items: every row may have one that is not full."""
     return pairs * G + entries // ITEM
+
+
+@triton.jit
+def load_item(item_ptr):
+    """Block, key/value head, first entry and last entry of an item."""
+    block, g = tl.load(item_ptr), tl.load(item_ptr + 1)
+    first, last = tl.load(item_ptr + 2), tl.load(item_ptr + 3)
+    return block, g, first, last
+
+
+@triton.jit
+def load_entries(
+    entry_ptr, e, last, first_token, top_k, shift, g,
+    G: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, FULL: tl.constexpr,
+    LONG: tl.constexpr,
+):  # fmt: skip
+    """Decode entries e..e + BLOCK_Q into the R = BLOCK_Q * GROUP rows of one key/value head.
+
+    Returns the row of each in tensors [N * H, ...], its row in partial results [n * T * H, ...], and
+    whether it lies before `last`; FULL says that all do. Addresses are computed by row, not by token
+    and head: a reshape of a tile would go through shared memory.
+    """
+    r = tl.arange(0, BLOCK_Q * GROUP)
+    slot = e + r // GROUP
+    ok = slot < last
+    entry = tl.load(entry_ptr + slot) if FULL else tl.load(entry_ptr + slot, ok, other=0)  # [R]
+    n = entry >> shift
+    to = n * top_k + entry - (n << shift)
+    n += first_token
+    if LONG:
+        n, to = n.to(tl.int64), to.to(tl.int64)
+    h = g * GROUP + r % GROUP
+    return n * (G * GROUP) + h, to * (G * GROUP) + h, ok
+
+
+@triton.jit
+def _locate_row(
+    pair_chunk_ptr,
+    chunk_starts_ptr,
+    chunk_pairs_ptr,
+    chunk_ranks_ptr,
+    first_pair,
+    first_chunk,
+    G: tl.constexpr,
+):
+    """Pair, key/value head and chunk of this program's row; its queries and its part of the ranks."""
+    row = tl.program_id(0)
+    pair, g = first_pair + row // G, row % G
+    chunk = tl.load(pair_chunk_ptr + pair)
+    start = tl.load(chunk_starts_ptr + chunk)
+    size = tl.load(chunk_starts_ptr + chunk + 1) - start
+    base = (tl.load(chunk_ranks_ptr + chunk) - tl.load(chunk_ranks_ptr + first_chunk)) * G
+    base += ((pair - tl.load(chunk_pairs_ptr + chunk)) * G + g).to(tl.int64) * size
+    return pair, g, chunk, start, size, base
 
 
 @triton.jit(do_not_specialize=["first_pair", "first_chunk", "rows"])
 def _count(
-    rank_ptr, pair_chunk_ptr, pair_block_ptr, chunk_starts_ptr, chunk_pairs_ptr, chunk_ranks_ptr, block_starts_ptr,
-    count_ptr, first_pair, first_chunk, rows, G: tl.constexpr, ITEM: tl.constexpr, SCAN: tl.constexpr,
+    rank_ptr, pair_chunk_ptr, pair_block_ptr, chunk_starts_ptr, chunk_pairs_ptr, chunk_ranks_ptr,
+    block_starts_ptr, count_ptr, first_pair, first_chunk, rows,
+    G: tl.constexpr, ITEM: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
+    # One program: one row. Count its entries.
     row = tl.program_id(0)
-    pair, g = first_pair + row // G, row % G
-    chunk = tl.load(pair_chunk_ptr + pair)
-    size = tl.load(chunk_starts_ptr + chunk + 1) - tl.load(chunk_starts_ptr + chunk)
-    base = (tl.load(chunk_ranks_ptr + chunk) - tl.load(chunk_ranks_ptr + first_chunk)) * G
-    base += ((pair - tl.load(chunk_pairs_ptr + chunk)) * G + g).to(tl.int64) * size
+    pair, _, _, _, size, base = _locate_row(  # pyright: ignore[reportGeneralTypeIssues]
+        pair_chunk_ptr,
+        chunk_starts_ptr,
+        chunk_pairs_ptr,
+        chunk_ranks_ptr,
+        first_pair,
+        first_chunk,
+        G,
+    )
     total = tl.zeros([SCAN], tl.int32)
     for first in range(0, size, SCAN):
         i = first + tl.arange(0, SCAN)
-        total += (tl.load(rank_ptr + base + i, i < size, other=0) > 0).to(tl.int32)
+        total += (tl.load(rank_ptr + base + i, i < size, other=0) > 0).to(tl.int32)  # [SCAN]
     count = tl.sum(total, 0)
+
+    # Store the entries, items, and rows of partial dk and dv: each item has one per token.
     items = (count + ITEM - 1) // ITEM
     block = tl.load(pair_block_ptr + pair)
     tokens = tl.load(block_starts_ptr + block + 1) - tl.load(block_starts_ptr + block)
@@ -122,29 +257,38 @@ def _count(
 
 @triton.jit(do_not_specialize=["first_pair", "first_chunk", "first_token", "rows", "shift"])
 def _fill(
-    rank_ptr, pair_chunk_ptr, pair_block_ptr, chunk_starts_ptr, chunk_pairs_ptr, chunk_ranks_ptr, block_starts_ptr,
-    sum_ptr, entry_ptr, item_ptr, first_pair, first_chunk, first_token, rows, shift,
+    rank_ptr, pair_chunk_ptr, pair_block_ptr, chunk_starts_ptr, chunk_pairs_ptr, chunk_ranks_ptr,
+    block_starts_ptr, sum_ptr, entry_ptr, item_ptr, first_pair, first_chunk, first_token, rows,
+    shift,
     G: tl.constexpr, ITEM: tl.constexpr, FIELDS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
+    # One program: one row. Where its entries, items and partial rows begin.
     row = tl.program_id(0)
-    pair, g = first_pair + row // G, row % G
-    chunk = tl.load(pair_chunk_ptr + pair)
-    start = tl.load(chunk_starts_ptr + chunk)
-    size = tl.load(chunk_starts_ptr + chunk + 1) - start
-    base = (tl.load(chunk_ranks_ptr + chunk) - tl.load(chunk_ranks_ptr + first_chunk)) * G
-    base += ((pair - tl.load(chunk_pairs_ptr + chunk)) * G + g).to(tl.int64) * size
+    pair, g, chunk, start, size, base = _locate_row(  # pyright: ignore[reportGeneralTypeIssues]
+        pair_chunk_ptr,
+        chunk_starts_ptr,
+        chunk_pairs_ptr,
+        chunk_ranks_ptr,
+        first_pair,
+        first_chunk,
+        G,
+    )
     before = tl.load(sum_ptr + row - 1, row > 0, other=0)
     item = tl.load(sum_ptr + rows + row - 1, row > 0, other=0)
     partial = tl.load(sum_ptr + 2 * rows + row - 1, row > 0, other=0)
     end = tl.load(sum_ptr + row)
+
+    # Write the entries of the queries that chose the block.
     to = before
     for first in range(0, size, SCAN):
         i = first + tl.arange(0, SCAN)
-        rank = tl.load(rank_ptr + base + i, i < size, other=0).to(tl.int32)
-        found = (rank > 0).to(tl.int32)
-        slot = to + tl.cumsum(found, 0) - 1
+        rank = tl.load(rank_ptr + base + i, i < size, other=0).to(tl.int32)  # [SCAN], 0 for none
+        chosen = (rank > 0).to(tl.int32)
+        slot = to + tl.cumsum(chosen, 0) - 1
         tl.store(entry_ptr + slot, ((start - first_token + i) << shift) + rank - 1, rank > 0)
-        to += tl.sum(found, 0)
+        to += tl.sum(chosen, 0)
+
+    # Cut the list into items.
     block = tl.load(pair_block_ptr + pair)
     tokens = tl.load(block_starts_ptr + block + 1) - tl.load(block_starts_ptr + block)
     for first in range(before, end, ITEM):
@@ -158,52 +302,60 @@ def _fill(
         partial += tokens
 
 
-def selected_ranks(selected_GNT: Tensor, index: BlockIndex, queries: QueryRange) -> Tensor:
-    """The rank map of a selection that did not come from `top_blocks`; numbers below 0 are skipped."""
+def selected_ranks(selected_GNT: Tensor, index: BlockIndex, queries: ChunkRange) -> Tensor:
+    """Return the rank map of a selection that did not come from `top_blocks`.
+
+    Block numbers below 0 are skipped.
+    """
     G, _, T = selected_GNT.shape
-    n = torch.arange(queries.first, queries.last, device=index.device)
+    device = index.device
+    n = torch.arange(queries.first_token, queries.last_token, device=device)
     chunk = index.chunk_of[n]
     start = index.chunk_starts[chunk]
+    size = index.chunk_starts[chunk + 1] - start
     base = (index.chunk_ranks[chunk] - index.chunk_ranks[queries.first_chunk]) * G + n - start
-    block = selected_GNT[:, queries.first : queries.last].long()
+    block = selected_GNT[:, queries.first_token : queries.last_token].long()
     local = block - index.asset_blocks[index.asset_of[n]][:, None]
-    g = torch.arange(G, device=index.device)[:, None, None]
-    at = base[:, None] + (local * G + g) * (index.chunk_starts[chunk + 1] - start)[:, None]
-    ranks = torch.zeros(
-        queries.ranks * G + 1, dtype=rank_dtype(T), device=index.device
-    )  # the last takes the skipped
-    rank = torch.arange(1, T + 1, device=index.device).to(ranks.dtype).expand(at.shape)
-    return ranks.scatter_(0, torch.where(block < 0, len(ranks) - 1, at).flatten(), rank.flatten())
+    g = torch.arange(G, device=device)[:, None, None]
+    position = base[:, None] + (local * G + g) * size[:, None]
+    # One element more than there are ranks takes those that are skipped.
+    ranks = torch.zeros(queries.num_ranks * G + 1, dtype=rank_dtype(T), device=device)
+    position = torch.where(block < 0, len(ranks) - 1, position)
+    rank = torch.arange(1, T + 1, device=device).to(ranks.dtype).expand(position.shape)
+    return ranks.scatter_(0, position.flatten(), rank.flatten())
 
 
-def new_ranks(index: BlockIndex, queries: QueryRange, G: int, top_k: int) -> Tensor:
-    """The zeroed rank map of a range: by chunk, block, kv head, query."""
-    return torch.zeros(queries.ranks * G, dtype=rank_dtype(top_k), device=index.device)
+def new_ranks(index: BlockIndex, queries: ChunkRange, G: int, top_k: int) -> Tensor:
+    """Return the zeroed rank map of a range: by chunk, block, key/value head, query."""
+    return torch.zeros(queries.num_ranks * G, dtype=rank_dtype(top_k), device=index.device)
 
 
 def fill_lists(
-    ranks: Tensor, index: BlockIndex, queries: QueryRange, G: int, top_k: int, lists: Lists
+    ranks: Tensor,
+    index: BlockIndex,
+    queries: ChunkRange,
+    G: int,
+    top_k: int,
+    lists: InverseLists,
 ) -> None:
-    """Writes `lists` from the rank map of `top_blocks`."""
-    rows = queries.pairs * G
-    args = (
-        index.pair_chunk, index.pair_block, index.chunk_starts, index.chunk_pairs, index.chunk_ranks, index.block_starts
-    )  # fmt: skip
+    """Write `lists` from the rank map of `top_blocks` or `selected_ranks`."""
+    rows = queries.num_pairs * G
+    tables = (
+        index.pair_chunk,
+        index.pair_block,
+        index.chunk_starts,
+        index.chunk_pairs,
+        index.chunk_ranks,
+        index.block_starts,
+    )
     counts = ranks.new_empty(3, rows, dtype=torch.int32)
     _count[(rows,)](
-        ranks,
-        *args,
-        counts,
-        queries.first_pair,
-        queries.first_chunk,
-        rows,
-        G,
-        ITEM,
-        SCAN,
+        ranks, *tables, counts, queries.first_pair, queries.first_chunk, rows, G, ITEM, SCAN,
         num_warps=4,
-    )
+    )  # fmt: skip
     torch.cumsum(counts, 1, dtype=torch.int32, out=lists.sums)
     _fill[(rows,)](
-        ranks, *args, lists.sums, lists.entries, lists.items, queries.first_pair, queries.first_chunk, queries.first,
-        rows, entry_shift(top_k), G, ITEM, ITEM_FIELDS, SCAN, num_warps=4,
+        ranks, *tables, lists.sums, lists.entries, lists.items, queries.first_pair,
+        queries.first_chunk, queries.first_token, rows, entry_shift(top_k), G, ITEM, ITEM_FIELDS,
+        SCAN, num_warps=4,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Attention of each query to its selected blocks, gradients: deterministic, without atomics.
 
-Two kernels, as in `kernels.attention.segment_backward`: one holds a block's keys and sums their gradients over the queries of
-its list, the other holds queries and writes dq once per (query, rank).
+The definition is `selection_attention` in kernels.attention.reference. There are two kernels, as in
+`kernels.attention.segment_backward`. One holds a block's keys and sums their gradients over the
+queries of its list. The other holds queries and writes dq once per (query, rank).
 """
 
 from __future__ import annotations
@@ -12,101 +13,73 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.block_index import BlockIndex
-from kernels.attention.gates import Rows
+from kernels.attention.gates import OutputGradient, is_folded
 from kernels.attention.inverse_lists import (
     ITEM,
     ITEM_FIELDS,
-    Lists,
-    QueryRange,
+    ChunkRange,
+    InverseLists,
     entry_shift,
-    spread,
+    load_entries,
+    load_item,
+    programs_per_item,
 )
-from kernels.attention.segment_backward import queries_run
+from kernels.attention.packed_heads import load_keys, load_row_gradients, queries_per_tile
+from kernels.attention.scaled_keys import BranchKeys
+from kernels.attention.segment_backward import add_dkdv, dq_of_run
+from kernels.attention.softmax import LN2, LOG2E
 from kernels.runtime.integer_math import cdiv
-from kernels.runtime.triton_ops import (
-    LN2,
-    LOG2E,
-    Keys,
-    add_dot,
-    load_keys,
-    long_offsets,
-    products,
-    queries_per_tile,
-    score_gradients,
-)
+from kernels.runtime.triton_ops import needs_long_offsets
 
 
 @triton.jit
-def _load_entries(
-    q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, top_k, shift, g,
-    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, FULL: tl.constexpr, LONG: tl.constexpr,
-    FOLDED: tl.constexpr,
+def _add_entries(
+    k, v, dk, dv, q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, shift, g,
+    scale2,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    FULL: tl.constexpr, LONG: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """q, do [R, D], lse (FOLDED: dot again), dot [R] of entries e .. e + BQ, which rows exist, and their rows of
-    partial results."""
-    r, d = tl.arange(0, BQ * GS), tl.arange(0, D)
-    slot = e + r // GS
-    ok = slot < last
-    entry = tl.load(entry_ptr + slot) if FULL else tl.load(entry_ptr + slot, ok, other=0)
-    n = entry >> shift
-    to = n * top_k + entry - (n << shift)
-    n += first_token
-    if LONG:
-        n, to = n.to(tl.int64), to.to(tl.int64)
-    h = g * GS + r % GS
-    row, to = n * (G * GS) + h, to * (G * GS) + h
-    x = row[:, None] * D + d[None, :]
-    if FULL:  # masks cost a third of the keys' loop
-        q, do, dot = tl.load(q_ptr + x), tl.load(do_ptr + x), tl.load(dot_ptr + row)
-    else:
-        q, do = (
-            tl.load(q_ptr + x, ok[:, None], other=0.0),
-            tl.load(do_ptr + x, ok[:, None], other=0.0),
-        )
-        dot = tl.load(dot_ptr + row, ok, other=0.0)
-    lse = dot
-    if not FOLDED:
-        lse = tl.load(lse_ptr + row) if FULL else tl.load(lse_ptr + row, ok, other=float("inf"))
-    return q, do, lse, dot, ok, to
-
-
-@triton.jit
-def _keys_step(k, v, dk, dv, q, do, lse, dot, scale2, FOLDED: tl.constexpr):
-    p = tl.exp2(products(k, q)) if FOLDED else tl.exp2(products(k, q) * scale2 - lse[None, :])
-    dv = add_dot(p.to(q.dtype), do, dv)
-    ds = score_gradients(p, products(v, do) - dot[None, :], q)
-    return add_dot(ds, q, dk), dv
+    """dk and dv plus the share of entries e..e + BLOCK_Q. FULL: all lie before `last`."""
+    row, _, ok = load_entries(  # pyright: ignore[reportGeneralTypeIssues]
+        entry_ptr, e, last, first_token, 0, shift, g, G, GROUP, BLOCK_Q, FULL, LONG
+    )
+    q, do, lse, dot = load_row_gradients(  # pyright: ignore[reportGeneralTypeIssues]
+        q_ptr, do_ptr, lse_ptr, dot_ptr, row, ok, D, FULL, FOLDED
+    )
+    return add_dkdv(k, v, dk, dv, q, do, lse, dot, scale2, FOLDED)
 
 
 @triton.jit
 def _tile_dkdv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift, first, last, t, end,
-    to, g, scale, scale2,
-    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
-    LONG: tl.constexpr, FOLDED: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift,
+    first, last, t, end, to, g, scale, scale2,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, FAST: tl.constexpr, LONG: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys t .. t + BK of a block that ends at `end`, from entries first .. last, to rows to .. ."""
-    c, d = tl.arange(0, BK), tl.arange(0, D)
-    m = tl.minimum(
-        t + c, end - 1
-    )  # keys past the end repeat the last one; their rows are not stored
-    k = load_keys(k_ptr, k_ptr, m, end, g, G, D, False, True, LONG)
-    v = load_keys(v_ptr, v_ptr, m, end, g, G, D, False, True, LONG)
-    dk = tl.zeros([BK, D], lse_ptr.dtype.element_ty)
+    """Gradients of keys t..t + BLOCK_K of a block that ends at `end`, from entries first..last.
+
+    They are stored in rows from `to` on of the partial gradients.
+    """
+    c, d = tl.arange(0, BLOCK_K), tl.arange(0, D)
+    # Keys past the end repeat the last one; their rows are not stored.
+    m = tl.minimum(t + c, end - 1)
+    k = load_keys(k_ptr, k_ptr, m, end, g, G, D, False, True, LONG)  # [BLOCK_K, D]
+    v = load_keys(v_ptr, v_ptr, m, end, g, G, D, False, True, LONG)  # [BLOCK_K, D]
+
+    # Whole steps without masks, then the rest.
+    dk = tl.zeros([BLOCK_K, D], lse_ptr.dtype.element_ty)
     dv = dk
-    full = first + (last - first) // BQ * BQ if FAST else last
-    for e in range(first, full, BQ):
-        q, do, lse, dot, _, _ = _load_entries(
-            q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, 0, shift, g, G, GS, D, BQ, FAST, LONG,
-            FOLDED,
+    full = first + (last - first) // BLOCK_Q * BLOCK_Q if FAST else last
+    for e in range(first, full, BLOCK_Q):
+        dk, dv = _add_entries(
+            k, v, dk, dv, q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, shift,
+            g, scale2, G, GROUP, D, BLOCK_Q, FAST, LONG, FOLDED,
         )  # fmt: skip
-        dk, dv = _keys_step(k, v, dk, dv, q, do, lse, dot, scale2, FOLDED)
     if full < last:
-        q, do, lse, dot, _, _ = _load_entries(
-            q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, full, last, first_token, 0, shift, g, G, GS, D, BQ, False, LONG,
-            FOLDED,
+        dk, dv = _add_entries(
+            k, v, dk, dv, q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, full, last, first_token,
+            shift, g, scale2, G, GROUP, D, BLOCK_Q, False, LONG, FOLDED,
         )  # fmt: skip
-        dk, dv = _keys_step(k, v, dk, dv, q, do, lse, dot, scale2, FOLDED)
     x = (to + c)[:, None] * D + d[None, :]
     inside = (t + c < end)[:, None]
     tl.store(dk_ptr + x, dk * scale, inside)
@@ -115,160 +88,156 @@ def _tile_dkdv(
 
 @triton.jit
 def _item_dkdv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, dk_ptr, dv_ptr,
-    first_token, shift, scale, scale2,
-    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
-    LONG: tl.constexpr, FIELDS: tl.constexpr, FOLDED: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr,
+    dk_ptr, dv_ptr, first_token, shift, scale, scale2,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, FAST: tl.constexpr, LONG: tl.constexpr, FIELDS: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of the keys of an item's block, from the item's entries."""
     item = tl.program_id(0)
     if item < tl.load(total_ptr):
         item_ptr += item * FIELDS
-        block, g = tl.load(item_ptr), tl.load(item_ptr + 1)
-        first, last = tl.load(item_ptr + 2), tl.load(item_ptr + 3)
+        block, g, first, last = load_item(item_ptr)  # pyright: ignore[reportGeneralTypeIssues]
         start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
         to = tl.load(item_ptr + 4).to(tl.int64)
+
+        # Tiles of BLOCK_K keys, shared by the programs of the item. A short rest of the block takes
+        # a tile of half the size.
         wide_end = end
         if FAST:
-            rest = (end - start) % BK
-            wide_end = tl.where(
-                rest <= BK // 2, end - rest, end
-            )  # a short rest takes a tile of half the size
-        mine = start + tl.program_id(1) * BK
-        for t in range(mine, wide_end, BK * tl.num_programs(1)):
+            rest = (end - start) % BLOCK_K
+            wide_end = tl.where(rest <= BLOCK_K // 2, end - rest, end)
+        own_start = start + tl.program_id(1) * BLOCK_K
+        for t in range(own_start, wide_end, BLOCK_K * tl.num_programs(1)):
             _tile_dkdv(
-                q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift, first,
-                last, t, end, to + t - start, g, scale, scale2, G, GS, D, BQ, BK, FAST, LONG, FOLDED,
+                q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr,
+                first_token, shift, first, last, t, end, to + t - start, g, scale, scale2, G, GROUP,
+                D, BLOCK_Q, BLOCK_K, FAST, LONG, FOLDED,
             )  # fmt: skip
         if FAST:  # noqa: SIM102 (decides what is compiled)
-            if (wide_end < end) & ((wide_end - mine) % (BK * tl.num_programs(1)) == 0):
+            if (wide_end < end) & ((wide_end - own_start) % (BLOCK_K * tl.num_programs(1)) == 0):
                 _tile_dkdv(
-                    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift, first,
-                    last, wide_end, end, to + wide_end - start, g, scale, scale2, G, GS, D, BQ, BK // 2, FAST, LONG,
-                    FOLDED,
+                    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr,
+                    first_token, shift, first, last, wide_end, end, to + wide_end - start, g, scale,
+                    scale2, G, GROUP, D, BLOCK_Q, BLOCK_K // 2, FAST, LONG, FOLDED,
                 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_token", "shift"])
 def _selection_dkdv(
-    q_ptr, k_ptr, scaled_ptr, v_ptr, do_ptr, weighted_ptr, lse_ptr, dot_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr,
-    starts_ptr, dk_ptr, dv_ptr, first_token, shift, scale, scale2,
-    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
-    LONG: tl.constexpr, FIELDS: tl.constexpr, FOLD: tl.constexpr,
+    q_ptr, k_ptr, scaled_ptr, v_ptr, do_ptr, weighted_ptr, lse_ptr, dot_ptr, flag_ptr, entry_ptr,
+    item_ptr, total_ptr, starts_ptr, dk_ptr, dv_ptr, first_token, shift, scale, scale2,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, FAST: tl.constexpr, LONG: tl.constexpr, FIELDS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
-    folded = False
-    if FOLD:
-        folded = tl.load(flag_ptr) == 0
-    if folded:
+    if is_folded(flag_ptr, FOLD):
         _item_dkdv(
-            q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr,
-            dk_ptr, dv_ptr, first_token, shift, scale, 1.0, G, GS, D, BQ, BK, FAST, LONG, FIELDS, True,
+            q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr,
+            total_ptr, starts_ptr, dk_ptr, dv_ptr, first_token, shift, scale, 1.0, G, GROUP, D,
+            BLOCK_Q, BLOCK_K, FAST, LONG, FIELDS, True,
         )  # fmt: skip
     else:
         _item_dkdv(
-            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, dk_ptr, dv_ptr,
-            first_token, shift, scale, scale2, G, GS, D, BQ, BK, FAST, LONG, FIELDS, False,
+            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr,
+            starts_ptr, dk_ptr, dv_ptr, first_token, shift, scale, scale2, G, GROUP, D, BLOCK_Q,
+            BLOCK_K, FAST, LONG, FIELDS, False,
         )  # fmt: skip
 
 
 @triton.jit
 def _item_dq(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr, first_token,
-    top_k, shift, dq_scale, scale2,
-    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, LONG: tl.constexpr,
-    FIELDS: tl.constexpr, FOLDED: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr,
+    part_ptr, first_token, top_k, shift, dq_scale, scale2,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, LONG: tl.constexpr, FIELDS: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
+    """dq of each entry of an item, from the keys of the item's block."""
     item, d = tl.program_id(0), tl.arange(0, D)
     if item < tl.load(total_ptr):
         item_ptr += item * FIELDS
-        block, g = tl.load(item_ptr), tl.load(item_ptr + 1)
-        first, last = tl.load(item_ptr + 2) + tl.program_id(1) * BQ, tl.load(item_ptr + 3)
+        block, g, first, last = load_item(item_ptr)  # pyright: ignore[reportGeneralTypeIssues]
+        first += tl.program_id(1) * BLOCK_Q
         start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
-        for e in range(first, last, BQ * tl.num_programs(1)):
-            q, do, lse, dot, ok, to = _load_entries(  # pyright: ignore[reportGeneralTypeIssues]
-                q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, top_k, shift, g, G, GS, D, BQ, False,
+        for e in range(first, last, BLOCK_Q * tl.num_programs(1)):
+            row, to, ok = load_entries(  # pyright: ignore[reportGeneralTypeIssues]
+                entry_ptr, e, last, first_token, top_k, shift, g, G, GROUP, BLOCK_Q, False, LONG
+            )
+            q, do, lse, dot = load_row_gradients(  # pyright: ignore[reportGeneralTypeIssues]
+                q_ptr, do_ptr, lse_ptr, dot_ptr, row, ok, D, False, FOLDED
+            )
+            acc = dq_of_run(
+                q, do, lse, dot, k_ptr, v_ptr, k_ptr, start, end, g, scale2, G, D, BLOCK_K, False,
                 LONG, FOLDED,
             )  # fmt: skip
-            acc = queries_run(
-                q,
-                do,
-                lse,
-                dot,
-                k_ptr,
-                v_ptr,
-                k_ptr,
-                start,
-                end,
-                g,
-                scale2,
-                G,
-                D,
-                BK,
-                False,
-                LONG,
-                FOLDED,
-            )
             x = to[:, None] * D + d[None, :]
             tl.store(part_ptr + x, (acc * dq_scale).to(part_ptr.dtype.element_ty), ok[:, None])
 
 
 @triton.jit(do_not_specialize=["first_token", "top_k", "shift"])
 def _selection_dq(
-    q_ptr, k_ptr, scaled_ptr, v_ptr, do_ptr, weighted_ptr, lse_ptr, dot_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr,
-    starts_ptr, part_ptr, first_token, top_k, shift, scale, scale2,
-    G: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, LONG: tl.constexpr,
-    FIELDS: tl.constexpr, FOLD: tl.constexpr,
+    q_ptr, k_ptr, scaled_ptr, v_ptr, do_ptr, weighted_ptr, lse_ptr, dot_ptr, flag_ptr, entry_ptr,
+    item_ptr, total_ptr, starts_ptr, part_ptr, first_token, top_k, shift, scale, scale2,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, LONG: tl.constexpr, FIELDS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    folded = False
-    if FOLD:
-        folded = tl.load(flag_ptr) == 0
-    if folded:
+    if is_folded(flag_ptr, FOLD):
         _item_dq(
-            q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr,
-            part_ptr, first_token, top_k, shift, LN2, 1.0, G, GS, D, BQ, BK, LONG, FIELDS, True,
+            q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr,
+            total_ptr, starts_ptr, part_ptr, first_token, top_k, shift, LN2, 1.0, G, GROUP, D,
+            BLOCK_Q, BLOCK_K, LONG, FIELDS, True,
         )  # fmt: skip
     else:
         _item_dq(
-            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr,
-            first_token, top_k, shift, scale, scale2, G, GS, D, BQ, BK, LONG, FIELDS, False,
+            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr,
+            starts_ptr, part_ptr, first_token, top_k, shift, scale, scale2, G, GROUP, D, BLOCK_Q,
+            BLOCK_K, LONG, FIELDS, False,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_token", "rows", "stride", "top_k"])
 def _combine_dq(
     part_ptr, selected_ptr, dq_ptr, first_token, rows, stride, top_k,
-    H: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
+    # One program: R rows (token, head) of the range. Add the ranks to dq, in order.
     i = tl.program_id(0) * R + tl.arange(0, R)
     ok, d = i < rows, tl.arange(0, D)
     n, h = i // H, i % H
-    selected_ptr += ((h // GS).to(tl.int64) * stride + first_token + n) * top_k
+    selected_ptr += ((h // GROUP).to(tl.int64) * stride + first_token + n) * top_k
     p = n.to(tl.int64) * top_k * H + h
     x, mask = (first_token.to(tl.int64) * H + i)[:, None] * D + d[None, :], ok[:, None]
-    acc = tl.load(dq_ptr + x, mask, other=0.0).to(tl.float32)
+    acc = tl.load(dq_ptr + x, mask, other=0.0).to(tl.float32)  # [R, D]
     for t in range(top_k):
-        taken = tl.load(selected_ptr + t, ok, other=-1) >= 0
-        part = tl.load(part_ptr + (p + t * H)[:, None] * D + d[None, :], taken[:, None], other=0.0)
+        selected = tl.load(selected_ptr + t, ok, other=-1) >= 0  # [R]
+        x_ptr = part_ptr + (p + t * H)[:, None] * D + d[None, :]
+        part = tl.load(x_ptr, selected[:, None], other=0.0)  # [R, D]
         acc += part.to(tl.float32)
     tl.store(dq_ptr + x, acc.to(dq_ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["first_chunk", "last_chunk", "rows"])
 def _reduce_dkdv(
-    part_k_ptr, part_v_ptr, sum_ptr, block_starts_ptr, block_asset_ptr, asset_blocks_ptr, chunk_asset_ptr,
-    chunk_pairs_ptr, dk_ptr, dv_ptr, first_chunk, last_chunk, rows,
-    G: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
+    part_k_ptr, part_v_ptr, sum_ptr, block_starts_ptr, block_asset_ptr, asset_blocks_ptr,
+    chunk_asset_ptr, chunk_pairs_ptr, dk_ptr, dv_ptr, first_chunk, last_chunk, rows,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    # One program: BLOCK_K tokens of one block and one key/value head.
     block, g = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(block_starts_ptr + block), tl.load(block_starts_ptr + block + 1)
-    t = tl.program_id(2) * BK + tl.arange(0, BK)
+    t = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     tokens, d = end - start, tl.arange(0, D)
-    if tl.program_id(2) * BK < tokens:
+    if tl.program_id(2) * BLOCK_K < tokens:
         mask = (t < tokens)[:, None]
         x = ((start + t).to(tl.int64) * G + g)[:, None] * D + d[None, :]
-        dk, dv = tl.load(dk_ptr + x, mask, other=0.0), tl.load(dv_ptr + x, mask, other=0.0)
+        dk = tl.load(dk_ptr + x, mask, other=0.0)  # [BLOCK_K, D]
+        dv = tl.load(dv_ptr + x, mask, other=0.0)  # [BLOCK_K, D]
         asset = tl.load(block_asset_ptr + block)
         local = block - tl.load(asset_blocks_ptr + asset)
         first_pair = tl.load(chunk_pairs_ptr + first_chunk)
+
+        # Add the items of the block, chunk by chunk, in order.
         for chunk in range(first_chunk, last_chunk):
             if tl.load(chunk_asset_ptr + chunk) == asset:
                 row = (tl.load(chunk_pairs_ptr + chunk) - first_pair + local) * G + g
@@ -282,60 +251,75 @@ def _reduce_dkdv(
 
 
 def selection_backward(
-    q_NHD: Tensor, keys: Keys, v_NGD: Tensor, rows: Rows, selected_GNT: Tensor, lists: Lists, index: BlockIndex,
-    queries: QueryRange, dq_NHD: Tensor, dk_NGD: Tensor, dv_NGD: Tensor,
-) -> None:  # fmt: skip
-    """Adds one range's gradients to dq (q's dtype), dk and dv (fp32)."""
-    (N, H, D), (G, _, top_k) = q_NHD.shape, selected_GNT.shape
-    tokens = queries.last - queries.first
+    q_NHD: Tensor,
+    keys: BranchKeys,
+    v_NGD: Tensor,
+    gradient: OutputGradient,
+    selected_GNT: Tensor,
+    lists: InverseLists,
+    index: BlockIndex,
+    queries: ChunkRange,
+    dq_NHD: Tensor,
+    dk_NGD: Tensor,
+    dv_NGD: Tensor,
+) -> None:
+    """Add one range's gradients to dq (in the dtype of q), dk and dv (fp32)."""
+    N, H, D = q_NHD.shape
+    G, _, top_k = selected_GNT.shape
+    tokens = queries.num_tokens
     part_nTHD = q_NHD.new_empty(tokens, top_k, H, D)
     wide = q_NHD.dtype == torch.float32 or D == 128
     small = D <= 32 and not wide
     inputs = (
-        q_NHD, *keys.both, v_NGD, *rows.tensors(lists.total), lists.entries, lists.items, lists.total,
+        q_NHD,
+        *keys.plain_and_scaled,
+        v_NGD,
+        *gradient.tensors(lists.total),
+        lists.entries,
+        lists.items,
+        lists.total,
         index.block_starts,
-    )  # fmt: skip
+    )
     common = {
-        "LONG": long_offsets(q_NHD, part_nTHD),
+        "LONG": needs_long_offsets(q_NHD, part_nTHD),
         "FIELDS": ITEM_FIELDS,
-        "FOLD": rows.flag is not None,
+        "FOLD": gradient.flag is not None,
     }
-    shift, scale2, group = entry_shift(top_k), keys.scale * LOG2E, H // G
-    BQ = queries_per_tile(32 if wide else 64, group)
-    _selection_dq[(lists.capacity, spread(lists, BQ))](
-        *inputs, part_nTHD, queries.first, top_k, shift, keys.scale, scale2, G, group, D, BQ, BK=32, num_warps=4,
-        num_stages=3 if D <= 32 else 2 if D == 64 else 1, **common,
+    shift = entry_shift(top_k)
+    scale2 = keys.scale * LOG2E
+    group = H // G
+
+    # dq of each (query, rank), then their sum over ranks.
+    BLOCK_Q = queries_per_tile(32 if wide else 64, group)
+    _selection_dq[(lists.capacity, programs_per_item(lists, BLOCK_Q))](
+        *inputs, part_nTHD, queries.first_token, top_k, shift, keys.scale, scale2, G, group, D,
+        BLOCK_Q, BLOCK_K=32, num_warps=4, num_stages=3 if D <= 32 else 2 if D == 64 else 1,
+        **common,
     )  # fmt: skip
     R = max(1, 2048 // D)
     _combine_dq[(cdiv(tokens * H, R),)](
-        part_nTHD,
-        selected_GNT,
-        dq_NHD,
-        queries.first,
-        tokens * H,
-        N,
-        top_k,
-        H,
-        group,
-        D,
-        R,
+        part_nTHD, selected_GNT, dq_NHD, queries.first_token, tokens * H, N, top_k, H, group, D, R,
         num_warps=4,
-    )
+    )  # fmt: skip
     del part_nTHD  # before the partial dk and dv take as much
-    # Each pair's block once, and once more per full item.
-    partials = queries.tokens * G + tokens * G * top_k // ITEM * index.max_block_tokens
+
+    # dk and dv of each item, then their sum over items. Each pair has rows for its block once, and
+    # once more per full item.
+    partials = queries.asset_tokens * G + tokens * G * top_k // ITEM * index.max_block_tokens
     part_dk = q_NHD.new_empty(partials, D, dtype=torch.float32)
     part_dv = torch.empty_like(part_dk)
-    BK = 32 if wide else 128 if small else 64
-    tiles = cdiv(index.max_block_tokens, BK) if spread(lists, 1) > 1 else 1
-    options = {"maxnreg": 168} if small else {}  # three programs a multiprocessor
+    BLOCK_K = 32 if wide else 128 if small else 64
+    tiles = cdiv(index.max_block_tokens, BLOCK_K) if programs_per_item(lists, 1) > 1 else 1
+    # Three programs share a multiprocessor.
+    options = {"maxnreg": 168} if small else {}
     _selection_dkdv[(lists.capacity, tiles)](
-        *inputs, part_dk, part_dv, queries.first, shift, keys.scale, scale2, G, group, D, queries_per_tile(32, group),
-        BK, FAST=not wide, num_warps=4, num_stages=2 if not wide else 1, **common, **options,
+        *inputs, part_dk, part_dv, queries.first_token, shift, keys.scale, scale2, G, group, D,
+        queries_per_tile(32, group), BLOCK_K, FAST=not wide, num_warps=4,
+        num_stages=2 if not wide else 1, **common, **options,
     )  # fmt: skip
-    BK = 32
-    _reduce_dkdv[(index.num_blocks, G, cdiv(index.max_block_tokens, BK))](
-        part_dk, part_dv, lists.sums, index.block_starts, index.block_asset, index.asset_blocks, index.chunk_asset,
-        index.chunk_pairs, dk_NGD, dv_NGD, queries.first_chunk, queries.last_chunk, queries.pairs * G, G, D, BK,
-        num_warps=4,
+    BLOCK_K = 32
+    _reduce_dkdv[(index.num_blocks, G, cdiv(index.max_block_tokens, BLOCK_K))](
+        part_dk, part_dv, lists.sums, index.block_starts, index.block_asset, index.asset_blocks,
+        index.chunk_asset, index.chunk_pairs, dk_NGD, dv_NGD, queries.first_chunk,
+        queries.last_chunk, queries.num_pairs * G, G, D, BLOCK_K, num_warps=4,
     )  # fmt: skip

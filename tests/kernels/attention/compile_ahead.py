@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from kernels.attention import ssa as attention
+from kernels.attention.ssa import ssa_backward, ssa_forward
 from tests.kernel_inputs import random_index
 
 TYPES = {
@@ -86,13 +86,8 @@ def compile_step(
     rows = ((N, H, D), (N, G, D), (N, G, D), (P, G, D), (P, G, D), (N, 3))
     inputs = [torch.zeros(shape, dtype=dtype) for shape in rows]
     for shifted, k in ((False, top_k), (True, index.max_blocks)):
-        out, cmp, sel, win, lse, flags, selected, *lists = attention.ssa_forward(
-            *inputs, index, k, shifted, 1.0
-        )
-        storage = attention.SelectionLists(*lists)
-        attention.ssa_backward(
-            out, *inputs, (cmp, sel, win), lse, flags, selected, storage, index, k, shifted, 1.0
-        )
+        out, *saved = ssa_forward(*inputs, index, k, shifted, 1.0)
+        ssa_backward(out, inputs, saved, index, k, shifted, 1.0)
     return list(found.values())
 
 

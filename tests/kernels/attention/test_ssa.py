@@ -7,11 +7,17 @@ import torch
 import triton.language as tl
 
 from kernels import BlockIndex, block_mean, select_blocks, spatial_sparse_attention
-from kernels.attention import branches, reference, segment
-from kernels.attention import inverse_lists as lists
-from kernels.attention import ssa as attention
-from kernels.runtime import triton_ops as tiles
-from kernels.runtime.triton_ops import LOG2E
+from kernels.attention import (
+    block_index,
+    branches,
+    inverse_lists,
+    reference,
+    scaled_keys,
+    segment,
+    ssa,
+)
+from kernels.attention.softmax import LOG2E
+from kernels.runtime import triton_ops
 from tests.kernel_inputs import DEVICE, assert_close_as, assert_no_worse, random_index, run
 
 GPU = DEVICE == "cuda"
@@ -102,9 +108,11 @@ def test_full_blocks_of_512(top_k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("few", [0, lists.FEW_ITEMS], ids=["one program an item", "several"])
+@pytest.mark.parametrize(
+    "few", [0, inverse_lists.FEW_ITEMS], ids=["one program an item", "several"]
+)
 def test_the_short_rest_of_a_block_takes_half_a_tile(few, dtype, monkeypatch):
-    monkeypatch.setattr(lists, "FEW_ITEMS", few)
+    monkeypatch.setattr(inverse_lists, "FEW_ITEMS", few)
     index = random_index([300], (16, 8, 8))
     assert all(128 < n <= 192 for n in index.block_starts.diff().tolist())
     check(index, make_inputs(index, 2, 1, 16, dtype), 1)
@@ -168,7 +176,7 @@ def fp16_poses_as_bf16(monkeypatch):
     """The interpreter has no bf16: what bf16 does, with a limit that suits fp16's exponents."""
     if GPU:
         pytest.skip("bf16 itself is tested on a GPU")
-    monkeypatch.setattr(tiles, "FOLDED_DTYPES", {torch.float16})
+    monkeypatch.setattr(scaled_keys, "FOLDED_DTYPES", {torch.float16})
     for module in (segment, branches):
         monkeypatch.setattr(module, "BOUND_LIMIT", tl.constexpr(10.0))
 
@@ -183,7 +191,7 @@ def test_moderate_scores_need_no_maximum_and_no_log_sum(loud):
     x[0] *= 0.5
     if loud is not None:
         x[loud][-1] *= 20
-    flags = attention.ssa_forward(*x, index, 1, False, 0.25)[5]
+    flags = ssa.ssa_forward(*x, index, 1, False, 0.25)[5]
     assert flags[0] == (loud is not None)
     check(index, x, 1)
 
@@ -227,10 +235,7 @@ def test_an_asset_does_not_see_its_neighbours():
 
 
 def test_ranges_of_queries_do_not_change_the_result(monkeypatch):
-    from kernels.attention import block_index as blocks
-    from kernels.attention import ssa as attention
-
-    monkeypatch.setattr(blocks, "_chunks", lambda tokens, found: thirds(tokens, found))
+    monkeypatch.setattr(block_index, "_chunks", thirds)
     index = random_index([24, 12], (16, 8, 8))
     assert index.chunk_starts.tolist() == [0, 8, 16, 24, 28, 32, 36]
     x = make_inputs(index, 2, 1, 16, torch.float32)
@@ -239,24 +244,21 @@ def test_ranges_of_queries_do_not_change_the_result(monkeypatch):
         return spatial_sparse_attention(*x, index, top_k=1, backend="triton")
 
     whole = run(kernel, x)
-    monkeypatch.setattr(attention, "RANGE_BYTES", 12 * 2 * 68)
-    assert len(attention.split_queries(index, 2, 1, 16, 1, 4)) == 3
+    monkeypatch.setattr(ssa, "RANGE_BYTES", 12 * 2 * 68)
+    assert len(ssa.split_queries(index, 2, 1, 16, 1, 4)) == 3
     for a, b in zip(run(kernel, x), whole, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_ranges_are_as_short_as_scores_and_ranks_want(monkeypatch):
     """Many key/value heads and few selected blocks: then partial outputs are not the largest part."""
-    from kernels.attention import block_index as blocks
-    from kernels.attention import ssa as attention
-
-    monkeypatch.setattr(blocks, "_chunks", thirds)
+    monkeypatch.setattr(block_index, "_chunks", thirds)
     index, G = random_index([60, 30], 64), 16
     part, scores = 1 * G * (16 * 2 + 4), G * index.max_blocks * 5  # bytes a query
     assert 2 * part < scores
     for count in (1, 2, 3, 6):
-        monkeypatch.setattr(attention, "RANGE_BYTES", -(-90 * scores // count))
-        assert len(attention.split_queries(index, G, G, 16, 1, 2)) == count
+        monkeypatch.setattr(ssa, "RANGE_BYTES", -(-90 * scores // count))
+        assert len(ssa.split_queries(index, G, G, 16, 1, 2)) == count
 
 
 def thirds(tokens, blocks):
@@ -348,9 +350,6 @@ def test_an_eager_call_is_the_operator():
 
 
 def test_long_offsets_and_spread_items_change_nothing(monkeypatch):
-    from kernels.attention import inverse_lists as lists
-    from kernels.runtime import triton_ops as tiles
-
     index = random_index([30, 8], 16)
     x = make_inputs(index, 2, 1, 16, torch.float32)
 
@@ -358,8 +357,8 @@ def test_long_offsets_and_spread_items_change_nothing(monkeypatch):
         return spatial_sparse_attention(*x, index, top_k=2, backend="triton")
 
     plain = run(kernel, x)
-    monkeypatch.setattr(tiles, "LONG_OFFSETS", 100)
-    monkeypatch.setattr(lists, "FEW_ITEMS", 1)
+    monkeypatch.setattr(triton_ops, "MAX_SHORT_OFFSET", 100)
+    monkeypatch.setattr(inverse_lists, "FEW_ITEMS", 1)
     assert all(torch.equal(a, b) for a, b in zip(run(kernel, x), plain, strict=True))
 
 
@@ -369,7 +368,7 @@ def test_lists_stay_inside_their_storage():
     *_, selected, entries, sums, items = torch.ops.sparse3d.ssa(*x, index.tensors(), 2, False, 0.25)
     pairs = index.pair_block.shape[0]
     assert [t.numel() for t in (entries, sums, items)] == list(
-        attention.SelectionLists.sizes(100, pairs, 2, 2)
+        inverse_lists.InverseListStorage.sizes(100, pairs, 2, 2)
     )
     counts = sums.view(3, pairs * 2)[0].diff(prepend=sums.new_zeros(1))
     assert counts.sum() == (selected >= 0).sum()
