@@ -39,7 +39,8 @@ from train.engine.checkpoint import provenance
 from train.engine.distributed import World
 from train.engine.mesh_pictures import save_image, side_by_side
 from train.engine.optimizer import make_optimizer, peak_flops
-from train.evaluation.vae import evaluate_asset, summarize, table
+from train.evaluation.results import summarize_surfaces
+from train.evaluation.vae import evaluate_asset, reconstruction_table
 from train.stages.vae.config import VAE_PRESETS, BrickConfig, VAETraining
 from train.stages.vae.run import train_vae
 from train.stages.vae.task import VAETask
@@ -349,9 +350,10 @@ def _evaluate(
         "held out, procedural": [row for row in rows if row.uid in procedural],
     }
     summaries = [
-        summarize(group, f"{preset} R = {resolution}, {name}") for name, group in groups.items()
+        summarize_surfaces(group, f"{preset} R = {resolution}, {name}")
+        for name, group in groups.items()
     ]
-    log.info("\n%s", table(summaries))
+    log.info("\n%s", reconstruction_table(summaries))
     return {"summaries": summaries}
 
 

@@ -1,27 +1,28 @@
-"""`python -m train.evaluate vae | generation`: how far reconstructed or generated surfaces are from the stored ones."""
+"""`python -m train.evaluate vae | generation`: distances of surfaces to the stored ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.core.cli import command, parse
-from pipeline.core.errors import UserError
-from train.evaluation.generation import GenerationEvaluation, evaluate_generation
-from train.evaluation.vae import VAEEvaluation, evaluate_vae
+from pipeline.core.cli import command
+from pipeline.core.subcommands import parse_subcommand
+from train.evaluation.config import GenerationEvaluation, VAEEvaluation
 
 PROG = "python -m train.evaluate"
+SUBCOMMANDS = {"vae": VAEEvaluation, "generation": GenerationEvaluation}
 
 
 def main(args: Sequence[str]) -> None:
-    what, rest = (args[0], args[1:]) if args else ("nothing", args)
-    if what == "vae":
-        evaluate_vae(parse(VAEEvaluation, rest, prog=f"{PROG} vae"))
-    elif what == "generation":
-        evaluate_generation(parse(GenerationEvaluation, rest, prog=f"{PROG} generation"))
+    name, cfg = parse_subcommand(SUBCOMMANDS, args, prog=PROG)
+    # The options are parsed before torch is imported, which takes seconds.
+    if name == "vae":
+        from train.evaluation.vae import evaluate_vae
+
+        evaluate_vae(cfg)
     else:
-        raise UserError(
-            f"say what to evaluate: {PROG} vae [options] or {PROG} generation [options]; got {what}"
-        )
+        from train.evaluation.generation import evaluate_generation
+
+        evaluate_generation(cfg)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from tests.train.analytic_builds import tiny_training
 from train.data.bricks import BrickLoader, BrickReader, read_build_index
 from train.engine.distributed import World
 from train.evaluate import main as evaluate
-from train.evaluation.vae import VAEEvaluation, evaluate_asset, evaluate_vae
+from train.evaluation.config import VAEEvaluation
+from train.evaluation.vae import evaluate_asset, evaluate_vae
 from train.stages.vae.config import VAE_PRESETS
 from train.stages.vae.run import train_vae
 from train.vae import main
@@ -195,7 +196,7 @@ def test_an_asset_that_cannot_be_read_is_left_out_of_an_evaluation(
         checkpoint=tmp_path / "run" / "latest", data=build, split="val", samples=500, device="cpu"
     )
     found = evaluate_vae(cfg)
-    assert f"{damaged[0]} left out: its bricks cannot be read (checksum" in caplog.text
+    assert f"{damaged[0]} is skipped: its bricks cannot be read (checksum" in caplog.text
     assert damaged[0] not in {row["uid"] for row in found["rows"]}
     assert len(found["rows"]) == 1
 
@@ -269,7 +270,7 @@ def test_a_checkpoint_of_another_model_is_refused(build, tmp_path):
 
 
 def test_evaluate_names_what_it_can():
-    with pytest.raises(UserError, match="say what to evaluate"):
+    with pytest.raises(UserError, match="name a sub-command"):
         evaluate([])
     with pytest.raises(UserError, match="/nowhere is not a checkpoint"):
         evaluate(["vae", "--checkpoint", "/nowhere"])

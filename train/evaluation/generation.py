@@ -1,107 +1,99 @@
-"""Meshes generated from stored renders against the assets they show: numbers for each, a table, pictures."""
+"""Evaluation of generation: how far meshes made from renders are from the rendered assets."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.config import GenerationOptions
-from model.inference.generator import GeneratedMesh, Generator
+from model.inference.generator import Generator
 from model.inference.mesh_export import write_mesh
 from model.inference.turntable import CLAY, on_paper
 from pipeline.core.cameras import Camera, look_at_origin
-from pipeline.core.devices import Device, choose_device
+from pipeline.core.devices import choose_device
 from pipeline.core.errors import RunError, UserError
-from pipeline.core.options import CameraSet
 from pipeline.core.primitives.marching_cubes import MeshArrays
-from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
+from pipeline.core.primitives.surface_distance import EMPTY_METRICS, THRESHOLDS, compare_surfaces
 from pipeline.core.primitives.voxel_iou import inside, intersection_over_union
 from pipeline.core.schema import Mesh, Part, View
 from pipeline.rendering.views import render_from
 from train.data.bricks import built_resolutions, read_build_index
 from train.data.render_conditions import ViewReader
-from train.engine.checkpoint import provenance
 from train.engine.mesh_pictures import save_image, side_by_side
-from train.evaluation.image_metrics import SIDES, SIZE, DinoFeatures, frechet_distance, normal_maps
-from train.evaluation.page import write_page
-from train.evaluation.reference_surfaces import References, spread
+from train.evaluation.config import GenerationEvaluation
+from train.evaluation.image_metrics import (
+    NORMAL_MAPS,
+    SIZE,
+    DinoFeatures,
+    frechet_distance,
+    normal_maps,
+)
+from train.evaluation.reference_surfaces import ReferenceSurfaces, spread_evenly
+from train.evaluation.results import (
+    PictureSheet,
+    SurfaceResult,
+    markdown_table,
+    mean_percent,
+    summarize_surfaces,
+    surface_protocol,
+    write_results,
+)
 
 log = logging.getLogger(__name__)
 
-SIDE = 256  # pixels of a picture
+PICTURE_SIDE = 256  # pixels
+COLUMNS = ("image", "generated", "stored surface", "generated, from behind")
+EMPTY: MeshArrays = (np.zeros((0, 3)), np.zeros((0, 3), np.int32))
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationEvaluation:
-    """Generate meshes from stored renders and measure how far they are from the assets on them."""
+class GenerationResult(SurfaceResult):
+    """How far the mesh that was generated for one asset is from its stored surface.
 
-    checkpoint: Path = Path("runs/export")  # of python -m train.export
-    data: Path = Path("data/smoke")  # what python -m pipeline.build made, with renders
-    split: Literal["train", "val", "all"] = "train"
-    view: int = (
-        -1
-    )  # of each asset; -1 is the last one, which training leaves out where it holds views out
-    cameras: CameraSet = "paper"
-    limit: int | None = None  # only N assets, spread over the split
-    seed: int = 0
-    samples: int = 100_000  # on each surface
-    out: Path | None = None  # default: evaluation/ in the checkpoint directory
-    device: Device = "auto"
-    features: str | None = (
-        None  # DINOv2 weights, a folder or a name on the hub: also compare what meshes look like
-    )
-    options: GenerationOptions = field(default_factory=GenerationOptions)
+    `iou` compares the solids on a grid of 64^3 points.
 
-    def __post_init__(self):
-        for name in ("samples", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+    Args:
+        view: Number of the view that was the input.
+        seconds: Time of all stages together.
+        tokens: Number of tokens by stage.
+        faces: Number of faces.
+        closed: Whether no edge of the mesh is open.
+        silhouette_iou: Intersection over union of the input image's foreground and of the mesh
+            rendered with the same camera.
+        nearest: uid of the asset whose surface is nearest to the mesh.
+        nearest_is_right: Whether that is the rendered asset.
+        dino_similarity: Cosine between DINOv2 features of the input image and of the mesh rendered
+            with the same camera. None if no weights were given.
+        dino_similarity_of_asset: The same for the stored surface, which a perfect mesh would reach.
+    """
 
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One asset; distances in the frame [-1, 1]^3, infinite if nothing was generated."""
-
-    uid: str
-    split: str
     view: int
-    seconds: float
-    tokens: dict[str, int]  # stage -> cells
-    faces: int
-    closed: bool
-    chamfer: float
-    normal_consistency: float
-    f1: dict[float, float]
-    iou: float  # of the solids, on a grid of 64^3
-    silhouette_iou: float  # against the image it came from, by the same camera
-    nearest: str  # asset of the build whose surface is closest
-    nearest_is_right: bool
-    dino_similarity: float | None = (
-        None  # cosine of the image's and the generated mesh's render's features
-    )
-    dino_similarity_of_asset: float | None = (
-        None  # the same of the asset's stored surface: what a perfect result has
-    )
+    seconds: float = 0.0
+    tokens: dict[str, int] = field(default_factory=dict)
+    faces: int = 0
+    closed: bool = False
+    silhouette_iou: float = 0.0
+    nearest: str = ""
+    nearest_is_right: bool = False
+    dino_similarity: float | None = None
+    dino_similarity_of_asset: float | None = None
 
 
 @dataclass(frozen=True)
-class _Looks:
-    """Normal maps of all assets, generated and stored, as features."""
+class _NormalMapFeatures:
+    """Features of the normal maps of all assets: of the generated meshes and of the stored ones."""
 
     features: DinoFeatures
-    generated: list[NDArray[np.float64]] = field(default_factory=list)  # [SIDES, C] of each asset
+    generated: list[NDArray[np.float64]] = field(default_factory=list)  # [NORMAL_MAPS, C] per asset
     stored: list[NDArray[np.float64]] = field(default_factory=list)
 
-    def add(self, made: MeshArrays, reference: MeshArrays) -> None:
-        self.generated.append(self.features(normal_maps(*made)))
+    def add(self, mesh: MeshArrays, reference: MeshArrays) -> None:
+        self.generated.append(self.features(normal_maps(*mesh)))
         self.stored.append(self.features(normal_maps(*reference)))
 
     def distance(self) -> float:
@@ -109,112 +101,104 @@ class _Looks:
 
 
 def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
-    """Every chosen asset; writes numbers, a table, a page, meshes and pictures to cfg.out. UserError, RunError."""
+    """Generate a mesh for every chosen asset, compare it, and write meshes and results.
+
+    Returns:
+        The content of evaluation.json.
+
+    Raises:
+        UserError: If the models or the build cannot be used, or the split has no asset.
+        RunError: If none of the assets can be read, or nothing can be rendered.
+    """
     index = read_build_index(cfg.data, built_resolutions(cfg.data))
-    references, views = References(index), ViewReader(index, cfg.cameras)
-    chosen = [
-        n
-        for n in references.assets
-        if cfg.split == "all" or index.is_val[n] == (cfg.split == "val")
+    references = ReferenceSurfaces(index)
+    views = ViewReader(index, cfg.cameras)
+    in_split = [
+        asset
+        for asset in references.assets
+        if cfg.split == "all" or index.is_val[asset] == (cfg.split == "val")
     ]
-    if not chosen:
-        raise UserError(
-            f"{cfg.data} has no asset in split {cfg.split} to evaluate; choose --split all"
-        )
-    chosen = spread(chosen, cfg.limit or len(chosen))
-    count = len(chosen)
-    references.compare_with(chosen)
-    chosen = [asset for asset in chosen if asset in references.trees]
-    generator = Generator.load(cfg.checkpoint, choose_device(cfg.device), cfg.options.resolution)
+    if not in_split:
+        raise UserError(f"{cfg.data} has no usable asset in split {cfg.split}; use --split all")
+    chosen = spread_evenly(in_split, cfg.limit or len(in_split))
+    references.load_candidates(chosen)
+    device = choose_device(cfg.device)
+    generator = Generator.load(cfg.checkpoint, device, cfg.options.resolution)
     out = cfg.out or cfg.checkpoint / "evaluation"
-    (out / "meshes").mkdir(parents=True, exist_ok=True)
-    looks = (
-        _Looks(DinoFeatures.load(cfg.features, choose_device(cfg.device))) if cfg.features else None
-    )
-    rows, pictures = [], []
+    meshes = out / "meshes"
+    meshes.mkdir(parents=True, exist_ok=True)
+    looks = None
+    if cfg.features is not None:
+        looks = _NormalMapFeatures(DinoFeatures.load(cfg.features, device))
+    results = []
+    pictures = []
     for asset in chosen:
+        if asset not in references.trees:
+            continue  # a warning was logged when it could not be read
         try:
             reference = references.surface(asset)
-            image = views.read_view(asset, _view_of(cfg, views.views(asset)))
+            image = views.read_view(asset, _view_number(cfg, views.views(asset)))
         except RunError as error:
-            log.warning("%s is left out: %s", index.uids[asset], error)
+            log.warning("%s is skipped: %s", index.uids[asset], error)
             continue
-        row, images = _evaluate(
-            cfg, generator, references, asset, reference, image, out / "meshes", looks
+        result, row = _evaluate(cfg, generator, references, asset, reference, image, meshes, looks)
+        save_image(meshes / f"{result.uid}.png", side_by_side([row], COLUMNS))
+        results.append(result)
+        pictures.append(row)
+        log.info(
+            "%s: CD x1000 %.1f, IoU %.3f, silhouette IoU %.3f, nearest asset %s",
+            result.uid,
+            1000 * result.chamfer,
+            result.iou,
+            result.silhouette_iou,
+            "right" if result.nearest_is_right else "wrong",
         )
-        rows.append(row)
-        pictures.append(images)
-        right = "right" if row.nearest_is_right else "wrong"
-        log.info("%s CD %.1f IoU %.3f silhouette %.3f nearest %s", row.uid, 1000 * row.chamfer, row.iou,
-                 row.silhouette_iou, right)  # fmt: skip
-    if not rows:
+    if not results:
         raise RunError(
-            f"none of {count} assets of {cfg.data} can be read; run python -m pipeline.verify {cfg.data}"
+            f"none of {len(chosen)} assets of {cfg.data} can be read; "
+            f"run python -m pipeline.verify {cfg.data}"
         )
-    summary = summarize(rows, f"{cfg.split} assets, view {cfg.view}", len(references.trees))
+    summary = summarize(results, f"{cfg.split} assets, view {cfg.view}", len(references.trees))
     if looks is not None:
         summary["normal_map_distance"] = looks.distance()
-    result = {
-        "checkpoint": str(cfg.checkpoint.resolve()),
-        "data": str(cfg.data),
-        "protocol": {
-            "frame": "[-1, 1]^3",
-            "distance": "point to surface, unsquared, both ways; chamfer is the mean of both",
-            "samples": cfg.samples,
-            "reference": "marching cubes of the finest stored SDF",
-            "seed": cfg.seed,
-            "sampling": generator.describe_sampling(cfg.options),
-            "image_encoder": generator.structure.flow.encoder.label,
-            "looks": _protocol_of_looks(cfg.features),
-        },
-        **provenance(),
-        "summary": summary,
-        "rows": [
-            {**asdict(row), "f1": {str(t): value for t, value in row.f1.items()}} for row in rows
-        ],
+    protocol = {
+        **surface_protocol(cfg),
+        "seed": cfg.seed,
+        "sampling": generator.describe_sampling(cfg.options),
+        "image_encoder": generator.structure.flow.encoder.label,
+        "looks": _protocol_of_looks(cfg.features),
     }
-    (out / "evaluation.json").write_text(
-        json.dumps(result, indent=1).replace("Infinity", "null") + "\n"
-    )
-    (out / "table.md").write_text(table(summary) + "\n")
-    for row, images in zip(rows, pictures, strict=True):
-        save_image(out / "meshes" / f"{row.uid}.png", side_by_side([images]))
-    save_image(out / "generated.png", side_by_side(pictures))
-    write_page(
+    return write_results(
         out,
-        "Meshes generated from images",
-        result["protocol"],
-        table(summary),
-        {
-            "generated.png": "Image, generated mesh, stored surface, by the same camera; generated mesh from behind",
-        },
+        cfg,
+        title="Meshes generated from images",
+        protocol=protocol,
+        results=results,
+        table=generation_table(summary),
+        sheet=PictureSheet(file="generated.png", labels=COLUMNS, rows=pictures),
+        summary=summary,
     )
-    for line in table(summary).splitlines():
-        log.info("%s", line)
-    log.info(
-        "%s: evaluation.json, table.md, generated.png (image, generated, asset, generated from behind)",
-        out,
-    )
-    return result
 
 
 def _protocol_of_looks(weights: str | None) -> str | None:
-    """What the numbers about looks mean."""
+    """Return how the numbers about looks are measured."""
     if weights is None:
         return None
     return (
-        f"class token of {weights} at {SIZE} px; normal-map distance: Frechet distance (the FID's formula, with these "
-        f"features in place of Inception's) of {SIDES} normal maps an asset, generated against stored, larger for "
-        "fewer assets; similarity: cosine of the image and a clay render by the same camera, both cropped to the "
-        "foreground"
+        f"class token of {weights} at {SIZE} px; normal-map distance: Frechet distance (the "
+        "formula of the FID with these features instead of Inception's) between the "
+        f"{NORMAL_MAPS} normal maps per asset of generated and of stored surfaces, which is "
+        "larger for fewer assets; similarity: cosine of the image and a clay render with the "
+        "same camera, both cropped to the foreground"
     )
 
 
-def _view_of(cfg: GenerationEvaluation, count: int) -> int:
-    """Which of `count` views is taken. UserError if there is no such view."""
+def _view_number(cfg: GenerationEvaluation, count: int) -> int:
+    """Return the number of the input view, from 0 to `count` - 1."""
     if not -count <= cfg.view < count:
         raise UserError(
-            f"--view must be from {-count} to {count - 1} for the {count} views there are, got {cfg.view}"
+            f"--view must be from {-count} to {count - 1} for the {count} views of each asset, "
+            f"got {cfg.view}"
         )
     return cfg.view % count
 
@@ -222,136 +206,151 @@ def _view_of(cfg: GenerationEvaluation, count: int) -> int:
 def _evaluate(
     cfg: GenerationEvaluation,
     generator: Generator,
-    references: References,
+    references: ReferenceSurfaces,
     asset: int,
     reference: MeshArrays,
     image: View,
     folder: Path,
-    looks: _Looks | None,
-) -> tuple[Row, list[NDArray[np.uint8]]]:
+    looks: _NormalMapFeatures | None,
+) -> tuple[GenerationResult, list[NDArray[np.uint8]]]:
+    """Generate and compare one mesh. Returns the result and the pictures of COLUMNS."""
     index = references.index
-    uid, view = index.uids[asset], image.meta["view"]
-    eye = look_at_origin(
-        *(image.meta[name] for name in ("azimuth_degrees", "elevation_degrees", "focal_mm"))
+    uid = index.uids[asset]
+    angles = ("azimuth_degrees", "elevation_degrees", "focal_mm")
+    camera = look_at_origin(*(image.meta[name] for name in angles))
+    empty = GenerationResult(
+        uid=uid,
+        split="val" if index.is_val[asset] else "train",
+        view=image.meta["view"],
+        iou=0.0,
+        chamfer=EMPTY_METRICS.chamfer,
+        normal_consistency=EMPTY_METRICS.normal_consistency,
+        f1=EMPTY_METRICS.f1,
     )
-    empty = Row(
-        uid=uid, split="val" if index.is_val[asset] else "train", view=view, seconds=0.0, tokens={}, faces=0,
-        closed=False, chamfer=float("inf"), normal_consistency=0.0, f1=dict.fromkeys(THRESHOLDS, 0.0), iou=0.0,
-        silhouette_iou=0.0, nearest="", nearest_is_right=False,
-    )  # fmt: skip
     try:
-        made = generator.generate(image.rgba, cfg.seed, cfg.options, whole_if_opaque=True)
+        generated = generator.generate(image.rgba, cfg.seed, cfg.options, whole_if_opaque=True)
     except RunError as error:
-        log.warning("%s: %s", uid, error)
-        blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
+        log.warning("%s: nothing was generated: %s", uid, error)
+        blank = np.full((PICTURE_SIDE, PICTURE_SIDE, 3), 255, np.uint8)
         if looks is not None:
-            looks.add((np.zeros((0, 3)), np.zeros((0, 3), np.int32)), reference)
+            looks.add(EMPTY, reference)
             empty = replace(empty, dino_similarity=0.0, dino_similarity_of_asset=0.0)
-        return empty, [_shown(image.rgba), blank, drawn(reference, [eye])[0], blank]
-    write_mesh(folder / f"{uid}.glb", made.vertices, made.faces)
-    surface = made.vertices, made.faces
-    metrics = compare_surfaces(*surface, *reference, samples=cfg.samples)
-    (same,) = render_from(_mesh(surface), [eye], len(image.rgba))
-    nearest = references.nearest(surface)
-    similarity, best = None, None
+        return empty, [_shown(image.rgba), blank, draw(reference, camera), blank]
+    mesh = generated.vertices, generated.faces
+    write_mesh(folder / f"{uid}.glb", *mesh)
+    metrics = compare_surfaces(*mesh, *reference, samples=cfg.samples)
+    (render,) = render_from(_clay_mesh(mesh), [camera], len(image.rgba))
+    nearest = references.nearest(mesh)
+    similarity = similarity_of_asset = None
     if looks is not None:
-        looks.add(surface, reference)
-        (right,) = render_from(_mesh(reference), [eye], len(image.rgba))
-        similarity, best = (looks.features.similarity(image.rgba, other) for other in (same, right))
-    row = replace(
+        looks.add(mesh, reference)
+        (reference_render,) = render_from(_clay_mesh(reference), [camera], len(image.rgba))
+        similarity = looks.features.similarity(image.rgba, render)
+        similarity_of_asset = looks.features.similarity(image.rgba, reference_render)
+    result = replace(
         empty,
-        seconds=sum(stage.seconds for stage in made.stages),
-        tokens=_tokens(made),
-        faces=len(made.faces),
-        closed=made.open_edges == 0,
+        seconds=sum(stage.seconds for stage in generated.stages),
+        tokens={stage.name: stage.tokens for stage in generated.stages},
+        faces=len(generated.faces),
+        closed=generated.open_edges == 0,
         chamfer=metrics.chamfer,
         normal_consistency=metrics.normal_consistency,
         f1=metrics.f1,
-        iou=intersection_over_union(inside(*surface), inside(*reference)),
-        silhouette_iou=intersection_over_union(same[..., 3] > 127, image.rgba[..., 3] > 127),
+        iou=intersection_over_union(inside(*mesh), inside(*reference)),
+        silhouette_iou=intersection_over_union(render[..., 3] > 127, image.rgba[..., 3] > 127),
         nearest=index.uids[nearest],
         nearest_is_right=nearest == asset,
         dino_similarity=similarity,
-        dino_similarity_of_asset=best,
+        dino_similarity_of_asset=similarity_of_asset,
     )
-    behind = look_at_origin(eye.azimuth_degrees + 180, eye.elevation_degrees, eye.focal_mm)
-    return row, [
+    behind = look_at_origin(camera.azimuth_degrees + 180, camera.elevation_degrees, camera.focal_mm)
+    return result, [
         _shown(image.rgba),
-        *drawn(surface, [eye]),
-        *drawn(reference, [eye]),
-        *drawn(surface, [behind]),
+        draw(mesh, camera),
+        draw(reference, camera),
+        draw(mesh, behind),
     ]
 
 
-def _tokens(made: GeneratedMesh) -> dict[str, int]:
-    return {stage.name: stage.tokens for stage in made.stages}
-
-
-def _mesh(surface: MeshArrays) -> Mesh:
+def _clay_mesh(surface: MeshArrays) -> Mesh:
     vertices, faces = surface
     part = Part(vertices=slice(0, len(vertices)), faces=slice(0, len(faces)), material=CLAY)
     return Mesh(vertices=vertices, faces=faces, parts=(part,))
 
 
-def drawn(surface: MeshArrays, eyes: Sequence[Camera]) -> list[NDArray[np.uint8]]:
-    """RGB [SIDE, SIDE, 3] of a surface from each camera. RunError without EGL."""
-    return [on_paper(rgba) for rgba in render_from(_mesh(surface), eyes, SIDE)]
+def draw(surface: MeshArrays, camera: Camera) -> NDArray[np.uint8]:
+    """Render a surface as clay on grey.
+
+    Args:
+        surface: Vertices and faces.
+        camera: Where it is seen from.
+
+    Returns:
+        RGB, uint8 [PICTURE_SIDE, PICTURE_SIDE, 3].
+
+    Raises:
+        RunError: If there is no OpenGL with EGL.
+    """
+    (rgba,) = render_from(_clay_mesh(surface), [camera], PICTURE_SIDE)
+    return on_paper(rgba)
 
 
 def _shown(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A stored render at the pictures' size, by the nearest pixel."""
-    rows, columns = (np.arange(SIDE) * side // SIDE for side in rgba.shape[:2])
+    """Return a stored render on grey at the size of the pictures, scaled to the nearest pixel."""
+    rows, columns = (np.arange(PICTURE_SIDE) * side // PICTURE_SIDE for side in rgba.shape[:2])
     return on_paper(rgba[rows][:, columns])
 
 
-def summarize(rows: Sequence[Row], name: str, candidates: int) -> dict[str, Any]:
-    """Means over assets, as displayed: distances x 1000, shares in percent.
+def summarize(results: Sequence[GenerationResult], name: str, candidates: int) -> dict[str, Any]:
+    """Return the means over assets in the units of the table.
 
-    Where nothing was generated an asset counts as 0 but has no distance, so that the number of those stands beside it.
+    Args:
+        results: The assets, at least one.
+        name: Name of the group of assets.
+        candidates: Number of assets among which the nearest one was sought.
+
+    Returns:
+        The entries of `summarize_surfaces`, further shares in percent, and mean seconds. The mean
+        similarities are there if every result has them.
     """
-    there = [row for row in rows if np.isfinite(row.chamfer)]
-    with_looks = all(row.dino_similarity is not None for row in rows)
     percent = {
-        field: 100 * float(np.mean([getattr(row, field) for row in rows])) for field in _SHARES
+        share: mean_percent([getattr(result, share) for result in results])
+        for share in ("silhouette_iou", "nearest_is_right", "closed")
     }
+    similarities = {}
+    if all(result.dino_similarity is not None for result in results):
+        similarities = {
+            metric: float(np.mean([getattr(result, metric) for result in results]))
+            for metric in ("dino_similarity", "dino_similarity_of_asset")
+        }
     return {
-        "name": name,
-        "assets": len(rows),
-        "empty": len(rows) - len(there),
+        **summarize_surfaces(results, name),
         "candidates": candidates,
-        "chamfer": 1000 * float(np.mean([row.chamfer for row in there])) if there else None,
-        **{f"f1_{t}": 100 * float(np.mean([row.f1[t] for row in rows])) for t in THRESHOLDS},
         **percent,
-        "seconds": float(np.mean([row.seconds for row in rows])),
-        **{
-            name: float(np.mean([getattr(row, name) for row in rows]))
-            for name in _LOOKS
-            if with_looks
-        },
+        "seconds": float(np.mean([result.seconds for result in results])),
+        **similarities,
     }
 
 
-_SHARES = ("normal_consistency", "iou", "silhouette_iou", "nearest_is_right", "closed")
-_LOOKS = ("dino_similarity", "dino_similarity_of_asset")
-
-
-def table(summary: dict[str, Any]) -> str:
-    """Markdown."""
+def generation_table(summary: Mapping[str, Any]) -> str:
+    """Format a summary of `summarize` as Markdown."""
     heads = {
-        "assets": "assets", "empty": "empty", "chamfer": "CD x1000", **{f"f1_{t}": f"F1({t}) %" for t in THRESHOLDS},
-        "normal_consistency": "NC %", "iou": "IoU %", "silhouette_iou": "silhouette IoU %",
-        "nearest_is_right": f"nearest of {summary['candidates']} is right %", "closed": "closed %", "seconds": "s each",
-    }  # fmt: skip
-    cells = [summary[name] for name in heads]
-    words = [
-        "" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else str(cell)
-        for cell in cells
-    ]
-    looks = {
-        "normal_map_distance": "normal-map FD", "dino_similarity": "DINOv2 cosine",
+        "assets": "assets",
+        "empty": "empty",
+        "chamfer": "CD x1000",
+        **{f"f1_{t}": f"F1({t}) %" for t in THRESHOLDS},
+        "normal_consistency": "NC %",
+        "iou": "IoU %",
+        "silhouette_iou": "silhouette IoU %",
+        "nearest_is_right": f"nearest of {summary['candidates']} is right %",
+        "closed": "closed %",
+        "seconds": "s each",
+    }
+    heads_of_looks = {
+        "normal_map_distance": "normal-map FD",
+        "dino_similarity": "DINOv2 cosine",
         "dino_similarity_of_asset": "DINOv2 cosine of the asset",
-    }  # fmt: skip
-    heads |= {name: head for name, head in looks.items() if name in summary}
-    words += [f"{summary[name]:.3f}" for name in looks if name in summary]
-    lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
-    return "\n".join([*lines, f"| {summary['name']} | " + " | ".join(words) + " |"])
+    }
+    heads_of_looks = {key: head for key, head in heads_of_looks.items() if key in summary}
+    digits = dict.fromkeys(heads, 1) | dict.fromkeys(heads_of_looks, 3)
+    return markdown_table([summary], heads | heads_of_looks, digits)

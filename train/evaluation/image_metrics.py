@@ -1,4 +1,4 @@
-"""Meshes compared by how they look to DINOv2: normal maps as a set, and a render beside the image it came from."""
+"""Metrics of how meshes look: normal maps, Frechet distance, and DINOv2 similarity of images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ from model.conditioning.image_encoder import DinoEncoder
 from model.conditioning.image_preprocessing import prepare_image
 from pipeline.core.cameras import Camera, look_at_origin
 
-SIZE = 224  # pixels of what the network sees; its patches divide it
-ELEVATION_DEGREES, FOCAL_MM, SIDES = 20.0, 50.0, 8  # of the cameras of normal maps, all around
+SIZE = 224  # side of the images that the network sees, in pixels; its patches divide it
+BATCH = 32  # images that the network sees at once
+NORMAL_MAPS = 8  # per mesh, from cameras at even angles around it
+ELEVATION_DEGREES = 20.0  # of these cameras
+FOCAL_MM = 50.0
 
 
 class DinoFeatures:
-    """The class token of DINOv2 after its last norm, of images of SIZE pixels."""
+    """The class token of DINOv2 after its last normalisation.
+
+    Args:
+        encoder: DINOv2 for images of SIZE pixels.
+        device: Where it runs.
+    """
 
     def __init__(self, encoder: DinoEncoder, device: torch.device):
         self.encoder = encoder.to(device)
@@ -28,89 +36,150 @@ class DinoFeatures:
 
     @classmethod
     def load(cls, weights: str, device: torch.device) -> DinoFeatures:
-        """Weights from a folder or the hub, as `DinoEncoder.load`, in fp32. UserError if they are nowhere."""
+        """Load DINOv2 in fp32.
+
+        Args:
+            weights: A folder or a name on the Hugging Face hub.
+            device: Where it runs.
+
+        Raises:
+            UserError: If the weights are not found.
+        """
         return cls(DinoEncoder.load(weights, image_size=SIZE, dtype=torch.float32), device)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float64]:
-        """RGB [SIZE, SIZE, 3] each -> [n, C]. ValueError for another shape or no image."""
+        """Return the features of images.
+
+        Args:
+            images: RGB, uint8 [SIZE, SIZE, 3] each, at least one.
+
+        Returns:
+            [number of images, C].
+
+        Raises:
+            ValueError: If an image has another shape, or there is none.
+        """
         shapes = {image.shape for image in images}
         if shapes != {(SIZE, SIZE, 3)}:
             raise ValueError(f"images must be RGB [{SIZE}, {SIZE}, 3], got {sorted(shapes)}")
-        found = [
-            self._of(torch.from_numpy(np.stack(images[n : n + 32])))
-            for n in range(0, len(images), 32)
+        features = [
+            self._forward(torch.from_numpy(np.stack(images[first : first + BATCH])))
+            for first in range(0, len(images), BATCH)
         ]
-        return torch.cat(found).double().cpu().numpy()
+        return torch.cat(features).double().cpu().numpy()
 
-    def _of(self, pixels_BHWC: Tensor) -> Tensor:
+    def _forward(self, pixels_BHWC: Tensor) -> Tensor:
         model: Any = self.encoder.model
         pixels_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).float() / 255
         return model((pixels_BCHW - self.encoder.mean) / self.encoder.std).pooler_output
 
     def similarity(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-        """Cosine of two RGBA images [h, w, 4], each cropped to its foreground on white; 0 if one shows nothing."""
+        """Return the cosine between the features of two images, cropped to their foregrounds.
+
+        Args:
+            a: RGBA, uint8 [H, W, 4].
+            b: RGBA, uint8 [H, W, 4].
+
+        Returns:
+            The cosine, or 0 if an image has no foreground.
+        """
         try:
-            shown = [prepare_image(image, SIZE, whole_if_opaque=True).rgb for image in (a, b)]
+            cropped = [prepare_image(image, SIZE, whole_if_opaque=True).rgb for image in (a, b)]
         except ValueError:  # no foreground
             return 0.0
-        x, y = self(shown)
+        x, y = self(cropped)
         return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
 
 
 def frechet_distance(a_NC: NDArray[np.floating], b_MC: NDArray[np.floating]) -> float:
-    """Squared distance of the two normal distributions with the sets' means and covariances (Frechet 1957; FID).
+    """Return the squared Frechet distance between two normal distributions (Frechet 1957).
 
-    |mean - mean'|^2 + tr(S + S' - 2 (S S')^(1/2)). The last trace is the sum of the singular values of A B^T, A and B
-    the centred sets over sqrt(n - 1): exact also where there are fewer samples than channels. ValueError for sets of
-    other widths or below two samples.
+    They have the means and covariances S and S' of the two sets. The distance, which is the formula
+    of the FID, is |mean - mean'|^2 + tr(S + S' - 2 (S S')^(1/2)). The trace of the square root is
+    the sum of the singular values of A B^T, where A and B are the centred sets divided by
+    sqrt(n - 1). This is exact for sets with fewer samples than channels, too.
+
+    Args:
+        a_NC: [N, C].
+        b_MC: [M, C].
+
+    Raises:
+        ValueError: If the sets have different widths, or one has fewer than two samples.
     """
     a, b = np.asarray(a_NC, np.float64), np.asarray(b_MC, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(
             f"a_NC and b_MC must be [2 or more, C] of one C, got {a.shape} and {b.shape}"
         )
-    mean, other = a.mean(0), b.mean(0)
-    a, b = (a - mean) / (len(a) - 1) ** 0.5, (b - other) / (len(b) - 1) ** 0.5
-    both = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    return float(max(((mean - other) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * both, 0.0))
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    a = (a - mean_a) / (len(a) - 1) ** 0.5
+    b = (b - mean_b) / (len(b) - 1) ** 0.5
+    trace_of_root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    squared = ((mean_a - mean_b) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * trace_of_root
+    return float(max(squared, 0.0))
 
 
 def normal_maps(
     vertices: NDArray[np.floating], faces: NDArray[np.integer]
 ) -> list[NDArray[np.uint8]]:
-    """RGB [SIZE, SIZE, 3] from SIDES cameras around a mesh in the cube [-0.5, 0.5]^3; white if it is empty."""
-    eyes = [look_at_origin(360 * n / SIDES, ELEVATION_DEGREES, FOCAL_MM) for n in range(SIDES)]
-    return [normal_map(vertices, faces, eye, SIZE) for eye in eyes]
+    """Draw normal maps of a mesh from NORMAL_MAPS cameras around it.
+
+    Args:
+        vertices: [V, 3] in the cube [-0.5, 0.5]^3.
+        faces: [F, 3].
+
+    Returns:
+        One image of `normal_map` with SIZE pixels per camera.
+    """
+    cameras = [
+        look_at_origin(360 * n / NORMAL_MAPS, ELEVATION_DEGREES, FOCAL_MM)
+        for n in range(NORMAL_MAPS)
+    ]
+    return [normal_map(vertices, faces, camera, SIZE) for camera in cameras]
 
 
 def normal_map(
-    vertices: NDArray[np.floating], faces: NDArray[np.integer], eye: Camera, size: int
+    vertices: NDArray[np.floating], faces: NDArray[np.integer], camera: Camera, size: int
 ) -> NDArray[np.uint8]:
-    """RGB [size, size, 3]: the unit normal n of each pixel's nearest face as 127.5 (n + 1); white around.
+    """Draw the normals of a mesh.
 
-    In the camera's axes: right, up, towards the eye. A face seen from behind shows the normal of its other side.
+    Args:
+        vertices: [V, 3] in the cube [-0.5, 0.5]^3.
+        faces: [F, 3].
+        camera: Where the mesh is seen from.
+        size: Pixels per side.
+
+    Returns:
+        RGB, uint8 [size, size, 3]: the unit normal n of the nearest face at each pixel, encoded as
+        127.5 (n + 1), in the axes right, up and towards the camera. A face that is seen from behind
+        has the opposite normal. Pixels without a face are white.
     """
     image = np.full((size, size, 3), 255, np.uint8)
     if not len(faces):
         return image
-    there = (np.asarray(vertices, np.float64) - eye.c2w[:3, 3]) @ eye.c2w[:3, :3]
-    scale = size / (2 * np.tan(np.radians(eye.fov_degrees) / 2))
-    _draw_normals(there, np.ascontiguousarray(faces, np.int64), scale, image)
+    in_camera = (np.asarray(vertices, np.float64) - camera.c2w[:3, 3]) @ camera.c2w[:3, :3]
+    scale = size / (2 * np.tan(np.radians(camera.fov_degrees) / 2))
+    _draw_normals(in_camera, np.ascontiguousarray(faces, np.int64), scale, image)
     return image
 
 
 @njit(cache=True)
 def _draw_normals(vertices, faces, scale, image):
-    """Every triangle's pixel centres, the nearest kept. Vertices in the camera's frame, all before it (z < 0)."""
+    """Rasterize triangles with a depth buffer.
+
+    `vertices` are in the camera's frame, in front of it (z < 0). `image` is overwritten.
+    """
     size = len(image)
-    nearest = np.zeros((size, size))  # 1 / depth, which is linear in the image
+    nearest = np.zeros((size, size))  # inverse depth, which is linear in the image
     for f in range(len(faces)):
         a, b, c = vertices[faces[f, 0]], vertices[faces[f, 1]], vertices[faces[f, 2]]
+        # The normal: cross product of two edges.
         ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
         vx, vy, vz = c[0] - a[0], c[1] - a[1], c[2] - a[2]
         nx, ny, nz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
         length = np.sqrt(nx * nx + ny * ny + nz * nz)
+        # Inverse depths and pixel coordinates of the corners, and the signed area in the image.
         ia, ib, ic = -1 / a[2], -1 / b[2], -1 / c[2]
         xa, ya = size / 2 + scale * a[0] * ia, size / 2 - scale * a[1] * ia
         xb, yb = size / 2 + scale * b[0] * ib, size / 2 - scale * b[1] * ib
@@ -118,16 +187,13 @@ def _draw_normals(vertices, faces, scale, image):
         area = (xb - xa) * (yc - ya) - (xc - xa) * (yb - ya)
         if length == 0 or area == 0:
             continue
-        if nx * a[0] + ny * a[1] + nz * a[2] > 0:  # it faces away
+        if nx * a[0] + ny * a[1] + nz * a[2] > 0:  # the face is seen from behind
             length = -length
-        low_x, high_x = (
-            max(int(np.floor(min(xa, xb, xc))), 0),
-            min(int(np.ceil(max(xa, xb, xc))), size),
-        )
-        low_y, high_y = (
-            max(int(np.floor(min(ya, yb, yc))), 0),
-            min(int(np.ceil(max(ya, yb, yc))), size),
-        )
+        # The pixels of the bounding box whose centre lies in the triangle.
+        low_x = max(int(np.floor(min(xa, xb, xc))), 0)
+        high_x = min(int(np.ceil(max(xa, xb, xc))), size)
+        low_y = max(int(np.floor(min(ya, yb, yc))), 0)
+        high_y = min(int(np.ceil(max(ya, yb, yc))), size)
         for row in range(low_y, high_y):
             for column in range(low_x, high_x):
                 x, y = column + 0.5 - xa, row + 0.5 - ya

@@ -1,4 +1,4 @@
-"""The stored surfaces that generated meshes are held against, and which of many assets a mesh is closest to."""
+"""Stored surfaces of a build, and the search for the one that a generated mesh is nearest to."""
 
 from __future__ import annotations
 
@@ -14,29 +14,44 @@ from train.data.bricks import UNREADABLE, BrickReader, BuildIndex
 
 log = logging.getLogger(__name__)
 
-POINTS = 4096  # of each surface, for telling which asset is meant
-CANDIDATES = 500  # assets among which that is asked, unless more are evaluated; some 300 kB each
+POINTS = 4096  # samples of each surface in the search for the nearest one
+CANDIDATES = 500  # assets in the search, or more if more are evaluated; each takes about 300 kB
 
 
-def spread(assets: Sequence[int], count: int) -> list[int]:
-    """At most `count` of them, evenly."""
+def spread_evenly(assets: Sequence[int], count: int) -> list[int]:
+    """Return at most `count` of the assets, at even distances in their order."""
     count = min(count, len(assets))
     return [assets[n * len(assets) // count] for n in range(count)]
 
 
-class References:
-    """A build's stored surfaces: each is read when it is asked for, since a build has more than fit into memory."""
+class ReferenceSurfaces:
+    """Stored surfaces of a build.
+
+    A surface is read when it is needed, because a build can exceed the memory.
+
+    Args:
+        index: The build's assets.
+
+    Attributes:
+        assets: Rows of the index that have cells.
+        trees: Points on the surface of each candidate of `nearest`, by row of the index.
+    """
 
     def __init__(self, index: BuildIndex):
-        self.index, self._reader = index, BrickReader(index)
-        self.assets = [n for n in range(len(index)) if self._resolutions(n)]  # with cells
+        self.index = index
+        self._reader = BrickReader(index)
+        self.assets = [asset for asset in range(len(index)) if self._resolutions(asset)]
         self.trees: dict[int, KDTree] = {}
 
     def _resolutions(self, asset: int) -> list[int]:
-        return [r for r, tokens in self.index.tokens.items() if tokens[asset]]
+        return [resolution for resolution, tokens in self.index.tokens.items() if tokens[asset]]
 
     def surface(self, asset: int) -> MeshArrays:
-        """At the finest resolution that is stored. RunError if it has none or cannot be read."""
+        """Return an asset's surface at its finest stored resolution.
+
+        Raises:
+            RunError: If it cannot be read or is empty.
+        """
         return self._read(asset, max(self._resolutions(asset)))
 
     def _read(self, asset: int, resolution: int) -> MeshArrays:
@@ -44,32 +59,46 @@ class References:
             surface = extract(self._reader.read(asset, resolution))
         except UNREADABLE as error:
             raise RunError(
-                f"its bricks at R = {resolution} cannot be read ({error}); run python -m pipeline.verify "
-                f"{self.index.root}"
+                f"its bricks at R = {resolution} cannot be read ({error}); "
+                f"run python -m pipeline.verify {self.index.root}"
             ) from error
         if not len(surface[1]):
             raise RunError(f"it has no surface at R = {resolution}")
         return surface
 
-    def compare_with(self, chosen: Sequence[int]) -> None:
-        """Sets among which `nearest` looks: the chosen assets, and others up to CANDIDATES. Those that cannot be read
-        are left out. Points lie on the coarsest surfaces, which differ far less than assets do."""
-        mine = set(chosen)
-        others = [asset for asset in self.assets if asset not in mine]
-        others = spread(others, max(0, CANDIDATES - len(mine))) if others else []
+    def load_candidates(self, chosen: Sequence[int]) -> None:
+        """Choose and read the candidates of `nearest`.
+
+        They are the chosen assets, and others up to CANDIDATES. An asset that cannot be read is
+        skipped with a warning. The coarsest surfaces are read, because their differences from the
+        finest ones are small compared with the differences between assets.
+
+        Args:
+            chosen: Rows of the index.
+        """
+        is_chosen = set(chosen)
+        others = [asset for asset in self.assets if asset not in is_chosen]
+        if others:
+            others = spread_evenly(others, max(0, CANDIDATES - len(is_chosen)))
         for asset in sorted([*chosen, *others]):
             try:
                 surface = self._read(asset, min(self._resolutions(asset)))
             except RunError as error:
-                log.warning("%s is left out: %s", self.index.uids[asset], error)
+                log.warning("%s is skipped: %s", self.index.uids[asset], error)
                 continue
             self.trees[asset] = KDTree(sample_surface(*surface, POINTS, seed=0)[0])
 
     def nearest(self, surface: MeshArrays) -> int:
-        """The asset with the smallest distance between points, both ways."""
+        """Return the candidate with the smallest Chamfer distance between sampled points.
+
+        Returns:
+            Its row of the index.
+        """
         points = sample_surface(*surface, POINTS, seed=1)[0]
         tree = KDTree(points)
-        there = {asset: other.query(points)[0].mean() for asset, other in self.trees.items()}
-        return min(
-            there, key=lambda asset: there[asset] + tree.query(self.trees[asset].data)[0].mean()
-        )
+
+        def distance(asset: int) -> float:
+            candidate = self.trees[asset]
+            return candidate.query(points)[0].mean() + tree.query(candidate.data)[0].mean()
+
+        return min(self.trees, key=distance)

@@ -8,8 +8,7 @@ from pipeline.config import PRESETS, BuildConfig
 from pipeline.core.cli import parse, parse_with_presets
 from train.demo.config import DEMO_SIZES, DemoConfig
 from train.demo.plan import plan_demo
-from train.evaluation.generation import GenerationEvaluation
-from train.evaluation.vae import VAEEvaluation
+from train.evaluation.config import GenerationEvaluation, VAEEvaluation
 from train.stages.config import ExportConfig
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.structure.config import STRUCTURE_PRESETS

@@ -1,4 +1,4 @@
-"""Evaluation of generated meshes: an asset is its own perfect result, another one is recognised as what it is."""
+"""Evaluation of generation: metrics of perfect, wrong, empty and unreadable results."""
 
 import json
 
@@ -20,22 +20,24 @@ from pipeline.storage.sdf_shard import SdfShard
 from tests.train.analytic_builds import commit, make_build
 from train.data.bricks import BrickReader
 from train.data.render_conditions import ViewReader
+from train.engine.mesh_pictures import LABEL_HEIGHT
 from train.evaluate import main
-from train.evaluation import reference_surfaces as references
-from train.evaluation.generation import GenerationEvaluation, _mesh, evaluate_generation
+from train.evaluation import reference_surfaces
+from train.evaluation.config import GenerationEvaluation
+from train.evaluation.generation import _clay_mesh, evaluate_generation
 
 VIEWS = 3
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
-    """A build of four shapes with true renders of their surfaces."""
+    """Return a build of four shapes with renders of their surfaces."""
     root = make_build(tmp_path_factory.mktemp("shown"), assets=3, val=1, resolutions=(32, 40))
     shard = SdfShard(root / "sdf" / "40" / "000000.zarr")
     entries = []
     for uid in shard.uids:
         mesh, eyes = (
-            _mesh(extract(shard.bricks(uid))),
+            _clay_mesh(extract(shard.bricks(uid))),
             [sample_camera(uid, view) for view in range(VIEWS)],
         )
         views = []
@@ -48,8 +50,14 @@ def rendered(tmp_path_factory):
     return root
 
 
-class Perfect:
-    """Stands in for the models: gives the surface of the asset whose image it is shown, or of another."""
+class StoredSurfaces:
+    """A generator that returns stored surfaces instead of generating meshes.
+
+    Args:
+        root: The build.
+        turn: 0 returns the asset that the image shows, 1 the next one.
+        fails: Numbers of the calls that generate nothing.
+    """
 
     def __init__(self, root, turn=0, fails=()):
         self.shard, self.calls, self.turn, self.fails = (
@@ -60,7 +68,7 @@ class Perfect:
         )
         self.structure = torch.nn.Module()
         self.structure.flow = torch.nn.Module()
-        self.structure.flow.encoder = type("Encoder", (), {"label": "nobody"})
+        self.structure.flow.encoder = type("Encoder", (), {"label": "stored surfaces"})
 
     def describe_sampling(self, options):
         return {"steps": [2], "guidance": 1.0}
@@ -86,8 +94,8 @@ def evaluate(root, out, monkeypatch, model, **options):
     return evaluate_generation(cfg)
 
 
-def test_an_asset_is_its_own_perfect_result(rendered, tmp_path, monkeypatch):
-    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))
+def test_the_stored_surface_has_perfect_metrics(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, StoredSurfaces(rendered))
     summary = result["summary"]
     assert (summary["assets"], summary["empty"], summary["candidates"]) == (3, 0, 4)
     assert summary["chamfer"] < 1e-6
@@ -96,14 +104,18 @@ def test_an_asset_is_its_own_perfect_result(rendered, tmp_path, monkeypatch):
     assert summary["normal_consistency"] > 99.0
     assert {row["view"] for row in result["rows"]} == {VIEWS - 1}
     written = json.loads((tmp_path / "evaluation.json").read_text())
-    assert written["protocol"]["image_encoder"] == "nobody"
+    assert written["protocol"]["image_encoder"] == "stored surfaces"
     assert "nearest of 4 is right %" in (tmp_path / "table.md").read_text()
-    assert Image.open(tmp_path / "generated.png").size == (4 * 256, 3 * 256)
+    assert Image.open(tmp_path / "generated.png").size == (4 * 256, LABEL_HEIGHT + 3 * 256)
     assert len(list((tmp_path / "meshes").glob("*.glb"))) == 3
 
 
-def test_another_asset_is_recognised_as_that(rendered, tmp_path, monkeypatch):
-    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered, turn=1), view=0, limit=2)
+def test_the_surface_of_another_asset_has_worse_metrics_and_is_recognised(
+    rendered, tmp_path, monkeypatch
+):
+    result = evaluate(
+        rendered, tmp_path, monkeypatch, StoredSurfaces(rendered, turn=1), view=0, limit=2
+    )
     uids = SdfShard(rendered / "sdf" / "40" / "000000.zarr").uids
     assert result["summary"]["nearest_is_right"] == 0.0
     chosen = [row["uid"] for row in result["rows"]]
@@ -116,21 +128,27 @@ def test_another_asset_is_recognised_as_that(rendered, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory):
-    """A folder with a DINOv2 of random weights."""
+    """Return a folder with a DINOv2 of random weights."""
     folder = tmp_path_factory.mktemp("dino")
     DinoEncoder.random(image_size=112).model.save_pretrained(folder)
     return str(folder)
 
 
-def test_looks_are_compared_where_weights_are_given(rendered, dino, tmp_path, monkeypatch):
-    perfect = evaluate(rendered, tmp_path / "a", monkeypatch, Perfect(rendered), features=dino)
+def test_looks_are_compared_if_weights_are_given(rendered, dino, tmp_path, monkeypatch):
+    perfect = evaluate(
+        rendered, tmp_path / "a", monkeypatch, StoredSurfaces(rendered), features=dino
+    )
     summary = perfect["summary"]
     assert summary["normal_map_distance"] == pytest.approx(0, abs=1e-5)
     assert summary["dino_similarity"] == pytest.approx(
         summary["dino_similarity_of_asset"], abs=1e-4
     )
     other = evaluate(
-        rendered, tmp_path / "b", monkeypatch, Perfect(rendered, turn=1, fails=(2,)), features=dino
+        rendered,
+        tmp_path / "b",
+        monkeypatch,
+        StoredSurfaces(rendered, turn=1, fails=(2,)),
+        features=dino,
     )
     assert other["summary"]["normal_map_distance"] > 100 * max(summary["normal_map_distance"], 1e-6)
     assert other["rows"][0]["dino_similarity"] < other["rows"][0]["dino_similarity_of_asset"]
@@ -143,18 +161,22 @@ def test_looks_are_compared_where_weights_are_given(rendered, dino, tmp_path, mo
     assert page.count("data:image/png;base64,") == 1
 
 
-def test_without_weights_nothing_is_said_of_looks(rendered, tmp_path, monkeypatch):
-    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))
+def test_looks_are_not_compared_without_weights(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, StoredSurfaces(rendered))
     assert "normal_map_distance" not in result["summary"]
     assert "DINOv2" not in (tmp_path / "table.md").read_text()
     with pytest.raises(UserError, match="hf download"):
         evaluate(
-            rendered, tmp_path, monkeypatch, Perfect(rendered), features=str(tmp_path / "nothing")
+            rendered,
+            tmp_path,
+            monkeypatch,
+            StoredSurfaces(rendered),
+            features=str(tmp_path / "nothing"),
         )
 
 
-def test_an_empty_result_counts_without_a_distance(rendered, tmp_path, monkeypatch):
-    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered, fails=(1,)))
+def test_an_empty_mesh_counts_as_zero_but_has_no_distance(rendered, tmp_path, monkeypatch):
+    result = evaluate(rendered, tmp_path, monkeypatch, StoredSurfaces(rendered, fails=(1,)))
     summary = result["summary"]
     assert (summary["assets"], summary["empty"]) == (3, 1)
     assert summary["iou"] == pytest.approx(200 / 3)
@@ -162,19 +184,19 @@ def test_an_empty_result_counts_without_a_distance(rendered, tmp_path, monkeypat
     assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][1]["chamfer"] is None
 
 
-def test_of_many_assets_few_are_read_and_none_is_kept(rendered, tmp_path, monkeypatch):
-    monkeypatch.setattr(references, "CANDIDATES", 2)
+def test_only_the_chosen_assets_and_the_candidates_are_read(rendered, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_surfaces, "CANDIDATES", 2)
     read, original = [], BrickReader.read
     monkeypatch.setattr(
         BrickReader, "read", lambda self, *which: read.append(which) or original(self, *which)
     )
-    result = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered), limit=1)
+    result = evaluate(rendered, tmp_path, monkeypatch, StoredSurfaces(rendered), limit=1)
     assert result["summary"]["candidates"] == 2
     assert result["summary"]["nearest_is_right"] == 100.0
     assert sorted(read) == [(0, 32), (0, 40), (1, 32)]
 
 
-def test_what_cannot_be_read_costs_itself(rendered, tmp_path, monkeypatch, caplog):
+def test_an_unreadable_asset_is_skipped(rendered, tmp_path, monkeypatch, caplog):
     original, views = BrickReader.read, ViewReader.read_view
 
     def damaged(self, asset, resolution):
@@ -189,21 +211,21 @@ def test_what_cannot_be_read_costs_itself(rendered, tmp_path, monkeypatch, caplo
 
     monkeypatch.setattr(BrickReader, "read", damaged)
     monkeypatch.setattr(ViewReader, "read_view", without_view)
-    summary = evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))["summary"]
+    summary = evaluate(rendered, tmp_path, monkeypatch, StoredSurfaces(rendered))["summary"]
     assert (summary["assets"], summary["candidates"], summary["nearest_is_right"]) == (1, 3, 100.0)
     uids = SdfShard(rendered / "sdf" / "40" / "000000.zarr").uids
-    assert f"{uids[1]} is left out: its bricks at R = 32 cannot be read (checksum" in caplog.text
-    assert f"{uids[2]} is left out: view 2 is damaged" in caplog.text
+    assert f"{uids[1]} is skipped: its bricks at R = 32 cannot be read (checksum" in caplog.text
+    assert f"{uids[2]} is skipped: view 2 is damaged" in caplog.text
     monkeypatch.setattr(BrickReader, "read", lambda *_: original(*_[:1], 99, 32))
     with pytest.raises(
         RunError, match=r"none of 3 assets of .* can be read; run python -m pipeline.verify"
     ):
-        evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered))
+        evaluate(rendered, tmp_path, monkeypatch, StoredSurfaces(rendered))
 
 
-def test_what_cannot_be_evaluated_is_said(rendered, tmp_path, monkeypatch):
+def test_a_wrong_view_checkpoint_or_limit_is_an_error(rendered, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--view must be from -3 to 2 .* got 3"):
-        evaluate(rendered, tmp_path, monkeypatch, Perfect(rendered), view=3)
+        evaluate(rendered, tmp_path, monkeypatch, StoredSurfaces(rendered), view=3)
     monkeypatch.undo()
     with pytest.raises(UserError, match="lacks vae, structure"):
         main(["generation", "--checkpoint", str(tmp_path), "--data", str(rendered)])

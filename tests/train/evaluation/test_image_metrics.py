@@ -1,4 +1,4 @@
-"""Normal maps of shapes whose normals are known, the Frechet distance against its definition, DINOv2 as the judge."""
+"""Normal maps of shapes with known normals, the Frechet distance, and DINOv2 similarity."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from model.conditioning.image_encoder import DinoEncoder
 from pipeline.core.cameras import look_at_origin
 from pipeline.core.errors import UserError
 from train.evaluation.image_metrics import (
-    SIDES,
+    NORMAL_MAPS,
     SIZE,
     DinoFeatures,
     frechet_distance,
@@ -18,19 +18,19 @@ from train.evaluation.image_metrics import (
     normal_maps,
 )
 
-EYE = look_at_origin(30.0, 20.0, 50.0)
+CAMERA = look_at_origin(30.0, 20.0, 50.0)
 
 
 def normals_of(image):
     return image.astype(float) / 127.5 - 1
 
 
-def test_a_sphere_shows_the_normals_of_its_points():
+def test_the_normal_map_of_a_sphere():
     ball = trimesh.creation.icosphere(5, radius=0.4)
-    image = normal_map(ball.vertices, ball.faces, EYE, 161)
+    image = normal_map(ball.vertices, ball.faces, CAMERA, 161)
     drawn = (image != 255).any(axis=2)
-    right, up, back, origin = EYE.c2w[:3].T
-    half = np.tan(np.radians(EYE.fov_degrees) / 2)
+    right, up, back, origin = CAMERA.c2w[:3].T
+    half = np.tan(np.radians(CAMERA.fov_degrees) / 2)
     at = (np.arange(161) + 0.5) / 161 * 2 - 1
     rays = -back + half * (at[None, :, None] * right - at[:, None, None] * up)
     rays /= np.linalg.norm(rays, axis=2, keepdims=True)
@@ -45,7 +45,7 @@ def test_a_sphere_shows_the_normals_of_its_points():
     assert cosine.min() > 0.998
 
 
-def test_the_nearer_face_hides_the_other_and_both_sides_look_alike():
+def test_the_nearer_face_hides_the_other_and_both_sides_of_a_face_look_the_same():
     square = np.array([[-0.2, -0.2, 0], [0.2, -0.2, 0], [0.2, 0.2, 0], [-0.2, 0.2, 0]])
     tilted = square @ np.array([[1, 0, 0], [0, 0.8, 0.6], [0, -0.6, 0.8]]).T - [0, 0, 0.4]
     faces = np.array([[0, 1, 2], [0, 2, 3]])
@@ -60,18 +60,18 @@ def test_the_nearer_face_hides_the_other_and_both_sides_look_alike():
     assert (normal_map(np.zeros((0, 3)), np.zeros((0, 3), int), front, 64) == 255).all()
 
 
-def test_maps_are_taken_from_all_around():
+def test_normal_maps_are_taken_from_all_around():
     box = trimesh.creation.box((0.2, 0.4, 0.6))
     maps = normal_maps(box.vertices, box.faces)
-    assert [image.shape for image in maps] == [(SIZE, SIZE, 3)] * SIDES
-    half = SIDES // 2
-    for n in range(half):  # a box looks alike from behind
+    assert [image.shape for image in maps] == [(SIZE, SIZE, 3)] * NORMAL_MAPS
+    half = NORMAL_MAPS // 2
+    for n in range(half):  # a box looks the same from the opposite side
         assert (maps[n] != maps[n + half]).any(axis=2).mean() < 0.002
     assert (maps[0] != maps[2]).any(axis=2).mean() > 0.02
 
 
 @pytest.mark.parametrize(("rows", "others", "channels"), [(40, 60, 5), (6, 9, 30)])
-def test_the_distance_is_that_of_its_definition(rows, others, channels):
+def test_the_frechet_distance_agrees_with_its_definition(rows, others, channels):
     rng = np.random.default_rng(0)
     a = rng.normal(size=(rows, channels)) @ rng.normal(size=(channels, channels))
     b = rng.normal(size=(others, channels)) * 2 + 1
@@ -85,7 +85,7 @@ def test_the_distance_is_that_of_its_definition(rows, others, channels):
         frechet_distance(a, b[:1])
 
 
-def test_features_tell_images_apart_and_crop_to_what_is_shown():
+def test_similarity_depends_on_the_foreground_and_not_on_its_place():
     features = DinoFeatures(DinoEncoder.random(image_size=SIZE), torch.device("cpu"))
     image = np.zeros((300, 300, 4), np.uint8)
     image[60:160, 80:140] = [200, 30, 30, 255]
@@ -99,6 +99,6 @@ def test_features_tell_images_apart_and_crop_to_what_is_shown():
         features([image])
 
 
-def test_without_weights_it_says_where_they_are_to_be_had(tmp_path):
+def test_the_error_for_missing_weights_says_how_to_get_them(tmp_path):
     with pytest.raises(UserError, match="hf download"):
         DinoFeatures.load(str(tmp_path / "nothing"), torch.device("cpu"))

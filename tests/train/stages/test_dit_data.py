@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.rendering.views
+import pipeline.core.image_codec
 from pipeline.storage.render_shard import RenderShard
 from tests.train.analytic_builds import color_of
 from tests.train.ss_dit_fixtures import VIEWS, config, loader_of, task_of, wake
@@ -105,14 +105,14 @@ def test_a_shard_is_read_view_by_view_and_only_what_is_used_is_decoded(
     cfg = config(rendered, tmp_path)
     loader = loader_of(cfg)
     reads, decoded = Counter(), []
-    read_images, decode = RenderShard.read_images, pipeline.rendering.views.decode
+    read_images, decode = RenderShard.read_images, pipeline.core.image_codec.decode
     monkeypatch.setattr(
         RenderShard,
         "read_images",
         lambda self, view: reads.update([(self.path.stem, view)]) or read_images(self, view),
     )
     monkeypatch.setattr(
-        pipeline.rendering.views, "decode", lambda data: decoded.append(1) or decode(data)
+        pipeline.core.image_codec, "decode", lambda data: decoded.append(1) or decode(data)
     )
     planner = ShardBatchSampler(
         loader.index.tokens,

@@ -1,0 +1,105 @@
+"""Options of `python -m train.evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from model.config import GenerationOptions
+from pipeline.core.devices import Device, check_device
+from pipeline.core.options import CameraSet
+
+Split = Literal["train", "val", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is evaluated on which assets.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    checkpoint: Path
+    """Directory of the model."""
+
+    data: Path = Path("data/smoke")
+    """Directory of a build made by `python -m pipeline.build`."""
+
+    split: Split = "val"
+    """Assets to evaluate: those of the training set, those held out, or all."""
+
+    limit: int | None = None
+    """Number of assets to evaluate. None evaluates all of the split."""
+
+    samples: int = 100_000
+    """Number of points that are sampled on each surface to measure distances."""
+
+    out: Path | None = None
+    """Directory of the results. The default is `evaluation` at the model."""
+
+    device: Device = "auto"
+    """Device to run on. auto is a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        for name in ("samples", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEEvaluation(EvaluationConfig):
+    """Reconstruct assets with a trained SS-VAE and measure how far the surfaces are from the stored
+    ones."""
+
+    checkpoint: Path = Path("runs/vae-tiny/latest")
+    """Checkpoint of `python -m train.vae`, or an exported VAE."""
+
+    resolutions: tuple[int, ...] = ()
+    """Resolutions to evaluate. The default is the ones that the VAE was trained at."""
+
+    limit: int | None = None
+    """Number of assets to evaluate, the first ones of the split. None evaluates all of it."""
+
+    samples: int = 1_000_000
+    """Number of points that are sampled on each surface to measure distances."""
+
+    pictures: int = 8
+    """Number of assets whose stored surface and reconstruction are drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pictures < 0:
+            raise ValueError(f"pictures must be 0 or more, got {self.pictures}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationEvaluation(EvaluationConfig):
+    """Generate meshes from stored renders and measure how far they are from the rendered assets."""
+
+    checkpoint: Path = Path("runs/export")
+    """Directory of the exported stages, written by `python -m train.export`."""
+
+    split: Split = "train"
+    """Assets to evaluate: those of the training set, those held out, or all."""
+
+    view: int = -1
+    """Number of the view that is the input. Negative numbers count from the last one, -1."""
+
+    cameras: CameraSet = "paper"
+    """Camera set of the renders."""
+
+    limit: int | None = None
+    """Number of assets to evaluate, spread evenly over the split. None evaluates all of it."""
+
+    seed: int = 0
+    """Seed of the noise that generation starts from."""
+
+    features: str | None = None
+    """DINOv2 weights, as a folder or a name on the Hugging Face hub. With them the evaluation also
+    compares how the meshes look. None skips that."""
+
+    options: GenerationOptions = field(default_factory=GenerationOptions)
