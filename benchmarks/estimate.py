@@ -21,7 +21,8 @@ import numpy as np
 
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import RunError, UserError
-from pipeline.estimate import EstimateConfig, measure_passes, predict
+from pipeline.inspection.config import EstimateConfig
+from pipeline.inspection.cost_estimate import estimate_cost, measure_passes
 from pipeline.sources.procedural import ProceduralSource
 from train.engine.checkpoint import provenance
 
@@ -93,7 +94,7 @@ def check(cfg: Check) -> list[dict[str, float | str]]:
         cores_per_node=cfg.workers,
         start_s=max(start_s, 0.0),
     )
-    predicted = predict(measure_passes(small), options)
+    predicted = estimate_cost(measure_passes(small), options)
     wall = build(cfg, whole, large)
     (cost,) = measure_passes(large).values()
     shards = -(-cost.assets // cost.shard_size)

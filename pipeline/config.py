@@ -1,4 +1,4 @@
-"""What a build is asked to do: one frozen config, three presets, and the hashes that say what must match."""
+"""The configuration of a build, its presets, and the hashes that decide what can be reused."""
 
 from __future__ import annotations
 
@@ -27,26 +27,34 @@ Pass = Literal["build", "screen", "best"]
 
 @dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
-    """What one asset, and all of them together, may cost. Limits do not belong to a dataset's identity."""
+    """Allowed time, memory and failures. Limits do not change the contents of a dataset."""
 
-    asset_timeout_s: float = 900.0  # wall time of one asset, all its stages
-    asset_memory_gb: float = (
-        8.0  # address space (with CUDA: private memory) of the process that works on one asset
-    )
-    retries: int = (
-        2  # after a lost worker or node, or a network in trouble; never after a crash or a verdict
-    )
-    retry_wait_s: float = 60.0  # before an asset is fetched again; twice as long the next time
-    max_failed_share: float = 0.2  # of the assets tried; beyond it (and 10 failures) the run stops
-    min_free_gb: float = (
-        0.5  # on the disk of --out, or of --scratch; below it the run stops before it is full
-    )
+    asset_timeout_s: float = 900.0
+    """Wall time in seconds that all stages of one asset may take together. An asset that takes
+    longer is recorded as failed."""
+
+    asset_memory_gb: float = 8.0
+    """Memory in gigabytes of the process that works on one asset. It limits the address space, or
+    the private memory if `--device cuda` is given."""
+
+    retries: int = 2
+    """Number of times that an asset is processed again after a lost worker, a lost node or a
+    network error. Crashes and rejections are never retried."""
+
+    retry_wait_s: float = 60.0
+    """Seconds to wait before the first retry of an asset. Each further wait is twice as long."""
+
+    max_failed_share: float = 0.2
+    """Share of the processed assets that may fail. The run stops when more than this share and
+    more than 10 assets have failed."""
+
+    min_free_gb: float = 0.5
+    """Free space in gigabytes on the disk of `--out`, or of `--scratch` if the output is a URL.
+    The run stops when less is left."""
 
     def __post_init__(self):
-        for name in (
-            "asset_timeout_s",
-            "asset_memory_gb",
-        ):  # far below what the system's calls can take
+        # The upper bound is far below what the system calls accept.
+        for name in ("asset_timeout_s", "asset_memory_gb"):
             if not 0 < getattr(self, name) < 1e9:
                 raise ValueError(
                     f"{name} must be positive and below 1e9, got {getattr(self, name)}"
@@ -60,36 +68,70 @@ class LimitsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """Turn raw 3D assets into verified shards of sparse SDF bricks and renders."""
+    """Turn 3D assets into verified shards of sparse SDF bricks and rendered views."""
 
-    preset: PresetName = "smoke"  # where the options below start from
-    # procedural[:COUNT] | folder:PATH | objaverse | objaverse-xl[?places=github,...] | shapenet:PATH[?categories=chair]
+    preset: PresetName = "smoke"
+    """Set of defaults for the other options. "smoke" is a test of minutes, "full" builds all
+    resolutions, and "paper" follows the dataset of the Direct3D-S2 paper."""
+
     source: tuple[str, ...] = ("procedural",)
-    up: Literal["y", "z"] = "y"  # the axis that points up in the files of all sources
-    out: PathOrUrl = Path(
-        "data/smoke"
-    )  # directory, or s3://bucket/prefix; a build that was stopped goes on there
-    scratch: Path | None = (
-        None  # where a node works if `out` is a URL; default: its temporary directory
-    )
-    limit: int | None = None  # take the first N assets only; smoke: 48, unless --source is given
-    resolutions: tuple[int, ...] = (64, 128)  # grid points along one side, multiples of 8
-    topology_resolution: int = (
-        128  # grid on which inside and outside are decided, once for all resolutions
-    )
-    cameras: CameraSet = "paper"  # paper: the front half, 10-40 degrees up; wide: the whole sphere
-    views: int = 12  # renders of one asset
-    image_size: int = 256  # their width and height in pixels
-    image_format: Literal["png", "webp"] = "png"  # both lossless
-    shard_size: int = 64  # assets that are committed together
-    val_percent: int = 2  # share of assets, drawn by uid, in the validation split
-    workers: int | None = None  # assets worked on at once; default: every core
-    # Where distances are computed. As the renderer it is found in the markers and not in the hashes: cpu and cuda agree
-    # to a thousandth of a voxel, so that a build may go on where there is, or no longer is, a GPU.
+    """One or more sources of assets: procedural[:COUNT], folder:PATH, objaverse,
+    objaverse-xl[?places=github,...] or shapenet:PATH[?categories=chair,...]."""
+
+    up: Literal["y", "z"] = "y"
+    """Axis that points up in the files of all sources."""
+
+    out: PathOrUrl = Path("data/smoke")
+    """Output directory, or a URL such as s3://bucket/prefix. A build that was interrupted resumes
+    there."""
+
+    scratch: Path | None = None
+    """Directory for temporary files on each node if `--out` is a URL. None uses the system's
+    temporary directory."""
+
+    limit: int | None = None
+    """Number of assets to take from the start of the sources. None takes all. The preset "smoke"
+    takes 48, unless `--source` is given."""
+
+    resolutions: tuple[int, ...] = (64, 128)
+    """Numbers of SDF grid points along one side of the cube. Each is a multiple of 8."""
+
+    topology_resolution: int = 128
+    """Resolution of the grid on which inside and outside are decided, once for all resolutions."""
+
+    cameras: CameraSet = "paper"
+    """Camera set of the renders. "paper" looks at the front half from 10 to 40 degrees above the
+    horizon, "wide" from all directions."""
+
+    views: int = 12
+    """Number of rendered views of each asset."""
+
+    image_size: int = 256
+    """Width and height of the renders in pixels."""
+
+    image_format: Literal["png", "webp"] = "png"
+    """File format of the renders. Both formats are lossless."""
+
+    shard_size: int = 64
+    """Number of assets that are committed together."""
+
+    val_percent: int = 2
+    """Percentage of assets in the validation split. The uid of an asset decides its split."""
+
+    workers: int | None = None
+    """Number of assets processed at the same time. None uses every core."""
+
+    # Commit markers record the device, but hashes do not contain it, so that a build can resume on
+    # a machine without a GPU.
+
     device: Literal["cpu", "cuda"] = "cpu"
-    assets_per_gpu: int = (
-        16  # that share a GPU at once, with `device` cuda; each takes about a gigabyte of it
-    )
+    """Device that computes distances. A build may switch between them, because their values differ
+    by at most a thousandth of a grid spacing."""
+
+    assets_per_gpu: int = 16
+    """Number of assets that share a GPU at the same time if `--device cuda` is given. Each needs
+    about 1 GB of GPU memory."""
+
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
@@ -97,7 +139,10 @@ class BuildConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
     screen: ScreenConfig = field(default_factory=ScreenConfig)
     rank: RankConfig = field(default_factory=RankConfig)
-    # Which of a ranking build's passes this is: looking at all assets, the kept ones' products, or more of the best.
+
+    # The pass of a ranked build: "screen" measures all assets, "build" makes the products of the
+    # kept ones, and "best" adds resolutions for the best of them.
+
     run: tyro.conf.Suppress[Pass] = "build"
 
     def __post_init__(self):
@@ -121,13 +166,14 @@ class BuildConfig:
             raise ValueError(
                 f"best_resolutions must not be among resolutions, got {self.rank.best_resolutions}"
             )
-        self.render  # noqa: B018  its own checks of views and image_size
+        self.render  # noqa: B018  RenderConfig checks views and image_size
 
     @property
     def gpu_share(self) -> float:
-        """Of a GPU that an asset takes. Screening takes none: which assets are kept must not depend on the device.
+        """The share of a GPU that one asset occupies in Ray's scheduler.
 
-        Rounded down to Ray's ten-thousandths, or one asset less would fit.
+        It is 0 for screening, because the choice of assets must not depend on the device. It is
+        rounded down to Ray's unit of 1/10000, because otherwise one asset less would fit.
         """
         return (
             10_000 // self.assets_per_gpu / 10_000
@@ -137,6 +183,7 @@ class BuildConfig:
 
     @cached_property
     def topology(self) -> TopologyConfig:
+        """The topology options of this pass. Screening uses the coarser of two resolutions."""
         coarse = min(self.topology_resolution, self.screen.resolution)
         return TopologyConfig(
             resolution=coarse if self.run == "screen" else self.topology_resolution
@@ -144,6 +191,7 @@ class BuildConfig:
 
     @cached_property
     def render(self) -> RenderConfig:
+        """The rendering options of this pass."""
         return RenderConfig(
             cameras=self.cameras,
             views=self.views,
@@ -153,7 +201,7 @@ class BuildConfig:
 
     @cached_property
     def products(self) -> tuple[Product, ...]:
-        """What the build makes of every shard, in the order in which an asset goes through it."""
+        """The products that this pass makes, in the order in which an asset goes through them."""
         if self.run == "screen":
             return (Product.screen(self.screen.resolution),)
         best = self.run == "best"
@@ -162,7 +210,10 @@ class BuildConfig:
         return tuple(bricks) if best else (*bricks, Product.renders(self.cameras))
 
     def shared(self) -> dict[str, Any]:
-        """The part that every product of one output directory has in common."""
+        """Return the options that all products of an output directory share, as JSON values.
+
+        A build can resume or extend an output directory only if they are equal.
+        """
         stages = ["load", "normalize", "filter", "topology"]
         if self.run != "screen" and self.rank.target_count is not None:
             stages += ["screen", "rank"]
@@ -171,7 +222,7 @@ class BuildConfig:
         return to_json({**{name: getattr(self, name) for name in names}, **of_stages})
 
     def of_product(self, product: Product) -> dict[str, Any]:
-        """The part that this product alone depends on."""
+        """Return the options that only this product depends on, as JSON values."""
         if product.kind == "sdf":
             return {"resolution": product.resolution}
         if product.kind == "screen":
@@ -179,7 +230,10 @@ class BuildConfig:
         return to_json(asdict(self.render))
 
     def product_hash(self, product: Product) -> str:
-        """Changes with whatever decides the product's bytes, other than input, code, device and renderer."""
+        """Return the hash of all options that decide the bytes of a product.
+
+        Input files, code, device and renderer also decide them, but are recorded elsewhere.
+        """
         return hash_of(
             {"format": FORMAT_VERSION, "shared": self.shared(), "product": self.of_product(product)}
         )
@@ -192,7 +246,7 @@ PRESETS: dict[str, BuildConfig] = {
         out=Path("data/full"),
         resolutions=(256, 384, 512, 1024),
         topology_resolution=512,
-        views=45,  # paper, sec. 2 (data)
+        views=45,  # Direct3D-S2 paper (arXiv 2505.17412), section 2
         image_size=1024,
     ),
     "paper": BuildConfig(
@@ -203,8 +257,7 @@ PRESETS: dict[str, BuildConfig] = {
         views=45,
         image_size=1024,
         filter=FilterConfig(min_faces=100),
-        rank=RankConfig(
-            target_count=452_000, best_count=68_000, best_resolutions=(1024,)
-        ),  # paper, sec. 2 (data)
+        # Direct3D-S2 paper (arXiv 2505.17412), section 2
+        rank=RankConfig(target_count=452_000, best_count=68_000, best_resolutions=(1024,)),
     ),
 }

@@ -19,11 +19,11 @@ from pipeline.core.hashing import make_uid
 from pipeline.core.product import Product
 from pipeline.core.schema import Record
 from pipeline.curation.config import RankConfig
+from pipeline.inspection.verification import verify
 from pipeline.orchestration.manifest import read_manifest
 from pipeline.orchestration.plan import make_plan, read_plan
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard
-from pipeline.verify import verify
 from tests.pipeline.builds import (
     ROOT,
     TINY,

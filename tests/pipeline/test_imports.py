@@ -1,4 +1,4 @@
-"""The package exports its readers lazily."""
+"""What imports and the parsing of options load: the readers are lazy, and --help is light."""
 
 import subprocess
 import sys
@@ -13,11 +13,24 @@ from tests.pipeline.builds import ROOT
 
 def modules_after(code):
     """Return the names of the modules that a fresh interpreter has loaded after `code`."""
-    program = f"{code}\nimport sys\nprint(*sys.modules)"
+    program = f"{code}\nimport sys\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return set(done.stdout.split())
+    return set(done.stderr.split())
+
+
+HEAVY = {
+    "torch",
+    "numba",
+    "ray",
+    "transformers",
+    "pyrender",
+    "trimesh",
+    "zarr",
+    "pyarrow",
+    "OpenGL",
+}
 
 
 def test_importing_the_package_loads_neither_numpy_nor_zarr():
@@ -37,3 +50,26 @@ def test_the_package_exports_its_readers():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'pipeline' has no attribute 'Sdf'"):
         pipeline.Sdf  # noqa: B018
+
+
+@pytest.mark.parametrize("command", ["build", "verify", "report", "estimate"])
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_parsing_the_options_of_a_command_loads_nothing_heavy(command, option):
+    modules = modules_after(
+        f"""
+import runpy, sys
+sys.argv = ["command", "{option}"]
+try:
+    runpy.run_module("pipeline.{command}", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert not end.code
+"""
+    )
+    assert "pipeline.core.cli" in modules
+    assert not HEAVY & modules
+
+
+def test_parsing_a_whole_configuration_loads_nothing_heavy():
+    args = ["--preset", "paper", "--source", "objaverse", "--out", "s3://bucket/x"]
+    modules = modules_after(f"from pipeline.build import configure\nconfigure({args})")
+    assert not HEAVY & modules

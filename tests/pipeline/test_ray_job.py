@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.inspection.verification import verify
 from pipeline.orchestration.manifest import read_manifest
-from pipeline.verify import verify
 from tests.pipeline.builds import ROOT, TINY, environment, survivors
 
 RAY = Path(sys.executable).with_name("ray")

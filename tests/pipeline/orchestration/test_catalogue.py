@@ -8,18 +8,18 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.build import make
 from pipeline.core.errors import UserError
 from pipeline.core.product import Product
 from pipeline.curation.config import RankConfig, ScreenConfig
 from pipeline.curation.dedup import DUPLICATE_BYTES, DUPLICATE_GEOMETRY
+from pipeline.inspection.verification import verify
 from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
+from pipeline.orchestration.passes import run_passes
 from pipeline.orchestration.plan import read_plan
 from pipeline.sources import open_source
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import FAMILIES, to_glb
 from pipeline.storage.sdf_shard import SdfShard
-from pipeline.verify import verify
 from tests.pipeline.builds import assert_same, config, contents, rows_of
 from tests.pipeline.crashing_source import box
 
@@ -64,7 +64,7 @@ def ranked_build(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranked")
     (folder / "meshes").mkdir()
     cfg = ranked(folder / "out", fill(folder / "meshes"))
-    return cfg, make(cfg, [open_source(cfg.source[0])])
+    return cfg, run_passes(cfg, [open_source(cfg.source[0])])
 
 
 def catalogue(cfg):
@@ -109,14 +109,14 @@ def test_only_the_best_have_the_resolution_of_the_second_pass(ranked_build):
 def test_the_same_input_gives_the_same_catalogue_and_the_same_bytes(ranked_build, tmp_path):
     cfg, total = ranked_build
     again = replace(cfg, out=tmp_path / "out")
-    assert make(again, [open_source(cfg.source[0])]) == total
+    assert run_passes(again, [open_source(cfg.source[0])]) == total
     assert_same(contents(again.out), contents(cfg.out))
 
 
 def test_a_finished_build_is_not_touched_again(ranked_build):
     cfg, total = ranked_build
     before = {path: path.stat().st_mtime_ns for path in cfg.out.rglob("*") if path.is_file()}
-    assert make(cfg, []) == total
+    assert run_passes(cfg, []) == total
     assert {
         path: path.stat().st_mtime_ns for path in cfg.out.rglob("*") if path.is_file()
     } == before
@@ -132,13 +132,13 @@ def test_other_thresholds_need_no_second_look(ranked_build, tmp_path):
     strict = ranked(
         out, cfg.source[0].removeprefix("folder:"), max_solid_fraction=1.0, target_count=9
     )
-    make(strict, [open_source(cfg.source[0])])
+    run_passes(strict, [open_source(cfg.source[0])])
     assert {path: path.stat().st_mtime_ns for path in (out / "screen").rglob("*")} == before
     assert {row["url"] for row in catalogue(strict) if row["keep"]} > {
         row["url"] for row in catalogue(cfg) if row["keep"]
     }
     with pytest.raises(UserError, match=r"rank.target_count=4, now 9"):
-        make(replace(cfg, rank=strict.rank), [open_source(cfg.source[0])])
+        run_passes(replace(cfg, rank=strict.rank), [open_source(cfg.source[0])])
 
 
 def test_a_disk_that_fills_under_the_catalogue_does_not_end_the_build_for_good(
@@ -155,7 +155,7 @@ def test_a_disk_that_fills_under_the_catalogue_does_not_end_the_build_for_good(
     monkeypatch.setattr("pipeline.orchestration.catalogue.pq.write_table", full)
     for _ in range(2):  # the second one gets as far
         with pytest.raises(OSError, match="No space left"):
-            make(replace(cfg, out=out), [open_source(cfg.source[0])])
+            run_passes(replace(cfg, out=out), [open_source(cfg.source[0])])
 
 
 def test_the_funnel_is_part_of_the_catalogue(ranked_build):
@@ -187,13 +187,15 @@ def test_nothing_kept_is_an_error_that_says_why(tmp_path):
     cfg = ranked(tmp_path / "out", tmp_path / "meshes")
     advice = "change --rank options, or --filter options, which need another --out"
     with pytest.raises(UserError, match=rf"no asset of .* is kept \(1 plain_box\); {advice}$"):
-        make(cfg, [open_source(cfg.source[0])])
+        run_passes(cfg, [open_source(cfg.source[0])])
     with pytest.raises(UserError, match=r"filter\.min_faces=.*; choose another --out"):
-        make(replace(cfg, filter=replace(cfg.filter, min_faces=5)), [open_source(cfg.source[0])])
+        run_passes(
+            replace(cfg, filter=replace(cfg.filter, min_faces=5)), [open_source(cfg.source[0])]
+        )
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").touch()
     with pytest.raises(UserError, match="is not a build"):
-        make(ranked(tmp_path / "other", tmp_path / "meshes"), [open_source(cfg.source[0])])
+        run_passes(ranked(tmp_path / "other", tmp_path / "meshes"), [open_source(cfg.source[0])])
 
 
 def test_the_screenings_options_are_its_own(tmp_path):

@@ -13,12 +13,12 @@ import trimesh
 
 from pipeline.core.hashing import make_uid
 from pipeline.download.config import FetchConfig
+from pipeline.inspection.verification import verify
 from pipeline.orchestration.plan import make_plan
 from pipeline.sources import open_source
 from pipeline.sources.annotations import Annotations
 from pipeline.sources.objaverse import ObjaverseSource
 from pipeline.sources.objaverse_xl import ObjaverseXLSource
-from pipeline.verify import verify
 from tests.pipeline.archive_files import make_tar, make_zip
 from tests.pipeline.builds import assert_same, build, config, contents, rows_of
 from tests.pipeline.catalogues import (

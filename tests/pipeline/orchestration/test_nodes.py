@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.verify import verify
+from pipeline.inspection.verification import verify
 from tests.pipeline.builds import (
     ROOT,
     TINY,

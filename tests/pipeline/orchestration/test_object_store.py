@@ -16,20 +16,20 @@ import pytest
 from pipeline import build as build_module
 from pipeline import estimate as estimate_module
 from pipeline import verify as verify_module
-from pipeline.build import make
 from pipeline.core.cli import command
 from pipeline.core.errors import RunError
 from pipeline.curation.config import RankConfig
-from pipeline.estimate import measure_passes
+from pipeline.inspection.build_report import write_report
+from pipeline.inspection.cost_estimate import measure_passes
+from pipeline.inspection.verification import verify
 from pipeline.orchestration.commit import PackJob
+from pipeline.orchestration.passes import run_passes
 from pipeline.orchestration.plan import read_plan
 from pipeline.orchestration.transfer import commit
-from pipeline.report import write_report
 from pipeline.storage.locks import scratch_root, workspace
 from pipeline.storage.remote import RemotePath, store_path
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard
-from pipeline.verify import verify
 from tests.pipeline import s3_server as object_store
 from tests.pipeline.builds import (
     TINY,
@@ -154,10 +154,10 @@ def test_a_ranked_build(store, remote, tmp_path):
     )
     cfg = replace(cfg, rank=rank, screen=replace(cfg.screen, resolution=64, image_size=64))
     local = replace(cfg, out=tmp_path / "local")
-    assert make(cfg, [SOURCE]) == make(local, [SOURCE])
+    assert run_passes(cfg, [SOURCE]) == run_passes(local, [SOURCE])
     assert_like_local(store, prefix, local.out, tmp_path)
     assert verify(cfg.out) == []
-    assert make(cfg, []) == make(local, [])
+    assert run_passes(cfg, []) == run_passes(local, [])
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_verify_names_what_was_changed_in_the_store(
         (
             "shards/000001/sdf-64.json",
             lambda data: data[:40],
-            "shard 000001: sdf-64: commit marker does not parse",
+            "shard 000001: sdf-64: the commit marker does not parse",
         ),
         (".scratch/000000/left.tar", lambda data: b"", r"build: \.scratch: does not belong here"),
         (

@@ -9,6 +9,7 @@ import ray
 
 from pipeline import build as build_command
 from pipeline.core.errors import RunError, UserError
+from pipeline.inspection.verification import verify
 from pipeline.orchestration.asset_stages import AssetJob
 from pipeline.orchestration.commit import (
     MANIFEST,
@@ -25,7 +26,6 @@ from pipeline.orchestration.plan import make_plan
 from pipeline.orchestration.runner import missing_products
 from pipeline.sources.folder import FolderSource
 from pipeline.storage.sdf_shard import SdfShard
-from pipeline.verify import verify
 from tests.pipeline.builds import assert_same, build, config, contents, rows_of
 from tests.pipeline.crashing_source import HostileSource, box
 

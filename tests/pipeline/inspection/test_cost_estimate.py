@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.estimate import Cost, EstimateConfig, main, measure_passes, predict
+from pipeline.estimate import main
+from pipeline.inspection.config import EstimateConfig
+from pipeline.inspection.cost_estimate import Cost, estimate_cost, measure_passes
 from pipeline.orchestration.manifest import PACK_SECONDS, Result, append_stats
 
 COST = Cost(
@@ -31,7 +33,7 @@ def config(tmp_path, **options):
 
 
 def test_one_pass_is_visits_times_mean(tmp_path):
-    found = predict(
+    found = estimate_cost(
         {"build": COST}, config(tmp_path, assets=6400, busy=1.0, start_s=0.0, deadline_h=1.0)
     )
     assert found.core_hours == pytest.approx(64.0)
@@ -50,7 +52,7 @@ def test_a_ranked_build_looks_at_all_and_builds_those_it_keeps(tmp_path):
         "build": replace(COST, seconds=360.0),
         "best": replace(COST, seconds=3600.0),
     }
-    found = predict(passes, config(tmp_path, assets=1000, keep=100, best=10))
+    found = estimate_cost(passes, config(tmp_path, assets=1000, keep=100, best=10))
     assert found.core_hours == pytest.approx(10 + 10 + 10)
     assert found.core_hours_error == pytest.approx((1000**2 + 100**2 + 10**2) ** 0.5 * 3.6 / 3600)
     assert found.stored_tb == pytest.approx(1110 * 1e6 / 1e12)
@@ -59,7 +61,7 @@ def test_a_ranked_build_looks_at_all_and_builds_those_it_keeps(tmp_path):
 @pytest.mark.parametrize("deadline_h", [1.0, 24.0, 168.0])
 def test_the_cluster_meets_the_deadline_and_a_node_less_does_not(tmp_path, deadline_h):
     cfg = config(tmp_path, assets=1_000_000, deadline_h=deadline_h)
-    found = predict({"build": COST}, cfg)
+    found = estimate_cost({"build": COST}, cfg)
     assert found.wall_hours <= deadline_h
     fewer = found.cores - cfg.cores_per_node
     assert fewer == 0 or found.core_hours / cfg.busy / fewer + cfg.start_s / 3600 > deadline_h
@@ -67,7 +69,7 @@ def test_the_cluster_meets_the_deadline_and_a_node_less_does_not(tmp_path, deadl
 
 def test_a_deadline_that_nothing_meets(tmp_path):
     with pytest.raises(UserError, match="shorter than the workers' start"):
-        predict({"build": COST}, config(tmp_path, deadline_h=0.01))
+        estimate_cost({"build": COST}, config(tmp_path, deadline_h=0.01))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,8 @@ def test_the_table_and_the_numbers(tiny_build, tmp_path, caplog):
 def test_a_copy_without_what_it_needs(part, tiny_build, tmp_path):
     out = shutil.copytree(tiny_build, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
     with pytest.raises(
-        UserError, match=f"is not a whole build, copy its stats and manifest, too: .*{part}/000000"
+        UserError,
+        match=f"is not a complete build; copy its stats and manifest, too: .*{part}/000000",
     ):
         measure_passes(out)
 

@@ -11,8 +11,7 @@ from PIL import Image
 from pipeline.core.errors import UserError
 from pipeline.core.product import Product
 from pipeline.core.schema import Bricks
-from pipeline.orchestration.manifest import read_manifest, write_manifest
-from pipeline.report import (
+from pipeline.inspection.build_report import (
     cost_rows,
     funnel_steps,
     human_bytes,
@@ -21,7 +20,8 @@ from pipeline.report import (
     summary,
     write_report,
 )
-from pipeline.report_pictures import slice_picture
+from pipeline.inspection.report_pictures import slice_picture
+from pipeline.orchestration.manifest import read_manifest, write_manifest
 
 KINDS = ("render", "bricks", "slice")
 
@@ -198,6 +198,7 @@ def test_units():
 def test_a_copy_without_what_it_needs(part, tiny_build, tmp_path):
     out = shutil.copytree(tiny_build, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
     with pytest.raises(
-        UserError, match=f"is not a whole build, copy its stats and manifest, too: .*{part}/000000"
+        UserError,
+        match=f"is not a complete build; copy its stats and manifest, too: .*{part}/000000",
     ):
         write_report(out)

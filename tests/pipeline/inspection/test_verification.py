@@ -14,11 +14,12 @@ import zarr
 
 from pipeline.core.cli import command
 from pipeline.core.errors import UserError
+from pipeline.inspection.verification import verify
 from pipeline.orchestration.commit import tree_sha256
 from pipeline.orchestration.manifest import read_manifest, write_manifest
 from pipeline.storage.render_shard import RenderShard, write_render_shard
 from pipeline.storage.sdf_shard import SdfShard, write_sdf_shard
-from pipeline.verify import main, verify
+from pipeline.verify import main
 
 SHARD = "000001"
 
@@ -211,15 +212,15 @@ BREACHES = [  # damage, asset named, rule
     (drop_a_view_of_each, A, "renders-paper: missing view"),
     (drop_one_view, A, "renders-paper: missing view"),
     (swap_assets_in_the_tar, "", "renders-paper: .*order"),
-    (drop_a_manifest_row, A, "manifest row missing"),
-    (reorder_manifest_rows, "", "manifest rows not in the plan's order"),
+    (drop_a_manifest_row, A, "has no row in the manifest"),
+    (reorder_manifest_rows, "", "rows of the manifest are not in the order of the plan"),
     (edit_row(split="test"), A, "split must be"),
-    (edit_row(status="maybe"), A, "status maybe"),
-    (edit_row(reason="odd"), A, "status done with reason 'odd'"),
+    (edit_row(status="maybe"), A, "has status maybe"),
+    (edit_row(reason="odd"), A, "has status done with reason 'odd'"),
     (edit_row(scale=float("nan")), A, "finite center and scale"),
     (edit_row(tokens_64=1), A, "tokens, the manifest says 1"),
-    (edit_row(tokens_64=None), A, "done without sdf-64"),
-    (edit_row(url="elsewhere"), A, "otherwise than the plan"),
+    (edit_row(tokens_64=None), A, "is done without sdf-64"),
+    (edit_row(url="elsewhere"), A, "differs from the plan"),
     (edit_row(row=0), A, "row 0"),
     (lambda build: manifest(build).unlink(), "", "manifest: .* is missing"),
     (lambda build: marker(build, "sdf-64").unlink(), "", "sdf-64: has no commit marker"),
@@ -231,12 +232,12 @@ BREACHES = [  # damage, asset named, rule
         "",
         "index.parquet is missing",
     ),
-    (edit_marker("sdf-64", config_hash="0"), "", "config_hash does not belong to the config"),
+    (edit_marker("sdf-64", config_hash="0"), "", "config_hash is not the hash of the config"),
     (edit_marker("sdf-64", format_version=0), "", "format_version is 0, must be 1"),
-    (edit_marker("sdf-64", counts={}), "", "sdf-64: marker counts {}"),
+    (edit_marker("sdf-64", counts={}), "", "sdf-64: the marker counts {}"),
     (edit_marker("sdf-64", bytes=1), "", "marker's bytes are not the sum"),
     (edit_marker("sdf-64", shard="000000"), "", "marker is of sdf-64 of shard 000000"),
-    (edit_marker("renders-paper", files=[]), "", "renders-paper: marker lists"),
+    (edit_marker("renders-paper", files=[]), "", "renders-paper: the marker lists"),
     (edit_marker("manifest", counts={"assets": 0}), "", "marker counts other assets"),
 ]
 
@@ -256,7 +257,7 @@ def test_a_breach_is_found_and_named(build, damage, asset, rule):
 @pytest.mark.parametrize(
     ("damage", "rule"),
     [
-        (edit_plan, "config_hash does not belong"),
+        (edit_plan, "config_hash is not the hash of the config"),
         (lambda build: (build / "notes.txt").touch(), "notes.txt: does not belong here"),
         (lambda build: (build / ".scratch").mkdir(), "build is not finished"),
         (lambda build: (build / "sdf" / "64" / "000009.zarr").mkdir(), "belongs to no shard"),

@@ -1,0 +1,56 @@
+"""The passes of a build: screening, the products of the kept assets, and more for the best."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline.config import BuildConfig
+from pipeline.orchestration.catalogue import CATALOGUE, Catalogue, write_catalogue
+from pipeline.orchestration.plan import make_plan, refuse_foreign
+from pipeline.orchestration.runner import run
+from pipeline.sources import Source
+
+log = logging.getLogger(__name__)
+
+
+def run_passes(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
+    """Run all passes of a build. What is already committed is not made again.
+
+    A build without a target count has one pass. A ranked build first screens every asset, then
+    makes the products of those it keeps, and then more resolutions for the best of them.
+
+    Returns:
+        The number of assets for each status: "done", "rejected" and "failed".
+
+    Raises:
+        UserError: If the output directory holds something else, or the sources list no asset.
+        RunError: If the run cannot continue.
+    """
+    listings = sources if cfg.rank.target_count is None else [_screen(cfg, sources)]
+    plan = make_plan(cfg, listings)
+    total: dict[str, int] = {}
+    passes = [cfg, *([replace(cfg, run="best")] if cfg.rank.best_count else [])]
+    for pass_cfg in passes:
+        log.info(
+            "%s: making %s for %d assets in %d shards.",
+            cfg.out,
+            " ".join(map(str, pass_cfg.products)),
+            plan.assets,
+            len(plan.shards),
+        )
+        total = run(plan, pass_cfg, sources)
+    return total
+
+
+def _screen(cfg: BuildConfig, sources: Sequence[Source]) -> Catalogue:
+    """Screen every asset in OUT/screen and return the catalogue of those that are kept."""
+    if (cfg.out / CATALOGUE).exists() and (cfg.out / "plan.json").exists():
+        return Catalogue(path=cfg.out / CATALOGUE)
+    refuse_foreign(cfg.out)
+    screening = replace(cfg, out=cfg.out / "screen", run="screen")
+    plan = make_plan(screening, sources)
+    log.info("%s: screening %d assets.", cfg.out, plan.assets)
+    run(plan, screening, sources)
+    return write_catalogue(cfg, plan)
