@@ -1,4 +1,4 @@
-"""Symmetries against the bricks of the shape itself, moved."""
+"""Transformed bricks equal the bricks of the transformed shape."""
 
 import numpy as np
 import pytest
@@ -11,20 +11,19 @@ FIELD = ellipsoid((0.09, -0.05, 0.02), (0.31, 0.2, 0.12))  # no symmetry of its 
 
 
 def moved_back(symmetry):
-    """[R, R, R, 3]: where each grid point of the moved shape was, the exact coordinates of that grid point."""
+    """Return where each grid point of the moved shape was, as exact coordinates [R, R, R, 3]."""
     axes, mirrored = SYMMETRIES[symmetry]
     matrix = np.zeros((3, 3), int)
     for axis in range(3):
         matrix[axis, axes[axis]] = -1 if mirrored[axis] else 1
-    doubled = 2 * np.stack(np.meshgrid(*[np.arange(R)] * 3, indexing="ij"), -1) - (
-        R - 1
-    )  # about the centre
+    points = np.stack(np.meshgrid(*[np.arange(R)] * 3, indexing="ij"), -1)
+    doubled = 2 * points - (R - 1)  # about the centre
     source = (doubled @ matrix + R - 1) // 2  # the inverse of an orthogonal matrix is its transpose
     return grid(R)[tuple(np.moveaxis(source, -1, 0))]
 
 
 @pytest.mark.parametrize("symmetry", range(48))
-def test_equals_the_bricks_of_the_moved_shape(symmetry):
+def test_transformed_bricks_equal_those_of_the_moved_shape(symmetry):
     moved, expected = (
         transform_bricks(bricks_of(FIELD, R), symmetry),
         bricks_of(FIELD, R, moved_back(symmetry)),
@@ -44,7 +43,7 @@ def test_there_are_48_and_the_first_changes_nothing():
     assert len({transform_bricks(bricks, n).values.tobytes() for n in range(48)}) == 48
 
 
-def test_points_move_like_bricks():
+def test_points_move_like_cells():
     bricks = bricks_of(FIELD, R)
     for symmetry in (5, 23, 47):
         moved = transform_points(bricks.cells, R // 8, symmetry)
@@ -54,6 +53,6 @@ def test_points_move_like_bricks():
 
 
 @pytest.mark.parametrize("symmetry", [-1, 48])
-def test_refuses_others(symmetry):
+def test_other_symmetries_are_refused(symmetry):
     with pytest.raises(ValueError, match=r"symmetry must be in 0\.\.47"):
         transform_bricks(bricks_of(FIELD, R), symmetry)

@@ -1,4 +1,4 @@
-"""Two ranks against one: gloo here, NCCL where there are two GPUs."""
+"""Training on two ranks equals training on one: with gloo on CPUs and NCCL on GPUs."""
 
 import os
 import signal
@@ -29,7 +29,8 @@ ENVIRONMENT = {
 }
 
 
-def torchrun(*arguments, **options):
+def torchrun(*arguments):
+    """Start two ranks."""
     command = [
         sys.executable,
         "-m",
@@ -49,7 +50,7 @@ def torchrun(*arguments, **options):
     )
 
 
-def compare(build, path, device, tolerance):
+def compare_gradients(build, path, device, tolerance):
     process = torchrun("-m", "tests.train.two_rank_gradients", build, path, device.type)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
@@ -61,24 +62,24 @@ def compare(build, path, device, tolerance):
         assert expected.isfinite().all()
         assert (two[name] - expected).abs().max() <= tolerance * size, name
     assert sum(bool(x.abs().max() > 1e-6) for x in one.values()) > 0.9 * len(one), (
-        "gradients that could be wrong"
+        "most gradients must differ from zero to be compared"
     )
 
 
 def test_two_ranks_have_the_gradients_of_one(build, tmp_path):
-    compare(build, tmp_path / "two.safetensors", torch.device("cpu"), 1e-10)
+    compare_gradients(build, tmp_path / "two.safetensors", torch.device("cpu"), 1e-10)
 
 
 @pytest.mark.gpu
 def test_two_gpus_have_the_gradients_of_one(build, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    compare(build, tmp_path / "two.safetensors", torch.device("cuda", 0), 2e-3)
+    compare_gradients(build, tmp_path / "two.safetensors", torch.device("cuda", 0), 2e-3)
 
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(build, tmp_path):
-    """And the run goes on from there with one rank, which warns that its batches differ."""
+    """The checkpoint has the random state of both ranks."""
     out = tmp_path / "run"
     options = [
         "--data",
@@ -104,24 +105,24 @@ def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(build, tmp_path)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    assert "stopped by SIGTERM; the same command goes on" in output
+    assert "stopped by SIGTERM; run the same command to resume" in output
     latest = (out / "latest").resolve()
     assert {"rank-0.pt", "rank-1.pt"} <= {path.name for path in latest.iterdir()}
     assert not list(out.glob(".step*"))
 
 
-def test_what_killed_ranks_left_in_the_store_is_not_found():
+def test_a_fresh_store_does_not_show_the_keys_of_killed_ranks():
     shared, together = HashStore(), threading.Barrier(3)
     keys = [f"address-{rank}" for rank in range(3)]
 
     def start(attempt):
         def one(rank):
-            mine = fresh_store(shared, rank, 3)
+            store = fresh_store(shared, rank, 3)
             together.wait(10)
-            found = [key for key in keys if mine.check([key])]
+            old_keys = [key for key in keys if store.check([key])]
             together.wait(10)
-            mine.set(keys[rank], str(attempt))
-            return found, [mine.get(key).decode() for key in keys]
+            store.set(keys[rank], str(attempt))
+            return old_keys, [store.get(key).decode() for key in keys]
 
         with ThreadPoolExecutor(3) as pool:
             return list(pool.map(one, (2, 1, 0)))
@@ -145,7 +146,7 @@ def test_more_ranks_than_gpus_is_one_clear_error(monkeypatch):
         choose_device("cuda")
 
 
-def test_a_checkpoint_of_two_ranks_can_be_gone_on_from_with_one(build, tmp_path, caplog):
+def test_a_checkpoint_of_two_ranks_can_be_resumed_with_one(build, tmp_path, caplog):
     cfg = tiny_training(build, tmp_path, steps=2)
     assert train_vae(cfg, World()) == 2
     state = (tmp_path / "latest").resolve() / "state.json"

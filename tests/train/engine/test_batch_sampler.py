@@ -1,0 +1,87 @@
+"""The batch sampler: every asset once an epoch, balanced ranks, token limits, and resuming."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pipeline.core.errors import UserError
+from train.engine.batch_sampler import BatchSampler
+
+
+def make_sampler(tokens=None, **options):
+    tokens = tokens or {256: np.arange(1, 12) * 10, 384: np.arange(1, 12) * 25}
+    return BatchSampler(tokens, **{"batch_size": 2, "world_size": 2, "seed": 0, **options})
+
+
+def test_every_asset_comes_once_an_epoch_and_a_step_has_one_resolution():
+    sampler = make_sampler()
+    seen = {256: Counter(), 384: Counter()}
+    for step in range(60):
+        one = sampler.next()
+        assert one.step == step
+        assert [len(rank) > 0 for rank in one.ranks] == [True, True]
+        for draw in (draw for rank in one.ranks for draw in rank):
+            seen[one.resolution][draw] += 1
+    for resolution, draws in seen.items():
+        assert set(draws.values()) == {1}, resolution
+        epochs = Counter(draw.epoch for draw in draws)
+        assert sum(draws.values()) > 44, "several epochs"
+        assert all(count == 11 for epoch, count in epochs.items() if epoch < max(epochs))
+        orders = [[draw.asset for draw in draws if draw.epoch == epoch] for epoch in (0, 1)]
+        assert orders[0] != orders[1]
+
+
+def test_a_sampler_resumes_from_its_state():
+    sampler = make_sampler()
+    for _ in range(7):
+        sampler.next()
+    state = json.loads(json.dumps(sampler.state))
+    expected = [sampler.next() for _ in range(20)]
+    again = make_sampler()
+    again.restore(state)
+    assert [again.next() for _ in range(20)] == expected
+    assert [make_sampler(seed=1).next() for _ in range(20)] != [
+        make_sampler().next() for _ in range(20)
+    ]
+    with pytest.raises(UserError, match="trained at R"):
+        make_sampler({512: np.ones(3, int)}).restore(state)
+
+
+def test_ranks_are_balanced():
+    rng = np.random.default_rng(0)
+    tokens = {512: (2000 * rng.lognormal(1.5, 0.6, 200)).astype(int)}
+    sampler = make_sampler(tokens, batch_size=4, world_size=8)
+    loads = np.array(
+        [
+            [sum(tokens[512][d.asset] for d in rank) for rank in sampler.next().ranks]
+            for _ in range(50)
+        ]
+    )
+    unequal = (loads.max(1) / loads.mean(1)).mean()
+    in_order = [tokens[512][rng.permutation(200)[:32]].reshape(8, 4).sum(1) for _ in range(50)]
+    assert unequal < 1.1 < 1.3 < np.mean([load.max() / load.mean() for load in in_order])
+
+
+def test_no_rank_exceeds_max_tokens_and_no_asset_is_lost():
+    tokens = {256: np.array([100, 90, 80, 10, 10, 10, 500])}
+    sampler = make_sampler(tokens, batch_size=4, world_size=2, max_tokens=150)
+    assert sampler.left_out == {256: 1}
+    seen = Counter()
+    for _ in range(40):
+        one = sampler.next()
+        assert all(0 < sum(tokens[256][d.asset] for d in rank) <= 150 for rank in one.ranks)
+        seen.update(draw for rank in one.ranks for draw in rank)
+    assert set(seen.values()) == {1}
+    per_epoch = Counter(draw.epoch for draw in seen)
+    assert all(per_epoch[epoch] == 6 for epoch in range(max(per_epoch)))
+    with pytest.raises(
+        UserError, match="no training asset at R = 256 with at most max_tokens = 5 cells"
+    ):
+        make_sampler(tokens, max_tokens=5)
+
+
+def test_assets_repeat_when_there_are_fewer_than_a_batch():
+    one = make_sampler({256: np.array([5, 6])}, batch_size=4, world_size=2).next()
+    assert sum(map(len, one.ranks)) == 8
