@@ -89,8 +89,10 @@ def top_blocks(scores_GNM: Tensor, index: BlockIndex, top_k: int) -> Tensor:
     first_N, last_N = index.asset_blocks[index.asset_of], index.asset_blocks[index.asset_of + 1]
     columns = torch.arange(scores_GNM.shape[2], device=scores_GNM.device)
     exists_NM = columns < (last_N - first_N)[:, None]
+    # A GPU sorts a NaN whose sign bit is set below all numbers, so every NaN becomes the positive one.
     ranked = (
-        scores_GNM.masked_fill(~exists_NM, -math.inf)
+        scores_GNM.masked_fill(scores_GNM.isnan(), math.nan)
+        .masked_fill(~exists_NM, -math.inf)
         .sort(dim=2, descending=True, stable=True)
         .indices[..., :k]
     )
