@@ -1,4 +1,4 @@
-"""Attention of the generator: spatial sparse and full self-attention, and cross-attention to image tokens."""
+"""Attention of the SS-DiT: sparse and full self-attention, and cross-attention to image tokens."""
 
 from __future__ import annotations
 
@@ -23,11 +23,22 @@ def ragged_attention(
     max_q: int,
     max_k: int,
 ) -> Tensor:
-    """Softmax attention of each asset's queries to the same asset's keys: [N, H, D] in q's dtype.
+    """Softmax attention of each asset's queries to the keys of the same asset.
 
-    Asset a has rows q_starts[a]:q_starts[a + 1] of q and k_starts[a]:k_starts[a + 1] of k and v; starts int32 [A + 1],
-    max_q and max_k the largest asset's rows. An asset with queries must have keys. fp16 and bf16 on CUDA take torch's
-    FlashAttention for ragged batches, without a copy to the host; everything else goes asset by asset.
+    On CUDA fp16 and bf16 use torch's FlashAttention for ragged batches, without a copy to the host.
+    Everything else is computed asset by asset.
+
+    Args:
+        q_NHD: [N, H, D] queries of all assets.
+        k_SHD: [S, H, D] keys. An asset with queries must have keys.
+        v_SHD: [S, H, D] values.
+        q_starts: int32 [A + 1]. Asset a has the queries q_starts[a]:q_starts[a + 1].
+        k_starts: int32 [A + 1]. Asset a has the keys k_starts[a]:k_starts[a + 1].
+        max_q: Largest number of queries of an asset.
+        max_k: Largest number of keys of an asset.
+
+    Returns:
+        [N, H, D] in q's dtype.
     """
     if q_NHD.is_cuda and q_NHD.dtype in (torch.float16, torch.bfloat16) and max_q > 0:
         from torch.nn.attention.varlen import varlen_attn
@@ -35,53 +46,85 @@ def ragged_attention(
         out = varlen_attn(q_NHD, k_SHD, v_SHD, q_starts, k_starts, max_q, max_k)
         assert isinstance(out, Tensor)
         return out
-    parts = []
+    outputs = []
     spans = zip(
         itertools.pairwise(q_starts.tolist()), itertools.pairwise(k_starts.tolist()), strict=True
     )
     for (q_first, q_last), (k_first, k_last) in spans:
         q = q_NHD[q_first:q_last].transpose(0, 1)[None]
         k, v = (x[k_first:k_last].transpose(0, 1)[None] for x in (k_SHD, v_SHD))
-        parts.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
-    return torch.cat(parts)
+        outputs.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 class SpatialSparseAttention(nn.Module):
-    """SSA with its projections: [N, C] in the layout's order -> [N, C]. paper, sec. 5"""
+    """Spatial sparse attention (SSA) with its projections and gates.
+
+    Direct3D-S2 paper (arXiv 2505.17412), section 5.
+
+    Args:
+        channels: Channels C of the tokens.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        compress_block: Tokens along one side of a compressed block.
+        compression: How a block is compressed, "v1" or "v2".
+        top_k: Blocks that each token selects.
+        shifted: Whether windows are shifted by half their side.
+        plus_one: Whether means of the compression divide by n + 1.
+    """
 
     def __init__(
-        self, channels: int, heads: int, kv_heads: int, *, compress_block: int, compression: Compression, top_k: int,
-        shifted: bool, plus_one: bool,
-    ):  # fmt: skip
+        self,
+        channels: int,
+        heads: int,
+        kv_heads: int,
+        *,
+        compress_block: int,
+        compression: Compression,
+        top_k: int,
+        shifted: bool,
+        plus_one: bool,
+    ):
         super().__init__()
-        self.heads, self.kv_heads, self.top_k, self.shifted = heads, kv_heads, top_k, shifted
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.top_k = top_k
+        self.shifted = shifted
         kv_channels = channels // heads * kv_heads
         self.query = nn.Linear(channels, channels, bias=False)
         self.key = nn.Linear(channels, kv_channels, bias=False)
         self.value = nn.Linear(channels, kv_channels, bias=False)
-        self.gate = nn.Linear(
-            channels, 3, bias=False
-        )  # of compression, selection, window; before the sigmoid
+        # Logits of the gates of the branches compression, selection and window.
+        self.gate = nn.Linear(channels, 3, bias=False)
         self.key_position = nn.Parameter(torch.zeros(compress_block**3, kv_channels))
         self.compress_key = make_compression(compression, kv_channels, plus_one=plus_one)
         self.compress_value = make_compression(compression, kv_channels, plus_one=plus_one)
         self.out = nn.Linear(channels, channels, bias=False)
 
     def forward(self, x_NC: Tensor, layout: TokenLayout) -> Tensor:
+        """Attend: [N, C] -> [N, C], rows in the layout's order."""
         q_NC, k_NE, v_NE = self.query(x_NC), self.key(x_NC), self.value(x_NC)
-        placed_NE = k_NE + F.embedding(layout.position_of, self.key_position.to(k_NE.dtype))
-        ck_PE = self.compress_key(placed_NE, layout)
+        # Only the keys to be compressed know their position in the block.
+        position_NE = F.embedding(layout.position_of, self.key_position.to(k_NE.dtype))
+        ck_PE = self.compress_key(k_NE + position_NE, layout)
         cv_PE = self.compress_value(v_NE, layout)
         k, v, ck, cv = (x.unflatten(1, (self.kv_heads, -1)) for x in (k_NE, v_NE, ck_PE, cv_PE))
         out_NHD = spatial_sparse_attention(
-            q_NC.unflatten(1, (self.heads, -1)), k, v, ck, cv, self.gate(x_NC), layout.index,
-            top_k=self.top_k, shifted=self.shifted,
-        )  # fmt: skip
+            q_NC.unflatten(1, (self.heads, -1)),
+            k,
+            v,
+            ck,
+            cv,
+            self.gate(x_NC),
+            layout.index,
+            top_k=self.top_k,
+            shifted=self.shifted,
+        )
         return self.out(out_NHD.flatten(1))
 
 
 class FullAttention(nn.Module):
-    """Every token attends to all tokens of its asset: what SSA stands in for. [N, C] -> [N, C]."""
+    """Self-attention of every token to all tokens of its asset, which SSA replaces."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -90,13 +133,15 @@ class FullAttention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x_NC: Tensor, layout: TokenLayout) -> Tensor:
-        q, k, v = self.qkv(x_NC).unflatten(1, (3, self.heads, -1)).unbind(1)
-        starts, most = layout.index.token_starts, layout.index.max_tokens
-        return self.out(ragged_attention(q, k, v, starts, starts, most, most).flatten(1))
+        """Attend: [N, C] -> [N, C], rows in the layout's order."""
+        q_NHD, k_NHD, v_NHD = self.qkv(x_NC).unflatten(1, (3, self.heads, -1)).unbind(1)
+        starts, longest = layout.index.token_starts, layout.index.max_tokens
+        out = ragged_attention(q_NHD, k_NHD, v_NHD, starts, starts, longest, longest)
+        return self.out(out.flatten(1))
 
 
 class CrossAttention(nn.Module):
-    """Every token attends to all image tokens of its asset: [N, C] -> [N, C]."""
+    """Attention of every token to all image tokens of its asset."""
 
     def __init__(self, channels: int, condition_channels: int, heads: int):
         super().__init__()
@@ -105,13 +150,11 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(condition_channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x_NC: Tensor, layout: TokenLayout, condition: ImageTokens) -> Tensor:
+    def forward(self, x_NC: Tensor, layout: TokenLayout, image: ImageTokens) -> Tensor:
+        """Attend: [N, C] -> [N, C], rows in the layout's order."""
         q_NHD = self.query(x_NC).unflatten(1, (self.heads, -1))
-        k_SHD, v_SHD = (
-            self.key_value(condition.feats_SC).unflatten(1, (2, self.heads, -1)).unbind(1)
-        )
-        starts, most = layout.index.token_starts, layout.index.max_tokens
-        out = ragged_attention(
-            q_NHD, k_SHD, v_SHD, starts, condition.starts, most, condition.max_tokens
-        )
+        key_value = self.key_value(image.feats_SC).unflatten(1, (2, self.heads, -1))
+        k_SHD, v_SHD = key_value.unbind(1)
+        starts, longest = layout.index.token_starts, layout.index.max_tokens
+        out = ragged_attention(q_NHD, k_SHD, v_SHD, starts, image.starts, longest, image.max_tokens)
         return self.out(out.flatten(1))

@@ -1,4 +1,4 @@
-"""What transformers on sparse tokens share: positions, MLP, windowed attention, recomputed activations."""
+"""Layers that all transformers on sparse tokens share: positions, MLP, windowed attention."""
 
 from __future__ import annotations
 
@@ -21,10 +21,22 @@ def _frequencies(n: int, device: torch.device) -> Tensor:
 
 
 def position_embedding(coords_N3: Tensor, channels: int, factor: float = 1.0) -> Tensor:
-    """Sines and cosines of coordinates: [N, 3] -> float32 [N, channels], not learned.
+    """Embed coordinates by sines and cosines of fixed frequencies.
 
-    Per axis sin, then cos, of factor * coordinate * 10000^(-i / n), i < n = channels // 6; axes concatenated, zeros up
-    to `channels`. ValueError if coords_N3 is not [N, 3] or there are fewer than 6 channels. # paper, sec. 3.2
+    Each axis has n = channels // 6 sines, then n cosines, of factor * coordinate * 10000^(-i / n)
+    for i < n. The axes are concatenated and padded with zeros.
+    Direct3D-S2 paper (arXiv 2505.17412), section 3.2.
+
+    Args:
+        coords_N3: [N, 3] of any dtype.
+        channels: Channels of the result, at least 6.
+        factor: Multiplies the coordinates.
+
+    Returns:
+        float32 [N, channels].
+
+    Raises:
+        ValueError: If `coords_N3` is not [N, 3] or `channels` is below 6.
     """
     if coords_N3.ndim != 2 or coords_N3.shape[1] != AXES:
         raise ValueError(f"coords_N3 must be [N, 3], got {list(coords_N3.shape)}")
@@ -38,28 +50,44 @@ def position_embedding(coords_N3: Tensor, channels: int, factor: float = 1.0) ->
 
 
 def position_factor(resolution: int) -> float:
-    """Multiplies latent coordinates of an R = `resolution` grid, so that 256, 384 and 512 share a range."""
+    """Return the factor of latent coordinates at resolution R.
+
+    Coordinates at 256, 384 and 512 then have one range.
+    """
     return max(1.0, 512 / resolution)
 
 
 def layer_norm(x_NC: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm over channels without parameters, in fp32 (fp64 for fp64): [N, C] -> [N, C]."""
+    """Normalise each row, without parameters.
+
+    Args:
+        x_NC: [N, C].
+        eps: Added to the variance.
+
+    Returns:
+        [N, C] in fp32, or in fp64 for fp64, also under autocast.
+    """
     with torch.autocast(x_NC.device.type, enabled=False):
         x = x_NC if x_NC.dtype == torch.float64 else x_NC.float()
         return F.layer_norm(x, x.shape[1:], eps=eps)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which an op like torch's linear would take x: autocast's inside its context, else x's own."""
+    """Return the dtype in which a linear layer computes: autocast's if it is on, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def recompute(wanted: bool, function: Callable[..., Tensor], *args: object) -> Tensor:
-    """function(*args); if wanted its activations are not kept but computed again in the backward."""
+    """Call a function, with activation checkpointing if `wanted`.
+
+    With checkpointing only the arguments are kept for the backward pass, which computes the
+    activations again.
+    """
     if not (wanted and torch.is_grad_enabled()):
         return function(*args)
-    # Nothing here draws random numbers, and stashing CUDA's generator would wait for the device.
+    # The functions draw no random numbers, and saving CUDA's generator state would wait for the
+    # device.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
 
 
@@ -75,7 +103,7 @@ class Mlp(nn.Sequential):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention of every token to those in its 8^3 window, aligned or shifted by 4."""
+    """Multi-head attention of every token to the tokens in its 8^3 window."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -84,12 +112,16 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x_NC: Tensor, index: BlockIndex, shifted: bool) -> Tensor:
-        q, k, v = self.qkv(x_NC).unflatten(1, (3, self.heads, -1)).unbind(1)
-        return self.out(window_attention(q, k, v, index, shifted=shifted).flatten(1))
+        """Attend within aligned windows, or within windows shifted by half their side."""
+        q_NHD, k_NHD, v_NHD = self.qkv(x_NC).unflatten(1, (3, self.heads, -1)).unbind(1)
+        return self.out(window_attention(q_NHD, k_NHD, v_NHD, index, shifted=shifted).flatten(1))
 
 
 class WindowBlock(nn.Module):
-    """LayerNorm -> window attention -> residual -> LayerNorm -> MLP -> residual: [N, C] -> [N, C]."""
+    """Transformer block of the SS-VAE: [N, C] -> [N, C].
+
+    LayerNorm -> window attention -> residual -> LayerNorm -> MLP -> residual.
+    """
 
     def __init__(self, channels: int, heads: int, *, shifted: bool, mlp_ratio: int = 4):
         super().__init__()
@@ -98,12 +130,16 @@ class WindowBlock(nn.Module):
         self.mlp = Mlp(channels, mlp_ratio)
 
     def forward(self, x_NC: Tensor, index: BlockIndex) -> Tensor:
+        """Apply the block to tokens in the order of `index`."""
         x_NC = x_NC + self.attention(layer_norm(x_NC), index, self.shifted)
         return x_NC + self.mlp(layer_norm(x_NC))
 
 
 def init_linears(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for every Linear inside, as the released models start."""
+    """Initialise every linear layer inside a module: Xavier-uniform weights, zero biases.
+
+    The published Direct3D-S2 code starts its models so.
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -112,6 +148,6 @@ def init_linears(module: nn.Module) -> None:
 
 
 def zero_init(linear: nn.Linear) -> None:
-    """Makes an output layer start at zero."""
+    """Set the weights and biases of an output layer to zero."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

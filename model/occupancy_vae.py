@@ -1,4 +1,4 @@
-"""The occupancy VAE: the dense grid that says which cells an asset has, to a small dense grid of latents and back."""
+"""Occupancy VAE: the dense grid of an asset's occupied cells to a small dense grid of latents."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import OccupancyConfig
-from pipeline.core.primitives.voxel_iou import intersection_over_union
-
-LOGVAR = (-30.0, 20.0)  # clamp of log variances; paper, sec. 3
+from model.sparse_vae import LOGVAR_RANGE
 
 
 class Gaussian(NamedTuple):
-    """A diagonal normal distribution of every latent; both [B, C, X, Y, Z] fp32."""
+    """The encoder's result: a diagonal Gaussian for every latent.
+
+    Attributes:
+        mean: fp32 [B, C, s, s, s].
+        logvar: fp32 [B, C, s, s, s], the logarithm of the variance.
+    """
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std * noise, for standard normal noise of the mean's shape."""
+        """Return mean + standard deviation * noise, for noise of the mean's shape."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
 
@@ -30,7 +33,7 @@ def _norm(groups: int, channels: int) -> nn.Sequential:
 
 
 class _Residual(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), the last convolution zero at first."""
+    """x + conv(act(norm(conv(act(norm(x)))))). The last convolution starts at zero."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -48,7 +51,7 @@ class _Residual(nn.Module):
 
 
 class _Up(nn.Module):
-    """Every cell becomes 2^3: a convolution to eight times the channels, which are dealt out in space."""
+    """Convolution to eight times the channels, which become the 2^3 children of every voxel."""
 
     def __init__(self, channels: int, out: int):
         super().__init__()
@@ -62,40 +65,48 @@ class _Up(nn.Module):
 
 
 class OccupancyVAE(nn.Module):
-    """Occupancy of side^3 cells <-> latent_side^3 latents of latent_channels, by 3D convolutions as in TRELLIS."""
+    """VAE of dense occupancy grids by 3D convolutions, as in TRELLIS.
+
+    The grid has side^3 cells, its latents latent_side^3 positions with latent_channels each.
+    """
 
     Config = OccupancyConfig
 
     def __init__(self, config: OccupancyConfig):
         super().__init__()
         self.config = config
-        widths, blocks, groups, latent = (
-            config.widths,
-            config.blocks,
-            config.groups,
-            config.latent_channels,
-        )
+        widths, groups, latent = config.widths, config.groups, config.latent_channels
         encoder: list[nn.Module] = [nn.Conv3d(1, widths[0], 3, padding=1)]
-        for level, width in enumerate(widths):
-            if level:
-                encoder.append(nn.Conv3d(widths[level - 1], width, 2, stride=2))
-            encoder += [_Residual(width, groups) for _ in range(blocks)]
-        encoder += [_Residual(widths[-1], groups) for _ in range(blocks)]
+        for depth, width in enumerate(widths):
+            if depth:
+                encoder.append(nn.Conv3d(widths[depth - 1], width, 2, stride=2))
+            encoder += [_Residual(width, groups) for _ in range(config.blocks)]
+        encoder += [_Residual(widths[-1], groups) for _ in range(config.blocks)]
         self.encoder = nn.Sequential(
             *encoder, *_norm(groups, widths[-1]), nn.Conv3d(widths[-1], 2 * latent, 3, padding=1)
         )
         decoder: list[nn.Module] = [nn.Conv3d(latent, widths[-1], 3, padding=1)]
-        decoder += [_Residual(widths[-1], groups) for _ in range(blocks)]
-        for level in reversed(range(len(widths))):
-            decoder += [_Residual(widths[level], groups) for _ in range(blocks)]
-            if level:
-                decoder.append(_Up(widths[level], widths[level - 1]))
+        decoder += [_Residual(widths[-1], groups) for _ in range(config.blocks)]
+        for depth in reversed(range(len(widths))):
+            decoder += [_Residual(widths[depth], groups) for _ in range(config.blocks)]
+            if depth:
+                decoder.append(_Up(widths[depth], widths[depth - 1]))
         self.decoder = nn.Sequential(
             *decoder, *_norm(groups, widths[0]), nn.Conv3d(widths[0], 1, 3, padding=1)
         )
 
     def encode(self, occupied: Tensor) -> Gaussian:
-        """bool [B, S, S, S] -> the latents' distribution, [B, C, s, s, s]. ValueError for another side."""
+        """Encode grids.
+
+        Args:
+            occupied: bool [B, S, S, S].
+
+        Returns:
+            The distribution of the latents, [B, C, s, s, s].
+
+        Raises:
+            ValueError: If the grids have another side.
+        """
         S = self.config.side
         if occupied.ndim != 4 or occupied.shape[1:] != (S, S, S):
             raise ValueError(f"occupied must be [B, {S}, {S}, {S}], got {list(occupied.shape)}")
@@ -103,17 +114,35 @@ class OccupancyVAE(nn.Module):
         mean, logvar = self.encoder(2 * occupied[:, None].to(dtype) - 1).chunk(2, dim=1)
         if mean.dtype in (torch.float16, torch.bfloat16):  # under autocast
             mean, logvar = mean.float(), logvar.float()
-        return Gaussian(mean, logvar.clamp(*LOGVAR))
+        return Gaussian(mean, logvar.clamp(*LOGVAR_RANGE))
 
     def decode(self, z_BCXYZ: Tensor) -> Tensor:
-        """[B, C, s, s, s] -> logits [B, S, S, S]: a cell is occupied where they are positive."""
+        """Decode latents.
+
+        Args:
+            z_BCXYZ: [B, C, s, s, s].
+
+        Returns:
+            Logits [B, S, S, S]. A cell is occupied where they are positive.
+
+        Raises:
+            ValueError: If the latents have another shape.
+        """
         C, s = self.config.latent_channels, self.config.latent_side
         if z_BCXYZ.ndim != 5 or z_BCXYZ.shape[1:] != (C, s, s, s):
             raise ValueError(f"z must be [B, {C}, {s}, {s}, {s}], got {list(z_BCXYZ.shape)}")
         return self.decoder(z_BCXYZ)[:, 0]
 
     def forward(self, occupied: Tensor, noise: Tensor) -> tuple[Tensor, Gaussian]:
-        """Logits [B, S, S, S] of a sampled latent, and the distribution it came from."""
+        """Encode grids, sample and decode.
+
+        Args:
+            occupied: bool [B, S, S, S].
+            noise: Standard normal [B, C, s, s, s].
+
+        Returns:
+            Logits [B, S, S, S] and the distribution of the latents.
+        """
         posterior = self.encode(occupied)
         return self.decode(posterior.sample(noise)), posterior
 
@@ -125,27 +154,65 @@ def occupancy_loss(
     kl_weight: float,
     share: float | None = None,
 ) -> dict[str, Tensor]:
-    """Scalars: bce + dice + kl_weight * kl as "loss", each of them, and the "iou" of the logits' signs.
+    """Compute the loss of the occupancy VAE.
 
-    Means over an asset's cells (KL: latents), then over assets: share * their sum, by default share = 1 / assets. Few
-    cells are occupied, so the soft Dice term, which does not count the empty ones that are right, keeps them from being
-    outvoted.
+    Few cells are occupied. The soft Dice term does not count empty cells that are right, so the
+    occupied ones are not outweighed.
+
+    Args:
+        logits: [B, S, S, S].
+        occupied: bool [B, S, S, S], the target.
+        posterior: Distribution of the latents.
+        kl_weight: Weight of the divergence from a standard normal.
+        share: Weight of each asset. None takes 1 / B.
+
+    Returns:
+        Scalars: "loss" = bce + dice + kl_weight * kl, its terms "bce", "dice" and "kl", and "iou" of
+        the logits' signs. Each is a mean over an asset's cells (for KL its latents), weighted by
+        `share` and added over assets.
     """
     share = 1 / len(logits) if share is None else share
     target = occupied.to(logits.dtype)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2, 3))
     p = logits.float().sigmoid()
-    shared, either = (p * target).sum((1, 2, 3)), (p + target).sum((1, 2, 3))
-    dice = 1 - (2 * shared + 1) / (either + 1)
+    shared = (p * target).sum((1, 2, 3))
+    total = (p + target).sum((1, 2, 3))
+    dice = 1 - (2 * shared + 1) / (total + 1)
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
-    iou = intersection_over_union(logits.detach() > 0, occupied, (1, 2, 3)).float()
+    iou = intersection_over_union(logits.detach() > 0, occupied)
     parts = {"loss": bce + dice + kl_weight * kl, "bce": bce, "dice": dice, "kl": kl, "iou": iou}
     return {name: share * part.sum() for name, part in parts.items()}
 
 
+def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
+    """Return the intersection over union of each asset's grids, 1 where both are empty.
+
+    Args:
+        a: bool [B, S, S, S].
+        b: bool [B, S, S, S].
+
+    Returns:
+        [B].
+    """
+    shared, either = (a & b).sum((1, 2, 3)), (a | b).sum((1, 2, 3))
+    return torch.where(either > 0, shared / either.clamp(min=1), 1.0)
+
+
 def occupancy_grid(cells: Tensor, side: int, batch_size: int) -> Tensor:
-    """int [N, 4] (batch, x, y, z) -> bool [B, S, S, S]. ValueError if a cell lies outside."""
+    """Return the dense grid that is true at the given cells.
+
+    Args:
+        cells: int [N, 4] = (batch, x, y, z).
+        side: Cells S along one side of the grid.
+        batch_size: Number B of assets.
+
+    Returns:
+        bool [B, S, S, S].
+
+    Raises:
+        ValueError: If a cell lies outside the grid.
+    """
     grid = torch.zeros(batch_size, side, side, side, dtype=torch.bool, device=cells.device)
     if len(cells):
         limit = torch.tensor([batch_size, side, side, side], device=cells.device)

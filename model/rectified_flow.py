@@ -1,4 +1,7 @@
-"""Rectified flow: the straight path from data to noise, times to train at, samplers, guidance, noise by seed."""
+"""Rectified flow: the straight path from data to noise, training times, guidance and samplers.
+
+Time t runs from 0 (data x0) to 1 (noise eps). The network estimates the velocity eps - x0.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,22 @@ from torch import Tensor
 
 from model.config import METHODS, Guidance, Method, TimeDistribution
 
-Velocity = Callable[[Tensor, float], Tensor]  # (x [N, C], t) -> [N, C], an estimate of eps - x0
+Velocity = Callable[[Tensor, float], Tensor]  # (x_NC, t) -> an estimate of eps - x0, [N, C]
 
 
 def sample_times(
     distribution: TimeDistribution, count: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """fp32 [count] on the generator's device, strictly inside (0, 1)."""
+    """Draw training times.
+
+    Args:
+        distribution: Distribution of the times.
+        count: Number of times.
+        generator: Source of the random numbers. None takes torch's global one.
+
+    Returns:
+        fp32 [count] on the generator's device, strictly inside (0, 1).
+    """
     device = generator.device if generator is not None else None
     if distribution.kind == "uniform":
         t_B = torch.rand(count, generator=generator, device=device)
@@ -26,31 +38,58 @@ def sample_times(
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """shift * t / (1 + (shift - 1) * t): keeps 0 and 1; a shift above 1 moves the times between towards the noise."""
+    """Return shift * t / (1 + (shift - 1) * t).
+
+    0 and 1 are kept. A shift above 1 moves the times between them towards the noise.
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def interpolate(x0_NC: Tensor, eps_NC: Tensor, t_N: Tensor) -> Tensor:
-    """x_t = (1 - t) x0 + t eps: [N, C], with t [N] or [N, 1], one per row."""
+    """Return the point (1 - t) x0 + t eps of the path.
+
+    Args:
+        x0_NC: [N, C] data.
+        eps_NC: [N, C] noise.
+        t_N: [N] or [N, 1], a time for each row.
+
+    Returns:
+        [N, C].
+    """
     t_N1 = t_N.reshape(-1, 1)
     return (1 - t_N1) * x0_NC + t_N1 * eps_NC
 
 
 def velocity_target(x0_NC: Tensor, eps_NC: Tensor) -> Tensor:
-    """What the network predicts: the path's velocity eps - x0. paper, sec. 4"""
+    """Return the velocity eps - x0 of the path, which the network learns.
+
+    Direct3D-S2 paper (arXiv 2505.17412), section 4.
+    """
     return eps_NC - x0_NC
 
 
 def draw_noise(
     seeds: Sequence[int], counts: Sequence[int], channels: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal fp32 [sum of counts, channels]: the rows of asset i depend on seeds[i] and counts[i] alone.
+    """Draw standard normal noise for a batch of assets.
 
-    Drawn on the CPU, so the same on every device and in every batch. ValueError if there are not as many seeds as
-    counts.
+    The noise is drawn on the CPU. The rows of asset i depend on seeds[i] and counts[i] alone, so
+    they are the same on every device and in every batch.
+
+    Args:
+        seeds: Seed of each asset.
+        counts: Number of rows of each asset.
+        channels: Number C of channels.
+        device: Where the noise is put.
+
+    Returns:
+        fp32 [sum of counts, C].
+
+    Raises:
+        ValueError: If there are not as many seeds as counts.
     """
     if len(seeds) != len(counts):
-        raise ValueError(f"seeds must be {len(counts)}, one an asset, got {len(seeds)}")
+        raise ValueError(f"seeds must be {len(counts)}, one for each asset, got {len(seeds)}")
     parts = [
         torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))
         for seed, count in zip(seeds, counts, strict=True)
@@ -61,10 +100,18 @@ def draw_noise(
 def guide(
     conditional: Velocity, unconditional: Velocity, guidance: Guidance, counts: Sequence[int]
 ) -> Velocity:
-    """u + scale * (c - u) inside the interval, c outside; at scale 1 the unconditional velocity is never asked for.
+    """Combine two velocities by classifier-free guidance.
 
-    counts: rows of each asset in x. With rescale r each asset's guided velocity is multiplied by
-    1 - r + r * std(c) / std(guided), deviations over the asset's rows and channels (Lin et al. 2023, sec. 3.4).
+    Inside the interval of times the velocity is u + scale * (c - u), outside it is c. At scale 1
+    `unconditional` is never called. With rescale r the guided velocity of each asset is multiplied
+    by 1 - r + r * std(c) / std(guided), with deviations over the asset's rows and channels (Lin et
+    al. 2023, section 3.4).
+
+    Args:
+        conditional: c, with the image.
+        unconditional: u, without the image.
+        guidance: Scale, interval and rescale.
+        counts: Number of rows of each asset in x.
     """
     low, high = guidance.interval
     counts = list(counts)
@@ -77,23 +124,32 @@ def guide(
         guided_NC = u_NC + guidance.scale * (c_NC - u_NC)
         if guidance.rescale == 0.0:
             return guided_NC
-        parts = zip(guided_NC.split(counts), c_NC.split(counts), strict=True)
-        return torch.cat([_rescaled(guided, c, guidance.rescale) for guided, c in parts])
+        pairs = zip(guided_NC.split(counts), c_NC.split(counts), strict=True)
+        return torch.cat([_rescale(guided, c, guidance.rescale) for guided, c in pairs])
 
     return velocity
 
 
-def _rescaled(guided_NC: Tensor, c_NC: Tensor, share: float) -> Tensor:
-    """An asset's guided velocity, closer to the conditional one's deviation; as it is where it has none."""
+def _rescale(guided_NC: Tensor, c_NC: Tensor, share: float) -> Tensor:
+    """Move the deviation of an asset's guided velocity towards that of the conditional one.
+
+    A velocity without a deviation is returned unchanged.
+    """
     if guided_NC.numel() < 2:
         return guided_NC
-    want, have = c_NC.float().std(), guided_NC.float().std()
-    ratio = torch.where(have > 0, want / have.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
+    wanted = c_NC.float().std()
+    actual = guided_NC.float().std()
+    tiny = torch.finfo(torch.float32).tiny
+    ratio = torch.where(actual > 0, wanted / actual.clamp(min=tiny), 1.0)
     return guided_NC * (1 - share + share * ratio).to(guided_NC.dtype)
 
 
 def schedule(steps: int, shift: float = 1.0) -> list[float]:
-    """steps + 1 times from 1 to 0, evenly spaced before `shift_times`. ValueError for steps < 1 or shift <= 0."""
+    """Return steps + 1 times from 1 to 0, evenly spaced before `shift_times`.
+
+    Raises:
+        ValueError: If `steps` is below 1 or `shift` is not positive and finite.
+    """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an int of at least 1, got {steps!r}")
     if not 0.0 < shift < float("inf"):
@@ -111,21 +167,32 @@ def sample(
     shift: float = 1.0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Tensor:
-    """Follows dx/dt = velocity(x, t) from noise at t = 1 to data at t = 0: [N, C] in the noise's dtype.
+    """Follow dx/dt = velocity(x, t) from noise at t = 1 to data at t = 0.
 
-    Euler asks for the velocity once a step, Heun (second order) twice. `progress` may wrap the steps, as tqdm does.
-    ValueError for an unknown method, or as `schedule`.
+    Args:
+        velocity: The velocity. Euler calls it once a step, Heun (second order) twice.
+        noise_NC: [N, C].
+        steps: Number of steps.
+        method: "euler" or "heun".
+        shift: Shift of the times, see `shift_times`.
+        progress: Wraps the steps, as tqdm does.
+
+    Returns:
+        [N, C] in the noise's dtype.
+
+    Raises:
+        ValueError: If the method is unknown, or as `schedule`.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     times = schedule(steps, shift)
     x_NC = noise_NC
     for i in progress(range(steps)):
-        t, following = times[i], times[i + 1]
-        step = following - t
+        t, next_t = times[i], times[i + 1]
+        step = next_t - t
         v_NC = velocity(x_NC, t).to(x_NC.dtype)
         if method == "heun":
-            ahead_NC = velocity(x_NC + step * v_NC, following).to(x_NC.dtype)
-            v_NC = (v_NC + ahead_NC) / 2
+            next_v_NC = velocity(x_NC + step * v_NC, next_t).to(x_NC.dtype)
+            v_NC = (v_NC + next_v_NC) / 2
         x_NC = x_NC + step * v_NC
     return x_NC

@@ -1,9 +1,9 @@
-"""SS-DiT: the velocity of the flow for the latents of given cells, at time t, under the condition of image tokens."""
+"""SS-DiT: the flow's velocity for the latents of given cells, at time t, given image tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import CrossAttention, FullAttention, SpatialSparseAttention
-from model.checkpoint import KeyMap, copy_weights, unchanged
-from model.config import Compression, DiTConfig
+from model.checkpoint import copy_weights
+from model.config import DiTConfig
 from model.image_tokens import ImageTokens
 from model.kv_compression import TokenLayout
 from model.layers import (
@@ -25,16 +25,15 @@ from model.layers import (
     recompute,
     zero_init,
 )
+from model.published_weights import published_dit_keys
 from model.sparse_tensor import Level, SparseTensor
-from model.sparse_vae import published_kernel
 from pipeline.core.grid import CELL_SIDE
 
-HEAD_SIZES = (16, 32, 64, 128)  # that SSA has kernels for
-TIME_CHANNELS = 256  # of the sinusoids of t
+TIME_CHANNELS = 256  # channels of the sinusoids of t
 
 
 class TimeEmbedding(nn.Sequential):
-    """1000 t as cosines and sines, through an MLP: [B] in [0, 1] -> [B, C]."""
+    """Cosines and sines of 1000 t, through an MLP: [B] in [0, 1] -> [B, C]."""
 
     def __init__(self, channels: int):
         super().__init__(
@@ -42,6 +41,7 @@ class TimeEmbedding(nn.Sequential):
         )
 
     def forward(self, t_B: Tensor) -> Tensor:
+        """Embed times."""
         half = TIME_CHANNELS // 2
         power = torch.arange(half, device=t_B.device, dtype=torch.float64) / half
         angle = 1000 * t_B.double()[:, None] * torch.exp(-math.log(10000) * power)
@@ -49,26 +49,39 @@ class TimeEmbedding(nn.Sequential):
         return super().forward(waves.to(next(self.parameters()).dtype))
 
 
-def _spread(x_BC: Tensor, asset_NB: Tensor) -> Tensor:
-    """Each asset's row for each of its tokens; a product, so that the gradient is a sum in a fixed order."""
+def _per_token(x_BC: Tensor, asset_NB: Tensor) -> Tensor:
+    """Repeat each asset's row for each of its tokens: [B, C] -> [N, C].
+
+    `asset_NB` is 1 where a token belongs to an asset. A matrix product makes the gradient a sum in
+    a fixed order.
+    """
     return x_BC if len(x_BC) == 1 else asset_NB @ x_BC
 
 
 class DiTBlock(nn.Module):
-    """Modulated self-attention, cross-attention, modulated MLP, each added to x. paper, sec. 4"""
+    """Transformer block: modulated self-attention, cross-attention, modulated MLP.
+
+    Direct3D-S2 paper (arXiv 2505.17412), section 4.
+    """
 
     def __init__(self, config: DiTConfig, *, odd: bool):
         super().__init__()
         C = config.channels
-        self.modulation = nn.Linear(C, 6 * C)  # shift, scale, gate of attention, then of the MLP
+        # Shift, scale and gate of the attention, then those of the MLP.
+        self.modulation = nn.Linear(C, 6 * C)
         if config.attention == "full":
             self.attention = FullAttention(C, config.heads)
         else:
             self.attention = SpatialSparseAttention(
-                C, config.heads, config.kv_heads, compress_block=config.compress_block,
-                compression=config.compression, top_k=config.top_k, shifted=config.shifted_windows and odd,
+                C,
+                config.heads,
+                config.kv_heads,
+                compress_block=config.compress_block,
+                compression=config.compression,
+                top_k=config.top_k,
+                shifted=config.shifted_windows and odd,
                 plus_one=config.plus_one_pooling,
-            )  # fmt: skip
+            )
         self.cross_norm = nn.LayerNorm(C, eps=1e-6)
         self.cross_attention = CrossAttention(C, config.condition_channels, config.heads)
         self.mlp = Mlp(C, config.mlp_ratio)
@@ -76,28 +89,47 @@ class DiTBlock(nn.Module):
     def forward(
         self,
         x_NC: Tensor,
-        active_BC: Tensor,
-        condition: ImageTokens,
+        time_BC: Tensor,
+        image: ImageTokens,
         layout: TokenLayout,
         asset_NB: Tensor,
     ) -> Tensor:
-        """active_BC: the SiLU of the time's embedding, the same for all blocks."""
-        parts = (_spread(part, asset_NB) for part in self.modulation(active_BC).chunk(6, 1))
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
-        x_NC = x_NC + gate * self.attention(_modulated(x_NC, shift, scale), layout)
-        x_NC = x_NC + self.cross_attention(self.cross_norm(x_NC), layout, condition)
-        return x_NC + mlp_gate * self.mlp(_modulated(x_NC, mlp_shift, mlp_scale))
+        """Apply the block.
+
+        Args:
+            x_NC: [N, C], rows in the layout's order.
+            time_BC: [B, C], SiLU of the time embedding. It is the same for all blocks.
+            image: Projected image tokens.
+            layout: Layout of the N tokens.
+            asset_NB: [N, B], 1 where a token belongs to an asset.
+
+        Returns:
+            [N, C].
+        """
+        chunks = self.modulation(time_BC).chunk(6, 1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
+            _per_token(chunk, asset_NB) for chunk in chunks
+        )
+        x_NC = x_NC + gate * self.attention(_modulate(x_NC, shift, scale), layout)
+        x_NC = x_NC + self.cross_attention(self.cross_norm(x_NC), layout, image)
+        return x_NC + mlp_gate * self.mlp(_modulate(x_NC, mlp_shift, mlp_scale))
 
 
-def _modulated(x_NC: Tensor, shift_NC: Tensor, scale_NC: Tensor) -> Tensor:
+def _modulate(x_NC: Tensor, shift_NC: Tensor, scale_NC: Tensor) -> Tensor:
     return torch.addcmul(shift_NC, layer_norm(x_NC).to(autocast_dtype(x_NC)), 1 + scale_NC)
 
 
 class SparseDiT(nn.Module):
-    """The SS-DiT. fp32 weights and residual stream; under torch.autocast the products run in its dtype.
+    """The SS-DiT of Direct3D-S2.
 
-    Latents are normalised by `latent_mean` and `latent_std`, which the checkpoint holds: `normalize` and `denormalize`
-    go between them and the VAE's. `activation_checkpointing`: keep one activation a block, recompute the others.
+    Weights and the residual stream are fp32. Under torch.autocast matrix products use its dtype.
+
+    Attributes:
+        config: Sizes of the model.
+        latent_mean: [latent_channels], the mean of the VAE's latents, part of the weights.
+        latent_std: [latent_channels], their standard deviation, part of the weights.
+        activation_checkpointing: If true, only the input of each block is kept for the backward
+            pass, which computes the other activations again.
     """
 
     Config = DiTConfig
@@ -129,7 +161,15 @@ class SparseDiT(nn.Module):
         zero_init(self.out)
 
     def set_statistics(self, mean_C: Tensor, std_C: Tensor) -> None:
-        """Per-channel statistics of the latents to come. ValueError if not finite [C] with std > 0."""
+        """Set the statistics by which latents are normalised.
+
+        Args:
+            mean_C: [latent_channels].
+            std_C: [latent_channels], positive.
+
+        Raises:
+            ValueError: If a value is not finite, a shape differs or a deviation is not positive.
+        """
         shape = self.latent_mean.shape
         for name, x in (("mean", mean_C), ("std", std_C)):
             if x.shape != shape or not x.isfinite().all():
@@ -140,47 +180,54 @@ class SparseDiT(nn.Module):
         self.latent_std.copy_(std_C)
 
     def normalize(self, z_NC: Tensor) -> Tensor:
-        """Latents of the VAE -> x0 of the flow."""
+        """Return the data x0 of the flow for latents of the VAE, [N, latent_channels]."""
         return (z_NC - self.latent_mean) / self.latent_std
 
     def denormalize(self, x_NC: Tensor) -> Tensor:
-        """x0 of the flow -> latents of the VAE."""
+        """Return the latents of the VAE for data x0 of the flow, [N, latent_channels]."""
         return x_NC * self.latent_std + self.latent_mean
 
     def layout(self, level: Level) -> TokenLayout:
-        """What `forward` needs to know of the cells; worth keeping where the same level comes again (sampling)."""
+        """Return the layout of a level's tokens.
+
+        `forward` makes it if it is not given one. In sampling, where one level is used many times,
+        it is made once.
+        """
         return TokenLayout.of(level, self.config.compress_block)
 
     def forward(
-        self,
-        x: SparseTensor,
-        t_B: Tensor,
-        condition: ImageTokens,
-        layout: TokenLayout | None = None,
+        self, x: SparseTensor, t_B: Tensor, image: ImageTokens, layout: TokenLayout | None = None
     ) -> Tensor:
-        """The velocity, fp32 (fp64 in an fp64 model) [N, latent_channels], rows as in x.
+        """Estimate the velocity of the flow.
 
-        x: normalised latents at time t on cells, a level of resolution R / 8; t [B] in [0, 1]; one image an asset.
-        layout: `self.layout(x.level)`, made here if not given. ValueError if the parts' assets or channels differ.
+        Args:
+            x: Normalised latents at time t, [N, latent_channels] on cells at resolution R / 8.
+            t_B: [B] in [0, 1], the time of each asset.
+            image: Image tokens of the B assets.
+            layout: `self.layout(x.level)`. None makes it.
+
+        Returns:
+            fp32 (fp64 in an fp64 model) [N, latent_channels], rows as in `x`.
+
+        Raises:
+            ValueError: If the number of assets or channels differ.
         """
-        self._check(x, t_B, condition)
-        level, layout = x.level, layout or self.layout(x.level)
-        with torch.autocast(
-            x.feats.device.type, enabled=False
-        ):  # little work, and the ends should not be rounded
+        self._check(x, t_B, image)
+        level = x.level
+        layout = layout or self.layout(level)
+        # The first and the last layer are cheap, and rounding them would cost precision.
+        with torch.autocast(x.feats.device.type, enabled=False):
             h_NC = self.input(x.feats.to(self.input.weight.dtype))
-        h_NC = h_NC + self._positions(
-            level.coords[:, 1:], h_NC, position_factor(CELL_SIDE * level.resolution)
-        )
+        factor = position_factor(CELL_SIDE * level.resolution)
+        h_NC = h_NC + self._positions(level.coords[:, 1:], h_NC, factor)
         h_NC = h_NC if layout.order is None else h_NC[layout.order]
-        condition, active_BC = self._project(condition), F.silu(self.time(t_B))
-        asset_NB = layout.index.asset_of[:, None] == torch.arange(
-            level.batch_size, device=level.device
-        )
-        asset_NB = asset_NB.to(active_BC.dtype)
+        image = self._project(image)
+        time_BC = F.silu(self.time(t_B))
+        assets = torch.arange(level.batch_size, device=level.device)
+        asset_NB = (layout.index.asset_of[:, None] == assets).to(time_BC.dtype)
         for block in self.blocks:
             h_NC = recompute(
-                self.activation_checkpointing, block, h_NC, active_BC, condition, layout, asset_NB
+                self.activation_checkpointing, block, h_NC, time_BC, image, layout, asset_NB
             )
         h_NC = h_NC if layout.inverse is None else h_NC[layout.inverse]
         with torch.autocast(x.feats.device.type, enabled=False):
@@ -190,70 +237,93 @@ class SparseDiT(nn.Module):
     def _positions(coords_N3: Tensor, like_NC: Tensor, factor: float = 1.0) -> Tensor:
         return position_embedding(coords_N3, like_NC.shape[1], factor).to(like_NC.dtype)
 
-    def _project(self, condition: ImageTokens) -> ImageTokens:
-        feats_SC = self.condition(condition.feats_SC)
-        return replace(
-            condition, feats_SC=feats_SC + self._positions(condition.coords[:, 1:], feats_SC)
-        )
+    def _project(self, image: ImageTokens) -> ImageTokens:
+        feats_SC = self.condition(image.feats_SC)
+        positions_SC = self._positions(image.coords[:, 1:], feats_SC)
+        return replace(image, feats_SC=feats_SC + positions_SC)
 
-    def _check(self, x: SparseTensor, t_B: Tensor, condition: ImageTokens) -> None:
-        channels, B = self.config.latent_channels, x.batch_size
-        if x.feats.shape[1] != channels:
-            raise ValueError(f"x must have {channels} channels, got {x.feats.shape[1]}")
+    def _check(self, x: SparseTensor, t_B: Tensor, image: ImageTokens) -> None:
+        B = x.batch_size
+        channels = {
+            "x": (x.feats.shape[1], self.config.latent_channels),
+            "image": (image.feats_SC.shape[1], self.config.condition_channels),
+        }
         if t_B.shape != (B,):
-            raise ValueError(f"t_B must be [{B}], one an asset, got {list(t_B.shape)}")
-        if condition.batch_size != B:
-            raise ValueError(f"condition must be of {B} assets, got {condition.batch_size}")
-        if condition.feats_SC.shape[1] != self.config.condition_channels:
-            found = condition.feats_SC.shape[1]
-            raise ValueError(
-                f"condition must have {self.config.condition_channels} channels, got {found}"
-            )
+            raise ValueError(f"t_B must be [{B}], one for each asset, got {list(t_B.shape)}")
+        if image.batch_size != B:
+            raise ValueError(f"image must be of {B} assets, got {image.batch_size}")
+        for name, (actual, wanted) in channels.items():
+            if actual != wanted:
+                raise ValueError(f"{name} must have {wanted} channels, got {actual}")
 
-    def flops(self, level: Level, condition: ImageTokens) -> int:
-        """Multiplications and additions of one forward pass; a training step needs three times as many.
+    def flops(self, level: Level, image: ImageTokens) -> int:
+        """Count the multiplications and additions of one forward pass.
 
-        Attention counts the scores and sums that its definition asks for, a selected block with its asset's mean number
-        of tokens; no recomputation. One device-to-host copy.
+        A training step needs three times as many. Attention counts the scores and weighted sums of
+        its definition, where a selected block has the mean number of tokens of its asset's blocks.
+        Recomputed activations do not count. This copies from the device to the host once.
+
+        Args:
+            level: The cells.
+            image: Image tokens. Their features may be empty.
         """
-        return _flops(self.config, self.layout(level), condition)
+        return _flops(self.config, self.layout(level), image)
 
     def load_published(self, weights: Mapping[str, Tensor], scale: Tensor, shift: Tensor) -> None:
-        """Copy the weights of a published SS-DiT, and its VAE's latents_scale and latents_shift (scalars or [C]).
+        """Copy the weights of a published SS-DiT.
 
-        They expect `plus_one_pooling`. ValueError listing every unknown or missing name and wrong shape.
+        The model must have been made with `plus_one_pooling`.
+
+        Args:
+            weights: The published state dict.
+            scale: `latents_scale` of the published VAE, a scalar or [latent_channels].
+            shift: `latents_shift` of the published VAE, a scalar or [latent_channels].
+
+        Raises:
+            CheckpointError: If names or shapes do not fit. The message lists all of them.
         """
         channels = self.config.latent_channels
-        ends = {"latents_scale": scale.expand(channels), "latents_shift": shift.expand(channels)}
-        copy_weights({**weights, **ends}, self, "the state dict", published_keys(self.config))
+        statistics = {
+            "latents_scale": scale.expand(channels),
+            "latents_shift": shift.expand(channels),
+        }
+        keys = published_dit_keys(self.config)
+        copy_weights({**weights, **statistics}, self, "the state dict", keys)
 
 
-def _flops(config: DiTConfig, layout: TokenLayout, condition: ImageTokens) -> int:
+def _flops(config: DiTConfig, layout: TokenLayout, image: ImageTokens) -> int:
     C, E, index = config.channels, config.kv_channels, layout.index
-    N, S, B = index.num_tokens, len(condition.coords), condition.batch_size
-    tokens, images = index.token_starts.diff().double(), condition.starts.diff().double()
+    N, S, B = index.num_tokens, len(image.coords), image.batch_size
+    tokens, images = index.token_starts.diff().double(), image.starts.diff().double()
+    # Multiply-adds of the linear layers of one block: cross-attention and MLP of the tokens, keys
+    # and values of the image tokens, modulation.
     linear = (
         N * (2 * C * C + 2 * config.mlp_ratio * C * C)
         + S * 2 * config.condition_channels * C
         + B * 6 * C * C
     )
-    pairs = [config.blocks * (tokens * images).sum()]  # of a query and a key
+    # Pairs of a query and a key in all blocks, starting with those of the cross-attention.
+    pairs = [config.blocks * (tokens * images).sum()]
     taps = torch.zeros((), device=index.device, dtype=torch.float64)
     if config.attention == "full":
         linear += N * 4 * C * C
         pairs.append(config.blocks * tokens.square().sum())
     else:
+        # Projections of SSA and its compression.
         linear += N * (2 * C * C + 2 * C * E + 3 * C)
         linear += N * 2 * E * E if config.compression == "v1" else 0
         if config.compression == "v2":
             taps = 2 * 2 * E * E * (layout.neighbors >= 0).sum().double()
+        # Compressed blocks, then selected ones.
         compressed, blocks = index.asset_compressed.diff(), index.asset_blocks.diff().double()
         share = blocks.clamp(max=config.top_k) / blocks.clamp(min=1)
         pairs.append(config.blocks * (tokens * (compressed + share * tokens)).sum())
+        # Windows.
         for n in range(config.blocks):
             shifted = config.shifted_windows and n % 2 == 1
             starts = index.shifted_starts if shifted else index.window_starts
             pairs.append(starts.diff().double().square().sum())
+    # The layers outside the blocks.
     ends = (
         2 * N * C * config.latent_channels
         + B * C * (TIME_CHANNELS + C)
@@ -261,73 +331,3 @@ def _flops(config: DiTConfig, layout: TokenLayout, condition: ImageTokens) -> in
     )
     attention = float(2 * C * torch.stack(pairs).sum() + config.blocks * taps)
     return int(2 * (config.blocks * linear + ends + attention))
-
-
-def published_keys(config: DiTConfig) -> KeyMap:
-    """Names and layouts of the published SS-DiT -> ours."""
-    keys: dict = {
-        "latents_scale": ("latent_std", torch.reciprocal),  # its latents are z / scale + shift
-        "latents_shift": ("latent_mean", unchanged),
-    }
-
-    def linear(theirs: str, ours: str, *names: str) -> None:
-        keys.update(
-            {
-                f"{theirs}.{name}": (f"{ours}.{name}", unchanged)
-                for name in names or ("weight", "bias")
-            }
-        )
-
-    linear("input_layer", "input")
-    linear("t_embedder.mlp.0", "time.0")
-    linear("t_embedder.mlp.2", "time.2")
-    linear("cond_proj", "condition")
-    linear("out_layer", "out")
-    for n in range(config.blocks):
-        theirs, ours = f"blocks.{n}", f"blocks.{n}"
-        linear(f"{theirs}.adaLN_modulation.1", f"{ours}.modulation")
-        linear(f"{theirs}.norm2", f"{ours}.cross_norm")
-        for part, name in (("to_q", "query"), ("to_kv", "key_value"), ("to_out", "out")):
-            linear(f"{theirs}.cross_attn.{part}", f"{ours}.cross_attention.{name}")
-        for layer in (0, 2):
-            linear(f"{theirs}.mlp.mlp.{layer}", f"{ours}.mlp.{layer}")
-        if config.attention == "full":
-            linear(f"{theirs}.self_attn.to_qkv", f"{ours}.attention.qkv")
-            linear(f"{theirs}.self_attn.to_out", f"{ours}.attention.out")
-            continue
-        for part, name in (
-            ("proj_q", "query"),
-            ("proj_k", "key"),
-            ("proj_v", "value"),
-            ("proj_o", "out"),
-        ):
-            linear(f"{theirs}.self_attn.{part}", f"{ours}.attention.{name}", "weight")
-        linear(f"{theirs}.self_attn.gate.0", f"{ours}.attention.gate", "weight")
-        keys[f"{theirs}.self_attn.intra_block_pe"] = (
-            f"{ours}.attention.key_position",
-            lambda x: x.flatten(0, 2),
-        )
-        for side in ("key", "value"):
-            compression = (
-                f"{theirs}.self_attn.compression_{side}",
-                f"{ours}.attention.compress_{side}",
-            )
-            _compression_keys(keys, linear, config.compression, *compression)
-    return keys
-
-
-def _compression_keys(
-    keys: dict, linear: Callable[..., None], version: Compression, theirs: str, ours: str
-) -> None:
-    if version == "v1":
-        keys[f"{theirs}.act_layers.0.conv.kernel"] = (f"{ours}.linear.weight", torch.t)  # [in, out]
-        keys[f"{theirs}.act_layers.0.conv.bias"] = (f"{ours}.linear.bias", unchanged)
-        return
-    linear(f"{theirs}.act_layers.0", f"{ours}.norm1")
-    linear(f"{theirs}.out_layers.1", f"{ours}.norm2")
-    for layer, name in ((0, "conv1"), (3, "conv2")):
-        keys[f"{theirs}.out_layers.{layer}.conv.kernel"] = (
-            f"{ours}.{name}.weight",
-            published_kernel,
-        )
-        keys[f"{theirs}.out_layers.{layer}.conv.bias"] = (f"{ours}.{name}.bias", unchanged)

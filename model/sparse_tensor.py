@@ -1,4 +1,4 @@
-"""Sparse voxels of a batch of assets: coordinates with what follows from them, features on top, and SDF bricks."""
+"""Sparse tensors of a batch of assets: voxel sets with cached indices, features, and SDF bricks."""
 
 from __future__ import annotations
 
@@ -18,158 +18,215 @@ from kernels.runtime.coords import MAX_BATCH, MAX_COORD
 from pipeline.core.grid import CELL_SIDE, check_resolution
 from pipeline.core.schema import Bricks
 
-POINTS = CELL_SIDE**3  # voxels of a cell
-WINDOW, SHIFT = 8, 4  # of window attention, in cells
+POINTS = CELL_SIDE**3  # grid points of a cell
+WINDOW = 8  # side of an attention window, in tokens
+WINDOW_SHIFT = 4  # by which every other transformer block moves its windows, in tokens
 
 
-class Parents(NamedTuple):
-    """The level of half the resolution, and who belongs to whom."""
+class ParentLevel(NamedTuple):
+    """The level of half the resolution, and the relation between its voxels and their children.
+
+    Attributes:
+        level: The P parents. A voxel has a parent at half its coordinates.
+        parent_of: int32 [N], the row of each voxel's parent.
+        children: int32 [P, 8], the rows of the children at 4 * cx + 2 * cy + cz, -1 where absent.
+    """
 
     level: Level
-    parent_of: Tensor  # int32 [N] row of each voxel's parent
-    children: Tensor  # int32 [P, 8] rows of the children 4 * cx + 2 * cy + cz, -1 where absent
+    parent_of: Tensor
+    children: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """The occupied voxels of a batch at one resolution, in token order, and lazily what follows from them.
+    """The occupied voxels of a batch of assets at one resolution, and indices derived from them.
 
-    Every tensor of a level shares its caches. `Level.from_coords` checks; the bare constructor trusts.
+    The indices are computed when they are first used. All tensors on one level share them.
+    `Level.from_coords` checks its arguments, the constructor does not.
+
+    Attributes:
+        coords: int32 [N, 4] = (batch, x, y, z), sorted as `coords[kernels.token_order(coords)]` is.
+        resolution: Coordinates are below it: 0 <= x, y, z < resolution.
+        batch_size: Number A of assets.
+        asset_starts: int32 [A + 1]. Asset a has the rows asset_starts[a]:asset_starts[a + 1].
     """
 
-    coords: Tensor  # int32 [N, 4] (batch, x, y, z), sorted as kernels.token_order says
-    resolution: int  # 0 <= x, y, z < resolution
+    coords: Tensor
+    resolution: int
     batch_size: int
-    asset_starts: Tensor  # int32 [A + 1] first row of each asset
+    asset_starts: Tensor
 
     @classmethod
     def from_coords(cls, coords: Tensor, resolution: int, batch_size: int) -> Level:
-        """Level of int [N, 4] (batch, x, y, z) in token order, on any device; N = 0 and empty assets are fine.
+        """Make a level of voxels. This copies from the device to the host once.
 
-        One device-to-host copy. ValueError if coords is not sorted as `coords[kernels.token_order(coords)]` is, repeats
-        a voxel or leaves 0 <= x, y, z < resolution or 0 <= batch < batch_size.
+        Args:
+            coords: int [N, 4] = (batch, x, y, z) in token order, on any device. N may be 0, and
+                assets may be empty.
+            resolution: Number of voxels along one side of the grid.
+            batch_size: Number of assets.
+
+        Raises:
+            ValueError: If `coords` is not sorted as `coords[kernels.token_order(coords)]` is, if it
+                repeats a voxel, or if it leaves 0 <= x, y, z < resolution or
+                0 <= batch < batch_size.
         """
-        for name, value, most in (
-            ("resolution", resolution, MAX_COORD),
-            ("batch_size", batch_size, MAX_BATCH),
-        ):
-            if not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{name} must be an int from 1 to {most}, got {value!r}")
+        limits = {"resolution": (resolution, MAX_COORD), "batch_size": (batch_size, MAX_BATCH)}
+        for name, (value, largest) in limits.items():
+            if not isinstance(value, int) or not 1 <= value <= largest:
+                raise ValueError(f"{name} must be an int from 1 to {largest}, got {value!r}")
         order = token_order(coords)
         if len(coords):
-            _check(coords, order, resolution, batch_size)
-        return cls(coords.int(), resolution, batch_size, _starts(coords[:, 0], batch_size))
+            _check_coords(coords, order, resolution, batch_size)
+        return cls(coords.int(), resolution, batch_size, _asset_starts(coords[:, 0], batch_size))
 
     def __len__(self) -> int:
         return len(self.coords)
 
     @property
     def device(self) -> torch.device:
+        """Device of the coordinates."""
         return self.coords.device
 
     @cached_property
     def neighbors(self) -> Tensor:
-        """int32 [N, 27]: rows of the 3^3 neighbours as `kernels.neighbor_map` has them, -1 where absent."""
+        """Rows of the 3^3 neighbours of each voxel, int32 [N, 27]; see `kernels.neighbor_map`."""
         return kernels.neighbor_map(self.coords)
 
     @cached_property
     def block_index(self) -> BlockIndex:
-        """Blocks, and windows of 8^3 voxels, aligned and shifted by 4. One device-to-host copy."""
+        """Index of the attention blocks and of the windows of 8^3 voxels, aligned and shifted by 4.
+
+        Computing it copies from the device to the host once.
+        """
         return BlockIndex.from_coords(
-            self.coords, self.batch_size, window=WINDOW, window_shift=SHIFT
+            self.coords, self.batch_size, window=WINDOW, window_shift=WINDOW_SHIFT
         )
 
     @cached_property
-    def parents(self) -> Parents:
-        """The level of half the resolution. One device-to-host copy. ValueError if the resolution is odd."""
+    def parents(self) -> ParentLevel:
+        """The level of half the resolution. Computing it copies from the device to the host once.
+
+        Raises:
+            ValueError: If the resolution is odd.
+        """
         if self.resolution % 2:
             raise ValueError(f"resolution must be even to have parents, got {self.resolution}")
         coords, parent_of, children = kernels.parent_voxels(self.coords)
-        starts = _starts(coords[:, 0], self.batch_size)
+        starts = _asset_starts(coords[:, 0], self.batch_size)
         level = Level(coords, self.resolution // 2, self.batch_size, starts)
-        return Parents(level, parent_of, children)
+        return ParentLevel(level, parent_of, children)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Level:
-        """The same level there, without its caches; itself if it is there."""
-        coords, starts = (
-            x.to(device, non_blocking=non_blocking) for x in (self.coords, self.asset_starts)
-        )
+        """Return the level on another device, without its cached indices."""
+        coords = self.coords.to(device, non_blocking=non_blocking)
+        starts = self.asset_starts.to(device, non_blocking=non_blocking)
         return self if coords is self.coords else replace(self, coords=coords, asset_starts=starts)
 
 
-def _starts(batch_N: Tensor, batch_size: int) -> Tensor:
+def _asset_starts(batch_N: Tensor, batch_size: int) -> Tensor:
+    """Return the first row of each asset, and the number of rows: int32 [batch_size + 1]."""
     assets = torch.arange(batch_size + 1, device=batch_N.device, dtype=batch_N.dtype)
     return torch.searchsorted(batch_N.contiguous(), assets).int()
 
 
-def _check(coords: Tensor, order: Tensor, resolution: int, batch_size: int) -> None:
-    batch, xyz = coords[:, 0], coords[:, 1:]
+def _check_coords(coords: Tensor, order: Tensor, resolution: int, batch_size: int) -> None:
+    """Raise ValueError naming the first row that breaks a rule of `Level.from_coords`."""
+    batch = coords[:, 0]
+    xyz = coords[:, 1:]
     outside = ((xyz < 0) | (xyz >= resolution)).any(1) | (batch < 0) | (batch >= batch_size)
     unsorted = order != torch.arange(len(order), device=order.device)
     repeated = torch.zeros_like(outside)
     repeated[1:] = (coords[1:] == coords[:-1]).all(1)
+    # One row per rule: whether it is broken, the first row that breaks it, and that row's values.
+    # They are copied to the host together.
     broken = torch.stack([outside, unsorted, repeated])
     rows = broken.int().argmax(1)
-    copy = torch.cat(
-        [broken.any(1)[:, None], rows[:, None], coords.index_select(0, rows)], 1
-    ).tolist()
+    table = torch.cat([broken.any(1)[:, None], rows[:, None], coords.index_select(0, rows)], 1)
     rules = (
         f"have 0 <= batch < {batch_size} and 0 <= x, y, z < {resolution}",
         "be sorted as coords[token_order(coords)] is",
         "not repeat a voxel",
     )
-    for rule, (found, row, *values) in zip(rules, copy, strict=True):
-        if found:
+    for rule, (is_broken, row, *values) in zip(rules, table.tolist(), strict=True):
+        if is_broken:
             raise ValueError(f"coords must {rule}; row {row} is {values}")
 
 
 @dataclass(frozen=True, eq=False)
 class SparseTensor:
-    """Features of a level's voxels. ValueError if feats is not [N, C] on the level's device."""
+    """Features of the voxels of a level.
 
-    feats: Tensor  # [N, C]
+    Attributes:
+        feats: [N, C], rows as in `level.coords`, on the level's device.
+        level: The N voxels.
+
+    Raises:
+        ValueError: If `feats` is not [N, C] or lies on another device.
+    """
+
+    feats: Tensor
     level: Level
 
     def __post_init__(self) -> None:
-        feats, level = self.feats, self.level
+        feats = self.feats
+        level = self.level
         if feats.ndim != 2 or len(feats) != len(level) or feats.device != level.device:
             found = f"{list(feats.shape)} on {feats.device}"
             raise ValueError(f"feats must be [{len(level)}, C] on {level.device}, got {found}")
 
     @property
     def coords(self) -> Tensor:
+        """Coordinates of the voxels, int32 [N, 4] = (batch, x, y, z)."""
         return self.level.coords
 
     @property
     def resolution(self) -> int:
+        """Number of voxels along one side of the grid."""
         return self.level.resolution
 
     @property
     def batch_size(self) -> int:
+        """Number of assets."""
         return self.level.batch_size
 
     def replace(self, feats: Tensor) -> SparseTensor:
-        """Other features on the same voxels, and so with the same caches."""
+        """Return other features on the same level, which keeps its cached indices."""
         return SparseTensor(feats, self.level)
 
 
 def _local_points() -> Tensor:
-    """int64 [512]: the points of a cell, as 64 * x + 8 * y + z, in the order of its voxels in a level."""
+    """Return the grid points of a cell in the order in which a level sorts them.
+
+    Returns:
+        int64 [512] of 64 * x + 8 * y + z.
+    """
     xyz = torch.cartesian_prod(*[torch.arange(CELL_SIDE)] * 3)
     return token_order(torch.cat([torch.zeros(POINTS, 1, dtype=torch.int64), xyz], 1))
 
 
-_LOCAL = _local_points()
+_LOCAL_POINTS = _local_points()
 
 
 @dataclass(frozen=True, eq=False)
 class BrickBatch:
-    """The SDF bricks of a batch of assets, concatenated, their cells in token order."""
+    """The SDF bricks of a batch of assets, concatenated, their cells in token order.
 
-    cells: Level  # of resolution R / 8
-    values: Tensor  # [M, 512] float16 or float32, clamp(sdf / tau, -1, 1) of point 64 * lx + 8 * ly + lz
-    sharp: Tensor  # bool [M, 512] in the same order
-    resolution: int  # R
+    Attributes:
+        cells: The M cells, at resolution R / 8.
+        values: float16 or float32 [M, 512], clamp(sdf / tau, -1, 1) at grid point
+            64 * lx + 8 * ly + lz of each cell, negative inside.
+        sharp: bool [M, 512] in the same order, true near sharp edges.
+        resolution: R.
+
+    Raises:
+        ValueError: If a shape, a dtype or the resolution does not fit.
+    """
+
+    cells: Level
+    values: Tensor
+    sharp: Tensor
+    resolution: int
 
     def __post_init__(self) -> None:
         shape = (len(self.cells), POINTS)
@@ -179,7 +236,8 @@ class BrickBatch:
             )
         if self.values.shape != shape or not self.values.dtype.is_floating_point:
             raise ValueError(
-                f"values must be float {list(shape)}, got {self.values.dtype} {list(self.values.shape)}"
+                f"values must be float {list(shape)}, "
+                f"got {self.values.dtype} {list(self.values.shape)}"
             )
         if self.sharp.shape != shape or self.sharp.dtype != torch.bool:
             raise ValueError(
@@ -188,21 +246,27 @@ class BrickBatch:
 
     @classmethod
     def collate(cls, bricks: Sequence[Bricks]) -> BrickBatch:
-        """One batch, on the CPU, of the bricks of its assets; cells without an active value are dropped.
+        """Concatenate the bricks of several assets on the CPU.
 
-        Rounding to f16 can hide the only active points of a cell. ValueError if there is no asset or the resolutions
-        differ.
+        Cells without an active value are dropped. They exist because rounding to float16 can turn
+        the only active values of a cell into 1.
+
+        Args:
+            bricks: The bricks of each asset, all of one resolution.
+
+        Raises:
+            ValueError: If there is no asset or the resolutions differ.
         """
-        resolutions = sorted({check_resolution(one.resolution) for one in bricks})
+        resolutions = sorted({check_resolution(asset.resolution) for asset in bricks})
         if len(resolutions) != 1:
             raise ValueError(f"bricks must be of one resolution, got {resolutions}")
-        kept = [(np.abs(one.values) < 1).any(axis=1) for one in bricks]
+        kept = [(np.abs(asset.values) < 1).any(axis=1) for asset in bricks]
         pairs = list(zip(bricks, kept, strict=True))
         batch = np.repeat(np.arange(len(bricks)), [keep.sum() for keep in kept])
-        xyz = np.concatenate([one.cells[keep] for one, keep in pairs])
+        xyz = np.concatenate([asset.cells[keep] for asset, keep in pairs])
         coords = torch.from_numpy(np.concatenate([batch[:, None], xyz], axis=1).astype(np.int32))
-        values = torch.from_numpy(np.concatenate([one.values[keep] for one, keep in pairs]))
-        bits = np.concatenate([one.sharp[keep] for one, keep in pairs])
+        values = torch.from_numpy(np.concatenate([asset.values[keep] for asset, keep in pairs]))
+        bits = np.concatenate([asset.sharp[keep] for asset, keep in pairs])
         sharp = torch.from_numpy(np.unpackbits(bits, axis=1, bitorder="little")).bool()
         order = token_order(coords)
         cells = Level.from_coords(coords[order], resolutions[0] // CELL_SIDE, len(bricks))
@@ -210,25 +274,31 @@ class BrickBatch:
 
     @property
     def batch_size(self) -> int:
+        """Number of assets."""
         return self.cells.batch_size
 
     @property
     def device(self) -> torch.device:
+        """Device of the tensors."""
         return self.values.device
 
     @property
     def active(self) -> Tensor:
-        """bool [M, 512]: the points of the encoder's input, |value| < 1."""
+        """True at the active grid points, which are the encoder's input: bool [M, 512].
+
+        A grid point is active where |value| < 1.
+        """
         return self.values.abs() < 1
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> BrickBatch:
-        """The same batch there."""
+        """Return the batch on another device."""
         cells = self.cells.to(device, non_blocking=non_blocking)
-        values, sharp = (x.to(device, non_blocking=non_blocking) for x in (self.values, self.sharp))
+        values = self.values.to(device, non_blocking=non_blocking)
+        sharp = self.sharp.to(device, non_blocking=non_blocking)
         return replace(self, cells=cells, values=values, sharp=sharp)
 
     def pin_memory(self) -> BrickBatch:
-        """A copy in page-locked memory, for `to(..., non_blocking=True)`."""
+        """Return a copy in page-locked memory, for `to(..., non_blocking=True)`."""
         cells = self.cells
         cells = replace(
             cells, coords=cells.coords.pin_memory(), asset_starts=cells.asset_starts.pin_memory()
@@ -238,34 +308,41 @@ class BrickBatch:
         )
 
     def _disk_order(self) -> Tensor:
-        """int64 [M] that sorts the cells by (batch, x, y, z): the order on disk, and of blocks among voxels."""
+        """Return int64 [M] that sorts the cells by (batch, x, y, z), as they are stored on disk."""
         batch, x, y, z = self.cells.coords.long().unbind(1)
         side = self.cells.resolution
         return torch.argsort(((batch * side + x) * side + y) * side + z)
 
     def voxels(self) -> SparseTensor:
-        """The active points with their values: feats float32 [N, 1] on a level of resolution R, made once.
+        """Return the active grid points with their values, float32 [N, 1] at resolution R.
 
-        One device-to-host copy.
+        The first call copies from the device to the host once. Later calls return the same tensor.
         """
         return self._voxels
 
     @cached_property
     def _voxels(self) -> SparseTensor:
-        order, local = self._disk_order(), _LOCAL.to(self.device)
+        order = self._disk_order()
+        local = _LOCAL_POINTS.to(self.device)
+        # Voxels are sorted by cell, then by grid point.
         rows, points = self.active[order][:, local].nonzero(as_tuple=True)
         rows, points = order[rows], local[points]
         coords = self.cells.coords[rows]
         coords[:, 1:] *= CELL_SIDE
         coords[:, 1:] += torch.stack([points // 64, points // 8 % 8, points % 8], 1).int()
         feats = self.values[rows, points].float()[:, None]
-        starts = _starts(coords[:, 0], self.batch_size)
+        starts = _asset_starts(coords[:, 0], self.batch_size)
         return SparseTensor(feats, Level(coords, self.resolution, self.batch_size, starts))
 
     def bricks(self, values: Tensor | None = None) -> list[Bricks]:
-        """Back to one `Bricks` an asset, cells in x, y, z order; `values` [M, 512] replaces the batch's own (decoded).
+        """Return the bricks of each asset as they are stored, cells sorted by x, y, z.
 
-        Values are clamped to [-1, 1] and rounded to f16, as stored. ValueError if values has another shape.
+        Args:
+            values: Float [M, 512] instead of the batch's own values, such as decoded ones. They are
+                clamped to [-1, 1] and rounded to float16.
+
+        Raises:
+            ValueError: If `values` has another shape.
         """
         values = self.values if values is None else values
         if values.shape != self.values.shape:

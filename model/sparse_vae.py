@@ -1,4 +1,4 @@
-"""SS-VAE: sparse SDF bricks to 16 channels a cell of 8^3 voxels, and back to all 512 voxels of every cell."""
+"""SS-VAE: sparse SDF bricks to latents of each cell, and back to the 512 values of every cell."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import sdf_head
-from model.checkpoint import KeyMap, copy_weights, unchanged
+from model.checkpoint import copy_weights
 from model.config import VAEConfig
-from model.conv import DownBlock, UpBlock, pairs_of_blocks
+from model.conv import DownBlock, UpBlock, count_pairs
 from model.layers import (
     WindowBlock,
     init_linears,
@@ -23,29 +23,36 @@ from model.layers import (
     recompute,
     zero_init,
 )
+from model.published_weights import published_vae_keys
 from model.sparse_tensor import POINTS, BrickBatch, Level, SparseTensor
 from pipeline.core.grid import CELL_SIDE
 
-HEAD_SIZES = (16, 32, 64, 128)  # that windowed attention has kernels for
 LOGVAR_START = -6.0  # log-variance of every latent before training
-SIZES = (2, 4, 8)  # voxels along a cell's side after each step of the decoder
+LOGVAR_RANGE = (-30.0, 20.0)  # Direct3D-S2 paper (arXiv 2505.17412), section 3
+DECODER_SIDES = (2, 4, 8)  # voxels along one side of a cell after each block of the decoder
 
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """A diagonal Gaussian for every cell."""
+    """The encoder's result: a diagonal Gaussian for every cell.
 
-    mean: Tensor  # fp32 [M, latent_channels]
-    logvar: Tensor  # fp32 [M, latent_channels], in [-30, 20]
-    level: Level  # of the cells, rows as in batch.cells; its caches serve the decoder
+    Attributes:
+        mean: fp32 [M, latent_channels].
+        logvar: fp32 [M, latent_channels], the logarithm of the variance, in [-30, 20].
+        level: The cells, rows as in `BrickBatch.cells`. The decoder uses their cached indices.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+    level: Level
 
     def sample(self, noise_MC: Tensor) -> Tensor:
-        """mean + standard deviation * noise: [M, latent_channels]."""
+        """Return mean + standard deviation * noise, [M, latent_channels]."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise_MC
 
 
 class _Transformer(nn.Module):
-    """Linear and positions, then window blocks, every other one shifted: what encoder and decoder have in common."""
+    """Window blocks after a linear layer and positions: the middle of encoder and decoder."""
 
     def __init__(self, in_channels: int, config: VAEConfig):
         super().__init__()
@@ -65,7 +72,7 @@ class _Transformer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Active voxels to the mean and log-variance of every cell."""
+    """Active grid points to the mean and log-variance of every cell."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -79,16 +86,17 @@ class Encoder(nn.Module):
         self.out = nn.Linear(widths[3], 2 * config.latent_channels)
 
     def forward(self, voxels: SparseTensor, checkpointing: bool) -> SparseTensor:
+        """Encode [N, 1] at resolution R to [M, 2 * latent_channels] at R / 8."""
         x = voxels.replace(self.input(voxels.feats.to(self.input.weight.dtype)))
         for down in self.down:
             feats = recompute(checkpointing, down, x.feats, x)
             x = SparseTensor(feats, x.level.parents.level)
-        hidden = self.transformer(x.feats, x.level, checkpointing)
-        return x.replace(self.out(layer_norm(hidden, eps=1e-5)))
+        hidden_MC = self.transformer(x.feats, x.level, checkpointing)
+        return x.replace(self.out(layer_norm(hidden_MC, eps=1e-5)))
 
 
 class Decoder(nn.Module):
-    """Latents of every cell to its 512 values; nothing is pruned."""
+    """Latents of every cell to its 512 values. No voxel is pruned."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -97,20 +105,27 @@ class Decoder(nn.Module):
         self.out = nn.Linear(config.widths[0], 1)
 
     def forward(self, z_MC: Tensor, level: Level, checkpointing: bool) -> Tensor:
-        x = self.transformer(z_MC, level, checkpointing)
-        for up, size in zip(self.up, SIZES, strict=True):
-            x = recompute(checkpointing, self._step, up, x, level.neighbors, size)
-        return sdf_head(x, self.out.weight[0], self.out.bias).view(-1, POINTS)
+        """Decode [M, latent_channels] to fp32 [M, 512]."""
+        x_NC = self.transformer(z_MC, level, checkpointing)
+        for up, side in zip(self.up, DECODER_SIDES, strict=True):
+            x_NC = recompute(checkpointing, self._upsample, up, x_NC, level.neighbors, side)
+        return sdf_head(x_NC, self.out.weight[0], self.out.bias).view(-1, POINTS)
 
     @staticmethod
-    def _step(up: UpBlock, x: Tensor, neighbors: Tensor, size: int) -> Tensor:
-        return up(x if size == SIZES[0] else F.silu(x), neighbors, size)
+    def _upsample(up: UpBlock, x_NC: Tensor, neighbors: Tensor, side: int) -> Tensor:
+        # The SiLU after a block is recomputed together with the next block.
+        return up(x_NC if side == DECODER_SIDES[0] else F.silu(x_NC), neighbors, side)
 
 
 class SparseVAE(nn.Module):
-    """The SS-VAE. fp32 weights; under torch.autocast matrix products and convolutions run in its dtype.
+    """The SS-VAE of Direct3D-S2.
 
-    `activation_checkpointing`: keep one activation a block and recompute the others in the backward.
+    Weights are fp32. Under torch.autocast matrix products and convolutions use its dtype.
+
+    Attributes:
+        config: Sizes of the model.
+        activation_checkpointing: If true, only the input of each block is kept for the backward
+            pass, which computes the other activations again.
     """
 
     Config = VAEConfig
@@ -119,34 +134,49 @@ class SparseVAE(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
         init_linears(self)
         zero_init(self.encoder.out)
         zero_init(self.decoder.out)
-        with (
-            torch.no_grad()
-        ):  # little noise at first: a decoder learns nothing from latents that drown in it
+        # The noise is small at first: a decoder learns nothing from latents that are mostly noise.
+        with torch.no_grad():
             self.encoder.out.bias[config.latent_channels :] = LOGVAR_START
 
     def encode(self, batch: BrickBatch) -> Posterior:
-        """The posterior of every cell of the batch, rows as in batch.cells.
+        """Encode bricks.
 
-        ValueError if a cell holds no active value: `BrickBatch.collate` drops those.
+        Args:
+            batch: Bricks of M cells.
+
+        Returns:
+            The posterior of every cell, rows as in `batch.cells`.
+
+        Raises:
+            ValueError: If a cell holds no active value. `BrickBatch.collate` drops such cells.
         """
         x = self.encoder(batch.voxels(), self.activation_checkpointing)
         if len(x.level) != len(batch.cells):
-            found = f"{len(batch.cells) - len(x.level)} without"
             raise ValueError(
-                f"batch must have an active value in each of its {len(batch.cells)} cells, got {found}"
+                f"batch must have an active value in each of its {len(batch.cells)} cells, "
+                f"got {len(batch.cells) - len(x.level)} without"
             )
         moments = x.feats if x.feats.dtype == torch.float64 else x.feats.float()
         mean, logvar = moments.chunk(2, dim=1)
-        return Posterior(mean, logvar.clamp(-30.0, 20.0), x.level)
+        return Posterior(mean, logvar.clamp(*LOGVAR_RANGE), x.level)
 
     def decode(self, z_MC: Tensor, level: Level) -> Tensor:
-        """fp32 [M, 512] in [-1, 1], sdf / tau of point 64 * lx + 8 * ly + lz of every cell.
+        """Decode latents.
 
-        z [M, latent_channels]; level of resolution R / 8. ValueError if z has another shape.
+        Args:
+            z_MC: [M, latent_channels].
+            level: The M cells, at resolution R / 8.
+
+        Returns:
+            fp32 [M, 512] in [-1, 1], sdf / tau at grid point 64 * lx + 8 * ly + lz of every cell.
+
+        Raises:
+            ValueError: If `z_MC` has another shape.
         """
         shape = [len(level), self.config.latent_channels]
         if list(z_MC.shape) != shape:
@@ -156,88 +186,67 @@ class SparseVAE(nn.Module):
     def forward(
         self, batch: BrickBatch, noise_MC: Tensor | None = None
     ) -> tuple[Tensor, Posterior]:
-        """(decoded values [M, 512], posterior); latents are the mean plus noise [M, latent_channels], if any."""
+        """Encode and decode bricks.
+
+        Args:
+            batch: Bricks of M cells.
+            noise_MC: Standard normal [M, latent_channels]. None decodes the means.
+
+        Returns:
+            The decoded values [M, 512] and the posterior.
+        """
         posterior = self.encode(batch)
         z_MC = posterior.mean if noise_MC is None else posterior.sample(noise_MC)
         return self.decode(z_MC, posterior.level), posterior
 
     def flops(self, batch: BrickBatch) -> int:
-        """Multiplications and additions of one forward pass; a training step needs three times as many.
+        """Count the multiplications and additions of one forward pass.
 
-        Counted where voxels are: no padding, no recomputation, and 8 taps a child after a duplication. One
-        device-to-host copy.
+        A training step needs three times as many. Only pairs of voxels that exist count, with 8
+        taps a child after a duplication, and recomputed activations do not count. This copies from
+        the device to the host once.
         """
         return _flops(self.config, batch)
 
     def load_published(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy the weights of a published VAE: its state dict, convolutions as torchsparse lays them out.
+        """Copy the weights of a published SS-VAE.
 
-        They expect `plus_one_pooling`. ValueError listing every unknown or missing name and wrong shape.
+        The model must have been made with `plus_one_pooling`.
+
+        Args:
+            weights: The published state dict, convolutions in the layout of torchsparse.
+
+        Raises:
+            CheckpointError: If names or shapes do not fit. The message lists all of them.
         """
-        copy_weights(weights, self, "the state dict", published_keys(self.config))
+        copy_weights(weights, self, "the state dict", published_vae_keys(self.config))
 
 
 def _flops(config: VAEConfig, batch: BrickBatch) -> int:
-    down, up = (list(itertools.pairwise(widths)) for widths in (config.widths, config.widths[::-1]))
-    level, width, M = batch.voxels().level, config.widths[3], len(batch.cells)
-    dense = (
-        len(level) * config.widths[0] + M * POINTS * config.widths[0]
-    )  # multiply-adds of linear layers
-    sparse: list[Tensor] = []  # of the others, counted on the device
+    down = list(itertools.pairwise(config.widths))
+    up = list(itertools.pairwise(config.widths[::-1]))
+    level = batch.voxels().level
+    width = config.widths[3]
+    M = len(batch.cells)
+    # `dense` counts the multiply-adds of the linear layers, which depend on numbers of rows alone.
+    # `sparse` has those that depend on which voxels exist. They are counted on the device.
+    dense = len(level) * config.widths[0] + M * POINTS * config.widths[0]
+    sparse: list[Tensor] = []
+    # Convolutions of the encoder, and its skip connections.
     for a, b in down:
         level = level.parents.level
         dense += len(level) * a * b
         sparse.append((level.neighbors >= 0).sum() * (a * b + b * b))
-    for (a, b), size in zip(up, SIZES, strict=True):
-        sparse.append(pairs_of_blocks(level.neighbors, size // 2, upsample=False) * (a * b))
-        sparse.append(pairs_of_blocks(level.neighbors, size, upsample=True) * (b * b))
-    for n in range(config.blocks):  # scores and weighted sums, in the encoder and in the decoder
-        starts = level.block_index.shifted_starts if n % 2 else level.block_index.window_starts
+    # Convolutions of the decoder.
+    for (a, b), side in zip(up, DECODER_SIDES, strict=True):
+        sparse.append(count_pairs(level.neighbors, side // 2, upsample=False) * (a * b))
+        sparse.append(count_pairs(level.neighbors, side, upsample=True) * (b * b))
+    # Scores and weighted sums of the windows, in the encoder and in the decoder.
+    for n in range(config.blocks):
+        index = level.block_index
+        starts = index.shifted_starts if n % 2 else index.window_starts
         sparse.append(4 * width * starts.diff().long().square().sum())
+    # Linear layers of the transformers.
     dense += M * width * (width + 3 * config.latent_channels)
     dense += 2 * M * config.blocks * (4 + 2 * config.mlp_ratio) * width * width
     return 2 * (dense + int(torch.stack(sparse).sum()))
-
-
-def published_kernel(kernel: Tensor) -> Tensor:
-    """torchsparse [27, in, out] counts its taps with x fastest, we with z: (dz, dy, dx) -> (dx, dy, dz)."""
-    return kernel.unflatten(0, (3, 3, 3)).permute(2, 1, 0, 3, 4).flatten(0, 2)
-
-
-def published_keys(config: VAEConfig) -> KeyMap:
-    """Names and layouts of the published VAE -> ours."""
-    keys: dict = {}
-
-    def linear(theirs: str, ours: str) -> None:
-        keys.update(
-            {f"{theirs}.{name}": (f"{ours}.{name}", unchanged) for name in ("weight", "bias")}
-        )
-
-    def conv(theirs: str, ours: str) -> None:
-        keys[f"{theirs}.conv.kernel"] = (f"{ours}.weight", published_kernel)
-        keys[f"{theirs}.conv.bias"] = (f"{ours}.bias", unchanged)
-
-    linear("encoder.input_layer1", "encoder.input")
-    for n in range(3):
-        theirs, ours = f"encoder.downsample.{n}", f"encoder.down.{n}"
-        linear(f"{theirs}.act_layers.0", f"{ours}.norm1")
-        conv(f"{theirs}.out_layers.0", f"{ours}.conv1")
-        linear(f"{theirs}.out_layers.1", f"{ours}.norm2")
-        conv(f"{theirs}.out_layers.3", f"{ours}.conv2")
-        conv(f"{theirs}.skip_connection", f"{ours}.skip")
-        keys[f"{theirs}.skip_connection.conv.kernel"] = (
-            f"{ours}.skip.weight",
-            torch.t,
-        )  # [in, out]
-        conv(f"decoder.upsample.{n}.act_layers.0", f"decoder.up.{n}.conv1")
-        conv(f"decoder.upsample.{n}.out_layers.0", f"decoder.up.{n}.conv2")
-    for part in ("encoder", "decoder"):
-        linear(f"{part}.input_layer", f"{part}.transformer.input")
-        linear(f"{part}.out_layer", f"{part}.out")
-        for n in range(config.blocks):
-            theirs, ours = f"{part}.blocks.{n}", f"{part}.transformer.blocks.{n}"
-            linear(f"{theirs}.attn.to_qkv", f"{ours}.attention.qkv")
-            linear(f"{theirs}.attn.to_out", f"{ours}.attention.out")
-            linear(f"{theirs}.mlp.mlp.0", f"{ours}.mlp.0")
-            linear(f"{theirs}.mlp.mlp.2", f"{ours}.mlp.2")
-    return keys

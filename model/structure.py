@@ -1,4 +1,8 @@
-"""The structure stage: from an image to the cells that hold the surface, through latents of the occupancy grid."""
+"""The structure stage: from an image to the cells near the surface.
+
+A flow model generates latents on a small dense grid, and the occupancy VAE decodes them to the dense
+grid of cells.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,10 @@ from model.sparse_tensor import Level, SparseTensor
 
 
 class Structure(nn.Module):
-    """Occupancy VAE and flow model. paper, sec. 4 (the first stage, as in TRELLIS)"""
+    """The occupancy VAE and the flow model over its latents, as in TRELLIS.
+
+    Direct3D-S2 paper (arXiv 2505.17412), section 4, uses TRELLIS for its first stage.
+    """
 
     Config = StructureConfig
 
@@ -29,18 +36,18 @@ class Structure(nn.Module):
 
     @property
     def resolution(self) -> int:
-        """R of the bricks whose cells this generates."""
-        return 8 * self.config.occupancy.side
+        """Resolution R of the bricks whose cells the stage generates."""
+        return self.config.resolution
 
     def forward(
         self, x: SparseTensor, t_B: Tensor, images: ImageBatch, dropped_B: Tensor | None = None
     ) -> Tensor:
-        """The flow's velocity at x, normalised latents on `dense_level`; see `ConditionedDiT`."""
+        """Estimate the velocity at normalised latents on `dense_level`; see `ConditionedDiT`."""
         return self.flow(x, t_B, images, dropped_B)
 
     def generate(
         self,
-        condition: ImageTokens,
+        image: ImageTokens,
         seeds: Sequence[int],
         *,
         steps: int,
@@ -48,31 +55,42 @@ class Structure(nn.Module):
         method: Method = "euler",
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> Level:
-        """The occupied cells of one asset an image, at resolution R / 8; an asset may come out empty.
+        """Generate the occupied cells of each asset.
 
-        `condition` is this stage's own (`flow.condition`). ValueError as `ConditionedDiT.generate`.
+        Args:
+            image: Image tokens of this stage's own encoder, `flow.encode_images`.
+            seeds: Seed of each asset's noise.
+            steps: Sampling steps.
+            guidance: Classifier-free guidance.
+            method: "euler" or "heun".
+            progress: Wraps the steps, as tqdm does.
+
+        Returns:
+            The cells at resolution R / 8. An asset may have none.
+
+        Raises:
+            ValueError: As `ConditionedDiT.generate`.
         """
         level = dense_level(
-            self.config.occupancy.latent_side, condition.batch_size, condition.feats_SC.device
+            self.config.occupancy.latent_side, image.batch_size, image.feats_SC.device
         )
         z_NC = self.flow.generate(
             level,
-            condition,
+            image,
             seeds,
             steps=steps,
             guidance=guidance,
             method=method,
             progress=progress,
         )
+        dtype = next(self.vae.parameters()).dtype
         with torch.no_grad():
-            logits = self.vae.decode(
-                rows_to_grid(z_NC, level).to(next(self.vae.parameters()).dtype)
-            )
+            logits = self.vae.decode(rows_to_grid(z_NC, level).to(dtype))
         return occupied_level(logits > 0)
 
 
 def dense_level(side: int, batch_size: int, device: torch.device | str = "cpu") -> Level:
-    """Every cell of a side^3 grid, for each asset of a batch."""
+    """Return a level with every voxel of a side^3 grid, for each asset of a batch."""
     axis = torch.arange(side)
     coords = torch.cartesian_prod(torch.arange(batch_size), axis, axis, axis)
     coords = coords[token_order(coords)].int().to(device)
@@ -80,13 +98,29 @@ def dense_level(side: int, batch_size: int, device: torch.device | str = "cpu") 
 
 
 def grid_to_rows(grid_BCXYZ: Tensor, level: Level) -> Tensor:
-    """Dense [B, C, s, s, s] -> [N, C], rows as the level's cells."""
+    """Gather a dense grid at the voxels of a level.
+
+    Args:
+        grid_BCXYZ: [B, C, s, s, s].
+        level: N voxels at resolution s.
+
+    Returns:
+        [N, C], rows as in the level.
+    """
     b, x, y, z = level.coords.long().unbind(1)
     return grid_BCXYZ.permute(0, 2, 3, 4, 1)[b, x, y, z]
 
 
 def rows_to_grid(rows_NC: Tensor, level: Level) -> Tensor:
-    """[N, C] on the level's cells -> dense [B, C, s, s, s], zero elsewhere."""
+    """Scatter rows to a dense grid, which is zero elsewhere.
+
+    Args:
+        rows_NC: [N, C], rows as in the level.
+        level: N voxels at resolution s.
+
+    Returns:
+        [B, C, s, s, s].
+    """
     side = level.resolution
     grid = rows_NC.new_zeros(level.batch_size, side, side, side, rows_NC.shape[1])
     b, x, y, z = level.coords.long().unbind(1)
@@ -95,7 +129,13 @@ def rows_to_grid(rows_NC: Tensor, level: Level) -> Tensor:
 
 
 def occupied_level(occupied_BXYZ: Tensor) -> Level:
-    """The cells where a bool grid [B, S, S, S] is true. One device-to-host copy, and one of the level's."""
+    """Return the level of the cells where a grid is true.
+
+    This copies from the device to the host twice.
+
+    Args:
+        occupied_BXYZ: bool [B, S, S, S].
+    """
     coords = occupied_BXYZ.nonzero()
     coords = coords[token_order(coords)].int()
     return Level.from_coords(coords, occupied_BXYZ.shape[1], len(occupied_BXYZ))

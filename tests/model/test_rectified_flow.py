@@ -107,7 +107,7 @@ def test_noise_depends_on_the_asset_alone():
     assert torch.equal(together[:3], draw_noise([7], [3], 4))
     assert torch.equal(together[3:], draw_noise([9], [5], 4))
     assert not torch.equal(draw_noise([7], [3], 4), draw_noise([8], [3], 4))
-    with pytest.raises(ValueError, match="seeds must be 2, one an asset, got 1"):
+    with pytest.raises(ValueError, match="seeds must be 2, one for each asset, got 1"):
         draw_noise([1], [3, 4], 4)
 
 

@@ -135,7 +135,7 @@ def slow_dit(model, feats, level, t, image, image_coords):
     )
     angle = 1000 * t / 10000 ** (torch.arange(128, dtype=torch.float64) / 128)
     time = model.time[2](F.silu(model.time[0](torch.cat([angle.cos(), angle.sin()]))))
-    image = model.encode_images(image) + waves(image_coords[:, 1:], c.condition_channels, 1)
+    image = model.condition(image) + waves(image_coords[:, 1:], c.condition_channels, 1)
     for block in model.blocks:
         shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(F.silu(time)).chunk(6)
         h = h + gate1 * run(
@@ -362,7 +362,7 @@ def test_flops_are_those_of_the_products():
     ("options", "message"),
     [
         ({"channels": 60}, "heads must split 60 channels"),
-        ({"heads": 2, "kv_heads": 3}, "kv_heads must be heads = 2 over"),
+        ({"heads": 2, "kv_heads": 3}, "kv_heads must be heads = 2 divided by"),
         ({"compression": "v3"}, "compression must be"),
         ({"compress_block": 2}, "compress_block must be 4 or 8, got 2"),
         ({"attention": "flash"}, "attention must be"),
@@ -380,9 +380,9 @@ def test_inputs_that_do_not_belong_together():
     x, t, condition = make_inputs([30, 20], [5, 7])
     for arguments, message in (
         ((x.replace(x.feats[:, :3]), t, condition), "x must have 4 channels, got 3"),
-        ((x, t[:1], condition), r"t_B must be \[2\], one an asset, got \[1\]"),
-        ((x, t, make_condition([5])), "condition must be of 2 assets, got 1"),
-        ((x, t, make_condition([5, 7], 20)), "condition must have 24 channels, got 20"),
+        ((x, t[:1], condition), r"t_B must be \[2\], one for each asset, got \[1\]"),
+        ((x, t, make_condition([5])), "image must be of 2 assets, got 1"),
+        ((x, t, make_condition([5, 7], 20)), "image must have 24 channels, got 20"),
     ):
         with pytest.raises(ValueError, match=message):
             model(*arguments)

@@ -11,7 +11,8 @@ from kernels import token_order
 from model.config import VAEConfig
 from model.conv import SparseConv3d
 from model.sparse_tensor import Level
-from model.sparse_vae import SparseVAE, published_keys
+from model.published_weights import published_vae_keys
+from model.sparse_vae import SparseVAE
 from tests.kernel_inputs import random_coords
 from tests.model.test_sparse_vae import TINY
 
@@ -65,7 +66,7 @@ def official_shapes(widths=(32, 64, 128, 512), latent=16, blocks=4):
 def test_the_published_sizes_are_ours():
     shapes = official_shapes()
     assert sum(np.prod(shape) for shape in shapes.values()) == 37_874_113
-    assert set(shapes) == set(published_keys(VAEConfig()))
+    assert set(shapes) == set(published_vae_keys(VAEConfig()))
 
 
 def published(seed=0):

@@ -193,7 +193,7 @@ def test_it_learns_which_image_has_which_cells():
 
 
 def test_parts_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="must be the occupancy's 4, got 8"):
+    with pytest.raises(ValueError, match="must be the occupancy VAE's 4, got 8"):
         StructureConfig(
             occupancy=OCCUPANCY, flow=replace(FLOW, dit=replace(DIT, latent_channels=8))
         )
