@@ -30,7 +30,7 @@ from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side
 from train.stages.config import ExportConfig
 from train.stages.dit.config import DIT_PRESETS, DiTTraining
-from train.stages.dit.data import DiTLoader, joined
+from train.stages.dit.data import DiTLoader, index_with_latents
 from train.stages.dit.run import read_latents, train_dit
 from train.stages.dit.task import on_white
 from train.stages.export import export
@@ -231,7 +231,7 @@ def on_given_cells(cfg: Learn, run: DiTTraining, world: World) -> dict[str, Any]
     """The DiT alone: an asset's own cells, a view of it that was never shown, and the same under a wrong image."""
     vae, store = read_latents(run, world)
     assert vae is not None
-    index, judge, rows = joined(run, store), judge_of(cfg), []
+    index, judge, rows = index_with_latents(run, store), judge_of(cfg), []
     model = load_model(run.out / "latest", ConditionedDiT, device=world.device)
     loader = DiTLoader(index, store, run, training=False, held_out_only=True)
     bricks = BrickReader(read_build_index(cfg.data, [cfg.resolution]))
@@ -265,7 +265,9 @@ def on_given_cells(cfg: Learn, run: DiTTraining, world: World) -> dict[str, Any]
         view = loader.conditions.views.read_view(asset, loader.conditions.view_of(asset, 0))
         axes = np.array(view.meta["c2w"])[:3, :3].T
         shown = (meshes[0], meshes[1], judge.right[place])
-        rows.append([on_white(view.rgba), *(picture(*mesh, size=256, view=axes) for mesh in shown)])
+        rows.append(
+            [on_white(view.rgba, 256), *(picture(*mesh, size=256, view=axes) for mesh in shown)]
+        )
     half = len(rows) // 2
     pairs = [[*left, *right] for left, right in zip(rows[:half], rows[half:], strict=False)]
     save_image(cfg.out / "given_cells.png", side_by_side(pairs))
@@ -291,7 +293,7 @@ def from_images(cfg: Learn, run: DiTTraining, stages: Path, device: torch.device
         iou = intersection_over_union(inside(*mesh), inside(*right)) if len(mesh[1]) else 0.0
         judge.add(asset, mesh, iou=100 * float(iou), cells=tokens)
         rows.append(
-            [on_white(view.rgba), *(picture(*x, size=256, view=axes) for x in (mesh, right))]
+            [on_white(view.rgba, 256), *(picture(*x, size=256, view=axes) for x in (mesh, right))]
         )
     half = len(rows) // 2
     pairs = [[*left, *other] for left, other in zip(rows[:half], rows[half:], strict=False)]

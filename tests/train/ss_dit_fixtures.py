@@ -16,7 +16,7 @@ from train.engine import checkpoint
 from train.engine.config import LoopConfig
 from train.engine.distributed import World
 from train.stages.dit.config import DiTTraining
-from train.stages.dit.data import DiTLoader, joined
+from train.stages.dit.data import DiTLoader, index_with_latents
 from train.stages.dit.run import read_latents
 from train.stages.dit.task import DiTTask
 from train.stages.vae.config import EncodeConfig
@@ -70,12 +70,12 @@ def config(rendered, out, *, steps=4, loop=None, **options):
 
 def loader_of(cfg, split="train", **options):
     _, store = read_latents(cfg, World())
-    return DiTLoader(joined(cfg, store).split(split), store, cfg, **options)
+    return DiTLoader(index_with_latents(cfg, store).split(split), store, cfg, **options)
 
 
 def task_of(cfg):
     vae, store = read_latents(cfg, World())
-    index = joined(cfg, store)
+    index = index_with_latents(cfg, store)
     return DiTTask(cfg, World(), index.split("train"), index.split("val"), store, vae)
 
 

@@ -30,7 +30,7 @@ from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.stages.dit.config import DIT_PRESETS
-from train.stages.dit.data import joined
+from train.stages.dit.data import index_with_latents
 from train.stages.dit.run import read_latents, train_dit
 from train.stages.dit.task import DiTTask
 
@@ -66,7 +66,9 @@ def test_the_loss_weighs_assets_alike_and_ranks_add_up(rendered, tmp_path):
     for draw in draws:
         batch = loader.batch([draw], 1.0)
         alone.append(
-            task._errors(task.model, batch, task._start(batch), batch.times, batch.dropped).mean()
+            task._errors(
+                task.model, batch, task._clean_latents(batch), batch.times, batch.dropped
+            ).mean()
         )
     torch.testing.assert_close(torch.stack(alone).mean(), whole)
 
@@ -186,7 +188,7 @@ def test_latents_that_are_missing_or_of_another_vae(rendered, tmp_path):
     ):
         train_dit(config((data, rendered[1]), tmp_path / "run"), World())
     cfg = config((data, rendered[1]), tmp_path / "run", max_missing_share=0.5)
-    assert len(joined(cfg, read_latents(cfg, World())[1])) == 4
+    assert len(index_with_latents(cfg, read_latents(cfg, World())[1])) == 4
     with pytest.raises(
         UserError, match="nowhere does not exist; name the VAE that made the latents"
     ):

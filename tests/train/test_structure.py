@@ -26,6 +26,7 @@ from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
 from train.engine.config import LoopConfig
 from train.engine.distributed import World
+from train.stages.structure.cell_pictures import cube_surface
 from train.stages.structure.config import (
     STRUCTURE_PRESETS,
     FlowTraining,
@@ -34,7 +35,7 @@ from train.stages.structure.config import (
 )
 from train.stages.structure.data import GridLoader
 from train.stages.structure.run import train_flow, train_occupancy_vae, train_structure
-from train.stages.structure.task import FlowTask, cube_surface
+from train.stages.structure.task import FlowTask
 from train.structure import main
 
 # A grid of 4^3 cells, as builds at R = 32 have it.

@@ -59,12 +59,12 @@ def test_the_flow_starts_at_samples_of_the_posterior_with_unit_statistics(render
     batches = [
         loader.batch([SampleId(asset, epoch)], 1.0) for asset in range(6) for epoch in range(25)
     ]
-    x0 = torch.cat([task._start(batch) for batch in batches])
+    x0 = torch.cat([task._clean_latents(batch) for batch in batches])
     assert x0.mean(0).abs().max() < 0.08
     assert (x0.std(0) - 1).abs().max() < 0.05
     batch = batches[0]
     z = batch.latents.mean + (batch.latents.logvar / 2).exp() * batch.posterior_noise
-    assert torch.allclose(task.model.dit.denormalize(task._start(batch)), z, atol=1e-5)
+    assert torch.allclose(task.model.dit.denormalize(task._clean_latents(batch)), z, atol=1e-5)
 
 
 def test_a_tenth_is_trained_without_image(rendered, tmp_path):
@@ -88,7 +88,7 @@ def test_what_is_dropped_does_not_see_its_image(rendered, tmp_path):
     wake(task.model)
     batch = loader.batch([SampleId(0, 0), SampleId(1, 0)], 1.0)
     black = replace(batch.images, pixels=torch.zeros_like(batch.images.pixels))
-    x0 = task._start(batch)
+    x0 = task._clean_latents(batch)
     for dropped in (torch.tensor([True, False]), torch.tensor([False, False])):
         ours, theirs = (
             task._errors(task.model, replace(batch, images=images), x0, batch.times, dropped)

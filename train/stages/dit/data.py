@@ -1,4 +1,4 @@
-"""A build's latents, and renders to go with them, as the SS-DiT's batches."""
+"""Training batches of the SS-DiT: latents of a build together with its renders."""
 
 from __future__ import annotations
 
@@ -16,76 +16,71 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
 from train.data.bricks import UNREADABLE, BuildIndex, read_build_index
 from train.data.latents import Latent, LatentBatch, LatentStore
-from train.data.render_conditions import RenderConditions, sample_time
+from train.data.render_conditions import sample_time
 from train.engine.batch_sampler import SampleId, StepSamples
+from train.stages.conditioned import ConditionedBatch, choose_views
 from train.stages.dit.config import DiTTraining
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTBatch:
-    """What one rank works on in one step. What is random in it is each asset's own, whatever it is batched with."""
+class DiTBatch(ConditionedBatch):
+    """The part of a step's samples that one rank trains the SS-DiT on.
+
+    Args:
+        latents: Posteriors of the assets' latents.
+        posterior_noise: Standard normal noise, fp32 [N, C], with which latents are drawn from their
+            posteriors.
+        images: Prepared image of each asset.
+        resolution: Resolution R of the cells that the latents describe.
+    """
 
     latents: LatentBatch
-    posterior_noise: (
-        Tensor  # fp32 standard normal [N, C], by which the latents are drawn from their posteriors
-    )
-    noise: Tensor  # fp32 standard normal [N, C], where the flow begins
-    times: Tensor  # fp32 [B] in (0, 1)
-    dropped: Tensor  # bool [B] trained without the image
+    posterior_noise: Tensor
     images: ImageBatch
-    resolution: int  # R
-    share: float  # weight of one sample: ranks / samples of all of them
-    uids: tuple[str, ...]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.noise)
-
-    @property
-    def samples(self) -> int:
-        return len(self.uids)
+    resolution: int
 
     @property
     def metric_labels(self) -> dict[str, int]:
+        """Values that are copied into the step's metrics."""
         return {"resolution": self.resolution}
 
-    def to(self, device: torch.device) -> DiTBatch:
-        """The same batch there."""
-        if device.type == "cpu":
-            return self
-        names = ("latents", "posterior_noise", "noise", "times", "dropped", "images")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+def index_with_latents(cfg: DiTTraining, store: LatentStore) -> BuildIndex:
+    """Return the build's assets that have latents. Their token counts are those of the latents.
 
-def joined(cfg: DiTTraining, store: LatentStore) -> BuildIndex:
-    """The build's assets that have latents, counted in their cells.
-
-    UserError, with what to run, if more than max_missing_share of those that have bricks lack latents: the rest are
-    those that the encoder could not read.
+    Raises:
+        UserError: If more than `max_missing_share` of the assets with bricks lack latents. A few
+            may lack them, because the encoder skips bricks that it cannot read.
     """
     index = read_build_index(cfg.data, [cfg.resolution])
     tokens = np.array([store.tokens.get(uid, 0) for uid in index.uids], np.int64)
-    wanted = index.tokens[cfg.resolution] > 0
-    missing = [index.uids[n] for n in np.flatnonzero(wanted & (tokens == 0))]
-    said = (
-        f"{len(missing)} of {wanted.sum()} assets of {cfg.data} have no latents in {store.folder}"
-    )
-    if len(missing) > cfg.max_missing_share * wanted.sum():
+    has_bricks = index.tokens[cfg.resolution] > 0
+    missing = [index.uids[asset] for asset in np.flatnonzero(has_bricks & (tokens == 0))]
+    count = f"{len(missing)} of {has_bricks.sum()} assets"
+    if len(missing) > cfg.max_missing_share * has_bricks.sum():
         raise UserError(
-            f"{said}, {missing[0]} for one; make them: python -m train.encode --vae {cfg.vae or 'CHECKPOINT'} "
-            f"--data {cfg.data} --latents {store.folder.parents[1]} --resolutions {cfg.resolution}"
+            f"{count} of {cfg.data} have no latents in {store.folder}, for example {missing[0]}; "
+            f"run python -m train.encode --vae {cfg.vae or 'CHECKPOINT'} --data {cfg.data} "
+            f"--latents {store.folder.parents[1]} --resolutions {cfg.resolution}"
         )
     if missing:
-        log.warning("%s and are left out", said)
+        log.warning("%s of %s have no latents and are skipped.", count, cfg.data)
     return replace(index, tokens={cfg.resolution: tokens}).subset(np.flatnonzero(tokens))
 
 
 class DiTLoader:
-    """Turns a planned step into this rank's batch: latents and renders of the same assets. Depends on the plan alone.
+    """Loads a rank's samples of a step: latents, renders of the same assets, times and noise.
 
-    RunError, with what to run, for an asset that cannot be read. Options as `RenderConditions`.
+    A batch depends on its samples alone.
+
+    Args:
+        index: Assets with latents.
+        store: The latents.
+        cfg: Options of the run.
+        training: Whether images are augmented and dropped.
+        held_out_only: Whether only the held-out views are chosen.
     """
 
     def __init__(
@@ -97,43 +92,61 @@ class DiTLoader:
         training: bool = True,
         held_out_only: bool = False,
     ):
-        self.index, self.store, self.cfg, self.training = index, store, cfg, training
-        self.conditions = RenderConditions(
+        self.index = index
+        self.store = store
+        self.cfg = cfg
+        self.training = training
+        self.conditions = choose_views(
             index,
+            cfg,
             cfg.flow,
-            cameras=cfg.cameras,
             image_size=cfg.model.encoder.image_size,
-            held_out=cfg.held_out_views,
             training=training,
             held_out_only=held_out_only,
-            ahead=2 * cfg.flow.open_shards if training else 0,
         )
 
-    def load(self, plan: StepSamples, rank: int) -> DiTBatch:
-        """The batch of one rank in one step."""
-        return self.batch(plan.ranks[rank], len(plan.ranks) / sum(map(len, plan.ranks)))
+    def load(self, step: StepSamples, rank: int) -> DiTBatch:
+        """Load the batch of one rank in one step.
 
-    def batch(self, draws: Sequence[SampleId], share: float) -> DiTBatch:
-        """A batch of the given draws; on the CPU."""
-        cfg, seed = self.cfg, self.cfg.flow.loop.seed
-        latents, images, times, dropped, seeds = [], [], [], [], []
-        uids = tuple(self.index.uids[draw.asset] for draw in draws)
-        for draw, uid in zip(draws, uids, strict=True):
-            key = (seed, "dit", cfg.resolution, draw.epoch, uid)  # names, not numbers
-            latents.append(self._latent(uid))
-            images.append(self.conditions.image(draw.asset, draw.epoch, key))
-            time, drop = sample_time(cfg.flow, key, training=self.training)
+        Raises:
+            RunError: If an asset cannot be read.
+        """
+        return self.batch(step.ranks[rank], step.loss_weight)
+
+    def batch(self, samples: Sequence[SampleId], share: float) -> DiTBatch:
+        """Load a batch of chosen samples on the CPU.
+
+        Args:
+            samples: Assets and epochs.
+            share: Weight of one sample in the loss.
+
+        Raises:
+            RunError: If an asset cannot be read.
+        """
+        cfg = self.cfg
+        latents = []
+        images = []
+        times = []
+        dropped = []
+        posterior_seeds = []
+        noise_seeds = []
+        uids = tuple(self.index.uids[sample.asset] for sample in samples)
+        for sample, uid in zip(samples, uids, strict=True):
+            # Seeds use names instead of numbers: a sample is the same in every index.
+            key = (cfg.flow.loop.seed, "dit", cfg.resolution, sample.epoch, uid)
+            latents.append(self._read_latent(uid))
+            images.append(self.conditions.image(sample.asset, sample.epoch, key))
+            time, is_dropped = sample_time(cfg.flow, key, training=self.training)
             times.append(time)
-            dropped.append(drop)
-            seeds.append([seed_of(name, *key) >> 1 for name in ("posterior", "noise")])
+            dropped.append(is_dropped)
+            posterior_seeds.append(seed_of("posterior", *key) >> 1)
+            noise_seeds.append(seed_of("noise", *key) >> 1)
         counts = [len(latent.cells) for latent in latents]
-        posterior, noise = (
-            draw_noise(of, counts, self.store.channels) for of in zip(*seeds, strict=True)
-        )
+        channels = self.store.channels
         return DiTBatch(
             latents=LatentBatch.collate(latents, cfg.resolution),
-            posterior_noise=posterior,
-            noise=noise,
+            posterior_noise=draw_noise(posterior_seeds, counts, channels),
+            noise=draw_noise(noise_seeds, counts, channels),
             times=torch.cat(times),
             dropped=torch.tensor(dropped),
             images=ImageBatch.collate(images),
@@ -142,11 +155,11 @@ class DiTLoader:
             uids=uids,
         )
 
-    def _latent(self, uid: str) -> Latent:
+    def _read_latent(self, uid: str) -> Latent:
         try:
             return self.store.read(uid)
         except UNREADABLE as error:
             raise RunError(
-                f"latents of {uid} in {self.store.folder}: {error!r}; remove its shard there and run "
-                f"python -m train.encode again, with the --vae and --data it is of"
+                f"the latents of {uid} in {self.store.folder} cannot be read: {error!r}; remove "
+                "its shard there and run python -m train.encode again with the same --vae and --data"
             ) from error

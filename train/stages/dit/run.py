@@ -20,7 +20,7 @@ from train.engine.distributed import World
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import Trainer
 from train.stages.dit.config import DiTTraining
-from train.stages.dit.data import DiTLoader, joined
+from train.stages.dit.data import DiTLoader, index_with_latents
 from train.stages.dit.task import DiTTask
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
     """
     checkpoint.check_init(cfg.init, cfg.out)
     vae, store = read_latents(cfg, world)
-    index = joined(cfg, store)
+    index = index_with_latents(cfg, store)
     training, held_out = index.split("train"), index.split("val")
     sampler = ShardBatchSampler(
         training.tokens,

@@ -1,4 +1,4 @@
-"""The SS-DiT as the training loop sees it: the flow's loss, and what it makes of views that it has not seen."""
+"""Training of the SS-DiT: the loss of its flow, validation and previews."""
 
 from __future__ import annotations
 
@@ -24,15 +24,26 @@ from train.data.latents import LatentStore
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
+from train.stages.conditioned import VALIDATION_TIMES
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTBatch, DiTLoader
+from train.stages.validation import assets_of_rank, mean_over_ranks
 
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which held-out assets are judged
-PICTURE = 256  # pixels
+PICTURE_SIDE = 256  # pixels
+COLUMNS = ("image", "generated", "stored latents, decoded")
 
 
 class DiTTask:
-    """Images and noisy latents to velocities. The VAE, if there is one, only shows what samples look like."""
+    """What the SS-DiT adds to the trainer.
+
+    Args:
+        cfg: Options of the run. They seed the initial weights, which are equal on all ranks.
+        world: The ranks of the run.
+        train: The training assets, with their latents' token counts.
+        val: The held-out assets.
+        store: The latents. Their mean and deviation become part of the model.
+        vae: Decodes previews. Without it none are drawn.
+    """
 
     model: ConditionedDiT
 
@@ -45,110 +56,115 @@ class DiTTask:
         store: LatentStore,
         vae: SparseVAE | None,
     ):
-        torch.manual_seed(cfg.flow.loop.seed)  # the same weights on every rank
-        self.cfg, self.world, self.train, self.val, self.store = cfg, world, train, val, store
+        torch.manual_seed(cfg.flow.loop.seed)
+        self.cfg = cfg
+        self.world = world
+        self.train = train
+        self.val = val
+        self.store = store
+        self.vae = vae
         self.model = ConditionedDiT(cfg.model)
         self.model.dit.activation_checkpointing = cfg.flow.loop.activation_checkpointing
         self.model.dit.set_statistics(store.mean, store.std)
         self.model.to(world.device)
-        self.vae = vae
-        self._flops_a_token: float | None = None
+        self._flops_per_token: float | None = None
 
     def losses(self, model: nn.Module, batch: DiTBatch) -> dict[str, Tensor]:
-        """Mean squared error of the velocity over an asset's latents, every asset alike."""
-        x0_NC = self._start(batch)
+        """Return the squared error of the velocity: its mean in each asset, then over assets."""
+        x0_NC = self._clean_latents(batch)
         error_N = self._errors(model, batch, x0_NC, batch.times, batch.dropped)
         level = batch.latents.cells
         weight_B = batch.share / level.asset_starts.diff()
         return {"loss": (error_N * weight_B[level.coords[:, 0].long()]).sum()}
 
-    def _start(self, batch: DiTBatch) -> Tensor:
-        """The flow's x0 [N, C]: a sample of the posterior."""
+    def _clean_latents(self, batch: DiTBatch) -> Tensor:
+        """Return a normalised sample of the posterior, [N, C]: the end x0 of the flow."""
         return self.model.dit.normalize(batch.latents.sample(batch.posterior_noise))
 
     def _errors(
         self, model: nn.Module, batch: DiTBatch, x0_NC: Tensor, t_B: Tensor, dropped_B: Tensor
     ) -> Tensor:
-        """Squared error of each token's velocity: [N]."""
+        """Return the mean squared error of each token's velocity, [N]."""
         level = batch.latents.cells
         x_NC = interpolate(x0_NC, batch.noise, t_B[level.coords[:, 0].long()])
         velocity_NC = model(SparseTensor(x_NC, level), t_B, batch.images, dropped_B)
         return (velocity_NC - velocity_target(x0_NC, batch.noise)).square().mean(1)
 
     def flops(self, batch: DiTBatch) -> float:
-        """Of the DiT alone, counted for the first batch, in proportion to tokens after that."""
-        if self._flops_a_token is None:
+        """Return the operations of one forward pass of the DiT, without the image encoder.
+
+        They are counted for the first batch. Later ones are estimated in proportion to their
+        tokens.
+        """
+        if self._flops_per_token is None:
             with torch.no_grad():
-                condition = self.model.encode_images(batch.images)
-            self._flops_a_token = (
-                self.model.dit.flops(batch.latents.cells, condition) / batch.tokens
-            )
-        return self._flops_a_token * batch.tokens
+                image_tokens = self.model.encode_images(batch.images)
+            count = self.model.dit.flops(batch.latents.cells, image_tokens)
+            self._flops_per_token = count / batch.tokens
+        return self._flops_per_token * batch.tokens
 
     def validate(self, model: Any) -> dict[str, float]:
-        """The loss of held-out assets, and it at each time; the same times, noise and views every time."""
-        loader, sums = DiTLoader(self.val, self.store, self.cfg, training=False), []
-        for asset in self._assets(
-            self.val, self.world
-        ):  # one by one: a large one beside others might not fit
+        """Return the mean loss of held-out assets, and the loss at each of VALIDATION_TIMES.
+
+        Noise and views are the same in every validation. All ranks call this together.
+        """
+        loader = DiTLoader(self.val, self.store, self.cfg, training=False)
+        most = self.cfg.val_batches * self.cfg.flow.batch_size
+        assets = assets_of_rank(range(len(self.val)), self.world, most)
+        errors = []  # [number of times] of each asset
+        for asset in assets:
+            # One asset at a time: a large one together with others might exceed the memory.
             batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
-            x0_NC = self._start(batch)
-            times = [torch.full_like(batch.times, t) for t in TIMES]
-            sums.append(
+            x0_NC = self._clean_latents(batch)
+            times = [torch.full_like(batch.times, t) for t in VALIDATION_TIMES]
+            errors.append(
                 torch.stack(
                     [self._errors(model, batch, x0_NC, t_B, batch.dropped).mean() for t_B in times]
                 )
             )
-        found = (
-            torch.stack(sums).double().sum(0)
-            if sums
-            else torch.zeros(len(TIMES), device=self.world.device)
-        )
-        *errors, count = self.world.sum(
-            torch.cat([found.double(), found.new_tensor([len(sums)])])
-        ).tolist()
-        if not count:
-            return {}
-        by_time = {f"loss_{t}": error / count for t, error in zip(TIMES, errors, strict=True)}
-        return {"loss": sum(by_time.values()) / len(TIMES), **by_time}
-
-    def _assets(self, index: BuildIndex, world: World) -> list[int]:
-        """This rank's share, at most val_batches x batch_size."""
-        return list(range(len(index)))[world.rank :: world.size][
-            : self.cfg.val_batches * self.cfg.flow.batch_size
-        ]
+        sums = torch.zeros(len(VALIDATION_TIMES), device=self.world.device)
+        if errors:
+            sums = torch.stack(errors).double().sum(0)
+        names = [f"loss_{t}" for t in VALIDATION_TIMES]
+        by_time = mean_over_ranks(sums, len(errors), names, self.world)
+        return {"loss": sum(by_time.values()) / len(by_time), **by_time} if by_time else {}
 
     def sample(self, model: Any, folder: Path) -> None:
-        """Training assets from views never shown, and held-out assets, on their stored cells.
+        """Generate training assets from held-out views, and held-out assets, on their stored cells.
 
-        Writes `contact.png` (image, generated mesh as that camera sees it, the mesh of the stored latents), meshes, and
-        in `iou.json` what they share. Nothing without a VAE.
+        Writes contact.png with the columns COLUMNS, one PLY file per asset, and iou.json with the
+        IoU between generated and stored insides. Writes nothing without a VAE.
         """
         if self.vae is None:
             return
-        numbers, rows = {}, []
-        seen = "held_out_views" if self.cfg.held_out_views else "training_views"
-        for name, index, only in (
-            (seen, self.train, True),
+        views = "held_out_views" if self.cfg.held_out_views else "training_views"
+        numbers = {}
+        rows = []
+        for name, index, held_out_only in (
+            (views, self.train, True),
             ("held_out_assets", self.val, False),
         ):
-            loader = DiTLoader(index, self.store, self.cfg, training=False, held_out_only=only)
-            found = {}
+            loader = DiTLoader(
+                index, self.store, self.cfg, training=False, held_out_only=held_out_only
+            )
+            ious = {}
             for asset in range(min(len(index), self.cfg.samples)):
-                found[index.uids[asset]], row = self._sample(model, loader, asset, folder)
+                ious[index.uids[asset]], row = self._preview(model, loader, asset, folder)
                 rows.append(row)
-            if found:
-                numbers[name] = {"iou": float(np.mean(list(found.values()))), "each": found}
+            if ious:
+                numbers[name] = {"iou": float(np.mean(list(ious.values()))), "each": ious}
         (folder / "iou.json").write_text(json.dumps(numbers, indent=1) + "\n")
         if rows:
-            save_image(folder / "contact.png", side_by_side(rows))
+            save_image(folder / "contact.png", side_by_side(rows, COLUMNS))
 
-    def _sample(
+    def _preview(
         self, model: Any, loader: DiTLoader, asset: int, folder: Path
     ) -> tuple[float, list[NDArray[np.uint8]]]:
+        """Generate one asset. Returns its IoU and the pictures of COLUMNS."""
         assert self.vae is not None
+        flow = self.cfg.flow
         batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
-        level, flow = batch.latents.cells, self.cfg.flow
+        level = batch.latents.cells
         z_NC = model.generate(
             level,
             model.encode_images(batch.images),
@@ -156,21 +172,33 @@ class DiTTask:
             steps=flow.steps,
             guidance=Guidance(scale=flow.guidance),
         )
-        values, stored = self.vae.decode(z_NC, level), self.vae.decode(batch.latents.mean, level)
-        made, right = (extract_meshes(level, x)[0] for x in (values, stored))
-        write_ply(folder / f"{batch.uids[0]}.ply", *made)
+        values = self.vae.decode(z_NC, level)
+        stored = self.vae.decode(batch.latents.mean, level)
+        generated_mesh, stored_mesh = (extract_meshes(level, x)[0] for x in (values, stored))
+        write_ply(folder / f"{batch.uids[0]}.ply", *generated_mesh)
         view = loader.conditions.views.read_view(asset, loader.conditions.view_of(asset, 0))
-        axes = np.array(view.meta["c2w"])[:3, :3].T
-        row = [
-            on_white(view.rgba),
-            *(picture(*mesh, size=PICTURE, view=axes) for mesh in (made, right)),
-        ]
+        row = [on_white(view.rgba, PICTURE_SIDE)]
+        for mesh in (generated_mesh, stored_mesh):
+            row.append(picture(*mesh, size=PICTURE_SIDE, view=camera_axes(view.meta)))
         return float(intersection_over_union(values < 0, stored < 0)), row
 
 
-def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """RGB [PICTURE, PICTURE, 3] of a render."""
+def camera_axes(meta: dict[str, Any]) -> NDArray[np.float64]:
+    """Return the axes of a render's camera as `picture` takes them: rows right, up, towards it."""
+    return np.array(meta["c2w"])[:3, :3].T
+
+
+def on_white(rgba: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return a render on white, scaled to a square.
+
+    Args:
+        rgba: uint8 [H, W, 4].
+        side: Pixels per side of the result.
+
+    Returns:
+        RGB, uint8 [side, side, 3].
+    """
     image = Image.fromarray(rgba)
     canvas = Image.new("RGBA", image.size, "white")
     canvas.alpha_composite(image)
-    return np.asarray(canvas.convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.BILINEAR))
+    return np.asarray(canvas.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))

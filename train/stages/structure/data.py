@@ -1,9 +1,9 @@
-"""A build's occupancy grids, and renders to go with them, as the structure stage's batches."""
+"""Training batches of the structure stage: occupancy grids of a build together with its renders."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -15,55 +15,42 @@ from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import draw_noise
 from pipeline.core.hashing import seed_of
 from train.data.bricks import ONE_BITS, BrickLoader, BuildIndex, magnitude_bits
-from train.data.render_conditions import RenderConditions, sample_time
+from train.data.render_conditions import sample_time
 from train.data.symmetry import SYMMETRIES, transform_points
 from train.engine.batch_sampler import SampleId, StepSamples
+from train.stages.conditioned import ConditionedBatch, choose_views
 from train.stages.structure.config import StructureTraining
 
-CELLS_KEPT = 1 << 14  # assets whose cells are kept rather than read again, some 20 kB each
+CELLS_KEPT = 1 << 14  # assets whose cells stay in memory, about 20 kB each
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridBatch:
-    """What one rank works on in one step; `images` and `dropped` for the flow alone."""
+class GridBatch(ConditionedBatch):
+    """The part of a step's samples that one rank trains either part of the stage on.
 
-    occupied: Tensor  # bool [B, S, S, S]
-    noise: Tensor  # fp32 standard normal [B * s^3, C], rows by asset: each asset's own wherever it runs
-    times: Tensor  # fp32 [B] in (0, 1)
-    dropped: Tensor  # bool [B] trained without the image
+    `noise` has s^3 rows per asset, one for each latent.
+
+    Args:
+        occupied: Whether each cell is occupied, bool [B, S, S, S].
+        images: Prepared image of each asset. None when the occupancy VAE is trained.
+    """
+
+    occupied: Tensor
     images: ImageBatch | None
-    share: float  # weight of one sample: ranks / samples of all of them
-    uids: tuple[str, ...]
-
-    @property
-    def samples(self) -> int:
-        return len(self.uids)
-
-    @property
-    def tokens(self) -> int:
-        return len(self.noise)
-
-    @property
-    def metric_labels(self) -> dict[str, int]:
-        return {}
-
-    def to(self, device: torch.device) -> GridBatch:
-        """The same batch there."""
-        if device.type == "cpu":
-            return self
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("occupied", "noise", "times", "dropped")
-        }
-        return replace(
-            self, images=None if self.images is None else self.images.to(device), **moved
-        )
 
 
 class GridLoader(BrickLoader):
-    """Turns a planned step into this rank's batch; depends on the plan alone, as `BrickLoader`.
+    """Loads a rank's samples of a step: occupancy grids, times, noise and optionally renders.
 
-    With `images` every sample gets a view of its asset, as `RenderConditions` chooses it.
+    A batch depends on its samples alone. An asset that cannot be read is replaced as `BrickLoader`
+    does it.
+
+    Args:
+        index: Assets of the build.
+        cfg: Options of the run.
+        images: Whether each sample gets a render, as the flow needs it.
+        training: Whether grids are transformed, and images augmented and dropped.
+        held_out_only: Whether only the held-out views are chosen.
     """
 
     def __init__(
@@ -75,59 +62,76 @@ class GridLoader(BrickLoader):
         training: bool = True,
         held_out_only: bool = False,
     ):
-        half = cfg.flow if images else cfg.vae
+        part = cfg.flow if images else cfg.vae
         channels = cfg.model.occupancy.latent_channels
-        super().__init__(index, seed=half.loop.seed, noise_channels=channels, symmetries=False)
-        self.cfg, self.training = cfg, training
+        super().__init__(index, seed=part.loop.seed, noise_channels=channels, symmetries=False)
+        self.cfg = cfg
+        self.training = training
         self._cells = lru_cache(CELLS_KEPT)(self._read_cells)
         self.conditions = None
         if images:
-            self.conditions = RenderConditions(
+            self.conditions = choose_views(
                 index,
+                cfg,
                 cfg.flow,
-                cameras=cfg.cameras,
                 image_size=cfg.model.flow.encoder.image_size,
-                held_out=cfg.held_out_views,
                 training=training,
                 held_out_only=held_out_only,
-                ahead=2 * cfg.flow.open_shards if training else 0,
             )
 
-    def load(self, plan: StepSamples, rank: int) -> GridBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The batch of one rank in one step."""
-        return self.batch(plan.ranks[rank], len(plan.ranks) / sum(map(len, plan.ranks)))
+    def load(self, step: StepSamples, rank: int) -> GridBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Load the batch of one rank in one step.
+
+        Raises:
+            RunError: If too many assets cannot be read.
+        """
+        return self.batch(step.ranks[rank], step.loss_weight)
 
     def _read_cells(self, asset: int) -> tuple[int, NDArray[np.int16]]:
-        """The asset that is read in its place, mostly itself, and its occupied cells, [M, 3]."""
-        found, bricks = self._readable(asset, self.cfg.resolution)
-        return found, bricks.cells[magnitude_bits(bricks.values).min(axis=1) < ONE_BITS]
+        """Return an asset, or the one that replaces it, and its occupied cells, [M, 3]."""
+        asset, bricks = self._readable(asset, self.cfg.resolution)
+        return asset, bricks.cells[magnitude_bits(bricks.values).min(axis=1) < ONE_BITS]
 
-    def batch(self, draws: Sequence[SampleId], share: float) -> GridBatch:
-        """A batch of the given draws."""
-        cfg, side = self.cfg, self.cfg.model.occupancy.side
-        occupied = torch.zeros(len(draws), side, side, side, dtype=torch.bool)
-        seeds, uids, prepared, times, dropped = [], [], [], [], []
-        for number, draw in enumerate(draws):
-            asset, cells = self._cells(draw.asset)
+    def batch(self, samples: Sequence[SampleId], share: float) -> GridBatch:
+        """Load a batch of chosen samples on the CPU.
+
+        Args:
+            samples: Assets and epochs.
+            share: Weight of one sample in the loss.
+
+        Raises:
+            RunError: If too many assets cannot be read.
+        """
+        cfg = self.cfg
+        side = cfg.model.occupancy.side
+        occupied = torch.zeros(len(samples), side, side, side, dtype=torch.bool)
+        seeds = []
+        uids = []
+        images = []
+        times = []
+        dropped = []
+        for number, sample in enumerate(samples):
+            asset, cells = self._cells(sample.asset)
             uid = self.index.uids[asset]
-            key = (self.seed, "structure", cfg.resolution, draw.epoch, uid)  # names, not numbers
+            # Seeds use names instead of numbers: a sample is the same in every index.
+            key = (self.seed, "structure", cfg.resolution, sample.epoch, uid)
             if self.conditions is None and self.training and cfg.vae.symmetries:
                 cells = transform_points(cells, side, seed_of("symmetry", *key) % len(SYMMETRIES))
             occupied[number, *torch.from_numpy(cells.astype(np.int64)).T] = True
             seeds.append(seed_of("noise", *key) >> 1)
             uids.append(uid)
-            time, drop = sample_time(cfg.flow, key, training=self.training)
+            time, is_dropped = sample_time(cfg.flow, key, training=self.training)
             times.append(time)
-            dropped.append(drop)
+            dropped.append(is_dropped)
             if self.conditions is not None:
-                prepared.append(self.conditions.image(asset, draw.epoch, key))
+                images.append(self.conditions.image(asset, sample.epoch, key))
         latents = cfg.model.occupancy.latent_side**3
         return GridBatch(
             occupied=occupied,
-            noise=draw_noise(seeds, [latents] * len(draws), self.noise_channels),
+            noise=draw_noise(seeds, [latents] * len(samples), self.noise_channels),
             times=torch.cat(times),
             dropped=torch.tensor(dropped),
-            images=ImageBatch.collate(prepared) if prepared else None,
+            images=ImageBatch.collate(images) if images else None,
             share=share,
             uids=tuple(uids),
         )

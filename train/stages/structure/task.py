@@ -1,4 +1,4 @@
-"""The two halves of the structure stage as the training loop sees them: the occupancy VAE, then the flow."""
+"""Training of the two parts of the structure stage: losses, validation and previews."""
 
 from __future__ import annotations
 
@@ -8,83 +8,105 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import Guidance
 from model.image_tokens import ImageTokens
-from model.occupancy_vae import (
-    OccupancyVAE,
-    occupancy_grid,
-    occupancy_loss,
-)
+from model.occupancy_vae import OccupancyVAE, occupancy_grid, occupancy_loss
 from model.rectified_flow import interpolate, velocity_target
-from model.sparse_tensor import SparseTensor
+from model.sparse_tensor import Level, SparseTensor
 from model.structure import Structure, dense_level, grid_to_rows, rows_to_grid
 from pipeline.core.primitives.voxel_iou import intersection_over_union
 from train.data.bricks import BuildIndex
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
-from train.engine.mesh_pictures import picture, save_image, side_by_side
+from train.engine.mesh_pictures import save_image, side_by_side
+from train.stages.conditioned import VALIDATION_TIMES
+from train.stages.structure.cell_pictures import draw_cells, resize
 from train.stages.structure.config import StructureTraining
 from train.stages.structure.data import GridBatch, GridLoader
+from train.stages.validation import assets_of_rank, mean_over_ranks
 
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which held-out assets are judged
-PICTURE = 192  # pixels
+LOSS_NAMES = ("loss", "bce", "dice", "kl", "iou")
 
 
 class OccupancyTask:
-    """Grids to latents and back."""
+    """What the occupancy VAE adds to the trainer.
+
+    Args:
+        cfg: Options of the run. They seed the initial weights, which are equal on all ranks.
+        world: The ranks of the run.
+        val: The held-out assets.
+    """
 
     def __init__(self, cfg: StructureTraining, world: World, val: BuildIndex):
-        torch.manual_seed(cfg.vae.loop.seed)  # the same weights on every rank
-        self.cfg, self.world, self.val = cfg, world, val
+        torch.manual_seed(cfg.vae.loop.seed)
+        self.cfg = cfg
+        self.world = world
+        self.val = val
         self.model = OccupancyVAE(cfg.model.occupancy).to(world.device)
-        self._flops_a_sample: float | None = None
+        self._flops_per_asset: float | None = None
 
     def losses(self, model: nn.Module, batch: GridBatch) -> dict[str, Tensor]:
-        logits, posterior = model(batch.occupied, self._noise(batch))
+        """Return the loss terms of `occupancy_loss` for samples of the posterior."""
+        logits, posterior = model(batch.occupied, self._noise_grid(batch))
         return occupancy_loss(
             logits, batch.occupied, posterior, self.cfg.vae.kl_weight, batch.share
         )
 
-    def _noise(self, batch: GridBatch) -> Tensor:
-        level = dense_level(self.cfg.model.occupancy.latent_side, batch.samples, batch.noise.device)
-        return rows_to_grid(batch.noise, level)
+    def _noise_grid(self, batch: GridBatch) -> Tensor:
+        return rows_to_grid(batch.noise, latent_level(self.cfg, batch))
 
     def flops(self, batch: GridBatch) -> float:
-        """Counted on the first batch."""
-        if self._flops_a_sample is None:
+        """Return the operations of one forward pass, counted for an asset of the first batch."""
+        if self._flops_per_asset is None:
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                self.model(batch.occupied[:1], self._noise(batch)[:1])
-            self._flops_a_sample = counter.get_total_flops()
-        return self._flops_a_sample * batch.samples
+                self.model(batch.occupied[:1], self._noise_grid(batch)[:1])
+            self._flops_per_asset = counter.get_total_flops()
+        return self._flops_per_asset * batch.samples
 
     def validate(self, model: Any) -> dict[str, float]:
-        """Losses of held-out assets as they are stored, their latents at the means."""
-        found = []
+        """Return mean losses and the IoU of held-out assets.
+
+        The assets are decoded from the means of their posteriors. All ranks call this together.
+        """
         loader = GridLoader(self.val, self.cfg, images=False, training=False)
-        for asset in assets_of(self.val, self.cfg, self.world, self.cfg.vae.batch_size):
+        assets = validation_assets(self.val, self.cfg, self.world, self.cfg.vae.batch_size)
+        sums = torch.zeros(len(LOSS_NAMES), dtype=torch.float64, device=self.world.device)
+        for asset in assets:
             batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
             posterior = model.encode(batch.occupied)
-            logits, kl_weight = model.decode(posterior.mean), self.cfg.vae.kl_weight
-            found.append(occupancy_loss(logits, batch.occupied, posterior, kl_weight))
-        return mean_over_ranks(found, ("loss", "bce", "dice", "kl", "iou"), self.world)
+            logits = model.decode(posterior.mean)
+            losses = occupancy_loss(logits, batch.occupied, posterior, self.cfg.vae.kl_weight)
+            sums += torch.stack([losses[name].double() for name in LOSS_NAMES])
+        return mean_over_ranks(sums, len(assets), LOSS_NAMES, self.world)
 
     def sample(self, model: Any, folder: Path) -> None:
-        """Held-out assets: the stored cells beside the decoded ones."""
-        loader, rows = GridLoader(self.val, self.cfg, images=False, training=False), []
-        for asset in assets_of(self.val, self.cfg, World(), 1)[: self.cfg.samples]:
+        """Reconstruct held-out assets. Writes cells.png with one row per asset."""
+        loader = GridLoader(self.val, self.cfg, images=False, training=False)
+        rows = []
+        for asset in validation_assets(self.val, self.cfg, World(), 1)[: self.cfg.samples]:
             batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
             decoded = model.decode(model.encode(batch.occupied).mean) > 0
-            rows.append([cells_picture(batch.occupied[0]), cells_picture(decoded[0])])
+            rows.append([draw_cells(batch.occupied[0]), draw_cells(decoded[0])])
         if rows:
-            save_image(folder / "cells.png", side_by_side(rows))
+            sheet = side_by_side(rows, ("stored cells", "decoded cells"))
+            save_image(folder / "cells.png", sheet)
 
 
 class FlowTask:
-    """Images to latents of grids. The VAE is frozen: `model` holds it so that a checkpoint is the whole stage."""
+    """What the flow over the latents of the occupancy VAE adds to the trainer.
+
+    The model contains the VAE, which is not trained, so that a checkpoint is the whole stage.
+
+    Args:
+        cfg: Options of the run. They seed the initial weights, which are equal on all ranks.
+        world: The ranks of the run.
+        train: The training assets.
+        val: The held-out assets.
+        vae: The trained VAE. Its weights are copied.
+    """
 
     model: Structure
 
@@ -97,160 +119,157 @@ class FlowTask:
         vae: OccupancyVAE,
     ):
         torch.manual_seed(cfg.flow.loop.seed)
-        self.cfg, self.world, self.train, self.val = cfg, world, train, val
+        self.cfg = cfg
+        self.world = world
+        self.train = train
+        self.val = val
         self.model = Structure(cfg.model)
         self.model.vae.load_state_dict(vae.state_dict())
         self.model.vae.requires_grad_(False)
         self.model.flow.dit.activation_checkpointing = cfg.flow.loop.activation_checkpointing
         self.model.to(world.device)
-        self._flops_a_sample: float | None = None
+        self._flops_per_asset: float | None = None
 
     @torch.no_grad()
     def measure(self, loader: GridLoader) -> None:
-        """Set the latents' statistics from cfg.flow.statistics training assets, spread over all of them."""
+        """Set the mean and the deviation of the latents in the model.
+
+        They are measured on `cfg.flow.statistics` training assets at even distances.
+
+        Args:
+            loader: Loads training assets without images and without augmentation.
+        """
         assets = self.train.tokens[self.cfg.resolution].nonzero()[0]
         count = min(self.cfg.flow.statistics, len(assets))
-        rows, total_C, squares_C = 0, torch.zeros(()), torch.zeros(())
+        rows = 0
+        total_C = torch.zeros(())
+        squares_C = torch.zeros(())
         for asset in assets[np.arange(count) * len(assets) // count]:
             batch = loader.batch([SampleId(int(asset), 0)], 1.0).to(self.world.device)
             z_NC = self._latents(self.model, batch).double()
-            rows, total_C, squares_C = (
-                rows + len(z_NC),
-                total_C + z_NC.sum(0),
-                squares_C + z_NC.square().sum(0),
-            )
+            rows += len(z_NC)
+            total_C = total_C + z_NC.sum(0)
+            squares_C = squares_C + z_NC.square().sum(0)
         mean_C = total_C / rows
         std_C = ((squares_C - rows * mean_C.square()) / (rows - 1)).clamp(min=1e-6).sqrt()
         self.model.flow.dit.set_statistics(mean_C.float(), std_C.float())
 
     def losses(self, model: nn.Module, batch: GridBatch) -> dict[str, Tensor]:
+        """Return the squared error of the velocity: its mean in each asset, then over assets."""
         loss_B = self._errors(model, batch, batch.times, batch.dropped)
         return {"loss": batch.share * loss_B.sum()}
 
     def _latents(self, model: Structure, batch: GridBatch) -> Tensor:
-        level = dense_level(self.cfg.model.occupancy.latent_side, batch.samples, batch.noise.device)
-        return grid_to_rows(model.vae.encode(batch.occupied).mean, level)
+        """Return the means of the posteriors, [B * s^3, C]."""
+        return grid_to_rows(model.vae.encode(batch.occupied).mean, latent_level(self.cfg, batch))
 
     def _errors(self, model: nn.Module, batch: GridBatch, t_B: Tensor, dropped_B: Tensor) -> Tensor:
-        """Mean squared error of the velocity over each asset's latents: [B]."""
+        """Return the mean squared error of the velocity over each asset's latents, [B]."""
         assert batch.images is not None
-        level = dense_level(self.cfg.model.occupancy.latent_side, batch.samples, batch.noise.device)
+        level = latent_level(self.cfg, batch)
         with torch.no_grad():
             x0_NC = self.model.flow.dit.normalize(self._latents(self.model, batch))
         x_NC = interpolate(x0_NC, batch.noise, t_B[level.coords[:, 0].long()])
-        velocity = model(SparseTensor(x_NC, level), t_B, batch.images, dropped_B)
-        return (
-            (velocity - velocity_target(x0_NC, batch.noise))
-            .square()
-            .view(batch.samples, -1)
-            .mean(1)
-        )
+        velocity_NC = model(SparseTensor(x_NC, level), t_B, batch.images, dropped_B)
+        error_NC = (velocity_NC - velocity_target(x0_NC, batch.noise)).square()
+        return error_NC.view(batch.samples, -1).mean(1)
 
     def flops(self, batch: GridBatch) -> float:
-        """Of the DiT alone, counted on the first batch."""
-        if self._flops_a_sample is None and batch.images is not None:
-            level = dense_level(
-                self.cfg.model.occupancy.latent_side, batch.samples, batch.noise.device
-            )
+        """Return the operations of one forward pass of the DiT, counted for the first batch."""
+        if self._flops_per_asset is None and batch.images is not None:
             images = batch.images
-            empty = ImageTokens(
+            tokens = ImageTokens(
                 images.pixels.new_empty(0, 0), images.coords, images.starts, images.max_tokens
             )
-            self._flops_a_sample = self.model.flow.dit.flops(level, empty) / batch.samples
-        return (self._flops_a_sample or 0.0) * batch.samples
+            flops = self.model.flow.dit.flops(latent_level(self.cfg, batch), tokens)
+            self._flops_per_asset = flops / batch.samples
+        return (self._flops_per_asset or 0.0) * batch.samples
 
     def validate(self, model: Any) -> dict[str, float]:
-        """The loss of held-out assets, at the same times and with the same noise every time."""
-        found = []
+        """Return the mean loss of held-out assets at VALIDATION_TIMES.
+
+        Noise and views are the same in every validation. All ranks call this together.
+        """
         loader = GridLoader(self.val, self.cfg, images=True, training=False)
-        for asset in assets_of(self.val, self.cfg, self.world, self.cfg.flow.batch_size):
+        assets = validation_assets(self.val, self.cfg, self.world, self.cfg.flow.batch_size)
+        sums = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        for asset in assets:
             batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
             errors = [
                 self._errors(model, batch, torch.full_like(batch.times, t), batch.dropped)
-                for t in TIMES
+                for t in VALIDATION_TIMES
             ]
-            found.append({"loss": torch.stack(errors).mean()})
-        return mean_over_ranks(found, ("loss",), self.world)
+            sums += torch.stack(errors).mean().double()
+        return mean_over_ranks(sums, len(assets), ("loss",), self.world)
 
     def sample(self, model: Any, folder: Path) -> None:
-        """Training assets from views never shown, and held-out assets: image, generated cells, stored ones."""
-        numbers, rows = {}, []
-        seen = "held_out_views" if self.cfg.held_out_views else "training_views"
-        for name, index, only in (
-            (seen, self.train, True),
+        """Generate the cells of training assets from held-out views, and of held-out assets.
+
+        Writes cells.png with one row per asset, and iou.json with the IoU between generated and
+        stored cells.
+        """
+        views = "held_out_views" if self.cfg.held_out_views else "training_views"
+        numbers = {}
+        rows = []
+        for name, index, held_out_only in (
+            (views, self.train, True),
             ("held_out_assets", self.val, False),
         ):
-            loader = GridLoader(index, self.cfg, images=True, training=False, held_out_only=only)
-            overlaps = []
-            for asset in assets_of(index, self.cfg, World(), 1)[: self.cfg.samples]:
+            loader = GridLoader(
+                index, self.cfg, images=True, training=False, held_out_only=held_out_only
+            )
+            ious = []
+            for asset in validation_assets(index, self.cfg, World(), 1)[: self.cfg.samples]:
                 batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
                 assert batch.images is not None
-                cells = draw_cells(model, model.flow.encode_images(batch.images), asset, self.cfg)
-                overlaps.append(float(intersection_over_union(cells, batch.occupied).float()))
+                image_tokens = model.flow.encode_images(batch.images)
+                cells = generate_cells(model, image_tokens, asset, self.cfg)
+                ious.append(float(intersection_over_union(cells, batch.occupied).float()))
                 image = batch.images.pixels[0].permute(1, 2, 0).cpu().numpy()
-                rows.append(
-                    [resized(image), cells_picture(cells[0]), cells_picture(batch.occupied[0])]
-                )
-            if overlaps:
-                numbers[name] = {"iou": float(np.mean(overlaps)), "each": overlaps}
+                rows.append([resize(image), draw_cells(cells[0]), draw_cells(batch.occupied[0])])
+            if ious:
+                numbers[name] = {"iou": float(np.mean(ious)), "each": ious}
         (folder / "iou.json").write_text(json.dumps(numbers, indent=1) + "\n")
         if rows:
-            save_image(folder / "cells.png", side_by_side(rows))
+            sheet = side_by_side(rows, ("image", "generated cells", "stored cells"))
+            save_image(folder / "cells.png", sheet)
 
 
-def draw_cells(
-    model: Structure, condition: ImageTokens, seed: int, cfg: StructureTraining
+def latent_level(cfg: StructureTraining, batch: GridBatch) -> Level:
+    """Return the dense level of a batch's latents."""
+    return dense_level(cfg.model.occupancy.latent_side, batch.samples, batch.noise.device)
+
+
+def generate_cells(
+    model: Structure, image_tokens: ImageTokens, seed: int, cfg: StructureTraining
 ) -> Tensor:
-    """bool [1, S, S, S] generated for one image."""
+    """Generate the cells of one asset from its image.
+
+    Args:
+        model: The stage.
+        image_tokens: Tokens of one image.
+        seed: Seed of the noise.
+        cfg: Options of the run, which have the sampling steps and the guidance of previews.
+
+    Returns:
+        Whether each cell is occupied, bool [1, S, S, S].
+    """
     level = model.generate(
-        condition, [seed], steps=cfg.flow.steps, guidance=Guidance(scale=cfg.flow.guidance)
+        image_tokens, [seed], steps=cfg.flow.steps, guidance=Guidance(scale=cfg.flow.guidance)
     )
     return occupancy_grid(level.coords, level.resolution, 1)
 
 
-def assets_of(
+def validation_assets(
     index: BuildIndex, cfg: StructureTraining, world: World, batch_size: int
 ) -> list[int]:
-    """This rank's share of the assets with cells, at most val_batches x batch_size where there are several ranks."""
-    assets = [int(n) for n in index.tokens[cfg.resolution].nonzero()[0]]
-    return assets[world.rank :: world.size][: max(cfg.val_batches * batch_size, cfg.samples)]
+    """Return the assets with cells that a rank validates or draws.
 
-
-def mean_over_ranks(
-    found: list[dict[str, Tensor]], names: tuple[str, ...], world: World
-) -> dict[str, float]:
-    """The mean of every number over all ranks' assets; {} if there is none."""
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)
-    for one in found:
-        sums += torch.stack([*(one[name].double() for name in names), sums.new_ones(())])
-    *totals, count = world.sum(sums).tolist()
-    return {name: total / count for name, total in zip(names, totals, strict=True)} if count else {}
-
-
-def cells_picture(occupied: Tensor) -> NDArray[np.uint8]:
-    """RGB of the cells of a bool grid [S, S, S], as little cubes."""
-    return picture(*cube_surface(occupied.cpu().numpy()), size=PICTURE)
-
-
-def cube_surface(occupied: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-    """The faces between cells that are occupied and cells that are not, in the unit cube: vertices, triangles."""
-    padded, corners = np.pad(occupied, 1), []
-    for axis in range(3):
-        u, v = (np.eye(3)[(axis + n) % 3] for n in (1, 2))
-        for step, turn in ((1, (0, 1, 2, 3)), (-1, (3, 2, 1, 0))):
-            free = occupied & ~np.roll(padded, -step, axis)[1:-1, 1:-1, 1:-1]
-            base = np.argwhere(free) + (np.eye(3)[axis] if step == 1 else 0)
-            square = np.stack([base, base + u, base + u + v, base + v], axis=1)
-            corners.append(square[:, turn])
-    quads = np.concatenate(corners)
-    first = 4 * np.arange(len(quads))[:, None]
-    faces = np.concatenate([first + np.array(corner) for corner in ((0, 1, 2), (0, 2, 3))]).astype(
-        np.int32
-    )
-    return quads.reshape(-1, 3) / len(occupied) - 0.5, faces
-
-
-def resized(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """RGB of PICTURE x PICTURE, by the nearest pixel."""
-    rows, columns = (np.arange(PICTURE) * side // PICTURE for side in image.shape[:2])
-    return image[rows][:, columns]
+    Args:
+        index: Assets of the build.
+        cfg: Options of the run.
+        world: The ranks.
+        batch_size: Number of assets in a batch, of which `cfg.val_batches` are validated.
+    """
+    assets = [int(asset) for asset in index.tokens[cfg.resolution].nonzero()[0]]
+    return assets_of_rank(assets, world, max(cfg.val_batches * batch_size, cfg.samples))

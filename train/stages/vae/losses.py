@@ -1,4 +1,4 @@
-"""What the SS-VAE minimises: squared errors over three sets of voxels, and the divergence from a standard normal."""
+"""Losses of the SS-VAE: squared errors over three sets of grid points, and the KL divergence."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from model.sparse_tensor import BrickBatch
 from train.stages.vae.config import LossWeights
 
 
-@functools.cache  # a copy to the device in every step would wait for the forward
-def _of_terms(weights: LossWeights, dtype: torch.dtype, device: torch.device) -> Tensor:
+@functools.cache  # a copy to the device in every step would wait for the forward pass
+def _weights_on(weights: LossWeights, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(
         [weights.inside, weights.outside, weights.sharp, weights.kl], dtype=dtype
     ).to(device)
@@ -26,11 +26,27 @@ def vae_losses(
     weights: LossWeights,
     share: float | None = None,
 ) -> dict[str, Tensor]:
-    """loss (the weighted sum), in, ext, sharp, kl: scalars, fp32 or wider, differentiable.
+    """Compute the loss terms of a batch.
 
-    values [M, 512] decoded; mean, logvar [M, C] of the posterior. Each term is a mean over its set within a sample (KL:
-    over cells and channels), then over the samples: share * their sum, by default share = 1 / samples. A sample without
-    sharp voxels contributes 0 to that term. ValueError if a shape does not fit the batch.
+    "in" is the squared error of active grid points, "ext" that of the other decoded points, "sharp"
+    that of active points near sharp edges, and "kl" the divergence of the posterior from a standard
+    normal distribution. Each term is averaged within an asset: over its points, or over cells and
+    channels. A term without points is 0. The terms of the assets are then added and multiplied by
+    `share`. "loss" is the weighted sum of the terms.
+
+    Args:
+        values: Decoded values, [M, 512] for the M cells of the batch.
+        mean: Mean of the posterior, [M, C].
+        logvar: Logarithm of its variance, [M, C].
+        batch: The stored bricks.
+        weights: Weights of the terms.
+        share: Weight of one asset. None stands for 1 / number of assets, which gives the mean.
+
+    Returns:
+        "loss", "in", "ext", "sharp" and "kl" as differentiable scalars, at least fp32.
+
+    Raises:
+        ValueError: If a shape does not fit the batch.
     """
     if values.shape != batch.values.shape:
         raise ValueError(f"values must be {list(batch.values.shape)}, got {list(values.shape)}")
@@ -41,24 +57,27 @@ def vae_losses(
     with torch.autocast(values.device.type, enabled=False):
         dtype = torch.promote_types(values.dtype, torch.float32)
         square = (values.to(dtype) - batch.values.to(dtype)).square()
-        active, sharp = batch.active, batch.sharp
-        asset_of = batch.cells.coords[:, 0].long()
-        # Sums per asset as a product with indicators: deterministic, which index_add is not on a GPU.
-        of_asset_AM = (
-            torch.arange(batch.batch_size, device=values.device)[:, None] == asset_of
-        ).to(dtype)
-        wanted = {"in": active, "ext": ~active, "sharp": sharp}
-        total_A3 = of_asset_AM @ torch.stack(
-            [torch.where(mask, square, 0).sum(1) for mask in wanted.values()], 1
+        # Sums per asset are products with indicators, because index_add on a GPU is not
+        # deterministic.
+        asset_M = batch.cells.coords[:, 0].long()
+        assets = torch.arange(batch.batch_size, device=values.device)
+        is_of_asset_AM = (assets[:, None] == asset_M).to(dtype)
+        # Squared errors, averaged over three sets of points.
+        masks = {"in": batch.active, "ext": ~batch.active, "sharp": batch.sharp}
+        total_A3 = is_of_asset_AM @ torch.stack(
+            [torch.where(mask, square, 0).sum(1) for mask in masks.values()], 1
         )
-        count_A3 = of_asset_AM @ torch.stack([mask.sum(1).to(dtype) for mask in wanted.values()], 1)
+        count_A3 = is_of_asset_AM @ torch.stack(
+            [mask.sum(1).to(dtype) for mask in masks.values()], 1
+        )
+        # KL divergence, averaged over cells and channels.
         mean, logvar = mean.to(dtype), logvar.to(dtype)
         kl_M = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(1)
-        kl_A = (of_asset_AM @ kl_M) / of_asset_AM.sum(1).clamp(min=1)
-        per_sample = torch.cat([total_A3 / count_A3.clamp(min=1), kl_A[:, None]], 1)
-        terms = per_sample.sum(0) * (1 / batch.batch_size if share is None else share)
-        names = (*wanted, "kl")
+        kl_A = (is_of_asset_AM @ kl_M) / is_of_asset_AM.sum(1).clamp(min=1)
+        # Sum over the assets.
+        terms_A4 = torch.cat([total_A3 / count_A3.clamp(min=1), kl_A[:, None]], 1)
+        terms = terms_A4.sum(0) * (1 / batch.batch_size if share is None else share)
         return {
-            "loss": terms @ _of_terms(weights, dtype, terms.device),
-            **{name: terms[n] for n, name in enumerate(names)},
+            "loss": terms @ _weights_on(weights, dtype, terms.device),
+            **{name: terms[n] for n, name in enumerate((*masks, "kl"))},
         }

@@ -1,4 +1,4 @@
-"""The SS-VAE as the training loop sees it: its losses, and what is shown of held-out assets."""
+"""Training of the SS-VAE: its losses, validation and previews."""
 
 from __future__ import annotations
 
@@ -16,65 +16,81 @@ from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
 from train.stages.vae.config import VAETraining
 from train.stages.vae.losses import vae_losses
+from train.stages.validation import assets_of_rank, mean_over_ranks
+
+LOSS_NAMES = ("loss", "in", "ext", "sharp", "kl")
 
 
 class VAETask:
-    """The SS-VAE as the loop sees it."""
+    """What the SS-VAE adds to the trainer.
+
+    Args:
+        cfg: Options of the run. They seed the initial weights, which are equal on all ranks.
+        world: The ranks of the run.
+        val: The held-out assets.
+    """
 
     def __init__(self, cfg: VAETraining, world: World, val: BuildIndex):
-        torch.manual_seed(cfg.loop.seed)  # the same weights on every rank
-        self.cfg, self.world, self.val = cfg, world, val
+        torch.manual_seed(cfg.loop.seed)
+        self.cfg = cfg
+        self.world = world
+        self.val = val
         self.model = SparseVAE(cfg.model).to(world.device)
         self.model.activation_checkpointing = cfg.loop.activation_checkpointing
-        self._flops_a_cell: dict[int, float] = {}
+        self._flops_per_cell: dict[int, float] = {}  # by resolution
 
     def losses(self, model: nn.Module, batch: VAEBatch) -> dict[str, Tensor]:
+        """Return the loss terms of `vae_losses` for samples of the posterior."""
         values, posterior = model(batch.bricks, batch.noise)
         return vae_losses(
             values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss, share=batch.share
         )
 
     def flops(self, batch: VAEBatch) -> float:
-        """Counted exactly for the first batch at each resolution, in proportion to cells after that."""
+        """Return the operations of one forward pass.
+
+        They are counted for the first batch at each resolution. Later ones are estimated in
+        proportion to their cells.
+        """
         resolution = batch.bricks.resolution
-        if resolution not in self._flops_a_cell:
-            self._flops_a_cell[resolution] = self.model.flops(batch.bricks) / batch.tokens
-        return self._flops_a_cell[resolution] * batch.tokens
+        if resolution not in self._flops_per_cell:
+            self._flops_per_cell[resolution] = self.model.flops(batch.bricks) / batch.tokens
+        return self._flops_per_cell[resolution] * batch.tokens
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Losses of held-out assets as they are stored, the latents at their means; over all resolutions and ranks."""
-        bricks, names, sums = self.cfg.bricks, ("loss", "in", "ext", "sharp", "kl", "iou"), []
-        loader = BrickLoader(
-            self.val, seed=0, noise_channels=self.cfg.model.latent_channels, symmetries=False
-        )
+        """Return mean losses and the IoU of held-out assets at all resolutions.
+
+        The assets are decoded from the means of their posteriors. All ranks call this together.
+        """
+        bricks = self.cfg.bricks
+        metrics = []
+        loader = self._validation_loader()
         for resolution in bricks.resolutions:
-            assets = [int(n) for n in self.val.tokens[resolution].nonzero()[0]]
-            mine = assets[self.world.rank :: self.world.size][
-                : bricks.val_batches * bricks.batch_size
-            ]
-            for asset in mine:  # one by one: a large one beside others might not fit
+            assets = [int(asset) for asset in self.val.tokens[resolution].nonzero()[0]]
+            most = bricks.val_batches * bricks.batch_size
+            for asset in assets_of_rank(assets, self.world, most):
+                # One asset at a time: a large one together with others might exceed the memory.
                 batch = loader.load_assets([asset], resolution).to(self.world.device)
                 values, posterior = model(batch.bricks)
-                found = vae_losses(
+                losses = vae_losses(
                     values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss
                 )
                 iou = intersection_over_union(values < 0, batch.bricks.values < 0)
-                sums.append(torch.stack([*(found[name].double() for name in names[:-1]), iou]))
-        total = (
-            torch.stack(sums).sum(0) if sums else torch.zeros(len(names), device=self.world.device)
-        )
-        total = self.world.sum(torch.cat([total, total.new_tensor([len(sums)])])).tolist()
-        if not total[-1]:
-            return {}
-        return {name: value / total[-1] for name, value in zip(names, total, strict=False)}
+                metrics.append(torch.stack([*(losses[name].double() for name in LOSS_NAMES), iou]))
+        names = (*LOSS_NAMES, "iou")
+        sums = torch.zeros(len(names), device=self.world.device)
+        if metrics:
+            sums = torch.stack(metrics).sum(0)
+        return mean_over_ranks(sums, len(metrics), names, self.world)
 
     def sample(self, model: nn.Module, folder: Path) -> None:
-        """Held-out assets at the finest resolution: reconstructions as meshes, and pictures beside the stored ones."""
+        """Reconstruct held-out assets at the finest resolution.
+
+        Writes one PLY file per asset, and reconstructions.png with one row per asset.
+        """
         resolution = max(self.cfg.bricks.resolutions)
         assets = self.val.tokens[resolution].nonzero()[0][: self.cfg.bricks.reconstructions]
-        loader = BrickLoader(
-            self.val, seed=0, noise_channels=self.cfg.model.latent_channels, symmetries=False
-        )
+        loader = self._validation_loader()
         rows = []
         for asset in assets:
             batch = loader.load_assets([int(asset)], resolution)
@@ -83,4 +99,9 @@ class VAETask:
             write_ply(folder / f"{batch.uids[0]}.ply", *surface)
             rows.append([picture(*extract(batch.bricks.bricks()[0])), picture(*surface)])
         if rows:
-            save_image(folder / "reconstructions.png", side_by_side(rows))
+            sheet = side_by_side(rows, ("stored surface", "reconstruction"))
+            save_image(folder / "reconstructions.png", sheet)
+
+    def _validation_loader(self) -> BrickLoader:
+        channels = self.cfg.model.latent_channels
+        return BrickLoader(self.val, seed=0, noise_channels=channels, symmetries=False)

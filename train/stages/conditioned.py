@@ -1,0 +1,97 @@
+"""What the stages with image conditions share: batches, the choice of views, validation times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from train.data.bricks import BuildIndex
+from train.data.config import FlowOptions
+from train.data.render_conditions import RenderConditions
+from train.stages.config import ConditionedTraining
+
+VALIDATION_TIMES = (
+    0.1,
+    0.3,
+    0.5,
+    0.7,
+    0.9,
+)  # times of the flow at which held-out assets are judged
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionedBatch:
+    """The part of a step's samples that one rank trains a flow on.
+
+    The random numbers of a sample depend on the sample alone and not on the batch.
+
+    Args:
+        noise: Standard normal noise at which the flow starts, fp32 [N, C], rows by asset.
+        times: Time of each sample, fp32 [B] in (0, 1).
+        dropped: Whether each sample is trained without its image, bool [B].
+        share: Weight of one sample in the loss, see `StepSamples.loss_weight`.
+        uids: Identifier of each asset.
+    """
+
+    noise: Tensor
+    times: Tensor
+    dropped: Tensor
+    share: float
+    uids: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.noise)
+
+    @property
+    def samples(self) -> int:
+        """Number of assets."""
+        return len(self.uids)
+
+    @property
+    def metric_labels(self) -> dict[str, int]:
+        """Values that are copied into the step's metrics."""
+        return {}
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same batch on a device."""
+        if device.type == "cpu":
+            return self
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
+        return replace(self, **moved)
+
+
+def choose_views(
+    index: BuildIndex,
+    cfg: ConditionedTraining,
+    flow: FlowOptions,
+    *,
+    image_size: int,
+    training: bool,
+    held_out_only: bool,
+) -> RenderConditions:
+    """Return what chooses and prepares the images of a stage's samples.
+
+    Args:
+        index: Assets of the build.
+        cfg: Options of the run.
+        flow: Its options of the flow.
+        image_size: Pixels per side of the prepared images.
+        training: Whether images are augmented and read ahead.
+        held_out_only: Whether only the held-out views are chosen.
+    """
+    return RenderConditions(
+        index,
+        flow,
+        cameras=cfg.cameras,
+        image_size=image_size,
+        held_out=cfg.held_out_views,
+        training=training,
+        held_out_only=held_out_only,
+        ahead=2 * flow.open_shards if training else 0,
+    )
