@@ -1,4 +1,4 @@
-"""Tiny builds for tests: options, processes of their own, and what two finished builds have in common."""
+"""Tiny builds for tests: options, separate processes, and comparison of finished builds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 
 from pipeline.config import BuildConfig, LimitsConfig
+from pipeline.core.hashing import make_uid
+from pipeline.core.schema import Record
 from pipeline.orchestration.manifest import read_manifest
 from pipeline.orchestration.plan import make_plan
 from pipeline.sources import Source
@@ -23,28 +25,37 @@ from pipeline.sources import Source
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
-    "--views",
-    "2",
-    "--image-size",
-    "64",
-    "--topology-resolution",
-    "64",
-    "--shard-size",
-    "3",
-    "--workers",
-    "2",
+    *("--views", "2", "--image-size", "64", "--topology-resolution", "64"),
+    *("--shard-size", "3", "--workers", "2"),
 ]
 
 
+class Listing:
+    """A source that lists assets but has no files."""
+
+    def __init__(self, keys: Sequence[str], name: str = "listing"):
+        self.keys = keys
+        self.name = name
+
+    def records(self) -> Iterator[Record]:
+        for key in self.keys:
+            yield Record(
+                uid=make_uid(self.name, key), source=self.name, url=key, licence="cc0", format="obj"
+            )
+
+
 def environment(home: Path) -> dict[str, str]:
-    """Of a child process: its own HOME, no Ray of anybody else's, a mark by which its descendants are known."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    """Return variables for a child process: its own HOME, no other Ray, and a mark.
+
+    All descendants of the process inherit the mark, and `marked` finds them by it.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     extra = {"HOME": str(home), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**kept, **extra, "PYTHONPATH": str(ROOT), "TEST_MARK": uuid.uuid4().hex}
+    return {**inherited, **extra, "PYTHONPATH": str(ROOT), "TEST_MARK": uuid.uuid4().hex}
 
 
 def start(module: str, *args: object, env: dict[str, str]) -> subprocess.Popen[str]:
-    """`python -m module args`, its output piped."""
+    """Start `python -m module args` with piped output."""
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, args)],
         env=env,
@@ -56,45 +67,52 @@ def start(module: str, *args: object, env: dict[str, str]) -> subprocess.Popen[s
 
 
 def finish(process: subprocess.Popen[str], code: int = 0, timeout_s: float = 300) -> str:
-    """Wait for the process; its output. Fails unless it exits with `code`."""
+    """Wait for a process, check its exit code and return its output."""
     output = process.communicate(timeout=timeout_s)[0]
     assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{output}"
     return output
 
 
 def marked(env: dict[str, str], word: str = "") -> list[psutil.Process]:
-    """Processes started with `env` whose command line has the word."""
-    found = []
+    """Return the processes started with `env` whose command line contains a word."""
+    processes = []
     for process in psutil.process_iter():
         try:
-            # Not psutil's environ(): Ray's processes write their titles over the first variables, where it stops.
-            ours = env["TEST_MARK"].encode() in Path(f"/proc/{process.pid}/environ").read_bytes()
-            if ours and word in " ".join(process.cmdline()):
-                found.append(process)
+            # psutil's environ() stops early, because the processes of Ray write their titles over
+            # the first variables.
+            variables = Path(f"/proc/{process.pid}/environ").read_bytes()
+            if env["TEST_MARK"].encode() in variables and word in " ".join(process.cmdline()):
+                processes.append(process)
         except (psutil.Error, OSError):
             continue
-    return found
+    return processes
 
 
 def survivors(env: dict[str, str], within_s: float = 30) -> list[str]:
-    """Command lines of the processes started with `env` that are still there after that long; [] as soon as none is.
+    """Wait until the processes started with `env` have ended.
 
-    Ray's own agents do not count: after a killed driver they take up to two minutes to see that they are alone.
+    Ray's own agents do not count. After a killed driver they take up to two minutes to end.
+
+    Returns:
+        The command lines of the processes that still run after `within_s` seconds.
     """
     deadline = time.monotonic() + within_s
     while True:
-        found = []
+        lines = []
         for process in marked(env):
             with suppress(psutil.Error):
-                found.append(" ".join(process.cmdline()).strip())
-        found = [line for line in found if line not in RAY_AGENTS]
-        if not found or time.monotonic() > deadline:
-            return found
+                lines.append(" ".join(process.cmdline()).strip())
+        lines = [line for line in lines if line not in RAY_AGENTS]
+        if not lines or time.monotonic() > deadline:
+            return lines
         time.sleep(0.2)
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a build that must not vary between runs. The commit is left out: it may change under a test."""
+    """Read every file of a build that must not differ between runs.
+
+    The commit of the code is removed, because it may change during the tests.
+    """
     files = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
@@ -106,20 +124,21 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def assert_same(left: dict[str, bytes], right: dict[str, bytes]) -> None:
+    """Check that two builds have the same files with the same bytes."""
     assert sorted(left) == sorted(right)
     assert [name for name in left if left[name] != right[name]] == []
 
 
 def wait_until(condition: Callable[[], object], within_s: float = 300.0) -> None:
-    """Returns as soon as the condition holds; fails if it does not within that time."""
+    """Wait until a condition holds. Fail if it does not hold within that time."""
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s} s"
+        assert time.monotonic() < deadline, f"the condition did not hold within {within_s} s"
         time.sleep(0.02)
 
 
 def config(out: Path, limits: dict | None = None, **options: Any) -> BuildConfig:
-    """Of a tiny build in this process; it needs the fixture shared_ray."""
+    """Return the configuration of a tiny build in this process. It needs the fixture shared_ray."""
     tiny = {
         "resolutions": (64,),
         "topology_resolution": 64,
@@ -132,14 +151,14 @@ def config(out: Path, limits: dict | None = None, **options: Any) -> BuildConfig
 
 
 def build(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
-    """A build without its report."""
-    from pipeline.orchestration.runner import run  # Ray is for those who build
+    """Run a build without its report."""
+    from pipeline.orchestration.runner import run  # only these tests need Ray
 
     return run(make_plan(cfg, sources), cfg, sources)
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    """Of every manifest, in plan order."""
+    """Read the rows of every manifest, in the order of the plan."""
     return [
         row for path in sorted((out / "manifest").glob("*.parquet")) for row in read_manifest(path)
     ]

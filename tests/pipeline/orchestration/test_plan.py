@@ -1,0 +1,116 @@
+"""Plans are written once, read back whole, and refused if they do not match."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import BuildConfig
+from pipeline.core.errors import UserError
+from pipeline.core.hashing import make_uid
+from pipeline.core.schema import Record
+from pipeline.orchestration.plan import make_plan, read_plan
+from tests.pipeline.builds import ROOT, Listing
+
+
+def test_a_plan_is_read_back_whole_and_is_not_made_again(tmp_path):
+    cfg = BuildConfig(out=tmp_path / "out", shard_size=2, limit=5)
+    plan = make_plan(cfg, [Listing("abcdefg")])
+    assert plan.shards == ["000000", "000001", "000002"]
+    assert [record.url for name in plan.shards for record in plan.shard(name)] == list("abcde")
+    again = make_plan(cfg, [Listing("xyz")])
+    assert again.shard("000001") == plan.shard("000001") == list(Listing("cd").records())
+    assert read_plan(cfg.out).info == plan.info
+
+
+def test_an_asset_listed_twice_counts_once(tmp_path, caplog):
+    plan = make_plan(BuildConfig(out=tmp_path), [Listing("ab"), Listing("bc")])
+    assert [record.url for record in plan.shard("000000")] == list("abc")
+    assert "comes twice" in caplog.text
+
+
+def test_a_plan_needs_an_asset(tmp_path):
+    with pytest.raises(UserError, match="no assets"):
+        make_plan(BuildConfig(out=tmp_path / "out"), [Listing("")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format_version": 99}, "format_version 99, this code reads 1"),
+        ({"config": {}}, "was built with"),
+    ],
+)
+def test_a_plan_of_another_format_or_configuration_is_refused(tmp_path, change, words):
+    cfg = BuildConfig(out=tmp_path)
+    make_plan(cfg, [Listing("ab")])
+    info = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**info, **change}))
+    with pytest.raises(UserError, match=words):
+        make_plan(cfg, [Listing("ab")])
+
+
+class LongListing:
+    """A long catalogue in which one record occurs twice."""
+
+    name = "many"
+
+    def __init__(self, count):
+        self.count = count
+
+    def records(self):
+        for number in [*range(self.count), 5]:
+            yield Record(
+                uid=make_uid(self.name, str(number)),
+                source=self.name,
+                url=str(number),
+                metadata='{"n": 1}',
+            )
+
+
+def test_a_long_plan_is_written_in_pieces(tmp_path, monkeypatch):
+    pieces = []
+    write = pq.ParquetWriter.write_table
+    monkeypatch.setattr("pipeline.orchestration.plan.ROWS", 100)
+    monkeypatch.setattr(
+        pq.ParquetWriter,
+        "write_table",
+        lambda self, table: pieces.append(len(table)) or write(self, table),
+    )
+    plan = make_plan(BuildConfig(out=tmp_path / "out", limit=None), [LongListing(250)])
+    assert pieces == [100, 100, 50]
+    assert plan.assets == 250
+    assert [record.url for name in plan.shards for record in plan.shard(name)] == [
+        str(number) for number in range(250)
+    ]
+    assert plan.shard("000003")[0].metadata == '{"n": 1}'
+    assert not (tmp_path / "out/.plan.parquet.partial").exists()
+
+
+def test_a_plan_from_before_there_were_catalogues_is_read(tmp_path):
+    cfg = BuildConfig(out=tmp_path, limit=None)
+    plan = make_plan(cfg, [LongListing(10)])
+    pq.write_table(plan.table.drop_columns(["metadata"]), tmp_path / "plan.parquet")
+    assert [record.metadata for record in read_plan(tmp_path).shard("000000")] == [""] * 10
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_million_assets_takes_less_than_a_minute_and_2_gb(tmp_path):
+    code = f"""
+import resource, time
+from pathlib import Path
+from pipeline.config import BuildConfig
+from pipeline.orchestration.plan import make_plan
+from tests.pipeline.orchestration.test_plan import LongListing
+make_plan(BuildConfig(out=Path({str(tmp_path / "out")!r}), limit=None), [LongListing(1_000_000)])
+print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    seconds, kilobytes = map(float, done.stdout.split())
+    assert seconds < 60
+    assert kilobytes < 2e6
