@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,26 +28,7 @@ from pipeline.storage.remote import StorePath, arrow_source
 SIGNATURE_SIDE = 16  # cells along one side of the occupancy signature
 # The key that seeds the views. It is the same for each asset, so that their hashes can be compared.
 VIEW_SEED_KEY = "screening"
-METRICS_SCHEMA = pa.schema(
-    [
-        ("uid", pa.string()),
-        ("tokens", pa.int64()),
-        ("solid_fraction", pa.float64()),
-        ("leak_fraction", pa.float64()),
-        ("sheet_share", pa.float64()),
-        ("visible_area", pa.float64()),
-        ("coverage_mean", pa.float64()),
-        ("coverage_min", pa.float64()),
-        ("brightness_mean", pa.float64()),
-        ("contrast_mean", pa.float64()),
-        ("white_max", pa.float64()),
-        ("textured", pa.bool_()),
-        ("colored", pa.bool_()),
-        ("occupancy", pa.binary(SIGNATURE_SIDE**3 // 8)),
-        ("looks", pa.binary(32)),  # 4 views of 64 bits
-    ],
-    metadata={"format_version": str(FORMAT_VERSION)},
-)
+SIGNATURE_BYTES = {"occupancy": SIGNATURE_SIDE**3 // 8, "looks": 32}  # 4 views of 64 bits
 METRICS_FILE = "measured.json"  # in an asset's folder of intermediate results
 
 
@@ -68,6 +50,21 @@ class ScreeningMetrics:
     colored: bool  # vertex colours, or several materials
     occupancy: bytes  # see `occupancy_signature`
     looks: bytes  # `appearance_hash` of each view
+
+
+def _arrow_type(field: Field[Any]) -> pa.DataType:
+    if field.name in SIGNATURE_BYTES:
+        return pa.binary(SIGNATURE_BYTES[field.name])
+    return {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}[str(field.type)]
+
+
+METRICS_SCHEMA = pa.schema(
+    [
+        ("uid", pa.string()),
+        *((field.name, _arrow_type(field)) for field in fields(ScreeningMetrics)),
+    ],
+    metadata={"format_version": str(FORMAT_VERSION)},
+)
 
 
 def compute_metrics(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> ScreeningMetrics:

@@ -13,6 +13,7 @@ from zlib import error as ZlibError
 
 from pipeline.core.errors import Reject, UserError
 from pipeline.core.hashing import sha256_of
+from pipeline.core.schema import Record
 from pipeline.download.config import FetchConfig
 from pipeline.download.fetch import DownloadRequest, download
 
@@ -73,6 +74,27 @@ class Annotations:
         """
         lines = [f"{name}\0{sha256_of(self.folder / name)}\n" for name in sorted(names)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatedSource:
+    """What sources with annotation files share.
+
+    Args:
+        annotations: The annotation files. Missing ones are downloaded.
+        fetch: Options of downloads.
+        max_bytes: Largest size of a downloaded mesh file.
+    """
+
+    annotations: Annotations = field(default_factory=Annotations)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
+    max_bytes: int = 1 << 30
+
+    def request(self, record: Record) -> DownloadRequest:
+        """Return the download of a record's file."""
+        return DownloadRequest(
+            url=record.url, format=record.format, sha256=record.sha256, max_bytes=self.max_bytes
+        )
 
 
 def damaged(path: Path, error: Exception) -> UserError:

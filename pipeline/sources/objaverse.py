@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Record
 from pipeline.curation.licences import licence_of
-from pipeline.download.config import FetchConfig
-from pipeline.download.fetch import DownloadRequest, download
-from pipeline.sources.annotations import Annotations, read_json, to_metadata
+from pipeline.download.fetch import download
+from pipeline.sources.annotations import AnnotatedSource, Annotations, read_json, to_metadata
 
 HUB = "https://huggingface.co/datasets/allenai/objaverse/resolve/main"
 OBJECT_PATHS = "object-paths.json.gz"
@@ -21,22 +20,16 @@ FOLDERS = tuple(f"{i // 1000:03d}-{i % 1000:03d}" for i in range(160))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjaverseSource:
+class ObjaverseSource(AnnotatedSource):
     """Every asset of Objaverse 1.0, ordered by annotation file and Sketchfab id.
 
     The Sketchfab id is the key of the uid.
 
     Args:
-        annotations: The annotation files. Missing ones are downloaded.
-        fetch: Options of downloads.
-        max_bytes: Largest size of a downloaded mesh file.
         hub: URL of the dataset's files.
         folders: Numbers of the metadata files to read.
     """
 
-    annotations: Annotations = field(default_factory=Annotations)
-    fetch: FetchConfig = field(default_factory=FetchConfig)
-    max_bytes: int = 1 << 30
     hub: str = HUB
     folders: tuple[str, ...] = FOLDERS
     name = "objaverse"
@@ -68,10 +61,7 @@ class ObjaverseSource:
     def materialize(self, record: Record, scratch: Path) -> Path:
         """Download the file of a record to `scratch`. Errors as `pipeline.download.fetch`."""
         scratch.mkdir(parents=True, exist_ok=True)
-        wanted = DownloadRequest(
-            url=record.url, format=record.format, sha256=record.sha256, max_bytes=self.max_bytes
-        )
-        return download(wanted, scratch / f"{record.uid}.{record.format}", self.fetch)
+        return download(self.request(record), scratch / f"{record.uid}.{record.format}", self.fetch)
 
     def _file_names(self) -> list[str]:
         """Names of the annotation files. The first one holds the paths of the mesh files."""

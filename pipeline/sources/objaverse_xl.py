@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Record
 from pipeline.curation.licences import licence_of
-from pipeline.download.config import FetchConfig
-from pipeline.download.fetch import DownloadRequest, download
-from pipeline.sources.annotations import Annotations, damaged
+from pipeline.download.fetch import download
+from pipeline.sources.annotations import AnnotatedSource, damaged
 from pipeline.sources.github import GitHub, download_blob
 from pipeline.sources.objaverse import HUB, OBJECT_PATHS, local_name, read_object_paths
 
@@ -25,15 +24,12 @@ BATCH_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjaverseXLSource:
+class ObjaverseXLSource(AnnotatedSource):
     """Every asset of Objaverse-XL in the order of its annotations.
 
     The file identifier is the key of the uid.
 
     Args:
-        annotations: The annotation files. Missing ones are downloaded.
-        fetch: Options of downloads.
-        max_bytes: Largest size of a downloaded mesh file.
         places: The sites whose assets are listed, a subset of `PLACES`.
         hub: URL of the files of Objaverse 1.0, which holds the Sketchfab assets.
         hub_xl: URL of the annotations of Objaverse-XL.
@@ -41,9 +37,6 @@ class ObjaverseXLSource:
         github: URLs of GitHub.
     """
 
-    annotations: Annotations = field(default_factory=Annotations)
-    fetch: FetchConfig = field(default_factory=FetchConfig)
-    max_bytes: int = 1 << 30
     places: tuple[str, ...] = PLACES
     hub: str = HUB
     hub_xl: str = HUB_XL
@@ -84,9 +77,7 @@ class ObjaverseXLSource:
         Errors as `pipeline.download.fetch`.
         """
         scratch.mkdir(parents=True, exist_ok=True)
-        wanted = DownloadRequest(
-            url=record.url, format=record.format, sha256=record.sha256, max_bytes=self.max_bytes
-        )
+        wanted = self.request(record)
         if record.url.startswith(f"{self.github.site}/"):
             return download_blob(wanted, scratch / "repository", self.fetch, self.github)
         return download(wanted, scratch / f"{record.uid}.{record.format}", self.fetch)

@@ -29,20 +29,20 @@ def write_json(path: Path, value: object) -> None:
         file.write(gzip.compress(json.dumps(value).encode(), mtime=0))
 
 
-def annotation(**said: object) -> dict:
-    """An annotation with the fields of a real one that matter."""
+def annotation(**fields: object) -> dict:
+    """Return an annotation with the fields of a real one that are used."""
     return {
         "name": "Thing",
         "license": "by",
         "animationCount": 0,
         "isAgeRestricted": False,
         "tags": [],
-        **said,
+        **fields,
     }
 
 
 def write_objaverse(folder: Path, assets: dict[str, dict]) -> Path:
-    """Annotations of Objaverse 1.0: id -> annotation, spread over two metadata files."""
+    """Write the annotations of Objaverse 1.0 by id, distributed over two metadata files."""
     ids = sorted(assets)
     place = {uid: f"000-{number % 2:03d}" for number, uid in enumerate(ids)}
     write_json(
@@ -58,25 +58,28 @@ def write_objaverse(folder: Path, assets: dict[str, dict]) -> Path:
 def write_objaverse_xl(
     folder: Path, rows: dict[str, list[tuple[str, str | None, str, str | None]]]
 ) -> Path:
-    """Annotations of Objaverse-XL: place -> (fileIdentifier, license, fileType, sha256)."""
+    """Write annotations of Objaverse-XL: rows of (fileIdentifier, license, fileType, sha256)."""
     for place in ("github", "thingiverse", "smithsonian", "sketchfab"):
         path = folder / place / f"{place}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = list(zip(*rows.get(place, []))) or [()] * 4
         names = ("fileIdentifier", "license", "fileType", "sha256")
         table = {name: pa.array(list(column), pa.string()) for name, column in zip(names, columns)}
-        more = {
+        other_columns = {
             name: pa.array([text] * len(columns[0]), pa.string())
             for name, text in (("source", place), ("metadata", "{}"))
         }
-        pq.write_table(pa.table({**table, **more}), path)
+        pq.write_table(pa.table({**table, **other_columns}), path)
     return folder
 
 
 def write_shapenet(
     root: Path, version: int, models: dict[str, list[str]], *, zipped: tuple[str, ...] = ()
 ) -> Path:
-    """Synset -> ids; version 2 keeps the images a folder above the mesh. Synsets in `zipped` are archives."""
+    """Write models by synset. Synsets in `zipped` become archives.
+
+    Version 2 keeps the images one directory above the mesh.
+    """
     mtl = "newmtl m\nKd 1 1 1\nmap_Kd {}\n"
     obj = "mtllib {}\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nvt 0 0\nvt 1 0\nvt 0 1\n"
     obj += "f 1/1 3/2 2/3\nf 1/1 2/2 4/3\nf 1/1 4/2 3/3\nf 2/1 3/2 4/3\n"
@@ -107,7 +110,7 @@ def write_shapenet(
 
 
 def png() -> bytes:
-    """One red pixel."""
+    """Return a PNG image of one red pixel."""
     import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that does what servers have done: scripted by path, one behaviour for every visit."""
+"""An HTTP server on loopback with scripted faults: one behaviour per path and visit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ PAGE = b"<!DOCTYPE html><html><body>Please wait ...</body></html>"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Sends `files[path]` as `scripts[path]` says at this visit; when the script is over, as it should."""
+    """Sends `files[path]` with the fault that `scripts[path]` names for this visit.
+
+    After the end of a script files are sent correctly. A script that ends in "always" repeats the
+    behaviour before it.
+    """
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -30,17 +34,13 @@ class Handler(BaseHTTPRequestHandler):
             server.open_now += 1
             server.max_open = max(server.max_open, server.open_now)
         script = server.scripts.get(self.path, [])
-        behaviour = (
-            script[visit]
-            if visit < len(script)
-            else script[-1]
-            if script and script[-1] == "always"
-            else ""
-        )
-        if behaviour == "always":
-            behaviour = script[-2]
+        if visit < len(script) and script[visit] != "always":
+            behaviour = script[visit]
+        else:
+            behaviour = script[-2] if script and script[-1] == "always" else "serve"
+        name, _, argument = behaviour.partition(" ")
         try:
-            getattr(self, behaviour.partition(" ")[0] or "well")(behaviour.partition(" ")[2])
+            getattr(self, name)(argument)
         finally:
             with server.lock:
                 server.open_now -= 1
@@ -51,8 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         self._head(200, {"Content-Length": len(answer)})
         self.wfile.write(answer)
 
-    def well(self, _: str = "") -> None:
-        """With ranges, as a good server."""
+    def serve(self, _: str = "") -> None:
+        """Send the file, or the requested range of it, correctly."""
         content = self.server.files.get(self.path)
         if content is None:
             self.status("404")
@@ -74,17 +74,19 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def slowly(self, seconds: str) -> None:
+        """Wait, then send the file correctly."""
         time.sleep(float(seconds))
-        self.well()
+        self.serve()
 
     def status(self, words: str) -> None:
+        """Answer with a status code and, if it is given, a Retry-After header."""
         code, _, after = words.partition(" ")
         headers = {"Content-Length": len(PAGE)} | ({"Retry-After": after} if after else {})
         self._head(int(code), headers)
         self.wfile.write(PAGE)
 
     def reset(self, sent: str) -> None:
-        """A connection that ends with a TCP reset, after some bytes of the body or before any header."""
+        """Reset the TCP connection after some bytes of the body, or before the header."""
         if sent:
             content = self.server.files[self.path]
             tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
@@ -97,6 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def truncate(self, sent: str) -> None:
+        """Close the connection after some bytes of the body."""
         content = self.server.files[self.path]
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         headers = {"Content-Length": len(content) - start, "ETag": '"same"'}
@@ -108,17 +111,20 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def ignore_range(self, _: str) -> None:
+        """Send the whole file although a range was requested."""
         content = self.server.files[self.path]
         self._head(200, {"Content-Length": len(content), "ETag": '"another"'})
         self.wfile.write(content)
 
     def wrong_range(self, _: str) -> None:
+        """Send another range than the requested one."""
         content = self.server.files[self.path]
         span = f"bytes 1-{len(content) - 1}/{len(content)}"
         self._head(206, {"Content-Length": len(content) - 1, "Content-Range": span})
         self.wfile.write(content[1:])
 
     def stall(self, seconds: str) -> None:
+        """Send ten bytes and then nothing for some seconds."""
         content = self.server.files[self.path]
         self._head(200, {"Content-Length": len(content)})
         self.wfile.write(content[:10])
@@ -127,24 +133,26 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def drip(self, _: str) -> None:
-        """A byte now and then, for ever: no read ever times out."""
+        """Send single bytes without end, so that no read times out."""
         self._head(200, {"Content-Length": 1 << 20})
         while not self.server.end.wait(0.05):
             self.wfile.write(b"x")
             self.wfile.flush()
 
     def html(self, _: str) -> None:
+        """Send a web page with status 200."""
         self._head(200, {"Content-Length": len(PAGE)})
         self.wfile.write(PAGE)
 
     def endless(self, _: str) -> None:
-        """Without a length, more than anybody wants."""
+        """Send bytes without end and without Content-Length."""
         self._head(200, {"Connection": "close"})
         self.close_connection = True
         while not self.server.end.is_set():
             self.wfile.write(b"x" * 65536)
 
     def redirect(self, location: str) -> None:
+        """Redirect to another URL."""
         self._head(302, {"Location": location, "Content-Length": 0})
 
     def _head(self, code: int, headers: dict[str, object]) -> None:
@@ -160,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
             ConnectionError,
             ValueError,
             OSError,
-        ):  # what we did to the connection, or the client gave up
+        ):  # a scripted fault, or the client closed the connection
             self.close_connection = True
 
     def finish(self) -> None:
@@ -172,6 +180,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
+    """Holds the files and scripts, and records requests and the number of open connections."""
+
     daemon_threads = True
 
     def __init__(self) -> None:
@@ -195,6 +205,7 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def run_server():
+    """Run a server in a thread until the block ends."""
     server = Server()
     thread = threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True

@@ -1,4 +1,4 @@
-"""One tetrahedron in every format that is read, written here byte by byte."""
+"""One tetrahedron in every supported format, written byte by byte."""
 
 import base64
 import io
@@ -22,8 +22,8 @@ def write(path: Path, data: str | bytes) -> Path:
     return path
 
 
-def same_triangles(mesh: Mesh, vertices=TETRA, faces=FACES) -> None:
-    """The same oriented triangles in the same order, whatever corner each begins with."""
+def assert_same_triangles(mesh: Mesh, vertices=TETRA, faces=FACES) -> None:
+    """Assert equal oriented triangles in equal order. Each may begin with any corner."""
     expected, found = np.asarray(vertices, dtype=np.float64)[faces], mesh.vertices[mesh.faces]
     assert found.shape == expected.shape
     turns = [np.abs(np.roll(found, k, axis=1) - expected).max(axis=(1, 2)) for k in range(3)]
@@ -39,7 +39,7 @@ def png(color=(255, 0, 0, 255), size=(4, 4)) -> bytes:
 def gltf(
     *, nodes=None, material=None, colors=None, image=None, extra=None, vertices=TETRA, faces=FACES
 ) -> tuple[dict, bytes]:
-    """A document of one mesh and its binary data; `extra` is merged in at the top."""
+    """Return a document of one mesh and its binary data. `extra` is merged into the top level."""
     arrays = [("POSITION", np.asarray(vertices, "<f4"), "VEC3", FLOAT)]
     if image is not None:
         arrays.append(
@@ -104,7 +104,8 @@ OBJ = "\n".join(
 )
 OFF = "OFF\n4 4 0\n" + "\n".join(" ".join(map(str, row)) for row in TETRA.tolist())
 OFF += "\n" + "\n".join("3 " + " ".join(map(str, row)) for row in FACES.tolist())
-PLY = "ply\nformat ascii 1.0\nelement vertex 4\nproperty float x\nproperty float y\nproperty float z\nelement face 4\n"
+PLY = "ply\nformat ascii 1.0\nelement vertex 4\n"
+PLY += "property float x\nproperty float y\nproperty float z\nelement face 4\n"
 PLY += "property list uchar int vertex_indices\nend_header\n" + OFF.split("\n", 2)[2] + "\n"
 
 
@@ -130,9 +131,11 @@ def threemf() -> bytes:
     vertices = "".join(f'<vertex x="{x}" y="{y}" z="{z}"/>' for x, y, z in TETRA)
     faces = "".join(f'<triangle v1="{a}" v2="{b}" v3="{c}"/>' for a, b, c in FACES)
     model = (
-        '<?xml version="1.0"?><model unit="millimeter" xmlns="http://schemas.microsoft.com/3dmanufacturing/core/2015/02">'
-        f'<resources><object id="1" type="model"><mesh><vertices>{vertices}</vertices><triangles>{faces}</triangles>'
-        '</mesh></object></resources><build><item objectid="1"/></build></model>'
+        '<?xml version="1.0"?><model unit="millimeter" '
+        'xmlns="http://schemas.microsoft.com/3dmanufacturing/core/2015/02">'
+        f'<resources><object id="1" type="model"><mesh><vertices>{vertices}</vertices>'
+        f"<triangles>{faces}</triangles></mesh></object></resources>"
+        '<build><item objectid="1"/></build></model>'
     )
     return zipped(
         {
@@ -154,14 +157,18 @@ def zipped(members: dict[str, bytes]) -> bytes:
 def dae() -> bytes:
     positions = " ".join(str(x) for x in TETRA.ravel())
     index = " ".join(str(i) for i in FACES.ravel())
-    return f"""<?xml version="1.0"?><COLLADA xmlns="http://www.collada.org/2005/11/COLLADASchema" version="1.4.1">
+    return f"""<?xml version="1.0"?>
+<COLLADA xmlns="http://www.collada.org/2005/11/COLLADASchema" version="1.4.1">
 <asset><up_axis>Y_UP</up_axis></asset><library_geometries><geometry id="g"><mesh><source id="p">
-<float_array id="pa" count="12">{positions}</float_array><technique_common><accessor source="#pa" count="4" stride="3">
-<param name="X" type="float"/><param name="Y" type="float"/><param name="Z" type="float"/></accessor></technique_common>
+<float_array id="pa" count="12">{positions}</float_array><technique_common>
+<accessor source="#pa" count="4" stride="3"><param name="X" type="float"/>
+<param name="Y" type="float"/><param name="Z" type="float"/></accessor></technique_common>
 </source><vertices id="v"><input semantic="POSITION" source="#p"/></vertices><triangles count="4">
-<input semantic="VERTEX" source="#v" offset="0"/><p>{index}</p></triangles></mesh></geometry></library_geometries>
-<library_visual_scenes><visual_scene id="s"><node><instance_geometry url="#g"/></node></visual_scene>
-</library_visual_scenes><scene><instance_visual_scene url="#s"/></scene></COLLADA>""".encode()
+<input semantic="VERTEX" source="#v" offset="0"/><p>{index}</p></triangles></mesh></geometry>
+</library_geometries>
+<library_visual_scenes><visual_scene id="s"><node><instance_geometry url="#g"/></node>
+</visual_scene></library_visual_scenes>
+<scene><instance_visual_scene url="#s"/></scene></COLLADA>""".encode()
 
 
 def gltf_embedded() -> str:
@@ -172,7 +179,7 @@ def gltf_embedded() -> str:
     return json.dumps(document)
 
 
-SOUND = {
+VALID_FILES = {
     "glb": glb(*gltf()),
     "gltf": gltf_embedded(),
     "obj": OBJ,

@@ -1,4 +1,4 @@
-"""Filter rules against shapes whose numbers are known."""
+"""Filter rules on shapes whose measurements are known."""
 
 import json
 
@@ -34,13 +34,13 @@ def rejects(reason: str, mesh: Mesh, cfg: FilterConfig = CFG) -> dict:
     return caught.value.numbers
 
 
-def test_numbers_of_a_box_far_from_the_origin():
+def test_a_box_far_from_the_origin_has_the_right_numbers():
     numbers = filter_geometry(
         mesh_of(primitives.translated(closed_solids.box(1, 2, 3), x=1000)), CFG
     )
     assert numbers["faces"] == 12
     assert numbers["vertices"] == 24
-    assert numbers["components"] == 1  # six separate faces, but one box
+    assert numbers["components"] == 1  # six separate faces with common corners
     assert numbers["area"] == pytest.approx(22)
     assert numbers["volume"] == pytest.approx(6)
 
@@ -52,14 +52,14 @@ def test_volume_is_negative_inside_out():
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_components_are_pieces_that_share_no_corner(count):
+def test_components_share_no_corner(count):
     mesh = mesh_of(
         *(primitives.translated(closed_solids.torus(1.0, 0.2), x=3 * k) for k in range(count))
     )
     assert filter_geometry(mesh, CFG)["components"] == count
 
 
-def test_touching_at_one_corner_joins_and_unused_vertices_do_not_count():
+def test_a_common_corner_connects_and_unused_vertices_do_not_count():
     a, b = np.eye(3), np.array([[1.0, 0, 0], [5, 5, 5], [6, 5, 5]])
     points = np.concatenate([a, b, [[9.0, 9, 9]]])
     faces = np.array([[0, 1, 2], [3, 4, 5]], dtype=np.int32)
@@ -82,7 +82,7 @@ def test_weld_joins_exactly_equal_positions(points):
             assert (labels[i] == labels[j]) == (p == q)
 
 
-def test_weld_survives_a_hash_that_collides(monkeypatch):
+def test_weld_is_right_if_hashes_collide(monkeypatch):
     points = np.random.default_rng(0).integers(0, 3, (200, 3)).astype(np.float64)
     expected = weld(points)
     unique = np.unique
@@ -95,7 +95,7 @@ def test_weld_survives_a_hash_that_collides(monkeypatch):
     assert ((labels[:, None] == labels) == (expected[:, None] == expected)).all()
 
 
-def test_a_sound_box_passes_the_default_and_the_limits_are_inclusive():
+def test_a_box_passes_the_defaults_and_limits_are_inclusive():
     box = mesh_of(closed_solids.box(1, 1, 1))
     filter_geometry(box, FilterConfig(min_faces=12, max_faces=12))
     assert rejects("too_few_faces", box, FilterConfig(min_faces=13)) == {
@@ -108,7 +108,7 @@ def test_a_sound_box_passes_the_default_and_the_limits_are_inclusive():
     }
 
 
-def test_no_faces_at_all():
+def test_a_mesh_without_faces_is_rejected():
     rejects("too_few_faces", Mesh(vertices=np.eye(3), faces=np.zeros((0, 3), dtype=np.int32)))
 
 
@@ -119,7 +119,7 @@ def grid(height) -> Mesh:
 
 
 @pytest.mark.parametrize("tilt", [0.0, 0.7])
-def test_a_plane_is_flat_however_it_lies_but_a_wavy_sheet_is_not(tilt):
+def test_a_plane_in_any_orientation_is_flat_and_a_wavy_sheet_is_not(tilt):
     rejects("flat", grid(lambda x, y: tilt * (x + 2 * y)))
     assert (
         filter_geometry(grid(lambda x, y: tilt * x + 0.01 * np.sin(5 * x)), CFG)["components"] == 1
@@ -140,11 +140,11 @@ def test_a_point_or_a_line_is_degenerate(points):
     rejects("degenerate", Mesh(vertices=np.array(points, dtype=np.float64), faces=faces))
 
 
-def test_a_thin_rod_is_no_line():
+def test_a_thin_rod_is_not_a_line():
     filter_geometry(mesh_of(closed_solids.cylinder(0.005, 2.0)), CFG)
 
 
-def test_mostly_degenerate_faces():
+def test_too_many_degenerate_faces_are_rejected():
     box = mesh_of(closed_solids.box(1, 1, 1))
     junk = np.tile(np.array([[0, 1, 1]], dtype=np.int32), (13, 1))
     spoiled = Mesh(vertices=box.vertices, faces=np.concatenate([box.faces, junk]))
@@ -152,7 +152,7 @@ def test_mostly_degenerate_faces():
     filter_geometry(Mesh(vertices=box.vertices, faces=spoiled.faces[:-2]), CFG)
 
 
-def test_too_many_components():
+def test_too_many_components_are_rejected():
     boxes = mesh_of(*(primitives.translated(closed_solids.box(1, 1, 1), x=2 * k) for k in range(4)))
     assert rejects("too_many_components", boxes, FilterConfig(max_components=3))["components"] == 4
     filter_geometry(boxes, FilterConfig(max_components=4))
@@ -168,7 +168,7 @@ def test_verdicts_and_counts_do_not_depend_on_the_frame(scale, shift):
         assert numbers["faces"] == base["faces"]
 
 
-def test_file_size(tmp_path):
+def test_files_of_the_wrong_size_are_rejected(tmp_path):
     path = tmp_path / "a.glb"
     path.write_bytes(b"x" * 10)
     assert filter_file(path, FilterConfig(min_bytes=10, max_bytes=10)) == {"bytes": 10}
@@ -184,7 +184,7 @@ def test_file_size(tmp_path):
 @pytest.mark.parametrize(
     ("licence", "source", "cfg", "passes"),
     [
-        ("unknown", "folder", CFG, True),  # the owner vouches
+        ("unknown", "folder", CFG, True),  # the user named the folder
         ("unknown", "objaverse", CFG, False),
         ("", "objaverse", CFG, False),
         ("unknown", "objaverse", FilterConfig(licences=("by", "unknown")), True),
@@ -198,7 +198,7 @@ def test_file_size(tmp_path):
         ("shapenet", "shapenet", FilterConfig(licences=("shapenet",)), True),
     ],
 )
-def test_licence_policy(licence, source, cfg, passes):
+def test_only_accepted_licences_pass(licence, source, cfg, passes):
     record = Record(uid="x", source=source, url="x", licence=licence, format="obj")
     if passes:
         filter_metadata(record, cfg)
@@ -208,7 +208,7 @@ def test_licence_policy(licence, source, cfg, passes):
 
 
 @pytest.mark.parametrize(
-    ("said", "cfg", "reason"),
+    ("metadata", "cfg", "reason"),
     [
         ({}, CFG, ""),
         ({"age_restricted": True}, CFG, "age_restricted"),
@@ -222,9 +222,14 @@ def test_licence_policy(licence, source, cfg, passes):
         ({"tags": ["tree"]}, FilterConfig(banned_words=("tree",)), "banned_word"),
     ],
 )
-def test_what_a_catalogue_says_about_an_asset(said, cfg, reason):
+def test_catalogue_metadata_decides_by_the_options(metadata, cfg, reason):
     record = Record(
-        uid="x", source="objaverse", url="x", licence="by", format="glb", metadata=json.dumps(said)
+        uid="x",
+        source="objaverse",
+        url="x",
+        licence="by",
+        format="glb",
+        metadata=json.dumps(metadata),
     )
     if not reason:
         filter_metadata(record, cfg)
@@ -234,7 +239,7 @@ def test_what_a_catalogue_says_about_an_asset(said, cfg, reason):
         assert caught.value.reason == reason
 
 
-def test_a_format_that_nothing_here_reads():
+def test_an_unsupported_format_is_rejected():
     with pytest.raises(Reject, match="unsupported_format format=blend"):
         filter_metadata(
             Record(uid="x", source="objaverse-xl", url="x", licence="by", format="blend"), CFG
@@ -242,7 +247,7 @@ def test_a_format_that_nothing_here_reads():
 
 
 @pytest.mark.slow
-def test_two_million_faces():
+def test_a_sheet_of_two_million_faces_is_one_component():
     u = np.linspace(0, 1, 1001)
     x, y = np.meshgrid(u, u, indexing="ij")
     sheet = primitives.surface(np.stack([x, y, np.sin(3 * x) * y], axis=-1))

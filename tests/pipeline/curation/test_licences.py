@@ -1,4 +1,4 @@
-"""Licences as Sketchfab, Thingiverse, GitHub and the Smithsonian write them."""
+"""Licences in the spellings of Sketchfab, Thingiverse, GitHub and the Smithsonian."""
 
 import pytest
 
@@ -51,16 +51,16 @@ SPELLINGS = {
 @pytest.mark.parametrize(
     ("word", "text"), [(word, text) for word, texts in SPELLINGS.items() for text in texts]
 )
-def test_one_word_for_every_spelling(word, text):
+def test_every_spelling_gives_one_word(word, text):
     assert licence_of(text) == word
 
 
-def test_words_stay_what_they_are():
+def test_normalised_words_do_not_change():
     for word in (*OPEN_LICENCES, *SPELLINGS):
         assert licence_of(word) == word
 
 
-def test_what_forbids_changes_or_sale_is_not_open():
+def test_licences_that_forbid_changes_or_commercial_use_are_not_open():
     closed = {"by-nc", "by-nd", "by-nc-sa", "by-nc-nd", "unknown", "gpl", "all rights reserved"}
     assert not closed & set(OPEN_LICENCES)
     assert {"by", "by-sa", "cc0", "mit"} <= set(OPEN_LICENCES)

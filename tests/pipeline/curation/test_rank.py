@@ -1,4 +1,4 @@
-"""Ranking: which assets a catalogue keeps, why not the others, and in which order."""
+"""Ranking: which assets are kept, the reasons of the others, and their order."""
 
 import json
 
@@ -32,7 +32,7 @@ GOOD = {
 
 
 def catalogue(*changes, seed=0):
-    """One row for every change of a good asset, all of them unlike each other; named a, b, c, ..."""
+    """A row for each change of a good asset, named a, b, c and so on. No two are similar."""
     draw = np.random.default_rng(seed)
     rows = []
     for number, change in enumerate(changes):
@@ -72,14 +72,14 @@ def reasons(table):
         ({"leak_fraction": 0.051, "tokens": 3}, "leaks"),
     ],
 )
-def test_every_threshold_has_its_reason(change, reason):
+def test_an_asset_beyond_a_threshold_has_its_reason(change, reason):
     table = ranked(change, {})
     assert reasons(table) == {"a": reason, "b": ""}
     if reason:
         assert THRESHOLDS[reason]
 
 
-def test_sheets_pass_unless_told_otherwise():
+def test_sheets_pass_by_default():
     assert reasons(ranked({"solid_fraction": 0.0})) == {"a": ""}
     assert reasons(ranked({"solid_fraction": 0.0}, min_solid_fraction=0.1)) == {"a": "hollow"}
 
@@ -95,7 +95,7 @@ def test_thresholds_are_inclusive():
     assert reasons(ranked(edge)) == {"a": ""}
 
 
-def test_the_best_come_first_and_equals_by_uid():
+def test_the_best_come_first_and_ties_are_ordered_by_uid():
     table = ranked(
         {"faces": 100}, {"faces": 10_000}, {"faces": 1000}, {"faces": 10_000}, target_count=3
     )
@@ -104,7 +104,7 @@ def test_the_best_come_first_and_equals_by_uid():
     assert reasons(table) == {"a": "below_target", "b": "", "c": "", "d": ""}
 
 
-def test_the_better_one_of_two_copies_is_kept():
+def test_the_best_of_several_duplicates_is_kept():
     same = {"sha256": "0" * 64}
     table = ranked({"faces": 100, **same}, {"faces": 5000, **same}, {"faces": 1000, **same})
     rows = {row["uid"]: row for row in table.to_pylist()}
@@ -117,13 +117,13 @@ def test_the_better_one_of_two_copies_is_kept():
     }
 
 
-def test_an_asset_that_was_turned_away_displaces_nobody():
+def test_a_rejected_asset_makes_no_other_a_duplicate():
     same = {"sha256": "0" * 64}
     table = ranked({"faces": 100, **same}, {"faces": 5000, "tokens": 1, **same})
     assert reasons(table) == {"a": "", "b": "too_few_tokens"}
 
 
-def test_what_did_not_come_through_screening_stays_as_it_ended():
+def test_assets_that_failed_screening_keep_their_reason():
     nothing = dict.fromkeys(
         set(GOOD) - {"status", "stage", "reason", "missing_files", "textured", "colored"}
     )
@@ -147,7 +147,7 @@ def test_the_order_of_rows_does_not_matter():
     assert rank(table, cfg).equals(rank(table.take(draw.permutation(21)), cfg))
 
 
-def test_quality_is_what_its_description_says():
+def test_quality_is_as_documented():
     rows = {
         name: np.array([value] * 2, np.float64)
         for name, value in GOOD.items()
@@ -169,7 +169,7 @@ def test_quality_is_what_its_description_says():
     assert sum(WEIGHTS.values()) == pytest.approx(1)
 
 
-def test_the_funnel_names_every_reason_with_its_thresholds_and_count():
+def test_the_funnel_counts_every_reason_with_its_thresholds():
     cfg = BuildConfig(rank=RankConfig(target_count=1, min_tokens=200))
     changes = [
         {"tokens": 150},
@@ -224,7 +224,7 @@ def test_every_metadata_and_geometry_filter_is_in_the_funnel():
         ({"target_count": 5, "best_count": 1, "best_resolutions": (65,)}, "multiple of 8"),
     ],
 )
-def test_options_that_contradict_each_other(options, words):
+def test_contradicting_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         RankConfig(**options)
 

@@ -1,4 +1,4 @@
-"""Measurements of shapes whose numbers are known."""
+"""Screening metrics of shapes whose measurements are known."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def without(mesh, chosen):
 
 
 def cracked_box(gap):
-    """A box, its top set off by a gap in the same plane all around: no loop of edges that a cap would close."""
+    """A box whose top is separated by a gap in its plane, so there is no boundary loop to close."""
     box = mesh_of(closed_solids.box(1, 1, 1))
     top = (box.vertices[box.faces][:, :, 1] > 0.47).all(axis=1)
     vertices = box.vertices[box.faces].copy()
@@ -74,16 +74,16 @@ def test_a_sheet_encloses_nothing():
     assert (row.solid_fraction, row.leak_fraction, row.sheet_share) == (0.0, 0.0, 1.0)
 
 
-def test_nothing_leaks_out_of_a_closed_box():
+def test_closed_shapes_do_not_leak():
     assert measured(mesh_of(closed_solids.box(1, 1, 1))).leak_fraction < 0.01
     assert measured(mesh_of(closed_solids.torus(1.0, 0.3))).leak_fraction < 0.01
 
 
-def test_a_crack_between_one_barrier_and_two_is_a_leak(monkeypatch):
-    """At 128 a voxel is 1/127: the flood passes cracks wider than 1.2 voxels, a doubled barrier up to 2.4."""
+def test_a_crack_that_only_the_thicker_barrier_closes_is_a_leak(monkeypatch):
+    """The flood passes cracks wider than 1.2 voxels. The thicker barrier stops it up to 2.4."""
     monkeypatch.setattr(
         "pipeline.geometry.topology.holes.boundary_loops", lambda faces: []
-    )  # what loops do not find
+    )  # leave cracks to the flood
     tight, leaky = (measured(cracked_box(voxels / 127)) for voxels in (0.5, 1.8))
     assert tight.solid_fraction == pytest.approx(1.0, abs=0.03)
     assert tight.leak_fraction < 0.01
@@ -103,7 +103,7 @@ def test_signatures_do_not_depend_on_order_winding_or_repetition_of_faces():
     assert differ(a.looks, b.looks) <= 7
 
 
-def test_signatures_survive_rounding_and_tell_shapes_apart():
+def test_signatures_tolerate_rounding_and_distinguish_shapes():
     knot = mesh_of(closed_solids.torus(1.0, 0.3, 40, 20))
     vertices = (knot.vertices * 37 + 5).astype(np.float32).astype(np.float64)
     rounded = normalize(Mesh(vertices=vertices, faces=knot.faces), NormalizeConfig())
@@ -115,7 +115,7 @@ def test_signatures_survive_rounding_and_tell_shapes_apart():
     assert differ(a.looks, c.looks) > 7
 
 
-def test_occupancy_is_where_the_blocks_are():
+def test_the_occupancy_signature_marks_the_cells_of_the_sdf():
     mesh = mesh_of(closed_solids.sphere(1.0))
     bricks = compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
     cells = np.unpackbits(np.frombuffer(occupancy_signature(bricks), np.uint8)).reshape(16, 16, 16)
@@ -125,7 +125,7 @@ def test_occupancy_is_where_the_blocks_are():
     assert {tuple(cell) for cell in np.argwhere(cells).tolist()} == expected
 
 
-def test_looks_see_shapes_and_not_a_little_noise():
+def test_the_appearance_hash_ignores_noise_and_distinguishes_shapes():
     draw = np.random.default_rng(0)
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[10:40, 20:50] = [200, 100, 50, 255]
@@ -140,7 +140,7 @@ def test_looks_see_shapes_and_not_a_little_noise():
     assert differ(plain, far) > 10
 
 
-def test_rows_come_back_from_scratch_and_from_a_shard(tmp_path):
+def test_metrics_survive_writing_and_reading(tmp_path):
     row = measured(mesh_of(closed_solids.box(1, 2, 3)), 64)
     save_metrics(tmp_path, row)
     assert load_metrics(tmp_path) == row
@@ -155,13 +155,13 @@ def test_rows_come_back_from_scratch_and_from_a_shard(tmp_path):
         read_metrics_table(tmp_path / "c.parquet")
 
 
-def test_a_resolution_that_topology_cannot_have():
+def test_a_resolution_below_64_is_refused():
     assert check_resolution(ScreenConfig().resolution) == 256
     with pytest.raises(ValueError, match="at least 64, got 32"):
         ScreenConfig(resolution=32)
 
 
-def test_the_boxs_points():
+def test_bounding_box_grid_points_of_a_box():
     mesh = mesh_of(closed_solids.box(2, 1, 1))
     assert bounding_box_grid_points(mesh, 128) == pytest.approx((0.95 * 127) ** 3 / 4)
     flood = build_topology(mesh, TopologyConfig(resolution=128)).flood

@@ -1,4 +1,4 @@
-"""Archives that were made to do harm, and those that were not."""
+"""Harmful, damaged and valid archives."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from tests.pipeline.archive_files import make_tar, make_zip
 LIMITS = ArchiveLimits()
 
 
-def make(path, members):
+def make_archive(path, members):
     return make_zip(path, members) if path.suffix == ".zip" else make_tar(path, members)
 
 
@@ -33,7 +33,7 @@ def link(name, target, kind=tarfile.SYMTYPE):
     ("name", "mode"),
     [("a.tar", "w"), ("a.tgz", "w:gz"), ("a.tar.bz2", "w:bz2"), ("a.tar.xz", "w:xz")],
 )
-def test_tars_of_every_compression(tmp_path, name, mode):
+def test_tar_archives_of_every_compression_are_unpacked(tmp_path, name, mode):
     path = make_tar(tmp_path / name, {"m/a.obj": b"one", "m/a.mtl": b"two"}, mode)
     files = extract(path, tmp_path / "out", LIMITS)
     assert [
@@ -45,7 +45,7 @@ def test_tars_of_every_compression(tmp_path, name, mode):
     assert archive_format(name) == name.partition(".")[2]
 
 
-def test_only_what_lies_below_a_folder(tmp_path):
+def test_only_members_below_a_folder_are_unpacked(tmp_path):
     path = make_zip(tmp_path / "a.zip", {"x/a.obj": b"1", "x/b/c.png": b"2", "xy/d.obj": b"3"})
     files = extract(path, tmp_path / "out", LIMITS, below="x")
     assert [file.relative_to(tmp_path / "out").as_posix() for file in files] == [
@@ -66,9 +66,9 @@ def test_only_what_lies_below_a_folder(tmp_path):
         "x" * 300 + ".obj",
     ],
 )
-def test_no_member_leaves_the_folder(tmp_path, kind, name):
+def test_no_member_is_written_outside_the_folder(tmp_path, kind, name):
     (tmp_path / "deep/out").mkdir(parents=True)
-    path = make(tmp_path / f"a.{kind}", {"good.obj": b"x", name: b"evil"})
+    path = make_archive(tmp_path / f"a.{kind}", {"good.obj": b"x", name: b"evil"})
     with pytest.raises(Reject, match="archive_path"):
         extract(path, tmp_path / "deep/out", LIMITS)
     outside = [
@@ -78,14 +78,14 @@ def test_no_member_leaves_the_folder(tmp_path, kind, name):
 
 
 @pytest.mark.parametrize("name", [".", "./", "..", "/"])
-def test_directories_are_not_written_and_have_no_say(tmp_path, name):
+def test_names_of_directories_do_not_matter(tmp_path, name):
     folder = tarfile.TarInfo(name)
     folder.type = tarfile.DIRTYPE
     path = make_tar(tmp_path / "a.tar", {name: folder, "./a.obj": b"x"})
     assert extract(path, tmp_path / "out", LIMITS) == [tmp_path / "out/a.obj"]
 
 
-def test_links_and_devices_are_left_out_and_nothing_is_written_through_them(tmp_path):
+def test_links_and_devices_are_skipped_and_not_written_through(tmp_path):
     (tmp_path / "outside").mkdir()
     members = {
         "l": link("l", str(tmp_path / "outside")),
@@ -100,7 +100,7 @@ def test_links_and_devices_are_left_out_and_nothing_is_written_through_them(tmp_
     assert stat.S_ISREG(files[0].lstat().st_mode)
 
 
-def test_a_symlink_in_a_zip_is_left_out(tmp_path):
+def test_a_symlink_in_a_zip_is_skipped(tmp_path):
     info = zipfile.ZipInfo("link")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -109,14 +109,14 @@ def test_a_symlink_in_a_zip_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_too_many_members(tmp_path, kind):
-    path = make(tmp_path / f"a.{kind}", {f"{n}.obj": b"" for n in range(11)})
+def test_too_many_members_are_rejected(tmp_path, kind):
+    path = make_archive(tmp_path / f"a.{kind}", {f"{n}.obj": b"" for n in range(11)})
     extract(path, tmp_path / "fits", ArchiveLimits(max_members=11))
     with pytest.raises(Reject, match="archive_bomb"):
         extract(path, tmp_path / "out", ArchiveLimits(max_members=10))
 
 
-def test_a_bomb_is_told_by_what_it_claims(tmp_path):
+def test_a_zip_bomb_is_recognised_by_its_claimed_size(tmp_path):
     path = make_zip(tmp_path / "a.zip", {"a.obj": bytes(70 << 20)})
     with pytest.raises(Reject, match="archive_bomb") as caught:
         extract(path, tmp_path / "out", LIMITS)
@@ -125,14 +125,14 @@ def test_a_bomb_is_told_by_what_it_claims(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
-def test_a_tar_bomb_is_told_before_it_is_unpacked(tmp_path, mode):
+def test_a_tar_bomb_is_recognised_before_it_is_unpacked(tmp_path, mode):
     path = make_tar(tmp_path / "a.tar", {"a.obj": bytes(70 << 20)}, mode)
     with pytest.raises(Reject, match="archive_bomb"):
         extract(path, tmp_path / "out", LIMITS)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_zip_that_lies_about_its_sizes_gives_no_more_than_it_says(tmp_path):
+def test_a_zip_with_false_sizes_unpacks_no_more_than_it_claims(tmp_path):
     path = make_zip(tmp_path / "a.zip", {"a.obj": bytes(1 << 20)})
     content = path.read_bytes().replace(
         (1 << 20).to_bytes(4, "little"), (100).to_bytes(4, "little")
@@ -143,7 +143,7 @@ def test_a_zip_that_lies_about_its_sizes_gives_no_more_than_it_says(tmp_path):
     assert sum(file.stat().st_size for file in (tmp_path / "out").rglob("*")) <= 100
 
 
-def test_bytes_are_counted_as_they_come_whatever_is_claimed(tmp_path, monkeypatch):
+def test_unpacked_bytes_are_counted_whatever_is_claimed(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.mesh_io.archive._check_limits", lambda *_: None)
     path = make_tar(tmp_path / "a.tar", {f"{n}.obj": bytes(1000) for n in range(10)})
     with pytest.raises(Reject, match="archive_bomb"):
@@ -154,13 +154,13 @@ def test_bytes_are_counted_as_they_come_whatever_is_claimed(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"x" * 700]
 )
-def test_what_is_no_archive_is_unreadable(tmp_path, content):
+def test_other_files_are_unreadable(tmp_path, content):
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(Reject, match="unreadable"):
         extract(tmp_path / "a.zip", tmp_path / "out", LIMITS)
 
 
-def test_zeros_are_an_empty_tar(tmp_path):
+def test_a_file_of_zeros_is_an_empty_tar(tmp_path):
     (tmp_path / "a.tar").write_bytes(bytes(10_240))
     assert extract(tmp_path / "a.tar", tmp_path / "out", LIMITS) == []
 
@@ -175,10 +175,10 @@ def test_an_encrypted_zip_is_unreadable(tmp_path):
         extract(path, tmp_path / "out", LIMITS)
 
 
-def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
+def test_a_full_disk_is_not_a_rejection(tmp_path, monkeypatch):
     path = make_zip(tmp_path / "a.zip", {"a.obj": b"x"})
     (tmp_path / "out").symlink_to("/dev/full")
-    with pytest.raises(Reject, match="archive_path"):  # a file where the folder should be
+    with pytest.raises(Reject, match="archive_path"):  # a file in place of the folder
         extract(path, tmp_path / "out", LIMITS)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/a.obj").symlink_to("/dev/full")
@@ -197,7 +197,7 @@ def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
         ([], "archive_without_mesh"),
     ],
 )
-def test_the_mesh_of_an_archive(tmp_path, names, expected):
+def test_the_topmost_mesh_of_an_archive_is_found(tmp_path, names, expected):
     files = [tmp_path / name for name in names]
     if expected.startswith("archive"):
         with pytest.raises(Reject, match=expected):
@@ -212,7 +212,7 @@ def test_the_mesh_of_an_archive(tmp_path, names, expected):
     kind=st.sampled_from(["zip", "tar", "tgz"]),
     flips=st.integers(1, 40),
 )
-def test_damaged_archives_are_read_or_rejected_and_never_write_elsewhere(
+def test_damaged_archives_are_read_or_rejected_inside_the_folder(
     tmp_path_factory, seed, kind, flips
 ):
     folder = tmp_path_factory.mktemp("fuzz")

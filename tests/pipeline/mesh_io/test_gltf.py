@@ -1,4 +1,4 @@
-"""What the glTF parser passes over: each case against numbers worked out by hand."""
+"""glTF features that the parser ignores, each against numbers computed by hand."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.gltf import prepare_for_parser
 from pipeline.mesh_io.load import load
-from tests.pipeline.mesh_files import TETRA, glb, gltf, png, same_triangles, write
+from tests.pipeline.mesh_files import TETRA, assert_same_triangles, glb, gltf, png, write
 
 CFG = LoadConfig()
 HALF_TURN_Z = [0, 0, 1, 0]  # a rotation by 180 degrees about z, as x y z w
@@ -17,7 +17,10 @@ HALF_TURN_Z = [0, 0, 1, 0]  # a rotation by 180 degrees about z, as x y z w
 def with_array(
     document: dict, data: bytes, name: str, array: np.ndarray, kind: str, component: int, **fields
 ) -> bytes:
-    """The data with one more array behind it, as an attribute of the first primitive unless its name is lower case."""
+    """Return the data with one more array appended.
+
+    It becomes an attribute of the first primitive unless its name is lower case.
+    """
     document["bufferViews"].append(
         {"buffer": 0, "byteOffset": len(data), "byteLength": array.nbytes}
     )
@@ -34,21 +37,21 @@ def with_array(
     return data
 
 
-def uv_by_place(path) -> dict:
+def uv_by_position(path) -> dict:
     mesh = load(path, CFG)
-    same_triangles(mesh)
+    assert_same_triangles(mesh)
     uv = mesh.parts[0].uv
     return {
         tuple(p): tuple(np.round(t, 4).tolist()) for p, t in zip(mesh.vertices, uv, strict=True)
     }
 
 
-def test_files_without_any_of_it_are_left_alone(tmp_path):
+def test_files_without_these_features_are_not_changed(tmp_path):
     data = glb(*gltf(image=png()))
     assert prepare_for_parser(data, "glb", pytest.fail)[0] is data
 
 
-def test_positions_and_texture_coordinates_stored_as_normalised_integers(tmp_path):
+def test_normalised_integers_are_scaled(tmp_path):
     document, data = gltf(image=png())
     document["nodes"] = [{"mesh": 0, "scale": [3, 3, 3]}]
     packed = np.zeros((4, 4), dtype="<i2")  # padded to four bytes a row
@@ -64,12 +67,12 @@ def test_positions_and_texture_coordinates_stored_as_normalised_integers(tmp_pat
     np.testing.assert_allclose(found, [(0.0, 0.0), (0.0, 1.0), (0.2, 0.0), (1.0, 1.0)], atol=1e-4)
 
 
-def test_the_second_set_of_texture_coordinates(tmp_path):
+def test_the_second_set_of_texture_coordinates_is_used(tmp_path):
     document, data = gltf(image=png())
     second = np.array([[0.5, 0.5], [0.25, 0.5], [0.5, 0.25], [0.75, 1.0]], dtype="<f4")
     data = with_array(document, data, "TEXCOORD_1", second, "VEC2", 5126)
     document["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"]["texCoord"] = 1
-    found = uv_by_place(write(tmp_path / "a.glb", glb(document, data)))
+    found = uv_by_position(write(tmp_path / "a.glb", glb(document, data)))
     assert found == {
         (0, 0, 0): (0.5, 0.5),
         (1, 0, 0): (0.25, 0.5),
@@ -78,13 +81,13 @@ def test_the_second_set_of_texture_coordinates(tmp_path):
     }
 
 
-def test_a_texture_transform(tmp_path):
+def test_a_texture_transform_is_applied(tmp_path):
     document, data = gltf(image=png())  # u to the right, v down: (0,0) (1,0) (0,1) (1,1)
     transform = {"offset": [0.5, 0.25], "scale": [2, 4], "rotation": np.pi / 2}
     texture = document["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"]
     texture["extensions"] = {"KHR_texture_transform": transform}
-    found = uv_by_place(write(tmp_path / "a.glb", glb(document, data)))
-    # (u, v) -> (4 v + 0.5, -2 u + 0.25) by the extension's matrices; ours counts v from the bottom
+    found = uv_by_position(write(tmp_path / "a.glb", glb(document, data)))
+    # By the extension's matrices (u, v) -> (4 v + 0.5, -2 u + 0.25). Ours has v = 0 at the bottom.
     assert found == {
         (0, 0, 0): (0.5, 0.75),
         (1, 0, 0): (0.5, 2.75),
@@ -94,7 +97,10 @@ def test_a_texture_transform(tmp_path):
 
 
 def skinned(weights, *, inverse=None, unit_bytes=False) -> tuple[dict, bytes]:
-    """The tetrahedron under two joints: the first lifts by 10 along y, the second turns half round z and moves in x."""
+    """A tetrahedron with two joints.
+
+    The first moves by 10 along y. The second rotates by 180 degrees about z and moves by 5 along x.
+    """
     nodes = [
         {"mesh": 0, "skin": 0, "translation": [100, 0, 0], "children": [3]},
         {"translation": [0, 10, 0]},
@@ -129,7 +135,7 @@ def skinned(weights, *, inverse=None, unit_bytes=False) -> tuple[dict, bytes]:
 
 
 @pytest.mark.parametrize("unit_bytes", [False, True])
-def test_a_skinned_mesh_stands_where_its_joints_put_it(tmp_path, unit_bytes):
+def test_a_skinned_mesh_is_posed_by_its_joints(tmp_path, unit_bytes):
     weights = [[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
     mesh = load(write(tmp_path / "a.glb", glb(*skinned(weights, unit_bytes=unit_bytes))), CFG)
     found = {tuple(p) for p in mesh.vertices.round(5).tolist()}
@@ -138,15 +144,16 @@ def test_a_skinned_mesh_stands_where_its_joints_put_it(tmp_path, unit_bytes):
         (101, 0, 0),
         (100, 2, 0),
         (100, 0, 3),
-    }  # the other mesh hangs below the node as ever
-    # bound to the first joint: lifted; to the second: (0, 2, 0) turned to (0, -2, 0) and moved; to none: the node's
+    }  # the other mesh keeps the transform of its node
+    # The first joint moves by 10 along y. The second rotates (0, 2, 0) to (0, -2, 0) and moves by
+    # 5 along x. A vertex without a joint has the transform of the node.
     assert found == plain | {(0, 10, 0), (1, 10, 0), (5, -2, 0), (100, 0, 3)}
     assert len(mesh.faces) == 8
 
 
-def test_inverse_bind_matrices_and_shared_weights(tmp_path):
+def test_inverse_bind_matrices_and_blended_weights_are_applied(tmp_path):
     inverse = np.tile(np.eye(4), (2, 1, 1))
-    inverse[0, :3, 3] = [0, -10, 0]  # undoes the first joint: bound there, a point stays
+    inverse[0, :3, 3] = [0, -10, 0]  # cancels the first joint
     weights = [[0.5, 0.5, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0], [1, 0, 0, 0]]
     columns = inverse.transpose(0, 2, 1).reshape(2, 16)
     mesh = load(write(tmp_path / "a.glb", glb(*skinned(weights, inverse=columns))), CFG)
@@ -154,7 +161,7 @@ def test_inverse_bind_matrices_and_shared_weights(tmp_path):
     assert found >= {(2.5, 0, 0), (1, 0, 0), (0, 2, 0), (0, 0, 3)}
 
 
-def test_a_skin_whose_buffer_is_a_side_file(tmp_path):
+def test_a_skin_in_a_side_file_is_applied(tmp_path):
     document, data = skinned([[1, 0, 0, 0]] * 4)
     write(tmp_path / "a.bin", data)
     document["buffers"][0]["uri"] = "a.bin"

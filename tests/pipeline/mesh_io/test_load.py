@@ -1,4 +1,4 @@
-"""Loading, on files written here byte by byte: sound ones come out exactly, broken ones with the right reason."""
+"""Loading of valid files, which is exact, and of damaged files, which have the right reason."""
 
 import hashlib
 import json
@@ -24,13 +24,13 @@ from tests.pipeline.mesh_files import (
     OBJ,
     OFF,
     PLY,
-    SOUND,
     TETRA,
+    VALID_FILES,
+    assert_same_triangles,
     dae,
     glb,
     gltf,
     png,
-    same_triangles,
     stl,
     threemf,
     write,
@@ -46,10 +46,10 @@ def reject(path: Path, cfg: LoadConfig = CFG) -> Reject:
     return caught.value
 
 
-@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize("name", VALID_FILES)
 def test_every_format_gives_the_same_tetrahedron(tmp_path, name):
-    mesh, report = load_with_report(write(tmp_path / f"a.{name}", SOUND[name]), CFG)
-    same_triangles(mesh)
+    mesh, report = load_with_report(write(tmp_path / f"a.{name}", VALID_FILES[name]), CFG)
+    assert_same_triangles(mesh)
     assert mesh.vertices.dtype == np.float64
     assert mesh.faces.dtype == np.int32
     assert report.warnings == ()
@@ -57,14 +57,14 @@ def test_every_format_gives_the_same_tetrahedron(tmp_path, name):
     assert (mesh.center, mesh.scale) == ((0.0, 0.0, 0.0), 1.0)
 
 
-@pytest.mark.parametrize("name", SOUND)
-def test_upper_case_extensions_are_the_same_formats(tmp_path, name):
-    same_triangles(load(write(tmp_path / f"A.{name.upper()}", SOUND[name]), CFG))
+@pytest.mark.parametrize("name", VALID_FILES)
+def test_upper_case_extensions_are_accepted(tmp_path, name):
+    assert_same_triangles(load(write(tmp_path / f"A.{name.upper()}", VALID_FILES[name]), CFG))
 
 
-def test_up_z_is_turned_to_y_with_normals(tmp_path):
+def test_z_up_files_are_rotated_with_their_normals(tmp_path):
     mesh = load(write(tmp_path / "a.stl", stl()), CFG, up="z")
-    same_triangles(mesh, TETRA[:, [0, 2, 1]] * [1, 1, -1])
+    assert_same_triangles(mesh, TETRA[:, [0, 2, 1]] * [1, 1, -1])
     path = write(tmp_path / "a.glb", to_glb(make_shape("0-gem")))
     plain, turned = load(path, CFG), load(path, CFG, up="z")
     (part,) = turned.parts
@@ -75,7 +75,7 @@ def test_up_z_is_turned_to_y_with_normals(tmp_path):
         load(path, CFG, up="x")
 
 
-def test_node_transforms_are_baked_and_mirrors_keep_faces_outward(tmp_path):
+def test_node_transforms_are_applied_and_mirrored_faces_stay_outward(tmp_path):
     nodes = [
         {"children": [1, 2], "translation": [10, 0, 0]},
         {"mesh": 0, "scale": [2, 1, 1]},
@@ -83,18 +83,18 @@ def test_node_transforms_are_baked_and_mirrors_keep_faces_outward(tmp_path):
     ]
     mesh = load(write(tmp_path / "a.glb", glb(*gltf(nodes=nodes))), CFG)
     assert len(mesh.faces) == 8
-    assert len(mesh.parts) == 1  # one look, one part
+    assert len(mesh.parts) == 1  # one appearance, one part
     corners = mesh.vertices[mesh.faces]
     volumes = (
         np.einsum("fi,fi->f", corners[:, 0] - [10, 0, 0], np.cross(corners[:, 1], corners[:, 2]))
         / 6
     )
-    assert volumes.sum() == pytest.approx(3.0)  # 2 + 1: a mirrored solid has a positive volume too
+    assert volumes.sum() == pytest.approx(3.0)  # 2 + 1: a mirrored solid counts positive
     np.testing.assert_allclose(mesh.vertices.min(axis=0), [9, 0, 0])
     np.testing.assert_allclose(mesh.vertices.max(axis=0), [12, 2, 3])
 
 
-def test_normals_follow_an_uneven_scale(tmp_path):
+def test_normals_are_transformed_by_an_uneven_scale(tmp_path):
     data = to_glb(make_shape("0-gem"))
     (size,) = struct.unpack_from("<I", data, 12)
     document = json.loads(data[20 : 20 + size])
@@ -106,7 +106,7 @@ def test_normals_follow_an_uneven_scale(tmp_path):
     assert (normals[:, None] * mesh.parts[0].normals[mesh.faces]).sum(axis=2).min() > 0.999
 
 
-def test_materials_textures_and_coordinates(tmp_path):
+def test_materials_textures_and_coordinates_are_read(tmp_path):
     look = {
         "pbrMetallicRoughness": {
             "baseColorFactor": [0.5, 1, 1, 0.25],
@@ -141,29 +141,29 @@ def test_materials_textures_and_coordinates(tmp_path):
     assert report.warnings == ()
 
 
-def test_a_file_without_any_look_has_the_default_one(tmp_path):
+def test_a_file_without_material_has_the_default_one(tmp_path):
     (part,) = load(write(tmp_path / "a.stl", stl()), CFG).parts
     assert part.material == Material()
     assert (part.uv, part.colors, part.normals) == (None, None, None)
 
 
-def test_vertex_colours_of_gltf_are_light_and_become_srgb(tmp_path):
+def test_linear_vertex_colours_of_gltf_become_srgb(tmp_path):
     colors = np.array([[0, 0, 0, 1], [1, 1, 1, 1], [0.2158605, 0.0, 0.0, 1], [0.5, 0.5, 0.5, 0.5]])
     for material in (None, {}):
         document, data = gltf(colors=colors, material=material)
         if material is not None:
             document["meshes"][0]["primitives"][0]["material"] = 0
         mesh = load(write(tmp_path / "a.glb", glb(document, data)), CFG)
-        by_place = {
+        by_position = {
             tuple(p): tuple(c)
             for p, c in zip(mesh.vertices, mesh.parts[0].colors.tolist(), strict=True)
         }
-        assert by_place[1, 0, 0] == (255, 255, 255, 255)
-        np.testing.assert_allclose(by_place[0, 2, 0], [128, 0, 0, 255], atol=2)
-        np.testing.assert_allclose(by_place[0, 0, 3], [188, 188, 188, 128], atol=2)
+        assert by_position[1, 0, 0] == (255, 255, 255, 255)
+        np.testing.assert_allclose(by_position[0, 2, 0], [128, 0, 0, 255], atol=2)
+        np.testing.assert_allclose(by_position[0, 0, 3], [188, 188, 188, 128], atol=2)
 
 
-def test_vertex_colours_of_ply_are_what_is_shown(tmp_path):
+def test_vertex_colours_of_ply_are_srgb_already(tmp_path):
     text = PLY.replace(
         "property float z\n",
         "property float z\n" + "".join(f"property uchar {c}\n" for c in ("red", "green", "blue")),
@@ -173,11 +173,11 @@ def test_vertex_colours_of_ply_are_what_is_shown(tmp_path):
     for k in range(4):
         lines[start + k] += f" {10 * k} 128 255"
     mesh = load(write(tmp_path / "a.ply", "\n".join(lines)), CFG)
-    by_place = {
+    by_position = {
         tuple(p): tuple(c)
         for p, c in zip(mesh.vertices, mesh.parts[0].colors.tolist(), strict=True)
     }
-    assert by_place[0, 0, 3] == (30, 128, 255, 255)
+    assert by_position[0, 0, 3] == (30, 128, 255, 255)
 
 
 def test_face_colours_split_the_corners(tmp_path):
@@ -189,13 +189,13 @@ def test_face_colours_split_the_corners(tmp_path):
     for k in range(4):
         lines[k - 4] += f" {60 * k} 0 9"
     mesh = load(write(tmp_path / "a.ply", "\n".join(lines) + "\n"), CFG)
-    same_triangles(mesh)
+    assert_same_triangles(mesh)
     (part,) = mesh.parts
     colors = part.colors[mesh.faces]
     assert (colors[..., 0] == 60 * np.arange(4)[:, None]).all()
 
 
-def test_obj_with_its_material_and_texture_beside_it(tmp_path):
+def test_obj_material_and_texture_files_are_read(tmp_path):
     (tmp_path / "textures").mkdir()
     write(tmp_path / "textures" / "skin one.png", png((1, 2, 3, 255)))
     write(
@@ -223,7 +223,7 @@ def test_a_missing_texture_is_a_warning(tmp_path):
     write(tmp_path / "a.mtl", "newmtl skin\nmap_Kd gone.png\n")
     path = write(tmp_path / "a.obj", "mtllib a.mtl\nusemtl skin\n" + OBJ)
     mesh, report = load_with_report(path, CFG)
-    same_triangles(mesh)
+    assert_same_triangles(mesh)
     assert mesh.parts[0].material.texture is None
     assert any("gone.png" in line for line in report.warnings)
 
@@ -231,12 +231,12 @@ def test_a_missing_texture_is_a_warning(tmp_path):
 def test_a_broken_texture_is_a_warning(tmp_path):
     broken = png(size=(64, 64))[:60]
     mesh, report = load_with_report(write(tmp_path / "a.glb", glb(*gltf(image=broken))), CFG)
-    same_triangles(mesh)
+    assert_same_triangles(mesh)
     assert mesh.parts[0].material.texture is None
     assert report.warnings
 
 
-def test_a_huge_texture_is_made_smaller(tmp_path):
+def test_a_large_texture_is_scaled_down(tmp_path):
     path = write(tmp_path / "a.glb", glb(*gltf(image=png(size=(64, 16)))))
     mesh = load(path, replace(CFG, max_texture_side=32))
     assert mesh.parts[0].material.texture.shape == (8, 32, 4)
@@ -244,7 +244,7 @@ def test_a_huge_texture_is_made_smaller(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gltf", "glb"])
 @pytest.mark.parametrize("uri", ["a%20b.bin", "x\\a b.bin", "../a%20b.bin"])
-def test_buffers_beside_a_file_count_under_every_name_that_finds_them(tmp_path, kind, uri):
+def test_buffers_in_side_files_are_found_and_counted_under_every_spelling(tmp_path, kind, uri):
     corners = np.random.default_rng(0).random((1000, 3))  # more bytes than the document
     faces = np.arange(999).reshape(-1, 3)
     document, data = gltf(vertices=corners, faces=faces)
@@ -253,16 +253,16 @@ def test_buffers_beside_a_file_count_under_every_name_that_finds_them(tmp_path, 
     file = write(
         tmp_path / f"a.{kind}", json.dumps(document) if kind == "gltf" else glb(document, b"")
     )
-    same_triangles(load(file, CFG), corners, faces)
+    assert_same_triangles(load(file, CFG), corners, faces)
 
 
-def test_gltf_with_its_buffer_beside_it_and_never_above(tmp_path):
+def test_a_buffer_is_never_read_from_above_the_folder(tmp_path):
     document, data = gltf()
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub" / "a b.bin", data)
     write(tmp_path / "secret.bin", data)
     document["buffers"][0]["uri"] = "a%20b.bin"
-    same_triangles(load(write(tmp_path / "sub" / "a.gltf", json.dumps(document)), CFG))
+    assert_same_triangles(load(write(tmp_path / "sub" / "a.gltf", json.dumps(document)), CFG))
     document["buffers"][0]["uri"] = "../secret.bin"
     assert reject(write(tmp_path / "sub" / "b.gltf", json.dumps(document))).reason == "unreadable"
 
@@ -271,12 +271,13 @@ def test_vertices_without_faces_and_collapsed_faces_are_dropped(tmp_path):
     vertices = np.concatenate([[[9, 9, 9]], TETRA, [[np.nan] * 3]])
     faces = np.concatenate([FACES + 1, [[1, 1, 2]]])
     mesh = load(write(tmp_path / "a.glb", glb(*gltf(vertices=vertices, faces=faces))), CFG)
-    same_triangles(mesh)
+    assert_same_triangles(mesh)
     assert len(mesh.vertices) == 4
 
 
 def test_quads_and_polygons_become_triangles(tmp_path):
-    text = "v 0 0 0\nv 2 0 0\nv 2 2 0\nv 0 2 0\nv 1 1 3\nf 4 3 2 1\nf 1 2 5\nf 2 3 5\nf 3 4 5\nf 4 1 5\n"
+    text = "v 0 0 0\nv 2 0 0\nv 2 2 0\nv 0 2 0\nv 1 1 3\n"
+    text += "f 4 3 2 1\nf 1 2 5\nf 2 3 5\nf 3 4 5\nf 4 1 5\n"
     mesh = load(write(tmp_path / "a.obj", text), CFG)
     corners = mesh.vertices[mesh.faces]
     assert len(mesh.faces) == 6
@@ -285,18 +286,18 @@ def test_quads_and_polygons_become_triangles(tmp_path):
     ) / 6 == pytest.approx(4.0)
 
 
-def test_negative_obj_indices_count_from_their_own_line(tmp_path):
+def test_negative_obj_indices_count_back_from_their_own_line(tmp_path):
     first, second = OBJ.split("\n")[:4], ["v 5 0 0", "v 6 0 0", "v 5 1 0", "v 5 0 1"]
     faces = [" ".join(str(int(i) - 4) for i in face) for face in FACES]
     text = "\n".join(
         [*first, *(f"f {face}" for face in faces), *second, *(f"f {face}" for face in faces)]
     )
     mesh = load(write(tmp_path / "a.obj", text), CFG)
-    same_triangles(replace(mesh, faces=mesh.faces[:4]))
+    assert_same_triangles(replace(mesh, faces=mesh.faces[:4]))
     np.testing.assert_allclose(mesh.vertices.max(axis=0), [6, 2, 3])
 
 
-def test_absolute_indices_leaves_other_files_alone():
+def test_obj_files_without_negative_indices_are_not_changed():
     plain = b"v 0 0 -1\nvt -1 0\nf 1/1 2/2 3/3\r\nf 1 2 3"
     assert use_absolute_indices(plain) is plain
     text = b"v 0 0 0\nvn 0 0 1\nv 1 0 0\nv 0 1 0\nf -3//-1 2//1 -1//-1\n"
@@ -336,7 +337,7 @@ def archive_bomb() -> bytes:
     return zipped({"3D/3dmodel.model": b"\0" * 5_000_000})
 
 
-BROKEN = {
+DAMAGED_FILES = {
     "empty file.glb": (b"", "empty_file"),
     "pointer.glb": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
@@ -353,9 +354,9 @@ BROKEN = {
     "text.3mf": (b"hello", "wrong_magic"),
     "text.off": (b"hello", "wrong_magic"),
     "text.gltf": (b"glTF", "wrong_magic"),
-    "cut.glb": (SOUND["glb"][:-40], "unreadable"),
-    "cut header.glb": (SOUND["glb"][:10], "unreadable"),
-    "cut.gltf": (SOUND["gltf"][:-30], "unreadable"),
+    "cut.glb": (VALID_FILES["glb"][:-40], "unreadable"),
+    "cut header.glb": (VALID_FILES["glb"][:10], "unreadable"),
+    "cut.gltf": (VALID_FILES["gltf"][:-30], "unreadable"),
     "cut.ply": (PLY[: PLY.index("end_header") + 30], "unreadable"),
     "cut header.ply": (PLY[:60], "unreadable"),
     "cut.stl": (stl()[:-20], "unreadable"),
@@ -364,7 +365,7 @@ BROKEN = {
     "cut.3mf": (threemf()[:-50], "unreadable"),
     "cut.dae": (dae()[:700], "unreadable"),
     "no dae.zae": (zipped({"readme.txt": b"hello"}), "unreadable"),
-    "version 1.glb": (b"glTF\1\0\0\0" + SOUND["glb"][8:], "unreadable"),
+    "version 1.glb": (b"glTF\1\0\0\0" + VALID_FILES["glb"][8:], "unreadable"),
     "no scene.obj": (b"# nothing here\n", "empty_scene"),
     "no scene.glb": (
         glb({"asset": {"version": "2.0"}, "scenes": [{}], "nodes": []}, b""),
@@ -393,16 +394,16 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_rejected_with_its_reason(tmp_path, name):
-    data, reason = BROKEN[name]
+@pytest.mark.parametrize("name", DAMAGED_FILES)
+def test_a_damaged_file_is_rejected_with_its_reason(tmp_path, name):
+    data, reason = DAMAGED_FILES[name]
     found = reject(write(tmp_path / name, data))
     assert found.reason == reason
-    json.dumps(found.numbers)  # it goes into the manifest
-    assert str(tmp_path) not in str(found)  # and must not differ from machine to machine
+    json.dumps(found.numbers)  # the manifest stores it
+    assert str(tmp_path) not in str(found)  # it must not depend on the machine
 
 
-def test_a_file_that_is_not_there_or_a_directory_is_unreadable(tmp_path):
+def test_a_missing_file_or_a_directory_is_unreadable(tmp_path):
     (tmp_path / "folder.glb").mkdir()
     for name in ("gone.glb", "folder.glb"):
         found = reject(tmp_path / name)
@@ -413,25 +414,25 @@ def test_a_file_that_is_not_there_or_a_directory_is_unreadable(tmp_path):
 @pytest.mark.parametrize(
     "trailer", [b"\0", b"\n", b"made with care", b"\xff" * 50], ids=lambda value: len(value)
 )
-def test_what_follows_the_last_triangle_of_an_stl_does_not_count(tmp_path, trailer):
+def test_bytes_after_the_last_triangle_of_an_stl_are_ignored(tmp_path, trailer):
     mesh, report = load_with_report(write(tmp_path / "a.stl", stl() + trailer), CFG)
-    same_triangles(mesh)
+    assert_same_triangles(mesh)
     assert report.warnings == ()
 
 
-def test_a_bomb_without_a_view_behind_it(tmp_path):
+def test_an_accessor_without_a_view_that_claims_too_much_is_a_bomb(tmp_path):
     document, data = gltf()
     del document["accessors"][0]["bufferView"]
     document["accessors"][0]["count"] = 400_000_000
     assert reject(write(tmp_path / "a.glb", glb(document, data))).reason == "allocation_bomb"
 
 
-def test_an_archive_that_unpacks_to_too_much(tmp_path):
+def test_an_archive_with_too_many_unpacked_bytes_is_rejected(tmp_path):
     cfg = replace(CFG, max_unpacked_bytes=4_000_000)
     assert reject(write(tmp_path / "a.3mf", archive_bomb()), cfg).reason == "allocation_bomb"
 
 
-def test_too_many_faces_with_and_without_instances(tmp_path):
+def test_too_many_faces_are_rejected_with_and_without_instances(tmp_path):
     for name, data in (
         ("a.stl", stl()),
         ("a.ply", PLY),
@@ -447,10 +448,10 @@ def test_too_many_faces_with_and_without_instances(tmp_path):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(sorted(SOUND)), st.data())
-def test_damaged_bytes_end_in_a_verdict(tmp_path_factory, name, data):
-    """Any one cut or byte changed: a finite mesh with sound indices, or a Reject; no other exception."""
-    whole = SOUND[name].encode() if isinstance(SOUND[name], str) else SOUND[name]
+@given(st.sampled_from(sorted(VALID_FILES)), st.data())
+def test_every_damaged_file_is_loaded_or_rejected(tmp_path_factory, name, data):
+    """A truncated or changed file gives a finite mesh with valid indices, or a Reject."""
+    whole = VALID_FILES[name].encode() if isinstance(VALID_FILES[name], str) else VALID_FILES[name]
     place = data.draw(st.integers(0, len(whole) - 1))
     if data.draw(st.booleans()):
         damaged = whole[:place]
@@ -466,9 +467,10 @@ def test_damaged_bytes_end_in_a_verdict(tmp_path_factory, name, data):
 
 
 def test_the_order_of_parts_does_not_depend_on_the_process(tmp_path):
-    """Hash seeds and generated names differ from process to process; what is loaded must not."""
+    """Hash seeds and generated names differ between processes. The result must not."""
     path = write(tmp_path / "house.glb", to_glb(make_shape("0014-house")))
-    code = "import sys; from tests.pipeline.mesh_io.test_load import digest; print(digest(sys.argv[1]))"
+    code = "import sys; from tests.pipeline.mesh_io.test_load import digest; "
+    code += "print(digest(sys.argv[1]))"
     other = subprocess.run(
         [sys.executable, "-c", code, str(path)],
         env={"PYTHONHASHSEED": "1"},

@@ -1,4 +1,4 @@
-"""The frame that everything after it shares."""
+"""Normalisation of meshes into the cube."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def triangle(*points) -> Mesh:
 
 @settings(max_examples=200, deadline=None)
 @given(hnp.arrays(np.float64, (3, 3), elements=finite))
-def test_centred_longest_side_095_and_reversible(points):
+def test_the_result_is_centred_with_side_095_and_reversible(points):
     mesh = triangle(*points)
     sides = np.ptp(points, axis=0)
     if sides.max() < 1e-3:
@@ -38,7 +38,7 @@ def test_centred_longest_side_095_and_reversible(points):
     np.testing.assert_allclose((points - result.center) * result.scale, result.vertices, atol=1e-7)
 
 
-def test_a_box_by_hand():
+def test_a_box_has_the_center_and_scale_computed_by_hand():
     result = normalize(triangle([10, 0, 0], [14, 2, 0], [10, 2, 1]), CFG)
     assert result.center == (12.0, 1.0, 0.5)
     assert result.scale == pytest.approx(0.95 / 4)
@@ -51,14 +51,14 @@ def test_axes_keep_their_order_and_sign():
     assert result.vertices[1, 0] > 0 > result.vertices[0, 0]
 
 
-def test_vertices_without_faces_neither_count_nor_disturb():
+def test_vertices_without_faces_are_ignored():
     points = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [np.nan, 1e9, np.inf]])
     result = normalize(Mesh(vertices=points, faces=np.array([[0, 1, 2]], dtype=np.int32)), CFG)
     np.testing.assert_allclose(result.vertices[:3], (points[:3] - [0.5, 0.5, 0]) * 0.95)
     assert np.isfinite(result.vertices).all()
 
 
-def test_parts_and_faces_stay():
+def test_parts_and_faces_do_not_change():
     part = Part(vertices=slice(0, 3), faces=slice(0, 1), colors=np.zeros((3, 4), dtype=np.uint8))
     mesh = Mesh(vertices=np.eye(3), faces=np.array([[2, 1, 0]], dtype=np.int32), parts=(part,))
     result = normalize(mesh, CFG)
@@ -66,7 +66,7 @@ def test_parts_and_faces_stay():
     assert result.faces is mesh.faces
 
 
-def test_center_and_scale_lead_back_to_the_loaded_frame_whatever_frame_came_in():
+def test_center_and_scale_refer_to_the_loaded_frame():
     loaded = triangle([5, 5, 5], [9, 5, 5], [5, 6, 7])
     center = np.array([1.0, 2.0, 3.0])
     scale = 0.5
@@ -92,13 +92,13 @@ def test_a_point_or_an_infinite_box_is_rejected(points):
 
 
 @pytest.mark.parametrize("size", [1e308, 1e-310])
-def test_an_extent_whose_scale_is_no_number_is_rejected(size):
+def test_an_extent_whose_scale_overflows_is_rejected(size):
     with pytest.raises(Reject) as caught:
         normalize(triangle([-size, 0, 0], [size, 0, 0], [0, size, 0]), CFG)
     assert caught.value.reason == "flat_or_infinite"
 
 
-def test_no_faces_is_rejected():
+def test_a_mesh_without_faces_is_rejected():
     with pytest.raises(Reject) as caught:
         normalize(Mesh(vertices=np.eye(3), faces=np.zeros((0, 3), dtype=np.int32)), CFG)
     assert caught.value.reason == "no_faces"

@@ -1,4 +1,4 @@
-"""A folder as a source: what counts as an asset, in which order, and what is said when there is none."""
+"""The folder source: which files are assets, in which order, and the errors of unusable folders."""
 
 import os
 import pickle
@@ -19,7 +19,7 @@ from pipeline.sources import open_source
 from pipeline.sources.folder import FolderSource
 
 
-def fill(folder: Path, *names: str) -> Path:
+def make_files(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
@@ -30,7 +30,7 @@ def urls(folder: Path) -> list[str]:
     return [record.url for record in open_source(f"folder:{folder}").records()]
 
 
-def test_meshes_of_every_format_and_case_in_order_of_their_relative_paths(tmp_path):
+def test_meshes_of_every_format_are_sorted_by_relative_path(tmp_path):
     names = [
         "b.GLB",
         "a/z.obj",
@@ -43,15 +43,18 @@ def test_meshes_of_every_format_and_case_in_order_of_their_relative_paths(tmp_pa
         "x.gltf",
         "a.b.glb",
     ]
-    fill(tmp_path, *names, "a/z.mtl", "x.bin", "t.png", "notes.txt", "glb", ".hidden.docx")
+    make_files(tmp_path, *names, "a/z.mtl", "x.bin", "t.png", "notes.txt", "glb", ".hidden.docx")
     assert urls(tmp_path) == sorted(names)
     source = open_source(f"folder:{tmp_path}")
-    assert source.skipped == 3  # notes.txt, glb, .hidden.docx: side files are no surprise
+    assert source.skipped == 3  # notes.txt, glb and .hidden.docx; side files are not counted
     assert {record.format for record in source.records()} == MESH_FORMATS
 
 
-def test_a_record_depends_on_the_relative_path_alone(tmp_path):
-    here, there = fill(tmp_path / "here", "sub/a.glb"), fill(tmp_path / "there", "sub/a.glb")
+def test_a_record_depends_only_on_the_relative_path(tmp_path):
+    here, there = (
+        make_files(tmp_path / "here", "sub/a.glb"),
+        make_files(tmp_path / "there", "sub/a.glb"),
+    )
     (first,), (second,) = (
         list(open_source(f"folder:{folder}").records()) for folder in (here, there)
     )
@@ -65,17 +68,15 @@ def test_a_record_depends_on_the_relative_path_alone(tmp_path):
     )
 
 
-def test_materialize_gives_the_file_itself_also_after_pickling(tmp_path):
-    source = pickle.loads(pickle.dumps(open_source(f"folder:{fill(tmp_path, 'sub/a.glb')}")))
+def test_materialize_returns_the_file_itself_also_after_pickling(tmp_path):
+    source = pickle.loads(pickle.dumps(open_source(f"folder:{make_files(tmp_path, 'sub/a.glb')}")))
     (record,) = source.records()
     assert source.materialize(record, tmp_path / "scratch") == tmp_path / "sub/a.glb"
     assert not (tmp_path / "scratch").exists()
 
 
-def test_a_relative_folder_keeps_its_meaning_when_the_working_directory_changes(
-    tmp_path, monkeypatch
-):
-    fill(tmp_path, "meshes/a.glb")
+def test_a_relative_folder_does_not_depend_on_later_working_directories(tmp_path, monkeypatch):
+    make_files(tmp_path, "meshes/a.glb")
     monkeypatch.chdir(tmp_path)
     source = open_source("folder:meshes")
     monkeypatch.chdir("/")
@@ -83,9 +84,9 @@ def test_a_relative_folder_keeps_its_meaning_when_the_working_directory_changes(
     assert source.materialize(record, tmp_path).read_bytes() == b"meshes/a.glb"
 
 
-def test_links_inside_count_links_outside_and_loops_do_not(tmp_path):
-    outside = fill(tmp_path / "outside", "secret.glb")
-    folder = fill(tmp_path / "folder", "a/real.glb")
+def test_only_links_to_files_inside_the_folder_count(tmp_path):
+    outside = make_files(tmp_path / "outside", "secret.glb")
+    folder = make_files(tmp_path / "folder", "a/real.glb")
     (folder / "alias.glb").symlink_to("a/real.glb")
     (folder / "out.glb").symlink_to(outside / "secret.glb")
     (folder / "outdir").symlink_to(outside)
@@ -95,23 +96,23 @@ def test_links_inside_count_links_outside_and_loops_do_not(tmp_path):
     assert urls(folder) == ["a/real.glb", "alias.glb"]
 
 
-def test_a_name_that_is_not_text_is_skipped(tmp_path):
-    fill(tmp_path, "a.glb")
-    with open(os.fsencode(tmp_path) + b"/\xff.glb", "wb"):  # noqa: PTH123 - a name that no Path can spell
+def test_a_name_that_is_not_utf8_is_skipped(tmp_path):
+    make_files(tmp_path, "a.glb")
+    with open(os.fsencode(tmp_path) + b"/\xff.glb", "wb"):  # noqa: PTH123
         pass
     assert urls(tmp_path) == ["a.glb"]
     assert open_source(f"folder:{tmp_path}").skipped == 1
 
 
-def test_what_builds_write_into_a_folder_is_no_input(tmp_path, monkeypatch):
-    """Another build, and the beginning of this one; a plan.json alone is somebody's file."""
+def test_outputs_of_builds_are_skipped(tmp_path, monkeypatch):
+    """Another build and the current one are skipped. A plan.json alone is a user's file."""
     build = [
         "plan.json",
         "plan.parquet",
         "renders/paper/000000.tar",
         "renders/paper/000000.index.parquet",
     ]
-    fill(
+    make_files(
         tmp_path,
         "a.glb",
         "b/plan.json",
@@ -126,13 +127,13 @@ def test_what_builds_write_into_a_folder_is_no_input(tmp_path, monkeypatch):
     assert source.skipped == 1
     assert make_plan(cfg, [source]).assets == 2
     assert urls(tmp_path) == ["a.glb", "b/b.glb"]
-    (source,) = open_sources(replace(cfg, out=tmp_path))  # which is refused later, as what it is
+    (source,) = open_sources(replace(cfg, out=tmp_path))  # a later check refuses this
     assert len(list(source.records())) == 2
 
 
 def test_a_link_is_checked_again_when_it_is_opened(tmp_path):
-    outside = fill(tmp_path / "outside", "secret.glb")
-    folder = fill(tmp_path / "folder", "a.glb")
+    outside = make_files(tmp_path / "outside", "secret.glb")
+    folder = make_files(tmp_path / "folder", "a.glb")
     source = open_source(f"folder:{folder}")
     (record,) = source.records()
     (folder / "a.glb").unlink()
@@ -157,8 +158,8 @@ def test_a_link_is_checked_again_when_it_is_opened(tmp_path):
         ("", "unknown source"),
     ],
 )
-def test_one_clear_line_for_what_cannot_be_opened(tmp_path, spec, message):
-    fill(tmp_path, "file.glb", "empty/readme.md")
+def test_a_specification_that_cannot_be_opened_has_a_one_line_error(tmp_path, spec, message):
+    make_files(tmp_path, "file.glb", "empty/readme.md")
     with pytest.raises(UserError, match=message) as caught:
         open_source(spec.format(tmp_path))
     assert "\n" not in str(caught.value)
@@ -167,9 +168,9 @@ def test_one_clear_line_for_what_cannot_be_opened(tmp_path, spec, message):
 def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "access", lambda *_: False
-    )  # the tests may run as root, whom nothing stops
+    )  # root, as which the tests may run, can read everything
     with pytest.raises(UserError, match="cannot read"):
-        open_source(f"folder:{fill(tmp_path, 'a.glb')}")
+        open_source(f"folder:{make_files(tmp_path, 'a.glb')}")
 
 
 @settings(max_examples=10, deadline=None)
@@ -179,7 +180,7 @@ def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
         max_size=6,
     )
 )
-def test_the_order_is_that_of_the_paths_whatever_the_names(tmp_path_factory, stems):
+def test_the_order_is_that_of_the_paths_for_all_names(tmp_path_factory, stems):
     folder = tmp_path_factory.mktemp("names")
     names = {f"x{stem}.glb" for stem in stems} | {"x.glb"}
     for name in names:
@@ -187,5 +188,5 @@ def test_the_order_is_that_of_the_paths_whatever_the_names(tmp_path_factory, ste
     assert urls(folder) == sorted(p.name for p in folder.iterdir())
 
 
-def test_a_source_is_cheap_to_make(tmp_path):
+def test_constructing_a_source_reads_nothing(tmp_path):
     FolderSource(root=tmp_path / "not there yet")  # nothing is read before records()

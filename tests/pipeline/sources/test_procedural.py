@@ -1,4 +1,4 @@
-"""The embedded shapes: stable names and bytes, and surfaces that are what their family promises."""
+"""The embedded shapes: stable names and bytes, and the topology that each family promises."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def mesh_of(piece: primitives.Piece) -> Mesh:
 
 
 def open_edges(piece: primitives.Piece) -> int:
-    """Directed edges that are not met by as many in the other direction."""
+    """Count the directed edges without an equal number of opposite ones."""
     faces = weld(piece.vertices)[piece.faces]
     edges = Counter(
         map(tuple, np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist())
@@ -56,7 +56,7 @@ def open_edges(piece: primitives.Piece) -> int:
     return sum(edges[(b, a)] != count for (a, b), count in edges.items())
 
 
-def test_as_many_as_are_asked_for():
+def test_the_specification_gives_the_number_of_shapes():
     few, more = (list(open_source(spec).records()) for spec in ("procedural", "procedural:2000"))
     assert (len(few), len(more)) == (300, 2000)
     assert more[:300] == few
@@ -66,7 +66,7 @@ def test_as_many_as_are_asked_for():
             open_source(wrong)
 
 
-def test_names_are_stable_and_the_first_48_hold_every_family():
+def test_names_are_stable_and_the_first_48_contain_every_family():
     records = list(open_source("procedural").records())
     assert len(records) == len({record.uid for record in records}) == 300
     assert records == list(pickle.loads(pickle.dumps(open_source("procedural"))).records())
@@ -82,12 +82,12 @@ def test_names_are_stable_and_the_first_48_hold_every_family():
     assert records[17].url == "procedural:0017-table"
 
 
-def test_the_names_of_the_whole_data_set_have_not_changed():
+def test_the_names_of_all_300_shapes_have_not_changed():
     text = "\n".join(keys(300))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "2319d143df065799"
 
 
-def test_the_same_bytes_each_time(tmp_path):
+def test_materialize_writes_the_same_bytes_each_time(tmp_path):
     source = open_source("procedural")
     for record in islice(source.records(), 4, 48, 11):
         first = source.materialize(record, tmp_path / "a").read_bytes()
@@ -132,7 +132,7 @@ def test_a_boat_is_closed_by_its_deck():
     assert filter_geometry(mesh_of(primitives.joined([hull, deck])), FilterConfig())["volume"] > 0
 
 
-def test_misleading_families_mislead():
+def test_misleading_families_have_inverted_flipped_or_doubled_faces():
     for k in range(3):
         assert all(
             filter_geometry(mesh_of(p), FilterConfig())["volume"] < 0
@@ -147,8 +147,8 @@ def test_misleading_families_mislead():
     assert all(np.linalg.norm(piece.vertices, axis=1).max() < 0.95 * reach for piece in inner)
 
 
-def test_all_of_the_smoke_set_loads_as_it_was_made(tmp_path):
-    """Geometry, part by part, with texture coordinates and colours, through the file and back."""
+def test_the_48_shapes_of_the_smoke_set_load_as_generated(tmp_path):
+    """Geometry, texture coordinates and colours survive writing and loading, part by part."""
     source = open_source("procedural")
     kinds = Counter()
     for record in islice(source.records(), 48):
@@ -224,7 +224,7 @@ def test_all_300_pass_the_default_filters(tmp_path):
         "tube",
     ],
 )
-def test_volumes_of_the_kit(piece, volume, tolerance):
+def test_primitives_have_the_right_volume(piece, volume, tolerance):
     assert open_edges(piece) == 0
     assert filter_geometry(mesh_of(piece), FilterConfig())["volume"] == pytest.approx(
         volume, rel=tolerance
@@ -249,7 +249,7 @@ def test_a_clockwise_or_crossing_outline_is_an_error(outline):
         primitives.extrude(outline, 1.0)
 
 
-def test_turns_are_right_handed():
+def test_rotations_are_right_handed():
     x, y, z = (
         primitives.Piece(vertices=row[None], faces=np.zeros((0, 3), dtype=int)) for row in np.eye(3)
     )
@@ -265,7 +265,7 @@ def document_of(data: bytes) -> dict:
     return json.loads(data[20 : 20 + size])
 
 
-def test_a_glb_states_exactly_what_it_holds():
+def test_a_glb_states_its_sizes_exactly():
     document = document_of(to_glb(make_shape("0014-house")))
     for view in document["bufferViews"]:
         assert view["byteOffset"] % 4 == 0
@@ -278,7 +278,7 @@ def test_a_glb_states_exactly_what_it_holds():
         )
 
 
-def test_normals_are_smooth_on_a_ball_and_split_at_the_edges_of_a_box():
+def test_normals_are_smooth_on_a_sphere_and_split_at_the_edges_of_a_box():
     from pipeline.sources.shapes.glb import split_at_creases
 
     vertices, _, normals, _ = split_at_creases(closed_solids.sphere(1.0, 96, 48))
@@ -291,7 +291,7 @@ def test_normals_are_smooth_on_a_ball_and_split_at_the_edges_of_a_box():
     np.testing.assert_array_equal(vertices, joined.vertices[source])
 
 
-def test_texture_coordinates_and_colours_come_back_as_they_were_made(tmp_path):
+def test_texture_coordinates_and_colours_survive_the_file(tmp_path):
     quad = primitives.surface(
         np.array([[(0, 0, 0), (0, 1, 0)], [(1, 0, 0), (1, 1, 0)]], dtype=np.float64)
     )

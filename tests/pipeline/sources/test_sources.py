@@ -1,4 +1,4 @@
-"""Catalogues as sources: records from small annotation files, bytes from a server on loopback."""
+"""Catalogue sources: records from small annotation files, mesh files from a server on loopback."""
 
 import json
 import pickle
@@ -49,7 +49,7 @@ def client(tmp_path):
     )
 
 
-def small(tmp_path, client, server, **assets):
+def small_objaverse(tmp_path, client, server, **assets):
     root = write_objaverse(tmp_path / "annotations", assets)
     annotations = Annotations(root=root, fetch=client)
     return ObjaverseSource(
@@ -58,23 +58,23 @@ def small(tmp_path, client, server, **assets):
 
 
 def test_objaverse_records_follow_the_annotations(tmp_path, client, server):
-    said = annotation(
+    annotated = annotation(
         name="A tree",
         license="cc0",
         animationCount=2,
         tags=[{"name": "Tree"}],
         categories=[{"name": "nature"}],
     )
-    source = small(
+    source = small_objaverse(
         tmp_path,
         client,
         server,
-        **{B: annotation(isAgeRestricted=True), A: said, C: annotation(license=None)},
+        **{B: annotation(isAgeRestricted=True), A: annotated, C: annotation(license=None)},
     )
     records = list(source.records())
     assert [record.uid for record in records] == [
         make_uid("objaverse", key) for key in (A, C, B)
-    ]  # file by file
+    ]  # by annotation file, then by id
     first = records[0]
     assert (first.url, first.licence, first.format) == (
         f"{server.url}/glbs/000-000/{A}.glb",
@@ -92,9 +92,7 @@ def test_objaverse_records_follow_the_annotations(tmp_path, client, server):
     assert server.requests == []
 
 
-def test_annotations_that_are_not_there_are_downloaded_once_and_named_in_the_plan(
-    tmp_path, client, server
-):
+def test_missing_annotations_are_downloaded_once_and_hashed_in_the_plan(tmp_path, client, server):
     there = write_objaverse(tmp_path / "there", {A: annotation(), B: annotation()})
     server.files |= {
         "/" + path.relative_to(there / "hf-objaverse-v1").as_posix(): path.read_bytes()
@@ -114,7 +112,7 @@ def test_annotations_that_are_not_there_are_downloaded_once_and_named_in_the_pla
     assert snapshot != replace(source, annotations=Annotations(root=there)).snapshot()
 
 
-def test_annotations_that_cannot_be_had_or_read_are_an_error_in_one_line(tmp_path, client, server):
+def test_missing_or_damaged_annotations_have_a_one_line_error(tmp_path, client, server):
     source = ObjaverseSource(
         annotations=Annotations(root=tmp_path, fetch=client), fetch=client, hub=server.url
     )
@@ -122,19 +120,21 @@ def test_annotations_that_cannot_be_had_or_read_are_an_error_in_one_line(tmp_pat
         UserError, match=r"cannot download the annotations .*http_404.*put the file at"
     ):
         list(source.records())
-    source = small(tmp_path, client, server, **{A: annotation()})
+    source = small_objaverse(tmp_path, client, server, **{A: annotation()})
     path = tmp_path / "annotations/hf-objaverse-v1/metadata/000-000.json.gz"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="is damaged"):
         list(source.records())
-    source = xl(tmp_path, client, server, github=[])
+    source = small_objaverse_xl(tmp_path, client, server, github=[])
     (tmp_path / "xl/github/github.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is damaged"):
         list(source.records())
 
 
-def test_objaverse_downloads_what_a_record_names(tmp_path, client, server):
-    source = pickle.loads(pickle.dumps(small(tmp_path, client, server, **{A: annotation()})))
+def test_objaverse_downloads_the_file_of_a_record(tmp_path, client, server):
+    source = pickle.loads(
+        pickle.dumps(small_objaverse(tmp_path, client, server, **{A: annotation()}))
+    )
     (record,) = source.records()
     server.files[f"/glbs/000-000/{A}.glb"] = GLB
     assert source.materialize(record, tmp_path / "scratch").read_bytes() == GLB
@@ -142,8 +142,8 @@ def test_objaverse_downloads_what_a_record_names(tmp_path, client, server):
         replace(source, max_bytes=10).materialize(record, tmp_path / "scratch")
 
 
-def xl(tmp_path, client, server, **rows):
-    """Objaverse-XL on the test's server; without Sketchfab's rows nothing of Objaverse 1.0 is read."""
+def small_objaverse_xl(tmp_path, client, server, **rows):
+    """Objaverse-XL on the test server. Without Sketchfab rows it does not read Objaverse 1.0."""
     root = write_objaverse_xl(tmp_path / "xl", rows)
     hosts = GitHub(site=f"{server.url}/site", files=f"{server.url}/raw")
     return ObjaverseXLSource(
@@ -160,9 +160,9 @@ def blob(server, path):
     return f"{server.url}/site/ann/meshes/blob/{COMMIT}/{path}"
 
 
-def test_objaverse_xl_records_say_where_the_bytes_are(tmp_path, client, server):
+def test_objaverse_xl_records_have_download_urls(tmp_path, client, server):
     write_objaverse(tmp_path / "xl", {A: annotation()})
-    source = xl(
+    source = small_objaverse_xl(
         tmp_path,
         client,
         server,
@@ -199,23 +199,26 @@ def test_objaverse_xl_records_say_where_the_bytes_are(tmp_path, client, server):
     assert len(source.snapshot()) == 64
 
 
-def fetched(tmp_path, source):
+def materialized(tmp_path, source):
     (record,) = source.records()
     return source.materialize(record, tmp_path / f"scratch{len(list(tmp_path.iterdir()))}")
 
 
-def test_a_blob_comes_from_its_commit(tmp_path, client, server):
-    source = xl(
+def test_a_blob_is_downloaded_from_its_commit(tmp_path, client, server):
+    source = small_objaverse_xl(
         tmp_path, client, server, github=[(blob(server, "x y/a#1.glb"), "MIT", "glb", sha256(GLB))]
     )
     server.files[f"/raw/ann/meshes/{COMMIT}/x%20y/a%231.glb"] = GLB
-    assert fetched(tmp_path, source).read_bytes() == GLB
+    assert materialized(tmp_path, source).read_bytes() == GLB
 
 
-def test_a_branch_is_no_commit(tmp_path, client, server):
+def test_a_url_with_a_branch_is_rejected(tmp_path, client, server):
     url = blob(server, "a.glb").replace(COMMIT, "main")
     with pytest.raises(Reject, match="not_pinned"):
-        fetched(tmp_path, xl(tmp_path, client, server, github=[(url, "MIT", "glb", None)]))
+        materialized(
+            tmp_path,
+            small_objaverse_xl(tmp_path, client, server, github=[(url, "MIT", "glb", None)]),
+        )
 
 
 def lfs(server, content, oid):
@@ -236,26 +239,30 @@ def lfs(server, content, oid):
     return asked
 
 
-def test_lfs_pointers_are_followed(tmp_path, client, server):
+def test_lfs_pointers_are_resolved(tmp_path, client, server):
     oid = sha256(GLB)
     asked = lfs(server, GLB, oid)
-    source = xl(tmp_path, client, server, github=[(blob(server, "a.glb"), "MIT", "glb", oid)])
-    assert fetched(tmp_path, source).read_bytes() == GLB
+    source = small_objaverse_xl(
+        tmp_path, client, server, github=[(blob(server, "a.glb"), "MIT", "glb", oid)]
+    )
+    assert materialized(tmp_path, source).read_bytes() == GLB
     assert asked[0]["objects"] == [{"oid": oid, "size": len(GLB)}]
     assert dict(server.requests[-1][1])["Authorization"] == "token"
 
 
-def test_an_lfs_object_that_is_gone_or_another_is_rejected(tmp_path, client, server):
+def test_a_missing_or_different_lfs_object_is_rejected(tmp_path, client, server):
     lfs(server, GLB, "0" * 64)
-    source = xl(tmp_path, client, server, github=[(blob(server, "a.glb"), "MIT", "glb", None)])
+    source = small_objaverse_xl(
+        tmp_path, client, server, github=[(blob(server, "a.glb"), "MIT", "glb", None)]
+    )
     with pytest.raises(Reject, match="wrong_sha256"):
-        fetched(tmp_path, source)
+        materialized(tmp_path, source)
     server.post_handlers["/site/ann/meshes.git/info/lfs/objects/batch"] = lambda body: {
         "objects": [{"error": {"code": 404}}]
     }
     lfs_source = replace(source, fetch=replace(client, cache=tmp_path / "other"))
     with pytest.raises(Reject, match="lfs_missing"):
-        fetched(tmp_path, lfs_source)
+        materialized(tmp_path, lfs_source)
     (record,) = source.records()
     with pytest.raises(Reject, match="wrong_sha256"):
         source.materialize(replace(record, sha256="1" * 64), tmp_path / "s3")
@@ -265,38 +272,40 @@ def test_an_lfs_object_that_is_gone_or_another_is_rejected(tmp_path, client, ser
         ).materialize(replace(record, sha256=None), tmp_path / "s4")
 
 
-def test_side_files_come_along_also_through_lfs_and_missing_ones_do_not_matter(
-    tmp_path, client, server
-):
-    """An obj in a folder, its material beside it, one texture in a folder above, one that is not there."""
-    obj = b"mtllib my mat.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nvt 0 0\nf 1/1 3/1 2/1\nf 1/1 2/1 4/1\n"
-    mtl = b"newmtl m\nmap_Kd -s 1 1 1 ../tex/a.png\nmap_Bump gone.png\nmap_d ../../../../etc/passwd\nmap_Ks http://x/y.png\n"
+def test_side_files_are_downloaded_and_missing_ones_are_skipped(tmp_path, client, server):
+    """An OBJ with its material beside it, a texture one directory above, and a missing texture."""
+    obj = b"mtllib my mat.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nvt 0 0\n"
+    obj += b"f 1/1 3/1 2/1\nf 1/1 2/1 4/1\n"
+    mtl = b"newmtl m\nmap_Kd -s 1 1 1 ../tex/a.png\nmap_Bump gone.png\n"
+    mtl += b"map_d ../../../../etc/passwd\nmap_Ks http://x/y.png\n"
     here = f"/raw/ann/meshes/{COMMIT}/models"
     server.files |= {
         f"{here}/a.obj": obj,
         f"{here}/my%20mat.mtl": mtl,
         f"/raw/ann/meshes/{COMMIT}/tex/a.png": png(),
     }
-    source = xl(
+    source = small_objaverse_xl(
         tmp_path, client, server, github=[(blob(server, "models/a.obj"), "MIT", "obj", sha256(obj))]
     )
-    path = fetched(tmp_path, source)
+    path = materialized(tmp_path, source)
     assert sorted(file.name for file in path.parent.iterdir()) == ["a.obj", "a.png", "my mat.mtl"]
     mesh = load(path, LoadConfig())
     assert mesh.parts[0].material.texture is not None
     assert not [visit for visit, _ in server.requests if "passwd" in visit]
 
 
-def test_a_server_in_trouble_while_a_side_file_is_fetched_is_no_verdict(tmp_path, client, server):
+def test_a_temporary_error_of_a_side_file_is_not_a_rejection(tmp_path, client, server):
     here = f"/raw/ann/meshes/{COMMIT}"
     server.files |= {f"{here}/a.obj": b"mtllib a.mtl\n", f"{here}/a.mtl": b""}
     server.scripts[f"{here}/a.mtl"] = ["status 500", "always"]
-    source = xl(tmp_path, client, server, github=[(blob(server, "a.obj"), "MIT", "obj", None)])
+    source = small_objaverse_xl(
+        tmp_path, client, server, github=[(blob(server, "a.obj"), "MIT", "obj", None)]
+    )
     with pytest.raises(Transient, match="http_500"):
-        fetched(tmp_path, source)
+        materialized(tmp_path, source)
 
 
-def test_references_of_a_gltf_and_a_dae(tmp_path):
+def test_references_of_gltf_and_dae_files_are_found(tmp_path):
     gltf = {
         "buffers": [{"uri": "a%20b.bin"}, {"uri": "data:x"}, {}],
         "images": [{"uri": "t/c.png"}, {"uri": "x" * 300}],
@@ -322,7 +331,7 @@ TAXONOMY = [
 
 
 @pytest.fixture(params=[(1, ()), (2, ()), (2, (CHAIR,))], ids=["v1", "v2", "v2 zipped"])
-def core(request, tmp_path):
+def shapenet_core(request, tmp_path):
     version, zipped = request.param
     root = tmp_path / "ShapeNetCore"
     root.mkdir()
@@ -332,25 +341,25 @@ def core(request, tmp_path):
         "1,03001627,03001627,a1,train",
         "2,03001627,03001627,b1,test",
         "3,2691156,2691156,c1,val",
-    ]  # zeros get lost
+    ]  # spreadsheets drop the leading zeros
     (root / "all.csv").write_text(
         "id,synsetId,subSynsetId,modelId,split\n" + "\n".join(rows) + "\n"
     )
     return root
 
 
-def test_shapenet_in_every_layout(core, tmp_path):
-    source = pickle.loads(pickle.dumps(open_source(f"shapenet:{core}")))
+def test_shapenet_models_load_in_every_layout(shapenet_core, tmp_path):
+    source = pickle.loads(pickle.dumps(open_source(f"shapenet:{shapenet_core}")))
     records = list(source.records())
     keys = [f"{PLANE}/c1", f"{CHAIR}/a1", f"{CHAIR}/b1"]
     assert [record.uid for record in records] == [make_uid("shapenet", key) for key in keys]
-    said = [json.loads(record.metadata) for record in records]
-    assert said[0] == {
+    annotated = [json.loads(record.metadata) for record in records]
+    assert annotated[0] == {
         "name": "airplane",
         "categories": [PLANE, "airplane", "aeroplane", "plane"],
         "split": "val",
     }
-    assert [about["split"] for about in said] == ["val", "train", "test"]
+    assert [about["split"] for about in annotated] == ["val", "train", "test"]
     assert {record.licence for record in records} == {"shapenet"}
     for number, record in enumerate(records):
         (tmp_path / str(number)).mkdir()
@@ -363,9 +372,9 @@ def test_shapenet_in_every_layout(core, tmp_path):
         assert (texture.reshape(-1, 4) == [255, 0, 0, 255]).all()
 
 
-def test_categories_and_splits_choose(core):
+def test_categories_and_splits_select_models(shapenet_core):
     def ids(options):
-        records = open_source(f"shapenet:{core}?{options}").records()
+        records = open_source(f"shapenet:{shapenet_core}?{options}").records()
         paths = [record.url.partition("!/")[2] or record.url for record in records]
         return [path.split("/")[1] for path in paths]
 
@@ -379,31 +388,31 @@ def test_categories_and_splits_choose(core):
     }
     for options, words in wrong.items():
         with pytest.raises(UserError, match=words):
-            open_source(f"shapenet:{core}?{options}")
+            open_source(f"shapenet:{shapenet_core}?{options}")
 
 
-def test_a_split_file_that_is_not_text(core):
-    (core / "names.csv").write_bytes("modelId,naïve\n".encode("utf-16"))
+def test_a_split_file_that_is_not_utf8_is_an_error(shapenet_core):
+    (shapenet_core / "names.csv").write_bytes("modelId,naïve\n".encode("utf-16"))
     with pytest.raises(UserError, match=r"cannot read .*names\.csv: .*; move it away"):
-        open_source(f"shapenet:{core}")
+        open_source(f"shapenet:{shapenet_core}")
 
 
-def test_a_shapenet_model_that_vanished(core, tmp_path):
-    source = ShapeNetSource(root=core)
+def test_a_deleted_shapenet_model_is_a_missing_file(shapenet_core, tmp_path):
+    source = ShapeNetSource(root=shapenet_core)
     record = next(source.records())
     with pytest.raises(FileNotFoundError):
         source.materialize(replace(record, url=record.url.replace("c1", "c2")), tmp_path)
 
 
-def test_shapenets_terms_are_accepted_by_name(core):
-    cfg = BuildConfig(source=(f"shapenet:{core}",))
+def test_shapenet_needs_its_licence_to_be_allowed(shapenet_core):
+    cfg = BuildConfig(source=(f"shapenet:{shapenet_core}",))
     with pytest.raises(UserError, match="--license-allow shapenet"):
         open_sources(cfg)
     accepted = replace(cfg, filter=replace(cfg.filter, licences=("shapenet",)))
     assert [source.name for source in open_sources(accepted)] == ["shapenet"]
 
 
-def test_two_folders_cannot_be_told_apart(tmp_path):
+def test_two_folder_sources_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.obj").touch()
     with pytest.raises(UserError, match="two sources of the kind folder"):
@@ -420,12 +429,12 @@ def test_two_folders_cannot_be_told_apart(tmp_path):
         ("shapenet:", "unknown source"),
     ],
 )
-def test_a_spec_that_means_nothing(spec, words):
+def test_an_invalid_specification_is_refused(spec, words):
     with pytest.raises(UserError, match=words):
         open_source(spec)
 
 
-def test_specs_of_catalogues(tmp_path):
+def test_specifications_of_catalogues_are_parsed(tmp_path):
     assert open_source("objaverse").annotations.folder.name == ".objaverse"
     source = open_source(f"objaverse-xl:{tmp_path}?places=github,smithsonian", max_bytes=5)
     assert (source.annotations.folder, source.places, source.max_bytes) == (
