@@ -29,6 +29,7 @@ from train.dit import main
 from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
+from train.engine.mesh_pictures import LABEL_HEIGHT
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.dit.data import index_with_latents
 from train.stages.dit.run import read_latents, train_dit
@@ -90,7 +91,7 @@ def test_a_checkpoint_says_what_export_needs(rendered, tmp_path):
     folder = cfg.out / "samples" / "step-00000002"
     numbers = json.loads((folder / "iou.json").read_text())
     assert set(numbers) == {"held_out_views", "held_out_assets"}
-    assert Image.open(folder / "contact.png").size == (3 * 256, 2 * 256)
+    assert Image.open(folder / "contact.png").size == (3 * 256, LABEL_HEIGHT + 2 * 256)
     assert len(list(folder.glob("*.ply"))) == 2
 
 

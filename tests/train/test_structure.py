@@ -26,6 +26,7 @@ from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
 from train.engine.config import LoopConfig
 from train.engine.distributed import World
+from train.engine.mesh_pictures import LABEL_HEIGHT
 from train.stages.structure.cell_pictures import cube_surface
 from train.stages.structure.config import (
     STRUCTURE_PRESETS,
@@ -142,10 +143,10 @@ def test_both_halves_train_and_the_checkpoint_is_the_whole_stage(rendered, tmp_p
         "held_out_views",
         "held_out_assets",
     }
-    assert Image.open(folder / "cells.png").size == (3 * 192, 4 * 192)
+    assert Image.open(folder / "cells.png").size == (3 * 192, LABEL_HEIGHT + 4 * 192)
     assert Image.open(cfg.out / "vae" / "samples" / "step-00000003" / "cells.png").size == (
         2 * 192,
-        2 * 192,
+        LABEL_HEIGHT + 2 * 192,
     )
 
 
