@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Annotated, Any, NoReturn, TypeVar, cast, get_type_hints
 
+import docstring_parser
 import tyro
 
 from pipeline.core.errors import RunError, UserError
@@ -78,7 +79,7 @@ def parse(
     message = io.StringIO()
     try:
         with redirect_stderr(message):
-            config, unknown = tyro.cli(
+            config, unknown = _run_tyro(
                 cls, args=args, prog=prog, return_unknown_args=True, default=start, config=MARKERS
             )
     except SystemExit as end:
@@ -170,6 +171,27 @@ def command(main: Callable[[Sequence[str]], int | None]) -> None:
     sys.exit(code)
 
 
+def _run_tyro(cls: type, **options: Any) -> Any:
+    """Call `tyro.cli` with each help text as one line, which tyro wraps to the terminal's width.
+
+    tyro keeps the line breaks of a field's docstring, because its continuation lines are indented.
+    It reads the docstrings with docstring_parser.
+    """
+    parse_docstrings = docstring_parser.parse_from_object
+
+    def parse_joined(owner: object) -> docstring_parser.Docstring:
+        parsed = parse_docstrings(owner)
+        for field in parsed.params:
+            field.description = field.description and " ".join(field.description.split())
+        return parsed
+
+    docstring_parser.parse_from_object = parse_joined
+    try:
+        return tyro.cli(cls, **options)
+    finally:
+        docstring_parser.parse_from_object = parse_docstrings
+
+
 def _one_line(message: str) -> str:
     """Return the sentence inside the box that tyro draws."""
     lines = [line.strip(" │╭╮╰╯─-") for line in message.splitlines()]
@@ -189,7 +211,7 @@ def _options(cls: type, prog: str, default: object) -> list[str]:
     text = io.StringIO()
     try:
         with redirect_stdout(text):
-            tyro.cli(cls, args=["--help"], prog=prog, default=default, config=MARKERS)
+            _run_tyro(cls, args=["--help"], prog=prog, default=default, config=MARKERS)
     except SystemExit:
         pass
     return sorted(set(re.findall(r"--[a-z][a-z0-9.-]*", text.getvalue())))
@@ -199,7 +221,7 @@ def _print_help(cls: type, prog: str, default: object | None, hint: str = "") ->
     """Print the help of all options of `cls` and, below it, `hint`; then exit with code 0."""
     start = tyro.MISSING_NONPROP if default is None else default
     try:
-        tyro.cli(cls, args=["--help"], prog=prog, default=start, config=MARKERS)
+        _run_tyro(cls, args=["--help"], prog=prog, default=start, config=MARKERS)
     except SystemExit:
         if hint:
             sys.stdout.write(f"{hint}\n")

@@ -21,7 +21,8 @@ class Speed:
     steps: int = 10
     """Number of steps."""
     warmup: int = 2
-    """Number of steps with a lower rate."""
+    """Number of steps with a lower rate. This text is long, so that its docstring has two lines and
+    its help wraps."""
 
     def __post_init__(self):
         if self.steps < 1:
@@ -111,3 +112,9 @@ def test_a_reader_that_leaves_early_causes_no_traceback():
     assert process.wait() in (0, 141)
     assert "Traceback" not in errors
     assert "BrokenPipe" not in errors
+
+
+def test_the_line_breaks_of_a_docstring_do_not_break_its_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    text = help_of(capsys, "--help-all")
+    assert "docstring has two lines and its help wraps." in text
