@@ -1,4 +1,4 @@
-"""Builds for tests, made of analytic shapes in milliseconds with the pipeline's own writers."""
+"""Small builds for tests: bricks and renders of ellipsoids, written with the pipeline's writers."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ TINY = VAEConfig(widths=(8, 8, 16, 32), heads=2, blocks=2, groups=8, mlp_ratio=2
 
 
 def ellipsoid(center: Sequence[float], radii: Sequence[float]) -> Field:
-    """Negative inside; not a distance away from the surface, which does not matter here."""
+    """Return a field that is negative inside. It equals the distance only near the surface."""
     return lambda p: (
         (np.linalg.norm((p - np.array(center)) / np.array(radii), axis=-1) - 1) * min(radii)
     )
 
 
 def grid(resolution: int) -> NDArray[np.float64]:
-    """[R, R, R, 3] positions of the grid points."""
+    """Return the positions of the grid points, [R, R, R, 3]."""
     axis = np.arange(resolution) * spacing(resolution) - 0.5
     return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1)
 
 
 def bricks_of(field: Field, resolution: int, points: NDArray | None = None) -> Bricks:
-    """The bricks of a field; "sharp" are the active points with x + 2 y > 0.1, so that symmetries show in it too."""
+    """Return the bricks of a field.
+
+    Active points with x + 2 y > 0.1 are marked as sharp, so that symmetries change the marks, too.
+    """
     points = grid(resolution) if points is None else points
     values = np.clip(field(points) / band(resolution), -1, 1).astype(np.float16)
     sharp = (np.abs(values) < 1) & (points[..., 0] + 2 * points[..., 1] > 0.1)
@@ -63,7 +66,7 @@ def _blocks(dense: NDArray) -> NDArray:
 
 
 def shape(number: int) -> Field:
-    """One of an endless series of ellipsoids."""
+    """Return an ellipsoid that depends on a number."""
     rng = np.random.default_rng(number)
     return ellipsoid(rng.uniform(-0.12, 0.12, 3), rng.uniform(0.1, 0.3, 3))
 
@@ -77,13 +80,20 @@ def make_build(
     shard_size: int = 4,
     field: Callable[[int], Field] = shape,
 ) -> Path:
-    """A committed build of `assets` training and `val` held-out shapes."""
+    """Write a committed build.
+
+    Args:
+        root: Directory of the build.
+        assets: Number of training assets.
+        val: Number of held-out assets.
+        resolutions: Resolutions of the bricks.
+        shard_size: Number of assets per shard.
+        field: The shape of each asset by its number.
+    """
     uids = [f"analytic-{number:020d}" for number in range(assets + val)]
     for first in range(0, len(uids), shard_size):
-        name, chosen = (
-            f"{first // shard_size:06d}",
-            range(first, min(first + shard_size, len(uids))),
-        )
+        name = f"{first // shard_size:06d}"
+        chosen = range(first, min(first + shard_size, len(uids)))
         rows = [dict.fromkeys([*HEAD.names, *TAIL.names]) for _ in chosen]
         for row, number in zip(rows, chosen, strict=True):
             row |= {"uid": uids[number], "status": "done", "shard": name, "row": number - first}
@@ -110,12 +120,12 @@ def commit(root: Path, shard: str, product: Product | str) -> None:
 
 
 def color_of(number: int, view: int) -> tuple[int, int, int]:
-    """Red and green say which of four assets it is, blue which view."""
+    """Return a colour: red and green depend on the asset, blue depends on the view."""
     return (20, 230)[number % 2], (20, 230)[number // 2 % 2], 10 + 40 * view
 
 
 def add_renders(root: Path, views: int = 5) -> None:
-    """Discs of one colour an asset and view, for every committed shard of a build."""
+    """Add renders to every shard of a build: discs in the colour of the asset and view."""
     row, column = np.mgrid[:40, :40] / 40 - 0.5
     inside = np.uint8(255 * (row**2 + column**2 < 0.12))
     for path in sorted((root / "sdf" / "32").glob("*.zarr")):
@@ -138,7 +148,10 @@ def add_renders(root: Path, views: int = 5) -> None:
 
 
 def tiny_training(data: Path, out: Path, *, steps: int = 4, **options: object) -> VAETraining:
-    """Options for a run of seconds; `options` go to the loop, or to the bricks where the loop has no such name."""
+    """Return the options of a run that takes seconds.
+
+    `options` belong to the trainer, or to the bricks if the trainer has no option of that name.
+    """
     loop = {
         "steps": steps,
         "precision": "fp32",

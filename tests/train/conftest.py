@@ -1,4 +1,4 @@
-"""A build of analytic shapes that the tests of a session share."""
+"""Builds of analytic shapes that all tests of a session share."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def build(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory):
-    """(build with renders and latents, the VAE of its latents)."""
+    """A build with renders and latents, and the VAE of its latents."""
     root = make_build(tmp_path_factory.mktemp("rendered"), assets=6, val=2, shard_size=4)
     add_renders(root, VIEWS)
     vae = make_vae(tmp_path_factory.mktemp("vae") / "export")

@@ -1,4 +1,8 @@
-"""`torchrun ... -m tests.train.killed_rank_run FLAG STEP OPTIONS...`: train.dit whose second rank is killed once, at STEP."""
+"""Runs train.dit and kills its second rank once, in a given step.
+
+Usage: `torchrun ... -m tests.train.killed_rank_run FLAG STEP OPTIONS...`. The file FLAG records
+that the rank was killed.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ from train.dit import main
 from train.stages.dit.task import DiTTask
 
 
-def mortal(flag: Path, step: int) -> None:
-    """Kill the second rank in its step number `step`, unless `flag` says that it was done before."""
-    original, calls = DiTTask.losses, []
+def kill_second_rank(flag: Path, step: int) -> None:
+    """Kill the second rank in its step number `step`, unless the file `flag` exists."""
+    original = DiTTask.losses
+    calls = []
 
     def losses(self, model, batch):
         calls.append(1)
@@ -30,6 +35,6 @@ def mortal(flag: Path, step: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    mortal(Path(sys.argv[1]), int(sys.argv[2]))
+    kill_second_rank(Path(sys.argv[1]), int(sys.argv[2]))
     del sys.argv[1:3]
     command(main)

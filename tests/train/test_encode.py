@@ -1,4 +1,4 @@
-"""Latents on disk: what the encoder says, cell by cell; whole or absent; refused where they do not belong."""
+"""Encoding of builds: exact latents, complete stores, statistics, resuming, and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARDS = ("000000", "000001")
 
 
 def make_vae(seed=0):
-    """Every weight random: at first the encoder's last layer is zero."""
+    """Return a VAE of random weights. The last layer of a new encoder would be zero."""
     torch.manual_seed(seed)
     vae = SparseVAE(TINY)
     for parameter in vae.parameters():
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def encoded(build, checkpoint, tmp_path_factory):
-    """(root of the latents, folder of this VAE's)."""
+    """Directory of all latents, and of the latents of the VAE."""
     root = tmp_path_factory.mktemp("latents")
     return root, encode(options(build, checkpoint, root), World())
 
@@ -61,7 +61,7 @@ def options(build, checkpoint, root, **others):
 
 
 def tree(folder):
-    """Every file's bytes; what a killed attempt leaves would show too."""
+    """Return the bytes of every file, including leftovers of a killed attempt."""
     return {
         p.relative_to(folder).as_posix(): p.read_bytes()
         for p in sorted(folder.rglob("*"))
@@ -70,7 +70,7 @@ def tree(folder):
 
 
 @pytest.mark.parametrize("resolution", [32, 40])
-def test_every_asset_has_what_its_encoder_says(build, encoded, resolution):
+def test_latents_equal_the_posterior_of_each_asset(build, encoded, resolution):
     store, vae, seen = LatentStore(encoded[0], resolution), make_vae(), 0
     for name in SHARDS:
         shard = SdfShard(build / "sdf" / str(resolution) / f"{name}.zarr")
@@ -97,7 +97,7 @@ def test_every_asset_has_what_its_encoder_says(build, encoded, resolution):
     assert seen == len(store.tokens) == 8
 
 
-def test_statistics_are_those_of_samples_of_train_assets(build, encoded):
+def test_statistics_are_those_of_posterior_samples_of_training_assets(build, encoded):
     store = LatentStore(encoded[0], 32)
     latents = [store.read(f"analytic-{number:020d}") for number in range(6)]  # 6 and 7 are held out
     mean, logvar = (
@@ -112,7 +112,7 @@ def test_statistics_are_those_of_samples_of_train_assets(build, encoded):
     assert store.channels == TINY.latent_channels
 
 
-def test_a_batch_is_in_token_order_and_samples_its_posterior(build, encoded):
+def test_a_batch_is_in_token_order_and_samples_the_posterior(build, encoded):
     store = LatentStore(encoded[0], 40)
     uids = ["analytic-00000000000000000003", "analytic-00000000000000000000"]
     batch = LatentBatch.collate([store.read(uid) for uid in uids], 40)
@@ -128,7 +128,7 @@ def test_a_batch_is_in_token_order_and_samples_its_posterior(build, encoded):
         LatentBatch.collate([], 40)
 
 
-def test_what_is_missing_is_made_again_and_nothing_else(build, checkpoint, encoded, tmp_path):
+def test_only_missing_shards_are_encoded_again(build, checkpoint, encoded, tmp_path):
     root = tmp_path / "latents"
     shutil.copytree(encoded[0], root)
     before, (folder,) = tree(root), root.iterdir()
@@ -156,7 +156,7 @@ def test_ranks_share_the_shards(build, checkpoint, encoded, tmp_path):
     assert tree(folder / "32") == tree(encoded[1] / "32")
 
 
-def test_a_stop_in_the_middle_leaves_whole_shards(
+def test_an_interrupted_run_leaves_complete_shards(
     build, checkpoint, encoded, tmp_path, monkeypatch
 ):
     calls, original = [], LatentEncoder.encode
@@ -180,14 +180,14 @@ def test_a_stop_in_the_middle_leaves_whole_shards(
     assert len(LatentStore(tmp_path, 32).tokens) == 8
 
 
-def test_a_checkpoint_and_its_export_are_one_vae(tmp_path):
+def test_the_hash_depends_on_the_weights_alone(tmp_path):
     vae, other = make_vae(), make_vae(1)
     assert vae_hash(vae) == vae_hash(make_vae())
     assert vae_hash(vae) != vae_hash(other)
     assert len(vae_hash(vae)) == 12
 
 
-def test_latents_of_several_or_other_vaes(build, encoded, tmp_path):
+def test_latents_of_several_or_other_vaes_are_refused(build, encoded, tmp_path):
     root = tmp_path / "latents"
     shutil.copytree(encoded[0], root)
     save_model(tmp_path / "other", make_vae(1), TINY)
@@ -211,7 +211,7 @@ def test_latents_of_several_or_other_vaes(build, encoded, tmp_path):
         LatentStore(root, 32, mine)
 
 
-def test_stores_of_another_format_or_damaged(encoded, tmp_path):
+def test_stores_that_are_damaged_or_of_another_format_are_refused(encoded, tmp_path):
     root = tmp_path / "latents"
     shutil.copytree(encoded[0], root)
     (folder,) = root.iterdir()
@@ -230,7 +230,7 @@ def test_stores_of_another_format_or_damaged(encoded, tmp_path):
             LatentShard(path)
 
 
-def test_latents_of_another_build_are_not_taken_for_this_one(build, checkpoint, encoded, tmp_path):
+def test_latents_of_another_build_are_refused(build, checkpoint, encoded, tmp_path):
     fewer = make_build(tmp_path / "fewer", assets=1, val=1, resolutions=(32,))
     root = tmp_path / "latents"
     shutil.copytree(encoded[0], root)
@@ -241,7 +241,9 @@ def test_latents_of_another_build_are_not_taken_for_this_one(build, checkpoint, 
         encode(options(fewer, checkpoint, root, resolutions=(32,)), World())
 
 
-def test_assets_that_cannot_be_read(build, checkpoint, encoded, tmp_path, monkeypatch, caplog):
+def test_unreadable_assets_are_skipped_up_to_a_limit(
+    build, checkpoint, encoded, tmp_path, monkeypatch, caplog
+):
     broken = {"analytic-00000000000000000001"}
     original = BrickReader.read
 
@@ -265,7 +267,7 @@ def test_assets_that_cannot_be_read(build, checkpoint, encoded, tmp_path, monkey
     assert not list((tmp_path / "two").rglob("*.zarr"))
 
 
-def test_a_vae_that_diverged(build, tmp_path):
+def test_latents_that_are_not_finite_end_the_run(build, tmp_path):
     vae = make_vae()
     vae.encoder.out.bias.data[0] = 1e6
     save_model(tmp_path / "vae", vae, TINY)
@@ -273,13 +275,13 @@ def test_a_vae_that_diverged(build, tmp_path):
         encode(options(build, tmp_path / "vae", tmp_path / "latents"), World())
 
 
-def test_without_held_out_or_training_assets(checkpoint, tmp_path):
+def test_a_build_without_training_assets_is_refused(checkpoint, tmp_path):
     only_val = make_build(tmp_path / "build", assets=0, val=2)
     with pytest.raises(UserError, match="has no asset in split train"):
         encode(options(only_val, checkpoint, tmp_path / "latents", resolutions=(32,)), World())
 
 
-def test_the_command(build, checkpoint, encoded, tmp_path):
+def test_the_command_encodes_the_resolutions_of_the_vae(build, checkpoint, encoded, tmp_path):
     described = json.loads((checkpoint / "config.json").read_text())
     trained = tmp_path / "vae"
     shutil.copytree(checkpoint, trained)
@@ -291,7 +293,7 @@ def test_the_command(build, checkpoint, encoded, tmp_path):
     folder = data / "latents" / encoded[1].name
     assert [path.name for path in folder.iterdir()] == [
         "40"
-    ]  # the one of the VAE's resolutions that the build has
+    ]  # the only resolution of the VAE that the build has
     assert tree(folder / "40") == tree(encoded[1] / "40")
 
 
@@ -305,7 +307,7 @@ def test_the_command(build, checkpoint, encoded, tmp_path):
         (["--data", "nowhere"], "nowhere is not a build"),
     ],
 )
-def test_bad_options_in_one_line(build, checkpoint, arguments, message, tmp_path):
+def test_bad_options_are_reported_in_one_line(build, checkpoint, arguments, message, tmp_path):
     defaults = {
         "--vae": str(checkpoint),
         "--data": str(build),
@@ -318,7 +320,7 @@ def test_bad_options_in_one_line(build, checkpoint, arguments, message, tmp_path
 
 
 @pytest.mark.gpu
-def test_the_gpu_says_the_same(build, checkpoint, encoded, tmp_path):
+def test_latents_of_the_gpu_agree_with_the_cpu(build, checkpoint, encoded, tmp_path):
     encode(options(build, checkpoint, tmp_path), World(device=torch.device("cuda")))
     ours, exact = LatentStore(tmp_path, 32), LatentStore(encoded[0], 32)
     for uid in exact.tokens:

@@ -1,4 +1,4 @@
-"""Collecting stages: what is exported generates, with averaged weights; what does not belong together is refused."""
+"""Export: averaged weights that generate, and stages that do not belong together."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from train.stages.export import export
 
 
 def checkpoint(path, model, **training):
-    """A checkpoint as the loop writes it: the plain weights differ from the averaged ones."""
+    """Write a checkpoint whose plain weights differ from the averaged ones."""
     path.mkdir(parents=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, path / "ema.safetensors")
@@ -52,7 +52,7 @@ def trained(tmp_path):
     return ExportConfig(**paths, out=tmp_path / "export"), (vae, structure, dits)
 
 
-def test_exported_stages_generate_what_the_trained_ones_do(trained):
+def test_exported_stages_generate_the_mesh_of_the_trained_ones(trained):
     cfg, models = trained
     assert [path.name for path in export(cfg)] == ["vae", "structure", "dit_64", "dit_128"]
     made = Generator.load(cfg.out).generate(disc(), 3, FAST)
@@ -176,7 +176,7 @@ def test_a_dit_of_another_vae_is_refused(trained, tmp_path):
         ({"dit": ("structure",)}, "must be a checkpoint of a ConditionedDiT, got Structure"),
     ],
 )
-def test_what_does_not_fit_is_said(trained, tmp_path, options, message):
+def test_unsuitable_checkpoints_are_refused(trained, tmp_path, options, message):
     cfg, _ = trained
     given = {name: value for name, value in asdict(cfg).items()}
     for name, value in options.items():

@@ -1,4 +1,4 @@
-"""Training the structure stage: batches that depend on names alone, both halves, resuming, and what is refused."""
+"""Training of the structure stage: batches, both parts, resuming, presets, and errors."""
 
 import json
 from dataclasses import replace
@@ -52,13 +52,28 @@ def rendered(tmp_path_factory):
 
 def config(data, out, *, steps=4, **options):
     loop = LoopConfig(
-        steps=steps, precision="fp32", warmup_steps=2, log_every=100, checkpoint_every=100, validate_every=0,
-        sample_every=0, learning_rate=3e-3, ema_decay=0.9,
-    )  # fmt: skip
+        steps=steps,
+        precision="fp32",
+        warmup_steps=2,
+        log_every=100,
+        checkpoint_every=100,
+        validate_every=0,
+        sample_every=0,
+        learning_rate=3e-3,
+        ema_decay=0.9,
+    )
     cfg = StructureTraining(
-        data=data, out=out, device="cpu", resolution=32, held_out_views=2, workers=1, samples=2, model=MODEL,
-        vae=OccupancyTraining(batch_size=2, loop=loop), flow=FlowTraining(batch_size=2, steps=4, loop=loop),
-    )  # fmt: skip
+        data=data,
+        out=out,
+        device="cpu",
+        resolution=32,
+        held_out_views=2,
+        workers=1,
+        samples=2,
+        model=MODEL,
+        vae=OccupancyTraining(batch_size=2, loop=loop),
+        flow=FlowTraining(batch_size=2, steps=4, loop=loop),
+    )
     return replace(cfg, **options)
 
 
@@ -66,7 +81,7 @@ def metrics(path):
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_grids_are_the_stored_cells_under_a_symmetry(rendered, tmp_path):
+def test_grids_hold_the_stored_cells_under_a_symmetry(rendered, tmp_path):
     index = read_build_index(rendered, [32]).split("train")
     loader = GridLoader(index, config(rendered, tmp_path), images=False)
     shard = SdfShard(rendered / "sdf" / "32" / "000000.zarr")
@@ -85,7 +100,7 @@ def test_grids_are_the_stored_cells_under_a_symmetry(rendered, tmp_path):
     np.testing.assert_array_equal(plain.batch([SampleId(2, 5)], 1.0).occupied[0].numpy(), stored)
 
 
-def test_a_sample_is_the_same_in_every_batch(rendered, tmp_path):
+def test_a_sample_does_not_depend_on_its_batch(rendered, tmp_path):
     index = read_build_index(rendered, [32]).split("train")
     loader = GridLoader(index, config(rendered, tmp_path), images=True)
     both, alone = (
@@ -102,7 +117,7 @@ def test_a_sample_is_the_same_in_every_batch(rendered, tmp_path):
     assert 0.03 < share < 0.2
 
 
-def test_every_view_but_the_held_out_ones_comes_in_turn(rendered, tmp_path):
+def test_all_views_that_are_not_held_out_come_in_turn(rendered, tmp_path):
     index = read_build_index(rendered, [32]).split("train")
     cfg = config(rendered, tmp_path, flow=replace(config(rendered, tmp_path).flow, augment=False))
     loader = GridLoader(index, cfg, images=True)
@@ -119,7 +134,7 @@ def test_every_view_but_the_held_out_ones_comes_in_turn(rendered, tmp_path):
         GridLoader(index, replace(cfg, held_out_views=5), images=True).conditions.view_of(0, 0)
 
 
-def test_both_halves_train_and_the_checkpoint_is_the_whole_stage(rendered, tmp_path):
+def test_both_parts_train_and_the_checkpoint_holds_the_whole_stage(rendered, tmp_path):
     cfg = config(rendered, tmp_path / "run", steps=3)
     loop = replace(cfg.flow.loop, validate_every=3, sample_every=3)
     cfg = replace(cfg, vae=replace(cfg.vae, loop=loop), flow=replace(cfg.flow, loop=loop))
@@ -150,9 +165,7 @@ def test_both_halves_train_and_the_checkpoint_is_the_whole_stage(rendered, tmp_p
     )
 
 
-def test_statistics_are_those_of_as_many_assets_as_asked_for_whatever_is_validated(
-    rendered, tmp_path
-):
+def test_statistics_are_those_of_the_requested_number_of_assets(rendered, tmp_path):
     cfg = config(rendered, tmp_path, samples=0, val_batches=0)
     chosen = read_build_index(rendered, [32]).split("train")
     loader = GridLoader(chosen, cfg, images=False, training=False)
@@ -177,7 +190,7 @@ def test_statistics_are_those_of_as_many_assets_as_asked_for_whatever_is_validat
         )
 
 
-def test_the_flow_waits_for_the_whole_vae_and_says_if_that_changes(rendered, tmp_path, caplog):
+def test_the_flow_starts_after_the_vae_and_keeps_its_weights(rendered, tmp_path, caplog):
     cfg = config(rendered, tmp_path, steps=4)
     soon = replace(
         cfg, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=10**6, max_minutes=0.002))
@@ -205,7 +218,7 @@ def test_the_flow_waits_for_the_whole_vae_and_says_if_that_changes(rendered, tmp
         )
 
 
-def test_views_that_were_trained_on_are_not_called_held_out(rendered, tmp_path):
+def test_previews_of_trained_views_are_not_called_held_out(rendered, tmp_path):
     cfg = config(rendered, tmp_path, steps=1, held_out_views=0)
     train_structure(
         replace(cfg, flow=replace(cfg.flow, loop=replace(cfg.flow.loop, sample_every=1))), World()
@@ -217,11 +230,9 @@ def test_views_that_were_trained_on_are_not_called_held_out(rendered, tmp_path):
     }
 
 
-def test_a_run_in_two_parts_is_a_run_in_one(rendered, tmp_path):
-    whole, parts = (
-        config(rendered, tmp_path / "whole", steps=5),
-        config(rendered, tmp_path / "parts", steps=2),
-    )
+def test_resumed_runs_of_both_parts_equal_uninterrupted_ones(rendered, tmp_path):
+    whole = config(rendered, tmp_path / "whole", steps=5)
+    parts = config(rendered, tmp_path / "parts", steps=2)
     train_structure(whole, World())
     train_structure(parts, World())
     more = {
@@ -229,10 +240,11 @@ def test_a_run_in_two_parts_is_a_run_in_one(rendered, tmp_path):
         for name in ("vae", "flow")
     }
     train_structure(replace(parts, part="vae", **more), World())
-    # The flow in `parts` began on a VAE of two steps; begin it again on the same weights as the other one.
-    for name in ("vae",):
-        ours, theirs = ([row["loss"] for row in metrics(cfg.out / name)] for cfg in (parts, whole))
-        assert ours == theirs
+    resumed, uninterrupted = (
+        [row["loss"] for row in metrics(cfg.out / "vae")] for cfg in (parts, whole)
+    )
+    assert resumed == uninterrupted
+    # The flow in `parts` started on a VAE of two steps, so a new one starts on the VAE of `whole`.
     split = config(rendered, tmp_path / "whole", steps=5)
     other = replace(split, out=tmp_path / "split")
     (tmp_path / "split").mkdir()
@@ -250,7 +262,7 @@ def test_a_run_in_two_parts_is_a_run_in_one(rendered, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_learns_which_image_has_which_cells(rendered, tmp_path):
+def test_the_stage_learns_which_image_has_which_cells(rendered, tmp_path):
     cfg = config(rendered, tmp_path, steps=300)
     cfg = replace(cfg, vae=replace(cfg.vae, batch_size=4, symmetries=False))
     cfg = replace(cfg, flow=replace(cfg.flow, batch_size=12, augment=False))
@@ -278,19 +290,21 @@ def test_it_learns_which_image_has_which_cells(rendered, tmp_path):
     assert shared.diagonal().min() > 0.7
 
 
-def test_cubes_have_a_closed_surface():
+def test_the_surface_of_cubes_is_closed_and_faces_outwards():
     occupied = np.zeros((4, 4, 4), bool)
     occupied[1:3, 1, 0] = True
     occupied[3, 3, 3] = True
     vertices, faces = cube_surface(occupied)
     assert len(faces) == 2 * (10 + 6)
     a, b, c = vertices[faces].transpose(1, 0, 2)
-    assert (a * np.cross(b, c)).sum() / 6 == pytest.approx(3 / 64)  # turned outwards
+    assert (a * np.cross(b, c)).sum() / 6 == pytest.approx(
+        3 / 64
+    )  # positive if the faces point outwards
     _, welded = np.unique(vertices, axis=0, return_inverse=True)
     assert count_open_edges(welded.reshape(-1)[faces]) == 0
 
 
-def test_what_is_missing_is_said(rendered, tmp_path):
+def test_missing_data_is_reported(rendered, tmp_path):
     with pytest.raises(UserError, match=r"holds no occupancy VAE; train it first: .*--part vae"):
         train_structure(config(rendered, tmp_path / "none", part="flow"), World())
     bare = make_build(tmp_path / "bare", assets=2, val=1)
@@ -305,7 +319,7 @@ def test_what_is_missing_is_said(rendered, tmp_path):
         main(["--vae.lop", "3"])
 
 
-def test_presets_are_whole():
+def test_presets_have_the_expected_sizes():
     assert STRUCTURE_PRESETS["base"].model == StructureConfig()
     sizes = {}
     for name, preset in STRUCTURE_PRESETS.items():

@@ -1,4 +1,4 @@
-"""The VAE's training as users run it: killed and gone on with, refused in one line, evaluated, and learning."""
+"""Training of the SS-VAE: resuming after a kill, bad options, evaluation, and learning."""
 
 import json
 import os
@@ -35,7 +35,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 }
-CUT = """
+SHORT_RUN = """
 import sys, torch
 from pathlib import Path
 from tests.train.analytic_builds import tiny_training
@@ -44,12 +44,13 @@ from train.engine.distributed import World
 from train.stages.vae.run import train_vae
 torch.set_num_threads(1)
 options = {"steps": 40, "batch_size": 1, "optimizer": "muon"}
-command(lambda args: train_vae(tiny_training(Path(args[0]), Path(args[1]), **options), World()) and 0)
+cfg = lambda args: tiny_training(Path(args[0]), Path(args[1]), **options)
+command(lambda args: train_vae(cfg(args), World()) and 0)
 """
 
 
 def exact(out):
-    """What each step came to, without times."""
+    """Return the metrics of each step that must be equal in equal runs. Times are left out."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "loss", "in", "ext", "sharp", "kl", "grad_norm", "tokens", "lr")
     return [[line[name] for name in names] for line in lines if "event" not in line]
@@ -65,11 +66,9 @@ def whole(build, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_killed_at_an_arbitrary_step_the_next_losses_are_the_same(
-    build, tmp_path, whole, signum, code
-):
+def test_a_killed_run_resumes_with_the_same_losses(build, tmp_path, whole, signum, code):
     process = subprocess.Popen(
-        [sys.executable, "-c", CUT, build, tmp_path], cwd=ROOT, env=ENVIRONMENT
+        [sys.executable, "-c", SHORT_RUN, build, tmp_path], cwd=ROOT, env=ENVIRONMENT
     )
     metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text().count("\n") >= 13):
@@ -79,21 +78,21 @@ def test_killed_at_an_arbitrary_step_the_next_losses_are_the_same(
     process.send_signal(signum)
     assert process.wait(60) == code
     done = len(exact(tmp_path))
-    assert 13 <= done <= 20, "cut off early enough for 20 steps after it"
+    assert 13 <= done <= 20, "at least 20 steps must follow the kill"
     kept = int((tmp_path / "latest").resolve().name[5:])
     assert kept == (done if signum == signal.SIGTERM else done // 10 * 10)
     train_vae(tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon"), World())
     assert exact(tmp_path) == whole
 
 
-def test_workers_change_no_loss(build, tmp_path, whole):
+def test_the_number_of_workers_does_not_change_losses(build, tmp_path, whole):
     train_vae(
         tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon", workers=0), World()
     )
     assert exact(tmp_path) == whole
 
 
-def test_activation_checkpointing_changes_no_loss(build, tmp_path, whole):
+def test_activation_checkpointing_does_not_change_losses(build, tmp_path, whole):
     cfg = tiny_training(
         build, tmp_path, steps=40, batch_size=1, optimizer="muon", activation_checkpointing=True
     )
@@ -106,9 +105,9 @@ def test_activation_checkpointing_changes_no_loss(build, tmp_path, whole):
 def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
     load = BrickLoader.load
 
-    def broken(self, plan, rank):
-        batch = load(self, plan, rank)
-        if plan.step == 3:
+    def broken(self, step_samples, rank):
+        batch = load(self, step_samples, rank)
+        if step_samples.step == 3:
             batch.noise[:] = float("nan")
         return batch
 
@@ -120,7 +119,7 @@ def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
     assert np.isfinite(lines[5]["loss"])
 
 
-def test_a_step_writes_reconstructions_and_validates(build, tmp_path):
+def test_a_run_validates_and_writes_reconstructions(build, tmp_path):
     train_vae(tiny_training(build, tmp_path, steps=2, validate_every=2, sample_every=2), World())
     (event,) = [
         json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines() if "event" in x
@@ -130,8 +129,8 @@ def test_a_step_writes_reconstructions_and_validates(build, tmp_path):
     assert {path.suffix for path in folder.iterdir()} == {".ply", ".png"}
 
 
-def test_a_checkpoint_is_a_model(build, tmp_path):
-    """`load_model` reads it, and so does the evaluation, which takes the average."""
+def test_a_checkpoint_can_be_loaded_as_a_model(build, tmp_path):
+    """Both the weights of the last step and the averaged weights can be loaded."""
     train_vae(tiny_training(build, tmp_path, steps=3), World())
     latest = tmp_path / "latest"
     model = load_model(latest, SparseVAE, averaged=False)
@@ -142,7 +141,7 @@ def test_a_checkpoint_is_a_model(build, tmp_path):
 
 
 def test_a_perfect_model_has_perfect_metrics(build):
-    """One that returns what it was given, against the surface stored at the same resolution and at a finer one."""
+    """A model that returns its input is compared with the same and with a finer resolution."""
 
     class Identity(torch.nn.Module):
         def forward(self, batch):
@@ -201,7 +200,7 @@ def test_an_asset_that_cannot_be_read_is_left_out_of_an_evaluation(
     assert len(found["rows"]) == 1
 
 
-def test_presets():
+def test_presets_follow_the_paper_and_have_the_expected_sizes():
     base, more, small = (VAE_PRESETS[name] for name in ("base", "base-1024", "small"))
     assert (base.bricks.resolutions, base.bricks.batch_size, base.loop.learning_rate) == (
         (256, 384, 512),
@@ -248,7 +247,7 @@ def test_options_start_from_the_preset():
         (["--preset", "huge"], "preset"),
     ],
 )
-def test_errors_of_the_command(args, message, monkeypatch):
+def test_the_command_reports_errors_in_one_line(args, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message) as error:
         main(args)
@@ -269,7 +268,7 @@ def test_a_checkpoint_of_another_model_is_refused(build, tmp_path):
         load_model(tmp_path / "a" / "latest", SparseVAE)
 
 
-def test_evaluate_names_what_it_can():
+def test_evaluate_lists_its_subcommands():
     with pytest.raises(UserError, match="name a sub-command"):
         evaluate([])
     with pytest.raises(UserError, match="/nowhere is not a checkpoint"):
@@ -279,7 +278,10 @@ def test_evaluate_names_what_it_can():
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_resumes_to_the_bit_on_a_gpu(build, tmp_path, precision):
-    """With deterministic settings; the runs share a process, as a kernel's tuning would not be the same in another."""
+    """Deterministic runs are equal to the bit on a GPU.
+
+    The runs share a process, because kernels may be tuned differently in another process.
+    """
     world = World(device=torch.device("cuda", 0))
 
     def run(name, steps):
@@ -293,11 +295,11 @@ def test_resumes_to_the_bit_on_a_gpu(build, tmp_path, precision):
 
     try:
         run("whole", 40)
-        run("cut", 15)  # ends with a checkpoint; its configuration differs in `steps` alone
-        run("cut", 40)
+        run("resumed", 15)
+        run("resumed", 40)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
+    assert exact(tmp_path / "resumed") == exact(tmp_path / "whole")
     losses = [row[1] for row in exact(tmp_path / "whole")]
     assert np.isfinite(losses).all()
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -305,7 +307,7 @@ def test_resumes_to_the_bit_on_a_gpu(build, tmp_path, precision):
 
 @pytest.mark.gpu
 def test_a_gpu_follows_the_cpu(build, tmp_path, whole):
-    """The first losses in fp32; later ones drift apart as rounding grows."""
+    """The first losses agree in fp32. Later ones drift apart because of rounding."""
     cfg = tiny_training(build, tmp_path, steps=40, batch_size=1, optimizer="muon")
     train_vae(
         replace(cfg, loop=replace(cfg.loop, max_minutes=0.5)), World(device=torch.device("cuda", 0))
@@ -315,8 +317,8 @@ def test_a_gpu_follows_the_cpu(build, tmp_path, whole):
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)  # minutes on an idle core; cores are shared
-def test_tiny_learns_16_shapes_by_heart(tmp_path):
-    """The preset, without symmetries, reconstructs what it saw: IoU over the points stored around the surface."""
+def test_the_tiny_preset_memorises_16_shapes(tmp_path):
+    """Without symmetries the preset reconstructs its training shapes with an IoU of 0.9."""
     data = tmp_path / "data"
     options = [
         "--limit",
