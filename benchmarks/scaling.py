@@ -1,8 +1,10 @@
-"""`torchrun --nproc-per-node N -m benchmarks.scaling --out DIR`: training steps of the SS-DiT on N GPUs against one.
+"""Time of training steps of the SS-DiT on several GPUs compared with one.
 
-Every rank takes a batch of the preset's size and does whole steps, as the loop does them: first one rank while the
-others wait, then all together, who also average their gradients. These averages are held against what the first rank
-finds by itself from everybody's batches.
+Usage: `torchrun --nproc-per-node N -m benchmarks.scaling --out DIR`.
+
+Every rank takes a batch of the preset's size and does whole steps like the trainer: first one rank
+while the others wait, then all together, averaging their gradients. The averaged gradients are
+compared with those that the first rank computes alone from the batches of all ranks.
 """
 
 from __future__ import annotations
@@ -38,15 +40,18 @@ PROG = "torchrun --nproc-per-node N -m benchmarks.scaling"
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """Time training steps of the SS-DiT on several GPUs against one."""
+    """Time training steps of the SS-DiT on several GPUs and on one."""
 
     out: Path
+    """Directory of the results."""
     presets: tuple[str, ...] = ("256", "512")
+    """Presets of train.dit."""
     repeats: int = 10
+    """Number of timed steps."""
 
 
 def seconds(step: Callable[[], None], repeats: int) -> float:
-    """Median wall time of a step that is waited for, as the loop waits for every loss."""
+    """Return the median wall time of a step, waiting for the GPU as the trainer does."""
     times = []
     for _ in range(repeats + 3):
         began = time.monotonic()
@@ -57,7 +62,7 @@ def seconds(step: Callable[[], None], repeats: int) -> float:
 
 
 def gradients(stepper: Stepper, model: nn.Module, batches: Sequence[DiTBatch]) -> dict[str, Tensor]:
-    """The mean of the batches' gradients, by name, fp32."""
+    """Return the mean of the batches' gradients in fp32, by the name of the parameter."""
     total: dict[str, Tensor] = {}
     for batch in batches:
         with torch.autocast("cuda", torch.bfloat16):
@@ -70,24 +75,24 @@ def gradients(stepper: Stepper, model: nn.Module, batches: Sequence[DiTBatch]) -
     return total
 
 
-def difference(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """|found - right| / |right|, of all gradients as one vector."""
-    apart = sum(float((found[name] - x).double().square().sum()) for name, x in right.items())
-    return (apart / sum(float(x.double().square().sum()) for x in right.values())) ** 0.5
+def difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return |actual - expected| / |expected| of all gradients as one vector."""
+    squares = sum(float((actual[name] - x).double().square().sum()) for name, x in expected.items())
+    return (squares / sum(float(x.double().square().sum()) for x in expected.values())) ** 0.5
 
 
 @contextmanager
 def shared_weights(world: World) -> Iterator[str]:
-    """The first rank's folder of encoder weights, for all ranks; transformers writes on that one alone."""
+    """Yield a directory of encoder weights, which the first rank writes for all ranks."""
     with dino_of_random_weights() if world.is_first else nullcontext("") as folder:
-        told = [folder]
-        dist.broadcast_object_list(told, 0)
-        yield told[0]
+        message = [folder]
+        dist.broadcast_object_list(message, 0)
+        yield message[0]
         world.barrier()
 
 
 def measure(preset: str, weights: str, world: World, repeats: int) -> dict[str, Any]:
-    """One row; what only the first rank knows is there on the first rank."""
+    """Measure a preset. Only the first rank's row has the time alone and the differences."""
     chosen = DIT_PRESETS[preset]
     chosen = replace(chosen, model=replace(chosen.model, encoder=EncoderConfig(weights=weights)))
     stepper = Stepper(chosen, world.device)
@@ -96,45 +101,47 @@ def measure(preset: str, weights: str, world: World, repeats: int) -> dict[str, 
         synthetic_batch(preset, chosen, first=rank * chosen.flow.batch_size)
         for rank in range(world.size)
     ]
-    mine, about = batches[world.rank], {}
-    stepper.step(mine)  # everybody compiles
+    batch = batches[world.rank]
+    row: dict[str, Any] = {}
+    stepper.step(batch)  # compiles the kernels
     world.barrier()
     if world.is_first:
-        about["ms_alone"] = 1000 * seconds(lambda: stepper.step(mine), repeats)
+        row["ms_alone"] = 1000 * seconds(lambda: stepper.step(batch), repeats)
     world.barrier()
     with torch.no_grad():
         for x in model.parameters():
-            # Zero weights, as a new model has them, would let few gradients through.
+            # Few gradients flow through the zero weights of a new model.
             x.add_(torch.randn_like(x), alpha=0.02 if x.requires_grad else 0.0)
             dist.broadcast(x, 0)
-    right = gradients(stepper, model, batches) if world.is_first else {}
-    own = gradients(stepper, model, [mine])
+    expected = gradients(stepper, model, batches) if world.is_first else {}
+    own = gradients(stepper, model, [batch])
     wrapped = world.parallel(model)
-    averaged = gradients(stepper, wrapped, [mine])
+    averaged = gradients(stepper, wrapped, [batch])
     if world.is_first:
-        about["gradient_difference"] = difference(averaged, right)
-        about["difference_of_one_rank"] = difference(own, right)
-    together = seconds(lambda: stepper.step(mine, wrapped), repeats)
-    about |= {
+        row["gradient_difference"] = difference(averaged, expected)
+        row["difference_of_one_rank"] = difference(own, expected)
+    together = seconds(lambda: stepper.step(batch, wrapped), repeats)
+    row |= {
         "ms_together": 1000 * together,
         "tokens_per_s": sum(x.tokens for x in batches) / together,
     }
     if world.is_first:
-        about["efficiency"] = about["ms_alone"] / about["ms_together"]
+        row["efficiency"] = row["ms_alone"] / row["ms_together"]
     return {
         "preset": preset,
         "ranks": world.size,
-        "batch_per_rank": mine.samples,
-        "tokens": mine.tokens,
-        **about,
+        "batch_per_rank": batch.samples,
+        "tokens": batch.tokens,
+        **row,
     }
 
 
 def main(args: Sequence[str]) -> None:
+    """Measure the presets and write scaling.json."""
     cfg = parse(Scaling, args, prog=PROG)
     with join_world("cuda") as world:
         if world.size == 1:
-            raise UserError(f"scaling needs several ranks: {PROG}")
+            raise UserError(f"the benchmark needs several ranks; start it with {PROG}")
         rows = []
         with shared_weights(world) as weights:
             for preset in cfg.presets:

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.training`: what training the SS-VAE costs on real bricks, and what it learns in minutes.
+"""`python -m benchmarks.training`: cost of training the SS-VAE, and its quality after minutes.
 
-Three commands, because the machine with the GPU may have no mesh libraries: `geometry` packs normalised meshes into one
-file, `bricks` makes a build of them on all cores, `measure` times steps and trains on that build.
+It has three sub-commands, because a machine with a GPU may lack mesh libraries. `geometry` packs
+normalised meshes into one file, `bricks` makes a build of them on all cores, and `measure` times
+training steps and trains on that build.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import torch
 from model.checkpoint import load_model
 from model.config import VAEConfig
 from model.sparse_vae import SparseVAE
-from pipeline.core.cli import command, parse
+from pipeline.core.cli import command
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
 from pipeline.core.product import Product, tokens_column
 from pipeline.core.schema import Bricks, Mesh
+from pipeline.core.subcommands import parse_subcommand
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import build_topology
@@ -49,28 +51,26 @@ log = logging.getLogger(__name__)
 
 PROG = "python -m benchmarks.training"
 SHARD = "000000"
-# Of the meshes at hand: duplicates of others, those whose seams take a minute to cut, and flat ones.
+# Meshes that are duplicates of others, whose seams take a minute to cut, or that are flat.
 LEFT_OUT = (
     *("duck.dae", "nancolor.obj", "negative_indices.obj", "suzanne.ply"),
     *("counterXP.3MF", "cycloidal.ply", "soup.stl"),
     *("plane.ply", "notenoughindices.obj"),
 )
 HELD_OUT = ("bunny.ply", "fandisk.obj", "rabbit.obj", "teapot.stl")
-PROCEDURAL = ("castle", "robot")  # top the held-out ones up
-AS_IN_THE_PAPER = (
-    "chair_model.obj",
-    "no_indices_3storybuilding.glb",
-    "rabbit.obj",
-    "teapot.stl",
-)  # 2.1k cells at 256
+PROCEDURAL = ("castle", "robot")  # further held-out assets
+# Together they have as many cells as the paper's mean asset: 2.1k at R = 256.
+TIMED_MESHES = ("chair_model.obj", "no_indices_3storybuilding.glb", "rabbit.obj", "teapot.stl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Pack a folder of meshes, normalised, into one file."""
+    """Normalise the meshes of a folder and pack them into one file."""
 
     meshes: Path
+    """Directory of the meshes."""
     out: Path = Path("geometry.npz")
+    """File of the packed meshes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,29 +78,43 @@ class BrickBuild:
     """Make a build of packed meshes on all cores."""
 
     geometry: Path
+    """File that the sub-command geometry wrote."""
     out: Path
+    """Directory of the build."""
     resolutions: tuple[int, ...] = (256, 384, 512)
-    finest: int | None = 1024  # this one only of AS_IN_THE_PAPER, for timing
+    """Resolutions of the bricks."""
+    finest: int | None = 1024
+    """Further resolution of the four meshes whose training steps are timed. None adds none."""
     workers: int = 12
+    """Number of processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """Time steps, then train and evaluate, on one GPU."""
+    """Time training steps, then train and evaluate, on one GPU."""
 
     data: Path
+    """Directory of the build."""
     out: Path
-    steps: bool = True  # time training steps of base
-    learn: tuple[str, ...] = ("small", "base")  # presets to train
-    resolutions: tuple[int, ...] = (256, 512)  # one after another
-    minutes: float = 1.0  # each preset at each resolution
+    """Directory of the results."""
+    steps: bool = True
+    """Time training steps of the preset base."""
+    learn: tuple[str, ...] = ("small", "base")
+    """Presets to train."""
+    resolutions: tuple[int, ...] = (256, 512)
+    """Resolutions to train at, one after another."""
+    minutes: float = 1.0
+    """Minutes of training for each preset and resolution."""
     optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the weight matrices."""
     learning_rate: float = 3e-4
-    samples: int = 200_000  # on each surface when evaluating
+    """Peak learning rate."""
+    samples: int = 200_000
+    """Number of points sampled on each surface in the evaluation."""
 
 
 def pack_geometry(cfg: Geometry) -> None:
-    """Writes names and, of each mesh, v<n> float32 [V, 3], f<n> int32 [F, 3]."""
+    """Write the meshes as npz: `names`, and v<n> float32 [V, 3] and f<n> int32 [F, 3] of each."""
     from pipeline.core.errors import Reject
     from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
     from pipeline.mesh_io.load import load
@@ -134,11 +148,11 @@ def pack_geometry(cfg: Geometry) -> None:
             }
             names.append(name)
     np.savez_compressed(cfg.out, names=np.array(names), **arrays)
-    log.info("%d meshes in %s", len(names), cfg.out)
+    log.info("%d meshes are packed in %s.", len(names), cfg.out)
 
 
 def make_bricks(cfg: BrickBuild) -> None:
-    """A committed build of one shard."""
+    """Write a committed build of one shard."""
     packed = np.load(cfg.geometry)
     names = packed["names"].tolist()
     jobs = [
@@ -177,14 +191,13 @@ def make_bricks(cfg: BrickBuild) -> None:
         (markers / f"{Product.sdf(resolution)}.json").write_text("{}")
     write_manifest(cfg.out / "manifest" / f"{SHARD}.parquet", rows, resolutions)
     (markers / "manifest.json").write_text("{}")
-    log.info("%d assets at R = %s in %.0f s", len(rows), resolutions, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    log.info("%d assets at R = %s are built in %.0f s.", len(rows), resolutions, seconds)
 
 
 def _resolutions(cfg: BrickBuild, name: str) -> tuple[int, ...]:
     return (
-        (*cfg.resolutions, cfg.finest)
-        if cfg.finest and name in AS_IN_THE_PAPER
-        else cfg.resolutions
+        (*cfg.resolutions, cfg.finest) if cfg.finest and name in TIMED_MESHES else cfg.resolutions
     )
 
 
@@ -201,13 +214,12 @@ def _bricks_of(
 
 
 def time_steps(data: Path, device: torch.device) -> list[dict[str, Any]]:
-    """Whole training steps of `base`, from a batch in host memory to the optimiser's end."""
+    """Time whole training steps of `base`, from a batch in host memory to the updated weights."""
     rows = []
     for resolution, batch_size in ((256, 4), (384, 4), (512, 4), (1024, 1)):
         index = read_build_index(data, [resolution])
-        wanted = [index.uids.index(make_uid("folder", name)) for name in AS_IN_THE_PAPER][
-            :batch_size
-        ]
+        names = TIMED_MESHES[:batch_size]
+        wanted = [index.uids.index(make_uid("folder", name)) for name in names]
         loader = BrickLoader(index, seed=0, noise_channels=16, symmetries=False)
         batch = loader.load_assets(wanted, resolution).pin_memory()
         for checkpointing in (False, True):
@@ -239,9 +251,10 @@ def _time(task: VAETask, cfg: VAETraining, batch: Any, device: torch.device) -> 
     def step() -> None:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        there = batch.to(device)  # anew: its neighbours and windows are found again, as in training
+        # A new copy: neighbours and windows are computed again, as in training.
+        on_device = batch.to(device)
         with torch.autocast("cuda", torch.bfloat16):
-            losses = task.losses(task.model, there)
+            losses = task.losses(task.model, on_device)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), cfg.loop.clip_norm)
         optimizer.step()
@@ -274,7 +287,7 @@ def _time(task: VAETask, cfg: VAETraining, batch: Any, device: torch.device) -> 
 
 
 def learn(cfg: Measure, preset: str, device: torch.device) -> dict[str, Any]:
-    """Train a preset at one resolution after another, and evaluate after each, on training and held-out assets."""
+    """Train a preset at one resolution after another and evaluate it after each."""
     result: dict[str, Any] = {"preset": preset, "optimizer": cfg.optimizer, "stages": []}
     init = None
     for resolution in cfg.resolutions:
@@ -358,9 +371,9 @@ def _evaluate(
 
 
 def measure(cfg: Measure) -> dict[str, Any]:
-    """Everything asked for; the results are rewritten after each part."""
+    """Measure what the options ask for. The results are written after each part."""
     if not torch.cuda.is_available():
-        raise UserError("measuring needs a CUDA device")
+        raise UserError("the benchmark needs a CUDA device, and none was found")
     device = torch.device("cuda", 0)
     cfg.out.mkdir(parents=True, exist_ok=True)
     driver = torch.cuda.get_device_properties(device)
@@ -390,15 +403,11 @@ def measure(cfg: Measure) -> dict[str, Any]:
 
 
 def main(args: Sequence[str]) -> None:
-    kinds: dict[str, tuple[type, Any]] = {
-        "geometry": (Geometry, pack_geometry),
-        "bricks": (BrickBuild, make_bricks),
-        "measure": (Measure, measure),
-    }
-    if not args or args[0] not in kinds:
-        raise UserError(f"say what to do: {PROG} {'|'.join(kinds)} [options]")
-    cls, function = kinds[args[0]]
-    function(parse(cls, args[1:], prog=f"{PROG} {args[0]}"))
+    """Run the sub-command that the first word names."""
+    configs = {"geometry": Geometry, "bricks": BrickBuild, "measure": Measure}
+    functions = {"geometry": pack_geometry, "bricks": make_bricks, "measure": measure}
+    name, cfg = parse_subcommand(configs, args, prog=PROG)
+    functions[name](cfg)
 
 
 if __name__ == "__main__":
