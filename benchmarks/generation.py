@@ -33,7 +33,7 @@ from model.config import (
 from model.inference.cells_near_mesh import cells_near
 from model.inference.extract_mesh import extract_meshes
 from model.inference.generator import level_near_mesh
-from model.inference.mesh_cleaning import CleanedMesh, clean
+from model.inference.mesh_cleaning import CleanedMesh, clean_mesh
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
@@ -167,7 +167,7 @@ def measure(
         ((v, f),) = timed(
             f"marching cubes at {resolution}", lambda at=level, x=values: extract_meshes(at, x)
         )
-        mesh = timed(f"cleaning at {resolution}", lambda v=v, f=f: clean(v, f), faces=len(f))
+        mesh = timed(f"cleaning at {resolution}", lambda v=v, f=f: clean_mesh(v, f), faces=len(f))
     return rows
 
 

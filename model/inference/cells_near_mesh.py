@@ -1,4 +1,4 @@
-"""Which cells of a finer grid lie near a mesh: the tokens of the next stage, found from the mesh of the last."""
+"""Cells of a finer grid near a mesh: the tokens of a stage, from the mesh of the stage before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from pipeline.core.grid import CELL_SIDE, band, check_resolution, spacing
 
 @njit(cache=True)
 def _squared_distance(p, a, b, c):
-    """From a point to a triangle [3] each; a triangle without area is the segment or point that it is."""
+    """Return the squared distance of a point to the triangle (a, b, c), all of them [3].
+
+    A triangle without area is treated as the segment or point that it is. The distances of the SDF
+    (`pipeline.core.primitives.triangles`) are computed on packed triangles instead, which do not
+    pay off here, where most triangles are tried against one point.
+    """
     ab0, ab1, ab2 = b[0] - a[0], b[1] - a[1], b[2] - a[2]
     ac0, ac1, ac2 = c[0] - a[0], c[1] - a[1], c[2] - a[2]
     ap0, ap1, ap2 = p[0] - a[0], p[1] - a[1], p[2] - a[2]
@@ -21,11 +26,13 @@ def _squared_distance(p, a, b, c):
     d1 = ab0 * ap0 + ab1 * ap1 + ab2 * ap2
     d2 = ac0 * ap0 + ac1 * ap1 + ac2 * ap2
     area = aa * bb - cross * cross
+    # The projection on the plane, if it lies inside the triangle.
     if area > 1e-12 * aa * bb:
         v, w = (bb * d1 - cross * d2) / area, (aa * d2 - cross * d1) / area
         if v >= 0 and w >= 0 and v + w <= 1:
             x, y, z = ap0 - v * ab0 - w * ac0, ap1 - v * ab1 - w * ac1, ap2 - v * ab2 - w * ac2
             return x * x + y * y + z * z
+    # Otherwise the closest point of the three edges.
     best = np.inf
     for start, end in ((a, b), (b, c), (c, a)):
         e0, e1, e2 = end[0] - start[0], end[1] - start[1], end[2] - start[2]
@@ -40,42 +47,50 @@ def _squared_distance(p, a, b, c):
 
 @njit(cache=True)
 def _mark(vertices, faces, reach, near):
-    """Marks the cells of grid points closer than `reach` to a face; vertices and reach in grid steps.
+    """Mark the cells that have a grid point closer than `reach` to a face.
 
-    A cell that is marked is not looked at again, so most faces cost a look-up; the point of the cell closest to the
-    face's middle is tried first, since it nearly always decides.
+    `vertices` and `reach` are in grid steps. `near` is a bool grid of cells, which is changed.
     """
     side = near.shape[0]
-    last = 8 * side - 1
+    last = CELL_SIDE * side - 1
     limit = reach * reach
     p = np.empty(3)
-    low, high, middle = np.empty(3, np.int64), np.empty(3, np.int64), np.empty(3)
+    low = np.empty(3, np.int64)
+    high = np.empty(3, np.int64)
+    middle = np.empty(3)
     for f in range(len(faces)):
         a, b, c = vertices[faces[f, 0]], vertices[faces[f, 1]], vertices[faces[f, 2]]
+        # The grid points within reach of the face's bounding box, and the face's middle.
         for d in range(3):
             low[d] = max(np.int64(np.ceil(min(a[d], b[d], c[d]) - reach)), 0)
             high[d] = min(np.int64(np.floor(max(a[d], b[d], c[d]) + reach)), last)
             middle[d] = (a[d] + b[d] + c[d]) / 3
-        for i in range(low[0] // 8, high[0] // 8 + 1):
-            for j in range(low[1] // 8, high[1] // 8 + 1):
-                for k in range(low[2] // 8, high[2] // 8 + 1):
+        for i in range(low[0] // CELL_SIDE, high[0] // CELL_SIDE + 1):
+            for j in range(low[1] // CELL_SIDE, high[1] // CELL_SIDE + 1):
+                for k in range(low[2] // CELL_SIDE, high[2] // CELL_SIDE + 1):
+                    # A marked cell is not tried again, so most faces cost one look-up.
                     if near[i, j, k]:
                         continue
+                    # The cell's point closest to the middle nearly always decides.
                     cell = (i, j, k)
                     for d in range(3):
-                        first, end = max(low[d], 8 * cell[d]), min(high[d], 8 * cell[d] + 7)
+                        first = max(low[d], CELL_SIDE * cell[d])
+                        end = min(high[d], CELL_SIDE * cell[d] + CELL_SIDE - 1)
                         p[d] = min(max(np.round(middle[d]), first), end)
                     if _squared_distance(p, a, b, c) < limit:
                         near[i, j, k] = True
                         continue
-                    near[i, j, k] = _any_within(low, high, i, j, k, a, b, c, limit, p)
+                    near[i, j, k] = _any_point_within(low, high, i, j, k, a, b, c, limit, p)
 
 
 @njit(cache=True)
-def _any_within(low, high, i, j, k, a, b, c, limit, p):
-    for x in range(max(low[0], 8 * i), min(high[0], 8 * i + 7) + 1):
-        for y in range(max(low[1], 8 * j), min(high[1], 8 * j + 7) + 1):
-            for z in range(max(low[2], 8 * k), min(high[2], 8 * k + 7) + 1):
+def _any_point_within(low, high, i, j, k, a, b, c, limit, p):
+    """Return whether a grid point of cell (i, j, k) in low..high is close enough to a triangle."""
+    for x in range(max(low[0], CELL_SIDE * i), min(high[0], CELL_SIDE * i + CELL_SIDE - 1) + 1):
+        for y in range(max(low[1], CELL_SIDE * j), min(high[1], CELL_SIDE * j + CELL_SIDE - 1) + 1):
+            for z in range(
+                max(low[2], CELL_SIDE * k), min(high[2], CELL_SIDE * k + CELL_SIDE - 1) + 1
+            ):
                 p[0], p[1], p[2] = x, y, z
                 if _squared_distance(p, a, b, c) < limit:
                     return True
@@ -85,10 +100,21 @@ def _any_within(low, high, i, j, k, a, b, c, limit, p):
 def cells_near(
     vertices: NDArray[np.floating], faces: NDArray[np.integer], resolution: int
 ) -> NDArray[np.int16]:
-    """The cells [M, 3] in x, y, z order that hold a grid point with |udf| < tau(resolution) of the mesh, exactly.
+    """Return the cells that hold a grid point in the narrow band of a mesh.
 
-    vertices [V, 3] in the cube [-0.5, 0.5]^3, faces [F, 3]. A mesh's own cells at its next resolution, as stored data
-    has them, without re-normalising it. ValueError if the resolution is not a multiple of 8 or a vertex not finite.
+    They are the cells that a build would store for the mesh at this resolution, if it were not
+    normalised again. The result is exact.
+
+    Args:
+        vertices: [V, 3] in the cube [-0.5, 0.5]^3.
+        faces: [F, 3].
+        resolution: Resolution R of the grid. The band's width is `pipeline.core.grid.band(R)`.
+
+    Returns:
+        int16 [M, 3], the indices of the cells, sorted by x, y, z.
+
+    Raises:
+        ValueError: If `resolution` is not a multiple of 8 or a vertex is not finite.
     """
     check_resolution(resolution)
     if not np.isfinite(vertices).all():

@@ -1,4 +1,4 @@
-"""Meshes of decoded bricks: marching cubes where all eight corners were decoded, without a dense volume."""
+"""Meshes of decoded bricks by marching cubes, without a dense volume."""
 
 from __future__ import annotations
 
@@ -15,45 +15,63 @@ from pipeline.core.primitives.marching_cubes import MeshArrays, extract
 from pipeline.core.schema import Bricks
 
 
-def mesh_of(
-    blocks_M3: ArrayLike, values_MK: ArrayLike, resolution: int, level: float = 0.0
+def extract_mesh(
+    cells_M3: ArrayLike, values_MK: ArrayLike, resolution: int, iso_value: float = 0.0
 ) -> MeshArrays:
-    """The surface of one asset where its bricks pass through `level`.
+    """Extract the surface of one asset.
 
-    blocks integer [M, 3] = index // 8, in any order; values float [M, 512] of points 64 * lx + 8 * ly + lz, negative
-    inside. Returns vertices float64 [V, 3] in [-0.5, 0.5]^3 and faces int32 [F, 3]. Nothing is invented where nothing
-    was decoded: a cell is marched only if its eight corners are there. ValueError if shapes do not fit, a block lies
-    outside the grid or comes twice, or a value is not finite.
+    A cube of the grid is marched only if its eight corners lie in given cells, so no surface is
+    invented where nothing was decoded.
+
+    Args:
+        cells_M3: Integer [M, 3], the indices of the cells, in any order.
+        values_MK: Float [M, 512], the value at grid point 64 * lx + 8 * ly + lz of each cell,
+            negative inside.
+        resolution: Resolution R of the grid.
+        iso_value: Value of the surface.
+
+    Returns:
+        Vertices float64 [V, 3] in [-0.5, 0.5]^3 and faces int32 [F, 3], counterclockwise seen from
+        outside. Both are empty if there is no surface.
+
+    Raises:
+        ValueError: If a shape does not fit, a cell lies outside the grid or is repeated, or a value
+            is not finite.
     """
-    blocks, values = np.asarray(blocks_M3), np.asarray(values_MK)
+    cells, values = np.asarray(cells_M3), np.asarray(values_MK)
     side = check_resolution(resolution) // CELL_SIDE
-    if blocks.ndim != 2 or blocks.shape[1] != 3 or not np.issubdtype(blocks.dtype, np.integer):
-        raise ValueError(
-            f"blocks_M3 must be integer [M, 3], got {blocks.dtype} {list(blocks.shape)}"
-        )
-    if values.shape != (len(blocks), POINTS):
-        raise ValueError(f"values_MK must be [{len(blocks)}, {POINTS}], got {list(values.shape)}")
-    if len(blocks) and (blocks.min() < 0 or blocks.max() >= side):
-        raise ValueError(f"blocks_M3 must be in 0..{side - 1}, got {blocks.min()}..{blocks.max()}")
-    if len(np.unique(np.ravel_multi_index(tuple(blocks.T), (side,) * 3))) != len(blocks):
-        raise ValueError("blocks_M3 must not repeat a block")
+    if cells.ndim != 2 or cells.shape[1] != 3 or not np.issubdtype(cells.dtype, np.integer):
+        raise ValueError(f"cells_M3 must be integer [M, 3], got {cells.dtype} {list(cells.shape)}")
+    if values.shape != (len(cells), POINTS):
+        raise ValueError(f"values_MK must be [{len(cells)}, {POINTS}], got {list(values.shape)}")
+    if len(cells) and (cells.min() < 0 or cells.max() >= side):
+        raise ValueError(f"cells_M3 must be in 0..{side - 1}, got {cells.min()}..{cells.max()}")
+    if len(np.unique(np.ravel_multi_index(tuple(cells.T), (side,) * 3))) != len(cells):
+        raise ValueError("cells_M3 must not repeat a cell")
     if not np.isfinite(values).all():
         raise ValueError(
             f"values_MK must be finite, got {(~np.isfinite(values)).sum()} that are not"
         )
-    empty = np.zeros((len(blocks), POINTS // 8), np.uint8)
-    return extract(Bricks(resolution=resolution, cells=blocks, values=values, sharp=empty), level)
+    not_sharp = np.zeros((len(cells), POINTS // 8), np.uint8)
+    bricks = Bricks(resolution=resolution, cells=cells, values=values, sharp=not_sharp)
+    return extract(bricks, iso_value)
 
 
-def extract_meshes(cells: Level, values_MK: Tensor, level: float = 0.0) -> list[MeshArrays]:
-    """The surface of every asset of a decoded batch, as `mesh_of` has it; empty arrays where there is none.
+def extract_meshes(cells: Level, values_MK: Tensor, iso_value: float = 0.0) -> list[MeshArrays]:
+    """Extract the surface of every asset of a decoded batch, as `extract_mesh` does.
 
-    cells: the level of the latents, of resolution R / 8; values float [M, 512] on any device.
+    Args:
+        cells: The M cells, at resolution R / 8.
+        values_MK: Float [M, 512] on any device.
+        iso_value: Value of the surface.
+
+    Returns:
+        Vertices and faces of each asset. They are empty if it has no surface.
     """
-    blocks = cells.coords[:, 1:].cpu().numpy()
+    coords = cells.coords[:, 1:].cpu().numpy()
     values = values_MK.detach().to("cpu", torch.float32).numpy()
     starts = cells.asset_starts.tolist()
     return [
-        mesh_of(blocks[a:b], values[a:b], CELL_SIDE * cells.resolution, level)
+        extract_mesh(coords[a:b], values[a:b], CELL_SIDE * cells.resolution, iso_value)
         for a, b in itertools.pairwise(starts)
     ]

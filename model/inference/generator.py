@@ -24,7 +24,7 @@ from model.config import GenerationOptions, Guidance, RecommendedSampling
 from model.image_tokens import ImageTokens
 from model.inference.cells_near_mesh import cells_near
 from model.inference.extract_mesh import extract_meshes
-from model.inference.mesh_cleaning import CleanedMesh, clean, count_open_edges, simplify
+from model.inference.mesh_cleaning import CleanedMesh, clean_mesh, count_open_edges, simplify
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
@@ -327,7 +327,7 @@ class Generator:
             raise RunError(
                 f"the stage at R = {resolution} has no surface; try another --seed, or train longer"
             )
-        return clean(vertices, faces, options.min_piece)
+        return clean_mesh(vertices, faces, options.min_piece)
 
     def _sampling(self, stage: int, name: str, options: GenerationOptions) -> tuple[int, float]:
         return options.sampling(stage, self.recommended.get(name, RecommendedSampling()))

@@ -1,4 +1,4 @@
-"""From an extracted surface to a mesh worth keeping: holes closed, floaters and inner bubbles gone, fewer faces."""
+"""Cleaning of an extracted surface: holes, floaters and inner bubbles, and fewer faces."""
 
 from __future__ import annotations
 
@@ -11,34 +11,51 @@ from scipy.sparse.csgraph import connected_components
 
 from pipeline.core.errors import UserError
 
-Vertices = NDArray[np.float64]  # [V, 3] cube units
-Faces = NDArray[np.int32]  # [F, 3] seen from outside
+Vertices = NDArray[np.float64]  # [V, 3] in the cube [-0.5, 0.5]^3
+Faces = NDArray[np.int32]  # [F, 3], counterclockwise seen from outside
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanedMesh:
-    """A closed mesh, and what cleaning did to come there."""
+    """A closed mesh, and what cleaning changed.
+
+    Attributes:
+        vertices: [V, 3].
+        faces: [F, 3].
+        holes: Number of loops of open edges that were closed.
+        floaters: Number of small separate pieces that were removed.
+        bubbles: Number of removed pieces that bounded an enclosed hollow.
+    """
 
     vertices: Vertices
     faces: Faces
-    holes: int  # loops of open edges that were capped
-    floaters: int  # small separate pieces that were dropped
-    bubbles: int  # surfaces that bound an enclosed hollow, dropped
+    holes: int
+    floaters: int
+    bubbles: int
 
 
-def clean(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> CleanedMesh:
-    """Cap holes, then drop pieces with less than `min_piece` of the largest one's area, and bubbles inside.
+def clean_mesh(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> CleanedMesh:
+    """Close holes, then remove small separate pieces and bubbles.
 
-    The result is closed and, where the input's edges had at most two faces as `pipeline.core.primitives.marching_cubes` makes them,
-    manifold. A bubble is a piece turned inside out: a hollow that nothing outside can see, which the data never holds.
-    ValueError if min_piece is not in [0, 1) or there is no face.
+    A bubble is a piece turned inside out: it bounds a hollow that is not visible from outside, which
+    the training data never contains. The result is closed. If every edge of the input has at most
+    two faces, as marching cubes makes them, the result is manifold.
+
+    Args:
+        vertices: [V, 3].
+        faces: [F, 3].
+        min_piece: Pieces with less than this share of the largest piece's area are removed.
+
+    Raises:
+        ValueError: If `min_piece` is not in [0, 1) or there is no face.
     """
     if not 0 <= min_piece < 1:
         raise ValueError(f"min_piece must be in [0, 1), got {min_piece}")
     if not len(faces):
         raise ValueError("the mesh must have a face, got none")
     vertices, faces, holes = close_holes(vertices, faces)
-    piece_of = pieces(len(vertices), faces)[faces[:, 0]]
+    # Area and signed volume of each piece.
+    piece_of = label_pieces(len(vertices), faces)[faces[:, 0]]
     corners = vertices[faces]
     cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     count = piece_of.max() + 1
@@ -47,10 +64,11 @@ def clean(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> CleanedM
     exists = np.bincount(piece_of, minlength=count) > 0
     bubble = exists & (volume < 0)
     solid = exists & ~bubble
-    if not solid.any():  # inside out as a whole: keep what there is rather than nothing
+    # A mesh that is inside out as a whole is kept, since an empty result would be worse.
+    if not solid.any():
         solid, bubble = bubble, solid
     small = solid & (area < min_piece * area[solid].max())
-    vertices, faces = used_only(vertices, faces[(solid & ~small)[piece_of]])
+    vertices, faces = drop_unused_vertices(vertices, faces[(solid & ~small)[piece_of]])
     return CleanedMesh(
         vertices=vertices,
         faces=faces,
@@ -61,19 +79,25 @@ def clean(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> CleanedM
 
 
 def close_holes(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces, int]:
-    """Every loop of open edges gets a fan of triangles around its centre. Returns the number of loops.
+    """Close every loop of open edges by a fan of triangles around its centre.
 
-    Where pieces of surface touch in a vertex on the border, the vertex is split first, so that each loop is simple.
+    Where parts of the surface touch in a vertex on their border, the vertex is split first, so that
+    every loop is simple.
+
+    Returns:
+        The vertices, the faces and the number of loops.
     """
     open_edges = _open_edges(faces)
     if not len(open_edges):
         return vertices, faces, 0
     vertices, faces = _split_vertices(vertices, faces, np.unique(open_edges))
+    # Edges of one loop are connected.
     start, end = _open_edges(faces).T
     count = len(vertices)
     graph = coo_matrix((np.ones(len(start), np.int8), (start, end)), shape=(count, count))
     loop_of = connected_components(graph, directed=False)[1][start]
     loops, loop_of = np.unique(loop_of, return_inverse=True)
+    # One new vertex at the centre of each loop, and one triangle for each of its edges.
     sizes = np.bincount(loop_of)
     centres = np.stack([np.bincount(loop_of, vertices[start, d]) / sizes for d in range(3)], axis=1)
     fans = np.stack([end, start, count + loop_of], axis=1)
@@ -85,44 +109,57 @@ def close_holes(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces, int]
 
 
 def count_open_edges(faces: Faces) -> int:
-    """How many directed edges lack their opposite, or come more than once: 0 for a closed, oriented surface."""
-    start, end = _directed(faces)
+    """Count the directed edges that lack their opposite or are repeated.
+
+    Returns:
+        0 for a closed, oriented surface.
+    """
+    start, end = _directed_edges(faces)
     count = int(faces.max(initial=0)) + 1
     forward, backward = np.sort(start * count + end), np.sort(end * count + start)
+    # A closed surface is recognised without the slower set operations.
     if np.array_equal(forward, backward) and (forward[1:] > forward[:-1]).all():
         return 0
     unique = np.unique(forward)
     return int(len(forward) - len(unique) + (~np.isin(backward, unique)).sum())
 
 
-def pieces(count: int, faces: Faces) -> NDArray[np.int32]:
-    """The connected piece [V] of each of `count` vertices."""
-    start, end = _directed(faces)
+def label_pieces(count: int, faces: Faces) -> NDArray[np.int32]:
+    """Return the number of the connected piece of each of `count` vertices, int32 [count]."""
+    start, end = _directed_edges(faces)
     graph = coo_matrix((np.ones(len(start), np.int8), (start, end)), shape=(count, count))
     return connected_components(graph, directed=False)[1]
 
 
-def used_only(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces]:
-    """Without the vertices that no face has."""
+def drop_unused_vertices(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces]:
+    """Remove the vertices that no face uses, and renumber the faces."""
     used = np.zeros(len(vertices), bool)
     used[faces] = True
     return vertices[used], (np.cumsum(used) - 1)[faces].astype(np.int32)
 
 
 def check_simplification() -> None:
-    """UserError unless the library that `simplify` takes is installed."""
+    """Check that the library that `simplify` needs is installed.
+
+    Raises:
+        UserError: If it is not.
+    """
     try:
         import fast_simplification  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "fewer faces need the library fast-simplification: pip install fast-simplification"
+            "--faces needs the library fast-simplification: pip install fast-simplification"
         ) from error
 
 
 def simplify(vertices: Vertices, faces: Faces, target: int) -> tuple[Vertices, Faces]:
-    """About `target` faces by quadric edge collapses, through the fast_simplification library.
+    """Reduce a mesh to about `target` faces by quadric edge collapses.
 
-    UserError if it is not installed. ValueError for a target below 4. A mesh with fewer faces is returned as it is.
+    A mesh with fewer faces is returned unchanged.
+
+    Raises:
+        UserError: If the library fast-simplification is not installed.
+        ValueError: If `target` is below 4.
     """
     if target < 4:
         raise ValueError(f"target must be at least 4 faces, got {target}")
@@ -136,19 +173,19 @@ def simplify(vertices: Vertices, faces: Faces, target: int) -> tuple[Vertices, F
     return result[0], result[1].astype(np.int32)
 
 
-def _directed(faces: Faces) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _directed_edges(faces: Faces) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the start and the end of each edge, three for each face, int64 [3 F]."""
     wide = faces.astype(np.int64)
     return wide.ravel(), np.roll(wide, -1, axis=1).ravel()
 
 
 def _open_edges(faces: Faces) -> NDArray[np.int64]:
-    """The directed edges [n, 2] that one face alone has."""
-    start, end = _directed(faces)
+    """Return the directed edges that only one face has, int64 [n, 2]."""
+    start, end = _directed_edges(faces)
     key = np.minimum(start, end) * (int(faces.max(initial=0)) + 1) + np.maximum(start, end)
+    # In a closed mesh the sorted keys come in pairs. Sorting is much cheaper than argsort.
     ordered = np.sort(key)
-    if (
-        len(key) % 2 == 0 and (ordered[::2] == ordered[1::2]).all()
-    ):  # sorting alone is far cheaper than an order
+    if len(key) % 2 == 0 and (ordered[::2] == ordered[1::2]).all():
         return np.empty((0, 2), np.int64)
     order = np.argsort(key, kind="stable")
     same = np.pad(key[order][1:] == key[order][:-1], 1)
@@ -159,20 +196,20 @@ def _open_edges(faces: Faces) -> NDArray[np.int64]:
 def _split_vertices(
     vertices: Vertices, faces: Faces, which: NDArray[np.int64]
 ) -> tuple[Vertices, Faces]:
-    """Gives every fan of faces around each of the vertices `which` a vertex of its own."""
+    """Give every fan of faces around each of the vertices `which` a vertex of its own."""
     chosen = np.zeros(len(vertices), bool)
     chosen[which] = True
-    start, end = _directed(faces)
+    start, end = _directed_edges(faces)
+    # A corner is an entry of `faces`. `after` is the next corner of the same face.
     corner = np.arange(faces.size)
-    after = corner - corner % 3 + (corner + 1) % 3  # of the edge's end in the same face
-    # Corners at one vertex belong together where their faces share an edge there.
+    after = corner - corner % 3 + (corner + 1) % 3
+    # Corners at one vertex belong to one fan where their faces share an edge at the vertex. The two
+    # edges of a pair have opposite directions: the start of one is the end of the other.
     key = np.minimum(start, end) * len(vertices) + np.maximum(start, end)
     order = np.argsort(key, kind="stable")
     pair = np.flatnonzero(key[order][1:] == key[order][:-1])
-    one, other = (
-        order[pair],
-        order[pair + 1],
-    )  # opposite directions: start of one is end of the other
+    one = order[pair]
+    other = order[pair + 1]
     left = np.concatenate([one, after[one]])
     right = np.concatenate([after[other], other])
     keep = chosen[start[left]]
@@ -183,7 +220,7 @@ def _split_vertices(
     corners = np.flatnonzero(chosen[start])
     fans, first, fan = np.unique(fan_of[corners], return_index=True, return_inverse=True)
     owner = start[corners[first]]  # the vertex of each fan
-    # The first fan of a vertex keeps it, the others get copies.
+    # The first fan of a vertex keeps it. The other fans get copies.
     new = np.ones(len(fans), bool)
     new[np.unique(owner, return_index=True)[1]] = False
     number = owner.copy()

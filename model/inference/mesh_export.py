@@ -1,4 +1,4 @@
-"""Meshes as files others read: GLB, OBJ, PLY or STL by the name's ending."""
+"""Mesh files: GLB, OBJ, PLY or STL, chosen by the ending of the name."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.files import write_atomically
+
 FORMATS = (".glb", ".obj", ".ply", ".stl")
-CLAY = (0.30, 0.38, 0.48)  # linear base colour: nothing generates a texture
+BASE_COLOR = (0.30, 0.38, 0.48)  # linear RGB of all meshes, since no texture is generated
 
 
 def check_format(path: Path) -> Path:
-    """The path itself. ValueError if its ending is not one of FORMATS."""
+    """Return the path unchanged if its ending is a mesh format.
+
+    Raises:
+        ValueError: If it ends in none of FORMATS.
+    """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(
             f"{path} must end in one of {', '.join(FORMATS)}, got {path.suffix or 'no ending'}"
@@ -22,29 +28,28 @@ def check_format(path: Path) -> Path:
 
 
 def write_mesh(path: Path, vertices: NDArray[np.floating], faces: NDArray[np.integer]) -> None:
-    """Write a mesh [V, 3], [F, 3] in the frame it has (y up, unit cube); parent directories are made.
+    """Write a mesh to a file, which replaces an older one when it is complete.
 
-    The same mesh gives the same bytes, and the file appears whole or not at all. ValueError as `check_format`.
+    The same mesh gives the same bytes.
+
+    Args:
+        path: The file. Its parent directories are created.
+        vertices: [V, 3], y up. They are written as they are.
+        faces: [F, 3], counterclockwise seen from outside.
+
+    Raises:
+        ValueError: If `path` ends in none of FORMATS.
     """
-    import trimesh  # here: the models do without it
+    # The models need no trimesh, so it is imported here.
+    import trimesh
     from trimesh.visual import TextureVisuals
     from trimesh.visual.material import PBRMaterial
 
-    check_format(path)
+    kind = check_format(path).suffix.lower()[1:]
     mesh: Any = trimesh.Trimesh(vertices, faces, process=False, validate=False)
-    kind = path.suffix.lower()[1:]
     if kind == "glb":
-        color = [*(round(255 * c) for c in CLAY), 255]
-        mesh.visual = TextureVisuals(
-            material=PBRMaterial(baseColorFactor=color, metallicFactor=0.0, roughnessFactor=0.8)
-        )
-    data = mesh.export(
-        file_type=kind, **({"include_normals": True} if kind in ("glb", "obj") else {})
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        color = [*(round(255 * channel) for channel in BASE_COLOR), 255]
+        material = PBRMaterial(baseColorFactor=color, metallicFactor=0.0, roughnessFactor=0.8)
+        mesh.visual = TextureVisuals(material=material)
+    options = {"include_normals": True} if kind in ("glb", "obj") else {}
+    write_atomically(path, mesh.export(file_type=kind, **options))

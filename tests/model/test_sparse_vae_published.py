@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from kernels import token_order
 from model.config import VAEConfig
 from model.conv import SparseConv3d
-from model.sparse_tensor import Level
 from model.published_weights import published_vae_keys
+from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from tests.kernel_inputs import random_coords
 from tests.model.test_sparse_vae import TINY

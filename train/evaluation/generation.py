@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model.inference.generator import Generator
 from model.inference.mesh_export import write_mesh
-from model.inference.turntable import CLAY, on_paper
+from model.inference.turntable import CLAY, over_background
 from pipeline.core.cameras import Camera, look_at_origin
 from pipeline.core.devices import choose_device
 from pipeline.core.errors import RunError, UserError
@@ -292,13 +292,13 @@ def draw(surface: MeshArrays, camera: Camera) -> NDArray[np.uint8]:
         RunError: If there is no OpenGL with EGL.
     """
     (rgba,) = render_from(_clay_mesh(surface), [camera], PICTURE_SIDE)
-    return on_paper(rgba)
+    return over_background(rgba)
 
 
 def _shown(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return a stored render on grey at the size of the pictures, scaled to the nearest pixel."""
     rows, columns = (np.arange(PICTURE_SIDE) * side // PICTURE_SIDE for side in rgba.shape[:2])
-    return on_paper(rgba[rows][:, columns])
+    return over_background(rgba[rows][:, columns])
 
 
 def summarize(results: Sequence[GenerationResult], name: str, candidates: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.inference.extract_mesh import extract_meshes, mesh_of
+from model.inference.extract_mesh import extract_mesh, extract_meshes
 from model.sparse_tensor import BrickBatch, Level
 from pipeline.core.grid import band, spacing
 from pipeline.core.schema import Bricks
@@ -73,9 +73,9 @@ def test_surfaces_of_a_batch_are_where_they_should_be():
 
 def test_the_level_moves_the_surface():
     one = analytic_bricks(sphere(0.3), 64)
-    vertices, _ = mesh_of(one.cells, one.values.astype(np.float32), 64, level=0.5)
+    vertices, _ = extract_mesh(one.cells, one.values.astype(np.float32), 64, iso_value=0.5)
     batch = BrickBatch.collate([one])
-    ((same, _),) = extract_meshes(batch.cells, batch.values, level=0.5)
+    ((same, _),) = extract_meshes(batch.cells, batch.values, iso_value=0.5)
     assert len(same) == len(vertices)
     assert same.sum() == pytest.approx(vertices.sum())
     assert np.abs(sphere(0.3 + 0.5 * band(64))(vertices)).max() < 0.1 * spacing(64)
@@ -84,7 +84,7 @@ def test_the_level_moves_the_surface():
 def test_nothing_is_invented_beyond_decoded_cells():
     one = analytic_bricks(sphere(0.3), 64)
     keep = one.cells[:, 0] < 4
-    vertices, faces = mesh_of(one.cells[keep], one.values[keep], 64)
+    vertices, faces = extract_mesh(one.cells[keep], one.values[keep], 64)
     assert len(faces)
     assert (
         vertices[:, 0].max() <= 31 * spacing(64) - 0.5 + 1e-9
@@ -104,13 +104,13 @@ def test_untrained_values_have_no_surface():
         (
             np.zeros((2, 2), int),
             np.zeros((2, 512)),
-            r"blocks_M3 must be integer \[M, 3\], got int64 \[2, 2\]",
+            r"cells_M3 must be integer \[M, 3\], got int64 \[2, 2\]",
         ),
-        (np.zeros((1, 3)), np.zeros((1, 512)), "blocks_M3 must be integer"),
+        (np.zeros((1, 3)), np.zeros((1, 512)), "cells_M3 must be integer"),
         (np.zeros((1, 3), int), np.zeros((1, 64)), r"values_MK must be \[1, 512\], got \[1, 64\]"),
-        (np.full((1, 3), 8), np.zeros((1, 512)), r"blocks_M3 must be in 0..7, got 8..8"),
-        (np.full((1, 3), -1), np.zeros((1, 512)), r"blocks_M3 must be in 0..7, got -1..-1"),
-        (np.zeros((2, 3), int), np.zeros((2, 512)), "blocks_M3 must not repeat a block"),
+        (np.full((1, 3), 8), np.zeros((1, 512)), r"cells_M3 must be in 0..7, got 8..8"),
+        (np.full((1, 3), -1), np.zeros((1, 512)), r"cells_M3 must be in 0..7, got -1..-1"),
+        (np.zeros((2, 3), int), np.zeros((2, 512)), "cells_M3 must not repeat a cell"),
         (
             np.zeros((1, 3), int),
             np.full((1, 512), np.nan),
@@ -120,7 +120,7 @@ def test_untrained_values_have_no_surface():
 )
 def test_bad_arguments_are_named(blocks, values, message):
     with pytest.raises(ValueError, match=message):
-        mesh_of(blocks, values, 64)
+        extract_mesh(blocks, values, 64)
 
 
 _CHILD = """

@@ -5,12 +5,12 @@ import pytest
 import trimesh
 
 from model.inference.mesh_cleaning import (
-    clean,
+    clean_mesh,
     close_holes,
     count_open_edges,
-    pieces,
+    drop_unused_vertices,
+    label_pieces,
     simplify,
-    used_only,
 )
 from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.primitives.marching_cubes import extract
@@ -71,7 +71,7 @@ def assert_closed_manifold(vertices, faces):
 
 def test_a_sound_mesh_is_left_alone():
     vertices, faces = extract(bricks_of(ball(0.35)))
-    result = clean(vertices, faces)
+    result = clean_mesh(vertices, faces)
     np.testing.assert_array_equal(result.vertices, vertices)
     np.testing.assert_array_equal(result.faces, faces)
     assert (result.holes, result.floaters, result.bubbles) == (0, 0, 0)
@@ -88,7 +88,7 @@ def test_missing_cells_leave_a_closed_mesh(missing):
     capped, capped_faces, holes = close_holes(vertices, faces)
     assert holes >= 1
     assert_closed_manifold(capped, capped_faces)
-    result = clean(vertices, faces)
+    result = clean_mesh(vertices, faces)
     assert_closed_manifold(result.vertices, result.faces)
     if missing == 1:  # a flat cap over a small hole
         assert volume(result.vertices, result.faces) == pytest.approx(
@@ -115,16 +115,16 @@ def test_floaters_and_bubbles_go():
     hollow = extract(bricks_of(ball(0.1, (-0.1, 0, 0))))
     everything = np.concatenate([vertices, hollow[0]])
     all_faces = np.concatenate([faces, hollow[1][:, ::-1] + len(vertices)])
-    result = clean(everything, all_faces, min_piece=0.02)
+    result = clean_mesh(everything, all_faces, min_piece=0.02)
     assert (result.holes, result.floaters, result.bubbles) == (0, 1, 1)
     assert volume(result.vertices, result.faces) == pytest.approx(4 / 3 * np.pi * 0.3**3, rel=0.01)
-    kept = clean(everything, all_faces, min_piece=0.0)
+    kept = clean_mesh(everything, all_faces, min_piece=0.0)
     assert (kept.floaters, kept.bubbles) == (0, 1)
 
 
 def test_a_mesh_that_is_inside_out_as_a_whole_is_kept():
     vertices, faces = extract(bricks_of(ball(0.3)))
-    assert len(clean(vertices, faces[:, ::-1].copy()).faces) == len(faces)
+    assert len(clean_mesh(vertices, faces[:, ::-1].copy()).faces) == len(faces)
 
 
 def test_open_edges_are_counted():
@@ -135,9 +135,9 @@ def test_open_edges_are_counted():
     turned[0] = turned[0][::-1]
     assert count_open_edges(turned) > 0
     assert (
-        len(set(pieces(9, np.concatenate([tetrahedron, tetrahedron + 4])))) == 3
+        len(set(label_pieces(9, np.concatenate([tetrahedron, tetrahedron + 4])))) == 3
     )  # and a vertex of its own
-    vertices, faces = used_only(np.arange(27.0).reshape(9, 3), tetrahedron + 4)
+    vertices, faces = drop_unused_vertices(np.arange(27.0).reshape(9, 3), tetrahedron + 4)
     np.testing.assert_array_equal(vertices, np.arange(27.0).reshape(9, 3)[4:8])
     np.testing.assert_array_equal(faces, tetrahedron)
 
@@ -155,8 +155,8 @@ def test_fewer_faces_by_a_library():
 def test_bad_arguments_are_refused():
     vertices, faces = extract(bricks_of(ball(0.35)))
     with pytest.raises(ValueError, match="min_piece must be in"):
-        clean(vertices, faces, min_piece=1.0)
+        clean_mesh(vertices, faces, min_piece=1.0)
     with pytest.raises(ValueError, match="must have a face, got none"):
-        clean(vertices, faces[:0])
+        clean_mesh(vertices, faces[:0])
     with pytest.raises(ValueError, match="at least 4 faces, got 3"):
         simplify(vertices, faces, 3)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from model.conditioning.image_encoder import DinoEncoder
 from model.inference.generator import GeneratedMesh, Generator, StageReport
-from model.inference.mesh_cleaning import clean
+from model.inference.mesh_cleaning import clean_mesh
 from pipeline.core.cameras import sample_camera
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.image_codec import encode
@@ -79,7 +79,7 @@ class StoredSurfaces:
         if number in self.fails:
             raise RunError("no surface")
         surface = extract(self.shard.bricks((number + self.turn) % 3))
-        cleaned = clean(*surface)
+        cleaned = clean_mesh(*surface)
         return GeneratedMesh(
             vertices=cleaned.vertices, faces=cleaned.faces, open_edges=0, cleaned=cleaned,
             stages=(StageReport(name="structure", seconds=0.5, tokens=7),),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.inference.extract_mesh import mesh_of
+from model.inference.extract_mesh import extract_mesh
 from pipeline.core.primitives.surface_distance import (
     SampledSurface,
     TriangleTree,
@@ -17,7 +17,7 @@ from tests.train.analytic_builds import bricks_of, ellipsoid
 
 def sphere(radius, R=64):
     bricks = bricks_of(ellipsoid((0, 0, 0), (radius,) * 3), R)
-    return mesh_of(bricks.cells, bricks.values, R)
+    return extract_mesh(bricks.cells, bricks.values, R)
 
 
 def brute_force(points, vertices, faces):
