@@ -192,13 +192,3 @@ def test_units():
         "5 TB",
     ]
     assert [human_seconds(s) for s in (0.0123, 1, 75.0, 7200)] == ["12.3 ms", "1 s", "75 s", "2 h"]
-
-
-@pytest.mark.parametrize("part", ["stats", "manifest"])
-def test_a_copy_without_what_it_needs(part, tiny_build, tmp_path):
-    out = shutil.copytree(tiny_build, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
-    with pytest.raises(
-        UserError,
-        match=f"is not a complete build; copy its stats and manifest, too: .*{part}/000000",
-    ):
-        write_report(out)

@@ -155,16 +155,6 @@ def test_the_table_and_the_numbers(tiny_build, tmp_path, caplog):
     assert caplog.text.count("core-hours") == 1
 
 
-@pytest.mark.parametrize("part", ["stats", "manifest"])
-def test_a_copy_without_what_it_needs(part, tiny_build, tmp_path):
-    out = shutil.copytree(tiny_build, tmp_path / "copy", ignore=shutil.ignore_patterns(part))
-    with pytest.raises(
-        UserError,
-        match=f"is not a complete build; copy its stats and manifest, too: .*{part}/000000",
-    ):
-        measure_passes(out)
-
-
 def test_packing_adds_up_over_the_passes_of_a_shard(tmp_path):
     path = tmp_path / "a.parquet"
     for seconds in (1.5, 2.0):
