@@ -1,4 +1,4 @@
-"""Cameras: the paper's statistics, the frame's conventions, and projection against a second derivation."""
+"""Cameras: statistics of the sets, conventions of the frame, and an independent projection."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,15 @@ from pipeline.core.cameras import look_at_origin, project, sample_camera
 UIDS = [f"folder-{i:020x}" for i in range(60)]
 
 
-def drawn(kind):
+def sampled(kind):
     return [sample_camera(uid, view, kind) for uid in UIDS for view in range(45)]
 
 
 def assert_uniform(values, low, high):
-    """Kolmogorov-Smirnov against the uniform distribution on [low, high], at about one in a million."""
+    """Test values against the uniform distribution on [low, high] (Kolmogorov-Smirnov).
+
+    A correct sampler fails about once in a million.
+    """
     x = np.sort((np.asarray(values) - low) / (high - low))
     assert x[0] >= 0
     assert x[-1] <= 1
@@ -21,16 +24,14 @@ def assert_uniform(values, low, high):
     assert max(np.abs(steps[1:] - x).max(), np.abs(x - steps[:-1]).max()) < 2.6 / np.sqrt(len(x))
 
 
-def test_paper_cameras_have_the_papers_statistics():  # paper, sec. 2 (data)
-    cameras = drawn("paper")
+def test_paper_cameras_have_the_statistics_of_the_paper():
+    # Direct3D-S2 paper (arXiv 2505.17412), section 2
+    cameras = sampled("paper")
     assert_uniform([c.elevation_degrees for c in cameras], 10, 40)
     assert_uniform([c.azimuth_degrees for c in cameras], 0, 180)
     assert_uniform([c.focal_mm for c in cameras], 30, 100)
-    for name in (
-        "elevation_degrees",
-        "azimuth_degrees",
-        "focal_mm",
-    ):  # neither repeated nor a sequence
+    # The numbers neither repeat nor form a sequence.
+    for name in ("elevation_degrees", "azimuth_degrees", "focal_mm"):
         values = np.array([getattr(c, name) for c in cameras])
         assert len(np.unique(values)) == len(values)
         assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.1
@@ -41,16 +42,16 @@ def test_paper_cameras_have_the_papers_statistics():  # paper, sec. 2 (data)
 
 
 def test_wide_cameras_are_uniform_on_the_sphere():
-    back = np.array([c.c2w[:3, 2] for c in drawn("wide")])
-    for axis in range(3):  # Archimedes: every coordinate of a uniform direction is uniform
+    back = np.array([c.c2w[:3, 2] for c in sampled("wide")])
+    for axis in range(3):  # every coordinate of a uniform direction is uniform (Archimedes)
         assert_uniform(back[:, axis], -1, 1)
     assert np.abs(np.cov(back.T) - np.eye(3) / 3).max() < 0.03
 
 
-def test_same_arguments_same_camera_and_each_argument_counts():
+def test_a_camera_depends_on_each_argument_and_on_nothing_else():
     first = sample_camera("folder-a", 3, "paper")
     assert sample_camera("folder-a", 3, "paper").meta() == first.meta()
-    # Pinned: a build must find the same cameras on every platform and in every later version.
+    # These values are pinned: every platform and every later version must find the same cameras.
     assert first.azimuth_degrees == 90.56322387
     assert first.focal_mm == 61.301431571
     others = [
@@ -74,14 +75,14 @@ def test_same_arguments_same_camera_and_each_argument_counts():
         (0, -90, [0, -1, 0], [1, 0, 0], [0, 0, 1]),
     ],
 )
-def test_azimuth_and_elevation_follow_the_contract(azimuth, elevation, eye, right, up):
+def test_azimuth_and_elevation_follow_the_convention(azimuth, elevation, eye, right, up):
     c = look_at_origin(azimuth, elevation, 50)
     expected = np.stack([right, up, eye, np.multiply(eye, c.distance)], axis=1)
     assert np.abs(c.c2w[:3] - expected).max() < 1e-9
     assert c.c2w[3].tolist() == [0, 0, 0, 1]
 
 
-def test_the_sphere_of_radius_0_866_just_fits():
+def test_the_sphere_of_radius_0_866_exactly_fits_the_image():
     for c in [
         sample_camera(UIDS[0], view, kind) for kind in ("paper", "wide") for view in range(45)
     ]:
@@ -94,8 +95,8 @@ def test_the_sphere_of_radius_0_866_just_fits():
         assert np.abs(c.c2w[:3, 3] - eye).max() < 1e-9
 
 
-def test_project_is_the_pinhole_of_the_sensor():
-    """Against intersecting each ray with a 36 mm sensor at the focal length."""
+def test_projection_agrees_with_a_pinhole_and_a_sensor():
+    """The expected pixels come from intersecting each ray with a 36 mm sensor."""
     rng = np.random.default_rng(0)
     points = rng.uniform(-0.475, 0.475, (100, 3))
     for view in range(5):

@@ -1,3 +1,5 @@
+"""The report is a self-contained page with the numbers and pictures of the build."""
+
 import base64
 import io
 import re
@@ -27,7 +29,7 @@ KINDS = ("render", "bricks", "slice")
 
 
 class Page(HTMLParser):
-    """Tags, links, images and text of a page; fails on a tag that is closed but was not opened."""
+    """Collects links, images and text of a page, and checks that tags are closed as opened."""
 
     VOID = frozenset({"meta", "link", "img", "br", "input", "hr"})
 
@@ -59,14 +61,14 @@ def page(tiny_build):
     return Page((tiny_build / "report" / "index.html").read_text())
 
 
-def test_the_page_is_whole_and_loads_nothing(page, tiny_build):
+def test_the_page_is_well_formed_and_loads_nothing(page, tiny_build):
     assert page.open == []
     assert all(link.startswith("data:image/webp;base64,") for link in page.links)
     assert "url(" not in (tiny_build / "report" / "index.html").read_text()
     assert (tiny_build / "report" / "index.html").stat().st_size < 500_000
 
 
-def test_every_asset_shows_its_render_its_surface_and_a_slice(page, tiny_build):
+def test_every_asset_has_a_render_a_surface_and_a_slice(page, tiny_build):
     rows = [
         row for path in sorted((tiny_build / "manifest").iterdir()) for row in read_manifest(path)
     ]
@@ -76,8 +78,8 @@ def test_every_asset_shows_its_render_its_surface_and_a_slice(page, tiny_build):
     for image in page.images:
         data = base64.b64decode(image["src"].partition(",")[2])
         pictures[image["alt"]] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    # The surface from the bricks covers what the render covers: same frame, same camera. Not more exactly, since
-    # the stored render has 64 pixels a side here and blurs what is thin.
+    # The surface of the bricks covers the same pixels as the render, because frame and camera are
+    # the same. The match is not exact, because the stored render has only 64 pixels a side.
     overlaps = []
     for row in rows:
         pair = [
@@ -89,11 +91,11 @@ def test_every_asset_shows_its_render_its_surface_and_a_slice(page, tiny_build):
     assert min(overlaps) > 0.4
 
 
-def test_numbers_on_the_page_are_those_of_the_manifest(page, tiny_build):
+def test_the_page_shows_the_numbers_of_the_manifest(page, tiny_build):
     build = read_build(tiny_build)
-    told = summary(build)
+    numbers = summary(build)
     tokens = [row["tokens_96"] for row in build.rows]
-    (row,) = [row for row in told["products"] if row["name"] == "sdf-96"]
+    (row,) = [row for row in numbers["products"] if row["name"] == "sdf-96"]
     assert (row["assets"], row["max"]) == ("12", f"{max(tokens):,}")
     stored = sum(marker["bytes"] for marker in build.markers[Product.sdf(96)])
     assert row["cell"] == f"{stored / sum(tokens):.0f} B"
@@ -101,7 +103,7 @@ def test_numbers_on_the_page_are_those_of_the_manifest(page, tiny_build):
     assert f"{sum(tokens) / 12:,.0f}" in page.text
 
 
-def test_text_from_assets_is_escaped_and_verdicts_are_listed(tiny_build, tmp_path):
+def test_text_of_assets_is_escaped_and_reasons_are_listed(tiny_build, tmp_path):
     out = tmp_path / "build"
     shutil.copytree(tiny_build, out)
     path = out / "manifest" / "000001.parquet"
@@ -120,7 +122,7 @@ def test_text_from_assets_is_escaped_and_verdicts_are_listed(tiny_build, tmp_pat
     assert len(Page(html).images) == 3
 
 
-def test_an_unfinished_build_has_a_page_too(tiny_build, tmp_path):
+def test_an_unfinished_build_has_a_page(tiny_build, tmp_path):
     out = tmp_path / "build"
     shutil.copytree(tiny_build, out)
     shutil.rmtree(out / "shards")
@@ -129,12 +131,12 @@ def test_an_unfinished_build_has_a_page_too(tiny_build, tmp_path):
     assert Page(html).images == []
 
 
-def test_something_else_is_a_usage_error(tmp_path):
+def test_another_directory_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="is not a build"):
         write_report(tmp_path)
 
 
-def test_funnel_adds_up():
+def test_the_funnel_adds_up():
     def row(stage):
         return {"status": "rejected" if stage else "done", "stage": stage}
 
@@ -146,7 +148,7 @@ def test_funnel_adds_up():
     assert steps == [("seen", 10, 0), ("load", 7, 3), ("sdf-64", 5, 2), ("renders-paper", 5, 0)]
 
 
-def test_costs_by_stage_in_the_order_of_the_stages():
+def test_costs_are_listed_in_the_order_of_the_stages():
     stats = [
         {
             "stage_seconds": '{"renders-paper": 4, "sdf-512": 2, "sdf-64": 1, "load": 0.5}',
@@ -168,12 +170,12 @@ def test_costs_by_stage_in_the_order_of_the_stages():
     assert costs["peak memory"] == ["100 MB"] * 4 + [""]
 
 
-def test_slice_shows_inside_blue_outside_orange_and_up_is_up():
+def test_a_slice_is_blue_inside_and_orange_outside_with_y_up():
     ramp = np.linspace(-1, 1, 8)  # along x, from inside to outside
     values = np.broadcast_to(ramp[:, None, None], (8, 8, 8)).reshape(1, 512).astype(np.float16)
-    block = np.array([[0, 1, 1]], np.int16)  # top left of the middle plane of a 16^3 grid
+    cell = np.array([[0, 1, 1]], np.int16)  # top left of the middle plane of a 16^3 grid
     picture = slice_picture(
-        Bricks(resolution=16, cells=block, values=values, sharp=np.zeros((1, 64), np.uint8))
+        Bricks(resolution=16, cells=cell, values=values, sharp=np.zeros((1, 64), np.uint8))
     )
     assert picture.shape == (16, 16, 3)
     assert (picture[8:] == 255).all()
@@ -183,7 +185,7 @@ def test_slice_shows_inside_blue_outside_orange_and_up_is_up():
     assert outside[0] > outside[2]
 
 
-def test_units():
+def test_numbers_are_written_with_units():
     assert [human_bytes(n) for n in (0, 999, 1000, 1_234_567, 5e12)] == [
         "0 B",
         "999 B",

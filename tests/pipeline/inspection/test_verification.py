@@ -1,10 +1,11 @@
-"""Every breach that `verify` must find, planted in a copy of a sound build."""
+"""`verify` finds every breach that is planted in a copy of a sound build."""
 
 import json
 import re
 import shutil
 import sys
 import tarfile
+from io import BytesIO
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +34,11 @@ def marker(build, product):
     return build / "shards" / SHARD / f"{product}.json"
 
 
-def vouch(build, product):
-    """Make the marker agree with the bytes again, so that only a reader of the content can object."""
+def update_marker(build, product):
+    """Make sizes and hashes in the marker agree with the files again.
+
+    Afterwards only a check of the content can find the damage.
+    """
     content = json.loads(marker(build, product).read_text())
     for file in content["files"]:
         file["bytes"], file["sha256"] = tree_sha256(build / file["path"])
@@ -72,9 +76,9 @@ def truncate_the_tar(build):
     tar(build).write_bytes(data[: len(data) // 2])
 
 
-def truncate_the_tar_and_vouch(build):
+def truncate_the_tar_and_update_its_marker(build):
     truncate_the_tar(build)
-    vouch(build, "renders-paper")
+    update_marker(build, "renders-paper")
 
 
 def write_bricks(build, change):
@@ -82,10 +86,10 @@ def write_bricks(build, change):
     assets = [(uid, shard.bricks(uid)) for uid in shard.uids]
     shutil.rmtree(sdf(build))
     write_sdf_shard(sdf(build), 64, change(assets), str(shard.attributes["config_hash"]))
-    vouch(build, "sdf-64")
+    update_marker(build, "sdf-64")
 
 
-def put_a_block_out_of_order(build):
+def put_a_cell_out_of_order(build):
     def swap(assets):
         for name in ("cells", "values", "sharp"):
             array = getattr(assets[1][1], name)
@@ -107,7 +111,7 @@ def drop_an_asset(build):
     write_bricks(build, lambda assets: assets[:1] + assets[2:])
 
 
-def drop_blocks(build):
+def drop_a_cell(build):
     def shorten(assets):
         uid, bricks = assets[1]
         kept = {name: getattr(bricks, name)[:-1] for name in ("cells", "values", "sharp")}
@@ -116,9 +120,9 @@ def drop_blocks(build):
     write_bricks(build, shorten)
 
 
-def change_the_stores_version(build):
+def change_the_format_version(build):
     zarr.open_group(sdf(build), mode="r+").update_attributes({"format_version": 99})
-    vouch(build, "sdf-64")
+    update_marker(build, "sdf-64")
 
 
 def write_views(build, change):
@@ -127,7 +131,7 @@ def write_views(build, change):
         (uid, [shard.read_bytes(uid, view) for view in shard.views(uid)]) for uid in shard.uids
     ]
     write_render_shard(tar(build), change(entries))
-    vouch(build, "renders-paper")
+    update_marker(build, "renders-paper")
 
 
 def drop_a_view_of_each(build):
@@ -139,7 +143,7 @@ def swap_assets_in_the_tar(build):
 
 
 def drop_one_view(build):
-    """Of one asset, from the tar and its index alike."""
+    """Drop one view of one asset from the tar file and from its index."""
     index = tar(build).with_suffix(".index.parquet")
     table = pq.read_table(index)
     victim = f"{uids(build)[1]}-01"
@@ -154,10 +158,10 @@ def drop_one_view(build):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             rows.append((name.rpartition(".")[0], name, archive.offset + 512, len(data)))
-            archive.addfile(info, __import__("io").BytesIO(data))
+            archive.addfile(info, BytesIO(data))
     columns = [pa.array(column, field.type) for column, field in zip(zip(*rows), table.schema)]
     pq.write_table(pa.table(columns, schema=table.schema), index)
-    vouch(build, "renders-paper")
+    update_marker(build, "renders-paper")
 
 
 def manifest(build):
@@ -166,7 +170,7 @@ def manifest(build):
 
 def write_rows(build, change):
     write_manifest(manifest(build), change(read_manifest(manifest(build))), [64, 96])
-    vouch(build, "manifest")
+    update_marker(build, "manifest")
 
 
 def drop_a_manifest_row(build):
@@ -198,17 +202,21 @@ def edit_plan(build):
     (build / "plan.json").write_text(json.dumps(info))
 
 
-A = "<the second asset>"
-BREACHES = [  # damage, asset named, rule
+A = "<the second asset>"  # stands for its uid
+BREACHES = [  # damage, asset that the breach names, pattern of the rule
     (flip_a_byte, "", "sdf-64: .*zarr does not have its marker's sha256"),
     (flip_a_byte_of_a_render, "", "renders-paper: .*tar does not have its marker's sha256"),
     (truncate_the_tar, "", "renders-paper: .*tar has .* bytes, its marker says"),
-    (truncate_the_tar_and_vouch, "", "renders-paper: .*(truncated|ends within|different members)"),
-    (put_a_block_out_of_order, A, "sdf-64: cells are not in x, y, z order"),
+    (
+        truncate_the_tar_and_update_its_marker,
+        "",
+        "renders-paper: .*(truncated|ends within|different members)",
+    ),
+    (put_a_cell_out_of_order, A, "sdf-64: cells are not in x, y, z order"),
     (make_a_value_not_finite, A, "sdf-64: values are not finite"),
     (drop_an_asset, "", "sdf-64: uids must be"),
-    (drop_blocks, A, "sdf-64: .* tokens, the manifest says"),
-    (change_the_stores_version, "", "sdf-64: .*format_version 1, got 99"),
+    (drop_a_cell, A, "sdf-64: .* tokens, the manifest says"),
+    (change_the_format_version, "", "sdf-64: .*format_version 1, got 99"),
     (drop_a_view_of_each, A, "renders-paper: missing view"),
     (drop_one_view, A, "renders-paper: missing view"),
     (swap_assets_in_the_tar, "", "renders-paper: .*order"),
@@ -248,10 +256,11 @@ BREACHES = [  # damage, asset named, rule
 def test_a_breach_is_found_and_named(build, damage, asset, rule):
     asset = asset and uids(build)[1]
     damage(build)
-    found = verify(build)
-    assert any(b.shard == SHARD and b.asset == asset and re.search(rule, b.rule) for b in found), [
-        *map(str, found)
-    ]
+    breaches = verify(build)
+    assert any(
+        breach.shard == SHARD and breach.asset == asset and re.search(rule, breach.rule)
+        for breach in breaches
+    ), [*map(str, breaches)]
 
 
 @pytest.mark.parametrize(
@@ -269,20 +278,20 @@ def test_a_breach_is_found_and_named(build, damage, asset, rule):
 )
 def test_a_breach_of_the_whole_build_is_found(build, damage, rule):
     damage(build)
-    assert any(b.shard == "" and re.search(rule, b.rule) for b in verify(build))
+    assert any(breach.shard == "" and re.search(rule, breach.rule) for breach in verify(build))
 
 
-def test_a_sound_build_passes_with_several_workers_too(tiny_build):
+def test_a_sound_build_passes_with_one_and_several_workers(tiny_build):
     assert verify(tiny_build) == verify(tiny_build, workers=2) == []
 
 
-def test_latents_are_part_of_a_build_and_are_left_to_their_readers(build):
+def test_latents_belong_to_a_build_and_are_not_checked(build):
     (build / "latents/0123456789ab/64/000000.zarr").mkdir(parents=True)
     assert verify(build) == []
 
 
 @pytest.mark.parametrize(("damage", "code"), [(None, 0), (flip_a_byte, 1)])
-def test_the_commands_exit_code(build, damage, code, monkeypatch, caplog):
+def test_exit_code_of_the_command(build, damage, code, monkeypatch, caplog):
     if damage:
         damage(build)
     monkeypatch.setattr(sys, "argv", ["verify", str(build)])
@@ -292,6 +301,6 @@ def test_the_commands_exit_code(build, damage, code, monkeypatch, caplog):
     assert (f"shard {SHARD}: sdf-64" in caplog.text) == bool(code)
 
 
-def test_something_that_is_not_a_build_is_a_usage_error(tmp_path):
+def test_another_directory_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="is not a build"):
         verify(tmp_path)

@@ -1,4 +1,4 @@
-"""Render shards: bytes, WebDataset's and our reading of them, and every breach that a check must name."""
+"""Render shards: bytes, reading with `RenderShard` and WebDataset, and checks of the format."""
 
 import json
 import tarfile
@@ -24,7 +24,7 @@ from pipeline.storage.render_shard import (
     write_render_shard,
 )
 
-UIDS = ["folder-b", "folder-a", "folder-c-7"]  # rows are in the plan's order, not sorted
+UIDS = ["folder-b", "folder-a", "folder-c-7"]  # in the order of a plan, not sorted
 VIEWS, SIZE = 3, 16
 
 
@@ -57,7 +57,7 @@ def check(path, **options):
 
 
 @pytest.mark.parametrize("format", ["png", "webp"])
-def test_round_trip_by_seeking(tmp_path, format):
+def test_views_are_read_back_by_offset(tmp_path, format):
     path = tmp_path / "000000.tar"
     write_render_shard(path, entries(format), format)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000.index.parquet", "000000.tar"]
@@ -80,7 +80,7 @@ def test_round_trip_by_seeking(tmp_path, format):
     assert check(path) == []
 
 
-def test_webdataset_reads_it(shard):
+def test_webdataset_reads_a_shard(shard):
     samples = list(webdataset.WebDataset(str(shard), shardshuffle=False).decode("rgba8"))
     assert [sample["__key__"] for sample in samples] == [
         f"{uid}-{view:02d}" for view in range(VIEWS) for uid in UIDS
@@ -114,14 +114,14 @@ def test_bytes_depend_on_the_entries_alone(shard, tmp_path):
     assert text == json.dumps(view_of("folder-a", 1).meta, sort_keys=True).encode()
 
 
-def test_the_index_is_where_the_tar_says(shard):
+def test_the_index_has_the_offsets_of_the_tar(shard):
     with tarfile.open(shard) as tar:
         expected = [(m.name.split(".")[0], m.name, m.offset_data, m.size) for m in tar]
     assert [tuple(row) for row in read_index(shard)] == expected
     assert pq.read_schema(index_path(shard)).names == ["key", "member", "offset", "size"]
 
 
-def test_a_shard_is_never_in_memory(tmp_path):
+def test_writing_holds_one_view_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "scratch").mkdir()
     for number in range(24):
@@ -155,7 +155,7 @@ def test_wrong_entries_are_refused(tmp_path):
 
 
 def rewrite(path, change):
-    """The shard again with `change` applied to its list of (member, bytes), and an index that agrees."""
+    """Rewrite a shard with `change` applied to its members (name, bytes), and update its index."""
     with tarfile.open(path) as tar:
         members = change([(m.name, tar.extractfile(m).read()) for m in tar])
     rows = []
@@ -246,7 +246,7 @@ BREACHES = {
 
 
 @pytest.mark.parametrize("breach", BREACHES)
-def test_check_names_the_rule_and_the_asset(shard, breach):
+def test_a_check_names_the_rule_and_the_asset(shard, breach):
     change, rule, where = BREACHES[breach]
     rewrite(shard, lambda members: members)
     assert check(shard) == []
@@ -258,7 +258,7 @@ def test_check_names_the_rule_and_the_asset(shard, breach):
     )
 
 
-def test_check_needs_the_expected_assets_and_size(shard):
+def test_a_check_requires_the_expected_assets_views_and_size(shard):
     assert any(
         "lacks folder-z-00" in p for p in check_render_shard(shard, [*UIDS, "folder-z"], VIEWS)
     )
@@ -269,13 +269,13 @@ def test_check_needs_the_expected_assets_and_size(shard):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 0.97, 0.999])
-def test_check_sees_a_truncated_tar(shard, keep):
+def test_a_check_finds_a_truncated_tar(shard, keep):
     data = shard.read_bytes()
     shard.write_bytes(data[: int(len(data) * keep)])
     assert check(shard)
 
 
-def test_check_sees_an_index_that_lies(shard):
+def test_a_check_finds_wrong_offsets(shard):
     table = pq.read_table(index_path(shard))
     offsets = table["offset"].to_pylist()
     offsets[3] += 1

@@ -1,3 +1,5 @@
+"""SDF shards: bytes equal to Zarr's own, reading by asset, and checks that name problems."""
+
 import tracemalloc
 from dataclasses import replace
 
@@ -34,7 +36,7 @@ def files(path):
     }
 
 
-# 1024 rows are a chunk: below, at, and across one, twice
+# A chunk has 1024 rows. The assets end below, at and beyond chunk borders.
 ASSETS = [
     (f"test-{seed}", random_bricks(tokens, seed))
     for seed, tokens in enumerate([1, 1000, 23, 500, 1100, 1])
@@ -62,8 +64,8 @@ def test_every_asset_comes_back_by_row_and_by_uid(shard):
     assert check_sdf_shard(shard, reader.uids) == []
 
 
-def test_the_files_are_what_zarr_itself_writes(shard, tmp_path):
-    """An independent writer of the same format, given the whole arrays, makes the same bytes."""
+def test_the_files_are_those_that_zarr_itself_writes(shard, tmp_path):
+    """Zarr's own writer, which gets the whole arrays, is an independent writer of the format."""
     ours = zarr.open_group(shard, mode="r")
     theirs = zarr.create_group(tmp_path / "zarr", zarr_format=3, attributes=dict(ours.attrs))
     for name, width in (("blocks", 2), ("values", 2), ("sharp", 1), ("offsets", 8)):
@@ -82,7 +84,7 @@ def test_the_files_are_what_zarr_itself_writes(shard, tmp_path):
     assert files(tmp_path / "zarr") == files(shard)
 
 
-def test_layout_is_one_file_an_array_and_attributes_as_agreed(shard):
+def test_each_array_is_one_file_and_the_attributes_describe_the_grid(shard):
     assert sorted(str(name) for name in files(shard)) == sorted(
         ["zarr.json"]
         + [
@@ -104,7 +106,7 @@ def test_layout_is_one_file_an_array_and_attributes_as_agreed(shard):
     }
 
 
-def test_same_assets_same_bytes(shard, tmp_path):
+def test_the_same_assets_give_the_same_bytes(shard, tmp_path):
     write_sdf_shard(tmp_path / "again.zarr", RESOLUTION, ASSETS, "hash")
     assert files(tmp_path / "again.zarr") == files(shard)
 
@@ -115,7 +117,7 @@ def test_a_shard_without_assets_is_sound(tmp_path):
     assert check_sdf_shard(tmp_path / "none.zarr", []) == []
 
 
-def test_writing_holds_a_chunk_not_the_shard(tmp_path):
+def test_writing_holds_one_chunk_in_memory(tmp_path):
     zarr.create_group(tmp_path / "a", zarr_format=3)
     writer = ArrayWriter(tmp_path / "a", "values", np.float16, (512,))
     rows = np.zeros((512, 512), np.float16)
@@ -151,12 +153,12 @@ def test_another_format_version_is_refused_with_a_reason(shard):
         SdfShard(shard)
 
 
-def test_something_else_is_refused(tmp_path):
+def test_another_directory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be an SDF shard"):
         SdfShard(tmp_path)
 
 
-def test_writer_refuses_a_brick_of_another_resolution_and_a_uid_twice(tmp_path):
+def test_another_resolution_and_a_repeated_uid_are_refused(tmp_path):
     with pytest.raises(ValueError, match="resolution 128"):
         write_sdf_shard(tmp_path / "a", 128, [("a", random_bricks(3, resolution=64))], "hash")
     with pytest.raises(ValueError, match="new uid"):
@@ -190,7 +192,7 @@ BAD_BRICKS = {
 
 
 @pytest.mark.parametrize("rule", BAD_BRICKS)
-def test_check_names_asset_and_rule(tmp_path, rule):
+def test_a_check_names_the_asset_and_the_rule(tmp_path, rule):
     write_sdf_shard(
         tmp_path / "s.zarr",
         RESOLUTION,
@@ -202,12 +204,13 @@ def test_check_names_asset_and_rule(tmp_path, rule):
     assert any(rule in problem for problem in problems)
 
 
-def test_points_whose_activity_was_rounded_away_are_no_breach(tmp_path):
-    """A layer of sharp points at 0.9999 tau, stored as 1: in the last block it is all that is active."""
+def test_points_that_rounding_made_inactive_are_accepted(tmp_path):
+    """A layer of sharp points at 0.9999 tau is stored as 1.
+
+    The last cell has no other active point.
+    """
     values = np.full((3, 8, 8, 8), 1, np.float16)
-    values[:2, :, :, :5] = (
-        0.5  # the blocks at z = 0 and 1; what is active of z = 2 is not to be seen
-    )
+    values[:2, :, :, :5] = 0.5  # cells 0 and 1 along z; the points of cell 2 look inactive
     sharp = np.zeros((3, 8, 8, 8), bool)
     sharp[:2, :, :, 5] = True
     bricks = Bricks(
@@ -219,7 +222,8 @@ def test_points_whose_activity_was_rounded_away_are_no_breach(tmp_path):
     assert list(brick_problems(bricks)) == []
     far = replace(bricks, cells=np.array([[3, 3, 0], [3, 3, 1], [3, 3, 3]], np.int16))
     assert list(brick_problems(far)) == ["has 1 cells without an active point"]
-    sharp[:2, 4, 4, 5], sharp[:2, 4, 4, 6] = False, True  # two voxels from anything active
+    sharp[:2, 4, 4, 5] = False
+    sharp[:2, 4, 4, 6] = True  # two points away from any active one
     deep = replace(bricks, sharp=np.packbits(sharp.reshape(3, 512), axis=1, bitorder="little"))
     assert list(brick_problems(deep)) == ["has 2 sharp points that are not active"]
 
@@ -234,12 +238,12 @@ def test_points_whose_activity_was_rounded_away_are_no_breach(tmp_path):
         ({"uids": ["a"]}, "offsets must be"),
     ],
 )
-def test_check_compares_attributes(shard, attributes, rule):
+def test_a_check_compares_attributes(shard, attributes, rule):
     zarr.open_group(shard, mode="r+").update_attributes(attributes)
     assert any(rule in problem for problem in check_sdf_shard(shard))
 
 
-def test_check_finds_offsets_that_fall_and_other_assets(shard):
+def test_a_check_finds_decreasing_offsets_and_other_assets(shard):
     assert any("manifest" in problem for problem in check_sdf_shard(shard, ["test-0"]))
     zarr.open_group(shard, mode="r+")["offsets"][1] = 2000
     assert any(
@@ -248,7 +252,7 @@ def test_check_finds_offsets_that_fall_and_other_assets(shard):
     )
 
 
-def test_check_reports_a_chunk_that_does_not_decode(shard):
+def test_a_check_reports_a_chunk_that_cannot_be_decoded(shard):
     path = shard / "values" / "c" / "0" / "0"
     data = bytearray(path.read_bytes())
     data[40:4000] = bytes(3960)
