@@ -1,4 +1,4 @@
-"""Options of geometry."""
+"""Options of the geometry stage."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from pipeline.core.grid import check_resolution
 
 @dataclass(frozen=True, kw_only=True)
 class TopologyConfig:
-    resolution: int = 512  # of the grid on which everything is decided, whatever R is asked for
-    max_opening: float = (
-        0.05  # an opening is closed if the space behind it sees less than this share of the sphere
-    )
-    sharp_degrees: float = 30.0  # an edge is sharp where its faces deviate from flat by more
+    """How inside and outside are decided."""
+
+    resolution: int = 512
+    """Resolution of the grid on which inside and outside are decided, whatever resolutions are
+    stored. At least 64 and a multiple of 8."""
+
+    max_opening: float = 0.05
+    """Largest opening that is closed, 0 to 1. It is measured as the share of all directions in
+    which the space behind the opening sees out. 0 closes no opening."""
+
+    sharp_degrees: float = 30.0
+    """Angle in degrees above which an edge is sharp. The angle of two coplanar faces is 0."""
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)

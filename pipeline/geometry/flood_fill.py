@@ -1,4 +1,4 @@
-"""Which grid points the outside reaches: triangles in cell bins, a barrier around them, a flood from the walls."""
+"""Flood fill of the space outside a surface, on bit masks of 8^3 cells."""
 
 from __future__ import annotations
 
@@ -11,39 +11,55 @@ from numpy.typing import NDArray
 from pipeline.core.grid import CELL_SIDE, spacing
 from pipeline.core.primitives.triangles import distance2
 
-# A 6-connected path across a closed surface has an end within h/2 of it; a little more also closes hairline cracks.
+# A 6-connected path through a closed surface has a grid point within h/2 of the surface. The
+# additional 0.1 also closes hairline cracks.
 BARRIER_VOXELS = 0.6
-REACH_VOXELS = 3.0  # triangles this close to a cell are in its bin, enough for every line of sight
+# Distance from a cell up to which triangles are in the cell's bin. It suffices for every line of
+# sight that starts or ends in the cell.
+REACH_VOXELS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bins:
-    """Triangles within reach of each cell: cell -> bin (-1: none) -> run of `triangles`; bins sorted by cell."""
+    """Lists of the triangles near each cell of a grid.
+
+    Only cells with at least one triangle nearby have a bin. Bin m holds the triangles
+    `triangles[offsets[m]:offsets[m + 1]]`, in ascending order. B = resolution / 8.
+    """
 
     resolution: int
-    bin_of: NDArray[np.int32]  # [B, B, B]
-    cells: NDArray[np.int32]  # [M, 3]
+    bin_of: NDArray[np.int32]  # [B, B, B] bin of each cell, -1 if it has none
+    cells: NDArray[np.int32]  # [M, 3] cell of each bin, sorted by x, y, z
     offsets: NDArray[np.int64]  # [M + 1]
     triangles: NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FloodFill:
-    """The flood's result. A cell with a bin has one bit a point: word lx, bit 8 * ly + lz; all others are whole."""
+    """Result of a flood fill.
+
+    A cell with a bin has one bit per grid point: word lx, bit 8 * ly + lz. A cell without a bin
+    contains no barrier, so one value describes all of it.
+    """
 
     bins: Bins
-    barrier: NDArray[np.uint64]  # [M, 8] within BARRIER_VOXELS of a triangle in use
-    outside: NDArray[np.uint64]  # [M, 8] reached by the flood
+    barrier: NDArray[np.uint64]  # [M, 8] grid points within the barrier distance of a triangle
+    outside: NDArray[np.uint64]  # [M, 8] grid points that the flood reached
     whole_cells: NDArray[np.bool_]  # [B, B, B] cells without a bin that the flood reached
 
 
 @njit(cache=True)
 def _visit_cells(packed, first, resolution, reach, counts, cursor, out):
-    """Octree descent of each triangle to the cells it comes within reach of: count them, or write them at cursor."""
+    """Find the cells within reach of each triangle by octree descent.
+
+    With an empty `out` the triangles of each cell are counted in `counts`. Otherwise each triangle
+    is written to `out` at the cell's `cursor`, which moves on.
+    """
     h = 1.0 / (resolution - 1)
     size = resolution // CELL_SIDE
-    stack = np.empty((256, 6), np.int32)
+    stack = np.empty((256, 6), np.int32)  # boxes of cells: first cell and end cell
     for t in range(first, len(packed)):
+        # start with the cells of the triangle's bounding box
         row = packed[t]
         low, high = np.empty(3, np.int32), np.empty(3, np.int32)
         for k in range(3):
@@ -57,21 +73,21 @@ def _visit_cells(packed, first, resolution, reach, counts, cursor, out):
             x0, y0, z0, x1, y1, z1 = stack[depth]
             if x0 >= x1 or y0 >= y1 or z0 >= z1:
                 continue
+            # centre and half extents of the box, from its first to its last grid point
             hx = 0.5 * h * (CELL_SIDE * (x1 - x0) - 1)
             hy = 0.5 * h * (CELL_SIDE * (y1 - y0) - 1)
             hz = 0.5 * h * (CELL_SIDE * (z1 - z0) - 1)
-            cx, cy, cz = (
-                CELL_SIDE * x0 * h - 0.5 + hx,
-                CELL_SIDE * y0 * h - 0.5 + hy,
-                CELL_SIDE * z0 * h - 0.5 + hz,
-            )
+            cx = CELL_SIDE * x0 * h - 0.5 + hx
+            cy = CELL_SIDE * y0 * h - 0.5 + hy
+            cz = CELL_SIDE * z0 * h - 0.5 + hz
             radius = np.sqrt(hx * hx + hy * hy + hz * hz) + reach
-            # the plane first: it prunes most cells for less than the full distance
+            # the distance to the plane comes first: it prunes most boxes at a lower cost
             height = (cx - row[0]) * row[9] + (cy - row[1]) * row[10] + (cz - row[2]) * row[11]
             if abs(height) > abs(row[9]) * hx + abs(row[10]) * hy + abs(row[11]) * hz + reach:
                 continue
             if distance2(row, cx, cy, cz) > radius * radius:
                 continue
+            # a single cell: count or write
             if x1 - x0 == 1 and y1 - y0 == 1 and z1 - z0 == 1:
                 if len(out) == 0:
                     counts[x0, y0, z0] += 1
@@ -79,6 +95,7 @@ def _visit_cells(packed, first, resolution, reach, counts, cursor, out):
                     out[cursor[x0, y0, z0]] = t
                     cursor[x0, y0, z0] += 1
                 continue
+            # several cells: descend into the eight octants
             mx, my, mz = (x0 + x1 + 1) // 2, (y0 + y1 + 1) // 2, (z0 + z1 + 1) // 2
             for i in range(2):
                 for j in range(2):
@@ -92,12 +109,19 @@ def _visit_cells(packed, first, resolution, reach, counts, cursor, out):
 def bin_triangles(
     packed: NDArray[np.float64], resolution: int, reach_voxels: float = REACH_VOXELS
 ) -> Bins:
-    """Lists, for every 8^3 cell, the packed [T, 16] triangles within reach of it (and a few more), ascending."""
+    """List the triangles near each cell of a grid.
+
+    Args:
+        packed: float64 [T, 16] packed triangles, see `pipeline.core.primitives.triangles.pack`.
+        resolution: Grid points along one side.
+        reach_voxels: A triangle is listed if it is within this distance of the cell, in voxels.
+            The test is conservative: a few triangles that are farther away are listed too.
+    """
     size = resolution // CELL_SIDE
     reach = reach_voxels * spacing(resolution)
     counts = np.zeros((size, size, size), np.int32)
-    none = np.empty((0, 0, 0), np.int64)
-    _visit_cells(packed, 0, resolution, reach, counts, none, np.empty(0, np.int32))
+    no_cursor = np.empty((0, 0, 0), np.int64)
+    _visit_cells(packed, 0, resolution, reach, counts, no_cursor, np.empty(0, np.int32))
     cells = np.argwhere(counts).astype(np.int32)
     bin_of = np.full(counts.shape, -1, np.int32)
     bin_of[tuple(cells.T)] = np.arange(len(cells), dtype=np.int32)
@@ -115,6 +139,7 @@ def bin_triangles(
 
 @njit(cache=True)
 def _mark_barrier(packed, resolution, radius, use, cells, offsets, triangles, barrier):
+    """Set the bits of the grid points within `radius` of a triangle for which `use` is true."""
     h = 1.0 / (resolution - 1)
     radius2 = radius * radius
     one = np.uint64(1)
@@ -125,6 +150,7 @@ def _mark_barrier(packed, resolution, radius, use, cells, offsets, triangles, ba
             t = triangles[e]
             if not use[t]:
                 continue
+            # the cell's grid points inside the triangle's enlarged bounding box
             row = packed[t]
             for k in range(3):
                 a, b, c = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
@@ -133,6 +159,7 @@ def _mark_barrier(packed, resolution, radius, use, cells, offsets, triangles, ba
                 high[k] = min(
                     CELL_SIDE - 1, int(np.floor((max(a, b, c) + radius + 0.5) / h)) - start
                 )
+            # the exact distance decides for points that the plane does not exclude
             for i in range(low[0], high[0] + 1):
                 x = (x0 + i) * h - 0.5
                 for j in range(low[1], high[1] + 1):
@@ -149,25 +176,27 @@ def _mark_barrier(packed, resolution, radius, use, cells, offsets, triangles, ba
                             barrier[m, i] |= bit
 
 
-_NOT_Z0 = np.uint64(0xFEFEFEFEFEFEFEFE)  # every bit but those with lz = 0
-_NOT_Z7 = np.uint64(0x7F7F7F7F7F7F7F7F)
+_NOT_Z0 = np.uint64(0xFEFEFEFEFEFEFEFE)  # all bits but those with lz = 0
+_NOT_Z7 = np.uint64(0x7F7F7F7F7F7F7F7F)  # all bits but those with lz = 7
 
 
 @njit(cache=True)
 def _fill_words(reached, free):
-    """Spreads the bits of reached [8] through those of free [8], 6-connected, until nothing changes."""
+    """Fill one cell: spread the bits of reached [8] through those of free [8], 6-connected."""
     one, eight = np.uint64(1), np.uint64(8)
     changed = True
     while changed:
         changed = False
-        for sweep in range(16):  # forwards, then backwards
+        for sweep in range(16):  # slabs of constant x, forwards and then backwards
             i = sweep if sweep < 8 else 15 - sweep
+            # enter the slab from its two neighbours
             word = reached[i]
             if i > 0:
                 word |= reached[i - 1]
             if i < 7:
                 word |= reached[i + 1]
             word &= free[i]
+            # spread inside the slab along y (shift by 8) and z (shift by 1)
             while True:
                 grown = word | (word << eight) | (word >> eight)
                 grown |= ((word << one) & _NOT_Z0) | ((word >> one) & _NOT_Z7)
@@ -181,8 +210,8 @@ def _fill_words(reached, free):
 
 
 @njit(cache=True)
-def _face(words, axis, side):
-    """The 64 points of one face of a cell as bits 8 * u + v of the two other axes in order."""
+def _face_bits(words, axis, side):
+    """Return the 64 points of one face of a cell: bit 8 * u + v of the two other axes in order."""
     if axis == 0:
         return words[7 * side]
     face = np.uint64(0)
@@ -198,8 +227,8 @@ def _face(words, axis, side):
 
 
 @njit(cache=True)
-def _seed_face(words, free, axis, side, face):
-    """Sets the face's bits where they are free; whether any is new."""
+def _add_face_bits(words, free, axis, side, face):
+    """Set the bits of a face where they are free. Return whether any of them was not set before."""
     new = False
     for i in range(8):
         bits = np.uint64(0)
@@ -221,16 +250,17 @@ def _seed_face(words, free, axis, side, face):
 
 @njit(cache=True)
 def _spread(bin_of, bin_cells, free, free_whole, reached, whole, queue, queued):
-    """6-connected fill cell by cell, from the queued cells' reached points; a cell without a bin is one point.
+    """Fill cell by cell, 6-connected, until the queue is empty. A cell without a bin is one point.
 
-    `queue` holds cell numbers to start with and has room for all of them; `queued` marks those in it.
+    `queue` holds the numbers of the first cells. `queued` [B^3] marks the cells in the queue.
     """
     size = len(bin_of)
     room = size**3
     head, waiting = 0, len(queue)
-    ring = np.empty(room, np.int64)
+    ring = np.empty(room, np.int64)  # every cell is in the queue at most once
     ring[:waiting] = queue
     while waiting > 0:
+        # take the next cell and fill it
         b = ring[head]
         head = (head + 1) % room
         waiting -= 1
@@ -239,6 +269,7 @@ def _spread(bin_of, bin_cells, free, free_whole, reached, whole, queue, queued):
         m = bin_of[bx, by, bz]
         if m >= 0:
             _fill_words(reached[m], free[m])
+        # continue into the six neighbours and queue those that changed
         for axis in range(3):
             for side in range(2):
                 nx = bx + (2 * side - 1) * (axis == 0)
@@ -246,21 +277,21 @@ def _spread(bin_of, bin_cells, free, free_whole, reached, whole, queue, queued):
                 nz = bz + (2 * side - 1) * (axis == 2)
                 if min(nx, ny, nz) < 0 or max(nx, ny, nz) >= size:
                     continue
-                face = _face(reached[m], axis, side) if m >= 0 else ~np.uint64(0)
+                face = _face_bits(reached[m], axis, side) if m >= 0 else ~np.uint64(0)
                 if not face:
                     continue
                 n = bin_of[nx, ny, nz]
                 if n >= 0:
-                    if not _seed_face(reached[n], free[n], axis, 1 - side, face):
+                    if not _add_face_bits(reached[n], free[n], axis, 1 - side, face):
                         continue
                 elif whole[nx, ny, nz] or not free_whole[nx, ny, nz]:
                     continue
                 else:
                     whole[nx, ny, nz] = True
-                to = (nx * size + ny) * size + nz
-                if not queued[to]:
-                    queued[to] = True
-                    ring[(head + waiting) % room] = to
+                neighbour = (nx * size + ny) * size + nz
+                if not queued[neighbour]:
+                    queued[neighbour] = True
+                    ring[(head + waiting) % room] = neighbour
                     waiting += 1
 
 
@@ -272,7 +303,7 @@ def _fill(
     reached: NDArray[np.uint64],
     whole: NDArray[np.bool_],
 ) -> None:
-    """Spreads `reached` and `whole` in place from the cells with the numbers `start`."""
+    """Spread `reached` and `whole` in place, beginning with the cells numbered `start`."""
     queued = np.zeros(bins.bin_of.size, np.bool_)
     queued[start] = True
     _spread(bins.bin_of, bins.cells, free, free_whole, reached, whole, start, queued)
@@ -284,14 +315,23 @@ def flood_fill(
     use: NDArray[np.bool_],
     barrier_voxels: float = BARRIER_VOXELS,
 ) -> FloodFill:
-    """Fills the outside of the triangles where `use` [T] holds, leaving a barrier of this many voxels around them."""
+    """Fill the outside of a surface from the walls of the grid.
+
+    The fill is 6-connected and stops at the barrier: the grid points close to a triangle.
+
+    Args:
+        packed: float64 [T, 16] packed triangles.
+        bins: The triangles near each cell.
+        use: bool [T]. Triangles where it is false are ignored.
+        barrier_voxels: Half thickness of the barrier, in voxels.
+    """
     barrier = np.zeros((len(bins.cells), CELL_SIDE), np.uint64)
     radius = barrier_voxels * spacing(bins.resolution)
     _mark_barrier(
         packed, bins.resolution, radius, use, bins.cells, bins.offsets, bins.triangles, barrier
     )
     outside, whole = np.zeros_like(barrier), np.zeros(bins.bin_of.shape, np.bool_)
-    # the flood starts at all free points of the grid's walls
+    # all free points of the grid's six walls are outside
     size = len(bins.bin_of)
     walls = np.zeros(bins.bin_of.shape, np.bool_)
     for axis in range(3):
@@ -301,14 +341,22 @@ def flood_fill(
             bin_numbers = np.moveaxis(bins.bin_of, axis, 0)[side]
             np.moveaxis(whole, axis, 0)[side][bin_numbers < 0] = True
             for m in bin_numbers[bin_numbers >= 0]:
-                _seed_face(outside[m], ~barrier[m], axis, int(side > 0), np.uint64(2**64 - 1))
+                _add_face_bits(outside[m], ~barrier[m], axis, int(side > 0), np.uint64(2**64 - 1))
     start = np.flatnonzero(walls)
     _fill(bins, ~barrier, np.ones_like(whole), start, outside, whole)
     return FloodFill(bins=bins, barrier=barrier, outside=outside, whole_cells=whole)
 
 
 def connected_region(free: FloodFill, start: NDArray[np.int64]) -> FloodFill:
-    """The connected region of the points that are `outside` in `free`, from one grid point [3] that is."""
+    """Return the 6-connected region around one grid point.
+
+    Args:
+        free: The grid points to which the region is limited are its `outside` points.
+        start: int64 [3] index of a grid point that is one of them.
+
+    Returns:
+        The region as the `outside` points of a flood fill.
+    """
     bins = free.bins
     cell, local = start // CELL_SIDE, start % CELL_SIDE
     reached, whole = np.zeros_like(free.outside), np.zeros_like(free.whole_cells)
@@ -323,12 +371,27 @@ def connected_region(free: FloodFill, start: NDArray[np.int64]) -> FloodFill:
 
 
 @njit(cache=True, inline="always")
-def is_reached(bin_of, words, whole, x, y, z, beyond):
-    """The bit of the grid point with these indices; `beyond` for a point off the grid."""
+def is_reached(bin_of, words, whole, x, y, z, off_grid):
+    """Return whether the flood reached grid point (x, y, z), and `off_grid` beyond the grid.
+
+    Args:
+        bin_of: `Bins.bin_of`.
+        words: `FloodFill.outside`.
+        whole: `FloodFill.whole_cells`.
+    """
     last = len(bin_of) * CELL_SIDE - 1
     if x < 0 or y < 0 or z < 0 or x > last or y > last or z > last:
-        return beyond
+        return off_grid
     m = bin_of[x // 8, y // 8, z // 8]
     if m < 0:
         return whole[x // 8, y // 8, z // 8]
     return (words[m, x % 8] >> np.uint64(8 * (y % 8) + z % 8) & np.uint64(1)) != 0
+
+
+@njit(cache=True, inline="always")
+def bin_at(bin_of, a, b, c):
+    """Return the bin of cell (a, b, c), and -1 if it has none or lies beyond the grid."""
+    size = len(bin_of)
+    if a < 0 or b < 0 or c < 0 or a >= size or b >= size or c >= size:
+        return -1
+    return bin_of[a, b, c]

@@ -1,4 +1,4 @@
-"""Lines of sight from points of the surface to the exterior, exact, past every triangle in the way."""
+"""Exact lines of sight from points of a surface to grid points outside it."""
 
 from __future__ import annotations
 
@@ -10,64 +10,77 @@ from numpy.typing import NDArray
 
 from pipeline.core.grid import CELL_SIDE, spacing
 from pipeline.core.primitives.triangles import segment_hits
-from pipeline.geometry.flood_fill import FloodFill, is_reached
+from pipeline.geometry.flood_fill import FloodFill, bin_at, is_reached
 
-HIDDEN, FRONT, BACK, BOTH = (
-    0,
-    1,
-    2,
-    3,
-)  # seen from: nowhere, the normal's side, the other side, both
-GLIMPSE = 0.2  # of what the other side sees
-FARTHEST_VOXELS = (
-    4.0  # a line of sight stays this close to its sample along each axis: at most 2.4 + 0.5 + 1
-)
+# Sides of a surface that are visible from outside: none, the side of its normal, the other, both.
+HIDDEN = 0
+FRONT = 1
+BACK = 2
+BOTH = 3
+# If both sides are visible, a side counts only if it has at least this share of the other side's
+# free lines of sight. Otherwise a line through a crack would make a wall of a solid a sheet.
+MIN_SIGHT_RATIO = 0.2
+# Longest extent of a line of sight along one axis, in voxels: 2.4 for the distance, 0.5 and 1 for
+# the choice of the grid point.
+FARTHEST_VOXELS = 4.0
 
 
 class Scene(NamedTuple):
-    """What lines of sight run through, as compiled code takes it."""
+    """Triangles and flood fill as the compiled line-of-sight functions take them.
 
-    packed: NDArray[np.float64]  # [T, 15] of `pack`
+    The fields from `near` on are working memory: lists of the triangles near the current sample.
+    """
+
+    packed: NDArray[np.float64]  # [T, 16] packed triangles
     boxes: NDArray[np.float64]  # [T, 6] lowest and highest corner of each triangle
-    bin_of: NDArray[np.int32]  # as in Bins
+    bin_of: NDArray[np.int32]  # this and the next two: see Bins
     offsets: NDArray[np.int64]
     triangles: NDArray[np.int32]
-    outside: NDArray[np.uint64]  # as in FloodFill
+    outside: NDArray[np.uint64]  # this and the next: see FloodFill
     whole_cells: NDArray[np.bool_]
     h: float  # spacing of the grid
-    near: NDArray[np.int32]  # scratch of `_near_sample`: the lists of triangles near one sample
-    near_boxes: NDArray[np.float64]  # their boxes
-    lists: NDArray[
-        np.int64
-    ]  # [1 + 8, 2]: how many lists there are; then of each its cell and where in `near` it ends
+    near: NDArray[np.int32]  # the lists of triangles, one after another
+    near_boxes: NDArray[np.float64]  # [len(near), 6] the boxes of these triangles
+    lists: NDArray[np.int64]  # [9, 2] row 0: number of lists; row n: bin and end of list n in near
 
 
 def make_scene(packed: NDArray[np.float64], flood: FloodFill) -> Scene:
-    """The triangles of `pack` among an exterior."""
+    """Return the scene of packed triangles [T, 16] and the flood fill of their outside."""
     bins = flood.bins
-    most = 8 * np.diff(bins.offsets).max(initial=0)
+    room = 8 * np.diff(bins.offsets).max(initial=0)  # a sample's lines end in at most eight cells
     corners = np.stack(
         [packed[:, :3], packed[:, :3] + packed[:, 3:6], packed[:, :3] + packed[:, 6:9]]
     )
     return Scene(
-        packed, np.concatenate([corners.min(0), corners.max(0)], axis=1), bins.bin_of, bins.offsets, bins.triangles,
-        flood.outside, flood.whole_cells, spacing(bins.resolution),
-        np.empty(most, np.int32), np.empty((most, 6)), np.zeros((9, 2), np.int64),
-    )  # fmt: skip
+        packed=packed,
+        boxes=np.concatenate([corners.min(0), corners.max(0)], axis=1),
+        bin_of=bins.bin_of,
+        offsets=bins.offsets,
+        triangles=bins.triangles,
+        outside=flood.outside,
+        whole_cells=flood.whole_cells,
+        h=spacing(bins.resolution),
+        near=np.empty(room, np.int32),
+        near_boxes=np.empty((room, 6)),
+        lists=np.zeros((9, 2), np.int64),
+    )
 
 
 @njit(cache=True)
-def _near_sample(scene, m, x, y, z):
-    """Where in scene.near the triangles of bin m that come near the sample (x, y, z) begin and end.
+def _triangles_near_sample(scene, m, x, y, z):
+    """Return the first and end index in `scene.near` of bin m's triangles near a sample.
 
-    Listed once a sample, when a line first asks for the bin: dozens of lines then test a handful of triangles, not
-    all of a bin. scene.lists[0, 0] = 0 begins a new sample.
+    The list is made when the first line of a sample asks for the bin, so that the dozens of lines
+    of one sample test a few triangles instead of the whole bin. `scene.lists[0, 0] = 0` begins a
+    new sample.
     """
     lists, boxes = scene.lists, scene.boxes
+    # the list may exist already
     known = lists[0, 0]
     for n in range(known):
         if lists[n + 1, 0] == m:
             return lists[n, 1], lists[n + 1, 1]
+    # otherwise append it
     start = lists[known, 1]
     end, reach = start, FARTHEST_VOXELS * scene.h
     for e in range(scene.offsets[m], scene.offsets[m + 1]):
@@ -86,22 +99,25 @@ def _near_sample(scene, m, x, y, z):
 
 
 @njit(cache=True)
-def _sees_exterior(scene, sample_x, sample_y, sample_z, nx, ny, nz, every):
-    """How many exterior grid points within three voxels on the side of n have a free line of sight to the sample.
+def _count_sights(scene, sample_x, sample_y, sample_z, nx, ny, nz, count_all):
+    """Count the outside grid points on the side of n that have a free line of sight to a sample.
 
-    Stops at the first unless `every` one of the 24 tried is asked for.
+    24 grid points within three voxels are tried. Without `count_all` the search stops at the first
+    free line and returns 1.
     """
-    seen = 0
+    count = 0
     h, packed, bin_of, boxes = scene.h, scene.packed, scene.bin_of, scene.near_boxes
     margin = 1e-3 * h  # more than the rounding of `segment_hits`
+    # lines start just above the surface
     x, y, z = sample_x + 1e-3 * h * nx, sample_y + 1e-3 * h * ny, sample_z + 1e-3 * h * nz
-    size = len(bin_of)
-    blocker = -1  # what hid the last candidate mostly hides the next one too
+    blocker = -1  # the triangle that blocked the last line often blocks the next one too
     for reach in (1.0, 1.6, 2.4):
+        # the eight grid points around a place above the sample
         i0 = int(np.floor((x + reach * h * nx + 0.5) / h))
         j0 = int(np.floor((y + reach * h * ny + 0.5) / h))
         k0 = int(np.floor((z + reach * h * nz + 0.5) / h))
         for corner in range(8):
+            # skip grid points that are not outside, lie below the sample or are hidden as before
             i, j, k = i0 + (corner >> 2), j0 + (corner >> 1 & 1), k0 + (corner & 1)
             if not is_reached(bin_of, scene.outside, scene.whole_cells, i, j, k, True):
                 continue
@@ -110,27 +126,23 @@ def _sees_exterior(scene, sample_x, sample_y, sample_z, nx, ny, nz, every):
                 continue
             if blocker >= 0 and segment_hits(packed[blocker], x, y, z, qx, qy, qz):
                 continue
+            # search for a triangle that blocks the line: it is in the bin of one of the two ends
             low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
             high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
             blocked = False
             previous = -1
-            # a triangle in the way is within reach of the cell at one end of the line or the other
             for end in range(2):
                 if end == 0:
-                    a, b, c = (
-                        int((x + 0.5) / h) // CELL_SIDE,
-                        int((y + 0.5) / h) // CELL_SIDE,
-                        int((z + 0.5) / h) // CELL_SIDE,
-                    )
+                    a = int((x + 0.5) / h) // CELL_SIDE
+                    b = int((y + 0.5) / h) // CELL_SIDE
+                    c = int((z + 0.5) / h) // CELL_SIDE
                 else:
                     a, b, c = i // CELL_SIDE, j // CELL_SIDE, k // CELL_SIDE
-                if min(a, b, c) < 0 or max(a, b, c) >= size:
-                    continue
-                m = bin_of[a, b, c]
+                m = bin_at(bin_of, a, b, c)
                 if m < 0 or m == previous:
                     continue
                 previous = m
-                first, last = _near_sample(scene, m, sample_x, sample_y, sample_z)
+                first, last = _triangles_near_sample(scene, m, sample_x, sample_y, sample_z)
                 for e in range(first, last):
                     if boxes[e, 0] > high_x or boxes[e, 1] > high_y or boxes[e, 2] > high_z:
                         continue
@@ -143,23 +155,32 @@ def _sees_exterior(scene, sample_x, sample_y, sample_z, nx, ny, nz, every):
                 if blocked:
                     break
             if not blocked:
-                seen += 1
-                if not every:
-                    return seen
-    return seen
+                count += 1
+                if not count_all:
+                    return count
+    return count
 
 
 @njit(cache=True)
 def visible_sides(scene, x, y, z, nx, ny, nz):
-    """HIDDEN, FRONT, BACK or BOTH for a point of the surface with unit normal n."""
+    """Return which sides of the surface are visible from outside at a point.
+
+    Args:
+        scene: See `make_scene`. Its working memory is overwritten.
+        x, y, z: The point on the surface.
+        nx, ny, nz: Unit normal of the surface there.
+
+    Returns:
+        HIDDEN, FRONT, BACK or BOTH.
+    """
     scene.lists[0, 0] = 0
-    front = _sees_exterior(scene, x, y, z, nx, ny, nz, False)
-    back = _sees_exterior(scene, x, y, z, -nx, -ny, -nz, False)
-    if front and back:  # a glimpse through a crack does not make a wall a sheet
-        front = _sees_exterior(scene, x, y, z, nx, ny, nz, True)
-        back = _sees_exterior(scene, x, y, z, -nx, -ny, -nz, True)
-        if back < GLIMPSE * front:
+    front = _count_sights(scene, x, y, z, nx, ny, nz, False)
+    back = _count_sights(scene, x, y, z, -nx, -ny, -nz, False)
+    if front and back:  # compare all lines of sight, see MIN_SIGHT_RATIO
+        front = _count_sights(scene, x, y, z, nx, ny, nz, True)
+        back = _count_sights(scene, x, y, z, -nx, -ny, -nz, True)
+        if back < MIN_SIGHT_RATIO * front:
             back = 0
-        elif front < GLIMPSE * back:
+        elif front < MIN_SIGHT_RATIO * back:
             front = 0
     return (FRONT if front else HIDDEN) | (BACK if back else HIDDEN)

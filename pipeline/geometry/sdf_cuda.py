@@ -1,4 +1,4 @@
-"""The SDF's distances on a GPU: everything of the pipeline that knows torch, which is imported where it is used."""
+"""Signed distances on a GPU. torch is imported only inside the functions that need it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,57 @@ from pipeline.core.errors import RunError, Transient, UserError
 from pipeline.core.primitives.triangles import TIE
 from pipeline.geometry.flood_fill import Bins, FloodFill
 
-# What is on the GPU at once: 64 MB of distances and 128 MB of lists, since several assets share it
-CHUNK_CELLS, CHUNK_CANDIDATES = 1 << 15, 1 << 22
+# Limits of what is on the GPU at once, because several assets share it: 64 MB of distances and
+# 128 MB of candidate lists.
+CHUNK_CELLS = 1 << 15
+CHUNK_CANDIDATES = 1 << 22
 
 
 def check_cuda() -> None:
-    """UserError if torch finds no CUDA device on this machine. Not before a fork: children could use none then."""
+    """Check that this machine has a CUDA device.
+
+    Do not call this in a process that forks later: its children could not use CUDA.
+
+    Raises:
+        UserError: If torch finds no CUDA device.
+    """
     import torch
 
     if torch.cuda.is_available():
         return
-    why = (
-        "torch finds no CUDA device here"
-        if torch.version.cuda
-        else "the torch installed here has no CUDA"
-    )
+    if torch.version.cuda:
+        cause = "torch finds no CUDA device on this machine"
+    else:
+        cause = "the installed torch was built without CUDA"
     raise UserError(
-        f"--device cuda cannot be used: {why}; --device cpu gives the same distances, in more time"
+        f"--device cuda cannot be used because {cause}; use --device cpu, which gives the same "
+        "signs and takes more time"
     )
 
 
 def warm_up() -> None:
-    """Imports torch and the kernels, which takes seconds, but leaves CUDA alone: it does not survive a fork."""
+    """Import torch and the kernels, which takes seconds, without initialising CUDA.
+
+    An initialised CUDA cannot be used after a fork.
+    """
     import kernels.sdf.distances  # noqa: F401
 
 
 def select_gpu(gpu: str) -> None:
-    """Makes this the process's only GPU (an index or UUID as CUDA knows it). Only before its first use of CUDA."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        gpu  # the only way in: torch's own choice leaves contexts on the first
-    )
+    """Make one GPU the only one of this process. Call this before the first use of CUDA.
+
+    Args:
+        gpu: Index or UUID of the GPU in CUDA's numbering.
+    """
+    # torch.cuda.set_device would still create contexts on the first GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
 def device_name(device: str) -> str:
-    """What the markers call a device: two kinds of GPU may differ in a distance's last bits."""
+    """Return the name of a device for the commit marker: "cpu", or the model of the GPU.
+
+    Two models of GPU may differ in the last bits of a distance.
+    """
     if device == "cpu":
         return device
     import torch
@@ -54,37 +71,71 @@ def device_name(device: str) -> str:
 
 
 def fill_cells(
-    packed: NDArray[np.float64], kinds: NDArray[np.uint8], bins: Bins, flood: FloodFill, *,
-    tau: float, half: float, trusted: float, device: str = "cuda",
-) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float16]]]:  # fmt: skip
-    """As `pipeline.geometry.sdf` on the CPU: active cells [m, 3], active points and clamp(sdf / tau) [m, 512], in parts.
+    packed: NDArray[np.float64],
+    kinds: NDArray[np.uint8],
+    bins: Bins,
+    flood: FloodFill,
+    *,
+    tau: float,
+    half: float,
+    trusted: float,
+    device: str = "cuda",
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float16]]]:
+    """Compute the signed distances of all active cells, one chunk at a time.
 
-    RunError if there is no such device; Transient "gpu_out_of_memory", since what it is shared with will end.
+    Args:
+        packed: float64 [T, 16] packed triangles.
+        kinds: uint8 [T] kinds of `pipeline.geometry.topology`.
+        bins: The triangles near each cell of the grid of the distances.
+        flood: Flood fill of the topology.
+        tau: Truncation distance. This and the next two are in cube units.
+        half: Half thickness of a sheet.
+        trusted: Distance from all triangles beyond which the flood fill tells the side.
+        device: Name of a torch device. Tests use "cpu".
+
+    Yields:
+        cells: int32 [m, 3] active cells.
+        active: bool [m, 512] grid points with |sdf| < tau.
+        values: float16 [m, 512] clamp(sdf / tau, -1, 1).
+
+    Raises:
+        RunError: If there is no CUDA device.
+        Transient: "gpu_out_of_memory", because other users of the GPU will free their memory.
     """
     import torch
 
     from kernels.sdf.distances import FloodBits, cell_distances, grid_triangles
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: no CUDA device in the process that works on an asset")
+        raise RunError(
+            "--device cuda: the process that works on an asset has no CUDA device; check the "
+            "driver and CUDA_VISIBLE_DEVICES"
+        )
 
-    def there(array: NDArray) -> torch.Tensor:
+    def on_device(array: NDArray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     try:
-        triangles = grid_triangles(there(packed), there(kinds), bins.resolution)
-        outside = there(flood.outside.view(np.int64))  # the same bits; torch has little for uint64
+        triangles = grid_triangles(on_device(packed), on_device(kinds), bins.resolution)
         bits = FloodBits(
-            bin_of=there(flood.bins.bin_of), outside=outside, whole_cells=there(flood.whole_cells)
+            bin_of=on_device(flood.bins.bin_of),
+            outside=on_device(flood.outside.view(np.int64)),  # torch lacks operations on uint64
+            whole_cells=on_device(flood.whole_cells),
         )
         limit = torch.tensor(tau, dtype=torch.float32, device=device)
         for first, last in _chunks(bins.offsets):
             offsets = bins.offsets[first : last + 1]
             values = cell_distances(
-                triangles, bits, there(bins.cells[first:last]), there(offsets - offsets[0]),
-                there(bins.triangles[offsets[0] : offsets[-1]]),
-                tau=tau, sheet_half=half, trusted=trusted, tie=TIE,
-            )  # fmt: skip
+                triangles,
+                bits,
+                on_device(bins.cells[first:last]),
+                on_device(offsets - offsets[0]),
+                on_device(bins.triangles[offsets[0] : offsets[-1]]),
+                tau=tau,
+                sheet_half=half,
+                trusted=trusted,
+                tie=TIE,
+            )
             near = values.abs() < limit
             active = near.any(1)
             stored = (values[active] / limit).clamp(-1, 1).half()
@@ -98,7 +149,7 @@ def fill_cells(
 
 
 def _chunks(offsets: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Runs of cells, at least one each, within both limits."""
+    """Yield runs of cells [first, end) within both limits. Each run has at least one cell."""
     first = 0
     while first < len(offsets) - 1:
         full = int(np.searchsorted(offsets, offsets[first] + CHUNK_CANDIDATES, side="right")) - 1

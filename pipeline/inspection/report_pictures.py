@@ -16,7 +16,7 @@ from pipeline.core.product import Product
 from pipeline.core.schema import Bricks, Material, Mesh, Part
 from pipeline.orchestration.commit import product_paths
 from pipeline.rendering.gl_renderer import open_renderer
-from pipeline.rendering.shading import lighting
+from pipeline.rendering.shading import sample_lighting
 from pipeline.rendering.views import unpremultiply
 from pipeline.storage.remote import StorePath
 from pipeline.storage.render_shard import RenderShard
@@ -80,7 +80,7 @@ def draw_bricks(bricks: Bricks, uid: str, meta: dict[str, float]) -> NDArray[np.
     )
     mesh = Mesh(vertices=vertices, faces=faces, parts=(part,))
     with open_renderer(mesh, PICTURE_SIDE) as renderer:
-        return unpremultiply(renderer.draw(eye, lighting(uid, int(meta["view"]), eye)))
+        return unpremultiply(renderer.draw(eye, sample_lighting(uid, int(meta["view"]), eye)))
 
 
 def slice_picture(bricks: Bricks) -> NDArray[np.uint8]:

@@ -10,14 +10,29 @@ from pipeline.core.options import CameraSet, ImageFormat
 
 @dataclass(frozen=True, kw_only=True)
 class RenderConfig:
-    """ValueError for a number out of range or an unknown name."""
+    """How views are rendered."""
 
-    views: int = 45  # paper, sec. 2 (data)
-    image_size: int = 1024  # pixels a side; paper, sec. 2 (data)
+    # The defaults of `views` and `image_size` are those of the Direct3D-S2 paper
+    # (arXiv 2505.17412), section 2.
+
+    views: int = 45
+    """Number of views per asset."""
+
+    image_size: int = 1024
+    """Width and height of a view in pixels."""
+
     cameras: CameraSet = "paper"
+    """Distribution of the cameras. paper samples the front half, 10 to 40 degrees above the
+    horizontal plane. wide samples all directions."""
+
     format: ImageFormat = "png"
-    attempts: int = 4  # draws of one view before its asset is rejected
-    min_coverage: float = 1e-4  # share of the image below which a view is empty
+    """Format of the image files. Both are lossless; WebP files are smaller and take longer."""
+
+    attempts: int = 4
+    """Number of cameras that are tried for one view before the asset is rejected."""
+
+    min_coverage: float = 1e-4
+    """Share of an image that the object must cover, 0 to 1. A view below it counts as empty."""
 
     def __post_init__(self) -> None:
         for name in ("views", "image_size", "attempts"):

@@ -1,4 +1,4 @@
-"""A mesh as a few draw calls: parts merged by what one call can draw, corners split where the shading breaks."""
+"""Converts a mesh into draw calls: merged parts, with vertices split at creases."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from numpy.typing import NDArray
 from pipeline.core.schema import Material, Mesh, Part
 from pipeline.rendering.shading import smooth_normals, to_linear
 
-SMALL_AREA = 4.5e-4  # cube units, 150 pixels at 1024
-FLAT_COSINE = 0.95  # of the angle between the normals at a face's corners
-DULL_ROUGHNESS = 0.5
+# A face is lit per vertex if it is small, or if it is flat and has no highlights.
+SMALL_AREA = 4.5e-4  # square units of the cube: 150 pixels of an image of 1024 pixels
+FLAT_COSINE = 0.95  # smallest cosine between the normals of a flat face's corners
+DULL_ROUGHNESS = 0.5  # smallest roughness of a material without highlights
+SAME_NORMAL_COSINE = 0.9999  # corners whose normals have a smaller cosine get separate vertices
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawCall:
-    """Faces drawn by one call: same texture, same alpha mode; everything else varies by vertex."""
+    """Faces that are drawn by one call.
+
+    They have one texture and one alpha mode. All other properties vary by vertex.
+    """
 
     positions: NDArray[np.float32]  # [N, 3]
     normals: NDArray[np.float32]  # [N, 3]
@@ -26,20 +31,23 @@ class DrawCall:
     uv: NDArray[np.float32]  # [N, 2]
     colors: NDArray[np.float32]  # [N, 4] linear
     faces: NDArray[np.int64]  # [F, 3]
-    texture: NDArray[np.uint8] | None
-    alpha_mode: str
+    texture: NDArray[np.uint8] | None  # [h, w, 4] sRGB
+    alpha_mode: str  # OPAQUE, MASK or BLEND
     alpha_cutoff: float
-    per_vertex: bool  # light at the corners
+    per_vertex: bool  # lit at the vertices and interpolated, instead of per pixel
 
 
-def _is_solid(part: Part, texture_is_solid: bool) -> bool:
-    """True where blending cannot show anything: many exporters call everything blended."""
-    colors_are_solid = part.colors is None or bool((part.colors[:, 3] == 255).all())
-    return part.material.base_color[3] >= 1 and texture_is_solid and colors_are_solid
+def _is_opaque(part: Part, texture_is_opaque: bool) -> bool:
+    """Return whether blending has no effect. Many exporters mark every material as blended."""
+    colors_are_opaque = part.colors is None or bool((part.colors[:, 3] == 255).all())
+    return part.material.base_color[3] >= 1 and texture_is_opaque and colors_are_opaque
 
 
 def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
-    """The part's vertices, split where its faces need different normals."""
+    """Return the arrays of a part by their names in `DrawCall`.
+
+    Vertices are split where the faces need different normals.
+    """
     vertices = mesh.vertices[part.vertices].astype(np.float32)
     faces = mesh.faces[part.faces].astype(np.int64) - (part.vertices.start or 0)
     material = part.material
@@ -50,33 +58,32 @@ def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
         and np.isfinite(normals).all()
         and (np.linalg.norm(normals, axis=1) > 0.5).all()
     ):
-        # Turned so that the normals are on a face's front; which side is seen is then known by the winding.
+        # the file's normals: turn faces so that the normals are on their front
         triangles = vertices[faces]
         front = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
         turned = np.einsum("ij,ij->i", front, normals[faces].sum(axis=1)) < 0
         faces[turned] = faces[turned][:, ::-1]
     else:
-        corners, corner_of = (
-            smooth_normals(vertices, faces).reshape(-1, 3),
-            faces.reshape(-1).copy(),
-        )
+        # computed normals: a vertex takes that of one corner, and other corners that differ get
+        # vertices of their own
+        corners = smooth_normals(vertices, faces).reshape(-1, 3)
+        corner_of = faces.reshape(-1).copy()
         normals = np.zeros_like(vertices)
-        normals[corner_of] = (
-            corners  # any one of them; the corners that differ get a vertex of their own
-        )
-        split = np.flatnonzero((normals[corner_of] * corners).sum(axis=1) < 0.9999)
+        normals[corner_of] = corners
+        cosine = (normals[corner_of] * corners).sum(axis=1)
+        split = np.flatnonzero(cosine < SAME_NORMAL_COSINE)
         faces.reshape(-1)[split] = len(vertices) + np.arange(len(split))
         source = np.concatenate([source, corner_of[split]])
         normals = np.concatenate([normals, corners[split]])
+    # colours, texture coordinates and surface properties of each vertex
     colors = np.tile(np.asarray(material.base_color, np.float32), (len(source), 1))
     if part.colors is not None:
         colors[:, :3] *= to_linear(part.colors[source, :3])
         colors[:, 3] *= part.colors[source, 3].astype(np.float32) / 255
-    uv = (
-        np.zeros((len(source), 2), np.float32)
-        if part.uv is None
-        else np.nan_to_num(part.uv[source])
-    )
+    if part.uv is None:
+        uv = np.zeros((len(source), 2), np.float32)
+    else:
+        uv = np.nan_to_num(part.uv[source])
     surface = np.tile(
         np.array([material.metallic, material.roughness, 0, 0], np.float32), (len(source), 1)
     )
@@ -90,15 +97,11 @@ def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
     }
 
 
-def _lit_at_corners(arrays: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
-    """Faces [F] that look the same with light interpolated: small ones, and flat ones without highlights."""
+def _can_be_lit_per_vertex(arrays: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Return the faces [F] whose image is the same if their light is interpolated."""
     corners, normals = arrays["positions"][arrays["faces"]], arrays["normals"][arrays["faces"]]
-    area = (
-        np.linalg.norm(
-            np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1
-        )
-        / 2
-    )
+    doubled_area = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    area = np.linalg.norm(doubled_area, axis=1) / 2
     flat = (np.einsum("fij,fij->fi", normals, np.roll(normals, 1, axis=1)) > FLAT_COSINE).all(
         axis=1
     )
@@ -107,47 +110,51 @@ def _lit_at_corners(arrays: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
 
 
 def draw_calls(mesh: Mesh) -> list[DrawCall]:
-    """The mesh's faces, grouped so that an asset of a thousand parts is still drawn by a handful of calls."""
+    """Group the faces of a mesh into draw calls.
+
+    Parts that one call can draw are merged, so that an asset of a thousand parts needs a few calls.
+    """
+    # group the parts by what must be the same within a call
     whole = Part(
         vertices=slice(0, len(mesh.vertices)), faces=slice(0, len(mesh.faces)), material=Material()
     )
     groups: dict[tuple[Any, ...], list[Part]] = {}
-    solid: dict[int | None, bool] = {None: True}  # texture -> no alpha below 255
+    opaque: dict[int | None, bool] = {None: True}  # texture -> no alpha below 255
     for part in mesh.parts or (whole,):
         material, texture, mode = part.material, None, part.material.alpha_mode
         if part.uv is not None and material.texture is not None:
             texture = id(material.texture)
         if mode == "BLEND":
-            if texture not in solid and material.texture is not None:
-                solid[texture] = bool((material.texture[..., 3] == 255).all())
-            mode = "OPAQUE" if _is_solid(part, solid[texture]) else mode
-        groups.setdefault(
-            (texture, mode, material.alpha_cutoff if mode == "MASK" else 0.0), []
-        ).append(part)
-    result = []
+            if texture not in opaque and material.texture is not None:
+                opaque[texture] = bool((material.texture[..., 3] == 255).all())
+            mode = "OPAQUE" if _is_opaque(part, opaque[texture]) else mode
+        cutoff = material.alpha_cutoff if mode == "MASK" else 0.0
+        groups.setdefault((texture, mode, cutoff), []).append(part)
+
+    calls = []
     for (texture, mode, cutoff), parts in groups.items():
+        # merge the arrays of the parts
         arrays = [_part_arrays(mesh, part) for part in parts]
         first = np.cumsum([0] + [len(a["positions"]) for a in arrays])
         for a, offset in zip(arrays, first):
             a["faces"] = a["faces"] + offset
         merged = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0]}
         image = parts[0].material.texture if texture is not None else None
-        at_corners = _lit_at_corners(merged) & (
-            mode != "BLEND"
-        )  # blended faces are sorted, so they stay together
+        # blended faces are sorted together, so they stay in one call
+        per_vertex_faces = _can_be_lit_per_vertex(merged) & (mode != "BLEND")
         for per_vertex in (False, True):
-            chosen = merged["faces"][at_corners == per_vertex]
+            chosen = merged["faces"][per_vertex_faces == per_vertex]
             if len(chosen):
                 used, faces = np.unique(chosen, return_inverse=True)
                 arrays = {name: merged[name][used] for name in merged if name != "faces"}
-                arrays["faces"] = faces.reshape(-1, 3)
-                result.append(
+                calls.append(
                     DrawCall(
                         **arrays,
+                        faces=faces.reshape(-1, 3),
                         texture=image,
                         alpha_mode=mode,
                         alpha_cutoff=cutoff,
                         per_vertex=per_vertex,
                     )
                 )
-    return result
+    return calls

@@ -1,4 +1,7 @@
-"""One mesh on the graphics card, or on Mesa's software one: pyrender's context and buffers, our shader and read-out."""
+"""Renders one mesh with OpenGL, without a screen, on a GPU or with Mesa's software renderer.
+
+The context and the buffers are those of pyrender. The shaders and the read-out are our own.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,17 @@ from pipeline.core.schema import Mesh
 from pipeline.rendering.draw_calls import DrawCall, draw_calls
 from pipeline.rendering.shading import Lighting, shader_sources
 
-EGL_CUDA_DEVICE_NV = 0x323A  # EGL_NV_device_cuda: the number that CUDA has for an EGL device
-PACKAGES = "libegl1 libgl1 libgl1-mesa-dri"
+EGL_CUDA_DEVICE_NV = 0x323A  # EGL_NV_device_cuda: the attribute that holds CUDA's device index
+PACKAGES = "libegl1 libgl1 libgl1-mesa-dri"  # of Debian and Ubuntu
 
 
 def import_pyrender() -> Any:
-    """pyrender on EGL. Its viewer is left out: importing it loads a window toolkit that servers lack."""
+    """Import pyrender with EGL as its platform.
+
+    Its viewer is replaced by a stub, because importing it loads a window toolkit that servers lack.
+    """
     os.environ["PYOPENGL_PLATFORM"] = "egl"
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's own threads; a unit of work is one core
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa shall not start threads: one core per asset
     stub: Any = types.ModuleType("pyrender.viewer")
     stub.Viewer = None
     sys.modules.setdefault("pyrender.viewer", stub)
@@ -42,7 +48,12 @@ _gpu: ContextVar[str | None] = ContextVar("gpu", default=None)
 
 @contextmanager
 def on_gpu(gpu: str | None) -> Iterator[None]:
-    """Inside, contexts begin with the EGL device that CUDA knows by this index; None, or an unknown one: the first."""
+    """Prefer one GPU for the OpenGL contexts that are created inside the block.
+
+    Args:
+        gpu: Index of the GPU in CUDA's numbering. None, or an index that no EGL device has, takes
+            the first EGL device.
+    """
     token = _gpu.set(gpu)
     try:
         yield
@@ -51,40 +62,51 @@ def on_gpu(gpu: str | None) -> Iterator[None]:
 
 
 def _devices() -> list[Any]:
-    """All EGL devices, the wanted GPU first, else as the drivers list them: hardware before Mesa's software."""
+    """Return all EGL devices, the preferred GPU first and the others in the drivers' order.
+
+    Drivers list hardware before Mesa's software renderer.
+    """
     from pyrender.platforms import egl
 
     if _gpu.get() is None:
         return egl.query_devices()
-    # A GPU that was asked for and gives no context is no reason to fail while another device draws the same picture:
-    # the choice is about load alone, and what drew is recorded.
+    # The other devices stay in the list: the choice only balances the load, the images are the same
+    # picture on any device, and the renderer is recorded.
     return sorted(egl.query_devices(), key=lambda device: _cuda_index(device) != _gpu.get())
 
 
 def _cuda_index(device: Any) -> str | None:
-    """CUDA's number of an EGL device as text, None where CUDA does not know it."""
+    """Return CUDA's index of an EGL device as text, or None if it is no CUDA device."""
     from OpenGL import EGL
 
-    query = EGL.eglGetProcAddress("eglQueryDeviceAttribEXT")  # PyOpenGL has no binding of it
+    query = EGL.eglGetProcAddress("eglQueryDeviceAttribEXT")  # PyOpenGL has no binding for it
     if not query:
         return None
-    of_device = ctypes.CFUNCTYPE(
+    query_attribute = ctypes.CFUNCTYPE(
         ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t)
-    )
-    number = ctypes.c_ssize_t()
+    )(query)
+    index = ctypes.c_ssize_t()
     handle = ctypes.cast(device._display, ctypes.c_void_p)
-    return (
-        str(number.value)
-        if of_device(query)(handle, EGL_CUDA_DEVICE_NV, ctypes.byref(number))
-        else None
-    )
+    if not query_attribute(handle, EGL_CUDA_DEVICE_NV, ctypes.byref(index)):
+        return None
+    return str(index.value)
 
 
 @contextmanager
-def context(width: int, height: int) -> Iterator[Any]:
-    """A current OpenGL context on the first device that gives one, and pyrender's platform object for it.
+def gl_context(width: int, height: int) -> Iterator[Any]:
+    """Create an OpenGL context and make it current.
 
-    RunError when there is none.
+    It is on the first EGL device that supports one.
+
+    Args:
+        width: Width of the framebuffer in pixels.
+        height: Height of the framebuffer in pixels.
+
+    Yields:
+        pyrender's platform object.
+
+    Raises:
+        RunError: If no device supports a context, or a library is missing.
     """
     problems: list[str] = []
     platform = None
@@ -101,18 +123,14 @@ def context(width: int, height: int) -> Iterator[Any]:
             except (Error, AssertionError) as error:
                 problems.append(f"{device!r}: {error!r}")
                 platform = None
-    except (
-        ImportError,
-        OSError,
-        AttributeError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # PyOpenGL without its libraries
+    # PyOpenGL raises any of these if a library is missing
+    except (ImportError, OSError, AttributeError, TypeError, RuntimeError) as error:
         problems.append(repr(error))
     if platform is None:
-        why = "; ".join(problems) or "no device found"
+        cause = "; ".join(problems) or "no device found"
         raise RunError(
-            f"cannot render: headless EGL does not start ({why}). On Debian or Ubuntu: apt install {PACKAGES}"
+            f"cannot render because headless EGL does not start ({cause}); "
+            f"on Debian or Ubuntu run: apt install {PACKAGES}"
         )
     try:
         yield platform
@@ -121,8 +139,14 @@ def context(width: int, height: int) -> Iterator[Any]:
 
 
 def renderer_string() -> str:
-    """Vendor, renderer and version of the OpenGL in use: renders are the same bytes only where it is the same."""
-    with context(1, 1):
+    """Return vendor, renderer and version of the OpenGL in use.
+
+    Images have the same bytes only on the same renderer.
+
+    Raises:
+        RunError: If no OpenGL context can be created.
+    """
+    with gl_context(1, 1):
         from OpenGL import GL
 
         return ", ".join(
@@ -132,7 +156,12 @@ def renderer_string() -> str:
 
 
 class Program:
-    """A linked shader pair in the current context."""
+    """A linked pair of shaders in the current context.
+
+    Args:
+        vertex: GLSL source of the vertex shader.
+        fragment: GLSL source of the fragment shader.
+    """
 
     def __init__(self, vertex: str, fragment: str):
         from OpenGL import GL
@@ -142,34 +171,37 @@ class Program:
             shaders.compileShader(vertex, GL.GL_VERTEX_SHADER),
             shaders.compileShader(fragment, GL.GL_FRAGMENT_SHADER),
         ]
+        # PyOpenGL validates the program when it links it, which requires a bound vertex array
         vertex_array = GL.glGenVertexArrays(1)
-        GL.glBindVertexArray(vertex_array)  # PyOpenGL validates at linking, which needs one
+        GL.glBindVertexArray(vertex_array)
         self.id = int(shaders.compileProgram(*stages))
         GL.glBindVertexArray(0)
         GL.glDeleteVertexArrays(1, [vertex_array])
-        self.places: dict[str, int] = {}
+        self._locations: dict[str, int] = {}
 
-    def at(self, name: str) -> int:
-        """Location of a uniform; -1, which OpenGL ignores, where this variant has none of that name."""
+    def location(self, name: str) -> int:
+        """Return the location of a uniform. It is -1, which OpenGL ignores, if there is none."""
         from OpenGL import GL
 
-        if name not in self.places:
-            self.places[name] = GL.glGetUniformLocation(self.id, name)
-        return self.places[name]
+        if name not in self._locations:
+            self._locations[name] = GL.glGetUniformLocation(self.id, name)
+        return self._locations[name]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Uploaded:
-    batch: DrawCall
+class _UploadedCall:
+    """A draw call whose arrays and texture are on the GPU."""
+
+    call: DrawCall
     primitive: Any  # pyrender.Primitive
     texture: Any  # pyrender.Texture or None
 
-    def sort(self, towards: NDArray[np.float64]) -> None:
-        """Farthest face first, seen from a direction [3]: only then does blending show what is behind."""
+    def sort_faces(self, direction: NDArray[np.float64]) -> None:
+        """Sort the faces from far to near for an eye in a direction [3]. Blending requires it."""
         from OpenGL import GL
 
-        depth = self.batch.positions[self.batch.faces].mean(axis=1) @ towards
-        faces = self.batch.faces[np.argsort(depth, kind="stable")].astype(np.uint32)
+        depth = self.call.positions[self.call.faces].mean(axis=1) @ direction
+        faces = self.call.faces[np.argsort(depth, kind="stable")].astype(np.uint32)
         self.primitive._bind()
         GL.glBindBuffer(GL.GL_ELEMENT_ARRAY_BUFFER, self.primitive._buffers[-1])
         GL.glBufferData(GL.GL_ELEMENT_ARRAY_BUFFER, faces.nbytes, faces, GL.GL_DYNAMIC_DRAW)
@@ -177,105 +209,117 @@ class _Uploaded:
 
 
 class MeshRenderer:
-    """A mesh loaded for drawing into square images of one size; made by `open_renderer`."""
+    """Renders one mesh into square images. Create it with `open_renderer`."""
 
     def __init__(self, mesh: Mesh, size: int):
         import pyrender
 
         self.size = size
-        self.renderer = pyrender.Renderer(size, size)
-        self.programs: dict[tuple[str, bool, bool], Program] = {}
-        self.textures: dict[int, Any] = {}
-        self.uploaded = [self._upload(batch) for batch in draw_calls(mesh)]
+        self._renderer = pyrender.Renderer(size, size)
+        self._programs: dict[tuple[str, bool, bool], Program] = {}
+        self._textures: dict[int, Any] = {}
+        self._calls = [self._upload(call) for call in draw_calls(mesh)]
 
-    def _upload(self, batch: DrawCall) -> _Uploaded:
+    def _upload(self, call: DrawCall) -> _UploadedCall:
         import pyrender
 
         primitive: Any = pyrender.Primitive(
-            positions=batch.positions,
-            normals=batch.normals,
-            tangents=batch.surface,
-            texcoord_0=batch.uv,
-            color_0=batch.colors,
+            positions=call.positions,
+            normals=call.normals,
+            tangents=call.surface,
+            texcoord_0=call.uv,
+            color_0=call.colors,
         )
-        primitive._indices = batch.faces.astype(
-            np.uint32
-        )  # its setter goes through fp32: wrong beyond 2**24
+        # pyrender's own setter converts to float32, which is wrong beyond 2**24 vertices
+        primitive._indices = call.faces.astype(np.uint32)
         primitive._add_to_context()
         texture = None
-        if batch.texture is not None:
-            texture = self.textures.get(id(batch.texture))
+        if call.texture is not None:
+            texture = self._textures.get(id(call.texture))
             if texture is None:
-                texture = pyrender.Texture(source=batch.texture, source_channels="RGBA")
+                texture = pyrender.Texture(source=call.texture, source_channels="RGBA")
                 texture._add_to_context()
-                self.textures[id(batch.texture)] = texture
-        return _Uploaded(batch=batch, primitive=primitive, texture=texture)
+                self._textures[id(call.texture)] = texture
+        return _UploadedCall(call=call, primitive=primitive, texture=texture)
 
     def _program(self, keep: str, textured: bool, per_vertex: bool) -> Program:
         key = (keep, textured, per_vertex)
-        if key not in self.programs:
-            self.programs[key] = Program(*shader_sources(*key))
-        return self.programs[key]
+        if key not in self._programs:
+            self._programs[key] = Program(*shader_sources(*key))
+        return self._programs[key]
 
     def draw(self, camera: Camera, light: Lighting) -> NDArray[np.uint8]:
-        """One image [size, size, 4], row 0 on top, colour premultiplied by alpha."""
+        """Render one image.
+
+        Returns:
+            uint8 [size, size, 4], row 0 at the top, colour premultiplied by alpha.
+        """
         import pyrender
         from OpenGL import GL
 
-        self.renderer._configure_forward_pass_viewport(int(pyrender.RenderFlags.OFFSCREEN))
+        # clear the framebuffer
+        self._renderer._configure_forward_pass_viewport(int(pyrender.RenderFlags.OFFSCREEN))
         GL.glEnable(GL.GL_MULTISAMPLE)
         GL.glDisable(GL.GL_CULL_FACE)
         GL.glClearColor(0, 0, 0, 0)
         GL.glClear(int(GL.GL_COLOR_BUFFER_BIT) | int(GL.GL_DEPTH_BUFFER_BIT))
-        towards = camera.c2w[:3, 2]
-        plain = [item for item in self.uploaded if item.batch.alpha_mode != "BLEND"]
-        blended = [item for item in self.uploaded if item.batch.alpha_mode == "BLEND"]
-        blended.sort(key=lambda item: float(item.batch.positions.mean(axis=0) @ towards))
-        for item in plain:
-            self._draw(item, item.batch.alpha_mode, camera, light)
+        # opaque and masked calls
+        towards_eye = camera.c2w[:3, 2]
+        for item in self._calls:
+            if item.call.alpha_mode != "BLEND":
+                self._draw_call(item, item.call.alpha_mode, camera, light)
+        # the nearly opaque parts of blended calls, which write depth
+        blended = [item for item in self._calls if item.call.alpha_mode == "BLEND"]
+        blended.sort(key=lambda item: float(item.call.positions.mean(axis=0) @ towards_eye))
         for item in blended:
-            item.sort(towards)
-            self._draw(item, "SOLID", camera, light)
+            item.sort_faces(towards_eye)
+            self._draw_call(item, "SOLID", camera, light)
+        # their translucent parts, from far to near, which do not write depth
         GL.glDepthMask(GL.GL_FALSE)
         GL.glEnable(GL.GL_BLEND)
         GL.glBlendFunc(GL.GL_ONE, GL.GL_ONE_MINUS_SRC_ALPHA)
         for item in blended:
-            self._draw(item, "BLEND", camera, light)
+            self._draw_call(item, "BLEND", camera, light)
         GL.glDisable(GL.GL_BLEND)
         GL.glDepthMask(GL.GL_TRUE)
         return self._read()
 
-    def _draw(self, item: _Uploaded, keep: str, camera: Camera, light: Lighting) -> None:
+    def _draw_call(self, item: _UploadedCall, keep: str, camera: Camera, light: Lighting) -> None:
         import pyrender
         from OpenGL import GL
 
+        # projection
         near, far = (camera.distance - RADIUS) / 2, camera.distance + 10
         fov = float(np.radians(camera.fov_degrees))
         lens = pyrender.PerspectiveCamera(
             yfov=fov, znear=near, zfar=far, aspectRatio=1.0
         ).get_projection_matrix()
-        program = self._program(keep, item.texture is not None, item.batch.per_vertex)
-        GL.glUseProgram(program.id)
         world_to_clip = (lens @ np.linalg.inv(camera.c2w)).astype(np.float32)
-        GL.glUniformMatrix4fv(program.at("world_to_clip"), 1, GL.GL_TRUE, world_to_clip)
-        GL.glUniform3f(program.at("eye"), *camera.c2w[:3, 3])
-        GL.glUniform3f(program.at("sky"), *light.sky)
-        GL.glUniform3f(program.at("ground"), *light.ground)
-        GL.glUniform1i(program.at("light_count"), len(light.directions))
-        GL.glUniform3fv(program.at("light_direction"), len(light.directions), light.directions)
-        GL.glUniform3fv(program.at("light_color"), len(light.colors), light.colors)
-        GL.glUniform1f(program.at("cutoff"), item.batch.alpha_cutoff)
+        # uniforms
+        program = self._program(keep, item.texture is not None, item.call.per_vertex)
+        GL.glUseProgram(program.id)
+        GL.glUniformMatrix4fv(program.location("world_to_clip"), 1, GL.GL_TRUE, world_to_clip)
+        GL.glUniform3f(program.location("eye"), *camera.c2w[:3, 3])
+        GL.glUniform3f(program.location("sky"), *light.sky)
+        GL.glUniform3f(program.location("ground"), *light.ground)
+        count = len(light.directions)
+        GL.glUniform1i(program.location("light_count"), count)
+        GL.glUniform3fv(program.location("light_direction"), count, light.directions)
+        GL.glUniform3fv(program.location("light_color"), count, light.colors)
+        GL.glUniform1f(program.location("cutoff"), item.call.alpha_cutoff)
+        # draw
         if item.texture is not None:
             GL.glActiveTexture(GL.GL_TEXTURE0)
             item.texture._bind()
         item.primitive._bind()
-        GL.glDrawElements(GL.GL_TRIANGLES, item.batch.faces.size, GL.GL_UNSIGNED_INT, None)
+        GL.glDrawElements(GL.GL_TRIANGLES, item.call.faces.size, GL.GL_UNSIGNED_INT, None)
         item.primitive._unbind()
 
     def _read(self) -> NDArray[np.uint8]:
         from OpenGL import GL
 
-        size, renderer = self.size, self.renderer
+        # average the samples of each pixel, then copy to main memory
+        size, renderer = self.size, self._renderer
         GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, renderer._main_fb_ms)
         GL.glBindFramebuffer(GL.GL_DRAW_FRAMEBUFFER, renderer._main_fb)
         GL.glBlitFramebuffer(
@@ -284,31 +328,38 @@ class MeshRenderer:
         GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, renderer._main_fb)
         rgba = np.empty((size, size, 4), np.uint8)
         GL.glReadPixels(0, 0, size, size, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE, rgba)
+        # 2 of 4 samples are 127.5. NVIDIA rounds down and Mesa up, and masks cut there.
         alpha = rgba[..., 3]
-        alpha[alpha == 127] = (
-            128  # 2 of 4 samples are 127.5: NVIDIA rounds down, Mesa up, and masks cut there
-        )
+        alpha[alpha == 127] = 128
         return rgba[::-1]
 
     def close(self) -> None:
-        """Free what lies in the context, while it still is there."""
+        """Free the resources in the context. Call this before the context is deleted."""
         from OpenGL import GL
 
-        for item in self.uploaded:
+        for item in self._calls:
             item.primitive.delete()
-        for texture in self.textures.values():
+        for texture in self._textures.values():
             texture.delete()
-        for program in self.programs.values():
+        for program in self._programs.values():
             GL.glDeleteProgram(program.id)
-        self.renderer.delete()
+        self._renderer.delete()
 
 
 @contextmanager
 def open_renderer(mesh: Mesh, size: int) -> Iterator[MeshRenderer]:
-    """A canvas in a context of its own, freed at the end. RunError without EGL."""
-    with context(size, size):
-        made = MeshRenderer(mesh, size)
+    """Create a renderer in its own OpenGL context. Both are freed at the end of the block.
+
+    Args:
+        mesh: The mesh to render.
+        size: Width and height of the images in pixels.
+
+    Raises:
+        RunError: If no OpenGL context can be created.
+    """
+    with gl_context(size, size):
+        renderer = MeshRenderer(mesh, size)
         try:
-            yield made
+            yield renderer
         finally:
-            made.close()
+            renderer.close()

@@ -1,4 +1,4 @@
-"""How a mesh is lit: seeded lights, normals that keep creases sharp, and the shader that uses both."""
+"""Lighting of a mesh: seeded lights, vertex normals that keep creases sharp, and the shaders."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.cameras import Camera
+from pipeline.core.color import srgb_to_linear
 from pipeline.core.hashing import seed_of
 
 MAX_LIGHTS = 3
-CREASE_DEGREES = 40.0  # faces that meet at a larger angle keep an edge between them
-MAX_FAN = 64  # corners at one vertex up to which every pair is compared
+CREASE_DEGREES = 40.0  # faces that meet at a larger angle have a sharp edge between them
+MAX_FAN = 64  # largest number of corners at one vertex that are compared in pairs
 
-# Colour leaves premultiplied, so that both blending and the average over a pixel's samples weight it by coverage.
-# PER_VERTEX lights small faces at their corners: software GL shades 4x4 pixels for every face that touches one.
+# The shaders write premultiplied colour, so that blending and the average over the samples of a
+# pixel weight it by coverage. PER_VERTEX lights small faces at their vertices, because Mesa's
+# software renderer shades 4x4 pixels for every face that touches one of them.
 _LIGHT = """
 uniform vec3 eye;
 uniform vec3 sky;
@@ -27,15 +29,17 @@ uniform vec3 light_color[3];
 
 float pow5(float x) { return x * x * x * x * x; }
 
-// What leaves a surface of colour c is c * tinted + plain. A sky above and a floor below stand in for the
-// surroundings: without them a metal has nothing to mirror.
+// The light that leaves a surface of colour c is c * tinted + plain. A sky above and a ground below
+// represent the surroundings, which metals mirror.
 void shine(vec3 at, vec3 n, vec2 finish, out vec3 tinted, out vec3 plain) {
     vec3 view = normalize(eye - at);
     float metallic = finish.x;
-    float rough = clamp(finish.y, 0.25, 1.0);  // a light is a point: sharper highlights would be specks
+    // lights are points, so a smaller roughness would give highlights of single pixels
+    float rough = clamp(finish.y, 0.25, 1.0);
     float nv = max(dot(n, view), 1e-3);
     float blur = mix(0.3, 1.0, rough);
-    vec3 mirrored = mix(ground, sky, smoothstep(-blur, blur, reflect(-view, n).y)) * (1.0 + 0.6 * metallic);
+    float up = smoothstep(-blur, blur, reflect(-view, n).y);
+    vec3 mirrored = mix(ground, sky, up) * (1.0 + 0.6 * metallic);
     float rim = (1.0 - rough) * pow5(1.0 - nv);
     vec3 diffuse = mix(ground, sky, 0.5 + 0.5 * n.y);
     vec3 specular = mirrored * (1.0 - rim);
@@ -47,7 +51,8 @@ void shine(vec3 at, vec3 n, vec2 finish, out vec3 tinted, out vec3 plain) {
         vec3 h = normalize(l + view);
         float nh = max(dot(n, h), 0.0);
         float lobe = nh * nh * (a2 - 1.0) + 1.0;
-        float gloss = nl * a2 * 0.5 / (lobe * lobe * mix(2.0 * nl * nv, nl + nv, rough * rough) + 1e-6);
+        float masking = mix(2.0 * nl * nv, nl + nv, rough * rough);
+        float gloss = nl * a2 * 0.5 / (lobe * lobe * masking + 1e-6);
         float edge = pow5(1.0 - max(dot(h, view), 0.0));
         diffuse += light_color[i] * nl;
         specular += light_color[i] * gloss * (1.0 - edge);
@@ -121,9 +126,11 @@ in vec2 finish;
 #endif
 out vec4 pixel;
 
-vec3 to_linear(vec3 c) { return c * (c * (c * 0.305306011 + 0.682171111) + 0.012522878); }  // within 0.002
+// sRGB to linear, with an error of at most 0.002
+vec3 to_linear(vec3 c) { return c * (c * (c * 0.305306011 + 0.682171111) + 0.012522878); }
 
-vec3 to_srgb(vec3 c) {  // within 0.003
+// linear to sRGB, with an error of at most 0.003
+vec3 to_srgb(vec3 c) {
     vec3 a = sqrt(c), b = sqrt(a), d = sqrt(b);
     return 0.662002687 * a + 0.684122060 * b - 0.323583601 * d - 0.0225411470 * c;
 }
@@ -141,7 +148,7 @@ void main() {
 #elif KEEP == KEEP_BLEND
     if (base.a >= 0.996) discard;
 #endif
-    // Lit from the side it is seen from.
+    // the side that the camera sees is lit
     vec3 tinted = vec3(0.0), plain;
 #if PER_VERTEX
     plain = gl_FrontFacing ? front_plain : back_plain;
@@ -152,7 +159,8 @@ void main() {
     shine(at, normalize(shading_normal) * (gl_FrontFacing ? 1.0 : -1.0), finish, tinted, plain);
 #endif
     vec3 color = base.rgb * tinted + plain;
-    vec3 over = max(color - 0.7, 0.0);  // a soft shoulder instead of a clipped white
+    // compress bright colours smoothly instead of clipping them
+    vec3 over = max(color - 0.7, 0.0);
     color = clamp(to_srgb(min(color, 0.7) + over / (1.0 + over / 0.3)), 0.0, 1.0);
 #if KEEP == KEEP_BLEND
     pixel = vec4(color * base.a, base.a);
@@ -162,30 +170,38 @@ void main() {
 }
 """
 
-KEEPS = (
-    "OPAQUE",
-    "MASK",
-    "SOLID",
-    "BLEND",
-)  # all; alpha >= cutoff; as good as opaque; the rest, blended
+# Which fragments a shader keeps: all, those with alpha >= cutoff, those that are nearly opaque, and
+# the others, which are blended.
+KEEPS = ("OPAQUE", "MASK", "SOLID", "BLEND")
 
 
 def shader_sources(keep: str, textured: bool, per_vertex: bool) -> tuple[str, str]:
-    """Vertex and fragment GLSL of one variant. Variants, because software GL runs both sides of every `if`."""
+    """Return the GLSL sources of one variant of the shaders.
+
+    There are variants because Mesa's software renderer runs both sides of every `if`.
+
+    Args:
+        keep: One of KEEPS.
+        textured: Whether the draw call has a texture.
+        per_vertex: Whether the light is computed at the vertices.
+
+    Returns:
+        vertex: Source of the vertex shader.
+        fragment: Source of the fragment shader.
+    """
     head = "#version 330 core\n" + "".join(
         f"#define KEEP_{name} {i}\n" for i, name in enumerate(KEEPS)
     )
-    head += f"#define KEEP {KEEPS.index(keep)}\n#define TEXTURED {int(textured)}\n#define PER_VERTEX {int(per_vertex)}\n"
-    return (
-        (head + _LIGHT + _VERTEX, head + _FRAGMENT)
-        if per_vertex
-        else (head + _VERTEX, head + _LIGHT + _FRAGMENT)
-    )
+    head += f"#define KEEP {KEEPS.index(keep)}\n#define TEXTURED {int(textured)}\n"
+    head += f"#define PER_VERTEX {int(per_vertex)}\n"
+    if per_vertex:
+        return head + _LIGHT + _VERTEX, head + _FRAGMENT
+    return head + _VERTEX, head + _LIGHT + _FRAGMENT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lighting:
-    """What shines on one view; linear RGB, 1 = what lights a white surface to white."""
+    """The lights of one view, in linear RGB. Light of intensity 1 makes a white surface white."""
 
     sky: NDArray[np.float32]  # [3] ambient from above
     ground: NDArray[np.float32]  # [3] ambient from below
@@ -193,13 +209,21 @@ class Lighting:
     colors: NDArray[np.float32]  # [L, 3]
 
 
-def lighting(uid: str, view: int, camera: Camera, attempt: int = 0) -> Lighting:
-    """Ambient light plus 1..3 random directional lights, the first from the camera's side. Seeded like the camera."""
+def sample_lighting(uid: str, view: int, camera: Camera, attempt: int = 0) -> Lighting:
+    """Sample ambient light and 1 to 3 directional lights. The first comes from the camera's side.
+
+    Args:
+        uid: This and the next define the seed.
+        view: Number of the view.
+        camera: The lights are placed relative to it.
+        attempt: Number of the attempt to render the view.
+    """
     draw = np.random.Generator(np.random.PCG64(seed_of(uid, "lights", view, attempt)))
     count = int(draw.integers(1, MAX_LIGHTS + 1))
     yaw, pitch, level, warmth = draw.random((4, count))
     ambient = draw.random(2)
-    # The key light stands aside of the camera, so that form shows; the others come from anywhere around.
+    # The first light is beside the camera, so that shading shows the shape. The others come from
+    # all around.
     yaw, pitch, level = -180 + 360 * yaw, -20 + 80 * pitch, 0.05 + 0.20 * level
     yaw[0] = (20 + 55 * abs(yaw[0]) / 180) * (1 if yaw[0] > 0 else -1)
     pitch[0], level[0] = 10 + 45 * (pitch[0] + 20) / 80, 0.50 + level[0]
@@ -218,11 +242,8 @@ def lighting(uid: str, view: int, camera: Camera, attempt: int = 0) -> Lighting:
 
 
 def to_linear(srgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """8-bit sRGB -> linear 0..1, fp32, any shape."""
-    table = np.arange(256) / 255
-    return np.where(table <= 0.04045, table / 12.92, ((table + 0.055) / 1.055) ** 2.4).astype(
-        np.float32
-    )[srgb]
+    """Convert 8-bit sRGB of any shape to linear values 0..1, float32."""
+    return srgb_to_linear(np.arange(256) / 255).astype(np.float32)[srgb]
 
 
 def smooth_normals(
@@ -230,26 +251,33 @@ def smooth_normals(
     faces: NDArray[np.integer],
     crease_degrees: float = CREASE_DEGREES,
 ) -> NDArray[np.float32]:
-    """Unit normals [F, 3, 3], one a face corner: the area-weighted mean over the corner's smoothing group.
+    """Compute a normal for each corner of each face.
 
-    A corner's group is every face at the same position (vertices are told apart by position alone, so seams do not
-    show) whose normal, taken either way round, is within crease_degrees of its own. Zero for a face without area.
+    The normal of a corner is the area-weighted mean over its smoothing group: all faces at the same
+    position whose normal, or its opposite, is within `crease_degrees` of the face's own. Vertices
+    at the same position count as one, so that seams are invisible.
+
+    Args:
+        vertices: float32 [V, 3].
+        faces: integer [F, 3].
+        crease_degrees: Largest angle between faces of one group.
+
+    Returns:
+        float32 [F, 3, 3] unit normals, 0 for a face without area.
     """
     triangles = vertices[faces]
     area = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     unit = area / np.maximum(np.linalg.norm(area, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    # corners sorted by position; `left` is the number of corners after each at its position
     place = np.unique(vertices, axis=0, return_inverse=True)[1].reshape(-1)[faces].reshape(-1)
     order = np.argsort(place, kind="stable")
     start = np.flatnonzero(np.r_[True, place[order][1:] != place[order][:-1]])
     size = np.diff(np.r_[start, len(order)])
-    left = (
-        np.repeat(size, size) - (np.arange(len(order)) - np.repeat(start, size)) - 1
-    )  # corners after this one
+    left = np.repeat(size, size) - (np.arange(len(order)) - np.repeat(start, size)) - 1
+    # add the areas of all pairs of corners that belong together
     own, weight = unit[order // 3], area[order // 3]
     total = weight.copy()
-    paired = np.repeat(
-        size <= MAX_FAN, size
-    )  # the apex of a large fan would cost its square; it stays faceted
+    paired = np.repeat(size <= MAX_FAN, size)  # pairs at a larger fan take too long: no smoothing
     limit = cos(radians(crease_degrees))
     for step in range(1, int(min(size.max(initial=1), MAX_FAN))):
         i = np.flatnonzero(paired & (left >= step))
@@ -260,6 +288,7 @@ def smooth_normals(
         total[i] += weight[j] * sign
         total[j] += weight[i] * sign
     total /= np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    # back to the order of the corners
     normals = np.empty_like(total)
     normals[order] = total
     return normals.reshape(-1, 3, 3).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Views of a mesh: RGBA images from seeded cameras under seeded lights, checked before they count."""
+"""Renders the views of an asset: RGBA images from seeded cameras, with seeded lights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh, View
 from pipeline.rendering.config import RenderConfig
 from pipeline.rendering.gl_renderer import open_renderer, renderer_string
-from pipeline.rendering.shading import lighting
+from pipeline.rendering.shading import sample_lighting
 
 __all__ = [
     "render_from",
@@ -23,16 +23,28 @@ __all__ = [
 
 
 def render_views(mesh: Mesh, uid: str, cfg: RenderConfig) -> Iterator[View]:
-    """Views 0..cfg.views-1 of a normalised mesh, in order; the same bytes on the same renderer.
+    """Render the views of an asset.
 
-    Reject, with the view and what was seen: "render_empty", "render_cut_off" (the object touches the border),
-    "render_constant" (one colour all over), after cfg.attempts cameras. RunError without EGL.
+    Equal arguments give equal bytes on the same renderer, see `renderer_string`.
+
+    Args:
+        mesh: A normalised mesh.
+        uid: The asset. It is the seed of cameras and lights.
+        cfg: Number and size of the views, camera set and checks.
+
+    Yields:
+        Views 0 .. cfg.views - 1 in order.
+
+    Raises:
+        Reject: "render_empty", "render_cut_off" if the object touches the border of the image, or
+            "render_constant" if it has one colour, for all cfg.attempts cameras of a view.
+        RunError: If no OpenGL context can be created.
     """
-    with open_renderer(mesh, cfg.image_size) as drawing:
+    with open_renderer(mesh, cfg.image_size) as renderer:
         for view in range(cfg.views):
             for attempt in range(cfg.attempts):
                 eye = sample_camera(uid, view, cfg.cameras, attempt)
-                rgba = unpremultiply(drawing.draw(eye, lighting(uid, view, eye, attempt)))
+                rgba = unpremultiply(renderer.draw(eye, sample_lighting(uid, view, eye, attempt)))
                 fault = fault_of(rgba, cfg.min_coverage)
                 if fault is None:
                     break
@@ -51,51 +63,81 @@ def render_views(mesh: Mesh, uid: str, cfg: RenderConfig) -> Iterator[View]:
 def render_from(
     mesh: Mesh, eyes: Iterable[Camera], size: int, lights: str = ""
 ) -> Iterator[NDArray[np.uint8]]:
-    """RGBA [size, size, 4], colour not premultiplied, of a mesh from each camera; nothing is checked.
+    """Render a mesh from given cameras, without checks.
 
-    The lights are seeded by the word `lights` alone and travel with the camera. RunError without EGL.
+    Args:
+        mesh: A normalised mesh.
+        eyes: The cameras.
+        size: Width and height of the images in pixels.
+        lights: Seed of the lights. They move with the camera.
+
+    Yields:
+        uint8 [size, size, 4] RGBA, colour not premultiplied.
+
+    Raises:
+        RunError: If no OpenGL context can be created.
     """
-    with open_renderer(mesh, size) as drawing:
+    with open_renderer(mesh, size) as renderer:
         for eye in eyes:
-            yield unpremultiply(drawing.draw(eye, lighting(lights, 0, eye)))
+            yield unpremultiply(renderer.draw(eye, sample_lighting(lights, 0, eye)))
 
 
 def unpremultiply(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Colour divided by alpha, rounded; colour 0 where alpha is 0. Contiguous [H, W, 4]."""
+    """Divide the colour of an image by its alpha, and round.
+
+    Args:
+        rgba: uint8 [height, width, 4], premultiplied.
+
+    Returns:
+        Contiguous uint8 [height, width, 4]. Colour is 0 where alpha is 0.
+    """
     result = np.array(rgba, order="C")
     pixels = result.reshape(-1, 4)
-    edges = np.flatnonzero(pixels[:, 3] - np.uint8(1) < 254)  # 0 wraps round to 255
+    edges = np.flatnonzero(pixels[:, 3] - np.uint8(1) < 254)  # alpha in 1..254: 0 wraps to 255
     colors, alpha = pixels[edges, :3].astype(np.uint32), pixels[edges, 3:].astype(np.uint32)
     pixels[edges, :3] = np.minimum((colors * 255 + alpha // 2) // alpha, 255)
     return result
 
 
 def _solid_colors(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """RGBA [N, 4] of the pixels that the object covers for the most part."""
-    packed = rgba.view(np.uint32)[..., 0]  # one element a pixel: masking is several times faster
+    """Return RGBA [N, 4] of the pixels of which the object covers at least half."""
+    packed = rgba.view(np.uint32)[..., 0]  # masking one element per pixel is several times faster
     return packed[rgba[..., 3] > 127].view(np.uint8).reshape(-1, 4)
 
 
 def fault_of(rgba: NDArray[np.uint8], min_coverage: float) -> str | None:
-    """Why a view is not worth keeping, or None: a Reject's reason.
+    """Return the reason why a view is rejected, or None.
 
-    Constant: no channel varies by more than 2 of 255 over the pixels that the object covers. Shading makes a white
-    ball vary by a hundred; what stays is a flat sheet without a texture, or one that light does not reach.
+    A view is constant if no channel varies by more than 2 of 255 over the pixels of the object. The
+    shading of a white ball varies by 100. What remains are flat sheets without a texture, and
+    sheets that no light reaches.
+
+    Args:
+        rgba: uint8 [height, width, 4], colour not premultiplied.
+        min_coverage: Share of the image that the object must cover.
+
+    Returns:
+        "render_empty", "render_cut_off", "render_constant" or None.
     """
     alpha = rgba[..., 3]
     if np.count_nonzero(alpha) < max(min_coverage * alpha.size, 1):
         return "render_empty"
     if alpha[[0, -1]].any() or alpha[:, [0, -1]].any():
         return "render_cut_off"
+    # every 16th pixel usually suffices
     solid = _solid_colors(rgba)[:, :3]
-    varies = any(
-        len(some) and np.ptp(some, axis=0).max() > 2 for some in (solid[::16], solid)
-    )  # a sample often tells
+    varies = any(len(some) and np.ptp(some, axis=0).max() > 2 for some in (solid[::16], solid))
     return None if varies or not len(solid) else "render_constant"
 
 
 def view_numbers(views: Iterable[View]) -> dict[str, float]:
-    """What the filter judges an asset's views by, 0..1: coverage, brightness and clipping over the object's pixels."""
+    """Measure the views of an asset for the filters.
+
+    Returns:
+        Numbers from 0 to 1: mean and smallest coverage of a view, mean brightness, mean standard
+        deviation of the brightness, and the largest share of white pixels of a view. All but the
+        coverage refer to the pixels of the object.
+    """
     rows = []
     for view in views:
         alpha = view.rgba[..., 3]

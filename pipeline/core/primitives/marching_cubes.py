@@ -1,4 +1,4 @@
-"""Marching cubes on 8^3 bricks: only cubes whose eight corners are known, one vertex per crossed grid edge."""
+"""Marching cubes on bricks, limited to cubes whose eight corners are stored."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from pipeline.core.schema import Bricks, Mesh
 # Vertices [V, 3] in the cube [-0.5, 0.5]^3 and faces [F, 3], wound so that normals point outwards.
 MeshArrays = tuple[NDArray[np.float64], NDArray[np.int32]]
 
-# Corner c of a cube lies at (c >> 2, c >> 1 & 1, c & 1). Edge e = 4 * axis + n joins two corners that differ in `axis`;
-# n = 2 * u + v counts the positions of the other two axes in order.
+# A cube has the corners c = 0..7 at (c >> 2, c >> 1 & 1, c & 1). Edge e = 4 * axis + n joins two
+# corners that differ along `axis`. n = 2 * u + v counts the positions along the two other axes.
 _EDGES = [
     (base, base | 4 >> axis) for axis in range(3) for base in range(8) if not base & 4 >> axis
 ]
 
 
 def _case_loops(case: int) -> list[list[int]]:
-    """The directed polygons of crossed edges that separate the inside corners (bits of case) from the others.
+    """Return the directed polygons, as lists of crossed edges, that enclose the inside corners.
 
-    On every face the crossings are joined so that inside corners stay apart; both cubes at a face see the same four
-    corners, so their polygons meet there and the surface has no cracks.
+    Bit c of `case` says whether corner c is inside. On each face, crossings are joined so that
+    inside corners stay apart. The two cubes at a face see the same four corners, so their polygons
+    meet there and the surface has no cracks.
     """
     inside = [case >> c & 1 for c in range(8)]
     edge_number = {frozenset(ends): e for e, ends in enumerate(_EDGES)}
@@ -36,18 +37,19 @@ def _case_loops(case: int) -> list[list[int]]:
             bit, (u, v) = 4 >> axis, [4 >> a for a in range(3) if a != axis]
             start = bit * side
             ring = [start, start | u, start | u | v, start | v]
-            if (side == 1) != (
-                axis != 1
-            ):  # walk the face counterclockwise as seen from outside the cube
+            # walk around the face counterclockwise, as seen from outside the cube
+            if (side == 1) != (axis != 1):
                 ring = ring[::-1]
-            for n in range(4):  # a directed segment around each run of inside corners
-                here, there = ring[n], ring[(n + 1) % 4]
-                if not inside[here] and inside[there]:
+            # a directed segment around each run of inside corners
+            for n in range(4):
+                corner, following_corner = ring[n], ring[(n + 1) % 4]
+                if not inside[corner] and inside[following_corner]:
                     m = n + 1
                     while inside[ring[(m + 1) % 4]]:
                         m += 1
                     leave = edge_number[frozenset((ring[m % 4], ring[(m + 1) % 4]))]
-                    following[edge_number[frozenset((here, there))]] = leave
+                    following[edge_number[frozenset((corner, following_corner))]] = leave
+    # join the segments to polygons
     loops = []
     while following:
         first = min(following)
@@ -60,13 +62,16 @@ def _case_loops(case: int) -> list[list[int]]:
 
 
 def _same_face(e: int, f: int) -> bool:
-    """Whether two edges of the cube lie on one of its faces."""
+    """Return whether two edges lie on the same face of the cube."""
     corners = [*_EDGES[e], *_EDGES[f]]
     return any(len({c >> k & 1 for c in corners}) == 1 for k in range(3))
 
 
 def _triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
-    """Cuts a polygon into triangles without a diagonal in a face of the cube, where the neighbour may have it too."""
+    """Cut a polygon into triangles, without diagonals in a face of the cube.
+
+    The neighbouring cube could have the same diagonal.
+    """
     if len(loop) == 3:
         return [(loop[0], loop[1], loop[2])]
     count = len(loop)
@@ -81,6 +86,7 @@ def _triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
 
 
 def _build_tables() -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """Return the number of triangles of each case [256] and their edges [256, most, 3]."""
     triangles = [
         [t for loop in _case_loops(case) for t in _triangulate(loop)] for case in range(256)
     ]
@@ -98,7 +104,10 @@ _EDGE_CORNERS = np.array(_EDGES, np.int64)
 
 @njit(cache=True)
 def _gather(m, cells, slots, values, corner):
-    """[9, 9, 9] values of a cell and the first layer of its neighbours; NaN where no cell is stored."""
+    """Write a cell's values and the first layer of its neighbours' to `corner` [9, 9, 9].
+
+    NaN where no cell is stored.
+    """
     size = len(slots)
     for a in range(2):
         for b in range(2):
@@ -115,7 +124,13 @@ def _gather(m, cells, slots, values, corner):
 
 @njit(cache=True)
 def _crossings(cells, slots, values, level):
-    """Per point the crossed edges it owns (bit a: towards + on axis a), and the rank of its first one in its cell."""
+    """Find the grid edges that the surface crosses. Each has one vertex, owned by its first point.
+
+    Returns:
+        mask: uint8 [M, 512]. Bit a is set if the edge from the point along +axis a is crossed.
+        first: uint16 [M, 512] number of crossed edges of earlier points in the same cell.
+        offsets: int64 [M + 1] number of crossed edges of earlier cells.
+    """
     mask = np.zeros((len(cells), 512), np.uint8)
     first = np.zeros((len(cells), 512), np.uint16)
     offsets = np.zeros(len(cells) + 1, np.int64)
@@ -126,10 +141,10 @@ def _crossings(cells, slots, values, level):
         for p in range(512):
             i, j, k = p // 64, p // 8 % 8, p % 8
             first[m, p] = count
-            here = corner[i, j, k]
+            value = corner[i, j, k]
             for axis in range(3):
-                there = corner[i + (axis == 0), j + (axis == 1), k + (axis == 2)]
-                if not np.isnan(there) and (here < level) != (there < level):
+                neighbour = corner[i + (axis == 0), j + (axis == 1), k + (axis == 2)]
+                if not np.isnan(neighbour) and (value < level) != (neighbour < level):
                     mask[m, p] |= 1 << axis
                     count += 1
         offsets[m + 1] = offsets[m] + count
@@ -138,6 +153,7 @@ def _crossings(cells, slots, values, level):
 
 @njit(cache=True)
 def _march(cells, slots, values, level, mask, first, offsets, counts, table, edge_corners):
+    """Return vertices [V, 3] in grid units and faces [F, 3]. `mask` to `offsets`: `_crossings`."""
     vertices = np.empty((offsets[-1], 3))
     faces = np.empty((max(2 * offsets[-1], 16), 3), np.int64)
     written = 0
@@ -147,26 +163,27 @@ def _march(cells, slots, values, level, mask, first, offsets, counts, table, edg
         number = offsets[m]
         for p in range(512):
             i, j, k = p // 64, p // 8 % 8, p % 8
+            # the vertices that this point owns, interpolated along their edges
             for axis in range(3):
                 if mask[m, p] >> axis & 1:
-                    here = np.float64(corner[i, j, k]) - level
-                    there = (
+                    value = np.float64(corner[i, j, k]) - level
+                    neighbour = (
                         np.float64(corner[i + (axis == 0), j + (axis == 1), k + (axis == 2)])
                         - level
                     )
-                    for d in range(3):
-                        vertices[number, d] = 8 * cells[m, d] + (
-                            i if d == 0 else (j if d == 1 else k)
-                        )
-                    vertices[number, axis] += here / (here - there)
+                    vertices[number, 0] = 8 * cells[m, 0] + i
+                    vertices[number, 1] = 8 * cells[m, 1] + j
+                    vertices[number, 2] = 8 * cells[m, 2] + k
+                    vertices[number, axis] += value / (value - neighbour)
                     number += 1
+            # the case of the cube at this point
             known, case = True, 0
             for c in range(8):
-                value = corner[i + (c >> 2), j + (c >> 1 & 1), k + (c & 1)]
-                if np.isnan(value):
+                corner_value = corner[i + (c >> 2), j + (c >> 1 & 1), k + (c & 1)]
+                if np.isnan(corner_value):
                     known = False
                     break
-                if value < level:
+                if corner_value < level:
                     case |= 1 << c
             if not known or case == 0 or case == 255:
                 continue
@@ -174,6 +191,7 @@ def _march(cells, slots, values, level, mask, first, offsets, counts, table, edg
                 more = np.empty((2 * len(faces), 3), np.int64)
                 more[:written] = faces[:written]
                 faces = more
+            # its triangles; the number of a vertex follows from the point that owns its edge
             for t in range(counts[case]):
                 for d in range(3):
                     e = table[case, t, d]
@@ -190,11 +208,19 @@ def _march(cells, slots, values, level, mask, first, offsets, counts, table, edg
 
 
 def extract(bricks: Bricks, level: float = 0.0) -> MeshArrays:
-    """The surface where the bricks pass through `level`: vertices [V, 3] in the cube, faces [F, 3] seen from outside.
+    """Extract the surface on which the bricks have the value `level`.
 
-    Values below the level are inside. A cube is marched only if its eight corners are stored, so nothing is invented in
-    space that was not. Where every sign change lies between stored points the surface is closed. `bricks.values` may be
-    any float dtype; values are compared in float32.
+    Values below the level are inside. Cubes with a corner that is not stored give no surface. The
+    surface is closed if every change of sign lies between stored grid points.
+
+    Args:
+        bricks: The bricks of one asset. `values` may have any float dtype and is compared in
+            float32.
+        level: The value, in units of tau.
+
+    Returns:
+        vertices: float64 [V, 3] in the cube [-0.5, 0.5]^3, one per crossed grid edge.
+        faces: int32 [F, 3], with normals that point outwards.
     """
     size = check_resolution(bricks.resolution) // CELL_SIDE
     cells = bricks.cells.astype(np.int64)
@@ -214,6 +240,7 @@ def extract(bricks: Bricks, level: float = 0.0) -> MeshArrays:
         _TABLE,
         _EDGE_CORNERS,
     )
+    # remove vertices that no marched cube uses
     used = np.zeros(len(vertices), np.bool_)
     used[faces] = True
     if not used.all():

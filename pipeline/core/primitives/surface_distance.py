@@ -1,4 +1,4 @@
-"""Distances between surfaces: area-uniform samples of one, exact closest points on the other, and what follows."""
+"""Distances between two surfaces: Chamfer distance, F1 score and normal consistency."""
 
 from __future__ import annotations
 
@@ -9,29 +9,38 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 LEAF = 4  # triangles in a leaf of the tree
-THRESHOLDS = (0.005, 0.001)  # of F1, in the frame [-1, 1]^3; paper, table 4
+CHUNK = 1024  # consecutive points that one thread looks up
+# Thresholds of the F1 score in the frame [-1, 1]^3.
+# Direct3D-S2 paper (arXiv 2505.17412), table 4
+THRESHOLDS = (0.005, 0.001)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SurfaceMetrics:
-    """Reconstruction against reference in the frame [-1, 1]^3, distances unsquared."""
+    """A reconstruction compared with a reference.
 
-    accuracy: float  # mean distance of the reconstruction's samples to the reference
-    completeness: float  # mean distance of the reference's samples to the reconstruction
-    f1: dict[
-        float, float
-    ]  # threshold -> harmonic mean of the shares of samples closer than it, both ways
-    normal_consistency: (
-        float  # mean |cosine| of a sample's normal and that of its closest point, both ways
-    )
+    Distances are unsquared and in the frame [-1, 1]^3.
+    """
+
+    accuracy: float
+    """Mean distance from samples of the reconstruction to the reference."""
+
+    completeness: float
+    """Mean distance from samples of the reference to the reconstruction."""
+
+    f1: dict[float, float]
+    """For each threshold, the harmonic mean of the shares of samples closer than it, both ways."""
+
+    normal_consistency: float
+    """Mean |cosine| between the normals of a sample and of its closest point, both ways."""
 
     @property
     def chamfer(self) -> float:
-        """The mean of both directions."""
+        """The mean of `accuracy` and `completeness`."""
         return (self.accuracy + self.completeness) / 2
 
 
-EMPTY_METRICS = SurfaceMetrics(  # what an empty reconstruction comes to
+EMPTY_METRICS = SurfaceMetrics(  # of an empty reconstruction
     accuracy=float("inf"),
     completeness=float("inf"),
     f1=dict.fromkeys(THRESHOLDS, 0.0),
@@ -48,22 +57,39 @@ def compare_surfaces(
     samples: int = 1_000_000,
     seed: int = 0,
 ) -> SurfaceMetrics:
-    """A reconstruction against a reference, both in the cube [-0.5, 0.5]^3.
+    """Compare a reconstruction with a reference.
 
-    An empty reconstruction is infinitely far and scores 0. ValueError if the reference is empty or samples < 1.
+    Args:
+        vertices: [V, 3] of the reconstruction, in the cube [-0.5, 0.5]^3.
+        faces: integer [F, 3]. If there are none the result is EMPTY_METRICS.
+        to_vertices: [W, 3] of the reference, in the same cube.
+        to_faces: integer [G, 3].
+        samples: Points sampled on each surface.
+        seed: Seed of the samples.
+
+    Raises:
+        ValueError: If the reference has no faces, or `samples` is less than 1.
     """
     if not len(to_faces):
         raise ValueError("to_faces must not be empty, got 0 faces")
     if not len(faces):
         return EMPTY_METRICS
-    ours = SampledSurface(vertices, faces, samples=samples, seed=seed)
-    return ours.compare(SampledSurface(to_vertices, to_faces, samples=samples, seed=seed + 1))
+    reconstruction = SampledSurface(vertices, faces, samples=samples, seed=seed)
+    reference = SampledSurface(to_vertices, to_faces, samples=samples, seed=seed + 1)
+    return reconstruction.compare(reference)
 
 
 class SampledSurface:
-    """A mesh in the cube [-0.5, 0.5]^3 that others are compared with: samples on it, and a tree over its triangles.
+    """Samples of a mesh and a search tree over its triangles, for several comparisons.
 
-    ValueError if it has no faces or samples < 1.
+    Args:
+        vertices: [V, 3] in the cube [-0.5, 0.5]^3.
+        faces: integer [F, 3].
+        samples: Number of points sampled on the surface.
+        seed: Seed of the samples.
+
+    Raises:
+        ValueError: If there are no faces, or `samples` is less than 1.
     """
 
     def __init__(
@@ -78,22 +104,23 @@ class SampledSurface:
         self.tree = TriangleTree(doubled, faces)
 
     def compare(self, reference: SampledSurface) -> SurfaceMetrics:
-        """This one as the reconstruction of another."""
-        there, cosine_there = self._distances(reference)
-        back, cosine_back = reference._distances(self)
+        """Compare this surface, as the reconstruction, with a reference."""
+        to_reference, reference_cosines = self._distances(reference)
+        from_reference, own_cosines = reference._distances(self)
         f1 = {}
         for threshold in THRESHOLDS:
-            precision, recall = (there < threshold).mean(), (back < threshold).mean()
+            precision = (to_reference < threshold).mean()
+            recall = (from_reference < threshold).mean()
             f1[threshold] = float(2 * precision * recall / max(precision + recall, 1e-12))
         return SurfaceMetrics(
-            accuracy=float(there.mean()),
-            completeness=float(back.mean()),
+            accuracy=float(to_reference.mean()),
+            completeness=float(from_reference.mean()),
             f1=f1,
-            normal_consistency=float((cosine_there.mean() + cosine_back.mean()) / 2),
+            normal_consistency=float((reference_cosines.mean() + own_cosines.mean()) / 2),
         )
 
     def _distances(self, other: SampledSurface) -> tuple[NDArray, NDArray]:
-        """From samples of this one to the other: distance and |cosine| of the normals, [samples] each."""
+        """Return the distance of each sample to the other surface, and |cosine| of the normals."""
         distance, _, normals = other.tree.closest(self.points)
         return distance, np.abs((self.normals * normals).sum(axis=1))
 
@@ -101,7 +128,18 @@ class SampledSurface:
 def sample_surface(
     vertices: NDArray, faces: NDArray, count: int, seed: int
 ) -> tuple[NDArray, NDArray]:
-    """Points [count, 3] uniform by area, and the unit normals of their faces [count, 3]."""
+    """Sample points uniformly by area.
+
+    Args:
+        vertices: [V, 3].
+        faces: integer [F, 3].
+        count: Number of points.
+        seed: Equal seeds give equal points.
+
+    Returns:
+        points: float64 [count, 3].
+        normals: float64 [count, 3] unit normals of their faces.
+    """
     triangles = _triangles(
         np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64)
     )
@@ -115,7 +153,12 @@ def sample_surface(
 
 
 class TriangleTree:
-    """A balanced tree of boxes over a mesh's triangles in Morton order. float64, all cores."""
+    """A balanced tree of boxes over the triangles of a mesh in Morton order.
+
+    Args:
+        vertices: [V, 3].
+        faces: integer [F, 3]. Faces may have no area.
+    """
 
     def __init__(self, vertices: NDArray, faces: NDArray):
         triangles = _triangles(
@@ -129,23 +172,27 @@ class TriangleTree:
     def closest(
         self, points: NDArray
     ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-        """Exact distance of each point [n, 3], the closest triangle and its unit normal: [n], [n] and [n, 3]."""
-        visit = np.argsort(
-            self._keys(points), kind="stable"
-        )  # neighbours in turn: the last answer bounds the next
-        found, nearest = _closest(
+        """Find the closest triangle of each point, exactly and on all cores.
+
+        Args:
+            points: [N, 3].
+
+        Returns:
+            distance: float64 [N].
+            triangle: int64 [N] number of the closest face.
+            normals: float64 [N, 3] its unit normal, 0 if it has no area.
+        """
+        # in Morton order, so that the triangle of the last point bounds the distance of the next
+        visit = np.argsort(self._keys(points), kind="stable")
+        sorted_distance, nearest = _closest(
             np.ascontiguousarray(points[visit], np.float64), self.triangles, self.boxes
         )
-        distance, triangle, normals = (
-            np.empty(len(points)),
-            np.empty(len(points), np.int64),
-            np.empty((len(points), 3)),
-        )
-        distance[visit], triangle[visit], normals[visit] = (
-            found,
-            self.order[nearest],
-            _normals(self.triangles, nearest),
-        )
+        distance = np.empty(len(points))
+        triangle = np.empty(len(points), np.int64)
+        normals = np.empty((len(points), 3))
+        distance[visit] = sorted_distance
+        triangle[visit] = self.order[nearest]
+        normals[visit] = _normals(self.triangles, nearest)
         return distance, triangle, normals
 
     def _keys(self, points: NDArray) -> NDArray[np.uint64]:
@@ -155,6 +202,7 @@ class TriangleTree:
 
 @njit(cache=True)
 def _triangles(vertices, faces):
+    """Return the corners of each face, [F, 3, 3]."""
     triangles = np.empty((len(faces), 3, 3))
     for n in range(len(faces)):
         for corner in range(3):
@@ -164,7 +212,7 @@ def _triangles(vertices, faces):
 
 @njit(cache=True)
 def _cross(t):
-    """Of the two edges at the first corner: along the normal, as long as twice the area."""
+    """Return a vector along the normal of a triangle [3, 3]. Its length is twice the area."""
     ux, uy, uz = t[1, 0] - t[0, 0], t[1, 1] - t[0, 1], t[1, 2] - t[0, 2]
     vx, vy, vz = t[2, 0] - t[0, 0], t[2, 1] - t[0, 1], t[2, 2] - t[0, 2]
     return uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
@@ -181,6 +229,7 @@ def _double_areas(triangles):
 
 @njit(cache=True)
 def _points(triangles, chosen, u, v):
+    """Return points of the chosen triangles. (u, v) in [0, 1]^2 is folded into the triangle."""
     points = np.empty((len(chosen), 3))
     for n in range(len(chosen)):
         t, a, b = triangles[chosen[n]], u[n], v[n]
@@ -195,7 +244,7 @@ def _points(triangles, chosen, u, v):
 
 @njit(cache=True)
 def _normals(triangles, chosen):
-    """Unit normals; 0 for triangles without area."""
+    """Return the unit normals of the chosen triangles, 0 for triangles without area."""
     normals = np.empty((len(chosen), 3))
     for n in range(len(chosen)):
         x, y, z = _cross(triangles[chosen[n]])
@@ -218,7 +267,7 @@ def _centres(triangles):
 
 @njit(cache=True)
 def _morton(points, low, scale):
-    """21 bits an axis, interleaved."""
+    """Return Morton keys of points [N, 3]: 21 bits per axis, interleaved."""
     keys = np.empty(len(points), np.uint64)
     for n in range(len(points)):
         key = np.uint64(0)
@@ -236,13 +285,18 @@ def _morton(points, low, scale):
 
 @njit(cache=True)
 def _boxes(triangles):
-    """[2 * leaves, 6]: box n has the children 2n and 2n + 1; leaf l is box leaves + l; leaves is a power of two."""
+    """Return the boxes of the tree [2 * leaves, 6], as lowest and highest corner.
+
+    Box n has the children 2 * n and 2 * n + 1. Leaf l is box leaves + l, and `leaves` is a power of
+    two. Leaves without triangles have an empty box.
+    """
     count = (len(triangles) + LEAF - 1) // LEAF
     leaves = 1
     while leaves < count:
         leaves *= 2
     boxes = np.empty((2 * leaves, 6))
     boxes[:, :3], boxes[:, 3:] = np.inf, -np.inf
+    # leaves
     for leaf in range(count):
         for n in range(leaf * LEAF, min(leaf * LEAF + LEAF, len(triangles))):
             for corner in range(3):
@@ -250,6 +304,7 @@ def _boxes(triangles):
                     x = triangles[n, corner, axis]
                     boxes[leaves + leaf, axis] = min(boxes[leaves + leaf, axis], x)
                     boxes[leaves + leaf, 3 + axis] = max(boxes[leaves + leaf, 3 + axis], x)
+    # inner nodes, from the leaves up
     for node in range(leaves - 1, 0, -1):
         for axis in range(3):
             boxes[node, axis] = min(boxes[2 * node, axis], boxes[2 * node + 1, axis])
@@ -259,7 +314,7 @@ def _boxes(triangles):
 
 @njit(cache=True)
 def _to_box(px, py, pz, box):
-    """Squared distance of a point to a box; infinite for an empty one."""
+    """Return the squared distance of a point to a box [6], infinite for an empty one."""
     x = max(box[0] - px, px - box[3], 0.0)
     y = max(box[1] - py, py - box[4], 0.0)
     z = max(box[2] - pz, pz - box[5], 0.0)
@@ -268,7 +323,7 @@ def _to_box(px, py, pz, box):
 
 @njit(cache=True)
 def _to_segment(px, py, pz, a, b):
-    """Squared distance of a point to a segment."""
+    """Return the squared distance of a point to the segment from a [3] to b [3]."""
     ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
     x, y, z = px - a[0], py - a[1], pz - a[2]
     length = ux * ux + uy * uy + uz * uz
@@ -280,13 +335,18 @@ def _to_segment(px, py, pz, a, b):
 
 @njit(cache=True)
 def _to_triangle(px, py, pz, t):
-    """Squared distance of a point to a triangle [3, 3], which may have no area."""
+    """Return the squared distance of a point to a triangle [3, 3], which may have no area.
+
+    It is separate from the reference `pipeline.core.primitives.triangles.distance2`, which needs a
+    normal. A test compares the two.
+    """
     ux, uy, uz = t[1, 0] - t[0, 0], t[1, 1] - t[0, 1], t[1, 2] - t[0, 2]
     vx, vy, vz = t[2, 0] - t[0, 0], t[2, 1] - t[0, 1], t[2, 2] - t[0, 2]
     nx, ny, nz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
     wx, wy, wz = px - t[0, 0], py - t[0, 1], pz - t[0, 2]
     square = nx * nx + ny * ny + nz * nz
-    if square > 0:  # above the inside: both barycentric coordinates from the normal
+    # the foot on the plane lies in the interior: barycentric coordinates b and c
+    if square > 0:
         b = (
             nx * (wy * vz - wz * vy) + ny * (wz * vx - wx * vz) + nz * (wx * vy - wy * vx)
         ) / square
@@ -296,6 +356,7 @@ def _to_triangle(px, py, pz, t):
         if b >= 0 and c >= 0 and b + c <= 1:
             height = nx * wx + ny * wy + nz * wz
             return height * height / square
+    # otherwise an edge is closest
     best = _to_segment(px, py, pz, t[0], t[1])
     best = min(best, _to_segment(px, py, pz, t[1], t[2]))
     return min(best, _to_segment(px, py, pz, t[2], t[0]))
@@ -303,22 +364,23 @@ def _to_triangle(px, py, pz, t):
 
 @njit(cache=True, parallel=True)
 def _closest(points, triangles, boxes):
+    """Return distance [N] and closest triangle [N] of sorted points. See `TriangleTree.closest`."""
     count, leaves = len(points), len(boxes) // 2
     distance, nearest = np.empty(count), np.empty(count, np.int64)
-    chunk = 1024
-    for part in prange((count + chunk - 1) // chunk):
+    for part in prange((count + CHUNK - 1) // CHUNK):
         stack, gaps = np.empty(128, np.int64), np.empty(128)
-        best_of_last = 0
-        for n in range(part * chunk, min((part + 1) * chunk, count)):
+        closest = 0
+        for n in range(part * CHUNK, min((part + 1) * CHUNK, count)):
+            # the last point's triangle gives the first bound
             px, py, pz = points[n]
-            found = best_of_last
-            best = _to_triangle(px, py, pz, triangles[found])
+            best = _to_triangle(px, py, pz, triangles[closest])
             stack[0], gaps[0], top = 1, _to_box(px, py, pz, boxes[1]), 1
             while top:
                 top -= 1
                 node = stack[top]
                 if gaps[top] >= best:
                     continue
+                # inner node: visit the closer child first
                 if node < leaves:
                     near, far = 2 * node, 2 * node + 1
                     gap, other = _to_box(px, py, pz, boxes[near]), _to_box(px, py, pz, boxes[far])
@@ -331,11 +393,11 @@ def _closest(points, triangles, boxes):
                         stack[top], gaps[top] = near, gap
                         top += 1
                     continue
+                # leaf: exact distances
                 first = (node - leaves) * LEAF
                 for t in range(first, min(first + LEAF, len(triangles))):
                     square = _to_triangle(px, py, pz, triangles[t])
                     if square < best:
-                        best, found = square, t
-            distance[n], nearest[n] = np.sqrt(best), found
-            best_of_last = found
+                        best, closest = square, t
+            distance[n], nearest[n] = np.sqrt(best), closest
     return distance, nearest

@@ -1,6 +1,12 @@
-"""Exact point, segment and triangle predicates on packed triangles, compiled with numba: the ground the SDF stands on.
+"""Distances and intersection tests of points, segments and triangles, in float64 with numba.
 
-Packed triangles are rows of 16 float64: a, b - a, c - a, unit normal, bounding-sphere centre, radius.
+Packed triangles are rows of 16 float64: corner a, b - a, c - a, unit normal, centre and radius of a
+bounding sphere.
+
+`distance2` is the reference of every point-triangle distance of the project. Three others exist for
+a reason and are tested: the float32 loop of `pipeline.geometry.sdf`, the GPU kernel
+`kernels.sdf.distances`, and `pipeline.core.primitives.surface_distance`, which accepts triangles
+without area. `benchmarks.sdf_truth` and the tests have their own, because they check these.
 """
 
 from __future__ import annotations
@@ -11,43 +17,53 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-TIE = 2e-7  # cube units: triangles this much farther than the closest one still vote on the side
-VOTE_ROUNDING = (
-    1e-9  # of the votes' absolute sum: a sum this far below zero is zero, rounded, and outside
-)
+# Cube units. Triangles whose distance exceeds the smallest by no more than this vote on the side.
+TIE = 2e-7
+# A sum of votes is still not negative if it is below zero by this share of the absolute sum.
+VOTE_ROUNDING = 1e-9
 
 
 @njit(cache=True)
 def pack(corners: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[T, 3, 3] float64 corners -> [T, 16] packed triangles; no triangle may have zero area."""
+    """Pack triangles.
+
+    Args:
+        corners: float64 [T, 3, 3]. No triangle may have zero area.
+
+    Returns:
+        float64 [T, 16], see the module.
+    """
     packed = np.empty((len(corners), 16))
     for t in range(len(corners)):
+        # corner and edges
         a, b, c = corners[t, 0], corners[t, 1], corners[t, 2]
         row = packed[t]
         for k in range(3):
             row[k], row[3 + k], row[6 + k] = a[k], b[k] - a[k], c[k] - a[k]
+        # unit normal
         nx = row[4] * row[8] - row[5] * row[7]
         ny = row[5] * row[6] - row[3] * row[8]
         nz = row[3] * row[7] - row[4] * row[6]
         length = math.sqrt(nx * nx + ny * ny + nz * nz)
         row[9], row[10], row[11] = nx / length, ny / length, nz / length
+        # bounding sphere around the centroid
         radius2 = 0.0
         for k in range(3):
             row[12 + k] = (a[k] + b[k] + c[k]) / 3
         for corner in (a, b, c):
-            radius2 = max(
-                radius2,
-                (corner[0] - row[12]) ** 2
-                + (corner[1] - row[13]) ** 2
-                + (corner[2] - row[14]) ** 2,
-            )
+            dx, dy, dz = corner[0] - row[12], corner[1] - row[13], corner[2] - row[14]
+            radius2 = max(radius2, dx**2 + dy**2 + dz**2)
         row[15] = math.sqrt(radius2)
     return packed
 
 
 @njit(cache=True, inline="always")
 def _barycentric(row, x, y, z):
-    """Closest point of a triangle as a + v (b - a) + w (c - a) (Ericson, Real-Time Collision Detection, 5.1.5)."""
+    """Return (v, w) of the closest point a + v (b - a) + w (c - a) of a packed triangle.
+
+    Ericson, Real-Time Collision Detection, section 5.1.5.
+    """
+    # corner a, corner b, edge ab
     px, py, pz = x - row[0], y - row[1], z - row[2]
     d1 = row[3] * px + row[4] * py + row[5] * pz
     d2 = row[6] * px + row[7] * py + row[8] * pz
@@ -61,6 +77,7 @@ def _barycentric(row, x, y, z):
     vc = d1 * d4 - d3 * d2
     if vc <= 0.0 and d1 >= 0.0 and d3 <= 0.0:
         return d1 / (d1 - d3), 0.0
+    # corner c, edge ac
     ac2 = row[6] * row[6] + row[7] * row[7] + row[8] * row[8]
     d5, d6 = d1 - abac, d2 - ac2
     if d6 >= 0.0 and d5 <= d6:
@@ -68,6 +85,7 @@ def _barycentric(row, x, y, z):
     vb = d5 * d2 - d1 * d6
     if vb <= 0.0 and d2 >= 0.0 and d6 <= 0.0:
         return 0.0, d2 / (d2 - d6)
+    # edge bc, interior
     va = d3 * d6 - d5 * d4
     if va <= 0.0 and d4 - d3 >= 0.0 and d5 - d6 >= 0.0:
         w = (d4 - d3) / ((d4 - d3) + (d5 - d6))
@@ -78,7 +96,7 @@ def _barycentric(row, x, y, z):
 
 @njit(cache=True)
 def distance2(row, x, y, z):
-    """Squared distance from a point to a packed triangle."""
+    """Return the squared distance from (x, y, z) to a packed triangle."""
     v, w = _barycentric(row, x, y, z)
     dx = x - (row[0] + v * row[3] + w * row[6])
     dy = y - (row[1] + v * row[4] + w * row[7])
@@ -88,10 +106,12 @@ def distance2(row, x, y, z):
 
 @njit(cache=True)
 def side_vote(row, x, y, z):
-    """How far the point lies on the normal's side, weighted by the angle of the closest feature.
+    """Return a triangle's vote on the side of a point. Positive: on the side of the normal.
 
-    Summed over all triangles that tie for the closest point this is the dot product with the angle-weighted
-    pseudonormal, whose sign is exact (Baerentzen and Aanaes 2005): 2 pi for a face, pi for an edge, the corner's angle.
+    The vote is the height above the plane, weighted by the angle of the closest feature: 2 pi for
+    the interior, pi for an edge, the angle at a corner. The sum over all triangles that tie for the
+    closest is the dot product with the angle-weighted pseudonormal, whose sign is exact (Baerentzen
+    and Aanaes 2005).
     """
     v, w = _barycentric(row, x, y, z)
     dx = x - (row[0] + v * row[3] + w * row[6])
@@ -99,6 +119,7 @@ def side_vote(row, x, y, z):
     dz = z - (row[2] + v * row[5] + w * row[8])
     height = dx * row[9] + dy * row[10] + dz * row[11]
     at_a, at_b, at_c = v == 0.0 and w == 0.0, v == 1.0, w == 1.0
+    # corner: the angle between its two edges
     if at_a or at_b or at_c:
         ux, uy, uz = row[3], row[4], row[5]
         wx, wy, wz = row[6], row[7], row[8]
@@ -110,6 +131,7 @@ def side_vote(row, x, y, z):
             (ux * ux + uy * uy + uz * uz) * (wx * wx + wy * wy + wz * wz)
         )
         return height * math.acos(min(1.0, max(-1.0, cosine)))
+    # edge, interior
     if v == 0.0 or w == 0.0 or v + w >= 1.0:
         return height * math.pi
     return height * 2 * math.pi
@@ -117,7 +139,10 @@ def side_vote(row, x, y, z):
 
 @njit(cache=True)
 def segment_hits(row, px, py, pz, qx, qy, qz):
-    """Whether the segment p-q meets the packed triangle, edges included (Moeller and Trumbore 1997)."""
+    """Return whether the segment from p to q meets a packed triangle, edges included.
+
+    Moeller and Trumbore 1997.
+    """
     dx, dy, dz = qx - px, qy - py, qz - pz
     hx = dy * row[8] - dz * row[7]
     hy = dz * row[6] - dx * row[8]
@@ -128,8 +153,9 @@ def segment_hits(row, px, py, pz, qx, qy, qz):
         * (row[3] ** 2 + row[4] ** 2 + row[5] ** 2)
         * (row[6] ** 2 + row[7] ** 2 + row[8] ** 2)
     )
-    if abs(det) <= 1e-12 * size:  # parallel: a segment inside the plane does not cross it
+    if abs(det) <= 1e-12 * size:  # parallel; a segment inside the plane does not cross it
         return False
+    # barycentric coordinates of the intersection, with a small tolerance at the edges
     sx, sy, sz = px - row[0], py - row[1], pz - row[2]
     u = (sx * hx + sy * hy + sz * hz) / det
     if u < -1e-9 or u > 1 + 1e-9:
@@ -140,13 +166,17 @@ def segment_hits(row, px, py, pz, qx, qy, qz):
     v = (dx * gx + dy * gy + dz * gz) / det
     if v < -1e-9 or u + v > 1 + 1e-9:
         return False
+    # position along the segment
     s = (row[6] * gx + row[7] * gy + row[8] * gz) / det
     return 0.0 <= s <= 1.0
 
 
 @njit(cache=True)
 def triangles_cross(p, q):
-    """Whether an edge of one packed triangle passes through the other (coplanar overlap does not count)."""
+    """Return whether an edge of one packed triangle passes through the other.
+
+    Overlap in one plane does not count.
+    """
     for first, second in ((p, q), (q, p)):
         ax, ay, az = first[0], first[1], first[2]
         bx, by, bz = ax + first[3], ay + first[4], az + first[5]

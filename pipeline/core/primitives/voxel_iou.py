@@ -1,4 +1,4 @@
-"""Which points of a grid lie inside a closed mesh, and how much two solids or two silhouettes overlap."""
+"""Grid points inside a closed mesh, and the intersection over union of two masks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-OFFSETS = (
-    0.3183098861,
-    0.2718281828,
-)  # of the lines, in cells: irrational, so that none meets an edge or a vertex
+# Offsets of the lines in y and z, in voxels. Irrational, so that no line meets an edge or a vertex.
+OFFSETS = (0.3183098861, 0.2718281828)
 
 
 @njit(cache=True)
 def _crossings(triangles, side, counts, places, capacity):
-    """Where lines along x meet triangles: per line (y, z) how many, and their x in cells."""
+    """Find where lines along x meet triangles.
+
+    Writes the number of crossings per line to counts [side, side], and the x of up to `capacity` of
+    them to places [side, side, capacity]. Lengths are in voxels.
+    """
     for t in range(len(triangles)):
         a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
         low_y, high_y = min(a[1], b[1], c[1]), max(a[1], b[1], c[1])
@@ -24,12 +26,14 @@ def _crossings(triangles, side, counts, places, capacity):
         area = (b[1] - a[1]) * (c[2] - a[2]) - (b[2] - a[2]) * (c[1] - a[1])
         if area == 0:
             continue
-        for j in range(
-            max(np.int64(np.ceil(low_y)), 0), min(np.int64(np.floor(high_y)), side - 1) + 1
-        ):
-            for k in range(
-                max(np.int64(np.ceil(low_z)), 0), min(np.int64(np.floor(high_z)), side - 1) + 1
-            ):
+        # the lines inside the triangle's bounding box in y and z
+        first_j = max(np.int64(np.ceil(low_y)), 0)
+        last_j = min(np.int64(np.floor(high_y)), side - 1)
+        first_k = max(np.int64(np.ceil(low_z)), 0)
+        last_k = min(np.int64(np.floor(high_z)), side - 1)
+        for j in range(first_j, last_j + 1):
+            for k in range(first_k, last_k + 1):
+                # barycentric coordinates decide whether the line meets the triangle
                 u = ((j - a[1]) * (c[2] - a[2]) - (k - a[2]) * (c[1] - a[1])) / area
                 v = ((b[1] - a[1]) * (k - a[2]) - (b[2] - a[2]) * (j - a[1])) / area
                 if u < 0 or v < 0 or u + v > 1:
@@ -41,12 +45,21 @@ def _crossings(triangles, side, counts, places, capacity):
 
 
 def inside(vertices: NDArray, faces: NDArray, side: int = 64) -> NDArray[np.bool_]:
-    """bool [side, side, side]: the centres of a grid over the cube [-0.5, 0.5]^3 that a closed mesh encloses.
+    """Find the voxel centres that a closed mesh encloses, by the parity of crossings along x.
 
-    By the parity of crossings along x, on lines a fraction of a cell beside the centres in y and z.
+    The lines run a fraction of a voxel beside the centres in y and z.
+
+    Args:
+        vertices: [V, 3] in the cube [-0.5, 0.5]^3.
+        faces: integer [F, 3].
+        side: Voxels along one side of the cube.
+
+    Returns:
+        bool [side, side, side].
     """
     shift = np.array([0.5, OFFSETS[0], OFFSETS[1]])
     triangles = np.ascontiguousarray((np.asarray(vertices, np.float64)[faces] + 0.5) * side - shift)
+    # repeat with more room if a line has too many crossings
     counts = np.zeros((side, side), np.int64)
     capacity = 64
     while True:
@@ -56,10 +69,8 @@ def inside(vertices: NDArray, faces: NDArray, side: int = 64) -> NDArray[np.bool
         if counts.max(initial=0) <= capacity:
             break
         capacity = int(counts.max())
-    beyond = (places[:, :, None, :] < np.arange(side)[None, None, :, None]).sum(
-        axis=3
-    )  # crossings before each point
-    return (beyond % 2 == 1).transpose(2, 0, 1)
+    before = (places[:, :, None, :] < np.arange(side)[None, None, :, None]).sum(axis=3)
+    return (before % 2 == 1).transpose(2, 0, 1)
 
 
 def intersection_over_union(a: Any, b: Any, axes: tuple[int, ...] | None = None) -> Any:

@@ -113,7 +113,7 @@ def test_loops_of_a_cylinder_without_lids():
         list(range(n, 2 * n)),
     ]
     for loop in loops:
-        same, cap, _ = holes.cap(vertices, [loop])
+        same, cap, _ = holes.cap_loops(vertices, [loop])
         polygon = 0.5 * n * 0.2**2 * np.sin(2 * np.pi / n)
         assert area(same[cap]) == pytest.approx(polygon)
     topology = build_topology(
@@ -138,7 +138,7 @@ def test_a_long_loop_is_capped_by_a_fan():
     angle = 2 * np.pi * np.arange(n) / n
     vertices = np.column_stack([0.3 * np.cos(angle), 0.3 * np.sin(angle), np.zeros(n)])
     triangle = np.array([0, 1, 2])
-    more, faces, loop_of = holes.cap(vertices, [np.arange(n), triangle, np.arange(n)])
+    more, faces, loop_of = holes.cap_loops(vertices, [np.arange(n), triangle, np.arange(n)])
     assert len(more) == n + 2
     np.testing.assert_array_equal(loop_of, np.repeat([0, 1, 2], [n, 1, n]))
     assert sorted(faces[loop_of == 1][0]) == [0, 1, 2]
@@ -162,7 +162,7 @@ def test_caps_repeat_no_face_of_the_mesh():
     vertices = np.column_stack(
         [np.indices((side, side)).reshape(2, -1).T / side - 0.5, np.zeros(side * side)]
     )
-    _, every, _ = holes.cap(vertices, holes.boundary_loops(faces))
+    _, every, _ = holes.cap_loops(vertices, holes.boundary_loops(faces))
     _, capped, cap_of = _add_caps(vertices, faces)
     own = {frozenset(face) for face in faces.tolist()}
     expected = [face for face in every.tolist() if frozenset(face) not in own]
@@ -203,5 +203,5 @@ def test_bad_input():
         vertices=np.array([[0, 0, 0], [0.7, 0, 0], [0, 0.2, 0.0]]),
         faces=np.array([[0, 1, 2]], np.int32),
     )
-    with pytest.raises(ValueError, match=r"reaches 0\.7"):
+    with pytest.raises(ValueError, match=r"extends to 0\.7"):
         build_topology(big, TopologyConfig(resolution=64))

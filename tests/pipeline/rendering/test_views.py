@@ -17,7 +17,7 @@ from pipeline.core.schema import Material, Mesh, Part, View
 from pipeline.rendering import views as render
 from pipeline.rendering.config import RenderConfig
 from pipeline.rendering.gl_renderer import open_renderer
-from pipeline.rendering.shading import Lighting, lighting, smooth_normals
+from pipeline.rendering.shading import Lighting, sample_lighting, smooth_normals
 from pipeline.rendering.views import (
     fault_of,
     render_from,
@@ -147,7 +147,7 @@ def lit(mesh, eye=None, size=160, light=None):
     """One image from the front."""
     eye = eye or look_at_origin(0, 0, 50)
     with open_renderer(mesh, size) as drawing:
-        return unpremultiply(drawing.draw(eye, light or lighting("folder-a", 0, eye)))
+        return unpremultiply(drawing.draw(eye, light or sample_lighting("folder-a", 0, eye)))
 
 
 def even_light():
@@ -306,7 +306,7 @@ def test_lighting_is_neither_dark_nor_burnt_out():
         assert 0.05 < numbers[name]["coverage_min"] < numbers[name]["coverage_mean"] < 0.6
     assert numbers["white"]["brightness_mean"] > numbers["grey"]["brightness_mean"] + 0.05
     counts = [
-        len(lighting("folder-a", view, sample_camera("folder-a", view)).colors)
+        len(sample_lighting("folder-a", view, sample_camera("folder-a", view)).colors)
         for view in range(200)
     ]
     assert set(counts) == {1, 2, 3}
