@@ -133,7 +133,7 @@ class EncoderConfig:
     """The image encoder."""
 
     kind: Literal["dinov2", "stand-in"] = "dinov2"
-    """The frozen encoder of the paper ("dinov2"), or a small one trained with the DiT ("stand-in")."""
+    """The paper's frozen encoder ("dinov2"), or a small one trained with the DiT ("stand-in")."""
     weights: str = DINO_WEIGHTS
     """DINOv2 weights: a folder or a name on the Hugging Face hub."""
     image_size: int = 518
@@ -278,7 +278,7 @@ class Guidance:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random changes of training images. The defaults are those of the published Direct3D-S2 code."""
+    """Random changes of training images, by default those of the published Direct3D-S2 code."""
 
     rotation_probability: float = 0.1
     """Probability that an image is rotated."""
@@ -318,8 +318,8 @@ class GenerationOptions:
     """Sampling steps of the structure stage and of each resolution. The last number holds for the
     stages after it. Without it the numbers that the export recommends are taken, else 50 30 15."""
     guidance: float | None = None
-    """Guidance scale. 1 takes the image's own velocity, at half the cost. Without it the number that
-    the export recommends is taken, else 7."""
+    """Guidance scale. 1 takes the image's own velocity, at half the cost. Without it the number
+    that the export recommends is taken, else 7."""
     method: Method = "euler"
     """Solver: "euler" needs one model call a step, "heun" is of second order and needs two."""
     min_piece: float = 0.01

@@ -58,8 +58,8 @@ class GroupNormSiLU(nn.Module):
 class DownBlock(nn.Module):
     """Residual block that halves the resolution.
 
-    GroupNorm -> SiLU -> mean of the 2^3 children -> conv -> GroupNorm -> SiLU -> conv, plus a linear
-    layer of the children's mean.
+    GroupNorm -> SiLU -> mean of the 2^3 children -> conv -> GroupNorm -> SiLU -> conv, plus a
+    linear layer of the children's mean.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, *, plus_one: bool):

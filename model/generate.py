@@ -39,7 +39,7 @@ class GenerateConfig:
     """Image files."""
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Mesh file, or the directory of the mesh files. Without it they go to the current directory."""
+    """Mesh file, or the directory of the mesh files. The default is the current directory."""
 
     checkpoint: Path = Path("runs/export")
     """Directory of the trained stages, which python -m train.export writes."""
@@ -115,7 +115,7 @@ def _preview_file(mesh_file: Path, cfg: GenerateConfig) -> Path:
 
 
 def _check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be written to a directory, which is made if it is missing."""
+    """Raise UserError unless files can be written to a directory. It is made if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):

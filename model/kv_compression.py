@@ -80,9 +80,10 @@ class CompressionV1(nn.Module):
 
 
 class CompressionV2(nn.Module):
-    """GroupNorm -> SiLU -> mean of each block -> conv -> GroupNorm -> SiLU -> conv: [N, C] -> [P, C].
+    """GroupNorm -> SiLU -> mean of each block -> conv -> GroupNorm -> SiLU -> conv.
 
-    The mean of the input is added to the result. With `plus_one` sums are divided by n + 1.
+    It maps [N, C] to [P, C]. The mean of the input is added to the result. With `plus_one` sums are
+    divided by n + 1.
     """
 
     def __init__(self, channels: int, *, plus_one: bool):

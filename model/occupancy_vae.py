@@ -167,8 +167,8 @@ def occupancy_loss(
         share: Weight of each asset. None takes 1 / B.
 
     Returns:
-        Scalars: "loss" = bce + dice + kl_weight * kl, its terms "bce", "dice" and "kl", and "iou" of
-        the logits' signs. Each is a mean over an asset's cells (for KL its latents), weighted by
+        Scalars: "loss" = bce + dice + kl_weight * kl, its terms "bce", "dice" and "kl", and "iou"
+        of the logits' signs. Each is a mean over an asset's cells (for KL its latents), weighted by
         `share` and added over assets.
     """
     share = 1 / len(logits) if share is None else share

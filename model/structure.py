@@ -1,7 +1,7 @@
 """The structure stage: from an image to the cells near the surface.
 
-A flow model generates latents on a small dense grid, and the occupancy VAE decodes them to the dense
-grid of cells.
+A flow model generates latents on a small dense grid, and the occupancy VAE decodes them to the
+dense grid of cells.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A DiT together with the image encoder it listens to: what is trained, exported and sampled as one."""
+"""A DiT together with its image encoder: they are trained, exported and sampled as one model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.sparse_tensor import Level, SparseTensor
 
 
 class _Shared:
-    """Holds a module that a copy of its owner does not copy: frozen weights are the same for all."""
+    """Holds a module that is not copied with its owner. Frozen weights are the same for all."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -27,10 +27,14 @@ class _Shared:
 
 
 class ConditionedDiT(nn.Module):
-    """Image and noisy latents to velocity.
+    """A DiT that estimates the velocity of noisy latents, given images.
 
-    An encoder that learns is part of the weights. A frozen one is not: it is neither saved, nor averaged, nor copied,
-    and is loaded from where its configuration says. ValueError and UserError as `build_encoder`.
+    A trainable encoder is part of the weights. A frozen one is not: it is neither saved nor
+    averaged nor copied, and is loaded from where its configuration says.
+
+    Raises:
+        ValueError: If the encoder's weights have other channels than the configuration says.
+        UserError: If the encoder's weights are not available.
     """
 
     Config = ConditionedDiTConfig
@@ -45,12 +49,16 @@ class ConditionedDiT(nn.Module):
 
     @property
     def encoder(self) -> ImageEncoder:
-        found = self._learning if self._frozen is None else self._frozen.module
-        assert isinstance(found, ImageEncoder)
-        return found
+        """The image encoder, trainable or frozen."""
+        encoder = self._learning if self._frozen is None else self._frozen.module
+        assert isinstance(encoder, ImageEncoder)
+        return encoder
 
     def share_encoder(self, other: ConditionedDiT) -> None:
-        """Take the other one's encoder if both are frozen and of one configuration, so that it lies in memory once."""
+        """Use the other model's encoder if both are frozen and have one configuration.
+
+        The encoder is then in memory once.
+        """
         if (
             self._frozen is not None
             and other._frozen is not None
@@ -59,27 +67,38 @@ class ConditionedDiT(nn.Module):
             self._frozen = other._frozen
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> ConditionedDiT:
+        # `.to(device)` must move the frozen encoder too, which is no submodule.
         if self._frozen is not None:
-            self._frozen.module._apply(fn)  # .to(device) moves it along
+            self._frozen.module._apply(fn)
         return super()._apply(fn, recurse)
 
     def encode_images(self, images: ImageBatch) -> ImageTokens:
-        """The images' tokens; without gradients where the encoder is frozen."""
+        """Return the tokens of a batch of images, without gradients if the encoder is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._frozen is None):
             return self.encoder(images)
 
     def forward(
         self, x: SparseTensor, t_B: Tensor, images: ImageBatch, dropped_B: Tensor | None = None
     ) -> Tensor:
-        """Velocity [N, latent_channels] at x, one image an asset; where bool dropped [B] is true without its image."""
-        condition = self.encode_images(images)
-        return self.dit(x, t_B, condition if dropped_B is None else condition.drop(dropped_B))
+        """Estimate the velocity of the flow.
+
+        Args:
+            x: Normalised latents at time t, [N, latent_channels] on cells at resolution R / 8.
+            t_B: [B] in [0, 1], the time of each asset.
+            images: One image for each asset.
+            dropped_B: bool [B]. Where it is true, the asset is treated as if it had no image.
+
+        Returns:
+            [N, latent_channels], rows as in `x`.
+        """
+        image = self.encode_images(images)
+        return self.dit(x, t_B, image if dropped_B is None else image.drop(dropped_B))
 
     @torch.no_grad()
     def generate(
         self,
         level: Level,
-        condition: ImageTokens,
+        image: ImageTokens,
         seeds: Sequence[int],
         *,
         steps: int,
@@ -88,26 +107,45 @@ class ConditionedDiT(nn.Module):
         shift: float = 1.0,
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> Tensor:
-        """Latents fp32 [N, latent_channels] of the level's cells, denormalised; asset i's noise comes from seeds[i].
+        """Sample the latents of given cells.
 
-        The same asset gets the same noise in every batch and on every device. ValueError if there is not one seed and
-        one image an asset, or as `flow.sample`.
+        The noise of an asset depends on its seed and its number of cells alone.
+
+        Args:
+            level: N cells of B assets at resolution R / 8.
+            image: Image tokens of the B assets, from `encode_images`.
+            seeds: Seed of each asset's noise.
+            steps: Sampling steps.
+            guidance: Classifier-free guidance.
+            method: "euler" or "heun".
+            shift: Shift of the times, see `model.rectified_flow.shift_times`.
+            progress: Wraps the steps, as tqdm does.
+
+        Returns:
+            fp32 [N, latent_channels], latents of the VAE, rows as in `level`.
+
+        Raises:
+            ValueError: If there is not one seed and one image for each asset, or as
+                `model.rectified_flow.sample`.
         """
-        if not len(seeds) == level.batch_size == condition.batch_size:
-            found = f"{len(seeds)} seeds and {condition.batch_size} images"
+        if not len(seeds) == level.batch_size == image.batch_size:
             raise ValueError(
-                f"there must be one seed and one image for each of {level.batch_size} assets, got {found}"
+                f"there must be one seed and one image for each of {level.batch_size} assets, "
+                f"got {len(seeds)} seeds and {image.batch_size} images"
             )
-        counts, layout = level.asset_starts.diff().tolist(), self.dit.layout(level)
+        counts = level.asset_starts.diff().tolist()
+        layout = self.dit.layout(level)
 
-        def towards(tokens: ImageTokens) -> Callable[[Tensor, float], Tensor]:
+        def velocity_given(tokens: ImageTokens) -> Callable[[Tensor, float], Tensor]:
             def velocity(x_NC: Tensor, t: float) -> Tensor:
                 t_B = torch.full((level.batch_size,), t, device=x_NC.device)
                 return self.dit(SparseTensor(x_NC, level), t_B, tokens, layout)
 
             return velocity
 
-        velocity = guide(towards(condition), towards(condition.unconditional()), guidance, counts)
+        velocity = guide(
+            velocity_given(image), velocity_given(image.unconditional()), guidance, counts
+        )
         noise = draw_noise(seeds, counts, self.config.dit.latent_channels, level.device)
         x_NC = sample(velocity, noise, steps=steps, method=method, shift=shift, progress=progress)
         return self.dit.denormalize(x_NC)

@@ -1,8 +1,8 @@
-"""Image tokens that the generator attends to, packed over the batch: from frozen DINOv2 or a small stand-in."""
+"""Image encoders: frozen DINOv2, or a small stand-in that is trained with the generator."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,23 +17,37 @@ from model.image_tokens import ImageTokens
 from model.layers import init_linears, layer_norm, position_embedding
 from pipeline.core.errors import UserError
 
-SPECIAL = 5  # tokens before the patches: cls and 4 registers
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB
+SPECIAL = 5  # tokens before those of the patches: the class token and 4 registers
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the RGB values of ImageNet
 
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
-    """Prepared images of one size, and which of an encoder's tokens stay: those of patches with foreground."""
+    """Prepared images of one size, and which tokens of the encoder are kept.
 
-    pixels: Tensor  # uint8 [B, 3, size, size]
-    rows: Tensor  # int64 [S] of the encoder's B * (SPECIAL + patches) tokens
-    coords: Tensor  # as ImageTokens's
-    starts: Tensor  # as ImageTokens's
+    The kept tokens are the class token, the registers and the patches with foreground.
+
+    Attributes:
+        pixels: uint8 [B, 3, size, size].
+        rows: int64 [S], the kept rows among the encoder's B * (SPECIAL + patches) tokens.
+        coords: int32 [S, 4], as `ImageTokens.coords`.
+        starts: int32 [B + 1], as `ImageTokens.starts`.
+        max_tokens: Number of kept tokens of the image that has most.
+    """
+
+    pixels: Tensor
+    rows: Tensor
+    coords: Tensor
+    starts: Tensor
     max_tokens: int
 
     @classmethod
     def collate(cls, images: Sequence[PreparedImage]) -> ImageBatch:
-        """One batch on the CPU. ValueError if there is no image, sizes differ or are no multiple of PATCH."""
+        """Make a batch on the CPU.
+
+        Raises:
+            ValueError: If there is no image, or the sizes differ or are no multiple of PATCH.
+        """
         sizes = sorted({image.rgb.shape[0] for image in images})
         if len(sizes) != 1 or sizes[0] % PATCH:
             raise ValueError(
@@ -42,18 +56,16 @@ class ImageBatch:
         side = sizes[0] // PATCH
         coords, rows = [], []
         for asset, image in enumerate(images):
-            taken = image.mask.reshape(side, PATCH, side, PATCH).any(axis=(1, 3))
-            row, column = np.nonzero(taken)
+            has_foreground = image.mask.reshape(side, PATCH, side, PATCH).any(axis=(1, 3))
+            row, column = np.nonzero(has_foreground)
             first = asset * (SPECIAL + side * side)
-            special = np.tile([asset, 0, 0, 1], (SPECIAL, 1))
-            coords.append(special)
+            coords.append(np.tile([asset, 0, 0, 1], (SPECIAL, 1)))
             coords.append(np.stack([np.full_like(row, asset), column, row, np.zeros_like(row)], 1))
             rows.append(first + np.concatenate([np.arange(SPECIAL), SPECIAL + row * side + column]))
         counts = [len(part) for part in rows]
+        pixels = torch.from_numpy(np.stack([image.rgb for image in images]))
         return cls(
-            torch.from_numpy(np.stack([image.rgb for image in images]))
-            .permute(0, 3, 1, 2)
-            .contiguous(),
+            pixels.permute(0, 3, 1, 2).contiguous(),
             torch.from_numpy(np.concatenate(rows)),
             torch.from_numpy(np.concatenate(coords).astype(np.int32)),
             torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
@@ -62,36 +74,48 @@ class ImageBatch:
 
     @property
     def batch_size(self) -> int:
+        """Number B of images."""
         return len(self.pixels)
 
     @property
     def size(self) -> int:
+        """Pixels along one side of an image."""
         return self.pixels.shape[2]
 
-    def _map(self, function: Any) -> ImageBatch:
-        tensors = {
-            name: function(getattr(self, name)) for name in ("pixels", "rows", "coords", "starts")
-        }
-        return replace(self, **tensors)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> ImageBatch:
+        return replace(
+            self,
+            pixels=function(self.pixels),
+            rows=function(self.rows),
+            coords=function(self.coords),
+            starts=function(self.starts),
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
-        """The same batch there."""
+        """Return the batch on another device."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ImageBatch:
-        """A copy in page-locked memory, for `to(..., non_blocking=True)`."""
+        """Return a copy in page-locked memory, for `to(..., non_blocking=True)`."""
         return self._map(lambda x: x.pin_memory())
 
 
 class ImageEncoder(nn.Module):
-    """Images -> ImageTokens. A subclass gives `tokens`."""
+    """Base class of image encoders: images to image tokens. A subclass defines `tokens`.
+
+    Attributes:
+        channels: Channels of a token.
+        image_size: Pixels along one side of the images that it takes.
+        trainable: Whether it is trained together with the generator.
+        label: How results name it.
+    """
 
     channels: int
-    image_size: int  # pixels along a side of the images it takes
+    image_size: int
     mean: Tensor
     std: Tensor
-    trainable: bool  # whether it learns together with the generator
-    label: str  # how results name it
+    trainable: bool
+    label: str
 
     def __init__(self):
         super().__init__()
@@ -99,13 +123,24 @@ class ImageEncoder(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def tokens(self, pixels_BCHW: Tensor) -> Tensor:
-        """[B, 3, size, size], normalised as ImageNet -> [B, SPECIAL + patches, C], before any last norm."""
+        """Encode images.
+
+        Args:
+            pixels_BCHW: [B, 3, size, size], normalised by the statistics of ImageNet.
+
+        Returns:
+            [B, SPECIAL + patches, channels], before any last norm.
+        """
         raise NotImplementedError
 
     def forward(self, batch: ImageBatch) -> ImageTokens:
-        """ImageTokens with the tokens of cls, registers and foreground patches, normalised without parameters.
+        """Encode a batch of images. No data is copied from the device to the host.
 
-        ValueError for images of another size. No device-to-host copy.
+        Returns:
+            The kept tokens, each normalised to mean 0 and deviation 1.
+
+        Raises:
+            ValueError: If the images have another size.
         """
         if batch.size != self.image_size:
             raise ValueError(
@@ -117,7 +152,17 @@ class ImageEncoder(nn.Module):
 
 
 class DinoEncoder(ImageEncoder):
-    """DINOv2 with registers through transformers: frozen, its tokens taken before its last norm. paper, sec. 4"""
+    """Frozen DINOv2 with registers. Its tokens are taken before its last norm.
+
+    Direct3D-S2 paper (arXiv 2505.17412), section 4.
+
+    Args:
+        model: A `Dinov2WithRegistersModel` of the transformers library.
+        image_size: Pixels along one side of the images.
+
+    Raises:
+        ValueError: If the model has another patch size or number of registers.
+    """
 
     trainable = False
     label = "DINOv2"
@@ -126,27 +171,33 @@ class DinoEncoder(ImageEncoder):
         super().__init__()
         config: Any = model.config
         if config.patch_size != PATCH or config.num_register_tokens != SPECIAL - 1:
-            found = f"{config.patch_size} and {config.num_register_tokens}"
             raise ValueError(
-                f"model must have patches of {PATCH} pixels and {SPECIAL - 1} registers, got {found}"
+                f"model must have patches of {PATCH} pixels and {SPECIAL - 1} registers, "
+                f"got {config.patch_size} and {config.num_register_tokens}"
             )
-        self.model, self.channels, self.image_size = (
-            model.eval().requires_grad_(False),
-            config.hidden_size,
-            image_size,
-        )
+        self.model = model.eval().requires_grad_(False)
+        self.channels = config.hidden_size
+        self.image_size = image_size
 
     @classmethod
     def load(
         cls, path: str = DINO_WEIGHTS, *, image_size: int = 518, dtype: torch.dtype = torch.bfloat16
     ) -> DinoEncoder:
-        """Pretrained weights from a folder, the local hub cache or the hub, as `dtype`.
+        """Load pretrained weights.
 
-        UserError, with what to run, if they are nowhere to be had.
+        Args:
+            path: A directory, or a name that is looked up in the local cache of the Hugging Face
+                hub and then on the hub.
+            image_size: Pixels along one side of the images.
+            dtype: Dtype of the weights.
+
+        Raises:
+            UserError: If the weights are not available. The message says what to run.
         """
         from transformers import Dinov2WithRegistersModel
 
-        for local in (True, False):  # asks the network only for what is not on this machine
+        # The network is asked only for what is not on this machine.
+        for local in (True, False):
             try:
                 model = Dinov2WithRegistersModel.from_pretrained(
                     path, dtype=dtype, local_files_only=local
@@ -156,10 +207,11 @@ class DinoEncoder(ImageEncoder):
             else:
                 return cls(model, image_size)
         raise UserError(
-            f"the image encoder's weights {path!r} are neither on this machine nor to be downloaded "
-            f"({str(missing).splitlines()[0]}). Where there is internet run `hf download {DINO_WEIGHTS} --local-dir dinov2`, "
-            "copy the folder here and pass it as the image encoder; or take the stand-in encoder, which is trained "
-            "with the generator"
+            f"the image encoder's weights {path!r} are not on this machine and cannot be "
+            f"downloaded ({str(missing).splitlines()[0]}). On a machine with internet access run "
+            f"`hf download {DINO_WEIGHTS} --local-dir dinov2`, copy the directory here and pass it "
+            "as the encoder's weights, or choose the stand-in encoder, which is trained with the "
+            "generator"
         )
 
     @classmethod
@@ -171,22 +223,28 @@ class DinoEncoder(ImageEncoder):
         image_size: int = 112,
         seed: int = 0,
     ) -> DinoEncoder:
-        """The same architecture, small and with random weights, in fp32: for tests."""
+        """Make a small encoder of the same architecture with random fp32 weights, for tests."""
         from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
         config = Dinov2WithRegistersConfig(
-            hidden_size=channels, num_hidden_layers=layers, num_attention_heads=heads, mlp_ratio=2,
-            image_size=image_size, patch_size=PATCH, num_register_tokens=SPECIAL - 1,
-        )  # fmt: skip
+            hidden_size=channels,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            mlp_ratio=2,
+            image_size=image_size,
+            patch_size=PATCH,
+            num_register_tokens=SPECIAL - 1,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(Dinov2WithRegistersModel(config), image_size)
 
     def train(self, mode: bool = True) -> DinoEncoder:
-        """Frozen: stays in evaluation mode."""
+        """Stay in evaluation mode, since the encoder is frozen."""
         return super().train(False)
 
     def tokens(self, pixels_BCHW: Tensor) -> Tensor:
+        """Encode images in the dtype of the weights, also under autocast."""
         model: Any = self.model
         weight = next(model.parameters())
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
@@ -195,9 +253,19 @@ class DinoEncoder(ImageEncoder):
 
 
 class StandInEncoder(ImageEncoder):
-    """A small vision transformer that learns together with the generator, where DINOv2's weights cannot be had.
+    """A small vision transformer that is trained together with the generator.
 
-    Not part of the paper: results made with it must say so (`label`).
+    It stands in for DINOv2 where the pretrained weights are not available. It is not part of the
+    paper, so results that were made with it must say so (`label`).
+
+    Args:
+        channels: Channels of a token.
+        layers: Transformer layers.
+        heads: Attention heads.
+        image_size: Pixels along one side of the images.
+
+    Raises:
+        ValueError: If `image_size` is no multiple of PATCH.
     """
 
     trainable = True
@@ -207,8 +275,11 @@ class StandInEncoder(ImageEncoder):
         super().__init__()
         if image_size % PATCH:
             raise ValueError(f"image_size must be a multiple of {PATCH}, got {image_size}")
-        self.channels, self.image_size = channels, image_size
-        side, middle = image_size // PATCH, max(channels // 2, 8)
+        self.channels = channels
+        self.image_size = image_size
+        side = image_size // PATCH
+        # Two convolutions with strides 7 and 2 make one token of a patch of 14 x 14 pixels.
+        middle = max(channels // 2, 8)
         self.stem = nn.Sequential(
             nn.Conv2d(3, middle, 7, stride=7), nn.GELU(), nn.Conv2d(middle, channels, 2, stride=2)
         )
@@ -231,17 +302,22 @@ class StandInEncoder(ImageEncoder):
         self.register_buffer("position", position_embedding(coords, channels), persistent=False)
 
     def tokens(self, pixels_BCHW: Tensor) -> Tensor:
+        """Encode images."""
         patches_BPC = self.stem(pixels_BCHW).flatten(2).transpose(1, 2) + self.position
-        x_BTC = torch.cat(
-            [self.special.expand(len(pixels_BCHW), -1, -1).to(patches_BPC), patches_BPC], 1
-        )
+        special_BTC = self.special.expand(len(pixels_BCHW), -1, -1).to(patches_BPC)
+        x_BTC = torch.cat([special_BTC, patches_BPC], 1)
         for block in self.blocks:
             x_BTC = block(x_BTC)
         return x_BTC
 
 
 def build_encoder(config: EncoderConfig) -> ImageEncoder:
-    """The encoder on the CPU. UserError as `DinoEncoder.load`; ValueError if its tokens have other channels."""
+    """Make the encoder of a configuration on the CPU. DINOv2 is loaded with pretrained weights.
+
+    Raises:
+        UserError: If DINOv2's weights are not available.
+        ValueError: If the weights have other channels than `config`.
+    """
     if config.kind == "stand-in":
         return StandInEncoder(config.channels, config.layers, config.heads, config.image_size)
     encoder = DinoEncoder.load(config.weights, image_size=config.image_size)

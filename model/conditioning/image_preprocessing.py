@@ -1,4 +1,4 @@
-"""ImageTokens images: any file to RGBA, the foreground on white at the encoder's size, and augmentation for training."""
+"""Preparation of images: any file to RGBA, the foreground centred on white, augmentation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from PIL import Image
 
 from model.config import Augmentation
 
-PADDING = (
-    16  # white pixels on every side of the foreground, before the resize to `size`; paper, sec. 4
-)
-OPAQUE = (
-    13  # alpha from which a pixel is foreground: fainter is the haze that background removal leaves
-)
-MAX_PIXELS = 1 << 26  # 8192^2; decoded RGBA of it takes 268 MB
-MIN_FOREGROUND = 8  # pixels along the longer side
+# White pixels on every side of the foreground, before the resize to the encoder's size.
+# Direct3D-S2 paper (arXiv 2505.17412), section 4.
+PADDING = 16
+# Smallest alpha of the foreground. Background removal leaves a haze of smaller values.
+OPAQUE = 13
+MAX_SIDE = 8192
+MAX_PIXELS = MAX_SIDE**2  # which take 268 MB as RGBA
+MIN_FOREGROUND = 8  # pixels along the longer side of the foreground
 WHITE = (255, 255, 255)
-ORIENTATION = 0x0112  # EXIF; what each of its values asks for:
+ORIENTATION = 0x0112  # tag of EXIF
+# How an image of each orientation is turned upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,24 +39,32 @@ TURNS = {
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """What an encoder sees of one image: the foreground, centred on white, and where it is."""
+    """The input of an image encoder: the foreground, centred on white.
 
-    rgb: NDArray[np.uint8]  # [size, size, 3]
-    mask: NDArray[np.bool_]  # [size, size] true on the foreground
+    Attributes:
+        rgb: [size, size, 3].
+        mask: [size, size], true on the foreground.
+    """
+
+    rgb: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
 
 
 def load_image(source: Path | str | BinaryIO) -> Image.Image:
-    """An image file as 8-bit RGBA, upright; of an animation the first frame.
+    """Load an image file as upright 8-bit RGBA.
 
-    Greyscale, 16-bit, palette and CMYK files are converted. ValueError if it is not an image, is broken, holds numbers
-    without a known range (32-bit or float), or has more than MAX_PIXELS pixels.
+    Greyscale, 16-bit, palette and CMYK files are converted. Of an animation the first frame is
+    taken.
+
+    Raises:
+        ValueError: If the file is no image or is damaged, if its values have no known range (32-bit
+            or float), or if it has more than MAX_PIXELS pixels.
     """
     name = str(source) if isinstance(source, (str, Path)) else "image"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # the limit below is stricter
+            # The limit below is stricter than Pillow's.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(source)
         _check_size(name, *image.size)
         image.seek(0)
@@ -63,30 +72,26 @@ def load_image(source: Path | str | BinaryIO) -> Image.Image:
         return _rgba(name, _upright(image))
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{name} must have at most {MAX_PIXELS} pixels (8192 x 8192): {error}"
+            f"{name} must have at most {MAX_PIXELS} pixels ({MAX_SIDE} x {MAX_SIDE}): {error}"
         ) from error
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-    ) as error:  # FileNotFoundError and UnidentifiedImageError among them
+    except (OSError, SyntaxError, EOFError) as error:  # also a missing or an unidentified file
         raise ValueError(f"{name} must be a readable image: {error}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as the file's orientation tag says; nothing else of its metadata is looked at, which may be damaged."""
+    """Turn an image as its orientation tag says. Damaged metadata is ignored."""
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION) or 1)
-    except (SyntaxError, ValueError, TypeError, struct.error):  # what unreadable metadata raises
+    except (SyntaxError, ValueError, TypeError, struct.error):
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def _check_size(name: str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        found = f"{width} x {height} = {width * height}"
         raise ValueError(
-            f"{name} must have at most {MAX_PIXELS} pixels (8192 x 8192), got {found}: make it smaller"
+            f"{name} must have at most {MAX_PIXELS} pixels ({MAX_SIDE} x {MAX_SIDE}), "
+            f"got {width} x {height} = {width * height}: make it smaller"
         )
 
 
@@ -96,7 +101,8 @@ def _rgba(name: str, image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.rint(grey).astype(np.uint8), "L")
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"{name} must have 8 or 16 bits a channel, got mode {image.mode!r}: save it as an 8-bit PNG"
+            f"{name} must have 8 or 16 bits for each channel, got mode {image.mode!r}: "
+            "save it as an 8-bit PNG"
         )
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "1"):
         image = image.convert("RGB")
@@ -104,7 +110,7 @@ def _rgba(name: str, image: Image.Image) -> Image.Image:
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether some pixel of an RGBA image is not opaque."""
+    """Return whether some pixel of an RGBA image is not opaque."""
     return image.getchannel("A").getextrema() != (255, 255)
 
 
@@ -116,12 +122,21 @@ def prepare_image(
     rng: np.random.Generator | None = None,
     whole_if_opaque: bool = False,
 ) -> PreparedImage:
-    """Crops to the foreground, centres it in a square, pads, resizes to size, all on white.
+    """Crop an image to its foreground, centre it in a square, pad it and resize it, all on white.
 
-    image: RGBA, as from `load_image` or [h, w, 4] uint8, colour not premultiplied. The foreground is where alpha is at
-    least OPAQUE; it spans size * size / (size + 2 * PADDING) pixels of the result along its longer side. `augmentation`
-    takes its random numbers from rng alone. ValueError if the image is not RGBA, has no foreground or one below
-    MIN_FOREGROUND pixels, or is opaque everywhere (unless that is allowed: then all of it is foreground).
+    The foreground is where alpha is at least OPAQUE. Without augmentation its longer side takes
+    size * size / (size + 2 * PADDING) pixels of the result.
+
+    Args:
+        image: RGBA, as an image or uint8 [h, w, 4], with colour not premultiplied by alpha.
+        size: Pixels along one side of the result.
+        augmentation: Random changes for training.
+        rng: Source of the random numbers of the augmentation, given with it only.
+        whole_if_opaque: Take all of an image without transparent pixels as foreground.
+
+    Raises:
+        ValueError: If the image is not RGBA, has no foreground or one below MIN_FOREGROUND pixels,
+            or has no transparent pixel and `whole_if_opaque` is false.
     """
     if (augmentation is None) != (rng is None):
         raise ValueError("rng must be given with augmentation, and only then")
@@ -135,27 +150,28 @@ def prepare_image(
     if image.mode != "RGBA":
         raise ValueError(f"image must be RGBA uint8 [h, w, 4], got mode {image.mode!r}")
     _check_size("image", *image.size)
-    foreground = _crop(image, whole_if_opaque)
-    canvas = _Canvas.around(foreground)
+    foreground = _crop_to_foreground(image, whole_if_opaque)
+    square = _SquareImage.around(foreground)
     padding = PADDING
     if augmentation is not None and rng is not None:
-        canvas, padding = _augmented(canvas, augmentation, rng)
-    rgb, alpha = canvas.resized(size, padding)
+        square, padding = _augmented(square, augmentation, rng)
+    rgb, alpha = square.resized(size, padding)
     return PreparedImage(np.asarray(rgb), np.asarray(alpha) >= OPAQUE)
 
 
-def _crop(image: Image.Image, whole_if_opaque: bool) -> Image.Image:
+def _crop_to_foreground(image: Image.Image, whole_if_opaque: bool) -> Image.Image:
     if not whole_if_opaque and image.width * image.height and not has_alpha(image):
         raise ValueError(
-            "image must have an alpha channel that is transparent around the object, got one without a transparent "
-            "pixel: remove the background first"
+            "image must have an alpha channel that is transparent around the object, got one "
+            "without a transparent pixel: remove the background first"
         )
     alpha = image.getchannel("A")
     box = alpha.point([0] * OPAQUE + [255] * (256 - OPAQUE)).getbbox()
     if box is None:
-        most = alpha.getextrema()[1] if image.width * image.height else 0
+        largest = alpha.getextrema()[1] if image.width * image.height else 0
         raise ValueError(
-            f"image must have a foreground (alpha of at least {OPAQUE}), its largest alpha is {most}"
+            f"image must have a foreground (alpha of at least {OPAQUE}), "
+            f"its largest alpha is {largest}"
         )
     crop = image.crop(box)
     found = f"{crop.width} x {crop.height}"
@@ -163,22 +179,27 @@ def _crop(image: Image.Image, whole_if_opaque: bool) -> Image.Image:
         raise ValueError(
             f"image must have a foreground of at least {MIN_FOREGROUND} pixels, got {found}"
         )
-    if max(crop.size) ** 2 > MAX_PIXELS:  # it becomes a square
+    # The crop is pasted into a square.
+    if max(crop.size) > MAX_SIDE:
         raise ValueError(
-            f"image must have a foreground within 8192 x 8192 pixels, got {found}: make it smaller"
+            f"image must have a foreground within {MAX_SIDE} x {MAX_SIDE} pixels, "
+            f"got {found}: make it smaller"
         )
     return crop
 
 
 @dataclass(frozen=True)
-class _Canvas:
-    """A square image on white with its alpha; resampling both alike keeps them aligned and the edges free of halos."""
+class _SquareImage:
+    """A square image on white, and its alpha.
+
+    Both are resampled alike, so that they stay aligned and edges get no halo.
+    """
 
     rgb: Image.Image
     alpha: Image.Image
 
     @classmethod
-    def around(cls, foreground: Image.Image) -> _Canvas:
+    def around(cls, foreground: Image.Image) -> _SquareImage:
         side = max(foreground.size)
         corner = ((side - foreground.width) // 2, (side - foreground.height) // 2)
         mask = foreground.getchannel("A")
@@ -187,17 +208,21 @@ class _Canvas:
         alpha.paste(mask, corner)
         return cls(rgb, alpha)
 
-    def rotated(self, degrees: float) -> _Canvas:
+    def rotated(self, degrees: float) -> _SquareImage:
         bilinear = Image.Resampling.BILINEAR
         rgb = self.rgb.rotate(degrees, bilinear, fillcolor=WHITE)
-        return _Canvas(rgb, self.alpha.rotate(degrees, bilinear, fillcolor=0))
+        return _SquareImage(rgb, self.alpha.rotate(degrees, bilinear, fillcolor=0))
 
-    def cropped(self, left: int, top: int, side: int) -> _Canvas:
+    def cropped(self, left: int, top: int, side: int) -> _SquareImage:
         box = (left, top, left + side, top + side)
-        return _Canvas(self.rgb.crop(box), self.alpha.crop(box))
+        return _SquareImage(self.rgb.crop(box), self.alpha.crop(box))
 
     def resized(self, size: int, padding: int) -> tuple[Image.Image, Image.Image]:
-        """As a resize to size, `padding` pixels on every side and a resize to size again, in one resampling."""
+        """Resize, pad and resize again, in one resampling.
+
+        The result is that of a resize to `size`, `padding` pixels on every side, and another resize
+        to `size`.
+        """
         inner = max(1, round(size * size / (size + 2 * padding)))
         corner = (size - inner) // 2
         results = []
@@ -209,18 +234,22 @@ class _Canvas:
 
 
 def _augmented(
-    canvas: _Canvas, chosen: Augmentation, rng: np.random.Generator
-) -> tuple[_Canvas, int]:
-    """Rotation, crop and padding. All random numbers are drawn whatever happens, so that one choice moves no other."""
+    square: _SquareImage, chosen: Augmentation, rng: np.random.Generator
+) -> tuple[_SquareImage, int]:
+    """Rotate and crop at random and choose the padding.
+
+    All random numbers are always drawn, so that one choice does not change another.
+    """
     rotate, crop, angle, ratio, left, top = rng.random(6)
     padding = int(rng.integers(chosen.padding[0], chosen.padding[1], endpoint=True))
     if rotate < chosen.rotation_probability:
-        canvas = canvas.rotated((2 * angle - 1) * chosen.rotation_degrees)
+        square = square.rotated((2 * angle - 1) * chosen.rotation_degrees)
     if crop < chosen.crop_probability:
-        side = canvas.rgb.width
+        side = square.rgb.width
         kept = max(1, math.floor(side * (chosen.crop_ratio + ratio * (1 - chosen.crop_ratio))))
         left, top = (round(share * (side - kept)) for share in (left, top))
-        smaller = canvas.cropped(left, top, kept)
-        if smaller.alpha.getextrema()[1] >= OPAQUE:  # something is left to see
-            canvas = smaller
-    return canvas, padding
+        cropped = square.cropped(left, top, kept)
+        # A crop without any foreground is not used.
+        if cropped.alpha.getextrema()[1] >= OPAQUE:
+            square = cropped
+    return square, padding

@@ -1,4 +1,4 @@
-"""From an image to a mesh: the structure stage, then latents, bricks and a mesh at each resolution."""
+"""From an image to a mesh: cells, then latents, bricks and a mesh at each resolution."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ class CleanedMesh:
 def clean_mesh(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> CleanedMesh:
     """Close holes, then remove small separate pieces and bubbles.
 
-    A bubble is a piece turned inside out: it bounds a hollow that is not visible from outside, which
-    the training data never contains. The result is closed. If every edge of the input has at most
+    A bubble is a piece turned inside out: it bounds a hollow that is not visible from outside. The
+    training data never contains one. The result is closed. If every edge of the input has at most
     two faces, as marching cubes makes them, the result is manifold.
 
     Args:

@@ -228,7 +228,7 @@ def huge_png(side):
         (lambda: io.BytesIO(b"<html>"), "must be a readable image"),
         (lambda: io.BytesIO(saved(Image.effect_noise((64, 64), 50)).getvalue()[:900]), "must be a readable image"),
         (lambda: "/nonexistent.png", "/nonexistent.png must be a readable image"),
-        (lambda: saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "8 or 16 bits a channel, got mode 'F'"),
+        (lambda: saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "8 or 16 bits for each channel, got mode 'F'"),
     ],
 )  # fmt: skip
 def test_files_that_are_refused(source, message):
