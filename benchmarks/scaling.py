@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.dit import Stepper, dino_of_random_weights, synthetic_batch
+from benchmarks.dit_steps import Stepper, dino_of_random_weights, synthetic_batch
 from model.config import EncoderConfig
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
