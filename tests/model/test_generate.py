@@ -1,4 +1,4 @@
-"""From image to mesh: hostile images, where files go, the chain of stages against analytic ones, and seeds."""
+"""Generation from an image: unusable images, output files, the chain of stages, and seeds."""
 
 import subprocess
 import sys
@@ -13,67 +13,24 @@ from PIL import Image
 
 from model.checkpoint import save_model
 from model.conditioning.background_removal import load_foreground
-from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.config import (
-    ConditionedDiTConfig,
-    DiTConfig,
-    EncoderConfig,
-    GenerationOptions,
-    OccupancyConfig,
-    RecommendedSampling,
-    StructureConfig,
-    VAEConfig,
-)
+from model.config import GenerationOptions, RecommendedSampling
 from model.generate import GenerateConfig, generate, main, mesh_files
 from model.inference.cells_near_mesh import cells_near
 from model.inference.generator import Generator
 from model.sparse_vae import SparseVAE
-from model.structure import Structure, occupied_level
+from model.structure import occupied_level
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import band, spacing
+from tests.model.tiny_models import FAST, VAE, disc_image, random_stages
 
 ROOT = Path(__file__).resolve().parents[2]
-OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
-ENCODER = EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2)
-DIT = DiTConfig(
-    channels=32,
-    blocks=1,
-    heads=2,
-    kv_heads=1,
-    mlp_ratio=2,
-    latent_channels=4,
-    condition_channels=32,
-    top_k=2,
-)
-VAE = VAEConfig(widths=(8, 8, 8, 16), latent_channels=4, heads=1, blocks=1, mlp_ratio=1, groups=8)
-FULL = replace(DIT, attention="full", kv_heads=2)
-STRUCTURE = StructureConfig(
-    occupancy=OCCUPANCY, flow=ConditionedDiTConfig(dit=FULL, encoder=ENCODER)
-)
-FAST = GenerationOptions(steps=(2,), guidance=2.0, min_piece=0.0)
-
-
-def stirred(model, seed):
-    """Every weight random: output layers start at zero, and nothing would have a surface."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def untrained(resolutions=(64, 128)):
-    torch.manual_seed(0)
-    vae, structure = stirred(SparseVAE(VAE), 1), stirred(Structure(STRUCTURE), 2)
-    flow = ConditionedDiTConfig(dit=DIT, encoder=ENCODER)
-    return vae, structure, {size: stirred(ConditionedDiT(flow), size) for size in resolutions}
 
 
 def export(folder):
-    """A checkpoint directory of untrained models for 64 and 128."""
-    vae, structure, dits = untrained()
-    save_model(folder / "vae", vae, VAE)
-    save_model(folder / "structure", structure, STRUCTURE)
+    """Write an export of random models for R = 64 and 128."""
+    vae, structure, dits = random_stages()
+    save_model(folder / "vae", vae, vae.config)
+    save_model(folder / "structure", structure, structure.config)
     for size, dit in dits.items():
         save_model(folder / f"dit_{size}", dit, dit.config)
     return folder
@@ -84,32 +41,22 @@ def checkpoint(tmp_path_factory):
     return export(tmp_path_factory.mktemp("export"))
 
 
-def disc(size=64, mode="RGBA"):
-    """A shaded disc on a transparent background."""
-    row, column = np.mgrid[:size, :size] / size - 0.5
-    inside = row**2 + column**2 < 0.16
-    rgba = np.dstack(
-        [*(np.uint8(255 * np.clip(0.5 + row, 0, 1)) for _ in range(3)), np.uint8(255 * inside)]
-    )
-    return Image.fromarray(rgba).convert(mode)
-
-
 @pytest.fixture
 def picture(tmp_path):
-    disc().save(tmp_path / "disc.png")
+    disc_image().save(tmp_path / "disc.png")
     return tmp_path / "disc.png"
 
 
 def sphere_values(level, radius=0.3):
-    """What a perfect decoder would give for a ball: clamp(sdf / tau) of the cells' 512 points."""
+    """Return what a perfect decoder would return for a ball: clamp(sdf / tau), [M, 512]."""
     resolution = 8 * level.resolution
     local = torch.cartesian_prod(*[torch.arange(8)] * 3)
     points = (8 * level.coords[:, None, 1:].long() + local) * spacing(resolution) - 0.5
     return ((points.double().norm(dim=-1) - radius) / band(resolution)).clamp(-1, 1).float()
 
 
-def test_stages_hand_on_exactly_what_the_next_needs(monkeypatch):
-    vae, structure, dits = untrained()
+def test_each_stage_gets_the_cells_of_the_stage_before(monkeypatch):
+    vae, structure, dits = random_stages()
     reference = trimesh.creation.icosphere(subdivisions=5, radius=0.3)
     first = cells_near(reference.vertices, reference.faces, 64)
     grid = torch.zeros(1, 8, 8, 8, dtype=torch.bool)
@@ -117,7 +64,7 @@ def test_stages_hand_on_exactly_what_the_next_needs(monkeypatch):
     monkeypatch.setattr(structure, "generate", lambda *_, **__: occupied_level(grid))
     monkeypatch.setattr(vae, "decode", lambda _z, level: sphere_values(level))
     generator = Generator(vae, structure, dits, torch.device("cpu"))
-    made = generator.generate(disc(), 0, FAST)
+    made = generator.generate(disc_image(), 0, FAST)
     assert [stage.name for stage in made.stages] == ["structure", "64", "128"]
     assert [stage.tokens for stage in made.stages[:2]] == [len(first)] * 2
     exact = len(cells_near(reference.vertices, reference.faces, 128))
@@ -125,12 +72,12 @@ def test_stages_hand_on_exactly_what_the_next_needs(monkeypatch):
     assert made.open_edges == 0
     assert (made.cleaned.holes, made.cleaned.floaters, made.cleaned.bubbles) == (0, 0, 0)
     np.testing.assert_allclose(np.linalg.norm(made.vertices, axis=1), 0.3, atol=2e-3)
-    coarse = generator.generate(disc(), 0, replace(FAST, resolution=64))
+    coarse = generator.generate(disc_image(), 0, replace(FAST, resolution=64))
     assert [stage.name for stage in coarse.stages] == ["structure", "64"]
     assert len(coarse.faces) < 0.5 * len(made.faces)
 
 
-def test_same_seed_same_mesh_closed_whatever_the_weights(checkpoint, picture, tmp_path):
+def test_the_same_seed_gives_the_same_closed_mesh(checkpoint, picture, tmp_path):
     def make(name, **changes):
         out = tmp_path / name
         cfg = GenerateConfig(
@@ -149,9 +96,9 @@ def test_same_seed_same_mesh_closed_whatever_the_weights(checkpoint, picture, tm
     assert fewer != first
 
 
-def test_several_images_go_into_a_folder_each_as_if_alone(checkpoint, picture, tmp_path):
+def test_each_of_several_images_gives_the_mesh_it_gives_alone(checkpoint, picture, tmp_path):
     other = tmp_path / "other.png"
-    disc().transpose(Image.Transpose.ROTATE_90).save(other)
+    disc_image().transpose(Image.Transpose.ROTATE_90).save(other)
     cfg = GenerateConfig(
         images=(other, picture),
         out=tmp_path / "out",
@@ -166,7 +113,9 @@ def test_several_images_go_into_a_folder_each_as_if_alone(checkpoint, picture, t
     assert (tmp_path / "out" / "other.stl").read_bytes() != (tmp_path / "alone.stl").read_bytes()
 
 
-def test_one_image_that_fails_costs_only_itself(checkpoint, picture, tmp_path, caplog, monkeypatch):
+def test_an_image_that_fails_does_not_stop_the_others(
+    checkpoint, picture, tmp_path, caplog, monkeypatch
+):
     calls = []
 
     def fail_first(self, *arguments, **options):
@@ -177,7 +126,7 @@ def test_one_image_that_fails_costs_only_itself(checkpoint, picture, tmp_path, c
 
     original = Generator.generate
     monkeypatch.setattr(Generator, "generate", fail_first)
-    disc(96).save(tmp_path / "a.png")
+    disc_image(96).save(tmp_path / "a.png")
     cfg = GenerateConfig(
         images=(tmp_path / "a.png", picture), out=tmp_path, checkpoint=checkpoint, generation=FAST
     )
@@ -187,7 +136,7 @@ def test_one_image_that_fails_costs_only_itself(checkpoint, picture, tmp_path, c
     assert (tmp_path / "disc.glb").exists()
 
 
-def test_where_files_go(tmp_path):
+def test_the_mesh_file_of_each_image(tmp_path):
     def of(*images, **options):
         return mesh_files(GenerateConfig(images=tuple(Path(image) for image in images), **options))
 
@@ -207,25 +156,27 @@ def test_where_files_go(tmp_path):
         of("a.png", "a.preview.png", preview="png")
 
 
-def test_what_cannot_be_done_is_said_before_the_models_are_loaded(picture, tmp_path, monkeypatch):
+def test_inputs_are_checked_before_models_are_loaded(picture, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     cfg = GenerateConfig(
         images=(picture,), out=tmp_path / "file" / "a.glb", checkpoint=tmp_path / "nowhere"
     )
     with pytest.raises(UserError, match=r"file cannot be written to \(.*\); choose another --out"):
         generate(cfg)
-    monkeypatch.setitem(sys.modules, "fast_simplification", None)  # as if it were not installed
+    monkeypatch.setitem(
+        sys.modules, "fast_simplification", None
+    )  # looks as if it were not installed
     with pytest.raises(UserError, match="pip install fast-simplification"):
         generate(replace(cfg, out=tmp_path / "a.glb", generation=replace(FAST, faces=500)))
     with pytest.raises(UserError, match="nowhere lacks"):
         generate(replace(cfg, out=tmp_path / "a.glb"))
 
 
-def test_a_preview_leaves_the_image_alone_and_may_fail_alone(
+def test_a_preview_keeps_the_image_and_may_fail_without_the_mesh(
     checkpoint, picture, tmp_path, caplog, monkeypatch
 ):
     before = picture.read_bytes()
-    disc(96).save(picture.with_name("other.png"))
+    disc_image(96).save(picture.with_name("other.png"))
     images = (picture, picture.with_name("other.png"))
     cfg = GenerateConfig(
         images=images, out=picture.parent, checkpoint=checkpoint, device="cpu", generation=FAST
@@ -244,8 +195,8 @@ def test_a_preview_leaves_the_image_alone_and_may_fail_alone(
     assert picture.with_name("disc.glb").exists()
 
 
-def hostile(name, folder):
-    """An image file that may not be what an image should be."""
+def write_unusual_image(name, folder):
+    """Write an image file of an unusual or unusable kind."""
     path = folder / f"{name}.png"
     if name == "transparent":
         Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(path)
@@ -254,16 +205,16 @@ def hostile(name, folder):
     elif name == "huge":
         Image.new("1", (20_000, 20_000)).save(path)
     elif name == "opaque":
-        disc().convert("RGB").save(path)
+        disc_image().convert("RGB").save(path)
     elif name == "empty":
         path.write_bytes(b"")
     elif name == "truncated":
-        disc().save(path)
+        disc_image().save(path)
         path.write_bytes(path.read_bytes()[:200])
     elif name == "text":
         path.write_text("<html>not found</html>")
     elif name == "grayscale":
-        disc(mode="LA").save(path)
+        disc_image(mode="LA").save(path)
     elif name == "sixteen_bit":
         import struct
         import zlib
@@ -276,7 +227,7 @@ def hostile(name, folder):
                 + struct.pack(">I", zlib.crc32(kind + data))
             )
 
-        alpha = np.asarray(disc())[..., 3].astype(">u2") * 257
+        alpha = np.asarray(disc_image())[..., 3].astype(">u2") * 257
         rows = np.dstack([np.full_like(alpha, 40_000)] * 3 + [alpha]).astype(">u2")
         raw = b"".join(b"\0" + row.tobytes() for row in rows)
         head = struct.pack(">IIBBBBB", 64, 64, 16, 6, 0, 0, 0)
@@ -284,14 +235,14 @@ def hostile(name, folder):
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
     elif name == "animated":
         path = path.with_suffix(".gif")
-        frames = [disc().rotate(90 * n) for n in range(3)]
+        frames = [disc_image().rotate(90 * n) for n in range(3)]
         frames[0].save(path, save_all=True, append_images=frames[1:], disposal=2)
     return path
 
 
 @pytest.mark.parametrize("name", ["grayscale", "sixteen_bit", "animated"])
-def test_unusual_images_are_taken(name, tmp_path):
-    image = load_foreground(hostile(name, tmp_path))
+def test_unusual_images_are_accepted(name, tmp_path):
+    image = load_foreground(write_unusual_image(name, tmp_path))
     assert (image.mode, image.size) == ("RGBA", (64, 64))
     covered = (np.asarray(image)[..., 3] > 127).mean()
     assert covered == pytest.approx(np.pi * 0.16, rel=0.03)
@@ -311,28 +262,28 @@ def test_unusual_images_are_taken(name, tmp_path):
     ],
 )
 def test_unusable_images_are_refused_by_name(name, message, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rembg", None)  # as if it were not installed
-    path = hostile(name, tmp_path)
+    monkeypatch.setitem(sys.modules, "rembg", None)  # looks as if it were not installed
+    path = write_unusual_image(name, tmp_path)
     with pytest.raises(UserError, match=message) as caught:
         load_foreground(path)
     assert path.name in str(caught.value)
 
 
 def test_a_background_can_be_kept_or_removed(tmp_path, monkeypatch):
-    path = hostile("opaque", tmp_path)
+    path = write_unusual_image("opaque", tmp_path)
     assert load_foreground(path, keep_background=True).getextrema()[3] == (255, 255)
 
     class Library:
         @staticmethod
         def remove(image):
             assert image.mode == "RGB"
-            return disc()
+            return disc_image()
 
     monkeypatch.setitem(sys.modules, "rembg", Library)
     assert load_foreground(path).getextrema()[3] == (0, 255)
 
 
-def test_what_is_missing_is_said(checkpoint, tmp_path):
+def test_errors_name_missing_stages(checkpoint, tmp_path):
     with pytest.raises(
         UserError,
         match=r"lacks vae, structure, dit_<resolution>: train the stages .* train\.export",
@@ -341,7 +292,7 @@ def test_what_is_missing_is_said(checkpoint, tmp_path):
     with pytest.raises(UserError, match="has models for R = 64, 128, none for 512"):
         Generator.load(checkpoint, resolution=512)
     assert Generator.load(checkpoint, resolution=64).resolutions == [64]
-    vae, structure, dits = untrained()
+    vae, structure, dits = random_stages()
     with pytest.raises(
         ValueError, match=r"must have one for R = 64, where the structure stage ends, got \[128\]"
     ):
@@ -356,16 +307,16 @@ def test_what_is_missing_is_said(checkpoint, tmp_path):
 def test_empty_and_oversized_stages_are_errors(checkpoint, monkeypatch):
     generator = Generator.load(checkpoint)
     with pytest.raises(RunError, match=r"cells at R = \d+ are more than --max-tokens 3"):
-        generator.generate(disc(), 0, replace(FAST, max_tokens=3))
+        generator.generate(disc_image(), 0, replace(FAST, max_tokens=3))
     with pytest.raises(ValueError, match="resolution must be one of 64, 128, got 256"):
-        generator.generate(disc(), 0, replace(FAST, resolution=256))
+        generator.generate(disc_image(), 0, replace(FAST, resolution=256))
     monkeypatch.setattr(generator.vae, "decode", lambda _z, level: torch.ones(len(level), 512))
     with pytest.raises(RunError, match="R = 64 has no surface"):
-        generator.generate(disc(), 0, FAST)
+        generator.generate(disc_image(), 0, FAST)
     nothing = torch.zeros(1, 8, 8, 8, dtype=torch.bool)
     monkeypatch.setattr(generator.structure, "generate", lambda *_, **__: occupied_level(nothing))
     with pytest.raises(RunError, match="structure stage generated no cell"):
-        generator.generate(disc(), 0, FAST)
+        generator.generate(disc_image(), 0, FAST)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +340,7 @@ def test_the_last_number_of_steps_holds_for_later_stages():
     assert steps == [5, 3, 3, 3]
 
 
-def test_the_command_says_what_it_did(checkpoint, picture, tmp_path):
+def test_the_command_logs_the_mesh_and_the_stages(checkpoint, picture, tmp_path):
     out = tmp_path / "mesh.obj"
     words = [
         picture,
@@ -455,7 +406,7 @@ def test_a_device_is_checked_with_the_options(picture):
 @pytest.mark.gpu
 def test_same_seed_same_mesh_on_a_gpu(checkpoint):
     first, again, other = (
-        Generator.load(checkpoint, "cuda").generate(disc(), seed, FAST) for seed in (5, 5, 6)
+        Generator.load(checkpoint, "cuda").generate(disc_image(), seed, FAST) for seed in (5, 5, 6)
     )
     np.testing.assert_array_equal(first.vertices, again.vertices)
     np.testing.assert_array_equal(first.faces, again.faces)

@@ -1,4 +1,4 @@
-"""The structure stage: what its weights hold, rows and grids, sampling that no batch changes, and that it learns."""
+"""The structure stage: its weights, rows and grids, sampling of batches, and learning."""
 
 import copy
 from dataclasses import replace
@@ -12,39 +12,18 @@ from model.checkpoint import load_model, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import DinoEncoder, ImageBatch
 from model.conditioning.image_preprocessing import PreparedImage
-from model.config import (
-    ConditionedDiTConfig,
-    DiTConfig,
-    EncoderConfig,
-    Guidance,
-    OccupancyConfig,
-    StructureConfig,
-)
+from model.config import ConditionedDiTConfig, Guidance, StructureConfig
 from model.occupancy_vae import occupancy_grid, occupancy_loss
 from model.rectified_flow import interpolate, velocity_target
 from model.sparse_tensor import SparseTensor
 from model.structure import Structure, dense_level, grid_to_rows, occupied_level, rows_to_grid
 from pipeline.core.primitives.voxel_iou import intersection_over_union
 from tests.model.test_occupancy_vae import shells
-
-OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
-DIT = DiTConfig(
-    channels=48,
-    blocks=2,
-    heads=3,
-    kv_heads=3,
-    mlp_ratio=2,
-    latent_channels=4,
-    condition_channels=32,
-    attention="full",
-)
-ENCODER = EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2)
-FLOW = ConditionedDiTConfig(dit=DIT, encoder=ENCODER)
-TINY = StructureConfig(occupancy=OCCUPANCY, flow=FLOW)
+from tests.model.tiny_models import ENCODER, OCCUPANCY, STRUCTURE, STRUCTURE_DIT, randomize
 
 
 def images(*colors):
-    """Prepared images of one colour each, on a foreground of three of four patches."""
+    """Return images of one colour each, with foreground in three of four patches."""
     mask = np.ones((28, 28), bool)
     mask[14:, 14:] = False
     return ImageBatch.collate(
@@ -55,16 +34,7 @@ def images(*colors):
 RED, GREEN, BLUE = (220, 30, 30), (30, 200, 40), (20, 40, 220)
 
 
-def stirred(model, seed=0):
-    """Every weight random: output layers start at zero, which would hide what comes before them."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        with torch.no_grad():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def test_rows_and_grids_are_two_views_of_one_thing():
+def test_rows_and_grids_are_converted_back_and_forth():
     level = dense_level(4, 3)
     assert len(level) == 3 * 64
     torch.testing.assert_close(token_order(level.coords), torch.arange(len(level)))
@@ -76,7 +46,7 @@ def test_rows_and_grids_are_two_views_of_one_thing():
     torch.testing.assert_close(rows_to_grid(rows, level), grid)
 
 
-def test_a_grid_becomes_a_level():
+def test_a_grid_is_converted_to_a_level():
     occupied = shells(8, 3)
     occupied[1] = False  # an asset without any cell
     level = occupied_level(occupied)
@@ -85,13 +55,13 @@ def test_a_grid_becomes_a_level():
     assert level.asset_starts[1] == level.asset_starts[2]
 
 
-def test_an_encoder_that_learns_is_part_of_the_weights(tmp_path):
+def test_a_trainable_encoder_is_part_of_the_weights(tmp_path):
     torch.manual_seed(0)
-    structure = Structure(TINY).eval()
+    structure = Structure(STRUCTURE).eval()
     assert any(name.startswith("flow._learning.") for name in structure.state_dict())
-    save_model(tmp_path / "structure", structure, TINY)
+    save_model(tmp_path / "structure", structure, STRUCTURE)
     again = load_model(tmp_path / "structure", Structure)
-    assert again.config == TINY
+    assert again.config == STRUCTURE
     assert again.resolution == 64
     batch = images(RED, BLUE)
     torch.testing.assert_close(
@@ -105,7 +75,9 @@ def test_a_frozen_encoder_is_shared_and_not_saved(monkeypatch):
     monkeypatch.setattr(
         "model.conditioning.image_conditioned_dit.build_encoder", lambda _config: encoder
     )
-    flow = ConditionedDiT(ConditionedDiTConfig(dit=DIT, encoder=replace(ENCODER, kind="dinov2")))
+    flow = ConditionedDiT(
+        ConditionedDiTConfig(dit=STRUCTURE_DIT, encoder=replace(ENCODER, kind="dinov2"))
+    )
     assert flow.encoder is encoder
     assert {name.partition(".")[0] for name in flow.state_dict()} == {"dit"}
     assert all(not parameter.requires_grad for parameter in encoder.parameters())
@@ -115,12 +87,12 @@ def test_a_frozen_encoder_is_shared_and_not_saved(monkeypatch):
     assert twin.dit is not flow.dit
     assert not flow.encode_images(images(RED)).feats_SC.requires_grad
     flow.to(torch.float64)
-    assert next(encoder.parameters()).dtype == torch.float64  # moved along
+    assert next(encoder.parameters()).dtype == torch.float64  # converted together with the DiT
 
 
 @torch.no_grad()
 def test_a_dropped_image_is_the_unconditional_one():
-    flow = stirred(ConditionedDiT(FLOW))
+    flow = randomize(ConditionedDiT(STRUCTURE.flow))
     level = dense_level(4, 2)
     x = SparseTensor(torch.randn(len(level), 4), level)
     t = torch.tensor([0.3, 0.8])
@@ -133,7 +105,7 @@ def test_a_dropped_image_is_the_unconditional_one():
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    flow = stirred(ConditionedDiT(FLOW)).eval()
+    flow = randomize(ConditionedDiT(STRUCTURE.flow)).eval()
     flow.dit.set_statistics(torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.5, 2.0, 1.0, 3.0]))
     options = {"steps": 3, "guidance": Guidance(scale=3.0)}
     both = flow.generate(
@@ -157,9 +129,9 @@ def test_a_sample_does_not_depend_on_its_batch():
         flow.generate(dense_level(4, 2), flow.encode_images(images(RED, BLUE)), [7], **options)
 
 
-def test_it_learns_which_image_has_which_cells():
+def test_the_stage_learns_which_image_has_which_cells():
     torch.manual_seed(0)
-    structure, occupied = Structure(TINY), shells(8, 3, seed=1)
+    structure, occupied = Structure(STRUCTURE), shells(8, 3, seed=1)
     optimizer = torch.optim.AdamW(structure.vae.parameters(), 6e-3)
     for _ in range(80):
         logits, posterior = structure.vae(occupied, torch.randn(3, 4, 4, 4, 4))
@@ -192,14 +164,16 @@ def test_it_learns_which_image_has_which_cells():
     )  # the shapes differ that much
 
 
-def test_parts_that_do_not_fit_are_refused():
+def test_configurations_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="must be the occupancy VAE's 4, got 8"):
         StructureConfig(
-            occupancy=OCCUPANCY, flow=replace(FLOW, dit=replace(DIT, latent_channels=8))
+            occupancy=OCCUPANCY,
+            flow=replace(STRUCTURE.flow, dit=replace(STRUCTURE_DIT, latent_channels=8)),
         )
     with pytest.raises(ValueError, match='must be "full" on a dense grid'):
         StructureConfig(
-            occupancy=OCCUPANCY, flow=replace(FLOW, dit=replace(DIT, attention="ssa", kv_heads=3))
+            occupancy=OCCUPANCY,
+            flow=replace(STRUCTURE.flow, dit=replace(STRUCTURE_DIT, attention="ssa", kv_heads=3)),
         )
     with pytest.raises(ValueError, match="the encoder's channels, got 32 and 64"):
-        ConditionedDiTConfig(dit=DIT, encoder=replace(ENCODER, channels=64))
+        ConditionedDiTConfig(dit=STRUCTURE_DIT, encoder=replace(ENCODER, channels=64))

@@ -13,7 +13,7 @@ from model.config import GenerationOptions
 from model.inference.generator import Generator
 from pipeline.core.errors import UserError
 from pipeline.core.provenance import FORMAT_VERSION
-from tests.model.test_generate import FAST, disc, untrained
+from tests.model.tiny_models import FAST, disc_image, random_stages
 from train.data.latents import vae_hash
 from train.export import main
 from train.stages.config import ExportConfig
@@ -40,7 +40,7 @@ def checkpoint(path, model, **training):
 
 @pytest.fixture
 def trained(tmp_path):
-    vae, structure, dits = untrained()
+    vae, structure, dits = random_stages()
     code = vae_hash(vae)
     paths = {
         "vae": checkpoint(tmp_path / "vae", vae),
@@ -55,8 +55,8 @@ def trained(tmp_path):
 def test_exported_stages_generate_the_mesh_of_the_trained_ones(trained):
     cfg, models = trained
     assert [path.name for path in export(cfg)] == ["vae", "structure", "dit_64", "dit_128"]
-    made = Generator.load(cfg.out).generate(disc(), 3, FAST)
-    same = Generator(*models, torch.device("cpu")).generate(disc(), 3, FAST)
+    made = Generator.load(cfg.out).generate(disc_image(), 3, FAST)
+    same = Generator(*models, torch.device("cpu")).generate(disc_image(), 3, FAST)
     assert (made.vertices == same.vertices).all()
     assert (made.faces == same.faces).all()
     files = sorted(
@@ -78,7 +78,7 @@ def test_an_export_remembers_the_sampling_it_recommends(trained):
     chosen = generator.describe_sampling(replace(fast, steps=(7,), guidance=1.0))
     assert (chosen["steps"], chosen["guidance"]) == ([7, 7, 7], 1.0)
     same = replace(fast, steps=(3, 2), guidance=2.0)
-    made, expected = (generator.generate(disc(), 3, options) for options in (fast, same))
+    made, expected = (generator.generate(disc_image(), 3, options) for options in (fast, same))
     assert (made.vertices == expected.vertices).all()
     # One stage may be exported again with other numbers. The others keep theirs.
     export(replace(cfg, vae=None, structure=None, steps=(9, 5)))

@@ -18,7 +18,7 @@ from model.occupancy_vae import OccupancyVAE, occupancy_grid
 from model.structure import Structure
 from pipeline.core.errors import UserError
 from pipeline.storage.sdf_shard import SdfShard
-from tests.model.test_structure import TINY
+from tests.model.tiny_models import STRUCTURE
 from tests.train.analytic_builds import add_renders, color_of, make_build
 from train.data.bricks import read_build_index
 from train.data.symmetry import SYMMETRIES
@@ -40,7 +40,7 @@ from train.stages.structure.task import FlowTask
 from train.structure import main
 
 # A grid of 4^3 cells, as builds at R = 32 have it.
-MODEL = replace(TINY, occupancy=replace(TINY.occupancy, side=4))
+MODEL = replace(STRUCTURE, occupancy=replace(STRUCTURE.occupancy, side=4))
 
 
 @pytest.fixture(scope="module")
