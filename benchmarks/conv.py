@@ -89,7 +89,7 @@ def active_voxels(R: int, tokens: int) -> Tensor:
 
 def gather_convolution(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
     """The usual way in torch: all 27 rows gathered, in slices that fit, times the weights."""
-    return reference_conv._Voxels.apply(x, weight, rows) + bias
+    return reference_conv.VoxelConvolution.apply(x, weight, rows) + bias
 
 
 def block_rows(neighbors: Tensor, size: int) -> Tensor:

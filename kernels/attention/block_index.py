@@ -186,7 +186,8 @@ class BlockIndex:
 
     host: Tensor
     """int64 on the CPU: select_block, compress_block, tokens and blocks of the largest asset, and
-    tokens of the largest block; then chunk_starts, chunk_pairs and the tokens of each chunk's asset."""
+    tokens of the largest block; then chunk_starts, chunk_pairs and the tokens of each chunk's
+    asset."""
 
     @property
     def num_tokens(self) -> int:
@@ -378,7 +379,8 @@ def _build(
     )
     chunk_ranks = torch.tensor([0, *itertools.accumulate(ranks)]).to(device)
 
-    # Pair number minus block number, constant within a chunk; then the chunk and block of each pair.
+    # Pair number minus block number is constant within a chunk. From it the chunk and the block of
+    # each pair.
     offset = [
         pairs - blocks_A[asset] for asset, pairs in zip(chunk_asset, chunk_pairs, strict=False)
     ]
@@ -426,7 +428,7 @@ def _copy_to_host(parts: list[list[Tensor]]) -> list[list[int]]:
 
 
 def _copy_to_device(lists: list[list[int]], device: torch.device) -> list[Tensor]:
-    """Return int32 copies of the lists, with one copy for all. Each starts where loads are fastest."""
+    """Return int32 tensors of the lists, made by one copy. Each starts where loads are fastest."""
     firsts = []
     numbers = []
     for values in lists:

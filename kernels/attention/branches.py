@@ -1,4 +1,4 @@
-"""Each part of SSA as a differentiable function of its own, for callers that combine them differently.
+"""The parts of SSA as differentiable functions, for callers that combine them differently.
 
 The definitions are the functions of the same names in kernels.attention.reference.
 """

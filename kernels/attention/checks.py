@@ -1,4 +1,4 @@
-"""Argument checks of the public attention functions. Each ValueError names argument, rule and value."""
+"""Argument checks of the public attention functions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check_top_k(top_k: int) -> None:
 
 
 def check_scale(scale: float | None, D: int) -> float:
-    """Return the scale of the scores, 1 / sqrt(D) for None; raise ValueError unless it is positive."""
+    """Return the scale, 1 / sqrt(D) for None. Raise ValueError unless it is positive and finite."""
     if scale is None:
         return D**-0.5
     if not 0.0 < scale < float("inf"):

@@ -17,7 +17,7 @@ from kernels.runtime.integer_math import cdiv, next_power_of_2
 
 @triton.jit
 def load_gate(gate_ptr, ok, branch, dtype: tl.constexpr):
-    """Sigmoid of the gates of one branch: [BLOCK_N] in dtype. gate_ptr points to the tokens' rows."""
+    """Sigmoid of a branch's gates: [BLOCK_N] in dtype. gate_ptr points to the rows of the tokens."""
     return tl.sigmoid(tl.load(gate_ptr + branch, ok, other=0.0).to(dtype))
 
 
@@ -65,7 +65,7 @@ def _branch_gradient(
     o_ptr, lse_ptr, dot_ptr, moved_ptr, weighted_ptr, gate, do, x, y, ok, folded,
     FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Store what a branch's backward needs of each row; return the gradient of the gate [BLOCK_N]."""
+    """Store what a branch's backward needs of each row. Return the gate's gradient [BLOCK_N]."""
     o = tl.load(o_ptr + x, ok[:, :, None], other=0.0).to(do.dtype)  # [BLOCK_N, HEADS, D]
     lse = tl.load(lse_ptr + y, ok, other=0.0)  # [BLOCK_N, HEADS]
     dot = tl.sum(o * do, 2)  # [BLOCK_N, HEADS]

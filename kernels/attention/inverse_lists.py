@@ -2,8 +2,8 @@
 
 The lists are built without a sort and without a host copy. Queries are taken by chunks (see
 `BlockIndex`), so that the queries of one list lie close together. A row is a (chunk, block,
-key/value head) triple. Its list is cut into items of at most ITEM entries, and one program processes
-an item. An entry is ((query - first query of the range) << entry_shift(T)) + rank.
+key/value head) triple. Its list is cut into items of at most ITEM entries, and one program
+processes an item. An entry is ((query - first query of the range) << entry_shift(T)) + rank.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ChunkRange:
 
 
 def chunk_ranges(index: BlockIndex, bytes_per_query: int, limit: int) -> list[ChunkRange]:
-    """Cut the queries between chunks, so that each range needs about `limit` bytes or is one chunk."""
+    """Cut the queries between chunks into ranges of about `limit` bytes, or of one chunk."""
     starts, pairs, tokens = index.chunk_table
     chunks = len(starts) - 1
     if chunks == 0:
@@ -96,7 +96,7 @@ class InverseLists:
     """int32 [G * n * T]."""
 
     sums: Tensor
-    """int32 [3, pairs * G], inclusive sums over rows of entries, items, rows of partial dk and dv."""
+    """int32 [3, pairs * G], inclusive sums of entries, items, and rows of partial dk and dv."""
 
     items: Tensor
     """int32 [capacity, ITEM_FIELDS]. The first sums[1, -1] of them are filled."""
@@ -152,9 +152,10 @@ class InverseListStorage:
 
 
 def programs_per_item(lists: InverseLists, entries: int) -> int:
-    """Return the number of programs that share an item, each with at least `entries` of its entries.
+    """Return the number of programs that share an item.
 
-    There are several where the items alone would leave a GPU idle.
+    There are several where the items alone would leave a GPU idle. Each program has at least
+    `entries` of the item's entries.
     """
     return max(1, min(ITEM // entries, FEW_ITEMS // lists.capacity))
 
@@ -185,9 +186,9 @@ def load_entries(
 ):  # fmt: skip
     """Decode entries e..e + BLOCK_Q into the R = BLOCK_Q * GROUP rows of one key/value head.
 
-    Returns the row of each in tensors [N * H, ...], its row in partial results [n * T * H, ...], and
-    whether it lies before `last`; FULL says that all do. Addresses are computed by row, not by token
-    and head: a reshape of a tile would go through shared memory.
+    Returns the row of each in tensors [N * H, ...], its row in partial results [n * T * H, ...],
+    and whether it lies before `last`. FULL says that all do. Addresses are computed by row, not by
+    token and head: a reshape of a tile would go through shared memory.
     """
     r = tl.arange(0, BLOCK_Q * GROUP)
     slot = e + r // GROUP
@@ -212,7 +213,7 @@ def _locate_row(
     first_chunk,
     G: tl.constexpr,
 ):
-    """Pair, key/value head and chunk of this program's row; its queries and its part of the ranks."""
+    """Pair, key/value head, chunk, first query, number of queries and first rank of the row."""
     row = tl.program_id(0)
     pair, g = first_pair + row // G, row % G
     chunk = tl.load(pair_chunk_ptr + pair)

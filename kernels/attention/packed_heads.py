@@ -1,8 +1,8 @@
 """Loads and stores of tiles in which all query heads of a key/value head are packed into rows.
 
-A row of a packed tile is one (token, query head) pair: row r belongs to token r // GROUP of the tile
-and to query head g * GROUP + r % GROUP. G is the number of key/value heads, GROUP the number of
-query heads per key/value head, D the head size, BLOCK_Q the number of tokens per tile.
+A row of a packed tile is one (token, query head) pair: row r belongs to token r // GROUP of the
+tile and to query head g * GROUP + r % GROUP. G is the number of key/value heads, GROUP the number
+of query heads per key/value head, D the head size, BLOCK_Q the number of tokens per tile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 def load_rows(
     x_ptr, n, ok, g, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    """Load the heads of key/value head g of tokens n: [BLOCK_Q * GROUP, D] from [N, G * GROUP, D]."""
+    """Load the query heads of key/value head g: [BLOCK_Q * GROUP, D] from [N, G * GROUP, D]."""
     first = n.to(tl.int64) * (G * GROUP * D) + g * (GROUP * D)
     columns = tl.arange(0, GROUP * D)
     x = tl.load(x_ptr + first[:, None] + columns[None, :], ok[:, None], other=0.0)

@@ -1,4 +1,8 @@
-"""What every kernel computes: the shortest correct code, on any device, in any float type, differentiable."""
+"""Definitions of the attention operations: the shortest correct torch code.
+
+They run on any device in any float dtype and are differentiable. The kernels are tested against
+them.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,16 @@ from torch import Tensor
 
 from kernels.attention.block_index import BlockIndex
 
-_MAX_SCORES = 1 << 24  # entries of one dense score matrix; more queries are taken in slices
+# Elements of one dense score matrix. More queries are processed in slices.
+_MAX_SCORES = 1 << 24
 
 
 def block_mean(x_NC: Tensor, index: BlockIndex, plus_one: bool = False) -> Tensor:
-    """Mean of each compression block's rows: [N, C] -> [P, C]; plus_one divides by n + 1 (the release's pooling)."""
+    """Mean of the rows of each compression block: [N, C] -> [P, C].
+
+    With `plus_one` the sum of n rows is divided by n + 1, as the published Direct3D-S2 weights
+    expect.
+    """
     counts_P = torch.diff(index.compressed_starts).to(x_NC.dtype) + int(plus_one)
     sums_PC = x_NC.new_zeros(index.num_compressed, x_NC.shape[1])
     return sums_PC.index_add(0, index.compressed_of, x_NC) / counts_P[:, None]
@@ -23,7 +32,10 @@ def block_mean(x_NC: Tensor, index: BlockIndex, plus_one: bool = False) -> Tenso
 def attend(
     q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, scale: float, mask_GNM: Tensor | None = None
 ) -> Tensor:
-    """Softmax attention of query head h to key/value head h // (H / G), where the mask is true: [N, H, D]."""
+    """Softmax attention of query head h to key/value head h // (H / G): [N, H, D].
+
+    Where there is a mask, queries attend to the keys whose mask is true.
+    """
     group = q_NHD.shape[1] // k_MGD.shape[1]
     scores_HNM = _scores(q_NHD, k_MGD, scale)
     if mask_GNM is not None:
@@ -38,8 +50,10 @@ def _scores(q_NHD: Tensor, k_MGD: Tensor, scale: float) -> Tensor:
 
 
 def _slices(index: BlockIndex, heads: int, keys_A: Tensor) -> list[tuple[int, slice, slice]]:
-    """(asset, its next queries, all its keys), cut so that heads * queries * keys stays small."""
-    slices, starts, keys = [], index.token_starts.tolist(), keys_A.tolist()
+    """Slices (asset, queries, keys of the asset) in which heads * queries * keys stays small."""
+    slices = []
+    starts = index.token_starts.tolist()
+    keys = keys_A.tolist()
     for asset in range(index.num_assets):
         step = max(1, _MAX_SCORES // max(1, heads * (keys[asset + 1] - keys[asset])))
         for first in range(starts[asset], starts[asset + 1], step):
@@ -48,25 +62,27 @@ def _slices(index: BlockIndex, heads: int, keys_A: Tensor) -> list[tuple[int, sl
     return slices
 
 
-def _collect(parts: list[Tensor], like: Tensor, dim: int = 0) -> Tensor:
-    return torch.cat(parts, dim) if parts else like
+def _concatenate(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else like
 
 
 def compressed_attention(
     q_NHD: Tensor, ck_PGD: Tensor, cv_PGD: Tensor, index: BlockIndex, scale: float
 ) -> Tensor:
-    """Every query attends to all compressed tokens of its asset."""
+    """Attention of every query to all compressed tokens of its asset: [N, H, D]."""
     slices = _slices(index, q_NHD.shape[1], index.asset_compressed)
-    return _collect([attend(q_NHD[n], ck_PGD[m], cv_PGD[m], scale) for _, n, m in slices], q_NHD)
+    parts = [attend(q_NHD[n], ck_PGD[m], cv_PGD[m], scale) for _, n, m in slices]
+    return _concatenate(parts, q_NHD)
 
 
 def block_scores(q_NHD: Tensor, ck_PGD: Tensor, index: BlockIndex, scale: float) -> Tensor:
-    """Softmax probability of each block: [G, N, max_blocks], -1 where the asset has no such block.
+    """Softmax probability that compressed attention gives to each block: [G, N, max_blocks].
 
-    Summed over the heads of a group and over the compressed tokens inside the block; blocks count from the asset's
-    first.
+    Probabilities are summed over the heads of a group and over the compressed tokens of the block.
+    Blocks count from the asset's first; -1 stands where the asset has no such block.
     """
-    (N, H), G = q_NHD.shape[:2], ck_PGD.shape[1]
+    N, H = q_NHD.shape[:2]
+    G = ck_PGD.shape[1]
     scores_GNM = q_NHD.new_full((G, N, index.max_blocks), -1.0)
     first_A = index.asset_blocks.tolist()
     for asset, n, m in _slices(index, H, index.asset_compressed):
@@ -74,42 +90,40 @@ def block_scores(q_NHD: Tensor, ck_PGD: Tensor, index: BlockIndex, scale: float)
         p_GNM = p_HNM.unflatten(0, (G, H // G)).sum(1)
         block = index.compressed_block[m] - first_A[asset]
         blocks = first_A[asset + 1] - first_A[asset]
-        scores_GNM[:, n, :blocks] = p_GNM.new_zeros(*p_GNM.shape[:2], blocks).index_add(
-            2, block, p_GNM
-        )
+        sums_GNM = p_GNM.new_zeros(*p_GNM.shape[:2], blocks)
+        scores_GNM[:, n, :blocks] = sums_GNM.index_add(2, block, p_GNM)
     return scores_GNM
 
 
 def top_blocks(scores_GNM: Tensor, index: BlockIndex, top_k: int) -> Tensor:
-    """The top_k blocks of largest score per query: int32 [G, N, min(top_k, max_blocks)], -1 after an asset's last.
+    """The top_k blocks of largest score per query: int32 [G, N, min(top_k, max_blocks)].
 
-    Ascending block numbers of the whole batch; of equal scores the lower block wins.
+    Block numbers of the whole batch, ascending; -1 after an asset's last block. Of equal scores the
+    lower block wins.
     """
     k = min(top_k, index.max_blocks)
     first_N, last_N = index.asset_blocks[index.asset_of], index.asset_blocks[index.asset_of + 1]
     columns = torch.arange(scores_GNM.shape[2], device=scores_GNM.device)
     exists_NM = columns < (last_N - first_N)[:, None]
-    # A GPU sorts a NaN whose sign bit is set below all numbers, so every NaN becomes the positive one.
-    ranked = (
-        scores_GNM.masked_fill(scores_GNM.isnan(), math.nan)
-        .masked_fill(~exists_NM, -math.inf)
-        .sort(dim=2, descending=True, stable=True)
-        .indices[..., :k]
-    )
-    taken_GNM = torch.zeros_like(scores_GNM, dtype=torch.bool).scatter(2, ranked, True) & exists_NM
-    chosen = (
-        columns.expand_as(taken_GNM)
-        .masked_fill(~taken_GNM, len(columns))
-        .sort(dim=2)
-        .values[..., :k]
-    )
-    return torch.where(chosen < len(columns), chosen + first_N[:, None], -1).int()
+    # A GPU sorts a NaN whose sign bit is set below all numbers. Every NaN becomes the positive one.
+    scores_GNM = scores_GNM.masked_fill(scores_GNM.isnan(), math.nan)
+    scores_GNM = scores_GNM.masked_fill(~exists_NM, -math.inf)
+    ranked = scores_GNM.sort(dim=2, descending=True, stable=True).indices[..., :k]
+    selected_GNM = torch.zeros_like(scores_GNM, dtype=torch.bool).scatter(2, ranked, True)
+    selected_GNM &= exists_NM
+    absent = len(columns)
+    column_GNM = columns.expand_as(selected_GNM).masked_fill(~selected_GNM, absent)
+    column_GNT = column_GNM.sort(dim=2).values[..., :k]
+    return torch.where(column_GNT < absent, column_GNT + first_N[:, None], -1).int()
 
 
 def select_blocks(
     q_NHD: Tensor, ck_PGD: Tensor, index: BlockIndex, top_k: int, scale: float
 ) -> Tensor:
-    """The blocks each query of each key/value head attends to; as `top_blocks`, carries no gradient."""
+    """The blocks that each query of each key/value head attends to, as `top_blocks`.
+
+    The selection carries no gradient.
+    """
     return top_blocks(block_scores(q_NHD.detach(), ck_PGD.detach(), index, scale), index, top_k)
 
 
@@ -121,35 +135,40 @@ def selection_attention(
     index: BlockIndex,
     scale: float,
 ) -> Tensor:
-    """Every query attends to all tokens of its selected blocks (block numbers of the batch, -1 for none)."""
-    parts, G = [], k_NGD.shape[1]
+    """Attention of every query to all tokens of its selected blocks: [N, H, D].
+
+    `selected_GNT` holds block numbers of the batch, -1 for none.
+    """
+    parts = []
+    G = k_NGD.shape[1]
     for _, n, m in _slices(index, q_NHD.shape[1], index.token_starts):
         selected = selected_GNT[:, n].long()
-        taken = torch.zeros(
-            G, selected.shape[1], index.num_blocks + 1, dtype=torch.bool, device=q_NHD.device
-        )
-        taken.scatter_(2, torch.where(selected < 0, index.num_blocks, selected), True)
-        parts.append(attend(q_NHD[n], k_NGD[m], v_NGD[m], scale, taken[:, :, index.block_of[m]]))
-    return _collect(parts, q_NHD)
+        # One column more than there are blocks takes the -1.
+        shape = (G, selected.shape[1], index.num_blocks + 1)
+        is_selected = torch.zeros(shape, dtype=torch.bool, device=q_NHD.device)
+        is_selected.scatter_(2, torch.where(selected < 0, index.num_blocks, selected), True)
+        mask = is_selected[:, :, index.block_of[m]]
+        parts.append(attend(q_NHD[n], k_NGD[m], v_NGD[m], scale, mask))
+    return _concatenate(parts, q_NHD)
 
 
 def window_attention(
     q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, index: BlockIndex, shifted: bool, scale: float
 ) -> Tensor:
-    """Every query attends to the tokens of its own aligned or shifted window."""
-    order, starts = (
-        (index.shifted_order, index.shifted_starts)
-        if shifted
-        else (index.window_order, index.window_starts)
-    )
-    order = order if len(order) else torch.arange(index.num_tokens, device=q_NHD.device)
-    q, k, v, starts = q_NHD[order], k_NGD[order], v_NGD[order], starts.tolist()
-    parts = [attend(q[a:b], k[a:b], v[a:b], scale) for a, b in itertools.pairwise(starts)]
-    return torch.empty_like(q_NHD).index_copy(0, order.long(), _collect(parts, q_NHD))
+    """Attention of every query to the tokens of its aligned or shifted window: [N, H, D]."""
+    order, starts = index.window_order, index.window_starts
+    if shifted:
+        order, starts = index.shifted_order, index.shifted_starts
+    if not len(order):  # the token order itself
+        order = torch.arange(index.num_tokens, device=q_NHD.device)
+    q, k, v = q_NHD[order], k_NGD[order], v_NGD[order]
+    windows = itertools.pairwise(starts.tolist())
+    parts = [attend(q[a:b], k[a:b], v[a:b], scale) for a, b in windows]
+    return torch.empty_like(q_NHD).index_copy(0, order.long(), _concatenate(parts, q_NHD))
 
 
 def gated_sum(branches_3_NHD: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor) -> Tensor:
-    """Sum of the three branches, each times the sigmoid of its gate."""
+    """Sum of the three branches, each times the sigmoid of its gate: [N, H, D]."""
     gates = gates_N3.sigmoid()
     return sum(gates[:, i, None, None] * x_NHD for i, x_NHD in enumerate(branches_3_NHD))
 
@@ -168,7 +187,10 @@ def spatial_sparse_attention(
     scale: float,
     selected_GNT: Tensor | None = None,
 ) -> Tensor:
-    """Compression, selection and window branch, gated: [N, H, D]. `selected_GNT` replaces the top-k (for tests)."""
+    """Gated sum of compressed, selection and window attention: [N, H, D].
+
+    `selected_GNT` replaces the top-k, for tests.
+    """
     if selected_GNT is None:
         selected_GNT = select_blocks(q_NHD, ck_PGD, index, top_k, scale)
     branches = (

@@ -1,9 +1,9 @@
 """Attention of each query to its selected blocks, forward.
 
-The definition is `selection_attention` in kernels.attention.reference. One program holds the keys of
-a block and processes the queries that selected it, so that each block's keys are loaded once per
-list item (see `kernels.attention.inverse_lists`). Each (query, rank) pair gets a softmax of its own.
-A second kernel combines the ranks of each query.
+The definition is `selection_attention` in kernels.attention.reference. One program holds the keys
+of a block and processes the queries that selected it, so that each block's keys are loaded once per
+list item (see `kernels.attention.inverse_lists`). Each (query, rank) pair gets a softmax of its
+own. A second kernel combines the ranks of each query.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Spatial sparse attention as one differentiable function and as custom operators for torch.compile.
+"""Spatial sparse attention as one differentiable function, and as custom operators.
 
-The definition is `spatial_sparse_attention` in kernels.attention.reference.
+The definition is `spatial_sparse_attention` in kernels.attention.reference. torch.compile sees one
+custom operator each for forward and backward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exact, deterministic top-k of block scores, and the rank map that the inverse lists are made from.
+"""Exact, deterministic top-k of block scores, and the rank map that inverse lists are made from.
 
 The definition is `top_blocks` in kernels.attention.reference.
 """

@@ -1,4 +1,4 @@
-"""Sparse convolution, pooling and normalisation of the sparse VAE, and their reference definitions."""
+"""Sparse convolution, pooling and normalisation, and their reference definitions."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,11 @@
-"""GroupNorm with the statistics of each asset's rows, and SiLU."""
+"""GroupNorm with statistics over the rows of each asset, optionally followed by SiLU.
+
+The definition is `group_norm` in kernels.conv.reference.
+
+Rows are cut into chunks of CHUNK rows. The rows that chunk k has of asset a are a part. Its number
+k + a belongs to no other part, because from one part to the next neither k nor a decreases. Parts
+are added in order, so that results are bit-identical from run to run.
+"""
 
 from __future__ import annotations
 
@@ -11,48 +18,54 @@ from torch import Tensor
 
 from kernels.conv import reference as reference_conv
 from kernels.runtime import eager_autograd
-from kernels.runtime.checks import check_dtype, use_triton
+from kernels.runtime.checks import (
+    check_device,
+    check_dtype,
+    check_float_rows,
+    check_parameter_dtype,
+    use_triton,
+)
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import on_device
 
-# Rows are cut into chunks of CHUNK. What chunk k has of asset a is a part; its number k + a belongs to no other part,
-# since from one part to the next neither k nor a decreases. Parts are added in order: the same bits every time.
 CHUNK = tl.constexpr(1024)
 
 
 @triton.jit
-def _begin(starts_ptr, k, a):
-    """First row of chunk k that belongs to asset a."""
-    return tl.maximum(tl.load(starts_ptr + a), k * CHUNK)
-
-
-@triton.jit
-def _end(starts_ptr, k, a, N):
-    return tl.minimum(tl.minimum(tl.load(starts_ptr + a + 1), (k + 1) * CHUNK), N)
+def _part_rows(starts_ptr, k, a, N):
+    """First row of the part of chunk k and asset a, and one past its last."""
+    first = tl.maximum(tl.load(starts_ptr + a), k * CHUNK)
+    last = tl.minimum(tl.minimum(tl.load(starts_ptr + a + 1), (k + 1) * CHUNK), N)
+    return first, last
 
 
 @triton.jit
 def _load(x_ptr, n, last, c, C):
+    """Rows n before `last` and channels c in fp32 [BLOCK_N, BLOCK_C], and their mask."""
     mask = (n < last)[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + n.to(tl.int64)[:, None] * C + c[None, :], mask, other=0.0).to(tl.float32)
     return x, mask
 
 
 @triton.jit(do_not_specialize=["N"])
-def _parts(x_ptr, starts_ptr, ends_ptr, part_ptr, N, C, BN: tl.constexpr, BC: tl.constexpr):
-    """Of each part and channel the mean and the sum of squared distances from it."""
-    k, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+def _parts(
+    x_ptr, starts_ptr, ends_ptr, part_ptr, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Mean and sum of squared deviations of each part and channel."""
+    k, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     for a in range(tl.load(ends_ptr + 2 * k), tl.load(ends_ptr + 2 * k + 1) + 1):
-        first, last = _begin(starts_ptr, k, a), _end(starts_ptr, k, a, N)
-        mean, squares = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
-        for n in range(first, last, BN):
-            x, mask = _load(x_ptr, n + tl.arange(0, BN), last, c, C)
-            count = tl.minimum(last - n, BN).to(tl.float32)
+        first, last = _part_rows(starts_ptr, k, a, N)  # pyright: ignore[reportGeneralTypeIssues]
+        mean, squares = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+        for n in range(first, last, BLOCK_N):
+            # Statistics of BLOCK_N rows.
+            x, mask = _load(x_ptr, n + tl.arange(0, BLOCK_N), last, c, C)
+            count = tl.minimum(last - n, BLOCK_N).to(tl.float32)
             own = tl.sum(x, 0) / count
-            distance = tl.where(mask, x - own[None, :], 0.0)
+            deviation = tl.where(mask, x - own[None, :], 0.0)
+            # Merge them with those of the rows before.
             before = (n - first).to(tl.float32)
             step = own - mean
-            squares += tl.sum(distance * distance, 0) + step * step * (
+            squares += tl.sum(deviation * deviation, 0) + step * step * (
                 before * count / (before + count)
             )
             mean += step * (count / (before + count))
@@ -61,46 +74,53 @@ def _parts(x_ptr, starts_ptr, ends_ptr, part_ptr, N, C, BN: tl.constexpr, BC: tl
         tl.store(part + C + c, squares, c < C)
 
 
+@triton.jit
+def _part_counts(start, end, first, BLOCK_P: tl.constexpr):
+    """Chunks first..first + BLOCK_P, and how many rows start..end each of them has."""
+    k = first + tl.arange(0, BLOCK_P)
+    n = tl.maximum(tl.minimum(end, (k + 1) * CHUNK) - tl.maximum(start, k * CHUNK), 0)
+    return k, n.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _statistics(
     part_ptr, starts_ptr, mean_ptr, rstd_ptr, N, C, eps, groups,
-    CG: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr,
+    CG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / standard deviation of each asset and group, from its parts."""
+    """Mean and 1 / standard deviation of each asset and group, from the asset's parts."""
+    # One program: one asset and the CG channels of one group.
     a, g = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(starts_ptr + a), tl.load(starts_ptr + a + 1)
-    c = g * CG + tl.arange(0, BG)
-    inside = tl.arange(0, BG) < CG
+    c = g * CG + tl.arange(0, BLOCK_G)
+    inside = tl.arange(0, BLOCK_G) < CG
     total = tl.maximum((end - start).to(tl.float32) * CG, 1.0)
+    first_chunk, last_chunk = start // CHUNK, tl.where(end > start, (end - 1) // CHUNK + 1, 0)
+
+    # Mean over the parts, weighted by their rows.
     mean = 0.0
-    squares = 0.0
-    for first in range(start // CHUNK, tl.where(end > start, (end - 1) // CHUNK + 1, 0), BP):
-        k = first + tl.arange(0, BP)
-        n = tl.maximum(tl.minimum(end, (k + 1) * CHUNK) - tl.maximum(start, k * CHUNK), 0).to(
-            tl.float32
-        )
-        mask = (n > 0)[:, None] & inside[None, :]
-        means = tl.load(
-            part_ptr + (k + a).to(tl.int64)[:, None] * (2 * C) + c[None, :], mask, other=0.0
-        )
-        mean += tl.sum(tl.sum(means * n[:, None], 1), 0) / total
-    for first in range(start // CHUNK, tl.where(end > start, (end - 1) // CHUNK + 1, 0), BP):
-        k = first + tl.arange(0, BP)
-        n = tl.maximum(tl.minimum(end, (k + 1) * CHUNK) - tl.maximum(start, k * CHUNK), 0).to(
-            tl.float32
-        )
+    for first in range(first_chunk, last_chunk, BLOCK_P):
+        k, n = _part_counts(start, end, first, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
         mask = (n > 0)[:, None] & inside[None, :]
         at = part_ptr + (k + a).to(tl.int64)[:, None] * (2 * C) + c[None, :]
-        distance = tl.where(mask, tl.load(at, mask, other=0.0) - mean, 0.0)
-        own = tl.load(at + C, mask, other=0.0)
-        squares += tl.sum(tl.sum(own + distance * distance * n[:, None], 1), 0)
+        means = tl.load(at, mask, other=0.0)  # [BLOCK_P, BLOCK_G]
+        mean += tl.sum(tl.sum(means * n[:, None], 1), 0) / total
+
+    # Squared deviations: within the parts, and of the parts' means.
+    squares = 0.0
+    for first in range(first_chunk, last_chunk, BLOCK_P):
+        k, n = _part_counts(start, end, first, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
+        mask = (n > 0)[:, None] & inside[None, :]
+        at = part_ptr + (k + a).to(tl.int64)[:, None] * (2 * C) + c[None, :]
+        deviation = tl.where(mask, tl.load(at, mask, other=0.0) - mean, 0.0)
+        own = tl.load(at + C, mask, other=0.0)  # [BLOCK_P, BLOCK_G]
+        squares += tl.sum(tl.sum(own + deviation * deviation * n[:, None], 1), 0)
     tl.store(mean_ptr + a * groups + g, mean)
     tl.store(rstd_ptr + a * groups + g, 1.0 / tl.sqrt(squares / total + eps))
 
 
 @triton.jit
 def _normalised(x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG):
-    """x hat, 1 / standard deviation, and weight and bias of the channels."""
+    """Normalised x [BLOCK_N, BLOCK_C]; 1 / standard deviation, weight and bias [BLOCK_C]."""
     at, ok = a * groups + c // CG, c < C
     rstd = tl.load(rstd_ptr + at, ok, other=0.0)
     hat = (x - tl.load(mean_ptr + at, ok, other=0.0)[None, :]) * rstd[None, :]
@@ -110,14 +130,16 @@ def _normalised(x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG
 
 @triton.jit(do_not_specialize=["N"])
 def _apply(
-    x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, y_ptr, N, C, groups, CG,
-    SILU: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, y_ptr,
+    N, C, groups, CG,
+    SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    k, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    """Normalise the rows of chunk k, part by part."""
+    k, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     for a in range(tl.load(ends_ptr + 2 * k), tl.load(ends_ptr + 2 * k + 1) + 1):
-        first, last = _begin(starts_ptr, k, a), _end(starts_ptr, k, a, N)
-        for i in range(first, last, BN):
-            n = i + tl.arange(0, BN)
+        first, last = _part_rows(starts_ptr, k, a, N)  # pyright: ignore[reportGeneralTypeIssues]
+        for i in range(first, last, BLOCK_N):
+            n = i + tl.arange(0, BLOCK_N)
             x, mask = _load(x_ptr, n, last, c, C)
             hat, _, weight, bias = _normalised(
                 x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG
@@ -125,14 +147,13 @@ def _apply(
             y = hat * weight[None, :] + bias[None, :]
             if SILU:
                 y = y * tl.sigmoid(y)
-            tl.store(
-                y_ptr + n.to(tl.int64)[:, None] * C + c[None, :], y.to(y_ptr.dtype.element_ty), mask
-            )
+            y = y.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + n.to(tl.int64)[:, None] * C + c[None, :], y, mask)
 
 
 @triton.jit
 def _before_silu(dy, hat, weight, bias, SILU: tl.constexpr):
-    """Gradient of what SiLU is applied to."""
+    """Gradient of the input of SiLU."""
     if SILU:
         z = hat * weight[None, :] + bias[None, :]
         s = tl.sigmoid(z)
@@ -140,24 +161,42 @@ def _before_silu(dy, hat, weight, bias, SILU: tl.constexpr):
     return dy
 
 
+@triton.jit
+def _normalised_gradient(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, i, last, c, a, C, groups, CG,
+    SILU: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradient before SiLU and normalised x of rows i..i + BLOCK_N.
+
+    Returns the numbers of the rows, then their mask, gradient and normalised x [BLOCK_N, BLOCK_C],
+    then 1 / standard deviation and weight [BLOCK_C].
+    """
+    n = i + tl.arange(0, BLOCK_N)
+    x, mask = _load(x_ptr, n, last, c, C)  # pyright: ignore[reportGeneralTypeIssues]
+    dy, _ = _load(dy_ptr, n, last, c, C)
+    hat, rstd, weight, bias = _normalised(  # pyright: ignore[reportGeneralTypeIssues]
+        x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG
+    )
+    dz = _before_silu(dy, hat, weight, bias, SILU)  # zero past the end, as dy is
+    return n, mask, dz, hat, rstd, weight
+
+
 @triton.jit(do_not_specialize=["N"])
 def _grad_parts(
-    dy_ptr, x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, part_ptr, N, C, groups, CG,
-    SILU: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    dy_ptr, x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, part_ptr,
+    N, C, groups, CG,
+    SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of each part and channel the sums of dz and of dz * x hat."""
-    k, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    """Sums of dz and of dz times normalised x, of each part and channel."""
+    k, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     for a in range(tl.load(ends_ptr + 2 * k), tl.load(ends_ptr + 2 * k + 1) + 1):
-        first, last = _begin(starts_ptr, k, a), _end(starts_ptr, k, a, N)
-        sums, products = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
-        for i in range(first, last, BN):
-            n = i + tl.arange(0, BN)
-            x, _ = _load(x_ptr, n, last, c, C)
-            dy, _ = _load(dy_ptr, n, last, c, C)
-            hat, _, weight, bias = _normalised(
-                x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG
-            )
-            dz = _before_silu(dy, hat, weight, bias, SILU)  # zero past the end, as dy is
+        first, last = _part_rows(starts_ptr, k, a, N)  # pyright: ignore[reportGeneralTypeIssues]
+        sums, products = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+        for i in range(first, last, BLOCK_N):
+            _, _, dz, hat, _, _ = _normalised_gradient(
+                dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, i, last, c, a, C, groups,
+                CG, SILU, BLOCK_N,
+            )  # fmt: skip
             sums += tl.sum(dz, 0)
             products += tl.sum(dz * hat, 0)
         part = part_ptr + (k + a).to(tl.int64) * (2 * C)
@@ -166,85 +205,87 @@ def _grad_parts(
 
 
 @triton.jit
-def _add_parts(part_ptr, starts_ptr, sum_ptr, W, BP: tl.constexpr, BC: tl.constexpr):
-    """The parts of each asset, added in order: [A, W]."""
-    a, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+def _add_parts(part_ptr, starts_ptr, sum_ptr, W, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sum of the parts of each asset, added in order: [A, W]."""
+    a, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     start, end = tl.load(starts_ptr + a), tl.load(starts_ptr + a + 1)
     last = tl.where(end > start, (end - 1) // CHUNK + 1, 0)
-    acc = tl.zeros([BC], tl.float32)
-    for first in range(start // CHUNK, last, BP):
-        k = first + tl.arange(0, BP)
+    acc = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(start // CHUNK, last, BLOCK_P):
+        k = first + tl.arange(0, BLOCK_P)
         mask = (k < last)[:, None] & (c < W)[None, :]
-        acc += tl.sum(
-            tl.load(part_ptr + (k + a).to(tl.int64)[:, None] * W + c[None, :], mask, other=0.0), 0
-        )
+        at = part_ptr + (k + a).to(tl.int64)[:, None] * W + c[None, :]
+        acc += tl.sum(tl.load(at, mask, other=0.0), 0)  # [BLOCK_P, BLOCK_C] before the sum
     tl.store(sum_ptr + a * W + c, acc, c < W)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _grad_apply(
-    dy_ptr, x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, mean_dz_ptr, mean_dzx_ptr, dx_ptr,
-    N, C, groups, CG, SILU: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    dy_ptr, x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, mean_dz_ptr,
+    mean_dzx_ptr, dx_ptr,
+    N, C, groups, CG,
+    SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    k, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    """Gradient of x of the rows of chunk k, part by part."""
+    k, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     for a in range(tl.load(ends_ptr + 2 * k), tl.load(ends_ptr + 2 * k + 1) + 1):
-        first, last = _begin(starts_ptr, k, a), _end(starts_ptr, k, a, N)
+        first, last = _part_rows(starts_ptr, k, a, N)  # pyright: ignore[reportGeneralTypeIssues]
         at = a * groups + c // CG
         mean_dz = tl.load(mean_dz_ptr + at, c < C, other=0.0)[None, :]
         mean_dzx = tl.load(mean_dzx_ptr + at, c < C, other=0.0)[None, :]
-        for i in range(first, last, BN):
-            n = i + tl.arange(0, BN)
-            x, mask = _load(x_ptr, n, last, c, C)
-            dy, _ = _load(dy_ptr, n, last, c, C)
-            hat, rstd, weight, bias = _normalised(
-                x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG
-            )
-            dz = _before_silu(dy, hat, weight, bias, SILU) * weight[None, :]
+        for i in range(first, last, BLOCK_N):
+            n, mask, dz, hat, rstd, weight = _normalised_gradient(  # pyright: ignore[reportGeneralTypeIssues]
+                dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, i, last, c, a, C, groups,
+                CG, SILU, BLOCK_N,
+            )  # fmt: skip
+            dz = dz * weight[None, :]
             dx = (dz - mean_dz - hat * mean_dzx) * rstd[None, :]
-            tl.store(
-                dx_ptr + n.to(tl.int64)[:, None] * C + c[None, :],
-                dx.to(dx_ptr.dtype.element_ty),
-                mask,
-            )
+            dx = dx.to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + n.to(tl.int64)[:, None] * C + c[None, :], dx, mask)
 
 
 @functools.cache
-def _tiles(C: int) -> dict[str, int]:
-    BC = min(next_power_of_2(C), 128)
-    return {"BN": max(1, 2048 // BC), "BC": BC}
+def _tile_sizes(C: int) -> dict[str, int]:
+    BLOCK_C = min(next_power_of_2(C), 128)
+    return {"BLOCK_N": max(1, 2048 // BLOCK_C), "BLOCK_C": BLOCK_C}
 
 
 def _chunks(x_NC: Tensor, starts: Tensor) -> tuple[tuple[int, int], Tensor, Tensor]:
-    """Grid over chunks and channels; first and last asset of each chunk, [chunks, 2]; room for the parts."""
+    """Grid of programs; first and last asset of each chunk [chunks, 2]; storage of the parts."""
     N, C = x_NC.shape
     chunks = cdiv(N, CHUNK.value)
     first = torch.arange(0, N, CHUNK.value, device=starts.device, dtype=torch.int32)
     rows = torch.stack([first, (first + (CHUNK.value - 1)).clamp_(max=N - 1)], 1)
     ends = torch.searchsorted(starts[1:].contiguous(), rows, right=True, out_int32=True)
     parts = x_NC.new_empty(chunks + len(starts) - 1, 2, C, dtype=torch.float32)
-    return (chunks, cdiv(C, _tiles(C)["BC"])), ends, parts
+    return (chunks, cdiv(C, _tile_sizes(C)["BLOCK_C"])), ends, parts
 
 
 def _forward(
     x: Tensor, starts: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, and mean and 1 / standard deviation of each asset and group."""
-    x, (N, C), A = x.contiguous(), x.shape, len(starts) - 1
-    y, CG = torch.empty_like(x), C // groups
+    """Return the result, and mean and 1 / standard deviation of each asset and group."""
+    x = x.contiguous()
+    N, C = x.shape
+    A = len(starts) - 1
+    CG = C // groups
+    y = torch.empty_like(x)
     mean, rstd = (x.new_zeros(A, groups, dtype=torch.float32) for _ in range(2))
     if N == 0:
         return y, mean, rstd
     grid, ends, parts = _chunks(x, starts)
     weight, bias = weight.contiguous(), bias.contiguous()
+    sizes = _tile_sizes(C)
     with on_device(x):
-        _parts[grid](x, starts, ends, parts, N, C, **_tiles(C))
-        BG = next_power_of_2(CG)
+        _parts[grid](x, starts, ends, parts, N, C, **sizes)
+        BLOCK_G = next_power_of_2(CG)
+        BLOCK_P = max(1, 1024 // BLOCK_G)
         _statistics[(A, groups)](
-            parts, starts, mean, rstd, N, C, eps, groups, CG=CG, BP=max(1, 1024 // BG), BG=BG
+            parts, starts, mean, rstd, N, C, eps, groups, CG=CG, BLOCK_P=BLOCK_P, BLOCK_G=BLOCK_G
         )  # fmt: skip
         _apply[grid](
-            x, starts, ends, mean, rstd, weight, bias, y, N, C, groups, CG, SILU=silu, **_tiles(C)
-        )
+            x, starts, ends, mean, rstd, weight, bias, y, N, C, groups, CG, SILU=silu, **sizes
+        )  # fmt: skip
     return y, mean, rstd
 
 
@@ -267,25 +308,27 @@ def _backward(
     rstd: Tensor,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; the latter two in fp32."""
+    """Return the gradients of x, weight (fp32) and bias (fp32)."""
     dy, x, weight, bias = (t.contiguous() for t in (dy, x, weight, bias))
-    (N, C), (A, groups) = x.shape, mean.shape
-    dx, CG = torch.empty_like(x), C // groups
+    N, C = x.shape
+    A, groups = mean.shape
+    CG = C // groups
+    dx = torch.empty_like(x)
     if N == 0:
         return dx, *(x.new_zeros(C, dtype=torch.float32) for _ in range(2))
     grid, ends, parts = _chunks(x, starts)
     sums_A2C = x.new_empty(A, 2, C, dtype=torch.float32)
+    sizes = _tile_sizes(C)
+    inputs = (dy, x, starts, ends, mean, rstd, weight, bias)
     with on_device(x):
-        _grad_parts[grid](
-            dy, x, starts, ends, mean, rstd, weight, bias, parts, N, C, groups, CG, SILU=silu, **_tiles(C)
-        )  # fmt: skip
-        _add_parts[(A, cdiv(2 * C, 16))](parts, starts, sums_A2C, 2 * C, BP=64, BC=16)
+        # Sums over each asset, then their means over each group's channels.
+        _grad_parts[grid](*inputs, parts, N, C, groups, CG, SILU=silu, **sizes)
+        _add_parts[(A, cdiv(2 * C, 16))](parts, starts, sums_A2C, 2 * C, BLOCK_P=64, BLOCK_C=16)
         counts_A11 = starts.diff().clamp(min=1)[:, None, None] * CG
         means_A2G = (sums_A2C * weight.float()).view(A, 2, groups, CG).sum(3) / counts_A11
         mean_dz, mean_dzx = (means_A2G[:, i].contiguous() for i in range(2))
         _grad_apply[grid](
-            dy, x, starts, ends, mean, rstd, weight, bias, mean_dz, mean_dzx, dx, N, C, groups, CG, SILU=silu,
-            **_tiles(C),
+            *inputs, mean_dz, mean_dzx, dx, N, C, groups, CG, SILU=silu, **sizes
         )  # fmt: skip
     dbias, dweight = sums_A2C.sum(0)
     return dx, dweight.clone(), dbias.clone()
@@ -338,12 +381,28 @@ def group_norm(
     silu: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Normalises each asset's groups of C / groups channels over all its rows: [N, C] -> [N, C] in x's dtype.
+    """GroupNorm over all rows of each asset. Differentiable in x, weight and bias.
 
-    Asset a has rows asset_starts[a]:asset_starts[a + 1] (int32 on x's device, ascending from 0 to N; may be empty);
-    its statistics are taken in fp32 at least, with the biased variance, as torch's GroupNorm. weight and bias in x's
-    dtype or float32. silu applies SiLU to the result. Differentiable in x, weight and bias. ValueError for other
-    shapes, dtypes or devices.
+    Statistics are fp32 with the biased variance, as in torch's GroupNorm.
+
+    Args:
+        x_NC: [N, C], fp32, bf16 or fp16.
+        asset_starts_A1: int32 [A + 1], ascending from 0 to N. Asset a has rows
+            asset_starts[a]:asset_starts[a + 1] and may be empty.
+        groups: Number of groups of C / groups channels.
+        weight_C: [C] in the dtype of `x_NC` or float32.
+        bias_C: [C] in the dtype of `x_NC` or float32.
+        eps: Added to the variance.
+        silu: Apply SiLU to the result.
+        backend: "auto" takes Triton for CUDA tensors and the torch reference for others. "triton"
+            works on CPU tensors only in Triton's interpreter. "reference" takes the torch
+            definition, with any float dtype.
+
+    Returns:
+        [N, C] in the dtype of `x_NC`.
+
+    Raises:
+        ValueError: If a shape, dtype, device or option does not fit.
     """
     _check(x_NC, asset_starts_A1, groups, weight_C, bias_C, eps)
     if not use_triton(backend, x_NC):
@@ -358,21 +417,20 @@ def group_norm(
 def _check(
     x_NC: Tensor, starts_A1: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: float
 ) -> None:
-    if x_NC.ndim != 2 or not x_NC.is_floating_point():
-        raise ValueError(f"x_NC must be floating [N, C], got {x_NC.dtype} {list(x_NC.shape)}")
+    check_float_rows("x_NC", x_NC)
     C = x_NC.shape[1]
     if not isinstance(groups, int) or groups < 1 or C % groups:
         raise ValueError(f"groups must divide the {C} channels, got {groups!r}")
     if starts_A1.ndim != 1 or len(starts_A1) < 2 or starts_A1.dtype != torch.int32:
-        found = f"{starts_A1.dtype} {list(starts_A1.shape)}"
-        raise ValueError(f"asset_starts_A1 must be int32 [A + 1] with A >= 1, got {found}")
+        raise ValueError(
+            "asset_starts_A1 must be int32 [A + 1] with A >= 1, "
+            f"got {starts_A1.dtype} {list(starts_A1.shape)}"
+        )
     if not 0.0 <= eps < float("inf"):
         raise ValueError(f"eps must be finite and not negative, got {eps}")
-    for name, w in (("weight_C", weight_C), ("bias_C", bias_C)):
-        if w.shape != (C,):
-            raise ValueError(f"{name} must be [{C}], got {list(w.shape)}")
-        if w.dtype not in (x_NC.dtype, torch.float32):
-            raise ValueError(f"{name} must be {x_NC.dtype} as x_NC or torch.float32, got {w.dtype}")
+    for name, parameter in (("weight_C", weight_C), ("bias_C", bias_C)):
+        if parameter.shape != (C,):
+            raise ValueError(f"{name} must be [{C}], got {list(parameter.shape)}")
+        check_parameter_dtype(name, parameter, "x_NC", x_NC)
     for name, t in (("asset_starts_A1", starts_A1), ("weight_C", weight_C), ("bias_C", bias_C)):
-        if t.device != x_NC.device:
-            raise ValueError(f"{name} must be on x_NC's device {x_NC.device}, got {t.device}")
+        check_device(name, t, "x_NC", x_NC)

@@ -29,7 +29,7 @@ def _neighbor_constants(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _halving_constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right shifts [4] of batch, x, y, z, and weights [4] of their last bits in a child's number."""
+    """Shifts [4] of batch, x, y, z, and weights [4] of their last bits in a child's number."""
     return torch.tensor([0, 1, 1, 1]).int().to(device), torch.tensor([0, 4, 2, 1]).to(device)
 
 

@@ -1,4 +1,7 @@
-"""Mean over the children of each parent voxel: the stride-2 pooling of the encoder."""
+"""Mean over the children of each parent voxel: the stride-2 pooling of the encoder.
+
+The definition is `pool_children` in kernels.conv.reference.
+"""
 
 from __future__ import annotations
 
@@ -9,59 +12,64 @@ from torch import Tensor
 
 from kernels.conv import reference as reference_conv
 from kernels.runtime import eager_autograd
-from kernels.runtime.checks import check_dtype, use_triton
+from kernels.runtime.checks import check_device, check_dtype, check_float_rows, use_triton
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import on_device
 
 
 @triton.jit(do_not_specialize=["P", "extra"])
-def _pool_fwd(x_ptr, children_ptr, y_ptr, P, C, extra, BP: tl.constexpr, BC: tl.constexpr):
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    acc, count = tl.zeros([BP, BC], tl.float32), tl.zeros([BP], tl.int32) + extra
+def _pool_fwd(
+    x_ptr, children_ptr, y_ptr, P, C, extra, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    # One program: BLOCK_C channels of BLOCK_P parents.
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    count = tl.zeros([BLOCK_P], tl.int32) + extra
     for child in tl.static_range(8):
-        row = tl.load(children_ptr + p.to(tl.int64) * 8 + child, p < P, other=-1)
+        row = tl.load(children_ptr + p.to(tl.int64) * 8 + child, p < P, other=-1)  # [BLOCK_P]
         mask = (row >= 0)[:, None] & (c < C)[None, :]
-        acc += tl.load(x_ptr + row.to(tl.int64)[:, None] * C + c[None, :], mask, other=0.0).to(
-            tl.float32
-        )
+        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * C + c[None, :], mask, other=0.0)
+        acc += x.to(tl.float32)
         count += (row >= 0).to(tl.int32)
     mean = acc / tl.maximum(count, 1).to(tl.float32)[:, None]
     mask = (p < P)[:, None] & (c < C)[None, :]
-    tl.store(
-        y_ptr + p.to(tl.int64)[:, None] * C + c[None, :], mean.to(y_ptr.dtype.element_ty), mask
-    )
+    mean = mean.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + p.to(tl.int64)[:, None] * C + c[None, :], mean, mask)
 
 
 @triton.jit(do_not_specialize=["P", "extra"])
-def _pool_bwd(dy_ptr, children_ptr, dx_ptr, P, C, extra, BP: tl.constexpr, BC: tl.constexpr):
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    count = tl.zeros([BP], tl.int32) + extra
+def _pool_bwd(
+    dy_ptr, children_ptr, dx_ptr, P, C, extra, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    # One program: BLOCK_C channels of BLOCK_P parents. Count the children.
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    count = tl.zeros([BLOCK_P], tl.int32) + extra
     for child in tl.static_range(8):
-        count += (tl.load(children_ptr + p.to(tl.int64) * 8 + child, p < P, other=-1) >= 0).to(
-            tl.int32
-        )
+        row = tl.load(children_ptr + p.to(tl.int64) * 8 + child, p < P, other=-1)  # [BLOCK_P]
+        count += (row >= 0).to(tl.int32)
+
+    # Give each child its share of the parent's gradient.
     mask = (p < P)[:, None] & (c < C)[None, :]
-    dy = tl.load(dy_ptr + p.to(tl.int64)[:, None] * C + c[None, :], mask, other=0.0).to(tl.float32)
-    share = (dy / tl.maximum(count, 1).to(tl.float32)[:, None]).to(dx_ptr.dtype.element_ty)
+    dy = tl.load(dy_ptr + p.to(tl.int64)[:, None] * C + c[None, :], mask, other=0.0)
+    share = dy.to(tl.float32) / tl.maximum(count, 1).to(tl.float32)[:, None]
+    share = share.to(dx_ptr.dtype.element_ty)  # [BLOCK_P, BLOCK_C]
     for child in tl.static_range(8):
         row = tl.load(children_ptr + p.to(tl.int64) * 8 + child, p < P, other=-1)
-        tl.store(
-            dx_ptr + row.to(tl.int64)[:, None] * C + c[None, :],
-            share,
-            (row >= 0)[:, None] & (c < C)[None, :],
-        )
+        mask = (row >= 0)[:, None] & (c < C)[None, :]
+        tl.store(dx_ptr + row.to(tl.int64)[:, None] * C + c[None, :], share, mask)
 
 
-def _launch(kernel, a: Tensor, children: Tensor, b: Tensor, plus_one: bool) -> Tensor:
-    P, C = len(children), a.shape[1]
+def _launch(kernel, source: Tensor, children: Tensor, target: Tensor, plus_one: bool) -> Tensor:
+    P, C = len(children), source.shape[1]
     if P and C:
-        BC = min(next_power_of_2(C), 128)
-        BP = max(1, 2048 // BC)
-        with on_device(a):
-            kernel[(cdiv(P, BP), cdiv(C, BC))](a, children, b, P, C, int(plus_one), BP, BC)
-    return b
+        BLOCK_C = min(next_power_of_2(C), 128)
+        BLOCK_P = max(1, 2048 // BLOCK_C)
+        grid = (cdiv(P, BLOCK_P), cdiv(C, BLOCK_C))
+        with on_device(source):
+            kernel[grid](source, children, target, P, C, int(plus_one), BLOCK_P, BLOCK_C)
+    return target
 
 
 def _forward(x: Tensor, children: Tensor, plus_one: bool) -> Tensor:
@@ -106,28 +114,36 @@ def _eager_forward(x, children, plus_one):
     return _forward(x, children, plus_one), (children,), (len(x), plus_one)
 
 
-def _eager_backward(_, dy, saved, rest):
-    return (_backward(dy, *saved, *rest),)
+def _eager_backward(_, dy, saved, context):
+    return (_backward(dy, *saved, *context),)
 
 
 def pool_children(
     x_NC: Tensor, children_P8: Tensor, *, plus_one: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """Mean of the rows that children_P8 (int32 [P, 8], -1 for none) names: [N, C] -> [P, C] in x's dtype, fp32 sums.
+    """Mean of the rows of each parent's children. Sums are fp32. Differentiable in x.
 
-    plus_one divides by n + 1, as the published weights expect. A row is a child of at most one parent, and a parent
-    has at least one. Differentiable in x. ValueError for other shapes, dtypes or devices.
+    Args:
+        x_NC: [N, C], fp32, bf16 or fp16.
+        children_P8: int32 [P, 8], rows of the children of each parent, -1 for none, as in
+            `ParentVoxels`. A row is the child of at most one parent, and each parent has a child.
+        plus_one: Divide the sum of n rows by n + 1, as the published Direct3D-S2 weights expect.
+        backend: "auto" takes Triton for CUDA tensors and the torch reference for others. "triton"
+            works on CPU tensors only in Triton's interpreter. "reference" takes the torch
+            definition, with any float dtype.
+
+    Returns:
+        [P, C] in the dtype of `x_NC`.
+
+    Raises:
+        ValueError: If a shape, dtype, device or option does not fit.
     """
-    if x_NC.ndim != 2 or not x_NC.is_floating_point():
-        raise ValueError(f"x_NC must be floating [N, C], got {x_NC.dtype} {list(x_NC.shape)}")
+    check_float_rows("x_NC", x_NC)
     if children_P8.ndim != 2 or children_P8.shape[1] != 8 or children_P8.dtype != torch.int32:
         raise ValueError(
             f"children_P8 must be int32 [P, 8], got {children_P8.dtype} {list(children_P8.shape)}"
         )
-    if children_P8.device != x_NC.device:
-        raise ValueError(
-            f"children_P8 must be on x_NC's device {x_NC.device}, got {children_P8.device}"
-        )
+    check_device("children_P8", children_P8, "x_NC", x_NC)
     if not use_triton(backend, x_NC):
         return reference_conv.pool_children(x_NC, children_P8, plus_one)
     check_dtype("x_NC", x_NC)

@@ -1,4 +1,8 @@
-"""The decoder's last layer: SiLU, a linear layer to one channel, tanh; of its input nothing but itself is kept."""
+"""The decoder's last layer: SiLU, a linear layer to one channel, and tanh.
+
+The definition is `sdf_head` in kernels.conv.reference. The forward keeps no intermediate result.
+The backward computes SiLU again.
+"""
 
 from __future__ import annotations
 
@@ -9,68 +13,81 @@ from torch import Tensor
 
 from kernels.conv import reference as reference_conv
 from kernels.runtime import eager_autograd
-from kernels.runtime.checks import check_dtype, use_triton
+from kernels.runtime.checks import check_dtype, check_float_rows, use_triton
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import on_device
 
-_TILES = 32  # a program of the backward works through, so that its sums for the weight are few
+# Tiles that one program of the backward processes, so that there are few partial sums.
+_TILES = 32
 
 
 @triton.jit
-def _rows(x_ptr, w_ptr, n, N, C, BC: tl.constexpr):
-    """Rows n of x in fp32 (fp64 for fp32) [BN, BC], the weight [BC], where they are and their mask."""
+def _load_rows(x_ptr, w_ptr, n, N, C, BLOCK_C: tl.constexpr):
+    """Rows n of x [BLOCK_N, BLOCK_C] and the weight [BLOCK_C], in fp32 (fp64 for fp32 inputs).
+
+    Also returns the offsets and the mask of the rows.
+    """
     WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float32 else tl.float32  # pyright: ignore[reportAssignmentType]
-    c = tl.arange(0, BC)
-    at = n.to(tl.int64)[:, None] * C + c[None, :]
+    c = tl.arange(0, BLOCK_C)
+    offsets = n.to(tl.int64)[:, None] * C + c[None, :]
     mask = (n < N)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + at, mask, other=0.0).to(WIDE)
-    return x, tl.load(w_ptr + c, c < C, other=0.0).to(WIDE), at, mask
+    x = tl.load(x_ptr + offsets, mask, other=0.0).to(WIDE)
+    return x, tl.load(w_ptr + c, c < C, other=0.0).to(WIDE), offsets, mask
 
 
 @triton.jit(do_not_specialize=["N"])
-def _head_fwd(x_ptr, w_ptr, b_ptr, y_ptr, N, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    x, w, _, _ = _rows(x_ptr, w_ptr, n, N, C, BC)  # pyright: ignore[reportGeneralTypeIssues]
-    logit = tl.sum(x * tl.sigmoid(x) * w[None, :], 1) + tl.load(b_ptr)
-    e = tl.exp(-2.0 * tl.abs(logit))  # tanh without overflow; the interpreter has none of its own
+def _head_fwd(
+    x_ptr, w_ptr, b_ptr, y_ptr, N, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x, w, _, _ = _load_rows(x_ptr, w_ptr, n, N, C, BLOCK_C)  # pyright: ignore[reportGeneralTypeIssues]
+    logit = tl.sum(x * tl.sigmoid(x) * w[None, :], 1) + tl.load(b_ptr)  # [BLOCK_N]
+    # tanh without overflow. The interpreter has no tanh of its own.
+    e = tl.exp(-2.0 * tl.abs(logit))
     tl.store(y_ptr + n, tl.where(logit < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e), n < N)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _head_bwd(
     x_ptr, w_ptr, y_ptr, dy_ptr, dx_ptr, dw_ptr, db_ptr, N,
-    C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    program, c = tl.program_id(0).to(tl.int64), tl.arange(0, BC)
+    # One program: TILES tiles of BLOCK_N rows, with one partial sum for weight and bias.
+    program, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_C)
     SUM: tl.constexpr = dw_ptr.dtype.element_ty
-    dw, db = tl.zeros([BC], SUM), tl.zeros([BN], SUM)
+    dw, db = tl.zeros([BLOCK_C], SUM), tl.zeros([BLOCK_N], SUM)
     for tile in range(TILES):
-        n = (program * TILES + tile) * BN + tl.arange(0, BN)
-        x, w, at, mask = _rows(x_ptr, w_ptr, n, N, C, BC)  # pyright: ignore[reportGeneralTypeIssues]
-        y, dy = tl.load(y_ptr + n, n < N, other=0.0).to(SUM), tl.load(dy_ptr + n, n < N, other=0.0)
+        n = (program * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        x, w, offsets, mask = _load_rows(x_ptr, w_ptr, n, N, C, BLOCK_C)  # pyright: ignore[reportGeneralTypeIssues]
+        # Gradient of the logit, through tanh.
+        y = tl.load(y_ptr + n, n < N, other=0.0).to(SUM)  # [BLOCK_N]
+        dy = tl.load(dy_ptr + n, n < N, other=0.0)  # [BLOCK_N]
         dlogit = dy * ((1.0 - y) * (1.0 + y))
+        # Gradient of x, through SiLU.
         gate = tl.sigmoid(x)
         active = x * gate
         dx = dlogit[:, None] * w[None, :] * (gate + active * (1.0 - gate))
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask)
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
         dw += tl.sum(active * dlogit[:, None], 0)
         db += dlogit
     tl.store(dw_ptr + program * C + c, dw, c < C)
     tl.store(db_ptr + program, tl.sum(db, 0))
 
 
-def _sizes(C: int) -> tuple[int, int]:
-    BC = next_power_of_2(C)
-    return max(1, 2048 // BC), BC
+def _tile_sizes(C: int) -> tuple[int, int]:
+    """Rows and channels of a tile."""
+    BLOCK_C = next_power_of_2(C)
+    return max(1, 2048 // BLOCK_C), BLOCK_C
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    x, (N, C) = x.contiguous(), x.shape
+    x = x.contiguous()
+    N, C = x.shape
     y = torch.empty(N, dtype=torch.float32, device=x.device)
     if N:
-        BN, BC = _sizes(C)
+        BLOCK_N, BLOCK_C = _tile_sizes(C)
         with on_device(x):
-            _head_fwd[(cdiv(N, BN),)](x, weight.contiguous(), bias, y, N, C, BN, BC)
+            _head_fwd[(cdiv(N, BLOCK_N),)](x, weight.contiguous(), bias, y, N, C, BLOCK_N, BLOCK_C)
     return y
 
 
@@ -85,16 +102,18 @@ def _(x, weight, bias):
 def _backward(
     dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, (N, C) = x.contiguous(), x.shape
-    dx, (BN, BC) = torch.empty_like(x), _sizes(C)
-    programs = cdiv(N, BN * _TILES)
-    sums = torch.float64 if x.dtype == torch.float32 else torch.float32
-    dw, db = x.new_empty(programs, C, dtype=sums), x.new_empty(programs, 1, dtype=sums)
+    x = x.contiguous()
+    N, C = x.shape
+    dx = torch.empty_like(x)
+    BLOCK_N, BLOCK_C = _tile_sizes(C)
+    programs = cdiv(N, BLOCK_N * _TILES)
+    sum_dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
+    dw = x.new_empty(programs, C, dtype=sum_dtype)
+    db = x.new_empty(programs, 1, dtype=sum_dtype)
     if N:
+        weight_C, dy_N = weight.contiguous(), dy.contiguous()
         with on_device(x):
-            _head_bwd[(programs,)](
-                x, weight.contiguous(), y, dy.contiguous(), dx, dw, db, N, C, BN, BC, _TILES
-            )
+            _head_bwd[(programs,)](x, weight_C, y, dy_N, dx, dw, db, N, C, BLOCK_N, BLOCK_C, _TILES)
     return dx, dw.sum(0).to(weight.dtype), db.sum(0).to(bias.dtype)
 
 
@@ -123,22 +142,29 @@ def _eager_backward(_, dy, saved, __):
 
 
 def sdf_head(x_NC: Tensor, weight_C: Tensor, bias_1: Tensor, *, backend: str = "auto") -> Tensor:
-    """tanh(SiLU(x) @ weight + bias) in fp32: [N, C] -> [N] in [-1, 1], float32 (float64 for float64).
+    """Return tanh(SiLU(x) @ weight + bias). Differentiable in all three tensors.
 
-    weight [C], bias [1], in x's dtype or float32. Differentiable in all three; the backward computes SiLU again.
-    ValueError for other shapes, dtypes or devices.
+    Args:
+        x_NC: [N, C], fp32, bf16 or fp16.
+        weight_C: [C] in the dtype of `x_NC` or float32.
+        bias_1: [1] in the dtype of `x_NC` or float32.
+        backend: "auto" takes Triton for CUDA tensors and the torch reference for others. "triton"
+            works on CPU tensors only in Triton's interpreter. "reference" takes the torch
+            definition, with any float dtype.
+
+    Returns:
+        float32 [N] in [-1, 1]; float64 for float64 inputs.
+
+    Raises:
+        ValueError: If a shape, dtype, device or option does not fit.
     """
-    if x_NC.ndim != 2 or not x_NC.is_floating_point():
-        raise ValueError(f"x_NC must be floating [N, C], got {x_NC.dtype} {list(x_NC.shape)}")
+    check_float_rows("x_NC", x_NC)
     for name, w, rows in (("weight_C", weight_C, x_NC.shape[1]), ("bias_1", bias_1, 1)):
-        if (
-            w.shape != (rows,)
-            or w.dtype not in (x_NC.dtype, torch.float32)
-            or w.device != x_NC.device
-        ):
-            found = f"{w.dtype} {list(w.shape)} on {w.device}"
+        fits = w.shape == (rows,) and w.dtype in (x_NC.dtype, torch.float32)
+        if not fits or w.device != x_NC.device:
             raise ValueError(
-                f"{name} must be [{rows}] in x_NC's dtype or float32 on {x_NC.device}, got {found}"
+                f"{name} must be [{rows}] in x_NC's dtype or float32 on {x_NC.device}, "
+                f"got {w.dtype} {list(w.shape)} on {w.device}"
             )
     if not use_triton(backend, x_NC):
         with torch.autocast(x_NC.device.type, enabled=False):

@@ -1,1 +1,1 @@
-"""Helpers that the kernels share. Nothing here imports kernels.attention, kernels.conv or kernels.sdf."""
+"""Helpers that the kernels share. They import no other part of kernels."""

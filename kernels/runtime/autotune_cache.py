@@ -1,9 +1,10 @@
-"""Which of a few tile sizes is fastest, measured once for each kind of GPU and shape and remembered on disk.
+"""Autotuning: the fastest of a few tile sizes, measured once per GPU and shape and kept on disk.
 
-The file is `~/.cache/sparse3d/tiles.json`; what was measured of other kernels or candidates is not looked at. Results
-are right with any choice and with no file at all: without one, in the interpreter, while a CUDA graph is captured and
-under `torch.use_deterministic_algorithms` (where a run that is resumed must sum in the order of the first) the default,
-which is the first, is taken or what is already known.
+The cache file is `~/.cache/sparse3d/tiles.json`. Entries of other kernel sources or candidates are
+ignored. Results are right with any choice and without a file. On the CPU the first candidate is
+taken. While a CUDA graph is captured, and under `torch.use_deterministic_algorithms`, nothing is
+measured: a known choice or the first candidate is taken, because a resumed run must sum in the
+order of the first run.
 """
 
 from __future__ import annotations
@@ -23,40 +24,42 @@ from triton.runtime.errors import OutOfResources
 
 CACHE = Path.home() / ".cache" / "sparse3d" / "tiles.json"
 _log = logging.getLogger(__name__)
-_known: dict[str, int] | None = None
-_names: dict[tuple[torch.device, tuple[object, ...]], str] = {}
+_choices: dict[str, int] | None = None
+_entry_names: dict[tuple[torch.device, tuple[object, ...]], str] = {}
 T = TypeVar("T")
 
 
 def size_class(rows: int) -> int:
-    """Shapes with about as many rows share a choice: by factors of four."""
+    """Return the class of a number of rows. Classes are factors of four and share a choice."""
     return (max(rows, 1).bit_length() + 1) // 2
 
 
 def _load() -> dict[str, int]:
+    """Read the choices on disk. A missing or damaged file only means measuring again."""
     try:
         entries = json.loads(CACHE.read_text())
-    except (OSError, ValueError):  # none yet, or not ours: measure again
+    except (OSError, ValueError):
         return {}
     if not isinstance(entries, dict):
         return {}
     return {key: value for key, value in entries.items() if isinstance(value, int)}
 
 
-def _save(key: str, choice: int) -> None:
-    """Adds to what is on disk by now, atomically; a disk that cannot be written only means measuring again."""
+def _save(name: str, choice: int) -> None:
+    """Add a choice to the file, atomically. A failure only means measuring again."""
     try:
         CACHE.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             "w", dir=CACHE.parent, suffix=".json", delete=False
         ) as file:
-            json.dump(_load() | {key: choice}, file, indent=0, sort_keys=True)
+            json.dump(_load() | {name: choice}, file, indent=0, sort_keys=True)
         Path(file.name).replace(CACHE)
     except OSError as error:
-        _log.warning("cannot remember tile sizes in %s: %s", CACHE, error)
+        _log.warning("The tile sizes cannot be saved in %s: %s", CACHE, error)
 
 
 def _milliseconds(launch: Callable[[], None]) -> float:
+    """Best of three times, after one warm-up."""
     launch()
     best = float("inf")
     for _ in range(3):
@@ -69,7 +72,8 @@ def _milliseconds(launch: Callable[[], None]) -> float:
     return best
 
 
-def _measure(candidates: Sequence[T], launch: Callable[[T], None]) -> int:
+def _fastest(candidates: Sequence[T], launch: Callable[[T], None]) -> int:
+    """Number of the fastest candidate."""
     times = []
     for candidate in candidates:
         try:
@@ -79,16 +83,18 @@ def _measure(candidates: Sequence[T], launch: Callable[[T], None]) -> int:
     return times.index(min(times))
 
 
-def _name(
+def _entry_name(
     device: torch.device,
     key: tuple[object, ...],
     candidates: Sequence[object],
     kernels: Sequence[Any],
 ) -> str:
-    """What was measured of another source, or among other candidates, has another name."""
+    """Name of a choice. It changes with the sources of the kernels and with the candidates."""
     code = " ".join([*map(repr, candidates), *(kernel.cache_key for kernel in kernels)])
     digest = hashlib.sha256(code.encode()).hexdigest()[:12]
-    return f"{torch.cuda.get_device_name(device)} | triton {triton.__version__} | {digest} | {' '.join(map(str, key))}"
+    shape = " ".join(map(str, key))
+    gpu = torch.cuda.get_device_name(device)
+    return f"{gpu} | triton {triton.__version__} | {digest} | {shape}"
 
 
 def choose(
@@ -98,24 +104,32 @@ def choose(
     like: Tensor,
     kernels: Sequence[Any],
 ) -> T:
-    """The fastest candidate for `launch`, which may be called with any of them any number of times.
+    """Return the fastest candidate.
 
-    Measures, waiting for the GPU, when the key is new; `like` is a tensor on the device in question; `kernels` are
-    those (`triton.jit`) that `launch` runs. In one process a key always comes with the same candidates and kernels.
+    If the key is new, every candidate is measured, which waits for the GPU.
+
+    Args:
+        key: Shape and dtype of the launch. In one process a key always comes with the same
+            candidates and kernels.
+        candidates: Tile sizes. The first is the default.
+        launch: Runs the kernels with a candidate. It may be called any number of times.
+        like: A tensor on the device in question.
+        kernels: The `triton.jit` kernels that `launch` runs.
     """
-    global _known
+    global _choices
     if not like.is_cuda or len(candidates) == 1:
         return candidates[0]
-    if _known is None:
-        _known = _load()
-    name = _names.get((like.device, key))
+    if _choices is None:
+        _choices = _load()
+    name = _entry_names.get((like.device, key))
     if name is None:
-        name = _names[like.device, key] = _name(like.device, key, candidates, kernels)
-    found = _known.get(name)
-    if found is None or not 0 <= found < len(candidates):
+        name = _entry_name(like.device, key, candidates, kernels)
+        _entry_names[like.device, key] = name
+    choice = _choices.get(name)
+    if choice is None or not 0 <= choice < len(candidates):
         if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
             return candidates[0]
-        found = _measure(candidates, launch)
-        _known[name] = found
-        _save(name, found)
-    return candidates[found]
+        choice = _fastest(candidates, launch)
+        _choices[name] = choice
+        _save(name, choice)
+    return candidates[choice]

@@ -1,4 +1,4 @@
-"""Argument checks that public functions share. Each ValueError names the argument, rule and value."""
+"""Argument checks that public functions share. Errors name the argument, the rule and the value."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ MAX_BATCH = 1 << 15
 
 
 def check_coords(coords: Tensor) -> None:
-    """Raise ValueError unless `coords` is an int32 or int64 tensor [N, 4]. Values are not checked."""
+    """Raise ValueError unless `coords` is int32 or int64 [N, 4]. Values are not checked."""
     if coords.ndim != 2 or coords.shape[1] != 4:
         raise ValueError(f"coords must be [N, 4] = (batch, x, y, z), got {list(coords.shape)}")
     if coords.dtype not in (torch.int32, torch.int64):
@@ -25,7 +25,7 @@ def check_coords(coords: Tensor) -> None:
 
 
 def check_block_sizes(select_block: int, compress_block: int) -> None:
-    """Raise ValueError unless both sizes are 1 to 64 voxels and compress_block divides select_block."""
+    """Raise ValueError unless sizes are 1 to 64 voxels and compress_block divides select_block."""
     for name, value in (("select_block", select_block), ("compress_block", compress_block)):
         if not isinstance(value, int) or not 1 <= value <= 64:
             raise ValueError(f"{name} must be an int from 1 to 64, got {value!r}")

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from kernels.conv import gather_gemm, sparse_conv_backward
-from kernels.conv.gather_gemm import plain
+from kernels.conv.gather_gemm import plain_taps
 from tests.kernels.attention.compile_ahead import compile_launch
 
 
@@ -32,12 +32,15 @@ def compile_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> li
         return candidates[0]
 
     triton.JITFunction.run = record
-    gather_gemm.group_products = lambda device: arch >= 90
+    for module in (gather_gemm, sparse_conv_backward):
+        module.has_warpgroup_products = lambda device: arch >= 90
     gather_gemm.choose = sparse_conv_backward.choose = try_all
     M, size, ops = 16, 4, torch.ops.sparse3d
     table = torch.zeros(M, 27, dtype=torch.int32)
     weight, bias = torch.zeros(27, C, O), torch.zeros(O, dtype=dtype)
-    gather_gemm.gather_gemm(torch.zeros(M, C, dtype=dtype), weight.to(dtype), None, table, plain(1))
+    gather_gemm.gather_gemm(
+        torch.zeros(M, C, dtype=dtype), weight.to(dtype), None, table, plain_taps(1)
+    )
     for upsample in (False, True):
         rows = M * size**3
         x = torch.zeros(rows // 8 if upsample else rows, C, dtype=dtype)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kernels import duplicate_children, neighbor_map, sparse_conv
 from kernels.conv import reference as reference_conv
-from kernels.conv.gather_gemm import Tiles, plain, power_of_2
+from kernels.conv.gather_gemm import TileSizes, plain_taps, power_of_2
 from kernels.conv.sparse_conv import _upsample_weight, _upsample_weight_grad
-from kernels.conv.sparse_conv_backward import GradTiles, weight_grad
+from kernels.conv.sparse_conv_backward import GradTileSizes, weight_grad
 from tests.kernel_inputs import DEVICE, assert_close_as, random_coords
 
 CASES = [("reference", torch.float64), ("triton", torch.float32)]
@@ -49,12 +49,12 @@ def large_tiles(monkeypatch):
 def patch_tiles(
     monkeypatch, rows: int, outputs: int, channels: int, taps: int, by_tap: bool = False
 ) -> None:
-    def forward(C, O, dtype, group):
-        return [Tiles(rows, power_of_2(O, 16, outputs), power_of_2(C, 16, channels), 4, 2)]
+    def forward(C, O, dtype, warpgroup):
+        return [TileSizes(rows, power_of_2(O, 16, outputs), power_of_2(C, 16, channels), 4, 2)]
 
-    def backward(C, O, dtype, group):
+    def backward(C, O, dtype, warpgroup):
         return [
-            GradTiles(
+            GradTileSizes(
                 taps, power_of_2(C, 16, channels), power_of_2(O, 16, outputs), rows, 4, 2, by_tap
             )
         ]
@@ -277,8 +277,8 @@ def test_backward_is_bit_identical():
 def test_parts_of_the_weight_gradient_add_up_in_order():
     neighbors = neighbor_map(random_coords([150], 7).to(DEVICE))
     x, dy = draw(150, 5, dtype=torch.float32), draw(150, 3, seed=1, dtype=torch.float32)
-    whole = weight_grad(x, dy, neighbors, plain(1), splits=1)
-    parts = weight_grad(x, dy, neighbors, plain(1), splits=3)
+    whole = weight_grad(x, dy, neighbors, plain_taps(1), splits=1)
+    parts = weight_grad(x, dy, neighbors, plain_taps(1), splits=3)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     assert not torch.equal(parts, whole)  # they were really cut
 

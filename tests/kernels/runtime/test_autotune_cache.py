@@ -11,8 +11,8 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from kernels.conv import gather_gemm, sparse_conv_backward
-from kernels.conv.gather_gemm import plain
-from kernels.runtime import autotune_cache as tuning
+from kernels.conv.gather_gemm import plain_taps
+from kernels.runtime import autotune_cache
 from kernels.runtime.autotune_cache import choose, size_class
 from tests.kernel_inputs import DEVICE
 
@@ -24,7 +24,7 @@ KERNELS = (SimpleNamespace(cache_key="source"),)
 def times(monkeypatch, tmp_path):
     """Milliseconds of each candidate, on a GPU that is not there."""
     taken = {}
-    monkeypatch.setattr(tuning, "CACHE", tmp_path / "sub" / "tiles.json")
+    monkeypatch.setattr(autotune_cache, "CACHE", tmp_path / "sub" / "tiles.json")
     another_process(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -33,13 +33,13 @@ def times(monkeypatch, tmp_path):
         launch()
         return taken["last"]
 
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(autotune_cache, "_milliseconds", milliseconds)
     return taken
 
 
 def another_process(monkeypatch):
-    monkeypatch.setattr(tuning, "_known", None)
-    monkeypatch.setattr(tuning, "_names", {})
+    monkeypatch.setattr(autotune_cache, "_choices", None)
+    monkeypatch.setattr(autotune_cache, "_entry_names", {})
 
 
 def launcher(times, launches, milliseconds):
@@ -62,21 +62,23 @@ def test_the_fastest_is_found_once_and_remembered(times, monkeypatch):
     assert choose(("key",), "abc", launch, GPU, KERNELS) == "c"
     assert choose(("other", 3), "ab", launch, GPU, KERNELS) == "a"
     assert len(launches) == 5
-    assert len(json.loads(tuning.CACHE.read_text())) == 2
-    assert [path.name for path in tuning.CACHE.parent.iterdir()] == ["tiles.json"]
+    assert len(json.loads(autotune_cache.CACHE.read_text())) == 2
+    assert [path.name for path in autotune_cache.CACHE.parent.iterdir()] == ["tiles.json"]
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"H200 | key": "x"}'])
 def test_a_broken_file_only_means_measuring_again(times, text):
-    tuning.CACHE.parent.mkdir()
-    tuning.CACHE.write_text(text)
+    autotune_cache.CACHE.parent.mkdir()
+    autotune_cache.CACHE.write_text(text)
     assert choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU, KERNELS) == "b"
-    assert 1 in json.loads(tuning.CACHE.read_text()).values()
+    assert 1 in json.loads(autotune_cache.CACHE.read_text()).values()
 
 
 def test_a_choice_that_no_longer_exists_is_measured_again(times, monkeypatch):
     assert choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU, KERNELS) == "b"
-    monkeypatch.setattr(tuning, "_known", {key: 7 for key in json.loads(tuning.CACHE.read_text())})
+    monkeypatch.setattr(
+        autotune_cache, "_choices", {key: 7 for key in json.loads(autotune_cache.CACHE.read_text())}
+    )
     assert choose(("key",), "ab", launcher(times, [], {"a": 1.0, "b": 2.0}), GPU, KERNELS) == "a"
 
 
@@ -113,19 +115,19 @@ def test_a_choice_names_the_kernels_that_it_is_made_for(monkeypatch):
         monkeypatch.setattr(module, "choose", record)
     x, weight = torch.ones(1, 16, device=DEVICE), torch.ones(27, 16, 16, device=DEVICE)
     table = torch.full((1, 27), -1, dtype=torch.int32, device=DEVICE)
-    gather_gemm.gather_gemm(x, weight, None, table, plain(1))
-    sparse_conv_backward.weight_grad(x, x, table, plain(1))
+    gather_gemm.gather_gemm(x, weight, None, table, plain_taps(1))
+    sparse_conv_backward.weight_grad(x, x, table, plain_taps(1))
     by_tap = sparse_conv_backward._weight_grad_by_tap
     assert named == [(gather_gemm._gather_gemm,), (sparse_conv_backward._weight_grad, by_tap)]
 
 
 def test_a_directory_that_cannot_be_written(times, caplog):
-    tuning.CACHE.parent.write_text("a file")
+    autotune_cache.CACHE.parent.write_text("a file")
     with caplog.at_level(logging.WARNING):
         assert (
             choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU, KERNELS) == "b"
         )
-    assert "cannot remember tile sizes" in caplog.text
+    assert "The tile sizes cannot be saved in" in caplog.text
 
 
 def test_the_default_where_nothing_may_be_measured(times, monkeypatch):
@@ -140,7 +142,7 @@ def test_the_default_where_nothing_may_be_measured(times, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose(("key",), "ab", launch, GPU, KERNELS) == "a"
     assert launches == []
-    assert not tuning.CACHE.exists()
+    assert not autotune_cache.CACHE.exists()
 
 
 def test_size_classes_are_factors_of_four():
