@@ -10,23 +10,28 @@ from typing import TYPE_CHECKING
 from kernels.runtime.lazy_exports import export_lazily
 
 if TYPE_CHECKING:
-    from kernels.attention import reference
-    from kernels.attention.block_index import BlockIndex
-    from kernels.attention.block_mean import block_mean
-    from kernels.attention.branches import (
+    from kernels.attention import (
+        BlockIndex,
+        block_mean,
         compressed_attention,
         gated_sum,
+        reference,
         select_blocks,
         selection_attention,
+        spatial_sparse_attention,
         window_attention,
     )
-    from kernels.attention.ssa import spatial_sparse_attention
+    from kernels.conv import (
+        ParentVoxels,
+        duplicate_children,
+        group_norm,
+        neighbor_map,
+        parent_voxels,
+        pool_children,
+        sdf_head,
+        sparse_conv,
+    )
     from kernels.conv import reference as reference_conv
-    from kernels.conv.group_norm import group_norm
-    from kernels.conv.neighbors import ParentVoxels, neighbor_map, parent_voxels
-    from kernels.conv.pool import pool_children
-    from kernels.conv.sdf_head import sdf_head
-    from kernels.conv.sparse_conv import duplicate_children, sparse_conv
     from kernels.runtime.coords import invert_order, token_order
     from kernels.sdf.distances import FloodBits, GridTriangles, cell_distances, grid_triangles
 
@@ -60,29 +65,29 @@ __all__ = [
 __getattr__ = export_lazily(
     __name__,
     {
-        "BlockIndex": "kernels.attention.block_index",
+        "BlockIndex": "kernels.attention",
         "FloodBits": "kernels.sdf.distances",
-        "ParentVoxels": "kernels.conv.neighbors",
+        "ParentVoxels": "kernels.conv",
         "GridTriangles": "kernels.sdf.distances",
         "cell_distances": "kernels.sdf.distances",
-        "block_mean": "kernels.attention.block_mean",
-        "compressed_attention": "kernels.attention.branches",
-        "duplicate_children": "kernels.conv.sparse_conv",
-        "gated_sum": "kernels.attention.branches",
-        "group_norm": "kernels.conv.group_norm",
+        "block_mean": "kernels.attention",
+        "compressed_attention": "kernels.attention",
+        "duplicate_children": "kernels.conv",
+        "gated_sum": "kernels.attention",
+        "group_norm": "kernels.conv",
         "invert_order": "kernels.runtime.coords",
-        "neighbor_map": "kernels.conv.neighbors",
+        "neighbor_map": "kernels.conv",
         "grid_triangles": "kernels.sdf.distances",
-        "parent_voxels": "kernels.conv.neighbors",
-        "pool_children": "kernels.conv.pool",
+        "parent_voxels": "kernels.conv",
+        "pool_children": "kernels.conv",
         "reference": "kernels.attention.reference:module",
         "reference_conv": "kernels.conv.reference:module",
-        "sdf_head": "kernels.conv.sdf_head",
-        "select_blocks": "kernels.attention.branches",
-        "selection_attention": "kernels.attention.branches",
-        "sparse_conv": "kernels.conv.sparse_conv",
-        "spatial_sparse_attention": "kernels.attention.ssa",
+        "sdf_head": "kernels.conv",
+        "select_blocks": "kernels.attention",
+        "selection_attention": "kernels.attention",
+        "sparse_conv": "kernels.conv",
+        "spatial_sparse_attention": "kernels.attention",
         "token_order": "kernels.runtime.coords",
-        "window_attention": "kernels.attention.branches",
+        "window_attention": "kernels.attention",
     },
 )

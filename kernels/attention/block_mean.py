@@ -102,9 +102,7 @@ def block_mean(
         x_NC: [N, C], fp32, bf16 or fp16, rows in the token order of the index.
         index: Block index of the N tokens.
         plus_one: Divide the sum of n rows by n + 1, as the published Direct3D-S2 weights expect.
-        backend: "auto" takes Triton for CUDA tensors and the torch reference for others. "triton"
-            works on CPU tensors only in Triton's interpreter. "reference" takes the torch
-            definition, with any float dtype.
+        backend: As in `spatial_sparse_attention`.
 
     Returns:
         [P, C] in the dtype of `x_NC`, one row per compressed token.

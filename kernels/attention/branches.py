@@ -145,10 +145,10 @@ def compressed_attention(
         backend: As in `spatial_sparse_attention`.
 
     Returns:
-        [N, H, D] in the dtype of `q_NHD`.
+        Output [N, H, D] in the dtype of `q_NHD`.
 
     Raises:
-        ValueError: If a shape, dtype, device or option does not fit.
+        ValueError: If a tensor does not fit the index or the queries, or an option is invalid.
     """
     P = index.num_compressed
     keys = [("ck_PGD", ck_PGD, P), ("cv_PGD", cv_PGD, P)]
@@ -175,9 +175,9 @@ def window_attention(
         q_NHD: Queries [N, H, D]. Dtypes and sizes are those of `spatial_sparse_attention`.
         k_NGD: Keys [N, G, D].
         v_NGD: Values [N, G, D].
-        index: Block index of the N tokens, which has the windows.
-        shifted: Whether the windows are the shifted ones.
-        scale: Factor of the scores. None stands for 1 / sqrt(D).
+        index: Block index of the N tokens. It defines the windows.
+        shifted: Take the shifted windows instead of the aligned ones.
+        scale: Factor of the scores, 1 / sqrt(D) if None.
         backend: As in `spatial_sparse_attention`.
 
     Returns:
@@ -211,7 +211,7 @@ def _select(q: Tensor, ck: Tensor, index: list[Tensor], top_k: int, scale: float
         for queries in split_queries(blocks, H, G, D, T, q.element_size()):
             first, last = queries.first_token, queries.last_token
             score = block_score(q, ck, lse, blocks, scale, first, last)
-            top_blocks(score, blocks, selected, first)
+            top_blocks(score, blocks, selected, first=first)
     return selected
 
 
@@ -247,7 +247,7 @@ def select_blocks(
         int32 [G, N, min(top_k, blocks)], ascending block numbers of the batch, -1 after the last.
 
     Raises:
-        ValueError: If a shape, dtype, device or option does not fit.
+        ValueError: If `top_k` is less than 1, or a tensor or another option does not fit.
     """
     keys = [("ck_PGD", ck_PGD, index.num_compressed)]
     triton = checks.check_heads(q_NHD, keys, index, backend)
@@ -366,21 +366,22 @@ def selection_attention(
     """Attention of every query to all tokens of its selected blocks. Differentiable in q, k and v.
 
     Args:
-        q_NHD: Queries [N, H, D]. Dtypes and sizes are those of `spatial_sparse_attention`.
-        k_NGD: Keys [N, G, D].
-        v_NGD: Values [N, G, D].
+        q_NHD: [N, H, D], of the dtypes and sizes that `spatial_sparse_attention` takes.
+        k_NGD: [N, G, D], keys of the tokens.
+        v_NGD: [N, G, D], values of the tokens.
         selected_GNT: int32 or int64 [G, N, T], block numbers of the batch in any order, as from
             `select_blocks`. A block counts once. Numbers that are not a block of the query's asset
             are skipped, and at least one number must remain.
-        index: Block index of the N tokens.
-        scale: Factor of the scores. None stands for 1 / sqrt(D).
+        index: Block index of the N tokens, in whose numbering the blocks are given.
+        scale: Factor of the scores, 1 / sqrt(D) if None.
         backend: As in `spatial_sparse_attention`.
 
     Returns:
-        [N, H, D] in the dtype of `q_NHD`.
+        Output [N, H, D], in the dtype of the queries.
 
     Raises:
-        ValueError: If a shape, dtype, device or option does not fit.
+        ValueError: If `selected_GNT` is not int32 or int64 [G, N, T], or another argument does not
+            fit.
     """
     N = index.num_tokens
     keys = [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N)]

@@ -17,14 +17,14 @@ from kernels.runtime.integer_math import cdiv, next_power_of_2
 
 @triton.jit
 def load_gate(gate_ptr, ok, branch, dtype: tl.constexpr):
-    """Sigmoid of a branch's gates: [BLOCK_N] in dtype. gate_ptr points to the rows of the tokens."""
+    """Sigmoid of a branch's gates: [BLOCK_N] in dtype. gate_ptr points to rows of [N, 3]."""
     return tl.sigmoid(tl.load(gate_ptr + branch, ok, other=0.0).to(dtype))
 
 
 @triton.jit(do_not_specialize=["N"])
 def _gated_sum(
-    a_ptr, b_ptr, c_ptr, gate_ptr, out_ptr, N,
-    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    a_ptr, b_ptr, c_ptr, gate_ptr, out_ptr, N, C: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -86,9 +86,8 @@ def _branch_gradient(
 @triton.jit(do_not_specialize=["N"])
 def _gates_bwd(
     cmp_ptr, sel_ptr, win_ptr, lse_ptr, gate_ptr, do_ptr, flag_ptr, dot_ptr, moved_ptr, wcmp_ptr,
-    wsel_ptr, wwin_ptr, dgate_ptr, N,
-    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLD: tl.constexpr,
+    wsel_ptr, wwin_ptr, dgate_ptr, N, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     # One program: all heads of BLOCK_N tokens. HEADS is H rounded up to a power of two.
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.block_index import BlockIndex
+from kernels.attention.list_entries import entry_shift
 from kernels.attention.top_blocks import rank_dtype
 from kernels.runtime.integer_math import cdiv
 
@@ -60,6 +61,14 @@ class ChunkRange:
     def num_pairs(self) -> int:
         """Number of (chunk, block) pairs."""
         return self.last_pair - self.first_pair
+
+    def partial_rows(self, G: int, top_k: int, max_block_tokens: int) -> int:
+        """Return the largest possible number of rows of partial dk and dv.
+
+        Each pair has rows for the tokens of its block once, and once more per full item.
+        """
+        full_items = self.num_tokens * G * top_k // ITEM
+        return self.asset_tokens * G + full_items * max_block_tokens
 
 
 def chunk_ranges(index: BlockIndex, bytes_per_query: int, limit: int) -> list[ChunkRange]:
@@ -160,47 +169,9 @@ def programs_per_item(lists: InverseLists, entries: int) -> int:
     return max(1, min(ITEM // entries, FEW_ITEMS // lists.capacity))
 
 
-def entry_shift(top_k: int) -> int:
-    """Return the number of bits of an entry that hold the rank."""
-    return (top_k - 1).bit_length()
-
-
 def item_capacity(pairs: int, entries: int, G: int) -> int:
     """Return the largest possible number of items: every row may have one that is not full."""
     return pairs * G + entries // ITEM
-
-
-@triton.jit
-def load_item(item_ptr):
-    """Block, key/value head, first entry and last entry of an item."""
-    block, g = tl.load(item_ptr), tl.load(item_ptr + 1)
-    first, last = tl.load(item_ptr + 2), tl.load(item_ptr + 3)
-    return block, g, first, last
-
-
-@triton.jit
-def load_entries(
-    entry_ptr, e, last, first_token, top_k, shift, g,
-    G: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, FULL: tl.constexpr,
-    LONG: tl.constexpr,
-):  # fmt: skip
-    """Decode entries e..e + BLOCK_Q into the R = BLOCK_Q * GROUP rows of one key/value head.
-
-    Returns the row of each in tensors [N * H, ...], its row in partial results [n * T * H, ...],
-    and whether it lies before `last`. FULL says that all do. Addresses are computed by row, not by
-    token and head: a reshape of a tile would go through shared memory.
-    """
-    r = tl.arange(0, BLOCK_Q * GROUP)
-    slot = e + r // GROUP
-    ok = slot < last
-    entry = tl.load(entry_ptr + slot) if FULL else tl.load(entry_ptr + slot, ok, other=0)  # [R]
-    n = entry >> shift
-    to = n * top_k + entry - (n << shift)
-    n += first_token
-    if LONG:
-        n, to = n.to(tl.int64), to.to(tl.int64)
-    h = g * GROUP + r % GROUP
-    return n * (G * GROUP) + h, to * (G * GROUP) + h, ok
 
 
 @triton.jit
@@ -227,20 +198,15 @@ def _locate_row(
 @triton.jit(do_not_specialize=["first_pair", "first_chunk", "rows"])
 def _count(
     rank_ptr, pair_chunk_ptr, pair_block_ptr, chunk_starts_ptr, chunk_pairs_ptr, chunk_ranks_ptr,
-    block_starts_ptr, count_ptr, first_pair, first_chunk, rows,
-    G: tl.constexpr, ITEM: tl.constexpr, SCAN: tl.constexpr,
+    block_starts_ptr, count_ptr, first_pair, first_chunk, rows, G: tl.constexpr, ITEM: tl.constexpr,
+    SCAN: tl.constexpr,
 ):  # fmt: skip
     # One program: one row. Count its entries.
     row = tl.program_id(0)
     pair, _, _, _, size, base = _locate_row(  # pyright: ignore[reportGeneralTypeIssues]
-        pair_chunk_ptr,
-        chunk_starts_ptr,
-        chunk_pairs_ptr,
-        chunk_ranks_ptr,
-        first_pair,
-        first_chunk,
+        pair_chunk_ptr, chunk_starts_ptr, chunk_pairs_ptr, chunk_ranks_ptr, first_pair, first_chunk,
         G,
-    )
+    )  # fmt: skip
     total = tl.zeros([SCAN], tl.int32)
     for first in range(0, size, SCAN):
         i = first + tl.arange(0, SCAN)
@@ -260,20 +226,14 @@ def _count(
 def _fill(
     rank_ptr, pair_chunk_ptr, pair_block_ptr, chunk_starts_ptr, chunk_pairs_ptr, chunk_ranks_ptr,
     block_starts_ptr, sum_ptr, entry_ptr, item_ptr, first_pair, first_chunk, first_token, rows,
-    shift,
-    G: tl.constexpr, ITEM: tl.constexpr, FIELDS: tl.constexpr, SCAN: tl.constexpr,
+    shift, G: tl.constexpr, ITEM: tl.constexpr, FIELDS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     # One program: one row. Where its entries, items and partial rows begin.
     row = tl.program_id(0)
     pair, g, chunk, start, size, base = _locate_row(  # pyright: ignore[reportGeneralTypeIssues]
-        pair_chunk_ptr,
-        chunk_starts_ptr,
-        chunk_pairs_ptr,
-        chunk_ranks_ptr,
-        first_pair,
-        first_chunk,
+        pair_chunk_ptr, chunk_starts_ptr, chunk_pairs_ptr, chunk_ranks_ptr, first_pair, first_chunk,
         G,
-    )
+    )  # fmt: skip
     before = tl.load(sum_ptr + row - 1, row > 0, other=0)
     item = tl.load(sum_ptr + rows + row - 1, row > 0, other=0)
     partial = tl.load(sum_ptr + 2 * rows + row - 1, row > 0, other=0)

@@ -50,8 +50,8 @@ def store_heads(x_ptr, x, n, ok, g, G: tl.constexpr, GROUP: tl.constexpr, BLOCK_
 
 @triton.jit
 def load_keys(
-    k_ptr, order_ptr, m, end, g,
-    G: tl.constexpr, D: tl.constexpr, ORDERED: tl.constexpr, FULL: tl.constexpr, LONG: tl.constexpr,
+    k_ptr, order_ptr, m, end, g, G: tl.constexpr, D: tl.constexpr, ORDERED: tl.constexpr,
+    FULL: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Load rows m, or order[m], of key/value head g: [BLOCK_K, D] from [M, G, D].
 
@@ -69,8 +69,8 @@ def load_keys(
 
 @triton.jit
 def load_row_gradients(
-    q_ptr, do_ptr, lse_ptr, dot_ptr, row, ok,
-    D: tl.constexpr, FULL: tl.constexpr, FOLDED: tl.constexpr,
+    q_ptr, do_ptr, lse_ptr, dot_ptr, row, ok, D: tl.constexpr, FULL: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Load what the backward needs of each row: q and do [R, D], lse and dot [R].
 

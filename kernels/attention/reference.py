@@ -131,18 +131,18 @@ def selection_attention(
     q_NHD: Tensor,
     k_NGD: Tensor,
     v_NGD: Tensor,
-    selected_GNT: Tensor,
+    blocks_GNT: Tensor,
     index: BlockIndex,
     scale: float,
 ) -> Tensor:
     """Attention of every query to all tokens of its selected blocks: [N, H, D].
 
-    `selected_GNT` holds block numbers of the batch, -1 for none.
+    `blocks_GNT` holds the numbers of the selected blocks in the batch, -1 for none.
     """
     parts = []
     G = k_NGD.shape[1]
     for _, n, m in _slices(index, q_NHD.shape[1], index.token_starts):
-        selected = selected_GNT[:, n].long()
+        selected = blocks_GNT[:, n].long()
         # One column more than there are blocks takes the -1.
         shape = (G, selected.shape[1], index.num_blocks + 1)
         is_selected = torch.zeros(shape, dtype=torch.bool, device=q_NHD.device)

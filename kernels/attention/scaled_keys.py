@@ -19,8 +19,8 @@ FOLDED_DTYPES = {torch.bfloat16}
 
 @triton.jit
 def _scale_slice(
-    k_ptr, scaled_ptr, norm_ptr, M, c, slices, g, scale2,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    k_ptr, scaled_ptr, norm_ptr, M, c, slices, g, scale2, G: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Scale the keys of slice c and store the largest norm among them."""
     step = tl.cdiv(tl.cdiv(M, slices), BLOCK_M) * BLOCK_M
@@ -42,8 +42,7 @@ def _scale_slice(
 @triton.jit(do_not_specialize=["M", "P", "slices", "num_flags"])
 def _scale_keys(
     k_ptr, ck_ptr, scaled_ptr, cscaled_ptr, norm_ptr, cnorm_ptr, flag_ptr, M, P, slices, num_flags,
-    scale2,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    scale2, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     # The first `slices` programs scale the M keys, the others the P compressed keys.
     c, g = tl.program_id(0), tl.program_id(1)

@@ -86,10 +86,9 @@ def window_segments(index: BlockIndex, shifted: bool) -> Segments:
 @triton.jit(do_not_specialize=["N", "norms"])
 def _segment_fwd(
     q_ptr, k_ptr, scaled_ptr, v_ptr, norm_ptr, order_ptr, segment_ptr, starts_ptr, o_ptr, lse_ptr,
-    flag_ptr, chunk_ptr, N, scale2, norms,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, NORMS: tl.constexpr, ORDERED: tl.constexpr, BOUNDED: tl.constexpr,
-    KEEP: tl.constexpr, LONG: tl.constexpr,
+    flag_ptr, chunk_ptr, N, scale2, norms, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NORMS: tl.constexpr, ORDERED: tl.constexpr,
+    BOUNDED: tl.constexpr, KEEP: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     # One program: BLOCK_Q queries with the R = BLOCK_Q * GROUP rows of one key/value head.
     R: tl.constexpr = BLOCK_Q * GROUP

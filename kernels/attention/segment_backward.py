@@ -42,8 +42,8 @@ def probabilities(a, b, lse, scale2, FOLDED: tl.constexpr):
 
 @triton.jit
 def _add_dq_of_keys(
-    q, do, lse, dot, acc, k_ptr, v_ptr, order_ptr, m, end, g, scale2,
-    G: tl.constexpr, D: tl.constexpr, ORDERED: tl.constexpr, FULL: tl.constexpr, LONG: tl.constexpr,
+    q, do, lse, dot, acc, k_ptr, v_ptr, order_ptr, m, end, g, scale2, G: tl.constexpr,
+    D: tl.constexpr, ORDERED: tl.constexpr, FULL: tl.constexpr, LONG: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
     """acc [R, D] + ds k for keys m [BLOCK_K]."""
@@ -58,9 +58,9 @@ def _add_dq_of_keys(
 
 @triton.jit
 def dq_of_run(
-    q, do, lse, dot, k_ptr, v_ptr, order_ptr, start, end, g, scale2,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, ORDERED: tl.constexpr,
-    LONG: tl.constexpr, FOLDED: tl.constexpr,
+    q, do, lse, dot, k_ptr, v_ptr, order_ptr, start, end, g, scale2, G: tl.constexpr,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, ORDERED: tl.constexpr, LONG: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Sum over keys start..end of ds k: [R, D]. FOLDED: no row has an lse, keys carry the scale."""
     c = tl.arange(0, BLOCK_K)
@@ -83,8 +83,7 @@ def dq_of_run(
 @triton.jit
 def _tile_dq(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, order_ptr, segment_ptr, starts_ptr, dq_ptr, N,
-    dq_scale, scale2,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    dq_scale, scale2, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, ORDERED: tl.constexpr, ADD: tl.constexpr, LONG: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
@@ -118,10 +117,9 @@ def _tile_dq(
 @triton.jit(do_not_specialize=["N"])
 def _segment_dq(
     q_ptr, k_ptr, scaled_ptr, v_ptr, do_ptr, weighted_ptr, lse_ptr, dot_ptr, flag_ptr, order_ptr,
-    segment_ptr, starts_ptr, dq_ptr, N, scale, scale2,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, ORDERED: tl.constexpr, ADD: tl.constexpr, LONG: tl.constexpr,
-    FOLD: tl.constexpr,
+    segment_ptr, starts_ptr, dq_ptr, N, scale, scale2, G: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ORDERED: tl.constexpr,
+    ADD: tl.constexpr, LONG: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     # The whole tile exists twice: two loops in one body would share its registers.
     if is_folded(flag_ptr, FOLD):
@@ -170,10 +168,9 @@ def _add_queries(
 @triton.jit
 def _tile_dkdv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, order_ptr, key_segment_ptr, starts_ptr, dk_ptr,
-    dv_ptr, M, scale, scale2,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, ORDERED: tl.constexpr, FAST: tl.constexpr, LONG: tl.constexpr,
-    FOLDED: tl.constexpr,
+    dv_ptr, M, scale, scale2, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ORDERED: tl.constexpr, FAST: tl.constexpr,
+    LONG: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_K keys of one key/value head, from one part of their segments' queries."""
     t, g, split = tl.program_id(0) * BLOCK_K, tl.program_id(1), tl.program_id(2)
@@ -216,10 +213,9 @@ def _tile_dkdv(
 @triton.jit(do_not_specialize=["M"])
 def _segment_dkdv(
     q_ptr, k_ptr, scaled_ptr, v_ptr, do_ptr, weighted_ptr, lse_ptr, dot_ptr, flag_ptr, order_ptr,
-    key_segment_ptr, starts_ptr, dk_ptr, dv_ptr, M, scale, scale2,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, ORDERED: tl.constexpr, FAST: tl.constexpr, LONG: tl.constexpr,
-    FOLD: tl.constexpr,
+    key_segment_ptr, starts_ptr, dk_ptr, dv_ptr, M, scale, scale2, G: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    ORDERED: tl.constexpr, FAST: tl.constexpr, LONG: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     if is_folded(flag_ptr, FOLD):
         _tile_dkdv(

@@ -15,15 +15,8 @@ from torch import Tensor
 
 from kernels.attention.block_index import BlockIndex
 from kernels.attention.gates import load_gate
-from kernels.attention.inverse_lists import (
-    ITEM_FIELDS,
-    ChunkRange,
-    InverseLists,
-    entry_shift,
-    load_entries,
-    load_item,
-    programs_per_item,
-)
+from kernels.attention.inverse_lists import ITEM_FIELDS, ChunkRange, InverseLists, programs_per_item
+from kernels.attention.list_entries import entry_shift, load_entries, load_item
 from kernels.attention.packed_heads import queries_per_tile
 from kernels.attention.scaled_keys import BranchKeys
 from kernels.attention.softmax import LOG2E, attend_run, log_sum, lse_dtype
@@ -33,12 +26,16 @@ from kernels.runtime.triton_ops import needs_long_offsets
 
 @triton.jit
 def _attend_block(
-    q, row_max, k_ptr, scaled_ptr, v_ptr, part_ptr, lse_ptr, start, end, to, ok, g, scale2,
+    q, k_ptr, scaled_ptr, v_ptr, part_ptr, lse_ptr, start, end, to, ok, g, scale2,
     G: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr,
     LONG: tl.constexpr,
 ):  # fmt: skip
     """Attend rows q [R, D] to tokens start..end, and store the partial results in rows `to`."""
     R: tl.constexpr = q.shape[0]
+    if BOUNDED:
+        row_max = tl.zeros([R], lse_ptr.dtype.element_ty)
+    else:
+        row_max = tl.full([R], -1e30, lse_ptr.dtype.element_ty)
     sums_R8, acc = tl.zeros([R, 8], tl.float32), tl.zeros([R, D], tl.float32)
     row_max, sums_R8, acc = attend_run(
         q, row_max, sums_R8, acc, k_ptr, scaled_ptr, v_ptr, k_ptr, start, end, BOUNDED, g, scale2,
@@ -55,54 +52,64 @@ def _attend_block(
 @triton.jit(do_not_specialize=["first_token", "top_k", "shift"])
 def _selection_fwd(
     q_ptr, k_ptr, scaled_ptr, v_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr,
-    lse_ptr, first_token, top_k, shift, scale2,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, LONG: tl.constexpr, FIELDS: tl.constexpr,
+    lse_ptr, first_token, top_k, shift, scale2, G: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr,
+    LONG: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    R: tl.constexpr = BLOCK_Q * GROUP
-    item, d = tl.program_id(0), tl.arange(0, D)
-    if item < tl.load(total_ptr):
+    if tl.program_id(0) < tl.load(total_ptr):
         # The item's block, key/value head and entries; the block's tokens.
-        item_ptr += item * FIELDS
-        block, g, first, last = load_item(item_ptr)  # pyright: ignore[reportGeneralTypeIssues]
+        g, first, last, _, start, end, chunk = load_item(  # pyright: ignore
+            item_ptr, starts_ptr, FIELDS
+        )
         first += tl.program_id(1) * BLOCK_Q
-        start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
         bounded = False
         if BOUNDED:
-            bounded = tl.load(flag_ptr + 1 + tl.load(item_ptr + 5)) == 0
+            bounded = tl.load(flag_ptr + 1 + chunk) == 0
 
         # BLOCK_Q entries at a time.
         for e in range(first, last, BLOCK_Q * tl.num_programs(1)):
             row, to, ok = load_entries(  # pyright: ignore[reportGeneralTypeIssues]
                 entry_ptr, e, last, first_token, top_k, shift, g, G, GROUP, BLOCK_Q, False, LONG
             )
-            q = tl.load(q_ptr + row[:, None] * D + d[None, :], ok[:, None], other=0.0)  # [R, D]
+            x_ptr = q_ptr + row[:, None] * D + tl.arange(0, D)[None, :]
+            q = tl.load(x_ptr, ok[:, None], other=0.0)  # [R, D]
             if bounded:
-                row_max = tl.zeros([R], lse_ptr.dtype.element_ty)
                 _attend_block(
-                    q, row_max, k_ptr, scaled_ptr, v_ptr, part_ptr, lse_ptr, start, end, to, ok, g,
+                    q, k_ptr, scaled_ptr, v_ptr, part_ptr, lse_ptr, start, end, to, ok, g,
                     scale2, G, D, BLOCK_K, True, LONG,
                 )  # fmt: skip
             else:
-                row_max = tl.full([R], -1e30, lse_ptr.dtype.element_ty)
                 _attend_block(
-                    q, row_max, k_ptr, scaled_ptr, v_ptr, part_ptr, lse_ptr, start, end, to, ok, g,
+                    q, k_ptr, scaled_ptr, v_ptr, part_ptr, lse_ptr, start, end, to, ok, g,
                     scale2, G, D, BLOCK_K, False, LONG,
                 )  # fmt: skip
+
+
+@triton.jit
+def locate_range_rows(
+    selected_ptr, first_token, rows, stride, top_k, H: tl.constexpr, GROUP: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    """The R rows (token, head) of this program: their number in the range and whether they exist.
+
+    Also returns the token, the pointer to the selection, and the row of the first partial result.
+    """
+    i = tl.program_id(0) * R + tl.arange(0, R)
+    n, h = i // H, i % H
+    selected_ptr += ((h // GROUP).to(tl.int64) * stride + first_token + n) * top_k
+    return i, i < rows, n, selected_ptr, n.to(tl.int64) * top_k * H + h
 
 
 @triton.jit(do_not_specialize=["first_token", "rows", "stride", "top_k"])
 def _selection_combine(
     part_ptr, part_lse_ptr, selected_ptr, cmp_ptr, win_ptr, gate_ptr, sel_ptr, lse_ptr, out_ptr,
-    first_token, rows, stride, top_k,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, GATED: tl.constexpr,
+    first_token, rows, stride, top_k, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    R: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    # One program: R rows (token, head) of the range.
-    i = tl.program_id(0) * R + tl.arange(0, R)
-    ok, d = i < rows, tl.arange(0, D)
-    n, h = i // H, i % H
-    selected_ptr += ((h // GROUP).to(tl.int64) * stride + first_token + n) * top_k
-    p = n.to(tl.int64) * top_k * H + h
+    i, ok, n, selected_ptr, p = locate_range_rows(  # pyright: ignore[reportGeneralTypeIssues]
+        selected_ptr, first_token, rows, stride, top_k, H, GROUP, R
+    )
+    d = tl.arange(0, D)
 
     # The largest log-sum of the ranks.
     row_max = tl.full([R], -1e30, lse_ptr.dtype.element_ty)

@@ -14,19 +14,12 @@ from torch import Tensor
 
 from kernels.attention.block_index import BlockIndex
 from kernels.attention.gates import OutputGradient, is_folded
-from kernels.attention.inverse_lists import (
-    ITEM,
-    ITEM_FIELDS,
-    ChunkRange,
-    InverseLists,
-    entry_shift,
-    load_entries,
-    load_item,
-    programs_per_item,
-)
+from kernels.attention.inverse_lists import ITEM_FIELDS, ChunkRange, InverseLists, programs_per_item
+from kernels.attention.list_entries import entry_shift, load_entries, load_item
 from kernels.attention.packed_heads import load_keys, load_row_gradients, queries_per_tile
 from kernels.attention.scaled_keys import BranchKeys
 from kernels.attention.segment_backward import add_dkdv, dq_of_run
+from kernels.attention.selection import locate_range_rows
 from kernels.attention.softmax import LN2, LOG2E
 from kernels.runtime.integer_math import cdiv
 from kernels.runtime.triton_ops import needs_long_offsets
@@ -35,8 +28,7 @@ from kernels.runtime.triton_ops import needs_long_offsets
 @triton.jit
 def _add_entries(
     k, v, dk, dv, q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, shift, g,
-    scale2,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    scale2, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
     FULL: tl.constexpr, LONG: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv plus the share of entries e..e + BLOCK_Q. FULL: all lie before `last`."""
@@ -52,9 +44,9 @@ def _add_entries(
 @triton.jit
 def _tile_dkdv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift,
-    first, last, t, end, to, g, scale, scale2,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, FAST: tl.constexpr, LONG: tl.constexpr, FOLDED: tl.constexpr,
+    first, last, t, end, to, g, scale, scale2, G: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr,
+    LONG: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys t..t + BLOCK_K of a block that ends at `end`, from entries first..last.
 
@@ -88,19 +80,17 @@ def _tile_dkdv(
 
 @triton.jit
 def _item_dkdv(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr,
-    dk_ptr, dv_ptr, first_token, shift, scale, scale2,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, FAST: tl.constexpr, LONG: tl.constexpr, FIELDS: tl.constexpr,
-    FOLDED: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, dk_ptr, dv_ptr, entry_ptr, item_ptr, total_ptr,
+    starts_ptr, first_token, shift, scale, scale2, G: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr,
+    LONG: tl.constexpr, FIELDS: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys of an item's block, from the item's entries."""
-    item = tl.program_id(0)
-    if item < tl.load(total_ptr):
-        item_ptr += item * FIELDS
-        block, g, first, last = load_item(item_ptr)  # pyright: ignore[reportGeneralTypeIssues]
-        start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
-        to = tl.load(item_ptr + 4).to(tl.int64)
+    if tl.program_id(0) < tl.load(total_ptr):
+        g, first, last, to, start, end, _ = load_item(  # pyright: ignore
+            item_ptr, starts_ptr, FIELDS
+        )
+        to = to.to(tl.int64)
 
         # Tiles of BLOCK_K keys, shared by the programs of the item. A short rest of the block takes
         # a tile of half the size.
@@ -134,14 +124,14 @@ def _selection_dkdv(
 ):  # fmt: skip
     if is_folded(flag_ptr, FOLD):
         _item_dkdv(
-            q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr,
-            total_ptr, starts_ptr, dk_ptr, dv_ptr, first_token, shift, scale, 1.0, G, GROUP, D,
+            q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, dk_ptr, dv_ptr, entry_ptr,
+            item_ptr, total_ptr, starts_ptr, first_token, shift, scale, 1.0, G, GROUP, D,
             BLOCK_Q, BLOCK_K, FAST, LONG, FIELDS, True,
         )  # fmt: skip
     else:
         _item_dkdv(
-            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr,
-            starts_ptr, dk_ptr, dv_ptr, first_token, shift, scale, scale2, G, GROUP, D, BLOCK_Q,
+            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, dk_ptr, dv_ptr, entry_ptr, item_ptr,
+            total_ptr, starts_ptr, first_token, shift, scale, scale2, G, GROUP, D, BLOCK_Q,
             BLOCK_K, FAST, LONG, FIELDS, False,
         )  # fmt: skip
 
@@ -149,17 +139,17 @@ def _selection_dkdv(
 @triton.jit
 def _item_dq(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr,
-    part_ptr, first_token, top_k, shift, dq_scale, scale2,
-    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, LONG: tl.constexpr, FIELDS: tl.constexpr, FOLDED: tl.constexpr,
+    part_ptr, first_token, top_k, shift, dq_scale, scale2, G: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LONG: tl.constexpr,
+    FIELDS: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """dq of each entry of an item, from the keys of the item's block."""
-    item, d = tl.program_id(0), tl.arange(0, D)
-    if item < tl.load(total_ptr):
-        item_ptr += item * FIELDS
-        block, g, first, last = load_item(item_ptr)  # pyright: ignore[reportGeneralTypeIssues]
+    d = tl.arange(0, D)
+    if tl.program_id(0) < tl.load(total_ptr):
+        g, first, last, _, start, end, _ = load_item(  # pyright: ignore
+            item_ptr, starts_ptr, FIELDS
+        )
         first += tl.program_id(1) * BLOCK_Q
-        start, end = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
         for e in range(first, last, BLOCK_Q * tl.num_programs(1)):
             row, to, ok = load_entries(  # pyright: ignore[reportGeneralTypeIssues]
                 entry_ptr, e, last, first_token, top_k, shift, g, G, GROUP, BLOCK_Q, False, LONG
@@ -198,15 +188,14 @@ def _selection_dq(
 
 @triton.jit(do_not_specialize=["first_token", "rows", "stride", "top_k"])
 def _combine_dq(
-    part_ptr, selected_ptr, dq_ptr, first_token, rows, stride, top_k,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    part_ptr, selected_ptr, dq_ptr, first_token, rows, stride, top_k, H: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    # One program: R rows (token, head) of the range. Add the ranks to dq, in order.
-    i = tl.program_id(0) * R + tl.arange(0, R)
-    ok, d = i < rows, tl.arange(0, D)
-    n, h = i // H, i % H
-    selected_ptr += ((h // GROUP).to(tl.int64) * stride + first_token + n) * top_k
-    p = n.to(tl.int64) * top_k * H + h
+    # Add the ranks of each row to dq, in order.
+    i, ok, _, selected_ptr, p = locate_range_rows(  # pyright: ignore[reportGeneralTypeIssues]
+        selected_ptr, first_token, rows, stride, top_k, H, GROUP, R
+    )
+    d = tl.arange(0, D)
     x, mask = (first_token.to(tl.int64) * H + i)[:, None] * D + d[None, :], ok[:, None]
     acc = tl.load(dq_ptr + x, mask, other=0.0).to(tl.float32)  # [R, D]
     for t in range(top_k):
@@ -303,9 +292,8 @@ def selection_backward(
     )  # fmt: skip
     del part_nTHD  # before the partial dk and dv take as much
 
-    # dk and dv of each item, then their sum over items. Each pair has rows for its block once, and
-    # once more per full item.
-    partials = queries.asset_tokens * G + tokens * G * top_k // ITEM * index.max_block_tokens
+    # dk and dv of each item, then their sum over items.
+    partials = queries.partial_rows(G, top_k, index.max_block_tokens)
     part_dk = q_NHD.new_empty(partials, D, dtype=torch.float32)
     part_dv = torch.empty_like(part_dk)
     BLOCK_K = 32 if wide else 128 if small else 64

@@ -75,9 +75,8 @@ def row_bound(q, norm_ptr, g, norms, NORMS: tl.constexpr):
 
 @triton.jit
 def _add_bounded_keys(
-    q, sums_R8, acc, scaled_ptr, v_ptr, order_ptr, m, end, g,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, ORDERED: tl.constexpr,
-    FULL: tl.constexpr, LONG: tl.constexpr,
+    q, sums_R8, acc, scaled_ptr, v_ptr, order_ptr, m, end, g, G: tl.constexpr, D: tl.constexpr,
+    BLOCK_K: tl.constexpr, ORDERED: tl.constexpr, FULL: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """One step of `attend_run` without a running maximum, for keys m [BLOCK_K]."""
     R: tl.constexpr = q.shape[0]

@@ -6,6 +6,8 @@ custom operator each for forward and backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,26 +55,24 @@ def split_queries(
 
 
 def ssa_forward(
-    q_NHD: Tensor,
-    k_NGD: Tensor,
-    v_NGD: Tensor,
-    ck_PGD: Tensor,
-    cv_PGD: Tensor,
-    gates_N3: Tensor,
-    index: BlockIndex,
-    top_k: int,
-    shifted: bool,
-    scale: float,
+    inputs: Sequence[Tensor], index: BlockIndex, top_k: int, shifted: bool, scale: float
 ) -> tuple[Tensor, ...]:
-    """Run the forward kernels. Arguments are those of `spatial_sparse_attention`, checked before.
+    """Run the forward kernels.
+
+    Args:
+        inputs: q, k, v, ck, cv and gates. They and the other arguments are those of
+            `spatial_sparse_attention`, checked before.
+        index: Block index.
+        top_k: Number of blocks per query.
+        shifted: Whether the windows are shifted.
+        scale: Factor of the scores.
 
     Returns:
         The output, the outputs of the three branches, their log-sums [3, N, H], the flags of
         `segment_forward`, the selection [G, N, T], and the three tensors of its inverse lists.
     """
-    with on_device(q_NHD):
-        tensors = (x.contiguous() for x in (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3))
-        return _forward(*tensors, index, top_k, shifted, scale)
+    with on_device(inputs[0]):
+        return _forward(*(x.contiguous() for x in inputs), index, top_k, shifted, scale)
 
 
 def _forward(
@@ -107,7 +107,8 @@ def _forward(
         first, last = queries.first_token, queries.last_token
         score_GNM = block_score(q_NHD, ck_PGD, lse_3NH[0], index, scale, first, last)
         ranks = new_ranks(index, queries, G, top)
-        top_blocks(score_GNM, index, selected_GNT, first, ranks, queries.first_chunk)
+        chunk = queries.first_chunk
+        top_blocks(score_GNM, index, selected_GNT, ranks, first=first, first_chunk=chunk)
         del score_GNM
         fill_lists(ranks, index, queries, G, top, lists)
         del ranks
@@ -120,8 +121,8 @@ def _forward(
 
 def ssa_backward(
     do_NHD: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
-    saved: tuple[Tensor, ...],
+    inputs: Sequence[Tensor],
+    saved: Sequence[Tensor],
     index: BlockIndex,
     top_k: int,
     shifted: bool,
@@ -196,7 +197,8 @@ def _ssa(
     shifted: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return ssa_forward(q, k, v, ck, cv, gates, BlockIndex(*index), top_k, shifted, scale)
+    inputs = (q, k, v, ck, cv, gates)
+    return ssa_forward(inputs, BlockIndex(*index), top_k, shifted, scale)
 
 
 @_ssa.register_fake
@@ -254,8 +256,9 @@ _ssa.register_autograd(_op_backward, setup_context=_setup)
 
 
 def _eager_forward(q, k, v, ck, cv, gates, *options):
-    out, *saved = ssa_forward(q, k, v, ck, cv, gates, *options)
-    return out, (q, k, v, ck, cv, gates, *saved), options
+    inputs = (q, k, v, ck, cv, gates)
+    out, *saved = ssa_forward(inputs, *options)
+    return out, (*inputs, *saved), options
 
 
 def _eager_backward(_, do, tensors, options):

@@ -75,8 +75,9 @@ def top_blocks(
     score_GNM: Tensor,
     index: BlockIndex,
     selected_GNT: Tensor,
-    first: int = 0,
     ranks: Tensor | None = None,
+    *,
+    first: int = 0,
     first_chunk: int = 0,
 ) -> None:
     """Write the blocks of largest score of tokens first..first + n into `selected_GNT`.
@@ -88,9 +89,9 @@ def top_blocks(
         score_GNM: fp32 [G, n, max_blocks], not negative.
         index: Block index.
         selected_GNT: int32 [G, N, T] with T <= max_blocks.
-        first: First token.
         ranks: Zeroed rank map (see `kernels.attention.inverse_lists`). It receives the rank + 1 of
             each choice.
+        first: First token.
         first_chunk: First chunk of the rank map.
     """
     G, tokens, columns = score_GNM.shape

@@ -120,10 +120,10 @@ def load_source(x_ptr, source, c, C: tl.constexpr, BLOCK_C: tl.constexpr, LONG: 
 
 @triton.jit(do_not_specialize=["rows"])
 def _gather_gemm(
-    x_ptr, w_ptr, b_ptr, table_ptr, y_ptr, rows,
-    C: tl.constexpr, O: tl.constexpr, S: tl.constexpr, SI: tl.constexpr, LOG: tl.constexpr,
-    T: tl.constexpr, STRIDE: tl.constexpr, PARITIES: tl.constexpr, BIAS: tl.constexpr,
-    LONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, table_ptr, y_ptr, rows, C: tl.constexpr, O: tl.constexpr, S: tl.constexpr,
+    SI: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr,
+    PARITIES: tl.constexpr, BIAS: tl.constexpr, LONG: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # One program: BLOCK_O outputs of BLOCK_M rows, for one parity.
     CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C

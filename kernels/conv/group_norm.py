@@ -84,8 +84,8 @@ def _part_counts(start, end, first, BLOCK_P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def _statistics(
-    part_ptr, starts_ptr, mean_ptr, rstd_ptr, N, C, eps, groups,
-    CG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
+    part_ptr, starts_ptr, mean_ptr, rstd_ptr, N, C, eps, groups, CG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / standard deviation of each asset and group, from the asset's parts."""
     # One program: one asset and the CG channels of one group.
@@ -130,8 +130,7 @@ def _normalised(x, c, a, C, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, groups, CG
 
 @triton.jit(do_not_specialize=["N"])
 def _apply(
-    x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, y_ptr,
-    N, C, groups, CG,
+    x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, y_ptr, N, C, groups, CG,
     SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Normalise the rows of chunk k, part by part."""
@@ -183,9 +182,8 @@ def _normalised_gradient(
 
 @triton.jit(do_not_specialize=["N"])
 def _grad_parts(
-    dy_ptr, x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, part_ptr,
-    N, C, groups, CG,
-    SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, part_ptr, N, C,
+    groups, CG, SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz times normalised x, of each part and channel."""
     k, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -222,9 +220,8 @@ def _add_parts(part_ptr, starts_ptr, sum_ptr, W, BLOCK_P: tl.constexpr, BLOCK_C:
 @triton.jit(do_not_specialize=["N"])
 def _grad_apply(
     dy_ptr, x_ptr, starts_ptr, ends_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, mean_dz_ptr,
-    mean_dzx_ptr, dx_ptr,
-    N, C, groups, CG,
-    SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    mean_dzx_ptr, dx_ptr, N, C, groups, CG, SILU: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x of the rows of chunk k, part by part."""
     k, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -394,15 +391,13 @@ def group_norm(
         bias_C: [C] in the dtype of `x_NC` or float32.
         eps: Added to the variance.
         silu: Apply SiLU to the result.
-        backend: "auto" takes Triton for CUDA tensors and the torch reference for others. "triton"
-            works on CPU tensors only in Triton's interpreter. "reference" takes the torch
-            definition, with any float dtype.
+        backend: As in `sparse_conv`.
 
     Returns:
         [N, C] in the dtype of `x_NC`.
 
     Raises:
-        ValueError: If a shape, dtype, device or option does not fit.
+        ValueError: If the groups do not divide the channels, or another argument does not fit.
     """
     _check(x_NC, asset_starts_A1, groups, weight_C, bias_C, eps)
     if not use_triton(backend, x_NC):

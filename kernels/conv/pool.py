@@ -128,15 +128,13 @@ def pool_children(
         children_P8: int32 [P, 8], rows of the children of each parent, -1 for none, as in
             `ParentVoxels`. A row is the child of at most one parent, and each parent has a child.
         plus_one: Divide the sum of n rows by n + 1, as the published Direct3D-S2 weights expect.
-        backend: "auto" takes Triton for CUDA tensors and the torch reference for others. "triton"
-            works on CPU tensors only in Triton's interpreter. "reference" takes the torch
-            definition, with any float dtype.
+        backend: As in `sparse_conv`.
 
     Returns:
         [P, C] in the dtype of `x_NC`.
 
     Raises:
-        ValueError: If a shape, dtype, device or option does not fit.
+        ValueError: If `children_P8` is not int32 [P, 8] on the device of `x_NC`, or x does not fit.
     """
     check_float_rows("x_NC", x_NC)
     if children_P8.ndim != 2 or children_P8.shape[1] != 8 or children_P8.dtype != torch.int32:

@@ -188,21 +188,22 @@ def sparse_conv(
     x_NC: Tensor,
     weight_27CO: Tensor,
     bias_O: Tensor | None,
-    neighbors_M27: Tensor,
+    table_M27: Tensor,
     size: int,
     upsample: bool,
 ) -> Tensor:
     """Cross-correlation with 3^3 taps at existing voxels: [N, C] -> [M * size^3, O].
 
-    Absent neighbours count as zero. Rows and weights are those of `kernels.sparse_conv`.
+    Absent neighbours count as zero. Rows, weights and the neighbour table
+    are those of `kernels.sparse_conv`.
     """
     if upsample:
         weight_88CO = sum_upsample_taps(weight_27CO).to(x_NC.dtype)
-        y_NO = _UpsampledConvolution.apply(x_NC, weight_88CO, neighbors_M27, size)
+        y_NO = _UpsampledConvolution.apply(x_NC, weight_88CO, table_M27, size)
     elif size > 1:
-        y_NO = _BlockConvolution.apply(x_NC, weight_27CO.to(x_NC.dtype), neighbors_M27, size)
+        y_NO = _BlockConvolution.apply(x_NC, weight_27CO.to(x_NC.dtype), table_M27, size)
     else:
-        y_NO = VoxelConvolution.apply(x_NC, weight_27CO.to(x_NC.dtype), neighbors_M27)
+        y_NO = VoxelConvolution.apply(x_NC, weight_27CO.to(x_NC.dtype), table_M27)
     return y_NO if bias_O is None else y_NO + bias_O.to(x_NC.dtype)
 
 
@@ -231,7 +232,7 @@ def pool_children(x_NC: Tensor, children_P8: Tensor, plus_one: bool = False) -> 
 
 def group_norm(
     x_NC: Tensor,
-    asset_starts_A1: Tensor,
+    starts_A1: Tensor,
     groups: int,
     weight_C: Tensor,
     bias_C: Tensor,
@@ -241,7 +242,7 @@ def group_norm(
     """GroupNorm over all rows of each asset, then SiLU if asked for: [N, C] -> [N, C]."""
     x, weight_C, bias_C = (at_least_fp32(t) for t in (x_NC, weight_C, bias_C))
     parts = []
-    for first, last in itertools.pairwise(asset_starts_A1.tolist()):
+    for first, last in itertools.pairwise(starts_A1.tolist()):
         if first < last:
             rows_1CN = x[first:last].T[None]
             parts.append(torch.group_norm(rows_1CN, groups, weight_C, bias_C, eps)[0].T)

@@ -49,8 +49,8 @@ def _head_fwd(
 
 @triton.jit(do_not_specialize=["N"])
 def _head_bwd(
-    x_ptr, w_ptr, y_ptr, dy_ptr, dx_ptr, dw_ptr, db_ptr, N,
-    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+    x_ptr, w_ptr, y_ptr, dy_ptr, dx_ptr, dw_ptr, db_ptr, N, C: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # One program: TILES tiles of BLOCK_N rows, with one partial sum for weight and bias.
     program, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_C)
@@ -148,15 +148,13 @@ def sdf_head(x_NC: Tensor, weight_C: Tensor, bias_1: Tensor, *, backend: str = "
         x_NC: [N, C], fp32, bf16 or fp16.
         weight_C: [C] in the dtype of `x_NC` or float32.
         bias_1: [1] in the dtype of `x_NC` or float32.
-        backend: "auto" takes Triton for CUDA tensors and the torch reference for others. "triton"
-            works on CPU tensors only in Triton's interpreter. "reference" takes the torch
-            definition, with any float dtype.
+        backend: As in `sparse_conv`.
 
     Returns:
         float32 [N] in [-1, 1]; float64 for float64 inputs.
 
     Raises:
-        ValueError: If a shape, dtype, device or option does not fit.
+        ValueError: If `x_NC` is not floating [N, C], or a parameter does not fit it.
     """
     check_float_rows("x_NC", x_NC)
     for name, w, rows in (("weight_C", weight_C, x_NC.shape[1]), ("bias_1", bias_1, 1)):

@@ -33,9 +33,24 @@ _PROGRAMS = 132 * 8  # enough for every multiprocessor to have a few
 
 
 @triton.jit
+def _gradient_tile(
+    rows, step, C: tl.constexpr, O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Outputs, channels and first tap of this program, and its part of the rows: begin and end."""
+    CT: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    OT: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
+    pid = tl.program_id(0)
+    o = pid % OT * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = pid // OT % CT * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap = pid // (OT * CT) * BLOCK_T
+    begin = tl.program_id(1) * step
+    return o, c, tap, begin, tl.minimum(begin + step, rows)
+
+
+@triton.jit
 def _locate_rows(
-    first, end,
-    S: tl.constexpr, SI: tl.constexpr, STRIDE: tl.constexpr, LONG: tl.constexpr,
+    first, end, S: tl.constexpr, SI: tl.constexpr, STRIDE: tl.constexpr, LONG: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Rows first..first + BLOCK_R, and whether they lie before `end`.
@@ -61,22 +76,17 @@ def _load_outputs(d_ptr, row, ok, o, O: tl.constexpr, BLOCK_O: tl.constexpr, LON
 
 @triton.jit(do_not_specialize=["rows", "step"])
 def _weight_grad(
-    g_ptr, d_ptr, table_ptr, p_ptr, rows, step,
-    C: tl.constexpr, O: tl.constexpr, S: tl.constexpr, SI: tl.constexpr, LOG: tl.constexpr,
-    T: tl.constexpr, STRIDE: tl.constexpr, LONG: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+    g_ptr, d_ptr, table_ptr, p_ptr, rows, step, C: tl.constexpr, O: tl.constexpr, S: tl.constexpr,
+    SI: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, LONG: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # One program: BLOCK_T taps side by side, BLOCK_C channels and BLOCK_O outputs, from one part of
     # the rows.
     TAPS: tl.constexpr = T * T * T
-    CT: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    OT: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
-    pid, split = tl.program_id(0), tl.program_id(1)
-    o = pid % OT * BLOCK_O + tl.arange(0, BLOCK_O)
-    c = pid // OT % CT * BLOCK_C + tl.arange(0, BLOCK_C)
-    tap = pid // (OT * CT) * BLOCK_T + (tl.arange(0, BLOCK_T) if BLOCK_T > 1 else 0)
-    begin = split * step
-    end = tl.minimum(begin + step, rows)
+    o, c, first_tap, begin, end = _gradient_tile(  # pyright: ignore[reportGeneralTypeIssues]
+        rows, step, C, O, BLOCK_T, BLOCK_C, BLOCK_O
+    )
+    tap = first_tap + (tl.arange(0, BLOCK_T) if BLOCK_T > 1 else 0)
     acc = zero_sums(g_ptr, BLOCK_T * BLOCK_C, BLOCK_O)
     for first in range(begin, end, BLOCK_R):
         row, ok, block27, position = _locate_rows(  # pyright: ignore[reportGeneralTypeIssues]
@@ -102,18 +112,17 @@ def _weight_grad(
         acc = add_dot(tl.trans(g), d, acc)
 
     # Store the partial sum of this part of the rows.
-    tap = pid // (OT * CT) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tap = first_tap + tl.arange(0, BLOCK_T)
     out = tl.reshape(tap[:, None] * C + c[None, :], [BLOCK_T * BLOCK_C])
     inside = tl.reshape((tap < TAPS)[:, None] & (c < C)[None, :], [BLOCK_T * BLOCK_C])
-    x_ptr = p_ptr + split.to(tl.int64) * (TAPS * C * O) + out[:, None] * O + o[None, :]
+    x_ptr = p_ptr + tl.program_id(1).to(tl.int64) * (TAPS * C * O) + out[:, None] * O + o[None, :]
     tl.store(x_ptr, acc.to(tl.float32), inside[:, None] & (o < O)[None, :])
 
 
 @triton.jit
 def _add_tap(
-    acc, d, g_ptr, table_ptr, block27, position, tap, ok, c,
-    C: tl.constexpr, SI: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, LONG: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    acc, d, g_ptr, table_ptr, block27, position, tap, ok, c, C: tl.constexpr, SI: tl.constexpr,
+    LOG: tl.constexpr, T: tl.constexpr, LONG: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_O, BLOCK_C] + d g for one tap, with d [BLOCK_O, BLOCK_R]."""
     exists = ok & (tap < T * T * T)
@@ -131,24 +140,19 @@ def _store_tap(p_ptr, acc, tap, c, o, C: tl.constexpr, O: tl.constexpr, TAPS: tl
 
 @triton.jit(do_not_specialize=["rows", "step"])
 def _weight_grad_by_tap(
-    g_ptr, d_ptr, table_ptr, p_ptr, rows, step,
-    C: tl.constexpr, O: tl.constexpr, S: tl.constexpr, SI: tl.constexpr, LOG: tl.constexpr,
-    T: tl.constexpr, STRIDE: tl.constexpr, LONG: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+    g_ptr, d_ptr, table_ptr, p_ptr, rows, step, C: tl.constexpr, O: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+    S: tl.constexpr, SI: tl.constexpr, LOG: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr,
+    LONG: tl.constexpr,
 ):  # fmt: skip
     """The same result as `_weight_grad`, with a matrix product for each of 1, 2 or 4 taps.
 
     The products share the output rows as their tall side.
     """
+    o, c, tap, begin, end = _gradient_tile(  # pyright: ignore[reportGeneralTypeIssues]
+        rows, step, C, O, BLOCK_T, BLOCK_C, BLOCK_O
+    )
     TAPS: tl.constexpr = T * T * T
-    CT: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    OT: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
-    pid, split = tl.program_id(0), tl.program_id(1)
-    o = pid % OT * BLOCK_O + tl.arange(0, BLOCK_O)
-    c = pid // OT % CT * BLOCK_C + tl.arange(0, BLOCK_C)
-    tap = pid // (OT * CT) * BLOCK_T
-    begin = split * step
-    end = tl.minimum(begin + step, rows)
 
     # Sums of up to four taps. Triton has no arrays of tensors.
     acc0 = zero_sums(g_ptr, BLOCK_O, BLOCK_C)
@@ -177,7 +181,7 @@ def _weight_grad_by_tap(
             )  # fmt: skip
 
     # Store the partial sums of this part of the rows.
-    p_first = p_ptr + split.to(tl.int64) * (TAPS * C * O)
+    p_first = p_ptr + tl.program_id(1).to(tl.int64) * (TAPS * C * O)
     _store_tap(p_first, acc0, tap, c, o, C, O, TAPS)
     if BLOCK_T > 1:
         _store_tap(p_first, acc1, tap + 1, c, o, C, O, TAPS)
@@ -236,8 +240,8 @@ def weight_grad(
     table_M27: Tensor,
     taps: Taps,
     *,
-    long_offsets: bool = False,
     splits: int | None = None,
+    long_offsets: bool = False,
 ) -> Tensor:
     """Return the sum over rows of gathered source rows times dense rows.
 
@@ -249,8 +253,8 @@ def weight_grad(
         dense: [rows, O], contiguous.
         table_M27: int32 neighbour table of the M blocks, contiguous.
         taps: Which source rows a dense row sees.
-        long_offsets: Force 64-bit offsets.
         splits: Number of parts. None chooses it by the size.
+        long_offsets: Force 64-bit offsets.
 
     Returns:
         fp32 [taps, C, O].

@@ -86,7 +86,7 @@ def compile_step(
     rows = ((N, H, D), (N, G, D), (N, G, D), (P, G, D), (P, G, D), (N, 3))
     inputs = [torch.zeros(shape, dtype=dtype) for shape in rows]
     for shifted, k in ((False, top_k), (True, index.max_blocks)):
-        out, *saved = ssa_forward(*inputs, index, k, shifted, 1.0)
+        out, *saved = ssa_forward(inputs, index, k, shifted, 1.0)
         ssa_backward(out, inputs, saved, index, k, shifted, 1.0)
     return list(found.values())
 

@@ -191,7 +191,7 @@ def test_moderate_scores_need_no_maximum_and_no_log_sum(loud):
     x[0] *= 0.5
     if loud is not None:
         x[loud][-1] *= 20
-    flags = ssa.ssa_forward(*x, index, 1, False, 0.25)[5]
+    flags = ssa.ssa_forward(x, index, 1, False, 0.25)[5]
     assert flags[0] == (loud is not None)
     check(index, x, 1)
 

@@ -5,16 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import (
-    BlockIndex,
-    compressed_attention,
-    gated_sum,
-    select_blocks,
-    selection_attention,
-    spatial_sparse_attention,
-    token_order,
-    window_attention,
-)
+import kernels
+from kernels import BlockIndex, select_blocks, spatial_sparse_attention, token_order
 from kernels.attention import reference
 from tests.kernel_inputs import DEVICE, random_index, run
 from tests.kernels.attention.test_ssa import check, make_inputs
@@ -81,10 +73,10 @@ def test_any_device_index(top_k):
         def branches(q, k, v, ck, cv, gates):
             selected = select_blocks(q, ck, where, top_k=top_k)
             outs = (
-                compressed_attention(q, ck, cv, where),
-                selection_attention(q, k, v, selected, where),
+                kernels.compressed_attention(q, ck, cv, where),
+                kernels.selection_attention(q, k, v, selected, where),
             )
-            return gated_sum((*outs, window_attention(q, k, v, where)), gates)
+            return kernels.gated_sum((*outs, kernels.window_attention(q, k, v, where)), gates)
 
         return [t.cpu() for function in (kernel, operator, branches) for t in run(function, inputs)]
 

@@ -143,6 +143,11 @@ def check(C, O, coords, size, upsample, backend, dtype, bias=True) -> None:
             assert_close_as(f, e, r, name)
 
 
+def fp32_inputs(rows: int, C: int, O: int) -> list[Tensor]:
+    """Random x, weight and bias in fp32."""
+    return [draw(*shape, dtype=torch.float32) for shape in ((rows, C), (27, C, O), (O,))]
+
+
 def coords_of(name: str) -> Tensor:
     blocks, side = SETS[name]
     return random_coords(blocks, side, seed=4).to(DEVICE)
@@ -243,11 +248,7 @@ def test_every_tile_size(C, O, size, upsample, monkeypatch):
 def test_offsets_of_64_bits(size, upsample):
     coords = random_coords([7, 5], 2).to(DEVICE)
     neighbors = neighbor_map(coords)
-    inputs = [
-        draw(12, 4, dtype=torch.float32),
-        draw(27, 4, 6, dtype=torch.float32),
-        draw(6, dtype=torch.float32),
-    ]
+    inputs = fp32_inputs(12, 4, 6)
     narrow, wide = (
         run(
             lambda x, w, b, f=f: torch.ops.sparse3d.sparse_conv(
@@ -263,11 +264,7 @@ def test_offsets_of_64_bits(size, upsample):
 def test_backward_is_bit_identical():
     coords = random_coords([20, 6], 3).to(DEVICE)
     neighbors = neighbor_map(coords)
-    inputs = [
-        draw(26, 9, dtype=torch.float32),
-        draw(27, 9, 6, dtype=torch.float32),
-        draw(6, dtype=torch.float32),
-    ]
+    inputs = fp32_inputs(26, 9, 6)
     first, second = (
         run(lambda *x: sparse_conv(*x, neighbors, backend="triton"), inputs) for _ in range(2)
     )
@@ -286,11 +283,7 @@ def test_parts_of_the_weight_gradient_add_up_in_order():
 @pytest.mark.parametrize("upsample", [False, True])
 def test_only_the_wanted_gradients(upsample):
     neighbors = neighbor_map(random_coords([3], 2).to(DEVICE))
-    inputs = [
-        draw(3, 4, dtype=torch.float32),
-        draw(27, 4, 2, dtype=torch.float32),
-        draw(2, dtype=torch.float32),
-    ]
+    inputs = fp32_inputs(3, 4, 2)
     size = 2 if upsample else 1
     everything = run(
         lambda *x: sparse_conv(*x, neighbors, size=size, upsample=upsample, backend="triton"),
@@ -316,11 +309,7 @@ def test_summed_taps():
 def test_master_weights_and_autocast(backend):
     coords = random_coords([9], 3).to(DEVICE)
     neighbors = neighbor_map(coords)
-    x, w, b = (
-        draw(9, 4, dtype=torch.float32),
-        draw(27, 4, 6, dtype=torch.float32),
-        draw(6, dtype=torch.float32),
-    )
+    x, w, b = fp32_inputs(9, 4, 6)
     w.requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16):
         y = sparse_conv(x, w, b, neighbors, backend=backend)
