@@ -1,4 +1,7 @@
-"""Random batches for kernel tests, and the tolerance of a kernel: the reference's own error in that dtype."""
+"""Random batches for kernel tests, and comparison with the reference.
+
+The tolerance of a kernel is the error that the reference itself has in that dtype.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random_coords(tokens: Sequence[int], side: int | tuple[int, int, int], seed: int = 0) -> Tensor:
-    """int32 [N, 4]: that many distinct random voxels of a side^3 grid (or box) per asset, unsorted within an asset."""
+    """Distinct random voxels, unsorted within each asset: int32 [N, 4] = (batch, x, y, z).
+
+    Args:
+        tokens: Number of voxels of each asset.
+        side: Side of the grid in voxels, or its three sides.
+        seed: Seed of the generator.
+    """
     X, Y, Z = (side,) * 3 if isinstance(side, int) else side
     generator = torch.Generator().manual_seed(seed)
     assets = []
@@ -27,7 +36,7 @@ def random_coords(tokens: Sequence[int], side: int | tuple[int, int, int], seed:
 def random_index(
     tokens: Sequence[int], side: int | tuple[int, int, int], seed: int = 0, **sizes: int
 ) -> BlockIndex:
-    """The index of `random_coords` on DEVICE."""
+    """Block index of `random_coords` on DEVICE. `sizes` are those of `BlockIndex.from_coords`."""
     coords = random_coords(tokens, side, seed)
     blocks = {name: sizes[name] for name in ("select_block", "compress_block") if name in sizes}
     return BlockIndex.from_coords(
@@ -36,7 +45,7 @@ def random_index(
 
 
 def error(x: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference; infinite if x is not finite where exact is."""
+    """Largest absolute difference, infinite if x is not finite where `exact` is."""
     difference = (x.detach().double().cpu() - exact.detach().double().cpu()).abs()
     difference = torch.nan_to_num(difference, nan=float("inf"), posinf=float("inf"))
     return difference.max().item() if difference.numel() else 0.0
@@ -45,10 +54,14 @@ def error(x: Tensor, exact: Tensor) -> float:
 def assert_close_as(
     x: Tensor, exact: Tensor, rounded: Tensor, name: str = "value", size: float = 0.0
 ) -> None:
-    """The tolerance of a kernel: max(2 x the reference's own error in that dtype, 4 ulp of max|exact|).
+    """Assert that the error of x is at most twice the reference's own, or 4 ulp of max|exact|.
 
-    exact is the fp64 reference on the same inputs, rounded the reference run in x's dtype. size stands for max|exact|
-    where exact cancels to nothing.
+    Args:
+        x: Result of the kernel.
+        exact: The fp64 reference on the same inputs.
+        rounded: The reference in the dtype of x.
+        name: Name of the value in the message.
+        size: Stands for max|exact| where `exact` cancels to nothing.
     """
     assert x.shape == exact.shape, (name, x.shape, exact.shape)
     assert x.dtype == rounded.dtype, (name, x.dtype, rounded.dtype)
@@ -59,7 +72,10 @@ def assert_close_as(
 
 
 def run(function: Callable[..., Tensor], inputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
-    """The function's value on copies of the inputs, then the gradient of each for one fixed random cotangent."""
+    """Return the function's value on copies of the inputs, and the gradient of each input.
+
+    The cotangent is random and fixed by the seed.
+    """
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     value = function(*inputs)
     cotangent = torch.randn(
@@ -79,7 +95,7 @@ def assert_no_worse(
     inputs: Sequence[Tensor],
     names: Sequence[str] = (),
 ) -> None:
-    """Value and all gradients of the kernel are as close to the fp64 reference as the reference in that dtype."""
+    """Assert `assert_close_as` for the value and all gradients of a kernel."""
     results = run(kernel, inputs)
     exact = run(reference, [x.double() for x in inputs])
     rounded = run(reference, inputs)

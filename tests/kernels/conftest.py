@@ -1,4 +1,7 @@
-"""Makes Triton's interpreter several times faster: it patches triton.language anew in every nested call."""
+"""Settings of the kernel tests: Triton's interpreter patches triton.language once per launch.
+
+By default it does so in every nested call, which is several times slower.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,21 @@ import triton.language as tl
 def _patch_once_per_launch() -> None:
     from triton.runtime import interpreter
 
-    original_patch, original_call, done = (
-        interpreter._patch_lang,
-        interpreter.GridExecutor.__call__,
-        set(),
-    )
+    original_patch = interpreter._patch_lang
+    original_call = interpreter.GridExecutor.__call__
+    patched = set()
 
     def patch(fn):
         modules = frozenset(
             id(value) for value in fn.__globals__.values() if value is tl or value is tl.core
         )
-        if modules in done:
+        if modules in patched:
             return None
-        done.add(modules)
+        patched.add(modules)
         return original_patch(fn)
 
     def call(self, *args, **kwargs):
-        done.clear()
+        patched.clear()
         return original_call(self, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, call

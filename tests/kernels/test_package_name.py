@@ -77,7 +77,7 @@ def test_no_version_of_ours_is_taken_for_hugging_faces(metadata):
     version = accepted_version()
     set_version(metadata, version)
     assert not is_taken_for_theirs(metadata, version)
-    # The same metadata with a declaration of the package shows that the question is the right one.
+    # With a declaration of the package transformers does take it, so the check above can fail.
     top_level = metadata / "sparse3d.egg-info" / "top_level.txt"
     declared = top_level.read_text()
     top_level.write_text(f"{declared}kernels\n")

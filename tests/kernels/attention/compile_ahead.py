@@ -1,8 +1,8 @@
-"""Compiles the kernels of one whole SSA step for an architecture, without a GPU; prints what each one needs as JSON.
+"""Compiles the kernels of one SSA step for an architecture, without a GPU, and prints JSON.
 
-`python -m tests.kernels.attention.compile_ahead 80 bfloat16 16 32` (architecture, dtype, H / G, D), without the interpreter.
-The launches
-are those that the operators really make: `JITFunction.run` is replaced by the compiler.
+`python -m tests.kernels.attention.compile_ahead 80 bfloat16 16 32` (architecture, dtype, H / G, D)
+prints the resources that each kernel needs. It must run without the interpreter. The launches are
+those that the operators really make: `JITFunction.run` is replaced by the compiler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 def compile_launch(fn, args, kwargs, arch: int) -> dict:
-    """Registers, spilled bytes, shared memory and float64 operations (PTX) of one launch."""
+    """Return registers, spilled bytes, shared memory and float64 operations (PTX) of a launch."""
     options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
     bound = dict(zip(fn.arg_names, args)) | kwargs
     signature, constants, attrs = {}, {}, {}
@@ -53,12 +53,12 @@ def compile_launch(fn, args, kwargs, arch: int) -> dict:
     source = ASTSource(fn, signature, constants, attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     float64 = sorted(set(re.findall(r"\b\w+(?:\.\w+)*\.f64\b", compiled.asm["ptx"])))
-    found = {"name": fn.__name__, "shared": compiled.metadata.shared, "float64": float64}
-    return found | resources(compiled.asm["cubin"])
+    launch = {"name": fn.__name__, "shared": compiled.metadata.shared, "float64": float64}
+    return launch | resources(compiled.asm["cubin"])
 
 
 def resources(cubin: bytes) -> dict:
-    """Registers, stack and local bytes, as the binary says."""
+    """Return registers, and stack and local bytes, from the binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -72,15 +72,15 @@ def resources(cubin: bytes) -> dict:
 def compile_step(
     arch: int, dtype: torch.dtype, group: int, D: int, G: int = 2, top_k: int = 3
 ) -> list[dict]:
-    """Every kernel of forward and backward, ordered and unordered windows, each once."""
+    """Compile every kernel of forward and backward once, with ordered and unordered windows."""
     index = random_index([700, 300], 24)
     N, P, H = index.num_tokens, index.num_compressed, G * group
-    found: dict[str, dict] = {}
+    launches: dict[str, dict] = {}
 
     def record(fn, *args, grid, warmup, **kwargs):
         key = f"{fn.__name__} {[value for value in args if isinstance(value, bool | int)]} {kwargs}"
-        if key not in found:
-            found[key] = compile_launch(fn, args, kwargs, arch)
+        if key not in launches:
+            launches[key] = compile_launch(fn, args, kwargs, arch)
 
     triton.JITFunction.run = record
     rows = ((N, H, D), (N, G, D), (N, G, D), (P, G, D), (P, G, D), (N, 3))
@@ -88,14 +88,10 @@ def compile_step(
     for shifted, k in ((False, top_k), (True, index.max_blocks)):
         out, *saved = ssa_forward(inputs, index, k, shifted, 1.0)
         ssa_backward(out, inputs, saved, index, k, shifted, 1.0)
-    return list(found.values())
+    return list(launches.values())
 
 
 if __name__ == "__main__":
-    arch, dtype, group, D = (
-        int(sys.argv[1]),
-        getattr(torch, sys.argv[2]),
-        int(sys.argv[3]),
-        int(sys.argv[4]),
-    )
-    sys.stdout.write(json.dumps(compile_step(arch, dtype, group, D)) + "\n")
+    arch, dtype, group, D = sys.argv[1:]
+    launches = compile_step(int(arch), getattr(torch, dtype), int(group), int(D))
+    sys.stdout.write(json.dumps(launches) + "\n")

@@ -1,4 +1,4 @@
-"""BlockIndex against a dictionary of blocks written the slow way."""
+"""BlockIndex against dictionaries of blocks that are built token by token."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.kernel_inputs import DEVICE, random_coords, random_index
 CASES = [
     ([1], 8, 8, 4),
     ([300], 24, 8, 4),
-    ([300], 80, 8, 4),  # most blocks hold one token: the longest chains of tiles
+    ([300], 80, 8, 4),  # most blocks hold one token, which gives the longest chains of tiles
     ([0, 150, 0, 0, 70, 0], 24, 8, 4),
     ([512], 8, 8, 4),  # one full block
-    ([700], 16, 8, 1),  # a block has up to 512 compressed tokens: more than a tile
+    ([700], 16, 8, 1),  # a block has up to 512 compressed tokens, more than a tile
     ([90, 40], 12, 4, 4),
     ([90, 40], 12, 6, 2),
     ([0, 0], 8, 8, 4),
@@ -27,8 +27,10 @@ CASES = [
 @pytest.mark.parametrize(("tokens", "side", "select", "compress"), CASES)
 def test_metadata_matches_a_dictionary(tokens, side, select, compress):
     coords = random_coords(tokens, side)
-    key = [(b, x // select, y // select, z // select, x % select // compress, y % select // compress,
-            z % select // compress, x, y, z) for b, x, y, z in coords.tolist()]  # fmt: skip
+    key = [
+        (b, *(i // select for i in xyz), *(i % select // compress for i in xyz), *xyz)
+        for b, *xyz in coords.tolist()
+    ]
     expected = sorted(range(len(key)), key=lambda i: key[i])
     order = token_order(coords, select, compress)
     assert order.tolist() == expected
@@ -38,21 +40,29 @@ def test_metadata_matches_a_dictionary(tokens, side, select, compress):
     )
     key.sort()
     blocks = [list(group) for _, group in itertools.groupby(key, key=lambda k: k[:4])]
-    cells = [list(group) for _, group in itertools.groupby(key, key=lambda k: k[:7])]
-    N, M, P = len(key), len(blocks), len(cells)
+    sub_blocks = [list(group) for _, group in itertools.groupby(key, key=lambda k: k[:7])]
+    N, M, P = len(key), len(blocks), len(sub_blocks)
     assert (index.num_tokens, index.num_blocks, index.num_compressed) == (N, M, P)
     assert index.asset_of.tolist() == [k[0] for k in key]
     assert index.block_starts.tolist() == [0, *itertools.accumulate(map(len, blocks))]
-    assert index.compressed_starts.tolist() == [0, *itertools.accumulate(map(len, cells))]
+    assert index.compressed_starts.tolist() == [0, *itertools.accumulate(map(len, sub_blocks))]
     assert index.block_of.tolist() == [i for i, block in enumerate(blocks) for _ in block]
-    assert index.compressed_of.tolist() == [i for i, cell in enumerate(cells) for _ in cell]
+    assert index.compressed_of.tolist() == [
+        i for i, sub_block in enumerate(sub_blocks) for _ in sub_block
+    ]
     block_number = {block[0][:4]: i for i, block in enumerate(blocks)}
-    assert index.compressed_block.tolist() == [block_number[cell[0][:4]] for cell in cells]
-    assert index.compressed_asset.tolist() == [cell[0][0] for cell in cells]
+    assert index.compressed_block.tolist() == [
+        block_number[sub_block[0][:4]] for sub_block in sub_blocks
+    ]
+    assert index.compressed_asset.tolist() == [sub_block[0][0] for sub_block in sub_blocks]
     assert index.block_asset.tolist() == [block[0][0] for block in blocks]
-    for starts, things in ((index.token_starts, key), (index.asset_blocks, [b[0] for b in blocks]),
-                           (index.asset_compressed, [c[0] for c in cells])):  # fmt: skip
-        assert starts.tolist() == [sum(t[0] < a for t in things) for a in range(len(tokens) + 1)]
+    firsts = (
+        (index.token_starts, key),
+        (index.asset_blocks, [block[0] for block in blocks]),
+        (index.asset_compressed, [sub_block[0] for sub_block in sub_blocks]),
+    )
+    for starts, rows in firsts:
+        assert starts.tolist() == [sum(row[0] < a for row in rows) for a in range(len(tokens) + 1)]
     assert index.block_compressed.tolist() == [
         sum(b < i for b in index.compressed_block.tolist()) for i in range(M + 1)
     ]
@@ -80,20 +90,20 @@ def test_tiles_are_greedy_runs_of_whole_blocks(tokens, side, select, compress):
 
 @pytest.mark.parametrize("window", [8, 6])
 @pytest.mark.parametrize("shift", [0, 3, 4])
-def test_windows_hold_exactly_the_tokens_of_a_cell(window, shift):
+def test_windows_hold_exactly_the_tokens_of_a_cube(window, shift):
     coords = random_coords([200, 0, 60], 24)
     coords = coords[token_order(coords)]
     index = BlockIndex.from_coords(coords.to(DEVICE), 3, window=window, window_shift=shift)
     aligned = (index.window_order, index.window_of, index.window_starts)
-    assert (len(aligned[0]) == 0) == (window == 8)  # as they lie
+    assert (len(aligned[0]) == 0) == (window == 8)  # the token order itself
     for offset, (order, of, starts) in (
         (0, aligned),
         (shift, (index.shifted_order, index.shifted_of, index.shifted_starts)),
     ):
         order = order.cpu() if len(order) else torch.arange(260)
         assert sorted(order.tolist()) == list(range(260))
-        cell = torch.cat([coords[:, :1], (coords[:, 1:] + offset) // window], 1)[order]
-        same = (cell[:, None] == cell[None]).all(2)
+        cube = torch.cat([coords[:, :1], (coords[:, 1:] + offset) // window], 1)[order]
+        same = (cube[:, None] == cube[None]).all(2)
         assert torch.equal(same, of.cpu()[:, None] == of.cpu()[None])
         assert starts.tolist() == [0, *(torch.bincount(of.cpu()).cumsum(0)).tolist()]
 
@@ -130,7 +140,7 @@ def test_chunks_cover_every_query_once_within_an_asset():
     ]
 
 
-def test_an_index_survives_the_trip_through_its_tensors():
+def test_an_index_can_be_rebuilt_from_its_tensors():
     index = random_index([20, 30], 16)
     again = BlockIndex(*index.tensors())
     assert all(torch.equal(a, b) for a, b in zip(index.tensors(), again.tensors(), strict=True))

@@ -1,4 +1,4 @@
-"""Each branch on its own, as a library function, against its fp64 reference."""
+"""Each public part of SSA against its fp64 reference."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_window(shifted, window, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:1] if DEVICE == "cpu" else DTYPES, ids=str)
-def test_runs_that_end_around_a_tiles_border(dtype):
+def test_windows_that_end_around_the_border_of_a_tile(dtype):
     sizes = [1, 31, 32, 33, 63, 64, 65]
     cell = torch.cartesian_prod(*[torch.arange(8)] * 3)
     offset = torch.tensor([8, 0, 0])
@@ -101,7 +101,7 @@ def test_selection_takes_any_order_and_repeats(dtype):
     selected = (first + draws * (last - first)).int()
     selected[..., 2] = selected[..., 0]
     selected[:, ::3, 3] = -1
-    selected[:, 1::3, 3] = 10_000  # no such block: skipped
+    selected[:, 1::3, 3] = 10_000  # there is no such block; it is skipped
     clean = torch.where((selected >= 0) & (selected < index.num_blocks), selected, -1)
     assert_no_worse(
         lambda *x: selection_attention(*x, selected, index, backend="triton"),
@@ -120,7 +120,7 @@ def test_selection_takes_any_order_and_repeats(dtype):
     assert torch.equal(alone[:25], reversed_order[:25])
 
 
-def test_a_block_that_everybody_selects_is_cut_into_items():
+def test_the_list_of_a_block_that_all_queries_select_is_cut_into_items():
     index = random_index([210], (16, 8, 8))
     x = [draw(210, 1, 16, seed=seed) for seed in range(3)]
     selected = torch.zeros(1, 210, 1, dtype=torch.int32, device=DEVICE)
@@ -145,11 +145,8 @@ def test_gated_sum(dtype):
 
 def test_the_cpu_path_is_the_reference():
     index = random_index([30, 10], 16)
-    q, k, v = (
-        draw(40, 4, 10),
-        draw(40, 2, 10, seed=1),
-        draw(40, 2, 10, seed=2),
-    )  # a head size Triton does not take
+    # The kernels do not take this head size.
+    q, k, v = draw(40, 4, 10), draw(40, 2, 10, seed=1), draw(40, 2, 10, seed=2)
     selected = select_blocks(q, k[: index.num_compressed], index, top_k=2, backend="reference")
     out = selection_attention(q, k, v, selected, index, backend="reference")
     assert torch.equal(out, reference.selection_attention(q, k, v, selected, index, 10**-0.5))

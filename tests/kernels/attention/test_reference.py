@@ -1,4 +1,4 @@
-"""The definitions themselves: against loops over single tokens, and their gradients against finite differences."""
+"""The reference definitions against loops over tokens, and their gradients against differences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from kernels import block_mean, spatial_sparse_attention
+from kernels import block_mean, spatial_sparse_attention, token_order
 from kernels.attention import reference
 from tests.kernel_inputs import random_coords, random_index
 
@@ -34,8 +34,6 @@ def test_spatial_sparse_attention_is_what_the_paper_says(shifted):
     tokens, top_k = [25, 0, 12], 2
     index = random_index(tokens, 16)
     coords = random_coords(tokens, 16)
-    from kernels import token_order
-
     coords = coords[token_order(coords)].tolist()
     q, k, v, ck, cv, gates = inputs(index)
     out = spatial_sparse_attention(
@@ -47,16 +45,16 @@ def test_spatial_sparse_attention_is_what_the_paper_says(shifted):
     window = [(b, (x + s) // 8, (y + s) // 8, (z + s) // 8) for b, x, y, z in coords]
     cells = sorted(set(cell), key=cell.index)
     for n in range(len(coords)):
-        mine = [c for c in range(len(cells)) if cells[c][0] == coords[n][0]]
+        same_asset = [c for c in range(len(cells)) if cells[c][0] == coords[n][0]]
         for h in range(4):
             g = h // 2
             compressed = softmax_over(
-                q[n, h], [ck[c, g] for c in mine], [cv[c, g] for c in mine], 0.3
+                q[n, h], [ck[c, g] for c in same_asset], [cv[c, g] for c in same_asset], 0.3
             )
             score = {}
             for head in (2 * g, 2 * g + 1):
-                weights = [math.exp(0.3 * float(q[n, head] @ ck[c, g])) for c in mine]
-                for c, w in zip(mine, weights, strict=True):
+                weights = [math.exp(0.3 * float(q[n, head] @ ck[c, g])) for c in same_asset]
+                for c, w in zip(same_asset, weights, strict=True):
                     owner = (cells[c][0], *(i // 2 for i in cells[c][1:]))
                     score[owner] = score.get(owner, 0.0) + w / sum(weights)
             best = sorted(score, key=score.get, reverse=True)[:top_k]
@@ -88,7 +86,7 @@ def test_block_mean_of_positions(plus_one):
     assert torch.allclose(block_mean(x, index, plus_one=plus_one)[:, 0], torch.tensor(expected))
 
 
-def test_gradients_of_the_whole_with_compression_pass_gradcheck():
+def test_gradients_of_ssa_with_compression_pass_gradcheck():
     index = random_index([14, 0, 6], 12, select_block=4, compress_block=2)
     q, k, v, _, _, gates = inputs(index, H=2, G=1, D=4)
     generator = torch.Generator().manual_seed(5)

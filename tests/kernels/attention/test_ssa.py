@@ -1,4 +1,4 @@
-"""Spatial sparse attention against its fp64 reference: value, every gradient, every range, adversarial inputs."""
+"""Spatial sparse attention against its fp64 reference: values and gradients of many inputs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from kernels.runtime import triton_ops
 from tests.kernel_inputs import DEVICE, assert_close_as, assert_no_worse, random_index, run
 
 GPU = DEVICE == "cuda"
-DTYPES = [torch.float32, torch.float16] + (
-    [torch.bfloat16] if GPU else []
-)  # bf16 is garbage in the interpreter
+# The interpreter computes bf16 wrongly.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
 NAMES = ("q", "k", "v", "ck", "cv", "gates")
 slow = [] if GPU else [pytest.mark.slow]
 
@@ -64,7 +63,8 @@ BATCHES = [
     pytest.param([130], (16, 8, 8), 1, id="long lists and blocks of several tiles"),
     pytest.param([0, 0], 8, 4, id="nothing"),
 ]
-# The interpreter takes seconds a case: without a GPU the default suite keeps one dtype where two say the same.
+# The interpreter takes seconds per case. Without a GPU the default suite keeps one dtype where a
+# second one would test the same.
 OTHER_DTYPES = [DTYPES[0], *(pytest.param(dtype, marks=slow) for dtype in DTYPES[1:])]
 
 
@@ -77,7 +77,7 @@ def test_batches(tokens, side, top_k, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shifted", [False, True])
-def test_the_papers_heads(shifted, dtype):
+def test_the_head_counts_of_the_paper(shifted, dtype):
     index = random_index([20, 14], (16, 16, 8))
     check(index, make_inputs(index, 32, 2, 32, dtype), 3, shifted)
 
@@ -123,37 +123,37 @@ def test_the_short_rest_of_a_block_takes_half_a_tile(few, dtype, monkeypatch):
 def test_adversarial_logits(case, dtype):
     index = random_index([26], (16, 8, 16))
     x = make_inputs(index, 2, 1, 16, dtype)
-    if case == "huge":  # softmax is one-hot, the bound of bf16's fast path is far too large
+    if case == "huge":  # softmax is one-hot, and the bound of the bf16 path is exceeded
         x[0] *= 40
         x[1] *= 8
         x[3] *= 8
-    elif case == "moderate":  # some rows inside the bound, some outside
+    elif case == "moderate":  # some rows are inside the bound, some outside
         x[0] *= torch.linspace(0, 12, len(x[0]), device=DEVICE).to(dtype)[:, None, None]
-    elif case == "negative":  # every score far below 0: padding must not take part
+    elif case == "negative":  # every score is far below 0; padding must not take part
         x[0] = -x[0].abs() * 4
         x[1], x[3] = x[1].abs() * 4 + 4, x[3].abs() * 4 + 4
     elif case == "zero":
         x[0] *= 0
     else:
-        x[1][:], x[3][:] = x[1][:1], x[3][:1]  # every block of equal size ties
+        x[1][:], x[3][:] = x[1][:1], x[3][:1]  # blocks of equal size have equal scores
     check(index, x, 2)
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "loud", ["first asset", "last key", "last compressed key", "keys of zero queries"]
+    "large", ["first asset", "last key", "last compressed key", "keys of zero queries"]
 )
-def test_rows_far_louder_than_the_rest(loud, dtype):
-    """What one row's size decides (bf16 takes a bound from the largest) must not come from another, nor be missed."""
+def test_rows_much_larger_than_the_others(large, dtype):
+    """bf16 takes a bound from the largest key. It must hold for every row and no other asset."""
     index = random_index([26, 40], (16, 8, 16))
     x = make_inputs(index, 2, 1, 16, dtype)
-    if loud == "first asset":
+    if large == "first asset":
         x[0][:26] *= 1000
-    elif loud == "last key":
+    elif large == "last key":
         x[1][-1] *= 100
-    elif loud == "last compressed key":
+    elif large == "last compressed key":
         x[3][-1] *= 100
-    else:  # the square of a key is more than fp32 holds
+    else:  # the square of a key overflows fp32
         x[0] *= 0
         x[1], x[3] = x[1] * 1e25, x[3] * 1e25
     check(index, x, 1)
@@ -162,7 +162,7 @@ def test_rows_far_louder_than_the_rest(loud, dtype):
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
 @pytest.mark.parametrize("log_sum", [65, -65, 150, -150])
 def test_a_row_whose_log_sum_is_far_from_zero(log_sum, dtype):
-    """bf16 moves log-sums into the incoming gradient where fp32 holds their powers; one row may decide for all."""
+    """bf16 folds log-sums into the gradient if fp32 holds the powers of all of them."""
     index = random_index([26, 40], (16, 8, 16))
     x = make_inputs(index, 2, 1, 16, dtype)
     for keys in (x[1], x[3]):
@@ -172,8 +172,8 @@ def test_a_row_whose_log_sum_is_far_from_zero(log_sum, dtype):
 
 
 @pytest.fixture
-def fp16_poses_as_bf16(monkeypatch):
-    """The interpreter has no bf16: what bf16 does, with a limit that suits fp16's exponents."""
+def fp16_takes_the_path_of_bf16(monkeypatch):
+    """Run fp16 as bf16, which the interpreter lacks, with a limit that suits fp16's exponents."""
     if GPU:
         pytest.skip("bf16 itself is tested on a GPU")
     monkeypatch.setattr(scaled_keys, "FOLDED_DTYPES", {torch.float16})
@@ -181,18 +181,18 @@ def fp16_poses_as_bf16(monkeypatch):
         monkeypatch.setattr(module, "BOUND_LIMIT", tl.constexpr(10.0))
 
 
-@pytest.mark.usefixtures("fp16_poses_as_bf16")
+@pytest.mark.usefixtures("fp16_takes_the_path_of_bf16")
 @pytest.mark.parametrize(
-    "loud", [None, 0, 1, 3], ids=["nobody", "a query", "a key", "a compressed key"]
+    "large", [None, 0, 1, 3], ids=["none", "a query", "a key", "a compressed key"]
 )
-def test_moderate_scores_need_no_maximum_and_no_log_sum(loud):
+def test_moderate_scores_need_no_maximum_and_no_log_sum(large):
     index = random_index([26, 0, 40], (16, 8, 16))
     x = make_inputs(index, 4, 2, 16, torch.float16)
     x[0] *= 0.5
-    if loud is not None:
-        x[loud][-1] *= 20
+    if large is not None:
+        x[large][-1] *= 20
     flags = ssa.ssa_forward(x, index, 1, False, 0.25)[5]
-    assert flags[0] == (loud is not None)
+    assert flags[0] == (large is not None)
     check(index, x, 1)
 
 
@@ -251,10 +251,10 @@ def test_ranges_of_queries_do_not_change_the_result(monkeypatch):
 
 
 def test_ranges_are_as_short_as_scores_and_ranks_want(monkeypatch):
-    """Many key/value heads and few selected blocks: then partial outputs are not the largest part."""
+    """With many key/value heads and few selected blocks, scores need more memory than outputs."""
     monkeypatch.setattr(block_index, "_chunks", thirds)
     index, G = random_index([60, 30], 64), 16
-    part, scores = 1 * G * (16 * 2 + 4), G * index.max_blocks * 5  # bytes a query
+    part, scores = 1 * G * (16 * 2 + 4), G * index.max_blocks * 5  # bytes per query
     assert 2 * part < scores
     for count in (1, 2, 3, 6):
         monkeypatch.setattr(ssa, "RANGE_BYTES", -(-90 * scores // count))
@@ -331,7 +331,7 @@ def test_the_operators_schema_and_fakes_hold(top_k):
     index = random_index([30, 8], 16)
     x = [t.requires_grad_() for t in make_inputs(index, 2, 1, 16, torch.float32)]
     arguments = (*x, index.tensors(), top_k, False, 0.25)
-    # The lists past their filled part are whatever memory held: no comparison of two runs.
+    # The lists are not initialised past their filled part, so two runs cannot be compared.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.sparse3d.ssa.default, arguments, test_utils=tests)
 
@@ -349,7 +349,7 @@ def test_an_eager_call_is_the_operator():
     assert all(torch.equal(a, b) for a, b in zip(run(eager, x), run(operator, x), strict=True))
 
 
-def test_long_offsets_and_spread_items_change_nothing(monkeypatch):
+def test_long_offsets_and_shared_items_change_nothing(monkeypatch):
     index = random_index([30, 8], 16)
     x = make_inputs(index, 2, 1, 16, torch.float32)
 

@@ -1,4 +1,4 @@
-"""Spatial sparse attention on a real GPU: graphs, the host, other devices, sizes the interpreter cannot reach."""
+"""Spatial sparse attention on a real GPU: graphs, synchronisation, devices and large inputs."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def one_query(x, index, n, selected_GT):
     for g in range(2):
         heads = row[16 * g : 16 * g + 16]
         blocks = selected_GT[g].tolist()
-        taken = torch.cat(
+        selected = torch.cat(
             [
                 torch.arange(index.block_starts[b], index.block_starts[b + 1], device=DEVICE)
                 for b in blocks
@@ -135,7 +135,7 @@ def one_query(x, index, n, selected_GT):
             index.window_starts[window], index.window_starts[window + 1], device=DEVICE
         )
         y = gate[0] * reference.attend(heads[None], ck[:, g : g + 1], cv[:, g : g + 1], 32**-0.5)[0]
-        for weight, rows in ((gate[1], taken), (gate[2], near)):
+        for weight, rows in ((gate[1], selected), (gate[2], near)):
             keys, values = k[rows, g : g + 1].double(), v[rows, g : g + 1].double()
             y = y + weight * reference.attend(heads[None], keys, values, 32**-0.5)[0]
         outs.append(y)

@@ -1,4 +1,4 @@
-"""The top-k on identical scores must be exact; the scores themselves are held to the reference."""
+"""Block scores against the reference, and the exact top-k of given scores."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_equals_sorting(kind, top_k):
     assert torch.equal(by_kernel(scores, index, top_k), reference.top_blocks(scores, index, top_k))
 
 
-@pytest.mark.timeout(60)  # it may never end
+@pytest.mark.timeout(60)  # a wrong bisection would never end
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -0x400000], ids=hex)
 def test_not_a_number_is_above_all(bits):
-    """What a GPU's arithmetic makes of a NaN has all bits set, what a CPU's makes one of them."""
+    """A NaN of GPU arithmetic has all bits set, one of CPU arithmetic a single bit."""
     index = random_index([40, 0, 25, 1], 24)
     scores = torch.rand(2, 66, index.max_blocks, generator=torch.Generator().manual_seed(0))
     nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
@@ -100,7 +100,8 @@ def test_scores(select, compress, dtype):
         torch.where(exists, exact, zero),
         torch.where(exists, rounded, zero.float()),
     )
-    # Scores are summed to 16 bits at least, whatever the dtype: near ties must not depend on a half-precision sum.
+    # Scores are summed to at least 16 bits in every dtype. Near ties must not depend on a sum in
+    # half precision.
     assert (scores - exact)[exists].abs().max() <= 2**-13 * exact.max()
     ranges = [
         block_score(q, ck, lse.float(), index, 0.25, a, b) for a, b in ((0, 13), (13, 58), (58, 70))

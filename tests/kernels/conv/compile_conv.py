@@ -1,7 +1,8 @@
-"""Compiles the kernels of convolution, pooling and GroupNorm for an architecture, without a GPU; prints JSON.
+"""Compiles the kernels of convolution, pooling and GroupNorm without a GPU, and prints JSON.
 
-`python -m tests.kernels.conv.compile_conv 80 bfloat16 64 32 6` (architecture, dtype, C, O, how many of the tile sizes),
-without the interpreter: forward and gradients on full blocks, with and without duplication.
+`python -m tests.kernels.conv.compile_conv 80 bfloat16 64 32 6` (architecture, dtype, C, O, number
+of tile sizes) compiles forward and gradients on full blocks, with and without duplication. It must
+run without the interpreter.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from tests.kernels.attention.compile_ahead import compile_launch
 
 
 def compile_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> list[dict]:
-    """Every launch of forward and backward, each once."""
-    found: dict[str, dict] = {}
+    """Compile every launch of forward and backward once."""
+    launches: dict[str, dict] = {}
 
     def record(fn, *args, grid, warmup, **kwargs):
         key = f"{fn.__name__} {[value for value in args if isinstance(value, int)]} {kwargs}"
-        if key not in found:
-            found[key] = compile_launch(fn, args, kwargs, arch)
+        if key not in launches:
+            launches[key] = compile_launch(fn, args, kwargs, arch)
 
     def try_all(key, candidates, launch, like, kernels):
         for candidate in candidates[1:sizes]:
@@ -52,7 +53,7 @@ def compile_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> li
     ops.group_norm_backward(x, x, starts, one, one, mean, rstd, True)
     children = torch.zeros(M, 8, dtype=torch.int32)
     ops.pool_children_backward(ops.pool_children(x, children, False), children, len(x), False)
-    return list(found.values())
+    return list(launches.values())
 
 
 if __name__ == "__main__":

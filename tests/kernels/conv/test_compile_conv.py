@@ -1,4 +1,4 @@
-"""Every launch of convolution, pooling and GroupNorm compiles for A100 and Hopper, within memory and without spills."""
+"""Every launch of convolution, pooling and GroupNorm compiles within its limits."""
 
 from __future__ import annotations
 
@@ -35,9 +35,16 @@ def compiled(*arguments: int | str) -> list[dict]:
 def test_every_launch_compiles(arch, dtype, C, O, sizes):
     launches = compiled(arch, dtype, C, O, sizes)
     assert {launch["name"] for launch in launches} - {"_weight_grad", "_weight_grad_by_tap"} == {
-        "_gather_gemm", "_pool_fwd", "_pool_bwd", "_parts", "_statistics", "_apply", "_grad_parts", "_add_parts",
+        "_gather_gemm",
+        "_pool_fwd",
+        "_pool_bwd",
+        "_parts",
+        "_statistics",
+        "_apply",
+        "_grad_parts",
+        "_add_parts",
         "_grad_apply",
-    }  # fmt: skip
+    }
     assert any(launch["name"].startswith("_weight_grad") for launch in launches)
     for launch in launches:
         assert launch["shared"] <= SHARED_LIMIT[arch], launch

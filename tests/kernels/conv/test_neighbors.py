@@ -13,31 +13,39 @@ from tests.kernel_inputs import DEVICE, random_coords
 
 LAST = MAX_COORD - 1
 CORNERS = torch.tensor(
-    [[0, 0, 0, 0], [0, 0, 0, LAST], [0, 0, 1, 0], [0, LAST, LAST, LAST], [1, 0, 0, 0], [0, LAST, LAST, 0],
-     [MAX_BATCH - 1, LAST, LAST, LAST], [MAX_BATCH - 1, LAST, LAST, LAST - 1]]
-).int()  # fmt: skip
+    [
+        [0, 0, 0, 0],
+        [0, 0, 0, LAST],
+        [0, 0, 1, 0],
+        [0, LAST, LAST, LAST],
+        [1, 0, 0, 0],
+        [0, LAST, LAST, 0],
+        [MAX_BATCH - 1, LAST, LAST, LAST],
+        [MAX_BATCH - 1, LAST, LAST, LAST - 1],
+    ]
+).int()
 SETS = {
     "random": random_coords([200, 0, 90], 9, seed=3),  # any order, an empty asset, half full
     "full": random_coords([64], 4),
     "one": random_coords([1], 5),
     "none": random_coords([0], 5),
-    "borders": CORNERS,  # what lies past a border is not the next line's voxel
+    "borders": CORNERS,  # the voxel past a border is not the first of the next line
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("coords", SETS.values(), ids=SETS)
-def test_neighbors(coords, dtype):
+def test_neighbor_map(coords, dtype):
     row_of = {tuple(c): row for row, c in enumerate(coords.tolist())}
     offsets = list(itertools.product((-1, 0, 1), repeat=3))
-    wanted = [
+    expected = [
         [row_of.get((b, x + i, y + j, z + k), -1) for i, j, k in offsets]
         for b, x, y, z in coords.tolist()
     ]
-    found = neighbor_map(coords.to(DEVICE, dtype))
-    assert found.dtype == torch.int32
-    assert found.tolist() == wanted
-    assert found.shape == (len(coords), 27)
+    rows = neighbor_map(coords.to(DEVICE, dtype))
+    assert rows.dtype == torch.int32
+    assert rows.tolist() == expected
+    assert rows.shape == (len(coords), 27)
 
 
 @pytest.mark.parametrize("coords", SETS.values(), ids=SETS)
@@ -50,12 +58,12 @@ def test_parent_voxels(coords):
         token_order(result.coords_P4), torch.arange(len(result.coords_P4), device=DEVICE)
     )
     assert [tuple(result.coords_P4[row].tolist()) for row in result.parent_of_N.tolist()] == halved
-    wanted = torch.full((len(result.coords_P4), 8), -1)
+    expected = torch.full((len(result.coords_P4), 8), -1)
     for row, ((_, x, y, z), parent) in enumerate(
         zip(coords.tolist(), result.parent_of_N.tolist(), strict=True)
     ):
-        wanted[parent, x % 2 * 4 + y % 2 * 2 + z % 2] = row
-    assert result.children_P8.tolist() == wanted.tolist()
+        expected[parent, x % 2 * 4 + y % 2 * 2 + z % 2] = row
+    assert result.children_P8.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("function", [neighbor_map, parent_voxels])

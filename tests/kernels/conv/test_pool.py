@@ -1,4 +1,4 @@
-"""Pooling to parents against a loop over them."""
+"""Pooling to parent voxels against a loop over the parents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder's last layer against its definition, in the interpreter and compiled."""
+"""The decoder's last layer against its reference, in the interpreter and compiled."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def random_inputs(N, C, dtype, seed=0):
 @pytest.mark.parametrize(
     ("N", "C"), [(0, 8), (1, 32), (63, 1), (5000, 32), (400, 40)]
 )  # 5000: programs of 2048 rows
-def test_value_and_gradients_are_the_definitions(N, C, dtype):
+def test_value_and_gradients_match_the_reference(N, C, dtype):
     inputs = random_inputs(N, C, dtype)
 
     def kernel(*args):
@@ -36,7 +36,7 @@ def test_value_and_gradients_are_the_definitions(N, C, dtype):
     assert_no_worse(kernel, reference_conv.sdf_head, inputs, ["x", "weight", "bias"])
 
 
-def test_the_definition_is_torchs():
+def test_the_reference_equals_torch():
     x, w, b = (t.double() for t in random_inputs(50, 8, torch.float32))
     torch.testing.assert_close(
         sdf_head(x, w, b, backend="reference"), torch.tanh(F.linear(F.silu(x), w[None], b))[:, 0]
@@ -80,14 +80,14 @@ import json, sys, torch, triton
 from kernels import sdf_head
 from kernels.conv.sdf_head import _head, _head_grad
 from tests.kernels.attention.compile_ahead import compile_launch
-found = []
+launches = []
 def record(fn, *args, grid, warmup, **kwargs):
-    found.append(compile_launch(fn, args, kwargs, int(sys.argv[1])))
+    launches.append(compile_launch(fn, args, kwargs, int(sys.argv[1])))
 triton.JITFunction.run = record
 x, w, b = torch.zeros(64, 32, dtype=torch.bfloat16), torch.zeros(32), torch.zeros(1)
 y = _head(x, w, b)
 _head_grad(y, y, x, w, b)
-print(json.dumps(found))
+print(json.dumps(launches))
 """
 
 

@@ -1,4 +1,4 @@
-"""Sparse convolution against torch's dense one in fp64: values and gradients, every kind of rows."""
+"""Sparse convolution against the dense convolution of torch in fp64: values and gradients."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from tests.kernel_inputs import DEVICE, assert_close_as, random_coords
 
 CASES = [("reference", torch.float64), ("triton", torch.float32)]
 HALF = [("triton", torch.float16)]
-HALF += (
-    [("triton", torch.bfloat16)] if DEVICE == "cuda" else []
-)  # the interpreter's bf16 arithmetic is wrong
+# The interpreter computes bf16 wrongly.
+HALF += [("triton", torch.bfloat16)] if DEVICE == "cuda" else []
 CASES += HALF if DEVICE == "cuda" else []
 SETS = {  # blocks (voxels for size 1) per asset, side of their grid
     "sparse": ([14, 0, 6], 4),
@@ -32,7 +31,7 @@ SETS = {  # blocks (voxels for size 1) per asset, side of their grid
 
 @pytest.fixture(autouse=True)
 def default_tiles(monkeypatch):
-    """Nothing is measured here: the default tiles, whatever this machine remembers."""
+    """Take the default tile sizes: measure nothing and read no cache."""
     for module in ("gather_gemm", "sparse_conv_backward"):
         monkeypatch.setattr(
             f"kernels.conv.{module}.choose", lambda key, candidates, *rest: candidates[0]
@@ -41,7 +40,7 @@ def default_tiles(monkeypatch):
 
 @pytest.fixture
 def large_tiles(monkeypatch):
-    """In the interpreter a step costs milliseconds, whatever its size."""
+    """Use large tiles in the interpreter, where each step costs milliseconds whatever its size."""
     if DEVICE == "cpu":
         patch_tiles(monkeypatch, 128, 128, 128, 4)
 
@@ -80,7 +79,7 @@ def voxels(coords: Tensor, size: int) -> Tensor:
 def dense_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, coords: Tensor, size: int, upsample: bool
 ) -> Tensor:
-    """conv3d over the whole grid, read where voxels are."""
+    """conv3d over the whole grid, read at the existing voxels."""
     if upsample:
         half = voxels(coords, size // 2)
         fine = half[:, None] * torch.tensor([1, 2, 2, 2], device=x.device)
@@ -126,15 +125,15 @@ def check(C, O, coords, size, upsample, backend, dtype, bias=True) -> None:
     def ours(x, w, b, backend=backend):
         return sparse_conv(x, w, b, neighbors, size=size, upsample=upsample, backend=backend)
 
-    found = run(ours, inputs)
+    results = run(ours, inputs)
     exact = run(
         lambda *x: dense_conv(*x, coords, size, upsample),
         [x if x is None else x.double() for x in inputs],
     )
     rounded = (
-        found if dtype == torch.float64 else run(lambda *x: ours(*x, backend="reference"), inputs)
+        results if dtype == torch.float64 else run(lambda *x: ours(*x, backend="reference"), inputs)
     )
-    for name, f, e, r in zip(("value", "dx", "dw", "db"), found, exact, rounded, strict=False):
+    for name, f, e, r in zip(("value", "dx", "dw", "db"), results, exact, rounded, strict=False):
         if dtype == torch.float64:
             torch.testing.assert_close(
                 f, e, rtol=1e-11, atol=1e-11 * max(1, C, O), msg=lambda m, n=name: f"{n}: {m}"
@@ -220,7 +219,7 @@ def test_half_precision(size, upsample, backend, dtype):
     ids=str,
 )
 def test_many_tiles(size, upsample, taps, by_tap, monkeypatch):
-    """Rows, channels, outputs and taps that end inside a tile, and a gradient summed from several parts."""
+    """Rows, channels, outputs and taps end inside a tile. The gradient has several parts."""
     patch_tiles(monkeypatch, 16, 16, 16, taps, by_tap)
     monkeypatch.setattr("kernels.conv.sparse_conv_backward._PROGRAMS", 1000)
     blocks = [3, 7 if size == 1 else 1]
@@ -277,11 +276,11 @@ def test_parts_of_the_weight_gradient_add_up_in_order():
     whole = weight_grad(x, dy, neighbors, plain_taps(1), splits=1)
     parts = weight_grad(x, dy, neighbors, plain_taps(1), splits=3)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(parts, whole)  # they were really cut
+    assert not torch.equal(parts, whole)  # the rows were really cut into parts
 
 
 @pytest.mark.parametrize("upsample", [False, True])
-def test_only_the_wanted_gradients(upsample):
+def test_only_the_needed_gradients(upsample):
     neighbors = neighbor_map(random_coords([3], 2).to(DEVICE))
     inputs = fp32_inputs(3, 4, 2)
     size = 2 if upsample else 1
@@ -348,11 +347,11 @@ def test_duplicate_children():
     coords = random_coords([3, 2], 2).to(DEVICE)
     for size in (2, 4, 8):
         half = voxels(coords, size // 2)
-        wanted = voxels(coords, size) // torch.tensor([1, 2, 2, 2], device=DEVICE)
-        assert torch.equal(duplicate_children(half.double(), size).long(), wanted)
+        expected = voxels(coords, size) // torch.tensor([1, 2, 2, 2], device=DEVICE)
+        assert torch.equal(duplicate_children(half.double(), size).long(), expected)
 
 
-def good() -> dict:
+def valid_arguments() -> dict:
     return dict(
         x=torch.zeros(16, 3),
         w=torch.zeros(27, 3, 2),
@@ -387,7 +386,7 @@ def good() -> dict:
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    arguments = good() | change
+    arguments = valid_arguments() | change
     x, w, b, n = (arguments.pop(name) for name in "xwbn")
     with pytest.raises(ValueError, match=message):
         sparse_conv(x, w, b, n, **arguments)

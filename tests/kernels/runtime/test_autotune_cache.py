@@ -1,4 +1,4 @@
-"""Tile sizes are measured once, remembered across processes, and never needed."""
+"""Tile sizes are measured once, kept across processes, and results never depend on the cache."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ KERNELS = (SimpleNamespace(cache_key="source"),)
 
 @pytest.fixture
 def times(monkeypatch, tmp_path):
-    """Milliseconds of each candidate, on a GPU that is not there."""
-    taken = {}
+    """Times of the candidates in milliseconds, on a simulated GPU."""
+    simulated = {}
     monkeypatch.setattr(autotune_cache, "CACHE", tmp_path / "sub" / "tiles.json")
     another_process(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
@@ -31,10 +31,10 @@ def times(monkeypatch, tmp_path):
 
     def milliseconds(launch):
         launch()
-        return taken["last"]
+        return simulated["last"]
 
     monkeypatch.setattr(autotune_cache, "_milliseconds", milliseconds)
-    return taken
+    return simulated
 
 
 def another_process(monkeypatch):
@@ -52,7 +52,7 @@ def launcher(times, launches, milliseconds):
     return launch
 
 
-def test_the_fastest_is_found_once_and_remembered(times, monkeypatch):
+def test_the_fastest_is_measured_once_and_kept(times, monkeypatch):
     launches = []
     launch = launcher(times, launches, {"a": 3.0, "b": None, "c": 1.0})
     assert choose(("key",), "abc", launch, GPU, KERNELS) == "c"
@@ -87,7 +87,7 @@ def test_a_choice_that_no_longer_exists_is_measured_again(times, monkeypatch):
     [("bca", ["f", "g"]), ("abc", ["f", "h"]), ("abc", ["f"])],
     ids=["other candidates", "another source", "one kernel less"],
 )
-def test_what_was_measured_of_other_code_is_forgotten(candidates, sources, times, monkeypatch):
+def test_choices_of_other_code_are_measured_again(candidates, sources, times, monkeypatch):
     kernels = [SimpleNamespace(cache_key=source) for source in ("f", "g")]
     launches = []
     assert (
@@ -103,12 +103,11 @@ def test_what_was_measured_of_other_code_is_forgotten(candidates, sources, times
     assert len(launches) == 6
 
 
-def test_a_choice_names_the_kernels_that_it_is_made_for(monkeypatch):
-    """Every kernel that some candidate launches."""
-    named = []
+def test_a_choice_depends_on_every_kernel_that_a_candidate_launches(monkeypatch):
+    kernels_of_choices = []
 
     def record(key, candidates, launch, like, kernels):
-        named.append(kernels)
+        kernels_of_choices.append(kernels)
         return candidates[0]
 
     for module in (gather_gemm, sparse_conv_backward):
@@ -118,7 +117,10 @@ def test_a_choice_names_the_kernels_that_it_is_made_for(monkeypatch):
     gather_gemm.gather_gemm(x, weight, None, table, plain_taps(1))
     sparse_conv_backward.weight_grad(x, x, table, plain_taps(1))
     by_tap = sparse_conv_backward._weight_grad_by_tap
-    assert named == [(gather_gemm._gather_gemm,), (sparse_conv_backward._weight_grad, by_tap)]
+    assert kernels_of_choices == [
+        (gather_gemm._gather_gemm,),
+        (sparse_conv_backward._weight_grad, by_tap),
+    ]
 
 
 def test_a_directory_that_cannot_be_written(times, caplog):

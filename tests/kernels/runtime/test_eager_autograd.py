@@ -1,4 +1,4 @@
-"""A call that nothing traces is the operator itself, differentiable once, and whoever traces sees the operator."""
+"""Eager calls equal the custom operators without the dispatcher, and tracers see the operators."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHILDREN = (
 HEADS = [(N, 2, 16), (N, 1, 16), (N, 1, 16)]
 COMPRESSED = [(P, 1, 16), (P, 1, 16)]
 OPS = torch.ops.sparse3d
-CASES = {  # shapes of the inputs, the public function, the operator
+CASES = {  # shapes of the inputs, public function, operator
     "ssa": (
         [*HEADS, *COMPRESSED, (N, 3)],
         lambda q, k, v, ck, cv, gates: spatial_sparse_attention(
@@ -88,32 +88,33 @@ def inputs_of(shapes):
     return [torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes]
 
 
-class Seen(torch.Tensor):
-    """No plain tensor, as a tracer's are."""
+class TensorSubclass(torch.Tensor):
+    """Not a plain tensor, like the tensors of a tracer."""
 
 
 @pytest.mark.parametrize(("shapes", "function", "operator"), CASES.values(), ids=CASES)
-def test_an_eager_call_is_the_operator(shapes, function, operator, monkeypatch):
+def test_an_eager_call_equals_the_operator(shapes, function, operator, monkeypatch):
     inputs, calls = inputs_of(shapes), []
     call = eager_autograd.apply
     monkeypatch.setattr(eager_autograd, "apply", lambda *args: calls.append(1) or call(*args))
-    wanted = run(operator, inputs)
+    expected = run(operator, inputs)
     assert not calls
-    assert all(torch.equal(a, b) for a, b in zip(run(function, inputs), wanted, strict=True))
-    assert len(calls) == 1, "no detour through the dispatcher"
+    assert all(torch.equal(a, b) for a, b in zip(run(function, inputs), expected, strict=True))
+    assert len(calls) == 1, "the call must not go through the dispatcher"
     assert torch.equal(
-        function(*(x.as_subclass(Seen) for x in inputs)).as_subclass(torch.Tensor), wanted[0]
+        function(*(x.as_subclass(TensorSubclass) for x in inputs)).as_subclass(torch.Tensor),
+        expected[0],
     )
     assert len(calls) == 1
     again = run(lambda *x: checkpoint(function, *x, use_reentrant=False), inputs)
-    assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
     assert len(calls) == (2 if function is CASES["mean"][1] else 3), (
-        "what saves nothing is not computed again"
+        "a function that saves no tensors is not computed again"
     )
 
 
 @pytest.mark.parametrize(("shapes", "function", "operator"), CASES.values(), ids=CASES)
-def test_who_traces_sees_the_operator(shapes, function, operator):
+def test_torch_compile_uses_the_operator(shapes, function, operator):
     inputs = inputs_of(shapes)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert all(
@@ -122,10 +123,10 @@ def test_who_traces_sees_the_operator(shapes, function, operator):
 
 
 @pytest.mark.parametrize(("shapes", "function", "operator"), CASES.values(), ids=CASES)
-def test_each_input_has_its_own_gradient_and_none_has_a_second(shapes, function, operator):
-    for wanted in {0, len(shapes) - 1}:
+def test_each_input_has_its_own_gradient_and_no_second_one(shapes, function, operator):
+    for i in {0, len(shapes) - 1}:
         inputs, others = inputs_of(shapes), inputs_of(shapes)
-        x, y = inputs[wanted].requires_grad_(), others[wanted].requires_grad_()
+        x, y = inputs[i].requires_grad_(), others[i].requires_grad_()
         (grad,) = torch.autograd.grad(function(*inputs).square().sum(), x, create_graph=True)
         (same,) = torch.autograd.grad(operator(*others).square().sum(), y)
         assert torch.equal(grad, same)
