@@ -43,7 +43,7 @@ class ParentVoxels(NamedTuple):
     """int32 [N], row of each voxel's parent in `coords_P4`."""
 
     children_P8: Tensor
-    """int32 [P, 8], rows of the children. The column is 4 * cx + 2 * cy + cz; -1 stands for none."""
+    """int32 [P, 8], rows of the children, at 4 * cx + 2 * cy + cz. -1 stands for none."""
 
 
 def neighbor_map(coords_N4: Tensor) -> Tensor:
