@@ -56,7 +56,10 @@ def replacing(
 
 
 def _publish(partial: Path, path: Path) -> None:
-    """Rename `partial` to `path`. A directory cannot be renamed over another one, so that is moved."""
+    """Rename `partial` to `path`.
+
+    A directory cannot be renamed over another one, so the old one is moved away first.
+    """
     if not partial.is_dir() or not path.is_dir():
         partial.replace(path)
         return

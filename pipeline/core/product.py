@@ -26,7 +26,8 @@ class Product:
     def __post_init__(self):
         if not is_product_name(str(self)):
             raise ValueError(
-                f"a product must be sdf-RESOLUTION, renders-CAMERAS or screen-RESOLUTION, got {self}"
+                "a product must be sdf-RESOLUTION, renders-CAMERAS or screen-RESOLUTION, "
+                f"got {self}"
             )
 
     @classmethod
@@ -85,7 +86,7 @@ def is_product_name(name: str) -> bool:
 
 
 def tokens_column(resolution: int) -> str:
-    """Return the manifest column with the number of tokens at a resolution, such as "tokens_512"."""
+    """Return the manifest column with the tokens at a resolution, such as "tokens_512"."""
     return f"tokens_{resolution}"
 
 

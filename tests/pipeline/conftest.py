@@ -1,16 +1,22 @@
-"""Builds that several test files read."""
+"""Fixtures that several test files use: a finished build and a local Ray."""
 
 import os
 
 import pytest
-import triton  # noqa: F401  before anything draws: some of its builds export an LLVM, and Mesa loads another one
+
+# Triton is imported before anything is rendered: some of its builds export an LLVM, and Mesa loads
+# another version.
+import triton  # noqa: F401
 
 from tests.pipeline.builds import TINY, environment, finish, start
 
 
 @pytest.fixture(scope="session")
 def tiny_build(tmp_path_factory):
-    """An undisturbed build of 12 procedural assets in 4 shards at R = 64 and 96. Copy it before you change it."""
+    """An uninterrupted build of 12 procedural assets in 4 shards at R = 64 and 96.
+
+    Tests that change it work on a copy.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     out = folder / "build"
     args = [
@@ -31,7 +37,7 @@ def tiny_build(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared_ray(tmp_path_factory):
-    """One local Ray for every test that builds in its own process."""
+    """A local Ray for all tests that build in the process of the tests."""
     import ray
 
     before = {

@@ -1,4 +1,4 @@
-"""An S3 server that others wrote, on loopback, and a wire to it that can be cut at a chosen request."""
+"""Moto's S3 server on the loopback device, behind a proxy that can cut connections."""
 
 from __future__ import annotations
 
@@ -24,24 +24,37 @@ KEYS = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
 
 @dataclass
 class Cut:
-    """Resets connections on which a request comes whose "METHOD /path?query" `pattern` matches.
+    """A request to reset connections.
 
-    "body": so many bytes after the request began to pass, which is before its end is sent on. "answer": once the
-    server has answered, of which nothing passes: it has done what was asked, and nobody knows.
+    Attributes:
+        pattern: Regular expression for the "METHOD /path?query" of the requests to cut.
+        where: "body" cuts within the request, so that the server does not receive its end.
+            "answer" cuts after the server has answered. It has then done what was asked, but the
+            client does not learn of it.
+        times: Number of requests to cut.
+        after_bytes: Number of bytes of the request that pass before "body" cuts.
+        done: The requests that were cut.
     """
 
     pattern: str
-    where: str  # body | answer
+    where: str
     times: int = 1
     after_bytes: int = 0
-    done: list[str] = field(default_factory=list)  # the requests that were cut
+    done: list[str] = field(default_factory=list)
 
 
-class Wire:
-    """A TCP proxy. Without cuts it is not noticed."""
+class CuttingProxy:
+    """A TCP proxy in front of the server. It passes everything on unless `cuts` or `down` are set.
+
+    Attributes:
+        cuts: The requests to cut.
+        down: Whether every connection is refused.
+    """
 
     def __init__(self, server: tuple[str, int]):
-        self.server, self.cuts, self.down = server, list[Cut](), False
+        self.server = server
+        self.cuts: list[Cut] = []
+        self.down = False
         self.lock = threading.Lock()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self.listener.getsockname()[1]
@@ -66,31 +79,33 @@ class Wire:
             for connection in pair:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             state: dict[str, Any] = {"cut": None, "passed": 0}
-            for pump in (self._requests, self._answers):
-                threading.Thread(target=pump, args=(*pair, state), daemon=True).start()
+            for forward in (self._forward_requests, self._forward_answers):
+                threading.Thread(target=forward, args=(*pair, state), daemon=True).start()
 
-    def _requests(
+    def _forward_requests(
         self, client: socket.socket, server: socket.socket, state: dict[str, Any]
     ) -> None:
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 16):
-                found = REQUEST.search(data)
-                if found:
-                    line = b" ".join(found.groups()).decode()
-                    state |= {"cut": self._claim(line), "line": line, "passed": 0}
+                match = REQUEST.search(data)
+                if match:
+                    line = b" ".join(match.groups()).decode()
+                    state |= {"cut": self._take_cut(line), "line": line, "passed": 0}
                 cut = state["cut"]
                 if self.down:
                     break
                 if cut is not None and cut.where == "body":
-                    left = cut.after_bytes - state["passed"]
-                    if len(data) > left:
-                        server.sendall(data[:left])
+                    allowed = cut.after_bytes - state["passed"]
+                    if len(data) > allowed:
+                        server.sendall(data[:allowed])
                         break
                     state["passed"] += len(data)
                 server.sendall(data)
         self._end(client, server, state)
 
-    def _answers(self, client: socket.socket, server: socket.socket, state: dict[str, Any]) -> None:
+    def _forward_answers(
+        self, client: socket.socket, server: socket.socket, state: dict[str, Any]
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 16):
                 cut = state["cut"]
@@ -103,7 +118,8 @@ class Wire:
                 client.sendall(data)
         self._end(client, server, state)
 
-    def _claim(self, line: str) -> Cut | None:
+    def _take_cut(self, line: str) -> Cut | None:
+        """Return the cut that applies to a request, and count it."""
         with self.lock:
             for cut in self.cuts:
                 if len(cut.done) < cut.times and re.search(cut.pattern, line):
@@ -121,6 +137,7 @@ class Wire:
 
 
 def _reset(connection: socket.socket) -> None:
+    """Close a connection so that the other end sees a reset."""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RD)
@@ -128,10 +145,10 @@ def _reset(connection: socket.socket) -> None:
 
 
 class Store:
-    """What lies in the server, looked at past the wire and past our own code."""
+    """The contents of the server, read without the proxy and without the code under test."""
 
-    def __init__(self, server: tuple[str, int], wire: Wire):
-        self.wire = wire
+    def __init__(self, server: tuple[str, int], proxy: CuttingProxy):
+        self.proxy = proxy
         self.client = boto3.client(
             "s3",
             endpoint_url=f"http://{server[0]}:{server[1]}",
@@ -143,17 +160,17 @@ class Store:
 
     @property
     def endpoint(self) -> str:
-        """Of the wire."""
-        return f"http://127.0.0.1:{self.wire.port}"
+        """URL of the proxy."""
+        return f"http://127.0.0.1:{self.proxy.port}"
 
     def environment(self) -> dict[str, str]:
-        """By which a process of its own finds the store."""
+        """Return the variables by which another process finds the store."""
         nothing = {name: "/dev/null" for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")}
         keys = {name.upper(): value for name, value in KEYS.items()}
         return {**keys, **nothing, "AWS_ENDPOINT_URL": self.endpoint, "AWS_REGION": "us-east-1"}
 
     def write_settings(self, home: Path) -> None:
-        """By which the processes that have this HOME find the store."""
+        """Write the files by which processes with this HOME find the store."""
         folder = home / ".aws"
         folder.mkdir(exist_ok=True)
         (folder / "config").write_text(
@@ -164,7 +181,7 @@ class Store:
         )
 
     def keys(self, prefix: str) -> list[str]:
-        """Below a prefix, relative to it."""
+        """List the keys below a prefix, relative to it."""
         pages = self.client.get_paginator("list_objects_v2").paginate(
             Bucket=BUCKET, Prefix=f"{prefix}/"
         )
@@ -179,7 +196,7 @@ class Store:
         self.client.put_object(Bucket=BUCKET, Key=key, Body=data)
 
     def download(self, prefix: str, folder: Path) -> Path:
-        """Everything below a prefix as files."""
+        """Download everything below a prefix as files. Return `folder`."""
         for name in self.keys(prefix):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(self.get(f"{prefix}/{name}"))
@@ -194,13 +211,13 @@ class Store:
 
 @contextlib.contextmanager
 def running() -> Iterator[Store]:
-    """A store with an empty bucket."""
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for every request
+    """Run a server with an empty bucket."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it logs a line for every request
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
-    wire = Wire(server.get_host_and_port())
+    proxy = CuttingProxy(server.get_host_and_port())
     try:
-        yield Store(server.get_host_and_port(), wire)
+        yield Store(server.get_host_and_port(), proxy)
     finally:
-        wire.close()
+        proxy.close()
         server.stop()

@@ -1,4 +1,4 @@
-"""cluster.yaml against Ray's own schema, and against what the project needs on a node."""
+"""cluster.yaml is valid for Ray and installs what the project needs on a node."""
 
 import copy
 import shutil
@@ -14,18 +14,18 @@ from tests.pipeline.builds import ROOT
 CONFIG = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 
 
-def test_ray_accepts_it_with_its_defaults_filled_in():
+def test_ray_accepts_the_file_with_its_defaults_filled_in():
     filled = prepare_config(copy.deepcopy(CONFIG))
     validate_config(filled)
     assert set(filled["available_node_types"]) == {"head", "cpu_worker", "gpu_worker"}
 
 
-def test_rays_schema_would_notice_a_misspelt_key():
+def test_a_misspelt_key_would_be_found():
     with pytest.raises(jsonschema.ValidationError):
         validate_config(prepare_config({**copy.deepcopy(CONFIG), "setup_comands": []}))
 
 
-def test_every_node_installs_the_project_before_ray_starts_from_it():
+def test_every_node_installs_the_project_and_starts_ray_from_it():
     assert any("make setup" in command for command in CONFIG["setup_commands"])
     (mounted,) = CONFIG["file_mounts"]
     name = mounted.rpartition("/")[2]
@@ -46,5 +46,5 @@ def test_system_packages_are_those_of_the_makefile():
     assert set(shown.stdout.split()) <= set(installed)
 
 
-def test_the_head_works_on_no_assets():
+def test_the_head_processes_no_assets():
     assert CONFIG["available_node_types"][CONFIG["head_node_type"]]["resources"]["CPU"] == 0

@@ -1,4 +1,4 @@
-"""The whole command as a job on a Ray head that somebody else started."""
+"""A build as a job on a Ray head that was started before."""
 
 import shutil
 import signal
@@ -20,23 +20,26 @@ RAY = Path(sys.executable).with_name("ray")
 
 def free_ports(count):
     sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    for port_socket in sockets:
+        port_socket.bind(("127.0.0.1", 0))
+    ports = [port_socket.getsockname()[1] for port_socket in sockets]
+    for port_socket in sockets:
+        port_socket.close()
     return ports
 
 
 @pytest.fixture
 def head(tmp_path):
-    """(address of its dashboard, environment); ended by process id, never by `ray stop`, which ends everybody's Ray."""
+    """Start a Ray head and yield the address of its dashboard and its environment.
+
+    It is ended by process id. `ray stop` would end every Ray on the machine.
+    """
     env = environment(tmp_path)
-    env["PATH"] = f"{RAY.parent}:{env['PATH']}"  # as after activating the environment
+    env["PATH"] = f"{RAY.parent}:{env['PATH']}"  # as in an activated virtual environment
     names = ["port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"]
     names += ["runtime-env-agent-port", "ray-client-server-port", "metrics-export-port"]
     ports = dict(zip(names, free_ports(len(names))))
-    temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie in it
+    temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path: Ray puts its sockets there
     options = [f"--{name}={port}" for name, port in ports.items()]
     command = [
         RAY,
@@ -64,9 +67,9 @@ def head(tmp_path):
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         log.close()
-        left = survivors(env)
+        remaining = survivors(env)
         shutil.rmtree(temp, ignore_errors=True)
-    assert left == []
+    assert remaining == []
 
 
 def test_a_submitted_job_builds_a_verified_dataset(head, tmp_path):

@@ -53,20 +53,20 @@ SMALL = {"shard_size": 3}
 
 @pytest.fixture(scope="module")
 def store(shared_ray):
-    """Found by everything that has the HOME of the shared Ray. Its wire is the same for the whole module."""
+    """Found by everything that has the HOME of the shared Ray. Its proxy is the same for the whole module."""
     with object_store.running() as running:
         running.write_settings(Path(os.environ["HOME"]))
         yield running
 
 
 @pytest.fixture(autouse=True)
-def whole_wire(store, monkeypatch):
+def uncut_proxy(store, monkeypatch):
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    store.wire.cuts, store.wire.down = [], False
+    store.proxy.cuts, store.proxy.down = [], False
     yield
-    store.wire.cuts, store.wire.down = [], False
+    store.proxy.cuts, store.proxy.down = [], False
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_a_connection_that_is_cut_once_is_made_again(
 ):
     prefix, cfg = remote
     cut = Cut(pattern, where, after_bytes=after_bytes)
-    store.wire.cuts = [cut]
+    store.proxy.cuts = [cut]
     assert build(cfg, [SOURCE]) == local_build[1]
     assert len(cut.done) == 1
     assert_like_local(store, prefix, local_build[0].out, tmp_path)
@@ -200,7 +200,7 @@ def test_a_store_that_goes_away_in_a_commit_ends_the_run_in_one_line_and_the_sam
 ):
     prefix, cfg = remote
     cfg = replace(cfg, out=replace(cfg.out, retry_waits_s=(0.1, 0.1)))
-    store.wire.cuts = [
+    store.proxy.cuts = [
         Cut(rf"^PUT /bucket/[^ ]*/{re.escape(name)}", "body", times=10**6, after_bytes=100)
     ]
     with pytest.raises(
@@ -218,7 +218,7 @@ def test_a_store_that_goes_away_in_a_commit_ends_the_run_in_one_line_and_the_sam
     ):  # the half was of other code, and had an object more
         store.put(f"{prefix}/sdf/64/000000.zarr/values/c/0/0/stray", b"stray")
     store.put(f"{prefix}/.scratch/000001/gone.tar", b"stray")
-    store.wire.cuts = []
+    store.proxy.cuts = []
     visits = tmp_path / "notes"
     visits.mkdir()
     assert build(cfg, [replace(SOURCE, notes=visits)]) == local_build[1]
@@ -314,7 +314,7 @@ def test_no_credentials_a_server_that_is_down_and_a_directory_of_others(
         code, line = run_main(build_module.main, args, monkeypatch, caplog)
     assert (code, "NoCredentialsError" in line) == (2, True)
     caplog.clear()
-    store.wire.down = True
+    store.proxy.down = True
     for main, first in (
         (build_module.main, args),
         (verify_module.main, args[1:]),
@@ -323,7 +323,7 @@ def test_no_credentials_a_server_that_is_down_and_a_directory_of_others(
         code, line = run_main(main, first, monkeypatch, caplog)
         assert (code, str(cfg.out) in line, "rror: " in line) == (2, True, True)
         caplog.clear()
-    store.wire.down = False
+    store.proxy.down = False
     assert store.keys(prefix) == []
     code, line = run_main(verify_module.main, args[1:], monkeypatch, caplog)
     assert (code, "nothing at" in line) == (2, True)
@@ -409,26 +409,26 @@ def test_a_large_object_is_sent_in_parts_and_cut_parts_are_sent_again(store, tmp
     place = RemotePath(f"s3://{BUCKET}/large", retry_waits_s=(0.1,))
     cuts = [Cut(r"^PUT /bucket/large\?.*partNumber=2", "body", after_bytes=1 << 20)]
     cuts += [Cut(r"^POST /bucket/large\?uploadId", "answer")]  # finished, and nobody knows
-    store.wire.cuts = cuts
+    store.proxy.cuts = cuts
     place.upload(tmp_path / "large")
     assert [len(cut.done) for cut in cuts] == [1, 1]
     assert store.get("large") == data
     assert store.unfinished_uploads() == []
-    store.wire.cuts = [Cut(r"^GET /bucket/large", "answer")]
+    store.proxy.cuts = [Cut(r"^GET /bucket/large", "answer")]
     place.download(tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == data
-    store.wire.cuts = [Cut(r"^PUT /bucket/large\?.*partNumber=2", "body", times=10**6)]
+    store.proxy.cuts = [Cut(r"^PUT /bucket/large\?.*partNumber=2", "body", times=10**6)]
     with pytest.raises(
         RunError, match=r"s3://bucket/large cannot be written .*same command to resume"
     ):
         place.upload(tmp_path / "large")
-    store.wire.cuts = []
+    store.proxy.cuts = []
     assert store.get("large") == data  # nothing half replaced it
 
 
 def test_where_the_stores_package_gives_up_we_try_again_after_a_while(store):
     cut = Cut(r"^PUT /bucket/patient", "body", times=10**6)
-    store.wire.cuts = [cut]
+    store.proxy.cuts = [cut]
     with pytest.raises(RunError, match="patient cannot be written"):
         RemotePath(f"s3://{BUCKET}/patient", retry_waits_s=()).write_bytes(b"data")
     cut.times = 2 * len(cut.done) + 1  # once more than the package asks
