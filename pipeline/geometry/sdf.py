@@ -7,6 +7,7 @@ triangle in the bin. This module is the reference; `kernels.sdf.distances` does 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -16,7 +17,7 @@ from pipeline.core.grid import CELL_SIDE, band, check_resolution, spacing
 from pipeline.core.primitives.triangles import TIE, VOTE_ROUNDING, distance2, pack, side_vote
 from pipeline.core.schema import Bricks
 from pipeline.geometry import sdf_cuda
-from pipeline.geometry.flood_fill import BARRIER_VOXELS, Bins, bin_triangles, is_reached
+from pipeline.geometry.flood_fill import BARRIER_VOXELS, Bins, FloodFill, bin_triangles, is_reached
 from pipeline.geometry.sharp_edges import sharp_bits
 from pipeline.geometry.topology import BURIED, SHEET, SOLID, Topology
 
@@ -31,6 +32,21 @@ SHEET_HALF_VOXELS = 0.87
 SLACK = 0.01
 CHUNK_CELLS = 4096  # cells whose float32 distances are in memory at once
 DEVICES = ("cpu", "cuda")
+
+
+class FloodSides(NamedTuple):
+    """Sides of the grid points of the topology's grid, as the compiled functions take them."""
+
+    h: float  # spacing of the grid
+    bin_of: NDArray[np.int32]  # see Bins
+    outside: NDArray[np.uint64]  # this and the next: see FloodFill
+    whole_cells: NDArray[np.bool_]
+
+
+def flood_sides(flood: FloodFill) -> FloodSides:
+    """Return the sides of a flood fill for the compiled functions."""
+    bins = flood.bins
+    return FloodSides(spacing(bins.resolution), bins.bin_of, flood.outside, flood.whole_cells)
 
 
 def compute_bricks(topology: Topology, resolution: int, device: str = "cpu") -> Bricks:
@@ -76,7 +92,6 @@ def _fill_on_cpu(
 
     Yields cells [m, 3], whether |sdf| < tau [m, 512], and clamp(sdf / tau, -1, 1) [m, 512].
     """
-    flood = topology.flood
     for first in range(0, len(bins.cells), CHUNK_CELLS):
         chunk = slice(first, first + CHUNK_CELLS)
         values, active = _fill_cells(
@@ -88,10 +103,7 @@ def _fill_on_cpu(
             bins.resolution,
             tau,
             half,
-            spacing(topology.resolution),
-            flood.bins.bin_of,
-            flood.outside,
-            flood.whole_cells,
+            flood_sides(topology.flood),
         )
         values = values[active]
         near = np.abs(values) < np.float32(tau)
@@ -142,9 +154,7 @@ def _narrow_candidates(packed, kinds, candidates, x, y, z, radius, trusted, kept
 
 
 @njit(cache=True)
-def _is_outside_exact(
-    packed, kinds, candidates, distances, x, y, z, trusted, flood_h, bin_of, outside, whole
-):
+def _is_outside_exact(packed, kinds, candidates, distances, x, y, z, trusted, flood):
     """Return whether a point is outside, in float64. This definition decides the side.
 
     Near a solid, all solid and buried triangles within TIE of the closest one vote, and the sum of
@@ -171,7 +181,7 @@ def _is_outside_exact(
         for t in candidates:
             if kinds[t] == SHEET and np.sqrt(distance2(packed[t], x, y, z)) <= trusted:
                 return True
-        return _flood_reached(flood_h, bin_of, outside, whole, x, y, z)
+        return _flood_reached(flood, x, y, z)
     # near a solid: vote
     votes, weight = 0.0, 0.0
     for c in range(len(candidates)):
@@ -257,31 +267,16 @@ def _largest(not_above, not_below):
 
 
 @njit(cache=True, inline="always")
-def _flood_reached(flood_h, bin_of, outside, whole, x, y, z):
+def _flood_reached(flood, x, y, z):
     """Return whether the flood fill reached the topology's grid point nearest to (x, y, z)."""
-    i = int(np.round((x + 0.5) / flood_h))
-    j = int(np.round((y + 0.5) / flood_h))
-    k = int(np.round((z + 0.5) / flood_h))
-    return is_reached(bin_of, outside, whole, i, j, k, True)
+    i = int(np.round((x + 0.5) / flood.h))
+    j = int(np.round((y + 0.5) / flood.h))
+    k = int(np.round((z + 0.5) / flood.h))
+    return is_reached(flood.bin_of, flood.outside, flood.whole_cells, i, j, k, True)
 
 
 @njit(cache=True)
-def _fill_cell(
-    packed,
-    kinds,
-    candidates,
-    cell,
-    last,
-    tau,
-    half,
-    flood_h,
-    bin_of,
-    outside,
-    whole,
-    kept,
-    scratch,
-    out,
-):
+def _fill_cell(packed, kinds, candidates, cell, last, tau, half, flood, kept, scratch, out):
     """Write the signed distances of one cell's 512 points. Return whether any is inside the band.
 
     Near a surface the closest triangle decides the side. Farther away the flood fill does, because
@@ -291,7 +286,7 @@ def _fill_cell(
     active = False
     h = 1.0 / last
     radius = np.sqrt(3) * 1.5 * h  # from the centre of 4^3 points to their corners
-    trusted, slack, margin = FLOOD_VOXELS * flood_h, SLACK * h, SLACK * h + TIE
+    trusted, slack, margin = FLOOD_VOXELS * flood.h, SLACK * h, SLACK * h + TIE
     grid = np.empty((3, 64), np.float32)  # the 4^3 points relative to their centre, in voxels
     for p in range(64):
         grid[0, p], grid[1, p], grid[2, p] = p // 16 - 1.5, p // 4 % 4 - 1.5, p % 4 - 1.5
@@ -309,7 +304,7 @@ def _fill_cell(
         )
         # no surface is near: all points have the same side, and the clamp hides their distances
         if min(solid, sheet - half) - radius > max(tau, trusted):
-            far = np.inf if _flood_reached(flood_h, bin_of, outside, whole, x, y, z) else -np.inf
+            far = np.inf if _flood_reached(flood, x, y, z) else -np.inf
             for p in range(64):
                 out[first + 64 * (p // 16) + 8 * (p // 4 % 4) + p % 4] = far
             continue
@@ -346,25 +341,12 @@ def _fill_cell(
             elif distance > trusted + slack and abs(shell - trusted) > slack:
                 # both sides of a sheet are outside, but the flood fill does not enter its barrier
                 px, py, pz = x + (i - 1.5) * h, y + (j - 1.5) * h, z + (k - 1.5) * h
-                is_outside = shell < trusted or _flood_reached(
-                    flood_h, bin_of, outside, whole, px, py, pz
-                )
+                is_outside = shell < trusted or _flood_reached(flood, px, py, pz)
             else:
                 # the same operations as on the GPU give the same position
                 px, py, pz = (x0 + i) / last - 0.5, (y0 + j) / last - 0.5, (z0 + k) / last - 0.5
                 is_outside = _is_outside_exact(
-                    packed,
-                    kinds,
-                    kept[:count],
-                    scratch,
-                    px,
-                    py,
-                    pz,
-                    trusted,
-                    flood_h,
-                    bin_of,
-                    outside,
-                    whole,
+                    packed, kinds, kept[:count], scratch, px, py, pz, trusted, flood
                 )
             distance = min(distance if is_outside else -distance, shell - half)
             out[first + 64 * i + 8 * j + k] = distance
@@ -373,9 +355,7 @@ def _fill_cell(
 
 
 @njit(cache=True)
-def _fill_cells(
-    packed, kinds, cells, offsets, triangles, resolution, tau, half, flood_h, bin_of, outside, whole
-):
+def _fill_cells(packed, kinds, cells, offsets, triangles, resolution, tau, half, flood):
     """Return the signed distances of cells and which of them are active: [M, 512] and [M].
 
     The candidates of cell m are `triangles[offsets[m]:offsets[m + 1]]`.
@@ -386,20 +366,8 @@ def _fill_cells(
     longest = (offsets[1:] - offsets[:-1]).max()
     scratch, kept = np.empty(longest), np.empty(longest, np.int32)
     for m in range(len(cells)):
+        own = triangles[offsets[m] : offsets[m + 1]]
         active[m] = _fill_cell(
-            packed,
-            kinds,
-            triangles[offsets[m] : offsets[m + 1]],
-            cells[m],
-            last,
-            tau,
-            half,
-            flood_h,
-            bin_of,
-            outside,
-            whole,
-            kept,
-            scratch,
-            values[m],
+            packed, kinds, own, cells[m], last, tau, half, flood, kept, scratch, values[m]
         )
     return values, active

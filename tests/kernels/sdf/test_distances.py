@@ -152,10 +152,9 @@ class Case:
         )
 
     def by_numba(self):
-        flood = self.topology.flood
         return sdf._fill_cells(
-            self.packed, self.kinds, self.cells, self.offsets, self.candidates, self.R, self.tau, self.half,
-            spacing(self.topology.resolution), flood.bins.bin_of, flood.outside, flood.whole_cells,
+            self.packed, self.kinds, self.cells, self.offsets, self.candidates, self.R, self.tau,
+            self.half, sdf.flood_sides(self.topology.flood),
         )  # fmt: skip
 
     def arguments(self):
