@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,27 +148,33 @@ def add_renders(root: Path, views: int = 5) -> None:
         commit(root, path.stem, Product.renders("paper"))
 
 
-def tiny_training(data: Path, out: Path, *, steps: int = 4, **options: object) -> VAETraining:
-    """Return the options of a run that takes seconds.
-
-    `options` belong to the trainer, or to the bricks if the trainer has no option of that name.
-    """
-    loop = {
-        "steps": steps,
+def short_loop(**options: Any) -> LoopConfig:
+    """Return the trainer's options of a run that takes seconds: fp32, no validation or previews."""
+    defaults = {
         "precision": "fp32",
         "warmup_steps": 2,
         "log_every": 10,
         "checkpoint_every": 10,
+        "validate_every": 0,
+        "sample_every": 0,
     }
-    loop |= {"validate_every": 0, "sample_every": 0, "learning_rate": 1e-3}
-    bricks = {"resolutions": (32,), "batch_size": 2, "workers": 1}
+    return LoopConfig(**{**defaults, **options})
+
+
+def tiny_training(data: Path, out: Path, *, steps: int = 4, **options: Any) -> VAETraining:
+    """Return the options of a VAE run that takes seconds.
+
+    `options` belong to the trainer, or to the bricks if the trainer has no option of that name.
+    """
+    loop: dict[str, Any] = {"steps": steps, "learning_rate": 1e-3}
+    bricks: dict[str, Any] = {"resolutions": (32,), "batch_size": 2, "workers": 1}
     for name, value in options.items():
         (loop if name in LoopConfig.__dataclass_fields__ else bricks)[name] = value
     return VAETraining(
         data=data,
         out=out,
         device="cpu",
-        bricks=BrickConfig(**bricks),  # pyright: ignore[reportArgumentType]
-        loop=LoopConfig(**loop),  # pyright: ignore[reportArgumentType]
+        bricks=BrickConfig(**bricks),
+        loop=short_loop(**loop),
         model=TINY,
     )

@@ -10,10 +10,9 @@ import torch
 from model.checkpoint import save_model
 from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
 from model.sparse_vae import SparseVAE
-from tests.train.analytic_builds import TINY
+from tests.train.analytic_builds import TINY, short_loop
 from train.data.config import FlowOptions
 from train.engine import checkpoint
-from train.engine.config import LoopConfig
 from train.engine.distributed import World
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTLoader, index_with_latents
@@ -50,12 +49,9 @@ def encode_with(vae, data):
 
 def config(rendered, out, *, steps=4, loop=None, **options):
     data, vae = rendered
-    defaults = {
-        "steps": steps, "precision": "fp32", "warmup_steps": 2, "log_every": 100, "checkpoint_every": 2,
-        "validate_every": 0, "sample_every": 0, "learning_rate": 3e-3, "ema_decay": 0.9,
-    }  # fmt: skip
+    defaults = {"steps": steps, "checkpoint_every": 2, "learning_rate": 3e-3, "ema_decay": 0.9}
     flow = FlowOptions(
-        batch_size=3, steps=2, open_shards=1, loop=LoopConfig(**{**defaults, **(loop or {})})
+        batch_size=3, steps=2, open_shards=1, loop=short_loop(**{**defaults, **(loop or {})})
     )
     chosen = {
         "device": "cpu",

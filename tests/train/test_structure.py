@@ -19,12 +19,11 @@ from model.structure import Structure
 from pipeline.core.errors import UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.model.tiny_models import STRUCTURE
-from tests.train.analytic_builds import add_renders, color_of, make_build
+from tests.train.analytic_builds import add_renders, color_of, make_build, short_loop
 from train.data.bricks import read_build_index
 from train.data.symmetry import SYMMETRIES
 from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
-from train.engine.config import LoopConfig
 from train.engine.distributed import World
 from train.engine.mesh_pictures import LABEL_HEIGHT
 from train.stages.structure.cell_pictures import cube_surface
@@ -51,17 +50,7 @@ def rendered(tmp_path_factory):
 
 
 def config(data, out, *, steps=4, **options):
-    loop = LoopConfig(
-        steps=steps,
-        precision="fp32",
-        warmup_steps=2,
-        log_every=100,
-        checkpoint_every=100,
-        validate_every=0,
-        sample_every=0,
-        learning_rate=3e-3,
-        ema_decay=0.9,
-    )
+    loop = short_loop(steps=steps, learning_rate=3e-3, ema_decay=0.9)
     cfg = StructureTraining(
         data=data,
         out=out,

@@ -320,11 +320,11 @@ class BrickLoader:
         largest: int | None = None,
         pin: bool = False,
     ):
-        self.reader = BrickReader(index)
         self.index = index
         self.seed = seed
         self.noise_channels = noise_channels
         self.symmetries = symmetries
+        self.reader = BrickReader(index)
         self.max_bad_share = max_bad_share
         self.largest = largest
         self.pin = pin
