@@ -1,4 +1,4 @@
-"""Surface-like token sets for benchmarks: spheres, tori, slabs and rods, voxelised to a wanted number of tokens."""
+"""Surface-like token sets for benchmarks: voxels of spheres, tori, slabs and rods."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor
 from kernels import token_order
 
 Points = NDArray[np.float64]
-Shape = tuple[float, Callable[[int, np.random.Generator], Points]]  # area, sampler of points on it
-DENSITY = 60  # samples a voxel of area: enough that few touched voxels are missed
+Shape = tuple[float, Callable[[int, np.random.Generator], Points]]
+"""Surface area, and a function that draws points on the surface."""
+
+DENSITY = 60
+"""Samples per voxel of area. Few touched voxels are missed."""
 
 
 def _rotation(rng: np.random.Generator) -> Points:
@@ -31,13 +34,12 @@ def _sphere(center: Points, radius: float) -> Shape:
 def _torus(center: Points, ring: float, tube: float, turn: Points) -> Shape:
     def sample(n: int, rng: np.random.Generator) -> Points:
         u, v = rng.uniform(0, 2 * np.pi, (2, 2 * n))
-        kept = rng.uniform(0, ring + tube, 2 * n) < ring + tube * np.cos(v)
-        u, v = u[kept], v[kept]
+        # Rejection sampling: the outer side of the torus has more area.
+        accepted = rng.uniform(0, ring + tube, 2 * n) < ring + tube * np.cos(v)
+        u, v = u[accepted], v[accepted]
         distance = ring + tube * np.cos(v)
-        return (
-            center
-            + np.stack([distance * np.cos(u), distance * np.sin(u), tube * np.sin(v)], 1) @ turn.T
-        )
+        points = np.stack([distance * np.cos(u), distance * np.sin(u), tube * np.sin(v)], 1)
+        return center + points @ turn.T
 
     return 4 * np.pi**2 * ring * tube, sample
 
@@ -63,7 +65,7 @@ def _rod(center: Points, radius: float, length: float, turn: Points) -> Shape:
 
 
 def _scene(extra: int, rng: np.random.Generator) -> list[Shape]:
-    """A sphere, a torus, two slabs and eight rods, as of a toy machine, and `extra` smaller parts."""
+    """A sphere, a torus, two slabs, eight rods, and `extra` smaller parts."""
     middle = np.full(3, 0.5)
     shapes = [
         _sphere(middle + np.array([-0.12, -0.1, 0.05]), 0.2),
@@ -91,7 +93,10 @@ def _scene(extra: int, rng: np.random.Generator) -> list[Shape]:
 
 
 def _voxels(shapes: list[Shape], grid: int, scale: float, seed: int) -> NDArray[np.int64]:
-    """Codes of the voxels within a quarter of a voxel of the shapes, scaled about the middle of the unit cube."""
+    """Codes of the voxels within a quarter of a voxel of the shapes.
+
+    The shapes are scaled about the middle of the unit cube.
+    """
     rng = np.random.default_rng(seed)
     codes = []
     for area, sample in shapes:
@@ -107,8 +112,17 @@ def _voxels(shapes: list[Shape], grid: int, scale: float, seed: int) -> NDArray[
 
 
 def surface_coords(tokens: int, grid: int, seed: int = 0) -> Tensor:
-    """int32 [N, 4] sorted coordinates (batch 0, x, y, z) of about `tokens` voxels (within 1%) of a grid^3."""
-    # How much surface a grid holds decides how many parts the scene needs.
+    """Return the voxels of a surface-like scene in token order.
+
+    Args:
+        tokens: Wanted number of voxels. The result is within 1% of it.
+        grid: Voxels per side of the grid.
+        seed: Seed of the scene.
+
+    Returns:
+        int32 [N, 4] = (batch 0, x, y, z).
+    """
+    # The more surface the grid must hold, the more parts the scene needs.
     crowding = tokens / grid**2
     shapes = _scene(
         0 if crowding < 2.3 else 6 if crowding < 4.5 else 70, np.random.default_rng(100 + seed)

@@ -1,0 +1,42 @@
+"""Options of `python -m benchmarks.ssa`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class SsaConfig:
+    """Time spatial sparse attention, forward and backward, as a whole and by kernel."""
+
+    tokens: tuple[int, ...] = (2062, 5509, 10682, 16417, 32757, 46031, 65497, 130812)
+    """Numbers of tokens of the generated token sets."""
+
+    coords: Path | None = None
+    """File of token sets to use instead of generated ones: .npy [N, 3], or .npz of several."""
+
+    top_k: tuple[int, ...] = (8,)
+    """Numbers of blocks that each query selects."""
+
+    smooth: bool = False
+    """Draw queries and keys that vary smoothly in space instead of independent ones."""
+
+    heads: int = 32
+    """Number of query heads."""
+
+    kv_heads: int = 2
+    """Number of key/value heads."""
+
+    head_size: int = 32
+    """Number of channels of a head."""
+
+    dense: bool = True
+    """Also time dense attention."""
+
+    peer: Path | None = None
+    """Python file of another implementation to time. It must define
+    spatial_sparse_attention(q, k, v, ck, cv, gates, coords, top_k)."""
+
+    out: Path = Path("runs/bench")
+    """Directory that ssa.json and ssa.png are written to."""
