@@ -1,4 +1,4 @@
-"""The SSA module against attention written out token by token from its definition, in fp64."""
+"""The SSA module against its definition, computed token by token in fp64."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def make_ssa(seed=0, **options):
     }
     torch.manual_seed(seed)
     module = SpatialSparseAttention(C, HEADS, KV_HEADS, **{**defaults, **options}).double()
-    for parameter in module.parameters():  # nothing is zero or one
+    for parameter in module.parameters():  # no parameter stays at zero or one
         parameter.data += 0.3 * torch.randn_like(parameter)
     return module
 
 
 def run(module, x_NC, level, m=4):
-    """The module on features in the level's order."""
+    """Apply the module to features in the level's order."""
     layout = TokenLayout.of(level, m)
     if layout.order is None:
         return module(x_NC, layout)
@@ -64,7 +64,7 @@ def grouped(coords, size, shift=0):
 
 
 def slow_group_norm(x, norm):
-    """Of one asset: x [n, E], E groups of one channel or more."""
+    """Normalise one asset, x [n, E], in groups of channels."""
     groups = x.unflatten(1, (norm.groups, -1))
     mean, variance = (
         groups.mean((0, 2), keepdim=True),
@@ -74,7 +74,7 @@ def slow_group_norm(x, norm):
 
 
 def slow_conv(x, keys, conv):
-    """Sum over the 27 neighbours of each block that exist; tap (dx + 1) * 9 + (dy + 1) * 3 + dz + 1."""
+    """Sum over the existing neighbours of each block, tap (dx + 1) * 9 + (dy + 1) * 3 + dz + 1."""
     row = {key: i for i, key in enumerate(keys)}
     out = conv.bias.expand(len(keys), -1).clone()
     for i, key in enumerate(keys):
@@ -99,7 +99,7 @@ def slow_compression(module, x, blocks):
 
 
 def slow_ssa(module, x_NC, coords, m=4, opened=None) -> Tensor:
-    """One asset, tokens in any order. opened: gates after the sigmoid, in place of the module's."""
+    """Compute one asset with its tokens in any order. `opened` replaces the module's gates."""
     q = (x_NC @ module.query.weight.T).unflatten(1, (HEADS, D))
     k, v = ((x_NC @ layer.weight.T) for layer in (module.key, module.value))
     table = module.key_position.view(m, m, m, -1)
@@ -120,8 +120,10 @@ def slow_ssa(module, x_NC, coords, m=4, opened=None) -> Tensor:
         for g in range(KV_HEADS):
             group = range(g * HEADS // KV_HEADS, (g + 1) * HEADS // KV_HEADS)
             probability = {h: torch.softmax(ck[:, g] @ q[n, h] / math.sqrt(D), 0) for h in group}
-            score = [sum(float(p[i].detach()) for p in probability.values() for i, key in enumerate(parent) if key == b)
-                     for b in big_keys]  # fmt: skip
+            score = [0.0] * len(big_keys)
+            for i, b in enumerate(big_keys):
+                children = [c for c, key in enumerate(parent) if key == b]
+                score[i] = sum(float(p[c].detach()) for p in probability.values() for c in children)
             best = sorted(range(len(big_keys)), key=lambda b: -score[b])[: module.top_k]
             chosen = sorted(row for b in best for row in big[big_keys[b]])
             window = windows[key_of(xyz, 8, 4 if module.shifted else 0)]
@@ -155,7 +157,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("options", "tokens", "side"), CASES)
-def test_the_module_is_its_definition(options, tokens, side):
+def test_the_module_equals_its_definition(options, tokens, side):
     module, level = make_ssa(**options), make_level(tokens, side)
     x = torch.randn(len(level), C, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     m = options.get("compress_block", 4)
@@ -166,7 +168,7 @@ def test_the_module_is_its_definition(options, tokens, side):
 
 
 @pytest.mark.parametrize("compression", ["v1", "v2"])
-def test_gradients_are_those_of_the_definition(compression):
+def test_gradients_equal_those_of_the_definition(compression):
     level = make_level([18], 12)
     x = torch.randn(len(level), C, dtype=torch.float64, requires_grad=True)
     results = []
@@ -188,7 +190,7 @@ def test_gradients_are_those_of_the_definition(compression):
 def test_a_closed_gate_removes_its_branch(branch):
     module, level = make_ssa(), make_level([40], 20)
     x = torch.randn(len(level), C, dtype=torch.float64)
-    x[:, 0] = 1.0  # an input that the gates can rely on
+    x[:, 0] = 1.0  # a constant input for the gates
     module.gate.weight.data.zero_()
     module.gate.weight.data[branch, 0] = -1e4  # sigmoid(-10000) is 0, exactly
     opened = torch.full((len(level), 3), 0.5, dtype=torch.float64)
@@ -206,8 +208,8 @@ def test_a_closed_gate_removes_its_branch(branch):
 
 @pytest.mark.parametrize("compression", ["v1", "v2"])
 @pytest.mark.parametrize("axes", [(1, 0, 2), (2, 1, 0), (1, 2, 0)])
-def test_other_orders_of_the_tokens_change_nothing(axes, compression):
-    """Renaming the axes reorders the tokens; with the weights that know directions renamed, nothing changes."""
+def test_exchanging_the_axes_changes_nothing(axes, compression):
+    """Exchanged axes reorder the tokens. Weights that depend on directions are exchanged too."""
     module, level = make_ssa(compression=compression, shifted=True), make_level([30, 21], 16)
     x = torch.randn(len(level), C, dtype=torch.float64)
     out = run(module, x, level)
@@ -227,7 +229,7 @@ def test_other_orders_of_the_tokens_change_nothing(axes, compression):
     assert torch.allclose(again, out[order], atol=TOLERANCE)
 
 
-def test_whole_blocks_of_translation_change_nothing():
+def test_a_translation_by_whole_blocks_changes_nothing():
     module, level = make_ssa(shifted=True, compression="v2"), make_level([40], 16)
     x = torch.randn(len(level), C, dtype=torch.float64)
     moved = Level.from_coords(level.coords + torch.tensor([0, 8, 16, 0], dtype=torch.int32), 32, 1)
@@ -237,7 +239,7 @@ def test_whole_blocks_of_translation_change_nothing():
 @pytest.mark.parametrize(
     "options", [{}, {"compression": "v2", "shifted": True}, {"compress_block": 8}], ids=str
 )
-def test_a_batch_is_each_asset_alone(options):
+def test_a_batch_gives_the_result_of_each_asset_alone(options):
     module, m = make_ssa(**options), options.get("compress_block", 4)
     level = make_level([40, 1, 0, 25], 20)
     x = torch.randn(len(level), C, dtype=torch.float64)
@@ -257,8 +259,10 @@ def dense_attention(q, k, v, q_asset, k_asset):
 
 
 def ragged_inputs(queries, keys, dtype=torch.float64, device="cpu"):
-    starts = [torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
-              for counts in (queries, keys)]  # fmt: skip
+    starts = [
+        torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+        for counts in (queries, keys)
+    ]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(sum(counts), 2, 32, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -279,7 +283,7 @@ def test_ragged_attention_stays_in_each_asset():
     assert ragged_attention(*ragged_inputs([0, 0], [3, 2])).shape == (0, 2, 32)
 
 
-def make_condition(counts, channels=48, dtype=torch.float64, device="cpu"):
+def make_image_tokens(counts, channels=48, dtype=torch.float64, device="cpu"):
     coords = torch.zeros(sum(counts), 4, dtype=torch.int32)
     coords[:, 0] = assets_of(counts)
     feats = torch.randn(sum(counts), channels, dtype=dtype)
@@ -287,9 +291,9 @@ def make_condition(counts, channels=48, dtype=torch.float64, device="cpu"):
     return ImageTokens(feats.to(device), coords.to(device), starts.to(device), max(counts))
 
 
-def test_full_and_cross_attention():
+def test_full_and_cross_attention_equal_dense_attention():
     torch.manual_seed(0)
-    level, condition = make_level([12, 20], 16), make_condition([5, 7])
+    level, condition = make_level([12, 20], 16), make_image_tokens([5, 7])
     layout, asset = TokenLayout.of(level, 4), level.coords[:, 0]
     x = torch.randn(len(level), C, dtype=torch.float64)
     full, cross = FullAttention(C, HEADS).double(), CrossAttention(C, 48, HEADS).double()
@@ -327,7 +331,10 @@ def test_ragged_attention_on_the_gpu(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compression", ["v1", "v2"])
 def test_the_module_in_bf16(compression):
-    """Every block is selected, so that rounding cannot choose others: against fp64, no worse than bf16 on the CPU."""
+    """The error against fp64 is no larger than that of bf16 on the CPU.
+
+    Every block is selected, so that rounding cannot change the selection.
+    """
     level = make_level([400, 150], 24)
     module = SpatialSparseAttention(
         1024,

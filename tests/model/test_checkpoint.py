@@ -1,4 +1,4 @@
-"""Saving and loading models: round trips, atomicity, and errors that name what is wrong."""
+"""Saving and loading models: round trips, atomicity and errors."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +39,7 @@ def saved(tmp_path):
     return tmp_path / "runs" / "vae", model
 
 
-def test_a_model_comes_back(saved):
+def test_a_saved_model_is_loaded_unchanged(saved):
     path, model = saved
     back = load_model(path, Tiny, config=Sizes())
     assert back.config == model.config
@@ -52,7 +52,7 @@ def test_a_model_comes_back(saved):
     assert [p.name for p in path.parent.iterdir()] == ["vae"]
 
 
-def test_saving_again_replaces(saved):
+def test_saving_again_replaces_the_directory(saved):
     path, _ = saved
     other = Tiny(Sizes(widths=(5, 2)))
     save_model(path, other, other.config)
@@ -60,7 +60,7 @@ def test_saving_again_replaces(saved):
     assert [p.name for p in path.parent.iterdir()] == ["vae"]
 
 
-def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
+def test_a_failed_save_keeps_the_old_directory(saved, monkeypatch):
     path, model = saved
 
     def full(*_):
@@ -73,7 +73,7 @@ def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["vae"]
 
 
-def test_the_old_one_returns_if_the_new_cannot_take_its_place(saved, monkeypatch):
+def test_a_failed_rename_restores_the_old_directory(saved, monkeypatch):
     path, model = saved
     replace_path = Path.replace
 
@@ -89,7 +89,7 @@ def test_the_old_one_returns_if_the_new_cannot_take_its_place(saved, monkeypatch
     assert [p.name for p in path.parent.iterdir()] == ["vae"]
 
 
-def test_another_configuration_is_named(saved):
+def test_another_configuration_or_class_is_refused(saved):
     path, _ = saved
     with pytest.raises(
         ValueError,
@@ -112,7 +112,7 @@ def test_another_configuration_is_named(saved):
         ({"config": {"widths": [3, 4], "bias": False}}, "unknown layer.bias"),
     ],
 )
-def test_what_does_not_fit_is_named(saved, change, message):
+def test_a_checkpoint_that_does_not_fit_is_refused(saved, change, message):
     path, _ = saved
     described = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**described, **change}))
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_named(saved, change, message):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("content", [None, "half a fi"])
-def test_a_broken_directory_is_a_clear_error(saved, name, content):
+def test_a_damaged_directory_is_refused(saved, name, content):
     path, _ = saved
     (path / name).unlink()
     if content is not None:
@@ -131,7 +131,7 @@ def test_a_broken_directory_is_a_clear_error(saved, name, content):
         load_model(path, Tiny)
 
 
-def test_published_weights_under_other_names():
+def test_weights_are_copied_from_published_names():
     model = Tiny(Sizes())
     keys = {
         "net.kernel": ("layer.weight", lambda x: x.reshape(3, 4).T),
@@ -162,7 +162,7 @@ class Pair:
     name: str = "pair"
 
 
-def test_a_configuration_of_others_comes_back_whole():
+def test_a_nested_configuration_is_restored():
     pair = Pair(first=replace(Sizes(), widths=(5, 6)))
     values = json.loads(json.dumps(asdict(pair)))
     assert config_from(Pair, values, "file") == pair

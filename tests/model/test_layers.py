@@ -1,4 +1,4 @@
-"""Positions, window blocks and recomputation against loops and torch's own modules."""
+"""Positions, window blocks and recomputation against loops and modules of torch."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.kernel_inputs import random_index
 torch.set_num_threads(1)
 
 
-def test_positions_are_the_formula():
+def test_positions_equal_the_formula():
     coords, channels, factor = torch.tensor([[3, 0, 61], [7, 5, 1]]), 20, 2.0
     embedded = layers.position_embedding(coords, channels, factor)
     n = channels // 6
@@ -30,11 +30,11 @@ def test_positions_are_the_formula():
 @pytest.mark.parametrize(
     ("resolution", "factor"), [(256, 2.0), (384, 512 / 384), (512, 1.0), (1024, 1.0)]
 )
-def test_resolutions_to_512_share_a_range(resolution, factor):
+def test_resolutions_up_to_512_share_a_range_of_positions(resolution, factor):
     assert layers.position_factor(resolution) == factor
 
 
-def test_bad_positions_are_named():
+def test_invalid_positions_are_refused():
     with pytest.raises(ValueError, match=r"coords_N3 must be \[N, 3\], got \[2, 4\]"):
         layers.position_embedding(torch.zeros(2, 4), 12)
     with pytest.raises(ValueError, match="channels must be at least 6, got 5"):
@@ -42,7 +42,7 @@ def test_bad_positions_are_named():
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-def test_a_window_block_is_torchs_attention_within_windows(shifted):
+def test_a_window_block_equals_torch_attention_within_windows(shifted):
     torch.manual_seed(0)
     index = random_index([40, 0, 25], side=12)
     x = torch.randn(index.num_tokens, 32, dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_a_window_block_is_torchs_attention_within_windows(shifted):
     torch.testing.assert_close(block(x, index), expected)
 
 
-def test_layer_norm_leaves_autocast():
+def test_layer_norm_is_fp32_under_autocast():
     x = torch.randn(5, 16) * 1e-3
     with torch.autocast("cpu", torch.bfloat16):
         normed = layers.layer_norm(x)

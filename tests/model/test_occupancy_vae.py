@@ -1,4 +1,4 @@
-"""The occupancy VAE: shapes, the order of its up-sampling, its loss against formulas, and that it learns."""
+"""The occupancy VAE: shapes, the order of upsampled voxels, the loss, and learning."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ from model.occupancy_vae import (
 )
 from pipeline.core.primitives.voxel_iou import intersection_over_union
 
-AXES = (1, 2, 3)  # of a grid in a batch
+AXES = (1, 2, 3)  # the axes of a grid in a batch
 TINY = OccupancyConfig(side=16, widths=(8, 16, 32), blocks=1, groups=8, latent_channels=4)
 
 
 def shells(side, count, seed=0):
-    """bool [count, S, S, S]: cells that spheres and boxes of different places and sizes pass through."""
+    """Return bool [count, S, S, S], true in the cells that random spheres and boxes cross."""
     generator = torch.Generator().manual_seed(seed)
     line = (torch.arange(side) + 0.5) / side - 0.5
     grid = torch.stack(torch.meshgrid(line, line, line, indexing="ij"))
@@ -34,7 +34,7 @@ def shells(side, count, seed=0):
     return torch.stack(assets)
 
 
-def test_shapes_follow_the_configuration():
+def test_shapes_are_those_of_the_configuration():
     torch.manual_seed(0)
     vae, occupied = OccupancyVAE(TINY), shells(16, 3)
     posterior = vae.encode(occupied)
@@ -55,7 +55,7 @@ def test_the_size_for_512_is_that_of_trellis():
     assert 50e6 < sum(p.numel() for p in vae.parameters()) < 150e6
 
 
-def test_up_deals_channels_out_in_space():
+def test_upsampling_moves_channels_to_the_child_voxels():
     up = _Up(8, 1)
     torch.nn.init.dirac_(up.conv.weight)  # the convolution passes its input through
     torch.nn.init.zeros_(up.conv.bias)
@@ -67,7 +67,7 @@ def test_up_deals_channels_out_in_space():
         torch.testing.assert_close(y[:, 0, dx::2, dy::2, dz::2], x[:, child])
 
 
-def test_loss_is_its_formulas():
+def test_the_loss_equals_its_formulas():
     logits = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     occupied = torch.rand(2, 4, 4, 4) < 0.3
     mean, logvar = torch.randn(2, 3, 2, 2, 2), torch.randn(2, 3, 2, 2, 2)
@@ -92,7 +92,7 @@ def test_loss_is_its_formulas():
     assert perfect["loss"] < 1e-6
 
 
-def test_grids_of_cells():
+def test_cells_are_converted_to_a_grid():
     cells = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 7], [1, 7, 7, 7]], dtype=torch.int32)
     grid = occupancy_grid(cells, 8, 3)
     torch.testing.assert_close(grid.nonzero().int(), cells)
@@ -104,7 +104,7 @@ def test_grids_of_cells():
         occupancy_grid(cells, 8, 1)
 
 
-def test_it_learns_the_cells_of_analytic_shapes():
+def test_the_vae_learns_the_cells_of_analytic_shapes():
     torch.manual_seed(0)
     config = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
     vae, occupied = OccupancyVAE(config), shells(8, 4)
@@ -121,7 +121,7 @@ def test_it_learns_the_cells_of_analytic_shapes():
     assert losses["kl"] < 4  # latents stay near a standard normal distribution
 
 
-def test_saved_and_loaded(tmp_path):
+def test_a_saved_vae_is_loaded_unchanged(tmp_path):
     torch.manual_seed(1)
     vae = OccupancyVAE(TINY)
     save_model(tmp_path / "vae", vae, TINY)
@@ -143,7 +143,7 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
         OccupancyConfig(**{"side": 16, "widths": (8, 16, 32), "groups": 8, **change})
 
 
-def test_other_sides_are_refused():
+def test_grids_of_another_side_are_refused():
     vae = OccupancyVAE(TINY)
     with pytest.raises(ValueError, match=r"occupied must be \[B, 16, 16, 16\], got \[1, 8, 8, 8\]"):
         vae.encode(shells(8, 1))

@@ -1,4 +1,4 @@
-"""Rectified flow against a Gaussian transport whose velocity and solution are known."""
+"""Rectified flow against the transport of Gaussians, whose velocity and solution are known."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from model.rectified_flow import (
     velocity_target,
 )
 
-MU, S = 1.5, 0.3  # of the data
+MU, S = 1.5, 0.3  # mean and standard deviation of the data
 
 
 def gaussian_velocity(x, t):
-    """E[eps - x0 | x_t = x] for x0 ~ N(MU, S^2), eps ~ N(0, 1) independent."""
+    """Return E[eps - x0 | x_t = x] for independent x0 ~ N(MU, S^2) and eps ~ N(0, 1)."""
     variance = ((1 - t) * S) ** 2 + t**2
     centred = x - (1 - t) * MU
     return t / variance * centred - (MU + (1 - t) * S**2 / variance * centred)
 
 
 def exact(noise):
-    """The flow's end: affine maps transport Gaussians, and quantiles keep their place."""
+    """Return the end of the flow: an affine map, since the flow maps quantiles to quantiles."""
     return MU + S * noise
 
 
@@ -46,7 +46,7 @@ def error(steps, method, shift=1.0):
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
-def test_moments_of_the_transport(method):
+def test_samplers_reach_the_moments_of_the_data(method):
     noise = draw_noise([3], [200_000], 1).double()
     x = sample(gaussian_velocity, noise, steps=200, method=method)
     assert x.mean().item() == pytest.approx(MU, abs=0.005)
@@ -55,19 +55,19 @@ def test_moments_of_the_transport(method):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
-def test_order_of_convergence(method, order, shift):
+def test_samplers_have_their_order_of_convergence(method, order, shift):
     coarse, fine = error(400, method, shift), error(800, method, shift)
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.12)
 
 
-def test_a_straight_path_takes_one_step():
+def test_one_step_solves_a_straight_path():
     x0, eps = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     assert torch.allclose(
         sample(lambda x, t: velocity_target(x0, eps), eps, steps=1), x0, atol=1e-14
     )
 
 
-def test_the_path_and_its_derivative():
+def test_the_velocity_is_the_derivative_of_the_path():
     x0, eps = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     t = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=torch.float64)
     x = interpolate(x0, eps, t)
@@ -77,7 +77,7 @@ def test_the_path_and_its_derivative():
     assert torch.allclose(slope, velocity_target(x0, eps), atol=1e-10)
 
 
-def test_schedule():
+def test_the_schedule_runs_from_one_to_zero():
     assert schedule(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
     shifted = schedule(4, shift=3.0)
     assert shifted[0] == 1.0
@@ -87,7 +87,7 @@ def test_schedule():
     assert torch.allclose(shift_times(shift_times(t, 3.0), 1 / 3.0), t, atol=1e-6)
 
 
-def test_times_of_training():
+def test_training_times_have_their_distribution():
     generator = torch.Generator().manual_seed(0)
     t = sample_times(TimeDistribution(mean=0.5, std=2.0), 100_000, generator)
     logit = torch.logit(t.double())
@@ -102,7 +102,7 @@ def test_times_of_training():
     )
 
 
-def test_noise_depends_on_the_asset_alone():
+def test_noise_depends_on_seed_and_count_alone():
     together = draw_noise([7, 8, 9], [3, 0, 5], 4)
     assert torch.equal(together[:3], draw_noise([7], [3], 4))
     assert torch.equal(together[3:], draw_noise([9], [5], 4))
@@ -111,7 +111,7 @@ def test_noise_depends_on_the_asset_alone():
         draw_noise([1], [3, 4], 4)
 
 
-def test_guidance_one_is_the_conditional_velocity():
+def test_guidance_of_one_is_the_conditional_velocity():
     def never(x, t):
         raise AssertionError("asked for the unconditional velocity")
 
@@ -122,7 +122,7 @@ def test_guidance_one_is_the_conditional_velocity():
     )
 
 
-def test_guidance_and_its_interval():
+def test_guidance_acts_inside_its_interval():
     asked = []
 
     def unconditional(x, t):
@@ -145,7 +145,7 @@ def test_guidance_and_its_interval():
     assert asked == [0.3, 0.6]
 
 
-def test_rescaling_keeps_each_assets_deviation():
+def test_rescaling_keeps_the_deviation_of_each_asset():
     c, u = draw_noise([1, 2], [30, 40], 3), draw_noise([3, 4], [30, 40], 3) * 0.5
     counts = [30, 40]
 
@@ -184,10 +184,13 @@ def test_rescaling_a_constant_velocity_changes_nothing():
         (lambda: TimeDistribution(std=0), "std must be positive"),
         (lambda: schedule(0), "steps must be an int of at least 1, got 0"),
         (lambda: schedule(2, shift=0), "shift must be positive"),
-        (lambda: sample(gaussian_velocity, torch.zeros(1, 1), steps=1, method="rk4"), "method must be one of"),
+        (
+            lambda: sample(gaussian_velocity, torch.zeros(1, 1), steps=1, method="rk4"),
+            "method must be one of",
+        ),
     ],
-)  # fmt: skip
-def test_bad_arguments_are_named(make, message):
+)
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

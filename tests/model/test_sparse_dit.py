@@ -1,4 +1,4 @@
-"""SS-DiT: sizes, initial state, independence of the batch, published weights, cost."""
+"""The SS-DiT: sizes, initial state, independence of the batch, published weights, cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOLERANCE = 1e-10
 
 
 def make_dit(seed=0, dtype=torch.float64, **options):
-    """Every weight random: at first modulation and output are zero, which would hide most of the network."""
+    """Return a DiT with random weights. Zero modulation and output would hide other layers."""
     torch.manual_seed(seed)
     model = SparseDiT(DiTConfig(**{**TINY, **options})).to(dtype)
     for parameter in model.parameters():
@@ -46,7 +46,7 @@ def make_level(tokens, side=16, seed=0):
     return Level.from_coords(coords[token_order(coords)], side, len(tokens))
 
 
-def make_condition(counts, channels=24, dtype=torch.float64, seed=0):
+def make_image_tokens(counts, channels=24, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     coords = torch.randint(0, 8, (sum(counts), 4), generator=generator).int()
     coords[:, 0] = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
@@ -60,7 +60,7 @@ def make_inputs(tokens, images, dtype=torch.float64, channels=4):
     generator = torch.Generator().manual_seed(1)
     feats = torch.randn(len(level), channels, generator=generator, dtype=torch.float64).to(dtype)
     t = torch.rand(len(tokens), generator=generator, dtype=torch.float64).to(dtype)
-    return SparseTensor(feats, level), t, make_condition(images, dtype=dtype)
+    return SparseTensor(feats, level), t, make_image_tokens(images, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -68,19 +68,19 @@ def make_inputs(tokens, images, dtype=torch.float64, channels=4):
     [({}, 509_647_888), ({"compression": "v2"}, 520_083_472)],
     ids=["v1", "v2"],
 )
-def test_parameters_of_the_published_models(options, parameters):
+def test_the_published_models_have_their_number_of_parameters(options, parameters):
     with torch.device("meta"):
         model = SparseDiT(DiTConfig(**options))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_windows_shift_in_odd_blocks():
+def test_windows_are_shifted_in_odd_blocks():
     for wanted in (True, False):
         model = make_dit(blocks=4, shifted_windows=wanted)
         assert [block.attention.shifted for block in model.blocks] == [False, wanted] * 2
 
 
-def test_starts_as_the_identity_but_for_cross_attention():
+def test_a_new_block_adds_only_cross_attention():
     config = DiTConfig(**TINY)
     x, t, condition = make_inputs([30, 20], [5, 7], torch.float32)
     model = SparseDiT(config)
@@ -94,7 +94,7 @@ def test_starts_as_the_identity_but_for_cross_attention():
     assert not model(x, t, condition).any()  # the output layer starts at zero
 
 
-def test_every_parameter_learns():
+def test_every_parameter_gets_a_gradient():
     x, t, condition = make_inputs([40, 30], [5, 7])
     model = make_dit(compression="v2", channels=128, shifted_windows=False)
     model(x, t, condition).sin().sum().backward()
@@ -107,7 +107,7 @@ def test_every_parameter_learns():
 
 
 def waves(coords, channels, factor):
-    """Sines and cosines of one asset's coordinates, axis after axis, zeros up to `channels`."""
+    """Return sines and cosines of coordinates, axis after axis, padded with zeros."""
     n = channels // 6
     angles = [
         factor * axis[:, None] / 10000 ** (torch.arange(n) / n)
@@ -128,7 +128,7 @@ def attend(q, k, v, heads):
 
 
 def slow_dit(model, feats, level, t, image, image_coords):
-    """One asset, from the paper's description; self-attention is the module that test_attention.py holds to account."""
+    """Compute one asset by the paper's description. test_attention.py tests the self-attention."""
     c = model.config
     h = model.input(feats) + waves(
         level.coords[:, 1:], c.channels, max(1, 512 / (8 * level.resolution))
@@ -152,8 +152,8 @@ def slow_dit(model, feats, level, t, image, image_coords):
 
 @pytest.mark.parametrize("options", [{}, {"compress_block": 8, "shifted_windows": False}], ids=str)
 @pytest.mark.parametrize("side", [16, 64, 128])
-def test_the_network_is_its_description(options, side):
-    model, level, condition = make_dit(**options), make_level([50], side), make_condition([7])
+def test_the_network_equals_its_description(options, side):
+    model, level, condition = make_dit(**options), make_level([50], side), make_image_tokens([7])
     feats, t = torch.randn(50, 4, dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
     exact = slow_dit(model, feats, level, t, condition.feats_SC, condition.coords)
     out = model(SparseTensor(feats, level), t, condition)
@@ -171,7 +171,7 @@ def test_the_network_is_its_description(options, side):
     ],
     ids=str,
 )
-def test_a_batch_is_each_asset_alone(options):
+def test_a_batch_gives_the_result_of_each_asset_alone(options):
     model = make_dit(**options)
     x, t, condition = make_inputs([40, 1, 25], [5, 9, 6])
     out = model(x, t, condition)
@@ -188,7 +188,7 @@ def test_a_batch_is_each_asset_alone(options):
         assert torch.allclose(out[rows], exact, atol=TOLERANCE)
 
 
-def test_what_the_velocity_depends_on():
+def test_the_velocity_depends_on_time_and_image():
     model = make_dit()
     x, t, condition = make_inputs([30, 20], [5, 7])
     out, starts = model(x, t, condition), x.level.asset_starts.tolist()
@@ -216,14 +216,14 @@ def test_recomputed_activations_give_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_layout_can_be_kept():
+def test_a_layout_can_be_used_again():
     model = make_dit(compress_block=8)
     x, t, condition = make_inputs([40, 30], [5, 7])
     layout = model.layout(x.level)
     assert torch.equal(model(x, t, condition, layout), model(x, t, condition))
 
 
-def test_bf16_arithmetic_keeps_fp32_ends():
+def test_the_first_and_last_layer_stay_in_fp32_under_autocast():
     model = make_dit(dtype=torch.float32, top_k=50)
     x, t, condition = make_inputs([40, 30], [5, 7], torch.float32)
     exact = model(x, t, condition)
@@ -234,7 +234,7 @@ def test_bf16_arithmetic_keeps_fp32_ends():
     assert not torch.equal(out, out.bfloat16().float())
 
 
-def test_latent_statistics_are_kept_in_the_checkpoint(tmp_path):
+def test_latent_statistics_are_saved_with_the_weights(tmp_path):
     model = SparseDiT(DiTConfig(**TINY))
     mean, std = torch.randn(4), torch.rand(4) + 0.5
     model.set_statistics(mean, std)
@@ -248,8 +248,8 @@ def test_latent_statistics_are_kept_in_the_checkpoint(tmp_path):
             model.set_statistics(mean, bad)
 
 
-def official_state(compression="v1", m=4, blocks=2, c=64, kv=32, cond=24, latent=4):
-    """A state dict as the release names and shapes it."""
+def published_state(compression="v1", m=4, blocks=2, c=64, kv=32, cond=24, latent=4):
+    """Return a state dict with the names and shapes of the published weights."""
     shapes = {}
 
     def linear(name, out, into, bias=True):
@@ -293,8 +293,8 @@ def official_state(compression="v1", m=4, blocks=2, c=64, kv=32, cond=24, latent
 
 
 @pytest.mark.parametrize(("compression", "m"), [("v1", 4), ("v2", 4), ("v1", 8)])
-def test_published_weights(compression, m):
-    weights = official_state(compression, m)
+def test_published_weights_are_copied_to_their_parameters(compression, m):
+    weights = published_state(compression, m)
     model = SparseDiT(
         DiTConfig(**TINY, compression=compression, compress_block=m, plus_one_pooling=True)
     )
@@ -325,16 +325,16 @@ def test_published_weights(compression, m):
     assert torch.equal(ours["blocks.0.cross_attention.key_value.weight"], kv)
 
 
-def test_published_weights_that_do_not_fit_are_named():
+def test_published_weights_that_do_not_fit_are_refused():
     model, one = SparseDiT(DiTConfig(**TINY)), torch.tensor(1.0)
-    weights = official_state()
+    weights = published_state()
     weights["blocks.0.extra"] = weights.pop("blocks.0.norm2.weight")
     with pytest.raises(
         ValueError, match=r"unknown blocks\.0\.extra; missing blocks\.0\.norm2\.weight"
     ):
         model.load_published(weights, one, one)
     with pytest.raises(ValueError, match=r"intra_block_pe of shape \[8, 8, 8, 32\] does not fit"):
-        model.load_published(official_state(m=8), one, one)
+        model.load_published(published_state(m=8), one, one)
 
 
 def counted(model, *inputs):
@@ -343,7 +343,7 @@ def counted(model, *inputs):
     return counter.get_total_flops()
 
 
-def test_flops_are_those_of_the_products():
+def test_flops_equal_those_of_the_matrix_products():
     x, t, condition = make_inputs([40], [5])
     full = make_dit(attention="full")
     assert full.flops(x.level, condition) == counted(full, x, t, condition)
@@ -370,19 +370,19 @@ def test_flops_are_those_of_the_products():
         ({"compression": "v2", "kv_heads": 1}, "must be a multiple of 32 for v2, got 16"),
     ],
 )
-def test_sizes_that_clash(options, message):
+def test_sizes_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DiTConfig(**{**TINY, **options})
 
 
-def test_inputs_that_do_not_belong_together():
+def test_inputs_that_do_not_fit_are_refused():
     model = make_dit()
     x, t, condition = make_inputs([30, 20], [5, 7])
     for arguments, message in (
         ((x.replace(x.feats[:, :3]), t, condition), "x must have 4 channels, got 3"),
         ((x, t[:1], condition), r"t_B must be \[2\], one for each asset, got \[1\]"),
-        ((x, t, make_condition([5])), "image must be of 2 assets, got 1"),
-        ((x, t, make_condition([5, 7], 20)), "image must have 24 channels, got 20"),
+        ((x, t, make_image_tokens([5])), "image must be of 2 assets, got 1"),
+        ((x, t, make_image_tokens([5, 7], 20)), "image must have 24 channels, got 20"),
     ):
         with pytest.raises(ValueError, match=message):
             model(*arguments)
@@ -391,7 +391,7 @@ def test_inputs_that_do_not_belong_together():
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"compression": "v2"}, {"attention": "full"}], ids=str)
 def test_training_on_the_gpu(options):
-    """bf16, recomputed activations: gradients of the first step as without, and the loss falls; no copy to the host."""
+    """Recomputed activations give the same gradients, the loss falls, and nothing is copied."""
     torch.manual_seed(0)
     sizes = {
         "channels": 256,
@@ -403,7 +403,7 @@ def test_training_on_the_gpu(options):
     model = SparseDiT(DiTConfig(**sizes, **options)).to(DEVICE)
     coords = random_coords([2500, 1200], 32)
     level = Level.from_coords(coords[token_order(coords)].to(DEVICE), 32, 2)
-    images = make_condition([40, 25], 64, torch.float32)
+    images = make_image_tokens([40, 25], 64, torch.float32)
     condition = ImageTokens(
         images.feats_SC.to(DEVICE), images.coords.to(DEVICE), images.starts.to(DEVICE), 40
     )

@@ -19,7 +19,7 @@ def random_level(tokens, side=24, resolution=32, seed=0):
 
 
 def random_bricks(cells, resolution=64, seed=0):
-    """An asset of that many random cells, about a third of whose points are active, in the order on disk."""
+    """Return an asset of random cells, as stored. About a third of the grid points are active."""
     rng = np.random.default_rng(seed)
     side = resolution // 8
     flat = np.sort(rng.choice(side**3, cells, replace=False))
@@ -31,7 +31,7 @@ def random_bricks(cells, resolution=64, seed=0):
     return Bricks(resolution=resolution, cells=blocks, values=values, sharp=sharp)
 
 
-def test_a_level_knows_where_its_assets_start():
+def test_asset_starts_are_the_first_rows():
     level = random_level([5, 0, 7, 0])
     assert level.asset_starts.tolist() == [0, 5, 5, 12, 12]
     assert level.asset_starts.dtype == level.coords.dtype == torch.int32
@@ -56,12 +56,12 @@ def test_a_level_knows_where_its_assets_start():
         ([[0, 0, 0, 1]], 8, 1.0, "batch_size must be an int from 1"),
     ],
 )
-def test_bad_coordinates_are_named(rows, resolution, batch_size, message):
+def test_invalid_coordinates_are_refused(rows, resolution, batch_size, message):
     with pytest.raises(ValueError, match=message):
         Level.from_coords(torch.tensor(rows, dtype=torch.int32), resolution, batch_size)
 
 
-def test_caches_are_shared_by_every_tensor_of_a_level():
+def test_tensors_of_a_level_share_its_indices():
     x = SparseTensor(torch.zeros(12, 3), random_level([5, 7]))
     y = x.replace(torch.ones(12, 8))
     assert y.level is x.level
@@ -113,7 +113,7 @@ def test_parents_hold_their_children():
         _ = parent.parents
 
 
-def test_neighbours_are_those_of_the_same_asset():
+def test_neighbours_belong_to_the_same_asset():
     level = random_level([60, 60], side=5, resolution=8)
     rows = {tuple(c): n for n, c in enumerate(level.coords.tolist())}
     for n, (b, x, y, z) in enumerate(level.coords.tolist()):
@@ -126,14 +126,14 @@ def test_neighbours_are_those_of_the_same_asset():
         assert level.neighbors[n].tolist() == expected
 
 
-def test_windows_are_of_8_cells_shifted_by_4():
+def test_windows_have_8_cells_and_are_shifted_by_4():
     level = random_level([300], side=16, resolution=16)
     window = ((level.coords[:, 1:] + 4) // 8)[level.block_index.shifted_order.long()]
     assert len(torch.unique(window, dim=0)) == len(level.block_index.shifted_starts) - 1
     assert (level.block_index.shifted_of.diff() == (window.diff(dim=0) != 0).any(1).int()).all()
 
 
-def test_a_batch_gives_its_bricks_back():
+def test_a_batch_is_converted_back_to_bricks():
     bricks = [random_bricks(9, seed=1), random_bricks(0), random_bricks(40, seed=2)]
     batch = BrickBatch.collate(bricks)
     assert (batch.resolution, batch.cells.resolution, batch.batch_size) == (64, 8, 3)
@@ -176,7 +176,7 @@ def test_a_batch_reaches_the_gpu_through_pinned_memory():
     )
 
 
-def test_cells_that_rounding_emptied_are_dropped():
+def test_cells_without_active_values_after_rounding_are_dropped():
     one = random_bricks(6)
     one.values[2] = np.where(one.values[2] < 0, -1, 1)
     batch = BrickBatch.collate([one])
@@ -199,12 +199,12 @@ def test_voxels_are_the_active_points_in_order():
         tuple(c): v for c, v in zip(x.coords.tolist(), x.feats[:, 0].tolist(), strict=True)
     } == expected
     assert x.feats.dtype == torch.float32
-    checked = Level.from_coords(x.coords, 64, 3)  # sorted, in range, no voxel twice
+    checked = Level.from_coords(x.coords, 64, 3)  # sorted, in range, without repeated voxels
     assert torch.equal(checked.asset_starts, x.level.asset_starts)
     assert x.level.coords.dtype == torch.int32
 
 
-def test_three_poolings_of_the_voxels_are_the_cells():
+def test_the_third_parents_of_the_voxels_are_the_cells():
     batch = BrickBatch.collate(
         [random_bricks(60, seed=1), random_bricks(0), random_bricks(20, seed=2)]
     )
@@ -216,7 +216,7 @@ def test_three_poolings_of_the_voxels_are_the_cells():
     assert torch.equal(level.asset_starts, batch.cells.asset_starts)
 
 
-def test_empty_assets_alone_are_a_batch():
+def test_a_batch_may_consist_of_empty_assets():
     batch = BrickBatch.collate([random_bricks(0)])
     assert len(batch.voxels().level) == len(batch.cells) == 0
     assert [len(one.cells) for one in batch.bricks()] == [0]
@@ -236,8 +236,8 @@ def test_a_batch_has_one_resolution():
         BrickBatch(batch.cells, batch.values, batch.sharp.byte(), 64)
 
 
-def test_a_wrong_order_would_be_seen():
-    """The oracle of the tests above is the kernels' own order: it is the documented one."""
+def test_the_token_order_is_the_documented_one():
+    """The tests above use the order of the kernels, so it is tested here."""
     coords = torch.tensor(
         [[0, 0, 0, 4], [0, 0, 1, 0], [0, 4, 0, 0], [0, 0, 0, 8]], dtype=torch.int32
     )

@@ -1,4 +1,4 @@
-"""The SS-VAE against a dense one made of torch's own operations, against finite differences, and asset by asset."""
+"""The SS-VAE against a dense VAE of torch operations, finite differences, and single assets."""
 
 import itertools
 
@@ -22,7 +22,7 @@ TINY = VAEConfig(widths=(4, 8, 8, 32), latent_channels=3, heads=2, blocks=2, gro
 
 
 def random_vae(config=TINY, seed=0, dtype=torch.float64):
-    """No parameter at zero or one, so that every one matters."""
+    """Return a VAE without parameters at zero or one, so that each of them has an effect."""
     generator = torch.Generator().manual_seed(seed)
     vae = SparseVAE(config).to(dtype)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def random_vae(config=TINY, seed=0, dtype=torch.float64):
 
 
 def full_bricks(side, seed=0):
-    """Every voxel of an (8 * side)^3 grid active."""
+    """Return bricks in which every grid point of an (8 * side)^3 grid is active."""
     rng = np.random.default_rng(seed)
     blocks = (
         np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1)
@@ -50,7 +50,7 @@ def full_bricks(side, seed=0):
 
 
 def densify(x, coords, side):
-    """Rows [N, C] of one asset that fills its grid -> [1, C, side, side, side]."""
+    """Return the rows [N, C] of an asset that fills its grid as [1, C, side, side, side]."""
     volume = x.new_full((side, side, side, x.shape[1]), float("nan"))
     volume[tuple(coords[:, 1:].long().T)] = x
     return volume.permute(3, 0, 1, 2)[None]
@@ -62,7 +62,7 @@ def dense_conv(conv, x):
 
 
 def dense_transformer(transformer, x, factor):
-    """x [1, C, s, s, s]: attention by torch within windows that are told apart by their coordinates."""
+    """Apply the transformer to x [1, C, s, s, s] by torch attention with a mask of windows."""
     side = x.shape[-1]
     xyz = torch.cartesian_prod(*[torch.arange(side)] * 3)
     h = F.linear(x[0].flatten(1).T, transformer.input.weight, transformer.input.bias)
@@ -123,7 +123,7 @@ def test_parameters_are_those_of_the_paper():
         (VAEConfig(widths=(16, 32, 64, 256), heads=4, blocks=2, groups=16, mlp_ratio=3), 6_000_000),
     ],
 )
-def test_smaller_sizes_can_be_told(config, most):
+def test_the_configuration_sets_the_number_of_parameters(config, most):
     assert count(SparseVAE(config)) <= most
 
 
@@ -137,13 +137,13 @@ def test_smaller_sizes_can_be_told(config, most):
         ({"blocks": 0}, "blocks must be at least 1, got 0"),
     ],
 )
-def test_sizes_that_clash_are_named(change, message):
+def test_sizes_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         VAEConfig(**change)
 
 
 @pytest.mark.parametrize("plus_one", [False, True])
-def test_encoder_is_the_dense_one_where_the_grid_is_full(plus_one):
+def test_the_encoder_equals_the_dense_one_on_a_full_grid(plus_one):
     config = VAEConfig(**{**vars(TINY), "plus_one_pooling": plus_one})
     vae, batch = random_vae(config), BrickBatch.collate([full_bricks(2)])
     posterior, voxels = vae.encode(batch), batch.voxels()
@@ -158,7 +158,7 @@ def test_encoder_is_the_dense_one_where_the_grid_is_full(plus_one):
     torch.testing.assert_close(torch.cat([posterior.mean, posterior.logvar], 1), expected)
 
 
-def test_decoder_is_the_dense_one_where_the_grid_is_full():
+def test_the_decoder_equals_the_dense_one_on_a_full_grid():
     vae, side = random_vae(), 5  # shifted windows divide it
     cells = torch.cartesian_prod(torch.zeros(1).int(), *[torch.arange(side).int()] * 3)
     level = Level.from_coords(cells[token_order(cells)], side, 1)
@@ -170,7 +170,7 @@ def test_decoder_is_the_dense_one_where_the_grid_is_full():
     torch.testing.assert_close(vae.decode(z, level), expected[tuple(level.coords[:, 1:].long().T)])
 
 
-def test_a_fresh_model_says_zero_and_hardly_any_noise():
+def test_a_new_model_decodes_zero_and_has_little_noise():
     batch = BrickBatch.collate([random_bricks(12, 32)])
     values, posterior = SparseVAE(TINY)(batch, torch.randn(12, 3))
     for output, start in ((posterior.mean, 0), (posterior.logvar, -6), (values, 0)):
@@ -197,7 +197,7 @@ def test_latents_are_mean_plus_noise_and_logvar_is_bounded():
 
 
 def loss_of(vae, batch, noise):
-    """A scalar that every output matters to, and the gradient of every parameter."""
+    """Return a scalar that depends on every output, and its gradient for every parameter."""
     values, posterior = vae(batch, noise)
     weight = torch.linspace(-1, 1, 512, dtype=values.dtype)
     loss = (
@@ -208,7 +208,7 @@ def loss_of(vae, batch, noise):
     return values, posterior, loss, torch.autograd.grad(loss, list(vae.parameters()))
 
 
-def test_a_batch_is_its_assets_one_by_one_in_any_order():
+def test_a_batch_gives_the_result_of_each_asset_alone():
     vae = random_vae()
     bricks = [
         random_bricks(20, 32, seed=1),
@@ -230,7 +230,7 @@ def test_a_batch_is_its_assets_one_by_one_in_any_order():
             torch.testing.assert_close(grad, sum(one[3][n] for one in alone))
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_equal_finite_differences():
     vae, batch = (
         random_vae(),
         BrickBatch.collate([random_bricks(3, 16), random_bricks(1, 16, seed=1)]),
@@ -259,7 +259,7 @@ def test_gradients_are_those_of_finite_differences():
         assert grad.abs().max() > 0, name
 
 
-def test_recomputing_activations_changes_nothing_but_memory():
+def test_recomputing_activations_saves_memory_and_changes_no_value():
     vae, batch = random_vae(), BrickBatch.collate([random_bricks(20, 32)])
     results, sizes = [], []
     for vae.activation_checkpointing in (False, True):
@@ -282,12 +282,12 @@ def test_recomputing_activations_changes_nothing_but_memory():
         )
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-    head = 20 * 512 * (2 * TINY.widths[0] + 1)  # what the last layer keeps either way
+    head = 20 * 512 * (2 * TINY.widths[0] + 1)  # values that the last layer keeps in both cases
     assert sizes[2] < 0.4 * sizes[0]
     assert sizes[3] - head < 0.4 * (sizes[1] - head)
 
 
-def test_under_autocast_values_stay_close_and_fp32():
+def test_autocast_gives_close_values_in_fp32():
     vae, batch = random_vae(dtype=torch.float32), BrickBatch.collate([random_bricks(20, 32)])
     noise = torch.randn(20, 3)
     exact, _ = vae(batch, noise)
@@ -315,7 +315,7 @@ def test_empty_and_smallest_assets_train(bricks):
     assert all(parameter.grad.isfinite().all() for parameter in vae.parameters())
 
 
-def test_one_voxel_is_an_asset():
+def test_an_asset_of_one_voxel_is_encoded():
     one = random_bricks(1, 16)
     one.values[:] = 1
     one.values[0, 100] = 0.25
@@ -326,7 +326,7 @@ def test_one_voxel_is_an_asset():
     assert all(parameter.grad.isfinite().all() for parameter in vae.parameters())
 
 
-def test_bad_arguments_are_named():
+def test_invalid_arguments_are_refused():
     vae, batch = random_vae(), BrickBatch.collate([random_bricks(5, 32)])
     with pytest.raises(ValueError, match=r"z_MC must be \[5, 3\], got \[5, 4\]"):
         vae.decode(torch.zeros(5, 4, dtype=torch.float64), batch.cells)
@@ -338,7 +338,7 @@ def test_bad_arguments_are_named():
 
 
 def count_flops(config, batch):
-    """By the definition: one look at every pair of voxels that a tap joins."""
+    """Count by the definition, over all pairs of voxels that a tap joins."""
 
     def pairs(cells, parents_only=False):
         here, total = set(map(tuple, cells)), 0
@@ -382,13 +382,13 @@ def count_flops(config, batch):
     return 2 * (total + 512 * M * w[0])
 
 
-def test_flops_are_those_of_pairs_that_meet():
+def test_flops_count_the_existing_pairs():
     batch = BrickBatch.collate([random_bricks(9, 32), random_bricks(4, 32, seed=1)])
     assert SparseVAE(TINY).flops(batch) == count_flops(TINY, batch)
 
 
-def test_a_sparse_up_block_sees_only_cells_that_are_there():
-    """Dense oracle with holes: after each step of the dense path the voxels of absent cells are put back to zero."""
+def test_an_up_block_treats_absent_cells_as_zero():
+    """After each step of the dense computation the voxels of absent cells are set to zero."""
     level, up = random_level([30], side=4, resolution=4), UpBlock(6, 5).double()
     x = torch.randn(30, 6, dtype=torch.float64)
     at = tuple(level.coords[:, 1:].long().T)
@@ -431,7 +431,7 @@ def test_the_gpu_agrees_with_the_cpu_in_fp32(dtype, allowed, checkpointing):
         assert (a.cpu() - b).norm() < 2 * allowed * b.norm(), name
 
 
-def test_levels_are_shared_by_encoder_and_decoder():
+def test_encoder_and_decoder_share_levels():
     batch = BrickBatch.collate([random_bricks(9, 32)])
     posterior = random_vae().encode(batch)
     assert posterior.level is batch.voxels().level.parents.level.parents.level.parents.level

@@ -1,4 +1,4 @@
-"""The published SS-VAE weights: their names and shapes, and where each of them lands in ours."""
+"""The published SS-VAE weights: their names and shapes, and to which parameter each is copied."""
 
 import itertools
 
@@ -19,8 +19,8 @@ from tests.model.test_sparse_vae import TINY
 torch.set_num_threads(1)
 
 
-def official_shapes(widths=(32, 64, 128, 512), latent=16, blocks=4):
-    """Names and shapes of the published VAE."""
+def published_shapes(widths=(32, 64, 128, 512), latent=16, blocks=4):
+    """Return the names and shapes of the published VAE."""
     shapes = {
         "encoder.input_layer1.weight": (widths[0], 1),
         "encoder.input_layer1.bias": (widths[0],),
@@ -63,19 +63,19 @@ def official_shapes(widths=(32, 64, 128, 512), latent=16, blocks=4):
     return shapes
 
 
-def test_the_published_sizes_are_ours():
-    shapes = official_shapes()
+def test_the_default_sizes_are_the_published_ones():
+    shapes = published_shapes()
     assert sum(np.prod(shape) for shape in shapes.values()) == 37_874_113
     assert set(shapes) == set(published_vae_keys(VAEConfig()))
 
 
 def published(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = official_shapes(TINY.widths, TINY.latent_channels, TINY.blocks)
+    shapes = published_shapes(TINY.widths, TINY.latent_channels, TINY.blocks)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def test_published_weights_land_where_they_belong():
+def test_published_weights_are_copied_to_their_parameters():
     vae, weights = SparseVAE(TINY), published()
     vae.load_published(weights)
     sums = sorted(tensor.double().sum().item() for tensor in weights.values())
@@ -96,7 +96,10 @@ def test_published_weights_land_where_they_belong():
 
 
 def test_published_convolutions_are_dense_convolutions_with_x_fastest():
-    """torchsparse: out[p] = sum over k of x[p + d] @ kernel[k] + b, k = 9 * (dz + 1) + 3 * (dy + 1) + (dx + 1)."""
+    """In torchsparse out[p] is the sum of x[p + d] @ kernel[k] over taps k, plus a bias.
+
+    k = 9 * (dz + 1) + 3 * (dy + 1) + (dx + 1).
+    """
     vae, weights = SparseVAE(TINY), published()
     vae.load_published(weights)
     kernel = weights["encoder.downsample.1.out_layers.0.conv.kernel"]
@@ -120,11 +123,14 @@ def test_published_convolutions_are_dense_convolutions_with_x_fastest():
     torch.testing.assert_close(conv(x, level.neighbors), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_published_weights_lack_is_listed():
+def test_missing_published_weights_are_listed():
     vae, weights = SparseVAE(TINY), published()
     del weights["decoder.out_layer.bias"]
     weights["encoder.extra"] = torch.zeros(1)
     weights["encoder.input_layer1.bias"] = torch.zeros(5)
-    message = r"unknown encoder.extra; missing decoder.out_layer.bias; encoder.input_layer1.bias of shape \[5\] does not fit"
+    message = (
+        r"unknown encoder.extra; missing decoder.out_layer.bias; "
+        r"encoder.input_layer1.bias of shape \[5\] does not fit"
+    )
     with pytest.raises(ValueError, match=message):
         vae.load_published(weights)

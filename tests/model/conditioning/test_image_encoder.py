@@ -1,4 +1,4 @@
-"""Image preparation, augmentation and encoders: geometry and packing by construction, errors by name."""
+"""Image preparation, augmentation and image encoders: geometry, packing and errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 
 
 def rectangle(width=40, height=20, canvas=(100, 80), corner=(30, 10), color=(200, 30, 60)):
-    """RGBA: an opaque rectangle on transparent black."""
+    """Return RGBA: an opaque rectangle on transparent black."""
     pixels = np.zeros((canvas[1], canvas[0], 4), np.uint8)
     x, y = corner
     pixels[y : y + height, x : x + width] = [*color, 255]
@@ -63,7 +63,7 @@ def test_the_foreground_is_cropped_centred_and_padded_on_white():
     assert (image.rgb[0, 0] == 255).all()
 
 
-def test_position_and_canvas_do_not_matter():
+def test_position_and_image_size_do_not_matter():
     one = prepare_image(rectangle(33, 51, (90, 90), (5, 7)), SIZE)
     other = prepare_image(rectangle(33, 51, (200, 60), (150, 9)), SIZE)
     assert (one.rgb == other.rgb).all()
@@ -138,7 +138,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_kinds_of_files(name):
+def test_kinds_of_image_files_are_converted(name):
     image = load_image(FILES[name]())
     assert image.mode == "RGBA"
     assert has_alpha(image)
@@ -147,7 +147,7 @@ def test_kinds_of_files(name):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "CMYK", "I;16"])
-def test_images_without_alpha_say_what_to_do(mode):
+def test_an_image_without_alpha_is_refused_with_advice(mode):
     grey = Image.fromarray((np.arange(400, dtype=np.uint16) * 160).reshape(20, 20))
     image = grey if mode == "I;16" else Image.new(mode, (20, 20))
     loaded = load_image(saved(image, "TIFF" if mode == "CMYK" else "PNG"))
@@ -172,7 +172,7 @@ def test_camera_orientation_is_applied():
 
 
 @pytest.mark.parametrize("value", range(1, 9))
-def test_every_orientation_is_pillows(value):
+def test_every_orientation_is_applied_as_by_pillow(value):
     exif, image = (
         Image.Exif(),
         Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3),
@@ -188,7 +188,7 @@ def test_orientation_is_applied_beside_damaged_metadata():
     entries = [
         (0x0112, 3, 1, struct.pack("<I", 6)),
         (0x011A, 2, 4, b"abc\0"),
-    ]  # a resolution that is a text
+    ]  # a resolution of the wrong type
     directory = (
         struct.pack("<H", 2)
         + b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
@@ -207,7 +207,7 @@ def test_a_strip_whose_square_would_be_too_large_is_refused():
 
 
 def huge_png(side):
-    """A PNG header that claims side x side pixels."""
+    """Return a PNG whose header claims side x side pixels."""
 
     def chunk(kind, data):
         return (
@@ -220,18 +220,26 @@ def huge_png(side):
     )
 
 
+def truncated_png():
+    return io.BytesIO(saved(Image.effect_noise((64, 64), 50)).getvalue()[:900])
+
+
+def float_tiff():
+    return saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         (lambda: huge_png(20_000), "must have at most 67108864 pixels"),
         (lambda: huge_png(8_200), "got 8200 x 8200 = 67240000"),
         (lambda: io.BytesIO(b"<html>"), "must be a readable image"),
-        (lambda: io.BytesIO(saved(Image.effect_noise((64, 64), 50)).getvalue()[:900]), "must be a readable image"),
+        (truncated_png, "must be a readable image"),
         (lambda: "/nonexistent.png", "/nonexistent.png must be a readable image"),
-        (lambda: saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "8 or 16 bits for each channel, got mode 'F'"),
+        (float_tiff, "8 or 16 bits for each channel, got mode 'F'"),
     ],
-)  # fmt: skip
-def test_files_that_are_refused(source, message):
+)
+def test_unusable_files_are_refused(source, message):
     with pytest.raises(ValueError, match=message):
         load_image(source())
 
@@ -245,19 +253,19 @@ def test_files_that_are_refused(source, message):
         (np.zeros((5, 5, 3), np.uint8), "must be RGBA uint8"),
         (np.zeros((5, 5, 4), np.float32), "must be RGBA uint8"),
     ],
-)  # fmt: skip
-def test_images_that_are_refused(pixels, message):
+)
+def test_unusable_images_are_refused(pixels, message):
     with pytest.raises(ValueError, match=message):
         prepare_image(pixels, SIZE)
 
 
-def test_augmentation_needs_its_generator():
+def test_augmentation_needs_a_random_generator():
     with pytest.raises(ValueError, match="rng must be given with augmentation"):
         prepare_image(rectangle(), SIZE, augmentation=Augmentation())
 
 
 def prepared(*cells, side=8, seed=0):
-    """An image of noise whose foreground is these (column, row) patches, by one pixel each."""
+    """Return an image of noise with one pixel of foreground in each (column, row) patch."""
     rgb = np.random.default_rng(seed).integers(0, 256, (14 * side, 14 * side, 3), np.uint8)
     mask = np.zeros(rgb.shape[:2], bool)
     for column, row in cells:
@@ -267,9 +275,9 @@ def prepared(*cells, side=8, seed=0):
 
 def test_only_foreground_patches_are_kept_with_their_coordinates():
     batch = ImageBatch.collate([prepared((3, 1), (0, 2)), prepared((7, 7))])
-    assert batch.coords.tolist() == [
-        *[[0, 0, 0, 1]] * SPECIAL, [0, 3, 1, 0], [0, 0, 2, 0], *[[1, 0, 0, 1]] * SPECIAL, [1, 7, 7, 0],
-    ]  # fmt: skip
+    first = [*[[0, 0, 0, 1]] * SPECIAL, [0, 3, 1, 0], [0, 0, 2, 0]]
+    second = [*[[1, 0, 0, 1]] * SPECIAL, [1, 7, 7, 0]]
+    assert batch.coords.tolist() == [*first, *second]
     assert batch.starts.tolist() == [0, 7, 13]
     assert batch.max_tokens == 7
     with pytest.raises(ValueError, match="images must be of one size"):
@@ -285,8 +293,8 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_a_patchs_token_follows_its_own_pixels(kind):
-    """Without layers every token sees its own patch alone: so coordinates, order and selection are the right ones."""
+def test_the_token_of_a_patch_depends_on_its_own_pixels(kind):
+    """Without layers each token depends on its own patch, which shows coordinates and order."""
     encoder = ENCODERS[kind](0)
     image = prepared((3, 1), (0, 2), (6, 5))
     before = encoder(ImageBatch.collate([image])).feats_SC
@@ -298,7 +306,7 @@ def test_a_patchs_token_follows_its_own_pixels(kind):
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_a_batch_is_each_image_alone(kind):
+def test_a_batch_gives_the_tokens_of_each_image_alone(kind):
     encoder = ENCODERS[kind](2).eval()
     images = [prepared((3, 1), (0, 2)), prepared((7, 7), seed=1)]
     together = encoder(ImageBatch.collate(images)).feats_SC
@@ -309,7 +317,7 @@ def test_a_batch_is_each_image_alone(kind):
     assert (patches.var(1, unbiased=False) - 1).abs().max() < 1e-3
 
 
-def test_pixels_are_normalised_as_imagenet(monkeypatch):
+def test_pixels_are_normalised_by_the_statistics_of_imagenet(monkeypatch):
     seen, encoder = [], StandInEncoder(32, 0, 2, SIZE)
     monkeypatch.setattr(
         encoder, "tokens", lambda x: seen.append(x) or torch.zeros(1, SPECIAL + 64, 32)
@@ -322,7 +330,7 @@ def test_pixels_are_normalised_as_imagenet(monkeypatch):
     assert torch.allclose(seen[0][0, :, 0, 0], torch.ones(3), atol=0.02)
 
 
-def test_tokens_are_those_before_the_last_norm():
+def test_tokens_are_taken_before_the_last_norm():
     encoder = DinoEncoder.random(32, 2, 2, SIZE)
     pixels = torch.randn(2, 3, SIZE, SIZE)
     exact = encoder.model(pixels, output_hidden_states=True)
@@ -330,7 +338,7 @@ def test_tokens_are_those_before_the_last_norm():
     assert not torch.allclose(encoder.tokens(pixels), exact.last_hidden_state, atol=0.1)
 
 
-def test_dinov2_is_frozen_and_the_stand_in_learns():
+def test_dinov2_is_frozen_and_the_stand_in_is_trainable():
     batch = ImageBatch.collate([prepared((3, 1))])
     frozen, learning = DinoEncoder.random().train(), StandInEncoder(32, 1, 2, SIZE)
     assert not frozen(batch).feats_SC.requires_grad
@@ -359,7 +367,7 @@ def test_unconditional_and_dropped_features_are_zero_at_the_same_coordinates():
         assert torch.equal(dropped.feats_SC[rows], condition.feats_SC[rows])
 
 
-def test_weights_survive_a_folder(tmp_path):
+def test_weights_are_loaded_from_a_directory(tmp_path):
     encoder = DinoEncoder.random(32, 1, 2, SIZE)
     encoder.model.save_pretrained(tmp_path)
     again = build_encoder(EncoderConfig(weights=str(tmp_path), image_size=SIZE, channels=32))
@@ -372,13 +380,13 @@ def test_weights_survive_a_folder(tmp_path):
         build_encoder(EncoderConfig(weights=str(tmp_path), image_size=SIZE))
 
 
-def test_missing_weights_say_what_to_run(tmp_path):
+def test_missing_weights_are_an_error_with_advice(tmp_path):
     with pytest.raises(UserError, match="run `hf download facebook/dinov2-with-registers-large"):
         DinoEncoder.load(str(tmp_path))
 
 
 @pytest.mark.gpu
-def test_no_copy_to_the_host():
+def test_encoding_copies_nothing_to_the_host():
     encoder = DinoEncoder.random().cuda()
     batch = ImageBatch.collate([prepared((3, 1)), prepared((1, 1))]).to("cuda")
     encoder(batch)

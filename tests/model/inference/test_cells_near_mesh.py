@@ -1,4 +1,4 @@
-"""The next stage's cells: against brute force over every grid point, and against what the pipeline stores."""
+"""The cells near a mesh: against brute force over all grid points, and at the band's border."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from pipeline.core.grid import CELL_SIDE, band, spacing
 
 
 def brute_force(vertices, faces, resolution):
-    """Cells of all grid points within tau, by trimesh's closest points in fp64."""
+    """Return the cells of all grid points within tau, by trimesh's closest points in fp64."""
     line = np.arange(resolution) * spacing(resolution) - 0.5
     points = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3)
     triangles = vertices[faces]
@@ -37,16 +37,16 @@ def soup(seed, faces, size):
 
 @pytest.mark.parametrize("resolution", [16, 24])
 @pytest.mark.parametrize("size", [0.02, 0.4])
-def test_cells_are_those_of_brute_force(resolution, size):
+def test_cells_equal_those_of_brute_force(resolution, size):
     for seed in range(3):
-        vertices, faces = soup(seed, 4, size)  # some of it outside the cube
+        vertices, faces = soup(seed, 4, size)  # partly outside the cube
         np.testing.assert_array_equal(
             cells_near(vertices, faces, resolution), brute_force(vertices, faces, resolution)
         )
 
 
 @pytest.mark.parametrize("shape", ["point", "segment"])
-def test_a_face_without_area_counts_as_what_it_is(shape):
+def test_a_face_without_area_counts_as_a_segment_or_point(shape):
     vertices = np.array([[0.1, 0.2, 0.3]] * 3)
     if shape == "segment":
         vertices[1] += [0.2, -0.1, -0.4]
@@ -65,7 +65,7 @@ def brute_force_of_points(a, b, resolution):
     return np.argwhere(near.reshape((resolution // CELL_SIDE, CELL_SIDE) * 3).any(axis=(1, 3, 5)))
 
 
-def test_the_band_is_open_at_its_border():
+def test_points_exactly_at_tau_do_not_count():
     step, tau = (
         spacing(16),
         band(16),
@@ -80,7 +80,7 @@ def test_the_band_is_open_at_its_border():
     assert len(cells_near(outside, np.array([[0, 1, 2]]), 16)) == 0
 
 
-def test_bad_input_is_refused():
+def test_invalid_input_is_refused():
     vertices, faces = soup(0, 1, 0.1)
     with pytest.raises(ValueError, match="multiple of 8, got 20"):
         cells_near(vertices, faces, 20)

@@ -14,7 +14,10 @@ from pipeline.core.schema import Bricks
 
 
 def analytic_bricks(distance, resolution, reach=1.0):
-    """Every cell with a point nearer to the surface than reach * tau; distance: [N, 3] in the cube -> [N]."""
+    """Return bricks of the cells with a grid point closer to the surface than reach * tau.
+
+    `distance` maps points [N, 3] in the cube to distances [N].
+    """
     side, tau, h = resolution // 8, band(resolution), spacing(resolution)
     cells = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)
     centre = (8 * cells + 3.5) * h - 0.5
@@ -49,7 +52,7 @@ def euler(vertices, faces):
     return len(vertices) - len(np.unique(low * len(vertices) + high)) + len(faces)
 
 
-def test_surfaces_of_a_batch_are_where_they_should_be():
+def test_surfaces_of_a_batch_match_the_analytic_ones():
     assets = [sphere(0.3), None, torus, sphere(0.2, (0.1, 0.05, -0.1))]
     bricks = [analytic_bricks(d or (lambda p: np.full(len(p), 1.0)), 64) for d in assets]
     batch = BrickBatch.collate(bricks)
@@ -71,7 +74,7 @@ def test_surfaces_of_a_batch_are_where_they_should_be():
         )  # positive: seen from outside
 
 
-def test_the_level_moves_the_surface():
+def test_the_iso_value_moves_the_surface():
     one = analytic_bricks(sphere(0.3), 64)
     vertices, _ = extract_mesh(one.cells, one.values.astype(np.float32), 64, iso_value=0.5)
     batch = BrickBatch.collate([one])
@@ -81,7 +84,7 @@ def test_the_level_moves_the_surface():
     assert np.abs(sphere(0.3 + 0.5 * band(64))(vertices)).max() < 0.1 * spacing(64)
 
 
-def test_nothing_is_invented_beyond_decoded_cells():
+def test_there_is_no_surface_outside_the_decoded_cells():
     one = analytic_bricks(sphere(0.3), 64)
     keep = one.cells[:, 0] < 4
     vertices, faces = extract_mesh(one.cells[keep], one.values[keep], 64)
@@ -118,7 +121,7 @@ def test_untrained_values_have_no_surface():
         ),
     ],
 )
-def test_bad_arguments_are_named(blocks, values, message):
+def test_invalid_arguments_are_refused(blocks, values, message):
     with pytest.raises(ValueError, match=message):
         extract_mesh(blocks, values, 64)
 
@@ -132,12 +135,14 @@ from kernels import token_order
 coords, values = (torch.from_numpy(np.load(name)) for name in sys.argv[1:3])
 order = token_order(coords)
 cells, values = Level.from_coords(coords[order], 128, 1), values[order]
-extract_meshes(Level.from_coords(torch.zeros(1, 4).int(), 128, 1), torch.linspace(-1, 1, 512)[None])  # compiles
+one_cell = Level.from_coords(torch.zeros(1, 4).int(), 128, 1)
+extract_meshes(one_cell, torch.linspace(-1, 1, 512)[None])  # compiles
 base, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, time.process_time()
 (vertices, faces), = extract_meshes(cells, values)
 seconds = time.process_time() - start
 np.save(sys.argv[3], vertices), np.save(sys.argv[4], faces)
-print(len(cells), len(vertices), len(faces), seconds, base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+print(len(cells), len(vertices), len(faces), seconds, base, peak)
 """
 
 
@@ -147,7 +152,7 @@ print(len(cells), len(vertices), len(faces), seconds, base, resource.getrusage(r
     [(lambda p: torus(p, 0.28, 0.1115), 0, 45_900), (sphere(0.443), 2, 92_000)],
     ids=["torus", "sphere"],
 )
-def test_1024_takes_seconds_and_far_less_than_4_gb(tmp_path, distance, number, cells):
+def test_resolution_1024_takes_seconds_and_less_than_4_gb(tmp_path, distance, number, cells):
     one = analytic_bricks(distance, 1024)
     assert abs(len(one.cells) - cells) < 0.05 * cells
     files = [tmp_path / f"{name}.npy" for name in ("coords", "values", "vertices", "faces")]

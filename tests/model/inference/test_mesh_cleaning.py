@@ -1,4 +1,4 @@
-"""Cleaning a surface: closed whatever is missing, floaters and bubbles gone, what is sound left alone."""
+"""Cleaning of surfaces: holes, floaters and bubbles, and meshes that need no cleaning."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,11 @@ from pipeline.core.schema import Bricks
 R = 64
 
 
-def bricks_of(sdf, keep=lambda blocks: np.ones(len(blocks), bool)):
-    """Bricks of an analytic distance function of points [..., 3] at R, without the blocks that `keep` refuses."""
+def bricks_of(sdf, keep=lambda cells: np.ones(len(cells), bool)):
+    """Return bricks of a distance function of points [..., 3], without some of its cells.
+
+    `keep` returns which of the cells [M, 3] remain.
+    """
     line = np.arange(R) * spacing(R) - 0.5
     grid = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1)
     values = np.clip(sdf(grid) / band(R), -1, 1).astype(np.float16)
@@ -52,7 +55,7 @@ def volume(vertices, faces):
 
 
 def assert_closed_manifold(vertices, faces):
-    """Every edge has two faces, in opposite directions, and the faces around every vertex are one fan."""
+    """Assert that edges have two opposite faces, and that the faces of a vertex are one fan."""
     assert count_open_edges(faces) == 0
     mesh = trimesh.Trimesh(vertices, faces, process=False, validate=False)
     assert mesh.is_watertight
@@ -69,7 +72,7 @@ def assert_closed_manifold(vertices, faces):
             assert node != first, "two fans meet in one vertex"
 
 
-def test_a_sound_mesh_is_left_alone():
+def test_a_closed_mesh_is_unchanged():
     vertices, faces = extract(bricks_of(ball(0.35)))
     result = clean_mesh(vertices, faces)
     np.testing.assert_array_equal(result.vertices, vertices)
@@ -78,7 +81,7 @@ def test_a_sound_mesh_is_left_alone():
 
 
 @pytest.mark.parametrize("missing", [1, 8, 40])
-def test_missing_cells_leave_a_closed_mesh(missing):
+def test_holes_of_missing_cells_are_closed(missing):
     random = np.random.default_rng(missing)
     whole = bricks_of(ball(0.35))
     lost = random.permutation(len(whole.cells)) < missing
@@ -96,7 +99,7 @@ def test_missing_cells_leave_a_closed_mesh(missing):
         )
 
 
-def test_pieces_that_touch_in_a_border_vertex_are_taken_apart():
+def test_pieces_that_touch_in_a_border_vertex_are_separated():
     # A fan of two separate triangle pairs around vertex 0: its border passes there twice.
     vertices = np.array(
         [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [-1, 0, 0], [-1, -1, 0], [0, -1, 0.0]]
@@ -108,7 +111,7 @@ def test_pieces_that_touch_in_a_border_vertex_are_taken_apart():
     assert_closed_manifold(closed, closed_faces)
 
 
-def test_floaters_and_bubbles_go():
+def test_floaters_and_bubbles_are_removed():
     vertices, faces = extract(
         bricks_of(union(ball(0.3, (-0.1, 0, 0)), ball(0.03, (0.4, 0.4, 0.4))))
     )
@@ -142,7 +145,7 @@ def test_open_edges_are_counted():
     np.testing.assert_array_equal(faces, tetrahedron)
 
 
-def test_fewer_faces_by_a_library():
+def test_simplification_reduces_the_faces():
     pytest.importorskip("fast_simplification")
     vertices, faces = extract(bricks_of(ball(0.35)))
     fewer, fewer_faces = simplify(vertices, faces, 1000)
@@ -152,7 +155,7 @@ def test_fewer_faces_by_a_library():
     assert simplify(vertices, faces, len(faces))[1] is faces
 
 
-def test_bad_arguments_are_refused():
+def test_invalid_arguments_are_refused():
     vertices, faces = extract(bricks_of(ball(0.35)))
     with pytest.raises(ValueError, match="min_piece must be in"):
         clean_mesh(vertices, faces, min_piece=1.0)

@@ -1,4 +1,4 @@
-"""Mesh files and previews: another reader gets back what was written, and pictures show the mesh."""
+"""Mesh files are read back by another library, and previews show the mesh."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_other_endings_are_refused(tmp_path):
         write_preview(tmp_path / "box.jpg", VERTICES, FACES)
 
 
-def test_a_turntable_shows_the_mesh_from_its_sides():
+def test_a_turntable_shows_the_mesh_from_all_sides():
     front, side = turntable(VERTICES, FACES, 4, size=96)[:2]
     widths = [(view != view[0, 0]).any(axis=2).any(axis=0).sum() for view in (front, side)]
     a, b = np.radians(30), np.radians(120)
@@ -41,7 +41,7 @@ def test_a_turntable_shows_the_mesh_from_its_sides():
     assert widths[0] / widths[1] == pytest.approx(expected[0] / expected[1], rel=0.15)
 
 
-def test_previews(tmp_path):
+def test_previews_are_written_as_png_and_gif(tmp_path):
     write_preview(tmp_path / "box.png", VERTICES, FACES, size=48)
     assert Image.open(tmp_path / "box.png").size == (4 * 48, 2 * 48)
     write_preview(tmp_path / "box.gif", VERTICES, FACES, size=48)
