@@ -62,9 +62,8 @@ def torus_mesh(n: int = 512) -> tuple[np.ndarray, np.ndarray]:
     """Return vertices and faces of the torus, made of n x n quads."""
     u, v = np.meshgrid(*[2 * np.pi * np.arange(n) / n] * 2, indexing="ij")
     ring = MAJOR_RADIUS + MINOR_RADIUS * np.cos(v)
-    vertices = np.stack([ring * np.cos(u), MINOR_RADIUS * np.sin(v), ring * np.sin(u)], -1).reshape(
-        -1, 3
-    )
+    points = np.stack([ring * np.cos(u), MINOR_RADIUS * np.sin(v), ring * np.sin(u)], -1)
+    vertices = points.reshape(-1, 3)
     i, j = np.meshgrid(np.arange(n), np.arange(n), indexing="ij")
     a, b, c, d = (((i + x) % n) * n + (j + y) % n for x, y in ((0, 0), (0, 1), (1, 1), (1, 0)))
     faces = np.concatenate(
@@ -116,8 +115,8 @@ class StageTimer:
         """Call a function, add its row and return its result."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
         with (
             torch.no_grad(),
@@ -125,9 +124,9 @@ class StageTimer:
         ):
             result = function()
         if on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+        peak = torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else None
         self.rows.append({"stage": stage, "seconds": seconds, "peak_gb": peak, **notes})
         return result
 

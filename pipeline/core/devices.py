@@ -31,7 +31,9 @@ def check_device(name: str) -> str:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device that a `--device` option names.
+    """Return the device that a `--device` option names, and make it the current one.
+
+    Triton launches kernels on the current CUDA device, whatever the device of their arguments.
 
     Args:
         name: "auto", "cpu", "cuda" or "cuda:N". "auto" is a GPU if torch finds one, else the CPU.
@@ -62,4 +64,5 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         who = f"rank {local_rank} of this machine" if local_rank else f"--device {name}"
         ranks = f" or --nproc-per-node {count}" if count and not number else ""
         raise UserError(f"{who} needs a CUDA device, {count} found; use --device cpu{ranks}")
+    torch.cuda.set_device(index)
     return torch.device("cuda", index)

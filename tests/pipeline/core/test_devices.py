@@ -11,6 +11,9 @@ from pipeline.core.errors import UserError
 def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
@@ -26,7 +29,6 @@ def test_other_names_are_refused(name):
         choose_device(name)
 
 
-@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(
     ("name", "rank", "device"),
     [
@@ -37,8 +39,10 @@ def test_other_names_are_refused(name):
         ("cpu", 1, "cpu"),
     ],
 )
-def test_a_name_and_a_rank_choose_a_device(name, rank, device):
+def test_a_name_and_a_rank_choose_the_current_device(two_gpus, name, rank, device):
     assert choose_device(name, rank) == torch.device(device)
+    # Triton launches kernels on the current device.
+    assert two_gpus == [torch.device(device).index] * (device != "cpu")
 
 
 @pytest.mark.usefixtures("two_gpus")

@@ -134,6 +134,7 @@ def test_a_fresh_store_does_not_show_the_keys_of_killed_ranks():
 def test_more_ranks_than_gpus_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _index: None)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
     with pytest.raises(
         UserError,
