@@ -17,7 +17,8 @@ class Reject(Exception):
 
     def __init__(self, reason: str, **numbers: Any):
         super().__init__(reason, numbers)
-        self.reason, self.numbers = reason, numbers
+        self.reason = reason
+        self.numbers = numbers
 
     def __str__(self) -> str:
         return self.reason + "".join(f" {name}={value}" for name, value in self.numbers.items())

@@ -35,7 +35,10 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.links, self.images, self.text = [], [], [], ""
+        self.open = []
+        self.links = []
+        self.images = []
+        self.text = ""
         self.feed(html)
         self.close()
 
@@ -180,7 +183,8 @@ def test_a_slice_is_blue_inside_and_orange_outside_with_y_up():
     assert picture.shape == (16, 16, 3)
     assert (picture[8:] == 255).all()
     assert (picture[:, 8:] == 255).all()
-    inside, outside = picture[3, 0].astype(int), picture[3, 7].astype(int)
+    inside = picture[3, 0].astype(int)
+    outside = picture[3, 7].astype(int)
     assert inside[2] > inside[0]
     assert outside[0] > outside[2]
 

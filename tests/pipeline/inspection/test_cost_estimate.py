@@ -15,17 +15,9 @@ from pipeline.inspection.config import EstimateConfig
 from pipeline.inspection.cost_estimate import Cost, estimate_cost, measure_passes
 from pipeline.orchestration.manifest import PACK_SECONDS, Result, append_stats
 
-COST = Cost(
-    assets=100,
-    seconds=36.0,
-    error=3.6,
-    gpu_seconds=0.0,
-    fetched_bytes=1e7,
-    stored_bytes=1e6,
-    files=10.0,
-    shard_size=64,
-    memory_bytes=5e8,
-)
+SECONDS = {"seconds": 36.0, "error": 3.6, "gpu_seconds": 0.0}
+BYTES = {"fetched_bytes": 1e7, "stored_bytes": 1e6, "memory_bytes": 5e8}
+COST = Cost(assets=100, files=10.0, shard_size=64, **SECONDS, **BYTES)
 
 
 def config(tmp_path, **options):
