@@ -21,7 +21,7 @@ SUBCOMMANDS = {"steps": StepsConfig, "learn": LearnConfig}
 def main(args: Sequence[str]) -> None:
     name, cfg = parse_subcommand(SUBCOMMANDS, args, prog=PROG)
     # The options are parsed before torch is imported, which takes seconds.
-    from benchmarks.machine import gpu_machine, require_gpu
+    from benchmarks.gpu import gpu_machine, require_gpu
 
     device = require_gpu()
     cfg.out.mkdir(parents=True, exist_ok=True)

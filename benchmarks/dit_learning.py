@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.dit_config import LearnConfig
+from benchmarks.gpu import limited
 from model.checkpoint import load_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import ImageBatch
@@ -32,7 +33,6 @@ from pipeline.core.schema import View
 from train.data.bricks import BrickReader, read_build_index
 from train.data.render_conditions import ViewReader
 from train.engine.batch_sampler import SampleId
-from train.engine.config import LoopConfig
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side
 from train.stages.config import ExportConfig
@@ -50,6 +50,7 @@ from train.stages.vae.run import train_vae
 log = logging.getLogger(__name__)
 
 STEPS = 25  # sampling steps of each stage
+LOOP: dict[str, Any] = {"warmup_steps": 50, "log_every": 100}
 PICTURE_SIDE = 256  # pixels
 
 
@@ -117,7 +118,7 @@ def vae_and_dit_configs(cfg: LearnConfig, runs: Path) -> tuple[VAETraining, DiTT
         data=cfg.data,
         out=runs / "vae",
         bricks=BrickConfig(resolutions=(cfg.resolution,), symmetries=False, workers=8),
-        loop=limited(vae_loop, cfg.vae_minutes),
+        loop=limited(vae_loop, cfg.vae_minutes, **LOOP),
     )
     start = DIT_PRESETS["small"]
     dit_loop = replace(start.flow.loop, learning_rate=cfg.learning_rate)
@@ -131,7 +132,7 @@ def vae_and_dit_configs(cfg: LearnConfig, runs: Path) -> tuple[VAETraining, DiTT
             start.flow,
             augment=False,
             batch_size=cfg.batch_size,
-            loop=limited(dit_loop, cfg.dit_minutes),
+            loop=limited(dit_loop, cfg.dit_minutes, **LOOP),
         ),
     )
     return vae, dit
@@ -141,12 +142,14 @@ def structure_config(cfg: LearnConfig, runs: Path) -> StructureTraining:
     """Return the options of the structure stage, whose parts end after their minutes."""
     start = STRUCTURE_PRESETS["small"]
     vae_minutes, flow_minutes = cfg.structure_minutes
+    vae_loop = limited(start.vae.loop, vae_minutes, **LOOP)
+    flow_loop = limited(start.flow.loop, flow_minutes, **LOOP)
     return replace(
         start,
         **_common_options(cfg),
         out=runs / "structure",
-        vae=replace(start.vae, symmetries=False, loop=limited(start.vae.loop, vae_minutes)),
-        flow=replace(start.flow, augment=False, loop=limited(start.flow.loop, flow_minutes)),
+        vae=replace(start.vae, symmetries=False, loop=vae_loop),
+        flow=replace(start.flow, augment=False, loop=flow_loop),
     )
 
 
@@ -157,22 +160,6 @@ def _common_options(cfg: LearnConfig) -> dict[str, Any]:
         "workers": 4,
         "held_out_views": cfg.held_out_views,
     }
-
-
-def limited(loop: LoopConfig, minutes: float) -> LoopConfig:
-    """Return a loop that ends after minutes, without validation and previews."""
-    return replace(
-        loop,
-        max_minutes=minutes,
-        steps=1_000_000,
-        schedule="constant",
-        warmup_steps=50,
-        ema_decay=0.99,
-        log_every=100,
-        checkpoint_every=1_000_000,
-        validate_every=0,
-        sample_every=0,
-    )
 
 
 def run_summaries(runs: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dit_config import StepsConfig
+from benchmarks.gpu import step_report
 from benchmarks.token_sets import surface_coords
 from kernels import spatial_sparse_attention
 from model.attention import ragged_attention
@@ -32,7 +33,7 @@ from model.sparse_tensor import Level
 from pipeline.core.grid import CELL_SIDE
 from train.data.latents import LatentBatch
 from train.engine.distributed import World
-from train.engine.optimizer import make_optimizer, peak_flops, update_average
+from train.engine.optimizer import make_optimizer, update_average
 from train.engine.prefetch import Prefetcher
 from train.stages.dit.config import DIT_PRESETS, DiTTraining
 from train.stages.dit.data import DiTBatch
@@ -54,10 +55,8 @@ def dino_of_random_weights() -> Iterator[str]:
         hidden_size=1024,
         num_hidden_layers=24,
         num_attention_heads=16,
-        mlp_ratio=4,
         image_size=518,
         patch_size=14,
-        num_register_tokens=4,
     )
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("cuda"):
@@ -172,16 +171,12 @@ class Stepper:
                 milliseconds(lambda: self.task.model.encode_images(batch_on_gpu.images))
                 for _ in range(3)
             )
-        # A backward pass costs as much as two forward passes.
-        flops = 3 * self.task.model.dit.flops(batch_on_gpu.latents.cells, image_tokens)
-        ms = median(times)
+        forward_flops = self.task.model.dit.flops(batch_on_gpu.latents.cells, image_tokens)
+        report = step_report(
+            times, tokens=batch.tokens, forward_flops=forward_flops, device=self.device
+        )
         return {
-            "ms": ms,
-            "ms_min": min(times),
-            "ms_max": max(times),
-            "tokens_per_s": 1000 * batch.tokens / ms,
-            "tflop": flops / 1e12,
-            "mfu": flops / (ms / 1000) / (peak_flops(self.device) or float("nan")),
+            **report,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
             "encoder_ms": encoder_ms,
             "image_tokens": len(batch_on_gpu.images.coords),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.dit_steps import Stepper, dino_of_random_weights, synthetic_batch
+from benchmarks.gpu import gpu_machine
 from model.config import EncoderConfig
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
-from train.engine.checkpoint import provenance
 from train.engine.distributed import World, join_world
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.dit.data import DiTBatch
@@ -150,13 +149,7 @@ def main(args: Sequence[str]) -> None:
                 torch.cuda.empty_cache()
                 world.barrier()
         if world.is_first:
-            gpu = torch.cuda.get_device_properties(world.device).name
-            machine = {
-                "gpu": gpu,
-                "python": platform.python_version(),
-                "cuda": torch.version.cuda,
-                **provenance(),
-            }
+            machine = gpu_machine(world.device)
             cfg.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"machine": machine, "rows": rows}, indent=1, default=str)
             (cfg.out / "scaling.json").write_text(text + "\n")

@@ -11,7 +11,6 @@ import gc
 import json
 import logging
 import multiprocessing
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +21,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from benchmarks.gpu import gpu_machine, limited, require_gpu, step_report
 from model.checkpoint import load_model
 from model.config import VAEConfig
 from model.sparse_vae import SparseVAE
 from pipeline.core.cli import command
-from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
 from pipeline.core.product import Product, tokens_column
 from pipeline.core.schema import Bricks, Mesh
@@ -37,10 +36,9 @@ from pipeline.geometry.topology import build_topology
 from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
 from pipeline.storage.sdf_shard import write_sdf_shard
 from train.data.bricks import BrickLoader, BrickReader, read_build_index
-from train.engine.checkpoint import provenance
 from train.engine.distributed import World
 from train.engine.mesh_pictures import save_image, side_by_side
-from train.engine.optimizer import make_optimizer, peak_flops
+from train.engine.optimizer import make_optimizer
 from train.evaluation.results import summarize_surfaces
 from train.evaluation.vae import evaluate_asset, reconstruction_table
 from train.stages.vae.config import VAE_PRESETS, BrickConfig, VAETraining
@@ -271,14 +269,10 @@ def _time(task: VAETask, cfg: VAETraining, batch: Any, device: torch.device) -> 
         step()
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in events]
-    flops, milliseconds = 3 * task.model.flops(batch.to(device).bricks), median(times)
+    forward_flops = task.model.flops(batch.to(device).bricks)
+    report = step_report(times, tokens=batch.tokens, forward_flops=forward_flops, device=device)
     return {
-        "ms": milliseconds,
-        "ms_min": min(times),
-        "ms_max": max(times),
-        "tokens_per_s": 1000 * batch.tokens / milliseconds,
-        "tflop": flops / 1e12,
-        "mfu": flops / (milliseconds / 1000) / (peak_flops(device) or float("nan")),
+        **report,
         "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
     }
 
@@ -298,18 +292,12 @@ def learn(cfg: Measure, preset: str, device: torch.device) -> dict[str, Any]:
             out=cfg.out / "runs" / f"{preset}-{resolution}",
             init=init,
             bricks=BrickConfig(resolutions=(resolution,), workers=8, reconstructions=0),
-            loop=replace(
+            loop=limited(
                 start.loop,
-                steps=1_000_000,
-                max_minutes=cfg.minutes,
+                cfg.minutes,
                 optimizer=cfg.optimizer,
                 learning_rate=cfg.learning_rate,
                 warmup_steps=30,
-                schedule="constant",
-                ema_decay=0.99,
-                checkpoint_every=1_000_000,
-                validate_every=0,
-                sample_every=0,
                 log_every=50,
             ),
         )
@@ -372,19 +360,10 @@ def _evaluate(
 
 def measure(cfg: Measure) -> dict[str, Any]:
     """Measure what the options ask for. The results are written after each part."""
-    if not torch.cuda.is_available():
-        raise UserError("the benchmark needs a CUDA device, and none was found")
-    device = torch.device("cuda", 0)
+    device = require_gpu()
     cfg.out.mkdir(parents=True, exist_ok=True)
-    driver = torch.cuda.get_device_properties(device)
-    machine = {
-        "gpu": driver.name,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        **provenance(),
-    }
     results: dict[str, Any] = {
-        "machine": machine,
+        "machine": gpu_machine(device),
         "model": VAEConfig.__name__,
         "steps": [],
         "learn": [],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +68,44 @@ class ConditionedBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class PreviewGroup:
+    """Assets that a preview generates.
+
+    Args:
+        name: Key of the group in iou.json.
+        index: The assets.
+        held_out_only: Whether they are generated from held-out views only.
+    """
+
+    name: str
+    index: BuildIndex
+    held_out_only: bool
+
+
+def preview_groups(
+    cfg: ConditionedTraining, train: BuildIndex, val: BuildIndex
+) -> tuple[PreviewGroup, PreviewGroup]:
+    """Return the training assets, from held-out views if there are any, and the held-out assets."""
+    views = "held_out_views" if cfg.held_out_views else "training_views"
+    return PreviewGroup(views, train, True), PreviewGroup("held_out_assets", val, False)
+
+
+def write_ious(folder: Path, groups: Mapping[str, Mapping[str, float] | Sequence[float]]) -> None:
+    """Write iou.json: the mean IoU of each group of assets, and that of each asset.
+
+    Args:
+        folder: Directory of the preview.
+        groups: IoU of each asset, by name of the group. Groups without assets are left out.
+    """
+    content = {}
+    for name, each in groups.items():
+        if each:
+            values = list(each.values()) if isinstance(each, Mapping) else each
+            content[name] = {"iou": float(np.mean(values)), "each": each}
+    (folder / "iou.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def choose_views(

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from model.config import RecommendedSampling
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import CameraSet
 
+# What the presets for minutes on a CPU and for minutes on a GPU have in common.
+TINY_OPTIONS: dict[str, Any] = {
+    "device": "cpu",
+    "resolution": 64,
+    "held_out_views": 2,
+    "workers": 1,
+}
+SMALL_OPTIONS: dict[str, Any] = {
+    "preset": "small",
+    "data": Path("data/full"),
+    "resolution": 256,
+    "held_out_views": 5,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionedTraining:
-    """Training of a stage on the renders of a build.
-
-    Raises:
-        ValueError: If a number is out of range.
-    """
+    """Training of a stage on the renders of a build."""
 
     preset: str
     """Set of defaults for all other options."""

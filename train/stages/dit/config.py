@@ -9,7 +9,7 @@ from typing import Literal
 from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
 from train.data.config import FlowOptions
 from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
-from train.stages.config import ConditionedTraining
+from train.stages.config import SMALL_OPTIONS, TINY_OPTIONS, ConditionedTraining
 
 DiTPreset = Literal["tiny", "small", "256", "384", "512", "1024"]
 
@@ -93,10 +93,7 @@ def _paper_preset(
 
 DIT_PRESETS: dict[str, DiTTraining] = {
     "tiny": DiTTraining(
-        device="cpu",
-        resolution=64,
-        held_out_views=2,
-        workers=1,
+        **TINY_OPTIONS,
         samples=4,
         flow=FlowOptions(
             batch_size=8,
@@ -119,13 +116,10 @@ DIT_PRESETS: dict[str, DiTTraining] = {
         ),
     ),
     "small": DiTTraining(
-        preset="small",
-        data=Path("data/full"),
+        **SMALL_OPTIONS,
         vae=Path("runs/vae-small/latest"),
         out=Path("runs/dit-small"),
-        resolution=256,
         max_tokens=65_536,
-        held_out_views=5,
         flow=FlowOptions(
             batch_size=16,
             loop=replace(

@@ -161,5 +161,5 @@ class DiTLoader:
         except UNREADABLE as error:
             raise RunError(
                 f"the latents of {uid} in {self.store.folder} cannot be read: {error!r}; remove "
-                "its shard there and run python -m train.encode again with the same --vae and --data"
+                "its shard there and run the same python -m train.encode again"
             ) from error

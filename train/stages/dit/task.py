@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,17 @@ from train.data.latents import LatentStore
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
-from train.stages.conditioned import VALIDATION_TIMES
+from train.stages.conditioned import VALIDATION_TIMES, preview_groups, write_ious
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTBatch, DiTLoader
+from train.stages.task import StageTask
 from train.stages.validation import assets_of_rank, mean_over_ranks
 
 PICTURE_SIDE = 256  # pixels
 COLUMNS = ("image", "generated", "stored latents, decoded")
 
 
-class DiTTask:
+class DiTTask(StageTask[DiTTraining]):
     """What the SS-DiT adds to the trainer.
 
     Args:
@@ -56,11 +56,8 @@ class DiTTask:
         store: LatentStore,
         vae: SparseVAE | None,
     ):
-        torch.manual_seed(cfg.flow.loop.seed)
-        self.cfg = cfg
-        self.world = world
+        super().__init__(cfg, world, val, cfg.flow.loop.seed)
         self.train = train
-        self.val = val
         self.store = store
         self.vae = vae
         self.model = ConditionedDiT(cfg.model)
@@ -137,23 +134,19 @@ class DiTTask:
         """
         if self.vae is None:
             return
-        views = "held_out_views" if self.cfg.held_out_views else "training_views"
-        numbers = {}
+        ious_by_group = {}
         rows = []
-        for name, index, held_out_only in (
-            (views, self.train, True),
-            ("held_out_assets", self.val, False),
-        ):
+        for group in preview_groups(self.cfg, self.train, self.val):
+            index = group.index
             loader = DiTLoader(
-                index, self.store, self.cfg, training=False, held_out_only=held_out_only
+                index, self.store, self.cfg, training=False, held_out_only=group.held_out_only
             )
             ious = {}
             for asset in range(min(len(index), self.cfg.samples)):
                 ious[index.uids[asset]], row = self._preview(model, loader, asset, folder)
                 rows.append(row)
-            if ious:
-                numbers[name] = {"iou": float(np.mean(list(ious.values()))), "each": ious}
-        (folder / "iou.json").write_text(json.dumps(numbers, indent=1) + "\n")
+            ious_by_group[group.name] = ious
+        write_ious(folder, ious_by_group)
         if rows:
             save_image(folder / "contact.png", side_by_side(rows, COLUMNS))
 

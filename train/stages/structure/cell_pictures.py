@@ -36,7 +36,7 @@ def cube_surface(occupied: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDAr
     squares = []
     for axis in range(3):
         u, v = (np.eye(3)[(axis + n) % 3] for n in (1, 2))
-        # Squares on the far side of cells, then on the near side with the opposite order of corners.
+        # Squares on the far side of cells, then on the near side, where the order is reversed.
         for step, order in ((1, (0, 1, 2, 3)), (-1, (3, 2, 1, 0))):
             has_face = occupied & ~np.roll(padded, -step, axis)[1:-1, 1:-1, 1:-1]
             base = np.argwhere(has_face) + (np.eye(3)[axis] if step == 1 else 0)

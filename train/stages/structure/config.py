@@ -16,7 +16,7 @@ from model.config import (
 from pipeline.core.grid import CELL_SIDE
 from train.data.config import FlowOptions
 from train.engine.config import TINY_LOOP, LoopConfig
-from train.stages.config import ConditionedTraining
+from train.stages.config import SMALL_OPTIONS, TINY_OPTIONS, ConditionedTraining
 
 StructurePreset = Literal["tiny", "small", "base"]
 StructurePart = Literal["both", "vae", "flow"]
@@ -125,10 +125,7 @@ def _dense_dit(
 
 STRUCTURE_PRESETS: dict[str, StructureTraining] = {
     "tiny": StructureTraining(
-        device="cpu",
-        resolution=64,
-        held_out_views=2,
-        workers=1,
+        **TINY_OPTIONS,
         vae=OccupancyTraining(batch_size=8, loop=_TINY_LOOP),
         flow=FlowTraining(
             batch_size=16, augment=False, loop=replace(_TINY_LOOP, steps=800, learning_rate=2e-3)
@@ -149,11 +146,8 @@ STRUCTURE_PRESETS: dict[str, StructureTraining] = {
         ),
     ),
     "small": StructureTraining(
-        preset="small",
-        data=Path("data/full"),
+        **SMALL_OPTIONS,
         out=Path("runs/structure-small"),
-        resolution=256,
-        held_out_views=5,
         vae=OccupancyTraining(
             batch_size=16, loop=replace(_SMALL_LOOP, steps=2000, learning_rate=1e-3)
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +21,21 @@ from train.data.bricks import BuildIndex
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.engine.mesh_pictures import save_image, side_by_side
-from train.stages.conditioned import VALIDATION_TIMES
+from train.stages.conditioned import VALIDATION_TIMES, preview_groups, write_ious
 from train.stages.structure.cell_pictures import draw_cells, resize
 from train.stages.structure.config import StructureTraining
 from train.stages.structure.data import GridBatch, GridLoader
+from train.stages.task import StageTask
 from train.stages.validation import assets_of_rank, mean_over_ranks
 
 LOSS_NAMES = ("loss", "bce", "dice", "kl", "iou")
 
 
-class OccupancyTask:
-    """What the occupancy VAE adds to the trainer.
-
-    Args:
-        cfg: Options of the run. They seed the initial weights, which are equal on all ranks.
-        world: The ranks of the run.
-        val: The held-out assets.
-    """
+class OccupancyTask(StageTask[StructureTraining]):
+    """What the occupancy VAE adds to the trainer. The arguments are those of `StageTask`."""
 
     def __init__(self, cfg: StructureTraining, world: World, val: BuildIndex):
-        torch.manual_seed(cfg.vae.loop.seed)
-        self.cfg = cfg
-        self.world = world
-        self.val = val
+        super().__init__(cfg, world, val, cfg.vae.loop.seed)
         self.model = OccupancyVAE(cfg.model.occupancy).to(world.device)
         self._flops_per_asset: float | None = None
 
@@ -95,7 +86,7 @@ class OccupancyTask:
             save_image(folder / "cells.png", sheet)
 
 
-class FlowTask:
+class FlowTask(StageTask[StructureTraining]):
     """What the flow over the latents of the occupancy VAE adds to the trainer.
 
     The model contains the VAE, which is not trained, so that a checkpoint is the whole stage.
@@ -118,11 +109,8 @@ class FlowTask:
         val: BuildIndex,
         vae: OccupancyVAE,
     ):
-        torch.manual_seed(cfg.flow.loop.seed)
-        self.cfg = cfg
-        self.world = world
+        super().__init__(cfg, world, val, cfg.flow.loop.seed)
         self.train = train
-        self.val = val
         self.model = Structure(cfg.model)
         self.model.vae.load_state_dict(vae.state_dict())
         self.model.vae.requires_grad_(False)
@@ -208,15 +196,12 @@ class FlowTask:
         Writes cells.png with one row per asset, and iou.json with the IoU between generated and
         stored cells.
         """
-        views = "held_out_views" if self.cfg.held_out_views else "training_views"
-        numbers = {}
+        ious_by_group = {}
         rows = []
-        for name, index, held_out_only in (
-            (views, self.train, True),
-            ("held_out_assets", self.val, False),
-        ):
+        for group in preview_groups(self.cfg, self.train, self.val):
+            index = group.index
             loader = GridLoader(
-                index, self.cfg, images=True, training=False, held_out_only=held_out_only
+                index, self.cfg, images=True, training=False, held_out_only=group.held_out_only
             )
             ious = []
             for asset in validation_assets(index, self.cfg, World(), 1)[: self.cfg.samples]:
@@ -227,9 +212,8 @@ class FlowTask:
                 ious.append(float(intersection_over_union(cells, batch.occupied).float()))
                 image = batch.images.pixels[0].permute(1, 2, 0).cpu().numpy()
                 rows.append([resize(image), draw_cells(cells[0]), draw_cells(batch.occupied[0])])
-            if ious:
-                numbers[name] = {"iou": float(np.mean(ious)), "each": ious}
-        (folder / "iou.json").write_text(json.dumps(numbers, indent=1) + "\n")
+            ious_by_group[group.name] = ious
+        write_ious(folder, ious_by_group)
         if rows:
             sheet = side_by_side(rows, ("image", "generated cells", "stored cells"))
             save_image(folder / "cells.png", sheet)

@@ -14,6 +14,7 @@ from pipeline.core.primitives.voxel_iou import intersection_over_union
 from train.data.bricks import BrickLoader, BuildIndex, VAEBatch
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
+from train.stages.task import StageTask
 from train.stages.vae.config import VAETraining
 from train.stages.vae.losses import vae_losses
 from train.stages.validation import assets_of_rank, mean_over_ranks
@@ -21,20 +22,11 @@ from train.stages.validation import assets_of_rank, mean_over_ranks
 LOSS_NAMES = ("loss", "in", "ext", "sharp", "kl")
 
 
-class VAETask:
-    """What the SS-VAE adds to the trainer.
-
-    Args:
-        cfg: Options of the run. They seed the initial weights, which are equal on all ranks.
-        world: The ranks of the run.
-        val: The held-out assets.
-    """
+class VAETask(StageTask[VAETraining]):
+    """What the SS-VAE adds to the trainer. The arguments are those of `StageTask`."""
 
     def __init__(self, cfg: VAETraining, world: World, val: BuildIndex):
-        torch.manual_seed(cfg.loop.seed)
-        self.cfg = cfg
-        self.world = world
-        self.val = val
+        super().__init__(cfg, world, val, cfg.loop.seed)
         self.model = SparseVAE(cfg.model).to(world.device)
         self.model.activation_checkpointing = cfg.loop.activation_checkpointing
         self._flops_per_cell: dict[int, float] = {}  # by resolution
