@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 # Mean tokens of an asset: Direct3D-S2 paper (arXiv 2505.17412), section 4.
 TOKENS = {"256": 2058, "384": 5510, "512": 10655, "1024": 45904}
+VIT_L = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 FOREGROUND = 0.45  # share of an image's patches that show the object
 
 
@@ -51,13 +52,7 @@ def dino_of_random_weights() -> Iterator[str]:
     """Yield a folder with a DINOv2 ViT-L of random weights. It costs as much as the real one."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    config = Dinov2WithRegistersConfig(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=518,
-        patch_size=14,
-    )
+    config = Dinov2WithRegistersConfig(**VIT_L, image_size=518, patch_size=14)
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("cuda"):
             model: Any = Dinov2WithRegistersModel(config)

@@ -26,6 +26,11 @@ SMALL_OPTIONS: dict[str, Any] = {
 }
 
 
+def every(steps: int) -> dict[str, int]:
+    """Return loop options that save and validate every so many steps, and draw at the end only."""
+    return {"checkpoint_every": steps, "validate_every": steps, "sample_every": 1_000_000}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConditionedTraining:
     """Training of a stage on the renders of a build."""

@@ -9,7 +9,7 @@ from typing import Literal
 from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
 from train.data.config import FlowOptions
 from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
-from train.stages.config import SMALL_OPTIONS, TINY_OPTIONS, ConditionedTraining
+from train.stages.config import SMALL_OPTIONS, TINY_OPTIONS, ConditionedTraining, every
 
 DiTPreset = Literal["tiny", "small", "256", "384", "512", "1024"]
 
@@ -99,14 +99,7 @@ DIT_PRESETS: dict[str, DiTTraining] = {
             batch_size=8,
             augment=False,
             steps=12,
-            loop=replace(
-                TINY_LOOP,
-                steps=400,
-                learning_rate=2e-3,
-                checkpoint_every=100,
-                validate_every=100,
-                sample_every=1_000_000,  # only at the end
-            ),
+            loop=replace(TINY_LOOP, steps=400, learning_rate=2e-3, **every(100)),
         ),
         model=ConditionedDiTConfig(
             dit=DiTConfig(

@@ -16,7 +16,7 @@ from model.config import (
 from pipeline.core.grid import CELL_SIDE
 from train.data.config import FlowOptions
 from train.engine.config import TINY_LOOP, LoopConfig
-from train.stages.config import SMALL_OPTIONS, TINY_OPTIONS, ConditionedTraining
+from train.stages.config import SMALL_OPTIONS, TINY_OPTIONS, ConditionedTraining, every
 
 StructurePreset = Literal["tiny", "small", "base"]
 StructurePart = Literal["both", "vae", "flow"]
@@ -94,15 +94,7 @@ class StructureTraining(ConditionedTraining):
             )
 
 
-_TINY_LOOP = replace(
-    TINY_LOOP,
-    steps=400,
-    learning_rate=3e-3,
-    ema_decay=0.99,
-    checkpoint_every=200,
-    validate_every=200,
-    sample_every=1_000_000,  # only at the end
-)
+_TINY_LOOP = replace(TINY_LOOP, steps=400, learning_rate=3e-3, ema_decay=0.99, **every(200))
 _SMALL_LOOP = LoopConfig(schedule="cosine", ema_decay=0.995)
 
 

@@ -1,0 +1,45 @@
+"""Commands with sub-commands list them and parse options without importing heavy packages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "numba", "transformers", "ray"}
+SHOW_HELP = """
+import importlib, sys
+main = importlib.import_module(sys.argv[1]).main
+try:
+    main(sys.argv[2:])
+except SystemExit as end:
+    code = end.code
+print("modules:", *sys.modules)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "expected"),
+    [
+        ("train.evaluate", [], "python -m train.evaluate {vae,generation}"),
+        ("train.evaluate", ["vae"], "--resolutions"),
+        ("train.evaluate", ["generation"], "--options.guidance"),
+        ("train.demo.__main__", [], "--size {auto,cpu,gpu}"),
+        ("benchmarks.dit", [], "python -m benchmarks.dit {steps,learn}"),
+        ("benchmarks.dit", ["learn"], "--vae-minutes"),
+    ],
+)
+def test_help_exits_0_and_imports_no_heavy_package(module, args, expected):
+    process = subprocess.run(
+        [sys.executable, "-c", SHOW_HELP, module, *args, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    text, _, modules = process.stdout.rpartition("modules:")
+    assert expected in text
+    assert not HEAVY & set(modules.split())
