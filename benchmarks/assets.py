@@ -32,9 +32,9 @@ from pipeline.core.primitives.voxel_iou import intersection_over_union
 from pipeline.core.product import Product
 from pipeline.core.schema import Record
 from pipeline.geometry import sdf_cuda
-from pipeline.orchestration.asset_stages import AssetJob, load_bricks
-from pipeline.orchestration.commit import land
-from pipeline.orchestration.isolated_process import Isolated
+from pipeline.orchestration.asset_results import AssetJob, save_result
+from pipeline.orchestration.asset_stages import load_bricks
+from pipeline.orchestration.isolated_process import IsolatedProcess
 from pipeline.sources import Source, open_source
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ WARM_UP = {
     "cuda": "pipeline.orchestration.asset_stages:warm_up_cuda",
 }
 Row = dict[str, Any]
-Visit = Callable[[Isolated, Record, str], Row]
+Visit = Callable[[IsolatedProcess, Record, str], Row]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +121,11 @@ def measure(cfg: Measure) -> Row:
         (record, f"again-{n}" if n else "assets") for n in range(cfg.repeats) for record in records
     ]
 
-    def one(server: Isolated, record: Record, name: str) -> Row:
+    def one(server: IsolatedProcess, record: Record, name: str) -> Row:
         return visit(server, record, source, build, products, cfg.out / name)
 
     shutil.rmtree(cfg.out / "assets", ignore_errors=True)
-    servers = [Isolated(WARM_UP[cfg.device]) for _ in range(processes)]
+    servers = [IsolatedProcess(WARM_UP[cfg.device]) for _ in range(processes)]
     try:
         began = time.monotonic()
         first = one(servers[0], *jobs[len(records) - 1])
@@ -167,7 +167,7 @@ def measure(cfg: Measure) -> Row:
 
 def _all(
     pool: ThreadPoolExecutor,
-    servers: Sequence[Isolated],
+    servers: Sequence[IsolatedProcess],
     jobs: Sequence[tuple[Record, str]],
     one: Visit,
 ) -> tuple[list[Row], float]:
@@ -176,7 +176,7 @@ def _all(
     waiting = iter(jobs)  # a list's iterator gives every thread another element
     began = time.monotonic()
 
-    def work(server: Isolated) -> None:
+    def work(server: IsolatedProcess) -> None:
         for record, name in waiting:
             row = one(server, record, name)
             row["ended_s"] = time.monotonic() - began
@@ -190,7 +190,7 @@ def _all(
 
 
 def visit(
-    server: Isolated,
+    server: IsolatedProcess,
     record: Record,
     source: Source,
     build: BuildConfig,
@@ -204,7 +204,7 @@ def visit(
     job = AssetJob(
         record=record, source=source, config=build, products=products, folder=folder, gpu=on_gpu
     )
-    result = land(
+    result = save_result(
         job, _call(server, "pipeline.orchestration.asset_stages:process", job, folder, build), 1
     )
     made = {name: value for counts in result.products.values() for name, value in counts.items()}
@@ -226,7 +226,9 @@ def visit(
     }
 
 
-def _call(server: Isolated, function: str, argument: Any, folder: Path, build: BuildConfig) -> Any:
+def _call(
+    server: IsolatedProcess, function: str, argument: Any, folder: Path, build: BuildConfig
+) -> Any:
     end = server.call(
         function,
         argument,

@@ -34,7 +34,7 @@ from pipeline.geometry import sdf, sdf_cuda
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.flood_fill import Bins, FloodFill, bin_triangles
 from pipeline.geometry.topology import Topology, build_topology
-from pipeline.orchestration.isolated_process import Isolated
+from pipeline.orchestration.isolated_process import IsolatedProcess
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ def difference(found: Bricks, expected: Bricks) -> Row:
 
 def in_a_process(topologies: Path, resolution: int, limit: str) -> Row:
     """What an asset's child pays: forked from a warm server, under a memory limit of 8 GB, CUDA's start included."""
-    isolated = Isolated("benchmarks.sdf_gpu:_warm_up")
+    isolated = IsolatedProcess("benchmarks.sdf_gpu:_warm_up")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "seconds.json"
         end = isolated.call(

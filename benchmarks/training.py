@@ -26,14 +26,16 @@ from model.checkpoint import load_model
 from model.config import VAEConfig
 from model.sparse_vae import SparseVAE
 from pipeline.core.cli import command
+from pipeline.core.files import write_atomically
 from pipeline.core.hashing import make_uid
-from pipeline.core.product import Product, tokens_column
+from pipeline.core.product import Product
 from pipeline.core.schema import Bricks, Mesh
 from pipeline.core.subcommands import parse_subcommand
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import build_topology
-from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
+from pipeline.storage.layout import MANIFEST, manifest_path, marker_path, product_paths
+from pipeline.storage.manifest import ManifestRow, write_manifest
 from pipeline.storage.sdf_shard import write_sdf_shard
 from train.data.bricks import BrickLoader, BrickReader, read_build_index
 from train.engine.distributed import World
@@ -162,33 +164,27 @@ def make_bricks(cfg: BrickBuild) -> None:
         made = dict(pool.imap_unordered(_bricks_of, sorted(jobs, key=lambda job: -len(job[2]))))
     rows = []
     for number, name in enumerate(names):
-        row = dict.fromkeys([*HEAD.names, *TAIL.names])
         split = "val" if name in (*HELD_OUT, *PROCEDURAL) else "train"
         source = "procedural" if name in PROCEDURAL else "folder"
-        row |= {
-            "uid": make_uid(source, name),
-            "url": name,
-            "status": "done",
-            "shard": SHARD,
-            "row": number,
-            "split": split,
-        }
-        rows.append(row | {tokens_column(r): len(bricks.cells) for r, bricks in made[name].items()})
-    markers = cfg.out / "shards" / SHARD
-    markers.mkdir(parents=True)
+        row = ManifestRow(
+            uid=make_uid(source, name),
+            url=name,
+            status="done",
+            tokens={r: len(bricks.cells) for r, bricks in made[name].items()},
+            shard=SHARD,
+            row=number,
+            split=split,
+        )
+        rows.append(row)
     resolutions = sorted({r for bricks in made.values() for r in bricks})
     for resolution in resolutions:
-        assets = [
-            (row["uid"], made[row["url"]][resolution])
-            for row in rows
-            if resolution in made[row["url"]]
-        ]
-        path = cfg.out / "sdf" / str(resolution) / f"{SHARD}.zarr"
+        assets = [(row.uid, made[row.url][resolution]) for row in rows if resolution in row.tokens]
+        path = cfg.out / product_paths(Product.sdf(resolution), SHARD)[0]
         path.parent.mkdir(parents=True)
         write_sdf_shard(path, resolution, assets, "benchmark")
-        (markers / f"{Product.sdf(resolution)}.json").write_text("{}")
-    write_manifest(cfg.out / "manifest" / f"{SHARD}.parquet", rows, resolutions)
-    (markers / "manifest.json").write_text("{}")
+    write_manifest(manifest_path(cfg.out, SHARD), rows, resolutions)
+    for product in (MANIFEST, *map(Product.sdf, resolutions)):
+        write_atomically(marker_path(cfg.out, SHARD, product), "{}")
     seconds = time.monotonic() - began
     log.info("%d assets at R = %s are built in %.0f s.", len(rows), resolutions, seconds)
 

@@ -50,7 +50,6 @@ EXTERNAL = {
     "model": {"kernels", "pipeline.core", "pipeline.rendering"},
     "train": {
         *("kernels", "model", "pipeline.core", "pipeline.rendering", "pipeline.storage"),
-        "pipeline.orchestration.manifest",  # read side of a build
     },
 }
 FILES = sorted(path for package in UNITS for path in (ROOT / package).rglob("*.py"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 _NAME = re.compile(r"(sdf|screen)-\d+|renders-.+")
 
@@ -90,6 +91,7 @@ def tokens_column(resolution: int) -> str:
     return f"tokens_{resolution}"
 
 
+@lru_cache
 def resolution_of_column(name: str) -> int | None:
     """Return the resolution of a `tokens_<R>` column of the manifest, None for another column."""
     match = re.fullmatch(r"tokens_(\d+)", name)

@@ -18,15 +18,24 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import UserError
 from pipeline.core.html import image_uri, render_page
-from pipeline.core.product import Product, is_product_name, tokens_column
+from pipeline.core.product import Product, is_product_name
+from pipeline.curation.catalogue import read_funnel
 from pipeline.curation.rank import thresholds
 from pipeline.inspection.report_pictures import PICTURES, PictureJob
-from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
-from pipeline.orchestration.commit import MANIFEST, manifest_path, marker_path, stats_path
-from pipeline.orchestration.isolated_process import Isolated
-from pipeline.orchestration.manifest import funnel, read_manifest
+from pipeline.orchestration.isolated_process import IsolatedProcess
 from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.storage.commit_marker import CommitMarker, read_marker
+from pipeline.storage.layout import (
+    CATALOGUE,
+    MANIFEST,
+    PLAN,
+    PLAN_TABLE,
+    list_commits,
+    manifest_path,
+    stats_path,
+)
 from pipeline.storage.locks import local_copy
+from pipeline.storage.manifest import ManifestRow, count_reasons, read_manifest
 from pipeline.storage.remote import AnyStorePath, StorePath, write_file
 
 log = logging.getLogger(__name__)
@@ -34,7 +43,7 @@ log = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("build_report.html.j2")
 # The stages that an asset goes through once for all products, in order.
 SHARED_STAGES = ("metadata", "fetch", "file", "load", "normalize", "geometry", "topology")
-SOURCE_NAMES = ("plan.json", "plan.parquet", "manifest", "stats", "shards")  # what is read
+SOURCE_NAMES = (PLAN, PLAN_TABLE, "manifest", "stats", "shards")  # what is read
 # The finest resolution of a picture. Extracting a surface at 1024 would take seconds.
 PICTURE_RESOLUTION = 256
 PICTURE_TIMEOUT_S = 600.0
@@ -54,8 +63,8 @@ class BuildContents:
     """
 
     plan: Plan
-    rows: list[dict[str, Any]]
-    markers: dict[Product, list[dict[str, Any]]]
+    rows: list[ManifestRow]
+    markers: dict[Product, list[CommitMarker]]
     stats: list[dict[str, Any]]
     open_shards: int
 
@@ -89,12 +98,13 @@ def read_build(out: Path) -> BuildContents:
         UserError: If `out` is not a build, or a committed shard has no manifest or stats.
     """
     plan = read_plan(out)
-    rows: list[dict[str, Any]] = []
+    commits = list_commits(out)
+    rows: list[ManifestRow] = []
     stats: list[dict[str, Any]] = []
-    markers: dict[Product, list[dict[str, Any]]] = {}
+    markers: dict[Product, list[CommitMarker]] = {}
     open_shards = 0
     for shard in plan.shards:
-        if not marker_path(out, shard, MANIFEST).exists():
+        if MANIFEST not in commits.get(shard, ()):
             open_shards += 1
             continue
         try:
@@ -104,10 +114,8 @@ def read_build(out: Path) -> BuildContents:
             raise UserError(
                 f"{out} is not a complete build; copy its stats and manifest, too: {error}"
             ) from error
-        for path in (out / "shards" / shard).glob("*.json"):
-            if is_product_name(path.stem):
-                product_markers = markers.setdefault(Product.parse(path.stem), [])
-                product_markers.append(json.loads(path.read_text()))
+        for product in map(Product.parse, filter(is_product_name, commits[shard])):
+            markers.setdefault(product, []).append(read_marker(out, shard, product))
     ordered = {product: markers[product] for product in sorted(markers)}
     return BuildContents(
         plan=plan, rows=rows, markers=ordered, stats=stats, open_shards=open_shards
@@ -119,18 +127,18 @@ def summary(build: BuildContents) -> dict[str, Any]:
     out = build.plan.out
     info = build.plan.info
     all_markers = [marker for markers in build.markers.values() for marker in markers]
-    sign_paths = Counter(row["sign_path"] for row in build.rows if row["sign_path"])
+    sign_paths = Counter(row.sign_path for row in build.rows if row.sign_path)
     return {
         "name": out.resolve().name if isinstance(out, Path) else out.name,
         "info": info,
-        "info_json": json.dumps(info, indent=1),
+        "info_json": info.to_json().strip(),
         "assets": build.plan.assets,
         "shards": len(build.plan.shards),
         "open_shards": build.open_shards,
-        "done": sum(row["status"] == "done" for row in build.rows),
+        "done": sum(row.status == "done" for row in build.rows),
         "tiles": tiles(build),
         "funnel": funnel_steps(build.rows, list(map(str, build.markers))),
-        "reasons": reason_rows(build.rows, info["config"]),
+        "reasons": reason_rows(build.rows, info.config),
         "screening": [
             {**row, "thresholds": _as_options(row["thresholds"])}
             for row in _screening_funnel(out / CATALOGUE)
@@ -138,14 +146,12 @@ def summary(build: BuildContents) -> dict[str, Any]:
         "products": [
             product_row(product, markers, build.rows) for product, markers in build.markers.items()
         ],
-        "renderers": sorted(
-            {name for marker in all_markers for name in marker.get("renderers", [])}
-        ),
+        "renderers": sorted({name for marker in all_markers for name in marker.renderers or ()}),
         "sign_paths": sign_paths.most_common(),
         "costs": cost_rows(build.stats),
         "hosts": sorted({row["host"] for row in build.stats}),
         "product_configs": [
-            (str(product), json.dumps(markers[0]["config"], indent=1))
+            (str(product), json.dumps(markers[0].config, indent=1))
             for product, markers in build.markers.items()
         ],
     }
@@ -153,12 +159,12 @@ def summary(build: BuildContents) -> dict[str, Any]:
 
 def tiles(build: BuildContents) -> list[dict[str, str]]:
     """Return the numbers at the top of the page, each with its label and its CSS class."""
-    status = Counter(row["status"] for row in build.rows)
+    status = Counter(row.status for row in build.rows)
     all_markers = [marker for markers in build.markers.values() for marker in markers]
-    views = sum(marker["counts"].get("views", 0) for marker in all_markers)
-    stored_bytes = sum(marker["bytes"] for marker in all_markers)
-    validation = sum(row["split"] == "val" and row["status"] == "done" for row in build.rows)
-    skipped = sum(build.plan.info["skipped_files"].values())
+    views = sum(marker.counts.get("views", 0) for marker in all_markers)
+    stored_bytes = sum(marker.bytes for marker in all_markers)
+    validation = sum(row.split == "val" and row.status == "done" for row in build.rows)
+    skipped = sum(build.plan.info.skipped_files.values())
     rejected = status["rejected"]
     failed = status["failed"]
     values = [
@@ -173,7 +179,7 @@ def tiles(build: BuildContents) -> list[dict[str, str]]:
     return [{"kind": kind, "value": value, "label": label} for kind, value, label in values]
 
 
-def reason_rows(rows: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+def reason_rows(rows: Sequence[ManifestRow], options: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each reason for which assets were rejected or failed.
 
     Args:
@@ -181,7 +187,7 @@ def reason_rows(rows: Sequence[dict[str, Any]], options: dict[str, Any]) -> list
         options: The configuration of the build as in plan.json.
     """
     # The first asset of each reason is shown as an example.
-    examples = {(row["status"], row["stage"], row["reason"]): row["url"] for row in reversed(rows)}
+    examples = {(row.status, row.stage, row.reason): row.url for row in reversed(rows)}
     return [
         {
             "status": status,
@@ -191,7 +197,7 @@ def reason_rows(rows: Sequence[dict[str, Any]], options: dict[str, Any]) -> list
             "example": examples[status, stage, reason],
             "thresholds": _as_options(thresholds(reason, options)),
         }
-        for status, stage, reason, count in funnel(rows)
+        for status, stage, reason, count in count_reasons(rows)
         if status != "done"
     ]
 
@@ -212,9 +218,9 @@ def _as_options(options: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def funnel_steps(rows: Sequence[dict[str, Any]], products: Iterable[str]) -> list[dict[str, Any]]:
+def funnel_steps(rows: Sequence[ManifestRow], products: Iterable[str]) -> list[dict[str, Any]]:
     """Return how many assets remain after each stage at which one was lost, and each product."""
-    lost = Counter(row["stage"] for row in rows if row["status"] != "done")
+    lost = Counter(row.stage for row in rows if row.status != "done")
     left = len(rows)
     steps = [{"stage": "seen", "left": left, "lost": 0, "percent": 100.0}]
     order = [*SHARED_STAGES, *products]
@@ -227,13 +233,15 @@ def funnel_steps(rows: Sequence[dict[str, Any]], products: Iterable[str]) -> lis
 
 
 def product_row(
-    product: Product, markers: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
+    product: Product, markers: Sequence[CommitMarker], rows: Sequence[ManifestRow]
 ) -> dict[str, str]:
     """Return the counts and sizes of one product over all its shards, as text."""
-    total = sum(marker["bytes"] for marker in markers)
-    assets = sum(marker["counts"]["assets"] for marker in markers)
-    column = tokens_column(product.resolution) if product.kind == "sdf" else ""
-    tokens = [row[column] for row in rows if row.get(column) is not None]
+    total = sum(marker.bytes for marker in markers)
+    assets = sum(marker.counts["assets"] for marker in markers)
+    counts = []
+    if product.kind == "sdf":
+        counts = [row.tokens.get(product.resolution) for row in rows]
+    tokens = [count for count in counts if count is not None]
     return {
         "name": str(product),
         "assets": f"{assets:,}",
@@ -286,7 +294,7 @@ def contact_sheet(build: BuildContents, limit: int) -> dict[str, Any]:
     """
     resolutions = [product.resolution for product in build.markers if product.kind == "sdf"]
     cameras = next((p.variant for p in build.markers if p.kind == "renders"), None)
-    done = [row for row in build.rows if row["status"] == "done"]
+    done = [row for row in build.rows if row.status == "done"]
     if not resolutions or cameras is None or not done or limit < 1:
         return {"cards": [], "picture_resolution": 0, "no_pictures": "nothing is finished"}
     fine_enough = [resolution for resolution in resolutions if resolution <= PICTURE_RESOLUTION]
@@ -294,11 +302,11 @@ def contact_sheet(build: BuildContents, limit: int) -> dict[str, Any]:
     count = min(limit, len(done))
     chosen = [done[i * len(done) // count] for i in range(count)]
     folder = Path(tempfile.mkdtemp(prefix="report-"))
-    child = Isolated("pipeline.inspection.report_pictures:warm_up")
+    child = IsolatedProcess("pipeline.inspection.report_pictures:warm_up")
     try:
         job = PictureJob(
             out=build.plan.out,
-            assets=tuple((row["shard"], row["uid"]) for row in chosen),
+            assets=tuple((row.shard, row.uid) for row in chosen),
             resolution=resolution,
             cameras=cameras,
             folder=folder,
@@ -325,21 +333,21 @@ def contact_sheet(build: BuildContents, limit: int) -> dict[str, Any]:
     }
 
 
-def _card(folder: Path, row: dict[str, Any], resolutions: Iterable[int]) -> dict[str, Any] | None:
+def _card(folder: Path, row: ManifestRow, resolutions: Iterable[int]) -> dict[str, Any] | None:
     """Return the card of one asset, or None if its pictures were not drawn."""
-    files = {kind: folder / f"{row['uid']}-{kind}.webp" for kind in PICTURES}
+    files = {kind: folder / f"{row.uid}-{kind}.webp" for kind in PICTURES}
     if not all(file.exists() for file in files.values()):
         return None
     tokens = [
-        f"{row[tokens_column(resolution)]:,} tokens at {resolution}"
+        f"{count:,} tokens at {resolution}"
         for resolution in resolutions
-        if row.get(tokens_column(resolution)) is not None
+        if (count := row.tokens.get(resolution)) is not None
     ]
     return {
-        "uid": row["uid"],
-        "url": row["url"],
-        "faces": f"{row['faces']:,}",
-        "sign_path": row["sign_path"],
+        "uid": row.uid,
+        "url": row.url,
+        "faces": f"{row.faces:,}",
+        "sign_path": row.sign_path,
         "tokens": ", ".join(tokens),
         "images": [(kind, image_uri(file.read_bytes(), "webp")) for kind, file in files.items()],
     }

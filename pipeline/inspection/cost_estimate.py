@@ -22,9 +22,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomically
 from pipeline.core.product import Product, is_product_name
 from pipeline.inspection.config import EstimateConfig
-from pipeline.orchestration.commit import manifest_path, marker_path, product_paths, stats_path
-from pipeline.orchestration.manifest import PACK_SECONDS
 from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.orchestration.visit_stats import read_commit_seconds
+from pipeline.storage.commit_marker import CommitMarker, read_marker
+from pipeline.storage.layout import PLAN, SCREENING, manifest_path, product_paths, stats_path
 from pipeline.storage.remote import StorePath, arrow_source, list_children, list_files
 
 FIRST_PASS = Product.sdf(0)  # stands for any product that the first pass of a plan makes
@@ -98,11 +99,11 @@ def measure_passes(out: StorePath) -> dict[str, Cost]:
         UserError: If `out` is not a build, or none of its shards is finished.
     """
     plan = read_plan(out)
-    rank = plan.info["config"].get("rank") or {}
+    rank = plan.info.rank or {}
     best = [Product.sdf(resolution) for resolution in rank.get("best_resolutions", ())]
     passes = {}
-    if (out / "screen" / "plan.json").exists():
-        passes["screen"] = _measure(read_plan(out / "screen"), lambda product: True)
+    if (out / SCREENING / PLAN).exists():
+        passes["screen"] = _measure(read_plan(out / SCREENING), lambda product: True)
     passes["build"] = _measure(plan, lambda product: product not in best)
     if best:
         passes["best"] = _measure(plan, lambda product: product in best)
@@ -175,7 +176,7 @@ def _measure(plan: Plan, includes: Callable[[Product], bool]) -> Cost:
     fetched_bytes: list[float] = []
     files_per_shard: list[int] = []
     stored_bytes = 0
-    pack_seconds = 0.0
+    commit_seconds = 0.0
     for shard in plan.shards:
         markers = _markers(out, shard, includes)
         if not markers:
@@ -189,14 +190,14 @@ def _measure(plan: Plan, includes: Callable[[Product], bool]) -> Cost:
         ]
         seconds += [row["seconds"] for row in visits]
         peak_bytes += [row["peak_rss_bytes"] for row in visits]
-        on_gpu = any("nvidia" in name.lower() for m in markers for name in m.get("renderers", ()))
+        on_gpu = any("nvidia" in name.lower() for m in markers for name in m.renderers or ())
         gpu_seconds += [
             _render_seconds(json.loads(row["stage_seconds"])) if on_gpu else 0.0 for row in visits
         ]
         bytes_of = {row["uid"]: json.loads(row["numbers"]).get("bytes", 0) for row in manifest_rows}
         fetched_bytes += [bytes_of.get(row["uid"], 0) for row in visits]
-        pack_seconds += _pack_seconds(stats) * len(visits) / max(len(stats), 1)
-        stored_bytes += sum(marker["bytes"] for marker in markers)
+        commit_seconds += read_commit_seconds(stats) * len(visits) / max(len(stats), 1)
+        stored_bytes += sum(marker.bytes for marker in markers)
         files_per_shard.append(sum(1 + _file_count(out, marker) for marker in markers))
     if not seconds:
         raise UserError(f"{out} has no finished shard to measure; let the build finish one")
@@ -204,13 +205,13 @@ def _measure(plan: Plan, includes: Callable[[Product], bool]) -> Cost:
     spread = float(np.std(seconds, ddof=1)) if count > 1 else seconds[0]
     return Cost(
         assets=count,
-        seconds=float(np.mean(seconds)) + pack_seconds / count,
+        seconds=float(np.mean(seconds)) + commit_seconds / count,
         error=NORMAL_90_PERCENT * spread / math.sqrt(count),
         gpu_seconds=float(np.mean(gpu_seconds)),
         fetched_bytes=float(np.mean(fetched_bytes)),
         stored_bytes=stored_bytes / count,
         files=float(np.mean(files_per_shard)) + (FIRST_PASS_FILES if includes(FIRST_PASS) else 0),
-        shard_size=plan.info["config"]["shard_size"],
+        shard_size=plan.info.shard_size,
         memory_bytes=float(np.percentile(peak_bytes, 99)),
     )
 
@@ -227,19 +228,16 @@ def _read_tables(out: StorePath, shard: str) -> tuple[pa.Table, list[dict[str, A
         ) from error
 
 
-def _markers(
-    out: StorePath, shard: str, includes: Callable[[Product], bool]
-) -> list[dict[str, Any]]:
+def _markers(out: StorePath, shard: str, includes: Callable[[Product], bool]) -> list[CommitMarker]:
     """Read the commit markers of the products for which `includes` is true."""
     names = [path.name.removesuffix(".json") for path in list_children(out / "shards" / shard)]
     products = sorted(Product.parse(name) for name in names if is_product_name(name))
-    paths = [marker_path(out, shard, product) for product in products if includes(product)]
-    return [json.loads(path.read_text()) for path in paths]
+    return [read_marker(out, shard, product) for product in products if includes(product)]
 
 
-def _file_count(out: StorePath, marker: dict[str, Any]) -> int:
+def _file_count(out: StorePath, marker: CommitMarker) -> int:
     """Return the number of files of a product. An SDF shard is a directory, all else is a file."""
-    paths = product_paths(Product.parse(marker["product"]), marker["shard"])
+    paths = product_paths(Product.parse(marker.product), marker.shard)
     return sum(len(list_files(out / path)) if path.suffix == ".zarr" else 1 for path in paths)
 
 
@@ -258,11 +256,6 @@ def _render_seconds(stages: dict[str, float]) -> float:
         for stage, seconds in stages.items()
         if is_product_name(stage) and Product.parse(stage).kind == "renders"
     )
-
-
-def _pack_seconds(stats: pa.Table) -> float:
-    """Return the seconds for packing the shard, which the metadata of the stats holds."""
-    return float((stats.schema.metadata or {}).get(PACK_SECONDS.encode(), b"0"))
 
 
 def table_lines(estimate: Estimate, passes: dict[str, Cost], cfg: EstimateConfig) -> list[str]:

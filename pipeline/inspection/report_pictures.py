@@ -14,10 +14,10 @@ from pipeline.core.grid import CELL_SIDE
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.product import Product
 from pipeline.core.schema import Bricks, Material, Mesh, Part
-from pipeline.orchestration.commit import product_paths
 from pipeline.rendering.gl_renderer import open_renderer
 from pipeline.rendering.shading import sample_lighting
 from pipeline.rendering.views import unpremultiply
+from pipeline.storage.layout import product_paths
 from pipeline.storage.remote import StorePath
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -10,42 +9,46 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pyarrow as pa
 
 from pipeline.core.hashing import hash_of, split_of
 from pipeline.core.options import CameraSet
-from pipeline.core.product import Product, is_product_name, tokens_column
+from pipeline.core.product import Product, is_product_name
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Record
+from pipeline.curation.catalogue import Catalogue
 from pipeline.curation.screening_metrics import read_metrics_table
-from pipeline.orchestration.catalogue import CATALOGUE, Catalogue
-from pipeline.orchestration.commit import (
-    MANIFEST,
-    committed,
-    manifest_path,
-    marker_path,
-    product_paths,
-    tree_sha256,
-)
-from pipeline.orchestration.manifest import STATUSES, read_manifest
 from pipeline.orchestration.plan import Plan, read_plan, shard_name
+from pipeline.storage.commit_marker import CommitMarker, read_marker, tree_sha256
+from pipeline.storage.layout import (
+    CATALOGUE,
+    MANIFEST,
+    PLAN,
+    PLAN_TABLE,
+    SCRATCH,
+    SCREENING,
+    list_commits,
+    manifest_path,
+    product_paths,
+)
 from pipeline.storage.locks import local_copy
+from pipeline.storage.manifest import STATUSES, ManifestRow, read_manifest
 from pipeline.storage.remote import StorePath, list_children
 from pipeline.storage.render_shard import RenderShard, check_render_shard
 from pipeline.storage.sdf_shard import SdfShard, check_sdf_shard
 
 TOP_LEVEL = {
-    "plan.json",
-    "plan.parquet",
-    "catalogue.parquet",
+    PLAN,
+    PLAN_TABLE,
+    CATALOGUE,
     "sdf",
     "renders",
     "manifest",
     "stats",
     "shards",
-    "screen",
+    SCREENING,
     "report",
     "latents",  # written by train.encode and not checked here
 }
@@ -87,7 +90,7 @@ def verify(out: StorePath, workers: int = 1) -> list[Breach]:
     screening = [
         replace(breach, shard=f"screen {breach.shard}") for breach in verify_screening(out, workers)
     ]
-    committed_names = committed(out)
+    committed_names = list_commits(out)
     problems = _plan_problems(plan, committed_names)
     build = [Breach(shard="", asset="", rule=problem) for problem in problems]
     names = set().union(*committed_names.values()) - {MANIFEST}
@@ -104,7 +107,7 @@ def verify(out: StorePath, workers: int = 1) -> list[Breach]:
 
 def verify_screening(out: StorePath, workers: int) -> list[Breach]:
     """Check the screening pass of a ranked build. Return [] if there is none."""
-    return verify(out / "screen", workers) if (out / "screen" / "plan.json").exists() else []
+    return verify(out / SCREENING, workers) if (out / SCREENING / PLAN).exists() else []
 
 
 def verify_shard(plan: Plan, products: Sequence[Product], shard: str) -> list[Breach]:
@@ -115,7 +118,7 @@ def verify_shard(plan: Plan, products: Sequence[Product], shard: str) -> list[Br
         products: The products of the build. The shard must have those that the plan wants for it.
         shard: Name of the shard.
     """
-    uids = {record.uid for record in plan.shard(shard)}
+    uids = {record.uid for record in plan.records(shard)}
     products = [product for product in products if plan.wanted(product, shard)]
     names = [manifest_path(Path(), shard), Path("shards", shard)]
     names += [path for product in products for path in product_paths(product, shard)]
@@ -137,27 +140,27 @@ def _plan_problems(plan: Plan, committed_names: Mapping[str, set[str]]) -> Itera
     """Yield the rules that the plan and the names of files break."""
     info = plan.info
     # plan.json and plan.parquet must agree.
-    if info.get("config_hash") != hash_of(info["config"]):
+    if info.config_hash != hash_of(info.config):
         yield "plan.json: config_hash is not the hash of the config"
-    if (info.get("assets"), info.get("shards")) != (plan.assets, len(plan.shards)):
+    if (info.assets, info.shards) != (plan.assets, len(plan.shards)):
         yield (
-            f"plan.json: counts {info.get('assets')} assets in {info.get('shards')} shards, "
+            f"plan.json: counts {info.assets} assets in {info.shards} shards, "
             f"but plan.parquet has {plan.assets} in {len(plan.shards)}"
         )
-    size = info["config"]["shard_size"]
+    size = info.shard_size
     if plan.table["row"].to_pylist() != [i % size for i in range(plan.assets)]:
         yield "plan.parquet: rows are not numbered within their shards"
     if plan.table["shard"].to_pylist() != [shard_name(i // size) for i in range(plan.assets)]:
         yield f"plan.parquet: shards are not runs of {size} assets"
     if len(set(plan.table["uid"].to_pylist())) != plan.assets:
         yield "plan.parquet: a uid occurs twice"
-    if info["config"].get("rank") is not None:
+    if info.rank is not None:
         yield from _catalogue_problems(plan)
     # Every file must belong to a shard of the plan and to a commit marker.
     for path in list_children(plan.out):
         if path.name not in TOP_LEVEL:
             yield f"{path.name}: does not belong here" + (
-                " (the build is not finished)" if path.name == ".scratch" else ""
+                " (the build is not finished)" if path.name == SCRATCH else ""
             )
     for shard, names in sorted(committed_names.items()):
         for name in sorted(names - {MANIFEST}):
@@ -183,7 +186,7 @@ def _catalogue_problems(plan: Plan) -> Iterator[str]:
     """Yield how the plan of a ranked build differs from the catalogue that it was made from."""
     catalogue = Catalogue(path=plan.out / CATALOGUE)
     try:
-        if catalogue.snapshot() != plan.info["snapshots"].get("catalogue"):
+        if catalogue.snapshot() != plan.info.snapshots.get("catalogue"):
             yield f"{CATALOGUE}: is not the one that the plan was made from"
             return
         kept = [record.uid for record in catalogue.records()][: plan.assets]
@@ -197,12 +200,12 @@ def _shard_problems(
     plan: Plan, folder: Path, products: Sequence[Product], shard: str
 ) -> Iterator[str]:
     """Yield the problems of a shard below `folder`, as "uid: rule" or "rule"."""
-    records = plan.shard(shard)
+    records = plan.records(shard)
     # Commit markers, and the bytes that they vouch for.
-    markers: dict[Product | str, dict[str, Any]] = {}
+    markers: dict[Product | str, CommitMarker] = {}
     for product in (MANIFEST, *products):
         try:
-            markers[product] = json.loads(marker_path(folder, shard, product).read_text())
+            markers[product] = read_marker(folder, shard, product)
         except FileNotFoundError:
             yield f"{product}: has no commit marker"
             continue
@@ -223,8 +226,8 @@ def _shard_problems(
         return
     yield from _manifest_problems(plan, records, rows, shard)
     if MANIFEST in markers:
-        counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
-        if markers[MANIFEST].get("counts") != {"assets": len(rows), **counts}:
+        counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
+        if markers[MANIFEST].counts != {"assets": len(rows), **counts}:
             yield "manifest: the marker counts other assets than the manifest"
     # The products, as far as they can be read.
     for product in products:
@@ -239,26 +242,25 @@ def _marker_problems(
     folder: Path,
     shard: str,
     product: Product | str,
-    marker: dict[str, Any],
+    marker: CommitMarker,
     paths: Sequence[Path],
 ) -> Iterator[str]:
     """Yield what is wrong with a marker: its names, its hashes, and the sizes of its files."""
-    if (marker.get("shard"), marker.get("product")) != (shard, str(product)):
-        yield (
-            f"{product}: the marker is of {marker.get('product')} of shard {marker.get('shard')}"
-        )
+    if (marker.shard, marker.product) != (shard, str(product)):
+        yield (f"{product}: the marker is of {marker.product} of shard {marker.shard}")
     if product != MANIFEST:
-        version = marker.get("format_version")
-        if version != FORMAT_VERSION:
-            yield f"{product}: format_version is {version}, must be {FORMAT_VERSION}"
+        if marker.format_version != FORMAT_VERSION:
+            yield (
+                f"{product}: format_version is {marker.format_version}, must be {FORMAT_VERSION}"
+            )
         hashed = {
             "format": FORMAT_VERSION,
-            "shared": plan.info["config"],
-            "product": marker.get("config"),
+            "shared": plan.info.config,
+            "product": marker.config,
         }
-        if marker.get("config_hash") != hash_of(hashed):
+        if marker.config_hash != hash_of(hashed):
             yield f"{product}: config_hash is not the hash of the config"
-    files = {file["path"]: file for file in marker.get("files", [])}
+    files = {file.path: file for file in marker.files}
     if sorted(files) != sorted(path.as_posix() for path in paths):
         yield f"{product}: the marker lists the files {sorted(files)}"
         return
@@ -268,19 +270,19 @@ def _marker_problems(
             continue
         size, digest = tree_sha256(folder / path)
         recorded = files[path.as_posix()]
-        if size != recorded["bytes"]:
-            yield f"{product}: {path} has {size} bytes, its marker says {recorded['bytes']}"
-        elif digest != recorded["sha256"]:
+        if size != recorded.bytes:
+            yield f"{product}: {path} has {size} bytes, its marker says {recorded.bytes}"
+        elif digest != recorded.sha256:
             yield f"{product}: {path} does not have its marker's sha256"
-    if marker.get("bytes") != sum(file["bytes"] for file in files.values()):
+    if marker.bytes != sum(file.bytes for file in files.values()):
         yield f"{product}: the marker's bytes are not the sum of those of its files"
 
 
 def _manifest_problems(
-    plan: Plan, records: Sequence[Record], rows: Sequence[dict[str, Any]], shard: str
+    plan: Plan, records: Sequence[Record], rows: Sequence[ManifestRow], shard: str
 ) -> Iterator[str]:
     """Yield what is wrong with a manifest, which has one row per asset in the order of the plan."""
-    uids = [row["uid"] for row in rows]
+    uids = [row.uid for row in rows]
     planned = [record.uid for record in records]
     yield from (f"{uid}: has no row in the manifest" for uid in planned if uid not in uids)
     unplanned = [uid for uid in uids if uid not in planned]
@@ -288,27 +290,28 @@ def _manifest_problems(
     if uids != planned and sorted(uids) == sorted(planned):
         yield "the rows of the manifest are not in the order of the plan"
     records_by_uid = {record.uid: record for record in records}
-    val_percent = plan.info["config"]["val_percent"]
+    val_percent = plan.info.config["val_percent"]
     for row in rows:
-        uid = row["uid"]
+        uid = row.uid
         if uid not in records_by_uid:
             continue
         record = records_by_uid[uid]
         if any(
-            row[name] != getattr(record, name) for name in ("source", "url", "licence", "format")
+            getattr(row, name) != getattr(record, name)
+            for name in ("source", "url", "licence", "format")
         ):
             yield f"{uid}: the manifest row differs from the plan"
-        if (row["shard"], row["row"]) != (shard, planned.index(uid)):
-            yield f"{uid}: the manifest row is of shard {row['shard']} row {row['row']}"
-        if row["split"] != split_of(uid, val_percent):
-            yield f"{uid}: split must be {split_of(uid, val_percent)}, is {row['split']}"
-        if row["status"] not in STATUSES or (row["status"] == "done") != (row["reason"] == ""):
-            yield f"{uid}: has status {row['status']} with reason {row['reason']!r}"
-        if row["status"] == "done":
-            numbers = [row["scale"], *(row["center"] or [None])]
+        if (row.shard, row.row) != (shard, planned.index(uid)):
+            yield f"{uid}: the manifest row is of shard {row.shard} row {row.row}"
+        if row.split != split_of(uid, val_percent):
+            yield f"{uid}: split must be {split_of(uid, val_percent)}, is {row.split}"
+        if row.status not in STATUSES or (row.status == "done") != (row.reason == ""):
+            yield f"{uid}: has status {row.status} with reason {row.reason!r}"
+        if row.status == "done":
+            numbers = [row.scale, *(row.center or [None])]
             if any(number is None or not math.isfinite(number) for number in numbers):
                 yield f"{uid}: is done without a finite center and scale"
-            if not row["sha256"] or not row["sign_path"]:
+            if not row.sha256 or not row.sign_path:
                 yield f"{uid}: is done without sha256 and sign_path"
 
 
@@ -316,8 +319,8 @@ def _product_problems(
     folder: Path,
     shard: str,
     product: Product,
-    marker: dict[str, Any],
-    rows: Sequence[dict[str, Any]],
+    marker: CommitMarker,
+    rows: Sequence[ManifestRow],
     wanted: int,
 ) -> Iterator[str]:
     """Yield how a product breaks its own format or disagrees with the manifest.
@@ -331,10 +334,13 @@ def _product_problems(
         wanted: Number of rows at the start of the manifest that must have the product.
     """
     path = folder / product_paths(product, shard)[0]
-    done = [row["uid"] for row in rows[:wanted] if row["status"] == "done"]
+    done = [row.uid for row in rows[:wanted] if row.status == "done"]
     if product.kind == "sdf":
-        column = tokens_column(product.resolution)
-        tokens = {row["uid"]: row[column] for row in rows if row.get(column) is not None}
+        tokens = {
+            row.uid: count
+            for row in rows
+            if (count := row.tokens.get(product.resolution)) is not None
+        }
         stored = list(tokens)
         counts = {"assets": len(tokens), "tokens": sum(tokens.values())}
         yield from _sdf_problems(path, product, marker, tokens)
@@ -348,28 +354,31 @@ def _product_problems(
         if stored != done:
             yield f"{product}: its {len(stored)} assets are not the done ones of the manifest"
     else:
-        views = marker["config"]["views"]
-        image_size = marker["config"]["image_size"]
+        if marker.config is None:
+            yield f"{product}: the marker has no config"
+            return
+        views = marker.config["views"]
+        image_size = marker.config["image_size"]
         try:
             rendered = set(RenderShard(path).uids)
         except (ValueError, OSError) as error:
             yield f"{product}: unreadable index: {error}"
             return
         # An asset that was rejected while another product was made may still have its renders.
-        stored = [row["uid"] for row in rows if row["uid"] in rendered or row["status"] == "done"]
+        stored = [row.uid for row in rows if row.uid in rendered or row.status == "done"]
         counts = {"assets": len(stored), "views": len(stored) * views}
         cameras = cast(CameraSet, product.variant)
         problems = check_render_shard(path, stored, views, image_size, cameras)
         yield from (f"{product}: {problem}" for problem in problems)
         if rendered - set(stored):
             yield f"{product}: holds {sorted(rendered - set(stored))}, which the manifest lacks"
-    if marker.get("counts") != counts:
-        yield f"{product}: the marker counts {marker.get('counts')}, the shard has {counts}"
+    if marker.counts != counts:
+        yield f"{product}: the marker counts {marker.counts}, the shard has {counts}"
     yield from (f"{uid}: is done without {product}" for uid in done if uid not in stored)
 
 
 def _sdf_problems(
-    path: Path, product: Product, marker: dict[str, Any], tokens: Mapping[str, int]
+    path: Path, product: Product, marker: CommitMarker, tokens: Mapping[str, int]
 ) -> Iterator[str]:
     """Yield the problems of an SDF shard. `tokens` says how many cells each asset must have."""
     problems = check_sdf_shard(path, list(tokens))
@@ -377,7 +386,7 @@ def _sdf_problems(
     if problems:
         return
     reader = SdfShard(path)
-    if reader.attributes["config_hash"] != marker.get("config_hash"):
+    if reader.attributes["config_hash"] != marker.config_hash:
         yield f"{product}: the config_hash of the shard is not its marker's"
     for uid, count in tokens.items():
         if reader.tokens(uid) != count:

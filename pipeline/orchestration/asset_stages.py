@@ -1,24 +1,22 @@
-"""One asset from its record to finished files in scratch: the stages in order, and what became of them."""
+"""The stages of one asset, from its record to the finished files of each product in scratch."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import BuildConfig
-from pipeline.core.errors import Reject, Transient
+from pipeline.core.errors import Reject
 from pipeline.core.grid import CELL_SIDE
+from pipeline.core.hashing import sha256_of
 from pipeline.core.image_codec import encode
 from pipeline.core.product import Product
-from pipeline.core.schema import BRICK_ARRAYS, Bricks, Mesh, Record
+from pipeline.core.schema import BRICK_ARRAYS, Bricks, Mesh
 from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata
 from pipeline.curation.screening_metrics import compute_metrics, save_metrics
 from pipeline.geometry import sdf_cuda
@@ -27,76 +25,24 @@ from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import Topology, build_topology
 from pipeline.mesh_io.load import load_with_report
 from pipeline.mesh_io.normalize import normalize
+from pipeline.orchestration.asset_results import AssetJob, AssetNotes
 from pipeline.rendering import gl_renderer
 from pipeline.rendering.views import render_views, renderer_string
-from pipeline.sources import Source
 from pipeline.storage.render_shard import save_view
-
-NOTES = (
-    "asset.json"  # what the stages found so far; whoever comes after a crash reads how far they got
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AssetJob:
-    """Work on one asset. `folder` exists, is empty and belongs to it alone."""
-
-    record: Record
-    source: Source | None  # None: nothing will be fetched, only the job's end is noted
-    config: BuildConfig
-    products: tuple[Product, ...]
-    folder: Path
-    gpu: str | None = (
-        None  # the one it may use, as CUDA numbers them; None: any for pictures, the first for distances
-    )
-
-
-@dataclass(kw_only=True)
-class Notes:
-    """What is known about an asset so far; the file is replaced as a whole at every step."""
-
-    stage: str = "start"
-    status: str = "running"  # then done | rejected | failed
-    reason: str = ""
-    row: dict[str, Any] = field(default_factory=dict)  # columns of the manifest
-    numbers: dict[str, Any] = field(default_factory=dict)
-    products: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # those that are finished, with their counts
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage
-    transient: bool = False  # it failed, and may not fail another time
-
-    def save(self, folder: Path) -> None:
-        partial = folder / f"{NOTES}.partial"
-        partial.write_text(json.dumps(asdict(self), default=_plain))
-        partial.replace(folder / NOTES)
-
-    @staticmethod
-    def load(folder: Path) -> Notes:
-        path = folder / NOTES
-        return Notes(**json.loads(path.read_text())) if path.exists() else Notes()
-
-    def reject(self, stage: str, verdict: Reject) -> None:
-        """The first verdict names the asset's fate; the numbers of all are kept."""
-        if isinstance(verdict, Transient):
-            self.stage, self.status, self.reason, self.transient = (
-                stage,
-                "failed",
-                verdict.reason,
-                True,
-            )
-        elif self.status != "rejected":
-            self.stage, self.status, self.reason = stage, "rejected", verdict.reason
-        self.numbers |= verdict.numbers
 
 
 def process(job: AssetJob) -> None:
-    """Every stage of one asset. Its notes and the files of each finished product are left in the job's folder.
+    """Take an asset through all its stages.
 
-    A product that turns the asset away does not keep the others from being made, so that a product's bytes do not
-    depend on which others were asked for. A rejection, or a failure to fetch, before the first product ends the asset.
+    The notes and the files of each finished product are left in the job's directory. A product
+    that rejects the asset does not keep the other products from being made, so the bytes of a
+    product do not depend on which other products are made. A rejection or a failed download
+    before the first product ends the asset.
+
+    Args:
+        job: The asset and the products to make.
     """
-    notes = Notes()
+    notes = AssetNotes()
     if job.gpu is not None:
         sdf_cuda.select_gpu(job.gpu)
     try:
@@ -106,18 +52,19 @@ def process(job: AssetJob) -> None:
         notes.save(job.folder)
         return
     for product in job.products:
+        name = str(product)
         try:
-            with _stage(job, notes, str(product)):
-                notes.products[str(product)] = _make(job, product, mesh, topology)
+            with _stage(job, notes, name):
+                notes.products[name] = _make_product(job, product, mesh, topology)
         except Reject as verdict:
-            notes.reject(str(product), verdict)
+            notes.reject(name, verdict)
     if notes.status == "running":
         notes.status, notes.stage = "done", ""
     notes.save(job.folder)
 
 
-def _prepare(job: AssetJob, notes: Notes) -> tuple[Mesh, Topology]:
-    """The stages that all products share."""
+def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
+    """Run the stages that all products share."""
     record, cfg = job.record, job.config
     with _stage(job, notes, "metadata"):
         filter_metadata(record, cfg.filter)
@@ -127,8 +74,7 @@ def _prepare(job: AssetJob, notes: Notes) -> tuple[Mesh, Topology]:
         assert job.source is not None
         try:
             path = job.source.materialize(record, scratch)
-            with path.open("rb") as file:
-                notes.row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            notes.row["sha256"] = sha256_of(path)
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
             raise Reject("file_not_readable", error=type(error).__name__) from error
         if record.sha256 not in (None, notes.row["sha256"]):
@@ -151,8 +97,10 @@ def _prepare(job: AssetJob, notes: Notes) -> tuple[Mesh, Topology]:
     return mesh, topology
 
 
-def _make(job: AssetJob, product: Product, mesh: Mesh, topology: Topology) -> dict[str, Any]:
-    """Write one product's files; returns what its marker and the manifest count."""
+def _make_product(
+    job: AssetJob, product: Product, mesh: Mesh, topology: Topology
+) -> dict[str, Any]:
+    """Write one product's files. Return its counts and the device or renderer that made it."""
     folder = job.folder / str(product)
     folder.mkdir()
     if product.kind == "screen":
@@ -165,45 +113,50 @@ def _make(job: AssetJob, product: Product, mesh: Mesh, topology: Topology) -> di
     cfg, uid = job.config.render, job.record.uid
     with gl_renderer.on_gpu(job.gpu):
         for view in render_views(mesh, uid, cfg):
-            save_view(
-                folder, uid, view.meta["view"], encode(view, cfg.format), view.meta, cfg.format
-            )
+            image = encode(view, cfg.format)
+            save_view(folder, uid, view.meta["view"], image, view.meta, cfg.format)
         return {"views": cfg.views, "renderer": renderer_string()}
 
 
 def save_bricks(folder: Path, bricks: Bricks) -> None:
-    """One file an array. Not np.save: a full disk must surface as OSError with its errno."""
+    """Write one file per array.
+
+    The files are written without np.save, which hides the errno of a full disk.
+    """
     for member, name in BRICK_ARRAYS.items():
         (folder / f"{name}.bin").write_bytes(np.ascontiguousarray(getattr(bricks, member)).data)
 
 
 def load_bricks(folder: Path, resolution: int) -> Bricks:
-    """What `save_bricks` wrote, mapped rather than read."""
-    shapes = {
+    """Map the arrays that `save_bricks` wrote.
+
+    Args:
+        folder: The directory with one file per array.
+        resolution: Grid points along one side.
+    """
+    row_shapes = {
         "cells": (np.int16, 3),
         "values": (np.float16, CELL_SIDE**3),
         "sharp": (np.uint8, CELL_SIDE**3 // 8),
     }
-    arrays: dict[str, Any] = {
-        member: np.memmap(folder / f"{BRICK_ARRAYS[member]}.bin", dtype, mode="r").reshape(
-            -1, width
-        )
-        for member, (dtype, width) in shapes.items()
-    }
+    arrays: dict[str, Any] = {}
+    for member, (dtype, width) in row_shapes.items():
+        array = np.memmap(folder / f"{BRICK_ARRAYS[member]}.bin", dtype, mode="r")
+        arrays[member] = array.reshape(-1, width)
     return Bricks(resolution=resolution, **arrays)
 
 
 def warm_up() -> None:
-    """Takes an open box with a loose sheet through the geometry: children are forked with compiled code in place.
+    """Compile all numba functions by processing an open box with a loose sheet.
 
-    The renderer is imported but not started: a graphics context does not survive a fork.
+    A process that forks children calls this first, so that the children find compiled code. The
+    renderer is imported but not started, because a graphics context does not survive a fork.
     """
     corners = np.stack(np.meshgrid(*[[-0.4, 0.4]] * 3, indexing="ij"), axis=-1).reshape(8, 3)
     sides = np.array([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4]])
     sheet = np.array([[-0.2, 0.45, 0.0], [0.2, 0.45, 0.0], [0.0, 0.45, 0.2]])
-    faces = np.concatenate([sides[:, [0, 1, 2]], sides[:, [0, 2, 3]], [[8, 9, 10]]]).astype(
-        np.int32
-    )
+    triangles = [sides[:, [0, 1, 2]], sides[:, [0, 2, 3]], [[8, 9, 10]]]
+    faces = np.concatenate(triangles).astype(np.int32)
     mesh = Mesh(vertices=np.concatenate([corners, sheet]), faces=faces)
     filter_geometry(mesh, BuildConfig().filter)
     compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
@@ -211,27 +164,22 @@ def warm_up() -> None:
 
 
 def warm_up_cuda() -> None:
-    """As `warm_up`, and torch and the kernels beside it. CUDA is left to the children: it does not survive a fork."""
+    """Compile all numba functions and import torch and the CUDA kernels.
+
+    CUDA itself is not started, because it does not survive a fork.
+    """
     warm_up()
     sdf_cuda.warm_up()
 
 
 @contextmanager
-def _stage(job: AssetJob, notes: Notes, name: str) -> Iterator[None]:
+def _stage(job: AssetJob, notes: AssetNotes, name: str) -> Iterator[None]:
+    """Time a stage and save the notes before it, so that they name it if the process crashes."""
     started = time.perf_counter()
-    rejected = notes.status == "rejected"
-    if not rejected:
+    if notes.status != "rejected":
         notes.stage = name
     notes.save(job.folder)
     try:
         yield
     finally:
         notes.seconds[name] = time.perf_counter() - started
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return str(value)

@@ -1,305 +1,208 @@
-"""Commits one shard: its assets' files in scratch become products, a manifest, and markers, written last."""
+"""The commit of one shard: its assets' files in scratch become products, a manifest and markers.
+
+The commit markers are written last. A product counts once its marker exists.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import BuildConfig
-from pipeline.core.files import sync
-from pipeline.core.product import Product, is_product_name, resolution_of_column
+from pipeline.core.files import sync, write_atomically
+from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks, Record
 from pipeline.curation.screening_metrics import load_metrics, write_metrics_table
-from pipeline.orchestration.asset_stages import NOTES, AssetJob, Notes, load_bricks
-from pipeline.orchestration.isolated_process import Exit
-from pipeline.orchestration.manifest import (
-    Result,
-    append_stats,
-    manifest_row,
-    read_manifest,
-    with_products,
-    write_manifest,
+from pipeline.orchestration.asset_results import AssetResult, read_result
+from pipeline.orchestration.asset_stages import load_bricks
+from pipeline.orchestration.manifest import new_row, updated_row
+from pipeline.orchestration.visit_stats import append_stats
+from pipeline.storage.commit_marker import CommitMarker, describe_files
+from pipeline.storage.layout import (
+    MANIFEST,
+    SCRATCH,
+    manifest_path,
+    marker_path,
+    product_paths,
+    scratch_folder,
+    stats_path,
 )
-from pipeline.storage.remote import AnyStorePath, StorePath, list_files
-from pipeline.storage.render_shard import ViewFolder, index_path, write_render_shard
+from pipeline.storage.manifest import STATUSES, ManifestRow, read_manifest, write_manifest
+from pipeline.storage.remote import StorePath
+from pipeline.storage.render_shard import ViewFolder, write_render_shard
 from pipeline.storage.sdf_shard import write_sdf_shard
-
-RESULT = "result.json"
-MANIFEST = "manifest"  # the marker that goes with the manifest, which later products replace
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackJob:
-    """One shard whose assets have all landed in scratch, or ended in an earlier visit."""
+class CommitJob:
+    """The commit of one shard. Every asset has a result in scratch or a final row in the manifest.
+
+    Args:
+        config: Options of the build.
+        shard: Name of the shard.
+        records: All assets of the shard in plan order.
+        products: The products to commit.
+        wanted: Number of the shard's first assets that are to have the products.
+    """
 
     config: BuildConfig
     shard: str
     records: tuple[Record, ...]
-    products: tuple[Product, ...]  # to be made now
-    wanted: int  # of the first so many records
+    products: tuple[Product, ...]
+    wanted: int
 
 
-def product_paths(product: Product, shard: str) -> list[Path]:
-    """Where a product of a shard lies, relative to the output directory."""
-    if product.kind == "sdf":
-        return [Path("sdf", product.variant, f"{shard}.zarr")]
-    if product.kind == "screen":
-        return [Path("screen", product.variant, f"{shard}.parquet")]
-    tar = Path("renders", product.variant, f"{shard}.tar")
-    return [tar, index_path(tar)]
-
-
-def marker_path(out: AnyStorePath, shard: str, product: Product | str) -> AnyStorePath:
-    return out / "shards" / shard / f"{product}.json"
-
-
-def manifest_path(out: AnyStorePath, shard: str) -> AnyStorePath:
-    return out / "manifest" / f"{shard}.parquet"
-
-
-def stats_path(out: AnyStorePath, shard: str) -> AnyStorePath:
-    return out / "stats" / f"{shard}.parquet"
-
-
-def scratch_folder(out: Path, shard: str, uid: str) -> Path:
-    return out / ".scratch" / shard / uid
-
-
-def land(job: AssetJob, end: Exit, attempts: int) -> Result:
-    """Turn what a child left, however it ended, into a result, and put both in their final place in scratch."""
-    notes = Notes.load(job.folder)
-    status, stage, reason, numbers = notes.status, notes.stage, notes.reason, notes.numbers
-    if end.reason and status != "rejected":
-        status, reason = "failed", end.reason
-        if end.reason == "error":
-            reason = f"error_{end.detail.split(':')[0].rpartition('.')[2].lower() or 'unknown'}"
-            numbers = {**numbers, "error": end.detail}
-    # Where the build lies must not show in its bytes.
-    numbers = json.loads(json.dumps(numbers).replace(str(job.folder), "scratch"))
-    result = Result(
-        uid=job.record.uid,
-        status=status,
-        stage=stage,
-        reason=reason,
-        row=notes.row,
-        numbers=numbers,
-        products=notes.products,
-        seconds=notes.seconds,
-        wall_s=end.seconds,
-        peak_rss_bytes=end.peak_rss_bytes,
-        host=socket.gethostname(),
-        attempts=attempts,
-        transient=status == "failed" and notes.transient,
-    )
-    shutil.rmtree(job.folder / "input", ignore_errors=True)
-    (job.folder / NOTES).unlink(missing_ok=True)
-    hashes = {str(product): job.config.product_hash(product) for product in job.products}
-    (job.folder / RESULT).write_text(json.dumps({"hashes": hashes, "result": asdict(result)}))
-    final = job.folder.with_name(job.record.uid)
-    shutil.rmtree(final, ignore_errors=True)
-    job.folder.replace(final)
-    return result
-
-
-def landed(cfg: BuildConfig, shard: str, uid: str, products: Sequence[Product]) -> Result | None:
-    """What an earlier visit left in local scratch, if it tried these very products."""
-    path = scratch_folder(_local(cfg), shard, uid) / RESULT
-    return result_of(path.read_text(), cfg, products) if path.exists() else None
-
-
-def result_of(text: str, cfg: BuildConfig, products: Sequence[Product]) -> Result | None:
-    """The result that RESULT holds, if its visit tried these very products.
-
-    And others of the same run, which are committed by now; not what another run wanted, whose traces would stay.
-    """
-    content = json.loads(text)
-    tried = content["hashes"]
-    names = {str(product) for product in products}
-    hashes = {str(product): cfg.product_hash(product) for product in cfg.products}
-    if not names <= set(tried) <= set(hashes):
-        return None
-    if any(tried[name] != hashes[name] for name in tried):
-        return None
-    return Result(**content["result"])
-
-
-def finished(cfg: BuildConfig, shard: str) -> dict[str, dict[str, Any]]:
-    """uid -> manifest row of a shard that has one; none before its first commit."""
-    path = manifest_path(cfg.out, shard)
-    if not path.exists() or not marker_path(cfg.out, shard, MANIFEST).exists():
-        return {}
-    return {row["uid"]: row for row in read_manifest(path)}
-
-
-def committed(out: StorePath) -> dict[str, set[str]]:
-    """The products of every shard that have a marker, "manifest" among them."""
-    found: dict[str, set[str]] = {}
-    for name in list_files(out / "shards"):
-        shard, _, product = name.partition("/")
-        if product.endswith(".json") and not product.startswith("."):
-            found.setdefault(shard, set()).add(product.removesuffix(".json"))
-    return found
-
-
-def ended_for_good(row: dict[str, Any]) -> bool:
-    """Whether an asset was turned away before any product, so that no further one can be made of it."""
-    return row["status"] != "done" and not is_product_name(row["stage"])
-
-
-def pack(job: PackJob) -> dict[str, int]:
-    """Write the shard's products, manifest, stats and markers; remove its scratch. Returns the manifest's counts.
-
-    The output must be a local directory.
-    """
-    cfg, out, shard, started = job.config, _local(job.config), job.shard, time.monotonic()
-    old = finished(cfg, shard)
-    results: dict[str, Result] = {}
-    for record in job.records[: job.wanted]:
-        result = landed(cfg, shard, record.uid, job.products)
-        if result is not None:
-            results[record.uid] = result
-        elif not (record.uid in old and ended_for_good(old[record.uid])):
-            raise RuntimeError(f"{record.uid} of shard {shard} has no result")
-    markers = {str(product): _make_product(job, product, results) for product in job.products}
-
-    rows = []
-    for number, record in enumerate(job.records):
-        result = results.get(record.uid)
-        if record.uid in old:
-            row = old[record.uid]
-            rows.append(row if result is None else with_products(row, result))
-        else:
-            assert result is not None
-            rows.append(
-                manifest_row(record, result, shard=shard, row=number, val_percent=cfg.val_percent)
-            )
-    columns = {resolution_of_column(name) for row in rows for name in row}
-    resolutions = {resolution for resolution in columns if resolution is not None}
-    resolutions |= {product.resolution for product in job.products if product.kind == "sdf"}
+def read_committed_rows(out: StorePath, shard: str) -> dict[str, ManifestRow]:
+    """Return {uid: manifest row} of a shard, empty before its first commit."""
     path = manifest_path(out, shard)
+    if not path.exists() or not marker_path(out, shard, MANIFEST).exists():
+        return {}
+    return {row.uid: row for row in read_manifest(path)}
+
+
+def commit_locally(job: CommitJob) -> dict[str, int]:
+    """Write a shard's products, manifest, statistics and markers, and delete its scratch.
+
+    Args:
+        job: The commit. The output must be a local directory.
+
+    Returns:
+        Numbers of assets in the shard: all, done, rejected and failed.
+
+    Raises:
+        RuntimeError: If an asset has no result.
+    """
+    cfg = job.config
+    out = _local(cfg)
+    started = time.monotonic()
+    old_rows = read_committed_rows(out, job.shard)
+    results = _read_results(job, old_rows)
+    markers = [_write_product(job, product, results) for product in job.products]
+    rows = _merge_rows(job, old_rows, results)
+    resolutions = {resolution for row in rows for resolution in row.tokens}
+    resolutions |= {product.resolution for product in job.products if product.kind == "sdf"}
+    path = manifest_path(out, job.shard)
     write_manifest(path, rows, resolutions)
-    append_stats(stats_path(out, shard), results.values(), time.monotonic() - started)
-    statuses = {
-        status: sum(row["status"] == status for row in rows)
-        for status in ("done", "rejected", "failed")
-    }
+    append_stats(stats_path(out, job.shard), results.values(), time.monotonic() - started)
+    statuses = {status: sum(row.status == status for row in rows) for status in STATUSES}
     counts = {"assets": len(rows), **statuses}
-    markers[MANIFEST] = {"counts": counts, **_described(out, [path.relative_to(out)])}
-    for product in (MANIFEST, *map(str, job.products)):
-        _write_marker(
-            marker_path(out, shard, product),
-            {"shard": shard, "product": product, **markers[product]},
-        )
-    shutil.rmtree(out / ".scratch" / shard)
+    files = describe_files(out, [path.relative_to(out)])
+    manifest_marker = CommitMarker(
+        shard=job.shard,
+        product=MANIFEST,
+        counts=counts,
+        bytes=sum(file.bytes for file in files),
+        files=files,
+    )
+    for marker in (manifest_marker, *markers):
+        marker_file = marker_path(out, job.shard, marker.product)
+        write_atomically(marker_file, marker.to_json(), durable=True)
+    shutil.rmtree(out / SCRATCH / job.shard)
     return counts
 
 
-def tree_sha256(path: Path) -> tuple[int, str]:
-    """(bytes, sha256) of a file; of a directory, the sha256 over its sorted "path\\0sha256" lines."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-    total, lines = 0, []
-    for child in sorted(path.rglob("*"), key=lambda child: child.relative_to(path).as_posix()):
-        if child.is_file():
-            size, digest = tree_sha256(child)
-            total += size
-            lines.append(f"{child.relative_to(path).as_posix()}\0{digest}\n")
-    return total, hashlib.sha256("".join(lines).encode()).hexdigest()
+def _read_results(job: CommitJob, old_rows: dict[str, ManifestRow]) -> dict[str, AssetResult]:
+    """Return the results of this run's visits by uid."""
+    results: dict[str, AssetResult] = {}
+    for record in job.records[: job.wanted]:
+        result = read_result(_local(job.config), job.config, job.shard, record.uid, job.products)
+        if result is not None:
+            results[record.uid] = result
+        elif record.uid not in old_rows or not old_rows[record.uid].ended_before_products:
+            raise RuntimeError(f"{record.uid} of shard {job.shard} has no result")
+    return results
 
 
-def _make_product(job: PackJob, product: Product, results: dict[str, Result]) -> dict[str, Any]:
-    """Write a product of all assets that have it; returns its marker."""
-    cfg, out = job.config, _local(job.config)
+def _merge_rows(
+    job: CommitJob, old_rows: dict[str, ManifestRow], results: dict[str, AssetResult]
+) -> list[ManifestRow]:
+    """Return the shard's manifest: rows of earlier commits, updated or new where there are results."""
+    rows = []
+    for number, record in enumerate(job.records):
+        old, result = old_rows.get(record.uid), results.get(record.uid)
+        if old is not None:
+            rows.append(old if result is None else updated_row(old, result))
+        else:
+            assert result is not None
+            row = new_row(
+                record, result, shard=job.shard, row=number, val_percent=job.config.val_percent
+            )
+            rows.append(row)
+    return rows
+
+
+def _write_product(
+    job: CommitJob, product: Product, results: dict[str, AssetResult]
+) -> CommitMarker:
+    """Write a product of all assets that have it. Return its marker, which is not written yet."""
+    cfg, out, name = job.config, _local(job.config), str(product)
     uids = [
         record.uid
         for record in job.records
-        if str(product) in getattr(results.get(record.uid), "products", {})
+        if record.uid in results and name in results[record.uid].products
     ]
+    made = [results[uid].products[name] for uid in uids]
+    folders = [scratch_folder(out, job.shard, uid) / name for uid in uids]
     paths = product_paths(product, job.shard)
-    partial = out / ".scratch" / job.shard / f"{product}.partial"
+    partial = out / SCRATCH / job.shard / f"{product}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    counts: dict[str, Any] = {"assets": len(uids)}
-    extra: dict[str, Any] = {}
+
+    counts = {"assets": len(uids)}
+    devices = renderers = None
     if product.kind == "sdf":
-        resolution = product.resolution
-        bricks = _bricks(cfg, job.shard, product, uids)
+        bricks = _read_bricks(uids, folders, product.resolution)
         counts["tokens"] = write_sdf_shard(
-            partial / paths[0].name, resolution, bricks, cfg.product_hash(product)
+            partial / paths[0].name, product.resolution, bricks, cfg.product_hash(product)
         )
-        extra["devices"] = sorted(
-            {results[uid].products[str(product)].get("device", "cpu") for uid in uids}
-        )
+        devices = tuple(sorted({counted.get("device", "cpu") for counted in made}))
     elif product.kind == "screen":
-        rows = [
-            (uid, load_metrics(scratch_folder(out, job.shard, uid) / str(product))) for uid in uids
-        ]
-        write_metrics_table(partial / paths[0].name, rows)
+        metrics = [(uid, load_metrics(folder)) for uid, folder in zip(uids, folders, strict=True)]
+        write_metrics_table(partial / paths[0].name, metrics)
     else:
-        entries = []
-        for uid in uids:
-            folder = scratch_folder(out, job.shard, uid) / str(product)
-            entries.append((uid, ViewFolder(folder, uid, cfg.render.views, cfg.render.format)))
+        entries = [
+            (uid, ViewFolder(folder, uid, cfg.render.views, cfg.render.format))
+            for uid, folder in zip(uids, folders, strict=True)
+        ]
         write_render_shard(partial / paths[0].name, entries, cfg.render.format)
         counts["views"] = len(uids) * cfg.render.views
-        extra["renderers"] = sorted(
-            {results[uid].products[str(product)]["renderer"] for uid in uids}
-        )
-    marker_path(out, job.shard, product).unlink(
-        missing_ok=True
-    )  # it would outlive what it vouches for
+        renderers = tuple(sorted({counted["renderer"] for counted in made}))
+
+    # A marker of an earlier commit must not outlive the files that it describes.
+    marker_path(out, job.shard, product).unlink(missing_ok=True)
     for path in paths:
         target = out / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():  # of a pack that was killed before its marker
+        if target.is_dir():  # of a commit that was killed before it wrote the marker
             shutil.rmtree(target)
         sync(partial / path.name)
         (partial / path.name).replace(target)
-    return {
-        "format_version": FORMAT_VERSION,
-        "config": cfg.of_product(product),
-        "config_hash": cfg.product_hash(product),
-        "counts": counts,
-        **extra,
-        **_described(out, paths),
-    }
+    files = describe_files(out, paths)
+    return CommitMarker(
+        shard=job.shard,
+        product=name,
+        counts=counts,
+        bytes=sum(file.bytes for file in files),
+        files=files,
+        format_version=FORMAT_VERSION,
+        config=cfg.of_product(product),
+        config_hash=cfg.product_hash(product),
+        devices=devices,
+        renderers=renderers,
+    )
 
 
-def _bricks(
-    cfg: BuildConfig, shard: str, product: Product, uids: Sequence[str]
+def _read_bricks(
+    uids: Sequence[str], folders: Sequence[Path], resolution: int
 ) -> Iterator[tuple[str, Bricks]]:
-    for uid in uids:
-        yield (
-            uid,
-            load_bricks(scratch_folder(_local(cfg), shard, uid) / str(product), product.resolution),
-        )
+    for uid, folder in zip(uids, folders, strict=True):
+        yield uid, load_bricks(folder, resolution)
 
 
 def _local(cfg: BuildConfig) -> Path:
-    assert isinstance(cfg.out, Path), "a task works in a directory; see transfer.py"
+    assert isinstance(cfg.out, Path), "a commit works in a local directory; see transfer.py"
     return cfg.out
-
-
-def _described(out: Path, paths: Sequence[Path]) -> dict[str, Any]:
-    files = []
-    for path in paths:
-        size, digest = tree_sha256(out / path)
-        files.append({"path": path.as_posix(), "bytes": size, "sha256": digest})
-    return {"bytes": sum(file["bytes"] for file in files), "files": files}
-
-
-def _write_marker(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    sync(partial)
-    partial.replace(path)

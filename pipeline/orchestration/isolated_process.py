@@ -38,7 +38,7 @@ POLL_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exit:
+class ProcessExit:
     """How a call ended. `reason` is "" when it returned, else a fixed word; `detail` the last line of its log."""
 
     reason: str
@@ -57,7 +57,7 @@ class _Request:
     memory_limit: int
 
 
-class Isolated:
+class IsolatedProcess:
     """`call` runs `function(argument)` in a forked child; use it from one thread at a time.
 
     `warm_up` names a function without arguments that the server runs once, before the first fork: what it imports
@@ -78,7 +78,7 @@ class Isolated:
         timeout_s: float,
         memory_bytes: int,
         memory_limit: int = resource.RLIMIT_AS,
-    ) -> Exit:
+    ) -> ProcessExit:
         """Runs to the end, to a crash or to a limit. RunError if the server itself dies.
 
         CUDA reserves address space for all of a machine's memory before it uses any: calls that use it are held by
@@ -101,7 +101,7 @@ class Isolated:
                 answer = _receive(_pipe(server.stdout))
         except (BrokenPipeError, EOFError):
             pass
-        if not isinstance(answer, Exit):
+        if not isinstance(answer, ProcessExit):
             self.close()
             self._errors.seek(0)
             lines = self._errors.read().decode(errors="replace").strip().splitlines() or [
@@ -160,7 +160,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             _child(request, server, (requests.fileno(), answers.fileno()))
         status, usage, timed_out = _wait(pid, request.timeout_s, requests)
         reason = "timeout" if timed_out else _reason(status)
-        answer = Exit(
+        answer = ProcessExit(
             reason=reason,
             detail=_last_line(request.log) if reason else "",
             seconds=time.monotonic() - started,

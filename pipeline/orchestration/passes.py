@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.config import BuildConfig
-from pipeline.orchestration.catalogue import CATALOGUE, Catalogue, write_catalogue
-from pipeline.orchestration.plan import make_plan, refuse_foreign
+from pipeline.curation.catalogue import Catalogue
+from pipeline.orchestration.plan import check_unused, make_plan
 from pipeline.orchestration.runner import run
+from pipeline.orchestration.screening_pass import rank_screened
 from pipeline.sources import Source
+from pipeline.storage.layout import CATALOGUE, PLAN, SCREENING
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +48,11 @@ def run_passes(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
 
 def _screen(cfg: BuildConfig, sources: Sequence[Source]) -> Catalogue:
     """Screen every asset in OUT/screen and return the catalogue of those that are kept."""
-    if (cfg.out / CATALOGUE).exists() and (cfg.out / "plan.json").exists():
+    if (cfg.out / CATALOGUE).exists() and (cfg.out / PLAN).exists():
         return Catalogue(path=cfg.out / CATALOGUE)
-    refuse_foreign(cfg.out)
-    screening = replace(cfg, out=cfg.out / "screen", run="screen")
+    check_unused(cfg.out)
+    screening = replace(cfg, out=cfg.out / SCREENING, run="screen")
     plan = make_plan(screening, sources)
     log.info("%s: screening %d assets.", cfg.out, plan.assets)
     run(plan, screening, sources)
-    return write_catalogue(cfg, plan)
+    return rank_screened(cfg, plan)

@@ -1,12 +1,15 @@
-"""The plan of a build: which assets, in which shards, under which shared config; made once, then only read."""
+"""The plan of a build: its assets, their shards and the options that all products share.
+
+A plan is made once. Later runs read it, so they do not list the sources again.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +18,19 @@ import pyarrow.parquet as pq
 
 from pipeline.config import BuildConfig
 from pipeline.core.errors import UserError
-from pipeline.core.files import is_disk_full
+from pipeline.core.files import is_disk_full, write_atomically
 from pipeline.core.hashing import differences, hash_of
 from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION, commit_of_code, provenance
 from pipeline.core.schema import Record
 from pipeline.sources import Listing
+from pipeline.storage.layout import CATALOGUE, PLAN, PLAN_TABLE, SCRATCH, SCREENING
 from pipeline.storage.locks import workspace
 from pipeline.storage.remote import RemotePath, StorePath, arrow_source, list_children
 
 log = logging.getLogger(__name__)
 
-PACKAGES = (
+PACKAGES = (  # whose versions the plan records
     "sparse3d",
     "numba",
     "numcodecs",
@@ -42,187 +46,271 @@ COLUMNS = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "source", "url", "shard")),
         ("row", pa.int32()),
-        # The rest of the record, so that going on with a build never depends on listing the source again.
         *((name, pa.string()) for name in ("licence", "sha256", "format", "metadata")),
     ]
 )
-RECORD = ("uid", "source", "url", "licence", "sha256", "format", "metadata")
-ROWS = 1 << 16  # written at once
+RECORD_COLUMNS = ("uid", "source", "url", "licence", "sha256", "format", "metadata")
+ROWS_PER_WRITE = 1 << 16
+CHANGES_SHOWN = 4  # of the options in which a run differs from the plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInfo:
+    """The content of plan.json.
+
+    Args:
+        format_version: Version of the file formats.
+        config: The options that all products share, as JSON.
+        config_hash: Hash of `config`.
+        assets: Number of assets.
+        shards: Number of shards.
+        skipped_files: {source: number of files that it left out}.
+        snapshots: {source: name of the state of its catalogue}.
+        versions: {package: version} of the code that made the plan.
+        commit: Git commit of the code that made the plan, None outside a repository.
+    """
+
+    format_version: int
+    config: dict[str, Any]
+    config_hash: str
+    assets: int
+    shards: int
+    skipped_files: dict[str, int]
+    snapshots: dict[str, str]
+    versions: dict[str, str | None]
+    commit: str | None
+
+    @property
+    def shard_size(self) -> int:
+        """Number of assets in a full shard."""
+        return self.config["shard_size"]
+
+    @property
+    def rank(self) -> dict[str, Any] | None:
+        """Options of the ranking, None in a build that does not rank."""
+        return self.config.get("rank")
+
+    def to_json(self) -> str:
+        """Return the content of plan.json."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PlanInfo:
+        """Parse the content of plan.json. Fields of newer versions are ignored.
+
+        Raises:
+            LookupError: If a field is missing.
+            TypeError: If the content is not an object.
+            ValueError: If `text` is not JSON.
+        """
+        content = json.loads(text)
+        return cls(**{item.name: content[item.name] for item in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`plan.json` and `plan.parquet` of an output directory."""
+    """A build's plan.json and plan.parquet.
+
+    Args:
+        out: Output directory of the build.
+        info: The content of plan.json.
+        table: The content of plan.parquet: one row per asset with the columns COLUMNS.
+    """
 
     out: StorePath
-    info: dict[str, Any]
+    info: PlanInfo
     table: pa.Table
 
     @property
     def assets(self) -> int:
+        """Number of assets."""
         return self.table.num_rows
 
     @property
     def shards(self) -> list[str]:
+        """Names of the shards in order."""
         return self.table["shard"].unique().to_pylist()
 
     def wanted(self, product: Product, shard: str) -> int:
-        """How many of a shard's first records are to have a product. A ranked plan is in the order of its ranking."""
-        size = self.info["config"]["shard_size"]
-        rank = self.info["config"].get("rank")
+        """Return how many of a shard's first assets are to have a product.
+
+        The plan of a ranked build is in the order of the ranking. Its best assets have further
+        products.
+
+        Args:
+            product: The product.
+            shard: Name of the shard.
+        """
+        size, rank = self.info.shard_size, self.info.rank
         if rank is not None and product in map(Product.sdf, rank["best_resolutions"]):
             return min(max(rank["best_count"] - int(shard) * size, 0), size)
         return size
 
-    def shard(self, name: str) -> list[Record]:
-        """The assets of one shard in row order."""
-        size = self.info["config"]["shard_size"]
-        rows = self.table.slice(int(name) * size, size).to_pylist()
-        return [Record(**{k: row[k] for k in row if k not in ("shard", "row")}) for row in rows]
+    def records(self, shard: str) -> list[Record]:
+        """Return the assets of a shard in plan order."""
+        size = self.info.shard_size
+        rows = self.table.slice(int(shard) * size, size).select(list(RECORD_COLUMNS)).to_pylist()
+        return [Record(**row) for row in rows]
 
 
 def shard_name(index: int) -> str:
+    """Return the name of the shard with this number, such as "000012"."""
     return f"{index:06d}"
 
 
 def make_plan(cfg: BuildConfig, sources: Sequence[Listing]) -> Plan:
-    """List the sources and write the plan; or read the one that is there.
+    """Read the plan of a build, or list the sources and write it.
 
-    UserError if the directory holds another configuration or something else altogether, or there is no asset.
+    Args:
+        cfg: Options of the build.
+        sources: The sources. They are not used if there is a plan.
+
+    Raises:
+        UserError: If the directory holds a build with other options or something that is not a
+            build, if it cannot be written to, or if the sources have no asset.
     """
-    if (cfg.out / "plan.json").exists():
-        return _matching_plan(cfg)
-    refuse_foreign(cfg.out)
+    if (cfg.out / PLAN).exists():
+        return _read_matching_plan(cfg)
+    check_unused(cfg.out)
     with workspace(cfg.out, cfg.scratch) as here:
-        partial = here / ".plan.parquet.partial"
         try:
-            here.mkdir(parents=True, exist_ok=True)
-            assets = _write_table(
-                partial, chain.from_iterable(source.records() for source in sources), cfg
-            )
-            if not assets:
-                _forget(partial)
-                raise UserError(f"no assets in {' '.join(cfg.source)}; name a source that has some")
-            info = _info(cfg, sources, assets)
-            partial.replace(here / "plan.parquet")
-            partial = here / ".plan.json.partial"
-            partial.write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
-            partial.replace(here / "plan.json")  # last: a plan without it does not count
+            _write_plan(here, cfg, sources)
         except OSError as error:
-            if is_disk_full(error) or str(here) not in str(
-                error.filename
-            ):  # or a source could not be read
+            # An error at another path is one of a source that could not be read.
+            if is_disk_full(error) or str(here) not in str(error.filename):
                 raise
             raise UserError(
                 f"cannot write to {here}: {error.strerror}; choose another --out"
             ) from error
         if isinstance(cfg.out, RemotePath):
-            for name in ("plan.parquet", "plan.json"):
+            for name in (PLAN_TABLE, PLAN):
                 (cfg.out / name).upload(here / name)
     return read_plan(cfg.out)
 
 
-def _info(cfg: BuildConfig, sources: Sequence[Listing], assets: int) -> dict[str, Any]:
-    """The content of plan.json."""
+def _write_plan(here: Path, cfg: BuildConfig, sources: Sequence[Listing]) -> None:
+    """Write plan.parquet and then plan.json: a plan without plan.json does not count."""
+    here.mkdir(parents=True, exist_ok=True)
+    partial = here / f".{PLAN_TABLE}.partial"
+    records = chain.from_iterable(source.records() for source in sources)
+    assets = _write_table(partial, records, cfg)
+    if not assets:
+        partial.unlink()
+        if not any(here.iterdir()):
+            here.rmdir()
+        raise UserError(f"no assets in {' '.join(cfg.source)}; name a source that has some")
+    info = _describe(cfg, sources, assets)
+    partial.replace(here / PLAN_TABLE)
+    write_atomically(here / PLAN, info.to_json())
+
+
+def _describe(cfg: BuildConfig, sources: Sequence[Listing], assets: int) -> PlanInfo:
     snapshots = {
         source.name: snapshot()
         for source in sources
         if (snapshot := getattr(source, "snapshot", None))
     }
     skipped = {source.name: n for source in sources if (n := getattr(source, "skipped", 0))}
-    return {
-        "format_version": FORMAT_VERSION,
-        "config": cfg.shared(),
-        "config_hash": hash_of(cfg.shared()),
-        "assets": assets,
-        "shards": -(-assets // cfg.shard_size),
-        "skipped_files": skipped,
-        "snapshots": snapshots,
+    return PlanInfo(
+        format_version=FORMAT_VERSION,
+        config=cfg.shared(),
+        config_hash=hash_of(cfg.shared()),
+        assets=assets,
+        shards=-(-assets // cfg.shard_size),
+        skipped_files=skipped,
+        snapshots=snapshots,
         **provenance(PACKAGES),
-    }
+    )
 
 
-def _forget(partial: Path) -> None:
-    """Leave nothing of a plan that has no asset, unless something else lies there."""
-    partial.unlink()
-    if not any(partial.parent.iterdir()):
-        partial.parent.rmdir()
+def check_unused(out: StorePath) -> None:
+    """Check that an output is free for a new build, or holds the beginning of one.
 
-
-def refuse_foreign(out: StorePath) -> None:
-    """UserError if there is something at `out` that is not a build, nor the beginning of one."""
-    a_file = isinstance(out, Path) and out.exists() and not out.is_dir()
-    if a_file or (any(_foreign(out)) and not (out / "plan.json").exists()):
+    Raises:
+        UserError: If there is something else at `out`.
+    """
+    is_file = isinstance(out, Path) and out.exists() and not out.is_dir()
+    own_files = (PLAN_TABLE, PLAN, CATALOGUE)
+    own = {*own_files, *(f".{name}.partial" for name in own_files), SCRATCH, SCREENING}
+    foreign = not is_file and any(path.name not in own for path in list_children(out))
+    if is_file or (foreign and not (out / PLAN).exists()):
         raise UserError(f"{out} exists and is not a build; choose another --out")
 
 
 def read_plan(out: StorePath) -> Plan:
-    """The plan of a build. UserError if `out` is not one, or of another format version."""
+    """Read the plan of a build.
+
+    Args:
+        out: Output directory of the build.
+
+    Raises:
+        UserError: If `out` is not a build, or a build of another format version.
+    """
     try:
-        info = json.loads((out / "plan.json").read_text())
-        table = pq.read_table(arrow_source(out / "plan.parquet"))
-        found = info["format_version"]
+        text = (out / PLAN).read_text()
+        version = json.loads(text)["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{out} has format_version {version}, this code reads {FORMAT_VERSION}: rebuild it"
+            )
+        info = PlanInfo.from_json(text)
+        table = pq.read_table(arrow_source(out / PLAN_TABLE))
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         raise UserError(
             f"{out} is not a build: it has no readable plan.json and plan.parquet"
         ) from error
-    if found != FORMAT_VERSION:
-        raise UserError(
-            f"{out} has format_version {found}, this code reads {FORMAT_VERSION}: rebuild it"
-        )
-    if "metadata" not in table.column_names:  # of a plan made before there were catalogues
+    if "metadata" not in table.column_names:  # plans made before there were catalogues
         table = table.append_column("metadata", pa.array([""] * table.num_rows, pa.string()))
     if not table.schema.equals(COLUMNS):
         raise UserError(
-            f"{out / 'plan.parquet'} must have the columns {COLUMNS.names}, has {table.column_names}"
+            f"{out / PLAN_TABLE} must have the columns {COLUMNS.names}, it has {table.column_names}"
         )
     return Plan(out=out, info=info, table=table)
 
 
-def _matching_plan(cfg: BuildConfig) -> Plan:
+def _read_matching_plan(cfg: BuildConfig) -> Plan:
     plan = read_plan(cfg.out)
-    changed = differences(plan.info["config"], cfg.shared())
-    if changed:
+    changes = differences(plan.info.config, cfg.shared())
+    if changes:
+        more = " ..." if len(changes) > CHANGES_SHOWN else ""
         raise UserError(
-            f"{cfg.out} was built with {'; '.join(changed[:4])}{' ...' if len(changed) > 4 else ''}; "
-            "choose another --out, or the same options to go on with it"
+            f"{cfg.out} was built with {'; '.join(changes[:CHANGES_SHOWN])}{more}; "
+            "choose another --out, or use the same options to resume it"
         )
-    if plan.info["commit"] != commit_of_code():
+    if plan.info.commit != commit_of_code():
         log.warning(
-            "%s was planned by commit %s, this is %s",
+            "%s was planned with the code of commit %s. This code is commit %s.",
             cfg.out,
-            plan.info["commit"],
+            plan.info.commit,
             commit_of_code(),
         )
     return plan
 
 
 def _write_table(path: Path, records: Iterator[Record], cfg: BuildConfig) -> int:
-    """Writes plan.parquet piece by piece, so that ten million assets need no more memory than their uids; how many."""
+    """Write plan.parquet and return the number of assets.
+
+    The table is written in pieces. Ten million assets need memory for their uids only.
+    """
     seen: set[str] = set()
     with pq.ParquetWriter(path, COLUMNS, compression="zstd") as writer:
         columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
         for record in records:
             if record.uid in seen:
-                log.warning("%s comes twice (%s); the first one counts", record.uid, record.url)
+                log.warning(
+                    "%s (%s) is listed twice. The first entry counts.", record.uid, record.url
+                )
                 continue
             if cfg.limit is not None and len(seen) == cfg.limit:
                 break
             columns["shard"].append(shard_name(len(seen) // cfg.shard_size))
             columns["row"].append(len(seen) % cfg.shard_size)
-            for name in RECORD:
+            for name in RECORD_COLUMNS:
                 columns[name].append(getattr(record, name))
             seen.add(record.uid)
-            if len(columns["row"]) == ROWS:
+            if len(columns["row"]) == ROWS_PER_WRITE:
                 writer.write_table(pa.table(columns, schema=COLUMNS))
                 columns = {name: [] for name in COLUMNS.names}
         if columns["row"]:
             writer.write_table(pa.table(columns, schema=COLUMNS))
     return len(seen)
-
-
-def _foreign(out: StorePath) -> Iterator[StorePath]:
-    """What lies there and is not the beginning of a build."""
-    names = ("plan.parquet", "plan.json", "catalogue.parquet")
-    ours = {*names, *(f".{name}.partial" for name in names), ".scratch", "screen"}
-    return islice((path for path in list_children(out) if path.name not in ours), 1)

@@ -1,21 +1,26 @@
-"""Spreads a build over Ray: one task an asset, one task a shard's commit, with our own ledger of what is where."""
+"""Runs a build on Ray: one task per asset and one task per commit of a shard.
+
+The driver keeps its own list of what runs where, so that it can retry, resume and stop.
+"""
 
 from __future__ import annotations
 
 import errno
 import heapq
-import json
 import logging
 import os
 import random
 import resource
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -27,217 +32,262 @@ from pipeline.core.hashing import differences
 from pipeline.core.product import Product
 from pipeline.core.schema import Record
 from pipeline.core.signals import Stop, note_signals
-from pipeline.orchestration.asset_stages import AssetJob
-from pipeline.orchestration.commit import (
-    MANIFEST,
-    PackJob,
-    committed,
-    ended_for_good,
-    finished,
-    land,
-    marker_path,
-    scratch_folder,
-)
-from pipeline.orchestration.isolated_process import Exit, Isolated
-from pipeline.orchestration.manifest import STATUSES, Result
+from pipeline.orchestration.asset_results import AssetJob, AssetResult, save_result
+from pipeline.orchestration.commit import CommitJob, read_committed_rows
+from pipeline.orchestration.isolated_process import IsolatedProcess, ProcessExit
 from pipeline.orchestration.plan import Plan
 from pipeline.orchestration.progress import Progress
-from pipeline.orchestration.transfer import commit, hand_in, landed_results
+from pipeline.orchestration.transfer import commit, read_results, upload_asset
 from pipeline.sources import Source
+from pipeline.storage.commit_marker import CommitMarker, read_marker
+from pipeline.storage.layout import MANIFEST, SCRATCH, list_commits, scratch_folder
 from pipeline.storage.locks import scratch_root, sweep_on_exit, workspace
+from pipeline.storage.manifest import STATUSES
 from pipeline.storage.remote import delete, list_children, read_files
 
 log = logging.getLogger(__name__)
 
-IN_FLIGHT_PER_SLOT = 2  # tasks handed to Ray for every core, so that none waits for the driver
-OBJECT_STORE_BYTES = (
-    100 << 20
-)  # assets travel through the file system; Ray carries only a row of each
+TASKS_PER_SLOT = 2  # tasks handed to Ray for every core, so that none waits for the driver
+OBJECT_STORE_BYTES = 100 << 20  # assets travel through the file system, only results through Ray
 FAILURES_BEFORE_STOP = 10
 DISK_CHECK_S = 5.0
 CANCEL_S = 30.0
-Verdict = tuple[
-    str, str, str, bool
-]  # on an asset: status, stage, reason, whether it may be another next time
+STARTING = (
+    "Starting the workers. The first build on a machine also compiles the geometry code "
+    "(once per machine), which can take a few minutes."
+)
+
+
+class Verdict(NamedTuple):
+    """How an attempt at an asset ended."""
+
+    status: str
+    stage: str
+    reason: str
+    transient: bool  # whether the cause may be gone later
 
 
 @dataclass(kw_only=True)
 class _Shard:
-    """A shard in the works."""
+    """A shard that is being built."""
 
     name: str
     records: tuple[Record, ...]
     products: tuple[Product, ...]
-    waiting: set[str] = field(default_factory=set)  # uids that have not landed
+    unfinished: set[str] = field(default_factory=set)  # uids without a result
 
 
 def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
-    """Make every product that is not committed yet. Returns how many assets are done, rejected and failed in all.
+    """Make every product that is not committed yet.
 
-    Uses the cluster that RAY_ADDRESS names (Ray sets it in a submitted job), else starts one on this machine for as
-    long as the run lasts. UserError without it. RunError if the disk fills, too many assets fail, a commit goes wrong.
+    The run uses the caller's Ray, or the cluster that RAY_ADDRESS names (Ray sets it in a submitted
+    job). Without both it starts Ray on this machine for as long as the run lasts.
+
+    Args:
+        plan: The plan of the build.
+        cfg: Options of the run.
+        sources: The sources of the plan's assets.
+
+    Returns:
+        Numbers of assets in the build by status: done, rejected and failed.
+
+    Raises:
+        UserError: If products were built with other options, or if there is no Ray at RAY_ADDRESS.
+        RunError: If the disk fills, too many assets fail or a commit cannot be made.
     """
-    held = committed(cfg.out)
-    _check_committed(cfg, held)
-    todo = missing_products(plan, cfg, held)
-    for folder in list_children(cfg.out / ".scratch"):
-        if folder.name not in todo:  # of a run killed between marker and clean-up
+    commits = list_commits(cfg.out)
+    _check_committed(cfg, commits)
+    missing = missing_products(plan, cfg, commits)
+    for folder in list_children(cfg.out / SCRATCH):
+        if folder.name not in missing:  # of a run that was killed after its last marker
             delete(folder)
-    if todo:
+    if missing:
+        committed = len(plan.shards) - len(missing)
+        if commits:
+            log.info("Resuming: %d of %d shards are committed.", committed, len(plan.shards))
         stop = Stop()
-        # An exception out of a signal handler would break Ray's native code: signals are noted, and looked at between.
-        # Ray puts handlers of its own in place as it starts.
-        with sweep_on_exit(cfg.out, cfg.scratch), note_signals(stop), _ray(cfg), note_signals(stop):
+        # An exception out of a signal handler would break Ray's native code, so signals are noted
+        # and checked between steps. Ray installs handlers of its own when it starts.
+        with (
+            sweep_on_exit(cfg.out, cfg.scratch),
+            note_signals(stop),
+            _connected(cfg),
+            note_signals(stop),
+        ):
             stop.check()
             if cfg.gpu_share and not ray.cluster_resources().get("GPU"):
                 raise UserError(
                     "--device cuda cannot be used: Ray finds no GPU in its cluster; leave it out"
                 )
-            _Run(plan, cfg, sources, todo, held).loop(stop)
-    delete(cfg.out / ".scratch")
-    return counts(plan, cfg)
+            _Run(plan, cfg, sources, missing, commits).loop(stop)
+    delete(cfg.out / SCRATCH)
+    return count_statuses(plan, cfg)
 
 
-def _check_committed(cfg: BuildConfig, held: Mapping[str, set[str]]) -> None:
-    """UserError if a product that is there was made with other options than the run asks for."""
+def _check_committed(cfg: BuildConfig, commits: Mapping[str, set[str]]) -> None:
+    """Raise UserError if a committed product was made with other options than this run has."""
     for product in cfg.products:
-        shard = next((name for name, products in held.items() if str(product) in products), None)
+        shard = next((name for name, names in commits.items() if str(product) in names), None)
         if shard is None:
             continue
-        marker = json.loads(marker_path(cfg.out, shard, product).read_text())
-        changed = differences(marker["config"], cfg.of_product(product))
-        if changed:
+        try:
+            marker = read_marker(cfg.out, shard, product)
+        except ValueError as error:
+            raise UserError(f"{error}; delete it to make {product} of the shard again") from error
+        changes = differences(marker.config, cfg.of_product(product))
+        if changes:
             raise UserError(
-                f"{product} in {cfg.out} was built with {'; '.join(changed)}; choose another --out, or the same options"
+                f"{product} in {cfg.out} was built with {'; '.join(changes)}; "
+                "choose another --out, or the same options"
             )
 
 
 def missing_products(
-    plan: Plan, cfg: BuildConfig, held: Mapping[str, set[str]]
+    plan: Plan, cfg: BuildConfig, commits: Mapping[str, set[str]]
 ) -> dict[str, tuple[Product, ...]]:
-    """The products of a shard that are not among those held, in order; all of them where it holds no manifest.
+    """Find the products that are not committed.
 
-    Shards that lack nothing are left out.
+    Args:
+        plan: The plan of the build.
+        cfg: Options of the run.
+        commits: What `list_commits` returns.
+
+    Returns:
+        {shard: its missing products in order}. All products of a shard without a manifest are
+        missing. Shards that lack nothing are left out.
     """
     missing = {}
-    for name in plan.shards:
-        there = held.get(name, set())
-        wanted = (product for product in cfg.products if plan.wanted(product, name))
-        missing[name] = tuple(
-            product for product in wanted if MANIFEST not in there or str(product) not in there
+    for shard in plan.shards:
+        committed = commits.get(shard, set())
+        missing[shard] = tuple(
+            product
+            for product in cfg.products
+            if plan.wanted(product, shard)
+            and (MANIFEST not in committed or str(product) not in committed)
         )
-    return {name: products for name, products in missing.items() if products}
+    return {shard: products for shard, products in missing.items() if products}
 
 
-def _wanted(plan: Plan, shard: str, products: Sequence[Product]) -> int:
-    """How many of a shard's first records a visit is for: the products of one run are wanted by the same ones."""
-    size = plan.info["config"]["shard_size"]
+def count_statuses(plan: Plan, cfg: BuildConfig) -> dict[str, int]:
+    """Return the numbers of done, rejected and failed assets that the manifests' markers state."""
+    total: dict[str, int] = dict.fromkeys(STATUSES, 0)
+    markers = [f"{shard}/{MANIFEST}.json" for shard in plan.shards]
+    for text in read_files(cfg.out / "shards", markers):
+        counts = CommitMarker.from_json(text).counts
+        for status in STATUSES:
+            total[status] += counts[status]
+    return total
+
+
+def _count_wanted(plan: Plan, shard: str, products: Sequence[Product]) -> int:
+    """Return how many of a shard's first assets a run visits.
+
+    The products of one run are wanted by the same assets.
+    """
+    size = plan.info.shard_size
     assets = min(size, plan.assets - int(shard) * size)
     return min(assets, *(plan.wanted(product, shard) for product in products))
 
 
-def counts(plan: Plan, cfg: BuildConfig) -> dict[str, int]:
-    """How many assets are done, rejected and failed, as the markers of the manifests say."""
-    total: dict[str, int] = dict.fromkeys(STATUSES, 0)
-    markers = [f"{name}/{MANIFEST}.json" for name in plan.shards]
-    for marker in read_files(cfg.out / "shards", markers):
-        for status in STATUSES:
-            total[status] += json.loads(marker)["counts"][status]
-    return total
-
-
 class _Run:
-    """The ledger: which tasks fly, what each is for, how often it was tried."""
+    """The tasks of one run: which ones are submitted, and how often each asset was tried."""
 
     def __init__(
         self,
         plan: Plan,
         cfg: BuildConfig,
         sources: Sequence[Source],
-        todo: Mapping[str, tuple[Product, ...]],
-        held: Mapping[str, set[str]],
+        missing: Mapping[str, tuple[Product, ...]],
+        commits: Mapping[str, set[str]],
     ):
-        self.plan, self.cfg = plan, cfg
+        self.plan = plan
+        self.cfg = cfg
+        self.missing = missing
+        self.commits = commits
         self.sources = {source.name: ray.put(source) for source in sources}
         self.config = ray.put(cfg)
-        self.tasks: dict[ray.ObjectRef, tuple[_Shard, Record | None]] = {}
+        self.tasks: dict[ray.ObjectRef, tuple[_Shard, Record | None]] = {}  # None: a commit
         self.attempts: dict[str, int] = {}
-        self.later: list[
-            tuple[float, str, _Shard, Record]
-        ] = []  # heap: when, uid, what to try again
-        self.tried, self.failed = 0, 0
-        self.todo, self.held = todo, held
-        self.progress = Progress(
-            sum(_wanted(plan, name, products) for name, products in todo.items()), "assets"
-        )
+        self.retries: list[tuple[float, str, _Shard, Record]] = []  # heap by time
+        self.tried = 0
+        self.failed = 0
+        visits = sum(_count_wanted(plan, shard, products) for shard, products in missing.items())
+        self.progress = Progress(visits, "assets", shards=len(missing), starting=STARTING)
         self.disk_checked = 0.0
 
     def loop(self, stop: Stop) -> None:
-        """Keep a bounded number of tasks in flight until every shard is committed."""
+        """Keep a bounded number of tasks submitted until every shard is committed."""
         jobs = self._jobs()
         try:
             while True:
-                room = max(0, self._places() - len(self.tasks))
-                for shard, record in islice(chain(self._due(), jobs), room):
+                room = max(0, self._task_limit() - len(self.tasks))
+                for shard, record in islice(chain(self._due_retries(), jobs), room):
                     self._submit(shard, record)
                 if self.tasks:
                     ready, _ = ray.wait(list(self.tasks), num_returns=1, timeout=0.5)
-                elif self.later:
+                elif self.retries:
                     ready = []
                     time.sleep(0.5)
                 else:
                     return
                 stop.check()
                 for ref in ready:
-                    self._take(ref)
+                    self._finish_task(ref)
                 self._check_disk()
                 self.progress.show()
         finally:
             self.progress.close()
-            for ref in self.tasks:  # on the way out after an error: nobody needs these any more
+            # After an error nobody needs the tasks any more, and the next run must not meet them.
+            for ref in self.tasks:
                 ray.cancel(ref, force=True)
-            if self.tasks:  # the next run must not meet them
+            if self.tasks:
                 ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=CANCEL_S)
 
     def _jobs(self) -> Iterator[tuple[_Shard, Record | None]]:
-        """Assets shard by shard; a shard that has all of them in scratch already comes as (shard, None)."""
-        for name, products in self.todo.items():
-            shard = _Shard(name=name, records=tuple(self.plan.shard(name)), products=products)
-            wanted = shard.records[: _wanted(self.plan, name, products)]
-            old = finished(self.cfg, name) if MANIFEST in self.held.get(name, ()) else {}
-            found = landed_results(self.cfg, name, [record.uid for record in wanted], products)
+        """Yield assets shard by shard.
+
+        A shard whose assets all have a result already comes as (shard, None), to be committed.
+        """
+        for name, products in self.missing.items():
+            shard = _Shard(name=name, records=tuple(self.plan.records(name)), products=products)
+            wanted = shard.records[: _count_wanted(self.plan, name, products)]
+            rows = {}
+            if MANIFEST in self.commits.get(name, ()):
+                rows = read_committed_rows(self.cfg.out, name)
+            results = read_results(self.cfg, name, [record.uid for record in wanted], products)
             visits = []
             for record in wanted:
-                result = found.get(record.uid)
-                if record.uid in old and ended_for_good(old[record.uid]):
-                    self.progress.count(old[record.uid]["status"], resumed=True)
+                row, result = rows.get(record.uid), results.get(record.uid)
+                if row is not None and row.ended_before_products:
+                    self.progress.count(row.status, resumed=True)
                 elif result is not None and result.status != "failed":
                     self.progress.count(result.status, resumed=True)
-                else:  # a failure that was not committed may have had a cause that is gone now
-                    # What is made later must be of the bytes that the first products were made of.
-                    known = record.sha256 or old.get(record.uid, {}).get("sha256")
-                    visits.append(replace(record, sha256=known))
-            shard.waiting = {record.uid for record in visits}
+                else:
+                    # Failures that were not committed are tried again. Later products must be
+                    # made of the same bytes as the first ones.
+                    sha256 = record.sha256 or (row.sha256 if row is not None else None)
+                    visits.append(replace(record, sha256=sha256))
+            shard.unfinished = {record.uid for record in visits}
             if visits:
                 yield from ((shard, record) for record in visits)
             else:
                 yield shard, None
 
-    def _due(self) -> Iterator[tuple[_Shard, Record]]:
-        """What waited long enough."""
-        while self.later and self.later[0][0] <= time.monotonic():
-            yield heapq.heappop(self.later)[2:]
+    def _due_retries(self) -> Iterator[tuple[_Shard, Record]]:
+        """Yield the assets whose waiting time is over."""
+        while self.retries and self.retries[0][0] <= time.monotonic():
+            yield heapq.heappop(self.retries)[2:]
 
     def _submit(self, shard: _Shard, record: Record | None) -> None:
         if record is None:
-            job = PackJob(
+            job = CommitJob(
                 config=self.cfg,
                 shard=shard.name,
                 records=shard.records,
                 products=shard.products,
-                wanted=_wanted(self.plan, shard.name, shard.products),
+                wanted=_count_wanted(self.plan, shard.name, shard.products),
             )
-            ref = _pack_task.remote(job)
+            ref = _commit_task.remote(job)
         else:
             attempt = self.attempts[record.uid] = self.attempts.get(record.uid, 0) + 1
             source = self.sources[record.source]
@@ -245,8 +295,8 @@ class _Run:
             ref = task.remote(record, source, self.config, shard.name, shard.products, attempt)
         self.tasks[ref] = (shard, record)
 
-    def _take(self, ref: ray.ObjectRef) -> None:
-        """Enter a finished task into the ledger; send it again if its worker or node was lost."""
+    def _finish_task(self, ref: ray.ObjectRef) -> None:
+        """Take the result of a finished task. Retry the task if its worker or node was lost."""
         shard, record = self.tasks.pop(ref)
         try:
             result = ray.get(ref)
@@ -255,88 +305,109 @@ class _Run:
             if isinstance(cause, RunError | UserError):
                 raise RunError(str(cause)) from None
             if isinstance(cause, OSError) and is_disk_full(cause):
-                raise RunError(self._disk_full()) from None
+                raise RunError(self._disk_full_message()) from None
             raise
         except RayError as error:
-            self._lost(shard, record, error)
+            self._retry_lost(shard, record, error)
             return
         if record is None:
-            log.debug("shard %s committed: %s", shard.name, result)
+            log.debug("Shard %s is committed: %s.", shard.name, result)
+            self.progress.count_shard()
             return
-        self._landed(shard, record, result)
+        self._finish_asset(shard, record, result)
 
-    def _landed(self, shard: _Shard, record: Record, result: Verdict) -> None:
-        status, stage, reason, transient = result
+    def _finish_asset(self, shard: _Shard, record: Record, verdict: Verdict) -> None:
+        """Count an asset, or schedule its next attempt. Commit its shard if it was the last one."""
+        limits = self.cfg.limits
         attempt = self.attempts[record.uid]
-        if transient and attempt <= self.cfg.limits.retries:
-            wait_s = self.cfg.limits.retry_wait_s * 2 ** (attempt - 1) * random.uniform(1.0, 1.5)
-            log.warning("%s: %s in %s; trying again in %.0f s", record.uid, reason, stage, wait_s)
-            heapq.heappush(self.later, (time.monotonic() + wait_s, record.uid, shard, record))
+        if verdict.transient and attempt <= limits.retries:
+            wait_s = limits.retry_wait_s * 2 ** (attempt - 1) * random.uniform(1.0, 1.5)
+            log.warning(
+                "%s: %s in %s. It is retried in %.0f s.",
+                record.uid,
+                verdict.reason,
+                verdict.stage,
+                wait_s,
+            )
+            heapq.heappush(self.retries, (time.monotonic() + wait_s, record.uid, shard, record))
             return
         self.tried += 1
-        self.progress.count(status)
-        if status == "failed":
+        self.progress.count(verdict.status)
+        if verdict.status == "failed":
             self.failed += 1
-            log.warning("%s (%s) failed in %s: %s", record.uid, record.url, stage, reason)
-            share = self.failed / self.tried
-            if self.failed >= FAILURES_BEFORE_STOP and share > self.cfg.limits.max_failed_share:
+            log.warning(
+                "%s (%s) failed in %s: %s", record.uid, record.url, verdict.stage, verdict.reason
+            )
+            failed_share = self.failed / self.tried
+            if self.failed >= FAILURES_BEFORE_STOP and failed_share > limits.max_failed_share:
                 raise RunError(
-                    f"{self.failed} of {self.tried} assets failed, the last in {stage}: {reason}; the limit is "
-                    f"--limits.max-failed-share {self.cfg.limits.max_failed_share}"
+                    f"{self.failed} of {self.tried} assets failed, the last in {verdict.stage}: "
+                    f"{verdict.reason}; the limit is --limits.max-failed-share "
+                    f"{limits.max_failed_share}"
                 )
-        shard.waiting.discard(record.uid)
-        if not shard.waiting:
+        shard.unfinished.discard(record.uid)
+        if not shard.unfinished:
             self._submit(shard, None)
 
-    def _lost(self, shard: _Shard, record: Record | None, error: RayError) -> None:
-        """A worker or node died under a task."""
-        key = record.uid if record else f"commit of shard {shard.name}"
+    def _retry_lost(self, shard: _Shard, record: Record | None, error: RayError) -> None:
+        """Retry a task whose worker or node was lost, as often as the limits allow."""
+        name = record.uid if record else f"commit of shard {shard.name}"
+        kind = type(error).__name__
         if record is None:
-            self.attempts[key] = self.attempts.get(key, 0) + 1
-        if self.attempts[key] <= self.cfg.limits.retries:
-            log.warning("%s lost its worker (%s); trying again", key, type(error).__name__)
+            self.attempts[name] = self.attempts.get(name, 0) + 1
+        attempt = self.attempts[name]
+        if attempt <= self.cfg.limits.retries:
+            log.warning("%s lost its worker (%s). It is retried.", name, kind)
             self._submit(shard, record)
         elif record is None:
-            raise RunError(
-                f"{key} lost its worker {self.attempts[key]} times: {type(error).__name__}"
-            )
+            raise RunError(f"{name} lost its worker {attempt} times: {kind}")
         else:
-            lost = Exit(reason="worker_lost", detail="", seconds=0.0, peak_rss_bytes=0)
+            lost = ProcessExit(reason="worker_lost", detail="", seconds=0.0, peak_rss_bytes=0)
             with workspace(self.cfg.out, self.cfg.scratch) as here:
-                job = _job(
-                    record, None, self.cfg, here, shard.name, shard.products, self.attempts[key] + 1
+                job = _make_job(
+                    record, None, self.cfg, here, shard.name, shard.products, attempt + 1
                 )
-                verdict = _verdict(land(job, lost, self.attempts[key]))
-                hand_in(self.cfg.out, here, shard.name, record.uid)
-            self._landed(shard, record, verdict)
+                verdict = _verdict(save_result(job, lost, attempt))
+                upload_asset(self.cfg.out, here, shard.name, record.uid)
+            self._finish_asset(shard, record, verdict)
 
-    def _places(self) -> int:
-        """How many tasks may fly. Ray starts all that it has cores for, workers or not."""
+    def _task_limit(self) -> int:
+        """Return how many tasks may be submitted.
+
+        Ray runs as many as it has cores for, whatever `workers` says.
+        """
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
         workers = self.cfg.workers or cores
-        return workers if workers < cores else workers * IN_FLIGHT_PER_SLOT
+        return workers if workers < cores else workers * TASKS_PER_SLOT
 
     def _check_disk(self) -> None:
+        """Stop the run before the disk is full."""
         if time.monotonic() - self.disk_checked < DISK_CHECK_S:
             return
         self.disk_checked = time.monotonic()
         if shutil.disk_usage(self._disk).free < self.cfg.limits.min_free_gb * 1e9:
-            raise RunError(self._disk_full())
+            raise RunError(self._disk_full_message())
 
-    def _disk_full(self) -> str:
+    def _disk_full_message(self) -> str:
         free = shutil.disk_usage(self._disk).free / 1e9
-        return f"the disk of {self._disk} is full ({free:.2f} GB free); make room and run the same command to go on"
+        return (
+            f"the disk of {self._disk} is full ({free:.2f} GB free); "
+            "free some space and run the same command to resume"
+        )
 
     @property
     def _disk(self) -> Path:
-        """Where a build that runs here writes; the disks of other nodes are not seen, but say so when they are full."""
+        """An existing directory on the disk that a build on this machine writes to.
+
+        The disks of other nodes are not watched. A task there reports a full disk itself.
+        """
         root = self.cfg.out if isinstance(self.cfg.out, Path) else scratch_root(self.cfg.scratch)
         return next(folder for folder in (root, *root.absolute().parents) if folder.exists())
 
 
-_isolated = {  # of a Ray worker process
-    "cpu": Isolated("pipeline.orchestration.asset_stages:warm_up"),
-    "cuda": Isolated("pipeline.orchestration.asset_stages:warm_up_cuda"),
+_isolated = {  # one of each per Ray worker process
+    "cpu": IsolatedProcess("pipeline.orchestration.asset_stages:warm_up"),
+    "cuda": IsolatedProcess("pipeline.orchestration.asset_stages:warm_up_cuda"),
 }
 
 
@@ -349,9 +420,13 @@ def _asset_task(
     products: tuple[Product, ...],
     attempt: int,
 ) -> Verdict:
-    """All stages of one asset in a child of its own. RunError if no asset could succeed."""
+    """Run all stages of one asset in a child process.
+
+    Raises:
+        RunError: If the cause would make every asset fail.
+    """
     with workspace(cfg.out, cfg.scratch) as here:
-        job = _job(record, source, cfg, here, shard, products, attempt)
+        job = _make_job(record, source, cfg, here, shard, products, attempt)
         on_gpu = cfg.gpu_share > 0
         if on_gpu:
             job = replace(job, gpu=ray.get_runtime_context().get_accelerator_ids()["GPU"][0])
@@ -367,17 +442,17 @@ def _asset_task(
             raise OSError(errno.ENOSPC, "disk full")
         if end.reason == "run_error":
             raise RunError(end.detail)
-        result = land(job, end, attempt)
-        hand_in(cfg.out, here, shard, record.uid)
+        result = save_result(job, end, attempt)
+        upload_asset(cfg.out, here, shard, record.uid)
         return _verdict(result)
 
 
 @ray.remote(num_cpus=1, max_retries=0)
-def _pack_task(job: PackJob) -> dict[str, int]:
+def _commit_task(job: CommitJob) -> dict[str, int]:
     return commit(job)
 
 
-def _job(
+def _make_job(
     record: Record,
     source: Source | None,
     cfg: BuildConfig,
@@ -386,7 +461,10 @@ def _job(
     products: tuple[Product, ...],
     attempt: int,
 ) -> AssetJob:
-    """The job, with an empty folder that no other attempt writes to, not even one on a node that only seemed lost."""
+    """Return the job with an empty directory that no other attempt uses.
+
+    An attempt on a node that only seemed lost may still be running.
+    """
     final = scratch_folder(here, shard, record.uid)
     for old in final.parent.glob(f"{record.uid}.*"):
         shutil.rmtree(old, ignore_errors=True)
@@ -395,37 +473,69 @@ def _job(
     return AssetJob(record=record, source=source, config=cfg, products=products, folder=folder)
 
 
-def _verdict(result: Result) -> Verdict:
-    return result.status, result.stage, result.reason, result.transient
+def _verdict(result: AssetResult) -> Verdict:
+    return Verdict(result.status, result.stage, result.reason, result.transient)
 
 
 @contextmanager
-def _ray(cfg: BuildConfig) -> Iterator[None]:
-    """The caller's Ray if there is one, else RAY_ADDRESS's cluster (UserError if none), else one of our own here."""
+def _connected(cfg: BuildConfig) -> Iterator[None]:
+    """Use the caller's Ray, else the cluster at RAY_ADDRESS, else a Ray of this run alone.
+
+    Raises:
+        UserError: If there is no Ray at RAY_ADDRESS.
+    """
     if ray.is_initialized():
         yield
         return
-    if address := os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    with nullcontext() if address else _local_settings():
+        if address:
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, ValueError) as error:
+                cause = " ".join(str(error).split())
+                raise UserError(
+                    f"no Ray at RAY_ADDRESS={address}: {cause}; correct or unset it"
+                ) from error
+        else:
+            ray.init(
+                address="local",
+                num_cpus=cfg.workers,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
-            why = " ".join(str(error).split())
-            raise UserError(
-                f"no Ray at RAY_ADDRESS={address}: {why}; correct or unset it"
-            ) from error
-    else:
-        os.environ.setdefault(
-            "RAY_USAGE_STATS_ENABLED", "0"
-        )  # read by Ray's start-up, which has no argument for it
-        ray.init(
-            address="local",
-            num_cpus=cfg.workers,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _local_settings() -> Iterator[None]:
+    """Set what a Ray of this run alone reads from the environment, and restore it at the end.
+
+    Ray protects a local cluster with a token. Without one it would write ~/.ray/auth_token, and
+    every later Ray of this user would demand that token. The cluster gets a token of its own, which
+    no file keeps.
+    """
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", _process_token())
     try:
         yield
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@cache
+def _process_token() -> str:
+    """Return the token of this process. Ray reads it once, so it stays the same."""
+    return secrets.token_hex(32)

@@ -1,8 +1,10 @@
-"""Assets and shards on their way between a node and the output, where that is a URL."""
+"""Commits to object stores: assets and shards are copied between a node and the output's URL.
+
+A local output needs no copies. The functions then work on the output directory itself.
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tarfile
 from collections.abc import Sequence
@@ -11,117 +13,134 @@ from pathlib import Path
 
 from pipeline.config import BuildConfig
 from pipeline.core.product import Product
-from pipeline.orchestration.commit import (
+from pipeline.orchestration.asset_results import RESULT, AssetResult, parse_result, read_result
+from pipeline.orchestration.commit import CommitJob, commit_locally
+from pipeline.storage.commit_marker import read_marker
+from pipeline.storage.layout import (
     MANIFEST,
-    RESULT,
-    PackJob,
-    landed,
+    SCRATCH,
     manifest_path,
     marker_path,
-    pack,
     product_paths,
-    result_of,
     scratch_folder,
     stats_path,
 )
-from pipeline.orchestration.manifest import Result
 from pipeline.storage.locks import workspace
 from pipeline.storage.remote import RemotePath, StorePath, list_children
 
-HEAD_BYTES = 1 << 16  # of a landed asset: its result comes first, and is rarely longer
+HEAD_BYTES = 1 << 16  # read first of an asset's archive: the result is its first member
 
 
-def hand_in(out: StorePath, here: Path, shard: str, uid: str) -> None:
-    """Put an asset that has landed in a workspace where the task that packs finds it: one object, its result first."""
+def upload_asset(out: StorePath, here: Path, shard: str, uid: str) -> None:
+    """Move the files of one asset from a node to the scratch of the build.
+
+    The asset becomes one tar object whose first member is the result.
+
+    Args:
+        out: Output of the build. Nothing happens if it is a local directory.
+        here: Directory of this node whose scratch holds the asset's files.
+        shard: Name of the shard.
+        uid: The asset.
+    """
     if isinstance(out, Path):
         return
     folder = scratch_folder(here, shard, uid)
-    packed = folder.with_name(f"{uid}.tar")
+    archive = folder.with_name(f"{uid}.tar")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    with tarfile.open(
-        packed, "w", format=tarfile.GNU_FORMAT
-    ) as tar:  # no header before that of the result
+    # Other formats may put an extended header before the first member.
+    with tarfile.open(archive, "w", format=tarfile.GNU_FORMAT) as tar:
         for name in [RESULT, *(name for name in names if name != RESULT)]:
             tar.add(folder / name, name, recursive=False)
     shutil.rmtree(folder)
-    (out / ".scratch" / shard / packed.name).upload(packed)
+    (out / SCRATCH / shard / archive.name).upload(archive)
 
 
-def landed_results(
+def read_results(
     cfg: BuildConfig, shard: str, uids: Sequence[str], products: Sequence[Product]
-) -> dict[str, Result]:
-    """What earlier visits left in scratch, of those that tried these very products."""
-    out, found = cfg.out, {}
-    if isinstance(out, Path):
-        found = {uid: landed(cfg, shard, uid, products) for uid in uids}
+) -> dict[str, AssetResult]:
+    """Read the results of earlier visits from the scratch of the build.
+
+    Args:
+        cfg: Options of this run.
+        shard: Name of the shard.
+        uids: The assets to look for.
+        products: The products that are needed.
+
+    Returns:
+        {uid: result} of the visits that `parse_result` accepts.
+    """
+    results: dict[str, AssetResult | None] = {}
+    if isinstance(cfg.out, Path):
+        results = {uid: read_result(cfg.out, cfg, shard, uid, products) for uid in uids}
     else:
-        for place in (out / ".scratch" / shard).iterdir():
-            uid = place.name.removesuffix(".tar")
+        for archive in (cfg.out / SCRATCH / shard).iterdir():
+            uid = archive.name.removesuffix(".tar")
             if uid in uids:
-                found[uid] = result_of(_head(place), cfg, products)
-    return {uid: result for uid, result in found.items() if result is not None}
+                results[uid] = parse_result(_read_first_member(archive), cfg, products)
+    return {uid: result for uid, result in results.items() if result is not None}
 
 
-def _head(place: RemotePath) -> str:
-    """The first member of a tar."""
-    data = place.read_bytes(HEAD_BYTES)
+def _read_first_member(archive: RemotePath) -> str:
+    """Read the first member of a tar, in one request unless it is long."""
+    data = archive.read_bytes(HEAD_BYTES)
     size = tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "strict").size
     if tarfile.BLOCKSIZE + size > len(data):
-        data = place.read_bytes(tarfile.BLOCKSIZE + size)
+        data = archive.read_bytes(tarfile.BLOCKSIZE + size)
     return data[tarfile.BLOCKSIZE :][:size].decode()
 
 
-def commit(job: PackJob) -> dict[str, int]:
-    """`pack`; where the output is a URL, in a workspace, from which first the products are put there, last the markers.
+def commit(job: CommitJob) -> dict[str, int]:
+    """Commit a shard to a local directory or to an object store.
 
-    An object appears whole or not at all, so that a marker vouches for what is there however the upload ended before.
+    For an object store the shard is written into a workspace of this node. Then the products are
+    uploaded, and the markers last. An object appears whole or not at all, so a marker is right
+    about what it describes, however an earlier upload ended.
+
+    Args:
+        job: The commit.
+
+    Returns:
+        Numbers of assets in the shard: all, done, rejected and failed.
     """
     cfg, shard, out = job.config, job.shard, job.config.out
-    markers = [marker_path(out, shard, product) for product in (MANIFEST, *job.products)]
-    if all(
-        marker.exists() for marker in markers
-    ):  # of an attempt that was lost before it could say so
-        return json.loads(markers[0].read_text())["counts"]
+    names = (MANIFEST, *job.products)
+    if all(marker_path(out, shard, name).exists() for name in names):
+        # An earlier attempt finished, but its worker was lost before it could return.
+        return read_marker(out, shard, MANIFEST).counts
     if isinstance(out, Path):
-        return pack(job)
+        return commit_locally(job)
     with workspace(out, cfg.scratch) as here:
-        for name in (manifest_path, stats_path):
-            _fetch(name(out, shard), name(here, shard))
-        _fetch(markers[0], marker_path(here, shard, MANIFEST))
-        for uid in sorted(
-            {record.uid for record in job.records[: job.wanted]} & _handed_in(out, shard)
-        ):
-            _unpack(out / ".scratch" / shard / f"{uid}.tar", scratch_folder(here, shard, uid))
-        counts = pack(replace(job, config=replace(cfg, out=here)))
+        for path in (manifest_path, stats_path):
+            _download_if_there(path(out, shard), path(here, shard))
+        _download_if_there(marker_path(out, shard, MANIFEST), marker_path(here, shard, MANIFEST))
+        wanted = {record.uid for record in job.records[: job.wanted]}
+        archives = {archive.name for archive in list_children(out / SCRATCH / shard)}
+        for uid in sorted(uid for uid in wanted if f"{uid}.tar" in archives):
+            _unpack(out / SCRATCH / shard / f"{uid}.tar", scratch_folder(here, shard, uid))
+        counts = commit_locally(replace(job, config=replace(cfg, out=here)))
         for product in job.products:
             for path in product_paths(product, shard):
                 (out / path).upload(here / path)
-        for name in (manifest_path, stats_path):
-            name(out, shard).upload(name(here, shard))
-        for product in (MANIFEST, *job.products):
-            marker_path(out, shard, product).upload(marker_path(here, shard, product))
-    (out / ".scratch" / shard).delete()
+        for path in (manifest_path, stats_path):
+            path(out, shard).upload(path(here, shard))
+        for name in names:
+            marker_path(out, shard, name).upload(marker_path(here, shard, name))
+    (out / SCRATCH / shard).delete()
     return counts
 
 
-def _handed_in(out: RemotePath, shard: str) -> set[str]:
-    return {place.name.removesuffix(".tar") for place in list_children(out / ".scratch" / shard)}
-
-
-def _fetch(place: StorePath, local: Path) -> None:
-    """A file that may not be there yet."""
-    assert isinstance(place, RemotePath)
+def _download_if_there(path: RemotePath, local: Path) -> None:
     local.parent.mkdir(parents=True, exist_ok=True)
     try:
-        place.download(local)
+        path.download(local)
     except FileNotFoundError:
         local.unlink(missing_ok=True)
 
 
-def _unpack(place: RemotePath, folder: Path) -> None:
-    packed = folder.with_name(f"{folder.name}.tar")
+def _unpack(remote: RemotePath, folder: Path) -> None:
+    archive = folder.with_name(f"{folder.name}.tar")
     folder.mkdir(parents=True)
-    place.download(packed)
-    with tarfile.open(packed) as tar:
+    remote.download(archive)
+    with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
-    packed.unlink()
+    archive.unlink()

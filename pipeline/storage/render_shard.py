@@ -26,7 +26,8 @@ from pipeline.core.image_codec import decode
 from pipeline.core.options import CameraSet, ImageFormat
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import View
-from pipeline.storage.remote import AnyStorePath, StorePath, arrow_source, store_path
+from pipeline.storage.layout import index_path
+from pipeline.storage.remote import StorePath, arrow_source, store_path
 
 HEADER_BYTES = 512  # size of a tar header; the data of members is padded to a multiple of it
 MAX_CAMERA_ATTEMPTS = 32  # attempts of `sample_camera` among which a check looks for a camera
@@ -65,11 +66,6 @@ def view_key(uid: str, view: int) -> str:
     if not re.fullmatch(r"[a-z0-9-]{1,80}", uid):
         raise ValueError(f"uid must be 1 to 80 of a-z, 0-9 and '-', got {uid!r}")
     return f"{uid}-{view:02d}"
-
-
-def index_path(path: AnyStorePath) -> AnyStorePath:
-    """Return the path of a shard's index: 000123.tar has 000123.index.parquet."""
-    return path.with_name(path.name.removesuffix(".tar") + ".index.parquet")
 
 
 def dump_meta(meta: Mapping[str, Any]) -> bytes:

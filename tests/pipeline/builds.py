@@ -18,9 +18,9 @@ import psutil
 from pipeline.config import BuildConfig, LimitsConfig
 from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Record
-from pipeline.orchestration.manifest import read_manifest
 from pipeline.orchestration.plan import make_plan
 from pipeline.sources import Source
+from pipeline.storage.manifest import ManifestRow, read_manifest
 
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +157,7 @@ def build(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
     return run(make_plan(cfg, sources), cfg, sources)
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
+def rows_of(out: Path) -> list[ManifestRow]:
     """Read the rows of every manifest, in the order of the plan."""
     return [
         row for path in sorted((out / "manifest").glob("*.parquet")) for row in read_manifest(path)

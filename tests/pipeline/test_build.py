@@ -16,7 +16,7 @@ from pipeline.core.cli import command
 from pipeline.core.errors import UserError
 from pipeline.curation.config import RankConfig
 from pipeline.inspection.verification import verify
-from pipeline.orchestration.manifest import read_manifest
+from pipeline.storage.manifest import read_manifest
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard
 from tests.pipeline.builds import (
@@ -53,15 +53,15 @@ def test_bricks_renders_and_manifest_hold_the_same_assets(tiny_build):
     rows = [
         row for path in sorted((tiny_build / "manifest").iterdir()) for row in read_manifest(path)
     ]
-    assert [row["uid"] for row in rows] == [row["uid"] for row in planned]
-    assert {row["status"] for row in rows} == {"done"}
+    assert [row.uid for row in rows] == [row["uid"] for row in planned]
+    assert {row.status for row in rows} == {"done"}
     for row in rows:
-        assert row["scale"] > 0
+        assert row.scale > 0
         for resolution in (64, 96):
-            shard = SdfShard(tiny_build / "sdf" / str(resolution) / f"{row['shard']}.zarr")
-            assert shard.tokens(row["uid"]) == row[f"tokens_{resolution}"] > 0
-        assert RenderShard(tiny_build / "renders" / "paper" / f"{row['shard']}.tar").views(
-            row["uid"]
+            shard = SdfShard(tiny_build / "sdf" / str(resolution) / f"{row.shard}.zarr")
+            assert shard.tokens(row.uid) == row.tokens[resolution] > 0
+        assert RenderShard(tiny_build / "renders" / "paper" / f"{row.shard}.tar").views(
+            row.uid
         ) == [0, 1]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.inspection.verification import verify
-from pipeline.orchestration.manifest import read_manifest
+from pipeline.storage.manifest import read_manifest
 from tests.pipeline.builds import ROOT, TINY, environment, survivors
 
 RAY = Path(sys.executable).with_name("ray")
@@ -94,6 +94,6 @@ def test_a_submitted_job_builds_a_verified_dataset(head, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     assert verify(out) == []
-    assert [row["status"] for row in read_manifest(out / "manifest" / "000000.parquet")] == [
+    assert [row.status for row in read_manifest(out / "manifest" / "000000.parquet")] == [
         "done"
     ] * 3

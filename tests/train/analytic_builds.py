@@ -14,9 +14,10 @@ from model.config import VAEConfig
 from pipeline.core.cameras import sample_camera
 from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.image_codec import encode
-from pipeline.core.product import Product, tokens_column
+from pipeline.core.product import Product
 from pipeline.core.schema import Bricks, View
-from pipeline.orchestration.manifest import HEAD, TAIL, write_manifest
+from pipeline.storage.layout import MANIFEST, manifest_path, marker_path, product_paths
+from pipeline.storage.manifest import ManifestRow, write_manifest
 from pipeline.storage.render_shard import write_render_shard
 from pipeline.storage.sdf_shard import SdfShard, write_sdf_shard
 from train.engine.config import LoopConfig
@@ -95,27 +96,33 @@ def make_build(
     for first in range(0, len(uids), shard_size):
         name = f"{first // shard_size:06d}"
         chosen = range(first, min(first + shard_size, len(uids)))
-        rows = [dict.fromkeys([*HEAD.names, *TAIL.names]) for _ in chosen]
-        for row, number in zip(rows, chosen, strict=True):
-            row |= {"uid": uids[number], "status": "done", "shard": name, "row": number - first}
-            row["split"] = "train" if number < assets else "val"
+        rows = [
+            ManifestRow(
+                uid=uids[number],
+                status="done",
+                shard=name,
+                row=number - first,
+                split="train" if number < assets else "val",
+            )
+            for number in chosen
+        ]
         for resolution in resolutions:
             made = [bricks_of(field(number), resolution) for number in chosen]
-            path = root / "sdf" / str(resolution) / f"{name}.zarr"
+            path = root / product_paths(Product.sdf(resolution), name)[0]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_sdf_shard(
                 path, resolution, [(uids[n], b) for n, b in zip(chosen, made, strict=True)], "test"
             )
             for row, bricks in zip(rows, made, strict=True):
-                row[tokens_column(resolution)] = len(bricks.cells)
+                row.tokens[resolution] = len(bricks.cells)
             commit(root, name, Product.sdf(resolution))
-        write_manifest(root / "manifest" / f"{name}.parquet", rows, resolutions)
-        commit(root, name, "manifest")
+        write_manifest(manifest_path(root, name), rows, resolutions)
+        commit(root, name, MANIFEST)
     return root
 
 
 def commit(root: Path, shard: str, product: Product | str) -> None:
-    path = root / "shards" / shard / f"{product}.json"
+    path = marker_path(root, shard, product)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"shard": shard, "product": str(product)}))
 

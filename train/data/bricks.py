@@ -22,8 +22,9 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.hashing import seed_of
 from pipeline.core.product import Product, is_product_name, resolution_of_column, tokens_column
-from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks
+from pipeline.storage.layout import MANIFEST, list_commits, manifest_path, product_paths
+from pipeline.storage.manifest import check_version
 from train.data.symmetry import SYMMETRIES, transform_bricks
 from train.engine.batch_sampler import BatchSampler, SampleId, StepSamples
 from train.engine.distributed import World
@@ -87,7 +88,7 @@ class BuildIndex:
 
 def built_resolutions(root: Path) -> list[int]:
     """Return the SDF resolutions of which a build has a committed shard, in increasing order."""
-    names = {path.stem for path in (root / "shards").glob("*/*.json")}
+    names = set().union(*list_commits(root).values())
     products = [Product.parse(name) for name in names if is_product_name(name)]
     return sorted(product.resolution for product in products if product.kind == "sdf")
 
@@ -102,11 +103,9 @@ def read_build_index(root: Path, resolutions: Sequence[int]) -> BuildIndex:
     Raises:
         UserError: If `root` is not a build, has another format version or lacks a resolution.
     """
-    tables = [
-        _manifest(path)
-        for path in sorted((root / "manifest").glob("*.parquet"))
-        if (root / "shards" / path.stem / "manifest.json").exists()
-    ]
+    commits = list_commits(root)
+    paths = [manifest_path(root, shard) for shard, names in commits.items() if MANIFEST in names]
+    tables = [_manifest(path) for path in paths if path.exists()]
     if not tables:
         if ":/" in str(root):
             raise UserError(
@@ -120,16 +119,11 @@ def read_build_index(root: Path, resolutions: Sequence[int]) -> BuildIndex:
     built = set(built_resolutions(root))
     tokens = {}
     for resolution in resolutions:
-        committed = {
-            path.parent.name for path in (root / "shards").glob(f"*/{Product.sdf(resolution)}.json")
-        }
-        tokens[resolution] = np.array(
-            [
-                (row.get(tokens_column(resolution)) or 0) if row["shard"] in committed else 0
-                for row in rows
-            ],
-            np.int64,
-        )
+        name, column = str(Product.sdf(resolution)), tokens_column(resolution)
+        counts = [
+            (row.get(column) or 0) if name in commits.get(row["shard"], ()) else 0 for row in rows
+        ]
+        tokens[resolution] = np.array(counts, np.int64)
         if not tokens[resolution].any():
             raise UserError(
                 f"{root} has no bricks at R = {resolution}, only at R = {_words(built)}; add them: "
@@ -181,11 +175,10 @@ def _manifest(path: Path) -> pa.Table:
         table = pq.read_table(path, columns=names)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a readable manifest: {error}") from error
-    version = (schema.metadata or {}).get(b"format_version", b"none").decode()
-    if version != str(FORMAT_VERSION):
-        raise UserError(
-            f"{path} has format_version {version}, this code reads {FORMAT_VERSION}: rebuild it"
-        )
+    try:
+        check_version(path, schema)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return table
 
 
@@ -241,7 +234,7 @@ class BrickReader:
     def _open_shard(self, resolution: int, name: str) -> SdfShard:
         from pipeline.storage.sdf_shard import SdfShard  # imports zarr, which not all users need
 
-        path = self.index.root / "sdf" / str(resolution) / f"{name}.zarr"
+        path = self.index.root / product_paths(Product.sdf(resolution), name)[0]
         shard = SdfShard(path)
         if shard.resolution != resolution:
             raise ValueError(f"{path} must have resolution {resolution}, got {shard.resolution}")

@@ -18,6 +18,7 @@ from model.rectified_flow import sample_times
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
 from pipeline.core.product import Product
+from pipeline.storage.layout import marker_path, product_paths
 from train.data.bricks import OPEN_SHARDS, UNREADABLE, BuildIndex
 from train.data.config import FlowOptions
 
@@ -75,7 +76,7 @@ class ViewReader:
         self.index = index
         self.cameras = cameras
         for name in sorted(set(index.shards)):
-            if not (index.root / "shards" / name / f"{Product.renders(cameras)}.json").exists():
+            if not marker_path(index.root, name, Product.renders(cameras)).exists():
                 raise UserError(
                     f"{index.root} has no renders of cameras {cameras} in shard {name}; add them: "
                     f"python -m pipeline.build --out {index.root} --cameras {cameras}"
@@ -143,7 +144,7 @@ class ViewReader:
     def _open_shard(self, name: str) -> tuple[RenderShard, int]:
         from pipeline.storage.render_shard import RenderShard  # not all users need its imports
 
-        shard = RenderShard(self.index.root / "renders" / self.cameras / f"{name}.tar")
+        shard = RenderShard(self.index.root / product_paths(Product.renders(self.cameras), name)[0])
         return shard, len(shard.keys) // max(len(shard.uids), 1)
 
 

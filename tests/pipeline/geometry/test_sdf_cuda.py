@@ -20,7 +20,7 @@ from pipeline.geometry import sdf as cpu
 from pipeline.geometry import sdf_cuda
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.topology import build_topology
-from pipeline.orchestration.isolated_process import Isolated
+from pipeline.orchestration.isolated_process import IsolatedProcess
 from pipeline.rendering import gl_renderer
 from pipeline.sources import open_source
 from tests.pipeline import known_shapes as geo
@@ -133,7 +133,7 @@ def nothing():
 
 
 def test_memory_is_limited_though_address_space_is_not(tmp_path):
-    isolated = Isolated("tests.pipeline.geometry.test_sdf_cuda:nothing")
+    isolated = IsolatedProcess("tests.pipeline.geometry.test_sdf_cuda:nothing")
 
     def call(megabytes, **limit):
         end = isolated.call(

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -23,7 +24,7 @@ from pipeline.inspection.build_report import (
     write_report,
 )
 from pipeline.inspection.report_pictures import slice_picture
-from pipeline.orchestration.manifest import read_manifest, write_manifest
+from pipeline.storage.manifest import ManifestRow, read_manifest, write_manifest
 
 KINDS = ("render", "bricks", "slice")
 
@@ -75,7 +76,7 @@ def test_every_asset_has_a_render_a_surface_and_a_slice(page, tiny_build):
     rows = [
         row for path in sorted((tiny_build / "manifest").iterdir()) for row in read_manifest(path)
     ]
-    wanted = [f"{kind} of {row['uid']}" for row in rows for kind in KINDS]
+    wanted = [f"{kind} of {row.uid}" for row in rows for kind in KINDS]
     assert [image["alt"] for image in page.images] == wanted
     pictures = {}
     for image in page.images:
@@ -86,7 +87,7 @@ def test_every_asset_has_a_render_a_surface_and_a_slice(page, tiny_build):
     overlaps = []
     for row in rows:
         pair = [
-            np.abs(pictures[f"{kind} of {row['uid']}"] - [238, 241, 245]).max(axis=-1) > 8
+            np.abs(pictures[f"{kind} of {row.uid}"] - [238, 241, 245]).max(axis=-1) > 8
             for kind in KINDS[:2]
         ]
         overlaps.append((pair[0] & pair[1]).sum() / (pair[0] | pair[1]).sum())
@@ -97,10 +98,10 @@ def test_every_asset_has_a_render_a_surface_and_a_slice(page, tiny_build):
 def test_the_page_shows_the_numbers_of_the_manifest(page, tiny_build):
     build = read_build(tiny_build)
     numbers = summary(build)
-    tokens = [row["tokens_96"] for row in build.rows]
+    tokens = [row.tokens[96] for row in build.rows]
     (row,) = [row for row in numbers["products"] if row["name"] == "sdf-96"]
     assert (row["assets"], row["max"]) == ("12", f"{max(tokens):,}")
-    stored = sum(marker["bytes"] for marker in build.markers[Product.sdf(96)])
+    stored = sum(marker.bytes for marker in build.markers[Product.sdf(96)])
     assert row["cell"] == f"{stored / sum(tokens):.0f} B"
     assert row["cell"] in page.text
     assert f"{sum(tokens) / 12:,.0f}" in page.text
@@ -117,7 +118,7 @@ def test_text_of_assets_is_escaped_and_reasons_are_listed(tiny_build, tmp_path):
         "reason": "empty_file",
         "url": "<script>alert(1)</script>.obj",
     }
-    write_manifest(path, [{**rows[0], **bad}, *rows[1:]], [64, 96])
+    write_manifest(path, [replace(rows[0], **bad), *rows[1:]], [64, 96])
     html = write_report(out, pictures=1).read_text()
     assert "<script" not in html
     assert "&lt;script&gt;" in html
@@ -141,7 +142,7 @@ def test_another_directory_is_a_user_error(tmp_path):
 
 def test_the_funnel_adds_up():
     def row(stage):
-        return {"status": "rejected" if stage else "done", "stage": stage}
+        return ManifestRow(uid="a", status="rejected" if stage else "done", stage=stage)
 
     rows = [row("")] * 5 + [row("load")] * 3 + [row("sdf-64")] * 2
     steps = [

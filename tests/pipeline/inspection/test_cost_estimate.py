@@ -13,7 +13,8 @@ from pipeline.core.errors import UserError
 from pipeline.estimate import main
 from pipeline.inspection.config import EstimateConfig
 from pipeline.inspection.cost_estimate import Cost, estimate_cost, measure_passes
-from pipeline.orchestration.manifest import PACK_SECONDS, Result, append_stats
+from pipeline.orchestration.asset_results import AssetResult
+from pipeline.orchestration.visit_stats import COMMIT_SECONDS, append_stats
 
 SECONDS = {"seconds": 36.0, "error": 3.6, "gpu_seconds": 0.0}
 BYTES = {"fetched_bytes": 1e7, "stored_bytes": 1e6, "memory_bytes": 5e8}
@@ -90,7 +91,7 @@ def test_costs_are_measured_from_stats_and_markers(tiny_build):
         for row in pq.read_table(path).to_pylist()
     ]
     pack = sum(
-        float(pq.read_schema(path).metadata[PACK_SECONDS.encode()])
+        float(pq.read_schema(path).metadata[COMMIT_SECONDS.encode()])
         for path in (tiny_build / "stats").iterdir()
     )
     assert pack > 0
@@ -153,6 +154,6 @@ def test_the_command_logs_a_table_and_writes_the_numbers(tiny_build, tmp_path, c
 def test_packing_seconds_add_up_over_the_passes_of_a_shard(tmp_path):
     path = tmp_path / "a.parquet"
     for seconds in (1.5, 2.0):
-        append_stats(path, [Result(uid="a", status="done", stage="", reason="")], seconds)
-    assert pq.read_schema(path).metadata[PACK_SECONDS.encode()] == b"3.5"
+        append_stats(path, [AssetResult(uid="a", status="done", stage="", reason="")], seconds)
+    assert pq.read_schema(path).metadata[COMMIT_SECONDS.encode()] == b"3.5"
     assert pq.read_table(path).num_rows == 2

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import tarfile
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -16,8 +17,8 @@ import zarr
 from pipeline.core.cli import command
 from pipeline.core.errors import UserError
 from pipeline.inspection.verification import verify
-from pipeline.orchestration.commit import tree_sha256
-from pipeline.orchestration.manifest import read_manifest, write_manifest
+from pipeline.storage.commit_marker import tree_sha256
+from pipeline.storage.manifest import read_manifest, write_manifest
 from pipeline.storage.render_shard import RenderShard, write_render_shard
 from pipeline.storage.sdf_shard import SdfShard, write_sdf_shard
 from pipeline.verify import main
@@ -183,7 +184,15 @@ def reorder_manifest_rows(build):
 
 def edit_row(**changes):
     def damage(build):
-        write_rows(build, lambda rows: [rows[0], {**rows[1], **changes}, *rows[2:]])
+        write_rows(build, lambda rows: [rows[0], replace(rows[1], **changes), *rows[2:]])
+
+    return damage
+
+
+def edit_tokens(tokens):
+    def damage(build):
+        row = read_manifest(manifest(build))[1]
+        edit_row(tokens={**row.tokens, **tokens})(build)
 
     return damage
 
@@ -226,8 +235,8 @@ BREACHES = [  # damage, asset that the breach names, pattern of the rule
     (edit_row(status="maybe"), A, "has status maybe"),
     (edit_row(reason="odd"), A, "has status done with reason 'odd'"),
     (edit_row(scale=float("nan")), A, "finite center and scale"),
-    (edit_row(tokens_64=1), A, "tokens, the manifest says 1"),
-    (edit_row(tokens_64=None), A, "is done without sdf-64"),
+    (edit_tokens({64: 1}), A, "tokens, the manifest says 1"),
+    (edit_tokens({64: None}), A, "is done without sdf-64"),
     (edit_row(url="elsewhere"), A, "differs from the plan"),
     (edit_row(row=0), A, "row 0"),
     (lambda build: manifest(build).unlink(), "", "manifest: .* is missing"),

@@ -11,7 +11,8 @@ import pytest
 from pipeline.config import BuildConfig
 from pipeline.core.hashing import make_uid
 from pipeline.core.product import Product
-from pipeline.orchestration.asset_stages import AssetJob, Notes, load_bricks, process, save_bricks
+from pipeline.orchestration.asset_results import AssetJob, AssetNotes
+from pipeline.orchestration.asset_stages import load_bricks, process, save_bricks
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.procedural import ProceduralSource
 from tests.pipeline.builds import ROOT
@@ -44,7 +45,7 @@ def visit(tmp_path, text, products=("sdf-64", "sdf-96", "renders-paper"), **opti
             folder=folder,
         )
     )
-    return Notes.load(folder), folder
+    return AssetNotes.load(folder), folder
 
 
 def test_a_cube_goes_through_every_stage(tmp_path):
@@ -73,7 +74,7 @@ def test_the_up_axis_is_that_of_the_build_whatever_the_source(tmp_path):
         folder.mkdir()
         cfg = BuildConfig(up=up, topology_resolution=64)
         process(AssetJob(record=record, source=source, config=cfg, products=(), folder=folder))
-        centres[up] = Notes.load(folder).row["center"]
+        centres[up] = AssetNotes.load(folder).row["center"]
     x, y, z = centres["y"]
     assert len({abs(x), abs(y), abs(z)}) > 1
     assert centres["z"] == pytest.approx([x, z, -y])
@@ -127,7 +128,7 @@ def test_a_source_that_states_another_hash_is_believed(tmp_path):
             folder=tmp_path / "out",
         )
     )
-    notes = Notes.load(tmp_path / "out")
+    notes = AssetNotes.load(tmp_path / "out")
     assert (notes.status, notes.stage, notes.reason) == ("rejected", "fetch", "wrong_sha256")
 
 
@@ -143,7 +144,8 @@ WARM = """
 import sys, tempfile
 from pathlib import Path
 from numba.core.dispatcher import Dispatcher
-from pipeline.orchestration.asset_stages import AssetJob, Notes, process, warm_up
+from pipeline.orchestration.asset_results import AssetJob, AssetNotes
+from pipeline.orchestration.asset_stages import process, warm_up
 from pipeline.config import BuildConfig
 from pipeline.core.product import Product
 from pipeline.sources.procedural import ProceduralSource
@@ -162,7 +164,7 @@ for record in source.records():
     folder = Path(tempfile.mkdtemp(dir=sys.argv[2]))
     config = BuildConfig(resolutions=(64,), topology_resolution=64)
     process(AssetJob(record=record, source=source, config=config, products=(Product.sdf(64),), folder=folder))
-    assert Notes.load(folder).status == "done", Notes.load(folder)
+    assert AssetNotes.load(folder).status == "done", AssetNotes.load(folder)
 after = compiled()
 late = sorted(name for name in after if after[name] != before.get(name))
 sys.exit(f"compiled by an asset, not by the warm-up: {late}" if late else 0)
@@ -177,6 +179,6 @@ def test_the_warm_up_leaves_nothing_for_an_asset_to_compile(tmp_path):
 
 
 def test_notes_of_a_crashed_stage_say_how_far_it_got(tmp_path):
-    Notes(stage="load", row={"sha256": "x"}).save(tmp_path)
+    AssetNotes(stage="load", row={"sha256": "x"}).save(tmp_path)
     assert json.loads((tmp_path / "asset.json").read_text())["stage"] == "load"
-    assert Notes.load(tmp_path).status == "running"
+    assert AssetNotes.load(tmp_path).status == "running"

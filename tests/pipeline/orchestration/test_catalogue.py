@@ -10,15 +10,16 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.core.product import Product
+from pipeline.curation.catalogue import read_funnel
 from pipeline.curation.config import RankConfig, ScreenConfig
 from pipeline.curation.dedup import DUPLICATE_BYTES, DUPLICATE_GEOMETRY
 from pipeline.inspection.verification import verify
-from pipeline.orchestration.catalogue import CATALOGUE, read_funnel
 from pipeline.orchestration.passes import run_passes
 from pipeline.orchestration.plan import read_plan
 from pipeline.sources import open_source
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import FAMILIES, to_glb
+from pipeline.storage.layout import CATALOGUE
 from pipeline.storage.sdf_shard import SdfShard
 from tests.pipeline.builds import assert_same, config, contents, rows_of
 from tests.pipeline.crashing_source import box
@@ -92,7 +93,7 @@ def test_the_plan_holds_the_kept_ones_the_best_first_and_verify_finds_nothing(ra
     cfg, _ = ranked_build
     plan = read_plan(cfg.out)
     assert plan.table["uid"].to_pylist() == [row["uid"] for row in catalogue(cfg) if row["keep"]]
-    assert [row["status"] for row in rows_of(cfg.out)] == ["done"] * 4
+    assert [row.status for row in rows_of(cfg.out)] == ["done"] * 4
     assert verify(cfg.out) == []
     assert len(read_plan(cfg.out / "screen").table) == 9
 
@@ -103,7 +104,7 @@ def test_only_the_best_have_the_resolution_of_the_second_pass(ranked_build):
     assert SdfShard(cfg.out / "sdf/96/000000.zarr").uids == uids[:2]
     assert SdfShard(cfg.out / "sdf/64/000000.zarr").uids == uids[:3]
     assert not (cfg.out / "sdf/96/000001.zarr").exists()
-    assert [row["tokens_96"] is not None for row in rows_of(cfg.out)[:3]] == [True, True, False]
+    assert [row.tokens[96] is not None for row in rows_of(cfg.out)[:3]] == [True, True, False]
 
 
 def test_the_same_input_gives_the_same_catalogue_and_the_same_bytes(ranked_build, tmp_path):
@@ -152,7 +153,7 @@ def test_a_disk_that_fills_under_the_catalogue_does_not_end_the_build_for_good(
     out = tmp_path / "out"
     out.mkdir()
     shutil.copytree(cfg.out / "screen", out / "screen")
-    monkeypatch.setattr("pipeline.orchestration.catalogue.pq.write_table", full)
+    monkeypatch.setattr("pipeline.curation.catalogue.pq.write_table", full)
     for _ in range(2):  # the second one gets as far
         with pytest.raises(OSError, match="No space left"):
             run_passes(replace(cfg, out=out), [open_source(cfg.source[0])])

@@ -50,7 +50,7 @@ STL = stl(trimesh.creation.icosahedron().triangles)
 
 
 def ends(out: Path) -> dict[str, tuple[str, str, str]]:
-    return {row["url"]: (row["status"], row["stage"], row["reason"]) for row in rows_of(out)}
+    return {row.url: (row.status, row.stage, row.reason) for row in rows_of(out)}
 
 
 def test_a_server_that_misbehaves_and_the_run_goes_on(tmp_path):
@@ -139,7 +139,7 @@ def test_objaverse_from_its_annotations_to_shards(tmp_path):
         )
         cfg = config(tmp_path / "out", source=("objaverse",))
         assert build(cfg, [source]) == {"done": 1, "rejected": 3, "failed": 0}
-        found = {row["uid"]: row["reason"] for row in rows_of(cfg.out)}
+        found = {row.uid: row.reason for row in rows_of(cfg.out)}
         reasons = {"a": "", "b": "age_restricted", "c": "licence", "d": "banned_word"}
         assert found == {
             make_uid("objaverse", ids[letter]): reason for letter, reason in reasons.items()

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from pipeline.core.errors import RunError
-from pipeline.orchestration.isolated_process import Isolated
+from pipeline.orchestration.isolated_process import IsolatedProcess
 from tests.pipeline.builds import ROOT, wait_until
 from tests.pipeline.crashing_source import HostileSource
 
@@ -66,7 +66,7 @@ def broken():
 
 @pytest.fixture(scope="module")
 def isolated():
-    one = Isolated(f"{HERE}:nothing")
+    one = IsolatedProcess(f"{HERE}:nothing")
     yield one
     one.close()
 
@@ -155,7 +155,7 @@ def test_a_call_that_returns_leaves_no_child_behind(isolated, tmp_path):
 def test_a_call_dies_with_its_server_and_the_next_gets_a_new_one(tmp_path):
     folder = tmp_path / "pids"
     folder.mkdir()
-    one = Isolated(f"{HERE}:nothing")
+    one = IsolatedProcess(f"{HERE}:nothing")
     with pytest.raises(RunError, match="isolates assets died"):
         call(one, "kill_the_server", folder, tmp_path)
     (pid,) = [int(path.name) for path in folder.iterdir()]
@@ -169,7 +169,7 @@ def test_nothing_outlives_a_killed_client(tmp_path):
     folder.mkdir()
     code = (
         "from pathlib import Path; from tests.pipeline.orchestration.test_isolated_process import *\n"
-        f"one = Isolated('{HERE}:nothing'); folder = Path({str(folder)!r})\n"
+        f"one = IsolatedProcess('{HERE}:nothing'); folder = Path({str(folder)!r})\n"
         "call(one, 'write_pids_and_sleep', folder, folder.parent, timeout_s=600)\n"
     )
     client = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -183,7 +183,7 @@ def test_nothing_outlives_a_killed_client(tmp_path):
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
     with pytest.raises(RunError, match="cannot even start"):
-        call(Isolated(f"{HERE}:broken"), "allocate", 1, tmp_path)
+        call(IsolatedProcess(f"{HERE}:broken"), "allocate", 1, tmp_path)
 
 
 def alive(pid: int) -> bool:

@@ -22,7 +22,7 @@ from pipeline.curation.config import RankConfig
 from pipeline.inspection.build_report import write_report
 from pipeline.inspection.cost_estimate import measure_passes
 from pipeline.inspection.verification import verify
-from pipeline.orchestration.commit import PackJob
+from pipeline.orchestration.commit import CommitJob
 from pipeline.orchestration.passes import run_passes
 from pipeline.orchestration.plan import read_plan
 from pipeline.orchestration.transfer import commit
@@ -117,7 +117,7 @@ def test_the_same_objects_with_the_same_bytes_and_readers_that_take_urls(
         again = store.client.head_object(Bucket=BUCKET, Key=f"{prefix}/{name}")
         assert again["LastModified"] == head["LastModified"]
 
-    uid = next(row["uid"] for row in rows_of(local.out) if row["status"] == "done")
+    uid = next(row.uid for row in rows_of(local.out) if row.status == "done")
     here, there = (SdfShard(cfg.out / "sdf/64/000000.zarr") for cfg in (local, cfg))
     assert there.uids == here.uids
     for name in ("cells", "values", "sharp"):
@@ -232,8 +232,8 @@ def test_a_store_that_goes_away_in_a_commit_ends_the_run_in_one_line_and_the_sam
 def test_a_commit_whose_worker_was_lost_after_its_last_marker_is_not_repeated(store, remote):
     _, cfg = remote
     build(cfg, [SOURCE])
-    records = tuple(read_plan(cfg.out).shard("000000"))
-    job = PackJob(config=cfg, shard="000000", records=records, products=cfg.products, wanted=3)
+    records = tuple(read_plan(cfg.out).records("000000"))
+    job = CommitJob(config=cfg, shard="000000", records=records, products=cfg.products, wanted=3)
     assert commit(job) == {
         "assets": 3,
         "done": 2,

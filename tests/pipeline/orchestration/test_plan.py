@@ -19,16 +19,16 @@ def test_a_plan_is_read_back_whole_and_is_not_made_again(tmp_path):
     cfg = BuildConfig(out=tmp_path / "out", shard_size=2, limit=5)
     plan = make_plan(cfg, [Listing("abcdefg")])
     assert plan.shards == ["000000", "000001", "000002"]
-    assert [record.url for name in plan.shards for record in plan.shard(name)] == list("abcde")
+    assert [record.url for name in plan.shards for record in plan.records(name)] == list("abcde")
     again = make_plan(cfg, [Listing("xyz")])
-    assert again.shard("000001") == plan.shard("000001") == list(Listing("cd").records())
+    assert again.records("000001") == plan.records("000001") == list(Listing("cd").records())
     assert read_plan(cfg.out).info == plan.info
 
 
 def test_an_asset_listed_twice_counts_once(tmp_path, caplog):
     plan = make_plan(BuildConfig(out=tmp_path), [Listing("ab"), Listing("bc")])
-    assert [record.url for record in plan.shard("000000")] == list("abc")
-    assert "comes twice" in caplog.text
+    assert [record.url for record in plan.records("000000")] == list("abc")
+    assert "is listed twice" in caplog.text
 
 
 def test_a_plan_needs_an_asset(tmp_path):
@@ -74,7 +74,7 @@ class LongListing:
 def test_a_long_plan_is_written_in_pieces(tmp_path, monkeypatch):
     pieces = []
     write = pq.ParquetWriter.write_table
-    monkeypatch.setattr("pipeline.orchestration.plan.ROWS", 100)
+    monkeypatch.setattr("pipeline.orchestration.plan.ROWS_PER_WRITE", 100)
     monkeypatch.setattr(
         pq.ParquetWriter,
         "write_table",
@@ -83,10 +83,10 @@ def test_a_long_plan_is_written_in_pieces(tmp_path, monkeypatch):
     plan = make_plan(BuildConfig(out=tmp_path / "out", limit=None), [LongListing(250)])
     assert pieces == [100, 100, 50]
     assert plan.assets == 250
-    assert [record.url for name in plan.shards for record in plan.shard(name)] == [
+    assert [record.url for name in plan.shards for record in plan.records(name)] == [
         str(number) for number in range(250)
     ]
-    assert plan.shard("000003")[0].metadata == '{"n": 1}'
+    assert plan.records("000003")[0].metadata == '{"n": 1}'
     assert not (tmp_path / "out/.plan.parquet.partial").exists()
 
 
@@ -94,7 +94,7 @@ def test_a_plan_from_before_there_were_catalogues_is_read(tmp_path):
     cfg = BuildConfig(out=tmp_path, limit=None)
     plan = make_plan(cfg, [LongListing(10)])
     pq.write_table(plan.table.drop_columns(["metadata"]), tmp_path / "plan.parquet")
-    assert [record.metadata for record in read_plan(tmp_path).shard("000000")] == [""] * 10
+    assert [record.metadata for record in read_plan(tmp_path).records("000000")] == [""] * 10
 
 
 @pytest.mark.slow

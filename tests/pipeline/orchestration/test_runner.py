@@ -1,6 +1,5 @@
 """Hostile assets in a run on Ray. The tests share one local Ray, so that they pay its start once."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,21 +9,19 @@ import ray
 from pipeline import build as build_command
 from pipeline.core.errors import RunError, UserError
 from pipeline.inspection.verification import verify
-from pipeline.orchestration.asset_stages import AssetJob
-from pipeline.orchestration.commit import (
-    MANIFEST,
-    PackJob,
-    committed,
-    land,
-    marker_path,
-    pack,
-    product_paths,
-    scratch_folder,
-)
-from pipeline.orchestration.isolated_process import Exit
+from pipeline.orchestration.asset_results import AssetJob, save_result
+from pipeline.orchestration.commit import CommitJob, commit_locally
+from pipeline.orchestration.isolated_process import ProcessExit
 from pipeline.orchestration.plan import make_plan
 from pipeline.orchestration.runner import missing_products
 from pipeline.sources.folder import FolderSource
+from pipeline.storage.layout import (
+    MANIFEST,
+    list_commits,
+    marker_path,
+    product_paths,
+    scratch_folder,
+)
 from pipeline.storage.sdf_shard import SdfShard
 from tests.pipeline.builds import assert_same, build, config, contents, rows_of
 from tests.pipeline.crashing_source import HostileSource, box
@@ -54,9 +51,7 @@ def hostile_build(tmp_path_factory):
 
 def test_hostile_assets_end_with_their_reason_and_all_others_are_done(hostile_build):
     cfg, total, _ = hostile_build
-    ended = {
-        n: (row["status"], row["stage"], row["reason"]) for n, row in enumerate(rows_of(cfg.out))
-    }
+    ended = {n: (row.status, row.stage, row.reason) for n, row in enumerate(rows_of(cfg.out))}
     assert {n: end for n, end in ended.items() if end != ("done", "", "")} == {
         3: ("failed", "fetch", "crashed_signal_11"),
         20: ("failed", "fetch", "timeout"),
@@ -78,7 +73,7 @@ def test_only_the_lost_worker_was_tried_again(hostile_build):
 
 def test_a_failure_says_what_happened_without_saying_where(hostile_build):
     cfg, _, _ = hostile_build
-    numbers = json.loads(rows_of(cfg.out)[41]["numbers"])
+    numbers = rows_of(cfg.out)[41].numbers
     assert numbers == {"error": "RuntimeError: a bug, seen in scratch/input"}
 
 
@@ -98,15 +93,15 @@ def test_a_worker_lost_every_time_fails_its_asset_after_bounded_retries(tmp_path
         "rejected": 0,
         "failed": 1,
     }
-    assert [row["reason"] for row in rows_of(tmp_path / "out")] == ["", "worker_lost"]
+    assert [row.reason for row in rows_of(tmp_path / "out")] == ["", "worker_lost"]
 
 
 def test_a_full_disk_stops_the_run_in_one_line_and_the_same_command_goes_on(tmp_path):
     cfg = config(tmp_path / "out", shard_size=1)
-    with pytest.raises(RunError, match=r"disk of .* is full .* run the same command to go on"):
+    with pytest.raises(RunError, match=r"disk of .* is full .* run the same command to resume"):
         build(cfg, [HostileSource(count=3, behaviours=((2, "disk"),))])
     plan = make_plan(cfg, [])
-    assert missing_products(plan, cfg, committed(cfg.out))["000002"] == cfg.products
+    assert missing_products(plan, cfg, list_commits(cfg.out))["000002"] == cfg.products
     assert build(cfg, [HostileSource(count=3)])["done"] == 3
     assert verify(cfg.out) == []
 
@@ -155,7 +150,7 @@ def test_an_asset_that_one_product_turns_away_keeps_the_others(tmp_path):
     cfg = config(tmp_path / "out", image_size=1)  # at one pixel every view touches the border
     assert build(cfg, [HostileSource(count=2)]) == {"done": 0, "rejected": 2, "failed": 0}
     for row in rows_of(cfg.out):
-        assert (row["stage"], row["tokens_64"] > 0) == ("renders-paper", True)
+        assert (row.stage, row.tokens[64] > 0) == ("renders-paper", True)
     assert verify(cfg.out) == []
 
 
@@ -177,8 +172,8 @@ def test_a_product_that_is_made_again_is_never_without_what_its_marker_vouches_f
 ):
     cfg, source = config(tmp_path / "out"), HostileSource(count=1)
     plan = make_plan(cfg, [source])
-    (record,) = plan.shard("000000")
-    job = PackJob(config=cfg, shard="000000", records=(record,), products=cfg.products, wanted=1)
+    (record,) = plan.records("000000")
+    job = CommitJob(config=cfg, shard="000000", records=(record,), products=cfg.products, wanted=1)
     paths = {
         marker_path(cfg.out, job.shard, product): product_paths(product, job.shard)
         for product in job.products
@@ -202,10 +197,13 @@ def test_a_product_that_is_made_again_is_never_without_what_its_marker_vouches_f
         visit = AssetJob(
             record=record, source=None, config=cfg, products=job.products, folder=folder
         )
-        land(visit, Exit(reason="timeout", detail="", seconds=0.0, peak_rss_bytes=0), 1)
-        pack(job)
+        save_result(
+            visit, ProcessExit(reason="timeout", detail="", seconds=0.0, peak_rss_bytes=0), 1
+        )
+        commit_locally(job)
         marker_path(cfg.out, job.shard, MANIFEST).unlink()
-        monkeypatch.setattr("pipeline.orchestration.commit.sync", look)
+        for module in ("pipeline.orchestration.commit", "pipeline.core.files"):
+            monkeypatch.setattr(f"{module}.sync", look)
     assert len(looked) == 6
 
 
@@ -215,21 +213,24 @@ def test_a_file_that_has_changed_since_its_first_products_gets_no_others(tmp_pat
         (tmp_path / f"in/{name}.obj").write_text(box(1))
     source, out = FolderSource(root=tmp_path / "in"), tmp_path / "out"
     assert build(config(out), [source]) == {"done": 2, "rejected": 0, "failed": 0}
-    before = {row["url"]: row for row in rows_of(out)}
+    before = {row.url: row for row in rows_of(out)}
     (tmp_path / "in/changed.obj").write_text(box(2))
     assert build(config(out, resolutions=(64, 96)), [source]) == {
         "done": 1,
         "rejected": 1,
         "failed": 0,
     }
-    after = {row["url"]: row for row in rows_of(out)}
-    verdict = {"status": "rejected", "stage": "fetch", "reason": "wrong_sha256", "tokens_96": None}
-    numbers = json.loads(before["changed.obj"]["numbers"]) | {
-        "expected": before["changed.obj"]["sha256"]
-    }
-    verdict["numbers"] = json.dumps(numbers, sort_keys=True)
-    assert after["changed.obj"] == before["changed.obj"] | verdict
-    assert SdfShard(out / "sdf/96/000000.zarr").uids == [after["kept.obj"]["uid"]]
+    after = {row.url: row for row in rows_of(out)}
+    row = before["changed.obj"]
+    assert after["changed.obj"] == replace(
+        row,
+        status="rejected",
+        stage="fetch",
+        reason="wrong_sha256",
+        tokens={**row.tokens, 96: None},
+        numbers=row.numbers | {"expected": row.sha256},
+    )
+    assert SdfShard(out / "sdf/96/000000.zarr").uids == [after["kept.obj"].uid]
     assert verify(out) == []
 
 
@@ -287,10 +288,10 @@ def test_what_may_pass_is_tried_again_after_a_while_and_is_a_failure_if_it_does_
         "2.1",
         "3.0",
     ]
-    assert [(row["status"], row["stage"], row["reason"]) for row in rows_of(cfg.out)][2] == (
+    assert [(row.status, row.stage, row.reason) for row in rows_of(cfg.out)][2] == (
         "failed",
         "fetch",
         "http_503",
     )
-    assert json.loads(rows_of(cfg.out)[2]["numbers"]) == {"host": "example.org"}
+    assert rows_of(cfg.out)[2].numbers == {"host": "example.org"}
     assert verify(cfg.out) == []

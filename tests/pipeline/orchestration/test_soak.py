@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.orchestration.manifest import read_manifest
+from pipeline.storage.manifest import read_manifest
 from tests.pipeline.builds import environment, finish, marked, start, survivors
 
 pytestmark = pytest.mark.slow

@@ -106,7 +106,7 @@ def test_missing_annotations_are_downloaded_once_and_hashed_in_the_plan(tmp_path
     assert len(server.requests) == 3
     assert len(list(source.records())) == 2
     assert len(server.requests) == 3
-    snapshot = read_plan(tmp_path / "out").info["snapshots"]["objaverse"]
+    snapshot = read_plan(tmp_path / "out").info.snapshots["objaverse"]
     assert snapshot == replace(source, annotations=Annotations(root=there)).snapshot()
     write_objaverse(there, {A: annotation(), B: annotation(name="other")})
     assert snapshot != replace(source, annotations=Annotations(root=there)).snapshot()
