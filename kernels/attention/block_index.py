@@ -321,7 +321,7 @@ def _build(
         value_checks.append(steps.amin(0, keepdim=True))
 
     # Until the copy to the host nothing may depend on a value, and bad coordinates must not index
-    # out of range either. Sort by window; where windows are blocks, tokens already lie by window.
+    # out of range either. Sort by window. Where windows are blocks, tokens are sorted already.
     identity = window == select_block
     windows = ((window, window_shift),) if identity else ((window, 0), (window, window_shift))
     key_KN = cube_keys(coords, ((select_block, 0), (compress_block, 0), *windows))

@@ -137,7 +137,7 @@ def compressed_attention(
     """Attention of every query to all compressed tokens of its asset. Differentiable.
 
     Args:
-        q_NHD: Queries [N, H, D]. Dtypes and sizes are those of `spatial_sparse_attention`.
+        q_NHD: Queries [N, H, D], with the dtypes and sizes of `spatial_sparse_attention`.
         ck_PGD: Compressed keys [P, G, D].
         cv_PGD: Compressed values [P, G, D].
         index: Block index of the N tokens.
@@ -172,7 +172,7 @@ def window_attention(
     """Attention of every query to the tokens of its window. Differentiable.
 
     Args:
-        q_NHD: Queries [N, H, D]. Dtypes and sizes are those of `spatial_sparse_attention`.
+        q_NHD: Queries [N, H, D], with the dtypes and sizes of `spatial_sparse_attention`.
         k_NGD: Keys [N, G, D].
         v_NGD: Values [N, G, D].
         index: Block index of the N tokens. It defines the windows.
@@ -236,7 +236,7 @@ def select_blocks(
     over the heads of the group. Of equal scores the lower block wins.
 
     Args:
-        q_NHD: Queries [N, H, D]. Dtypes and sizes are those of `spatial_sparse_attention`.
+        q_NHD: Queries [N, H, D], with the dtypes and sizes of `spatial_sparse_attention`.
         ck_PGD: Compressed keys [P, G, D].
         index: Block index of the N tokens.
         top_k: Number of blocks per query.
@@ -447,7 +447,7 @@ def gated_sum(
     """Sum of three tensors, each times the sigmoid of its gate. Differentiable.
 
     Args:
-        branches_3_NHD: Three [N, H, D] of one dtype. Dtypes and head sizes are those of
+        branches_3_NHD: Three tensors [N, H, D] of one dtype, with the dtypes and head sizes of
             `spatial_sparse_attention`.
         gates_N3: Gates before the sigmoid, [N, 3] in the same dtype.
         backend: As in `spatial_sparse_attention`.

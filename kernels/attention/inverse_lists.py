@@ -1,6 +1,6 @@
 """Inverse of the selection: for every block the queries that chose it, in ascending order.
 
-The lists are built without a sort and without a host copy. Queries are taken by chunks (see
+The lists are built without a sort and without a host copy. Queries are grouped by chunk (see
 `BlockIndex`), so that the queries of one list lie close together. A row is a (chunk, block,
 key/value head) triple. Its list is cut into items of at most ITEM entries, and one program
 processes an item. An entry is ((query - first query of the range) << entry_shift(T)) + rank.
@@ -279,7 +279,7 @@ def selected_ranks(selected_GNT: Tensor, index: BlockIndex, queries: ChunkRange)
     local = block - index.asset_blocks[index.asset_of[n]][:, None]
     g = torch.arange(G, device=device)[:, None, None]
     position = base[:, None] + (local * G + g) * size[:, None]
-    # One element more than there are ranks takes those that are skipped.
+    # One extra element receives the ranks that are skipped.
     ranks = torch.zeros(queries.num_ranks * G + 1, dtype=rank_dtype(T), device=device)
     position = torch.where(block < 0, len(ranks) - 1, position)
     rank = torch.arange(1, T + 1, device=device).to(ranks.dtype).expand(position.shape)

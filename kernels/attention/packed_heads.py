@@ -55,7 +55,7 @@ def load_keys(
 ):  # fmt: skip
     """Load rows m, or order[m], of key/value head g: [BLOCK_K, D] from [M, G, D].
 
-    Rows from `end` on are zero. FULL says that there are none, which spares the masks.
+    Rows from `end` on are zero. FULL says that all rows come before `end`, so no mask is needed.
     """
     if FULL:
         row = tl.load(order_ptr + m) if ORDERED else m
@@ -75,7 +75,8 @@ def load_row_gradients(
     """Load what the backward needs of each row: q and do [R, D], lse and dot [R].
 
     `row` is the row of each tile row in tensors [N * H, D]. FULL says that all rows exist: masks
-    would cost a third of the loop over queries. FOLDED: there is no lse, `dot` takes its place.
+    would cost a third of the loop over queries. FOLDED says that lse is not needed; `dot` is
+    returned in its place.
     """
     x = row[:, None] * D + tl.arange(0, D)[None, :]
     if FULL:

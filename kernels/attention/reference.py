@@ -143,7 +143,7 @@ def selection_attention(
     G = k_NGD.shape[1]
     for _, n, m in _slices(index, q_NHD.shape[1], index.token_starts):
         selected = blocks_GNT[:, n].long()
-        # One column more than there are blocks takes the -1.
+        # One extra column receives the -1.
         shape = (G, selected.shape[1], index.num_blocks + 1)
         is_selected = torch.zeros(shape, dtype=torch.bool, device=q_NHD.device)
         is_selected.scatter_(2, torch.where(selected < 0, index.num_blocks, selected), True)

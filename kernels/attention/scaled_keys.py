@@ -94,7 +94,8 @@ def scale_keys(
         flags: int32, set to 0 in the same launch (for dtypes with a scaled copy).
 
     Returns:
-        Those of `k_MGD` and of `ck_PGD`. Only dtypes of FOLDED_DTYPES have scaled copies.
+        The keys `k_MGD` and the compressed keys `ck_PGD`. Only dtypes in FOLDED_DTYPES have scaled
+        copies.
     """
     M, G, D = k_MGD.shape
     if ck_PGD is None:

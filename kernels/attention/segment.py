@@ -28,7 +28,7 @@ class Segments:
     """
 
     order: Tensor
-    """int32 [N], order of the queries and of the keys. Empty if rows already lie in order."""
+    """int32 [N], order of the queries and of the keys. Empty if rows are already in order."""
 
     query_segment: Tensor
     """int32 [N], ascending."""

@@ -2,8 +2,8 @@
 
 The definitions are `compressed_attention` and `window_attention` in kernels.attention.reference.
 One kernel holds queries and sums their gradients over the keys, the other holds keys and sums their
-gradients over the queries. Where the log-sums could be multiplied into the output gradient
-("folded", see `OutputGradient`), the loops subtract none.
+gradients over the queries. If the log-sums are already multiplied into the output gradient
+("folded", see `OutputGradient`), the loops do not subtract them from the scores.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def attend_run(
 def lse_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of log-sums for inputs like `x`: fp64 for fp32, otherwise fp32.
 
-    A probability recomputed from an fp64 log-sum carries no rounding of a large logarithm. What the
-    kernels derive from it (probabilities and their exponentials) is fp64 as well.
+    A probability recomputed from an fp64 log-sum carries no rounding of a large logarithm. The
+    kernels also compute the probabilities from it in fp64.
     """
     return torch.float64 if x.dtype == torch.float32 else torch.float32

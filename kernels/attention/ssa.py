@@ -60,8 +60,7 @@ def ssa_forward(
     """Run the forward kernels.
 
     Args:
-        inputs: q, k, v, ck, cv and gates. They and the other arguments are those of
-            `spatial_sparse_attention`, checked before.
+        inputs: q, k, v, ck, cv and gates of `spatial_sparse_attention`, already checked.
         index: Block index.
         top_k: Number of blocks per query.
         shifted: Whether the windows are shifted.

@@ -90,7 +90,7 @@ def row_positions(row, S: tl.constexpr, STRIDE: tl.constexpr, SI: tl.constexpr):
 
 @triton.jit
 def tap_offset(tap, T: tl.constexpr):
-    """What a tap adds to a packed position."""
+    """Difference that a tap makes to a packed position."""
     return ((tap // (T * T)) << 20) + ((tap // T % T) << 10) + tap % T
 
 
@@ -136,7 +136,7 @@ def _gather_gemm(
     block = row // (S * S * S)
     block27 = (block.to(tl.int64) if LONG else block) * 27
 
-    # Position of the first tap. The digits of a parity are those of a tap.
+    # Position of the first tap. A parity has the same digits as a tap of 2^3.
     start = tap_offset(parity, 2) if PARITIES else 0
     start -= (1 << 20) + (1 << 10) + 1
     position = row_positions(row if S > 1 else 0, S, STRIDE, SI) + start

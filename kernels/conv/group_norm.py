@@ -62,7 +62,7 @@ def _parts(
             count = tl.minimum(last - n, BLOCK_N).to(tl.float32)
             own = tl.sum(x, 0) / count
             deviation = tl.where(mask, x - own[None, :], 0.0)
-            # Merge them with those of the rows before.
+            # Merge them with the statistics of the rows before.
             before = (n - first).to(tl.float32)
             step = own - mean
             squares += tl.sum(deviation * deviation, 0) + step * step * (

@@ -26,7 +26,7 @@ def _halo(x_NC: Tensor, neighbors_M27: Tensor, size: int) -> Tensor:
     blocks = x_NC.reshape(M, size, size, size, C)
     padded = torch.cat([blocks, blocks.new_zeros(1, size, size, size, C)])
     rows_M27 = torch.where(neighbors_M27 < 0, M, neighbors_M27).long()
-    # What a block sees, on one axis, of the block before, of itself and of the block after.
+    # Voxels that a block needs, on one axis, from the block before, itself and the block after.
     seen = (slice(size - 1, size), slice(0, size), slice(0, 1))
 
     def piece(dx: int, dy: int, dz: int) -> Tensor:
@@ -195,7 +195,7 @@ def sparse_conv(
     """Cross-correlation with 3^3 taps at existing voxels: [N, C] -> [M * size^3, O].
 
     Absent neighbours count as zero. Rows, weights and the neighbour table
-    are those of `kernels.sparse_conv`.
+    have the layout of `kernels.sparse_conv`.
     """
     if upsample:
         weight_88CO = sum_upsample_taps(weight_27CO).to(x_NC.dtype)

@@ -1,10 +1,10 @@
 """Autotuning: the fastest of a few tile sizes, measured once per GPU and shape and kept on disk.
 
 The cache file is `~/.cache/sparse3d/tiles.json`. Entries of other kernel sources or candidates are
-ignored. Results are right with any choice and without a file. On the CPU the first candidate is
-taken. While a CUDA graph is captured, and under `torch.use_deterministic_algorithms`, nothing is
-measured: a known choice or the first candidate is taken, because a resumed run must sum in the
-order of the first run.
+ignored. Results are right with any choice and without a file. On the CPU the choice is the first
+candidate. Nothing is measured while a CUDA graph is captured or under
+`torch.use_deterministic_algorithms`: the choice is a known one or the first candidate, because a
+resumed run must sum in the order of the first run.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ run without the interpreter.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -36,7 +37,10 @@ def compile_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> li
     for module in (gather_gemm, sparse_conv_backward):
         module.has_warpgroup_products = lambda device: arch >= 90
     gather_gemm.choose = sparse_conv_backward.choose = try_all
-    M, size, ops = 16, 4, torch.ops.sparse3d
+    for name in ("group_norm", "pool", "sparse_conv"):  # they register the operators
+        importlib.import_module(f"kernels.conv.{name}")
+    ops = torch.ops.sparse3d
+    M, size = 16, 4
     table = torch.zeros(M, 27, dtype=torch.int32)
     weight, bias = torch.zeros(27, C, O), torch.zeros(O, dtype=dtype)
     gather_gemm.gather_gemm(
