@@ -114,7 +114,7 @@ def load_model(
     name, stored = description.get("model"), description.get("config")
     if name != cls.__name__ or not isinstance(stored, dict):
         raise CheckpointError(f"{path} must be a checkpoint of a {cls.__name__}, got {name}")
-    found = config_from(cls.Config, stored, str(path))  # pyright: ignore[reportAttributeAccessIssue]
+    found = build_config(cls.Config, stored, str(path))  # pyright: ignore[reportAttributeAccessIssue]
     if config is not None and found != config:
         wanted = dataclasses.asdict(config)
         actual = dataclasses.asdict(found)
@@ -129,7 +129,7 @@ def load_model(
     return model.to(device).eval()
 
 
-def config_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
+def build_config(cls: type, values: Mapping[str, Any], where: str) -> Any:
     """Make a configuration dataclass, which may contain others, from JSON values.
 
     Args:
@@ -150,7 +150,7 @@ def config_from(cls: type, values: Mapping[str, Any], where: str) -> Any:
         )
     types = typing.get_type_hints(cls)
     arguments = {
-        name: config_from(types[name], value, f"{where}: {name}")
+        name: build_config(types[name], value, f"{where}: {name}")
         if dataclasses.is_dataclass(types[name]) and isinstance(value, dict)
         else _to_tuples(value)
         for name, value in values.items()

@@ -1,0 +1,1 @@
+"""Image conditioning: image preparation, image encoders, and the DiT with its encoder."""

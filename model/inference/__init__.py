@@ -1,0 +1,1 @@
+"""Generation: the chain of stages from an image to a cleaned mesh file."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kernels import token_order
-from model.checkpoint import CheckpointError, config_from, load_model, read_config
+from model.checkpoint import CheckpointError, build_config, load_model, read_config
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import ImageBatch
 from model.conditioning.image_preprocessing import prepare_image
@@ -354,7 +354,7 @@ def read_recommended(path: Path) -> RecommendedSampling:
     if not isinstance(recommended, dict):
         raise CheckpointError(f"{path}: recommended must be an object, got {recommended!r}")
     values = {**asdict(RecommendedSampling()), **recommended}
-    return config_from(RecommendedSampling, values, f"{path}: recommended")
+    return build_config(RecommendedSampling, values, f"{path}: recommended")
 
 
 def level_near_mesh(

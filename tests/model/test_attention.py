@@ -201,9 +201,8 @@ def test_a_closed_gate_removes_its_branch(branch):
     gradients = torch.autograd.grad(
         out.square().sum(), [module.value.weight, module.compress_value.linear.weight]
     )
-    assert bool(gradients[1].any()) == (
-        branch != 0
-    )  # compressed values reach the output through branch 0 alone
+    # Compressed values reach the output through branch 0 alone.
+    assert bool(gradients[1].any()) == (branch != 0)
 
 
 @pytest.mark.parametrize("compression", ["v1", "v2"])
@@ -293,7 +292,7 @@ def make_image_tokens(counts, channels=48, dtype=torch.float64, device="cpu"):
 
 def test_full_and_cross_attention_equal_dense_attention():
     torch.manual_seed(0)
-    level, condition = make_level([12, 20], 16), make_image_tokens([5, 7])
+    level, image = make_level([12, 20], 16), make_image_tokens([5, 7])
     layout, asset = TokenLayout.of(level, 4), level.coords[:, 0]
     x = torch.randn(len(level), C, dtype=torch.float64)
     full, cross = FullAttention(C, HEADS).double(), CrossAttention(C, 48, HEADS).double()
@@ -305,9 +304,9 @@ def test_full_and_cross_attention_equal_dense_attention():
     assert torch.allclose(full(x, layout), exact, atol=TOLERANCE)
     q = cross.query(x).unflatten(1, (HEADS, D))
     weights = zip(cross.key_value.weight.chunk(2), cross.key_value.bias.chunk(2))
-    k, v = ((condition.feats_SC @ w.T + b).unflatten(1, (HEADS, D)) for w, b in weights)
-    exact = cross.out(dense_attention(q, k, v, asset, condition.coords[:, 0]).flatten(1))
-    assert torch.allclose(cross(x, layout, condition), exact, atol=TOLERANCE)
+    k, v = ((image.feats_SC @ w.T + b).unflatten(1, (HEADS, D)) for w, b in weights)
+    exact = cross.out(dense_attention(q, k, v, asset, image.coords[:, 0]).flatten(1))
+    assert torch.allclose(cross(x, layout, image), exact, atol=TOLERANCE)
 
 
 @pytest.mark.gpu

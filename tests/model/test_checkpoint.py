@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from model import checkpoint
-from model.checkpoint import config_from, copy_weights, load_model, save_model
+from model.checkpoint import build_config, copy_weights, load_model, save_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +165,9 @@ class Pair:
 def test_a_nested_configuration_is_restored():
     pair = Pair(first=replace(Sizes(), widths=(5, 6)))
     values = json.loads(json.dumps(asdict(pair)))
-    assert config_from(Pair, values, "file") == pair
+    assert build_config(Pair, values, "file") == pair
     values["first"]["odd"] = 1
     with pytest.raises(
         ValueError, match=r"file: first must have the fields of Sizes; unknown: \['odd'\]"
     ):
-        config_from(Pair, values, "file")
+        build_config(Pair, values, "file")

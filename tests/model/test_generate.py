@@ -163,9 +163,8 @@ def test_inputs_are_checked_before_models_are_loaded(picture, tmp_path, monkeypa
     )
     with pytest.raises(UserError, match=r"file cannot be written to \(.*\); choose another --out"):
         generate(cfg)
-    monkeypatch.setitem(
-        sys.modules, "fast_simplification", None
-    )  # looks as if it were not installed
+    # The library looks as if it were not installed.
+    monkeypatch.setitem(sys.modules, "fast_simplification", None)
     with pytest.raises(UserError, match="pip install fast-simplification"):
         generate(replace(cfg, out=tmp_path / "a.glb", generation=replace(FAST, faces=500)))
     with pytest.raises(UserError, match="nowhere lacks"):
@@ -262,7 +261,8 @@ def test_unusual_images_are_accepted(name, tmp_path):
     ],
 )
 def test_unusable_images_are_refused_by_name(name, message, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rembg", None)  # looks as if it were not installed
+    # The library looks as if it were not installed.
+    monkeypatch.setitem(sys.modules, "rembg", None)
     path = write_unusual_image(name, tmp_path)
     with pytest.raises(UserError, match=message) as caught:
         load_foreground(path)

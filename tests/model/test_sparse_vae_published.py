@@ -103,9 +103,8 @@ def test_published_convolutions_are_dense_convolutions_with_x_fastest():
     vae, weights = SparseVAE(TINY), published()
     vae.load_published(weights)
     kernel = weights["encoder.downsample.1.out_layers.0.conv.kernel"]
-    dense = kernel.view(3, 3, 3, 8, 8).permute(
-        4, 3, 2, 1, 0
-    )  # [dz, dy, dx, in, out] -> conv3d's [out, in, dx, dy, dz]
+    # [dz, dy, dx, in, out] -> [out, in, dx, dy, dz] of conv3d
+    dense = kernel.view(3, 3, 3, 8, 8).permute(4, 3, 2, 1, 0)
     coords = random_coords([70], side=6)
     level = Level.from_coords(coords[token_order(coords)], 8, 1)
     x = torch.randn(70, 8)

@@ -53,9 +53,8 @@ def test_the_foreground_is_cropped_centred_and_padded_on_white():
     rows, columns = (np.flatnonzero(image.mask.any(axis)) for axis in (1, 0))
     inner = 518 * 518 / 550  # resized to 518, 16 pixels on every side, resized to 518
     assert len(columns) == pytest.approx(inner, abs=2)
-    assert len(rows) == pytest.approx(
-        inner / 2, abs=14
-    )  # bilinear filter of a 13x enlargement reaches half a pixel
+    # The bilinear filter of an enlargement by 13 reaches half a pixel.
+    assert len(rows) == pytest.approx(inner / 2, abs=14)
     assert abs(rows[0] + rows[-1] - 517) <= 2
     assert abs(columns[0] + columns[-1] - 517) <= 2
     assert (image.rgb[259, 259] == (200, 30, 60)).all()
@@ -185,10 +184,9 @@ def test_every_orientation_is_applied_as_by_pillow(value):
 
 
 def test_orientation_is_applied_beside_damaged_metadata():
-    entries = [
-        (0x0112, 3, 1, struct.pack("<I", 6)),
-        (0x011A, 2, 4, b"abc\0"),
-    ]  # a resolution of the wrong type
+    orientation = (0x0112, 3, 1, struct.pack("<I", 6))
+    resolution_of_wrong_type = (0x011A, 2, 4, b"abc\0")
+    entries = [orientation, resolution_of_wrong_type]
     directory = (
         struct.pack("<H", 2)
         + b"".join(struct.pack("<HHI4s", *entry) for entry in entries)

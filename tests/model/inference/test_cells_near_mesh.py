@@ -66,10 +66,8 @@ def brute_force_of_points(a, b, resolution):
 
 
 def test_points_exactly_at_tau_do_not_count():
-    step, tau = (
-        spacing(16),
-        band(16),
-    )  # tau is 1/8: the plane x = c is exactly tau from grid plane x = 0
+    step = spacing(16)
+    tau = band(16)  # 1/8, so that the triangle is exactly tau from the first grid plane
     vertices = np.array(
         [[-0.5 + tau, -9.0, -9.0], [-0.5 + tau, 9.0, -9.0], [-0.5 + tau, 0.0, 18.0]]
     )

@@ -69,9 +69,8 @@ def test_surfaces_of_a_batch_match_the_analytic_ones():
         vertices, faces = meshes[assets.index(distance)]
         assert np.abs(distance(vertices)).max() < 0.1 * spacing(64)
         assert euler(vertices, faces) == number
-        assert volume(vertices, faces) == pytest.approx(
-            volume_exact, rel=0.02
-        )  # positive: seen from outside
+        # A positive volume means that faces are counterclockwise seen from outside.
+        assert volume(vertices, faces) == pytest.approx(volume_exact, rel=0.02)
 
 
 def test_the_iso_value_moves_the_surface():
@@ -89,9 +88,8 @@ def test_there_is_no_surface_outside_the_decoded_cells():
     keep = one.cells[:, 0] < 4
     vertices, faces = extract_mesh(one.cells[keep], one.values[keep], 64)
     assert len(faces)
-    assert (
-        vertices[:, 0].max() <= 31 * spacing(64) - 0.5 + 1e-9
-    )  # the last plane of points that were decoded
+    last_decoded_plane = 31 * spacing(64) - 0.5
+    assert vertices[:, 0].max() <= last_decoded_plane + 1e-9
     assert np.abs(sphere(0.3)(vertices)).max() < 0.1 * spacing(64)
 
 

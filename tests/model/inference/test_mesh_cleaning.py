@@ -137,9 +137,8 @@ def test_open_edges_are_counted():
     turned = tetrahedron.copy()
     turned[0] = turned[0][::-1]
     assert count_open_edges(turned) > 0
-    assert (
-        len(set(label_pieces(9, np.concatenate([tetrahedron, tetrahedron + 4])))) == 3
-    )  # and a vertex of its own
+    # Vertex 8 belongs to no face and is a piece of its own.
+    assert len(set(label_pieces(9, np.concatenate([tetrahedron, tetrahedron + 4])))) == 3
     vertices, faces = drop_unused_vertices(np.arange(27.0).reshape(9, 3), tetrahedron + 4)
     np.testing.assert_array_equal(vertices, np.arange(27.0).reshape(9, 3)[4:8])
     np.testing.assert_array_equal(faces, tetrahedron)

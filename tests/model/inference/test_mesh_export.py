@@ -17,9 +17,8 @@ def test_written_meshes_are_read_back(ending, tmp_path):
     path = tmp_path / "new" / f"box{ending}"
     write_mesh(path, VERTICES, FACES)
     mesh = trimesh.load(path, force="mesh")
-    np.testing.assert_allclose(
-        mesh.triangles, VERTICES[FACES], atol=1e-7
-    )  # order, winding, scale and axes
+    # Equal triangles mean equal order, winding, scale and axes.
+    np.testing.assert_allclose(mesh.triangles, VERTICES[FACES], atol=1e-7)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     first = path.read_bytes()
     write_mesh(path, VERTICES, FACES)
