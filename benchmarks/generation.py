@@ -7,11 +7,11 @@ because bricks decoded from random weights have no surface.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from model.inference.mesh_cleaning import CleanedMesh, clean_mesh
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
+from pipeline.core.cli import command, parse
 from pipeline.core.devices import choose_device
 from pipeline.core.grid import band, spacing
 
@@ -191,39 +192,37 @@ def measure(
     return timer.rows
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class GenerationBenchmark:
+    """Measure seconds and peak memory of every stage of generation and print a Markdown table."""
+
+    device: str = "auto"
+    """Device: "auto", "cpu", "cuda" or "cuda:N"."""
+    tiny: bool = False
+    """Use models and resolutions that a CPU can run."""
+    guidance: float = DEFAULT_GUIDANCE
+    """Guidance scale."""
+    steps: tuple[int, int, int] = DEFAULT_STEPS
+    """Sampling steps of the structure stage and of both resolutions."""
+    out: Path | None = None
+    """File to which the rows are also written as JSON."""
+
+
+def main(args: Sequence[str]) -> None:
     """Parse the options, measure and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: auto)'
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="Use models and resolutions that a CPU can run."
-    )
-    parser.add_argument(
-        "--guidance", type=float, default=DEFAULT_GUIDANCE, help="Guidance scale (default: 7)."
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        nargs=3,
-        default=DEFAULT_STEPS,
-        help="Sampling steps of the structure stage and of both resolutions (default: 50 30 15).",
-    )
-    parser.add_argument("--out", type=Path, default=None, help="Also write the rows as JSON here.")
-    args = parser.parse_args()
+    cfg = parse(GenerationBenchmark, args, prog="python -m benchmarks.generation")
     cells_near(*torus_mesh(8), 64)  # compiles
-    rows = measure(choose_device(args.device), args.tiny, args.guidance, tuple(args.steps))
+    rows = measure(choose_device(cfg.device), cfg.tiny, cfg.guidance, cfg.steps)
     lines = ["| stage | tokens | seconds | peak GB |", "|---|---|---|---|"]
     for row in rows:
         peak = "" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"
         lines.append(
             f"| {row['stage']} | {row.get('tokens', '')} | {row['seconds']:.3g} | {peak} |"
         )
-    print("\n".join(lines))  # noqa: T201
-    if args.out is not None:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    sys.stdout.write("\n".join(lines) + "\n")
+    if cfg.out is not None:
+        cfg.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

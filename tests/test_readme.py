@@ -1,4 +1,4 @@
-"""What the README shows: its Python runs as it stands there, and its commands have the options they are shown with."""
+"""The README, docs and recipes: their Python runs, and their commands have the options shown."""
 
 import importlib
 import inspect
@@ -11,7 +11,10 @@ import torch
 
 from tests.train.analytic_builds import add_renders, make_build
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+RECIPES = [path.read_text() for path in sorted((ROOT / "examples" / "recipes").glob("*.sh"))]
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
 
 torch.set_num_threads(1)
@@ -45,14 +48,15 @@ def test_reading_the_data(tmp_path, monkeypatch):
 
 
 MODULES = "pipeline|train|model|kernels|benchmarks"
+TEXT = "\n".join([*PAGES, *(text.replace("train train.", "-m train.") for text in RECIPES)])
 SHOWN = re.findall(
-    rf"(?:-m |`(?=[\w.]+ ))((?:{MODULES})\.\w+(?: [^`#\n]*)?)", README.replace("\n--", " --")
+    rf"(?:-m |`(?=[\w.]+ ))((?:{MODULES})\.\w+(?: [^`#\n]*)?)", TEXT.replace("\n--", " --")
 )
 COMMANDS = sorted({line.strip() for line in SHOWN})
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_option_that_the_readme_shows_exists(line, monkeypatch, capsys):
+def test_every_option_that_the_documentation_shows_exists(line, monkeypatch, capsys):
     module, *words = line.split()
     part = [words[0]] if words and re.fullmatch("[a-z]+", words[0]) else []
     monkeypatch.setattr(sys, "argv", [module, *part, "--help-all"])

@@ -44,14 +44,11 @@ def open_source(
     """Open the source that a specification names.
 
     Args:
-        spec: One of
-            "procedural[:COUNT]", the embedded shapes,
-            "folder:PATH", a directory of mesh files,
-            "objaverse[:ANNOTATIONS]",
-            "objaverse-xl[:ANNOTATIONS][?places=github,...]",
-            "shapenet:PATH[?categories=chair,03001627][&splits=train]".
-            ANNOTATIONS is a directory in the layout of the objaverse package. Without it the
-            package's own directory is used.
+        spec: `procedural` or `procedural:COUNT`, the embedded shapes; `folder:PATH`, a directory of
+            mesh files; `objaverse` or `objaverse:ANNOTATIONS`; `objaverse-xl`, optionally followed
+            by `:ANNOTATIONS` and by `?places=github,...`; `shapenet:PATH`, optionally followed by
+            `?categories=chair,03001627&splits=train`. ANNOTATIONS is a directory in the layout of
+            the objaverse package. Without it the package's own directory is used.
         fetch: Options of downloads.
         max_bytes: Largest size of a downloaded file.
         out: Output directory of the build, which a folder source does not read.
