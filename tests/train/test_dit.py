@@ -1,4 +1,4 @@
-"""Training the SS-DiT: steps, checkpoints, resuming, presets, what is refused."""
+"""Training of the SS-DiT: losses, checkpoints, resuming, presets, and errors."""
 
 from __future__ import annotations
 
@@ -36,25 +36,27 @@ from train.stages.dit.run import read_latents, train_dit
 from train.stages.dit.task import DiTTask
 
 
-def test_steps_on_one_batch_lower_its_loss_the_same_way_every_time(rendered, tmp_path):
+def test_steps_on_one_batch_lower_its_loss_reproducibly(rendered, tmp_path):
     losses = []
     for _ in range(2):
         task = task_of(config(rendered, tmp_path))
         batch = loader_of(config(rendered, tmp_path)).batch([SampleId(0, 0), SampleId(1, 0)], 0.5)
-        optimizer, found = torch.optim.SGD(task.model.parameters(), lr=0.05), []
+        optimizer = torch.optim.SGD(task.model.parameters(), lr=0.05)
+        step_losses = []
         for _ in range(4):
             loss = task.losses(task.model, batch)["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            found.append(loss.item())
-        losses.append(found)
+            step_losses.append(loss.item())
+        losses.append(step_losses)
     assert losses[0] == losses[1]
     assert all(later < earlier for earlier, later in zip(losses[0], losses[0][1:], strict=False))
 
 
-def test_the_loss_weighs_assets_alike_and_ranks_add_up(rendered, tmp_path):
-    task, loader = task_of(config(rendered, tmp_path)), loader_of(config(rendered, tmp_path))
+def test_the_loss_weighs_all_assets_equally_on_any_number_of_ranks(rendered, tmp_path):
+    task = task_of(config(rendered, tmp_path))
+    loader = loader_of(config(rendered, tmp_path))
     wake(task.model)
     draws = [SampleId(0, 0), SampleId(3, 1), SampleId(5, 0)]
     whole = task.losses(task.model, loader.batch(draws, 1 / 3))["loss"]
@@ -74,7 +76,7 @@ def test_the_loss_weighs_assets_alike_and_ranks_add_up(rendered, tmp_path):
     torch.testing.assert_close(torch.stack(alone).mean(), whole)
 
 
-def test_a_checkpoint_says_what_export_needs(rendered, tmp_path):
+def test_a_checkpoint_records_what_the_export_needs(rendered, tmp_path):
     cfg = config(
         rendered, tmp_path / "run", loop={"steps": 2, "validate_every": 2, "sample_every": 2}
     )
@@ -95,15 +97,14 @@ def test_a_checkpoint_says_what_export_needs(rendered, tmp_path):
     assert len(list(folder.glob("*.ply"))) == 2
 
 
-def test_resumes_to_the_bit_between_checkpoints_and_in_the_middle_of_a_shard(
+def test_a_run_that_crashed_between_checkpoints_resumes_bit_exactly(
     rendered, tmp_path, monkeypatch
 ):
-    whole, cut = (
-        config(rendered, tmp_path / "whole", steps=7),
-        config(rendered, tmp_path / "cut", steps=7, workers=0),
-    )
+    whole = config(rendered, tmp_path / "whole", steps=7)
+    crashed = config(rendered, tmp_path / "crashed", steps=7, workers=0)
     train_dit(whole, World())
-    original, calls = DiTTask.losses, []
+    original = DiTTask.losses
+    calls = []
 
     def dies(self, model, batch):
         calls.append(batch.uids)
@@ -113,18 +114,20 @@ def test_resumes_to_the_bit_between_checkpoints_and_in_the_middle_of_a_shard(
 
     monkeypatch.setattr(DiTTask, "losses", dies)
     with pytest.raises(KeyboardInterrupt):
-        train_dit(cut, World())
-    assert checkpoint.latest(cut.out).name == "step-00000004"
-    train_dit(cut, World())
-    assert calls[6:8] == calls[4:6], "the stream went on after the last checkpoint"
+        train_dit(crashed, World())
+    assert checkpoint.latest(crashed.out).name == "step-00000004"
+    train_dit(crashed, World())
+    assert calls[6:8] == calls[4:6], "the stream continues after the last checkpoint"
     for name in ("model", "ema"):
-        ours, theirs = weights(cut.out, name), weights(whole.out, name)
+        ours, theirs = weights(crashed.out, name), weights(whole.out, name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-    assert [row["loss"] for row in metrics(cut.out)] == [row["loss"] for row in metrics(whole.out)]
+    assert [row["loss"] for row in metrics(crashed.out)] == [
+        row["loss"] for row in metrics(whole.out)
+    ]
 
 
-def test_a_stage_starts_from_the_one_before_with_statistics_of_its_own(rendered, tmp_path):
+def test_a_run_starts_from_init_with_the_statistics_of_its_own_latents(rendered, tmp_path):
     first = config(rendered, tmp_path / "first", steps=3)
     train_dit(first, World())
     data = tmp_path / "other"
@@ -153,7 +156,7 @@ def test_a_stage_starts_from_the_one_before_with_statistics_of_its_own(rendered,
         main(["--init", str(tmp_path / "nowhere")])
 
 
-def test_a_frozen_encoder_is_neither_trained_nor_kept(rendered, tmp_path):
+def test_a_frozen_encoder_is_neither_trained_nor_saved(rendered, tmp_path):
     DinoEncoder.random(channels=16, image_size=28).model.save_pretrained(tmp_path / "dino")
     frozen = EncoderConfig(
         kind="dinov2", weights=str(tmp_path / "dino"), image_size=28, channels=16
@@ -165,10 +168,10 @@ def test_a_frozen_encoder_is_neither_trained_nor_kept(rendered, tmp_path):
     assert described["config"]["encoder"]["kind"] == "dinov2"
 
 
-# What is refused
+# Errors
 
 
-def test_latents_that_are_missing_or_of_another_vae(rendered, tmp_path):
+def test_latents_that_are_missing_or_of_another_vae_are_refused(rendered, tmp_path):
     data = tmp_path / "build"
     shutil.copytree(rendered[0], data)
     (folder,) = (data / "latents").iterdir()
@@ -201,7 +204,7 @@ def test_latents_that_are_missing_or_of_another_vae(rendered, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_renders_that_are_missing_or_damaged(rendered, tmp_path):
+def test_renders_that_are_missing_or_damaged_are_refused(rendered, tmp_path):
     data = tmp_path / "build"
     shutil.copytree(rendered[0], data)
     tar = data / "renders" / "paper" / "000000.tar"
@@ -209,7 +212,7 @@ def test_renders_that_are_missing_or_damaged(rendered, tmp_path):
     cfg = config((data, rendered[1]), tmp_path / "run")
     with pytest.raises(
         RunError,
-        match=r"view \d of analytic-.* in shard 000000 cannot be read: .* run python -m pipeline.verify",
+        match=r"view \d of analytic-.* in shard 000000 cannot be read: .* run python -m pipeline",
     ):
         train_dit(cfg, World())
     (data / "shards" / "000000" / "renders-paper.json").unlink()
@@ -224,7 +227,7 @@ def test_renders_that_are_missing_or_damaged(rendered, tmp_path):
         train_dit(config(rendered, tmp_path / "held", held_out_views=5), World())
 
 
-def test_missing_image_encoder_says_what_to_run(rendered, tmp_path):
+def test_the_error_for_a_missing_image_encoder_names_the_download(rendered, tmp_path):
     model = ConditionedDiTConfig(
         dit=replace(MODEL.dit, condition_channels=1024),
         encoder=EncoderConfig(weights=str(tmp_path / "nowhere")),
@@ -247,19 +250,23 @@ def test_missing_image_encoder_says_what_to_run(rendered, tmp_path):
         (["--flow.lop", "3"], "unknown option --flow.lop"),
     ],
 )
-def test_bad_options_in_one_line(arguments, message):
+def test_bad_options_are_reported_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
         main(arguments)
 
 
-def test_presets_are_the_papers_schedule():
+def test_presets_follow_the_schedule_of_the_paper():
     table = {
         "256": (1e-4, 8, None),
         "384": (1e-4, 8, "256"),
         "512": (5e-5, 8, "384"),
         "1024": (2e-5, 2, "512"),
     }
-    for name, (rate, batch, before) in table.items():  # paper, sec. 4
+    for name, (
+        rate,
+        batch,
+        before,
+    ) in table.items():  # Direct3D-S2 paper (arXiv 2505.17412), section 4
         preset = DIT_PRESETS[name]
         assert (preset.flow.loop.learning_rate, preset.flow.batch_size) == (rate, batch)
         assert preset.init == (None if before is None else DIT_PRESETS[before].out / "latest")

@@ -71,7 +71,9 @@ def tree(folder):
 
 @pytest.mark.parametrize("resolution", [32, 40])
 def test_latents_equal_the_posterior_of_each_asset(build, encoded, resolution):
-    store, vae, seen = LatentStore(encoded[0], resolution), make_vae(), 0
+    store = LatentStore(encoded[0], resolution)
+    vae = make_vae()
+    seen = 0
     for name in SHARDS:
         shard = SdfShard(build / "sdf" / str(resolution) / f"{name}.zarr")
         for uid in shard.uids:
@@ -159,7 +161,8 @@ def test_ranks_share_the_shards(build, checkpoint, encoded, tmp_path):
 def test_an_interrupted_run_leaves_complete_shards(
     build, checkpoint, encoded, tmp_path, monkeypatch
 ):
-    calls, original = [], LatentEncoder.encode
+    original = LatentEncoder.encode
+    calls = []
 
     def stops(self, bricks):
         calls.append(len(bricks))

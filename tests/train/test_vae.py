@@ -70,7 +70,8 @@ def test_a_killed_run_resumes_with_the_same_losses(build, tmp_path, whole, signu
     process = subprocess.Popen(
         [sys.executable, "-c", SHORT_RUN, build, tmp_path], cwd=ROOT, env=ENVIRONMENT
     )
-    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text().count("\n") >= 13):
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -182,7 +183,8 @@ def test_an_asset_that_cannot_be_read_is_left_out_of_an_evaluation(
     build, tmp_path, monkeypatch, caplog
 ):
     train_vae(tiny_training(build, tmp_path / "run", steps=1), World())
-    original, damaged = BrickReader.read, []
+    original = BrickReader.read
+    damaged = []
 
     def read(self, asset, resolution):
         if asset == 0:

@@ -80,7 +80,8 @@ class GradientGuard:
         """Continue from a state that `state` returned."""
         self.norms.clear()
         self.norms.extend(state["norms"])
-        self.in_a_row, self.skipped = state["in_a_row"], state["skipped"]
+        self.in_a_row = state["in_a_row"]
+        self.skipped = state["skipped"]
 
 
 class Muon(torch.optim.AdamW):

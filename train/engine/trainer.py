@@ -229,7 +229,8 @@ class Trainer:
         cfg, world = self.cfg, self.world
         started = time.monotonic()
         batch = next(self.stream)
-        tokens, samples, labels = batch.tokens, batch.samples, dict(batch.metric_labels)
+        tokens, samples = batch.tokens, batch.samples
+        labels = dict(batch.metric_labels)
         batch = batch.to(world.device)
         waited = time.monotonic() - started
 

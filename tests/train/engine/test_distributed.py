@@ -112,7 +112,8 @@ def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(build, tmp_path)
 
 
 def test_a_fresh_store_does_not_show_the_keys_of_killed_ranks():
-    shared, together = HashStore(), threading.Barrier(3)
+    shared = HashStore()
+    together = threading.Barrier(3)
     keys = [f"address-{rank}" for rank in range(3)]
 
     def start(attempt):

@@ -62,7 +62,8 @@ def train_occupancy_vae(
     """Train the occupancy VAE in OUT/vae and return the number of steps done."""
     task = OccupancyTask(cfg, world, held_out)
     stream = _stream(cfg, world, training, held_out, images=False)
-    out, config = cfg.out / "vae", run_config(cfg, "vae")
+    out = cfg.out / "vae"
+    config = run_config(cfg, "vae")
     return Trainer(task, stream, cfg.vae.loop, out=out, world=world, config=config).run()
 
 
@@ -87,7 +88,8 @@ def train_flow(
         )
     log.info("The image encoder is %s.", task.model.flow.encoder.label)
     stream = _stream(cfg, world, training, held_out, images=True)
-    out, config = cfg.out / "flow", run_config(cfg, "flow")
+    out = cfg.out / "flow"
+    config = run_config(cfg, "flow")
     return Trainer(task, stream, cfg.flow.loop, out=out, world=world, config=config).run()
 
 
@@ -155,8 +157,9 @@ def _stream(
     part = cfg.flow if images else cfg.vae
     options = {"batch_size": part.batch_size, "world_size": world.size, "seed": part.loop.seed}
     if images:  # renders are read shard by shard
-        shards, mixed = training.shards, cfg.flow.open_shards
-        sampler = ShardBatchSampler(training.tokens, shards, mixed=mixed, **options)
+        sampler = ShardBatchSampler(
+            training.tokens, training.shards, mixed=cfg.flow.open_shards, **options
+        )
     else:
         sampler = BatchSampler(training.tokens, **options)
     log_training_data(training, held_out, sampler, world)
