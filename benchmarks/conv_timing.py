@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conv_config import ConvConfig
+from benchmarks.gpu import require_gpu
 from benchmarks.gpu_timing import (
     gpu_and_versions,
     graph_milliseconds,
@@ -19,7 +20,6 @@ from benchmarks.gpu_timing import (
     milliseconds_pair,
     peak_rates,
 )
-from benchmarks.machine import require_gpu
 from kernels import duplicate_children, neighbor_map, parent_voxels, sparse_conv, token_order
 from kernels.conv import reference as reference_conv
 from pipeline.core.files import write_atomically

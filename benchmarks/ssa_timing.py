@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu import require_gpu
 from benchmarks.gpu_timing import (
     gpu_and_versions,
     graph_milliseconds,
@@ -22,7 +23,6 @@ from benchmarks.gpu_timing import (
     milliseconds_pair,
     peak_rates,
 )
-from benchmarks.machine import require_gpu
 from benchmarks.ssa_config import SsaConfig
 from benchmarks.token_sets import surface_coords
 from kernels import BlockIndex, select_blocks, spatial_sparse_attention, token_order
