@@ -1,4 +1,4 @@
-"""The catalogue of a ranked build: what screening found about every asset, and which ones are kept."""
+"""The catalogue of a ranked build: the metrics of every screened asset, and which ones are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One visit to an asset: its job, the notes of its stages, and the result that it leaves in scratch."""
+"""One visit to an asset: its job, the notes of its stages and the result in scratch."""
 
 from __future__ import annotations
 

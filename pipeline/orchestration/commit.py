@@ -120,7 +120,7 @@ def _read_results(job: CommitJob, old_rows: dict[str, ManifestRow]) -> dict[str,
 def _merge_rows(
     job: CommitJob, old_rows: dict[str, ManifestRow], results: dict[str, AssetResult]
 ) -> list[ManifestRow]:
-    """Return the shard's manifest: rows of earlier commits, updated or new where there are results."""
+    """Return the rows of the shard: those of earlier commits, updated or new from the results."""
     rows = []
     for number, record in enumerate(job.records):
         old, result = old_rows.get(record.uid), results.get(record.uid)

@@ -1,6 +1,7 @@
-"""Runs one call at a time in a child that may crash, hang or eat memory without harm to anybody else.
+"""Runs function calls in child processes that may crash, hang or run out of memory.
 
-A server process imports the pipeline once and forks a child for every call, so that a call does not pay the imports.
+A server process imports the pipeline once and forks a child for every call, so a call does not wait
+for imports.
 """
 
 from __future__ import annotations
@@ -28,18 +29,27 @@ from typing import IO, Any, BinaryIO
 from pipeline.core.errors import RunError
 from pipeline.core.files import is_disk_full
 
-OUT_OF_MEMORY, DISK_FULL, RUN_ERROR = (
-    86,
-    87,
-    88,
-)  # exit codes of a child, chosen where nobody else's lie
-PR_SET_PDEATHSIG = 1
+# Exit codes of a child, chosen so that libraries do not use them.
+OUT_OF_MEMORY = 86
+DISK_FULL = 87
+RUN_ERROR = 88
+REASONS = {0: "", OUT_OF_MEMORY: "out_of_memory", DISK_FULL: "disk_full", RUN_ERROR: "run_error"}
+PR_SET_PDEATHSIG = 1  # option of prctl: the signal that the child gets when its parent dies
 POLL_S = 0.01
+SERVER_GRACE_S = 60.0  # after a call's time limit, until the server itself counts as hanging
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessExit:
-    """How a call ended. `reason` is "" when it returned, else a fixed word; `detail` the last line of its log."""
+    """How a call ended.
+
+    Args:
+        reason: "" if the call returned, else "timeout", "out_of_memory", "disk_full", "run_error",
+            "error" or "crashed_signal_<N>".
+        detail: Last line of the call's log. "" if the call returned.
+        seconds: Duration of the call.
+        peak_rss_bytes: Largest resident memory of the child.
+    """
 
     reason: str
     detail: str
@@ -49,8 +59,10 @@ class ProcessExit:
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    function: str  # "package.module:name"
-    argument: bytes  # pickled: only the child, whose limits are set, unpacks it
+    """A call as it is sent to the server. `argument` is unpickled only under the child's limits."""
+
+    function: str
+    argument: bytes
     log: Path
     timeout_s: float
     memory_bytes: int
@@ -58,10 +70,11 @@ class _Request:
 
 
 class IsolatedProcess:
-    """`call` runs `function(argument)` in a forked child; use it from one thread at a time.
+    """Calls functions in child processes. Use it from one thread at a time.
 
-    `warm_up` names a function without arguments that the server runs once, before the first fork: what it imports
-    and compiles is there for every child.
+    Args:
+        warm_up: A function without arguments as "package.module:name". The server runs it once
+            before the first fork, so that every child finds what it imports and compiles.
     """
 
     def __init__(self, warm_up: str):
@@ -79,10 +92,20 @@ class IsolatedProcess:
         memory_bytes: int,
         memory_limit: int = resource.RLIMIT_AS,
     ) -> ProcessExit:
-        """Runs to the end, to a crash or to a limit. RunError if the server itself dies.
+        """Call `function(argument)` in a child process.
 
-        CUDA reserves address space for all of a machine's memory before it uses any: calls that use it are held by
-        RLIMIT_DATA, which counts private memory that can be written to, reserved space and the GPU's own aside.
+        Args:
+            function: The function as "package.module:name".
+            argument: Its argument, which can be pickled.
+            log: File for the output of the child.
+            timeout_s: Seconds after which the child is killed.
+            memory_bytes: Largest memory that the child may allocate.
+            memory_limit: The limit of `resource` that enforces `memory_bytes`. CUDA reserves more
+                address space than RLIMIT_AS can allow. Calls that use CUDA take RLIMIT_DATA, which
+                counts writable private memory only.
+
+        Raises:
+            RunError: If the server process dies.
         """
         request = _Request(
             function=function,
@@ -96,22 +119,21 @@ class IsolatedProcess:
         answer = None
         try:
             _send(_pipe(server.stdin), request)
-            # The server keeps the limit; a minute more, and it is the server that hangs.
-            if select.select([_pipe(server.stdout)], [], [], timeout_s + 60)[0]:
+            # The server enforces the time limit. Without an answer soon after it, the server hangs.
+            if select.select([_pipe(server.stdout)], [], [], timeout_s + SERVER_GRACE_S)[0]:
                 answer = _receive(_pipe(server.stdout))
         except (BrokenPipeError, EOFError):
             pass
         if not isinstance(answer, ProcessExit):
             self.close()
             self._errors.seek(0)
-            lines = self._errors.read().decode(errors="replace").strip().splitlines() or [
-                "no message"
-            ]
-            raise RunError(f"the process that isolates assets died: {lines[-1]}")
+            lines = self._errors.read().decode(errors="replace").strip().splitlines()
+            message = lines[-1] if lines else "it left no message"
+            raise RunError(f"the process that isolates assets died: {message}")
         return answer
 
     def close(self) -> None:
-        """End the server and whatever runs below it."""
+        """Kill the server. Its child dies with it."""
         if self._server is not None:
             self._server.kill()
             self._server.wait()
@@ -121,6 +143,7 @@ class IsolatedProcess:
             self._server = None
 
     def _running(self) -> subprocess.Popen[bytes]:
+        """Return the server. Start it and wait for its warm-up if it does not run."""
         if self._server is None or self._server.poll() is not None:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the server
             single = dict.fromkeys(
@@ -131,23 +154,28 @@ class IsolatedProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                # One asset takes one core; Mesa draws in the calling thread with 0.
+                # An asset uses one core. With 0, Mesa draws in the calling thread.
                 env={
                     **os.environ,
                     **single,
                     "LP_NUM_THREADS": "0",
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 },
-                start_new_session=True,  # Ctrl-C on a terminal goes to the driver alone
+                start_new_session=True,  # Ctrl-C on a terminal reaches the driver only
             )
-            # Warm: compiling for the first time takes a minute, which no asset's limit should have to pay.
+            # The first compilation takes minutes. It must not count against an asset's time limit.
             with contextlib.suppress(EOFError):
                 _receive(_pipe(self._server.stdout))
         return self._server
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Fork a child for every request until the other side is gone."""
+    """Fork a child for every request, until the client closes the pipe.
+
+    Args:
+        requests: Pipe with pickled requests.
+        answers: Pipe for one pickled ProcessExit per request.
+    """
     while True:
         try:
             request = _receive(requests)
@@ -170,19 +198,19 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def _child(request: _Request, server: int, pipes: tuple[int, ...]) -> None:
-    """Runs the call with its limits set; never returns."""
+    """Set the limits and run the call. This function does not return."""
     code = 1
     try:
         os.setsid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != server:  # it died before the line above
+        if os.getppid() != server:  # the server died before the line above
             os._exit(1)
         log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        for pipe in pipes:  # a child that held them would keep a dead server's client waiting
+        for pipe in pipes:  # open in a child, they would keep the client of a dead server waiting
             os.close(pipe)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(request.memory_limit, (request.memory_bytes, request.memory_bytes))
@@ -201,7 +229,7 @@ def _child(request: _Request, server: int, pipes: tuple[int, ...]) -> None:
             code = OUT_OF_MEMORY
         traceback.print_exc()
     finally:
-        if sys.exc_info()[0] is not None:  # anything else: its last line is found in the log
+        if sys.exc_info()[0] is not None:  # any other error: the server reads it from the log
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -209,19 +237,21 @@ def _child(request: _Request, server: int, pipes: tuple[int, ...]) -> None:
 
 
 def _wait(pid: int, timeout_s: float, requests: BinaryIO) -> tuple[int, Any, bool]:
-    """(status, resource usage, timed out) of a child, which is killed at the limit or when nobody waits for it."""
+    """Wait for a child. Kill it at the time limit or when the client is gone.
+
+    Returns:
+        (exit status, resource usage, whether it was killed at the time limit).
+    """
     deadline = time.monotonic() + timeout_s
     timed_out = False
     while True:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            _kill_group(
-                pid
-            )  # before the child is reaped, while its number cannot be anybody else's
+            # Kill what the child left behind before it is reaped, while its id cannot be reused.
+            _kill_group(pid)
             _, status, usage = os.wait4(pid, 0)
             return status, usage, timed_out
-        if select.select([requests], [], [], POLL_S)[
-            0
-        ]:  # nothing is asked while a call runs: the other side is gone
+        # No request comes while a call runs, so a readable pipe means that the client is gone.
+        if select.select([requests], [], [], POLL_S)[0]:
             _kill_group(pid)
             os._exit(0)
         if time.monotonic() > deadline:
@@ -230,20 +260,18 @@ def _wait(pid: int, timeout_s: float, requests: BinaryIO) -> tuple[int, Any, boo
 
 
 def _kill_group(pid: int) -> None:
-    for end in (os.killpg, os.kill):  # there is no group before the child has called setsid
+    for kill in (os.killpg, os.kill):  # there is no group before the child has called setsid
         with contextlib.suppress(ProcessLookupError):
-            end(pid, signal.SIGKILL)
+            kill(pid, signal.SIGKILL)
 
 
 def _reason(status: int) -> str:
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        return (
-            "out_of_memory" if number == signal.SIGKILL else f"crashed_signal_{number}"
-        )  # the kernel's OOM killer
-    code = os.WEXITSTATUS(status)
-    known = {0: "", OUT_OF_MEMORY: "out_of_memory", DISK_FULL: "disk_full", RUN_ERROR: "run_error"}
-    return known.get(code, "error")
+    """Return the reason of a ProcessExit from an exit status."""
+    if not os.WIFSIGNALED(status):
+        return REASONS.get(os.WEXITSTATUS(status), "error")
+    number = os.WTERMSIG(status)
+    # The kernel kills processes with SIGKILL if the machine runs out of memory.
+    return "out_of_memory" if number == signal.SIGKILL else f"crashed_signal_{number}"
 
 
 def _last_line(log: Path) -> str:
@@ -274,9 +302,14 @@ def _pipe(pipe: Any) -> BinaryIO:
 
 
 def main(warm_up: str) -> None:
+    """Warm up and serve requests from stdin to stdout.
+
+    Args:
+        warm_up: A function without arguments as "package.module:name".
+    """
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # an import that prints must not talk into the protocol
+    os.dup2(2, 1)  # imports that print must not write into the pipe of answers
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     module, _, name = warm_up.partition(":")
     getattr(importlib.import_module(module), name)()
@@ -285,5 +318,5 @@ def main(warm_up: str) -> None:
 
 
 if __name__ == "__main__":
-    # As a child of the module's proper name: what is pickled here must be found under it there.
+    # Classes that are pickled here must belong to the module's own name and not to __main__.
     importlib.import_module("pipeline.orchestration.isolated_process").main(sys.argv[1])

@@ -8,13 +8,18 @@ from dataclasses import replace
 
 from pipeline.config import BuildConfig
 from pipeline.curation.catalogue import Catalogue
-from pipeline.orchestration.plan import check_unused, make_plan
+from pipeline.curation.rank import thresholds
+from pipeline.orchestration.plan import Plan, check_unused, make_plan
 from pipeline.orchestration.runner import run
 from pipeline.orchestration.screening_pass import rank_screened
 from pipeline.sources import Source
-from pipeline.storage.layout import CATALOGUE, PLAN, SCREENING
+from pipeline.storage.layout import CATALOGUE, PLAN, SCREENING, manifest_path
+from pipeline.storage.manifest import read_manifest
 
 log = logging.getLogger(__name__)
+
+REJECTIONS_SHOWN = 5
+SHARDS_READ = 10  # at most, to find them
 
 
 def run_passes(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
@@ -43,7 +48,28 @@ def run_passes(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
             len(plan.shards),
         )
         total = run(plan, pass_cfg, sources)
+    if total["rejected"] or total["failed"]:
+        _log_rejections(plan)
     return total
+
+
+def _log_rejections(plan: Plan) -> None:
+    """Log the first assets that are not done, with their reasons and the options that decided."""
+    shown = 0
+    for shard in plan.shards[:SHARDS_READ]:
+        for row in read_manifest(manifest_path(plan.out, shard)):
+            if row.status == "done":
+                continue
+            if shown == REJECTIONS_SHOWN:
+                log.info("The report lists all reasons.")
+                return
+            shown += 1
+            limits = thresholds(row.reason, plan.info.config)
+            options = [
+                f"--{name.replace('_', '-')} {str(value)[:60]}" for name, value in limits.items()
+            ]
+            decided = f", decided by {', '.join(options)}" if options else ""
+            log.info("%s: %s (%s in %s%s)", row.url, row.reason, row.status, row.stage, decided)
 
 
 def _screen(cfg: BuildConfig, sources: Sequence[Source]) -> Catalogue:

@@ -126,7 +126,7 @@ class ManifestRow:
 
 
 def manifest_schema(resolutions: Iterable[int]) -> pa.Schema:
-    """Return the columns of a manifest, with `tokens_<R>` for each resolution in increasing order."""
+    """Return the columns of a manifest. Resolutions have `tokens_<R>` columns, sorted by R."""
     tokens = [pa.field(tokens_column(resolution), pa.int64()) for resolution in sorted(resolutions)]
     return pa.schema(
         [*COLUMNS_BEFORE_TOKENS, *tokens, *COLUMNS_AFTER_TOKENS],

@@ -7,13 +7,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
 
 from pipeline.inspection.verification import verify
 from pipeline.storage.manifest import read_manifest
-from tests.pipeline.builds import ROOT, TINY, environment, survivors
+from tests.pipeline.builds import ROOT, TINY, environment, finish, start, survivors
 
 RAY = Path(sys.executable).with_name("ray")
 
@@ -28,13 +27,12 @@ def free_ports(count):
     return ports
 
 
-@pytest.fixture
-def head(tmp_path):
-    """Start a Ray head and yield the address of its dashboard and its environment.
+@contextmanager
+def ray_head(folder, env):
+    """Start a Ray head and yield the address of its dashboard.
 
     It is ended by process id. `ray stop` would end every Ray on the machine.
     """
-    env = environment(tmp_path)
     env["PATH"] = f"{RAY.parent}:{env['PATH']}"  # as in an activated virtual environment
     names = ["port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"]
     names += ["runtime-env-agent-port", "ray-client-server-port", "metrics-export-port"]
@@ -51,7 +49,7 @@ def head(tmp_path):
         *options,
     ]
     command += ["--object-store-memory=100000000", f"--temp-dir={temp}", "--disable-usage-stats"]
-    log = (tmp_path / "head.log").open("w")
+    log = (folder / "head.log").open("w")
     process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log, cwd=ROOT)
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:
@@ -59,10 +57,10 @@ def head(tmp_path):
         while subprocess.run(
             [RAY, "job", "list", "--address", address], env=env, capture_output=True
         ).returncode:
-            assert process.poll() is None, (tmp_path / "head.log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+            assert process.poll() is None, (folder / "head.log").read_text()
+            assert time.monotonic() < deadline, (folder / "head.log").read_text()
             time.sleep(0.5)
-        yield address, env
+        yield address
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -72,9 +70,8 @@ def head(tmp_path):
     assert remaining == []
 
 
-def test_a_submitted_job_builds_a_verified_dataset(head, tmp_path):
-    address, env = head
-    out = tmp_path / "out"
+def build_in_a_job(address, env, out):
+    """Submit a build of three assets as a user does, and check what it made."""
     command = [
         "python",
         "-m",
@@ -89,7 +86,7 @@ def test_a_submitted_job_builds_a_verified_dataset(head, tmp_path):
     ]
     submit = [str(RAY), "job", "submit", "--address", address, "--", *command]
     done = subprocess.run(
-        submit, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=300
+        submit, env=env, cwd=out.parent, text=True, capture_output=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
@@ -97,3 +94,21 @@ def test_a_submitted_job_builds_a_verified_dataset(head, tmp_path):
     assert [row.status for row in read_manifest(out / "manifest" / "000000.parquet")] == [
         "done"
     ] * 3
+
+
+def test_a_submitted_job_builds_a_verified_dataset(tmp_path):
+    env = environment(tmp_path)
+    with ray_head(tmp_path, env) as address:
+        build_in_a_job(address, env, tmp_path / "out")
+
+
+def test_a_local_build_does_not_change_the_users_later_ray(tmp_path):
+    """Without settings of its own, Ray writes a token into the home directory and demands it."""
+    env = environment(tmp_path)
+    del env["RAY_AUTH_MODE"]
+    args = [*TINY, "--limit", "1", "--resolutions", "64", "--out", tmp_path / "local"]
+    finish(start("pipeline.build", *args, env=env))
+    assert not (tmp_path / ".ray").exists()
+    with ray_head(tmp_path, env) as address:
+        build_in_a_job(address, env, tmp_path / "out")
+    assert not (tmp_path / ".ray").exists()
