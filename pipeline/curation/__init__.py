@@ -1,0 +1,1 @@
+"""Filter, screen, rank and deduplicate assets."""

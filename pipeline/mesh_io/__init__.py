@@ -1,0 +1,1 @@
+"""Read mesh files and archives, and normalise meshes."""

@@ -12,7 +12,7 @@ from pipeline.core.files import write_atomically
 from pipeline.core.hashing import make_uid, seed_of
 from pipeline.core.schema import Record
 from pipeline.sources.shapes import FAMILIES, to_glb
-from pipeline.sources.shapes.primitives import Piece
+from pipeline.sources.shapes.pieces import Piece
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pipeline.sources.shapes import basic, everyday_objects, furniture_and_parts, nested, thin
 from pipeline.sources.shapes.glb import to_glb
-from pipeline.sources.shapes.primitives import Piece
+from pipeline.sources.shapes.pieces import Piece
 from pipeline.sources.shapes.textures import Rng
 
 __all__ = ["FAMILIES", "to_glb"]

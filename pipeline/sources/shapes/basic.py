@@ -5,18 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.sources.shapes import closed_solids, textures
-from pipeline.sources.shapes.primitives import (
+from pipeline.sources.shapes.pieces import (
     Paint,
     Piece,
     colored,
-    extrude,
-    lathe,
     painted,
-    ring,
     rotated,
     scaled,
     translated,
 )
+from pipeline.sources.shapes.primitives import extrude, lathe, ring
 from pipeline.sources.shapes.textures import Rng
 
 # Counter-clockwise outlines, five units high.

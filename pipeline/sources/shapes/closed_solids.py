@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pipeline.sources.shapes.primitives import Piece, Points, lathe, surface, sweep
+from pipeline.sources.shapes.pieces import Piece, Points
+from pipeline.sources.shapes.primitives import lathe, surface, sweep
 
 
 def box(x: float, y: float, z: float) -> Piece:

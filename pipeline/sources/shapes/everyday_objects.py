@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.sources.shapes import closed_solids, textures
-from pipeline.sources.shapes.primitives import (
+from pipeline.sources.shapes.pieces import (
     Paint,
     Piece,
     colored,
-    lathe,
     painted,
     placed_between,
     rotated,
     translated,
 )
+from pipeline.sources.shapes.primitives import lathe
 from pipeline.sources.shapes.textures import Rng
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.sources.shapes import closed_solids, textures
-from pipeline.sources.shapes.primitives import (
+from pipeline.sources.shapes.pieces import (
     Paint,
     Piece,
-    extrude,
-    lathe,
     painted,
     placed_between,
     rotated,
     scaled,
-    surface,
     translated,
 )
+from pipeline.sources.shapes.primitives import extrude, lathe, surface
 from pipeline.sources.shapes.textures import Rng
 
 

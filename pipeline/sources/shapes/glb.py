@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 
 from pipeline.core.color import srgb_to_linear
-from pipeline.sources.shapes.primitives import Paint, Piece, Points, Triangles
+from pipeline.sources.shapes.pieces import Paint, Piece, Points, Triangles
 
 FLOAT = 5126
 UINT32 = 5125

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.sources.shapes import basic, closed_solids, furniture_and_parts, textures
-from pipeline.sources.shapes.primitives import Paint, Piece, flipped, painted, ring, translated
+from pipeline.sources.shapes.pieces import Paint, Piece, flipped, painted, translated
+from pipeline.sources.shapes.primitives import ring
 from pipeline.sources.shapes.textures import Rng
 
 

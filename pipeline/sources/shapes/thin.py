@@ -5,18 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.sources.shapes import closed_solids, textures
-from pipeline.sources.shapes.primitives import (
+from pipeline.sources.shapes.pieces import (
     Paint,
     Piece,
     colored,
-    extrude,
-    lathe,
     painted,
     placed_between,
     rotated,
-    surface,
     translated,
 )
+from pipeline.sources.shapes.primitives import extrude, lathe, surface
 from pipeline.sources.shapes.textures import Rng
 
 
@@ -91,7 +89,7 @@ def bowl(rng: Rng) -> list[Piece]:
 
 
 def mobius(rng: Rng) -> list[Piece]:
-    """One-sided band: nothing can be told inside from outside."""
+    """A Moebius strip, a sheet with one side."""
     turns = int(rng.choice([1, 3]))
     t = np.linspace(0, 2 * np.pi, 193)[:, None]
     wide = rng.uniform(0.2, 0.4)

@@ -17,13 +17,13 @@ from pipeline.curation.filters import (
     filter_metadata,
     weld,
 )
-from pipeline.sources.shapes import closed_solids, primitives
+from pipeline.sources.shapes import closed_solids, pieces, primitives
 
 CFG = FilterConfig()
 
 
-def mesh_of(*pieces: primitives.Piece) -> Mesh:
-    whole = primitives.joined(list(pieces))
+def mesh_of(*solids: pieces.Piece) -> Mesh:
+    whole = pieces.joined(list(solids))
     return Mesh(vertices=whole.vertices, faces=whole.faces.astype(np.int32))
 
 
@@ -35,9 +35,7 @@ def rejects(reason: str, mesh: Mesh, cfg: FilterConfig = CFG) -> dict:
 
 
 def test_a_box_far_from_the_origin_has_the_right_numbers():
-    numbers = filter_geometry(
-        mesh_of(primitives.translated(closed_solids.box(1, 2, 3), x=1000)), CFG
-    )
+    numbers = filter_geometry(mesh_of(pieces.translated(closed_solids.box(1, 2, 3), x=1000)), CFG)
     assert numbers["faces"] == 12
     assert numbers["vertices"] == 24
     assert numbers["components"] == 1  # six separate faces with common corners
@@ -46,7 +44,7 @@ def test_a_box_far_from_the_origin_has_the_right_numbers():
 
 
 def test_volume_is_negative_inside_out():
-    assert filter_geometry(mesh_of(primitives.flipped(closed_solids.box(1, 1, 1))), CFG)[
+    assert filter_geometry(mesh_of(pieces.flipped(closed_solids.box(1, 1, 1))), CFG)[
         "volume"
     ] == pytest.approx(-1)
 
@@ -54,7 +52,7 @@ def test_volume_is_negative_inside_out():
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_components_share_no_corner(count):
     mesh = mesh_of(
-        *(primitives.translated(closed_solids.torus(1.0, 0.2), x=3 * k) for k in range(count))
+        *(pieces.translated(closed_solids.torus(1.0, 0.2), x=3 * k) for k in range(count))
     )
     assert filter_geometry(mesh, CFG)["components"] == count
 
@@ -153,7 +151,7 @@ def test_too_many_degenerate_faces_are_rejected():
 
 
 def test_too_many_components_are_rejected():
-    boxes = mesh_of(*(primitives.translated(closed_solids.box(1, 1, 1), x=2 * k) for k in range(4)))
+    boxes = mesh_of(*(pieces.translated(closed_solids.box(1, 1, 1), x=2 * k) for k in range(4)))
     assert rejects("too_many_components", boxes, FilterConfig(max_components=3))["components"] == 4
     filter_geometry(boxes, FilterConfig(max_components=4))
 

@@ -29,7 +29,7 @@ SMALL = ScreenConfig(resolution=64, image_size=64)
 
 
 def mesh_of(*pieces):
-    whole = primitives.joined(list(pieces))
+    whole = pieces.joined(list(pieces))
     return normalize(
         Mesh(vertices=whole.vertices, faces=whole.faces.astype(np.int32)), NormalizeConfig()
     )

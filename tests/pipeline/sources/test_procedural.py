@@ -20,7 +20,7 @@ from pipeline.mesh_io.load import load_with_report
 from pipeline.mesh_io.normalize import normalize
 from pipeline.sources import open_source
 from pipeline.sources.procedural import ProceduralSource, make_shape
-from pipeline.sources.shapes import FAMILIES, basic, closed_solids, primitives, to_glb
+from pipeline.sources.shapes import FAMILIES, basic, closed_solids, pieces, primitives, to_glb
 
 SHEETS = {
     "flag": 1,
@@ -43,11 +43,11 @@ def keys(count: int) -> list[str]:
     ]
 
 
-def mesh_of(piece: primitives.Piece) -> Mesh:
+def mesh_of(piece: pieces.Piece) -> Mesh:
     return Mesh(vertices=piece.vertices, faces=piece.faces.astype(np.int32))
 
 
-def open_edges(piece: primitives.Piece) -> int:
+def open_edges(piece: pieces.Piece) -> int:
     """Count the directed edges without an equal number of opposite ones."""
     faces = weld(piece.vertices)[piece.faces]
     edges = Counter(
@@ -128,8 +128,8 @@ def test_sheets_are_open(family):
 
 def test_a_boat_is_closed_by_its_deck():
     hull, deck, *_ = make_shape("0037-boat")
-    assert open_edges(primitives.joined([hull, deck])) == 0
-    assert filter_geometry(mesh_of(primitives.joined([hull, deck])), FilterConfig())["volume"] > 0
+    assert open_edges(pieces.joined([hull, deck])) == 0
+    assert filter_geometry(mesh_of(pieces.joined([hull, deck])), FilterConfig())["volume"] > 0
 
 
 def test_misleading_families_have_inverted_flipped_or_doubled_faces():
@@ -203,7 +203,7 @@ def test_all_300_pass_the_default_filters(tmp_path):
             1e-12,
         ),
         (
-            primitives.placed_between(closed_solids.rod(0.1, 4), (1, 2, 3), (4, 6, 3)),
+            pieces.placed_between(closed_solids.rod(0.1, 4), (1, 2, 3), (4, 6, 3)),
             5 * 0.02,
             1e-12,
         ),
@@ -251,11 +251,11 @@ def test_a_clockwise_or_crossing_outline_is_an_error(outline):
 
 def test_rotations_are_right_handed():
     x, y, z = (
-        primitives.Piece(vertices=row[None], faces=np.zeros((0, 3), dtype=int)) for row in np.eye(3)
+        pieces.Piece(vertices=row[None], faces=np.zeros((0, 3), dtype=int)) for row in np.eye(3)
     )
     for piece, axis, result in ((x, "z", y), (y, "x", z), (z, "y", x)):
         np.testing.assert_allclose(
-            primitives.rotated(piece, axis, 90).vertices, result.vertices, atol=1e-15
+            pieces.rotated(piece, axis, 90).vertices, result.vertices, atol=1e-15
         )
 
 
@@ -296,9 +296,9 @@ def test_texture_coordinates_and_colours_survive_the_file(tmp_path):
         np.array([[(0, 0, 0), (0, 1, 0)], [(1, 0, 0), (1, 1, 0)]], dtype=np.float64)
     )
     image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    textured = primitives.painted(quad, primitives.Paint(texture=image))
-    tinted = primitives.colored(
-        primitives.translated(quad, z=1), lambda p: np.column_stack([p[:, :2] / 2, 0 * p[:, 2]])
+    textured = pieces.painted(quad, pieces.Paint(texture=image))
+    tinted = pieces.colored(
+        pieces.translated(quad, z=1), lambda p: np.column_stack([p[:, :2] / 2, 0 * p[:, 2]])
     )
     (tmp_path / "a.glb").write_bytes(to_glb([textured, tinted]))
     mesh, _ = load_with_report(tmp_path / "a.glb", LoadConfig())
