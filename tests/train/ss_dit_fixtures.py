@@ -1,4 +1,4 @@
-"""Runs of the SS-DiT in small, on builds of analytic shapes: their options, data, tasks and what they leave behind."""
+"""Small SS-DiT runs on builds of analytic shapes: options, loaders, tasks and results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODEL = ConditionedDiTConfig(
 
 
 def make_vae(path, seed=0):
-    """A checkpoint of random weights."""
+    """Write a VAE of random weights and return its directory."""
     torch.manual_seed(seed)
     vae = SparseVAE(TINY)
     for parameter in vae.parameters():
@@ -81,7 +81,7 @@ def metrics(path, event=None):
 
 
 def wake(model):
-    """The output layers start at zero, through which neither image nor latent is felt."""
+    """Randomise all weights: new output layers are zero and hide the inputs."""
     torch.manual_seed(5)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)

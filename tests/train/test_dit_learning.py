@@ -1,4 +1,4 @@
-"""Training the SS-DiT for minutes: what an image shows is learned, a killed rank starts again, all commands follow."""
+"""Training of the SS-DiT for minutes: learning, restarts of killed ranks, and all commands."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from train.vae import main as vae_main
 
 
 def read_ply(path):
-    """What train.engine.mesh_pictures.write_ply wrote."""
+    """Read a file that train.engine.mesh_pictures.write_ply wrote."""
     header, _, body = path.read_bytes().partition(b"end_header\n")
     counts = [
         int(line.split()[-1]) for line in header.decode().splitlines() if line.startswith("element")
@@ -53,12 +53,12 @@ def read_ply(path):
 
 
 def ball(number):
-    """Four balls within the same eight cells, so that the image alone says which one it is."""
+    """Return one of four balls in the same eight cells, which only the image tells apart."""
     return ellipsoid((0.05 * (-1) ** number, 0.05 * (-1) ** (number // 2), 0), [0.12] * 3)
 
 
 @pytest.mark.slow
-def test_the_image_says_which_shape(tmp_path):
+def test_the_model_learns_which_image_has_which_shape(tmp_path):
     data = make_build(tmp_path / "build", assets=4, val=0, field=ball)
     add_renders(data, VIEWS)
     options = {
@@ -103,15 +103,25 @@ def test_the_image_says_which_shape(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_started_again_and_goes_on_from_the_last_checkpoint(rendered, tmp_path):
+def test_a_killed_rank_is_restarted_and_resumes_from_the_last_checkpoint(rendered, tmp_path):
     outputs = {}
     for name, step in (("whole", 0), ("killed", 6)):
         options = {
-            "--data": rendered[0], "--vae": rendered[1], "--out": tmp_path / name, "--resolution": 32, "--samples": 0,
-            "--model.dit.channels": 32, "--model.dit.heads": 2, "--model.dit.kv-heads": 1, "--model.dit.blocks": 1,
-            "--flow.batch-size": 2, "--flow.loop.steps": 8, "--flow.loop.checkpoint-every": 3,
-            "--flow.loop.validate-every": 0, "--flow.loop.log-every": 1,
-        }  # fmt: skip
+            "--data": rendered[0],
+            "--vae": rendered[1],
+            "--out": tmp_path / name,
+            "--resolution": 32,
+            "--samples": 0,
+            "--model.dit.channels": 32,
+            "--model.dit.heads": 2,
+            "--model.dit.kv-heads": 1,
+            "--model.dit.blocks": 1,
+            "--flow.batch-size": 2,
+            "--flow.loop.steps": 8,
+            "--flow.loop.checkpoint-every": 3,
+            "--flow.loop.validate-every": 0,
+            "--flow.loop.log-every": 1,
+        }
         words = [word for pair in options.items() for word in pair]
         process = torchrun(
             "--max-restarts",
@@ -124,21 +134,21 @@ def test_a_killed_rank_is_started_again_and_goes_on_from_the_last_checkpoint(ren
         )
         outputs[name] = process.communicate(timeout=300)[0]
         assert process.returncode == 0, outputs[name]
-    assert "going on from" not in outputs["whole"]
-    assert f"going on from {tmp_path / 'killed' / 'step-00000003'}" in outputs["killed"]
+    assert "Resuming from" not in outputs["whole"]
+    assert f"Resuming from {tmp_path / 'killed' / 'step-00000003'}" in outputs["killed"]
     assert [row["step"] for row in metrics(tmp_path / "killed")] == list(range(1, 9))
     ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.slow
-def test_from_meshes_to_generated_meshes(tmp_path):
-    """Every command in turn on procedural assets; what a new view of one gives is nearest to that one."""
+def test_all_commands_lead_from_meshes_to_generated_meshes(tmp_path):
+    """A mesh generated from a new view of an asset is nearest to that asset."""
     data = tmp_path / "build"
     words = [
-        "--limit", "4", "--resolutions", "32", "--topology-resolution", "64", "--image-size", "112", "--val-percent",
-        "0", "--workers", "1",
-    ]  # fmt: skip
+        *("--limit", "4", "--resolutions", "32", "--topology-resolution", "64"),
+        *("--image-size", "112", "--val-percent", "0", "--workers", "1"),
+    ]
     command = [
         sys.executable,
         "-m",
@@ -152,8 +162,9 @@ def test_from_meshes_to_generated_meshes(tmp_path):
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     run, common = str(tmp_path / "vae"), ["--data", str(data), "--device", "cpu"]
     options = [
-        "--bricks.resolutions", "32", "--bricks.no-symmetries", "--loop.steps", "250", "--loop.sample-every", "0",
-    ]  # fmt: skip
+        *("--bricks.resolutions", "32", "--bricks.no-symmetries"),
+        *("--loop.steps", "250", "--loop.sample-every", "0"),
+    ]
     vae_main([*common, "--out", run, *options])
     encode_main([*common, "--vae", f"{run}/latest"])
     out = tmp_path / "dit"
