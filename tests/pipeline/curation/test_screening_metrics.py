@@ -28,8 +28,8 @@ from pipeline.sources.shapes import closed_solids, primitives
 SMALL = ScreenConfig(resolution=64, image_size=64)
 
 
-def mesh_of(*pieces):
-    whole = pieces.joined(list(pieces))
+def mesh_of(*solids):
+    whole = pieces.joined(list(solids))
     return normalize(
         Mesh(vertices=whole.vertices, faces=whole.faces.astype(np.int32)), NormalizeConfig()
     )
