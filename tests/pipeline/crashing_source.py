@@ -1,4 +1,4 @@
-"""A source for tests: boxes, some of which do to their process what real files have done."""
+"""A source for tests: boxes, some of which crash, hang or exhaust the process that reads them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from pipeline.sources.procedural import ProceduralSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostileSource:
-    """`count` boxes under procedural names, cheap to process; number n behaves as behaviours says at n.
+class CrashingSource:
+    """Yields boxes with procedural names, which are cheap to process.
 
-    `notes`: a folder in which every visit to an asset leaves a file.
+    Args:
+        count: Number of boxes.
+        behaviours: (number of a box, what its reader does), such as (3, "segfault").
+        notes: Directory in which every visit to a box leaves a file "<number>.<visit>".
     """
 
     count: int
@@ -72,13 +75,13 @@ class HostileSource:
 
 
 def box(height: float) -> str:
-    """An OBJ file."""
+    """Return an OBJ file of a box with side 1 and this height."""
     corners = "".join(f"v {x} {y * height} {z}\n" for x in (0, 1) for y in (0, 1) for z in (0, 1))
     return corners + "f 1 2 4 3\nf 5 7 8 6\nf 1 5 6 2\nf 3 4 8 7\nf 1 3 7 5\nf 2 6 8 4\n"
 
 
 def _kill_ray_worker() -> None:
-    """The process above the server that forked us: what the loss of a node looks like from here."""
+    """Kill the Ray worker, which is the parent of the server that forked this process."""
     server = os.getppid()
     worker = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(worker, signal.SIGKILL)

@@ -65,7 +65,7 @@ def test_a_cube_goes_through_every_stage(tmp_path):
 
 
 def test_the_up_axis_is_that_of_the_build_whatever_the_source(tmp_path):
-    """The z-up twin of a shape: its centre, too, goes from (x, y, z) to (x, z, -y)."""
+    """A shape that is read as z-up has its centre at (x, z, -y)."""
     source = ProceduralSource(count=1)
     (record,) = source.records()
     centres = {}
@@ -114,7 +114,7 @@ def test_a_rejection_ends_the_asset_where_it_happens(tmp_path, text, stage, reas
     assert not (folder / "sdf-64").exists()
 
 
-def test_a_source_that_states_another_hash_is_believed(tmp_path):
+def test_a_file_whose_hash_differs_from_that_of_its_source_is_rejected(tmp_path):
     (tmp_path / "out").mkdir()
     source = ProceduralSource(count=1)
     (record,) = source.records()
@@ -163,7 +163,8 @@ source = ProceduralSource(count=int(sys.argv[1]))
 for record in source.records():
     folder = Path(tempfile.mkdtemp(dir=sys.argv[2]))
     config = BuildConfig(resolutions=(64,), topology_resolution=64)
-    process(AssetJob(record=record, source=source, config=config, products=(Product.sdf(64),), folder=folder))
+    products = (Product.sdf(64),)
+    process(AssetJob(record=record, source=source, config=config, products=products, folder=folder))
     assert AssetNotes.load(folder).status == "done", AssetNotes.load(folder)
 after = compiled()
 late = sorted(name for name in after if after[name] != before.get(name))
@@ -172,7 +173,7 @@ sys.exit(f"compiled by an asset, not by the warm-up: {late}" if late else 0)
 
 
 def test_the_warm_up_leaves_nothing_for_an_asset_to_compile(tmp_path):
-    """A function compiled in a child is compiled again in every child that comes before the cache is written."""
+    """A function that a child compiles is compiled again by every other child."""
     command = [sys.executable, "-c", WARM, "12", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ}, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Ranked builds: a look at every asset, a catalogue, products for those that are kept, more for the best."""
+"""Ranked builds: screening, the catalogue, products of kept assets, and more for the best."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ SHAPES = ["torus_knot", "gear", "vase", "chair", "lamp", "bowl"]
 
 
 def fill(folder):
-    """Five shapes of which one lies there three times: as it is, as other bytes, turned inside out and scaled."""
+    """Write five shapes, a byte copy and a turned, scaled copy of the first, a box and a bad file."""
     names = [name for name in SHAPES if name in FAMILY] or list(FAMILIES)[:5]
     names = (names + [name for name in FAMILIES if name not in names])[:5]
     for number, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Builds from a server and from a folder that mean no good: every asset has its row, and nothing else is touched."""
+"""Builds from a hostile server and folder: every asset has a row, nothing else changes."""
 
 import gzip
 import json
@@ -45,7 +45,8 @@ def stl(triangles: np.ndarray) -> bytes:
     return bytes(80) + struct.pack("<I", len(triangles)) + rows.tobytes()
 
 
-# The uids, and with them the cameras, follow the server's port: from nowhere may the shape look like one flat face.
+# The uids, and with them the cameras, depend on the server's port. The shape must not look flat
+# from any side.
 STL = stl(trimesh.creation.icosahedron().triangles)
 
 
@@ -54,7 +55,7 @@ def ends(out: Path) -> dict[str, tuple[str, str, str]]:
 
 
 def test_a_server_that_misbehaves_and_the_run_goes_on(tmp_path):
-    """One asset for every fault of its server; those whose fault passes are done, the others have their reason."""
+    """Assets whose server fault passes are done. The others are recorded with their reason."""
     faults = {
         "well": ([], DONE),
         "reset": (["reset", "reset 50", "reset 70"], DONE),
@@ -187,7 +188,8 @@ def fill(folder: Path, secret: Path) -> dict[str, tuple[str, str, str]]:
     add("page.glb", "<!DOCTYPE html><html>", "load", "wrong_magic")
     add("nan.obj", box(1).replace("v 0 0 0", "v nan 0 0"), "load", "non_finite_vertices")
     add("inf.obj", box(1).replace("v 0 0 0", "v 1e999 0 0"), "load", "non_finite_vertices")
-    ply = "ply\nformat binary_little_endian 1.0\nelement vertex 400000000\nproperty float x\nend_header\n"
+    ply = "ply\nformat binary_little_endian 1.0\nelement vertex 400000000\n"
+    ply += "property float x\nend_header\n"
     add("claims.ply", ply, "load", "allocation_bomb")
     add("many.stl", stl(soup), "geometry", "too_many_faces")
     add("in/good.gltf", gltf("good.bin"))

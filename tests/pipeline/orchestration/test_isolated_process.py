@@ -12,7 +12,7 @@ import pytest
 from pipeline.core.errors import RunError
 from pipeline.orchestration.isolated_process import IsolatedProcess
 from tests.pipeline.builds import ROOT, wait_until
-from tests.pipeline.crashing_source import HostileSource
+from tests.pipeline.crashing_source import CrashingSource
 
 HERE = "tests.pipeline.orchestration.test_isolated_process"
 GB = 10**9
@@ -24,7 +24,7 @@ def nothing():
 
 def behave(argument):
     behaviour, folder = argument
-    source = HostileSource(count=1, behaviours=((0, behaviour),))
+    source = CrashingSource(count=1, behaviours=((0, behaviour),))
     source.materialize(next(source.records()), folder)
 
 
@@ -168,7 +168,8 @@ def test_nothing_outlives_a_killed_client(tmp_path):
     folder = tmp_path / "pids"
     folder.mkdir()
     code = (
-        "from pathlib import Path; from tests.pipeline.orchestration.test_isolated_process import *\n"
+        "from pathlib import Path\n"
+        "from tests.pipeline.orchestration.test_isolated_process import *\n"
         f"one = IsolatedProcess('{HERE}:nothing'); folder = Path({str(folder)!r})\n"
         "call(one, 'write_pids_and_sleep', folder, folder.parent, timeout_s=600)\n"
     )

@@ -1,4 +1,4 @@
-"""A build over several Ray nodes of which a worker process, a whole node and then the driver are killed."""
+"""A build on several Ray nodes survives the loss of a worker, a node and the driver."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Builds into an object store, over HTTP, against moto's S3 server: the same bytes, whatever happens on the way."""
+"""Builds into an S3 server over HTTP have the bytes of a local build, whatever fails on the way."""
 
 import logging
 import multiprocessing
@@ -44,16 +44,16 @@ from tests.pipeline.builds import (
     survivors,
     wait_until,
 )
-from tests.pipeline.crashing_source import HostileSource
+from tests.pipeline.crashing_source import CrashingSource
 from tests.pipeline.s3_server import BUCKET, Cut
 
-SOURCE = HostileSource(count=5, behaviours=((1, "vanish"),))  # two shards of three
+SOURCE = CrashingSource(count=5, behaviours=((1, "vanish"),))  # two shards of three
 SMALL = {"shard_size": 3}
 
 
 @pytest.fixture(scope="module")
 def store(shared_ray):
-    """Found by everything that has the HOME of the shared Ray. Its proxy is the same for the whole module."""
+    """Start one S3 server for the module. Processes with the HOME of the shared Ray find it."""
     with object_store.running() as running:
         running.write_settings(Path(os.environ["HOME"]))
         yield running
@@ -85,7 +85,7 @@ def remote(request, tmp_path):
 
 
 def assert_like_local(store, prefix, local, folder):
-    """The same objects as files, the same bytes but in stats and report."""
+    """Check that the objects are the files of a local build, except for stats and report."""
     assert sorted(store.keys(prefix)) == sorted(
         path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()
     )
@@ -269,7 +269,7 @@ def test_a_driver_that_is_killed_goes_on_from_what_the_store_has(store, tiny_bui
 
 
 def run_main(main, args, monkeypatch, caplog):
-    """Exit code and the only line of a command in this process."""
+    """Run a command in this process. Return its exit code and its only warning or error."""
     monkeypatch.setattr(sys, "argv", ["command", *args])
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""Hostile assets in a run on Ray. The tests share one local Ray, so that they pay its start once."""
+"""Runs on Ray with assets that crash. The tests share one local Ray, because it starts slowly."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +24,14 @@ from pipeline.storage.layout import (
 )
 from pipeline.storage.sdf_shard import SdfShard
 from tests.pipeline.builds import assert_same, build, config, contents, rows_of
-from tests.pipeline.crashing_source import HostileSource, box
+from tests.pipeline.crashing_source import CrashingSource, box
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 @pytest.fixture(scope="module")
 def hostile_build(tmp_path_factory):
-    """64 assets in one shard; these ones misbehave."""
+    """Build 64 assets in one shard, seven of which fail in different ways."""
     folder = tmp_path_factory.mktemp("hostile")
     behaviours = {
         3: "segfault",
@@ -44,7 +44,7 @@ def hostile_build(tmp_path_factory):
     }
     notes = folder / "notes"
     notes.mkdir()
-    source = HostileSource(count=64, behaviours=tuple(behaviours.items()), notes=notes)
+    source = CrashingSource(count=64, behaviours=tuple(behaviours.items()), notes=notes)
     cfg = config(folder / "out", limits={"asset_timeout_s": 15.0})
     return cfg, build(cfg, [source]), notes
 
@@ -81,13 +81,13 @@ def test_nothing_is_left_in_scratch_and_a_second_run_does_nothing(hostile_build)
     cfg, total, notes = hostile_build
     assert not (cfg.out / ".scratch").exists()
     visits = len(list(notes.iterdir()))
-    assert build(cfg, [HostileSource(count=64, notes=notes)]) == total
+    assert build(cfg, [CrashingSource(count=64, notes=notes)]) == total
     assert len(list(notes.iterdir())) == visits
 
 
 def test_a_worker_lost_every_time_fails_its_asset_after_bounded_retries(tmp_path):
     # Without notes the source does not know that it was here before.
-    source = HostileSource(count=2, behaviours=((1, "lose_worker"),))
+    source = CrashingSource(count=2, behaviours=((1, "lose_worker"),))
     assert build(config(tmp_path / "out", limits={"retries": 1}), [source]) == {
         "done": 1,
         "rejected": 0,
@@ -96,25 +96,25 @@ def test_a_worker_lost_every_time_fails_its_asset_after_bounded_retries(tmp_path
     assert [row.reason for row in rows_of(tmp_path / "out")] == ["", "worker_lost"]
 
 
-def test_a_full_disk_stops_the_run_in_one_line_and_the_same_command_goes_on(tmp_path):
+def test_a_full_disk_stops_the_run_in_one_line_and_the_same_command_resumes(tmp_path):
     cfg = config(tmp_path / "out", shard_size=1)
     with pytest.raises(RunError, match=r"disk of .* is full .* run the same command to resume"):
-        build(cfg, [HostileSource(count=3, behaviours=((2, "disk"),))])
+        build(cfg, [CrashingSource(count=3, behaviours=((2, "disk"),))])
     plan = make_plan(cfg, [])
     assert missing_products(plan, cfg, list_commits(cfg.out))["000002"] == cfg.products
-    assert build(cfg, [HostileSource(count=3)])["done"] == 3
+    assert build(cfg, [CrashingSource(count=3)])["done"] == 3
     assert verify(cfg.out) == []
 
 
 def test_a_nearly_full_disk_stops_the_run_before_it_is_full(tmp_path):
     with pytest.raises(RunError, match="is full"):
-        build(config(tmp_path / "out", limits={"min_free_gb": 1e9}), [HostileSource(count=1)])
+        build(config(tmp_path / "out", limits={"min_free_gb": 1e9}), [CrashingSource(count=1)])
 
 
 def test_too_many_failures_stop_the_run_and_are_tried_again_once_the_cause_is_gone(tmp_path):
     cfg = config(tmp_path / "out", limits={"max_failed_share": 0.5})
     for behaviour in ("raise", "vanish"):
-        source = HostileSource(count=12, behaviours=tuple((n, behaviour) for n in range(12)))
+        source = CrashingSource(count=12, behaviours=tuple((n, behaviour) for n in range(12)))
         if behaviour == "raise":
             with pytest.raises(
                 RunError, match=r"10 of 1\d assets failed, the last in fetch: error_runtimeerror"
@@ -124,38 +124,38 @@ def test_too_many_failures_stop_the_run_and_are_tried_again_once_the_cause_is_go
             assert build(cfg, [source]) == {"done": 0, "rejected": 12, "failed": 0}
 
 
-def test_landed_assets_are_not_visited_again(tmp_path):
+def test_finished_assets_are_not_visited_again(tmp_path):
     cfg = config(tmp_path / "out", shard_size=3)
     notes = tmp_path / "notes"
     notes.mkdir()
     with pytest.raises(RunError):
-        build(cfg, [HostileSource(count=3, behaviours=((2, "disk"),), notes=notes)])
+        build(cfg, [CrashingSource(count=3, behaviours=((2, "disk"),), notes=notes)])
     landed = {path.parent.name for path in (cfg.out / ".scratch" / "000000").glob("*/result.json")}
-    build(cfg, [HostileSource(count=3, notes=notes)])
+    build(cfg, [CrashingSource(count=3, notes=notes)])
     again = [path.name for path in notes.iterdir() if path.name.endswith(".1")]
     assert len(again) == 3 - len([uid for uid in landed if "." not in uid])
 
 
-def test_going_on_with_fewer_resolutions_gives_the_bytes_of_never_having_asked_for_more(tmp_path):
+def test_resuming_with_fewer_resolutions_gives_the_bytes_of_never_having_asked_for_more(tmp_path):
     more, fewer = config(tmp_path / "out", resolutions=(64, 96)), config(tmp_path / "out")
     with pytest.raises(RunError):
-        build(more, [HostileSource(count=3, behaviours=((2, "disk"),))])
+        build(more, [CrashingSource(count=3, behaviours=((2, "disk"),))])
     assert list(more.out.glob(".scratch/000000/*/result.json"))
     clean = config(tmp_path / "clean")
-    assert build(fewer, [HostileSource(count=3)]) == build(clean, [HostileSource(count=3)])
+    assert build(fewer, [CrashingSource(count=3)]) == build(clean, [CrashingSource(count=3)])
     assert_same(contents(fewer.out), contents(clean.out))
 
 
 def test_an_asset_that_one_product_turns_away_keeps_the_others(tmp_path):
     cfg = config(tmp_path / "out", image_size=1)  # at one pixel every view touches the border
-    assert build(cfg, [HostileSource(count=2)]) == {"done": 0, "rejected": 2, "failed": 0}
+    assert build(cfg, [CrashingSource(count=2)]) == {"done": 0, "rejected": 2, "failed": 0}
     for row in rows_of(cfg.out):
         assert (row.stage, row.tokens[64] > 0) == ("renders-paper", True)
     assert verify(cfg.out) == []
 
 
 def test_a_commit_that_was_cut_short_is_made_again(tmp_path):
-    cfg, source = config(tmp_path / "out"), HostileSource(count=3, behaviours=((1, "vanish"),))
+    cfg, source = config(tmp_path / "out"), CrashingSource(count=3, behaviours=((1, "vanish"),))
     build(cfg, [source])
     before = contents(cfg.out)
     (
@@ -170,7 +170,7 @@ def test_a_commit_that_was_cut_short_is_made_again(tmp_path):
 def test_a_product_that_is_made_again_is_never_without_what_its_marker_vouches_for(
     tmp_path, monkeypatch
 ):
-    cfg, source = config(tmp_path / "out"), HostileSource(count=1)
+    cfg, source = config(tmp_path / "out"), CrashingSource(count=1)
     plan = make_plan(cfg, [source])
     (record,) = plan.records("000000")
     job = CommitJob(config=cfg, shard="000000", records=(record,), products=cfg.products, wanted=1)
@@ -236,7 +236,7 @@ def test_a_file_that_has_changed_since_its_first_products_gets_no_others(tmp_pat
 
 def test_a_relative_output_is_the_drivers_wherever_the_workers_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Ray and its workers were started elsewhere
-    total = build_command.build(config(Path("out")), [HostileSource(count=1)])
+    total = build_command.build(config(Path("out")), [CrashingSource(count=1)])
     assert total == {"done": 1, "rejected": 0, "failed": 0}
     assert verify(tmp_path / "out") == []
 
@@ -245,7 +245,7 @@ def test_a_relative_output_is_the_drivers_wherever_the_workers_are(tmp_path, mon
 def test_no_more_is_in_flight_than_may_be_worked_on_where_ray_has_more_cores(
     workers, tasks, tmp_path, monkeypatch
 ):
-    """The Ray of these tests has two, and starts whatever it has a core for."""
+    """The Ray of these tests has two cores."""
     flying, wait = [], ray.wait
 
     def note(refs, **options):
@@ -254,7 +254,7 @@ def test_no_more_is_in_flight_than_may_be_worked_on_where_ray_has_more_cores(
 
     monkeypatch.setattr("pipeline.orchestration.runner.ray.wait", note)
     cfg = replace(config(tmp_path / "out"), workers=workers)
-    assert build(cfg, [HostileSource(count=6)])["done"] == 6
+    assert build(cfg, [CrashingSource(count=6)])["done"] == 6
     assert max(flying) == tasks
 
 
@@ -270,14 +270,14 @@ def test_an_output_directory_of_another_configuration_is_refused(hostile_build):
 def test_other_options_of_a_product_that_is_there_are_refused(hostile_build):
     cfg, _, _ = hostile_build
     with pytest.raises(UserError, match=r"renders-paper .*views=1, now 2"):
-        build(config(cfg.out, views=2), [HostileSource(count=64)])
+        build(config(cfg.out, views=2), [CrashingSource(count=64)])
 
 
 def test_what_may_pass_is_tried_again_after_a_while_and_is_a_failure_if_it_does_not(tmp_path):
-    """Number 1 is in trouble once, number 2 always: one retry is too few for it."""
+    """Asset 1 fails once and asset 2 always. There is one retry."""
     notes = tmp_path / "notes"
     notes.mkdir()
-    source = HostileSource(count=4, behaviours=((1, "trouble_once"), (2, "trouble")), notes=notes)
+    source = CrashingSource(count=4, behaviours=((1, "trouble_once"), (2, "trouble")), notes=notes)
     cfg = config(tmp_path / "out", limits={"retries": 1, "retry_wait_s": 0.2}, shard_size=2)
     assert build(cfg, [source]) == {"done": 3, "rejected": 0, "failed": 1}
     assert sorted(path.name for path in notes.iterdir()) == [

@@ -1,4 +1,4 @@
-"""Ten thousand small assets in one build: memory stays flat, and nothing is left running or lying about."""
+"""A build of ten thousand small assets uses bounded memory and leaves nothing behind."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ MB = 1 << 20
 
 
 class Watch:
-    """Every other second: how many assets have their row, processes, and the memory of them all and of the driver."""
+    """Records committed shards, processes and memory every two seconds."""
 
     def __init__(self, out: Path, env: dict[str, str], driver: int):
         self.rows, self.over = [], threading.Event()
@@ -82,7 +82,7 @@ def soak(folder: Path, assets: int, shard: int) -> None:
     assert not (out / ".scratch").exists()
     rows = sum(len(read_manifest(path)) for path in (out / "manifest").iterdir())
     assert rows == assets
-    # The first tenth fills pools and caches. Halves of the rest: neither memory nor processes grow with what was done.
+    # The first tenth fills pools and caches. After it, memory and processes must not grow.
     share = done * shard / assets
     early, late = (share >= 0.1) & (share < 0.5), share >= 0.6
     assert min(early.sum(), late.sum()) > 5
