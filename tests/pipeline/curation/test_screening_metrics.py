@@ -23,7 +23,7 @@ from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import build_topology
 from pipeline.mesh_io.config import NormalizeConfig
 from pipeline.mesh_io.normalize import normalize
-from pipeline.sources.shapes import closed_solids, primitives
+from pipeline.sources.shapes import closed_solids, pieces, primitives
 
 SMALL = ScreenConfig(resolution=64, image_size=64)
 
