@@ -31,7 +31,7 @@ SHAPES = ["torus_knot", "gear", "vase", "chair", "lamp", "bowl"]
 
 
 def fill(folder):
-    """Write five shapes, a byte copy and a turned, scaled copy of the first, a box and a bad file."""
+    """Write five shapes, two copies of the first one, a box and a broken file."""
     names = [name for name in SHAPES if name in FAMILY] or list(FAMILIES)[:5]
     names = (names + [name for name in FAMILIES if name not in names])[:5]
     for number, name in enumerate(names):
