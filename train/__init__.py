@@ -1,1 +1,1 @@
-"""Training of the models."""
+"""Training, evaluation and export of the models."""

@@ -39,6 +39,7 @@ def make_vae(path, seed=0):
 
 
 def encode_with(vae, data):
+    """Encode the bricks of a build at R = 32."""
     encode(
         EncodeConfig(
             vae=vae, data=data, resolutions=(32,), device="cpu", precision="fp32", workers=1
@@ -48,6 +49,15 @@ def encode_with(vae, data):
 
 
 def config(rendered, out, *, steps=4, loop=None, **options):
+    """Return the options of a run of seconds.
+
+    Args:
+        rendered: The build and the VAE.
+        out: Directory of the run.
+        steps: Number of steps.
+        loop: Options of the loop to replace.
+        **options: Other options to replace.
+    """
     data, vae = rendered
     defaults = {"steps": steps, "checkpoint_every": 2, "learning_rate": 3e-3, "ema_decay": 0.9}
     flow = FlowOptions(
@@ -76,6 +86,7 @@ def task_of(cfg):
 
 
 def metrics(path, event=None):
+    """Return the rows of a run's metrics.jsonl that have this event."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row.get("event") == event]
 
@@ -88,4 +99,5 @@ def wake(model):
 
 
 def weights(out, name="model"):
+    """Return the state dict of a run's newest checkpoint."""
     return safetensors.torch.load_file(checkpoint.latest(out) / f"{name}.safetensors")

@@ -130,15 +130,16 @@ def test_a_killed_rank_is_restarted_and_resumes_from_the_last_checkpoint(rendere
             "tests.train.killed_rank_run",
             tmp_path / f"{name}-flag",
             step,
-            *words,
+            *paths,
+            *options.split(),
         )
         outputs[name] = process.communicate(timeout=300)[0]
         assert process.returncode == 0, outputs[name]
     assert "Resuming from" not in outputs["whole"]
     assert f"Resuming from {tmp_path / 'killed' / 'step-00000003'}" in outputs["killed"]
     assert [row["step"] for row in metrics(tmp_path / "killed")] == list(range(1, 9))
-    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    killed, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(killed[key], whole[key]) for key in whole)
 
 
 @pytest.mark.slow
@@ -168,19 +169,8 @@ def test_all_commands_lead_from_meshes_to_generated_meshes(tmp_path):
     vae_main([*common, "--out", run, *options])
     encode_main([*common, "--vae", f"{run}/latest"])
     out = tmp_path / "dit"
-    main(
-        [
-            *common,
-            "--vae",
-            f"{run}/latest",
-            "--out",
-            str(out),
-            "--resolution",
-            "32",
-            "--flow.loop.steps",
-            "200",
-        ]
-    )
+    dit = "--resolution 32 --flow.loop.steps 200"
+    main([*common, "--vae", f"{run}/latest", "--out", str(out), *dit.split()])
     (folder,) = (out / "samples").iterdir()
     numbers = json.loads((folder / "iou.json").read_text())["held_out_views"]
     made = {path.stem: read_ply(path) for path in folder.glob("*.ply")}

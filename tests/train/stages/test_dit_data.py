@@ -1,4 +1,4 @@
-"""Batches of the SS-DiT that depend on names alone, and the order in which shards and views are read."""
+"""Batches of the SS-DiT: reproducible samples, dropped images, and the order of reading."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_sample_is_the_same_in_every_batch(rendered, tmp_path):
     assert (alone.noise - alone.posterior_noise).abs().max() > 0.1
 
 
-def test_latents_and_image_are_of_one_asset(rendered, tmp_path):
+def test_latents_and_image_belong_to_the_same_asset(rendered, tmp_path):
     cfg = config(rendered, tmp_path)
     loader = loader_of(replace(cfg, flow=replace(cfg.flow, augment=False)))
     store = loader.store
@@ -54,7 +54,7 @@ def test_latents_and_image_are_of_one_asset(rendered, tmp_path):
         assert tuple(pixel.tolist()) == color_of(number, loader.conditions.view_of(asset, 1))
 
 
-def test_the_flow_starts_at_samples_of_the_posterior_with_unit_statistics(rendered, tmp_path):
+def test_the_clean_latents_are_normalised_samples_of_the_posterior(rendered, tmp_path):
     task, loader = task_of(config(rendered, tmp_path)), loader_of(config(rendered, tmp_path))
     batches = [
         loader.batch([SampleId(asset, epoch)], 1.0) for asset in range(6) for epoch in range(25)
@@ -67,39 +67,40 @@ def test_the_flow_starts_at_samples_of_the_posterior_with_unit_statistics(render
     assert torch.allclose(task.model.dit.denormalize(task._clean_latents(batch)), z, atol=1e-5)
 
 
-def test_a_tenth_is_trained_without_image(rendered, tmp_path):
+def test_a_tenth_of_the_samples_is_trained_without_image(rendered, tmp_path):
     cfg = config(rendered, tmp_path)
     dropped = [
         sample_time(cfg.flow, (0, "dit", 32, n, "some-uid"), training=True)[1] for n in range(4000)
     ]
     assert 0.085 < np.mean(dropped) < 0.115
-    loader, draws = loader_of(cfg), [SampleId(0, n) for n in range(30)]
+    loader, samples = loader_of(cfg), [SampleId(0, n) for n in range(30)]
     uid = loader.index.uids[0]
     expected = [
-        sample_time(cfg.flow, (0, "dit", 32, draw.epoch, uid), training=True)[1] for draw in draws
+        sample_time(cfg.flow, (0, "dit", 32, sample.epoch, uid), training=True)[1]
+        for sample in samples
     ]
     assert sum(expected) > 0
-    assert loader.batch(draws, 1.0).dropped.tolist() == expected
-    assert not loader_of(cfg, training=False).batch(draws, 1.0).dropped.any()
+    assert loader.batch(samples, 1.0).dropped.tolist() == expected
+    assert not loader_of(cfg, training=False).batch(samples, 1.0).dropped.any()
 
 
-def test_what_is_dropped_does_not_see_its_image(rendered, tmp_path):
+def test_a_dropped_image_does_not_influence_the_prediction(rendered, tmp_path):
     task, loader = task_of(config(rendered, tmp_path)), loader_of(config(rendered, tmp_path))
     wake(task.model)
     batch = loader.batch([SampleId(0, 0), SampleId(1, 0)], 1.0)
     black = replace(batch.images, pixels=torch.zeros_like(batch.images.pixels))
     x0 = task._clean_latents(batch)
     for dropped in (torch.tensor([True, False]), torch.tensor([False, False])):
-        ours, theirs = (
+        with_image, with_black = (
             task._errors(task.model, replace(batch, images=images), x0, batch.times, dropped)
             for images in (batch.images, black)
         )
         first = int(batch.latents.cells.asset_starts[1])
-        assert torch.equal(ours[:first], theirs[:first]) == bool(dropped[0])
-        assert not torch.equal(ours[first:], theirs[first:])
+        assert torch.equal(with_image[:first], with_black[:first]) == bool(dropped[0])
+        assert not torch.equal(with_image[first:], with_black[first:])
 
 
-def test_a_shard_is_read_view_by_view_and_only_what_is_used_is_decoded(
+def test_a_shard_is_read_view_by_view_and_only_used_images_are_decoded(
     rendered, tmp_path, monkeypatch
 ):
     cfg = config(rendered, tmp_path)
@@ -114,7 +115,7 @@ def test_a_shard_is_read_view_by_view_and_only_what_is_used_is_decoded(
     monkeypatch.setattr(
         pipeline.core.image_codec, "decode", lambda data: decoded.append(1) or decode(data)
     )
-    planner = ShardBatchSampler(
+    sampler = ShardBatchSampler(
         loader.index.tokens,
         loader.index.shards,
         mixed=1,
@@ -122,50 +123,50 @@ def test_a_shard_is_read_view_by_view_and_only_what_is_used_is_decoded(
         world_size=1,
         seed=0,
     )
-    for _ in range(9):  # three epochs: of the views that may be seen
-        loader.load(planner.next(), 0)
+    for _ in range(9):  # three epochs over the views that are not held out
+        loader.load(sampler.next(), 0)
     assert reads == Counter(
         {(shard, view): 1 for shard in ("000000", "000001") for view in range(VIEWS - 2)}
     )
     assert len(decoded) == 3 * 6
 
 
-def test_an_epoch_takes_shards_in_turn(rendered):
+def test_an_epoch_mixes_the_given_number_of_shards(rendered):
     shards = [f"{n // 3}" for n in range(30)]
-    planner = ShardBatchSampler(
+    sampler = ShardBatchSampler(
         {32: np.arange(30) % 4}, shards, mixed=2, batch_size=1, world_size=1, seed=0
     )
-    drawn = [planner.next().ranks[0][0] for _ in range(2 * 22)]  # every fourth has no cells
+    drawn = [sampler.next().ranks[0][0] for _ in range(2 * 22)]  # every fourth asset has no cells
     orders = []
     for epoch in range(2):
-        assets = [draw.asset for draw in drawn if draw.epoch == epoch]
+        assets = [sample.asset for sample in drawn if sample.epoch == epoch]
         assert sorted(assets) == [n for n in range(30) if n % 4]
         turns = [shards[asset] for asset in assets]
         positions = {
             shard: [n for n, other in enumerate(turns) if other == shard] for shard in set(turns)
         }
-        together = [max(p) - min(p) for p in positions.values()]
-        assert max(together) < 6, "two shards of three are mixed"
-        assert any(span >= len(p) for span, p in zip(together, positions.values(), strict=True)), (
-            "mixed"
+        spans = [max(p) - min(p) for p in positions.values()]
+        assert max(spans) < 6, "at most two shards of three assets are mixed"
+        assert any(span >= len(p) for span, p in zip(spans, positions.values(), strict=True)), (
+            "shards are mixed"
         )
         orders.append(assets)
     assert orders[0] != orders[1]
-    planner.restore({"step": 30, "cursors": {"32": 30}})
-    assert [planner.next().ranks[0][0] for _ in range(14)] == drawn[30:]
+    sampler.restore({"step": 30, "cursors": {"32": 30}})
+    assert [sampler.next().ranks[0][0] for _ in range(14)] == drawn[30:]
 
 
-def test_once_is_made_once_and_few_are_kept():
-    made, once = [], ThreadSafeCache(2)
+def test_a_cached_value_is_made_once_and_few_are_kept():
+    made, cache = [], ThreadSafeCache(2)
     for key in (1, 2, 1, 3, 1, 2):
-        assert once.get(key, lambda key=key: made.append(key) or 10 * key) == 10 * key
+        assert cache.get(key, lambda key=key: made.append(key) or 10 * key) == 10 * key
     assert made == [1, 2, 3, 2]
     with pytest.raises(ZeroDivisionError):
-        once.get(9, lambda: 1 // 0)
-    assert once.get(9, lambda: 7) == 7, "an error is not kept"
+        cache.get(9, lambda: 1 // 0)
+    assert cache.get(9, lambda: 7) == 7, "an error is not cached"
 
 
-def test_random_and_streamed_reading_agree(rendered):
+def test_random_and_streamed_reading_give_the_same_images(rendered):
     index = read_build_index(rendered[0], [32])
     streamed, single = ViewReader(index, "paper", ahead=2), ViewReader(index, "paper")
     for asset in range(len(index)):

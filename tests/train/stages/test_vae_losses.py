@@ -1,4 +1,7 @@
-"""Losses against loops over samples and voxels, written from the paper's section 3."""
+"""Losses of the SS-VAE against loops over assets and grid points.
+
+The loops follow section 3 of the Direct3D-S2 paper (arXiv 2505.17412).
+"""
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ def outputs(batch, seed=0):
 
 
 def by_hand(values, mean, logvar, batch):
-    """Mean over each set within a sample, then over samples."""
+    """Return the terms: means over each set within an asset, then over assets."""
     terms = {"in": [], "ext": [], "sharp": [], "kl": []}
     stored = batch.values.double()
     for asset in range(batch.batch_size):
@@ -43,7 +46,7 @@ def by_hand(values, mean, logvar, batch):
 
 
 @pytest.mark.parametrize("sharp", [True, False])
-def test_terms_and_total(sharp):
+def test_terms_and_their_weighted_sum(sharp):
     batch = batch_of([0, 1, 2], sharp)
     values, mean, logvar = outputs(batch)
     found, expected = (
@@ -56,7 +59,7 @@ def test_terms_and_total(sharp):
     assert found["loss"].item() == pytest.approx(total, rel=1e-12)
 
 
-def test_gradient():
+def test_the_gradient_agrees_with_finite_differences():
     batch = batch_of([3, 4])
     values, mean, logvar = outputs(batch)
     vae_losses(values, mean, logvar, batch, LossWeights())["loss"].backward()
@@ -72,8 +75,8 @@ def test_gradient():
         assert tensor.grad[where].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4)
 
 
-def test_shares_of_parts_add_up_to_the_whole():
-    """What ranks rely on: the mean of their losses is the loss of the global batch, however it is dealt out."""
+def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole():
+    """The mean of the ranks' losses is the loss of the global batch, however it is divided."""
     whole = batch_of([0, 1, 2])
     values, mean, logvar = (x.detach() for x in outputs(whole))
     expected = vae_losses(values, mean, logvar, whole, LossWeights())
@@ -100,7 +103,7 @@ def test_half_precision_is_summed_in_fp32():
     assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
 
 
-def test_refuses_other_shapes():
+def test_wrong_shapes_are_errors():
     batch = batch_of([0])
     values, mean, logvar = outputs(batch)
     with pytest.raises(ValueError, match="values must be"):
