@@ -130,8 +130,7 @@ def test_a_killed_rank_is_restarted_and_resumes_from_the_last_checkpoint(rendere
             "tests.train.killed_rank_run",
             tmp_path / f"{name}-flag",
             step,
-            *paths,
-            *options.split(),
+            *words,
         )
         outputs[name] = process.communicate(timeout=300)[0]
         assert process.returncode == 0, outputs[name]
