@@ -1,7 +1,8 @@
-"""`python -m benchmarks.assets`: assets per hour of one machine, on its CPU or a GPU, without Ray.
+"""`python -m benchmarks.assets`: assets per hour of one machine, with the CPU or a GPU, no Ray.
 
-Two commands: `measure` takes a folder's meshes through the stages of `pipeline.build`, each in a process of its own as
-a build does it, and keeps what they made; `compare` holds the products of two such runs against each other.
+There are two commands. `measure` processes the meshes of a folder with the stages of
+`pipeline.build`, each asset in a process of its own, and keeps the products. `compare` compares the
+products of two such runs.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from numpy.typing import NDArray
 
 from benchmarks.sdf_gpu import difference, machine
 from pipeline.config import PRESETS, BuildConfig, PresetName
-from pipeline.core.cli import command, parse
+from pipeline.core.cli import command
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.image_codec import decode
 from pipeline.core.primitives.voxel_iou import intersection_over_union
 from pipeline.core.product import Product
 from pipeline.core.schema import Record
+from pipeline.core.subcommands import parse_subcommand
 from pipeline.geometry import sdf_cuda
 from pipeline.orchestration.asset_results import AssetJob, save_result
 from pipeline.orchestration.asset_stages import load_bricks
@@ -50,20 +52,38 @@ Visit = Callable[[IsolatedProcess, Record, str], Row]
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """Take every mesh of a folder through a preset's stages, several side by side, and time them."""
+    """Process and time all meshes of a folder, several at the same time."""
 
     meshes: Path
-    out: Path  # assets.json, and the products of every asset
+    """Folder of mesh files."""
+
+    out: Path
+    """Directory for assets.json and the products of each asset."""
+
     preset: PresetName = "full"
+    """Preset of the build whose stages are run."""
+
     device: Literal["cpu", "cuda"] = "cpu"
-    processes: int | None = None  # assets worked on at once; default: every core
-    products: tuple[str, ...] = ()  # of the preset's; default: all
-    views: int | None = None  # default: the preset's, as the next
+    """Device for the distances: cpu or cuda."""
+
+    processes: int | None = None
+    """Number of assets that are processed at the same time. None uses all cores."""
+
+    products: tuple[str, ...] = ()
+    """Products to make, such as sdf-512. If none is given, all products of the preset are made."""
+
+    views: int | None = None
+    """Number of views per asset. None takes that of the preset."""
+
     image_size: int | None = None
-    repeats: int = 1  # visits to each asset; the last one's products are kept
-    memory_gb: float = (
-        8.0  # address space (with CUDA: private memory) of the process that works on an asset
-    )
+    """Width and height of a view in pixels. None takes that of the preset."""
+
+    repeats: int = 1
+    """Number of times that each asset is processed. The products of the first time are kept."""
+
+    memory_gb: float = 8.0
+    """Memory limit in GB of the process that works on an asset. It limits the address space, or
+    the private memory with CUDA."""
 
     def __post_init__(self):
         for name in ("processes", "repeats"):
@@ -74,15 +94,24 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Distances and pictures of two runs of `measure`, as far as both have them."""
+    """Compare distances and images of two runs, as far as both have them."""
 
     expected: Path
+    """Output directory of the first run of measure."""
+
     found: Path
-    out: Path | None = None  # the numbers as JSON
+    """Output directory of the second run of measure."""
+
+    out: Path | None = None
+    """JSON file for the results. None writes no file."""
 
 
 def build_config(cfg: Measure) -> BuildConfig:
-    """What a build would be asked for. UserError for a product that the preset does not make."""
+    """Return the options of the equivalent build.
+
+    Raises:
+        UserError: If the preset does not make one of the products.
+    """
     base = PRESETS[cfg.preset]
     build = replace(
         base,
@@ -96,16 +125,21 @@ def build_config(cfg: Measure) -> BuildConfig:
     unknown = sorted(set(cfg.products) - set(map(str, build.products)))
     if unknown:
         raise UserError(
-            f"preset {cfg.preset} makes {', '.join(map(str, build.products))}, not {', '.join(unknown)}"
+            f"preset {cfg.preset} makes {', '.join(map(str, build.products))}, "
+            f"not {', '.join(unknown)}"
         )
     return build
 
 
 def measure(cfg: Measure) -> Row:
-    """Every number; also written to cfg.out. UserError for a folder without meshes, RunError as a build.
+    """Process all assets and write the results to `cfg.out`/assets.json.
 
-    The smallest asset goes first and alone, in processes that find nothing compiled: it is not counted. Then the
-    largest begin, so that no process is left alone with one of them in the end.
+    The smallest asset is processed first and alone, in a process without compiled code. It does not
+    count. Then the largest assets come first, so that no process is busy alone at the end.
+
+    Raises:
+        UserError: If the folder has no meshes.
+        RunError: If a process cannot continue, for example because the disk is full.
     """
     build = build_config(cfg)
     if cfg.device == "cuda":
@@ -131,11 +165,12 @@ def measure(cfg: Measure) -> Row:
         first = one(servers[0], *jobs[len(records) - 1])
         start_s = time.monotonic() - began
         with ThreadPoolExecutor(processes) as pool:
+            # start all processes before the clock starts
             list(
                 pool.map(
                     lambda server: _call(server, "builtins:bool", None, cfg.out, build), servers
                 )
-            )  # warm
+            )
             rows, wall_s = _all(pool, servers, jobs, one)
     finally:
         for server in servers:
@@ -155,7 +190,7 @@ def measure(cfg: Measure) -> Row:
             "image_size": build.image_size,
             "topology_resolution": build.topology_resolution,
         },
-        "start_s": start_s,  # of the first process: imports, compiling, one asset
+        "start_s": start_s,  # imports and compilation of the first process, and one asset
         "first": first,
         "wall_s": wall_s,
         "assets_per_hour": 3600 * sum(row["status"] == "done" for row in rows) / wall_s,
@@ -171,9 +206,9 @@ def _all(
     jobs: Sequence[tuple[Record, str]],
     one: Visit,
 ) -> tuple[list[Row], float]:
-    """Every visit's row in the order of their ends, and the wall seconds of all."""
+    """Process all assets. Return their rows in the order of completion, and the wall seconds."""
     rows: list[Row] = []
-    waiting = iter(jobs)  # a list's iterator gives every thread another element
+    waiting = iter(jobs)  # shared: each thread takes the next job
     began = time.monotonic()
 
     def work(server: IsolatedProcess) -> None:
@@ -197,7 +232,16 @@ def visit(
     products: tuple[Product, ...],
     root: Path,
 ) -> Row:
-    """One asset, as a task of a build does it; its products lie in root/<uid>."""
+    """Process one asset as a build does.
+
+    Args:
+        server: The process that works on the asset.
+        record: The asset.
+        source: Its source.
+        build: Options of the build.
+        products: The products to make.
+        root: The products are written to root/<uid>.
+    """
     folder = root / f"{record.uid}.new"
     folder.mkdir(parents=True)
     on_gpu = "0" if build.device == "cuda" else None
@@ -243,7 +287,7 @@ def _call(
 
 
 def table(results: Row) -> str:
-    """A line per visit and one of medians: seconds by stage."""
+    """Format the seconds of each stage as a Markdown table, with medians and means."""
     stages = ["topology", *results["config"]["products"]]
     head = ["mesh", "faces", *stages, "rest", "all", "MB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -270,7 +314,8 @@ def table(results: Row) -> str:
             if row["status"] == "done"
         }
     )
-    done = f"{len(numbers)} visits by {results['machine']['processes']} processes in {results['wall_s']:.1f} s"
+    processes, wall_s = results["machine"]["processes"], results["wall_s"]
+    done = f"{len(numbers)} visits by {processes} processes in {wall_s:.1f} s"
     return (
         "\n".join([*lines, "", f"{done}: {results['assets_per_hour']:.0f} assets an hour", *drawn])
         + "\n"
@@ -282,14 +327,23 @@ def _short(value: float) -> str:
 
 
 def compare(cfg: Compare) -> Row:
-    """Rows of distances, by asset and resolution, and of pictures, by view. UserError if nothing is in both."""
-    mine = [path for path in sorted((cfg.expected / "assets").glob("*/*")) if path.is_dir()]
-    pairs = [(path, cfg.found / path.relative_to(cfg.expected)) for path in mine]
+    """Compare the products of two runs.
+
+    Returns:
+        "sdf": a row per asset and resolution. "views": a row per view.
+
+    Raises:
+        UserError: If the runs have no product in common.
+    """
+    folders = [path for path in sorted((cfg.expected / "assets").glob("*/*")) if path.is_dir()]
+    pairs = [(path, cfg.found / path.relative_to(cfg.expected)) for path in folders]
     pairs = [(path, other) for path, other in pairs if other.is_dir()]
     if not pairs:
         raise UserError(f"{cfg.expected} and {cfg.found} have no product of an asset in common")
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        rows = [row for some in pool.map(lambda pair: _apart(*pair), pairs) for row in some]
+        rows = [
+            row for some in pool.map(lambda pair: _compare_product(*pair), pairs) for row in some
+        ]
     results = {
         "sdf": [row for row in rows if "resolution" in row],
         "views": [row for row in rows if "view" in row],
@@ -299,8 +353,8 @@ def compare(cfg: Compare) -> Row:
     return results
 
 
-def _apart(expected: Path, found: Path) -> list[Row]:
-    """One product of one asset."""
+def _compare_product(expected: Path, found: Path) -> list[Row]:
+    """Compare one product of one asset."""
     uid, product = expected.parts[-2:]
     if (made := Product.parse(product)).kind == "sdf":
         R = made.resolution
@@ -311,22 +365,34 @@ def _apart(expected: Path, found: Path) -> list[Row]:
                 **difference(load_bricks(found, R), load_bricks(expected, R)),
             }
         ]
-    ours, theirs = (
-        {path.stem: path for path in at.iterdir() if path.suffix != ".json"}
-        for at in (expected, found)
+    images, other_images = (
+        {path.stem: path for path in folder.iterdir() if path.suffix != ".json"}
+        for folder in (expected, found)
     )
     return [
         {
             "uid": uid,
             "view": view,
-            **pictures_apart(decode(ours[view].read_bytes()), decode(theirs[view].read_bytes())),
+            **compare_images(
+                decode(images[view].read_bytes()), decode(other_images[view].read_bytes())
+            ),
         }
-        for view in sorted(ours.keys() & theirs.keys())
+        for view in sorted(images.keys() & other_images.keys())
     ]
 
 
-def pictures_apart(expected: NDArray[np.uint8], found: NDArray[np.uint8]) -> Row:
-    """Of two RGBA images of one size: what differs over a black ground, 0..1, and how well their silhouettes agree."""
+def compare_images(expected: NDArray[np.uint8], found: NDArray[np.uint8]) -> Row:
+    """Compare two images.
+
+    Args:
+        expected: uint8 [height, width, 4], colour not premultiplied.
+        found: The same.
+
+    Returns:
+        Mean absolute differences of colour on a black background, 0 to 1, over the image and where
+        an object covers it, the share of pixels that differ by more than 16 of 255, the coverage of
+        both images, and the intersection over union of their silhouettes.
+    """
     a, b = (image.astype(np.float32) / 255 for image in (expected, found))
     apart = np.abs(a[..., :3] * a[..., 3:] - b[..., :3] * b[..., 3:])
     covered, other = expected[..., 3] > 127, found[..., 3] > 127
@@ -342,7 +408,7 @@ def pictures_apart(expected: NDArray[np.uint8], found: NDArray[np.uint8]) -> Row
 
 
 def summary(results: Row) -> str:
-    """The largest of every difference, by resolution and over all views."""
+    """Format the largest differences by resolution and over all views."""
     lines = []
     for R in sorted({row["resolution"] for row in results["sdf"]}):
         rows = [row for row in results["sdf"] if row["resolution"] == R]
@@ -350,28 +416,24 @@ def summary(results: Row) -> str:
         names = ("values", "wrong_signs", "other_cells", "other_sharp_bits")
         sums = ", ".join(f"{sum(row[name] for row in rows)} {name}" for name in names)
         lines.append(
-            f"R = {R}: {len(rows)} assets, at most {worst:.5f} voxels apart (fp16 step {step:.5f}), {sums}"
+            f"R = {R}: {len(rows)} assets, at most {worst:.5f} voxels apart "
+            f"(fp16 step {step:.5f}), {sums}"
         )
     if views := results["views"]:
         mean = statistics.fmean(row["mean_difference_covered"] for row in views)
         worst = max(row["mean_difference_covered"] for row in views)
         iou = min(row["silhouette_iou"] for row in views)
         lines.append(
-            f"{len(views)} views: mean difference where covered {255 * mean:.3f} of 255, in the worst view "
-            f"{255 * worst:.3f}; silhouette IoU at least {iou:.5f}"
+            f"{len(views)} views: mean difference where covered {255 * mean:.3f} of 255, "
+            f"in the worst view {255 * worst:.3f}; silhouette IoU at least {iou:.5f}"
         )
     return "\n".join(lines) + "\n"
 
 
 def main(args: Sequence[str]) -> None:
-    kinds: dict[str, tuple[type, Callable[[Any], str]]] = {
-        "measure": (Measure, lambda cfg: table(measure(cfg))),
-        "compare": (Compare, lambda cfg: summary(compare(cfg))),
-    }
-    if not args or args[0] not in kinds:
-        raise UserError(f"say what to do: {PROG} {'|'.join(kinds)} [options]")
-    cls, function = kinds[args[0]]
-    sys.stdout.write(function(parse(cls, args[1:], prog=f"{PROG} {args[0]}")))
+    """Run the command."""
+    name, cfg = parse_subcommand({"measure": Measure, "compare": Compare}, args, prog=PROG)
+    sys.stdout.write(table(measure(cfg)) if name == "measure" else summary(compare(cfg)))
 
 
 if __name__ == "__main__":

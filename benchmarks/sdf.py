@@ -1,6 +1,6 @@
-"""`python -m benchmarks.sdf`: cost, accuracy and size of our SDF, against mesh2sdf and libigl in the same run.
+"""`python -m benchmarks.sdf`: cost, accuracy and size of the SDF beside mesh2sdf and libigl.
 
-Its CPU path, that is; benchmarks.sdf_gpu has the other beside it.
+It measures the CPU implementation. `benchmarks.sdf_gpu` compares the GPU with it.
 """
 
 from __future__ import annotations
@@ -36,28 +36,44 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class SdfBenchmark:
-    """Our SDF against mesh2sdf and libigl: CPU seconds, peak memory, surface error, stored size."""
+    """Measure CPU seconds, peak memory, surface error and stored size of the SDF."""
 
-    meshes: Path | None = None  # a folder of mesh files; default: a few procedural shapes
-    names: tuple[str, ...] = ()  # only these files of it
-    limit: int | None = None  # only the first N
+    meshes: Path | None = None
+    """Folder of mesh files. None measures a few procedural shapes."""
+
+    names: tuple[str, ...] = ()
+    """Names of the files to measure. If none is given, all files are measured."""
+
+    limit: int | None = None
+    """Number of files to measure, in the order of their names. None measures all."""
+
     resolutions: tuple[int, ...] = (128, 256, 512, 1024)
-    full_resolutions: tuple[int, ...] = PRESETS[
-        "full"
-    ].resolutions  # all from one topology; also the stored size
-    topology_resolution: int = PRESETS["full"].topology_resolution  # of that topology
-    peers: tuple[Literal["mesh2sdf", "libigl"], ...] = (
-        "mesh2sdf",
-        "libigl",
-    )  # those not installed are left out
-    peer_names: tuple[str, ...] = ()  # files on which peers are measured; default: all
-    mesh2sdf_resolutions: tuple[int, ...] = (
-        64,
-        128,
-    )  # 256 takes minutes a mesh; the last one also runs without fix
-    samples: int = 20_000  # grid points at which errors are measured
-    timeout_s: float = 3600.0  # of one measurement
+    """Resolutions that are measured separately, each with a topology of the same resolution."""
+
+    full_resolutions: tuple[int, ...] = PRESETS["full"].resolutions
+    """Resolutions that are computed from one topology, as in a build, and stored."""
+
+    topology_resolution: int = PRESETS["full"].topology_resolution
+    """Resolution of the topology for the full resolutions."""
+
+    peers: tuple[Literal["mesh2sdf", "libigl"], ...] = ("mesh2sdf", "libigl")
+    """Libraries to compare with. Libraries that are not installed are skipped."""
+
+    peer_names: tuple[str, ...] = ()
+    """Names of the files on which the other libraries are measured. If none is given, all are."""
+
+    mesh2sdf_resolutions: tuple[int, ...] = (64, 128)
+    """Resolutions at which mesh2sdf is measured. The largest one is also measured without its
+    repair. 256 takes minutes per mesh."""
+
+    samples: int = 20_000
+    """Number of grid points at which errors are measured."""
+
+    timeout_s: float = 3600.0
+    """Longest time of one measurement in seconds."""
+
     out: Path = Path("benchmarks/results/sdf.json")
+    """JSON file for the results."""
 
     def __post_init__(self):
         for resolution in (*self.resolutions, *self.full_resolutions, *self.mesh2sdf_resolutions):
@@ -71,10 +87,17 @@ class SdfBenchmark:
 
 
 def measure(cfg: SdfBenchmark) -> dict[str, Any]:
-    """Every measurement, each in a fresh process, one after another; cfg.out is rewritten after each mesh."""
+    """Run all measurements one after another, each in a new process.
+
+    `cfg.out` is rewritten after each mesh.
+
+    Returns:
+        "machine", "options", and lists of rows: "rows" of single resolutions, "full" of all
+        resolutions from one topology, "left_out" of meshes that were not measured.
+    """
     peers = [peer for peer in dict.fromkeys(cfg.peers) if _version(peer)]
     for peer in sorted({*cfg.peers} - {*peers}):
-        log.info("%s is not installed, left out", peer)
+        log.info("%s is not installed and is skipped.", peer)
     results: dict[str, Any] = {
         "machine": machine(peers),
         "options": _options(cfg),
@@ -101,6 +124,7 @@ def _measure_mesh(
     peers: Sequence[str],
     results: dict[str, Any],
 ) -> None:
+    # load the mesh and compute the true distances
     with_fix = sorted(set(cfg.mesh2sdf_resolutions)) if "mesh2sdf" in peers else []
     resolutions = sorted({*cfg.resolutions, *with_fix})
     prepared = run_child(
@@ -114,9 +138,10 @@ def _measure_mesh(
         cfg.timeout_s,
     )
     if "faces" not in prepared:
-        log.info("%s: %s", name, prepared)
+        log.info("%s is not measured: %s", name, prepared)
         results["left_out"].append({"mesh": name, **prepared})
         return
+    # each resolution by each method
     about = {"mesh": name, **prepared}
     for resolution in resolutions:
         libigl = "libigl" in peers and resolution in cfg.resolutions
@@ -142,6 +167,7 @@ def _measure_mesh(
             if "cpu_s" not in row and method == "ours":
                 break
         (folder / f"band-{resolution}.npy").unlink(missing_ok=True)
+    # all resolutions from one topology
     if cfg.full_resolutions:
         job = {
             "method": "full",
@@ -156,7 +182,16 @@ def _measure_mesh(
 
 
 def run_child(folder: Path, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """The job's numbers, {"rejected": reason}, or {"failed": what became of the process}."""
+    """Run one measurement of `benchmarks.sdf_child` in a new process.
+
+    Args:
+        folder: Directory that the measurements of one mesh share.
+        job: Method and arguments.
+        timeout_s: Longest time in seconds.
+
+    Returns:
+        The numbers of the measurement, {"rejected": reason} or {"failed": cause}.
+    """
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     arguments = [sys.executable, "-m", "benchmarks.sdf_child", str(folder), json.dumps(job)]
@@ -178,12 +213,12 @@ def run_child(folder: Path, job: dict[str, Any], timeout_s: float) -> dict[str, 
 
 
 def _files(cfg: SdfBenchmark, scratch: Path) -> Iterator[tuple[str, Path]]:
-    """Name and file of every mesh. UserError if a name in cfg.names is not there."""
+    """Yield name and file of every mesh. UserError if a chosen name does not exist."""
     source = open_source("procedural" if cfg.meshes is None else f"folder:{cfg.meshes}")
     records = {record.url.removeprefix("procedural:"): record for record in source.records()}
     missing = sorted({*cfg.names, *cfg.peer_names} - {*records})
     if missing:
-        raise UserError(f"no mesh called {missing[0]}")
+        raise UserError(f"no mesh is called {missing[0]}; choose from the files of --meshes")
     names = [name for name in records if not cfg.names or name in cfg.names]
     limit = cfg.limit
     if cfg.meshes is None and not cfg.names and limit is None:
@@ -193,7 +228,7 @@ def _files(cfg: SdfBenchmark, scratch: Path) -> Iterator[tuple[str, Path]]:
 
 
 def machine(peers: Sequence[str]) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """Return the processor and the versions on which the numbers depend."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -213,19 +248,21 @@ def _version(package: str) -> str | None:
 
 
 def _options(cfg: SdfBenchmark) -> dict[str, Any]:
-    """The options that decide the numbers; where files lie is nobody's business."""
+    """Return the options on which the numbers depend. Local paths are removed."""
     options = {name: value for name, value in asdict(cfg).items() if name not in ("meshes", "out")}
     return {**options, "meshes": "procedural" if cfg.meshes is None else cfg.meshes.absolute().name}
 
 
 def tables(results: dict[str, Any]) -> str:
-    """All numbers as three Markdown tables, with a few lines on what they mean."""
+    """Format the results as three Markdown tables with explanations."""
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
     parts = [
         machine,
         "## Topology on the same grid, SDF and sharp bits",
-        "CPU seconds without start and compilation; peak resident memory, and base, what it was before the work. "
-        "Error at random grid points of the band, in voxels, against brute force: offset > 0 is a surface too far out.",
+        "CPU s excludes the start and compilation. Peak MB is the peak resident memory, and base "
+        "the resident memory before the work. Errors are measured in voxels at random grid points "
+        "of the band, against brute force. A positive offset means that the surface lies too far "
+        "out.",
         _markdown(_cost_rows(results["rows"])),
     ]
     full = [row for row in results["full"] if "stored" in row]
@@ -233,9 +270,9 @@ def tables(results: dict[str, Any]) -> str:
         topology = results["options"]["topology_resolution"]
         parts += [
             f"## All resolutions from one topology at {topology}",
-            "Peak includes writing the stores.",
+            "Peak MB includes writing the stores.",
             _markdown(_full_rows(full)),
-            "## Stored bytes per cell (8^3 block), one asset a store, metadata included",
+            "## Stored bytes per cell (8^3 grid points), with metadata and one asset per store",
             _markdown(_size_rows(full)),
         ]
     left_out = [
@@ -243,7 +280,7 @@ def tables(results: dict[str, Any]) -> str:
         *(row for row in results["rows"] + results["full"] if "cpu_s" not in row),
     ]
     if left_out:
-        parts.append("## Left out")
+        parts.append("## Not measured")
         parts.append(
             "\n".join(
                 f"- {_where(row)}: {row.get('rejected') or row.get('failed')}" for row in left_out
@@ -347,9 +384,10 @@ def _markdown(rows: Iterator[Row]) -> str:
 
 
 def main(args: Sequence[str]) -> None:
+    """Run the command."""
     cfg = parse(SdfBenchmark, args, prog="python -m benchmarks.sdf")
     sys.stdout.write(tables(measure(cfg)))
-    log.info("numbers in %s", cfg.out)
+    log.info("The results are in %s.", cfg.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""One measurement of benchmarks.sdf in a process of its own: `python -m benchmarks.sdf_child FOLDER JOB_AS_JSON`.
+"""One measurement of `benchmarks.sdf`: `python -m benchmarks.sdf_child FOLDER JOB_AS_JSON`.
 
-The job's numbers are left in FOLDER/result.json. CPU seconds count all threads and no compilation; the peak is that of
-the resident set from the moment the clock starts, interpreter and libraries included: `base_mb` tells their part.
+The numbers are written to FOLDER/result.json. CPU seconds include all threads and exclude
+compilation. The peak memory is the largest resident set after the clock was started. It includes
+the interpreter and the libraries, whose part is `base_mb`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from pipeline.core.errors import Reject
 from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.schema import Bricks, Mesh
 
-CHUNK = 1 << 20  # points that go to libigl at once
+CHUNK = 1 << 20  # points per call of libigl
+SURE_SIGN_VOXELS = 1e-3  # signs are compared beyond this distance: float16 rounds smaller values
 
 
 def main(folder: Path, job: dict[str, Any]) -> None:
+    """Run the job's method and write its numbers."""
     jobs = {
         "prepare": prepare,
         "ours": ours,
@@ -42,7 +45,7 @@ def main(folder: Path, job: dict[str, Any]) -> None:
 
 
 def prepare(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Loads and normalises a file as a build would, and finds the true distances for every resolution."""
+    """Load and normalise a file as a build does, and compute the true distances."""
     from benchmarks.sdf_truth import open_edges, sample_truth
     from pipeline.curation.config import FilterConfig
     from pipeline.curation.filters import filter_geometry
@@ -60,7 +63,7 @@ def prepare(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Topology on the same grid, distances and sharp bits."""
+    """Measure topology, distances and sharp bits on the same grid."""
     from pipeline.geometry.config import TopologyConfig
     from pipeline.geometry.sdf import compute_bricks
     from pipeline.geometry.topology import build_topology
@@ -91,7 +94,10 @@ def ours(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def full(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """All resolutions from one topology, each written to a store of its own; writing is left out of the seconds."""
+    """Measure all resolutions from one topology.
+
+    Each is written to a store of its own. The seconds exclude the writing.
+    """
     from pipeline.geometry.config import TopologyConfig
     from pipeline.geometry.sdf import compute_bricks
     from pipeline.geometry.topology import build_topology
@@ -118,11 +124,11 @@ def full(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def mesh2sdf(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """The dense grid of mesh2sdf, fed so that its grid points are ours."""
+    """Measure the dense grid of mesh2sdf, with the same grid points as ours."""
     import mesh2sdf as peer
 
     def grid_of(mesh: Mesh, size: int) -> Any:
-        # its point i lies at -1 + 2 i / R of [-1, 1], ours at -0.5 + i / (R - 1) of [-0.5, 0.5]
+        # its grid point i lies at -1 + 2 * i / R, ours at -0.5 + i / (R - 1)
         vertices = (2 * mesh.vertices + 1) * ((size - 1) / size) - 1
         return peer.compute(
             vertices, mesh.faces, size, fix=job["method"] == "mesh2sdf", level=2 / size
@@ -141,7 +147,7 @@ def mesh2sdf(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def libigl(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Distance (AABB tree) and side (fast winding number) at the band points that our run found."""
+    """Measure libigl at the grid points of our band: AABB tree and fast winding number."""
     import igl
 
     def build(mesh: Mesh) -> Callable[[NDArray], NDArray[np.float64]]:
@@ -171,23 +177,26 @@ def libigl(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 class Clock:
-    """CPU seconds by part, and the peak of memory since the start."""
+    """CPU seconds by part, and peak memory since the clock was created."""
 
     def __init__(self):
-        with suppress(OSError):  # elsewhere the peak also covers the warm-up
+        with suppress(OSError):  # other systems than Linux: the peak includes the warm-up
             Path("/proc/self/clear_refs").write_text("5")
         self.base_mb = peak_mb()
         self.parts: dict[str, float] = {}
         self.last = time.process_time()
 
     def lap(self, name: str) -> None:
+        """Record the seconds since the last lap under a name."""
         now = time.process_time()
         self.parts[name], self.last = now - self.last, now
 
     def skip(self) -> None:
+        """Discard the seconds since the last lap."""
         self.last = time.process_time()
 
     def cost(self) -> dict[str, Any]:
+        """Return seconds and memory as columns of a row."""
         return {
             "cpu_s": sum(self.parts.values()),
             "parts_s": self.parts,
@@ -197,7 +206,10 @@ class Clock:
 
 
 def peak_mb() -> float:
-    """Largest resident set so far, in 2**20 bytes; getrusage, which may count the parent's too, only where it must."""
+    """Return the largest resident set so far, in MiB.
+
+    getrusage can include the parent process, so it is only used where /proc is missing.
+    """
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):
@@ -206,7 +218,15 @@ def peak_mb() -> float:
 
 
 def stored_voxels(bricks: Bricks, points: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Distances in voxels at grid points [P, 3]; NaN where no block is stored."""
+    """Return the stored distances at grid points.
+
+    Args:
+        bricks: The stored bricks.
+        points: int32 [P, 3] grid indices.
+
+    Returns:
+        float64 [P] in voxels, NaN where no cell is stored.
+    """
     side = bricks.resolution // CELL_SIDE
     weights = np.array([side * side, side, 1])
     keys = bricks.cells.astype(np.int64) @ weights
@@ -225,22 +245,25 @@ def stored_voxels(bricks: Bricks, points: NDArray[np.int32]) -> NDArray[np.float
 def _errors(
     folder: Path, resolution: int, voxels_at: Callable[[NDArray[np.int32]], NDArray]
 ) -> dict[str, Any]:
-    """Against the truth, in voxels. `offset` is how far the surface lies too far out."""
+    """Compare distances with the true ones, in voxels.
+
+    A positive offset means that the surface lies too far out.
+    """
     truth = np.load(folder / f"truth-{resolution}.npz")
     sampled, count = int(truth["sampled"]), len(truth["points"])
     if not count:
         return {"points": 0, "sampled": sampled}
-    true, found = truth["voxels"], voxels_at(truth["points"])
-    known = np.isfinite(found)
-    error = true[known] - found[known]
-    turned = (
-        known & (np.signbit(found) != np.signbit(true)) & (np.abs(true) > 1e-3)
-    )  # fp16 on the surface itself
+    true, measured = truth["voxels"], voxels_at(truth["points"])
+    known = np.isfinite(measured)
+    error = true[known] - measured[known]
+    wrong_sign = (
+        known & (np.signbit(measured) != np.signbit(true)) & (np.abs(true) > SURE_SIGN_VOXELS)
+    )
     return {
         "points": count,
         "sampled": sampled,
         "missing": float(1 - known.mean()),
-        "wrong_sign": float(turned.sum() / count),
+        "wrong_sign": float(wrong_sign.sum() / count),
         "offset_voxels": float(error.mean()) if known.any() else None,
         "error_voxels": float(np.abs(error).mean()) if known.any() else None,
         "max_error_voxels": float(np.abs(error).max()) if known.any() else None,
@@ -253,7 +276,7 @@ def _mesh(folder: Path) -> Mesh:
 
 
 def _warm_up_mesh() -> Mesh:
-    """A box without a lid and a loose sheet: takes every way through the geometry."""
+    """Return a box without a lid and a loose sheet, which use all parts of the geometry."""
     box = np.stack(np.meshgrid(*[[-0.4, 0.4]] * 3, indexing="ij"), axis=-1).reshape(8, 3)
     sheet = np.array([[-0.2, 0.45, 0.0], [0.2, 0.45, 0.0], [0.0, 0.45, 0.2]])
     sides = np.array([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4]])

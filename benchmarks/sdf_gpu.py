@@ -1,8 +1,8 @@
-"""`python -m benchmarks.sdf_gpu`: the SDF's GPU path beside its CPU path: seconds, distances in voxels, signs.
+"""`python -m benchmarks.sdf_gpu`: time and accuracy of the SDF on a GPU, compared with the CPU.
 
-Two commands, because the machine with the GPU may have no mesh libraries: `topologies` packs meshes, with what was
-decided about inside and outside, into one file; `measure` computes their distances on both. What other libraries
-take is in benchmarks.sdf.
+There are two commands, because the machine with the GPU may have no mesh libraries. `topologies`
+writes the topologies of meshes to one file. `measure` computes their distances on both devices.
+`benchmarks.sdf` compares with other libraries.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import numpy as np
 import torch
 import triton
 
-from pipeline.core.cli import command, parse
+from pipeline.core.cli import command
 from pipeline.core.errors import UserError
 from pipeline.core.grid import band, spacing
 from pipeline.core.primitives.triangles import pack
 from pipeline.core.schema import Bricks
+from pipeline.core.subcommands import parse_subcommand
 from pipeline.geometry import sdf, sdf_cuda
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.flood_fill import Bins, FloodFill, bin_triangles
@@ -46,26 +47,41 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Topologies:
-    """Pack the topologies of a folder's meshes into one file."""
+    """Write the topologies of the meshes of a folder to one file."""
 
     meshes: Path
-    names: tuple[str, ...] = ()  # only these files of it
+    """Folder of mesh files."""
+
+    names: tuple[str, ...] = ()
+    """Names of the files to use. If none is given, all files are used."""
+
     topology_resolution: int = 512
+    """Resolution of the grid on which inside and outside are decided."""
+
     out: Path = Path("topologies.npz")
+    """File for the topologies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """CPU and GPU on packed topologies, one after the other in one process; then what a fresh process pays."""
+    """Measure CPU and GPU on a file of topologies, and the start of a new process."""
 
     topologies: Path
+    """File that the command topologies has written."""
+
     resolutions: tuple[int, ...] = (256, 384, 512, 1024)
-    repeats: int = 5  # of the GPU's measurements, whose median counts; the CPU path runs once
+    """Resolutions to measure."""
+
+    repeats: int = 5
+    """Number of measurements on the GPU, of which the median is reported. The CPU is measured
+    once."""
+
     out: Path = Path("benchmarks/results/sdf_gpu.json")
+    """JSON file for the results."""
 
 
 def pack_topologies(cfg: Topologies) -> None:
-    """UserError if no file of the folder, or none of those named, is there."""
+    """Write a file of topologies. UserError if the folder has none of the files."""
     from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
     from pipeline.mesh_io.load import load
     from pipeline.mesh_io.normalize import normalize
@@ -74,10 +90,8 @@ def pack_topologies(cfg: Topologies) -> None:
         path for path in sorted(cfg.meshes.iterdir()) if not cfg.names or path.name in cfg.names
     ]
     if not paths:
-        raise UserError(
-            f"no mesh in {cfg.meshes}"
-            + (f" is called {' or '.join(cfg.names)}" if cfg.names else "")
-        )
+        named = f" is called {' or '.join(cfg.names)}" if cfg.names else ""
+        raise UserError(f"no mesh in {cfg.meshes}{named}; check --meshes and --names")
     packed: dict[str, Any] = {
         "names": [path.name for path in paths],
         "resolution": cfg.topology_resolution,
@@ -92,16 +106,27 @@ def pack_topologies(cfg: Topologies) -> None:
 
 
 def _parts(topology: Topology) -> dict[str, np.ndarray]:
+    """Return the arrays of a topology that distances need, by the names in the file."""
     flood = topology.flood
     values = (
-        topology.triangles, topology.kinds, topology.sharp_edges,
-        flood.bins.bin_of, flood.bins.cells, flood.outside, flood.whole_cells,
-    )  # fmt: skip
+        topology.triangles,
+        topology.kinds,
+        topology.sharp_edges,
+        flood.bins.bin_of,
+        flood.bins.cells,
+        flood.outside,
+        flood.whole_cells,
+    )
     return dict(zip(PARTS, values))
 
 
 def read_topologies(path: Path) -> dict[str, Topology]:
-    """Name -> topology, as far as distances need it: the flood's own triangles and barrier are left out."""
+    """Read a file of topologies.
+
+    Returns:
+        The topology of each mesh by name, without the bins and the barrier of its flood fill, which
+        distances do not need.
+    """
     packed = np.load(path)
     resolution, found = int(packed["resolution"]), {}
     for number, name in enumerate(packed["names"].tolist()):
@@ -110,8 +135,12 @@ def read_topologies(path: Path) -> dict[str, Topology]:
         )
         none = np.zeros(len(blocks) + 1, np.int64)
         bins = Bins(
-            resolution=resolution, bin_of=bin_of, cells=blocks, offsets=none, triangles=np.empty(0, np.int32)
-        )  # fmt: skip
+            resolution=resolution,
+            bin_of=bin_of,
+            cells=blocks,
+            offsets=none,
+            triangles=np.empty(0, np.int32),
+        )
         found[name] = Topology(
             resolution=resolution,
             triangles=triangles,
@@ -127,25 +156,26 @@ def read_topologies(path: Path) -> dict[str, Topology]:
 
 
 def measure(cfg: Measure) -> dict[str, Any]:
-    """Every number; cfg.out is rewritten after each mesh. UserError without CUDA."""
-    # First of all: a process that has a CUDA context is no server that could fork.
+    """Run all measurements. `cfg.out` is rewritten after each mesh.
+
+    Raises:
+        UserError: If there is no CUDA device.
+    """
+    # new processes come first, because a process with a CUDA context cannot fork
     results: dict[str, Any] = {
         "machine": machine(),
         "resolutions": cfg.resolutions,
         "process": [],
         "rows": [],
     }
-    for limit in (
-        "RLIMIT_DATA",
-        "RLIMIT_DATA",
-        "RLIMIT_AS",
-    ):  # the first compiles; the last says why it is not that one
+    # the first process compiles; the last shows that CUDA does not start under RLIMIT_AS
+    for limit in ("RLIMIT_DATA", "RLIMIT_DATA", "RLIMIT_AS"):
         results["process"].append(in_a_process(cfg.topologies, max(cfg.resolutions), limit))
         log.info("%s", results["process"][-1])
     sdf_cuda.check_cuda()
     results["machine"]["gpu"] = sdf_cuda.device_name("cuda")
     topologies = read_topologies(cfg.topologies)
-    sdf.compute_bricks(next(iter(topologies.values())), 64)  # numba compiles
+    sdf.compute_bricks(next(iter(topologies.values())), 64)  # compiles the CPU implementation
     for name, topology in topologies.items():
         for resolution in cfg.resolutions:
             row = {
@@ -161,14 +191,31 @@ def measure(cfg: Measure) -> dict[str, Any]:
 
 
 def compare(topology: Topology, resolution: int, repeats: int, device: str = "cuda") -> Row:
-    """Both paths on one topology: seconds of `compute_bricks`, of its parts and of the kernels; where they differ."""
+    """Measure both devices on one topology.
+
+    Args:
+        topology: The topology.
+        resolution: Grid points along one side.
+        repeats: Number of measurements on the GPU.
+        device: "cuda", or "cpu" in tests, where the kernels are interpreted.
+
+    Returns:
+        Seconds of `compute_bricks` and of its parts, milliseconds of the kernels, and `difference`.
+    """
     tau, h = band(resolution), spacing(resolution)
     half, trusted = sdf.SHEET_HALF_VOXELS * h, sdf.FLOOD_VOXELS * spacing(topology.resolution)
 
     def fill() -> None:
         for _ in sdf_cuda.fill_cells(
-            packed, topology.kinds, bins, topology.flood, tau=tau, half=half, trusted=trusted, device=device
-        ):  # fmt: skip
+            packed,
+            topology.kinds,
+            bins,
+            topology.flood,
+            tau=tau,
+            half=half,
+            trusted=trusted,
+            device=device,
+        ):
             pass
 
     began = time.perf_counter()
@@ -177,7 +224,7 @@ def compare(topology: Topology, resolution: int, repeats: int, device: str = "cu
     binned = time.perf_counter()
     expected = sdf.compute_bricks(topology, resolution)
     done = time.perf_counter()
-    fill()  # compiles
+    fill()  # compiles the kernels
     row = {
         "resolution": resolution,
         "blocks": len(bins.cells),
@@ -202,7 +249,7 @@ def compare(topology: Topology, resolution: int, repeats: int, device: str = "cu
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    """Of the wall clock, until the GPU has finished too."""
+    """Return the wall-clock seconds of a function, including its work on the GPU."""
     began = time.perf_counter()
     work()
     if device == "cuda":
@@ -211,7 +258,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def kernel_ms(work: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds that the GPU spends in each of our kernels, over all launches."""
+    """Return the GPU milliseconds of each kernel, over all launches of a function."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
@@ -220,28 +267,43 @@ def kernel_ms(work: Callable[[], None]) -> dict[str, float]:
 
 
 def difference(found: Bricks, expected: Bricks) -> Row:
-    """Largest difference of stored values in voxels, signs that differ away from the surface, cells not in both."""
+    """Compare stored bricks.
+
+    Returns:
+        The largest difference in voxels and the float16 rounding step, the share of values that
+        differ, and the numbers of wrong signs (beyond 1e-3 voxels from the surface), of compared
+        values, of cells that only one has and of sharp bits that differ.
+    """
     R = expected.resolution
     keys, others = (bricks.cells.astype(np.int64) @ [R * R, R, 1] for bricks in (expected, found))
-    both, mine, other = np.intersect1d(keys, others, assume_unique=True, return_indices=True)
-    a, b = expected.values[mine].astype(np.float32), found.values[other].astype(np.float32)
+    both, rows, other_rows = np.intersect1d(keys, others, assume_unique=True, return_indices=True)
+    a = expected.values[rows].astype(np.float32)
+    b = found.values[other_rows].astype(np.float32)
     voxels = band(R) / spacing(R)
     wrong = (np.signbit(a) != np.signbit(b)) & (np.abs(a) * voxels > 1e-3)
     return {
         "max_voxels": float(np.abs(a - b).max() * voxels),
-        "f16_step_voxels": float(
-            voxels * 2**-11
-        ),  # what rounding to float16 alone may make of nothing
+        "f16_step_voxels": float(voxels * 2**-11),
         "differing": float((a != b).mean()),
         "wrong_signs": int(wrong.sum()),
         "values": a.size,
         "other_cells": len(keys) + len(others) - 2 * len(both),
-        "other_sharp_bits": int(np.unpackbits(expected.sharp[mine] ^ found.sharp[other]).sum()),
+        "other_sharp_bits": int(
+            np.unpackbits(expected.sharp[rows] ^ found.sharp[other_rows]).sum()
+        ),
     }
 
 
 def in_a_process(topologies: Path, resolution: int, limit: str) -> Row:
-    """What an asset's child pays: forked from a warm server, under a memory limit of 8 GB, CUDA's start included."""
+    """Measure a process as a build starts it for an asset, including the start of CUDA.
+
+    It is forked from a server that has imported everything, and limited to 8 GB.
+
+    Args:
+        topologies: File of topologies.
+        resolution: The finest resolution.
+        limit: Name of the resource limit.
+    """
     isolated = IsolatedProcess("benchmarks.sdf_gpu:_warm_up")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "seconds.json"
@@ -263,10 +325,10 @@ def _warm_up() -> None:
 
 
 def _child(job: tuple[Path, int, Path]) -> None:
-    """Seconds of the first two runs at 256 and one at the finest resolution, on the first topology."""
+    """Measure two runs at 256 and two at the finest resolution, on the first topology."""
     path, resolution, out = job
     topology = next(iter(read_topologies(path).values()))
-    sdf.compute_bricks(topology, 256)  # numba's part
+    sdf.compute_bricks(topology, 256)  # compiles the CPU part
     took = [
         seconds(partial(sdf.compute_bricks, topology, R, "cuda"), "cuda")
         for R in (256, 256, resolution, resolution)
@@ -276,7 +338,7 @@ def _child(job: tuple[Path, int, Path]) -> None:
 
 
 def machine() -> Row:
-    """What the numbers depend on besides the code."""
+    """Return the processor and the versions on which the numbers depend."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {
@@ -288,17 +350,10 @@ def machine() -> Row:
 
 
 def table(results: dict[str, Any]) -> str:
+    """Format the results as a Markdown table."""
     head = ("mesh", "faces", "R", "cells", "CPU s", "GPU s", "x", "bins s", "fill s", "kernels ms")
-    head += (
-        "narrow",
-        "distances",
-        "votes",
-        "max voxels",
-        "f16 step",
-        "wrong signs",
-        "other cells",
-        "sharp bits",
-    )
+    head += ("narrow", "distances", "votes", "max voxels", "f16 step")
+    head += ("wrong signs", "other cells", "sharp bits")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in results["rows"]:
         cells = [row["mesh"], row["faces"], row["resolution"], row["cells"], f"{row['cpu_s']:.3f}"]
@@ -323,20 +378,19 @@ def table(results: dict[str, Any]) -> str:
 
 
 def run(cfg: Measure) -> None:
+    """Run the command `measure`."""
     results = measure(cfg)
     sys.stdout.write(table(results))
-    log.info("numbers in %s", cfg.out)
+    log.info("The results are in %s.", cfg.out)
 
 
 def main(args: Sequence[str]) -> None:
-    kinds: dict[str, tuple[type, Any]] = {
-        "topologies": (Topologies, pack_topologies),
-        "measure": (Measure, run),
-    }
-    if not args or args[0] not in kinds:
-        raise UserError(f"say what to do: {PROG} {'|'.join(kinds)} [options]")
-    cls, function = kinds[args[0]]
-    function(parse(cls, args[1:], prog=f"{PROG} {args[0]}"))
+    """Run the command."""
+    name, cfg = parse_subcommand({"topologies": Topologies, "measure": Measure}, args, prog=PROG)
+    if name == "topologies":
+        pack_topologies(cfg)
+    else:
+        run(cfg)
 
 
 if __name__ == "__main__":

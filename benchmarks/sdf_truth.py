@@ -1,4 +1,8 @@
-"""Exact signed distances at grid points near a mesh, by brute force and without the pipeline's own geometry."""
+"""Exact signed distances at grid points near a mesh, by brute force.
+
+Nothing here uses the geometry of the pipeline, which is measured against it. Distances are tested
+against `tests.pipeline.known_shapes.brute_distance`.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +15,37 @@ from numpy.typing import NDArray
 from pipeline.core.grid import band, spacing
 from pipeline.core.schema import Mesh
 
-PROBE = 1e-6  # cube units off the surface where its two sides are looked at
-FAR_RADII = 5.0  # a triangle this many of its radii away counts as a dipole in the winding number
-CLEAR = 0.3  # a winding number within this of 0 or of +-1 tells the side; beside an open sheet it is near +-1/2
-RIM_BANDS = 1.5  # points this many bands from an open border are left out: what closes it is not in the mesh
+PROBE = 1e-6  # distance from the surface at which its two sides are probed, in cube units
+FAR_RADII = 5.0  # a triangle farther away than this, in its radii, is a dipole in winding numbers
+# A side is clear if the winding number is within this of 0 or 1. Beside a sheet it is near 1/2.
+CLEAR = 0.3
+# Points within this many bands of an open border are left out, because caps are not in the mesh.
+RIM_BANDS = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """Grid points whose signed distance is beyond doubt."""
+    """Grid points whose signed distance is certain."""
 
     points: NDArray[np.int32]  # [P, 3] grid indices
     voxels: NDArray[np.floating]  # [P] signed distance in grid spacings, negative inside
-    sampled: int  # how many points of the band were looked at
+    sampled: int  # number of the band's points that were examined
 
 
 def sample_truth(mesh: Mesh, resolution: int, samples: int, seed: int = 0) -> Truth:
-    """At most `samples` distinct points of the band |d| < tau, scattered over the surface by area.
+    """Sample grid points of the band |d| < tau and compute their signed distances.
 
-    A point counts if the place on the mesh closest to it parts inside from outside, by clear winding numbers: not near
-    sheets, faces buried in a solid or the rim of an opening. A cavity counts as outside if its walls are turned so.
+    A point is kept if the winding numbers on both sides of the closest point of the mesh clearly
+    separate inside from outside. This excludes points near sheets, near faces inside a solid and
+    near the rim of an opening. A cavity is outside if its walls are wound accordingly.
+
+    Args:
+        mesh: A mesh in the cube [-0.5, 0.5]^3.
+        resolution: Grid points along one side.
+        samples: Number of places on the surface, uniform by area. At most one point per place.
+        seed: Seed of the places.
     """
+    # distances of grid points near the surface
     tau, h = band(resolution), spacing(resolution)
     corners = mesh.vertices[mesh.faces]
     grid = _near_surface(corners, tau, h, resolution, samples, np.random.default_rng(seed))
@@ -39,19 +53,17 @@ def sample_truth(mesh: Mesh, resolution: int, samples: int, seed: int = 0) -> Tr
     distance, face, foot = closest_on_mesh(points, corners)
     in_band = distance < tau
     sampled = int(in_band.sum())
+    # leave out the surroundings of open borders
     rim = open_edges(mesh)
     if len(rim):
         in_band &= closest_on_mesh(points, rim[:, [0, 1, 1]])[0] > RIM_BANDS * tau
-    grid, points, distance, face, foot = (
-        grid[in_band],
-        points[in_band],
-        distance[in_band],
-        face[in_band],
-        foot[in_band],
-    )
-    inner = foot + 0.01 * (
-        corners[face].mean(axis=1) - foot
-    )  # off the edges, where sides are ambiguous
+    grid = grid[in_band]
+    points = points[in_band]
+    distance = distance[in_band]
+    face = face[in_band]
+    foot = foot[in_band]
+    # probe both sides of the closest point, moved away from edges, where sides are ambiguous
+    inner = foot + 0.01 * (corners[face].mean(axis=1) - foot)
     normal = np.cross(corners[face, 1] - corners[face, 0], corners[face, 2] - corners[face, 0])
     length = np.linalg.norm(normal, axis=1, keepdims=True)
     normal /= np.where(length > 0, length, 1)
@@ -75,7 +87,7 @@ def _near_surface(
     count: int,
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Distinct grid points about as dense everywhere in the band."""
+    """Return distinct grid points [P, 3] of the band, with a uniform density along the surface."""
     normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     length = np.linalg.norm(normal, axis=1)
     face = rng.choice(len(corners), count, p=length / length.sum())
@@ -88,7 +100,13 @@ def _near_surface(
 
 
 def open_edges(mesh: Mesh) -> NDArray[np.float64]:
-    """[E, 2, 3] edges that an odd number of faces use, corners at the same place being one."""
+    """Return the boundary of a mesh: the edges that an odd number of faces use.
+
+    Vertices at the same position count as one.
+
+    Returns:
+        float64 [E, 2, 3].
+    """
     places, label = np.unique(mesh.vertices, axis=0, return_inverse=True)
     faces = label.ravel()[mesh.faces]
     edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
@@ -99,33 +117,52 @@ def open_edges(mesh: Mesh) -> NDArray[np.float64]:
 def closest_on_mesh(
     points: NDArray[np.floating], corners: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-    """Of points [P, 3] to triangles [T, 3, 3]: distance [P], closest triangle [P], closest place on it [P, 3]."""
+    """Find the closest point of a mesh.
+
+    Args:
+        points: [P, 3].
+        corners: float64 [T, 3, 3] triangles, which may have no area.
+
+    Returns:
+        distance: float64 [P].
+        face: int64 [P] closest triangle.
+        foot: float64 [P, 3] closest point.
+    """
     return _closest(np.ascontiguousarray(points), np.ascontiguousarray(corners), *_spheres(corners))
 
 
 def winding(points: NDArray[np.floating], corners: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[P] how often triangles [T, 3, 3] wind around points [P, 3], in either direction; far ones count as dipoles."""
+    """Compute absolute winding numbers. Triangles that are far away are approximated by dipoles.
+
+    Args:
+        points: [P, 3].
+        corners: float64 [T, 3, 3].
+
+    Returns:
+        float64 [P].
+    """
     return np.abs(
         _winding(np.ascontiguousarray(points), np.ascontiguousarray(corners), *_spheres(corners))
     )
 
 
 def _spheres(corners: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return centres [T, 3] and radii [T] of bounding spheres."""
     centres = corners.mean(axis=1)
     return centres, np.linalg.norm(corners - centres[:, None], axis=2).max(axis=1)
 
 
 @njit(cache=True)
 def _closest(points, corners, centres, radii):
-    distance, face, foot = (
-        np.empty(len(points)),
-        np.zeros(len(points), np.int64),
-        np.empty((len(points), 3)),
-    )
+    """See `closest_on_mesh`."""
+    distance = np.empty(len(points))
+    face = np.zeros(len(points), np.int64)
+    foot = np.empty((len(points), 3))
     for i in range(len(points)):
         p = points[i]
         best = np.inf
         for t in range(len(corners)):
+            # the bounding sphere excludes most triangles
             dx, dy, dz = p[0] - centres[t, 0], p[1] - centres[t, 1], p[2] - centres[t, 2]
             if dx * dx + dy * dy + dz * dz > (best + radii[t]) ** 2:
                 continue
@@ -134,6 +171,7 @@ def _closest(points, corners, centres, radii):
             ny = (b[2] - a[2]) * (c[0] - a[0]) - (b[0] - a[0]) * (c[2] - a[2])
             nz = (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
             nn = nx * nx + ny * ny + nz * nz
+            # each edge, and whether the point lies above the interior
             over = nn > 0.0
             for e in range(3):
                 s, d = corners[t, e], corners[t, (e + 1) % 3]
@@ -152,6 +190,7 @@ def _closest(points, corners, centres, radii):
                 if away < best:
                     best, face[i] = away, t
                     foot[i, 0], foot[i, 1], foot[i, 2] = s[0] + r * ex, s[1] + r * ey, s[2] + r * ez
+            # the interior
             if over:
                 height = ((p[0] - a[0]) * nx + (p[1] - a[1]) * ny + (p[2] - a[2]) * nz) / nn
                 away = abs(height) * np.sqrt(nn)
@@ -168,7 +207,9 @@ def _closest(points, corners, centres, radii):
 
 @njit(cache=True)
 def _winding(points, corners, centres, radii):
-    normals = np.empty((len(corners), 3))  # area vectors
+    """See `winding`."""
+    # area vectors
+    normals = np.empty((len(corners), 3))
     for t in range(len(corners)):
         a, b, c = corners[t, 0], corners[t, 1], corners[t, 2]
         normals[t, 0] = ((b[1] - a[1]) * (c[2] - a[2]) - (b[2] - a[2]) * (c[1] - a[1])) / 2
@@ -181,24 +222,22 @@ def _winding(points, corners, centres, radii):
         for t in range(len(corners)):
             dx, dy, dz = centres[t, 0] - x, centres[t, 1] - y, centres[t, 2] - z
             d2 = dx * dx + dy * dy + dz * dz
+            # a dipole if it is far away
             if d2 > (FAR_RADII * radii[t]) ** 2:
                 total += (dx * normals[t, 0] + dy * normals[t, 1] + dz * normals[t, 2]) / (
                     d2 * np.sqrt(d2)
                 )
                 continue
+            # otherwise the exact solid angle (Van Oosterom and Strackee 1983)
             ax, ay, az = corners[t, 0, 0] - x, corners[t, 0, 1] - y, corners[t, 0, 2] - z
             bx, by, bz = corners[t, 1, 0] - x, corners[t, 1, 1] - y, corners[t, 1, 2] - z
             cx, cy, cz = corners[t, 2, 0] - x, corners[t, 2, 1] - y, corners[t, 2, 2] - z
             la, lb = np.sqrt(ax * ax + ay * ay + az * az), np.sqrt(bx * bx + by * by + bz * bz)
             lc = np.sqrt(cx * cx + cy * cy + cz * cz)
             det = ax * (by * cz - bz * cy) + ay * (bz * cx - bx * cz) + az * (bx * cy - by * cx)
-            ab, bc, ca = (
-                ax * bx + ay * by + az * bz,
-                bx * cx + by * cy + bz * cz,
-                cx * ax + cy * ay + cz * az,
-            )
-            total += 2 * np.arctan2(
-                det, la * lb * lc + ab * lc + bc * la + ca * lb
-            )  # Van Oosterom and Strackee 1983
+            ab = ax * bx + ay * by + az * bz
+            bc = bx * cx + by * cy + bz * cz
+            ca = cx * ax + cy * ay + cz * az
+            total += 2 * np.arctan2(det, la * lb * lc + ab * lc + bc * la + ca * lb)
         out[i] = total / (4 * np.pi)
     return out
