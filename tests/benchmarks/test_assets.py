@@ -1,4 +1,4 @@
-"""The benchmark of whole assets, small: what it times is what a build makes, and comparing finds what was changed."""
+"""The benchmark of whole assets on two small meshes."""
 
 import json
 import shutil
@@ -29,13 +29,19 @@ def measured(tmp_path_factory):
     trimesh.creation.icosphere(subdivisions=2).export(meshes / "ball.stl")
     (meshes / "empty.stl").write_bytes(bytes(84))
     cfg = assets.Measure(
-        meshes=meshes, out=folder / "out", preset="smoke", products=PRODUCTS, views=2, image_size=64, processes=2,
+        meshes=meshes,
+        out=folder / "out",
+        preset="smoke",
+        products=PRODUCTS,
+        views=2,
+        image_size=64,
+        processes=2,
         repeats=2,
-    )  # fmt: skip
+    )
     return cfg, assets.measure(cfg)
 
 
-def test_every_visit_is_timed_stage_by_stage(measured):
+def test_each_asset_is_timed_by_stage(measured):
     cfg, results = measured
     assert sorted(row["mesh"] for row in results["rows"]) == sorted(
         ["ball.stl", "box.ply", "empty.stl"] * 2
@@ -61,7 +67,7 @@ def test_every_visit_is_timed_stage_by_stage(measured):
     assert f"4 visits by 2 processes in {results['wall_s']:.1f} s" in text
 
 
-def test_the_products_are_a_builds(measured):
+def test_the_products_are_those_of_a_build(measured):
     cfg, results = measured
     uid = next(row["uid"] for row in results["rows"] if row["mesh"] == "ball.stl")
     build = assets.build_config(cfg)
@@ -70,12 +76,11 @@ def test_the_products_are_a_builds(measured):
     found = load_bricks(cfg.out / "assets" / uid / "sdf-64", 64)
     np.testing.assert_array_equal(found.cells, expected.cells)
     np.testing.assert_array_equal(found.values, expected.values)
-    assert sorted(path.name for path in (cfg.out / "assets" / uid / "renders-paper").glob("*.png")) == [
-        f"{uid}-00.png", f"{uid}-01.png"
-    ]  # fmt: skip
+    views = (cfg.out / "assets" / uid / "renders-paper").glob("*.png")
+    assert sorted(path.name for path in views) == [f"{uid}-00.png", f"{uid}-01.png"]
 
 
-def test_comparing_finds_what_was_changed(measured, tmp_path):
+def test_compare_finds_changes(measured, tmp_path):
     cfg, results = measured
     uid = next(row["uid"] for row in results["rows"] if row["mesh"] == "box.ply")
     other = tmp_path / "other"
@@ -110,14 +115,14 @@ def test_comparing_finds_what_was_changed(measured, tmp_path):
     assert "4 views: " in said
 
 
-def test_pictures_are_compared_as_they_look_over_black():
+def test_images_are_compared_on_a_black_background():
     white, clear, grey = (
         np.full((2, 2, 4), 255, np.uint8),
         np.zeros((2, 2, 4), np.uint8),
         np.full((2, 2, 4), 255),
     )
     grey[..., :3] = 204
-    clear[..., :3] = 90  # colour that nobody sees
+    clear[..., :3] = 90  # invisible colour
     assert assets.compare_images(white, grey.astype(np.uint8))[
         "mean_difference_covered"
     ] == pytest.approx(0.2)
@@ -138,9 +143,8 @@ def test_errors_say_what_to_do(tmp_path, measured):
     with pytest.raises(
         UserError, match=r"preset smoke makes sdf-64, sdf-128, renders-paper, not sdf-512"
     ):
-        assets.main(
-            f"measure --meshes {cfg.meshes} --out {tmp_path} --preset smoke --products sdf-512".split()
-        )
+        folders = f"--meshes {cfg.meshes} --out {tmp_path}"
+        assets.main(f"measure {folders} --preset smoke --products sdf-512".split())
     with pytest.raises(UserError, match="processes must be 1 or more, got 0"):
         assets.main(f"measure --meshes {cfg.meshes} --out {tmp_path} --processes 0".split())
     with pytest.raises(UserError, match="no product of an asset in common"):

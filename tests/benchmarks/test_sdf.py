@@ -1,4 +1,4 @@
-"""The SDF benchmark on one tiny mesh: its numbers are there and make sense."""
+"""The SDF benchmark on one small mesh, and its true distances."""
 
 import json
 
@@ -19,8 +19,8 @@ def test_one_run_measures_cost_error_and_size(tmp_path, capsys):
     ball().export(tmp_path / "ball.ply")
     out = tmp_path / "sdf.json"
     main(
-        f"--meshes {tmp_path} --resolutions 64 --full-resolutions 64 72 --topology-resolution 64 --peers"
-        f" --samples 2000 --out {out}".split()
+        f"--meshes {tmp_path} --resolutions 64 --full-resolutions 64 72 --topology-resolution 64 "
+        f"--peers --samples 2000 --out {out}".split()
     )
     results = json.loads(out.read_text())
     (ours,) = results["rows"]
@@ -43,7 +43,7 @@ def test_one_run_measures_cost_error_and_size(tmp_path, capsys):
     assert "| ball.ply" in capsys.readouterr().out
 
 
-def test_the_truth_knows_a_sphere_and_leaves_an_opening_out():
+def test_the_truth_is_right_for_a_sphere_and_leaves_an_opening_out():
     shape = ball(4)
     faces = np.asarray(shape.faces, np.int32)
     closed = Mesh(vertices=np.asarray(shape.vertices), faces=faces)

@@ -1,4 +1,4 @@
-"""The benchmark of the GPU path, as far as it runs without a GPU."""
+"""The benchmark of the SDF on a GPU, as far as it runs without one."""
 
 from dataclasses import replace
 
@@ -27,9 +27,8 @@ def test_packed_topologies_give_the_same_distances(tmp_path):
     trimesh.creation.box((1, 2, 3)).export(tmp_path / "box.ply")
     trimesh.creation.icosphere(subdivisions=2).export(tmp_path / "ball.stl")
     file = tmp_path / "out" / "packed.npz"
-    sdf_gpu.main(
-        f"topologies --meshes {tmp_path} --names box.ply --topology-resolution 64 --out {file}".split()
-    )
+    args = f"topologies --meshes {tmp_path} --names box.ply --topology-resolution 64 --out {file}"
+    sdf_gpu.main(args.split())
     with pytest.raises(UserError, match="is called nothing"):
         sdf_gpu.main(f"topologies --meshes {tmp_path} --names nothing --out {file}".split())
     (name, found), *others = sdf_gpu.read_topologies(file).items()
@@ -43,7 +42,7 @@ def test_packed_topologies_give_the_same_distances(tmp_path):
     )
 
 
-def test_both_paths_are_timed(topology, monkeypatch):
+def test_both_devices_are_timed(topology, monkeypatch):
     for name in ("NARROW_TILE", "DISTANCE_TILE", "VOTE_TILE"):
         monkeypatch.setattr(f"kernels.sdf.distances.{name}", 32)
     row = sdf_gpu.compare(topology, 16, repeats=1, device="cpu")
@@ -51,7 +50,7 @@ def test_both_paths_are_timed(topology, monkeypatch):
     assert min(row["cpu_s"], row["bins_s"], row["fill_s"]) > 0
 
 
-def test_what_differs_is_counted(topology):
+def test_differences_are_counted(topology):
     bricks = compute_bricks(topology, 64)
     same = sdf_gpu.difference(bricks, bricks)
     assert same["values"] == bricks.values.size

@@ -1,4 +1,4 @@
-"""Shapes with known distances, and brute-force oracles that share no code with the pipeline."""
+"""Shapes with known distances, and brute-force references that share no code with the pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_mesh(*parts: trimesh.Trimesh) -> Mesh:
 
 
 def rotated(shape: trimesh.Trimesh, seed: int = 0) -> trimesh.Trimesh:
-    """A copy turned by a random rotation, so that nothing lies along the grid by accident."""
+    """Return a randomly rotated copy, which is not aligned with the grid."""
     turned = shape.copy()
     turned.apply_transform(
         trimesh.transformations.random_rotation_matrix(np.random.default_rng(seed).random(3))
@@ -31,14 +31,17 @@ def rotated(shape: trimesh.Trimesh, seed: int = 0) -> trimesh.Trimesh:
 
 @dataclass(frozen=True)
 class Solid:
-    """A closed mesh and the signed distance to the smooth shape it tessellates, at most `sag` away from it."""
+    """A closed mesh, and the signed distance to the smooth shape that it approximates.
+
+    The mesh deviates from the smooth shape by at most `sag`.
+    """
 
     mesh: Mesh
     smooth: Callable[[np.ndarray], np.ndarray]
     sag: float
 
     def scaled(self, scale: float, shift: np.ndarray) -> Solid:
-        """The same solid, smaller and moved: fewer voxels, so that brute force stays bearable on fine grids."""
+        """Return a scaled and moved copy. Fewer voxels make brute force feasible on fine grids."""
         mesh = replace(self.mesh, vertices=self.mesh.vertices * scale + shift)
         return Solid(mesh, lambda p: scale * self.smooth((p - shift) / scale), scale * self.sag)
 
@@ -65,7 +68,7 @@ def box(extents=(0.9, 0.5, 0.37), centre=(0.0, 0.0, 0.0)) -> Solid:
 
 
 def _sag(shape: trimesh.Trimesh, smooth: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Largest distance between a tessellation and its smooth shape, over a fine subdivision."""
+    """Return the largest distance of a mesh from its smooth shape, on a fine subdivision."""
     fine = shape.subdivide().subdivide().subdivide()
     return float(np.abs(smooth(fine.vertices)).max()) * 1.02 + 1e-9
 
@@ -93,7 +96,7 @@ def capsule(radius: float = 0.15, height: float = 0.6) -> Solid:
 
 @njit(cache=True)
 def _brute_distance(points, a, b, c):
-    """Least distance to any triangle: to its plane where the foot lies inside, else to its nearest edge."""
+    """Return the distances [P] to the closest triangle: to its plane or its nearest edge."""
     out = np.empty(len(points))
     for p in range(len(points)):
         best = np.inf
@@ -135,13 +138,13 @@ def _brute_distance(points, a, b, c):
 
 
 def brute_distance(points: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """[P] exact unsigned distances in float64, every triangle tried for every point."""
+    """Return exact unsigned distances [P] in float64. All triangles are tried for each point."""
     a, b, c = (np.ascontiguousarray(mesh.vertices[mesh.faces[:, k]]) for k in range(3))
     return _brute_distance(np.ascontiguousarray(points), a, b, c)
 
 
 def winding_number(points: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """[P] sum of signed solid angles over 4 pi: 1 inside a closed mesh that is wound outwards."""
+    """Return winding numbers [P]: 1 inside a closed mesh whose normals point outwards."""
     total = np.zeros(len(points))
     for triangle in mesh.vertices[mesh.faces]:
         a, b, c = (corner - points for corner in triangle)
@@ -153,7 +156,7 @@ def winding_number(points: np.ndarray, mesh: Mesh) -> np.ndarray:
 
 
 def points_of(bricks: Bricks) -> np.ndarray:
-    """[M, 512, 3] positions of all stored points."""
+    """Return the positions of all stored points, [M, 512, 3]."""
     local = np.stack(np.unravel_index(np.arange(CELL_SIDE**3), (CELL_SIDE,) * 3), axis=1)
     return (bricks.cells[:, None].astype(np.int64) * CELL_SIDE + local) * spacing(
         bricks.resolution
@@ -161,14 +164,14 @@ def points_of(bricks: Bricks) -> np.ndarray:
 
 
 def distances_of(bricks: Bricks) -> np.ndarray:
-    """[M, 512] stored values in voxels, clamped at the band."""
+    """Return the stored values in voxels, [M, 512]. They are clamped at the band."""
     return bricks.values.astype(np.float64) * band(bricks.resolution) / spacing(bricks.resolution)
 
 
 def grid_points_where(
     smooth: Callable[[np.ndarray], np.ndarray], limit: float, resolution: int
 ) -> np.ndarray:
-    """[P, 3] indices of all grid points with |smooth| < limit, one slab at a time."""
+    """Return the indices [P, 3] of all grid points with |smooth| < limit."""
     axis = np.arange(resolution) * spacing(resolution) - 0.5
     found = []
     for i, x in enumerate(axis):

@@ -1,4 +1,4 @@
-"""Signed distances by the kernels against the numba path that defines them, and against brute force in float64."""
+"""Signed distances of the kernels, compared with the CPU reference and with brute force."""
 
 import json
 import os
@@ -11,22 +11,22 @@ import pytest
 import torch
 
 from kernels.sdf import distances as kernel
-from pipeline.core.grid import band, spacing
-from pipeline.core.primitives.triangles import TIE, pack
+from pipeline.core.grid import CELL_SIDE, band, spacing
+from pipeline.core.primitives.triangles import TIE, VOTE_ROUNDING, pack
 from pipeline.core.schema import Mesh
 from pipeline.geometry import sdf
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.flood_fill import bin_triangles
-from pipeline.geometry.topology import SHEET, build_topology
+from pipeline.geometry.topology import BURIED, SHEET, SOLID, build_topology
 from tests.kernel_inputs import DEVICE
 
 LIMIT = 1e-3  # voxels
-# Triangles without a direction of an edge divide by zero, on purpose; padding does.
+# padding divides by zero on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")
 
 
 def sphere(subdivisions=2, radius=0.4, centre=(0.013, -0.004, 0.007)):
-    """An octahedron, subdivided: 8 * 4^n faces, many of which tie on the planes of symmetry."""
+    """Return a subdivided octahedron, whose faces tie on the planes of symmetry."""
     vertices = np.concatenate([np.eye(3), -np.eye(3)])
     faces = np.array(
         [[0, 1, 2], [1, 3, 2], [3, 4, 2], [4, 0, 2], [1, 0, 5], [3, 1, 5], [4, 3, 5], [0, 4, 5]]
@@ -85,7 +85,7 @@ def mesh_of_corners(corners):
 
 
 def soup(seed, count=30):
-    """Triangles of all sizes, every third a needle."""
+    """Return random triangles of all sizes. Every third is a needle."""
     random = np.random.default_rng(seed)
     size = 10 ** random.uniform(-2, 0, (count, 1, 1))
     corners = (
@@ -102,7 +102,7 @@ def soup(seed, count=30):
 
 
 def fans(seed, count=8):
-    """Threes of triangles with one corner in common, first, second or last of each: there the angles decide."""
+    """Return groups of three triangles with a common corner, where the angles decide the side."""
     random = np.random.default_rng(seed)
     corners = random.uniform(-0.3, 0.3, (count, 1, 1, 3)) + random.uniform(
         -0.15, 0.15, (count, 3, 3, 3)
@@ -126,7 +126,7 @@ MESHES = {
 
 
 class Case:
-    """A topology on a T^3 grid and what its distances on an R^3 grid start from, on some cells."""
+    """A topology on a T^3 grid, and the arguments for distances on some cells of an R^3 grid."""
 
     def __init__(self, mesh, R, T=64, cells=None, kinds=None, seed=0):
         self.topology = build_topology(mesh, TopologyConfig(resolution=T))
@@ -140,7 +140,7 @@ class Case:
         self.half, self.trusted = sdf.SHEET_HALF_VOXELS * self.h, sdf.FLOOD_VOXELS * spacing(T)
         bins = bin_triangles(self.packed, R, max(self.tau + self.half, self.trusted) / self.h)
         counts, chosen = np.diff(bins.offsets), np.arange(len(bins.cells))
-        if cells is not None and cells < len(chosen):  # with more candidates rather than with few
+        if cells is not None and cells < len(chosen):  # prefer cells with many candidates
             random = np.random.default_rng(seed)
             chosen = np.sort(
                 random.choice(chosen, cells, replace=False, p=counts**2 / (counts**2).sum())
@@ -175,12 +175,12 @@ class Case:
         return kernel.cell_distances(*self.arguments(), **self.lengths()).cpu().numpy()
 
     def points(self):
-        """[M, 512, 3] in float64."""
+        """Return the positions of all points, float64 [M, 512, 3]."""
         local = np.stack(np.unravel_index(np.arange(512), (8, 8, 8)), axis=1)
         return (self.cells[:, None].astype(np.int64) * 8 + local) * self.h - 0.5
 
     def check(self, values, expected):
-        """Same distances in the band, same signs everywhere, same active cells; to LIMIT voxels."""
+        """Assert equal distances in the band up to LIMIT, equal signs and equal active cells."""
         limit = LIMIT * self.h
         assert not np.isnan(values).any()
         wrong = (np.signbit(values) != np.signbit(expected)) & (np.abs(expected) > limit)
@@ -200,7 +200,7 @@ class Case:
 
 @pytest.fixture
 def wide_tiles(monkeypatch):
-    """The interpreter's time goes by operations, not by elements."""
+    """Use large tiles, because the time of the interpreter depends on operations, not elements."""
     if DEVICE == "cpu":
         for name in ("NARROW_TILE", "DISTANCE_TILE", "VOTE_TILE"):
             monkeypatch.setattr(kernel, name, 64)
@@ -210,7 +210,7 @@ SOME = None if DEVICE == "cuda" else 4
 
 
 @pytest.mark.parametrize(("name", "R"), [*((name, 64) for name in MESHES), ("box", 96)])
-def test_values_signs_and_blocks_are_those_of_the_numba_path(name, R, wide_tiles):
+def test_values_signs_and_cells_are_those_of_the_reference(name, R, wide_tiles):
     case = Case(MESHES[name], R, cells=SOME)
     expected, active = case.by_numba()
     assert active.any()
@@ -218,22 +218,22 @@ def test_values_signs_and_blocks_are_those_of_the_numba_path(name, R, wide_tiles
 
 
 @pytest.mark.parametrize(("mesh", "kinds"), [(soup(1), 3), (fans(4), 1)])
-def test_kinds_that_no_topology_would_give(mesh, kinds, wide_tiles):
-    """Solid, thin and buried needles and plates through each other, by chance; corners that no surface has."""
+def test_random_kinds(mesh, kinds, wide_tiles):
+    """Solids, sheets and buried triangles are assigned at random, which no topology does."""
     random = np.random.default_rng(0)
     case = Case(mesh, 64, cells=SOME, kinds=lambda T: random.integers(0, kinds, T).astype(np.uint8))
     assert set(case.kinds) == {*range(kinds)}
     case.check(case.by_kernel(), case.by_numba()[0])
 
 
-def test_the_tiles_of_the_gpu_give_the_same():
+def test_the_tiles_of_the_gpu_give_the_same_values():
     case = Case(MESHES["overlap"], 64, cells=SOME and 1, seed=3)
     assert np.diff(case.offsets).max() > kernel.DISTANCE_TILE
     case.check(case.by_kernel(), case.by_numba()[0])
 
 
 def tilted(height, slope):
-    """A large horizontal triangle, normal up: `height` above the middle of the x-z plane, rising along x."""
+    """Return a large triangle with its normal up: `height` above the x-z plane, rising along x."""
     corners = np.array([[-0.45, 0, -0.4], [0, 0, 0.45], [0.45, 0, -0.4]])
     corners[:, 1] = height + slope * corners[:, 0]
     return corners
@@ -241,20 +241,21 @@ def tilted(height, slope):
 
 LAYER = 32 / 63 - 0.5
 PLATES = {
-    # A solid below the layer and one above, seen from behind, as far away to 1e-8: the longer vote wins.
+    # A solid below the layer and one above, seen from behind, whose distances differ by 1e-8: the
+    # larger vote wins.
     "solids": ([tilted(LAYER - 1 / 63, 0), tilted(LAYER + 1 / 63 - 8e-10, 1e-8)], [0, 0]),
-    # A buried one above: as near as that the longer vote wins, otherwise the nearer one.
+    # A buried triangle above: the larger vote wins if they tie, otherwise the closer triangle.
     "buried": ([tilted(LAYER - 1 / 63, 0), tilted(LAYER + 1 / 63 - 2.1e-7, 4e-6)], [0, 2]),
-    # Below it votes say inside, and the flood, which takes over beyond `trusted`, outside.
+    # The votes say inside. The flood fill, which decides beyond `trusted`, says outside.
     "limit": ([tilted(LAYER + sdf.FLOOD_VOXELS / 63 - 1e-9, 1e-8)], [0]),
-    # The same limit of a sheet, in a flood that reaches nothing.
+    # The same limit for a sheet, with a flood fill that reached no point.
     "sheet": ([tilted(LAYER + sdf.FLOOD_VOXELS / 63 - 1e-9, 1e-8)], [1]),
 }
 
 
 @pytest.mark.parametrize("name", PLATES)
-def test_what_float32_cannot_tell_float64_decides(name, wide_tiles):
-    """In one layer of points sides hang on less than float32 holds, or on a tie; both paths find every one of them."""
+def test_float64_decides_what_float32_cannot(name, wide_tiles):
+    """In one layer of points, sides depend on less than float32 resolves, or on a tie."""
     corners, kinds = PLATES[name]
     case = Case(mesh_of_corners(corners), 64, kinds=lambda count: np.array(kinds, np.uint8))
     case.cells, case.candidates = (
@@ -281,7 +282,7 @@ def test_what_float32_cannot_tell_float64_decides(name, wide_tiles):
 
 
 def brute_distance(points, corners):
-    """[...] float64 distances to the closest of corners [T, 3, 3]: every plane, every edge."""
+    """Return float64 distances [...] to the closest of triangles [T, 3, 3], by brute force."""
     best = np.full(points.shape[:-1], np.inf)
     for triangle in corners:
         normal = np.cross(triangle[1] - triangle[0], triangle[2] - triangle[0])
@@ -296,6 +297,12 @@ def brute_distance(points, corners):
             above &= (points - start) @ np.cross(normal, along) > 0
         best = np.where(above, np.minimum(best, np.abs((points - triangle[0]) @ normal)), best)
     return best
+
+
+def test_constants_are_those_of_the_reference():
+    assert (kernel.SOLID.value, kernel.SHEET.value, kernel.BURIED.value) == (SOLID, SHEET, BURIED)
+    assert (kernel.SLACK.value, kernel.VOTE_ROUNDING.value) == (sdf.SLACK, VOTE_ROUNDING)
+    assert kernel.CELL_SIDE == CELL_SIDE
 
 
 def test_a_tetrahedron_against_brute_force(wide_tiles):
@@ -321,7 +328,7 @@ def test_one_triangle_is_a_shell(wide_tiles):
     case.check(case.by_kernel(), expected)
 
 
-def test_a_part_of_a_longer_list_and_no_blocks():
+def test_a_part_of_a_longer_list_and_no_cells():
     case = Case(MESHES["box"], 64, cells=2)
     triangles, flood, cells, offsets, candidates = case.arguments()
     whole = kernel.cell_distances(triangles, flood, cells, offsets, candidates, **case.lengths())
@@ -391,11 +398,13 @@ found = []
 def record(fn, *args, grid, warmup, **kwargs):
     found.extend(compile_launch(fn, args, dict(kwargs), arch) for arch in (80, 90))
     if fn.__name__ == "_distances":
-        args[9].fill_(1)  # points that vote
+        args[9].fill_(1)  # mark points for the votes
 triton.JITFunction.run = record
 side = torch.zeros(8, 8, 8)
-flood = sdf.FloodBits(bin_of=side.int(), outside=torch.zeros(1, 8, dtype=torch.int64), whole_cells=side.bool())
-triangles = sdf.grid_triangles(torch.rand(5, 16, dtype=torch.float64), torch.zeros(5, dtype=torch.uint8), 64)
+outside = torch.zeros(1, 8, dtype=torch.int64)
+flood = sdf.FloodBits(bin_of=side.int(), outside=outside, whole_cells=side.bool())
+packed = torch.rand(5, 16, dtype=torch.float64)
+triangles = sdf.grid_triangles(packed, torch.zeros(5, dtype=torch.uint8), 64)
 cells, ids = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
 lengths = dict(tau=0.01, sheet_half=0.01, trusted=0.01, tie=2e-7)
 sdf.cell_distances(triangles, flood, cells, torch.tensor([0, 2, 5]), ids, **lengths)
@@ -417,7 +426,7 @@ def test_it_compiles_for_both_architectures_without_spills():
     assert [launch["name"] for launch in launches[::2]] == ["_narrow", "_distances", "_votes"]
     assert len(launches) == 6
     assert all(launch["spilled"] == 0 and launch["shared"] < 16384 for launch in launches)
-    # What decides on sides rounds as the CPU does: each operation once, to nearest.
+    # The kernel that decides sides rounds like the CPU: each operation separately, to nearest.
     votes = [launch["float64"] for launch in launches if launch["name"] == "_votes"]
     arithmetic = re.compile(r"(add|sub|mul|div|sqrt|fma|rsqrt|rcp|ex2|sin|cos)\b")
     assert [[op for op in ops if arithmetic.match(op)] for ops in votes] == 2 * [
@@ -428,21 +437,23 @@ def test_it_compiles_for_both_architectures_without_spills():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MESHES)
 def test_whole_bricks_on_the_gpu(name):
-    """Through `compute_bricks`, chunks and all."""
+    """`compute_bricks` gives the bricks of the CPU."""
     topology = build_topology(MESHES[name], TopologyConfig(resolution=128))
     for R in (128, 256):
         cpu, gpu = sdf.compute_bricks(topology, R), sdf.compute_bricks(topology, R, "cuda")
         np.testing.assert_array_equal(gpu.cells, cpu.cells)
         tau = band(R) / spacing(R)
         difference = np.abs(gpu.values.astype(np.float64) - cpu.values.astype(np.float64)) * tau
-        assert difference.max() <= LIMIT + tau * 2**-11  # neighbouring float16
+        assert difference.max() <= LIMIT + tau * 2**-11  # or the neighbouring float16 value
         np.testing.assert_array_equal(np.signbit(gpu.values), np.signbit(cpu.values))
-        assert (gpu.sharp != cpu.sharp).mean() < 1e-4  # within 1e-3 voxel of the band's end
+        assert (
+            gpu.sharp != cpu.sharp
+        ).mean() < 1e-4  # points within 1e-3 voxels of the end of the band
 
 
 @pytest.mark.gpu
 def test_lists_beyond_2_to_the_31():
-    """Four million copies of one cell with 65 candidates each: 2.2e9 places in the lists, 2.1e9 values."""
+    """Four million copies of one cell with 65 candidates give more than 2^31 list entries."""
     case = Case(sphere(4), 64, cells=40)
     m = int(np.diff(case.offsets).argmax())
     triangles, flood, cells, offsets, candidates = case.arguments()

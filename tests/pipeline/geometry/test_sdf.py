@@ -25,13 +25,13 @@ def bricks_of(mesh, resolution, topology=128):
 
 
 def signs(bricks):
-    """[M, 512] True inside; a stored zero counts as neither."""
+    """Return [M, 512]: whether each point is inside. A stored zero counts as neither."""
     return bricks.values < 0
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
 @pytest.mark.parametrize("name", SOLIDS)
-def test_values_signs_and_blocks_equal_brute_force(name, resolution):
+def test_values_signs_and_cells_equal_brute_force(name, resolution):
     solid = SOLIDS[name]().scaled(min(1.0, 56 / resolution), np.array([0.0123, -0.0045, 0.0071]))
     tau = band(resolution)
     bricks = bricks_of(solid.mesh, resolution)
@@ -56,8 +56,8 @@ def test_values_signs_and_blocks_equal_brute_force(name, resolution):
     np.testing.assert_array_equal(stored[clear] < 0, expected[clear] < 0)
 
 
-def test_no_inflation():
-    """Mean offset of the stored surface from the true one, in voxels, below 0.02 (a voxel-sized shell has 1.0)."""
+def test_the_surface_is_not_offset():
+    """The stored surface is offset from the true one by less than 0.02 voxels on average."""
     solid = geo.sphere(subdivisions=5)
     bricks = bricks_of(solid.mesh, 128)
     near = np.abs(bricks.values) < 0.9
@@ -65,7 +65,7 @@ def test_no_inflation():
     assert abs(offset[near].mean()) < 0.02
 
 
-def test_a_sphere_inside_a_sphere_vanishes():
+def test_a_sphere_inside_a_sphere_is_removed():
     outer, inner = geo.sphere(0.45), geo.sphere(0.25, centre=(0.05, 0.02, -0.03))
     both = Mesh(
         vertices=np.concatenate([outer.mesh.vertices, inner.mesh.vertices]),
@@ -77,7 +77,7 @@ def test_a_sphere_inside_a_sphere_vanishes():
 
 
 def test_two_overlapping_spheres_are_their_union():
-    """Exact outside; inside within one voxel at the seam; edges about a voxel long."""
+    """Values are exact outside. Inside they are within one voxel at the seam."""
     resolution = 64
     a, b = geo.sphere(0.28, (-0.13, 0.01, 0.02), 4), geo.sphere(0.25, (0.17, -0.02, 0.0), 4)
     mesh = geo.as_mesh(
@@ -98,7 +98,7 @@ def test_two_overlapping_spheres_are_their_union():
     assert (
         error[(union > 0) & at_seam].max() < sag + 0.25
     )  # the seam is found to a quarter of a voxel
-    # inside, the union's formula is a bound only; the true distance is to the seam's visible side
+    # inside, the formula of the union is only a bound on the distance to the visible surface
     deep = (union < 0) & (union > -band(resolution))
     true = (
         np.maximum(-geo.brute_distance(points[deep], visible_part(mesh, (a, b))), -band(resolution))
@@ -108,17 +108,17 @@ def test_two_overlapping_spheres_are_their_union():
 
 
 def visible_part(mesh, solids):
-    """The faces of a union whose centre lies in no other solid."""
+    """Return the faces of a union whose centre lies in no other solid."""
     centres = mesh.vertices[mesh.faces].mean(axis=1)
     depth = np.min([s.smooth(centres) for s in solids], axis=0)
     return replace(mesh, faces=mesh.faces[depth > -1.5 * max(s.sag for s in solids)])
 
 
 @settings(max_examples=12, deadline=None)
-@example(30312)  # a long flat crevice
+@example(30312)  # it has a long flat crevice
 @given(st.integers(0, 2**31 - 1))
-def test_union_of_random_boxes_is_signed_right_everywhere(seed):
-    """Coarse faces that pass through each other: no buried wall, no pocket, whatever the angles."""
+def test_signs_of_a_union_of_random_boxes_are_right(seed):
+    """Coarse faces that pass through each other at any angle leave no inner wall and no pocket."""
     random = np.random.default_rng(seed)
     boxes, insides = [], []
     for _ in range(3):
@@ -147,7 +147,7 @@ def test_union_of_random_boxes_is_signed_right_everywhere(seed):
         each.append(np.linalg.norm(np.maximum(q, 0), axis=-1) + np.minimum(q.max(axis=-1), 0))
     distance, second, _ = np.sort(each, axis=0)
     h = spacing(64)
-    # a crevice where two faces meet at a flat angle is closed up to the barrier; elsewhere signs are exact
+    # the barrier closes crevices between faces that meet at a flat angle; other signs are exact
     clear = np.abs(distance) > 0.1 * h
     wrong = signs(bricks)[clear] != (distance < 0)[clear]
     assert not wrong[distance[clear] < 0].any()
@@ -164,7 +164,7 @@ def test_orientation_and_duplicates_do_not_matter():
     some = random.random(len(flipped)) < 0.5
     flipped[some] = flipped[some][:, ::-1]
     doubled = np.concatenate([mesh.faces, mesh.faces[:, ::-1]])
-    split = mesh.faces + 0  # every face with vertices of its own, as after UV seams
+    split = mesh.faces + 0  # each face has vertices of its own, as after UV seams
     variants = {
         "inverted": replace(mesh, faces=mesh.faces[:, ::-1].copy()),
         "flipped": replace(mesh, faces=flipped),
@@ -183,7 +183,7 @@ def test_orientation_and_duplicates_do_not_matter():
 
 
 def sheet_mesh():
-    """A wavy open sheet of 24 x 24 quads."""
+    """Return a wavy open sheet of 24 x 24 quads."""
     u, v = np.meshgrid(np.linspace(-0.45, 0.45, 25), np.linspace(-0.3, 0.3, 25), indexing="ij")
     vertices = np.stack([u, 0.08 * np.sin(9 * u) * np.cos(7 * v), v], axis=-1).reshape(-1, 3)
     i, j = np.meshgrid(np.arange(24), np.arange(24), indexing="ij")
@@ -229,7 +229,7 @@ def test_a_closed_part_beside_a_sheet_stays_exact():
     inside = geo.winding_number(points[by_ball], ball.mesh) > 0.5
     expected = np.clip(np.where(inside, -distance, distance), -band(128), band(128)) / h
     assert np.abs(stored[by_ball] - expected).max() < 2e-3
-    # and the ball, out of reach, has no say on the sheet's two sides
+    # the ball is too far away to change the signs at the sheet
     by_sheet = (ball.smooth(points) > 3 * band(128)) & (
         np.random.default_rng(0).random(stored.shape) < 0.05
     )
@@ -243,8 +243,8 @@ def volume_of(bricks):
 
 
 @pytest.mark.parametrize("resolution", [256, pytest.param(512, marks=pytest.mark.slow)])
-def test_openings_are_closed_on_evidence(resolution):
-    """A sphere with a small hole and a solid without its base come out full; a bowl stays hollow."""
+def test_openings_are_closed_if_they_are_small(resolution):
+    """A sphere with a small hole and a solid without its base are filled. A bowl stays open."""
     ball = trimesh.creation.icosphere(subdivisions=4, radius=0.45)
     holed = ball.copy()
     holed.update_faces(holed.triangles_center[:, 1] < 0.43)
@@ -280,7 +280,7 @@ def test_openings_are_closed_on_evidence(resolution):
     )
 
 
-def test_all_components_survive():
+def test_all_components_are_kept():
     parts = [geo.sphere(0.06, (x, y, 0.0)).mesh for x in (-0.4, 0.0, 0.4) for y in (-0.3, 0.0, 0.3)]
     shapes = [trimesh.Trimesh(p.vertices, p.faces, process=False) for p in parts]
     vertices, faces = extract(bricks_of(geo.as_mesh(*shapes), 64))
@@ -298,7 +298,7 @@ def test_a_closed_plate_thinner_than_a_voxel_of_the_topology_keeps_its_thickness
 
 
 def test_resolutions_agree_and_refinement_changes_no_sign():
-    # a cross: its concave edges are right-angled, too wide for the barrier to close
+    # a cross: its concave edges are too wide for the barrier to close
     mesh = geo.as_mesh(
         *(geo.rotated(trimesh.creation.box(extents=e)) for e in [(0.6, 0.3, 0.2), (0.2, 0.21, 0.6)])
     )
@@ -324,7 +324,7 @@ def test_resolutions_agree_and_refinement_changes_no_sign():
         np.testing.assert_array_equal(mine[apart] < 0, other[apart] < 0)
 
 
-def test_resolution_must_be_a_multiple_of_the_block():
+def test_resolution_must_be_a_multiple_of_the_cell():
     topology = build_topology(geo.box().mesh, TopologyConfig(resolution=64))
     with pytest.raises(ValueError, match="multiple of 8, got 100"):
         compute_bricks(topology, 100)

@@ -1,4 +1,4 @@
-"""`--device cuda` as far as a machine without a GPU can tell; tests/kernels/sdf/test_distances.py has the distances."""
+"""`--device cuda`, mostly on machines without a GPU. See also tests/kernels/sdf."""
 
 import ctypes
 import json
@@ -26,9 +26,7 @@ from pipeline.sources import open_source
 from tests.pipeline import known_shapes as geo
 from tests.pipeline.builds import build, config, environment, finish, start
 
-without_cuda = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="says what happens without CUDA"
-)
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 GB = 10**9
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(divide by zero|invalid value):RuntimeWarning"
@@ -36,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @without_cuda
-def test_without_cuda_the_command_says_so_before_it_begins(tmp_path):
+def test_without_cuda_the_command_ends_before_it_starts_work(tmp_path):
     args = ["--device", "cuda", "--out", tmp_path / "out"]
     said = finish(start("pipeline.build", *args, env=environment(tmp_path)), code=2)
     assert "--device cuda cannot be used because " in said
@@ -62,7 +60,7 @@ def test_without_cuda_distances_are_refused():
         cpu.compute_bricks(topology, 64, "gpu")
 
 
-def test_the_device_changes_no_hash_and_screening_takes_none():
+def test_the_device_changes_no_hash_and_screening_needs_no_gpu():
     base, other = BuildConfig(), BuildConfig(device="cuda", assets_per_gpu=3)
     assert other.shared() == base.shared()
     assert [other.product_hash(name) for name in base.products] == [
@@ -74,7 +72,7 @@ def test_the_device_changes_no_hash_and_screening_takes_none():
         BuildConfig(assets_per_gpu=0)
 
 
-def test_chunks_are_all_blocks_in_order_within_the_limits(monkeypatch):
+def test_chunks_are_all_cells_in_order_within_the_limits(monkeypatch):
     monkeypatch.setattr(sdf_cuda, "CHUNK_CELLS", 4)
     monkeypatch.setattr(sdf_cuda, "CHUNK_CANDIDATES", 10)
     counts = np.array([3, 3, 3, 3, 30, 1, 1, 1, 1, 1, 10, 1])
@@ -83,8 +81,8 @@ def test_chunks_are_all_blocks_in_order_within_the_limits(monkeypatch):
     assert list(sdf_cuda._chunks(np.array([0]))) == []
 
 
-def test_parts_come_together_as_on_the_cpu(monkeypatch):
-    """The whole path, in Triton's interpreter."""
+def test_chunks_give_the_bricks_of_the_cpu(monkeypatch):
+    """The kernels run in Triton's interpreter."""
     monkeypatch.setattr(sdf_cuda, "CHUNK_CELLS", 3)
     for name in ("NARROW_TILE", "DISTANCE_TILE", "VOTE_TILE"):
         monkeypatch.setattr(f"kernels.sdf.distances.{name}", 32)
@@ -103,7 +101,7 @@ def test_parts_come_together_as_on_the_cpu(monkeypatch):
     assert apart.max() < 2**-11 + 1e-3 * spacing(R) / band(R)
 
 
-def test_a_full_gpu_is_tried_again(monkeypatch):
+def test_a_full_gpu_is_a_transient_error(monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("in use by others")
 
@@ -119,7 +117,7 @@ def test_a_full_gpu_is_tried_again(monkeypatch):
 
 
 def reserve_and_allocate(megabytes):
-    """What CUDA does at its start, then an ordinary allocation."""
+    """Reserve address space, as CUDA does at its start, and allocate memory."""
     mmap = ctypes.CDLL(None).mmap
     mmap.restype = ctypes.c_ssize_t
     mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]
@@ -132,7 +130,7 @@ def nothing():
     pass
 
 
-def test_memory_is_limited_though_address_space_is_not(tmp_path):
+def test_private_memory_is_limited_and_address_space_is_not(tmp_path):
     isolated = IsolatedProcess("tests.pipeline.geometry.test_sdf_cuda:nothing")
 
     def call(megabytes, **limit):
@@ -154,13 +152,13 @@ def test_memory_is_limited_though_address_space_is_not(tmp_path):
         isolated.close()
 
 
-def test_a_picture_is_drawn_on_the_gpu_that_was_given(monkeypatch):
+def test_images_are_rendered_on_the_given_gpu(monkeypatch):
     gl_renderer.import_pyrender()
     from pyrender.platforms import egl
 
     devices = [
         SimpleNamespace(cuda=number) for number in ("1", "0", None)
-    ]  # as drivers may list them; Mesa last
+    ]  # as drivers may list them, with Mesa last
     monkeypatch.setattr(egl, "query_devices", lambda: list(devices))
     monkeypatch.setattr(gl_renderer, "_cuda_index", lambda device: device.cuda)
 
@@ -173,35 +171,35 @@ def test_a_picture_is_drawn_on_the_gpu_that_was_given(monkeypatch):
 
 
 def cuda_numbers():
-    """Of this machine's EGL devices."""
+    """Return the CUDA index of each EGL device of this machine."""
     gl_renderer.import_pyrender()
     from pyrender.platforms import egl
 
     return [gl_renderer._cuda_index(device) for device in egl.query_devices()]
 
 
-def test_mesa_is_no_cuda_device():
+def test_mesa_is_not_a_cuda_device():
     numbers = cuda_numbers()
     if "Mesa" not in gl_renderer.renderer_string() and None not in numbers:
         pytest.skip("no Mesa here")
     assert numbers[-1] is None
 
 
-def test_an_unknown_gpu_is_no_reason_not_to_draw():
+def test_an_unknown_gpu_falls_back_to_another_device():
     plain = gl_renderer.renderer_string()
     with gl_renderer.on_gpu("7"):
         assert gl_renderer.renderer_string() == plain
 
 
 @pytest.mark.gpu
-def test_a_gpu_with_a_graphics_driver_draws():
+def test_a_gpu_with_a_graphics_driver_renders():
     if "0" not in cuda_numbers():
         pytest.skip("CUDA's first GPU has no graphics driver here")
     with gl_renderer.on_gpu("0"):
         assert "NVIDIA" in gl_renderer.renderer_string()
 
 
-def test_the_marker_says_which_device(tiny_build):
+def test_the_commit_marker_names_the_device(tiny_build):
     markers = [
         json.loads(path.read_text()) for path in sorted((tiny_build / "shards").rglob("sdf-*.json"))
     ]
@@ -209,7 +207,7 @@ def test_the_marker_says_which_device(tiny_build):
     assert all(marker["devices"] == ["cpu"] for marker in markers)
 
 
-_ON_A_PRETENDED_GPU = """
+_BUILD_ON_A_SIMULATED_GPU = """
 import sys, ray
 from pathlib import Path
 from pipeline.core.errors import RunError
@@ -217,7 +215,8 @@ from pipeline.sources import open_source
 from tests.pipeline.builds import build, config
 ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
 try:
-    build(config(Path(sys.argv[1]), device="cuda", limit=4, assets_per_gpu=3), [open_source("procedural")])
+    cfg = config(Path(sys.argv[1]), device="cuda", limit=4, assets_per_gpu=3)
+    build(cfg, [open_source("procedural")])
 except RunError as error:
     print("said:", error)
 """
@@ -225,10 +224,10 @@ except RunError as error:
 
 @pytest.mark.slow
 @without_cuda
-def test_the_way_to_a_child_with_a_gpu(tmp_path):
-    """Ray's share, the warm server with torch, the other limit; then the child finds that there is no GPU after all."""
+def test_an_asset_process_gets_its_gpu(tmp_path):
+    """Ray assigns a share of a simulated GPU, and the process of the asset finds no CUDA."""
     done = subprocess.run(
-        [sys.executable, "-c", _ON_A_PRETENDED_GPU, tmp_path / "out"],
+        [sys.executable, "-c", _BUILD_ON_A_SIMULATED_GPU, tmp_path / "out"],
         env=environment(tmp_path),
         capture_output=True,
         text=True,

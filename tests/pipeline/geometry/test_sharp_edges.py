@@ -1,4 +1,4 @@
-"""Sharp bits: the edges of a cube and nothing else; none on a sphere."""
+"""Sharp bits: points near the edges of a box are marked, and no points of a sphere."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def bits(bricks):
 
 
 def distance_to_box_edges(points, half):
-    """To the 12 edges of a centred box: the third-largest per-axis excess does not count."""
+    """Return the distance to the 12 edges of a centred box."""
     gap = np.abs(np.abs(points) - half)
     best = np.full(points.shape[:-1], np.inf)
     for axis in range(3):  # edges along this axis
@@ -46,13 +46,13 @@ def test_a_box_gives_its_twelve_edges_and_nothing_else():
 
 
 def doubled(quads, vertices):
-    """Every quad as two triangles, and its back as the two on the other diagonal."""
+    """Return each quad as two triangles, and again as the two of the other diagonal."""
     fan = [quad[[0, k, k + 1]] for side in quads for quad in (side, side[::-1]) for k in (1, 2)]
     return Mesh(vertices=np.asarray(vertices, np.float64), faces=np.array(fan, np.int32))
 
 
 def test_the_backs_of_flat_quads_add_no_edge():
-    """A cube of 4 x 4 quads a side, each twice: the segments that lie on its 12 edges, once each."""
+    """Each side of a cube has 4 x 4 quads, all of them twice. Its 12 edges are found once."""
     n, half = 4, 0.4
     grid = (
         2 * half * np.stack(np.meshgrid(*[np.arange(n + 1)] * 2, indexing="ij"), axis=-1) / n - half
@@ -71,12 +71,12 @@ def test_the_backs_of_flat_quads_add_no_edge():
     ends = topology.sharp_edges
     assert (
         np.isclose(np.abs(ends), half).all(axis=1).sum(axis=1) == 2
-    ).all()  # two coordinates are at the wall
+    ).all()  # two coordinates are those of a wall
     assert np.linalg.norm(ends[:, 0] - ends[:, 1], axis=1).sum() == pytest.approx(12 * 2 * half)
     assert len(np.unique(ends.mean(axis=1).round(6), axis=0)) == len(ends) == 12 * n
 
 
-def test_a_flat_quad_with_a_back_has_no_fold():
+def test_a_flat_quad_with_a_back_has_no_sharp_edge():
     corners = [[-0.4, 0, -0.4], [0.4, 0, -0.4], [0.4, 0, 0.4], [-0.4, 0, 0.4]]
     topology = build_topology(
         doubled(np.array([[0, 1, 2, 3]]), corners), TopologyConfig(resolution=64)
@@ -84,7 +84,7 @@ def test_a_flat_quad_with_a_back_has_no_fold():
     assert len(topology.sharp_edges) == 0
 
 
-def test_a_sphere_gives_none():
+def test_a_sphere_has_no_sharp_edge():
     bricks = compute_bricks(
         build_topology(geo.sphere(subdivisions=3).mesh, TopologyConfig(resolution=128)), 128
     )
@@ -92,15 +92,15 @@ def test_a_sphere_gives_none():
 
 
 def test_buried_edges_do_not_count():
-    """A cube inside a ball is not seen, and neither are its edges."""
+    """A cube inside a ball is not visible, so its edges are not sharp."""
     ball, cube = geo.sphere(0.4, subdivisions=3).mesh, trimesh.creation.box(extents=(0.3, 0.3, 0.3))
     both = geo.as_mesh(trimesh.Trimesh(ball.vertices, ball.faces, process=False), cube)
     topology = build_topology(both, TopologyConfig(resolution=128))
     assert len(topology.sharp_edges) == 0
 
 
-def test_an_edge_cut_by_another_part_counts_where_it_is_seen():
-    """A long bar through a ball: its four long edges end at the ball."""
+def test_the_visible_part_of_an_edge_counts():
+    """A long bar passes through a ball. Its four long edges end at the ball."""
     ball, bar = geo.sphere(0.2, subdivisions=3).mesh, trimesh.creation.box(extents=(0.9, 0.1, 0.1))
     both = geo.as_mesh(trimesh.Trimesh(ball.vertices, ball.faces, process=False), bar)
     topology = build_topology(both, TopologyConfig(resolution=128))

@@ -1,4 +1,4 @@
-"""Which triangles bound a solid, which are sheets, which are buried; holes and their caps."""
+"""Kinds of triangles, flood fill, boundary loops and caps."""
 
 import tracemalloc
 
@@ -40,7 +40,7 @@ def test_pieces_tile_the_surface_and_point_outwards():
     assert ((normals * topology.triangles.mean(axis=1)).sum(axis=1) > 0).all()
 
 
-def test_a_bar_through_a_box_is_cut_where_it_enters():
+def test_a_bar_through_a_box_is_cut_at_the_seam():
     bar, block = (
         trimesh.creation.box(extents=(0.9, 0.1, 0.12)),
         trimesh.creation.box(extents=(0.4, 0.5, 0.6)),
@@ -53,11 +53,14 @@ def test_a_bar_through_a_box_is_cut_where_it_enters():
     )  # the bar's middle and the two plugs it leaves in the block's faces
     assert buried == pytest.approx(exact, abs=2 * 4 * (0.1 + 0.12) * h)
     assert not (topology.kinds == SHEET).any()
-    assert len(topology.triangles) < 20_000  # only the seam is cut finely
+    assert len(topology.triangles) < 20_000  # only the seam has small pieces
 
 
-def test_flood_equals_a_dense_one():
-    """Against a dense 6-connected fill over brute-force distances, on a sphere with a hole and a box in it."""
+def test_the_flood_fill_equals_a_dense_one():
+    """The reference is a dense 6-connected fill with brute-force distances.
+
+    The shape is a sphere with a hole and a box inside.
+    """
     ball = trimesh.creation.icosphere(subdivisions=2, radius=0.4)
     ball.update_faces(ball.triangles_center[:, 1] < 0.36)
     mesh = geo.as_mesh(ball, trimesh.creation.box(extents=(0.21, 0.2, 0.19)))
@@ -97,7 +100,7 @@ def test_weld_gives_the_same_arrays_for_any_order_winding_and_repetition():
     np.testing.assert_array_equal(again_faces, faces)
 
 
-def test_loops_of_a_cylinder_without_lids():
+def test_boundary_loops_of_a_cylinder_without_lids():
     n = 17
     angle = 2 * np.pi * np.arange(n) / n
     ring = 0.2 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -122,8 +125,8 @@ def test_loops_of_a_cylinder_without_lids():
     assert topology.sign_path == "capped"
 
 
-def test_fins_do_not_stop_loops_from_closing():
-    """A fin on the rim makes edges of three faces; modulo 2 the boundary is still made of loops."""
+def test_loops_close_at_fins():
+    """A fin on the rim gives edges of three faces. The boundary still consists of closed loops."""
     ball = trimesh.creation.icosphere(subdivisions=3, radius=0.4)
     ball.update_faces(ball.triangles_center[:, 1] < 0.38)
     rim = holes.boundary_loops(np.asarray(ball.faces, np.int32))[0]
@@ -148,7 +151,7 @@ def test_a_long_loop_is_capped_by_a_fan():
 
 
 def test_caps_repeat_no_face_of_the_mesh():
-    """Openings of one and of two triangles beside lone triangles, against sets of corners."""
+    """Meshes have openings of one and two triangles, and lone triangles."""
     side = 12
     corners = np.arange(side * side).reshape(side, side)
     a, b, c, d = (
@@ -171,7 +174,7 @@ def test_caps_repeat_no_face_of_the_mesh():
     np.testing.assert_array_equal(capped[cap_of < 0], faces)
 
 
-def test_a_long_loop_takes_no_more_memory_than_its_vertices():
+def test_memory_for_a_long_loop_is_linear_in_its_vertices():
     n = 4000
     x = np.linspace(-0.4, 0.4, n)
     vertices = np.concatenate([np.stack([x, 0 * x + y, 0 * x], axis=1) for y in (0, 0.1)])
@@ -179,7 +182,7 @@ def test_a_long_loop_takes_no_more_memory_than_its_vertices():
     faces = np.concatenate(
         [np.stack([i, i + 1, n + i], 1), np.stack([i + 1, n + i, n + i + 1], 1)]
     ).astype(np.int32)
-    _add_caps(vertices, faces[:1])  # compiled
+    _add_caps(vertices, faces[:1])  # compiles
     tracemalloc.start()
     _, capped, _ = _add_caps(vertices, faces)
     peak = tracemalloc.get_traced_memory()[1]
@@ -188,7 +191,7 @@ def test_a_long_loop_takes_no_more_memory_than_its_vertices():
     assert peak < 1000 * len(vertices)
 
 
-def test_bad_input():
+def test_unusable_meshes_are_refused():
     with pytest.raises(ValueError, match="at least 64, got 32"):
         TopologyConfig(resolution=32)
     with pytest.raises(ValueError, match=r"max_opening must lie in 0\.\.1, got 2"):

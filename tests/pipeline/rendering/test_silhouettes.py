@@ -1,4 +1,4 @@
-"""Alpha against a rasteriser of our own, and whichever way a driver rounds."""
+"""Alpha of rendered views, compared with an independent rasteriser."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,10 @@ from tests.pipeline.rendering.test_views import l_shape, lit, of_trimesh, torus_
 
 
 def silhouette(mesh, meta, samples=2):
-    """Share of each pixel that the projected triangles cover: edge functions on a finer grid, from the json alone."""
+    """Return the share of each pixel that the projected triangles cover.
+
+    The camera is read from the json of the view.
+    """
     size = meta["width"] * samples
     world_to_camera = np.linalg.inv(np.array(meta["c2w"]))
     points = mesh.vertices @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]
@@ -41,7 +44,7 @@ def iou(alpha, coverage):
 
 
 def around(x):
-    """[H, W] -> [9, H, W]: each pixel and its neighbours."""
+    """Return [9, H, W]: each pixel of [H, W] and its eight neighbours."""
     return np.stack([np.roll(x, (i, j), axis=(0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)])
 
 
@@ -67,17 +70,19 @@ def test_alpha_is_the_silhouette_of_the_projected_mesh(shape, kind):
         near = around(coverage)
         assert (
             alpha[(near == 0).all(axis=0)] == 0
-        ).all()  # off by a pixel from the outline nothing differs
+        ).all()  # differences are within a pixel of the outline
         assert (alpha[(near == 1).all(axis=0)] == 255).all()
-        mirrored = iou(alpha[:, ::-1], coverage) if shape.volume < 0.02 else 0  # the test can tell
+        mirrored = (
+            iou(alpha[:, ::-1], coverage) if shape.volume < 0.02 else 0
+        )  # a mirrored image would fail
         assert mirrored < 0.9
         apart = np.abs(alpha / 255 - coverage)
-        assert apart.max() < 0.5  # and edges are smooth: 4 samples a pixel
+        assert apart.max() < 0.5  # edges are smooth, with 4 samples per pixel
         assert apart.mean() < 0.0015
 
 
-def test_half_covered_is_128_whichever_way_the_driver_rounds(monkeypatch):
-    """NVIDIA's average of two samples of four is 127, Mesa's 128: masks that cut at the half would be other masks."""
+def test_half_coverage_is_128_on_every_driver(monkeypatch):
+    """For two of four samples NVIDIA gives 127 and Mesa 128. Masks cut at the half."""
     from OpenGL import GL
 
     ball, read = of_trimesh(trimesh.creation.icosphere(2, 0.4)), GL.glReadPixels

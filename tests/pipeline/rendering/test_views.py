@@ -1,4 +1,4 @@
-"""Renders: colour, alpha modes, sides, faults, and bytes. Silhouettes are in test_silhouettes.py."""
+"""Rendered views: colours, alpha modes, sides, rejected views and reproducible bytes."""
 
 import hashlib
 import os
@@ -40,7 +40,7 @@ def of_trimesh(shape, material=None, **looks):
 
 
 def joined(*meshes):
-    """One mesh of several, each a part."""
+    """Return one mesh of several, each of which becomes a part."""
     vertices, faces, parts, v, f = [], [], [], 0, 0
     for mesh in meshes:
         (part,) = mesh.parts
@@ -60,7 +60,7 @@ def joined(*meshes):
 
 
 def quad(material, z=0.0, size=0.4, uv=None):
-    """A sheet that faces +z."""
+    """Return a square that faces +z."""
     corners = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]]) * size + [0, 0, z]
     return of_trimesh(
         trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], process=False), material, uv=uv
@@ -72,7 +72,7 @@ def box(size=0.3):
 
 
 def l_shape():
-    """Three arms of different lengths, away from the centre: no mirror image or swap of axes looks the same."""
+    """Return three arms of different lengths: no mirror image or swap of axes looks the same."""
     arms = [
         ([0.4, 0.1, 0.1], [0.2, 0.05, 0.05]),
         ([0.1, 0.3, 0.1], [0.05, 0.15, 0.05]),
@@ -113,7 +113,7 @@ def torus_knot(sides=10, turns=90, thickness=0.07):
     return trimesh.Trimesh(rings.reshape(-1, 3), faces.reshape(-1, 3), process=False)
 
 
-def test_meta_is_the_contracts():
+def test_the_json_of_a_view_has_the_fields_of_the_format():
     (view,) = render_views(of_trimesh(box()), "folder-a", replace(SMALL, views=1))
     assert view.rgba.shape == (160, 160, 4)
     assert view.rgba.dtype == np.uint8
@@ -129,7 +129,7 @@ def digest(mesh, uid="folder-a", cfg=SMALL):
     ).hexdigest()
 
 
-def test_same_seed_same_bytes_in_this_process_and_in_another():
+def test_equal_seeds_give_equal_bytes_in_two_processes():
     mesh = of_trimesh(torus_knot())
     assert digest(mesh) == digest(mesh) != digest(mesh, "folder-b")
     here = (
@@ -144,14 +144,14 @@ def test_same_seed_same_bytes_in_this_process_and_in_another():
 
 
 def lit(mesh, eye=None, size=160, light=None):
-    """One image from the front."""
+    """Return one image from the front."""
     eye = eye or look_at_origin(0, 0, 50)
     with open_renderer(mesh, size) as drawing:
         return unpremultiply(drawing.draw(eye, light or sample_lighting("folder-a", 0, eye)))
 
 
 def even_light():
-    """White from everywhere: a flat face shows its own colour, up to its sheen."""
+    """Return white light from all directions, in which a face shows its own colour."""
     one = np.ones(3, np.float32)
     return Lighting(
         sky=0.6 * one,
@@ -164,7 +164,7 @@ def even_light():
 CORNERS = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32)  # v = 0 at the bottom
 
 
-def test_textures_are_the_right_way_up_and_round():
+def test_textures_are_neither_flipped_nor_mirrored():
     texture = np.zeros((64, 64, 4), np.uint8)
     texture[..., 3] = 255
     texture[:32, :32, 0] = 255  # top left red
@@ -179,8 +179,8 @@ def test_textures_are_the_right_way_up_and_round():
 
 
 @pytest.mark.parametrize("how", ["factor", "texture", "vertices"])
-def test_colour_comes_out_as_it_went_in(how):
-    """Under even light of 0.6 a dull surface of sRGB value s shows 0.6 of it in linear light."""
+def test_colours_match_those_of_the_material(how):
+    """In uniform light of 0.6 a rough surface shows 0.6 of its linear colour."""
     srgb = np.array([200, 120, 40])
     linear = np.where(
         srgb / 255 <= 0.04045, srgb / 255 / 12.92, ((srgb / 255 + 0.055) / 1.055) ** 2.4
@@ -196,13 +196,13 @@ def test_colour_comes_out_as_it_went_in(how):
     else:
         mesh = quad(Material(base_color=(1, 1, 1, 1), roughness=1))
         mesh = replace(mesh, parts=(replace(mesh.parts[0], colors=np.tile(rgba, (4, 1))),))
-    out = 0.6 * (linear + 0.04)  # + the sheen of a dielectric, 4%
+    out = 0.6 * (linear + 0.04)  # 4% more for the reflection of a dielectric
     expected = 255 * np.where(out <= 0.0031308, out * 12.92, 1.055 * out ** (1 / 2.4) - 0.055)
     assert np.abs(lit(mesh, light=even_light())[80, 80, :3] - expected).max() <= 3
 
 
 def test_colour_is_not_premultiplied():
-    """Under even light every pixel of a ball has one colour, those that it covers in part too."""
+    """In uniform light all pixels of a ball have one colour, also at its outline."""
     image = lit(
         of_trimesh(trimesh.creation.icosphere(3, 0.4), Material(roughness=1)), light=even_light()
     )
@@ -231,7 +231,7 @@ def test_unpremultiply_inverts_premultiplication():
     assert (result[5:10] == straight[5:10]).all()
 
 
-def test_mask_cuts_and_blend_lets_through():
+def test_mask_cuts_and_blend_is_translucent():
     ramp = np.full((4, 256, 4), 255, np.uint8)
     ramp[..., 3] = np.arange(256)
     material = Material(base_color=(1, 1, 1, 1), texture=ramp)
@@ -247,8 +247,8 @@ def test_mask_cuts_and_blend_lets_through():
     assert np.abs(alpha["BLEND"][inside] / 255 - u).max() < 0.03
 
 
-def test_blended_faces_are_drawn_from_the_farthest():
-    """Red glass before blue glass, and a wall behind both, whichever order the file has them in."""
+def test_blended_faces_are_drawn_from_far_to_near():
+    """Red glass is in front of blue glass and a wall, in any order of the file."""
     glass = {"alpha_mode": "BLEND", "roughness": 1.0}
     red = quad(Material(base_color=(1, 0, 0, 0.5), **glass), z=0.2)
     blue = quad(Material(base_color=(0, 0, 1, 0.5), **glass), z=0.0, size=0.45)
@@ -259,7 +259,8 @@ def test_blended_faces_are_drawn_from_the_farthest():
     ]
     assert all((first == other).all() for other in others)
     over_wall, over_nothing = first[80, 80], first[80, 80 - 30]
-    # Under even light of 0.6 a channel of 1 leaves as 0.6 * (1 + 4%) in linear light and one of 0 as the sheen's 4%.
+    # In uniform light of 0.6, a channel of 1 becomes 0.6 * (1 + 4%) in linear light, and 0 becomes
+    # the 4% of the reflection.
     full, none = (255 * (1.055 * (0.6 * (own + 0.04)) ** (1 / 2.4) - 0.055) for own in (1, 0))
     reds, greens, blues = none + (full - none) * np.eye(3)
     assert np.abs(over_wall - [*(reds / 2 + blues / 4 + greens / 4), 255]).max() <= 2
@@ -269,9 +270,9 @@ def test_blended_faces_are_drawn_from_the_farthest():
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["normals", "no normals"])
-@pytest.mark.parametrize("subdivisions", [3, 5])  # lit by pixel, lit at corners
-def test_turned_faces_change_nothing(given, subdivisions):
-    """Faces are seen, and lit, from both sides, whatever their winding and whoever made the normals."""
+@pytest.mark.parametrize("subdivisions", [3, 5])  # lit per pixel, lit per vertex
+def test_the_winding_of_faces_does_not_matter(given, subdivisions):
+    """Faces are visible and lit from both sides, with normals of the file and without."""
     ball = trimesh.creation.icosphere(subdivisions, radius=0.4)
     normals = (ball.vertices / 0.4).astype(np.float32) if given else None
     mesh = of_trimesh(ball, normals=normals)
@@ -282,14 +283,14 @@ def test_turned_faces_change_nothing(given, subdivisions):
     assert (difference > 1).mean() < 1e-3
 
 
-def test_a_sheet_is_seen_from_both_sides():
+def test_a_sheet_is_visible_from_both_sides():
     mesh = quad(Material(double_sided=False))
     images = [lit(mesh, eye=look_at_origin(azimuth, 20, 50)) for azimuth in (0, 180)]
     assert (images[0][..., 3] == images[1][:, ::-1, 3]).mean() > 0.999
     assert all(image[80, 80, :3].min() > 60 for image in images)
 
 
-def test_lighting_is_neither_dark_nor_burnt_out():
+def test_images_are_neither_dark_nor_overexposed():
     looks = {
         "white": Material(base_color=(1, 1, 1, 1)),
         "grey": Material(base_color=(0.5, 0.5, 0.5, 1)),
@@ -313,7 +314,7 @@ def test_lighting_is_neither_dark_nor_burnt_out():
 
 
 def test_small_faces_are_lit_like_large_ones():
-    """A fine plain ball (lit at corners) and a coarse one with the same normals (lit by pixel) look alike."""
+    """A fine ball, lit per vertex, looks like a coarse one with the same normals, lit per pixel."""
     images = []
     for subdivisions in (2, 5):
         ball = trimesh.creation.icosphere(subdivisions, 0.4)
@@ -342,7 +343,7 @@ def test_normals_keep_creases_and_smooth_the_rest():
     radial = places[~cap] * [1, 1, 0] / 0.3
     assert (
         np.einsum("fij,fij->fi", corners[~cap], radial).min() > 0.995
-    )  # facets are 11 degrees wide
+    )  # neighbouring facets meet at 11 degrees
     seam = trimesh.Trimesh(
         can.vertices[can.faces].reshape(-1, 3),
         np.arange(len(can.faces) * 3).reshape(-1, 3),
@@ -358,7 +359,7 @@ def test_normals_keep_creases_and_smooth_the_rest():
     )
 
 
-def test_hopeless_assets_are_rejected():
+def test_assets_without_a_usable_view_are_rejected():
     invisible = of_trimesh(box(), Material(base_color=(1, 1, 1, 0), alpha_mode="BLEND"))
     with pytest.raises(Reject) as rejected:
         list(render_views(invisible, "folder-a", SMALL))
@@ -367,14 +368,14 @@ def test_hopeless_assets_are_rejected():
         list(render_views(of_trimesh(box(2.0)), "folder-a", SMALL))
 
 
-def test_faults_of_an_image():
+def test_reasons_to_reject_an_image():
     image = np.zeros((100, 100, 4), np.uint8)
     assert fault_of(image, 1e-4) == "render_empty"
     image[40:60, 40:60] = (90, 90, 90, 255)
     assert fault_of(image, 0.05) == "render_empty"
     assert fault_of(image, 1e-4) == "render_constant"
-    image[40:60, 40, 3] = 64  # an edge is no variation
-    image[40:60, 41:45, :3] += 2  # nor is rounding
+    image[40:60, 40, 3] = 64  # partly covered pixels do not count
+    image[40:60, 41:45, :3] += 2  # rounding does not count
     assert fault_of(image, 1e-4) == "render_constant"
     image[40:60, 41:45, 2] += 1
     assert fault_of(image, 1e-4) is None
@@ -384,7 +385,7 @@ def test_faults_of_an_image():
         assert fault_of(cut, 1e-4) == "render_cut_off"
 
 
-def test_a_bad_view_is_drawn_again_with_the_next_camera(monkeypatch):
+def test_a_bad_view_is_rendered_again_with_the_next_camera(monkeypatch):
     faults = iter([None, "render_constant", "render_empty", None, None])
     monkeypatch.setattr(render, "fault_of", lambda *_: next(faults))
     views = list(render_views(of_trimesh(box()), "folder-a", replace(SMALL, views=3)))
@@ -398,7 +399,7 @@ def test_a_bad_view_is_drawn_again_with_the_next_camera(monkeypatch):
 def test_encoding_is_lossless_and_repeatable(format):
     rng = np.random.default_rng(0)
     rgba = rng.integers(0, 256, (64, 48, 4), dtype=np.uint8)
-    rgba[:8, :, 3] = 0  # colours below alpha 0 survive too
+    rgba[:8, :, 3] = 0  # colours with alpha 0 are kept
     view = View(rgba=rgba, meta={})
     assert (decode(encode(view, format)) == rgba).all()
     assert encode(view, format) == encode(view, format)
@@ -419,8 +420,8 @@ def test_configuration_is_checked():
         encode(View(rgba=np.zeros((2, 2, 4), np.uint8), meta={}), "jpeg")  # pyright: ignore[reportArgumentType]
 
 
-def test_without_egl_the_packages_are_named():
-    """A process that finds no driver ends in RunError, not in a traceback of the binding's."""
+def test_without_egl_the_error_names_the_packages():
+    """A process without an EGL driver raises RunError."""
     code = "from pipeline.rendering.views import *; from pipeline.core.errors import RunError\n"
     code += "try: renderer_string()\nexcept RunError as error: print(error)"
     env = {**os.environ, "__EGL_VENDOR_LIBRARY_FILENAMES": "/nonexistent"}
@@ -430,15 +431,16 @@ def test_without_egl_the_packages_are_named():
     assert "libegl1 libgl1 libgl1-mesa-dri" in out
 
 
-def test_importing_render_loads_no_graphics():
-    code = "import sys, pipeline.rendering.views\nprint({'pyrender', 'OpenGL', 'trimesh', 'torch'} & set(sys.modules))"
+def test_importing_views_loads_no_graphics_library():
+    code = "import sys, pipeline.rendering.views\n"
+    code += "print({'pyrender', 'OpenGL', 'trimesh', 'torch'} & set(sys.modules))"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert out.strip() == "set()"
 
 
-def test_given_cameras_see_what_the_seeded_ones_of_the_same_pose_see():
+def test_a_given_camera_gives_the_image_of_the_sampled_one():
     mesh = of_trimesh(l_shape())
     (first, *_) = render_views(mesh, "a", replace(SMALL, views=1))
     eye, other = sample_camera("a", 0), look_at_origin(200.0, -20.0, 50.0)

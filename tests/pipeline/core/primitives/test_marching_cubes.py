@@ -1,4 +1,4 @@
-"""The marching-cubes tables on every case, and the closed mesh against the field it comes from."""
+"""Marching cubes: all cases of the tables, and the closed mesh of a field."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from tests.pipeline import known_shapes as geo
 
 
 def bricks_from(dense):
-    """Bricks holding every block of a dense [R, R, R] field."""
+    """Return bricks with all cells of a dense [R, R, R] field."""
     size = len(dense) // 8
     blocks = np.argwhere(np.ones((size,) * 3, bool)).astype(np.int16)
     values = dense.reshape(size, 8, size, 8, size, 8).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 512)
@@ -31,7 +31,7 @@ def directed_edges(faces):
 
 
 def assert_closed_and_oriented(faces):
-    """Every directed edge occurs once and so does its reverse: a closed, consistently wound 2-manifold edge by edge."""
+    """Assert that each directed edge occurs once and its reverse too: a closed manifold."""
     edges = directed_edges(faces)
     keys = edges[:, 0].astype(np.int64) << 32 | edges[:, 1]
     reverse = edges[:, 1].astype(np.int64) << 32 | edges[:, 0]
@@ -41,12 +41,12 @@ def assert_closed_and_oriented(faces):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_fields_give_closed_manifolds(seed):
-    """White noise meets all 256 cases and every ambiguous face; the padding outside closes the surface."""
+    """Noise has all 256 cases and all ambiguous faces. Padding closes the surface."""
     field = np.ones((32, 32, 32))
     field[2:-2, 2:-2, 2:-2] = np.random.default_rng(seed).uniform(-1, 1, (28, 28, 28))
     vertices, faces = extract(bricks_from(field))
     assert_closed_and_oriented(faces)
-    assert trimesh.Trimesh(vertices, faces, process=False).volume > 0  # wound outwards
+    assert trimesh.Trimesh(vertices, faces, process=False).volume > 0  # normals point outwards
 
 
 def test_every_case_separates_inside_from_outside():
@@ -58,8 +58,8 @@ def test_every_case_separates_inside_from_outside():
         assert set(rows.reshape(-1).tolist()) == crossed
 
 
-def test_vertices_interpolate_on_grid_edges():
-    """A tilted plane is linear, so its surface must lie in the plane to rounding."""
+def test_vertices_are_interpolated_on_grid_edges():
+    """A tilted plane is linear, so the surface lies in the plane up to rounding."""
     i, j, k = np.indices((16, 16, 16))
     vertices, faces = extract(bricks_from(0.3 * i - 0.2 * j + 0.5 * k - 3.31))
     index = (vertices + 0.5) / spacing(16)
@@ -67,11 +67,11 @@ def test_vertices_interpolate_on_grid_edges():
     normals = np.cross(
         vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]]
     )
-    assert (normals @ [0.3, -0.2, 0.5] > -1e-12).all()  # towards growing values
+    assert (normals @ [0.3, -0.2, 0.5] > -1e-12).all()  # towards larger values
 
 
-def test_cells_with_an_unknown_corner_are_left_out():
-    """Two blocks side by side and a plane through both: the surface ends where knowledge does, and is not bent."""
+def test_cubes_with_a_missing_corner_are_left_out():
+    """A plane through two neighbouring cells ends at the last stored points and stays plane."""
     i, j, k = np.indices((24, 16, 16))
     dense = np.full((24, 24, 24), 9.0)
     dense[:, :16, :16] = j - 7.5 + 0 * i + 0 * k

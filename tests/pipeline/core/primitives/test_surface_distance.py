@@ -1,4 +1,4 @@
-"""Distances against brute force and against spheres whose distances are known."""
+"""Surface distances: brute force, and spheres with known distances."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,10 @@ def sphere(radius, R=64):
 
 
 def brute_force(points, vertices, faces):
-    """Distance to the nearest triangle: its edges, and its inside where least squares says the point is above it."""
+    """Return the distances to the nearest triangle, with least squares for the interiors.
+
+    Triangles may have no area.
+    """
     best = np.full(len(points), np.inf)
     for face in faces:
         a, b, c = vertices[face]
@@ -41,7 +44,7 @@ def brute_force(points, vertices, faces):
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 61])
-def test_closest_is_exact_on_a_soup(count):
+def test_closest_is_exact_on_random_triangles(count):
     rng = np.random.default_rng(count)
     vertices, faces = (
         rng.normal(size=(40, 3)),
@@ -52,7 +55,7 @@ def test_closest_is_exact_on_a_soup(count):
     np.testing.assert_allclose(
         distance, brute_force(points, vertices, faces), rtol=1e-9, atol=1e-12
     )
-    for n in range(0, 1500, 97):  # the triangle is one that lies at that distance
+    for n in range(0, 1500, 97):  # the triangle has this distance
         np.testing.assert_allclose(
             brute_force(points[n : n + 1], vertices, faces[triangle[n : n + 1]]), distance[n]
         )
@@ -67,14 +70,14 @@ def test_concentric_spheres():
     found = compare_surfaces(*inner, *outer, samples=20_000)
     assert found.accuracy == pytest.approx(
         0.02, rel=0.02
-    )  # 2 x the radii's difference: the frame is [-1, 1]
+    )  # twice the difference of radii: the frame is [-1, 1]^3
     assert found.completeness == pytest.approx(0.02, rel=0.02)
     assert found.chamfer == pytest.approx(0.02, rel=0.02)
     assert found.f1 == {0.005: 0.0, 0.001: 0.0}
     assert found.normal_consistency > 0.995
 
 
-def test_a_surface_is_no_distance_from_itself():
+def test_a_surface_has_distance_zero_from_itself():
     found = compare_surfaces(*sphere(0.3), *sphere(0.3), samples=5_000)
     assert found.chamfer < 1e-9
     assert found.f1 == {0.005: 1.0, 0.001: 1.0}
@@ -82,7 +85,7 @@ def test_a_surface_is_no_distance_from_itself():
 
 
 def test_f1_counts_both_ways():
-    """A second sphere far away in the reconstruction costs precision alone."""
+    """A second sphere far away in the reconstruction reduces only the precision."""
     vertices, faces = sphere(0.2)
     both = (
         np.concatenate([vertices, vertices + 5.0]),
@@ -116,14 +119,14 @@ def test_an_empty_reconstruction_is_infinitely_far():
         SampledSurface(*sphere(0.3), samples=0)
 
 
-def test_a_reference_serves_many_comparisons():
+def test_a_reference_can_be_compared_several_times():
     reference = SampledSurface(*sphere(0.31), samples=20_000, seed=1)
     for radius in (0.3, 0.305):
         once = compare_surfaces(*sphere(radius), *sphere(0.31), samples=20_000)
         assert SampledSurface(*sphere(radius), samples=20_000).compare(reference) == once
 
 
-def test_iou_of_spheres_is_the_ratio_of_their_points():
+def test_iou_of_spheres_is_the_ratio_of_their_volumes():
     small, large = (ellipsoid((0, 0, 0), (r, r, r)) for r in (0.24, 0.3))
     axis = torch.linspace(-0.5, 0.5, 48, dtype=torch.float64)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).numpy()

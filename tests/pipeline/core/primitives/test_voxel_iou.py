@@ -1,4 +1,4 @@
-"""Inside and outside of closed meshes against formulas."""
+"""Inside of closed meshes, compared with formulas, and intersection over union."""
 
 import numpy as np
 import pytest
@@ -8,13 +8,13 @@ from pipeline.core.primitives.voxel_iou import OFFSETS, inside, intersection_ove
 
 
 def points(side):
-    """The points that `inside` judges."""
+    """Return the points that `inside` classifies."""
     line = np.arange(side)
     x, y, z = np.meshgrid(line + 0.5, line + OFFSETS[0], line + OFFSETS[1], indexing="ij")
     return np.stack([x, y, z], -1) / side - 0.5
 
 
-def test_a_rotated_box_and_a_ball_are_their_formulas():
+def test_a_rotated_box_and_a_ball_match_their_formulas():
     turn = trimesh.transformations.rotation_matrix(0.7, [1, 2, 3])
     box = trimesh.creation.box([0.7, 0.4, 0.3], transform=turn)
     local = np.abs(points(40) @ turn[:3, :3]) < np.array([0.35, 0.2, 0.15])
@@ -28,7 +28,7 @@ def test_a_rotated_box_and_a_ball_are_their_formulas():
     )
 
 
-def test_a_hollow_is_outside_and_many_layers_are_counted():
+def test_a_cavity_is_outside_and_many_layers_are_counted():
     shells = [
         trimesh.creation.icosphere(subdivisions=3, radius=0.48 * n / 100) for n in range(1, 101)
     ]
@@ -46,7 +46,7 @@ def test_a_hollow_is_outside_and_many_layers_are_counted():
     assert (middle == expected).mean() > 0.7
 
 
-def test_overlap():
+def test_intersection_over_union():
     a, b = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
     assert intersection_over_union(a, b) == 1.0
     a[0], b[:, :2] = True, True
