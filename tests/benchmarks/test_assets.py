@@ -140,12 +140,12 @@ def test_errors_say_what_to_do(tmp_path, measured):
     cfg, _ = measured
     with pytest.raises(UserError, match=r"name a sub-command: .* \{measure,compare\}"):
         assets.main([])
+    folders = f"--meshes {cfg.meshes} --out {tmp_path}"
     with pytest.raises(
         UserError, match=r"preset smoke makes sdf-64, sdf-128, renders-paper, not sdf-512"
     ):
-        folders = f"--meshes {cfg.meshes} --out {tmp_path}"
         assets.main(f"measure {folders} --preset smoke --products sdf-512".split())
     with pytest.raises(UserError, match="processes must be 1 or more, got 0"):
-        assets.main(f"measure --meshes {cfg.meshes} --out {tmp_path} --processes 0".split())
+        assets.main(f"measure {folders} --processes 0".split())
     with pytest.raises(UserError, match="no product of an asset in common"):
         assets.main(f"compare --expected {cfg.out} --found {tmp_path}".split())
