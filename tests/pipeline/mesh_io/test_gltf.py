@@ -38,7 +38,7 @@ def with_array(
 
 
 def uv_of_corners(path) -> list[tuple[float, ...]]:
-    """Load a tetrahedron and return the texture coordinates of its corners in the order of TETRA."""
+    """Load a tetrahedron and return the texture coordinates of its corners, ordered as TETRA."""
     mesh = load(path, CFG)
     assert_same_triangles(mesh)
     uv = mesh.parts[0].uv.round(4).tolist()
