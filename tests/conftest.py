@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The same examples in every run: a red test is then the change's own doing. New ones: --hypothesis-profile=explore.
+# The same examples run every time, so a red test is the change's own doing.
+# --hypothesis-profile=explore draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile("repeatable")
-# Cores are shared: one thread a library, as in the processes that work on assets.
+# The processes share the cores: each library uses one thread, as in the children of a build.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 # Before anything imports triton: without a GPU its kernels run in the interpreter.

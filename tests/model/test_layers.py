@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import BlockIndex, token_order
 from model import layers
-from tests.kernel_inputs import random_index
+from tests.kernel_inputs import random_coords
 
 torch.set_num_threads(1)
 
@@ -44,7 +45,8 @@ def test_invalid_positions_are_refused():
 @pytest.mark.parametrize("shifted", [False, True])
 def test_a_window_block_equals_torch_attention_within_windows(shifted):
     torch.manual_seed(0)
-    index = random_index([40, 0, 25], side=12)
+    coords = random_coords([40, 0, 25], side=12)  # on the CPU: the kernels take no float64
+    index = BlockIndex.from_coords(coords[token_order(coords)], 3)
     x = torch.randn(index.num_tokens, 32, dtype=torch.float64)
     block = layers.WindowBlock(32, 2, shifted=shifted).double()
     peer = nn.MultiheadAttention(32, 2, batch_first=True, dtype=torch.float64)
