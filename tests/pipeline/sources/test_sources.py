@@ -415,7 +415,7 @@ def test_shapenet_needs_its_licence_to_be_allowed(shapenet_core):
 def test_two_folder_sources_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.obj").touch()
-    with pytest.raises(UserError, match="two sources of the kind folder"):
+    with pytest.raises(UserError, match="two sources are of the kind folder"):
         open_sources(BuildConfig(source=(f"folder:{tmp_path}/a", f"folder:{tmp_path}")))
 
 
