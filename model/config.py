@@ -262,7 +262,8 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     """Times at which guidance acts, ends included. Elsewhere the scale is 1."""
     rescale: float = 0.0
-    """Share in [0, 1] by which the guided velocity gets the conditional one's deviation."""
+    """Share in [0, 1] by which the guided velocity is scaled towards the standard deviation of the
+    conditional one. 0 leaves it as it is."""
 
     def __post_init__(self) -> None:
         low, high = self.interval

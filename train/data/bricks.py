@@ -219,9 +219,10 @@ class BrickReader:
             shard = self._open(resolution, self.index.shards[asset])
         bricks = shard.bricks(self.index.uids[asset])
         if not len(bricks.cells):
-            raise ValueError("no cells")
+            raise ValueError("the asset has no cells")
         if bricks.cells.min() < 0 or bricks.cells.max() >= resolution // CELL_SIDE:
-            raise ValueError(f"cells must lie in 0..{resolution // CELL_SIDE - 1}")
+            found = f"{bricks.cells.min()}..{bricks.cells.max()}"
+            raise ValueError(f"cells must lie in 0..{resolution // CELL_SIDE - 1}, got {found}")
         size = magnitude_bits(bricks.values)
         if size.max() > ONE_BITS:
             raise ValueError(
