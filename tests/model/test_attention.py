@@ -354,3 +354,12 @@ def test_the_module_in_bf16(compression):
         with torch.autocast("cuda", torch.bfloat16):
             out = module.float().cuda()(x.cuda(), TokenLayout.of(level.to("cuda"), 4))
     assert_close_as(out.cpu(), exact, rounded)
+
+
+def test_the_configuration_knows_what_the_kernels_support():
+    """`model.config` repeats the kernels' limits, because it must not import torch."""
+    from kernels.attention import checks
+    from model import config
+
+    assert config.HEAD_SIZES == checks.HEAD_SIZES
+    assert config.QUERY_HEADS_PER_KV_HEAD == checks.HEADS_PER_GROUP
