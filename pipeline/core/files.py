@@ -58,9 +58,10 @@ def replacing(
 def _publish(partial: Path, path: Path) -> None:
     """Rename `partial` to `path`.
 
-    A directory cannot be renamed over another one, so the old one is moved away first.
+    A directory cannot be renamed over another one, so the old one is moved away first. A link is
+    renamed over a link at once, also if both lead to directories.
     """
-    if not partial.is_dir() or not path.is_dir():
+    if partial.is_symlink() or not partial.is_dir() or not path.is_dir():
         partial.replace(path)
         return
     old = partial.with_name(f"{partial.name}.old")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +80,22 @@ with lock_one_of([Path({str(path)!r})], timeout_s=1):
     assert done.returncode < 0
     with lock_one_of([path], timeout_s=1):
         pass
+
+
+def test_a_link_to_a_directory_is_replaced_without_a_moment_in_which_it_is_missing(
+    tmp_path, monkeypatch
+):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    link = tmp_path / "latest"
+    link.symlink_to("old")
+
+    def no_move(self, target):
+        raise AssertionError(f"{self} was moved away to {target}")
+
+    monkeypatch.setattr(Path, "rename", no_move)
+    with replacing(link) as partial:
+        partial.symlink_to("new")
+    assert link.is_symlink()
+    assert link.resolve() == tmp_path / "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "new", "old"]
