@@ -34,26 +34,49 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How a texture is read outside its image and between its texels.
+
+    Attributes:
+        wrap_u: What continues the image beyond 0 and 1 in u: "repeat", "mirror" or "clamp".
+        wrap_v: The same in v.
+        nearest: Whether texels are magnified without interpolation.
+    """
+
+    wrap_u: str = "repeat"
+    wrap_v: str = "repeat"
+    nearest: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Material:
     """A surface material in the metallic-roughness model of glTF.
 
     Attributes:
         base_color: Linear RGBA factors. They multiply the texture.
         texture: uint8 [h, w, 4], sRGB with alpha, row 0 at the top. None if there is no texture.
+        sampler: How the texture is read.
         metallic: 0 for dielectrics to 1 for metals.
         roughness: 0 for mirrors to 1 for matte surfaces.
         alpha_mode: "OPAQUE", "MASK" or "BLEND".
         alpha_cutoff: Alpha below which "MASK" draws nothing.
         double_sided: Whether back faces are drawn.
+        emissive: Linear RGB of the emitted light. It multiplies the emissive texture.
+        emissive_texture: uint8 [h, w, 4], sRGB; alpha is not used. None if there is none.
+        emissive_sampler: How the emissive texture is read.
     """
 
     base_color: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 1.0)
     texture: NDArray[np.uint8] | None = None
+    sampler: Sampler = Sampler()
     metallic: float = 0.0
     roughness: float = 0.8
     alpha_mode: str = "OPAQUE"
     alpha_cutoff: float = 0.5
     double_sided: bool = True
+    emissive: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    emissive_texture: NDArray[np.uint8] | None = None
+    emissive_sampler: Sampler = Sampler()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +88,7 @@ class Part:
         faces: The run of the mesh's faces.
         material: The material of the faces.
         uv: float32 [V_part, 2], texture coordinates with v = 0 at the bottom, as in OpenGL.
+        emissive_uv: The same for the emissive texture.
         colors: uint8 [V_part, 4], sRGB with alpha.
         normals: float32 [V_part, 3], unit normals for shading only.
     """
@@ -73,6 +97,7 @@ class Part:
     faces: slice
     material: Material = field(default_factory=Material)
     uv: NDArray[np.float32] | None = None
+    emissive_uv: NDArray[np.float32] | None = None
     colors: NDArray[np.uint8] | None = None
     normals: NDArray[np.float32] | None = None
 

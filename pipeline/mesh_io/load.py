@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
-
-import numpy as np
-import trimesh
-from collada.common import DaeError
-from numpy.typing import NDArray
+from typing import Literal
 
 from pipeline.core.errors import Reject
-from pipeline.core.schema import Material, Mesh, Part
+from pipeline.core.schema import Mesh
+from pipeline.mesh_io.assemble import assemble
 from pipeline.mesh_io.config import LoadConfig
-from pipeline.mesh_io.file_checks import check_file, find_side_file
-from pipeline.mesh_io.gltf import prepare_for_parser
-from pipeline.mesh_io.materials import MaterialConverter
+from pipeline.mesh_io.file_checks import check_file
+from pipeline.mesh_io.load_warnings import LoadWarning, WarningLog
+from pipeline.mesh_io.reader_context import Reader, ReaderContext
+from pipeline.mesh_io.scene import Axis
+from pipeline.mesh_io.side_files import SideFiles
 
-# What the parsers of nine formats raise on a damaged file.
+# What the readers and the libraries that they use raise on a damaged file.
 PARSER_ERRORS = (
     ValueError,
     ArithmeticError,
@@ -40,343 +33,106 @@ PARSER_ERRORS = (
     NotImplementedError,
     OSError,
     RecursionError,
+    RuntimeError,
     StopIteration,
     SyntaxError,  # lxml
     TypeError,
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
-    DaeError,
-    trimesh.exchange.stl.HeaderError,
 )
+
+# Format -> the module and the function that read it.
+READERS: dict[str, tuple[str, str]] = {}
+
+# Up axis of the formats that state none.
+DEFAULT_UP: Axis = "y"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What was missing or left out while a file was read. None of it is fatal."""
+    """What is known about how a file was read.
 
-    warnings: tuple[str, ...] = ()
+    Attributes:
+        warnings: What was missing or left out. None of it is fatal.
+        up_axis: The axis of the file that points up.
+        up_origin: Where that axis comes from: "stated" by the file or its format, "option", or
+            "convention".
+    """
+
+    warnings: tuple[LoadWarning, ...] = ()
+    up_axis: Axis = DEFAULT_UP
+    up_origin: Literal["stated", "option", "convention"] = "convention"
 
 
-def load(path: Path, cfg: LoadConfig, *, up: str = "y") -> Mesh:
+def load(path: Path, cfg: LoadConfig, *, up: str = "auto", root: Path | None = None) -> Mesh:
     """Read a mesh file. This is `load_with_report` without the report."""
-    return load_with_report(path, cfg, up=up)[0]
+    return load_with_report(path, cfg, up=up, root=root)[0]
 
 
-def load_with_report(path: Path, cfg: LoadConfig, *, up: str = "y") -> tuple[Mesh, LoadReport]:
-    """Read a glb, gltf, obj, ply, stl, off, 3mf, dae or zae file into one triangle mesh.
+def load_with_report(
+    path: Path, cfg: LoadConfig, *, up: str = "auto", root: Path | None = None
+) -> tuple[Mesh, LoadReport]:
+    """Read a glb, gltf, obj, ply, stl, off, 3mf, dae or zae file into one triangle mesh with y up.
 
-    Node transforms are applied. Faces with two equal corners and vertices without faces are
-    dropped. Faces with the same appearance form one part. Side files are read from the directory of
-    the file and never from above it. The parsers are not hardened, so call this in a process of
-    its own for files from untrusted sources.
+    Everything that is left out is reported with a code of `pipeline.mesh_io.load_warnings`. Side
+    files are read from the directory of the file, and from other places below `root`. The readers
+    use libraries that are not hardened, so call this in a process of its own for files from
+    untrusted sources.
 
     Args:
         path: The file. Its extension decides the format.
         cfg: Limits of faces, instances, unpacked bytes and texture size.
-        up: Axis of the file that points up, "y" or "z". With "z" the mesh is rotated to y up.
+        up: The axis that points up in formats that do not state one: "y", "z" or "auto", which is
+            y. A stated axis always applies.
+        root: Directory that holds all side files. None means the directory of the file.
 
     Returns:
-        The mesh in the frame of the file, and warnings about what was missing or left out.
+        The mesh in the frame of the file, turned to y up, and the report.
 
     Raises:
         Reject: "empty_file", "lfs_pointer", "wrong_magic", "unreadable" (with the parser's error),
             "allocation_bomb", "too_many_faces", "unsupported_extension", "empty_scene",
             "points_only", "index_out_of_range", "non_finite_vertices" or "degenerate".
-        ValueError: If `up` is not "y" or "z".
+        ValueError: If `up` is none of the three words.
     """
-    if up not in ("y", "z"):
-        raise ValueError(f'up must be "y" or "z", got {up!r}')
-    resolver = _SideFileResolver(str(path))
+    if up not in ("auto", "y", "z"):
+        raise ValueError(f'up must be "auto", "y" or "z", got {up!r}')
+    warnings = WarningLog()
     try:
-        with _parser_warnings() as parser_warnings:
-            extension = check_file(path, cfg)
-            data = path.read_bytes()
-            is_gltf = extension in ("glb", "gltf")
-            if extension == "obj":
-                data = use_absolute_indices(data)
-            elif extension == "stl":
-                data = remove_stl_trailer(data)
-            elif is_gltf:
-                data, extension = prepare_for_parser(data, extension, resolver.get)
-            scene = trimesh.load_scene(
-                io.BytesIO(data), file_type=extension, resolver=resolver, process=False
-            )
-            geometries, notes = _place_geometries(scene, cfg, linear_colors=is_gltf)
+        extension = check_file(path, cfg)
+        if extension not in READERS:
+            from pipeline.mesh_io.trimesh_load import load_with_trimesh
+
+            mesh, notes = load_with_trimesh(path, extension, cfg, "z" if up == "z" else "y")
+            for note in notes:
+                is_missing = note.startswith("missing side file ")
+                code = "side_file_missing" if is_missing else "appearance_ignored"
+                warnings.add(code, note.removeprefix("missing side file "))
+            return mesh, LoadReport(warnings=warnings.items())
+        side_files = SideFiles(path, root, warnings)
+        context = ReaderContext(path=path, cfg=cfg, side_files=side_files, warnings=warnings)
+        scene = _reader(extension)(path.read_bytes(), context)
+        axis, origin = _up_axis(scene.up_axis, up)
+        mesh = assemble(scene, cfg, warnings, axis)
     except PARSER_ERRORS as error:
         # Without the directory the message is the same on every machine.
         message = str(error).replace(str(path.parent), "")[:200]
-        past_the_end = isinstance(error, IndexError) and "out of bounds" in message
-        if past_the_end or "index outside the range" in message:
-            raise Reject("index_out_of_range", message=message) from error
         raise Reject("unreadable", error=type(error).__name__, message=message) from error
-    mesh = _concatenate(geometries, up)
-    missing = [f"missing side file {name}" for name in resolver.missing]
-    warnings = dict.fromkeys(missing + parser_warnings + notes)  # without repetitions
-    return mesh, LoadReport(warnings=tuple(warnings))
+    return mesh, LoadReport(warnings=warnings.items(), up_axis=axis, up_origin=origin)
 
 
-def use_absolute_indices(text: bytes) -> bytes:
-    """Replace negative vertex numbers in the faces of an OBJ file by positive ones.
-
-    A negative number counts back from the face's own line. The parser counts back from the end of
-    the file, which is the same only if no vertex follows the face.
-
-    Args:
-        text: Content of the file.
-
-    Returns:
-        The rewritten content, or `text` itself if there are no negative numbers.
-    """
-    if not re.search(rb"(?m)^\s*f\b[^\n]*[ \t/]-\d", text):
-        return text
-    counts = {b"v": 0, b"vt": 0, b"vn": 0}
-    lines = []
-    for line in text.split(b"\n"):
-        words = line.split()
-        if words and words[0] in counts:
-            counts[words[0]] += 1
-        elif words and words[0] == b"f":
-            last = tuple(counts.values())
-            # A corner is v, v/vt, v//vn or v/vt/vn.
-            corners = (zip(word.split(b"/"), last) for word in words[1:])
-            line = b"f " + b" ".join(
-                b"/".join(_absolute_index(word, count) for word, count in corner)
-                for corner in corners
-            )
-        lines.append(line)
-    return b"\n".join(lines)
+def _reader(extension: str) -> Reader:
+    """Import the reader of a format. The libraries of the other formats are not imported."""
+    module, function = READERS[extension]
+    return getattr(import_module(module), function)
 
 
-def _absolute_index(word: bytes, count: int) -> bytes:
-    return b"%d" % (count + 1 + int(word)) if word.startswith(b"-") else word
-
-
-def remove_stl_trailer(content: bytes) -> bytes:
-    """Return a binary STL file without what follows its last triangle.
-
-    The parser takes a binary file with a trailer for text. A text file is returned unchanged: its
-    bytes at the place of the count give an end beyond any file.
-    """
-    end = 84 + 50 * int.from_bytes(content[80:84], "little")
-    return content[:end] if len(content) >= 84 else content
-
-
-class _SideFileResolver(trimesh.resolvers.FilePathResolver):
-    """Finds side files in the directory of the asset and records the missing ones."""
-
-    def __init__(self, source: str):
-        super().__init__(source)
-        self.missing: list[str] = []
-
-    def get(self, name: str) -> bytes:
-        path = find_side_file(Path(self.parent), name)
-        if path is not None:
-            with suppress(OSError):
-                return path.read_bytes()
-        plain_name = unquote(name.strip()).replace("\\", "/")
-        self.missing.append(plain_name[:120])
-        raise FileNotFoundError(f"no side file {plain_name[:120]}")
-
-
-@contextmanager
-def _parser_warnings() -> Iterator[list[str]]:
-    """Collect the parser's log lines about what it left out."""
-    handler = _WarningCollector()
-    logger = logging.getLogger("trimesh")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
-        yield handler.lines
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-class _WarningCollector(logging.Handler):
-    """Keeps up to 50 log lines that say that something was left out."""
-
-    PHRASES = (
-        "failed to load",
-        "unable to",
-        "skipping",
-        "didn't decode",
-        "unsupported textures",
-        "not loaded",
-    )
-
-    def __init__(self):
-        super().__init__(logging.DEBUG)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
-        if any(phrase in line for phrase in self.PHRASES) and len(self.lines) < 50:
-            self.lines.append(line[:200])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PlacedGeometry:
-    """One geometry of a scene in world coordinates, with V vertices and F faces."""
-
-    vertices: NDArray[np.float64]  # [V, 3]
-    faces: NDArray[np.int64]  # [F, 3]
-    material: Material
-    uv: NDArray[np.float32] | None = None  # [V, 2]
-    colors: NDArray[np.uint8] | None = None  # [V, 4]
-    normals: NDArray[np.float32] | None = None  # [V, 3]
-
-    @property
-    def appearance_key(self) -> tuple[object, ...]:
-        """Geometries with equal keys can form one part."""
-        return (id(self.material), self.uv is None, self.colors is None, self.normals is None)
-
-
-def _place_geometries(
-    scene: trimesh.Scene, cfg: LoadConfig, *, linear_colors: bool
-) -> tuple[list[_PlacedGeometry], list[str]]:
-    """Return the placed triangle geometries of a scene in its order, and warnings about others."""
-    if not scene.geometry:
-        raise Reject("empty_scene")
-    with_faces = {
-        name: geometry
-        for name, geometry in scene.geometry.items()
-        if isinstance(geometry, trimesh.Trimesh) and len(geometry.faces)
-    }
-    if not with_faces:
-        kinds = sorted({type(geometry).__name__ for geometry in scene.geometry.values()})
-        points = sum(len(getattr(geometry, "vertices", ())) for geometry in scene.geometry.values())
-        raise Reject("points_only" if points else "empty_scene", points=points, kinds=kinds)
-    nodes = [scene.graph[name] for name in scene.graph.nodes_geometry]
-    placed = [(matrix, with_faces[name]) for matrix, name in nodes if name in with_faces]
-    if not placed:
-        raise Reject("empty_scene", geometries=len(with_faces))
-    total = sum(len(geometry.faces) for _, geometry in placed)
-    if total > cfg.max_faces or len(placed) > cfg.max_instances:
-        raise Reject("too_many_faces", faces=total, instances=len(placed), max_faces=cfg.max_faces)
-    converter = MaterialConverter(cfg.max_texture_side, linear_colors=linear_colors)
-    geometries = [
-        _place(geometry, np.asarray(matrix, dtype=np.float64), converter)
-        for matrix, geometry in placed
-    ]
-    skipped = len(scene.geometry) - len(with_faces)
-    notes = [f"left out {skipped} geometries without faces"] if skipped else []
-    return geometries, notes + converter.warnings
-
-
-def _place(
-    geometry: trimesh.Trimesh, matrix: NDArray[np.float64], converter: MaterialConverter
-) -> _PlacedGeometry:
-    """Convert a geometry and transform it by its node's matrix [4, 4]."""
-    vertices = np.asarray(geometry.vertices, dtype=np.float64)
-    faces = np.asarray(geometry.faces, dtype=np.int64)
-    if faces.min() < 0 or faces.max() >= len(vertices):
-        raise Reject("index_out_of_range", index=int(faces.max()), vertices=len(vertices))
-    material, uv, colors, face_colors = converter.convert(geometry)
-    # The cache holds the normals of the file. The property would compute missing ones.
-    normals = geometry._cache["vertex_normals"]
-    if normals is None or len(normals) != len(vertices):
-        normals = None
-    else:
-        normals = np.asarray(normals, dtype=np.float64)
-
-    # Colours by face: give each corner a vertex of its own.
-    if face_colors is not None:
-        corners = faces.ravel()
-        uv, normals = (None if array is None else array[corners] for array in (uv, normals))
-        vertices = vertices[corners]
-        colors = np.repeat(face_colors, 3, axis=0)
-        faces = np.arange(len(vertices)).reshape(-1, 3)
-
-    # World coordinates. A mirroring matrix reverses the faces.
-    with np.errstate(over="ignore", invalid="ignore"):  # not finite vertices are rejected below
-        vertices = vertices @ matrix[:3, :3].T + matrix[:3, 3]
-    if np.linalg.det(matrix[:3, :3]) < 0:
-        faces = faces[:, ::-1]
-    if normals is not None:
-        normals = _normalized(normals @ _cofactors(matrix[:3, :3]).T)
-
-    # Drop faces with two equal corners, then vertices without faces.
-    corners = vertices[faces]
-    is_distinct = (corners != np.roll(corners, 1, axis=1)).any(axis=2).all(axis=1)
-    used, faces = np.unique(faces[is_distinct], return_inverse=True)
-    is_finite = np.isfinite(vertices[used])
-    if not is_finite.all():
-        raise Reject("non_finite_vertices", vertices=int((~is_finite).any(axis=1).sum()))
-    return _PlacedGeometry(
-        vertices=vertices[used],
-        faces=faces.reshape(-1, 3),
-        material=material,
-        uv=None if uv is None else np.ascontiguousarray(uv[used], dtype=np.float32),
-        colors=None if colors is None else np.ascontiguousarray(colors[used], dtype=np.uint8),
-        normals=None if normals is None else np.ascontiguousarray(normals[used], dtype=np.float32),
-    )
-
-
-def _cofactors(linear: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the matrix [3, 3] that transforms normals, up to a positive factor.
-
-    Unlike the inverse transpose it exists for singular matrices too.
-    """
-    rows = [np.cross(linear[(i + 1) % 3], linear[(i + 2) % 3]) for i in range(3)]
-    return np.stack(rows) * (-1 if np.linalg.det(linear) < 0 else 1)
-
-
-def _normalized(normals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scale vectors [V, 3] to length 1. A zero or undefined vector becomes (0, 1, 0)."""
-    normals = np.nan_to_num(normals)
-    length = np.linalg.norm(normals, axis=1, keepdims=True)
-    return np.where(length > 0, normals / np.where(length > 0, length, 1), [0.0, 1.0, 0.0])
-
-
-def _concatenate(geometries: list[_PlacedGeometry], up: str) -> Mesh:
-    """Join all geometries to one mesh. Geometries with the same appearance become one part.
-
-    Raises:
-        Reject: "degenerate" if no face has three distinct corners.
-    """
-    groups: dict[tuple[object, ...], list[_PlacedGeometry]] = {}
-    for geometry in geometries:
-        if len(geometry.faces):
-            groups.setdefault(geometry.appearance_key, []).append(geometry)
-    if not groups:
-        raise Reject("degenerate", faces=0)
-    vertices = []
-    faces = []
-    parts = []
-    num_vertices = num_faces = 0
-    for group in groups.values():
-        first_vertex, first_face = num_vertices, num_faces
-        for geometry in group:
-            vertices.append(geometry.vertices)
-            faces.append(geometry.faces + num_vertices)
-            num_vertices += len(geometry.vertices)
-            num_faces += len(geometry.faces)
-        parts.append(
-            Part(
-                vertices=slice(first_vertex, num_vertices),
-                faces=slice(first_face, num_faces),
-                material=group[0].material,
-                uv=_joined_attribute(group, "uv"),
-                colors=_joined_attribute(group, "colors"),
-                normals=_to_y_up(_joined_attribute(group, "normals"), up),
-            )
-        )
-    return Mesh(
-        vertices=_to_y_up(np.concatenate(vertices), up),
-        faces=np.concatenate(faces).astype(np.int32),
-        parts=tuple(parts),
-    )
-
-
-def _joined_attribute(group: list[_PlacedGeometry], name: str) -> Any:
-    arrays = [getattr(geometry, name) for geometry in group]
-    return None if arrays[0] is None else np.concatenate(arrays)
-
-
-def _to_y_up(vectors: Any, up: str) -> Any:
-    """Rotate vectors [N, 3] of a z-up file to y up: (x, y, z) becomes (x, z, -y)."""
-    if vectors is None or up == "y":
-        return vectors
-    return np.ascontiguousarray(vectors[:, [0, 2, 1]] * np.array([1, 1, -1], dtype=vectors.dtype))
+def _up_axis(
+    stated: Axis | None, up: str
+) -> tuple[Axis, Literal["stated", "option", "convention"]]:
+    if stated is not None:
+        return stated, "stated"
+    if up != "auto":
+        return ("z" if up == "z" else "y"), "option"
+    return DEFAULT_UP, "convention"

@@ -84,7 +84,7 @@ def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
     with _stage(job, notes, "load"):
         mesh, report = load_with_report(path, cfg.load, up=cfg.up)
         if report.warnings:
-            notes.numbers["load_warnings"] = list(report.warnings)
+            notes.numbers["load_warnings"] = [str(warning) for warning in report.warnings]
     with _stage(job, notes, "normalize"):
         mesh = normalize(mesh, cfg.normalize)
         notes.row |= {"center": list(mesh.center), "scale": mesh.scale}

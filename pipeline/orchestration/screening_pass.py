@@ -18,7 +18,8 @@ from pipeline.storage.layout import manifest_path, product_paths
 from pipeline.storage.remote import arrow_source, list_children
 
 MANIFEST_COLUMNS = ["uid", "status", "stage", "reason", "sha256", "faces", "numbers"]
-MISSING_FILE = "missing side file"  # how the warning of a mesh without one of its files begins
+# How the warning of a missing side file begins. Builds of older readers have the second form.
+MISSING_FILE = ("side_file_missing", "missing side file")
 
 
 def rank_screened(cfg: BuildConfig, screening: Plan) -> Catalogue:

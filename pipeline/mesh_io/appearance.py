@@ -1,0 +1,154 @@
+"""Convert the materials of a scene to those that the renderer draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core.schema import Material, Sampler
+from pipeline.mesh_io.images import IMAGE_ERRORS, decode_image, fit_image
+from pipeline.mesh_io.load_warnings import WarningLog
+from pipeline.mesh_io.scene import Scene, SceneMaterial, TextureSlot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Appearance:
+    """A drawable material and the slots that give its texture coordinates."""
+
+    material: Material
+    base_slot: TextureSlot | None = None
+    emissive_slot: TextureSlot | None = None
+
+
+class AppearanceConverter:
+    """Converts the materials of one scene, each at most once.
+
+    Args:
+        scene: The materials and images.
+        max_texture_side: Largest side of a texture in pixels. Larger ones are scaled down.
+        warnings: Receives "image_unreadable" and "material_missing".
+    """
+
+    def __init__(self, scene: Scene, max_texture_side: int, warnings: WarningLog):
+        self.scene = scene
+        self.max_texture_side = max_texture_side
+        self.warnings = warnings
+        self._images: dict[int, NDArray[np.uint8] | None] = {}
+        self._converted: dict[tuple[int, bool], Appearance] = {}
+
+    def convert(self, index: int, *, is_colored: bool) -> Appearance:
+        """Return the appearance of a material.
+
+        Args:
+            index: Index in `Scene.materials`; -1 is no material.
+            is_colored: Whether the geometry has colours of its own. Without a material they are
+                drawn as they are, not multiplied by the grey of the default material.
+        """
+        is_known = 0 <= index < len(self.scene.materials)
+        key = (index, is_colored and not is_known)
+        if key not in self._converted:
+            if is_known:
+                self._converted[key] = self._convert(self.scene.materials[index])
+            else:
+                if index != -1:
+                    self.warnings.add("material_missing", f"number {index}")
+                color = (1.0, 1.0, 1.0, 1.0) if is_colored else Material().base_color
+                self._converted[key] = Appearance(material=Material(base_color=color))
+        return self._converted[key]
+
+    def _convert(self, source: SceneMaterial) -> Appearance:
+        base_slot, texture = self._texture(source.base_color_texture)
+        opacity_slot, opacity = self._texture(source.opacity_texture)
+        if opacity is not None and opacity_slot is not None:
+            texture = _with_opacity(texture, _channel(opacity, opacity_slot))
+            base_slot = base_slot or opacity_slot
+        emissive_slot, emissive = self._texture(source.emissive_texture)
+        material = Material(
+            base_color=source.base_color,
+            texture=texture,
+            sampler=_sampler(base_slot),
+            # The renderer uses one value per material: the mean of the texture.
+            metallic=source.metallic * self._mean(source.metallic_texture),
+            roughness=source.roughness * self._mean(source.roughness_texture),
+            alpha_mode=source.alpha_mode,
+            alpha_cutoff=source.alpha_cutoff,
+            double_sided=source.double_sided,
+            emissive=source.emissive,
+            emissive_texture=emissive,
+            emissive_sampler=_sampler(emissive_slot),
+        )
+        return Appearance(material=material, base_slot=base_slot, emissive_slot=emissive_slot)
+
+    def _texture(
+        self, slot: TextureSlot | None
+    ) -> tuple[TextureSlot, NDArray[np.uint8]] | tuple[None, None]:
+        """Return a slot and its image, or (None, None) if the image cannot be drawn."""
+        image = None if slot is None else self._image(slot.image)
+        return (None, None) if slot is None or image is None else (slot, image)
+
+    def _mean(self, slot: TextureSlot | None) -> float:
+        slot, image = self._texture(slot)
+        if slot is None or image is None:
+            return 1.0
+        return float(_channel(image, slot).mean()) / 255
+
+    def _image(self, index: int) -> NDArray[np.uint8] | None:
+        """Return an image as uint8 [h, w, 4], or None with a warning."""
+        if index not in self._images:
+            self._images[index] = None
+            if not 0 <= index < len(self.scene.images):
+                self.warnings.add("image_unreadable", f"there is no image {index}")
+            elif self.scene.images[index].content is not None:
+                self._images[index] = self._decode(index)
+        return self._images[index]
+
+    def _decode(self, index: int) -> NDArray[np.uint8] | None:
+        image = self.scene.images[index]
+        assert image.content is not None
+        if isinstance(image.content, np.ndarray):
+            return fit_image(image.content, self.max_texture_side)
+        try:
+            return decode_image(image.content, self.max_texture_side)
+        except IMAGE_ERRORS as error:
+            reason = f"{type(error).__name__} {str(error)[:60]}"
+            self.warnings.add("image_unreadable", f"{image.name}: {reason}")
+            return None
+
+
+def _channel(image: NDArray[np.uint8], slot: TextureSlot) -> NDArray[np.uint8]:
+    """Return the values [h, w] of a slot that reads one value a texel."""
+    if slot.channel != "auto":
+        return image[..., "rgba".index(slot.channel)]
+    if (image[..., 3] != 255).any():
+        return image[..., 3]
+    return np.rint(image[..., :3].mean(axis=2)).astype(np.uint8)
+
+
+def _with_opacity(
+    texture: NDArray[np.uint8] | None, opacity: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Multiply the alpha of a texture [h, w, 4] by opacities [h', w'].
+
+    The result has the size of the larger image. Without a texture it is white.
+    """
+    if texture is None:
+        texture = np.full((*opacity.shape, 4), 255, dtype=np.uint8)
+    height, width = (max(a, b) for a, b in zip(texture.shape[:2], opacity.shape, strict=True))
+
+    def resized(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        rows = np.arange(height) * image.shape[0] // height
+        columns = np.arange(width) * image.shape[1] // width
+        return image[rows[:, None], columns]
+
+    texture = resized(texture).copy()
+    alpha = texture[..., 3].astype(np.uint16) * resized(opacity)
+    texture[..., 3] = np.rint(alpha / 255).astype(np.uint8)
+    return texture
+
+
+def _sampler(slot: TextureSlot | None) -> Sampler:
+    if slot is None:
+        return Sampler()
+    return Sampler(wrap_u=slot.wrap_u, wrap_v=slot.wrap_v, nearest=slot.nearest)

@@ -1,0 +1,107 @@
+"""Find the files that an asset refers to by name: buffers, materials, textures."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote
+
+from pipeline.mesh_io.load_warnings import WarningLog
+
+MAX_NAME_LENGTH = 2000  # characters; longer names are no file names
+
+
+class SideFiles:
+    """Reads the side files of one asset.
+
+    A name is tried as written and percent-decoded, with "/" or a backslash as separator, relative
+    to the directory of the asset. If there is no such file, its last components are tried in the
+    directory of the asset and in those above it, up to the root. Upper and lower case are equal
+    if no name fits exactly. A file outside the root is never read.
+
+    Args:
+        asset: The mesh file.
+        root: Directory that holds all side files. None means the directory of the asset.
+        warnings: Receives "side_file_missing" for each file that cannot be read.
+    """
+
+    def __init__(self, asset: Path, root: Path | None, warnings: WarningLog):
+        self.folder = asset.parent.resolve()
+        self.root = self.folder if root is None else root.resolve()
+        if not self.folder.is_relative_to(self.root):
+            raise ValueError(f"{asset} must lie below its root {root}")
+        self.warnings = warnings
+        self._missing: set[str] = set()
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a side file, or None with a warning if there is none."""
+        path = self.find(name)
+        if path is not None:
+            try:
+                return path.read_bytes()
+            except OSError:
+                pass
+        plain_name = unquote(name.strip()).replace("\\", "/")
+        if plain_name not in self._missing:
+            self._missing.add(plain_name)
+            self.warnings.add("side_file_missing", plain_name)
+        return None
+
+    def find(self, name: str) -> Path | None:
+        """Return the path of a side file, or None if there is none below the root."""
+        if not name.strip() or len(name) > MAX_NAME_LENGTH or "\0" in name:
+            return None
+        spellings = (name.strip(), unquote(name.strip()))
+        paths = dict.fromkeys(
+            spelling if separator == "/" else spelling.replace("\\", "/")
+            for separator in ("/", "\\")
+            for spelling in spellings
+        )
+        for path in paths:
+            found = self._existing(self.folder, path.removeprefix("file://"))
+            if found is not None:
+                return found
+        # The last components of a path of the author's machine, the longest tail first.
+        parts = [part for part in list(paths)[-1].split("/") if part not in ("", ".", "..")]
+        for start in range(max(0, len(parts) - 8), len(parts)):
+            folder = self.folder
+            while True:
+                found = self._existing(folder, "/".join(parts[start:]))
+                if found is not None:
+                    return found
+                if folder == self.root:
+                    break
+                folder = folder.parent
+        return None
+
+    def _existing(self, folder: Path, name: str) -> Path | None:
+        """Return the file `name` below `folder` if it exists and lies below the root."""
+        try:
+            exact = Path(os.path.normpath(folder / name))
+            if exact.is_relative_to(self.root) and exact.is_file():
+                resolved = exact.resolve()
+                return resolved if resolved.is_relative_to(self.root) else None
+            # Component by component, where upper and lower case are equal.
+            if not exact.is_relative_to(self.root):
+                return None
+            path = self.root
+            for part in exact.relative_to(self.root).parts:
+                actual = part if (path / part).exists() else _names(path).get(part.casefold())
+                if actual is None:
+                    return None
+                path /= actual
+            resolved = path.resolve()
+            return resolved if resolved.is_file() and resolved.is_relative_to(self.root) else None
+        # The name is impossible for a file, or the path is a link to itself.
+        except (OSError, ValueError, RuntimeError):
+            return None
+
+
+@lru_cache(maxsize=64)
+def _names(folder: Path) -> dict[str, str]:
+    """Return {name in one case: name} of the entries of a directory, the first of several."""
+    if not folder.is_dir():
+        return {}
+    names = sorted((path.name for path in folder.iterdir()), reverse=True)
+    return {name.casefold(): name for name in names}
