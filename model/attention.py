@@ -123,18 +123,45 @@ class SpatialSparseAttention(nn.Module):
         return self.out(out_NHD.flatten(1))
 
 
-class FullAttention(nn.Module):
-    """Self-attention of every token to all tokens of its asset, which SSA replaces."""
+class HeadNorm(nn.Module):
+    """Scale the vector of each head to length sqrt(D), times a learned factor of each channel.
 
-    def __init__(self, channels: int, heads: int):
+    The norm is computed in fp32, or in fp64 for fp64.
+    """
+
+    def __init__(self, heads: int, head_size: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(heads, head_size))
+
+    def forward(self, x_NHD: Tensor) -> Tensor:
+        """Normalise [N, H, D]."""
+        wide = x_NHD if x_NHD.dtype == torch.float64 else x_NHD.float()
+        normed = F.normalize(wide, dim=-1) * self.gamma * x_NHD.shape[-1] ** 0.5
+        return normed.to(x_NHD.dtype)
+
+
+class FullAttention(nn.Module):
+    """Self-attention of every token to all tokens of its asset, which SSA replaces.
+
+    Args:
+        channels: Channels C of the tokens.
+        heads: Attention heads.
+        qk_norm: Whether the queries and keys of each head are normalised.
+    """
+
+    def __init__(self, channels: int, heads: int, *, qk_norm: bool = False):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(channels, 3 * channels)
+        self.query_norm = HeadNorm(heads, channels // heads) if qk_norm else None
+        self.key_norm = HeadNorm(heads, channels // heads) if qk_norm else None
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x_NC: Tensor, layout: TokenLayout) -> Tensor:
         """Attend: [N, C] -> [N, C], rows in the layout's order."""
         q_NHD, k_NHD, v_NHD = self.qkv(x_NC).unflatten(1, (3, self.heads, -1)).unbind(1)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_NHD, k_NHD = self.query_norm(q_NHD), self.key_norm(k_NHD)
         starts, longest = layout.index.token_starts, layout.index.max_tokens
         out = ragged_attention(q_NHD, k_NHD, v_NHD, starts, starts, longest, longest)
         return self.out(out.flatten(1))

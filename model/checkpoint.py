@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.config import BEFORE
 from pipeline.core.errors import UserError
 from pipeline.core.files import replacing, sync_directory
 from pipeline.core.provenance import FORMAT_VERSION
@@ -134,12 +135,14 @@ def build_config(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
     Args:
         cls: The dataclass.
-        values: One entry for each field. Lists become tuples.
+        values: One entry for each field. Lists become tuples. A field that was added later may be
+            missing (see `model.config.added`). It then gets the value that describes older models.
         where: Name of the source in error messages.
 
     Raises:
         CheckpointError: If fields are unknown or missing, or a value is out of range.
     """
+    values = with_added_fields(cls, values)
     names = {field.name for field in dataclasses.fields(cls)}
     if names != set(values):
         unknown = sorted(set(values) - names)
@@ -161,6 +164,27 @@ def build_config(cls: type, values: Mapping[str, Any], where: str) -> Any:
         raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{where} has no usable configuration: {error}") from error
+
+
+def with_added_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a stored configuration by the fields that were added after it was written.
+
+    Args:
+        cls: The dataclass, which may contain others.
+        values: JSON values of its fields.
+
+    Returns:
+        The values, with `before` of `model.config.added` for the fields that they lack.
+    """
+    types = typing.get_type_hints(cls)
+    complete = dict(values)
+    for field in dataclasses.fields(cls):
+        if field.name not in complete and BEFORE in field.metadata:
+            complete[field.name] = field.metadata[BEFORE]
+        value = complete.get(field.name)
+        if dataclasses.is_dataclass(types[field.name]) and isinstance(value, dict):
+            complete[field.name] = with_added_fields(types[field.name], value)  # pyright: ignore[reportArgumentType]
+    return complete
 
 
 def _to_tuples(value: Any) -> Any:

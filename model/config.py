@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.core.grid import CELL_SIDE
 
@@ -16,8 +16,29 @@ DEFAULT_STEPS = (50, 30, 15)  # of each stage; Direct3D-S2 paper (arXiv 2505.174
 DEFAULT_GUIDANCE = 7.0  # as in the published Direct3D-S2 pipeline
 
 Compression = Literal["v1", "v2"]
+BEFORE = "before"  # metadata of a field: its value in files that were written before it existed
 Method = Literal["euler", "heun"]
 METHODS: tuple[Method, ...] = ("euler", "heun")
+Spacing = Literal["even", "published"]
+SPACINGS: tuple[Spacing, ...] = ("even", "published")
+
+
+def added(default: Any, *, before: Any) -> Any:
+    """Return a field that was added after models of its dataclass had been written.
+
+    Args:
+        default: Value of new models.
+        before: Value that describes what the code did with models that lack the field.
+    """
+    return field(default=default, metadata={BEFORE: before})
+
+
+def _check_choice(config: object, **choices: tuple[str, ...]) -> None:
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            wanted = " or ".join(f'"{choice}"' for choice in allowed)
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _check_at_least_one(config: object, *names: str) -> None:
@@ -91,6 +112,17 @@ class DiTConfig:
     """Shift the attention windows by half their size in every other transformer block."""
     plus_one_pooling: bool = False
     """Let means divide by n + 1 instead of n. The published Direct3D-S2 weights need this."""
+    position_resolution: int = added(512, before=512)
+    """Resolution at which positions are the coordinates of the cells. At another resolution R the
+    coordinates are multiplied by position_resolution / R."""
+    min_position_factor: float = added(0.0, before=1.0)
+    """Smallest factor of the coordinates. 0 sets no limit. Models that were trained before this
+    option existed have 1, which leaves the coordinates at R = 1024 as they are."""
+    condition_projection: bool = added(True, before=True)
+    """Project the image tokens by a linear layer and add embeddings of their positions. Version 1.1
+    of the published weights attends to the image encoder's tokens as they are."""
+    qk_norm: bool = added(False, before=False)
+    """Normalise the queries and keys of each head of full self-attention, with learned scales."""
 
     def __post_init__(self) -> None:
         _check_at_least_one(
@@ -103,11 +135,15 @@ class DiTConfig:
             "latent_channels",
             "top_k",
             "condition_channels",
+            "position_resolution",
         )
-        if self.attention not in ("ssa", "full"):
-            raise ValueError(f'attention must be "ssa" or "full", got {self.attention!r}')
-        if self.compression not in ("v1", "v2"):
-            raise ValueError(f'compression must be "v1" or "v2", got {self.compression!r}')
+        _check_choice(self, attention=("ssa", "full"), compression=("v1", "v2"))
+        if not 0.0 <= self.min_position_factor < float("inf"):
+            raise ValueError(
+                f"min_position_factor must be 0 or more and finite, got {self.min_position_factor}"
+            )
+        if self.qk_norm and self.attention != "full":
+            raise ValueError(f'qk_norm needs attention "full", got {self.attention!r}')
         if self.compress_block not in (4, 8):
             raise ValueError(f"compress_block must be 4 or 8, got {self.compress_block}")
         _check_heads(self.heads, self.channels)
@@ -127,6 +163,10 @@ class DiTConfig:
         """Channels of the keys of all key and value heads together."""
         return self.channels // self.heads * self.kv_heads
 
+    def position_factor(self, resolution: int) -> float:
+        """Return the factor of the cells' coordinates at resolution R of the grid."""
+        return max(self.min_position_factor, self.position_resolution / resolution)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -144,10 +184,35 @@ class EncoderConfig:
     """Transformer layers of the stand-in encoder. DINOv2 ignores this."""
     heads: int = 4
     """Attention heads of the stand-in encoder. DINOv2 ignores this."""
+    precision: Literal["bf16", "fp32"] = added("bf16", before="bf16")
+    """Precision of DINOv2's weights. The stand-in encoder ignores this."""
+    preparation: Literal["one_resize", "published"] = added("one_resize", before="one_resize")
+    """How images are prepared: by one resampling ("one_resize"), or as the published Direct3D-S2
+    pipeline does it, whose weights were trained with that ("published")."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("dinov2", "stand-in"):
-            raise ValueError(f'kind must be "dinov2" or "stand-in", got {self.kind!r}')
+        _check_choice(
+            self,
+            kind=("dinov2", "stand-in"),
+            precision=("bf16", "fp32"),
+            preparation=("one_resize", "published"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSchedule:
+    """The times of the sampling steps."""
+
+    spacing: Literal["even", "published"] = added("even", before="even")
+    """Evenly spaced from 1 to 0 before the shift ("even"), or from 1 to the shifted 0.001 before
+    the shift, and then 0, as the published Direct3D-S2 pipeline does ("published")."""
+    shift: float = added(1.0, before=1.0)
+    """Values above 1 move the times towards the noise at t = 1. 1 leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, spacing=SPACINGS)
+        if not 0.0 < self.shift < float("inf"):
+            raise ValueError(f"shift must be positive and finite, got {self.shift}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +221,14 @@ class ConditionedDiTConfig:
 
     dit: DiTConfig = field(default_factory=DiTConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    image_tokens: Literal["foreground", "all"] = added("foreground", before="foreground")
+    """The image tokens that the DiT attends to: the class token, the registers and the patches with
+    foreground, or those of all patches."""
+    schedule: TimeSchedule = field(default_factory=TimeSchedule, metadata={BEFORE: {}})
+    """Times of the sampling steps. Training does not depend on them."""
 
     def __post_init__(self) -> None:
+        _check_choice(self, image_tokens=("foreground", "all"))
         if self.dit.condition_channels != self.encoder.channels:
             raise ValueError(
                 "dit.condition_channels must be the encoder's channels, "
@@ -179,18 +250,45 @@ class OccupancyConfig:
     """Groups of each GroupNorm. They must divide every width."""
     latent_channels: int = 8
     """Latent channels of each position of the smallest grid."""
+    norm: Literal["group", "layer"] = added("group", before="group")
+    """Normalisation: over groups of channels and all cells ("group"), or over the channels of each
+    cell ("layer"), as in the published Direct3D-S2 weights."""
+    decoder_widths: tuple[int, ...] | None = added(None, before=None)
+    """Channels of the decoder at each depth, from the full grid on. None takes `widths`."""
+    decoder_blocks: int | None = added(None, before=None)
+    """Residual blocks of the decoder at each depth. None takes `blocks`."""
+    threshold: float = added(0.5, before=0.5)
+    """A cell is occupied if its decoded probability is above this."""
 
     def __post_init__(self) -> None:
         _check_at_least_one(self, "side", "blocks", "groups", "latent_channels")
-        if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
+        _check_choice(self, norm=("group", "layer"))
+        if self.decoder_blocks is not None:
+            _check_at_least_one(self, "decoder_blocks")
+        if not 0.0 < self.threshold < 1.0:
+            raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}")
+        unit = self.groups if self.norm == "group" else 1
+        for name in ("widths", "decoder_widths"):
+            widths = getattr(self, name)
+            if name == "decoder_widths" and widths is None:
+                continue
+            if not widths or any(width < 1 or width % unit for width in widths):
+                wanted = f"positive multiples of groups = {unit}" if unit > 1 else "positive"
+                raise ValueError(f"{name} must be {wanted}, got {widths}")
+        if len(self.widths_of_decoder) != len(self.widths):
             raise ValueError(
-                f"widths must be positive multiples of groups = {self.groups}, got {self.widths}"
+                f"decoder_widths must be {len(self.widths)} numbers, got {self.decoder_widths}"
             )
         if self.side % self.factor:
             raise ValueError(
                 f"side must be a multiple of {self.factor} for {len(self.widths)} widths, "
                 f"got {self.side}"
             )
+
+    @property
+    def widths_of_decoder(self) -> tuple[int, ...]:
+        """Channels of the decoder at each depth, from the full grid on."""
+        return self.widths if self.decoder_widths is None else self.decoder_widths
 
     @property
     def factor(self) -> int:
@@ -230,6 +328,50 @@ class StructureConfig:
     def resolution(self) -> int:
         """Resolution R of the grid whose cells the stage generates."""
         return CELL_SIDE * self.occupancy.side
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerConfig:
+    """A refiner of decoded volumes. The defaults are those of the published one at R = 512."""
+
+    output: Literal["sdf", "sign"] = "sdf"
+    """What it computes: new values of all voxels ("sdf"), or the signs of the voxels that were not
+    decoded, on a grid of half the resolution ("sign")."""
+    widths: tuple[int, ...] = (8, 32, 128, 512)
+    """Channels of the U-Net at each depth. Every depth after the first halves the resolution."""
+    blocks: int = 2
+    """Residual blocks of the U-Net at each depth on the way down. There is one more on the way up
+    and at the bottom."""
+    middle_blocks: int = 2
+    """Residual blocks at the bottom of the U-Net, besides the first one."""
+    groups: int = 4
+    """Groups of each GroupNorm. They must divide every width."""
+    features: int = 32
+    """Channels of the decoder's features, which a refiner of signs does not take."""
+    patch_size: int = 192
+    """Voxels along one side of the patches that the refiner sees."""
+    overlap: int = 32
+    """Voxels by which neighbouring patches overlap."""
+    iso_value: float = 0.4
+    """Value of the surface in the refined volume."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, output=("sdf", "sign"))
+        _check_at_least_one(self, "blocks", "middle_blocks", "groups", "features", "patch_size")
+        if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
+            raise ValueError(
+                f"widths must be positive multiples of groups = {self.groups}, got {self.widths}"
+            )
+        if self.patch_size % 2 ** (len(self.widths) - 1):
+            raise ValueError(
+                f"patch_size must be a multiple of {2 ** (len(self.widths) - 1)} for "
+                f"{len(self.widths)} widths, got {self.patch_size}"
+            )
+        if not 0 <= self.overlap <= self.patch_size // 2:
+            raise ValueError(
+                f"overlap must be from 0 to half of patch_size = {self.patch_size}, "
+                f"got {self.overlap}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

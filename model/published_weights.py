@@ -81,7 +81,8 @@ def published_dit_keys(config: DiTConfig) -> KeyMap:
     keys.add_linear("input_layer", "input")
     keys.add_linear("t_embedder.mlp.0", "time.0")
     keys.add_linear("t_embedder.mlp.2", "time.2")
-    keys.add_linear("cond_proj", "condition")
+    if config.condition_projection:
+        keys.add_linear("cond_proj", "condition")
     keys.add_linear("out_layer", "out")
     for n in range(config.blocks):
         block = f"blocks.{n}"
@@ -99,6 +100,9 @@ def _add_self_attention(keys: _Keys, config: DiTConfig, theirs: str, ours: str) 
     if config.attention == "full":
         keys.add_linear(f"{theirs}.to_qkv", f"{ours}.qkv")
         keys.add_linear(f"{theirs}.to_out", f"{ours}.out")
+        if config.qk_norm:
+            keys.add_tensors(f"{theirs}.q_rms_norm", f"{ours}.query_norm", "gamma")
+            keys.add_tensors(f"{theirs}.k_rms_norm", f"{ours}.key_norm", "gamma")
         return
     layers = {"proj_q": "query", "proj_k": "key", "proj_v": "value", "proj_o": "out"}
     for their_layer, our_layer in {**layers, "gate.0": "gate"}.items():

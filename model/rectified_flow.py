@@ -10,7 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from model.config import METHODS, Guidance, Method, TimeDistribution
+from model.config import (
+    METHODS,
+    SPACINGS,
+    Guidance,
+    Method,
+    Spacing,
+    TimeDistribution,
+)
+
+PUBLISHED_LAST_TIME = 0.001  # before both shifts, of the published schedule's last but one time
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x_NC, t) -> an estimate of eps - x0, [N, C]
 
@@ -144,17 +153,31 @@ def _rescale(guided_NC: Tensor, c_NC: Tensor, share: float) -> Tensor:
     return guided_NC * (1 - share + share * ratio).to(guided_NC.dtype)
 
 
-def schedule(steps: int, shift: float = 1.0) -> list[float]:
-    """Return steps + 1 times from 1 to 0, evenly spaced before `shift_times`.
+def schedule(steps: int, shift: float = 1.0, spacing: Spacing = "even") -> list[float]:
+    """Return steps + 1 times from 1 to 0.
+
+    Args:
+        steps: Number of steps.
+        shift: Shift of the times, see `shift_times`.
+        spacing: "even" spaces them evenly before the shift. "published" does so for all but the
+            last one, from 1 to a time of 0.001 that is shifted itself, so that this end is shifted
+            twice. The published Direct3D-S2 pipeline samples at these times.
 
     Raises:
-        ValueError: If `steps` is below 1 or `shift` is not positive and finite.
+        ValueError: If `steps` is below 1, `shift` is not positive and finite, or `spacing` is
+            unknown.
     """
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing must be one of {SPACINGS}, got {spacing!r}")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an int of at least 1, got {steps!r}")
     if not 0.0 < shift < float("inf"):
         raise ValueError(f"shift must be positive and finite, got {shift}")
-    return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    if spacing == "even":
+        return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    end = shift_times(torch.tensor(PUBLISHED_LAST_TIME, dtype=torch.float64), shift).item()
+    times = shift_times(torch.linspace(1, end, steps, dtype=torch.float64), shift)
+    return [*times.tolist(), 0.0]
 
 
 @torch.no_grad()
@@ -165,6 +188,7 @@ def sample(
     steps: int,
     method: Method = "euler",
     shift: float = 1.0,
+    spacing: Spacing = "even",
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Tensor:
     """Follow dx/dt = velocity(x, t) from noise at t = 1 to data at t = 0.
@@ -175,6 +199,7 @@ def sample(
         steps: Number of steps.
         method: "euler" or "heun".
         shift: Shift of the times, see `shift_times`.
+        spacing: Spacing of the times, see `schedule`.
         progress: Wraps the steps, as tqdm does.
 
     Returns:
@@ -185,7 +210,7 @@ def sample(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    times = schedule(steps, shift)
+    times = schedule(steps, shift, spacing)
     x_NC = noise_NC
     for i in progress(range(steps)):
         t, next_t = times[i], times[i + 1]

@@ -21,7 +21,6 @@ from model.layers import (
     init_linears,
     layer_norm,
     position_embedding,
-    position_factor,
     recompute,
     zero_init,
 )
@@ -70,7 +69,7 @@ class DiTBlock(nn.Module):
         # Shift, scale and gate of the attention, then those of the MLP.
         self.modulation = nn.Linear(C, 6 * C)
         if config.attention == "full":
-            self.attention = FullAttention(C, config.heads)
+            self.attention = FullAttention(C, config.heads, qk_norm=config.qk_norm)
         else:
             self.attention = SpatialSparseAttention(
                 C,
@@ -143,7 +142,9 @@ class SparseDiT(nn.Module):
         C = config.channels
         self.input = nn.Linear(config.latent_channels, C)
         self.time = TimeEmbedding(C)
-        self.condition = nn.Linear(config.condition_channels, config.condition_channels)
+        self.condition = None
+        if config.condition_projection:
+            self.condition = nn.Linear(config.condition_channels, config.condition_channels)
         self.blocks = nn.ModuleList(DiTBlock(config, odd=n % 2 == 1) for n in range(config.blocks))
         self.out = nn.Linear(C, config.latent_channels)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
@@ -218,7 +219,7 @@ class SparseDiT(nn.Module):
         # The first and the last layer are cheap, and rounding them would cost precision.
         with torch.autocast(x.feats.device.type, enabled=False):
             h_NC = self.input(x.feats.to(self.input.weight.dtype))
-        factor = position_factor(CELL_SIDE * level.resolution)
+        factor = self.config.position_factor(CELL_SIDE * level.resolution)
         h_NC = h_NC + self._positions(level.coords[:, 1:], h_NC, factor)
         h_NC = h_NC if layout.order is None else h_NC[layout.order]
         image = self._project(image)
@@ -238,6 +239,8 @@ class SparseDiT(nn.Module):
         return position_embedding(coords_N3, like_NC.shape[1], factor).to(like_NC.dtype)
 
     def _project(self, image: ImageTokens) -> ImageTokens:
+        if self.condition is None:
+            return image
         feats_SC = self.condition(image.feats_SC)
         positions_SC = self._positions(image.coords[:, 1:], feats_SC)
         return replace(image, feats_SC=feats_SC + positions_SC)
@@ -324,10 +327,7 @@ def _flops(config: DiTConfig, layout: TokenLayout, image: ImageTokens) -> int:
             starts = index.shifted_starts if shifted else index.window_starts
             pairs.append(starts.diff().double().square().sum())
     # The layers outside the blocks.
-    ends = (
-        2 * N * C * config.latent_channels
-        + B * C * (TIME_CHANNELS + C)
-        + S * config.condition_channels**2
-    )
+    projection = config.condition_channels**2 if config.condition_projection else 0
+    ends = 2 * N * C * config.latent_channels + B * C * (TIME_CHANNELS + C) + S * projection
     attention = float(2 * C * torch.stack(pairs).sum() + config.blocks * taps)
     return int(2 * (config.blocks * linear + ends + attention))

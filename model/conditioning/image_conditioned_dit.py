@@ -104,7 +104,6 @@ class ConditionedDiT(nn.Module):
         steps: int,
         guidance: Guidance,
         method: Method = "euler",
-        shift: float = 1.0,
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> Tensor:
         """Sample the latents of given cells.
@@ -118,7 +117,6 @@ class ConditionedDiT(nn.Module):
             steps: Sampling steps.
             guidance: Classifier-free guidance.
             method: "euler" or "heun".
-            shift: Shift of the times, see `model.rectified_flow.shift_times`.
             progress: Wraps the steps, as tqdm does.
 
         Returns:
@@ -147,5 +145,14 @@ class ConditionedDiT(nn.Module):
             velocity_given(image), velocity_given(image.unconditional()), guidance, counts
         )
         noise = draw_noise(seeds, counts, self.config.dit.latent_channels, level.device)
-        x_NC = sample(velocity, noise, steps=steps, method=method, shift=shift, progress=progress)
+        times = self.config.schedule
+        x_NC = sample(
+            velocity,
+            noise,
+            steps=steps,
+            method=method,
+            shift=times.shift,
+            spacing=times.spacing,
+            progress=progress,
+        )
         return self.dit.denormalize(x_NC)

@@ -129,9 +129,8 @@ def attend(q, k, v, heads):
 def slow_dit(model, feats, level, t, image, image_coords):
     """Compute one asset by the paper's description. test_attention.py tests the self-attention."""
     c = model.config
-    h = model.input(feats) + waves(
-        level.coords[:, 1:], c.channels, max(1, 512 / (8 * level.resolution))
-    )
+    factor = max(c.min_position_factor, 64 / level.resolution)
+    h = model.input(feats) + waves(level.coords[:, 1:], c.channels, factor)
     angle = 1000 * t / 10000 ** (torch.arange(128, dtype=torch.float64) / 128)
     time = model.time[2](F.silu(model.time[0](torch.cat([angle.cos(), angle.sin()]))))
     image = model.condition(image) + waves(image_coords[:, 1:], c.condition_channels, 1)
@@ -149,7 +148,11 @@ def slow_dit(model, feats, level, t, image, image_coords):
     return model.out(norm(h, 1e-5))
 
 
-@pytest.mark.parametrize("options", [{}, {"compress_block": 8, "shifted_windows": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compress_block": 8, "shifted_windows": False}, {"min_position_factor": 1.0}],
+    ids=str,
+)
 @pytest.mark.parametrize("side", [16, 64, 128])
 def test_the_network_equals_its_description(options, side):
     model, level, image = make_dit(**options), make_level([50], side), make_image_tokens([7])
