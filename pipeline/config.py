@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from pipeline.core.grid import check_resolution
-from pipeline.core.hashing import hash_of, to_json
+from pipeline.core.hashing import hash_of, options_of
 from pipeline.core.options import CameraSet
 from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION
@@ -218,16 +218,17 @@ class BuildConfig:
         if self.run != "screen" and self.rank.target_count is not None:
             stages += ["screen", "rank"]
         names = ("source", "up", "limit", "topology_resolution", "shard_size", "val_percent")
-        of_stages = {name: asdict(getattr(self, name)) for name in stages}
-        return to_json({**{name: getattr(self, name) for name in names}, **of_stages})
+        options = options_of(self)
+        of_stages = {name: options_of(getattr(self, name)) for name in stages}
+        return {**{name: options[name] for name in names if name in options}, **of_stages}
 
     def of_product(self, product: Product) -> dict[str, Any]:
         """Return the options that only this product depends on, as JSON values."""
         if product.kind == "sdf":
             return {"resolution": product.resolution}
         if product.kind == "screen":
-            return to_json(asdict(self.screen))
-        return to_json(asdict(self.render))
+            return options_of(self.screen)
+        return options_of(self.render)
 
     def product_hash(self, product: Product) -> str:
         """Return the hash of all options that decide the bytes of a product.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -51,6 +52,32 @@ def hash_of(value: Any) -> str:
 def to_json(value: Any) -> Any:
     """Return the value after a round trip through JSON: tuples become lists, paths strings."""
     return json.loads(json.dumps(value, default=str))
+
+
+def options_of(config: Any) -> dict[str, Any]:
+    """Return the options of a configuration as JSON values, to be recorded, hashed and compared.
+
+    An option with the metadata `pipeline.core.options.ADDED_LATER` is left out while it has its
+    default, so that files that were made before the option existed keep their hashes.
+
+    Args:
+        config: An instance of a dataclass. Its fields may be dataclasses, too.
+    """
+    options = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("omit_default") and value == _default_of(field):
+            continue
+        options[field.name] = (
+            options_of(value) if dataclasses.is_dataclass(value) else to_json(value)
+        )
+    return options
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from model.sparse_vae import SparseVAE
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.files import replacing
 from pipeline.core.grid import CELL_SIDE
+from pipeline.core.hashing import options_of
 from pipeline.core.provenance import FORMAT_VERSION
 
 OPEN_SHARDS = 64  # shards kept open at once
@@ -35,7 +36,7 @@ def vae_hash(vae: SparseVAE) -> str:
 
     A checkpoint and an export of the same weights have the same hash.
     """
-    digest = hashlib.sha256(json.dumps(asdict(vae.config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(options_of(vae.config), sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -1,8 +1,21 @@
 """Names, splits, seeds and hashes are the same on every machine and in every version."""
 
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pipeline.core.hashing import differences, hash_of, make_uid, seed_of, split_of
+import pytest
+
+from pipeline.config import PRESETS
+from pipeline.core.hashing import (
+    differences,
+    hash_of,
+    make_uid,
+    options_of,
+    seed_of,
+    split_of,
+    to_json,
+)
+from pipeline.core.options import ADDED_LATER
 
 
 def test_values_are_pinned():
@@ -25,3 +38,42 @@ def test_differences_name_the_entries_that_changed():
     new = {"a": 1, "b": {"c": [2], "d": None}, "e": "x"}
     assert differences(old, new) == ["b.c=[1], now [2]", 'e=null, now "x"']
     assert differences(old, old) == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    sides: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerToday(Inner):
+    words: tuple[str, ...] = field(default_factory=tuple, metadata=ADDED_LATER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    limit: int | None = None
+    inner: Inner = Inner()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Today(Before):
+    later: float = field(default=0.5, metadata=ADDED_LATER)
+
+
+def test_an_option_added_later_is_recorded_only_if_it_has_another_value_than_its_default():
+    before = {"limit": None, "inner": {"sides": [1, 2]}}
+    assert options_of(Before()) == before
+    assert options_of(Today(inner=InnerToday())) == before
+    changed = Today(later=0.25, inner=InnerToday(words=("a",)))
+    assert options_of(changed) == {
+        "limit": None,
+        "inner": {"sides": [1, 2], "words": ["a"]},
+        "later": 0.25,
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_other_option_is_recorded(preset):
+    assert options_of(PRESETS[preset].filter) == to_json(asdict(PRESETS[preset].filter))
+    assert options_of(PRESETS[preset].rank) == to_json(asdict(PRESETS[preset].rank))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ from model.checkpoint import load_model, load_weights
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.sparse_vae import SparseVAE
 from pipeline.core.errors import UserError
-from pipeline.core.hashing import to_json
+from pipeline.core.hashing import options_of
 from train.data.bricks import log_training_data
 from train.data.latents import LatentStore, vae_hash
 from train.engine import checkpoint
@@ -104,7 +103,7 @@ def run_config(cfg: DiTTraining, vae: str) -> dict[str, Any]:
     Returns:
         {"model", "config", "training"}. The first two are what loading the model needs.
     """
-    options = to_json(asdict(cfg))
+    options = options_of(cfg)
     training = {"vae": vae, **{name: options[name] for name in RECORDED}, **options["flow"]}
     for name in PREVIEW_OPTIONS:
         del training[name]

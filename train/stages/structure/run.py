@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from model.checkpoint import load_weights, weights_file
 from model.occupancy_vae import OccupancyVAE
 from model.structure import Structure
 from pipeline.core.errors import UserError
-from pipeline.core.hashing import to_json
+from pipeline.core.hashing import options_of
 from train.data.bricks import BuildIndex, log_training_data, read_build_index
 from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
@@ -120,7 +119,7 @@ def run_config(cfg: StructureTraining, part: str) -> dict[str, Any]:
     Returns:
         {"model", "config", "training"}. The first two are what loading the model needs.
     """
-    options = to_json(asdict(cfg))
+    options = options_of(cfg)
     training = {**{name: options[name] for name in RECORDED[part]}, **options[part]}
     for name in PREVIEW_OPTIONS:
         training.pop(name, None)

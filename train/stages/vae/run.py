@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from model.sparse_vae import SparseVAE
-from pipeline.core.hashing import to_json
+from pipeline.core.hashing import options_of
 from train.data.bricks import BrickLoader, log_training_data, read_build_index
 from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler
@@ -68,7 +67,7 @@ def run_config(cfg: VAETraining) -> dict[str, Any]:
     Returns:
         {"model", "config", "training"}. The first two are what loading the model needs.
     """
-    training = to_json(asdict(cfg))
+    training = options_of(cfg)
     config = training.pop("model")
     for name in NOT_RECORDED:
         del training[name]
