@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import PRESETS, BuildConfig
 from pipeline.core.cli import command, parse_with_presets
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.text import counted
 
 if TYPE_CHECKING:
     from pipeline.sources import Source
@@ -33,7 +34,7 @@ def configure(args: Sequence[str]) -> BuildConfig:
         UserError: If an option is unknown or has a bad value.
     """
     presets = PRESETS
-    if any(word.partition("=")[0] == "--source" for word in args):
+    if _is_given("--source", args):
         # The limit of a preset belongs to its own source.
         presets = {name: replace(preset, limit=None) for name, preset in PRESETS.items()}
     return parse_with_presets(presets, "smoke", args, prog=PROG, basic=BASIC)
@@ -70,6 +71,7 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     sources = open_sources(cfg) if sources is None else sources
     with lock_output(cfg.out):
         total = run_passes(cfg, sources)
+        log.info("Writing the report.")
         page = write_report(cfg.out)
     log.info(
         "%d assets are done, %d rejected and %d failed after %.0f s.",
@@ -115,7 +117,28 @@ def open_sources(cfg: BuildConfig) -> list[Source]:
 
 def main(args: Sequence[str]) -> None:
     """Parse the options and run the build."""
-    build(configure(args))
+    cfg = configure(args)
+    if _is_given("--source", args) and not _is_given("--preset", args):
+        log.info(
+            "No --preset is given, so %s sets what the options leave open: %s. "
+            "--preset full makes %s.",
+            cfg.preset,
+            _describe(cfg),
+            _describe(PRESETS["full"]),
+        )
+    build(cfg)
+
+
+def _is_given(option: str, args: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == option for word in args)
+
+
+def _describe(cfg: BuildConfig) -> str:
+    """Return what a build makes of each asset."""
+    *resolutions, last = map(str, cfg.resolutions)
+    numbers = f"{', '.join(resolutions)} and {last}" if resolutions else last
+    size = cfg.image_size
+    return f"SDFs at {numbers}, {counted(cfg.views, 'view')} of {size} x {size} pixels"
 
 
 if __name__ == "__main__":

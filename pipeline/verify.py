@@ -29,7 +29,7 @@ def main(args: Sequence[str]) -> None:
     for breach in breaches:
         log.error("%s", breach)
     if breaches:
-        raise RunError(f"{cfg.directory} has {len(breaches)} breaches; they are listed above")
+        raise RunError(f"breaches in {cfg.directory}: {len(breaches)}, listed above")
     log.info("%s is sound.", cfg.directory)
 
 

@@ -1,14 +1,17 @@
 """Every script in examples/ runs as it stands there."""
 
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import trimesh
 
+from pipeline.storage.manifest import read_manifest
 from tests.pipeline.builds import environment
 from tests.train.analytic_builds import add_renders, make_build
 
@@ -85,6 +88,26 @@ def test_add_a_source(tmp_path):
     assert ball.startswith("ball.stl: 1280 faces, closed, ")
     assert flat.startswith("flat.obj: rejected, ")
     assert lost == "lost.glb: rejected, file_not_readable"
+
+
+def test_a_build_from_a_source_of_ones_own_as_the_documentation_shows(tmp_path):
+    trimesh.creation.icosphere().export(tmp_path / "ball.stl")
+    (tmp_path / "assets.csv").write_text("file,licence\nball.stl,cc0\nlost.glb,cc0\n")
+    page = (ROOT / "docs" / "extending.md").read_text()
+    (block,) = [
+        textwrap.dedent(block)
+        for block in re.findall(r"^  ```python\n(.*?)^  ```$", page, re.M | re.S)
+        if "CsvSource" in block
+    ]
+    (tmp_path / "my_build.py").write_text(block)
+    env = environment(tmp_path)
+    env["PYTHONPATH"] += os.pathsep + str(EXAMPLES)
+    subprocess.run([sys.executable, "my_build.py"], cwd=tmp_path, env=env, check=True)
+    rows = read_manifest(tmp_path / "data" / "csv" / "manifest" / "000000.parquet")
+    assert [(row.url, row.status, row.reason) for row in rows] == [
+        ("ball.stl", "done", ""),
+        ("lost.glb", "rejected", "file_not_readable"),
+    ]
 
 
 def test_train_on_a_folder(tmp_path):

@@ -47,6 +47,26 @@ def test_reading_the_data(tmp_path, monkeypatch):
     assert found["view"].rgba.shape == (40, 40, 4)
 
 
+def test_the_documentation_names_every_stage_and_only_reasons_that_exist():
+    package = (ROOT / "pipeline").rglob("*.py")
+    code = "\n".join(path.read_text() for path in package)
+    stages = re.findall(r'_stage\(job, notes, "(\w+)"\)', code)
+    assert len(stages) >= 7
+    table = (ROOT / "docs" / "catalogue.md").read_text().partition("| stage |")[2]
+    manifest = (ROOT / "docs" / "format.md").read_text().partition("| `stage` |")[2]
+    for stage in stages:
+        assert f"`{stage}`" in table
+        assert f"`{stage}`" in manifest.partition("\n")[0]
+    reasons = [
+        reason
+        for line in table.splitlines()[2:]
+        for reason in re.findall(r"`([a-z_0-9]+)`", line.rpartition(" | ")[2])
+        if line.startswith("| `")
+    ]
+    assert len(reasons) > 20
+    assert [reason for reason in reasons if f'"{reason}"' not in code] == []
+
+
 MODULES = "pipeline|train|model|kernels|benchmarks"
 TEXT = "\n".join([*PAGES, *(text.replace("train train.", "-m train.") for text in RECIPES)])
 SHOWN = re.findall(

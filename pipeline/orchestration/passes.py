@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.config import BuildConfig
+from pipeline.core.text import counted
 from pipeline.curation.catalogue import Catalogue
 from pipeline.curation.rank import thresholds
 from pipeline.orchestration.plan import Plan, check_unused, make_plan
@@ -37,15 +38,17 @@ def run_passes(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
     """
     listings = sources if cfg.rank.target_count is None else [_screen(cfg, sources)]
     plan = make_plan(cfg, listings)
+    for source, files in plan.info.skipped_files.items():
+        log.info("The source %s left out %s of other kinds.", source, counted(files, "file"))
     total: dict[str, int] = {}
     passes = [cfg, *([replace(cfg, run="best")] if cfg.rank.best_count else [])]
     for pass_cfg in passes:
         log.info(
-            "%s: making %s for %d assets in %d shards.",
+            "%s: making %s for %s in %s.",
             cfg.out,
             " ".join(map(str, pass_cfg.products)),
-            plan.assets,
-            len(plan.shards),
+            counted(plan.assets, "asset"),
+            counted(len(plan.shards), "shard"),
         )
         total = run(plan, pass_cfg, sources)
     if total["rejected"] or total["failed"]:
@@ -79,6 +82,6 @@ def _screen(cfg: BuildConfig, sources: Sequence[Source]) -> Catalogue:
     check_unused(cfg.out)
     screening = replace(cfg, out=cfg.out / SCREENING, run="screen")
     plan = make_plan(screening, sources)
-    log.info("%s: screening %d assets.", cfg.out, plan.assets)
+    log.info("%s: screening %s.", cfg.out, counted(plan.assets, "asset"))
     run(plan, screening, sources)
     return rank_screened(cfg, plan)

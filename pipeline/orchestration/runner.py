@@ -14,6 +14,7 @@ import resource
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from pipeline.core.hashing import differences
 from pipeline.core.product import Product
 from pipeline.core.schema import Record
 from pipeline.core.signals import Stop, note_signals
+from pipeline.core.text import counted
 from pipeline.orchestration.asset_results import AssetJob, AssetResult, save_result
 from pipeline.orchestration.commit import CommitJob, read_committed_rows
 from pipeline.orchestration.isolated_process import IsolatedProcess, ProcessExit
@@ -102,9 +104,8 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
         if folder.name not in missing:  # of a run that was killed after its last marker
             delete(folder)
     if missing:
-        committed = len(plan.shards) - len(missing)
         if commits:
-            log.info("Resuming: %d of %d shards are committed.", committed, len(plan.shards))
+            _log_resuming(plan, missing)
         stop = Stop()
         # An exception out of a signal handler would break Ray's native code, so signals are noted
         # and checked between steps. Ray installs handlers of its own when it starts.
@@ -120,6 +121,8 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
                     "--device cuda cannot be used: Ray finds no GPU in its cluster; leave it out"
                 )
             _Run(plan, cfg, sources, missing, commits).loop(stop)
+    else:
+        log.info("Every product of all shards is committed already; nothing is made again.")
     delete(cfg.out / SCRATCH)
     return count_statuses(plan, cfg)
 
@@ -166,6 +169,20 @@ def missing_products(
             and (MANIFEST not in committed or str(product) not in committed)
         )
     return {shard: products for shard, products in missing.items() if products}
+
+
+def _log_resuming(plan: Plan, missing: Mapping[str, Sequence[Product]]) -> None:
+    """Log how many shards are complete, and what the others lack."""
+    shards = Counter(chain.from_iterable(missing.values()))
+    log.info(
+        "Resuming: %d of %d shards have every product. Missing: %s.",
+        len(plan.shards) - len(missing),
+        len(plan.shards),
+        ", ".join(
+            f"{product} of {counted(shards[product], 'shard')}"
+            for product in sorted(shards, key=str)
+        ),
+    )
 
 
 def count_statuses(plan: Plan, cfg: BuildConfig) -> dict[str, int]:

@@ -118,7 +118,9 @@ def grid(height) -> Mesh:
 
 @pytest.mark.parametrize("tilt", [0.0, 0.7])
 def test_a_plane_in_any_orientation_is_flat_and_a_wavy_sheet_is_not(tilt):
-    rejects("flat", grid(lambda x, y: tilt * (x + 2 * y)))
+    numbers = rejects("flat", grid(lambda x, y: tilt * (x + 2 * y)), FilterConfig())
+    assert numbers["min_thickness"] == 1e-5
+    assert numbers["extents"][2] < 1e-5 * numbers["extents"][0]
     assert (
         filter_geometry(grid(lambda x, y: tilt * x + 0.01 * np.sin(5 * x)), CFG)["components"] == 1
     )
@@ -135,7 +137,9 @@ def test_a_flat_sheet_passes_where_flatness_is_allowed():
 )
 def test_a_point_or_a_line_is_degenerate(points):
     faces = np.tile(np.array([[0, 1, 2]], dtype=np.int32), (5, 1))
-    rejects("degenerate", Mesh(vertices=np.array(points, dtype=np.float64), faces=faces))
+    mesh = Mesh(vertices=np.array(points, dtype=np.float64), faces=faces)
+    numbers = rejects("degenerate", mesh, FilterConfig())
+    assert (numbers["min_area"], numbers["min_width"]) == (1e-4, 1e-3)
 
 
 def test_a_thin_rod_is_not_a_line():

@@ -77,12 +77,14 @@ def test_a_failure_says_what_happened_without_saying_where(hostile_build):
     assert numbers == {"error": "RuntimeError: a bug, seen in scratch/input"}
 
 
-def test_nothing_is_left_in_scratch_and_a_second_run_does_nothing(hostile_build):
+def test_nothing_is_left_in_scratch_and_a_second_run_does_nothing(hostile_build, caplog):
     cfg, total, notes = hostile_build
     assert not (cfg.out / ".scratch").exists()
     visits = len(list(notes.iterdir()))
-    assert build(cfg, [CrashingSource(count=64, notes=notes)]) == total
+    with caplog.at_level("INFO"):
+        assert build(cfg, [CrashingSource(count=64, notes=notes)]) == total
     assert len(list(notes.iterdir())) == visits
+    assert "Every product of all shards is committed already" in caplog.text
 
 
 def test_a_worker_lost_every_time_fails_its_asset_after_bounded_retries(tmp_path):
@@ -154,7 +156,7 @@ def test_an_asset_that_one_product_turns_away_keeps_the_others(tmp_path):
     assert verify(cfg.out) == []
 
 
-def test_a_commit_that_was_cut_short_is_made_again(tmp_path):
+def test_a_commit_that_was_cut_short_is_made_again(tmp_path, caplog):
     cfg, source = config(tmp_path / "out"), CrashingSource(count=3, behaviours=((1, "vanish"),))
     build(cfg, [source])
     before = contents(cfg.out)
@@ -162,7 +164,10 @@ def test_a_commit_that_was_cut_short_is_made_again(tmp_path):
         cfg.out / "shards" / "000000" / "renders-paper.json"
     ).unlink()  # the product lies there, its marker does not
     assert any("no commit marker" in breach.rule for breach in verify(cfg.out))
-    build(cfg, [source])
+    with caplog.at_level("INFO"):
+        build(cfg, [source])
+    line = "Resuming: 0 of 1 shards have every product. Missing: renders-paper of 1 shard."
+    assert line in caplog.messages
     assert_same(contents(cfg.out), before)
     assert verify(cfg.out) == []
 

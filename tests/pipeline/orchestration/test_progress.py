@@ -1,0 +1,184 @@
+"""The lines in which a build says what it is doing: start, progress, resuming, report."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from pipeline.build import build, main
+from pipeline.config import BuildConfig
+from pipeline.core.text import counted
+from pipeline.orchestration import passes, progress
+from pipeline.orchestration.passes import run_passes
+from pipeline.orchestration.progress import Progress
+from pipeline.orchestration.runner import STARTING
+from pipeline.sources.folder import FolderSource
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def lines(caplog):
+    """The log lines so far."""
+    caplog.set_level(logging.INFO)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_number_has_its_noun():
+    assert [counted(n, "shard") for n in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
+    assert counted(12_000, "asset") == "12,000 assets"
+
+
+def test_one_line_says_what_happens_before_the_first_asset_is_finished(clock, lines):
+    shown = Progress(6, "assets", shards=1, starting=STARTING)
+    for _ in range(12):
+        clock.now += 2
+        shown.show()
+    assert lines() == [STARTING]
+    assert "compiles the geometry code (once per machine)" in STARTING
+
+
+def test_workers_that_are_quick_need_no_such_line(clock, lines):
+    shown = Progress(6, "assets", shards=1, starting="starting")
+    clock.now += 1
+    shown.show()
+    shown.count("done")
+    clock.now += 5
+    shown.show()
+    assert lines() == []
+
+
+def test_lines_show_counts_rate_remaining_time_and_shards(clock, lines):
+    shown = Progress(8, "assets", shards=2, starting="starting")
+    clock.now += 120  # compiling says nothing about the rate
+    shown.count("rejected")
+    shown.show()
+    clock.now += 4
+    shown.count("done")
+    shown.count("done")
+    shown.show()  # too early for another line
+    clock.now += 6
+    shown.count_shard()
+    shown.show()
+    assert lines() == [
+        "1/8 assets (1 rejected), time left unknown, 0 of 2 shards committed",
+        "3/8 assets (2 done, 1 rejected), 0.20/s, 25 s left, 1 of 2 shards committed",
+    ]
+
+
+def test_what_an_earlier_run_finished_counts_but_not_in_the_rate(clock, lines):
+    shown = Progress(103, "assets", shards=1, starting="starting")
+    for _ in range(100):
+        shown.count("done", resumed=True)
+    clock.now += 10
+    shown.show()
+    shown.count("done")
+    clock.now += 10
+    shown.count("done")
+    shown.show()
+    assert lines() == [
+        "starting",
+        "102/103 assets (102 done; 100 by an earlier run), 0.10/s, 10 s left, "
+        "0 of 1 shards committed",
+    ]
+
+
+def test_the_end_says_what_is_committed_and_says_it_once(clock, lines):
+    shown = Progress(2, "assets", shards=1, starting="")
+    shown.count("done")
+    shown.count("done")
+    clock.now += 11
+    shown.show()
+    shown.count_shard()
+    clock.now += 11
+    shown.show()
+    shown.close()
+    assert lines() == [
+        "2/2 assets (2 done), committing the shards, 0 of 1 shards committed",
+        "2/2 assets (2 done), all finished, 1 of 1 shards committed",
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one mesh file and two others."""
+    for name in ("a.obj", "notes.txt", "b.csv"):
+        (tmp_path / "meshes" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "meshes" / name).write_text("v 0 0 0\n")
+    return tmp_path / "meshes"
+
+
+def test_a_build_says_what_it_makes_and_what_its_source_left_out(
+    folder, tmp_path, monkeypatch, lines
+):
+    monkeypatch.setattr(passes, "run", lambda *_: {"done": 1, "rejected": 0, "failed": 0})
+    cfg = BuildConfig(source=(f"folder:{folder}",), out=tmp_path / "out")
+    run_passes(cfg, [FolderSource(root=folder)])
+    assert lines() == [
+        "The source folder left out 2 files of other kinds.",
+        f"{cfg.out}: making sdf-64 sdf-128 renders-paper for 1 asset in 1 shard.",
+    ]
+
+
+def test_the_last_lines_say_that_the_report_is_written_and_where_everything_is(
+    tmp_path, monkeypatch, lines
+):
+    order = []
+
+    def run_passes(*_):
+        order.append(len(lines()))
+        return {"done": 2, "rejected": 1, "failed": 0}
+
+    def write_report(out):
+        order.append(lines()[-1])
+        return out / "report" / "index.html"
+
+    monkeypatch.setattr("pipeline.orchestration.passes.run_passes", run_passes)
+    monkeypatch.setattr("pipeline.inspection.build_report.write_report", write_report)
+    build(BuildConfig(out=tmp_path), sources=[])
+    assert order == [0, "Writing the report."]
+    assert lines()[1] == "2 assets are done, 1 rejected and 0 failed after 0 s."
+    assert [line.split()[-1] for line in lines()[2:]] == [
+        str(tmp_path / name) for name in ("sdf", "renders", "manifest", "report/index.html")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], None),
+        (["--source", "folder:x", "--preset", "smoke"], None),
+        (["--source=folder:x", "--preset=full"], None),
+        (["--source", "folder:x"], "SDFs at 64 and 128, 12 views of 256 x 256 pixels"),
+        (
+            ["--source=folder:x", "--resolutions", "96", "--views", "1"],
+            "SDFs at 96, 1 view of 256 x 256 pixels",
+        ),
+    ],
+)
+def test_a_build_of_own_assets_without_a_preset_says_what_it_makes(args, said, monkeypatch, lines):
+    monkeypatch.setattr("pipeline.build.build", lambda _: None)
+    main([*args, "--out", str(Path("nowhere"))])
+    assert lines() == (
+        []
+        if said is None
+        else [
+            f"No --preset is given, so smoke sets what the options leave open: {said}. --preset "
+            "full makes SDFs at 256, 384, 512 and 1024, 45 views of 1024 x 1024 pixels."
+        ]
+    )
