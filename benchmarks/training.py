@@ -218,7 +218,7 @@ def time_steps(data: Path, device: torch.device) -> list[dict[str, Any]]:
         batch = loader.load_assets(wanted, resolution).pin_memory()
         for checkpointing in (False, True):
             cfg = VAE_PRESETS["base"]
-            cfg = replace(cfg, loop=replace(cfg.loop, activation_checkpointing=checkpointing))
+            cfg = replace(cfg, activation_checkpointing=checkpointing)
             try:
                 row = _time(
                     VAETask(cfg, World(device=device), index.subset([])), cfg, batch, device

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
         BlockIndex,
         block_mean,
         compressed_attention,
+        cross_attention,
         gated_sum,
         reference,
         select_blocks,
         selection_attention,
         spatial_sparse_attention,
+        ssa_with_branches,
         window_attention,
     )
     from kernels.conv import (
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         sparse_conv,
     )
     from kernels.conv import reference as reference_conv
+    from kernels.fused import add_norm, mlp, norm
     from kernels.runtime.coords import invert_order, token_order
     from kernels.sdf.distances import FloodBits, GridTriangles, cell_distances, grid_triangles
 
@@ -40,15 +43,19 @@ __all__ = [
     "FloodBits",
     "GridTriangles",
     "ParentVoxels",
+    "add_norm",
     "block_mean",
     "cell_distances",
     "compressed_attention",
+    "cross_attention",
     "duplicate_children",
     "gated_sum",
     "grid_triangles",
     "group_norm",
     "invert_order",
+    "mlp",
     "neighbor_map",
+    "norm",
     "parent_voxels",
     "pool_children",
     "reference",
@@ -58,6 +65,7 @@ __all__ = [
     "selection_attention",
     "sparse_conv",
     "spatial_sparse_attention",
+    "ssa_with_branches",
     "token_order",
     "window_attention",
 ]
@@ -69,14 +77,18 @@ __getattr__ = export_lazily(
         "FloodBits": "kernels.sdf.distances",
         "ParentVoxels": "kernels.conv",
         "GridTriangles": "kernels.sdf.distances",
+        "add_norm": "kernels.fused",
         "cell_distances": "kernels.sdf.distances",
         "block_mean": "kernels.attention",
         "compressed_attention": "kernels.attention",
+        "cross_attention": "kernels.attention",
         "duplicate_children": "kernels.conv",
         "gated_sum": "kernels.attention",
         "group_norm": "kernels.conv",
         "invert_order": "kernels.runtime.coords",
+        "mlp": "kernels.fused",
         "neighbor_map": "kernels.conv",
+        "norm": "kernels.fused",
         "grid_triangles": "kernels.sdf.distances",
         "parent_voxels": "kernels.conv",
         "pool_children": "kernels.conv",
@@ -87,6 +99,7 @@ __getattr__ = export_lazily(
         "selection_attention": "kernels.attention",
         "sparse_conv": "kernels.conv",
         "spatial_sparse_attention": "kernels.attention",
+        "ssa_with_branches": "kernels.attention",
         "token_order": "kernels.runtime.coords",
         "window_attention": "kernels.attention",
     },

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import spatial_sparse_attention
+from kernels import cross_attention, gated_sum, ssa_with_branches
 from model.config import Compression
 from model.image_tokens import ImageTokens
+from model.kept_activations import BlockActivations
 from model.kv_compression import TokenLayout, make_compression
 
 
@@ -101,26 +102,50 @@ class SpatialSparseAttention(nn.Module):
         self.compress_value = make_compression(compression, kv_channels, plus_one=plus_one)
         self.out = nn.Linear(channels, channels, bias=False)
 
-    def forward(self, x_NC: Tensor, layout: TokenLayout) -> Tensor:
-        """Attend: [N, C] -> [N, C], rows in the layout's order."""
-        q_NC, k_NE, v_NE = self.query(x_NC), self.key(x_NC), self.value(x_NC)
+    def forward(
+        self, x_NC: Tensor, layout: TokenLayout, kept: BlockActivations | None = None
+    ) -> Tensor:
+        """Attend: [N, C] -> [N, C], rows in the layout's order.
+
+        Args:
+            x_NC: [N, C].
+            layout: Layout of the N tokens.
+            kept: The activations of the block. None keeps all.
+        """
+        kept = kept or BlockActivations("all", x_NC.device.type)
+        q_NC = self.query(x_NC)
+        kept.drop("attention", q_NC, self.query, x_NC)
+        # Keys, values and gates come from one product, padded to a multiple of eight columns.
+        E = self.key.weight.shape[0]
+        padding = self.gate.weight.new_zeros(-(2 * E + 3) % 8, x_NC.shape[1])
+        weights = [self.key.weight, self.value.weight, self.gate.weight, padding]
+        k_NE, v_NE, gates_N3, _ = F.linear(x_NC, torch.cat(weights)).split(
+            [E, E, 3, len(padding)], 1
+        )
         # Only the keys to be compressed know their position in the block.
-        position_NE = F.embedding(layout.position_of, self.key_position.to(k_NE.dtype))
-        ck_PE = self.compress_key(k_NE + position_NE, layout)
+        table_PE = self.key_position.to(k_NE.dtype)
+        placed_NE = k_NE + layout.place_indicator(len(table_PE), k_NE.dtype) @ table_PE
+        ck_PE = self.compress_key(placed_NE, layout)
         cv_PE = self.compress_value(v_NE, layout)
         k, v, ck, cv = (x.unflatten(1, (self.kv_heads, -1)) for x in (k_NE, v_NE, ck_PE, cv_PE))
-        out_NHD = spatial_sparse_attention(
+        gates_N3 = gates_N3.contiguous()
+        out_NHD, branches = ssa_with_branches(
             q_NC.unflatten(1, (self.heads, -1)),
             k,
             v,
             ck,
             cv,
-            self.gate(x_NC),
+            gates_N3,
             layout.index,
             top_k=self.top_k,
             shifted=self.shifted,
         )
-        return self.out(out_NHD.flatten(1))
+        kept.drop("products", out_NHD, _gated_sum, *branches, gates_N3)
+        return _project(self.out, out_NHD.flatten(1), kept)
+
+
+def _gated_sum(a_NHD: Tensor, b_NHD: Tensor, c_NHD: Tensor, gates_N3: Tensor) -> Tensor:
+    return gated_sum((a_NHD, b_NHD, c_NHD), gates_N3)
 
 
 class HeadNorm(nn.Module):
@@ -157,14 +182,30 @@ class FullAttention(nn.Module):
         self.key_norm = HeadNorm(heads, channels // heads) if qk_norm else None
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x_NC: Tensor, layout: TokenLayout) -> Tensor:
-        """Attend: [N, C] -> [N, C], rows in the layout's order."""
+    def forward(
+        self, x_NC: Tensor, layout: TokenLayout, kept: BlockActivations | None = None
+    ) -> Tensor:
+        """Attend: [N, C] -> [N, C], rows in the layout's order.
+
+        Args:
+            x_NC: [N, C].
+            layout: Layout of the N tokens.
+            kept: The activations of the block. None keeps all.
+        """
         q_NHD, k_NHD, v_NHD = self.qkv(x_NC).unflatten(1, (3, self.heads, -1)).unbind(1)
         if self.query_norm is not None and self.key_norm is not None:
             q_NHD, k_NHD = self.query_norm(q_NHD), self.key_norm(k_NHD)
-        starts, longest = layout.index.token_starts, layout.index.max_tokens
-        out = ragged_attention(q_NHD, k_NHD, v_NHD, starts, starts, longest, longest)
-        return self.out(out.flatten(1))
+        starts, longest = layout.index.token_starts, layout.max_tokens
+        out_NHD = ragged_attention(q_NHD, k_NHD, v_NHD, starts, starts, longest, longest)
+        return _project(self.out, out_NHD.flatten(1), kept)
+
+
+def _project(layer: nn.Linear, x_NC: Tensor, kept: BlockActivations | None) -> Tensor:
+    """Apply the last layer of an attention, whose result is dropped at the level "attention"."""
+    out_NC = layer(x_NC)
+    if kept is not None:
+        kept.drop("attention", out_NC, layer, x_NC)
+    return out_NC
 
 
 class CrossAttention(nn.Module):
@@ -177,11 +218,35 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(condition_channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x_NC: Tensor, layout: TokenLayout, image: ImageTokens) -> Tensor:
-        """Attend: [N, C] -> [N, C], rows in the layout's order."""
-        q_NHD = self.query(x_NC).unflatten(1, (self.heads, -1))
+    def forward(
+        self,
+        x_NC: Tensor,
+        layout: TokenLayout,
+        image: ImageTokens,
+        kept: BlockActivations | None = None,
+    ) -> Tensor:
+        """Attend: [N, C] -> [N, C], rows in the layout's order.
+
+        Args:
+            x_NC: [N, C].
+            layout: Layout of the N tokens.
+            image: Image tokens.
+            kept: The activations of the block. None keeps all.
+        """
+        q_NC = self.query(x_NC)
+        if kept is not None:
+            kept.drop("attention", q_NC, self.query, x_NC)
         key_value = self.key_value(image.feats_SC).unflatten(1, (2, self.heads, -1))
         k_SHD, v_SHD = key_value.unbind(1)
-        starts, longest = layout.index.token_starts, layout.index.max_tokens
-        out = ragged_attention(q_NHD, k_SHD, v_SHD, starts, image.starts, longest, image.max_tokens)
-        return self.out(out.flatten(1))
+        q_NHD = q_NC.unflatten(1, (self.heads, -1))
+        starts, index = layout.index.token_starts, layout.index
+        if q_NC.is_cuda and q_NC.dtype == torch.float32:
+            # The kernels compute fp32 in fp64, which is slow.
+            out_NHD = ragged_attention(
+                q_NHD, k_SHD, v_SHD, starts, image.starts, layout.max_tokens, image.max_tokens
+            )
+        else:
+            out_NHD = cross_attention(
+                q_NHD, k_SHD, v_SHD, index.asset_of, starts, image.asset_of, image.starts
+            )
+        return _project(self.out, out_NHD.flatten(1), kept)

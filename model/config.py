@@ -19,6 +19,9 @@ Compression = Literal["v1", "v2"]
 BEFORE = "before"  # metadata of a field: its value in files that were written before it existed
 Method = Literal["euler", "heun"]
 METHODS: tuple[Method, ...] = ("euler", "heun")
+# What the blocks of a DiT keep for the backward pass, from the most memory to the least.
+KeptActivations = Literal["all", "products", "attention"]
+KEPT_LEVELS: tuple[KeptActivations, ...] = ("all", "products", "attention")
 Spacing = Literal["even", "published"]
 SPACINGS: tuple[Spacing, ...] = ("even", "published")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class ImageTokens:
     def batch_size(self) -> int:
         """Number B of assets."""
         return len(self.starts) - 1
+
+    @cached_property
+    def asset_of(self) -> Tensor:
+        """Asset of each token, int32 [S]."""
+        return self.coords[:, 0].contiguous()
 
     def unconditional(self) -> ImageTokens:
         """Return tokens with zero features at the same coordinates."""

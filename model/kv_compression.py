@@ -28,6 +28,7 @@ class TokenLayout:
         inverse: int64 [N], the layout's row of each row of the level. None if the orders agree.
         position_of: int64 [N], the position (x * m + y) * m + z of each token in its block of m^3.
         compressed: int32 [P, 4] = (batch, x, y, z) of the compressed blocks.
+        max_tokens: Number of tokens of the largest asset.
     """
 
     index: BlockIndex
@@ -35,6 +36,7 @@ class TokenLayout:
     inverse: Tensor | None
     position_of: Tensor
     compressed: Tensor
+    max_tokens: int
 
     @classmethod
     def of(cls, level: Level, compress_block: int) -> TokenLayout:
@@ -55,7 +57,23 @@ class TokenLayout:
         x, y, z = (coords[:, 1:].long() % m).unbind(1)
         first = coords[index.compressed_starts[:-1].long()]
         compressed = torch.cat([first[:, :1], first[:, 1:] // m], 1)
-        return cls(index, order, inverse, (x * m + y) * m + z, compressed)
+        return cls(index, order, inverse, (x * m + y) * m + z, compressed, index.max_tokens)
+
+    def place_indicator(self, positions: int, dtype: torch.dtype) -> Tensor:
+        """Return [N, positions], 1 at the position of each token in its block and 0 elsewhere.
+
+        Its product with a table looks rows up. The gradient of the table is then a matrix product
+        and needs no sort. It is made once per dtype.
+        """
+        made = self._indicators.get(dtype)
+        if made is None:
+            places = torch.arange(positions, device=self.position_of.device)
+            made = self._indicators[dtype] = (self.position_of[:, None] == places).to(dtype)
+        return made
+
+    @cached_property
+    def _indicators(self) -> dict[torch.dtype, Tensor]:
+        return {}
 
     @cached_property
     def neighbors(self) -> Tensor:

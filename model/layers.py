@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import BlockIndex, window_attention
+from kernels import BlockIndex, mlp, window_attention
 
 AXES = 3
 
@@ -100,6 +100,22 @@ class Mlp(nn.Sequential):
             nn.GELU(approximate="tanh"),
             nn.Linear(ratio * channels, channels),
         )
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        """Apply the layers."""
+        return self.with_product(x_NC)[0]
+
+    def with_product(self, x_NC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Apply the layers. Also returns the first product, see `kernels.mlp`."""
+        dtype = autocast_dtype(x_NC)
+        parameters = (p.to(dtype) for layer in (self[0], self[2]) for p in layer.parameters())
+        return mlp(x_NC.to(dtype), *parameters)
+
+    def first_product(self, x_NC: Tensor) -> Tensor:
+        """Return the product of the first layer, as `with_product` does."""
+        dtype = autocast_dtype(x_NC)
+        weight, bias = (p.to(dtype) for p in self[0].parameters())
+        return torch.addmm(bias, x_NC.to(dtype), weight.t())
 
 
 class WindowAttention(nn.Module):

@@ -5,23 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import add_norm, norm
 from model.attention import CrossAttention, FullAttention, SpatialSparseAttention
 from model.checkpoint import copy_weights
-from model.config import DiTConfig
+from model.config import DiTConfig, KeptActivations
 from model.image_tokens import ImageTokens
+from model.kept_activations import (
+    BlockActivations,
+    bytes_per_token,
+    choose_level,
+    free_memory,
+)
 from model.kv_compression import TokenLayout
 from model.layers import (
     Mlp,
     autocast_dtype,
     init_linears,
-    layer_norm,
     position_embedding,
-    recompute,
     zero_init,
 )
 from model.published_weights import published_dit_keys
@@ -48,13 +54,75 @@ class TimeEmbedding(nn.Sequential):
         return super().forward(waves.to(next(self.parameters()).dtype))
 
 
-def _per_token(x_BC: Tensor, asset_NB: Tensor) -> Tensor:
-    """Repeat each asset's row for each of its tokens: [B, C] -> [N, C].
+class ResidualStream(NamedTuple):
+    """The residual stream, and a branch that the next normalisation adds to it.
 
-    `asset_NB` is 1 where a token belongs to an asset. A matrix product makes the gradient a sum in
-    a fixed order.
+    The stream is x + gate * branch.
+
+    Attributes:
+        x_NC: [N, C].
+        branch_NC: [N, C], or None.
+        gate_BC: [B, C], the factor of the branch for each asset, or None.
     """
-    return x_BC if len(x_BC) == 1 else asset_NB @ x_BC
+
+    x_NC: Tensor
+    branch_NC: Tensor | None = None
+    gate_BC: Tensor | None = None
+
+
+class Normalization(NamedTuple):
+    """What follows a LayerNorm: a shift and a scale of each asset [B, C], or of all [C], or none.
+
+    The scale of an asset is increased by one.
+    """
+
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    eps: float = 1e-6
+
+
+def add_and_normalize(
+    stream: ResidualStream,
+    after: Normalization,
+    layout: TokenLayout,
+    dtype: torch.dtype,
+    kept: BlockActivations,
+    *,
+    first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Add the branch of the stream and normalise the sum.
+
+    Args:
+        stream: The residual stream.
+        after: What follows the LayerNorm.
+        layout: Layout of the N tokens.
+        dtype: Dtype of the normalised rows.
+        kept: The activations of the block.
+        first: Whether the sum is the block's input, which is always kept.
+
+    Returns:
+        The sum [N, C] in the dtype of the stream, and its norm [N, C] in `dtype`.
+    """
+    vectors = (after.shift, after.scale, layout.index, after.eps, dtype)
+    if stream.branch_NC is None:
+        x_NC = stream.x_NC
+        y_NC = _normalize(x_NC, *vectors)
+    else:
+        x_NC, y_NC = _add(*stream, *vectors)
+    if kept.drops("attention") and not first:
+        kept.drop("attention", (x_NC, y_NC), _add, *stream, *vectors)
+    else:
+        kept.drop("products", y_NC, _normalize, x_NC, *vectors)
+    return x_NC, y_NC
+
+
+def _normalize(x_NC, shift, scale, index, eps, dtype) -> Tensor:
+    return norm(x_NC, shift, scale, index.asset_of, index.token_starts, eps=eps, dtype=dtype)
+
+
+def _add(x_NC, branch_NC, gate_BC, shift, scale, index, eps, dtype) -> tuple[Tensor, Tensor]:
+    vectors = (gate_BC, shift, scale, index.asset_of, index.token_starts)
+    return add_norm(x_NC, branch_NC, *vectors, eps=eps, dtype=dtype)
 
 
 class DiTBlock(nn.Module):
@@ -87,35 +155,45 @@ class DiTBlock(nn.Module):
 
     def forward(
         self,
-        x_NC: Tensor,
+        stream: ResidualStream,
         time_BC: Tensor,
         image: ImageTokens,
         layout: TokenLayout,
-        asset_NB: Tensor,
-    ) -> Tensor:
+        kept: KeptActivations = "all",
+    ) -> ResidualStream:
         """Apply the block.
 
         Args:
-            x_NC: [N, C], rows in the layout's order.
+            stream: The residual stream, rows in the layout's order.
             time_BC: [B, C], SiLU of the time embedding. It is the same for all blocks.
             image: Projected image tokens.
             layout: Layout of the N tokens.
-            asset_NB: [N, B], 1 where a token belongs to an asset.
+            kept: Which activations are kept for the backward pass.
 
         Returns:
-            [N, C].
+            The residual stream, to which the result of the MLP is not added yet.
         """
-        chunks = self.modulation(time_BC).chunk(6, 1)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            _per_token(chunk, asset_NB) for chunk in chunks
-        )
-        x_NC = x_NC + gate * self.attention(_modulate(x_NC, shift, scale), layout)
-        x_NC = x_NC + self.cross_attention(self.cross_norm(x_NC), layout, image)
-        return x_NC + mlp_gate * self.mlp(_modulate(x_NC, mlp_shift, mlp_scale))
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(time_BC).chunk(6, 1)
+        dtype = autocast_dtype(stream.x_NC)
+        activations = BlockActivations(kept, time_BC.device.type)
+        common = (layout, dtype, activations)
+        with activations.hooks():
+            after = Normalization(shift, scale)
+            x_NC, y_NC = add_and_normalize(stream, after, *common, first=True)
+            attended_NC = self.attention(y_NC, layout, activations)
 
+            stream = ResidualStream(x_NC, attended_NC, gate)
+            after = Normalization(self.cross_norm.bias, self.cross_norm.weight)
+            x_NC, y_NC = add_and_normalize(stream, after, *common)
+            attended_NC = self.cross_attention(y_NC, layout, image, activations)
 
-def _modulate(x_NC: Tensor, shift_NC: Tensor, scale_NC: Tensor) -> Tensor:
-    return torch.addcmul(shift_NC, layer_norm(x_NC).to(autocast_dtype(x_NC)), 1 + scale_NC)
+            stream = ResidualStream(x_NC, attended_NC)
+            after = Normalization(mlp_shift, mlp_scale)
+            x_NC, y_NC = add_and_normalize(stream, after, *common)
+            out_NC, product_NF = self.mlp.with_product(y_NC)
+            if product_NF is not None:
+                activations.drop("products", product_NF, self.mlp.first_product, y_NC)
+        return ResidualStream(x_NC, out_NC, mlp_gate)
 
 
 class SparseDiT(nn.Module):
@@ -127,8 +205,11 @@ class SparseDiT(nn.Module):
         config: Sizes of the model.
         latent_mean: [latent_channels], the mean of the VAE's latents, part of the weights.
         latent_std: [latent_channels], their standard deviation, part of the weights.
-        activation_checkpointing: If true, only the input of each block is kept for the backward
-            pass, which computes the other activations again.
+        kept_activations: What the blocks keep for the backward pass, which computes the rest again.
+            "all" keeps every activation. "products" keeps the residual stream and the results of
+            attention and of all matrix products but the widest. "attention" keeps the blocks'
+            inputs and the results of attention. "auto" takes the first of them that fits the
+            memory. Gradients are the same to the bit.
     """
 
     Config = DiTConfig
@@ -138,7 +219,7 @@ class SparseDiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.kept_activations: KeptActivations | Literal["auto"] = "all"
         C = config.channels
         self.input = nn.Linear(config.latent_channels, C)
         self.time = TimeEmbedding(C)
@@ -224,15 +305,30 @@ class SparseDiT(nn.Module):
         h_NC = h_NC if layout.order is None else h_NC[layout.order]
         image = self._project(image)
         time_BC = F.silu(self.time(t_B))
-        assets = torch.arange(level.batch_size, device=level.device)
-        asset_NB = (layout.index.asset_of[:, None] == assets).to(time_BC.dtype)
+        kept = self._kept_level(h_NC)
+        stream = ResidualStream(h_NC)
         for block in self.blocks:
-            h_NC = recompute(
-                self.activation_checkpointing, block, h_NC, time_BC, image, layout, asset_NB
-            )
-        h_NC = h_NC if layout.inverse is None else h_NC[layout.inverse]
+            stream = block(stream, time_BC, image, layout, kept)
+        after = Normalization(eps=1e-5)
+        keep_all = BlockActivations("all", h_NC.device.type)
+        _, y_NC = add_and_normalize(stream, after, layout, h_NC.dtype, keep_all)
+        y_NC = y_NC if layout.inverse is None else y_NC[layout.inverse]
         with torch.autocast(x.feats.device.type, enabled=False):
-            return self.out(layer_norm(h_NC, eps=1e-5))
+            return self.out(y_NC)
+
+    def _kept_level(self, x_NC: Tensor) -> KeptActivations:
+        """Return what the blocks keep. "auto" looks at the memory of the GPU."""
+        kept = self.kept_activations
+        if kept != "auto":
+            return kept
+        if not (x_NC.is_cuda and torch.is_grad_enabled()):
+            return "all"
+        itemsize = autocast_dtype(x_NC).itemsize
+        # Beside the activations: the gradients that do not exist yet, and what one block keeps.
+        missing = sum(p.numel() * p.itemsize for p in self.parameters() if p.grad is None)
+        one_block = len(x_NC) * bytes_per_token(self.config, "all", itemsize)
+        free = free_memory(x_NC.device)
+        return choose_level(self.config, len(x_NC), itemsize, free, missing + one_block)
 
     @staticmethod
     def _positions(coords_N3: Tensor, like_NC: Tensor, factor: float = 1.0) -> Tensor:

@@ -25,7 +25,10 @@ UNITS = {
         "pipeline.inspection",
         "pipeline",
     ],
-    "kernels": ["kernels.runtime", "kernels.attention", "kernels.conv", "kernels.sdf", "kernels"],
+    "kernels": [
+        *("kernels.runtime", "kernels.attention", "kernels.conv", "kernels.fused", "kernels.sdf"),
+        "kernels",
+    ],
     "model": [
         "model.config",
         "model",

@@ -22,12 +22,9 @@ def check_heads(
 ) -> bool:
     """Check that queries, keys and values fit each other and the index.
 
-    The head size and the heads per key/value head are restricted for backend "auto" on the CPU too,
-    so that code that runs on the CPU also runs on a GPU. Only backend "reference" takes any size.
-
     Args:
         q_NHD: Queries.
-        keys: (name, tensor, its number of rows) of each key and value tensor, [rows, G, D].
+        keys: As in `check_tensors`.
         index: Block index of the N tokens.
         backend: As for `use_triton`.
 
@@ -37,8 +34,31 @@ def check_heads(
     Raises:
         ValueError: If a tensor does not fit.
     """
+    on_triton = check_tensors(q_NHD, keys, index.num_tokens, backend)
+    if q_NHD.device != index.device:
+        raise ValueError(f"q_NHD must be on the index's device {index.device}, got {q_NHD.device}")
+    return on_triton
+
+
+def check_tensors(q_NHD: Tensor, keys: list[tuple[str, Tensor, int]], N: int, backend: str) -> bool:
+    """Check that queries, keys and values fit each other.
+
+    The head size and the heads per key/value head are restricted for backend "auto" on the CPU too,
+    so that code that runs on the CPU also runs on a GPU. Only backend "reference" takes any size.
+
+    Args:
+        q_NHD: Queries.
+        keys: (name, tensor, its number of rows) of each key and value tensor, [rows, G, D].
+        N: Number of queries.
+        backend: As for `use_triton`.
+
+    Returns:
+        Whether the Triton kernels run.
+
+    Raises:
+        ValueError: If a tensor does not fit.
+    """
     on_triton = use_triton(backend, q_NHD)
-    N = index.num_tokens
     if q_NHD.ndim != 3 or q_NHD.shape[0] != N:
         raise ValueError(f"q_NHD must be [{N}, H, D] as the index has it, got {list(q_NHD.shape)}")
     _, H, D = q_NHD.shape
@@ -55,8 +75,6 @@ def check_heads(
         raise ValueError(
             f"q_NHD must have a multiple of the {G} key/value heads of {first_name}, got {H} heads"
         )
-    if q_NHD.device != index.device:
-        raise ValueError(f"q_NHD must be on the index's device {index.device}, got {q_NHD.device}")
     if on_triton:
         check_dtype("q_NHD", q_NHD)
     if backend != "reference":

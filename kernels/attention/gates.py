@@ -61,11 +61,14 @@ def is_folded(flag_ptr, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _branch_gradient(
+def branch_gradient(
     o_ptr, lse_ptr, dot_ptr, moved_ptr, weighted_ptr, gate, do, x, y, ok, folded,
-    FOLD: tl.constexpr,
+    FOLD: tl.constexpr, MOVE: tl.constexpr,
 ):  # fmt: skip
-    """Store what a branch's backward needs of each row. Return the gate's gradient [BLOCK_N]."""
+    """Store what a branch's backward needs of each row. Return the gate's gradient [BLOCK_N].
+
+    MOVE says that the gate is moved into the log-sum of rows that are not folded.
+    """
     o = tl.load(o_ptr + x, ok[:, :, None], other=0.0).to(do.dtype)  # [BLOCK_N, HEADS, D]
     lse = tl.load(lse_ptr + y, ok, other=0.0)  # [BLOCK_N, HEADS]
     dot = tl.sum(o * do, 2)  # [BLOCK_N, HEADS]
@@ -77,9 +80,9 @@ def _branch_gradient(
         # From the rounded gradient: a row's gradients of scores then still sum to zero.
         tl.store(dot_ptr + y, tl.sum(o * weighted.to(do.dtype), 2), ok)
     else:
-        # Move the gate into lse.
         tl.store(dot_ptr + y, dot, ok)
-        tl.store(moved_ptr + y, lse - tl.log2(gate.to(lse.dtype))[:, None], ok)
+        if MOVE:
+            tl.store(moved_ptr + y, lse - tl.log2(gate.to(lse.dtype))[:, None], ok)
     return tl.sum(dot, 1) * gate * (1.0 - gate)
 
 
@@ -106,9 +109,9 @@ def _gates_bwd(
         weighted_ptr = wcmp_ptr if branch == 0 else wsel_ptr if branch == 1 else wwin_ptr
         gate = load_gate(gate_ptr + z, ok, branch, wide)
         to = branch * size
-        dgate = _branch_gradient(
+        dgate = branch_gradient(
             o_ptr, lse_ptr + to, dot_ptr + to, moved_ptr + to, weighted_ptr, gate, do, x, y, ok_h,
-            folded, FOLD,
+            folded, FOLD, True,
         )  # fmt: skip
         tl.store(dgate_ptr + z + branch, dgate.to(dgate_ptr.dtype.element_ty), ok)
 

@@ -167,6 +167,25 @@ def window_attention(
     return torch.empty_like(q_NHD).index_copy(0, order.long(), _concatenate(parts, q_NHD))
 
 
+def cross_attention(
+    q_NHD: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    query_starts_A1: Tensor,
+    key_starts_A1: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of each asset's queries to the keys of the same asset: [N, H, D]."""
+    queries, keys = (
+        itertools.pairwise(starts.tolist()) for starts in (query_starts_A1, key_starts_A1)
+    )
+    parts = [
+        attend(q_NHD[a:b], k_SGD[c:d], v_SGD[c:d], scale)
+        for (a, b), (c, d) in zip(queries, keys, strict=True)
+    ]
+    return torch.cat(parts)
+
+
 def gated_sum(branches_3_NHD: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor) -> Tensor:
     """Sum of the three branches, each times the sigmoid of its gate: [N, H, D]."""
     gates = gates_N3.sigmoid()
@@ -191,11 +210,28 @@ def spatial_sparse_attention(
 
     `selected_GNT` replaces the top-k, for tests.
     """
+    tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD)
+    branches = ssa_branches(*tensors, index, top_k, shifted, scale, selected_GNT)
+    return gated_sum(branches, gates_N3)
+
+
+def ssa_branches(
+    q_NHD: Tensor,
+    k_NGD: Tensor,
+    v_NGD: Tensor,
+    ck_PGD: Tensor,
+    cv_PGD: Tensor,
+    index: BlockIndex,
+    top_k: int,
+    shifted: bool,
+    scale: float,
+    selected_GNT: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compressed, selection and window attention: [N, H, D] each."""
     if selected_GNT is None:
         selected_GNT = select_blocks(q_NHD, ck_PGD, index, top_k, scale)
-    branches = (
+    return (
         compressed_attention(q_NHD, ck_PGD, cv_PGD, index, scale),
         selection_attention(q_NHD, k_NGD, v_NGD, selected_GNT, index, scale),
         window_attention(q_NHD, k_NGD, v_NGD, index, shifted, scale),
     )
-    return gated_sum(branches, gates_N3)

@@ -88,7 +88,7 @@ def _segment_fwd(
     q_ptr, k_ptr, scaled_ptr, v_ptr, norm_ptr, order_ptr, segment_ptr, starts_ptr, o_ptr, lse_ptr,
     flag_ptr, chunk_ptr, N, scale2, norms, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NORMS: tl.constexpr, ORDERED: tl.constexpr,
-    BOUNDED: tl.constexpr, KEEP: tl.constexpr, LONG: tl.constexpr,
+    BOUNDED: tl.constexpr, KEEP: tl.constexpr, CHUNKS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     # One program: BLOCK_Q queries with the R = BLOCK_Q * GROUP rows of one key/value head.
     R: tl.constexpr = BLOCK_Q * GROUP
@@ -111,7 +111,8 @@ def _segment_fwd(
             largest = tl.max(tl.reshape(bound, [BLOCK_Q, GROUP]), 1)
             far = ok & (largest > BOUND_LIMIT)
             tl.store(flag_ptr + row * 0, 1, far)
-            tl.store(flag_ptr + 1 + tl.load(chunk_ptr + row, ok, other=0), 1, far)
+            if CHUNKS:
+                tl.store(flag_ptr + 1 + tl.load(chunk_ptr + row, ok, other=0), 1, far)
 
     # Attend to each segment that the tile has queries of, mostly one, and store its rows.
     last = tl.load(segment_ptr + tl.minimum(first + BLOCK_Q, N) - 1)
@@ -151,7 +152,7 @@ def segment_forward(
         lse_NH: [N, H], receives log2 of the softmax denominators.
         flags: int32 [1 + chunks]. Where there are bf16 rows with other scores, flags[0] becomes 1
             and flags[1 + c] for the chunks c of those rows.
-        chunk_of: int32 [N], chunk of each token. Given together with `flags`.
+        chunk_of: int32 [N], chunk of each token. Without it only flags[0] is set.
     """
     N, H, D = q_NHD.shape
     G = keys.k.shape[1]
@@ -161,7 +162,7 @@ def segment_forward(
     wide = q_NHD.dtype == torch.float32 or D == 128
     BLOCK_Q = queries_per_tile(64 if wide else 128, H // G)
     num_norms = 0 if keys.norms is None else keys.norms.shape[1]
-    flags_and_chunks = (segments.order, segments.order) if flags is None else (flags, chunk_of)
+    flags_and_chunks = (x if x is not None else segments.order for x in (flags, chunk_of))
     # Four programs share a multiprocessor instead of two: measured 12% faster at D = 32.
     options = {"maxnreg": 128} if D <= 32 and not wide else {}
     _segment_fwd[(cdiv(N, BLOCK_Q), G)](
@@ -170,7 +171,8 @@ def segment_forward(
         *flags_and_chunks, N, keys.scale * LOG2E, num_norms, G, H // G, D, BLOCK_Q,
         BLOCK_K=32 if D <= 32 or wide else 64, NORMS=next_power_of_2(max(1, num_norms)),
         ORDERED=segments.ordered, BOUNDED=keys.norms is not None,
-        KEEP=flags is not None and keys.norms is not None, LONG=needs_long_offsets(q_NHD),
+        KEEP=flags is not None and keys.norms is not None, CHUNKS=chunk_of is not None,
+        LONG=needs_long_offsets(q_NHD),
         num_warps=4, num_stages=3 if D <= 32 else 2, **options,
     )  # fmt: skip
     return o_NHD

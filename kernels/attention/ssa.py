@@ -243,8 +243,9 @@ def _setup(ctx, inputs, output):
 
 
 def _op_backward(ctx, do, *_):
-    inputs, rest = list(ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
-    saved, index = list(rest[: ctx.num_saved]), list(rest[ctx.num_saved :])
+    tensors = list(ctx.saved_tensors)  # read once: each reading unpacks them again
+    inputs, rest = tensors[:6], tensors[6:]
+    saved, index = rest[: ctx.num_saved], rest[ctx.num_saved :]
     if do is None:
         return (None,) * 6 + ([None] * len(index), None, None, None)
     grads = _ssa_backward(do, inputs, saved, index, ctx.top_k, ctx.shifted, ctx.scale)
@@ -257,7 +258,7 @@ _ssa.register_autograd(_op_backward, setup_context=_setup)
 def _eager_forward(q, k, v, ck, cv, gates, *options):
     inputs = (q, k, v, ck, cv, gates)
     out, *saved = ssa_forward(inputs, *options)
-    return out, (*inputs, *saved), options
+    return (out, *saved[:3]), (*inputs, *saved), options
 
 
 def _eager_backward(_, do, tensors, options):
@@ -311,6 +312,50 @@ def spatial_sparse_attention(
     Raises:
         ValueError: If a shape, dtype, device or option does not fit.
     """
+    tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3)
+    options = {"top_k": top_k, "shifted": shifted, "scale": scale, "backend": backend}
+    return ssa_with_branches(*tensors, index, **options)[0]
+
+
+def ssa_with_branches(
+    q_NHD: Tensor,
+    k_NGD: Tensor,
+    v_NGD: Tensor,
+    ck_PGD: Tensor,
+    cv_PGD: Tensor,
+    gates_N3: Tensor,
+    index: BlockIndex,
+    *,
+    top_k: int = 8,
+    shifted: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """`spatial_sparse_attention`, and the outputs of its branches.
+
+    The backward pass keeps the branches, so that a caller can compute the result again from them
+    and need not keep it too.
+
+    Args:
+        q_NHD: As in `spatial_sparse_attention`, as all arguments.
+        k_NGD: Keys.
+        v_NGD: Values.
+        ck_PGD: Compressed keys.
+        cv_PGD: Compressed values.
+        gates_N3: Gates before the sigmoid.
+        index: Block index.
+        top_k: Number of blocks that each query selects.
+        shifted: Whether the windows are shifted.
+        scale: Factor of the scores.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        The result [N, H, D], and compressed, selection and window attention [N, H, D] without
+        gradients. `gated_sum` of these and the gates is the result.
+
+    Raises:
+        ValueError: As in `spatial_sparse_attention`.
+    """
     N, P = index.num_tokens, index.num_compressed
     keys = [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N), ("ck_PGD", ck_PGD, P), ("cv_PGD", cv_PGD, P)]
     triton = checks.check_heads(q_NHD, keys, index, backend)
@@ -319,11 +364,13 @@ def spatial_sparse_attention(
     scale = checks.check_scale(scale, q_NHD.shape[2])
     tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3)
     if not triton:
-        return reference.spatial_sparse_attention(
-            *tensors, index, top_k=top_k, shifted=shifted, scale=scale
-        )
-    if eager_autograd.needs_dispatcher(*tensors):
-        return _ssa(*tensors, index.tensors(), top_k, shifted, scale)[0]
-    return eager_autograd.apply(
-        _eager_forward, _eager_backward, *tensors, index, top_k, shifted, scale
-    )
+        branches = reference.ssa_branches(*tensors[:5], index, top_k, shifted, scale)
+        out, detached = reference.gated_sum(branches, gates_N3), (x.detach() for x in branches)
+    elif eager_autograd.needs_dispatcher(*tensors):
+        out, *saved = _ssa(*tensors, index.tensors(), top_k, shifted, scale)
+        detached = (x.detach() for x in saved[:3])
+    else:
+        options = (index, top_k, shifted, scale)
+        out, *detached = eager_autograd.apply(_eager_forward, _eager_backward, *tensors, *options)
+    compressed, selected, windows = detached
+    return out, (compressed, selected, windows)

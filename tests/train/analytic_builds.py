@@ -171,11 +171,16 @@ def short_loop(**options: Any) -> LoopConfig:
 def tiny_training(data: Path, out: Path, *, steps: int = 4, **options: Any) -> VAETraining:
     """Return the options of a VAE run that takes seconds.
 
-    `options` belong to the trainer, or to the bricks if the trainer has no option of that name.
+    `options` belong to the run, to the trainer, or to the bricks, whichever has an option of that
+    name.
     """
     loop: dict[str, Any] = {"steps": steps, "learning_rate": 1e-3}
     bricks: dict[str, Any] = {"resolutions": (32,), "batch_size": 2, "workers": 1}
+    run: dict[str, Any] = {}
     for name, value in options.items():
+        if name in VAETraining.__dataclass_fields__:
+            run[name] = value
+            continue
         (loop if name in LoopConfig.__dataclass_fields__ else bricks)[name] = value
     return VAETraining(
         data=data,
@@ -184,4 +189,5 @@ def tiny_training(data: Path, out: Path, *, steps: int = 4, **options: Any) -> V
         bricks=BrickConfig(**bricks),
         loop=short_loop(**loop),
         model=TINY,
+        **run,
     )

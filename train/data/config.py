@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from model.config import Augmentation, TimeDistribution
+from model.config import KEPT_LEVELS, Augmentation, KeptActivations, TimeDistribution
 from train.engine.config import LoopConfig
 
 
@@ -32,11 +33,22 @@ class FlowOptions:
     """Sampling steps of the previews drawn during training."""
     open_shards: int = 16
     """Number of shards whose renders are mixed in a batch and kept in memory, about 10 MB each."""
+    kept_activations: KeptActivations | Literal["auto"] = "auto"
+    """What the blocks of the DiT keep for the backward pass, which computes the rest again. "all"
+    keeps every activation. "products" keeps the residual stream and the results of attention and of
+    all matrix products but the widest. "attention" keeps the blocks' inputs and the results of
+    attention. "auto" takes in each step the first of them that fits the memory of the GPU.
+    Gradients are the same to the bit."""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "open_shards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.kept_activations not in ("auto", *KEPT_LEVELS):
+            raise ValueError(
+                f"kept_activations must be one of {('auto', *KEPT_LEVELS)}, "
+                f"got {self.kept_activations!r}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")

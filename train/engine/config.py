@@ -22,6 +22,7 @@ FREE_ON_RESUME = (
     "max_bad_steps",
     "max_bad_share",
     "activation_checkpointing",
+    "kept_activations",
 )
 
 
@@ -57,9 +58,6 @@ class LoopConfig:
     """Decay of the averaged weights, which are validated, sampled and exported."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the arithmetic. Weights and their averages are always fp32."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them. This saves memory and
-    costs one more forward pass per step."""
     deterministic: bool = False
     """Use only deterministic algorithms, so that runs on a GPU are equal to the bit. This is
     slower."""

@@ -76,7 +76,6 @@ def _paper_preset(
     loop = LoopConfig(
         steps=steps,
         learning_rate=learning_rate,
-        activation_checkpointing=resolution >= 512,
         ema_decay=0.9999,
     )
     return DiTTraining(

@@ -61,7 +61,7 @@ class DiTTask(StageTask[DiTTraining]):
         self.store = store
         self.vae = vae
         self.model = ConditionedDiT(cfg.model)
-        self.model.dit.activation_checkpointing = cfg.flow.loop.activation_checkpointing
+        self.model.dit.kept_activations = cfg.flow.kept_activations
         self.model.dit.set_statistics(store.mean, store.std)
         self.model.to(world.device)
         self._flops_per_token: float | None = None

@@ -114,7 +114,7 @@ class FlowTask(StageTask[StructureTraining]):
         self.model = Structure(cfg.model)
         self.model.vae.load_state_dict(vae.state_dict())
         self.model.vae.requires_grad_(False)
-        self.model.flow.dit.activation_checkpointing = cfg.flow.loop.activation_checkpointing
+        self.model.flow.dit.kept_activations = cfg.flow.kept_activations
         self.model.to(world.device)
         self._flops_per_asset: float | None = None
 

@@ -91,6 +91,9 @@ class VAETraining:
     device: Device = "auto"
     """Device to train on. auto is a GPU if there is one. cuda takes one GPU per rank."""
     bricks: BrickConfig = field(default_factory=BrickConfig)
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them. This saves memory and
+    costs one more forward pass per step."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     loss: LossWeights = field(default_factory=LossWeights)
     model: VAEConfig = field(default_factory=VAEConfig)
@@ -148,7 +151,8 @@ VAE_PRESETS: dict[str, VAETraining] = {
         out=Path("runs/vae-base-1024"),
         init=Path("runs/vae-base/latest"),
         bricks=BrickConfig(resolutions=(1024,), batch_size=1),
-        loop=LoopConfig(steps=50_000, learning_rate=1e-5, activation_checkpointing=True),
+        activation_checkpointing=True,
+        loop=LoopConfig(steps=50_000, learning_rate=1e-5),
     ),
 }
 

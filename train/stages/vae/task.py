@@ -28,7 +28,7 @@ class VAETask(StageTask[VAETraining]):
     def __init__(self, cfg: VAETraining, world: World, val: BuildIndex):
         super().__init__(cfg, world, val, cfg.loop.seed)
         self.model = SparseVAE(cfg.model).to(world.device)
-        self.model.activation_checkpointing = cfg.loop.activation_checkpointing
+        self.model.activation_checkpointing = cfg.activation_checkpointing
         self._flops_per_cell: dict[int, float] = {}  # by resolution
 
     def losses(self, model: nn.Module, batch: VAEBatch) -> dict[str, Tensor]:
