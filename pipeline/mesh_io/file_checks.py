@@ -135,19 +135,34 @@ def check_magic(head: bytes, extension: str, size: int) -> None:
         raise Reject("wrong_magic", format=extension, begins=ascii(head[:16].decode("latin-1")))
 
 
-def _check_claim(what: str, claimed: int, available: int) -> None:
-    """Compare the bytes that a file claims to have with the bytes that it can have."""
+def check_claimed_bytes(what: str, claimed: int, available: int) -> None:
+    """Check that a file does not claim far more data than it can have.
+
+    Args:
+        what: What the claim is about, for the error.
+        claimed: Bytes that the stated counts need at least.
+        available: Bytes that are there.
+
+    Raises:
+        Reject: "unreadable" for a negative claim, or "allocation_bomb".
+    """
     if claimed < 0:
         raise Reject("unreadable", error="negative_count", what=what, claimed=claimed)
     if claimed > max(BOMB_FACTOR * available, BOMB_BYTES):
         raise Reject("allocation_bomb", what=what, claimed=claimed, available=available)
+
+
+def _check_claim(what: str, claimed: int, available: int) -> None:
+    """Compare the bytes that a file claims to have with the bytes that it can have."""
+    check_claimed_bytes(what, claimed, available)
     if claimed > available:
         raise Reject(
             "unreadable", error="truncated", what=what, claimed=claimed, available=available
         )
 
 
-def _check_face_count(faces: int, cfg: LoadConfig) -> None:
+def check_face_count(faces: int, cfg: LoadConfig) -> None:
+    """Reject a file that states more faces than allowed as "too_many_faces"."""
     if faces > cfg.max_faces:
         raise Reject("too_many_faces", faces=faces, max_faces=cfg.max_faces)
 
@@ -206,7 +221,7 @@ def _check_document(document: dict[str, Any], available: int, cfg: LoadConfig) -
         total += count * item_bytes
     if total > max(BOMB_FACTOR * available, BOMB_BYTES):
         raise Reject("allocation_bomb", what="accessors", claimed=total, available=available)
-    _check_face_count(_count_placed_faces(document, cfg), cfg)
+    check_face_count(_count_placed_faces(document, cfg), cfg)
 
 
 def _count_placed_faces(document: dict[str, Any], cfg: LoadConfig) -> int:
@@ -258,7 +273,7 @@ def _check_ply(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
         missing = 0 if is_binary or count == 0 else 2
         _check_claim(f"element {name}", count * row_bytes - missing, size - file.tell())
         if name == "face":
-            _check_face_count(count, cfg)
+            check_face_count(count, cfg)
 
 
 def _check_stl(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
@@ -269,19 +284,7 @@ def _check_stl(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
         raise Reject("unreadable", error="truncated", what="header", claimed=84, available=size)
     (faces,) = struct.unpack_from("<I", head, 80)
     _check_claim("triangles", 50 * faces, size - 84)
-    _check_face_count(faces, cfg)
-
-
-def _check_off(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
-    text = file.read(HEAD_BYTES).decode("latin-1")
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    words = " ".join(line for line in lines if line).split()
-    if not words or not words[0].upper().endswith("OFF"):
-        raise Reject("wrong_magic", format="off", begins=ascii(text[:16]))
-    vertices, faces = int(words[1]), int(words[2])
-    _check_claim("vertices", 6 * vertices, size)
-    _check_claim("faces", 8 * faces, size)
-    _check_face_count(faces, cfg)
+    check_face_count(faces, cfg)
 
 
 def _check_zip(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
@@ -296,7 +299,6 @@ _FORMAT_CHECKS: dict[str, Callable[[BinaryIO, int, LoadConfig], None]] = {
     "gltf": _check_gltf,
     "ply": _check_ply,
     "stl": _check_stl,
-    "off": _check_off,
     "3mf": _check_zip,
     "zae": _check_zip,
 }

@@ -13,7 +13,10 @@ IGNORED_ELEMENTS: dict[str, dict[str, str]] = {
     "mtl": {},
     "ply": {},
     "stl": {},
-    "off": {},
+    "off": {
+        "texture coordinates of ST": "The format has no textures.",
+        "number of edges": "It follows from the faces.",
+    },
     "3mf": {},
     "dae": {},
 }

@@ -43,7 +43,9 @@ PARSER_ERRORS = (
 )
 
 # Format -> the module and the function that read it.
-READERS: dict[str, tuple[str, str]] = {}
+READERS: dict[str, tuple[str, str]] = {
+    "off": ("pipeline.mesh_io.readers.off", "read_off"),
+}
 
 # Up axis of the formats that state none.
 DEFAULT_UP: Axis = "y"
