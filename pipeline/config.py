@@ -13,7 +13,7 @@ from pipeline.core.grid import check_resolution
 from pipeline.core.hashing import hash_of, options_of
 from pipeline.core.options import CameraSet
 from pipeline.core.product import Product
-from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.core.provenance import FORMAT_VERSION, READER_VERSION
 from pipeline.curation.config import FilterConfig, RankConfig, ScreenConfig
 from pipeline.download.config import FetchConfig
 from pipeline.geometry.config import TopologyConfig
@@ -78,8 +78,9 @@ class BuildConfig:
     """One or more sources of assets: procedural[:COUNT], folder:PATH, objaverse,
     objaverse-xl[?places=github,...] or shapenet:PATH[?categories=chair,...]."""
 
-    up: Literal["y", "z"] = "y"
-    """Axis that points up in the files of all sources."""
+    up: Literal["auto", "y", "z"] = "auto"
+    """Axis that points up in files that do not state one: obj, ply, stl, off, and dae without
+    up_axis. "auto" takes y. glTF, 3MF and COLLADA files that state an axis are not affected."""
 
     out: PathOrUrl = Path("data/smoke")
     """Output directory, or a URL such as s3://bucket/prefix. A build that was interrupted resumes
@@ -145,11 +146,15 @@ class BuildConfig:
 
     run: tyro.conf.Suppress[Pass] = "build"
 
+    # Version of the mesh readers that the output directory was begun with.
+
+    reader_version: tyro.conf.Suppress[int] = READER_VERSION
+
     def __post_init__(self):
         if not self.source:
             raise ValueError("source must name at least one source, got none")
-        if self.up not in ("y", "z"):
-            raise ValueError(f'up must be "y" or "z", got {self.up!r}')
+        if self.up not in ("auto", "y", "z"):
+            raise ValueError(f'up must be "auto", "y" or "z", got {self.up!r}')
         if not self.resolutions:
             raise ValueError("resolutions must name at least one resolution, got none")
         for resolution in (*self.resolutions, self.topology_resolution):
@@ -220,7 +225,12 @@ class BuildConfig:
         names = ("source", "up", "limit", "topology_resolution", "shard_size", "val_percent")
         options = options_of(self)
         of_stages = {name: options_of(getattr(self, name)) for name in stages}
-        return {**{name: options[name] for name in names if name in options}, **of_stages}
+        shared = {**{name: options[name] for name in names if name in options}, **of_stages}
+        if self.reader_version == 1:
+            shared["up"] = "y" if self.up == "auto" else self.up
+        else:
+            shared["reader_version"] = self.reader_version
+        return shared
 
     def of_product(self, product: Product) -> dict[str, Any]:
         """Return the options that only this product depends on, as JSON values."""

@@ -11,6 +11,10 @@ from typing import Any
 
 FORMAT_VERSION = 1  # of every store, shard and checkpoint; a reader refuses another version
 
+# Version of the mesh readers. It grows whenever some file gives another mesh or another look than
+# before. A build keeps the version that it was begun with, so that its products fit together.
+READER_VERSION = 2
+
 
 def provenance(packages: Iterable[str]) -> dict[str, Any]:
     """Return the versions of Python and of the named packages, and the commit of the code.

@@ -8,7 +8,9 @@ from typing import Annotated
 import tyro
 
 from pipeline.core.grid import check_resolution
+from pipeline.core.options import ADDED_LATER
 from pipeline.curation.licences import OPEN_LICENCES
+from pipeline.mesh_io.load_warnings import WARNING_CODES
 from pipeline.rendering.config import RenderConfig
 
 
@@ -68,6 +70,10 @@ class FilterConfig:
     age_restricted: bool = False
     """Accept assets that a catalogue marks as age-restricted."""
 
+    reject_warnings: tuple[str, ...] = field(default=(), metadata=ADDED_LATER)
+    """Codes of load warnings that reject an asset, such as side_file_missing or truncated_data. The
+    manifest's column "warnings" and docs/mesh_files.md list the codes. The default accepts all."""
+
     banned_words: tuple[str, ...] = (
         "hdri",
         "lidar",
@@ -79,6 +85,14 @@ class FilterConfig:
     )
     """Words that reject an asset if a catalogue gives one as a tag or as a whole word of the name.
     Upper and lower case do not matter."""
+
+    def __post_init__(self):
+        unknown = [code for code in self.reject_warnings if code not in WARNING_CODES]
+        if unknown:
+            raise ValueError(
+                f"reject_warnings must name codes of load warnings, got {unknown[0]!r}; "
+                f"the codes are {' '.join(WARNING_CODES)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.core.schema import Mesh, Record
 from pipeline.curation.config import FilterConfig
 from pipeline.curation.licences import licence_of
 from pipeline.mesh_io.file_checks import MESH_FORMATS
+from pipeline.mesh_io.load_warnings import LoadWarning
 
 
 def filter_metadata(record: Record, cfg: FilterConfig) -> None:
@@ -65,6 +67,26 @@ def filter_file(path: Path, cfg: FilterConfig) -> dict[str, float]:
     if size > cfg.max_bytes:
         raise Reject("file_too_large", bytes=size, max_bytes=cfg.max_bytes)
     return {"bytes": size}
+
+
+def filter_warnings(warnings: Iterable[LoadWarning], cfg: FilterConfig) -> None:
+    """Check the warnings of the reader.
+
+    Args:
+        warnings: What the reader left out or could not read.
+        cfg: The codes that reject an asset.
+
+    Raises:
+        Reject: "load_warning", with the first code in alphabetical order, its count and examples.
+    """
+    for warning in sorted(warnings, key=lambda item: item.code):
+        if warning.code in cfg.reject_warnings:
+            raise Reject(
+                "load_warning",
+                code=warning.code,
+                count=warning.count,
+                examples=list(warning.examples),
+            )
 
 
 def filter_geometry(mesh: Mesh, cfg: FilterConfig) -> dict[str, float]:

@@ -28,6 +28,7 @@ THRESHOLDS: dict[str, tuple[str, ...]] = {
     "degenerate": ("filter.min_area", "filter.min_width"),
     "flat": ("filter.min_thickness",),
     "degenerate_faces": ("filter.max_degenerate_share",),
+    "load_warning": ("filter.reject_warnings",),
     "too_many_components": ("filter.max_components",),
     "allocation_bomb": ("load.max_unpacked_bytes",),
     "plain_box": ("rank.max_solid_fraction",),

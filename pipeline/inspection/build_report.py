@@ -22,6 +22,7 @@ from pipeline.core.product import Product, is_product_name
 from pipeline.curation.catalogue import read_funnel
 from pipeline.curation.rank import thresholds
 from pipeline.inspection.report_pictures import PICTURES, PictureJob
+from pipeline.mesh_io.load_warnings import WARNING_CODES
 from pipeline.orchestration.isolated_process import IsolatedProcess
 from pipeline.orchestration.plan import Plan, read_plan
 from pipeline.storage.commit_marker import CommitMarker, read_marker
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("build_report.html.j2")
 # The stages that an asset goes through once for all products, in order.
 SHARED_STAGES = ("metadata", "fetch", "file", "load", "normalize", "geometry", "topology")
+WARNING_EXAMPLES = 3  # assets shown for each warning code
 SOURCE_NAMES = (PLAN, PLAN_TABLE, "manifest", "stats", "shards")  # what is read
 # The finest resolution of a picture. Extracting a surface at 1024 would take seconds.
 PICTURE_RESOLUTION = 256
@@ -139,6 +141,8 @@ def summary(build: BuildContents) -> dict[str, Any]:
         "tiles": tiles(build),
         "funnel": funnel_steps(build.rows, list(map(str, build.markers))),
         "reasons": reason_rows(build.rows, info.config),
+        "warnings": warning_rows(build.rows),
+        "axes": axis_rows(build.rows),
         "screening": [
             {**row, "thresholds": _as_options(row["thresholds"])}
             for row in _screening_funnel(out / CATALOGUE)
@@ -200,6 +204,39 @@ def reason_rows(rows: Sequence[ManifestRow], options: dict[str, Any]) -> list[di
         for status, stage, reason, count in count_reasons(rows)
         if status != "done"
     ]
+
+
+def warning_rows(rows: Sequence[ManifestRow]) -> list[dict[str, Any]]:
+    """Return a row for each warning code of the mesh readers, the most frequent first.
+
+    Args:
+        rows: The rows of all manifests.
+    """
+    assets = Counter(code for row in rows for code in row.warnings)
+    examples: dict[str, list[str]] = {}
+    for row in rows:
+        for line in row.numbers.get("load_warnings", ()):
+            code = line.partition(":")[0].partition(" ")[0]
+            lines = examples.setdefault(code, [])
+            if len(lines) < WARNING_EXAMPLES:
+                lines.append(f"{row.url} ({line})")
+    return [
+        {
+            "code": code,
+            "meaning": WARNING_CODES.get(code, "This code is not known to this version."),
+            "count": count,
+            "examples": examples.get(code, []),
+        }
+        for code, count in sorted(assets.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def axis_rows(rows: Sequence[ManifestRow]) -> list[tuple[str, str, str, int]]:
+    """Return (format, up axis, origin of the axis, number of assets), sorted."""
+    counts = Counter(
+        (row.format, row.up_axis, row.up_origin or "") for row in rows if row.up_axis is not None
+    )
+    return [(*key, count) for key, count in sorted(counts.items())]
 
 
 def _screening_funnel(catalogue: StorePath) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pipeline.core.hashing import sha256_of
 from pipeline.core.image_codec import encode
 from pipeline.core.product import Product
 from pipeline.core.schema import BRICK_ARRAYS, Bricks, Mesh
-from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata
+from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata, filter_warnings
 from pipeline.curation.screening_metrics import compute_metrics, save_metrics
 from pipeline.geometry import sdf_cuda
 from pipeline.geometry.config import TopologyConfig
@@ -83,8 +83,11 @@ def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
         notes.numbers |= filter_file(path, cfg.filter)
     with _stage(job, notes, "load"):
         mesh, report = load_with_report(path, cfg.load, up=cfg.up)
+        notes.row |= {"up_axis": report.up_axis, "up_origin": report.up_origin}
         if report.warnings:
+            notes.row["warnings"] = [warning.code for warning in report.warnings]
             notes.numbers["load_warnings"] = [str(warning) for warning in report.warnings]
+        filter_warnings(report.warnings, cfg.filter)
     with _stage(job, notes, "normalize"):
         mesh = normalize(mesh, cfg.normalize)
         notes.row |= {"center": list(mesh.center), "scale": mesh.scale}

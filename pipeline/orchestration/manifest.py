@@ -43,6 +43,9 @@ def new_row(
         shard=shard,
         row=row,
         split=split_of(record.uid, val_percent),
+        up_axis=result.row.get("up_axis"),
+        up_origin=result.row.get("up_origin"),
+        warnings=tuple(result.row.get("warnings", ())),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,11 @@ class PlanInfo:
     def shard_size(self) -> int:
         """Number of assets in a full shard."""
         return self.config["shard_size"]
+
+    @property
+    def reader_version(self) -> int:
+        """Version of the mesh readers that the build was begun with."""
+        return self.config.get("reader_version", 1)
 
     @property
     def rank(self) -> dict[str, Any] | None:
@@ -266,6 +271,21 @@ def read_plan(out: StorePath) -> Plan:
             f"{out / PLAN_TABLE} must have the columns {COLUMNS.names}, it has {table.column_names}"
         )
     return Plan(out=out, info=info, table=table)
+
+
+def with_reader_of_plan(cfg: BuildConfig) -> BuildConfig:
+    """Return the options with the reader version of the build in `cfg.out`, if there is one.
+
+    What is committed there was made by that version. Its options are compared as it knew them, and
+    the runner refuses to add products of another version.
+
+    Raises:
+        UserError: If the plan cannot be read.
+    """
+    for out in (cfg.out, cfg.out / SCREENING):
+        if (out / PLAN).exists():
+            return replace(cfg, reader_version=read_plan(out).info.reader_version)
+    return cfg
 
 
 def _read_matching_plan(cfg: BuildConfig) -> Plan:

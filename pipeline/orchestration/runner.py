@@ -31,6 +31,7 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.files import is_disk_full
 from pipeline.core.hashing import differences
 from pipeline.core.product import Product
+from pipeline.core.provenance import READER_VERSION
 from pipeline.core.schema import Record
 from pipeline.core.signals import Stop, note_signals
 from pipeline.core.text import counted
@@ -103,6 +104,12 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
     for folder in list_children(cfg.out / SCRATCH):
         if folder.name not in missing:  # of a run that was killed after its last marker
             delete(folder)
+    if missing and cfg.reader_version != READER_VERSION:
+        raise UserError(
+            f"{cfg.out} was made by reader {cfg.reader_version} and this is reader "
+            f"{READER_VERSION}, which reads some files differently; build into a new directory: "
+            "choose another --out"
+        )
     if missing:
         if commits:
             _log_resuming(plan, missing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +19,9 @@ from pipeline.storage.layout import manifest_path, product_paths
 from pipeline.storage.remote import arrow_source, list_children
 
 MANIFEST_COLUMNS = ["uid", "status", "stage", "reason", "sha256", "faces", "numbers"]
-# How the warning of a missing side file begins. Builds of older readers have the second form.
-MISSING_FILE = ("side_file_missing", "missing side file")
+# The warning of missing side files, and how it began in builds by reader 1, with one line a file.
+MISSING_FILES = re.compile(r"side_file_missing(?: x(\d+))?(?::|$)")
+MISSING_FILE_OF_READER_1 = "missing side file"
 
 
 def rank_screened(cfg: BuildConfig, screening: Plan) -> Catalogue:
@@ -80,4 +82,7 @@ def _screening_product(plan: Plan) -> Product:
 
 def _count_missing_files(numbers: str) -> int:
     warnings = json.loads(numbers).get("load_warnings", ())
-    return sum(line.startswith(MISSING_FILE) for line in warnings)
+    matches = [match for line in warnings if (match := MISSING_FILES.match(line))]
+    return sum(int(match[1] or 1) for match in matches) + sum(
+        line.startswith(MISSING_FILE_OF_READER_1) for line in warnings
+    )

@@ -36,6 +36,14 @@ COLUMNS_AFTER_TOKENS = pa.schema(
         ("split", pa.string()),
     ]
 )
+# Columns that manifests of builds by reader 1 do not have.
+LATER_COLUMNS = pa.schema(
+    [
+        ("up_axis", pa.string()),
+        ("up_origin", pa.string()),
+        ("warnings", pa.list_(pa.string())),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,11 @@ class ManifestRow:
         shard: Name of the shard.
         row: Position in the shard.
         split: "train" or "val".
+        up_axis: The axis of the file that points up. None if the asset ended before it was read,
+            or was read by a reader that did not record it.
+        up_origin: Where that axis comes from: "stated" by the file or its format, "option", or
+            "convention".
+        warnings: Codes of the reader's warnings, sorted. `numbers` has counts and examples.
     """
 
     uid: str
@@ -91,6 +104,9 @@ class ManifestRow:
     shard: str = ""
     row: int = 0
     split: str = ""
+    up_axis: str | None = None
+    up_origin: str | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def ended_before_products(self) -> bool:
@@ -122,6 +138,7 @@ class ManifestRow:
         values["numbers"] = json.loads(values["numbers"] or "{}")
         if values["center"] is not None:
             values["center"] = tuple(values["center"])
+        values["warnings"] = tuple(values.get("warnings") or ())
         return cls(**values)
 
 
@@ -129,7 +146,7 @@ def manifest_schema(resolutions: Iterable[int]) -> pa.Schema:
     """Return the columns of a manifest. Resolutions have `tokens_<R>` columns, sorted by R."""
     tokens = [pa.field(tokens_column(resolution), pa.int64()) for resolution in sorted(resolutions)]
     return pa.schema(
-        [*COLUMNS_BEFORE_TOKENS, *tokens, *COLUMNS_AFTER_TOKENS],
+        [*COLUMNS_BEFORE_TOKENS, *tokens, *COLUMNS_AFTER_TOKENS, *LATER_COLUMNS],
         metadata={"format_version": str(FORMAT_VERSION)},
     )
 
@@ -163,7 +180,8 @@ def read_manifest(path: StorePath) -> list[ManifestRow]:
     check_version(path, table.schema)
     resolutions = [resolution_of_column(name) for name in table.column_names]
     expected = manifest_schema(resolution for resolution in resolutions if resolution is not None)
-    if not table.schema.equals(expected):
+    of_reader_1 = pa.schema(list(expected)[: -len(LATER_COLUMNS)])
+    if not (table.schema.equals(expected) or table.schema.equals(of_reader_1)):
         raise ValueError(
             f"{path} must have the columns {expected.names}, it has {table.column_names}"
         )

@@ -15,15 +15,18 @@ from pipeline.core.errors import UserError
 from pipeline.core.product import Product
 from pipeline.core.schema import Bricks
 from pipeline.inspection.build_report import (
+    axis_rows,
     cost_rows,
     funnel_steps,
     human_bytes,
     human_seconds,
     read_build,
     summary,
+    warning_rows,
     write_report,
 )
 from pipeline.inspection.report_pictures import slice_picture
+from pipeline.mesh_io.load_warnings import WARNING_CODES
 from pipeline.storage.manifest import ManifestRow, read_manifest, write_manifest
 
 KINDS = ("render", "bricks", "slice")
@@ -124,6 +127,44 @@ def test_text_of_assets_is_escaped_and_reasons_are_listed(tiny_build, tmp_path):
     assert "&lt;script&gt;" in html
     assert re.search(r"rejected</span></td>.*load</td>.*empty_file</td><td>1</td>", html)
     assert len(Page(html).images) == 3
+
+
+def test_warnings_are_counted_with_their_meaning_and_examples(tiny_build, tmp_path):
+    out = tmp_path / "build"
+    shutil.copytree(tiny_build, out)
+    path = out / "manifest" / "000001.parquet"
+    rows = [
+        replace(
+            row,
+            url=f"{number}.obj",
+            warnings=("trailing_data",) if number else ("trailing_data", "skin_unreadable"),
+            numbers={"load_warnings": [f"trailing_data x2: <b>{number}</b>"]},
+        )
+        for number, row in enumerate(read_manifest(path))
+    ]
+    write_manifest(path, rows, [64, 96])
+    listed = warning_rows(rows)
+    assert [(row["code"], row["count"]) for row in listed] == [
+        ("trailing_data", len(rows)),
+        ("skin_unreadable", 1),
+    ]
+    assert listed[0]["meaning"] == WARNING_CODES["trailing_data"]
+    assert listed[0]["examples"][0] == "0.obj (trailing_data x2: <b>0</b>)"
+    assert len(listed[0]["examples"]) == min(3, len(rows))
+    html = write_report(out, pictures=1).read_text()
+    assert "0.obj (trailing_data x2: &lt;b&gt;0&lt;/b&gt;)" in html
+    assert WARNING_CODES["trailing_data"] in Page(html).text
+
+
+def test_up_axes_are_counted_by_format_and_origin():
+    rows = [
+        ManifestRow(uid=str(k), status="done", format=name, up_axis=axis, up_origin=origin)
+        for k, (name, axis, origin) in enumerate(
+            [("glb", "y", "stated"), ("obj", "z", "option"), ("glb", "y", "stated")]
+        )
+    ]
+    rows.append(ManifestRow(uid="3", status="rejected", format="obj"))
+    assert axis_rows(rows) == [("glb", "y", "stated", 2), ("obj", "z", "option", 1)]
 
 
 def test_an_unfinished_build_has_a_page(tiny_build, tmp_path):

@@ -78,7 +78,7 @@ def test_the_up_axis_is_that_of_the_build_whatever_the_source(tmp_path):
     x, y, z = centres["y"]
     assert len({abs(x), abs(y), abs(z)}) > 1
     assert centres["z"] == pytest.approx([x, z, -y])
-    with pytest.raises(ValueError, match='up must be "y" or "z", got \'x\''):
+    with pytest.raises(ValueError, match='up must be "auto", "y" or "z", got \'x\''):
         BuildConfig(up="x")
 
 

@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import BuildConfig
 from pipeline.core.errors import UserError
-from pipeline.core.hashing import make_uid
+from pipeline.core.hashing import hash_of, make_uid
+from pipeline.core.product import Product
 from pipeline.core.schema import Record
-from pipeline.orchestration.plan import make_plan, read_plan
+from pipeline.orchestration.plan import make_plan, read_plan, with_reader_of_plan
 from tests.pipeline.builds import ROOT, Listing
 
 
@@ -51,6 +53,37 @@ def test_a_plan_of_another_format_or_configuration_is_refused(tmp_path, change, 
     (tmp_path / "plan.json").write_text(json.dumps({**info, **change}))
     with pytest.raises(UserError, match=words):
         make_plan(cfg, [Listing("ab")])
+
+
+# Options of reader 1, as builds have stored them before there were reader versions.
+HASHES_OF_READER_1 = [
+    (BuildConfig(topology_resolution=128), "96a0d7ae55518b5b"),
+    (BuildConfig(up="z", source=("folder:x",), topology_resolution=128), "2e2d206d07aa68ee"),
+]
+
+
+@pytest.mark.parametrize(("cfg", "stored"), HASHES_OF_READER_1)
+def test_options_of_reader_1_keep_their_hash(cfg, stored):
+    assert hash_of(replace(cfg, reader_version=1).shared()) == stored
+    assert hash_of(cfg.shared()) != stored
+    product = Product.sdf(64)
+    assert replace(cfg, reader_version=1).product_hash(product) != cfg.product_hash(product)
+
+
+def test_a_build_keeps_the_reader_version_that_it_was_begun_with(tmp_path):
+    cfg = BuildConfig(out=tmp_path / "new")
+    make_plan(cfg, [Listing("ab")])
+    assert with_reader_of_plan(cfg) == cfg
+    old = replace(cfg, out=tmp_path / "old", reader_version=1)
+    plan = make_plan(old, [Listing("ab")])
+    assert (plan.info.reader_version, "reader_version" in plan.info.config) == (1, False)
+    assert plan.info.config["up"] == "y"
+    asked = replace(cfg, out=tmp_path / "old")
+    assert with_reader_of_plan(asked) == old
+    make_plan(with_reader_of_plan(asked), [])  # the same options, so the plan is read
+    screening = replace(cfg, out=tmp_path / "ranked" / "screen", reader_version=1)
+    make_plan(screening, [Listing("ab")])
+    assert with_reader_of_plan(replace(cfg, out=tmp_path / "ranked")).reader_version == 1
 
 
 class LongListing:

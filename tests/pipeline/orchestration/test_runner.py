@@ -8,13 +8,15 @@ import ray
 
 from pipeline import build as build_command
 from pipeline.core.errors import RunError, UserError
+from pipeline.curation.config import FilterConfig
 from pipeline.inspection.verification import verify
 from pipeline.orchestration.asset_results import AssetJob, save_result
 from pipeline.orchestration.commit import CommitJob, commit_locally
 from pipeline.orchestration.isolated_process import ProcessExit
-from pipeline.orchestration.plan import make_plan
+from pipeline.orchestration.plan import make_plan, with_reader_of_plan
 from pipeline.orchestration.runner import missing_products
 from pipeline.sources.folder import FolderSource
+from pipeline.sources.procedural import ProceduralSource
 from pipeline.storage.layout import (
     MANIFEST,
     list_commits,
@@ -25,6 +27,7 @@ from pipeline.storage.layout import (
 from pipeline.storage.sdf_shard import SdfShard
 from tests.pipeline.builds import assert_same, build, config, contents, rows_of
 from tests.pipeline.crashing_source import CrashingSource, box
+from tests.pipeline.mesh_files import OBJ
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
@@ -300,3 +303,40 @@ def test_what_may_pass_is_tried_again_after_a_while_and_is_a_failure_if_it_does_
     )
     assert rows_of(cfg.out)[2].numbers == {"host": "example.org"}
     assert verify(cfg.out) == []
+
+
+def test_a_build_of_an_older_reader_gets_no_new_products(tmp_path, monkeypatch):
+    """What is committed stays usable: it is verified, and a run with nothing to make ends well."""
+    source = ProceduralSource(count=1)
+    old = config(tmp_path, reader_version=1)
+    with monkeypatch.context() as patch:  # the time when reader 1 was the newest
+        patch.setattr("pipeline.orchestration.runner.READER_VERSION", 1)
+        build(old, [source])
+    same = with_reader_of_plan(config(tmp_path))
+    assert build(same, [source])["done"] == 1
+    assert verify(tmp_path) == []
+    more = with_reader_of_plan(config(tmp_path, resolutions=(64, 96)))
+    with pytest.raises(UserError, match=r"was made by reader 1 .*; build into a new directory"):
+        build(more, [source])
+
+
+def test_a_warning_can_reject_an_asset(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.obj").write_text("mtllib gone.mtl\n" + OBJ)
+    (folder / "b.obj").write_text(OBJ)
+    sources = [FolderSource(root=folder)]
+    kept = config(tmp_path / "kept", resolutions=(64,))
+    assert build(kept, sources)["done"] == 2
+    rows = {row.url: row for row in rows_of(kept.out)}
+    assert "side_file_missing" in rows["a.obj"].warnings
+    assert "side_file_missing: gone.mtl" in rows["a.obj"].numbers["load_warnings"]
+    assert (rows["b.obj"].warnings, rows["b.obj"].up_axis) == ((), "y")
+    assert rows["b.obj"].up_origin == "convention"
+    filters = FilterConfig(reject_warnings=("side_file_missing",))
+    rejecting = config(tmp_path / "rejecting", resolutions=(64,), filter=filters)
+    build(rejecting, sources)
+    rows = {row.url: row for row in rows_of(rejecting.out)}
+    assert (rows["a.obj"].stage, rows["a.obj"].reason) == ("load", "load_warning")
+    assert rows["a.obj"].numbers["code"] == "side_file_missing"
+    assert rows["b.obj"].status == "done"

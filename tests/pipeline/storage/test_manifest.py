@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pyarrow.parquet as pq
 import pytest
 
@@ -31,6 +33,9 @@ ROW = ManifestRow(
     shard="000000",
     row=3,
     split="train",
+    up_axis="z",
+    up_origin="stated",
+    warnings=("side_file_missing", "trailing_data"),
 )
 REJECTED = ManifestRow(uid="folder-0", status="rejected", stage="load", reason="empty_file")
 
@@ -41,7 +46,7 @@ def test_columns_are_those_agreed_in_their_order(tmp_path):
     assert " ".join(table.column_names) == (
         "uid source url licence sha256 format status stage reason numbers "
         "faces vertices components area volume sign_path tokens_64 tokens_512 "
-        "center scale shard row split"
+        "center scale shard row split up_axis up_origin warnings"
     )
     (columns,) = table.to_pylist()
     assert (columns["tokens_64"], columns["tokens_512"]) == (5, 50)
@@ -97,3 +102,16 @@ def test_schema_sorts_resolutions_as_numbers():
         "tokens_512",
         "tokens_1024",
     ]
+
+
+def test_a_manifest_of_reader_1_is_read_without_axis_and_warnings(tmp_path):
+    write_manifest(tmp_path / "m.parquet", [ROW], [64, 512])
+    table = pq.read_table(tmp_path / "m.parquet")
+    assert table.column_names[-3:] == ["up_axis", "up_origin", "warnings"]
+    pq.write_table(table.drop_columns(table.column_names[-3:]), tmp_path / "old.parquet")
+    (row,) = read_manifest(tmp_path / "old.parquet")
+    assert (row.up_axis, row.up_origin, row.warnings) == (None, None, ())
+    assert row == replace(ROW, up_axis=None, up_origin=None, warnings=())
+    pq.write_table(table.drop_columns(["warnings"]), tmp_path / "partly.parquet")
+    with pytest.raises(ValueError, match="must have the columns"):
+        read_manifest(tmp_path / "partly.parquet")
