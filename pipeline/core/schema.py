@@ -64,6 +64,7 @@ class Material:
         emissive: Linear RGB of the emitted light. It multiplies the emissive texture.
         emissive_texture: uint8 [h, w, 4], sRGB; alpha is not used. None if there is none.
         emissive_sampler: How the emissive texture is read.
+        unlit: Whether the base colour is drawn as it is, without light.
     """
 
     base_color: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 1.0)
@@ -77,6 +78,7 @@ class Material:
     emissive: tuple[float, float, float] = (0.0, 0.0, 0.0)
     emissive_texture: NDArray[np.uint8] | None = None
     emissive_sampler: Sampler = Sampler()
+    unlit: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

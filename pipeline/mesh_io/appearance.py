@@ -65,19 +65,23 @@ class AppearanceConverter:
             texture = _with_opacity(texture, _channel(opacity, opacity_slot))
             base_slot = base_slot or opacity_slot
         emissive_slot, emissive = self._texture(source.emissive_texture)
+        roughness = source.roughness * self._mean(source.roughness_texture)
+        if source.glossiness_texture is not None:
+            roughness = 1 - (1 - roughness) * self._mean(source.glossiness_texture)
         material = Material(
             base_color=source.base_color,
             texture=texture,
             sampler=_sampler(base_slot),
             # The renderer uses one value per material: the mean of the texture.
             metallic=source.metallic * self._mean(source.metallic_texture),
-            roughness=source.roughness * self._mean(source.roughness_texture),
+            roughness=roughness,
             alpha_mode=source.alpha_mode,
             alpha_cutoff=source.alpha_cutoff,
             double_sided=source.double_sided,
             emissive=source.emissive,
             emissive_texture=emissive,
             emissive_sampler=_sampler(emissive_slot),
+            unlit=source.unlit,
         )
         return Appearance(material=material, base_slot=base_slot, emissive_slot=emissive_slot)
 

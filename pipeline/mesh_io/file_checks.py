@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 import zipfile
 from collections.abc import Callable
@@ -24,8 +23,6 @@ BOMB_BYTES = 1 << 26
 BOMB_FACTOR = 8
 MAX_ZIP_RATIO = 200  # unpacked to packed bytes; text that compresses well stays below it
 
-COMPONENT_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
-COMPONENTS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 PLY_TYPES_BY_BYTES = {
     1: ("char", "uchar", "int8", "uint8"),
     2: ("short", "ushort", "int16", "uint16"),
@@ -33,16 +30,6 @@ PLY_TYPES_BY_BYTES = {
     8: ("double", "float64"),
 }
 PLY_BYTES = {name: size for size, names in PLY_TYPES_BY_BYTES.items() for name in names}
-
-# Prefixes of required glTF extensions without which a file is still read, at most with another
-# appearance. A file that requires any other extension is rejected.
-ACCEPTED_EXTENSIONS = (
-    "KHR_materials_",
-    "KHR_texture_transform",
-    "KHR_lights_punctual",
-    "EXT_texture_webp",
-    "KHR_mesh_quantization",
-)
 
 
 def check_file(path: Path, cfg: LoadConfig) -> str:
@@ -60,8 +47,7 @@ def check_file(path: Path, cfg: LoadConfig) -> str:
 
     Raises:
         Reject: "empty_file", "lfs_pointer", "wrong_magic", "unreadable" (for example truncated),
-            "allocation_bomb" (it claims far more data than it has), "too_many_faces" or
-            "unsupported_extension" (a glTF extension that it requires).
+            "allocation_bomb" (it claims far more data than it has) or "too_many_faces".
     """
     size = path.stat().st_size
     if size == 0:
@@ -167,90 +153,6 @@ def check_face_count(faces: int, cfg: LoadConfig) -> None:
         raise Reject("too_many_faces", faces=faces, max_faces=cfg.max_faces)
 
 
-def _check_glb(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
-    _, version, length = struct.unpack("<4sII", file.read(12))
-    _check_claim("file", length, size)
-    if version != 2:
-        raise Reject("unreadable", error="gltf_version", version=version)
-    json_bytes, chunk_type = struct.unpack("<I4s", file.read(8))
-    if chunk_type != b"JSON":
-        raise Reject("unreadable", error="no_json_chunk")
-    _check_claim("json", json_bytes, size - 20)
-    document = json.loads(file.read(json_bytes))
-    _check_document(document, size + _side_file_bytes(file, document), cfg)
-
-
-def _check_gltf(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
-    document = json.loads(file.read().decode("utf-8-sig"))
-    _check_document(document, size + _side_file_bytes(file, document), cfg)
-
-
-def _side_file_bytes(file: BinaryIO, document: dict[str, Any]) -> int:
-    """Return the total size of the files that the buffers of a glTF document refer to."""
-    folder = Path(file.name).parent
-    uris = [buffer.get("uri", "") for buffer in document.get("buffers", [])]
-    paths = [find_side_file(folder, uri) for uri in uris if uri and not uri.startswith("data:")]
-    return sum(path.stat().st_size for path in paths if path is not None)
-
-
-def _check_document(document: dict[str, Any], available: int, cfg: LoadConfig) -> None:
-    """Check the extensions, buffers and counts of a glTF document."""
-    unsupported = [
-        name
-        for name in document.get("extensionsRequired", [])
-        if not name.startswith(ACCEPTED_EXTENSIONS)
-    ]
-    if unsupported:
-        raise Reject("unsupported_extension", extensions=unsupported[:8])
-    # Each buffer, view and accessor must fit into the bytes that exist.
-    views = document.get("bufferViews", [])
-    for buffer in document.get("buffers", []):
-        _check_claim("buffer", buffer["byteLength"], available)
-    for view in views:
-        _check_claim("buffer view", view["byteLength"], available)
-    # Views and accessors may overlap, but the parser copies each, so their sum is bounded as well.
-    total = sum(view["byteLength"] for view in views)
-    for accessor in document.get("accessors", []):
-        count = accessor["count"]
-        item_bytes = COMPONENT_BYTES[accessor["componentType"]] * COMPONENTS[accessor["type"]]
-        if "bufferView" in accessor:
-            view = views[accessor["bufferView"]]
-            stride = view.get("byteStride", item_bytes)
-            length = max(count - 1, 0) * stride + item_bytes * min(count, 1)
-            _check_claim("accessor", accessor.get("byteOffset", 0) + length, view["byteLength"])
-        total += count * item_bytes
-    if total > max(BOMB_FACTOR * available, BOMB_BYTES):
-        raise Reject("allocation_bomb", what="accessors", claimed=total, available=available)
-    check_face_count(_count_placed_faces(document, cfg), cfg)
-
-
-def _count_placed_faces(document: dict[str, Any], cfg: LoadConfig) -> int:
-    """Count the triangles of a glTF scene with the mesh of each node counted separately."""
-    meshes, nodes, accessors = (document.get(name, []) for name in ("meshes", "nodes", "accessors"))
-    scenes = document.get("scenes", [])
-    pending = list(scenes[document.get("scene", 0)].get("nodes", [])) if scenes else []
-    visited: set[int] = set()
-    faces = 0
-    placed = 0
-    while pending:
-        index = pending.pop()
-        if index in visited:
-            continue
-        visited.add(index)
-        node = nodes[index]
-        pending += node.get("children", [])
-        for primitive in meshes[node["mesh"]]["primitives"] if "mesh" in node else []:
-            placed += 1
-            counted = primitive.get("indices", primitive["attributes"].get("POSITION", 0))
-            corners = accessors[counted]["count"]
-            faces += corners // 3 if primitive.get("mode", 4) == 4 else corners
-    if placed > cfg.max_instances:
-        raise Reject(
-            "too_many_faces", faces=faces, instances=placed, max_instances=cfg.max_instances
-        )
-    return faces
-
-
 def _check_ply(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
     is_binary = False
     elements: list[list[Any]] = []  # [name, rows, least bytes of a row]
@@ -295,8 +197,6 @@ def _check_zip(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
 
 
 _FORMAT_CHECKS: dict[str, Callable[[BinaryIO, int, LoadConfig], None]] = {
-    "glb": _check_glb,
-    "gltf": _check_gltf,
     "ply": _check_ply,
     "stl": _check_stl,
     "3mf": _check_zip,

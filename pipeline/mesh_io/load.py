@@ -44,6 +44,8 @@ PARSER_ERRORS = (
 
 # Format -> the module and the function that read it.
 READERS: dict[str, tuple[str, str]] = {
+    "glb": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
+    "gltf": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
     "off": ("pipeline.mesh_io.readers.off", "read_off"),
 }
 
@@ -94,7 +96,7 @@ def load_with_report(
 
     Raises:
         Reject: "empty_file", "lfs_pointer", "wrong_magic", "unreadable" (with the parser's error),
-            "allocation_bomb", "too_many_faces", "unsupported_extension", "empty_scene",
+            "allocation_bomb", "too_many_faces", "gltf_1" (glTF 1.0 is not read), "empty_scene",
             "points_only", "index_out_of_range", "non_finite_vertices" or "degenerate".
         ValueError: If `up` is none of the three words.
     """

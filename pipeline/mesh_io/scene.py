@@ -70,13 +70,18 @@ class SceneMaterial:
         roughness: 0 for mirrors to 1 for matte surfaces.
         metallic_texture: Values that multiply `metallic`.
         roughness_texture: Values that multiply `roughness`.
+        glossiness_texture: Values g for formats that state glossiness: the roughness is
+            1 - (1 - `roughness`) * g.
         emissive: Linear RGB of the emitted light. It multiplies the texture and may exceed 1.
         emissive_texture: sRGB colours.
         normal_texture: Tangent-space normals.
+        normal_scale: Factor of the normals' x and y.
         occlusion_texture: Ambient occlusion.
+        occlusion_strength: 0 for no occlusion to 1 for that of the texture.
         alpha_mode: "OPAQUE", "MASK" or "BLEND".
         alpha_cutoff: Alpha below which "MASK" draws nothing.
         double_sided: Whether back faces are drawn.
+        unlit: Whether the base colour is drawn as it is, without light.
     """
 
     name: str = ""
@@ -87,13 +92,17 @@ class SceneMaterial:
     roughness: float = 0.8
     metallic_texture: TextureSlot | None = None
     roughness_texture: TextureSlot | None = None
+    glossiness_texture: TextureSlot | None = None
     emissive: tuple[float, float, float] = (0.0, 0.0, 0.0)
     emissive_texture: TextureSlot | None = None
     normal_texture: TextureSlot | None = None
+    normal_scale: float = 1.0
     occlusion_texture: TextureSlot | None = None
+    occlusion_strength: float = 1.0
     alpha_mode: Literal["OPAQUE", "MASK", "BLEND"] = "OPAQUE"
     alpha_cutoff: float = 0.5
     double_sided: bool = True
+    unlit: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

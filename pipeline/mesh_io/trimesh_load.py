@@ -21,7 +21,6 @@ from pipeline.core.errors import Reject
 from pipeline.core.schema import Material, Mesh, Part
 from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.file_checks import find_side_file
-from pipeline.mesh_io.gltf import prepare_for_parser
 from pipeline.mesh_io.materials import MaterialConverter
 
 
@@ -42,17 +41,14 @@ def _load(path: Path, extension: str, cfg: LoadConfig, up: str) -> tuple[Mesh, l
     resolver = _SideFileResolver(str(path))
     with _parser_warnings() as parser_warnings:
         data = path.read_bytes()
-        is_gltf = extension in ("glb", "gltf")
         if extension == "obj":
             data = use_absolute_indices(data)
         elif extension == "stl":
             data = remove_stl_trailer(data)
-        elif is_gltf:
-            data, extension = prepare_for_parser(data, extension, resolver.get)
         scene = trimesh.load_scene(
             io.BytesIO(data), file_type=extension, resolver=resolver, process=False
         )
-        geometries, notes = _place_geometries(scene, cfg, linear_colors=is_gltf)
+        geometries, notes = _place_geometries(scene, cfg, linear_colors=False)
     mesh = _concatenate(geometries, up)
     missing = [f"missing side file {name}" for name in resolver.missing]
     return mesh, list(dict.fromkeys(missing + parser_warnings + notes))

@@ -1,4 +1,4 @@
-"""glTF features that the parser ignores, each against numbers computed by hand."""
+"""glTF files, each feature against numbers computed by hand."""
 
 import json
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pipeline.mesh_io.config import LoadConfig
-from pipeline.mesh_io.gltf import prepare_for_parser
 from pipeline.mesh_io.load import load
 from tests.pipeline.mesh_files import TETRA, assert_same_triangles, glb, gltf, png, write
 
@@ -45,11 +44,6 @@ def uv_of_corners(path) -> list[tuple[float, ...]]:
     by_position = {tuple(p): tuple(t) for p, t in zip(mesh.vertices, uv, strict=True)}
     assert len(by_position) == len(TETRA)
     return [by_position[tuple(corner)] for corner in TETRA]
-
-
-def test_files_without_these_features_are_not_changed(tmp_path):
-    data = glb(*gltf(image=png()))
-    assert prepare_for_parser(data, "glb", pytest.fail)[0] is data
 
 
 def test_normalised_integers_are_scaled(tmp_path):
