@@ -199,6 +199,5 @@ def _check_zip(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
 _FORMAT_CHECKS: dict[str, Callable[[BinaryIO, int, LoadConfig], None]] = {
     "ply": _check_ply,
     "stl": _check_stl,
-    "3mf": _check_zip,
     "zae": _check_zip,
 }

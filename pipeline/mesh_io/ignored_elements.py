@@ -2,6 +2,9 @@
 
 Everything else in a file is used or gives a warning. An entry may be here only if it cannot alter
 geometry, colour, alpha or frame of the first pose.
+
+In XML formats a key is "element" or "parent/element", "@attribute" or "element@attribute", or
+"prefix:*" for a whole namespace.
 """
 
 from __future__ import annotations
@@ -69,6 +72,34 @@ IGNORED_ELEMENTS: dict[str, dict[str, str]] = {
         "texture coordinates of ST": "The format has no textures.",
         "number of edges": "It follows from the faces.",
     },
-    "3mf": {},
+    "3mf": {
+        "metadata": "Title, author and other descriptions.",
+        "metadatagroup": "Descriptions of an object or a build item.",
+        "model@recommendedextensions": "What is used of an extension is reported by element.",
+        "model@thumbnail": "A preview picture.",
+        "object@thumbnail": "A preview picture.",
+        "object@name": "A name for people.",
+        "object@partnumber": "A part number for people.",
+        "item@partnumber": "A part number for people.",
+        "item@printable": "Whether a slicer prints the item now. It is part of the scene.",
+        "base@name": "A name for people.",
+        "m:pbmetallic@name": "A name for people.",
+        "m:texture2d@contenttype": "The content of the image decides.",
+        "@p:UUID": "An identifier for databases.",
+        "@xml:lang": "The language of names.",
+        "@xml:space": "Text is not used.",
+        "s:slicestack": "Slices repeat the mesh of their object.",
+        "object@s:slicestackid": "Slices repeat the mesh of their object.",
+        "t:trianglesets": "Named selections of triangles.",
+        "triangle@paint_supports": "Where a slicer puts supports.",
+        "triangle@paint_seam": "Where a slicer begins its layers.",
+        "triangle@paint_fuzzy_skin": "A setting of a slicer for the print.",
+        "triangle@face_property": "A setting of a slicer for the print.",
+        "triangle@slic3r:custom_supports": "Where a slicer puts supports.",
+        "triangle@slic3r:custom_seam": "Where a slicer begins its layers.",
+        "triangle@slic3r:fuzzy_skin": "A setting of a slicer for the print.",
+        "Relationship@Id": "Relationships are found by their type.",
+        "Relationship@TargetMode": "Only parts of the package are read.",
+    },
     "dae": {},
 }

@@ -47,6 +47,7 @@ READERS: dict[str, tuple[str, str]] = {
     "glb": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
     "gltf": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
     "off": ("pipeline.mesh_io.readers.off", "read_off"),
+    "3mf": ("pipeline.mesh_io.readers.threemf", "read_threemf"),
 }
 
 # Up axis of the formats that state none.

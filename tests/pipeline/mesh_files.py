@@ -127,8 +127,15 @@ def stl_text() -> str:
     return f"solid a\n{facets}endsolid a\n"
 
 
+RELATIONSHIPS = b"""<?xml version="1.0"?>
+<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">
+<Relationship Id="r0" Target="/3D/3dmodel.model"
+ Type="http://schemas.microsoft.com/3dmanufacturing/2013/01/3dmodel"/></Relationships>"""
+
+
 def threemf() -> bytes:
-    vertices = "".join(f'<vertex x="{x}" y="{y}" z="{z}"/>' for x, y, z in TETRA)
+    # The format has z up.
+    vertices = "".join(f'<vertex x="{x}" y="{-z}" z="{y}"/>' for x, y, z in TETRA)
     faces = "".join(f'<triangle v1="{a}" v2="{b}" v3="{c}"/>' for a, b, c in FACES)
     model = (
         '<?xml version="1.0"?><model unit="millimeter" '
@@ -141,7 +148,7 @@ def threemf() -> bytes:
         {
             "3D/3dmodel.model": model.encode(),
             "[Content_Types].xml": b"<Types/>",
-            "_rels/.rels": b"<R/>",
+            "_rels/.rels": RELATIONSHIPS,
         }
     )
 
