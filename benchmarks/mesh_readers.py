@@ -1,0 +1,216 @@
+"""Compare the mesh readers with independent ones on a folder of real files.
+
+`python -m benchmarks.mesh_readers FOLDER ... --assimp PYTHON --blender PYTHON --trimesh PYTHON`
+reads every mesh file below the folders with each reader, in a process of its own, and writes a
+table of agreement by format and a list of all disagreements.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pipeline.core.cli import command, parse
+from pipeline.core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CHILD = Path(__file__).with_name("mesh_readers_child.py")
+FORMATS = ("glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae")
+PEERS = ("assimp", "blender", "trimesh")
+RELATIVE_TOLERANCE = 1e-3  # of area and bounding box, relative to the longest side
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshReadersConfig:
+    """Compare the mesh readers of this project with independent ones on real files."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders that are searched for mesh files."""
+
+    out: Path = Path("mesh_readers")
+    """Directory for the measurements of each reader, the table and the list. A reader whose
+    measurements are there already is not run again."""
+
+    python: Path = Path(".venv/bin/python")
+    """Interpreter with this project."""
+
+    assimp: Path | None = None
+    """Interpreter with assimp-py and numpy. None leaves that reader out."""
+
+    blender: Path | None = None
+    """Interpreter with bpy and numpy. None leaves that reader out."""
+
+    trimesh: Path | None = None
+    """Interpreter with trimesh and the libraries that it reads 3MF and COLLADA with. None leaves
+    that reader out."""
+
+    timeout_s: float = 60.0
+    """Largest number of seconds for one file."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the comparison."""
+    cfg = parse(MeshReadersConfig, args, prog="python -m benchmarks.mesh_readers")
+    files = sorted(
+        path
+        for folder in cfg.folders
+        for path in folder.rglob("*")
+        if path.suffix[1:].lower() in FORMATS and path.is_file()
+    )
+    if not files:
+        raise UserError(f"no mesh file below {' '.join(map(str, cfg.folders))}")
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for reader, python in [("ours", cfg.python), *((name, getattr(cfg, name)) for name in PEERS)]:
+        if python is not None:
+            results[reader] = measure(reader, python, files, cfg)
+    rows = [compare(path, {name: r[str(path)] for name, r in results.items()}) for path in files]
+    (cfg.out / "table.md").write_text(table(rows, [name for name in PEERS if name in results]))
+    disagreements = [row for row in rows if row["disagrees_with"]]
+    lines = [json.dumps(row) for row in disagreements]
+    (cfg.out / "disagreements.jsonl").write_text("\n".join(lines) + "\n" if lines else "")
+    log.info("%d files, %d disagreements: %s", len(rows), len(disagreements), cfg.out)
+
+
+def measure(
+    reader: str, python: Path, files: Sequence[Path], cfg: MeshReadersConfig
+) -> dict[str, dict[str, Any]]:
+    """Return {path: result} of one reader. A file that ends its process is marked as a crash."""
+    stored = cfg.out / f"{reader}.jsonl"
+    results: dict[str, dict[str, Any]] = {}
+    if stored.exists():
+        for line in stored.read_text().splitlines():
+            result = json.loads(line)
+            results[result["path"]] = result
+    pending = [path for path in files if str(path) not in results]
+    log.info("%s: %d files", reader, len(pending))
+    with stored.open("a") as out:
+        while pending:
+            for result in _run_child(reader, python, pending, cfg.timeout_s):
+                out.write(json.dumps(result) + "\n")
+                out.flush()
+                results[result["path"]] = result
+            pending = [path for path in pending if str(path) not in results]
+    return results
+
+
+def _run_child(
+    reader: str, python: Path, files: Sequence[Path], timeout_s: float
+) -> Iterable[dict[str, Any]]:
+    """Yield results until the child has read all files or one of them ends it."""
+    command_line = [str(python.absolute()), str(CHILD), reader]
+    environment = {**os.environ, "PYTHONPATH": str(CHILD.parents[1]) if reader == "ours" else ""}
+    child = subprocess.Popen(
+        command_line,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        for path in files:
+            timer = threading.Timer(timeout_s, child.kill)
+            timer.start()
+            try:
+                child.stdin.write(f"{path}\n")
+                child.stdin.flush()
+                # Libraries print to standard output, too.
+                line = child.stdout.readline()
+                while line and not line.startswith('{"path"'):
+                    line = child.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+            timed_out = not timer.is_alive()
+            timer.cancel()
+            if not line:
+                error = f"no result within {timeout_s:.0f} s" if timed_out else "the process died"
+                yield {"path": str(path), "error": error}
+                return
+            yield json.loads(line)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def compare(path: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Compare our result with that of each peer.
+
+    Returns:
+        path, format, the results, and {peer: what differs} for peers that disagree. A peer that
+        cannot read the file does not disagree.
+    """
+    ours = results["ours"]
+    disagrees = {}
+    for name, peer in results.items():
+        if name == "ours" or "error" in peer:
+            continue
+        if "error" in ours:
+            disagrees[name] = ["rejected"]
+            continue
+        extent = max(high - low for low, high in zip(peer["low"], peer["high"], strict=True))
+        tolerance = RELATIVE_TOLERANCE * max(extent, 1e-30)
+        different = []
+        if abs(ours["area"] - peer["area"]) > RELATIVE_TOLERANCE * max(peer["area"], 1e-30):
+            different.append("area")
+        box = [*zip(ours["low"] + ours["high"], peer["low"] + peer["high"], strict=True)]
+        if any(abs(a - b) > tolerance for a, b in box):
+            different.append("box")
+        if ours["triangles"] != peer["triangles"]:
+            different.append("triangles")
+        if ours["textures"] < peer["textures"]:
+            different.append("textures")
+        if different:
+            disagrees[name] = different
+    return {
+        "path": str(path),
+        "format": path.suffix[1:].lower(),
+        "disagrees_with": disagrees,
+        "results": results,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> str:
+    """Return a Markdown table: files by format, and how many agree with each peer."""
+    by_format: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_format[row["format"]].append(row)
+    head = ["format", "files", "read", "with warnings"]
+    for peer in peers:
+        head += [f"{peer} reads", "same box and area", "same triangles"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for name in [*sorted(by_format), "all"]:
+        chosen = rows if name == "all" else by_format[name]
+        read = [row for row in chosen if "error" not in row["results"]["ours"]]
+        cells: list[Any] = [name, len(chosen), len(read)]
+        cells.append(sum(bool(row["results"]["ours"]["warnings"]) for row in read))
+        for peer in peers:
+            compared = [row for row in chosen if "error" not in row["results"][peer]]
+            differences = Counter(
+                word for row in compared for word in set(row["disagrees_with"].get(peer, ()))
+            )
+            shapes = sum(
+                bool({"area", "box", "rejected"} & set(row["disagrees_with"].get(peer, ())))
+                for row in compared
+            )
+            triangles = differences["triangles"] + differences["rejected"]
+            cells += [len(compared), len(compared) - shapes, len(compared) - triangles]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    command(main)
