@@ -178,17 +178,6 @@ def _check_ply(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
             check_face_count(count, cfg)
 
 
-def _check_stl(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
-    head = file.read(HEAD_BYTES)
-    if head.lstrip()[:5].lower() == b"solid" and b"\0" not in head:
-        return  # a text STL has no counts, and its triangles take more bytes than their arrays
-    if size < 84:
-        raise Reject("unreadable", error="truncated", what="header", claimed=84, available=size)
-    (faces,) = struct.unpack_from("<I", head, 80)
-    _check_claim("triangles", 50 * faces, size - 84)
-    check_face_count(faces, cfg)
-
-
 def _check_zip(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
     with zipfile.ZipFile(file) as archive:
         total = sum(member.file_size for member in archive.infolist())
@@ -198,6 +187,5 @@ def _check_zip(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
 
 _FORMAT_CHECKS: dict[str, Callable[[BinaryIO, int, LoadConfig], None]] = {
     "ply": _check_ply,
-    "stl": _check_stl,
     "zae": _check_zip,
 }

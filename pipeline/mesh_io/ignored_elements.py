@@ -67,7 +67,11 @@ IGNORED_ELEMENTS: dict[str, dict[str, str]] = {
     "obj": {},
     "mtl": {},
     "ply": {},
-    "stl": {},
+    "stl": {
+        "facet normal": "The order of the corners gives the normal.",
+        "name of a solid": "Names alter nothing.",
+        "attribute bytes without a colour": "Their meaning is not defined.",
+    },
     "off": {
         "texture coordinates of ST": "The format has no textures.",
         "number of edges": "It follows from the faces.",

@@ -46,6 +46,7 @@ PARSER_ERRORS = (
 READERS: dict[str, tuple[str, str]] = {
     "glb": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
     "gltf": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
+    "stl": ("pipeline.mesh_io.readers.stl", "read_stl"),
     "off": ("pipeline.mesh_io.readers.off", "read_off"),
     "3mf": ("pipeline.mesh_io.readers.threemf", "read_threemf"),
 }

@@ -43,8 +43,6 @@ def _load(path: Path, extension: str, cfg: LoadConfig, up: str) -> tuple[Mesh, l
         data = path.read_bytes()
         if extension == "obj":
             data = use_absolute_indices(data)
-        elif extension == "stl":
-            data = remove_stl_trailer(data)
         scene = trimesh.load_scene(
             io.BytesIO(data), file_type=extension, resolver=resolver, process=False
         )
@@ -88,16 +86,6 @@ def use_absolute_indices(text: bytes) -> bytes:
 
 def _absolute_index(word: bytes, count: int) -> bytes:
     return b"%d" % (count + 1 + int(word)) if word.startswith(b"-") else word
-
-
-def remove_stl_trailer(content: bytes) -> bytes:
-    """Return a binary STL file without what follows its last triangle.
-
-    The parser takes a binary file with a trailer for text. A text file is returned unchanged: its
-    bytes at the place of the count give an end beyond any file.
-    """
-    end = 84 + 50 * int.from_bytes(content[80:84], "little")
-    return content[:end] if len(content) >= 84 else content
 
 
 class _SideFileResolver(trimesh.resolvers.FilePathResolver):

@@ -200,3 +200,9 @@ def _gather(
     """Return the values that begin at byte `places` [N] of `raw`."""
     values = raw[places[:, None] + np.arange(dtype.itemsize)]  # [N, bytes of a value]
     return values.reshape(-1).view(dtype)
+
+
+def to_float64(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Convert numbers of a file. Signalling NaNs, which NumPy warns about, become NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(values, dtype=np.float64)

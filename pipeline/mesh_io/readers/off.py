@@ -13,7 +13,7 @@ from pipeline.core.errors import Reject
 from pipeline.mesh_io.file_checks import check_claimed_bytes, check_face_count
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.reader_context import ReaderContext
-from pipeline.mesh_io.readers.binary_rows import BinaryProperty, read_rows
+from pipeline.mesh_io.readers.binary_rows import BinaryProperty, read_rows, to_float64
 from pipeline.mesh_io.readers.colors import material_of_colors, to_rgba8
 from pipeline.mesh_io.readers.text import (
     count_words_of_lines,
@@ -287,7 +287,7 @@ def _read_binary(content: bytes, start: int, layout: _Layout, context: ReaderCon
     check_face_count(num_faces, context.cfg)
     if available < 4 * width * num_vertices:
         raise Reject("unreadable", error="truncated", what="vertices", available=available)
-    vertices = np.frombuffer(content, ">f4", num_vertices * width, start).astype(np.float64)
+    vertices = to_float64(np.frombuffer(content, ">f4", num_vertices * width, start))
     rows = read_rows(
         content,
         start + 4 * width * num_vertices,
@@ -308,7 +308,7 @@ def _read_binary(content: bytes, start: int, layout: _Layout, context: ReaderCon
     values = np.empty(int(totals.sum()))
     values[starts] = sizes
     values[ranges(starts + 1, sizes)] = corners
-    values[ranges(starts + 1 + sizes, color_sizes)] = colors
+    values[ranges(starts + 1 + sizes, color_sizes)] = to_float64(colors)
     vertices = vertices.reshape(-1, width)
     faces = _Faces(starts=starts, sizes=sizes, colors=color_sizes)
     return _scene(vertices, layout, values, faces, context)

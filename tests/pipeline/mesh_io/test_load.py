@@ -375,7 +375,6 @@ DAMAGED_FILES = {
     "cut.gltf": (VALID_FILES["gltf"][:-30], "unreadable"),
     "cut.ply": (PLY[: PLY.index("end_header") + 30], "unreadable"),
     "cut header.ply": (PLY[:60], "unreadable"),
-    "cut.stl": (stl()[:-20], "unreadable"),
     "cut header.stl": (stl()[:50], "unreadable"),
     "cut.off": (OFF[:40], "unreadable"),
     "cut.3mf": (threemf()[:-50], "unreadable"),
@@ -401,7 +400,6 @@ DAMAGED_FILES = {
     "bomb.ply": (PLY.replace("vertex 4", "vertex 400000000"), "allocation_bomb"),
     "bomb.stl": (stl(count=400_000_000), "allocation_bomb"),
     "bomb.off": (OFF.replace("4 4 0", "400000000 4 0"), "allocation_bomb"),
-    "slightly too many.stl": (stl(count=5), "unreadable"),
     "negative.off": (OFF.replace("4 4 0", "-4 4 0"), "unreadable"),
     "collapsed.obj": (b"v 0 0 0\nv 1 0 0\nf 1 1 2\nf 1 2 2\n", "degenerate"),
     "draco.glb": (draco(), "unreadable"),
@@ -424,15 +422,6 @@ def test_a_missing_file_or_a_directory_is_unreadable(tmp_path):
         found = reject(tmp_path / name)
         assert found.reason == "unreadable"
         assert str(tmp_path) not in str(found)
-
-
-@pytest.mark.parametrize(
-    "trailer", [b"\0", b"\n", b"made with care", b"\xff" * 50], ids=lambda value: len(value)
-)
-def test_bytes_after_the_last_triangle_of_an_stl_are_ignored(tmp_path, trailer):
-    mesh, report = load_with_report(write(tmp_path / "a.stl", stl() + trailer), CFG)
-    assert_same_triangles(mesh)
-    assert report.warnings == ()
 
 
 def test_an_accessor_without_a_view_that_claims_too_much_is_a_bomb(tmp_path):
