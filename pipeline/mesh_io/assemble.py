@@ -231,7 +231,7 @@ def _place(
     linear = instance.matrix[:3, :3]
     with np.errstate(over="ignore", invalid="ignore"):  # not finite vertices are rejected below
         vertices = geometry.vertices @ linear.T + instance.matrix[:3, 3]
-    is_mirrored = np.linalg.det(linear) < 0
+        is_mirrored = np.linalg.det(linear) < 0
     normals = geometry.normals
     if normals is not None:
         normals = _normalized(normals @ _cofactors(linear).T)

@@ -1,4 +1,7 @@
-"""The tables of docs/mesh_files.md: `python -m tests.pipeline.mesh_io.mesh_files_page` writes them."""
+"""The tables of docs/mesh_files.md.
+
+`python -m tests.pipeline.mesh_io.mesh_files_page` writes them into the page.
+"""
 
 import re
 from pathlib import Path
