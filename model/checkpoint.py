@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.config import BEFORE
 from pipeline.core.errors import UserError
 from pipeline.core.files import replacing, sync_directory
+from pipeline.core.options import BEFORE
 from pipeline.core.provenance import FORMAT_VERSION
 
 CONFIG = "config.json"
@@ -174,7 +174,7 @@ def with_added_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
         values: JSON values of its fields.
 
     Returns:
-        The values, with `before` of `model.config.added` for the fields that they lack.
+        The values, with `before` of `pipeline.core.options.added` for the fields that they lack.
     """
     types = typing.get_type_hints(cls)
     complete = dict(values)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.core.grid import CELL_SIDE
+from pipeline.core.options import BEFORE, added
 
 HEAD_SIZES = (16, 32, 64, 128)  # channels of a head that the attention kernels support
 QUERY_HEADS_PER_KV_HEAD = (1, 2, 4, 8, 16, 32)  # that the SSA kernels support
@@ -16,7 +17,6 @@ DEFAULT_STEPS = (50, 30, 15)  # of each stage; Direct3D-S2 paper (arXiv 2505.174
 DEFAULT_GUIDANCE = 7.0  # as in the published Direct3D-S2 pipeline
 
 Compression = Literal["v1", "v2"]
-BEFORE = "before"  # metadata of a field: its value in files that were written before it existed
 Method = Literal["euler", "heun"]
 METHODS: tuple[Method, ...] = ("euler", "heun")
 # What the blocks of a DiT keep for the backward pass, from the most memory to the least.
@@ -24,16 +24,6 @@ KeptActivations = Literal["all", "products", "attention"]
 KEPT_LEVELS: tuple[KeptActivations, ...] = ("all", "products", "attention")
 Spacing = Literal["even", "published"]
 SPACINGS: tuple[Spacing, ...] = ("even", "published")
-
-
-def added(default: Any, *, before: Any) -> Any:
-    """Return a field that was added after models of its dataclass had been written.
-
-    Args:
-        default: Value of new models.
-        before: Value that describes what the code did with models that lack the field.
-    """
-    return field(default=default, metadata={BEFORE: before})
 
 
 def _check_choice(config: object, **choices: tuple[str, ...]) -> None:

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.options import BEFORE
+
 
 def make_uid(source: str, key: str) -> str:
     """Return `<source>-<first 20 hex digits of sha256(key)>`.
@@ -57,8 +59,8 @@ def to_json(value: Any) -> Any:
 def options_of(config: Any) -> dict[str, Any]:
     """Return the options of a configuration as JSON values, to be recorded, hashed and compared.
 
-    An option with the metadata `pipeline.core.options.ADDED_LATER` is left out while it has its
-    default, so that files that were made before the option existed keep their hashes.
+    An option that `pipeline.core.options.added` declares is left out while it has the value that
+    describes older files, so that those files keep their hashes.
 
     Args:
         config: An instance of a dataclass. Its fields may be dataclasses, too.
@@ -66,18 +68,10 @@ def options_of(config: Any) -> dict[str, Any]:
     options = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.metadata.get("omit_default") and value == _default_of(field):
-            continue
-        options[field.name] = (
-            options_of(value) if dataclasses.is_dataclass(value) else to_json(value)
-        )
+        recorded = options_of(value) if dataclasses.is_dataclass(value) else to_json(value)
+        if BEFORE not in field.metadata or recorded != to_json(field.metadata[BEFORE]):
+            options[field.name] = recorded
     return options
-
-
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from pipeline.core.grid import check_resolution
-from pipeline.core.options import ADDED_LATER
+from pipeline.core.options import added
 from pipeline.curation.licences import OPEN_LICENCES
 from pipeline.mesh_io.load_warnings import WARNING_CODES
 from pipeline.rendering.config import RenderConfig
@@ -70,7 +70,7 @@ class FilterConfig:
     age_restricted: bool = False
     """Accept assets that a catalogue marks as age-restricted."""
 
-    reject_warnings: tuple[str, ...] = field(default=(), metadata=ADDED_LATER)
+    reject_warnings: tuple[str, ...] = added((), before=())
     """Codes of load warnings that reject an asset, such as side_file_missing or truncated_data. The
     manifest's column "warnings" and docs/mesh_files.md list the codes. The default accepts all."""
 

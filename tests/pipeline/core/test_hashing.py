@@ -15,7 +15,7 @@ from pipeline.core.hashing import (
     split_of,
     to_json,
 )
-from pipeline.core.options import ADDED_LATER
+from pipeline.core.options import BEFORE, added
 
 
 def test_values_are_pinned():
@@ -47,7 +47,12 @@ class Inner:
 
 @dataclass(frozen=True, kw_only=True)
 class InnerToday(Inner):
-    words: tuple[str, ...] = field(default_factory=tuple, metadata=ADDED_LATER)
+    words: tuple[str, ...] = added((), before=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Further:
+    shift: float = added(0.0, before=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,24 +63,26 @@ class Before:
 
 @dataclass(frozen=True, kw_only=True)
 class Today(Before):
-    later: float = field(default=0.5, metadata=ADDED_LATER)
+    later: float = added(1.0, before=0.5)
+    further: Further = field(default_factory=Further, metadata={BEFORE: {}})
 
 
-def test_an_option_added_later_is_recorded_only_if_it_has_another_value_than_its_default():
+def test_an_option_added_later_is_recorded_only_if_its_value_is_not_that_of_before():
     before = {"limit": None, "inner": {"sides": [1, 2]}}
     assert options_of(Before()) == before
-    assert options_of(Today(inner=InnerToday())) == before
-    changed = Today(later=0.25, inner=InnerToday(words=("a",)))
+    assert options_of(Today(later=0.5, inner=InnerToday())) == before
+    changed = Today(inner=InnerToday(words=("a",)), further=Further(shift=2.0))
     assert options_of(changed) == {
         "limit": None,
         "inner": {"sides": [1, 2], "words": ["a"]},
-        "later": 0.25,
+        "later": 1.0,
+        "further": {"shift": 2.0},
     }
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_other_option_is_recorded(preset):
     for section in (PRESETS[preset].filter, PRESETS[preset].rank):
-        later = {item.name for item in fields(section) if "omit_default" in item.metadata}
+        later = {item.name for item in fields(section) if BEFORE in item.metadata}
         recorded = {k: v for k, v in to_json(asdict(section)).items() if k not in later}
         assert options_of(section) == recorded
