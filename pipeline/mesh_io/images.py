@@ -21,8 +21,14 @@ IMAGE_ERRORS = (
 )
 
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_DEPTH_BYTE = 24  # in the header chunk, which is the first
+KTX2_SIGNATURE = b"\xabKTX 20\xbb\r\n\x1a\n"
+MODES_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
 def decode_image(content: bytes, max_side: int) -> NDArray[np.uint8]:
-    """Decode an image file.
+    """Decode an image file: what Pillow reads, and KTX2 with a Basis Universal payload.
 
     Args:
         content: The bytes of the file.
@@ -34,14 +40,62 @@ def decode_image(content: bytes, max_side: int) -> NDArray[np.uint8]:
     Raises:
         Any of `IMAGE_ERRORS`: If the image cannot be decoded.
     """
+    if content.startswith(KTX2_SIGNATURE):
+        return fit_image(_decode_ktx2(content, max_side), max_side)
     with Image.open(io.BytesIO(content)) as image:
         image.load()
-        if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-            # Pillow clips 16-bit values at 255 instead of scaling them.
-            values = np.asarray(image, dtype=np.int64)
-            depth = 8 if values.max(initial=0) > 255 or image.mode != "I" else 0
-            image = Image.fromarray((values >> depth).clip(0, 255).astype(np.uint8))
+        if image.mode in (*MODES_16_BITS, "I"):
+            return fit_image(_from_wide_grey(image), max_side)
+        _scale_transparent_color(image, content)
+        if image.mode == "CMYK":
+            image = image.convert("RGB")
         return fit_image(np.asarray(image.convert("RGBA"), dtype=np.uint8), max_side)
+
+
+def _from_wide_grey(image: Image.Image) -> NDArray[np.uint8]:
+    """Convert a grey image of 16 or 32 bits to RGBA. Pillow would clip its values at 255."""
+    values = np.asarray(image, dtype=np.int64)
+    alpha = np.full(values.shape, 255, dtype=np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        alpha[values == transparent] = 0
+    # Files of 32 bits usually hold values of 16 bits or of 8 bits.
+    top = 255 if image.mode == "I" and values.max(initial=0) <= 255 else 65535
+    grey = np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8)
+    return np.stack([grey, grey, grey, alpha], axis=2)
+
+
+def _scale_transparent_color(image: Image.Image, content: bytes) -> None:
+    """Scale the transparent colour of a PNG file to the 8 bits to which Pillow scales its pixels.
+
+    Of a colour of 16 bits the high bytes count, because Pillow keeps only those of the pixels.
+    """
+    transparent = image.info.get("transparency")
+    if not content.startswith(PNG_SIGNATURE) or isinstance(transparent, bytes):
+        return
+    depth = content[PNG_DEPTH_BYTE]
+    if image.mode == "L" and depth < 8 and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and depth == 16 and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+
+
+def _decode_ktx2(content: bytes, max_side: int) -> NDArray[np.uint8]:
+    """Decode the largest level of a KTX2 file that is not larger than `max_side`.
+
+    Raises:
+        ValueError: If the file has no level, or one with too many pixels.
+    """
+    import opengl_basisu
+
+    texture = opengl_basisu.open(content)
+    sizes = [texture.level_size(level) for level in range(texture.levels)]
+    fitting = [level for level, size in enumerate(sizes) if max(size) <= max_side]
+    level = fitting[0] if fitting else len(sizes) - 1
+    width, height = sizes[level]
+    if width * height > 2 * (Image.MAX_IMAGE_PIXELS or 0):
+        raise ValueError(f"an image of {width} x {height} pixels is too large")
+    return np.ascontiguousarray(texture.transcode("rgba8", level=level).data, dtype=np.uint8)
 
 
 def fit_image(pixels: NDArray[np.uint8], max_side: int) -> NDArray[np.uint8]:
