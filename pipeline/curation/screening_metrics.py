@@ -17,7 +17,7 @@ from scipy.fft import dctn
 from pipeline.core.grid import CELL_SIDE, spacing
 from pipeline.core.primitives.triangles import pack
 from pipeline.core.provenance import FORMAT_VERSION
-from pipeline.core.schema import Bricks, Mesh, View
+from pipeline.core.schema import Bricks, Material, Mesh, View
 from pipeline.curation.config import ScreenConfig
 from pipeline.geometry.flood_fill import BARRIER_VOXELS, FloodFill, bin_triangles, flood_fill
 from pipeline.geometry.sdf import compute_bricks
@@ -46,7 +46,7 @@ class ScreeningMetrics:
     brightness_mean: float  # of the object's pixels, 0 to 1
     contrast_mean: float  # standard deviation of the brightest channel, 0 to 1
     white_max: float  # share of overexposed pixels in the worst view
-    textured: bool  # a material has a texture
+    textured: bool  # a material has a texture of its colour or its emission
     colored: bool  # vertex colours, or several materials
     occupancy: bytes  # see `occupancy_signature`
     looks: bytes  # `appearance_hash` of each view
@@ -90,12 +90,18 @@ def compute_metrics(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> Screen
         leak_fraction=round(max(0.0, solid_without_cracks - solid), 6),
         sheet_share=round(topology.numbers["sheet_share"], 6),
         visible_area=round(topology.numbers["visible_area"], 6),
-        textured=any(part.material.texture is not None for part in mesh.parts),
+        textured=any(is_textured(part.material) for part in mesh.parts),
         colored=any(part.colors is not None for part in mesh.parts) or len(mesh.parts) > 1,
         occupancy=occupancy_signature(bricks),
         looks=b"".join(appearance_hash(view) for view in views),
         **numbers,
     )
+
+
+def is_textured(material: Material) -> bool:
+    """Return whether a texture of a material is drawn."""
+    emits = any(material.emissive) and not material.unlit
+    return material.texture is not None or (emits and material.emissive_texture is not None)
 
 
 def bounding_box_grid_points(mesh: Mesh, resolution: int) -> float:

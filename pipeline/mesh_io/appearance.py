@@ -78,7 +78,10 @@ class AppearanceConverter:
             alpha_mode=source.alpha_mode,
             alpha_cutoff=source.alpha_cutoff,
             double_sided=source.double_sided,
-            emissive=source.emissive,
+            # A texture that cannot be read emits nothing, not the white of its factor.
+            emissive=(0.0, 0.0, 0.0)
+            if source.emissive_texture is not None and emissive is None
+            else source.emissive,
             emissive_texture=emissive,
             emissive_sampler=_sampler(emissive_slot),
             unlit=source.unlit,

@@ -180,7 +180,12 @@ def _to_triangles(geometry: Geometry, warnings: WarningLog) -> _Triangles:
     corners = np.asarray(geometry.corners, dtype=np.int64)
     if all(attribute.domain == "vertex" for attribute in attributes):
         vertices, faces = np.asarray(geometry.positions, dtype=np.float64), corners[triangles]
-        sources = {"vertex": slice(None)}
+        used = slice(None)
+        if len(vertices) > 2 * faces.size:
+            # Many geometries may share one array of vertices. Each takes its own.
+            used, faces = np.unique(faces, return_inverse=True)
+            vertices, faces = vertices[used], faces.reshape(-1, 3)
+        sources = {"vertex": used}
     else:
         # Each corner of a triangle gets a vertex of its own.
         vertices = np.asarray(geometry.positions, dtype=np.float64)[corners[triangles].ravel()]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.schema import Material, Mesh, Part
+from pipeline.core.schema import Material, Mesh, Part, Sampler
 from pipeline.rendering.shading import smooth_normals, to_linear
 
 # A face is lit per vertex if it is small, or if it is flat and has no highlights.
@@ -19,19 +19,44 @@ SAME_NORMAL_COSINE = 0.9999  # corners whose normals have a smaller cosine get s
 
 
 @dataclass(frozen=True, kw_only=True)
+class Emission:
+    """Light that faces emit.
+
+    Attributes:
+        color: Linear RGB.
+        texture: uint8 [h, w, 4] sRGB that multiplies the colour, None if there is none.
+        sampler: How the texture is read.
+    """
+
+    color: tuple[float, float, float]
+    texture: NDArray[np.uint8] | None
+    sampler: Sampler
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Parts with equal keys emit the same light."""
+        return self.color, id(self.texture), self.sampler
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawCall:
     """Faces that are drawn by one call.
 
-    They have one texture and one alpha mode. All other properties vary by vertex.
+    They have one texture, one emission and one alpha mode, and are all lit or all unlit. All other
+    properties vary by vertex.
     """
 
     positions: NDArray[np.float32]  # [N, 3]
     normals: NDArray[np.float32]  # [N, 3]
     surface: NDArray[np.float32]  # [N, 4] metallic, roughness, unused
     uv: NDArray[np.float32]  # [N, 2]
+    emissive_uv: NDArray[np.float32]  # [N, 2]
     colors: NDArray[np.float32]  # [N, 4] linear
     faces: NDArray[np.int64]  # [F, 3]
     texture: NDArray[np.uint8] | None  # [h, w, 4] sRGB
+    sampler: Sampler  # of the texture
+    emission: Emission | None
+    unlit: bool  # the colour is drawn as it is
     alpha_mode: str  # OPAQUE, MASK or BLEND
     alpha_cutoff: float
     per_vertex: bool  # lit at the vertices and interpolated, instead of per pixel
@@ -41,6 +66,31 @@ def _is_opaque(part: Part, texture_is_opaque: bool) -> bool:
     """Return whether blending has no effect. Many exporters mark every material as blended."""
     colors_are_opaque = part.colors is None or bool((part.colors[:, 3] == 255).all())
     return part.material.base_color[3] >= 1 and texture_is_opaque and colors_are_opaque
+
+
+def _emission(part: Part) -> Emission | None:
+    """Return the light that a part emits, None if it emits none."""
+    material = part.material
+    if not any(material.emissive):
+        return None
+    if material.emissive_texture is None:
+        return Emission(color=material.emissive, texture=None, sampler=Sampler())
+    if part.emissive_uv is None:
+        return None  # without coordinates nobody knows which texels emit
+    return Emission(
+        color=material.emissive,
+        texture=material.emissive_texture,
+        sampler=material.emissive_sampler,
+    )
+
+
+def _uv_of_vertices(
+    uv: NDArray[np.float32] | None, source: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Return the texture coordinates [N, 2] of the vertices `source`, 0 if there are none."""
+    if uv is None:
+        return np.zeros((len(source), 2), np.float32)
+    return np.nan_to_num(uv[source]).astype(np.float32)
 
 
 def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
@@ -80,10 +130,6 @@ def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
     if part.colors is not None:
         colors[:, :3] *= to_linear(part.colors[source, :3])
         colors[:, 3] *= part.colors[source, 3].astype(np.float32) / 255
-    if part.uv is None:
-        uv = np.zeros((len(source), 2), np.float32)
-    else:
-        uv = np.nan_to_num(part.uv[source])
     surface = np.tile(
         np.array([material.metallic, material.roughness, 0, 0], np.float32), (len(source), 1)
     )
@@ -91,7 +137,8 @@ def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
         "positions": vertices[source],
         "normals": normals,
         "surface": surface,
-        "uv": uv.astype(np.float32),
+        "uv": _uv_of_vertices(part.uv, source),
+        "emissive_uv": _uv_of_vertices(part.emissive_uv, source),
         "colors": colors,
         "faces": faces,
     }
@@ -129,10 +176,14 @@ def draw_calls(mesh: Mesh) -> list[DrawCall]:
                 opaque[texture] = bool((material.texture[..., 3] == 255).all())
             mode = "OPAQUE" if _is_opaque(part, opaque[texture]) else mode
         cutoff = material.alpha_cutoff if mode == "MASK" else 0.0
-        groups.setdefault((texture, mode, cutoff), []).append(part)
+        sampler = Sampler() if texture is None else material.sampler
+        emission = None if material.unlit else _emission(part)
+        emission_key = None if emission is None else emission.key
+        key = (texture, mode, cutoff, sampler, emission_key, material.unlit)
+        groups.setdefault(key, []).append(part)
 
     calls = []
-    for (texture, mode, cutoff), parts in groups.items():
+    for (texture, mode, cutoff, sampler, emission_key, unlit), parts in groups.items():
         # merge the arrays of the parts
         arrays = [_part_arrays(mesh, part) for part in parts]
         first = np.cumsum([0] + [len(a["positions"]) for a in arrays])
@@ -141,7 +192,7 @@ def draw_calls(mesh: Mesh) -> list[DrawCall]:
         merged = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0]}
         image = parts[0].material.texture if texture is not None else None
         # blended faces are sorted together, so they stay in one call
-        per_vertex_faces = _can_be_lit_per_vertex(merged) & (mode != "BLEND")
+        per_vertex_faces = _can_be_lit_per_vertex(merged) & (mode != "BLEND") & (not unlit)
         for per_vertex in (False, True):
             chosen = merged["faces"][per_vertex_faces == per_vertex]
             if len(chosen):
@@ -152,6 +203,9 @@ def draw_calls(mesh: Mesh) -> list[DrawCall]:
                         **arrays,
                         faces=faces.reshape(-1, 3),
                         texture=image,
+                        sampler=sampler,
+                        emission=None if emission_key is None else _emission(parts[0]),
+                        unlit=unlit,
                         alpha_mode=mode,
                         alpha_cutoff=cutoff,
                         per_vertex=per_vertex,

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from pipeline.core.cameras import RADIUS, Camera
 from pipeline.core.errors import RunError
-from pipeline.core.schema import Mesh
+from pipeline.core.schema import Mesh, Sampler
 from pipeline.rendering.draw_calls import DrawCall, draw_calls
-from pipeline.rendering.shading import Lighting, shader_sources
+from pipeline.rendering.shading import Lighting, ShaderVariant, shader_sources
 
 EGL_CUDA_DEVICE_NV = 0x323A  # EGL_NV_device_cuda: the attribute that holds CUDA's device index
 PACKAGES = "libegl1 libgl1 libgl1-mesa-dri"  # of Debian and Ubuntu
@@ -195,6 +195,20 @@ class _UploadedCall:
     call: DrawCall
     primitive: Any  # pyrender.Primitive
     texture: Any  # pyrender.Texture or None
+    emissive_texture: Any  # pyrender.Texture or None
+
+    def variant(self, keep: str) -> ShaderVariant:
+        """Return the shaders that draw the call and keep some fragments."""
+        emission = "NONE"
+        if self.call.emission is not None:
+            emission = "FACTOR" if self.emissive_texture is None else "TEXTURE"
+        return ShaderVariant(
+            keep=keep,
+            textured=self.texture is not None,
+            emission=emission,
+            per_vertex=self.call.per_vertex,
+            unlit=self.call.unlit,
+        )
 
     def sort_faces(self, direction: NDArray[np.float64]) -> None:
         """Sort the faces from far to near for an eye in a direction [3]. Blending requires it."""
@@ -216,37 +230,66 @@ class MeshRenderer:
 
         self.size = size
         self._renderer = pyrender.Renderer(size, size)
-        self._programs: dict[tuple[str, bool, bool], Program] = {}
-        self._textures: dict[int, Any] = {}
+        self._programs: dict[ShaderVariant, Program] = {}
+        self._textures: dict[tuple[int, Sampler], Any] = {}
         self._calls = [self._upload(call) for call in draw_calls(mesh)]
 
     def _upload(self, call: DrawCall) -> _UploadedCall:
         import pyrender
 
+        emissive = None if call.emission is None else call.emission.texture
         primitive: Any = pyrender.Primitive(
             positions=call.positions,
             normals=call.normals,
             tangents=call.surface,
             texcoord_0=call.uv,
+            texcoord_1=None if emissive is None else call.emissive_uv,
             color_0=call.colors,
         )
         # pyrender's own setter converts to float32, which is wrong beyond 2**24 vertices
         primitive._indices = call.faces.astype(np.uint32)
         primitive._add_to_context()
-        texture = None
-        if call.texture is not None:
-            texture = self._textures.get(id(call.texture))
-            if texture is None:
-                texture = pyrender.Texture(source=call.texture, source_channels="RGBA")
-                texture._add_to_context()
-                self._textures[id(call.texture)] = texture
-        return _UploadedCall(call=call, primitive=primitive, texture=texture)
+        return _UploadedCall(
+            call=call,
+            primitive=primitive,
+            texture=self._upload_texture(call.texture, call.sampler),
+            emissive_texture=None
+            if call.emission is None
+            else self._upload_texture(emissive, call.emission.sampler),
+        )
 
-    def _program(self, keep: str, textured: bool, per_vertex: bool) -> Program:
-        key = (keep, textured, per_vertex)
-        if key not in self._programs:
-            self._programs[key] = Program(*shader_sources(*key))
-        return self._programs[key]
+    def _upload_texture(self, image: NDArray[np.uint8] | None, sampler: Sampler) -> Any:
+        """Return the pyrender.Texture of an image, None for None."""
+        import pyrender
+        from OpenGL import GL
+
+        if image is None:
+            return None
+        key = id(image), sampler
+        if key not in self._textures:
+            wraps = {
+                "repeat": GL.GL_REPEAT,
+                "mirror": GL.GL_MIRRORED_REPEAT,
+                "clamp": GL.GL_CLAMP_TO_EDGE,
+            }
+            texture = pyrender.Texture(
+                source=image,
+                source_channels="RGBA",
+                sampler=pyrender.Sampler(
+                    # None is pyrender's trilinear filter, which also smooths far texels.
+                    magFilter=GL.GL_NEAREST if sampler.nearest else None,
+                    wrapS=wraps[sampler.wrap_u],
+                    wrapT=wraps[sampler.wrap_v],
+                ),
+            )
+            texture._add_to_context()
+            self._textures[key] = texture
+        return self._textures[key]
+
+    def _program(self, variant: ShaderVariant) -> Program:
+        if variant not in self._programs:
+            self._programs[variant] = Program(*shader_sources(variant))
+        return self._programs[variant]
 
     def draw(self, camera: Camera, light: Lighting) -> NDArray[np.uint8]:
         """Render one image.
@@ -296,7 +339,7 @@ class MeshRenderer:
         ).get_projection_matrix()
         world_to_clip = (lens @ np.linalg.inv(camera.c2w)).astype(np.float32)
         # uniforms
-        program = self._program(keep, item.texture is not None, item.call.per_vertex)
+        program = self._program(item.variant(keep))
         GL.glUseProgram(program.id)
         GL.glUniformMatrix4fv(program.location("world_to_clip"), 1, GL.GL_TRUE, world_to_clip)
         GL.glUniform3f(program.location("eye"), *camera.c2w[:3, 3])
@@ -307,7 +350,13 @@ class MeshRenderer:
         GL.glUniform3fv(program.location("light_direction"), count, light.directions)
         GL.glUniform3fv(program.location("light_color"), count, light.colors)
         GL.glUniform1f(program.location("cutoff"), item.call.alpha_cutoff)
+        if item.call.emission is not None:
+            GL.glUniform3f(program.location("emission"), *item.call.emission.color)
         # draw
+        if item.emissive_texture is not None:
+            GL.glUniform1i(program.location("emissive_color"), 1)
+            GL.glActiveTexture(GL.GL_TEXTURE1)
+            item.emissive_texture._bind()
         if item.texture is not None:
             GL.glActiveTexture(GL.GL_TEXTURE0)
             item.texture._bind()

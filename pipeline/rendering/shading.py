@@ -68,9 +68,17 @@ layout(location = 0) in vec3 position;
 layout(location = 1) in vec3 normal;
 layout(location = 2) in vec4 surface;  // metallic, roughness
 layout(location = 3) in vec2 uv;
+#if EMISSION == EMISSION_TEXTURE
+layout(location = 4) in vec2 emissive_uv;
+layout(location = 5) in vec4 color;  // linear
+#else
 layout(location = 4) in vec4 color;  // linear
+#endif
 uniform mat4 world_to_clip;
 out vec4 tint;
+#if EMISSION == EMISSION_TEXTURE
+out vec2 emissive_texel;
+#endif
 #if TEXTURED
 out vec2 texel;
 #endif
@@ -89,6 +97,9 @@ void main() {
     tint = color;
 #if TEXTURED
     texel = uv;
+#endif
+#if EMISSION == EMISSION_TEXTURE
+    emissive_texel = emissive_uv;
 #endif
 #if PER_VERTEX
 #if !TEXTURED
@@ -114,6 +125,13 @@ uniform float cutoff;
 in vec4 tint;
 #if TEXTURED
 in vec2 texel;
+#endif
+#if EMISSION != EMISSION_NONE
+uniform vec3 emission;
+#endif
+#if EMISSION == EMISSION_TEXTURE
+uniform sampler2D emissive_color;
+in vec2 emissive_texel;
 #endif
 #if PER_VERTEX
 in vec3 front_plain, back_plain;
@@ -148,6 +166,9 @@ void main() {
 #elif KEEP == KEEP_BLEND
     if (base.a >= 0.996) discard;
 #endif
+#if UNLIT
+    vec3 color = clamp(to_srgb(base.rgb), 0.0, 1.0);
+#else
     // the side that the camera sees is lit
     vec3 tinted = vec3(0.0), plain;
 #if PER_VERTEX
@@ -159,9 +180,15 @@ void main() {
     shine(at, normalize(shading_normal) * (gl_FrontFacing ? 1.0 : -1.0), finish, tinted, plain);
 #endif
     vec3 color = base.rgb * tinted + plain;
+#if EMISSION == EMISSION_TEXTURE
+    color += emission * to_linear(texture(emissive_color, emissive_texel).rgb);
+#elif EMISSION == EMISSION_FACTOR
+    color += emission;
+#endif
     // compress bright colours smoothly instead of clipping them
     vec3 over = max(color - 0.7, 0.0);
     color = clamp(to_srgb(min(color, 0.7) + over / (1.0 + over / 0.3)), 0.0, 1.0);
+#endif
 #if KEEP == KEEP_BLEND
     pixel = vec4(color * base.a, base.a);
 #else
@@ -173,28 +200,50 @@ void main() {
 # Which fragments a shader keeps: all, those with alpha >= cutoff, those that are nearly opaque, and
 # the others, which are blended.
 KEEPS = ("OPAQUE", "MASK", "SOLID", "BLEND")
+# What a surface emits: nothing, one colour, or the colours of a texture.
+EMISSIONS = ("NONE", "FACTOR", "TEXTURE")
 
 
-def shader_sources(keep: str, textured: bool, per_vertex: bool) -> tuple[str, str]:
-    """Return the GLSL sources of one variant of the shaders.
+@dataclass(frozen=True, kw_only=True)
+class ShaderVariant:
+    """One variant of the shaders.
 
     There are variants because Mesa's software renderer runs both sides of every `if`.
 
-    Args:
+    Attributes:
         keep: One of KEEPS.
         textured: Whether the draw call has a texture.
+        emission: One of EMISSIONS.
         per_vertex: Whether the light is computed at the vertices.
+        unlit: Whether the base colour is drawn as it is.
+    """
+
+    keep: str
+    textured: bool
+    emission: str = "NONE"
+    per_vertex: bool = False
+    unlit: bool = False
+
+
+def shader_sources(variant: ShaderVariant) -> tuple[str, str]:
+    """Return the GLSL sources of one variant of the shaders.
 
     Returns:
         vertex: Source of the vertex shader.
         fragment: Source of the fragment shader.
     """
-    head = "#version 330 core\n" + "".join(
-        f"#define KEEP_{name} {i}\n" for i, name in enumerate(KEEPS)
-    )
-    head += f"#define KEEP {KEEPS.index(keep)}\n#define TEXTURED {int(textured)}\n"
-    head += f"#define PER_VERTEX {int(per_vertex)}\n"
-    if per_vertex:
+    definitions = {
+        **{f"KEEP_{name}": number for number, name in enumerate(KEEPS)},
+        **{f"EMISSION_{name}": number for number, name in enumerate(EMISSIONS)},
+        "KEEP": KEEPS.index(variant.keep),
+        "EMISSION": EMISSIONS.index(variant.emission),
+        "TEXTURED": int(variant.textured),
+        "PER_VERTEX": int(variant.per_vertex),
+        "UNLIT": int(variant.unlit),
+    }
+    head = "#version 330 core\n"
+    head += "".join(f"#define {name} {value}\n" for name, value in definitions.items())
+    if variant.per_vertex:
         return head + _LIGHT + _VERTEX, head + _FRAGMENT
     return head + _VERTEX, head + _LIGHT + _FRAGMENT
 

@@ -115,13 +115,17 @@ class Materials:
         strength = element.extension("KHR_materials_emissive_strength")
         if strength is not None:
             emissive *= strength.number("emissiveStrength", 1.0)
-        is_emissive = bool((emissive > 0).any())
+        emissive_texture = None
+        if (emissive > 0).any():  # otherwise the texture has no effect
+            emissive_texture = self._slot(element, "emissiveTexture")
+            if emissive_texture is None and "emissiveTexture" in element.data:
+                emissive *= 0  # an unreadable texture emits nothing, not the white of its factor
+        red, green, blue = np.maximum(emissive, 0).tolist()
         return replace(
             material,
             name=element.name,
-            emissive=tuple(np.maximum(emissive, 0).tolist()),
-            # The texture has no effect where the factor is 0.
-            emissive_texture=self._slot(element, "emissiveTexture") if is_emissive else None,
+            emissive=(red, green, blue),
+            emissive_texture=emissive_texture,
             normal_texture=self._slot(element, "normalTexture"),
             normal_scale=element.child("normalTexture").number("scale", 1.0),
             occlusion_texture=self._slot(element, "occlusionTexture", "r"),
