@@ -161,17 +161,17 @@ def compare(path: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if "error" in ours:
             disagrees[name] = ["rejected"]
             continue
-        extent = max(high - low for low, high in zip(peer["low"], peer["high"], strict=True))
-        tolerance = RELATIVE_TOLERANCE * max(extent, 1e-30)
         different = []
         if abs(ours["area"] - peer["area"]) > RELATIVE_TOLERANCE * max(peer["area"], 1e-30):
             different.append("area")
-        box = [*zip(ours["low"] + ours["high"], peer["low"] + peer["high"], strict=True)]
-        if any(abs(a - b) > tolerance for a, b in box):
-            different.append("box")
+        if not _same_box(ours, peer["low"], peer["high"]):
+            # assimp and trimesh leave 3MF files lying: z up to y up is (x, z, -y).
+            (x, y, z), (x1, y1, z1) = peer["low"], peer["high"]
+            turned = _same_box(ours, [x, z, -y1], [x1, z1, -y])
+            different.append("axis" if turned else "box")
         if ours["triangles"] != peer["triangles"]:
             different.append("triangles")
-        if ours["textures"] < peer["textures"]:
+        if peer["textures"] is not None and ours["textures"] < peer["textures"]:
             different.append("textures")
         if different:
             disagrees[name] = different
@@ -183,12 +183,34 @@ def compare(path: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _same_box(ours: dict[str, Any], low: Sequence[float], high: Sequence[float]) -> bool:
+    tolerance = RELATIVE_TOLERANCE * max(1e-30, *(b - a for a, b in zip(low, high, strict=True)))
+    pairs = zip([*ours["low"], *ours["high"]], [*low, *high], strict=True)
+    return all(abs(a - b) <= tolerance for a, b in pairs)
+
+
+def is_confirmed(row: dict[str, Any]) -> bool:
+    """Return whether some peer has the same box and the same area, or rejects the file, too."""
+    results = row["results"]
+    if "error" in results["ours"]:
+        return not row["disagrees_with"]
+    return any(
+        "error" not in result and not {"area", "box"} & set(row["disagrees_with"].get(name, ()))
+        for name, result in results.items()
+        if name != "ours"
+    )
+
+
 def table(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> str:
-    """Return a Markdown table: files by format, and how many agree with each peer."""
+    """Return a Markdown table: files by format, and how many agree with each peer.
+
+    "confirmed" counts the files whose box and area some peer has, too, or that no peer reads where
+    we reject them. "by no reader" counts the files that we read and no peer does.
+    """
     by_format: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_format[row["format"]].append(row)
-    head = ["format", "files", "read", "with warnings"]
+    head = ["format", "files", "read", "with warnings", "confirmed", "by no reader"]
     for peer in peers:
         head += [f"{peer} reads", "same box and area", "same triangles"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -197,6 +219,13 @@ def table(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> str:
         read = [row for row in chosen if "error" not in row["results"]["ours"]]
         cells: list[Any] = [name, len(chosen), len(read)]
         cells.append(sum(bool(row["results"]["ours"]["warnings"]) for row in read))
+        confirmed = sum(is_confirmed(row) for row in chosen)
+        alone = sum(
+            all("error" in row["results"][peer] for peer in peers)
+            and "error" not in row["results"]["ours"]
+            for row in chosen
+        )
+        cells += [confirmed, alone]
         for peer in peers:
             compared = [row for row in chosen if "error" not in row["results"][peer]]
             differences = Counter(

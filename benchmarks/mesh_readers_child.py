@@ -28,12 +28,13 @@ def main(reader: str) -> None:
         sys.stdout.flush()
 
 
-def measures(corners: np.ndarray, textures: int, warnings: list[str]) -> dict[str, Any]:
+def measures(corners: np.ndarray, textures: int | None, warnings: list[str]) -> dict[str, Any]:
     """Describe a surface by numbers that do not depend on the order of its triangles.
 
     Args:
         corners: [F, 3, 3], the corners of all triangles.
-        textures: Number of distinct base colour images.
+        textures: Number of distinct base colour images, None if the library does not tell them
+            from others.
         warnings: What the reader says about the file.
     """
     sides = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
@@ -143,8 +144,7 @@ def blender(path: Path) -> dict[str, Any]:
     if not corners or not sum(map(len, corners)):
         return {"error": "no triangles"}
     y_up = np.concatenate(corners)[..., [0, 2, 1]] * [1, 1, -1]
-    textures = [image for image in bpy.data.images if image.users and image.source == "FILE"]
-    return measures(y_up, len(textures), [])
+    return measures(y_up, None, [])
 
 
 if __name__ == "__main__":
