@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +20,6 @@ HEAD_BYTES = 4096  # bytes at the beginning of a file that the checks look at
 # Below that the file is treated as truncated.
 BOMB_BYTES = 1 << 26
 BOMB_FACTOR = 8
-MAX_ZIP_RATIO = 200  # unpacked to packed bytes; text that compresses well stays below it
 
 PLY_TYPES_BY_BYTES = {
     1: ("char", "uchar", "int8", "uint8"),
@@ -178,14 +176,6 @@ def _check_ply(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
             check_face_count(count, cfg)
 
 
-def _check_zip(file: BinaryIO, size: int, cfg: LoadConfig) -> None:
-    with zipfile.ZipFile(file) as archive:
-        total = sum(member.file_size for member in archive.infolist())
-    if total > min(cfg.max_unpacked_bytes, max(BOMB_BYTES, MAX_ZIP_RATIO * size)):
-        raise Reject("allocation_bomb", what="archive", claimed=total, available=size)
-
-
 _FORMAT_CHECKS: dict[str, Callable[[BinaryIO, int, LoadConfig], None]] = {
     "ply": _check_ply,
-    "zae": _check_zip,
 }

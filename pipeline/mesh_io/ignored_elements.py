@@ -105,5 +105,81 @@ IGNORED_ELEMENTS: dict[str, dict[str, str]] = {
         "Relationship@Id": "Relationships are found by their type.",
         "Relationship@TargetMode": "Only parts of the package are read.",
     },
-    "dae": {},
+    "dae": {
+        **dict.fromkeys(
+            ("contributor", "created", "modified", "keywords", "revision", "subject", "title"),
+            "Descriptions for people.",
+        ),
+        **dict.fromkeys(("coverage", "annotate", "semantics"), "Descriptions for people."),
+        **dict.fromkeys(
+            (
+                *("library_cameras", "library_lights", "instance_camera", "instance_light"),
+                *("evaluate_scene", "optics"),
+            ),
+            "Cameras and lights are no part of the asset.",
+        ),
+        **dict.fromkeys(
+            ("library_animations", "library_animation_clips"),
+            "The pose that the nodes and weights state is read.",
+        ),
+        **dict.fromkeys(
+            (
+                *("library_physics_materials", "library_physics_models", "library_physics_scenes"),
+                *("library_force_fields", "instance_physics_scene", "library_joints"),
+                *("library_kinematics_models", "library_kinematics_scenes", "library_formulas"),
+                *("library_articulated_systems", "instance_kinematics_scene"),
+            ),
+            "Physics and kinematics of the asset do not draw anything.",
+        ),
+        **dict.fromkeys(
+            ("profile_CG", "profile_GLSL", "profile_GLES", "profile_GLES2", "profile_BRIDGE"),
+            "The common profile describes the same look.",
+        ),
+        **dict.fromkeys(
+            (
+                *("ambient", "specular", "shininess", "reflective", "reflectivity"),
+                "index_of_refraction",
+            ),
+            "Highlights and reflections change neither colour nor alpha.",
+        ),
+        "COLLADA@version": "The elements say what is used.",
+        "COLLADA@base": "Files are found by the end of their path.",
+        "@xsi:schemaLocation": "The schema is known.",
+        "@xsi:type": "The element's name says the same.",
+        "@xml:base": "Files are found by the end of their path.",
+        "@xml:lang": "The language of descriptions.",
+        "@name": "A name for people.",
+        "@sid": "Only joints and parameters are found by it.",
+        "@layer": "Layers group nodes.",
+        "@type": "The element's content says the same.",
+        "unit@name": "The length in metres is used.",
+        **dict.fromkeys(
+            ("@digits", "@magnitude", "@minInclusive", "@maxInclusive"),
+            "How numbers were written.",
+        ),
+        "bind_material/param": "Targets of animations.",
+        "instance_material/bind": "Parameters of other profiles.",
+        "technique_hint": "It is for other profiles.",
+        **dict.fromkeys(("semantic", "modifier"), "Parameters are found by their sid."),
+        **dict.fromkeys(
+            ("format", "format_hint", "size", "size_exact", "size_ratio", "viewport_ratio"),
+            "The image's content decides.",
+        ),
+        **dict.fromkeys(
+            ("mip_levels", "mips", "mipmap_generate", "mipmap_maxlevel", "mipmap_bias"),
+            "Smaller copies of the image.",
+        ),
+        **dict.fromkeys(
+            ("mipfilter", "mip_max_level", "mip_min_level", "mip_bias", "max_anisotropy"),
+            "How smaller copies of the image are filtered.",
+        ),
+        "wrap_p": "Images have two dimensions.",
+        "border_color": "Beyond a border the last texels are drawn.",
+        **dict.fromkeys(
+            ("image@format", "image@height", "image@width", "image@depth", "hex@format"),
+            "The image's content decides.",
+        ),
+        **dict.fromkeys(("init_from@mips_generate", "init_from@mip"), "Smaller copies."),
+        "surface@type": "Only images of two dimensions are drawn.",
+    },
 }

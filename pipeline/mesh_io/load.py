@@ -48,6 +48,8 @@ READERS: dict[str, tuple[str, str]] = {
     "gltf": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
     "stl": ("pipeline.mesh_io.readers.stl", "read_stl"),
     "off": ("pipeline.mesh_io.readers.off", "read_off"),
+    "dae": ("pipeline.mesh_io.readers.collada", "read_collada"),
+    "zae": ("pipeline.mesh_io.readers.collada", "read_collada"),
     "3mf": ("pipeline.mesh_io.readers.threemf", "read_threemf"),
 }
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from pipeline.mesh_io.load_warnings import WarningLog
+from pipeline.mesh_io.zip_package import MEMBER_ERRORS, ZipPackage
 
 MAX_NAME_LENGTH = 2000  # characters; longer names are no file names
+MAX_TAIL = 8  # components of a path of the author's machine
 
 
 class SideFiles:
@@ -50,24 +52,14 @@ class SideFiles:
 
     def find(self, name: str) -> Path | None:
         """Return the path of a side file, or None if there is none below the root."""
-        if not name.strip() or len(name) > MAX_NAME_LENGTH or "\0" in name:
-            return None
-        spellings = (name.strip(), unquote(name.strip()))
-        paths = dict.fromkeys(
-            spelling if separator == "/" else spelling.replace("\\", "/")
-            for separator in ("/", "\\")
-            for spelling in spellings
-        )
-        for path in paths:
-            found = self._existing(self.folder, path.removeprefix("file://"))
+        for path in spellings(name):
+            found = self._existing(self.folder, path)
             if found is not None:
                 return found
-        # The last components of a path of the author's machine, the longest tail first.
-        parts = [part for part in list(paths)[-1].split("/") if part not in ("", ".", "..")]
-        for start in range(max(0, len(parts) - 8), len(parts)):
+        for tail in tails(name):
             folder = self.folder
             while True:
-                found = self._existing(folder, "/".join(parts[start:]))
+                found = self._existing(folder, tail)
                 if found is not None:
                     return found
                 if folder == self.root:
@@ -96,6 +88,74 @@ class SideFiles:
         # The name is impossible for a file, or the path is a link to itself.
         except (OSError, ValueError, RuntimeError):
             return None
+
+
+class PackageFiles:
+    """Reads the side files of an asset that lies in a zipped package with them.
+
+    Names are tried as by `SideFiles`. The root is the root of the package.
+
+    Args:
+        package: The package.
+        asset: Name of the part with the asset.
+        warnings: Receives "side_file_missing" for each file that cannot be read.
+    """
+
+    def __init__(self, package: ZipPackage, asset: str, warnings: WarningLog):
+        self.package = package
+        self.asset = asset
+        self.warnings = warnings
+        self._missing: set[str] = set()
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a side file, or None with a warning if there is none."""
+        part = self.find(name)
+        if part is not None:
+            try:
+                return self.package.read(part)
+            except MEMBER_ERRORS:
+                pass
+        plain_name = unquote(name.strip()).replace("\\", "/")
+        if plain_name not in self._missing:
+            self._missing.add(plain_name)
+            self.warnings.add("side_file_missing", plain_name)
+        return None
+
+    def find(self, name: str) -> str | None:
+        """Return the name of the part with a side file, or None if there is none."""
+        for path in spellings(name):
+            found = self.package.find(path, self.asset)
+            if found is not None:
+                return found
+        for tail in tails(name):
+            base = self.asset
+            while True:
+                found = self.package.find(tail, base)
+                if found is not None:
+                    return found
+                if "/" not in base:
+                    break
+                base = base.rpartition("/")[0]
+        return None
+
+
+def spellings(name: str) -> list[str]:
+    """Return a name as written and percent-decoded, with backslashes and with slashes.
+
+    Names that cannot be those of a file have no spellings.
+    """
+    if not name.strip() or len(name) > MAX_NAME_LENGTH or "\0" in name:
+        return []
+    plain = [name.strip(), unquote(name.strip())]
+    plain += [spelling.replace("\\", "/") for spelling in plain]
+    return list(dict.fromkeys(spelling.removeprefix("file://") for spelling in plain))
+
+
+def tails(name: str) -> list[str]:
+    """Return the last components of a path of the author's machine, the longest tail first."""
+    paths = spellings(name)
+    parts = [part for part in (paths or [""])[-1].split("/") if part not in ("", ".", "..")]
+    return ["/".join(parts[start:]) for start in range(max(0, len(parts) - MAX_TAIL), len(parts))]
 
 
 @lru_cache(maxsize=64)

@@ -82,6 +82,8 @@ class ElementKind:
             added to the tree, so that long lists need little memory.
         is_opaque: Whether attributes and children are not checked and children are skipped. The
             reader reports the element as a whole.
+        is_open: Whether unknown attributes and children are skipped without a warning, for places
+            where a format lets every application put its own data.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class ElementKind:
         has_text: bool = False,
         stream: StreamHandler | None = None,
         is_opaque: bool = False,
+        is_open: bool = False,
     ):
         self.attributes = frozenset(attributes.split())
         # These can be compared with the names in the file, which may use other prefixes.
@@ -100,6 +103,7 @@ class ElementKind:
         self.has_text = has_text
         self.stream = stream
         self.is_opaque = is_opaque
+        self.is_open = is_open
 
 
 Schema = Mapping[str, ElementKind]
@@ -284,7 +288,7 @@ class _Builder:
         if parent is None:
             name = self._checked_root(raw_name, name)
         elif name not in parent.kind.children:
-            if not self._is_ignored(parent.element.name, name):
+            if not parent.kind.is_open and not self._is_ignored(parent.element.name, name):
                 self.warnings.add("unknown_element", f"{parent.element.name}/{name}")
             self._skipped = 1
             self._skipped_scope = outer_scope
@@ -332,7 +336,7 @@ class _Builder:
         current = self._open[-1]
         if current.kind.has_text:
             current.text.append(text)
-        elif not text.isspace():
+        elif not text.isspace() and not current.kind.is_open:
             self.warnings.add("unknown_element", f"{current.element.name}/text {text.strip()[:40]}")
 
     def _checked_root(self, raw_name: str, name: str) -> str:
@@ -408,7 +412,7 @@ class _Builder:
             attribute = self._attribute_names[raw]
             if attribute in kind.attributes:
                 known[attribute] = value
-            elif not self._is_ignored(name, f"@{attribute}"):
+            elif not kind.is_open and not self._is_ignored(name, f"@{attribute}"):
                 self.warnings.add("unknown_attribute", f"{name}@{attribute}")
         return known
 
