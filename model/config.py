@@ -52,17 +52,17 @@ class VAEConfig:
     """Sizes of the SS-VAE. The defaults are those of the paper (37,874,113 parameters)."""
 
     widths: tuple[int, int, int, int] = (32, 64, 128, 512)
-    """Channels at the resolutions R, R / 2, R / 4 and R / 8."""
+    """Numbers of channels at the resolutions R, R / 2, R / 4 and R / 8."""
     latent_channels: int = 16
-    """Latent channels of each token."""
+    """Number of latent channels of each token."""
     heads: int = 8
-    """Attention heads. The last width divided by them must be 16, 32, 64 or 128."""
+    """Number of attention heads. The last of `widths` divided by it must be 16, 32, 64 or 128."""
     blocks: int = 4
-    """Transformer blocks of the encoder, and again of the decoder."""
+    """Number of transformer blocks in the encoder, and also in the decoder."""
     mlp_ratio: int = 4
     """Hidden channels of an MLP, as a multiple of the last width."""
     groups: int = 32
-    """Groups of each GroupNorm. They must divide every width."""
+    """Number of groups of each GroupNorm. It must divide every width."""
     plus_one_pooling: bool = False
     """Let means divide by n + 1 instead of n. The published Direct3D-S2 weights need this."""
 
@@ -80,19 +80,19 @@ class DiTConfig:
     """Sizes of the SS-DiT. The defaults are those of the paper (509,647,888 parameters)."""
 
     channels: int = 1024
-    """Channels of each token inside the transformer."""
+    """Number of channels of each token inside the transformer."""
     blocks: int = 24
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     heads: int = 32
-    """Attention heads. `channels` divided by them must be 16, 32, 64 or 128."""
+    """Number of attention heads. `channels` divided by it must be 16, 32, 64 or 128."""
     kv_heads: int = 2
-    """Key and value heads of spatial sparse attention. Each serves heads / kv_heads heads."""
+    """Number of key/value heads of spatial sparse attention. Each serves heads / kv_heads heads."""
     mlp_ratio: int = 4
     """Hidden channels of an MLP, as a multiple of `channels`."""
     latent_channels: int = 16
-    """Latent channels of each token. They are those of the VAE."""
+    """Number of latent channels of each token, equal to that of the VAE."""
     condition_channels: int = 1024
-    """Channels of an image token. They are those of the image encoder."""
+    """Number of channels of an image token, equal to that of the image encoder."""
     attention: Literal["ssa", "full"] = "ssa"
     """Self-attention: "ssa" is spatial sparse attention, "full" attends to all tokens."""
     compression: Compression = "v1"
@@ -100,7 +100,7 @@ class DiTConfig:
     compress_block: int = 4
     """Tokens along one side of a compressed block of SSA, 4 or 8."""
     top_k: int = 8
-    """Blocks of 8^3 tokens that SSA selects for each token."""
+    """Number of blocks of 8^3 cells that SSA selects for each token."""
     shifted_windows: bool = True
     """Shift the attention windows by half their size in every other transformer block."""
     plus_one_pooling: bool = False
@@ -172,11 +172,11 @@ class EncoderConfig:
     image_size: int = 518
     """Side of the square input image in pixels, a multiple of 14."""
     channels: int = 1024
-    """Channels of an image token."""
+    """Number of channels of an image token."""
     layers: int = 4
-    """Transformer layers of the stand-in encoder. DINOv2 ignores this."""
+    """Number of transformer layers of the stand-in encoder. DINOv2 ignores this."""
     heads: int = 4
-    """Attention heads of the stand-in encoder. DINOv2 ignores this."""
+    """Number of attention heads of the stand-in encoder. DINOv2 ignores this."""
     precision: Literal["bf16", "fp32"] = added("bf16", before="bf16")
     """Precision of DINOv2's weights. The stand-in encoder ignores this."""
     preparation: Literal["one_resize", "published"] = added("one_resize", before="one_resize")
@@ -215,8 +215,8 @@ class ConditionedDiTConfig:
     dit: DiTConfig = field(default_factory=DiTConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     image_tokens: Literal["foreground", "all"] = added("foreground", before="foreground")
-    """The image tokens that the DiT attends to: the class token, the registers and the patches with
-    foreground, or those of all patches."""
+    """Image tokens that the DiT attends to. "foreground" takes the class token, the registers and
+    the patches that show the object. "all" takes the tokens of all patches."""
     schedule: TimeSchedule = field(default_factory=TimeSchedule, metadata={BEFORE: {}})
     """Times of the sampling steps. Training does not depend on them."""
 
@@ -238,11 +238,11 @@ class OccupancyConfig:
     widths: tuple[int, ...] = (32, 128, 512)
     """Channels at each depth. Every depth after the first halves the side of the grid."""
     blocks: int = 2
-    """Residual blocks at each depth. The last depth has twice as many."""
+    """Number of residual blocks at each depth. The last depth has twice as many."""
     groups: int = 32
-    """Groups of each GroupNorm. They must divide every width."""
+    """Number of groups of each GroupNorm. It must divide every width."""
     latent_channels: int = 8
-    """Latent channels of each position of the smallest grid."""
+    """Number of latent channels at each position of the smallest grid."""
     norm: Literal["group", "layer"] = added("group", before="group")
     """Normalisation: over groups of channels and all cells ("group"), or over the channels of each
     cell ("layer"), as in the published Direct3D-S2 weights."""
@@ -338,7 +338,7 @@ class RefinerConfig:
     middle_blocks: int = 2
     """Residual blocks at the bottom of the U-Net, besides the first one."""
     groups: int = 4
-    """Groups of each GroupNorm. They must divide every width."""
+    """Number of groups of each GroupNorm. It must divide every width."""
     features: int = 32
     """Channels of the decoder's features, which a refiner of signs does not take."""
     patch_size: int = 192
@@ -393,7 +393,8 @@ class Guidance:
     """Classifier-free guidance during sampling."""
 
     scale: float = DEFAULT_GUIDANCE
-    """Weight of the image. 1 is the conditional velocity alone, at half the cost."""
+    """Factor of the difference between the velocities with and without the image. 1 takes the
+    velocity with the image alone, at half the cost."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times at which guidance acts, ends included. Elsewhere the scale is 1."""
     rescale: float = 0.0
@@ -430,7 +431,7 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class RecommendedSampling:
-    """Sampling options that an exported stage was found to work best with. None has no opinion."""
+    """Sampling options that work best for an exported stage. None recommends nothing."""
 
     steps: int | None = None
     """Sampling steps of the stage."""
@@ -449,19 +450,20 @@ class GenerationOptions:
     """Sampling and cleaning of meshes."""
 
     resolution: int | None = None
-    """Resolution of the mesh. Without it the finest one that has a model is taken."""
+    """Resolution of the mesh. None takes the finest one that has a model."""
     steps: tuple[int, ...] | None = None
-    """Sampling steps of the structure stage and of each resolution. The last number holds for the
-    stages after it. Without it the numbers that the export recommends are taken, else 50 30 15."""
+    """Numbers of sampling steps of the structure stage and of each resolution. The last number
+    holds for the stages after it. None takes the numbers that the export recommends, or
+    50 30 15."""
     guidance: float | None = None
-    """Guidance scale. 1 takes the image's own velocity, at half the cost. Without it the number
-    that the export recommends is taken, else 7."""
+    """Guidance scale: how strongly the image steers sampling. 1 turns guidance off and halves the
+    cost. None takes the scale that the export recommends, or 7 if it recommends none."""
     method: Method = "euler"
     """Solver: "euler" needs one model call a step, "heun" is of second order and needs two."""
     min_piece: float = 0.01
     """Separate pieces with less than this share of the largest piece's area are removed."""
     faces: int | None = None
-    """Simplify the mesh to about this many faces. Without it all faces are kept."""
+    """Simplify the mesh to about this many faces. None keeps all faces."""
     max_tokens: int = 400_000
     """Largest number of tokens of a stage. A stage with more of them fails."""
 

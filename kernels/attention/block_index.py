@@ -40,15 +40,18 @@ def _runs(key_KN: Tensor) -> tuple[Tensor, Tensor]:
 def _tile_starts(
     compressed_starts: Tensor, asset_end: Tensor, asset_first: Tensor, smallest: int
 ) -> Tensor:
-    """Mark where greedy tiles of whole blocks begin: bool [W], and somewhere past the last block.
+    """Mark the blocks at which tiles begin. A tile is a greedy run of whole blocks of one asset.
 
-    The chain "next tile" is followed from every asset by pointer doubling.
+    Pointer doubling follows the tiles from the first block of every asset.
 
     Args:
         compressed_starts: [W], first compressed token of each block.
         asset_end: [W], the block that ends each block's asset.
         asset_first: [A], first block of each asset.
         smallest: Smallest number of blocks of a tile that is not cut by the end of its asset.
+
+    Returns:
+        bool [W]. The last entry stands for the end of the last block and is True.
     """
     last = len(compressed_starts) - 1
     block = torch.arange(1, last + 2, device=compressed_starts.device)

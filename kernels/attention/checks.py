@@ -60,7 +60,7 @@ def check_tensors(q_NHD: Tensor, keys: list[tuple[str, Tensor, int]], N: int, ba
     """
     on_triton = use_triton(backend, q_NHD)
     if q_NHD.ndim != 3 or q_NHD.shape[0] != N:
-        raise ValueError(f"q_NHD must be [{N}, H, D] as the index has it, got {list(q_NHD.shape)}")
+        raise ValueError(f"q_NHD must be [{N}, H, D], like the index, got {list(q_NHD.shape)}")
     _, H, D = q_NHD.shape
     first_name, first, _ = keys[0]
     G = first.shape[1] if first.ndim == 3 else 0

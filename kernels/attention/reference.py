@@ -50,7 +50,7 @@ def _scores(q_NHD: Tensor, k_MGD: Tensor, scale: float) -> Tensor:
 
 
 def _slices(index: BlockIndex, heads: int, keys_A: Tensor) -> list[tuple[int, slice, slice]]:
-    """Slices (asset, queries, keys of the asset) in which heads * queries * keys stays small."""
+    """Yield slices (asset, queries, keys of the asset) with a bounded heads * queries * keys."""
     slices = []
     starts = index.token_starts.tolist()
     keys = keys_A.tolist()

@@ -152,7 +152,7 @@ def _apply(
 
 @triton.jit
 def _before_silu(dy, hat, weight, bias, SILU: tl.constexpr):
-    """Gradient of the input of SiLU."""
+    """Return the gradient with respect to the input of SiLU."""
     if SILU:
         z = hat * weight[None, :] + bias[None, :]
         s = tl.sigmoid(z)

@@ -538,8 +538,8 @@ def cell_distances(
             `candidates_E[offsets_M1[m]:offsets_M1[m + 1]]`. This can be part of a longer list.
         candidates_E: int32 [E] numbers of triangles. They must include all triangles within
             max(tau + sheet_half, trusted) of the cell.
-        tau: Distances beyond this need not be exact. This and the next are in cube units.
-        sheet_half: Half thickness of a sheet. It is subtracted from the distance to a sheet.
+        tau: Distance in cube units beyond which the result need not be exact.
+        sheet_half: Half thickness of a sheet in cube units, subtracted from the distance to it.
         trusted: Distance up to which solids decide the side. Beyond it the flood fill does.
         tie: Triangles whose distance exceeds the smallest by no more than this vote on the side.
 

@@ -101,8 +101,8 @@ class Generator:
         channels = vae.config.latent_channels
         if first not in dits:
             raise ValueError(
-                f"dits must have one for R = {first}, where the structure stage ends, "
-                f"got {sorted(dits)}"
+                f"dits must have one for R = {first}, the resolution of the structure stage's "
+                f"cells, got {sorted(dits)}"
             )
         for resolution, dit in dits.items():
             found = dit.config.dit.latent_channels

@@ -195,6 +195,6 @@ def read_metrics_table(path: StorePath) -> pa.Table:
     if not table.schema.equals(METRICS_SCHEMA, check_metadata=True):
         raise ValueError(
             f"{path} must have the columns {METRICS_SCHEMA.names} of format_version "
-            f"{FORMAT_VERSION}"
+            f"{FORMAT_VERSION}, got the columns {table.schema.names}"
         )
     return table

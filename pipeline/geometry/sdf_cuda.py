@@ -88,9 +88,10 @@ def fill_cells(
         kinds: uint8 [T] kinds of `pipeline.geometry.topology`.
         bins: The triangles near each cell of the grid of the distances.
         flood: Flood fill of the topology.
-        tau: Truncation distance. This and the next two are in cube units.
-        half: Half thickness of a sheet.
-        trusted: Distance from all triangles beyond which the flood fill tells the side.
+        tau: Truncation distance in cube units.
+        half: Half thickness of a sheet in cube units.
+        trusted: Distance in cube units from all triangles, beyond which the flood fill decides the
+            side.
         device: Name of a torch device. Tests use "cpu".
 
     Yields:

@@ -68,7 +68,7 @@ def draw_bricks(bricks: Bricks, uid: str, meta: dict[str, float]) -> NDArray[np.
     Args:
         bricks: The bricks.
         uid: The asset.
-        meta: The meta of the stored view.
+        meta: The JSON of the stored view, with its camera.
 
     Returns:
         uint8 [PICTURE_SIDE, PICTURE_SIDE, 4], not premultiplied by alpha.

@@ -117,6 +117,9 @@ def verify_shard(plan: Plan, products: Sequence[Product], shard: str) -> list[Br
         plan: The plan of the build.
         products: The products of the build. The shard must have those that the plan wants for it.
         shard: Name of the shard.
+
+    Returns:
+        All breaches. Empty if the shard is sound.
     """
     uids = {record.uid for record in plan.records(shard)}
     products = [product for product in products if plan.wanted(product, shard)]

@@ -65,7 +65,7 @@ class PlanInfo:
         assets: Number of assets.
         shards: Number of shards.
         skipped_files: {source: number of files that it left out}.
-        snapshots: {source: name of the state of its catalogue}.
+        snapshots: {source: hash of the state of its catalogue}.
         versions: {package: version} of the code that made the plan.
         commit: Git commit of the code that made the plan, None outside a repository.
     """

@@ -262,7 +262,7 @@ def sample_lighting(uid: str, view: int, camera: Camera, attempt: int = 0) -> Li
     """Sample ambient light and 1 to 3 directional lights. The first comes from the camera's side.
 
     Args:
-        uid: This and the next define the seed.
+        uid: The asset. It defines the seed together with the view.
         view: Number of the view.
         camera: The lights are placed relative to it.
         attempt: Number of the attempt to render the view.

@@ -23,7 +23,7 @@ SHAPENET_LICENCE = "shapenet"
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeNetSource:
-    """Every model of ShapeNetCore, ordered by synset and model id. SYNSET/ID keys the uid.
+    """Every model of ShapeNetCore, ordered by synset and model id. Uids are derived from SYNSET/ID.
 
     `taxonomy.json` gives the names of the synsets. CSV files with the columns synsetId, modelId and
     split give the split of each model. Records contain both.

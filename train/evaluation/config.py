@@ -37,7 +37,8 @@ class EvaluationConfig:
     """Number of points that are sampled on each surface to measure distances."""
 
     out: Path | None = None
-    """Directory of the results. The default is `evaluation` at the model."""
+    """Directory of the results. None takes `evaluation` in the run of the VAE, or in the
+    export."""
 
     device: Device = "auto"
     """Device to run on. auto is a GPU if there is one."""

@@ -310,8 +310,9 @@ def summarize(results: Sequence[GenerationResult], name: str, candidates: int) -
         candidates: Number of assets among which the nearest one was sought.
 
     Returns:
-        The entries of `summarize_surfaces`, further shares in percent, and mean seconds. The mean
-        similarities are there if every result has them.
+        The entries of `summarize_surfaces`; in percent the mean silhouette IoU, the share of assets
+        whose nearest asset is the right one and the share of closed meshes; and mean seconds. The
+        mean similarities are included if every result has them.
     """
     percent = {
         share: mean_percent([getattr(result, share) for result in results])

@@ -81,9 +81,9 @@ class ExportConfig:
     """
 
     vae: Path | None = Path("runs/vae-tiny/latest")
-    """Checkpoint of `python -m train.vae`. None leaves it out."""
+    """Checkpoint of `python -m train.vae`. None exports no VAE."""
     structure: Path | None = Path("runs/structure-tiny/flow/latest")
-    """Checkpoint of `python -m train.structure`. None leaves it out."""
+    """Checkpoint of `python -m train.structure`. None exports no structure stage."""
     dit: tuple[Path, ...] = (Path("runs/dit-tiny/latest"),)
     """Checkpoints of `python -m train.dit`, one for each resolution."""
     out: Path = Path("runs/export")

@@ -61,7 +61,7 @@ def stripes(colors: list[Color], count: int, size: int = 128, *, upright: bool =
 
 
 def gradient(top: Color, bottom: Color, size: int = 128) -> Texture:
-    """Return a vertical gradient."""
+    """Return a square texture that changes from the colour `top` to the colour `bottom`."""
     t = np.linspace(0, 1, size)[:, None]
     return _mixed(top, bottom, np.broadcast_to(t, (size, size)))
 

@@ -169,7 +169,8 @@ class EncodeConfig:
     data: Path = Path("data/smoke")
     """Directory of a build made by `python -m pipeline.build`."""
     resolutions: tuple[int, ...] = ()
-    """Resolutions to encode. Without any, those that the VAE was trained at and the build has."""
+    """Resolutions to encode. If none is given, all that the build has and the VAE was trained at
+    are encoded."""
     latents: Path | None = None
     """Directory of the latents. None takes latents/ in the build."""
     device: Device = "auto"
