@@ -46,6 +46,7 @@ PARSER_ERRORS = (
 READERS: dict[str, tuple[str, str]] = {
     "glb": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
     "gltf": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
+    "ply": ("pipeline.mesh_io.readers.ply", "read_ply"),
     "stl": ("pipeline.mesh_io.readers.stl", "read_stl"),
     "off": ("pipeline.mesh_io.readers.off", "read_off"),
     "dae": ("pipeline.mesh_io.readers.collada", "read_collada"),
@@ -108,7 +109,7 @@ def load_with_report(
         raise ValueError(f'up must be "auto", "y" or "z", got {up!r}')
     warnings = WarningLog()
     try:
-        extension = check_file(path, cfg)
+        extension = check_file(path)
         if extension not in READERS:
             from pipeline.mesh_io.trimesh_load import load_with_trimesh
 
