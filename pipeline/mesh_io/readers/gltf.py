@@ -12,7 +12,7 @@ from pipeline.mesh_io.readers.gltf_accounting import account
 from pipeline.mesh_io.readers.gltf_document import Document, Element, GltfError, parse_container
 from pipeline.mesh_io.readers.gltf_materials import Materials
 from pipeline.mesh_io.readers.gltf_nodes import local_matrix, transforms, world_matrices
-from pipeline.mesh_io.readers.gltf_primitives import DRACO, TRIANGLES, Meshes, number_list
+from pipeline.mesh_io.readers.gltf_primitives import DRACO, TRIANGLES, Meshes
 from pipeline.mesh_io.readers.gltf_skins import Pose, read_pose
 from pipeline.mesh_io.scene import Node, Scene
 
@@ -52,6 +52,7 @@ class _SceneReader:
         self.children = [self._children(index) for index in range(count)]
         self.local = [local_matrix(element) for element in self.elements]
         self.world: list[Floats] | None = None  # computed for skins only
+        self.hidden: set[int] = set()
 
     def read(self) -> Scene:
         roots = self._roots()
@@ -147,15 +148,14 @@ class _SceneReader:
     def _visible_nodes(self, roots: list[int]) -> dict[int, None]:
         """Return the nodes that are reached from the roots and not hidden, in depth-first order."""
         visible: dict[int, None] = {}
-        hidden: set[int] = set()
         pending = list(reversed(roots))
         while pending:
             index = pending.pop()
-            if index in visible or index in hidden:
+            if index in visible or index in self.hidden:
                 continue
             visibility = self.elements[index].extension(VISIBILITY)
             if visibility is not None and not visibility.flag("visible", True):
-                hidden.add(index)
+                self.hidden.add(index)
                 self.warnings.add("hidden_left_out", self.elements[index].name)
                 continue
             visible[index] = None
@@ -229,21 +229,24 @@ class _SceneReader:
 
     def _warn_unplaced(self, drawn: dict[int, None]) -> None:
         """Record the meshes that the drawn scene does not show."""
-        lower_levels: set[int] = set()  # of detail
+        # Hidden nodes have a warning of their own, and lower levels of detail repeat the first.
+        expected = set(self.hidden)
         for element in self.elements:
             extension = element.extension(LEVELS_OF_DETAIL)
             if extension is not None:
-                lower_levels.update(extension.indices("ids"))
-        pending = [level for level in lower_levels if level < len(self.elements)]
+                expected.update(
+                    level for level in extension.indices("ids") if level < len(self.elements)
+                )
+        pending = list(expected)
         while pending:
-            new = [child for child in self.children[pending.pop()] if child not in lower_levels]
-            lower_levels.update(new)
+            new = [child for child in self.children[pending.pop()] if child not in expected]
+            expected.update(new)
             pending += new
         referenced = set()
         for index, element in enumerate(self.elements):
             mesh = element.index("mesh")
             referenced.add(mesh)
-            if mesh is not None and index not in drawn and index not in lower_levels:
+            if mesh is not None and index not in drawn and index not in expected:
                 self.warnings.add("unplaced_geometry", element.name)
         for mesh in range(self.document.count("meshes")):
             if mesh not in referenced:
@@ -254,7 +257,7 @@ class _SceneReader:
         element = self.elements[index]
         mesh = element.index("mesh")
         assert mesh is not None
-        weights = number_list(element, "weights") if "weights" in element.data else None
+        weights = element.numbers("weights") if "weights" in element.data else None
         pose = self._pose(index)
         try:
             return self.meshes.read(mesh, weights, pose), pose

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from pipeline.mesh_io.ignored_elements import IGNORED_ELEMENTS
@@ -214,6 +215,7 @@ def _extensions(kind: str, extensions: Any, found: Counter[tuple[str, str]]) -> 
     return read
 
 
+@lru_cache(maxsize=4096)
 def _is_ignored(name: str) -> bool:
     """Return whether `ignored_elements` lists a name. An entry may end with "*"."""
     return any(fnmatchcase(name, pattern) for pattern in IGNORED_ELEMENTS["gltf"])

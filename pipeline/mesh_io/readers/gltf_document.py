@@ -101,25 +101,31 @@ class Element:
 
     def number(self, key: str, default: float) -> float:
         """Return the finite number at `key`."""
-        return self.numbers(key, (default,))[0]
+        value = self.data.get(key, default)
+        if not is_number(value):
+            self.invalid(key, "a number")
+            return default
+        return float(value)
 
-    def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
-        """Return the finite numbers at `key`, as many as `default` has.
+    def numbers(self, key: str, default: Sequence[float] | None = None) -> tuple[float, ...]:
+        """Return the list of finite numbers at `key`.
 
-        One number stands for itself, several are a list.
+        Args:
+            key: The property.
+            default: What is returned if there is none. The list must have as many numbers. None is
+                (), and allows any number of them.
         """
         if key not in self.data:
-            return tuple(default)
-        value = self.data[key]
-        values = [value] if len(default) == 1 else value
+            return tuple(default or ())
+        values = self.data[key]
         if (
             not isinstance(values, list)
-            or len(values) != len(default)
+            or (default is not None and len(values) != len(default))
             or not all(is_number(value) for value in values)
         ):
-            count = len(default)
-            self.invalid(key, "a number" if count == 1 else f"a list of {count} numbers")
-            return tuple(default)
+            count = "" if default is None else f"{len(default)} "
+            self.invalid(key, f"a list of {count}numbers")
+            return tuple(default or ())
         return tuple(map(float, values))
 
     def word(self, key: str, choices: Sequence[Word]) -> Word:
@@ -217,9 +223,10 @@ def parse_container(content: bytes, warnings: WarningLog) -> Document:
     text = None
     chunks = []
     offset = GLB_HEADER_BYTES
-    end = length if GLB_HEADER_BYTES <= length <= len(content) else len(content)
-    while offset + GLB_CHUNK_HEADER_BYTES <= end:
+    while offset + GLB_CHUNK_HEADER_BYTES <= len(content):
         size, kind = struct.unpack_from("<I4s", content, offset)
+        if offset >= length and kind not in (b"JSON", b"BIN\0"):
+            break  # data after the end; some writers state a length that is too small
         start = offset + GLB_CHUNK_HEADER_BYTES
         offset = start + size
         if offset > len(content):
@@ -230,7 +237,6 @@ def parse_container(content: bytes, warnings: WarningLog) -> Document:
                 claimed=size,
                 available=len(content) - start,
             )
-        end = max(end, offset)  # the chunk states its own length, which is what is there
         if kind == b"JSON" and text is None:
             text = content[start:offset]
         elif kind == b"BIN\0":

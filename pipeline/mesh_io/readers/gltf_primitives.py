@@ -85,7 +85,7 @@ class Meshes:
         """
         mesh = self.document.element("meshes", index)
         if weights is None:
-            weights = number_list(mesh, "weights")
+            weights = mesh.numbers("weights")
         key = index, tuple(weights)
         if pose is not None:
             return self._geometries(mesh, key[1], pose)
@@ -442,8 +442,3 @@ class _AttributeReader:
         if unique_id not in self.draco.attributes:
             raise GltfError(f"the Draco buffer has no attribute {unique_id}")
         return self.draco.attributes[unique_id]
-
-
-def number_list(element: Element, key: str) -> tuple[float, ...]:
-    """Return the list of finite numbers at `key`, () if there is none."""
-    return element.numbers(key, (0.0,) * len(element.values(key))) if key in element.data else ()
