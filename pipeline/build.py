@@ -120,8 +120,7 @@ def main(args: Sequence[str]) -> None:
     cfg = configure(args)
     if _is_given("--source", args) and not _is_given("--preset", args):
         log.info(
-            "No --preset is given, so %s sets what the options leave open: %s. "
-            "--preset full makes %s.",
+            "No --preset is given, so the preset %s applies: %s. --preset full makes %s.",
             cfg.preset,
             _describe(cfg),
             _describe(PRESETS["full"]),

@@ -178,7 +178,7 @@ def test_a_build_of_own_assets_without_a_preset_says_what_it_makes(args, said, m
         []
         if said is None
         else [
-            f"No --preset is given, so smoke sets what the options leave open: {said}. --preset "
+            f"No --preset is given, so the preset smoke applies: {said}. --preset "
             "full makes SDFs at 256, 384, 512 and 1024, 45 views of 1024 x 1024 pixels."
         ]
     )
