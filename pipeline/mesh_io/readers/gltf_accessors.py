@@ -242,7 +242,7 @@ class Accessors:
         size = count * stride
         self._unpacked += size
         if (
-            size > MAX_MESHOPT_RATIO * len(compressed)
+            size > max(MAX_MESHOPT_RATIO * len(compressed), BOMB_BYTES)
             or self._unpacked > self.context.cfg.max_unpacked_bytes
         ):
             raise Reject("allocation_bomb", what="meshopt", claimed=size, available=len(compressed))
