@@ -161,12 +161,16 @@ def compare(path: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if "error" in ours:
             disagrees[name] = ["rejected"]
             continue
+        # The unit of a file does not matter, because the pipeline normalises the size.
+        scale = _longest_side(ours) / max(_longest_side(peer), 1e-30)
+        low, high = ([scale * x for x in peer[name]] for name in ("low", "high"))
+        area = scale**2 * peer["area"]
         different = []
-        if abs(ours["area"] - peer["area"]) > RELATIVE_TOLERANCE * max(peer["area"], 1e-30):
+        if abs(ours["area"] - area) > RELATIVE_TOLERANCE * max(area, 1e-30):
             different.append("area")
-        if not _same_box(ours, peer["low"], peer["high"]):
+        if not _same_box(ours, low, high):
             # assimp and trimesh leave 3MF files lying: z up to y up is (x, z, -y).
-            (x, y, z), (x1, y1, z1) = peer["low"], peer["high"]
+            (x, y, z), (x1, y1, z1) = low, high
             turned = _same_box(ours, [x, z, -y1], [x1, z1, -y])
             different.append("axis" if turned else "box")
         if ours["triangles"] != peer["triangles"]:
@@ -181,6 +185,10 @@ def compare(path: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "disagrees_with": disagrees,
         "results": results,
     }
+
+
+def _longest_side(result: dict[str, Any]) -> float:
+    return max(high - low for low, high in zip(result["low"], result["high"], strict=True))
 
 
 def _same_box(ours: dict[str, Any], low: Sequence[float], high: Sequence[float]) -> bool:

@@ -82,7 +82,10 @@ def check_magic(head: bytes, extension: str, size: int) -> None:
     """
     if head.startswith(LFS_SIGNATURE):
         raise Reject("lfs_pointer", bytes=size)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    text = head
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16
+        text = head[: len(head) // 2 * 2].decode("utf-16", errors="replace").encode()
+    text = text.lstrip(b"\xef\xbb\xbf \t\r\n")
     is_html = text[:15].lower().startswith((b"<!doctype html", b"<html"))
     is_zip = head.startswith(b"PK\x03\x04")
     has_magic = {

@@ -274,13 +274,25 @@ def _read_text(content: bytes, header: _Header, warnings: WarningLog) -> tuple[l
     # One row a line, and one of the counts is wrong.
     words = count_words_of_lines(body)
     first = np.cumsum(words) - words
-    fits = [_lines_that_fit(values, first, words, element) for element in header.elements]
+    lengths = [_row_lengths_of_lines(values, first, words, item) for item in header.elements]
+    fits = [length == words for length in lengths]
     declared = {element.name: element.count for element in header.elements}
     if len(declared) == len(counts) and counts:
         found = counts_that_fit(declared, fits, warnings)
         if found is not None:
             tables, _ = _rows_of_stream(values, header, found)
             return tables, sum(found) < sum(counts)
+        # Some exporters write more numbers in a line than the header declares.
+        if sum(counts) <= len(words) and sum(counts):
+            owner = np.repeat(np.arange(len(counts)), counts)
+            used = np.array(lengths)[owner, np.arange(len(owner))]
+            if (used > 0).all():
+                prefixes = values[ranges(first[: len(owner)], used)]
+                tables, _ = _rows_of_stream(prefixes, header, counts)
+                longer = int((words[: len(owner)] > used).sum())
+                detail = f"{longer} lines with more numbers than declared"
+                warnings.add("trailing_data", detail, longer + len(words) - len(owner))
+                return tables, False
     if missing:
         warnings.add("truncated_data", f"{missing} of {sum(counts)} rows are missing")
     elif end < len(values):
@@ -288,13 +300,16 @@ def _read_text(content: bytes, header: _Header, warnings: WarningLog) -> tuple[l
     return tables, missing > 0
 
 
-def _lines_that_fit(
+def _row_lengths_of_lines(
     values: NDArray[np.float64],
     first: NDArray[np.int64],
     words: NDArray[np.int64],
     element: _Element,
-) -> NDArray[np.bool_]:
-    """Return for each line [L] whether it has the numbers of a row of an element."""
+) -> NDArray[np.int64]:
+    """Return how many numbers of each line [L] a row of an element takes.
+
+    It is 0 where the line has fewer numbers, or cannot be such a row.
+    """
     place = first.copy()
     end = first + words
     fits = np.ones(len(first), dtype=bool)
@@ -306,7 +321,7 @@ def _lines_that_fit(
                 fits &= (sizes >= 0) & (sizes == np.rint(sizes)) & (sizes <= end - place)
             place = place + np.where(fits, sizes, 0).astype(np.int64)
         place = place + 1
-    return fits & (place == end)
+    return np.where(fits & (place <= end), place - first, 0)
 
 
 def _rows_of_stream(

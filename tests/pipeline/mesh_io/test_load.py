@@ -489,3 +489,16 @@ def digest(path: str) -> str:
     return hashlib.sha256(
         mesh.vertices.tobytes() + mesh.faces.tobytes() + repr(mesh.parts).encode()
     ).hexdigest()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_collada_file_in_any_unicode_encoding_is_read(tmp_path, encoding):
+    text = (
+        VALID_FILES["dae"] if isinstance(VALID_FILES["dae"], str) else VALID_FILES["dae"].decode()
+    )
+    name = encoding.removesuffix("-sig")
+    text = f'<?xml version="1.0" encoding="{name}"?>' + text.partition("?>")[2]
+    mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    mesh, report = load_with_report(write(tmp_path / "a.dae", mark + text.encode(encoding)), CFG)
+    assert_same_triangles(mesh)
+    assert report.warnings == ()

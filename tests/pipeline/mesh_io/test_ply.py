@@ -295,6 +295,18 @@ def test_data_that_ends_early_is_read_up_to_there(tmp_path, kind):
     assert rejected(tmp_path, "a.ply", cut) == "unreadable"
 
 
+def test_lines_with_more_numbers_than_declared_are_read_up_to_there(tmp_path):
+    """MeshLab writes a list of colours by corner where its header declares one colour."""
+    lines = box(face=[("uchar red", [1] * 6)]).decode().splitlines(keepends=True)
+    rows = [k for k, line in enumerate(lines) if line.startswith("4 ") and line.endswith(" 1 \n")]
+    assert len(rows) == 6
+    for k in rows:
+        lines[k] = lines[k].removesuffix("1 \n") + "9 1 1 1 1 1 1 1 1 1 \n"
+    mesh, codes = read(tmp_path, "a.ply", "".join(lines).encode())
+    assert_box(mesh)
+    assert codes["trailing_data"] == 6
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_data_after_the_last_row_is_trailing_data(tmp_path, kind):
     trailer = b"9 9\n" if kind == "ascii" else b"\7\7\7"
