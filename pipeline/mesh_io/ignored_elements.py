@@ -16,8 +16,8 @@ IGNORED_ELEMENTS: dict[str, dict[str, str]] = {
         # primitive. A trailing "*" stands for any text.
         "name": "A label.",
         "extras": "Data of an application, which the format says no other one may depend on.",
-        "animations": "They move nodes and weights after the first pose.",
-        "cameras": "A point of view is no part of the object.",
+        "document.animations": "They move nodes and weights after the first pose.",
+        "document.cameras": "A point of view is no part of the object.",
         "node.camera": "A point of view is no part of the object.",
         "asset.copyright": "A note.",
         "asset.generator": "A note.",
