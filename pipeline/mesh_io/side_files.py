@@ -13,14 +13,28 @@ from pipeline.mesh_io.zip_package import MEMBER_ERRORS, ZipPackage
 MAX_NAME_LENGTH = 2000  # characters; longer names are no file names
 MAX_TAIL = 8  # components of a path of the author's machine
 
+# Where exporters and package layouts keep textures, if the mesh names only the file.
+TEXTURE_FOLDERS = (
+    "textures",
+    "texture",
+    "tex",
+    "materials/textures",
+    "materials",
+    "images",
+    "image",
+    "img",
+    "maps",
+)
+
 
 class SideFiles:
     """Reads the side files of one asset.
 
     A name is tried as written and percent-decoded, with "/" or a backslash as separator, relative
     to the directory of the asset. If there is no such file, its last components are tried in the
-    directory of the asset and in those above it, up to the root. Upper and lower case are equal
-    if no name fits exactly. A file outside the root is never read.
+    directory of the asset and in those above it, up to the root, and the last component alone in
+    their texture directories (`TEXTURE_FOLDERS`). Upper and lower case are equal if no name fits
+    exactly. A file outside the root is never read.
 
     Args:
         asset: The mesh file.
@@ -152,10 +166,15 @@ def spellings(name: str) -> list[str]:
 
 
 def tails(name: str) -> list[str]:
-    """Return the last components of a path of the author's machine, the longest tail first."""
+    """Return the last components of a path of the author's machine, the longest tail first.
+
+    The last component in each of `TEXTURE_FOLDERS` follows.
+    """
     paths = spellings(name)
     parts = [part for part in (paths or [""])[-1].split("/") if part not in ("", ".", "..")]
-    return ["/".join(parts[start:]) for start in range(max(0, len(parts) - MAX_TAIL), len(parts))]
+    longest = max(0, len(parts) - MAX_TAIL)
+    ends = ["/".join(parts[start:]) for start in range(longest, len(parts))]
+    return ends + [f"{folder}/{parts[-1]}" for folder in TEXTURE_FOLDERS if parts]
 
 
 @lru_cache(maxsize=64)

@@ -40,6 +40,8 @@ def source(tmp_path):
         ("/home/me/materials/textures/stone.png", "materials/textures/stone.png"),
         ("file:///C:/x/tex/Red%20Paint.PNG", "models/car/tex/Red Paint.PNG"),
         ("lost/b.png", "models/car/b.png"),
+        ("wood.png", "models/textures/wood.png"),
+        ("lost/Stone.png", "materials/textures/stone.png"),
     ],
 )
 def test_names_of_real_files(source, name, expected):
