@@ -8,9 +8,16 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.grid import CELL_SIDE, spacing
-from pipeline.core.primitives.triangles import segment_hits
-from pipeline.geometry.flood_fill import FloodFill, bin_at, is_reached
+from pipeline.core.grid import spacing
+from pipeline.core.primitives.triangles import distance2, segment_hits
+from pipeline.geometry.box_tree import (
+    BoxTree,
+    boxes_meet,
+    build_box_tree,
+    triangles_in_box,
+    with_room,
+)
+from pipeline.geometry.flood_fill import FloodFill, is_reached
 
 # Sides of a surface that are visible from outside: none, the side of its normal, the other, both.
 HIDDEN = 0
@@ -20,98 +27,143 @@ BOTH = 3
 # If both sides are visible, a side counts only if it has at least this share of the other side's
 # free lines of sight. Otherwise a line through a crack would make a wall of a solid a sheet.
 MIN_SIGHT_RATIO = 0.2
-# Longest extent of a line of sight along one axis, in voxels: 2.4 for the distance, 0.5 and 1 for
-# the choice of the grid point.
-FARTHEST_VOXELS = 4.0
+# Lines end at grid points around three places above the sample, at these heights in voxels.
+REACHES = (1.0, 1.6, 2.4)
+START_VOXELS = 1e-3  # height above the surface at which lines start
+MIN_RISE_VOXELS = 0.1  # least height of a line's end above its start
+# Rounding of `segment_hits`, in voxels, at the borders of boxes.
+MARGIN_VOXELS = 1e-3
+# A triangle blocks no line from a plane above which it rises by no more than this. It is well below
+# the start of the lines.
+BLOCKING_VOXELS = 0.5e-3
 
 
 class Scene(NamedTuple):
-    """Triangles and flood fill as the compiled line-of-sight functions take them.
-
-    The fields from `near` on are working memory: lists of the triangles near the current sample.
-    """
+    """Triangles and flood fill as the compiled line-of-sight functions take them."""
 
     packed: NDArray[np.float64]  # [T, 16] packed triangles
-    boxes: NDArray[np.float64]  # [T, 6] lowest and highest corner of each triangle
-    bin_of: NDArray[np.int32]  # this and the next two: see Bins
-    offsets: NDArray[np.int64]
-    triangles: NDArray[np.int32]
+    tree: BoxTree  # of the same triangles
+    bin_of: NDArray[np.int32]  # see Bins
     outside: NDArray[np.uint64]  # this and the next: see FloodFill
     whole_cells: NDArray[np.bool_]
     h: float  # spacing of the grid
-    near: NDArray[np.int32]  # the lists of triangles, one after another
-    near_boxes: NDArray[np.float64]  # [len(near), 6] the boxes of these triangles
-    lists: NDArray[np.int64]  # [9, 2] row 0: number of lists; row n: bin and end of list n in near
 
 
 def make_scene(packed: NDArray[np.float64], flood: FloodFill) -> Scene:
     """Return the scene of packed triangles [T, 16] and the flood fill of their outside."""
-    bins = flood.bins
-    room = 8 * np.diff(bins.offsets).max(initial=0)  # a sample's lines end in at most eight cells
-    corners = np.stack(
-        [packed[:, :3], packed[:, :3] + packed[:, 3:6], packed[:, :3] + packed[:, 6:9]]
-    )
     return Scene(
         packed=packed,
-        boxes=np.concatenate([corners.min(0), corners.max(0)], axis=1),
-        bin_of=bins.bin_of,
-        offsets=bins.offsets,
-        triangles=bins.triangles,
+        tree=build_box_tree(packed),
+        bin_of=flood.bins.bin_of,
         outside=flood.outside,
         whole_cells=flood.whole_cells,
-        h=spacing(bins.resolution),
-        near=np.empty(room, np.int32),
-        near_boxes=np.empty((room, 6)),
-        lists=np.zeros((9, 2), np.int64),
+        h=spacing(flood.bins.resolution),
     )
 
 
 @njit(cache=True)
-def _triangles_near_sample(scene, m, x, y, z):
-    """Return the first and end index in `scene.near` of bin m's triangles near a sample.
+def write_sight_box(region, sign, packed, t, h, box):
+    """Write the box of all lines of sight from samples on one side of triangle t.
 
-    The list is made when the first line of a sample asks for the bin, so that the dozens of lines
-    of one sample test a few triangles instead of the whole bin. `scene.lists[0, 0] = 0` begins a
-    new sample.
+    Args:
+        region: float64 [6] lowest and highest coordinates of the samples.
+        sign: 1.0 for the side of the normal, -1.0 for the other.
+        packed: [T, 16] packed triangles.
+        t: The triangle.
+        h: Spacing of the grid.
+        box: float64 [6], overwritten.
     """
-    lists, boxes = scene.lists, scene.boxes
-    # the list may exist already
-    known = lists[0, 0]
-    for n in range(known):
-        if lists[n + 1, 0] == m:
-            return lists[n, 1], lists[n + 1, 1]
-    # otherwise append it
-    start = lists[known, 1]
-    end, reach = start, FARTHEST_VOXELS * scene.h
-    for e in range(scene.offsets[m], scene.offsets[m + 1]):
-        t = scene.triangles[e]
-        if boxes[t, 0] > x + reach or boxes[t, 3] < x - reach:
-            continue
-        if boxes[t, 1] > y + reach or boxes[t, 4] < y - reach:
-            continue
-        if boxes[t, 2] > z + reach or boxes[t, 5] < z - reach:
-            continue
-        scene.near[end] = t
-        scene.near_boxes[end] = boxes[t]
-        end += 1
-    lists[known + 1, 0], lists[known + 1, 1], lists[0, 0] = m, end, known + 1
-    return start, end
+    for k in range(3):
+        # a line ends at a grid point less than one voxel from a place above the sample
+        rise = sign * REACHES[2] * h * packed[t, 9 + k]
+        border = (1 + START_VOXELS + 2 * MARGIN_VOXELS) * h
+        box[k] = region[k] + min(rise, 0.0) - border
+        box[3 + k] = region[3 + k] + max(rise, 0.0) + border
 
 
 @njit(cache=True)
-def _count_sights(scene, sample_x, sample_y, sample_z, nx, ny, nz, count_all):
+def _rises_above(packed, j, sign, t, height):
+    """Return whether triangle j reaches more than `height` above one side of triangle t's plane."""
+    nx, ny, nz = sign * packed[t, 9], sign * packed[t, 10], sign * packed[t, 11]
+    a = (
+        (packed[j, 0] - packed[t, 0]) * nx
+        + (packed[j, 1] - packed[t, 1]) * ny
+        + (packed[j, 2] - packed[t, 2]) * nz
+    )
+    b = packed[j, 3] * nx + packed[j, 4] * ny + packed[j, 5] * nz
+    c = packed[j, 6] * nx + packed[j, 7] * ny + packed[j, 8] * nz
+    return a + max(0.0, b, c) > height
+
+
+@njit(cache=True)
+def find_blockers(scene, t, sign, box, blockers, end):
+    """Append to `blockers` the triangles that can block a line of sight inside a box.
+
+    A triangle that does not rise above triangle t blocks no line that starts on it.
+
+    Args:
+        scene: See `make_scene`.
+        t: The triangle on which the lines start.
+        sign: The side on which they start, see `write_sight_box`.
+        box: float64 [6] that contains the lines.
+        blockers: int32 array whose first `end` entries are kept.
+        end: Number of entries in use.
+
+    Returns:
+        The array, a longer copy if it was full, and the new number of entries.
+    """
+    first = end
+    blockers, last = triangles_in_box(scene.tree, box, blockers, end)
+    for e in range(first, last):
+        if _rises_above(scene.packed, blockers[e], sign, t, BLOCKING_VOXELS * scene.h):
+            blockers[end] = blockers[e]
+            end += 1
+    return blockers, end
+
+
+@njit(cache=True)
+def keep_blockers(scene, box, exact, blockers, first, last, end):
+    """Append to `blockers` those of `blockers[first:last]` that come near a smaller box.
+
+    With `exact` the distance of a triangle counts, and not only its box and its plane. For the
+    other arguments and the results see `find_blockers`.
+    """
+    packed, boxes = scene.packed, scene.tree.boxes
+    blockers = with_room(blockers, end, last - first)
+    cx, cy, cz = 0.5 * (box[0] + box[3]), 0.5 * (box[1] + box[4]), 0.5 * (box[2] + box[5])
+    hx, hy, hz = 0.5 * (box[3] - box[0]), 0.5 * (box[4] - box[1]), 0.5 * (box[5] - box[2])
+    radius2 = hx * hx + hy * hy + hz * hz
+    for e in range(first, last):
+        t = blockers[e]
+        if not boxes_meet(boxes, t, box):
+            continue
+        # a triangle much larger than the box may pass by: its plane, and then its distance
+        nx, ny, nz = packed[t, 9], packed[t, 10], packed[t, 11]
+        height = (cx - packed[t, 0]) * nx + (cy - packed[t, 1]) * ny + (cz - packed[t, 2]) * nz
+        if abs(height) > abs(nx) * hx + abs(ny) * hy + abs(nz) * hz:
+            continue
+        if exact and distance2(packed[t], cx, cy, cz) > radius2:
+            continue
+        blockers[end] = t
+        end += 1
+    return blockers, end
+
+
+@njit(cache=True)
+def _count_sights(scene, blockers, first, last, x, y, z, nx, ny, nz, count_all):
     """Count the outside grid points on the side of n that have a free line of sight to a sample.
 
     24 grid points within three voxels are tried. Without `count_all` the search stops at the first
-    free line and returns 1.
+    free line and returns 1. `blockers[first:last]` are the triangles that can block a line.
     """
     count = 0
-    h, packed, bin_of, boxes = scene.h, scene.packed, scene.bin_of, scene.near_boxes
-    margin = 1e-3 * h  # more than the rounding of `segment_hits`
+    h, packed, boxes, bin_of = scene.h, scene.packed, scene.tree.boxes, scene.bin_of
+    outside, whole_cells = scene.outside, scene.whole_cells
+    margin = MARGIN_VOXELS * h
     # lines start just above the surface
-    x, y, z = sample_x + 1e-3 * h * nx, sample_y + 1e-3 * h * ny, sample_z + 1e-3 * h * nz
+    x, y, z = x + START_VOXELS * h * nx, y + START_VOXELS * h * ny, z + START_VOXELS * h * nz
     blocker = -1  # the triangle that blocked the last line often blocks the next one too
-    for reach in (1.0, 1.6, 2.4):
+    for reach in REACHES:
         # the eight grid points around a place above the sample
         i0 = int(np.floor((x + reach * h * nx + 0.5) / h))
         j0 = int(np.floor((y + reach * h * ny + 0.5) / h))
@@ -119,40 +171,26 @@ def _count_sights(scene, sample_x, sample_y, sample_z, nx, ny, nz, count_all):
         for corner in range(8):
             # skip grid points that are not outside, lie below the sample or are hidden as before
             i, j, k = i0 + (corner >> 2), j0 + (corner >> 1 & 1), k0 + (corner & 1)
-            if not is_reached(bin_of, scene.outside, scene.whole_cells, i, j, k, True):
+            if not is_reached(bin_of, outside, whole_cells, i, j, k, True):
                 continue
             qx, qy, qz = i * h - 0.5, j * h - 0.5, k * h - 0.5
-            if (qx - x) * nx + (qy - y) * ny + (qz - z) * nz < 0.1 * h:
+            if (qx - x) * nx + (qy - y) * ny + (qz - z) * nz < MIN_RISE_VOXELS * h:
                 continue
-            if blocker >= 0 and segment_hits(packed[blocker], x, y, z, qx, qy, qz):
+            if blocker >= 0 and segment_hits(packed, blocker, x, y, z, qx, qy, qz):
                 continue
-            # search for a triangle that blocks the line: it is in the bin of one of the two ends
+            # search for a triangle that blocks the line
             low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
             high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
             blocked = False
-            previous = -1
-            for end in range(2):
-                if end == 0:
-                    a = int((x + 0.5) / h) // CELL_SIDE
-                    b = int((y + 0.5) / h) // CELL_SIDE
-                    c = int((z + 0.5) / h) // CELL_SIDE
-                else:
-                    a, b, c = i // CELL_SIDE, j // CELL_SIDE, k // CELL_SIDE
-                m = bin_at(bin_of, a, b, c)
-                if m < 0 or m == previous:
+            for e in range(first, last):
+                t = blockers[e]
+                if boxes[t, 0] > high_x or boxes[t, 1] > high_y or boxes[t, 2] > high_z:
                     continue
-                previous = m
-                first, last = _triangles_near_sample(scene, m, sample_x, sample_y, sample_z)
-                for e in range(first, last):
-                    if boxes[e, 0] > high_x or boxes[e, 1] > high_y or boxes[e, 2] > high_z:
-                        continue
-                    if boxes[e, 3] < low_x or boxes[e, 4] < low_y or boxes[e, 5] < low_z:
-                        continue
-                    if segment_hits(packed[scene.near[e]], x, y, z, qx, qy, qz):
-                        blocked = True
-                        blocker = scene.near[e]
-                        break
-                if blocked:
+                if boxes[t, 3] < low_x or boxes[t, 4] < low_y or boxes[t, 5] < low_z:
+                    continue
+                if segment_hits(packed, t, x, y, z, qx, qy, qz):
+                    blocked = True
+                    blocker = t
                     break
             if not blocked:
                 count += 1
@@ -162,23 +200,25 @@ def _count_sights(scene, sample_x, sample_y, sample_z, nx, ny, nz, count_all):
 
 
 @njit(cache=True)
-def visible_sides(scene, x, y, z, nx, ny, nz):
+def visible_sides(scene, blockers, first, middle, last, x, y, z, nx, ny, nz):
     """Return which sides of the surface are visible from outside at a point.
 
     Args:
-        scene: See `make_scene`. Its working memory is overwritten.
+        scene: See `make_scene`.
+        blockers: int32 array. `blockers[first:middle]` are the triangles that can block a line on
+            the side of the normal, and `blockers[middle:last]` those of the other side.
+        first, middle, last: See `blockers`.
         x, y, z: The point on the surface.
         nx, ny, nz: Unit normal of the surface there.
 
     Returns:
         HIDDEN, FRONT, BACK or BOTH.
     """
-    scene.lists[0, 0] = 0
-    front = _count_sights(scene, x, y, z, nx, ny, nz, False)
-    back = _count_sights(scene, x, y, z, -nx, -ny, -nz, False)
+    front = _count_sights(scene, blockers, first, middle, x, y, z, nx, ny, nz, False)
+    back = _count_sights(scene, blockers, middle, last, x, y, z, -nx, -ny, -nz, False)
     if front and back:  # compare all lines of sight, see MIN_SIGHT_RATIO
-        front = _count_sights(scene, x, y, z, nx, ny, nz, True)
-        back = _count_sights(scene, x, y, z, -nx, -ny, -nz, True)
+        front = _count_sights(scene, blockers, first, middle, x, y, z, nx, ny, nz, True)
+        back = _count_sights(scene, blockers, middle, last, x, y, z, -nx, -ny, -nz, True)
         if back < MIN_SIGHT_RATIO * front:
             back = 0
         elif front < MIN_SIGHT_RATIO * back:

@@ -201,7 +201,7 @@ def _escape_share(packed, use, bin_of, offsets, triangles, h, points, directions
                     previous = m
                     for e in range(offsets[m], offsets[m + 1]):
                         t = triangles[e]
-                        if use[t] and segment_hits(packed[t], x, y, z, x + dx, y + dy, z + dz):
+                        if use[t] and segment_hits(packed, t, x, y, z, x + dx, y + dy, z + dz):
                             blocked = True
                             break
                     if blocked:

@@ -138,53 +138,57 @@ def side_vote(row, x, y, z):
 
 
 @njit(cache=True)
-def segment_hits(row, px, py, pz, qx, qy, qz):
-    """Return whether the segment from p to q meets a packed triangle, edges included.
+def segment_hits(packed, t, px, py, pz, qx, qy, qz):
+    """Return whether the segment from p to q meets triangle t of packed [T, 16], edges included.
 
     Moeller and Trumbore 1997.
     """
+    # The row is not made a view: counting references to it would cost as much as the test.
+    ux, uy, uz = packed[t, 3], packed[t, 4], packed[t, 5]
+    vx, vy, vz = packed[t, 6], packed[t, 7], packed[t, 8]
     dx, dy, dz = qx - px, qy - py, qz - pz
-    hx = dy * row[8] - dz * row[7]
-    hy = dz * row[6] - dx * row[8]
-    hz = dx * row[7] - dy * row[6]
-    det = row[3] * hx + row[4] * hy + row[5] * hz
+    hx = dy * vz - dz * vy
+    hy = dz * vx - dx * vz
+    hz = dx * vy - dy * vx
+    det = ux * hx + uy * hy + uz * hz
     size = math.sqrt(
-        (dx * dx + dy * dy + dz * dz)
-        * (row[3] ** 2 + row[4] ** 2 + row[5] ** 2)
-        * (row[6] ** 2 + row[7] ** 2 + row[8] ** 2)
+        (dx * dx + dy * dy + dz * dz) * (ux**2 + uy**2 + uz**2) * (vx**2 + vy**2 + vz**2)
     )
     if abs(det) <= 1e-12 * size:  # parallel; a segment inside the plane does not cross it
         return False
     # barycentric coordinates of the intersection, with a small tolerance at the edges
-    sx, sy, sz = px - row[0], py - row[1], pz - row[2]
+    sx, sy, sz = px - packed[t, 0], py - packed[t, 1], pz - packed[t, 2]
     u = (sx * hx + sy * hy + sz * hz) / det
     if u < -1e-9 or u > 1 + 1e-9:
         return False
-    gx = sy * row[5] - sz * row[4]
-    gy = sz * row[3] - sx * row[5]
-    gz = sx * row[4] - sy * row[3]
+    gx = sy * uz - sz * uy
+    gy = sz * ux - sx * uz
+    gz = sx * uy - sy * ux
     v = (dx * gx + dy * gy + dz * gz) / det
     if v < -1e-9 or u + v > 1 + 1e-9:
         return False
     # position along the segment
-    s = (row[6] * gx + row[7] * gy + row[8] * gz) / det
+    s = (vx * gx + vy * gy + vz * gz) / det
     return 0.0 <= s <= 1.0
 
 
 @njit(cache=True)
-def triangles_cross(p, q):
-    """Return whether an edge of one packed triangle passes through the other.
+def triangles_cross(packed, i, other, j):
+    """Return whether an edge of one triangle passes through the other.
 
-    Overlap in one plane does not count.
+    The triangles are row i of `packed` and row j of `other`. Overlap in one plane does not count.
     """
-    for first, second in ((p, q), (q, p)):
-        ax, ay, az = first[0], first[1], first[2]
-        bx, by, bz = ax + first[3], ay + first[4], az + first[5]
-        cx, cy, cz = ax + first[6], ay + first[7], az + first[8]
-        if (
-            segment_hits(second, ax, ay, az, bx, by, bz)
-            or segment_hits(second, bx, by, bz, cx, cy, cz)
-            or segment_hits(second, cx, cy, cz, ax, ay, az)
-        ):
-            return True
-    return False
+    return _edges_hit(packed, i, other, j) or _edges_hit(other, j, packed, i)
+
+
+@njit(cache=True)
+def _edges_hit(packed, i, other, j):
+    """Return whether an edge of triangle i of `packed` meets triangle j of `other`."""
+    ax, ay, az = packed[i, 0], packed[i, 1], packed[i, 2]
+    bx, by, bz = ax + packed[i, 3], ay + packed[i, 4], az + packed[i, 5]
+    cx, cy, cz = ax + packed[i, 6], ay + packed[i, 7], az + packed[i, 8]
+    return (
+        segment_hits(other, j, ax, ay, az, bx, by, bz)
+        or segment_hits(other, j, bx, by, bz, cx, cy, cz)
+        or segment_hits(other, j, cx, cy, cz, ax, ay, az)
+    )
