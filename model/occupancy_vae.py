@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.checkpoint import copy_weights
 from model.config import OccupancyConfig
+from model.published_weights import published_occupancy_keys
 from model.sparse_vae import LOGVAR_RANGE
 
 
@@ -28,20 +32,30 @@ class Gaussian(NamedTuple):
         return self.mean + (0.5 * self.logvar).exp() * noise
 
 
-def _norm(groups: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU())
+class CellLayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of each cell: [B, C, X, Y, Z] -> [B, C, X, Y, Z]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise each cell."""
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+def _norm(config: OccupancyConfig, channels: int) -> tuple[nn.Module, nn.Module]:
+    if config.norm == "layer":
+        return CellLayerNorm(channels, eps=1e-5), nn.SiLU()
+    return nn.GroupNorm(config.groups, channels), nn.SiLU()
 
 
 class _Residual(nn.Module):
     """x + conv(act(norm(conv(act(norm(x)))))). The last convolution starts at zero."""
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, config: OccupancyConfig):
         super().__init__()
         self.first = nn.Sequential(
-            *_norm(groups, channels), nn.Conv3d(channels, channels, 3, padding=1)
+            *_norm(config, channels), nn.Conv3d(channels, channels, 3, padding=1)
         )
         self.second = nn.Sequential(
-            *_norm(groups, channels), nn.Conv3d(channels, channels, 3, padding=1)
+            *_norm(config, channels), nn.Conv3d(channels, channels, 3, padding=1)
         )
         for parameter in self.second[-1].parameters():
             nn.init.zeros_(parameter)
@@ -75,24 +89,26 @@ class OccupancyVAE(nn.Module):
     def __init__(self, config: OccupancyConfig):
         super().__init__()
         self.config = config
-        widths, groups, latent = config.widths, config.groups, config.latent_channels
+        widths, latent, blocks = config.widths, config.latent_channels, config.blocks
         encoder: list[nn.Module] = [nn.Conv3d(1, widths[0], 3, padding=1)]
         for depth, width in enumerate(widths):
             if depth:
                 encoder.append(nn.Conv3d(widths[depth - 1], width, 2, stride=2))
-            encoder += [_Residual(width, groups) for _ in range(config.blocks)]
-        encoder += [_Residual(widths[-1], groups) for _ in range(config.blocks)]
+            encoder += [_Residual(width, config) for _ in range(blocks)]
+        encoder += [_Residual(widths[-1], config) for _ in range(blocks)]
         self.encoder = nn.Sequential(
-            *encoder, *_norm(groups, widths[-1]), nn.Conv3d(widths[-1], 2 * latent, 3, padding=1)
+            *encoder, *_norm(config, widths[-1]), nn.Conv3d(widths[-1], 2 * latent, 3, padding=1)
         )
+        widths = config.widths_of_decoder
+        blocks = config.decoder_blocks or config.blocks
         decoder: list[nn.Module] = [nn.Conv3d(latent, widths[-1], 3, padding=1)]
-        decoder += [_Residual(widths[-1], groups) for _ in range(config.blocks)]
+        decoder += [_Residual(widths[-1], config) for _ in range(blocks)]
         for depth in reversed(range(len(widths))):
-            decoder += [_Residual(widths[depth], groups) for _ in range(config.blocks)]
+            decoder += [_Residual(widths[depth], config) for _ in range(blocks)]
             if depth:
                 decoder.append(_Up(widths[depth], widths[depth - 1]))
         self.decoder = nn.Sequential(
-            *decoder, *_norm(groups, widths[0]), nn.Conv3d(widths[0], 1, 3, padding=1)
+            *decoder, *_norm(config, widths[0]), nn.Conv3d(widths[0], 1, 3, padding=1)
         )
 
     def encode(self, occupied: Tensor) -> Gaussian:
@@ -123,7 +139,7 @@ class OccupancyVAE(nn.Module):
             z_BCXYZ: [B, C, s, s, s].
 
         Returns:
-            Logits [B, S, S, S]. A cell is occupied where they are positive.
+            Logits [B, S, S, S]. `occupied` says which cells are occupied.
 
         Raises:
             ValueError: If the latents have another shape.
@@ -132,6 +148,22 @@ class OccupancyVAE(nn.Module):
         if z_BCXYZ.ndim != 5 or z_BCXYZ.shape[1:] != (C, s, s, s):
             raise ValueError(f"z must be [B, {C}, {s}, {s}, {s}], got {list(z_BCXYZ.shape)}")
         return self.decoder(z_BCXYZ)[:, 0]
+
+    def occupied(self, logits_BXYZ: Tensor) -> Tensor:
+        """Return where the probability of decoded logits is above the threshold, bool."""
+        threshold = self.config.threshold
+        return logits_BXYZ > math.log(threshold / (1 - threshold))
+
+    def load_published(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy the weights of a published dense VAE.
+
+        Args:
+            weights: The published state dict.
+
+        Raises:
+            CheckpointError: If names or shapes do not fit. The message lists all of them.
+        """
+        copy_weights(weights, self, "the state dict", published_occupancy_keys(self.config))
 
     def forward(self, occupied: Tensor, noise: Tensor) -> tuple[Tensor, Gaussian]:
         """Encode grids, sample and decode.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import KeyMap, unchanged
-from model.config import Compression, DiTConfig, VAEConfig
+from model.config import Compression, DiTConfig, OccupancyConfig, VAEConfig
 
 
 class _Keys(dict[str, tuple[str, Callable[[Tensor], Tensor]]]):
@@ -66,6 +66,47 @@ def published_vae_keys(config: VAEConfig) -> KeyMap:
             keys.add_linear(f"{theirs}.attn.to_out", f"{ours}.attention.out")
             keys.add_linear(f"{theirs}.mlp.mlp.0", f"{ours}.mlp.0")
             keys.add_linear(f"{theirs}.mlp.mlp.2", f"{ours}.mlp.2")
+    return keys
+
+
+def published_occupancy_keys(config: OccupancyConfig) -> KeyMap:
+    """Return the key map of a published dense VAE of this configuration.
+
+    Our parts are one sequence of layers for each of encoder and decoder.
+    """
+    keys = _Keys()
+    depths = len(config.widths)
+    encoder_blocks, decoder_blocks = config.blocks, config.decoder_blocks or config.blocks
+    # Published names of the layers that follow one another, and whether each one is residual.
+    steps = {"encoder": [("input_layer", False)], "decoder": [("input_layer", False)]}
+    number = 0
+    for depth in range(depths):
+        if depth:
+            steps["encoder"].append((f"blocks.{number}.conv", False))
+            number += 1
+        steps["encoder"] += [(f"blocks.{number + n}", True) for n in range(encoder_blocks)]
+        number += encoder_blocks
+    steps["encoder"] += [(f"middle_block.{n}", True) for n in range(encoder_blocks)]
+    steps["decoder"] += [(f"middle_block.{n}", True) for n in range(decoder_blocks)]
+    number = 0
+    for depth in reversed(range(depths)):
+        steps["decoder"] += [(f"blocks.{number + n}", True) for n in range(decoder_blocks)]
+        number += decoder_blocks
+        if depth:
+            steps["decoder"].append((f"blocks.{number}.conv", False))
+            number += 1
+    for part, layers in steps.items():
+        for position, (name, residual) in enumerate(layers):
+            theirs, ours = f"{part}.{name}", f"{part}.{position}"
+            if residual:
+                for n, half in (("1", "first"), ("2", "second")):
+                    keys.add_linear(f"{theirs}.norm{n}", f"{ours}.{half}.0")
+                    keys.add_linear(f"{theirs}.conv{n}", f"{ours}.{half}.2")
+            else:
+                up = part == "decoder" and position > 0
+                keys.add_linear(theirs, f"{ours}.conv" if up else ours)
+        keys.add_linear(f"{part}.out_layer.0", f"{part}.{len(layers)}")
+        keys.add_linear(f"{part}.out_layer.2", f"{part}.{len(layers) + 2}")
     return keys
 
 

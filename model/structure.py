@@ -86,7 +86,7 @@ class Structure(nn.Module):
         dtype = next(self.vae.parameters()).dtype
         with torch.no_grad():
             logits = self.vae.decode(rows_to_grid(z_NC, level).to(dtype))
-        return occupied_level(logits > 0)
+        return occupied_level(self.vae.occupied(logits))
 
 
 def dense_level(side: int, batch_size: int, device: torch.device | str = "cpu") -> Level:
