@@ -97,7 +97,7 @@ def learn(cfg: LearnConfig, device: torch.device) -> dict[str, Any]:
         note_seconds("structure")
         export(
             ExportConfig(
-                vae=vae.out / "latest",
+                vae=(vae.out / "latest",),
                 structure=structure.out / "flow" / "latest",
                 dit=(dit.out / "latest",),
                 out=runs / "export",

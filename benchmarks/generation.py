@@ -104,12 +104,17 @@ def make_models(tiny: bool) -> tuple[SparseVAE, Structure, ConditionedDiT]:
 class StageTimer:
     """Times functions on a device and collects one row for each.
 
+    Args:
+        device: The device.
+        dtype: Dtype of products on a GPU.
+
     Attributes:
         rows: "stage", "seconds", "peak_gb" (None on the CPU) and notes of each function.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16):
         self.device = device
+        self.dtype = dtype
         self.rows: list[dict[str, Any]] = []
 
     def time(self, stage: str, function: Callable[[], Any], **notes: Any) -> Any:
@@ -121,7 +126,11 @@ class StageTimer:
         started = time.perf_counter()
         with (
             torch.no_grad(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu),
+            torch.autocast(
+                self.device.type,
+                torch.bfloat16 if self.dtype == torch.float32 else self.dtype,
+                enabled=on_gpu and self.dtype != torch.float32,
+            ),
         ):
             result = function()
         if on_gpu:

@@ -91,6 +91,7 @@ def load_model(
     cls: type[Model],
     *,
     config: Any | None = None,
+    adapt: Callable[[Any], Any] | None = None,
     device: torch.device | str = "cpu",
     averaged: bool = True,
 ) -> Model:
@@ -100,6 +101,7 @@ def load_model(
         path: The directory.
         cls: Class of the model. It is constructed as `cls(cls.Config(...))`.
         config: The configuration that the model must have. None accepts any.
+        adapt: Changes the configuration before the model is made. None keeps it.
         device: Where the model is moved.
         averaged: Take the averaged weights, if there are any, instead of those of the last step.
 
@@ -125,7 +127,7 @@ def load_model(
             if wanted[key] != actual[key]
         ]
         raise CheckpointError(f"{path} must have {', '.join(fields)}")
-    model = cls(found)
+    model = cls(found if adapt is None else adapt(found))
     load_weights(weights_file(path) if averaged else path / WEIGHTS, model)
     return model.to(device).eval()
 
@@ -241,6 +243,27 @@ def copy_weights(
             them, and the model is unchanged.
     """
     targets = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in convert_weights(weights, model, where, keys).items():
+            targets[name].copy_(tensor)
+
+
+def convert_weights(
+    weights: Mapping[str, Tensor], model: nn.Module, where: str, keys: KeyMap | None = None
+) -> dict[str, Tensor]:
+    """Return tensors under a model's own names and in its layouts. The model is not changed.
+
+    Args:
+        weights: The tensors by name. They may be on the meta device.
+        model: The model, which may be on the meta device.
+        where: Name of the source in error messages.
+        keys: As `copy_weights`.
+
+    Raises:
+        CheckpointError: If names are unknown or missing or shapes differ. The message lists all of
+            them.
+    """
+    targets = model.state_dict()
     if keys is None:
         keys = {name: (name, unchanged) for name in targets}
     assert {ours for ours, _ in keys.values()} == set(targets), "the key map must cover the model"
@@ -258,12 +281,12 @@ def copy_weights(
             found, wanted = list(weights[name].shape), list(targets[ours].shape)
             problems.append(f"{name} of shape {found} does not fit {wanted}")
     if problems:
-        raise CheckpointError(
+        message = (
             f"{where} must hold the weights of this {type(model).__name__}: {'; '.join(problems)}"
         )
-    with torch.no_grad():
-        for name, tensor in converted.items():
-            targets[name].copy_(tensor)
+        more = len(message) > MAX_MESSAGE
+        raise CheckpointError(f"{message[:MAX_MESSAGE]} ..." if more else message)
+    return converted
 
 
 def unchanged(x: Tensor) -> Tensor:

@@ -22,6 +22,12 @@ METHODS: tuple[Method, ...] = ("euler", "heun")
 # What the blocks of a DiT keep for the backward pass, from the most memory to the least.
 KeptActivations = Literal["all", "products", "attention"]
 KEPT_LEVELS: tuple[KeptActivations, ...] = ("all", "products", "attention")
+Preparation = Literal["one_resize", "published"]
+KeptTokens = Literal["foreground", "all"]
+Refine = Literal["none", "512", "all"]
+REFINE: tuple[Refine, ...] = ("none", "512", "all")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "fp16")
 Spacing = Literal["even", "published"]
 SPACINGS: tuple[Spacing, ...] = ("even", "published")
 
@@ -446,6 +452,21 @@ class RecommendedSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Meshing:
+    """How the mesh of a resolution is made. It is recorded in the export of the DiT."""
+
+    iso_value: float = 0.0
+    """Value of the surface in the decoded bricks, between -1 and 1."""
+    normalize: bool = False
+    """Centre and scale the mesh of the resolution before, so that its longest side is 0.95, before
+    the cells near it are taken. The published Direct3D-S2 pipeline does this."""
+
+    def __post_init__(self) -> None:
+        if not -1.0 < self.iso_value < 1.0:
+            raise ValueError(f"iso_value must be between -1 and 1, got {self.iso_value}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """Sampling and cleaning of meshes."""
 
@@ -464,6 +485,12 @@ class GenerationOptions:
     """Separate pieces with less than this share of the largest piece's area are removed."""
     faces: int | None = None
     """Simplify the mesh to about this many faces. None keeps all faces."""
+    refine: Refine | None = None
+    """Refiners that improve the decoded volumes: "none", the one of the first resolution ("512"),
+    or also the one that signs what was not decoded at the finer resolution ("all"). Without it the
+    first one is used if the checkpoint has it."""
+    precision: Precision = "auto"
+    """Precision of products. "auto" is bf16 on a GPU and fp32 on the CPU."""
     max_tokens: int = 400_000
     """Largest number of tokens of a stage. A stage with more of them fails."""
 
@@ -476,6 +503,9 @@ class GenerationOptions:
             raise ValueError(f"min_piece must be in [0, 1), got {self.min_piece}")
         if self.faces is not None and self.faces < 4:
             raise ValueError(f"faces must be 4 or more, got {self.faces}")
+        if self.refine is not None:
+            _check_choice(self, refine=REFINE)
+        _check_choice(self, precision=PRECISIONS)
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
 

@@ -41,8 +41,13 @@ class GenerateConfig:
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Mesh file, or the directory of the mesh files. The default is the current directory."""
 
-    checkpoint: Path = Path("runs/export")
-    """Directory of the trained stages, which python -m train.export writes."""
+    checkpoint: str = "runs/export"
+    """Directory of the trained stages, which python -m train.export writes, or of the published
+    Direct3D-S2 weights. hf://OWNER/NAME/SUBFOLDER downloads it from the Hugging Face hub."""
+
+    image_encoder: str | None = None
+    """DINOv2 weights: a folder or a name on the Hugging Face hub. Without it those that the
+    checkpoint names are taken."""
 
     seed: int = 0
     """Seed of the noise. The same seed, image and options give the same mesh on a machine."""
@@ -154,7 +159,7 @@ def generate(cfg: GenerateConfig) -> int:
     from model.inference.generator import Generator
     from model.inference.mesh_export import write_mesh
 
-    generator = Generator.load(cfg.checkpoint, device, cfg.generation.resolution)
+    generator = Generator.load(cfg.checkpoint, device, cfg.generation, cfg.image_encoder)
     log.info(
         "image encoder: %s; models for R = %s on %s",
         generator.structure.flow.encoder.label,

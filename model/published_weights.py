@@ -43,6 +43,11 @@ def published_kernel(kernel: Tensor) -> Tensor:
     return kernel.unflatten(0, (3, 3, 3)).permute(2, 1, 0, 3, 4).flatten(0, 2)
 
 
+def flat_positions(x: Tensor) -> Tensor:
+    """Flatten the positions in a block: [m, m, m, C] -> [m^3, C]."""
+    return x.flatten(0, 2)
+
+
 def published_vae_keys(config: VAEConfig) -> KeyMap:
     """Return the key map of a published SS-VAE of this configuration."""
     keys = _Keys()
@@ -148,8 +153,7 @@ def _add_self_attention(keys: _Keys, config: DiTConfig, theirs: str, ours: str) 
     layers = {"proj_q": "query", "proj_k": "key", "proj_v": "value", "proj_o": "out"}
     for their_layer, our_layer in {**layers, "gate.0": "gate"}.items():
         keys.add_tensors(f"{theirs}.{their_layer}", f"{ours}.{our_layer}", "weight")
-    # [m, m, m, channels] -> [m^3, channels]
-    keys[f"{theirs}.intra_block_pe"] = (f"{ours}.key_position", lambda x: x.flatten(0, 2))
+    keys[f"{theirs}.intra_block_pe"] = (f"{ours}.key_position", flat_positions)
     for side in ("key", "value"):
         _add_compression(
             keys, config.compression, f"{theirs}.compression_{side}", f"{ours}.compress_{side}"

@@ -104,12 +104,15 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(UpBlock(a, b) for a, b in itertools.pairwise(config.widths[::-1]))
         self.out = nn.Linear(config.widths[0], 1)
 
-    def forward(self, z_MC: Tensor, level: Level, checkpointing: bool) -> Tensor:
-        """Decode [M, latent_channels] to fp32 [M, 512]."""
+    def forward(self, z_MC: Tensor, level: Level, checkpointing: bool) -> tuple[Tensor, Tensor]:
+        """Decode [M, latent_channels] to fp32 [M, 512].
+
+        Also returns the features of all values before the last SiLU, [M * 512, widths[0]].
+        """
         x_NC = self.transformer(z_MC, level, checkpointing)
         for up, side in zip(self.up, DECODER_SIDES, strict=True):
             x_NC = recompute(checkpointing, self._upsample, up, x_NC, level.neighbors, side)
-        return sdf_head(x_NC, self.out.weight[0], self.out.bias).view(-1, POINTS)
+        return sdf_head(x_NC, self.out.weight[0], self.out.bias).view(-1, POINTS), x_NC
 
     @staticmethod
     def _upsample(up: UpBlock, x_NC: Tensor, neighbors: Tensor, side: int) -> Tensor:
@@ -178,6 +181,26 @@ class SparseVAE(nn.Module):
         Raises:
             ValueError: If `z_MC` has another shape.
         """
+        return self._decode(z_MC, level)[0]
+
+    def decode_with_features(self, z_MC: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """Decode latents, and return the features that a refiner takes.
+
+        Args:
+            z_MC: [M, latent_channels].
+            level: The M cells, at resolution R / 8.
+
+        Returns:
+            The values of `decode`, and the features of all values in the same order,
+            [M * 512, widths[0]].
+
+        Raises:
+            ValueError: If `z_MC` has another shape.
+        """
+        values_MK, hidden_NC = self._decode(z_MC, level)
+        return values_MK, F.silu(hidden_NC)
+
+    def _decode(self, z_MC: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         shape = [len(level), self.config.latent_channels]
         if list(z_MC.shape) != shape:
             raise ValueError(f"z_MC must be {shape}, got {list(z_MC.shape)}")

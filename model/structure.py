@@ -24,15 +24,25 @@ class Structure(nn.Module):
     """The occupancy VAE and the flow model over its latents, as in TRELLIS.
 
     Direct3D-S2 paper (arXiv 2505.17412), section 4, uses TRELLIS for its first stage.
+
+    Args:
+        config: The configuration.
+        vae: A VAE of this configuration. None makes one with random weights.
+        flow: A flow model of this configuration. None makes one with random weights.
     """
 
     Config = StructureConfig
 
-    def __init__(self, config: StructureConfig):
+    def __init__(
+        self,
+        config: StructureConfig,
+        vae: OccupancyVAE | None = None,
+        flow: ConditionedDiT | None = None,
+    ):
         super().__init__()
         self.config = config
-        self.vae = OccupancyVAE(config.occupancy)
-        self.flow = ConditionedDiT(config.flow)
+        self.vae = OccupancyVAE(config.occupancy) if vae is None else vae
+        self.flow = ConditionedDiT(config.flow) if flow is None else flow
 
     @property
     def resolution(self) -> int:

@@ -32,6 +32,11 @@ class ConditionedDiT(nn.Module):
     A trainable encoder is part of the weights. A frozen one is not: it is neither saved nor
     averaged nor copied, and is loaded from where its configuration says.
 
+    Args:
+        config: The configuration.
+        dit: A DiT of this configuration. None makes one with random weights.
+        encoder: An encoder of this configuration. None makes or loads one.
+
     Raises:
         ValueError: If the encoder's weights have other channels than the configuration says.
         UserError: If the encoder's weights are not available.
@@ -39,11 +44,16 @@ class ConditionedDiT(nn.Module):
 
     Config = ConditionedDiTConfig
 
-    def __init__(self, config: ConditionedDiTConfig):
+    def __init__(
+        self,
+        config: ConditionedDiTConfig,
+        dit: SparseDiT | None = None,
+        encoder: ImageEncoder | None = None,
+    ):
         super().__init__()
         self.config = config
-        self.dit = SparseDiT(config.dit)
-        encoder = build_encoder(config.encoder)
+        self.dit = SparseDiT(config.dit) if dit is None else dit
+        encoder = build_encoder(config.encoder) if encoder is None else encoder
         self._frozen = None if encoder.trainable else _Shared(encoder)
         self._learning = encoder if encoder.trainable else None
 

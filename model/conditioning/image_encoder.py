@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.conditioning.image_preprocessing import PreparedImage
-from model.config import DINO_WEIGHTS, PATCH, EncoderConfig
+from model.config import DINO_WEIGHTS, PATCH, EncoderConfig, KeptTokens
 from model.image_tokens import ImageTokens
 from model.layers import init_linears, layer_norm, position_embedding
 from pipeline.core.errors import UserError
@@ -25,7 +25,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the RGB values of
 class ImageBatch:
     """Prepared images of one size, and which tokens of the encoder are kept.
 
-    The kept tokens are the class token, the registers and the patches with foreground.
+    The kept tokens are the class token, the registers, and the patches with foreground or all
+    patches.
 
     Attributes:
         pixels: uint8 [B, 3, size, size].
@@ -42,8 +43,14 @@ class ImageBatch:
     max_tokens: int
 
     @classmethod
-    def collate(cls, images: Sequence[PreparedImage]) -> ImageBatch:
+    def collate(
+        cls, images: Sequence[PreparedImage], kept: KeptTokens = "foreground"
+    ) -> ImageBatch:
         """Make a batch on the CPU.
+
+        Args:
+            images: The images.
+            kept: Whether the patches with foreground are kept, or all of them.
 
         Raises:
             ValueError: If there is no image, or the sizes differ or are no multiple of PATCH.
@@ -57,7 +64,7 @@ class ImageBatch:
         coords, rows = [], []
         for asset, image in enumerate(images):
             has_foreground = image.mask.reshape(side, PATCH, side, PATCH).any(axis=(1, 3))
-            row, column = np.nonzero(has_foreground)
+            row, column = np.nonzero(has_foreground | (kept == "all"))
             first = asset * (SPECIAL + side * side)
             coords.append(np.tile([asset, 0, 0, 1], (SPECIAL, 1)))
             coords.append(np.stack([np.full_like(row, asset), column, row, np.zeros_like(row)], 1))
@@ -320,7 +327,8 @@ def build_encoder(config: EncoderConfig) -> ImageEncoder:
     """
     if config.kind == "stand-in":
         return StandInEncoder(config.channels, config.layers, config.heads, config.image_size)
-    encoder = DinoEncoder.load(config.weights, image_size=config.image_size)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    encoder = DinoEncoder.load(config.weights, image_size=config.image_size, dtype=dtype)
     if encoder.channels != config.channels:
         raise ValueError(
             f"channels must be {encoder.channels} for {config.weights}, got {config.channels}"

@@ -13,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.config import Augmentation
+from model.config import Augmentation, Preparation
 
 # White pixels on every side of the foreground, before the resize to the encoder's size.
 # Direct3D-S2 paper (arXiv 2505.17412), section 4.
 PADDING = 16
 # Smallest alpha of the foreground. Background removal leaves a haze of smaller values.
 OPAQUE = 13
+# Smallest share of an image that the published pipeline crops to.
+PUBLISHED_MIN_SHARE = 1e-3
 MAX_SIDE = 8192
 MAX_PIXELS = MAX_SIDE**2  # which take 268 MB as RGBA
 MIN_FOREGROUND = 8  # pixels along the longer side of the foreground
@@ -121,11 +123,15 @@ def prepare_image(
     augmentation: Augmentation | None = None,
     rng: np.random.Generator | None = None,
     whole_if_opaque: bool = False,
+    preparation: Preparation = "one_resize",
 ) -> PreparedImage:
     """Crop an image to its foreground, centre it in a square, pad it and resize it, all on white.
 
     The foreground is where alpha is at least OPAQUE. Without augmentation its longer side takes
     size * size / (size + 2 * PADDING) pixels of the result.
+
+    The published Direct3D-S2 pipeline takes every pixel with alpha above 0 as foreground, cuts the
+    colours off to 8 bits before it resizes, and resizes twice. Its weights were trained so.
 
     Args:
         image: RGBA, as an image or uint8 [h, w, 4], with colour not premultiplied by alpha.
@@ -133,6 +139,7 @@ def prepare_image(
         augmentation: Random changes for training.
         rng: Source of the random numbers of the augmentation, given with it only.
         whole_if_opaque: Take all of an image without transparent pixels as foreground.
+        preparation: "one_resize", or "published" without augmentation.
 
     Raises:
         ValueError: If the image is not RGBA, has no foreground or one below MIN_FOREGROUND pixels,
@@ -151,12 +158,44 @@ def prepare_image(
         raise ValueError(f"image must be RGBA uint8 [h, w, 4], got mode {image.mode!r}")
     _check_size("image", *image.size)
     foreground = _crop_to_foreground(image, whole_if_opaque)
+    if preparation == "published":
+        if augmentation is not None:
+            raise ValueError('augmentation needs preparation "one_resize", got "published"')
+        return _prepared_as_published(image, size)
     square = _SquareImage.around(foreground)
     padding = PADDING
     if augmentation is not None and rng is not None:
         square, padding = _augmented(square, augmentation, rng)
     rgb, alpha = square.resized(size, padding)
     return PreparedImage(np.asarray(rgb), np.asarray(alpha) >= OPAQUE)
+
+
+def _prepared_as_published(image: Image.Image, size: int) -> PreparedImage:
+    """Prepare an image as the published Direct3D-S2 pipeline does."""
+    pixels = np.asarray(image)
+    mask = pixels[..., 3] > 0
+    if mask.mean() >= PUBLISHED_MIN_SHARE:
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        pixels, mask = pixels[box], mask[box]
+    # Composited on white and cut off, not rounded.
+    alpha = pixels[..., 3:].astype(np.float32) / 255
+    rgb = np.uint8(255 * (pixels[..., :3].astype(np.float32) / 255 * alpha + (1 - alpha)))
+    height, width = mask.shape
+    side = max(height, width)
+    corner = ((side - width) // 2, (side - height) // 2)
+    results = []
+    for layer, fill, resampling in (
+        (Image.fromarray(rgb), WHITE, Image.Resampling.BILINEAR),
+        (Image.fromarray(np.uint8(255 * mask)), 0, Image.Resampling.NEAREST),
+    ):
+        square = Image.new(layer.mode, (side, side), fill)
+        square.paste(layer, corner)
+        wide = size + 2 * PADDING
+        padded = Image.new(layer.mode, (wide, wide), fill)
+        padded.paste(square.resize((size, size), resampling), (PADDING, PADDING))
+        results.append(np.asarray(padded.resize((size, size), resampling)))
+    return PreparedImage(results[0], results[1] > 0)
 
 
 def _crop_to_foreground(image: Image.Image, whole_if_opaque: bool) -> Image.Image:

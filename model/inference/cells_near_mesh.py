@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from pipeline.core.grid import CELL_SIDE, band, check_resolution, spacing
 
+NORMALIZED_SIDE = 0.95  # longest side of a normalised mesh
+
 
 @njit(cache=True)
 def _squared_distance(p, a, b, c):
@@ -97,8 +99,30 @@ def _any_point_within(low, high, i, j, k, a, b, c, limit, p):
     return False
 
 
+def normalized(vertices: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return vertices with the middle of their box at 0 and its longest side 0.95.
+
+    Args:
+        vertices: [V, 3].
+
+    Raises:
+        ValueError: If the box is empty or a vertex is not finite.
+    """
+    points = np.asarray(vertices, np.float64)
+    if not len(points) or not np.isfinite(points).all():
+        raise ValueError("vertices must be finite and at least one")
+    low, high = points.min(0), points.max(0)
+    longest = (high - low).max()
+    if longest == 0:
+        raise ValueError("vertices must not be all at one place")
+    return (points - (low + high) / 2) * (NORMALIZED_SIDE / longest)
+
+
 def cells_near(
-    vertices: NDArray[np.floating], faces: NDArray[np.integer], resolution: int
+    vertices: NDArray[np.floating],
+    faces: NDArray[np.integer],
+    resolution: int,
+    reach: float | None = None,
 ) -> NDArray[np.int16]:
     """Return the cells that hold a grid point in the narrow band of a mesh.
 
@@ -108,7 +132,9 @@ def cells_near(
     Args:
         vertices: [V, 3] in the cube [-0.5, 0.5]^3.
         faces: [F, 3].
-        resolution: Resolution R of the grid. The band's width is `pipeline.core.grid.band(R)`.
+        resolution: Resolution R of the grid.
+        reach: Grid points closer than this to the mesh count, in units of the cube's side. None
+            takes the width of the narrow band, `pipeline.core.grid.band(R)`.
 
     Returns:
         int16 [M, 3], the indices of the cells, sorted by x, y, z.
@@ -125,7 +151,7 @@ def cells_near(
     _mark(
         np.ascontiguousarray(steps),
         np.ascontiguousarray(faces, np.int64),
-        band(resolution) / step,
+        (band(resolution) if reach is None else reach) / step,
         near,
     )
     return np.argwhere(near).astype(np.int16)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,26 +13,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor, nn
 
 from kernels import token_order
-from model.checkpoint import CheckpointError, build_config, load_model, read_config
+from model.checkpoint import CheckpointError
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import ImageBatch
 from model.conditioning.image_preprocessing import prepare_image
-from model.config import GenerationOptions, Guidance, RecommendedSampling
+from model.config import GenerationOptions, Guidance, Precision, RecommendedSampling, Refine
 from model.image_tokens import ImageTokens
-from model.inference.cells_near_mesh import cells_near
+from model.inference.cells_near_mesh import cells_near, normalized
+from model.inference.checkpoint_source import find_checkpoint
 from model.inference.extract_mesh import extract_meshes
 from model.inference.mesh_cleaning import CleanedMesh, clean_mesh, count_open_edges, simplify
+from model.inference.published_checkpoint import is_published, read_published
+from model.inference.refine_volume import (
+    crossed_bricks,
+    outside_of,
+    refined_volume,
+    signed_bricks,
+)
+from model.inference.stages import STRUCTURE, Stages, check_refiners, read_export
+from model.refiner import VolumeRefiner
+from model.sparse_dit import SparseDiT
 from model.sparse_tensor import Level
-from model.sparse_vae import SparseVAE
-from model.structure import Structure
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import CELL_SIDE
+from pipeline.core.primitives.marching_cubes import MeshArrays
 
 EncodeImage = Callable[[ConditionedDiT], ImageTokens]  # the image's tokens for a DiT
 Progress = Callable[[str, Iterable[int]], Iterable[int]]  # (stage, steps) -> the same steps
-STRUCTURE = "structure"  # name of the first stage; the others are named by their resolution
 
 
 def no_progress(_stage: str, steps: Iterable[int]) -> Iterable[int]:
@@ -79,95 +88,72 @@ class Generator:
     """The trained stages on one device.
 
     Args:
-        vae: Decoder of the latents of all resolutions.
-        structure: The structure stage.
-        dits: The DiT of each resolution. Those below the structure stage's resolution are ignored.
+        stages: The stages. DiTs below the structure stage's resolution are ignored.
         device: Where all stages are moved.
-        recommended: Sampling options that each stage's export recommends, by name of the stage.
+        precision: Precision of products. "auto" is bf16 on a GPU and fp32 on the CPU. On a GPU the
+            weights of products are stored in this precision, which halves their memory.
 
     Raises:
         ValueError: If the stages do not fit each other.
     """
 
-    def __init__(
-        self,
-        vae: SparseVAE,
-        structure: Structure,
-        dits: dict[int, ConditionedDiT],
-        device: torch.device,
-        recommended: Mapping[str, RecommendedSampling] | None = None,
-    ):
-        first = structure.resolution
-        channels = vae.config.latent_channels
-        if first not in dits:
-            raise ValueError(
-                f"dits must have one for R = {first}, the resolution of the structure stage's "
-                f"cells, got {sorted(dits)}"
-            )
-        for resolution, dit in dits.items():
-            found = dit.config.dit.latent_channels
-            if found != channels:
-                raise ValueError(
-                    f"dits[{resolution}] must have the VAE's {channels} latent channels, "
-                    f"got {found}"
-                )
-        self.vae = vae.to(device).eval()
-        self.structure = structure.to(device).eval()
+    def __init__(self, stages: Stages, device: torch.device, precision: Precision = "auto"):
+        stages.check()
+        first = stages.structure.resolution
+        self.stages = stages
+        self.structure = stages.structure.to(device).eval()
         self.dits = {
-            resolution: dits[resolution].to(device).eval()
-            for resolution in sorted(dits)
+            resolution: stages.dits[resolution].to(device).eval()
+            for resolution in sorted(stages.dits)
             if resolution >= first
         }
+        self.vaes = {size: stages.vaes[size].to(device).eval() for size in self.dits}
+        self.refiners = {
+            size: refiner.to(device).eval()
+            for size, refiner in stages.refiners.items()
+            if size in self.dits
+        }
         self.device = device
-        self.recommended = dict(recommended or {})
+        self.dtype = compute_dtype(precision, device)
+        if device.type == "cuda" and self.dtype != torch.float32:
+            for model in (self.structure, *self.dits.values(), *self.refiners.values()):
+                store_weights(model, self.dtype)
 
     @classmethod
     def load(
-        cls, path: Path, device: torch.device | str = "cpu", resolution: int | None = None
+        cls,
+        path: Path | str,
+        device: torch.device | str = "cpu",
+        options: GenerationOptions | None = None,
+        image_encoder: str | None = None,
     ) -> Generator:
-        """Load the stages that `python -m train.export` wrote.
+        """Load the stages of an export, or of the published Direct3D-S2 folder.
 
         Args:
-            path: Directory of the export.
+            path: What `python -m train.export` wrote, the published folder, or a name such as
+                "hf://OWNER/NAME/SUBFOLDER" on the Hugging Face hub.
             device: Where the stages are moved.
-            resolution: Resolution of the meshes. DiTs of finer resolutions are not loaded. None
-                loads all of them.
+            options: Which resolutions and refiners are loaded, and the precision. None takes the
+                defaults.
+            image_encoder: Folder or name on the hub of DINOv2's weights. None takes the one that
+                the checkpoint names.
 
         Raises:
             UserError: If stages are missing, incomplete or damaged.
         """
-        folders = {
-            int(folder.name[4:]): folder
-            for folder in path.glob("dit_*")
-            if re.fullmatch(r"dit_\d+", folder.name)
-        }
-        missing = [name for name in ("vae", STRUCTURE) if not (path / name).is_dir()]
-        missing += [] if folders else ["dit_<resolution>"]
-        if missing:
-            raise UserError(
-                f"{path} lacks {', '.join(missing)}: train the stages and collect them with "
-                "python -m train.export, or see `make demo`"
-            )
-        if resolution is not None and resolution not in folders:
-            raise UserError(
-                f"{path} has models for R = {_join_numbers(folders)}, none for {resolution}"
-            )
-        wanted = {
-            size: folder
-            for size, folder in folders.items()
-            if resolution is None or size <= resolution
-        }
-        vae = load_model(path / "vae", SparseVAE)
-        structure = load_model(path / STRUCTURE, Structure)
-        dits = {size: load_model(folder, ConditionedDiT) for size, folder in wanted.items()}
-        for dit in dits.values():
-            dit.share_encoder(structure.flow)
-        recommended = {STRUCTURE: read_recommended(path / STRUCTURE)}
-        recommended |= {str(size): read_recommended(folder) for size, folder in wanted.items()}
+        options = options or GenerationOptions()
+        folder = find_checkpoint(path, options.refine)
+        arguments = folder, options.resolution, options.refine
         try:
-            return cls(vae, structure, dits, torch.device(device), recommended)
+            if is_published(folder):
+                stages = read_published(*arguments, image_encoder=image_encoder)
+            else:
+                stages = read_export(*arguments, image_encoder=image_encoder)
+            return cls(stages, torch.device(device), options.precision)
+        except CheckpointError:
+            raise
         except ValueError as error:
-            raise UserError(f"{path} holds stages that do not fit: {error}") from error
+            raise UserError(f"{folder} holds stages that do not fit: {error}") from error
 
     @property
     def resolutions(self) -> list[int]:
@@ -217,8 +203,15 @@ class Generator:
             raise ValueError(f"resolution must be one of {_join_numbers(self.dits)}, got {last}")
 
         def encode(dit: ConditionedDiT) -> ImageTokens:
-            prepared = prepare_image(image, dit.encoder.image_size, whole_if_opaque=whole_if_opaque)
-            return dit.encode_images(ImageBatch.collate([prepared]).to(self.device))
+            config = dit.config
+            prepared = prepare_image(
+                image,
+                dit.encoder.image_size,
+                whole_if_opaque=whole_if_opaque,
+                preparation=config.encoder.preparation,
+            )
+            batch = ImageBatch.collate([prepared], config.image_tokens)
+            return dit.encode_images(batch.to(self.device))
 
         started = self._now()
         level = self.generate_cells(encode, seed, options, progress)
@@ -227,8 +220,9 @@ class Generator:
         for number, resolution in enumerate(size for size in self.resolutions if size <= last):
             started = self._now()
             if cleaned is not None:
-                level = level_near_mesh(cleaned, resolution, self.device)
-            cleaned = self.refine(level, encode, seed, options, progress, stage=number + 1)
+                normalize = self.stages.meshing_of(resolution).normalize
+                level = level_near_mesh(cleaned, resolution, self.device, normalize=normalize)
+            cleaned = self.generate_mesh(level, encode, seed, options, progress, stage=number + 1)
             seconds = self._now() - started
             reports.append(StageReport(name=str(resolution), seconds=seconds, tokens=len(level)))
         assert cleaned is not None
@@ -274,7 +268,7 @@ class Generator:
             )
 
     @torch.no_grad()
-    def refine(
+    def generate_mesh(
         self,
         level: Level,
         encode: EncodeImage,
@@ -321,8 +315,7 @@ class Generator:
                 method=options.method,
                 progress=lambda numbers: progress(name, numbers),
             )
-            values_MK = self.vae.decode(z_MC, level)
-        ((vertices, faces),) = extract_meshes(level, values_MK)
+            vertices, faces = self._surface(z_MC, level, options)
         if not len(faces):
             raise RunError(
                 f"the stage at R = {resolution} has no surface; try another --seed, or train longer"
@@ -330,7 +323,39 @@ class Generator:
         return clean_mesh(vertices, faces, options.min_piece)
 
     def _sampling(self, stage: int, name: str, options: GenerationOptions) -> tuple[int, float]:
-        return options.sampling(stage, self.recommended.get(name, RecommendedSampling()))
+        return options.sampling(stage, self.stages.recommended.get(name, RecommendedSampling()))
+
+    def _surface(self, z_MC: Tensor, level: Level, options: GenerationOptions) -> MeshArrays:
+        """Decode latents and extract the surface, after the refiner of the resolution."""
+        resolution = CELL_SIDE * level.resolution
+        vae, iso_value = self.vaes[resolution], self.stages.meshing_of(resolution).iso_value
+        refiner = self._refiner(resolution, options.refine)
+        if refiner is None:
+            values_MK = vae.decode(z_MC, level)
+        elif refiner.config.output == "sdf":
+            values_MK, features_NF = vae.decode_with_features(z_MC, level)
+            volume = refined_volume(refiner, level, values_MK, features_NF)
+            iso_value = refiner.config.iso_value
+            level, values_MK = crossed_bricks(volume, iso_value)
+        else:
+            values_MK = vae.decode(z_MC, level)
+            outside = outside_of(refiner, level, values_MK)
+            iso_value = refiner.config.iso_value
+            level, values_MK = signed_bricks(level, values_MK, outside)
+        ((vertices, faces),) = extract_meshes(level, values_MK, iso_value)
+        return vertices, faces
+
+    def _refiner(self, resolution: int, refine: Refine | None) -> VolumeRefiner | None:
+        """Return the refiner that is used at a resolution.
+
+        Raises:
+            UserError: If there is none and one is asked for.
+        """
+        check_refiners("the generator", self.refiners, self.dits, refine)
+        refiner = self.refiners.get(resolution)
+        if refiner is None or refine == "none":
+            return None
+        return refiner if refiner.config.output == "sdf" or refine == "all" else None
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -339,26 +364,43 @@ class Generator:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        """Compute products in bf16 on a GPU and in fp32 on the CPU."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        """Compute products in the generator's precision."""
+        enabled = self.dtype != torch.float32
+        dtype = self.dtype if enabled else torch.bfloat16
+        with torch.autocast(self.device.type, dtype, enabled=enabled):
             yield
 
 
-def read_recommended(path: Path) -> RecommendedSampling:
-    """Return the sampling options that an exported stage recommends, which may be none.
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype of products on a device."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
-    Raises:
-        CheckpointError: If its config.json is not readable or the options are not valid.
+
+def store_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store the weights of products in another precision, which changes no result under autocast.
+
+    The first and the last layer of a DiT compute in fp32 and keep their weights, as does the image
+    encoder, which is no submodule.
     """
-    recommended = read_config(path).get("recommended", {})
-    if not isinstance(recommended, dict):
-        raise CheckpointError(f"{path}: recommended must be an object, got {recommended!r}")
-    values = {**asdict(RecommendedSampling()), **recommended}
-    return build_config(RecommendedSampling, values, f"{path}: recommended")
+    kept = {
+        layer
+        for part in model.modules()
+        if isinstance(part, SparseDiT)
+        for layer in (part.input, part.out)
+    }
+    for part in model.modules():
+        if isinstance(part, (nn.Linear, nn.Conv3d, nn.ConvTranspose3d)) and part not in kept:
+            part.to(dtype)
 
 
 def level_near_mesh(
-    mesh: CleanedMesh, resolution: int, device: torch.device | str = "cpu"
+    mesh: CleanedMesh,
+    resolution: int,
+    device: torch.device | str = "cpu",
+    *,
+    normalize: bool = False,
 ) -> Level:
     """Return the cells near the mesh of one asset, which are the tokens of the next stage.
 
@@ -366,8 +408,10 @@ def level_near_mesh(
         mesh: The mesh of the stage before.
         resolution: Resolution R of the next stage.
         device: Where the cells are put.
+        normalize: Centre and scale the mesh first, as `normalized` does.
     """
-    xyz = torch.from_numpy(cells_near(mesh.vertices, mesh.faces, resolution).astype(np.int32))
+    vertices = normalized(mesh.vertices) if normalize else mesh.vertices
+    xyz = torch.from_numpy(cells_near(vertices, mesh.faces, resolution).astype(np.int32))
     coords = torch.cat([torch.zeros(len(xyz), 1, dtype=torch.int32), xyz], 1)
     return Level.from_coords(coords[token_order(coords)].to(device), resolution // CELL_SIDE, 1)
 

@@ -21,7 +21,7 @@ from model.sparse_vae import SparseVAE
 from model.structure import occupied_level
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import band, spacing
-from tests.model.tiny_models import FAST, VAE, disc_image, random_stages
+from tests.model.tiny_models import FAST, VAE, disc_image, random_stages, stages_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,7 +63,7 @@ def test_each_stage_gets_the_cells_of_the_stage_before(monkeypatch):
     grid[0, *torch.from_numpy(first.astype(np.int64)).T] = True
     monkeypatch.setattr(structure, "generate", lambda *_, **__: occupied_level(grid))
     monkeypatch.setattr(vae, "decode", lambda _z, level: sphere_values(level))
-    generator = Generator(vae, structure, dits, torch.device("cpu"))
+    generator = Generator(stages_of(vae, structure, dits), torch.device("cpu"))
     made = generator.generate(disc_image(), 0, FAST)
     assert [stage.name for stage in made.stages] == ["structure", "64", "128"]
     assert [stage.tokens for stage in made.stages[:2]] == [len(first)] * 2
@@ -167,7 +167,7 @@ def test_inputs_are_checked_before_models_are_loaded(picture, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "fast_simplification", None)
     with pytest.raises(UserError, match="pip install fast-simplification"):
         generate(replace(cfg, out=tmp_path / "a.glb", generation=replace(FAST, faces=500)))
-    with pytest.raises(UserError, match="nowhere lacks"):
+    with pytest.raises(UserError, match="nowhere is not a directory; name an export"):
         generate(replace(cfg, out=tmp_path / "a.glb"))
 
 
@@ -290,18 +290,18 @@ def test_errors_name_missing_stages(checkpoint, tmp_path):
     ):
         Generator.load(tmp_path)
     with pytest.raises(UserError, match="has models for R = 64, 128, none for 512"):
-        Generator.load(checkpoint, resolution=512)
-    assert Generator.load(checkpoint, resolution=64).resolutions == [64]
+        Generator.load(checkpoint, options=replace(FAST, resolution=512))
+    assert Generator.load(checkpoint, options=replace(FAST, resolution=64)).resolutions == [64]
     vae, structure, dits = random_stages()
     with pytest.raises(
         ValueError, match=r"one for R = 64, .* structure stage's cells, got \[128\]"
     ):
-        Generator(vae, structure, {128: dits[128]}, torch.device("cpu"))
+        Generator(stages_of(vae, structure, {128: dits[128]}), torch.device("cpu"))
     other = SparseVAE(replace(VAE, latent_channels=8))
     with pytest.raises(
         ValueError, match=r"dits\[64\] must have the VAE's 8 latent channels, got 4"
     ):
-        Generator(other, structure, dits, torch.device("cpu"))
+        Generator(stages_of(other, structure, dits), torch.device("cpu"))
 
 
 def test_empty_and_oversized_stages_are_errors(checkpoint, monkeypatch):
@@ -310,7 +310,7 @@ def test_empty_and_oversized_stages_are_errors(checkpoint, monkeypatch):
         generator.generate(disc_image(), 0, replace(FAST, max_tokens=3))
     with pytest.raises(ValueError, match="resolution must be one of 64, 128, got 256"):
         generator.generate(disc_image(), 0, replace(FAST, resolution=256))
-    monkeypatch.setattr(generator.vae, "decode", lambda _z, level: torch.ones(len(level), 512))
+    monkeypatch.setattr(generator.vaes[64], "decode", lambda _z, level: torch.ones(len(level), 512))
     with pytest.raises(RunError, match="R = 64 has no surface"):
         generator.generate(disc_image(), 0, FAST)
     nothing = torch.zeros(1, 8, 8, 8, dtype=torch.bool)

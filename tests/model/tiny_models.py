@@ -18,6 +18,7 @@ from model.config import (
     StructureConfig,
     VAEConfig,
 )
+from model.inference.stages import Stages
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
 
@@ -61,6 +62,11 @@ def random_stages(resolutions=(64, 128)):
     config = ConditionedDiTConfig(dit=DIT, encoder=ENCODER)
     dits = {size: randomize(ConditionedDiT(config), size, scale=0.2) for size in resolutions}
     return vae, randomize(structure, 2, scale=0.2), dits
+
+
+def stages_of(vae, structure, dits):
+    """Return stages with one VAE for all resolutions."""
+    return Stages(structure=structure, dits=dits, vaes=dict.fromkeys(dits, vae))
 
 
 def disc_image(size=64, mode="RGBA"):

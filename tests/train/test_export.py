@@ -3,17 +3,18 @@
 import json
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from model.config import GenerationOptions
 from model.inference.generator import Generator
+from model.sparse_vae import SparseVAE
 from pipeline.core.errors import UserError
 from pipeline.core.provenance import FORMAT_VERSION
-from tests.model.tiny_models import FAST, disc_image, random_stages
+from tests.model.tiny_models import FAST, disc_image, random_stages, randomize, stages_of
 from train.data.latents import vae_hash
 from train.export import main
 from train.stages.config import ExportConfig
@@ -43,7 +44,7 @@ def trained(tmp_path):
     vae, structure, dits = random_stages()
     code = vae_hash(vae)
     paths = {
-        "vae": checkpoint(tmp_path / "vae", vae),
+        "vae": (checkpoint(tmp_path / "vae", vae),),
         "structure": checkpoint(tmp_path / "structure", structure),
         "dit": tuple(
             checkpoint(tmp_path / str(r), dit, resolution=r, vae=code) for r, dit in dits.items()
@@ -54,18 +55,49 @@ def trained(tmp_path):
 
 def test_exported_stages_generate_the_mesh_of_the_trained_ones(trained):
     cfg, models = trained
-    assert [path.name for path in export(cfg)] == ["vae", "structure", "dit_64", "dit_128"]
+    names = ["vae_64", "vae_128", "structure", "dit_64", "dit_128"]
+    assert [path.name for path in export(cfg)] == names
     made = Generator.load(cfg.out).generate(disc_image(), 3, FAST)
-    same = Generator(*models, torch.device("cpu")).generate(disc_image(), 3, FAST)
+    same = Generator(stages_of(*models), torch.device("cpu")).generate(disc_image(), 3, FAST)
     assert (made.vertices == same.vertices).all()
     assert (made.faces == same.faces).all()
     files = sorted(
         path.relative_to(cfg.out).as_posix() for path in cfg.out.rglob("*") if path.is_file()
     )
-    names = ("dit_128", "dit_64", "structure", "vae")
     assert files == [
-        f"{name}/{file}" for name in names for file in ("config.json", "model.safetensors")
+        f"{name}/{file}" for name in sorted(names) for file in ("config.json", "model.safetensors")
     ]
+
+
+def test_two_vaes_are_exported_each_for_its_dit(trained, tmp_path):
+    cfg, (vae, structure, dits) = trained
+    fine = randomize(SparseVAE(vae.config), 5, scale=0.2)
+    paths = checkpoint(tmp_path / "fine", fine, bricks={"resolutions": [128]}), *cfg.vae
+    of_fine = checkpoint(tmp_path / "of-fine", dits[128], resolution=128, vae=vae_hash(fine))
+    export(replace(cfg, vae=paths, dit=(cfg.dit[0], of_fine)))
+    made = Generator.load(cfg.out).generate(disc_image(), 3, FAST)
+    stages = replace(stages_of(vae, structure, dits), vaes={64: vae, 128: fine})
+    same = Generator(stages, torch.device("cpu")).generate(disc_image(), 3, FAST)
+    assert np.array_equal(made.vertices, same.vertices)
+    one = Generator(stages_of(vae, structure, dits), torch.device("cpu"))
+    assert not np.array_equal(one.generate(disc_image(), 3, FAST).vertices, made.vertices)
+    # The export with one VAE for all resolutions is still read.
+    shutil.rmtree(cfg.out / "vae_64")
+    (cfg.out / "vae_128").rename(cfg.out / "vae")
+    loaded = Generator.load(cfg.out).vaes
+    assert loaded[64] is loaded[128]
+    (cfg.out / "vae").rename(cfg.out / "vae_128")
+    with pytest.raises(UserError, match=r"lacks vae_64"):
+        Generator.load(cfg.out)
+
+
+def test_a_vae_without_a_dit_is_exported_for_the_resolutions_of_its_training(trained, tmp_path):
+    cfg, (vae, _, _) = trained
+    path = checkpoint(tmp_path / "alone", vae, bricks={"resolutions": [32, 64]})
+    alone = replace(cfg, vae=(path,), structure=None, dit=())
+    assert [folder.name for folder in export(alone)] == ["vae_32", "vae_64"]
+    with pytest.raises(UserError, match="does not say at which resolutions it was trained"):
+        export(replace(alone, vae=cfg.vae))
 
 
 def test_an_export_remembers_the_sampling_it_recommends(trained):
@@ -81,7 +113,7 @@ def test_an_export_remembers_the_sampling_it_recommends(trained):
     made, expected = (generator.generate(disc_image(), 3, options) for options in (fast, same))
     assert (made.vertices == expected.vertices).all()
     # One stage may be exported again with other numbers. The others keep theirs.
-    export(replace(cfg, vae=None, structure=None, steps=(9, 5)))
+    export(replace(cfg, vae=(), structure=None, steps=(9, 5)))
     again = Generator.load(cfg.out).describe_sampling(fast)
     assert (again["steps"], again["guidance"]) == ([3, 5, 5], [2.0, 7.0, 7.0])
 
@@ -107,39 +139,38 @@ def test_a_recommendation_out_of_range_is_refused(trained):
         Generator.load(cfg.out)
 
 
-def test_a_directory_never_holds_stages_of_different_vaes(trained, tmp_path):
+def test_a_directory_never_holds_a_dit_with_another_vae(trained, tmp_path):
     cfg, (vae, _, dits) = trained
     export(cfg)
     before = {path: path.read_bytes() for path in cfg.out.rglob("*") if path.is_file()}
     with torch.no_grad():
         next(vae.parameters()).add_(1.0)
-    other = checkpoint(tmp_path / "other", vae)
+    other = checkpoint(tmp_path / "other", vae, bricks={"resolutions": [128]})
     of_other = checkpoint(tmp_path / "of-other", dits[64], resolution=64, vae=vae_hash(vae))
     with pytest.raises(
         UserError,
         match=r"dit_128 stays, and was trained on latents of VAE .* replace it with --dit",
     ):
-        export(ExportConfig(vae=other, structure=None, dit=(of_other,), out=cfg.out))
+        export(ExportConfig(vae=(other,), structure=None, dit=(), out=cfg.out))
     with pytest.raises(
         UserError,
-        match=r"of-other was trained on latents of VAE .*export/vae is .*; export the VAE",
+        match=r"of-other was trained on latents of VAE .*export/vae_64 is .*; export the VAE",
     ):
-        export(ExportConfig(vae=None, structure=None, dit=(of_other,), out=cfg.out))
+        export(ExportConfig(vae=(), structure=None, dit=(of_other,), out=cfg.out))
     assert before == {path: path.read_bytes() for path in cfg.out.rglob("*") if path.is_file()}
-    shutil.rmtree(cfg.out / "dit_128")
-    export(ExportConfig(vae=other, structure=None, dit=(of_other,), out=cfg.out))
-    assert Generator.load(cfg.out).resolutions == [64]
+    kept = cfg.out / "vae_128" / "model.safetensors"
+    export(ExportConfig(vae=(other,), structure=None, dit=(of_other,), out=cfg.out))
+    assert kept.read_bytes() == before[kept]
+    assert vae_hash(Generator.load(cfg.out).vaes[64]) == vae_hash(vae)
 
 
 def test_a_damaged_stage_can_be_replaced(trained):
     cfg, _ = trained
     export(cfg)
-    for name in ("vae", "dit_64"):
+    for name in ("vae_64", "dit_64"):
         (cfg.out / name / "config.json").write_text("[]")
-    with pytest.raises(
-        UserError, match=r"dit_64.config\.json cannot be read: .*; choose another --out"
-    ):
-        export(ExportConfig(vae=None, structure=cfg.structure, dit=(), out=cfg.out))
+    with pytest.raises(UserError, match=r"dit_64 is not a checkpoint: .*; choose another --out"):
+        export(ExportConfig(vae=(), structure=cfg.structure, dit=(), out=cfg.out))
     export(cfg)
     assert Generator.load(cfg.out).resolutions == [64, 128]
 
@@ -147,12 +178,12 @@ def test_a_damaged_stage_can_be_replaced(trained):
 def test_stages_can_be_replaced_one_by_one(trained):
     cfg, (_, structure, _) = trained
     export(cfg)
-    before = (cfg.out / "vae" / "model.safetensors").read_bytes()
+    before = (cfg.out / "vae_64" / "model.safetensors").read_bytes()
     with torch.no_grad():
         next(structure.parameters()).add_(1.0)
     again = checkpoint(cfg.out.parent / "later", structure)
-    export(ExportConfig(vae=None, structure=again, dit=(), out=cfg.out))
-    assert (cfg.out / "vae" / "model.safetensors").read_bytes() == before
+    export(ExportConfig(vae=(), structure=again, dit=(), out=cfg.out))
+    assert (cfg.out / "vae_64" / "model.safetensors").read_bytes() == before
     loaded = Generator.load(cfg.out).structure
     torch.testing.assert_close(next(loaded.parameters()), next(structure.parameters()))
 
@@ -170,8 +201,8 @@ def test_a_dit_of_another_vae_is_refused(trained, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vae": Path("nowhere")}, "nowhere does not exist: train the stage first"),
-        ({"vae": "structure"}, "structure must be a checkpoint of a SparseVAE, got Structure"),
+        ({"vae": ("nowhere",)}, "nowhere does not exist: train the stage first"),
+        ({"vae": ("structure",)}, "structure must be a checkpoint of a SparseVAE, got Structure"),
         ({"dit": ("64", "64")}, "are both of R = 64"),
         ({"dit": ("structure",)}, "must be a checkpoint of a ConditionedDiT, got Structure"),
     ],
@@ -191,11 +222,11 @@ def test_a_checkpoint_without_a_resolution_or_of_another_layout_is_refused(train
     cfg, (_, _, dits) = trained
     silent = checkpoint(tmp_path / "silent", dits[64])
     with pytest.raises(UserError, match="does not say at which resolution"):
-        export(ExportConfig(vae=None, structure=None, dit=(silent,), out=cfg.out))
+        export(ExportConfig(vae=(), structure=None, dit=(silent,), out=cfg.out))
     described = json.loads((silent / "config.json").read_text())
     del described["config"]["encoder"]
     (silent / "config.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match=r"unknown: \[\], missing: \['encoder'\]"):
-        export(ExportConfig(vae=None, structure=None, dit=(silent,), out=cfg.out))
+        export(ExportConfig(vae=(), structure=None, dit=(silent,), out=cfg.out))
     with pytest.raises(UserError, match="must name a checkpoint, got none"):
-        main(["--vae", "None", "--structure", "None", "--dit"])
+        main(["--vae", "--structure", "None", "--dit"])

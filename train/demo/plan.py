@@ -85,7 +85,8 @@ def plan_demo(cfg: DemoConfig, size: DemoSize) -> DemoPlan:
     evaluate_vae = evaluate(
         "vae",
         "reconstruction",
-        *("--checkpoint", export / "vae", "--resolutions", size.resolution, "--pictures", "6"),
+        *("--checkpoint", export / f"vae_{size.resolution}", "--resolutions", size.resolution),
+        *("--pictures", "6"),
         name="evaluate vae",
     )
     evaluate_unseen = evaluate(

@@ -123,7 +123,7 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     chosen = spread_evenly(in_split, cfg.limit or len(in_split))
     references.load_candidates(chosen)
     device = choose_device(cfg.device)
-    generator = Generator.load(cfg.checkpoint, device, cfg.options.resolution)
+    generator = Generator.load(cfg.checkpoint, device, cfg.options)
     out = cfg.out or cfg.checkpoint / "evaluation"
     meshes = out / "meshes"
     meshes.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import RecommendedSampling
+from model.config import ConditionedDiTConfig, RecommendedSampling
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import CameraSet
@@ -29,6 +29,20 @@ SMALL_OPTIONS: dict[str, Any] = {
 def every(steps: int) -> dict[str, int]:
     """Return loop options that save and validate every so many steps, and draw at the end only."""
     return {"checkpoint_every": steps, "validate_every": steps, "sample_every": 1_000_000}
+
+
+def check_trainable(model: ConditionedDiTConfig) -> None:
+    """Check that training can prepare the images of a model.
+
+    Raises:
+        ValueError: If the images would have to be prepared as the published pipeline does it, which
+            is not augmented.
+    """
+    if model.encoder.preparation != "one_resize":
+        raise ValueError(
+            'training augments images, which needs encoder.preparation "one_resize", '
+            f"got {model.encoder.preparation!r}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +94,12 @@ class ExportConfig:
     Stages that were exported to it before are replaced.
     """
 
-    vae: Path | None = Path("runs/vae-tiny/latest")
-    """Checkpoint of `python -m train.vae`. None exports no VAE."""
+    official: Path | None = None
+    """Directory of the published Direct3D-S2 weights. They are converted, and --vae, --structure
+    and --dit are not read."""
+    vae: tuple[Path, ...] = (Path("runs/vae-tiny/latest"),)
+    """Checkpoints of `python -m train.vae`, each of which is exported for the resolutions of the
+    DiTs that were trained on its latents. Naming none leaves them out."""
     structure: Path | None = Path("runs/structure-tiny/flow/latest")
     """Checkpoint of `python -m train.structure`. None exports no structure stage."""
     dit: tuple[Path, ...] = (Path("runs/dit-tiny/latest"),)
@@ -97,7 +115,7 @@ class ExportConfig:
     recommends none."""
 
     def __post_init__(self) -> None:
-        if self.vae is None and self.structure is None and not self.dit:
+        if self.official is None and not self.vae and self.structure is None and not self.dit:
             raise ValueError("vae, structure or dit must name a checkpoint, got none")
         # Constructing it checks the numbers.
         for steps in self.steps or (None,):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from torch import nn
 
 from model.checkpoint import load_model, read_config, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.inference.published_checkpoint import read_published
+from model.inference.stages import STRUCTURE, exported_resolutions, write_stages
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
 from pipeline.core.errors import UserError
@@ -26,47 +27,69 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedStage:
-    """A stage to export. `vae` is the hash of the VAE that it is or belongs to, if known."""
+    """A stage to export. `vae` is the hash of the VAE whose latents it was trained on, if known."""
 
     model: Any
     source: Path
     vae: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainedVAE:
+    """A VAE to export, its hash, and the resolutions that it was trained at, if known."""
+
+    model: SparseVAE
+    source: Path
+    hash: str
+    resolutions: tuple[int, ...]
+
+
 def export(cfg: ExportConfig) -> list[Path]:
     """Export trained stages and return their directories.
 
     Raises:
-        UserError: If a checkpoint is missing, or if a DiT and the VAE do not belong together.
+        UserError: If a checkpoint is missing, or if a DiT and its VAE do not belong together.
     """
+    if cfg.official is not None:
+        return _export_published(cfg, cfg.official)
     stages = _read_stages(cfg)
-    vaes = {name: stage.vae for name, stage in stages.items() if stage.vae is not None}
-    _check_same_vae(cfg, stages, {**vaes, **_vaes_of_kept_stages(cfg.out, stages)})
+    vaes = [_read_vae(path) for path in cfg.vae]
+    assigned = _assign_vaes(cfg, stages, vaes)
     recommended = _recommended_sampling(cfg, stages)
-    directories = []
-    for name, stage in stages.items():
+    models = {f"vae_{size}": vae for size, vae in sorted(assigned.items())} | stages
+    for name, stage in models.items():
         notes: dict[str, Any] = {}
-        if name in vaes and name != "vae":
-            notes["vae"] = vaes[name]
+        if isinstance(stage, TrainedStage) and stage.vae is not None:
+            notes["vae"] = stage.vae
         if name in recommended:
             notes["recommended"] = recommended[name]
         save_model(cfg.out / name, stage.model, stage.model.config, **notes)
-        count = sum(tensor.numel() for tensor in stage.model.state_dict().values())
-        log.info(
-            "%s has %.2f M parameters from %s.",
-            cfg.out / name,
-            count / 1e6,
-            stage.source.resolve(),
-        )
-        directories.append(cfg.out / name)
+        _log_stage(cfg.out / name, stage.model, stage.source)
+    return [cfg.out / name for name in models]
+
+
+def _export_published(cfg: ExportConfig, path: Path) -> list[Path]:
+    """Convert the published folder."""
+    stages = read_published(path, refine="all")
+    vaes = {size: vae_hash(vae) for size, vae in stages.vaes.items()}
+    notes: dict[str, dict[str, Any]] = {f"dit_{size}": {"vae": code} for size, code in vaes.items()}
+    for name, recommended in _recommended_sampling(cfg, list(notes)).items():
+        notes.setdefault(name, {})["recommended"] = recommended
+    directories = write_stages(cfg.out, stages, notes)
+    log.info("%s has %d stages from %s.", cfg.out, len(directories), path.resolve())
     return directories
+
+
+def _log_stage(path: Path, model: nn.Module, source: Path) -> None:
+    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    log.info("%s has %.2f M parameters from %s.", path, count / 1e6, source.resolve())
 
 
 def _recommended_sampling(cfg: ExportConfig, stages: Collection[str]) -> dict[str, dict[str, Any]]:
     """Return the steps and the guidance to record for each stage, by the name of its directory."""
     resolutions = [int(name[4:]) for name in stages if name.startswith("dit_")]
     # The first number is that of the structure stage, also if this export leaves the stage out.
-    names = ["structure", *(f"dit_{resolution}" for resolution in sorted(resolutions))]
+    names = [STRUCTURE, *(f"dit_{resolution}" for resolution in sorted(resolutions))]
     recommended: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(names):
         if cfg.steps:
@@ -78,14 +101,11 @@ def _recommended_sampling(cfg: ExportConfig, stages: Collection[str]) -> dict[st
 
 
 def _read_stages(cfg: ExportConfig) -> dict[str, TrainedStage]:
-    """Load the checkpoints that the options name, by the name of their directory."""
+    """Load the structure stage and the DiTs, by the name of their directory."""
     stages: dict[str, TrainedStage] = {}
-    if cfg.vae is not None:
-        vae = _load_stage(cfg.vae, SparseVAE)
-        stages["vae"] = TrainedStage(model=vae, source=cfg.vae, vae=vae_hash(vae))
     if cfg.structure is not None:
         structure = _load_stage(cfg.structure, Structure)
-        stages["structure"] = TrainedStage(model=structure, source=cfg.structure)
+        stages[STRUCTURE] = TrainedStage(model=structure, source=cfg.structure)
     for path in cfg.dit:
         dit = _load_stage(path, ConditionedDiT)
         training = read_config(path).get("training") or {}
@@ -104,6 +124,15 @@ def _read_stages(cfg: ExportConfig) -> dict[str, TrainedStage]:
     return stages
 
 
+def _read_vae(path: Path) -> TrainedVAE:
+    model = _load_stage(path, SparseVAE)
+    training = read_config(path).get("training") or {}
+    resolutions = training.get("bricks", {}).get("resolutions", ())
+    return TrainedVAE(
+        model=model, source=path, hash=vae_hash(model), resolutions=tuple(resolutions)
+    )
+
+
 def _load_stage(path: Path, cls: type[Model]) -> Model:
     """Load a checkpoint's model with its averaged weights."""
     if not path.exists():
@@ -111,42 +140,78 @@ def _load_stage(path: Path, cls: type[Model]) -> Model:
     return load_model(path, cls)
 
 
-def _vaes_of_kept_stages(out: Path, replaced: Collection[str]) -> dict[str, str]:
-    """Return the VAE hash of each stage that was exported to `out` before and is not replaced."""
+def _vaes_of_kept_dits(out: Path, replaced: Collection[str]) -> dict[int, str | None]:
+    """Return the hash of the VAE of each DiT that was exported to `out` before and stays."""
     vaes = {}
-    for path in sorted(out.glob("dit_*/config.json")):
-        if path.parent.name in replaced:
+    for resolution, folder in exported_resolutions(out, "dit").items():
+        if folder.name in replaced:
             continue
         try:
-            vae = json.loads(path.read_text()).get("vae")
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read: {error}; choose another --out") from error
-        if vae is not None:
-            vaes[path.parent.name] = vae
-    if "vae" not in replaced and (out / "vae").is_dir():
-        try:
-            vaes["vae"] = vae_hash(load_model(out / "vae", SparseVAE))
+            vaes[resolution] = read_config(folder).get("vae")
         except ValueError as error:
             raise UserError(f"{error}; choose another --out") from error
     return vaes
 
 
-def _check_same_vae(
-    cfg: ExportConfig, stages: Mapping[str, TrainedStage], vaes: Mapping[str, str]
-) -> None:
-    """Raise UserError if a DiT was trained on latents of another VAE than that of `out`."""
-    if "vae" not in vaes:
-        return
-    vae = cfg.vae or cfg.out / "vae"
-    for name, trained_on in vaes.items():
-        if trained_on == vaes["vae"]:
+def _assign_vaes(
+    cfg: ExportConfig, stages: Mapping[str, TrainedStage], vaes: Collection[TrainedVAE]
+) -> dict[int, TrainedVAE]:
+    """Return the VAE to export for each resolution.
+
+    Raises:
+        UserError: If a DiT was trained on latents of another VAE than the one of its resolution, or
+            a VAE belongs to no resolution.
+    """
+    kept = _vaes_of_kept_dits(cfg.out, stages)
+    trained = {int(name[4:]): stages[name] for name in stages if name.startswith("dit_")}
+    wanted = {**kept, **{size: dit.vae for size, dit in trained.items()}}
+    assigned: dict[int, TrainedVAE] = {}
+    for size, code in wanted.items():
+        for vae in vaes:
+            # A DiT that does not say which VAE it was trained with gets the only one.
+            only = code is None and size in trained and len(vaes) == 1
+            if vae.hash == code or only:
+                assigned[size] = vae
+    for size, dit in trained.items():
+        if size not in assigned and dit.vae is not None:
+            _check_exported_vae(cfg, size, dit, vaes)
+    for vae in vaes:
+        if vae in assigned.values():
             continue
-        if name in stages:
+        others = [size for size in vae.resolutions if size in wanted]
+        if others:
             raise UserError(
-                f"{stages[name].source} was trained on latents of VAE {trained_on}, but {vae} is "
-                f"{vaes['vae']}; export the VAE that made them, or encode and train again"
+                f"{cfg.out / f'dit_{others[0]}'} stays, and was trained on latents of VAE "
+                f"{wanted[others[0]]}, but {vae.source} is {vae.hash}; replace it with --dit, "
+                "delete it, or choose another --out"
             )
+        if not vae.resolutions:
+            raise UserError(
+                f"{vae.source} made the latents of no DiT here, and does not say at which "
+                "resolutions it was trained; name its DiT with --dit"
+            )
+        assigned.update(dict.fromkeys(vae.resolutions, vae))
+    return assigned
+
+
+def _check_exported_vae(
+    cfg: ExportConfig, resolution: int, dit: TrainedStage, vaes: Collection[TrainedVAE]
+) -> None:
+    """Raise UserError if a DiT would be decoded by another VAE than the one of its latents."""
+    names = (f"vae_{resolution}", "vae")
+    folder = next((cfg.out / name for name in names if (cfg.out / name).is_dir()), None)
+    if folder is not None:
+        try:
+            source, code = folder, vae_hash(load_model(folder, SparseVAE))
+        except ValueError as error:
+            raise UserError(f"{error}; choose another --out") from error
+    elif vaes:
+        vae = next(iter(vaes))
+        source, code = vae.source, vae.hash
+    else:
+        return
+    if code != dit.vae:
         raise UserError(
-            f"{cfg.out / name} stays, and was trained on latents of VAE {trained_on}, but {vae} is "
-            f"{vaes['vae']}; replace it with --dit, delete it, or choose another --out"
+            f"{dit.source} was trained on latents of VAE {dit.vae}, but {source} is {code}; export "
+            "the VAE that made them, or encode and train again"
         )

@@ -35,6 +35,7 @@ class Golden:
             self.settings: dict[str, Any] = json.loads(str(file["settings"]))
             self.controls: list[dict[str, Any]] = json.loads(str(file["controls"]))
             arrays = {key: file[key] for key in file.files if "/" in key}
+        self._weights: dict[str, dict[str, Tensor]] = {}
         self.inputs: dict[str, Arrays] = {}
         self.outputs: dict[str, Arrays] = {}
         for key, array in arrays.items():
@@ -47,10 +48,13 @@ class Golden:
         return {**self.settings, **self.settings["sets"].get(name, {})}
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """Return the weights of a set by their published names."""
+        """Return the weights of a set by their published names. They must not be changed."""
         settings = self.settings_of(name)
-        arrays = golden_weights(settings["shapes"], settings["salt"])
-        return {key: torch.from_numpy(array) for key, array in arrays.items()}
+        own = name if "shapes" in self.settings["sets"].get(name, {}) else ""
+        if own not in self._weights:
+            arrays = golden_weights(settings["shapes"], settings["salt"])
+            self._weights[own] = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        return self._weights[own]
 
     def errors(self, function: Function, sets: tuple[str, ...] = ()) -> dict[str, float]:
         """Return {"set/output": relative L2 error} of everything that a function returns.

@@ -9,7 +9,13 @@ from typing import Literal
 from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
 from train.data.config import FlowOptions
 from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
-from train.stages.config import SMALL_OPTIONS, TINY_OPTIONS, ConditionedTraining, every
+from train.stages.config import (
+    SMALL_OPTIONS,
+    TINY_OPTIONS,
+    ConditionedTraining,
+    check_trainable,
+    every,
+)
 
 DiTPreset = Literal["tiny", "small", "256", "384", "512", "1024"]
 
@@ -52,6 +58,7 @@ class DiTTraining(ConditionedTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_trainable(self.model)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
         if not 0 <= self.max_missing_share < 1:

@@ -149,7 +149,7 @@ class DiTLoader:
             noise=draw_noise(noise_seeds, counts, channels),
             times=torch.cat(times),
             dropped=torch.tensor(dropped),
-            images=ImageBatch.collate(images),
+            images=ImageBatch.collate(images, cfg.model.image_tokens),
             resolution=cfg.resolution,
             share=share,
             uids=uids,

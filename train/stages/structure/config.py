@@ -16,7 +16,13 @@ from model.config import (
 from pipeline.core.grid import CELL_SIDE
 from train.data.config import FlowOptions
 from train.engine.config import TINY_LOOP, LoopConfig
-from train.stages.config import SMALL_OPTIONS, TINY_OPTIONS, ConditionedTraining, every
+from train.stages.config import (
+    SMALL_OPTIONS,
+    TINY_OPTIONS,
+    ConditionedTraining,
+    check_trainable,
+    every,
+)
 
 StructurePreset = Literal["tiny", "small", "base"]
 StructurePart = Literal["both", "vae", "flow"]
@@ -86,6 +92,7 @@ class StructureTraining(ConditionedTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_trainable(self.model.flow)
         side = self.resolution // CELL_SIDE
         if self.model.occupancy.side != side:
             raise ValueError(

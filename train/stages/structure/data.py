@@ -131,7 +131,7 @@ class GridLoader(BrickLoader):
             noise=draw_noise(seeds, [latents] * len(samples), self.noise_channels),
             times=torch.cat(times),
             dropped=torch.tensor(dropped),
-            images=ImageBatch.collate(images) if images else None,
+            images=ImageBatch.collate(images, cfg.model.flow.image_tokens) if images else None,
             share=share,
             uids=tuple(uids),
         )

@@ -1,0 +1,261 @@
+"""The trained stages of generation, and their exports on disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import CheckpointError, build_config, load_model, read_config, save_model
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.config import (
+    ConditionedDiTConfig,
+    Meshing,
+    RecommendedSampling,
+    Refine,
+    StructureConfig,
+)
+from model.refiner import VolumeRefiner
+from model.sparse_vae import SparseVAE
+from model.structure import Structure
+from pipeline.core.errors import UserError
+
+STRUCTURE = "structure"  # name of the first stage; the others are named by their resolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The trained stages, and how they are used.
+
+    Attributes:
+        structure: The structure stage.
+        dits: The DiT of each resolution.
+        vaes: The VAE of each resolution, which decodes the latents of its DiT.
+        refiners: The refiners of some resolutions.
+        recommended: Recommended sampling options by name of the stage, "structure" or "512".
+        meshing: How the mesh of each resolution is made. A missing one has the defaults.
+    """
+
+    structure: Structure
+    dits: dict[int, ConditionedDiT]
+    vaes: dict[int, SparseVAE]
+    refiners: dict[int, VolumeRefiner] = field(default_factory=dict)
+    recommended: dict[str, RecommendedSampling] = field(default_factory=dict)
+    meshing: dict[int, Meshing] = field(default_factory=dict)
+
+    def meshing_of(self, resolution: int) -> Meshing:
+        """Return how the mesh of a resolution is made."""
+        return self.meshing.get(resolution, Meshing())
+
+    def check(self) -> None:
+        """Check that the stages fit each other.
+
+        Raises:
+            ValueError: If a stage is missing or does not fit.
+        """
+        first = self.structure.resolution
+        if first not in self.dits:
+            raise ValueError(
+                f"dits must have one for R = {first}, the resolution of the structure stage's "
+                f"cells, got {sorted(self.dits)}"
+            )
+        for resolution, dit in self.dits.items():
+            if resolution not in self.vaes:
+                raise ValueError(
+                    f"vaes must have one for R = {resolution}, got {sorted(self.vaes)}"
+                )
+            found = dit.config.dit.latent_channels
+            channels = self.vaes[resolution].config.latent_channels
+            if found != channels:
+                raise ValueError(
+                    f"dits[{resolution}] must have the VAE's {channels} latent channels, "
+                    f"got {found}"
+                )
+        for resolution, refiner in self.refiners.items():
+            if resolution not in self.vaes:
+                raise ValueError(f"refiners[{resolution}] must have a VAE of its resolution")
+            config, width = refiner.config, self.vaes[resolution].config.widths[0]
+            if config.output == "sdf" and config.features != width:
+                raise ValueError(
+                    f"refiners[{resolution}] must take the {width} features of the VAE, "
+                    f"got {config.features}"
+                )
+
+
+def read_export(
+    path: Path,
+    resolution: int | None = None,
+    refine: Refine | None = None,
+    *,
+    image_encoder: str | None = None,
+) -> Stages:
+    """Load the stages that `python -m train.export` wrote.
+
+    Args:
+        path: Directory of the export.
+        resolution: Resolution of the meshes. DiTs of finer resolutions are not loaded. None loads
+            all of them.
+        refine: Which refiners are loaded. None loads those of values that there are.
+        image_encoder: Folder or name on the Hugging Face hub of DINOv2's weights. None takes those
+            that the configurations name.
+
+    Raises:
+        UserError: If stages are missing, incomplete or damaged.
+    """
+    folders = exported_resolutions(path, "dit")
+    vae_folders = exported_resolutions(path, "vae")
+    missing = [] if vae_folders or (path / "vae").is_dir() else ["vae"]
+    missing += [] if (path / STRUCTURE).is_dir() else [STRUCTURE]
+    missing += [] if folders else ["dit_<resolution>"]
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}: train the stages and collect them with "
+            "python -m train.export, or see `make demo`"
+        )
+    wanted = {size: folders[size] for size in chosen_resolutions(path, folders, resolution)}
+    # An older export has one VAE for all resolutions.
+    vae_folders = {size: vae_folders.get(size, path / "vae") for size in wanted}
+    for size, folder in vae_folders.items():
+        if not folder.is_dir():
+            raise UserError(
+                f"{path} lacks vae_{size}: export the VAE of the DiT at R = {size} with "
+                "python -m train.export --vae"
+            )
+    loaded_vaes = {
+        folder: load_model(folder, SparseVAE) for folder in sorted(set(vae_folders.values()))
+    }
+
+    def dit_config(config: ConditionedDiTConfig) -> ConditionedDiTConfig:
+        if image_encoder is None:
+            return config
+        return replace(config, encoder=replace(config.encoder, weights=image_encoder))
+
+    def structure_config(config: StructureConfig) -> StructureConfig:
+        return replace(config, flow=dit_config(config.flow))
+
+    structure = load_model(path / STRUCTURE, Structure, adapt=structure_config)
+    dits = {
+        size: load_model(folder, ConditionedDiT, adapt=dit_config)
+        for size, folder in wanted.items()
+    }
+    for dit in dits.values():
+        dit.share_encoder(structure.flow)
+    refiners = {}
+    for size, folder in exported_resolutions(path, "refiner").items():
+        if size in wanted and refine != "none":
+            model = load_model(folder, VolumeRefiner)
+            if model.config.output == "sdf" or refine == "all":
+                refiners[size] = model
+    check_refiners(path, refiners, wanted, refine)
+    return Stages(
+        structure=structure,
+        dits=dits,
+        vaes={size: loaded_vaes[folder] for size, folder in vae_folders.items()},
+        refiners=refiners,
+        recommended={
+            STRUCTURE: read_recommended(path / STRUCTURE),
+            **{str(size): read_recommended(folder) for size, folder in wanted.items()},
+        },
+        meshing={size: read_meshing(folder) for size, folder in wanted.items()},
+    )
+
+
+def check_refiners(
+    path: Path | str, refiners: Iterable[int], wanted: Iterable[int], refine: Refine | None
+) -> None:
+    """Check that a checkpoint has the refiners that --refine asks for.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    names = sorted(wanted)
+    needed = {"512": names[:1], "all": names}.get(refine or "none", [])
+    missing = [str(size) for size in needed if size not in refiners]
+    if missing:
+        raise UserError(
+            f"{path} has no refiner for R = {', '.join(missing)}, which --refine {refine} needs; "
+            "use --refine none"
+        )
+
+
+def chosen_resolutions(
+    path: Path | str, available: Iterable[int], resolution: int | None
+) -> list[int]:
+    """Return the resolutions up to the wanted one, in ascending order.
+
+    Raises:
+        UserError: If there is no model of the wanted resolution.
+    """
+    names = sorted(available)
+    if resolution is not None and resolution not in names:
+        raise UserError(
+            f"{path} has models for R = {', '.join(map(str, names))}, none for {resolution}"
+        )
+    return [size for size in names if resolution is None or size <= resolution]
+
+
+def write_stages(
+    path: Path, stages: Stages, notes: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Path]:
+    """Write stages as an export.
+
+    Args:
+        path: Directory of the export. Stages that it has already are replaced.
+        stages: The stages.
+        notes: Further entries of each stage's config.json, by name of its directory.
+
+    Returns:
+        The directories that were written.
+    """
+    models: dict[str, Any] = {
+        **{f"vae_{size}": model for size, model in stages.vaes.items()},
+        STRUCTURE: stages.structure,
+        **{f"dit_{size}": model for size, model in stages.dits.items()},
+        **{f"refiner_{size}": model for size, model in stages.refiners.items()},
+    }
+    for name, model in models.items():
+        entries: dict[str, Any] = dict((notes or {}).get(name, {}))
+        size = name.removeprefix("dit_")
+        recommended = stages.recommended.get(size, RecommendedSampling())
+        if recommended != RecommendedSampling():
+            entries["recommended"] = asdict(recommended)
+        if name != size:
+            entries["meshing"] = asdict(stages.meshing_of(int(size)))
+        save_model(path / name, model, model.config, **entries)
+    return [path / name for name in models]
+
+
+def exported_resolutions(path: Path, kind: str) -> dict[int, Path]:
+    """Return the directories such as dit_512 of an export, by their resolution."""
+    return {
+        int(folder.name.removeprefix(f"{kind}_")): folder
+        for folder in path.glob(f"{kind}_*")
+        if re.fullmatch(rf"{kind}_\d+", folder.name)
+    }
+
+
+def read_recommended(path: Path) -> RecommendedSampling:
+    """Return the sampling options that an exported stage recommends, which may be none.
+
+    Raises:
+        CheckpointError: If its config.json is not readable or the options are not valid.
+    """
+    return _read_note(path, "recommended", RecommendedSampling)
+
+
+def read_meshing(path: Path) -> Meshing:
+    """Return how the mesh of an exported DiT's resolution is made.
+
+    Raises:
+        CheckpointError: If its config.json is not readable or the options are not valid.
+    """
+    return _read_note(path, "meshing", Meshing)
+
+
+def _read_note(path: Path, name: str, cls: type[Any]) -> Any:
+    values = read_config(path).get(name, {})
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: {name} must be an object, got {values!r}")
+    return build_config(cls, {**asdict(cls()), **values}, f"{path}: {name}")

@@ -1,0 +1,234 @@
+"""Folders in the layout of the published weights at tiny sizes, with weights of the formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from model import published_settings
+from model.checkpoint import KeyMap, unchanged
+from model.conditioning.image_encoder import DinoEncoder
+from model.inference.published_checkpoint import read_settings
+from model.layers import position_embedding
+from model.occupancy_vae import OccupancyVAE
+from model.published_weights import (
+    flat_positions,
+    published_dit_keys,
+    published_kernel,
+    published_occupancy_keys,
+    published_vae_keys,
+)
+from model.refiner import VolumeRefiner
+from model.sparse_dit import SparseDiT
+from model.sparse_vae import SparseVAE
+from tests.model.official.golden import golden_weights
+
+IMAGE_SIZE = 56
+TINY_REFINER = (8, 8, 8, 8)  # widths, which are no setting of the published classes
+MODELS = "direct3d_s2.models."
+FLAGS = {"use_fp16": True, "use_checkpoint": True}
+
+
+def sections(version: str) -> dict[str, Any]:
+    """Return the content of config.yaml of a tiny model of version "1.0" or "1.1"."""
+    first = version == "1.0"
+
+    def section(target: str, **params: Any) -> dict[str, Any]:
+        return {"target": target, "params": params}
+
+    def scheduler(shift: float) -> dict[str, Any]:
+        target = "diffusers.schedulers.FlowMatchEulerDiscreteScheduler"
+        return section(target, num_train_timesteps=1000, shift=shift)
+
+    encoder = section(
+        f"{MODELS}conditioner.DinoEncoder",
+        model="facebookresearch/dinov2",
+        version="dinov2_vitl14_reg",
+        size=IMAGE_SIZE,
+    )
+    content = {
+        "dense_vae": section(
+            f"{MODELS}autoencoders.dense_vae.DenseShapeVAE",
+            **FLAGS,
+            embed_dim=4,
+            in_channels=1,
+            out_channels=1,
+            model_channels_encoder=[4, 8, 16],
+            num_res_blocks_encoder=1,
+            num_res_blocks_middle_encoder=1,
+            model_channels_decoder=[16, 12, 8],
+            num_res_blocks_decoder=2,
+            num_res_blocks_middle_decoder=2,
+            latents_scale=1.0,
+            latents_shift=0.0,
+        ),
+        "dense_dit": section(
+            f"{MODELS}transformers.dense_dit.DenseDiT",
+            **FLAGS,
+            resolution=2,
+            in_channels=4,
+            out_channels=4,
+            model_channels=64,
+            cond_channels=32,
+            num_blocks=2,
+            num_heads=2,
+            mlp_ratio=2,
+            patch_size=1,
+            pe_mode="ape",
+            qk_rms_norm=True,
+            latent_shape=[4, 2, 2, 2],
+        ),
+        "dense_image_encoder": encoder,
+        "dense_scheduler": scheduler(6.0),
+        "sparse_image_encoder": encoder,
+        "refiner": section(
+            f"{MODELS}refiner.unet_refiner.Voxel_RefinerXL",
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            layers_mid_block=1,
+            patch_size=24,
+            use_fp16=True,
+        ),
+        "refiner_1024": section(
+            f"{MODELS}refiner.unet_refiner.Voxel_RefinerXL_sign",
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            layers_mid_block=1,
+            patch_size=32,
+            use_fp16=True,
+        ),
+    }
+    for name, cells, factor in ((512, 8, 1.0), (1024, 16, 0.5)):
+        content[f"sparse_vae_{name}"] = section(
+            f"{MODELS}autoencoders.ss_vae.SparseSDFVAE",
+            **FLAGS,
+            embed_dim=4,
+            model_channels_encoder=32,
+            num_heads_encoder=1,
+            num_blocks_encoder=1,
+            model_channels_decoder=32,
+            num_heads_decoder=1,
+            num_blocks_decoder=1,
+            resolution=cells,
+            out_channels=1,
+            latents_scale=2.0,
+            latents_shift=0.25,
+        )
+        content[f"sparse_dit_{name}"] = section(
+            f"{MODELS}transformers.sparse_dit.SparseDiT",
+            **FLAGS,
+            resolution=cells,
+            in_channels=4,
+            out_channels=4,
+            model_channels=64,
+            cond_channels=32,
+            num_blocks=2,
+            num_heads=4,
+            num_kv_heads=2,
+            compression_block_size=4 if first else 8,
+            selection_block_size=8,
+            topk=2,
+            compression_version="v2" if first else "v1",
+            pe_mode="ape",
+            factor=factor,
+            sparse_conditions=first,
+            qk_rms_norm=True,
+            use_shift=True,
+        )
+        content[f"sparse_scheduler_{name}"] = scheduler(6.0 if name == 512 else 8.0)
+    return content
+
+
+def write_config(path: Path, content: dict[str, Any]) -> None:
+    """Write config.yaml."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.yaml").write_text(yaml.safe_dump(content))
+
+
+def published_shapes(model: nn.Module, keys: KeyMap) -> dict[str, list[int]]:
+    """Return the published names and shapes of a model of ours: the inverse of its key map."""
+
+    def blocks(x: Tensor) -> Tensor:
+        m = round(len(x) ** (1 / 3))
+        return x.unflatten(0, (m, m, m))
+
+    inverse = {
+        unchanged: unchanged,
+        torch.t: torch.t,
+        published_kernel: published_kernel,
+        flat_positions: blocks,
+    }
+    state = model.state_dict()
+    return {
+        theirs: list(inverse[convert](state[ours]).shape)
+        for theirs, (ours, convert) in keys.items()
+        if not theirs.startswith("latents_")
+    }
+
+
+def state_dict(
+    model: nn.Module, keys: KeyMap | None, salt: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return weights of the formula under the published names of a model."""
+    if keys is None:
+        keys = {name: (name, unchanged) for name in model.state_dict()}
+    arrays = golden_weights(published_shapes(model, keys), salt)
+    return {name: torch.from_numpy(array).to(dtype) for name, array in arrays.items()}
+
+
+def write_folder(
+    path: Path, version: str, *, dtype: torch.dtype = torch.float16, **changes: dict[str, Any]
+) -> Path:
+    """Write a published folder.
+
+    Args:
+        path: The folder.
+        version: "1.0" or "1.1".
+        dtype: Dtype of the weights.
+        **changes: Settings to change, by section.
+    """
+    content = sections(version)
+    for name, settings in changes.items():
+        content[name]["params"].update(settings)
+    write_config(path, content)
+    settings = read_settings(path)
+    dense = settings.structure
+    dit = SparseDiT(dense.flow.dit)
+    side = dense.occupancy.latent_side
+    cells = torch.cartesian_prod(*[torch.arange(side)] * 3)
+    dit_weights = state_dict(dit, published_dit_keys(dense.flow.dit), "dense_dit:", dtype)
+    dit_weights["pos_emb"] = position_embedding(cells, dense.flow.dit.channels).to(dtype)
+    occupancy = OccupancyVAE(dense.occupancy)
+    keys = published_occupancy_keys(dense.occupancy)
+    vae_weights = state_dict(occupancy, keys, "dense_vae:", dtype)
+    torch.save({"vae": vae_weights, "dit": dit_weights}, path / "model_dense.ckpt")
+    for sparse in settings.sparse.values():
+        vae, dit = SparseVAE(sparse.vae), SparseDiT(sparse.dit.dit)
+        weights = {
+            "vae": state_dict(vae, published_vae_keys(sparse.vae), f"{sparse.name}:", dtype),
+            "dit": state_dict(dit, published_dit_keys(sparse.dit.dit), f"{sparse.name}:", dtype),
+        }
+        torch.save(weights, path / f"model_sparse_{sparse.name}.ckpt")
+    names = ("model_refiner.ckpt", "model_refiner_1024.ckpt")
+    for name, config in zip(names, settings.refiners.values(), strict=True):
+        weights = state_dict(VolumeRefiner(config), None, "refiner:", dtype)
+        torch.save({"refiner": weights}, path / name)
+    return path
+
+
+def write_dino(path: Path) -> Path:
+    """Write a tiny random DINOv2 as a folder of the transformers library."""
+    encoder = DinoEncoder.random(channels=32, layers=1, heads=2, image_size=IMAGE_SIZE)
+    encoder.model.save_pretrained(path)  # pyright: ignore[reportCallIssue]
+    return path
+
+
+def use_tiny_refiners(monkeypatch: Any) -> None:
+    """Let the published refiners have the widths of TINY_REFINER."""
+    monkeypatch.setattr(published_settings, "REFINER_WIDTHS", TINY_REFINER)
