@@ -45,11 +45,11 @@ def run_passes(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
     passes = [cfg, *([replace(cfg, run="best")] if cfg.rank.best_count else [])]
     for pass_cfg in passes:
         log.info(
-            "%s: making %s for %s in %s.",
+            "%s: %s in %s. The products are %s.",
             cfg.out,
-            " ".join(map(str, pass_cfg.products)),
             counted(plan.assets, "asset"),
             counted(len(plan.shards), "shard"),
+            " ".join(map(str, pass_cfg.products)),
         )
         total = run(plan, pass_cfg, sources)
     if total["rejected"] or total["failed"]:

@@ -299,7 +299,8 @@ def _read_matching_plan(cfg: BuildConfig) -> Plan:
         )
     if plan.info.commit != commit_of_code():
         log.warning(
-            "%s was planned with the code of commit %s. This code is commit %s.",
+            "%s was planned with the code of commit %s. This code is commit %s. A + marks "
+            "uncommitted changes.",
             cfg.out,
             plan.info.commit,
             commit_of_code(),

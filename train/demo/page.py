@@ -21,7 +21,7 @@ from train.engine.checkpoint import provenance
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 # Title, directory and charted metrics of each training run.
 RUNS = (
-    ("SS-VAE: bricks to latents and back", "vae", ("loss", "in", "ext", "sharp")),
+    ("SS-VAE: reconstruction of bricks", "vae", ("loss", "in", "ext", "sharp")),
     ("Occupancy VAE of the structure stage", "structure/vae", ("bce", "dice")),
     ("Structure flow: image to cells", "structure/flow", ("loss",)),
     ("SS-DiT: image and cells to latents", "dit", ("loss",)),

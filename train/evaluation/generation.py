@@ -340,12 +340,12 @@ def generation_table(summary: Mapping[str, Any]) -> str:
         "empty": "empty",
         "chamfer": "CD x1000",
         **{f"f1_{t}": f"F1({t}) %" for t in THRESHOLDS},
-        "normal_consistency": "NC %",
+        "normal_consistency": "normals %",
         "iou": "IoU %",
         "silhouette_iou": "silhouette IoU %",
         "nearest_is_right": f"nearest of {summary['candidates']} is right %",
         "closed": "closed %",
-        "seconds": "s each",
+        "seconds": "seconds",
     }
     heads_of_looks = {
         "normal_map_distance": "normal-map FD",

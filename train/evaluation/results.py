@@ -63,7 +63,10 @@ def surface_protocol(cfg: EvaluationConfig) -> dict[str, Any]:
     """Return how the numbers of a SurfaceResult are measured."""
     return {
         "frame": "[-1, 1]^3",
-        "distance": "point to surface, unsquared, both ways; chamfer is the mean of both",
+        "distance": "from points of each surface to the other surface, not squared",
+        "CD": "Chamfer distance: the mean of both directions",
+        "F1(d)": "F1 score of the points closer than d to the other surface",
+        "normals": "mean absolute cosine between the normals of nearest points",
         "samples": cfg.samples,
         "reference": "marching cubes of the finest stored SDF",
     }

@@ -64,7 +64,7 @@ HEADS = {
     "iou": "IoU %",
     "chamfer": "CD x1000",
     **{f"f1_{t}": f"F1({t}) %" for t in THRESHOLDS},
-    "normal_consistency": "NC %",
+    "normal_consistency": "normals %",
 }
 
 
@@ -191,7 +191,7 @@ def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
     return write_results(
         cfg.out or cfg.checkpoint.resolve().parent / "evaluation",
         cfg,
-        title="Surfaces through the SS-VAE and back",
+        title="Reconstructions of the SS-VAE",
         protocol={**surface_protocol(cfg), "latents": "posterior mean"},
         results=results,
         table=reconstruction_table(summaries),

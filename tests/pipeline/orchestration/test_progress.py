@@ -131,7 +131,7 @@ def test_a_build_says_what_it_makes_and_what_its_source_left_out(
     run_passes(cfg, [FolderSource(root=folder)])
     assert lines() == [
         "The source folder left out 2 files of other kinds.",
-        f"{cfg.out}: making sdf-64 sdf-128 renders-paper for 1 asset in 1 shard.",
+        f"{cfg.out}: 1 asset in 1 shard. The products are sdf-64 sdf-128 renders-paper.",
     ]
 
 
