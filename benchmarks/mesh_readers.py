@@ -117,6 +117,7 @@ def _run_child(
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        errors="replace",  # libraries print names in any encoding
         env=environment,
     )
     assert child.stdin is not None
