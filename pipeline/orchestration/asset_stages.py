@@ -28,6 +28,7 @@ from pipeline.mesh_io.normalize import normalize
 from pipeline.orchestration.asset_results import AssetJob, AssetNotes
 from pipeline.rendering import gl_renderer
 from pipeline.rendering.views import render_views, renderer_string
+from pipeline.sources import side_file_root
 from pipeline.storage.render_shard import save_view
 
 
@@ -82,7 +83,8 @@ def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
     with _stage(job, notes, "file"):
         notes.numbers |= filter_file(path, cfg.filter)
     with _stage(job, notes, "load"):
-        mesh, report = load_with_report(path, cfg.load, up=cfg.up)
+        root = side_file_root(job.source, path, scratch)
+        mesh, report = load_with_report(path, cfg.load, up=cfg.up, root=root)
         notes.row |= {"up_axis": report.up_axis, "up_origin": report.up_origin}
         if report.warnings:
             notes.row["warnings"] = [warning.code for warning in report.warnings]

@@ -29,13 +29,31 @@ class Source(Listing, Protocol):
     """A list of assets and the way to get their files.
 
     A source can be pickled and is cheap to construct, because each worker gets a copy. A source may
-    also have `skipped`, the number of files that are not assets, and `snapshot()`, which returns a
-    hash of the state of its catalogue.
+    also have `skipped`, the number of files that are not assets, `snapshot()`, which returns a hash
+    of the state of its catalogue, and `side_file_root`, the directory that holds the side files of
+    assets that it does not write to a scratch directory.
     """
 
     def materialize(self, record: Record, scratch: Path) -> Path:
         """Return a local file for a record. A file that has to be written is below `scratch`."""
         ...
+
+
+def side_file_root(source: Source, path: Path, scratch: Path) -> Path:
+    """Return the directory below which the side files of an asset are looked for.
+
+    Args:
+        source: The source.
+        path: What `materialize` returned.
+        scratch: The scratch directory that `materialize` was given. It holds one asset.
+
+    Returns:
+        The scratch directory if the asset lies in it, otherwise the source's `side_file_root`, or
+        the directory of the asset.
+    """
+    if path.is_relative_to(scratch):
+        return scratch
+    return getattr(source, "side_file_root", path.parent)
 
 
 def open_source(

@@ -10,13 +10,7 @@ from pathlib import Path
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Record
-from pipeline.mesh_io.archive import (
-    ARCHIVE_FORMATS,
-    ArchiveLimits,
-    archive_format,
-    extract,
-    find_only_mesh,
-)
+from pipeline.mesh_io.archive import ARCHIVE_FORMATS, ArchiveLimits, archive_format, unpack_mesh
 from pipeline.mesh_io.file_checks import MESH_FORMATS
 
 # Files that belong to a mesh, such as textures. They are not counted as skipped.
@@ -51,6 +45,11 @@ class FolderSource:
     @property
     def name(self) -> str:
         return "folder"
+
+    @property
+    def side_file_root(self) -> Path:
+        """Directory that holds all side files."""
+        return self.root
 
     @property
     def skipped(self) -> int:
@@ -109,7 +108,7 @@ class FolderSource:
                 return path
         folder = scratch / "archive"
         folder.mkdir()
-        return find_only_mesh(extract(path, folder, self.archives), folder)
+        return unpack_mesh(path, folder, self.archives)
 
     def _files(self) -> list[str]:
         top = self.root.resolve()

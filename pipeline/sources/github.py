@@ -8,6 +8,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -17,6 +18,7 @@ from pipeline.download.fetch import DownloadRequest, LfsPointer, download, negat
 from pipeline.download.http import post_json
 
 LFS_JSON = "application/vnd.git-lfs+json"
+MAX_NAME_BYTES = 200  # of one component of a path
 MAX_SIDE_FILES = 64  # of one asset
 MAX_SIDE_BYTES = 1 << 28  # of all side files of one asset
 MATERIAL_LIBRARY = re.compile(rb"(?m)^[ \t]*mtllib[ \t]+(.+?)[ \t\r]*$")
@@ -48,8 +50,9 @@ class Blob:
 def download_blob(wanted: DownloadRequest, folder: Path, cfg: FetchConfig, hosts: GitHub) -> Path:
     """Download a file of a repository and the side files that it refers to.
 
-    Side files, such as materials and textures, are found recursively. A missing side file is
-    skipped, and the loader reports it.
+    Side files, such as materials and textures, are found recursively. They may lie anywhere in the
+    repository. Locally the files have the same directories as there, so that relative paths such as
+    "../textures/a.png" lead to them. A missing side file is skipped, and the loader reports it.
 
     Args:
         wanted: The file. Its URL is that of a blob at a commit.
@@ -68,22 +71,20 @@ def download_blob(wanted: DownloadRequest, folder: Path, cfg: FetchConfig, hosts
     blob = parse_blob(wanted.url, hosts)
     folder.mkdir()
     stem = posixpath.splitext(posixpath.basename(blob.path))[0][:50] or "file"
-    main = folder / f"{stem}.{wanted.format}"
+    main = _local_path(folder, posixpath.dirname(blob.path)) / f"{stem}.{wanted.format}"
+    main.parent.mkdir(parents=True, exist_ok=True)
     _download_raw(wanted, blob, main, cfg, hosts)
     # Breadth-first search of side files within the limits of count and bytes.
     partial = folder / ".side-file"
-    pending = deque(find_references(main))
-    visited: set[str] = set()
+    pending = deque(_paths_in_repository(main, blob.path, blob.path))
+    visited: set[str] = {blob.path}
     free_bytes = MAX_SIDE_BYTES
-    while pending and len(visited) < MAX_SIDE_FILES and free_bytes > 0:
-        name = pending.popleft()
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(blob.path), name))
-        if name in visited or path.startswith(("../", "/")):
+    while pending and len(visited) <= MAX_SIDE_FILES and free_bytes > 0:
+        path = pending.popleft()
+        target = _local_path(folder, path)
+        if path in visited or target == main:
             continue
-        visited.add(name)
-        target = _local_path(folder, name)
-        if target == main:
-            continue
+        visited.add(path)
         try:
             side_file = DownloadRequest(url="", max_bytes=free_bytes)
             _download_raw(side_file, replace(blob, path=path), partial, cfg, hosts)
@@ -95,9 +96,28 @@ def download_blob(wanted: DownloadRequest, folder: Path, cfg: FetchConfig, hosts
         except (Reject, FileExistsError, NotADirectoryError, IsADirectoryError):
             continue
         free_bytes -= target.stat().st_size
-        pending += find_references(target)
+        pending += _paths_in_repository(target, path, blob.path)
     partial.unlink(missing_ok=True)
     return main
+
+
+def _paths_in_repository(file: Path, path: str, main_path: str) -> Iterator[str]:
+    """Yield the paths in the repository that a file may mean by the names that it refers to.
+
+    Names are relative to the directory of the file, or to that of the asset. Paths out of the
+    repository are left out.
+
+    Args:
+        file: The downloaded file.
+        path: Its path in the repository.
+        main_path: The path of the asset in the repository.
+    """
+    folders = dict.fromkeys((posixpath.dirname(path), posixpath.dirname(main_path)))
+    for name in find_references(file):
+        for folder in folders:
+            candidate = posixpath.normpath(posixpath.join(folder, name))
+            if candidate != ".." and not candidate.startswith(("../", "/")):
+                yield candidate
 
 
 def parse_blob(url: str, hosts: GitHub) -> Blob:
@@ -199,10 +219,17 @@ def _locate_lfs_object(
         raise Reject("lfs_missing", oid=pointer.oid) from error
 
 
-def _local_path(folder: Path, name: str) -> Path:
-    """Return where the loader looks for a side file.
+def _local_path(folder: Path, path: str) -> Path:
+    """Return where a file of the repository is stored: below `folder` with the same directories.
 
-    That is its relative path, or its name alone if the path leads out of the folder.
+    A component that is too long for a file name, or not printable, is replaced by its hash.
     """
-    path = posixpath.normpath(name)
-    return folder / (posixpath.basename(path) if path.startswith("..") else path)
+    return folder.joinpath(
+        *(
+            part
+            if part.isprintable() and len(part.encode()) <= MAX_NAME_BYTES
+            else sha256(part.encode("utf-8", "replace")).hexdigest()[:16]
+            for part in path.split("/")
+            if part
+        )
+    )

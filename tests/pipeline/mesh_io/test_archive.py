@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import Reject
-from pipeline.mesh_io.archive import ArchiveLimits, archive_format, extract, find_only_mesh
+from pipeline.mesh_io.archive import (
+    ArchiveLimits,
+    archive_format,
+    extract,
+    find_only_mesh,
+    unpack_mesh,
+)
+from pipeline.mesh_io.load_warnings import WarningLog
+from pipeline.mesh_io.side_files import SideFiles
 from tests.pipeline.archive_files import make_tar, make_zip
 
 LIMITS = ArchiveLimits()
@@ -237,3 +245,106 @@ def test_damaged_archives_are_read_or_rejected_inside_the_folder(
         p for p in folder.rglob("*") if p.is_file() and folder / "in" / "out" not in p.parents
     ] == [path]
     assert sum(os.path.getsize(p) for p in (folder / "in").rglob("*") if p.is_file()) <= 1 << 20  # noqa: PTH202
+
+
+def legacy_zip(path, members):
+    """Write a zip whose names are bytes, without the flag that says that they are UTF-8."""
+    placeholders = {"AB"[index] * len(name): name for index, name in enumerate(members)}
+    make_zip(path, dict(zip(placeholders, members.values(), strict=True)))
+    content = path.read_bytes()
+    for placeholder, name in placeholders.items():
+        content = content.replace(placeholder.encode(), name)
+    path.write_bytes(content)
+    return path
+
+
+LEGACY_NAMES = {
+    "gbk": ("模型/汽车.obj", "模型/贴图/木头.png"),
+    "cp932": ("モデル/車.obj", "モデル/テクスチャ/表示.png"),
+    "cp437": ("Würfel/Möbel.obj", "Würfel/été.png"),
+    "cp1252": ("Würfel/Größe.obj", "Würfel/Fuß.png"),
+    "utf-8": ("モデル/Größe.obj", "モデル/木头.png"),
+}
+
+
+@pytest.mark.parametrize("encoding", LEGACY_NAMES)
+def test_names_without_a_stated_encoding_are_decoded(tmp_path, encoding):
+    mesh, texture = LEGACY_NAMES[encoding]
+    members = {mesh.encode(encoding): b"mesh", texture.encode(encoding): b"texture"}
+    path = unpack_mesh(legacy_zip(tmp_path / "a.zip", members), tmp_path / "out", LIMITS)
+    assert path.relative_to(tmp_path / "out").as_posix() == mesh
+    log = WarningLog()
+    files = SideFiles(path, tmp_path / "out", log)
+    name = texture.partition("/")[2]
+    # The mesh file may name the texture in its own encoding, and its reader in another one.
+    assert files.read(name) == b"texture"
+    assert files.read(name.encode(encoding).decode("latin-1")) == b"texture"
+    assert log.items() == ()
+
+
+def test_a_tar_with_names_of_an_old_program(tmp_path):
+    names = [name.encode("gbk").decode("utf-8", "surrogateescape") for name in LEGACY_NAMES["gbk"]]
+    path = make_tar(tmp_path / "a.tar", dict.fromkeys(names, b"x"))
+    mesh = unpack_mesh(path, tmp_path / "out", LIMITS)
+    assert mesh.relative_to(tmp_path / "out").as_posix() == LEGACY_NAMES["gbk"][0]
+
+
+def test_stated_names_have_no_other_spellings(tmp_path):
+    extract(make_zip(tmp_path / "a.zip", {"Größe.obj": b"x"}), tmp_path / "out", LIMITS)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["Größe.obj"]
+
+
+class TestArchivesInArchives:
+    def inner(self, tmp_path, members, name="inner.zip"):
+        return make_zip(tmp_path / name, members).read_bytes()
+
+    def test_the_mesh_of_an_inner_archive_finds_its_textures(self, tmp_path):
+        inner = self.inner(tmp_path, {"m/a.obj": b"mesh", "m/b.png": b"inner"})
+        members = {"source/model.zip": inner, "textures/c.png": b"outer"}
+        path = unpack_mesh(make_zip(tmp_path / "a.zip", members), tmp_path / "out", LIMITS)
+        assert path == tmp_path / "out/source/model/m/a.obj"
+        files = SideFiles(path, tmp_path / "out", WarningLog())
+        assert files.read("b.png") == b"inner"
+        assert files.read("C:\\work\\textures\\c.png") == b"outer"
+
+    def test_the_outer_mesh_counts_and_inner_textures_are_unpacked(self, tmp_path):
+        inner = self.inner(tmp_path, {"a.stl": b"inner", "b.png": b"texture"})
+        members = {"deep/er/a.obj": b"mesh", "deep/er/textures.zip": inner}
+        path = unpack_mesh(make_zip(tmp_path / "a.zip", members), tmp_path / "out", LIMITS)
+        assert path == tmp_path / "out/deep/er/a.obj"
+        assert SideFiles(path, None, WarningLog()).read("textures/b.png") == b"texture"
+
+    def test_depth_is_bounded(self, tmp_path):
+        content = self.inner(tmp_path, {"a.obj": b"mesh"})
+        for level in range(1, 4):
+            path = tmp_path / f"{level}.zip"
+            content = make_zip(path, {f"n{level}.zip": content}).read_bytes()
+            if level <= 2:
+                assert unpack_mesh(path, tmp_path / f"out{level}", LIMITS).name == "a.obj"
+            else:
+                with pytest.raises(Reject, match="archive_without_mesh"):
+                    unpack_mesh(path, tmp_path / f"out{level}", LIMITS)
+
+    def test_the_limits_hold_for_all_together(self, tmp_path):
+        inner = self.inner(tmp_path, {f"{n}.png": bytes(100) for n in range(5)})
+        path = make_zip(tmp_path / "a.zip", {"a.obj": b"x", "b.zip": inner, "c.zip": inner})
+        unpack_mesh(path, tmp_path / "fits", ArchiveLimits(max_members=13))
+        for limits in (
+            ArchiveLimits(max_members=12),
+            ArchiveLimits(max_bytes=2 * len(inner) + 999),
+        ):
+            with pytest.raises(Reject, match="archive_bomb"):
+                unpack_mesh(path, tmp_path / f"out{limits.max_members}", limits)
+
+    def test_a_damaged_inner_archive_costs_only_itself(self, tmp_path):
+        path = make_zip(tmp_path / "a.zip", {"a.obj": b"x", "b.zip": b"PK damaged"})
+        assert unpack_mesh(path, tmp_path / "out", LIMITS).name == "a.obj"
+        path = make_zip(tmp_path / "b.zip", {"b.zip": b"PK damaged"})
+        with pytest.raises(Reject, match="archive_without_mesh"):
+            unpack_mesh(path, tmp_path / "out2", LIMITS)
+
+    def test_an_inner_archive_does_not_leave_the_folder(self, tmp_path):
+        inner = self.inner(tmp_path, {"../../evil.obj": b"x"})
+        path = make_zip(tmp_path / "a.zip", {"a.obj": b"x", "d/b.zip": inner})
+        unpack_mesh(path, tmp_path / "out", LIMITS)
+        assert not list(tmp_path.rglob("evil.obj"))

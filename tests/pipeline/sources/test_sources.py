@@ -12,7 +12,9 @@ from pipeline.core.errors import Reject, Transient, UserError
 from pipeline.core.hashing import make_uid
 from pipeline.download.config import FetchConfig
 from pipeline.mesh_io.config import LoadConfig
-from pipeline.mesh_io.load import load, load_with_report
+from pipeline.mesh_io.load import load_with_report
+from pipeline.mesh_io.load_warnings import WarningLog
+from pipeline.mesh_io.side_files import SideFiles
 from pipeline.orchestration.plan import make_plan, read_plan
 from pipeline.sources import open_source
 from pipeline.sources.annotations import Annotations
@@ -288,9 +290,14 @@ def test_side_files_are_downloaded_and_missing_ones_are_skipped(tmp_path, client
         tmp_path, client, server, github=[(blob(server, "models/a.obj"), "MIT", "obj", sha256(obj))]
     )
     path = materialized(tmp_path, source)
-    assert sorted(file.name for file in path.parent.iterdir()) == ["a.obj", "a.png", "my mat.mtl"]
-    mesh = load(path, LoadConfig())
-    assert mesh.parts[0].material.texture is not None
+    repository = path.parent.parent
+    files = [file for file in repository.rglob("*") if file.is_file()]
+    assert sorted(file.relative_to(repository).as_posix() for file in files) == [
+        "models/a.obj",
+        "models/my mat.mtl",
+        "tex/a.png",
+    ]
+    assert SideFiles(path, repository, WarningLog()).read("../tex/a.png") == png()
     assert not [visit for visit, _ in server.requests if "passwd" in visit]
 
 
