@@ -122,7 +122,8 @@ def parse_xml(
 
     Args:
         content: The document, in the encoding of its byte order mark or declaration, else UTF-8.
-        schema: The known elements by name. Names outside the home namespace are "prefix:name".
+        schema: The known elements by name, or by "parent/name" where the parent matters. Names
+            outside the home namespace are "prefix:name".
         roots: Names of the elements that the document may have as its root.
         namespaces: {URI: prefix in the schema}. "" is the prefix of the home namespace. Names
             without namespace count as home.
@@ -294,6 +295,8 @@ class _Builder:
             self._skipped_scope = outer_scope
             return
         kind = self.schema[name]
+        if parent is not None:
+            kind = self.schema.get(f"{parent.element.name}/{name}", kind)
         if kind.is_opaque and parent is not None:
             parent.element.children.append(Element(name, raw_attributes))
             self._skipped = 1

@@ -38,11 +38,8 @@ SCHEMA: Schema = {
     "up_axis": _TEXT,
     # Applications put their own data here. What the reader knows of it is named.
     "extra": ElementKind("", "technique", is_open=True),
-    "technique": ElementKind(
-        "profile",
-        "double_sided visibility asset extra " + " ".join(SHADERS),
-        is_open=True,
-    ),
+    "technique": ElementKind("profile", "double_sided visibility", is_open=True),
+    "profile_COMMON/technique": ElementKind("", " ".join(("asset extra", *SHADERS))),
     "double_sided": _TEXT,
     "visibility": _TEXT,
     # Geometry
