@@ -12,7 +12,7 @@ WIDTH = 520  # of the whole chart, in SVG units; so are the numbers below
 HEIGHT = 220
 LEFT = 46  # margins around the curves
 RIGHT = 10
-TOP = 12
+TOP = 26  # the names of the curves stand there
 BOTTOM = 26
 COLORS = ("#3567b0", "#c98a1b", "#2f8f6b", "#c0483d", "#7a5ba6")
 MOST_MARKERS = 12  # a curve with at most this many points has a dot at each
@@ -103,6 +103,7 @@ def chart(curves: Sequence[Curve]) -> str:
         )
     for step in (0, last // 2, last):
         parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{step}</text>')
+    names = []
     for number, curve in enumerate(curves):
         color = COLORS[number % len(COLORS)]
         points = [
@@ -116,10 +117,9 @@ def chart(curves: Sequence[Curve]) -> str:
             parts += [
                 f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.6" fill="{color}"/>' for px, py in points
             ]
-        parts.append(
-            f'<text x="{WIDTH - RIGHT - 4}" y="{TOP + 12 + 14 * number}" '
-            f'text-anchor="end" fill="{color}">{curve.name}</text>'
-        )
+        gap = ' dx="14"' if number else ""
+        names.append(f'<tspan{gap} fill="{color}">{curve.name}</tspan>')
+    parts.append(f'<text x="{LEFT}" y="12">{"".join(names)}</text>')
     return "".join(parts) + "</svg>"
 
 

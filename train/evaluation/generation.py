@@ -158,7 +158,8 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
             f"none of {len(chosen)} assets of {cfg.data} can be read; "
             f"run python -m pipeline.verify {cfg.data}"
         )
-    summary = summarize(results, f"{cfg.split} assets, view {cfg.view}", len(references.trees))
+    view = "last view" if cfg.view == -1 else f"view {cfg.view}"
+    summary = summarize(results, f"{cfg.split} assets, {view}", len(references.trees))
     if looks is not None:
         summary["normal_map_distance"] = looks.distance()
     protocol = {
