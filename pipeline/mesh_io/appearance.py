@@ -62,14 +62,20 @@ class AppearanceConverter:
         base_slot, texture = self._texture(source.base_color_texture)
         opacity_slot, opacity = self._texture(source.opacity_texture)
         if opacity is not None and opacity_slot is not None:
-            texture = _with_opacity(texture, _channel(opacity, opacity_slot))
+            values = _channel(opacity, opacity_slot)
+            # The alpha of an image that gives both colour and opacity counts once.
+            if texture is None or texture is not opacity or (values != texture[..., 3]).any():
+                texture = _with_opacity(texture, values)
             base_slot = base_slot or opacity_slot
         emissive_slot, emissive = self._texture(source.emissive_texture)
         roughness = source.roughness * self._mean(source.roughness_texture)
         if source.glossiness_texture is not None:
             roughness = 1 - (1 - roughness) * self._mean(source.glossiness_texture)
+        color = source.base_color
+        if source.texture_replaces_color and source.base_color_texture is not None:
+            color = color if base_slot is None else (1.0, 1.0, 1.0, color[3])
         material = Material(
-            base_color=source.base_color,
+            base_color=color,
             texture=texture,
             sampler=_sampler(base_slot),
             # The renderer uses one value per material: the mean of the texture.

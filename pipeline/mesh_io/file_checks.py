@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import unquote
 
 from pipeline.core.errors import Reject
 from pipeline.mesh_io.config import LoadConfig
@@ -38,34 +37,6 @@ def check_file(path: Path) -> str:
     with path.open("rb") as file:
         check_magic(file.read(HEAD_BYTES), extension, size)
     return extension
-
-
-def find_side_file(folder: Path, name: str) -> Path | None:
-    """Find a file, such as a texture, that an asset refers to by name.
-
-    The name is tried as written, percent-decoded with "/" for each backslash, and reduced to its
-    last component. A file outside `folder` is never returned.
-
-    Args:
-        folder: Directory of the asset.
-        name: The name as it stands in the asset.
-
-    Returns:
-        The resolved path, or None if there is no such file.
-    """
-    root = folder.resolve()
-    names = (name.strip(), unquote(name.strip()).replace("\\", "/"))
-    relative = tuple(text.lstrip("/") for text in names)
-    last = tuple(text.rpartition("/")[2] for text in names)
-    for candidate in dict.fromkeys((*names, *relative, *last)):
-        try:
-            path = (root / candidate).resolve()
-            if path.is_relative_to(root) and path.is_file():
-                return path
-        # The name is impossible for a file, or the path is a link to itself.
-        except (OSError, ValueError, RuntimeError):
-            continue
-    return None
 
 
 def check_magic(head: bytes, extension: str, size: int) -> None:

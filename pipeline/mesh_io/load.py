@@ -46,6 +46,7 @@ PARSER_ERRORS = (
 READERS: dict[str, tuple[str, str]] = {
     "glb": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
     "gltf": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
+    "obj": ("pipeline.mesh_io.readers.obj", "read_obj"),
     "ply": ("pipeline.mesh_io.readers.ply", "read_ply"),
     "stl": ("pipeline.mesh_io.readers.stl", "read_stl"),
     "off": ("pipeline.mesh_io.readers.off", "read_off"),
@@ -111,14 +112,7 @@ def load_with_report(
     try:
         extension = check_file(path)
         if extension not in READERS:
-            from pipeline.mesh_io.trimesh_load import load_with_trimesh
-
-            mesh, notes = load_with_trimesh(path, extension, cfg, "z" if up == "z" else "y")
-            for note in notes:
-                is_missing = note.startswith("missing side file ")
-                code = "side_file_missing" if is_missing else "appearance_ignored"
-                warnings.add(code, note.removeprefix("missing side file "))
-            return mesh, LoadReport(warnings=warnings.items())
+            raise Reject("unreadable", error="unknown_format", format=extension)
         side_files = SideFiles(path, root, warnings)
         context = ReaderContext(path=path, cfg=cfg, side_files=side_files, warnings=warnings)
         scene = _reader(extension)(path.read_bytes(), context)

@@ -64,6 +64,8 @@ class SceneMaterial:
         name: Name in the file, for warnings.
         base_color: Linear RGBA factors. They multiply the texture.
         base_color_texture: sRGB colours with alpha.
+        texture_replaces_color: Whether a texture that can be drawn takes the place of the RGB
+            factors, for formats in which they are the colour of an untextured surface.
         opacity_texture: Values that multiply alpha, for formats that keep them in an image of
             their own.
         metallic: 0 for dielectrics to 1 for metals.
@@ -87,6 +89,7 @@ class SceneMaterial:
     name: str = ""
     base_color: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 1.0)
     base_color_texture: TextureSlot | None = None
+    texture_replaces_color: bool = False
     opacity_texture: TextureSlot | None = None
     metallic: float = 0.0
     roughness: float = 0.8

@@ -28,11 +28,16 @@ def plain_text(content: bytes) -> bytes:
     r"""Return a text without byte order mark, with "\n" as line end and " " as the only blank."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         content = content.decode("utf-16", errors="replace").encode()
+    if b"\r\n" in content:
+        content = content.replace(b"\r\n", b"\n")
     return content.removeprefix(codecs.BOM_UTF8).translate(_BLANKS)
 
 
 def parse_numbers(
-    text: bytes, warnings: WarningLog, dtype: type[np.generic] = np.float64
+    text: bytes,
+    warnings: WarningLog,
+    dtype: type[np.generic] = np.float64,
+    count: int | None = None,
 ) -> NDArray[Any]:
     """Return all numbers of a text, separated by blanks and line ends.
 
@@ -40,6 +45,7 @@ def parse_numbers(
         text: The text, as `plain_text` returns it.
         warnings: Receives "invalid_value" for each word that is not a number.
         dtype: float64 or int64. An integer may be written with a fraction.
+        count: Number of words of the text, if it is known.
 
     Returns:
         [N] with one entry for each word. A word that is not a number is NaN, or the smallest
@@ -50,7 +56,7 @@ def parse_numbers(
         try:
             values = np.fromstring(text, dtype=dtype, sep=" ")
             # A word such as "1-2" is read as two numbers.
-            if len(values) == count_words(text):
+            if len(values) == (count_words(text) if count is None else count):
                 return values
         except (DeprecationWarning, ValueError):
             pass
@@ -95,7 +101,7 @@ def _word_counts(text: bytes) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.in
         begins = ~is_blank
         begins[1:] &= is_blank[:-1]
         begins[0] &= previous_is_blank
-        counts = np.cumsum(begins, dtype=np.int64) + total
+        counts = np.cumsum(begins, dtype=np.int32) + np.int64(total)
         total, previous_is_blank = int(counts[-1]), bool(is_blank[-1])
         yield chunk, counts
 
@@ -108,12 +114,12 @@ def count_words(text: bytes) -> int:
     return total
 
 
-def count_words_of_lines(text: bytes) -> NDArray[np.int64]:
-    """Return the number of words of each line, without the lines that have none."""
+def count_words_of_lines(text: bytes, *, with_blank_lines: bool = False) -> NDArray[np.int64]:
+    """Return the number of words of each line."""
     ends = [np.zeros(1, dtype=np.int64)]
     ends += [counts[chunk == 10] for chunk, counts in _word_counts(text + b"\n")]
     words = np.diff(np.concatenate(ends))
-    return words[words > 0]
+    return words if with_blank_lines else words[words > 0]
 
 
 def ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -20,7 +20,6 @@ from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.load import load, load_with_report
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.scene import Attribute, Geometry, Scene
-from pipeline.mesh_io.trimesh_load import use_absolute_indices
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import to_glb
 from tests.pipeline.mesh_files import (
@@ -303,13 +302,6 @@ def test_negative_obj_indices_count_back_from_their_own_line(tmp_path):
     np.testing.assert_allclose(mesh.vertices.max(axis=0), [6, 2, 3])
 
 
-def test_obj_files_without_negative_indices_are_not_changed():
-    plain = b"v 0 0 -1\nvt -1 0\nf 1/1 2/2 3/3\r\nf 1 2 3"
-    assert use_absolute_indices(plain) is plain
-    text = b"v 0 0 0\nvn 0 0 1\nv 1 0 0\nv 0 1 0\nf -3//-1 2//1 -1//-1\n"
-    assert use_absolute_indices(text) == b"v 0 0 0\nvn 0 0 1\nv 1 0 0\nv 0 1 0\nf 1//1 2//1 3//1\n"
-
-
 def bomb(count: int, **fields) -> bytes:
     document, data = gltf()
     document["accessors"][0] |= {"count": count} | fields
@@ -392,7 +384,6 @@ DAMAGED_FILES = {
     "nan.glb": (nan_vertex(), "non_finite_vertices"),
     "infinite.obj": (OBJ.replace("v 1.0", "v inf"), "non_finite_vertices"),
     "far index.glb": (glb(*gltf(faces=FACES + 4)), "index_out_of_range"),
-    "far index.obj": (OBJ + "\nf 1 2 9", "index_out_of_range"),
     "bomb.glb": (bomb(400_000_000), "allocation_bomb"),
     "bomb without view.glb": (bomb(400_000_000, bufferView=0, byteOffset=0), "allocation_bomb"),
     "accessors.glb": (overlapping_accessors(), "allocation_bomb"),
