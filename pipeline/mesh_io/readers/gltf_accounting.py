@@ -119,8 +119,9 @@ READ_PROPERTIES: dict[str, dict[str, str]] = {
     "empty": {},
 }
 
-# (Kind of object, extension that is read there) -> kind of the extension's object. "undrawn" is an
-# extension that gives the warning "appearance_ignored" where it has an effect.
+# (Kind of object, extension that is known there) -> kind of the extension's object. "undrawn" is an
+# extension of the look that gives the warning "appearance_ignored": for a material where it has an
+# effect on a drawn one, for the document at once.
 _TEXTURE_INFOS = ("texture info", "normal texture", "occlusion texture")
 READ_EXTENSIONS: dict[tuple[str, str], str] = {
     ("node", "EXT_mesh_gpu_instancing"): "instancing",
@@ -141,6 +142,8 @@ READ_EXTENSIONS: dict[tuple[str, str], str] = {
     ("texture", "MSFT_texture_dds"): "image source",
     **{(kind, "KHR_texture_transform"): "texture transform" for kind in _TEXTURE_INFOS},
     **{("material", name): "undrawn" for name in UNDRAWN_MATERIALS},
+    ("document", "KHR_techniques_webgl"): "undrawn",
+    ("document", "VRM"): "undrawn",  # the looks of characters, with shaders of their own
 }
 # Extensions without an object of their own: what they allow is read.
 READ_EVERYWHERE = ("KHR_mesh_quantization", "KHR_accessor_float64")
@@ -187,7 +190,7 @@ def account(document: Document) -> None:
                 found["unknown_element", f"{kind}.{key}"] += 1
     # Extensions that only the lists of the document name.
     known = {name for _, name in READ_EXTENSIONS} | set(READ_EVERYWHERE)
-    reported = {detail.split(".")[-1] for code, detail in found if code == "unknown_extension"}
+    reported = {detail.partition(".")[2] for code, detail in found if code == "unknown_extension"}
     for key in ("extensionsRequired", "extensionsUsed"):
         for name in document.root.values(key):
             if not isinstance(name, str) or name in known or _is_ignored(name):
@@ -210,6 +213,8 @@ def _extensions(kind: str, extensions: Any, found: Counter[tuple[str, str]]) -> 
         if extension_kind is not None:
             if extension_kind != "undrawn":
                 read.append((extension_kind, value))
+            elif kind == "document":
+                found["appearance_ignored", f"{kind}.{name}"] += 1
         elif name not in READ_EVERYWHERE and not _is_ignored(name):
             found["unknown_extension", f"{kind}.{name}"] += 1
     return read

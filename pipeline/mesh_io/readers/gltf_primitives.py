@@ -118,14 +118,16 @@ class Meshes:
         Raises:
             GltfError: If it cannot be read.
         """
+        mode = primitive.index("mode")
+        mode = TRIANGLES if mode is None else mode
+        if self._is_left_out(primitive, mode, name):
+            return None
         draco = self._decode_draco(primitive)
         reader = _AttributeReader(self.accessors, primitive, draco)
         positions = reader.positions()
         corners = self._corners(primitive, draco, len(positions))
-        mode = primitive.index("mode")
-        # A Draco buffer holds the triangles of a strip one by one.
-        if mode is None or (draco is not None and draco.indices is not None):
-            mode = TRIANGLES
+        if draco is not None and draco.indices is not None:
+            mode = TRIANGLES  # a Draco buffer holds the triangles of a strip one by one
         triangles = self._triangles(mode, corners, name)
         if triangles is None:
             return None
@@ -214,21 +216,35 @@ class Meshes:
             raise GltfError("its indices are not an accessor")
         return np.arange(num_vertices)
 
+    def _is_left_out(self, primitive: Element, mode: int, name: str) -> bool:
+        """Return whether a primitive has no faces, such as points, which gives a warning.
+
+        Raises:
+            GltfError: If the number of its corners is not known.
+        """
+        if mode in (TRIANGLES, TRIANGLE_STRIP, TRIANGLE_FAN):
+            return False
+        if mode > TRIANGLE_FAN:
+            self.warnings.add("unsupported_primitive", f"{name}: mode {mode}")
+            return True
+        counted = primitive.index("indices")
+        if counted is None:
+            counted = primitive.child("attributes").index("POSITION")
+        if counted is None:
+            raise GltfError("it has no POSITION")
+        corners = self.accessors.count(counted)
+        if mode == POINTS:
+            self.points += corners
+            self.warnings.add("points_left_out", name, corners)
+        else:
+            lines = corners // 2 if mode == LINES else corners - (mode == LINE_STRIP)
+            self.warnings.add("lines_left_out", name, max(lines, 1))
+        return True
+
     def _triangles(
         self, mode: int, corners: NDArray[np.int64], name: str
     ) -> NDArray[np.int64] | None:
         """Return the triangles [F, 3] of corners in the order of a mode, None if it has none."""
-        if mode == POINTS:
-            self.points += len(corners)
-            self.warnings.add("points_left_out", name, len(corners))
-            return None
-        if mode in (LINES, LINE_LOOP, LINE_STRIP):
-            lines = len(corners) // 2 if mode == LINES else len(corners) - (mode == LINE_STRIP)
-            self.warnings.add("lines_left_out", name, max(lines, 1))
-            return None
-        if mode not in (TRIANGLES, TRIANGLE_STRIP, TRIANGLE_FAN):
-            self.warnings.add("unsupported_primitive", f"{name}: mode {mode}")
-            return None
         if mode == TRIANGLES:
             if len(corners) % 3:
                 self.warnings.add("count_mismatch", f"{name}: {len(corners)} corners of triangles")

@@ -367,3 +367,12 @@ def test_the_test_data_is_what_it_says():
     """The box of the tests has volume 1 and faces outward."""
     a, b, c = (BOX[BOX_FACES[:, k]].astype(float) for k in range(3))
     assert np.einsum("fi,fi->", a, np.cross(b, c)) / 6 == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["KHR_techniques_webgl", "VRM"])
+def test_looks_with_shaders_of_their_own_are_reported(tmp_path, name):
+    file = GltfFile(extensionsUsed=[name], extensions={name: {"materialProperties": []}})
+    file.draw(file.primitive())
+    mesh, report = file.load(tmp_path)
+    assert_same_triangles(mesh)
+    assert codes(report) == {"appearance_ignored": 1}

@@ -180,6 +180,15 @@ def test_a_file_with_points_only_is_rejected_by_that_name(tmp_path):
     assert (found.reason, found.numbers["points"]) == ("points_only", 4)
 
 
+def test_compressed_points_without_data_are_points(tmp_path):
+    file = GltfFile(extensionsRequired=["EXT_fancy_splats"])
+    position = file.add("accessors", componentType=5126, count=7, type="VEC3")
+    primitive = file.primitive(None, None, {"POSITION": position}, mode=0)
+    file.draw(primitive | {"extensions": {"EXT_fancy_splats": {"bufferView": 0}}})
+    found = reject(file, tmp_path)
+    assert (found.reason, found.numbers["points"]) == ("points_only", 7)
+
+
 def test_corners_that_make_no_triangle_are_a_warning(tmp_path):
     file = GltfFile()
     file.draw(file.primitive(SQUARE, [0, 1, 2, 3]), file.primitive(SQUARE, [0, 1], mode=5))
