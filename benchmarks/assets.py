@@ -188,7 +188,7 @@ def measure(cfg: Measure) -> Row:
         | {
             "views": build.views,
             "image_size": build.image_size,
-            "topology_resolution": build.topology_resolution,
+            "topology_resolution": build.decision_resolution,
         },
         "start_s": start_s,  # imports and compilation of the first process, and one asset
         "first": first,

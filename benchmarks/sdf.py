@@ -53,7 +53,7 @@ class SdfBenchmark:
     full_resolutions: tuple[int, ...] = PRESETS["full"].resolutions
     """Resolutions that are computed from one topology, as in a build, and stored."""
 
-    topology_resolution: int = PRESETS["full"].topology_resolution
+    topology_resolution: int = PRESETS["full"].decision_resolution
     """Resolution of the topology for the full resolutions."""
 
     peers: tuple[Literal["mesh2sdf", "libigl"], ...] = ("mesh2sdf", "libigl")

@@ -16,13 +16,16 @@ from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION, READER_VERSION
 from pipeline.curation.config import FilterConfig, RankConfig, ScreenConfig
 from pipeline.download.config import FetchConfig
-from pipeline.geometry.config import TopologyConfig
+from pipeline.geometry.config import MIN_TOPOLOGY, TopologyConfig
 from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
 from pipeline.rendering.config import RenderConfig
 from pipeline.storage.config import PathOrUrl
 
 PresetName = Literal["smoke", "full", "paper"]
 Pass = Literal["build", "screen", "best"]
+
+# The finest grid on which inside and outside are decided without being asked for.
+MAX_DEFAULT_TOPOLOGY = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +100,10 @@ class BuildConfig:
     resolutions: tuple[int, ...] = (64, 128)
     """Numbers of SDF grid points along one side of the cube. Each is a multiple of 8."""
 
-    topology_resolution: int = 128
-    """Resolution of the grid on which inside and outside are decided, once for all resolutions."""
+    topology_resolution: int | None = None
+    """Resolution of the grid on which inside and outside are decided, once for all resolutions. A
+    multiple of 8 and at least 64. None takes the finest of the resolutions, from 64 up to 512. An
+    existing build keeps its value."""
 
     cameras: CameraSet = "paper"
     """Camera set of the renders. "paper" looks at the front half from 10 to 40 degrees above the
@@ -157,7 +162,7 @@ class BuildConfig:
             raise ValueError(f'up must be "auto", "y" or "z", got {self.up!r}')
         if not self.resolutions:
             raise ValueError("resolutions must name at least one resolution, got none")
-        for resolution in (*self.resolutions, self.topology_resolution):
+        for resolution in (*self.resolutions, self.decision_resolution):
             check_resolution(resolution)
         for name in ("shard_size", "limit", "workers"):
             value = getattr(self, name)
@@ -172,6 +177,14 @@ class BuildConfig:
                 f"best_resolutions must not be among resolutions, got {self.rank.best_resolutions}"
             )
         self.render  # noqa: B018  RenderConfig checks views and image_size
+
+    @property
+    def decision_resolution(self) -> int:
+        """The topology resolution that applies: the given one, or that of the finest SDF."""
+        if self.topology_resolution is not None:
+            return self.topology_resolution
+        finest = max(*self.resolutions, *self.rank.best_resolutions, MIN_TOPOLOGY)
+        return min(finest, MAX_DEFAULT_TOPOLOGY)
 
     @property
     def gpu_share(self) -> float:
@@ -189,9 +202,9 @@ class BuildConfig:
     @cached_property
     def topology(self) -> TopologyConfig:
         """The topology options of this pass. Screening uses the coarser of two resolutions."""
-        coarse = min(self.topology_resolution, self.screen.resolution)
+        coarse = min(self.decision_resolution, self.screen.resolution)
         return TopologyConfig(
-            resolution=coarse if self.run == "screen" else self.topology_resolution
+            resolution=coarse if self.run == "screen" else self.decision_resolution
         )
 
     @cached_property
@@ -223,7 +236,7 @@ class BuildConfig:
         if self.run != "screen" and self.rank.target_count is not None:
             stages += ["screen", "rank"]
         names = ("source", "up", "limit", "topology_resolution", "shard_size", "val_percent")
-        options = options_of(self)
+        options = {**options_of(self), "topology_resolution": self.decision_resolution}
         of_stages = {name: options_of(getattr(self, name)) for name in stages}
         shared = {**{name: options[name] for name in names if name in options}, **of_stages}
         if self.reader_version == 1:

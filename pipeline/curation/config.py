@@ -74,6 +74,14 @@ class FilterConfig:
     """Codes of load warnings that reject an asset, such as side_file_missing or truncated_data. The
     manifest's column "warnings" and docs/mesh_files.md list the codes. The default accepts all."""
 
+    max_translucent_share: float = added(1.0, before=1.0)
+    """Largest accepted share of the surface that is translucent, 0 to 1. Fully transparent faces do
+    not count, because they are left out. 1 disables the rule."""
+
+    max_thin_share: float = added(1.0, before=1.0)
+    """Largest accepted share of the visible surface that leaves no sign change in the bricks of a
+    resolution, 0 to 1. Such parts are thinner than a voxel. 1 disables the rule."""
+
     banned_words: tuple[str, ...] = (
         "hdri",
         "lidar",
@@ -87,6 +95,9 @@ class FilterConfig:
     Upper and lower case do not matter."""
 
     def __post_init__(self):
+        for name in ("max_translucent_share", "max_thin_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         unknown = [code for code in self.reject_warnings if code not in WARNING_CODES]
         if unknown:
             raise ValueError(

@@ -89,6 +89,34 @@ def filter_warnings(warnings: Iterable[LoadWarning], cfg: FilterConfig) -> None:
             )
 
 
+def filter_translucency(share: float, cfg: FilterConfig) -> None:
+    """Check how much of the surface is translucent.
+
+    Args:
+        share: Share of the area that is neither opaque nor invisible, 0 to 1.
+        cfg: The threshold.
+
+    Raises:
+        Reject: "translucent".
+    """
+    if share > cfg.max_translucent_share:
+        raise Reject("translucent", share=share, max_share=cfg.max_translucent_share)
+
+
+def filter_thinness(share: float, cfg: FilterConfig) -> None:
+    """Check how much of the visible surface is missing in the bricks of one resolution.
+
+    Args:
+        share: Share of the visible area that leaves no sign change, 0 to 1.
+        cfg: The threshold.
+
+    Raises:
+        Reject: "too_thin".
+    """
+    if share > cfg.max_thin_share:
+        raise Reject("too_thin", share=share, max_share=cfg.max_thin_share)
+
+
 def filter_geometry(mesh: Mesh, cfg: FilterConfig) -> dict[str, float]:
     """Check the geometry of a mesh.
 

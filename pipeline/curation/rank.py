@@ -29,6 +29,8 @@ THRESHOLDS: dict[str, tuple[str, ...]] = {
     "flat": ("filter.min_thickness",),
     "degenerate_faces": ("filter.max_degenerate_share",),
     "load_warning": ("filter.reject_warnings",),
+    "translucent": ("filter.max_translucent_share",),
+    "too_thin": ("filter.max_thin_share",),
     "too_many_components": ("filter.max_components",),
     "allocation_bomb": ("load.max_unpacked_bytes",),
     "plain_box": ("rank.max_solid_fraction",),

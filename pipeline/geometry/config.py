@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pipeline.core.grid import check_resolution
 
+MIN_TOPOLOGY = 64  # grid points along one side of the coarsest grid that decides
+
 
 @dataclass(frozen=True, kw_only=True)
 class TopologyConfig:
@@ -24,7 +26,9 @@ class TopologyConfig:
 
     def __post_init__(self) -> None:
         check_resolution(self.resolution)
-        if self.resolution < 64:
-            raise ValueError(f"topology resolution must be at least 64, got {self.resolution}")
+        if self.resolution < MIN_TOPOLOGY:
+            raise ValueError(
+                f"topology resolution must be at least {MIN_TOPOLOGY}, got {self.resolution}"
+            )
         if not 0 <= self.max_opening <= 1:
             raise ValueError(f"max_opening must lie in 0..1, got {self.max_opening}")

@@ -36,7 +36,12 @@ from pipeline.storage.layout import (
     stats_path,
 )
 from pipeline.storage.locks import local_copy
-from pipeline.storage.manifest import ManifestRow, count_reasons, read_manifest
+from pipeline.storage.manifest import (
+    ManifestRow,
+    count_reasons,
+    read_manifest,
+    thin_share_name,
+)
 from pipeline.storage.remote import AnyStorePath, StorePath, write_file
 
 log = logging.getLogger(__name__)
@@ -44,6 +49,7 @@ log = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("build_report.html.j2")
 # The stages that an asset goes through once for all products, in order.
 SHARED_STAGES = ("metadata", "fetch", "file", "load", "normalize", "geometry", "topology")
+THIN_PERCENT = 5  # of the visible area; from here on an asset counts as partly too thin
 WARNING_EXAMPLES = 3  # assets shown for each warning code
 SOURCE_NAMES = (PLAN, PLAN_TABLE, "manifest", "stats", "shards")  # what is read
 # The finest resolution of a picture. Extracting a surface at 1024 would take seconds.
@@ -143,6 +149,7 @@ def summary(build: BuildContents) -> dict[str, Any]:
         "reasons": reason_rows(build.rows, info.config),
         "warnings": warning_rows(build.rows),
         "axes": axis_rows(build.rows),
+        "thin_percent": THIN_PERCENT,
         "screening": [
             {**row, "thresholds": _as_options(row["thresholds"])}
             for row in _screening_funnel(out / CATALOGUE)
@@ -279,6 +286,11 @@ def product_row(
     if product.kind == "sdf":
         counts = [row.tokens.get(product.resolution) for row in rows]
     tokens = [count for count in counts if count is not None]
+    thin = ""
+    if product.kind == "sdf":
+        name = thin_share_name(product.resolution)
+        shares = [row.numbers[name] for row in rows if name in row.numbers]
+        thin = f"{sum(100 * share > THIN_PERCENT for share in shares):,} of {len(shares):,}"
     return {
         "name": str(product),
         "assets": f"{assets:,}",
@@ -288,6 +300,7 @@ def product_row(
         "size": human_bytes(total),
         "cell": f"{total / sum(tokens):.0f} B" if tokens else "",
         "each": human_bytes(total / assets) if assets else "",
+        "thin": thin,
     }
 
 

@@ -32,6 +32,8 @@ WARNING_CODES = {
     "unsupported_primitive": "Geometry of a kind that the reader does not support was left out.",
     "support_left_out": "Support structures of a print were left out.",
     "hidden_left_out": "Geometry that the file marks as hidden was left out.",
+    "transparent_left_out": "Faces that are fully transparent were left out.",
+    "outline_hull_left_out": "An inverted single-sided hull that draws an outline was left out.",
     "unplaced_geometry": "Geometry that no node of the scene draws was left out.",
     "node_cycle": "A node of the scene is its own descendant. The repetition was left out.",
     "skin_unreadable": "A skin could not be read. Its mesh is drawn without it.",

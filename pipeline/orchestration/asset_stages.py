@@ -17,18 +17,30 @@ from pipeline.core.hashing import sha256_of
 from pipeline.core.image_codec import encode
 from pipeline.core.product import Product
 from pipeline.core.schema import BRICK_ARRAYS, Bricks, Mesh
-from pipeline.curation.filters import filter_file, filter_geometry, filter_metadata, filter_warnings
+from pipeline.curation.filters import (
+    filter_file,
+    filter_geometry,
+    filter_metadata,
+    filter_thinness,
+    filter_translucency,
+    filter_warnings,
+)
 from pipeline.curation.screening_metrics import compute_metrics, save_metrics
 from pipeline.geometry import sdf_cuda
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
+from pipeline.geometry.thinness import thin_share
 from pipeline.geometry.topology import Topology, build_topology
+from pipeline.mesh_io import visible_parts
 from pipeline.mesh_io.load import load_with_report
+from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.normalize import normalize
+from pipeline.mesh_io.visible_parts import keep_visible
 from pipeline.orchestration.asset_results import AssetJob, AssetNotes
 from pipeline.rendering import gl_renderer
 from pipeline.rendering.views import render_views, renderer_string
 from pipeline.sources import side_file_root
+from pipeline.storage.manifest import thin_share_name
 from pipeline.storage.render_shard import save_view
 
 
@@ -56,7 +68,7 @@ def process(job: AssetJob) -> None:
         name = str(product)
         try:
             with _stage(job, notes, name):
-                notes.products[name] = _make_product(job, product, mesh, topology)
+                notes.products[name] = _make_product(job, product, mesh, topology, notes)
         except Reject as verdict:
             notes.reject(name, verdict)
     if notes.status == "running":
@@ -86,10 +98,17 @@ def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
         root = side_file_root(job.source, path, scratch)
         mesh, report = load_with_report(path, cfg.load, up=cfg.up, root=root)
         notes.row |= {"up_axis": report.up_axis, "up_origin": report.up_origin}
-        if report.warnings:
-            notes.row["warnings"] = [warning.code for warning in report.warnings]
-            notes.numbers["load_warnings"] = [str(warning) for warning in report.warnings]
-        filter_warnings(report.warnings, cfg.filter)
+        visibility = WarningLog()
+        try:
+            mesh, translucent_share = keep_visible(mesh, visibility)
+        finally:
+            warnings = sorted((*report.warnings, *visibility.items()), key=lambda item: item.code)
+            if warnings:
+                notes.row["warnings"] = [warning.code for warning in warnings]
+                notes.numbers["load_warnings"] = [str(warning) for warning in warnings]
+        notes.numbers["translucent_share"] = translucent_share
+        filter_warnings(warnings, cfg.filter)
+        filter_translucency(translucent_share, cfg.filter)
     with _stage(job, notes, "normalize"):
         mesh = normalize(mesh, cfg.normalize)
         notes.row |= {"center": list(mesh.center), "scale": mesh.scale}
@@ -103,7 +122,7 @@ def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
 
 
 def _make_product(
-    job: AssetJob, product: Product, mesh: Mesh, topology: Topology
+    job: AssetJob, product: Product, mesh: Mesh, topology: Topology, notes: AssetNotes
 ) -> dict[str, Any]:
     """Write one product's files. Return its counts and the device or renderer that made it."""
     folder = job.folder / str(product)
@@ -113,6 +132,9 @@ def _make_product(
         return {}
     if product.kind == "sdf":
         bricks = compute_bricks(topology, product.resolution, job.config.device)
+        share = thin_share(topology, bricks)
+        notes.numbers[thin_share_name(product.resolution)] = share
+        filter_thinness(share, job.config.filter)
         save_bricks(folder, bricks)
         return {"tokens": len(bricks.cells), "device": sdf_cuda.device_name(job.config.device)}
     cfg, uid = job.config.render, job.record.uid
@@ -165,6 +187,7 @@ def warm_up() -> None:
     mesh = Mesh(vertices=np.concatenate([corners, sheet]), faces=faces)
     filter_geometry(mesh, BuildConfig().filter)
     compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
+    visible_parts.warm_up()
     gl_renderer.import_pyrender()
 
 

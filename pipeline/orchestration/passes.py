@@ -10,7 +10,7 @@ from pipeline.config import BuildConfig
 from pipeline.core.text import counted
 from pipeline.curation.catalogue import Catalogue
 from pipeline.curation.rank import thresholds
-from pipeline.orchestration.plan import Plan, check_unused, make_plan, with_reader_of_plan
+from pipeline.orchestration.plan import Plan, check_unused, make_plan, with_values_of_plan
 from pipeline.orchestration.runner import run
 from pipeline.orchestration.screening_pass import rank_screened
 from pipeline.sources import Source
@@ -36,7 +36,7 @@ def run_passes(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
         UserError: If the output directory holds something else, or the sources list no asset.
         RunError: If the run cannot continue.
     """
-    cfg = with_reader_of_plan(cfg)
+    cfg = with_values_of_plan(cfg)
     listings = sources if cfg.rank.target_count is None else [_screen(cfg, sources)]
     plan = make_plan(cfg, listings)
     for source, files in plan.info.skipped_files.items():

@@ -273,18 +273,23 @@ def read_plan(out: StorePath) -> Plan:
     return Plan(out=out, info=info, table=table)
 
 
-def with_reader_of_plan(cfg: BuildConfig) -> BuildConfig:
-    """Return the options with the reader version of the build in `cfg.out`, if there is one.
+def with_values_of_plan(cfg: BuildConfig) -> BuildConfig:
+    """Return the options with the values that the build in `cfg.out` was begun with, if any.
 
-    What is committed there was made by that version. Its options are compared as it knew them, and
-    the runner refuses to add products of another version.
+    These are the reader version and, if it is not given, the topology resolution. What is committed
+    there was made with them. Its options are compared as that version knew them, and the runner
+    refuses to add products of another version.
 
     Raises:
         UserError: If the plan cannot be read.
     """
     for out in (cfg.out, cfg.out / SCREENING):
         if (out / PLAN).exists():
-            return replace(cfg, reader_version=read_plan(out).info.reader_version)
+            info = read_plan(out).info
+            cfg = replace(cfg, reader_version=info.reader_version)
+            if cfg.topology_resolution is None:
+                cfg = replace(cfg, topology_resolution=info.config["topology_resolution"])
+            break
     return cfg
 
 

@@ -46,6 +46,11 @@ LATER_COLUMNS = pa.schema(
 )
 
 
+def thin_share_name(resolution: int) -> str:
+    """Return the name in `numbers` of the share that is too thin at a resolution."""
+    return f"thin_share_{resolution}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ManifestRow:
     """What a build knows about one asset.

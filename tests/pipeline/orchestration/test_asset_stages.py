@@ -11,12 +11,17 @@ import pytest
 from pipeline.config import BuildConfig
 from pipeline.core.hashing import make_uid
 from pipeline.core.product import Product
+from pipeline.core.schema import Material
+from pipeline.curation.config import FilterConfig
+from pipeline.mesh_io.load import LoadReport
 from pipeline.orchestration.asset_results import AssetJob, AssetNotes
 from pipeline.orchestration.asset_stages import load_bricks, process, save_bricks
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.procedural import ProceduralSource
 from tests.pipeline.builds import ROOT
 from tests.pipeline.crashing_source import box
+from tests.pipeline.mesh_io.test_visible_parts import box as box_of
+from tests.pipeline.mesh_io.test_visible_parts import mesh_of
 from tests.pipeline.storage.test_sdf_shard import random_bricks
 
 CUBE = box(1)
@@ -62,6 +67,65 @@ def test_a_cube_goes_through_every_stage(tmp_path):
     uid = make_uid("folder", "a.obj")
     wanted = {f"{uid}-0{view}.{kind}" for view in (0, 1) for kind in ("png", "json")}
     assert {path.name for path in (folder / "renders-paper").iterdir()} == wanted
+
+
+def visit_mesh(tmp_path, monkeypatch, mesh, **options):
+    """Return the notes of a visit whose file is read as `mesh`."""
+    monkeypatch.setattr(
+        "pipeline.orchestration.asset_stages.load_with_report",
+        lambda path, cfg, *, up, root: (mesh, LoadReport()),
+    )
+    return visit(tmp_path, CUBE, **options)
+
+
+def test_all_products_leave_out_what_nobody_sees(tmp_path, monkeypatch):
+    ghost = Material(base_color=(1.0, 1.0, 1.0, 0.0), alpha_mode="BLEND")
+    mesh = mesh_of(
+        (*box_of([0.5] * 3), Material(double_sided=False)),
+        (*box_of([0.52] * 3, inverted=True), Material(double_sided=False)),
+        (*box_of([5.0] * 3), ghost),
+    )
+    notes, folder = visit_mesh(tmp_path, monkeypatch, mesh, products=("sdf-64", "renders-paper"))
+    assert notes.row["warnings"] == ["outline_hull_left_out", "transparent_left_out"]
+    assert notes.row["faces"] == 12
+    assert notes.row["scale"] == pytest.approx(0.95)  # of the inner box, which has side 1
+    assert notes.numbers["translucent_share"] == 0
+    (tmp_path / "alone").mkdir()
+    alone = mesh_of((*box_of([0.5] * 3), Material(double_sided=False)))
+    _, other = visit_mesh(
+        tmp_path / "alone", monkeypatch, alone, products=("sdf-64", "renders-paper")
+    )
+    for product in ("sdf-64", "renders-paper"):
+        for path in (folder / product).iterdir():
+            assert (other / product / path.name).read_bytes() == path.read_bytes()
+
+
+def test_translucent_assets_can_be_rejected(tmp_path, monkeypatch):
+    glass = Material(base_color=(1.0, 1.0, 1.0, 0.5), alpha_mode="BLEND")
+    notes, _ = visit_mesh(
+        tmp_path,
+        monkeypatch,
+        mesh_of((*box_of([1] * 3), glass)),
+        filter=FilterConfig(max_translucent_share=0.9),
+    )
+    assert (notes.status, notes.stage, notes.reason) == ("rejected", "load", "translucent")
+    assert notes.numbers["translucent_share"] == 1
+
+
+def test_a_resolution_at_which_an_asset_is_too_thin_can_be_rejected(tmp_path, monkeypatch):
+    """A plate of 1/60 of its sides is thinner than a voxel at 32, but not at 96."""
+    notes, _ = visit_mesh(
+        tmp_path,
+        monkeypatch,
+        mesh_of((*box_of([0.5, 0.5 / 60, 0.5]), Material())),
+        products=("sdf-32", "sdf-96"),
+        resolutions=(32, 96),
+        filter=FilterConfig(max_thin_share=0.5),
+    )
+    assert (notes.status, notes.stage, notes.reason) == ("rejected", "sdf-32", "too_thin")
+    assert notes.numbers["thin_share_32"] == pytest.approx(1, abs=0.01)
+    assert notes.numbers["thin_share_96"] == 0
+    assert list(notes.products) == ["sdf-96"]
 
 
 def test_the_up_axis_is_that_of_the_build_whatever_the_source(tmp_path):

@@ -13,7 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.hashing import hash_of, make_uid
 from pipeline.core.product import Product
 from pipeline.core.schema import Record
-from pipeline.orchestration.plan import make_plan, read_plan, with_reader_of_plan
+from pipeline.orchestration.plan import make_plan, read_plan, with_values_of_plan
 from tests.pipeline.builds import ROOT, Listing
 
 
@@ -71,19 +71,34 @@ def test_options_of_reader_1_keep_their_hash(cfg, stored):
 
 
 def test_a_build_keeps_the_reader_version_that_it_was_begun_with(tmp_path):
-    cfg = BuildConfig(out=tmp_path / "new")
+    cfg = BuildConfig(out=tmp_path / "new", topology_resolution=128)
     make_plan(cfg, [Listing("ab")])
-    assert with_reader_of_plan(cfg) == cfg
+    assert with_values_of_plan(cfg) == cfg
     old = replace(cfg, out=tmp_path / "old", reader_version=1)
     plan = make_plan(old, [Listing("ab")])
     assert (plan.info.reader_version, "reader_version" in plan.info.config) == (1, False)
     assert plan.info.config["up"] == "y"
     asked = replace(cfg, out=tmp_path / "old")
-    assert with_reader_of_plan(asked) == old
-    make_plan(with_reader_of_plan(asked), [])  # the same options, so the plan is read
+    assert with_values_of_plan(asked) == old
+    make_plan(with_values_of_plan(asked), [])  # the same options, so the plan is read
     screening = replace(cfg, out=tmp_path / "ranked" / "screen", reader_version=1)
     make_plan(screening, [Listing("ab")])
-    assert with_reader_of_plan(replace(cfg, out=tmp_path / "ranked")).reader_version == 1
+    assert with_values_of_plan(replace(cfg, out=tmp_path / "ranked")).reader_version == 1
+
+
+def test_a_build_keeps_the_topology_resolution_that_it_was_begun_with(tmp_path):
+    """Builds of before decided at 128, whatever resolutions they made."""
+    old = BuildConfig(out=tmp_path, resolutions=(256, 512), topology_resolution=128)
+    make_plan(old, [Listing("ab")])
+    resumed = with_values_of_plan(BuildConfig(out=tmp_path, resolutions=(256, 512)))
+    assert resumed == old
+    make_plan(resumed, [])
+    more = with_values_of_plan(BuildConfig(out=tmp_path, resolutions=(1024,)))
+    assert more.topology.resolution == 128
+    make_plan(more, [])
+    other = BuildConfig(out=tmp_path, resolutions=(256, 512), topology_resolution=512)
+    with pytest.raises(UserError, match="topology_resolution=128, now 512"):
+        make_plan(with_values_of_plan(other), [])
 
 
 class LongListing:

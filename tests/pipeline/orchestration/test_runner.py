@@ -13,7 +13,7 @@ from pipeline.inspection.verification import verify
 from pipeline.orchestration.asset_results import AssetJob, save_result
 from pipeline.orchestration.commit import CommitJob, commit_locally
 from pipeline.orchestration.isolated_process import ProcessExit
-from pipeline.orchestration.plan import make_plan, with_reader_of_plan
+from pipeline.orchestration.plan import make_plan, with_values_of_plan
 from pipeline.orchestration.runner import missing_products
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.procedural import ProceduralSource
@@ -312,10 +312,10 @@ def test_a_build_of_an_older_reader_gets_no_new_products(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # the time when reader 1 was the newest
         patch.setattr("pipeline.orchestration.runner.READER_VERSION", 1)
         build(old, [source])
-    same = with_reader_of_plan(config(tmp_path))
+    same = with_values_of_plan(config(tmp_path))
     assert build(same, [source])["done"] == 1
     assert verify(tmp_path) == []
-    more = with_reader_of_plan(config(tmp_path, resolutions=(64, 96)))
+    more = with_values_of_plan(config(tmp_path, resolutions=(64, 96)))
     with pytest.raises(UserError, match=r"was made by reader 1 .*; build into a new directory"):
         build(more, [source])
 
