@@ -76,8 +76,9 @@ def read_config(path: Path | str) -> dict[str, Any]:
         description = json.loads((path / CONFIG).read_text())
         version = description["format_version"]
     except (OSError, ValueError, LookupError, TypeError) as error:
+        cause = getattr(error, "strerror", None) or repr(error)
         raise CheckpointError(
-            f"{path} is not a checkpoint: it has no readable {CONFIG} ({error!r})"
+            f"{path} is not a checkpoint: it has no readable {CONFIG} ({cause})"
         ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(

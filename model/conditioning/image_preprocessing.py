@@ -77,7 +77,8 @@ def load_image(source: Path | str | BinaryIO) -> Image.Image:
             f"{name} must have at most {MAX_PIXELS} pixels ({MAX_SIDE} x {MAX_SIDE}): {error}"
         ) from error
     except (OSError, SyntaxError, EOFError) as error:  # also a missing or an unidentified file
-        raise ValueError(f"{name} must be a readable image: {error}") from error
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name} must be a readable image: {cause}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

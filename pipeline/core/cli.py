@@ -203,7 +203,9 @@ def _one_line(message: str) -> str:
         ):
             break
         body.append(line)
-    return re.sub(r"\s+", " ", " ".join(body) or " ".join(lines)).rstrip(".:; ")
+    sentence = re.sub(r"\s+", " ", " ".join(body) or " ".join(lines)).rstrip(".:; ")
+    # The name of the command's dataclass says nothing to the user. Names of options and groups do.
+    return re.sub(r"^Error parsing [A-Z]\w*: ", "", sentence)
 
 
 def _options(cls: type, prog: str, default: object) -> list[str]:

@@ -262,7 +262,8 @@ def read_plan(out: StorePath) -> Plan:
         table = pq.read_table(arrow_source(out / PLAN_TABLE))
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         raise UserError(
-            f"{out} is not a build: it has no readable plan.json and plan.parquet"
+            f"{out} is not a build: it has no readable plan.json and plan.parquet; give the output "
+            "directory of python -m pipeline.build"
         ) from error
     if "metadata" not in table.column_names:  # plans made before there were catalogues
         table = table.append_column("metadata", pa.array([""] * table.num_rows, pa.string()))

@@ -362,7 +362,7 @@ def test_the_command_logs_the_mesh_and_the_stages(checkpoint, picture, tmp_path)
         assert word in done.stderr
     assert trimesh.load(out, force="mesh").is_watertight
     assert Image.open(out.with_suffix(".preview.png")).size == (1280, 640)
-    with pytest.raises(UserError, match=r"no\.png must be a readable image"):
+    with pytest.raises(UserError, match=r"no\.png must be a readable image: No such file"):
         main([str(tmp_path / "no.png")])
     with pytest.raises(UserError, match=r"seed must be from 0 to 2\^63 - 1, got -1"):
         main([str(picture), "--seed", "-1"])

@@ -104,10 +104,10 @@ def _read_stages(cfg: ExportConfig) -> dict[str, TrainedStage]:
     """Load the structure stage and the DiTs, by the name of their directory."""
     stages: dict[str, TrainedStage] = {}
     if cfg.structure is not None:
-        structure = _load_stage(cfg.structure, Structure)
+        structure = _load_stage(cfg.structure, Structure, "structure")
         stages[STRUCTURE] = TrainedStage(model=structure, source=cfg.structure)
     for path in cfg.dit:
-        dit = _load_stage(path, ConditionedDiT)
+        dit = _load_stage(path, ConditionedDiT, "dit")
         training = read_config(path).get("training") or {}
         resolution = training.get("resolution")
         if not isinstance(resolution, int):
@@ -125,7 +125,7 @@ def _read_stages(cfg: ExportConfig) -> dict[str, TrainedStage]:
 
 
 def _read_vae(path: Path) -> TrainedVAE:
-    model = _load_stage(path, SparseVAE)
+    model = _load_stage(path, SparseVAE, "vae")
     training = read_config(path).get("training") or {}
     resolutions = training.get("bricks", {}).get("resolutions", ())
     return TrainedVAE(
@@ -133,10 +133,14 @@ def _read_vae(path: Path) -> TrainedVAE:
     )
 
 
-def _load_stage(path: Path, cls: type[Model]) -> Model:
-    """Load a checkpoint's model with its averaged weights."""
+def _load_stage(path: Path, cls: type[Model], option: str) -> Model:
+    """Load a checkpoint's model with its averaged weights. Errors name the option."""
     if not path.exists():
-        raise UserError(f"{path} does not exist: train the stage first, or leave it out")
+        # Options of several paths are empty, an option of one path is None.
+        leave_out = "--structure None" if option == "structure" else f"an empty --{option}"
+        raise UserError(
+            f"{path} does not exist: train the stage first, or leave it out with {leave_out}"
+        )
     return load_model(path, cls)
 
 

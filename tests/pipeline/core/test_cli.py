@@ -40,6 +40,10 @@ class Run:
     seed: int = 0  # a remark for readers of the code
     speed: Speed = field(default_factory=Speed)
 
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+
 
 BASIC = ("preset", "out", "speed.steps")
 PRESETS = {"short": Run(), "long": Run(preset="long", speed=Speed(steps=500))}
@@ -89,6 +93,7 @@ def test_a_preset_gives_the_values_of_the_options_left_out():
             ["--speed.steps", "0"],
             "Error parsing speed: steps must be 1 or more, got 0; see run --help",
         ),
+        (["--seed", "-1"], "seed must be 0 or more, got -1; see run --help"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line(args, message):
