@@ -42,12 +42,14 @@ def measures(corners: np.ndarray, textures: int | None, warnings: list[str]) -> 
     # Zero-area triangles are dropped by some readers and kept by others.
     longest = float(np.ptp(corners.reshape(-1, 3), axis=0).max()) if len(corners) else 0.0
     kept = corners[doubled > 1e-12 * longest**2]
+    if not len(kept):
+        return {"error": "no triangles"}
     points = kept.reshape(-1, 3)
     return {
         "triangles": len(kept),
         "area": float(doubled.sum() / 2),
-        "low": points.min(axis=0).tolist() if len(points) else [],
-        "high": points.max(axis=0).tolist() if len(points) else [],
+        "low": points.min(axis=0).tolist(),
+        "high": points.max(axis=0).tolist(),
         "textures": textures,
         "warnings": warnings,
     }
