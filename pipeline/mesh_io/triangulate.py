@@ -57,43 +57,30 @@ def triangulate(
     triangles = [np.empty((0, 3), dtype=np.int64)]
     owners = [np.empty(0, dtype=np.int64)]
     simple = usable & ~has_holes
+    to_clip = [np.flatnonzero(usable & has_holes)]
     for size in np.unique(sizes[simple]).tolist():
         chosen = np.flatnonzero(simple & (sizes == size))
         corners = first[chosen, None] + np.arange(size)  # [n, size]
-        fan = np.stack(
-            [np.zeros(size - 2, dtype=np.int64), np.arange(1, size - 1), np.arange(2, size)], axis=1
-        )
         if size > 3:
             is_convex = _are_convex(geometry.positions[geometry.corners[corners]])
-            for polygon in chosen[~is_convex].tolist():
-                _ear_clip(
-                    geometry,
-                    contours[polygon_slice(polygons, polygon)],
-                    polygon,
-                    warnings,
-                    triangles,
-                    owners,
-                )
+            to_clip.append(chosen[~is_convex])
             chosen, corners = chosen[is_convex], corners[is_convex]
-        triangles.append(corners[:, fan].reshape(-1, 3))
+        triangles.append(corners[:, _fan(size)].reshape(-1, 3))
         owners.append(np.repeat(chosen, size - 2))
-    for polygon in np.flatnonzero(usable & has_holes).tolist():
-        _ear_clip(
-            geometry,
-            contours[polygon_slice(polygons, polygon)],
-            polygon,
-            warnings,
-            triangles,
-            owners,
-        )
+    for polygon in np.concatenate(to_clip).tolist():
+        bounds = contours[polygons[polygon] : polygons[polygon + 1] + 1]
+        clipped = _ear_clip(geometry, bounds, warnings)
+        triangles.append(clipped)
+        owners.append(np.full(len(clipped), polygon))
     owner = np.concatenate(owners)
     order = np.argsort(owner, kind="stable")
     return np.concatenate(triangles)[order], owner[order]
 
 
-def polygon_slice(polygons: NDArray[np.int64], polygon: int) -> slice:
-    """Return the entries of `Geometry.contours` of a polygon, with the end of its last contour."""
-    return slice(int(polygons[polygon]), int(polygons[polygon + 1]) + 1)
+def _fan(size: int) -> NDArray[np.int64]:
+    """Return the triangles [size - 2, 3] of a polygon that share its first corner."""
+    following = np.arange(1, size - 1)
+    return np.stack([np.zeros_like(following), following, following + 1], axis=1)
 
 
 def _are_convex(points: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -116,14 +103,16 @@ def _are_convex(points: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _ear_clip(
-    geometry: Geometry,
-    bounds: NDArray[np.int64],
-    polygon: int,
-    warnings: WarningLog,
-    triangles: list[NDArray[np.int64]],
-    owners: list[NDArray[np.int64]],
-) -> None:
-    """Triangulate one polygon with the contours bounds[k] to bounds[k + 1]."""
+    geometry: Geometry, bounds: NDArray[np.int64], warnings: WarningLog
+) -> NDArray[np.int64]:
+    """Triangulate one polygon with the contours bounds[k] to bounds[k + 1].
+
+    A polygon without holes that ear clipping cannot divide, because it is far from planar or
+    crosses itself, is drawn as a fan. Its edges stay those of its neighbours, so no gap opens.
+
+    Returns:
+        Rows of `geometry.corners`, [F, 3].
+    """
     first = int(bounds[0])
     points = geometry.positions[geometry.corners[first : int(bounds[-1])]]
     outline = points[: int(bounds[1]) - first]
@@ -132,27 +121,29 @@ def _ear_clip(
     area = float(np.linalg.norm(normal))
     if not np.isfinite(points).all() or area == 0:
         # Undefined positions are rejected later, for the asset. An outline without area is a fan.
-        size = len(outline)
-        found = np.stack([np.zeros(size - 2), np.arange(1, size - 1), np.arange(2, size)], axis=1)
-    else:
-        plane = _plane_axes(normal / area)
-        flat = np.ascontiguousarray((points - centre) @ plane.T)
-        scale = np.abs(flat).max()
-        ends = (bounds[1:] - first).astype(np.uint32)
-        found = mapbox_earcut.triangulate_float64(flat / scale, ends).reshape(-1, 3)
-        a, b, c = (flat[found[:, k].astype(np.int64)] for k in range(3))
-        signed = _cross2(b - a, c - a) / 2
-        # Ear clipping gives all triangles one orientation, that of the outline or its opposite.
-        if signed.sum() < 0:
-            found = found[:, ::-1]
-        holes = sum(
-            abs(_area2(flat[start:end]))
-            for start, end in zip(bounds[1:-1] - first, bounds[2:] - first, strict=True)
-        )
-        if abs(np.abs(signed).sum() - (area - holes)) > EXACT * area:
-            warnings.add("polygon_not_simple", geometry.name)
-    triangles.append(found.astype(np.int64) + first)
-    owners.append(np.full(len(found), polygon))
+        return _fan(len(outline)) + first
+    plane = _plane_axes(normal / area)
+    flat = np.ascontiguousarray((points - centre) @ plane.T)
+    ends = (bounds[1:] - first).astype(np.uint32)
+    found = mapbox_earcut.triangulate_float64(flat / np.abs(flat).max(), ends)
+    found = found.reshape(-1, 3).astype(np.int64)
+    a, b, c = (flat[found[:, k]] for k in range(3))
+    signed = _cross2(b - a, c - a) / 2
+    holes = sum(
+        abs(_area2(flat[start:end]))
+        for start, end in zip(bounds[1:-1] - first, bounds[2:] - first, strict=True)
+    )
+    is_exact = abs(np.abs(signed).sum() - (area - holes)) <= EXACT * area
+    # Corners that are straight in the plane get no triangle. They must be straight in space, too.
+    height = np.abs((outline - centre) @ (normal / area)).max()
+    is_whole = len(found) == len(outline) - 2 or height <= EXACT * np.abs(flat).max()
+    if len(bounds) == 2 and not (is_exact and is_whole):
+        warnings.add("polygon_not_simple", geometry.name)
+        return _fan(len(outline)) + first
+    if not is_exact:
+        warnings.add("polygon_not_simple", geometry.name)
+    # Ear clipping gives all triangles one orientation, that of the outline or its opposite.
+    return (found[:, ::-1] if signed.sum() < 0 else found) + first
 
 
 def _plane_axes(normal: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -93,6 +93,31 @@ def test_an_outline_that_crosses_itself_is_reported():
     assert codes(warnings)["polygon_not_simple"] >= 1
 
 
+@pytest.mark.parametrize(
+    "corners",
+    [
+        # Far from planar: in the plane of its area vector, the last corner lies on an edge.
+        [(-5, 0, 5), (5, 0, 5), (5, 0, -5), (-5, 0, -5), (0, 5, -5)],
+        [(0, 0, 0), (2, 2, 0), (2, 0, 0), (0, 3, 0)],  # crosses itself
+    ],
+)
+def test_a_polygon_that_cannot_be_divided_keeps_its_edges(corners):
+    """Otherwise a gap opens between it and its neighbours."""
+    size = len(corners)
+    geometry = Geometry(
+        positions=np.array(corners, dtype=np.float64),
+        corners=np.arange(size),
+        contours=np.array([0, size]),
+    )
+    warnings = WarningLog()
+    triangles, _ = triangulate(geometry, warnings)
+    assert len(triangles) == size - 2
+    edges = [(int(a), int(b)) for t in triangles for a, b in zip(t, np.roll(t, -1), strict=True)]
+    boundary = {edge for edge in edges if edge[::-1] not in edges}
+    assert boundary == {(k, (k + 1) % size) for k in range(size)}
+    assert codes(warnings) == {"polygon_not_simple": 1}
+
+
 def test_unusable_polygons_cost_only_themselves():
     geometry = Geometry(
         positions=np.array([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]]),
