@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,43 +62,24 @@ class _SceneReader:
         self._check_limits(drawn)
         self._warn_unplaced(drawn)
         nodes = [
-            Node(matrix=self.local[index], name=self.elements[index].name)
-            for index in range(len(self.elements))
+            Node(matrix=matrix, name=element.name)
+            for matrix, element in zip(self.local, self.elements, strict=True)
         ]
         for index in drawn:
-            element = self.elements[index]
-            children = [child for child in self.children[index] if child in drawn]
             geometries: tuple[int, ...] = ()
-            if element.index("mesh") is not None:
-                geometries, pose = self._geometries(index)
-                if pose is not None:
-                    # The joints place a skinned mesh, not the transform of its node.
-                    roots.append(len(nodes))
-                    nodes.append(Node(geometries=geometries, name=element.name))
-                    geometries = ()
-                instances = self._instances(element)
-                if instances is not None and geometries:
-                    for matrix in instances:
-                        children.append(len(nodes))
-                        nodes.append(Node(matrix=matrix, geometries=geometries, name=element.name))
-                    geometries = ()
-            nodes[index] = Node(
-                matrix=self.local[index],
-                geometries=geometries,
-                children=tuple(children),
-                name=element.name,
+            placements: list[int] = []
+            if self.elements[index].index("mesh") is not None:
+                geometries, placements = self._place(index, nodes, roots)
+            children = [child for child in self.children[index] if child in drawn]
+            nodes[index] = replace(
+                nodes[index], geometries=geometries, children=(*children, *placements)
             )
-        if self.meshes.num_unreadable and not self.meshes.geometries:
-            examples = [
-                warning.examples[:1]
-                for warning in self.warnings.items()
-                if warning.code == "primitive_unreadable"
-            ]
+        if self.meshes.errors and not self.meshes.geometries:
             raise Reject(
                 "unreadable",
                 error="no_primitive",
-                primitives=self.meshes.num_unreadable,
-                message=str(*examples[0]) if examples else "",
+                primitives=len(self.meshes.errors),
+                message=self.meshes.errors[0][:120],
             )
         return Scene(
             geometries=self.meshes.geometries,
@@ -108,6 +91,30 @@ class _SceneReader:
             metres_per_unit=1.0,
             points=self.meshes.points,
         )
+
+    def _place(
+        self, index: int, nodes: list[Node], roots: list[int]
+    ) -> tuple[tuple[int, ...], list[int]]:
+        """Return what a node draws itself, and the nodes that are added below it for instances.
+
+        The joints place a skinned mesh, and not the transform of its node. It gets a new root.
+        """
+        element = self.elements[index]
+        geometries, pose = self._geometries(index)
+        instances = self._instances(element)
+        if pose is not None:
+            if instances is not None:
+                self.warnings.add("invalid_value", f"{element.path}: instances of a skinned mesh")
+            roots.append(len(nodes))
+            nodes.append(Node(geometries=geometries, name=element.name))
+            return (), []
+        if instances is None or not geometries:
+            return geometries, []
+        first = len(nodes)
+        nodes += [
+            Node(matrix=matrix, geometries=geometries, name=element.name) for matrix in instances
+        ]
+        return (), list(range(first, len(nodes)))
 
     def _element(self, index: int) -> Element:
         try:

@@ -67,7 +67,7 @@ class Meshes:
         self.warnings = document.warnings
         self.geometries: list[Geometry] = []
         self.points = 0
-        self.num_unreadable = 0
+        self.errors: list[str] = []  # one of each primitive that cannot be read
         self._read: dict[tuple[int, tuple[float, ...]], tuple[int, ...]] = {}
 
     def read(
@@ -102,8 +102,8 @@ class Meshes:
             try:
                 geometry = self._geometry(primitive, name, weights, pose)
             except GltfError as error:
-                self.num_unreadable += 1
-                self.warnings.add("primitive_unreadable", f"{primitive.path}: {error}")
+                self.errors.append(f"{primitive.path}: {error}")
+                self.warnings.add("primitive_unreadable", self.errors[-1])
                 continue
             if geometry is not None:
                 numbers.append(len(self.geometries))

@@ -650,6 +650,17 @@ def test_a_skin_that_cannot_be_read_leaves_the_mesh_at_its_node(tmp_path):
     assert codes(report) == {"skin_unreadable": 4}
 
 
+def test_instances_of_a_skinned_mesh_are_a_warning(tmp_path):
+    file = GltfFile()
+    bone = file.root(translation=[0, 0, 1])
+    weights = {"JOINTS_0": file.accessor(np.zeros((4, 4)), "u1"), "WEIGHTS_0": np.eye(4)[[0] * 4]}
+    node = instanced(file, file.primitive(attributes=weights), TRANSLATION=[[0, 0, 0], [9, 0, 0]])
+    file.root(**node, skin=file.add("skins", joints=[bone]))
+    mesh, report = file.load(tmp_path)
+    assert box_of(mesh) == [[0, 0, 1], [1, 2, 4]]
+    assert codes(report) == {"invalid_value": 1}
+
+
 def test_joints_that_mirror_turn_the_faces(tmp_path):
     file = GltfFile()
     bone = file.root(scale=[-1, 1, 1])
