@@ -206,3 +206,10 @@ def to_float64(values: NDArray[Any]) -> NDArray[np.float64]:
     """Convert numbers of a file. Signalling NaNs, which NumPy warns about, become NaN."""
     with np.errstate(invalid="ignore"):
         return np.asarray(values, dtype=np.float64)
+
+
+def to_float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Convert numbers of a file to finite ones. Undefined ones become 0."""
+    limit = np.finfo(np.float32).max
+    finite = np.nan_to_num(to_float64(values), posinf=limit, neginf=-limit)
+    return np.clip(finite, -limit, limit).astype(np.float32)

@@ -13,6 +13,7 @@ from pipeline.mesh_io.file_checks import check_face_count
 from pipeline.mesh_io.ignored_elements import IGNORED_ELEMENTS
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.reader_context import ReaderContext
+from pipeline.mesh_io.readers.binary_rows import to_float32
 from pipeline.mesh_io.readers.colors import to_rgba8
 from pipeline.mesh_io.readers.mtl import MaterialLibrary
 from pipeline.mesh_io.readers.text import (
@@ -130,6 +131,9 @@ class _ObjReader:
         )
         for spelling in (keyword, keyword.upper(), keyword.capitalize()):
             text = text.replace(b"\n" + spelling + b" ", b"\n ")
+            bare = b"\n" + spelling + b"\n"
+            while bare in text:  # lines without numbers; neighbours overlap
+                text = text.replace(bare, b"\n\n")
         if b"#" in text:
             text = re.sub(rb"#[^\n]*", b"", text)
         return text[1:]
@@ -281,7 +285,7 @@ class _ObjReader:
             if name not in numbers:
                 number = library.find(name)
                 if number is None:
-                    self.warnings.add("material_missing", spellings(name)[0])
+                    self.warnings.add("material_missing", spellings(name)[0] or "no name")
                 numbers[name] = -1 if number is None else number
         return [numbers[name] for name in names]
 
@@ -297,8 +301,8 @@ class _ObjReader:
         if not len(faces.lines):
             return []
         uv_rows = self._rows(self.is_uv, b"vt")
-        uv = np.nan_to_num(uv_rows.columns(0, 2)).astype(np.float32)
-        normals = self._rows(self.is_normal, b"vn").columns(0, 3).astype(np.float32)
+        uv = to_float32(uv_rows.columns(0, 2))
+        normals = to_float32(self._rows(self.is_normal, b"vn").columns(0, 3))
         colors = self._colors(rows)
         has_uv = self._has_attribute(faces, 1, len(uv), "vt")
         has_normals = self._has_attribute(faces, 2, len(normals), "vn")

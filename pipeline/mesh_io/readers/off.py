@@ -13,7 +13,7 @@ from pipeline.core.errors import Reject
 from pipeline.mesh_io.file_checks import check_claimed_bytes, check_face_count
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.reader_context import ReaderContext
-from pipeline.mesh_io.readers.binary_rows import BinaryProperty, read_rows, to_float64
+from pipeline.mesh_io.readers.binary_rows import BinaryProperty, read_rows, to_float32, to_float64
 from pipeline.mesh_io.readers.colors import material_of_colors, to_rgba8
 from pipeline.mesh_io.readers.text import (
     count_words_of_lines,
@@ -374,7 +374,7 @@ def _scene(
             attribute = Attribute(values=face_colors, domain="polygon")
     normals = None
     if "normals" in columns:
-        normals = Attribute(values=vertices[:, columns["normals"]][:, :3].astype(np.float32))
+        normals = Attribute(values=to_float32(vertices[:, columns["normals"]][:, :3]))
     geometry = Geometry(
         positions=positions,
         corners=corners,

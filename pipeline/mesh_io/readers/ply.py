@@ -16,7 +16,13 @@ from pipeline.mesh_io.file_checks import check_claimed_bytes, check_face_count
 from pipeline.mesh_io.ignored_elements import IGNORED_ELEMENTS
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.reader_context import ReaderContext
-from pipeline.mesh_io.readers.binary_rows import BinaryProperty, Rows, read_rows, to_float64
+from pipeline.mesh_io.readers.binary_rows import (
+    BinaryProperty,
+    Rows,
+    read_rows,
+    to_float32,
+    to_float64,
+)
 from pipeline.mesh_io.readers.colors import material_of_colors, to_rgba8
 from pipeline.mesh_io.readers.text import (
     count_words_of_lines,
@@ -487,7 +493,7 @@ class _Builder:
             colors=colors,
             normals=None
             if normals is None
-            else Attribute(values=np.nan_to_num(np.stack(normals, axis=1)).astype(np.float32)),
+            else Attribute(values=to_float32(np.stack(normals, axis=1))),
             materials=of_face,
         )
         return Scene.of_geometries(
@@ -560,7 +566,7 @@ class _Builder:
                 starts = np.cumsum(sizes)[:num_faces] - sizes[:num_faces]
                 targets = ranges(starts[is_given], sizes[:num_faces][is_given])
                 begins = (np.cumsum(lengths) - lengths)[is_given]
-                uv[targets] = items[ranges(begins, lengths[is_given])].reshape(-1, 2)
+                uv[targets] = to_float32(items[ranges(begins, lengths[is_given])]).reshape(-1, 2)
                 textures = np.zeros(len(sizes), dtype=np.int64) if textures is None else textures
                 textures[:num_faces][~is_given] = -1
                 textures[num_faces:] = -1
@@ -574,7 +580,7 @@ class _Builder:
             first = np.minimum(np.cumsum(sizes) - sizes, max(len(corners) - 1, 0))
             owner = corners[first] if len(corners) else np.empty(0, dtype=np.int64)
             textures = number[0][np.clip(owner, 0, len(number[0]) - 1)].astype(np.int64)
-        return Attribute(values=np.stack(columns, axis=1).astype(np.float32)), textures
+        return Attribute(values=to_float32(np.stack(columns, axis=1))), textures
 
     def _textures(self, uv: Attribute | None) -> tuple[list[SceneMaterial], list[SceneImage]]:
         """Return a material for each texture of the header."""
