@@ -70,8 +70,9 @@ def load_image(source: Path | str | BinaryIO) -> Image.Image:
             image = Image.open(source)
         _check_size(name, *image.size)
         image.seek(0)
+        has_wide_channels = any("16" in str(tile[3]) for tile in image.tile)
         image.load()
-        return _rgba(name, _upright(image))
+        return _rgba(name, _with_eight_bit_key(_upright(image), has_wide_channels))
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name} must have at most {MAX_PIXELS} pixels ({MAX_SIDE} x {MAX_SIDE}): {error}"
@@ -90,6 +91,17 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _with_eight_bit_key(image: Image.Image, has_wide_channels: bool) -> Image.Image:
+    """Return an image whose transparent colour has as many bits as its pixels.
+
+    Pillow reduces 16-bit RGB to 8 bits, but not the colour that a PNG declares transparent.
+    """
+    key = image.info.get("transparency")
+    if has_wide_channels and image.mode == "RGB" and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    return image
+
+
 def _check_size(name: str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ValueError(
@@ -100,14 +112,17 @@ def _check_size(name: str, width: int, height: int) -> None:
 
 def _rgba(name: str, image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.float32) / 257  # 65535 becomes 255
-        image = Image.fromarray(np.rint(grey).astype(np.uint8), "L")
+        values, key = np.asarray(image), image.info.get("transparency")
+        grey = np.rint(values.astype(np.float32) / 257).astype(np.uint8)  # 65535 becomes 255
+        image = Image.fromarray(grey, "L")
+        if key is not None:  # the grey value that a PNG declares transparent
+            image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     if image.mode in ("I", "F"):
         raise ValueError(
             f"{name} must have 8 or 16 bits for each channel, got mode {image.mode!r}: "
             "save it as an 8-bit PNG"
         )
-    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "1"):
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         image = image.convert("RGB")
     return image.convert("RGBA")
 
