@@ -13,7 +13,12 @@ from pipeline.mesh_io.readers.gltf_accessors import Accessors
 from pipeline.mesh_io.readers.gltf_accounting import account
 from pipeline.mesh_io.readers.gltf_document import Document, Element, GltfError, parse_container
 from pipeline.mesh_io.readers.gltf_materials import Materials
-from pipeline.mesh_io.readers.gltf_nodes import local_matrix, transforms, world_matrices
+from pipeline.mesh_io.readers.gltf_nodes import (
+    DEFAULT_TRANSFORM,
+    local_matrices,
+    transforms,
+    world_matrices,
+)
 from pipeline.mesh_io.readers.gltf_primitives import DRACO, TRIANGLES, Meshes
 from pipeline.mesh_io.readers.gltf_skins import Pose, read_pose
 from pipeline.mesh_io.scene import Node, Scene
@@ -52,7 +57,7 @@ class _SceneReader:
         count = document.count("nodes")
         self.elements = [self._element(index) for index in range(count)]
         self.children = [self._children(index) for index in range(count)]
-        self.local = [local_matrix(element) for element in self.elements]
+        self.local = local_matrices(self.elements)
         self.world: list[Floats] | None = None  # computed for skins only
         self.hidden: set[int] = set()
 
@@ -294,12 +299,13 @@ class _SceneReader:
             return None
         attributes = extension.child("attributes")
         values = {}
-        for name, width in (("TRANSLATION", 3), ("ROTATION", 4), ("SCALE", 3)):
+        for key, default in DEFAULT_TRANSFORM.items():
+            name = key.upper()
             index = attributes.index(name)
             if index is None:
                 continue
             try:
-                values[name] = self.accessors.values(index, width)
+                values[name] = self.accessors.values(index, len(default))
             except GltfError as error:
                 self.warnings.add("invalid_value", f"{attributes.path}.{name}: {error}")
         if not values:
@@ -310,11 +316,8 @@ class _SceneReader:
             self.warnings.add("count_mismatch", f"{attributes.path}: {sorted(counts)}")
         count = min(counts)
 
-        def column(name: str, default: tuple[float, ...]) -> Floats:
+        def column(name: str) -> Floats:
+            default = DEFAULT_TRANSFORM[name.lower()]
             return values[name][:count] if name in values else np.tile(default, (count, 1))
 
-        return transforms(
-            column("TRANSLATION", (0.0, 0.0, 0.0)),
-            column("ROTATION", (0.0, 0.0, 0.0, 1.0)),
-            column("SCALE", (1.0, 1.0, 1.0)),
-        )
+        return transforms(column("TRANSLATION"), column("ROTATION"), column("SCALE"))

@@ -10,20 +10,29 @@ from numpy.typing import NDArray
 from pipeline.mesh_io.readers.gltf_document import Element
 
 Floats = NDArray[np.float64]
+DEFAULT_TRANSFORM = {
+    "translation": (0.0, 0.0, 0.0),
+    "rotation": (0.0, 0.0, 0.0, 1.0),
+    "scale": (1.0, 1.0, 1.0),
+}
+IDENTITY = tuple(np.eye(4).ravel().tolist())
 
 
-def local_matrix(node: Element) -> Floats:
-    """Return the matrix [4, 4] of a node relative to its parent."""
-    if "matrix" in node.data:
-        if {"translation", "rotation", "scale"} & node.data.keys():
+def local_matrices(nodes: Sequence[Element]) -> list[Floats]:
+    """Return the matrix [4, 4] of each node relative to its parent."""
+    parts = {
+        name: np.array([node.numbers(name, default) for node in nodes]).reshape(-1, len(default))
+        for name, default in DEFAULT_TRANSFORM.items()
+    }
+    matrices = list(transforms(parts["translation"], parts["rotation"], parts["scale"]))
+    for number, node in enumerate(nodes):
+        if "matrix" not in node.data:
+            continue
+        if DEFAULT_TRANSFORM.keys() & node.data.keys():
             node.invalid("matrix", "absent where translation, rotation or scale are given")
-        values = node.numbers("matrix", tuple(np.eye(4).ravel().tolist()))
-        return np.array(values).reshape(4, 4).T  # glTF stores matrices by columns
-    return transforms(
-        np.array([node.numbers("translation", (0.0, 0.0, 0.0))]),
-        np.array([node.numbers("rotation", (0.0, 0.0, 0.0, 1.0))]),
-        np.array([node.numbers("scale", (1.0, 1.0, 1.0))]),
-    )[0]
+        values = node.numbers("matrix", IDENTITY)
+        matrices[number] = np.array(values).reshape(4, 4).T  # glTF stores matrices by columns
+    return matrices
 
 
 def transforms(translations: Floats, rotations: Floats, scales: Floats) -> Floats:
