@@ -22,6 +22,7 @@ from pipeline.mesh_io.readers.threemf_properties import (
     Appearances,
     PropertyGroups,
 )
+from pipeline.mesh_io.readers.threemf_slicers import SlicerRoles, read_slicer_roles
 from pipeline.mesh_io.scene import Attribute, Geometry, Node, Scene
 from pipeline.mesh_io.xml_tree import Element, ElementKind, Schema, parse_xml
 from pipeline.mesh_io.zip_package import MEMBER_ERRORS, ZipPackage
@@ -118,11 +119,16 @@ class _PackageReader:
         self.appearances = Appearances()
         self.parts: dict[str, _ModelPart | None] = {}
         self.geometries: list[Geometry] = []
+        self.root_name = ""
+        self.left_out: set[ObjectKey] = set()  # volumes for slicers
+        self.roles = SlicerRoles()
 
     def read(self) -> Scene:
         name = self._root_part_name()
         root = self._parse_part(name, self.package.read(name))
         self.parts[name] = root
+        self.root_name = name
+        self.roles = read_slicer_roles(self.package, self.warnings)
         self._warn_of_extensions(root.root)
         build = root.root.first("build")
         items = [] if build is None else list(build.all("item"))
@@ -276,7 +282,17 @@ class _PackageReader:
             item for group in self._object(key).all("components") for item in group.children
         ]
         references = [(self._reference(element, key[0]), element) for element in elements]
-        return [(child, element) for child, element in references if child is not None]
+        placed = []
+        for child, element in references:
+            if child is None:
+                continue
+            code = self.roles.components.get((key[1], child[1]))
+            if code is not None and key[0] == self.root_name:
+                self.warnings.add(code, f"{self._label(child)}: a volume for the slicer")
+                self.left_out.add(child)
+            else:
+                placed.append((child, element))
+        return placed
 
     def _object(self, key: ObjectKey) -> Element:
         part = self._part(key[0])
@@ -329,10 +345,23 @@ class _PackageReader:
             self.warnings.add("appearance_ignored", "painted triangles", stream.painted)
         positions = np.array(vertices.stream or (), dtype=np.float64).reshape(-1, 3)
         rows = np.frombuffer(stream.rows, dtype=np.int32).reshape(-1, COLUMNS).astype(np.int64)
+        if key[0] == self.root_name:
+            rows = self._model_triangles(rows, key[1])
         part = self._part(key[0])
         assert part is not None
         look = self._look(element, rows[:, 3:], list(stream.group_ids), part.groups)
         return Geometry.from_triangles(positions, rows[:, :3], name=self._label(key), **look)
+
+    def _model_triangles(self, rows: NDArray[np.int64], identifier: str) -> NDArray[np.int64]:
+        """Return the triangles of an object without those of volumes for the slicer."""
+        is_kept = np.ones(len(rows), dtype=bool)
+        for first, last, code in self.roles.triangles.get(identifier, ()):
+            if 0 <= first <= last < len(rows):
+                is_kept[first : last + 1] = False
+                self.warnings.add(code, f"object {identifier[:50]}: a volume for the slicer")
+            else:
+                self.warnings.add("invalid_value", f"triangles of object {identifier[:50]}")
+        return rows[is_kept]
 
     def _look(
         self,
@@ -449,7 +478,9 @@ class _PackageReader:
             unplaced = [
                 (part.name, identifier)
                 for identifier, element in part.objects.items()
-                if (part.name, identifier) not in reached and element.first("mesh") is not None
+                if (part.name, identifier) not in reached
+                and (part.name, identifier) not in self.left_out
+                and element.first("mesh") is not None
             ]
             if unplaced:
                 self.warnings.add("unplaced_geometry", self._label(unplaced[0]), len(unplaced))

@@ -433,6 +433,59 @@ class TestTextures:
         assert (colors_at_faces(mesh) == [255, 0, 0]).all(axis=(1, 2)).sum() == 11
 
 
+class TestVolumesForSlicers:
+    @pytest.mark.parametrize(
+        ("metadata", "code"),
+        [
+            ('key="volume_type" value="ParameterModifier"', "hidden_left_out"),
+            ('key="volume_type" value="SupportBlocker"', "support_left_out"),
+            ('key="volume_type" value="NegativeVolume"', "unsupported_primitive"),
+            ('key="modifier" value="1"', "hidden_left_out"),
+            ('key="volume_type" value="ModelPart"', None),
+        ],
+    )
+    def test_triangles_of_prusaslicer(self, load, metadata, code):
+        # Two boxes in one mesh, of which the second one is a volume for the slicer.
+        two = mesh()
+        vertices = re.search("<vertices>(.*)</vertices>", two)[1]
+        faces = re.search("<triangles>(.*)</triangles>", two)[1]
+        moved = re.sub('x="(.*?)"', lambda match: f'x="{int(match[1]) + 5}"', vertices)
+        shifted = re.sub('v([123])="(.*?)"', lambda m: f'v{m[1]}="{int(m[2]) + 8}"', faces)
+        content = two.replace(vertices, vertices + moved).replace(faces, faces + shifted)
+        settings = (
+            '<config><object id="1"><metadata type="object" key="name" value="a"/>'
+            '<volume firstid="0" lastid="11"><metadata key="volume_type" value="ModelPart"/>'
+            f'</volume><volume firstid="12" lastid="23"><metadata type="volume" {metadata}/>'
+            "</volume></object></config>"
+        )
+        parts = {"Metadata/Slic3r_PE_model.config": settings.encode()}
+        found, codes = load(package(model(f'<object id="1">{content}</object>'), parts))
+        assert volume(found) == pytest.approx(2 if code is None else 1)
+        assert codes == ({} if code is None else {code: 1})
+
+    def test_parts_of_bambu_studio(self, load):
+        root = model(
+            '<object id="9"><components><component p:path="/3D/o.model" objectid="1"/>'
+            '<component p:path="/3D/o.model" objectid="2"/></components></object>',
+            '<item objectid="9"/>',
+        )
+        settings = (
+            b'<config><object id="9"><part id="1" subtype="normal_part"/>'
+            b'<part id="2" subtype="modifier_part"><metadata key="x" value="y"/></part></object>'
+            b'<plate><metadata key="a" value="b"/></plate></config>'
+        )
+        parts = {
+            "3D/o.model": model(box(1) + box(2, (9, 9, 9)), ""),
+            "Metadata/model_settings.config": settings,
+        }
+        found, codes = load(package(root, parts))
+        assert (volume(found), codes) == (pytest.approx(1), {"hidden_left_out": 1})
+
+    def test_settings_that_cannot_be_read_cost_only_themselves(self, load):
+        found, codes = load(package(model(box()), {"Metadata/model_settings.config": b"<config"}))
+        assert (volume(found), codes) == (pytest.approx(1), {"invalid_value": 1})
+
+
 UNKNOWN = "<x:new><x:inner a='1'/></x:new>"
 LEVELS = {
     "model": (b"<resources>", f"{UNKNOWN}<resources>"),

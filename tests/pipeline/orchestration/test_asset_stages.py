@@ -18,8 +18,11 @@ from pipeline.orchestration.asset_results import AssetJob, AssetNotes
 from pipeline.orchestration.asset_stages import load_bricks, process, save_bricks
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.procedural import ProceduralSource
+from tests.pipeline.archive_files import make_zip
 from tests.pipeline.builds import ROOT
+from tests.pipeline.collada_files import textured_quad
 from tests.pipeline.crashing_source import box
+from tests.pipeline.mesh_files import png
 from tests.pipeline.mesh_io.test_visible_parts import box as box_of
 from tests.pipeline.mesh_io.test_visible_parts import mesh_of
 from tests.pipeline.storage.test_sdf_shard import random_bricks
@@ -247,3 +250,45 @@ def test_notes_of_a_crashed_stage_say_how_far_it_got(tmp_path):
     AssetNotes(stage="load", row={"sha256": "x"}).save(tmp_path)
     assert json.loads((tmp_path / "asset.json").read_text())["stage"] == "load"
     assert AssetNotes.load(tmp_path).status == "running"
+
+
+def load_only_asset(tmp_path, root) -> AssetNotes:
+    """Run the stages of the only asset of a folder up to the topology."""
+    source = FolderSource(root=root)
+    (record,) = source.records()
+    folder = tmp_path / "job"
+    folder.mkdir()
+    config = BuildConfig(resolutions=(64,), topology_resolution=64)
+    process(AssetJob(record=record, source=source, config=config, products=(), folder=folder))
+    return AssetNotes.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip in zip"])
+def test_a_texture_in_another_directory_of_the_source_is_found(tmp_path, kind):
+    """A document in models/, and its texture in ../Textures/ with another case."""
+    root = tmp_path / "in"
+    members = {
+        "models/a.dae": textured_quad("../textures/A.png"),
+        "Textures/a.PNG": png(),
+    }
+    if kind == "zip in zip":
+        inner = make_zip(tmp_path / "inner.zip", members).read_bytes()
+        members = {"source/inner.zip": inner}
+    root.mkdir()
+    if kind == "folder":
+        for name, content in members.items():
+            (root / name).parent.mkdir()
+            (root / name).write_bytes(content)
+    else:
+        make_zip(root / "a.zip", members)
+    notes = load_only_asset(tmp_path, root)
+    assert notes.reason == "flat"  # the square was loaded
+    assert not notes.row.get("warnings")
+
+
+def test_a_texture_outside_the_source_is_missing(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.dae").write_bytes(textured_quad("../a.png"))
+    assert load_only_asset(tmp_path, root).row["warnings"] == ["side_file_missing"]
