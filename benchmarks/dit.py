@@ -1,6 +1,7 @@
-"""`python -m benchmarks.dit steps | learn`: cost of training the SS-DiT, and what it learns.
+"""`python -m benchmarks.dit steps | gradients | learn`: cost and precision of training the SS-DiT.
 
-`steps` needs only a GPU. `learn` also needs a build with bricks at one resolution and renders.
+`steps` and `gradients` need only a GPU. `learn` trains for minutes. It also needs a build
+with bricks at one resolution and renders.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.dit_config import LearnConfig, StepsConfig
+from benchmarks.dit_config import GradientsConfig, LearnConfig, StepsConfig
 from pipeline.core.cli import command
 from pipeline.core.files import write_atomically
 from pipeline.core.subcommands import parse_subcommand
 
 PROG = "python -m benchmarks.dit"
-SUBCOMMANDS = {"steps": StepsConfig, "learn": LearnConfig}
+SUBCOMMANDS = {"steps": StepsConfig, "gradients": GradientsConfig, "learn": LearnConfig}
 
 
 def main(args: Sequence[str]) -> None:
@@ -35,6 +36,10 @@ def main(args: Sequence[str]) -> None:
         from benchmarks.dit_steps import time_steps
 
         time_steps(cfg, device, results["rows"], save)
+    elif name == "gradients":
+        from benchmarks.dit_gradients import gradient_errors
+
+        results |= gradient_errors(device, blocks=cfg.blocks)
     else:
         from benchmarks.dit_learning import learn
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from model.config import KEPT_LEVELS, KeptActivations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +19,31 @@ class StepsConfig:
     presets: tuple[str, ...] = ("256", "384", "512", "1024")
     """Presets of `python -m train.dit` to time."""
 
+    attention: tuple[Literal["ssa", "full"], ...] = ("ssa", "full")
+    """Kinds of self-attention to time."""
+
+    kept: tuple[KeptActivations, ...] = KEPT_LEVELS
+    """What the blocks keep for the backward pass. Each of these is timed."""
+
+    batch_size: int | None = None
+    """Number of assets of a step. None takes that of each preset."""
+
     repeats: int = 5
     """Number of timed steps. Their median is reported."""
 
     workers: int = 16
     """Number of threads that decode renders while the GPU computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientsConfig:
+    """Compare all gradients of a small SS-DiT in bf16 with those in fp32. This only needs a GPU."""
+
+    out: Path
+    """Directory of the results, dit-gradients.json."""
+
+    blocks: int = 6
+    """Transformer blocks of the model, whose other sizes are those of the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,6 +159,11 @@ class Stepper:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         times = [milliseconds(lambda: self.step(batch)) for _ in range(repeats)]
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        started = time.monotonic()
+        self.step(batch)
+        host_ms = 1000 * (time.monotonic() - started)  # the step copies once, at its start
+        busy_ms, launches = self.profile(batch)
         batch_on_gpu = batch.to(self.device)
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             image_tokens = self.task.model.encode_images(batch_on_gpu.images)
@@ -172,10 +177,22 @@ class Stepper:
         )
         return {
             **report,
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "peak_gb": peak_gb,
+            "host_ms": host_ms,
+            "launches": launches,
+            "idle_share": max(0.0, 1 - busy_ms / report["ms"]),
             "encoder_ms": encoder_ms,
             "image_tokens": len(batch_on_gpu.images.coords),
         }
+
+    def profile(self, batch: DiTBatch) -> tuple[float, int]:
+        """Return the milliseconds in which the GPU works on a step, and its number of kernels."""
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            self.step(batch)
+            torch.cuda.synchronize()
+        kernels = [event for event in profiler.events() if event.device_time > 0]
+        return sum(event.device_time for event in kernels) / 1000, len(kernels)
 
 
 def milliseconds(function: Callable[[], object]) -> float:
@@ -254,7 +271,7 @@ def attention_ms(stepper: Stepper, batch: DiTBatch, repeats: int) -> dict[str, f
 def time_steps(
     cfg: StepsConfig, device: torch.device, rows: list[dict[str, Any]], save: Callable[[], None]
 ) -> None:
-    """Time every preset with SSA and full attention, with and without activation checkpointing.
+    """Time every preset with each kind of attention and each level of kept activations.
 
     Args:
         cfg: Options of the benchmark.
@@ -263,22 +280,23 @@ def time_steps(
         save: Called after each measurement.
     """
     with dino_of_random_weights() as weights:
-        for attention in ("ssa", "full"):
+        for attention in cfg.attention:
             stepper = None
             for preset in cfg.presets:
                 chosen = DIT_PRESETS[preset]
                 dit = replace(chosen.model.dit, attention=attention)
                 model = replace(chosen.model, dit=dit, encoder=EncoderConfig(weights=weights))
-                chosen = replace(chosen, model=model)
+                flow = replace(chosen.flow, batch_size=cfg.batch_size or chosen.flow.batch_size)
+                chosen = replace(chosen, model=model, flow=flow)
                 stepper = stepper or Stepper(chosen, device)
                 batch = synthetic_batch(preset, chosen)
                 repeats = 2 if attention == "full" and preset == "1024" else cfg.repeats
                 alone = attention_ms(stepper, batch, repeats)
-                for checkpointing in (False, True):
-                    stepper.task.model.dit.activation_checkpointing = checkpointing
+                for kept in cfg.kept:
+                    stepper.task.model.dit.kept_activations = kept
                     try:
                         row = stepper.measure(batch, repeats)
-                        inside = alone["backward_ms"] + (1 + checkpointing) * alone["forward_ms"]
+                        inside = alone["backward_ms"] + alone["forward_ms"]
                         row |= {"attention_share": inside / row["ms"], **alone}
                     except torch.cuda.OutOfMemoryError as error:
                         stepper.optimizer.zero_grad(set_to_none=True)
@@ -291,11 +309,11 @@ def time_steps(
                         "batch": batch.samples,
                         "tokens": batch.tokens,
                     }
-                    rows.append({**labels, "checkpointing": checkpointing, **row})
+                    rows.append({**labels, "kept": kept, **row})
                     log.info("%s", rows[-1])
                     save()
                 if attention == "ssa" and preset == "256":  # the fastest step waits the most
-                    stepper.task.model.dit.activation_checkpointing = False
+                    stepper.task.model.dit.kept_activations = "all"
                     rows.append(time_with_decoding(stepper, batch, cfg.workers))
                     log.info("%s", rows[-1])
             del stepper

@@ -37,7 +37,7 @@ from pipeline.geometry.topology import build_topology
 from pipeline.storage.layout import MANIFEST, manifest_path, marker_path, product_paths
 from pipeline.storage.manifest import ManifestRow, write_manifest
 from pipeline.storage.sdf_shard import write_sdf_shard
-from train.data.bricks import BrickLoader, BrickReader, read_build_index
+from train.data.bricks import BrickLoader, BrickReader, VAEBatch, read_build_index
 from train.engine.distributed import World
 from train.engine.mesh_pictures import save_image, side_by_side
 from train.engine.optimizer import make_optimizer
@@ -220,7 +220,7 @@ def time_steps(data: Path, device: torch.device) -> list[dict[str, Any]]:
             cfg = VAE_PRESETS["base"]
             cfg = replace(cfg, activation_checkpointing=checkpointing)
             try:
-                row = _time(
+                row = time_vae_step(
                     VAETask(cfg, World(device=device), index.subset([])), cfg, batch, device
                 )
             except torch.cuda.OutOfMemoryError as error:
@@ -238,7 +238,10 @@ def time_steps(data: Path, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def _time(task: VAETask, cfg: VAETraining, batch: Any, device: torch.device) -> dict[str, Any]:
+def time_vae_step(
+    task: VAETask, cfg: VAETraining, batch: VAEBatch, device: torch.device
+) -> dict[str, Any]:
+    """Return the median time of training steps with one batch, their MFU and the peak of memory."""
     optimizer = make_optimizer(task.model, cfg.loop, device)
     events = []
 

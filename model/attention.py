@@ -114,7 +114,7 @@ class SpatialSparseAttention(nn.Module):
         """
         kept = kept or BlockActivations("all", x_NC.device.type)
         q_NC = self.query(x_NC)
-        kept.drop("attention", q_NC, self.query, x_NC)
+        kept.drop("products", q_NC, self.query, x_NC)
         # Keys, values and gates come from one product, padded to a multiple of eight columns.
         E = self.key.weight.shape[0]
         padding = self.gate.weight.new_zeros(-(2 * E + 3) % 8, x_NC.shape[1])

@@ -40,6 +40,17 @@ class ImageTokens:
         """Return tokens with zero features at the same coordinates."""
         return replace(self, feats_SC=torch.zeros_like(self.feats_SC))
 
+    def followed_by(self, other: ImageTokens) -> ImageTokens:
+        """Return the tokens of these assets and then those of other assets, as one batch."""
+        moved = other.coords.clone()
+        moved[:, 0] += self.batch_size
+        return ImageTokens(
+            torch.cat([self.feats_SC, other.feats_SC]),
+            torch.cat([self.coords, moved]),
+            torch.cat([self.starts, other.starts[1:] + len(self.coords)]),
+            max(self.max_tokens, other.max_tokens),
+        )
+
     def drop(self, dropped_B: Tensor) -> ImageTokens:
         """Return tokens with zero features for the assets where bool [B] `dropped_B` is true."""
         keep_S1 = ~dropped_B.to(self.coords.device)[self.coords[:, 0].long()][:, None]

@@ -62,6 +62,13 @@ class _Dropped:
         return self.recipe.take(self.i).as_strided(self.shape, self.stride)
 
 
+class _Saved:
+    """What autograd holds for a tensor: the tensor, or what stands for it if it was dropped."""
+
+    def __init__(self, content: Tensor | _Dropped):
+        self.content = content
+
+
 class BlockActivations:
     """The activations of one DiT block.
 
@@ -78,6 +85,8 @@ class BlockActivations:
         self.device_type = device_type
         # Recipes by address. The tensors are held too, so that their addresses stay their own.
         self._recipes: dict[tuple[int, int], tuple[_Recipe, int, Tensor]] = {}
+        # A function saves its own results before they can be dropped.
+        self._saved: dict[tuple[int, int], list[_Saved]] = {}
         self._autocast = (
             torch.get_autocast_dtype(device_type),
             torch.is_autocast_enabled(device_type),
@@ -116,21 +125,31 @@ class BlockActivations:
             assert x.is_contiguous(), "only contiguous tensors can be dropped"
             if x.numel():  # the others have no address of their own
                 self._recipes[_key(x)] = (recipe, i, x)
+                for saved in self._saved.pop(_key(x), ()):
+                    assert isinstance(saved.content, Tensor)
+                    saved.content = _Dropped(recipe, i, saved.content)
 
     def _source(self, x: Any) -> Any:
         """Return what stands for an argument until the backward pass."""
         if not isinstance(x, Tensor):
             return x
         # A tensor with its graph would keep the graph alive, which keeps the recipe.
-        return self._pack(x.detach()) if not isinstance(x, torch.nn.Parameter) else x
+        return x if isinstance(x, torch.nn.Parameter) else self._find(x.detach())
 
-    def _pack(self, x: Tensor) -> Any:
+    def _find(self, x: Tensor) -> Tensor | _Dropped:
         found = self._recipes.get(_key(x))
         return x if found is None else _Dropped(found[0], found[1], x)
 
+    def _pack(self, x: Tensor) -> _Saved:
+        saved = _Saved(self._find(x))
+        if saved.content is x:
+            self._saved.setdefault(_key(x), []).append(saved)
+        return saved
+
     @staticmethod
-    def _unpack(x: Any) -> Tensor:
-        return x.restore() if isinstance(x, _Dropped) else x
+    def _unpack(saved: _Saved) -> Tensor:
+        content = saved.content
+        return content.restore() if isinstance(content, _Dropped) else content
 
     def hooks(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the block runs."""
@@ -145,6 +164,7 @@ class BlockActivations:
                 yield
         finally:
             self._recipes.clear()
+            self._saved.clear()
 
 
 def bytes_per_token(config: DiTConfig, level: KeptActivations, itemsize: int) -> int:
@@ -157,18 +177,17 @@ def bytes_per_token(config: DiTConfig, level: KeptActivations, itemsize: int) ->
     """
     C, F = config.channels, config.mlp_ratio * config.channels
     sparse = config.attention == "ssa"
-    # Queries and branches of SSA, its keys and values and what their compression keeps; or queries,
-    # keys, values and result of full attention.
-    kept = 4 * C + 6 * config.kv_channels * sparse
-    if level == "attention":
-        # Results of the MLP and of the cross-attention. The queries of SSA are dropped.
-        kept += 2 * C - C * sparse
-    else:
-        # Also the result of the self-attention and the queries of the cross-attention.
-        kept += 4 * C
+    # Branches of SSA, its keys and values and what their compression keeps; or queries, keys,
+    # values and result of full attention. Results of the cross-attention and of the MLP.
+    kept = (3 * C + 6 * config.kv_channels if sparse else 4 * C) + 2 * C
+    if level != "attention":
+        # Projected results of both attentions, queries of the cross-attention, the MLP's first
+        # product.
+        kept += 3 * C + F
     if level == "all":
-        kept += 3 * C + F + C * sparse  # norms, the MLP's first product, the gated sum of SSA
-    streams = 1 if level == "attention" else 3
+        # Three norms, queries and gated sum of SSA. The branch without a gate is in the stream.
+        kept += 3 * C + 2 * C * sparse - C
+    streams = 3 if level == "all" else 1
     return 4 * C * streams + itemsize * kept
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import BlockIndex, mlp, window_attention
+from kernels import BlockIndex, add_norm, mlp, norm, window_attention
 
 AXES = 3
 
@@ -129,7 +129,11 @@ class WindowAttention(nn.Module):
 
     def forward(self, x_NC: Tensor, index: BlockIndex, shifted: bool) -> Tensor:
         """Attend within aligned windows, or within windows shifted by half their side."""
-        q_NHD, k_NHD, v_NHD = self.qkv(x_NC).unflatten(1, (3, self.heads, -1)).unbind(1)
+        # Three products give contiguous tensors. Those of one product would have to be copied.
+        q_NHD, k_NHD, v_NHD = (
+            F.linear(x_NC, weight, bias).unflatten(1, (self.heads, -1))
+            for weight, bias in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        )
         return self.out(window_attention(q_NHD, k_NHD, v_NHD, index, shifted=shifted).flatten(1))
 
 
@@ -147,8 +151,11 @@ class WindowBlock(nn.Module):
 
     def forward(self, x_NC: Tensor, index: BlockIndex) -> Tensor:
         """Apply the block to tokens in the order of `index`."""
-        x_NC = x_NC + self.attention(layer_norm(x_NC), index, self.shifted)
-        return x_NC + self.mlp(layer_norm(x_NC))
+        dtype, assets = autocast_dtype(x_NC), (index.asset_of, index.token_starts)
+        y_NC = norm(x_NC, None, None, *assets, dtype=dtype)
+        y_NC = self.attention(y_NC, index, self.shifted)
+        x_NC, y_NC = add_norm(x_NC, y_NC, None, None, None, *assets, dtype=dtype)
+        return x_NC + self.mlp(y_NC)
 
 
 def init_linears(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from model.config import (
 PUBLISHED_LAST_TIME = 0.001  # before both shifts, of the published schedule's last but one time
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x_NC, t) -> an estimate of eps - x0, [N, C]
+VelocityPair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 
 def sample_times(
@@ -107,18 +108,18 @@ def draw_noise(
 
 
 def guide(
-    conditional: Velocity, unconditional: Velocity, guidance: Guidance, counts: Sequence[int]
+    conditional: Velocity, both: VelocityPair, guidance: Guidance, counts: Sequence[int]
 ) -> Velocity:
     """Combine two velocities by classifier-free guidance.
 
     Inside the interval of times the velocity is u + scale * (c - u), outside it is c. At scale 1
-    `unconditional` is never called. With rescale r the guided velocity of each asset is multiplied
+    `both` is never called. With rescale r the guided velocity of each asset is multiplied
     by 1 - r + r * std(c) / std(guided), with deviations over the asset's rows and channels (Lin et
     al. 2023, section 3.4).
 
     Args:
         conditional: c, with the image.
-        unconditional: u, without the image.
+        both: c, and u without the image.
         guidance: Scale, interval and rescale.
         counts: Number of rows of each asset in x.
     """
@@ -126,10 +127,9 @@ def guide(
     counts = list(counts)
 
     def velocity(x_NC: Tensor, t: float) -> Tensor:
-        c_NC = conditional(x_NC, t)
         if guidance.scale == 1.0 or not low <= t <= high:
-            return c_NC
-        u_NC = unconditional(x_NC, t)
+            return conditional(x_NC, t)
+        c_NC, u_NC = both(x_NC, t)
         guided_NC = u_NC + guidance.scale * (c_NC - u_NC)
         if guidance.rescale == 0.0:
             return guided_NC

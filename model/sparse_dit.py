@@ -109,10 +109,10 @@ def add_and_normalize(
         y_NC = _normalize(x_NC, *vectors)
     else:
         x_NC, y_NC = _add(*stream, *vectors)
-    if kept.drops("attention") and not first:
-        kept.drop("attention", (x_NC, y_NC), _add, *stream, *vectors)
-    else:
+    if first:
         kept.drop("products", y_NC, _normalize, x_NC, *vectors)
+    else:
+        kept.drop("products", (x_NC, y_NC), _add, *stream, *vectors)
     return x_NC, y_NC
 
 
@@ -192,7 +192,7 @@ class DiTBlock(nn.Module):
             x_NC, y_NC = add_and_normalize(stream, after, *common)
             out_NC, product_NF = self.mlp.with_product(y_NC)
             if product_NF is not None:
-                activations.drop("products", product_NF, self.mlp.first_product, y_NC)
+                activations.drop("attention", product_NF, self.mlp.first_product, y_NC)
         return ResidualStream(x_NC, out_NC, mlp_gate)
 
 
@@ -206,10 +206,10 @@ class SparseDiT(nn.Module):
         latent_mean: [latent_channels], the mean of the VAE's latents, part of the weights.
         latent_std: [latent_channels], their standard deviation, part of the weights.
         kept_activations: What the blocks keep for the backward pass, which computes the rest again.
-            "all" keeps every activation. "products" keeps the residual stream and the results of
-            attention and of all matrix products but the widest. "attention" keeps the blocks'
-            inputs and the results of attention. "auto" takes the first of them that fits the
-            memory. Gradients are the same to the bit.
+            "all" keeps every activation. "products" keeps the blocks' inputs and the results of
+            attention and of matrix products, except the queries of SSA. "attention" keeps the
+            blocks' inputs and the results of attention. "auto" takes the first of them that fits
+            the memory. Gradients are the same to the bit.
     """
 
     Config = DiTConfig

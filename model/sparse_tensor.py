@@ -117,6 +117,14 @@ class Level:
         level = Level(coords, self.resolution // 2, self.batch_size, starts)
         return ParentLevel(level, parent_of, children)
 
+    def twice(self) -> Level:
+        """Return a batch of these assets and then the same assets again."""
+        moved = self.coords.clone()
+        moved[:, 0] += self.batch_size
+        starts = torch.cat([self.asset_starts, self.asset_starts[1:] + len(self)])
+        coords = torch.cat([self.coords, moved])
+        return Level(coords, self.resolution, 2 * self.batch_size, starts)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Level:
         """Return the level on another device, without its cached indices."""
         coords = self.coords.to(device, non_blocking=non_blocking)
@@ -193,6 +201,11 @@ class SparseTensor:
     def replace(self, feats: Tensor) -> SparseTensor:
         """Return other features on the same level, which keeps its cached indices."""
         return SparseTensor(feats, self.level)
+
+
+def _take_coords(coords: Tensor, rows: Tensor) -> Tensor:
+    """Return int32 coords[rows], [K, 4]. Each row is moved as one number, which is much faster."""
+    return coords.contiguous().view(torch.complex128)[rows].view(torch.int32)
 
 
 def _local_points() -> Tensor:
@@ -327,7 +340,7 @@ class BrickBatch:
         # Voxels are sorted by cell, then by grid point.
         rows, points = self.active[order][:, local].nonzero(as_tuple=True)
         rows, points = order[rows], local[points]
-        coords = self.cells.coords[rows]
+        coords = _take_coords(self.cells.coords, rows)
         coords[:, 1:] *= CELL_SIDE
         coords[:, 1:] += torch.stack([points // 64, points // 8 % 8, points % 8], 1).int()
         feats = self.values[rows, points].float()[:, None]

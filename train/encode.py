@@ -13,15 +13,21 @@ from train.stages.vae.config import EncodeConfig
 PROG = "python -m train.encode"
 
 
-def main(args: Sequence[str]) -> None:
-    """Parse the options and encode."""
+def main(args: Sequence[str]) -> int:
+    """Parse the options and encode. Returns the exit code."""
     cfg = parse(EncodeConfig, args, prog=PROG)
     # torch is imported after the options are parsed, so that --help and errors come at once.
+    from train.engine.ranks import started_ranks
+
+    code = started_ranks("train.encode", args, cfg.device, cfg.gpus)
+    if code is not None:
+        return code
     from train.engine.distributed import join_world
     from train.stages.vae.encode import encode
 
     with join_world(cfg.device) as world:
         encode(cfg, world)
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from kernels.attention.segment import (
     segment_forward,
     window_segments,
 )
-from kernels.attention.segment_backward import segment_backward
+from kernels.attention.segment_attention import attend_segments, attend_segments_backward
 from kernels.attention.selection import combine_partials, selection_partials
 from kernels.attention.selection_backward import selection_backward
 from kernels.attention.softmax import BOUND_LIMIT, lse_dtype
@@ -47,23 +47,22 @@ def _segments(kind: str, index: BlockIndex) -> Segments:
 @torch.library.custom_op("sparse3d::segment_attention", mutates_args=())
 def _segment(
     q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], kind: str, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _run_segment(q, k, v, BlockIndex(*index), kind, scale)
 
 
 def _run_segment(
     q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, kind: str, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return the output and its log-sums."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, its log-sums and the flag of `segment_forward`."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
-    with on_device(q):
-        return segment_forward(q, scale_keys(k, scale)[0], v, _segments(kind, index), lse), lse
+    return attend_segments(q, k, v, _segments(kind, index), scale)
 
 
 @_segment.register_fake
 def _(q, k, v, index, kind, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype(q))
+    lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
+    return q.new_empty(q.shape), lse, q.new_empty(1, dtype=torch.int32)
 
 
 @torch.library.custom_op("sparse3d::segment_attention_backward", mutates_args=())
@@ -76,14 +75,8 @@ def _segment_backward_op(
 def _run_segment_backward(
     do: Tensor, saved: list[Tensor], index: BlockIndex, kind: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v. `saved` holds q, k, v, the output and its log-sums."""
-    q, k, v, o, lse = saved
-    do, q, k, v = (x.contiguous() for x in (do, q, k, v))
-    gradient = _output_gradient(do, o, lse)
-    with on_device(q):
-        segments = _segments(kind, index)
-        dq, dk, dv = segment_backward(q, BranchKeys(k, scale), v, gradient, segments)
-    return dq, dk.to(q.dtype), dv.to(q.dtype)
+    """Return the gradients of q, k and v. `saved` holds q, k, v and the results of the forward."""
+    return attend_segments_backward(do, saved, _segments(kind, index), scale)
 
 
 @_segment_backward_op.register_fake
@@ -97,8 +90,9 @@ def _segment_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _segment_autograd(ctx, do, _):
-    saved, index = list(ctx.saved_tensors[:5]), list(ctx.saved_tensors[5:])
+def _segment_autograd(ctx, do, *_):
+    tensors = list(ctx.saved_tensors)
+    saved, index = tensors[:6], tensors[6:]
     grads = (None,) * 3
     if do is not None:
         grads = _segment_backward_op(do, saved, index, ctx.kind, ctx.scale)
@@ -109,8 +103,8 @@ _segment.register_autograd(_segment_autograd, setup_context=_segment_setup)
 
 
 def _eager_segment(q, k, v, *options):
-    o, lse = _run_segment(q, k, v, *options)
-    return o, (q, k, v, o, lse), options
+    o, lse, flags = _run_segment(q, k, v, *options)
+    return o, (q, k, v, o, lse, flags), options
 
 
 def _eager_segment_backward(_, do, saved, options):

@@ -1,90 +1,19 @@
 """Attention of each asset's queries to the keys of the same asset, which are other tokens.
 
 The definition is `cross_attention` in kernels.attention.reference. The kernels are those of the
-compressed branch of SSA. Unlike FlashAttention's, their gradients are deterministic. For bf16 rows
-with moderate scores the log-sums are multiplied into the output gradient ("folded").
+compressed branch of SSA. Unlike FlashAttention's, their gradients are deterministic.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import checks, reference
-from kernels.attention.gates import OutputGradient, branch_gradient, is_folded
-from kernels.attention.scaled_keys import FOLDED_DTYPES, scale_keys
-from kernels.attention.segment import Segments, segment_forward
-from kernels.attention.segment_backward import segment_backward
+from kernels.attention.segment import Segments
+from kernels.attention.segment_attention import attend_segments, attend_segments_backward
 from kernels.attention.softmax import lse_dtype
 from kernels.runtime import eager_autograd
-from kernels.runtime.integer_math import cdiv, next_power_of_2
-from kernels.runtime.triton_ops import on_device
-
-
-@triton.jit(do_not_specialize=["N"])
-def _fold(
-    o_ptr, lse_ptr, do_ptr, flag_ptr, dot_ptr, weighted_ptr, N, H: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr,
-):  # fmt: skip
-    # One program: all heads of BLOCK_N tokens. HEADS is H rounded up to a power of two.
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    h, d = tl.arange(0, HEADS), tl.arange(0, D)
-    y = n.to(tl.int64)[:, None] * H + h[None, :]
-    x = y[:, :, None] * D + d[None, None, :]
-    ok = (n < N)[:, None] & (h < H)[None, :]
-    do = tl.load(do_ptr + x, ok[:, :, None], other=0.0).to(lse_ptr.dtype.element_ty)
-    gate = tl.full([BLOCK_N], 1.0, lse_ptr.dtype.element_ty)
-    branch_gradient(
-        o_ptr, lse_ptr, dot_ptr, lse_ptr, weighted_ptr, gate, do, x, y, ok,
-        is_folded(flag_ptr, FOLD), FOLD, False,
-    )  # fmt: skip
-
-
-def fold_gradient(
-    o_NHD: Tensor, lse_NH: Tensor, do_NHD: Tensor, flags: Tensor | None
-) -> OutputGradient:
-    """Return what the backward of an attention without gates needs of its output gradient.
-
-    Args:
-        o_NHD: Output of the attention, contiguous.
-        lse_NH: Log-sums of `segment_forward`.
-        do_NHD: Gradient of the output, contiguous.
-        flags: Flags of `segment_forward`. If flags[0] is 0, the log-sums are folded into the
-            gradient. None never folds.
-    """
-    N, H, D = do_NHD.shape
-    dot_NH = torch.empty_like(lse_NH)
-    weighted = None if flags is None else torch.empty_like(do_NHD)
-    heads = next_power_of_2(H)
-    BLOCK_N = max(1, 2048 // (heads * D))
-    if N:
-        _fold[(cdiv(N, BLOCK_N),)](
-            o_NHD, lse_NH, do_NHD, lse_NH if flags is None else flags, dot_NH,
-            do_NHD if weighted is None else weighted, N, H, heads, D, BLOCK_N,
-            FOLD=flags is not None, num_warps=4,
-        )  # fmt: skip
-    return OutputGradient(do_NHD, lse_NH, dot_NH, weighted, flags)
-
-
-def _forward(q, k, v, segments: Segments, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, its log-sums and the flag."""
-    lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
-    flags = torch.zeros(1, dtype=torch.int32, device=q.device)
-    with on_device(q):
-        keys, _ = scale_keys(k, scale)
-        return segment_forward(q, keys, v, segments, lse, flags), lse, flags
-
-
-def _backward(do, q, k, v, o, lse, flags, segments, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v."""
-    folded = q.dtype in FOLDED_DTYPES
-    with on_device(q):
-        keys, _ = scale_keys(k, scale)
-        gradient = fold_gradient(o, lse, do.contiguous(), flags if folded else None)
-        dq, dk, dv = segment_backward(q, keys, v, gradient, segments)
-    return dq, dk.to(q.dtype), dv.to(q.dtype)
 
 
 def _segments(segments: list[Tensor]) -> Segments:
@@ -97,7 +26,7 @@ def _cross(
     q: Tensor, k: Tensor, v: Tensor, segments: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (x.contiguous() for x in (q, k, v))
-    return _forward(q, k, v, _segments(segments), scale)
+    return attend_segments(q, k, v, _segments(segments), scale)
 
 
 @_cross.register_fake
@@ -110,8 +39,7 @@ def _(q, k, v, segments, scale):
 def _cross_backward(
     do: Tensor, saved: list[Tensor], segments: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, *rest = (x.contiguous() for x in saved)
-    return _backward(do, q, k, v, *rest, _segments(segments), scale)
+    return attend_segments_backward(do, saved, _segments(segments), scale)
 
 
 @_cross_backward.register_fake
@@ -139,12 +67,12 @@ _cross.register_autograd(_op_backward, setup_context=_setup)
 
 def _eager_forward(q, k, v, segments, scale):
     q, k, v = (x.contiguous() for x in (q, k, v))
-    o, lse, flags = _forward(q, k, v, _segments(segments), scale)
+    o, lse, flags = attend_segments(q, k, v, _segments(segments), scale)
     return o, (q, k, v, o, lse, flags, *segments), scale
 
 
 def _eager_backward(_, do, saved, scale):
-    return _backward(do, *saved[:6], _segments(saved[6:]), scale)
+    return attend_segments_backward(do, saved[:6], _segments(saved[6:]), scale)
 
 
 def cross_attention(

@@ -21,6 +21,18 @@ def load_gate(gate_ptr, ok, branch, dtype: tl.constexpr):
     return tl.sigmoid(tl.load(gate_ptr + branch, ok, other=0.0).to(dtype))
 
 
+@triton.jit
+def add_gated(gate_ptr, ok, a, b, c):
+    """Sum of three tiles [BLOCK_N, BLOCK_C], each times its gate [BLOCK_N], in fp32.
+
+    All kernels that compute the gated sum use this, so that it has the same bits in each of them.
+    """
+    y = load_gate(gate_ptr, ok, 0, tl.float32)[:, None] * a.to(tl.float32)
+    y += load_gate(gate_ptr, ok, 1, tl.float32)[:, None] * b.to(tl.float32)
+    y += load_gate(gate_ptr, ok, 2, tl.float32)[:, None] * c.to(tl.float32)
+    return y
+
+
 @triton.jit(do_not_specialize=["N"])
 def _gated_sum(
     a_ptr, b_ptr, c_ptr, gate_ptr, out_ptr, N, C: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -32,10 +44,10 @@ def _gated_sum(
     mask = ok[:, None] & (c < C)[None, :]
     x = n.to(tl.int64)[:, None] * C + c[None, :]
     gate_ptr += n.to(tl.int64) * 3
-    # Each branch [BLOCK_N, BLOCK_C] times its gate [BLOCK_N], in fp32.
-    y = load_gate(gate_ptr, ok, 0, tl.float32)[:, None] * tl.load(a_ptr + x, mask).to(tl.float32)
-    y += load_gate(gate_ptr, ok, 1, tl.float32)[:, None] * tl.load(b_ptr + x, mask).to(tl.float32)
-    y += load_gate(gate_ptr, ok, 2, tl.float32)[:, None] * tl.load(c_ptr + x, mask).to(tl.float32)
+    a = tl.load(a_ptr + x, mask, other=0.0)
+    b = tl.load(b_ptr + x, mask, other=0.0)
+    c = tl.load(c_ptr + x, mask, other=0.0)
+    y = add_gated(gate_ptr, ok, a, b, c)
     tl.store(out_ptr + x, y.to(out_ptr.dtype.element_ty), mask)
 
 

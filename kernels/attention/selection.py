@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.block_index import BlockIndex
-from kernels.attention.gates import load_gate
+from kernels.attention.gates import add_gated
 from kernels.attention.inverse_lists import ITEM_FIELDS, ChunkRange, InverseLists, programs_per_item
 from kernels.attention.list_entries import entry_shift, load_entries, load_item
 from kernels.attention.packed_heads import queries_per_tile
@@ -132,15 +132,14 @@ def _selection_combine(
     # Store the branch's output and log-sum, and the gated sum of the three branches.
     row = first_token.to(tl.int64) * H + i
     x, mask = row[:, None] * D + d[None, :], ok[:, None]
-    tl.store(sel_ptr + x, acc.to(sel_ptr.dtype.element_ty), mask)
+    sel = acc.to(sel_ptr.dtype.element_ty)
+    tl.store(sel_ptr + x, sel, mask)
     tl.store(lse_ptr + row, log_sum(row_max, denominator, lse_ptr), ok)
     if GATED:
         gate_ptr += (first_token + n).to(tl.int64) * 3
-        g0 = load_gate(gate_ptr, ok, 0, lse_ptr.dtype.element_ty)
-        g1 = load_gate(gate_ptr, ok, 1, lse_ptr.dtype.element_ty)
-        g2 = load_gate(gate_ptr, ok, 2, lse_ptr.dtype.element_ty)
-        y = g0[:, None] * tl.load(cmp_ptr + x, mask, other=0.0).to(tl.float32) + g1[:, None] * acc
-        y += g2[:, None] * tl.load(win_ptr + x, mask, other=0.0).to(tl.float32)
+        cmp = tl.load(cmp_ptr + x, mask, other=0.0)
+        win = tl.load(win_ptr + x, mask, other=0.0)
+        y = add_gated(gate_ptr, ok, cmp, sel, win)
         tl.store(out_ptr + x, y.to(out_ptr.dtype.element_ty), mask)
 
 

@@ -210,7 +210,7 @@ def _combine_dq(
 def _reduce_dkdv(
     part_k_ptr, part_v_ptr, sum_ptr, block_starts_ptr, block_asset_ptr, asset_blocks_ptr,
     chunk_asset_ptr, chunk_pairs_ptr, dk_ptr, dv_ptr, first_chunk, last_chunk, rows,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     # One program: BLOCK_K tokens of one block and one key/value head.
     block, g = tl.program_id(0), tl.program_id(1)
@@ -226,15 +226,25 @@ def _reduce_dkdv(
         local = block - tl.load(asset_blocks_ptr + asset)
         first_pair = tl.load(chunk_pairs_ptr + first_chunk)
 
-        # Add the items of the block, chunk by chunk, in order.
-        for chunk in range(first_chunk, last_chunk):
-            if tl.load(chunk_asset_ptr + chunk) == asset:
-                row = (tl.load(chunk_pairs_ptr + chunk) - first_pair + local) * G + g
-                begin = tl.load(sum_ptr + 2 * rows + row - 1, row > 0, other=0)
-                for partial in range(begin, tl.load(sum_ptr + 2 * rows + row), tokens):
-                    y = (partial + t).to(tl.int64)[:, None] * D + d[None, :]
-                    dk += tl.load(part_k_ptr + y, mask, other=0.0)
-                    dv += tl.load(part_v_ptr + y, mask, other=0.0)
+        # Add the items of the block, chunk by chunk, in order. The rows of CHUNKS chunks are looked
+        # up together, so that the loop over the items waits for nothing but the items.
+        i = tl.arange(0, CHUNKS)
+        for first in range(first_chunk, last_chunk, CHUNKS):
+            chunk = first + i
+            own = chunk < last_chunk
+            own &= tl.load(chunk_asset_ptr + chunk, own, other=-1) == asset
+            row = (tl.load(chunk_pairs_ptr + chunk, own, other=0) - first_pair + local) * G + g
+            begin = tl.load(sum_ptr + 2 * rows + row - 1, own & (row > 0), other=0)
+            past = tl.load(sum_ptr + 2 * rows + row, own, other=0)
+            items = tl.where(own, (past - begin) // tokens, 0)  # [CHUNKS]
+            items_to = tl.cumsum(items, 0)
+            for item in tl.range(0, tl.sum(items, 0), num_stages=4):
+                is_its_chunk = (items_to > item) & (items_to - items <= item)
+                partial = begin + (item - (items_to - items)) * tokens
+                partial = tl.sum(tl.where(is_its_chunk, partial, 0), 0)
+                y = (partial + t).to(tl.int64)[:, None] * D + d[None, :]
+                dk += tl.load(part_k_ptr + y, mask, other=0.0)
+                dv += tl.load(part_v_ptr + y, mask, other=0.0)
         tl.store(dk_ptr + x, dk, mask)
         tl.store(dv_ptr + x, dv, mask)
 
@@ -309,5 +319,5 @@ def selection_backward(
     _reduce_dkdv[(index.num_blocks, G, cdiv(index.max_block_tokens, BLOCK_K))](
         part_dk, part_dv, lists.sums, index.block_starts, index.block_asset, index.asset_blocks,
         index.chunk_asset, index.chunk_pairs, dk_NGD, dv_NGD, queries.first_chunk,
-        queries.last_chunk, queries.num_pairs * G, G, D, BLOCK_K, num_warps=4,
+        queries.last_chunk, queries.num_pairs * G, G, D, BLOCK_K, CHUNKS=32, num_warps=2,
     )  # fmt: skip

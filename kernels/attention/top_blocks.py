@@ -40,18 +40,24 @@ def _top_blocks(
     # Bisection for a threshold that exactly k scores reach, or the k-th largest score.
     k = tl.minimum(top_k, blocks)
     low, high, reach = k * 0, tl.max(bits, 1), blocks  # `reach` scores are at least `low`
+    # The first guess is 2^-8 of the largest score: the threshold is mostly close to it.
+    near = 8 << 23
+    middle = tl.where(high > near, high - near, (high + 1) >> 1)
     while tl.max(((low < high) & (reach != k)).to(tl.int32), 0) > 0:
         searching = (low < high) & (reach != k)
-        middle = low + ((high - low + 1) >> 1)
         count = tl.sum((bits >= middle[:, None]).to(tl.int32), 1)
         low = tl.where(searching & (count >= k), middle, low)
         reach = tl.where(searching & (count >= k), count, reach)
         high = tl.where(searching & (count < k), middle - 1, high)
+        middle = low + ((high - low + 1) >> 1)
 
-    # Take all scores above the threshold, and of those equal to it the lower blocks.
-    above, equal = bits > low[:, None], bits == low[:, None]
-    room = (k - tl.sum(above.to(tl.int32), 1))[:, None]
-    selected = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room))
+    # Take all scores that reach the threshold. If there are more than k, take those above it, and
+    # of those equal to it the lower blocks.
+    selected = bits >= low[:, None]
+    if tl.max((reach != k).to(tl.int32), 0) > 0:
+        above, equal = bits > low[:, None], bits == low[:, None]
+        room = (k - tl.sum(above.to(tl.int32), 1))[:, None]
+        selected = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room))
     selected &= b < blocks[:, None]
 
     # Write the blocks in ascending order, then -1.

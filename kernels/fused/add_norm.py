@@ -284,7 +284,10 @@ def _add_norm_backward(
     grads = _backward(
         dsum, dy, x, branch, gate, scale, mean, rstd, asset_of, starts, has_branch, branch_dtype
     )
-    return [grad for grad in grads if grad is not None]
+    dx, dbranch, *vectors = grads
+    # Results of an operator must not share memory, as the sums over the parts do.
+    vectors = [grad if grad is None else grad.clone() for grad in vectors]
+    return [grad for grad in (dx, dbranch, *vectors) if grad is not None]
 
 
 @_add_norm_backward.register_fake

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from model.config import KEPT_LEVELS, DiTConfig
 from model.kept_activations import BlockActivations, bytes_per_token, choose_level
 from model.sparse_dit import SparseDiT
 from tests.kernel_inputs import DEVICE
+from tests.kernels import conftest as _faster_interpreter  # noqa: F401
 from tests.model.test_sparse_dit import TINY, make_dit, make_inputs
 
 OPTIONS = [
@@ -55,27 +58,56 @@ def test_attention_is_computed_once(level, monkeypatch):
     assert sorted(calls) == ["cross_attention"] * 2 + ["ssa_with_branches"] * 2
 
 
+@pytest.fixture
+def triton_on_the_cpu(monkeypatch):
+    """Let the model run the Triton kernels on CPU tensors, in the interpreter."""
+    if DEVICE == "cuda":
+        pytest.skip("the tests on the GPU run the kernels")
+    modules = ("fused.add_norm", "fused.mlp")
+    modules += tuple(f"attention.{name}" for name in ("checks", "branches", "block_mean"))
+    for name in modules:
+        module = importlib.import_module(f"kernels.{name}")
+        monkeypatch.setattr(module, "use_triton", lambda backend, x: True)
+
+
+def test_the_kernels_give_the_same_gradients_and_keep_less(triton_on_the_cpu, monkeypatch):
+    sizes, gradients = kept_numbers({"dtype": torch.float32, "blocks": 1}, [9, 3], monkeypatch)
+    for same in zip(*gradients, strict=True):
+        assert all(torch.equal(same[0], other) for other in same[1:])
+    product = 12 * 4 * TINY["channels"]  # of the MLP
+    assert sizes["all"] > sizes["products"]
+    assert sizes["products"] > sizes["attention"] + product
+
+
 @pytest.mark.parametrize("options", [{}, {"attention": "full"}], ids=str)
 def test_later_levels_keep_less(options, monkeypatch):
+    sizes, _ = kept_numbers(options, [40, 30], monkeypatch)
+    assert sizes["all"] > sizes["products"] > sizes["attention"] > 0
+
+
+def kept_numbers(options, tokens, monkeypatch):
+    """Return how many numbers the blocks keep at each level, and the gradients of each level."""
+    gradients = []
     sizes = {}
     pack = BlockActivations._pack
     for level in KEPT_LEVELS:
-        numbers: dict[int, int] = {}  # kept at each address
+        saved: list[Any] = []
 
-        def counted(self, x, numbers=numbers):
-            kept = pack(self, x)
-            if kept is x:
-                numbers[x.data_ptr()] = x.numel()
-            return kept
+        def counted(self, x, saved=saved):
+            saved.append(pack(self, x))
+            return saved[-1]
 
         monkeypatch.setattr(BlockActivations, "_pack", counted)
         monkeypatch.setattr(BlockActivations, "hooks", BlockActivations._hooks)
-        model, (x, t, image) = make_dit(**options), make_inputs([40, 30], [5, 7])
+        model = make_dit(**options)
+        x, t, image = make_inputs(tokens, [5, 7], model.out.weight.dtype)
         model.kept_activations = level
         loss = model(x, t, image).sin().sum()  # its graph keeps the addresses from being used again
-        sizes[level] = sum(numbers.values())
+        kept = [x.content for x in saved if isinstance(x.content, torch.Tensor)]
+        sizes[level] = sum({x.data_ptr(): x.numel() for x in kept}.values())
         loss.backward()
-    assert sizes["all"] > sizes["products"] > sizes["attention"] > 0
+        gradients.append([p.grad for p in model.parameters()])
+    return sizes, gradients
 
 
 def test_a_dropped_tensor_is_computed_once_for_all_its_uses():

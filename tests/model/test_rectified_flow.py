@@ -125,13 +125,13 @@ def test_guidance_of_one_is_the_conditional_velocity():
 def test_guidance_acts_inside_its_interval():
     asked = []
 
-    def unconditional(x, t):
+    def both(x, t):
         asked.append(t)
-        return torch.full_like(x, 2.0)
+        return torch.full_like(x, 3.0), torch.full_like(x, 2.0)
 
     velocity = guide(
         lambda x, t: torch.full_like(x, 3.0),
-        unconditional,
+        both,
         Guidance(scale=4, interval=(0.3, 0.6)),
         [2],
     )
@@ -147,9 +147,8 @@ def test_rescaling_keeps_the_deviation_of_each_asset():
     counts = [30, 40]
 
     def guided(rescale):
-        return guide(lambda x, t: c, lambda x, t: u, Guidance(scale=5.0, rescale=rescale), counts)(
-            c, 0.5
-        )
+        options = Guidance(scale=5.0, rescale=rescale)
+        return guide(lambda x, t: c, lambda x, t: (c, u), options, counts)(c, 0.5)
 
     plain, full, half = guided(0.0), guided(1.0), guided(0.5)
     for v, w, p, h in zip(
@@ -158,16 +157,15 @@ def test_rescaling_keeps_the_deviation_of_each_asset():
         assert v.std().item() == pytest.approx(w.std().item(), rel=1e-5)
         assert p.std() > 2 * w.std()
         assert torch.allclose(h, (p + v) / 2, atol=1e-5)
-    alone = guide(lambda x, t: c[:30], lambda x, t: u[:30], Guidance(scale=5.0, rescale=1.0), [30])(
-        c[:30], 0.5
-    )
+    options = Guidance(scale=5.0, rescale=1.0)
+    alone = guide(lambda x, t: c[:30], lambda x, t: (c[:30], u[:30]), options, [30])(c[:30], 0.5)
     assert torch.equal(full[:30], alone)
 
 
 def test_rescaling_a_constant_velocity_changes_nothing():
-    v = guide(lambda x, t: x * 0 + 1, lambda x, t: x * 0, Guidance(scale=2.0, rescale=1.0), [4, 0])(
-        torch.ones(4, 1), 0.5
-    )
+    options = Guidance(scale=2.0, rescale=1.0)
+    velocity = guide(lambda x, t: x * 0 + 1, lambda x, t: (x * 0 + 1, x * 0), options, [4, 0])
+    v = velocity(torch.ones(4, 1), 0.5)
     assert torch.equal(v, torch.full((4, 1), 2.0))
 
 

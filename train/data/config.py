@@ -35,9 +35,9 @@ class FlowOptions:
     """Number of shards whose renders are mixed in a batch and kept in memory, about 10 MB each."""
     kept_activations: KeptActivations | Literal["auto"] = "auto"
     """What the blocks of the DiT keep for the backward pass, which computes the rest again. "all"
-    keeps every activation. "products" keeps the residual stream and the results of attention and of
-    all matrix products but the widest. "attention" keeps the blocks' inputs and the results of
-    attention. "auto" takes in each step the first of them that fits the memory of the GPU.
+    keeps every activation. "products" keeps the blocks' inputs and the results of attention and of
+    matrix products, except the queries of SSA. "attention" keeps the blocks' inputs and the results
+    of attention. "auto" takes in each step the first of them that fits the memory of the GPU.
     Gradients are the same to the bit."""
     loop: LoopConfig = field(default_factory=LoopConfig)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Gpus = int | Literal["auto"]  # type of `--gpus`, checked by `check_gpus`
 MAX_SEED = 1 << 40  # seed * 1_000_003 + rank stays below 2^63 for a million ranks
 
 # Options that may differ when a run is resumed: how long it runs, what it reports, its limits, and
@@ -24,6 +25,12 @@ FREE_ON_RESUME = (
     "activation_checkpointing",
     "kept_activations",
 )
+
+
+def check_gpus(gpus: Gpus) -> None:
+    """Raise ValueError unless a number of GPUs is "auto" or at least 1."""
+    if gpus != "auto" and gpus < 1:
+        raise ValueError(f"gpus must be auto, or 1 or more, got {gpus}")
 
 
 @dataclass(frozen=True, kw_only=True)

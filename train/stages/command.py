@@ -31,7 +31,7 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
     "vae": StageCommand(
         presets=VAE_PRESETS,
         basic=(
-            *("preset", "data", "out", "init", "device"),
+            *("preset", "data", "out", "init", "device", "gpus"),
             *("bricks.resolutions", "bricks.batch-size", "bricks.max-tokens"),
             *("loop.steps", "loop.max-minutes", "loop.optimizer", "loop.learning-rate"),
             "loop.seed",
@@ -40,7 +40,7 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
     "structure": StageCommand(
         presets=STRUCTURE_PRESETS,
         basic=(
-            *("preset", "part", "data", "out", "device", "resolution", "cameras"),
+            *("preset", "part", "data", "out", "device", "gpus", "resolution", "cameras"),
             *("held-out-views", "vae.batch-size", "vae.loop.steps", "vae.loop.max-minutes"),
             *("vae.loop.learning-rate", "flow.batch-size", "flow.loop.steps"),
             *("flow.loop.max-minutes", "flow.loop.learning-rate"),
@@ -49,7 +49,7 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
     "dit": StageCommand(
         presets=DIT_PRESETS,
         basic=(
-            *("preset", "data", "latents", "vae", "out", "init", "device", "resolution"),
+            *("preset", "data", "latents", "vae", "out", "init", "device", "gpus", "resolution"),
             *("max-tokens", "cameras", "held-out-views"),
             *("flow.batch-size", "flow.guidance", "flow.steps", "flow.loop.steps"),
             *("flow.loop.max-minutes", "flow.loop.learning-rate", "flow.loop.seed"),
@@ -58,14 +58,17 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
 }
 
 
-def train_stage(name: StageName, args: Sequence[str]) -> None:
+def train_stage(name: StageName, args: Sequence[str]) -> int:
     """Parse the options of `python -m train.NAME` and train the stage.
 
-    Under torchrun this process is one of the ranks.
+    The work is done by one process per GPU. Under torchrun this process is one of them.
 
     Args:
         name: Name of the stage.
         args: The words after the command.
+
+    Returns:
+        The exit code: 0, or that of the first process that failed.
 
     Raises:
         UserError: If the options are wrong or do not fit the data.
@@ -76,6 +79,11 @@ def train_stage(name: StageName, args: Sequence[str]) -> None:
     prog = f"python -m train.{name}"
     cfg = parse_with_presets(stage.presets, "tiny", args, prog=prog, basic=stage.basic)
     # torch is imported after the options are parsed, so that --help and errors come at once.
+    from train.engine.ranks import started_ranks
+
+    code = started_ranks(f"train.{name}", args, cfg.device, cfg.gpus)
+    if code is not None:
+        return code
     from train.engine.distributed import join_world
 
     with join_world(cfg.device) as world:
@@ -91,3 +99,4 @@ def train_stage(name: StageName, args: Sequence[str]) -> None:
             from train.stages.dit.run import train_dit
 
             train_dit(cfg, world)
+    return 0

@@ -10,6 +10,7 @@ from model.config import ConditionedDiTConfig, RecommendedSampling
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import CameraSet
+from train.engine.config import Gpus, check_gpus
 
 # What the presets for minutes on a CPU and for minutes on a GPU have in common.
 TINY_OPTIONS: dict[str, Any] = {
@@ -61,6 +62,10 @@ class ConditionedTraining:
     device: Device = "auto"
     """Device to train on. auto is a GPU if there is one. cuda takes one GPU per rank."""
 
+    gpus: Gpus = "auto"
+    """Number of GPUs of this machine to use, each by a process of its own. auto takes all of them.
+    Under torchrun, which starts the processes itself, this option has no effect."""
+
     resolution: int = 512
     """Resolution R of the stored SDF. The stage is trained on a grid of R / 8 cells per side."""
 
@@ -81,6 +86,7 @@ class ConditionedTraining:
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        check_gpus(self.gpus)
         check_resolution(self.resolution)
         for name in ("held_out_views", "workers", "val_batches", "samples"):
             if getattr(self, name) < 0:

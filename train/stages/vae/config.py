@@ -9,7 +9,7 @@ from typing import Literal
 from model.config import VAEConfig
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
-from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
+from train.engine.config import SMALL_LOOP, TINY_LOOP, Gpus, LoopConfig, check_gpus
 
 VAEPreset = Literal["tiny", "small", "base", "base-1024"]
 
@@ -90,6 +90,9 @@ class VAETraining:
     """Checkpoint whose averaged weights a new run starts from. None starts from random weights."""
     device: Device = "auto"
     """Device to train on. auto is a GPU if there is one. cuda takes one GPU per rank."""
+    gpus: Gpus = "auto"
+    """Number of GPUs of this machine to use, each by a process of its own. auto takes all of them.
+    Under torchrun, which starts the processes itself, this option has no effect."""
     bricks: BrickConfig = field(default_factory=BrickConfig)
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them. This saves memory and
@@ -100,6 +103,7 @@ class VAETraining:
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        check_gpus(self.gpus)
 
 
 def _intervals(checkpoint: int, validate: int, sample: int) -> dict[str, int]:
@@ -175,6 +179,9 @@ class EncodeConfig:
     """Directory of the latents. None takes latents/ in the build."""
     device: Device = "auto"
     """Device to encode on. auto is a GPU if there is one. cuda takes one GPU per rank."""
+    gpus: Gpus = "auto"
+    """Number of GPUs of this machine to use, each by a process of its own. auto takes all of them.
+    Under torchrun, which starts the processes itself, this option has no effect."""
     precision: Literal["bf16", "fp32"] | None = None
     """Precision of the arithmetic. None takes the one that the VAE was trained in."""
     max_tokens: int = 46_000
@@ -186,6 +193,7 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        check_gpus(self.gpus)
         for resolution in self.resolutions:
             check_resolution(resolution)
         for name in ("max_tokens", "workers"):

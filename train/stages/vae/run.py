@@ -17,7 +17,7 @@ from train.stages.vae.config import VAETraining
 from train.stages.vae.task import VAETask
 
 # Options that say where a run took place and not what was trained.
-NOT_RECORDED = ("data", "out", "device", "init", "preset")
+NOT_RECORDED = ("data", "out", "device", "gpus", "init", "preset")
 NOT_RECORDED_OF_BRICKS = ("workers", "val_batches", "reconstructions")
 
 

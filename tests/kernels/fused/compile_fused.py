@@ -1,0 +1,63 @@
+"""Compiles the fused kernels and cross-attention without a GPU, and prints JSON.
+
+`python -m tests.kernels.fused.compile_fused 80 bfloat16 1024 32` (architecture, dtype, channels,
+head size) compiles forward and gradients. It must run without the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import torch
+import triton
+
+from kernels.attention.cross_attention import _segments
+from kernels.attention.segment_attention import attend_segments, attend_segments_backward
+from tests.kernels.attention.compile_ahead import compile_launch
+
+
+def compile_all(arch: int, dtype: torch.dtype, C: int, D: int) -> list[dict]:
+    """Compile every launch of forward and backward once."""
+    launches: dict[str, dict] = {}
+
+    def record(fn, *args, grid, warmup, **kwargs):
+        key = f"{fn.__name__} {[value for value in args if isinstance(value, int)]} {kwargs}"
+        if key not in launches:
+            launches[key] = compile_launch(fn, args, kwargs, arch)
+
+    triton.JITFunction.run = record
+    N, A = 100, 2
+    of, starts = torch.zeros(N).int(), torch.tensor([0, 60, N]).int()
+    module = importlib.import_module("kernels.fused.add_norm")
+    x, branch = torch.zeros(N, C), torch.zeros(N, C, dtype=dtype)
+    gate, vectors = torch.zeros(A, C, dtype=dtype), torch.zeros(A, C, dtype=dtype)
+    for given in ((None, None, None, None), (branch, None, x[0], x[0])):
+        step(module, x, *given, of, starts, dtype)
+    for branch_gate in (gate, None):
+        step(module, x, branch, branch_gate, vectors, vectors, of, starts, dtype)
+    module = importlib.import_module("kernels.fused.mlp")
+    module._gelu_backward(torch.zeros(N, 4 * C, dtype=dtype), torch.zeros(N, 4 * C, dtype=dtype))
+    H = C // D
+    segments = _segments([of, starts, of, starts])
+    q, k, v = (torch.zeros(N, H, D, dtype=dtype) for _ in range(3))
+    results = attend_segments(q, k, v, segments, 1.0)
+    attend_segments_backward(q, (q, k, v, *results), segments, 1.0)
+    return list(launches.values())
+
+
+def step(module, x, branch, gate, shift, scale, of, starts, dtype) -> None:
+    """Launch one forward and backward of `add_norm`."""
+    total, y, mean, rstd = module._forward(x, branch, gate, shift, scale, of, 1e-6, dtype)
+    rows = x if branch is None else total
+    given = branch is not None
+    module._backward(
+        x if given else None, y, rows, branch, gate, scale, mean, rstd, of, starts, given, dtype
+    )
+
+
+if __name__ == "__main__":
+    arch, dtype, C, D = sys.argv[1:]
+    launches = compile_all(int(arch), getattr(torch, dtype), int(C), int(D))
+    sys.stdout.write(json.dumps(launches) + "\n")
