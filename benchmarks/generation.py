@@ -142,7 +142,11 @@ class StageTimer:
 
 
 def measure(
-    device: torch.device, tiny: bool, guidance: float, steps: tuple[int, ...]
+    device: torch.device,
+    tiny: bool,
+    guidance: float,
+    steps: tuple[int, ...],
+    meshes: bool = True,
 ) -> list[dict[str, Any]]:
     """Time every stage of generation.
 
@@ -151,6 +155,7 @@ def measure(
         tiny: Use models and resolutions that a CPU can run.
         guidance: Guidance scale.
         steps: Sampling steps of the structure stage and of both resolutions.
+        meshes: Also decode, extract and clean meshes.
 
     Returns:
         The rows of `StageTimer`.
@@ -192,6 +197,8 @@ def measure(
                 lambda at=level, k=n: dit.generate(at, image, [0], steps=k, guidance=scale),
                 tokens=len(level),
             )
+        if not meshes:
+            continue
         decode = partial(vae.decode, z, level)
         timer.time(f"VAE decoder at {resolution} (first call)", decode)
         timer.time(f"VAE decoder at {resolution}", decode)
@@ -213,6 +220,8 @@ class GenerationBenchmark:
     """Guidance scale."""
     steps: tuple[int, int, int] = DEFAULT_STEPS
     """Sampling steps of the structure stage and of both resolutions."""
+    meshes: bool = True
+    """Also time decoding, extraction and cleaning of meshes."""
     out: Path | None = None
     """File to which the rows are also written as JSON."""
 
@@ -221,7 +230,7 @@ def main(args: Sequence[str]) -> None:
     """Parse the options, measure and print a Markdown table."""
     cfg = parse(GenerationBenchmark, args, prog="python -m benchmarks.generation")
     cells_near(*torus_mesh(8), 64)  # compiles
-    rows = measure(choose_device(cfg.device), cfg.tiny, cfg.guidance, cfg.steps)
+    rows = measure(choose_device(cfg.device), cfg.tiny, cfg.guidance, cfg.steps, cfg.meshes)
     lines = ["| stage | tokens | seconds | peak GB |", "|---|---|---|---|"]
     for row in rows:
         peak = "" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"

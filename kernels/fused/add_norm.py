@@ -235,11 +235,12 @@ def _backward(
                 _add_parts[(A, cdiv(C, 64), len(total))](
                     part, starts, total, parts, first, C, BLOCK_P=64, BLOCK_C=64, num_warps=4
                 )
-    dshift, dscale = (None, None) if sums is None else sums[:2].unbind()
-    if kind == _WEIGHTS:
-        dshift, dscale = dshift.sum(0), dscale.sum(0)
-    if together:
-        dgate = sums[2:]
+    dshift = dscale = None
+    if sums is not None:
+        dshift, dscale, *rest = sums.unbind()
+        if kind == _WEIGHTS:
+            dshift, dscale = dshift.sum(0), dscale.sum(0)
+        dgate = rest[0][None] if rest else dgate
     return dx, dbranch, None if dgate is None else dgate[0], dshift, dscale
 
 

@@ -32,7 +32,7 @@ sys.exit(code)
         ("train.evaluate", ["vae", "--help"], "--resolutions"),
         ("train.evaluate", ["generation", "--help"], "--options.guidance"),
         ("train.demo.__main__", ["--help"], "--size {auto,cpu,gpu}"),
-        ("benchmarks.dit", ["--help"], "python -m benchmarks.dit {steps,learn}"),
+        ("benchmarks.dit", ["--help"], "python -m benchmarks.dit {steps,gradients,learn}"),
         ("benchmarks.dit", ["learn", "--help"], "--vae-minutes"),
     ],
 )

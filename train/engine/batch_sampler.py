@@ -47,12 +47,18 @@ class BatchSampler:
     `max_tokens`; the remaining ones come first in the next step of this resolution. The largest
     samples are assigned first, each to the rank with the fewest tokens.
 
+    With a token budget, a step takes as many of the next samples as the ranks' budgets hold instead
+    of a fixed number. Every sample has the same weight in the loss of its step (see
+    `StepSamples.loss_weight`), so that a sample counts more in a step with fewer of them.
+
     Args:
         tokens: Number of cells of each asset, int64 [A], by resolution. 0 where an asset has none.
-        batch_size: Mean number of samples per rank.
+        batch_size: Mean number of samples per rank. A token budget replaces it.
         world_size: Number of ranks.
         seed: Seed of all draws.
         max_tokens: Largest number of cells per rank. Larger assets are left out. None: no limit.
+        token_budget: Number of cells per rank that a step is filled up to. It is not more than
+            `max_tokens`. Assets that exceed it alone are left out. None: no budget.
 
     Attributes:
         left_out: Number of assets that exceed `max_tokens`, by resolution.
@@ -69,8 +75,12 @@ class BatchSampler:
         world_size: int,
         seed: int,
         max_tokens: int | None = None,
+        token_budget: int | None = None,
     ):
         self.batch_size = batch_size
+        self.token_budget = token_budget
+        # A step must fit either of them.
+        max_tokens = min((n for n in (max_tokens, token_budget) if n is not None), default=None)
         self.world_size = world_size
         self.seed = seed
         self.max_tokens = max_tokens
@@ -84,7 +94,8 @@ class BatchSampler:
             if not len(self.assets[resolution]):
                 rule = ""
                 if self.left_out[resolution]:
-                    rule = f" with at most max_tokens = {max_tokens} cells"
+                    limit = "token_budget" if max_tokens == token_budget else "max_tokens"
+                    rule = f" with at most {limit} = {max_tokens} cells"
                 raise UserError(f"no training asset at R = {resolution}{rule}")
         self.step = 0
         self.cursors = {resolution: 0 for resolution in self.tokens}  # samples drawn so far
@@ -118,9 +129,7 @@ class BatchSampler:
         choices = list(self.tokens)
         resolution = choices[seed_of(self.seed, "resolution", self.step) % len(choices)]
         first = self.cursors[resolution]
-        samples = [
-            self._draw(resolution, first + n) for n in range(self.batch_size * self.world_size)
-        ]
+        samples = [self._draw(resolution, first + n) for n in range(self._count(resolution, first))]
         ranks = None
         while ranks is None:  # this ends, because one sample per rank always fits
             ranks = self._assign(resolution, samples)
@@ -129,6 +138,17 @@ class BatchSampler:
         self.cursors[resolution] = first + taken
         self.step += 1
         return StepSamples(self.step - 1, resolution, ranks)
+
+    def _count(self, resolution: int, first: int) -> int:
+        """Return the number of samples from number `first` on that a step tries to take."""
+        if self.token_budget is None:
+            return self.batch_size * self.world_size
+        room = self.token_budget * self.world_size
+        count = 0
+        while count < self.world_size or room > 0:
+            room -= int(self.tokens[resolution][self._draw(resolution, first + count).asset])
+            count += 1
+        return count
 
     def _draw(self, resolution: int, number: int) -> SampleId:
         """Return a sample by its number in the endless sequence of a resolution."""

@@ -84,7 +84,7 @@ def run_ranks(module: str, args: Sequence[str], count: int) -> int:
     Raises:
         Stopped: After SIGINT or SIGTERM, when all ranks have ended.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     # The store of this process outlives every rank, as that of torchrun does.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

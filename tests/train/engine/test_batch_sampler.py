@@ -85,3 +85,32 @@ def test_no_rank_exceeds_max_tokens_and_no_asset_is_lost():
 def test_assets_repeat_when_there_are_fewer_than_a_batch():
     one = make_sampler({256: np.array([5, 6])}, batch_size=4, world_size=2).next()
     assert sum(map(len, one.ranks)) == 8
+
+
+def test_a_token_budget_fills_the_steps():
+    rng = np.random.default_rng(0)
+    tokens = {256: (2000 * rng.lognormal(0.0, 0.3, 300)).astype(int)}
+    sampler = make_sampler(tokens, world_size=4, token_budget=20_000)
+    seen = Counter()
+    fills = []
+    for _ in range(40):
+        step = sampler.next()
+        loads = [sum(tokens[256][d.asset] for d in rank) for rank in step.ranks]
+        assert max(loads) <= 20_000
+        assert step.loss_weight == 4 / sum(len(rank) for rank in step.ranks)
+        fills.append(sum(loads) / 80_000)
+        seen.update(draw for rank in step.ranks for draw in rank)
+    assert set(seen.values()) == {1}, "no sample is left out or repeated"
+    assert np.mean(fills) > 0.9
+
+
+def test_a_token_budget_takes_at_least_one_asset_per_rank_and_resumes():
+    tokens = {256: np.array([90, 80, 70, 60, 50])}
+    sampler = make_sampler(tokens, token_budget=100)
+    for _ in range(5):
+        assert all(len(rank) == 1 for rank in sampler.next().ranks)
+    again = make_sampler(tokens, token_budget=100)
+    again.restore(json.loads(json.dumps(sampler.state)))
+    assert again.next() == sampler.next()
+    with pytest.raises(UserError, match="R = 256 with at most token_budget = 40"):
+        make_sampler(tokens, token_budget=40)

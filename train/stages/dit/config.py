@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
+from pipeline.core.options import added
 from train.data.config import FlowOptions
 from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
 from train.stages.config import (
@@ -47,6 +48,11 @@ class DiTTraining(ConditionedTraining):
     """Largest number of tokens per rank and step. A step takes fewer assets where they would exceed
     it, and assets that exceed it alone are left out. None sets no limit."""
 
+    token_budget: int | None = added(None, before=None)
+    """Number of tokens per rank and step that assets are drawn for, instead of flow.batch_size
+    assets. Steps at low resolutions then keep a GPU busy. The loss of a step stays the mean over
+    its assets. None draws flow.batch_size assets, as the paper does."""
+
     max_missing_share: float = 0.01
     """Share of the build's assets that may lack latents before the run ends."""
 
@@ -61,6 +67,8 @@ class DiTTraining(ConditionedTraining):
         check_trainable(self.model)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"token_budget must be 1 or more, got {self.token_budget}")
         if not 0 <= self.max_missing_share < 1:
             raise ValueError(f"max_missing_share must be in [0, 1), got {self.max_missing_share}")
 

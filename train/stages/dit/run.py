@@ -24,7 +24,7 @@ from train.stages.dit.task import DiTTask
 
 log = logging.getLogger(__name__)
 
-RECORDED = ("resolution", "max_tokens", "held_out_views", "cameras")
+RECORDED = ("resolution", "max_tokens", "token_budget", "held_out_views", "cameras")
 PREVIEW_OPTIONS = ("guidance", "steps")  # they do not change what is trained
 
 
@@ -50,6 +50,7 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
         world_size=world.size,
         seed=cfg.flow.loop.seed,
         max_tokens=cfg.max_tokens,
+        token_budget=cfg.token_budget,
     )
     loader = DiTLoader(training, store, cfg)
     task = DiTTask(cfg, world, training, held_out, store, vae)
@@ -104,7 +105,8 @@ def run_config(cfg: DiTTraining, vae: str) -> dict[str, Any]:
         {"model", "config", "training"}. The first two are what loading the model needs.
     """
     options = options_of(cfg)
-    training = {"vae": vae, **{name: options[name] for name in RECORDED}, **options["flow"]}
+    recorded = {name: options[name] for name in RECORDED if name in options}
+    training = {"vae": vae, **recorded, **options["flow"]}
     for name in PREVIEW_OPTIONS:
         del training[name]
     return {"model": ConditionedDiT.__name__, "config": options["model"], "training": training}

@@ -9,6 +9,7 @@ from typing import Literal
 from model.config import VAEConfig
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
+from pipeline.core.options import added
 from train.engine.config import SMALL_LOOP, TINY_LOOP, Gpus, LoopConfig, check_gpus
 
 VAEPreset = Literal["tiny", "small", "base", "base-1024"]
@@ -48,6 +49,10 @@ class BrickConfig:
     max_tokens: int | None = None
     """Largest number of cells per rank and step. A step takes fewer assets where they would exceed
     it, and assets that exceed it alone are left out. None sets no limit."""
+    token_budget: int | None = added(None, before=None)
+    """Number of cells per rank and step that assets are drawn for, instead of batch_size assets.
+    Steps at low resolutions then keep a GPU busy. The loss of a step stays the mean over its
+    assets. None draws batch_size assets, as the paper does."""
     symmetries: bool = True
     """Apply one of the 48 symmetries of the cube to each asset."""
     max_bad_share: float = 0.05
@@ -71,6 +76,8 @@ class BrickConfig:
                 raise ValueError(f"{name} must be {minimum} or more, got {getattr(self, name)}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"token_budget must be 1 or more, got {self.token_budget}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
 

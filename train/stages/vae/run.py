@@ -42,6 +42,7 @@ def train_vae(cfg: VAETraining, world: World) -> int:
         world_size=world.size,
         seed=cfg.loop.seed,
         max_tokens=cfg.bricks.max_tokens,
+        token_budget=cfg.bricks.token_budget,
     )
     loader = BrickLoader(
         training,
