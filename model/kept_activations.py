@@ -210,7 +210,18 @@ def choose_level(
     return KEPT_LEVELS[-1]
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes of a GPU that this process may still take."""
+def free_memory(device: torch.device, parameters: int) -> int:
+    """Return the bytes of a GPU that this process may still take.
+
+    Under `torch.use_deterministic_algorithms` it depends on the GPU and the model alone, so that a
+    resumed run keeps what the first one kept.
+
+    Args:
+        device: The GPU.
+        parameters: Number of parameters that are trained.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        # Weights, their average and two moments of the optimizer, in fp32.
+        return torch.cuda.get_device_properties(device).total_memory - 16 * parameters
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

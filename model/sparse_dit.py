@@ -327,7 +327,7 @@ class SparseDiT(nn.Module):
         # Beside the activations: the gradients that do not exist yet, and what one block keeps.
         missing = sum(p.numel() * p.itemsize for p in self.parameters() if p.grad is None)
         one_block = len(x_NC) * bytes_per_token(self.config, "all", itemsize)
-        free = free_memory(x_NC.device)
+        free = free_memory(x_NC.device, sum(p.numel() for p in self.parameters()))
         return choose_level(self.config, len(x_NC), itemsize, free, missing + one_block)
 
     @staticmethod

@@ -213,7 +213,7 @@ def gpu_model(level):
     from tests.model.test_sparse_dit import make_image_tokens
 
     torch.manual_seed(0)
-    config = DiTConfig(blocks=4, channels=512, heads=16, condition_channels=64)
+    config = DiTConfig(blocks=12, channels=512, heads=16, condition_channels=64)
     model = SparseDiT(config).cuda()
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)

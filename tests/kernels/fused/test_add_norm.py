@@ -90,6 +90,19 @@ def test_value_and_gradients(counts, C, kind, gated, dtype):
     compare(kernel, definition, inputs, names)
 
 
+def test_a_stream_in_half_precision():
+    of, starts = assets([40, 31])
+    inputs = [x.to(HALF) for x in inputs_of([40, 31], 48, "plain", False, HALF)]
+
+    def kernel(*x):
+        return both(add_norm(*x, None, None, None, of, starts, backend="triton"))
+
+    def definition(*x):
+        return both(reference.add_norm(*x, None, None, None, of.long(), 1e-6, x[0].dtype))
+
+    compare(kernel, definition, inputs, ["x", "branch"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_branch(kind):
     of, starts = assets([40, 0, 31])
