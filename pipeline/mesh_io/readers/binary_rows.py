@@ -210,6 +210,6 @@ def to_float64(values: NDArray[Any]) -> NDArray[np.float64]:
 
 def to_float32(values: NDArray[Any]) -> NDArray[np.float32]:
     """Convert numbers of a file to finite ones. Undefined ones become 0."""
-    limit = np.finfo(np.float32).max
+    limit = float(np.finfo(np.float32).max)
     finite = np.nan_to_num(to_float64(values), posinf=limit, neginf=-limit)
     return np.clip(finite, -limit, limit).astype(np.float32)
