@@ -126,7 +126,7 @@ class Meshes:
         reader = _AttributeReader(self.accessors, primitive, draco)
         positions = reader.positions()
         corners = self._corners(primitive, draco, len(positions))
-        if draco is not None and draco.indices is not None:
+        if draco is not None:
             mode = TRIANGLES  # a Draco buffer holds the triangles of a strip one by one
         triangles = self._triangles(mode, corners, name)
         if triangles is None:
@@ -207,7 +207,7 @@ class Meshes:
         self, primitive: Element, draco: DracoMesh | None, num_vertices: int
     ) -> NDArray[np.int64]:
         """Return the vertex of each corner of a primitive, in the order of its mode."""
-        if draco is not None and draco.indices is not None:
+        if draco is not None:
             return draco.indices
         indices = primitive.index("indices")
         if indices is not None:

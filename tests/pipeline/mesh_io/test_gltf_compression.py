@@ -121,13 +121,37 @@ def test_an_unknown_id_in_a_draco_buffer_costs_its_primitive(tmp_path):
     assert codes(report) == {"primitive_unreadable": 1}
 
 
-def test_counts_in_a_draco_buffer_are_checked_before_it_is_decoded(tmp_path):
-    content = draco_box(preserve_order=True)
-    assert content[7:9] == b"\1\0"  # a mesh, one triangle after the other
-    assert content[11] == 12  # faces
-    huge = content[:11] + b"\xff\xff\xff\xff\x07" + content[12:]
+# Metadata of a Draco buffer: one attribute with an entry, then the geometry with a block in it.
+METADATA = bytes([1, 0, 1, 1, 65, 2, 7, 7, 0]) + bytes([0, 1, 1, 66, 1, 1, 67, 1, 9, 0])
+
+
+def with_metadata(content: bytes) -> bytes:
+    return content[:9] + b"\0\x80" + METADATA + content[11:]
+
+
+@pytest.mark.parametrize("preserve_order", [False, True])
+def test_metadata_in_a_draco_buffer_are_skipped(tmp_path, preserve_order):
+    content = draco_box(preserve_order=preserve_order)
     file = GltfFile()
-    file.draw(draco_primitive(file, huge, {"POSITION": 0}))
+    file.draw(draco_primitive(file, with_metadata(content), {"POSITION": ids_of(content)[0]}))
+    mesh, report = file.load(tmp_path)
+    assert volume(mesh) == pytest.approx(1, abs=1e-3)
+    assert report.warnings == ()
+
+
+@pytest.mark.parametrize("metadata", [False, True])
+@pytest.mark.parametrize("preserve_order", [False, True])
+def test_counts_in_a_draco_buffer_are_checked_before_it_is_decoded(
+    tmp_path, preserve_order, metadata
+):
+    content = draco_box(preserve_order=preserve_order)
+    assert content[7:9] == bytes([1, not preserve_order])  # a mesh; the method
+    place = 11 if preserve_order else 13  # of the number of faces
+    assert content[place] == 12
+    content = content[:place] + b"\xff\xff\xff\xff\x07" + content[place + 1 :]
+    file = GltfFile()
+    content = with_metadata(content) if metadata else content
+    file.draw(draco_primitive(file, content, {"POSITION": 0}))
     with pytest.raises(Reject) as caught:
         file.load(tmp_path)
     assert (caught.value.reason, caught.value.numbers["faces"]) == ("too_many_faces", 2**31 - 1)
