@@ -232,7 +232,7 @@ class _SceneReader:
         if id(node) not in self.matrices:
             matrix = np.eye(4)
             for element in node.all(*TRANSFORMS):
-                values = self.document.numbers(element)
+                values = self.document.numbers(element, _TRANSFORM_SIZES[element.name])
                 try:
                     matrix = matrix @ _TRANSFORM_MATRICES[element.name](values)
                 except ValueError:
@@ -515,3 +515,4 @@ _TRANSFORM_MATRICES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float6
     "skew": _skewing,
     "lookat": _looking,
 }
+_TRANSFORM_SIZES = {"matrix": 16, "translate": 3, "scale": 3, "rotate": 4, "skew": 7, "lookat": 9}

@@ -196,9 +196,9 @@ class MaterialReader:
         """Record a warning."""
         self._warnings.add(code, detail)
 
-    def numbers(self, element: Element) -> NDArray[np.float64]:
-        """Return the numbers in the text of an element."""
-        return self._document.numbers(element)
+    def numbers(self, element: Element, count: int) -> NDArray[np.float64]:
+        """Return the numbers in the text of an element, of which `count` are expected."""
+        return self._document.numbers(element, count)
 
 
 class _EffectReader:
@@ -296,7 +296,7 @@ class _EffectReader:
         value = None
         if element is not None:
             value = element.first("float") or self._parameter(element.first("param"))
-        numbers = np.empty(0) if value is None else self._materials.numbers(value)
+        numbers = np.empty(0) if value is None else self._materials.numbers(value, 1)
         if len(numbers) != 1 or not np.isfinite(numbers[0]):
             if element is not None:
                 self._materials.warn("invalid_value", f"{self._name}: transparency")
@@ -314,7 +314,7 @@ class _EffectReader:
         if source is None:
             self._materials.warn("invalid_value", f"{self._name}: {element.name}")
             return _Value()
-        numbers = self._materials.numbers(source)
+        numbers = self._materials.numbers(source, 4)
         if len(numbers) not in (3, 4) or not np.isfinite(numbers).all():
             self._materials.warn("invalid_value", f"{self._name}: {element.name}")
             return _Value()

@@ -63,6 +63,8 @@ RELATIONSHIP_SCHEMA = {
 # What a part with geometry or an image is used for decides its name; these parts are neither.
 PACKAGE_PARTS = ("[content_types].xml", ".rels")
 ATTACHMENT_FOLDERS = ("metadata/", "thumbnails/", "auxiliaries/")
+IMAGE_PARTS = (".png", ".jpg", ".jpeg")  # those that no drawn texture reads
+SLICE_FOLDER = "2d/"  # model parts with slices, which repeat the mesh of their object
 NO_PROPERTY = -1
 MISSING_INDEX = -1
 COLUMNS = 7  # of a row of triangles: v1 v2 v3, p1 p2 p3, index of the property group's id
@@ -489,9 +491,11 @@ class _PackageReader:
         """Warn about parts of the package that nothing refers to and that may change the shape."""
         for name in self.package.unused_names():
             plain = name.lower()
+            if plain.startswith(SLICE_FOLDER):
+                continue
             if plain.endswith(".model"):
                 self.warnings.add("unplaced_geometry", name)
-            elif not plain.endswith(PACKAGE_PARTS) and not any(
+            elif not plain.endswith((*PACKAGE_PARTS, *IMAGE_PARTS)) and not any(
                 f"/{folder}" in f"/{plain}" for folder in ATTACHMENT_FOLDERS
             ):
                 self.warnings.add("unknown_element", f"part {name}")
@@ -577,8 +581,10 @@ def _schema(add_triangle: Callable[[Element, dict[str, str]], None]) -> Schema:
             "id matid matindices displaypropertiesid", "m:composite"
         ),
         "m:composite": ElementKind("values", stream=_add_text("values")),
-        "m:multiproperties": ElementKind("id pids blendmethods", "m:multi"),
+        # Some writers leave out the prefix.
+        "m:multiproperties": ElementKind("id pids blendmethods", "m:multi multi"),
         "m:multi": ElementKind("pindices", stream=_add_text("pindices")),
+        "multi": ElementKind("pindices", stream=_add_text("pindices")),
         "m:pbmetallicdisplayproperties": ElementKind("id", "m:pbmetallic"),
         "m:pbmetallic": ElementKind("metallicness roughness"),
         **display,

@@ -111,6 +111,12 @@ class TestFrame:
         assert volume(mesh) == pytest.approx(1)
         assert set(codes) == {"invalid_value"}
 
+    def test_decimal_commas_in_a_transform(self, load):
+        node = '<node><translate>1,5 0,0 -2,25</translate><instance_geometry url="#g"/></node>'
+        mesh, codes = load(document(box(), node))
+        np.testing.assert_allclose(bounds(mesh), [[1.5, 0, -2.25], [2.5, 1, -1.25]])
+        assert codes == {"invalid_value": 1}
+
     def test_library_nodes_are_instanced_and_mirrored(self, load):
         library = '<library_nodes><node id="l"><instance_geometry url="#g"/></node></library_nodes>'
         nodes = (

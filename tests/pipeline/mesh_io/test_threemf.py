@@ -188,6 +188,8 @@ class TestObjectsInOtherParts:
             "Metadata/slice_info.config": b"",
             "3D/Objects/Metadata/a.png": b"",
             "3D/_rels/3dmodel.model.rels": b"",
+            "3D/Texture/not_used.png": b"",
+            "2D/slices.model": b"",
         }
         assert load(package(model(box()), attachments))[1] == {}
 
@@ -350,10 +352,11 @@ class TestColors:
             f'<m:multiproperties id="8" pids="6 7" blendmethods="{method}">'
             '<m:multi pindices="0 0"/></m:multiproperties>'
         )
-        mesh, codes = load(package(model(content + box(attributes='pid="8" pindex="0"'))))
-        (part,) = mesh.parts
-        assert codes == {}
-        assert part.material.base_color == pytest.approx(expected, abs=0.005)
+        for resources in (content, content.replace("<m:multi ", "<multi ")):
+            mesh, codes = load(package(model(resources + box(attributes='pid="8" pindex="0"'))))
+            (part,) = mesh.parts
+            assert codes == {}
+            assert part.material.base_color == pytest.approx(expected, abs=0.005)
 
     def test_metallic_display_properties(self, load):
         content = (
