@@ -85,15 +85,44 @@ def parse(
     except SystemExit as end:
         if not end.code:
             raise  # --help
-        raise UserError(f"{_one_line(message.getvalue())}; see {prog} --help") from None
+        text = as_typed(_one_line(message.getvalue()), _options(cls, prog, start))
+        raise UserError(f"{text}; see {prog} --help") from None
     except ValueError as error:  # the config's own checks
-        raise UserError(str(error)) from error
+        raise UserError(as_typed(str(error), _options(cls, prog, start))) from error
     if unknown:
         options = _options(cls, prog, start)
         close = difflib.get_close_matches(unknown[0].replace("_", "-"), options, n=1)
         hint = f", did you mean {close[0]}?" if close else ";"
         raise UserError(f"unknown option {unknown[0]}{hint} see {prog} --help-all")
     return config
+
+
+def as_typed(message: str, options: Collection[str]) -> str:
+    """Return the message of a configuration's check with the names of options as they are typed.
+
+    The first word, which such messages begin with, and every word with an underscore are names of
+    fields: "val_percent must be in 0..100" becomes "--val-percent must be in 0..100".
+
+    Args:
+        message: The message. "Error parsing GROUP: " before it names a group of options.
+        options: All options of the command, such as "--filter.min-faces".
+    """
+    group = ""
+    if match := re.match(r"Error parsing ([a-z][a-z._-]*): (?=[a-z])", message):
+        group, message = f"{match[1]}.", message[match.end() :]
+
+    def typed(word: re.Match[str]) -> str:
+        name = word[0].replace("_", "-")
+        if f"--{group}{name}" in options:
+            return f"--{group}{name}"
+        inner = [option for option in options if option.endswith(f".{name}")]
+        if f"--{name}" in options:
+            return f"--{name}"
+        return inner[0] if len(inner) == 1 else word[0]
+
+    first, later = r"^[a-z][a-z0-9]*(?:_[a-z0-9]+)*", r"[a-z][a-z0-9]*(?:_[a-z0-9]+)+"
+    names = rf"(?<![\w.'\"-])(?:{first}|{later})(?![\w'\"-]|\.\w)"
+    return re.sub(names, typed, message)
 
 
 def parse_with_presets(

@@ -5,10 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.options import BEFORE
+
+# Entry of a recorded configuration -> the option that decides it.
+OPTION_OF = {
+    "topology.resolution": "topology_resolution",
+    "filter.licences": "license_allow",
+    "format": "image_format",
+}
 
 
 def make_uid(source: str, key: str) -> str:
@@ -92,3 +100,17 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         inner = f"{prefix}.{name}" if prefix else name
         changed += differences(old.get(name), new.get(name), inner)
     return changed
+
+
+def as_options(changes: Iterable[str]) -> list[str]:
+    """Return the results of `differences` between options of a build as they are typed.
+
+    "val_percent=12, now 3" becomes "--val-percent 12, now 3". The options that a camera set or the
+    topology derive from them have the names of their sources and are listed once.
+    """
+    typed = {}
+    for change in changes:
+        name, _, values = change.partition("=")
+        name = OPTION_OF.get(name, name)
+        typed.setdefault(f"--{name.replace('_', '-')} {values}")
+    return list(typed)

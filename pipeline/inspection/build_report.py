@@ -6,8 +6,10 @@ import json
 import logging
 import shutil
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ import pyarrow.parquet as pq
 from pipeline.core.errors import UserError
 from pipeline.core.html import image_uri, render_page
 from pipeline.core.product import Product, is_product_name
+from pipeline.core.text import counted
 from pipeline.curation.catalogue import read_funnel
 from pipeline.curation.rank import thresholds
 from pipeline.inspection.report_pictures import PICTURES, PictureJob
 from pipeline.mesh_io.load_warnings import WARNING_CODES
 from pipeline.orchestration.isolated_process import IsolatedProcess
 from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.orchestration.progress import LINE_EVERY_S
 from pipeline.storage.commit_marker import CommitMarker, read_marker
 from pipeline.storage.layout import (
     CATALOGUE,
@@ -361,13 +365,14 @@ def contact_sheet(build: BuildContents, limit: int) -> dict[str, Any]:
             cameras=cameras,
             folder=folder,
         )
-        end = child.call(
-            "pipeline.inspection.report_pictures:draw",
-            job,
-            log=folder / "log.txt",
-            timeout_s=PICTURE_TIMEOUT_S,
-            memory_bytes=PICTURE_MEMORY_BYTES,
-        )
+        with drawing_progress(folder, len(chosen)):
+            end = child.call(
+                "pipeline.inspection.report_pictures:draw",
+                job,
+                log=folder / "log.txt",
+                timeout_s=PICTURE_TIMEOUT_S,
+                memory_bytes=PICTURE_MEMORY_BYTES,
+            )
         if end.reason:
             log.warning(
                 "The report lacks pictures, because drawing failed: %s %s", end.reason, end.detail
@@ -381,6 +386,31 @@ def contact_sheet(build: BuildContents, limit: int) -> dict[str, Any]:
         "picture_resolution": resolution,
         "no_pictures": f"drawing them failed: {end.reason} {end.detail}".strip(),
     }
+
+
+@contextmanager
+def drawing_progress(folder: Path, total: int, every_s: float = LINE_EVERY_S) -> Iterator[None]:
+    """Log how many assets another process has drawn, until the block ends.
+
+    Args:
+        folder: Directory of the pictures.
+        total: Number of assets to draw.
+        every_s: Seconds between two lines.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(every_s):
+            drawn = sum(1 for _ in folder.glob(f"*-{PICTURES[-1]}.webp"))
+            log.info("The report has pictures of %d of %s.", drawn, counted(total, "asset"))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def _card(folder: Path, row: ManifestRow, resolutions: Iterable[int]) -> dict[str, Any] | None:

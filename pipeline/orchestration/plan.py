@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.config import BuildConfig
 from pipeline.core.errors import UserError
 from pipeline.core.files import is_disk_full, write_atomically
-from pipeline.core.hashing import differences, hash_of
+from pipeline.core.hashing import as_options, differences, hash_of
 from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION, commit_of_code, provenance
 from pipeline.core.schema import Record
@@ -296,7 +296,7 @@ def with_values_of_plan(cfg: BuildConfig) -> BuildConfig:
 
 def _read_matching_plan(cfg: BuildConfig) -> Plan:
     plan = read_plan(cfg.out)
-    changes = differences(plan.info.config, cfg.shared())
+    changes = as_options(differences(plan.info.config, cfg.shared()))
     if changes:
         more = " ..." if len(changes) > CHANGES_SHOWN else ""
         raise UserError(

@@ -13,6 +13,7 @@ import random
 import resource
 import secrets
 import shutil
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.config import BuildConfig
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.files import is_disk_full
-from pipeline.core.hashing import differences
+from pipeline.core.hashing import as_options, differences
 from pipeline.core.product import Product
 from pipeline.core.provenance import READER_VERSION
 from pipeline.core.schema import Record
@@ -55,6 +56,7 @@ OBJECT_STORE_BYTES = 100 << 20  # assets travel through the file system, only re
 FAILURES_BEFORE_STOP = 10
 DISK_CHECK_S = 5.0
 CANCEL_S = 30.0
+PROBE_TIMEOUT_S = 10.0  # for the first connection to a given Ray
 STARTING = (
     "Starting the workers. The first build on a machine also compiles the geometry code "
     "(once per machine), which can take a few minutes."
@@ -147,7 +149,7 @@ def _check_committed(cfg: BuildConfig, commits: Mapping[str, set[str]]) -> None:
         changes = differences(marker.config, cfg.of_product(product))
         if changes:
             raise UserError(
-                f"{product} in {cfg.out} was built with {'; '.join(changes)}; "
+                f"{product} in {cfg.out} was built with {'; '.join(as_options(changes))}; "
                 "choose another --out, or the same options"
             )
 
@@ -515,8 +517,9 @@ def _connected(cfg: BuildConfig) -> Iterator[None]:
     with nullcontext() if address else _local_settings():
         if address:
             try:
+                _check_answers(address)
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 cause = " ".join(str(error).split())
                 raise UserError(
                     f"no Ray at RAY_ADDRESS={address}: {cause}; correct or unset it"
@@ -534,6 +537,19 @@ def _connected(cfg: BuildConfig) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Check that something listens at an address of the form [ray://]HOST:PORT.
+
+    Ray itself would try for minutes, and then end the process.
+
+    Raises:
+        OSError: If nothing listens there within PROBE_TIMEOUT_S.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit() and int(port) < 1 << 16:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 import errno
 import logging
 import signal
+import socket
 import sys
+import time
 from functools import partial
 from unittest.mock import Mock
 
@@ -126,14 +128,14 @@ def test_options_override_the_preset_and_smoke_is_the_default():
         (["--resolutions", "65"], "multiple of 8, got 65"),
         (["--views", "0"], "views must be"),
         (["--views", "many"], "--views: invalid literal for int() with base 10: 'many'"),
-        (["--shard-size", "0"], "shard_size must be 1 or more, got 0"),
+        (["--shard-size", "0"], "--shard-size must be 1 or more, got 0"),
         (
             ["--limits.asset-timeout-s", "inf"],
-            "asset_timeout_s must be positive and below 1e9, got inf",
+            "--limits.asset-timeout-s must be positive and below 1e9, got inf",
         ),
         (
             ["--limits.asset-memory-gb", "inf"],
-            "asset_memory_gb must be positive and below 1e9, got inf",
+            "--limits.asset-memory-gb must be positive and below 1e9, got inf",
         ),
         (["--source", "folder:/no/such/folder"], "/no/such/folder"),
         (["--source", "ftp:x"], "unknown source 'ftp:x'"),
@@ -165,6 +167,18 @@ def test_a_missing_ray_cluster_is_named(error, monkeypatch, tmp_path):
         UserError, match=r"^no Ray at RAY_ADDRESS=here: [CI].*; correct or unset it$"
     ):
         main([*TINY, "--limit", "1", "--out", str(tmp_path / "out")])
+
+
+def test_a_dead_ray_cluster_ends_the_run_at_once(monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        started = time.monotonic()
+        with pytest.raises(UserError, match=rf"RAY_ADDRESS={address}: .*refused; correct or unset"):
+            main([*TINY, "--limit", "1", "--out", str(tmp_path / "out")])
+        assert time.monotonic() - started < 20
 
 
 def test_an_unknown_option_is_reported_without_a_traceback(tmp_path):

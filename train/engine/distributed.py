@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.core.devices import Device, choose_device
-from pipeline.core.errors import RunError
+from pipeline.core.errors import RunError, UserError
 
 CPU = torch.device("cpu")
 # Ranks wait this long for the first one, which writes checkpoints and previews.
@@ -79,11 +79,10 @@ def join_world(device: Device) -> Iterator[World]:
         This rank, as the variables RANK, LOCAL_RANK and WORLD_SIZE describe it.
 
     Raises:
-        UserError: If there is no such GPU, or this machine has more ranks than GPUs.
+        UserError: If there is no such GPU, this machine has more ranks than GPUs, or WORLD_SIZE
+            asks for several ranks that torchrun has not started.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    size, rank, local_rank = _ranks()
     torch_device = choose_device(device, local_rank)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
@@ -106,6 +105,27 @@ def join_world(device: Device) -> Iterator[World]:
         yield World(rank=rank, size=size, device=torch_device)
     finally:
         dist.destroy_process_group()
+
+
+def _ranks() -> tuple[int, int, int]:
+    """Return the number of ranks, the number of this rank, and its number on this machine.
+
+    torchrun sets TORCHELASTIC_RUN_ID. Without it other ranks would be waited for in vain.
+
+    Raises:
+        UserError: If WORLD_SIZE asks for several ranks that torchrun has not started.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+        size, rank, local_rank = (int(os.environ[name]) for name in names)
+        return size, rank, local_rank
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise UserError(
+            f"the environment has WORLD_SIZE={size}, but torchrun did not start this process: "
+            "unset WORLD_SIZE, or start the ranks with torchrun --nproc-per-node N -m ..."
+        )
+    return 1, 0, 0
 
 
 def fresh_store(store: Store, rank: int, size: int) -> Store:

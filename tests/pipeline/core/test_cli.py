@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from pipeline.core.cli import parse, parse_with_presets
+from pipeline.core.cli import as_typed, parse, parse_with_presets
 from pipeline.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,9 +91,9 @@ def test_a_preset_gives_the_values_of_the_options_left_out():
         (["--sead", "1"], "unknown option --sead, did you mean --seed? see run --help-all"),
         (
             ["--speed.steps", "0"],
-            "Error parsing speed: steps must be 1 or more, got 0; see run --help",
+            "--speed.steps must be 1 or more, got 0; see run --help",
         ),
-        (["--seed", "-1"], "seed must be 0 or more, got -1; see run --help"),
+        (["--seed", "-1"], "--seed must be 0 or more, got -1; see run --help"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line(args, message):
@@ -123,3 +123,31 @@ def test_the_line_breaks_of_a_docstring_do_not_break_its_help(capsys, monkeypatc
     monkeypatch.setenv("COLUMNS", "400")
     text = help_of(capsys, "--help-all")
     assert "docstring has two lines and its help wraps." in text
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("seed must be 1 or more, got 0", "--seed must be 1 or more, got 0"),
+        ("val_percent must be below image_size", "--val-percent must be below --image-size"),
+        (
+            "Error parsing limits: retry_wait_s must be 0 or more",
+            "--limits.retry-wait-s must be 0 or more",
+        ),
+        # the only group that has such an option
+        ("best_count needs a target_count", "--rank.best-count needs a --rank.target-count"),
+        # two groups have it, so nobody knows which is meant
+        ("side_px must be positive", "side_px must be positive"),
+        ("seed of 'image_size' with seed", "--seed of 'image_size' with seed"),
+        ("unknown_word --image-size image_size.txt", "unknown_word --image-size image_size.txt"),
+    ],
+)
+def test_messages_name_options_as_they_are_typed(message, typed):
+    names = "seed val-percent image-size limits.retry-wait-s rank.best-count rank.target-count"
+    groups = "a.side-px b.side-px"
+    assert as_typed(message, [f"--{name}" for name in f"{names} {groups}".split()]) == typed
+
+
+def test_the_check_of_a_group_names_the_option(capsys):
+    with pytest.raises(UserError, match=r"^--speed\.steps must be 1 or more, got 0"):
+        parse(Run, ["--speed.steps", "0"], prog="run")

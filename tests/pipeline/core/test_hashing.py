@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.config import PRESETS
 from pipeline.core.hashing import (
+    as_options,
     differences,
     hash_of,
     make_uid,
@@ -86,3 +87,17 @@ def test_every_other_option_is_recorded(preset):
         later = {item.name for item in fields(section) if BEFORE in item.metadata}
         recorded = {k: v for k, v in to_json(asdict(section)).items() if k not in later}
         assert options_of(section) == recorded
+
+
+def test_differences_of_options_are_shown_as_they_are_typed():
+    changes = [
+        "filter.licences=[1], now [2]",
+        "topology.resolution=64, now 128",
+        "topology_resolution=64, now 128",
+        "val_percent=12, now 3",
+    ]
+    assert as_options(changes) == [
+        "--license-allow [1], now [2]",
+        "--topology-resolution 64, now 128",
+        "--val-percent 12, now 3",
+    ]

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import shutil
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -17,6 +18,7 @@ from pipeline.core.schema import Bricks
 from pipeline.inspection.build_report import (
     axis_rows,
     cost_rows,
+    drawing_progress,
     funnel_steps,
     human_bytes,
     human_seconds,
@@ -240,3 +242,17 @@ def test_numbers_are_written_with_units():
         "5 TB",
     ]
     assert [human_seconds(s) for s in (0.0123, 1, 75.0, 7200)] == ["12.3 ms", "1 s", "75 s", "2 h"]
+
+
+def test_a_report_says_how_many_assets_are_drawn(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with drawing_progress(tmp_path, total=2, every_s=0.01):
+        (tmp_path / "a-render.webp").touch()
+        (tmp_path / "a-slice.webp").touch()  # the last picture of an asset
+        deadline = time.monotonic() + 10
+        while "pictures of 1 of 2 assets" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    lines = len(caplog.records)
+    assert "The report has pictures of 1 of 2 assets." in caplog.text
+    time.sleep(0.05)
+    assert len(caplog.records) == lines  # nothing is logged after the block

@@ -138,7 +138,7 @@ def test_other_thresholds_need_no_second_look(ranked_build, tmp_path):
     assert {row["url"] for row in catalogue(strict) if row["keep"]} > {
         row["url"] for row in catalogue(cfg) if row["keep"]
     }
-    with pytest.raises(UserError, match=r"rank.target_count=4, now 9"):
+    with pytest.raises(UserError, match=r"--rank.target-count 4, now 9"):
         run_passes(replace(cfg, rank=strict.rank), [open_source(cfg.source[0])])
 
 
@@ -189,7 +189,7 @@ def test_nothing_kept_is_an_error_that_says_why(tmp_path):
     advice = "change --rank options, or --filter options, which need another --out"
     with pytest.raises(UserError, match=rf"no asset of .* is kept \(1 plain_box\); {advice}$"):
         run_passes(cfg, [open_source(cfg.source[0])])
-    with pytest.raises(UserError, match=r"filter\.min_faces=.*; choose another --out"):
+    with pytest.raises(UserError, match=r"--filter\.min-faces .*; choose another --out"):
         run_passes(
             replace(cfg, filter=replace(cfg.filter, min_faces=5)), [open_source(cfg.source[0])]
         )

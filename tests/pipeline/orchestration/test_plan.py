@@ -97,7 +97,7 @@ def test_a_build_keeps_the_topology_resolution_that_it_was_begun_with(tmp_path):
     assert more.topology.resolution == 128
     make_plan(more, [])
     other = BuildConfig(out=tmp_path, resolutions=(256, 512), topology_resolution=512)
-    with pytest.raises(UserError, match="topology_resolution=128, now 512"):
+    with pytest.raises(UserError, match="--topology-resolution 128, now 512"):
         make_plan(with_values_of_plan(other), [])
 
 

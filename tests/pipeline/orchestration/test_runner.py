@@ -270,14 +270,15 @@ def test_an_output_directory_of_another_configuration_is_refused(hostile_build):
     cfg, _, _ = hostile_build
     other = config(cfg.out, topology_resolution=128, val_percent=3)
     with pytest.raises(
-        UserError, match=r"topology.resolution=64, now 128; .*val_percent=12, now 3; choose another"
+        UserError,
+        match=r"with --topology-resolution 64, now 128; --val-percent 12, now 3; choose another",
     ):
         make_plan(other, [])
 
 
 def test_other_options_of_a_product_that_is_there_are_refused(hostile_build):
     cfg, _, _ = hostile_build
-    with pytest.raises(UserError, match=r"renders-paper .*views=1, now 2"):
+    with pytest.raises(UserError, match=r"renders-paper .*--views 1, now 2"):
         build(config(cfg.out, views=2), [CrashingSource(count=64)])
 
 

@@ -18,7 +18,7 @@ from pipeline.core.devices import choose_device
 from pipeline.core.errors import UserError
 from tests.train.analytic_builds import tiny_training
 from tests.train.two_rank_gradients import gradients
-from train.engine.distributed import World, fresh_store
+from train.engine.distributed import World, fresh_store, join_world
 from train.stages.vae.run import train_vae
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -155,3 +155,20 @@ def test_a_checkpoint_of_two_ranks_can_be_resumed_with_one(build, tmp_path, capl
     state.write_text(state.read_text().replace('"world_size": 1', '"world_size": 2'))
     assert train_vae(tiny_training(build, tmp_path, steps=3), World()) == 3
     assert "was trained on 2 ranks and this run has 1, so its batches differ" in caplog.text
+
+
+@pytest.mark.parametrize("size", ["2", "eight", ""])
+def test_a_stray_world_size_is_refused_at_once(size, monkeypatch):
+    """A rank that torchrun did not start would wait for others for half an hour."""
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29555")
+    message = f"WORLD_SIZE={size}, .*unset WORLD_SIZE, or .*torchrun"
+    with pytest.raises(UserError, match=message), join_world("cpu"):
+        pass
+
+
+def test_a_stray_rank_trains_alone(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with join_world("cpu") as world:
+        assert (world.rank, world.size) == (0, 1)
