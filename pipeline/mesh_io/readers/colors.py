@@ -9,7 +9,9 @@ from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.scene import SceneMaterial
 
 
-def to_rgba8(rgb: NDArray[np.generic], alpha: NDArray[np.generic] | None = None) -> NDArray:
+def to_rgba8(
+    rgb: NDArray[np.generic], alpha: NDArray[np.generic] | None, warnings: WarningLog
+) -> NDArray[np.uint8]:
     """Convert colours of any number type to 8 bits.
 
     Floats, and integers of a text, are shares of 1 if none is above 1, and otherwise values up to
@@ -19,10 +21,15 @@ def to_rgba8(rgb: NDArray[np.generic], alpha: NDArray[np.generic] | None = None)
     Args:
         rgb: [N, 3].
         alpha: [N], or None for opaque colours.
+        warnings: Receives "invalid_value" for colours that are not finite. They become 0 or 1.
 
     Returns:
         uint8 [N, 4].
     """
+    is_finite = np.isfinite(rgb).all(axis=1)
+    if alpha is not None:
+        is_finite &= np.isfinite(alpha)
+    warnings.add("invalid_value", "colours that are not finite", int((~is_finite).sum()))
     rgba = np.full((len(rgb), 4), 255, dtype=np.uint8)
     rgba[:, :3] = _to_8_bits(rgb)
     if alpha is not None:

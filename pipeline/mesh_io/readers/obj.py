@@ -171,11 +171,12 @@ class _ObjReader:
         values = rows.columns(3, 7)
         alpha = np.where(rows.words == 7, values[:, 3], np.nan)
         rgb = np.where(has_color[:, None], values[:, :3], 0)
-        colors = to_rgba8(rgb, None)
+        colors = to_rgba8(rgb, None, self.warnings)
         colors[~has_color] = 255
         has_alpha = ~np.isnan(alpha)
         if has_alpha.any():
-            colors[has_alpha, 3] = to_rgba8(rgb[has_alpha], alpha[has_alpha])[:, 3]
+            with_alpha = to_rgba8(rgb[has_alpha], alpha[has_alpha], WarningLog())
+            colors[has_alpha, 3] = with_alpha[:, 3]
         return colors
 
     def _faces(self) -> _Faces:

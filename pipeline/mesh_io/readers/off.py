@@ -348,7 +348,7 @@ def _scene(
     colors = None
     if "colors" in columns:
         rgba = vertices[:, columns["colors"]]
-        colors = to_rgba8(rgba[:, :3], rgba[:, 3] if rgba.shape[1] == 4 else None)
+        colors = to_rgba8(rgba[:, :3], rgba[:, 3] if rgba.shape[1] == 4 else None, warnings)
     starts, sizes = faces.starts, faces.sizes
     face_colors = _face_colors(values, starts + 1 + sizes, faces.colors, warnings)
 
@@ -413,7 +413,8 @@ def _face_colors(
         rgba[chosen, :size] = values[starts[chosen, None] + np.arange(size)]
     has_alpha = sizes == 4
     colors = np.full((len(starts), 4), 255, dtype=np.uint8)
-    colors[known] = to_rgba8(rgba[known, :3])
+    colors[known] = to_rgba8(rgba[known, :3], None, warnings)
     if has_alpha.any():
-        colors[has_alpha, 3] = to_rgba8(rgba[has_alpha, :3], rgba[has_alpha, 3])[:, 3]
+        with_alpha = to_rgba8(rgba[has_alpha, :3], rgba[has_alpha, 3], WarningLog())
+        colors[has_alpha, 3] = with_alpha[:, 3]
     return colors

@@ -634,7 +634,8 @@ class _Builder:
         if names is None or columns is None:
             return None
         alpha = self._columns(element, (names[3:], ("alpha",)))
-        return to_rgba8(np.stack(columns, axis=1), None if alpha is None else alpha[0])
+        rgb = np.stack(columns, axis=1)
+        return to_rgba8(rgb, None if alpha is None else alpha[0], self.warnings)
 
     def _account_for_colors_beside_a_texture(self) -> None:
         for element in ("vertex", "face"):

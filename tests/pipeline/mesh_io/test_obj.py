@@ -255,6 +255,13 @@ def test_a_library_beside_the_file_is_found_under_its_name(tmp_path):
     assert parts_by_color(mesh) == {(1, 0, 0): 12}
 
 
+def test_colours_that_are_not_finite_are_reported(tmp_path):
+    lines = [f"v {x} {y} {z} {'nan' if k == 3 else 0.5} 0.5 0.5" for k, (x, y, z) in enumerate(BOX)]
+    mesh, codes = read(tmp_path, "a.obj", "\n".join(lines) + "\n" + FACES)
+    assert codes == {"invalid_value": 1}
+    assert colors_at(mesh, BOX[3]) == {(0, 128, 128, 255)}
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_meshes_of_another_writer(tmp_path, seed):
     generator = np.random.default_rng(seed)
