@@ -1,6 +1,6 @@
 """`python -m train.dit`: train the SS-DiT on the renders and latents of a build.
 
-`torchrun --nproc-per-node N -m train.dit` trains on N GPUs.
+It trains with one process for each GPU of the machine, see `--gpus`. torchrun works too.
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """`python -m train.encode`: encode the bricks of a build with a trained SS-VAE.
 
-`torchrun --nproc-per-node N -m train.encode` encodes on N GPUs.
+It encodes with one process for each GPU of the machine, see `--gpus`. torchrun works too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`python -m train.structure`: train the structure stage, which generates the cells of an asset.
 
-`torchrun --nproc-per-node N -m train.structure` trains on N GPUs.
+It trains with one process for each GPU of the machine, see `--gpus`. torchrun works too.
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """`python -m train.vae`: train the SS-VAE on the SDF bricks of a build.
 
-`torchrun --nproc-per-node N -m train.vae` trains on N GPUs.
+It trains with one process for each GPU of the machine, see `--gpus`. torchrun works too.
 """
 
 from functools import partial
