@@ -62,7 +62,8 @@ def started_ranks(module: str, args: Sequence[str], device: str, gpus: Gpus) -> 
         UserError: As `number_of_ranks`.
         Stopped: After SIGINT or SIGTERM, when all ranks have ended.
     """
-    if "WORLD_SIZE" in os.environ:
+    # A rank does the work. WORLD_SIZE without torchrun is an error that `join_world` explains.
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
         return None
     count = number_of_ranks(device, gpus)
     return None if count == 1 else run_ranks(module, args, count)
@@ -93,6 +94,7 @@ def run_ranks(module: str, args: Sequence[str], count: int) -> int:
         "MASTER_PORT": str(store.port),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
+        "TORCHELASTIC_RUN_ID": str(os.getpid()),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": os.environ.get(

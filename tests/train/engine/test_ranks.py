@@ -20,7 +20,8 @@ PROBE = "tests.train.rank_probe"
 @pytest.fixture(autouse=True)
 def few_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_ranks_find_each_other(tmp_path):
@@ -49,8 +50,9 @@ def test_a_signal_reaches_all_ranks(tmp_path):
     assert stopped.value.signum == signal.SIGTERM
 
 
-def test_a_rank_starts_no_ranks(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(("name", "value"), [("TORCHELASTIC_RUN_ID", "7"), ("WORLD_SIZE", "2")])
+def test_a_rank_starts_no_ranks(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
     assert ranks.started_ranks("train.dit", [], "cuda", 2) is None
 
 
