@@ -105,7 +105,7 @@ def synthetic_batch(preset: str, cfg: DiTTraining, first: int = 0) -> DiTBatch:
     )
     images = [prepare_image(render(518, n), 518) for n in numbers]
     return DiTBatch(
-        latents=LatentBatch(cells, mean, torch.full_like(mean, -2.0)),
+        latents=LatentBatch(mean, torch.full_like(mean, -2.0), cells),
         posterior_noise=posterior,
         noise=noise,
         times=sample_times(cfg.flow.times, B, torch.Generator().manual_seed(first)),

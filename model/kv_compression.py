@@ -81,32 +81,38 @@ class TokenLayout:
         return neighbor_map(self.compressed)
 
 
-class CompressionV1(nn.Module):
-    """Linear -> SiLU -> mean of each block: [N, C] -> [P, C].
+class _Compression(nn.Module):
+    """Base of the compressions. With `plus_one` sums are divided by n + 1 instead of n."""
 
-    With `plus_one` the sums are divided by n + 1 instead of n.
-    """
-
-    def __init__(self, channels: int, *, plus_one: bool):
+    def __init__(self, *, plus_one: bool):
         super().__init__()
         self.plus_one = plus_one
+
+    def _mean(self, x_NC: Tensor, layout: TokenLayout) -> Tensor:
+        """Return the mean of each block: [N, C] -> [P, C]."""
+        return block_mean(x_NC, layout.index, plus_one=self.plus_one)
+
+
+class CompressionV1(_Compression):
+    """Linear -> SiLU -> mean of each block: [N, C] -> [P, C]."""
+
+    def __init__(self, channels: int, *, plus_one: bool):
+        super().__init__(plus_one=plus_one)
         self.linear = nn.Linear(channels, channels)
 
     def forward(self, x_NC: Tensor, layout: TokenLayout) -> Tensor:
         """Compress tokens in the layout's order."""
-        return block_mean(F.silu(self.linear(x_NC)), layout.index, plus_one=self.plus_one)
+        return self._mean(F.silu(self.linear(x_NC)), layout)
 
 
-class CompressionV2(nn.Module):
+class CompressionV2(_Compression):
     """GroupNorm -> SiLU -> mean of each block -> conv -> GroupNorm -> SiLU -> conv.
 
-    It maps [N, C] to [P, C]. The mean of the input is added to the result. With `plus_one` sums are
-    divided by n + 1.
+    It maps [N, C] to [P, C]. The mean of the input is added to the result.
     """
 
     def __init__(self, channels: int, *, plus_one: bool):
-        super().__init__()
-        self.plus_one = plus_one
+        super().__init__(plus_one=plus_one)
         self.norm1 = GroupNormSiLU(COMPRESSION_GROUPS, channels)
         self.norm2 = GroupNormSiLU(COMPRESSION_GROUPS, channels)
         self.conv1 = SparseConv3d(channels, channels)
@@ -117,7 +123,7 @@ class CompressionV2(nn.Module):
         index, neighbors = layout.index, layout.neighbors
         # Both means are taken in one pass.
         both = torch.cat([self.norm1(x_NC, index.token_starts), x_NC], 1)
-        pooled_PC, skip_PC = block_mean(both, index, plus_one=self.plus_one).chunk(2, 1)
+        pooled_PC, skip_PC = self._mean(both, layout).chunk(2, 1)
         hidden_PC = self.conv1(pooled_PC.contiguous(), neighbors)
         hidden_PC = self.norm2(hidden_PC, index.asset_compressed)
         return self.conv2(hidden_PC, neighbors) + skip_PC

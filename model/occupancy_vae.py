@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +11,10 @@ from torch.nn import functional as F
 
 from model.checkpoint import copy_weights
 from model.config import OccupancyConfig
+from model.gaussian import Gaussian
 from model.published_weights import published_occupancy_keys
 from model.sparse_vae import LOGVAR_RANGE
-
-
-class Gaussian(NamedTuple):
-    """The encoder's result: a diagonal Gaussian for every latent.
-
-    Attributes:
-        mean: fp32 [B, C, s, s, s].
-        logvar: fp32 [B, C, s, s, s], the logarithm of the variance.
-    """
-
-    mean: Tensor
-    logvar: Tensor
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """Return mean + standard deviation * noise, for noise of the mean's shape."""
-        return self.mean + (0.5 * self.logvar).exp() * noise
+from pipeline.core.primitives.voxel_iou import intersection_over_union
 
 
 class CellLayerNorm(nn.LayerNorm):
@@ -118,7 +103,7 @@ class OccupancyVAE(nn.Module):
             occupied: bool [B, S, S, S].
 
         Returns:
-            The distribution of the latents, [B, C, s, s, s].
+            The distribution of the latents, at least fp32 [B, C, s, s, s].
 
         Raises:
             ValueError: If the grids have another side.
@@ -180,11 +165,7 @@ class OccupancyVAE(nn.Module):
 
 
 def occupancy_loss(
-    logits: Tensor,
-    occupied: Tensor,
-    posterior: Gaussian,
-    kl_weight: float,
-    share: float | None = None,
+    logits: Tensor, occupied: Tensor, posterior: Gaussian, kl_weight: float, share: float
 ) -> dict[str, Tensor]:
     """Compute the loss of the occupancy VAE.
 
@@ -196,39 +177,23 @@ def occupancy_loss(
         occupied: bool [B, S, S, S], the target.
         posterior: Distribution of the latents.
         kl_weight: Weight of the divergence from a standard normal.
-        share: Weight of each asset. None takes 1 / B.
+        share: Weight of each asset. 1 / B gives the mean over the assets.
 
     Returns:
         Scalars: "loss" = bce + dice + kl_weight * kl, its terms "bce", "dice" and "kl", and "iou"
         of the logits' signs. Each is a mean over an asset's cells (for KL its latents), weighted by
         `share` and added over assets.
     """
-    share = 1 / len(logits) if share is None else share
     target = occupied.to(logits.dtype)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2, 3))
     p = logits.float().sigmoid()
     shared = (p * target).sum((1, 2, 3))
     total = (p + target).sum((1, 2, 3))
     dice = 1 - (2 * shared + 1) / (total + 1)
-    mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
-    iou = intersection_over_union(logits.detach() > 0, occupied)
+    kl = posterior.divergence(torch.float32).mean((1, 2, 3, 4))
+    iou = intersection_over_union(logits.detach() > 0, occupied, (1, 2, 3)).float()
     parts = {"loss": bce + dice + kl_weight * kl, "bce": bce, "dice": dice, "kl": kl, "iou": iou}
     return {name: share * part.sum() for name, part in parts.items()}
-
-
-def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
-    """Return the intersection over union of each asset's grids, 1 where both are empty.
-
-    Args:
-        a: bool [B, S, S, S].
-        b: bool [B, S, S, S].
-
-    Returns:
-        [B].
-    """
-    shared, either = (a & b).sum((1, 2, 3)), (a | b).sum((1, 2, 3))
-    return torch.where(either > 0, shared / either.clamp(min=1), 1.0)
 
 
 def occupancy_grid(cells: Tensor, side: int, batch_size: int) -> Tensor:

@@ -11,18 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import sdf_head
+from model import layers
 from model.checkpoint import copy_weights
 from model.config import VAEConfig
 from model.conv import DownBlock, UpBlock, count_pairs
-from model.layers import (
-    WindowBlock,
-    init_linears,
-    layer_norm,
-    position_embedding,
-    position_factor,
-    recompute,
-    zero_init,
-)
+from model.gaussian import Gaussian
 from model.published_weights import published_vae_keys
 from model.sparse_tensor import POINTS, BrickBatch, Level, SparseTensor
 from pipeline.core.grid import CELL_SIDE
@@ -33,7 +26,7 @@ DECODER_SIDES = (2, 4, 8)  # voxels along one side of a cell after each block of
 
 
 @dataclass(frozen=True, eq=False)
-class Posterior:
+class Posterior(Gaussian):
     """The encoder's result: a diagonal Gaussian for every cell.
 
     Attributes:
@@ -42,13 +35,7 @@ class Posterior:
         level: The cells, rows as in `BrickBatch.cells`. The decoder uses their cached indices.
     """
 
-    mean: Tensor
-    logvar: Tensor
     level: Level
-
-    def sample(self, noise_MC: Tensor) -> Tensor:
-        """Return mean + standard deviation * noise, [M, latent_channels]."""
-        return self.mean + torch.exp(0.5 * self.logvar) * noise_MC
 
 
 class _Transformer(nn.Module):
@@ -59,15 +46,17 @@ class _Transformer(nn.Module):
         self.width = config.widths[3]
         self.input = nn.Linear(in_channels, self.width)
         self.blocks = nn.ModuleList(
-            WindowBlock(self.width, config.heads, shifted=n % 2 == 1, mlp_ratio=config.mlp_ratio)
+            layers.WindowBlock(
+                self.width, config.heads, shifted=n % 2 == 1, mlp_ratio=config.mlp_ratio
+            )
             for n in range(config.blocks)
         )
 
     def forward(self, x_MC: Tensor, level: Level, checkpointing: bool) -> Tensor:
-        factor = position_factor(CELL_SIDE * level.resolution)
-        x_MC = self.input(x_MC) + position_embedding(level.coords[:, 1:], self.width, factor)
+        factor = layers.position_factor(CELL_SIDE * level.resolution)
+        x_MC = self.input(x_MC) + layers.position_embedding(level.coords[:, 1:], self.width, factor)
         for block in self.blocks:
-            x_MC = recompute(checkpointing, block, x_MC, level.block_index)
+            x_MC = layers.recompute(checkpointing, block, x_MC, level.block_index)
         return x_MC
 
 
@@ -89,10 +78,10 @@ class Encoder(nn.Module):
         """Encode [N, 1] at resolution R to [M, 2 * latent_channels] at R / 8."""
         x = voxels.replace(self.input(voxels.feats.to(self.input.weight.dtype)))
         for down in self.down:
-            feats = recompute(checkpointing, down, x.feats, x)
+            feats = layers.recompute(checkpointing, down, x.feats, x)
             x = SparseTensor(feats, x.level.parents.level)
         hidden_MC = self.transformer(x.feats, x.level, checkpointing)
-        return x.replace(self.out(layer_norm(hidden_MC, eps=1e-5)))
+        return x.replace(self.out(layers.layer_norm(hidden_MC, eps=1e-5)))
 
 
 class Decoder(nn.Module):
@@ -111,7 +100,7 @@ class Decoder(nn.Module):
         """
         x_NC = self.transformer(z_MC, level, checkpointing)
         for up, side in zip(self.up, DECODER_SIDES, strict=True):
-            x_NC = recompute(checkpointing, self._upsample, up, x_NC, level.neighbors, side)
+            x_NC = layers.recompute(checkpointing, self._upsample, up, x_NC, level.neighbors, side)
         return sdf_head(x_NC, self.out.weight[0], self.out.bias).view(-1, POINTS), x_NC
 
     @staticmethod
@@ -139,9 +128,9 @@ class SparseVAE(nn.Module):
         self.activation_checkpointing = False
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        init_linears(self)
-        zero_init(self.encoder.out)
-        zero_init(self.decoder.out)
+        layers.init_linears(self)
+        layers.zero_init(self.encoder.out)
+        layers.zero_init(self.decoder.out)
         # The noise is small at first: a decoder learns nothing from latents that are mostly noise.
         with torch.no_grad():
             self.encoder.out.bias[config.latent_channels :] = LOGVAR_START

@@ -94,16 +94,16 @@ class ConditionedDiT(nn.Module):
     def forward(
         self, x: SparseTensor, t_B: Tensor, images: ImageBatch, dropped_B: Tensor | None = None
     ) -> Tensor:
-        """Estimate the velocity of the flow.
+        """Estimate the velocity of the flow, as `SparseDiT.forward` does, but given images.
 
         Args:
-            x: Normalised latents at time t, [N, latent_channels] on cells at resolution R / 8.
-            t_B: [B] in [0, 1], the time of each asset.
+            x: Noisy latents of B assets, as in `SparseDiT.forward`.
+            t_B: Time of each asset, as in `SparseDiT.forward`.
             images: One image for each asset.
             dropped_B: bool [B]. Where it is true, the asset is treated as if it had no image.
 
         Returns:
-            [N, latent_channels], rows as in `x`.
+            Velocities, as from `SparseDiT.forward`.
         """
         image = self.encode_images(images)
         return self.dit(x, t_B, image if dropped_B is None else image.drop(dropped_B))

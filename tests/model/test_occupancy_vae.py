@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from model.checkpoint import load_model, save_model
 from model.config import OccupancyConfig
+from model.gaussian import Gaussian
 from model.occupancy_vae import (
-    Gaussian,
     OccupancyVAE,
     _Up,
     occupancy_grid,
@@ -71,7 +71,7 @@ def test_the_loss_equals_its_formulas():
     logits = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     occupied = torch.rand(2, 4, 4, 4) < 0.3
     mean, logvar = torch.randn(2, 3, 2, 2, 2), torch.randn(2, 3, 2, 2, 2)
-    parts = occupancy_loss(logits, occupied, Gaussian(mean, logvar), kl_weight=0.01)
+    parts = occupancy_loss(logits, occupied, Gaussian(mean, logvar), kl_weight=0.01, share=0.5)
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(
         normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)
@@ -87,7 +87,9 @@ def test_the_loss_equals_its_formulas():
     doubled = occupancy_loss(logits, occupied, Gaussian(mean, logvar), kl_weight=0.01, share=1.0)
     torch.testing.assert_close(doubled["loss"], 2 * parts["loss"])
     exact = torch.where(occupied, 50.0, -50.0)
-    perfect = occupancy_loss(exact, occupied, Gaussian(0 * mean, 0 * logvar), kl_weight=1.0)
+    perfect = occupancy_loss(
+        exact, occupied, Gaussian(0 * mean, 0 * logvar), kl_weight=1.0, share=0.5
+    )
     assert perfect["iou"] == 1.0
     assert perfect["loss"] < 1e-6
 
@@ -111,7 +113,7 @@ def test_the_vae_learns_the_cells_of_analytic_shapes():
     optimizer = torch.optim.AdamW(vae.parameters(), 6e-3)
     for _ in range(80):
         logits, posterior = vae(occupied, torch.randn(4, 4, 4, 4, 4))
-        losses = occupancy_loss(logits, occupied, posterior, kl_weight=1e-3)
+        losses = occupancy_loss(logits, occupied, posterior, kl_weight=1e-3, share=1 / 4)
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()

@@ -136,7 +136,8 @@ def test_the_stage_learns_which_image_has_which_cells():
     for _ in range(80):
         logits, posterior = structure.vae(occupied, torch.randn(3, 4, 4, 4, 4))
         optimizer.zero_grad()
-        occupancy_loss(logits, occupied, posterior, kl_weight=1e-3)["loss"].backward()
+        losses = occupancy_loss(logits, occupied, posterior, kl_weight=1e-3, share=1 / 3)
+        losses["loss"].backward()
         optimizer.step()
     level, flow = dense_level(4, 3), structure.flow
     with torch.no_grad():

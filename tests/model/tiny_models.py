@@ -8,23 +8,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from model import config
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.config import (
-    ConditionedDiTConfig,
-    DiTConfig,
-    EncoderConfig,
-    GenerationOptions,
-    OccupancyConfig,
-    StructureConfig,
-    VAEConfig,
-)
 from model.inference.stages import Stages
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
 
-OCCUPANCY = OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
-ENCODER = EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2)
-DIT = DiTConfig(
+OCCUPANCY = config.OccupancyConfig(side=8, widths=(8, 16), blocks=1, groups=8, latent_channels=4)
+ENCODER = config.EncoderConfig(kind="stand-in", image_size=28, channels=32, layers=1, heads=2)
+DIT = config.DiTConfig(
     channels=32,
     blocks=1,
     heads=2,
@@ -34,13 +26,15 @@ DIT = DiTConfig(
     condition_channels=32,
     top_k=2,
 )
-VAE = VAEConfig(widths=(8, 8, 8, 16), latent_channels=4, heads=1, blocks=1, mlp_ratio=1, groups=8)
+VAE = config.VAEConfig(
+    widths=(8, 8, 8, 16), latent_channels=4, heads=1, blocks=1, mlp_ratio=1, groups=8
+)
 # The DiT of the structure stage, large enough to learn.
 STRUCTURE_DIT = replace(DIT, channels=48, blocks=2, heads=3, kv_heads=3, attention="full")
-STRUCTURE = StructureConfig(
-    occupancy=OCCUPANCY, flow=ConditionedDiTConfig(dit=STRUCTURE_DIT, encoder=ENCODER)
+STRUCTURE = config.StructureConfig(
+    occupancy=OCCUPANCY, flow=config.ConditionedDiTConfig(dit=STRUCTURE_DIT, encoder=ENCODER)
 )
-FAST = GenerationOptions(steps=(2,), guidance=2.0, min_piece=0.0)
+FAST = config.GenerationOptions(steps=(2,), guidance=2.0, min_piece=0.0)
 
 
 def randomize(model, seed=0, scale=0.05):
@@ -57,10 +51,10 @@ def random_stages(resolutions=(64, 128)):
     torch.manual_seed(0)
     vae = randomize(SparseVAE(VAE), 1, scale=0.2)
     structure_dit = replace(DIT, attention="full", kv_heads=2)
-    flow = ConditionedDiTConfig(dit=structure_dit, encoder=ENCODER)
-    structure = Structure(StructureConfig(occupancy=OCCUPANCY, flow=flow))
-    config = ConditionedDiTConfig(dit=DIT, encoder=ENCODER)
-    dits = {size: randomize(ConditionedDiT(config), size, scale=0.2) for size in resolutions}
+    flow = config.ConditionedDiTConfig(dit=structure_dit, encoder=ENCODER)
+    structure = Structure(config.StructureConfig(occupancy=OCCUPANCY, flow=flow))
+    conditioned = config.ConditionedDiTConfig(dit=DIT, encoder=ENCODER)
+    dits = {size: randomize(ConditionedDiT(conditioned), size, scale=0.2) for size in resolutions}
     return vae, randomize(structure, 2, scale=0.2), dits
 
 

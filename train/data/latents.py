@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kernels import token_order
+from model.gaussian import Gaussian
 from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from pipeline.core.errors import RunError, UserError
@@ -338,18 +338,16 @@ def _choose_vae(root: Path, resolution: int, vae: str | None) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class LatentBatch:
-    """Latents of a batch of assets with N cells in total, in token order.
+class LatentBatch(Gaussian):
+    """Posteriors of the latents of a batch of assets with N cells in total, in token order.
 
     Attributes:
-        cells: The cells as a level of resolution R / 8.
         mean: float32 [N, C].
         logvar: Logarithm of the variance, float32 [N, C].
+        cells: The cells as a level of resolution R / 8.
     """
 
     cells: Level
-    mean: Tensor
-    logvar: Tensor
 
     @classmethod
     def collate(cls, latents: Sequence[Latent], resolution: int) -> LatentBatch:
@@ -368,23 +366,12 @@ class LatentBatch:
         mean = np.concatenate([latent.mean for latent in latents])
         logvar = np.concatenate([latent.logvar for latent in latents])
         return cls(
-            cells,
             torch.from_numpy(mean).float()[order],
             torch.from_numpy(logvar).float()[order],
+            cells,
         )
 
     def to(self, device: torch.device | str) -> LatentBatch:
         """Return the same batch on a device."""
         moved = {name: getattr(self, name).to(device) for name in ("cells", "mean", "logvar")}
         return replace(self, **moved)
-
-    def sample(self, noise_NC: Tensor) -> Tensor:
-        """Sample the posteriors.
-
-        Args:
-            noise_NC: Standard normal noise, float32 [N, C].
-
-        Returns:
-            mean + standard deviation * noise, float32 [N, C].
-        """
-        return self.mean + torch.exp(0.5 * self.logvar) * noise_NC

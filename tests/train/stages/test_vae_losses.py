@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.gaussian import Gaussian
 from model.sparse_tensor import BrickBatch
 from tests.train.analytic_builds import bricks_of, shape
 from train.stages.vae.config import LossWeights
@@ -26,6 +27,11 @@ def outputs(batch, seed=0):
     values = torch.tanh(torch.randn(M, 512, generator=generator, dtype=torch.float64))
     mean, logvar = torch.randn(2, M, 16, generator=generator, dtype=torch.float64)
     return values.requires_grad_(), mean.requires_grad_(), logvar.requires_grad_()
+
+
+def losses_of(values, mean, logvar, batch, share=None):
+    share = 1 / batch.batch_size if share is None else share
+    return vae_losses(values, Gaussian(mean, logvar), batch, LossWeights(), share)
 
 
 def by_hand(values, mean, logvar, batch):
@@ -50,7 +56,7 @@ def test_terms_and_their_weighted_sum(sharp):
     batch = batch_of([0, 1, 2], sharp)
     values, mean, logvar = outputs(batch)
     found, expected = (
-        vae_losses(values, mean, logvar, batch, LossWeights()),
+        losses_of(values, mean, logvar, batch),
         by_hand(values, mean, logvar, batch),
     )
     for name, value in expected.items():
@@ -62,14 +68,14 @@ def test_terms_and_their_weighted_sum(sharp):
 def test_the_gradient_agrees_with_finite_differences():
     batch = batch_of([3, 4])
     values, mean, logvar = outputs(batch)
-    vae_losses(values, mean, logvar, batch, LossWeights())["loss"].backward()
+    losses_of(values, mean, logvar, batch)["loss"].backward()
     row, point = 5, 100
     for tensor, where in ((values, (row, point)), (mean, (row, 3)), (logvar, (row, 3))):
         with torch.no_grad():
             losses = []
             for step in (1e-5, -1e-5):
                 tensor[where] += step
-                losses.append(vae_losses(values, mean, logvar, batch, LossWeights())["loss"].item())
+                losses.append(losses_of(values, mean, logvar, batch)["loss"].item())
                 tensor[where] -= step
         assert tensor.grad is not None
         assert tensor.grad[where].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4)
@@ -79,14 +85,12 @@ def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole():
     """The mean of the ranks' losses is the loss of the global batch, however it is divided."""
     whole = batch_of([0, 1, 2])
     values, mean, logvar = (x.detach() for x in outputs(whole))
-    expected = vae_losses(values, mean, logvar, whole, LossWeights())
+    expected = losses_of(values, mean, logvar, whole)
     ranks = []
     for numbers in ([0], [1, 2]):
         rows = torch.isin(whole.cells.coords[:, 0], torch.tensor(numbers))
         part = batch_of(numbers)
-        ranks.append(
-            vae_losses(values[rows], mean[rows], logvar[rows], part, LossWeights(), share=2 / 3)
-        )
+        ranks.append(losses_of(values[rows], mean[rows], logvar[rows], part, 2 / 3))
     for name, value in expected.items():
         assert torch.stack([rank[name] for rank in ranks]).mean().item() == pytest.approx(
             value.item(), rel=1e-12
@@ -97,8 +101,8 @@ def test_half_precision_is_summed_in_fp32():
     batch = batch_of([0])
     values, mean, logvar = (x.detach().bfloat16() for x in outputs(batch))
     with torch.autocast("cpu", torch.bfloat16):
-        found = vae_losses(values, mean, logvar, batch, LossWeights())
-    expected = vae_losses(values.double(), mean.double(), logvar.double(), batch, LossWeights())
+        found = losses_of(values, mean, logvar, batch)
+    expected = losses_of(values.double(), mean.double(), logvar.double(), batch)
     assert found["loss"].dtype == torch.float32
     assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
 
@@ -107,6 +111,6 @@ def test_wrong_shapes_are_errors():
     batch = batch_of([0])
     values, mean, logvar = outputs(batch)
     with pytest.raises(ValueError, match="values must be"):
-        vae_losses(values[1:], mean, logvar, batch, LossWeights())
+        losses_of(values[1:], mean, logvar, batch)
     with pytest.raises(ValueError, match="mean, logvar must be"):
-        vae_losses(values, mean[1:], logvar, batch, LossWeights())
+        losses_of(values, mean[1:], logvar, batch)

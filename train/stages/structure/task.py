@@ -69,7 +69,9 @@ class OccupancyTask(StageTask[StructureTraining]):
             batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
             posterior = model.encode(batch.occupied)
             logits = model.decode(posterior.mean)
-            losses = occupancy_loss(logits, batch.occupied, posterior, self.cfg.vae.kl_weight)
+            losses = occupancy_loss(
+                logits, batch.occupied, posterior, self.cfg.vae.kl_weight, batch.share
+            )
             sums += torch.stack([losses[name].double() for name in LOSS_NAMES])
         return mean_over_ranks(sums, len(assets), LOSS_NAMES, self.world)
 

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from model.gaussian import Gaussian
 from model.sparse_tensor import BrickBatch
 from train.stages.vae.config import LossWeights
 
@@ -19,12 +20,7 @@ def _weights_on(weights: LossWeights, dtype: torch.dtype, device: torch.device) 
 
 
 def vae_losses(
-    values: Tensor,
-    mean: Tensor,
-    logvar: Tensor,
-    batch: BrickBatch,
-    weights: LossWeights,
-    share: float | None = None,
+    values: Tensor, posterior: Gaussian, batch: BrickBatch, weights: LossWeights, share: float
 ) -> dict[str, Tensor]:
     """Compute the loss terms of a batch.
 
@@ -36,11 +32,10 @@ def vae_losses(
 
     Args:
         values: Decoded values, [M, 512] for the M cells of the batch.
-        mean: Mean of the posterior, [M, C].
-        logvar: Logarithm of its variance, [M, C].
+        posterior: Distribution of the latents, [M, C].
         batch: The stored bricks.
         weights: Weights of the terms.
-        share: Weight of one asset. None stands for 1 / number of assets, which gives the mean.
+        share: Weight of one asset. 1 / number of assets gives the mean over the assets.
 
     Returns:
         "loss", "in", "ext", "sharp" and "kl" as differentiable scalars, at least fp32.
@@ -50,6 +45,7 @@ def vae_losses(
     """
     if values.shape != batch.values.shape:
         raise ValueError(f"values must be {list(batch.values.shape)}, got {list(values.shape)}")
+    mean, logvar = posterior.mean, posterior.logvar
     if mean.shape != logvar.shape or mean.ndim != 2 or len(mean) != len(values):
         raise ValueError(
             f"mean, logvar must be [{len(values)}, C], got {list(mean.shape)}, {list(logvar.shape)}"
@@ -71,12 +67,11 @@ def vae_losses(
             [mask.sum(1).to(dtype) for mask in masks.values()], 1
         )
         # KL divergence, averaged over cells and channels.
-        mean, logvar = mean.to(dtype), logvar.to(dtype)
-        kl_M = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(1)
+        kl_M = posterior.divergence(dtype).mean(1)
         kl_A = (is_of_asset_AM @ kl_M) / is_of_asset_AM.sum(1).clamp(min=1)
         # Sum over the assets.
         terms_A4 = torch.cat([total_A3 / count_A3.clamp(min=1), kl_A[:, None]], 1)
-        terms = terms_A4.sum(0) * (1 / batch.batch_size if share is None else share)
+        terms = terms_A4.sum(0) * share
         return {
             "loss": terms @ _weights_on(weights, dtype, terms.device),
             **{name: terms[n] for n, name in enumerate((*masks, "kl"))},

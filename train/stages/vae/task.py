@@ -34,9 +34,7 @@ class VAETask(StageTask[VAETraining]):
     def losses(self, model: nn.Module, batch: VAEBatch) -> dict[str, Tensor]:
         """Return the loss terms of `vae_losses` for samples of the posterior."""
         values, posterior = model(batch.bricks, batch.noise)
-        return vae_losses(
-            values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss, share=batch.share
-        )
+        return vae_losses(values, posterior, batch.bricks, self.cfg.loss, batch.share)
 
     def flops(self, batch: VAEBatch) -> float:
         """Return the operations of one forward pass.
@@ -64,9 +62,7 @@ class VAETask(StageTask[VAETraining]):
                 # One asset at a time: a large one together with others might exceed the memory.
                 batch = loader.load_assets([asset], resolution).to(self.world.device)
                 values, posterior = model(batch.bricks)
-                losses = vae_losses(
-                    values, posterior.mean, posterior.logvar, batch.bricks, self.cfg.loss
-                )
+                losses = vae_losses(values, posterior, batch.bricks, self.cfg.loss, 1.0)
                 iou = intersection_over_union(values < 0, batch.bricks.values < 0)
                 metrics.append(torch.stack([*(losses[name].double() for name in LOSS_NAMES), iou]))
         names = (*LOSS_NAMES, "iou")
