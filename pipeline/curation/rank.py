@@ -11,47 +11,9 @@ from numpy.typing import NDArray
 
 from pipeline.curation.config import RankConfig
 from pipeline.curation.dedup import Signatures, find_duplicates
+from pipeline.curation.reasons import thresholds
 
 WEIGHTS = {"detail": 0.30, "texture": 0.25, "solid": 0.20, "views": 0.15, "complete": 0.10}
-
-# The options that decide about a reason code. Other reason codes have no threshold.
-THRESHOLDS: dict[str, tuple[str, ...]] = {
-    "unsupported_format": (),
-    "licence": ("filter.licences",),
-    "age_restricted": ("filter.age_restricted",),
-    "animated": ("filter.max_animations",),
-    "banned_word": ("filter.banned_words",),
-    "file_too_small": ("filter.min_bytes",),
-    "file_too_large": ("filter.max_bytes",),
-    "too_few_faces": ("filter.min_faces",),
-    "too_many_faces": ("filter.max_faces", "load.max_faces"),
-    "degenerate": ("filter.min_area", "filter.min_width"),
-    "flat": ("filter.min_thickness",),
-    "degenerate_faces": ("filter.max_degenerate_share",),
-    "load_warning": ("filter.reject_warnings",),
-    "translucent": ("filter.max_translucent_share",),
-    "too_thin": ("filter.max_thin_share",),
-    "too_many_components": ("filter.max_components",),
-    "allocation_bomb": ("load.max_unpacked_bytes",),
-    "plain_box": ("rank.max_solid_fraction",),
-    "leaks": ("rank.max_leak_fraction",),
-    "hollow": ("rank.min_solid_fraction",),
-    "too_few_tokens": ("rank.min_tokens",),
-    "too_many_tokens": ("rank.max_tokens",),
-    "low_coverage": ("rank.min_coverage",),
-    "dark": ("rank.min_brightness",),
-    "washed_out": ("rank.max_white",),
-    "monotonous": ("rank.min_contrast",),
-    "missing_files": ("rank.max_missing_files",),
-    "duplicate_bytes": (),
-    "duplicate_geometry": (
-        "rank.dedup.area_percent",
-        "rank.dedup.tokens_percent",
-        "rank.dedup.occupancy_percent",
-    ),
-    "duplicate_looks": ("rank.dedup.look_bits",),
-    "below_target": ("rank.target_count",),
-}
 
 
 def rank(table: pa.Table, cfg: RankConfig) -> pa.Table:
@@ -168,26 +130,6 @@ def funnel_rows(table: pa.Table, options: dict[str, Any]) -> list[dict[str, Any]
         for group in groups.to_pylist()
     ]
     return sorted(rows, key=lambda row: (-row["assets"], row["stage"], row["reason"]))
-
-
-def thresholds(reason: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that decide about a reason code, with their values.
-
-    Args:
-        reason: A reason code.
-        options: The configuration as JSON, with one object per section.
-
-    Returns:
-        {dotted name: value}. {} if the reason has no threshold.
-    """
-    values = {}
-    for name in THRESHOLDS.get(reason, ()):
-        value: Any = options
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            values[name] = value
-    return values
 
 
 def _failed_thresholds(

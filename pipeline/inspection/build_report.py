@@ -23,7 +23,7 @@ from pipeline.core.html import image_uri, render_page
 from pipeline.core.product import Product, is_product_name
 from pipeline.core.text import counted
 from pipeline.curation.catalogue import read_funnel
-from pipeline.curation.rank import thresholds
+from pipeline.curation.reasons import as_options, thresholds
 from pipeline.inspection.report_pictures import PICTURES, PictureJob
 from pipeline.mesh_io.load_warnings import WARNING_CODES
 from pipeline.orchestration.isolated_process import IsolatedProcess
@@ -155,7 +155,7 @@ def summary(build: BuildContents) -> dict[str, Any]:
         "axes": axis_rows(build.rows),
         "thin_percent": THIN_PERCENT,
         "screening": [
-            {**row, "thresholds": _as_options(row["thresholds"])}
+            {**row, "thresholds": as_options(row["thresholds"])}
             for row in _screening_funnel(out / CATALOGUE)
         ],
         "products": [
@@ -210,7 +210,7 @@ def reason_rows(rows: Sequence[ManifestRow], options: dict[str, Any]) -> list[di
             "reason": reason,
             "count": count,
             "example": examples[status, stage, reason],
-            "thresholds": _as_options(thresholds(reason, options)),
+            "thresholds": as_options(thresholds(reason, options)),
         }
         for status, stage, reason, count in count_reasons(rows)
         if status != "done"
@@ -253,17 +253,6 @@ def axis_rows(rows: Sequence[ManifestRow]) -> list[tuple[str, str, str, int]]:
 def _screening_funnel(catalogue: StorePath) -> list[dict[str, Any]]:
     """Return why assets are not in the catalogue of a ranked build."""
     return read_funnel(catalogue) if catalogue.exists() else []
-
-
-def _as_options(options: dict[str, Any]) -> str:
-    """Write options as on a command line. Lists are cut after six values."""
-    words = []
-    for name, value in options.items():
-        if isinstance(value, list):
-            more = " ..." if len(value) > 6 else ""
-            value = " ".join(map(str, value[:6])) + more
-        words.append(f"--{name.replace('_', '-')} {value}")
-    return ", ".join(words)
 
 
 def funnel_steps(rows: Sequence[ManifestRow], products: Iterable[str]) -> list[dict[str, Any]]:

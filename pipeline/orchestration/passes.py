@@ -9,7 +9,7 @@ from dataclasses import replace
 from pipeline.config import BuildConfig
 from pipeline.core.text import counted
 from pipeline.curation.catalogue import Catalogue
-from pipeline.curation.rank import thresholds
+from pipeline.curation.reasons import explain
 from pipeline.orchestration.plan import Plan, check_unused, make_plan, with_values_of_plan
 from pipeline.orchestration.runner import run
 from pipeline.orchestration.screening_pass import rank_screened
@@ -58,7 +58,7 @@ def run_passes(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
 
 
 def _log_rejections(plan: Plan) -> None:
-    """Log the first assets that are not done, with their reasons and the options that decided."""
+    """Log the first assets that are not done: the reason, what was measured and the threshold."""
     shown = 0
     for shard in plan.shards[:SHARDS_READ]:
         for row in read_manifest(manifest_path(plan.out, shard)):
@@ -68,12 +68,9 @@ def _log_rejections(plan: Plan) -> None:
                 log.info("The report lists all reasons.")
                 return
             shown += 1
-            limits = thresholds(row.reason, plan.info.config)
-            options = [
-                f"--{name.replace('_', '-')} {str(value)[:60]}" for name, value in limits.items()
-            ]
-            decided = f", decided by {', '.join(options)}" if options else ""
-            log.info("%s: %s (%s in %s%s)", row.url, row.reason, row.status, row.stage, decided)
+            why = explain(row.reason, row.numbers, plan.info.config)
+            end = f"{row.status} in {row.stage}"
+            log.info("%s: %s (%s)", row.url, row.reason, f"{why}; {end}" if why else end)
 
 
 def _screen(cfg: BuildConfig, sources: Sequence[Source]) -> Catalogue:

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.config import PRESETS, BuildConfig
 from pipeline.curation.config import FilterConfig, RankConfig
-from pipeline.curation.rank import THRESHOLDS, WEIGHTS, funnel_rows, quality, rank
+from pipeline.curation.rank import WEIGHTS, funnel_rows, quality, rank
+from pipeline.curation.reasons import THRESHOLDS
 
 GOOD = {
     **{
