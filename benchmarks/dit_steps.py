@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dit_config import StepsConfig
-from benchmarks.gpu import step_report
+from benchmarks.gpu import row_or_failure, step_report
 from benchmarks.token_sets import surface_coords
 from kernels import spatial_sparse_attention
 from model.attention import ragged_attention
@@ -294,15 +295,12 @@ def time_steps(
                 alone = attention_ms(stepper, batch, repeats)
                 for kept in cfg.kept:
                     stepper.task.model.dit.kept_activations = kept
-                    try:
-                        row = stepper.measure(batch, repeats)
+                    row = row_or_failure(
+                        partial(stepper.measure, batch, repeats), stepper.optimizer.zero_grad
+                    )
+                    if "ms" in row:
                         inside = alone["backward_ms"] + alone["forward_ms"]
                         row |= {"attention_share": inside / row["ms"], **alone}
-                    except torch.cuda.OutOfMemoryError as error:
-                        stepper.optimizer.zero_grad(set_to_none=True)
-                        row = {"failed": str(error).splitlines()[0]}
-                    gc.collect()
-                    torch.cuda.empty_cache()
                     labels = {
                         "preset": preset,
                         "attention": attention,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -35,6 +36,25 @@ def require_gpu() -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("this benchmark needs a CUDA device, and none was found")
     return torch.device("cuda", 0)
+
+
+def row_or_failure(
+    measure: Callable[[], dict[str, Any]], release: Callable[[], object] = gc.collect
+) -> dict[str, Any]:
+    """Return the row of a measurement, or {"failed": message} if the GPU's memory is too small.
+
+    Args:
+        measure: Returns the row.
+        release: Called after a failure, to drop what still holds memory.
+    """
+    try:
+        row = measure()
+    except torch.cuda.OutOfMemoryError as error:
+        release()
+        row = {"failed": str(error).splitlines()[0]}
+    gc.collect()
+    torch.cuda.empty_cache()
+    return row
 
 
 def step_report(

@@ -387,10 +387,7 @@ def run(cfg: Measure) -> None:
 def main(args: Sequence[str]) -> None:
     """Run the command."""
     name, cfg = parse_subcommand({"topologies": Topologies, "measure": Measure}, args, prog=PROG)
-    if name == "topologies":
-        pack_topologies(cfg)
-    else:
-        run(cfg)
+    {"topologies": pack_topologies, "measure": run}[name](cfg)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.generation import MAJOR_RADIUS, MINOR_RADIUS, torus_values
 from benchmarks.gpu import gpu_machine, require_gpu
-from benchmarks.training import time_vae_step
+from benchmarks.training_measure import time_vae_step
 from kernels import token_order
 from model.config import VAEConfig
 from model.sparse_tensor import BrickBatch, Level

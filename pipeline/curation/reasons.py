@@ -49,6 +49,8 @@ RECORDED_NAMES = {
     "area": "relative_area",
     "unpacked_bytes": "claimed",
     "degenerate_share": "share",
+    "translucent_share": "share",
+    "thin_share": "share",
     "licences": "licence",
     "banned_words": "word",
 }

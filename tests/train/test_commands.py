@@ -34,6 +34,8 @@ sys.exit(code)
         ("train.demo.__main__", ["--help"], "--size {auto,cpu,gpu}"),
         ("benchmarks.dit", ["--help"], "python -m benchmarks.dit {steps,gradients,learn}"),
         ("benchmarks.dit", ["learn", "--help"], "--vae-minutes"),
+        ("benchmarks.training", ["--help"], "benchmarks.training {geometry,bricks,measure}"),
+        ("benchmarks.training", ["measure", "--help"], "--learning-rate"),
     ],
 )
 def test_help_exits_0_and_imports_no_heavy_package(module, args, expected):
