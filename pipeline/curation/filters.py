@@ -99,8 +99,7 @@ def filter_translucency(share: float, cfg: FilterConfig) -> None:
     Raises:
         Reject: "translucent".
     """
-    if share > cfg.max_translucent_share:
-        raise Reject("translucent", share=share, max_share=cfg.max_translucent_share)
+    _check_share("translucent", share, cfg.max_translucent_share)
 
 
 def filter_thinness(share: float, cfg: FilterConfig) -> None:
@@ -113,8 +112,12 @@ def filter_thinness(share: float, cfg: FilterConfig) -> None:
     Raises:
         Reject: "too_thin".
     """
-    if share > cfg.max_thin_share:
-        raise Reject("too_thin", share=share, max_share=cfg.max_thin_share)
+    _check_share("too_thin", share, cfg.max_thin_share)
+
+
+def _check_share(reason: str, share: float, largest: float) -> None:
+    if share > largest:
+        raise Reject(reason, share=share, max_share=largest)
 
 
 def filter_geometry(mesh: Mesh, cfg: FilterConfig) -> dict[str, float]:

@@ -27,7 +27,21 @@ TEXTURE_FOLDERS = (
 )
 
 
-class SideFiles:
+class _NamedFiles:
+    """Warns once about each name without a file."""
+
+    def __init__(self, warnings: WarningLog):
+        self.warnings = warnings
+        self._missing: set[str] = set()
+
+    def _warn_missing(self, name: str) -> None:
+        plain_name = unquote(name.strip()).replace("\\", "/")
+        if plain_name not in self._missing:
+            self._missing.add(plain_name)
+            self.warnings.add("side_file_missing", plain_name)
+
+
+class SideFiles(_NamedFiles):
     """Reads the side files of one asset.
 
     A name is tried as written and percent-decoded, with "/" or a backslash as separator, relative
@@ -43,12 +57,11 @@ class SideFiles:
     """
 
     def __init__(self, asset: Path, root: Path | None, warnings: WarningLog):
+        super().__init__(warnings)
         self.folder = asset.parent.resolve()
         self.root = self.folder if root is None else root.resolve()
         if not self.folder.is_relative_to(self.root):
             raise ValueError(f"{asset} must lie below its root {root}")
-        self.warnings = warnings
-        self._missing: set[str] = set()
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a side file, or None with a warning if there is none."""
@@ -58,10 +71,7 @@ class SideFiles:
                 return path.read_bytes()
             except OSError:
                 pass
-        plain_name = unquote(name.strip()).replace("\\", "/")
-        if plain_name not in self._missing:
-            self._missing.add(plain_name)
-            self.warnings.add("side_file_missing", plain_name)
+        self._warn_missing(name)
         return None
 
     def find(self, name: str) -> Path | None:
@@ -104,7 +114,7 @@ class SideFiles:
             return None
 
 
-class PackageFiles:
+class PackageFiles(_NamedFiles):
     """Reads the side files of an asset that lies in a zipped package with them.
 
     Names are tried as by `SideFiles`. The root is the root of the package.
@@ -116,10 +126,9 @@ class PackageFiles:
     """
 
     def __init__(self, package: ZipPackage, asset: str, warnings: WarningLog):
+        super().__init__(warnings)
         self.package = package
         self.asset = asset
-        self.warnings = warnings
-        self._missing: set[str] = set()
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a side file, or None with a warning if there is none."""
@@ -129,10 +138,7 @@ class PackageFiles:
                 return self.package.read(part)
             except MEMBER_ERRORS:
                 pass
-        plain_name = unquote(name.strip()).replace("\\", "/")
-        if plain_name not in self._missing:
-            self._missing.add(plain_name)
-            self.warnings.add("side_file_missing", plain_name)
+        self._warn_missing(name)
         return None
 
     def find(self, name: str) -> str | None:

@@ -21,16 +21,8 @@ from pipeline.orchestration.asset_results import AssetResult, read_result
 from pipeline.orchestration.asset_stages import load_bricks
 from pipeline.orchestration.manifest import new_row, updated_row
 from pipeline.orchestration.visit_stats import append_stats
+from pipeline.storage import layout
 from pipeline.storage.commit_marker import CommitMarker, describe_files
-from pipeline.storage.layout import (
-    MANIFEST,
-    SCRATCH,
-    manifest_path,
-    marker_path,
-    product_paths,
-    scratch_folder,
-    stats_path,
-)
 from pipeline.storage.manifest import STATUSES, ManifestRow, read_manifest, write_manifest
 from pipeline.storage.remote import StorePath
 from pipeline.storage.render_shard import ViewFolder, write_render_shard
@@ -58,8 +50,8 @@ class CommitJob:
 
 def read_committed_rows(out: StorePath, shard: str) -> dict[str, ManifestRow]:
     """Return {uid: manifest row} of a shard, empty before its first commit."""
-    path = manifest_path(out, shard)
-    if not path.exists() or not marker_path(out, shard, MANIFEST).exists():
+    path = layout.manifest_path(out, shard)
+    if not path.exists() or not layout.marker_path(out, shard, layout.MANIFEST).exists():
         return {}
     return {row.uid: row for row in read_manifest(path)}
 
@@ -85,23 +77,23 @@ def commit_locally(job: CommitJob) -> dict[str, int]:
     rows = _merge_rows(job, old_rows, results)
     resolutions = {resolution for row in rows for resolution in row.tokens}
     resolutions |= {product.resolution for product in job.products if product.kind == "sdf"}
-    path = manifest_path(out, job.shard)
+    path = layout.manifest_path(out, job.shard)
     write_manifest(path, rows, resolutions)
-    append_stats(stats_path(out, job.shard), results.values(), time.monotonic() - started)
+    append_stats(layout.stats_path(out, job.shard), results.values(), time.monotonic() - started)
     statuses = {status: sum(row.status == status for row in rows) for status in STATUSES}
     counts = {"assets": len(rows), **statuses}
     files = describe_files(out, [path.relative_to(out)])
     manifest_marker = CommitMarker(
         shard=job.shard,
-        product=MANIFEST,
+        product=layout.MANIFEST,
         counts=counts,
         bytes=sum(file.bytes for file in files),
         files=files,
     )
     for marker in (manifest_marker, *markers):
-        marker_file = marker_path(out, job.shard, marker.product)
+        marker_file = layout.marker_path(out, job.shard, marker.product)
         write_atomically(marker_file, marker.to_json(), durable=True)
-    shutil.rmtree(out / SCRATCH / job.shard)
+    shutil.rmtree(out / layout.SCRATCH / job.shard)
     return counts
 
 
@@ -146,9 +138,9 @@ def _write_product(
         if record.uid in results and name in results[record.uid].products
     ]
     made = [results[uid].products[name] for uid in uids]
-    folders = [scratch_folder(out, job.shard, uid) / name for uid in uids]
-    paths = product_paths(product, job.shard)
-    partial = out / SCRATCH / job.shard / f"{product}.partial"
+    folders = [layout.scratch_folder(out, job.shard, uid) / name for uid in uids]
+    paths = layout.product_paths(product, job.shard)
+    partial = out / layout.SCRATCH / job.shard / f"{product}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
@@ -173,7 +165,7 @@ def _write_product(
         renderers = tuple(sorted({counted["renderer"] for counted in made}))
 
     # A marker of an earlier commit must not outlive the files that it describes.
-    marker_path(out, job.shard, product).unlink(missing_ok=True)
+    layout.marker_path(out, job.shard, product).unlink(missing_ok=True)
     for path in paths:
         target = out / path
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,16 +15,8 @@ from pipeline.config import BuildConfig
 from pipeline.core.product import Product
 from pipeline.orchestration.asset_results import RESULT, AssetResult, parse_result, read_result
 from pipeline.orchestration.commit import CommitJob, commit_locally
+from pipeline.storage import layout
 from pipeline.storage.commit_marker import read_marker
-from pipeline.storage.layout import (
-    MANIFEST,
-    SCRATCH,
-    manifest_path,
-    marker_path,
-    product_paths,
-    scratch_folder,
-    stats_path,
-)
 from pipeline.storage.locks import workspace
 from pipeline.storage.remote import RemotePath, StorePath, list_children
 
@@ -44,7 +36,7 @@ def upload_asset(out: StorePath, here: Path, shard: str, uid: str) -> None:
     """
     if isinstance(out, Path):
         return
-    folder = scratch_folder(here, shard, uid)
+    folder = layout.scratch_folder(here, shard, uid)
     archive = folder.with_name(f"{uid}.tar")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     # Other formats may put an extended header before the first member.
@@ -52,7 +44,7 @@ def upload_asset(out: StorePath, here: Path, shard: str, uid: str) -> None:
         for name in [RESULT, *(name for name in names if name != RESULT)]:
             tar.add(folder / name, name, recursive=False)
     shutil.rmtree(folder)
-    (out / SCRATCH / shard / archive.name).upload(archive)
+    (out / layout.SCRATCH / shard / archive.name).upload(archive)
 
 
 def read_results(
@@ -73,7 +65,7 @@ def read_results(
     if isinstance(cfg.out, Path):
         results = {uid: read_result(cfg.out, cfg, shard, uid, products) for uid in uids}
     else:
-        for archive in (cfg.out / SCRATCH / shard).iterdir():
+        for archive in (cfg.out / layout.SCRATCH / shard).iterdir():
             uid = archive.name.removesuffix(".tar")
             if uid in uids:
                 results[uid] = parse_result(_read_first_member(archive), cfg, products)
@@ -103,29 +95,34 @@ def commit(job: CommitJob) -> dict[str, int]:
         Numbers of assets in the shard: all, done, rejected and failed.
     """
     cfg, shard, out = job.config, job.shard, job.config.out
-    names = (MANIFEST, *job.products)
-    if all(marker_path(out, shard, name).exists() for name in names):
+    names = (layout.MANIFEST, *job.products)
+    if all(layout.marker_path(out, shard, name).exists() for name in names):
         # An earlier attempt finished, but its worker was lost before it could return.
-        return read_marker(out, shard, MANIFEST).counts
+        return read_marker(out, shard, layout.MANIFEST).counts
     if isinstance(out, Path):
         return commit_locally(job)
     with workspace(out, cfg.scratch) as here:
-        for path in (manifest_path, stats_path):
+        for path in (layout.manifest_path, layout.stats_path):
             _download_if_there(path(out, shard), path(here, shard))
-        _download_if_there(marker_path(out, shard, MANIFEST), marker_path(here, shard, MANIFEST))
+        _download_if_there(
+            layout.marker_path(out, shard, layout.MANIFEST),
+            layout.marker_path(here, shard, layout.MANIFEST),
+        )
         wanted = {record.uid for record in job.records[: job.wanted]}
-        archives = {archive.name for archive in list_children(out / SCRATCH / shard)}
+        archives = {archive.name for archive in list_children(out / layout.SCRATCH / shard)}
         for uid in sorted(uid for uid in wanted if f"{uid}.tar" in archives):
-            _unpack(out / SCRATCH / shard / f"{uid}.tar", scratch_folder(here, shard, uid))
+            _unpack(
+                out / layout.SCRATCH / shard / f"{uid}.tar", layout.scratch_folder(here, shard, uid)
+            )
         counts = commit_locally(replace(job, config=replace(cfg, out=here)))
         for product in job.products:
-            for path in product_paths(product, shard):
+            for path in layout.product_paths(product, shard):
                 (out / path).upload(here / path)
-        for path in (manifest_path, stats_path):
+        for path in (layout.manifest_path, layout.stats_path):
             path(out, shard).upload(path(here, shard))
         for name in names:
-            marker_path(out, shard, name).upload(marker_path(here, shard, name))
-    (out / SCRATCH / shard).delete()
+            layout.marker_path(out, shard, name).upload(layout.marker_path(here, shard, name))
+    (out / layout.SCRATCH / shard).delete()
     return counts
 
 

@@ -177,10 +177,7 @@ def _read_binary(content: bytes, header: _Header, warnings: WarningLog) -> tuple
         elif corrected is not None:
             warnings.add("count_mismatch", f"{counts} rows declared, {corrected} found")
             return _read_elements(content, header, corrected)[0], False
-    if missing:
-        warnings.add("truncated_data", f"{missing} of {sum(counts)} rows are missing")
-    elif end < len(content):
-        warnings.add("trailing_data", f"{len(content) - end} bytes")
+    _warn_about_the_end(missing, sum(counts), f"{len(content) - end} bytes", warnings)
     return tables, missing > 0
 
 
@@ -299,11 +296,16 @@ def _read_text(content: bytes, header: _Header, warnings: WarningLog) -> tuple[l
                 detail = f"{longer} lines with more numbers than declared"
                 warnings.add("trailing_data", detail, longer + len(words) - len(owner))
                 return tables, False
-    if missing:
-        warnings.add("truncated_data", f"{missing} of {sum(counts)} rows are missing")
-    elif end < len(values):
-        warnings.add("trailing_data", f"{len(values) - end} numbers")
+    _warn_about_the_end(missing, sum(counts), f"{len(values) - end} numbers", warnings)
     return tables, missing > 0
+
+
+def _warn_about_the_end(missing: int, declared: int, trailer: str, warnings: WarningLog) -> None:
+    """Report rows that are missing, or what follows the last row ("0 ..." is nothing)."""
+    if missing:
+        warnings.add("truncated_data", f"{missing} of {declared} rows are missing")
+    elif not trailer.startswith("0 "):
+        warnings.add("trailing_data", trailer)
 
 
 def _row_lengths_of_lines(

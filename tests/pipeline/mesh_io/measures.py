@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.core.color import srgb_to_linear
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh
 from pipeline.mesh_io.config import LoadConfig
@@ -113,3 +114,15 @@ def assert_fuzzed_files_are_safe(folder: Path, name: str, content: bytes, rounds
         assert 0 <= mesh.faces.min() <= mesh.faces.max() < len(mesh.vertices)
         assert len(mesh.faces) <= 1000
     assert 0 < loaded < rounds
+
+
+def linear_colors(mesh) -> np.ndarray:
+    """Return linear colours [F, 3, 3] at the corners of a mesh without textures."""
+    colors = np.empty((len(mesh.faces), 3, 3))
+    for part in mesh.parts:
+        tint = np.ones((part.vertices.stop - part.vertices.start, 3))
+        if part.colors is not None:
+            tint = srgb_to_linear(part.colors[:, :3] / 255)
+        faces = mesh.faces[part.faces] - part.vertices.start
+        colors[part.faces] = (tint * part.material.base_color[:3])[faces]
+    return colors

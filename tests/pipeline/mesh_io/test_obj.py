@@ -5,19 +5,8 @@ import pytest
 import trimesh
 
 from tests.pipeline.mesh_files import png
-from tests.pipeline.mesh_io.measures import (
-    BOX,
-    QUADS,
-    U_AREA,
-    U_SHAPE,
-    area,
-    assert_box,
-    assert_fuzzed_files_are_safe,
-    colors_at,
-    read,
-    rejected,
-    volume,
-)
+from tests.pipeline.mesh_io import measures
+from tests.pipeline.mesh_io.measures import BOX, QUADS, area, assert_box, read, rejected, volume
 
 VERTICES = "".join(f"v {x} {y} {z}\n" for x, y, z in BOX)
 FACES = "".join("f " + " ".join(str(i + 1) for i in quad) + "\n" for quad in QUADS)
@@ -78,9 +67,9 @@ def test_a_face_with_an_index_that_does_not_exist_costs_itself(tmp_path, index):
 
 
 def test_a_concave_polygon_keeps_its_notch(tmp_path):
-    text = "".join(f"v {x} {y} 0\n" for x, y in U_SHAPE) + "f 1 2 3 4 5 6 7 8\n"
+    text = "".join(f"v {x} {y} 0\n" for x, y in measures.U_SHAPE) + "f 1 2 3 4 5 6 7 8\n"
     mesh, codes = read(tmp_path, "a.obj", text)
-    assert area(mesh) == pytest.approx(U_AREA)
+    assert area(mesh) == pytest.approx(measures.U_AREA)
     assert codes == {}
 
 
@@ -154,7 +143,7 @@ def test_vertex_colours(tmp_path, scale, alpha):
     assert_box(mesh)
     assert codes == {}
     for point, color in zip(BOX, colors, strict=True):
-        assert colors_at(mesh, point) == {(*color, 255)}
+        assert measures.colors_at(mesh, point) == {(*color, 255)}
 
 
 def test_a_weight_of_vertices_is_not_a_factor(tmp_path):
@@ -259,7 +248,7 @@ def test_colours_that_are_not_finite_are_reported(tmp_path):
     lines = [f"v {x} {y} {z} {'nan' if k == 3 else 0.5} 0.5 0.5" for k, (x, y, z) in enumerate(BOX)]
     mesh, codes = read(tmp_path, "a.obj", "\n".join(lines) + "\n" + FACES)
     assert codes == {"invalid_value": 1}
-    assert colors_at(mesh, BOX[3]) == {(0, 128, 128, 255)}
+    assert measures.colors_at(mesh, BOX[3]) == {(0, 128, 128, 255)}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -279,4 +268,4 @@ def test_meshes_of_another_writer(tmp_path, seed):
 
 @pytest.mark.parametrize("text", [TEXT, VERTICES + ATTRIBUTES + FACES.replace(" ", " 1/1/1 ", 1)])
 def test_damaged_files_are_loaded_or_rejected(tmp_path, text):
-    assert_fuzzed_files_are_safe(tmp_path, "a.obj", text.encode(), rounds=150)
+    measures.assert_fuzzed_files_are_safe(tmp_path, "a.obj", text.encode(), rounds=150)

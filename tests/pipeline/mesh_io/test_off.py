@@ -6,19 +6,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from tests.pipeline.mesh_io.measures import (
-    BOX,
-    QUADS,
-    U_AREA,
-    U_SHAPE,
-    area,
-    assert_box,
-    assert_fuzzed_files_are_safe,
-    colors_at,
-    read,
-    rejected,
-    volume,
-)
+from tests.pipeline.mesh_io import measures
+from tests.pipeline.mesh_io.measures import BOX, QUADS, area, assert_box, read, rejected, volume
 
 COLORS = [(10 * k, 20 * k, 255 - k) for k in range(8)]
 
@@ -77,18 +66,18 @@ def test_vertex_colours(tmp_path, header, has_alpha, scale):
     assert_box(mesh)
     assert codes == {}
     for point, color in zip(BOX, COLORS, strict=True):
-        assert colors_at(mesh, point) == {(*color, 255)}
+        assert measures.colors_at(mesh, point) == {(*color, 255)}
 
 
 def test_translucent_vertex_colours_are_blended(tmp_path):
     mesh, _ = read(tmp_path, "a.off", off("COFF", [(*color, 128) for color in COLORS]))
     assert mesh.parts[0].material.alpha_mode == "BLEND"
-    assert colors_at(mesh, BOX[2]) == {(20, 40, 253, 128)}
+    assert measures.colors_at(mesh, BOX[2]) == {(20, 40, 253, 128)}
 
 
 def test_colours_that_all_have_alpha_0_are_opaque(tmp_path):
     mesh, codes = read(tmp_path, "a.off", off("COFF", [(*color, 0) for color in COLORS]))
-    assert colors_at(mesh, BOX[2]) == {(20, 40, 253, 255)}
+    assert measures.colors_at(mesh, BOX[2]) == {(20, 40, 253, 255)}
     assert codes == {"invalid_value": 1}
 
 
@@ -99,7 +88,7 @@ def test_normals_colours_and_texture_coordinates_in_the_order_of_geomview(tmp_pa
     mesh, codes = read(tmp_path, "a.off", off("STCNOFF", values))
     assert_box(mesh)
     assert codes == {}
-    assert colors_at(mesh, BOX[3]) == {(30, 60, 252, 255)}
+    assert measures.colors_at(mesh, BOX[3]) == {(30, 60, 252, 255)}
     expected = mesh.vertices - BOX.mean(axis=0)
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(mesh.parts[0].normals, expected, atol=1e-6)
@@ -141,9 +130,9 @@ def test_a_face_with_colour_that_spans_lines(tmp_path):
 
 
 def test_a_concave_polygon_keeps_its_notch(tmp_path):
-    vertices = [(x, y, 0) for x, y in U_SHAPE]
+    vertices = [(x, y, 0) for x, y in measures.U_SHAPE]
     mesh, codes = read(tmp_path, "a.off", off(vertices=vertices, faces=[list(range(8))]))
-    assert area(mesh) == pytest.approx(U_AREA)
+    assert area(mesh) == pytest.approx(measures.U_AREA)
     assert codes == {}
 
 
@@ -220,7 +209,7 @@ def test_the_binary_form(tmp_path):
     assert codes == {}
     mesh, codes = read(tmp_path, "b.off", binary_off(b"COFF", COLORS))
     assert_box(mesh)
-    assert colors_at(mesh, BOX[5]) == {(*COLORS[5], 255)}
+    assert measures.colors_at(mesh, BOX[5]) == {(*COLORS[5], 255)}
     face_colors = [(255, 0, 0)] * 5 + [(0, 255, 0, 255)]
     mesh, codes = read(tmp_path, "c.off", binary_off(face_colors=face_colors))
     assert_box(mesh)
@@ -261,4 +250,4 @@ def test_meshes_of_another_writer(tmp_path, seed):
 
 @pytest.mark.parametrize("content", [off("COFF", COLORS).encode(), off().encode(), binary_off()])
 def test_damaged_files_are_loaded_or_rejected(tmp_path, content):
-    assert_fuzzed_files_are_safe(tmp_path, "a.off", content, rounds=200)
+    measures.assert_fuzzed_files_are_safe(tmp_path, "a.off", content, rounds=200)

@@ -7,19 +7,8 @@ import pytest
 import trimesh
 
 from tests.pipeline.mesh_files import png
-from tests.pipeline.mesh_io.measures import (
-    BOX,
-    QUADS,
-    U_AREA,
-    U_SHAPE,
-    area,
-    assert_box,
-    assert_fuzzed_files_are_safe,
-    colors_at,
-    read,
-    rejected,
-    volume,
-)
+from tests.pipeline.mesh_io import measures
+from tests.pipeline.mesh_io.measures import BOX, QUADS, area, assert_box, read, rejected, volume
 
 MIXED = [QUADS[0][:3], [0, 3, 2], *QUADS[1:]]  # two triangles and five quads
 COLORS = [(10 * k, 20 * k, 255 - k) for k in range(8)]
@@ -130,10 +119,10 @@ def test_rows_that_span_lines_comments_and_a_byte_order_mark(tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_concave_polygon_keeps_its_notch(tmp_path, kind):
-    rows = [[x, y, 0] for x, y in U_SHAPE]
+    rows = [[x, y, 0] for x, y in measures.U_SHAPE]
     content = ply({"vertex": (XYZ, rows), "face": (INDICES, [[list(range(8))]])}, kind)
     mesh, _ = read(tmp_path, "a.ply", content)
-    assert area(mesh) == pytest.approx(U_AREA)
+    assert area(mesh) == pytest.approx(measures.U_AREA)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -169,7 +158,7 @@ def test_colours_of_vertices_and_faces_of_every_type(tmp_path, kind, number, nam
     assert_box(mesh)
     assert codes == {}
     for point, color in zip(BOX, COLORS, strict=True):
-        assert colors_at(mesh, point) == {(*color, 255)}
+        assert measures.colors_at(mesh, point) == {(*color, 255)}
     mesh, codes = read(tmp_path, "b.ply", box(kind, face=[(n, v[:6]) for n, v in columns]))
     assert codes == {}
     colors = mesh.parts[0].colors[mesh.faces].reshape(6, 6, 4)
@@ -184,10 +173,10 @@ def test_alpha_of_vertices_is_blended(tmp_path):
     columns.append(("uchar alpha", [100] * 8))
     mesh, codes = read(tmp_path, "a.ply", box(vertex=columns))
     assert mesh.parts[0].material.alpha_mode == "BLEND"
-    assert colors_at(mesh, BOX[3]) == {(30, 60, 252, 100)}
+    assert measures.colors_at(mesh, BOX[3]) == {(30, 60, 252, 100)}
     columns[-1] = ("uchar alpha", [0] * 8)
     mesh, codes = read(tmp_path, "a.ply", box(vertex=columns))
-    assert colors_at(mesh, BOX[3]) == {(30, 60, 252, 255)}
+    assert measures.colors_at(mesh, BOX[3]) == {(30, 60, 252, 255)}
     assert codes == {"invalid_value": 1}
 
 
@@ -387,4 +376,4 @@ def test_meshes_of_another_writer(tmp_path, encoding, seed):
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("faces", [QUADS, MIXED], ids=["quads", "mixed"])
 def test_damaged_files_are_loaded_or_rejected(tmp_path, kind, faces):
-    assert_fuzzed_files_are_safe(tmp_path, "a.ply", box(kind, faces), rounds=150)
+    measures.assert_fuzzed_files_are_safe(tmp_path, "a.ply", box(kind, faces), rounds=150)

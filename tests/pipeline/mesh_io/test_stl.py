@@ -6,18 +6,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from tests.pipeline.mesh_io.measures import (
-    BOX,
-    QUADS,
-    U_AREA,
-    U_SHAPE,
-    area,
-    assert_box,
-    assert_fuzzed_files_are_safe,
-    read,
-    rejected,
-    volume,
-)
+from tests.pipeline.mesh_io import measures
+from tests.pipeline.mesh_io.measures import BOX, QUADS, area, assert_box, read, rejected, volume
 
 TRIANGLES = BOX[[[q[a], q[b], q[c]] for q in QUADS for a, b, c in ((0, 1, 2), (0, 2, 3))]]
 
@@ -125,9 +115,9 @@ def test_unknown_words_give_a_code(tmp_path):
 
 
 def test_a_facet_with_more_vertices_is_a_polygon(tmp_path):
-    content = f"solid u\n{facet([(x, y, 0) for x, y in U_SHAPE])}endsolid u\n"
+    content = f"solid u\n{facet([(x, y, 0) for x, y in measures.U_SHAPE])}endsolid u\n"
     mesh, codes = read(tmp_path, "a.stl", content)
-    assert area(mesh) == pytest.approx(U_AREA)
+    assert area(mesh) == pytest.approx(measures.U_AREA)
     assert codes == {}
 
 
@@ -206,4 +196,4 @@ def test_meshes_of_another_writer(tmp_path, kind, seed):
     "content", [binary(), text().encode(), binary(TRIANGLES[:3]) * 2], ids=["binary", "text", "two"]
 )
 def test_damaged_files_are_loaded_or_rejected(tmp_path, content):
-    assert_fuzzed_files_are_safe(tmp_path, "a.stl", content, rounds=200)
+    measures.assert_fuzzed_files_are_safe(tmp_path, "a.stl", content, rounds=200)

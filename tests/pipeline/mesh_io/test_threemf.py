@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 
-from pipeline.core.color import srgb_to_linear
 from pipeline.core.errors import Reject
 from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.load import load_with_report
@@ -14,6 +13,7 @@ from pipeline.mesh_io.reader_context import ReaderContext
 from pipeline.mesh_io.readers.threemf import read_threemf
 from pipeline.mesh_io.side_files import SideFiles
 from tests.pipeline.mesh_files import RELATIONSHIPS, png, write, zipped
+from tests.pipeline.mesh_io import measures
 
 CFG = LoadConfig()
 RELATIONSHIP_PATH = "_rels/.rels"
@@ -100,13 +100,7 @@ def bounds(mesh) -> np.ndarray:
 
 def colors_at_faces(mesh) -> np.ndarray:
     """Return sRGB colours [F, 3, 3] at the corners of the faces, without textures."""
-    colors = np.empty((len(mesh.faces), 3, 3))
-    for part in mesh.parts:
-        tint = np.ones((part.vertices.stop - part.vertices.start, 3))
-        if part.colors is not None:
-            tint = srgb_to_linear(part.colors[:, :3] / 255)
-        faces = mesh.faces[part.faces] - part.vertices.start
-        colors[part.faces] = (tint * part.material.base_color[:3])[faces]
+    colors = measures.linear_colors(mesh)
     low = colors * 12.92
     return np.rint(255 * np.where(low <= 0.04045, low, 1.055 * colors ** (1 / 2.4) - 0.055))
 

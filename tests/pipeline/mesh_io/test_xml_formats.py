@@ -15,6 +15,7 @@ from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.load import load_with_report
 from tests.pipeline.collada_files import bound, box, document, geometry, material, primitive
 from tests.pipeline.mesh_files import RELATIONSHIPS, write, zipped
+from tests.pipeline.mesh_io import measures
 
 CFG = LoadConfig()
 CORE = "http://schemas.microsoft.com/3dmanufacturing/core/2015/02"
@@ -89,18 +90,6 @@ def random_mesh(rng) -> tuple[np.ndarray, np.ndarray]:
     return points, faces
 
 
-def srgb_corners(mesh) -> np.ndarray:
-    """Return linear colours [F, 3, 3] at the corners of a mesh without textures."""
-    colors = np.empty((len(mesh.faces), 3, 3))
-    for part in mesh.parts:
-        tint = np.ones((part.vertices.stop - part.vertices.start, 3))
-        if part.colors is not None:
-            tint = srgb_to_linear(part.colors[:, :3] / 255)
-        faces = mesh.faces[part.faces] - part.vertices.start
-        colors[part.faces] = (tint * part.material.base_color[:3])[faces]
-    return colors
-
-
 def z_up(points):
     return np.stack([points[..., 0], -points[..., 2], points[..., 1]], axis=-1)
 
@@ -159,7 +148,7 @@ def test_random_scenes_that_lib3mf_writes(tmp_path, seed):
             colors = colors[:, ::-1]
         expected.append((placed(points, faces, matrix), colors))
     expected_table = sorted_triangles(*(np.concatenate(arrays) for arrays in zip(*expected)))
-    found = sorted_triangles(z_up(mesh.vertices[mesh.faces]), srgb_corners(mesh))
+    found = sorted_triangles(z_up(mesh.vertices[mesh.faces]), measures.linear_colors(mesh))
     np.testing.assert_allclose(found, expected_table, atol=0.01)
 
 
@@ -218,7 +207,7 @@ def test_random_scenes_that_pycollada_writes(tmp_path, seed):
     mesh, report = load_with_report(tmp_path / "a.dae", CFG)
     assert report.warnings == ()
     expected_table = sorted_triangles(*(np.concatenate(arrays) for arrays in zip(*expected)))
-    found = sorted_triangles(mesh.vertices[mesh.faces], srgb_corners(mesh))
+    found = sorted_triangles(mesh.vertices[mesh.faces], measures.linear_colors(mesh))
     np.testing.assert_allclose(found, expected_table, atol=2e-3)
 
 
