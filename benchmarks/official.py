@@ -193,7 +193,8 @@ def measure_resolution(
         The torus at this resolution.
     """
     device = generator.device
-    near = partial(level_near_mesh, mesh, size, device, normalize=size > FULL_VOLUME)
+    # The mesh is not normalised, so that there are about as many cells as in the paper.
+    near = partial(level_near_mesh, mesh, size, device)
     level = timer.time(f"cells at {size}", near)
     dit, vae = generator.dits[size], generator.vaes[size]
     tokens = encode(dit, device)
