@@ -190,6 +190,27 @@ def with_added_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
+def keep_older_values(config: Any, stored: Mapping[str, Any]) -> Any:
+    """Return a configuration with the values that an older run was trained with.
+
+    A field that was added after the run was written describes what the code did then. That replaces
+    the default of new runs. A value that is not the default stays, so that it is noticed as a
+    change of options.
+
+    Args:
+        config: The configuration, a dataclass that may contain others.
+        stored: JSON values of the older run's configuration.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = keep_older_values(value, stored.get(field.name, {}))
+        elif field.name not in stored and BEFORE in field.metadata and value == field.default:
+            changes[field.name] = field.metadata[BEFORE]
+    return dataclasses.replace(config, **changes)
+
+
 def _to_tuples(value: Any) -> Any:
     return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value
 

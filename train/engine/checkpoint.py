@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from torch import nn
 
-from model.checkpoint import load_weights, read_config
+from model.checkpoint import keep_older_values, load_weights, read_config
 from pipeline.core import files
 from pipeline.core.errors import UserError
 from pipeline.core.provenance import provenance as core_provenance
@@ -28,6 +28,7 @@ from train.engine.distributed import World
 
 log = logging.getLogger(__name__)
 
+Model = TypeVar("Model")
 LATEST = "latest"
 UNREADABLE = (
     OSError,
@@ -93,6 +94,24 @@ def check_init(init: Path | None, out: Path) -> None:
     """
     if init is not None and not init.exists() and latest(out) is None:
         raise UserError(f"{init} does not exist; train it first, or name a checkpoint with --init")
+
+
+def model_of_run(config: Model, out: Path) -> Model:
+    """Return the configuration of a run's model, with what an older run was trained with.
+
+    Args:
+        config: The model's configuration, a dataclass, as the options give it.
+        out: Directory of the run. If it has a checkpoint that lacks fields that were added later,
+            they get the values that describe what the code did when it was written.
+    """
+    newest = latest(out)
+    stored = None if newest is None else read_config(newest).get("config")
+    if not isinstance(stored, dict):
+        return config
+    kept = keep_older_values(config, stored)
+    if kept != config:
+        log.info("%s is older than some options of the model and keeps what they were.", newest)
+    return kept
 
 
 def save(

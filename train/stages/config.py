@@ -103,6 +103,9 @@ class ExportConfig:
     official: Path | None = None
     """Directory of the published Direct3D-S2 weights. They are converted, and --vae, --structure
     and --dit are not read."""
+    image_encoder: str | None = None
+    """DINOv2 weights that the converted stages name: a folder or a name on the Hugging Face hub.
+    None takes those of the published pipeline."""
     vae: tuple[Path, ...] = (Path("runs/vae-tiny/latest"),)
     """Checkpoints of `python -m train.vae`, each of which is exported for the resolutions of the
     DiTs that were trained on its latents. Naming none leaves them out."""

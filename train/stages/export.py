@@ -70,7 +70,7 @@ def export(cfg: ExportConfig) -> list[Path]:
 
 def _export_published(cfg: ExportConfig, path: Path) -> list[Path]:
     """Convert the published folder."""
-    stages = read_published(path, refine="all")
+    stages = read_published(path, refine="all", image_encoder=cfg.image_encoder)
     vaes = {size: vae_hash(vae) for size, vae in stages.vaes.items()}
     notes: dict[str, dict[str, Any]] = {f"dit_{size}": {"vae": code} for size, code in vaes.items()}
     for name, recommended in _recommended_sampling(cfg, list(notes)).items():

@@ -6,6 +6,7 @@ The options make one thing wrong, as the controls of the golden files name it.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from kernels import token_order
 from model.conv import SparseConv3d
 from model.image_tokens import ImageTokens
-from model.layers import position_embedding
+from model.layers import Mlp, position_embedding
 from model.published_settings import sparse_dit
 from model.published_weights import published_kernel
 from model.sparse_dit import SparseDiT
@@ -63,10 +64,15 @@ def make_dit(constructor: dict[str, Any], weights: dict[str, Tensor], **changes:
 
 
 def use_erf_gelu(model: nn.Module) -> None:
-    """Replace the tanh approximation of every GELU by its definition."""
-    for part in model.modules():
-        if isinstance(part, nn.GELU):
-            part.approximate = "none"
+    """Replace the tanh approximation of the GELU in every MLP by its definition."""
+
+    def exact(mlp: Mlp, x: Tensor) -> tuple[Tensor, None]:
+        return mlp[2](nn.functional.gelu(mlp[0](x))), None
+
+    mlps = [part for part in model.modules() if isinstance(part, Mlp)]
+    assert mlps
+    for part in mlps:
+        part.with_product = partial(exact, part)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def count_taps_z_first(model: nn.Module) -> None:

@@ -44,6 +44,10 @@ class DiTTraining(ConditionedTraining):
     init: Path | None = None
     """Checkpoint whose averaged weights a new run starts from. None starts from random weights."""
 
+    init_any_positions: bool = False
+    """Start from the weights of `init` although their run multiplied the cells' coordinates by
+    another factor."""
+
     max_tokens: int | None = None
     """Largest number of tokens per rank and step. A step takes fewer assets where they would exceed
     it, and assets that exceed it alone are left out. None sets no limit."""

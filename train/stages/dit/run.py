@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from model.checkpoint import load_model, load_weights
+from model.checkpoint import build_config, load_model, load_weights, read_config
 from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.config import DiTConfig
 from model.sparse_vae import SparseVAE
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import options_of
@@ -39,6 +42,7 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
         RunError: If data is unreadable, gradients stay bad or checkpoints cannot be written.
     """
     checkpoint.check_init(cfg.init, cfg.out)
+    cfg = replace(cfg, model=checkpoint.model_of_run(cfg.model, cfg.out))
     vae, store = read_latents(cfg, world)
     index = index_with_latents(cfg, store)
     training, held_out = index.split("train"), index.split("val")
@@ -55,6 +59,7 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
     loader = DiTLoader(training, store, cfg)
     task = DiTTask(cfg, world, training, held_out, store, vae)
     if cfg.init is not None and checkpoint.latest(cfg.out) is None:
+        check_init_positions(cfg, cfg.init)
         load_weights(cfg.init, task.model)
         # The statistics are those of the latents of this run and not of the run before.
         task.model.dit.set_statistics(store.mean, store.std)
@@ -64,6 +69,29 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
     stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.workers)
     config = run_config(cfg, store.vae)
     return Trainer(task, stream, cfg.flow.loop, out=cfg.out, world=world, config=config).run()
+
+
+def check_init_positions(cfg: DiTTraining, init: Path) -> None:
+    """Check that the weights that a run starts from were trained with its position factor.
+
+    Raises:
+        UserError: If the factor at the resolution of the weights' own run would be another one, and
+            `init_any_positions` does not allow it.
+    """
+    path = init if (init / "config.json").exists() else init.resolve()
+    description = read_config(path)
+    trained_at = (description.get("training") or {}).get("resolution", cfg.resolution)
+    dit = (description.get("config") or {}).get("dit")
+    if cfg.init_any_positions or not isinstance(dit, dict) or not isinstance(trained_at, int):
+        return
+    before = build_config(DiTConfig, dit, f"{init}: dit").position_factor(trained_at)
+    now = cfg.model.dit.position_factor(trained_at)
+    if before != now:
+        raise UserError(
+            f"{init} was trained at R = {trained_at} with the position factor {before:g}, which "
+            f"would now be {now:g}; set --model.dit.min-position-factor and "
+            "--model.dit.position-resolution as it has them, or pass --init-any-positions"
+        )
 
 
 def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, LatentStore]:

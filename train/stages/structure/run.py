@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def train_occupancy_vae(
     cfg: StructureTraining, world: World, training: BuildIndex, held_out: BuildIndex
 ) -> int:
     """Train the occupancy VAE in OUT/vae and return the number of steps done."""
+    occupancy = checkpoint.model_of_run(cfg.model.occupancy, cfg.out / "vae")
+    cfg = replace(cfg, model=replace(cfg.model, occupancy=occupancy))
     task = OccupancyTask(cfg, world, held_out)
     stream = _stream(cfg, world, training, held_out, images=False)
     out = cfg.out / "vae"
@@ -74,6 +77,7 @@ def train_flow(
     Raises:
         UserError: If OUT/vae has no checkpoint, besides the errors of `train_structure`.
     """
+    cfg = replace(cfg, model=checkpoint.model_of_run(cfg.model, cfg.out / "flow"))
     vae = trained_vae(cfg)
     newest = checkpoint.latest(cfg.out / "flow")
     task = FlowTask(cfg, world, training, held_out, vae)
