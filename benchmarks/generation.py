@@ -8,6 +8,7 @@ because bricks decoded from random weights have no surface.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -101,6 +102,9 @@ def make_models(tiny: bool) -> tuple[SparseVAE, Structure, ConditionedDiT]:
     return SparseVAE(vae), structure, ConditionedDiT(ConditionedDiTConfig(dit=dit, encoder=image))
 
 
+log = logging.getLogger(__name__)
+
+
 class StageTimer:
     """Times functions on a device and collects one row for each.
 
@@ -138,6 +142,7 @@ class StageTimer:
         seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else None
         self.rows.append({"stage": stage, "seconds": seconds, "peak_gb": peak, **notes})
+        log.info("%s: %.3g s, peak %s GB", stage, seconds, peak)
         return result
 
 

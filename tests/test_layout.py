@@ -36,6 +36,7 @@ UNITS = {
         "model.structure",
         "model.inference",
         "model.generate",
+        "model.reconstruct",
     ],
     "train": [
         "train.engine",
@@ -50,7 +51,11 @@ UNITS = {
 EXTERNAL = {
     "pipeline": {"kernels"},  # the GPU path of the SDF, inside the function that takes it
     "kernels": set(),
-    "model": {"kernels", "pipeline.core", "pipeline.rendering"},
+    # model.reconstruct reads meshes and computes their SDF as the data pipeline does.
+    "model": {
+        *("kernels", "pipeline.core", "pipeline.rendering", "pipeline.mesh_io"),
+        "pipeline.geometry",
+    },
     "train": {
         *("kernels", "model", "pipeline.core", "pipeline.rendering", "pipeline.storage"),
     },

@@ -450,6 +450,28 @@ def read_published(
     )
 
 
+def read_vae(path: Path, resolution: int | None = None) -> tuple[SparseVAE, int]:
+    """Load one SS-VAE of the published folder. The other files need not be there.
+
+    Args:
+        path: The folder.
+        resolution: Its resolution R. None takes the finest one.
+
+    Returns:
+        The VAE and its resolution.
+
+    Raises:
+        UserError: As `read_published`.
+    """
+    settings = read_settings(path)
+    size = chosen_resolutions(path, settings.sparse, resolution)[-1]
+    sparse = settings.sparse[size]
+    file = path / SPARSE_FILE.format(sparse.name)
+    weights = read_state_dicts(file, "vae", "dit")["vae"]
+    keys = published_vae_keys(sparse.vae)
+    return load_module(SparseVAE, sparse.vae, weights, keys, f"{file}: vae")(), size
+
+
 def _encoder(config: EncoderConfig, path: Path) -> ImageEncoder:
     try:
         return build_encoder(config)
