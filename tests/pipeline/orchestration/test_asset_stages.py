@@ -131,20 +131,29 @@ def test_a_resolution_at_which_an_asset_is_too_thin_can_be_rejected(tmp_path, mo
     assert list(notes.products) == ["sdf-96"]
 
 
-def test_the_up_axis_is_that_of_the_build_whatever_the_source(tmp_path):
-    """A shape that is read as z-up has its centre at (x, z, -y)."""
-    source = ProceduralSource(count=1)
-    (record,) = source.records()
-    centres = {}
-    for up in ("y", "z"):
-        folder = tmp_path / up
-        folder.mkdir()
-        cfg = BuildConfig(up=up, topology_resolution=64)
-        process(AssetJob(record=record, source=source, config=cfg, products=(), folder=folder))
-        centres[up] = AssetNotes.load(folder).row["center"]
-    x, y, z = centres["y"]
-    assert len({abs(x), abs(y), abs(z)}) > 1
-    assert centres["z"] == pytest.approx([x, z, -y])
+def test_the_up_axis_is_that_of_the_build_where_a_file_states_none(tmp_path):
+    """A shape that is read as z-up has its centre at (x, z, -y). glTF states y up."""
+    stated = ProceduralSource(count=1)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.obj").write_text(
+        "v 1 2 3\nv 2 2 3\nv 1 4 3\nv 1 2 6\n" + "f 1 3 2\nf 1 2 4\nf 1 4 3\nf 2 3 4\n"
+    )
+    for source, origin in ((FolderSource(root=tmp_path / "in"), "option"), (stated, "stated")):
+        (record,) = source.records()
+        rows = {}
+        for up in ("y", "z"):
+            folder = tmp_path / f"{source.name}-{up}"
+            folder.mkdir()
+            cfg = BuildConfig(up=up, topology_resolution=64)
+            process(AssetJob(record=record, source=source, config=cfg, products=(), folder=folder))
+            rows[up] = AssetNotes.load(folder).row
+        x, y, z = rows["y"]["center"]
+        turned = [x, z, -y] if origin == "option" else [x, y, z]
+        assert rows["z"]["center"] == pytest.approx(turned)
+        assert (rows["z"]["up_axis"], rows["z"]["up_origin"]) == (
+            "z" if origin == "option" else "y",
+            origin,
+        )
     with pytest.raises(ValueError, match='up must be "auto", "y" or "z", got \'x\''):
         BuildConfig(up="x")
 
