@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +71,8 @@ def without_specks(image: Image.Image) -> Image.Image:
         image: RGBA.
     """
     alpha = np.asarray(image.getchannel("A"))
-    pieces, count = ndimage.label(alpha >= OPAQUE, EIGHT_NEIGHBOURS)
+    labelled: Any = ndimage.label(alpha >= OPAQUE, EIGHT_NEIGHBOURS)
+    pieces, count = labelled
     if count < 2:
         return image
     weights = np.bincount(pieces.ravel(), alpha.ravel(), count + 1)

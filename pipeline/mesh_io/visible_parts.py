@@ -264,6 +264,7 @@ def _outline_hull(mesh: Mesh, shown: NDArray[np.bool_]) -> NDArray[np.bool_]:
         box = corners[own].reshape(-1, 3)
         gap = MAX_HULL_GAP * float(np.linalg.norm(box.max(axis=0) - box.min(axis=0)))
         distance, nearest = tree.query(samples, distance_upper_bound=gap)
+        nearest = np.asarray(nearest)
         near = np.isfinite(distance)
         offset = points[nearest[near]] - samples[near]
         # the other surface is on the drawn side, and faces the hull
