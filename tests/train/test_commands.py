@@ -1,5 +1,6 @@
 """Training commands parse their options and print their help without heavy packages."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ sys.exit(code)
         ),
         ("train.evaluate", ["--help"], "python -m train.evaluate {vae,generation}"),
         ("train.evaluate", ["vae", "--help"], "--resolutions"),
-        ("train.evaluate", ["generation", "--help"], "--options.guidance"),
+        ("train.evaluate", ["generation", "--help"], "--generation.guidance"),
         ("train.demo.__main__", ["--help"], "--size {auto,cpu,gpu}"),
         ("benchmarks.dit", ["--help"], "python -m benchmarks.dit {steps,gradients,learn}"),
         ("benchmarks.dit", ["learn", "--help"], "--vae-minutes"),
@@ -50,3 +51,6 @@ def test_help_exits_0_and_imports_no_heavy_package(module, args, expected):
     text, _, modules = process.stdout.rpartition("modules:")
     assert expected in text
     assert not HEAVY & set(modules.split())
+    # A field that is called "options" would give its group the title "options options".
+    for title in re.findall(r"^╭─ (.*?) ─+╮$", text, re.MULTILINE):
+        assert len(set(title.split())) == len(title.split()), title

@@ -103,4 +103,4 @@ class GenerationEvaluation(EvaluationConfig):
     """DINOv2 weights, as a folder or a name on the Hugging Face hub. With them the evaluation also
     compares how the meshes look. None skips that."""
 
-    options: GenerationOptions = field(default_factory=GenerationOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)

@@ -123,7 +123,7 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     chosen = spread_evenly(in_split, cfg.limit or len(in_split))
     references.load_candidates(chosen)
     device = choose_device(cfg.device)
-    generator = Generator.load(cfg.checkpoint, device, cfg.options)
+    generator = Generator.load(cfg.checkpoint, device, cfg.generation)
     out = cfg.out or cfg.checkpoint / "evaluation"
     meshes = out / "meshes"
     meshes.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     protocol = {
         **surface_protocol(cfg),
         "seed": cfg.seed,
-        "sampling": generator.describe_sampling(cfg.options),
+        "sampling": generator.describe_sampling(cfg.generation),
         "image_encoder": generator.structure.flow.encoder.label,
         "looks": _protocol_of_looks(cfg.features),
     }
@@ -229,7 +229,7 @@ def _evaluate(
         f1=EMPTY_METRICS.f1,
     )
     try:
-        generated = generator.generate(image.rgba, cfg.seed, cfg.options, whole_if_opaque=True)
+        generated = generator.generate(image.rgba, cfg.seed, cfg.generation, whole_if_opaque=True)
     except RunError as error:
         log.warning("%s: nothing was generated: %s", uid, error)
         blank = np.full((PICTURE_SIDE, PICTURE_SIDE, 3), 255, np.uint8)

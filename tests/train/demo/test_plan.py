@@ -55,7 +55,7 @@ def test_every_command_exists_and_reads_what_the_others_wrote(size):
     assert configs["export"].dit == (dit.out / "latest",)
     assert configs["export"].steps
     assert configs["export"].guidance
-    assert configs["evaluate generation"].options.steps is None  # those of the export
+    assert configs["evaluate generation"].generation.steps is None  # those of the export
     assert configs["export"].structure == structure.out / "flow" / "latest"
     assert configs["evaluate generation"].checkpoint == configs["export"].out
     assert configs["evaluate generation"].view == -1  # a view that training held out
