@@ -604,7 +604,7 @@ class TestTextures:
             ("", "<init_from>a.png</init_from>", "i"),
             (SAMPLER, f"<data>{png((9, 8, 7, 255)).hex()}</data>", "s2"),
             (SAMPLER, f'<init_from><hex format="png">{png().hex()}</hex></init_from>', "s2"),
-            (SAMPLER, "<init_from>file:///C:/work/A.PNG</init_from>", "s2"),
+            (SAMPLER, "<init_from>file:///C:/models/A.PNG</init_from>", "s2"),
         ],
     )
     def test_other_ways_to_an_image(self, load, tmp_path, parameters, image, texture):

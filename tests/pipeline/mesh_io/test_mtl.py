@@ -44,7 +44,7 @@ def uv_at(mesh: Mesh, point) -> list[float]:
         "\tmap_Kd\t.\\t.png  ",
         'map_Kd "t.png"',
         "map_Kd t.png # the skin",
-        "map_Kd /home/me/work/t.png",
+        "map_Kd /home/me/models/t.png",
         "map_Kd -s 1 1 1 t.png",
         "map_Kd -o 0 0 0 -s 1 1 1 -mm 0 1 t.png",
         "map_Kd -blendu on -blendv off -boost 1.5 -texres 512 -cc off -clamp off t.png",
