@@ -370,7 +370,7 @@ def test_the_command_logs_the_mesh_and_the_stages(checkpoint, picture, tmp_path)
 
 def test_help_imports_no_heavy_library():
     command = [sys.executable, "-X", "importtime", "-m", "model.generate", "--help"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert ended.returncode == 0, ended.stderr
     assert "--guidance" in ended.stdout
     lines = ended.stderr.splitlines()

@@ -305,7 +305,7 @@ def test_the_command_encodes_the_resolutions_of_the_vae(build, checkpoint, encod
     [
         (["--vae", "nowhere"], "nowhere is not a checkpoint"),
         (["--resolutions", "36"], "resolution must be a positive multiple of 8"),
-        (["--max-tokens", "0"], "max_tokens must be 1 or more, got 0"),
+        (["--max-tokens", "0"], "max-tokens must be 1 or more, got 0"),
         (["--resolutions", "48"], "has no bricks at R = 48, only at R = 32 40"),
         (["--data", "nowhere"], "nowhere is not a build"),
     ],

@@ -308,18 +308,13 @@ class TestHostileXml:
         with pytest.raises(Reject, match="too_many_faces"):
             load(tmp_path, threemf(threemf_box()), "3mf", LoadConfig(max_faces=11))
 
-    def test_a_long_list_takes_linear_time(self, tmp_path):
-        def seconds(count):
-            faces = f"<p>{'0 1 2 ' * count}</p>"
-            content = document(
-                geometry("g", [[0, 0, 0], [1, 0, 0], [0, 1, 0]], primitive("triangles", "g", faces))
-            )
-            started = time.process_time()
-            load(tmp_path, content, "dae")
-            return time.process_time() - started
-
-        seconds(1000)
-        assert seconds(400_000) < 20 * max(seconds(40_000), 0.02)
+    def test_a_list_that_is_longer_than_the_buffers_of_the_parser_is_read_whole(self, tmp_path):
+        count = 400_000
+        faces = f"<p>{'0 1 2 ' * count}</p>"
+        points = [[0, 0, 0], [1, 0, 0], [0, 1, 0]]
+        content = document(geometry("g", points, primitive("triangles", "g", faces)))
+        mesh, _ = load(tmp_path, content, "dae")
+        assert len(mesh.faces) == count
 
 
 SHADER = (
