@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-SPILL_LIMIT = 16  # bytes per thread: some versions of the assembler spill two registers
 SHARED_LIMIT = {80: 82 * 1024, 90: 114 * 1024}  # two programs on a multiprocessor
 
 
@@ -49,4 +48,4 @@ def test_every_launch_compiles(arch, dtype, C, O, sizes):
     assert any(launch["name"].startswith("_weight_grad") for launch in launches)
     for launch in launches:
         assert launch["shared"] <= SHARED_LIMIT[arch], launch
-        assert launch["spilled"] <= SPILL_LIMIT, launch
+        assert launch["spilled"] == 0, launch
