@@ -1,5 +1,6 @@
 """3MF and COLLADA against other writers, hostile files and random damage."""
 
+import locale
 import random
 import time
 import tracemalloc
@@ -94,7 +95,16 @@ def z_up(points):
     return np.stack([points[..., 0], -points[..., 2], points[..., 1]], axis=-1)
 
 
+@pytest.fixture
+def kept_locale():
+    """Restore the locale of the process, which lib3mf sets to "C" when it writes a file."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
+
+
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.usefixtures("kept_locale")
 def test_random_scenes_that_lib3mf_writes(tmp_path, seed):
     rng = np.random.default_rng(seed)
     wrapper = lib3mf.get_wrapper()
