@@ -91,7 +91,7 @@ def test_a_checkpoint_records_what_the_export_needs(rendered, tmp_path):
     assert torch.equal(model.dit.latent_std, store.std)
     assert metrics(cfg.out, "validation")[0]["loss"] > 0
     folder = cfg.out / "samples" / "step-00000002"
-    numbers = json.loads((folder / "iou.json").read_text())
+    numbers = json.loads((folder / "iou.json").read_text(encoding="utf-8"))
     assert set(numbers) == {"held_out_views", "held_out_assets"}
     assert Image.open(folder / "contact.png").size == (3 * 256, LABEL_HEIGHT + 2 * 256)
     assert len(list(folder.glob("*.ply"))) == 2
@@ -133,8 +133,10 @@ def test_a_run_starts_from_init_with_the_statistics_of_its_own_latents(rendered,
     data = tmp_path / "other"
     shutil.copytree(rendered[0], data)
     stats = next(data.glob("latents/*/32/stats.json"))
-    described = json.loads(stats.read_text())
-    stats.write_text(json.dumps({**described, "std": [2 * x for x in described["std"]]}))
+    described = json.loads(stats.read_text(encoding="utf-8"))
+    stats.write_text(
+        json.dumps({**described, "std": [2 * x for x in described["std"]]}), encoding="utf-8"
+    )
     seen = []
 
     class Seen(DiTTask):
@@ -164,7 +166,7 @@ def test_a_frozen_encoder_is_neither_trained_nor_saved(rendered, tmp_path):
     cfg = config(rendered, tmp_path / "run", steps=2, model=replace(MODEL, encoder=frozen))
     train_dit(cfg, World())
     assert {name.partition(".")[0] for name in weights(cfg.out)} == {"dit"}
-    described = json.loads((checkpoint.latest(cfg.out) / "config.json").read_text())
+    described = json.loads((checkpoint.latest(cfg.out) / "config.json").read_text(encoding="utf-8"))
     assert described["config"]["encoder"]["kind"] == "dinov2"
 
 
@@ -241,11 +243,11 @@ def test_the_error_for_a_missing_image_encoder_names_the_download(rendered, tmp_
     ("arguments", "message"),
     [
         (["--resolution", "36"], "resolution must be a positive multiple of 8"),
-        (["--max-tokens", "0"], "max_tokens must be 1 or more"),
-        (["--max-missing-share", "2"], r"max_missing_share must be in \[0, 1\)"),
+        (["--max-tokens", "0"], "--max-tokens must be 1 or more"),
+        (["--max-missing-share", "2"], r"--max-missing-share must be in \[0, 1\)"),
         (["--workers", "-1"], "workers must be 0 or more"),
         (["--flow.dropout", "1"], r"dropout must be in \[0, 1\)"),
-        (["--flow.open-shards", "0"], "open_shards must be 1 or more"),
+        (["--flow.open-shards", "0"], "--flow.open-shards must be 1 or more"),
         (["--preset", "2048"], "invalid choice '2048'"),
         (["--flow.lop", "3"], "unknown option --flow.lop"),
     ],

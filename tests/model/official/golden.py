@@ -94,7 +94,7 @@ def error(got: Any, want: NDArray[Any]) -> float:
 
 def shapes(name: str) -> dict[str, list[int]]:
     """Return the names and shapes of a published state dict at full size."""
-    return json.loads((FOLDER / "shapes" / f"{name}.json").read_text())
+    return json.loads((FOLDER / "shapes" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 __all__ = ["Golden", "error", "golden_weights", "normal", "shapes"]

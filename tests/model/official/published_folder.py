@@ -148,7 +148,7 @@ def sections(version: str) -> dict[str, Any]:
 def write_config(path: Path, content: dict[str, Any]) -> None:
     """Write config.yaml."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.yaml").write_text(yaml.safe_dump(content))
+    (path / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
 def published_shapes(model: nn.Module, keys: KeyMap) -> dict[str, list[int]]:

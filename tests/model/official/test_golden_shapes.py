@@ -18,7 +18,7 @@ from model.sparse_dit import SparseDiT
 from model.sparse_vae import SparseVAE
 from tests.model.official.golden import FOLDER, shapes
 
-COUNTS = json.loads((FOLDER / "shapes" / "counts.json").read_text())
+COUNTS = json.loads((FOLDER / "shapes" / "counts.json").read_text(encoding="utf-8"))
 SCALES = ("latents_scale", "latents_shift")  # of the VAE, which the key map of a DiT includes
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from model import sparse_vae
+from model import layers
 from model.published_settings import sparse_vae as vae_settings
 from model.sparse_tensor import BrickBatch, Level
 from model.sparse_vae import SparseVAE
@@ -42,7 +42,7 @@ def run_vae(settings, weights, inputs, name, *, wrong="", monkeypatch=None):
             for block in part.transformer.blocks:
                 block.shifted = False
     elif match := re.fullmatch(r"position factor ([\d.]+)", wrong):
-        monkeypatch.setattr(sparse_vae, "position_factor", lambda _: float(match[1]))
+        monkeypatch.setattr(layers, "position_factor", lambda _: float(match[1]))
     elif wrong and wrong not in ("pooling divides by n", "points counted x first"):
         raise AssertionError(wrong)
     sharp = torch.zeros(values.shape, dtype=torch.bool)

@@ -76,7 +76,7 @@ def test_an_official_folder_and_its_export_give_the_same_closed_mesh(
     )
     assert {"vae_64", "dit_64", "refiner_64", "refiner_128"} <= {path.name for path in written}
     assert mesh_of(tmp_path / "export", dino, tmp_path / "b") == made
-    note = json.loads((tmp_path / "export" / "dit_128" / "config.json").read_text())
+    note = json.loads((tmp_path / "export" / "dit_128" / "config.json").read_text(encoding="utf-8"))
     assert note["meshing"] == {"iso_value": 0.2, "normalize": True}
 
 
@@ -234,7 +234,7 @@ def test_official_files_that_are_unusable_are_refused(folders, tmp_path):
     refuse(path, held, refine="none", resolution=64)
     (path / "config.yaml").unlink()
     refuse(path, "config.yaml is missing")
-    (path / "config.yaml").write_text("a: [")
+    (path / "config.yaml").write_text("a: [", encoding="utf-8")
     refuse(path, "config.yaml is not valid YAML")
 
 
@@ -243,7 +243,7 @@ def test_official_weights_of_another_size_are_refused(folders, tmp_path):
     shutil.copytree(folders["1.1"], path)
     file = path / "model_sparse_512.ckpt"
     content = torch.load(file, weights_only=True)
-    wide = yaml.safe_load((path / "config.yaml").read_text())
+    wide = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     for part in ("encoder", "decoder"):
         wide["sparse_vae_512"]["params"][f"model_channels_{part}"] = 64
     write_config(path, wide)
@@ -282,7 +282,7 @@ def test_names_on_the_hub_are_checked(monkeypatch, tmp_path):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "config.yaml").write_text("")
+    (tmp_path / "sub" / "config.yaml").write_text("", encoding="utf-8")
     assert find_checkpoint("hf://owner/name/sub") == tmp_path / "sub"
     assert asked["repository"] == "owner/name"
     assert asked["allow_patterns"] == ["sub/*"]

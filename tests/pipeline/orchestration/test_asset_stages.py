@@ -32,7 +32,7 @@ CUBE = box(1)
 
 def visit(tmp_path, text, products=("sdf-64", "sdf-96", "renders-paper"), **options):
     (tmp_path / "in").mkdir(exist_ok=True)
-    (tmp_path / "in" / "a.obj").write_text(text)
+    (tmp_path / "in" / "a.obj").write_text(text, encoding="utf-8")
     source = FolderSource(root=tmp_path / "in")
     (record,) = source.records()
     tiny = {
@@ -136,7 +136,8 @@ def test_the_up_axis_is_that_of_the_build_where_a_file_states_none(tmp_path):
     stated = ProceduralSource(count=1)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.obj").write_text(
-        "v 1 2 3\nv 2 2 3\nv 1 4 3\nv 1 2 6\n" + "f 1 3 2\nf 1 2 4\nf 1 4 3\nf 2 3 4\n"
+        "v 1 2 3\nv 2 2 3\nv 1 4 3\nv 1 2 6\n" + "f 1 3 2\nf 1 2 4\nf 1 4 3\nf 2 3 4\n",
+        encoding="utf-8",
     )
     for source, origin in ((FolderSource(root=tmp_path / "in"), "option"), (stated, "stated")):
         (record,) = source.records()
@@ -251,13 +252,15 @@ sys.exit(f"compiled by an asset, not by the warm-up: {late}" if late else 0)
 def test_the_warm_up_leaves_nothing_for_an_asset_to_compile(tmp_path):
     """A function that a child compiles is compiled again by every other child."""
     command = [sys.executable, "-c", WARM, "12", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, text=True, capture_output=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ}, text=True, capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_notes_of_a_crashed_stage_say_how_far_it_got(tmp_path):
     AssetNotes(stage="load", row={"sha256": "x"}).save(tmp_path)
-    assert json.loads((tmp_path / "asset.json").read_text())["stage"] == "load"
+    assert json.loads((tmp_path / "asset.json").read_text(encoding="utf-8"))["stage"] == "load"
     assert AssetNotes.load(tmp_path).status == "running"
 
 

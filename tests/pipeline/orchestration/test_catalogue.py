@@ -47,7 +47,7 @@ def fill(folder):
     ]
     (folder / "turned.glb").write_bytes(to_glb(turned))
     (folder / "broken.glb").write_bytes(b"glTF")
-    (folder / "box.obj").write_text(box(1))
+    (folder / "box.obj").write_text(box(1), encoding="utf-8")
     return folder
 
 
@@ -184,7 +184,7 @@ def test_a_catalogue_that_was_changed_is_found(ranked_build, tmp_path):
 
 def test_nothing_kept_is_an_error_that_says_why(tmp_path):
     (tmp_path / "meshes").mkdir()
-    (tmp_path / "meshes/a.obj").write_text(box(1))
+    (tmp_path / "meshes/a.obj").write_text(box(1), encoding="utf-8")
     cfg = ranked(tmp_path / "out", tmp_path / "meshes")
     advice = "change --rank options, or --filter options, which need another --out"
     with pytest.raises(UserError, match=rf"no asset of .* is kept \(1 plain_box\); {advice}$"):

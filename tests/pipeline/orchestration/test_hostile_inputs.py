@@ -180,7 +180,7 @@ def fill(folder: Path, secret: Path) -> dict[str, tuple[str, str, str]]:
         add(f"empty.{kind}", b"", "file", "file_too_small")
     add("empty.zip", b"", "fetch", "unreadable")
     add("cut.glb", GLB[: len(GLB) // 2], "load", "unreadable")
-    add("cut.stl", stl(soup[:100])[:2000], "load", "unreadable")
+    add("cut.stl", stl(soup[:100])[:2000])  # the whole triangles are read, with a warning
     add("cut.zip", b"PK\x03\x04" + bytes(100), "fetch", "unreadable")
     add("cut.tar.gz", gzip.compress(os.urandom(5000))[:2000], "fetch", "unreadable")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 9\n"
@@ -241,6 +241,8 @@ def test_a_hostile_folder(tmp_path):
     assert {name: end for name, end in found.items() if end != expected.get(name)} == {}
     assert sorted(found) == sorted(expected)
     assert total["failed"] == 0
+    (cut,) = (row for row in rows_of(cfg.out) if row.url == "cut.stl")
+    assert cut.warnings == ("truncated_data",)
     assert verify(cfg.out) == []
     assert {
         path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_symlink()
@@ -256,7 +258,7 @@ def test_files_that_vanish_and_change_during_the_run(tmp_path):
     folder = tmp_path / "meshes"
     folder.mkdir()
     for name in ("a", "b", "c", "d", "f"):
-        (folder / f"{name}.obj").write_text(box(1))
+        (folder / f"{name}.obj").write_text(box(1), encoding="utf-8")
     (folder / "e.zip").write_bytes(b"")
     make_zip(folder / "e.zip", {"a.obj": box(1).encode()})
     source = open_source(f"folder:{folder}")
@@ -265,7 +267,7 @@ def test_files_that_vanish_and_change_during_the_run(tmp_path):
     (folder / "a.obj").unlink()
     (folder / "b.obj").unlink()
     (folder / "b.obj").mkdir()
-    (folder / "c.obj").write_text("")
+    (folder / "c.obj").write_text("", encoding="utf-8")
     (folder / "e.zip").unlink()
     (folder / "f.obj").unlink()
     (folder / "f.obj").symlink_to("f.obj")

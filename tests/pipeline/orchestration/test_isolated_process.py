@@ -29,7 +29,10 @@ def behave(argument):
 
 
 def write_limits(path):
-    path.write_text(f"{resource.getrlimit(resource.RLIMIT_AS)[0]} {os.getpid()} {os.getppid()}")
+    path.write_text(
+        f"{resource.getrlimit(resource.RLIMIT_AS)[0]} {os.getpid()} {os.getppid()}",
+        encoding="utf-8",
+    )
 
 
 def allocate(megabytes):
@@ -106,7 +109,7 @@ def test_a_call_ends_with_its_reason_and_the_next_one_is_not_harmed(
 def test_the_detail_is_the_last_line_of_the_traceback(isolated, tmp_path):
     end = call(isolated, "behave", ("raise", tmp_path), tmp_path)
     assert end.detail == f"RuntimeError: a bug, seen in {tmp_path}"
-    assert "Traceback" in (tmp_path / "log.txt").read_text()
+    assert "Traceback" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
 def test_an_error_that_is_nobodys_fault_is_told_apart(isolated, tmp_path):
@@ -121,7 +124,7 @@ def test_limits_hold_for_one_call_each_in_a_process_of_its_own(isolated, tmp_pat
             call(isolated, "write_limits", tmp_path / "limits", tmp_path, memory_bytes=limit).reason
             == ""
         )
-        seen.append((tmp_path / "limits").read_text().split())
+        seen.append((tmp_path / "limits").read_text(encoding="utf-8").split())
     assert [int(words[0]) for words in seen] == [2 * GB, 3 * GB]
     assert seen[0][1] != seen[1][1]
     assert seen[0][2] == seen[1][2]  # both forked from one server

@@ -64,7 +64,7 @@ class Nodes:
         ]
         if "--head" in options:
             command.append(f"--temp-dir={self.temp}")
-        log = (self.home / f"node-{len(self.marked)}.log").open("w")
+        log = (self.home / f"node-{len(self.marked)}.log").open("w", encoding="utf-8")
         process = subprocess.Popen(
             list(map(str, command)), env=env, stdout=log, stderr=log, cwd=ROOT
         )

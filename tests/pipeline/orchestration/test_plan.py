@@ -49,8 +49,8 @@ def test_a_plan_needs_an_asset(tmp_path):
 def test_a_plan_of_another_format_or_configuration_is_refused(tmp_path, change, words):
     cfg = BuildConfig(out=tmp_path)
     make_plan(cfg, [Listing("ab")])
-    info = json.loads((tmp_path / "plan.json").read_text())
-    (tmp_path / "plan.json").write_text(json.dumps({**info, **change}))
+    info = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    (tmp_path / "plan.json").write_text(json.dumps({**info, **change}), encoding="utf-8")
     with pytest.raises(UserError, match=words):
         make_plan(cfg, [Listing("ab")])
 
@@ -157,7 +157,12 @@ make_plan(BuildConfig(out=Path({str(tmp_path / "out")!r}), limit=None), [LongLis
 print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     )
     seconds, kilobytes = map(float, done.stdout.split())
     assert seconds < 60

@@ -119,7 +119,7 @@ def folder(tmp_path):
     """A folder with one mesh file and two others."""
     for name in ("a.obj", "notes.txt", "b.csv"):
         (tmp_path / "meshes" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "meshes" / name).write_text("v 0 0 0\n")
+        (tmp_path / "meshes" / name).write_text("v 0 0 0\n", encoding="utf-8")
     return tmp_path / "meshes"
 
 

@@ -218,11 +218,11 @@ def test_a_product_that_is_made_again_is_never_without_what_its_marker_vouches_f
 def test_a_file_that_has_changed_since_its_first_products_gets_no_others(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("kept", "changed"):
-        (tmp_path / f"in/{name}.obj").write_text(box(1))
+        (tmp_path / f"in/{name}.obj").write_text(box(1), encoding="utf-8")
     source, out = FolderSource(root=tmp_path / "in"), tmp_path / "out"
     assert build(config(out), [source]) == {"done": 2, "rejected": 0, "failed": 0}
     before = {row.url: row for row in rows_of(out)}
-    (tmp_path / "in/changed.obj").write_text(box(2))
+    (tmp_path / "in/changed.obj").write_text(box(2), encoding="utf-8")
     assert build(config(out, resolutions=(64, 96)), [source]) == {
         "done": 1,
         "rejected": 1,
@@ -324,8 +324,8 @@ def test_a_build_of_an_older_reader_gets_no_new_products(tmp_path, monkeypatch):
 def test_a_warning_can_reject_an_asset(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "a.obj").write_text("mtllib gone.mtl\n" + OBJ)
-    (folder / "b.obj").write_text(OBJ)
+    (folder / "a.obj").write_text("mtllib gone.mtl\n" + OBJ, encoding="utf-8")
+    (folder / "b.obj").write_text(OBJ, encoding="utf-8")
     sources = [FolderSource(root=folder)]
     kept = config(tmp_path / "kept", resolutions=(64,))
     assert build(kept, sources)["done"] == 2
