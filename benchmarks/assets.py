@@ -196,7 +196,7 @@ def measure(cfg: Measure) -> Row:
         "assets_per_hour": 3600 * sum(row["status"] == "done" for row in rows) / wall_s,
         "rows": rows,
     }
-    (cfg.out / "assets.json").write_text(json.dumps(results, indent=1) + "\n")
+    (cfg.out / "assets.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 
@@ -349,7 +349,7 @@ def compare(cfg: Compare) -> Row:
         "views": [row for row in rows if "view" in row],
     }
     if cfg.out is not None:
-        cfg.out.write_text(json.dumps(results, indent=1) + "\n")
+        cfg.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 

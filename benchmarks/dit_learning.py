@@ -166,7 +166,7 @@ def run_summaries(runs: Path) -> dict[str, Any]:
     """Return steps, losses and speed of each training run, by its directory below `runs`."""
     summaries = {}
     for path in sorted(runs.rglob("metrics.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         steps = [line for line in lines if "loss" in line and "event" not in line]
         total_s = sum(step["seconds"] for step in steps)
         summaries[str(path.parent.relative_to(runs))] = {

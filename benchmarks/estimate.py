@@ -144,7 +144,7 @@ def main(args: Sequence[str]) -> None:
     cfg = parse(EstimateBenchmark, args, prog=PROG)
     rows = compare(cfg)
     (cfg.out / "estimate.json").write_text(
-        json.dumps({"rows": rows, **provenance()}, indent=1, default=str) + "\n"
+        json.dumps({"rows": rows, **provenance()}, indent=1, default=str) + "\n", encoding="utf-8"
     )
     log.info(
         "| %d assets from %d | predicted | measured | error |", cfg.assets, cfg.assets // cfg.times

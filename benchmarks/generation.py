@@ -244,7 +244,7 @@ def main(args: Sequence[str]) -> None:
         )
     sys.stdout.write("\n".join(lines) + "\n")
     if cfg.out is not None:
-        cfg.out.write_text(json.dumps(rows, indent=1) + "\n")
+        cfg.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

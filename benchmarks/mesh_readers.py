@@ -76,10 +76,14 @@ def main(args: Sequence[str]) -> None:
         if python is not None:
             results[reader] = measure(reader, python, files, cfg)
     rows = [compare(path, {name: r[str(path)] for name, r in results.items()}) for path in files]
-    (cfg.out / "table.md").write_text(table(rows, [name for name in PEERS if name in results]))
+    (cfg.out / "table.md").write_text(
+        table(rows, [name for name in PEERS if name in results]), encoding="utf-8"
+    )
     disagreements = [row for row in rows if row["disagrees_with"]]
     lines = [json.dumps(row) for row in disagreements]
-    (cfg.out / "disagreements.jsonl").write_text("\n".join(lines) + "\n" if lines else "")
+    (cfg.out / "disagreements.jsonl").write_text(
+        "\n".join(lines) + "\n" if lines else "", encoding="utf-8"
+    )
     log.info("%d files, %d disagreements: %s", len(rows), len(disagreements), cfg.out)
 
 
@@ -90,12 +94,12 @@ def measure(
     stored = cfg.out / f"{reader}.jsonl"
     results: dict[str, dict[str, Any]] = {}
     if stored.exists():
-        for line in stored.read_text().splitlines():
+        for line in stored.read_text(encoding="utf-8").splitlines():
             result = json.loads(line)
             results[result["path"]] = result
     pending = [path for path in files if str(path) not in results]
     log.info("%s: %d files", reader, len(pending))
-    with stored.open("a") as out:
+    with stored.open("a", encoding="utf-8") as out:
         while pending:
             for result in _run_child(reader, python, pending, cfg.timeout_s):
                 out.write(json.dumps(result) + "\n")
@@ -119,6 +123,7 @@ def _run_child(
         text=True,
         errors="replace",  # libraries print names in any encoding
         env=environment,
+        encoding="utf-8",
     )
     assert child.stdin is not None
     assert child.stdout is not None

@@ -100,7 +100,7 @@ def random_model(cls: Callable[[Any], Any], config: Any) -> Any:
 
 def make_stages(version: str, refiners: bool) -> Stages:
     """Return all stages of a published version with random weights."""
-    known = json.loads(SETTINGS.read_text())
+    known = json.loads(SETTINGS.read_text(encoding="utf-8"))
 
     def read(stage: str, reader: Callable[..., Any], *more: Any) -> Any:
         return reader(known[f"v{version} {stage}"]["settings"], *more, stage)
@@ -246,7 +246,9 @@ def main(args: Sequence[str]) -> None:
     lines.append(f"| highest | | | {highest:.2f} |")
     sys.stdout.write("\n".join([json.dumps(machine), *lines]) + "\n")
     if cfg.out is not None:
-        cfg.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        cfg.out.write_text(
+            json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def main(args: Sequence[str]) -> None:
             machine = gpu_machine(world.device)
             cfg.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"machine": machine, "rows": rows}, indent=1, default=str)
-            (cfg.out / "scaling.json").write_text(text + "\n")
+            (cfg.out / "scaling.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def measure(cfg: SdfBenchmark) -> dict[str, Any]:
             on_peers = [peer for peer in peers if not cfg.peer_names or name in cfg.peer_names]
             _measure_mesh(cfg, name, path, folder, on_peers, results)
             cfg.out.parent.mkdir(parents=True, exist_ok=True)
-            cfg.out.write_text(json.dumps(results, indent=1) + "\n")
+            cfg.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 
@@ -203,13 +203,14 @@ def run_child(folder: Path, job: dict[str, Any], timeout_s: float) -> dict[str, 
             capture_output=True,
             text=True,
             timeout=timeout_s,
+            encoding="utf-8",
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"took more than {timeout_s:.0f} s"}
     if done.returncode or not result.exists():
         last = done.stderr.strip().rpartition("\n")[2]
         return {"failed": f"exit code {done.returncode}: {last[:200]}"}
-    return json.loads(result.read_text())
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def _files(cfg: SdfBenchmark, scratch: Path) -> Iterator[tuple[str, Path]]:
@@ -230,7 +231,7 @@ def _files(cfg: SdfBenchmark, scratch: Path) -> Iterator[tuple[str, Path]]:
 def machine(peers: Sequence[str]) -> dict[str, Any]:
     """Return the processor and the versions on which the numbers depend."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {name: _version(name) for name in ("numba", "numpy", *peers)}
     return {

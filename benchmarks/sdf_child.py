@@ -41,7 +41,7 @@ def main(folder: Path, job: dict[str, Any]) -> None:
         result = jobs[job["method"]](folder, job)
     except Reject as verdict:
         result = {"rejected": verdict.reason}
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def prepare(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class Clock:
 
     def __init__(self):
         with suppress(OSError):  # other systems than Linux: the peak includes the warm-up
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         self.base_mb = peak_mb()
         self.parts: dict[str, float] = {}
         self.last = time.process_time()
@@ -211,7 +211,7 @@ def peak_mb() -> float:
     getrusage can include the parent process, so it is only used where /proc is missing.
     """
     status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
+    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -186,7 +186,7 @@ def measure(cfg: Measure) -> dict[str, Any]:
             log.info("%s", row)
             results["rows"].append(row)
         cfg.out.parent.mkdir(parents=True, exist_ok=True)
-        cfg.out.write_text(json.dumps(results, indent=1) + "\n")
+        cfg.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 
@@ -316,7 +316,9 @@ def in_a_process(topologies: Path, resolution: int, limit: str) -> Row:
             memory_limit=getattr(resource, limit),
         )
         isolated.close()
-        found = json.loads(out.read_text()) if out.exists() else {"said": end.detail}
+        found = (
+            json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"said": end.detail}
+        )
         return {"limit": limit, "ended": end.reason or "well", "wall_s": end.seconds, **found}
 
 
@@ -334,12 +336,14 @@ def _child(job: tuple[Path, int, Path]) -> None:
         for R in (256, 256, resolution, resolution)
     ]
     at_hand = {f"run_{number}_s": value for number, value in enumerate(took)}
-    out.write_text(json.dumps({**at_hand, "gpu_mb": torch.cuda.max_memory_reserved() >> 20}))
+    out.write_text(
+        json.dumps({**at_hand, "gpu_mb": torch.cuda.max_memory_reserved() >> 20}), encoding="utf-8"
+    )
 
 
 def machine() -> Row:
     """Return the processor and the versions on which the numbers depend."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {
         "python": platform.python_version(),

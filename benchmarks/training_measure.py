@@ -130,7 +130,10 @@ def learn(cfg: Measure, preset: str, device: torch.device) -> dict[str, Any]:
         steps = train_vae(run, World(device=device))
         seconds = time.monotonic() - began
         init = run.out / "latest"
-        lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         stage = {
             "resolution": resolution,
             "steps": steps,
@@ -195,7 +198,9 @@ def measure(cfg: Measure) -> dict[str, Any]:
     }
 
     def save() -> None:
-        (cfg.out / "training.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
+        (cfg.out / "training.json").write_text(
+            json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8"
+        )
 
     for preset in cfg.learn:
         results["learn"].append(learn(cfg, preset, device))

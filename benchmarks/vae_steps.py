@@ -90,7 +90,9 @@ def main(args: Sequence[str]) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     results = {"machine": gpu_machine(device), "rows": rows}
-    (cfg.out / "vae-steps.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
+    (cfg.out / "vae-steps.json").write_text(
+        json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class CsvSource:
 
     def records(self) -> Iterator[Record]:
         """Yield one record per line, in the order of the file."""
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
                 mesh = Path(line["file"])
                 yield Record(

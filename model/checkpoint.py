@@ -60,7 +60,7 @@ def save_model(path: Path | str, model: nn.Module, config: Any, **notes: Any) ->
     with replacing(path, durable=True) as partial:
         partial.mkdir()
         save_file(weights, partial / WEIGHTS)
-        (partial / CONFIG).write_text(json.dumps(description, indent=1) + "\n")
+        (partial / CONFIG).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         sync_directory(partial)
     sync_directory(path.parent)
 
@@ -73,7 +73,7 @@ def read_config(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        description = json.loads((path / CONFIG).read_text())
+        description = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         version = description["format_version"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         cause = getattr(error, "strerror", None) or repr(error)

@@ -26,7 +26,13 @@ def run(
     env = {**os.environ, **(env or {}), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, EXAMPLES / script, *map(str, words)]
     ended = subprocess.run(
-        command, cwd=cwd or ROOT, env=env, capture_output=True, text=True, check=False
+        command,
+        cwd=cwd or ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
@@ -43,7 +49,7 @@ def test_every_script_is_in_the_table():
     names = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.*")} - {
         "README.md"
     }
-    table = (EXAMPLES / "README.md").read_text()
+    table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in table for name in names if "__pycache__" not in name)
 
 
@@ -81,9 +87,9 @@ def test_attention_in_another_model_learns():
 
 def test_add_a_source(tmp_path):
     trimesh.creation.icosphere().export(tmp_path / "ball.stl")
-    (tmp_path / "flat.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    (tmp_path / "flat.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", encoding="utf-8")
     listed = "file,licence\nball.stl,cc0\nflat.obj,cc0\nlost.glb,cc0\n"
-    (tmp_path / "assets.csv").write_text(listed)
+    (tmp_path / "assets.csv").write_text(listed, encoding="utf-8")
     ball, flat, lost = run("add_a_source.py", tmp_path / "assets.csv", tmp_path).splitlines()
     assert ball.startswith("ball.stl: 1280 faces, closed, ")
     assert flat.startswith("flat.obj: rejected, ")
@@ -92,14 +98,16 @@ def test_add_a_source(tmp_path):
 
 def test_a_build_from_a_source_of_ones_own_as_the_documentation_shows(tmp_path):
     trimesh.creation.icosphere().export(tmp_path / "ball.stl")
-    (tmp_path / "assets.csv").write_text("file,licence\nball.stl,cc0\nlost.glb,cc0\n")
-    page = (ROOT / "docs" / "extending.md").read_text()
+    (tmp_path / "assets.csv").write_text(
+        "file,licence\nball.stl,cc0\nlost.glb,cc0\n", encoding="utf-8"
+    )
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     (block,) = [
         textwrap.dedent(block)
         for block in re.findall(r"^  ```python\n(.*?)^  ```$", page, re.M | re.S)
         if "CsvSource" in block
     ]
-    (tmp_path / "my_build.py").write_text(block)
+    (tmp_path / "my_build.py").write_text(block, encoding="utf-8")
     env = environment(tmp_path)
     env["PYTHONPATH"] += os.pathsep + str(EXAMPLES)
     subprocess.run([sys.executable, "my_build.py"], cwd=tmp_path, env=env, check=True)

@@ -1,6 +1,7 @@
 """Import directions: which package, sub-package and module may import which."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,9 @@ def module_of(path: Path) -> str:
 
 MODULES = {module_of(path): path for path in FILES}
 COMMANDS = {
-    name for name, path in MODULES.items() if 'if __name__ == "__main__":' in path.read_text()
+    name
+    for name, path in MODULES.items()
+    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
 } - {"pipeline.orchestration.isolated_process"}  # builds start it, people do not
 
 
@@ -81,7 +84,7 @@ def imports(path: Path, *, at_import_only: bool = False) -> set[str]:
 
     Imports under `if TYPE_CHECKING` are left out: they do not run.
     """
-    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     names = set()
     while pending:
         node = pending.pop()
@@ -159,8 +162,35 @@ def test_only_the_runner_imports_ray(path):
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_every_file_says_what_it_contains(path):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert not text.strip() or ast.get_docstring(ast.parse(text))
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Say whether a call reads or writes text through a file, a stream or a child process."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    if name == "read_text":
+        return not call.args
+    if name == "write_text":
+        return len(call.args) == 1
+    owner = getattr(getattr(call.func, "value", None), "id", "")
+    if name in ("open", "fdopen") and owner not in ("tarfile", "zipfile", "Image"):
+        # The mode is the first argument of a path's method and the second one of a function.
+        modes = [value for value in (*call.args[:2], keywords.get("mode")) if value is not None]
+        texts = [mode.value for mode in modes if isinstance(mode, ast.Constant)]
+        return any(isinstance(text, str) and re.fullmatch("[rwax][t+]*", text) for text in texts)
+    return getattr(keywords.get("text"), "value", None) is True
+
+
+def test_text_is_read_and_written_as_utf_8():
+    """The encoding of the locale is never used: a library may change the locale of the process."""
+    for path in [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and opens_text(node):
+                keywords = [keyword.arg for keyword in node.keywords]
+                place = f"{path.relative_to(ROOT)}:{node.lineno}"
+                assert "encoding" in keywords, f"{place} names no encoding"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +203,12 @@ def test_a_config_module_imports_nothing_heavy(path):
         "sys.exit(' '.join(heavy) or 0)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
 

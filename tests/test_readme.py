@@ -12,9 +12,15 @@ import torch
 from tests.train.analytic_builds import add_renders, make_build
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-RECIPES = [path.read_text() for path in sorted((ROOT / "examples" / "recipes").glob("*.sh"))]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    README,
+    *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+RECIPES = [
+    path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "examples" / "recipes").glob("*.sh"))
+]
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
 
 torch.set_num_threads(1)
@@ -49,11 +55,11 @@ def test_reading_the_data(tmp_path, monkeypatch):
 
 def test_the_documentation_names_every_stage_and_only_reasons_that_exist():
     package = (ROOT / "pipeline").rglob("*.py")
-    code = "\n".join(path.read_text() for path in package)
+    code = "\n".join(path.read_text(encoding="utf-8") for path in package)
     stages = re.findall(r'_stage\(job, notes, "(\w+)"\)', code)
     assert len(stages) >= 7
-    table = (ROOT / "docs" / "catalogue.md").read_text().partition("| stage |")[2]
-    manifest = (ROOT / "docs" / "format.md").read_text().partition("| `stage` |")[2]
+    table = (ROOT / "docs" / "catalogue.md").read_text(encoding="utf-8").partition("| stage |")[2]
+    manifest = (ROOT / "docs" / "format.md").read_text(encoding="utf-8").partition("| `stage` |")[2]
     for stage in stages:
         assert f"`{stage}`" in table
         assert f"`{stage}`" in manifest.partition("\n")[0]

@@ -37,7 +37,7 @@ def size_class(rows: int) -> int:
 def _load() -> dict[str, int]:
     """Read the choices on disk. A missing or damaged file only means measuring again."""
     try:
-        entries = json.loads(CACHE.read_text())
+        entries = json.loads(CACHE.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(entries, dict):

@@ -212,7 +212,7 @@ def _read_sections(file: Path) -> dict[str, dict[str, Any]]:
     """Return the keywords of every section of config.yaml."""
     _check_not_a_pointer(file)
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     except yaml.YAMLError as error:

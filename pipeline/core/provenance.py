@@ -45,7 +45,13 @@ def commit_of_code() -> str | None:
     folder = Path(__file__).parent
     try:
         ended = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=10, check=False
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+            encoding="utf-8",
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

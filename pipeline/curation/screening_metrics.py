@@ -164,12 +164,12 @@ def save_metrics(folder: Path, metrics: ScreeningMetrics) -> None:
         name: value.hex() if isinstance(value, bytes) else value
         for name, value in asdict(metrics).items()
     }
-    (folder / METRICS_FILE).write_text(json.dumps(row))
+    (folder / METRICS_FILE).write_text(json.dumps(row), encoding="utf-8")
 
 
 def load_metrics(folder: Path) -> ScreeningMetrics:
     """Read the metrics that `save_metrics` wrote."""
-    row = json.loads((folder / METRICS_FILE).read_text())
+    row = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
     signatures = {name: bytes.fromhex(row[name]) for name in ("occupancy", "looks")}
     return ScreeningMetrics(**{**row, **signatures})
 

@@ -136,7 +136,7 @@ def _negative_cache(key: str, cfg: FetchConfig) -> Iterator[None]:
     entry = cfg.root / "gone" / key[:2] / f"{key}.json"
     if entry.exists() and time.time() - entry.stat().st_mtime < cfg.negative_ttl_h * 3600:
         with suppress(ValueError, LookupError, OSError):  # a damaged entry is ignored
-            recorded = json.loads(entry.read_text())
+            recorded = json.loads(entry.read_text(encoding="utf-8"))
             raise Reject(recorded["reason"], **recorded["numbers"])
     try:
         yield
@@ -203,7 +203,9 @@ def _complete(wanted: DownloadRequest, partial: Path, cfg: FetchConfig) -> None:
         if partial.exists() and partial.stat().st_size:
             validator = ""
             with suppress(ValueError, LookupError, OSError):  # a damaged state file is ignored
-                validator = json.loads(_state_file(partial).read_text())["validator"]
+                validator = json.loads(_state_file(partial).read_text(encoding="utf-8"))[
+                    "validator"
+                ]
             if validator:
                 headers |= {"If-Range": validator}
             # Without a validator or a hash the rest could belong to another version of the file.
@@ -221,7 +223,7 @@ def _complete(wanted: DownloadRequest, partial: Path, cfg: FetchConfig) -> None:
         if not validator or validator.startswith("W/"):  # a weak ETag does not identify bytes
             validator = response.headers.get("Last-Modified", "")
         if response.status == 200 or validator:
-            _state_file(partial).write_text(json.dumps({"validator": validator}))
+            _state_file(partial).write_text(json.dumps({"validator": validator}), encoding="utf-8")
         resumes = response.status == 206
         with partial.open("ab" if resumes else "wb") as file:
             for chunk in read_chunks(response, wanted.max_bytes - start * resumes, cfg):

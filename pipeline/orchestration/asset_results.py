@@ -79,7 +79,11 @@ class AssetNotes:
     def load(folder: Path) -> AssetNotes:
         """Read the notes of a job's directory. Return empty ones if the job wrote none."""
         path = folder / NOTES
-        return AssetNotes(**json.loads(path.read_text())) if path.exists() else AssetNotes()
+        return (
+            AssetNotes(**json.loads(path.read_text(encoding="utf-8")))
+            if path.exists()
+            else AssetNotes()
+        )
 
     def reject(self, stage: str, verdict: Reject) -> None:
         """Record a verdict.
@@ -177,7 +181,7 @@ def save_result(job: AssetJob, end: ProcessExit, attempts: int) -> AssetResult:
     (job.folder / NOTES).unlink(missing_ok=True)
     hashes = {str(product): job.config.product_hash(product) for product in job.products}
     content = {"hashes": hashes, "result": asdict(result)}
-    (job.folder / RESULT).write_text(json.dumps(content))
+    (job.folder / RESULT).write_text(json.dumps(content), encoding="utf-8")
     final = job.folder.with_name(job.record.uid)
     shutil.rmtree(final, ignore_errors=True)
     job.folder.replace(final)
@@ -200,7 +204,7 @@ def read_result(
         The result, or None if there is none or if it cannot be used (see `parse_result`).
     """
     path = scratch_folder(out, shard, uid) / RESULT
-    return parse_result(path.read_text(), cfg, products) if path.exists() else None
+    return parse_result(path.read_text(encoding="utf-8"), cfg, products) if path.exists() else None
 
 
 def parse_result(text: str, cfg: BuildConfig, products: Sequence[Product]) -> AssetResult | None:

@@ -252,7 +252,7 @@ def read_plan(out: StorePath) -> Plan:
         UserError: If `out` is not a build, or a build of another format version.
     """
     try:
-        text = (out / PLAN).read_text()
+        text = (out / PLAN).read_text(encoding="utf-8")
         version = json.loads(text)["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(

@@ -148,7 +148,7 @@ class ShapeNetSource:
         if not path.exists():
             return {}
         try:
-            entries = json.loads(path.read_text())
+            entries = json.loads(path.read_text(encoding="utf-8"))
             return {
                 entry["synsetId"]: [word.strip() for word in entry["name"].split(",")]
                 for entry in entries

@@ -99,7 +99,7 @@ def read_marker(out: StorePath, shard: str, product: Product | str) -> CommitMar
     """
     path = marker_path(out, shard, product)
     try:
-        return CommitMarker.from_json(path.read_text())
+        return CommitMarker.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is {error}") from error
 

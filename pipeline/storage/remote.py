@@ -144,9 +144,9 @@ class RemotePath:
             "cannot be read", lambda fs, path: fs.cat_file(path, start=start, end=start + size)
         )
 
-    def read_text(self) -> str:
-        """Read the object as UTF-8 text."""
-        return self.read_bytes().decode()
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """Read the object as text, as `Path.read_text` does."""
+        return self.read_bytes().decode(encoding)
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
         """Read several objects below this path concurrently. Return them in the given order."""

@@ -60,7 +60,9 @@ def test_each_asset_is_timed_by_stage(measured):
         assert (row["device"], row["tokens"].keys()) == ("cpu", {"sdf-64"})
         assert row["renderer"]
     assert results["assets_per_hour"] == pytest.approx(3600 * 4 / results["wall_s"])
-    assert json.loads((cfg.out / "assets.json").read_text())["rows"] == results["rows"]
+    assert (
+        json.loads((cfg.out / "assets.json").read_text(encoding="utf-8"))["rows"] == results["rows"]
+    )
     text = assets.table(results)
     assert text.count("| box.ply | 12 |") == 2
     assert text.count("| empty.stl | rejected: ") == 2
@@ -103,7 +105,7 @@ def test_compare_finds_changes(measured, tmp_path):
     Image.fromarray(rgba).save(picture)
     out = tmp_path / "apart.json"
     changed = assets.compare(assets.Compare(expected=cfg.out, found=other, out=out))
-    assert json.loads(out.read_text()) == changed
+    assert json.loads(out.read_text(encoding="utf-8")) == changed
     assert sorted(row["wrong_signs"] for row in changed["sdf"]) == [0, 1]
     (view,) = [row for row in changed["views"] if row["mean_difference"]]
     assert view["view"] == f"{uid}-01"

@@ -22,7 +22,7 @@ def test_one_run_measures_cost_error_and_size(tmp_path, capsys):
         f"--meshes {tmp_path} --resolutions 64 --full-resolutions 64 72 --topology-resolution 64 "
         f"--peers --samples 2000 --out {out}".split()
     )
-    results = json.loads(out.read_text())
+    results = json.loads(out.read_text(encoding="utf-8"))
     (ours,) = results["rows"]
     assert (ours["mesh"], ours["faces"], ours["method"], ours["resolution"]) == (
         "ball.ply",
@@ -39,7 +39,7 @@ def test_one_run_measures_cost_error_and_size(tmp_path, capsys):
     assert set(full["parts_s"]) == {"topology", "sdf_64", "sdf_72"}
     assert full["stored"]["64"]["cells"] == ours["cells"]
     assert 50 < full["stored"]["64"]["bytes"] / ours["cells"] < 1200
-    assert str(tmp_path) not in out.read_text()
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
     assert "| ball.ply" in capsys.readouterr().out
 
 

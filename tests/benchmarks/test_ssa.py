@@ -84,9 +84,11 @@ def test_the_users_coordinates(tmp_path):
 
 
 def test_a_peer_is_loaded_from_a_file(tmp_path):
-    (tmp_path / "peer.py").write_text("def spatial_sparse_attention(q, *rest):\n    return q\n")
+    (tmp_path / "peer.py").write_text(
+        "def spatial_sparse_attention(q, *rest):\n    return q\n", encoding="utf-8"
+    )
     assert ssa_timing.load_peer(tmp_path / "peer.py")(5) == 5
-    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "empty.py").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="peer must define spatial_sparse_attention"):
         ssa_timing.load_peer(tmp_path / "empty.py")
 
@@ -110,7 +112,7 @@ except SystemExit as end:
 assert not {{"torch", "triton", "numpy"}} & set(sys.modules)
 """
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, encoding="utf-8"
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "--out" in result.stdout

@@ -51,6 +51,7 @@ def is_taken_for_theirs(folder: Path, version: str) -> bool:
         capture_output=True,
         text=True,
         check=False,
+        encoding="utf-8",
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return {"True": True, "False": False}[result.stdout.split()[-1]]
@@ -67,10 +68,10 @@ def metadata(tmp_path_factory) -> Path:
 
 def set_version(metadata: Path, version: str) -> None:
     info = metadata / "sparse3d.egg-info" / "PKG-INFO"
-    lines = info.read_text().splitlines(keepends=True)
+    lines = info.read_text(encoding="utf-8").splitlines(keepends=True)
     at = next(i for i, line in enumerate(lines) if line.startswith("Version: "))
     lines[at] = f"Version: {version}\n"
-    info.write_text("".join(lines))
+    info.write_text("".join(lines), encoding="utf-8")
 
 
 def test_no_version_of_ours_is_taken_for_hugging_faces(metadata):
@@ -79,12 +80,12 @@ def test_no_version_of_ours_is_taken_for_hugging_faces(metadata):
     assert not is_taken_for_theirs(metadata, version)
     # With a declaration of the package transformers does take it, so the check above can fail.
     top_level = metadata / "sparse3d.egg-info" / "top_level.txt"
-    declared = top_level.read_text()
-    top_level.write_text(f"{declared}kernels\n")
+    declared = top_level.read_text(encoding="utf-8")
+    top_level.write_text(f"{declared}kernels\n", encoding="utf-8")
     try:
         assert is_taken_for_theirs(metadata, version)
     finally:
-        top_level.write_text(declared)
+        top_level.write_text(declared, encoding="utf-8")
 
 
 def test_our_package_has_no_version_of_its_own():
@@ -95,6 +96,8 @@ def test_our_package_has_no_version_of_its_own():
 
 
 def test_packaging_declares_the_other_packages(metadata):
-    declared = (metadata / "sparse3d.egg-info" / "top_level.txt").read_text().split()
+    declared = (
+        (metadata / "sparse3d.egg-info" / "top_level.txt").read_text(encoding="utf-8").split()
+    )
     assert declared == ["model", "pipeline", "train"]
     assert importlib.util.find_spec("kernels") is not None

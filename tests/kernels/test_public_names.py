@@ -16,7 +16,12 @@ RUNTIME = ROOT / "kernels" / "runtime"
 def run_python(code: str) -> str:
     """Run `code` in a fresh interpreter and return what it prints."""
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
@@ -68,7 +73,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 @pytest.mark.parametrize("path", sorted(RUNTIME.glob("*.py")), ids=lambda path: path.stem)
 def test_runtime_imports_no_other_part_of_kernels(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernels"):
             assert node.module.startswith("kernels.runtime."), node.module
         elif isinstance(node, ast.Import):

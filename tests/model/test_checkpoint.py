@@ -114,8 +114,8 @@ def test_another_configuration_or_class_is_refused(saved):
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(saved, change, message):
     path, _ = saved
-    described = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**described, **change}))
+    described = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    (path / "config.json").write_text(json.dumps({**described, **change}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load_model(path, Tiny)
 
@@ -126,7 +126,7 @@ def test_a_damaged_directory_is_refused(saved, name, content):
     path, _ = saved
     (path / name).unlink()
     if content is not None:
-        (path / name).write_text(content)
+        (path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=name):
         load_model(path, Tiny)
 

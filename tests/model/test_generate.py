@@ -211,7 +211,7 @@ def write_unusual_image(name, folder):
         disc_image().save(path)
         path.write_bytes(path.read_bytes()[:200])
     elif name == "text":
-        path.write_text("<html>not found</html>")
+        path.write_text("<html>not found</html>", encoding="utf-8")
     elif name == "grayscale":
         disc_image(mode="LA").save(path)
     elif name == "sixteen_bit":
@@ -356,7 +356,7 @@ def test_the_command_logs_the_mesh_and_the_stages(checkpoint, picture, tmp_path)
         "png",
     ]
     command = [sys.executable, "-m", "model.generate", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     for word in ("stand-in", "closed", "structure", "64 ", "128 ", "peak memory", "preview"):
         assert word in done.stderr
@@ -392,7 +392,9 @@ try:
 except UserError as error:
     print(error, "torch" in sys.modules)
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
     assert ended.stdout.endswith("False\n"), ended.stderr
     assert "readable image" in ended.stdout
 

@@ -90,7 +90,10 @@ def test_an_older_export_is_loaded(tmp_path):
     model = randomize(ConditionedDiT(config), 1)
     save_model(tmp_path / "dit_64", model, config)
     file = tmp_path / "dit_64" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "config": OLD}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text(encoding="utf-8")), "config": OLD}),
+        encoding="utf-8",
+    )
     loaded = load_model(tmp_path / "dit_64", ConditionedDiT)
     assert loaded.config == config
     broken = {key: value for key, value in OLD_DIT.items() if key != "top_k"}

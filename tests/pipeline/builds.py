@@ -63,6 +63,7 @@ def start(module: str, *args: object, env: dict[str, str]) -> subprocess.Popen[s
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        encoding="utf-8",
     )
 
 

@@ -70,7 +70,7 @@ class CrashingSource:
         elif behaviour == "vanish":
             raise FileNotFoundError("gone since the folder was listed")
         path = scratch / "box.obj"
-        path.write_text(box(1 + number / 10))
+        path.write_text(box(1 + number / 10), encoding="utf-8")
         return path
 
 
@@ -83,6 +83,8 @@ def box(height: float) -> str:
 def _kill_ray_worker() -> None:
     """Kill the Ray worker, which is the parent of the server that forked this process."""
     server = os.getppid()
-    worker = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
+    worker = int(
+        Path(f"/proc/{server}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+    )
     os.kill(worker, signal.SIGKILL)
     time.sleep(600)

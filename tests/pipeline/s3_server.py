@@ -174,10 +174,10 @@ class Store:
         folder = home / ".aws"
         folder.mkdir(exist_ok=True)
         (folder / "config").write_text(
-            f"[default]\nregion = us-east-1\nendpoint_url = {self.endpoint}\n"
+            f"[default]\nregion = us-east-1\nendpoint_url = {self.endpoint}\n", encoding="utf-8"
         )
         (folder / "credentials").write_text(
-            "\n".join(["[default]", *(f"{k} = {v}" for k, v in KEYS.items())])
+            "\n".join(["[default]", *(f"{k} = {v}" for k, v in KEYS.items())]), encoding="utf-8"
         )
 
     def keys(self, prefix: str) -> list[str]:

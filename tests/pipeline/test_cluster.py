@@ -11,7 +11,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.pipeline.builds import ROOT
 
-CONFIG = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+CONFIG = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
 
 
 def test_ray_accepts_the_file_with_its_defaults_filled_in():
@@ -41,6 +41,7 @@ def test_system_packages_are_those_of_the_makefile():
         text=True,
         capture_output=True,
         check=True,
+        encoding="utf-8",
     )
     installed = " ".join(CONFIG["setup_commands"]).split()
     assert set(shown.stdout.split()) <= set(installed)

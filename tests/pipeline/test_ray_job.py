@@ -49,7 +49,7 @@ def ray_head(folder, env):
         *options,
     ]
     command += ["--object-store-memory=100000000", f"--temp-dir={temp}", "--disable-usage-stats"]
-    log = (folder / "head.log").open("w")
+    log = (folder / "head.log").open("w", encoding="utf-8")
     process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log, cwd=ROOT)
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:
@@ -57,8 +57,8 @@ def ray_head(folder, env):
         while subprocess.run(
             [RAY, "job", "list", "--address", address], env=env, capture_output=True
         ).returncode:
-            assert process.poll() is None, (folder / "head.log").read_text()
-            assert time.monotonic() < deadline, (folder / "head.log").read_text()
+            assert process.poll() is None, (folder / "head.log").read_text(encoding="utf-8")
+            assert time.monotonic() < deadline, (folder / "head.log").read_text(encoding="utf-8")
             time.sleep(0.5)
         yield address
     finally:
@@ -86,7 +86,13 @@ def build_in_a_job(address, env, out):
     ]
     submit = [str(RAY), "job", "submit", "--address", address, "--", *command]
     done = subprocess.run(
-        submit, env=env, cwd=out.parent, text=True, capture_output=True, timeout=300
+        submit,
+        env=env,
+        cwd=out.parent,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout

@@ -124,7 +124,7 @@ def make_build(
 def commit(root: Path, shard: str, product: Product | str) -> None:
     path = marker_path(root, shard, product)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"shard": shard, "product": str(product)}))
+    path.write_text(json.dumps({"shard": shard, "product": str(product)}), encoding="utf-8")
 
 
 def color_of(number: int, view: int) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ def main(args):
     folder, ending = Path(args[0]), args[1]
     with note_signals() as stop, join_world("cpu") as world:
         total = world.sum(torch.tensor(world.rank + 1.0)).item()
-        (folder / f"rank-{world.rank}").write_text(f"{world.size} {total}")
+        (folder / f"rank-{world.rank}").write_text(f"{world.size} {total}", encoding="utf-8")
         if world.rank == 1 and ending == "fail":
             raise RunError("this rank fails")
         if world.rank == 1 and ending == "killed":

@@ -87,7 +87,10 @@ def task_of(cfg):
 
 def metrics(path, event=None):
     """Return the rows of a run's metrics.jsonl that have this event."""
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [row for row in rows if row.get("event") == event]
 
 

@@ -46,6 +46,7 @@ def test_help_exits_0_and_imports_no_heavy_package(module, args, expected):
         capture_output=True,
         text=True,
         timeout=120,
+        encoding="utf-8",
     )
     assert process.returncode == 0, process.stderr
     text, _, modules = process.stdout.rpartition("modules:")

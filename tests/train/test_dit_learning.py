@@ -171,7 +171,7 @@ def test_all_commands_lead_from_meshes_to_generated_meshes(tmp_path):
     dit = "--resolution 32 --flow.loop.steps 200"
     main([*common, "--vae", f"{run}/latest", "--out", str(out), *dit.split()])
     (folder,) = (out / "samples").iterdir()
-    numbers = json.loads((folder / "iou.json").read_text())["held_out_views"]
+    numbers = json.loads((folder / "iou.json").read_text(encoding="utf-8"))["held_out_views"]
     made = {path.stem: read_ply(path) for path in folder.glob("*.ply")}
     reader = BrickReader(read_build_index(data, [32]))
     uids = reader.index.uids

@@ -219,13 +219,18 @@ def test_stores_that_are_damaged_or_of_another_format_are_refused(encoded, tmp_p
     shutil.copytree(encoded[0], root)
     (folder,) = root.iterdir()
     described = folder / "32" / "000000.zarr" / "zarr.json"
-    text = described.read_text()
-    described.write_text(text.replace('"format_version": 1', '"format_version": 99'))
+    text = described.read_text(encoding="utf-8")
+    described.write_text(
+        text.replace('"format_version": 1', '"format_version": 99'), encoding="utf-8"
+    )
     with pytest.raises(UserError, match="must have format_version 1, got 99"):
         LatentStore(root, 32)
-    described.write_text(text)
+    described.write_text(text, encoding="utf-8")
     stats = folder / "32" / "stats.json"
-    stats.write_text(stats.read_text().replace('"format_version": 1', '"format_version": 99'))
+    stats.write_text(
+        stats.read_text(encoding="utf-8").replace('"format_version": 1', '"format_version": 99'),
+        encoding="utf-8",
+    )
     with pytest.raises(UserError, match="has format_version 99, this code reads 1"):
         LatentStore(root, 32)
     for path in (tmp_path / "nothing", folder / "32" / "000000.zarr" / "mean"):
@@ -285,11 +290,11 @@ def test_a_build_without_training_assets_is_refused(checkpoint, tmp_path):
 
 
 def test_the_command_encodes_the_resolutions_of_the_vae(build, checkpoint, encoded, tmp_path):
-    described = json.loads((checkpoint / "config.json").read_text())
+    described = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     trained = tmp_path / "vae"
     shutil.copytree(checkpoint, trained)
     described["training"] = {"bricks": {"resolutions": [40, 512]}, "loop": {"precision": "fp32"}}
-    (trained / "config.json").write_text(json.dumps(described))
+    (trained / "config.json").write_text(json.dumps(described), encoding="utf-8")
     data = tmp_path / "build"
     shutil.copytree(build, data)
     main(["--vae", str(trained), "--data", str(data), "--device", "cpu", "--max-tokens", "60"])

@@ -35,7 +35,9 @@ def checkpoint(path, model, **training):
         "model": type(model).__name__,
         "config": asdict(model.config),
     }
-    (path / "config.json").write_text(json.dumps({**described, "training": training}))
+    (path / "config.json").write_text(
+        json.dumps({**described, "training": training}), encoding="utf-8"
+    )
     return path
 
 
@@ -121,7 +123,9 @@ def test_an_export_remembers_the_sampling_it_recommends(trained):
 def test_an_export_without_a_recommendation_is_sampled_as_before(trained):
     cfg, _ = trained
     export(cfg)
-    assert "recommended" not in json.loads((cfg.out / "dit_64" / "config.json").read_text())
+    assert "recommended" not in json.loads(
+        (cfg.out / "dit_64" / "config.json").read_text(encoding="utf-8")
+    )
     sampling = Generator.load(cfg.out).describe_sampling(GenerationOptions())
     assert (sampling["steps"], sampling["guidance"]) == ([50, 30, 15], 7.0)
 
@@ -134,7 +138,10 @@ def test_a_recommendation_out_of_range_is_refused(trained):
         replace(cfg, guidance=-1.0)
     export(cfg)
     path = cfg.out / "structure" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "recommended": {"steps": -5}}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "recommended": {"steps": -5}}),
+        encoding="utf-8",
+    )
     with pytest.raises(UserError, match=r"structure: recommended .*must be 1 or more, got -5"):
         Generator.load(cfg.out)
 
@@ -168,7 +175,7 @@ def test_a_damaged_stage_can_be_replaced(trained):
     cfg, _ = trained
     export(cfg)
     for name in ("vae_64", "dit_64"):
-        (cfg.out / name / "config.json").write_text("[]")
+        (cfg.out / name / "config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match=r"dit_64 is not a checkpoint: .*; choose another --out"):
         export(ExportConfig(vae=(), structure=cfg.structure, dit=(), out=cfg.out))
     export(cfg)
@@ -223,9 +230,9 @@ def test_a_checkpoint_without_a_resolution_or_of_another_layout_is_refused(train
     silent = checkpoint(tmp_path / "silent", dits[64])
     with pytest.raises(UserError, match="does not say at which resolution"):
         export(ExportConfig(vae=(), structure=None, dit=(silent,), out=cfg.out))
-    described = json.loads((silent / "config.json").read_text())
+    described = json.loads((silent / "config.json").read_text(encoding="utf-8"))
     del described["config"]["encoder"]
-    (silent / "config.json").write_text(json.dumps(described))
+    (silent / "config.json").write_text(json.dumps(described), encoding="utf-8")
     with pytest.raises(UserError, match=r"unknown: \[\], missing: \['encoder'\]"):
         export(ExportConfig(vae=(), structure=None, dit=(silent,), out=cfg.out))
     with pytest.raises(UserError, match="must name a checkpoint, got none"):

@@ -67,7 +67,10 @@ def config(data, out, *, steps=4, **options):
 
 
 def metrics(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_grids_hold_the_stored_cells_under_a_symmetry(rendered, tmp_path):
@@ -129,7 +132,7 @@ def test_both_parts_train_and_the_checkpoint_holds_the_whole_stage(rendered, tmp
     cfg = replace(cfg, vae=replace(cfg.vae, loop=loop), flow=replace(cfg.flow, loop=loop))
     train_structure(cfg, World())
     found = checkpoint.latest(cfg.out / "flow")
-    assert json.loads((found / "config.json").read_text())["model"] == "Structure"
+    assert json.loads((found / "config.json").read_text(encoding="utf-8"))["model"] == "Structure"
     structure = Structure(MODEL)
     load_weights(found, structure)
     trained = checkpoint.latest(cfg.out / "vae")
@@ -143,7 +146,7 @@ def test_both_parts_train_and_the_checkpoint_holds_the_whole_stage(rendered, tmp
     assert [row["event"] for row in rows if "event" in row] == ["validation"]
     assert {"iou", "kl", "bce"} <= set(metrics(cfg.out / "vae")[0])
     folder = cfg.out / "flow" / "samples" / "step-00000003"
-    assert set(json.loads((folder / "iou.json").read_text())) == {
+    assert set(json.loads((folder / "iou.json").read_text(encoding="utf-8"))) == {
         "held_out_views",
         "held_out_assets",
     }
@@ -188,7 +191,9 @@ def test_the_flow_starts_after_the_vae_and_keeps_its_weights(rendered, tmp_path,
         train_structure(soon, World())
     assert "Run the same command to resume it" in caplog.text
     assert not (cfg.out / "flow").exists()
-    done = json.loads((checkpoint.latest(cfg.out / "vae") / "state.json").read_text())["step"]
+    done = json.loads(
+        (checkpoint.latest(cfg.out / "vae") / "state.json").read_text(encoding="utf-8")
+    )["step"]
     whole = replace(soon, vae=replace(cfg.vae, loop=replace(cfg.vae.loop, steps=done)))
     train_structure(whole, World())
     assert checkpoint.latest(cfg.out / "flow").name == "step-00000004"
@@ -213,7 +218,7 @@ def test_previews_of_trained_views_are_not_called_held_out(rendered, tmp_path):
         replace(cfg, flow=replace(cfg.flow, loop=replace(cfg.flow.loop, sample_every=1))), World()
     )
     folder = cfg.out / "flow" / "samples" / "step-00000001"
-    assert set(json.loads((folder / "iou.json").read_text())) == {
+    assert set(json.loads((folder / "iou.json").read_text(encoding="utf-8"))) == {
         "training_views",
         "held_out_assets",
     }

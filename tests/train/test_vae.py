@@ -51,7 +51,10 @@ command(lambda args: train_vae(cfg(args), World()) and 0)
 
 def exact(out):
     """Return the metrics of each step that must be equal in equal runs. Times are left out."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     names = ("step", "loss", "in", "ext", "sharp", "kl", "grad_norm", "tokens", "lr")
     return [[line[name] for name in names] for line in lines if "event" not in line]
 
@@ -72,7 +75,7 @@ def test_a_killed_run_resumes_with_the_same_losses(build, tmp_path, whole, signu
     )
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 200
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 13):
+    while not (metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= 13):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -114,7 +117,10 @@ def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
 
     monkeypatch.setattr(BrickLoader, "load", broken)
     assert train_vae(tiny_training(build, tmp_path, steps=6), World()) == 6
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1]
     assert np.isnan(lines[3]["loss"])
     assert np.isfinite(lines[5]["loss"])
@@ -123,7 +129,9 @@ def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
 def test_a_run_validates_and_writes_reconstructions(build, tmp_path):
     train_vae(tiny_training(build, tmp_path, steps=2, validate_every=2, sample_every=2), World())
     (event,) = [
-        json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines() if "event" in x
+        json.loads(x)
+        for x in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if "event" in x
     ]
     assert {"loss", "in", "ext", "sharp", "kl", "iou"} <= event.keys()
     folder = tmp_path / "samples" / "step-00000002"
@@ -167,10 +175,10 @@ def test_evaluation_of_a_run(build, tmp_path):
         checkpoint=tmp_path / "latest", data=build, split="all", samples=500, limit=3
     )
     result = evaluate_vae(cfg)
-    written = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    written = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     assert [row["uid"] for row in written["rows"]] == [row["uid"] for row in result["rows"]]
     assert len(written["rows"]) == 3
-    table = (tmp_path / "evaluation" / "table.md").read_text()
+    table = (tmp_path / "evaluation" / "table.md").read_text(encoding="utf-8")
     assert "| R = 32, train | 3 |" in table
     assert "Direct3D-S2, 512 (paper, protocol unknown) |  |  |  | 13.59 | 99.98 | 41.11 |" in table
     assert (tmp_path / "evaluation" / "reconstructions.png").exists()
@@ -265,7 +273,10 @@ def test_a_checkpoint_of_another_model_is_refused(build, tmp_path):
     with pytest.raises(UserError, match=r"ema\.safetensors cannot be used"):
         train_vae(replace(wider, out=tmp_path / "b", init=tmp_path / "a" / "latest"), World())
     path = tmp_path / "a" / "latest" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model": "SparseDiT"}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "model": "SparseDiT"}),
+        encoding="utf-8",
+    )
     with pytest.raises(UserError, match="must be a checkpoint of a SparseVAE, got SparseDiT"):
         load_model(tmp_path / "a" / "latest", SparseVAE)
 

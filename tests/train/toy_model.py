@@ -101,7 +101,7 @@ class LineTask:
         return {"loss": float(model(torch.ones(1, 3)))}
 
     def sample(self, model: nn.Module, folder: Path) -> None:
-        (folder / "sample.txt").write_text("a preview")
+        (folder / "sample.txt").write_text("a preview", encoding="utf-8")
         self.sampled.append(folder)
 
 

@@ -257,7 +257,7 @@ class LatentStore:
             "and --data that they were made from"
         )
         try:
-            statistics = json.loads((self.folder / STATISTICS).read_text())
+            statistics = json.loads((self.folder / STATISTICS).read_text(encoding="utf-8"))
             version = statistics["format_version"]
             self.mean = torch.tensor(statistics["mean"])
             self.std = torch.tensor(statistics["std"])

@@ -45,7 +45,7 @@ def read_curves(metrics: Path, names: Sequence[str]) -> list[Curve]:
     Returns:
         The curves that have points, and the validation loss as the last one.
     """
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     step_rows = [row for row in rows if "event" not in row]
     curves = []
     for name in names:

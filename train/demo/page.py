@@ -76,7 +76,9 @@ def page_content(
         "sampling": seen["protocol"]["sampling"],
         "seen": seen,
         "unseen": unseen,
-        "reconstruction": json.loads((out / "reconstruction" / "evaluation.json").read_text()),
+        "reconstruction": json.loads(
+            (out / "reconstruction" / "evaluation.json").read_text(encoding="utf-8")
+        ),
         "reconstructions": _webp_uri(out / "reconstruction" / "reconstructions.png"),
         "cells": [
             {"name": name, "image": _webp_uri(path)} for name, path in cells if path is not None
@@ -108,7 +110,7 @@ def page_content(
 
 def _generation(folder: Path) -> dict[str, Any]:
     """Return an evaluation of generated meshes, with a picture in each row."""
-    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     for row in evaluation["rows"]:
         path = folder / "meshes" / f"{row['uid']}.png"
         row["image"] = _webp_uri(path) if path.exists() else ""
@@ -117,7 +119,10 @@ def _generation(folder: Path) -> dict[str, Any]:
 
 def _run_summary(run: Path) -> dict[str, Any]:
     """Return the steps, the seconds and the last losses of a training run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     steps = [line for line in lines if "event" not in line]
     validations = [line for line in lines if line.get("event") == "validation"]
     return {
@@ -129,7 +134,9 @@ def _run_summary(run: Path) -> dict[str, Any]:
 
 
 def _config_text(run: Path) -> str:
-    return json.dumps(json.loads((run / "latest" / "config.json").read_text()), indent=1)
+    return json.dumps(
+        json.loads((run / "latest" / "config.json").read_text(encoding="utf-8")), indent=1
+    )
 
 
 def _latest_sample(run: Path) -> Path | None:
@@ -150,6 +157,6 @@ def build_report(page: Path) -> str:
 
     Both pages have the style of the same base template, so the demo's page can include it whole.
     """
-    main = re.search(r"<main>(.*)</main>", page.read_text(), re.DOTALL)
+    main = re.search(r"<main>(.*)</main>", page.read_text(encoding="utf-8"), re.DOTALL)
     assert main is not None, f"{page} has no main element"
     return main[1]

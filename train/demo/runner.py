@@ -104,7 +104,9 @@ class _GroupRunner:
             self.processes.discard(process)
         seconds = time.monotonic() - started
         if process.returncode:
-            last_lines = path.read_text(errors="replace").splitlines()[-QUOTED_LINES:]
+            last_lines = path.read_text(errors="replace", encoding="utf-8").splitlines()[
+                -QUOTED_LINES:
+            ]
             raise RunError(
                 f"{command.name} ended with exit code {process.returncode} (log: {path}):\n"
                 + "\n".join(last_lines)

@@ -186,7 +186,7 @@ def restore(
         optimizer.load_state_dict(
             torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         )
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["world_size"] != world.size:
             log.warning(
                 "%s was trained on %d ranks and this run has %d, so its batches differ.",

@@ -57,7 +57,7 @@ class MetricsLog:
             return
         out.mkdir(parents=True, exist_ok=True)
         drop_steps_after(out / METRICS, first)
-        self._file = (out / METRICS).open("a")
+        self._file = (out / METRICS).open("a", encoding="utf-8")
         self._board = _tensorboard(out / "tensorboard", first)
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
@@ -141,7 +141,7 @@ def drop_steps_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

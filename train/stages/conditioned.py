@@ -105,7 +105,7 @@ def write_ious(folder: Path, groups: Mapping[str, Mapping[str, float] | Sequence
         if each:
             values = list(each.values()) if isinstance(each, Mapping) else each
             content[name] = {"iou": float(np.mean(values)), "each": each}
-    (folder / "iou.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "iou.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def choose_views(

@@ -63,7 +63,11 @@ def resources(cubin: bytes) -> dict:
         Path(file.name).write_bytes(cubin)
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
         text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+            [tool, "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
         ).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return {"registers": int(usage["REG"]), "spilled": int(usage["STACK"]) + int(usage["LOCAL"])}

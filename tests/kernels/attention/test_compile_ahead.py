@@ -17,7 +17,9 @@ def compiled(arch: int, dtype: str, group: int, D: int) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     module = "tests.kernels.attention.compile_ahead"
     command = [sys.executable, "-m", module, *map(str, (arch, dtype, group, D))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
 

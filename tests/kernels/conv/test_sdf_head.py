@@ -95,7 +95,9 @@ print(json.dumps(launches))
 def test_it_compiles_without_spills(arch):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", _COMPILE, arch]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     launches = json.loads(result.stdout)
     assert [launch["name"] for launch in launches] == ["_head_fwd", "_head_bwd"]

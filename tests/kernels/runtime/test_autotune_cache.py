@@ -62,22 +62,24 @@ def test_the_fastest_is_measured_once_and_kept(times, monkeypatch):
     assert choose(("key",), "abc", launch, GPU, KERNELS) == "c"
     assert choose(("other", 3), "ab", launch, GPU, KERNELS) == "a"
     assert len(launches) == 5
-    assert len(json.loads(autotune_cache.CACHE.read_text())) == 2
+    assert len(json.loads(autotune_cache.CACHE.read_text(encoding="utf-8"))) == 2
     assert [path.name for path in autotune_cache.CACHE.parent.iterdir()] == ["tiles.json"]
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"H200 | key": "x"}'])
 def test_a_broken_file_only_means_measuring_again(times, text):
     autotune_cache.CACHE.parent.mkdir()
-    autotune_cache.CACHE.write_text(text)
+    autotune_cache.CACHE.write_text(text, encoding="utf-8")
     assert choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU, KERNELS) == "b"
-    assert 1 in json.loads(autotune_cache.CACHE.read_text()).values()
+    assert 1 in json.loads(autotune_cache.CACHE.read_text(encoding="utf-8")).values()
 
 
 def test_a_choice_that_no_longer_exists_is_measured_again(times, monkeypatch):
     assert choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU, KERNELS) == "b"
     monkeypatch.setattr(
-        autotune_cache, "_choices", {key: 7 for key in json.loads(autotune_cache.CACHE.read_text())}
+        autotune_cache,
+        "_choices",
+        {key: 7 for key in json.loads(autotune_cache.CACHE.read_text(encoding="utf-8"))},
     )
     assert choose(("key",), "ab", launcher(times, [], {"a": 1.0, "b": 2.0}), GPU, KERNELS) == "a"
 
@@ -124,7 +126,7 @@ def test_a_choice_depends_on_every_kernel_that_a_candidate_launches(monkeypatch)
 
 
 def test_a_directory_that_cannot_be_written(times, caplog):
-    autotune_cache.CACHE.parent.write_text("a file")
+    autotune_cache.CACHE.parent.write_text("a file", encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         assert (
             choose(("key",), "ab", launcher(times, [], {"a": 2.0, "b": 1.0}), GPU, KERNELS) == "b"

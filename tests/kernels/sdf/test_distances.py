@@ -420,6 +420,7 @@ def test_it_compiles_for_both_architectures_without_spills():
         capture_output=True,
         text=True,
         check=False,
+        encoding="utf-8",
     )
     assert result.returncode == 0, result.stderr[-2000:]
     launches = json.loads(result.stdout)

@@ -157,7 +157,11 @@ def test_resolution_1024_takes_seconds_and_less_than_4_gb(tmp_path, distance, nu
     np.save(files[0], np.pad(one.cells.astype(np.int32), ((0, 0), (1, 0))))
     np.save(files[1], one.values)
     child = subprocess.run(
-        [sys.executable, "-c", _CHILD, *map(str, files)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _CHILD, *map(str, files)],
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     )
     cells, count, _, seconds, base, peak = map(float, child.stdout.split())
     vertices, faces = np.load(files[2]), np.load(files[3])

@@ -39,11 +39,11 @@ def test_exit_codes(action, code):
 
 
 def write_below_a_file(_):
-    Path(__file__, "page.html").write_text("")
+    Path(__file__, "page.html").write_text("", encoding="utf-8")
 
 
 def write_to_a_directory(_):
-    Path(__file__).parent.write_text("")
+    Path(__file__).parent.write_text("", encoding="utf-8")
 
 
 def write_to_a_read_only_file_system(_):
@@ -64,7 +64,7 @@ def test_a_path_that_cannot_be_written_is_reported_in_one_line(action, caplog):
 
 
 def read_a_missing_file(_):
-    Path("/no/such/file").read_text()
+    Path("/no/such/file").read_text(encoding="utf-8")
 
 
 def test_an_unexpected_error_keeps_its_traceback():

@@ -15,7 +15,7 @@ def write_a_part_and_fail(path, options):
     with replacing(path, **options) as partial:
         assert partial.parent == path.parent
         assert not partial.exists()
-        partial.write_text("a part")
+        partial.write_text("a part", encoding="utf-8")
         raise RuntimeError
 
 
@@ -23,10 +23,10 @@ def write_a_part_and_fail(path, options):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, options):
     path = tmp_path / "folder" / "file"
     write_atomically(path, "first", **options)
-    assert path.read_text() == "first"
+    assert path.read_text(encoding="utf-8") == "first"
     with pytest.raises(RuntimeError):
         write_a_part_and_fail(path, options)
-    assert path.read_text() == "first"
+    assert path.read_text(encoding="utf-8") == "first"
     write_atomically(path, b"second", **options)
     assert path.read_bytes() == b"second"
     assert list(path.parent.iterdir()) == [path]
@@ -36,7 +36,7 @@ def test_a_leftover_of_a_killed_writer_is_replaced(tmp_path):
     path = tmp_path / "shard"
     with replacing(path, durable=True) as partial:
         partial.mkdir()
-        (partial / "a").write_text("new")
+        (partial / "a").write_text("new", encoding="utf-8")
     leftover = path.with_name(".other.partial")
     leftover.mkdir()
     (leftover / "old").touch()
@@ -44,7 +44,7 @@ def test_a_leftover_of_a_killed_writer_is_replaced(tmp_path):
         partial.mkdir()
         (partial / "new").touch()
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["new"]
-    assert (path / "a").read_text() == "new"
+    assert (path / "a").read_text(encoding="utf-8") == "new"
 
 
 def test_a_lock_is_held_until_its_descriptor_is_closed(tmp_path):

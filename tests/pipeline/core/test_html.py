@@ -11,13 +11,14 @@ def template(tmp_path):
     path = tmp_path / "page.html.j2"
     path.write_text(
         '{% extends "base.html.j2" %}\n{% block title %}{{ title }}{% endblock %}\n'
-        "{% block main %}<p>{{ text }}</p>{% endblock %}\n"
+        "{% block main %}<p>{{ text }}</p>{% endblock %}\n",
+        encoding="utf-8",
     )
     return path
 
 
 def test_a_page_has_the_frame_of_the_base_template_and_escapes_values(template):
-    html = render_page(template, title="a & b", text="<script>")
+    html = render_page(template, title="a & b", text="<script>", encoding="utf-8")
     assert html.startswith("<!doctype html>")
     assert "<title>a &amp; b</title>" in html
     assert "<main>\n<p>&lt;script&gt;</p>" in html

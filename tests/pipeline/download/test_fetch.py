@@ -205,7 +205,7 @@ def test_content_with_a_wrong_hash_is_moved_to_the_quarantine(server, get, tmp_p
     entry, kept = sorted(
         (tmp_path / "cache/quarantine").iterdir(), key=lambda path: path.suffix, reverse=True
     )
-    assert json.loads(entry.read_text())["expected"] == expected
+    assert json.loads(entry.read_text(encoding="utf-8"))["expected"] == expected
     assert sha256_of(kept) == SHA
     assert not (tmp_path / "a.glb").exists()
 

@@ -201,7 +201,8 @@ def test_a_gpu_with_a_graphics_driver_renders():
 
 def test_the_commit_marker_names_the_device(tiny_build):
     markers = [
-        json.loads(path.read_text()) for path in sorted((tiny_build / "shards").rglob("sdf-*.json"))
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((tiny_build / "shards").rglob("sdf-*.json"))
     ]
     assert markers
     assert all(marker["devices"] == ["cpu"] for marker in markers)
@@ -233,6 +234,7 @@ def test_an_asset_process_gets_its_gpu(tmp_path):
         text=True,
         timeout=300,
         check=False,
+        encoding="utf-8",
     )
     refusal = "said: --device cuda: the process that works on an asset has no CUDA device"
     assert refusal in done.stdout, done.stdout + done.stderr

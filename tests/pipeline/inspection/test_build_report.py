@@ -67,13 +67,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(tiny_build):
-    return Page((tiny_build / "report" / "index.html").read_text())
+    return Page((tiny_build / "report" / "index.html").read_text(encoding="utf-8"))
 
 
 def test_the_page_is_well_formed_and_loads_nothing(page, tiny_build):
     assert page.open == []
     assert all(link.startswith("data:image/webp;base64,") for link in page.links)
-    assert "url(" not in (tiny_build / "report" / "index.html").read_text()
+    assert "url(" not in (tiny_build / "report" / "index.html").read_text(encoding="utf-8")
     assert (tiny_build / "report" / "index.html").stat().st_size < 500_000
 
 
@@ -124,7 +124,7 @@ def test_text_of_assets_is_escaped_and_reasons_are_listed(tiny_build, tmp_path):
         "url": "<script>alert(1)</script>.obj",
     }
     write_manifest(path, [replace(rows[0], **bad), *rows[1:]], [64, 96])
-    html = write_report(out, pictures=1).read_text()
+    html = write_report(out, pictures=1).read_text(encoding="utf-8")
     assert "<script" not in html
     assert "&lt;script&gt;" in html
     assert re.search(r"rejected</span></td>.*load</td>.*empty_file</td><td>1</td>", html)
@@ -153,7 +153,7 @@ def test_warnings_are_counted_with_their_meaning_and_examples(tiny_build, tmp_pa
     assert listed[0]["meaning"] == WARNING_CODES["trailing_data"]
     assert listed[0]["examples"][0] == "0.obj (trailing_data x2: <b>0</b>)"
     assert len(listed[0]["examples"]) == min(3, len(rows))
-    html = write_report(out, pictures=1).read_text()
+    html = write_report(out, pictures=1).read_text(encoding="utf-8")
     assert "0.obj (trailing_data x2: &lt;b&gt;0&lt;/b&gt;)" in html
     assert WARNING_CODES["trailing_data"] in Page(html).text
 
@@ -173,7 +173,7 @@ def test_an_unfinished_build_has_a_page(tiny_build, tmp_path):
     out = tmp_path / "build"
     shutil.copytree(tiny_build, out)
     shutil.rmtree(out / "shards")
-    html = write_report(out).read_text()
+    html = write_report(out).read_text(encoding="utf-8")
     assert "4 not finished" in html
     assert Page(html).images == []
 

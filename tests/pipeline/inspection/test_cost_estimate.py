@@ -114,9 +114,9 @@ def test_files_of_the_best_assets_are_counted_per_shard_that_has_them(tiny_build
     for shard in ("000002", "000003"):
         (out / "shards" / shard / "sdf-96.json").unlink()
         shutil.rmtree(out / "sdf" / "96" / f"{shard}.zarr")
-    info = json.loads((out / "plan.json").read_text())
+    info = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     info["config"]["rank"] = {"best_resolutions": [96], "best_count": 6}
-    (out / "plan.json").write_text(json.dumps(info))
+    (out / "plan.json").write_text(json.dumps(info), encoding="utf-8")
     passes = measure_passes(out)
     below = {
         name: sum(path.is_file() for path in out.rglob("*") if name in path.as_posix())
@@ -139,7 +139,7 @@ def test_files_of_the_best_assets_are_counted_per_shard_that_has_them(tiny_build
 def test_the_command_logs_a_table_and_writes_the_numbers(tiny_build, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     main([str(tiny_build), "--assets", "12", "--json", str(tmp_path / "e.json")])
-    numbers = json.loads((tmp_path / "e.json").read_text())
+    numbers = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
     assert numbers["estimate"]["core_hours"] == pytest.approx(
         numbers["passes"]["build"]["seconds"] * 12 / 3600
     )

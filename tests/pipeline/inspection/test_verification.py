@@ -40,11 +40,11 @@ def update_marker(build, product):
 
     Afterwards only a check of the content can find the damage.
     """
-    content = json.loads(marker(build, product).read_text())
+    content = json.loads(marker(build, product).read_text(encoding="utf-8"))
     for file in content["files"]:
         file["bytes"], file["sha256"] = tree_sha256(build / file["path"])
     content["bytes"] = sum(file["bytes"] for file in content["files"])
-    marker(build, product).write_text(json.dumps(content))
+    marker(build, product).write_text(json.dumps(content), encoding="utf-8")
 
 
 def sdf(build):
@@ -199,16 +199,16 @@ def edit_tokens(tokens):
 
 def edit_marker(product, **changes):
     def damage(build):
-        content = json.loads(marker(build, product).read_text())
-        marker(build, product).write_text(json.dumps({**content, **changes}))
+        content = json.loads(marker(build, product).read_text(encoding="utf-8"))
+        marker(build, product).write_text(json.dumps({**content, **changes}), encoding="utf-8")
 
     return damage
 
 
 def edit_plan(build):
-    info = json.loads((build / "plan.json").read_text())
+    info = json.loads((build / "plan.json").read_text(encoding="utf-8"))
     info["config"]["up"] = "z"
-    (build / "plan.json").write_text(json.dumps(info))
+    (build / "plan.json").write_text(json.dumps(info), encoding="utf-8")
 
 
 A = "<the second asset>"  # stands for its uid
@@ -242,7 +242,11 @@ BREACHES = [  # damage, asset that the breach names, pattern of the rule
     (lambda build: manifest(build).unlink(), "", "manifest: .* is missing"),
     (lambda build: marker(build, "sdf-64").unlink(), "", "sdf-64: has no commit marker"),
     (lambda build: marker(build, "manifest").unlink(), "", "manifest: has no commit marker"),
-    (lambda build: marker(build, "sdf-64").write_text("{"), "", "commit marker does not parse"),
+    (
+        lambda build: marker(build, "sdf-64").write_text("{", encoding="utf-8"),
+        "",
+        "commit marker does not parse",
+    ),
     (lambda build: shutil.rmtree(sdf(build)), "", "sdf-64: .* is missing"),
     (
         lambda build: tar(build).with_suffix(".index.parquet").unlink(),

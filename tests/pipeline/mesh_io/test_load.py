@@ -471,6 +471,7 @@ def test_the_order_of_parts_does_not_depend_on_the_process(tmp_path):
         capture_output=True,
         text=True,
         check=True,
+        encoding="utf-8",
     )
     assert other.stdout.strip() == digest(str(path))
 

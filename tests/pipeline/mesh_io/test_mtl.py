@@ -211,7 +211,7 @@ def test_what_is_not_drawn_gives_a_code(tmp_path, statement, code):
 
 
 def test_a_statement_before_the_first_material_gives_a_code(tmp_path):
-    (tmp_path / "a.mtl").write_text("Kd 1 0 0\nnewmtl m\nKd 0 1 0\n")
+    (tmp_path / "a.mtl").write_text("Kd 1 0 0\nnewmtl m\nKd 0 1 0\n", encoding="utf-8")
     mesh, codes = read(tmp_path, "a.obj", OBJ)
     assert mesh.parts[0].material.base_color == (0, 1, 0, 1)
     assert codes == {"invalid_value": 1}
@@ -220,11 +220,11 @@ def test_a_statement_before_the_first_material_gives_a_code(tmp_path):
 def test_vertex_colours_are_drawn_without_a_texture_only(tmp_path):
     colored = re.sub(r"(?m)^(v .*)$", r"\1 1 0 0", OBJ)
     (tmp_path / "t.png").write_bytes(png(TEXTURE))
-    (tmp_path / "a.mtl").write_text("newmtl m\nmap_Kd t.png\n")
+    (tmp_path / "a.mtl").write_text("newmtl m\nmap_Kd t.png\n", encoding="utf-8")
     mesh, codes = read(tmp_path, "a.obj", colored)
     assert mesh.parts[0].colors is None
     assert codes == {"appearance_ignored": 1}
-    (tmp_path / "a.mtl").write_text("newmtl m\nKd 1 1 1\n")
+    (tmp_path / "a.mtl").write_text("newmtl m\nKd 1 1 1\n", encoding="utf-8")
     mesh, codes = read(tmp_path, "a.obj", colored)
     assert (mesh.parts[0].colors == [255, 0, 0, 255]).all()
     assert codes == {}

@@ -92,7 +92,7 @@ def test_mixed_corners_keep_what_each_face_states(tmp_path):
 
 @pytest.mark.parametrize("corner", ["{v}/{t}/{n}", "{v}/{t}", "{v}//{n}"])
 def test_attributes_of_corners_are_those_of_the_file(tmp_path, corner):
-    (tmp_path / "a.mtl").write_text("newmtl m\nmap_Kd t.png\n")
+    (tmp_path / "a.mtl").write_text("newmtl m\nmap_Kd t.png\n", encoding="utf-8")
     (tmp_path / "t.png").write_bytes(png((10, 20, 30, 255)))
     generator = np.random.default_rng(0)
     uv = generator.random((24, 2)).round(3)
@@ -215,8 +215,8 @@ HALVES = "usemtl red\n" + FACES[: len(FACES) // 2] + "usemtl blue\n" + FACES[len
     ],
 )
 def test_several_libraries_with_any_names(tmp_path, head):
-    (tmp_path / "my red.mtl").write_text(RED)
-    (tmp_path / "blue.mtl").write_text(BLUE)
+    (tmp_path / "my red.mtl").write_text(RED, encoding="utf-8")
+    (tmp_path / "blue.mtl").write_text(BLUE, encoding="utf-8")
     mesh, codes = read(tmp_path, "a.obj", head + VERTICES + HALVES)
     assert codes == {}
     assert parts_by_color(mesh) == {(1, 0, 0): 6, (0, 0, 1): 6}
@@ -238,7 +238,7 @@ def test_names_of_materials(tmp_path, name, encoding):
 
 
 def test_a_library_beside_the_file_is_found_under_its_name(tmp_path):
-    (tmp_path / "a.mtl").write_text(RED)
+    (tmp_path / "a.mtl").write_text(RED, encoding="utf-8")
     mesh, codes = read(tmp_path, "a.obj", "mtllib old.mtl\nusemtl red\n" + TEXT)
     assert codes == {"side_file_missing": 1}
     assert parts_by_color(mesh) == {(1, 0, 0): 12}

@@ -138,7 +138,12 @@ def test_equal_seeds_give_equal_bytes_in_two_processes():
     for threads in ("0", "2"):
         env = {**os.environ, "PYTHONHASHSEED": threads, "LP_NUM_THREADS": threads}
         out = subprocess.run(
-            [sys.executable, "-c", here], env=env, capture_output=True, text=True, check=True
+            [sys.executable, "-c", here],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
         ).stdout
         assert out.strip() == digest(mesh)
 
@@ -426,7 +431,12 @@ def test_without_egl_the_error_names_the_packages():
     code += "try: renderer_string()\nexcept RunError as error: print(error)"
     env = {**os.environ, "__EGL_VENDOR_LIBRARY_FILENAMES": "/nonexistent"}
     out = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     ).stdout
     assert "libegl1 libgl1 libgl1-mesa-dri" in out
 
@@ -435,7 +445,7 @@ def test_importing_views_loads_no_graphics_library():
     code = "import sys, pipeline.rendering.views\n"
     code += "print({'pyrender', 'OpenGL', 'trimesh', 'torch'} & set(sys.modules))"
     out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
     ).stdout
     assert out.strip() == "set()"
 

@@ -317,13 +317,14 @@ def test_references_of_gltf_and_dae_files_are_found(tmp_path):
         "buffers": [{"uri": "a%20b.bin"}, {"uri": "data:x"}, {}],
         "images": [{"uri": "t/c.png"}, {"uri": "x" * 300}],
     }
-    (tmp_path / "a.gltf").write_text(json.dumps(gltf))
+    (tmp_path / "a.gltf").write_text(json.dumps(gltf), encoding="utf-8")
     (tmp_path / "a.dae").write_text(
-        "<library_images><image><init_from>t\\d.jpg</init_from></image></library_images>"
+        "<library_images><image><init_from>t\\d.jpg</init_from></image></library_images>",
+        encoding="utf-8",
     )
-    (tmp_path / "b.gltf").write_text("[1")
+    (tmp_path / "b.gltf").write_text("[1", encoding="utf-8")
     (tmp_path / "c.gltf").write_text(
-        '{"buffers": [1, {"uri": "x\\u0000y"}, {"uri": "/etc/passwd"}]}'
+        '{"buffers": [1, {"uri": "x\\u0000y"}, {"uri": "/etc/passwd"}]}', encoding="utf-8"
     )
     assert find_references(tmp_path / "a.gltf") == ["a b.bin", "t/c.png"]
     assert find_references(tmp_path / "a.dae") == ["t/d.jpg"]
@@ -343,14 +344,14 @@ def shapenet_core(request, tmp_path):
     root = tmp_path / "ShapeNetCore"
     root.mkdir()
     write_shapenet(root, version, {CHAIR: ["b1", "a1"], PLANE: ["c1"]}, zipped=zipped)
-    (root / "taxonomy.json").write_text(json.dumps(TAXONOMY))
+    (root / "taxonomy.json").write_text(json.dumps(TAXONOMY), encoding="utf-8")
     rows = [
         "1,03001627,03001627,a1,train",
         "2,03001627,03001627,b1,test",
         "3,2691156,2691156,c1,val",
     ]  # spreadsheets drop the leading zeros
     (root / "all.csv").write_text(
-        "id,synsetId,subSynsetId,modelId,split\n" + "\n".join(rows) + "\n"
+        "id,synsetId,subSynsetId,modelId,split\n" + "\n".join(rows) + "\n", encoding="utf-8"
     )
     return root
 

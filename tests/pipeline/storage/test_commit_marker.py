@@ -74,7 +74,7 @@ def test_a_field_of_a_newer_version_is_ignored():
 def test_something_else_is_an_error_that_names_the_file(text, tmp_path):
     path = marker_path(tmp_path, "000000", Product.sdf(64))
     path.parent.mkdir(parents=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"sdf-64\.json is not a commit marker"):
         read_marker(tmp_path, "000000", Product.sdf(64))
 

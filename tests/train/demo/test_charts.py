@@ -13,7 +13,9 @@ def test_a_chart_has_a_point_for_each_step_on_a_logarithmic_axis(tmp_path):
         {"step": 9, "loss": float("nan")}
     ]
     rows.append({"step": 100, "event": "validation", "loss": 0.02})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     curves = read_curves(tmp_path / "metrics.jsonl", ("loss", "absent"))
     assert [curve.name for curve in curves] == ["loss", "loss, held-out assets"]
     svg = chart(curves)

@@ -18,7 +18,7 @@ def fake_outputs(out, build):
         "<html><head><style>body{margin:0}</style></head>"
         "<body><main><h1>smoke</h1><p>FUNNEL</p></main></body></html>"
     )
-    (build / "report" / "index.html").write_text(report)
+    (build / "report" / "index.html").write_text(report, encoding="utf-8")
     picture = Image.fromarray(np.full((8, 32, 3), 90, np.uint8))
     row = {
         "uid": "a-1",
@@ -64,7 +64,7 @@ def fake_outputs(out, build):
             "protocol": protocol,
             "rows": rows,
         }
-        (out / name / "evaluation.json").write_text(json.dumps(found))
+        (out / name / "evaluation.json").write_text(json.dumps(found), encoding="utf-8")
     (out / "reconstruction").mkdir()
     line = {
         "name": "R = 64, val",
@@ -81,17 +81,19 @@ def fake_outputs(out, build):
         "f1_0.001": 41.11,
     }
     found = {"summaries": [line], "paper": [paper]}
-    (out / "reconstruction" / "evaluation.json").write_text(json.dumps(found))
+    (out / "reconstruction" / "evaluation.json").write_text(json.dumps(found), encoding="utf-8")
     picture.save(out / "reconstruction" / "reconstructions.png")
     for name in ("vae", "structure/vae", "structure/flow", "dit"):
         (out / name / "latest").mkdir(parents=True)
-        (out / name / "latest" / "config.json").write_text('{"model": "M"}')
+        (out / name / "latest" / "config.json").write_text('{"model": "M"}', encoding="utf-8")
         rows = [
             {"step": n, "loss": 1 / n, "bce": 1 / n, "dice": 0.5, "seconds": 0.5}
             for n in range(1, 21)
         ]
         rows.append({"step": 20, "event": "validation", "loss": 0.3})
-        (out / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     (out / "structure" / "flow" / "samples" / "step-00000020").mkdir(parents=True)
     picture.save(out / "structure" / "flow" / "samples" / "step-00000020" / "cells.png")
 
@@ -127,7 +129,7 @@ def test_the_page_shows_every_number_and_loads_no_other_file(tmp_path):
         )
     ]
     page = write_page(tmp_path / "o", tmp_path / "d", costs, size="cpu", seconds=605.0)
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     links = Links()
     links.feed(text)
     assert links.open == []

@@ -28,7 +28,7 @@ def test_sequences_of_a_group_run_at_the_same_time_and_groups_one_after_another(
     assert costs[0].command_line.startswith("python -m timeit")
     assert costs[0].seconds >= 0.6 > costs[3].seconds - 5
     assert costs[0].peak_bytes > 1e6
-    assert (tmp_path / "logs" / "the-end.log").read_text().startswith("1 loop")
+    assert (tmp_path / "logs" / "the-end.log").read_text(encoding="utf-8").startswith("1 loop")
 
 
 def test_a_failed_command_terminates_the_others_and_its_log_is_quoted(tmp_path):

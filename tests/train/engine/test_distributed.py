@@ -47,6 +47,7 @@ def torchrun(*arguments):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        encoding="utf-8",
     )
 
 
@@ -98,7 +99,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(build, tmp_path)
     )
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+    while not (metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= 3):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -152,7 +153,10 @@ def test_a_checkpoint_of_two_ranks_can_be_resumed_with_one(build, tmp_path, capl
     cfg = tiny_training(build, tmp_path, steps=2)
     assert train_vae(cfg, World()) == 2
     state = (tmp_path / "latest").resolve() / "state.json"
-    state.write_text(state.read_text().replace('"world_size": 1', '"world_size": 2'))
+    state.write_text(
+        state.read_text(encoding="utf-8").replace('"world_size": 1', '"world_size": 2'),
+        encoding="utf-8",
+    )
     assert train_vae(tiny_training(build, tmp_path, steps=3), World()) == 3
     assert "was trained on 2 ranks and this run has 1, so its batches differ" in caplog.text
 

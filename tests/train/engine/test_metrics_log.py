@@ -26,7 +26,9 @@ def test_a_line_has_the_mean_seconds_since_the_last_line_and_the_time_left(tmp_p
         "Step 12/100: loss 0.5  12.3k tokens/s  MFU 31.0%  5 s/step  0:07:20 left",
         "Step 14/100: loss 0.5  12.3k tokens/s  MFU 31.0%  3 s/step  0:04:18 left",
     ]
-    rows = [json.loads(row) for row in (tmp_path / METRICS).read_text().splitlines()]
+    rows = [
+        json.loads(row) for row in (tmp_path / METRICS).read_text(encoding="utf-8").splitlines()
+    ]
     assert [(row["step"], row["seconds"]) for row in rows] == [
         (11, 9.0),
         (12, 1.0),

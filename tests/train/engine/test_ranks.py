@@ -26,7 +26,7 @@ def few_threads(monkeypatch):
 
 def test_ranks_find_each_other(tmp_path):
     assert ranks.run_ranks(PROBE, [str(tmp_path), "ok"], 2) == 0
-    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    texts = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
     assert texts == {"rank-0": "2 3.0", "rank-1": "2 3.0"}
 
 

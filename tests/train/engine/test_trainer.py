@@ -19,7 +19,10 @@ from train.engine import checkpoint
 
 
 def rows(out, event=None):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [line for line in lines if line.get("event") == event]
 
 
@@ -73,7 +76,7 @@ def test_a_run_learns_and_writes_checkpoints_and_metrics(tmp_path):
     } <= rows(tmp_path)[0].keys()
     assert [row["step"] for row in rows(tmp_path, "validation")] == [50, 100, 150, 200]
     assert [path.name for path in task.sampled] == ["step-00000100", "step-00000200"]
-    config = json.loads((tmp_path / "latest" / "config.json").read_text())
+    config = json.loads((tmp_path / "latest" / "config.json").read_text(encoding="utf-8"))
     assert (config["format_version"], config["model"]) == (1, "Line")
     assert {"versions", "commit", "training", "config"} <= config.keys()
 
@@ -127,7 +130,10 @@ def test_another_configuration_is_refused(tmp_path):
 def test_another_format_version_is_refused(tmp_path):
     run(tmp_path)
     path = tmp_path / "latest" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "format_version": 2}),
+        encoding="utf-8",
+    )
     with pytest.raises(UserError, match="has format_version 2, this code reads 1"):
         run(tmp_path, steps=40)
 
@@ -147,7 +153,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path, name, damage):
 def test_the_error_names_missing_entries_of_the_state(tmp_path):
     run(tmp_path)
     path = tmp_path / "latest" / "state.json"
-    path.write_text(json.dumps({"world_size": 1, "step": 30}))
+    path.write_text(json.dumps({"world_size": 1, "step": 30}), encoding="utf-8")
     with pytest.raises(
         UserError, match=r"step-00000030 cannot be read: state\.json lacks data, guard"
     ):

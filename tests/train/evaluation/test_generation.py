@@ -103,9 +103,9 @@ def test_the_stored_surface_has_perfect_metrics(rendered, tmp_path, monkeypatch)
     assert summary["silhouette_iou"] > 99.9
     assert summary["normal_consistency"] > 99.0
     assert {row["view"] for row in result["rows"]} == {VIEWS - 1}
-    written = json.loads((tmp_path / "evaluation.json").read_text())
+    written = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     assert written["protocol"]["image_encoder"] == "stored surfaces"
-    assert "nearest of 4 is right %" in (tmp_path / "table.md").read_text()
+    assert "nearest of 4 is right %" in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert Image.open(tmp_path / "generated.png").size == (4 * 256, LABEL_HEIGHT + 3 * 256)
     assert len(list((tmp_path / "meshes").glob("*.glb"))) == 3
 
@@ -154,9 +154,9 @@ def test_looks_are_compared_if_weights_are_given(rendered, dino, tmp_path, monke
     assert other["rows"][0]["dino_similarity"] < other["rows"][0]["dino_similarity_of_asset"]
     assert other["rows"][2]["dino_similarity"] == 0.0
     assert dino in other["protocol"]["looks"]
-    text = (tmp_path / "b" / "table.md").read_text()
+    text = (tmp_path / "b" / "table.md").read_text(encoding="utf-8")
     assert "normal-map FD | DINOv2 cosine | DINOv2 cosine of the asset" in text
-    page = (tmp_path / "b" / "index.html").read_text()
+    page = (tmp_path / "b" / "index.html").read_text(encoding="utf-8")
     assert f"<td>{other['summary']['normal_map_distance']:.3f}</td>" in page
     assert page.count("data:image/png;base64,") == 1
 
@@ -164,7 +164,7 @@ def test_looks_are_compared_if_weights_are_given(rendered, dino, tmp_path, monke
 def test_looks_are_not_compared_without_weights(rendered, tmp_path, monkeypatch):
     result = evaluate(rendered, tmp_path, monkeypatch, StoredSurfaces(rendered))
     assert "normal_map_distance" not in result["summary"]
-    assert "DINOv2" not in (tmp_path / "table.md").read_text()
+    assert "DINOv2" not in (tmp_path / "table.md").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="hf download"):
         evaluate(
             rendered,
@@ -181,7 +181,10 @@ def test_an_empty_mesh_counts_as_zero_but_has_no_distance(rendered, tmp_path, mo
     assert (summary["assets"], summary["empty"]) == (3, 1)
     assert summary["iou"] == pytest.approx(200 / 3)
     assert summary["chamfer"] < 1e-6
-    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][1]["chamfer"] is None
+    assert (
+        json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["rows"][1]["chamfer"]
+        is None
+    )
 
 
 def test_only_the_chosen_assets_and_the_candidates_are_read(rendered, tmp_path, monkeypatch):

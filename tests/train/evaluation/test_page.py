@@ -8,7 +8,7 @@ def test_the_page_shows_table_pictures_and_protocol(tmp_path):
     table = "| asset | IoU |\n|---|---:|\n| <a> | 0.5 |"
     protocol = {"samples": 20, "sampling": {"steps": 4, "seed": None}, "unknown_number": None}
     page = write_page(tmp_path, "An evaluation", protocol, table, {"a.png": "one asset"})
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert page == tmp_path / "index.html"
     assert "<h1>An evaluation</h1>" in text
     assert "<td>&lt;a&gt;</td><td>0.5</td>" in text

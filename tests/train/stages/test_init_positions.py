@@ -22,7 +22,7 @@ def checkpoint(path, resolution):
         "config": OLD,
         "training": {"resolution": resolution},
     }
-    (path / "config.json").write_text(json.dumps(content))
+    (path / "config.json").write_text(json.dumps(content), encoding="utf-8")
     return path
 
 
