@@ -16,8 +16,10 @@ from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh, Record
 from pipeline.curation.config import FilterConfig
 from pipeline.curation.licences import licence_of
-from pipeline.mesh_io.file_checks import MESH_FORMATS
+from pipeline.mesh_io.formats import check_format
 from pipeline.mesh_io.load_warnings import LoadWarning
+
+NAMED_BY_USER = ("folder", "procedural")  # sources whose assets the user named
 
 
 def filter_metadata(record: Record, cfg: FilterConfig) -> None:
@@ -30,13 +32,13 @@ def filter_metadata(record: Record, cfg: FilterConfig) -> None:
         cfg: The thresholds.
 
     Raises:
-        Reject: In this order, "unsupported_format", "licence" (not accepted, or unknown),
-            "age_restricted", "animated" or "banned_word".
+        Reject: In this order, "unsupported_format" or "missing_extra" (the libraries of the reader
+            are not installed), "licence" (not accepted, or unknown), "age_restricted", "animated"
+            or "banned_word".
     """
-    if record.source in ("folder", "procedural"):
+    if record.source in NAMED_BY_USER:
         return
-    if record.format not in MESH_FORMATS:
-        raise Reject("unsupported_format", format=record.format)
+    check_format(record.format)
     if licence_of(record.licence) not in {licence_of(name) for name in cfg.licences}:
         raise Reject("licence", licence=record.licence)
     metadata = json.loads(record.metadata or "{}")

@@ -9,6 +9,7 @@ ERROR_LENGTH = 100  # characters of an error's text that are written
 # The options that decide about a reason code. Other reason codes have no threshold.
 THRESHOLDS: dict[str, tuple[str, ...]] = {
     "unsupported_format": (),
+    "missing_extra": (),
     "licence": ("filter.licences",),
     "age_restricted": ("filter.age_restricted",),
     "animated": ("filter.max_animations",),

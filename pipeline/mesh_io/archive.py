@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from pipeline.core.errors import Reject
-from pipeline.mesh_io.file_checks import MESH_FORMATS
+from pipeline.mesh_io.formats import MESH_FORMATS
 from pipeline.mesh_io.member_names import LEGACY_ENCODINGS, common_encoding, other_spellings
 
 MAX_INNER_DEPTH = 2  # archives in archives

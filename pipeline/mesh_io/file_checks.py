@@ -7,8 +7,6 @@ from pathlib import Path
 from pipeline.core.errors import Reject
 from pipeline.mesh_io.config import LoadConfig
 
-# Extensions of the formats that `pipeline.mesh_io.load` reads.
-MESH_FORMATS = frozenset({"glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"})
 LFS_SIGNATURE = b"version https://git-lfs"
 HEAD_BYTES = 4096  # bytes at the beginning of a file that the checks look at
 

@@ -15,6 +15,7 @@ from pipeline.core.schema import Mesh
 from pipeline.mesh_io.assemble import assemble
 from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.file_checks import check_file
+from pipeline.mesh_io.formats import MeshFormat, check_format
 from pipeline.mesh_io.load_warnings import LoadWarning, WarningLog
 from pipeline.mesh_io.reader_context import Reader, ReaderContext
 from pipeline.mesh_io.scene import Axis
@@ -41,19 +42,6 @@ PARSER_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
 )
-
-# Format -> the module and the function that read it.
-READERS: dict[str, tuple[str, str]] = {
-    "glb": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
-    "gltf": ("pipeline.mesh_io.readers.gltf", "read_gltf"),
-    "obj": ("pipeline.mesh_io.readers.obj", "read_obj"),
-    "ply": ("pipeline.mesh_io.readers.ply", "read_ply"),
-    "stl": ("pipeline.mesh_io.readers.stl", "read_stl"),
-    "off": ("pipeline.mesh_io.readers.off", "read_off"),
-    "dae": ("pipeline.mesh_io.readers.collada", "read_collada"),
-    "zae": ("pipeline.mesh_io.readers.collada", "read_collada"),
-    "3mf": ("pipeline.mesh_io.readers.threemf", "read_threemf"),
-}
 
 # Up axis of the formats that state none.
 DEFAULT_UP: Axis = "y"
@@ -101,7 +89,8 @@ def load_with_report(
         The mesh in the frame of the file, turned to y up, and the report.
 
     Raises:
-        Reject: "empty_file", "lfs_pointer", "wrong_magic", "unreadable" (with the parser's error),
+        Reject: "empty_file", "lfs_pointer", "wrong_magic", "unsupported_format", "missing_extra"
+            (the libraries of the reader are not installed), "unreadable" (with the parser's error),
             "allocation_bomb", "too_many_faces", "gltf_1" (glTF 1.0 is not read), "empty_scene",
             "points_only", "index_out_of_range", "non_finite_vertices" or "degenerate".
         ValueError: If `up` is none of the three words.
@@ -111,11 +100,10 @@ def load_with_report(
     warnings = WarningLog()
     try:
         extension = check_file(path)
-        if extension not in READERS:
-            raise Reject("unreadable", error="unknown_format", format=extension)
+        reader = _reader(check_format(extension))
         side_files = SideFiles(path, root, warnings)
         context = ReaderContext(path=path, cfg=cfg, side_files=side_files, warnings=warnings)
-        scene = _reader(extension)(path.read_bytes(), context)
+        scene = reader(path.read_bytes(), context)
         axis, origin = _up_axis(scene.up_axis, up)
         mesh = assemble(scene, cfg, warnings, axis)
     except PARSER_ERRORS as error:
@@ -125,10 +113,9 @@ def load_with_report(
     return mesh, LoadReport(warnings=warnings.items(), up_axis=axis, up_origin=origin)
 
 
-def _reader(extension: str) -> Reader:
+def _reader(mesh_format: MeshFormat) -> Reader:
     """Import the reader of a format. The libraries of the other formats are not imported."""
-    module, function = READERS[extension]
-    return getattr(import_module(module), function)
+    return getattr(import_module(mesh_format.module), mesh_format.function)
 
 
 def _up_axis(

@@ -10,6 +10,7 @@ from pipeline.config import BuildConfig
 from pipeline.core.text import counted
 from pipeline.curation.catalogue import Catalogue
 from pipeline.curation.reasons import explain
+from pipeline.orchestration.formats_of_sources import log_formats
 from pipeline.orchestration.plan import Plan, check_unused, make_plan, with_values_of_plan
 from pipeline.orchestration.runner import run
 from pipeline.orchestration.screening_pass import rank_screened
@@ -39,8 +40,8 @@ def run_passes(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
     cfg = with_values_of_plan(cfg)
     listings = sources if cfg.rank.target_count is None else [_screen(cfg, sources)]
     plan = make_plan(cfg, listings)
-    for source, files in plan.info.skipped_files.items():
-        log.info("The source %s left out %s of other kinds.", source, counted(files, "file"))
+    if cfg.rank.target_count is None:
+        log_formats(plan, sources)
     total: dict[str, int] = {}
     passes = [cfg, *([replace(cfg, run="best")] if cfg.rank.best_count else [])]
     for pass_cfg in passes:
@@ -80,6 +81,7 @@ def _screen(cfg: BuildConfig, sources: Sequence[Source]) -> Catalogue:
     check_unused(cfg.out)
     screening = replace(cfg, out=cfg.out / SCREENING, run="screen")
     plan = make_plan(screening, sources)
+    log_formats(plan, sources)
     log.info("%s: screening %s.", cfg.out, counted(plan.assets, "asset"))
     run(plan, screening, sources)
     return rank_screened(cfg, plan)

@@ -215,14 +215,14 @@ def _describe(cfg: BuildConfig, sources: Sequence[Listing], assets: int) -> Plan
         for source in sources
         if (snapshot := getattr(source, "snapshot", None))
     }
-    skipped = {source.name: n for source in sources if (n := getattr(source, "skipped", 0))}
+    skipped = {source.name: sum(getattr(source, "skipped", {}).values()) for source in sources}
     return PlanInfo(
         format_version=FORMAT_VERSION,
         config=cfg.shared(),
         config_hash=hash_of(cfg.shared()),
         assets=assets,
         shards=-(-assets // cfg.shard_size),
-        skipped_files=skipped,
+        skipped_files={name: files for name, files in skipped.items() if files},
         snapshots=snapshots,
         **provenance(PACKAGES),
     )

@@ -29,9 +29,9 @@ class Source(Listing, Protocol):
     """A list of assets and the way to get their files.
 
     A source can be pickled and is cheap to construct, because each worker gets a copy. A source may
-    also have `skipped`, the number of files that are not assets, `snapshot()`, which returns a hash
-    of the state of its catalogue, and `side_file_root`, the directory that holds the side files of
-    assets that it does not write to a scratch directory.
+    also have `skipped`, {extension: number of files that are no assets}, `snapshot()`, which
+    returns a hash of the state of its catalogue, and `side_file_root`, the directory that holds the
+    side files of assets that it does not write to a scratch directory.
     """
 
     def materialize(self, record: Record, scratch: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Record
 from pipeline.mesh_io.archive import ARCHIVE_FORMATS, ArchiveLimits, archive_format, unpack_mesh
-from pipeline.mesh_io.file_checks import MESH_FORMATS
+from pipeline.mesh_io.formats import MESH_FORMATS
 
 # Files that belong to a mesh, such as textures. They are not counted as skipped.
 SIDE_FORMATS = frozenset(
@@ -52,11 +53,11 @@ class FolderSource:
         return self.root
 
     @property
-    def skipped(self) -> int:
-        """Number of files that are neither meshes nor side files, or whose name is not UTF-8."""
-        return sum(
-            not _is_mesh(path) and _extension(path) not in SIDE_FORMATS for path in self._files()
-        )
+    def skipped(self) -> dict[str, int]:
+        """{extension: number of files that are neither meshes nor side files}."""
+        files = [path for path in self._files() if not _is_mesh(path)]
+        counts = Counter(_extension(path) if _is_utf8(path) else "(not UTF-8)" for path in files)
+        return {name: n for name, n in counts.items() if name not in SIDE_FORMATS}
 
     def check(self) -> None:
         """Check that the directory can be read and holds a mesh file.
@@ -124,8 +125,11 @@ def _is_mesh(path: str) -> bool:
 
     A name that is not UTF-8 does not count: it can be neither hashed into a uid nor stored.
     """
-    is_text = not any("\udc80" <= character <= "\udcff" for character in path)
-    return _extension(path) in (*MESH_FORMATS, *ARCHIVE_FORMATS) and is_text
+    return _extension(path) in (*MESH_FORMATS, *ARCHIVE_FORMATS) and _is_utf8(path)
+
+
+def _is_utf8(path: str) -> bool:
+    return not any("\udc80" <= character <= "\udcff" for character in path)
 
 
 def _extension(path: str) -> str:

@@ -8,11 +8,16 @@ import pytest
 from pipeline.build import build, main
 from pipeline.config import BuildConfig
 from pipeline.core.text import counted
+from pipeline.mesh_io import formats
+from pipeline.mesh_io.formats import MeshFormat
 from pipeline.orchestration import passes, progress
 from pipeline.orchestration.passes import run_passes
 from pipeline.orchestration.progress import Progress
 from pipeline.orchestration.runner import STARTING
+from pipeline.sources.annotations import Annotations
 from pipeline.sources.folder import FolderSource
+from pipeline.sources.objaverse_xl import ObjaverseXLSource
+from tests.pipeline.catalogues import write_objaverse_xl
 
 
 class Clock:
@@ -130,8 +135,27 @@ def test_a_build_says_what_it_makes_and_what_its_source_left_out(
     cfg = BuildConfig(source=(f"folder:{folder}",), out=tmp_path / "out")
     run_passes(cfg, [FolderSource(root=folder)])
     assert lines() == [
-        "The source folder left out 2 files of other kinds.",
+        "The source folder has 1 asset to read: 1 obj.",
+        "The source folder leaves out 2 files of other kinds: 1 csv, 1 txt.",
         f"{cfg.out}: 1 asset in 1 shard. The products are sdf-64 sdf-128 renders-paper.",
+    ]
+
+
+def test_a_source_says_which_formats_it_reads_and_skips_and_why(tmp_path, monkeypatch, lines):
+    monkeypatch.setattr(passes, "run", lambda *_: {"done": 1, "rejected": 0, "failed": 0})
+    needs_extra = MeshFormat(module="x", function="y", extra="xyz", requires=("no_such_module",))
+    monkeypatch.setitem(formats.FORMATS, "xyz", needs_extra)
+    kinds = ("glb", "stl", "stl", "blend", "", "xyz")
+    rows = [(f"http://x/{k}", "by", kind, None) for k, kind in enumerate(kinds)]
+    annotations = Annotations(root=write_objaverse_xl(tmp_path / "xl", {"smithsonian": rows}))
+    source = ObjaverseXLSource(annotations=annotations, places=("smithsonian",))
+    run_passes(BuildConfig(source=("objaverse-xl",), out=tmp_path / "out"), [source])
+    assert lines()[:-1] == [
+        "The source objaverse-xl has 3 assets to read: 2 stl, 1 glb.",
+        "It skips 1 asset: 1 xyz, because the extra xyz is not installed: "
+        "pip install 'sparse3d[xyz]'.",
+        "It skips 2 assets: 1 without extension, 1 blend, because there is no reader for the "
+        "format.",
     ]
 
 

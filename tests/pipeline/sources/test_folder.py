@@ -13,7 +13,7 @@ from pipeline.build import open_sources
 from pipeline.config import BuildConfig
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import make_uid
-from pipeline.mesh_io.file_checks import MESH_FORMATS
+from pipeline.mesh_io.formats import MESH_FORMATS
 from pipeline.orchestration.plan import make_plan
 from pipeline.sources import open_source
 from pipeline.sources.folder import FolderSource
@@ -46,7 +46,8 @@ def test_meshes_of_every_format_are_sorted_by_relative_path(tmp_path):
     make_files(tmp_path, *names, "a/z.mtl", "x.bin", "t.png", "notes.txt", "glb", ".hidden.docx")
     assert urls(tmp_path) == sorted(names)
     source = open_source(f"folder:{tmp_path}")
-    assert source.skipped == 3  # notes.txt, glb and .hidden.docx; side files are not counted
+    # The file "glb" has no extension. Side files are not counted.
+    assert source.skipped == {"txt": 1, "": 1, "docx": 1}
     assert {record.format for record in source.records()} == MESH_FORMATS
 
 
@@ -101,7 +102,7 @@ def test_a_name_that_is_not_utf8_is_skipped(tmp_path):
     with open(os.fsencode(tmp_path) + b"/\xff.glb", "wb"):  # noqa: PTH123
         pass
     assert urls(tmp_path) == ["a.glb"]
-    assert open_source(f"folder:{tmp_path}").skipped == 1
+    assert open_source(f"folder:{tmp_path}").skipped == {"(not UTF-8)": 1}
 
 
 def test_outputs_of_builds_are_skipped(tmp_path, monkeypatch):
@@ -124,7 +125,7 @@ def test_outputs_of_builds_are_skipped(tmp_path, monkeypatch):
     cfg = BuildConfig(source=(f"folder:{tmp_path}",), out=Path("c/new"))
     (source,) = open_sources(cfg)
     assert [record.url for record in source.records()] == ["a.glb", "b/b.glb"]
-    assert source.skipped == 1
+    assert source.skipped == {"json": 1}
     assert make_plan(cfg, [source]).assets == 2
     assert urls(tmp_path) == ["a.glb", "b/b.glb"]
     (source,) = open_sources(replace(cfg, out=tmp_path))  # a later check refuses this

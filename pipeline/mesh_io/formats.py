@@ -1,0 +1,76 @@
+"""The mesh formats that are read, with their readers and the extras that these need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from pipeline.core.errors import Reject
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshFormat:
+    """How a mesh format is read.
+
+    Attributes:
+        module: The module of the reader. It is imported when a file of the format is read.
+        function: The reader, a `pipeline.mesh_io.reader_context.Reader`.
+        extra: The extra of pyproject.toml that installs the libraries of the reader. "" means that
+            every installation of the pipeline has them.
+        requires: The top-level modules that the extra installs.
+    """
+
+    module: str
+    function: str
+    extra: str = ""
+    requires: tuple[str, ...] = ()
+
+
+_GLTF = MeshFormat(module="pipeline.mesh_io.readers.gltf", function="read_gltf")
+_COLLADA = MeshFormat(module="pipeline.mesh_io.readers.collada", function="read_collada")
+
+# Extension in lower case -> how the format is read.
+FORMATS: dict[str, MeshFormat] = {
+    "glb": _GLTF,
+    "gltf": _GLTF,
+    "obj": MeshFormat(module="pipeline.mesh_io.readers.obj", function="read_obj"),
+    "ply": MeshFormat(module="pipeline.mesh_io.readers.ply", function="read_ply"),
+    "stl": MeshFormat(module="pipeline.mesh_io.readers.stl", function="read_stl"),
+    "off": MeshFormat(module="pipeline.mesh_io.readers.off", function="read_off"),
+    "3mf": MeshFormat(module="pipeline.mesh_io.readers.threemf", function="read_threemf"),
+    "dae": _COLLADA,
+    "zae": _COLLADA,
+}
+MESH_FORMATS = frozenset(FORMATS)
+
+
+def check_format(name: str) -> MeshFormat:
+    """Return how a format is read.
+
+    Args:
+        name: The extension in lower case, without the dot.
+
+    Raises:
+        Reject: "unsupported_format" if there is no reader for it, "missing_extra" with the name of
+            the extra if the libraries of its reader are not installed.
+    """
+    known = FORMATS.get(name)
+    if known is None:
+        raise Reject("unsupported_format", format=name)
+    if any(find_spec(module) is None for module in known.requires):
+        error = f"the extra {known.extra} is not installed: pip install 'sparse3d[{known.extra}]'"
+        raise Reject("missing_extra", format=name, extra=known.extra, error=error)
+    return known
+
+
+def why_skipped(name: str) -> str:
+    """Return why files of a format are not read, in words. "" if they are.
+
+    Args:
+        name: The extension in lower case, without the dot.
+    """
+    try:
+        check_format(name)
+    except Reject as reject:
+        return reject.numbers.get("error", "there is no reader for the format")
+    return ""

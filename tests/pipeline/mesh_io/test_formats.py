@@ -1,0 +1,42 @@
+"""The table of mesh formats: readers, extras that are not installed, and formats without reader."""
+
+from importlib import import_module
+
+import pytest
+
+from pipeline.core.errors import Reject
+from pipeline.mesh_io import formats
+from pipeline.mesh_io.config import LoadConfig
+from pipeline.mesh_io.formats import FORMATS, MeshFormat, check_format, why_skipped
+from pipeline.mesh_io.load import load
+
+NEEDS_EXTRA = MeshFormat(module="x", function="y", extra="xyz", requires=("no_such_module",))
+
+
+@pytest.fixture
+def _xyz(monkeypatch):
+    monkeypatch.setitem(formats.FORMATS, "xyz", NEEDS_EXTRA)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_format_has_a_reader(name):
+    known = check_format(name)
+    assert callable(getattr(import_module(known.module), known.function))
+    assert why_skipped(name) == ""
+
+
+@pytest.mark.usefixtures("_xyz")
+def test_a_format_whose_extra_is_missing_is_rejected_with_the_name_of_the_extra(tmp_path):
+    (tmp_path / "a.xyz").write_bytes(b"x")
+    with pytest.raises(Reject) as caught:
+        load(tmp_path / "a.xyz", LoadConfig())
+    assert caught.value.reason == "missing_extra"
+    assert caught.value.numbers["extra"] == "xyz"
+    assert why_skipped("xyz") == "the extra xyz is not installed: pip install 'sparse3d[xyz]'"
+
+
+def test_a_format_without_reader_is_unsupported(tmp_path):
+    (tmp_path / "a.blend").write_bytes(b"x")
+    with pytest.raises(Reject, match="unsupported_format format=blend"):
+        load(tmp_path / "a.blend", LoadConfig())
+    assert why_skipped("blend") == "there is no reader for the format"
