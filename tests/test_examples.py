@@ -5,37 +5,22 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 import trimesh
 
 from pipeline.storage.manifest import read_manifest
+from tests.child_python import ROOT, run_python
 from tests.pipeline.builds import environment
 from tests.train.analytic_builds import add_renders, make_build
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 
 
-def run(
-    script: str, *words: object, cwd: Path | None = None, env: dict[str, str] | None = None
-) -> str:
+def run(script: str, *words: object, env: dict[str, str] | None = None) -> str:
     """Run an example with the project importable and return what it prints."""
-    env = {**os.environ, **(env or {}), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, EXAMPLES / script, *map(str, words)]
-    ended = subprocess.run(
-        command,
-        cwd=cwd or ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        encoding="utf-8",
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    return run_python(EXAMPLES / script, *words, env=env).stdout
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +95,7 @@ def test_a_build_from_a_source_of_ones_own_as_the_documentation_shows(tmp_path):
     (tmp_path / "my_build.py").write_text(block, encoding="utf-8")
     env = environment(tmp_path)
     env["PYTHONPATH"] += os.pathsep + str(EXAMPLES)
-    subprocess.run([sys.executable, "my_build.py"], cwd=tmp_path, env=env, check=True)
+    run_python("my_build.py", cwd=tmp_path, env=env)
     rows = read_manifest(tmp_path / "data" / "csv" / "manifest" / "000000.parquet")
     assert [(row.url, row.status, row.reason) for row in rows] == [
         ("ball.stl", "done", ""),

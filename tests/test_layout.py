@@ -2,13 +2,12 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.child_python import ROOT, run_python
+
 # Every unit may import the units above it in its own list, and what EXTERNAL adds. The last unit of
 # a package is the package's own top-level modules, among them its commands.
 UNITS = {
@@ -202,21 +201,13 @@ def test_a_config_module_imports_nothing_heavy(path):
         f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
         "sys.exit(' '.join(heavy) or 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", code)
 
 
 @pytest.mark.parametrize("package", list(UNITS))
 def test_importing_a_package_is_cheap(package):
     code = f"import sys, {package}; sys.exit(any(name in sys.modules for name in {HEAVY}))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    run_python("-c", code)
 
 
 def test_core_imports_neither_ray_nor_opengl_nor_torch():

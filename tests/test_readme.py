@@ -4,14 +4,13 @@ import importlib
 import inspect
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.child_python import ROOT
 from tests.train.analytic_builds import add_renders, make_build
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
     README,

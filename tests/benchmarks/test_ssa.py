@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +11,7 @@ from benchmarks.ssa_config import SsaConfig
 from benchmarks.token_sets import surface_coords
 from kernels import BlockIndex, select_blocks, token_order
 from pipeline.core.errors import UserError
+from tests.child_python import run_python
 
 
 def test_surfaces_have_the_wanted_size_and_the_statistics_of_surfaces():
@@ -111,9 +109,6 @@ except SystemExit as end:
     assert not end.code
 assert not {{"torch", "triton", "numpy"}} & set(sys.modules)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, encoding="utf-8"
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    result = run_python("-c", code)
     assert "--out" in result.stdout
     assert "Directory that" in result.stdout

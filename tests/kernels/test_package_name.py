@@ -8,13 +8,11 @@ does not declare the package, so transformers finds no version whatever ours is.
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.child_python import ROOT, run_python
 
 ASK_TRANSFORMERS = """
 import importlib.metadata, pathlib, sys
@@ -46,14 +44,7 @@ def accepted_version() -> str:
 
 def is_taken_for_theirs(folder: Path, version: str) -> bool:
     """What transformers says in a process that sees only the metadata in `folder`."""
-    result = subprocess.run(
-        [sys.executable, "-c", ASK_TRANSFORMERS, folder, ROOT, version],
-        capture_output=True,
-        text=True,
-        check=False,
-        encoding="utf-8",
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    result = run_python("-c", ASK_TRANSFORMERS, folder, ROOT, version)
     return {"True": True, "False": False}[result.stdout.split()[-1]]
 
 
@@ -61,8 +52,7 @@ def is_taken_for_theirs(folder: Path, version: str) -> bool:
 def metadata(tmp_path_factory) -> Path:
     """Folder with the metadata that packaging writes for this checkout."""
     folder = tmp_path_factory.mktemp("metadata")
-    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    run_python("setup.py", "-q", "egg_info", "--egg-base", folder)
     return folder
 
 

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.child_python import ROOT, run_python
+
 RUNTIME = ROOT / "kernels" / "runtime"
-
-
-def run_python(code: str) -> str:
-    """Run `code` in a fresh interpreter and return what it prints."""
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        encoding="utf-8",
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
 
 
 @pytest.mark.parametrize("package", ["kernels", "kernels.attention", "kernels.conv"])
 def test_importing_a_package_imports_neither_torch_nor_triton(package):
-    loaded = run_python(f"import sys, {package}; print(*sys.modules)").split()
+    loaded = run_python("-c", f"import sys, {package}; print(*sys.modules)").stdout.split()
     assert not {"torch", "triton", "numpy"} & set(loaded)
 
 
@@ -59,7 +43,7 @@ assert sparse_conv is sys.modules["kernels.conv.sparse_conv"].sparse_conv
 for (package, name), value in exported.items():
     assert getattr(package, name) is value, name
 """
-    run_python(code)
+    run_python("-c", code)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -1,6 +1,5 @@
 """Generation from an image: unusable images, output files, the chain of stages, and seeds."""
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,8 @@ from model.sparse_vae import SparseVAE
 from model.structure import occupied_level
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import band, spacing
+from tests.child_python import run_python
 from tests.model.tiny_models import FAST, VAE, disc_image, random_stages, stages_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def export(folder):
@@ -355,9 +353,7 @@ def test_the_command_logs_the_mesh_and_the_stages(checkpoint, picture, tmp_path)
         "--preview",
         "png",
     ]
-    command = [sys.executable, "-m", "model.generate", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
+    done = run_python("-m", "model.generate", *words)
     for word in ("stand-in", "closed", "structure", "64 ", "128 ", "peak memory", "preview"):
         assert word in done.stderr
     assert trimesh.load(out, force="mesh").is_watertight
@@ -369,9 +365,7 @@ def test_the_command_logs_the_mesh_and_the_stages(checkpoint, picture, tmp_path)
 
 
 def test_help_imports_no_heavy_library():
-    command = [sys.executable, "-X", "importtime", "-m", "model.generate", "--help"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert ended.returncode == 0, ended.stderr
+    ended = run_python("-X", "importtime", "-m", "model.generate", "--help")
     assert "--guidance" in ended.stdout
     lines = ended.stderr.splitlines()
     imported = {
@@ -392,9 +386,7 @@ try:
 except UserError as error:
     print(error, "torch" in sys.modules)
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
-    )
+    ended = run_python("-c", code)
     assert ended.stdout.endswith("False\n"), ended.stderr
     assert "readable image" in ended.stdout
 

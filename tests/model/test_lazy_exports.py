@@ -1,14 +1,9 @@
 """The public names of the package: all of them exist, and importing the package is cheap."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 import model
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.child_python import run_python
 
 
 @pytest.mark.parametrize("name", model.__all__)
@@ -23,5 +18,4 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_the_package_imports_without_torch():
-    code = "import sys, model, model.config; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    run_python("-c", "import sys, model, model.config; sys.exit('torch' in sys.modules)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +20,9 @@ from pipeline.core.schema import Record
 from pipeline.orchestration.plan import make_plan
 from pipeline.sources import Source
 from pipeline.storage.manifest import ManifestRow, read_manifest
+from tests.child_python import project_environment, start_python
 
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     *("--views", "2", "--image-size", "64", "--topology-resolution", "64"),
     *("--shard-size", "3", "--workers", "2"),
@@ -49,22 +48,18 @@ def environment(home: Path) -> dict[str, str]:
 
     All descendants of the process inherit the mark, and `marked` finds them by it.
     """
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    extra = {"HOME": str(home), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**inherited, **extra, "PYTHONPATH": str(ROOT), "TEST_MARK": uuid.uuid4().hex}
+    return project_environment(
+        without={name for name in os.environ if name.startswith("RAY_")},
+        HOME=str(home),
+        RAY_AUTH_MODE="disabled",
+        RAY_USAGE_STATS_ENABLED="0",
+        TEST_MARK=uuid.uuid4().hex,
+    )
 
 
 def start(module: str, *args: object, env: dict[str, str]) -> subprocess.Popen[str]:
     """Start `python -m module args` with piped output."""
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, args)],
-        env=env,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    )
+    return start_python("-m", module, *args, env=env)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0, timeout_s: float = 300) -> str:

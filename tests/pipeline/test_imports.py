@@ -1,28 +1,17 @@
 """What imports and the parsing of options load: the readers are lazy, and --help is light."""
 
-import subprocess
-import sys
-
 import pytest
 
 import pipeline
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard
-from tests.pipeline.builds import ROOT
+from tests.child_python import run_python
 
 
 def modules_after(code):
     """Return the names of the modules that a fresh interpreter has loaded after `code`."""
     program = f"{code}\nimport sys\nprint(*sys.modules, file=sys.stderr)"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        encoding="utf-8",
-    )
-    return set(done.stderr.split())
+    return set(run_python("-c", program).stderr.split())
 
 
 HEAVY = {

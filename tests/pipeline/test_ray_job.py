@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pipeline.inspection.verification import verify
 from pipeline.storage.manifest import read_manifest
-from tests.pipeline.builds import ROOT, TINY, environment, finish, start, survivors
+from tests.child_python import ROOT
+from tests.pipeline.builds import TINY, environment, finish, start, survivors
 
 RAY = Path(sys.executable).with_name("ray")
 

@@ -1,13 +1,11 @@
 """Training commands parse their options and print their help without heavy packages."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.child_python import run_python
+
 HEAVY = {"torch", "numba", "transformers", "ray"}
 SHOW_HELP = """
 import importlib, sys
@@ -40,16 +38,7 @@ sys.exit(code)
     ],
 )
 def test_help_exits_0_and_imports_no_heavy_package(module, args, expected):
-    process = subprocess.run(
-        [sys.executable, "-c", SHOW_HELP, module, *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        encoding="utf-8",
-    )
-    assert process.returncode == 0, process.stderr
-    text, _, modules = process.stdout.rpartition("modules:")
+    text, _, modules = run_python("-c", SHOW_HELP, module, *args).stdout.rpartition("modules:")
     assert expected in text
     assert not HEAVY & set(modules.split())
     # A field that is called "options" would give its group the title "options options".

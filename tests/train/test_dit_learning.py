@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +15,9 @@ from model.config import ConditionedDiTConfig, Guidance
 from model.sparse_tensor import BrickBatch
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import compare_surfaces
+from tests.child_python import project_environment, run_python
 from tests.train.analytic_builds import add_renders, ellipsoid, make_build, tiny_training
-from tests.train.engine.test_distributed import ENVIRONMENT, ROOT, torchrun
+from tests.train.engine.test_distributed import torchrun
 from tests.train.ss_dit_fixtures import (
     MODEL,
     VIEWS,
@@ -149,17 +148,8 @@ def test_all_commands_lead_from_meshes_to_generated_meshes(tmp_path):
         *("--limit", "4", "--resolutions", "32", "--topology-resolution", "64"),
         *("--image-size", "112", "--val-percent", "0", "--workers", "1"),
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline.build",
-        "--preset",
-        "smoke",
-        "--out",
-        str(data),
-        *words,
-    ]
-    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    env = project_environment(OMP_NUM_THREADS="1")
+    run_python("-m", "pipeline.build", "--preset", "smoke", "--out", data, *words, env=env)
     run, common = str(tmp_path / "vae"), ["--data", str(data), "--device", "cpu"]
     options = [
         *("--bricks.resolutions", "32", "--bricks.no-symmetries"),

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from model.sparse_vae import SparseVAE
 from pipeline.core.cli import parse_with_presets
 from pipeline.core.errors import UserError
 from pipeline.core.primitives.voxel_iou import intersection_over_union
+from tests.child_python import project_environment, run_python, start_python
 from tests.train.analytic_builds import tiny_training
 from train.data.bricks import BrickLoader, BrickReader, read_build_index
 from train.engine.distributed import World
@@ -29,12 +28,6 @@ from train.stages.vae.config import VAE_PRESETS
 from train.stages.vae.run import train_vae
 from train.vae import main
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-}
 SHORT_RUN = """
 import sys, torch
 from pathlib import Path
@@ -70,9 +63,8 @@ def whole(build, tmp_path_factory):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_killed_run_resumes_with_the_same_losses(build, tmp_path, whole, signum, code):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SHORT_RUN, build, tmp_path], cwd=ROOT, env=ENVIRONMENT
-    )
+    env = project_environment(OMP_NUM_THREADS="1")
+    process = start_python("-c", SHORT_RUN, build, tmp_path, env=env)
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= 13):
@@ -80,7 +72,8 @@ def test_a_killed_run_resumes_with_the_same_losses(build, tmp_path, whole, signu
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signum)
-    assert process.wait(60) == code
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
     done = len(exact(tmp_path))
     assert 13 <= done <= 20, "at least 20 steps must follow the kill"
     kept = int((tmp_path / "latest").resolve().name[5:])
@@ -333,35 +326,12 @@ def test_a_gpu_follows_the_cpu(build, tmp_path, whole):
 def test_the_tiny_preset_memorises_16_shapes(tmp_path):
     """Without symmetries the preset reconstructs its training shapes with an IoU of 0.9."""
     data = tmp_path / "data"
-    options = [
-        "--limit",
-        "16",
-        "--val-percent",
-        "0",
-        "--resolutions",
-        "64",
-        "--views",
-        "1",
-        "--image-size",
-        "64",
+    words = [
+        *("--limit", 16, "--val-percent", 0, "--resolutions", 64, "--views", 1),
+        *("--image-size", 64, "--workers", 1),
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline.build",
-        "--out",
-        str(data),
-        "--workers",
-        "1",
-        *options,
-    ]
-    subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**ENVIRONMENT, "HOME": str(tmp_path)},
-        check=True,
-        capture_output=True,
-    )
+    env = project_environment(OMP_NUM_THREADS="1", HOME=str(tmp_path))
+    run_python("-m", "pipeline.build", "--out", data, *words, env=env)
     cfg = VAE_PRESETS["tiny"]
     cfg = replace(
         cfg, data=data, out=tmp_path / "run", bricks=replace(cfg.bricks, symmetries=False)

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.kernels.compiled_launches import compiled_launches
 
 SHARED_LIMIT = 58 * 1024  # at least two programs in the 164 KB of an A100 multiprocessor
 SPILL_LIMIT = 256  # bytes per thread: what a register cap that buys occupancy may cost
-
-
-def compiled(arch: int, dtype: str, group: int, D: int) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    module = "tests.kernels.attention.compile_ahead"
-    command = [sys.executable, "-m", module, *map(str, (arch, dtype, group, D))]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -35,7 +21,9 @@ def compiled(arch: int, dtype: str, group: int, D: int) -> list[dict]:
     ],
 )
 def test_every_launch_compiles(arch, dtype, group, D):
-    launches = compiled(arch, dtype, group, D)
+    launches = compiled_launches(
+        "-m", "tests.kernels.attention.compile_ahead", arch, dtype, group, D
+    )
     names = {launch["name"] for launch in launches}
     assert names >= {
         "_segment_fwd",

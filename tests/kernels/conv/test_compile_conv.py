@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
+from tests.kernels.compiled_launches import compiled_launches
+
 SHARED_LIMIT = {80: 82 * 1024, 90: 114 * 1024}  # two programs on a multiprocessor
-
-
-def compiled(*arguments: int | str) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.conv.compile_conv", *map(str, arguments)]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -35,7 +22,7 @@ def compiled(*arguments: int | str) -> list[dict]:
     ],
 )
 def test_every_launch_compiles(arch, dtype, C, O, sizes):
-    launches = compiled(arch, dtype, C, O, sizes)
+    launches = compiled_launches("-m", "tests.kernels.conv.compile_conv", arch, dtype, C, O, sizes)
     assert {launch["name"] for launch in launches} - {"_weight_grad", "_weight_grad_by_tap"} == {
         "_gather_gemm",
         "_pool_fwd",

@@ -1,10 +1,5 @@
 """The decoder's last layer against its reference, in the interpreter and compiled."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +7,7 @@ import torch.nn.functional as F
 from kernels import sdf_head
 from kernels.conv import reference as reference_conv
 from tests.kernel_inputs import DEVICE, assert_no_worse
+from tests.kernels.compiled_launches import compiled_launches
 
 torch.set_num_threads(1)
 
@@ -93,13 +89,7 @@ print(json.dumps(launches))
 
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_it_compiles_without_spills(arch):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", _COMPILE, arch]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    launches = json.loads(result.stdout)
+    launches = compiled_launches("-c", _COMPILE, arch)
     assert [launch["name"] for launch in launches] == ["_head_fwd", "_head_bwd"]
     assert all(launch["spilled"] == 0 and launch["shared"] < 16384 for launch in launches)
 

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.kernels.compiled_launches import compiled_launches
 
 SHARED_LIMIT = 58 * 1024  # at least two programs in the 164 KB of an A100 multiprocessor
 SPILL_LIMIT = 256  # bytes per thread, in the attention kernels: see test_compile_ahead
 FUSED = {"_add_norm_fwd", "_add_norm_bwd", "_add_parts", "_gelu_bwd"}
-
-
-def compiled(*arguments: int | str) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.fused.compile_fused", *map(str, arguments)]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -35,7 +22,7 @@ def compiled(*arguments: int | str) -> list[dict]:
     ],
 )
 def test_every_launch_compiles(arch, dtype, C, D):
-    launches = compiled(arch, dtype, C, D)
+    launches = compiled_launches("-m", "tests.kernels.fused.compile_fused", arch, dtype, C, D)
     names = {launch["name"] for launch in launches}
     assert names >= FUSED | {"_segment_fwd", "_fold", "_segment_dq", "_segment_dkdv"}
     for launch in launches:

@@ -1,10 +1,6 @@
 """Signed distances of the kernels, compared with the CPU reference and with brute force."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,6 +15,7 @@ from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.flood_fill import bin_triangles
 from pipeline.geometry.topology import BURIED, SHEET, SOLID, build_topology
 from tests.kernel_inputs import DEVICE
+from tests.kernels.compiled_launches import compiled_launches
 
 LIMIT = 1e-3  # voxels
 # padding divides by zero on purpose
@@ -413,17 +410,7 @@ print(json.dumps(found))
 
 
 def test_it_compiles_for_both_architectures_without_spills():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", _COMPILE],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        encoding="utf-8",
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    launches = json.loads(result.stdout)
+    launches = compiled_launches("-c", _COMPILE)
     assert [launch["name"] for launch in launches[::2]] == ["_narrow", "_distances", "_votes"]
     assert len(launches) == 6
     assert all(launch["spilled"] == 0 and launch["shared"] < 16384 for launch in launches)

@@ -1,8 +1,5 @@
 """Meshes of decoded bricks against analytic surfaces."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +8,7 @@ from model.inference.extract_mesh import extract_mesh, extract_meshes
 from model.sparse_tensor import BrickBatch, Level
 from pipeline.core.grid import band, spacing
 from pipeline.core.schema import Bricks
+from tests.child_python import run_python
 
 
 def analytic_bricks(distance, resolution, reach=1.0):
@@ -156,13 +154,7 @@ def test_resolution_1024_takes_seconds_and_less_than_4_gb(tmp_path, distance, nu
     files = [tmp_path / f"{name}.npy" for name in ("coords", "values", "vertices", "faces")]
     np.save(files[0], np.pad(one.cells.astype(np.int32), ((0, 0), (1, 0))))
     np.save(files[1], one.values)
-    child = subprocess.run(
-        [sys.executable, "-c", _CHILD, *map(str, files)],
-        capture_output=True,
-        text=True,
-        check=True,
-        encoding="utf-8",
-    )
+    child = run_python("-c", _CHILD, *files)
     cells, count, _, seconds, base, peak = map(float, child.stdout.split())
     vertices, faces = np.load(files[2]), np.load(files[3])
     assert len(vertices) == count

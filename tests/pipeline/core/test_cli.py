@@ -10,8 +10,7 @@ import pytest
 
 from pipeline.core.cli import as_typed, parse, parse_with_presets
 from pipeline.core.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.child_python import ROOT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,6 @@
 import ctypes
 import json
 import resource
-import subprocess
-import sys
 from dataclasses import replace
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from pipeline.geometry.topology import build_topology
 from pipeline.orchestration.isolated_process import IsolatedProcess
 from pipeline.rendering import gl_renderer
 from pipeline.sources import open_source
+from tests.child_python import run_python
 from tests.pipeline import known_shapes as geo
 from tests.pipeline.builds import build, config, environment, finish, start
 
@@ -227,14 +226,6 @@ except RunError as error:
 @without_cuda
 def test_an_asset_process_gets_its_gpu(tmp_path):
     """Ray assigns a share of a simulated GPU, and the process of the asset finds no CUDA."""
-    done = subprocess.run(
-        [sys.executable, "-c", _BUILD_ON_A_SIMULATED_GPU, tmp_path / "out"],
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        encoding="utf-8",
-    )
+    done = run_python("-c", _BUILD_ON_A_SIMULATED_GPU, tmp_path / "out", env=environment(tmp_path))
     refusal = "said: --device cuda: the process that works on an asset has no CUDA device"
     assert refusal in done.stdout, done.stdout + done.stderr

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.scene import Attribute, Geometry, Scene
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import to_glb
+from tests.child_python import project_environment, run_python
 from tests.pipeline.mesh_files import (
     FACES,
     OBJ,
@@ -465,14 +464,7 @@ def test_the_order_of_parts_does_not_depend_on_the_process(tmp_path):
     path = write(tmp_path / "house.glb", to_glb(make_shape("0014-house")))
     code = "import sys; from tests.pipeline.mesh_io.test_load import digest; "
     code += "print(digest(sys.argv[1]))"
-    other = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
-        env={"PYTHONHASHSEED": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-        encoding="utf-8",
-    )
+    other = run_python("-c", code, path, env=project_environment(PYTHONHASHSEED="1"))
     assert other.stdout.strip() == digest(str(path))
 
 

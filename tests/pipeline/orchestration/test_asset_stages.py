@@ -1,9 +1,6 @@
 """One asset through all its stages, without Ray or isolation."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,8 +15,8 @@ from pipeline.orchestration.asset_results import AssetJob, AssetNotes
 from pipeline.orchestration.asset_stages import load_bricks, process, save_bricks
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.procedural import ProceduralSource
+from tests.child_python import run_python
 from tests.pipeline.archive_files import make_zip
-from tests.pipeline.builds import ROOT
 from tests.pipeline.collada_files import textured_quad
 from tests.pipeline.crashing_source import box
 from tests.pipeline.mesh_files import png
@@ -251,11 +248,7 @@ sys.exit(f"compiled by an asset, not by the warm-up: {late}" if late else 0)
 
 def test_the_warm_up_leaves_nothing_for_an_asset_to_compile(tmp_path):
     """A function that a child compiles is compiled again by every other child."""
-    command = [sys.executable, "-c", WARM, "12", str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ}, text=True, capture_output=True, encoding="utf-8"
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", WARM, 12, tmp_path)
 
 
 def test_notes_of_a_crashed_stage_say_how_far_it_got(tmp_path):

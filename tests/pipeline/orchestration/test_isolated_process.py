@@ -1,8 +1,6 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -11,7 +9,8 @@ import pytest
 
 from pipeline.core.errors import RunError
 from pipeline.orchestration.isolated_process import IsolatedProcess
-from tests.pipeline.builds import ROOT, wait_until
+from tests.child_python import start_python
+from tests.pipeline.builds import wait_until
 from tests.pipeline.crashing_source import CrashingSource
 
 HERE = "tests.pipeline.orchestration.test_isolated_process"
@@ -176,12 +175,12 @@ def test_nothing_outlives_a_killed_client(tmp_path):
         f"one = IsolatedProcess('{HERE}:nothing'); folder = Path({str(folder)!r})\n"
         "call(one, 'write_pids_and_sleep', folder, folder.parent, timeout_s=600)\n"
     )
-    client = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    client = start_python("-c", code)
     wait_until(lambda: len(list(folder.iterdir())) == 2)
     pids = [child.pid for child in psutil.Process(client.pid).children(recursive=True)]
     assert len(pids) == 3  # server, call, and what the call forked
     client.send_signal(signal.SIGKILL)
-    client.wait()
+    client.communicate()
     wait_until(lambda: not any(alive(pid) for pid in pids))
 
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from pipeline.inspection.verification import verify
+from tests.child_python import ROOT
 from tests.pipeline.builds import (
-    ROOT,
     TINY,
     assert_same,
     contents,

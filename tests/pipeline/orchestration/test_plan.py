@@ -1,8 +1,6 @@
 """Plans are written once, read back whole, and refused if they do not match."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -14,7 +12,8 @@ from pipeline.core.hashing import hash_of, make_uid
 from pipeline.core.product import Product
 from pipeline.core.schema import Record
 from pipeline.orchestration.plan import make_plan, read_plan, with_values_of_plan
-from tests.pipeline.builds import ROOT, Listing
+from tests.child_python import run_python
+from tests.pipeline.builds import Listing
 
 
 def test_a_plan_is_read_back_whole_and_is_not_made_again(tmp_path):
@@ -156,14 +155,6 @@ from tests.pipeline.orchestration.test_plan import LongListing
 make_plan(BuildConfig(out=Path({str(tmp_path / "out")!r}), limit=None), [LongListing(1_000_000)])
 print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        encoding="utf-8",
-    )
-    seconds, kilobytes = map(float, done.stdout.split())
+    seconds, kilobytes = map(float, run_python("-c", code).stdout.split())
     assert seconds < 60
     assert kilobytes < 2e6

@@ -1,9 +1,6 @@
 """Rendered views: colours, alpha modes, sides, rejected views and reproducible bytes."""
 
 import hashlib
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +22,7 @@ from pipeline.rendering.views import (
     unpremultiply,
     view_numbers,
 )
+from tests.child_python import project_environment, run_python
 
 SMALL = RenderConfig(views=4, image_size=160)
 
@@ -136,16 +134,8 @@ def test_equal_seeds_give_equal_bytes_in_two_processes():
         "from tests.pipeline.rendering.test_views import *; print(digest(of_trimesh(torus_knot())))"
     )
     for threads in ("0", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": threads, "LP_NUM_THREADS": threads}
-        out = subprocess.run(
-            [sys.executable, "-c", here],
-            env=env,
-            capture_output=True,
-            text=True,
-            check=True,
-            encoding="utf-8",
-        ).stdout
-        assert out.strip() == digest(mesh)
+        env = project_environment(PYTHONHASHSEED=threads, LP_NUM_THREADS=threads)
+        assert run_python("-c", here, env=env).stdout.strip() == digest(mesh)
 
 
 def lit(mesh, eye=None, size=160, light=None):
@@ -429,25 +419,14 @@ def test_without_egl_the_error_names_the_packages():
     """A process without an EGL driver raises RunError."""
     code = "from pipeline.rendering.views import *; from pipeline.core.errors import RunError\n"
     code += "try: renderer_string()\nexcept RunError as error: print(error)"
-    env = {**os.environ, "__EGL_VENDOR_LIBRARY_FILENAMES": "/nonexistent"}
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-        encoding="utf-8",
-    ).stdout
-    assert "libegl1 libgl1 libgl1-mesa-dri" in out
+    env = project_environment(__EGL_VENDOR_LIBRARY_FILENAMES="/nonexistent")
+    assert "libegl1 libgl1 libgl1-mesa-dri" in run_python("-c", code, env=env).stdout
 
 
 def test_importing_views_loads_no_graphics_library():
     code = "import sys, pipeline.rendering.views\n"
     code += "print({'pyrender', 'OpenGL', 'trimesh', 'torch'} & set(sys.modules))"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
-    ).stdout
-    assert out.strip() == "set()"
+    assert run_python("-c", code).stdout.strip() == "set()"
 
 
 def test_a_given_camera_gives_the_image_of_the_sampled_one():

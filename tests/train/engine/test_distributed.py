@@ -1,13 +1,9 @@
 """Training on two ranks equals training on one: with gloo on CPUs and NCCL on GPUs."""
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -16,39 +12,17 @@ from torch.distributed import HashStore
 
 from pipeline.core.devices import choose_device
 from pipeline.core.errors import UserError
+from tests.child_python import project_environment, start_python
 from tests.train.analytic_builds import tiny_training
 from tests.train.two_rank_gradients import gradients
 from train.engine.distributed import World, fresh_store, join_world
 from train.stages.vae.run import train_vae
 
-ROOT = Path(__file__).resolve().parents[3]
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-}
-
 
 def torchrun(*arguments):
     """Start two ranks."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *arguments,
-    ]
-    return subprocess.Popen(
-        [*map(str, command)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    return start_python(*launcher, *arguments, env=project_environment(OMP_NUM_THREADS="1"))
 
 
 def compare_gradients(build, path, device, tolerance):
