@@ -5,15 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.sources.shapes import closed_solids, textures
-from pipeline.sources.shapes.pieces import (
-    Paint,
-    Piece,
-    colored,
-    painted,
-    rotated,
-    scaled,
-    translated,
-)
+from pipeline.sources.shapes.pieces import Paint, Piece
 from pipeline.sources.shapes.primitives import extrude, lathe, ring
 from pipeline.sources.shapes.textures import Rng
 
@@ -106,9 +98,8 @@ def crate(rng: Rng) -> list[Piece]:
     a, b, *_ = textures.palette(rng)
     x, y, z = rng.uniform(0.5, 1.0, 3)
     return [
-        painted(
-            closed_solids.box(x, y, z),
-            Paint(texture=textures.checker(a, b, int(rng.integers(2, 7)))),
+        closed_solids.box(x, y, z).painted(
+            Paint(texture=textures.checker(a, b, int(rng.integers(2, 7))))
         )
     ]
 
@@ -117,8 +108,8 @@ def ball(rng: Rng) -> list[Piece]:
     image = textures.stripes(
         textures.palette(rng)[: rng.integers(2, 5)], int(rng.integers(2, 4)) * 4
     )
-    tilted = rotated(closed_solids.sphere(1.0), "x", rng.uniform(-40, 40))
-    return [painted(tilted, Paint(texture=image, roughness=0.4))]
+    tilted = closed_solids.sphere(1.0).rotated("x", rng.uniform(-40, 40))
+    return [tilted.painted(Paint(texture=image, roughness=0.4))]
 
 
 def barrel(rng: Rng) -> list[Piece]:
@@ -140,8 +131,8 @@ def barrel(rng: Rng) -> list[Piece]:
             (high + 0.015, 0.035),
             (high - 0.03, 0.035),
         ]
-        hoops.append(painted(translated(lathe(section, closed=True), y=height), iron))
-    return [painted(body, Paint(texture=image)), *hoops]
+        hoops.append(lathe(section, closed=True).translated(y=height).painted(iron))
+    return [body.painted(Paint(texture=image)), *hoops]
 
 
 def torus(rng: Rng) -> list[Piece]:
@@ -156,7 +147,7 @@ def torus(rng: Rng) -> list[Piece]:
         edge = 0.06 * np.sin(waves * np.arctan2(p[:, 2], p[:, 0]) + phase)
         return np.where((p[:, 1] > edge)[:, None], icing, dough)
 
-    return [colored(closed_solids.torus(1.0, tube, 128, 48), color)]
+    return [closed_solids.torus(1.0, tube, 128, 48).colored(color)]
 
 
 def supershape(rng: Rng) -> list[Piece]:
@@ -165,7 +156,7 @@ def supershape(rng: Rng) -> list[Piece]:
     a, b, *_ = (np.array(color) for color in textures.palette(rng))
     body = closed_solids.supershape(m, n)
     far = np.linalg.norm(body.vertices, axis=1).max()
-    return [colored(body, lambda p: a + (b - a) * np.linalg.norm(p, axis=1, keepdims=True) / far)]
+    return [body.colored(lambda p: a + (b - a) * np.linalg.norm(p, axis=1, keepdims=True) / far)]
 
 
 def vase(rng: Rng) -> list[Piece]:
@@ -183,7 +174,7 @@ def vase(rng: Rng) -> list[Piece]:
         textures.noise(rng, a, b),
         textures.stripes([a, b], 12, upright=False),
     )
-    return [painted(lathe(profile, 64), Paint(texture=image[rng.integers(3)], roughness=0.3))]
+    return [lathe(profile, 64).painted(Paint(texture=image[rng.integers(3)], roughness=0.3))]
 
 
 def star(rng: Rng) -> list[Piece]:
@@ -192,7 +183,7 @@ def star(rng: Rng) -> list[Piece]:
     radius = np.where(np.arange(2 * points) % 2 == 0, 1.0, rng.uniform(0.35, 0.6))
     outline = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     gold = Paint(color=textures.palette(rng)[0], metallic=0.3, roughness=0.4)
-    return [painted(extrude(outline, rng.uniform(0.2, 0.5)), gold)]
+    return [extrude(outline, rng.uniform(0.2, 0.5)).painted(gold)]
 
 
 def torus_knot(rng: Rng) -> list[Piece]:
@@ -202,7 +193,7 @@ def torus_knot(rng: Rng) -> list[Piece]:
     path = np.stack([r * np.cos(p * t), r * np.sin(p * t), 0.45 * np.sin(q * t)], axis=1)
     wire = closed_solids.tube(path, rng.uniform(0.1, 0.17), 16, closed=True)
     a, b, *_ = (np.array(color) for color in textures.palette(rng))
-    return [colored(wire, lambda x: a + (b - a) * (0.5 + 0.5 * np.sin(3 * x[:, :1])))]
+    return [wire.colored(lambda x: a + (b - a) * (0.5 + 0.5 * np.sin(3 * x[:, :1])))]
 
 
 def gear(rng: Rng) -> list[Piece]:
@@ -218,8 +209,8 @@ def gear(rng: Rng) -> list[Piece]:
         rng.uniform(0.2, 0.4),
     )
     return [
-        painted(
-            wheel, Paint(color=textures.pick(rng, textures.METALS), metallic=0.7, roughness=0.45)
+        wheel.painted(
+            Paint(color=textures.pick(rng, textures.METALS), metallic=0.7, roughness=0.45)
         )
     ]
 
@@ -228,9 +219,8 @@ def letter(rng: Rng) -> list[Piece]:
     outline = LETTERS[sorted(LETTERS)[rng.integers(len(LETTERS))]]
     a, b, *_ = textures.palette(rng)
     return [
-        painted(
-            extrude(outline, rng.uniform(0.8, 1.6)),
-            Paint(texture=textures.dots(a, b, 2), tiles=0.5),
+        extrude(outline, rng.uniform(0.8, 1.6)).painted(
+            Paint(texture=textures.dots(a, b, 2), tiles=0.5)
         )
     ]
 
@@ -248,17 +238,15 @@ def gem(rng: Rng) -> list[Piece]:
         ]
         body = closed_solids.hull(np.concatenate([*rows, [[0.0, -0.85, 0.0]]]))
     else:
-        body = scaled(closed_solids.polyhedron(name), 1.0, rng.uniform(1.0, 1.6), 1.0)
-    return [painted(body, Paint(color=color, roughness=0.15))]
+        body = closed_solids.polyhedron(name).scaled(1.0, rng.uniform(1.0, 1.6), 1.0)
+    return [body.painted(Paint(color=color, roughness=0.15))]
 
 
 def pill(rng: Rng) -> list[Piece]:
     a, b, *_ = textures.palette(rng)
     length = rng.uniform(0.8, 2.0)
-    body = rotated(closed_solids.capsule(0.5, length), "z", rng.uniform(-60, 60))
-    return [
-        painted(body, Paint(texture=textures.stripes([a, b], 2, upright=False), roughness=0.25))
-    ]
+    body = closed_solids.capsule(0.5, length).rotated("z", rng.uniform(-60, 60))
+    return [body.painted(Paint(texture=textures.stripes([a, b], 2, upright=False), roughness=0.25))]
 
 
 def heart(rng: Rng) -> list[Piece]:
@@ -273,7 +261,7 @@ def heart(rng: Rng) -> list[Piece]:
     flat[:, [0, -1]] = centre
     depth = np.broadcast_to(bulge * np.sin(slope), flat.shape[:2])
     body = closed_solids.patch(np.concatenate([flat, depth[..., None]], axis=-1))
-    return [painted(body, Paint(color=textures.palette(rng)[0], roughness=0.3))]
+    return [body.painted(Paint(color=textures.palette(rng)[0], roughness=0.3))]
 
 
 def pawn(rng: Rng) -> list[Piece]:
@@ -289,7 +277,7 @@ def pawn(rng: Rng) -> list[Piece]:
     sides = ("f4f1de", "d8c9a3"), ("2b2d42", "4a4e69"), ("7f1d1d", "b23a48"), ("6f4518", "a0703c")
     a, b = (textures.from_hex(text) for text in sides[rng.integers(4)])
     paint = Paint(texture=textures.noise(rng, a, b), roughness=0.35)
-    return [painted(scaled(lathe(profile, 56), 1.0, rng.uniform(0.9, 1.25), 1.0), paint)]
+    return [lathe(profile, 56).scaled(1.0, rng.uniform(0.9, 1.25), 1.0).painted(paint)]
 
 
 def bottle(rng: Rng) -> list[Piece]:
@@ -300,14 +288,14 @@ def bottle(rng: Rng) -> list[Piece]:
         [neck + (body - neck) * (0.5 + 0.5 * np.cos(np.pi * t)), 0.7 + 0.25 * t], axis=1
     )
     profile = [(0.0, 0.04), (body * 0.7, 0.0), (body, 0.05), *shoulder, (neck, 1.2), (0.0, 1.2)]
-    cap = translated(closed_solids.cylinder(neck * 1.25, 0.1), y=1.2)
+    cap = closed_solids.cylinder(neck * 1.25, 0.1).translated(y=1.2)
     colors = textures.palette(rng)
     label = [(body + 0.008, 0.2), (body + 0.008, 0.55), (body - 0.02, 0.55), (body - 0.02, 0.2)]
     return [
-        painted(lathe(profile), Paint(color=colors[0], roughness=0.15)),
-        painted(cap, Paint(color=colors[1])),
-        painted(
-            lathe(label, closed=True), Paint(texture=textures.stripes(colors[2:], 6, upright=False))
+        lathe(profile).painted(Paint(color=colors[0], roughness=0.15)),
+        cap.painted(Paint(color=colors[1])),
+        lathe(label, closed=True).painted(
+            Paint(texture=textures.stripes(colors[2:], 6, upright=False))
         ),
     ]
 
@@ -320,7 +308,7 @@ def pebble(rng: Rng) -> list[Piece]:
     height = 1 + 0.07 * np.sin(2.2 * base.vertices @ directions.T + phases).sum(axis=1) / 2
     stone = Piece(vertices=base.vertices * height[:, None], faces=base.faces, uv=base.uv)
     a, b, *_ = (np.array(color) for color in textures.palette(rng))
-    flat = scaled(stone, 1.0, rng.uniform(0.6, 1.0), rng.uniform(0.7, 1.0))
+    flat = stone.scaled(1.0, rng.uniform(0.6, 1.0), rng.uniform(0.7, 1.0))
     return [
-        colored(flat, lambda p: a + (b - a) * (0.5 + 0.5 * np.sin(9 * p @ directions[0]))[:, None])
+        flat.colored(lambda p: a + (b - a) * (0.5 + 0.5 * np.sin(9 * p @ directions[0]))[:, None])
     ]

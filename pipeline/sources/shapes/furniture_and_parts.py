@@ -5,15 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.sources.shapes import closed_solids, textures
-from pipeline.sources.shapes.pieces import (
-    Paint,
-    Piece,
-    painted,
-    placed_between,
-    rotated,
-    scaled,
-    translated,
-)
+from pipeline.sources.shapes.pieces import Paint, Piece
 from pipeline.sources.shapes.primitives import extrude, lathe, surface
 from pipeline.sources.shapes.textures import Rng
 
@@ -41,8 +33,8 @@ def table(rng: Rng) -> list[Piece]:
     )
     reach = (x / 2 * 0.6, x / 2 * 0.6) if round_top else (x / 2 - 0.07, z / 2 - 0.07)
     leg = lathe([(0.0, -height), (0.03, -height), (0.045, 0.0), (0.0, 0.0)], 16)
-    legs = [translated(leg, x=sx * reach[0], z=sz * reach[1]) for sx in (-1, 1) for sz in (-1, 1)]
-    return [painted(top, wood), *(painted(leg, _wood(rng)) for leg in legs)]
+    legs = [leg.translated(x=sx * reach[0], z=sz * reach[1]) for sx in (-1, 1) for sz in (-1, 1)]
+    return [top.painted(wood), *(leg.painted(_wood(rng)) for leg in legs)]
 
 
 def chair(rng: Rng) -> list[Piece]:
@@ -51,24 +43,23 @@ def chair(rng: Rng) -> list[Piece]:
     cushion = Paint(texture=textures.dots(a, b, 6), tiles=1.5)
     tall = rng.uniform(0.5, 0.75)
     legs = rng.uniform(0.38, 0.5)
-    pieces = [painted(_plain(closed_solids.box(0.5, 0.05, 0.5)), wood)]
-    pieces.append(painted(translated(_plain(closed_solids.box(0.44, 0.06, 0.44)), y=0.05), cushion))
+    pieces = [_plain(closed_solids.box(0.5, 0.05, 0.5)).painted(wood)]
+    pieces.append(_plain(closed_solids.box(0.44, 0.06, 0.44)).translated(y=0.05).painted(cushion))
     for sx in (-0.21, 0.21):
         pieces.append(
-            painted(
-                translated(_plain(closed_solids.box(0.05, legs, 0.05)), x=sx, y=-legs / 2, z=0.21),
-                wood,
-            )
+            _plain(closed_solids.box(0.05, legs, 0.05))
+            .translated(x=sx, y=-legs / 2, z=0.21)
+            .painted(wood)
         )
-        back = translated(
-            _plain(closed_solids.box(0.05, legs + tall, 0.05)), x=sx, y=(tall - legs) / 2, z=-0.22
+        back = _plain(closed_solids.box(0.05, legs + tall, 0.05)).translated(
+            x=sx, y=(tall - legs) / 2, z=-0.22
         )
-        pieces.append(painted(back, wood))
+        pieces.append(back.painted(wood))
     for k in range(rails := int(rng.integers(2, 5))):
-        rail = translated(
-            _plain(closed_solids.box(0.4, 0.07, 0.03)), y=tall * (k + 1) / rails - 0.06, z=-0.22
+        rail = _plain(closed_solids.box(0.4, 0.07, 0.03)).translated(
+            y=tall * (k + 1) / rails - 0.06, z=-0.22
         )
-        pieces.append(painted(rail, wood))
+        pieces.append(rail.painted(wood))
     return pieces
 
 
@@ -81,12 +72,12 @@ def lamp(rng: Rng) -> list[Piece]:
     foot = lathe([(0.0, 0.0), (0.26, 0.0), (0.24, 0.04), (0.05, 0.08), (0.0, 0.08)])
     shade = lathe([(wide, height - 0.2), (wide * rng.uniform(0.4, 0.8), height + 0.15)], 64)
     return [
-        painted(foot, metal),
-        painted(translated(closed_solids.cylinder(0.025, height, 20), y=height / 2), metal),
-        painted(shade, Paint(texture=textures.stripes(colors[:2], 24))),
-        painted(
-            translated(closed_solids.sphere(0.09, 24, 12), y=height), Paint(color=(1.0, 0.95, 0.75))
-        ),
+        foot.painted(metal),
+        closed_solids.cylinder(0.025, height, 20).translated(y=height / 2).painted(metal),
+        shade.painted(Paint(texture=textures.stripes(colors[:2], 24))),
+        closed_solids.sphere(0.09, 24, 12)
+        .translated(y=height)
+        .painted(Paint(color=(1.0, 0.95, 0.75))),
     ]
 
 
@@ -97,43 +88,39 @@ def robot(rng: Rng) -> list[Piece]:
     wide = rng.uniform(0.45, 0.65)
     tall = rng.uniform(0.5, 0.7)
     pieces = [
-        painted(closed_solids.box(wide, tall, 0.35), body),
-        painted(translated(closed_solids.box(wide * 0.7, 0.32, 0.32), y=tall / 2 + 0.24), body),
-        painted(translated(closed_solids.cylinder(0.08, 0.16), y=tall / 2 + 0.04), dark),
-        painted(translated(closed_solids.cylinder(0.012, 0.2, 12), y=tall / 2 + 0.48), dark),
-        painted(
-            translated(closed_solids.sphere(0.04, 20, 10), y=tall / 2 + 0.58), Paint(color=light)
-        ),
-        painted(
-            translated(closed_solids.box(wide * 0.6, tall * 0.35, 0.04), y=0.05, z=0.18),
-            Paint(color=light),
-        ),
+        closed_solids.box(wide, tall, 0.35).painted(body),
+        closed_solids.box(wide * 0.7, 0.32, 0.32).translated(y=tall / 2 + 0.24).painted(body),
+        closed_solids.cylinder(0.08, 0.16).translated(y=tall / 2 + 0.04).painted(dark),
+        closed_solids.cylinder(0.012, 0.2, 12).translated(y=tall / 2 + 0.48).painted(dark),
+        closed_solids.sphere(0.04, 20, 10)
+        .translated(y=tall / 2 + 0.58)
+        .painted(Paint(color=light)),
+        closed_solids.box(wide * 0.6, tall * 0.35, 0.04)
+        .translated(y=0.05, z=0.18)
+        .painted(Paint(color=light)),
     ]
     for side in (-1, 1):
-        eye = rotated(closed_solids.cylinder(0.06, 0.05, 24), "x", 90)
+        eye = closed_solids.cylinder(0.06, 0.05, 24).rotated("x", 90)
         pieces.append(
-            painted(
-                translated(eye, x=side * wide * 0.17, y=tall / 2 + 0.27, z=0.17), Paint(color=eyes)
+            eye.translated(x=side * wide * 0.17, y=tall / 2 + 0.27, z=0.17).painted(
+                Paint(color=eyes)
             )
         )
         lift = rng.uniform(-10, 70)
-        arm = rotated(translated(closed_solids.capsule(0.06, 0.38, 24), y=-0.22), "z", side * lift)
-        pieces.append(painted(translated(arm, x=side * (wide / 2 + 0.06), y=tall / 2 - 0.1), dark))
+        arm = closed_solids.capsule(0.06, 0.38, 24).translated(y=-0.22).rotated("z", side * lift)
+        pieces.append(arm.translated(x=side * (wide / 2 + 0.06), y=tall / 2 - 0.1).painted(dark))
         pieces.append(
-            painted(
-                translated(
-                    closed_solids.sphere(0.1, 24, 12), x=side * (wide / 2 + 0.05), y=tall / 2 - 0.1
-                ),
-                body,
-            )
+            closed_solids.sphere(0.1, 24, 12)
+            .translated(x=side * (wide / 2 + 0.05), y=tall / 2 - 0.1)
+            .painted(body)
         )
-        leg = translated(
-            closed_solids.cylinder(0.08, 0.4, 24), x=side * wide * 0.27, y=-tall / 2 - 0.18
+        leg = closed_solids.cylinder(0.08, 0.4, 24).translated(
+            x=side * wide * 0.27, y=-tall / 2 - 0.18
         )
-        foot = translated(
-            closed_solids.box(0.2, 0.1, 0.32), x=side * wide * 0.27, y=-tall / 2 - 0.4, z=0.05
+        foot = closed_solids.box(0.2, 0.1, 0.32).translated(
+            x=side * wide * 0.27, y=-tall / 2 - 0.4, z=0.05
         )
-        pieces += [painted(leg, dark), painted(foot, body)]
+        pieces += [leg.painted(dark), foot.painted(body)]
     return pieces
 
 
@@ -148,24 +135,22 @@ def car(rng: Rng) -> list[Piece]:
     inset = [(-0.78, 0.4), (nose - 0.14, 0.4), (nose - 0.38, roof - 0.04), (-0.57, roof - 0.04)]
     paint = Paint(color=color, metallic=0.2, roughness=0.25)
     pieces = [
-        painted(extrude(side, 0.8), paint),
-        painted(extrude(cabin, 0.68), paint),
-        painted(extrude(inset, 0.7), glass),
+        extrude(side, 0.8).painted(paint),
+        extrude(cabin, 0.68).painted(paint),
+        extrude(inset, 0.7).painted(glass),
     ]
     tyre = Paint(color=(0.08, 0.08, 0.09), roughness=0.9)
     hub = _metal(rng)
     for x in (-0.6, 0.6):
         for z in (-0.38, 0.38):
-            wheel = rotated(closed_solids.cylinder(0.2, 0.14, 40), "x", 90)
-            pieces.append(painted(translated(wheel, x=x, y=0.12, z=z), tyre))
-            cap = rotated(closed_solids.cylinder(0.11, 0.16, 24), "x", 90)
-            pieces.append(painted(translated(cap, x=x, y=0.12, z=z), hub))
+            wheel = closed_solids.cylinder(0.2, 0.14, 40).rotated("x", 90)
+            pieces.append(wheel.translated(x=x, y=0.12, z=z).painted(tyre))
+            cap = closed_solids.cylinder(0.11, 0.16, 24).rotated("x", 90)
+            pieces.append(cap.translated(x=x, y=0.12, z=z).painted(hub))
     for z in (-0.27, 0.27):
-        lamp_ = scaled(closed_solids.sphere(0.07, 20, 10), 0.5, 0.8, 1.3)
-        pieces.append(painted(translated(lamp_, x=1.0, y=0.26, z=z), Paint(color=(1.0, 0.95, 0.7))))
-        pieces.append(
-            painted(translated(lamp_, x=-1.01, y=0.28, z=z), Paint(color=(0.8, 0.1, 0.08)))
-        )
+        lamp_ = closed_solids.sphere(0.07, 20, 10).scaled(0.5, 0.8, 1.3)
+        pieces.append(lamp_.translated(x=1.0, y=0.26, z=z).painted(Paint(color=(1.0, 0.95, 0.7))))
+        pieces.append(lamp_.translated(x=-1.01, y=0.28, z=z).painted(Paint(color=(0.8, 0.1, 0.08))))
     return pieces
 
 
@@ -181,37 +166,34 @@ def house(rng: Rng) -> list[Piece]:
         (-wide / 2, tall),
     ]
     pieces = [
-        painted(
-            extrude(outline, deep), Paint(texture=textures.bricks(rng, wall, mortar), tiles=1.6)
-        )
+        extrude(outline, deep).painted(Paint(texture=textures.bricks(rng, wall, mortar), tiles=1.6))
     ]
     slope = float(np.degrees(np.arctan2(gable, wide / 2)))
     length = float(np.hypot(gable, wide / 2)) + 0.14
     tiles = Paint(texture=textures.bricks(rng, roof, textures.shaded(roof, 0.6)), tiles=2.0)
     for side in (-1, 1):
-        plate = rotated(_plain(closed_solids.box(length, 0.05, deep + 0.16)), "z", -side * slope)
+        plate = _plain(closed_solids.box(length, 0.05, deep + 0.16)).rotated("z", -side * slope)
         lift = np.array([side * np.sin(np.radians(slope)), np.cos(np.radians(slope))]) * 0.02
         at = np.array([side * wide / 4, tall + gable / 2]) + lift
         slip = 0.05 * np.array([side * np.cos(np.radians(slope)), -np.sin(np.radians(slope))])
-        pieces.append(painted(translated(plate, *(at + slip)), tiles))
+        pieces.append(plate.translated(*(at + slip)).painted(tiles))
     pieces.append(
-        painted(
-            translated(_plain(closed_solids.box(0.18, 0.36, 0.03)), y=0.18, z=deep / 2),
-            Paint(color=door),
-        )
+        _plain(closed_solids.box(0.18, 0.36, 0.03))
+        .translated(y=0.18, z=deep / 2)
+        .painted(Paint(color=door))
     )
     for x in (-wide * 0.3, wide * 0.3):
         for z in (-deep / 2, deep / 2):
-            window = translated(closed_solids.box(0.16, 0.18, 0.04), x=x, y=tall * 0.6, z=z)
+            window = closed_solids.box(0.16, 0.18, 0.04).translated(x=x, y=tall * 0.6, z=z)
             pieces.append(
-                painted(window, Paint(texture=textures.checker(frame, (0.65, 0.8, 0.9), 4)))
+                window.painted(Paint(texture=textures.checker(frame, (0.65, 0.8, 0.9), 4)))
             )
-    chimney = translated(
-        _plain(closed_solids.box(0.13, gable + 0.2, 0.13)), x=wide * 0.25, y=tall + gable / 2 + 0.1
+    chimney = _plain(closed_solids.box(0.13, gable + 0.2, 0.13)).translated(
+        x=wide * 0.25, y=tall + gable / 2 + 0.1
     )
     return [
         *pieces,
-        painted(chimney, Paint(texture=textures.bricks(rng, (0.6, 0.25, 0.2), mortar), tiles=3.0)),
+        chimney.painted(Paint(texture=textures.bricks(rng, (0.6, 0.25, 0.2), mortar), tiles=3.0)),
     ]
 
 
@@ -222,23 +204,21 @@ def rocket(rng: Rng) -> list[Piece]:
     profile = np.stack([belly * (1 - t**2.4) * (0.75 + 0.9 * t * (1 - t)), 1.6 * t], axis=1)
     profile[-1, 0] = 0.0
     pieces = [
-        painted(
-            lathe([(0.0, 0.0), *profile], 56),
-            Paint(texture=textures.stripes([hull, (1, 1, 1)], 4, upright=False)),
+        lathe([(0.0, 0.0), *profile], 56).painted(
+            Paint(texture=textures.stripes([hull, (1, 1, 1)], 4, upright=False))
         )
     ]
     fin = extrude([(0.1, 0.0), (0.45, -0.22), (0.47, 0.02), (0.12, 0.5)], 0.05)
     for k in range(count := int(rng.integers(3, 5))):
-        pieces.append(painted(rotated(fin, "y", 360 * k / count + 45), Paint(color=fins)))
+        pieces.append(fin.rotated("y", 360 * k / count + 45).painted(Paint(color=fins)))
     nozzle = lathe([(0.0, -0.12), (0.17, -0.12), (0.1, 0.05), (0.0, 0.05)])
-    pieces.append(painted(nozzle, _metal(rng)))
-    glass = rotated(closed_solids.torus(0.09, 0.03, 40, 16), "x", 90)
-    pieces.append(painted(translated(glass, y=0.95, z=belly * 0.82), _metal(rng)))
+    pieces.append(nozzle.painted(_metal(rng)))
+    glass = closed_solids.torus(0.09, 0.03, 40, 16).rotated("x", 90)
+    pieces.append(glass.translated(y=0.95, z=belly * 0.82).painted(_metal(rng)))
     pieces.append(
-        painted(
-            translated(closed_solids.sphere(0.09, 24, 12), y=0.95, z=belly * 0.77),
-            Paint(color=window, roughness=0.1),
-        )
+        closed_solids.sphere(0.09, 24, 12)
+        .translated(y=0.95, z=belly * 0.77)
+        .painted(Paint(color=window, roughness=0.1))
     )
     return pieces
 
@@ -246,13 +226,12 @@ def rocket(rng: Rng) -> list[Piece]:
 def airplane(rng: Rng) -> list[Piece]:
     """An airplane that faces +z."""
     body, wing, tail, *_ = textures.palette(rng)
-    fuselage = scaled(rotated(closed_solids.capsule(0.14, 1.2), "x", 90), 1.0, 1.05, 1.0)
+    fuselage = closed_solids.capsule(0.14, 1.2).rotated("x", 90).scaled(1.0, 1.05, 1.0)
     span = rng.uniform(0.7, 1.0)
     sweep = rng.uniform(0.0, 0.4)
     pieces = [
-        painted(
-            fuselage,
-            Paint(texture=textures.stripes([body, body, body, (1, 1, 1)], 8), roughness=0.3),
+        fuselage.painted(
+            Paint(texture=textures.stripes([body, body, body, (1, 1, 1)], 8), roughness=0.3)
         )
     ]
     for side in (-1, 1):
@@ -262,18 +241,17 @@ def airplane(rng: Rng) -> list[Piece]:
             (side * span, 0.06 - sweep),
             (0.0, 0.25),
         ]
-        blade = rotated(extrude(outline[::side], 0.035), "x", 90)  # the outline's y axis becomes z
-        pieces.append(painted(translated(blade, z=0.1), Paint(color=wing)))
-        pieces.append(painted(translated(scaled(blade, 0.4, 1.0, 0.5), z=-0.62), Paint(color=tail)))
-        engine = rotated(closed_solids.capsule(0.06, 0.2, 24), "x", 90)
+        blade = extrude(outline[::side], 0.035).rotated("x", 90)  # the outline's y axis becomes z
+        pieces.append(blade.translated(z=0.1).painted(Paint(color=wing)))
+        pieces.append(blade.scaled(0.4, 1.0, 0.5).translated(z=-0.62).painted(Paint(color=tail)))
+        engine = closed_solids.capsule(0.06, 0.2, 24).rotated("x", 90)
         pieces.append(
-            painted(
-                translated(engine, x=side * span * 0.45, y=-0.07, z=0.12 - sweep * 0.4),
-                Paint(color=tail),
+            engine.translated(x=side * span * 0.45, y=-0.07, z=0.12 - sweep * 0.4).painted(
+                Paint(color=tail)
             )
         )
-    fin = rotated(extrude([(0.5, 0.05), (0.72, 0.05), (0.78, 0.4), (0.66, 0.4)], 0.035), "y", 90)
-    return [*pieces, painted(fin, Paint(color=tail))]
+    fin = extrude([(0.5, 0.05), (0.72, 0.05), (0.78, 0.4), (0.66, 0.4)], 0.035).rotated("y", 90)
+    return [*pieces, fin.painted(Paint(color=tail))]
 
 
 def boat(rng: Rng) -> list[Piece]:
@@ -286,11 +264,11 @@ def boat(rng: Rng) -> list[Piece]:
     below = surface(np.stack([x, y, z], axis=-1))
     lid = surface(np.stack([x[:, [-1, 0]], y[:, [-1, 0]], z[:, [-1, 0]]], axis=-1))
     tall = rng.uniform(0.9, 1.3)
-    mast = placed_between(closed_solids.rod(0.025), (0.0, -0.1, 0.0), (0.0, tall, 0.0))
+    mast = closed_solids.rod(0.025).placed_between((0.0, -0.1, 0.0), (0.0, tall, 0.0))
     pieces = [
-        painted(below, Paint(color=hull)),
-        painted(lid, Paint(color=deck)),
-        painted(mast, _wood(rng)),
+        below.painted(Paint(color=hull)),
+        lid.painted(Paint(color=deck)),
+        mast.painted(_wood(rng)),
     ]
     u, v = np.linspace(0, 1, 21)[:, None], np.linspace(0, 1, 21)[None]
     for reach, low in ((-0.8, 0.12), (0.75, 0.15)):
@@ -300,9 +278,8 @@ def boat(rng: Rng) -> list[Piece]:
             [0.03 * np.sign(reach) + width, low + (tall - low - 0.03) * v + 0 * u, bulge], axis=-1
         )
         pieces.append(
-            painted(
-                surface(points),
-                Paint(texture=textures.stripes([cloth, (1, 1, 1)], 6, upright=False)),
+            surface(points).painted(
+                Paint(texture=textures.stripes([cloth, (1, 1, 1)], 6, upright=False))
             )
         )
     return pieces

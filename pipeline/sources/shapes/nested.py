@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.sources.shapes import basic, closed_solids, furniture_and_parts, textures
-from pipeline.sources.shapes.pieces import Paint, Piece, flipped, painted, translated
+from pipeline.sources.shapes.pieces import Paint, Piece
 from pipeline.sources.shapes.primitives import ring
 from pipeline.sources.shapes.textures import Rng
 
@@ -15,17 +15,17 @@ from pipeline.sources.shapes.textures import Rng
 def nested_spheres(rng: Rng) -> list[Piece]:
     """A ball with hidden balls inside. Only the outermost one is visible."""
     a, b, c, *_ = textures.palette(rng)
-    outer = painted(
-        closed_solids.sphere(1.0, 64, 32), Paint(texture=textures.noise(rng, a, b), roughness=0.3)
+    outer = closed_solids.sphere(1.0, 64, 32).painted(
+        Paint(texture=textures.noise(rng, a, b), roughness=0.3)
     )
     inner = [
-        translated(
-            closed_solids.sphere(rng.uniform(0.15, 0.35), 32, 16), *rng.uniform(-0.35, 0.35, 3)
+        closed_solids.sphere(rng.uniform(0.15, 0.35), 32, 16).translated(
+            *rng.uniform(-0.35, 0.35, 3)
         )
         for _ in range(2)
     ]
-    inner.append(flipped(closed_solids.sphere(0.85, 48, 24)))
-    return [outer, *(painted(ball, Paint(color=c)) for ball in inner)]
+    inner.append(closed_solids.sphere(0.85, 48, 24).flipped())
+    return [outer, *(ball.painted(Paint(color=c)) for ball in inner)]
 
 
 def thick_box(rng: Rng) -> list[Piece]:
@@ -40,20 +40,20 @@ def thick_box(rng: Rng) -> list[Piece]:
         vertices=np.stack([tube.vertices[:, 0], tube.vertices[:, 2], -tube.vertices[:, 1]], axis=1),
         uv=None,
     )
-    inside = translated(closed_solids.box(0.3, tall * rng.uniform(0.6, 1.3), 0.3), y=0.1)
-    floor = translated(closed_solids.box(0.99, 0.08, 0.99), y=-tall / 2 + 0.04)
+    inside = closed_solids.box(0.3, tall * rng.uniform(0.6, 1.3), 0.3).translated(y=0.1)
+    floor = closed_solids.box(0.99, 0.08, 0.99).translated(y=-tall / 2 + 0.04)
     paint = Paint(texture=textures.checker(a, b, 4), tiles=1.0)
     return [
-        painted(upright, paint),
-        painted(floor, Paint(color=b)),
-        painted(inside, Paint(color=c)),
+        upright.painted(paint),
+        floor.painted(Paint(color=b)),
+        inside.painted(Paint(color=c)),
     ]
 
 
 def inside_out(rng: Rng) -> list[Piece]:
     """A closed shape with all faces reversed."""
     shape = (basic.pawn, basic.gear, basic.vase, furniture_and_parts.car)[rng.integers(4)](rng)
-    return [flipped(piece) for piece in shape]
+    return [piece.flipped() for piece in shape]
 
 
 def shuffled(rng: Rng) -> list[Piece]:

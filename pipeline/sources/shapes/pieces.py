@@ -40,61 +40,55 @@ class Piece:
     colors: Points | None = None  # [V, 3] sRGB 0..1
     crease_degrees: float = 35.0  # edges with a larger angle are not shaded smoothly
 
+    def translated(self, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Piece:
+        """Return the piece moved by (x, y, z)."""
+        return replace(self, vertices=self.vertices + np.array([x, y, z]))
 
-def translated(piece: Piece, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Piece:
-    """Return the piece moved by (x, y, z)."""
-    return replace(piece, vertices=piece.vertices + np.array([x, y, z]))
+    def scaled(self, x: float, y: float | None = None, z: float | None = None) -> Piece:
+        """Return the piece scaled about the origin. One number scales all three axes."""
+        return replace(
+            self,
+            vertices=self.vertices * np.array([x, x if y is None else y, x if z is None else z]),
+        )
 
+    def rotated(self, axis: str, degrees: float) -> Piece:
+        """Return the piece rotated about the x, y or z axis through the origin, right-handed."""
+        i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
+        c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        vertices = self.vertices.copy()
+        vertices[:, i] = c * self.vertices[:, i] - s * self.vertices[:, j]
+        vertices[:, j] = s * self.vertices[:, i] + c * self.vertices[:, j]
+        return replace(self, vertices=vertices)
 
-def scaled(piece: Piece, x: float, y: float | None = None, z: float | None = None) -> Piece:
-    """Return the piece scaled about the origin. One number scales all three axes."""
-    return replace(
-        piece, vertices=piece.vertices * np.array([x, x if y is None else y, x if z is None else z])
-    )
+    def placed_between(self, start: ArrayLike, end: ArrayLike) -> Piece:
+        """Return a piece that extends along y from 0 to 1, moved to extend between two points.
 
+        Its extent across this direction does not change.
+        """
+        start, end = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
+        length = float(np.linalg.norm(end - start))
+        y = (end - start) / length
+        x = np.cross(y, [0.0, 0.0, 1.0] if abs(y[2]) < 0.9 else [1.0, 0.0, 0.0])
+        x /= np.linalg.norm(x)
+        frame = np.stack([x, y * length, np.cross(x, y)])
+        return replace(self, vertices=self.vertices @ frame + start)
 
-def rotated(piece: Piece, axis: str, degrees: float) -> Piece:
-    """Return the piece rotated about the x, y or z axis through the origin, right-handed."""
-    i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    vertices = piece.vertices.copy()
-    vertices[:, i] = c * piece.vertices[:, i] - s * piece.vertices[:, j]
-    vertices[:, j] = s * piece.vertices[:, i] + c * piece.vertices[:, j]
-    return replace(piece, vertices=vertices)
+    def painted(self, paint: Paint) -> Piece:
+        """Return the piece with another paint."""
+        return replace(self, paint=paint)
 
+    def flipped(self) -> Piece:
+        """Return the piece with the orientation of all faces reversed."""
+        return replace(self, faces=self.faces[:, ::-1])
 
-def placed_between(piece: Piece, start: ArrayLike, end: ArrayLike) -> Piece:
-    """Return a piece that extends along y from 0 to 1, moved so that it extends between two points.
-
-    Its extent across this direction does not change.
-    """
-    start, end = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
-    length = float(np.linalg.norm(end - start))
-    y = (end - start) / length
-    x = np.cross(y, [0.0, 0.0, 1.0] if abs(y[2]) < 0.9 else [1.0, 0.0, 0.0])
-    x /= np.linalg.norm(x)
-    frame = np.stack([x, y * length, np.cross(x, y)])
-    return replace(piece, vertices=piece.vertices @ frame + start)
-
-
-def painted(piece: Piece, paint: Paint) -> Piece:
-    """Return the piece with another paint."""
-    return replace(piece, paint=paint)
-
-
-def flipped(piece: Piece) -> Piece:
-    """Return the piece with the orientation of all faces reversed."""
-    return replace(piece, faces=piece.faces[:, ::-1])
-
-
-def colored(piece: Piece, color: Callable[[Points], Points]) -> Piece:
-    """Return the piece with vertex colours. `color` maps positions [V, 3] to sRGB [V, 3]."""
-    return replace(
-        piece,
-        colors=np.clip(color(piece.vertices), 0.0, 1.0),
-        uv=None,
-        paint=Paint(color=(1, 1, 1)),
-    )
+    def colored(self, color: Callable[[Points], Points]) -> Piece:
+        """Return the piece with vertex colours. `color` maps positions [V, 3] to sRGB [V, 3]."""
+        return replace(
+            self,
+            colors=np.clip(color(self.vertices), 0.0, 1.0),
+            uv=None,
+            paint=Paint(color=(1, 1, 1)),
+        )
 
 
 def joined(pieces: list[Piece]) -> Piece:

@@ -5,15 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.sources.shapes import closed_solids, textures
-from pipeline.sources.shapes.pieces import (
-    Paint,
-    Piece,
-    colored,
-    painted,
-    placed_between,
-    rotated,
-    translated,
-)
+from pipeline.sources.shapes.pieces import Paint, Piece
 from pipeline.sources.shapes.primitives import extrude, lathe, surface
 from pipeline.sources.shapes.textures import Rng
 
@@ -31,12 +23,12 @@ def flag(rng: Rng) -> list[Piece]:
         textures.stripes(colors, 3, upright=False),
         textures.checker(colors[0], colors[1], 6),
     )
-    pole = placed_between(closed_solids.rod(0.025, 20), (-0.01, -0.4, 0.0), (-0.01, 1.55, 0.0))
-    knob = translated(closed_solids.sphere(0.06, 24, 12), x=-0.01, y=1.57)
+    pole = closed_solids.rod(0.025, 20).placed_between((-0.01, -0.4, 0.0), (-0.01, 1.55, 0.0))
+    knob = closed_solids.sphere(0.06, 24, 12).translated(x=-0.01, y=1.57)
     return [
-        painted(cloth, Paint(texture=images[rng.integers(3)])),
-        painted(pole, Paint(color=(0.75, 0.75, 0.78), metallic=0.5, roughness=0.4)),
-        painted(knob, Paint(color=(0.85, 0.68, 0.2), metallic=0.5, roughness=0.4)),
+        cloth.painted(Paint(texture=images[rng.integers(3)])),
+        pole.painted(Paint(color=(0.75, 0.75, 0.78), metallic=0.5, roughness=0.4)),
+        knob.painted(Paint(color=(0.85, 0.68, 0.2), metallic=0.5, roughness=0.4)),
     ]
 
 
@@ -68,7 +60,7 @@ def open_box(rng: Rng) -> list[Piece]:
             (ax + lean[0], y + rise, az + lean[1]),
         )
         sheets.append(flap)
-    return [painted(sheet, board) for sheet in sheets]
+    return [sheet.painted(board) for sheet in sheets]
 
 
 def bowl(rng: Rng) -> list[Piece]:
@@ -84,7 +76,7 @@ def bowl(rng: Rng) -> list[Piece]:
     wave = 1 + depth * np.rint(1e6 * np.sin(ripples * around)) / 1e6 * sheet.vertices[:, 1]
     rim = Piece(vertices=sheet.vertices * wave[:, None], faces=sheet.faces, uv=sheet.uv)
     return [
-        painted(rim, Paint(texture=textures.stripes([a, a, b], 12, upright=False), roughness=0.3))
+        rim.painted(Paint(texture=textures.stripes([a, a, b], 12, upright=False), roughness=0.3))
     ]
 
 
@@ -103,7 +95,7 @@ def mobius(rng: Rng) -> list[Piece]:
         t = np.arctan2(p[:, :1], p[:, 2:]) / np.pi
         return np.where(np.abs(t) < 1 / 3, a, np.where(t < 0, b, c))
 
-    return [colored(rotated(surface(points), "x", 25), color)]
+    return [surface(points).rotated("x", 25).colored(color)]
 
 
 def umbrella(rng: Rng) -> list[Piece]:
@@ -126,8 +118,8 @@ def umbrella(rng: Rng) -> list[Piece]:
         [np.stack([0 * bend, np.linspace(0.55, -1.0, 16), 0 * bend], axis=1), hook]
     )
     return [
-        painted(canopy, Paint(texture=textures.stripes(colors, ribs))),
-        painted(closed_solids.tube(path, 0.02, 12), Paint(color=(0.25, 0.16, 0.1))),
+        canopy.painted(Paint(texture=textures.stripes(colors, ribs))),
+        closed_solids.tube(path, 0.02, 12).painted(Paint(color=(0.25, 0.16, 0.1))),
     ]
 
 
@@ -149,7 +141,7 @@ def paper_plane(rng: Rng) -> list[Piece]:
         sheets.append(np.array([nose, fold, wing]))
         sheets.append(np.array([nose, bottom, fold]))
     return [
-        painted(Piece(vertices=sheet.astype(np.float64), faces=np.array([[0, 1, 2]])), paper)
+        Piece(vertices=sheet.astype(np.float64), faces=np.array([[0, 1, 2]])).painted(paper)
         for sheet in sheets
     ]
 
@@ -173,11 +165,11 @@ def wireframe(rng: Rng) -> list[Piece]:
     radius = rng.uniform(0.012, 0.03)
     a, b, *_ = textures.palette(rng)
     rods = [
-        painted(placed_between(closed_solids.rod(radius), corners[i], corners[j]), Paint(color=a))
+        closed_solids.rod(radius).placed_between(corners[i], corners[j]).painted(Paint(color=a))
         for i, j in sorted(edges)
     ]
     return rods + [
-        painted(translated(closed_solids.sphere(radius * 2.5, 20, 10), *corner), Paint(color=b))
+        closed_solids.sphere(radius * 2.5, 20, 10).translated(*corner).painted(Paint(color=b))
         for corner in corners
     ]
 
@@ -191,12 +183,12 @@ def fence(rng: Rng) -> list[Piece]:
     wide = rng.uniform(0.06, 0.11)
     outline = [(-wide / 2, 0), (wide / 2, 0), (wide / 2, tall), (0, tall + 0.08), (-wide / 2, tall)]
     pieces = [
-        painted(translated(extrude(outline, 0.02), x=gap * (k - (pickets - 1) / 2)), wood)
+        extrude(outline, 0.02).translated(x=gap * (k - (pickets - 1) / 2)).painted(wood)
         for k in range(pickets)
     ]
     for y in (0.2, tall - 0.15):
         pieces.append(
-            painted(translated(closed_solids.box(gap * pickets, 0.05, 0.02), y=y, z=-0.02), wood)
+            closed_solids.box(gap * pickets, 0.05, 0.02).translated(y=y, z=-0.02).painted(wood)
         )
     return pieces
 
@@ -206,13 +198,9 @@ def plates(rng: Rng) -> list[Piece]:
     colors = textures.palette(rng)
     count = int(rng.integers(3, 6))
     pieces = [
-        painted(
-            translated(
-                closed_solids.cylinder(0.03, 0.36 * (count - 1) + 0.3, 20),
-                y=0.18 * (count - 1) + 0.1,
-            ),
-            Paint(color=colors[4]),
-        )
+        closed_solids.cylinder(0.03, 0.36 * (count - 1) + 0.3, 20)
+        .translated(y=0.18 * (count - 1) + 0.1)
+        .painted(Paint(color=colors[4]))
     ]
     for k in range(count):
         radius = 0.8 * (1 - 0.6 * k / count)
@@ -225,9 +213,9 @@ def plates(rng: Rng) -> list[Piece]:
             (0.0, 0.015),
         ]
         pieces.append(
-            painted(
-                translated(lathe(dish, 64), y=0.36 * k), Paint(color=colors[k % 4], roughness=0.2)
-            )
+            lathe(dish, 64)
+            .translated(y=0.36 * k)
+            .painted(Paint(color=colors[k % 4], roughness=0.2))
         )
     return pieces
 
@@ -239,14 +227,14 @@ def ladder(rng: Rng) -> list[Piece]:
     paint = Paint(texture=textures.wood(rng, textures.pick(rng, textures.WOODS)))
     lean = rng.uniform(10, 25)
     pieces = [
-        placed_between(closed_solids.rod(0.03), (side * wide, 0, 0), (side * wide * 0.8, tall, 0))
+        closed_solids.rod(0.03).placed_between((side * wide, 0, 0), (side * wide * 0.8, tall, 0))
         for side in (-1, 1)
     ]
     for k in range(rungs):
         y = tall * (k + 0.5) / rungs
         reach = wide * (1 - 0.2 * y / tall)
-        pieces.append(placed_between(closed_solids.rod(0.018), (-reach, y, 0), (reach, y, 0)))
-    return [painted(rotated(piece, "x", -lean), paint) for piece in pieces]
+        pieces.append(closed_solids.rod(0.018).placed_between((-reach, y, 0), (reach, y, 0)))
+    return [piece.rotated("x", -lean).painted(paint) for piece in pieces]
 
 
 def spring(rng: Rng) -> list[Piece]:
@@ -256,4 +244,4 @@ def spring(rng: Rng) -> list[Piece]:
     radius = 0.4 * (1 - rng.uniform(0, 0.5) * t / t[-1])
     path = np.stack([radius * np.sin(t), 1.2 * t / t[-1], radius * np.cos(t)], axis=1)
     a, b, *_ = (np.array(color) for color in textures.palette(rng))
-    return [colored(closed_solids.tube(path, wire, 12), lambda p: a + (b - a) * p[:, 1:2] / 1.2)]
+    return [closed_solids.tube(path, wire, 12).colored(lambda p: a + (b - a) * p[:, 1:2] / 1.2)]

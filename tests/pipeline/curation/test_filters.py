@@ -35,7 +35,7 @@ def rejects(reason: str, mesh: Mesh, cfg: FilterConfig = CFG) -> dict:
 
 
 def test_a_box_far_from_the_origin_has_the_right_numbers():
-    numbers = filter_geometry(mesh_of(pieces.translated(closed_solids.box(1, 2, 3), x=1000)), CFG)
+    numbers = filter_geometry(mesh_of(closed_solids.box(1, 2, 3).translated(x=1000)), CFG)
     assert numbers["faces"] == 12
     assert numbers["vertices"] == 24
     assert numbers["components"] == 1  # six separate faces with common corners
@@ -44,16 +44,14 @@ def test_a_box_far_from_the_origin_has_the_right_numbers():
 
 
 def test_volume_is_negative_inside_out():
-    assert filter_geometry(mesh_of(pieces.flipped(closed_solids.box(1, 1, 1))), CFG)[
+    assert filter_geometry(mesh_of(closed_solids.box(1, 1, 1).flipped()), CFG)[
         "volume"
     ] == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_components_share_no_corner(count):
-    mesh = mesh_of(
-        *(pieces.translated(closed_solids.torus(1.0, 0.2), x=3 * k) for k in range(count))
-    )
+    mesh = mesh_of(*(closed_solids.torus(1.0, 0.2).translated(x=3 * k) for k in range(count)))
     assert filter_geometry(mesh, CFG)["components"] == count
 
 
@@ -155,7 +153,7 @@ def test_too_many_degenerate_faces_are_rejected():
 
 
 def test_too_many_components_are_rejected():
-    boxes = mesh_of(*(pieces.translated(closed_solids.box(1, 1, 1), x=2 * k) for k in range(4)))
+    boxes = mesh_of(*(closed_solids.box(1, 1, 1).translated(x=2 * k) for k in range(4)))
     assert rejects("too_many_components", boxes, FilterConfig(max_components=3))["components"] == 4
     filter_geometry(boxes, FilterConfig(max_components=4))
 

@@ -203,7 +203,7 @@ def test_all_300_pass_the_default_filters(tmp_path):
             1e-12,
         ),
         (
-            pieces.placed_between(closed_solids.rod(0.1, 4), (1, 2, 3), (4, 6, 3)),
+            closed_solids.rod(0.1, 4).placed_between((1, 2, 3), (4, 6, 3)),
             5 * 0.02,
             1e-12,
         ),
@@ -254,9 +254,7 @@ def test_rotations_are_right_handed():
         pieces.Piece(vertices=row[None], faces=np.zeros((0, 3), dtype=int)) for row in np.eye(3)
     )
     for piece, axis, result in ((x, "z", y), (y, "x", z), (z, "y", x)):
-        np.testing.assert_allclose(
-            pieces.rotated(piece, axis, 90).vertices, result.vertices, atol=1e-15
-        )
+        np.testing.assert_allclose(piece.rotated(axis, 90).vertices, result.vertices, atol=1e-15)
 
 
 def document_of(data: bytes) -> dict:
@@ -296,10 +294,8 @@ def test_texture_coordinates_and_colours_survive_the_file(tmp_path):
         np.array([[(0, 0, 0), (0, 1, 0)], [(1, 0, 0), (1, 1, 0)]], dtype=np.float64)
     )
     image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    textured = pieces.painted(quad, pieces.Paint(texture=image))
-    tinted = pieces.colored(
-        pieces.translated(quad, z=1), lambda p: np.column_stack([p[:, :2] / 2, 0 * p[:, 2]])
-    )
+    textured = quad.painted(pieces.Paint(texture=image))
+    tinted = quad.translated(z=1).colored(lambda p: np.column_stack([p[:, :2] / 2, 0 * p[:, 2]]))
     (tmp_path / "a.glb").write_bytes(to_glb([textured, tinted]))
     mesh, _ = load_with_report(tmp_path / "a.glb", LoadConfig())
     for part in mesh.parts:
