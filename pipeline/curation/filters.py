@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,33 +92,22 @@ def filter_warnings(warnings: Iterable[LoadWarning], cfg: FilterConfig) -> None:
             )
 
 
-def filter_translucency(share: float, cfg: FilterConfig) -> None:
-    """Check how much of the surface is translucent.
+def filter_share(
+    reason: Literal["translucent", "too_thin"], share: float, cfg: FilterConfig
+) -> None:
+    """Check a share of the surface.
 
     Args:
-        share: Share of the area that is neither opaque nor invisible, 0 to 1.
-        cfg: The threshold.
+        reason: What the share states. "translucent": the share of the area that is neither opaque
+            nor invisible. "too_thin": the share of the visible area that leaves no sign change in
+            the bricks of one resolution.
+        share: The share, 0 to 1.
+        cfg: The thresholds.
 
     Raises:
-        Reject: "translucent".
+        Reject: The reason, if the share is above its threshold.
     """
-    _check_share("translucent", share, cfg.max_translucent_share)
-
-
-def filter_thinness(share: float, cfg: FilterConfig) -> None:
-    """Check how much of the visible surface is missing in the bricks of one resolution.
-
-    Args:
-        share: Share of the visible area that leaves no sign change, 0 to 1.
-        cfg: The threshold.
-
-    Raises:
-        Reject: "too_thin".
-    """
-    _check_share("too_thin", share, cfg.max_thin_share)
-
-
-def _check_share(reason: str, share: float, largest: float) -> None:
+    largest = {"translucent": cfg.max_translucent_share, "too_thin": cfg.max_thin_share}[reason]
     if share > largest:
         raise Reject(reason, share=share, max_share=largest)
 

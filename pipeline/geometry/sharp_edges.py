@@ -48,8 +48,7 @@ def _mark(slots, segments, resolution, near):
                         if square > 0:
                             t = min(1.0, max(0.0, (x * dx + y * dy + z * dz) / square))
                         distance2 = (x - t * dx) ** 2 + (y - t * dy) ** 2 + (z - t * dz) ** 2
-                        if distance2 <= reach * reach:
-                            near[m, 64 * (i % 8) + 8 * (j % 8) + k % 8] = True
+                        near[m, 64 * (i % 8) + 8 * (j % 8) + k % 8] |= distance2 <= reach * reach
 
 
 def sharp_bits(

@@ -238,18 +238,15 @@ def _is_outside(flood: FloodFill, points: NDArray[np.int64]) -> NDArray[np.bool_
     """Return which grid points [..., 3] the flood reached. False beyond the grid."""
     size = flood.bins.resolution
     inside_grid = ((points >= 0) & (points < size)).all(axis=-1)
-    x, y, z = np.moveaxis(np.clip(points, 0, size - 1), -1, 0)
-    m = flood.bins.bin_of[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE]
+    cells, places = np.divmod(np.clip(points, 0, size - 1), CELL_SIDE)
+    cell = tuple(np.moveaxis(cells, -1, 0))
+    whole = flood.whole_cells[cell]
     if len(flood.outside) == 0:
-        return inside_grid & flood.whole_cells[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE]
-    bit = flood.outside[m, x % CELL_SIDE] >> (8 * (y % CELL_SIDE) + z % CELL_SIDE).astype(
-        np.uint64
-    ) & np.uint64(1)
-    return inside_grid & np.where(
-        m < 0,
-        flood.whole_cells[x // CELL_SIDE, y // CELL_SIDE, z // CELL_SIDE],
-        bit.astype(np.bool_),
-    )
+        return inside_grid & whole
+    m = flood.bins.bin_of[cell]
+    x, y, z = np.moveaxis(places, -1, 0)
+    bit = flood.outside[m, x] >> (8 * y + z).astype(np.uint64) & np.uint64(1)
+    return inside_grid & np.where(m < 0, whole, bit.astype(np.bool_))
 
 
 def _accepted_caps(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain, product
 from pathlib import Path
+from typing import Generic, TypeVar
 from urllib.parse import unquote
 
 from pipeline.mesh_io.load_warnings import WarningLog
@@ -27,28 +31,59 @@ TEXTURE_FOLDERS = (
 )
 
 
-class _NamedFiles:
-    """Warns once about each name without a file."""
+Place = TypeVar("Place", Path, str)
 
-    def __init__(self, warnings: WarningLog):
+
+class _NamedFiles(ABC, Generic[Place]):
+    """Reads the side files of one asset and warns once about each name without a file.
+
+    A name is tried as written and percent-decoded, with "/" or a backslash as separator, relative
+    to the asset. If there is no such file, its last components are tried in the directory of the
+    asset and in those above it, up to the root, and the last component alone in their texture
+    directories (`TEXTURE_FOLDERS`). Upper and lower case are equal if no name fits exactly. A file
+    outside the root is never read.
+
+    Args:
+        bases: Where names are tried: at the asset, and in the directories above it up to the root.
+        warnings: Receives "side_file_missing" for each file that cannot be read.
+    """
+
+    def __init__(self, bases: Sequence[Place], warnings: WarningLog):
+        self.bases = bases
         self.warnings = warnings
         self._missing: set[str] = set()
 
-    def _warn_missing(self, name: str) -> None:
-        plain_name = unquote(name.strip()).replace("\\", "/")
-        if plain_name not in self._missing:
-            self._missing.add(plain_name)
-            self.warnings.add("side_file_missing", plain_name)
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a side file, or None with a warning if there is none."""
+        place = self.find(name)
+        content = None if place is None else self._content(place)
+        if content is None:
+            plain_name = unquote(name.strip()).replace("\\", "/")
+            if plain_name not in self._missing:
+                self._missing.add(plain_name)
+                self.warnings.add("side_file_missing", plain_name)
+        return content
+
+    def find(self, name: str) -> Place | None:
+        """Return the place of a side file, or None if there is none below the root."""
+        at_the_asset = product(spellings(name), self.bases[:1])
+        for path, base in chain(at_the_asset, product(tails(name), self.bases)):
+            place = self._existing(base, path)
+            if place is not None:
+                return place
+        return None
+
+    @abstractmethod
+    def _existing(self, base: Place, path: str) -> Place | None:
+        """Return the place of the file `path` relative to `base` if it lies below the root."""
+
+    @abstractmethod
+    def _content(self, place: Place) -> bytes | None:
+        """Return the content of a file, or None if it cannot be read."""
 
 
-class SideFiles(_NamedFiles):
-    """Reads the side files of one asset.
-
-    A name is tried as written and percent-decoded, with "/" or a backslash as separator, relative
-    to the directory of the asset. If there is no such file, its last components are tried in the
-    directory of the asset and in those above it, up to the root, and the last component alone in
-    their texture directories (`TEXTURE_FOLDERS`). Upper and lower case are equal if no name fits
-    exactly. A file outside the root is never read.
+class SideFiles(_NamedFiles[Path]):
+    """Reads the side files of one asset in a directory.
 
     Args:
         asset: The mesh file.
@@ -57,67 +92,49 @@ class SideFiles(_NamedFiles):
     """
 
     def __init__(self, asset: Path, root: Path | None, warnings: WarningLog):
-        super().__init__(warnings)
-        self.folder = asset.parent.resolve()
-        self.root = self.folder if root is None else root.resolve()
-        if not self.folder.is_relative_to(self.root):
+        folder = asset.parent.resolve()
+        self.root = folder if root is None else root.resolve()
+        if not folder.is_relative_to(self.root):
             raise ValueError(f"{asset} must lie below its root {root}")
+        above = [base for base in folder.parents if base.is_relative_to(self.root)]
+        super().__init__([folder, *above], warnings)
 
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a side file, or None with a warning if there is none."""
-        path = self.find(name)
-        if path is not None:
-            try:
-                return path.read_bytes()
-            except OSError:
-                pass
-        self._warn_missing(name)
-        return None
-
-    def find(self, name: str) -> Path | None:
-        """Return the path of a side file, or None if there is none below the root."""
-        for path in spellings(name):
-            found = self._existing(self.folder, path)
-            if found is not None:
-                return found
-        for tail in tails(name):
-            folder = self.folder
-            while True:
-                found = self._existing(folder, tail)
-                if found is not None:
-                    return found
-                if folder == self.root:
-                    break
-                folder = folder.parent
-        return None
-
-    def _existing(self, folder: Path, name: str) -> Path | None:
-        """Return the file `name` below `folder` if it exists and lies below the root."""
+    def _content(self, place: Path) -> bytes | None:
         try:
-            exact = Path(os.path.normpath(folder / name))
+            return place.read_bytes()
+        except OSError:
+            return None
+
+    def _existing(self, base: Path, path: str) -> Path | None:
+        try:
+            exact = Path(os.path.normpath(base / path))
             if exact.is_relative_to(self.root) and exact.is_file():
                 resolved = exact.resolve()
                 return resolved if resolved.is_relative_to(self.root) else None
             # Component by component, where upper and lower case are equal.
             if not exact.is_relative_to(self.root):
                 return None
-            path = self.root
+            actual_path = self.root
             for part in exact.relative_to(self.root).parts:
-                actual = part if (path / part).exists() else _names(path).get(part.casefold())
+                actual = (
+                    part
+                    if (actual_path / part).exists()
+                    else _names(actual_path).get(part.casefold())
+                )
                 if actual is None:
                     return None
-                path /= actual
-            resolved = path.resolve()
+                actual_path /= actual
+            resolved = actual_path.resolve()
             return resolved if resolved.is_file() and resolved.is_relative_to(self.root) else None
         # The name is impossible for a file, or the path is a link to itself.
         except (OSError, ValueError, RuntimeError):
             return None
 
 
-class PackageFiles(_NamedFiles):
+class PackageFiles(_NamedFiles[str]):
     """Reads the side files of an asset that lies in a zipped package with them.
 
-    Names are tried as by `SideFiles`. The root is the root of the package.
+    Places are the names of parts. The root is the root of the package.
 
     Args:
         package: The package.
@@ -126,37 +143,20 @@ class PackageFiles(_NamedFiles):
     """
 
     def __init__(self, package: ZipPackage, asset: str, warnings: WarningLog):
-        super().__init__(warnings)
         self.package = package
-        self.asset = asset
+        bases = [asset]
+        while "/" in bases[-1]:
+            bases.append(bases[-1].rpartition("/")[0])
+        super().__init__(bases, warnings)
 
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a side file, or None with a warning if there is none."""
-        part = self.find(name)
-        if part is not None:
-            try:
-                return self.package.read(part)
-            except MEMBER_ERRORS:
-                pass
-        self._warn_missing(name)
-        return None
+    def _existing(self, base: str, path: str) -> str | None:
+        return self.package.find(path, base)
 
-    def find(self, name: str) -> str | None:
-        """Return the name of the part with a side file, or None if there is none."""
-        for path in spellings(name):
-            found = self.package.find(path, self.asset)
-            if found is not None:
-                return found
-        for tail in tails(name):
-            base = self.asset
-            while True:
-                found = self.package.find(tail, base)
-                if found is not None:
-                    return found
-                if "/" not in base:
-                    break
-                base = base.rpartition("/")[0]
-        return None
+    def _content(self, place: str) -> bytes | None:
+        try:
+            return self.package.read(place)
+        except MEMBER_ERRORS:
+            return None
 
 
 def spellings(name: str) -> list[str]:

@@ -11,6 +11,7 @@ import codecs
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 from xml.parsers import expat
 
@@ -114,8 +115,8 @@ def parse_xml(
     schema: Schema,
     *,
     roots: str,
-    namespaces: Mapping[str, str],
-    ignored: Mapping[str, str],
+    namespaces: Mapping[str, str] = MappingProxyType({}),
+    ignored: Mapping[str, str] = MappingProxyType({}),
     warnings: WarningLog,
 ) -> Element:
     """Parse an XML document.

@@ -21,8 +21,7 @@ from pipeline.curation.filters import (
     filter_file,
     filter_geometry,
     filter_metadata,
-    filter_thinness,
-    filter_translucency,
+    filter_share,
     filter_warnings,
 )
 from pipeline.curation.screening_metrics import compute_metrics, save_metrics
@@ -108,7 +107,7 @@ def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
                 notes.numbers["load_warnings"] = [str(warning) for warning in warnings]
         notes.numbers["translucent_share"] = translucent_share
         filter_warnings(warnings, cfg.filter)
-        filter_translucency(translucent_share, cfg.filter)
+        filter_share("translucent", translucent_share, cfg.filter)
     with _stage(job, notes, "normalize"):
         mesh = normalize(mesh, cfg.normalize)
         notes.row |= {"center": list(mesh.center), "scale": mesh.scale}
@@ -134,7 +133,7 @@ def _make_product(
         bricks = compute_bricks(topology, product.resolution, job.config.device)
         share = thin_share(topology, bricks)
         notes.numbers[thin_share_name(product.resolution)] = share
-        filter_thinness(share, job.config.filter)
+        filter_share("too_thin", share, job.config.filter)
         save_bricks(folder, bricks)
         return {"tokens": len(bricks.cells), "device": sdf_cuda.device_name(job.config.device)}
     cfg, uid = job.config.render, job.record.uid

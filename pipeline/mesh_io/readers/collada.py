@@ -71,12 +71,7 @@ def _document_name(package: ZipPackage, warnings: WarningLog) -> str:
     if manifest is not None:
         try:
             root = parse_xml(
-                package.read(manifest),
-                MANIFEST_SCHEMA,
-                roots="dae_root",
-                namespaces={},
-                ignored={},
-                warnings=warnings,
+                package.read(manifest), MANIFEST_SCHEMA, roots="dae_root", warnings=warnings
             )
             name = package.find(root.text.partition("#")[0])
             if name is not None:

@@ -61,14 +61,7 @@ def read_slicer_roles(package: ZipPackage, warnings: WarningLog) -> SlicerRoles:
         if name is None:
             continue
         try:
-            root = parse_xml(
-                package.read(name),
-                SCHEMA,
-                roots="config",
-                namespaces={},
-                ignored={},
-                warnings=warnings,
-            )
+            root = parse_xml(package.read(name), SCHEMA, roots="config", warnings=warnings)
         except (Reject, *MEMBER_ERRORS) as error:
             warnings.add("invalid_value", f"{name}: {error}")
             continue
