@@ -114,16 +114,16 @@ def blender(path: Path) -> dict[str, Any]:
     bpy.ops.wm.read_factory_settings(use_empty=True)
     suffix = path.suffix.lower()
     operators = {
-        ".glb": ("import_scene", "gltf"),
-        ".gltf": ("import_scene", "gltf"),
-        ".obj": ("wm", "obj_import"),
-        ".ply": ("wm", "ply_import"),
-        ".stl": ("wm", "stl_import"),
-        ".dae": ("wm", "collada_import"),
+        ".glb": "import_scene.gltf",
+        ".gltf": "import_scene.gltf",
+        ".obj": "wm.obj_import",
+        ".ply": "wm.ply_import",
+        ".stl": "wm.stl_import",
+        ".dae": "wm.collada_import",
     }
     if suffix not in operators:
         return {"error": "format not supported by Blender"}
-    group, name = operators[suffix]
+    group, name = operators[suffix].split(".")
     if not hasattr(getattr(bpy.ops, group), name):
         return {"error": "format not supported by this Blender"}
     options = {"up_axis": "Y", "forward_axis": "NEGATIVE_Z"} if suffix in (".ply", ".stl") else {}

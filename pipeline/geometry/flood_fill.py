@@ -47,6 +47,20 @@ class FloodFill:
     outside: NDArray[np.uint64]  # [M, 8] grid points that the flood reached
     whole_cells: NDArray[np.bool_]  # [B, B, B] cells without a bin that the flood reached
 
+    def reached(self, points: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which grid points [..., 3] the flood reached. False beyond the grid."""
+        size = self.bins.resolution
+        inside_grid = ((points >= 0) & (points < size)).all(axis=-1)
+        cells, places = np.divmod(np.clip(points, 0, size - 1), CELL_SIDE)
+        cell = tuple(np.moveaxis(cells, -1, 0))
+        whole = self.whole_cells[cell]
+        if len(self.outside) == 0:
+            return inside_grid & whole
+        m = self.bins.bin_of[cell]
+        x, y, z = np.moveaxis(places, -1, 0)
+        bit = self.outside[m, x] >> (8 * y + z).astype(np.uint64) & np.uint64(1)
+        return inside_grid & np.where(m < 0, whole, bit.astype(np.bool_))
+
 
 @njit(cache=True)
 def _visit_cells(packed, first, resolution, reach, counts, cursor, out):

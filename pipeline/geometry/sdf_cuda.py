@@ -40,6 +40,18 @@ def check_cuda() -> None:
     )
 
 
+def device_name(device: str) -> str:
+    """Return the name of a device for the commit marker: "cpu", or the model of the GPU.
+
+    Two models of GPU may differ in the last bits of a distance.
+    """
+    if device == "cpu":
+        return device
+    import torch
+
+    return f"cuda, {torch.cuda.get_device_name()}"
+
+
 def warm_up() -> None:
     """Import torch and the kernels, which takes seconds, without initialising CUDA.
 
@@ -56,18 +68,6 @@ def select_gpu(gpu: str) -> None:
     """
     # torch.cuda.set_device would still create contexts on the first GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-
-
-def device_name(device: str) -> str:
-    """Return the name of a device for the commit marker: "cpu", or the model of the GPU.
-
-    Two models of GPU may differ in the last bits of a distance.
-    """
-    if device == "cpu":
-        return device
-    import torch
-
-    return f"cuda, {torch.cuda.get_device_name()}"
 
 
 def fill_cells(

@@ -234,21 +234,6 @@ def _points_beside(packed: NDArray[np.float64], h: float) -> NDArray[np.int64]:
     return np.rint((np.concatenate([on - off, on + off], axis=1) + 0.5) / h).astype(np.int64)
 
 
-def _is_outside(flood: FloodFill, points: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which grid points [..., 3] the flood reached. False beyond the grid."""
-    size = flood.bins.resolution
-    inside_grid = ((points >= 0) & (points < size)).all(axis=-1)
-    cells, places = np.divmod(np.clip(points, 0, size - 1), CELL_SIDE)
-    cell = tuple(np.moveaxis(cells, -1, 0))
-    whole = flood.whole_cells[cell]
-    if len(flood.outside) == 0:
-        return inside_grid & whole
-    m = flood.bins.bin_of[cell]
-    x, y, z = np.moveaxis(places, -1, 0)
-    bit = flood.outside[m, x] >> (8 * y + z).astype(np.uint64) & np.uint64(1)
-    return inside_grid & np.where(m < 0, whole, bit.astype(np.bool_))
-
-
 def _accepted_caps(
     packed: NDArray[np.float64],
     cap_of: NDArray[np.int32],
@@ -290,14 +275,14 @@ def _accepted_caps(
         whole_cells=~before.whole_cells,
     )
     accepted = np.zeros(cap_of.max() + 1, np.bool_)
-    accepted[cap_of[caps[_is_outside(always_inside, beside).any(axis=1)]]] = True
+    accepted[cap_of[caps[always_inside.reached(beside).any(axis=1)]]] = True
     # judge the regions that were cut off one by one, and accept the caps of those that are solid
     largest = 0.0
     directions = _sphere_directions(VIEWS)
-    open_sides = _is_outside(lost, beside)
+    open_sides = lost.reached(beside)
     while open_sides.any():
         region = connected_region(lost, beside[open_sides][0])
-        touches = _is_outside(region, beside)
+        touches = region.reached(beside)
         open_sides &= ~touches
         owners = np.unique(cap_of[caps[touches.any(axis=1)]])
         share = _share_seen(packed, cap_of < 0, region, directions)

@@ -87,14 +87,7 @@ def document(
     ).encode()
 
 
-def material(
-    shader: str,
-    *,
-    identifier: str = "m",
-    parameters: str = "",
-    extra: str = "",
-    instance: str = "",
-) -> str:
+def material(shader: str, *, identifier="m", parameters="", extra="", instance="") -> str:
     """Return the libraries of one material with an effect."""
     return (
         f'<library_materials><material id="{identifier}"><instance_effect url="#{identifier}-e">'

@@ -153,6 +153,12 @@ def threemf() -> bytes:
     )
 
 
+def gltf_material(color: list[float], metallic: float, roughness: float, **properties) -> dict:
+    """Return a material of a glTF file with these factors and further properties."""
+    factors = {"baseColorFactor": color, "metallicFactor": metallic, "roughnessFactor": roughness}
+    return {"pbrMetallicRoughness": factors, **properties}
+
+
 def zipped(members: dict[str, bytes]) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:

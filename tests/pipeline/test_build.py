@@ -121,30 +121,32 @@ def test_options_override_the_preset_and_smoke_is_the_default():
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("options", "words"),
     [
-        (["--resolution", "64"], "unknown option --resolution, did you mean --resolutions?"),
-        (["--preset", "huge"], "smoke"),
-        (["--resolutions", "65"], "multiple of 8, got 65"),
-        (["--views", "0"], "views must be"),
-        (["--views", "many"], "--views: invalid literal for int() with base 10: 'many'"),
-        (["--shard-size", "0"], "--shard-size must be 1 or more, got 0"),
+        ("--resolution 64", "unknown option --resolution, did you mean --resolutions?"),
+        ("--preset huge", "smoke"),
+        ("--resolutions 65", "multiple of 8, got 65"),
+        ("--views 0", "views must be"),
+        ("--views many", "--views: invalid literal for int() with base 10: 'many'"),
+        ("--shard-size 0", "--shard-size must be 1 or more, got 0"),
         (
-            ["--limits.asset-timeout-s", "inf"],
+            "--limits.asset-timeout-s inf",
             "--limits.asset-timeout-s must be positive and below 1e9, got inf",
         ),
         (
-            ["--limits.asset-memory-gb", "inf"],
+            "--limits.asset-memory-gb inf",
             "--limits.asset-memory-gb must be positive and below 1e9, got inf",
         ),
-        (["--source", "folder:/no/such/folder"], "/no/such/folder"),
-        (["--source", "ftp:x"], "unknown source 'ftp:x'"),
-        (["--out", "/proc/nothing"], "cannot write to /proc/nothing"),
-        (["--out", "/etc"], "/etc exists and is not a build"),
+        ("--source folder:/no/such/folder", "/no/such/folder"),
+        ("--source ftp:x", "unknown source 'ftp:x'"),
+        ("--out /proc/nothing", "cannot write to /proc/nothing"),
+        ("--out /etc", "/etc exists and is not a build"),
     ],
 )
-def test_a_bad_request_is_reported_in_one_line_with_exit_code_2(args, words, monkeypatch, caplog):
-    monkeypatch.setattr(sys, "argv", ["build", *args])
+def test_a_bad_request_is_reported_in_one_line_with_exit_code_2(
+    options, words, monkeypatch, caplog
+):
+    monkeypatch.setattr(sys, "argv", ["build", *options.split()])
     with pytest.raises(SystemExit) as end:
         command(main)
     assert end.value.code == 2

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import trimesh
 
 from pipeline.core.color import srgb_to_linear
 from pipeline.core.errors import Reject
@@ -58,6 +59,14 @@ def assert_box(mesh: Mesh) -> None:
     np.testing.assert_allclose((mesh.vertices.min(0), mesh.vertices.max(0)), ([0] * 3, [1, 2, 3]))
     assert len(mesh.faces) == 12
     np.testing.assert_allclose((area(mesh), volume(mesh)), (BOX_AREA, BOX_VOLUME))
+
+
+def bumpy_sphere(seed: int) -> trimesh.Trimesh:
+    """Return a closed mesh whose vertices have random distances from 0.5 to 2 from the origin."""
+    sphere = trimesh.creation.icosphere(subdivisions=seed % 3)
+    distances = np.random.default_rng(seed).uniform(0.5, 2, (len(sphere.vertices), 1))
+    sphere.vertices *= distances
+    return sphere
 
 
 def colors_at(mesh: Mesh, point) -> set[tuple[int, ...]]:

@@ -167,22 +167,26 @@ POINTS = [[0, 0, 0], [4, 0, 0], [4, 4, 0], [0, 4, 0], [1, 1, 0], [1, 2, 0], [2, 
 L_SHAPE = [[0, 0, 0], [3, 0, 0], [3, 1, 0], [1, 1, 0], [1, 3, 0], [0, 3, 0]]
 
 
+def one_primitive(kind: str, content: str, count: int) -> bytes:
+    """Return a document whose scene is one primitive on `POINTS`."""
+    return document(geometry("g", POINTS, primitive(kind, "g", content, count=count)))
+
+
+# Each kind of primitive with its content on `POINTS`, its count and its area.
+KINDS = [
+    ("triangles", "<p>0 1 2 0 2 3</p>", 2, 16),
+    ("polylist", "<vcount>4 3</vcount><p>0 1 2 3 4 7 6</p>", 2, 16.5),
+    ("polygons", "<p>0 1 2 3</p><p>4 7 6</p>", 2, 16.5),
+    ("polygons", "<ph><p>0 1 2 3</p><h>4 5 6 7</h></ph>", 1, 15),
+    ("trifans", "<p>0 1 2 3</p><p>4 7 6</p>", 2, 16.5),
+    ("tristrips", "<p>0 1 3 2</p><p>4 7 5</p>", 2, 16.5),
+]
+
+
 class TestPrimitives:
-    @pytest.mark.parametrize(
-        ("kind", "content", "count", "expected"),
-        [
-            ("triangles", "<p>0 1 2 0 2 3</p>", 2, 16),
-            ("polylist", "<vcount>4 3</vcount><p>0 1 2 3 4 7 6</p>", 2, 16.5),
-            ("polygons", "<p>0 1 2 3</p><p>4 7 6</p>", 2, 16.5),
-            ("polygons", "<ph><p>0 1 2 3</p><h>4 5 6 7</h></ph>", 1, 15),
-            ("trifans", "<p>0 1 2 3</p><p>4 7 6</p>", 2, 16.5),
-            ("tristrips", "<p>0 1 3 2</p><p>4 7 5</p>", 2, 16.5),
-        ],
-    )
+    @pytest.mark.parametrize(("kind", "content", "count", "expected"), KINDS)
     def test_every_kind_is_read_with_its_orientation(self, load, kind, content, count, expected):
-        mesh, codes = load(
-            document(geometry("g", POINTS, primitive(kind, "g", content, count=count)))
-        )
+        mesh, codes = load(one_primitive(kind, content, count))
         assert codes == {}
         assert area(mesh) == pytest.approx(expected)
         a, b, c = np.moveaxis(mesh.vertices[mesh.faces], 1, 0)
@@ -260,20 +264,21 @@ class TestPrimitives:
         assert area(mesh) == pytest.approx(expected)
         assert set(codes) == ({"invalid_value"} if "," in text else set())
 
+    @pytest.mark.parametrize(("kind", "content", "count", "expected"), KINDS)
+    def test_a_wrong_count_gives_a_warning(self, load, kind, content, count, expected):
+        mesh, codes = load(one_primitive(kind, content, count + 5))
+        assert (area(mesh), set(codes)) == (pytest.approx(expected), {"count_mismatch"})
+
     @pytest.mark.parametrize(
         ("kind", "content", "count", "faces"),
         [
-            ("triangles", "<p>0 1 2 0 2 3</p>", 7, 2),
             ("triangles", "<p>0 1 2 0 2</p>", 1, 1),
             ("polylist", "<vcount>3 3 3</vcount><p>0 1 2 0 2 3</p>", 3, 2),
             ("polylist", "<vcount>3</vcount><p>0 1 2 0 2 3</p>", 1, 1),
-            ("polygons", "<p>0 1 2</p>", 4, 1),
         ],
     )
-    def test_counts_that_do_not_match_give_a_warning(self, load, kind, content, count, faces):
-        mesh, codes = load(
-            document(geometry("g", POINTS, primitive(kind, "g", content, count=count)))
-        )
+    def test_missing_or_further_indices_give_a_warning(self, load, kind, content, count, faces):
+        mesh, codes = load(one_primitive(kind, content, count))
         assert (len(mesh.faces), set(codes)) == (faces, {"count_mismatch"})
 
     def test_a_float_array_that_is_shorter_than_stated(self, load):

@@ -14,7 +14,7 @@ from pipeline.mesh_io.reader_context import ReaderContext
 from pipeline.mesh_io.readers.gltf import read_gltf
 from pipeline.mesh_io.scene import SceneMaterial
 from pipeline.mesh_io.side_files import SideFiles
-from tests.pipeline.mesh_files import TETRA, assert_same_triangles, glb, png, write
+from tests.pipeline.mesh_files import TETRA, assert_same_triangles, glb, gltf_material, png, write
 from tests.pipeline.mesh_io.gltf_files import CFG, GltfFile, by_position, codes
 from tests.pipeline.mesh_io.test_images import ktx2
 
@@ -324,16 +324,8 @@ def test_a_material_that_does_not_exist_is_a_warning(tmp_path):
 
 
 def test_factors_are_not_rounded(tmp_path):
-    material = {
-        "pbrMetallicRoughness": {
-            "baseColorFactor": [0.001, 0.3, 0.7, 0.123],
-            "metallicFactor": 0.1,
-            "roughnessFactor": 0.45,
-        },
-        "alphaMode": "MASK",
-        "alphaCutoff": 0.25,
-        "doubleSided": True,
-    }
+    mask = {"alphaMode": "MASK", "alphaCutoff": 0.25, "doubleSided": True}
+    material = gltf_material([0.001, 0.3, 0.7, 0.123], 0.1, 0.45, **mask)
     part, _ = drawn(GltfFile(), tmp_path, material)
     assert part.material == Material(
         base_color=(0.001, 0.3, 0.7, 0.123),

@@ -52,37 +52,29 @@ def ktx2(color: tuple[int, int, int, int], *, width=4, height=4) -> bytes:
     return (header + descriptor).ljust(place, b"\0") + data
 
 
+# Bit depth, data of two pixels, the transparent value, and grey and alpha of the two pixels.
+TRANSPARENT_GREY = [
+    (1, b"\x80", 1, [(255, 0), (0, 255)]),
+    (1, b"\x80", 0, [(255, 255), (0, 0)]),
+    (2, b"\x60", 2, [(85, 255), (170, 0)]),
+    (4, b"\x5f", 5, [(85, 0), (255, 255)]),
+    (8, b"\x05\x06", 5, [(5, 0), (6, 255)]),
+    (16, wide(0x0180, 0x0181), 0x0180, [(1, 0), (1, 255)]),
+]
 IMAGES = {
+    f"{depth}-bit grey with the transparent value {value}": (
+        png(depth, GREY, data, 2, transparent=wide(value)),
+        [(grey, grey, grey, alpha) for grey, alpha in pixels],
+    )
+    for depth, data, value, pixels in TRANSPARENT_GREY
+}
+IMAGES |= {
     "16-bit grey is scaled, not clipped": (
         png(16, GREY, wide(0, 0x8000, 0xFFFF), 3),
         [(0, 0, 0, 255), (128, 128, 128, 255), (255, 255, 255, 255)],
     ),
     "dark 16-bit grey stays dark": (png(16, GREY, wide(200), 1), [(1, 1, 1, 255)]),
-    "16-bit grey with a transparent value": (
-        png(16, GREY, wide(0x0180, 0x0181), 2, transparent=wide(0x0180)),
-        [(1, 1, 1, 0), (1, 1, 1, 255)],
-    ),
     "1-bit grey": (png(1, GREY, b"\x80", 2), [(255, 255, 255, 255), (0, 0, 0, 255)]),
-    "1-bit grey with transparent white": (
-        png(1, GREY, b"\x80", 2, transparent=wide(1)),
-        [(255, 255, 255, 0), (0, 0, 0, 255)],
-    ),
-    "1-bit grey with transparent black": (
-        png(1, GREY, b"\x80", 2, transparent=wide(0)),
-        [(255, 255, 255, 255), (0, 0, 0, 0)],
-    ),
-    "2-bit grey with a transparent value": (
-        png(2, GREY, b"\x60", 2, transparent=wide(2)),
-        [(85, 85, 85, 255), (170, 170, 170, 0)],
-    ),
-    "4-bit grey with a transparent value": (
-        png(4, GREY, b"\x5f", 2, transparent=wide(5)),
-        [(85, 85, 85, 0), (255, 255, 255, 255)],
-    ),
-    "8-bit grey with a transparent value": (
-        png(8, GREY, b"\x05\x06", 2, transparent=wide(5)),
-        [(5, 5, 5, 0), (6, 6, 6, 255)],
-    ),
     "8-bit grey with alpha": (png(8, GREY_ALPHA, b"\x80\x40", 1), [(128, 128, 128, 64)]),
     "16-bit grey with alpha": (
         png(16, GREY_ALPHA, wide(0x8000, 0x4000), 1),

@@ -32,6 +32,7 @@ from tests.pipeline.mesh_files import (
     dae,
     glb,
     gltf,
+    gltf_material,
     png,
     stl,
     threemf,
@@ -111,15 +112,7 @@ def test_normals_are_transformed_by_an_uneven_scale(tmp_path):
 
 
 def test_materials_textures_and_coordinates_are_read(tmp_path):
-    look = {
-        "pbrMetallicRoughness": {
-            "baseColorFactor": [0.5, 1, 1, 0.25],
-            "metallicFactor": 0.2,
-            "roughnessFactor": 0.6,
-        },
-        "alphaMode": "MASK",
-        "alphaCutoff": 0.3,
-    }
+    look = gltf_material([0.5, 1, 1, 0.25], 0.2, 0.6, alphaMode="MASK", alphaCutoff=0.3)
     image = png((10, 200, 30, 128))
     mesh, report = load_with_report(
         write(tmp_path / "a.glb", glb(*gltf(material=look, image=image))), CFG

@@ -4,7 +4,6 @@ import struct
 
 import numpy as np
 import pytest
-import trimesh
 
 from tests.pipeline.mesh_io import measures
 from tests.pipeline.mesh_io.measures import BOX, QUADS, area, assert_box, read, rejected, volume
@@ -217,13 +216,14 @@ def test_the_binary_form(tmp_path):
     assert (mesh.parts[0].colors[mesh.faces[10:]] == [0, 255, 0, 255]).all()
 
 
-def test_binary_data_that_is_longer_or_shorter_than_declared(tmp_path):
-    mesh, codes = read(tmp_path, "a.off", binary_off() + b"abc")
-    assert_box(mesh)
-    assert codes == {"trailing_data": 1}
-    mesh, codes = read(tmp_path, "a.off", binary_off()[:-3])
-    assert len(mesh.faces) == 10
-    assert codes == {"truncated_data": 1}
+@pytest.mark.parametrize(
+    ("content", "faces", "code"),
+    [(binary_off() + b"abc", 12, "trailing_data"), (binary_off()[:-3], 10, "truncated_data")],
+    ids=["longer", "shorter"],
+)
+def test_binary_data_of_another_length_than_declared(tmp_path, content, faces, code):
+    mesh, codes = read(tmp_path, "a.off", content)
+    assert (len(mesh.faces), codes) == (faces, {code: 1})
 
 
 def test_counts_beyond_the_limits_are_rejected(tmp_path):
@@ -238,9 +238,7 @@ def test_counts_beyond_the_limits_are_rejected(tmp_path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_meshes_of_another_writer(tmp_path, seed):
-    generator = np.random.default_rng(seed)
-    source = trimesh.creation.icosphere(subdivisions=seed % 3)
-    source.vertices *= generator.uniform(0.5, 2, (len(source.vertices), 1))
+    source = measures.bumpy_sphere(seed)
     mesh, codes = read(tmp_path, "a.off", source.export(file_type="off", digits=12))
     assert codes == {}
     assert len(mesh.faces) == len(source.faces)

@@ -4,7 +4,6 @@ import struct
 
 import numpy as np
 import pytest
-import trimesh
 
 from tests.pipeline.mesh_files import png
 from tests.pipeline.mesh_io import measures
@@ -360,10 +359,9 @@ def test_counts_beyond_the_limits_are_rejected(tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "binary"])
 @pytest.mark.parametrize("seed", range(4))
 def test_meshes_of_another_writer(tmp_path, encoding, seed):
-    generator = np.random.default_rng(seed)
-    source = trimesh.creation.icosphere(subdivisions=seed % 3)
-    source.vertices *= generator.uniform(0.5, 2, (len(source.vertices), 1))
-    colors = generator.integers(0, 256, (len(source.vertices), 4), dtype=np.uint8)
+    source = measures.bumpy_sphere(seed)
+    shape = (len(source.vertices), 4)
+    colors = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     source.visual.vertex_colors = colors
     content = source.export(file_type="ply", encoding=encoding)
     mesh, codes = read(tmp_path, "a.ply", content)

@@ -4,7 +4,6 @@ import struct
 
 import numpy as np
 import pytest
-import trimesh
 
 from tests.pipeline.mesh_io import measures
 from tests.pipeline.mesh_io.measures import BOX, QUADS, area, assert_box, read, rejected, volume
@@ -182,9 +181,7 @@ def test_counts_beyond_the_limits_are_rejected(tmp_path):
 @pytest.mark.parametrize("kind", ["stl", "stl_ascii"])
 @pytest.mark.parametrize("seed", range(4))
 def test_meshes_of_another_writer(tmp_path, kind, seed):
-    generator = np.random.default_rng(seed)
-    source = trimesh.creation.icosphere(subdivisions=seed % 3)
-    source.vertices *= generator.uniform(0.5, 2, (len(source.vertices), 1))
+    source = measures.bumpy_sphere(seed)
     content = source.export(file_type=kind)
     mesh, codes = read(tmp_path, "a.stl", content)
     assert codes == {}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import Reject
+from pipeline.core.schema import Material
 from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.load import load_with_report
 from pipeline.mesh_io.load_warnings import WarningLog
@@ -324,6 +325,14 @@ class TestColors:
         assert codes == {}
         assert {part.material.base_color for part in mesh.parts} == {(1, 0, 0, 1), (0, 0, 1, 1)}
 
+    def material_of(self, load, resources: str, property_id: int) -> Material:
+        """Return the material of a box that uses the first property of a group of resources."""
+        content = resources + box(attributes=f'pid="{property_id}" pindex="0"')
+        mesh, codes = load(package(model(content)))
+        (part,) = mesh.parts
+        assert codes == {}
+        return part.material
+
     def test_composites_are_mixed_in_linear_light(self, load):
         content = (
             '<basematerials id="5"><base name="r" displaycolor="#FF0000"/>'
@@ -331,10 +340,8 @@ class TestColors:
             '<m:compositematerials id="7" matid="5" matindices="0 1">'
             '<m:composite values="3 1"/></m:compositematerials>'
         )
-        mesh, codes = load(package(model(content + box(attributes='pid="7" pindex="0"'))))
-        (part,) = mesh.parts
-        assert codes == {}
-        assert part.material.base_color == pytest.approx((0.75, 0, 0.25, 1), abs=0.005)
+        material = self.material_of(load, content, property_id=7)
+        assert material.base_color == pytest.approx((0.75, 0, 0.25, 1), abs=0.005)
 
     @pytest.mark.parametrize(
         ("method", "expected"), [("mix", (0.5, 0.5, 0, 1)), ("multiply", (0, 0, 0, 1))]
@@ -347,10 +354,8 @@ class TestColors:
             '<m:multi pindices="0 0"/></m:multiproperties>'
         )
         for resources in (content, content.replace("<m:multi ", "<multi ")):
-            mesh, codes = load(package(model(resources + box(attributes='pid="8" pindex="0"'))))
-            (part,) = mesh.parts
-            assert codes == {}
-            assert part.material.base_color == pytest.approx(expected, abs=0.005)
+            material = self.material_of(load, resources, property_id=8)
+            assert material.base_color == pytest.approx(expected, abs=0.005)
 
     def test_metallic_display_properties(self, load):
         content = (
@@ -359,10 +364,8 @@ class TestColors:
             '<basematerials id="5" displaypropertiesid="3"><base name="r" displaycolor="#FF0000"/>'
             "</basematerials>"
         )
-        mesh, codes = load(package(model(content + box(attributes='pid="5" pindex="0"'))))
-        (part,) = mesh.parts
-        assert codes == {}
-        assert (part.material.metallic, part.material.roughness) == (0.9, 0.25)
+        material = self.material_of(load, content, property_id=5)
+        assert (material.metallic, material.roughness) == (0.9, 0.25)
 
     @pytest.mark.parametrize(
         ("resources", "attributes", "code"),

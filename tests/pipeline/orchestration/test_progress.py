@@ -44,6 +44,14 @@ def lines(caplog):
     return lambda: [record.getMessage() for record in caplog.records]
 
 
+def show_after(seconds: float, clock: Clock, shown: Progress, *statuses: str) -> None:
+    """Let time pass, count one asset of each status, and show the progress."""
+    clock.now += seconds
+    for status in statuses:
+        shown.count(status)
+    shown.show()
+
+
 def test_a_number_has_its_noun():
     assert [counted(n, "shard") for n in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
     assert counted(12_000, "asset") == "12,000 assets"
@@ -70,13 +78,8 @@ def test_workers_that_are_quick_need_no_such_line(clock, lines):
 
 def test_lines_show_counts_rate_remaining_time_and_shards(clock, lines):
     shown = Progress(8, "assets", shards=2, starting="starting")
-    clock.now += 120  # compiling says nothing about the rate
-    shown.count("rejected")
-    shown.show()
-    clock.now += 4
-    shown.count("done")
-    shown.count("done")
-    shown.show()  # too early for another line
+    show_after(120, clock, shown, "rejected")  # compiling says nothing about the rate
+    show_after(4, clock, shown, "done", "done")  # too early for another line
     clock.now += 6
     shown.count_shard()
     shown.show()
@@ -90,12 +93,9 @@ def test_what_an_earlier_run_finished_counts_but_not_in_the_rate(clock, lines):
     shown = Progress(103, "assets", shards=1, starting="starting")
     for _ in range(100):
         shown.count("done", resumed=True)
-    clock.now += 10
-    shown.show()
+    show_after(10, clock, shown)
     shown.count("done")
-    clock.now += 10
-    shown.count("done")
-    shown.show()
+    show_after(10, clock, shown, "done")
     assert lines() == [
         "starting",
         "102/103 assets (102 done; 100 by an earlier run), 0.10/s, 10 s left, "
@@ -105,13 +105,9 @@ def test_what_an_earlier_run_finished_counts_but_not_in_the_rate(clock, lines):
 
 def test_the_end_says_what_is_committed_and_says_it_once(clock, lines):
     shown = Progress(2, "assets", shards=1, starting="")
-    shown.count("done")
-    shown.count("done")
-    clock.now += 11
-    shown.show()
+    show_after(11, clock, shown, "done", "done")
     shown.count_shard()
-    clock.now += 11
-    shown.show()
+    show_after(11, clock, shown)
     shown.close()
     assert lines() == [
         "2/2 assets (2 done), committing the shards, 0 of 1 shards committed",
