@@ -141,13 +141,8 @@ def filter_geometry(mesh: Mesh, cfg: FilterConfig) -> dict[str, float]:
     relative_area = area / longest**2 if longest > 0 else 0.0
     extents = _principal_extents(corners.reshape(-1, 3))
     if relative_area < cfg.min_area or extents[1] < cfg.min_width * extents[0]:
-        raise Reject(
-            "degenerate",
-            relative_area=relative_area,
-            extents=extents,
-            min_area=cfg.min_area,
-            min_width=cfg.min_width,
-        )
+        limits = {"min_area": cfg.min_area, "min_width": cfg.min_width}
+        raise Reject("degenerate", relative_area=relative_area, extents=extents, **limits)
     if extents[2] < cfg.min_thickness * extents[0]:
         raise Reject("flat", extents=extents, min_thickness=cfg.min_thickness)
     if faces < cfg.min_faces:

@@ -18,7 +18,7 @@ from pipeline.core.primitives.triangles import TIE, VOTE_ROUNDING, distance2, pa
 from pipeline.core.schema import Bricks
 from pipeline.geometry import sdf_cuda
 from pipeline.geometry.flood_fill import BARRIER_VOXELS, Bins, FloodFill, bin_triangles, is_reached
-from pipeline.geometry.sharp_edges import sharp_bits
+from pipeline.geometry.sharp_edges import near_sharp_edges
 from pipeline.geometry.topology import BURIED, SHEET, SOLID, Topology
 
 # Distance from all triangles, in voxels of the topology's grid, beyond which the flood fill tells
@@ -79,7 +79,8 @@ def compute_bricks(topology: Topology, resolution: int, device: str = "cpu") -> 
         chunks = _fill_on_cpu(packed, topology, bins, tau, half)
     parts = []
     for cells, active, values in chunks:
-        sharp = sharp_bits(cells, active, topology.sharp_edges, resolution)
+        near = near_sharp_edges(cells, topology.sharp_edges, resolution)
+        sharp = np.packbits(near & active, axis=1, bitorder="little")
         parts.append((cells.astype(np.int16), values, sharp))
     cells, values, sharp = (np.concatenate(column) for column in zip(*parts))
     return Bricks(resolution=resolution, cells=cells, values=values, sharp=sharp)

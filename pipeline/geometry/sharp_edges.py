@@ -1,4 +1,4 @@
-"""Mark the active grid points near sharp edges of the visible surface."""
+"""Find the grid points near sharp edges of the visible surface."""
 
 from __future__ import annotations
 
@@ -11,29 +11,25 @@ from pipeline.core.grid import CELL_SIDE
 SHARP_VOXELS = 2.0  # largest distance of a marked grid point from a sharp edge, in voxels
 
 
-def sharp_bits(
-    cells: NDArray[np.integer],
-    active: NDArray[np.bool_],
-    segments: NDArray[np.float64],
-    resolution: int,
-) -> NDArray[np.uint8]:
-    """Mark the active grid points within SHARP_VOXELS of a sharp edge.
+def near_sharp_edges(
+    cells: NDArray[np.integer], segments: NDArray[np.float64], resolution: int
+) -> NDArray[np.bool_]:
+    """Find the grid points within SHARP_VOXELS of a sharp edge.
 
     Args:
         cells: integer [M, 3], index // 8.
-        active: bool [M, 512].
         segments: float64 [S, 2, 3] sharp edges.
         resolution: Grid points along one side.
 
     Returns:
-        uint8 [M, 64]: 512 bits per cell in the order of `active`, little-endian in each byte.
+        bool [M, 512], the grid points of each cell.
     """
     size = resolution // CELL_SIDE
     slots = np.full((size, size, size), -1, np.int32)
     slots[tuple(cells.T)] = np.arange(len(cells), dtype=np.int32)
-    near = np.zeros(active.shape, np.bool_)
+    near = np.zeros((len(cells), CELL_SIDE**3), np.bool_)
     _mark(slots, segments, resolution, near)
-    return np.packbits(near & active, axis=1, bitorder="little")
+    return near
 
 
 @njit(cache=True)

@@ -36,15 +36,43 @@ def tiny_build(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def shared_ray(tmp_path_factory):
+def home(tmp_path_factory):
+    """A home directory for this process and those of the local Ray."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def object_store(home):
+    """An S3 server. Processes with the home directory of the tests find it."""
+    from tests.pipeline import s3_server  # moto takes a second to import
+
+    with s3_server.running() as server:
+        server.write_settings(home)
+        yield server
+
+
+@pytest.fixture
+def store(object_store, monkeypatch):
+    """The S3 server, which answers every request unless a test changes that."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    object_store.proxy.cuts, object_store.proxy.down = [], False
+    yield object_store
+    object_store.proxy.cuts, object_store.proxy.down = [], False
+
+
+@pytest.fixture(scope="session")
+def shared_ray(home):
     """A local Ray for all tests that build in the process of the tests."""
     import ray
 
-    before = {
-        name: os.environ.get(name) for name in ("HOME", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")
-    }
-    os.environ |= {"HOME": str(tmp_path_factory.mktemp("home"))}
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "disabled")
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
         num_cpus=2,
@@ -55,5 +83,4 @@ def shared_ray(tmp_path_factory):
     )
     yield
     ray.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    patch.undo()

@@ -1,13 +1,10 @@
 """Builds into an S3 server over HTTP have the bytes of a local build, whatever fails on the way."""
 
 import logging
-import multiprocessing
-import os
 import re
 import signal
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -26,11 +23,10 @@ from pipeline.orchestration.commit import CommitJob
 from pipeline.orchestration.passes import run_passes
 from pipeline.orchestration.plan import read_plan
 from pipeline.orchestration.transfer import commit
-from pipeline.storage.locks import scratch_root, workspace
-from pipeline.storage.remote import RemotePath, store_path
+from pipeline.storage.locks import scratch_root
+from pipeline.storage.remote import RemotePath
 from pipeline.storage.render_shard import RenderShard
 from pipeline.storage.sdf_shard import SdfShard
-from tests.pipeline import s3_server as object_store
 from tests.pipeline.builds import (
     TINY,
     assert_same,
@@ -50,23 +46,7 @@ from tests.pipeline.s3_server import BUCKET, Cut
 SOURCE = CrashingSource(count=5, behaviours=((1, "vanish"),))  # two shards of three
 SMALL = {"shard_size": 3}
 
-
-@pytest.fixture(scope="module")
-def store(shared_ray):
-    """Start one S3 server for the module. Processes with the HOME of the shared Ray find it."""
-    with object_store.running() as running:
-        running.write_settings(Path(os.environ["HOME"]))
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def uncut_proxy(store, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    store.proxy.cuts, store.proxy.down = [], False
-    yield
-    store.proxy.cuts, store.proxy.down = [], False
+pytestmark = pytest.mark.usefixtures("shared_ray", "store")
 
 
 @pytest.fixture(scope="module")
@@ -393,103 +373,3 @@ def test_verify_names_what_was_changed_in_the_store(
     with pytest.raises(RunError, match="breaches"):
         verify_module.main([str(cfg.out)])
     assert "renders/paper/000000.tar: has no commit marker" in caplog.text
-
-
-def test_a_file_url_is_a_path_and_no_credential_is_stored(local_build, store, tmp_path):
-    assert store_path(f"file://{tmp_path}/x") == tmp_path / "x"
-    assert store_path("data/x") == Path("data/x")
-    with pytest.raises(ValueError, match="three slashes"):
-        store_path("file://host/x")
-    assert str(RemotePath("sftp://me:secret@host/x")) == "sftp://host/x"
-
-
-def test_a_large_object_is_sent_in_parts_and_cut_parts_are_sent_again(store, tmp_path):
-    data = np.random.default_rng(0).bytes(40 << 20)
-    (tmp_path / "large").write_bytes(data)
-    place = RemotePath(f"s3://{BUCKET}/large", retry_waits_s=(0.1,))
-    cuts = [Cut(r"^PUT /bucket/large\?.*partNumber=2", "body", after_bytes=1 << 20)]
-    cuts += [Cut(r"^POST /bucket/large\?uploadId", "answer")]  # finished, and nobody knows
-    store.proxy.cuts = cuts
-    place.upload(tmp_path / "large")
-    assert [len(cut.done) for cut in cuts] == [1, 1]
-    assert store.get("large") == data
-    assert store.unfinished_uploads() == []
-    store.proxy.cuts = [Cut(r"^GET /bucket/large", "answer")]
-    place.download(tmp_path / "back")
-    assert (tmp_path / "back").read_bytes() == data
-    store.proxy.cuts = [Cut(r"^PUT /bucket/large\?.*partNumber=2", "body", times=10**6)]
-    with pytest.raises(
-        RunError, match=r"s3://bucket/large cannot be written .*same command to resume"
-    ):
-        place.upload(tmp_path / "large")
-    store.proxy.cuts = []
-    assert store.get("large") == data  # nothing half replaced it
-
-
-def test_where_the_stores_package_gives_up_we_try_again_after_a_while(store):
-    cut = Cut(r"^PUT /bucket/patient", "body", times=10**6)
-    store.proxy.cuts = [cut]
-    with pytest.raises(RunError, match="patient cannot be written"):
-        RemotePath(f"s3://{BUCKET}/patient", retry_waits_s=()).write_bytes(b"data")
-    cut.times = 2 * len(cut.done) + 1  # once more than the package asks
-    RemotePath(f"s3://{BUCKET}/patient", retry_waits_s=(0.1,)).write_bytes(b"data")
-    assert (len(cut.done), store.get("patient")) == (cut.times, b"data")
-
-
-def test_a_removal_that_the_store_refuses_is_an_error(store, monkeypatch):
-    place = RemotePath(f"s3://{BUCKET}/refused", retry_waits_s=())
-    store.put("refused/a", b"a")
-    monkeypatch.setattr(place.filesystem()[0], "rm", lambda paths: [])
-    with pytest.raises(RunError, match="refused/a cannot be deleted"):
-        place.delete()
-
-
-def test_where_objects_are_files_they_are_written_under_another_name_first(monkeypatch):
-    place = RemotePath("memory://files/x", retry_waits_s=())
-    seen = []
-    memory = fsspec.get_filesystem_class("memory")
-    move = memory.mv
-    monkeypatch.setattr(
-        memory, "mv", lambda self, a, b, **kw: seen.append((a, b)) or move(self, a, b, **kw)
-    )
-    place.write_bytes(b"one")
-    assert (seen, place.read_bytes()) == ([("/files/x.partial", "/files/x")], b"one")
-    (place.with_name("tree") / "a/b").write_bytes(b"two")
-    assert place.with_name("tree").list_files() == ["a/b"]
-    place.with_name("tree").delete()
-    place.delete()
-    assert RemotePath("memory://files").list_files() == []
-    with pytest.raises(FileNotFoundError):
-        place.read_bytes()
-
-
-def work(scratch, ready, end):
-    with workspace(RemotePath("s3://bucket/x"), scratch) as here:
-        (here / "file").write_bytes(b"x")
-        ready.set()
-        end.wait()
-
-
-def test_workspaces_of_killed_processes_are_removed_and_those_of_others_stay(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    tasks = []
-    for _ in range(2):
-        ready, end = context.Event(), context.Event()
-        process = context.Process(target=work, args=(tmp_path, ready, end))
-        process.start()
-        tasks.append((process, ready, end))
-    assert all(ready.wait(60) for _, ready, _ in tasks)
-    tasks[0][0].kill()
-    tasks[0][0].join()
-    assert len(list(scratch_root(tmp_path).glob("*/file"))) == 2
-    with workspace(RemotePath("s3://bucket/x"), tmp_path):
-        assert len(list(scratch_root(tmp_path).glob("*/file"))) == 1
-    tasks[1][2].set()
-    tasks[1][0].join()
-    assert left_in(tmp_path) == []
-    (tmp_path / "file").write_bytes(b"")
-    with (
-        pytest.raises(RunError, match="choose another --scratch"),
-        workspace(RemotePath("s3://b/x"), tmp_path / "file"),
-    ):
-        pass
