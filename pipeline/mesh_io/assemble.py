@@ -237,9 +237,9 @@ def _place(
     with np.errstate(over="ignore", invalid="ignore"):  # not finite vertices are rejected below
         vertices = geometry.vertices @ linear.T + instance.matrix[:3, 3]
         is_mirrored = np.linalg.det(linear) < 0
-    normals = geometry.normals
-    if normals is not None:
-        normals = _normalized(normals @ _cofactors(linear).T)
+        normals = geometry.normals
+        if normals is not None:
+            normals = _normalized(normals @ _cofactors(linear).T)
 
     materials = np.array(
         [instance.materials.get(index, index) for index in np.unique(geometry.materials).tolist()]

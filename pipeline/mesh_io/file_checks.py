@@ -64,6 +64,7 @@ def check_magic(head: bytes, extension: str, size: int) -> None:
         "zae": is_zip,
         "zip": is_zip,
         "ply": text.startswith(b"ply"),
+        "fbx": head.startswith(b"Kaydara FBX Binary") or b"FBX" in text,
         "dae": text.startswith(b"<"),
     }
     if is_html or not has_magic.get(extension, True):

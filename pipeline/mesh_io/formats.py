@@ -40,6 +40,7 @@ FORMATS: dict[str, MeshFormat] = {
     "3mf": MeshFormat(module="pipeline.mesh_io.readers.threemf", function="read_threemf"),
     "dae": _COLLADA,
     "zae": _COLLADA,
+    "fbx": MeshFormat(module="pipeline.mesh_io.readers.fbx", function="read_fbx"),
 }
 MESH_FORMATS = frozenset(FORMATS)
 

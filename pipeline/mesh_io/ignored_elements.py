@@ -3,6 +3,10 @@
 Everything else in a file is used or gives a warning. An entry may be here only if it cannot alter
 geometry, colour, alpha or frame of the first pose.
 
+In FBX a key is "element", "parent.element", "kind:property" of an object, "kind subtype" of an
+object, or "texture property" of a material. Properties of materials are those without vendor and
+separators: "basecolor" is "3dsMax|Parameters|base_color". "*" stands for any text.
+
 In XML formats a key is "element" or "parent/element", "@attribute" or "element@attribute", or
 "prefix:*" for a whole namespace.
 """
@@ -161,6 +165,308 @@ IGNORED_ELEMENTS: dict[str, dict[str, str]] = {
         "triangle@slic3r:fuzzy_skin": "A setting of a slicer for the print.",
         "Relationship@Id": "Relationships are found by their type.",
         "Relationship@TargetMode": "Only parts of the package are read.",
+    },
+    "fbx": {
+        # The file
+        **dict.fromkeys(
+            ("FBXHeaderExtension", "CreationTime", "Creator", "FileId"), "Notes about the writer."
+        ),
+        **dict.fromkeys(("Document", "Documents", "References"), "A list of scenes of a program."),
+        "Takes": "Animations, which move nodes after the first pose.",
+        "Version5": "Settings of the editor, in older files.",
+        "Collisions": "Notes of an exporter.",
+        "Relations": "A second list of the objects, in older files.",
+        "ObjectData": "Data of an application.",
+        **dict.fromkeys(
+            ("*.Version", "*.MultiLayer", "*.MultiTake", "Model.TypeFlags", "Model.Name"),
+            "Labels and versions of elements.",
+        ),
+        # Objects
+        **dict.fromkeys(
+            (
+                *("Objects.AnimationLayer", "Objects.AnimationStack", "Objects.AnimationCurve"),
+                *("Objects.AnimationCurveNode", "Objects.Constraint", "Objects.Character"),
+                *("Objects.CharacterPose", "Objects.ControlSetPlug", "Objects.Actor"),
+            ),
+            "They move nodes after the first pose.",
+        ),
+        **dict.fromkeys(("Objects.Audio", "Objects.AudioLayer"), "Sound is no part of the shape."),
+        **dict.fromkeys(
+            ("Objects.BindingTable", "Objects.Implementation", "Objects.BindingOperator"),
+            "Programs of shaders. The properties of the material are read.",
+        ),
+        **dict.fromkeys(
+            (
+                *("Objects.Collection", "Objects.SelectionNode", "Objects.SelectionSet"),
+                *("Objects.SceneInfo", "Objects.ObjectMetaData", "Objects.Object"),
+                *("Objects.Container", "Objects.MotionBuilder_*", "Objects.KFCurve*"),
+                *("Objects.Thumbnail", "Objects.Document", "Objects.Device", "Objects.Scene"),
+                "Objects.PluginParameters",
+            ),
+            "Lists, notes and settings of editors.",
+        ),
+        "Objects.Pose": "The matrices of a pose. The nodes and the skins state theirs.",
+        "Objects.Cache": "The file of a vertex cache. The deformer that uses it is reported.",
+        # Cameras and lights, which older files store as nodes.
+        **dict.fromkeys(
+            ("Model Camera", "Model CameraSwitcher", "Model Light", "Model LightSource"),
+            "Cameras and lights are no part of the object.",
+        ),
+        **dict.fromkeys(
+            (
+                *("Model.CameraId", "Model.CameraName", "Model.CameraIndexName", "Model.Position"),
+                *("Model.Up", "Model.LookAt", "Model.ShowAudio", "Model.AudioColor"),
+                *("Model.ShowInfoOnMoving", "Model.CameraOrthoZoom"),
+            ),
+            "Cameras and lights are no part of the object.",
+        ),
+        "Model Marker": "A marker of an editor.",
+        **dict.fromkeys(
+            (
+                *("Model:DisplayLevels*", "Model:MaxDistance", "Model:MinDistance"),
+                *("Model:MinMaxDistance", "Model:ThresholdsUsedAsPercentage", "Model:WorldSpace"),
+            ),
+            "From where a viewer shows coarser levels of detail. The finest one is drawn.",
+        ),
+        # Nodes
+        **dict.fromkeys(
+            (
+                "Model.Shading",
+                "Model.Culling",
+                "*.NodeAttributeName",
+            ),
+            "How a program shows the node. Both sides of faces are drawn.",
+        ),
+        **dict.fromkeys(
+            (
+                *("Model:DefaultAttributeIndex", "Model:DefaultKeyingGroup*", "Model:Pickable"),
+                *(
+                    "Model:Transformable",
+                    "Model:CullingMode",
+                    "Model:ShowTrajectories",
+                    "Model:Size",
+                ),
+                *("Model:Look", "Model:Color", "Model:ReferentialSize", "Model:LODBox"),
+                *("Model:*Visibility", "Model:ManipulationMode", "Model:MultiTake"),
+                *("Model:SetPreferedAngle", "Model:LimbLength", "Model:AxisLen", "Model:Freeze"),
+                *("Model:ScalingPivotUpdateOffset", "Model:ShowLabel", "Model:DrawLink"),
+                "Model:MarkerType",
+            ),
+            "How an editor shows the node.",
+        ),
+        "Model:BBox*": "Bounds that follow from the vertices.",
+        **dict.fromkeys(
+            (
+                *("Model:TranslationMin*", "Model:TranslationMax*", "Model:RotationMin*"),
+                *("Model:RotationMax*", "Model:ScalingMin*", "Model:ScalingMax*"),
+                *("Model:TranslationActive", "Model:ScalingActive", "Model:*DampRange?"),
+                *("Model:*DampStrength?", "Model:RotationStiffness?", "Model:PreferedAngle?"),
+                *("Model:LookAtProperty", "Model:UpVectorProperty", "Model:QuaternionInterpolate"),
+                *("Model:NegativePercentShapeSupport", "Model:IK *", "Model:IKPivot"),
+                "Model:IKSync",
+            ),
+            "Limits of animations. The stated transform already keeps them.",
+        ),
+        **dict.fromkeys(
+            ("Model:Casts Shadows", "Model:Receive Shadows", "Model:Primary Visibility"),
+            "Shadows and cameras of a renderer.",
+        ),
+        **dict.fromkeys(
+            (
+                *("Model:MoBu*", "Model:3dsMax|*", "*:COLLADA_ID", "Material:colladaid"),
+                *("Model:NurbsSetIndex", "GlobalSettings:3dsMax|*"),
+            ),
+            "Data of an application.",
+        ),
+        "property with the flag U": "Data of an application or a user.",
+        # Geometry
+        **dict.fromkeys(
+            ("*.GeometryVersion", "*.Layer", "Geometry.Type", "Shape.Normals", "*.ShapeVersion"),
+            "Versions and lists of what is read.",
+        ),
+        "Shape.Normals": "Normals of a moved mesh follow from its faces.",
+        "Geometry.Normals": "Normals of a moved mesh follow from its faces.",
+        **dict.fromkeys(("Geometry.Edges", "Model.Edges"), "The edges follow from the polygons."),
+        **dict.fromkeys(
+            ("*.LayerElementBinormal", "*.LayerElementTangent"),
+            "The frame of normal maps, which are not drawn.",
+        ),
+        **dict.fromkeys(
+            ("*.LayerElementSmoothing", "LayerElementNormal.NormalsW"),
+            "Smoothing concerns shading normals, which the file may give itself.",
+        ),
+        **dict.fromkeys(
+            ("*.LayerElementPolygonGroup", "*.LayerElementUserData"), "Groups and data of editors."
+        ),
+        **dict.fromkeys(
+            ("*.LayerElementEdgeCrease", "*.LayerElementVertexCrease", "*.BoundaryRule"),
+            "It concerns subdivision, which is reported where it is switched on.",
+        ),
+        **dict.fromkeys(
+            (
+                *("*.PreserveBorders", "*.PreserveHardEdges", "*.PropagateEdgeHardness"),
+                *("*.PreviewDivisionLevels", "*.RenderDivisionLevels", "*.DisplaySubdivisions"),
+            ),
+            "It concerns subdivision, which is reported where it is switched on.",
+        ),
+        **dict.fromkeys(
+            (
+                *("*.Form", "*.Dimension", "*.Dimensions", "*.Order", "*.Rational", "*.Step"),
+                *("*.KnotVector", "*.KnotVectorU", "*.KnotVectorV", "*.NurbsCurveVersion"),
+                *(
+                    "*.NurbsSurfaceVersion",
+                    "*.NurbsSurfaceOrder",
+                    "*.SurfaceDisplay",
+                    "*.FlipNormals",
+                ),
+                *("*.LineVersion", "*.PointsIndex", "*.BoundaryVersion", "*.TrimmedNurbVersion"),
+                *("*.NurbVersion", "*.NurbOrder", "*.Multiplicity*", "*.PatchVersion"),
+                "*.Weights",
+            ),
+            "It describes curves and free-form surfaces, which are left out with a warning.",
+        ),
+        **dict.fromkeys(
+            ("LayerElementTexture.BlendMode", "LayerElementTexture.TextureAlpha"),
+            "How a texture is laid over others. The first one is drawn.",
+        ),
+        **dict.fromkeys(
+            (
+                *("*.LayerElementAmbient*", "*.LayerElementSpecular*", "*.LayerElementReflection*"),
+                *("*.LayerElementShininess*", "*.LayerElementBump*", "*.LayerElementNormalMap*"),
+                *("*.LayerElementDisplacement*", "*.LayerElementEmissive*"),
+                *("*.LayerElementTransparent*", "*.LayerElementTransparency*"),
+                *("*.LayerElementDiffuse*", "*.LayerElementVectorDisplacement*"),
+            ),
+            "Which texture a polygon has beside that of its colour, in older files.",
+        ),
+        # Deformers
+        **dict.fromkeys(
+            (
+                *("Deformer.Link_DeformAcuracy", "Deformer.TransformLink", "Deformer.UserData"),
+                *("Deformer.SkinningType", "Deformer.Type", "Deformer.TransformAssociateModel"),
+                *("Deformer.BlendWeights", "Deformer:SrcModel*", "Deformer:RootGroup"),
+                "Deformer.AssociateModel",
+            ),
+            "How a program edits a skin. The bones stand where their nodes stand.",
+        ),
+        # Materials
+        **dict.fromkeys(
+            ("Material.ShadingModel", "Material:shadingmodel", "Material:multilayer"),
+            "The properties say what is drawn.",
+        ),
+        **dict.fromkeys(
+            (
+                *("Material:specular*", "Material:shininess*", "Material:reflect*"),
+                *("Material:refl*", "Material:coat*", "Material:clearcoat*", "Material:sheen*"),
+                *("Material:fuzz*", "Material:thinfilm*", "Material:*thinwalled"),
+                *("Material:subsurface*", "Material:sss*", "Material:scattering*"),
+                *("Material:aniso*", "Material:brdf*", "Material:diffuseroughness"),
+                *("Material:diffroughness", "Material:basediffuseroughness"),
+                *("Material:indirect*", "Material:internalreflections", "Material:caustics"),
+                *("Material:indexofrefraction", "Material:tangent", "Material:geometry*tangent"),
+                *("texture specular*", "texture shininess*", "texture reflect*", "texture refl*"),
+                *("texture coat*", "texture clearcoat*", "texture sheen*", "texture fuzz*"),
+                *("texture aniso*", "texture sss*", "texture subsurface*", "texture scattering*"),
+                *("texture diffuseroughness*", "texture diffroughmap", "texture thinfilm*"),
+            ),
+            "Highlights and scattering depend on light and view.",
+        ),
+        **dict.fromkeys(
+            ("Material:ambient*", "texture ambientcolor", "texture ambientfactor"),
+            "Ambient light belongs to the scene.",
+        ),
+        **dict.fromkeys(
+            ("Material:bump*", "Material:normal*", "texture bump*", "Material:geometrynormal"),
+            "Bump and normal maps alter shading normals only.",
+        ),
+        **dict.fromkeys(
+            ("Material:displacement*", "Material:vectordisplacement*"),
+            "Strength of displacement maps, which are reported.",
+        ),
+        **dict.fromkeys(
+            (
+                *("Material:*map", "Material:*mapon", "Material:*mapamt", "Material:*usedas"),
+                *("Material:*camerafactor", "Material:mapm*", "texture mapm*"),
+            ),
+            "Whether a texture is used. The connected ones are read.",
+        ),
+        **dict.fromkeys(
+            (
+                *("Material:classid*", "Material:superclassid", "Material:typeid", "Material:id?"),
+                *("Material:aov*", "Material:aimatte*", "Material:aienablematte"),
+                *("Material:hardwareshader", "Material:maya", "Material:3dsmax", "Material:main"),
+                *("Material:parameters", "Material:settings", "Material:extension"),
+                *("Material:notes", "Material:materialmode", "Material:originalmtl"),
+                *("Material:exittobackground", "Material:dielectricpriority", "Material:enable*"),
+                *(
+                    "Material:ignoremissingtextures",
+                    "Material:missingtexture*",
+                    "Material:outalpha",
+                ),
+                *("Material:transmitaovs", "Material:aoaffects*", "Material:usedefault*"),
+                *("Material:defaultkeyinggroup*", "Material:multitake", "Material:emitkelvin"),
+                *("Material:roughnessinv", "Material:emitluminance", "Material:invert*"),
+            ),
+            "Settings of a renderer.",
+        ),
+        **dict.fromkeys(
+            ("*:texbrdflut", "*:texglobal*", "texture texbrdflut", "texture texglobal*"),
+            "The light around the object.",
+        ),
+        **dict.fromkeys(
+            ("Material:volume*", "Material:dispersion*", "Material:trans?*"),
+            "It concerns transmission, which is reported where it is switched on.",
+        ),
+        "Material:doublesided": "Both sides of faces are drawn.",
+        # Textures and images
+        **dict.fromkeys(
+            (
+                *("Texture.Media", "Texture.TextureName", "Texture.Type", "Video.Type"),
+                *("Texture.ModelUVTranslation", "Texture.ModelUVScaling", "Video.UseMipMap"),
+                *("Texture:UseMaterial", "Texture:UseMipMap", "Texture:VideoProperty"),
+                *("Texture:CurrentMappingType", "Texture:TextureTypeUse"),
+                *("Texture:Anim*", "Texture:MultiTake", "Texture:Take*"),
+            ),
+            "Labels, mipmaps, and a second copy of what is read.",
+        ),
+        **dict.fromkeys(
+            ("Texture.Texture_Alpha_Source", "Texture.Cropping", "Texture:PremultiplyAlpha"),
+            "How a program prepares the image.",
+        ),
+        **dict.fromkeys(
+            ("Texture:CurrentTextureBlendMode", "Texture:Texture alpha", "LayeredTexture.*"),
+            "How a texture is laid over others. The first one is drawn.",
+        ),
+        "Texture:3dsMax*": "Parameters of textures of 3ds Max. The image that they name is read.",
+        **dict.fromkeys(
+            (
+                *("Video.Original*", "Video:FrameRate", "Video:Height", "Video:Width"),
+                *(
+                    "Video:AccessMode",
+                    "Video:FreeRunning",
+                    "Video:InterlaceMode",
+                    "Video:LastFrame",
+                ),
+                *("Video:Loop", "Video:Offset", "Video:PlaySpeed", "Video:StartFrame"),
+                *("Video:StopFrame", "Video:Clip*", "Video:Color", "Video:ImageSequence*"),
+                *("Video:Mute", "Video:LocalStart", "Video:LocalStop", "Video:ReferenceStart"),
+                "Video:ReferenceStop",
+            ),
+            "The image's content decides, and the first one of a film is drawn.",
+        ),
+        "CollectionExclusive:Color": "The colour of a layer of an editor.",
+        "CollectionExclusive:Freeze": "Whether a layer of an editor is locked.",
+        "CollectionExclusive:LODBox": "How an editor shows a layer.",
+        # Settings
+        **dict.fromkeys(
+            (
+                *("GlobalSettings:AmbientColor", "GlobalSettings:DefaultCamera"),
+                *("GlobalSettings:OriginalU*", "GlobalSettings:Original*"),
+                *("GlobalSettings:Time*", "GlobalSettings:CustomFrameRate"),
+                *("GlobalSettings:CurrentTimeMarker", "GlobalSettings:SnapOnFrameMode"),
+            ),
+            "Time, lights and cameras, and the axes before a conversion.",
+        ),
     },
     "dae": {
         **dict.fromkeys(

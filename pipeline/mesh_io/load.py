@@ -71,7 +71,7 @@ def load(path: Path, cfg: LoadConfig, *, up: str = "auto", root: Path | None = N
 def load_with_report(
     path: Path, cfg: LoadConfig, *, up: str = "auto", root: Path | None = None
 ) -> tuple[Mesh, LoadReport]:
-    """Read a glb, gltf, obj, ply, stl, off, 3mf, dae or zae file into one triangle mesh with y up.
+    """Read a mesh file of any format of `pipeline.mesh_io.formats` into one triangle mesh, y up.
 
     Everything that is left out is reported with a code of `pipeline.mesh_io.load_warnings`. Side
     files are read from the directory of the file, and from other places below `root`. The readers
@@ -91,8 +91,9 @@ def load_with_report(
     Raises:
         Reject: "empty_file", "lfs_pointer", "wrong_magic", "unsupported_format", "missing_extra"
             (the libraries of the reader are not installed), "unreadable" (with the parser's error),
-            "allocation_bomb", "too_many_faces", "gltf_1" (glTF 1.0 is not read), "empty_scene",
-            "points_only", "index_out_of_range", "non_finite_vertices" or "degenerate".
+            "allocation_bomb", "too_many_faces", "gltf_1" (glTF 1.0 is not read),
+            "unsupported_version" (FBX before 6.0 is not read), "empty_scene", "points_only",
+            "index_out_of_range", "non_finite_vertices" or "degenerate".
         ValueError: If `up` is none of the three words.
     """
     if up not in ("auto", "y", "z"):

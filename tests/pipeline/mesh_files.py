@@ -11,6 +11,11 @@ import numpy as np
 from PIL import Image
 
 from pipeline.core.schema import Mesh
+from tests.pipeline.mesh_io.fbx_files import binary as fbx_binary
+from tests.pipeline.mesh_io.fbx_files import document as fbx_document
+from tests.pipeline.mesh_io.fbx_files import mesh as fbx_mesh
+from tests.pipeline.mesh_io.fbx_files import model as fbx_model
+from tests.pipeline.mesh_io.fbx_files import text as fbx_text
 
 TETRA = np.array([[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3]], dtype=np.float32)
 FACES = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]], dtype=np.uint32)
@@ -192,6 +197,12 @@ def gltf_embedded() -> str:
     return json.dumps(document)
 
 
+def fbx_tetrahedron() -> list:
+    return fbx_document(
+        [fbx_mesh(1, vertices=TETRA, polygons=FACES.tolist()), fbx_model(2)], [(1, 2), (2, 0)]
+    )
+
+
 VALID_FILES = {
     "glb": glb(*gltf()),
     "gltf": gltf_embedded(),
@@ -203,4 +214,6 @@ VALID_FILES = {
     "3mf": threemf(),
     "dae": dae(),
     "zae": zipped({"model.dae": dae()}),
+    "fbx": fbx_binary(fbx_tetrahedron()),
+    "text.fbx": fbx_text(fbx_tetrahedron()),
 }

@@ -176,7 +176,7 @@ def fill(folder: Path, secret: Path) -> dict[str, tuple[str, str, str]]:
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
         expected[name] = ("rejected", stage, reason) if reason else DONE
 
-    for kind in ("glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae"):
+    for kind in ("glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae", "fbx"):
         add(f"empty.{kind}", b"", "file", "file_too_small")
     add("empty.zip", b"", "fetch", "unreadable")
     add("cut.glb", GLB[: len(GLB) // 2], "load", "unreadable")

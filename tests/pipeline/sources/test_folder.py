@@ -40,6 +40,7 @@ def test_meshes_of_every_format_are_sorted_by_relative_path(tmp_path):
         "x.3MF",
         "x.dae",
         "x.zae",
+        "x.fbx",
         "x.gltf",
         "a.b.glb",
     ]
