@@ -104,6 +104,26 @@ def read_marker(out: StorePath, shard: str, product: Product | str) -> CommitMar
         raise ValueError(f"{path} is {error}") from error
 
 
+def check_sizes(out: StorePath, shard: str, product: Product) -> None:
+    """Check that the objects of a remote product have the sizes that its commit marker states.
+
+    This costs one request for the marker and one for each file or directory, and reads no data.
+    Local products are not checked.
+
+    Raises:
+        ValueError: If a size differs, or the marker is damaged.
+        FileNotFoundError: If the product is not committed.
+    """
+    if isinstance(out, Path):
+        return
+    for file in read_marker(out, shard, product).files:
+        path = out / file.path
+        found = path.list_objects()  # a directory has objects below it, a file has none
+        size = sum(item.size for item in found.values()) if found else path.describe().size
+        if size != file.bytes:
+            raise ValueError(f"{path} must have {file.bytes} bytes, got {size}")
+
+
 def describe_files(out: Path, paths: Sequence[Path]) -> tuple[CommittedFile, ...]:
     """Measure and hash files or directories, given by their paths relative to `out`."""
     described = []

@@ -12,11 +12,11 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.files import is_disk_full, write_atomically
@@ -56,7 +56,32 @@ STORE_ERRORS = (  # (module, class): what the packages raise besides OSError
     ("google.auth.exceptions", "GoogleAuthError"),
     ("azure.core.exceptions", "AzureError"),
 )
+PRECONDITION_FAILED = 412
+VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "created", "LastModified")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RemoteObject:
+    """Size and version of an object.
+
+    Attributes:
+        size: Number of bytes.
+        version: What the store says of the version, such as the ETag. Empty if it says nothing.
+    """
+
+    size: int
+    version: str
+
+    @classmethod
+    def from_info(cls, info: Mapping[str, Any]) -> RemoteObject:
+        """Return what fsspec's `info` or `find` says about an object."""
+        version = next((str(info[key]) for key in VERSION_KEYS if info.get(key)), "")
+        return cls(size=int(info["size"]), version=version)
+
+
+class _Changed(Exception):
+    """An object has another version than expected."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +104,23 @@ class RemotePath:
         """Return the URL without user name and password."""
         return _without_password(self.url)
 
-    def __truediv__(self, name: str | PurePath) -> RemotePath:
+    def __truediv__(self, name: str | PurePath) -> Self:
         relative = name if isinstance(name, str) else name.as_posix()
-        return RemotePath(f"{self.url}/{relative}", self.retry_waits_s)
+        return replace(self, url=f"{self.url}/{relative}")
 
     @property
     def name(self) -> str:
         """The part after the last slash."""
         return self.url.rpartition("/")[2]
 
-    def with_name(self, name: str) -> RemotePath:
+    @property
+    def parent(self) -> Self:
+        """The path without its last part."""
+        return replace(self, url=self.url.rpartition("/")[0])
+
+    def with_name(self, name: str) -> Self:
         """Return the path with its last part replaced."""
-        return RemotePath(f"{self.url.rpartition('/')[0]}/{name}", self.retry_waits_s)
+        return self.parent / name
 
     @property
     def scheme(self) -> str:
@@ -106,7 +136,7 @@ class RemotePath:
         """Return whether there is an object of this name or below this prefix."""
         return self._call("cannot be read", lambda fs, path: fs.exists(path))
 
-    def iterdir(self) -> list[RemotePath]:
+    def iterdir(self) -> list[Self]:
         """List the objects and prefixes one level below, by name. Return [] if there are none."""
         try:
             entries, root = self._call(
@@ -132,6 +162,25 @@ class RemotePath:
             path.strip("/")[len(prefix) :] for path in paths if path.strip("/").startswith(prefix)
         )
 
+    def list_objects(self) -> dict[str, RemoteObject]:
+        """List all objects below at any depth, by their names relative to this path."""
+        try:
+            entries, root = self._call(
+                "cannot be listed", lambda fs, path: (fs.find(path, detail=True), path)
+            )
+        except FileNotFoundError:
+            return {}
+        prefix = root.strip("/") + "/"
+        return {
+            name.strip("/")[len(prefix) :]: RemoteObject.from_info(entries[name])
+            for name in sorted(entries)
+            if name.strip("/").startswith(prefix)
+        }
+
+    def describe(self) -> RemoteObject:
+        """Return the size and the version of the object."""
+        return self._call("cannot be read", lambda fs, path: RemoteObject.from_info(fs.info(path)))
+
     def read_bytes(self, size: int | None = None) -> bytes:
         """Read the object, or only its first `size` bytes."""
         return self._call(
@@ -143,6 +192,32 @@ class RemotePath:
         return self._call(
             "cannot be read", lambda fs, path: fs.cat_file(path, start=start, end=start + size)
         )
+
+    def read_range_of(self, version: RemoteObject, start: int, size: int) -> bytes:
+        """Read a range of one version of the object.
+
+        Raises:
+            RunError: If the object has another version by now.
+        """
+
+        def read(fs: Any, path: str) -> bytes:
+            if self.scheme in FILESYSTEM_OPTIONS:  # S3 checks the version in the same request
+                data = _read_s3_range(fs, path, version, start, size)
+            else:
+                data = fs.cat_file(path, start=start, end=start + size)
+                if RemoteObject.from_info(fs.info(path)) != version:
+                    raise _Changed
+            if len(data) != size:
+                raise OSError(f"got {len(data)} of {size} bytes")
+            return data
+
+        try:
+            return self._call("cannot be read", read)
+        except (_Changed, FileNotFoundError) as error:
+            raise RunError(
+                f"{self} was changed or deleted while it was in use; run the same command again, "
+                "and write to another prefix when you rebuild data that others read"
+            ) from error
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Read the object as text, as `Path.read_text` does."""
@@ -159,10 +234,14 @@ class RemotePath:
         """Write one object. It replaces an existing one atomically."""
         self._write(lambda fs, path: fs.pipe_file(path, data))
 
-    def upload(self, local: Path) -> None:
+    def upload(self, local: Path, *, last: str | None = None) -> None:
         """Upload a file as one object, or a directory as a tree of objects.
 
         Objects below this path that the local directory does not have are deleted.
+
+        Args:
+            local: The file or directory.
+            last: The file of the directory that is uploaded after all others.
         """
         if not local.is_dir():
             size = local.stat().st_size
@@ -174,7 +253,7 @@ class RemotePath:
             )
             self._write(lambda fs, path: fs.put_file(str(local), path, **part_options))
             return
-        names = list_files(local)
+        names = sorted(list_files(local), key=lambda name: name == last)
         for name in names:
             (self / name).upload(local / name)
         # Stale objects are deleted last: another attempt at the same commit that is not yet known
@@ -285,6 +364,27 @@ class RemotePath:
         return fs, path
 
 
+def _read_s3_range(fs: Any, path: str, version: RemoteObject, start: int, size: int) -> bytes:
+    """Read a range of an object in S3 on the condition that its ETag is the expected one."""
+    from fsspec.asyn import sync
+
+    bucket, key, _ = fs.split_path(path)
+    try:
+        response = fs.call_s3(
+            "get_object",
+            Bucket=bucket,
+            Key=key,
+            Range=f"bytes={start}-{start + size - 1}",
+            IfMatch=version.version,
+        )
+    except OSError as error:
+        answer = getattr(error.__cause__, "response", {})
+        if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == PRECONDITION_FAILED:
+            raise _Changed from error
+        raise
+    return cast(bytes, sync(fs.loop, response["Body"].read))
+
+
 StorePath = Path | RemotePath
 AnyStorePath = TypeVar("AnyStorePath", Path, RemotePath, StorePath)
 
@@ -349,12 +449,26 @@ def delete(path: StorePath) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_file(path: StorePath, data: bytes) -> None:
-    """Write a file or object atomically. Missing parent directories are created."""
+def delete_file(path: StorePath) -> None:
+    """Delete one file or object. Do nothing if it does not exist."""
+    if isinstance(path, RemotePath):
+        path.delete()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_file(path: StorePath, data: bytes, *, several_writers: bool = False) -> None:
+    """Write a file or object atomically. Missing parent directories are created.
+
+    Args:
+        path: The file or object.
+        data: Its content.
+        several_writers: Whether several processes may write the same file, see `replacing`.
+    """
     if isinstance(path, RemotePath):
         path.write_bytes(data)
     else:
-        write_atomically(path, data)
+        write_atomically(path, data, several_writers=several_writers)
 
 
 def check_writable(out: StorePath) -> None:

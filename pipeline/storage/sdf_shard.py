@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -25,12 +25,12 @@ from numcodecs import blosc
 from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import BloscCodec
 from zarr.errors import BaseZarrError
-from zarr.storage import FsspecStore
 
 from pipeline.core.grid import CELL_SIDE, band, check_resolution, spacing
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import BRICK_ARRAYS, Bricks
-from pipeline.storage.remote import RemotePath, StorePath, store_path
+from pipeline.storage.remote import StorePath, store_path
+from pipeline.storage.remote_zarr import zarr_store
 
 CHUNK_ROWS = 1024  # rows of an array that are compressed and read together
 POINTS_PER_CELL = CELL_SIDE**3
@@ -205,7 +205,7 @@ class SdfShard:
     def __init__(self, path: StorePath | str):
         self.path = store_path(path)
         try:
-            group = zarr.open_group(_zarr_store(self.path), mode="r", zarr_format=3)
+            group = zarr.open_group(zarr_store(self.path), mode="r", zarr_format=3)
             self._arrays = {name: _array(group, name) for name in ARRAYS}
         except (OSError, KeyError, BaseZarrError) as error:
             raise ValueError(
@@ -396,12 +396,6 @@ def _layout_problems(shard: SdfShard) -> Iterator[str]:
         shard.offsets[0] != 0 or any(b < a for a, b in itertools.pairwise(shard.offsets))
     ):
         yield "offsets must begin with 0 and must not decrease"
-
-
-def _zarr_store(path: StorePath) -> Any:
-    if isinstance(path, RemotePath):
-        return FsspecStore.from_url(path.url, path.options, read_only=True)
-    return path
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:

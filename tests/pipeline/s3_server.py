@@ -29,10 +29,10 @@ class Cut:
     Attributes:
         pattern: Regular expression for the "METHOD /path?query" of the requests to cut.
         where: "body" cuts within the request, so that the server does not receive its end.
-            "answer" cuts after the server has answered. It has then done what was asked, but the
-            client does not learn of it.
+            "answer" cuts within the answer. The server has then done what was asked, but the
+            client does not learn of it. "stall" keeps the connection open and passes no answer on.
         times: Number of requests to cut.
-        after_bytes: Number of bytes of the request that pass before "body" cuts.
+        after_bytes: Number of bytes of the request or the answer that pass before the cut.
         done: The requests that were cut.
     """
 
@@ -109,12 +109,14 @@ class CuttingProxy:
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 16):
                 cut = state["cut"]
-                if self.down or (
-                    cut is not None
-                    and cut.where == "answer"
-                    and not data.startswith(b"HTTP/1.1 100")
-                ):
+                if self.down:
                     break
+                if cut is not None and not data.startswith(b"HTTP/1.1 100"):
+                    if cut.where == "stall":
+                        continue
+                    if cut.where == "answer":
+                        client.sendall(data[: cut.after_bytes])
+                        break
                 client.sendall(data)
         self._end(client, server, state)
 
@@ -194,6 +196,13 @@ class Store:
 
     def put(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=BUCKET, Key=key, Body=data)
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        """Upload all files of a directory below a prefix. Return the URL of the prefix."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        return f"s3://{BUCKET}/{prefix}"
 
     def download(self, prefix: str, folder: Path) -> Path:
         """Download everything below a prefix as files. Return `folder`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.image_codec import encode
 from pipeline.core.product import Product
 from pipeline.core.schema import Bricks, View
+from pipeline.storage.commit_marker import CommitMarker, describe_files
 from pipeline.storage.layout import MANIFEST, manifest_path, marker_path, product_paths
 from pipeline.storage.manifest import ManifestRow, write_manifest
 from pipeline.storage.render_shard import write_render_shard
@@ -122,9 +122,23 @@ def make_build(
 
 
 def commit(root: Path, shard: str, product: Product | str) -> None:
+    """Write the commit marker of a product, or of a manifest."""
+    paths = (
+        product_paths(product, shard)
+        if isinstance(product, Product)
+        else [manifest_path(Path(), shard)]
+    )
+    files = describe_files(root, paths)
+    marker = CommitMarker(
+        shard=shard,
+        product=str(product),
+        counts={},
+        bytes=sum(file.bytes for file in files),
+        files=files,
+    )
     path = marker_path(root, shard, product)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"shard": shard, "product": str(product)}), encoding="utf-8")
+    path.write_text(marker.to_json(), encoding="utf-8")
 
 
 def color_of(number: int, view: int) -> tuple[int, int, int]:

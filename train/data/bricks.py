@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,17 @@ from pipeline.core.grid import CELL_SIDE
 from pipeline.core.hashing import seed_of
 from pipeline.core.product import Product, is_product_name, resolution_of_column, tokens_column
 from pipeline.core.schema import Bricks
-from pipeline.storage.layout import MANIFEST, list_commits, manifest_path, product_paths
+from pipeline.storage.commit_marker import CommitMarker, check_sizes
+from pipeline.storage.layout import (
+    MANIFEST,
+    list_commits,
+    manifest_path,
+    marker_path,
+    product_paths,
+)
 from pipeline.storage.manifest import check_version
+from pipeline.storage.remote import StorePath, read_files
+from train.data.source import ConcurrentReader
 from train.data.symmetry import SYMMETRIES, transform_bricks
 from train.engine.batch_sampler import BatchSampler, SampleId, StepSamples
 from train.engine.distributed import World
@@ -52,7 +62,7 @@ class BuildIndex:
     """The usable assets of a build, numbered 0 .. A - 1, and the sizes of their bricks.
 
     Attributes:
-        root: Directory of the build.
+        root: Directory or URL of the build.
         uids: Identifier of each asset.
         shards: Name of each asset's shard.
         is_val: Whether each asset is held out, bool [A].
@@ -60,7 +70,7 @@ class BuildIndex:
             committed bricks.
     """
 
-    root: Path
+    root: StorePath
     uids: tuple[str, ...]
     shards: tuple[str, ...]
     is_val: NDArray[np.bool_]
@@ -86,31 +96,26 @@ class BuildIndex:
         )
 
 
-def built_resolutions(root: Path) -> list[int]:
+def built_resolutions(root: StorePath) -> list[int]:
     """Return the SDF resolutions of which a build has a committed shard, in increasing order."""
     names = set().union(*list_commits(root).values())
     products = [Product.parse(name) for name in names if is_product_name(name)]
     return sorted(product.resolution for product in products if product.kind == "sdf")
 
 
-def read_build_index(root: Path, resolutions: Sequence[int]) -> BuildIndex:
+def read_build_index(root: StorePath, resolutions: Sequence[int]) -> BuildIndex:
     """Read which assets of a build are done and lie in committed shards.
 
     Args:
-        root: Directory of the build.
+        root: Directory or URL of the build.
         resolutions: Resolutions for which the result's `tokens` are filled.
 
     Raises:
         UserError: If `root` is not a build, has another format version or lacks a resolution.
     """
     commits = list_commits(root)
-    paths = [manifest_path(root, shard) for shard, names in commits.items() if MANIFEST in names]
-    tables = [_manifest(path) for path in paths if path.exists()]
+    tables = _read_manifests(root, [shard for shard, names in commits.items() if MANIFEST in names])
     if not tables:
-        if ":/" in str(root):
-            raise UserError(
-                f"{root} looks like a URL, but training reads a local directory; copy the build"
-            )
         raise UserError(
             f"{root} is not a build with committed shards; make one: "
             f"python -m pipeline.build --out {root}"
@@ -165,14 +170,41 @@ def _words(resolutions: set[int]) -> str:
     return " ".join(map(str, sorted(resolutions)))
 
 
-def _manifest(path: Path) -> pa.Table:
+def _read_manifests(root: StorePath, shards: Sequence[str]) -> list[pa.Table]:
+    """Read the manifests of some shards, concurrently if they are remote.
+
+    Every manifest from a URL must have the hash that its commit marker states.
+    """
+    if isinstance(root, Path):
+        paths = [manifest_path(root, shard) for shard in shards]
+        return [_manifest(path, path.read_bytes()) for path in paths if path.exists()]
+    paths = [manifest_path(root, shard) for shard in shards]
+    below = Path()
+    contents = read_files(root, [str(manifest_path(below, shard)) for shard in shards])
+    markers = read_files(root, [str(marker_path(below, shard, MANIFEST)) for shard in shards])
+    tables = []
+    for path, content, marker in zip(paths, contents, markers, strict=True):
+        try:
+            (described,) = CommitMarker.from_json(marker).files
+        except ValueError as error:
+            raise UserError(f"the commit marker of {path} is damaged: {error}") from error
+        if hashlib.sha256(content).hexdigest() != described.sha256:
+            raise UserError(
+                f"{path} differs from what its commit marker states; "
+                f"run python -m pipeline.verify {root}"
+            )
+        tables.append(_manifest(path, content))
+    return tables
+
+
+def _manifest(path: StorePath, content: bytes) -> pa.Table:
     wanted = ("uid", "status", "shard", "split")
     try:
-        schema = pq.read_schema(path)
+        schema = pq.read_schema(pa.BufferReader(content))
         # Other columns are not read: not every version of Arrow reads a missing list of fixed
         # length, as the centre of a rejected asset is.
         names = [name for name in schema.names if name in wanted or resolution_of_column(name)]
-        table = pq.read_table(path, columns=names)
+        table = pq.read_table(pa.BufferReader(content), columns=names)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a readable manifest: {error}") from error
     try:
@@ -197,12 +229,18 @@ def magnitude_bits(values: NDArray[np.float16]) -> NDArray[np.uint16]:
 
 
 class BrickReader:
-    """Reads the bricks of single assets. It may be used from several threads."""
+    """Reads the bricks of single assets. It may be used from several threads.
+
+    Attributes:
+        index: Assets of the build.
+        concurrent: Runs reads of several assets at the same time if the build is remote.
+    """
 
     def __init__(self, index: BuildIndex):
         self.index = index
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self.concurrent = ConcurrentReader(index.root)
 
     def read(self, asset: int, resolution: int) -> Bricks:
         """Read and check the bricks of an asset.
@@ -236,6 +274,7 @@ class BrickReader:
         from pipeline.storage.sdf_shard import SdfShard  # imports zarr, which not all users need
 
         path = self.index.root / product_paths(Product.sdf(resolution), name)[0]
+        check_sizes(self.index.root, name, Product.sdf(resolution))
         shard = SdfShard(path)
         if shard.resolution != resolution:
             raise ValueError(f"{path} must have resolution {resolution}, got {shard.resolution}")
@@ -342,8 +381,9 @@ class BrickLoader:
 
     def _collate(self, samples: Sequence[SampleId], resolution: int, share: float) -> VAEBatch:
         bricks, seeds, uids = [], [], []
-        for sample in samples:
-            asset, asset_bricks = self._readable(sample.asset, resolution)
+        read = partial(self._readable, resolution=resolution)
+        found = self.reader.concurrent.map(read, [sample.asset for sample in samples])
+        for sample, (asset, asset_bricks) in zip(samples, found, strict=True):
             uid = self.index.uids[asset]
             # Seeds use names instead of numbers: a sample is the same in every index.
             key = (self.seed, resolution, sample.epoch, uid)

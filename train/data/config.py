@@ -1,12 +1,37 @@
-"""Options of flow models that are trained on renders."""
+"""Options of the cache of remote data, and of flow models that are trained on renders."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from model.config import KEPT_LEVELS, Augmentation, KeptActivations, TimeDistribution
 from train.engine.config import LoopConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The local cache of builds and latents that are read from a URL.
+
+    Raises:
+        ValueError: If the limit is not positive.
+    """
+
+    dir: Path = Path.home() / ".cache" / "sparse3d" / "data"
+    """Directory of the cache. The processes of a machine share it, and later runs find what it
+    holds. Data from local directories is not cached."""
+    max_gb: float = 50.0
+    """Largest size of the cache in gigabytes. What was not used for longest is deleted first."""
+
+    def __post_init__(self) -> None:
+        if not self.max_gb > 0:
+            raise ValueError(f"max_gb must be positive, got {self.max_gb}")
+
+    @property
+    def max_bytes(self) -> int:
+        """The limit in bytes."""
+        return int(self.max_gb * 1e9)
 
 
 @dataclass(frozen=True, kw_only=True)

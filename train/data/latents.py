@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +25,13 @@ from pipeline.core.files import replacing
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.hashing import options_of
 from pipeline.core.provenance import FORMAT_VERSION
+from pipeline.storage.locks import workspace
+from pipeline.storage.remote import StorePath, list_children
+from train.data.source import ConcurrentReader
 
 OPEN_SHARDS = 64  # shards kept open at once
 STATISTICS = "stats.json"
+LAST_WRITTEN = "zarr.json"  # a store at a URL is complete when it has this object
 ARRAYS = ("cells", "mean", "logvar", "offsets")
 SUMS = ("mean", "square", "variance")
 
@@ -102,7 +107,7 @@ class LatentSums:
 
 
 def write_latent_shard(
-    path: Path,
+    path: StorePath,
     latents: Iterable[tuple[str, bool, Latent]],
     *,
     resolution: int,
@@ -113,7 +118,7 @@ def write_latent_shard(
     """Write the latents of a shard. The store appears complete or not at all.
 
     Args:
-        path: The new Zarr store.
+        path: The new Zarr store, a directory or a URL.
         latents: uid, whether the asset is a training asset, and latents, in the order of the store.
         resolution: Resolution R of the bricks that were encoded.
         vae: Hash of the VAE, see `vae_hash`.
@@ -133,7 +138,7 @@ def write_latent_shard(
     uids: list[str] = []
     offsets = [0]
     total = LatentSums.of([], channels)
-    with replacing(path) as partial:
+    with _publishing(path) as partial:
         partial.mkdir()
         zarr.create_group(partial, zarr_format=3)
         arrays = {
@@ -172,6 +177,24 @@ def write_latent_shard(
     return uids
 
 
+def is_written(path: StorePath) -> bool:
+    """Return whether the latents of a shard are at a path as a whole."""
+    return (path / LAST_WRITTEN).exists()
+
+
+@contextmanager
+def _publishing(path: StorePath) -> Iterator[Path]:
+    """Yield a local directory that becomes the store at `path` at the end."""
+    if isinstance(path, Path):
+        with replacing(path) as partial:
+            yield partial
+        return
+    with workspace(path) as folder:
+        partial = folder / path.name
+        yield partial
+        path.upload(partial, last=LAST_WRITTEN)
+
+
 class LatentShard:
     """Reads one store `latents/<vae>/<R>/<shard>.zarr`.
 
@@ -187,13 +210,15 @@ class LatentShard:
         ValueError: If `path` is not such a store, or has another format version.
     """
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: StorePath):
         import zarr
         from zarr.errors import BaseZarrError
 
-        self.path = Path(path)
+        from pipeline.storage.remote_zarr import zarr_store
+
+        self.path = path
         try:
-            group = zarr.open_group(self.path, mode="r", zarr_format=3)
+            group = zarr.open_group(zarr_store(path), mode="r", zarr_format=3)
             self._arrays: dict[str, Any] = {name: group[name] for name in ARRAYS}
             attributes: dict[str, Any] = dict(group.attrs)
         except (OSError, KeyError, ValueError, BaseZarrError) as error:
@@ -233,11 +258,12 @@ class LatentStore:
     """All latents of one VAE at one resolution. It may be read from several threads.
 
     Args:
-        root: Directory of the latents, with one directory per VAE.
+        root: Directory or URL of the latents, with one directory per VAE.
         resolution: Resolution R of the encoded bricks.
         vae: Hash of the VAE. None takes the only one.
 
     Attributes:
+        root: As given.
         folder: `root/<vae>/<R>`.
         mean: Mean of posterior samples of training assets, float32 [C].
         std: Their standard deviation, float32 [C].
@@ -248,7 +274,8 @@ class LatentStore:
             VAEs and `vae` names none of them.
     """
 
-    def __init__(self, root: Path, resolution: int, vae: str | None = None):
+    def __init__(self, root: StorePath, resolution: int, vae: str | None = None):
+        self.root = root
         self.vae = _choose_vae(root, resolution, vae)
         self.resolution = resolution
         self.folder = root / self.vae / str(resolution)
@@ -271,15 +298,16 @@ class LatentStore:
                 f"make the latents again: {command}"
             )
         self.tokens: dict[str, int] = {}
-        self._shard_of: dict[str, Path] = {}
-        for path in sorted(self.folder.glob("*.zarr")):
-            shard = self._open_checked(path)
+        self._shard_of: dict[str, StorePath] = {}
+        paths = [path for path in list_children(self.folder) if path.name.endswith(".zarr")]
+        shards = ConcurrentReader(root).map(self._open_checked, paths)
+        for path, shard in zip(paths, shards, strict=True):
             self.tokens.update((uid, shard.tokens(uid)) for uid in shard.uids)
             self._shard_of.update(dict.fromkeys(shard.uids, path))
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_SHARDS)(LatentShard)
 
-    def _open_checked(self, path: Path) -> LatentShard:
+    def _open_checked(self, path: StorePath) -> LatentShard:
         try:
             shard = LatentShard(path)
         except ValueError as error:
@@ -314,8 +342,8 @@ class LatentStore:
         return latent
 
 
-def _choose_vae(root: Path, resolution: int, vae: str | None) -> str:
-    names = sorted(path.parent.name for path in root.glob(f"*/{resolution}") if path.is_dir())
+def _choose_vae(root: StorePath, resolution: int, vae: str | None) -> str:
+    names = [path.name for path in list_children(root) if (path / str(resolution)).exists()]
     if vae is None and len(names) == 1:
         return names[0]
     if vae in names:

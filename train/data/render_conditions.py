@@ -18,7 +18,8 @@ from model.rectified_flow import sample_times
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
 from pipeline.core.product import Product
-from pipeline.storage.layout import marker_path, product_paths
+from pipeline.storage.commit_marker import check_sizes
+from pipeline.storage.layout import list_commits, product_paths
 from train.data.bricks import OPEN_SHARDS, UNREADABLE, BuildIndex
 from train.data.config import FlowOptions
 
@@ -75,8 +76,9 @@ class ViewReader:
     def __init__(self, index: BuildIndex, cameras: str, *, ahead: int = 0):
         self.index = index
         self.cameras = cameras
+        commits = list_commits(index.root)
         for name in sorted(set(index.shards)):
-            if not marker_path(index.root, name, Product.renders(cameras)).exists():
+            if str(Product.renders(cameras)) not in commits.get(name, ()):
                 raise UserError(
                     f"{index.root} has no renders of cameras {cameras} in shard {name}; add them: "
                     f"python -m pipeline.build --out {index.root} --cameras {cameras}"
@@ -144,6 +146,7 @@ class ViewReader:
     def _open_shard(self, name: str) -> tuple[RenderShard, int]:
         from pipeline.storage.render_shard import RenderShard  # not all users need its imports
 
+        check_sizes(self.index.root, name, Product.renders(self.cameras))
         shard = RenderShard(self.index.root / product_paths(Product.renders(self.cameras), name)[0])
         return shard, len(shard.keys) // max(len(shard.uids), 1)
 

@@ -9,6 +9,8 @@ from typing import Literal
 from model.config import GenerationOptions
 from pipeline.core.devices import Device, check_device
 from pipeline.core.options import CameraSet
+from pipeline.storage.config import PathOrUrl
+from train.data.config import CacheConfig
 
 Split = Literal["train", "val", "all"]
 
@@ -24,8 +26,10 @@ class EvaluationConfig:
     checkpoint: Path
     """Directory of the model."""
 
-    data: Path = Path("data/smoke")
-    """Directory of a build made by `python -m pipeline.build`."""
+    data: PathOrUrl = Path("data/smoke")
+    """Directory or URL of a build made by `python -m pipeline.build`."""
+
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     split: Split = "val"
     """Assets to evaluate: those of the training set, those held out, or all."""

@@ -24,6 +24,7 @@ from pipeline.core.schema import Mesh, Part, View
 from pipeline.rendering.views import render_from
 from train.data.bricks import built_resolutions, read_build_index
 from train.data.render_conditions import ViewReader
+from train.data.source import open_source
 from train.engine.mesh_pictures import save_image, side_by_side
 from train.evaluation.config import GenerationEvaluation
 from train.evaluation.image_metrics import (
@@ -110,7 +111,8 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
         UserError: If the models or the build cannot be used, or the split has no asset.
         RunError: If none of the assets can be read, or nothing can be rendered.
     """
-    index = read_build_index(cfg.data, built_resolutions(cfg.data))
+    data = open_source(cfg.data, cfg.cache)
+    index = read_build_index(data, built_resolutions(data))
     references = ReferenceSurfaces(index)
     views = ViewReader(index, cfg.cameras)
     in_split = [

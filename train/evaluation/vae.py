@@ -29,6 +29,7 @@ from train.data.bricks import (
     built_resolutions,
     read_build_index,
 )
+from train.data.source import open_source
 from train.engine.mesh_pictures import picture
 from train.evaluation.config import VAEEvaluation
 from train.evaluation.results import (
@@ -169,14 +170,15 @@ def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
     model = load_model(cfg.checkpoint, SparseVAE, device=device)
     training = read_config(cfg.checkpoint).get("training", {})
     trained_at = training.get("bricks", {}).get("resolutions", ())
-    stored = built_resolutions(cfg.data)
+    data = open_source(cfg.data, cfg.cache)
+    stored = built_resolutions(data)
     resolutions = (
         cfg.resolutions
         or tuple(r for r in trained_at if r in stored)
         or tuple(trained_at)
         or tuple(stored[:1])
     )
-    index = read_build_index(cfg.data, sorted({*stored, *resolutions})).split(cfg.split)
+    index = read_build_index(data, sorted({*stored, *resolutions})).split(cfg.split)
     results, pictures = _evaluate_assets(cfg, model, index, resolutions, device)
     if not results:
         raise UserError(f"{cfg.data} has no usable asset in split {cfg.split}; use --split all")

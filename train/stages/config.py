@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from model.config import ConditionedDiTConfig, RecommendedSampling
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import CameraSet
+from pipeline.storage.config import PathOrUrl
+from train.data.config import CacheConfig
 from train.engine.config import Gpus, check_gpus
 
 # What the presets for minutes on a CPU and for minutes on a GPU have in common.
@@ -53,8 +55,10 @@ class ConditionedTraining:
     preset: str
     """Set of defaults for all other options."""
 
-    data: Path = Path("data/smoke")
-    """Directory of a build with renders, made by `python -m pipeline.build`."""
+    data: PathOrUrl = Path("data/smoke")
+    """Directory or URL of a build with renders, made by `python -m pipeline.build`."""
+
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     out: Path
     """Directory of the run. It receives checkpoints, metrics.jsonl and samples/."""

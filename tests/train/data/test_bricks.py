@@ -6,7 +6,6 @@ import shutil
 from collections import Counter
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -142,11 +141,6 @@ def test_unusable_builds_are_refused_in_one_line(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
         read_build_index(root, [256])
     assert "\n" not in str(error.value)
-
-
-def test_a_url_is_refused():
-    with pytest.raises(UserError, match=r"looks like a URL, but .*; copy the build"):
-        read_build_index(Path("s3://bucket/build"), [32])
 
 
 def re_version(root, version):

@@ -8,6 +8,7 @@ from typing import Literal
 
 from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
 from pipeline.core.options import added
+from pipeline.storage.config import PathOrUrl
 from train.data.config import FlowOptions
 from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
 from train.stages.config import (
@@ -30,8 +31,8 @@ class DiTTraining(ConditionedTraining):
     """Set of defaults for all other options. tiny takes minutes on a CPU, small minutes on a GPU.
     256, 384, 512 and 1024 are the paper's runs, each of which starts from the one before."""
 
-    latents: Path | None = None
-    """Directory of the latents, written by `python -m train.encode`. The default is `latents` in
+    latents: PathOrUrl | None = None
+    """Directory or URL of the latents, written by `python -m train.encode`. The default is `latents` in
     the build."""
 
     vae: Path | None = Path("runs/vae-tiny/latest")

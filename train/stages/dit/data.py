@@ -17,6 +17,7 @@ from pipeline.core.hashing import seed_of
 from train.data.bricks import UNREADABLE, BuildIndex, read_build_index
 from train.data.latents import Latent, LatentBatch, LatentStore
 from train.data.render_conditions import sample_time
+from train.data.source import ConcurrentReader, open_source
 from train.engine.batch_sampler import SampleId, StepSamples
 from train.stages.conditioned import ConditionedBatch, choose_views
 from train.stages.dit.config import DiTTraining
@@ -54,7 +55,7 @@ def index_with_latents(cfg: DiTTraining, store: LatentStore) -> BuildIndex:
         UserError: If more than `max_missing_share` of the assets with bricks lack latents. A few
             may lack them, because the encoder skips bricks that it cannot read.
     """
-    index = read_build_index(cfg.data, [cfg.resolution])
+    index = read_build_index(open_source(cfg.data, cfg.cache), [cfg.resolution])
     tokens = np.array([store.tokens.get(uid, 0) for uid in index.uids], np.int64)
     has_bricks = index.tokens[cfg.resolution] > 0
     missing = [index.uids[asset] for asset in np.flatnonzero(has_bricks & (tokens == 0))]
@@ -63,7 +64,7 @@ def index_with_latents(cfg: DiTTraining, store: LatentStore) -> BuildIndex:
         raise UserError(
             f"{count} of {cfg.data} have no latents in {store.folder}, for example {missing[0]}; "
             f"run python -m train.encode --vae {cfg.vae or 'CHECKPOINT'} --data {cfg.data} "
-            f"--latents {store.folder.parents[1]} --resolutions {cfg.resolution}"
+            f"--latents {store.root} --resolutions {cfg.resolution}"
         )
     if missing:
         log.warning("%s of %s have no latents and are skipped.", count, cfg.data)
@@ -96,6 +97,7 @@ class DiTLoader:
         self.store = store
         self.cfg = cfg
         self.training = training
+        self.concurrent = ConcurrentReader(index.root, store.folder)
         self.conditions = choose_views(
             index,
             cfg,
@@ -124,18 +126,24 @@ class DiTLoader:
             RunError: If an asset cannot be read.
         """
         cfg = self.cfg
-        latents = []
-        images = []
         times = []
         dropped = []
         posterior_seeds = []
         noise_seeds = []
         uids = tuple(self.index.uids[sample.asset] for sample in samples)
-        for sample, uid in zip(samples, uids, strict=True):
-            # Seeds use names instead of numbers: a sample is the same in every index.
-            key = (cfg.flow.loop.seed, "dit", cfg.resolution, sample.epoch, uid)
-            latents.append(self._read_latent(uid))
-            images.append(self.conditions.image(sample.asset, sample.epoch, key))
+        # Seeds use names instead of numbers: a sample is the same in every index.
+        keys = [
+            (cfg.flow.loop.seed, "dit", cfg.resolution, sample.epoch, uid)
+            for sample, uid in zip(samples, uids, strict=True)
+        ]
+        latents = self.concurrent.map(self._read_latent, uids)
+        images = self.concurrent.map(
+            lambda number: self.conditions.image(
+                samples[number].asset, samples[number].epoch, keys[number]
+            ),
+            range(len(samples)),
+        )
+        for key in keys:
             time, is_dropped = sample_time(cfg.flow, key, training=self.training)
             times.append(time)
             dropped.append(is_dropped)

@@ -16,6 +16,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.hashing import options_of
 from train.data.bricks import log_training_data
 from train.data.latents import LatentStore, vae_hash
+from train.data.source import open_source
 from train.engine import checkpoint
 from train.engine.batch_sampler import ShardBatchSampler
 from train.engine.distributed import World
@@ -111,9 +112,8 @@ def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, Late
                 "the latents that exist without drawing previews: --vae None"
             )
         vae = load_model(cfg.vae, SparseVAE, device=world.device)
-    store = LatentStore(
-        cfg.latents or cfg.data / "latents", cfg.resolution, None if vae is None else vae_hash(vae)
-    )
+    latents = open_source(cfg.latents or cfg.data / "latents", cfg.cache)
+    store = LatentStore(latents, cfg.resolution, None if vae is None else vae_hash(vae))
     if store.channels != cfg.model.dit.latent_channels:
         raise UserError(
             f"model.dit.latent_channels must be the {store.channels} channels of {store.folder}, "

@@ -110,8 +110,8 @@ class GridLoader(BrickLoader):
         images = []
         times = []
         dropped = []
-        for number, sample in enumerate(samples):
-            asset, cells = self._cells(sample.asset)
+        found = self.reader.concurrent.map(self._cells, [sample.asset for sample in samples])
+        for number, (sample, (asset, cells)) in enumerate(zip(samples, found, strict=True)):
             uid = self.index.uids[asset]
             # Seeds use names instead of numbers: a sample is the same in every index.
             key = (self.seed, "structure", cfg.resolution, sample.epoch, uid)

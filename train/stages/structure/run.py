@@ -17,6 +17,7 @@ from model.structure import Structure
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import options_of
 from train.data.bricks import BuildIndex, log_training_data, read_build_index
+from train.data.source import open_source
 from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
 from train.engine.distributed import World
@@ -39,7 +40,7 @@ def train_structure(cfg: StructureTraining, world: World) -> None:
         UserError: If the build or a checkpoint does not fit the options.
         RunError: If data is unreadable, gradients stay bad or checkpoints cannot be written.
     """
-    index = read_build_index(cfg.data, [cfg.resolution])
+    index = read_build_index(open_source(cfg.data, cfg.cache), [cfg.resolution])
     training, held_out = index.split("train"), index.split("val")
     if cfg.part != "flow":
         done = train_occupancy_vae(cfg, world, training, held_out)

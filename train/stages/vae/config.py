@@ -10,6 +10,8 @@ from model.config import VAEConfig
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import added
+from pipeline.storage.config import PathOrUrl
+from train.data.config import CacheConfig
 from train.engine.config import SMALL_LOOP, TINY_LOOP, Gpus, LoopConfig, check_gpus
 
 VAEPreset = Literal["tiny", "small", "base", "base-1024"]
@@ -89,8 +91,9 @@ class VAETraining:
     preset: VAEPreset = "tiny"
     """Set of defaults for all other options. tiny takes minutes on a CPU, small minutes on a GPU,
     base is the paper's model at 256 to 512, base-1024 continues it at 1024."""
-    data: Path = Path("data/smoke")
-    """Directory of a build made by `python -m pipeline.build`."""
+    data: PathOrUrl = Path("data/smoke")
+    """Directory or URL of a build made by `python -m pipeline.build`."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     out: Path = Path("runs/vae-tiny")
     """Directory of the run. It receives checkpoints, metrics.jsonl and samples/."""
     init: Path | None = None
@@ -177,13 +180,14 @@ class EncodeConfig:
 
     vae: Path = Path("runs/vae-tiny/latest")
     """Checkpoint of `python -m train.vae`, or an exported model."""
-    data: Path = Path("data/smoke")
-    """Directory of a build made by `python -m pipeline.build`."""
+    data: PathOrUrl = Path("data/smoke")
+    """Directory or URL of a build made by `python -m pipeline.build`."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     resolutions: tuple[int, ...] = ()
     """Resolutions to encode. If none is given, all that the build has and the VAE was trained at
     are encoded."""
-    latents: Path | None = None
-    """Directory of the latents. None takes latents/ in the build."""
+    latents: PathOrUrl | None = None
+    """Directory or URL of the latents. None takes latents/ in the build."""
     device: Device = "auto"
     """Device to encode on. auto is a GPU if there is one. cuda takes one GPU per rank."""
     gpus: Gpus = "auto"

@@ -7,7 +7,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -18,9 +17,9 @@ from model.checkpoint import load_model, read_config
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.errors import RunError, UserError
-from pipeline.core.files import write_atomically
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks
+from pipeline.storage.remote import StorePath, delete_file, write_file
 from train.data.bricks import (
     UNREADABLE,
     BrickReader,
@@ -33,9 +32,11 @@ from train.data.latents import (
     Latent,
     LatentShard,
     LatentSums,
+    is_written,
     vae_hash,
     write_latent_shard,
 )
+from train.data.source import ConcurrentReader, open_source
 from train.engine.distributed import World
 from train.stages.vae.config import EncodeConfig
 
@@ -86,7 +87,7 @@ class LatentEncoder:
         return latents
 
 
-def encode(cfg: EncodeConfig, world: World) -> Path:
+def encode(cfg: EncodeConfig, world: World) -> StorePath:
     """Encode all resolutions of a build. The ranks share the shards.
 
     Shards that exist already are checked and kept.
@@ -101,18 +102,19 @@ def encode(cfg: EncodeConfig, world: World) -> Path:
     vae = load_model(cfg.vae, SparseVAE, device=world.device)
     training = read_config(cfg.vae).get("training", {})
     trained_resolutions = training.get("bricks", {}).get("resolutions", ())
-    resolutions = cfg.resolutions or _default_resolutions(cfg.data, trained_resolutions)
+    data = open_source(cfg.data, cfg.cache)
+    resolutions = cfg.resolutions or _default_resolutions(data, trained_resolutions)
     precision = cfg.precision or training.get("loop", {}).get("precision", "bf16")
     encoder = LatentEncoder(vae, world.device, precision)
     folder = (cfg.latents or cfg.data / "latents") / encoder.hash
-    index = read_build_index(cfg.data, resolutions)
+    index = read_build_index(data, resolutions)
     for resolution in resolutions:
         _encode_resolution(cfg, world, encoder, index, resolution, folder / str(resolution))
     log.info("The latents are in %s.", folder)
     return folder
 
 
-def _default_resolutions(data: Path, trained: Sequence[int]) -> tuple[int, ...]:
+def _default_resolutions(data: StorePath, trained: Sequence[int]) -> tuple[int, ...]:
     built = built_resolutions(data)
     resolutions = tuple(resolution for resolution in trained if resolution in built)
     if not (resolutions or built):
@@ -128,17 +130,20 @@ def _encode_resolution(
     encoder: LatentEncoder,
     index: BuildIndex,
     resolution: int,
-    folder: Path,
+    folder: StorePath,
 ) -> None:
     with_bricks = index.subset(np.flatnonzero(index.tokens[resolution]))
     shard_of_asset = np.array(with_bricks.shards)
     shards = sorted(set(with_bricks.shards))
 
+    reader = ConcurrentReader(folder)
+
     def is_complete() -> bool:
-        return all((folder / f"{name}.zarr").exists() for name in shards)
+        written = reader.map(lambda name: is_written(folder / f"{name}.zarr"), shards)
+        return all(written)
 
     if world.is_first and not is_complete():  # the build has grown, or a shard was deleted
-        (folder / STATISTICS).unlink(missing_ok=True)
+        delete_file(folder / STATISTICS)
     progress = tqdm(
         shards[world.rank :: world.size],
         desc=f"R = {resolution}",
@@ -148,7 +153,7 @@ def _encode_resolution(
     for name in progress:
         path = folder / f"{name}.zarr"
         assets = with_bricks.subset(np.flatnonzero(shard_of_asset == name))
-        if path.exists():
+        if is_written(path):
             _check_existing(path, assets, encoder, resolution)
             continue
         uids = write_latent_shard(
@@ -173,12 +178,12 @@ def _config_hash(index: BuildIndex, resolution: int, name: str) -> str:
 
 
 def _check_existing(
-    path: Path, assets: BuildIndex, encoder: LatentEncoder, resolution: int
+    path: StorePath, assets: BuildIndex, encoder: LatentEncoder, resolution: int
 ) -> None:
     """Raise UserError if an existing store does not hold the latents of these assets."""
     try:
         shard = LatentShard(path)
-        source = _config_hash(assets, resolution, path.stem)
+        source = _config_hash(assets, resolution, path.name.removesuffix(".zarr"))
     except UNREADABLE as error:
         raise UserError(f"{error}; delete {path} to encode it again") from error
     unknown = sorted(set(shard.uids) - set(assets.uids))
@@ -254,13 +259,13 @@ def _map_ahead(
 
 
 def _write_statistics(
-    folder: Path, shards: Sequence[str], encoder: LatentEncoder, resolution: int
+    folder: StorePath, shards: Sequence[str], encoder: LatentEncoder, resolution: int
 ) -> None:
     """Write mean and standard deviation of the latents of all training assets."""
     total = LatentSums.of([], encoder.channels)
     assets = 0
-    for name in shards:
-        shard = LatentShard(folder / f"{name}.zarr")
+    stores = ConcurrentReader(folder).map(lambda name: LatentShard(folder / f"{name}.zarr"), shards)
+    for shard in stores:
         total = total + shard.train_sums
         assets += len(shard.uids)
     if not total.cells:
@@ -280,4 +285,4 @@ def _write_statistics(
         "std": std.tolist(),
     }
     text = json.dumps(statistics, indent=1) + "\n"
-    write_atomically(folder / STATISTICS, text, several_writers=True)
+    write_file(folder / STATISTICS, text.encode(), several_writers=True)

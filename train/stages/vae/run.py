@@ -8,6 +8,7 @@ from typing import Any
 from model.sparse_vae import SparseVAE
 from pipeline.core.hashing import options_of
 from train.data.bricks import BrickLoader, log_training_data, read_build_index
+from train.data.source import open_source
 from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler
 from train.engine.distributed import World
@@ -17,7 +18,7 @@ from train.stages.vae.config import VAETraining
 from train.stages.vae.task import VAETask
 
 # Options that say where a run took place and not what was trained.
-NOT_RECORDED = ("data", "out", "device", "gpus", "init", "preset")
+NOT_RECORDED = ("cache", "data", "out", "device", "gpus", "init", "preset")
 NOT_RECORDED_OF_BRICKS = ("workers", "val_batches", "reconstructions")
 
 
@@ -33,7 +34,7 @@ def train_vae(cfg: VAETraining, world: World) -> int:
             written.
     """
     checkpoint.check_init(cfg.init, cfg.out)
-    index = read_build_index(cfg.data, cfg.bricks.resolutions)
+    index = read_build_index(open_source(cfg.data, cfg.cache), cfg.bricks.resolutions)
     training, held_out = index.split("train"), index.split("val")
     task = VAETask(cfg, world, held_out)
     sampler = BatchSampler(

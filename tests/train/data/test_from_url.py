@@ -1,0 +1,218 @@
+"""Training from a build in an object store: the same results as from a directory, and faults."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.core.errors import RunError, UserError
+from pipeline.storage import remote
+from pipeline.storage.remote import RemotePath, store_path
+from tests.pipeline import s3_server
+from tests.pipeline.s3_server import BUCKET, Cut
+from tests.train.analytic_builds import tiny_training
+from tests.train.ss_dit_fixtures import VIEWS, config, metrics, weights
+from train.data.bricks import BrickReader, read_build_index
+from train.data.config import CacheConfig
+from train.data.latents import LatentStore
+from train.data.render_conditions import ViewReader
+from train.data.source import open_source
+from train.engine.distributed import World
+from train.evaluation.config import VAEEvaluation
+from train.evaluation.vae import evaluate_vae
+from train.stages.dit.run import train_dit
+from train.stages.vae.config import EncodeConfig
+from train.stages.vae.encode import encode
+from train.stages.vae.run import train_vae
+
+
+@pytest.fixture(scope="module")
+def store():
+    with s3_server.running() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def settings(store, monkeypatch):
+    """Let this process find the store, and retry at once."""
+    for name, value in store.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(RemotePath.__init__, "__defaults__", ((0.05, 0.05),))
+    store.proxy.cuts, store.proxy.down = [], False
+    yield
+    store.proxy.cuts, store.proxy.down = [], False
+
+
+@pytest.fixture(scope="module")
+def url(store, rendered):
+    """The URL of the build with renders and latents."""
+    return store.upload(rendered[0], "rendered")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return CacheConfig(dir=tmp_path / "cache", max_gb=0.01)
+
+
+def losses(out):
+    return [row["loss"] for row in metrics(out, None) if "loss" in row]
+
+
+def test_from_url_every_array_and_image_is_that_of_the_directory(rendered, url, cache):
+    local, remote_root = rendered[0], open_source(store_path(url), cache)
+    ours, theirs = (read_build_index(root, [32]) for root in (remote_root, local))
+    assert replace(ours, root=local, tokens=theirs.tokens, is_val=theirs.is_val) == theirs
+    np.testing.assert_array_equal(ours.is_val, theirs.is_val)
+    np.testing.assert_array_equal(ours.tokens[32], theirs.tokens[32])
+    bricks = [BrickReader(index) for index in (ours, theirs)]
+    views = [
+        ViewReader(index, "paper", ahead=ahead) for index in (ours, theirs) for ahead in (0, 2)
+    ]
+    stores = [LatentStore(root / "latents", 32) for root in (remote_root, local)]
+    assert stores[0].tokens == stores[1].tokens
+    torch.testing.assert_close(stores[0].mean, stores[1].mean, rtol=0, atol=0)
+    for asset, uid in enumerate(ours.uids):
+        one, other = (reader.read(asset, 32) for reader in bricks)
+        for name in ("cells", "values", "sharp"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        one, other = (latents.read(uid) for latents in stores)
+        for name in ("cells", "mean", "logvar"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        for view in range(VIEWS):
+            images = [reader.read(asset, view) for reader in views]
+            for image in images[1:]:
+                np.testing.assert_array_equal(image, images[0])
+
+
+def test_from_url_the_vae_has_the_losses_of_the_directory(rendered, url, cache, tmp_path):
+    """A small cache that evicts all the time and a run that is resumed change nothing."""
+    local = tiny_training(rendered[0], tmp_path / "local", steps=6, workers=3)
+    assert train_vae(local, World()) == 6
+    tiny = replace(cache, max_gb=1e-5)
+    for steps in (3, 6):
+        cfg = tiny_training(
+            store_path(url), tmp_path / "remote", steps=steps, workers=3, cache=tiny
+        )
+        assert train_vae(cfg, World()) == steps
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    for name, tensor in weights(tmp_path / "local").items():
+        assert torch.equal(weights(tmp_path / "remote")[name], tensor)
+    used = sum(p.stat().st_size for p in tiny.dir.rglob("*") if p.is_file() and p.name != "usage")
+    assert 0 < used <= tiny.max_bytes
+
+
+def test_from_url_the_dit_has_the_losses_of_the_directory(rendered, url, cache, tmp_path, store):
+    train_dit(config(rendered, tmp_path / "local"), World())
+    remote_build = (store_path(url), rendered[1])
+    train_dit(config(remote_build, tmp_path / "remote", cache=cache), World())
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    # A second run on the same machine finds all ranges in the cache.
+    store.proxy.cuts = [Cut(r"^GET /bucket/rendered/(sdf|renders|latents)", "answer", times=1000)]
+    train_dit(config(remote_build, tmp_path / "again", cache=cache), World())
+    assert losses(tmp_path / "again") == losses(tmp_path / "local")
+    assert store.proxy.cuts[0].done == []
+
+
+def test_from_url_latents_are_written_back_and_resumed(store, build, rendered, cache, tmp_path):
+    url = store.upload(build, "encoded")
+    options = {"vae": rendered[1], "resolutions": (32,), "device": "cpu", "precision": "fp32"}
+    local = encode(EncodeConfig(data=build, latents=tmp_path / "latents", **options), World())
+    remote_cfg = EncodeConfig(data=store_path(url), cache=cache, **options)
+    # The store is gone in the middle of the upload of the second shard.
+    store.proxy.cuts = [Cut(r"^PUT /bucket/encoded/latents/.*/000001\.zarr/zarr\.json", "body", 99)]
+    with pytest.raises(RunError, match=r"000001\.zarr/zarr\.json cannot be written .*to resume"):
+        encode(remote_cfg, World())
+    store.proxy.cuts = []
+    with pytest.raises(UserError, match="is not complete"):
+        LatentStore(open_source(store_path(url) / "latents", cache), 32)
+    folder = encode(remote_cfg, World())
+    assert str(folder) == f"{url}/latents/{local.name}"
+    names = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
+    assert set(store.keys(f"encoded/latents/{local.name}")) == names
+    for name in names:
+        assert store.get(f"encoded/latents/{local.name}/{name}") == (local / name).read_bytes()
+
+
+def test_from_url_the_evaluation_of_a_vae_is_that_of_the_directory(rendered, url, cache, tmp_path):
+    options = {"checkpoint": rendered[1], "samples": 500, "device": "cpu", "split": "val"}
+    contents = [
+        evaluate_vae(VAEEvaluation(data=data, out=tmp_path / name, cache=cache, **options))
+        for name, data in (("local", rendered[0]), ("remote", store_path(url)))
+    ]
+    for content in contents:
+        del content["data"]
+    assert json.dumps(contents[0], sort_keys=True) == json.dumps(contents[1], sort_keys=True)
+
+
+@pytest.mark.parametrize("after_bytes", [0, 900])
+def test_from_url_a_cut_answer_is_read_again(store, url, cache, after_bytes):
+    """The connection ends before the answer, or within the body."""
+    index = read_build_index(open_source(store_path(url), cache), [32])
+    cut = Cut(r"^GET /bucket/rendered/sdf/32/000000\.zarr/values/c", "answer", 2, after_bytes)
+    store.proxy.cuts = [cut]
+    assert len(BrickReader(index).read(0, 32).cells) == index.tokens[32][0]
+    assert cut.done
+
+
+def test_from_url_a_store_that_stalls_ends_the_run_in_one_line(store, url, cache, monkeypatch):
+    s3 = remote.FILESYSTEM_OPTIONS["s3"]
+    impatient = {**s3, "config_kwargs": {"read_timeout": 0.3, "retries": {"max_attempts": 0}}}
+    monkeypatch.setitem(remote.FILESYSTEM_OPTIONS, "s3", impatient)
+    index = read_build_index(open_source(store_path(url), cache), [32])
+    cut = Cut(r"^GET /bucket/rendered/sdf", "stall", times=1000)
+    store.proxy.cuts = [cut]
+    with pytest.raises(RunError, match=r"cannot be read .*; .* run the same command") as error:
+        BrickReader(index).read(0, 32)
+    assert "\n" not in str(error.value)
+
+
+def test_from_url_another_version_of_an_object_ends_the_run(store, rendered, cache):
+    url = store.upload(rendered[0], "changing")
+    index = read_build_index(open_source(store_path(url), cache), [32])
+    reader = BrickReader(index)
+    reader.read(0, 32)
+    (name,) = (key for key in store.keys("changing") if "000000.zarr/values/c/" in key)
+    store.put(f"changing/{name}", store.get(f"changing/{name}")[::-1])
+    reader.read(0, 32)  # from the cache
+    with pytest.raises(RunError, match=r"values/c/0/0 was changed or deleted while it was in use"):
+        for asset in range(len(index)):
+            reader.read(asset, 32)
+
+
+def test_from_url_what_differs_from_its_commit_marker_is_refused(store, rendered, cache):
+    url = store.upload(rendered[0], "damaged")
+    root = open_source(store_path(url), cache)
+    index = read_build_index(root, [32])
+    (name,) = (key for key in store.keys("damaged") if "000000.zarr/values/c/" in key)
+    store.put(f"damaged/{name}", store.get(f"damaged/{name}")[:-1])
+    with pytest.raises(ValueError, match=r"000000\.zarr must have \d+ bytes, got \d+"):
+        BrickReader(index).read(0, 32)
+    store.put("damaged/manifest/000001.parquet", store.get("damaged/manifest/000000.parquet"))
+    with pytest.raises(UserError, match=r"manifest/000001\.parquet differs from what its commit"):
+        read_build_index(open_source(store_path(url), cache), [32])
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (f"s3://{BUCKET}/nothing", "nothing at s3://bucket/nothing; give the output directory"),
+        ("s3://no-such-bucket/a", "no-such-bucket"),
+        ("memory://a", "memory://a is visible to one process only"),
+        ("nonsense://a", "cannot be used as a URL|package for nonsense"),
+    ],
+)
+def test_from_url_a_wrong_url_is_one_line(url, message, cache, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        train_vae(tiny_training(store_path(url), tmp_path / "run", cache=cache), World())
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_from_url_a_store_without_credentials_or_server_is_one_line(store, url, cache, monkeypatch):
+    store.proxy.down = True
+    with pytest.raises(UserError, match=r"cannot read s3://bucket/rendered: ") as error:
+        open_source(store_path(url), cache)
+    assert "\n" not in str(error.value)
