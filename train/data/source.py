@@ -30,7 +30,8 @@ def open_source(path: StorePath, cache: CacheConfig) -> StorePath:
     if path.scheme == "memory":
         raise UserError(f"{path} is visible to one process only; choose another --data")
     check_exists(path)
-    return CachedPath(path.url, cache=RangeCache(cache.dir, cache.max_bytes))
+    ranges = RangeCache(cache.dir, cache.max_bytes)
+    return CachedPath(path.url, path.retry_waits_s, cache=ranges)
 
 
 class ConcurrentReader:

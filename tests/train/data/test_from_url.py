@@ -151,7 +151,7 @@ def test_from_url_the_evaluation_of_a_vae_is_that_of_the_directory(rendered, url
 def test_from_url_a_cut_answer_is_read_again(store, url, cache, after_bytes):
     """The connection ends before the answer, or within the body."""
     index = read_build_index(open_source(store_path(url), cache), [32])
-    cut = Cut(r"^GET /bucket/rendered/sdf/32/000000\.zarr/values/c", "answer", 2, after_bytes)
+    cut = Cut(r"^GET /bucket/rendered/sdf/32/000000\.zarr/values/c", "answer", 1, after_bytes)
     store.proxy.cuts = [cut]
     assert len(BrickReader(index).read(0, 32).cells) == index.tokens[32][0]
     assert cut.done
@@ -177,9 +177,10 @@ def test_from_url_another_version_of_an_object_ends_the_run(store, rendered, cac
     (name,) = (key for key in store.keys("changing") if "000000.zarr/values/c/" in key)
     store.put(f"changing/{name}", store.get(f"changing/{name}")[::-1])
     reader.read(0, 32)  # from the cache
+    for path in cache.dir.glob("*/*"):
+        path.unlink()
     with pytest.raises(RunError, match=r"values/c/0/0 was changed or deleted while it was in use"):
-        for asset in range(len(index)):
-            reader.read(asset, 32)
+        reader.read(0, 32)
 
 
 def test_from_url_what_differs_from_its_commit_marker_is_refused(store, rendered, cache):

@@ -32,8 +32,8 @@ class DiTTraining(ConditionedTraining):
     256, 384, 512 and 1024 are the paper's runs, each of which starts from the one before."""
 
     latents: PathOrUrl | None = None
-    """Directory or URL of the latents, written by `python -m train.encode`. The default is `latents` in
-    the build."""
+    """Directory or URL of the latents, written by `python -m train.encode`. The default is
+    `latents` in the build."""
 
     vae: Path | None = Path("runs/vae-tiny/latest")
     """Checkpoint of the VAE that made the latents. Without one (None) no previews are drawn, and
