@@ -50,7 +50,7 @@ $(READY): pyproject.toml
 
 $(READY_ALL): $(READY)
 	@sh .ci/system_packages.sh g++
-	$(BIN)/python -m pip install --quiet -e ".[dev,docs,generate,tensorboard]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,docs,generate,tensorboard,usd]"
 	@if command -v g++ >/dev/null; then $(BIN)/python -m pip install --quiet -e ".[mesh2sdf]" || echo "mesh2sdf did not build; it is optional" >&2; \
 	  else echo "there is no g++, so the optional mesh2sdf is left out" >&2; fi
 	@touch $(READY_ALL)

@@ -26,7 +26,21 @@ from pipeline.core.errors import UserError
 log = logging.getLogger(__name__)
 
 CHILD = Path(__file__).with_name("mesh_readers_child.py")
-FORMATS = ("glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae")
+FORMATS = (
+    "glb",
+    "gltf",
+    "obj",
+    "ply",
+    "stl",
+    "off",
+    "3mf",
+    "dae",
+    "zae",
+    "usd",
+    "usda",
+    "usdc",
+    "usdz",
+)
 PEERS = ("assimp", "blender", "trimesh")
 RELATIVE_TOLERANCE = 1e-3  # of area and bounding box, relative to the longest side
 

@@ -120,19 +120,31 @@ def blender(path: Path) -> dict[str, Any]:
         ".ply": "wm.ply_import",
         ".stl": "wm.stl_import",
         ".dae": "wm.collada_import",
+        **dict.fromkeys((".usd", ".usda", ".usdc", ".usdz"), "wm.usd_import"),
     }
     if suffix not in operators:
         return {"error": "format not supported by Blender"}
     group, name = operators[suffix].split(".")
     if not hasattr(getattr(bpy.ops, group), name):
         return {"error": "format not supported by this Blender"}
-    options = {"up_axis": "Y", "forward_axis": "NEGATIVE_Z"} if suffix in (".ply", ".stl") else {}
+    options: dict[str, Any] = {}
+    if suffix in (".ply", ".stl"):
+        options = {"up_axis": "Y", "forward_axis": "NEGATIVE_Z"}
+    elif suffix.startswith(".usd"):  # the purposes and the cage that our reader draws, too
+        options = {"import_guide": False, "import_proxy": False, "import_subdiv": False}
     getattr(getattr(bpy.ops, group), name)(filepath=str(path), **options)
+    if suffix.startswith(".usd"):
+        # The first sample of animations, and the bind pose of skins.
+        bpy.context.scene.frame_set(bpy.context.scene.frame_start)
+        for armature in bpy.data.armatures:
+            armature.pose_position = "REST"
     graph = bpy.context.evaluated_depsgraph_get()
     corners = []
+    images: set[str] = set()
     for instance in graph.object_instances:
         if instance.object.type != "MESH":
             continue
+        images |= _base_color_images(instance.object)
         mesh = instance.object.to_mesh()
         mesh.calc_loop_triangles()
         positions = np.empty(3 * len(mesh.vertices))
@@ -146,7 +158,25 @@ def blender(path: Path) -> dict[str, Any]:
     if not corners or not sum(map(len, corners)):
         return {"error": "no triangles"}
     y_up = np.concatenate(corners)[..., [0, 2, 1]] * [1, 1, -1]
-    return measures(y_up, None, [])
+    return measures(y_up, len(images) if suffix.startswith(".usd") else None, [])
+
+
+def _base_color_images(blender_object: Any) -> set[str]:
+    """Return the names of the images that give the base colours of a Blender object."""
+    names = set()
+    for slot in blender_object.material_slots:
+        tree = slot.material.node_tree if slot.material and slot.material.use_nodes else None
+        for node in tree.nodes if tree else ():
+            if node.type != "BSDF_PRINCIPLED":
+                continue
+            pending = [link.from_node for link in node.inputs["Base Color"].links]
+            while pending:
+                source = pending.pop()
+                image = getattr(source, "image", None)
+                if image is not None and image.has_data | (image.size[0] > 0):
+                    names.add(image.filepath or image.name)
+                pending += [link.from_node for found in source.inputs for link in found.links]
+    return names
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ def check_magic(head: bytes, extension: str, size: int) -> None:
     text = text.lstrip(b"\xef\xbb\xbf \t\r\n")
     is_html = text[:15].lower().startswith((b"<!doctype html", b"<html"))
     is_zip = head.startswith(b"PK\x03\x04")
+    # The layers of USD are text or binary in files of any of its extensions.
+    is_usd = is_zip or head.startswith(b"PXR-USDC") or text.startswith((b"#usda", b"#sdf"))
     has_magic = {
         "glb": head.startswith(b"glTF"),
         "gltf": text.startswith(b"{"),
@@ -66,6 +68,8 @@ def check_magic(head: bytes, extension: str, size: int) -> None:
         "ply": text.startswith(b"ply"),
         "fbx": head.startswith(b"Kaydara FBX Binary") or b"FBX" in text,
         "dae": text.startswith(b"<"),
+        **dict.fromkeys(("usd", "usda", "usdc"), is_usd),
+        "usdz": is_zip,
     }
     if is_html or not has_magic.get(extension, True):
         raise Reject("wrong_magic", format=extension, begins=ascii(head[:16].decode("latin-1")))

@@ -28,6 +28,9 @@ class MeshFormat:
 
 _GLTF = MeshFormat(module="pipeline.mesh_io.readers.gltf", function="read_gltf")
 _COLLADA = MeshFormat(module="pipeline.mesh_io.readers.collada", function="read_collada")
+_USD = MeshFormat(
+    module="pipeline.mesh_io.readers.usd", function="read_usd", extra="usd", requires=("pxr",)
+)
 
 # Extension in lower case -> how the format is read.
 FORMATS: dict[str, MeshFormat] = {
@@ -41,6 +44,10 @@ FORMATS: dict[str, MeshFormat] = {
     "dae": _COLLADA,
     "zae": _COLLADA,
     "fbx": MeshFormat(module="pipeline.mesh_io.readers.fbx", function="read_fbx"),
+    "usd": _USD,
+    "usda": _USD,
+    "usdc": _USD,
+    "usdz": _USD,
 }
 MESH_FORMATS = frozenset(FORMATS)
 

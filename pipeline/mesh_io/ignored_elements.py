@@ -545,4 +545,90 @@ IGNORED_ELEMENTS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("init_from@mips_generate", "init_from@mip"), "Smaller copies."),
         "surface@type": "Only images of two dimensions are drawn.",
     },
+    "usd": {
+        # "prim TYPE" is a type of prim, a name alone a property or an applied schema of any prim,
+        # "TYPE.name" a property of one type. "*" stands for any text.
+        # Prims
+        **dict.fromkeys(
+            ("prim Camera", "prim *Light", "prim *Light_1", "prim *LightFilter"),
+            "Cameras and lights are no part of the asset.",
+        ),
+        "prim Render*": "Settings of a renderer.",
+        "prim Physics*": "Physics beyond the first pose.",
+        "prim SpatialAudio": "Sound is no part of the shape.",
+        "prim Backdrop": "A frame in the window of an editor.",
+        **dict.fromkeys(
+            ("prim Skeleton", "prim SkelAnimation", "prim BlendShape"),
+            "Skinned meshes are drawn with the points that they state, which is the bind pose.",
+        ),
+        **dict.fromkeys(
+            ("prim OpenVDBAsset", "prim Field3DAsset"),
+            "They belong to volumes, which are reported.",
+        ),
+        **dict.fromkeys(
+            ("prim Preliminary_Action", "prim Preliminary_Behavior", "prim Preliminary_Trigger"),
+            "Behaviour in an application.",
+        ),
+        "prim Preliminary_ReferenceImage": "A picture by which an application finds a place.",
+        "prim RealityKit*": "Behaviour in an application.",
+        "inactive prims": "The file removes them.",
+        "classes": "Templates, which are drawn where prims inherit from them.",
+        "variants that are not selected": "Other states of the asset to choose from.",
+        "time samples after the first": "They move or alter the asset after the first pose.",
+        "materials that nothing binds": "They are drawn nowhere.",
+        "parts of a package that no layer names": "They are drawn nowhere.",
+        "metadata except upAxis and metersPerUnit": "Descriptions, and settings of players.",
+        # Properties of any prim or of one type
+        **dict.fromkeys(("extent", "extentsHint"), "Bounds that follow from the values."),
+        "doubleSided": "Both sides are drawn, as in the viewer of the format.",
+        "proxyPrim": "It names a simpler copy of the prim.",
+        **dict.fromkeys(
+            ("velocities", "accelerations", "angularVelocities", "motion:*"),
+            "Motion around the first pose.",
+        ),
+        **dict.fromkeys(("guideVisibility", "proxyVisibility"), "Guides and proxies are left out."),
+        "primvars:*": "Values for shaders. Those that a drawn material reads are used.",
+        "custom properties": "Data of an application, without meaning in the format.",
+        "userProperties:*": "Data of an application, without meaning in the format.",
+        "ui:*": "The window of an editor.",
+        "model:*": "Stand-ins for the geometry, which is drawn itself.",
+        "collection:*": "Lists of prims. Those that bind materials are used.",
+        "subsetFamily:*": "Whether subsets of faces are complete.",
+        "skel:*": "Skinned meshes are drawn with the points that they state.",
+        **dict.fromkeys(
+            ("Mesh.crease*", "Mesh.corner*", "Mesh.interpolateBoundary"),
+            "They shape refined subdivision surfaces, which are drawn as their cage.",
+        ),
+        **dict.fromkeys(
+            ("Mesh.faceVaryingLinearInterpolation", "Mesh.triangleSubdivisionRule"),
+            "They shape refined subdivision surfaces, which are drawn as their cage.",
+        ),
+        **dict.fromkeys(
+            ("physics:*", "physx*", "mjc:*", "newton:*"), "Physics beyond the first pose."
+        ),
+        **dict.fromkeys(("light:*", "shadow:*"), "Lights are no part of the asset."),
+        "UsdPreviewSurface.inputs:clearcoatRoughness": "It belongs to a clear coat, which is "
+        "reported.",
+        "UsdPreviewSurface.inputs:opacityMode": "It says whether highlights are translucent, too.",
+        "outputs:* of materials beside outputs:surface": "Shaders of other renderers describe "
+        "the same look.",
+        # Applied schemas
+        **dict.fromkeys(
+            ("Physics*", "Physx*", "Mjc*", "Newton*"), "Physics beyond the first pose."
+        ),
+        **dict.fromkeys(
+            ("LightAPI", "ShapingAPI", "ShadowAPI", "MeshLightAPI", "LightListAPI"),
+            "Lights are no part of the asset.",
+        ),
+        "SkelBindingAPI": "Skinned meshes are drawn with the points that they state.",
+        "CollectionAPI": "Lists of prims. Those that bind materials are used.",
+        "MotionAPI": "Motion around the first pose.",
+        **dict.fromkeys(
+            ("NodeDefAPI", "NodeGraphNodeAPI", "SceneGraphPrimAPI"),
+            "They describe shaders in the window of an editor.",
+        ),
+        **dict.fromkeys(("AssetPreviewsAPI", "Semantics*", "AccessibilityAPI"), "Descriptions."),
+        "MaterialXConfigAPI": "The version of shaders that are reported.",
+        "Preliminary_*": "Behaviour in an application.",
+    },
 }

@@ -20,6 +20,8 @@ WARNING_CODES = {
     "unknown_extension": "The file uses an extension that the reader does not know.",
     "invalid_value": "A value is not what the format allows. The default was used.",
     "text_encoding": "Text of the file is not in the declared encoding.",
+    "reference_unresolved": "A reference to a part of this or another file cannot be followed. "
+    "What it would add was left out.",
     # Geometry
     "index_out_of_range": "Polygons refer to vertices that do not exist. They were left out.",
     "primitive_unreadable": "A part of the geometry could not be read. It was left out.",
@@ -35,6 +37,7 @@ WARNING_CODES = {
     "transparent_left_out": "Faces that are fully transparent were left out.",
     "outline_hull_left_out": "An inverted single-sided hull that draws an outline was left out.",
     "unplaced_geometry": "Geometry that no node of the scene draws was left out.",
+    "subdivision_cage": "A subdivision surface was drawn as the cage that controls it.",
     "node_cycle": "A node of the scene is its own descendant. The repetition was left out.",
     "skin_unreadable": "A skin could not be read. Its mesh is drawn without it.",
     "morph_unreadable": "A morph target could not be read. Its mesh is drawn without it.",

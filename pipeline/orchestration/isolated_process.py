@@ -147,7 +147,11 @@ class IsolatedProcess:
         if self._server is None or self._server.poll() is not None:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the server
             single = dict.fromkeys(
-                ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
+                (
+                    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"),
+                    "PXR_WORK_THREAD_LIMIT",
+                ),
+                "1",
             )
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.orchestration.isolated_process", self._warm_up],

@@ -23,6 +23,7 @@ MAX_SIDE_FILES = 64  # of one asset
 MAX_SIDE_BYTES = 1 << 28  # of all side files of one asset
 MATERIAL_LIBRARY = re.compile(rb"(?m)^[ \t]*mtllib[ \t]+(.+?)[ \t\r]*$")
 TEXTURE_MAP = re.compile(rb"(?im)^[ \t]*(?:map_\w+|bump|disp|norm|refl|decal)[ \t]+(.+?)[ \t\r]*$")
+USD_ASSET = re.compile(rb"@@@(.+?)@@@|@([^@\n]+)@")
 COLLADA_IMAGE = re.compile(rb"<init_from>\s*(?:<ref>)?\s*([^<>]+?)\s*<")
 
 
@@ -133,14 +134,14 @@ def parse_blob(url: str, hosts: GitHub) -> Blob:
 
 
 def find_references(path: Path) -> list[str]:
-    """Find the names of the files that a gltf, obj, mtl or dae file refers to.
+    """Find the names of the files that a gltf, obj, mtl, dae, usd, usda or usdc file refers to.
 
     Returns:
         Relative paths with "/" as separator, without repetitions. Absolute paths, URLs and names
         that no file can have are left out. [] for other formats and for damaged files.
     """
     extension = path.suffix[1:].lower()
-    if extension not in ("gltf", "obj", "mtl", "dae"):
+    if extension not in ("gltf", "obj", "mtl", "dae", "usd", "usda", "usdc"):
         return []
     names = [name.replace("\\", "/") for name in _references(path, extension)]
     return [name for name in dict.fromkeys(names) if _is_relative(name)]
@@ -176,9 +177,30 @@ def _references(path: Path, extension: str) -> Iterator[str]:
             yield argument
             if " " in argument:
                 yield argument.rpartition(" ")[2]
+    elif extension.startswith("usd"):
+        if content.startswith(b"PXR-USDC"):
+            names = _names_in_binary_layer(path)
+        else:
+            found = USD_ASSET.findall(content)
+            names = [(long or short).decode("utf-8", "replace") for long, short in found]
+        for name in names:
+            # The part of a package, and arguments of the file format, follow the name.
+            yield name.partition(":SDF_FORMAT_ARGS:")[0].partition("[")[0]
     else:
         for match in COLLADA_IMAGE.findall(content):
             yield unquote(match.decode("utf-8", "replace").removeprefix("file://"))
+
+
+def _names_in_binary_layer(path: Path) -> list[str]:
+    """Return the names in a binary layer of USD. [] if it is damaged or USD is not installed."""
+    try:
+        from pxr import Tf, UsdUtils
+    except ImportError:
+        return []
+    try:
+        return [name for kind in UsdUtils.ExtractExternalReferences(str(path)) for name in kind]
+    except Tf.ErrorException:
+        return []
 
 
 def _download_raw(

@@ -41,6 +41,10 @@ def test_meshes_of_every_format_are_sorted_by_relative_path(tmp_path):
         "x.dae",
         "x.zae",
         "x.fbx",
+        "x.usd",
+        "x.usda",
+        "x.usdc",
+        "x.usdz",
         "x.gltf",
         "a.b.glb",
     ]
