@@ -24,7 +24,7 @@ sys.exit(code)
     [
         *(
             (f"train.{name}", [option], f"usage: python -m train.{name}")
-            for name in ("vae", "dit", "structure", "encode", "export")
+            for name in ("vae", "dit", "structure", "encode", "export", "plot")
             for option in ("--help", "--help-all")
         ),
         ("train.evaluate", ["--help"], "python -m train.evaluate {vae,generation}"),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+
+from train.engine.curves import Curve
 
 WIDTH = 520  # of the whole chart, in SVG units; so are the numbers below
 HEIGHT = 220
@@ -16,63 +15,6 @@ TOP = 26  # the names of the curves stand there
 BOTTOM = 26
 COLORS = ("#3567b0", "#c98a1b", "#2f8f6b", "#c0483d", "#7a5ba6")
 MOST_MARKERS = 12  # a curve with at most this many points has a dot at each
-SMOOTHING_SHARE = 50  # curves are smoothed over this fraction of the run: 1/50
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """One line of a chart.
-
-    Args:
-        name: Label of the line.
-        steps: Training step of each point, ascending.
-        values: Value of each point.
-    """
-
-    name: str
-    steps: Sequence[int]
-    values: Sequence[float]
-
-
-def read_curves(metrics: Path, names: Sequence[str]) -> list[Curve]:
-    """Read the curves of a training run.
-
-    Args:
-        metrics: The run's metrics.jsonl.
-        names: Metrics of the training steps. Each becomes a curve, smoothed over 1/50 of the run.
-            A metric that is missing, not finite or not positive in a step has no point there.
-
-    Returns:
-        The curves that have points, and the validation loss as the last one.
-    """
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    step_rows = [row for row in rows if "event" not in row]
-    curves = []
-    for name in names:
-        points = [(row["step"], row[name]) for row in step_rows if _can_be_drawn(row.get(name))]
-        if points:
-            width = max(1, len(points) // SMOOTHING_SHARE)
-            values = smooth([value for _, value in points], width)
-            curves.append(Curve(name=name, steps=[step for step, _ in points], values=values))
-    validations = [
-        (row["step"], row["loss"])
-        for row in rows
-        if row.get("event") == "validation" and _can_be_drawn(row.get("loss"))
-    ]
-    if validations:
-        steps, losses = zip(*validations, strict=True)
-        curves.append(Curve(name="loss, held-out assets", steps=steps, values=losses))
-    return curves
-
-
-def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Return the mean of the last `width` values at each place, or of all values before it."""
-    total = 0.0
-    means = []
-    for place, value in enumerate(values):
-        total += value - (values[place - width] if place >= width else 0.0)
-        means.append(total / min(place + 1, width))
-    return means
 
 
 def chart(curves: Sequence[Curve]) -> str:
@@ -133,7 +75,3 @@ def _ticks(low: float, high: float) -> list[float]:
         if len(ticks) <= 6:
             return ticks
     return ticks[:: max(1, len(ticks) // 6)]
-
-
-def _can_be_drawn(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0

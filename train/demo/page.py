@@ -14,9 +14,10 @@ from typing import Any
 from PIL import Image
 
 from pipeline.core import html
-from train.demo.charts import chart, read_curves
+from train.demo.charts import chart
 from train.demo.runner import CommandCost
 from train.engine.checkpoint import provenance
+from train.engine.curves import read_curves
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 # Title, directory and charted metrics of each training run.

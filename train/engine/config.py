@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+import tyro
 
 Gpus = int | Literal["auto"]  # type of `--gpus`, checked by `check_gpus`
 MAX_SEED = 1 << 40  # seed * 1_000_003 + rank stays below 2^63 for a million ranks
@@ -25,6 +28,34 @@ FREE_ON_RESUME = (
     "activation_checkpointing",
     "kept_activations",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Plot the metrics of one or several training runs.
+
+    Raises:
+        ValueError: If there is no run or no metric, or the smoothing is out of range.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of the runs."""
+    metrics: tuple[str, ...] = ("loss",)
+    """Metrics of metrics.jsonl to draw, each in a panel of its own. The panel of "loss" also shows
+    the loss on held-out assets."""
+    out: Path | None = None
+    """Image file, which ends in .png, .svg or .pdf. None writes plot.png into the first run."""
+    terminal: bool = True
+    """Draw the curves in the terminal, too."""
+    smoothing: float = 0.02
+    """Share of a run's steps over which the curves of training steps are averaged."""
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "metrics"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one, got none")
+        if not 0 <= self.smoothing <= 1:
+            raise ValueError(f"smoothing must be in [0, 1], got {self.smoothing}")
 
 
 def check_gpus(gpus: Gpus) -> None:

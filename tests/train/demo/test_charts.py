@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 
-from train.demo.charts import Curve, chart, read_curves, smooth
+from train.demo.charts import chart
+from train.engine.curves import Curve, read_curves, smooth
 
 
 def test_a_chart_has_a_point_for_each_step_on_a_logarithmic_axis(tmp_path):
