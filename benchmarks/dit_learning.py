@@ -21,7 +21,7 @@ from benchmarks.gpu import limited
 from model.checkpoint import load_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import ImageBatch
-from model.config import GenerationOptions, Guidance
+from model.config import GenerationOptions, Guidance, SamplingOptions
 from model.inference.extract_mesh import extract_meshes
 from model.inference.generator import Generator
 from model.sparse_tensor import Level
@@ -277,8 +277,7 @@ def generate_on_stored_cells(cfg: LearnConfig, run: DiTTraining, world: World) -
                 level,
                 model.encode_images(images),
                 [0],
-                steps=STEPS,
-                guidance=Guidance(scale=cfg.guidance),
+                SamplingOptions(steps=STEPS, guidance=Guidance(scale=cfg.guidance)),
             )
             return vae.decode(z_NC, level)
 

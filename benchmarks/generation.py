@@ -32,6 +32,7 @@ from model.config import (
     EncoderConfig,
     Guidance,
     OccupancyConfig,
+    SamplingOptions,
     StructureConfig,
     VAEConfig,
 )
@@ -170,7 +171,7 @@ def measure(
     for model in (vae, structure, dit):
         model.to(device).eval()
     timer = StageTimer(device)
-    scale = Guidance(scale=guidance)
+    sampling = partial(SamplingOptions, guidance=Guidance(scale=guidance))
 
     # The image encoder. Its first call is a warm-up.
     row, column = np.mgrid[:1024, :1024] / 1024 - 0.5
@@ -184,7 +185,7 @@ def measure(
     for count in (1, steps[0]):
         timer.time(
             f"structure, {count} steps",
-            lambda n=count: structure.generate(image, [0], steps=n, guidance=scale),
+            lambda n=count: structure.generate(image, [0], sampling(steps=n)),
         )
 
     # Latents, bricks and mesh at both resolutions.
@@ -199,7 +200,7 @@ def measure(
         for n in (1, count):
             z = timer.time(
                 f"DiT at {resolution}, {n} steps",
-                lambda at=level, k=n: dit.generate(at, image, [0], steps=k, guidance=scale),
+                lambda at=level, k=n: dit.generate(at, image, [0], sampling(steps=k)),
                 tokens=len(level),
             )
         if not meshes:

@@ -34,6 +34,7 @@ from model.config import (
     Guidance,
     Meshing,
     Precision,
+    SamplingOptions,
     StructureConfig,
 )
 from model.image_tokens import ImageTokens
@@ -119,8 +120,7 @@ def make_stages(version: str, refiners: bool) -> Stages:
     flow = dit(dense, 6.0)
     structure = Structure(
         StructureConfig(occupancy=occupancy, flow=flow.config),
-        random_model(OccupancyVAE, occupancy),
-        flow,
+        (random_model(OccupancyVAE, occupancy), flow),
     )
     dits, vaes, refined = {}, {}, {}
     for size, shift in ((512, 6.0), (1024, 8.0)):
@@ -159,7 +159,8 @@ def measure(cfg: OfficialBenchmark) -> list[dict[str, Any]]:
     encode(flow, device)
     image = timer.time("image encoder", partial(encode, flow, device))
     for count in (1, cfg.steps[0]):
-        sampled = partial(generator.structure.generate, image, [0], steps=count, guidance=GUIDANCE)
+        sampling = SamplingOptions(steps=count, guidance=GUIDANCE)
+        sampled = partial(generator.structure.generate, image, [0], sampling)
         timer.time(f"structure, {count} steps", sampled, tokens=generator.structure.resolution)
     vertices, faces = torus_mesh()
     mesh = CleanedMesh(vertices=vertices, faces=faces, holes=0, floaters=0, bubbles=0)
@@ -200,7 +201,8 @@ def measure_resolution(
     tokens = encode(dit, device)
     z = torch.empty(0)
     for count in (1, steps):
-        sampled = partial(dit.generate, level, tokens, [0], steps=count, guidance=GUIDANCE)
+        sampling = SamplingOptions(steps=count, guidance=GUIDANCE)
+        sampled = partial(dit.generate, level, tokens, [0], sampling)
         z = timer.time(f"DiT at {size}, {count} steps", sampled, tokens=len(level))
     refiner = generator.refiners.get(size)
     decode = vae.decode_with_features if size == FULL_VOLUME else vae.decode

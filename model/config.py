@@ -420,6 +420,22 @@ class Guidance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a stage turns noise into a sample."""
+
+    steps: int
+    """Number of sampling steps."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """Classifier-free guidance."""
+    method: Method = "euler"
+    """Solver: "euler" needs one model call a step, "heun" is of second order and needs two."""
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "steps")
+        _check_choice(self, method=METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """Random changes of training images, by default those of the published Direct3D-S2 code."""
 
@@ -509,8 +525,8 @@ class GenerationOptions:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
 
-    def sampling(self, stage: int, recommended: RecommendedSampling) -> tuple[int, float]:
-        """Return the sampling steps and the guidance scale of a stage.
+    def sampling(self, stage: int, recommended: RecommendedSampling) -> SamplingOptions:
+        """Return the sampling options of a stage.
 
         Args:
             stage: 0 is the structure stage, 1 the first resolution, 2 the next one, ...
@@ -520,7 +536,6 @@ class GenerationOptions:
         steps = recommended.steps or default
         if self.steps is not None:
             steps = self.steps[min(stage, len(self.steps) - 1)]
-        guidance = self.guidance
-        if guidance is None:
-            guidance = recommended.guidance
-        return steps, DEFAULT_GUIDANCE if guidance is None else guidance
+        scales = (self.guidance, recommended.guidance, DEFAULT_GUIDANCE)
+        scale = next(scale for scale in scales if scale is not None)
+        return SamplingOptions(steps=steps, guidance=Guidance(scale=scale), method=self.method)

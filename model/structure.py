@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels import token_order
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import ImageBatch
-from model.config import Guidance, Method, StructureConfig
+from model.config import SamplingOptions, StructureConfig
 from model.image_tokens import ImageTokens
 from model.occupancy_vae import OccupancyVAE
 from model.sparse_tensor import Level, SparseTensor
@@ -27,8 +27,7 @@ class Structure(nn.Module):
 
     Args:
         config: The configuration.
-        vae: A VAE of this configuration. None makes one with random weights.
-        flow: A flow model of this configuration. None makes one with random weights.
+        parts: A VAE and a flow model of this configuration. None makes them with random weights.
     """
 
     Config = StructureConfig
@@ -36,13 +35,11 @@ class Structure(nn.Module):
     def __init__(
         self,
         config: StructureConfig,
-        vae: OccupancyVAE | None = None,
-        flow: ConditionedDiT | None = None,
+        parts: tuple[OccupancyVAE, ConditionedDiT] | None = None,
     ):
         super().__init__()
         self.config = config
-        self.vae = OccupancyVAE(config.occupancy) if vae is None else vae
-        self.flow = ConditionedDiT(config.flow) if flow is None else flow
+        self.vae, self.flow = parts or (OccupancyVAE(config.occupancy), ConditionedDiT(config.flow))
 
     @property
     def resolution(self) -> int:
@@ -59,10 +56,8 @@ class Structure(nn.Module):
         self,
         image: ImageTokens,
         seeds: Sequence[int],
+        sampling: SamplingOptions,
         *,
-        steps: int,
-        guidance: Guidance,
-        method: Method = "euler",
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> Level:
         """Generate the occupied cells of each asset.
@@ -70,9 +65,7 @@ class Structure(nn.Module):
         Args:
             image: Image tokens of this stage's own encoder, `flow.encode_images`.
             seeds: Seed of each asset's noise.
-            steps: Sampling steps.
-            guidance: Classifier-free guidance.
-            method: "euler" or "heun".
+            sampling: Steps, guidance and solver.
             progress: Wraps the steps, as tqdm does.
 
         Returns:
@@ -84,15 +77,7 @@ class Structure(nn.Module):
         level = dense_level(
             self.config.occupancy.latent_side, image.batch_size, image.feats_SC.device
         )
-        z_NC = self.flow.generate(
-            level,
-            image,
-            seeds,
-            steps=steps,
-            guidance=guidance,
-            method=method,
-            progress=progress,
-        )
+        z_NC = self.flow.generate(level, image, seeds, sampling, progress=progress)
         dtype = next(self.vae.parameters()).dtype
         with torch.no_grad():
             logits = self.vae.decode(rows_to_grid(z_NC, level).to(dtype))

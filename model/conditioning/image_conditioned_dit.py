@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.conditioning.image_encoder import ImageBatch, ImageEncoder, build_encoder
-from model.config import ConditionedDiTConfig, Guidance, Method
+from model.config import ConditionedDiTConfig, SamplingOptions
 from model.image_tokens import ImageTokens
 from model.kv_compression import TokenLayout
 from model.rectified_flow import draw_noise, guide, sample
@@ -114,10 +114,8 @@ class ConditionedDiT(nn.Module):
         level: Level,
         image: ImageTokens,
         seeds: Sequence[int],
+        sampling: SamplingOptions,
         *,
-        steps: int,
-        guidance: Guidance,
-        method: Method = "euler",
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> Tensor:
         """Sample the latents of given cells.
@@ -128,9 +126,7 @@ class ConditionedDiT(nn.Module):
             level: N cells of B assets at resolution R / 8.
             image: Image tokens of the B assets, from `encode_images`.
             seeds: Seed of each asset's noise.
-            steps: Sampling steps.
-            guidance: Classifier-free guidance.
-            method: "euler" or "heun".
+            sampling: Steps, guidance and solver.
             progress: Wraps the steps, as tqdm does.
 
         Returns:
@@ -161,14 +157,14 @@ class ConditionedDiT(nn.Module):
             def both(x_NC: Tensor, t: float) -> tuple[Tensor, Tensor]:
                 return conditional(x_NC, t), unconditional(x_NC, t)
 
-        velocity = guide(conditional, both, guidance, counts)
+        velocity = guide(conditional, both, sampling.guidance, counts)
         noise = draw_noise(seeds, counts, self.config.dit.latent_channels, level.device)
         times = self.config.schedule
         x_NC = sample(
             velocity,
             noise,
-            steps=steps,
-            method=method,
+            steps=sampling.steps,
+            method=sampling.method,
             shift=times.shift,
             spacing=times.spacing,
             progress=progress,

@@ -20,7 +20,13 @@ from model.checkpoint import CheckpointError
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import ImageBatch
 from model.conditioning.image_preprocessing import prepare_image
-from model.config import GenerationOptions, Guidance, Precision, RecommendedSampling, Refine
+from model.config import (
+    GenerationOptions,
+    Precision,
+    RecommendedSampling,
+    Refine,
+    SamplingOptions,
+)
 from model.image_tokens import ImageTokens
 from model.inference.cells_near_mesh import cells_near, normalized
 from model.inference.checkpoint_source import find_checkpoint
@@ -33,7 +39,13 @@ from model.inference.refine_volume import (
     refined_volume,
     signed_bricks,
 )
-from model.inference.stages import STRUCTURE, Stages, check_refiners, read_export
+from model.inference.stages import (
+    STRUCTURE,
+    Stages,
+    StageSelection,
+    check_refiners,
+    read_export,
+)
 from model.refiner import VolumeRefiner
 from model.sparse_dit import SparseDiT
 from model.sparse_tensor import Level
@@ -143,12 +155,12 @@ class Generator:
         """
         options = options or GenerationOptions()
         folder = find_checkpoint(path, options.refine)
-        arguments = folder, options.resolution, options.refine
+        selection = StageSelection(
+            resolution=options.resolution, refine=options.refine, image_encoder=image_encoder
+        )
         try:
-            if is_published(folder):
-                stages = read_published(*arguments, image_encoder=image_encoder)
-            else:
-                stages = read_export(*arguments, image_encoder=image_encoder)
+            read = read_published if is_published(folder) else read_export
+            stages = read(folder, selection)
             return cls(stages, torch.device(device), options.precision)
         except CheckpointError:
             raise
@@ -167,8 +179,8 @@ class Generator:
         """
         names = [STRUCTURE, *map(str, self.resolutions)]
         values = [self._sampling(stage, name, options) for stage, name in enumerate(names)]
-        steps = [steps for steps, _ in values]
-        scales = [scale for _, scale in values]
+        steps = [sampling.steps for sampling in values]
+        scales = [sampling.guidance.scale for sampling in values]
         guidance = scales[0] if len(set(scales)) == 1 else scales
         return {**asdict(options), "steps": steps, "guidance": guidance}
 
@@ -256,14 +268,11 @@ class Generator:
         Returns:
             The occupied cells, at resolution R / 8. There may be none.
         """
-        steps, scale = self._sampling(0, STRUCTURE, options)
         with self._precision():
             return self.structure.generate(
                 encode(self.structure.flow),
                 [seed],
-                steps=steps,
-                guidance=Guidance(scale=scale),
-                method=options.method,
+                self._sampling(0, STRUCTURE, options),
                 progress=lambda numbers: progress(STRUCTURE, numbers),
             )
 
@@ -303,16 +312,13 @@ class Generator:
                 f"--max-tokens {options.max_tokens}"
             )
         name = str(resolution)
-        steps, scale = self._sampling(stage, name, options)
         dit = self.dits[resolution]
         with self._precision():
             z_MC = dit.generate(
                 level,
                 encode(dit),
                 [seed],
-                steps=steps,
-                guidance=Guidance(scale=scale),
-                method=options.method,
+                self._sampling(stage, name, options),
                 progress=lambda numbers: progress(name, numbers),
             )
             vertices, faces = self._surface(z_MC, level, options)
@@ -322,7 +328,7 @@ class Generator:
             )
         return clean_mesh(vertices, faces, options.min_piece)
 
-    def _sampling(self, stage: int, name: str, options: GenerationOptions) -> tuple[int, float]:
+    def _sampling(self, stage: int, name: str, options: GenerationOptions) -> SamplingOptions:
         return options.sampling(stage, self.stages.recommended.get(name, RecommendedSampling()))
 
     def _surface(self, z_MC: Tensor, level: Level, options: GenerationOptions) -> MeshArrays:

@@ -27,13 +27,12 @@ from model.config import (
     EncoderConfig,
     Meshing,
     OccupancyConfig,
-    Refine,
     RefinerConfig,
     StructureConfig,
     TimeSchedule,
     VAEConfig,
 )
-from model.inference.stages import Stages, check_refiners, chosen_resolutions
+from model.inference.stages import Stages, StageSelection, check_refiners
 from model.layers import position_embedding
 from model.occupancy_vae import OccupancyVAE
 from model.published_settings import LatentScale
@@ -371,35 +370,27 @@ def without_positions(
     return rest
 
 
-def read_published(
-    path: Path,
-    resolution: int | None = None,
-    refine: Refine | None = None,
-    *,
-    image_encoder: str | None = None,
-) -> Stages:
+def read_published(path: Path, selection: StageSelection | None = None) -> Stages:
     """Load the stages of the published Direct3D-S2 folder, version 1.0 or 1.1.
 
     Args:
         path: The folder.
-        resolution: Resolution of the meshes. The files of finer ones are not read. None loads all.
-        refine: Which refiners are loaded. None loads the one of values, if config.yaml names it.
-        image_encoder: Folder or name on the Hugging Face hub of DINOv2's weights. None takes those
-            that the authors took.
+        selection: Which stages are loaded. None takes the defaults.
 
     Raises:
         UserError: If a section, class, setting, file, name or shape is missing, unknown or does not
             fit, or a file is damaged. Nothing large has been allocated then.
     """
-    settings = read_settings(path, image_encoder)
-    wanted = chosen_resolutions(path, settings.sparse, resolution)
+    selection = selection or StageSelection()
+    settings = read_settings(path, selection.image_encoder)
+    wanted = selection.resolutions(path, settings.sparse)
     first = wanted[0]
     refiners = {
         size: config
         for size, config in settings.refiners.items()
-        if size in wanted and refine != "none" and (config.output == "sdf" or refine == "all")
+        if size in wanted and selection.includes(config)
     }
-    check_refiners(path / CONFIG, refiners, wanted, refine)
+    check_refiners(path / CONFIG, refiners, wanted, selection.refine)
     files = [DENSE_FILE, *(SPARSE_FILE.format(settings.sparse[size].name) for size in wanted)]
     files += [REFINER_FILES[OPTIONAL[size != first]] for size in refiners]
     for name in files:
@@ -440,7 +431,7 @@ def read_published(
     for config in (flow, *(settings.sparse[size].dit for size in wanted)):
         if config.encoder not in encoders:
             encoders[config.encoder] = _encoder(config.encoder, path)
-    structure = Structure(settings.structure, make_occupancy(), conditioned(flow, make_flow))
+    structure = Structure(settings.structure, (make_occupancy(), conditioned(flow, make_flow)))
     return Stages(
         structure=structure,
         dits={size: conditioned(settings.sparse[size].dit, make_dits[size]) for size in wanted},
@@ -464,7 +455,7 @@ def read_vae(path: Path, resolution: int | None = None) -> tuple[SparseVAE, int]
         UserError: As `read_published`.
     """
     settings = read_settings(path)
-    size = chosen_resolutions(path, settings.sparse, resolution)[-1]
+    size = StageSelection(resolution=resolution).resolutions(path, settings.sparse)[-1]
     sparse = settings.sparse[size]
     file = path / SPARSE_FILE.format(sparse.name)
     weights = read_state_dicts(file, "vae", "dit")["vae"]

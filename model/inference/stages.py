@@ -15,6 +15,7 @@ from model.config import (
     Meshing,
     RecommendedSampling,
     Refine,
+    RefinerConfig,
     StructureConfig,
 )
 from model.refiner import VolumeRefiner
@@ -84,26 +85,56 @@ class Stages:
                 )
 
 
-def read_export(
-    path: Path,
-    resolution: int | None = None,
-    refine: Refine | None = None,
-    *,
-    image_encoder: str | None = None,
-) -> Stages:
+@dataclass(frozen=True, kw_only=True)
+class StageSelection:
+    """Which stages of a checkpoint are loaded. Files of other stages are not read.
+
+    Attributes:
+        resolution: Resolution of the meshes. Finer stages are not loaded. None loads all stages.
+        refine: Which refiners are loaded. None loads the one of values, if the checkpoint has it.
+        image_encoder: Folder or name on the Hugging Face hub of DINOv2's weights. None takes those
+            that the checkpoint names.
+    """
+
+    resolution: int | None = None
+    refine: Refine | None = None
+    image_encoder: str | None = None
+
+    def resolutions(self, path: Path, available: Iterable[int]) -> list[int]:
+        """Return the resolutions up to the wanted one, in ascending order.
+
+        Args:
+            path: The checkpoint, for the error message.
+            available: Its resolutions.
+
+        Raises:
+            UserError: If there is no model of the wanted resolution.
+        """
+        names = sorted(available)
+        if self.resolution is not None and self.resolution not in names:
+            raise UserError(
+                f"{path} has models for R = {', '.join(map(str, names))}, "
+                f"none for {self.resolution}"
+            )
+        return [size for size in names if self.resolution is None or size <= self.resolution]
+
+    def includes(self, refiner: RefinerConfig) -> bool:
+        """Return whether a refiner of one of the loaded resolutions is loaded."""
+        return self.refine != "none" and (refiner.output == "sdf" or self.refine == "all")
+
+
+def read_export(path: Path, selection: StageSelection | None = None) -> Stages:
     """Load the stages that `python -m train.export` wrote.
 
     Args:
         path: Directory of the export.
-        resolution: Resolution of the meshes. DiTs of finer resolutions are not loaded. None loads
-            all of them.
-        refine: Which refiners are loaded. None loads those of values that there are.
-        image_encoder: Folder or name on the Hugging Face hub of DINOv2's weights. None takes those
-            that the configurations name.
+        selection: Which stages are loaded. None takes the defaults.
 
     Raises:
         UserError: If stages are missing, incomplete or damaged.
     """
+    selection = selection or StageSelection()
+    image_encoder = selection.image_encoder
     folders = exported_resolutions(path, "dit")
     vae_folders = exported_resolutions(path, "vae")
     missing = [] if vae_folders or (path / "vae").is_dir() else ["vae"]
@@ -114,7 +145,7 @@ def read_export(
             f"{path} lacks {', '.join(missing)}: train the stages and collect them with "
             "python -m train.export, or see `make demo`"
         )
-    wanted = {size: folders[size] for size in chosen_resolutions(path, folders, resolution)}
+    wanted = {size: folders[size] for size in selection.resolutions(path, folders)}
     # An older export has one VAE for all resolutions.
     vae_folders = {size: vae_folders.get(size, path / "vae") for size in wanted}
     for size, folder in vae_folders.items():
@@ -144,11 +175,11 @@ def read_export(
         dit.share_encoder(structure.flow)
     refiners = {}
     for size, folder in exported_resolutions(path, "refiner").items():
-        if size in wanted and refine != "none":
+        if size in wanted and selection.refine != "none":
             model = load_model(folder, VolumeRefiner)
-            if model.config.output == "sdf" or refine == "all":
+            if selection.includes(model.config):
                 refiners[size] = model
-    check_refiners(path, refiners, wanted, refine)
+    check_refiners(path, refiners, wanted, selection.refine)
     return Stages(
         structure=structure,
         dits=dits,
@@ -178,22 +209,6 @@ def check_refiners(
             f"{path} has no refiner for R = {', '.join(missing)}, which --refine {refine} needs; "
             "use --refine none"
         )
-
-
-def chosen_resolutions(
-    path: Path | str, available: Iterable[int], resolution: int | None
-) -> list[int]:
-    """Return the resolutions up to the wanted one, in ascending order.
-
-    Raises:
-        UserError: If there is no model of the wanted resolution.
-    """
-    names = sorted(available)
-    if resolution is not None and resolution not in names:
-        raise UserError(
-            f"{path} has models for R = {', '.join(map(str, names))}, none for {resolution}"
-        )
-    return [size for size in names if resolution is None or size <= resolution]
 
 
 def write_stages(

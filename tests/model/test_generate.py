@@ -334,7 +334,7 @@ def test_options_out_of_range_are_refused(change, message):
 
 def test_the_last_number_of_steps_holds_for_later_stages():
     options = GenerationOptions(steps=(5, 3))
-    steps = [options.sampling(stage, RecommendedSampling())[0] for stage in range(4)]
+    steps = [options.sampling(stage, RecommendedSampling()).steps for stage in range(4)]
     assert steps == [5, 3, 3, 3]
 
 

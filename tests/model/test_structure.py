@@ -12,7 +12,7 @@ from model.checkpoint import load_model, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import DinoEncoder, ImageBatch
 from model.conditioning.image_preprocessing import PreparedImage
-from model.config import ConditionedDiTConfig, Guidance, StructureConfig
+from model.config import ConditionedDiTConfig, Guidance, SamplingOptions, StructureConfig
 from model.occupancy_vae import occupancy_grid, occupancy_loss
 from model.rectified_flow import interpolate, velocity_target
 from model.sparse_tensor import SparseTensor
@@ -107,26 +107,23 @@ def test_a_dropped_image_is_the_unconditional_one():
 def test_a_sample_does_not_depend_on_its_batch():
     flow = randomize(ConditionedDiT(STRUCTURE.flow)).eval()
     flow.dit.set_statistics(torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.5, 2.0, 1.0, 3.0]))
-    options = {"steps": 3, "guidance": Guidance(scale=3.0)}
-    both = flow.generate(
-        dense_level(4, 2), flow.encode_images(images(RED, BLUE)), [7, 9], **options
-    )
-    alone = flow.generate(dense_level(4, 1), flow.encode_images(images(BLUE)), [9], **options)
+    options = SamplingOptions(steps=3, guidance=Guidance(scale=3.0))
+    both = flow.generate(dense_level(4, 2), flow.encode_images(images(RED, BLUE)), [7, 9], options)
+    alone = flow.generate(dense_level(4, 1), flow.encode_images(images(BLUE)), [9], options)
     torch.testing.assert_close(both[64:], alone, rtol=1e-4, atol=1e-4)
-    other = flow.generate(dense_level(4, 1), flow.encode_images(images(BLUE)), [10], **options)
+    other = flow.generate(dense_level(4, 1), flow.encode_images(images(BLUE)), [10], options)
     assert (other - alone).abs().max() > 0.1
-    red = flow.generate(dense_level(4, 1), flow.encode_images(images(RED)), [9], **options)
+    red = flow.generate(dense_level(4, 1), flow.encode_images(images(RED)), [9], options)
     assert (red - alone).abs().max() > 1e-4
     plain = flow.generate(
         dense_level(4, 1),
         flow.encode_images(images(BLUE)),
         [9],
-        steps=3,
-        guidance=Guidance(scale=1.0),
+        SamplingOptions(steps=3, guidance=Guidance(scale=1.0)),
     )
     assert (plain - alone).abs().max() > 1e-5
     with pytest.raises(ValueError, match="each of 2 assets, got 1 seeds and 2 images"):
-        flow.generate(dense_level(4, 2), flow.encode_images(images(RED, BLUE)), [7], **options)
+        flow.generate(dense_level(4, 2), flow.encode_images(images(RED, BLUE)), [7], options)
 
 
 def test_the_stage_learns_which_image_has_which_cells():
@@ -156,7 +153,9 @@ def test_the_stage_learns_which_image_has_which_cells():
         optimizer.step()
     turned = images(BLUE, RED, GREEN)
     cells = structure.eval().generate(
-        flow.encode_images(turned), [1, 2, 3], steps=12, guidance=Guidance(scale=2.0)
+        flow.encode_images(turned),
+        [1, 2, 3],
+        SamplingOptions(steps=12, guidance=Guidance(scale=2.0)),
     )
     found = occupancy_grid(cells.coords, 8, 3)
     assert intersection_over_union(found, occupied[[2, 0, 1]], (1, 2, 3)).min() > 0.8

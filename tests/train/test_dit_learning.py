@@ -11,7 +11,7 @@ import torch
 
 from model.checkpoint import load_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.config import ConditionedDiTConfig, Guidance
+from model.config import ConditionedDiTConfig, Guidance, SamplingOptions
 from model.sparse_tensor import BrickBatch
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import compare_surfaces
@@ -90,8 +90,7 @@ def test_the_model_learns_which_image_has_which_shape(tmp_path):
             level,
             dit.encode_images(batch.images),
             [1, 2, 3, 4],
-            steps=12,
-            guidance=Guidance(scale=2.0),
+            SamplingOptions(steps=12, guidance=Guidance(scale=2.0)),
         )
         found = decoder.decode(z, level).view(4, -1) < 0
     bricks = [BrickReader(loader.index).read(asset, 32) for asset in range(4)]

@@ -11,6 +11,7 @@ from PIL import Image
 from model.checkpoint import load_weights
 from model.config import (
     Guidance,
+    SamplingOptions,
     StructureConfig,
 )
 from model.inference.mesh_cleaning import count_open_edges
@@ -273,8 +274,7 @@ def test_the_stage_learns_which_image_has_which_cells(rendered, tmp_path):
         cells = structure.generate(
             structure.flow.encode_images(batch.images),
             [1, 2, 3, 4],
-            steps=12,
-            guidance=Guidance(scale=2.0),
+            SamplingOptions(steps=12, guidance=Guidance(scale=2.0)),
         )
     found = occupancy_grid(cells.coords, 4, 4)
     shared = (found[:, None] & batch.occupied).sum((2, 3, 4)) / (

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from model.config import KEPT_LEVELS, Augmentation, KeptActivations, TimeDistribution
+from model.config import (
+    KEPT_LEVELS,
+    Augmentation,
+    Guidance,
+    KeptActivations,
+    SamplingOptions,
+    TimeDistribution,
+)
 from train.engine.config import LoopConfig
 
 
@@ -77,3 +84,8 @@ class FlowOptions:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def preview_sampling(self) -> SamplingOptions:
+        """How the previews are sampled."""
+        return SamplingOptions(steps=self.steps, guidance=Guidance(scale=self.guidance))

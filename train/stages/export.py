@@ -13,7 +13,12 @@ from torch import nn
 from model.checkpoint import load_model, read_config, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.inference.published_checkpoint import read_published
-from model.inference.stages import STRUCTURE, exported_resolutions, write_stages
+from model.inference.stages import (
+    STRUCTURE,
+    StageSelection,
+    exported_resolutions,
+    write_stages,
+)
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
 from pipeline.core.errors import UserError
@@ -70,7 +75,8 @@ def export(cfg: ExportConfig) -> list[Path]:
 
 def _export_published(cfg: ExportConfig, path: Path) -> list[Path]:
     """Convert the published folder."""
-    stages = read_published(path, refine="all", image_encoder=cfg.image_encoder)
+    selection = StageSelection(refine="all", image_encoder=cfg.image_encoder)
+    stages = read_published(path, selection)
     vaes = {size: vae_hash(vae) for size, vae in stages.vaes.items()}
     notes: dict[str, dict[str, Any]] = {f"dit_{size}": {"vae": code} for size, code in vaes.items()}
     for name, recommended in _recommended_sampling(cfg, list(notes)).items():

@@ -1,39 +1,29 @@
-"""Compiles the kernels of convolution, pooling and GroupNorm without a GPU, and prints JSON.
+"""The launches of convolution, pooling and GroupNorm, to be compiled without a GPU.
 
 `python -m tests.kernels.conv.compile_conv 80 bfloat16 64 32 6` (architecture, dtype, C, O, number
-of tile sizes) compiles forward and gradients on full blocks, with and without duplication. It must
-run without the interpreter.
+of tile sizes) prints the resources that each kernel of forward and gradients needs, on full blocks,
+with and without duplication.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import sys
 
 import torch
-import triton
 
 from kernels.conv import gather_gemm, sparse_conv_backward
 from kernels.conv.gather_gemm import plain_taps
-from tests.kernels.attention.compile_ahead import compile_launch
+from tests.kernels.compile_ahead import print_launches
 
 
-def compile_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> list[dict]:
-    """Compile every launch of forward and backward once."""
-    launches: dict[str, dict] = {}
-
-    def record(fn, *args, grid, warmup, **kwargs):
-        key = f"{fn.__name__} {[value for value in args if isinstance(value, int)]} {kwargs}"
-        if key not in launches:
-            launches[key] = compile_launch(fn, args, kwargs, arch)
+def launch_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> None:
+    """Launch every kernel of forward and backward."""
 
     def try_all(key, candidates, launch, like, kernels):
         for candidate in candidates[1:sizes]:
             launch(candidate)
         return candidates[0]
 
-    triton.JITFunction.run = record
     for module in (gather_gemm, sparse_conv_backward):
         module.has_warpgroup_products = lambda device: arch >= 90
     gather_gemm.choose = sparse_conv_backward.choose = try_all
@@ -57,11 +47,7 @@ def compile_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> li
     ops.group_norm_backward(x, x, starts, one, one, mean, rstd, True)
     children = torch.zeros(M, 8, dtype=torch.int32)
     ops.pool_children_backward(ops.pool_children(x, children, False), children, len(x), False)
-    return list(launches.values())
 
 
 if __name__ == "__main__":
-    numbers = [int(value) for value in sys.argv[3:]]
-    sys.stdout.write(
-        json.dumps(compile_all(int(sys.argv[1]), getattr(torch, sys.argv[2]), *numbers)) + "\n"
-    )
+    print_launches(launch_all)

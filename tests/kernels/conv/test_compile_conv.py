@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
-
+from tests.kernels.compile_ahead import on_architectures
 from tests.kernels.compiled_launches import compiled_launches
 
 SHARED_LIMIT = {80: 82 * 1024, 90: 114 * 1024}  # two programs on a multiprocessor
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(
-    ("dtype", "C", "O", "sizes"),
-    [
-        ("bfloat16", 64, 32, 1),
-        pytest.param("bfloat16", 64, 32, 6, marks=pytest.mark.slow),
-        pytest.param("float16", 32, 32, 6, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 512, 512, 6, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 1, 33, 6, marks=pytest.mark.slow),
-        pytest.param("float32", 130, 65, 6, marks=pytest.mark.slow),
-    ],
+@on_architectures(
+    "bfloat16 64 32 1",
+    slow=(
+        "bfloat16 64 32 6",
+        "float16 32 32 6",
+        "bfloat16 512 512 6",
+        "bfloat16 1 33 6",
+        "float32 130 65 6",
+    ),
 )
-def test_every_launch_compiles(arch, dtype, C, O, sizes):
-    launches = compiled_launches("-m", "tests.kernels.conv.compile_conv", arch, dtype, C, O, sizes)
+def test_every_launch_compiles(arch, arguments):
+    launches = compiled_launches("-m", "tests.kernels.conv.compile_conv", arch, *arguments.split())
     assert {launch["name"] for launch in launches} - {"_weight_grad", "_weight_grad_by_tap"} == {
         "_gather_gemm",
         "_pool_fwd",

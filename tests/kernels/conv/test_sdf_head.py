@@ -75,7 +75,7 @@ _COMPILE = """
 import json, sys, torch, triton
 from kernels import sdf_head
 from kernels.conv.sdf_head import _head, _head_grad
-from tests.kernels.attention.compile_ahead import compile_launch
+from tests.kernels.compile_ahead import compile_launch
 launches = []
 def record(fn, *args, grid, warmup, **kwargs):
     launches.append(compile_launch(fn, args, kwargs, int(sys.argv[1])))

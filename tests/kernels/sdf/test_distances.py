@@ -390,7 +390,7 @@ def test_bad_arguments_are_named():
 _COMPILE = """
 import json, torch, triton
 from kernels.sdf import distances as sdf
-from tests.kernels.attention.compile_ahead import compile_launch
+from tests.kernels.compile_ahead import compile_launch
 found = []
 def record(fn, *args, grid, warmup, **kwargs):
     found.extend(compile_launch(fn, args, dict(kwargs), arch) for arch in (80, 90))

@@ -19,7 +19,7 @@ from model.published_settings import dense_dit, dense_vae
 from model.sparse_dit import SparseDiT
 from model.sparse_tensor import SparseTensor
 from model.structure import dense_level, grid_to_rows, rows_to_grid
-from tests.model.official.golden import Arrays
+from tests.model.official.golden import GoldenSet
 from tests.model.official.sparse_stages import image_tokens, use_erf_gelu
 
 LATENT_SIDE = 4  # of the golden dense VAE
@@ -38,22 +38,15 @@ def make_dense_dit(
     return model
 
 
-def run_dense_dit(
-    settings: dict[str, Any],
-    weights: dict[str, Tensor],
-    inputs: Arrays,
-    _name: str,
-    *,
-    wrong: str = "",
-) -> dict[str, Tensor]:
+def run_dense_dit(given: GoldenSet, *, wrong: str = "") -> dict[str, Tensor]:
     """Return the velocity of a golden set, and the positions of its grid."""
-    constructor = settings["constructor"]
+    constructor, inputs = given.settings["constructor"], given.inputs
     side, batch = constructor["resolution"], len(inputs["latents"])
     changes: dict[str, Any] = {
         "no q and k norm": {"qk_norm": False},
         "position factor 4": {"position_resolution": 4 * 8 * side},
     }.get(wrong, {})
-    model = make_dense_dit(constructor, weights, **changes)
+    model = make_dense_dit(constructor, given.weights, **changes)
     level = dense_level(side, batch)
     t = torch.from_numpy(inputs["t"])
     image: ImageTokens = image_tokens(inputs, batch)
@@ -117,17 +110,10 @@ def make_dense_vae(
     return model
 
 
-def run_dense_vae(
-    settings: dict[str, Any],
-    weights: dict[str, Tensor],
-    inputs: Arrays,
-    _name: str,
-    *,
-    wrong: str = "",
-) -> dict[str, Tensor]:
+def run_dense_vae(given: GoldenSet, *, wrong: str = "") -> dict[str, Tensor]:
     """Return moments, logits and cells of the golden set."""
-    model = make_dense_vae(settings["constructor"], weights)
-    occupancy = torch.from_numpy(inputs["occupancy"]) > 0
+    model = make_dense_vae(given.settings["constructor"], given.weights)
+    occupancy = torch.from_numpy(given.inputs["occupancy"]) > 0
     if wrong == "group norm 32":
         _replace_norms(model, 32)
     elif wrong == "norm over channels and space":
@@ -141,7 +127,7 @@ def run_dense_vae(
             assert not wrong or "norm" in wrong or "up-step" in wrong
             posterior = model.encode(occupancy)
             moments = torch.cat([posterior.mean, posterior.logvar], 1)
-        logits = model.decode(torch.from_numpy(inputs["latents"]))
+        logits = model.decode(torch.from_numpy(given.inputs["latents"]))
     return {"moments": moments, "logits": logits[:, None], "cells": occupied_cells(model, logits)}
 
 

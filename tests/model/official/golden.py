@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,26 @@ from tests.model.official.golden_weights import golden_weights, normal
 
 FOLDER = Path(__file__).resolve().parent
 Arrays = dict[str, NDArray[Any]]
-# (settings, weights, inputs, name of the set) -> {name of an output: array}
-Function = Callable[[dict[str, Any], dict[str, Tensor], Arrays, str], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class GoldenSet:
+    """What the authors' code was given for one set of outputs.
+
+    Attributes:
+        name: Name of the set in its file.
+        settings: The settings of the file, with those of the set on top.
+        weights: Weights by their published names. They must not be changed.
+        inputs: Arrays by name.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    weights: dict[str, Tensor]
+    inputs: Arrays
+
+
+Function = Callable[[GoldenSet], Mapping[str, Any]]  # returns {name of an output: array}
 
 
 class Golden:
@@ -56,6 +75,11 @@ class Golden:
             self._weights[own] = {key: torch.from_numpy(array) for key, array in arrays.items()}
         return self._weights[own]
 
+    def given(self, name: str) -> GoldenSet:
+        """Return what the authors' code was given for a set."""
+        inputs = self.inputs.get(name, {})
+        return GoldenSet(name, self.settings_of(name), self.weights(name), inputs)
+
     def errors(self, function: Function, sets: tuple[str, ...] = ()) -> dict[str, float]:
         """Return {"set/output": relative L2 error} of everything that a function returns.
 
@@ -65,9 +89,7 @@ class Golden:
         """
         errors = {}
         for name in sets or self.outputs:
-            inputs = self.inputs.get(name, {})
-            made = function(self.settings_of(name), self.weights(name), inputs, name)
-            for what, array in made.items():
+            for what, array in function(self.given(name)).items():
                 errors[f"{name}/{what}"] = error(array, self.outputs[name][what])
         return errors
 
@@ -97,4 +119,4 @@ def shapes(name: str) -> dict[str, list[int]]:
     return json.loads((FOLDER / "shapes" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-__all__ = ["Golden", "error", "golden_weights", "normal", "shapes"]
+__all__ = ["Golden", "GoldenSet", "error", "golden_weights", "normal", "shapes"]

@@ -27,121 +27,18 @@ from model.sparse_dit import SparseDiT
 from model.sparse_vae import SparseVAE
 from tests.model.official.golden import golden_weights
 
+TINY_CONFIG = Path(__file__).with_name("tiny_config.yaml")  # of version 1.0
 IMAGE_SIZE = 56
 TINY_REFINER = (8, 8, 8, 8)  # widths, which are no setting of the published classes
-MODELS = "direct3d_s2.models."
-FLAGS = {"use_fp16": True, "use_checkpoint": True}
 
 
 def sections(version: str) -> dict[str, Any]:
     """Return the content of config.yaml of a tiny model of version "1.0" or "1.1"."""
-    first = version == "1.0"
-
-    def section(target: str, **params: Any) -> dict[str, Any]:
-        return {"target": target, "params": params}
-
-    def scheduler(shift: float) -> dict[str, Any]:
-        target = "diffusers.schedulers.FlowMatchEulerDiscreteScheduler"
-        return section(target, num_train_timesteps=1000, shift=shift)
-
-    encoder = section(
-        f"{MODELS}conditioner.DinoEncoder",
-        model="facebookresearch/dinov2",
-        version="dinov2_vitl14_reg",
-        size=IMAGE_SIZE,
-    )
-    content = {
-        "dense_vae": section(
-            f"{MODELS}autoencoders.dense_vae.DenseShapeVAE",
-            **FLAGS,
-            embed_dim=4,
-            in_channels=1,
-            out_channels=1,
-            model_channels_encoder=[4, 8, 16],
-            num_res_blocks_encoder=1,
-            num_res_blocks_middle_encoder=1,
-            model_channels_decoder=[16, 12, 8],
-            num_res_blocks_decoder=2,
-            num_res_blocks_middle_decoder=2,
-            latents_scale=1.0,
-            latents_shift=0.0,
-        ),
-        "dense_dit": section(
-            f"{MODELS}transformers.dense_dit.DenseDiT",
-            **FLAGS,
-            resolution=2,
-            in_channels=4,
-            out_channels=4,
-            model_channels=64,
-            cond_channels=32,
-            num_blocks=2,
-            num_heads=2,
-            mlp_ratio=2,
-            patch_size=1,
-            pe_mode="ape",
-            qk_rms_norm=True,
-            latent_shape=[4, 2, 2, 2],
-        ),
-        "dense_image_encoder": encoder,
-        "dense_scheduler": scheduler(6.0),
-        "sparse_image_encoder": encoder,
-        "refiner": section(
-            f"{MODELS}refiner.unet_refiner.Voxel_RefinerXL",
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            layers_mid_block=1,
-            patch_size=24,
-            use_fp16=True,
-        ),
-        "refiner_1024": section(
-            f"{MODELS}refiner.unet_refiner.Voxel_RefinerXL_sign",
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            layers_mid_block=1,
-            patch_size=32,
-            use_fp16=True,
-        ),
-    }
-    for name, cells, factor in ((512, 8, 1.0), (1024, 16, 0.5)):
-        content[f"sparse_vae_{name}"] = section(
-            f"{MODELS}autoencoders.ss_vae.SparseSDFVAE",
-            **FLAGS,
-            embed_dim=4,
-            model_channels_encoder=32,
-            num_heads_encoder=1,
-            num_blocks_encoder=1,
-            model_channels_decoder=32,
-            num_heads_decoder=1,
-            num_blocks_decoder=1,
-            resolution=cells,
-            out_channels=1,
-            latents_scale=2.0,
-            latents_shift=0.25,
-        )
-        content[f"sparse_dit_{name}"] = section(
-            f"{MODELS}transformers.sparse_dit.SparseDiT",
-            **FLAGS,
-            resolution=cells,
-            in_channels=4,
-            out_channels=4,
-            model_channels=64,
-            cond_channels=32,
-            num_blocks=2,
-            num_heads=4,
-            num_kv_heads=2,
-            compression_block_size=4 if first else 8,
-            selection_block_size=8,
-            topk=2,
-            compression_version="v2" if first else "v1",
-            pe_mode="ape",
-            factor=factor,
-            sparse_conditions=first,
-            qk_rms_norm=True,
-            use_shift=True,
-        )
-        content[f"sparse_scheduler_{name}"] = scheduler(6.0 if name == 512 else 8.0)
+    content = yaml.safe_load(TINY_CONFIG.read_text(encoding="utf-8"))
+    if version == "1.1":
+        changes = {"compression_block_size": 8, "compression_version": "v1"}
+        for name in ("sparse_dit_512", "sparse_dit_1024"):
+            content[name]["params"].update(changes, sparse_conditions=False)
     return content
 
 

@@ -20,7 +20,7 @@ from model.inference.refine_volume import halved_bricks, outside_of, refined_vol
 from model.published_settings import refiner as refiner_config
 from model.refiner import VolumeRefiner
 from model.sparse_tensor import POINTS
-from tests.model.official.golden import Arrays, Golden, normal
+from tests.model.official.golden import Arrays, Golden, GoldenSet, normal
 from tests.model.official.sparse_stages import level_of
 
 FEATURES = 32
@@ -117,23 +117,17 @@ def make_taps_wrong(monkeypatch: Any, wrong: str) -> bool:
 
 
 def run_refiner_512(
-    settings: dict[str, Any],
-    weights: dict[str, Tensor],
-    inputs: Arrays,
-    name: str,
-    *,
-    wrong: str = "",
-    monkeypatch: Any = None,
+    given: GoldenSet, *, wrong: str = "", monkeypatch: Any = None
 ) -> dict[str, Any]:
     """Return the results of a golden patch or of the golden volume."""
+    settings, inputs = given.settings, given.inputs
     known = not wrong or make_taps_wrong(monkeypatch, wrong)
-    side = settings.get("volume", PATCH)
-    patch = settings.get("patch", PATCH)
-    model = made_once(settings, weights, patch, signs=False, wrong=wrong)
+    side, patch = settings.get("volume", PATCH), settings.get("patch", PATCH)
+    model = made_once(settings, given.weights, patch, signs=False, wrong=wrong)
     if wrong == "8 groups":
         use_groups(model, 8)
         known = True
-    if name == "patch":
+    if given.name == "patch":
         features = normal("patch_features", [1, FEATURES, PATCH, PATCH, PATCH], settings["salt"])
         features[:, :, :, 9:] = 0
         if wrong == "no features":
@@ -167,18 +161,13 @@ def run_refiner_512(
 
 
 def run_refiner_1024(
-    settings: dict[str, Any],
-    weights: dict[str, Tensor],
-    inputs: Arrays,
-    name: str,
-    *,
-    wrong: str = "",
-    monkeypatch: Any = None,
+    given: GoldenSet, *, wrong: str = "", monkeypatch: Any = None
 ) -> dict[str, Any]:
     """Return the results of a golden patch or of the golden volume."""
+    settings, inputs = given.settings, given.inputs
     side, patch = settings.get("volume", PATCH), settings.get("patch", PATCH)
-    model = made_once(settings, weights, patch, signs=True, wrong=wrong)
-    if name == "patch":
+    model = made_once(settings, given.weights, patch, signs=True, wrong=wrong)
+    if given.name == "patch":
         if wrong == "8 groups":
             use_groups(model, 8)
         else:

@@ -20,7 +20,7 @@ from model.published_settings import sparse_dit
 from model.published_weights import published_kernel
 from model.sparse_dit import SparseDiT
 from model.sparse_tensor import Level, SparseTensor
-from tests.model.official.golden import Arrays
+from tests.model.official.golden import Arrays, GoldenSet
 
 LATENTS = 16
 
@@ -91,18 +91,11 @@ def exchange_block_positions(model: SparseDiT) -> None:
         position.data = position.data.unflatten(0, (m, m, m)).transpose(0, 2).flatten(0, 2)
 
 
-def run_dit(
-    settings: dict[str, Any],
-    weights: dict[str, Tensor],
-    inputs: Arrays,
-    _name: str,
-    *,
-    wrong: str = "",
-    **changes: Any,
-) -> dict[str, Tensor]:
+def run_dit(given: GoldenSet, *, wrong: str = "", **changes: Any) -> dict[str, Tensor]:
     """Return the velocity of a golden set."""
-    constructor, assets = settings["constructor"], settings["assets"]
-    model = make_dit(constructor, weights, **changes)
+    inputs, constructor = given.inputs, given.settings["constructor"]
+    assets = given.settings["assets"]
+    model = make_dit(constructor, given.weights, **changes)
     image = image_tokens(inputs, assets)
     t = torch.from_numpy(inputs["t"])
     if wrong == "erf GELU":

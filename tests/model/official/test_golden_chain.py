@@ -6,7 +6,13 @@ import torch
 
 from model.conditioning import image_conditioned_dit
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.config import ConditionedDiTConfig, EncoderConfig, Guidance, TimeSchedule
+from model.config import (
+    ConditionedDiTConfig,
+    EncoderConfig,
+    Guidance,
+    SamplingOptions,
+    TimeSchedule,
+)
 from model.image_tokens import ImageTokens
 from model.inference.cells_near_mesh import cells_near, normalized
 from model.inference.extract_mesh import extract_meshes
@@ -56,7 +62,8 @@ def sampled(monkeypatch, stage, config, level, noise):
     model = ConditionedDiT(whole, dit, NoEncoder())
     monkeypatch.setattr(image_conditioned_dit, "draw_noise", lambda *_: noise)
     guidance = Guidance(scale=settings["guidance"])
-    return model.generate(level, condition(), [0], steps=settings["steps"], guidance=guidance)
+    options = SamplingOptions(steps=settings["steps"], guidance=guidance)
+    return model.generate(level, condition(), [0], options)
 
 
 def test_golden_chain_latents_of_the_structure(monkeypatch):

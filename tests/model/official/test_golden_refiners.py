@@ -58,8 +58,7 @@ def test_golden_refiner_1024():
     for key, error in errors.items():
         assert error <= TOLERANCES[key.split("/")[1]], f"{key} is off by {error:.2e}"
     want = golden.outputs["whole"]
-    arguments = golden.settings_of("whole"), golden.weights("whole"), golden.inputs["whole"]
-    made = run_refiner_1024(*arguments, "whole")
+    made = run_refiner_1024(golden.given("whole"))
     np.testing.assert_allclose(made["halved"].numpy(), want["halved"], rtol=0, atol=1e-6)
     bits = np.unpackbits(made["signs"]) != np.unpackbits(want["signs"])
     assert bits.mean() <= MAY_DIFFER

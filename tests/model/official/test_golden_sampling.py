@@ -10,7 +10,13 @@ from model.checkpoint import copy_weights
 from model.conditioning import image_conditioned_dit
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import ImageEncoder
-from model.config import ConditionedDiTConfig, EncoderConfig, Guidance, TimeSchedule
+from model.config import (
+    ConditionedDiTConfig,
+    EncoderConfig,
+    Guidance,
+    SamplingOptions,
+    TimeSchedule,
+)
 from model.inference.cells_near_mesh import cells_near, normalized
 from model.inference.published_checkpoint import dit_weights
 from model.published_settings import LatentScale, dense_dit, sparse_dit
@@ -98,8 +104,7 @@ def trajectory(monkeypatch, name, guidance=7.0, **times):
         level,
         image_tokens(inputs, 1),
         [0],
-        steps=settings["steps"],
-        guidance=Guidance(scale=guidance),
+        SamplingOptions(steps=settings["steps"], guidance=Guidance(scale=guidance)),
     )
     states = states[:: len(states) // settings["steps"]]
     states = [*states, model.dit.normalize(final)]

@@ -23,13 +23,14 @@ GOLDEN = Golden("vae")
 TOLERANCE = 1e-5
 
 
-def run_vae(settings, weights, inputs, name, *, wrong="", monkeypatch=None):
+def run_vae(given, *, wrong="", monkeypatch=None):
     """Return the posterior, the decoded values and the features of a golden set."""
+    settings, inputs = given.settings, given.inputs
     config, _, _ = vae_settings(settings["constructor"], "golden settings")
     if wrong == "pooling divides by n":
         config = type(config)(**{**vars(config), "plus_one_pooling": False})
     model = SparseVAE(config).eval()
-    model.load_published(weights)
+    model.load_published(given.weights)
     cells = torch.from_numpy(inputs["cells"])
     level, order = level_of(cells, settings["cell_resolution"], settings["assets"])
     values, latents = (torch.from_numpy(inputs[key])[order] for key in ("values", "latents"))
@@ -53,7 +54,7 @@ def run_vae(settings, weights, inputs, name, *, wrong="", monkeypatch=None):
     if wrong == "points counted x first":
         sdf = sdf.unflatten(1, (8, 8, 8)).transpose(1, 3).flatten(1)
     made = {"mean": posterior.mean, "logvar": posterior.logvar, "sdf": sdf}
-    if "features" in GOLDEN.outputs[name]:
+    if "features" in GOLDEN.outputs[given.name]:
         made["features"] = features.unflatten(0, (-1, 512))
     return {key: restored(x, order) for key, x in made.items()}
 

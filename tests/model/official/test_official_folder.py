@@ -13,6 +13,7 @@ from model.generate import GenerateConfig, generate
 from model.inference.checkpoint_source import find_checkpoint
 from model.inference.generator import Generator
 from model.inference.published_checkpoint import read_published
+from model.inference.stages import StageSelection
 from pipeline.core.errors import UserError
 from tests.model.official.published_folder import (
     sections,
@@ -104,7 +105,7 @@ def at(dino):
 
 def test_official_settings_reach_the_stages(folders, dino):
     for version in VERSIONS:
-        stages = read_published(folders[version], refine="all", **at(dino))
+        stages = read_published(folders[version], StageSelection(refine="all", **at(dino)))
         assert sorted(stages.dits) == sorted(stages.vaes) == sorted(stages.refiners) == [64, 128]
         flow = stages.structure.flow.config
         assert (flow.schedule.shift, flow.schedule.spacing) == (6.0, "published")
@@ -199,7 +200,7 @@ BAD_CONFIGS = {
 
 def refuse(path, message, **options):
     with pytest.raises(UserError, match=message) as caught:
-        read_published(path, image_encoder="nowhere", **options)
+        read_published(path, StageSelection(image_encoder="nowhere", **options))
     assert "\n" not in str(caught.value)
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.config import Guidance
 from model.inference.extract_mesh import extract_meshes
 from model.rectified_flow import interpolate, velocity_target
 from model.sparse_tensor import SparseTensor
@@ -155,15 +154,13 @@ class DiTTask(StageTask[DiTTraining]):
     ) -> tuple[float, list[NDArray[np.uint8]]]:
         """Generate one asset. Returns its IoU and the pictures of COLUMNS."""
         assert self.vae is not None
-        flow = self.cfg.flow
         batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
         level = batch.latents.cells
         z_NC = model.generate(
             level,
             model.encode_images(batch.images),
             [asset],
-            steps=flow.steps,
-            guidance=Guidance(scale=flow.guidance),
+            self.cfg.flow.preview_sampling,
         )
         values = self.vae.decode(z_NC, level)
         stored = self.vae.decode(batch.latents.mean, level)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import Guidance
 from model.image_tokens import ImageTokens
 from model.occupancy_vae import OccupancyVAE, occupancy_grid, occupancy_loss
 from model.rectified_flow import interpolate, velocity_target
@@ -240,9 +239,7 @@ def generate_cells(
     Returns:
         Whether each cell is occupied, bool [1, S, S, S].
     """
-    level = model.generate(
-        image_tokens, [seed], steps=cfg.flow.steps, guidance=Guidance(scale=cfg.flow.guidance)
-    )
+    level = model.generate(image_tokens, [seed], cfg.flow.preview_sampling)
     return occupancy_grid(level.coords, level.resolution, 1)
 
 

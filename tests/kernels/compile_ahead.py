@@ -1,8 +1,7 @@
-"""Compiles the kernels of one SSA step for an architecture, without a GPU, and prints JSON.
+"""Compiles Triton launches for an architecture without a GPU, and reports what each one needs.
 
-`python -m tests.kernels.attention.compile_ahead 80 bfloat16 16 32` (architecture, dtype, H / G, D)
-prints the resources that each kernel needs. It must run without the interpreter. The launches are
-those that the operators really make: `JITFunction.run` is replaced by the compiler.
+The launches are those that the operators really make: `JITFunction.run` is replaced by the
+compiler. This must run without the interpreter, so that tests start a process for it.
 """
 
 from __future__ import annotations
@@ -12,16 +11,18 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from kernels.attention.ssa import ssa_backward, ssa_forward
-from tests.kernel_inputs import random_index
+SPILL_LIMIT = 256  # bytes per thread: what a register cap that buys occupancy may cost
+SHARED_LIMIT = 58 * 1024  # at least two programs in the 164 KB of an A100 multiprocessor
 
 TYPES = {
     torch.float32: "*fp32",
@@ -73,29 +74,47 @@ def resources(cubin: bytes) -> dict:
     return {"registers": int(usage["REG"]), "spilled": int(usage["STACK"]) + int(usage["LOCAL"])}
 
 
-def compile_step(
-    arch: int, dtype: torch.dtype, group: int, D: int, G: int = 2, top_k: int = 3
-) -> list[dict]:
-    """Compile every kernel of forward and backward once, with ordered and unordered windows."""
-    index = random_index([700, 300], 24)
-    N, P, H = index.num_tokens, index.num_compressed, G * group
+def record_launches(arch: int) -> dict[str, dict]:
+    """Let every launch be compiled instead of run.
+
+    Returns:
+        What `compile_launch` says about the launches that follow, each different one once.
+    """
     launches: dict[str, dict] = {}
 
     def record(fn, *args, grid, warmup, **kwargs):
-        key = f"{fn.__name__} {[value for value in args if isinstance(value, bool | int)]} {kwargs}"
+        key = f"{fn.__name__} {[value for value in args if isinstance(value, int)]} {kwargs}"
         if key not in launches:
             launches[key] = compile_launch(fn, args, kwargs, arch)
 
     triton.JITFunction.run = record
-    rows = ((N, H, D), (N, G, D), (N, G, D), (P, G, D), (P, G, D), (N, 3))
-    inputs = [torch.zeros(shape, dtype=dtype) for shape in rows]
-    for shifted, k in ((False, top_k), (True, index.max_blocks)):
-        out, *saved = ssa_forward(inputs, index, k, shifted, 1.0)
-        ssa_backward(out, inputs, saved, index, k, shifted, 1.0)
-    return list(launches.values())
+    return launches
 
 
-if __name__ == "__main__":
-    arch, dtype, group, D = sys.argv[1:]
-    launches = compile_step(int(arch), getattr(torch, dtype), int(group), int(D))
-    sys.stdout.write(json.dumps(launches) + "\n")
+def print_launches(launch_all: Callable[..., None]) -> None:
+    """Print the launches of a function as JSON: the command of a module for `compiled_launches`.
+
+    Args:
+        launch_all: Makes the launches, given the architecture, the dtype and the numbers that
+            follow them on the command line.
+    """
+    arch, dtype, *sizes = sys.argv[1:]
+    launches = record_launches(int(arch))
+    launch_all(int(arch), getattr(torch, dtype), *map(int, sizes))
+    sys.stdout.write(json.dumps(list(launches.values())) + "\n")
+
+
+def on_architectures(fast: str, *, slow: Sequence[str]) -> Callable[[Callable], Callable]:
+    """Run a test for A100 and Hopper (`arch`) and for the arguments of a command (`arguments`).
+
+    Args:
+        fast: The dtype and the numbers that follow the architecture on the command line.
+        slow: Other arguments, whose tests are slow.
+    """
+    cases = [fast, *(pytest.param(case, marks=pytest.mark.slow) for case in slow)]
+
+    def parametrize(test: Callable) -> Callable:
+        with_arguments = pytest.mark.parametrize("arguments", cases)(test)
+        return pytest.mark.parametrize("arch", [80, 90])(with_arguments)
+
+    return parametrize

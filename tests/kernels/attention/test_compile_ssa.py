@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-
+from tests.kernels.compile_ahead import SHARED_LIMIT, SPILL_LIMIT, on_architectures
 from tests.kernels.compiled_launches import compiled_launches
 
-SHARED_LIMIT = 58 * 1024  # at least two programs in the 164 KB of an A100 multiprocessor
-SPILL_LIMIT = 256  # bytes per thread: what a register cap that buys occupancy may cost
 
-
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(
-    ("dtype", "group", "D"),
-    [
-        ("bfloat16", 16, 32),
-        pytest.param("float16", 1, 64, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 32, 128, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 4, 16, marks=pytest.mark.slow),
-    ],
-)
-def test_every_launch_compiles(arch, dtype, group, D):
+@on_architectures("bfloat16 16 32", slow=("float16 1 64", "bfloat16 32 128", "bfloat16 4 16"))
+def test_every_launch_compiles(arch, arguments):
     launches = compiled_launches(
-        "-m", "tests.kernels.attention.compile_ahead", arch, dtype, group, D
+        "-m", "tests.kernels.attention.compile_ssa", arch, *arguments.split()
     )
     names = {launch["name"] for launch in launches}
     assert names >= {
