@@ -58,7 +58,30 @@ def ragged_attention(
     return torch.cat(outputs)
 
 
-class SpatialSparseAttention(nn.Module):
+class SelfAttention(nn.Module):
+    """Self-attention of the tokens of each asset, with an output layer `out`."""
+
+    out: nn.Linear
+
+    def forward(
+        self, x_NC: Tensor, layout: TokenLayout, kept: BlockActivations | None = None
+    ) -> Tensor:
+        """Attend: [N, C] -> [N, C], rows in the layout's order.
+
+        Args:
+            x_NC: [N, C].
+            layout: Layout of the N tokens.
+            kept: The activations of the block. None keeps all.
+        """
+        kept = kept or BlockActivations("all", x_NC.device.type)
+        return _project(self.out, self.attend(x_NC, layout, kept).flatten(1), kept)
+
+    def attend(self, x_NC: Tensor, layout: TokenLayout, kept: BlockActivations) -> Tensor:
+        """Attend without the output layer: [N, C] -> [N, H, D]."""
+        raise NotImplementedError
+
+
+class SpatialSparseAttention(SelfAttention):
     """Spatial sparse attention (SSA) with its projections and gates.
 
     Direct3D-S2 paper (arXiv 2505.17412), section 5.
@@ -102,17 +125,7 @@ class SpatialSparseAttention(nn.Module):
         self.compress_value = make_compression(compression, kv_channels, plus_one=plus_one)
         self.out = nn.Linear(channels, channels, bias=False)
 
-    def forward(
-        self, x_NC: Tensor, layout: TokenLayout, kept: BlockActivations | None = None
-    ) -> Tensor:
-        """Attend: [N, C] -> [N, C], rows in the layout's order.
-
-        Args:
-            x_NC: [N, C].
-            layout: Layout of the N tokens.
-            kept: The activations of the block. None keeps all.
-        """
-        kept = kept or BlockActivations("all", x_NC.device.type)
+    def attend(self, x_NC: Tensor, layout: TokenLayout, kept: BlockActivations) -> Tensor:
         q_NC = self.query(x_NC)
         kept.drop("products", q_NC, self.query, x_NC)
         # Keys, values and gates come from one product, padded to a multiple of eight columns.
@@ -141,7 +154,7 @@ class SpatialSparseAttention(nn.Module):
             shifted=self.shifted,
         )
         kept.drop("products", out_NHD, _gated_sum, *branches, gates_N3)
-        return _project(self.out, out_NHD.flatten(1), kept)
+        return out_NHD
 
 
 def _gated_sum(a_NHD: Tensor, b_NHD: Tensor, c_NHD: Tensor, gates_N3: Tensor) -> Tensor:
@@ -165,7 +178,7 @@ class HeadNorm(nn.Module):
         return normed.to(x_NHD.dtype)
 
 
-class FullAttention(nn.Module):
+class FullAttention(SelfAttention):
     """Self-attention of every token to all tokens of its asset, which SSA replaces.
 
     Args:
@@ -182,22 +195,12 @@ class FullAttention(nn.Module):
         self.key_norm = HeadNorm(heads, channels // heads) if qk_norm else None
         self.out = nn.Linear(channels, channels)
 
-    def forward(
-        self, x_NC: Tensor, layout: TokenLayout, kept: BlockActivations | None = None
-    ) -> Tensor:
-        """Attend: [N, C] -> [N, C], rows in the layout's order.
-
-        Args:
-            x_NC: [N, C].
-            layout: Layout of the N tokens.
-            kept: The activations of the block. None keeps all.
-        """
+    def attend(self, x_NC: Tensor, layout: TokenLayout, _kept: BlockActivations) -> Tensor:
         q_NHD, k_NHD, v_NHD = self.qkv(x_NC).unflatten(1, (3, self.heads, -1)).unbind(1)
         if self.query_norm is not None and self.key_norm is not None:
             q_NHD, k_NHD = self.query_norm(q_NHD), self.key_norm(k_NHD)
         starts, longest = layout.index.token_starts, layout.max_tokens
-        out_NHD = ragged_attention(q_NHD, k_NHD, v_NHD, starts, starts, longest, longest)
-        return _project(self.out, out_NHD.flatten(1), kept)
+        return ragged_attention(q_NHD, k_NHD, v_NHD, starts, starts, longest, longest)
 
 
 def _project(layer: nn.Linear, x_NC: Tensor, kept: BlockActivations | None) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import safetensors.torch
 import torch
 
@@ -83,15 +81,6 @@ def task_of(cfg):
     vae, store = read_latents(cfg, World())
     index = index_with_latents(cfg, store)
     return DiTTask(cfg, World(), index.split("train"), index.split("val"), store, vae)
-
-
-def metrics(path, event=None):
-    """Return the rows of a run's metrics.jsonl that have this event."""
-    rows = [
-        json.loads(line)
-        for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    return [row for row in rows if row.get("event") == event]
 
 
 def wake(model):

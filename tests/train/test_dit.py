@@ -15,12 +15,12 @@ from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import DinoEncoder
 from model.config import ConditionedDiTConfig, EncoderConfig
 from pipeline.core.errors import RunError, UserError
+from tests.train.metric_rows import metric_rows
 from tests.train.ss_dit_fixtures import (
     MODEL,
     config,
     loader_of,
     make_vae,
-    metrics,
     task_of,
     wake,
     weights,
@@ -89,7 +89,7 @@ def test_a_checkpoint_records_what_the_export_needs(rendered, tmp_path):
     assert model.config == MODEL
     assert torch.equal(model.dit.latent_mean, store.mean)
     assert torch.equal(model.dit.latent_std, store.std)
-    assert metrics(cfg.out, "validation")[0]["loss"] > 0
+    assert metric_rows(cfg.out, "validation")[0]["loss"] > 0
     folder = cfg.out / "samples" / "step-00000002"
     numbers = json.loads((folder / "iou.json").read_text(encoding="utf-8"))
     assert set(numbers) == {"held_out_views", "held_out_assets"}
@@ -122,8 +122,8 @@ def test_a_run_that_crashed_between_checkpoints_resumes_bit_exactly(
         ours, theirs = weights(crashed.out, name), weights(whole.out, name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-    assert [row["loss"] for row in metrics(crashed.out)] == [
-        row["loss"] for row in metrics(whole.out)
+    assert [row["loss"] for row in metric_rows(crashed.out)] == [
+        row["loss"] for row in metric_rows(whole.out)
     ]
 
 

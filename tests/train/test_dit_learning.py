@@ -18,13 +18,13 @@ from pipeline.core.primitives.surface_distance import compare_surfaces
 from tests.child_python import project_environment, run_python
 from tests.train.analytic_builds import add_renders, ellipsoid, make_build, tiny_training
 from tests.train.engine.test_distributed import torchrun
+from tests.train.metric_rows import metric_rows
 from tests.train.ss_dit_fixtures import (
     MODEL,
     VIEWS,
     config,
     encode_with,
     loader_of,
-    metrics,
     weights,
 )
 from train.data.bricks import BrickReader, read_build_index
@@ -134,7 +134,7 @@ def test_a_killed_rank_is_restarted_and_resumes_from_the_last_checkpoint(rendere
         assert process.returncode == 0, outputs[name]
     assert "Resuming from" not in outputs["whole"]
     assert f"Resuming from {tmp_path / 'killed' / 'step-00000003'}" in outputs["killed"]
-    assert [row["step"] for row in metrics(tmp_path / "killed")] == list(range(1, 9))
+    assert [row["step"] for row in metric_rows(tmp_path / "killed")] == list(range(1, 9))
     killed, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert all(torch.equal(killed[key], whole[key]) for key in whole)
 

@@ -21,6 +21,7 @@ from pipeline.core.errors import UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.model.tiny_models import STRUCTURE
 from tests.train.analytic_builds import add_renders, color_of, make_build, short_loop
+from tests.train.metric_rows import all_rows
 from train.data.bricks import read_build_index
 from train.data.symmetry import SYMMETRIES
 from train.engine import checkpoint
@@ -65,13 +66,6 @@ def config(data, out, *, steps=4, **options):
         flow=FlowTraining(batch_size=2, steps=4, loop=loop),
     )
     return replace(cfg, **options)
-
-
-def metrics(path):
-    return [
-        json.loads(line)
-        for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
 
 
 def test_grids_hold_the_stored_cells_under_a_symmetry(rendered, tmp_path):
@@ -143,9 +137,9 @@ def test_both_parts_train_and_the_checkpoint_holds_the_whole_stage(rendered, tmp
         assert torch.equal(tensor, before[name]), "the flow's training must leave the VAE alone"
     assert (structure.flow.dit.latent_std > 0).all()
     assert (structure.flow.dit.latent_std != 1).all()
-    rows = metrics(cfg.out / "flow")
+    rows = all_rows(cfg.out / "flow")
     assert [row["event"] for row in rows if "event" in row] == ["validation"]
-    assert {"iou", "kl", "bce"} <= set(metrics(cfg.out / "vae")[0])
+    assert {"iou", "kl", "bce"} <= set(all_rows(cfg.out / "vae")[0])
     folder = cfg.out / "flow" / "samples" / "step-00000003"
     assert set(json.loads((folder / "iou.json").read_text(encoding="utf-8"))) == {
         "held_out_views",
@@ -236,7 +230,7 @@ def test_resumed_runs_of_both_parts_equal_uninterrupted_ones(rendered, tmp_path)
     }
     train_structure(replace(parts, part="vae", **more), World())
     resumed, uninterrupted = (
-        [row["loss"] for row in metrics(cfg.out / "vae")] for cfg in (parts, whole)
+        [row["loss"] for row in all_rows(cfg.out / "vae")] for cfg in (parts, whole)
     )
     assert resumed == uninterrupted
     # The flow in `parts` started on a VAE of two steps, so a new one starts on the VAE of `whole`.
@@ -251,8 +245,8 @@ def test_resumed_runs_of_both_parts_equal_uninterrupted_ones(rendered, tmp_path)
         World(),
     )
     train_structure(replace(other, part="flow"), World())
-    assert [row["loss"] for row in metrics(other.out / "flow")] == [
-        row["loss"] for row in metrics(whole.out / "flow")
+    assert [row["loss"] for row in all_rows(other.out / "flow")] == [
+        row["loss"] for row in all_rows(whole.out / "flow")
     ]
 
 
@@ -262,7 +256,7 @@ def test_the_stage_learns_which_image_has_which_cells(rendered, tmp_path):
     cfg = replace(cfg, vae=replace(cfg.vae, batch_size=4, symmetries=False))
     cfg = replace(cfg, flow=replace(cfg.flow, batch_size=12, augment=False))
     train_structure(cfg, World())
-    assert metrics(cfg.out / "vae")[-1]["iou"] > 0.95
+    assert all_rows(cfg.out / "vae")[-1]["iou"] > 0.95
     structure = Structure(MODEL).eval()
     load_weights(checkpoint.latest(cfg.out / "flow"), structure)
     index = read_build_index(rendered, [32]).split("train")

@@ -19,6 +19,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.primitives.voxel_iou import intersection_over_union
 from tests.child_python import project_environment, run_python, start_python
 from tests.train.analytic_builds import tiny_training
+from tests.train.metric_rows import all_rows, metric_rows
 from train.data.bricks import BrickLoader, BrickReader, read_build_index
 from train.engine.distributed import World
 from train.evaluate import main as evaluate
@@ -44,12 +45,8 @@ command(lambda args: train_vae(cfg(args), World()) and 0)
 
 def exact(out):
     """Return the metrics of each step that must be equal in equal runs. Times are left out."""
-    lines = [
-        json.loads(line)
-        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
     names = ("step", "loss", "in", "ext", "sharp", "kl", "grad_norm", "tokens", "lr")
-    return [[line[name] for name in names] for line in lines if "event" not in line]
+    return [[row[name] for name in names] for row in metric_rows(out)]
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +107,7 @@ def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
 
     monkeypatch.setattr(BrickLoader, "load", broken)
     assert train_vae(tiny_training(build, tmp_path, steps=6), World()) == 6
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = all_rows(tmp_path)
     assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1]
     assert np.isnan(lines[3]["loss"])
     assert np.isfinite(lines[5]["loss"])
@@ -121,11 +115,7 @@ def test_a_nan_in_the_batch_is_skipped(build, tmp_path, monkeypatch):
 
 def test_a_run_validates_and_writes_reconstructions(build, tmp_path):
     train_vae(tiny_training(build, tmp_path, steps=2, validate_every=2, sample_every=2), World())
-    (event,) = [
-        json.loads(x)
-        for x in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        if "event" in x
-    ]
+    (event,) = metric_rows(tmp_path, "validation")
     assert {"loss", "in", "ext", "sharp", "kl", "iou"} <= event.keys()
     folder = tmp_path / "samples" / "step-00000002"
     assert {path.suffix for path in folder.iterdir()} == {".ply", ".png"}

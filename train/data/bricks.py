@@ -34,6 +34,7 @@ from pipeline.storage.layout import (
 )
 from pipeline.storage.manifest import check_version
 from pipeline.storage.remote import StorePath, read_files
+from train.data.rank_batch import RankBatch
 from train.data.source import ConcurrentReader
 from train.data.symmetry import SYMMETRIES, transform_bricks
 from train.engine.batch_sampler import BatchSampler, SampleId, StepSamples
@@ -282,31 +283,21 @@ class BrickReader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEBatch:
+class VAEBatch(RankBatch):
     """The part of a step's samples that one rank trains the SS-VAE on.
+
+    `noise` is that of the posterior samples and has a row for each cell.
 
     Attributes:
         bricks: Bricks of the assets.
-        noise: Standard normal noise of the posterior samples, float32 [M, C] for M cells. It
-            depends on the sample alone and not on the batch.
-        share: Weight of one sample in the loss, see `StepSamples.loss_weight`.
-        uids: Identifier of each asset.
     """
 
     bricks: BrickBatch
-    noise: Tensor
-    share: float
-    uids: tuple[str, ...]
 
     @property
     def tokens(self) -> int:
         """Number of cells."""
         return len(self.bricks.cells)
-
-    @property
-    def samples(self) -> int:
-        """Number of assets."""
-        return len(self.uids)
 
     @property
     def metric_labels(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from pipeline.core.files import write_atomically
+from train.engine.config import LoopConfig
 
 log = logging.getLogger(__name__)
 
@@ -25,28 +26,17 @@ class MetricsLog:
 
     Args:
         out: Directory of the run.
+        loop: The run's steps, steps between log lines, and time limit, which bounds the time left.
         first: Number of steps done before. Lines of later steps, which a killed run left behind,
             are deleted, so that every step has one line.
-        steps: Number of steps of the whole run.
-        log_every: Number of steps between log lines.
-        max_minutes: Time limit of the run, which bounds the time left. None sets no limit.
         enabled: Whether this rank writes. Only rank 0 does.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        *,
-        first: int,
-        steps: int,
-        log_every: int,
-        max_minutes: float | None = None,
-        enabled: bool = True,
-    ):
+    def __init__(self, out: Path, loop: LoopConfig, *, first: int, enabled: bool = True):
         self.enabled = enabled
-        self.log_every = log_every
-        self.steps = steps
-        self._max_seconds = None if max_minutes is None else 60 * max_minutes
+        self.log_every = loop.log_every
+        self.steps = loop.steps
+        self._max_seconds = None if loop.max_minutes is None else 60 * loop.max_minutes
         self._started = time.monotonic()
         self._recent_seconds: list[float] = []  # of the steps since the last log line
         self._file: TextIO | None = None
@@ -60,7 +50,7 @@ class MetricsLog:
         self._file = (out / METRICS).open("a", encoding="utf-8")
         self._board = _tensorboard(out / "tensorboard", first)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=loop.steps, initial=first, unit="step", dynamic_ncols=True)
 
     def log_step(self, step: int, metrics: dict[str, Any]) -> None:
         """Write the metrics of a finished step.

@@ -184,14 +184,7 @@ class Trainer:
         """
         cfg = self.cfg
         self._log_start()
-        metrics_log = MetricsLog(
-            self.out,
-            first=self.done,
-            steps=cfg.steps,
-            log_every=cfg.log_every,
-            max_minutes=cfg.max_minutes,
-            enabled=self.world.is_first,
-        )
+        metrics_log = MetricsLog(self.out, cfg, first=self.done, enabled=self.world.is_first)
         try:
             with note_signals() as stop:
                 self._train(metrics_log, stop)

@@ -14,47 +14,29 @@ from torch import Tensor
 
 from train.data.bricks import BuildIndex
 from train.data.config import FlowOptions
+from train.data.rank_batch import RankBatch
 from train.data.render_conditions import RenderConditions
 from train.stages.config import ConditionedTraining
 
-VALIDATION_TIMES = (
-    0.1,
-    0.3,
-    0.5,
-    0.7,
-    0.9,
-)  # times of the flow at which held-out assets are judged
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the flow, at which held-out assets are judged
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionedBatch:
-    """The part of a step's samples that one rank trains a flow on.
-
-    The random numbers of a sample depend on the sample alone and not on the batch.
+class ConditionedBatch(RankBatch):
+    """The part of a step's samples that one rank trains a flow on, which starts at `noise`.
 
     Args:
-        noise: Standard normal noise at which the flow starts, fp32 [N, C], rows by asset.
         times: Time of each sample, fp32 [B] in (0, 1).
         dropped: Whether each sample is trained without its image, bool [B].
-        share: Weight of one sample in the loss, see `StepSamples.loss_weight`.
-        uids: Identifier of each asset.
     """
 
-    noise: Tensor
     times: Tensor
     dropped: Tensor
-    share: float
-    uids: tuple[str, ...]
 
     @property
     def tokens(self) -> int:
         """Number of tokens."""
         return len(self.noise)
-
-    @property
-    def samples(self) -> int:
-        """Number of assets."""
-        return len(self.uids)
 
     @property
     def metric_labels(self) -> dict[str, int]:
@@ -112,8 +94,8 @@ def choose_views(
     index: BuildIndex,
     cfg: ConditionedTraining,
     flow: FlowOptions,
-    *,
     image_size: int,
+    *,
     training: bool,
     held_out_only: bool,
 ) -> RenderConditions:

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from train.engine import metrics_log
+from train.engine.config import LoopConfig
 from train.engine.metrics_log import METRICS, MetricsLog
 
 
@@ -17,7 +18,7 @@ def lines(caplog):
 
 
 def test_a_line_has_the_mean_seconds_since_the_last_line_and_the_time_left(tmp_path, lines):
-    written = MetricsLog(tmp_path, first=10, steps=100, log_every=2)
+    written = MetricsLog(tmp_path, LoopConfig(steps=100, log_every=2), first=10)
     for step, seconds in ((11, 9.0), (12, 1.0), (13, 2.0), (14, 4.0)):
         metrics = {"loss": 0.5, "tokens": 7, "tokens_per_s": 12345.0, "mfu": 0.31}
         written.log_step(step, {**metrics, "seconds": seconds})
@@ -40,7 +41,7 @@ def test_a_line_has_the_mean_seconds_since_the_last_line_and_the_time_left(tmp_p
 def test_a_time_limit_bounds_the_time_left(tmp_path, monkeypatch, lines):
     now = [1000.0]
     monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
-    written = MetricsLog(tmp_path, first=0, steps=1000, log_every=1, max_minutes=2)
+    written = MetricsLog(tmp_path, LoopConfig(steps=1000, log_every=1, max_minutes=2), first=0)
     now[0] += 30
     written.log_step(1, {"seconds": 30.0})
     now[0] += 100
@@ -50,7 +51,7 @@ def test_a_time_limit_bounds_the_time_left(tmp_path, monkeypatch, lines):
 
 
 def test_the_last_step_has_a_line_whatever_the_cadence(tmp_path, lines):
-    written = MetricsLog(tmp_path, first=0, steps=3, log_every=50)
+    written = MetricsLog(tmp_path, LoopConfig(steps=3, log_every=50), first=0)
     for step in (1, 2, 3):
         written.log_step(step, {"loss": 0.5, "seconds": 2.0})
     written.close()
@@ -58,7 +59,7 @@ def test_the_last_step_has_a_line_whatever_the_cadence(tmp_path, lines):
 
 
 def test_a_rank_other_than_the_first_writes_and_logs_nothing(tmp_path, lines):
-    written = MetricsLog(tmp_path / "run", first=0, steps=1, log_every=1, enabled=False)
+    written = MetricsLog(tmp_path / "run", LoopConfig(steps=1, log_every=1), first=0, enabled=False)
     written.log_step(1, {"seconds": 1.0})
     written.log_event(1, "validation", {"loss": 1.0})
     written.close()

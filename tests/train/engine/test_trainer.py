@@ -14,22 +14,15 @@ import torch
 
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.signals import Stopped
+from tests.train.metric_rows import metric_rows
 from tests.train.toy_model import LineTask, PointStream, run
 from train.engine import checkpoint
-
-
-def rows(out, event=None):
-    lines = [
-        json.loads(line)
-        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    return [line for line in lines if line.get("event") == event]
 
 
 def exact(out):
     """Return the metrics that must be equal in equal runs. Times are left out."""
     names = ("step", "loss", "error", "grad_norm", "lr", "tokens", "skipped")
-    return [[row[name] for name in names] for row in rows(out)]
+    return [[row[name] for name in names] for row in metric_rows(out)]
 
 
 def same_files(a, b):
@@ -63,7 +56,7 @@ def test_a_run_learns_and_writes_checkpoints_and_metrics(tmp_path):
     assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [
         f"step-{n:08d}" for n in (180, 190, 200)
     ]
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 201))
+    assert [row["step"] for row in metric_rows(tmp_path)] == list(range(1, 201))
     assert {
         "loss",
         "error",
@@ -73,8 +66,8 @@ def test_a_run_learns_and_writes_checkpoints_and_metrics(tmp_path):
         "mfu",
         "data_s",
         "resolution",
-    } <= rows(tmp_path)[0].keys()
-    assert [row["step"] for row in rows(tmp_path, "validation")] == [50, 100, 150, 200]
+    } <= metric_rows(tmp_path)[0].keys()
+    assert [row["step"] for row in metric_rows(tmp_path, "validation")] == [50, 100, 150, 200]
     assert [path.name for path in task.sampled] == ["step-00000100", "step-00000200"]
     config = json.loads((tmp_path / "latest" / "config.json").read_text(encoding="utf-8"))
     assert (config["format_version"], config["model"]) == (1, "Line")
@@ -92,14 +85,14 @@ def test_a_run_that_crashed_resumes_bit_exactly(tmp_path, stop):
     run(tmp_path / "whole", validate_every=7)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", task=LineTask(crash), validate_every=7)
-    assert len(rows(tmp_path / "cut")) == stop
+    assert len(metric_rows(tmp_path / "cut")) == stop
     stream = PointStream()
     run(tmp_path / "cut", stream=stream, validate_every=7)
     assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
     assert stream.closed
     assert same_files(tmp_path / "cut" / "latest", tmp_path / "whole" / "latest")
-    assert [r["loss"] for r in rows(tmp_path / "cut", "validation")] == [
-        r["loss"] for r in rows(tmp_path / "whole", "validation")
+    assert [r["loss"] for r in metric_rows(tmp_path / "cut", "validation")] == [
+        r["loss"] for r in metric_rows(tmp_path / "whole", "validation")
     ]
 
 
@@ -239,7 +232,7 @@ def test_a_bad_batch_is_skipped(tmp_path, bad, caplog):
         done, task = run(tmp_path, stream=PointStream(change), steps=60)
     assert done == 60
     assert all(parameter.isfinite().all() for parameter in task.model.parameters())
-    assert rows(tmp_path)[-1]["skipped"] == 2
+    assert metric_rows(tmp_path)[-1]["skipped"] == 2
     assert "Step 6 was not applied: not finite (1 skipped so far)" in caplog.text
     torch.testing.assert_close(
         task.model.weight.data, torch.tensor([[1.0, 2.0, 3.0]]), atol=0.3, rtol=0
@@ -273,7 +266,7 @@ def test_a_gradient_spike_is_skipped(tmp_path):
         steps=42,
         clip_norm=1.0,
     )
-    assert rows(tmp_path)[40]["skipped"] == rows(tmp_path)[39]["skipped"] + 1
+    assert metric_rows(tmp_path)[40]["skipped"] == metric_rows(tmp_path)[39]["skipped"] + 1
     assert torch.equal(after[-1], before[0])
 
 

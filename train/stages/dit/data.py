@@ -98,13 +98,9 @@ class DiTLoader:
         self.cfg = cfg
         self.training = training
         self.concurrent = ConcurrentReader(index.root, store.folder)
+        size = cfg.model.encoder.image_size
         self.conditions = choose_views(
-            index,
-            cfg,
-            cfg.flow,
-            image_size=cfg.model.encoder.image_size,
-            training=training,
-            held_out_only=held_out_only,
+            index, cfg, cfg.flow, size, training=training, held_out_only=held_out_only
         )
 
     def load(self, step: StepSamples, rank: int) -> DiTBatch:

@@ -70,13 +70,9 @@ class GridLoader(BrickLoader):
         self._cells = lru_cache(CELLS_KEPT)(self._read_cells)
         self.conditions = None
         if images:
+            size = cfg.model.flow.encoder.image_size
             self.conditions = choose_views(
-                index,
-                cfg,
-                cfg.flow,
-                image_size=cfg.model.flow.encoder.image_size,
-                training=training,
-                held_out_only=held_out_only,
+                index, cfg, cfg.flow, size, training=training, held_out_only=held_out_only
             )
 
     def load(self, step: StepSamples, rank: int) -> GridBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
