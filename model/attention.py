@@ -143,12 +143,7 @@ class SpatialSparseAttention(SelfAttention):
         k, v, ck, cv = (x.unflatten(1, (self.kv_heads, -1)) for x in (k_NE, v_NE, ck_PE, cv_PE))
         gates_N3 = gates_N3.contiguous()
         out_NHD, branches = ssa_with_branches(
-            q_NC.unflatten(1, (self.heads, -1)),
-            k,
-            v,
-            ck,
-            cv,
-            gates_N3,
+            (q_NC.unflatten(1, (self.heads, -1)), k, v, ck, cv, gates_N3),
             layout.index,
             top_k=self.top_k,
             shifted=self.shifted,

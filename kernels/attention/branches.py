@@ -15,18 +15,16 @@ from kernels.attention.gates import OutputGradient, gated_sum_forward, gates_bac
 from kernels.attention.inverse_lists import InverseListStorage, fill_lists, selected_ranks
 from kernels.attention.scaled_keys import BranchKeys, scale_keys
 from kernels.attention.segment import (
-    Segments,
     compressed_segments,
     segment_forward,
     window_segments,
 )
-from kernels.attention.segment_attention import attend_segments, attend_segments_backward
+from kernels.attention.segment_attention import segment_attention
 from kernels.attention.selection import combine_partials, selection_partials
 from kernels.attention.selection_backward import selection_backward
 from kernels.attention.softmax import BOUND_LIMIT, lse_dtype
 from kernels.attention.ssa import split_queries
 from kernels.attention.top_blocks import top_blocks
-from kernels.runtime import eager_autograd
 from kernels.runtime.checks import check_dtype, check_same_type, use_triton
 from kernels.runtime.triton_ops import on_device
 
@@ -36,87 +34,6 @@ def _output_gradient(do: Tensor, o: Tensor, lse: Tensor) -> OutputGradient:
 
 
 # Compressed and window attention.
-
-
-def _segments(kind: str, index: BlockIndex) -> Segments:
-    if kind == "compressed":
-        return compressed_segments(index)
-    return window_segments(index, kind == "shifted")
-
-
-@torch.library.custom_op("sparse3d::segment_attention", mutates_args=())
-def _segment(
-    q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], kind: str, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_segment(q, k, v, BlockIndex(*index), kind, scale)
-
-
-def _run_segment(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, kind: str, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, its log-sums and the flag of `segment_forward`."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return attend_segments(q, k, v, _segments(kind, index), scale)
-
-
-@_segment.register_fake
-def _(q, k, v, index, kind, scale):
-    lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
-    return q.new_empty(q.shape), lse, q.new_empty(1, dtype=torch.int32)
-
-
-@torch.library.custom_op("sparse3d::segment_attention_backward", mutates_args=())
-def _segment_backward_op(
-    do: Tensor, saved: list[Tensor], index: list[Tensor], kind: str, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_segment_backward(do, saved, BlockIndex(*index), kind, scale)
-
-
-def _run_segment_backward(
-    do: Tensor, saved: list[Tensor], index: BlockIndex, kind: str, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v. `saved` holds q, k, v and the results of the forward."""
-    return attend_segments_backward(do, saved, _segments(kind, index), scale)
-
-
-@_segment_backward_op.register_fake
-def _(do, saved, index, kind, scale):
-    return tuple(x.new_empty(x.shape) for x in saved[:3])
-
-
-def _segment_setup(ctx, inputs, output):
-    q, k, v, index, ctx.kind, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, *index)
-    ctx.set_materialize_grads(False)
-
-
-def _segment_autograd(ctx, do, *_):
-    tensors = list(ctx.saved_tensors)
-    saved, index = tensors[:6], tensors[6:]
-    grads = (None,) * 3
-    if do is not None:
-        grads = _segment_backward_op(do, saved, index, ctx.kind, ctx.scale)
-    return *grads, [None] * len(index), None, None
-
-
-_segment.register_autograd(_segment_autograd, setup_context=_segment_setup)
-
-
-def _eager_segment(q, k, v, *options):
-    o, lse, flags = _run_segment(q, k, v, *options)
-    return o, (q, k, v, o, lse, flags), options
-
-
-def _eager_segment_backward(_, do, saved, options):
-    return _run_segment_backward(do, saved, *options)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, kind: str, scale: float) -> Tensor:
-    if eager_autograd.needs_dispatcher(q, k, v):
-        return _segment(q, k, v, index.tensors(), kind, scale)[0]
-    return eager_autograd.apply(
-        _eager_segment, _eager_segment_backward, q, k, v, index, kind, scale
-    )
 
 
 def compressed_attention(
@@ -150,7 +67,7 @@ def compressed_attention(
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         return reference.compressed_attention(q_NHD, ck_PGD, cv_PGD, index, scale)
-    return _attend(q_NHD, ck_PGD, cv_PGD, index, "compressed", scale)
+    return segment_attention(q_NHD, ck_PGD, cv_PGD, compressed_segments(index), scale)
 
 
 def window_attention(
@@ -186,7 +103,7 @@ def window_attention(
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         return reference.window_attention(q_NHD, k_NGD, v_NGD, index, shifted, scale)
-    return _attend(q_NHD, k_NGD, v_NGD, index, "shifted" if shifted else "aligned", scale)
+    return segment_attention(q_NHD, k_NGD, v_NGD, window_segments(index, shifted), scale)
 
 
 # Selection.

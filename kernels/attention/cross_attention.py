@@ -11,68 +11,7 @@ from torch import Tensor
 
 from kernels.attention import checks, reference
 from kernels.attention.segment import Segments
-from kernels.attention.segment_attention import attend_segments, attend_segments_backward
-from kernels.attention.softmax import lse_dtype
-from kernels.runtime import eager_autograd
-
-
-def _segments(segments: list[Tensor]) -> Segments:
-    query_segment, query_starts, key_segment, key_starts = segments
-    return Segments(query_segment[:0], query_segment, query_starts, key_segment, key_starts)
-
-
-@torch.library.custom_op("sparse3d::cross_attention", mutates_args=())
-def _cross(
-    q: Tensor, k: Tensor, v: Tensor, segments: list[Tensor], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    return attend_segments(q, k, v, _segments(segments), scale)
-
-
-@_cross.register_fake
-def _(q, k, v, segments, scale):
-    lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
-    return q.new_empty(q.shape), lse, q.new_empty(1, dtype=torch.int32)
-
-
-@torch.library.custom_op("sparse3d::cross_attention_backward", mutates_args=())
-def _cross_backward(
-    do: Tensor, saved: list[Tensor], segments: list[Tensor], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return attend_segments_backward(do, saved, _segments(segments), scale)
-
-
-@_cross_backward.register_fake
-def _(do, saved, segments, scale):
-    return tuple(x.new_empty(x.shape) for x in saved[:3])
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, segments, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, *segments)
-    ctx.set_materialize_grads(False)
-
-
-def _op_backward(ctx, do, *_):
-    tensors = list(ctx.saved_tensors)
-    saved, segments = tensors[:6], tensors[6:]
-    grads = (None,) * 3
-    if do is not None:
-        grads = _cross_backward(do, saved, segments, ctx.scale)
-    return *grads, [None] * len(segments), None
-
-
-_cross.register_autograd(_op_backward, setup_context=_setup)
-
-
-def _eager_forward(q, k, v, segments, scale):
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    o, lse, flags = attend_segments(q, k, v, _segments(segments), scale)
-    return o, (q, k, v, o, lse, flags, *segments), scale
-
-
-def _eager_backward(_, do, saved, scale):
-    return attend_segments_backward(do, saved[:6], _segments(saved[6:]), scale)
+from kernels.attention.segment_attention import segment_attention
 
 
 def cross_attention(
@@ -128,8 +67,4 @@ def cross_attention(
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         return reference.cross_attention(q_NHD, k_SGD, v_SGD, query_starts_A1, key_starts_A1, scale)
-    if eager_autograd.needs_dispatcher(q_NHD, k_SGD, v_SGD):
-        return _cross(q_NHD, k_SGD, v_SGD, segments, scale)[0]
-    return eager_autograd.apply(
-        _eager_forward, _eager_backward, q_NHD, k_SGD, v_SGD, segments, scale
-    )
+    return segment_attention(q_NHD, k_SGD, v_SGD, Segments(query_asset_N[:0], *segments), scale)

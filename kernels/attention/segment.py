@@ -50,6 +50,16 @@ class Segments:
         """True if positions count along `order`."""
         return self.order.shape[0] > 0
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors, of which `Segments(*tensors, short=...)` makes the segments again."""
+        return [
+            self.order,
+            self.query_segment,
+            self.query_starts,
+            self.key_segment,
+            self.key_starts,
+        ]
+
 
 def _asset_segments(index: BlockIndex, key_segment: Tensor, key_starts: Tensor) -> Segments:
     return Segments(

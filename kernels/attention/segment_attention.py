@@ -18,6 +18,7 @@ from kernels.attention.scaled_keys import FOLDED_DTYPES, scale_keys
 from kernels.attention.segment import Segments, segment_forward
 from kernels.attention.segment_backward import segment_backward
 from kernels.attention.softmax import lse_dtype
+from kernels.runtime import eager_autograd
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 from kernels.runtime.triton_ops import on_device
 
@@ -107,3 +108,75 @@ def attend_segments_backward(
         gradient = fold_gradient(o, lse, do.contiguous(), flags if folded else None)
         dq, dk, dv = segment_backward(q, keys, v, gradient, segments)
     return dq, dk.to(q.dtype), dv.to(q.dtype)
+
+
+@torch.library.custom_op("sparse3d::segment_attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: list[Tensor], short: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return attend_segments(q, k, v, Segments(*segments, short=short), scale)
+
+
+@_attention.register_fake
+def _(q, k, v, segments, short, scale):
+    lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
+    return q.new_empty(q.shape), lse, q.new_empty(1, dtype=torch.int32)
+
+
+@torch.library.custom_op("sparse3d::segment_attention_backward", mutates_args=())
+def _attention_backward(
+    do: Tensor, saved: list[Tensor], segments: list[Tensor], short: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attend_segments_backward(do, saved, Segments(*segments, short=short), scale)
+
+
+@_attention_backward.register_fake
+def _(do, saved, segments, short, scale):
+    return tuple(x.new_empty(x.shape) for x in saved[:3])
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, segments, ctx.short, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *segments)
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx, do, *_):
+    tensors = list(ctx.saved_tensors)
+    saved, segments = tensors[:6], tensors[6:]
+    grads = (None,) * 3
+    if do is not None:
+        grads = _attention_backward(do, saved, segments, ctx.short, ctx.scale)
+    return *grads, [None] * len(segments), None, None
+
+
+_attention.register_autograd(_op_backward, setup_context=_setup)
+
+
+def _eager_forward(q, k, v, segments, scale):
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    o, lse, flags = attend_segments(q, k, v, segments, scale)
+    return o, (q, k, v, o, lse, flags), (segments, scale)
+
+
+def _eager_backward(_, do, saved, options):
+    return attend_segments_backward(do, saved, *options)
+
+
+def segment_attention(
+    q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, segments: Segments, scale: float
+) -> Tensor:
+    """Attention of the queries of each segment to its keys: [N, H, D]. Differentiable.
+
+    Args:
+        q_NHD: [N, H, D].
+        k_MGD: [M, G, D].
+        v_MGD: [M, G, D].
+        segments: Which queries attend to which keys.
+        scale: Factor of the scores.
+    """
+    tensors = (q_NHD, k_MGD, v_MGD)
+    if eager_autograd.needs_dispatcher(*tensors):
+        return _attention(*tensors, segments.tensors(), segments.short, scale)[0]
+    return eager_autograd.apply(_eager_forward, _eager_backward, *tensors, segments, scale)

@@ -314,16 +314,11 @@ def spatial_sparse_attention(
     """
     tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3)
     options = {"top_k": top_k, "shifted": shifted, "scale": scale, "backend": backend}
-    return ssa_with_branches(*tensors, index, **options)[0]
+    return ssa_with_branches(tensors, index, **options)[0]
 
 
 def ssa_with_branches(
-    q_NHD: Tensor,
-    k_NGD: Tensor,
-    v_NGD: Tensor,
-    ck_PGD: Tensor,
-    cv_PGD: Tensor,
-    gates_N3: Tensor,
+    inputs: Sequence[Tensor],
     index: BlockIndex,
     *,
     top_k: int = 8,
@@ -337,12 +332,7 @@ def ssa_with_branches(
     and need not keep it too.
 
     Args:
-        q_NHD: As in `spatial_sparse_attention`, as all arguments.
-        k_NGD: Keys.
-        v_NGD: Values.
-        ck_PGD: Compressed keys.
-        cv_PGD: Compressed values.
-        gates_N3: Gates before the sigmoid.
+        inputs: q, k, v, ck, cv and gates of `spatial_sparse_attention`.
         index: Block index.
         top_k: Number of blocks that each query selects.
         shifted: Whether the windows are shifted.
@@ -356,21 +346,21 @@ def ssa_with_branches(
     Raises:
         ValueError: As in `spatial_sparse_attention`.
     """
+    q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3 = inputs
     N, P = index.num_tokens, index.num_compressed
     keys = [("k_NGD", k_NGD, N), ("v_NGD", v_NGD, N), ("ck_PGD", ck_PGD, P), ("cv_PGD", cv_PGD, P)]
     triton = checks.check_heads(q_NHD, keys, index, backend)
     checks.check_gates(gates_N3, N, "q_NHD", q_NHD)
     checks.check_top_k(top_k)
     scale = checks.check_scale(scale, q_NHD.shape[2])
-    tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3)
     if not triton:
-        branches = reference.ssa_branches(*tensors[:5], index, top_k, shifted, scale)
+        branches = reference.ssa_branches(*inputs[:5], index, top_k, shifted, scale)
         out, detached = reference.gated_sum(branches, gates_N3), (x.detach() for x in branches)
-    elif eager_autograd.needs_dispatcher(*tensors):
-        out, *saved = _ssa(*tensors, index.tensors(), top_k, shifted, scale)
+    elif eager_autograd.needs_dispatcher(*inputs):
+        out, *saved = _ssa(*inputs, index.tensors(), top_k, shifted, scale)
         detached = (x.detach() for x in saved[:3])
     else:
         options = (index, top_k, shifted, scale)
-        out, *detached = eager_autograd.apply(_eager_forward, _eager_backward, *tensors, *options)
+        out, *detached = eager_autograd.apply(_eager_forward, _eager_backward, *inputs, *options)
     compressed, selected, windows = detached
     return out, (compressed, selected, windows)

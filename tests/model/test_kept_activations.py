@@ -189,7 +189,7 @@ def test_the_estimate_of_the_memory_is_that_of_the_gpu(level):
 @pytest.mark.gpu
 def test_torch_can_keep_ssa_and_cross_attention_selectively():
     gradients, peaks = [], []
-    ops = [torch.ops.sparse3d.ssa.default, torch.ops.sparse3d.cross_attention.default]
+    ops = [torch.ops.sparse3d.ssa.default, torch.ops.sparse3d.segment_attention.default]
     context = functools.partial(checkpoint.create_selective_checkpoint_contexts, ops)
     for selective in (False, True):
         model, _, forward = gpu_model("all")

@@ -10,7 +10,7 @@ import importlib
 
 import torch
 
-from kernels.attention.cross_attention import _segments
+from kernels.attention.segment import Segments
 from kernels.attention.segment_attention import attend_segments, attend_segments_backward
 from tests.kernels.compile_ahead import print_launches
 
@@ -29,7 +29,7 @@ def launch_all(_arch: int, dtype: torch.dtype, C: int, D: int) -> None:
     module = importlib.import_module("kernels.fused.mlp")
     module._gelu_backward(torch.zeros(N, 4 * C, dtype=dtype), torch.zeros(N, 4 * C, dtype=dtype))
     H = C // D
-    segments = _segments([of, starts, of, starts])
+    segments = Segments(of[:0], of, starts, of, starts)
     q, k, v = (torch.zeros(N, H, D, dtype=dtype) for _ in range(3))
     results = attend_segments(q, k, v, segments, 1.0)
     attend_segments_backward(q, (q, k, v, *results), segments, 1.0)

@@ -19,6 +19,7 @@ from kernels import (
     token_order,
     window_attention,
 )
+from kernels.attention.segment import compressed_segments, window_segments
 from kernels.runtime import eager_autograd
 from tests.kernel_inputs import DEVICE, random_coords, run
 
@@ -31,6 +32,7 @@ CHILDREN = (
 )
 HEADS = [(N, 2, 16), (N, 1, 16), (N, 1, 16)]
 COMPRESSED = [(P, 1, 16), (P, 1, 16)]
+SHIFTED = window_segments(INDEX, True)
 OPS = torch.ops.sparse3d
 CASES = {  # shapes of the inputs, public function, operator
     "ssa": (
@@ -43,12 +45,12 @@ CASES = {  # shapes of the inputs, public function, operator
     "window": (
         HEADS,
         lambda q, k, v: window_attention(q, k, v, INDEX, shifted=True, backend="triton"),
-        lambda *x: OPS.segment_attention(*x, INDEX.tensors(), "shifted", 0.25)[0],
+        lambda *x: OPS.segment_attention(*x, SHIFTED.tensors(), True, 0.25)[0],
     ),
     "compressed": (
         [HEADS[0], *COMPRESSED],
         lambda q, k, v: compressed_attention(q, k, v, INDEX, backend="triton"),
-        lambda *x: OPS.segment_attention(*x, INDEX.tensors(), "compressed", 0.25)[0],
+        lambda *x: OPS.segment_attention(*x, compressed_segments(INDEX).tensors(), False, 0.25)[0],
     ),
     "mean": (
         [(N, 5)],
