@@ -11,7 +11,7 @@ import tyro
 
 from pipeline.core.grid import check_resolution
 from pipeline.core.hashing import hash_of, options_of
-from pipeline.core.options import CameraSet
+from pipeline.core.options import CameraSet, added
 from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION, READER_VERSION
 from pipeline.curation.config import FilterConfig, RankConfig, ScreenConfig
@@ -80,6 +80,10 @@ class BuildConfig:
     source: tuple[str, ...] = ("procedural",)
     """One or more sources of assets: procedural[:COUNT], folder:PATH, objaverse,
     objaverse-xl[?places=github,...] or shapenet:PATH[?categories=chair,...]."""
+
+    ids: Path | None = added(None, before=None)
+    """List of the assets to take from the sources: a csv, json or parquet file with the columns
+    uid, sha256, or file_identifier or url. Further columns are kept. None takes all assets."""
 
     up: Literal["auto", "y", "z"] = "auto"
     """Axis that points up in files that do not state one: obj, ply, stl, off, and dae without
@@ -150,6 +154,10 @@ class BuildConfig:
     # kept ones, and "best" adds resolutions for the best of them.
 
     run: tyro.conf.Suppress[Pass] = "build"
+
+    # Options of deduplication that a ranked build of an older version was begun with.
+
+    planned_dedup: tyro.conf.Suppress[dict[str, Any] | None] = None
 
     # Version of the mesh readers that the output directory was begun with.
 
@@ -235,10 +243,12 @@ class BuildConfig:
         stages = ["load", "normalize", "filter", "topology"]
         if self.run != "screen" and self.rank.target_count is not None:
             stages += ["screen", "rank"]
-        names = ("source", "up", "limit", "topology_resolution", "shard_size", "val_percent")
+        names = ("source", "ids", "up", "limit", "topology_resolution", "shard_size", "val_percent")
         options = {**options_of(self), "topology_resolution": self.decision_resolution}
         of_stages = {name: options_of(getattr(self, name)) for name in stages}
         shared = {**{name: options[name] for name in names if name in options}, **of_stages}
+        if self.planned_dedup is not None and "rank" in shared:
+            shared["rank"] = {**shared["rank"], "dedup": self.planned_dedup}
         if self.reader_version == 1:
             shared["up"] = "y" if self.up == "auto" else self.up
         else:

@@ -29,12 +29,15 @@ def make_uid(source: str, key: str) -> str:
     return f"{source}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
 
 
-def split_of(uid: str, val_percent: int) -> str:
-    """Return "val" for about `val_percent` of all uids and "train" for the others.
+def split_of(key: str, val_percent: int) -> str:
+    """Return "val" for about `val_percent` of all keys and "train" for the others.
 
-    The result depends on the uid alone, so an asset keeps its split in every build.
+    Args:
+        key: The uid of the asset, or of a group of copies, so that copies share their split. The
+            result depends on it alone, so an asset keeps its split in every build.
+        val_percent: Percentage of the keys in the validation split.
     """
-    number = int(hashlib.sha256(uid.encode()).hexdigest(), 16)
+    number = int(hashlib.sha256(key.encode()).hexdigest(), 16)
     return "val" if number % 100 < val_percent else "train"
 
 

@@ -20,8 +20,9 @@ class Record:
         licence: The licence as one word. "unknown" if the source states none.
         sha256: Hash of the file's bytes, if the source states it.
         format: File extension in lower case without the dot.
-        metadata: JSON text with what else the source says, such as name, tags, category,
-            animations and age_restricted.
+        metadata: JSON text with what else the source says, such as name, author, tags, category,
+            animations and age_restricted, and under "listed" the further columns of a list.
+        split_key: Decides the split. Copies of one asset share it. "" stands for the uid.
     """
 
     uid: str
@@ -31,6 +32,7 @@ class Record:
     sha256: str | None = None
     format: str = ""
     metadata: str = ""
+    split_key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

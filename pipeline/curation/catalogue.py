@@ -25,6 +25,7 @@ from pipeline.storage.remote import RemotePath, StorePath, arrow_source
 
 REASONS_SHOWN = 5  # in the error if no asset is kept
 RECORD_COLUMNS = ["uid", "source", "url", "licence", "sha256", "format", "metadata"]
+GROUP = "copy_group"  # decides the split, so that copies share it
 ROWS_PER_READ = 1 << 16
 
 
@@ -50,8 +51,14 @@ class Catalogue:
     def records(self) -> Iterator[Record]:
         """Yield the kept assets, the best first."""
         file = pq.ParquetFile(arrow_source(self.path))
-        for batch in file.iter_batches(ROWS_PER_READ, columns=[*RECORD_COLUMNS, "keep"]):
-            yield from (Record(**row) for row in batch.to_pylist() if row.pop("keep"))
+        columns = [*RECORD_COLUMNS, "keep"]
+        if GROUP in file.schema_arrow.names:  # older catalogues do not have it
+            columns.append(GROUP)
+        for batch in file.iter_batches(ROWS_PER_READ, columns=columns):
+            for row in batch.to_pylist():
+                group = row.pop(GROUP, row["uid"])
+                if row.pop("keep"):
+                    yield Record(**row, split_key="" if group == row["uid"] else group)
 
 
 def write_catalogue(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -12,6 +13,47 @@ from pipeline.core.options import added
 from pipeline.curation.licences import OPEN_LICENCES
 from pipeline.mesh_io.load_warnings import WARNING_CODES
 from pipeline.rendering.config import RenderConfig
+
+# Terms of the quality score and their weights. docs/data_quality.md explains them.
+TERM_WEIGHTS = {
+    "bends": 0.35,
+    "edges": 0.1,
+    "tokens": 0.05,
+    "topology": 0.1,
+    "outline": 0.1,
+    "colors": 0.1,
+    "views": 0.05,
+    "complete": 0.05,
+    "object": 0.05,
+    "ground": 0.05,
+}
+SHARE_KINDS = ("source", "licence", "tag")
+
+
+def parse_assignments(option: str, words: Sequence[str]) -> dict[str, float]:
+    """Parse words such as "folder=0.4".
+
+    Args:
+        option: Name of the option, for errors.
+        words: The words.
+
+    Returns:
+        {name: number}.
+
+    Raises:
+        ValueError: If a word is not a name, "=" and a finite number, or a name comes twice.
+    """
+    numbers: dict[str, float] = {}
+    for word in words:
+        name, _, text = word.rpartition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not name or name in numbers or not abs(number) < float("inf"):
+            raise ValueError(f"{option} must be different words NAME=NUMBER, got {word!r}")
+        numbers[name] = number
+    return numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +159,10 @@ class ScreenConfig:
     image_size: int = 256
     """Side in pixels of the four views that screening renders."""
 
+    # Version of the metrics, which the tables of older builds do not have.
+
+    metrics_version: tyro.conf.Suppress[int] = added(2, before=1)  # noqa: RUF009
+
     def __post_init__(self):
         if check_resolution(self.resolution) < 64:
             raise ValueError(f"resolution must be at least 64, got {self.resolution}")
@@ -129,30 +175,18 @@ class ScreenConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DedupConfig:
-    """When two assets count as duplicates. A rotated copy counts as another asset."""
+    """When two assets count as copies. Colours do not matter, and neither do quarter turns about
+    the up axis and mirroring."""
 
-    area_percent: float = 0.5
-    """Largest difference of the visible surface areas of two duplicates, in percent, above 0 and
-    below 100. Duplicate shapes must also meet the limits of tokens and occupancy."""
-
-    tokens_percent: float = 1.0
-    """Largest difference of the numbers of SDF cells of two duplicates, in percent, above 0 and
-    below 100."""
-
-    occupancy_percent: float = 2.0
-    """Largest number of cells of the 16^3 occupancy grid that only one of two duplicates fills, in
-    percent of its filled cells. Above 0 and below 100."""
-
-    look_bits: int = 7
-    """Largest number of differing bits, of 256, in the perceptual hashes of four views of two
-    duplicates. 0 to 7. 0 requires equal hashes."""
+    shape_tolerance: float = 5e-5
+    """Largest difference between the surface moments of two copies, above 0 and at most 0.01. The
+    moments of an asset lie in -1..1."""
 
     def __post_init__(self):
-        for name in ("area_percent", "tokens_percent", "occupancy_percent"):
-            if not 0 < getattr(self, name) < 100:
-                raise ValueError(f"{name} must lie between 0 and 100, got {getattr(self, name)}")
-        if not 0 <= self.look_bits <= 7:
-            raise ValueError(f"look_bits must lie in 0..7, got {self.look_bits}")
+        if not 0 < self.shape_tolerance <= 0.01:
+            raise ValueError(
+                f"shape_tolerance must be above 0 and at most 0.01, got {self.shape_tolerance}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +242,19 @@ class RankConfig:
     """Largest accepted number of materials and textures that a file refers to and that are
     missing."""
 
+    weights: tuple[str, ...] = added((), before=())
+    """Weights of terms of the score that are not to have their own, as TERM=WEIGHT, such as
+    colors=0.3. A column of numbers of the list that --ids names is a term, too."""
+
+    min_listed: tuple[str, ...] = added((), before=())
+    """Smallest accepted values of columns of the list that --ids names, as COLUMN=NUMBER, such as
+    aesthetic_score=5.5. An asset without the value is rejected."""
+
+    max_share: tuple[str, ...] = added((), before=())
+    """Largest shares of the kept assets, as SOURCE=SHARE, licence:NAME=SHARE or tag:NAME=SHARE,
+    such as folder=0.4. An asterisk for the name limits each source, licence or tag: source:*=0.4.
+    Fewer assets are kept than asked for if the shares require it."""
+
     dedup: DedupConfig = field(default_factory=DedupConfig)
 
     def __post_init__(self):
@@ -224,3 +271,17 @@ class RankConfig:
             )
         for resolution in self.best_resolutions:
             check_resolution(resolution)
+        for name in ("weights", "min_listed"):
+            parse_assignments(name, getattr(self, name))
+        weights = {**TERM_WEIGHTS, **parse_assignments("weights", self.weights)}
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise ValueError(
+                f"weights must be 0 or more, and one above 0, got {' '.join(self.weights)}"
+            )
+        for key, share in parse_assignments("max_share", self.max_share).items():
+            kind, colon, name = key.partition(":")
+            if not 0 < share <= 1 or (colon and (kind not in SHARE_KINDS or not name)):
+                raise ValueError(
+                    "max_share must be SOURCE=SHARE, licence:NAME=SHARE or tag:NAME=SHARE with a "
+                    f"share above 0 and at most 1, got {key}={share:g}"
+                )

@@ -1,4 +1,4 @@
-"""Find duplicates in a whole catalogue: the same bytes, the same shape, the same appearance."""
+"""Find copies in a whole catalogue: the same bytes, or the same shape up to turns and mirroring."""
 
 from __future__ import annotations
 
@@ -8,145 +8,180 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from pipeline.curation.config import DedupConfig
+from pipeline.curation.shape_moments import MOTIONS, Motion, invariants, move_moments
 
 DUPLICATE_BYTES = "duplicate_bytes"
 DUPLICATE_GEOMETRY = "duplicate_geometry"
-DUPLICATE_LOOKS = "duplicate_looks"
-BATCH_ROWS = 1 << 15  # pairs, or rows, that are compared at once
+SAME_FILE = "same_file"  # kind of a copy with the same bytes; other kinds are those of Motion
+BATCH_ROWS = 1 << 15  # pairs that are compared at once
+Pairs = dict[tuple[int, int], Motion]  # (a, b) with a < b -> the motion that takes a to b
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signatures:
-    """What duplicates are found by, of N assets from the best to the worst."""
+    """What copies are found by, of N assets from the best to the worst.
 
-    sha256: Sequence[str]  # of the source files
-    area: NDArray[np.float64]  # [N] visible surface area
-    tokens: NDArray[np.int64]  # [N] SDF cells
-    occupancy: NDArray[np.uint8]  # [N, 512] packed bits of a 16^3 grid
-    looks: NDArray[np.uint8]  # [N, 32] packed bits of four perceptual hashes
+    Two shapes are equal if the moments of their visible surfaces or those of all their faces are.
+    A copy with other hidden faces differs in the latter, and a copy at the limit of what counts as
+    visible in the former.
+    """
+
+    sha256: Sequence[str | None]  # of the source files
+    visible: NDArray[np.float32]  # [N, 34] `surface_moments` of the visible surface
+    faces: NDArray[np.float32]  # [N, 34] `surface_moments` of all faces
 
 
-def find_duplicates(signatures: Signatures, cfg: DedupConfig) -> dict[int, tuple[str, int]]:
-    """Find the assets that duplicate a kept asset.
-
-    The assets are judged in their order, so the best one of a group of duplicates is kept. An asset
-    that is similar only to a dropped one is kept. Assets are compared by bytes, then by shape, then
-    by appearance.
+@dataclass(frozen=True, kw_only=True)
+class Duplicate:
+    """Why an asset is not kept beside another.
 
     Args:
-        signatures: The signatures of N assets, the best first.
-        cfg: How similar duplicates are.
+        reason: DUPLICATE_BYTES or DUPLICATE_GEOMETRY.
+        kind: "same_file", "same_shape", "turned_90", "turned_180", "turned_270" or "mirrored". A
+            turned copy is the original after a turn by so many degrees about the up axis,
+            counterclockwise seen from above. A mirrored copy may be turned, too.
+        original: Position of the kept asset.
+    """
+
+    reason: str
+    kind: str
+    original: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """Which of N assets are copies of each other.
+
+    Args:
+        bytes_group: Position of the first asset with the same bytes, [N].
+        shape_group: Position of the first asset with exactly the same moments, [N].
+        pairs: Pairs of shape groups that are copies of each other.
+    """
+
+    bytes_group: NDArray[np.int64]
+    shape_group: NDArray[np.int64]
+    pairs: Pairs
+
+    def components(self) -> NDArray[np.int64]:
+        """Return the number of each asset's connected component, [N].
+
+        Two assets are in one component if a chain of copies leads from one to the other.
+        """
+        count = len(self.bytes_group)
+        ends = np.array(list(self.pairs), np.int64).reshape(-1, 2)
+        rows = np.concatenate([np.arange(count), np.arange(count), ends[:, 0]])
+        columns = np.concatenate([self.bytes_group, self.shape_group, ends[:, 1]])
+        graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(count, count))
+        return connected_components(graph.tocsr(), directed=False)[1].astype(np.int64)
+
+
+def find_copies(signatures: Signatures, cfg: DedupConfig) -> Copies:
+    """Find all pairs of copies without comparing all pairs.
+
+    Args:
+        signatures: The signatures of N assets.
+        cfg: How similar copies are.
+    """
+    # Group equal assets first, so that thousands of equal ones cost one comparison per group. An
+    # asset without a hash or without a surface equals none.
+    both = np.concatenate([signatures.visible, signatures.faces], axis=1)
+    shape_group = _group_equal(row.tobytes() if row.any() else None for row in both)
+    candidates = np.unique(shape_group)
+    pairs: Pairs = {}
+    for moments in (signatures.visible, signatures.faces):
+        for pair, motion in _similar_shapes(moments, candidates, cfg.shape_tolerance):
+            # Of two motions that fit a symmetric shape, the one earlier in MOTIONS is named.
+            if pair not in pairs or MOTIONS.index(motion) < MOTIONS.index(pairs[pair]):
+                pairs[pair] = motion
+    return Copies(bytes_group=_group_equal(signatures.sha256), shape_group=shape_group, pairs=pairs)
+
+
+def find_duplicates(copies: Copies, order: Iterable[int]) -> dict[int, Duplicate]:
+    """Find the assets that are copies of a kept asset.
+
+    The assets are judged in the given order, so the best one of a group of copies is kept. An asset
+    that is a copy only of a dropped one is kept. Assets are compared by bytes, then by shape.
+
+    Args:
+        copies: The copies among N assets.
+        order: Positions of the assets to judge, the best first. Others make none a duplicate.
 
     Returns:
-        {asset: (reason, original)} for each duplicate. Both numbers are positions in `signatures`.
-        The reason is DUPLICATE_BYTES, DUPLICATE_GEOMETRY or DUPLICATE_LOOKS.
+        {position: why the asset is dropped} for each duplicate.
     """
-    # Group equal assets first, so that thousands of equal ones cost one comparison per group.
-    shapes = zip(signatures.occupancy, signatures.area.tolist(), signatures.tokens.tolist())
-    bytes_group = _group_equal(signatures.sha256)
-    shape_group = _group_equal((row.tobytes(), area, tokens) for row, area, tokens in shapes)
-    looks_group = _group_equal(row.tobytes() for row in signatures.looks)
-    shape_pairs = _similar_shapes(signatures, np.unique(shape_group), cfg)
-    looks_pairs = _similar_looks(signatures.looks, np.unique(looks_group), cfg)
-    criteria = [
-        (DUPLICATE_BYTES, bytes_group, {}),
-        (DUPLICATE_GEOMETRY, shape_group, _neighbours(shape_pairs)),
-        (DUPLICATE_LOOKS, looks_group, _neighbours(looks_pairs)),
-    ]
-    # Keep an asset if no equal or similar group has a kept asset.
-    kept: dict[tuple[str, int], int] = {}  # (reason, group) -> the kept asset of the group
-    duplicates: dict[int, tuple[str, int]] = {}
-    for asset in range(len(bytes_group)):
-        own_groups = [(reason, int(group_of[asset])) for reason, group_of, _ in criteria]
-        matches = (
-            (reason, kept[reason, group])
-            for (reason, own_group), (_, _, similar) in zip(own_groups, criteria)
-            for group in (own_group, *similar.get(own_group, ()))
-            if (reason, group) in kept
-        )
-        match = next(matches, None)
+    neighbours: dict[int, list[tuple[int, Motion]]] = {}
+    for (a, b), motion in sorted(copies.pairs.items()):
+        neighbours.setdefault(b, []).append((a, motion))
+        neighbours.setdefault(a, []).append((b, motion.inverse))
+    kept_bytes: dict[int, int] = {}  # group -> the kept asset of the group
+    kept_shapes: dict[int, int] = {}
+    duplicates: dict[int, Duplicate] = {}
+    for asset in order:
+        same_bytes = int(copies.bytes_group[asset])
+        shape = int(copies.shape_group[asset])
+        match = None
+        if same_bytes in kept_bytes:
+            match = Duplicate(
+                reason=DUPLICATE_BYTES, kind=SAME_FILE, original=kept_bytes[same_bytes]
+            )
+        else:
+            for other, motion in ((shape, MOTIONS[0]), *neighbours.get(shape, ())):
+                if other in kept_shapes:
+                    match = Duplicate(
+                        reason=DUPLICATE_GEOMETRY, kind=motion.kind, original=kept_shapes[other]
+                    )
+                    break
         if match is None:
-            for key in own_groups:
-                kept[key] = asset
+            kept_bytes[same_bytes] = kept_shapes[shape] = asset
         else:
             duplicates[asset] = match
     return duplicates
 
 
-def _group_equal(rows: Iterable[object]) -> NDArray[np.int64]:
-    """Return for each row the position of the first row that is equal: [N]."""
+def _group_equal(rows: Iterable[bytes | str | None]) -> NDArray[np.int64]:
+    """Return for each row the position of the first row that is equal: [N]. None equals none."""
     first: dict[bytes, int] = {}
-    digests = (hashlib.blake2b(repr(row).encode(), digest_size=16).digest() for row in rows)
-    return np.array(
-        [first.setdefault(digest, number) for number, digest in enumerate(digests)], np.int64
-    )
+    groups = []
+    for number, row in enumerate(rows):
+        if row is None:
+            groups.append(number)
+            continue
+        content = row.encode() if isinstance(row, str) else row
+        groups.append(first.setdefault(hashlib.blake2b(content, digest_size=16).digest(), number))
+    return np.array(groups, np.int64)
 
 
 def _similar_shapes(
-    signatures: Signatures, candidates: NDArray[np.int64], cfg: DedupConfig
-) -> NDArray[np.int64]:
-    """Return the pairs [P, 2] of candidates with similar area, tokens and occupied cells."""
-    area = np.log(np.maximum(signatures.area[candidates], 1e-12))
-    tokens = np.log(np.maximum(signatures.tokens[candidates], 1))
-    occupancy = signatures.occupancy[candidates]
-    occupied = np.bitwise_count(occupancy).sum(axis=1, dtype=np.int64)
-    coarse = _coarsen(occupancy)
-    max_area_step = np.log1p(cfg.area_percent / 100)
-    max_tokens_step = np.log1p(cfg.tokens_percent / 100)
-    pairs = []
-    # Area and tokens are hashed into bins twice as wide as the largest difference. Two values that
-    # are close enough share a bin of at least one of two bin grids offset by half a bin.
-    for area_offset in (0.0, 0.5):
-        for tokens_offset in (0.0, 0.5):
-            area_bin = np.floor(area / (2 * max_area_step) + area_offset).astype(np.int64)
-            tokens_bin = np.floor(tokens / (2 * max_tokens_step) + tokens_offset).astype(np.int64)
-            for a, b in _pairs_with_equal_keys(area_bin * (1 << 20) + tokens_bin):
-                is_close = (np.abs(area[a] - area[b]) <= max_area_step) & (
-                    np.abs(tokens[a] - tokens[b]) <= max_tokens_step
-                )
-                a, b = a[is_close], b[is_close]
-                # The coarse grid is compared first, because it is 8 times smaller.
-                for bits in (coarse, occupancy):
-                    differing = np.bitwise_count(bits[a] ^ bits[b]).sum(axis=1, dtype=np.int64)
-                    allowed = cfg.occupancy_percent * np.minimum(occupied[a], occupied[b])
-                    is_close = differing * 100 <= allowed
-                    a, b = a[is_close], b[is_close]
-                pairs.append(np.stack([candidates[a], candidates[b]], axis=1))
-    return _unique_pairs(pairs)
+    moments: NDArray[np.float32], candidates: NDArray[np.int64], tolerance: float
+) -> Iterator[tuple[tuple[int, int], Motion]]:
+    """Yield the pairs of candidates with equal moments after a motion, and that motion.
 
-
-def _coarsen(occupancy: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Join groups of 2^3 cells: [N, 512] of 16^3 cells becomes [N, 64] of 8^3 cells.
-
-    Two coarse grids never differ in more bits than the fine ones.
+    No two moments of a pair differ by more than the tolerance. A pair may be yielded several times.
     """
-    batches = [np.zeros((0, 64), np.uint8)]
-    for start in range(0, len(occupancy), BATCH_ROWS):
-        bits = np.unpackbits(occupancy[start : start + BATCH_ROWS], axis=1)
-        cells = bits.reshape(-1, 16, 16, 16)
-        for axis in (1, 2, 3):
-            even = cells.take(range(0, 16, 2), axis)
-            odd = cells.take(range(1, 16, 2), axis)
-            cells = even | odd
-        batches.append(np.packbits(cells.reshape(len(cells), -1), axis=1))
-    return np.concatenate(batches)
-
-
-def _similar_looks(
-    looks: NDArray[np.uint8], candidates: NDArray[np.int64], cfg: DedupConfig
-) -> NDArray[np.int64]:
-    """Return the pairs [P, 2] of candidates whose hashes differ in at most cfg.look_bits bits."""
-    bits = np.ascontiguousarray(looks[candidates])
-    pairs = []
-    # Up to 7 differing bits leave at least one of 8 words of 32 bits equal.
-    for word in bits.view(np.uint32).T:
-        for a, b in _pairs_with_equal_keys(word.astype(np.int64)):
-            differing = np.bitwise_count(bits[a] ^ bits[b]).sum(axis=1, dtype=np.int64)
-            is_close = differing <= cfg.look_bits
-            pairs.append(np.stack([candidates[a[is_close]], candidates[b[is_close]]], axis=1))
-    return _unique_pairs(pairs)
+    candidates = candidates[moments[candidates].any(axis=1)]  # no surface, no copies
+    values = moments[candidates].astype(np.float64)
+    numbers = invariants(values)
+    # The two invariants are hashed into bins twice as wide as the largest difference. Two values
+    # that are close enough share a bin of at least one of two bin grids offset by half a bin.
+    widest = np.array([tolerance, 2 * tolerance])  # the second invariant is a sum of two moments
+    for first_offset in (0.0, 0.5):
+        for second_offset in (0.0, 0.5):
+            bins = np.floor(numbers / (2 * widest) + (first_offset, second_offset))
+            _, keys = np.unique(bins, axis=0, return_inverse=True)
+            for a, b in _pairs_with_equal_keys(keys.ravel()):
+                a, b = np.minimum(a, b), np.maximum(a, b)
+                is_close = (np.abs(numbers[a] - numbers[b]) <= widest).all(axis=1)
+                a, b = a[is_close], b[is_close]
+                for motion in MOTIONS:
+                    moved = move_moments(values[a], motion)
+                    fits = (np.abs(moved - values[b]) <= tolerance).all(axis=1)
+                    ends = zip(candidates[a[fits]].tolist(), candidates[b[fits]].tolist())
+                    yield from ((pair, motion) for pair in ends)
+                    a, b = a[~fits], b[~fits]
 
 
 def _pairs_with_equal_keys(
@@ -165,18 +200,3 @@ def _pairs_with_equal_keys(
             first = remaining[start : start + BATCH_ROWS]
             yield order[first], order[first + step]
         step += 1
-
-
-def _unique_pairs(pairs: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Join arrays of pairs to one [P, 2] without repetitions, the smaller number first."""
-    ordered = (np.sort(pair, axis=1) for pair in pairs)
-    return np.unique(np.concatenate([np.empty((0, 2), np.int64), *ordered]), axis=0)
-
-
-def _neighbours(pairs: NDArray[np.int64]) -> dict[int, list[int]]:
-    """Return for each number the numbers it is paired with, in ascending order."""
-    neighbours: dict[int, list[int]] = {}
-    for a, b in pairs.tolist():
-        neighbours.setdefault(a, []).append(b)
-        neighbours.setdefault(b, []).append(a)
-    return {number: sorted(others) for number, others in neighbours.items()}

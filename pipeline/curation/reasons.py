@@ -37,12 +37,9 @@ THRESHOLDS: dict[str, tuple[str, ...]] = {
     "monotonous": ("rank.min_contrast",),
     "missing_files": ("rank.max_missing_files",),
     "duplicate_bytes": (),
-    "duplicate_geometry": (
-        "rank.dedup.area_percent",
-        "rank.dedup.tokens_percent",
-        "rank.dedup.occupancy_percent",
-    ),
-    "duplicate_looks": ("rank.dedup.look_bits",),
+    "duplicate_geometry": ("rank.dedup.shape_tolerance",),
+    "low_listed_value": ("rank.min_listed",),
+    "over_share": ("rank.max_share",),
     "below_target": ("rank.target_count",),
 }
 # Where the verdict's numbers name a measured value otherwise than the option does.

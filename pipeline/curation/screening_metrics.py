@@ -1,4 +1,4 @@
-"""Measurements of screening: solidity, leaks, appearance, and signatures to find duplicates."""
+"""Measurements of screening: solidity, leaks, detail, appearance, and signatures of the shape."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
-from scipy.fft import dctn
 
 from pipeline.core.grid import CELL_SIDE, spacing
 from pipeline.core.primitives.triangles import pack
 from pipeline.core.provenance import FORMAT_VERSION
-from pipeline.core.schema import Bricks, Material, Mesh, View
+from pipeline.core.schema import Material, Mesh
 from pipeline.curation.config import ScreenConfig
+from pipeline.curation.detail_metrics import (
+    bend_length,
+    coarse_cells,
+    colors_seen,
+    ground_share,
+    largest_object,
+)
+from pipeline.curation.shape_moments import NUM_MOMENTS, surface_moments
 from pipeline.geometry.flood_fill import BARRIER_VOXELS, FloodFill, bin_triangles, flood_fill
 from pipeline.geometry.sdf import compute_bricks
-from pipeline.geometry.topology import Topology
+from pipeline.geometry.topology import BURIED, Topology
 from pipeline.rendering.views import render_views, view_numbers
 from pipeline.storage.remote import StorePath, arrow_source
 
-SIGNATURE_SIDE = 16  # cells along one side of the occupancy signature
-# The key that seeds the views. It is the same for each asset, so that their hashes can be compared.
+# The key that seeds the views. It is the same for each asset, so that their numbers compare.
 VIEW_SEED_KEY = "screening"
-SIGNATURE_BYTES = {"occupancy": SIGNATURE_SIDE**3 // 8, "looks": 32}  # 4 views of 64 bits
+SIGNATURES = ("visible_moments", "face_moments")
 METRICS_FILE = "measured.json"  # in an asset's folder of intermediate results
 
 
@@ -48,13 +53,20 @@ class ScreeningMetrics:
     white_max: float  # share of overexposed pixels in the worst view
     textured: bool  # a material has a texture of its colour or its emission
     colored: bool  # vertex colours, or several materials
-    occupancy: bytes  # see `occupancy_signature`
-    looks: bytes  # `appearance_hash` of each view
+    relative_tokens: float  # tokens per cell of one side of the grid
+    cap_share: float  # area of the caps that close openings, relative to the visible area
+    bend: float  # integral of the absolute mean curvature over the visible surface
+    sharp_length: float  # length of the visible edges that bend by more than 30 degrees
+    colors_seen: float  # number of colours in the views, see `detail_metrics.colors_seen`
+    object_share: float  # share of the surface that belongs to the largest separate object
+    ground_share: float  # share of the lowest slab that is a bare ground plane
+    visible_moments: bytes  # `surface_moments` of the visible surface, float32
+    face_moments: bytes  # `surface_moments` of all faces, float32
 
 
 def _arrow_type(field: Field[Any]) -> pa.DataType:
-    if field.name in SIGNATURE_BYTES:
-        return pa.binary(SIGNATURE_BYTES[field.name])
+    if field.name in SIGNATURES:
+        return pa.binary(4 * NUM_MOMENTS)
     return {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}[str(field.type)]
 
 
@@ -64,6 +76,19 @@ METRICS_SCHEMA = pa.schema(
         *((field.name, _arrow_type(field)) for field in fields(ScreeningMetrics)),
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
+)
+# The columns of tables by metrics_version 1. Their assets can be read, but not be ranked again.
+_COLUMNS_SINCE_2 = {
+    *("relative_tokens", "cap_share", "bend", "sharp_length", "colors_seen", "object_share"),
+    *("ground_share", *SIGNATURES),
+}
+METRICS_SCHEMA_1 = pa.schema(
+    [
+        *(column for column in METRICS_SCHEMA if column.name not in _COLUMNS_SINCE_2),
+        ("occupancy", pa.binary(512)),  # packed bits of a 16^3 grid
+        ("looks", pa.binary(32)),  # perceptual hashes of four views
+    ],
+    metadata=METRICS_SCHEMA.metadata,
 )
 
 
@@ -84,16 +109,27 @@ def compute_metrics(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> Screen
     views = list(render_views(mesh, VIEW_SEED_KEY, cfg.render))
     numbers = {name: round(value, 6) for name, value in view_numbers(views).items()}
     solid_without_cracks = float(enclosed_grid_points(_flood_thicker_barrier(topology)) / box)
+    visible = topology.triangles[topology.kinds != BURIED]
+    bend, sharp_length = bend_length(visible)
+    cells = coarse_cells(visible)
+    visible_area = topology.numbers["visible_area"]
     return ScreeningMetrics(
         tokens=len(bricks.cells),
         solid_fraction=round(min(solid, 1.0), 6),  # the barrier can extend beyond the box
         leak_fraction=round(max(0.0, solid_without_cracks - solid), 6),
         sheet_share=round(topology.numbers["sheet_share"], 6),
-        visible_area=round(topology.numbers["visible_area"], 6),
+        visible_area=round(visible_area, 6),
         textured=any(is_textured(part.material) for part in mesh.parts),
         colored=any(part.colors is not None for part in mesh.parts) or len(mesh.parts) > 1,
-        occupancy=occupancy_signature(bricks),
-        looks=b"".join(appearance_hash(view) for view in views),
+        relative_tokens=round(len(bricks.cells) * (CELL_SIDE / cfg.resolution) ** 2, 6),
+        cap_share=round(topology.numbers["cap_area"] / visible_area, 6),
+        bend=round(bend, 6),
+        sharp_length=round(sharp_length, 6),
+        colors_seen=round(colors_seen(views), 6),
+        object_share=round(largest_object(cells), 6),
+        ground_share=round(ground_share(cells), 6),
+        visible_moments=surface_moments(visible).astype(np.float32).tobytes(),
+        face_moments=surface_moments(mesh.vertices[mesh.faces]).astype(np.float32).tobytes(),
         **numbers,
     )
 
@@ -128,36 +164,6 @@ def _flood_thicker_barrier(topology: Topology) -> FloodFill:
     return flood_fill(packed, bins, np.ones(len(packed), np.bool_), 2 * BARRIER_VOXELS)
 
 
-def occupancy_signature(bricks: Bricks) -> bytes:
-    """Return which cells of a 16^3 grid over the cube hold surface.
-
-    The signature does not depend on the winding, order and subdivision of the faces.
-
-    Returns:
-        512 bytes, packed bits in the order x, y, z.
-    """
-    occupied = np.zeros((SIGNATURE_SIDE,) * 3, bool)
-    cells = bricks.cells.astype(np.int64) * CELL_SIDE * SIGNATURE_SIDE // bricks.resolution
-    occupied[tuple(cells.T)] = True
-    return np.packbits(occupied).tobytes()
-
-
-def appearance_hash(view: View) -> bytes:
-    """Return a perceptual hash of a view: the signs of its low frequencies around their median.
-
-    Returns:
-        8 bytes: packed bits of the 8 x 8 lowest frequencies of a 32 x 32 cosine transform.
-    """
-    # Grey levels over a mid-grey background.
-    rgba = view.rgba.astype(np.float64)
-    alpha = rgba[..., 3] / 255
-    grey = rgba[..., :3] @ (0.299, 0.587, 0.114) * alpha + 128 * (1 - alpha)
-    image = Image.fromarray(grey.astype(np.float32))
-    small = np.asarray(image.resize((32, 32), Image.Resampling.BOX))
-    low = np.asarray(dctn(small, norm="ortho"))[:8, :8].ravel()
-    return np.packbits(low > np.median(low[1:])).tobytes()  # the first is the mean, so not counted
-
-
 def save_metrics(folder: Path, metrics: ScreeningMetrics) -> None:
     """Write the metrics of one asset as JSON to its folder of intermediate results."""
     row = {
@@ -170,7 +176,7 @@ def save_metrics(folder: Path, metrics: ScreeningMetrics) -> None:
 def load_metrics(folder: Path) -> ScreeningMetrics:
     """Read the metrics that `save_metrics` wrote."""
     row = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
-    signatures = {name: bytes.fromhex(row[name]) for name in ("occupancy", "looks")}
+    signatures = {name: bytes.fromhex(row[name]) for name in SIGNATURES}
     return ScreeningMetrics(**{**row, **signatures})
 
 
@@ -183,7 +189,7 @@ def write_metrics_table(path: Path, rows: Sequence[tuple[str, ScreeningMetrics]]
 
 
 def read_metrics_table(path: StorePath) -> pa.Table:
-    """Read the table of one shard, with the columns of METRICS_SCHEMA.
+    """Read the table of one shard, with the columns of METRICS_SCHEMA or METRICS_SCHEMA_1.
 
     Raises:
         ValueError: If the file cannot be read or is not a table of this format version.
@@ -192,7 +198,8 @@ def read_metrics_table(path: StorePath) -> pa.Table:
         table = pq.read_table(arrow_source(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} must be a readable table: {error}") from error
-    if not table.schema.equals(METRICS_SCHEMA, check_metadata=True):
+    known = (METRICS_SCHEMA, METRICS_SCHEMA_1)
+    if not any(table.schema.equals(schema, check_metadata=True) for schema in known):
         raise ValueError(
             f"{path} must have the columns {METRICS_SCHEMA.names} of format_version "
             f"{FORMAT_VERSION}, got the columns {table.schema.names}"

@@ -306,8 +306,9 @@ def _manifest_problems(
             yield f"{uid}: the manifest row differs from the plan"
         if (row.shard, row.row) != (shard, planned.index(uid)):
             yield f"{uid}: the manifest row is of shard {row.shard} row {row.row}"
-        if row.split != split_of(uid, val_percent):
-            yield f"{uid}: split must be {split_of(uid, val_percent)}, is {row.split}"
+        split = split_of(record.split_key or uid, val_percent)
+        if row.split != split:
+            yield f"{uid}: split must be {split}, is {row.split}"
         if row.status not in STATUSES or (row.status == "done") != (row.reason == ""):
             yield f"{uid}: has status {row.status} with reason {row.reason!r}"
         if row.status == "done":

@@ -42,7 +42,7 @@ def new_row(
         center=None if center is None else tuple(center),
         shard=shard,
         row=row,
-        split=split_of(record.uid, val_percent),
+        split=split_of(record.split_key or record.uid, val_percent),
         up_axis=result.row.get("up_axis"),
         up_origin=result.row.get("up_origin"),
         warnings=tuple(result.row.get("warnings", ())),

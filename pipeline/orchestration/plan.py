@@ -24,6 +24,7 @@ from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION, commit_of_code, provenance
 from pipeline.core.schema import Record
 from pipeline.sources import Listing
+from pipeline.sources.id_list import ListedAssets, read_id_list, warn_of_missing
 from pipeline.storage.layout import CATALOGUE, PLAN, PLAN_TABLE, SCRATCH, SCREENING
 from pipeline.storage.locks import workspace
 from pipeline.storage.remote import RemotePath, StorePath, arrow_source, list_children
@@ -47,9 +48,11 @@ COLUMNS = pa.schema(
         *((name, pa.string()) for name in ("uid", "source", "url", "shard")),
         ("row", pa.int32()),
         *((name, pa.string()) for name in ("licence", "sha256", "format", "metadata")),
+        ("split_key", pa.string()),
     ]
 )
-RECORD_COLUMNS = ("uid", "source", "url", "licence", "sha256", "format", "metadata")
+LATER_COLUMNS = ("metadata", "split_key")  # older plans lack them
+RECORD_COLUMNS = ("uid", "source", "url", "licence", "sha256", "format", *LATER_COLUMNS)
 ROWS_PER_WRITE = 1 << 16
 CHANGES_SHOWN = 4  # of the options in which a run differs from the plan
 
@@ -197,8 +200,14 @@ def _write_plan(here: Path, cfg: BuildConfig, sources: Sequence[Listing]) -> Non
     """Write plan.parquet and then plan.json: a plan without plan.json does not count."""
     here.mkdir(parents=True, exist_ok=True)
     partial = here / f".{PLAN_TABLE}.partial"
+    matched: set[int] = set()
+    ids = None if cfg.ids is None else read_id_list(cfg.ids)
+    if ids is not None:
+        sources = [ListedAssets(source=source, ids=ids, matched=matched) for source in sources]
     records = chain.from_iterable(source.records() for source in sources)
     assets = _write_table(partial, records, cfg)
+    if ids is not None and (cfg.limit is None or not assets):
+        warn_of_missing(ids, matched)
     if not assets:
         partial.unlink()
         if not any(here.iterdir()):
@@ -265,8 +274,11 @@ def read_plan(out: StorePath) -> Plan:
             f"{out} is not a build: it has no readable plan.json and plan.parquet; give the output "
             "directory of python -m pipeline.build"
         ) from error
-    if "metadata" not in table.column_names:  # plans made before there were catalogues
-        table = table.append_column("metadata", pa.array([""] * table.num_rows, pa.string()))
+    for name in LATER_COLUMNS:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.array([""] * table.num_rows, pa.string()))
+    if set(table.column_names) == set(COLUMNS.names):
+        table = table.select(COLUMNS.names)
     if not table.schema.equals(COLUMNS):
         raise UserError(
             f"{out / PLAN_TABLE} must have the columns {COLUMNS.names}, it has {table.column_names}"
@@ -277,7 +289,8 @@ def read_plan(out: StorePath) -> Plan:
 def with_values_of_plan(cfg: BuildConfig) -> BuildConfig:
     """Return the options with the values that the build in `cfg.out` was begun with, if any.
 
-    These are the reader version and, if it is not given, the topology resolution. What is committed
+    These are the reader version and, if it is not given, the topology resolution. A ranked build
+    whose metrics are of version 1 keeps the options of its deduplication. What is committed
     there was made with them. Its options are compared as that version knew them, and the runner
     refuses to add products of another version.
 
@@ -290,6 +303,13 @@ def with_values_of_plan(cfg: BuildConfig) -> BuildConfig:
             cfg = replace(cfg, reader_version=info.reader_version)
             if cfg.topology_resolution is None:
                 cfg = replace(cfg, topology_resolution=info.config["topology_resolution"])
+            screen = info.config.get("screen")
+            if screen is not None and "metrics_version" not in screen:
+                cfg = replace(
+                    cfg,
+                    screen=replace(cfg.screen, metrics_version=1),
+                    planned_dedup=info.config["rank"]["dedup"],
+                )
             break
     return cfg
 
@@ -317,9 +337,11 @@ def _read_matching_plan(cfg: BuildConfig) -> Plan:
 def _write_table(path: Path, records: Iterator[Record], cfg: BuildConfig) -> int:
     """Write plan.parquet and return the number of assets.
 
-    The table is written in pieces. Ten million assets need memory for their uids only.
+    The table is written in pieces. Ten million assets need memory for their uids only. Assets of
+    which the sources state the same hash share the split of the first one.
     """
     seen: set[str] = set()
+    first_with: dict[str, str] = {}  # sha256 -> split key
     with pq.ParquetWriter(path, COLUMNS, compression="zstd") as writer:
         columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
         for record in records:
@@ -332,6 +354,9 @@ def _write_table(path: Path, records: Iterator[Record], cfg: BuildConfig) -> int
                 break
             columns["shard"].append(shard_name(len(seen) // cfg.shard_size))
             columns["row"].append(len(seen) % cfg.shard_size)
+            if record.sha256 is not None:
+                key = first_with.setdefault(record.sha256, record.split_key or record.uid)
+                record = replace(record, split_key="" if key == record.uid else key)
             for name in RECORD_COLUMNS:
                 columns[name].append(getattr(record, name))
             seen.add(record.uid)

@@ -13,8 +13,10 @@ from pipeline.core.errors import RunError
 from pipeline.core.hashing import to_json
 from pipeline.core.product import Product, is_product_name
 from pipeline.curation.catalogue import Catalogue, write_catalogue
+from pipeline.curation.rank import LISTED
 from pipeline.curation.screening_metrics import read_metrics_table
 from pipeline.orchestration.plan import Plan
+from pipeline.sources.id_list import listed_columns
 from pipeline.storage.layout import manifest_path, product_paths
 from pipeline.storage.remote import arrow_source, list_children
 
@@ -63,11 +65,26 @@ def read_screened(plan: Plan) -> pa.Table:
         verdicts = manifest.drop_columns(["numbers"])
         verdicts = verdicts.append_column("missing_files", pa.array(missing_files, pa.int64()))
         size = plan.info.shard_size
-        records = plan.table.slice(number * size, size).drop_columns(["shard", "row", "sha256"])
+        records = plan.table.slice(number * size, size)
+        records = records.drop_columns(["shard", "row", "sha256", "split_key"])
         metrics = read_metrics_table(out / product_paths(product, shard)[0])
         metrics = metrics.replace_schema_metadata(None)
         tables.append(records.join(verdicts, "uid").join(metrics, "uid").sort_by("uid"))
-    return pa.concat_tables(tables)
+    return _with_listed_columns(pa.concat_tables(tables))
+
+
+def _with_listed_columns(table: pa.Table) -> pa.Table:
+    """Append the columns that the assets carry from a list, numbers as float64, others as text."""
+    rows = [listed_columns(text) for text in table["metadata"].to_pylist()]
+    for name in sorted({name for row in rows for name in row}):
+        values = [row.get(name) for row in rows]
+        if all(value is None or isinstance(value, (int, float)) for value in values):
+            column = pa.array([None if v is None else float(v) for v in values], pa.float64())
+        else:
+            texts = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
+            column = pa.array(texts, pa.string())
+        table = table.append_column(LISTED + name, column)
+    return table
 
 
 def _screening_product(plan: Plan) -> Product:

@@ -1,4 +1,4 @@
-"""Duplicates in a catalogue: the search by bins against a comparison of all pairs."""
+"""Copies in a catalogue: the search by bins against a comparison of all pairs."""
 
 import time
 
@@ -11,112 +11,154 @@ from pipeline.curation.config import DedupConfig
 from pipeline.curation.dedup import (
     DUPLICATE_BYTES,
     DUPLICATE_GEOMETRY,
-    DUPLICATE_LOOKS,
+    Duplicate,
     Signatures,
+    find_copies,
     find_duplicates,
 )
+from pipeline.curation.shape_moments import MOTIONS, Motion, move_moments, surface_moments
 
-CFG = DedupConfig(area_percent=2.0, tokens_percent=4.0)  # wide enough for many near misses
+CFG = DedupConfig(shape_tolerance=1e-3)
 
 
-def random_signatures(count, seed=0, *, similar_share=0.5):
-    """Random assets. A share of them is similar to an earlier one in some respect."""
+def triangles(seed):
+    return np.random.default_rng(seed).uniform(-0.475, 0.475, (5, 3, 3))
+
+
+def signatures(visible, faces=None, sha256=None):
+    visible = np.array(visible, np.float32)
+    return Signatures(
+        sha256=sha256 or [f"{number:064x}" for number in range(len(visible))],
+        visible=visible,
+        faces=visible if faces is None else np.array(faces, np.float32),
+    )
+
+
+def random_signatures(count, seed=0):
+    """Random shapes. About half of them are moved or changed versions of an earlier one."""
     draw = np.random.default_rng(seed)
-    sha = [f"{number:064x}" for number in range(count)]
-    area = draw.uniform(0.5, 3, count)
-    tokens = draw.integers(500, 4000, count)
-    occupancy = np.packbits(draw.random((count, 4096)) < 0.15, axis=1)
-    looks = draw.integers(0, 256, (count, 32), np.uint8)
-    for b in np.flatnonzero(draw.random(count) < similar_share):
-        if b == 0:
-            continue
-        a = int(draw.integers(b))
-        kind = draw.integers(6)
+    visible = np.array([surface_moments(triangles([seed, n])) for n in range(count)]).reshape(
+        -1, 34
+    )
+    faces = visible.copy()
+    sha256 = [f"{number:064x}" for number in range(count)]
+    for b in range(1, count):
+        a, kind = int(draw.integers(b)), draw.integers(8)
+        motion = MOTIONS[draw.integers(8)]
+        noise = draw.uniform(-1, 1, 34) * CFG.shape_tolerance * draw.choice([0, 0.5, 1.05])
         if kind == 0:
-            sha[b] = sha[a]
-        if kind in (1, 2):
-            area[b] = area[a] * (1 + draw.uniform(-0.03, 0.03) * (kind == 1))
-            tokens[b] = tokens[a] + (draw.integers(-30, 31) if kind == 1 else 0)
-            occupancy[b] = with_flipped_bits(
-                occupancy[a], draw.integers(0, 20) if kind == 1 else 0, draw
-            )
-        if kind in (3, 4):
-            looks[b] = with_flipped_bits(looks[a], draw.integers(0, 12) if kind == 3 else 0, draw)
-    return Signatures(sha256=sha, area=area, tokens=tokens, occupancy=occupancy, looks=looks)
+            sha256[b] = sha256[a]
+        if kind in (1, 2):  # other hidden faces
+            visible[b] = move_moments(visible[a], motion) + noise
+        if kind in (2, 3):
+            faces[b] = move_moments(faces[a], motion) + noise
+    return signatures(visible, faces, sha256)
 
 
-def with_flipped_bits(row, bits, draw):
-    row = row.copy()
-    for bit in draw.choice(len(row) * 8, bits, replace=False):
-        row[bit // 8] ^= 1 << (bit % 8)
-    return row
+def motions_between(s, a, b):
+    """Return every motion that takes a to b within the tolerance."""
+    return [
+        motion
+        for motion in MOTIONS
+        if any(
+            np.abs(move_moments(m[a].astype(np.float64), motion) - m[b]).max()
+            <= CFG.shape_tolerance
+            for m in (s.visible, s.faces)
+        )
+    ]
 
 
-def duplicate_reason(s, a, b, cfg):
-    """Return why b is a duplicate of a, "" if it is not one."""
-    if s.sha256[a] == s.sha256[b]:
-        return DUPLICATE_BYTES
-    close = abs(np.log(s.area[a] / s.area[b])) <= np.log1p(cfg.area_percent / 100)
-    close &= abs(np.log(s.tokens[a] / s.tokens[b])) <= np.log1p(cfg.tokens_percent / 100)
-    bits = [int(np.unpackbits(s.occupancy[n]).sum()) for n in (a, b)]
-    differ = int(np.unpackbits(s.occupancy[a] ^ s.occupancy[b]).sum())
-    if close and differ * 100 <= cfg.occupancy_percent * min(bits):
-        return DUPLICATE_GEOMETRY
-    if int(np.unpackbits(s.looks[a] ^ s.looks[b]).sum()) <= cfg.look_bits:
-        return DUPLICATE_LOOKS
-    return ""
-
-
-def brute_force(s, cfg):
-    result = {}
-    for b in range(len(s.sha256)):
-        reasons = {
-            why: a
-            for a in reversed(range(b))
-            if a not in result and (why := duplicate_reason(s, a, b, cfg))
-        }
-        if reasons:
-            result[b] = next(
-                why
-                for why in (DUPLICATE_BYTES, DUPLICATE_GEOMETRY, DUPLICATE_LOOKS)
-                if why in reasons
-            )
+def brute_force(s, order):
+    """Return {asset: reason} by comparing each asset with every kept one."""
+    kept, result = [], {}
+    for b in order:
+        if any(s.sha256[a] == s.sha256[b] for a in kept):
+            result[b] = DUPLICATE_BYTES
+        elif any(motions_between(s, a, b) for a in kept):
+            result[b] = DUPLICATE_GEOMETRY
+        else:
+            kept.append(b)
     return result
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**32), st.integers(0, 60))
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 20))
 def test_the_duplicates_are_those_of_comparing_all_pairs(seed, count):
-    signatures = random_signatures(count, seed)
-    found = find_duplicates(signatures, CFG)
-    assert {asset: why for asset, (why, _) in found.items()} == brute_force(signatures, CFG)
-    for asset, (_, of) in found.items():
-        assert of < asset
-        assert of not in found
-        assert duplicate_reason(signatures, of, asset, CFG)
+    s = random_signatures(count, seed)
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    found = find_duplicates(find_copies(s, CFG), order)
+    assert {asset: item.reason for asset, item in found.items()} == brute_force(s, order)
+    for asset, item in found.items():
+        assert item.original not in found
+        assert order.index(item.original) < order.index(asset)
+        if item.reason == DUPLICATE_GEOMETRY:
+            kinds = {motion.kind for motion in motions_between(s, item.original, asset)}
+            assert item.kind in kinds
 
 
-def test_an_asset_similar_only_to_a_dropped_one_is_kept():
-    """a is similar to b and b to c, but not a to c: b is dropped and c is kept."""
-    signatures = random_signatures(3, similar_share=0.0)
-    signatures.looks[:] = signatures.looks[0]
-    signatures.looks[1, 0] ^= 0b0011_1111  # 6 bits
-    signatures.looks[2, 0] ^= 0b0011_1111
-    signatures.looks[2, 1] ^= 0b0011_1111
-    assert find_duplicates(signatures, CFG) == {1: (DUPLICATE_LOOKS, 0)}
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 20))
+def test_components_are_those_of_all_pairs(seed, count):
+    s = random_signatures(count, seed)
+    label = list(range(count))
+    for a in range(count):
+        for b in range(a + 1, count):
+            if s.sha256[a] == s.sha256[b] or motions_between(s, a, b):
+                label = [label[a] if other == label[b] else other for other in label]
+    found = find_copies(s, CFG).components()
+    assert [[x == y for y in found] for x in found] == [[x == y for y in label] for x in label]
 
 
-@pytest.mark.parametrize("option", [{"area_percent": 0}, {"tokens_percent": 100}, {"look_bits": 8}])
-def test_thresholds_beyond_the_search_are_refused(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        DedupConfig(**option)
+@pytest.mark.parametrize("motion", MOTIONS, ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_kind_names_how_the_copy_was_moved(motion, reverse):
+    """The original is the asset that comes first, whatever its row."""
+    shape = triangles(0)
+    moments = [surface_moments(shape), surface_moments(motion.apply(shape))]
+    copies = find_copies(signatures(moments[::-1] if reverse else moments), CFG)
+    original, copy = (1, 0) if reverse else (0, 1)
+    assert find_duplicates(copies, [original, copy]) == {
+        copy: Duplicate(reason=DUPLICATE_GEOMETRY, kind=motion.kind, original=original)
+    }
+
+
+def test_a_symmetric_shape_is_the_same_and_not_turned():
+    square = np.array([[[-0.4, 0.1, -0.4], [0.4, 0.1, -0.4], [0.4, 0.1, 0.4]]])
+    shape = np.concatenate([Motion(False, turns).apply(square) for turns in range(4)])
+    moments = surface_moments(shape)
+    (found,) = find_duplicates(
+        find_copies(signatures([moments, moments + 1e-6]), CFG), [0, 1]
+    ).values()
+    assert found.kind == "same_shape"
+
+
+def test_an_asset_that_is_a_copy_only_of_a_dropped_one_is_kept_in_one_component():
+    """a is a copy of b and b of c, but not a of c: b is dropped, c is kept, all are one group."""
+    moments = surface_moments(triangles(0))
+    copies = find_copies(signatures([moments, moments + 8e-4, moments + 16e-4]), CFG)
+    assert {asset: item.original for asset, item in find_duplicates(copies, [0, 1, 2]).items()} == {
+        1: 0
+    }
+    assert len(set(copies.components())) == 1
+
+
+def test_assets_without_hash_or_surface_are_copies_of_none():
+    zeros = np.zeros((3, 34))
+    copies = find_copies(signatures(zeros, sha256=[None, None, "a"]), CFG)
+    assert find_duplicates(copies, [0, 1, 2]) == {}
+    assert len(set(copies.components())) == 3
+
+
+@pytest.mark.parametrize("tolerance", [0, 0.02, float("nan")])
+def test_tolerances_beyond_the_search_are_refused(tolerance):
+    with pytest.raises(ValueError, match="shape_tolerance"):
+        DedupConfig(shape_tolerance=tolerance)
 
 
 def test_many_equal_assets_are_fast():
     count = 20_000
-    signatures = random_signatures(count, similar_share=0.0)
-    for column in (signatures.area, signatures.tokens, signatures.occupancy, signatures.looks):
-        column[:] = column[0]
+    moments = np.tile(surface_moments(triangles(0)), (count, 1))
     started = time.process_time()
-    assert len(find_duplicates(signatures, CFG)) == count - 1
+    copies = find_copies(signatures(moments), CFG)
+    assert len(find_duplicates(copies, range(count))) == count - 1
     assert time.process_time() - started < 5
