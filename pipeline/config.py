@@ -81,7 +81,7 @@ class BuildConfig:
     """One or more sources of assets: procedural[:COUNT], folder:PATH, objaverse,
     objaverse-xl[?places=github,...] or shapenet:PATH[?categories=chair,...]."""
 
-    ids: Path | None = added(None, before=None)
+    ids: Path | None = added(None, before=None)  # noqa: RUF009
     """List of the assets to take from the sources: a csv, json or parquet file with the columns
     uid, sha256, or file_identifier or url. Further columns are kept. None takes all assets."""
 
