@@ -1,8 +1,8 @@
 """Compare the mesh readers with independent ones on a folder of real files.
 
-`python -m benchmarks.mesh_readers FOLDER ... --assimp PYTHON --blender PYTHON --trimesh PYTHON`
-reads every mesh file below the folders with each reader, in a process of its own, and writes a
-table of agreement by format and a list of all disagreements.
+`python -m benchmarks.mesh_readers FOLDER ... --assimp PYTHON --blender PYTHON --trimesh PYTHON
+--ufbx PROGRAM` reads every mesh file below the folders with each reader, in a process of its own,
+and writes a table of agreement by format and a list of all disagreements.
 """
 
 from __future__ import annotations
@@ -22,26 +22,12 @@ import tyro
 
 from pipeline.core.cli import command, parse
 from pipeline.core.errors import UserError
+from pipeline.mesh_io.formats import MESH_FORMATS
 
 log = logging.getLogger(__name__)
 
 CHILD = Path(__file__).with_name("mesh_readers_child.py")
-FORMATS = (
-    "glb",
-    "gltf",
-    "obj",
-    "ply",
-    "stl",
-    "off",
-    "3mf",
-    "dae",
-    "zae",
-    "usd",
-    "usda",
-    "usdc",
-    "usdz",
-)
-PEERS = ("assimp", "blender", "trimesh")
+PEERS = ("assimp", "blender", "trimesh", "ufbx")
 RELATIVE_TOLERANCE = 1e-3  # of area and bounding box, relative to the longest side
 
 
@@ -69,6 +55,10 @@ class MeshReadersConfig:
     """Interpreter with trimesh and the libraries that it reads 3MF and COLLADA with. None leaves
     that reader out."""
 
+    ufbx: Path | None = None
+    """Program that `benchmarks/mesh_readers_ufbx.c` becomes with ufbx, for FBX files. None leaves
+    that reader out."""
+
     timeout_s: float = 60.0
     """Largest number of seconds for one file."""
 
@@ -80,7 +70,7 @@ def main(args: Sequence[str]) -> None:
         path
         for folder in cfg.folders
         for path in folder.rglob("*")
-        if path.suffix[1:].lower() in FORMATS and path.is_file()
+        if path.suffix[1:].lower() in MESH_FORMATS and path.is_file()
     )
     if not files:
         raise UserError(f"no mesh file below {' '.join(map(str, cfg.folders))}")
@@ -127,7 +117,9 @@ def _run_child(
     reader: str, python: Path, files: Sequence[Path], timeout_s: float
 ) -> Iterable[dict[str, Any]]:
     """Yield results until the child has read all files or one of them ends it."""
-    command_line = [str(python.absolute()), str(CHILD), reader]
+    command_line = [str(python.absolute())]
+    if reader != "ufbx":  # a program of its own
+        command_line += [str(CHILD), reader]
     environment = {**os.environ, "PYTHONPATH": str(CHILD.parents[1]) if reader == "ours" else ""}
     child = subprocess.Popen(
         command_line,

@@ -121,6 +121,7 @@ def blender(path: Path) -> dict[str, Any]:
         ".stl": "wm.stl_import",
         ".dae": "wm.collada_import",
         **dict.fromkeys((".usd", ".usda", ".usdc", ".usdz"), "wm.usd_import"),
+        ".fbx": "import_scene.fbx",
     }
     if suffix not in operators:
         return {"error": "format not supported by Blender"}

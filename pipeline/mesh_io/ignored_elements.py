@@ -343,8 +343,8 @@ IGNORED_ELEMENTS: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             (
                 *("Deformer.Link_DeformAcuracy", "Deformer.TransformLink", "Deformer.UserData"),
-                *("Deformer.SkinningType", "Deformer.Type", "Deformer.TransformAssociateModel"),
-                *("Deformer.BlendWeights", "Deformer:SrcModel*", "Deformer:RootGroup"),
+                *("Deformer.Type", "Deformer.TransformAssociateModel"),
+                *("Deformer.BlendWeights", "Deformer:SrcModel*", "Deformer:RootGroup*"),
                 "Deformer.AssociateModel",
             ),
             "How a program edits a skin. The bones stand where their nodes stand.",

@@ -40,6 +40,7 @@ WARNING_CODES = {
     "subdivision_cage": "A subdivision surface was drawn as the cage that controls it.",
     "node_cycle": "A node of the scene is its own descendant. The repetition was left out.",
     "skin_unreadable": "A skin could not be read. Its mesh is drawn without it.",
+    "skin_approximated": "A skin asks for another method than linear weights, which were used.",
     "morph_unreadable": "A morph target could not be read. Its mesh is drawn without it.",
     # Appearance
     "side_file_missing": "A file that the asset refers to is missing or outside its source.",

@@ -90,6 +90,7 @@ def _check_children(element: FbxElement, kind: str, found: Counter[tuple[str, st
 
 def _check_properties(element: FbxElement, kind: str, found: Counter[tuple[str, str]]) -> None:
     read = READ_PROPERTIES[kind]
+    shapes = {shape.text() for shape in element.all("Shape")}
     for list_name, first in PROPERTY_LISTS.items():
         for properties in element.all(list_name):
             for row in properties.children:
@@ -100,7 +101,7 @@ def _check_properties(element: FbxElement, kind: str, found: Counter[tuple[str, 
                     if stated_name(name) in READ_VALUES:
                         continue
                     name = plain_name(name)
-                if kind == "Model" and row.text(1) == "Shape":
+                if name in shapes:
                     continue  # version 6: the weight of a blend shape
                 if not _is_ignored(f"{kind}:{name}"):
                     found["unknown_attribute", f"{kind}: {name}"[:80]] += 1

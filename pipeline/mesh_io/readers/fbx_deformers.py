@@ -40,62 +40,72 @@ def with_shapes(geometry: Geometry, document: FbxDocument, owners: Sequence[FbxO
     """
     moved: Floats | None = None
     for shape, weight in _weighted_shapes(document, owners):
-        if not weight:
+        if not weight.any():
             continue
         try:
             indices, offsets = _offsets(shape, document, len(geometry.positions))
         except DeformerError as error:
             document.warnings.add("morph_unreadable", f"{geometry.name}: {error}")
             continue
+        if weight.ndim and len(weight) != len(offsets):
+            detail = f"{geometry.name}: {len(weight)} weights for {len(offsets)} vertices"
+            document.warnings.add("morph_unreadable", detail)
+            continue
         moved = geometry.positions.copy() if moved is None else moved
-        np.add.at(moved, indices, weight * offsets)
+        np.add.at(moved, indices, weight.reshape(-1, 1) * offsets)
     # The stored normals are those of the mesh without shapes.
     return geometry if moved is None else replace(geometry, positions=moved, normals=None)
 
 
 def _weighted_shapes(
     document: FbxDocument, owners: Sequence[FbxObject]
-) -> list[tuple[FbxElement, float]]:
-    """Return the shapes of a mesh with their weights."""
-    shapes: list[tuple[FbxElement, float]] = []
+) -> list[tuple[FbxElement, Floats]]:
+    """Return the shapes of a mesh with their weights: one number, or one for each moved vertex."""
+    shapes: list[tuple[FbxElement, Floats]] = []
     for deformer in deformers(owners, "BlendShape"):
         for channel in deformer.all_sources("Deformer", "BlendShapeChannel"):
             field = channel.element.first("DeformPercent")
             stated = 0.0 if field is None else field.number()
-            percent = channel.number("DeformPercent", stated)
+            weight = channel.number("DeformPercent", stated) / 100
             targets = [shape.element for shape in channel.all_sources("Geometry", "Shape")]
-            ends = document.numbers(channel.element.first("FullWeights")).tolist()
-            shapes += zip(targets, _blended(percent, len(targets), ends), strict=True)
+            full = document.numbers(channel.element.first("FullWeights")) / 100
+            if len(targets) == 1 and len(full) > 1:
+                shapes.append((targets[0], weight * full))  # Blender weights each vertex
+            elif targets:
+                ends = full.tolist() if len(full) == len(targets) else None
+                weights = channel_weights(weight, len(targets), ends)
+                shapes += [(shape, np.array(w)) for shape, w in zip(targets, weights)]
     for owner in owners:
         # Version 6: the shape lies in the mesh, and a property of the node has its weight.
         for shape in owner.element.all("Shape"):
-            shapes.append((shape, owner.number(shape.text(), 0.0) / 100))
+            shapes.append((shape, np.array(owner.number(shape.text(), 0.0) / 100)))
     return shapes
 
 
-def _blended(percent: float, count: int, ends: list[float]) -> list[float]:
+def channel_weights(weight: float, count: int, ends: list[float] | None) -> list[float]:
     """Return the weights of the shapes of a channel, which follow each other as it grows.
 
     Args:
-        percent: The state of the channel.
-        count: Number of shapes.
-        ends: The states in which each shape alone is drawn.
+        weight: The state of the channel. The mesh itself is at 0.
+        count: Number of shapes, at least one.
+        ends: The states in which each shape alone is drawn. None spaces them evenly up to 1.
     """
-    if count <= 1:
-        return [percent / 100.0] * count
-    if len(ends) != count:
-        ends = [100.0 * (k + 1) / count for k in range(count)]
-    stops = [0.0, *ends]
+    if ends is None:
+        ends = [(k + 1) / count for k in range(count)]
+    side = [k for k in range(count) if ends[k] * weight > 0]
+    if not side:  # the nearest shape of the other side is continued through 0
+        side = sorted(range(count), key=lambda k: abs(ends[k]))[:1]
+    side.sort(key=lambda k: abs(ends[k]))
     weights = [0.0] * count
-    for k in range(count):
-        low, high = stops[k], stops[k + 1]
-        is_last = k == count - 1
-        if low <= percent <= high or (is_last and percent > high):
-            share = (percent - low) / (high - low) if high > low else 1.0
-            weights[k] = share
-            if k:
-                weights[k - 1] = 1 - share
-            break
+    # The segment that holds the weight. The last one is continued.
+    following = next((n for n, k in enumerate(side) if abs(ends[k]) > abs(weight)), len(side) - 1)
+    before = ends[side[following - 1]] if following else 0.0
+    length = ends[side[following]] - before
+    if length:
+        share = (weight - before) / length
+        weights[side[following]] = share
+        if following:
+            weights[side[following - 1]] = 1 - share
     return weights
 
 
@@ -194,6 +204,9 @@ def _skin_matrices(
         weights.append(np.nan_to_num(values))
     if not bones:
         return None
+    method = skin.element.text_of("SkinningType")
+    if method not in ("", "Linear", "Rigid") and not np.allclose(bones, bones[0]):
+        document.warnings.add("skin_approximated", f"{skin.name}: {method}")
     parts = Skin(
         joints=names,
         inverse_bind=np.broadcast_to(np.eye(4), (len(bones), 4, 4)),

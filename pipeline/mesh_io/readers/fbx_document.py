@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +99,7 @@ class FbxDocument:
 
     def numbers(
         self, element: FbxElement | None, dtype: type[np.generic] = np.float64
-    ) -> NDArray[np.generic]:
+    ) -> NDArray[Any]:
         """Return the numbers of an element, see `ArrayDecoder.numbers`."""
         return self.file.arrays.numbers(element, dtype)
 
@@ -131,9 +132,9 @@ def read_document(file: FbxFile, warnings: WarningLog) -> FbxDocument:
                 continue
             item = _read_object(element, file.version, templates)
             if item.key in objects:
+                # Connections lead to the first one. The other one is drawn if it stands alone.
                 warnings.add("invalid_value", f"two objects are {str(item.key)[:80]}")
-                if objects[item.key].kind != item.kind:
-                    continue
+                item.key = f"{item.key} {len(objects)}"
             objects[item.key] = item
     document = FbxDocument(
         file=file, objects=objects, root=root, settings=settings, warnings=warnings
@@ -166,9 +167,8 @@ def _templates(root: FbxElement) -> dict[str, dict[str, list[object]]]:
 def _read_object(
     element: FbxElement, version: int, templates: dict[str, dict[str, list[object]]]
 ) -> FbxObject:
-    values = list(element.values)
-    number = values.pop(0) if values and isinstance(values[0], int) else None
-    texts = [value for value in values if isinstance(value, str)]
+    first = element.values[0] if element.values else None
+    texts = [value for value in element.values if isinstance(value, str)]
     label = texts[0] if texts else ""
     if SEPARATOR in label:
         name, _, kind = label.partition(SEPARATOR)
@@ -177,7 +177,7 @@ def _read_object(
         name = label.rpartition("::")[2]
     own = read_properties(element)
     return FbxObject(
-        key=number if number is not None and version >= 7000 else label,
+        key=first if isinstance(first, int) and version >= 7000 else label,
         kind=element.name,
         name=name,
         subtype=texts[1] if len(texts) > 1 else "",

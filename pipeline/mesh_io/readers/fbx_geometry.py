@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -194,24 +195,25 @@ class _Layers:
         return Attribute(values=values, domain=attribute.domain)
 
     def slots(self, name: str, values_name: str) -> NDArray[np.int64] | None:
-        """Return a number of each polygon, or None if there is no such layer."""
+        """Return which material or texture each polygon has, or None if there is no such layer."""
         layer = self.item.element.first(name)
         if layer is None:
             return None
         values = self.document.numbers(layer.first(values_name), np.int64)
         mapping = layer.text_of("MappingInformationType")
         count = self.counts["polygon"]
-        if mapping in ("AllSame", "NoMappingInformation", "") or len(values) == 1:
-            number = int(values[0]) if len(values) and mapping == "AllSame" else 0
-            return np.full(count, number if values_name == "Materials" or len(values) else -1)
-        if mapping != "ByPolygon" or len(values) != count:
-            self._mismatch(name, f"{mapping} {len(values)} for {count}")
-            values = (
-                np.resize(values, count)
-                if len(values) > count
-                else np.append(values, np.zeros(count - len(values), dtype=np.int64))
-            )
-        return values
+        if mapping == "ByPolygon" and len(values) != 1:
+            if len(values) == count:
+                return values
+            self._mismatch(name, f"{len(values)} for {count}")
+            padded = np.zeros(count, dtype=np.int64)
+            padded[: len(values)] = values[:count]
+            return padded
+        if mapping not in ("AllSame", "ByPolygon", "NoMappingInformation", ""):
+            self._mismatch(name, f"mapping {mapping[:40]!r}")
+        # Without values the first material counts, but no texture.
+        number = 0 if values_name == "Materials" else -1
+        return np.full(count, int(values[0]) if len(values) else number)
 
     def _attribute(
         self, layer: FbxElement | None, values_name: str, index_name: str, columns: int
@@ -256,7 +258,7 @@ class _Layers:
         self.warnings.add("attribute_mismatch", f"{self.item.name} {name}: {detail}")
 
 
-def _rows(values: NDArray[np.generic], columns: int) -> NDArray[np.float64]:
+def _rows(values: NDArray[Any], columns: int) -> NDArray[np.float64]:
     """Return numbers as rows. An incomplete last row is left out."""
     count = len(values) // columns
     return np.array(values[: count * columns], dtype=np.float64).reshape(count, columns)

@@ -27,7 +27,6 @@ from pipeline.mesh_io.scene import SceneImage, SceneMaterial, TextureSlot, Wrap
 # Values of alphaMode in the glTF material of 3ds Max.
 ALPHA_MODES: dict[int, Literal["OPAQUE", "MASK", "BLEND"]] = {1: "OPAQUE", 2: "MASK", 3: "BLEND"}
 NITS_OF_WHITE = 1000.0  # luminance of OpenPBR materials that is drawn as full brightness
-WRAPS: tuple[Wrap, Wrap] = ("repeat", "clamp")
 Color = tuple[float, float, float]
 
 
@@ -139,12 +138,12 @@ class MaterialReader:
     def _textures(self, source: FbxObject) -> Iterator[FbxObject]:
         """Yield a texture, or the first texture of a layered one."""
         if source.kind == "Texture":
-            yield source
+            yield _image_texture(source)
             return
         layers = list(source.all_sources("Texture"))
         if len(layers) > 1:
             self._warnings.add("appearance_ignored", f"{source.name}: {len(layers)} layers")
-        yield from layers[:1]
+        yield from map(_image_texture, layers[:1])
 
     def _slot(self, texture: FbxObject, uv_names: Mapping[str, int]) -> TextureSlot | None:
         """Return how a texture reads its image, or None after a warning."""
@@ -152,8 +151,9 @@ class MaterialReader:
         if image is None:
             return None
         uv_set = uv_names.get(texture.text("UVSet"), 0)
-        wraps = [
-            WRAPS[1 if texture.number(name, 0) == 1 else 0] for name in ("WrapModeU", "WrapModeV")
+        wraps: list[Wrap] = [
+            "clamp" if texture.number(name, 0) == 1 else "repeat"
+            for name in ("WrapModeU", "WrapModeV")
         ]
         return TextureSlot(
             image=image,
@@ -177,13 +177,7 @@ class MaterialReader:
 
     def _content(self, texture: FbxObject, video: FbxObject | None) -> tuple[bytes | None, str]:
         """Return the image file of a texture, embedded or beside the file, and its name."""
-        names = [
-            name
-            for item in (texture, video)
-            if item is not None
-            for key in ("RelativeFilename", "FileName", "Filename")
-            if (name := item.element.text_of(key) or item.text(key))
-        ]
+        names = _file_names(texture, video)
         if video is not None:
             try:
                 content = embedded_bytes(video.element.first("Content"))
@@ -254,6 +248,31 @@ def _color(values: Mapping[str, list[float]], role: str) -> Color | None:
 
 def _share(value: float | None, default: float) -> float:
     return default if value is None else min(max(value, 0.0), 1.0)
+
+
+def _image_texture(texture: FbxObject) -> FbxObject:
+    """Return the texture that names an image in the graph of a procedural texture, or itself."""
+    pending, visited = [texture], {id(texture)}
+    while pending:
+        item = pending.pop(0)
+        if _file_names(item) or any(item.all_sources("Video")):
+            return item
+        for source in item.all_sources("Texture"):
+            if id(source) not in visited:
+                visited.add(id(source))
+                pending.append(source)
+    return texture
+
+
+def _file_names(*items: FbxObject | None) -> list[str]:
+    """Return the names of the image files that textures and videos state."""
+    return [
+        name
+        for item in items
+        if item is not None
+        for key in ("RelativeFilename", "FileName", "Filename")
+        if (name := item.element.text_of(key) or item.text(key))
+    ]
 
 
 def _uv_transform(texture: FbxObject) -> np.ndarray | None:

@@ -175,7 +175,7 @@ READ_ELEMENTS: dict[str, tuple[str, ...]] = {
     ),
     "Deformer": (
         *("Indexes", "Weights", "Transform", "Mode", "DeformPercent", "FullWeights"),
-        *("Properties70", "Properties60"),
+        *("SkinningType", "Properties70", "Properties60"),
     ),
 }
 # Properties that are read: the kind of the object -> their names.

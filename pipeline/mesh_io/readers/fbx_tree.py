@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,6 @@ SEPARATOR = "\0\x01"  # between name and class of an object in binary files
 
 SCALARS = {"C": "?", "B": "?", "Z": "B", "Y": "h", "I": "i", "F": "f", "D": "d", "L": "q"}
 ARRAYS = {"f": "f4", "d": "f8", "l": "i8", "i": "i4", "b": "u1", "c": "u1"}
-
-Value = "int | float | bool | str | bytes | FbxArray"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ class ArrayDecoder:
 
     def numbers(
         self, element: FbxElement | None, dtype: type[np.generic] = np.float64
-    ) -> NDArray[np.generic]:
+    ) -> NDArray[Any]:
         """Return the numbers of an element, [N] of a type. [] without element.
 
         They are one array, or the values of the element themselves.
@@ -142,7 +141,7 @@ class ArrayDecoder:
             values = np.where(is_usable, values, np.iinfo(np.int64).min)
         return values.astype(dtype)
 
-    def _decode(self, array: FbxArray, name: str, dtype: type[np.generic]) -> NDArray[np.generic]:
+    def _decode(self, array: FbxArray, name: str, dtype: type[np.generic]) -> NDArray[Any]:
         if array.encoding == "text":
             wanted = np.int64 if np.dtype(dtype).kind == "i" else np.float64
             text = _COMMENT.sub(b"", array.content).replace(b",", b" ").translate(_BLANKS)

@@ -82,6 +82,22 @@ def colors_at(mesh: Mesh, point) -> set[tuple[int, ...]]:
     return found
 
 
+def texel_at(mesh: Mesh, point) -> tuple[int, ...]:
+    """Return the texel [r, g, b, a] that is drawn at a point of a textured surface."""
+    for part in mesh.parts:
+        for face in mesh.faces[part.faces]:
+            corners = mesh.vertices[face]
+            sides = np.column_stack([corners[1] - corners[0], corners[2] - corners[0]])
+            weights, *_ = np.linalg.lstsq(sides, np.asarray(point) - corners[0], rcond=None)
+            distance = np.abs(corners[0] + sides @ weights - point).max()
+            shares = np.array([1 - weights.sum(), *weights])
+            if distance < 1e-6 and shares.min() > -1e-9:
+                u, v = (shares @ part.uv[face - part.vertices.start]) % 1
+                height, width = part.material.texture.shape[:2]
+                return tuple(part.material.texture[int((1 - v) * height), int(u * width)].tolist())
+    raise AssertionError(f"no textured face at {point}")
+
+
 def assert_fuzzed_files_are_safe(folder: Path, name: str, content: bytes, rounds: int) -> None:
     """Load damaged copies of a file. Each gives a finite mesh within the limits or a `Reject`."""
     generator = random.Random(0)
