@@ -6,7 +6,7 @@ import json
 import posixpath
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +16,7 @@ from pipeline.core.errors import Reject, Transient
 from pipeline.download.config import FetchConfig
 from pipeline.download.fetch import DownloadRequest, LfsPointer, download, negative_cache
 from pipeline.download.http import post_json
+from pipeline.mesh_io.readers.fbx_references import guessed_names, image_names
 
 LFS_JSON = "application/vnd.git-lfs+json"
 MAX_NAME_BYTES = 200  # of one component of a path
@@ -24,6 +25,7 @@ MAX_SIDE_BYTES = 1 << 28  # of all side files of one asset
 MATERIAL_LIBRARY = re.compile(rb"(?m)^[ \t]*mtllib[ \t]+(.+?)[ \t\r]*$")
 TEXTURE_MAP = re.compile(rb"(?im)^[ \t]*(?:map_\w+|bump|disp|norm|refl|decal)[ \t]+(.+?)[ \t\r]*$")
 USD_ASSET = re.compile(rb"@@@(.+?)@@@|@([^@\n]+)@")
+DRIVE = re.compile(r"[A-Za-z]:")
 COLLADA_IMAGE = re.compile(rb"<init_from>\s*(?:<ref>)?\s*([^<>]+?)\s*<")
 
 
@@ -52,8 +54,10 @@ def download_blob(wanted: DownloadRequest, folder: Path, cfg: FetchConfig, hosts
     """Download a file of a repository and the side files that it refers to.
 
     Side files, such as materials and textures, are found recursively. They may lie anywhere in the
-    repository. Locally the files have the same directories as there, so that relative paths such as
-    "../textures/a.png" lead to them. A missing side file is skipped, and the loader reports it.
+    repository. Images of FBX files, which state paths of the author's machine, are also looked for
+    beside the file and in folders of textures. Locally the files have the same directories as
+    there, so that relative paths such as "../textures/a.png" lead to them. A missing side file is
+    skipped, and the loader reports it.
 
     Args:
         wanted: The file. Its URL is that of a blob at a commit.
@@ -78,12 +82,17 @@ def download_blob(wanted: DownloadRequest, folder: Path, cfg: FetchConfig, hosts
     # Breadth-first search of side files within the limits of count and bytes.
     partial = folder / ".side-file"
     pending = deque(_paths_in_repository(main, blob.path, blob.path))
+    guesses = deque(_guessed_paths(main, blob.path))
     visited: set[str] = {blob.path}
+    downloaded: set[str] = set()  # the last components of paths
     free_bytes = MAX_SIDE_BYTES
-    while pending and len(visited) <= MAX_SIDE_FILES and free_bytes > 0:
-        path = pending.popleft()
+    while (pending or guesses) and len(visited) <= MAX_SIDE_FILES and free_bytes > 0:
+        is_guess = not pending
+        path = (pending or guesses).popleft()
         target = _local_path(folder, path)
         if path in visited or target == main:
+            continue
+        if is_guess and posixpath.basename(path) in downloaded:
             continue
         visited.add(path)
         try:
@@ -96,6 +105,7 @@ def download_blob(wanted: DownloadRequest, folder: Path, cfg: FetchConfig, hosts
         # The last three: the name of one file is the directory of another.
         except (Reject, FileExistsError, NotADirectoryError, IsADirectoryError):
             continue
+        downloaded.add(posixpath.basename(path))
         free_bytes -= target.stat().st_size
         pending += _paths_in_repository(target, path, blob.path)
     partial.unlink(missing_ok=True)
@@ -115,10 +125,23 @@ def _paths_in_repository(file: Path, path: str, main_path: str) -> Iterator[str]
     """
     folders = dict.fromkeys((posixpath.dirname(path), posixpath.dirname(main_path)))
     for name in find_references(file):
-        for folder in folders:
-            candidate = posixpath.normpath(posixpath.join(folder, name))
-            if candidate != ".." and not candidate.startswith(("../", "/")):
-                yield candidate
+        yield from _joined(folders, name)
+
+
+def _guessed_paths(file: Path, path: str) -> Iterator[str]:
+    """Yield paths in the repository where images of an FBX file may lie beside its own names."""
+    if file.suffix.lower() == ".fbx":
+        for name in guessed_names(image_names(file.read_bytes())):
+            if _is_relative(name):
+                yield from _joined([posixpath.dirname(path)], name)
+
+
+def _joined(folders: Iterable[str], name: str) -> Iterator[str]:
+    """Yield the paths of a name in folders that do not lead out of the repository."""
+    for folder in folders:
+        candidate = posixpath.normpath(posixpath.join(folder, name))
+        if candidate != ".." and not candidate.startswith(("../", "/")):
+            yield candidate
 
 
 def parse_blob(url: str, hosts: GitHub) -> Blob:
@@ -134,14 +157,14 @@ def parse_blob(url: str, hosts: GitHub) -> Blob:
 
 
 def find_references(path: Path) -> list[str]:
-    """Find the names of the files that a gltf, obj, mtl, dae, usd, usda or usdc file refers to.
+    """Find the names of the files that a mesh or material file refers to.
 
     Returns:
         Relative paths with "/" as separator, without repetitions. Absolute paths, URLs and names
         that no file can have are left out. [] for other formats and for damaged files.
     """
     extension = path.suffix[1:].lower()
-    if extension not in ("gltf", "obj", "mtl", "dae", "usd", "usda", "usdc"):
+    if extension not in ("gltf", "obj", "mtl", "dae", "usd", "usda", "usdc", "fbx"):
         return []
     names = [name.replace("\\", "/") for name in _references(path, extension)]
     return [name for name in dict.fromkeys(names) if _is_relative(name)]
@@ -151,7 +174,8 @@ def _is_relative(name: str) -> bool:
     is_possible = name.isprintable() and all(
         len(part.encode("utf-8", "replace")) <= 200 for part in name.split("/")
     )
-    return bool(name) and is_possible and "://" not in name and not name.startswith(("data:", "/"))
+    is_absolute = "://" in name or name.startswith(("data:", "/")) or DRIVE.match(name) is not None
+    return bool(name) and is_possible and not is_absolute
 
 
 def _references(path: Path, extension: str) -> Iterator[str]:
@@ -177,6 +201,8 @@ def _references(path: Path, extension: str) -> Iterator[str]:
             yield argument
             if " " in argument:
                 yield argument.rpartition(" ")[2]
+    elif extension == "fbx":
+        yield from image_names(content)
     elif extension.startswith("usd"):
         if content.startswith(b"PXR-USDC"):
             names = _names_in_binary_layer(path)

@@ -33,6 +33,7 @@ from tests.pipeline.catalogues import (
     write_shapenet,
 )
 from tests.pipeline.faulty_http_server import run_server
+from tests.pipeline.mesh_io.fbx_files import binary
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
@@ -299,6 +300,47 @@ def test_side_files_are_downloaded_and_missing_ones_are_skipped(tmp_path, client
     ]
     assert SideFiles(path, repository, WarningLog()).read("../tex/a.png") == png()
     assert not [visit for visit, _ in server.requests if "passwd" in visit]
+
+
+def test_images_of_an_fbx_file_are_found_by_name_and_in_folders_of_textures(
+    tmp_path, client, server
+):
+    names = {
+        5: "..\\Tex\\a.png",  # as it lies there
+        6: "C:\\work\\b.png",  # beside the file
+        7: "/home/x/maps/c.png",  # in a folder of textures
+        8: "C:\\work\\gone.png",
+        9: "C:\\work\\inside.png",
+    }
+    content = [("Content", [png()], [])]
+    objects = [
+        (
+            "Video",
+            [key, "Video::v", "Clip"],
+            [("RelativeFilename", [name], []), *(content * (key == 9))],
+        )
+        for key, name in names.items()
+    ]
+    here = f"/raw/ann/meshes/{COMMIT}"
+    fbx = binary([("Objects", [], objects)])
+    server.files |= {
+        f"{here}/models/a.fbx": fbx,
+        f"{here}/Tex/a.png": png(),
+        f"{here}/models/b.png": png(),
+        f"{here}/models/textures/c.png": png(),
+    }
+    source = small_objaverse_xl(
+        tmp_path, client, server, github=[(blob(server, "models/a.fbx"), "MIT", "fbx", sha256(fbx))]
+    )
+    repository = materialized(tmp_path, source).parent.parent
+    files = [file for file in repository.rglob("*") if file.is_file()]
+    assert sorted(file.relative_to(repository).as_posix() for file in files) == [
+        "Tex/a.png",
+        "models/a.fbx",
+        "models/b.png",
+        "models/textures/c.png",
+    ]
+    assert not [visit for visit, _ in server.requests if "inside" in visit]
 
 
 def test_a_temporary_error_of_a_side_file_is_not_a_rejection(tmp_path, client, server):
