@@ -23,7 +23,7 @@ from pipeline.mesh_io.load_warnings import LoadWarning
 NAMED_BY_USER = ("folder", "procedural")  # sources whose assets the user named
 
 
-def filter_metadata(record: Record, cfg: FilterConfig) -> None:
+def filter_metadata(record: Record, cfg: FilterConfig, blender: str = "") -> None:
     """Check what a catalogue states about an asset, before the asset is downloaded.
 
     Assets of a folder and of the embedded data set pass, because the user named them.
@@ -31,15 +31,16 @@ def filter_metadata(record: Record, cfg: FilterConfig) -> None:
     Args:
         record: The asset.
         cfg: The thresholds.
+        blender: The option --load.blender.
 
     Raises:
-        Reject: In this order, "unsupported_format" or "missing_extra" (the libraries of the reader
-            are not installed), "licence" (not accepted, or unknown), "age_restricted", "animated"
-            or "banned_word".
+        Reject: In this order, "unsupported_format", "missing_extra" (the libraries of the reader
+            are not installed) or "missing_blender", "licence" (not accepted, or unknown),
+            "age_restricted", "animated" or "banned_word".
     """
     if record.source in NAMED_BY_USER:
         return
-    check_format(record.format)
+    check_format(record.format, blender)
     if licence_of(record.licence) not in {licence_of(name) for name in cfg.licences}:
         raise Reject("licence", licence=record.licence)
     metadata = json.loads(record.metadata or "{}")

@@ -10,6 +10,7 @@ ERROR_LENGTH = 100  # characters of an error's text that are written
 THRESHOLDS: dict[str, tuple[str, ...]] = {
     "unsupported_format": (),
     "missing_extra": (),
+    "missing_blender": (),
     "licence": ("filter.licences",),
     "age_restricted": ("filter.age_restricted",),
     "animated": ("filter.max_animations",),

@@ -22,6 +22,9 @@ MAX_INNER_DEPTH = 2  # archives in archives
 UTF8_FLAG = 0x800  # of a zip member whose name is UTF-8
 MAX_NAME_BYTES = 255  # of a file name
 ARCHIVE_FORMATS = ("zip", "tar", "tar.gz", "tgz", "tar.bz2", "tar.xz")
+# Archives often hold one model in several formats. Formats that need more than this project to be
+# read, or several files, are the last ones to be chosen.
+SPARE_FORMATS = (("fbx",), ("usd", "usda", "usdc", "usdz"), ("abc",), ("blend",))
 CHUNK_BYTES = 1 << 20
 # What the readers raise on a damaged archive.
 ARCHIVE_ERRORS = (
@@ -169,7 +172,8 @@ def unpack_mesh(path: Path, folder: Path, limits: ArchiveLimits) -> Path:
 def find_only_mesh(files: list[Path], folder: Path) -> Path:
     """Return the mesh file with the shortest path of an unpacked archive.
 
-    Hidden files and the resource forks of macOS are ignored.
+    Hidden files and the resource forks of macOS are ignored. A file of one of `SPARE_FORMATS`
+    counts only if there is none of the formats before it.
 
     Args:
         files: The unpacked files.
@@ -179,18 +183,23 @@ def find_only_mesh(files: list[Path], folder: Path) -> Path:
         Reject: "archive_without_mesh" if there is none, "archive_ambiguous" if several mesh files
             are equally deep.
     """
-    meshes_by_depth: dict[int, list[Path]] = {}
+    meshes: list[Path] = []
     for file in files:
         parts = file.relative_to(folder).parts
         is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
         if file.suffix[1:].lower() in MESH_FORMATS and not is_hidden:
-            meshes_by_depth.setdefault(len(parts), []).append(file)
-    if not meshes_by_depth:
+            meshes.append(file)
+    if not meshes:
         raise Reject("archive_without_mesh", files=len(files))
-    topmost = meshes_by_depth[min(meshes_by_depth)]
-    if len(topmost) > 1:
-        raise Reject("archive_ambiguous", meshes=len(topmost))
-    return topmost[0]
+    ranks = {name: rank for rank, names in enumerate(SPARE_FORMATS, 1) for name in names}
+    places = [
+        (ranks.get(mesh.suffix[1:].lower(), 0), len(mesh.relative_to(folder).parts))
+        for mesh in meshes
+    ]
+    first = [mesh for mesh, place in zip(meshes, places, strict=True) if place == min(places)]
+    if len(first) > 1:
+        raise Reject("archive_ambiguous", meshes=len(first))
+    return first[0]
 
 
 def _members(

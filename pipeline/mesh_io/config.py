@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.core.options import added
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
@@ -25,6 +27,12 @@ class LoadConfig:
     max_texture_side: int = 4096
     """Largest side of a texture in pixels. Larger textures are scaled down to it. Reduce it to save
     memory if the renders are small."""
+
+    blender: str = added("", before="")
+    """Path of Blender, or of a Python interpreter with the package bpy, which reads blend and abc
+    files. It runs in the process of the asset with the limits of that, without the scripts of the
+    file. Empty rejects these files as missing_blender. The path is part of the identity of the
+    products."""
 
 
 @dataclass(frozen=True, kw_only=True)

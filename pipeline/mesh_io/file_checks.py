@@ -70,6 +70,9 @@ def check_magic(head: bytes, extension: str, size: int) -> None:
         "dae": text.startswith(b"<"),
         **dict.fromkeys(("usd", "usda", "usdc"), is_usd),
         "usdz": is_zip,
+        # Blend files may be compressed with gzip or Zstandard. Alembic is Ogawa or HDF5.
+        "blend": head.startswith((b"BLENDER", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")),
+        "abc": head.startswith((b"Ogawa", b"\x89HDF")),
     }
     if is_html or not has_magic.get(extension, True):
         raise Reject("wrong_magic", format=extension, begins=ascii(head[:16].decode("latin-1")))

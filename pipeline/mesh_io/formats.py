@@ -18,18 +18,23 @@ class MeshFormat:
         extra: The extra of pyproject.toml that installs the libraries of the reader. "" means that
             every installation of the pipeline has them.
         requires: The top-level modules that the extra installs.
+        needs_blender: Whether the reader runs the Blender that --load.blender names.
     """
 
     module: str
     function: str
     extra: str = ""
     requires: tuple[str, ...] = ()
+    needs_blender: bool = False
 
 
 _GLTF = MeshFormat(module="pipeline.mesh_io.readers.gltf", function="read_gltf")
 _COLLADA = MeshFormat(module="pipeline.mesh_io.readers.collada", function="read_collada")
 _USD = MeshFormat(
     module="pipeline.mesh_io.readers.usd", function="read_usd", extra="usd", requires=("pxr",)
+)
+_BLENDER = MeshFormat(
+    module="pipeline.mesh_io.readers.blender", function="read_with_blender", needs_blender=True
 )
 
 # Extension in lower case -> how the format is read.
@@ -48,19 +53,23 @@ FORMATS: dict[str, MeshFormat] = {
     "usda": _USD,
     "usdc": _USD,
     "usdz": _USD,
+    "abc": _BLENDER,
+    "blend": _BLENDER,
 }
 MESH_FORMATS = frozenset(FORMATS)
 
 
-def check_format(name: str) -> MeshFormat:
+def check_format(name: str, blender: str = "") -> MeshFormat:
     """Return how a format is read.
 
     Args:
         name: The extension in lower case, without the dot.
+        blender: The option --load.blender.
 
     Raises:
         Reject: "unsupported_format" if there is no reader for it, "missing_extra" with the name of
-            the extra if the libraries of its reader are not installed.
+            the extra if the libraries of its reader are not installed, "missing_blender" if its
+            reader needs Blender and the option is empty.
     """
     known = FORMATS.get(name)
     if known is None:
@@ -68,17 +77,21 @@ def check_format(name: str) -> MeshFormat:
     if any(find_spec(module) is None for module in known.requires):
         error = f"the extra {known.extra} is not installed: pip install 'sparse3d[{known.extra}]'"
         raise Reject("missing_extra", format=name, extra=known.extra, error=error)
+    if known.needs_blender and not blender:
+        error = "it is read by Blender, and --load.blender does not name one"
+        raise Reject("missing_blender", format=name, error=error)
     return known
 
 
-def why_skipped(name: str) -> str:
+def why_skipped(name: str, blender: str = "") -> str:
     """Return why files of a format are not read, in words. "" if they are.
 
     Args:
         name: The extension in lower case, without the dot.
+        blender: The option --load.blender.
     """
     try:
-        check_format(name)
+        check_format(name, blender)
     except Reject as reject:
         return reject.numbers.get("error", "there is no reader for the format")
     return ""

@@ -90,9 +90,9 @@ def load_with_report(
 
     Raises:
         Reject: "empty_file", "lfs_pointer", "wrong_magic", "unsupported_format", "missing_extra"
-            (the libraries of the reader are not installed), "unreadable" (with the parser's error),
-            "allocation_bomb", "too_many_faces", "gltf_1" (glTF 1.0 is not read),
-            "unsupported_version" (FBX before 6.0 is not read), "empty_scene", "points_only",
+            (the libraries of the reader are not installed), "missing_blender", "unreadable" (with
+            the parser's error), "allocation_bomb", "too_many_faces", "gltf_1" (glTF 1.0 is not
+            read), "unsupported_version" (FBX before 6.0 is not read), "empty_scene", "points_only",
             "index_out_of_range", "non_finite_vertices" or "degenerate".
         ValueError: If `up` is none of the three words.
     """
@@ -101,7 +101,7 @@ def load_with_report(
     warnings = WarningLog()
     try:
         extension = check_file(path)
-        reader = _reader(check_format(extension))
+        reader = _reader(check_format(extension, cfg.blender))
         side_files = SideFiles(path, root, warnings)
         context = ReaderContext(path=path, cfg=cfg, side_files=side_files, warnings=warnings)
         scene = reader(path.read_bytes(), context)

@@ -22,6 +22,7 @@ WARNING_CODES = {
     "text_encoding": "Text of the file is not in the declared encoding.",
     "reference_unresolved": "A reference to a part of this or another file cannot be followed. "
     "What it would add was left out.",
+    "converter_warning": "The program that converted the file warned about it.",
     # Geometry
     "index_out_of_range": "Polygons refer to vertices that do not exist. They were left out.",
     "primitive_unreadable": "A part of the geometry could not be read. It was left out.",

@@ -79,7 +79,7 @@ def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
     """Run the stages that all products share."""
     record, cfg = job.record, job.config
     with _stage(job, notes, "metadata"):
-        filter_metadata(record, cfg.filter)
+        filter_metadata(record, cfg.filter, cfg.load.blender)
     with _stage(job, notes, "fetch"):
         scratch = job.folder / "input"
         scratch.mkdir()

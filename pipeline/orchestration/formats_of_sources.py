@@ -17,12 +17,13 @@ log = logging.getLogger(__name__)
 KINDS_SHOWN = 12  # of formats in a line
 
 
-def log_formats(plan: Plan, sources: Sequence[Source]) -> None:
+def log_formats(plan: Plan, sources: Sequence[Source], blender: str) -> None:
     """Log for each source how many assets of each format are read, and which are skipped and why.
 
     Args:
         plan: The plan of the sources.
         sources: The sources, for the files that they leave out.
+        blender: The option --load.blender.
     """
     groups = plan.table.group_by(["source", "format"]).aggregate([([], "count_all")]).to_pylist()
     for source in sources:
@@ -31,7 +32,7 @@ def log_formats(plan: Plan, sources: Sequence[Source]) -> None:
             for group in groups
             if group["source"] == source.name
         }
-        reasons = {name: _why_skipped(source, name) for name in counts}
+        reasons = {name: _why_skipped(source, name, blender) for name in counts}
         read = {name: n for name, n in counts.items() if not reasons[name]}
         log.info(
             "The source %s has %s to read%s.",
@@ -53,11 +54,11 @@ def log_formats(plan: Plan, sources: Sequence[Source]) -> None:
             )
 
 
-def _why_skipped(source: Source, name: str) -> str:
+def _why_skipped(source: Source, name: str, blender: str) -> str:
     """Return why the assets of a format are skipped, "" if they are read."""
     if source.name in NAMED_BY_USER and name in ARCHIVE_FORMATS:
         return ""  # the meshes in archives are checked when they are unpacked
-    return why_skipped(name)
+    return why_skipped(name, blender)
 
 
 def _listed(counts: Mapping[str, int]) -> str:

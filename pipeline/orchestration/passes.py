@@ -41,7 +41,7 @@ def run_passes(cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
     listings = sources if cfg.rank.target_count is None else [_screen(cfg, sources)]
     plan = make_plan(cfg, listings)
     if cfg.rank.target_count is None:
-        log_formats(plan, sources)
+        log_formats(plan, sources, cfg.load.blender)
     total: dict[str, int] = {}
     passes = [cfg, *([replace(cfg, run="best")] if cfg.rank.best_count else [])]
     for pass_cfg in passes:
@@ -81,7 +81,7 @@ def _screen(cfg: BuildConfig, sources: Sequence[Source]) -> Catalogue:
     check_unused(cfg.out)
     screening = replace(cfg, out=cfg.out / SCREENING, run="screen")
     plan = make_plan(screening, sources)
-    log_formats(plan, sources)
+    log_formats(plan, sources, cfg.load.blender)
     log.info("%s: screening %s.", cfg.out, counted(plan.assets, "asset"))
     run(plan, screening, sources)
     return rank_screened(cfg, plan)

@@ -239,11 +239,17 @@ def test_catalogue_metadata_decides_by_the_options(metadata, cfg, reason):
         assert caught.value.reason == reason
 
 
-def test_an_unsupported_format_is_rejected():
-    with pytest.raises(Reject, match="unsupported_format format=blend"):
-        filter_metadata(
-            Record(uid="x", source="objaverse-xl", url="x", licence="by", format="blend"), CFG
-        )
+@pytest.mark.parametrize(
+    ("name", "blender", "reason"),
+    [("max", "", "unsupported_format"), ("blend", "", "missing_blender"), ("blend", "x", "")],
+)
+def test_a_format_that_is_not_read_is_rejected(name, blender, reason):
+    record = Record(uid="x", source="objaverse-xl", url="x", licence="by", format=name)
+    if not reason:
+        filter_metadata(record, CFG, blender)
+    else:
+        with pytest.raises(Reject, match=f"{reason} format={name}"):
+            filter_metadata(record, CFG, blender)
 
 
 @pytest.mark.slow

@@ -20,9 +20,9 @@ def _xyz(monkeypatch):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_format_has_a_reader(name):
-    known = check_format(name)
+    known = check_format(name, blender="blender")
     assert callable(getattr(import_module(known.module), known.function))
-    assert why_skipped(name) == ""
+    assert why_skipped(name, blender="blender") == ""
 
 
 @pytest.mark.usefixtures("_xyz")
@@ -36,7 +36,16 @@ def test_a_format_whose_extra_is_missing_is_rejected_with_the_name_of_the_extra(
 
 
 def test_a_format_without_reader_is_unsupported(tmp_path):
-    (tmp_path / "a.blend").write_bytes(b"x")
-    with pytest.raises(Reject, match="unsupported_format format=blend"):
-        load(tmp_path / "a.blend", LoadConfig())
-    assert why_skipped("blend") == "there is no reader for the format"
+    (tmp_path / "a.max").write_bytes(b"x")
+    with pytest.raises(Reject, match="unsupported_format format=max"):
+        load(tmp_path / "a.max", LoadConfig())
+    assert why_skipped("max") == "there is no reader for the format"
+
+
+@pytest.mark.parametrize("name", ["blend", "abc"])
+def test_a_format_that_needs_blender_is_rejected_with_the_name_of_the_option(tmp_path, name):
+    (tmp_path / f"a.{name}").write_bytes({"blend": b"BLENDER", "abc": b"Ogawa"}[name])
+    with pytest.raises(Reject, match="missing_blender") as caught:
+        load(tmp_path / f"a.{name}", LoadConfig())
+    assert "--load.blender" in caught.value.numbers["error"]
+    assert "--load.blender" in why_skipped(name)

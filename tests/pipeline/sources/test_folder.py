@@ -45,6 +45,8 @@ def test_meshes_of_every_format_are_sorted_by_relative_path(tmp_path):
         "x.usda",
         "x.usdc",
         "x.usdz",
+        "x.abc",
+        "x.blend",
         "x.gltf",
         "a.b.glb",
     ]

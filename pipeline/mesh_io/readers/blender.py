@@ -1,0 +1,97 @@
+"""Read blend and Alembic files through Blender, which exports GLB in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from pipeline.core.errors import Reject
+from pipeline.mesh_io.load_warnings import WARNING_CODES, WarningLog
+from pipeline.mesh_io.reader_context import ReaderContext
+from pipeline.mesh_io.readers.gltf import read_gltf
+from pipeline.mesh_io.scene import Scene
+
+SCRIPT = Path(__file__).with_name("blender_script.py")
+TIMEOUT_S = 300.0  # of one conversion; the process of the asset has a limit of its own
+# Lines in which Blender says that something is wrong with a file.
+MESSAGE = re.compile(r"^(?:\S+ \| )?(?:.*\b)?(?:warning|error)\b:?\s*(.*)$", re.IGNORECASE)
+
+
+def read_with_blender(content: bytes, context: ReaderContext) -> Scene:
+    """Read a blend or abc file, see `pipeline.mesh_io.reader_context.Reader`.
+
+    Blender runs with the limits of this process and without the scripts of the file. It shows what
+    a render shows at the first frame, with modifiers and with armatures at rest.
+
+    Args:
+        content: The file. Blender reads it from its path.
+        context: Names Blender, the file, and the root for images.
+
+    Raises:
+        Reject: "unreadable" if Blender cannot be run or cannot convert the file, and as
+            `read_gltf`.
+    """
+    path = context.path.resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "scene.glb"
+        output = _run(_command(context.cfg.blender, path, context.side_files.root, target))
+        if not target.exists():
+            message = next(iter(_messages(output, path)), "it wrote no file")
+            raise Reject("unreadable", error="blender", message=message)
+        _add_warnings(context.warnings, target, output, path)
+        converted = target.read_bytes()
+    return read_gltf(converted, context)
+
+
+def _command(blender: str, source: Path, root: Path, target: Path) -> list[str]:
+    """Return the command line. A Python interpreter runs the script itself."""
+    arguments = ["--", str(source), str(root), str(target)]
+    if Path(blender).name.startswith("python"):
+        return [blender, "-I", str(SCRIPT), *arguments]
+    options = ["--background", "--factory-startup", "--disable-autoexec", "--python-exit-code", "1"]
+    return [blender, *options, "--python", str(SCRIPT), *arguments]
+
+
+def _run(command: list[str]) -> str:
+    """Run Blender and return what it prints.
+
+    Raises:
+        Reject: "unreadable" if it cannot be started or does not end in time.
+    """
+    try:
+        result = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_S,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Reject("unreadable", error="blender_timeout", seconds=TIMEOUT_S) from error
+    except OSError as error:
+        message = f"--load.blender {command[0]} cannot be run: {error.strerror}"
+        raise Reject("unreadable", error="blender", message=message) from error
+    return result.stdout
+
+
+def _messages(output: str, path: Path) -> list[str]:
+    """Return the warnings and errors that Blender printed, without the directory of the file."""
+    found = [match[1] for line in output.splitlines() if (match := MESSAGE.match(line.strip()))]
+    texts = [text.replace(str(path.parent), "")[:120] for text in found]
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def _add_warnings(warnings: WarningLog, target: Path, output: str, path: Path) -> None:
+    """Record what the script and Blender reported."""
+    report = target.with_name(f"{target.name}.json")
+    for code, detail, count in json.loads(report.read_text(encoding="utf-8")):
+        assert code in WARNING_CODES
+        warnings.add(code, detail, count)
+    for message in _messages(output, path):
+        warnings.add("converter_warning", message)
