@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from pxr import Pcp, Sdf, Tf, Usd, UsdGeom, UsdUtils
+from pxr import Pcp, Sdf, Tf, Usd, UsdGeom, UsdSkel, UsdUtils
 
 from pipeline.core.errors import Reject
 from pipeline.mesh_io.reader_context import ReaderContext
@@ -252,7 +252,10 @@ class _StageReader:
         """Return the index of the node of a prim, which has its matrix and its parent."""
         local, is_reset = np.eye(4), False
         placed = UsdGeom.Xformable(visit.prim)
-        if placed:
+        bound = _bind_matrix(visit.prim)
+        if bound is not None:
+            local, is_reset = bound, True
+        elif placed:
             local = matrix(placed.GetLocalTransformation(TIME))
             is_reset = placed.GetResetXformStack()
         index = len(self.nodes) if visit.node is None else visit.node
@@ -408,3 +411,21 @@ class _StageReader:
                 )
             )
         return self._prototypes[path]
+
+
+def _bind_matrix(prim: Usd.Prim) -> NDArray[np.float64] | None:
+    """Return the matrix from a skinned mesh to the scene in its bind pose, None without a skin.
+
+    The skeleton places a skinned mesh, and not the transform of its own prim.
+    """
+    joints = UsdGeom.PrimvarsAPI(prim).FindPrimvarWithInheritance("skel:jointIndices")
+    if prim.GetTypeName() != "Mesh" or not joints or not joints.HasValue():
+        return None
+    binding = UsdSkel.BindingAPI(prim)
+    skeleton = binding.GetInheritedSkeleton()
+    if not skeleton or not UsdSkel.Root.Find(prim):
+        return None
+    world = matrix(skeleton.ComputeLocalToWorldTransform(TIME))
+    bind = UsdGeom.PrimvarsAPI(prim).FindPrimvarWithInheritance("skel:geomBindTransform")
+    value = bind.Get(TIME) if bind else None
+    return world if value is None else world @ matrix(value)

@@ -36,6 +36,7 @@ PRIM_SPECS_PER_STEP = 10_000_000  # largest number of visited specs while prims 
 # Where a binary layer states the place of its table of sections, and a section: its name, its first
 # byte and its size.
 TABLE_OFFSET = 16
+FIRST_VERSION = (0, 4)  # the first version with compressed sections
 SIZES = struct.Struct("<QQQ")
 SECTION = struct.Struct("<16sqq")
 
@@ -254,7 +255,8 @@ def check_claims(content: bytes) -> None:
     """Check that the tables of a binary layer do not claim far more than the file can have.
 
     The library allocates what the tables claim. Their header names sections; a section begins with
-    the number of its entries, and that of the tokens has the sizes of its text.
+    the number of its entries, and that of the tokens has the sizes of its text. Files of older
+    versions have other sections, and the library refuses them.
 
     Args:
         content: The layer.
@@ -262,6 +264,10 @@ def check_claims(content: bytes) -> None:
     Raises:
         Reject: "allocation_bomb", or "unreadable" if the sections are not in the file.
     """
+    if tuple(content[8:10]) < FIRST_VERSION:
+        return
+    if len(content) < TABLE_OFFSET + 8:
+        raise _unreadable("the layer is cut off")
     (start,) = struct.unpack_from("<q", content, TABLE_OFFSET)
     if not 0 <= start <= len(content) - 8:
         raise _unreadable("the table of sections is not in the file")

@@ -395,6 +395,32 @@ class TestLeftOut:
         assert codes == {"hidden_left_out": 2}
 
 
+def test_a_skinned_mesh_stands_where_its_skeleton_binds_it(tmp_path):
+    moved = "double3 xformOp:translate = (100, 0, 0)"
+    order = 'uniform token[] xformOpOrder = ["xformOp:translate"]'
+    skin = f"""{moved}
+        {order}
+        rel skel:skeleton = </root/s>
+        int[] primvars:skel:jointIndices = [0] (
+            interpolation = "constant"
+            elementSize = 1
+        )
+        matrix4d primvars:skel:geomBindTransform = (
+            (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 5, 0, 1)
+        )"""
+    skeleton = f"""def Skeleton "s"
+    {{
+        double3 xformOp:translate = (10, 0, 0)
+        {order}
+        uniform token[] joints = ["a"]
+    }}
+    """
+    bound = mesh(body=skin, metadata='(\n prepend apiSchemas = ["SkelBindingAPI"]\n)')
+    found, codes = read(tmp_path, "a.usda", layer(root(skeleton, bound, kind="SkelRoot")))
+    assert box_of(found) == [[10, 5, 0], [11, 7, 3]]  # (0, 5, 0) and (10, 0, 0), not (100, 0, 0)
+    assert codes == {}
+
+
 INSTANCED = """def Xform "{name}" (
     instanceable = true
     references = </proto>

@@ -141,7 +141,7 @@ def test_a_source_says_which_formats_it_reads_and_skips_and_why(tmp_path, monkey
     monkeypatch.setattr(passes, "run", lambda *_: {"done": 1, "rejected": 0, "failed": 0})
     needs_extra = MeshFormat(module="x", function="y", extra="xyz", requires=("no_such_module",))
     monkeypatch.setitem(formats.FORMATS, "xyz", needs_extra)
-    kinds = ("glb", "stl", "stl", "blend", "", "xyz")
+    kinds = ("glb", "stl", "stl", "max", "", "xyz")
     rows = [(f"http://x/{k}", "by", kind, None) for k, kind in enumerate(kinds)]
     annotations = Annotations(root=write_objaverse_xl(tmp_path / "xl", {"smithsonian": rows}))
     source = ObjaverseXLSource(annotations=annotations, places=("smithsonian",))
@@ -150,7 +150,7 @@ def test_a_source_says_which_formats_it_reads_and_skips_and_why(tmp_path, monkey
         "The source objaverse-xl has 3 assets to read: 2 stl, 1 glb.",
         "It skips 1 asset: 1 xyz, because the extra xyz is not installed: "
         "pip install 'sparse3d[xyz]'.",
-        "It skips 2 assets: 1 without extension, 1 blend, because there is no reader for the "
+        "It skips 2 assets: 1 without extension, 1 max, because there is no reader for the "
         "format.",
     ]
 
