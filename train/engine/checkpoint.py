@@ -1,7 +1,7 @@
 """Checkpoints of a training run: writing, restoring and pruning them.
 
-A checkpoint is a directory `OUT/step-XXXXXXXX`. It is written under a temporary name and renamed
-when it is complete. The link `OUT/latest` names the newest one.
+A checkpoint is a directory `OUT/step-XXXXXXXX`. It is written under a temporary name while
+training goes on, and renamed when it is complete. The link `OUT/latest` names the newest one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import Thread
 from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.checkpoint import keep_older_values, load_weights, read_config
 from pipeline.core import files
@@ -114,53 +115,185 @@ def model_of_run(config: Model, out: Path) -> Model:
     return kept
 
 
-def save(
-    out: Path,
-    step: int,
-    *,
-    weights: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    config: Mapping[str, Any],
-    world: World,
-    keep_last: int,
-) -> str:
-    """Write the checkpoint of a step and let `latest` name it. All ranks call this together.
+class CheckpointWriter:
+    """Writes the checkpoints of a run while training goes on.
 
-    If any rank fails to write, the new checkpoint is deleted and the older ones stay as they are.
+    `begin` copies weights, optimizer and random states to the host and starts a thread that writes
+    them. `finish` waits for the threads of all ranks and lets `latest` name the checkpoint. If any
+    rank fails to write, the new checkpoint is deleted and the older ones stay as they are.
 
     Args:
         out: Directory of the run.
-        step: Number of steps done.
         weights: Modules by the name of their file, "model" and "ema".
         optimizer: The optimizer, whose state is kept.
-        state: JSON content of state.json.
         config: JSON content of config.json.
         world: This rank. Rank 0 writes everything but the other ranks' random states.
         keep_last: Number of recent checkpoints to keep. 0 keeps all.
-
-    Returns:
-        "" on every rank, or on every rank why the checkpoint could not be written.
     """
-    final = step_directory(out, step)
-    partial = final.with_name(f".{final.name}.partial")
-    problem = ""
-    if world.is_first:
-        problem = _disk_error(_prepare, out, partial)
-    if world.any(bool(problem)):
-        return problem or "the first rank could not create it"
-    problem = _disk_error(_write_rank, partial, world)
-    if world.is_first and not problem:
-        problem = _disk_error(_write_shared, partial, weights, optimizer, state, config)
-    if not world.any(bool(problem)) and world.is_first:
-        problem = _disk_error(_publish, out, partial, final)
-    failed = world.any(bool(problem))
-    if world.is_first:
-        if failed:
-            shutil.rmtree(partial, ignore_errors=True)
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        weights: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        config: Mapping[str, Any],
+        world: World,
+        keep_last: int,
+    ):
+        self.out = out
+        self.weights = weights
+        self.optimizer = optimizer
+        self.config = config
+        self.world = world
+        self.keep_last = keep_last
+        self._host = HostCopies(world.device)
+        self._thread: Thread | None = None
+        self._step = 0
+        self._problem = ""
+
+    @property
+    def pending_step(self) -> int | None:
+        """The step whose checkpoint has begun and is not finished. The same on all ranks."""
+        return None if self._thread is None else self._step
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether this rank has written its part of the pending checkpoint."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def begin(self, step: int, state: Mapping[str, Any]) -> str:
+        """Copy the state after a step and start to write it. All ranks call this together.
+
+        Args:
+            step: Number of steps done.
+            state: JSON content of state.json.
+
+        Returns:
+            "" on every rank, or on every rank why the checkpoint could not be created.
+
+        Raises:
+            ValueError: If another checkpoint is pending.
+        """
+        if self._thread is not None:
+            raise ValueError(f"the checkpoint of step {self._step} must be finished first")
+        partial = self._partial(step)
+        problem = _disk_error(_prepare, self.out, partial) if self.world.is_first else ""
+        if self.world.any(bool(problem)):
+            return problem or "the first rank could not create it"
+        random_state = _random_state(self.world.device)
+        shared = None
+        if self.world.is_first:
+            shared = self._host.copy(
+                {
+                    "weights": {stem: part.state_dict() for stem, part in self.weights.items()},
+                    "optimizer": self.optimizer.state_dict(),
+                }
+            )
+            self._host.wait()
+        self._step = step
+        self._problem = ""
+        self._thread = Thread(
+            target=self._write,
+            args=(partial, random_state, shared, dict(state)),
+            name=f"checkpoint of step {step}",
+        )
+        self._thread.start()
+        return ""
+
+    def finish(self) -> str:
+        """Wait until all ranks have written and publish the checkpoint. All ranks call this.
+
+        Returns:
+            "" on every rank, or on every rank why the checkpoint could not be written.
+        """
+        assert self._thread is not None
+        self._thread.join()
+        self._thread = None
+        problem = self._problem
+        partial, final = self._partial(self._step), step_directory(self.out, self._step)
+        if not self.world.any(bool(problem)) and self.world.is_first:
+            problem = _disk_error(_publish, self.out, partial, final)
+        failed = self.world.any(bool(problem))
+        if self.world.is_first:
+            if failed:
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                prune(self.out, self.keep_last)
+        return (problem or "another rank could not write it") if failed else ""
+
+    def abandon(self) -> None:
+        """Wait for this rank's thread after an error, without the other ranks.
+
+        A single rank publishes the checkpoint. With several ranks it stays unpublished, because
+        nobody knows whether the others have written their parts.
+        """
+        if self._thread is None:
+            return
+        if self.world.size == 1:
+            self.finish()
         else:
-            prune(out, keep_last)
-    return (problem or "another rank could not write it") if failed else ""
+            self._thread.join()
+            self._thread = None
+
+    def _partial(self, step: int) -> Path:
+        final = step_directory(self.out, step)
+        return final.with_name(f".{final.name}.partial")
+
+    def _write(
+        self,
+        partial: Path,
+        random_state: dict[str, Tensor],
+        shared: dict[str, Any] | None,
+        state: dict[str, Any],
+    ) -> None:
+        rank_file = partial / f"rank-{self.world.rank}.pt"
+        try:
+            self._problem = _disk_error(_write_pickled, rank_file, random_state)
+            if shared is not None and not self._problem:
+                self._problem = _disk_error(_write_shared, partial, shared, state, self.config)
+        except Exception as error:  # the thread's end would hide it from `finish`
+            log.exception("The checkpoint of step %d was not written.", self._step)
+            self._problem = f"{type(error).__name__}: {error}"
+
+
+class HostCopies:
+    """Copies nested dicts and lists of tensors to the host.
+
+    Copies from a GPU go to page-locked memory, which is kept for the next copy, because it is slow
+    to allocate. A copy is therefore valid until the next one.
+
+    Args:
+        device: Where the tensors are.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+
+    def copy(self, value: Any, place: tuple[Any, ...] = ()) -> Any:
+        """Start to copy every tensor of `value`, and return the same structure with the copies."""
+        if isinstance(value, Tensor):
+            return self._copy_tensor(value.detach(), place)
+        if isinstance(value, Mapping):
+            return {key: self.copy(inner, (*place, key)) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.copy(inner, (*place, index)) for index, inner in enumerate(value)]
+        return value
+
+    def wait(self) -> None:
+        """Wait until all copies are complete."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _copy_tensor(self, tensor: Tensor, place: tuple[Any, ...]) -> Tensor:
+        if tensor.device.type != "cuda":
+            return tensor.clone(memory_format=torch.contiguous_format)
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._buffers[place] = buffer
+        return buffer.copy_(tensor, non_blocking=True)
 
 
 def restore(
@@ -235,26 +368,19 @@ def _prepare(out: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _write_rank(partial: Path, world: World) -> None:
-    random_state = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        random_state["cuda"] = torch.cuda.get_rng_state(world.device)
-    write_durably(partial / f"rank-{world.rank}.pt", _pickled(random_state))
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def _write_shared(
-    partial: Path,
-    weights: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    config: Mapping[str, Any],
+    partial: Path, copies: Mapping[str, Any], state: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
-    for stem, module in weights.items():
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
-        }
+    for stem, tensors in copies["weights"].items():
         write_durably(partial / f"{stem}.safetensors", safetensors.torch.save(tensors))
-    write_durably(partial / "optimizer.pt", _pickled(optimizer.state_dict()))
+    _write_pickled(partial / "optimizer.pt", copies["optimizer"])
     write_durably(partial / "state.json", (json.dumps(state, indent=1) + "\n").encode())
     write_durably(partial / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
@@ -280,11 +406,11 @@ def _disk_error(function: Callable[..., None], *args: Any) -> str:
     return ""
 
 
-def _pickled(value: Any) -> memoryview:
+def _write_pickled(path: Path, value: Any) -> None:
     # Into memory first: torch's own writer turns a full disk into a RuntimeError like any other.
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    return buffer.getbuffer()
+    write_durably(path, buffer.getbuffer())
 
 
 def write_durably(path: Path, data: bytes | memoryview) -> None:

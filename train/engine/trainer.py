@@ -110,6 +110,7 @@ class StepResult:
     flops: float  # of the forward passes of all ranks
     skipped: str  # why the gradient was not applied, or ""
     stop: bool  # a rank got a signal or the time limit has passed
+    saved: bool  # every rank has written its part of the pending checkpoint
 
 
 class Trainer:
@@ -165,6 +166,14 @@ class Trainer:
         if newest is not None:
             self._resume(newest)
         self.saved = self.done if newest is not None else -1
+        self.writer = checkpoint.CheckpointWriter(
+            out,
+            weights={"model": self.model, "ema": self.ema},
+            optimizer=self.optimizer,
+            config=self.config,
+            world=world,
+            keep_last=cfg.keep_last,
+        )
         self.failed_saves = 0
         self.signalled = False  # whether any rank got a signal
         self.wrapped = world.parallel(self.model)
@@ -189,6 +198,7 @@ class Trainer:
             with note_signals() as stop:
                 self._train(metrics_log, stop)
         finally:
+            self.writer.abandon()
             metrics_log.close()
             self.stream.close()
         self._log_end()
@@ -205,15 +215,22 @@ class Trainer:
             if result.skipped:
                 self._report_skipped(result.skipped)
             ending = result.stop or self.done >= cfg.steps
-            # The checkpoint comes first: validation may fail on an unreadable held-out asset.
+            if result.saved:
+                self._finish_save(ending=False)
             if _due(self.done, cfg.checkpoint_every, ending):
                 self._save(ending)
             # After a signal the process has little time left.
-            if not self.signalled:
-                if _due(self.done, cfg.validate_every, ending):
-                    self._validate(metrics_log)
-                if _due(self.done, cfg.sample_every, ending):
-                    self._sample()
+            if self.signalled:
+                continue
+            validates = _due(self.done, cfg.validate_every, ending)
+            samples = _due(self.done, cfg.sample_every, ending)
+            # The checkpoint comes first: validation may fail on an unreadable held-out asset.
+            if validates or samples:
+                self._finish_save(ending)
+            if validates:
+                self._validate(metrics_log)
+            if samples:
+                self._sample()
         if stop.signum or self.signalled:
             raise Stopped(stop.signum or signal.SIGTERM)
 
@@ -239,7 +256,8 @@ class Trainer:
         late = (
             cfg.max_minutes is not None and time.monotonic() - self.started > 60 * cfg.max_minutes
         )
-        counts = [tokens, samples, self.task.flops(batch), waited, bool(stop.signum), late]
+        saved = self.writer.is_waiting
+        counts = [tokens, samples, self.task.flops(batch), waited, bool(stop.signum), late, saved]
         scalars = torch.stack(
             [*(value.detach().double() for value in losses.values()), norm.double()]
         )
@@ -247,7 +265,7 @@ class Trainer:
         sums = world.sum(torch.cat([scalars, counted])).tolist()
         split = len(losses) + 1
         *means, norm = (value / world.size for value in sums[:split])
-        tokens, samples, flops, waited, signals, late = sums[split:]
+        tokens, samples, flops, waited, signals, late, saved = sums[split:]
         metrics = dict(zip(losses, means, strict=True))
 
         # A bad gradient is dropped, so that neither weights, moments nor averages see it.
@@ -267,7 +285,9 @@ class Trainer:
             "data_s": waited / world.size,
             "skipped": self.guard.skipped,
         }
-        return StepResult(metrics, flops, skipped, bool(signals or late))
+        return StepResult(
+            metrics, flops, skipped, stop=bool(signals or late), saved=saved == world.size
+        )
 
     def _log_step(self, metrics_log: MetricsLog, result: StepResult, seconds: float) -> None:
         work = 3 * result.flops  # a backward pass costs as much as two forward passes
@@ -286,6 +306,7 @@ class Trainer:
             self.guard.skipped,
         )
         if self.guard.in_a_row >= self.cfg.max_bad_steps:
+            self._finish_save(ending=False)
             raise RunError(
                 f"{self.guard.in_a_row} gradients in a row could not be applied, the last one was "
                 f"{reason}; lower the learning rate or check the data; the last checkpoint is "
@@ -293,8 +314,10 @@ class Trainer:
             )
 
     def _save(self, ending: bool) -> None:
+        """Begin to write a checkpoint. At the end of the run, also finish it."""
         if self.saved == self.done:
             return
+        self._finish_save(ending=False)
         state = {
             "format_version": FORMAT_VERSION,
             "step": self.done,
@@ -302,25 +325,30 @@ class Trainer:
             "data": self.stream.state,
             "guard": self.guard.state(),
         }
-        problem = checkpoint.save(
-            self.out,
-            self.done,
-            weights={"model": self.model, "ema": self.ema},
-            optimizer=self.optimizer,
-            state=state,
-            config=self.config,
-            world=self.world,
-            keep_last=self.cfg.keep_last,
-        )
-        if not problem:
-            self.saved = self.done
-            self.failed_saves = 0
+        problem = self.writer.begin(self.done, state)
+        if problem:
+            self._note_failed_save(self.done, problem, ending)
+        elif ending:
+            self._finish_save(ending)
+
+    def _finish_save(self, ending: bool) -> None:
+        """Wait for the pending checkpoint, if there is one. All ranks call this together."""
+        step = self.writer.pending_step
+        if step is None:
             return
+        problem = self.writer.finish()
+        if problem:
+            self._note_failed_save(step, problem, ending)
+        else:
+            self.saved = step
+            self.failed_saves = 0
+
+    def _note_failed_save(self, step: int, problem: str, ending: bool) -> None:
         self.failed_saves += 1
         kept = checkpoint.latest(self.out)
         log.error(
             "Step %d: the checkpoint could not be written: %s. The last checkpoint is %s.",
-            self.done,
+            step,
             problem,
             kept,
         )

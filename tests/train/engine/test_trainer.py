@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -270,9 +271,122 @@ def test_a_gradient_spike_is_skipped(tmp_path):
     assert torch.equal(after[-1], before[0])
 
 
+# Checkpoints that are written while training goes on
+
+
+class BlockedWrites:
+    """Lets the writing of the checkpoint of one step wait until `release` is called."""
+
+    def __init__(self, monkeypatch, step):
+        self.real = checkpoint.write_durably
+        self.step = step
+        self.released = threading.Event()
+        self.waited = []
+        monkeypatch.setattr(checkpoint, "write_durably", self.write)
+
+    def write(self, path, data):
+        if f"step-{self.step:08d}" in str(path):
+            self.waited.append(self.released.wait(30))
+        self.real(path, data)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The checkpoint has the state of its own step, although five steps follow before it ends."""
+    run(tmp_path / "whole", keep_last=0)
+    blocked = BlockedWrites(monkeypatch, 10)
+    unfinished = []
+
+    def release(step):
+        if step == 15:
+            unfinished.append(checkpoint.latest(tmp_path / "run"))
+            blocked.released.set()
+
+    run(tmp_path / "run", task=LineTask(release), keep_last=0)
+    assert unfinished == [None]
+    assert blocked.waited
+    assert all(blocked.waited)
+    for step in (10, 20, 30):
+        name = f"step-{step:08d}"
+        assert same_files(tmp_path / "run" / name, tmp_path / "whole" / name)
+    assert exact(tmp_path / "run") == exact(tmp_path / "whole")
+
+
+def test_the_next_checkpoint_waits_for_the_one_before(tmp_path, monkeypatch):
+    blocked = BlockedWrites(monkeypatch, 10)
+    timer = threading.Timer(0.5, blocked.released.set)
+    timer.start()
+    run(tmp_path, keep_last=0)
+    assert all(blocked.waited)
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [
+        "step-00000010",
+        "step-00000020",
+        "step-00000030",
+    ]
+
+
+def test_a_signal_waits_for_the_pending_checkpoint_and_writes_its_own(tmp_path, monkeypatch):
+    blocked = BlockedWrites(monkeypatch, 10)
+
+    def stop(step):
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+            blocked.released.set()
+
+    with pytest.raises(Stopped):
+        run(tmp_path, task=LineTask(stop), keep_last=0)
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [
+        "step-00000010",
+        "step-00000013",
+    ]
+
+
+def test_an_unexpected_error_while_writing_is_a_failed_checkpoint(tmp_path, monkeypatch, caplog):
+    real = checkpoint.write_durably
+
+    def write(path, data):
+        if "step-00000010" in str(path) and path.name == "state.json":
+            raise RuntimeError("out of memory")
+        real(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_durably", write)
+    assert run(tmp_path)[0] == 30
+    assert "Step 10: the checkpoint could not be written: RuntimeError: out of mem" in caplog.text
+    assert not (tmp_path / "step-00000010").exists()
+    assert not list(tmp_path.glob(".step*"))
+
+
+@pytest.mark.gpu
+def test_copies_on_the_host_are_those_of_the_gpu():
+    device = torch.device("cuda")
+    copies = checkpoint.HostCopies(device)
+    for _ in range(2):
+        value = {"a": [torch.randn(1000, device=device), 3], "b": torch.arange(4)}
+        copied = copies.copy(value)
+        copies.wait()
+        assert copied["a"][0].is_pinned()
+        assert torch.equal(copied["a"][0], value["a"][0].cpu())
+        assert copied["a"][1] == 3
+        assert torch.equal(copied["b"], value["b"])
+
+
 # Full disks and signals
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """Write checkpoints before training goes on, so that the disk's state is that of the step."""
+
+    class Immediate(threading.Thread):
+        def start(self):
+            self.run()
+
+        def join(self, timeout=None):
+            pass
+
+    monkeypatch.setattr(checkpoint, "Thread", Immediate)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_training_continues_when_one_checkpoint_cannot_be_written(tmp_path, monkeypatch, caplog):
     real = checkpoint.write_durably
     full = {"now": False}
@@ -298,6 +412,7 @@ def test_training_continues_when_one_checkpoint_cannot_be_written(tmp_path, monk
     assert not list(tmp_path.glob(".step*"))
 
 
+@pytest.mark.usefixtures("at_once")
 def test_the_run_ends_when_checkpoints_cannot_be_written_repeatedly(tmp_path, caplog):
     """A limit of the file size stands in for a full disk: the kernel refuses larger files."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
