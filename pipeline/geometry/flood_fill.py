@@ -384,7 +384,7 @@ def connected_region(free: FloodFill, start: NDArray[np.int64]) -> FloodFill:
     return FloodFill(bins=bins, barrier=free.barrier, outside=reached, whole_cells=whole)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def is_reached(bin_of, words, whole, x, y, z, off_grid):
     """Return whether the flood reached grid point (x, y, z), and `off_grid` beyond the grid.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,9 @@ BOTH = 3
 MIN_SIGHT_RATIO = 0.2
 # Lines end at grid points around three places above the sample, at these heights in voxels.
 REACHES = (1.0, 1.6, 2.4)
+LINES = 8 * len(REACHES)  # lines of sight of one side of a sample
+# With so many free lines on both sides, neither has less than MIN_SIGHT_RATIO of the other.
+ENOUGH = math.ceil(MIN_SIGHT_RATIO * LINES)
 START_VOXELS = 1e-3  # height above the surface at which lines start
 MIN_RISE_VOXELS = 0.1  # least height of a line's end above its start
 # Rounding of `segment_hits`, in voxels, at the borders of boxes.
@@ -122,13 +126,12 @@ def find_blockers(scene, t, sign, box, blockers, end):
 
 
 @njit(cache=True)
-def keep_blockers(scene, box, exact, blockers, first, last, end):
+def keep_blockers(packed, boxes, box, exact, blockers, first, last, end):
     """Append to `blockers` those of `blockers[first:last]` that come near a smaller box.
 
-    With `exact` the distance of a triangle counts, and not only its box and its plane. For the
-    other arguments and the results see `find_blockers`.
+    `packed` and `boxes` are those of the scene. With `exact` the distance of a triangle counts, and
+    not only its box and its plane. For the other arguments and the results see `find_blockers`.
     """
-    packed, boxes = scene.packed, scene.tree.boxes
     blockers = with_room(blockers, end, last - first)
     cx, cy, cz = 0.5 * (box[0] + box[3]), 0.5 * (box[1] + box[4]), 0.5 * (box[2] + box[5])
     hx, hy, hz = 0.5 * (box[3] - box[0]), 0.5 * (box[4] - box[1]), 0.5 * (box[5] - box[2])
@@ -150,77 +153,124 @@ def keep_blockers(scene, box, exact, blockers, first, last, end):
 
 
 @njit(cache=True)
-def _count_sights(scene, blockers, first, last, x, y, z, nx, ny, nz, count_all):
-    """Count the outside grid points on the side of n that have a free line of sight to a sample.
+def make_field(scene):
+    """Return the members of a scene that `visible_sides` needs.
 
-    24 grid points within three voxels are tried. Without `count_all` the search stops at the first
-    free line and returns 1. `blockers[first:last]` are the triangles that can block a line.
+    A call costs a count of references for each array of a tuple, so the tuple is made small once.
     """
+    return (
+        scene.packed,
+        scene.tree.boxes,
+        scene.bin_of,
+        scene.outside,
+        scene.whole_cells,
+        scene.h,
+    )
+
+
+@njit(cache=True)
+def _count_sights(field, blockers, first, last, sample, side, most, hints):
+    """Count the outside grid points on one side of a sample that have a free line of sight to it.
+
+    LINES grid points within three voxels are tried. The search stops once `most` are free.
+    `blockers[first:last]` are the triangles that can block a line. `sample` is the point and the
+    unit normal of `side` 0. For `field` and `hints` see `visible_sides`.
+    """
+    packed, boxes, bin_of, outside, whole_cells, h = field
     count = 0
-    h, packed, boxes, bin_of = scene.h, scene.packed, scene.tree.boxes, scene.bin_of
-    outside, whole_cells = scene.outside, scene.whole_cells
+    sign = 1.0 - 2.0 * side
+    x, y, z, nx, ny, nz = sample
+    nx, ny, nz = sign * nx, sign * ny, sign * nz
     margin = MARGIN_VOXELS * h
     # lines start just above the surface
     x, y, z = x + START_VOXELS * h * nx, y + START_VOXELS * h * ny, z + START_VOXELS * h * nz
     blocker = -1  # the triangle that blocked the last line often blocks the next one too
-    for reach in REACHES:
+    start = hints[side, LINES]
+    place, i0, j0, k0 = -1, 0, 0, 0
+    for turn in range(LINES):
+        line = start + turn
+        if line >= LINES:
+            line -= LINES
         # the eight grid points around a place above the sample
-        i0 = int(np.floor((x + reach * h * nx + 0.5) / h))
-        j0 = int(np.floor((y + reach * h * ny + 0.5) / h))
-        k0 = int(np.floor((z + reach * h * nz + 0.5) / h))
-        for corner in range(8):
-            # skip grid points that are not outside, lie below the sample or are hidden as before
-            i, j, k = i0 + (corner >> 2), j0 + (corner >> 1 & 1), k0 + (corner & 1)
-            if not is_reached(bin_of, outside, whole_cells, i, j, k, True):
+        if line // 8 != place:
+            place = line // 8
+            reach = REACHES[place]
+            i0 = int(np.floor((x + reach * h * nx + 0.5) / h))
+            j0 = int(np.floor((y + reach * h * ny + 0.5) / h))
+            k0 = int(np.floor((z + reach * h * nz + 0.5) / h))
+        # skip grid points that are not outside, lie below the sample or are hidden as before
+        i, j, k = i0 + (line >> 2 & 1), j0 + (line >> 1 & 1), k0 + (line & 1)
+        if not is_reached(bin_of, outside, whole_cells, i, j, k, True):
+            continue
+        qx, qy, qz = i * h - 0.5, j * h - 0.5, k * h - 0.5
+        if (qx - x) * nx + (qy - y) * ny + (qz - z) * nz < MIN_RISE_VOXELS * h:
+            continue
+        # search for a triangle that blocks the line, in the likely ones first
+        low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
+        high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
+        blocked = False
+        for e in range(first - 2, last):
+            t = blockers[e] if e >= first else (blocker if e < first - 1 else hints[side, line])
+            if t < 0:
                 continue
-            qx, qy, qz = i * h - 0.5, j * h - 0.5, k * h - 0.5
-            if (qx - x) * nx + (qy - y) * ny + (qz - z) * nz < MIN_RISE_VOXELS * h:
+            if boxes[t, 0] > high_x or boxes[t, 1] > high_y or boxes[t, 2] > high_z:
                 continue
-            if blocker >= 0 and segment_hits(packed, blocker, x, y, z, qx, qy, qz):
+            if boxes[t, 3] < low_x or boxes[t, 4] < low_y or boxes[t, 5] < low_z:
                 continue
-            # search for a triangle that blocks the line
-            low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
-            high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
-            blocked = False
-            for e in range(first, last):
-                t = blockers[e]
-                if boxes[t, 0] > high_x or boxes[t, 1] > high_y or boxes[t, 2] > high_z:
-                    continue
-                if boxes[t, 3] < low_x or boxes[t, 4] < low_y or boxes[t, 5] < low_z:
-                    continue
-                if segment_hits(packed, t, x, y, z, qx, qy, qz):
-                    blocked = True
-                    blocker = t
-                    break
-            if not blocked:
-                count += 1
-                if not count_all:
-                    return count
+            if segment_hits(packed, t, x, y, z, qx, qy, qz):
+                blocked = True
+                blocker = t
+                hints[side, line] = t
+                break
+        if not blocked:
+            hints[side, LINES] = line
+            count += 1
+            if count == most:
+                return count
     return count
 
 
 @njit(cache=True)
-def visible_sides(scene, blockers, first, middle, last, x, y, z, nx, ny, nz):
+def visible_sides(field, blockers, first, middle, last, x, y, z, nx, ny, nz, hints):
     """Return which sides of the surface are visible from outside at a point.
 
     Args:
-        scene: See `make_scene`.
+        field: See `make_field`.
         blockers: int32 array. `blockers[first:middle]` are the triangles that can block a line on
             the side of the normal, and `blockers[middle:last]` those of the other side.
         first, middle, last: See `blockers`.
         x, y, z: The point on the surface.
         nx, ny, nz: Unit normal of the surface there.
+        hints: int32 [2, LINES + 1] of each side: the triangle that blocked each line of an earlier
+            sample or -1, and the line that was free last. They speed up the search and alter no
+            result. Fill it by `clear_hints` for each triangle on which samples lie.
 
     Returns:
         HIDDEN, FRONT, BACK or BOTH.
     """
-    front = _count_sights(scene, blockers, first, middle, x, y, z, nx, ny, nz, False)
-    back = _count_sights(scene, blockers, middle, last, x, y, z, -nx, -ny, -nz, False)
-    if front and back:  # compare all lines of sight, see MIN_SIGHT_RATIO
-        front = _count_sights(scene, blockers, first, middle, x, y, z, nx, ny, nz, True)
-        back = _count_sights(scene, blockers, middle, last, x, y, z, -nx, -ny, -nz, True)
-        if back < MIN_SIGHT_RATIO * front:
-            back = 0
-        elif front < MIN_SIGHT_RATIO * back:
-            front = 0
+    sample = (x, y, z, nx, ny, nz)
+    front, back, most = 0, 0, 1
+    while True:
+        for side in range(2):
+            start, end = (middle, last) if side else (first, middle)
+            count = _count_sights(field, blockers, start, end, sample, side, most, hints)
+            if side:
+                back = count
+            else:
+                front = count
+        # one side alone is visible, or both have lines enough, or all lines are counted
+        if front == 0 or back == 0 or min(front, back) >= ENOUGH or most == LINES:
+            break
+        most = ENOUGH if most == 1 else LINES
+    if back < MIN_SIGHT_RATIO * front:
+        back = 0
+    elif front < MIN_SIGHT_RATIO * back:
+        front = 0
     return (FRONT if front else HIDDEN) | (BACK if back else HIDDEN)
+
+
+@njit(cache=True)
+def clear_hints(hints):
+    """Reset the hints of `visible_sides`, in place."""
+    hints[:] = -1
+    hints[:, LINES] = 0

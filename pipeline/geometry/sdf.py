@@ -197,15 +197,17 @@ def _is_outside_exact(packed, kinds, candidates, distances, x, y, z, trusted, fl
 def _lower_to_triangle(row, x, y, z, h, grid, not_above, not_below):
     """Lower the squared distances of 4^3 points where a triangle is closer. float32, in voxels.
 
-    `not_above` [64] is the distance to the triangles that do not have the point above their
-    interior, and `not_below` [64] to those that do not have it below. The smaller of the two is the
-    distance. If the other is clearly larger, all closest triangles see the point on the same side.
+    `not_above` [64] is the distance to the triangles above whose plane the point does not clearly
+    lie, and `not_below` [64] to those below whose plane it does not clearly lie. The smaller of the
+    two is the distance. If the other is clearly larger, all closest triangles see the point on the
+    same side. A height of at most SLACK is not clear, because of rounding.
 
     The loop has no branches, so that it is vectorised. It is tested against the float64 reference
     `pipeline.core.primitives.triangles.distance2`.
     """
     # the triangle relative to the centre of the 4^3 points, in voxels: corner a, edges u and v
     zero, one, inf = np.float32(0), np.float32(1), np.float32(np.inf)
+    slack = np.float32(SLACK)
     ax = np.float32((row[0] - x) / h)
     ay = np.float32((row[1] - y) / h)
     az = np.float32((row[2] - z) / h)
@@ -251,8 +253,8 @@ def _lower_to_triangle(row, x, y, z, h, grid, not_above, not_below):
         inside = inside if inside < inside_w else inside_w
         # lower the result
         d2 = height * height if inside > zero else edge
-        above = inf if (inside > zero) & (height >= zero) else d2
-        below = inf if (inside > zero) & (height < zero) else d2
+        above = inf if height > slack else d2
+        below = inf if height < -slack else d2
         not_above[p] = above if above < not_above[p] else not_above[p]
         not_below[p] = below if below < not_below[p] else not_below[p]
 
@@ -331,9 +333,10 @@ def _fill_cell(packed, kinds, candidates, cell, last, tau, half, flood, kept, sc
             i, j, k = p // 16, p // 4 % 4, p % 4
             distance = h * np.sqrt(min(nearest[0, p], nearest[1, p]))
             shell = h * np.sqrt(min(nearest[4, p], nearest[5, p]))
-            buried = min(nearest[2, p], nearest[3, p])
-            not_above = h * np.sqrt(min(nearest[0, p], buried))
-            not_below = h * np.sqrt(min(nearest[1, p], buried))
+            # a buried triangle votes as if the point were below it, if the height is clear
+            unclear = max(nearest[2, p], nearest[3, p])
+            not_above = h * np.sqrt(min(nearest[0, p], nearest[2, p], nearest[3, p]))
+            not_below = h * np.sqrt(min(nearest[1, p], unclear))
             closest = min(not_above, not_below)
             if distance < trusted - slack and closest > slack and not_above > closest + margin:
                 is_outside = True

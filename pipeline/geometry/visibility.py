@@ -13,8 +13,11 @@ from pipeline.core.primitives.triangles import pack, triangles_cross
 from pipeline.geometry.box_tree import triangles_in_box
 from pipeline.geometry.flood_fill import FloodFill
 from pipeline.geometry.line_of_sight import (
+    LINES,
+    clear_hints,
     find_blockers,
     keep_blockers,
+    make_field,
     make_scene,
     visible_sides,
     write_sight_box,
@@ -33,9 +36,11 @@ MAX_PIECES = 300_000
 # A precision is not tried if a part of the triangles suggests more than this times the limit.
 MAX_EXPECTED_RATIO = 1.1
 
+# The precisions that are searched at once, in voxels, finest first.
+PRECISIONS = FINEST_VOXELS * 2.0 ** np.arange(round(np.log2(COARSEST_VOXELS / FINEST_VOXELS)) + 1)
+
 # Values beside the codes of `visible_sides` for a piece during the search.
 UNDECIDED = -1  # the piece has to be cut
-UNKNOWN = -2  # the piece has not been looked at
 MIXED = -3  # the piece was cut and its parts are written
 
 
@@ -133,162 +138,216 @@ def _is_crossed(path, depth, scene, crossings, first, last, region, own):
 
 
 @njit(cache=True)
-def _sides_of_piece(path, depth, scene, t, is_finest, blockers, first, middle, last):
-    """Return the code of `visible_sides` for piece `path[depth]` of triangle t, or UNDECIDED.
+def _sides_of_piece(path, depth, field, t, samples, blockers, first, middle, last, hints):
+    """Look at piece `path[depth]` of triangle t from its centre and from near its corners.
 
-    Samples at the centre and near the corners must agree. A finest piece has one sample. For the
-    last four arguments see `visible_sides`.
+    The search stops at the first of 1 to 4 samples that differs from the centre. For the last five
+    arguments see `visible_sides`.
+
+    Returns the code of the centre, and the code of all samples or UNDECIDED.
     """
-    packed = scene.packed
+    packed = field[0]
     nx, ny, nz = packed[t, 9], packed[t, 10], packed[t, 11]
-    code = UNDECIDED
-    for s in range(1 if is_finest else 4):
+    centre = UNDECIDED
+    for s in range(samples):
         wa = 1 / 3 if s == 0 else (0.8 if s == 1 else 0.1)
         wb = 1 / 3 if s == 0 else (0.8 if s == 2 else 0.1)
         wc = 1 - wa - wb
         x = wa * path[depth, 0, 0] + wb * path[depth, 1, 0] + wc * path[depth, 2, 0]
         y = wa * path[depth, 0, 1] + wb * path[depth, 1, 1] + wc * path[depth, 2, 1]
         z = wa * path[depth, 0, 2] + wb * path[depth, 1, 2] + wc * path[depth, 2, 2]
-        seen = visible_sides(scene, blockers, first, middle, last, x, y, z, nx, ny, nz)
-        if code >= 0 and seen != code:
-            return UNDECIDED
-        code = seen
-    return code
+        seen = visible_sides(field, blockers, first, middle, last, x, y, z, nx, ny, nz, hints)
+        if s == 0:
+            centre = seen
+        elif seen != centre:
+            return centre, UNDECIDED
+    return centre, centre
 
 
 @njit(cache=True)
-def _append(pieces, codes, parents, count, path, depth, code, parent):
+def _append(pieces, codes, parents, levels, count, path, depth, code, parent, mask):
     """Write `path[depth]` to row `count`.
 
     Return the arrays, twice as long if they were full, and the new count.
     """
     if count == len(pieces):
         more_pieces = np.empty((2 * count, 3, 3))
-        more_codes = np.empty(2 * count, np.uint8)
+        more_codes, more_levels = np.empty(2 * count, np.uint8), np.empty(2 * count, np.uint8)
         more_parents = np.empty(2 * count, np.int32)
         more_pieces[:count], more_codes[:count], more_parents[:count] = pieces, codes, parents
-        pieces, codes, parents = more_pieces, more_codes, more_parents
-    pieces[count], codes[count], parents[count] = path[depth], code, parent
-    return pieces, codes, parents, count + 1
+        more_levels[:count] = levels
+        pieces, codes, parents, levels = more_pieces, more_codes, more_parents, more_levels
+    pieces[count], codes[count], parents[count], levels[count] = path[depth], code, parent, mask
+    return pieces, codes, parents, levels, count + 1
 
 
 @njit(cache=True)
-def _classify_all(scene, crossings, crossing_starts, finest_voxels, most):
-    """Cut each triangle depth first into pieces whose samples agree.
+def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_triangle, most):
+    """Cut triangles depth first into pieces whose samples agree, at several precisions at once.
 
-    Two halves with the same code are joined again on the way back. The search stops once there are
-    more than `most` pieces.
+    At each of `precisions[lowest:]`, a piece is cut until its samples agree or its longest edge is
+    not longer than the precision. Two halves with the same code are joined again on the way back.
+    All precisions share one walk through the pieces, because the samples of a piece do not depend
+    on the precision. The search begins with triangle `first_triangle` and stops once there are more
+    than `most` pieces of precision `lowest`.
 
-    Returns pieces [P, 3, 3], codes [P], the triangle of each piece [P], and the number of triangles
-    that were searched.
+    Returns pieces [P, 3, 3], codes [P], the triangle of each piece [P], the precisions to which
+    each belongs as a bit mask [P], and the triangle at which the search stopped.
     """
-    packed, h = scene.packed, scene.h
-    pieces = np.empty((2 * len(packed) + 1024, 3, 3))
-    codes, parents = np.empty(len(pieces), np.uint8), np.empty(len(pieces), np.int32)
-    count = 0
+    packed, h, boxes, field = scene.packed, scene.h, scene.tree.boxes, make_field(scene)
+    pieces = np.empty((2 * (len(packed) - first_triangle) + 1024, 3, 3))
+    codes, levels = np.empty(len(pieces), np.uint8), np.empty(len(pieces), np.uint8)
+    parents = np.empty(len(pieces), np.int32)
+    count, own_count = 0, 0
     path = np.empty((MAX_CUTS + 1, 3, 3))  # from the whole triangle to the current piece
-    halves = np.empty(MAX_CUTS, np.int64)  # code of the first half of each piece of the path
+    # Per piece of the path and precision: its code, and that of its first half. Piece d is cut at
+    # the precisions from `lowest` to `cut_end[d]`, and its second half is current if `second[d]`.
+    results = np.empty((MAX_CUTS + 1, len(precisions)), np.int64)
+    halves = np.empty((MAX_CUTS + 1, len(precisions)), np.int64)
+    cut_end = np.empty(MAX_CUTS + 1, np.int64)
+    second = np.zeros(MAX_CUTS + 1, np.bool_)
     # The triangles that can block a line of sight from piece d of the path are
     # blockers[lists[d, 0]:lists[d, 1]] on the side of the normal and blockers[lists[d, 1]:
     # lists[d, 2]] on the other. A piece chooses from those of the piece before it.
     blockers = np.empty(1024, np.int32)
     lists = np.zeros((MAX_CUTS + 1, 3), np.int64)
     sizes = np.empty(MAX_CUTS + 1)  # longest edge of each piece of the path, in voxels
+    hints = np.empty((2, LINES + 1), np.int32)
+    masks = np.empty(4, np.uint8)  # precisions at which a piece has each of the four codes
     region, box, own = np.empty(6), np.empty(6), np.empty((1, 16))
-    searched = 0
-    for t in range(len(packed)):
-        if count > most:
-            break
-        searched += 1
+    t = first_triangle
+    while t < len(packed) and own_count <= most:
         # the path begins with the whole triangle
         for k in range(3):
             path[0, 0, k] = packed[t, k]
             path[0, 1, k] = packed[t, k] + packed[t, 3 + k]
             path[0, 2, k] = packed[t, k] + packed[t, 6 + k]
-        first_crossing, last_crossing = crossing_starts[t], crossing_starts[t + 1]
-        depth, result = 0, UNKNOWN
+        clear_hints(hints)
+        depth, is_new = 0, True
         while True:
             # look at a new piece
-            if result == UNKNOWN:
+            if is_new:
                 longest = _longest_edge(path, depth)[0] / h
-                is_finest = longest <= finest_voxels
+                sizes[depth] = longest
+                levels_end = cut_end[depth - 1] if depth else len(precisions)
+                end = lowest
+                while end < levels_end and longest > precisions[end]:
+                    end += 1
+                cut_end[depth] = end
                 for k in range(3):
                     a, b, c = path[depth, 0, k], path[depth, 1, k], path[depth, 2, k]
                     region[k], region[3 + k] = min(a, b, c), max(a, b, c)
-                end = lists[depth - 1, 2] if depth else 0
-                sizes[depth] = longest
-                # the exact test is worth its cost once, for the largest pieces that have samples
-                exact = longest <= COARSEST_VOXELS and sizes[depth - 1] > COARSEST_VOXELS
-                lists[depth, 0] = end
-                for side in range(2):
-                    sign = 1.0 - 2.0 * side
-                    write_sight_box(region, sign, packed, t, h, box)
-                    if depth == 0:
-                        blockers, end = find_blockers(scene, t, sign, box, blockers, end)
-                    else:
-                        blockers, end = keep_blockers(
-                            scene,
-                            box,
-                            exact,
-                            blockers,
-                            lists[depth - 1, side],
-                            lists[depth - 1, side + 1],
-                            end,
-                        )
-                    lists[depth, side + 1] = end
-                if longest > COARSEST_VOXELS:  # large pieces are cut without a look
-                    result = UNDECIDED
+                # list the blockers; a piece that is not cut has one sample and keeps those before
+                if depth == 0 or end > lowest:
+                    # the exact test is worth its cost once, for the largest pieces with samples
+                    exact = longest <= COARSEST_VOXELS and sizes[depth - 1] > COARSEST_VOXELS
+                    used = lists[depth - 1, 2] if depth else 0
+                    lists[depth, 0] = used
+                    for side in range(2):
+                        sign = 1.0 - 2.0 * side
+                        write_sight_box(region, sign, packed, t, h, box)
+                        if depth == 0:
+                            blockers, used = find_blockers(scene, t, sign, box, blockers, used)
+                        else:
+                            blockers, used = keep_blockers(
+                                packed,
+                                boxes,
+                                box,
+                                exact,
+                                blockers,
+                                lists[depth - 1, side],
+                                lists[depth - 1, side + 1],
+                                used,
+                            )
+                        lists[depth, side + 1] = used
                 else:
-                    # pieces that another triangle passes through are cut without a look, too
-                    if longest > max(CROSSED_VOXELS, finest_voxels) and _is_crossed(
+                    lists[depth] = lists[depth - 1]
+                # large pieces are cut without a look, and so are those that others pass through
+                samples = 4 if end > lowest else 1
+                if longest > COARSEST_VOXELS:
+                    samples = 0
+                elif end > lowest and longest > CROSSED_VOXELS:
+                    first_crossing, last_crossing = crossing_starts[t], crossing_starts[t + 1]
+                    if _is_crossed(
                         path, depth, scene, crossings, first_crossing, last_crossing, region, own
                     ):
-                        result = UNDECIDED
-                    else:
-                        result = _sides_of_piece(
-                            path,
-                            depth,
-                            scene,
-                            t,
-                            is_finest,
-                            blockers,
-                            lists[depth, 0],
-                            lists[depth, 1],
-                            lists[depth, 2],
-                        )
+                        samples = 1 if end < levels_end else 0
+                centre, agreed = UNDECIDED, UNDECIDED
+                if samples > 0:
+                    centre, agreed = _sides_of_piece(
+                        path,
+                        depth,
+                        field,
+                        t,
+                        samples,
+                        blockers,
+                        lists[depth, 0],
+                        lists[depth, 1],
+                        lists[depth, 2],
+                        hints,
+                    )
+                if samples == 1 and end > lowest:
+                    agreed = UNDECIDED
+                for level in range(lowest, levels_end):
+                    results[depth, level] = agreed if level < end else centre
                 # descend into the first half of a piece that has to be cut
-                if result == UNDECIDED and depth < MAX_CUTS - 1:
-                    halves[depth] = UNKNOWN
+                if end > lowest and agreed == UNDECIDED and depth < MAX_CUTS - 1:
+                    second[depth] = False
                     _write_half(path, depth, False)
                     depth += 1
-                    result = UNKNOWN
                     continue
+                is_new = False
             if depth == 0:
                 break
             # return to the piece of which this is a half, and continue with its second half
             depth -= 1
-            if halves[depth] == UNKNOWN:
-                halves[depth] = result
+            end = cut_end[depth]
+            if not second[depth]:
+                halves[depth, lowest:end] = results[depth + 1, lowest:end]
+                second[depth] = True
                 _write_half(path, depth, True)
                 depth += 1
-                result = UNKNOWN
+                is_new = True
                 continue
-            # both halves are known: write them if they differ
-            if result != halves[depth]:
-                for second in range(2):
-                    code = result if second else halves[depth]
-                    if code >= 0:
-                        _write_half(path, depth, second == 1)
-                        pieces, codes, parents, count = _append(
-                            pieces, codes, parents, count, path, depth + 1, code, t
+            # both halves are known: write them at the precisions at which they differ
+            for which in range(2):
+                masks[:] = 0
+                for level in range(lowest, end):
+                    code = results[depth + 1, level] if which else halves[depth, level]
+                    if results[depth + 1, level] != halves[depth, level] and code >= 0:
+                        masks[code] |= 1 << level
+                for code in range(4):
+                    if masks[code]:
+                        _write_half(path, depth, which == 1)
+                        pieces, codes, parents, levels, count = _append(
+                            pieces,
+                            codes,
+                            parents,
+                            levels,
+                            count,
+                            path,
+                            depth + 1,
+                            code,
+                            t,
+                            masks[code],
                         )
-                result = MIXED
+                        own_count += masks[code] >> lowest & 1
+            for level in range(lowest, end):
+                is_same = results[depth + 1, level] == halves[depth, level]
+                results[depth, level] = halves[depth, level] if is_same else MIXED
         # one code for the whole triangle
-        if result >= 0:
-            pieces, codes, parents, count = _append(
-                pieces, codes, parents, count, path, 0, result, t
-            )
-    return pieces[:count].copy(), codes[:count].copy(), parents[:count].copy(), searched
+        masks[:] = 0
+        for level in range(lowest, len(precisions)):
+            if results[0, level] >= 0:
+                masks[results[0, level]] |= 1 << level
+        for code in range(4):
+            if masks[code]:
+                pieces, codes, parents, levels, count = _append(
+                    pieces, codes, parents, levels, count, path, 0, code, t, masks[code]
+                )
+                own_count += masks[code] >> lowest & 1
+        t += 1
+    return pieces[:count].copy(), codes[:count].copy(), parents[:count].copy(), levels[:count], t
 
 
 def classify_triangles(
@@ -314,27 +373,49 @@ def classify_triangles(
     scene = make_scene(packed, flood)
     pairs = np.unique(_find_crossings(packed, faces, scene.tree), axis=0)
     starts = np.searchsorted(pairs[:, 0], np.arange(len(packed) + 1))
-    finest, most = FINEST_VOXELS, 2 * len(packed) + MAX_PIECES
+    most = 2 * len(packed) + MAX_PIECES
     areas = np.linalg.norm(np.cross(packed[:, 3:6], packed[:, 6:9]), axis=1)
+    # pieces of `level` and of all coarser precisions, of the triangles before `searched`
+    pieces, codes = np.empty((0, 3, 3)), np.empty(0, np.uint8)
+    parents, levels = np.empty(0, np.int32), np.empty(0, np.uint8)
+    level, last_level, searched = 0, len(PRECISIONS) - 1, 0
     while True:
-        pieces, codes, parents, searched = _classify_all(scene, pairs, starts, finest, most)
-        if len(pieces) <= most or finest >= COARSEST_VOXELS:
-            return pieces, codes, parents, finest
+        own = np.flatnonzero(levels >> level & 1)
+        limit = most if level < last_level else np.iinfo(np.int64).max
+        if len(own) <= limit and searched < len(packed):
+            *more, searched = _classify_some(
+                scene, pairs, starts, PRECISIONS, level, searched, limit - len(own)
+            )
+            pieces, codes, parents, levels = (
+                np.concatenate(columns)
+                for columns in zip((pieces, codes, parents, levels), more, strict=True)
+            )
+            own = np.flatnonzero(levels >> level & 1)
+        if len(own) <= limit:
+            return pieces[own], codes[own], parents[own], float(PRECISIONS[level])
         # Seams are lines: twice the size of the pieces halves their number along a seam. The
-        # searched share of the area gives an estimate of the number at the next precision.
-        seams = len(pieces) * areas.sum() / areas[:searched].sum() - len(packed)
-        finest, seams = 2 * finest, seams / 2
-        while finest < COARSEST_VOXELS and seams + len(packed) > MAX_EXPECTED_RATIO * most:
-            finest, seams = 2 * finest, seams / 2
+        # share of the area up to the triangle that exceeds the limit gives an estimate of the
+        # number at the next precision.
+        end = parents[own[most]] + 1
+        seams = np.searchsorted(parents[own], end) * areas.sum() / areas[:end].sum() - len(packed)
+        level, seams = level + 1, seams / 2
+        while level < last_level and seams + len(packed) > MAX_EXPECTED_RATIO * most:
+            level, seams = level + 1, seams / 2
+        # pieces of finer precisions alone are not needed any more
+        needed = levels >> level > 0
+        pieces, codes, parents, levels = (
+            column[needed] for column in (pieces, codes, parents, levels)
+        )
 
 
 @njit(cache=True)
 def _visible_stretches(scene, vertices, edges, starts, members):
     """Return the stretches [S, 2, 3] of edges beside which at least two faces are visible."""
-    h, packed = scene.h, scene.packed
+    h, packed, field = scene.h, scene.packed, make_field(scene)
     stretches = np.empty((1024, 2, 3))
     count = 0
     blockers, region, box = np.empty(1024, np.int32), np.empty(6), np.empty(6)
+    hints = np.empty((2, LINES + 1), np.int32)
     for e in range(len(edges)):
         # steps of at most two voxels along the edge
         a, b = vertices[edges[e, 0]], vertices[edges[e, 1]]
@@ -357,7 +438,9 @@ def _visible_stretches(scene, vertices, edges, starts, members):
                 blockers, split = find_blockers(scene, f, 1.0, box, blockers, 0)
                 write_sight_box(region, -1.0, packed, f, h, box)
                 blockers, last = find_blockers(scene, f, -1.0, box, blockers, split)
-                if visible_sides(scene, blockers, 0, split, last, at[0], at[1], at[2], nx, ny, nz):
+                clear_hints(hints)
+                x, y, z = at
+                if visible_sides(field, blockers, 0, split, last, x, y, z, nx, ny, nz, hints):
                     seen += 1
             if seen < 2:
                 extends = False

@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 TIE = 2e-7
 # A sum of votes is still not negative if it is below zero by this share of the absolute sum.
 VOTE_ROUNDING = 1e-9
+# Cube units. A segment whose ends are this far on one side of a triangle's plane does not meet it.
+# The margin is larger than the rounding of any height above a plane.
+CLEAR_HEIGHT = 1e-8
 
 
 @njit(cache=True)
@@ -137,27 +140,33 @@ def side_vote(row, x, y, z):
     return height * 2 * math.pi
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def segment_hits(packed, t, px, py, pz, qx, qy, qz):
     """Return whether the segment from p to q meets triangle t of packed [T, 16], edges included.
 
     Moeller and Trumbore 1997.
     """
-    # The row is not made a view: counting references to it would cost as much as the test.
+    # The row is not made a view: counting references to it would cost as much as the test. For the
+    # same reason the function is inlined.
+    sx, sy, sz = px - packed[t, 0], py - packed[t, 1], pz - packed[t, 2]
+    dx, dy, dz = qx - px, qy - py, qz - pz
+    # both ends on one side of the plane: most segments end here
+    height = sx * packed[t, 9] + sy * packed[t, 10] + sz * packed[t, 11]
+    rise = dx * packed[t, 9] + dy * packed[t, 10] + dz * packed[t, 11]
+    if abs(height) > CLEAR_HEIGHT:
+        other = height + rise if height > 0 else -(height + rise)
+        if other > CLEAR_HEIGHT:
+            return False
     ux, uy, uz = packed[t, 3], packed[t, 4], packed[t, 5]
     vx, vy, vz = packed[t, 6], packed[t, 7], packed[t, 8]
-    dx, dy, dz = qx - px, qy - py, qz - pz
     hx = dy * vz - dz * vy
     hy = dz * vx - dx * vz
     hz = dx * vy - dy * vx
     det = ux * hx + uy * hy + uz * hz
-    size = math.sqrt(
-        (dx * dx + dy * dy + dz * dz) * (ux**2 + uy**2 + uz**2) * (vx**2 + vy**2 + vz**2)
-    )
-    if abs(det) <= 1e-12 * size:  # parallel; a segment inside the plane does not cross it
+    size2 = (dx * dx + dy * dy + dz * dz) * (ux**2 + uy**2 + uz**2) * (vx**2 + vy**2 + vz**2)
+    if det * det <= 1e-24 * size2:  # parallel; a segment inside the plane does not cross it
         return False
     # barycentric coordinates of the intersection, with a small tolerance at the edges
-    sx, sy, sz = px - packed[t, 0], py - packed[t, 1], pz - packed[t, 2]
     u = (sx * hx + sy * hy + sz * hz) / det
     if u < -1e-9 or u > 1 + 1e-9:
         return False
