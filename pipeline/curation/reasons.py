@@ -97,7 +97,7 @@ def explain(reason: str, numbers: dict[str, Any], options: dict[str, Any]) -> st
 
     Returns:
         For example "thickness 0.0001, at least 0.001 (--filter.min-thickness)", or the text of an
-        error. "" if nothing of the kind is recorded.
+        error, or what was left out of an empty scene. "" if nothing of the kind is recorded.
     """
     parts = []
     for name, limit in thresholds(reason, options).items():
@@ -116,6 +116,8 @@ def explain(reason: str, numbers: dict[str, Any], options: dict[str, Any]) -> st
             parts.append(f"{quantity} {_number(value)}, {_bound(name, kind, limit)}")
     if not parts and "error" in numbers:
         parts.append(str(numbers["error"])[:ERROR_LENGTH])
+    if not parts and reason == "empty_scene":
+        parts += [str(warning)[:ERROR_LENGTH] for warning in numbers.get("warnings", ())]
     return "; ".join(parts)
 
 

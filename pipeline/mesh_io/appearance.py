@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ class AppearanceConverter:
     Args:
         scene: The materials and images.
         max_texture_side: Largest side of a texture in pixels. Larger ones are scaled down.
-        warnings: Receives "image_unreadable" and "material_missing".
+        warnings: Receives "image_unreadable", "material_missing" and "texture_without_uv".
     """
 
     def __init__(self, scene: Scene, max_texture_side: int, warnings: WarningLog):
@@ -36,21 +37,23 @@ class AppearanceConverter:
         self.max_texture_side = max_texture_side
         self.warnings = warnings
         self._images: dict[int, NDArray[np.uint8] | None] = {}
-        self._converted: dict[tuple[int, bool], Appearance] = {}
+        self._converted: dict[tuple[int, bool, frozenset[int]], Appearance] = {}
 
-    def convert(self, index: int, *, is_colored: bool) -> Appearance:
+    def convert(self, index: int, *, is_colored: bool, uv_sets: Collection[int]) -> Appearance:
         """Return the appearance of a material.
 
         Args:
             index: Index in `Scene.materials`; -1 is no material.
             is_colored: Whether the geometry has colours of its own. Without a material they are
                 drawn as they are, not multiplied by the grey of the default material.
+            uv_sets: The sets of texture coordinates of the geometry. A texture that reads another
+                set is not drawn, and the material has its colour without the texture.
         """
         is_known = 0 <= index < len(self.scene.materials)
-        key = (index, is_colored and not is_known)
+        key = (index, is_colored and not is_known, frozenset(uv_sets))
         if key not in self._converted:
             if is_known:
-                self._converted[key] = self._convert(self.scene.materials[index])
+                self._converted[key] = self._convert(self.scene.materials[index], uv_sets)
             else:
                 if index != -1:
                     self.warnings.add("material_missing", f"number {index}")
@@ -58,16 +61,16 @@ class AppearanceConverter:
                 self._converted[key] = Appearance(material=Material(base_color=color))
         return self._converted[key]
 
-    def _convert(self, source: SceneMaterial) -> Appearance:
-        base_slot, texture = self._texture(source.base_color_texture)
-        opacity_slot, opacity = self._texture(source.opacity_texture)
+    def _convert(self, source: SceneMaterial, uv_sets: Collection[int]) -> Appearance:
+        base_slot, texture = self._drawn_texture(source.base_color_texture, uv_sets)
+        opacity_slot, opacity = self._drawn_texture(source.opacity_texture, uv_sets)
         if opacity is not None and opacity_slot is not None:
             values = _channel(opacity, opacity_slot)
             # The alpha of an image that gives both colour and opacity counts once.
             if texture is None or texture is not opacity or (values != texture[..., 3]).any():
                 texture = _with_opacity(texture, values)
             base_slot = base_slot or opacity_slot
-        emissive_slot, emissive = self._texture(source.emissive_texture)
+        emissive_slot, emissive = self._drawn_texture(source.emissive_texture, uv_sets)
         roughness = source.roughness * self._mean(source.roughness_texture)
         if source.glossiness_texture is not None:
             roughness = 1 - (1 - roughness) * self._mean(source.glossiness_texture)
@@ -84,7 +87,7 @@ class AppearanceConverter:
             alpha_mode=source.alpha_mode,
             alpha_cutoff=source.alpha_cutoff,
             double_sided=source.double_sided,
-            # A texture that cannot be read emits nothing, not the white of its factor.
+            # A texture that is not drawn emits nothing, not the white of its factor.
             emissive=(0.0, 0.0, 0.0)
             if source.emissive_texture is not None and emissive is None
             else source.emissive,
@@ -100,6 +103,18 @@ class AppearanceConverter:
         """Return a slot and its image, or (None, None) if the image cannot be drawn."""
         image = None if slot is None else self._image(slot.image)
         return (None, None) if slot is None or image is None else (slot, image)
+
+    def _drawn_texture(
+        self, slot: TextureSlot | None, uv_sets: Collection[int]
+    ) -> tuple[TextureSlot, NDArray[np.uint8]] | tuple[None, None]:
+        """Return a slot and its image, or (None, None) if it has no texture coordinates either."""
+        slot, image = self._texture(slot)
+        if slot is None or image is None:
+            return None, None
+        if slot.uv_set not in uv_sets:
+            self.warnings.add("texture_without_uv", f"set {slot.uv_set}")
+            return None, None
+        return slot, image
 
     def _mean(self, slot: TextureSlot | None) -> float:
         slot, image = self._texture(slot)

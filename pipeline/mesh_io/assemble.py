@@ -115,7 +115,7 @@ def assemble(scene: Scene, cfg: LoadConfig, warnings: WarningLog, up: Axis) -> M
     pieces = [
         piece
         for instance in instances
-        for piece in _place(triangles[instance.geometry], instance, converter, warnings)
+        for piece in _place(triangles[instance.geometry], instance, converter)
     ]
     return _join(pieces, up)
 
@@ -230,7 +230,7 @@ def _checked(
 
 
 def _place(
-    geometry: _Triangles, instance: Instance, converter: AppearanceConverter, warnings: WarningLog
+    geometry: _Triangles, instance: Instance, converter: AppearanceConverter
 ) -> Iterator[_Piece]:
     """Yield the pieces of a placed geometry, one for each of its materials."""
     linear = instance.matrix[:3, :3]
@@ -259,14 +259,16 @@ def _place(
             raise Reject("non_finite_vertices", vertices=int((~is_finite).any(axis=1).sum()))
         if not len(faces):
             continue
-        appearance = converter.convert(index, is_colored=geometry.colors is not None)
+        appearance = converter.convert(
+            index, is_colored=geometry.colors is not None, uv_sets=geometry.uv
+        )
         yield _Piece(
             vertices=vertices[used],
             faces=faces.reshape(-1, 3),
             material=appearance.material,
             attributes={
-                "uv": _uv_of(geometry, appearance.base_slot, used, warnings),
-                "emissive_uv": _uv_of(geometry, appearance.emissive_slot, used, warnings),
+                "uv": _uv_of(geometry, appearance.base_slot, used),
+                "emissive_uv": _uv_of(geometry, appearance.emissive_slot, used),
                 "colors": None if geometry.colors is None else geometry.colors[used],
                 "normals": None if normals is None else normals[used].astype(np.float32),
             },
@@ -274,13 +276,10 @@ def _place(
 
 
 def _uv_of(
-    geometry: _Triangles, slot: TextureSlot | None, used: NDArray[np.int64], warnings: WarningLog
+    geometry: _Triangles, slot: TextureSlot | None, used: NDArray[np.int64]
 ) -> NDArray[np.float32] | None:
     """Return the transformed texture coordinates [V, 2] that a slot reads, or None."""
     if slot is None:
-        return None
-    if slot.uv_set not in geometry.uv:
-        warnings.add("texture_without_uv", f"set {slot.uv_set}")
         return None
     uv = geometry.uv[slot.uv_set][used]
     if slot.transform is not None:

@@ -107,6 +107,12 @@ def load_with_report(
         scene = reader(path.read_bytes(), context)
         axis, origin = _up_axis(scene.up_axis, up)
         mesh = assemble(scene, cfg, warnings, axis)
+    except Reject as error:
+        # A file whose geometry was left out entirely says what that was.
+        if error.reason != "empty_scene" or not warnings.items():
+            raise
+        details = [str(warning) for warning in warnings.items()]
+        raise Reject(error.reason, **error.numbers, warnings=details) from error
     except PARSER_ERRORS as error:
         # Without the directory the message is the same on every machine.
         message = str(error).replace(str(path.parent), "")[:200]

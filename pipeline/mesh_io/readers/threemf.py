@@ -22,7 +22,11 @@ from pipeline.mesh_io.readers.threemf_properties import (
     Appearances,
     PropertyGroups,
 )
-from pipeline.mesh_io.readers.threemf_slicers import SlicerRoles, read_slicer_roles
+from pipeline.mesh_io.readers.threemf_slicers import (
+    SlicerRoles,
+    read_slicer_roles,
+    warn_of_filament_colors,
+)
 from pipeline.mesh_io.scene import Attribute, Geometry, Node, Scene
 from pipeline.mesh_io.xml_tree import Element, ElementKind, Schema, parse_xml
 from pipeline.mesh_io.zip_package import MEMBER_ERRORS, ZipPackage
@@ -131,6 +135,7 @@ class _PackageReader:
         self.parts[name] = root
         self.root_name = name
         self.roles = read_slicer_roles(self.package, self.warnings)
+        warn_of_filament_colors(self.package, self.warnings)
         self._warn_of_extensions(root.root)
         build = root.root.first("build")
         items = [] if build is None else list(build.all("item"))

@@ -6,6 +6,8 @@ settings, which are no part of the 3MF specification, tell them from the model.
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, field
 
 from pipeline.core.errors import Reject
@@ -15,6 +17,10 @@ from pipeline.mesh_io.zip_package import MEMBER_ERRORS, ZipPackage
 
 PRUSA_SETTINGS = "/Metadata/Slic3r_PE_model.config"
 BAMBU_SETTINGS = "/Metadata/model_settings.config"
+# Settings of the print, with the colours of the filaments.
+PRUSA_PRINT_SETTINGS = "/Metadata/Slic3r_PE.config"
+BAMBU_PRINT_SETTINGS = "/Metadata/project_settings.config"
+PRUSA_COLORS = re.compile(rb"^; (?:extruder|filament)_colour = (.*)$", re.MULTILINE)
 # Role -> code of the warning with which such a volume is left out.
 LEFT_OUT_ROLES = {
     "parametermodifier": "hidden_left_out",
@@ -68,6 +74,36 @@ def read_slicer_roles(package: ZipPackage, warnings: WarningLog) -> SlicerRoles:
         for element in root.all("object"):
             _add_object(element, roles, warnings)
     return roles
+
+
+def warn_of_filament_colors(package: ZipPackage, warnings: WarningLog) -> None:
+    """Warn if the settings of a print give colours to filaments. The reader does not draw them.
+
+    Args:
+        package: The package.
+        warnings: Receives "appearance_ignored", or "invalid_value" for settings that cannot be
+            read.
+    """
+    for path in (PRUSA_PRINT_SETTINGS, BAMBU_PRINT_SETTINGS):
+        name = package.find(path)
+        if name is None:
+            continue
+        try:
+            content = package.read(name)
+            if path == BAMBU_PRINT_SETTINGS:
+                settings = json.loads(content)
+                colors = settings.get("filament_colour") if isinstance(settings, dict) else None
+                texts = colors if isinstance(colors, list) else []
+            else:
+                lines = PRUSA_COLORS.findall(content)
+                texts = [text for line in lines for text in line.decode("latin-1").split(";")]
+        except (ValueError, RecursionError, *MEMBER_ERRORS) as error:
+            warnings.add("invalid_value", f"{name}: {type(error).__name__}")
+            continue
+        words = [str(text).strip().strip('"') for text in texts]
+        distinct = list(dict.fromkeys(word for word in words if word))
+        if distinct:
+            warnings.add("appearance_ignored", f"filament colours {' '.join(distinct)}")
 
 
 def _add_object(element: Element, roles: SlicerRoles, warnings: WarningLog) -> None:

@@ -239,6 +239,32 @@ def test_a_texture_without_its_coordinates_is_reported():
     assert codes == {"texture_without_uv": 1}
 
 
+@pytest.mark.parametrize("has_uv", [True, False])
+def test_a_material_without_its_texture_has_its_own_colour(has_uv):
+    texture = TextureSlot(image=0)
+    material = SceneMaterial(
+        base_color=(0.25, 0.5, 0.75, 0.5),
+        base_color_texture=texture,
+        emissive=(1.0, 1.0, 1.0),
+        emissive_texture=texture,
+        texture_replaces_color=True,
+    )
+    images = [SceneImage(name="a", content=png((1, 2, 3, 255)))]
+    uv = {0: Attribute(domain="vertex", values=np.zeros((4, 2)))} if has_uv else {}
+    shapes = [tetrahedron(materials=0, uv=uv)]
+    mesh, codes = build(Scene.of_geometries(shapes, materials=[material], images=images))
+    (part,) = mesh.parts
+    if has_uv:
+        assert part.material.base_color == (1.0, 1.0, 1.0, 0.5)
+        assert part.material.texture[0, 0].tolist() == [1, 2, 3, 255]
+        assert codes == {}
+    else:
+        assert part.material.base_color == (0.25, 0.5, 0.75, 0.5)
+        assert part.material.texture is part.material.emissive_texture is None
+        assert part.material.emissive == (0, 0, 0)
+        assert codes == {"texture_without_uv": 2}
+
+
 def test_opacity_images_multiply_alpha_at_the_larger_size():
     material = SceneMaterial(
         base_color_texture=TextureSlot(image=0),

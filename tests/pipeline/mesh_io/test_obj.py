@@ -122,6 +122,16 @@ def test_attributes_of_corners_are_those_of_the_file(tmp_path, corner):
         np.testing.assert_allclose(got, rows(normals[23 - numbers.ravel()]), atol=1e-6)
 
 
+def test_faces_without_texture_coordinates_have_the_colour_of_their_material(tmp_path):
+    (tmp_path / "a.mtl").write_text("newmtl m\nKd 1 0 0\nmap_Kd t.png\n", encoding="utf-8")
+    (tmp_path / "t.png").write_bytes(png((10, 20, 30, 255)))
+    text = f"mtllib a.mtl\nusemtl m\n{VERTICES}vt 0 0\nf 1/1 2/1 4/1 3/1\nf 5 7 8 6\n"
+    mesh, codes = read(tmp_path, "a.obj", text)
+    colors = {part.uv is None: part.material.base_color for part in mesh.parts}
+    assert colors == {False: (1, 1, 1, 1), True: (1, 0, 0, 1)}
+    assert codes == {"appearance_ignored": 1, "texture_without_uv": 1}
+
+
 def test_attributes_that_do_not_exist_or_of_some_corners_cost_themselves(tmp_path):
     for face in ("f 1/1 2/9 4/1 3/1", "f 1/1 2 4/1 3/1", "f 1/0 2/1 4/1 3/1"):
         text = (VERTICES + ATTRIBUTES + FACES).replace(FIRST, face + "\n")

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Material
+from pipeline.curation.reasons import explain
 from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.load import load_with_report
 from pipeline.mesh_io.load_warnings import WarningLog
@@ -357,6 +358,24 @@ class TestColors:
             material = self.material_of(load, resources, property_id=8)
             assert material.base_color == pytest.approx(expected, abs=0.005)
 
+    @pytest.mark.parametrize("method", ["mix", "multiply"])
+    def test_two_textures_in_one_property_are_reported(self, load, method):
+        content = "".join(
+            f'<m:texture2d id="{k}" path="/3D/{k}.png" contenttype="image/png"/>'
+            f'<m:texture2dgroup id="1{k}" texid="{k}"><m:tex2coord u="0" v="0"/></m:texture2dgroup>'
+            for k in (3, 4)
+        )
+        content += (
+            f'<m:multiproperties id="8" pids="13 14" blendmethods="{method}">'
+            '<m:multi pindices="0 0"/></m:multiproperties>'
+        )
+        images = {f"3D/{k}.png": png((k, 0, 0, 255)) for k in (3, 4)}
+        mesh, codes = load(package(model(content + box(attributes='pid="8" pindex="0"')), images))
+        (part,) = mesh.parts
+        drawn = {"mix": 4, "multiply": 3}[method]  # the upper texture, or the lower one
+        assert part.material.texture[0, 0].tolist() == [drawn, 0, 0, 255]
+        assert codes == {"appearance_ignored": 1}
+
     def test_metallic_display_properties(self, load):
         content = (
             '<m:pbmetallicdisplayproperties id="3"><m:pbmetallic name="a" metallicness="0.9" '
@@ -481,8 +500,31 @@ class TestVolumesForSlicers:
         found, codes = load(package(root, parts))
         assert (volume(found), codes) == (pytest.approx(1), {"hidden_left_out": 1})
 
-    def test_settings_that_cannot_be_read_cost_only_themselves(self, load):
-        found, codes = load(package(model(box()), {"Metadata/model_settings.config": b"<config"}))
+    @pytest.mark.parametrize(
+        ("name", "settings", "expected"),
+        [
+            (
+                "Slic3r_PE.config",
+                b"; a = 1\n; extruder_colour = #FF0000;#00FF00\n",
+                "#FF0000 #00FF00",
+            ),
+            ("Slic3r_PE.config", b'; filament_colour = "";#00FF00\n', "#00FF00"),
+            ("Slic3r_PE.config", b"; extruder_colour = \n; b = #FFFFFF\n", None),
+            ("project_settings.config", b'{"filament_colour": ["#FF0000", "#FF0000"]}', "#FF0000"),
+            ("project_settings.config", b'{"filament_colour": []}', None),
+            ("project_settings.config", b"[1]", None),
+        ],
+    )
+    def test_colours_of_filaments_are_reported(self, tmp_path, name, settings, expected):
+        content = package(model(box()), {f"Metadata/{name}": settings})
+        _, report = load_with_report(write(tmp_path / "a.3mf", content), CFG)
+        found = [(warning.code, *warning.examples) for warning in report.warnings]
+        code = "appearance_ignored"
+        assert found == ([] if expected is None else [(code, f"filament colours {expected}")])
+
+    @pytest.mark.parametrize("name", ["project_settings.config", "model_settings.config"])
+    def test_settings_that_cannot_be_read_cost_only_themselves(self, load, name):
+        found, codes = load(package(model(box()), {f"Metadata/{name}": b"<config"}))
         assert (volume(found), codes) == (pytest.approx(1), {"invalid_value": 1})
 
 
@@ -535,6 +577,18 @@ class TestUnknownContent:
         )
         mesh, codes = load(package(content))
         assert (volume(mesh), codes) == (pytest.approx(1), {"unsupported_primitive": 2})
+
+    def test_a_package_of_lattices_alone_says_what_was_left_out(self, load):
+        points = re.sub(
+            "<triangles>.*</triangles>", "<b:beamlattice><b:beams/></b:beamlattice>", mesh()
+        )
+        with pytest.raises(Reject) as rejected:
+            load(package(model(f'<object id="1">{points}</object>')))
+        assert rejected.value.reason == "empty_scene"
+        (warning,) = rejected.value.numbers["warnings"]
+        assert warning.startswith("unsupported_primitive: ")
+        assert "b:beamlattice" in warning
+        assert explain("empty_scene", rejected.value.numbers, {}) == warning
 
     def test_painted_triangles_are_reported(self, load):
         mesh, codes = load(package(model(box(triangle='paint_color="4" paint_seam="1"'))))
