@@ -251,12 +251,13 @@ def _lower_to_triangle(row, x, y, z, h, grid, not_above, not_below):
         inside_w = qx * mwx + qy * mwy + qz * mwz
         inside = inside_u if inside_u < inside_v else inside_v
         inside = inside if inside < inside_w else inside_w
-        # lower the result
+        # lower the result; values are loaded first, because stores with a mask are slow
+        old_above, old_below = not_above[p], not_below[p]
         d2 = height * height if inside > zero else edge
         above = inf if height > slack else d2
         below = inf if height < -slack else d2
-        not_above[p] = above if above < not_above[p] else not_above[p]
-        not_below[p] = below if below < not_below[p] else not_below[p]
+        not_above[p] = above if above < old_above else old_above
+        not_below[p] = below if below < old_below else old_below
 
 
 @njit(cache=True)

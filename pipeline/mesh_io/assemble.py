@@ -183,8 +183,8 @@ def _to_triangles(geometry: Geometry, warnings: WarningLog) -> _Triangles:
         used = slice(None)
         if len(vertices) > 2 * faces.size:
             # Many geometries may share one array of vertices. Each takes its own.
-            used, faces = np.unique(faces, return_inverse=True)
-            vertices, faces = vertices[used], faces.reshape(-1, 3)
+            used, faces = _compacted(faces, len(vertices))
+            vertices = vertices[used]
         sources = {"vertex": used}
     else:
         # Each corner of a triangle gets a vertex of its own.
@@ -241,19 +241,21 @@ def _place(
         if normals is not None:
             normals = _normalized(normals @ _cofactors(linear).T)
 
-    materials = np.array(
-        [instance.materials.get(index, index) for index in np.unique(geometry.materials).tolist()]
-    )
-    _, position = np.unique(geometry.materials, return_inverse=True)
-    of_face = materials[position] if len(materials) else geometry.materials
-    for index in np.unique(of_face).tolist():
-        faces = geometry.faces[of_face == index]
+    # the faces of each drawn material
+    by_material: dict[int, list[int]] = {}
+    for index in np.unique(geometry.materials).tolist():
+        by_material.setdefault(instance.materials.get(index, index), []).append(index)
+    for index, sources in sorted(by_material.items()):
+        faces = geometry.faces
+        chosen = np.isin(geometry.materials, sources)
+        if not chosen.all():
+            faces = faces[chosen]
         if is_mirrored:
             faces = faces[:, ::-1]
         # Drop faces with two equal corners, then vertices without faces.
-        corners = vertices[faces]
-        is_distinct = (corners != np.roll(corners, 1, axis=1)).any(axis=2).all(axis=1)
-        used, faces = np.unique(faces[is_distinct], return_inverse=True)
+        a, b, c = (vertices[faces[:, k]] for k in range(3))
+        is_distinct = (a != b).any(axis=1) & (b != c).any(axis=1) & (c != a).any(axis=1)
+        used, faces = _compacted(faces[is_distinct], len(vertices))
         is_finite = np.isfinite(vertices[used])
         if not is_finite.all():
             raise Reject("non_finite_vertices", vertices=int((~is_finite).any(axis=1).sum()))
@@ -264,7 +266,7 @@ def _place(
         )
         yield _Piece(
             vertices=vertices[used],
-            faces=faces.reshape(-1, 3),
+            faces=faces,
             material=appearance.material,
             attributes={
                 "uv": _uv_of(geometry, appearance.base_slot, used),
@@ -273,6 +275,21 @@ def _place(
                 "normals": None if normals is None else normals[used].astype(np.float32),
             },
         )
+
+
+def _compacted(faces: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the vertices that faces [F, 3] use, in order, and the faces with their new numbers.
+
+    Args:
+        faces: Numbers below `count`.
+        count: Number of vertices.
+    """
+    if count > 4 * faces.size:  # a table of all vertices would cost more than sorting
+        used, faces_of_used = np.unique(faces, return_inverse=True)
+        return used, faces_of_used.reshape(-1, 3)
+    is_used = np.zeros(count, dtype=bool)
+    is_used[faces] = True
+    return np.flatnonzero(is_used), (np.cumsum(is_used) - 1)[faces]
 
 
 def _uv_of(
