@@ -41,6 +41,9 @@ def read_fbx(content: bytes, context: ReaderContext) -> Scene:
     if file.root.first("Objects") is None:
         raise Reject("unreadable", error="no_objects", version=file.version)
     document = read_document(file, context.warnings)
+    is_cut = file.root.first("Connections") is None
+    if is_cut and any(document.of_kind("Geometry")):  # no node could draw them
+        raise Reject("unreadable", error="no_connections", version=file.version)
     account(document)
     with np.errstate(over="ignore", invalid="ignore"):  # the loader checks the vertices
         return _SceneReader(document, context).read()

@@ -150,8 +150,7 @@ def test_a_source_says_which_formats_it_reads_and_skips_and_why(tmp_path, monkey
         "The source objaverse-xl has 3 assets to read: 2 stl, 1 glb.",
         "It skips 1 asset: 1 xyz, because the extra xyz is not installed: "
         "pip install 'sparse3d[xyz]'.",
-        "It skips 2 assets: 1 without extension, 1 max, because there is no reader for the "
-        "format.",
+        "It skips 2 assets: 1 without extension, 1 max, because there is no reader for the format.",
     ]
 
 
