@@ -14,6 +14,8 @@ settings.load_profile("repeatable")
 # The processes share the cores: each library uses one thread, as in the children of a build.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(name, "1")
+# No test asks the model hub. Without network each request would wait and be repeated.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports triton: without a GPU its kernels run in the interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")

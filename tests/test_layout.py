@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -78,12 +79,18 @@ COMMANDS = {
 } - {"pipeline.orchestration.isolated_process"}  # builds start it, people do not
 
 
+@cache
+def syntax_tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path, *, at_import_only: bool = False) -> set[str]:
     """Return the modules that a file imports; optionally only those outside functions.
 
     Imports under `if TYPE_CHECKING` are left out: they do not run.
     """
-    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    pending: list[ast.AST] = [syntax_tree(path)]
     names = set()
     while pending:
         node = pending.pop()
@@ -161,8 +168,7 @@ def test_only_the_runner_imports_ray(path):
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_every_file_says_what_it_contains(path):
-    text = path.read_text(encoding="utf-8")
-    assert not text.strip() or ast.get_docstring(ast.parse(text))
+    assert not syntax_tree(path).body or ast.get_docstring(syntax_tree(path))
 
 
 def opens_text(call: ast.Call) -> bool:
@@ -185,29 +191,26 @@ def opens_text(call: ast.Call) -> bool:
 def test_text_is_read_and_written_as_utf_8():
     """The encoding of the locale is never used: a library may change the locale of the process."""
     for path in [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(syntax_tree(path)):
             if isinstance(node, ast.Call) and opens_text(node):
                 keywords = [keyword.arg for keyword in node.keywords]
                 place = f"{path.relative_to(ROOT)}:{node.lineno}"
                 assert "encoding" in keywords, f"{place} names no encoding"
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if path.name == "config.py"], ids=lambda path: module_of(path)
-)
-def test_a_config_module_imports_nothing_heavy(path):
-    code = (
-        f"import sys, {module_of(path)}\n"
-        f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
-        "sys.exit(' '.join(heavy) or 0)"
-    )
-    run_python("-c", code)
-
-
-@pytest.mark.parametrize("package", list(UNITS))
-def test_importing_a_package_is_cheap(package):
-    code = f"import sys, {package}; sys.exit(any(name in sys.modules for name in {HEAVY}))"
-    run_python("-c", code)
+def test_packages_and_config_modules_import_nothing_heavy():
+    """Each of them is imported by one child, in turn, until one loads a heavy package."""
+    configs = [module_of(path) for path in FILES if path.name == "config.py"]
+    assert len(configs) > 10
+    code = """
+import importlib, sys
+for module in sys.argv[2].split():
+    importlib.import_module(module)
+    heavy = sys.modules.keys() & set(sys.argv[1].split())
+    if heavy:
+        sys.exit(f"{module} loads {sorted(heavy)}")
+"""
+    run_python("-c", code, " ".join(HEAVY), " ".join([*UNITS, *configs]))
 
 
 def test_core_imports_neither_ray_nor_opengl_nor_torch():

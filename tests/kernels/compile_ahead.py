@@ -104,8 +104,13 @@ def print_launches(launch_all: Callable[..., None]) -> None:
     sys.stdout.write(json.dumps(list(launches.values())) + "\n")
 
 
+ARCHITECTURES = [pytest.param(80, marks=pytest.mark.slow), 90]
+
+
 def on_architectures(fast: str, *, slow: Sequence[str]) -> Callable[[Callable], Callable]:
     """Run a test for A100 and Hopper (`arch`) and for the arguments of a command (`arguments`).
+
+    The kernels of a step compile for up to a minute, so only the fast case on Hopper is not slow.
 
     Args:
         fast: The dtype and the numbers that follow the architecture on the command line.
@@ -115,6 +120,6 @@ def on_architectures(fast: str, *, slow: Sequence[str]) -> Callable[[Callable], 
 
     def parametrize(test: Callable) -> Callable:
         with_arguments = pytest.mark.parametrize("arguments", cases)(test)
-        return pytest.mark.parametrize("arch", [80, 90])(with_arguments)
+        return pytest.mark.parametrize("arch", ARCHITECTURES)(with_arguments)
 
     return parametrize

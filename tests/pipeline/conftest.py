@@ -1,6 +1,7 @@
 """Fixtures that several test files use: a finished build and a local Ray."""
 
 import os
+import shutil
 
 import pytest
 
@@ -8,6 +9,7 @@ import pytest
 # another version.
 import triton  # noqa: F401
 
+from pipeline.core.files import lock_one_of
 from tests.pipeline.builds import TINY, environment, finish, start
 
 
@@ -15,23 +17,20 @@ from tests.pipeline.builds import TINY, environment, finish, start
 def tiny_build(tmp_path_factory):
     """An uninterrupted build of 12 procedural assets in 4 shards at R = 64 and 96.
 
-    Tests that change it work on a copy.
+    Tests that change it work on a copy. The processes of pytest-xdist share one build.
     """
-    folder = tmp_path_factory.mktemp("tiny")
-    out = folder / "build"
-    args = [
-        *TINY,
-        "--limit",
-        "12",
-        "--resolutions",
-        "64",
-        "96",
-        "--val-percent",
-        "30",
-        "--out",
-        out,
-    ]
-    finish(start("pipeline.build", *args, env=environment(folder)))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the directory of this run, with one directory for each process
+    with lock_one_of([folder / "tiny.lock"], timeout_s=500):
+        out = folder / "tiny" / "build"
+        if not (folder / "tiny" / "finished").exists():
+            shutil.rmtree(folder / "tiny", ignore_errors=True)
+            (folder / "tiny").mkdir()
+            args = [*TINY, "--limit", 12, "--resolutions", 64, 96, "--val-percent", 30]
+            env = environment(folder / "tiny")
+            finish(start("pipeline.build", *args, "--out", out, env=env))
+            (folder / "tiny" / "finished").touch()
     return out
 
 

@@ -1,5 +1,6 @@
 """Training commands parse their options and print their help without heavy packages."""
 
+import json
 import re
 
 import pytest
@@ -8,39 +9,48 @@ from tests.child_python import run_python
 
 HEAVY = {"torch", "numba", "transformers", "ray"}
 SHOW_HELP = """
-import importlib, sys
-main = importlib.import_module(sys.argv[1]).main
-try:
-    main(sys.argv[2:])
-except SystemExit as end:
-    code = end.code
-print("modules:", *sys.modules)
-sys.exit(code)
+import contextlib, importlib, io, json, sys
+shown = []
+for module, args in json.loads(sys.argv[1]):
+    code, text = None, io.StringIO()
+    with contextlib.redirect_stdout(text):
+        try:
+            importlib.import_module(module).main(args)
+        except SystemExit as end:
+            code = end.code
+    shown.append({"code": code, "text": text.getvalue(), "modules": [*sys.modules]})
+print(json.dumps(shown))
 """
+COMMANDS = [
+    *(
+        (f"train.{name}", [option], f"usage: python -m train.{name}")
+        for name in ("vae", "dit", "structure", "encode", "export", "plot")
+        for option in ("--help", "--help-all")
+    ),
+    ("train.evaluate", ["--help"], "python -m train.evaluate {vae,generation}"),
+    ("train.evaluate", ["vae", "--help"], "--resolutions"),
+    ("train.evaluate", ["generation", "--help"], "--generation.guidance"),
+    ("train.demo.__main__", ["--help"], "--size {auto,cpu,gpu}"),
+    ("benchmarks.dit", ["--help"], "python -m benchmarks.dit {steps,gradients,learn}"),
+    ("benchmarks.dit", ["learn", "--help"], "--vae-minutes"),
+    ("benchmarks.training", ["--help"], "benchmarks.training {geometry,bricks,measure}"),
+    ("benchmarks.training", ["measure", "--help"], "--learning-rate"),
+]
 
 
-@pytest.mark.parametrize(
-    ("module", "args", "expected"),
-    [
-        *(
-            (f"train.{name}", [option], f"usage: python -m train.{name}")
-            for name in ("vae", "dit", "structure", "encode", "export", "plot")
-            for option in ("--help", "--help-all")
-        ),
-        ("train.evaluate", ["--help"], "python -m train.evaluate {vae,generation}"),
-        ("train.evaluate", ["vae", "--help"], "--resolutions"),
-        ("train.evaluate", ["generation", "--help"], "--generation.guidance"),
-        ("train.demo.__main__", ["--help"], "--size {auto,cpu,gpu}"),
-        ("benchmarks.dit", ["--help"], "python -m benchmarks.dit {steps,gradients,learn}"),
-        ("benchmarks.dit", ["learn", "--help"], "--vae-minutes"),
-        ("benchmarks.training", ["--help"], "benchmarks.training {geometry,bricks,measure}"),
-        ("benchmarks.training", ["measure", "--help"], "--learning-rate"),
-    ],
-)
-def test_help_exits_0_and_imports_no_heavy_package(module, args, expected):
-    text, _, modules = run_python("-c", SHOW_HELP, module, *args).stdout.rpartition("modules:")
-    assert expected in text
-    assert not HEAVY & set(modules.split())
+@pytest.fixture(scope="module")
+def shown():
+    """Exit code, text and loaded modules of each command, all of which run in one child."""
+    words = json.dumps([(module, args) for module, args, _ in COMMANDS])
+    return json.loads(run_python("-c", SHOW_HELP, words).stdout)
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)), ids=[f"{m} {a}" for m, a, _ in COMMANDS])
+def test_help_exits_0_and_imports_no_heavy_package(shown, number):
+    help_text = shown[number]["text"]
+    assert shown[number]["code"] == 0
+    assert COMMANDS[number][2] in help_text
+    assert not HEAVY & set(shown[number]["modules"])
     # A field that is called "options" would give its group the title "options options".
-    for title in re.findall(r"^╭─ (.*?) ─+╮$", text, re.MULTILINE):
+    for title in re.findall(r"^╭─ (.*?) ─+╮$", help_text, re.MULTILINE):
         assert len(set(title.split())) == len(title.split()), title

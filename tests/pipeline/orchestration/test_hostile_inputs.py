@@ -12,6 +12,7 @@ import pytest
 import trimesh
 
 from pipeline.core.hashing import make_uid
+from pipeline.curation.config import FilterConfig
 from pipeline.download.config import FetchConfig
 from pipeline.inspection.verification import verify
 from pipeline.orchestration.plan import make_plan
@@ -34,6 +35,7 @@ from tests.pipeline.faulty_http_server import run_server
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
 DONE = ("done", "", "")
+MAX_FACES = 2_000
 CORNERS = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
 TETRAHEDRON = CORNERS[[[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]]]
 
@@ -169,7 +171,7 @@ def fill(folder: Path, secret: Path) -> dict[str, tuple[str, str, str]]:
     (folder / "in").mkdir()
     (folder / "in/good.bin").write_bytes(TETRAHEDRON.tobytes())
     secret.write_bytes(TETRAHEDRON.tobytes())
-    soup = np.random.default_rng(0).normal(size=(2_000_001, 3, 3))
+    soup = np.random.default_rng(0).normal(size=(MAX_FACES + 1, 3, 3))
     expected: dict[str, tuple[str, str, str]] = {}
 
     def add(name: str, content: bytes | str, stage: str = "", reason: str = "") -> None:
@@ -207,8 +209,9 @@ def fill(folder: Path, secret: Path) -> dict[str, tuple[str, str, str]]:
         expected[f"climbs.{ending}"] = ("rejected", "fetch", "archive_path")
         maker(folder / f"good.{ending}", {"x/a.obj": box(1).encode(), "x/readme.txt": b""})
         expected[f"good.{ending}"] = DONE
-    make_zip(folder / "bomb.zip", {"a.obj": bytes(80 << 20)})
-    make_zip(folder / "bomb.3mf", {"3D/3dmodel.model": bytes(80 << 20), "b": bytes(1 << 10)})
+    zeros = bytes((64 << 20) + 1)  # up to 64 MiB any ratio is allowed
+    make_zip(folder / "bomb.zip", {"a.obj": zeros})
+    make_zip(folder / "bomb.3mf", {"3D/3dmodel.model": zeros, "b": bytes(1 << 10)})
     make_zip(folder / "nothing.zip", {"readme.txt": b"x"})
     expected |= {
         "bomb.zip": ("rejected", "fetch", "archive_bomb"),
@@ -233,7 +236,10 @@ def test_a_hostile_folder(tmp_path):
     expected = fill(folder, tmp_path / "secret.bin")
     before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_symlink()}
     cfg = config(
-        tmp_path / "out", limits={"max_failed_share": 1.0}, source=(f"folder:{folder}",), views=1
+        tmp_path / "out",
+        limits={"max_failed_share": 1.0},
+        source=(f"folder:{folder}",),
+        filter=FilterConfig(max_faces=MAX_FACES),
     )
     source = open_source(cfg.source[0])
     total = build(cfg, [source])

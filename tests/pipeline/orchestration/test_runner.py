@@ -34,21 +34,21 @@ pytestmark = pytest.mark.usefixtures("shared_ray")
 
 @pytest.fixture(scope="module")
 def hostile_build(tmp_path_factory):
-    """Build 64 assets in one shard, seven of which fail in different ways."""
+    """Build 24 assets in one shard, seven of which fail in different ways."""
     folder = tmp_path_factory.mktemp("hostile")
     behaviours = {
         3: "segfault",
-        20: "hang",
-        21: "memory",
-        40: "leak",
-        41: "raise",
-        60: "vanish",
-        63: "lose_worker",
+        8: "hang",
+        9: "memory",
+        14: "leak",
+        15: "raise",
+        20: "vanish",
+        23: "lose_worker",
     }
     notes = folder / "notes"
     notes.mkdir()
-    source = CrashingSource(count=64, behaviours=tuple(behaviours.items()), notes=notes)
-    cfg = config(folder / "out", limits={"asset_timeout_s": 15.0})
+    source = CrashingSource(count=24, behaviours=tuple(behaviours.items()), notes=notes)
+    cfg = config(folder / "out", limits={"asset_timeout_s": 10.0})
     return cfg, build(cfg, [source]), notes
 
 
@@ -57,26 +57,26 @@ def test_hostile_assets_end_with_their_reason_and_all_others_are_done(hostile_bu
     ended = {n: (row.status, row.stage, row.reason) for n, row in enumerate(rows_of(cfg.out))}
     assert {n: end for n, end in ended.items() if end != ("done", "", "")} == {
         3: ("failed", "fetch", "crashed_signal_11"),
-        20: ("failed", "fetch", "timeout"),
-        21: ("failed", "fetch", "out_of_memory"),
-        40: ("failed", "fetch", "out_of_memory"),
-        41: ("failed", "fetch", "error_runtimeerror"),
-        60: ("rejected", "fetch", "file_not_readable"),
+        8: ("failed", "fetch", "timeout"),
+        9: ("failed", "fetch", "out_of_memory"),
+        14: ("failed", "fetch", "out_of_memory"),
+        15: ("failed", "fetch", "error_runtimeerror"),
+        20: ("rejected", "fetch", "file_not_readable"),
     }
-    assert total == {"done": 58, "rejected": 1, "failed": 5}
+    assert total == {"done": 18, "rejected": 1, "failed": 5}
     assert verify(cfg.out) == []
 
 
 def test_only_the_lost_worker_was_tried_again(hostile_build):
     _, _, notes = hostile_build
     visits = [path.name.partition(".")[0] for path in notes.iterdir()]
-    assert {n for n in visits if visits.count(n) > 1} == {"63"}
-    assert visits.count("63") == 2
+    assert {n for n in visits if visits.count(n) > 1} == {"23"}
+    assert visits.count("23") == 2
 
 
 def test_a_failure_says_what_happened_without_saying_where(hostile_build):
     cfg, _, _ = hostile_build
-    numbers = rows_of(cfg.out)[41].numbers
+    numbers = rows_of(cfg.out)[15].numbers
     assert numbers == {"error": "RuntimeError: a bug, seen in scratch/input"}
 
 
@@ -85,7 +85,7 @@ def test_nothing_is_left_in_scratch_and_a_second_run_does_nothing(hostile_build,
     assert not (cfg.out / ".scratch").exists()
     visits = len(list(notes.iterdir()))
     with caplog.at_level("INFO"):
-        assert build(cfg, [CrashingSource(count=64, notes=notes)]) == total
+        assert build(cfg, [CrashingSource(count=24, notes=notes)]) == total
     assert len(list(notes.iterdir())) == visits
     assert "Every product of all shards is committed already" in caplog.text
 
@@ -279,7 +279,7 @@ def test_an_output_directory_of_another_configuration_is_refused(hostile_build):
 def test_other_options_of_a_product_that_is_there_are_refused(hostile_build):
     cfg, _, _ = hostile_build
     with pytest.raises(UserError, match=r"renders-paper .*--views 1, now 2"):
-        build(config(cfg.out, views=2), [CrashingSource(count=64)])
+        build(config(cfg.out, views=2), [CrashingSource(count=24)])
 
 
 def test_what_may_pass_is_tried_again_after_a_while_and_is_a_failure_if_it_does_not(tmp_path):
