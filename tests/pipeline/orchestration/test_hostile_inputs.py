@@ -171,6 +171,9 @@ def fill(folder: Path, secret: Path) -> dict[str, tuple[str, str, str]]:
     (folder / "in").mkdir()
     (folder / "in/good.bin").write_bytes(TETRAHEDRON.tobytes())
     secret.write_bytes(TETRAHEDRON.tobytes())
+    secret.with_name("secret.usda").write_text(
+        '#usda 1.0\n(\n    defaultPrim = "c"\n)\ndef Cube "c" {\n}\n', encoding="utf-8"
+    )
     soup = np.random.default_rng(0).normal(size=(MAX_FACES + 1, 3, 3))
     expected: dict[str, tuple[str, str, str]] = {}
 
@@ -180,6 +183,24 @@ def fill(folder: Path, secret: Path) -> dict[str, tuple[str, str, str]]:
 
     for kind in ("glb", "gltf", "obj", "ply", "stl", "off", "3mf", "dae", "zae", "fbx"):
         add(f"empty.{kind}", b"", "file", "file_too_small")
+    for kind in ("usd", "usda", "usdc", "usdz", "abc", "blend"):
+        add(f"empty.{kind}", b"", "file", "file_too_small")
+    add("a.blend", b"BLENDER-v405" + bytes(100), "load", "missing_blender")
+    usda = "#usda 1.0\n"
+    add("deep.usda", usda + 'def "a" {\n' * 200_000, "load", "unreadable")
+    add(
+        "cycle.usda", usda + 'def "a" (references = </a>) {\n}\n' + " " * 200, "load", "empty_scene"
+    )
+    outside = 'def "a" (references = @../../secret.usda@) {\n}\n'
+    add("in/outside.usda", usda + outside + " " * 200, "load", "empty_scene")
+    section = struct.pack("<16sqq", b"TOKENS", 24, 24)
+    claims = struct.pack("<8s8sq", b"PXR-USDC", b"\0\x08", 48) + struct.pack("<QQQ", 1, 1 << 40, 9)
+    add(
+        "claims.usdc",
+        claims + struct.pack("<Q", 1) + section + bytes(200),
+        "load",
+        "allocation_bomb",
+    )
     add("empty.zip", b"", "fetch", "unreadable")
     add("cut.glb", GLB[: len(GLB) // 2], "load", "unreadable")
     add("cut.stl", stl(soup[:100])[:2000])  # the whole triangles are read, with a warning
@@ -253,7 +274,12 @@ def test_a_hostile_folder(tmp_path):
     assert {
         path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_symlink()
     } == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meshes", "out", "secret.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "meshes",
+        "out",
+        "secret.bin",
+        "secret.usda",
+    ]
     assert sorted(path.name for path in cfg.out.iterdir()) == sorted(
         ["plan.json", "plan.parquet", "sdf", "renders", "manifest", "stats", "shards"]
     )
