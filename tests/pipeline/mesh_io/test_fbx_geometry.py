@@ -479,6 +479,26 @@ class TestDeformers:
         mesh_, _ = load(self.shaped(percent, shapes=2, full=[40.0, 100.0]))
         assert box(mesh_)[5] == pytest.approx(top)
 
+    @pytest.mark.parametrize(
+        ("percent", "top"),
+        [
+            (-50.0, 3),  # the first shape alone
+            (-100.0, 5),  # it is continued beyond its end
+            (-25.0, 2),
+            (50.0, 3),  # half of the second shape
+            (200.0, 9),
+        ],
+    )
+    def test_shapes_on_both_sides_of_the_mesh_are_continued(self, load, percent, top):
+        mesh_, _ = load(self.shaped(percent, shapes=2, full=[-50.0, 100.0]))
+        assert box(mesh_)[5] == pytest.approx(top)
+
+    def test_a_shape_with_weights_by_vertex_moves_each_by_its_own(self, load):
+        mesh_, codes = load(self.shaped(100.0, full=[0.0, 25.0, 50.0, 100.0]))
+        tops = {tuple(v[:2]): v[2] for v in mesh_.vertices.tolist() if v[2] > 0}
+        assert codes == {}
+        assert tops == {(-1, -1): 1, (1, -1): 1.5, (-1, 1): 2, (1, 1): 3}
+
     def test_a_shape_of_vertices_that_do_not_exist_costs_itself(self, load):
         content = binary(self.shaped(100.0))
         indices = np.arange(4, 8, dtype=np.int32)
@@ -558,6 +578,20 @@ class TestAccounting:
 
     def test_properties_of_users_are_ignored(self, load):
         assert load(cube(p("Mystery", 1, flags="U")))[1] == {}
+
+    def test_of_two_objects_with_one_number_none_is_lost(self, load):
+        twin = model(2, p("Lcl Translation", 4.0, 0.0, 0.0))
+        mesh_, codes = load(cube(others=[twin, mesh(1)]))
+        assert codes == {"invalid_value": 2, "unplaced_geometry": 1}
+        assert len(mesh_.faces) == 12
+
+    def test_another_method_of_skinning_is_reported(self, load):
+        tree = TestDeformers().skinned(bones=((4.0, 0.0, 0.0), (0.0, 0.0, 0.0)))
+        skin = next(item for item in tree[1][2] if item[1][-1] == "Skin")
+        tree[1][2][tree[1][2].index(skin)] = deformer(
+            20, "Skin", e("SkinningType", "DualQuaternion")
+        )
+        assert load(tree)[1] == {"skin_approximated": 1}
 
     def test_a_subdivision_surface_is_drawn_as_its_cage(self, load):
         tree = cube(layers=[e("Smoothness", 3)])

@@ -364,6 +364,15 @@ class TestTextures:
         assert codes == {"appearance_ignored": 1}
         assert tuple(only(mesh_).texture[0, 0]) == RED
 
+    def test_the_image_behind_a_procedural_texture_is_read(self, load):
+        tree = textured(
+            others=[texture(7, e("RelativeFilename", "a.png"))],
+            links=[(7, 4, "3dsMax|parameters|sourceMap"), (4, 7)],  # and a cycle
+        )
+        mesh_, codes = load(tree, {"a.png": png(RED)})
+        assert codes == {}
+        assert tuple(only(mesh_).texture[0, 0]) == RED
+
     def test_the_colour_at_a_named_point(self, load):
         """The left half of the image is red and the right half is green, v = 0 at the bottom."""
         image = np.zeros((2, 2, 4), dtype=np.uint8)
