@@ -34,7 +34,7 @@ from pipeline.curation.rank import quality_terms, weighted_score
 from pipeline.curation.screening_metrics import METRICS_SCHEMA, compute_metrics
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.topology import build_topology
-from pipeline.mesh_io.file_checks import MESH_FORMATS
+from pipeline.mesh_io.formats import MESH_FORMATS
 from pipeline.mesh_io.load import load_with_report
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.normalize import normalize

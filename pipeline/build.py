@@ -56,6 +56,7 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     """
     # Imported here, because parsing the options must not load torch, numba or Ray.
     from pipeline.geometry.sdf_cuda import check_cuda
+    from pipeline.inspection.asset_list import write_attribution
     from pipeline.inspection.build_report import write_report
     from pipeline.orchestration.passes import run_passes
     from pipeline.storage.locks import lock_output
@@ -73,6 +74,7 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
         total = run_passes(cfg, sources)
         log.info("Writing the report.")
         page = write_report(cfg.out)
+        write_attribution(cfg.out)
     log.info(
         "%d assets are done, %d rejected and %d failed after %.0f s.",
         *total.values(),

@@ -16,7 +16,7 @@ from pipeline.rendering.config import RenderConfig
 
 # Terms of the quality score and their weights. docs/data_quality.md explains them.
 TERM_WEIGHTS = {
-    "bends": 0.35,
+    "bends": 0.3,
     "edges": 0.1,
     "tokens": 0.05,
     "topology": 0.1,
@@ -24,7 +24,7 @@ TERM_WEIGHTS = {
     "colors": 0.1,
     "views": 0.05,
     "complete": 0.05,
-    "object": 0.05,
+    "object": 0.1,
     "ground": 0.05,
 }
 SHARE_KINDS = ("source", "licence", "tag")

@@ -12,7 +12,6 @@ from pipeline.core.color import srgb_to_linear
 from pipeline.core.schema import View
 
 GRID = 32  # cells along one side of the grid on which separate objects are found
-GROWN_CELLS = 1  # cells by which objects grow, so that gaps of up to 2 cells do not separate them
 COLOR_STEP = 12.0  # side of a bin of CIELAB, in units of its just noticeable difference, about 2
 LIGHTNESS_STEP = 25.0  # wider, because light and shadow change the lightness of one colour
 BASE_SHARE = 0.06  # height of the lowest slab that can be a ground plane, relative to the object's
@@ -119,11 +118,9 @@ def largest_object(cells: NDArray[np.bool_]) -> float:
     """Return the share of the filled cells that belong to the largest object, 0 to 1.
 
     Args:
-        cells: The result of `coarse_cells`. Objects with a gap of at most 2 cells count as one.
+        cells: The result of `coarse_cells`. Objects whose cells touch count as one.
     """
-    everywhere = np.ones((3, 3, 3), np.bool_)
-    grown = ndimage.binary_dilation(cells, everywhere, iterations=GROWN_CELLS)
-    labels, count = ndimage.label(grown, everywhere)
+    labels, count = ndimage.label(cells, np.ones((3, 3, 3), np.bool_))
     if not count:
         return 0.0
     sizes = np.bincount(labels[cells], minlength=count + 1)[1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -32,6 +32,20 @@ class ReportConfig:
 
     pictures: int = 24
     """Number of assets on the contact sheet. 0 leaves the pictures out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListConfig:
+    """Write a list of the finished assets of a build. `pipeline.build --ids` reads it."""
+
+    directory: Annotated[PathOrUrl, tyro.conf.Positional]
+    """Output directory of the build, or its URL."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("assets.csv")
+    """File to write. Its extension is csv, json or parquet."""
+
+    split: Literal["all", "train", "val"] = "all"
+    """Split of the listed assets."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pipeline.core.hashing import split_of
 from pipeline.core.product import Product, is_product_name
 from pipeline.core.schema import Record
 from pipeline.orchestration.asset_results import AssetResult
+from pipeline.sources.id_list import listed_columns
 from pipeline.storage.manifest import ManifestRow
 
 MEASURED_COLUMNS = ("faces", "vertices", "components", "area", "volume", "sign_path", "scale")
@@ -46,6 +47,7 @@ def new_row(
         up_axis=result.row.get("up_axis"),
         up_origin=result.row.get("up_origin"),
         warnings=tuple(result.row.get("warnings", ())),
+        listed=listed_columns(record.metadata),
     )
 
 

@@ -96,6 +96,8 @@ def _to_record(sketchfab_id: str, annotation: dict[str, Any], url: str) -> Recor
         format=url.rpartition(".")[2].lower(),
         metadata=to_metadata(
             name=annotation.get("name"),
+            author=(annotation.get("user") or {}).get("displayName"),
+            page=annotation.get("viewerUrl"),
             tags=[tag.get("name", "") for tag in annotation.get("tags") or ()],
             categories=[
                 category.get("name", "") for category in annotation.get("categories") or ()

@@ -36,12 +36,13 @@ COLUMNS_AFTER_TOKENS = pa.schema(
         ("split", pa.string()),
     ]
 )
-# Columns that manifests of builds by reader 1 do not have.
+# Columns that older manifests do not have. They were added in this order.
 LATER_COLUMNS = pa.schema(
     [
         ("up_axis", pa.string()),
         ("up_origin", pa.string()),
         ("warnings", pa.list_(pa.string())),
+        ("listed", pa.string()),
     ]
 )
 
@@ -85,6 +86,7 @@ class ManifestRow:
         up_origin: Where that axis comes from: "stated" by the file or its format, "option", or
             "convention".
         warnings: Codes of the reader's warnings, sorted. `numbers` has counts and examples.
+        listed: The further columns of the list that named the asset, by name.
     """
 
     uid: str
@@ -112,6 +114,7 @@ class ManifestRow:
     up_axis: str | None = None
     up_origin: str | None = None
     warnings: tuple[str, ...] = ()
+    listed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ended_before_products(self) -> bool:
@@ -124,6 +127,7 @@ class ManifestRow:
         tokens = columns.pop("tokens")
         columns |= {tokens_column(resolution): count for resolution, count in tokens.items()}
         columns["numbers"] = json.dumps(self.numbers, sort_keys=True)
+        columns["listed"] = json.dumps(self.listed, sort_keys=True) if self.listed else ""
         return columns
 
     @classmethod
@@ -144,6 +148,7 @@ class ManifestRow:
         if values["center"] is not None:
             values["center"] = tuple(values["center"])
         values["warnings"] = tuple(values.get("warnings") or ())
+        values["listed"] = json.loads(values.get("listed") or "{}")
         return cls(**values)
 
 
@@ -185,8 +190,9 @@ def read_manifest(path: StorePath) -> list[ManifestRow]:
     check_version(path, table.schema)
     resolutions = [resolution_of_column(name) for name in table.column_names]
     expected = manifest_schema(resolution for resolution in resolutions if resolution is not None)
-    of_reader_1 = pa.schema(list(expected)[: -len(LATER_COLUMNS)])
-    if not (table.schema.equals(expected) or table.schema.equals(of_reader_1)):
+    # Manifests by reader 1 have none of the later columns, those before lists all but one.
+    ends = (-len(LATER_COLUMNS), -1, None)
+    if not any(table.schema.equals(pa.schema(list(expected)[:end])) for end in ends):
         raise ValueError(
             f"{path} must have the columns {expected.names}, it has {table.column_names}"
         )

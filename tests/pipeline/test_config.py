@@ -55,3 +55,21 @@ def test_inside_and_outside_are_decided_at_the_finest_resolution(options, resolu
 @pytest.mark.parametrize(("preset", "resolution"), [("smoke", 128), ("full", 512), ("paper", 512)])
 def test_presets_decide_inside_and_outside_as_before(preset, resolution):
     assert PRESETS[preset].shared()["topology_resolution"] == resolution
+
+
+def test_a_ranked_build_of_metrics_version_1_keeps_its_hash():
+    """The hash is that of the last code with the options of deduplication by area and looks."""
+    cfg = BuildConfig(rank=RankConfig(target_count=4))
+    old = replace(
+        cfg,
+        screen=replace(cfg.screen, metrics_version=1),
+        planned_dedup={
+            "area_percent": 0.5,
+            "tokens_percent": 1.0,
+            "occupancy_percent": 2.0,
+            "look_bits": 7,
+        },
+        reader_version=2,
+    )
+    assert old.product_hash(SDF_64) == "b4ef100ee84b960f"
+    assert cfg.product_hash(SDF_64) != old.product_hash(Product.sdf(64))

@@ -84,9 +84,10 @@ def train_stage(name: StageName, args: Sequence[str]) -> int:
     code = started_ranks(f"train.{name}", args, cfg.device, cfg.gpus)
     if code is not None:
         return code
+    from train.data.attribution import attributed
     from train.engine.distributed import join_world
 
-    with join_world(cfg.device) as world:
+    with join_world(cfg.device) as world, attributed(cfg.data, cfg.out, world.is_first):
         if name == "vae":
             from train.stages.vae.run import train_vae
 

@@ -22,6 +22,7 @@ from model.inference.stages import (
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
 from pipeline.core.errors import UserError
+from train.data.attribution import ATTRIBUTION, export_attribution
 from train.data.latents import vae_hash
 from train.stages.config import ExportConfig
 
@@ -70,6 +71,10 @@ def export(cfg: ExportConfig) -> list[Path]:
             notes["recommended"] = recommended[name]
         save_model(cfg.out / name, stage.model, stage.model.config, **notes)
         _log_stage(cfg.out / name, stage.model, stage.source)
+    checkpoints = [*cfg.vae, *cfg.dit, *([] if cfg.structure is None else [cfg.structure])]
+    count = export_attribution(checkpoints, cfg.out)
+    if count:
+        log.info("%s names the authors of %d assets.", cfg.out / ATTRIBUTION, count)
     return [cfg.out / name for name in models]
 
 

@@ -193,8 +193,8 @@ def test_the_catalogue_has_a_column_for_each_term_and_the_score_is_their_mean():
     assert sum(TERM_WEIGHTS.values()) == pytest.approx(1)
     expected = sum(weight * row[f"term_{name}"] for name, weight in TERM_WEIGHTS.items())
     assert row["score"] == pytest.approx(expected, abs=1e-6)
-    (changed,) = ranked({"bend": 14.0}, weights=("bends=0", "colors=0.45")).to_pylist()
-    expected += 0.35 * row["term_colors"] - 0.35 * row["term_bends"]
+    (changed,) = ranked({"bend": 14.0}, weights=("bends=0", "colors=0.4")).to_pylist()
+    expected += 0.3 * row["term_colors"] - 0.3 * row["term_bends"]
     assert changed["score"] == pytest.approx(expected, abs=1e-6)
 
 

@@ -9,14 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import UserError
+from pipeline.core.hashing import split_of
 from pipeline.core.product import Product
 from pipeline.curation.catalogue import read_funnel
 from pipeline.curation.config import RankConfig, ScreenConfig
 from pipeline.curation.dedup import DUPLICATE_BYTES, DUPLICATE_GEOMETRY
+from pipeline.inspection.asset_list import list_rows, write_attribution, write_list
 from pipeline.inspection.verification import verify
 from pipeline.orchestration.passes import run_passes
 from pipeline.orchestration.plan import read_plan
 from pipeline.sources import open_source
+from pipeline.sources.id_list import ListedAssets, listed_columns, read_id_list
 from pipeline.sources.procedural import make_shape
 from pipeline.sources.shapes import FAMILIES, to_glb
 from pipeline.storage.layout import CATALOGUE
@@ -96,6 +99,57 @@ def test_the_plan_holds_the_kept_ones_the_best_first_and_verify_finds_nothing(ra
     assert [row.status for row in rows_of(cfg.out)] == ["done"] * 4
     assert verify(cfg.out) == []
     assert len(read_plan(cfg.out / "screen").table) == 9
+
+
+def test_copies_are_one_group_whose_smallest_uid_decides_the_split(ranked_build):
+    cfg, _ = ranked_build
+    rows = {row["url"]: row for row in catalogue(cfg)}
+    first = next(url for url in rows if url.startswith("0-"))
+    copies = [rows[url] for url in (first, "copy.glb", "turned.glb")]
+    smallest = min(row["uid"] for row in copies)
+    assert {row["copy_group"] for row in copies} == {smallest}
+    assert rows["broken.glb"]["copy_group"] == rows["broken.glb"]["uid"]
+    (kept,) = (row for row in copies if row["keep"])
+    assert {row["duplicate_kind"] for row in copies if not row["keep"]} <= {
+        "same_file",
+        "same_shape",
+    }
+    keys = {record.uid: record.split_key for record in read_plan(cfg.out).records("000000")}
+    keys |= {record.uid: record.split_key for record in read_plan(cfg.out).records("000001")}
+    assert keys[kept["uid"]] == ("" if kept["uid"] == smallest else smallest)
+    val_percent = cfg.val_percent
+    splits = {row.uid: row.split for row in rows_of(cfg.out)}
+    assert splits[kept["uid"]] == split_of(smallest, val_percent)
+
+
+@pytest.mark.parametrize("extension", ["csv", "json", "parquet"])
+def test_a_list_of_the_build_selects_the_same_assets_again(ranked_build, tmp_path, extension):
+    cfg, _ = ranked_build
+    rows = list_rows(cfg.out)
+    path = tmp_path / f"list.{extension}"
+    write_list(rows, path)
+    listed = ListedAssets(source=open_source(cfg.source[0]), ids=read_id_list(path), matched=set())
+    records = {record.uid: record for record in listed.records()}
+    assert sorted(records) == sorted(row["uid"] for row in rows)
+    scores = {row["uid"]: row["score"] for row in catalogue(cfg)}
+    for uid, record in records.items():
+        assert listed_columns(record.metadata)["score"] == scores[uid]
+        assert record.sha256 is not None
+
+
+def test_the_attribution_has_every_finished_asset_by_split(ranked_build, tmp_path):
+    cfg, _ = ranked_build
+    build = shutil.copytree(cfg.out, tmp_path / "out")
+    write_attribution(build)
+    files = {
+        split: (build / f"attribution{split}.csv").read_text(encoding="utf-8").splitlines()
+        for split in ("", "-train", "-val")
+    }
+    assert {lines[0] for lines in files.values()} == {"uid,author,title,licence,url"}
+    assert len(files[""]) == 5
+    assert sorted(files[""][1:]) == sorted(files["-train"][1:] + files["-val"][1:])
+    (row,) = (row for row in catalogue(cfg) if row["rank"] == 0)
+    assert files[""][1] == f"{row['uid']},,{row['url']},unknown,{row['url']}"
 
 
 def test_only_the_best_have_the_resolution_of_the_second_pass(ranked_build):

@@ -1,0 +1,150 @@
+"""Lists of the finished assets of a build: for `--ids` of another build, and for attribution."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import UserError
+from pipeline.core.files import replacing
+from pipeline.core.schema import Record
+from pipeline.orchestration.plan import Plan, read_plan
+from pipeline.sources.id_list import FORMATS
+from pipeline.storage.layout import CATALOGUE, MANIFEST, list_commits, manifest_path
+from pipeline.storage.manifest import ManifestRow, read_manifest
+from pipeline.storage.remote import StorePath, arrow_source, write_file
+
+ATTRIBUTION_COLUMNS = ("uid", "author", "title", "licence", "url")
+ATTRIBUTION = "attribution.csv"
+SPLITS = ("train", "val")
+GITHUB = "https://github.com/"
+
+
+def finished_assets(plan: Plan) -> Iterator[tuple[Record, ManifestRow]]:
+    """Yield the records and manifest rows of the finished assets in committed shards."""
+    commits = list_commits(plan.out)
+    for shard in plan.shards:
+        if MANIFEST in commits.get(shard, ()):
+            rows = {row.uid: row for row in read_manifest(manifest_path(plan.out, shard))}
+            for record in plan.records(shard):
+                row = rows.get(record.uid)
+                if row is not None and row.status == "done":
+                    yield record, row
+
+
+def list_rows(out: StorePath, split: str = "all") -> list[dict[str, Any]]:
+    """Return a row for each finished asset of a build.
+
+    Args:
+        out: Output directory of the build.
+        split: "train", "val" or "all".
+
+    Returns:
+        {column: value} with uid, sha256, file_identifier (the asset's URL or path), source,
+        licence and split, in a ranked build also score and rank, and the further columns of the
+        list that the build was made from.
+
+    Raises:
+        UserError: If `out` is not a build, or no asset of the split is finished.
+    """
+    plan = read_plan(out)
+    scores: dict[str, dict[str, Any]] = {}
+    if (out / CATALOGUE).exists():
+        columns = ["uid", "score", "rank"]
+        table = pq.read_table(arrow_source(out / CATALOGUE), columns=columns)
+        scores = {row["uid"]: row for row in table.to_pylist()}
+    rows = [
+        {
+            **row.listed,
+            "uid": record.uid,
+            "sha256": row.sha256,
+            "file_identifier": record.url,
+            "source": record.source,
+            "licence": record.licence,
+            "split": row.split,
+            **scores.get(record.uid, {}),
+        }
+        for record, row in finished_assets(plan)
+        if split in ("all", row.split)
+    ]
+    if not rows:
+        raise UserError(f"{out} has no finished asset of the split {split}; use --split all")
+    return rows
+
+
+def write_list(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the rows of `list_rows` as csv, json or parquet, by the extension of the path.
+
+    Raises:
+        UserError: If the extension is another one.
+    """
+    extension = path.suffix.lower().lstrip(".")
+    if extension not in FORMATS:
+        raise UserError(f"--output must be a csv, json or parquet file, got {path}")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = ["uid", "sha256", "file_identifier", *(n for n in names if n not in _FIRST)]
+    with replacing(path) as partial:
+        if extension == "parquet":
+            columns = {name: [row.get(name) for row in rows] for name in names}
+            pq.write_table(pa.table(columns), partial, compression="zstd")
+        elif extension == "json":
+            content = [{name: row.get(name) for name in names} for row in rows]
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        else:
+            partial.write_bytes(_to_csv(names, rows))
+
+
+_FIRST = ("uid", "sha256", "file_identifier")
+
+
+def _to_csv(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        values = (row.get(name) for name in names)
+        writer.writerow(
+            json.dumps(value) if isinstance(value, (list, dict)) else value for value in values
+        )
+    return text.getvalue().encode()
+
+
+def attribution_row(record: Record) -> dict[str, str]:
+    """Return who made an asset, as far as its source states it, by ATTRIBUTION_COLUMNS."""
+    metadata = json.loads(record.metadata or "{}")
+    listed = metadata.get("listed", {})
+    author = metadata.get("author") or listed.get("author") or ""
+    if not author and record.url.startswith(GITHUB):
+        author = record.url.removeprefix(GITHUB).split("/")[0]
+    title = metadata.get("name") or listed.get("title") or record.url.rpartition("/")[2]
+    return {
+        "uid": record.uid,
+        "author": str(author),
+        "title": str(title),
+        "licence": record.licence,
+        "url": metadata.get("page") or record.url,
+    }
+
+
+def write_attribution(out: StorePath) -> None:
+    """Write attribution.csv of a build, and attribution-train.csv and attribution-val.csv.
+
+    They have one row per finished asset, in the order of the plan.
+
+    Args:
+        out: Output directory of the build.
+    """
+    assets = [
+        (attribution_row(record), row.split) for record, row in finished_assets(read_plan(out))
+    ]
+    for split in ("", *SPLITS):
+        rows = [row for row, own in assets if split in ("", own)]
+        name = ATTRIBUTION.replace(".csv", f"-{split}.csv") if split else ATTRIBUTION
+        write_file(out / name, _to_csv(ATTRIBUTION_COLUMNS, rows))
