@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.core.grid import CELL_SIDE
-from pipeline.core.options import BEFORE, added
+from pipeline.core.options import BEFORE, added, at_least, between, check_bounds
 
 HEAD_SIZES = (16, 32, 64, 128)  # channels of a head that the attention kernels support
 QUERY_HEADS_PER_KV_HEAD = (1, 2, 4, 8, 16, 32)  # that the SSA kernels support
@@ -439,16 +439,19 @@ class SamplingOptions:
 class Augmentation:
     """Random changes of training images, by default those of the published Direct3D-S2 code."""
 
-    rotation_probability: float = 0.1
+    rotation_probability: float = between(0.0, 1.0, 0.1)
     """Probability that an image is rotated."""
-    rotation_degrees: float = 10.0
+    rotation_degrees: float = at_least(0, 10.0)
     """Largest angle of a rotation, in either direction."""
-    crop_probability: float = 0.1
+    crop_probability: float = between(0.0, 1.0, 0.1)
     """Probability that an image is cropped."""
-    crop_ratio: float = 0.9
+    crop_ratio: float = between(0.0, 1.0, 0.9)
     """Smallest side of a crop, relative to the square around the foreground."""
     padding: tuple[int, int] = (0, 32)
     """Smallest and largest number of white pixels around the foreground."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,8 +210,10 @@ def spatial_sparse_attention(
 
     `selected_GNT` replaces the top-k, for tests.
     """
+    if selected_GNT is None:
+        selected_GNT = select_blocks(q_NHD, ck_PGD, index, top_k, scale)
     tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD)
-    branches = ssa_branches(*tensors, index, top_k, shifted, scale, selected_GNT)
+    branches = ssa_branches(*tensors, selected_GNT, index, shifted, scale)
     return gated_sum(branches, gates_N3)
 
 
@@ -221,15 +223,12 @@ def ssa_branches(
     v_NGD: Tensor,
     ck_PGD: Tensor,
     cv_PGD: Tensor,
+    selected_GNT: Tensor,
     index: BlockIndex,
-    top_k: int,
     shifted: bool,
     scale: float,
-    selected_GNT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compressed, selection and window attention: [N, H, D] each."""
-    if selected_GNT is None:
-        selected_GNT = select_blocks(q_NHD, ck_PGD, index, top_k, scale)
     return (
         compressed_attention(q_NHD, ck_PGD, cv_PGD, index, scale),
         selection_attention(q_NHD, k_NGD, v_NGD, selected_GNT, index, scale),

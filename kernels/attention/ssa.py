@@ -354,7 +354,8 @@ def ssa_with_branches(
     checks.check_top_k(top_k)
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
-        branches = reference.ssa_branches(*inputs[:5], index, top_k, shifted, scale)
+        selected_GNT = reference.select_blocks(q_NHD, ck_PGD, index, top_k, scale)
+        branches = reference.ssa_branches(*inputs[:5], selected_GNT, index, shifted, scale)
         out, detached = reference.gated_sum(branches, gates_N3), (x.detach() for x in branches)
     elif eager_autograd.needs_dispatcher(*inputs):
         out, *saved = _ssa(*inputs, index.tensors(), top_k, shifted, scale)

@@ -238,10 +238,16 @@ def _read_sections(file: Path) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _check_not_a_pointer(file: Path) -> None:
-    """Check that a file exists and holds more than a pointer of Git LFS."""
+def _check_not_a_pointer(file: Path, *, optional: bool = False) -> None:
+    """Check that a file exists and holds more than a pointer of Git LFS.
+
+    Args:
+        file: The file.
+        optional: Whether it holds a refiner, which can be left out.
+    """
     if not file.is_file():
-        raise UserError(f"{file} is missing; download the folder again")
+        other = ", or leave the refiner out with --refine none" if optional else ""
+        raise UserError(f"{file} is missing; download the folder again{other}")
     with file.open("rb") as stream:
         start = stream.read(len(LFS))
     if start == LFS:
@@ -394,7 +400,7 @@ def read_published(path: Path, selection: StageSelection | None = None) -> Stage
     files = [DENSE_FILE, *(SPARSE_FILE.format(settings.sparse[size].name) for size in wanted)]
     files += [REFINER_FILES[OPTIONAL[size != first]] for size in refiners]
     for name in files:
-        _check_not_a_pointer(path / name)
+        _check_not_a_pointer(path / name, optional=name in REFINER_FILES.values())
     flow = settings.structure.flow
     dense = read_state_dicts(path / DENSE_FILE, "vae", "dit")
     where = f"{path / DENSE_FILE}: dit"
@@ -439,6 +445,11 @@ def read_published(path: Path, selection: StageSelection | None = None) -> Stage
         refiners={size: make() for size, make in make_refiners.items()},
         meshing={size: Meshing(iso_value=ISO_VALUE, normalize=size != first) for size in wanted},
     )
+
+
+def missing_refiners(path: Path) -> list[Path]:
+    """Return the files of refiners that the published folder does not have."""
+    return [path / name for name in REFINER_FILES.values() if not (path / name).exists()]
 
 
 def read_vae(path: Path, resolution: int | None = None) -> tuple[SparseVAE, int]:

@@ -1,11 +1,12 @@
-"""What several configurations share: camera sets, image formats, options that were added later."""
+"""What configurations share: camera sets, image formats, options that were added later, bounds."""
 
-from dataclasses import field
+from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal
 
 CameraSet = Literal["paper", "wide"]
 ImageFormat = Literal["png", "webp"]
 
+BOUNDS = "bounds"  # metadata of a field: its smallest and its largest value
 BEFORE = "before"  # metadata of a field: its value in files that were written before it existed
 
 
@@ -20,3 +21,34 @@ def added(default: Any, *, before: Any) -> Any:
         before: Value that describes what the code did with files that lack the field.
     """
     return field(default=default, metadata={BEFORE: before})
+
+
+def at_least(minimum: float, default: Any) -> Any:
+    """Return a field for `check_bounds` with a smallest value. None is allowed."""
+    return field(default=default, metadata={BOUNDS: (minimum, None)})
+
+
+def between(minimum: float, maximum: float, default: Any) -> Any:
+    """Return a field for `check_bounds` with a smallest and a largest value. None is allowed."""
+    return field(default=default, metadata={BOUNDS: (minimum, maximum)})
+
+
+def check_bounds(config: Any) -> None:
+    """Check the values of fields that were made by `at_least` and `between`.
+
+    A field that a subclass declares again keeps its bounds, unless it gets others.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    classes = [cls for cls in reversed(type(config).__mro__) if is_dataclass(cls)]
+    declared = [item for cls in classes for item in fields(cls)]
+    bounds = {item.name: item.metadata[BOUNDS] for item in declared if BOUNDS in item.metadata}
+    for name, (minimum, maximum) in bounds.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if maximum is None and value < minimum:
+            raise ValueError(f"{name} must be {minimum} or more, got {value}")
+        if maximum is not None and not minimum <= value <= maximum:
+            raise ValueError(f"{name} must be from {minimum} to {maximum}, got {value}")

@@ -14,6 +14,7 @@ from model.config import (
     SamplingOptions,
     TimeDistribution,
 )
+from pipeline.core.options import at_least, check_bounds
 from train.engine.config import LoopConfig
 
 
@@ -51,7 +52,7 @@ class FlowOptions:
 
     # Batch size: Direct3D-S2 paper (arXiv 2505.17412), section 4.
 
-    batch_size: int = 8
+    batch_size: int = at_least(1, 8)
     """Number of assets per rank and step."""
     dropout: float = 0.1
     """Share of samples that are trained without their image, as classifier-free guidance needs."""
@@ -61,9 +62,9 @@ class FlowOptions:
     augmentation: Augmentation = field(default_factory=Augmentation)
     guidance: float = 3.0
     """Guidance scale of the previews drawn during training."""
-    steps: int = 25
+    steps: int = at_least(1, 25)
     """Sampling steps of the previews drawn during training."""
-    open_shards: int = 16
+    open_shards: int = at_least(1, 16)
     """Number of shards whose renders are mixed in a batch and kept in memory, about 10 MB each."""
     kept_activations: KeptActivations | Literal["auto"] = "auto"
     """What the blocks of the DiT keep for the backward pass, which computes the rest again. "all"
@@ -74,9 +75,7 @@ class FlowOptions:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "open_shards"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        check_bounds(self)
         if self.kept_activations not in ("auto", *KEPT_LEVELS):
             raise ValueError(
                 f"kept_activations must be one of {('auto', *KEPT_LEVELS)}, "

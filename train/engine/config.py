@@ -9,6 +9,8 @@ from typing import Literal
 
 import tyro
 
+from pipeline.core.options import at_least, check_bounds
+
 Gpus = int | Literal["auto"]  # type of `--gpus`, checked by `check_gpus`
 MAX_SEED = 1 << 40  # seed * 1_000_003 + rank stays below 2^63 for a million ranks
 
@@ -72,7 +74,7 @@ class LoopConfig:
         ValueError: If a number is out of range.
     """
 
-    steps: int = 100_000
+    steps: int = at_least(1, 100_000)
     """Number of training steps. A finished run continues if this is raised."""
     max_minutes: float | None = None
     """Minutes after which training stops with a checkpoint. The same command resumes it. None sets
@@ -82,13 +84,13 @@ class LoopConfig:
     leaves all other parameters to AdamW."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
-    warmup_steps: int = 200
+    warmup_steps: int = at_least(0, 200)
     """Number of steps over which the learning rate rises from 0 to its peak."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up. Cosine falls to a tenth of the peak at the last step."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of AdamW's first and second moment."""
-    weight_decay: float = 0.01
+    weight_decay: float = at_least(0, 0.01)
     """Weight decay of matrices. Biases and normalisation parameters are not decayed."""
     clip_norm: float = 1.0
     """Largest norm of the gradient of all parameters together. Larger gradients are scaled down."""
@@ -103,36 +105,24 @@ class LoopConfig:
     """Seed of initial weights, sample order, augmentation and noise."""
     spike_factor: float = 30.0
     """A gradient is skipped if its norm exceeds this multiple of the median of the last 100."""
-    max_bad_steps: int = 20
+    max_bad_steps: int = at_least(1, 20)
     """Number of skipped gradients in a row after which the run ends with an error."""
-    log_every: int = 20
+    log_every: int = at_least(1, 20)
     """Number of steps between log lines. metrics.jsonl has every step."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = at_least(1, 1000)
     """Number of steps between checkpoints."""
-    keep_last: int = 3
+    keep_last: int = at_least(0, 3)
     """Number of recent checkpoints to keep. 0 keeps all."""
-    max_failed_checkpoints: int = 3
+    max_failed_checkpoints: int = at_least(1, 3)
     """Number of checkpoints in a row that may fail to be written before the run ends."""
-    validate_every: int = 1000
+    validate_every: int = at_least(0, 1000)
     """Number of steps between validations on held-out assets. 0 disables validation."""
-    sample_every: int = 5000
+    sample_every: int = at_least(0, 5000)
     """Number of steps between previews in samples/. 0 disables previews."""
 
     def __post_init__(self) -> None:
         # Optimizer and learning rate: Direct3D-S2 paper (arXiv 2505.17412), section 3.
-        positive = (
-            "steps",
-            "log_every",
-            "checkpoint_every",
-            "max_bad_steps",
-            "max_failed_checkpoints",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("warmup_steps", "keep_last", "validate_every", "sample_every", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        check_bounds(self)
         for name in ("learning_rate", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -8,7 +8,7 @@ from typing import Literal
 
 from model.config import GenerationOptions
 from pipeline.core.devices import Device, check_device
-from pipeline.core.options import CameraSet
+from pipeline.core.options import CameraSet, at_least, check_bounds
 from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
 
@@ -34,10 +34,10 @@ class EvaluationConfig:
     split: Split = "val"
     """Assets to evaluate: those of the training set, those held out, or all."""
 
-    limit: int | None = None
+    limit: int | None = at_least(1, None)
     """Number of assets to evaluate. None evaluates all of the split."""
 
-    samples: int = 100_000
+    samples: int = at_least(1, 100_000)
     """Number of points that are sampled on each surface to measure distances."""
 
     out: Path | None = None
@@ -49,10 +49,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_device(self.device)
-        for name in ("samples", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +69,8 @@ class VAEEvaluation(EvaluationConfig):
     samples: int = 1_000_000
     """Number of points that are sampled on each surface to measure distances."""
 
-    pictures: int = 8
+    pictures: int = at_least(0, 8)
     """Number of assets whose stored surface and reconstruction are drawn."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pictures < 0:
-            raise ValueError(f"pictures must be 0 or more, got {self.pictures}")
 
 
 @dataclass(frozen=True, kw_only=True)

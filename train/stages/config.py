@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.config import ConditionedDiTConfig, RecommendedSampling
+from model.config import ConditionedDiTConfig, RecommendedSampling, Refine
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
-from pipeline.core.options import CameraSet
+from pipeline.core.options import CameraSet, at_least, check_bounds
 from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
 from train.engine.config import Gpus, check_gpus
@@ -76,25 +76,23 @@ class ConditionedTraining:
     cameras: CameraSet = "paper"
     """Camera set of the renders that are the condition."""
 
-    held_out_views: int = 0
+    held_out_views: int = at_least(0, 0)
     """Number of views of each asset, the last ones, that are not trained on."""
 
-    workers: int = 4
+    workers: int = at_least(0, 4)
     """Number of threads that prepare batches ahead. Every number gives the same batches."""
 
-    val_batches: int = 8
+    val_batches: int = at_least(0, 8)
     """Number of batches per rank in a validation."""
 
-    samples: int = 8
+    samples: int = at_least(0, 8)
     """Number of assets that a preview draws from held-out views, and of held-out assets."""
 
     def __post_init__(self) -> None:
         check_device(self.device)
         check_gpus(self.gpus)
         check_resolution(self.resolution)
-        for name in ("held_out_views", "workers", "val_batches", "samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +108,10 @@ class ExportConfig:
     image_encoder: str | None = None
     """DINOv2 weights that the converted stages name: a folder or a name on the Hugging Face hub.
     None takes those of the published pipeline."""
+    refine: Refine | None = None
+    """Refiners of the published weights that are converted: "none", the one of the first
+    resolution ("512"), or "all". None converts those that generation uses: the first one, and the
+    other if its file is there."""
     vae: tuple[Path, ...] = (Path("runs/vae-tiny/latest"),)
     """Checkpoints of `python -m train.vae`, each of which is exported for the resolutions of the
     DiTs that were trained on its latents. Naming none leaves them out."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from model.checkpoint import load_model, read_config, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.inference.published_checkpoint import read_published
+from model.inference.published_checkpoint import missing_refiners, read_published
 from model.inference.stages import (
     STRUCTURE,
     StageSelection,
@@ -80,13 +80,18 @@ def export(cfg: ExportConfig) -> list[Path]:
 
 def _export_published(cfg: ExportConfig, path: Path) -> list[Path]:
     """Convert the published folder."""
-    selection = StageSelection(refine="all", image_encoder=cfg.image_encoder)
-    stages = read_published(path, selection)
+    refine = cfg.refine
+    if refine is None and not missing_refiners(path):
+        refine = "all"
+    stages = read_published(path, StageSelection(refine=refine, image_encoder=cfg.image_encoder))
     vaes = {size: vae_hash(vae) for size, vae in stages.vaes.items()}
     notes: dict[str, dict[str, Any]] = {f"dit_{size}": {"vae": code} for size, code in vaes.items()}
     for name, recommended in _recommended_sampling(cfg, list(notes)).items():
         notes.setdefault(name, {})["recommended"] = recommended
     directories = write_stages(cfg.out, stages, notes)
+    if cfg.refine is None:
+        for file in missing_refiners(path):
+            log.warning("%s is not there, so %s has no refiner of it.", file, cfg.out)
     log.info("%s has %d stages from %s.", cfg.out, len(directories), path.resolve())
     return directories
 

@@ -149,10 +149,11 @@ class Case:
         )
 
     def by_numba(self):
-        return sdf._fill_cells(
-            self.packed, self.kinds, self.cells, self.offsets, self.candidates, self.R, self.tau,
-            self.half, sdf.flood_sides(self.topology.flood),
-        )  # fmt: skip
+        triangles = (self.packed, self.kinds)
+        candidates = (self.cells, self.offsets, self.candidates)
+        sizes = (self.R, self.tau, self.half)
+        sides = sdf.flood_sides(self.topology.flood)
+        return sdf._fill_cells(*triangles, *candidates, *sizes, sides)
 
     def arguments(self):
         flood = self.topology.flood

@@ -243,6 +243,31 @@ def test_official_files_that_are_unusable_are_refused(folders, tmp_path):
     refuse(path, "config.yaml is not valid YAML")
 
 
+def test_the_conversion_of_an_official_folder_needs_only_the_files_it_uses(
+    folders, dino, tmp_path, caplog
+):
+    path = tmp_path / "copy"
+    shutil.copytree(folders["1.1"], path)
+
+    def convert(name, **options):
+        cfg = ExportConfig(
+            official=path, image_encoder=str(dino), out=tmp_path / name, steps=(2,), **options
+        )
+        return {folder.name for folder in export(cfg) if folder.name.startswith("refiner")}
+
+    assert convert("whole") == {"refiner_64", "refiner_128"}
+    assert convert("first", refine="512") == {"refiner_64"}
+    (path / "model_refiner_1024.ckpt").unlink()
+    assert convert("without fine") == {"refiner_64"}
+    assert "model_refiner_1024.ckpt is not there" in caplog.text
+    with pytest.raises(UserError, match=r"model_refiner_1024.ckpt is missing; .* --refine none"):
+        convert("all", refine="all")
+    (path / "model_refiner.ckpt").unlink()
+    with pytest.raises(UserError, match=r"model_refiner.ckpt is missing; .* --refine none"):
+        convert("default")
+    assert convert("none", refine="none") == set()
+
+
 def test_official_weights_of_another_size_are_refused(folders, tmp_path):
     path = tmp_path / "copy"
     shutil.copytree(folders["1.1"], path)

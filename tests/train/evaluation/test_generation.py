@@ -78,12 +78,10 @@ class StoredSurfaces:
         self.calls += 1
         if number in self.fails:
             raise RunError("no surface")
-        surface = extract(self.shard.bricks((number + self.turn) % 3))
-        cleaned = clean_mesh(*surface)
-        return GeneratedMesh(
-            vertices=cleaned.vertices, faces=cleaned.faces, open_edges=0, cleaned=cleaned,
-            stages=(StageReport(name="structure", seconds=0.5, tokens=7),),
-        )  # fmt: skip
+        cleaned = clean_mesh(*extract(self.shard.bricks((number + self.turn) % 3)))
+        surface = {"vertices": cleaned.vertices, "faces": cleaned.faces, "cleaned": cleaned}
+        stages = (StageReport(name="structure", seconds=0.5, tokens=7),)
+        return GeneratedMesh(**surface, open_edges=0, stages=stages)
 
 
 def evaluate(root, out, monkeypatch, model, **options):

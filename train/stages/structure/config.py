@@ -14,6 +14,7 @@ from model.config import (
     StructureConfig,
 )
 from pipeline.core.grid import CELL_SIDE
+from pipeline.core.options import at_least, check_bounds
 from train.data.config import FlowOptions
 from train.engine.config import TINY_LOOP, LoopConfig
 from train.stages.config import (
@@ -36,22 +37,19 @@ class OccupancyTraining:
         ValueError: If a number is out of range.
     """
 
-    batch_size: int = 8
+    batch_size: int = at_least(1, 8)
     """Number of assets per rank and step."""
 
     symmetries: bool = True
     """Apply one of the 48 symmetries of the cube to each asset."""
 
-    kl_weight: float = 1e-3
+    kl_weight: float = at_least(0, 1e-3)
     """Weight of the KL divergence of the latents from a standard normal distribution."""
 
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
-        if self.kl_weight < 0:
-            raise ValueError(f"kl_weight must be 0 or more, got {self.kl_weight}")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +60,8 @@ class FlowTraining(FlowOptions):
         ValueError: If a number is out of range.
     """
 
-    statistics: int = 2048
+    statistics: int = at_least(1, 2048)
     """Number of assets from which the mean and the deviation of the latents are measured."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.statistics < 1:
-            raise ValueError(f"statistics must be 1 or more, got {self.statistics}")
 
 
 @dataclass(frozen=True, kw_only=True)

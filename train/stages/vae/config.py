@@ -9,7 +9,7 @@ from typing import Literal
 from model.config import VAEConfig
 from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
-from pipeline.core.options import added
+from pipeline.core.options import added, at_least, check_bounds
 from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
 from train.engine.config import SMALL_LOOP, TINY_LOOP, Gpus, LoopConfig, check_gpus
@@ -46,9 +46,9 @@ class BrickConfig:
 
     resolutions: tuple[int, ...] = (256, 384, 512)
     """Resolutions of the bricks. Each step draws one of them."""
-    batch_size: int = 4
+    batch_size: int = at_least(1, 4)
     """Mean number of assets per rank and step."""
-    max_tokens: int | None = None
+    max_tokens: int | None = at_least(1, None)
     """Largest number of cells per rank and step. A step takes fewer assets where they would exceed
     it, and assets that exceed it alone are left out. None sets no limit."""
     token_budget: int | None = added(None, before=None)
@@ -59,12 +59,12 @@ class BrickConfig:
     """Apply one of the 48 symmetries of the cube to each asset."""
     max_bad_share: float = 0.05
     """Share of assets that may be unreadable before the run ends."""
-    workers: int = 4
+    workers: int = at_least(0, 4)
     """Number of threads that prepare batches ahead. Every number gives the same batches. 0 prepares
     them in the training thread."""
-    val_batches: int = 8
+    val_batches: int = at_least(0, 8)
     """Number of batches per rank and resolution in a validation."""
-    reconstructions: int = 4
+    reconstructions: int = at_least(0, 4)
     """Number of held-out assets that are written to samples/ as meshes and pictures."""
 
     def __post_init__(self) -> None:
@@ -72,12 +72,7 @@ class BrickConfig:
             raise ValueError("resolutions must name at least one resolution, got none")
         for resolution in self.resolutions:
             check_resolution(resolution)
-        minima = {"batch_size": 1, "workers": 0, "val_batches": 0, "reconstructions": 0}
-        for name, minimum in minima.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} must be {minimum} or more, got {getattr(self, name)}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
+        check_bounds(self)
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(f"token_budget must be 1 or more, got {self.token_budget}")
         if not 0 <= self.max_bad_share <= 1:
@@ -195,11 +190,11 @@ class EncodeConfig:
     Under torchrun, which starts the processes itself, this option has no effect."""
     precision: Literal["bf16", "fp32"] | None = None
     """Precision of the arithmetic. None takes the one that the VAE was trained in."""
-    max_tokens: int = 46_000
+    max_tokens: int = at_least(1, 46_000)
     """Number of cells that are encoded together. A larger asset is encoded alone."""
     max_bad_share: float = 0.05
     """Share of a shard's assets that may be unreadable before the run ends."""
-    workers: int = 4
+    workers: int = at_least(1, 4)
     """Number of threads that read ahead."""
 
     def __post_init__(self) -> None:
@@ -207,8 +202,6 @@ class EncodeConfig:
         check_gpus(self.gpus)
         for resolution in self.resolutions:
             check_resolution(resolution)
-        for name in ("max_tokens", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        check_bounds(self)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")

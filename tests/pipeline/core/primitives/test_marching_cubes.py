@@ -110,9 +110,8 @@ def test_the_watertight_mesh_is_closed_and_on_the_zero_level(resolution):
 
 
 def test_no_surface_is_rejected():
-    empty = Bricks(
-        resolution=64, cells=np.zeros((0, 3), np.int16), values=np.zeros((0, 512), np.float16),
-        sharp=np.zeros((0, 64), np.uint8),
-    )  # fmt: skip
+    cells, values = np.zeros((0, 3), np.int16), np.zeros((0, 512), np.float16)
+    sharp = np.zeros((0, 64), np.uint8)
+    empty = Bricks(resolution=64, cells=cells, values=values, sharp=sharp)
     with pytest.raises(Reject, match="no_surface"):
         watertight_mesh(empty)
