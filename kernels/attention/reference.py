@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -193,12 +194,7 @@ def gated_sum(branches_3_NHD: tuple[Tensor, Tensor, Tensor], gates_N3: Tensor) -
 
 
 def spatial_sparse_attention(
-    q_NHD: Tensor,
-    k_NGD: Tensor,
-    v_NGD: Tensor,
-    ck_PGD: Tensor,
-    cv_PGD: Tensor,
-    gates_N3: Tensor,
+    inputs: Sequence[Tensor],
     index: BlockIndex,
     *,
     top_k: int,
@@ -208,12 +204,12 @@ def spatial_sparse_attention(
 ) -> Tensor:
     """Gated sum of compressed, selection and window attention: [N, H, D].
 
-    `selected_GNT` replaces the top-k, for tests.
+    `inputs` are q, k, v, ck, cv and gates. `selected_GNT` replaces the top-k, for tests.
     """
+    q_NHD, _, _, ck_PGD, _, gates_N3 = inputs
     if selected_GNT is None:
         selected_GNT = select_blocks(q_NHD, ck_PGD, index, top_k, scale)
-    tensors = (q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD)
-    branches = ssa_branches(*tensors, selected_GNT, index, shifted, scale)
+    branches = ssa_branches(*inputs[:5], selected_GNT, index, shifted, scale)
     return gated_sum(branches, gates_N3)
 
 

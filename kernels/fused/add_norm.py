@@ -1,6 +1,6 @@
 """Residual, gate, LayerNorm and modulation in one pass over the rows of a ragged batch.
 
-The definitions are `norm` and `add_norm` in kernels.fused.reference. No [N, C] copy of a vector per
+The definition is `norm` of `gated_add` in kernels.fused.reference. No [N, C] copy of a vector per
 asset is made.
 
 The backward sums the gradients of these vectors without atomics. Rows are cut into chunks of CHUNK
@@ -303,47 +303,30 @@ def _(dsum, dy, x, branch, gate, scale, mean, rstd, asset_of, starts, has_branch
     return grads
 
 
+def _kept(x, branch, gate, total) -> tuple[Tensor, Tensor | None]:
+    """Return what the backward pass needs of the sum and of the branch."""
+    return x if branch is None else total, None if gate is None else branch
+
+
 def _setup(ctx, inputs, output):
     x, branch, gate, _, scale, asset_of, starts, _, _ = inputs
     total, _, mean, rstd = output
     ctx.has_branch = branch is not None
     ctx.branch_dtype = x.dtype if branch is None else branch.dtype
-    ctx.save_for_backward(
-        x if branch is None else total,
-        None if gate is None else branch,
-        gate,
-        scale,
-        mean,
-        rstd,
-        asset_of,
-        starts,
-    )
+    sum_NC, kept_branch = _kept(x, branch, gate, total)
+    ctx.save_for_backward(sum_NC, kept_branch, gate, scale, mean, rstd, asset_of, starts)
     ctx.set_materialize_grads(False)
 
 
 def _op_backward(ctx, dsum, dy, *_):
-    x, branch, gate, scale, mean, rstd, asset_of, starts = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    x, _, gate, scale, *_ = saved
     if dy is None and dsum is None:
         return (None,) * 9
     if not ctx.has_branch:
         dsum = None
     dy = torch.zeros_like(x) if dy is None else dy
-    found = iter(
-        _add_norm_backward(
-            dsum,
-            dy,
-            x,
-            branch,
-            gate,
-            scale,
-            mean,
-            rstd,
-            asset_of,
-            starts,
-            ctx.has_branch,
-            ctx.branch_dtype,
-        )
-    )
+    found = iter(_add_norm_backward(dsum, dy, *saved, ctx.has_branch, ctx.branch_dtype))
     exists = (True, ctx.has_branch, gate is not None, scale is not None, scale is not None)
     return *(next(found) if given else None for given in exists), None, None, None, None
 
@@ -356,17 +339,7 @@ def _eager_forward(x, branch, gate, shift, scale, asset_of, starts, eps, dtype):
     branch = None if branch is None else branch.contiguous()
     total, y, mean, rstd = _forward(x, branch, gate, shift, scale, asset_of, eps, dtype)
     results = y if branch is None else (total, y)
-    saved_branch = branch if gate is not None else None
-    saved = (
-        x if branch is None else total,
-        saved_branch,
-        gate,
-        scale,
-        mean,
-        rstd,
-        asset_of,
-        starts,
-    )
+    saved = (*_kept(x, branch, gate, total), gate, scale, mean, rstd, asset_of, starts)
     return results, saved, (branch is not None, x.dtype if branch is None else branch.dtype)
 
 
@@ -511,5 +484,6 @@ def add_norm(
     _check(x_NC, branch_NC, gate_AC, shift, scale, asset_of_N, asset_starts_A1, eps)
     dtype = dtype or x_NC.dtype
     if not use_triton(backend, x_NC):
-        return reference.add_norm(x_NC, branch_NC, gate_AC, shift, scale, asset_of_N, eps, dtype)
+        sum_NC = reference.gated_add(x_NC, branch_NC, gate_AC, asset_of_N)
+        return sum_NC, reference.norm(sum_NC, shift, scale, asset_of_N, eps, dtype)
     return _run(x_NC, branch_NC, gate_AC, shift, scale, asset_of_N, asset_starts_A1, eps, dtype)

@@ -34,25 +34,14 @@ def norm(
         return y_NC.to(dtype)
 
 
-def add_norm(
-    x_NC: Tensor,
-    branch_NC: Tensor,
-    gate_AC: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    asset_of_N: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """x + gate * branch in the dtype of x, and `norm` of that sum: [N, C] each.
-
-    Without a gate the branch is added as it is.
-    """
+def gated_add(
+    x_NC: Tensor, branch_NC: Tensor, gate_AC: Tensor | None, asset_of_N: Tensor
+) -> Tensor:
+    """x + gate * branch: [N, C] in the dtype of x. Without a gate the branch is added as it is."""
     branch_NC = branch_NC.to(x_NC.dtype)
     if gate_AC is not None:
         branch_NC = gate_AC.to(x_NC.dtype)[asset_of_N] * branch_NC
-    sum_NC = x_NC + branch_NC
-    return sum_NC, norm(sum_NC, shift, scale, asset_of_N, eps, dtype)
+    return x_NC + branch_NC
 
 
 def mlp(

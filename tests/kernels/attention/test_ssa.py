@@ -49,7 +49,7 @@ def check(index: BlockIndex, inputs: list[torch.Tensor], top_k: int, shifted: bo
 
     def exact(*x):
         options = {"top_k": top_k, "shifted": shifted, "scale": scale, "selected_GNT": selected}
-        return reference.spatial_sparse_attention(*x, index, **options)
+        return reference.spatial_sparse_attention(x, index, **options)
 
     assert_no_worse(kernel, exact, inputs, NAMES)
 
@@ -302,7 +302,12 @@ def test_gradients_reach_the_compression_parameters():
     def exact(q, k, v, gates, w):
         ck, cv = compress(k, w[0], "reference"), compress(v, w[1], "reference")
         return reference.spatial_sparse_attention(
-            q, k, v, ck, cv, gates, index, top_k=2, shifted=False, scale=0.25, selected_GNT=selected
+            (q, k, v, ck, cv, gates),
+            index,
+            top_k=2,
+            shifted=False,
+            scale=0.25,
+            selected_GNT=selected,
         )
 
     assert_no_worse(

@@ -84,7 +84,7 @@ def test_value_and_gradients(counts, C, kind, gated, dtype):
 
     def definition(*x):
         kept = torch.float64 if x[0].dtype == torch.float64 else dtype
-        return both(reference.add_norm(*split(x, gated), of.long(), 1e-6, kept))
+        return both(add_norm(*split(x, gated), of, starts, dtype=kept, backend="reference"))
 
     names = ["x", "branch", *["gate"] * gated, *["shift", "scale"] * (kind != "plain")]
     compare(kernel, definition, inputs, names)
@@ -98,7 +98,7 @@ def test_a_stream_in_half_precision():
         return both(add_norm(*x, None, None, None, of, starts, backend="triton"))
 
     def definition(*x):
-        return both(reference.add_norm(*x, None, None, None, of.long(), 1e-6, x[0].dtype))
+        return both(add_norm(*x, None, None, None, of, starts, backend="reference"))
 
     compare(kernel, definition, inputs, ["x", "branch"])
 
@@ -152,7 +152,7 @@ def test_one_of_the_two_results_may_be_unused(used):
         return add_norm(*x, of, starts, backend="triton")[used]
 
     def definition(*x):
-        return reference.add_norm(*x, of.long(), 1e-6, x[0].dtype)[used]
+        return add_norm(*x, of, starts, backend="reference")[used]
 
     compare(kernel, definition, inputs, ["x", "branch", "gate", "shift", "scale"])
 
