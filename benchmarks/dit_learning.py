@@ -265,7 +265,7 @@ def generate_on_stored_cells(cfg: LearnConfig, run: DiTTraining, world: World) -
     index = index_with_latents(run, store)
     judge = MeshJudge.read(cfg)
     model = load_model(run.out / "latest", ConditionedDiT, device=world.device)
-    loader = DiTLoader(index, store, run, training=False, held_out_only=True)
+    loader = DiTLoader(index, store, run, use="held_out")
     rows = []
     for asset, uid in enumerate(index.uids):
         batch = loader.batch([SampleId(asset, 0)], 1.0).to(world.device)

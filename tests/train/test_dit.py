@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ from PIL import Image
 from model.checkpoint import load_model, read_config
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import DinoEncoder
-from model.config import ConditionedDiTConfig, EncoderConfig
+from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.options import BEFORE
 from tests.train.metric_rows import metric_rows
 from tests.train.ss_dit_fixtures import (
     MODEL,
@@ -34,6 +35,8 @@ from train.stages.dit.config import DIT_PRESETS
 from train.stages.dit.data import index_with_latents
 from train.stages.dit.run import read_latents, train_dit
 from train.stages.dit.task import DiTTask
+
+ADDED_TO_DIT = {option.name for option in fields(DiTConfig) if BEFORE in option.metadata}
 
 
 def test_steps_on_one_batch_lower_its_loss_reproducibly(rendered, tmp_path):
@@ -125,6 +128,30 @@ def test_a_run_that_crashed_between_checkpoints_resumes_bit_exactly(
     assert [row["loss"] for row in metric_rows(crashed.out)] == [
         row["loss"] for row in metric_rows(whole.out)
     ]
+
+
+def test_a_run_of_older_code_resumes_as_it_was_trained(rendered, tmp_path):
+    """Its file lacks the options that were added since, one of which has another default now."""
+
+    def older(out, steps):
+        cfg = config(rendered, out, steps=steps)
+        dit = replace(cfg.model.dit, min_position_factor=1.0)
+        return replace(cfg, model=replace(cfg.model, dit=dit))
+
+    train_dit(older(tmp_path / "whole", 4), World())
+    train_dit(older(tmp_path / "older", 2), World())
+    stored = read_config(tmp_path / "older" / "latest")
+    assert "min_position_factor" in ADDED_TO_DIT
+    assert ADDED_TO_DIT.isdisjoint(stored["config"]["dit"])
+    assert "token_budget" not in stored["training"]
+    resumed = config(rendered, tmp_path / "older", steps=4)
+    assert resumed.model.dit.min_position_factor != 1.0
+    train_dit(resumed, World())
+    ours, theirs = weights(tmp_path / "older"), weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert [row["step"] for row in metric_rows(tmp_path / "older")] == [1, 2, 3, 4]
+    assert read_config(tmp_path / "older" / "latest")["config"] == stored["config"]
 
 
 def test_a_run_starts_from_init_with_the_statistics_of_its_own_latents(rendered, tmp_path):

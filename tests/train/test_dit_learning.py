@@ -80,7 +80,7 @@ def test_the_model_learns_which_image_has_which_shape(tmp_path):
     train_dit(cfg, World())
     dit = load_model(checkpoint.latest(cfg.out), ConditionedDiT)
     decoder, _ = read_latents(cfg, World())
-    loader = loader_of(cfg, training=False, held_out_only=True)  # views that training never saw
+    loader = loader_of(cfg, use="held_out")  # views that training never saw
     batch = loader.batch([SampleId(asset, 0) for asset in range(4)], 1.0)
     level = batch.latents.cells
     assert level.asset_starts.tolist() == [0, 8, 16, 24, 32]

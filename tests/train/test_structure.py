@@ -83,7 +83,7 @@ def test_grids_hold_the_stored_cells_under_a_symmetry(rendered, tmp_path):
         seen.add(batch.occupied[0].numpy().tobytes())
         assert (batch.share, batch.images, batch.tokens) == (0.5, None, 3 * 8)
     assert len(seen) > 1
-    plain = GridLoader(index, config(rendered, tmp_path), images=False, training=False)
+    plain = GridLoader(index, config(rendered, tmp_path), images=False, use="validation")
     np.testing.assert_array_equal(plain.batch([SampleId(2, 5)], 1.0).occupied[0].numpy(), stored)
 
 
@@ -110,7 +110,7 @@ def test_all_views_that_are_not_held_out_come_in_turn(rendered, tmp_path):
     loader = GridLoader(index, cfg, images=True)
     for turn in range(3):
         assert {loader.conditions.view_of(1, 3 * turn + n) for n in range(3)} == {0, 1, 2}
-    held = GridLoader(index, cfg, images=True, training=False, held_out_only=True)
+    held = GridLoader(index, cfg, images=True, use="held_out")
     assert {held.conditions.view_of(1, n) for n in range(2)} == {3, 4}
     view = loader.conditions.view_of(1, 4)
     pixel = loader.batch([SampleId(1, 4)], 1.0).images.pixels[0, :, 14, 14]
@@ -155,7 +155,7 @@ def test_both_parts_train_and_the_checkpoint_holds_the_whole_stage(rendered, tmp
 def test_statistics_are_those_of_the_requested_number_of_assets(rendered, tmp_path):
     cfg = config(rendered, tmp_path, samples=0, val_batches=0)
     chosen = read_build_index(rendered, [32]).split("train")
-    loader = GridLoader(chosen, cfg, images=False, training=False)
+    loader = GridLoader(chosen, cfg, images=False, use="validation")
     vae = OccupancyVAE(MODEL.occupancy)
     for parameter in vae.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -260,7 +260,7 @@ def test_the_stage_learns_which_image_has_which_cells(rendered, tmp_path):
     structure = Structure(MODEL).eval()
     load_weights(checkpoint.latest(cfg.out / "flow"), structure)
     index = read_build_index(rendered, [32]).split("train")
-    loader = GridLoader(index, cfg, images=True, training=False, held_out_only=True)
+    loader = GridLoader(index, cfg, images=True, use="held_out")
     batch = loader.batch(
         [SampleId(asset, 0) for asset in range(4)], 1.0
     )  # views that training never saw

@@ -42,6 +42,11 @@ class CacheConfig:
         return int(self.max_gb * 1e9)
 
 
+SampleUse = Literal["training", "validation", "held_out"]
+"""What samples are for. Those of "training" are augmented, and their images are dropped sometimes.
+Those of "validation" show the same views as they are, those of "held_out" the held-out views."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions:
     """Training of a flow model that is conditioned on rendered images.

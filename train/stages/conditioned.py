@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from train.data.bricks import BuildIndex
-from train.data.config import FlowOptions
+from train.data.config import FlowOptions, SampleUse
 from train.data.rank_batch import RankBatch
 from train.data.render_conditions import RenderConditions
 from train.stages.config import ConditionedTraining
@@ -59,12 +59,12 @@ class PreviewGroup:
     Args:
         name: Key of the group in iou.json.
         index: The assets.
-        held_out_only: Whether they are generated from held-out views only.
+        use: Views from which they are generated.
     """
 
     name: str
     index: BuildIndex
-    held_out_only: bool
+    use: SampleUse
 
 
 def preview_groups(
@@ -72,7 +72,8 @@ def preview_groups(
 ) -> tuple[PreviewGroup, PreviewGroup]:
     """Return the training assets, from held-out views if there are any, and the held-out assets."""
     views = "held_out_views" if cfg.held_out_views else "training_views"
-    return PreviewGroup(views, train, True), PreviewGroup("held_out_assets", val, False)
+    held_out_assets = PreviewGroup("held_out_assets", val, "validation")
+    return PreviewGroup(views, train, "held_out"), held_out_assets
 
 
 def write_ious(folder: Path, groups: Mapping[str, Mapping[str, float] | Sequence[float]]) -> None:
@@ -95,9 +96,7 @@ def choose_views(
     cfg: ConditionedTraining,
     flow: FlowOptions,
     image_size: int,
-    *,
-    training: bool,
-    held_out_only: bool,
+    use: SampleUse,
 ) -> RenderConditions:
     """Return what chooses and prepares the images of a stage's samples.
 
@@ -106,8 +105,7 @@ def choose_views(
         cfg: Options of the run.
         flow: Its options of the flow.
         image_size: Pixels per side of the prepared images.
-        training: Whether images are augmented and read ahead.
-        held_out_only: Whether only the held-out views are chosen.
+        use: What the samples are for. Images are read ahead for training.
     """
     return RenderConditions(
         index,
@@ -115,7 +113,7 @@ def choose_views(
         cameras=cfg.cameras,
         image_size=image_size,
         held_out=cfg.held_out_views,
-        training=training,
-        held_out_only=held_out_only,
-        ahead=2 * flow.open_shards if training else 0,
+        training=use == "training",
+        held_out_only=use == "held_out",
+        ahead=2 * flow.open_shards if use == "training" else 0,
     )

@@ -81,7 +81,7 @@ def test_a_tenth_of_the_samples_is_trained_without_image(rendered, tmp_path):
     ]
     assert sum(expected) > 0
     assert loader.batch(samples, 1.0).dropped.tolist() == expected
-    assert not loader_of(cfg, training=False).batch(samples, 1.0).dropped.any()
+    assert not loader_of(cfg, use="validation").batch(samples, 1.0).dropped.any()
 
 
 def test_a_dropped_image_does_not_influence_the_prediction(rendered, tmp_path):

@@ -15,6 +15,7 @@ from model.rectified_flow import draw_noise
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
 from train.data.bricks import UNREADABLE, BuildIndex, read_build_index
+from train.data.config import SampleUse
 from train.data.latents import Latent, LatentBatch, LatentStore
 from train.data.render_conditions import sample_time
 from train.data.source import ConcurrentReader, open_source
@@ -80,8 +81,7 @@ class DiTLoader:
         index: Assets with latents.
         store: The latents.
         cfg: Options of the run.
-        training: Whether images are augmented and dropped.
-        held_out_only: Whether only the held-out views are chosen.
+        use: What the samples are for.
     """
 
     def __init__(
@@ -89,19 +89,15 @@ class DiTLoader:
         index: BuildIndex,
         store: LatentStore,
         cfg: DiTTraining,
-        *,
-        training: bool = True,
-        held_out_only: bool = False,
+        use: SampleUse = "training",
     ):
         self.index = index
         self.store = store
         self.cfg = cfg
-        self.training = training
+        self.training = use == "training"
         self.concurrent = ConcurrentReader(index.root, store.folder)
         size = cfg.model.encoder.image_size
-        self.conditions = choose_views(
-            index, cfg, cfg.flow, size, training=training, held_out_only=held_out_only
-        )
+        self.conditions = choose_views(index, cfg, cfg.flow, size, use)
 
     def load(self, step: StepSamples, rank: int) -> DiTBatch:
         """Load the batch of one rank in one step.

@@ -104,7 +104,7 @@ class DiTTask(StageTask[DiTTraining]):
 
         Noise and views are the same in every validation. All ranks call this together.
         """
-        loader = DiTLoader(self.val, self.store, self.cfg, training=False)
+        loader = DiTLoader(self.val, self.store, self.cfg, use="validation")
         most = self.cfg.val_batches * self.cfg.flow.batch_size
         assets = assets_of_rank(range(len(self.val)), self.world, most)
         errors = []  # [number of times] of each asset
@@ -137,9 +137,7 @@ class DiTTask(StageTask[DiTTraining]):
         rows = []
         for group in preview_groups(self.cfg, self.train, self.val):
             index = group.index
-            loader = DiTLoader(
-                index, self.store, self.cfg, training=False, held_out_only=group.held_out_only
-            )
+            loader = DiTLoader(index, self.store, self.cfg, use=group.use)
             ious = {}
             for asset in range(min(len(index), self.cfg.samples)):
                 ious[index.uids[asset]], row = self._preview(model, loader, asset, folder)

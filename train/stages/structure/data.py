@@ -15,6 +15,7 @@ from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import draw_noise
 from pipeline.core.hashing import seed_of
 from train.data.bricks import ONE_BITS, BrickLoader, BuildIndex, magnitude_bits
+from train.data.config import SampleUse
 from train.data.render_conditions import sample_time
 from train.data.symmetry import SYMMETRIES, transform_points
 from train.engine.batch_sampler import SampleId, StepSamples
@@ -49,8 +50,7 @@ class GridLoader(BrickLoader):
         index: Assets of the build.
         cfg: Options of the run.
         images: Whether each sample gets a render, as the flow needs it.
-        training: Whether grids are transformed, and images augmented and dropped.
-        held_out_only: Whether only the held-out views are chosen.
+        use: What the samples are for. Grids are transformed for training.
     """
 
     def __init__(
@@ -59,21 +59,18 @@ class GridLoader(BrickLoader):
         cfg: StructureTraining,
         *,
         images: bool,
-        training: bool = True,
-        held_out_only: bool = False,
+        use: SampleUse = "training",
     ):
         part = cfg.flow if images else cfg.vae
         channels = cfg.model.occupancy.latent_channels
         super().__init__(index, seed=part.loop.seed, noise_channels=channels, symmetries=False)
         self.cfg = cfg
-        self.training = training
+        self.training = use == "training"
         self._cells = lru_cache(CELLS_KEPT)(self._read_cells)
         self.conditions = None
         if images:
             size = cfg.model.flow.encoder.image_size
-            self.conditions = choose_views(
-                index, cfg, cfg.flow, size, training=training, held_out_only=held_out_only
-            )
+            self.conditions = choose_views(index, cfg, cfg.flow, size, use)
 
     def load(self, step: StepSamples, rank: int) -> GridBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Load the batch of one rank in one step.

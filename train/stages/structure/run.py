@@ -83,7 +83,7 @@ def train_flow(
     newest = checkpoint.latest(cfg.out / "flow")
     task = FlowTask(cfg, world, training, held_out, vae)
     if newest is None:  # a checkpoint holds the statistics
-        task.measure(GridLoader(training, cfg, images=False, training=False))
+        task.measure(GridLoader(training, cfg, images=False, use="validation"))
     elif world.is_first and not _has_vae(newest, vae):
         log.warning(
             "%s keeps the occupancy VAE that it started with, which differs from that of %s.",

@@ -61,7 +61,7 @@ class OccupancyTask(StageTask[StructureTraining]):
 
         The assets are decoded from the means of their posteriors. All ranks call this together.
         """
-        loader = GridLoader(self.val, self.cfg, images=False, training=False)
+        loader = GridLoader(self.val, self.cfg, images=False, use="validation")
         assets = validation_assets(self.val, self.cfg, self.world, self.cfg.vae.batch_size)
         sums = torch.zeros(len(LOSS_NAMES), dtype=torch.float64, device=self.world.device)
         for asset in assets:
@@ -76,7 +76,7 @@ class OccupancyTask(StageTask[StructureTraining]):
 
     def sample(self, model: Any, folder: Path) -> None:
         """Reconstruct held-out assets. Writes cells.png with one row per asset."""
-        loader = GridLoader(self.val, self.cfg, images=False, training=False)
+        loader = GridLoader(self.val, self.cfg, images=False, use="validation")
         rows = []
         for asset in validation_assets(self.val, self.cfg, World(), 1)[: self.cfg.samples]:
             batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
@@ -179,7 +179,7 @@ class FlowTask(StageTask[StructureTraining]):
 
         Noise and views are the same in every validation. All ranks call this together.
         """
-        loader = GridLoader(self.val, self.cfg, images=True, training=False)
+        loader = GridLoader(self.val, self.cfg, images=True, use="validation")
         assets = validation_assets(self.val, self.cfg, self.world, self.cfg.flow.batch_size)
         sums = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         for asset in assets:
@@ -201,9 +201,7 @@ class FlowTask(StageTask[StructureTraining]):
         rows = []
         for group in preview_groups(self.cfg, self.train, self.val):
             index = group.index
-            loader = GridLoader(
-                index, self.cfg, images=True, training=False, held_out_only=group.held_out_only
-            )
+            loader = GridLoader(index, self.cfg, images=True, use=group.use)
             ious = []
             for asset in validation_assets(index, self.cfg, World(), 1)[: self.cfg.samples]:
                 batch = loader.batch([SampleId(asset, 0)], 1.0).to(self.world.device)
