@@ -100,13 +100,9 @@ def test_gradients_of_ssa_with_compression_pass_gradcheck():
             block_mean(torch.nn.functional.silu(x[:, 0] @ w), index)[:, None]
             for x, w in ((k, weight[0]), (v, weight[1]))
         )
+        options = {"top_k": 2, "shifted": True, "scale": 0.5}
         return reference.spatial_sparse_attention(
-            (q, k, v, ck, cv, gates),
-            index,
-            top_k=2,
-            shifted=True,
-            scale=0.5,
-            selected_GNT=selected,
+            (q, k, v, ck, cv, gates), index, **options, selected_GNT=selected
         )
 
     x = [t.clone().requires_grad_() for t in (q, k, v, gates, weight)]

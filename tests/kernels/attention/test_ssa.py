@@ -301,13 +301,9 @@ def test_gradients_reach_the_compression_parameters():
 
     def exact(q, k, v, gates, w):
         ck, cv = compress(k, w[0], "reference"), compress(v, w[1], "reference")
+        options = {"top_k": 2, "shifted": False, "scale": 0.25}
         return reference.spatial_sparse_attention(
-            (q, k, v, ck, cv, gates),
-            index,
-            top_k=2,
-            shifted=False,
-            scale=0.25,
-            selected_GNT=selected,
+            (q, k, v, ck, cv, gates), index, **options, selected_GNT=selected
         )
 
     assert_no_worse(
