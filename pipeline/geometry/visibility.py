@@ -383,13 +383,13 @@ def classify_triangles(
         own = np.flatnonzero(levels >> level & 1)
         limit = most if level < last_level else np.iinfo(np.int64).max
         if len(own) <= limit and searched < len(packed):
-            *more, searched = _classify_some(
+            more_pieces, more_codes, more_parents, more_levels, searched = _classify_some(
                 scene, pairs, starts, PRECISIONS, level, searched, limit - len(own)
             )
-            pieces, codes, parents, levels = (
-                np.concatenate(columns)
-                for columns in zip((pieces, codes, parents, levels), more, strict=True)
-            )
+            pieces = np.concatenate([pieces, more_pieces])
+            codes = np.concatenate([codes, more_codes])
+            parents = np.concatenate([parents, more_parents])
+            levels = np.concatenate([levels, more_levels])
             own = np.flatnonzero(levels >> level & 1)
         if len(own) <= limit:
             return pieces[own], codes[own], parents[own], float(PRECISIONS[level])
@@ -403,9 +403,8 @@ def classify_triangles(
             level, seams = level + 1, seams / 2
         # pieces of finer precisions alone are not needed any more
         needed = levels >> level > 0
-        pieces, codes, parents, levels = (
-            column[needed] for column in (pieces, codes, parents, levels)
-        )
+        pieces, codes, parents = pieces[needed], codes[needed], parents[needed]
+        levels = levels[needed]
 
 
 @njit(cache=True)

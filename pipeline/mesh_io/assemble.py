@@ -243,7 +243,7 @@ def _place(
 
     # the faces of each drawn material
     by_material: dict[int, list[int]] = {}
-    for index in np.unique(geometry.materials).tolist():
+    for index in map(int, np.unique(geometry.materials)):
         by_material.setdefault(instance.materials.get(index, index), []).append(index)
     for index, sources in sorted(by_material.items()):
         faces = geometry.faces
