@@ -47,6 +47,8 @@ class Tint:
     opacity: str = ""
 
 
+DEFAULT_UV = "st"
+ANY_UV = ""  # of a texture that names no coordinates: the default ones, otherwise the first ones
 # Types of primvars that are read as texture coordinates.
 UV_TYPES = r"((float|double|half)2|texCoord[23][fdh])(\[\])?"
 DISPLAY = Tint("displayColor", "displayOpacity")  # of a surface without material
@@ -262,6 +264,9 @@ class GeometryReader:
                 attribute = self._attribute(values, polygons, f"{prim.GetPath()} {name}")
                 if attribute is not None:
                     sets[self.uv_set(name)] = attribute
+        if sets:
+            first = next(iter(sets.values()))
+            sets[self.uv_set(ANY_UV)] = sets.get(self.uv_set(DEFAULT_UV), first)
         return sets
 
     def _normals(self, prim: Usd.Prim, polygons: _Polygons) -> Attribute | None:

@@ -15,7 +15,12 @@ from pipeline.core.color import linear_to_srgb, srgb_to_linear
 from pipeline.mesh_io.images import IMAGE_ERRORS, decode_image
 from pipeline.mesh_io.reader_context import ReaderContext
 from pipeline.mesh_io.readers.usd_accounting import Accounting
-from pipeline.mesh_io.readers.usd_geometry import GeometryReader, Tint
+from pipeline.mesh_io.readers.usd_geometry import (
+    ANY_UV,
+    DEFAULT_UV,
+    GeometryReader,
+    Tint,
+)
 from pipeline.mesh_io.readers.usd_layers import Layers
 from pipeline.mesh_io.readers.usd_values import TIME
 from pipeline.mesh_io.scene import SceneImage, SceneMaterial, TextureSlot, Wrap
@@ -32,7 +37,6 @@ WRAPS: dict[str, Wrap] = {
     "useMetadata": "repeat",
 }
 CHANNELS = {"r": 0, "g": 1, "b": 2, "a": 3}
-DEFAULT_UV = "st"
 UDIM = "<UDIM>"
 FIRST_TILE = "1001"
 # Inputs of UsdPreviewSurface that are not drawn, with the value that has no effect.
@@ -422,7 +426,7 @@ class Materials:
             if attributes and identifier is not None:
                 self.warnings.add("appearance_ignored", f"{shader.GetPath()}.{key}: {identifier}")
             break
-        return DEFAULT_UV, transform
+        return ANY_UV, transform
 
     def _transform(self, shader: UsdShade.Shader) -> NDArray[np.float64]:
         """Return the matrix [2, 3] of a UsdTransform2d: scale, then rotate, then translate."""

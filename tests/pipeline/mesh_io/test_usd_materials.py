@@ -193,6 +193,18 @@ class TestTextures:
         assert found.parts[0].uv.min() == 5
         assert codes == {}
 
+    @pytest.mark.parametrize("name", ["st", "map1"])
+    def test_a_texture_that_names_no_coordinates_reads_those_of_the_mesh(self, load, name):
+        shaders = texture().replace(
+            "float2 inputs:st.connect = </root/look/reader.outputs:result>", ""
+        )
+        look = material(IMAGE, shaders=shaders)
+        found, codes = load(
+            look, quad(BOUND, metadata=BIND).replace("primvars:st", f"primvars:{name}")
+        )
+        assert found.parts[0].uv.max(0).tolist() == [1, 1]
+        assert codes == {}
+
     def test_a_transform_scales_then_rotates_then_translates(self, load):
         transform = """def Shader "turn"
         {
