@@ -13,7 +13,8 @@ from pipeline.storage.remote import RemotePath, store_path
 from tests.pipeline import s3_server
 from tests.pipeline.s3_server import BUCKET, Cut
 from tests.train.analytic_builds import tiny_training
-from tests.train.ss_dit_fixtures import VIEWS, config, metrics, weights
+from tests.train.metric_rows import metric_rows
+from tests.train.ss_dit_fixtures import VIEWS, config, weights
 from train.data.bricks import BrickReader, read_build_index
 from train.data.config import CacheConfig
 from train.data.latents import LatentStore
@@ -58,7 +59,7 @@ def cache(tmp_path):
 
 
 def losses(out):
-    return [row["loss"] for row in metrics(out, None) if "loss" in row]
+    return [row["loss"] for row in metric_rows(out) if "loss" in row]
 
 
 def test_from_url_every_array_and_image_is_that_of_the_directory(rendered, url, cache):
