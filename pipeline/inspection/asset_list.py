@@ -24,6 +24,7 @@ from pipeline.storage.remote import StorePath, arrow_source, write_file
 ATTRIBUTION_COLUMNS = ("uid", "author", "title", "licence", "url")
 ATTRIBUTION = "attribution.csv"
 SPLITS = ("train", "val")
+ATTRIBUTION_FILES = (ATTRIBUTION, *(f"attribution-{split}.csv" for split in SPLITS))
 GITHUB = "https://github.com/"
 
 
@@ -144,7 +145,6 @@ def write_attribution(out: StorePath) -> None:
     assets = [
         (attribution_row(record), row.split) for record, row in finished_assets(read_plan(out))
     ]
-    for split in ("", *SPLITS):
+    for split, name in zip(("", *SPLITS), ATTRIBUTION_FILES):
         rows = [row for row, own in assets if split in ("", own)]
-        name = ATTRIBUTION.replace(".csv", f"-{split}.csv") if split else ATTRIBUTION
         write_file(out / name, _to_csv(ATTRIBUTION_COLUMNS, rows))

@@ -20,6 +20,7 @@ from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Record
 from pipeline.curation.catalogue import Catalogue
 from pipeline.curation.screening_metrics import read_metrics_table
+from pipeline.inspection.asset_list import ATTRIBUTION_FILES
 from pipeline.orchestration.plan import Plan, read_plan, shard_name
 from pipeline.storage.commit_marker import CommitMarker, read_marker, tree_sha256
 from pipeline.storage.layout import (
@@ -51,6 +52,7 @@ TOP_LEVEL = {
     SCREENING,
     "report",
     "latents",  # written by train.encode and not checked here
+    *ATTRIBUTION_FILES,
 }
 
 
