@@ -121,16 +121,9 @@ def _run_child(
     if reader != "ufbx":  # a program of its own
         command_line += [str(CHILD), reader]
     environment = {**os.environ, "PYTHONPATH": str(CHILD.parents[1]) if reader == "ours" else ""}
-    child = subprocess.Popen(
-        command_line,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        errors="replace",  # libraries print names in any encoding
-        env=environment,
-        encoding="utf-8",
-    )
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    text = {"encoding": "utf-8", "errors": "replace"}  # libraries print names in any encoding
+    child = subprocess.Popen(command_line, env=environment, **streams, **text)
     assert child.stdin is not None
     assert child.stdout is not None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,7 +121,8 @@ def largest_object(cells: NDArray[np.bool_]) -> float:
     Args:
         cells: The result of `coarse_cells`. Objects whose cells touch count as one.
     """
-    labels, count = ndimage.label(cells, np.ones((3, 3, 3), np.bool_))
+    # SciPy's stubs know other results than the ones of these arguments.
+    labels, count = cast(Any, ndimage.label(cells, np.ones((3, 3, 3), np.bool_)))
     if not count:
         return 0.0
     sizes = np.bincount(labels[cells], minlength=count + 1)[1:]
@@ -149,5 +151,7 @@ def ground_share(cells: NDArray[np.bool_]) -> float:
     rectangle = (xs[-1] - xs[0] + 1) * (zs[-1] - zs[0] + 1)
     if np.count_nonzero(base) < PLANE_FOOTPRINT * rectangle:
         return 0.0
-    covered = ndimage.binary_dilation(above, np.ones((3, 3), np.bool_))
+    covered: NDArray[np.bool_] = np.asarray(
+        ndimage.binary_dilation(above, np.ones((3, 3), np.bool_)), np.bool_
+    )
     return float(np.count_nonzero(base & ~covered) / np.count_nonzero(base))

@@ -87,7 +87,7 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
     opening = 0.0
     if not own.all():
         closed = flood_fill(packed, bins, np.ones(len(faces), np.bool_))
-        accepted, opening = _accepted_caps(packed, cap_of, flood, closed, cfg.max_opening)
+        accepted, opening = _accepted_caps(packed, cap_of, (flood, closed), cfg.max_opening)
         use = own | accepted[np.maximum(cap_of, 0)]
         if use.all():
             flood = closed
@@ -237,8 +237,7 @@ def _points_beside(packed: NDArray[np.float64], h: float) -> NDArray[np.int64]:
 def _accepted_caps(
     packed: NDArray[np.float64],
     cap_of: NDArray[np.int32],
-    before: FloodFill,
-    after: FloodFill,
+    fills: tuple[FloodFill, FloodFill],
     max_opening: float,
 ) -> tuple[NDArray[np.bool_], float]:
     """Choose the caps that close a solid.
@@ -251,14 +250,14 @@ def _accepted_caps(
     Args:
         packed: float64 [T, 16] packed triangles, caps included.
         cap_of: int32 [T] cap of each triangle, -1 for the mesh's own.
-        before: Flood fill without caps.
-        after: Flood fill with all caps.
+        fills: The flood fills without caps and with all caps.
         max_opening: Share of all directions.
 
     Returns:
         accepted: bool [caps].
         opening: The largest share of directions of a region that was closed.
     """
+    before, after = fills
     h = spacing(before.bins.resolution)
     # grid points that the caps cut off the outside
     lost = replace(

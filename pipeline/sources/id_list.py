@@ -179,7 +179,7 @@ def warn_of_missing(ids: IdList, matched: set[int]) -> int:
     missing = [entry for entry in ids.entries if entry.number not in matched]
     if not missing:
         return 0
-    examples = ", ".join(next(iter(entry.keys), None) or entry.sha256 for entry in missing[:SHOWN])
+    examples = ", ".join(next(iter(entry.keys), entry.sha256 or "") for entry in missing[:SHOWN])
     total = counted(len(ids.entries), "row")
     if len(missing) == len(ids.entries):
         raise UserError(

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import uniplot
+from matplotlib.figure import Figure
+
 from pipeline.core.errors import UserError
 from train.engine.config import PlotConfig
 from train.engine.curves import Curve, read_rows, training_curve, validation_curve
@@ -28,16 +31,9 @@ def plot_runs(cfg: PlotConfig) -> Path:
         The image file.
 
     Raises:
-        UserError: If a run has no metrics, none has one of the metrics, or a package is missing.
+        UserError: If a run has no metrics, or none has one of the metrics.
     """
     panels = read_panels(cfg)
-    try:
-        import uniplot
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            f"drawing needs the package {error.name}; pip install 'sparse3d[plot]'"
-        ) from error
     width, height = PANEL_INCHES
     figure = Figure(figsize=(width, height * len(panels)), layout="constrained")
     for number, (metric, curves) in enumerate(panels.items(), 1):

@@ -104,20 +104,22 @@ class TestContainers:
 
 class TestTransforms:
     def test_pivots_are_applied_in_the_order_of_the_format(self, load):
-        rows = {
-            "Lcl Translation": (1.0, 2.0, 3.0),
-            "Lcl Rotation": (30.0, 40.0, 50.0),
-            "Lcl Scaling": (1.0, 2.0, 3.0),
-            "RotationOffset": (0.1, 0.2, 0.3),
-            "RotationPivot": (0.5, 0.0, 0.0),
-            "ScalingOffset": (0.0, 0.3, 0.0),
-            "ScalingPivot": (0.0, 0.0, 0.7),
-            "PreRotation": (10.0, 20.0, 0.0),
-            "PostRotation": (0.0, 15.0, 25.0),
-            "GeometricTranslation": (0.0, 1.0, 0.0),
-            "GeometricRotation": (90.0, 0.0, 0.0),
-            "GeometricScaling": (1.0, 1.0, 2.0),
-        }
+        table = """
+            Lcl Translation, 1, 2, 3
+            Lcl Rotation, 30, 40, 50
+            Lcl Scaling, 1, 2, 3
+            RotationOffset, 0.1, 0.2, 0.3
+            RotationPivot, 0.5, 0, 0
+            ScalingOffset, 0, 0.3, 0
+            ScalingPivot, 0, 0, 0.7
+            PreRotation, 10, 20, 0
+            PostRotation, 0, 15, 25
+            GeometricTranslation, 0, 1, 0
+            GeometricRotation, 90, 0, 0
+            GeometricScaling, 1, 1, 2
+        """
+        lines = (line.strip().split(", ") for line in table.strip().splitlines())
+        rows = {name: tuple(map(float, values)) for name, *values in lines}
         mesh, codes = load(cube(*(p(name, *values) for name, values in rows.items())))
         assert codes == {}
 

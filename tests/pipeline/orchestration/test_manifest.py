@@ -21,15 +21,8 @@ GEOMETRY = {
 def visit(status="done", stage="", reason="", **products):
     made = {name.replace("_", "-"): {"tokens": n} for name, n in products.items()}
     numbers = {"seen": sorted(products)[0]} if products else {}
-    return AssetResult(
-        uid=RECORD.uid,
-        status=status,
-        stage=stage,
-        reason=reason,
-        row=GEOMETRY,
-        products=made,
-        numbers=numbers,
-    )
+    verdict = {"status": status, "stage": stage, "reason": reason}
+    return AssetResult(uid=RECORD.uid, row=GEOMETRY, products=made, numbers=numbers, **verdict)
 
 
 def row_of(result):

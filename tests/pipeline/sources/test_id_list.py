@@ -124,18 +124,29 @@ def test_rows_without_an_asset_are_reported(tmp_path, caplog):
         warn_of_missing(ids, set())
 
 
+BAD_LISTS = {
+    "txt": {"x": "csv, json or parquet"},
+    "json": {
+        "{": "cannot read the list",
+        "3": "a list or an object",
+        "[3]": "must be a text or an object",
+        "[]": "names no asset",
+    },
+    "csv": {
+        "name\nx\n": "row 1 names no asset",
+        "uid\na,b\n": "row 1 does not have as many values",
+        "uid,sha256\na,12\n": "sha256 '12', not 64 digits",
+    },
+    "parquet": {"x": "cannot read the list"},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.txt", "x", "csv, json or parquet"),
-        ("a.json", "{", "cannot read the list"),
-        ("a.json", "3", "a list or an object"),
-        ("a.json", "[3]", "must be a text or an object"),
-        ("a.json", "[]", "names no asset"),
-        ("a.csv", "name\nx\n", "row 1 names no asset"),
-        ("a.csv", "uid\na,b\n", "row 1 does not have as many values"),
-        ("a.csv", "uid,sha256\na,12\n", "sha256 '12', not 64 digits"),
-        ("a.parquet", "x", "cannot read the list"),
+        (f"a.{ending}", text, words)
+        for ending, lists in BAD_LISTS.items()
+        for text, words in lists.items()
     ],
 )
 def test_lists_that_cannot_be_used_are_refused(tmp_path, name, text, words):
