@@ -333,11 +333,8 @@ IGNORED_ELEMENTS: dict[str, dict[str, str]] = {
             (
                 *("*.LayerElementAmbient*", "*.LayerElementSpecular*", "*.LayerElementReflection*"),
                 *("*.LayerElementShininess*", "*.LayerElementBump*", "*.LayerElementNormalMap*"),
-                *("*.LayerElementDisplacement*", "*.LayerElementEmissive*"),
-                *("*.LayerElementTransparent*", "*.LayerElementTransparency*"),
-                *("*.LayerElementDiffuse*", "*.LayerElementVectorDisplacement*"),
             ),
-            "Which texture a polygon has beside that of its colour, in older files.",
+            "Which texture of shading a polygon has, in older files.",
         ),
         # Deformers
         **dict.fromkeys(

@@ -19,6 +19,7 @@ from pipeline.mesh_io.readers.fbx_schema import (
     READ_PROPERTIES,
     READ_VALUES,
     TEXTURE_ROLES,
+    UNDRAWN_LAYERS,
     UNDRAWN_TEXTURES,
     UNDRAWN_VALUES,
     plain_name,
@@ -84,6 +85,9 @@ def _check_children(element: FbxElement, kind: str, found: Counter[tuple[str, st
         if child.name in read:
             continue
         detail = f"{kind}.{child.name}" if kind else child.name
+        if UNDRAWN_LAYERS.fullmatch(child.name):
+            found["appearance_ignored", detail] += 1
+            continue
         if not (_is_ignored(child.name) or _is_ignored(detail)):
             found["unknown_element", detail[:80]] += 1
 

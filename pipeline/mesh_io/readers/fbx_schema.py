@@ -91,6 +91,11 @@ UNDRAWN_TEXTURES = frozenset(
     )
 )
 
+# Layers of older files that give polygons further textures of colour, light or shape.
+UNDRAWN_LAYERS = re.compile(
+    "LayerElement(Diffuse|Emissive|Transparen(t|cy)|Displacement|VectorDisplacement).*"
+)
+
 
 def stated_name(name: str) -> str:
     """Return the plain name of a property, with "|" before it if it has a vendor's prefix."""

@@ -388,7 +388,17 @@ class TestTextures:
 
 
 class TestVersion6:
-    def test_a_texture_of_a_node_gives_the_colour_of_its_polygons(self, load):
+    @pytest.mark.parametrize(
+        ("others", "expected"),
+        [
+            ((), {}),
+            (("LayerElementSpecularTextures", "LayerElementBumpTextures"), {}),
+            (("LayerElementEmissiveTextures",), {"appearance_ignored": 1}),
+            (("LayerElementTransparentTextures",), {"appearance_ignored": 1}),
+        ],
+    )
+    def test_a_texture_of_a_node_gives_the_colour_of_its_polygons(self, load, others, expected):
+        """Other layers of textures are not drawn. Those that can alter the look are reported."""
         quad = [[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [2, 0, 0], [2, 1, 0]]
         node = e(
             "Model",
@@ -404,6 +414,10 @@ class TestVersion6:
                     "Direct",
                     ("TextureId", np.eye(1, 2, dtype=int)),
                 ),
+                *(
+                    layer(name, "AllSame", "Direct", ("TextureId", np.zeros(1, int)))
+                    for name in others
+                ),
             ],
         )
         names = ("a.png", "b.png")
@@ -417,6 +431,6 @@ class TestVersion6:
         mesh_, codes = load(
             tree, {"a.png": png(RED), "b.png": png(GREEN)}, container=lambda t: text(t, 6100)
         )
-        assert codes == {}
+        assert codes == expected
         assert texel_at(mesh_, (0.5, 0.5, 0)) == GREEN
         assert texel_at(mesh_, (1.5, 0.5, 0)) == RED
