@@ -12,9 +12,9 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from pickle import UnpicklingError
-from threading import Thread
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -148,19 +148,19 @@ class CheckpointWriter:
         self.world = world
         self.keep_last = keep_last
         self._host = HostCopies(world.device)
-        self._thread: Thread | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._written: Future[str] | None = None
         self._step = 0
-        self._problem = ""
 
     @property
     def pending_step(self) -> int | None:
         """The step whose checkpoint has begun and is not finished. The same on all ranks."""
-        return None if self._thread is None else self._step
+        return None if self._written is None else self._step
 
     @property
     def is_waiting(self) -> bool:
         """Whether this rank has written its part of the pending checkpoint."""
-        return self._thread is not None and not self._thread.is_alive()
+        return self._written is not None and self._written.done()
 
     def begin(self, step: int, state: Mapping[str, Any]) -> str:
         """Copy the state after a step and start to write it. All ranks call this together.
@@ -175,7 +175,7 @@ class CheckpointWriter:
         Raises:
             ValueError: If another checkpoint is pending.
         """
-        if self._thread is not None:
+        if self._written is not None:
             raise ValueError(f"the checkpoint of step {self._step} must be finished first")
         partial = self._partial(step)
         problem = _disk_error(_prepare, self.out, partial) if self.world.is_first else ""
@@ -192,13 +192,7 @@ class CheckpointWriter:
             )
             self._host.wait()
         self._step = step
-        self._problem = ""
-        self._thread = Thread(
-            target=self._write,
-            args=(partial, random_state, shared, dict(state)),
-            name=f"checkpoint of step {step}",
-        )
-        self._thread.start()
+        self._written = self._pool.submit(self._write, partial, random_state, shared, dict(state))
         return ""
 
     def finish(self) -> str:
@@ -207,10 +201,10 @@ class CheckpointWriter:
         Returns:
             "" on every rank, or on every rank why the checkpoint could not be written.
         """
-        assert self._thread is not None
-        self._thread.join()
-        self._thread = None
-        problem = self._problem
+        assert self._written is not None
+        error = self._written.exception()
+        problem = f"{type(error).__name__}: {error}" if error else self._written.result()
+        self._written = None
         partial, final = self._partial(self._step), step_directory(self.out, self._step)
         if not self.world.any(bool(problem)) and self.world.is_first:
             problem = _disk_error(_publish, self.out, partial, final)
@@ -228,13 +222,13 @@ class CheckpointWriter:
         A single rank publishes the checkpoint. With several ranks it stays unpublished, because
         nobody knows whether the others have written their parts.
         """
-        if self._thread is None:
+        if self._written is None:
             return
         if self.world.size == 1:
             self.finish()
         else:
-            self._thread.join()
-            self._thread = None
+            wait([self._written])
+            self._written = None
 
     def _partial(self, step: int) -> Path:
         final = step_directory(self.out, step)
@@ -246,15 +240,13 @@ class CheckpointWriter:
         random_state: dict[str, Tensor],
         shared: dict[str, Any] | None,
         state: dict[str, Any],
-    ) -> None:
+    ) -> str:
+        """Write this rank's files. Return why that failed, or ""."""
         rank_file = partial / f"rank-{self.world.rank}.pt"
-        try:
-            self._problem = _disk_error(_write_pickled, rank_file, random_state)
-            if shared is not None and not self._problem:
-                self._problem = _disk_error(_write_shared, partial, shared, state, self.config)
-        except Exception as error:  # the thread's end would hide it from `finish`
-            log.exception("The checkpoint of step %d was not written.", self._step)
-            self._problem = f"{type(error).__name__}: {error}"
+        problem = _disk_error(_write_pickled, rank_file, random_state)
+        if shared is not None and not problem:
+            problem = _disk_error(_write_shared, partial, shared, state, self.config)
+        return problem
 
 
 class HostCopies:

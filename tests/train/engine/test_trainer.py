@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -376,14 +377,13 @@ def test_copies_on_the_host_are_those_of_the_gpu():
 def at_once(monkeypatch):
     """Write checkpoints before training goes on, so that the disk's state is that of the step."""
 
-    class Immediate(threading.Thread):
-        def start(self):
-            self.run()
+    class Immediate(ThreadPoolExecutor):
+        def submit(self, *args, **options):
+            future = super().submit(*args, **options)
+            wait([future])
+            return future
 
-        def join(self, timeout=None):
-            pass
-
-    monkeypatch.setattr(checkpoint, "Thread", Immediate)
+    monkeypatch.setattr(checkpoint, "ThreadPoolExecutor", Immediate)
 
 
 @pytest.mark.usefixtures("at_once")
