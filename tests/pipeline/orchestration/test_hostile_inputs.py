@@ -75,7 +75,7 @@ def test_a_server_that_misbehaves_and_the_run_goes_on(tmp_path):
         "page-unhashed": (["html"], ("rejected", "fetch", "wrong_magic")),
         "other": ([], ("rejected", "fetch", "wrong_sha256")),
         "closed": ([], ("rejected", "metadata", "licence")),
-        "blend": ([], ("rejected", "metadata", "unsupported_format")),
+        "blend": ([], ("rejected", "metadata", "missing_blender")),
     }
     with run_server() as server:
         server.files |= {f"/{name}.stl": STL for name in faults}

@@ -169,6 +169,7 @@ def test_the_last_lines_say_that_the_report_is_written_and_where_everything_is(
 
     monkeypatch.setattr("pipeline.orchestration.passes.run_passes", run_passes)
     monkeypatch.setattr("pipeline.inspection.build_report.write_report", write_report)
+    monkeypatch.setattr("pipeline.inspection.asset_list.write_attribution", lambda _: None)
     build(BuildConfig(out=tmp_path), sources=[])
     assert order == [0, "Writing the report."]
     assert lines()[1] == "2 assets are done, 1 rejected and 0 failed after 0 s."

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from s3fs import S3FileSystem
 
 from pipeline.core.errors import RunError, UserError
 from pipeline.storage import remote
@@ -37,7 +38,11 @@ def store():
 
 @pytest.fixture(autouse=True)
 def settings(store, monkeypatch):
-    """Let this process find the store, and retry at once."""
+    """Let this process find the store, and retry at once.
+
+    A file system that another test has made talks to that test's server.
+    """
+    S3FileSystem.clear_instance_cache()
     for name, value in store.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -45,6 +50,7 @@ def settings(store, monkeypatch):
     store.proxy.cuts, store.proxy.down = [], False
     yield
     store.proxy.cuts, store.proxy.down = [], False
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")
