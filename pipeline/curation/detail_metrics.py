@@ -145,9 +145,9 @@ def ground_share(cells: NDArray[np.bool_]) -> float:
     slab = max(1, int(np.ceil(BASE_SHARE * (high - low))))
     if high - low < 4 * slab:
         return 0.0
-    base = cells[:, low : low + slab].any(axis=1)
+    base: NDArray[np.bool_] = np.any(cells[:, low : low + slab], axis=1)
     above = cells[:, low + 2 * slab :].any(axis=1)
-    xs, zs = np.flatnonzero(base.any(axis=1)), np.flatnonzero(base.any(axis=0))
+    xs, zs = np.flatnonzero(np.any(base, axis=1)), np.flatnonzero(np.any(base, axis=0))
     rectangle = (xs[-1] - xs[0] + 1) * (zs[-1] - zs[0] + 1)
     if np.count_nonzero(base) < PLANE_FOOTPRINT * rectangle:
         return 0.0
