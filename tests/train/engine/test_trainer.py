@@ -464,7 +464,10 @@ def test_log_lines_show_the_time_left_and_the_last_one_names_the_files(tmp_path,
     lines = [record.getMessage() for record in caplog.records]
     steps = [line for line in lines if line.startswith("Step ")]
     assert len(steps) == 4
-    assert re.search(r"^Step 5/20: loss .*  [0-9.e-]+ s/step  0:\d\d:\d\d left$", steps[0])
+    line = re.search(r"^Step 5/20: loss .*  ([0-9.e-]+) s/step  0:(\d\d):(\d\d) left$", steps[0])
+    assert line
+    # 15 steps are left. The line has three digits of the seconds of a step, and whole seconds.
+    assert abs(60 * int(line[2]) + int(line[3]) - 15 * float(line[1])) <= 0.51 + 0.01 * 15
     assert lines[-1] == (
         f"Done: 20 of 20 steps; checkpoints are in {tmp_path}, metrics in "
         f"{tmp_path / 'metrics.jsonl'}, previews in {tmp_path / 'samples'}/."
