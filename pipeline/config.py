@@ -85,6 +85,10 @@ class BuildConfig:
     """List of the assets to take from the sources: a csv, json or parquet file with the columns
     uid, sha256, or file_identifier or url. Further columns are kept. None takes all assets."""
 
+    split_column: str | None = added(None, before=None)
+    """Column of the list of `--ids` that states the split of each asset, "train" or "val". None
+    lets `--val-percent` and the uid of the asset decide."""
+
     up: Literal["auto", "y", "z"] = "auto"
     """Axis that points up in files that do not state one: obj, ply, stl, off, and dae without
     up_axis. "auto" takes y. glTF, 3MF and COLLADA files that state an axis are not affected."""
@@ -170,6 +174,8 @@ class BuildConfig:
             raise ValueError(f'up must be "auto", "y" or "z", got {self.up!r}')
         if not self.resolutions:
             raise ValueError("resolutions must name at least one resolution, got none")
+        if self.split_column is not None and self.ids is None:
+            raise ValueError(f"split_column needs ids, got the column {self.split_column!r} alone")
         for resolution in (*self.resolutions, self.decision_resolution):
             check_resolution(resolution)
         for name in ("shard_size", "limit", "workers"):
@@ -243,7 +249,8 @@ class BuildConfig:
         stages = ["load", "normalize", "filter", "topology"]
         if self.run != "screen" and self.rank.target_count is not None:
             stages += ["screen", "rank"]
-        names = ("source", "ids", "up", "limit", "topology_resolution", "shard_size", "val_percent")
+        names = ("source", "ids", "split_column", "up", "limit", "topology_resolution")
+        names = (*names, "shard_size", "val_percent")
         options = {**options_of(self), "topology_resolution": self.decision_resolution}
         of_stages = {name: options_of(getattr(self, name)) for name in stages}
         shared = {**{name: options[name] for name in names if name in options}, **of_stages}

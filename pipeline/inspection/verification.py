@@ -13,7 +13,7 @@ from typing import cast
 
 import pyarrow as pa
 
-from pipeline.core.hashing import hash_of, split_of
+from pipeline.core.hashing import hash_of
 from pipeline.core.options import CameraSet
 from pipeline.core.product import Product, is_product_name
 from pipeline.core.provenance import FORMAT_VERSION
@@ -22,6 +22,7 @@ from pipeline.curation.catalogue import Catalogue
 from pipeline.curation.screening_metrics import read_metrics_table
 from pipeline.inspection.asset_list import ATTRIBUTION_FILES
 from pipeline.orchestration.plan import Plan, read_plan, shard_name
+from pipeline.sources.id_list import split_of_record
 from pipeline.storage.commit_marker import CommitMarker, read_marker, tree_sha256
 from pipeline.storage.layout import (
     CATALOGUE,
@@ -295,7 +296,8 @@ def _manifest_problems(
     if uids != planned and sorted(uids) == sorted(planned):
         yield "the rows of the manifest are not in the order of the plan"
     records_by_uid = {record.uid: record for record in records}
-    val_percent = plan.info.config["val_percent"]
+    options = plan.info.config
+    val_percent, column = options["val_percent"], options.get("split_column")
     for row in rows:
         uid = row.uid
         if uid not in records_by_uid:
@@ -308,7 +310,7 @@ def _manifest_problems(
             yield f"{uid}: the manifest row differs from the plan"
         if (row.shard, row.row) != (shard, planned.index(uid)):
             yield f"{uid}: the manifest row is of shard {row.shard} row {row.row}"
-        split = split_of(record.split_key or uid, val_percent)
+        split = split_of_record(record, val_percent=val_percent, column=column)
         if row.split != split:
             yield f"{uid}: split must be {split}, is {row.split}"
         if row.status not in STATUSES or (row.status == "done") != (row.reason == ""):

@@ -21,6 +21,7 @@ from pipeline.orchestration.asset_results import AssetResult, read_result
 from pipeline.orchestration.asset_stages import load_bricks
 from pipeline.orchestration.manifest import new_row, updated_row
 from pipeline.orchestration.visit_stats import append_stats
+from pipeline.sources.id_list import split_of_record
 from pipeline.storage import layout
 from pipeline.storage.commit_marker import CommitMarker, describe_files
 from pipeline.storage.manifest import STATUSES, ManifestRow, read_manifest, write_manifest
@@ -120,9 +121,10 @@ def _merge_rows(
             rows.append(old if result is None else updated_row(old, result))
         else:
             assert result is not None
-            row = new_row(
-                record, result, shard=job.shard, row=number, val_percent=job.config.val_percent
+            split = split_of_record(
+                record, val_percent=job.config.val_percent, column=job.config.split_column
             )
+            row = new_row(record, result, shard=job.shard, row=number, split=split)
             rows.append(row)
     return rows
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.core.hashing import split_of
 from pipeline.core.product import Product, is_product_name
 from pipeline.core.schema import Record
 from pipeline.orchestration.asset_results import AssetResult
@@ -15,7 +14,7 @@ MEASURED_COLUMNS = ("faces", "vertices", "components", "area", "volume", "sign_p
 
 
 def new_row(
-    record: Record, result: AssetResult, *, shard: str, row: int, val_percent: int
+    record: Record, result: AssetResult, *, shard: str, row: int, split: str
 ) -> ManifestRow:
     """Return the row of an asset after its first visit.
 
@@ -24,7 +23,7 @@ def new_row(
         result: How the visit ended.
         shard: Name of the shard.
         row: Position in the shard.
-        val_percent: Share of the assets in the validation split.
+        split: "train" or "val".
     """
     center = result.row.get("center")
     return ManifestRow(
@@ -43,7 +42,7 @@ def new_row(
         center=None if center is None else tuple(center),
         shard=shard,
         row=row,
-        split=split_of(record.split_key or record.uid, val_percent),
+        split=split,
         up_axis=result.row.get("up_axis"),
         up_origin=result.row.get("up_origin"),
         warnings=tuple(result.row.get("warnings", ())),

@@ -24,7 +24,7 @@ from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION, commit_of_code, provenance
 from pipeline.core.schema import Record
 from pipeline.sources import Listing
-from pipeline.sources.id_list import ListedAssets, read_id_list, warn_of_missing
+from pipeline.sources.id_list import ListedAssets, check_splits, read_id_list, warn_of_missing
 from pipeline.storage.layout import CATALOGUE, PLAN, PLAN_TABLE, SCRATCH, SCREENING
 from pipeline.storage.locks import workspace
 from pipeline.storage.remote import RemotePath, StorePath, arrow_source, list_children
@@ -203,6 +203,8 @@ def _write_plan(here: Path, cfg: BuildConfig, sources: Sequence[Listing]) -> Non
     matched: set[int] = set()
     ids = None if cfg.ids is None else read_id_list(cfg.ids)
     if ids is not None:
+        if cfg.split_column is not None:
+            check_splits(ids, cfg.split_column)
         sources = [ListedAssets(source=source, ids=ids, matched=matched) for source in sources]
     records = chain.from_iterable(source.records() for source in sources)
     assets = _write_table(partial, records, cfg)

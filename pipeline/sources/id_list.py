@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import UserError
-from pipeline.core.hashing import make_uid, sha256_of
+from pipeline.core.hashing import make_uid, sha256_of, split_of
 from pipeline.core.schema import Record
 from pipeline.core.text import counted
 
@@ -31,6 +31,7 @@ KEY_NAMES = ("fileidentifier", "url", "path", "file")
 SKETCHFAB_ID = re.compile(r"[0-9a-f]{32}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FORMATS = ("csv", "json", "parquet")
+SPLITS = ("train", "val")  # values of the column that states the split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,34 @@ def with_columns(record: Record, columns: Mapping[str, Any]) -> Record:
 def listed_columns(metadata: str) -> dict[str, Any]:
     """Return the further columns of a list that a record carries."""
     return json.loads(metadata).get(LISTED, {}) if metadata else {}
+
+
+def check_splits(ids: IdList, column: str) -> None:
+    """Check that a column of a list states the split of every asset.
+
+    Raises:
+        UserError: If a row has another value than those of SPLITS, or none.
+    """
+    for entry in ids.entries:
+        if entry.columns.get(column) not in SPLITS:
+            raise UserError(
+                f"{ids.path}: row {entry.number + 1} must have {' or '.join(SPLITS)} in the column "
+                f"{column} of --split-column, got {entry.columns.get(column)!r}"
+            )
+
+
+def split_of_record(record: Record, *, val_percent: int, column: str | None) -> str:
+    """Return the split of an asset, "train" or "val".
+
+    Args:
+        record: The asset.
+        val_percent: Percentage of the assets in the validation split.
+        column: Column of the list that states the split. None lets the hash of the uid, or of the
+            group of copies, decide.
+    """
+    if column is not None:
+        return str(listed_columns(record.metadata)[column])
+    return split_of(record.split_key or record.uid, val_percent)
 
 
 def warn_of_missing(ids: IdList, matched: set[int]) -> int:

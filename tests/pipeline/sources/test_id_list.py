@@ -13,8 +13,10 @@ from pipeline.core.schema import Record
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.id_list import (
     ListedAssets,
+    check_splits,
     listed_columns,
     read_id_list,
+    split_of_record,
     warn_of_missing,
 )
 
@@ -156,3 +158,27 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path, name, text, words):
         read_id_list(path)
     with pytest.raises(UserError, match="no file"):
         read_id_list(tmp_path / "missing.csv")
+
+
+def test_a_column_of_the_list_decides_the_split(tmp_path):
+    source = Catalogue("objaverse-xl", GITHUB, GITHUB + "x")
+    text = f"url,side\n{GITHUB},val\n{GITHUB}x,train\n"
+    records = matched(tmp_path, "list.csv", text, source)
+    check_splits(read_id_list(tmp_path / "list.csv"), "side")
+    for val_percent in (0, 100):
+        splits = [
+            split_of_record(record, val_percent=val_percent, column="side") for record in records
+        ]
+        assert splits == ["val", "train"]
+    by_uid = [split_of_record(record, val_percent=100, column=None) for record in records]
+    assert by_uid == ["val", "val"]
+
+
+@pytest.mark.parametrize(("column", "value"), [("side", "test"), ("side", ""), ("other", "val")])
+def test_a_row_without_a_split_is_refused(tmp_path, column, value):
+    path = tmp_path / "list.csv"
+    path.write_text(f"url,{column}\nfirst,train\nsecond,{value}\n", encoding="utf-8")
+    shown = "None" if column == "other" or not value else repr(value)
+    row = 1 if column == "other" else 2
+    with pytest.raises(UserError, match=rf"row {row} must have train or val .* side .*{shown}"):
+        check_splits(read_id_list(path), "side")

@@ -1,0 +1,126 @@
+"""Write the list of the props recipe: its assets, their copies and their split.
+
+The list is committed as `assets.csv` and `shapes.csv`, so this script documents how it was made.
+Families are held out, not assets: a family holds whole groups and every copy that deduplication
+finds, so that no held-out shape is a training shape in another colour, turn or mirror image.
+
+    python -m examples.recipes.props.make_list INDEX.csv FOLDER
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pipeline.core.hashing import sha256_of
+from pipeline.curation.config import DedupConfig
+from pipeline.curation.dedup import Signatures, find_copies
+from pipeline.curation.shape_moments import surface_moments
+from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
+from pipeline.mesh_io.load import load
+from pipeline.mesh_io.load_warnings import WarningLog
+from pipeline.mesh_io.normalize import normalize
+from pipeline.mesh_io.visible_parts import keep_visible
+
+HERE = Path(__file__).parent
+HELD_OUT_EVERY = 10  # one family in so many is held out
+COLUMNS = ("file", "repository", "sha256", "licence", "group", "shape", "split")
+
+
+def moments_of(path: Path, root: Path) -> NDArray[np.float32]:
+    """Return the surface moments of the normalised mesh in a file, float32 [34]."""
+    mesh, _ = keep_visible(load(path, LoadConfig(), root=root), WarningLog())
+    mesh = normalize(mesh, NormalizeConfig())
+    return surface_moments(mesh.vertices[mesh.faces]).astype(np.float32)
+
+
+def families_of(groups: Sequence[str], shapes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the number of each asset's family: chains of the same group or the same shape, [N]."""
+    group = np.unique(np.asarray(groups), return_inverse=True)[1]
+    count, first_group = len(groups), len(groups) + shapes.max() + 1
+    rows = np.concatenate([np.arange(count)] * 2)
+    columns = np.concatenate([count + shapes, first_group + group])
+    nodes = first_group + group.max() + 1
+    graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(nodes, nodes))
+    return connected_components(graph, directed=False)[1][:count]
+
+
+def held_out(names: Sequence[tuple[str, str]]) -> list[bool]:
+    """Return whether each family is held out: every tenth, in the order of packs and hashes.
+
+    Args:
+        names: Pack and smallest group of each family.
+    """
+
+    def key(number: int) -> tuple[str, str]:
+        pack, group = names[number]
+        return pack, hashlib.sha256(group.encode()).hexdigest()
+
+    chosen = set(sorted(range(len(names)), key=key)[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY])
+    return [number in chosen for number in range(len(names))]
+
+
+def main(index: Path, folder: Path) -> None:
+    """Write `assets.csv` and `shapes.csv` beside this script.
+
+    Args:
+        index: Table with the columns file, group, pack, repo, licence and sha256.
+        folder: Directory of the files.
+    """
+    with index.open(encoding="utf-8", newline="") as file:
+        assets = list(csv.DictReader(file))
+    for asset in assets:
+        if sha256_of(folder / asset["file"]) != asset["sha256"]:
+            raise ValueError(f"{asset['file']} must have the sha256 {asset['sha256']}")
+    moments = np.stack([moments_of(folder / asset["file"], folder) for asset in assets])
+    signatures = Signatures(
+        sha256=[asset["sha256"] for asset in assets], visible=moments, faces=moments
+    )
+    shapes = find_copies(signatures, DedupConfig()).components()
+    first_of_shape: dict[int, str] = {}
+    for asset, shape in zip(assets, shapes, strict=True):
+        first_of_shape.setdefault(int(shape), asset["file"])
+    families = families_of([asset["group"] for asset in assets], shapes)
+    members = defaultdict(list)
+    for asset, family in zip(assets, families, strict=True):
+        members[int(family)].append(asset)
+    names = [
+        (members[n][0]["pack"], min(asset["group"] for asset in members[n]))
+        for n in range(len(members))
+    ]
+    is_held_out = held_out(names)
+    rows = [
+        {
+            "file": asset["file"],
+            "repository": asset["repo"],
+            "sha256": asset["sha256"],
+            "licence": asset["licence"],
+            "group": asset["group"],
+            "shape": first_of_shape[int(shape)],
+            "split": "val" if is_held_out[int(family)] else "train",
+        }
+        for asset, shape, family in zip(assets, shapes, families, strict=True)
+    ]
+    write(HERE / "assets.csv", rows)
+    write(HERE / "shapes.csv", [row for row in rows if row["file"] == row["shape"]])
+
+
+def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Write a list with the columns COLUMNS."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
