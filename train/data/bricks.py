@@ -232,14 +232,21 @@ def magnitude_bits(values: NDArray[np.float16]) -> NDArray[np.uint16]:
 class BrickReader:
     """Reads the bricks of single assets. It may be used from several threads.
 
+    Args:
+        index: Assets of the build.
+        kept_bytes: Size of the bricks that are kept in memory, the first ones that are read. In an
+            epoch every asset is read once, so bricks that replace each other would never be found.
+
     Attributes:
         index: Assets of the build.
         concurrent: Runs reads of several assets at the same time if the build is remote.
     """
 
-    def __init__(self, index: BuildIndex):
+    def __init__(self, index: BuildIndex, *, kept_bytes: int = 0):
         self.index = index
         self._lock = threading.Lock()
+        self._kept: dict[tuple[int, int], Bricks] = {}
+        self._room = kept_bytes
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
         self.concurrent = ConcurrentReader(index.root)
 
@@ -255,6 +262,9 @@ class BrickReader:
                 also raise the other exceptions of UNREADABLE.
         """
         with self._lock:
+            kept = self._kept.get((asset, resolution))
+            if kept is not None:
+                return kept
             shard = self._open(resolution, self.index.shards[asset])
         bricks = shard.bricks(self.index.uids[asset])
         if not len(bricks.cells):
@@ -269,7 +279,16 @@ class BrickReader:
             )
         if size.min() == ONE_BITS:
             raise ValueError("no active point")
+        self._keep(asset, bricks)
         return bricks
+
+    def _keep(self, asset: int, bricks: Bricks) -> None:
+        size = bricks.cells.nbytes + bricks.values.nbytes + bricks.sharp.nbytes
+        key = (asset, bricks.resolution)
+        with self._lock:
+            if size <= self._room and key not in self._kept:
+                self._room -= size
+                self._kept[key] = bricks
 
     def _open_shard(self, resolution: int, name: str) -> SdfShard:
         from pipeline.storage.sdf_shard import SdfShard  # imports zarr, which not all users need
@@ -331,6 +350,7 @@ class BrickLoader:
             MIN_BAD assets on, loading raises RunError.
         largest: Largest number of cells of an asset that may replace another. None: no limit.
         pin: Whether batches are put into page-locked memory.
+        kept_bytes: Size of the bricks that are kept in memory, see `BrickReader`.
     """
 
     def __init__(
@@ -343,12 +363,13 @@ class BrickLoader:
         max_bad_share: float = 0.05,
         largest: int | None = None,
         pin: bool = False,
+        kept_bytes: int = 0,
     ):
         self.index = index
         self.seed = seed
         self.noise_channels = noise_channels
         self.symmetries = symmetries
-        self.reader = BrickReader(index)
+        self.reader = BrickReader(index, kept_bytes=kept_bytes)
         self.max_bad_share = max_bad_share
         self.largest = largest
         self.pin = pin

@@ -196,3 +196,22 @@ def test_values_out_of_range_are_unreadable(tmp_path, monkeypatch, value):
     monkeypatch.setattr("pipeline.storage.sdf_shard.SdfShard.bricks", lambda *_: bricks)
     with pytest.raises(ValueError, match=r"values must be finite and in \[-1, 1\]"):
         reader.read(0, 32)
+
+
+def test_kept_bricks_are_not_read_again_and_stay_within_their_memory(build, tmp_path):
+    copy = shutil.copytree(build, tmp_path / "build")
+    index = read_build_index(copy, [32])
+    first = BrickReader(index).read(0, 32)
+    size = first.cells.nbytes + first.values.nbytes + first.sharp.nbytes
+    reader = BrickReader(index, kept_bytes=size)
+    before = [reader.read(asset, 32) for asset in (0, 1)]
+    shutil.rmtree(copy / "sdf")
+    reader._open.cache_clear()
+    assert reader.read(0, 32) is before[0]
+    with pytest.raises((OSError, ValueError)):  # there was no room for the second asset
+        reader.read(1, 32)
+
+
+def test_kept_bricks_give_the_same_batches(build):
+    plain, kept = make_stream(build), make_stream(build, kept_bytes=1 << 30)
+    assert all(same(next(plain), next(kept)) for _ in range(12))  # the third epoch of each R

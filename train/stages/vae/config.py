@@ -14,7 +14,7 @@ from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
 from train.engine.config import SMALL_LOOP, TINY_LOOP, Gpus, LoopConfig, check_gpus
 
-VAEPreset = Literal["tiny", "small", "base", "base-1024"]
+VAEPreset = Literal["tiny", "small", "props", "base", "base-1024"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,9 @@ class BrickConfig:
     """Apply one of the 48 symmetries of the cube to each asset."""
     max_bad_share: float = 0.05
     """Share of assets that may be unreadable before the run ends."""
+    kept_gb: float = at_least(0, 0.0)
+    """Memory in gigabytes for bricks that were read, which later epochs then do not read again. 0
+    reads them every time."""
     workers: int = at_least(0, 4)
     """Number of threads that prepare batches ahead. Every number gives the same batches. 0 prepares
     them in the training thread."""
@@ -85,7 +88,8 @@ class VAETraining:
 
     preset: VAEPreset = "tiny"
     """Set of defaults for all other options. tiny takes minutes on a CPU, small minutes on a GPU,
-    base is the paper's model at 256 to 512, base-1024 continues it at 1024."""
+    props is the recipe of examples/recipes/props, base is the paper's model at 256 to 512,
+    base-1024 continues it at 1024."""
     data: PathOrUrl = Path("data/smoke")
     """Directory or URL of a build made by `python -m pipeline.build`."""
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -145,6 +149,24 @@ VAE_PRESETS: dict[str, VAETraining] = {
             **_intervals(500, 500, 1500),
         ),
         model=VAEConfig(widths=(32, 64, 96, 192), heads=6, blocks=2),
+    ),
+    "props": VAETraining(
+        preset="props",
+        data=Path("data/props"),
+        out=Path("runs/props/vae"),
+        bricks=BrickConfig(
+            resolutions=(256,), token_budget=60_000, kept_gb=6.0, workers=12, val_batches=10
+        ),
+        loop=replace(
+            SMALL_LOOP,
+            steps=4000,
+            optimizer="muon",
+            learning_rate=1e-3,
+            ema_decay=0.998,
+            keep_last=1,
+            **_intervals(500, 1000, 0),
+        ),
+        model=VAEConfig(widths=(32, 64, 96, 128), heads=4, blocks=2, latent_channels=8),
     ),
     # Direct3D-S2 paper (arXiv 2505.17412), section 3: a day on eight A100 GPUs.
     "base": VAETraining(

@@ -19,7 +19,7 @@ from train.stages.vae.task import VAETask
 
 # Options that say where a run took place and not what was trained.
 NOT_RECORDED = ("cache", "data", "out", "device", "gpus", "init", "preset")
-NOT_RECORDED_OF_BRICKS = ("workers", "val_batches", "reconstructions")
+NOT_RECORDED_OF_BRICKS = ("kept_gb", "workers", "val_batches", "reconstructions")
 
 
 def train_vae(cfg: VAETraining, world: World) -> int:
@@ -53,6 +53,7 @@ def train_vae(cfg: VAETraining, world: World) -> int:
         max_bad_share=cfg.bricks.max_bad_share,
         largest=cfg.bricks.max_tokens,
         pin=world.device.type == "cuda",
+        kept_bytes=int(1e9 * cfg.bricks.kept_gb),
     )
     log_training_data(training, held_out, sampler, world)
     stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.bricks.workers)
