@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model.conditioning.image_encoder import ImageBatch, ImageEncoder, build_encoder
 from model.config import ConditionedDiTConfig, SamplingOptions
+from model.cuda_graph import ReplayedFunction
 from model.image_tokens import ImageTokens
 from model.kv_compression import TokenLayout
 from model.rectified_flow import draw_noise, guide, sample
@@ -18,6 +19,9 @@ from model.sparse_tensor import Level, SparseTensor
 
 # Most tokens of a batch that holds both passes of classifier-free guidance.
 LARGEST_PAIR = 262_144
+# Most tokens of a pass whose kernels are recorded. The host issues a larger pass in less time than
+# the GPU computes it, so there is nothing to gain.
+LARGEST_RECORDED = 32_768
 
 
 class _Shared:
@@ -178,10 +182,10 @@ class ConditionedDiT(nn.Module):
         """
         layout: TokenLayout | None = None
 
-        def velocity(x_NC: Tensor, t: float) -> Tensor:
+        def velocity(x_NC: Tensor, t_B: Tensor) -> Tensor:
             nonlocal layout
             layout = layout or self.dit.layout(level)
-            t_B = torch.full((level.batch_size,), t, device=x_NC.device)
             return self.dit(SparseTensor(x_NC, level), t_B, tokens, layout)
 
-        return velocity
+        call = ReplayedFunction(velocity) if len(level) <= LARGEST_RECORDED else velocity
+        return lambda x_NC, t: call(x_NC, torch.full((level.batch_size,), t, device=x_NC.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -54,14 +55,9 @@ def clean_mesh(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> Cle
     if not len(faces):
         raise ValueError("the mesh must have a face, got none")
     vertices, faces, holes = close_holes(vertices, faces)
-    # Area and signed volume of each piece.
     piece_of = label_pieces(len(vertices), faces)[faces[:, 0]]
-    corners = vertices[faces]
-    cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    count = piece_of.max() + 1
-    area = np.bincount(piece_of, np.linalg.norm(cross, axis=1) / 2, count)
-    volume = np.bincount(piece_of, (corners[:, 0] * cross).sum(1) / 6, count)
-    exists = np.bincount(piece_of, minlength=count) > 0
+    area, volume = _measure_pieces(vertices, faces, piece_of, int(piece_of.max()) + 1)
+    exists = np.bincount(piece_of, minlength=len(area)) > 0
     bubble = exists & (volume < 0)
     solid = exists & ~bubble
     # A mesh that is inside out as a whole is kept, since an empty result would be worse.
@@ -125,16 +121,63 @@ def count_open_edges(faces: Faces) -> int:
 
 
 def label_pieces(count: int, faces: Faces) -> NDArray[np.int32]:
-    """Return the number of the connected piece of each of `count` vertices, int32 [count]."""
-    start, end = _directed_edges(faces)
-    graph = coo_matrix((np.ones(len(start), np.int8), (start, end)), shape=(count, count))
-    return connected_components(graph, directed=False)[1]
+    """Return the number of the connected piece of each of `count` vertices, int32 [count].
+
+    Pieces are numbered in the order of their first vertices.
+    """
+    return _label_pieces(count, np.ascontiguousarray(faces))
+
+
+@njit(cache=True)
+def _label_pieces(count, faces):
+    """Join the vertices of each face (union by the smaller root, with path halving).
+
+    A graph of scipy, which must first sort the edges, takes ten times as long.
+    """
+    root = np.arange(count).astype(np.int32)
+    for f in range(len(faces)):
+        first = faces[f, 0]
+        for side in range(1, 3):
+            a, b = first, faces[f, side]
+            while root[a] != a:
+                root[a] = root[root[a]]
+                a = root[a]
+            while root[b] != b:
+                root[b] = root[root[b]]
+                b = root[b]
+            root[max(a, b)] = min(a, b)
+    pieces = 0
+    for vertex in range(count):
+        # A root is never larger than its vertex, so it has its number already.
+        if root[vertex] == vertex:
+            root[vertex] = pieces
+            pieces += 1
+        else:
+            root[vertex] = root[root[vertex]]
+    return root
+
+
+@njit(cache=True)
+def _measure_pieces(vertices, faces, piece_of, count):
+    """Return area and signed volume of each of `count` pieces, float64 [count] both."""
+    area, volume = np.zeros(count), np.zeros(count)
+    for f in range(len(faces)):
+        a, b, c = vertices[faces[f, 0]], vertices[faces[f, 1]], vertices[faces[f, 2]]
+        p0, p1, p2 = b[0] - a[0], b[1] - a[1], b[2] - a[2]
+        q0, q1, q2 = c[0] - a[0], c[1] - a[1], c[2] - a[2]
+        n0, n1, n2 = p1 * q2 - p2 * q1, p2 * q0 - p0 * q2, p0 * q1 - p1 * q0
+        piece = piece_of[f]
+        area[piece] += np.sqrt(n0 * n0 + n1 * n1 + n2 * n2) / 2
+        volume[piece] += (a[0] * n0 + a[1] * n1 + a[2] * n2) / 6
+    return area, volume
 
 
 def drop_unused_vertices(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces]:
     """Remove the vertices that no face uses, and renumber the faces."""
     used = np.zeros(len(vertices), bool)
     used[faces] = True
+    if used.all():
+        return vertices, faces
     return vertices[used], (np.cumsum(used) - 1)[faces].astype(np.int32)
 
 

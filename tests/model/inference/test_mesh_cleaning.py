@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import trimesh
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from model.inference.mesh_cleaning import (
     clean_mesh,
@@ -162,3 +164,14 @@ def test_invalid_arguments_are_refused():
         clean_mesh(vertices, faces[:0])
     with pytest.raises(ValueError, match="at least 4 faces, got 3"):
         simplify(vertices, faces, 3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_are_those_of_a_graph_library(seed):
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 60))
+    faces = rng.integers(0, count, (rng.integers(0, 40), 3)).astype(np.int32)
+    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]]])
+    graph = coo_matrix((np.ones(len(edges)), tuple(edges.T)), shape=(count, count))
+    expected = connected_components(graph, directed=False)[1]
+    np.testing.assert_array_equal(label_pieces(count, faces), expected)
