@@ -42,8 +42,6 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	PYTHON="$(BIN)/python" TORCH="$(TORCH)" INDEX="$(TORCH_INDEX)" TIMEOUT_S="$(TORCH_INDEX_TIMEOUT_S)" sh .ci/install_torch.sh
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	@# pyrender pins a PyOpenGL that Python 3.12 cannot run; its other dependencies are in pyproject.toml.
-	@$(BIN)/python -c "import sys; sys.exit(sys.version_info >= (3, 12))" || $(BIN)/python -m pip install --quiet --no-deps pyrender==0.1.45
 	@echo "compiling the geometry (once per machine)"
 	$(BIN)/python -c "from pipeline.orchestration.asset_stages import warm_up; warm_up()"
 	@touch $(READY)

@@ -218,8 +218,7 @@ def test_core_imports_neither_ray_nor_opengl_nor_torch():
         if is_below(name, "pipeline.core"):
             assert not {other.partition(".")[0] for other in imports(path)} & {
                 "ray",
-                "OpenGL",
-                "pyrender",
+                "moderngl",
             }
             at_once = {other.partition(".")[0] for other in imports(path, at_import_only=True)}
             assert "torch" not in at_once, name

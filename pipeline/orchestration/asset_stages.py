@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +37,8 @@ from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.normalize import normalize
 from pipeline.mesh_io.visible_parts import keep_visible
 from pipeline.orchestration.asset_results import AssetJob, AssetNotes
-from pipeline.rendering import gl_renderer
-from pipeline.rendering.views import render_views, renderer_string
+from pipeline.rendering.gl_context import on_gpu, renderer_string
+from pipeline.rendering.views import render_views
 from pipeline.sources import side_file_root
 from pipeline.storage.manifest import thin_share_name
 from pipeline.storage.render_shard import save_view
@@ -137,7 +138,7 @@ def _make_product(
         save_bricks(folder, bricks)
         return {"tokens": len(bricks.cells), "device": sdf_cuda.device_name(job.config.device)}
     cfg, uid = job.config.render, job.record.uid
-    with gl_renderer.on_gpu(job.gpu):
+    with on_gpu(job.gpu):
         for view in render_views(mesh, uid, cfg):
             image = encode(view, cfg.format)
             save_view(folder, uid, view.meta["view"], image, view.meta, cfg.format)
@@ -187,7 +188,7 @@ def warm_up() -> None:
     filter_geometry(mesh, BuildConfig().filter)
     compute_bricks(build_topology(mesh, TopologyConfig(resolution=64)), 64)
     visible_parts.warm_up()
-    gl_renderer.import_pyrender()
+    importlib.import_module("moderngl")
 
 
 def warm_up_cuda() -> None:

@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 PACKAGES = (  # whose versions the plan records
     "sparse3d",
+    "moderngl",
     "numba",
     "numcodecs",
     "numpy",
     "pillow",
     "pyarrow",
-    "pyrender",
     "scipy",
     "trimesh",
     "zarr",

@@ -64,16 +64,12 @@ void shine(vec3 at, vec3 n, vec2 finish, out vec3 tinted, out vec3 plain) {
 """
 
 _VERTEX = """
-layout(location = 0) in vec3 position;
-layout(location = 1) in vec3 normal;
-layout(location = 2) in vec4 surface;  // metallic, roughness
-layout(location = 3) in vec2 uv;
-#if EMISSION == EMISSION_TEXTURE
-layout(location = 4) in vec2 emissive_uv;
-layout(location = 5) in vec4 color;  // linear
-#else
-layout(location = 4) in vec4 color;  // linear
-#endif
+in vec3 position;
+in vec3 normal;
+in vec4 surface;  // metallic, roughness
+in vec2 uv;
+in vec2 emissive_uv;
+in vec4 color;  // linear
 uniform mat4 world_to_clip;
 out vec4 tint;
 #if EMISSION == EMISSION_TEXTURE

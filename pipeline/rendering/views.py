@@ -11,7 +11,8 @@ from pipeline.core.cameras import Camera, sample_camera
 from pipeline.core.errors import Reject
 from pipeline.core.schema import Mesh, View
 from pipeline.rendering.config import RenderConfig
-from pipeline.rendering.gl_renderer import open_renderer, renderer_string
+from pipeline.rendering.gl_context import renderer_string
+from pipeline.rendering.gl_renderer import open_renderer
 from pipeline.rendering.shading import sample_lighting
 
 __all__ = [

@@ -19,11 +19,10 @@ HEAVY = {
     "numba",
     "ray",
     "transformers",
-    "pyrender",
     "trimesh",
     "zarr",
     "pyarrow",
-    "OpenGL",
+    "moderngl",
 }
 
 

@@ -5,7 +5,6 @@ import json
 import resource
 from dataclasses import replace
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from pipeline.geometry import sdf_cuda
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.topology import build_topology
 from pipeline.orchestration.isolated_process import IsolatedProcess
-from pipeline.rendering import gl_renderer
+from pipeline.rendering import gl_context
 from pipeline.sources import open_source
 from tests.child_python import run_python
 from tests.pipeline import known_shapes as geo
@@ -152,50 +151,36 @@ def test_private_memory_is_limited_and_address_space_is_not(tmp_path):
 
 
 def test_images_are_rendered_on_the_given_gpu(monkeypatch):
-    gl_renderer.import_pyrender()
-    from pyrender.platforms import egl
-
-    devices = [
-        SimpleNamespace(cuda=number) for number in ("1", "0", None)
-    ]  # as drivers may list them, with Mesa last
-    monkeypatch.setattr(egl, "query_devices", lambda: list(devices))
-    monkeypatch.setattr(gl_renderer, "_cuda_index", lambda device: device.cuda)
+    devices = ["1", "0", None]  # as drivers may list them, with Mesa last
+    monkeypatch.setattr(gl_context, "cuda_indices", lambda: list(devices))
 
     def order(wanted):
-        with gl_renderer.on_gpu(wanted):
-            return [device.cuda for device in gl_renderer._devices()]
+        with gl_context.on_gpu(wanted):
+            return [devices[number] for number in gl_context.device_order()]
 
     assert order("0") == ["0", "1", None]
     assert order("1") == order(None) == order("7") == order("GPU-1234") == ["1", "0", None]
 
 
-def cuda_numbers():
-    """Return the CUDA index of each EGL device of this machine."""
-    gl_renderer.import_pyrender()
-    from pyrender.platforms import egl
-
-    return [gl_renderer._cuda_index(device) for device in egl.query_devices()]
-
-
 def test_mesa_is_not_a_cuda_device():
-    numbers = cuda_numbers()
-    if "Mesa" not in gl_renderer.renderer_string() and None not in numbers:
+    numbers = gl_context.cuda_indices()
+    if "Mesa" not in gl_context.renderer_string() and None not in numbers:
         pytest.skip("no Mesa here")
     assert numbers[-1] is None
 
 
 def test_an_unknown_gpu_falls_back_to_another_device():
-    plain = gl_renderer.renderer_string()
-    with gl_renderer.on_gpu("7"):
-        assert gl_renderer.renderer_string() == plain
+    plain = gl_context.renderer_string()
+    with gl_context.on_gpu("7"):
+        assert gl_context.renderer_string() == plain
 
 
 @pytest.mark.gpu
 def test_a_gpu_with_a_graphics_driver_renders():
-    if "0" not in cuda_numbers():
+    if "0" not in gl_context.cuda_indices():
         pytest.skip("CUDA's first GPU has no graphics driver here")
-    with gl_renderer.on_gpu("0"):
-        assert "NVIDIA" in gl_renderer.renderer_string()
+    with gl_context.on_gpu("0"):
+        assert "NVIDIA" in gl_context.renderer_string()
 
 
 def test_the_commit_marker_names_the_device(tiny_build):

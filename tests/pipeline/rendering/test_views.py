@@ -417,7 +417,9 @@ def test_configuration_is_checked():
 
 def test_without_egl_the_error_names_the_packages():
     """A process without an EGL driver raises RunError."""
-    code = "from pipeline.rendering.views import *; from pipeline.core.errors import RunError\n"
+    code = (
+        "from pipeline.rendering.gl_context import *; from pipeline.core.errors import RunError\n"
+    )
     code += "try: renderer_string()\nexcept RunError as error: print(error)"
     env = project_environment(__EGL_VENDOR_LIBRARY_FILENAMES="/nonexistent")
     assert "libegl1 libgl1 libgl1-mesa-dri" in run_python("-c", code, env=env).stdout
@@ -425,7 +427,7 @@ def test_without_egl_the_error_names_the_packages():
 
 def test_importing_views_loads_no_graphics_library():
     code = "import sys, pipeline.rendering.views\n"
-    code += "print({'pyrender', 'OpenGL', 'trimesh', 'torch'} & set(sys.modules))"
+    code += "print({'moderngl', 'trimesh', 'torch'} & set(sys.modules))"
     assert run_python("-c", code).stdout.strip() == "set()"
 
 
