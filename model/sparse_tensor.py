@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import kernels
 from kernels import BlockIndex, token_order
 from kernels.runtime.coords import MAX_BATCH, MAX_COORD
+from model.gather_bricks import POINTS, gather_bricks, has_active_point
 from pipeline.core.grid import CELL_SIDE, check_resolution
 from pipeline.core.schema import Bricks
 
-POINTS = CELL_SIDE**3  # grid points of a cell
 WINDOW = 8  # side of an attention window, in tokens
 WINDOW_SHIFT = 4  # by which every other transformer block moves its windows, in tokens
 
@@ -258,32 +259,45 @@ class BrickBatch:
             )
 
     @classmethod
-    def collate(cls, bricks: Sequence[Bricks]) -> BrickBatch:
+    def collate(
+        cls, bricks: Sequence[Bricks], points: Sequence[NDArray[np.int64]] | None = None
+    ) -> BrickBatch:
         """Concatenate the bricks of several assets on the CPU.
 
         Cells without an active value are dropped. They exist because rounding to float16 can turn
         the only active values of a cell into 1.
 
         Args:
-            bricks: The bricks of each asset, all of one resolution.
+            bricks: The bricks of each asset, all of one resolution and dtype, cells in any order.
+            points: [512] for each asset, the stored number of each of the 512 points of a cell.
+                None keeps their order.
 
         Raises:
-            ValueError: If there is no asset or the resolutions differ.
+            ValueError: If there is no asset or the resolutions or dtypes differ.
         """
         resolutions = sorted({check_resolution(asset.resolution) for asset in bricks})
         if len(resolutions) != 1:
             raise ValueError(f"bricks must be of one resolution, got {resolutions}")
-        kept = [(np.abs(asset.values) < 1).any(axis=1) for asset in bricks]
-        pairs = list(zip(bricks, kept, strict=True))
-        batch = np.repeat(np.arange(len(bricks)), [keep.sum() for keep in kept])
-        xyz = np.concatenate([asset.cells[keep] for asset, keep in pairs])
+        dtypes = sorted({str(asset.values.dtype) for asset in bricks})
+        if len(dtypes) != 1:
+            raise ValueError(f"bricks must have values of one dtype, got {dtypes}")
+        points = points or [np.arange(POINTS)] * len(bricks)
+        kept = [np.flatnonzero(has_active_point(asset.values)) for asset in bricks]
+        counts = [len(rows) for rows in kept]
+        batch = np.repeat(np.arange(len(bricks)), counts)
+        xyz = np.concatenate([asset.cells[rows] for asset, rows in zip(bricks, kept, strict=True)])
         coords = torch.from_numpy(np.concatenate([batch[:, None], xyz], axis=1).astype(np.int32))
-        values = torch.from_numpy(np.concatenate([asset.values[keep] for asset, keep in pairs]))
-        bits = np.concatenate([asset.sharp[keep] for asset, keep in pairs])
-        sharp = torch.from_numpy(np.unpackbits(bits, axis=1, bitorder="little")).bool()
+        # The order is by asset first, so each asset has consecutive rows before and after it.
         order = token_order(coords)
         cells = Level.from_coords(coords[order], resolutions[0] // CELL_SIDE, len(bricks))
-        return cls(cells, values[order], sharp[order], resolutions[0])
+        rows = np.concatenate(kept)[order.numpy()]
+        values = np.empty((len(rows), POINTS), bricks[0].values.dtype)
+        sharp = np.empty((len(rows), POINTS), bool)
+        end = 0
+        for asset, moved, count in zip(bricks, points, counts, strict=True):
+            own = slice(end, end := end + count)
+            gather_bricks(asset.values, asset.sharp, rows[own], moved, values[own], sharp[own])
+        return cls(cells, torch.from_numpy(values), torch.from_numpy(sharp), resolutions[0])
 
     @property
     def batch_size(self) -> int:

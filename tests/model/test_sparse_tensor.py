@@ -1,5 +1,7 @@
 """SparseTensor, Level and BrickBatch against brute force on small random assets."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -182,6 +184,19 @@ def test_cells_without_active_values_after_rounding_are_dropped():
     batch = BrickBatch.collate([one])
     assert len(batch.cells) == 5
     assert np.array_equal(batch.bricks()[0].cells, np.delete(one.cells, 2, axis=0))
+
+
+def test_bricks_of_fp32_are_gathered_like_those_of_fp16_and_not_mixed_with_them():
+    half = random_bricks(20)
+    wide = replace(half, values=half.values.astype(np.float32))
+    wide.values[3, :] = [1, -1] * 256  # no active value
+    half.values[3, :] = [1, -1] * 256
+    batch, expected = BrickBatch.collate([wide]), BrickBatch.collate([half])
+    assert batch.values.dtype == torch.float32
+    assert torch.equal(batch.values, expected.values.float())
+    assert torch.equal(batch.sharp, expected.sharp)
+    with pytest.raises(ValueError, match=r"one dtype, got \['float16', 'float32'\]"):
+        BrickBatch.collate([half, wide])
 
 
 def test_voxels_are_the_active_points_in_order():

@@ -36,7 +36,7 @@ from pipeline.storage.manifest import check_version
 from pipeline.storage.remote import StorePath, read_files
 from train.data.rank_batch import RankBatch
 from train.data.source import ConcurrentReader
-from train.data.symmetry import SYMMETRIES, transform_bricks
+from train.data.symmetry import SYMMETRIES, move_bricks
 from train.engine.batch_sampler import BatchSampler, SampleId, StepSamples
 from train.engine.distributed import World
 
@@ -392,20 +392,20 @@ class BrickLoader:
         return self._collate(samples, resolution, 1 / len(samples))
 
     def _collate(self, samples: Sequence[SampleId], resolution: int, share: float) -> VAEBatch:
-        bricks, seeds, uids = [], [], []
+        bricks, points, seeds, uids = [], [], [], []
         read = partial(self._readable, resolution=resolution)
         found = self.reader.concurrent.map(read, [sample.asset for sample in samples])
         for sample, (asset, asset_bricks) in zip(samples, found, strict=True):
             uid = self.index.uids[asset]
             # Seeds use names instead of numbers: a sample is the same in every index.
             key = (self.seed, resolution, sample.epoch, uid)
-            if self.symmetries:
-                symmetry = seed_of("symmetry", *key) % len(SYMMETRIES)
-                asset_bricks = transform_bricks(asset_bricks, symmetry)
-            bricks.append(asset_bricks)
+            symmetry = seed_of("symmetry", *key) % len(SYMMETRIES) if self.symmetries else 0
+            moved, order = move_bricks(asset_bricks, symmetry)
+            bricks.append(moved)
+            points.append(order)
             seeds.append(seed_of("noise", *key) >> 1)  # torch requires seeds below 2^63
             uids.append(uid)
-        batch = BrickBatch.collate(bricks)
+        batch = BrickBatch.collate(bricks, points)
         return VAEBatch(
             bricks=batch,
             noise=sample_noise(batch, seeds, self.noise_channels),
