@@ -36,6 +36,7 @@ UNITS = {
         "model.conditioning",
         "model.structure",
         "model.inference",
+        "model.app",
         "model.generate",
         "model.reconstruct",
     ],
@@ -52,10 +53,11 @@ UNITS = {
 EXTERNAL = {
     "pipeline": {"kernels"},  # the GPU path of the SDF, inside the function that takes it
     "kernels": set(),
-    # model.reconstruct reads meshes and computes their SDF as the data pipeline does.
+    # model.reconstruct reads meshes and computes their SDF as the data pipeline does. model.app
+    # shows the assets of a build.
     "model": {
         *("kernels", "pipeline.core", "pipeline.rendering", "pipeline.mesh_io"),
-        "pipeline.geometry",
+        *("pipeline.geometry", "pipeline.inspection"),
     },
     "train": {
         *("kernels", "model", "pipeline.core", "pipeline.rendering", "pipeline.storage"),

@@ -52,23 +52,31 @@ class PreparedImage:
     mask: NDArray[np.bool_]
 
 
-def load_image(source: Path | str | BinaryIO) -> Image.Image:
+def load_image(
+    source: Path | str | BinaryIO, *, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Load an image file as upright 8-bit RGBA.
 
     Greyscale, 16-bit, palette and CMYK files are converted. Of an animation the first frame is
     taken.
 
+    Args:
+        source: The file.
+        name: Name of the image in messages. None takes the path, or "image".
+        max_pixels: Largest number of pixels. They are counted before they are decoded.
+
     Raises:
         ValueError: If the file is no image or is damaged, if its values have no known range (32-bit
-            or float), or if it has more than MAX_PIXELS pixels.
+            or float), or if it has more than `max_pixels` pixels.
     """
-    name = str(source) if isinstance(source, (str, Path)) else "image"
+    if name is None:
+        name = str(source) if isinstance(source, (str, Path)) else "image"
     try:
         with warnings.catch_warnings():
             # The limit below is stricter than Pillow's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(source)
-        _check_size(name, *image.size)
+        _check_size(name, *image.size, max_pixels)
         image.seek(0)
         has_wide_channels = any("16" in str(tile[3]) for tile in image.tile)
         image.load()
@@ -102,10 +110,11 @@ def _with_eight_bit_key(image: Image.Image, has_wide_channels: bool) -> Image.Im
     return image
 
 
-def _check_size(name: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def _check_size(name: str, width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    if width * height > max_pixels:
+        side = math.isqrt(max_pixels)
         raise ValueError(
-            f"{name} must have at most {MAX_PIXELS} pixels ({MAX_SIDE} x {MAX_SIDE}), "
+            f"{name} must have at most {max_pixels} pixels ({side} x {side}), "
             f"got {width} x {height} = {width * height}: make it smaller"
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -57,9 +57,29 @@ EncodeImage = Callable[[ConditionedDiT], ImageTokens]  # the image's tokens for 
 Progress = Callable[[str, Iterable[int]], Iterable[int]]  # (stage, steps) -> the same steps
 
 
+Result = TypeVar("Result")
+SIMPLIFICATION = "simplification"  # name of the stage that reduces the faces
+
+
+def surface_stage(resolution: int | str) -> str:
+    """Return the name of the stage that decodes latents and extracts their surface."""
+    return f"{resolution} surface"
+
+
+def cleaning_stage(resolution: int | str) -> str:
+    """Return the name of the stage that closes holes and removes small pieces."""
+    return f"{resolution} cleaning"
+
+
 def no_progress(_stage: str, steps: Iterable[int]) -> Iterable[int]:
     """Return the steps of a stage unchanged: a `Progress` that shows nothing."""
     return steps
+
+
+def in_one_step(progress: Progress, stage: str, work: Callable[[], Result]) -> Result:
+    """Do work as a stage of one step, so that `progress` sees it begin and end."""
+    (result,) = [work() for _ in progress(stage, range(1))]
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +192,39 @@ class Generator:
         """The resolutions of the meshes that can be made, in ascending order."""
         return list(self.dits)
 
+    def stages_of(self, options: GenerationOptions) -> dict[str, int]:
+        """Return the number of steps of each stage of a generation, by name and in order.
+
+        `generate` passes exactly these stages to its `progress`, unless it raises.
+
+        Args:
+            options: The options of the generation.
+
+        Raises:
+            ValueError: If there is no model of the resolution.
+        """
+        last = self._finest(options)
+        stages = {STRUCTURE: self._sampling(0, STRUCTURE, options).steps}
+        for number, size in enumerate(size for size in self.resolutions if size <= last):
+            stages[str(size)] = self._sampling(number + 1, str(size), options).steps
+            stages |= {surface_stage(size): 1, cleaning_stage(size): 1}
+        if options.faces is not None:
+            stages[SIMPLIFICATION] = 1
+        return stages
+
+    def _finest(self, options: GenerationOptions) -> int:
+        """Return the resolution of the mesh.
+
+        Raises:
+            ValueError: If there is no model of it.
+        """
+        resolution = options.resolution or self.resolutions[-1]
+        if resolution not in self.dits:
+            raise ValueError(
+                f"resolution must be one of {_join_numbers(self.dits)}, got {resolution}"
+            )
+        return resolution
+
     def describe_sampling(self, options: GenerationOptions) -> dict[str, Any]:
         """Return the options as JSON values, with the steps and guidance that each stage takes.
 
@@ -210,9 +263,7 @@ class Generator:
             RunError: If a stage comes out empty or too large.
         """
         options = options or GenerationOptions()
-        last = options.resolution or self.resolutions[-1]
-        if last not in self.dits:
-            raise ValueError(f"resolution must be one of {_join_numbers(self.dits)}, got {last}")
+        last = self._finest(options)
 
         def encode(dit: ConditionedDiT) -> ImageTokens:
             config = dit.config
@@ -239,8 +290,13 @@ class Generator:
             reports.append(StageReport(name=str(resolution), seconds=seconds, tokens=len(level)))
         assert cleaned is not None
         vertices, faces = cleaned.vertices, cleaned.faces
-        if options.faces is not None:
-            vertices, faces = simplify(vertices, faces, options.faces)
+        target = options.faces
+        if target is not None:
+            vertices, faces = in_one_step(
+                progress,
+                SIMPLIFICATION,
+                lambda: simplify(cleaned.vertices, cleaned.faces, target),
+            )
         return GeneratedMesh(
             vertices=vertices,
             faces=faces,
@@ -321,12 +377,18 @@ class Generator:
                 self._sampling(stage, name, options),
                 progress=lambda numbers: progress(name, numbers),
             )
-            vertices, faces = self._surface(z_MC, level, options)
+            vertices, faces = in_one_step(
+                progress, surface_stage(name), lambda: self._surface(z_MC, level, options)
+            )
         if not len(faces):
             raise RunError(
                 f"the stage at R = {resolution} has no surface; try another --seed, or train longer"
             )
-        return clean_mesh(vertices, faces, options.min_piece)
+        return in_one_step(
+            progress,
+            cleaning_stage(name),
+            lambda: clean_mesh(vertices, faces, options.min_piece),
+        )
 
     def _sampling(self, stage: int, name: str, options: GenerationOptions) -> SamplingOptions:
         return options.sampling(stage, self.stages.recommended.get(name, RecommendedSampling()))

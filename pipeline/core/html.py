@@ -10,6 +10,9 @@ import jinja2
 
 from pipeline.core.files import write_atomically
 
+# The script of the element <mesh-viewer>, an interactive view of a GLB file or data URI.
+MESH_VIEWER = Path(__file__).with_name("mesh_viewer.js")
+
 
 def render_page(template: Path, **content: Any) -> str:
     """Render a page.

@@ -1,0 +1,1 @@
+"""A local page and an HTTP API that generate meshes from images and browse builds."""
