@@ -164,8 +164,8 @@ def _refused(request: Request, config: AppConfig) -> Response | None:
     if int(size) > config.max_upload_bytes:
         return JSONResponse(
             {
-                "detail": f"the request has {size} bytes, more than {config.max_upload_bytes}; send "
-                "smaller images, or start the server with a larger --max-upload-mb"
+                "detail": f"the request has {size} bytes, more than {config.max_upload_bytes}; "
+                "send smaller images, or start the server with a larger --max-upload-mb"
             },
             413,
         )

@@ -106,7 +106,7 @@ def test_further_jobs_are_refused_and_old_ones_forgotten():
         first = queue.submit(request())
         wait_until(lambda: queue.status(first.id).state == "running")
         second = queue.submit(request())
-        with pytest.raises(QueueFull, match="1 generations are waiting.*--max-queue"):
+        with pytest.raises(QueueFull, match=r"1 generations are waiting.*--max-queue"):
             queue.submit(request())
         with pytest.raises(ValueError, match="resolution must be one of 64, 128, got 256"):
             queue.submit(request(resolution=256))
