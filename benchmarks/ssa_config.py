@@ -34,6 +34,9 @@ class SsaConfig:
     dense: bool = True
     """Also time dense attention."""
 
+    flex: bool = True
+    """Also time the selected branch alone, and the same through torch's FlexAttention."""
+
     peer: Path | None = None
     """Python file of another implementation to time. It must define
     spatial_sparse_attention(q, k, v, ck, cv, gates, coords, top_k)."""

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
+from benchmarks.flex_selection import flex_selection, selection_mask
 from benchmarks.gpu import require_gpu
 from benchmarks.gpu_timing import (
     gpu_and_versions,
@@ -25,7 +27,13 @@ from benchmarks.gpu_timing import (
 )
 from benchmarks.ssa_config import SsaConfig
 from benchmarks.token_sets import surface_coords
-from kernels import BlockIndex, select_blocks, spatial_sparse_attention, token_order
+from kernels import (
+    BlockIndex,
+    select_blocks,
+    selection_attention,
+    spatial_sparse_attention,
+    token_order,
+)
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomically
 
@@ -136,6 +144,34 @@ def time_dense(inputs: list[Tensor], backend: SDPBackend) -> tuple[float, float]
         return None
 
 
+def time_selection(inputs: list[Tensor], index: BlockIndex, selected_GNT: Tensor) -> dict:
+    """Time the selected branch alone, by our kernels and by FlexAttention, compiled.
+
+    Returns:
+        "ours" and "flex", milliseconds of forward and of backward, "error", the relative difference
+        of the results, and "tiles", the share of the tiles of scores that FlexAttention computes.
+    """
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    mask, share = selection_mask(index, selected_GNT, q.shape[1])
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return selection_attention(q, k, v, selected_GNT, index)
+
+    def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_selection(q, k, v, mask, compiled)
+
+    with torch.no_grad():
+        expected = ours(q, k, v).float()
+        error = ((flex(q, k, v).float() - expected).norm() / expected.norm()).item()
+    return {
+        "ours": time_step(ours, [q, k, v]),
+        "flex": time_step(flex, [q, k, v], 5),
+        "error": error,
+        "tiles": share,
+    }
+
+
 def load_peer(path: Path) -> Callable[..., Tensor]:
     """Return `spatial_sparse_attention` of the user's file.
 
@@ -180,8 +216,8 @@ def measure(coords: Tensor, top_k: int, cfg: SsaConfig, rates: dict[str, float])
     index = BlockIndex.from_coords(coords, 1)
     inputs = make_inputs(index, coords, cfg)
 
-    def ours(*x: Tensor) -> Tensor:
-        return spatial_sparse_attention(*x, index, top_k=top_k)
+    def ours(q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, gates: Tensor) -> Tensor:
+        return spatial_sparse_attention(q, k, v, ck, cv, gates, index, top_k=top_k)
 
     out = ours(*inputs)
     cotangent = torch.randn_like(out)
@@ -217,6 +253,8 @@ def measure(coords: Tensor, top_k: int, cfg: SsaConfig, rates: dict[str, float])
     if cfg.dense:
         row["flash"] = time_dense(inputs, SDPBackend.FLASH_ATTENTION)
         row["cudnn"] = time_dense(inputs, SDPBackend.CUDNN_ATTENTION)
+    if cfg.flex:
+        row["selection"] = time_selection(inputs, index, selected_GNT)
     if cfg.peer is not None:
         peer = load_peer(cfg.peer)
         row["peer"] = time_step(lambda *x: peer(*x, coords, top_k), inputs)
@@ -300,3 +338,10 @@ def time_ssa(cfg: SsaConfig) -> None:
             kernels = row[f"{way}_kernels"].items()
             parts = ", ".join(f"{name.strip('_')} {ms:.3g}" for name, ms in kernels)
             sys.stdout.write(f"{row['tokens']} top-k {row['top_k']} {way}: {parts}\n")
+        if "selection" in row:
+            found = row["selection"]
+            ours, flex = (milliseconds_pair(found[name]) for name in ("ours", "flex"))
+            sys.stdout.write(
+                f"{row['tokens']} top-k {row['top_k']} selected branch: ours {ours}, FlexAttention "
+                f"{flex} ms, {found['tiles']:.0%} of its tiles, difference {found['error']:.1e}\n"
+            )
