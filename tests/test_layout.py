@@ -24,6 +24,7 @@ UNITS = {
         "pipeline.config",
         "pipeline.orchestration",
         "pipeline.inspection",
+        "pipeline.conversion",
         "pipeline",
     ],
     "kernels": [

@@ -9,7 +9,7 @@ to one of the points.
 each point where float32 suffices.
 
 `_votes` decides the side of all other points in float64. It repeats the operations of
-`pipeline.geometry.sdf._is_outside_exact` one by one, without fused multiply-adds, so that both
+`pipeline.geometry.sdf.is_outside_exact` one by one, without fused multiply-adds, so that both
 implementations give every point the same side.
 """
 
@@ -402,7 +402,7 @@ def _votes(
     P: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Decide the sides of N unsure points in float64, like `sdf._is_outside_exact` of the pipeline.
+    """Decide the sides of N unsure points in float64, like `sdf.is_outside_exact` of the pipeline.
 
     TRUSTED and TIE are constants, because Triton passes arguments as float32.
     """

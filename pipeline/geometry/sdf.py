@@ -155,7 +155,7 @@ def _narrow_candidates(packed, kinds, candidates, x, y, z, radius, trusted, kept
 
 
 @njit(cache=True)
-def _is_outside_exact(packed, kinds, candidates, distances, x, y, z, trusted, flood):
+def is_outside_exact(packed, kinds, candidates, distances, x, y, z, trusted, flood):
     """Return whether a point is outside, in float64. This definition decides the side.
 
     Near a solid, all solid and buried triangles within TIE of the closest one vote, and the sum of
@@ -182,7 +182,7 @@ def _is_outside_exact(packed, kinds, candidates, distances, x, y, z, trusted, fl
         for t in candidates:
             if kinds[t] == SHEET and np.sqrt(distance2(packed[t], x, y, z)) <= trusted:
                 return True
-        return _flood_reached(flood, x, y, z)
+        return flood_reached(flood, x, y, z)
     # near a solid: vote
     votes, weight = 0.0, 0.0
     for c in range(len(candidates)):
@@ -271,7 +271,7 @@ def _largest(not_above, not_below):
 
 
 @njit(cache=True, inline="always")
-def _flood_reached(flood, x, y, z):
+def flood_reached(flood, x, y, z):
     """Return whether the flood fill reached the topology's grid point nearest to (x, y, z)."""
     i = int(np.round((x + 0.5) / flood.h))
     j = int(np.round((y + 0.5) / flood.h))
@@ -285,7 +285,7 @@ def _fill_cell(packed, kinds, candidates, cell, last, tau, half, flood, kept, sc
 
     Near a surface the closest triangle decides the side. Farther away the flood fill does, because
     the nearest grid point of the topology is then outside the barrier. Where float32 does not
-    suffice, `_is_outside_exact` decides.
+    suffice, `is_outside_exact` decides.
     """
     active = False
     h = 1.0 / last
@@ -308,7 +308,7 @@ def _fill_cell(packed, kinds, candidates, cell, last, tau, half, flood, kept, sc
         )
         # no surface is near: all points have the same side, and the clamp hides their distances
         if min(solid, sheet - half) - radius > max(tau, trusted):
-            far = np.inf if _flood_reached(flood, x, y, z) else -np.inf
+            far = np.inf if flood_reached(flood, x, y, z) else -np.inf
             for p in range(64):
                 out[first + 64 * (p // 16) + 8 * (p // 4 % 4) + p % 4] = far
             continue
@@ -346,11 +346,11 @@ def _fill_cell(packed, kinds, candidates, cell, last, tau, half, flood, kept, sc
             elif distance > trusted + slack and abs(shell - trusted) > slack:
                 # both sides of a sheet are outside, but the flood fill does not enter its barrier
                 px, py, pz = x + (i - 1.5) * h, y + (j - 1.5) * h, z + (k - 1.5) * h
-                is_outside = shell < trusted or _flood_reached(flood, px, py, pz)
+                is_outside = shell < trusted or flood_reached(flood, px, py, pz)
             else:
                 # the same operations as on the GPU give the same position
                 px, py, pz = (x0 + i) / last - 0.5, (y0 + j) / last - 0.5, (z0 + k) / last - 0.5
-                is_outside = _is_outside_exact(
+                is_outside = is_outside_exact(
                     packed, kinds, kept[:count], scratch, px, py, pz, trusted, flood
                 )
             distance = min(distance if is_outside else -distance, shell - half)

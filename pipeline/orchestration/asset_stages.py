@@ -78,6 +78,24 @@ def process(job: AssetJob) -> None:
 
 def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
     """Run the stages that all products share."""
+    mesh = read_mesh(job, notes)
+    with _stage(job, notes, "topology"):
+        topology = build_topology(mesh, job.config.topology)
+        notes.row["sign_path"] = topology.sign_path
+        notes.numbers |= topology.numbers
+    return mesh, topology
+
+
+def read_mesh(job: AssetJob, notes: AssetNotes) -> Mesh:
+    """Run the stages up to the normalised mesh.
+
+    Args:
+        job: The asset, its source and the options. The products do not matter.
+        notes: They take the stage, its duration, and what was measured.
+
+    Raises:
+        Reject: If a rule of these stages rejects the asset.
+    """
     record, cfg = job.record, job.config
     with _stage(job, notes, "metadata"):
         filter_metadata(record, cfg.filter, cfg.load.blender)
@@ -114,11 +132,7 @@ def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
         notes.row |= {"center": list(mesh.center), "scale": mesh.scale}
     with _stage(job, notes, "geometry"):
         notes.row |= filter_geometry(mesh, cfg.filter)
-    with _stage(job, notes, "topology"):
-        topology = build_topology(mesh, cfg.topology)
-        notes.row["sign_path"] = topology.sign_path
-        notes.numbers |= topology.numbers
-    return mesh, topology
+    return mesh
 
 
 def _make_product(

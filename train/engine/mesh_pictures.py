@@ -41,7 +41,7 @@ def picture(
     image = np.full((size, size, 3), 255, np.uint8)
     if not len(faces):
         return image
-    points, normals = sample_surface(vertices, faces, POINTS_PER_PIXEL * size * size, seed=0)
+    points, normals, _ = sample_surface(vertices, faces, POINTS_PER_PIXEL * size * size, seed=0)
     # Project the samples to pixels.
     seen = points @ (view / np.linalg.norm(view, axis=1, keepdims=True)).T
     column = np.clip(((seen[:, 0] / VISIBLE_SIDE + 0.5) * size).astype(int), 0, size - 1)

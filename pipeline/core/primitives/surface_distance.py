@@ -100,7 +100,7 @@ class SampledSurface:
         if samples < 1:
             raise ValueError(f"samples must be 1 or more, got {samples}")
         doubled = 2 * np.asarray(vertices, np.float64)  # the frame [-1, 1]^3
-        self.points, self.normals = sample_surface(doubled, faces, samples, seed)
+        self.points, self.normals, _ = sample_surface(doubled, faces, samples, seed)
         self.tree = TriangleTree(doubled, faces)
 
     def compare(self, reference: SampledSurface) -> SurfaceMetrics:
@@ -127,7 +127,7 @@ class SampledSurface:
 
 def sample_surface(
     vertices: NDArray, faces: NDArray, count: int, seed: int
-) -> tuple[NDArray, NDArray]:
+) -> tuple[NDArray, NDArray, NDArray]:
     """Sample points uniformly by area.
 
     Args:
@@ -139,6 +139,7 @@ def sample_surface(
     Returns:
         points: float64 [count, 3].
         normals: float64 [count, 3] unit normals of their faces.
+        chosen: int64 [count] numbers of their faces.
     """
     triangles = _triangles(
         np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64)
@@ -149,7 +150,7 @@ def sample_surface(
         np.searchsorted(areas, rng.random(count) * areas[-1], side="right"), len(faces) - 1
     )
     u, v = rng.random((2, count))
-    return _points(triangles, chosen, u, v), _normals(triangles, chosen)
+    return _points(triangles, chosen, u, v), _normals(triangles, chosen), chosen
 
 
 class TriangleTree:

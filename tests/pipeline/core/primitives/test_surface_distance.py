@@ -99,7 +99,7 @@ def test_f1_counts_both_ways():
 def test_samples_are_uniform_by_area():
     vertices = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [5, 0, 0], [8, 0, 0], [5, 0, 3]], float)
     faces = np.array([[0, 1, 2], [3, 4, 5]])  # areas 0.5 and 4.5
-    points, normals = sample_surface(vertices, faces, 20_000, seed=0)
+    points, normals, _ = sample_surface(vertices, faces, 20_000, seed=0)
     first = points[:, 0] <= 1
     assert first.mean() == pytest.approx(0.1, abs=0.01)
     np.testing.assert_allclose(points[first].mean(0), [1 / 3, 1 / 3, 0], atol=0.02)

@@ -1,0 +1,1 @@
+"""Conversions: training samples for other projects, and closed meshes from single files."""
