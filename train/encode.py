@@ -19,7 +19,7 @@ def main(args: Sequence[str]) -> int:
     # torch is imported after the options are parsed, so that --help and errors come at once.
     from train.engine.ranks import started_ranks
 
-    code = started_ranks("train.encode", args, cfg.device, cfg.gpus)
+    code = started_ranks("train.encode", args, cfg)
     if code is not None:
         return code
     from train.engine.distributed import join_world

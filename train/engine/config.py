@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from pipeline.core.devices import Device, check_device
 from pipeline.core.options import at_least, check_bounds
 
 Gpus = int | Literal["auto"]  # type of `--gpus`, checked by `check_gpus`
@@ -64,6 +65,39 @@ def check_gpus(gpus: Gpus) -> None:
     """Raise ValueError unless a number of GPUs is "auto" or at least 1."""
     if gpus != "auto" and gpus < 1:
         raise ValueError(f"gpus must be auto, or 1 or more, got {gpus}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """On which devices a command runs, and as how many processes.
+
+    Raises:
+        ValueError: If the device has no such name or a number is out of range.
+    """
+
+    device: Device = "auto"
+    """Device to compute on. auto is a GPU if there is one. cuda takes one GPU per rank."""
+    gpus: Gpus = "auto"
+    """Number of GPUs of this machine to use, each by a process of its own. auto takes all of them.
+    Under torchrun, which starts the processes itself, this option has no effect."""
+    ray_gpus: int | None = at_least(1, None)
+    """Number of GPUs of the Ray cluster at RAY_ADDRESS to use, each by a process of its own, on as
+    few nodes as possible. With --device cpu each process takes a CPU of the cluster instead. None
+    uses this machine alone."""
+    ray_restarts: int = at_least(0, 10)
+    """Number of times that the processes on a Ray cluster are started again from the last
+    checkpoint after one of them was lost or failed."""
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        check_gpus(self.gpus)
+        check_bounds(self)
+        if self.ray_gpus is None:
+            return
+        if self.gpus != "auto":
+            raise ValueError(f"ray_gpus cannot be given together with gpus, got {self.gpus}")
+        if self.device not in ("auto", "cuda", "cpu"):
+            raise ValueError(f"ray_gpus needs device auto, cuda or cpu, got {self.device}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""Starting one process per GPU: what torchrun does, for the GPUs of one machine."""
+"""Starting one process per GPU, as torchrun does, for the GPUs of one machine or a Ray cluster."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import signal
@@ -12,11 +13,10 @@ from collections.abc import Sequence
 
 from pipeline.core.errors import UserError
 from pipeline.core.signals import Stop, Stopped, note_signals
-from train.engine.config import Gpus
+from train.engine.config import Gpus, RankOptions
+from train.engine.rank_process import GRACE_S, RankPlace, describe_end, serve_store
 
 log = logging.getLogger(__name__)
-
-GRACE_S = 30.0  # that other ranks have to end after one has failed
 
 
 def number_of_ranks(device: str, gpus: Gpus) -> int:
@@ -45,27 +45,33 @@ def number_of_ranks(device: str, gpus: Gpus) -> int:
     return gpus
 
 
-def started_ranks(module: str, args: Sequence[str], device: str, gpus: Gpus) -> int | None:
+def started_ranks(module: str, args: Sequence[str], options: RankOptions) -> int | None:
     """Run a command as one process per GPU, unless one process is enough.
 
     Args:
         module: Module of the command.
         args: The words after the command.
-        device: Value of `--device`.
-        gpus: Value of `--gpus`.
+        options: Devices and number of processes, which `args` states.
 
     Returns:
         The exit code of the command. None if this process is to do the work: it is a rank itself,
         or there is only one.
 
     Raises:
-        UserError: As `number_of_ranks`.
+        UserError: As `number_of_ranks` and `run_on_ray`, or if Ray is needed and not installed.
+        RunError: As `run_on_ray`.
         Stopped: After SIGINT or SIGTERM, when all ranks have ended.
     """
     # A rank does the work. WORLD_SIZE without torchrun is an error that `join_world` explains.
     if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
         return None
-    count = number_of_ranks(device, gpus)
+    if options.ray_gpus is not None:
+        if importlib.util.find_spec("ray") is None:
+            raise UserError("--ray-gpus needs the package ray; pip install 'sparse3d[ray]'")
+        from train.engine.ray_ranks import run_on_ray
+
+        return run_on_ray(module, args, options)
+    count = number_of_ranks(options.device, options.gpus)
     return None if count == 1 else run_ranks(module, args, count)
 
 
@@ -85,28 +91,14 @@ def run_ranks(module: str, args: Sequence[str], count: int) -> int:
     Raises:
         Stopped: After SIGINT or SIGTERM, when all ranks have ended.
     """
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    # The store of this process outlives every rank, as that of torchrun does.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "TORCHELASTIC_RUN_ID": str(os.getpid()),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": os.environ.get(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))
-        ),
-    }
+    store = serve_store("127.0.0.1")
     log.info("Starting %d ranks, one for each GPU.", count)
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         with note_signals() as stop:
             for rank in range(count):
-                env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                place = RankPlace(rank=rank, size=count, local_rank=rank, local_size=count)
+                env = {**os.environ, **place.environment("127.0.0.1", store.port)}
                 command = [sys.executable, "-m", module, *args]
                 # In a session of its own a rank gets signals from this process alone.
                 ranks.append(subprocess.Popen(command, env=env, start_new_session=True))
@@ -132,7 +124,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], stop: Stop) -> int:
         if failed and not code and not stop.signum:
             number, code = failed[0]
             if code < 0:
-                log.error("Rank %d was killed by %s.", number, signal.Signals(-code).name)
+                log.error("Rank %d %s.", number, describe_end(code))
                 code = 1
             _send(ranks, signal.SIGTERM)
             deadline = time.monotonic() + GRACE_S

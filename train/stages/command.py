@@ -31,7 +31,7 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
     "vae": StageCommand(
         presets=VAE_PRESETS,
         basic=(
-            *("preset", "data", "out", "init", "device", "gpus"),
+            *("preset", "data", "out", "init", "device", "gpus", "ray-gpus"),
             *("bricks.resolutions", "bricks.batch-size", "bricks.max-tokens"),
             *("loop.steps", "loop.max-minutes", "loop.optimizer", "loop.learning-rate"),
             "loop.seed",
@@ -40,8 +40,14 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
     "structure": StageCommand(
         presets=STRUCTURE_PRESETS,
         basic=(
-            *("preset", "part", "data", "out", "device", "gpus", "resolution", "cameras"),
-            *("held-out-views", "vae.batch-size", "vae.loop.steps", "vae.loop.max-minutes"),
+            *("preset", "part", "data", "out", "device", "gpus", "ray-gpus", "resolution"),
+            *(
+                "cameras",
+                "held-out-views",
+                "vae.batch-size",
+                "vae.loop.steps",
+                "vae.loop.max-minutes",
+            ),
             *("vae.loop.learning-rate", "flow.batch-size", "flow.loop.steps"),
             *("flow.loop.max-minutes", "flow.loop.learning-rate"),
         ),
@@ -49,8 +55,8 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
     "dit": StageCommand(
         presets=DIT_PRESETS,
         basic=(
-            *("preset", "data", "latents", "vae", "out", "init", "device", "gpus", "resolution"),
-            *("max-tokens", "cameras", "held-out-views"),
+            *("preset", "data", "latents", "vae", "out", "init", "device", "gpus", "ray-gpus"),
+            *("resolution", "max-tokens", "cameras", "held-out-views"),
             *("flow.batch-size", "flow.guidance", "flow.steps", "flow.loop.steps"),
             *("flow.loop.max-minutes", "flow.loop.learning-rate", "flow.loop.seed"),
         ),
@@ -81,7 +87,7 @@ def train_stage(name: StageName, args: Sequence[str]) -> int:
     # torch is imported after the options are parsed, so that --help and errors come at once.
     from train.engine.ranks import started_ranks
 
-    code = started_ranks(f"train.{name}", args, cfg.device, cfg.gpus)
+    code = started_ranks(f"train.{name}", args, cfg)
     if code is not None:
         return code
     from train.data.attribution import attributed

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ConditionedDiTConfig, RecommendedSampling, Refine
-from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
-from pipeline.core.options import CameraSet, at_least, check_bounds
+from pipeline.core.options import CameraSet, at_least
 from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
-from train.engine.config import Gpus, check_gpus
+from train.engine.config import RankOptions
 
 # What the presets for minutes on a CPU and for minutes on a GPU have in common.
 TINY_OPTIONS: dict[str, Any] = {
@@ -49,7 +48,7 @@ def check_trainable(model: ConditionedDiTConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionedTraining:
+class ConditionedTraining(RankOptions):
     """Training of a stage on the renders of a build."""
 
     preset: str
@@ -62,13 +61,6 @@ class ConditionedTraining:
 
     out: Path
     """Directory of the run. It receives checkpoints, metrics.jsonl and samples/."""
-
-    device: Device = "auto"
-    """Device to train on. auto is a GPU if there is one. cuda takes one GPU per rank."""
-
-    gpus: Gpus = "auto"
-    """Number of GPUs of this machine to use, each by a process of its own. auto takes all of them.
-    Under torchrun, which starts the processes itself, this option has no effect."""
 
     resolution: int = 512
     """Resolution R of the stored SDF. The stage is trained on a grid of R / 8 cells per side."""
@@ -89,10 +81,8 @@ class ConditionedTraining:
     """Number of assets that a preview draws from held-out views, and of held-out assets."""
 
     def __post_init__(self) -> None:
-        check_device(self.device)
-        check_gpus(self.gpus)
+        super().__post_init__()
         check_resolution(self.resolution)
-        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import pytest
 from pipeline.core.errors import UserError
 from pipeline.core.signals import Stopped
 from train.engine import ranks
-from train.engine.config import check_gpus
+from train.engine.config import RankOptions, check_gpus
 
 PROBE = "tests.train.rank_probe"
 
@@ -53,7 +53,7 @@ def test_a_signal_reaches_all_ranks(tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("TORCHELASTIC_RUN_ID", "7"), ("WORLD_SIZE", "2")])
 def test_a_rank_starts_no_ranks(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
-    assert ranks.started_ranks("train.dit", [], "cuda", 2) is None
+    assert ranks.started_ranks("train.dit", [], RankOptions(device="cuda", gpus=2)) is None
 
 
 @pytest.mark.parametrize(

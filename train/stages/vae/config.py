@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from model.config import VAEConfig
-from pipeline.core.devices import Device, check_device
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import added, at_least, check_bounds
 from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
-from train.engine.config import SMALL_LOOP, TINY_LOOP, Gpus, LoopConfig, check_gpus
+from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig, RankOptions
 
 VAEPreset = Literal["tiny", "small", "props", "base", "base-1024"]
 
@@ -83,7 +82,7 @@ class BrickConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAETraining:
+class VAETraining(RankOptions):
     """Train the SS-VAE on the SDF bricks of a build. The same command resumes a stopped run."""
 
     preset: VAEPreset = "tiny"
@@ -97,11 +96,6 @@ class VAETraining:
     """Directory of the run. It receives checkpoints, metrics.jsonl and samples/."""
     init: Path | None = None
     """Checkpoint whose averaged weights a new run starts from. None starts from random weights."""
-    device: Device = "auto"
-    """Device to train on. auto is a GPU if there is one. cuda takes one GPU per rank."""
-    gpus: Gpus = "auto"
-    """Number of GPUs of this machine to use, each by a process of its own. auto takes all of them.
-    Under torchrun, which starts the processes itself, this option has no effect."""
     bricks: BrickConfig = field(default_factory=BrickConfig)
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them. This saves memory and
@@ -109,10 +103,6 @@ class VAETraining:
     loop: LoopConfig = field(default_factory=LoopConfig)
     loss: LossWeights = field(default_factory=LossWeights)
     model: VAEConfig = field(default_factory=VAEConfig)
-
-    def __post_init__(self) -> None:
-        check_device(self.device)
-        check_gpus(self.gpus)
 
 
 def _intervals(checkpoint: int, validate: int, sample: int) -> dict[str, int]:
@@ -189,7 +179,7 @@ VAE_PRESETS: dict[str, VAETraining] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
+class EncodeConfig(RankOptions):
     """Encode the bricks of a build with a trained SS-VAE.
 
     The same command resumes a stopped run.
@@ -205,11 +195,6 @@ class EncodeConfig:
     are encoded."""
     latents: PathOrUrl | None = None
     """Directory or URL of the latents. None takes latents/ in the build."""
-    device: Device = "auto"
-    """Device to encode on. auto is a GPU if there is one. cuda takes one GPU per rank."""
-    gpus: Gpus = "auto"
-    """Number of GPUs of this machine to use, each by a process of its own. auto takes all of them.
-    Under torchrun, which starts the processes itself, this option has no effect."""
     precision: Literal["bf16", "fp32"] | None = None
     """Precision of the arithmetic. None takes the one that the VAE was trained in."""
     max_tokens: int = at_least(1, 46_000)
@@ -220,10 +205,8 @@ class EncodeConfig:
     """Number of threads that read ahead."""
 
     def __post_init__(self) -> None:
-        check_device(self.device)
-        check_gpus(self.gpus)
+        super().__post_init__()
         for resolution in self.resolutions:
             check_resolution(resolution)
-        check_bounds(self)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")

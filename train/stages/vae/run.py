@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from train.data.bricks import BrickLoader, log_training_data, read_build_index
 from train.data.source import open_source
 from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler
+from train.engine.config import RankOptions
 from train.engine.distributed import World
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import Trainer
@@ -18,7 +20,10 @@ from train.stages.vae.config import VAETraining
 from train.stages.vae.task import VAETask
 
 # Options that say where a run took place and not what was trained.
-NOT_RECORDED = ("cache", "data", "out", "device", "gpus", "init", "preset")
+NOT_RECORDED = (
+    *("cache", "data", "out", "init", "preset"),
+    *(item.name for item in fields(RankOptions)),
+)
 NOT_RECORDED_OF_BRICKS = ("kept_gb", "workers", "val_batches", "reconstructions")
 
 
