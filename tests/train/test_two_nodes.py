@@ -75,11 +75,12 @@ def cluster():
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_AUTH_MODE", "disabled")
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("RAY_raylet_start_wait_time_s", "180")
     patch.setenv("OMP_NUM_THREADS", "1")
     temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path: Ray puts its sockets there
     head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": temp}
     # A lost node is noticed after seconds.
-    settings = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    settings = {"health_check_period_ms": 1000, "health_check_failure_threshold": 5}
     arguments = {**head, **NODE_MEMORY, "_system_config": settings}
     nodes = Cluster(initialize_head=True, head_node_args=arguments)
     try:
