@@ -3,7 +3,8 @@
 The assets are looked for below the folders by the sha256 of benchmarks/data/copy_labels.csv and
 benchmarks/data/hand_ranking.csv. Each is screened at a low resolution. The command prints how many
 labelled pairs are found on either half of the labels, and the rank correlation of the score with
-the hand-made ranking.
+the hand-made ranking. Ratings of round 1 were in view when the score was made, and so were those of
+round 2 whose sha256 is even. The others are held out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -26,12 +28,13 @@ from scipy.stats import spearmanr
 
 from pipeline.config import BuildConfig
 from pipeline.core.cli import command, parse
-from pipeline.core.errors import Reject
+from pipeline.core.errors import Reject, UserError
 from pipeline.core.hashing import sha256_of
 from pipeline.curation.config import RankConfig, ScreenConfig
 from pipeline.curation.dedup import Signatures, find_copies
 from pipeline.curation.rank import quality_terms, weighted_score
 from pipeline.curation.screening_metrics import METRICS_SCHEMA, compute_metrics
+from pipeline.curation.shape_moments import SIGNATURES
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.topology import build_topology
 from pipeline.mesh_io.formats import MESH_FORMATS
@@ -39,10 +42,13 @@ from pipeline.mesh_io.load import load_with_report
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.normalize import normalize
 from pipeline.mesh_io.visible_parts import keep_visible
+from pipeline.orchestration.plan import read_plan
+from pipeline.storage.layout import CATALOGUE
 
 log = logging.getLogger(__name__)
 
 DATA = Path(__file__).parent / "data"
+SMALLEST_GROUP = 8  # of assets with a rank correlation
 Row = dict[str, Any]
 
 
@@ -50,8 +56,12 @@ Row = dict[str, Any]
 class CurationConfig:
     """Measure deduplication and ranking on labelled assets."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Folders with the assets. Their files are recognised by their sha256."""
+
+    builds: tuple[Path, ...] = ()
+    """Ranked builds whose screening has measured assets at the same resolution and image size.
+    These are not measured again."""
 
     cache: Path = Path("data/curation.jsonl")
     """File that keeps the metrics of each asset, so that an interrupted run resumes."""
@@ -77,6 +87,8 @@ def measure(cfg: CurationConfig) -> tuple[dict[str, Row], list[Row], list[Row]]:
     if cfg.cache.exists():
         lines = cfg.cache.read_text(encoding="utf-8").splitlines()
         metrics = {row["sha256"]: row for row in map(json.loads, lines)}
+    for build in cfg.builds:
+        metrics |= {key: row for key, row in _measured_by(build, cfg).items() if key in wanted}
     cfg.cache.parent.mkdir(parents=True, exist_ok=True)
     with cfg.cache.open("a", encoding="utf-8") as file:
         for folder in cfg.folders:
@@ -99,6 +111,29 @@ def _read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def _measured_by(build: Path, cfg: CurationConfig) -> dict[str, Row]:
+    """Return the metrics of the assets that a ranked build has screened, by sha256.
+
+    Raises:
+        UserError: If the build was screened at another resolution or image size.
+    """
+    screen = read_plan(build).info.config["screen"]
+    sizes = {name: screen[name] for name in ("resolution", "image_size")}
+    if sizes != {name: getattr(cfg, name) for name in sizes}:
+        raise UserError(f"{build} was screened with {sizes}; give the same --resolution and sizes")
+    result = {}
+    for row in pq.read_table(build / CATALOGUE).to_pylist():
+        if row["sha256"] is None:
+            continue
+        if row["status"] != "done":
+            result[row["sha256"]] = {"sha256": row["sha256"], "rejected": row["reason"]}
+            continue
+        for name in SIGNATURES:
+            row[name] = row[name].hex()
+        result[row["sha256"]] = row
+    return result
+
+
 def _screen(path: Path, root: Path, cfg: CurationConfig) -> Row:
     """Return the metrics of one asset, or the reason of its rejection."""
     build = BuildConfig()
@@ -111,7 +146,7 @@ def _screen(path: Path, root: Path, cfg: CurationConfig) -> Row:
         row = asdict(compute_metrics(mesh, topology, screen))
     except Reject as verdict:
         return {"rejected": verdict.reason}
-    for name in ("visible_moments", "face_moments"):
+    for name in SIGNATURES:
         row[name] = row[name].hex()
     missing = sum(item.count for item in report.warnings if item.code == "side_file_missing")
     return {**row, "faces": faces, "missing_files": missing}
@@ -137,7 +172,7 @@ def count_pairs(metrics: dict[str, Row], pairs: Sequence[Row]) -> list[Row]:
         name: np.array(
             [np.frombuffer(bytes.fromhex(sound[key][name]), np.float32) for key in hashes]
         )
-        for name in ("visible_moments", "face_moments")
+        for name in SIGNATURES
     }
     signatures = Signatures(
         sha256=hashes, visible=moments["visible_moments"], faces=moments["face_moments"]
@@ -180,7 +215,7 @@ def score_of_version_1(values: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def correlations(metrics: dict[str, Row], rated: Sequence[Row]) -> list[Row]:
-    """Return the rank correlation of both scores with the ratings, for all assets and by kind."""
+    """Return the rank correlation of both scores with the ratings, by part and kind."""
     rows = [row for row in rated if "rejected" not in metrics.get(row["sha256"], {"rejected": ""})]
     numbers = [column.name for column in METRICS_SCHEMA if not pa.types.is_string(column.type)]
     numbers = [name for name in numbers if not name.endswith("_moments")]
@@ -190,22 +225,32 @@ def correlations(metrics: dict[str, Row], rated: Sequence[Row]) -> list[Row]:
     }
     rating = np.array([int(row["rating"]) for row in rows])
     kinds = np.array([row["kind"] for row in rows])
+    held_out = np.array([is_held_out(row) for row in rows])
     before = score_of_version_1(values)
     after = weighted_score(quality_terms(values), RankConfig())
-    result = []
-    for kind in ("all", *sorted(set(kinds.tolist()))):
-        chosen = np.full(len(rows), True) if kind == "all" else kinds == kind
-        result.append(
-            {
-                "kind": kind,
-                "assets": int(chosen.sum()),
-                **{
-                    name: round(float(spearmanr(score[chosen], rating[chosen]).statistic), 3)
-                    for name, score in (("before", before), ("after", after))
-                },
-            }
-        )
-    return result
+    groups = {
+        (part, kind): in_part & ((kinds == kind) | (kind == "all"))
+        for part, in_part in (("in view", ~held_out), ("held out", held_out))
+        for kind in ("all", *sorted(set(kinds.tolist())))
+    }
+    return [
+        {
+            "part": part,
+            "kind": kind,
+            "assets": int(chosen.sum()),
+            **{
+                name: round(float(spearmanr(score[chosen], rating[chosen]).statistic), 3)
+                for name, score in (("before", before), ("after", after))
+            },
+        }
+        for (part, kind), chosen in groups.items()
+        if chosen.sum() >= SMALLEST_GROUP
+    ]
+
+
+def is_held_out(row: Row) -> bool:
+    """Return whether a rating was not in view when the score was made."""
+    return row["round"] == "2" and int(row["sha256"], 16) % 2 == 1
 
 
 def main(args: Sequence[str]) -> None:

@@ -59,6 +59,7 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     from pipeline.inspection.asset_list import write_attribution
     from pipeline.inspection.build_report import write_report
     from pipeline.orchestration.passes import run_passes
+    from pipeline.orchestration.plan import read_plan
     from pipeline.storage.locks import lock_output
     from pipeline.storage.remote import check_writable
 
@@ -67,6 +68,10 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     if isinstance(cfg.out, Path):
         # Ray's workers may have another working directory.
         cfg = replace(cfg, out=cfg.out.absolute())
+    earlier = (path.absolute() if isinstance(path, Path) else path for path in cfg.keep_splits_of)
+    cfg = replace(cfg, keep_splits_of=tuple(earlier))
+    for path in cfg.keep_splits_of:
+        read_plan(path)  # raises if it is not a build
     if cfg.device == "cuda" and not os.environ.get("RAY_ADDRESS"):
         check_cuda()  # on a cluster the runner checks the nodes instead
     sources = open_sources(cfg) if sources is None else sources

@@ -130,7 +130,12 @@ class BuildConfig:
     """Number of assets that are committed together."""
 
     val_percent: int = 2
-    """Percentage of assets in the validation split. The uid of an asset decides its split."""
+    """Percentage of assets in the validation split. The uid of an asset decides its split, and
+    copies of an asset follow it."""
+
+    keep_splits_of: tuple[PathOrUrl, ...] = added((), before=())
+    """Earlier builds whose splits this one keeps. Their assets and copies of these are in the split
+    that they have there, so that no model is validated on what an earlier one was trained on."""
 
     workers: int | None = None
     """Number of assets processed at the same time. None uses every core."""
@@ -250,7 +255,7 @@ class BuildConfig:
         if self.run != "screen" and self.rank.target_count is not None:
             stages += ["screen", "rank"]
         names = ("source", "ids", "split_column", "up", "limit", "topology_resolution")
-        names = (*names, "shard_size", "val_percent")
+        names = (*names, "shard_size", "val_percent", "keep_splits_of")
         options = {**options_of(self), "topology_resolution": self.decision_resolution}
         of_stages = {name: options_of(getattr(self, name)) for name in stages}
         shared = {**{name: options[name] for name in names if name in options}, **of_stages}

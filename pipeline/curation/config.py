@@ -250,6 +250,10 @@ class RankConfig:
     """Smallest accepted values of columns of the list that --ids names, as COLUMN=NUMBER, such as
     aesthetic_score=5.5. An asset without the value is rejected."""
 
+    max_listed: tuple[str, ...] = added((), before=())
+    """Largest accepted values of columns of the list, as COLUMN=NUMBER. true and false count as 1
+    and 0, so is_scene=0 rejects scenes. An asset without the value is rejected."""
+
     max_share: tuple[str, ...] = added((), before=())
     """Largest shares of the kept assets, as SOURCE=SHARE, licence:NAME=SHARE or tag:NAME=SHARE,
     such as folder=0.4. An asterisk for the name limits each source, licence or tag: source:*=0.4.
@@ -271,7 +275,7 @@ class RankConfig:
             )
         for resolution in self.best_resolutions:
             check_resolution(resolution)
-        for name in ("weights", "min_listed"):
+        for name in ("weights", "min_listed", "max_listed"):
             parse_assignments(name, getattr(self, name))
         weights = {**TERM_WEIGHTS, **parse_assignments("weights", self.weights)}
         if min(weights.values()) < 0 or not any(weights.values()):

@@ -16,7 +16,7 @@ from pipeline.curation.config import TERM_WEIGHTS, RankConfig, parse_assignments
 from pipeline.curation.dedup import Signatures, find_copies, find_duplicates
 from pipeline.curation.licences import licence_of
 from pipeline.curation.reasons import thresholds
-from pipeline.curation.shape_moments import NUM_MOMENTS
+from pipeline.curation.shape_moments import decode_moments
 
 LISTED = "listed."  # prefix of the columns that come from a list of assets
 TERM = "term_"  # prefix of the columns with the terms of the score
@@ -289,13 +289,15 @@ def _failed_thresholds(
     table: pa.Table, values: dict[str, NDArray[np.float64]], cfg: RankConfig
 ) -> dict[str, NDArray[np.bool_]]:
     """Return for each reason which assets [N] fail it, in the order of the checks."""
-    limits = parse_assignments("min_listed", cfg.min_listed)
-    listed = np.zeros(table.num_rows, np.bool_)
-    for name, limit in limits.items():
-        # An asset without a value fails, because NaN is not larger than anything.
-        listed |= ~(_listed_numbers(table, name, "--rank.min-listed") >= limit)
+    # An asset without a value fails, because NaN is neither larger nor smaller than anything.
+    low, high = (np.zeros(table.num_rows, np.bool_) for _ in range(2))
+    for name, limit in parse_assignments("min_listed", cfg.min_listed).items():
+        low |= ~(_listed_numbers(table, name, "--rank.min-listed") >= limit)
+    for name, limit in parse_assignments("max_listed", cfg.max_listed).items():
+        high |= ~(_listed_numbers(table, name, "--rank.max-listed") <= limit)
     return {
-        "low_listed_value": listed,
+        "low_listed_value": low,
+        "high_listed_value": high,
         "leaks": values["leak_fraction"] > cfg.max_leak_fraction,
         "plain_box": values["solid_fraction"] > cfg.max_solid_fraction,
         "hollow": values["solid_fraction"] < cfg.min_solid_fraction,
@@ -311,15 +313,10 @@ def _failed_thresholds(
 
 def _signatures(table: pa.Table) -> Signatures:
     """Return the signatures of assets that have metrics."""
-
-    def moments(name: str) -> NDArray[np.float32]:
-        joined = b"".join(table[name].to_pylist())
-        return np.frombuffer(joined, np.float32).reshape(table.num_rows, NUM_MOMENTS)
-
     return Signatures(
         sha256=table["sha256"].to_pylist(),
-        visible=moments("visible_moments"),
-        faces=moments("face_moments"),
+        visible=decode_moments(table["visible_moments"].to_pylist()),
+        faces=decode_moments(table["face_moments"].to_pylist()),
     )
 
 

@@ -40,6 +40,7 @@ THRESHOLDS: dict[str, tuple[str, ...]] = {
     "duplicate_bytes": (),
     "duplicate_geometry": ("rank.dedup.shape_tolerance",),
     "low_listed_value": ("rank.min_listed",),
+    "high_listed_value": ("rank.max_listed",),
     "over_share": ("rank.max_share",),
     "below_target": ("rank.target_count",),
 }

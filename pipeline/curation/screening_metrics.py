@@ -24,7 +24,7 @@ from pipeline.curation.detail_metrics import (
     ground_share,
     largest_object,
 )
-from pipeline.curation.shape_moments import NUM_MOMENTS, surface_moments
+from pipeline.curation.shape_moments import NUM_MOMENTS, SIGNATURES, shape_signatures
 from pipeline.geometry.flood_fill import BARRIER_VOXELS, FloodFill, bin_triangles, flood_fill
 from pipeline.geometry.sdf import compute_bricks
 from pipeline.geometry.topology import BURIED, Topology
@@ -33,7 +33,6 @@ from pipeline.storage.remote import StorePath, arrow_source
 
 # The key that seeds the views. It is the same for each asset, so that their numbers compare.
 VIEW_SEED_KEY = "screening"
-SIGNATURES = ("visible_moments", "face_moments")
 METRICS_FILE = "measured.json"  # in an asset's folder of intermediate results
 
 
@@ -128,8 +127,7 @@ def compute_metrics(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> Screen
         colors_seen=round(colors_seen(views), 6),
         object_share=round(largest_object(cells), 6),
         ground_share=round(ground_share(cells), 6),
-        visible_moments=surface_moments(visible).astype(np.float32).tobytes(),
-        face_moments=surface_moments(mesh.vertices[mesh.faces]).astype(np.float32).tobytes(),
+        **shape_signatures(mesh, topology),
         **numbers,
     )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.core.schema import Mesh
+from pipeline.geometry.topology import BURIED, Topology
 
 MAX_DEGREE = 4
 # The exponents (a, b, c) of the monomials x^a y^b z^c. Degree 0 is left out: its moment is 1.
@@ -17,6 +21,7 @@ EXPONENTS = tuple(
     for b in range(degree - a, -1, -1)
 )
 NUM_MOMENTS = len(EXPONENTS)  # 34
+SIGNATURES = ("visible_moments", "face_moments")  # columns with the moments of an asset
 TRIANGLES_AT_ONCE = 1 << 16
 # Dunavant (1985), rule of degree 4 with 6 points: exact for polynomials up to that degree. Each
 # row has the barycentric coordinates of one point, and the weights belong to the rows.
@@ -70,6 +75,30 @@ class Motion:
 
 # In the order in which they are preferred if a symmetric shape matches several.
 MOTIONS = tuple(Motion(mirrored, turns) for mirrored in (False, True) for turns in range(4))
+
+
+def shape_signatures(mesh: Mesh, topology: Topology) -> dict[str, bytes]:
+    """Return what copies of a mesh are found by.
+
+    Args:
+        mesh: The normalised mesh.
+        topology: Its topology.
+
+    Returns:
+        {"visible_moments": `surface_moments` of the visible surface, "face_moments": those of all
+        faces}, each as 34 float32.
+    """
+    surfaces = (topology.triangles[topology.kinds != BURIED], mesh.vertices[mesh.faces])
+    return {
+        name: surface_moments(triangles).astype(np.float32).tobytes()
+        for name, triangles in zip(SIGNATURES, surfaces, strict=True)
+    }
+
+
+def decode_moments(values: Sequence[bytes | None]) -> NDArray[np.float32]:
+    """Return the moments of N assets, [N, 34]. None becomes zeros, the moments of no surface."""
+    joined = b"".join(value or bytes(4 * NUM_MOMENTS) for value in values)
+    return np.frombuffer(joined, np.float32).reshape(len(values), NUM_MOMENTS)
 
 
 def surface_moments(triangles: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from pipeline.core.errors import UserError
 from pipeline.core.files import replacing
 from pipeline.core.schema import Record
+from pipeline.curation.licences import licence_of
 from pipeline.orchestration.plan import Plan, read_plan
-from pipeline.sources.id_list import FORMATS
+from pipeline.sources.id_list import FORMATS, listed_columns
 from pipeline.storage.layout import CATALOGUE, MANIFEST, list_commits, manifest_path
 from pipeline.storage.manifest import ManifestRow, read_manifest
 from pipeline.storage.remote import StorePath, arrow_source, write_file
@@ -102,6 +103,13 @@ def write_list(rows: Sequence[dict[str, Any]], path: Path) -> None:
             partial.write_bytes(_to_csv(names, rows))
 
 
+# Names of the columns of a list that state who made an asset, without case, the first one first.
+LISTED_NAMES = {
+    "author": ("author", "creator", "artist"),
+    "title": ("title", "name"),
+    "licence": ("licence", "license"),
+    "page": ("page", "source_url", "homepage"),
+}
 _FIRST = ("uid", "sha256", "file_identifier")
 
 
@@ -118,19 +126,30 @@ def _to_csv(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def attribution_row(record: Record) -> dict[str, str]:
-    """Return who made an asset, as far as its source states it, by ATTRIBUTION_COLUMNS."""
+    """Return who made an asset by ATTRIBUTION_COLUMNS, as far as its source or its list states it.
+
+    The source counts first, then the columns of the list (see LISTED_NAMES), then the address: its
+    last part is the title, and the owner of a repository is the author.
+    """
     metadata = json.loads(record.metadata or "{}")
-    listed = metadata.get("listed", {})
-    author = metadata.get("author") or listed.get("author") or ""
-    if not author and record.url.startswith(GITHUB):
-        author = record.url.removeprefix(GITHUB).split("/")[0]
-    title = metadata.get("name") or listed.get("title") or record.url.rpartition("/")[2]
+    columns = {str(name).lower(): value for name, value in listed_columns(record.metadata).items()}
+    listed = {
+        name: next((str(columns[word]) for word in words if columns.get(word)), "")
+        for name, words in LISTED_NAMES.items()
+    }
+    page = metadata.get("page") or listed["page"] or record.url
+    author = metadata.get("author") or listed["author"]
+    if not author and page.startswith(GITHUB):
+        author = page.removeprefix(GITHUB).split("/")[0]
+    licence = record.licence
+    if licence == "unknown" and listed["licence"]:
+        licence = licence_of(listed["licence"])
     return {
         "uid": record.uid,
         "author": str(author),
-        "title": str(title),
-        "licence": record.licence,
-        "url": metadata.get("page") or record.url,
+        "title": metadata.get("name") or listed["title"] or page.rstrip("/").rpartition("/")[2],
+        "licence": licence,
+        "url": page,
     }
 
 

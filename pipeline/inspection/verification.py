@@ -13,6 +13,7 @@ from typing import cast
 
 import pyarrow as pa
 
+from pipeline.core.errors import UserError
 from pipeline.core.hashing import hash_of
 from pipeline.core.options import CameraSet
 from pipeline.core.product import Product, is_product_name
@@ -22,7 +23,7 @@ from pipeline.curation.catalogue import Catalogue
 from pipeline.curation.screening_metrics import read_metrics_table
 from pipeline.inspection.asset_list import ATTRIBUTION_FILES
 from pipeline.orchestration.plan import Plan, read_plan, shard_name
-from pipeline.sources.id_list import split_of_record
+from pipeline.orchestration.splits import expected_splits, read_finished_manifests
 from pipeline.storage.commit_marker import CommitMarker, read_marker, tree_sha256
 from pipeline.storage.layout import (
     CATALOGUE,
@@ -105,7 +106,8 @@ def verify(out: StorePath, workers: int = 1) -> list[Breach]:
             shards = list(pool.map(check, plan.shards))
     else:
         shards = [check(shard) for shard in plan.shards]
-    return build + screening + [breach for shard in shards for breach in shard]
+    splits = list(_split_breaches(plan))
+    return build + screening + [breach for shard in shards for breach in shard] + splits
 
 
 def verify_screening(out: StorePath, workers: int) -> list[Breach]:
@@ -131,6 +133,23 @@ def verify_shard(plan: Plan, products: Sequence[Product], shard: str) -> list[Br
     with local_copy(plan.out, names) as folder:
         problems = list(_shard_problems(plan, folder, products, shard))
     return [_breach(shard, uids, problem) for problem in problems]
+
+
+def _split_breaches(plan: Plan) -> Iterator[Breach]:
+    """Yield the assets that are in another split than they and their copies must be."""
+    try:
+        manifests = read_finished_manifests(plan)
+        splits = expected_splits(plan, manifests, keep=False)
+    except (UserError, OSError, ValueError) as error:
+        yield Breach(shard="", asset="", rule=f"the splits cannot be checked: {error}")
+        return
+    names = {"": "none"}
+    for shard, rows in manifests.items():
+        for row in rows:
+            split = splits.get(row.uid, row.split)  # a row that is not in the plan has none
+            if row.split != split:
+                rule = f"split must be {names.get(split, split)}, is {row.split}"
+                yield Breach(shard=shard, asset=row.uid, rule=rule)
 
 
 def _breach(shard: str, uids: set[str], problem: str) -> Breach:
@@ -296,8 +315,6 @@ def _manifest_problems(
     if uids != planned and sorted(uids) == sorted(planned):
         yield "the rows of the manifest are not in the order of the plan"
     records_by_uid = {record.uid: record for record in records}
-    options = plan.info.config
-    val_percent, column = options["val_percent"], options.get("split_column")
     for row in rows:
         uid = row.uid
         if uid not in records_by_uid:
@@ -310,9 +327,6 @@ def _manifest_problems(
             yield f"{uid}: the manifest row differs from the plan"
         if (row.shard, row.row) != (shard, planned.index(uid)):
             yield f"{uid}: the manifest row is of shard {row.shard} row {row.row}"
-        split = split_of_record(record, val_percent=val_percent, column=column)
-        if row.split != split:
-            yield f"{uid}: split must be {split}, is {row.split}"
         if row.status not in STATUSES or (row.status == "done") != (row.reason == ""):
             yield f"{uid}: has status {row.status} with reason {row.reason!r}"
         if row.status == "done":

@@ -26,6 +26,7 @@ from pipeline.curation.filters import (
     filter_warnings,
 )
 from pipeline.curation.screening_metrics import compute_metrics, save_metrics
+from pipeline.curation.shape_moments import shape_signatures
 from pipeline.geometry import sdf_cuda
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.sdf import compute_bricks
@@ -83,6 +84,9 @@ def _prepare(job: AssetJob, notes: AssetNotes) -> tuple[Mesh, Topology]:
         topology = build_topology(mesh, job.config.topology)
         notes.row["sign_path"] = topology.sign_path
         notes.numbers |= topology.numbers
+        if job.config.run == "build":  # screening measures the same; splits are decided once
+            signatures = shape_signatures(mesh, topology)
+            notes.row |= {name: moments.hex() for name, moments in signatures.items()}
     return mesh, topology
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from pipeline.core.product import Product, is_product_name
 from pipeline.core.schema import Record
+from pipeline.curation.shape_moments import SIGNATURES
 from pipeline.orchestration.asset_results import AssetResult
 from pipeline.sources.id_list import listed_columns
 from pipeline.storage.manifest import ManifestRow
@@ -18,14 +19,19 @@ def new_row(
 ) -> ManifestRow:
     """Return the row of an asset after its first visit.
 
+    An asset whose shape is known has no split yet, see `pipeline.orchestration.splits`.
+
     Args:
         record: The asset.
         result: How the visit ended.
         shard: Name of the shard.
         row: Position in the shard.
-        split: "train" or "val".
+        split: The split of an asset without a shape, "train" or "val".
     """
     center = result.row.get("center")
+    moments = {
+        name: bytes.fromhex(text) if (text := result.row.get(name)) else None for name in SIGNATURES
+    }
     return ManifestRow(
         uid=record.uid,
         source=record.source,
@@ -42,11 +48,12 @@ def new_row(
         center=None if center is None else tuple(center),
         shard=shard,
         row=row,
-        split=split,
+        split="" if any(moments.values()) else split,
         up_axis=result.row.get("up_axis"),
         up_origin=result.row.get("up_origin"),
         warnings=tuple(result.row.get("warnings", ())),
         listed=listed_columns(record.metadata),
+        **moments,
     )
 
 

@@ -23,6 +23,7 @@ from pipeline.core.hashing import as_options, differences, hash_of
 from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION, commit_of_code, provenance
 from pipeline.core.schema import Record
+from pipeline.curation.catalogue import Catalogue
 from pipeline.sources import Listing
 from pipeline.sources.id_list import ListedAssets, check_splits, read_id_list, warn_of_missing
 from pipeline.storage.layout import CATALOGUE, PLAN, PLAN_TABLE, SCRATCH, SCREENING
@@ -171,7 +172,8 @@ def make_plan(cfg: BuildConfig, sources: Sequence[Listing]) -> Plan:
 
     Args:
         cfg: Options of the build.
-        sources: The sources. They are not used if there is a plan.
+        sources: The sources. They are not used if there is a plan. The list that `cfg.ids` names
+            selects their assets, except from a catalogue, which was made from listed assets.
 
     Raises:
         UserError: If the directory holds a build with other options or something that is not a
@@ -201,7 +203,8 @@ def _write_plan(here: Path, cfg: BuildConfig, sources: Sequence[Listing]) -> Non
     here.mkdir(parents=True, exist_ok=True)
     partial = here / f".{PLAN_TABLE}.partial"
     matched: set[int] = set()
-    ids = None if cfg.ids is None else read_id_list(cfg.ids)
+    is_ranked = all(isinstance(source, Catalogue) for source in sources)
+    ids = None if cfg.ids is None or is_ranked else read_id_list(cfg.ids)
     if ids is not None:
         if cfg.split_column is not None:
             check_splits(ids, cfg.split_column)
@@ -339,11 +342,9 @@ def _read_matching_plan(cfg: BuildConfig) -> Plan:
 def _write_table(path: Path, records: Iterator[Record], cfg: BuildConfig) -> int:
     """Write plan.parquet and return the number of assets.
 
-    The table is written in pieces. Ten million assets need memory for their uids only. Assets of
-    which the sources state the same hash share the split of the first one.
+    The table is written in pieces. Ten million assets need memory for their uids only.
     """
     seen: set[str] = set()
-    first_with: dict[str, str] = {}  # sha256 -> split key
     with pq.ParquetWriter(path, COLUMNS, compression="zstd") as writer:
         columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
         for record in records:
@@ -356,9 +357,6 @@ def _write_table(path: Path, records: Iterator[Record], cfg: BuildConfig) -> int
                 break
             columns["shard"].append(shard_name(len(seen) // cfg.shard_size))
             columns["row"].append(len(seen) % cfg.shard_size)
-            if record.sha256 is not None:
-                key = first_with.setdefault(record.sha256, record.split_key or record.uid)
-                record = replace(record, split_key="" if key == record.uid else key)
             for name in RECORD_COLUMNS:
                 columns[name].append(getattr(record, name))
             seen.add(record.uid)

@@ -34,13 +34,14 @@ from pipeline.core.hashing import as_options, differences
 from pipeline.core.product import Product
 from pipeline.core.provenance import READER_VERSION
 from pipeline.core.schema import Record
-from pipeline.core.signals import Stop, note_signals
+from pipeline.core.signals import Stop, Stopped, note_signals
 from pipeline.core.text import counted
 from pipeline.orchestration.asset_results import AssetJob, AssetResult, save_result
 from pipeline.orchestration.commit import CommitJob, read_committed_rows
 from pipeline.orchestration.isolated_process import IsolatedProcess, ProcessExit
 from pipeline.orchestration.plan import Plan
 from pipeline.orchestration.progress import Progress
+from pipeline.orchestration.splits import assign_splits
 from pipeline.orchestration.transfer import commit, read_results, upload_asset
 from pipeline.sources import Source
 from pipeline.storage.commit_marker import CommitMarker, read_marker
@@ -129,9 +130,14 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
                 raise UserError(
                     "--device cuda cannot be used: Ray finds no GPU in its cluster; leave it out"
                 )
-            _Run(plan, cfg, sources, missing, commits).loop(stop)
+            try:
+                _Run(plan, cfg, sources, missing, commits).loop(stop)
+            except Stopped:
+                assign_splits(plan)  # what is committed can be trained on
+                raise
     else:
         log.info("Every product of all shards is committed already; nothing is made again.")
+    assign_splits(plan)
     delete(cfg.out / SCRATCH)
     return count_statuses(plan, cfg)
 

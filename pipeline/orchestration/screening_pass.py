@@ -23,6 +23,7 @@ from pipeline.storage.remote import arrow_source, list_children
 MANIFEST_COLUMNS = ["uid", "status", "stage", "reason", "sha256", "faces", "numbers"]
 # The warning of missing side files, and how it began in builds by reader 1, with one line a file.
 MISSING_FILES = re.compile(r"side_file_missing(?: x(\d+))?(?::|$)")
+TRUTH = {"true": 1, "false": 0}
 MISSING_FILE_OF_READER_1 = "missing side file"
 
 
@@ -74,10 +75,15 @@ def read_screened(plan: Plan) -> pa.Table:
 
 
 def _with_listed_columns(table: pa.Table) -> pa.Table:
-    """Append the columns that the assets carry from a list, numbers as float64, others as text."""
+    """Append the columns that the assets carry from a list, numbers as float64, others as text.
+
+    Some published lists write truth values as the words true and false. They count as numbers.
+    """
     rows = [listed_columns(text) for text in table["metadata"].to_pylist()]
     for name in sorted({name for row in rows for name in row}):
         values = [row.get(name) for row in rows]
+        if all(value is None or str(value).lower() in TRUTH for value in values):
+            values = [value if value is None else TRUTH[str(value).lower()] for value in values]
         if all(value is None or isinstance(value, (int, float)) for value in values):
             column = pa.array([None if v is None else float(v) for v in values], pa.float64())
         else:

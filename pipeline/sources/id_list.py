@@ -117,9 +117,9 @@ class ListedAssets:
         return self.source.name
 
     @property
-    def skipped(self) -> int:
-        """Number of files that the source left out."""
-        return getattr(self.source, "skipped", 0)
+    def skipped(self) -> dict[str, int]:
+        """{extension: number of files} that the source left out."""
+        return getattr(self.source, "skipped", {})
 
     def snapshot(self) -> str:
         """Return the hash of the source's catalogue and of the list."""

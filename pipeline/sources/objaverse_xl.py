@@ -13,7 +13,7 @@ from pipeline.core.hashing import make_uid
 from pipeline.core.schema import Record
 from pipeline.curation.licences import licence_of
 from pipeline.download.fetch import download
-from pipeline.sources.annotations import AnnotatedSource, damaged
+from pipeline.sources.annotations import AnnotatedSource, damaged, to_metadata
 from pipeline.sources.github import GitHub, download_blob
 from pipeline.sources.objaverse import HUB, OBJECT_PATHS, local_name, read_object_paths
 
@@ -101,6 +101,8 @@ class ObjaverseXLSource(AnnotatedSource):
                     licence=licence_of(licence),
                     sha256=sha256,
                     format=(file_type or "").lower().lstrip("."),
+                    # The identifier is the page of the asset where its bytes lie elsewhere.
+                    metadata="" if url == key else to_metadata(page=key),
                 )
 
     def _download_url(self, place: str, key: str, paths: dict[str, str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -43,8 +44,11 @@ LATER_COLUMNS = pa.schema(
         ("up_origin", pa.string()),
         ("warnings", pa.list_(pa.string())),
         ("listed", pa.string()),
+        ("visible_moments", pa.binary()),
+        ("face_moments", pa.binary()),
     ]
 )
+LATER_COLUMNS_BY_VERSION = (0, 3, 4, len(LATER_COLUMNS))  # how many of them a manifest may have
 
 
 def thin_share_name(resolution: int) -> str:
@@ -80,13 +84,16 @@ class ManifestRow:
         scale: Factor of the normalisation.
         shard: Name of the shard.
         row: Position in the shard.
-        split: "train" or "val".
+        split: "train" or "val". "" while it is not decided, and for copies of assets of both.
         up_axis: The axis of the file that points up. None if the asset ended before it was read,
             or was read by a reader that did not record it.
         up_origin: Where that axis comes from: "stated" by the file or its format, "option", or
             "convention".
         warnings: Codes of the reader's warnings, sorted. `numbers` has counts and examples.
         listed: The further columns of the list that named the asset, by name.
+        visible_moments: `surface_moments` of the visible surface, float32. None if the asset ended
+            before its topology was known, or was built by a version that did not find copies so.
+        face_moments: The same of all faces.
     """
 
     uid: str
@@ -115,6 +122,8 @@ class ManifestRow:
     up_origin: str | None = None
     warnings: tuple[str, ...] = ()
     listed: dict[str, Any] = field(default_factory=dict)
+    visible_moments: bytes | None = None
+    face_moments: bytes | None = None
 
     @property
     def ended_before_products(self) -> bool:
@@ -171,10 +180,17 @@ def write_manifest(path: Path, rows: Sequence[ManifestRow], resolutions: Iterabl
         rows: The rows of the shard's assets in plan order.
         resolutions: The resolutions that get a column of token counts.
     """
+    with replacing(path) as partial:
+        partial.write_bytes(encode_manifest(rows, resolutions))
+
+
+def encode_manifest(rows: Sequence[ManifestRow], resolutions: Iterable[int]) -> bytes:
+    """Return the content of a manifest's file, see `write_manifest`."""
     columns = [row.to_columns() for row in rows]
     table = pa.Table.from_pylist(columns, manifest_schema(resolutions))
-    with replacing(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+    content = io.BytesIO()
+    pq.write_table(table, content, compression="zstd")
+    return content.getvalue()
 
 
 def read_manifest(path: StorePath) -> list[ManifestRow]:
@@ -183,16 +199,29 @@ def read_manifest(path: StorePath) -> list[ManifestRow]:
     Raises:
         ValueError: If the file is not a manifest of this format version.
     """
+    return parse_manifest(path, arrow_source(path))
+
+
+def parse_manifest(path: StorePath, content: Path | io.BytesIO) -> list[ManifestRow]:
+    """Parse the manifest of one shard.
+
+    Args:
+        path: Where the manifest lies, for errors.
+        content: The path again, or the file's content.
+
+    Raises:
+        ValueError: If the file is not a manifest of this format version.
+    """
     try:
-        table = pq.read_table(arrow_source(path))
+        table = pq.read_table(content)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} must be a readable manifest: {error}") from error
     check_version(path, table.schema)
     resolutions = [resolution_of_column(name) for name in table.column_names]
     expected = manifest_schema(resolution for resolution in resolutions if resolution is not None)
-    # Manifests by reader 1 have none of the later columns, those before lists all but one.
-    ends = (-len(LATER_COLUMNS), -1, None)
-    if not any(table.schema.equals(pa.schema(list(expected)[:end])) for end in ends):
+    old = len(expected) - len(LATER_COLUMNS)
+    lengths = [old + later for later in LATER_COLUMNS_BY_VERSION]
+    if not any(table.schema.equals(pa.schema(list(expected)[:end])) for end in lengths):
         raise ValueError(
             f"{path} must have the columns {expected.names}, it has {table.column_names}"
         )

@@ -121,7 +121,19 @@ def read_build_index(root: StorePath, resolutions: Sequence[int]) -> BuildIndex:
             f"{root} is not a build with committed shards; make one: "
             f"python -m pipeline.build --out {root}"
         )
-    rows = [row for table in tables for row in table.to_pylist() if row["status"] == "done"]
+    done = [row for table in tables for row in table.to_pylist() if row["status"] == "done"]
+    rows = [row for row in done if row["split"]]
+    if len(rows) < len(done):
+        log.warning(
+            "%d of %d assets of %s are in no split and are left out, because its build is not "
+            "finished or they have copies in both splits.",
+            *(len(done) - len(rows), len(done), root),
+        )
+    if done and not rows:
+        raise UserError(
+            f"the splits of {root} are not decided, because its build was stopped before that; "
+            "run its build command again"
+        )
     built = set(built_resolutions(root))
     tokens = {}
     for resolution in resolutions:

@@ -278,6 +278,11 @@ def test_columns_of_a_list_reject_and_score():
     table = table.append_column("listed.caption", pa.array(["x"] * 4))
     judged = rank(table, RankConfig(target_count=9, min_listed=("aesthetic=6",)))
     assert reasons(judged) == {"a": "low_listed_value", "b": "", "c": "low_listed_value", "d": ""}
+    judged = rank(table, RankConfig(target_count=9, max_listed=("aesthetic=6",)))
+    assert reasons(judged) == {
+        **{"a": "", "b": "high_listed_value"},
+        **{"c": "high_listed_value", "d": ""},
+    }
     judged = rank(table, RankConfig(target_count=9, weights=("aesthetic=1",)))
     assert judged["uid"].to_pylist() == ["b", "d", "a", "c"]
     terms = {row["uid"]: row["term_aesthetic"] for row in judged.to_pylist()}
@@ -285,6 +290,7 @@ def test_columns_of_a_list_reject_and_score():
     for cfg in (
         RankConfig(target_count=9, weights=("caption=1",)),
         RankConfig(target_count=9, min_listed=("other=1",)),
+        RankConfig(target_count=9, max_listed=("caption=1",)),
     ):
         with pytest.raises(UserError, match=r"column of numbers of the list.* aesthetic$"):
             rank(table, cfg)
