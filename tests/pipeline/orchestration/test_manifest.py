@@ -26,7 +26,7 @@ def visit(status="done", stage="", reason="", **products):
 
 
 def row_of(result):
-    return new_row(RECORD, result, shard="000000", row=3, val_percent=2)
+    return new_row(RECORD, result, shard="000000", row=3, split="val")
 
 
 def test_a_row_holds_the_record_the_geometry_and_the_verdict():
@@ -39,8 +39,16 @@ def test_a_row_holds_the_record_the_geometry_and_the_verdict():
 
 def test_an_asset_that_was_not_read_has_the_hash_of_its_record():
     early = AssetResult(uid=RECORD.uid, status="rejected", stage="fetch", reason="wrong_sha256")
-    row = new_row(replace(RECORD, sha256="1" * 64), early, shard="0", row=0, val_percent=2)
+    row = new_row(replace(RECORD, sha256="1" * 64), early, shard="0", row=0, split="val")
     assert (row.sha256, row.faces, row.center) == ("1" * 64, None, None)
+    assert (row.split, row.visible_moments) == ("val", None)
+
+
+def test_the_split_of_an_asset_with_a_shape_waits_for_those_of_its_copies():
+    shape = {name: bytes(range(136)).hex() for name in ("visible_moments", "face_moments")}
+    result = replace(visit(sdf_64=5), row={**GEOMETRY, **shape})
+    row = new_row(RECORD, result, shard="000000", row=0, split="val")
+    assert (row.split, row.visible_moments, row.face_moments) == ("", *[bytes(range(136))] * 2)
 
 
 REJECTED = [
