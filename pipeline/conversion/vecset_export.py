@@ -99,7 +99,9 @@ def export(cfg: ExportConfig) -> dict[str, int]:
     )
     sources = {source.name: source for source in _open_sources(plan, cfg)}
     assets = [
-        (record, row) for record, row in finished_assets(plan) if cfg.split in ("all", row.split)
+        (record, row)
+        for record, row in finished_assets(plan)
+        if row.split and cfg.split in ("all", row.split)
     ][: cfg.limit]
     if not assets:
         raise UserError(f"{cfg.directory} has no finished asset of the split {cfg.split}")
