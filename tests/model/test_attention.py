@@ -328,6 +328,17 @@ def test_ragged_attention_on_the_gpu(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_assets_of_one_size_are_one_batch_on_the_gpu(dtype):
+    inputs = ragged_inputs([500] * 3, [300] * 3, dtype, "cuda")
+    on_cpu = [x.cpu() if isinstance(x, Tensor) else x for x in inputs]
+    exact = ragged_attention(*(x.double() for x in on_cpu[:3]), *on_cpu[3:])
+    rounded = ragged_attention(*on_cpu)
+    with torch.no_grad():
+        assert_close_as(ragged_attention(*inputs).cpu(), exact, rounded, "out")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("compression", ["v1", "v2"])
 def test_the_module_in_bf16(compression):
     """The error against fp64 is no larger than that of bf16 on the CPU.
