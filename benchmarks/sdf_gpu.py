@@ -145,6 +145,7 @@ def read_topologies(path: Path) -> dict[str, Topology]:
             resolution=resolution,
             triangles=triangles,
             kinds=kinds,
+            openings=np.full(len(triangles), -1, np.int32),
             sharp_edges=sharp_edges,
             flood=FloodFill(
                 bins=bins, barrier=np.zeros_like(outside), outside=outside, whole_cells=whole

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     )
     from model.inference.extract_mesh import extract_meshes
     from model.inference.generator import GeneratedMesh, Generator
-    from model.inference.mesh_export import write_mesh
     from model.occupancy_vae import OccupancyVAE
     from model.sparse_dit import SparseDiT
     from model.sparse_tensor import BrickBatch, Level, SparseTensor
     from model.sparse_vae import SparseVAE
     from model.structure import Structure
+    from pipeline.mesh_io.mesh_export import write_mesh
 
 __all__ = [
     "BrickBatch",
@@ -80,6 +80,6 @@ __getattr__ = export_lazily(
         "load_model": "model.checkpoint",
         "prepare_image": "model.conditioning.image_preprocessing",
         "save_model": "model.checkpoint",
-        "write_mesh": "model.inference.mesh_export",
+        "write_mesh": "pipeline.mesh_io.mesh_export",
     },
 )

@@ -96,7 +96,7 @@ def mesh_files(cfg: GenerateConfig) -> list[Path]:
 
 
 def _mesh_files(cfg: GenerateConfig) -> list[Path]:
-    from model.inference.mesh_export import FORMATS
+    from pipeline.mesh_io.mesh_export import FORMATS
 
     names_a_file = cfg.out is not None and not cfg.out.is_dir()
     if len(cfg.images) == 1 and cfg.out is not None and names_a_file and cfg.out.suffix:
@@ -157,7 +157,7 @@ def generate(cfg: GenerateConfig) -> int:
     import torch
 
     from model.inference.generator import Generator
-    from model.inference.mesh_export import write_mesh
+    from pipeline.mesh_io.mesh_export import write_mesh
 
     generator = Generator.load(cfg.checkpoint, device, cfg.generation, cfg.image_encoder)
     log.info(

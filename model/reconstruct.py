@@ -65,7 +65,7 @@ def reconstruct(cfg: ReconstructConfig) -> str:
         UserError: If the mesh, the checkpoint or an option cannot be used.
     """
     if cfg.out is not None:
-        from model.inference.mesh_export import FORMATS
+        from pipeline.mesh_io.mesh_export import FORMATS
 
         if cfg.out.suffix.lower() not in FORMATS:
             raise UserError(f"--out must end in one of {', '.join(FORMATS)}, got {cfg.out}")
@@ -75,8 +75,8 @@ def reconstruct(cfg: ReconstructConfig) -> str:
             )
     device = choose_device(cfg.device)
 
-    from model.inference.mesh_export import write_mesh
     from model.inference.reconstruction import load_vae, read_mesh, reconstruct_mesh
+    from pipeline.mesh_io.mesh_export import write_mesh
 
     vae, resolution, iso_value = load_vae(cfg.checkpoint, cfg.resolution)
     mesh, bricks = read_mesh(cfg.mesh, resolution)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from model.inference.mesh_export import write_mesh
 from pipeline.core.primitives.marching_cubes import MeshArrays
 from pipeline.inspection.build_browser import BuildBrowser
+from pipeline.mesh_io.mesh_export import write_mesh
 
 MAX_FILES = 64  # mesh files that are kept
 API = "/api"

@@ -25,8 +25,8 @@ from model.conditioning.cut_out import without_specks
 from model.conditioning.image_preprocessing import load_image
 from model.config import GenerationOptions
 from model.inference.generator import Generator, Progress
-from model.inference.mesh_export import FORMATS, write_mesh
 from pipeline.core.errors import UserError
+from pipeline.mesh_io.mesh_export import FORMATS, write_mesh
 
 PAINTED = 128  # smallest alpha of a painted pixel
 # Repairs are painted in these colours, RGB.

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.inference.mesh_export import BASE_COLOR
 from pipeline.core.cameras import look_at_origin
 from pipeline.core.schema import Material, Mesh, Part
+from pipeline.mesh_io.mesh_export import BASE_COLOR
 from pipeline.rendering.views import render_from
 
 CLAY = Material(base_color=(*BASE_COLOR, 1.0))

@@ -135,7 +135,7 @@ class WatertightConfig:
 
     thicken: float = 0.0
     """Distance in voxels by which the whole surface is moved outwards, so that walls thinner than a
-    voxel survive. At most 2.25 at resolution 512 and above, 1.25 at 384 and 0.25 at 256."""
+    voxel survive. At most 2.26 at resolution 512 and above, 1.26 at 384 and 0.26 at 256."""
 
     max_opening: float = 0.05
     """Largest opening that is closed, 0 to 1. It is measured as the share of all directions in

@@ -45,6 +45,7 @@ class Topology:
     resolution: int  # of the grid on which the decision was made
     triangles: NDArray[np.float64]  # [T, 3, 3] corners; normals of solid ones point outwards
     kinds: NDArray[np.uint8]  # [T] SOLID, SHEET or BURIED
+    openings: NDArray[np.int32]  # [T] the opening that a triangle closes, -1 for those of the mesh
     sharp_edges: NDArray[np.float64]  # [S, 2, 3] segments
     flood: FloodFill  # it tells the side of grid points that are far from any triangle
     # How the inside was found: "closed" by the flood alone, "capped" by closing an opening,
@@ -126,6 +127,7 @@ def build_topology(mesh: Mesh, cfg: TopologyConfig) -> Topology:
         resolution=cfg.resolution,
         triangles=pieces,
         kinds=kinds,
+        openings=cap_of[parents],
         sharp_edges=_sharp_edges(packed, vertices, faces, flood, cfg.sharp_degrees),
         flood=flood,
         sign_path="+".join(path),

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.inference.generator import Generator
-from model.inference.mesh_export import write_mesh
 from model.inference.turntable import CLAY, over_background
 from pipeline.core.cameras import Camera, look_at_origin
 from pipeline.core.devices import choose_device
@@ -21,6 +20,7 @@ from pipeline.core.primitives.marching_cubes import MeshArrays
 from pipeline.core.primitives.surface_distance import EMPTY_METRICS, THRESHOLDS, compare_surfaces
 from pipeline.core.primitives.voxel_iou import inside, intersection_over_union
 from pipeline.core.schema import Mesh, Part, View
+from pipeline.mesh_io.mesh_export import write_mesh
 from pipeline.rendering.views import render_from
 from train.data.bricks import built_resolutions, read_build_index
 from train.data.render_conditions import ViewReader

@@ -31,6 +31,12 @@ class SurfaceMetrics:
     f1: dict[float, float]
     """For each threshold, the harmonic mean of the shares of samples closer than it, both ways."""
 
+    max_accuracy: float
+    """Largest distance from a sample of the reconstruction to the reference."""
+
+    max_completeness: float
+    """Largest distance from a sample of the reference to the reconstruction."""
+
     normal_consistency: float
     """Mean |cosine| between the normals of a sample and of its closest point, both ways."""
 
@@ -43,6 +49,8 @@ class SurfaceMetrics:
 EMPTY_METRICS = SurfaceMetrics(  # of an empty reconstruction
     accuracy=float("inf"),
     completeness=float("inf"),
+    max_accuracy=float("inf"),
+    max_completeness=float("inf"),
     f1=dict.fromkeys(THRESHOLDS, 0.0),
     normal_consistency=0.0,
 )
@@ -115,6 +123,8 @@ class SampledSurface:
         return SurfaceMetrics(
             accuracy=float(to_reference.mean()),
             completeness=float(from_reference.mean()),
+            max_accuracy=float(to_reference.max()),
+            max_completeness=float(from_reference.max()),
             f1=f1,
             normal_consistency=float((reference_cosines.mean() + own_cosines.mean()) / 2),
         )

@@ -5,8 +5,8 @@ import pytest
 import trimesh
 from PIL import Image
 
-from model.inference.mesh_export import FORMATS, write_mesh
 from model.inference.turntable import turntable, write_preview
+from pipeline.mesh_io.mesh_export import FORMATS, write_mesh
 
 BOX = trimesh.creation.box([0.5, 0.3, 0.2])
 VERTICES, FACES = np.asarray(BOX.vertices), np.asarray(BOX.faces, np.int32)

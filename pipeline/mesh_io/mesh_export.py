@@ -40,7 +40,7 @@ def write_mesh(path: Path, vertices: NDArray[np.floating], faces: NDArray[np.int
     Raises:
         ValueError: If `path` ends in none of FORMATS.
     """
-    # The models need no trimesh, so it is imported here.
+    # Most commands write no mesh, so trimesh is imported here.
     import trimesh
     from trimesh.visual import TextureVisuals
     from trimesh.visual.material import PBRMaterial
