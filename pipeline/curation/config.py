@@ -217,10 +217,11 @@ class RankConfig:
     wide are closed, 0 to 1. Above it the mesh leaks. 1 disables the rule."""
 
     min_tokens: int = 100
-    """Smallest accepted number of SDF cells at the resolution of the screening."""
+    """Smallest accepted number of SDF cells. Cells of other resolutions of the screening are
+    converted to 256: their number grows with the square of the resolution."""
 
     max_tokens: int = 20_000
-    """Largest accepted number of SDF cells at the resolution of the screening."""
+    """Largest accepted number of SDF cells, converted to a resolution of 256."""
 
     min_coverage: float = 0.005
     """Smallest accepted share of the image that the object covers, 0 to 1, as the mean of the four

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.core.errors import UserError
+from pipeline.core.grid import CELL_SIDE
 from pipeline.curation.config import TERM_WEIGHTS, RankConfig, parse_assignments
 from pipeline.curation.dedup import Signatures, find_copies, find_duplicates
 from pipeline.curation.licences import licence_of
@@ -19,6 +20,7 @@ from pipeline.curation.reasons import thresholds
 from pipeline.curation.shape_moments import decode_moments
 
 LISTED = "listed."  # prefix of the columns that come from a list of assets
+RESOLUTION_OF_LIMITS = 256  # at which --rank.min-tokens and --rank.max-tokens count tokens
 TERM = "term_"  # prefix of the columns with the terms of the score
 
 
@@ -295,14 +297,15 @@ def _failed_thresholds(
         low |= ~(_listed_numbers(table, name, "--rank.min-listed") >= limit)
     for name, limit in parse_assignments("max_listed", cfg.max_listed).items():
         high |= ~(_listed_numbers(table, name, "--rank.max-listed") <= limit)
+    tokens = np.round(values["relative_tokens"] * (RESOLUTION_OF_LIMITS / CELL_SIDE) ** 2)
     return {
         "low_listed_value": low,
         "high_listed_value": high,
         "leaks": values["leak_fraction"] > cfg.max_leak_fraction,
         "plain_box": values["solid_fraction"] > cfg.max_solid_fraction,
         "hollow": values["solid_fraction"] < cfg.min_solid_fraction,
-        "too_few_tokens": values["tokens"] < cfg.min_tokens,
-        "too_many_tokens": values["tokens"] > cfg.max_tokens,
+        "too_few_tokens": tokens < cfg.min_tokens,
+        "too_many_tokens": tokens > cfg.max_tokens,
         "low_coverage": values["coverage_mean"] < cfg.min_coverage,
         "dark": values["brightness_mean"] < cfg.min_brightness,
         "washed_out": values["white_max"] > cfg.max_white,

@@ -56,6 +56,11 @@ def catalogue(*changes, seed=0):
     )
 
 
+def cells(count, resolution):
+    """Return the measures of an asset with so many SDF cells."""
+    return {"tokens": count, "relative_tokens": round(count * (8 / resolution) ** 2, 6)}
+
+
 def ranked(*changes, **options):
     return rank(catalogue(*changes), RankConfig(**{"target_count": 100, **options}))
 
@@ -70,14 +75,20 @@ def reasons(table):
         ({}, ""),
         ({"leak_fraction": 0.051}, "leaks"),
         ({"solid_fraction": 0.99}, "plain_box"),
-        ({"tokens": 99}, "too_few_tokens"),
-        ({"tokens": 20_001}, "too_many_tokens"),
+        (cells(99, 256), "too_few_tokens"),
+        (cells(100, 256), ""),
+        (cells(20_001, 256), "too_many_tokens"),
+        (cells(20_000, 256), ""),
+        (cells(6, 64), "too_few_tokens"),
+        (cells(7, 64), ""),
+        (cells(1249, 64), ""),
+        (cells(1251, 64), "too_many_tokens"),
         ({"coverage_mean": 0.004}, "low_coverage"),
         ({"brightness_mean": 0.01}, "dark"),
         ({"white_max": 0.99}, "washed_out"),
         ({"contrast_mean": 0.001}, "monotonous"),
         ({"missing_files": 1}, "missing_files"),
-        ({"leak_fraction": 0.051, "tokens": 3}, "leaks"),
+        ({"leak_fraction": 0.051, **cells(3, 256)}, "leaks"),
     ],
 )
 def test_an_asset_beyond_a_threshold_has_its_reason(change, reason):
@@ -125,7 +136,7 @@ def test_the_best_of_several_duplicates_is_kept():
 
 def test_a_rejected_asset_makes_no_other_a_duplicate():
     same = {"sha256": "0" * 64}
-    table = ranked({"bend": 8.0, **same}, {"bend": 20.0, "tokens": 1, **same})
+    table = ranked({"bend": 8.0, **same}, {"bend": 20.0, **same, **cells(1, 256)})
     assert reasons(table) == {"a": "", "b": "too_few_tokens"}
 
 
@@ -148,7 +159,7 @@ def test_assets_that_failed_screening_keep_their_reason():
 
 def test_the_order_of_rows_does_not_matter():
     draw = np.random.default_rng(1)
-    table = catalogue(*({"bend": float(bend)} for bend in draw.uniform(5, 40, 20)), {"tokens": 1})
+    table = catalogue(*({"bend": float(bend)} for bend in draw.uniform(5, 40, 20)), cells(1, 256))
     cfg = RankConfig(target_count=10)
     assert rank(table, cfg).equals(rank(table.take(draw.permutation(21)), cfg))
 
@@ -209,7 +220,7 @@ def test_copies_are_named_and_grouped_with_rejected_assets():
     table = ranked(
         {},
         {"bend": 20.0, **moments(shape)},
-        {"tokens": 1, **moments(shape)},
+        {**cells(1, 256), **moments(shape)},
         moments(MOTIONS[1].apply(shape)),
     )
     rows = {row["uid"]: row for row in table.to_pylist()}
@@ -304,8 +315,8 @@ def test_metrics_of_an_older_version_cannot_be_ranked():
 def test_the_funnel_counts_every_reason_with_its_thresholds():
     cfg = BuildConfig(rank=RankConfig(target_count=1, min_tokens=200))
     changes = [
-        {"tokens": 150},
-        {"tokens": 150},
+        cells(150, 256),
+        cells(150, 256),
         {},
         {},
         {"status": "rejected", "stage": "x", "reason": "y"},
