@@ -1,0 +1,372 @@
+"""The page in a headless browser: upload to download, cancel, bad files, two users, phone, keys.
+
+Every test fails if the browser or the server asks for anything beyond loopback.
+"""
+
+import ipaddress
+import re
+import shutil
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import trimesh
+from PIL import Image
+
+from model.app.config import AppConfig
+from model.app.server import open_server
+from model.inference.generator import Generator
+from tests.model.app.ball_generator import BallGenerator
+from tests.model.test_generate import export
+from tests.model.tiny_models import disc_image
+
+pytest.importorskip("gradio", reason="the page's library Gradio is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+import uvicorn  # noqa: E402 - comes with Gradio
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+# WebGL is drawn by the CPU. Every name but loopback is unknown, whatever asks for it.
+ARGUMENTS = [
+    *("--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+WAIT_MS = 60_000
+PHONE = {"width": 390, "height": 844}
+
+
+def is_loopback(host):
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    """Collect what this process connects to beyond loopback; there must be nothing at the end."""
+    addresses = []
+    connect = socket.socket.connect
+
+    def watched(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not is_loopback(address[0]):
+            addresses.append(address)
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", watched)
+    yield addresses
+    assert addresses == []
+
+
+@contextmanager
+def served(generator=None, **options):
+    """Serve the page in a thread and yield its URL. None loads the generator of a checkpoint."""
+    config = AppConfig(**{"checkpoint": "unused", **options}, port=0, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        if generator is not None:
+            patch.setattr(Generator, "load", lambda *_: generator)
+        with open_server(config) as (app, listener, url):
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+            )
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+            thread.start()
+            while not server.started:
+                time.sleep(0.01)
+            try:
+                yield url
+            finally:
+                server.should_exit = True
+                thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser, outside):
+    """Return a function that opens a URL in a session of its own and watches its requests."""
+    contexts, requests, errors = [], [], []
+
+    def open_url(url, **options):
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(WAIT_MS)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url)
+        return page
+
+    yield open_url
+    for context in contexts:
+        context.close()
+    hosts = {urlsplit(url).hostname for url in requests if url.startswith(("http", "ws"))}
+    assert {host for host in hosts if not is_loopback(host)} == set()
+    assert hosts
+    assert errors == []
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "disc.png"
+    disc_image(256).save(path)
+    return path
+
+
+def upload(page, *paths):
+    page.set_input_files("#images input[type=file]", [str(path) for path in paths])
+
+
+def upload_object(page, path):
+    upload(page, path)
+    page.wait_for_selector("#cutout img")
+
+
+def press(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def viewer_state(page):
+    return page.locator("#viewer mesh-viewer").get_attribute("data-state")
+
+
+def wait_for_mesh(page):
+    page.wait_for_selector("#viewer mesh-viewer[data-state=ready]")
+
+
+def test_an_uploaded_image_becomes_a_downloaded_mesh(open_page, picture, tmp_path):
+    generator = BallGenerator()
+    with served(generator) as url:
+        page = open_page(url)
+        upload_object(page, picture)
+        press(page, "Generate")
+        wait_for_mesh(page)
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Download GLB").click()
+        download.value.save_as(tmp_path / "mesh.glb")
+    mesh = trimesh.load(tmp_path / "mesh.glb", force="mesh")
+    assert (len(mesh.faces), mesh.is_watertight) == (1280, True)
+    assert [request[1] for request in generator.requests] == [0]
+
+
+@pytest.mark.slow
+def test_the_options_reach_the_generator_and_the_views_differ(open_page, picture):
+    generator = BallGenerator()
+    with served(generator) as url:
+        page = open_page(url)
+        upload_object(page, picture)
+        page.get_by_role("button", name="Options").click()
+        page.get_by_label("Seed").fill("11")
+        page.get_by_label("Steps of each stage").fill("3 2")
+        page.get_by_label("Guidance").fill("1.5")
+        page.get_by_label("Faces").fill("400")
+        page.get_by_label("Resolution").click()
+        page.get_by_role("option", name="64³").click()
+        press(page, "Generate")
+        wait_for_mesh(page)
+        (_, seed, options, whole) = generator.requests[0]
+        assert (seed, options.resolution, options.steps) == (11, 64, (3, 2))
+        assert (options.guidance, options.faces, whole) == (1.5, 400, False)
+        pictures = []
+        for mode in ("Shaded", "Wireframe", "Normals"):
+            button = page.get_by_role("button", name=mode)
+            button.click()
+            assert button.get_attribute("aria-pressed") == "true"
+            page.wait_for_timeout(300)
+            pictures.append(page.locator("#viewer mesh-viewer").screenshot())
+        assert len(set(pictures)) == 3
+        canvas = page.locator("#viewer mesh-viewer canvas")
+        canvas.focus()
+        canvas.press("ArrowLeft")
+        page.wait_for_timeout(300)
+        assert page.locator("#viewer mesh-viewer").screenshot() != pictures[2]
+        # A second mesh is added to the history, and the first one can be shown again.
+        page.get_by_label("Seed").fill("12")
+        press(page, "Generate")
+        page.wait_for_function("document.querySelectorAll('#history img').length === 2")
+        second = page.locator("#viewer mesh-viewer").get_attribute("src")
+        page.locator("#history button:has(img)").last.click()
+        page.wait_for_function(
+            "before => document.querySelector('#viewer mesh-viewer').getAttribute('src') != before",
+            arg=second,
+        )
+
+
+@pytest.mark.slow
+def test_cancel_stops_the_computation_within_a_step(open_page, picture):
+    generator = BallGenerator(closed_gate=True)
+    with served(generator) as url:
+        page = open_page(url)
+        upload_object(page, picture)
+        assert page.get_by_role("button", name="Cancel").is_disabled()
+        press(page, "Generate")
+        bar = page.get_by_role("progressbar")
+        bar.wait_for()
+        page.get_by_text(re.compile("Stage 1 of 3: structure, step 1 of 4")).wait_for()
+        assert bar.get_attribute("aria-valuenow") == "0"
+        press(page, "Cancel")
+        page.wait_for_timeout(500)
+        generator.gate.set()
+        page.get_by_text("Cancelled").wait_for()
+        assert generator.steps_run == 1
+        press(page, "Generate")
+        wait_for_mesh(page)
+
+
+@pytest.mark.slow
+def test_files_that_cannot_be_used_are_refused_on_the_page(open_page, picture, tmp_path):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(picture.read_bytes()[:200])
+    opaque = tmp_path / "opaque.png"
+    disc_image(256).convert("RGB").save(opaque)
+    large = tmp_path / "large.png"
+    Image.new("RGBA", (1200, 1200), (1, 2, 3, 0)).save(large)
+    with served(BallGenerator(), max_megapixels=1) as url:
+        page = open_page(url)
+        alert = page.get_by_role("alert")
+        press(page, "Generate")
+        alert.filter(has_text="There is no cut-out yet").wait_for()
+        for path, message in (
+            (damaged, "damaged.png must be a readable image"),
+            (large, "at most 1000000 pixels (1000 x 1000)"),
+        ):
+            upload(page, path)
+            alert.filter(has_text=message).wait_for()
+            page.get_by_label("Clear").first.click()
+            alert.filter(has_text=message).wait_for(state="detached")
+        upload(page, opaque)
+        alert.filter(has_text="background of opaque.png was not removed").wait_for()
+        page.get_by_label("Keep the background: the object fills the picture").check()
+        alert.filter(has_text="background of opaque.png").first.wait_for(state="detached")
+        press(page, "Generate")
+        wait_for_mesh(page)
+
+
+@pytest.mark.slow
+def test_two_users_wait_for_each_other_and_see_their_own_mesh(open_page, picture):
+    generator = BallGenerator(closed_gate=True)
+    with served(generator) as url:
+        first, second = open_page(url), open_page(url)
+        for page in (first, second):
+            upload_object(page, picture)
+            press(page, "Generate")
+            page.get_by_role("progressbar").wait_for()
+        second.get_by_text("Waiting for 1 generation before this one").wait_for()
+        generator.gate.set()
+        for page in (first, second):
+            wait_for_mesh(page)
+        sources = {
+            page.locator("#viewer mesh-viewer").get_attribute("src") for page in (first, second)
+        }
+        assert len(sources) == 2
+        assert second.locator("#history img").count() == 1
+
+
+@pytest.mark.slow
+def test_a_memory_that_does_not_suffice_is_explained(open_page, picture):
+    generator = BallGenerator()
+    generator.error = MemoryError()
+    with served(generator) as url:
+        page = open_page(url)
+        upload_object(page, picture)
+        press(page, "Generate")
+        page.get_by_role("alert").filter(has_text="choose a smaller resolution").wait_for()
+
+
+@pytest.mark.slow
+def test_a_cut_out_is_repaired_with_the_brush(open_page, picture):
+    generator = BallGenerator()
+    with served(generator) as url:
+        page = open_page(url)
+        upload_object(page, picture)
+        page.get_by_role("button", name="Repair the cut-out").click()
+        canvas = page.locator("#editor canvas").first
+        canvas.wait_for()
+        page.wait_for_timeout(1500)
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        middle = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + 0.4 * box["width"], middle)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.6 * box["width"], middle, steps=10)
+        page.mouse.up()
+        before = page.locator("#cutout img").first.get_attribute("src")
+        press(page, "Apply the repair")
+        page.wait_for_function(
+            "before => document.querySelector('#cutout img')?.src != before", arg=before
+        )
+        press(page, "Generate")
+        wait_for_mesh(page)
+        image = generator.requests[0][0]
+        assert image.getpixel((128, 128))[3] == 0
+        assert image.getpixel((128, 190))[3] == 255
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_phone(open_page, picture):
+    with served(BallGenerator()) as url:
+        page = open_page(url, viewport=PHONE, is_mobile=True, has_touch=True)
+        upload_object(page, picture)
+        press(page, "Generate")
+        wait_for_mesh(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        viewer = page.locator("#viewer mesh-viewer").bounding_box()
+        assert viewer["width"] > 300
+        for name in ("Generate", "Cancel"):
+            box = page.get_by_role("button", name=name).bounding_box()
+            assert min(box["width"], box["height"]) >= 32
+
+
+@pytest.mark.slow
+def test_the_keyboard_and_labels_suffice(open_page, picture):
+    with served(BallGenerator()) as url:
+        page = open_page(url)
+        upload_object(page, picture)
+        page.get_by_role("button", name="Options").press("Enter")
+        page.get_by_label("Seed").wait_for()
+        nameless = page.evaluate(
+            """[...document.querySelectorAll('input, textarea, select, button, canvas')]
+            .filter(e => e.offsetParent && e.type !== 'file')
+            .filter(e => !(e.labels?.length || e.getAttribute('aria-label') || e.title
+                           || e.innerText.trim() || e.closest('[aria-label]')))
+            .map(e => e.outerHTML.slice(0, 200))"""
+        )
+        assert nameless == []
+        page.get_by_role("tab", name="Generate").focus()
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.id") == "generate":
+                break
+        assert page.evaluate("document.activeElement.id") == "generate"
+        page.keyboard.press("Enter")
+        wait_for_mesh(page)
+        assert page.get_by_role("status").filter(has_text="Done in").count() == 1
+
+
+@pytest.mark.slow
+def test_trained_stages_make_a_mesh_on_the_cpu(open_page, picture, tmp_path):
+    checkpoint = export(tmp_path / "export")
+    with served(checkpoint=str(checkpoint)) as url:
+        page = open_page(url)
+        page.set_default_timeout(300_000)
+        upload_object(page, picture)
+        page.get_by_role("button", name="Options").click()
+        page.get_by_label("Steps of each stage").fill("2")
+        page.get_by_label("Resolution").click()
+        page.get_by_role("option", name="64³").click()
+        press(page, "Generate")
+        wait_for_mesh(page)
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Download PLY").click()
+        download.value.save_as(tmp_path / "mesh.ply")
+    assert trimesh.load(Path(tmp_path / "mesh.ply"), force="mesh").is_watertight
