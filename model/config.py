@@ -502,8 +502,11 @@ class GenerationOptions:
     """Solver: "euler" needs one model call a step, "heun" is of second order and needs two."""
     min_piece: float = 0.01
     """Separate pieces with less than this share of the largest piece's area are removed."""
+    max_hole: float | None = None
+    """Largest diameter of a hole that is closed, in units of the cube that holds the mesh. None
+    closes all holes."""
     faces: int | None = None
-    """Simplify the mesh to about this many faces. None keeps all faces."""
+    """Simplify the mesh to about this many faces. Sharp edges are kept. None keeps all faces."""
     refine: Refine | None = None
     """Refiners that improve the decoded volumes: "none", the one of the first resolution ("512"),
     or also the one that signs what was not decoded at the finer resolution ("all"). Without it the
@@ -520,6 +523,8 @@ class GenerationOptions:
             raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
         if not 0 <= self.min_piece < 1:
             raise ValueError(f"min_piece must be in [0, 1), got {self.min_piece}")
+        if self.max_hole is not None and self.max_hole < 0:
+            raise ValueError(f"max_hole must be 0 or more, got {self.max_hole}")
         if self.faces is not None and self.faces < 4:
             raise ValueError(f"faces must be 4 or more, got {self.faces}")
         if self.refine is not None:
@@ -542,3 +547,24 @@ class GenerationOptions:
         scales = (self.guidance, recommended.guidance, DEFAULT_GUIDANCE)
         scale = next(scale for scale in scales if scale is not None)
         return SamplingOptions(steps=steps, guidance=Guidance(scale=scale), method=self.method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrintOptions:
+    """Size and limits of a print."""
+
+    size_mm: float = 100.0
+    """Longest side of the printed object in millimetres."""
+    min_wall_mm: float = 1.0
+    """Smallest thickness of a wall in millimetres."""
+    max_overhang_degrees: float = 45.0
+    """Largest angle of an overhang from the vertical that prints without supports, in degrees."""
+
+    def __post_init__(self) -> None:
+        for name in ("size_mm", "min_wall_mm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.max_overhang_degrees <= 90:
+            raise ValueError(
+                f"max_overhang_degrees must be from 0 to 90, got {self.max_overhang_degrees}"
+            )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from model.config import GenerationOptions
+from model.config import GenerationOptions, PrintOptions
 from pipeline.core.cli import command, parse
 from pipeline.core.devices import Device, check_device, choose_device
 from pipeline.core.errors import RunError, UserError
@@ -63,6 +63,11 @@ class GenerateConfig:
 
     preview: Literal["none", "png", "gif"] = "none"
     """Also write views from all sides to NAME.preview.png or NAME.preview.gif beside the mesh."""
+
+    check_print: bool = False
+    """Also log whether the mesh can be printed: closed, one piece, thick walls, overhangs."""
+
+    print: PrintOptions = field(default_factory=PrintOptions)
 
     generation: Annotated[GenerationOptions, tyro.conf.OmitArgPrefixes] = field(
         default_factory=GenerationOptions
@@ -152,6 +157,10 @@ def generate(cfg: GenerateConfig) -> int:
         from model.inference.mesh_cleaning import check_simplification
 
         check_simplification()
+    if cfg.check_print:
+        from model.inference.print_check import check_libraries
+
+        check_libraries()
     device = choose_device(cfg.device)
 
     import torch
@@ -181,6 +190,10 @@ def generate(cfg: GenerateConfig) -> int:
             )
             write_mesh(file, mesh.vertices, mesh.faces)
             log.info("%s", describe(file, mesh, device))
+            if cfg.check_print:
+                from model.inference.print_check import check_print
+
+                log.info("%s: %s", file, check_print(mesh.vertices, mesh.faces, cfg.print))
             if cfg.preview != "none":
                 from model.inference.turntable import write_preview
 

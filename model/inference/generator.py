@@ -387,7 +387,7 @@ class Generator:
         return in_one_step(
             progress,
             cleaning_stage(name),
-            lambda: clean_mesh(vertices, faces, options.min_piece),
+            lambda: clean_mesh(vertices, faces, options.min_piece, options.max_hole),
         )
 
     def _sampling(self, stage: int, name: str, options: GenerationOptions) -> SamplingOptions:

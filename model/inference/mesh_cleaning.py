@@ -10,20 +10,22 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from model.inference.hole_patches import fill_loops
 from pipeline.core.errors import UserError
 
+LARGEST_ERROR = 1.0  # of a simplification, relative to the size of the mesh: the count decides
 Vertices = NDArray[np.float64]  # [V, 3] in the cube [-0.5, 0.5]^3
 Faces = NDArray[np.int32]  # [F, 3], counterclockwise seen from outside
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanedMesh:
-    """A closed mesh, and what cleaning changed.
+    """A cleaned mesh, and what cleaning changed.
 
     Attributes:
         vertices: [V, 3].
         faces: [F, 3].
-        holes: Number of loops of open edges that were closed.
+        holes: Number of holes that were closed.
         floaters: Number of small separate pieces that were removed.
         bubbles: Number of removed pieces that bounded an enclosed hollow.
     """
@@ -35,26 +37,33 @@ class CleanedMesh:
     bubbles: int
 
 
-def clean_mesh(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> CleanedMesh:
+def clean_mesh(
+    vertices: Vertices,
+    faces: Faces,
+    min_piece: float = 0.01,
+    max_hole: float | None = None,
+) -> CleanedMesh:
     """Close holes, then remove small separate pieces and bubbles.
 
     A bubble is a piece turned inside out: it bounds a hollow that is not visible from outside. The
-    training data never contains one. The result is closed. If every edge of the input has at most
-    two faces, as marching cubes makes them, the result is manifold.
+    training data never contains one. The result is closed, unless `max_hole` keeps a hole, and
+    manifold.
 
     Args:
         vertices: [V, 3].
         faces: [F, 3].
         min_piece: Pieces with less than this share of the largest piece's area are removed.
+        max_hole: Largest diameter of a hole that is closed. None closes all holes.
 
     Raises:
-        ValueError: If `min_piece` is not in [0, 1) or there is no face.
+        ValueError: If `min_piece` is not in [0, 1), there is no face, or the mesh has a hole and is
+            not oriented or has more than two faces at an edge. Marching cubes makes no such mesh.
     """
     if not 0 <= min_piece < 1:
         raise ValueError(f"min_piece must be in [0, 1), got {min_piece}")
     if not len(faces):
         raise ValueError("the mesh must have a face, got none")
-    vertices, faces, holes = close_holes(vertices, faces)
+    vertices, faces, holes = close_holes(vertices, faces, max_hole)
     piece_of = label_pieces(len(vertices), faces)[faces[:, 0]]
     area, volume = _measure_pieces(vertices, faces, piece_of, int(piece_of.max()) + 1)
     exists = np.bincount(piece_of, minlength=len(area)) > 0
@@ -74,34 +83,56 @@ def clean_mesh(vertices: Vertices, faces: Faces, min_piece: float = 0.01) -> Cle
     )
 
 
-def close_holes(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces, int]:
-    """Close every loop of open edges by a fan of triangles around its centre.
+def close_holes(
+    vertices: Vertices, faces: Faces, max_hole: float | None = None
+) -> tuple[Vertices, Faces, int]:
+    """Close loops of open edges by patches that continue the surface around them.
 
     Where parts of the surface touch in a vertex on their border, the vertex is split first, so that
     every loop is simple.
 
+    Args:
+        vertices: [V, 3].
+        faces: [F, 3].
+        max_hole: Largest diameter of a hole that is closed, the greatest distance of its border
+            from the centre counted twice. None closes all holes.
+
     Returns:
-        The vertices, the faces and the number of loops.
+        The vertices, the faces and the number of closed holes.
     """
     open_edges = _open_edges(faces)
     if not len(open_edges):
         return vertices, faces, 0
     vertices, faces = _split_vertices(vertices, faces, np.unique(open_edges))
-    # Edges of one loop are connected.
-    start, end = _open_edges(faces).T
-    count = len(vertices)
-    graph = coo_matrix((np.ones(len(start), np.int8), (start, end)), shape=(count, count))
-    loop_of = connected_components(graph, directed=False)[1][start]
-    loops, loop_of = np.unique(loop_of, return_inverse=True)
-    # One new vertex at the centre of each loop, and one triangle for each of its edges.
-    sizes = np.bincount(loop_of)
-    centres = np.stack([np.bincount(loop_of, vertices[start, d]) / sizes for d in range(3)], axis=1)
-    fans = np.stack([end, start, count + loop_of], axis=1)
-    return (
-        np.concatenate([vertices, centres]),
-        np.concatenate([faces, fans]).astype(np.int32),
-        len(loops),
-    )
+    loops = _loops(_open_edges(faces))
+    if max_hole is not None:
+        loops = [loop for loop in loops if _diameter(vertices[loop]) <= max_hole]
+    return *fill_loops(vertices, faces, loops), len(loops)
+
+
+def _loops(edges: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Return the vertices of each loop of directed edges [n, 2], in the order of the edges.
+
+    Raises:
+        ValueError: If the edges are no loops, because more than two faces share an edge, or two
+            neighbours are oriented differently.
+    """
+    following = dict(edges.tolist())
+    if len(following) < len(edges) or following.keys() != set(following.values()):
+        raise ValueError("the mesh must be oriented and have at most two faces at each edge")
+    loops = []
+    while following:
+        first, vertex = following.popitem()
+        loop = [first]
+        while vertex != first:
+            loop.append(vertex)
+            vertex = following.pop(vertex)
+        loops.append(np.array(loop))
+    return loops
+
+
+def _diameter(points: Vertices) -> float:
+    return 2 * float(np.linalg.norm(points - points.mean(0), axis=1).max())
 
 
 def count_open_edges(faces: Faces) -> int:
@@ -188,20 +219,22 @@ def check_simplification() -> None:
         UserError: If it is not.
     """
     try:
-        import fast_simplification  # noqa: F401
+        import meshoptimizer  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "--faces needs the library fast-simplification: pip install fast-simplification"
+            "--faces needs the library meshoptimizer: pip install meshoptimizer --pre"
         ) from error
 
 
 def simplify(vertices: Vertices, faces: Faces, target: int) -> tuple[Vertices, Faces]:
-    """Reduce a mesh to about `target` faces by quadric edge collapses.
+    """Reduce a mesh to about `target` faces by quadric edge collapses, which keep sharp edges.
 
-    A mesh with fewer faces is returned unchanged.
+    Vertices are removed and not moved, and the topology stays, so that a closed mesh stays closed.
+    More faces are left where fewer would change the topology. A mesh with fewer faces is returned
+    unchanged.
 
     Raises:
-        UserError: If the library fast-simplification is not installed.
+        UserError: If the library meshoptimizer is not installed.
         ValueError: If `target` is below 4.
     """
     if target < 4:
@@ -209,11 +242,18 @@ def simplify(vertices: Vertices, faces: Faces, target: int) -> tuple[Vertices, F
     if len(faces) <= target:
         return vertices, faces
     check_simplification()
-    import fast_simplification
+    import meshoptimizer
 
-    points = np.ascontiguousarray(vertices, np.float64)
-    result = fast_simplification.simplify(points, np.ascontiguousarray(faces), target_count=target)
-    return result[0], result[1].astype(np.int32)
+    corners = np.ascontiguousarray(faces.ravel(), np.uint32)
+    left = np.zeros_like(corners)
+    size = meshoptimizer.simplify(
+        left,
+        corners,
+        np.ascontiguousarray(vertices, np.float32),
+        target_index_count=3 * target,
+        target_error=LARGEST_ERROR,
+    )
+    return drop_unused_vertices(vertices, left[:size].reshape(-1, 3).astype(np.int32))
 
 
 def _directed_edges(faces: Faces) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
