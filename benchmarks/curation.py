@@ -31,10 +31,10 @@ from pipeline.core.cli import command, parse
 from pipeline.core.errors import Reject, UserError
 from pipeline.core.hashing import sha256_of
 from pipeline.curation.config import RankConfig, ScreenConfig
-from pipeline.curation.dedup import Signatures, find_copies
+from pipeline.curation.dedup import find_copies, signatures_of_looks
 from pipeline.curation.rank import quality_terms, weighted_score
 from pipeline.curation.screening_metrics import METRICS_SCHEMA, compute_metrics
-from pipeline.curation.shape_moments import SIGNATURES
+from pipeline.curation.shape_moments import SIGNATURES, decode_moments
 from pipeline.geometry.config import TopologyConfig
 from pipeline.geometry.topology import build_topology
 from pipeline.mesh_io.formats import MESH_FORMATS
@@ -168,15 +168,11 @@ def count_pairs(metrics: dict[str, Row], pairs: Sequence[Row]) -> list[Row]:
     """Count the labelled pairs that deduplication calls copies, by half and label."""
     sound = {key: row for key, row in metrics.items() if "rejected" not in row}
     hashes = sorted(sound)
-    moments = {
-        name: np.array(
-            [np.frombuffer(bytes.fromhex(sound[key][name]), np.float32) for key in hashes]
-        )
-        for name in SIGNATURES
-    }
-    signatures = Signatures(
-        sha256=hashes, visible=moments["visible_moments"], faces=moments["face_moments"]
+    visible, faces = (
+        decode_moments([bytes.fromhex(sound[key][name]) for key in hashes]) for name in SIGNATURES
     )
+    cap_share = np.array([float(sound[key]["cap_share"]) for key in hashes])
+    signatures = signatures_of_looks(hashes, visible, faces, cap_share)
     copies = find_copies(signatures, RankConfig().dedup)
     group = dict(zip(hashes, copies.shape_group.tolist()))
     rows = []

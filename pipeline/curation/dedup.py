@@ -35,6 +35,29 @@ class Signatures:
     faces: NDArray[np.float32]  # [N, 34] `surface_moments` of all faces
 
 
+def signatures_of_looks(
+    sha256: Sequence[str | None],
+    visible: NDArray[np.float32],
+    faces: NDArray[np.float32],
+    cap_share: NDArray[np.float64],
+) -> Signatures:
+    """Return signatures by which equal assets also look equal.
+
+    A cap that closes an opening hides what lies behind it from the topology, but not in a render:
+    an open window and one with a pane have the same solid. Assets with caps are therefore compared
+    by all their faces alone.
+
+    Args:
+        sha256: Hashes of the source files of N assets.
+        visible: [N, 34] `surface_moments` of the visible surfaces.
+        faces: [N, 34] `surface_moments` of all faces.
+        cap_share: [N] area of the caps, relative to the visible area.
+    """
+    return Signatures(
+        sha256=sha256, visible=np.where(cap_share[:, None] > 0, 0, visible), faces=faces
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Duplicate:
     """Why an asset is not kept beside another.

@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 from pipeline.core.errors import UserError
 from pipeline.core.grid import CELL_SIDE
 from pipeline.curation.config import TERM_WEIGHTS, RankConfig, parse_assignments
-from pipeline.curation.dedup import Signatures, find_copies, find_duplicates
+from pipeline.curation.dedup import (
+    Signatures,
+    find_copies,
+    find_duplicates,
+    signatures_of_looks,
+)
 from pipeline.curation.licences import licence_of
 from pipeline.curation.reasons import thresholds
 from pipeline.curation.shape_moments import decode_moments
@@ -316,10 +321,11 @@ def _failed_thresholds(
 
 def _signatures(table: pa.Table) -> Signatures:
     """Return the signatures of assets that have metrics."""
-    return Signatures(
-        sha256=table["sha256"].to_pylist(),
-        visible=decode_moments(table["visible_moments"].to_pylist()),
-        faces=decode_moments(table["face_moments"].to_pylist()),
+    return signatures_of_looks(
+        table["sha256"].to_pylist(),
+        decode_moments(table["visible_moments"].to_pylist()),
+        decode_moments(table["face_moments"].to_pylist()),
+        _as_floats(table, "cap_share"),
     )
 
 

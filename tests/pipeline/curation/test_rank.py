@@ -232,6 +232,25 @@ def test_copies_are_named_and_grouped_with_rejected_assets():
     assert rows["c"]["reason"] == "too_few_tokens"
 
 
+@pytest.mark.parametrize(
+    ("cap_share", "same_faces", "is_copy"),
+    [(0.0, False, True), (0.1, False, False), (0.1, True, True)],
+)
+def test_what_a_cap_hides_can_tell_assets_apart(cap_share, same_faces, is_copy):
+    """An open window and one with a pane have the same surface after the opening is closed."""
+    draw = np.random.default_rng(5)
+    visible, one, other = (draw.uniform(-1, 1, 34).astype(np.float32).tobytes() for _ in range(3))
+    table = ranked(
+        {"cap_share": cap_share, "visible_moments": visible, "face_moments": one},
+        {
+            **{"cap_share": cap_share, "visible_moments": visible},
+            "face_moments": one if same_faces else other,
+        },
+    )
+    expected = "duplicate_geometry" if is_copy else ""
+    assert reasons(table) == {"a": "", "b": expected}
+
+
 def best_choice(scores, groups, shares, target):
     """Return how many assets the largest allowed selection of the best has, by trying all sizes."""
     for size in range(min(target, len(scores)), 0, -1):
