@@ -16,14 +16,14 @@ from pipeline.rendering.config import RenderConfig
 
 # Terms of the quality score and their weights. docs/data_quality.md explains them.
 TERM_WEIGHTS = {
-    "bends": 0.3,
-    "edges": 0.1,
+    "bends": 0.32,
+    "edges": 0.03,  # bends count sharp edges, too
     "tokens": 0.05,
     "topology": 0.1,
     "outline": 0.1,
     "colors": 0.1,
     "views": 0.05,
-    "complete": 0.05,
+    "complete": 0.1,
     "object": 0.1,
     "ground": 0.05,
 }

@@ -244,7 +244,7 @@ def quality_terms(
         "bends": _on_log_scale(values["bend"] / size, 3.6, 25),
         "edges": _on_log_scale(values["sharp_length"] / size, 3, 40),
         "tokens": _on_log_scale(values["relative_tokens"], 0.3, 2),
-        "topology": (1 - values["sheet_share"])
+        "topology": (1 - 0.6 * values["sheet_share"])
         * (1 - _between(values["leak_fraction"], 0.02, 0.5))
         * (1 - _between(values["cap_share"], 0.05, 0.5)),
         "outline": 1 - _between(values["solid_fraction"], 0.6, 1),
