@@ -7,13 +7,14 @@ about 300 bytes each in the store.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -34,6 +35,7 @@ VAE = "synthetic-000"  # stands for the hash of the VAE
 CHANNELS = 16
 CAMERAS = "paper"
 DISTINCT_IMAGES = 4  # of each shard; encoding every image anew would take minutes
+DISTINCT_ASSETS = 16  # of each shard
 HELD_OUT = 2  # assets, of the first shard
 
 
@@ -45,7 +47,7 @@ class BuildSize:
         resolution: Resolution R of the bricks.
         assets: Number of assets.
         shard_size: Number of assets of a shard.
-        views: Number of views of each asset. 0 makes neither renders nor latents.
+        views: Number of views of each asset.
         image_size: Pixels per side of a render.
     """
 
@@ -57,13 +59,8 @@ class BuildSize:
 
     @property
     def shards(self) -> int:
-        """Number of shards."""
+        """Number of shards, all of which are full."""
         return -(-self.assets // self.shard_size)
-
-
-def make_build(root: Path, size: BuildSize, pool: Executor) -> list[Future[None]]:
-    """Start to write a committed build, a shard for each task of the pool."""
-    return [pool.submit(make_shard, root, size, number) for number in range(size.shards)]
 
 
 def finish_latents(root: Path, size: BuildSize) -> None:
@@ -73,48 +70,82 @@ def finish_latents(root: Path, size: BuildSize) -> None:
     write_atomically(path, json.dumps(content))
 
 
+def product_bytes(root: Path, name: str) -> int:
+    """Return the number of bytes below a folder of a build, such as "sdf"."""
+    return sum(path.stat().st_size for path in (root / name).rglob("*") if path.is_file())
+
+
 def make_shard(root: Path, size: BuildSize, number: int) -> None:
-    """Write one shard of every product with its manifest and markers."""
-    shard = f"{number:06d}"
-    chosen = range(number * size.shard_size, min((number + 1) * size.shard_size, size.assets))
-    uids = [f"synthetic-{asset:08d}" for asset in chosen]
-    assets = [bumpy_ball(size.resolution, asset) for asset in chosen]
+    """Write one shard of every product with its manifest and markers.
+
+    Its bricks and latents are those of DISTINCT_ASSETS assets, again and again.
+    """
+    shard, uids = _names(size, number)
+    seeds = [number * DISTINCT_ASSETS + row for row in range(min(DISTINCT_ASSETS, len(uids)))]
+    distinct = [bumpy_ball(size.resolution, seed) for seed in seeds]
+    assets = [distinct[row % len(distinct)] for row in range(len(uids))]
+    path, latents = _shard_paths(root, size, shard)
+    for parent in (path.parent, latents.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    write_sdf_shard(path, size.resolution, zip(uids, assets, strict=True), "benchmark")
+    write_latent_shard(
+        latents,
+        _latents(uids, assets, number),
+        resolution=size.resolution,
+        vae=VAE,
+        channels=CHANNELS,
+        source="benchmark",
+    )
+    _finish_shard(root, size, number, [len(bricks.cells) for bricks in assets])
+
+
+def copy_shard(root: Path, size: BuildSize, template: int, number: int) -> None:
+    """Write another shard with the bricks and the latents of `template`."""
+    shard, uids = _names(size, number)
+    sources = _shard_paths(root, size, _names(size, template)[0])
+    for source, target in zip(sources, _shard_paths(root, size, shard), strict=True):
+        shutil.copytree(source, target)
+        group = zarr.open_group(target, mode="r+", zarr_format=3)
+        group.update_attributes({"uids": uids})
+    offsets = np.asarray(group["offsets"][:])
+    _finish_shard(root, size, number, np.diff(offsets).tolist())
+
+
+def _names(size: BuildSize, number: int) -> tuple[str, list[str]]:
+    """Return the name of a shard and the uids of its assets."""
+    first = number * size.shard_size
+    return f"{number:06d}", [f"synthetic-{first + row:08d}" for row in range(size.shard_size)]
+
+
+def _shard_paths(root: Path, size: BuildSize, shard: str) -> tuple[Path, Path]:
+    """Return the stores of a shard's bricks and latents."""
+    sdf = root / product_paths(Product.sdf(size.resolution), shard)[0]
+    return sdf, root / "latents" / VAE / str(size.resolution) / f"{shard}.zarr"
+
+
+def _finish_shard(root: Path, size: BuildSize, number: int, tokens: Sequence[int]) -> None:
+    """Write the renders, the manifest and the markers of a shard."""
+    shard, uids = _names(size, number)
+    renders = Product.renders(CAMERAS)
+    path = root / product_paths(renders, shard)[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_render_shard(path, _views(uids, size, number))
     rows = [
         ManifestRow(
             uid=uid,
             status="done",
             shard=shard,
             row=row,
-            split="val" if asset < HELD_OUT else "train",
-            tokens={size.resolution: len(bricks.cells)},
+            split="val" if number == 0 and row < HELD_OUT else "train",
+            tokens={size.resolution: count},
         )
-        for row, (asset, uid, bricks) in enumerate(zip(chosen, uids, assets, strict=True))
+        for row, (uid, count) in enumerate(zip(uids, tokens, strict=True))
     ]
-    sdf = Product.sdf(size.resolution)
-    path = root / product_paths(sdf, shard)[0]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_sdf_shard(path, size.resolution, zip(uids, assets, strict=True), "benchmark")
-    _commit(root, shard, sdf)
-    if size.views:
-        folder = root / "latents" / VAE / str(size.resolution)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_latent_shard(
-            folder / f"{shard}.zarr",
-            _latents(uids, assets, number),
-            resolution=size.resolution,
-            vae=VAE,
-            channels=CHANNELS,
-            source="benchmark",
-        )
-        renders = Product.renders(CAMERAS)
-        path = root / product_paths(renders, shard)[0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_render_shard(path, _views(uids, size, number))
-        _commit(root, shard, renders)
     path = manifest_path(root, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(path, rows, [size.resolution])
-    _commit(root, shard, MANIFEST)
+    for product in (Product.sdf(size.resolution), renders, MANIFEST):
+        _commit(root, shard, product)
 
 
 def _commit(root: Path, shard: str, product: Product | str) -> None:
@@ -131,7 +162,7 @@ def _commit(root: Path, shard: str, product: Product | str) -> None:
 def bumpy_ball(resolution: int, seed: int) -> Bricks:
     """Return the bricks of a ball with waves on its surface."""
     rng = np.random.default_rng(seed)
-    radius = rng.uniform(0.27, 0.36)
+    radius = rng.uniform(0.24, 0.33)
     waves, phases = rng.uniform(-30, 30, (4, 3)), rng.uniform(0, 2 * np.pi, 4)
 
     def distance(points: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -218,7 +218,7 @@ def running(cfg: StoreConfig) -> Iterator[str]:
             raise RunError(f"the store could not be started on {cfg.folder}; see its message above")
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
+        process.kill()
         process.wait()
 
 

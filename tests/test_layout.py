@@ -45,6 +45,7 @@ UNITS = {
         "train.engine",
         "train.data",
         "train.stages",
+        "train.costs",
         "train.evaluation",
         "train.demo",
         "train",

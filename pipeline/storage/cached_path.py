@@ -67,7 +67,7 @@ class CachedPath(RemotePath):
         size = min(size, version.size - start)
         if size <= 0:
             return b""
-        key = f"{self.url}\0{version.version}\0{version.size}\0{start}"
+        key = f"{self.url}\0{version.version}\0{version.size}\0{start}\0{size}"
         return self.cache.get(key, size, lambda: self.read_range_of(version, start, size))
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:

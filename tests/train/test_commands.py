@@ -24,7 +24,7 @@ print(json.dumps(shown))
 COMMANDS = [
     *(
         (f"train.{name}", [option], f"usage: python -m train.{name}")
-        for name in ("vae", "dit", "structure", "encode", "export", "plot")
+        for name in ("vae", "dit", "structure", "encode", "export", "plot", "estimate")
         for option in ("--help", "--help-all")
     ),
     ("train.evaluate", ["--help"], "python -m train.evaluate {vae,generation}"),

@@ -215,6 +215,7 @@ class LatentShard:
         from zarr.errors import BaseZarrError
 
         from pipeline.storage.remote_zarr import zarr_store
+        from pipeline.storage.row_reader import row_reader
 
         self.path = path
         try:
@@ -240,6 +241,10 @@ class LatentShard:
         self.train_sums = LatentSums(cells=sums["cells"], **arrays)
         self.offsets: NDArray[np.int64] = np.asarray(self._arrays["offsets"][:])
         self._row = {uid: row for row, uid in enumerate(self.uids)}
+        self._readers = {
+            name: row_reader(self._arrays[name], path / name)
+            for name in ("cells", "mean", "logvar")
+        }
 
     def tokens(self, uid: str) -> int:
         """Return the number of cells of an asset. Unknown uids raise KeyError."""
@@ -248,10 +253,13 @@ class LatentShard:
 
     def read(self, uid: str) -> Latent:
         """Read the latents of an asset. Unknown uids raise KeyError."""
+        from pipeline.storage.row_reader import read_rows
+
         row = self._row[uid]
-        rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        names = ("cells", "mean", "logvar")
-        return Latent(**{name: np.asarray(self._arrays[name][rows]) for name in names})
+        start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
+        return Latent(
+            **{name: read_rows(reader, start, stop) for name, reader in self._readers.items()}
+        )
 
 
 class LatentStore:

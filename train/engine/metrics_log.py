@@ -18,7 +18,8 @@ from train.engine.config import LoopConfig
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-FILE_ONLY = ("seconds", "data_s", "tokens", "samples", "skipped")  # left out of log lines
+# Left out of log lines.
+FILE_ONLY = ("seconds", "elapsed_s", "data_s", "tokens", "samples", "skipped")
 
 
 class MetricsLog:

@@ -222,9 +222,14 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         a.copy_(b)
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, such as "NVIDIA H200", or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Return the dense bf16 FLOP/s of a GPU by its data sheet, or None if it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    name = device_name(device)
     return next((peak for model, peak in PEAK_BF16_FLOPS.items() if model in name), None)

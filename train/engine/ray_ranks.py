@@ -261,7 +261,7 @@ def _attempt(module: str, args: Sequence[str], options: RankOptions, stop: Stop)
     """
     assert options.ray_gpus is not None
     gpus = 0 if options.device == "cpu" else 1
-    bundle = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
+    bundle: dict[str, float] = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
     group = placement_group([bundle] * options.ray_gpus, strategy="PACK")
     actors: list[Any] = []
     try:

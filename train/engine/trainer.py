@@ -26,7 +26,13 @@ from train.engine import checkpoint
 from train.engine.config import FREE_ON_RESUME, LoopConfig
 from train.engine.distributed import World
 from train.engine.metrics_log import METRICS, MetricsLog
-from train.engine.optimizer import GradientGuard, make_optimizer, peak_flops, update_average
+from train.engine.optimizer import (
+    GradientGuard,
+    device_name,
+    make_optimizer,
+    peak_flops,
+    update_average,
+)
 from train.engine.prefetch import Stream
 
 log = logging.getLogger(__name__)
@@ -149,7 +155,12 @@ class Trainer:
         self.cfg = cfg
         self.out = out
         self.world = world
-        self.config = {"format_version": FORMAT_VERSION, **config, **checkpoint.provenance()}
+        self.config = {
+            "format_version": FORMAT_VERSION,
+            **config,
+            "hardware": {"device": device_name(world.device), "ranks": world.size},
+            **checkpoint.provenance(),
+        }
         self.model = task.model
         torch.manual_seed(cfg.seed * 1_000_003 + world.rank)
         if cfg.deterministic:
@@ -293,6 +304,7 @@ class Trainer:
         work = 3 * result.flops  # a backward pass costs as much as two forward passes
         speed = {
             "seconds": seconds,
+            "elapsed_s": time.monotonic() - self.started,
             "tokens_per_s": result.metrics["tokens"] / seconds,
             "mfu": work / seconds / self.peak if self.peak else None,
         }
