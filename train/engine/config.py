@@ -10,7 +10,7 @@ from typing import Literal
 import tyro
 
 from pipeline.core.devices import Device, check_device
-from pipeline.core.options import at_least, check_bounds
+from pipeline.core.options import added, at_least, check_bounds
 
 Gpus = int | Literal["auto"]  # type of `--gpus`, checked by `check_gpus`
 MAX_SEED = 1 << 40  # seed * 1_000_003 + rank stays below 2^63 for a million ranks
@@ -30,6 +30,7 @@ FREE_ON_RESUME = (
     "max_bad_share",
     "activation_checkpointing",
     "kept_activations",
+    "wandb_project",
 )
 
 
@@ -153,6 +154,9 @@ class LoopConfig:
     """Number of steps between validations on held-out assets. 0 disables validation."""
     sample_every: int = at_least(0, 5000)
     """Number of steps between previews in samples/. 0 disables previews."""
+    wandb_project: str | None = added(None, before=None)
+    """Project of Weights & Biases that also gets the metrics. WANDB_MODE=offline keeps them in the
+    run's directory. None does not use the service."""
 
     def __post_init__(self) -> None:
         # Optimizer and learning rate: Direct3D-S2 paper (arXiv 2505.17412), section 3.

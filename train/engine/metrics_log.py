@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard if installed, and a progress bar or log lines."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar or log lines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from pipeline.core.files import write_atomically
 from train.engine.config import LoopConfig
+from train.engine.wandb_log import WandbLog
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +33,21 @@ class MetricsLog:
         first: Number of steps done before. Lines of later steps, which a killed run left behind,
             are deleted, so that every step has one line.
         enabled: Whether this rank writes. Only rank 0 does.
+        config: JSON content that describes the run to Weights & Biases.
+
+    Raises:
+        UserError: If `loop` names a project of Weights & Biases, which cannot be used.
     """
 
-    def __init__(self, out: Path, loop: LoopConfig, *, first: int, enabled: bool = True):
+    def __init__(
+        self,
+        out: Path,
+        loop: LoopConfig,
+        *,
+        first: int,
+        enabled: bool = True,
+        config: Mapping[str, Any] | None = None,
+    ):
         self.enabled = enabled
         self.log_every = loop.log_every
         self.steps = loop.steps
@@ -42,6 +56,7 @@ class MetricsLog:
         self._recent_seconds: list[float] = []  # of the steps since the last log line
         self._file: TextIO | None = None
         self._board: Any = None
+        self._wandb: WandbLog | None = None
         self._bar: Any = None
         self._warned = False
         if not enabled:
@@ -50,6 +65,8 @@ class MetricsLog:
         drop_steps_after(out / METRICS, first)
         self._file = (out / METRICS).open("a", encoding="utf-8")
         self._board = _tensorboard(out / "tensorboard", first)
+        if loop.wandb_project is not None:
+            self._wandb = WandbLog(out, loop.wandb_project, config or {})
         if sys.stderr.isatty():
             self._bar = tqdm(total=loop.steps, initial=first, unit="step", dynamic_ncols=True)
 
@@ -83,7 +100,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close all files."""
-        for resource in (self._bar, self._board, self._file):
+        for resource in (self._bar, self._board, self._wandb, self._file):
             if resource is not None:
                 try:
                     resource.close()
@@ -108,6 +125,8 @@ class MetricsLog:
             self._warn(error)
 
     def _scalars(self, group: str, step: int, metrics: dict[str, Any]) -> None:
+        if self._wandb is not None:
+            self._wandb.log(group, step, metrics)
         if self._board is None:
             return
         try:

@@ -204,7 +204,9 @@ class Trainer:
         """
         cfg = self.cfg
         self._log_start()
-        metrics_log = MetricsLog(self.out, cfg, first=self.done, enabled=self.world.is_first)
+        metrics_log = MetricsLog(
+            self.out, cfg, first=self.done, enabled=self.world.is_first, config=self.config
+        )
         try:
             with note_signals() as stop:
                 self._train(metrics_log, stop)
