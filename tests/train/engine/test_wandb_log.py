@@ -11,7 +11,6 @@ from pipeline.core.errors import UserError
 from tests.train.toy_model import run
 from train.engine.wandb_log import ID_FILE, WandbLog
 
-
 BLOCK = 32768  # bytes; records are split at the ends of blocks, as in LevelDB's log
 
 
