@@ -11,12 +11,16 @@ PROG = "python -m train.export"
 
 
 def main(args: Sequence[str]) -> None:
-    """Parse the options and export."""
+    """Parse the options, export, and upload the export if that is asked for."""
     cfg = parse(ExportConfig, args, prog=PROG)
     # torch is imported after the options are parsed, so that --help and errors come at once.
     from train.stages.export import export
 
     export(cfg)
+    if cfg.push is not None:
+        from train.stages.hub import push_export
+
+        push_export(cfg.out, cfg.push, licence=cfg.license, private=cfg.private)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,17 @@ class ExportConfig:
     guidance: float | None = None
     """Guidance scale that `python -m model.generate` takes unless it is given another one. None
     recommends none."""
+    push: str | None = None
+    """Repository OWNER/NAME on the Hugging Face hub to which the export is uploaded with a model
+    card. It is created if there is none. Log in first with `hf auth login`."""
+    license: str | None = None
+    """Licence of the weights that the model card states, such as apache-2.0. None states none."""
+    private: bool = False
+    """Create the repository of --push as a private one."""
 
     def __post_init__(self) -> None:
+        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise ValueError(f"push must be OWNER/NAME, got {self.push!r}")
         if self.official is None and not self.vae and self.structure is None and not self.dit:
             raise ValueError("vae, structure or dit must name a checkpoint, got none")
         # Constructing it checks the numbers.
