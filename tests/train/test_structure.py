@@ -1,5 +1,6 @@
 """Training of the structure stage: batches, both parts, resuming, presets, and errors."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from model.config import (
 from model.inference.mesh_cleaning import count_open_edges
 from model.occupancy_vae import OccupancyVAE, occupancy_grid
 from model.structure import Structure
+from pipeline.core.cameras import sample_camera
 from pipeline.core.errors import UserError
 from pipeline.storage.sdf_shard import SdfShard
 from tests.model.tiny_models import STRUCTURE
@@ -119,6 +121,39 @@ def test_all_views_that_are_not_held_out_come_in_turn(rendered, tmp_path):
         UserError, match="held_out_views must be below the 5 views there are, got 5"
     ):
         GridLoader(index, replace(cfg, held_out_views=5), images=True).conditions.view_of(0, 0)
+
+
+def test_facing_views_turn_the_cells_and_mirrored_views_the_image_too(rendered, tmp_path):
+    index = read_build_index(rendered, [32]).split("train")
+    flow = replace(config(rendered, tmp_path).flow, augment=False)
+    plain_cfg = config(rendered, tmp_path, flow=flow)
+    plain = GridLoader(index, plain_cfg, images=True)
+    facing = GridLoader(
+        index, replace(plain_cfg, facing_views=True, mirrored_views=True), images=True
+    )
+    turns_seen, mirrored_seen = set(), set()
+    for asset, epoch in itertools.product(range(4), range(3)):
+        before, after = (x.batch([SampleId(asset, epoch)], 1.0) for x in (plain, facing))
+        azimuth = sample_camera(index.uids[asset], plain.conditions.view_of(asset, epoch))
+        turns = round(azimuth.azimuth_degrees / 90)
+        # x and z after the turns, by the definition of the azimuth: at 90 the eye is on +x.
+        cells = before.occupied[0].numpy()
+        turned = {0: cells, 1: np.flip(cells, 2), 2: np.flip(cells, (0, 2))}[turns]
+        turned = turned.transpose(2, 1, 0) if turns == 1 else turned
+        pixels, other = before.images.pixels.numpy(), after.images.pixels.numpy()
+        is_mirrored = not np.array_equal(pixels, other)
+        if is_mirrored:
+            np.testing.assert_array_equal(other, np.flip(pixels, 3))
+            turned = np.flip(turned, 0)
+        np.testing.assert_array_equal(after.occupied[0].numpy(), turned)
+        turns_seen.add(turns)
+        mirrored_seen.add(is_mirrored)
+    assert len(turns_seen) > 1 and mirrored_seen == {False, True}
+    held_out = GridLoader(
+        index, replace(plain_cfg, mirrored_views=True), images=True, use="held_out"
+    )
+    kept = held_out.batch([SampleId(0, 0)], 1.0).occupied[0]
+    torch.testing.assert_close(kept, plain.batch([SampleId(0, 0)], 1.0).occupied[0])
 
 
 def test_both_parts_train_and_the_checkpoint_holds_the_whole_stage(rendered, tmp_path):

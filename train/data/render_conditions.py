@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from pipeline.storage.commit_marker import check_sizes
 from pipeline.storage.layout import list_commits, product_paths
 from train.data.bricks import OPEN_SHARDS, UNREADABLE, BuildIndex
 from train.data.config import FlowOptions
+from train.data.symmetry import quarter_turn
 
 if TYPE_CHECKING:
     from pipeline.core.schema import View
@@ -129,6 +131,18 @@ class ViewReader:
         except UNREADABLE as error:
             raise self._unreadable(asset, view, error) from error
 
+    def azimuth(self, asset: int, view: int) -> float:
+        """Return the azimuth of a view's camera in degrees, see `pipeline.core.cameras.Camera`.
+
+        Raises:
+            RunError: If the render cannot be read.
+        """
+        shard, _ = self._shard(asset)
+        try:
+            return shard.read_bytes(self.index.uids[asset], view)[1]["azimuth_degrees"]
+        except UNREADABLE as error:
+            raise self._unreadable(asset, view, error) from error
+
     def _unreadable(self, asset: int, view: int, error: Exception) -> RunError:
         shard, uid = self.index.shards[asset], self.index.uids[asset]
         return RunError(
@@ -166,6 +180,8 @@ class RenderConditions:
         training: Whether images are augmented.
         held_out_only: Whether only the held-out views are chosen.
         ahead: Number of shards whose images are kept in memory, see `ViewReader`.
+        facing: Whether each asset is turned towards the camera, see `symmetry`.
+        mirrored: Whether half of the samples are mirrored in training.
     """
 
     def __init__(
@@ -179,9 +195,14 @@ class RenderConditions:
         training: bool = True,
         held_out_only: bool = False,
         ahead: int = 0,
+        facing: bool = False,
+        mirrored: bool = False,
     ):
         self.index = index
         self.views = ViewReader(index, cameras, ahead=ahead)
+        self.facing = facing
+        self.mirrored = mirrored and training
+        self._turns: dict[tuple[int, int], int] = {}  # quarter turns of an asset and a view
         self.held_out = held_out
         self.held_out_only = held_out_only
         self.flow = flow
@@ -222,17 +243,42 @@ class RenderConditions:
             key: Names and numbers from which the augmentation is seeded.
         """
         view = self.view_of(asset, epoch)
-        if not (self.training and self.flow.augment):
-            return self._plain.get((asset, view), lambda: self._prepared(asset, view))
-        pixels = self.views.read(asset, view)
-        rng = np.random.default_rng(seed_of("augmentation", *key))
-        return prepare_image(
-            pixels,
-            self.image_size,
-            augmentation=self.flow.augmentation,
-            rng=rng,
-            whole_if_opaque=True,
-        )
+        if self.training and self.flow.augment:
+            image = prepare_image(
+                self.views.read(asset, view),
+                self.image_size,
+                augmentation=self.flow.augmentation,
+                rng=np.random.default_rng(seed_of("augmentation", *key)),
+                whole_if_opaque=True,
+            )
+        else:
+            image = self._plain.get((asset, view), lambda: self._prepared(asset, view))
+        if self._is_mirrored(key):
+            image = PreparedImage(image.rgb[:, ::-1], image.mask[:, ::-1])
+        return image
+
+    def symmetry(self, asset: int, epoch: int, key: Sequence[str | int]) -> int:
+        """Return the symmetry of SYMMETRIES that the shape of a sample is transformed by.
+
+        With `facing` the asset and its cameras are turned about the up axis by a multiple of 90
+        degrees, so that the azimuth of the sample's camera lies between -45 and 45 degrees. If the
+        image of the sample is mirrored, the shape is mirrored, too.
+
+        Args:
+            asset: Number of the asset in the index.
+            epoch: Epoch of the sample.
+            key: As for `image`.
+        """
+        view, turns = self.view_of(asset, epoch), 0
+        if self.facing:
+            if (asset, view) not in self._turns:
+                azimuth = self.views.azimuth(asset, view)
+                self._turns[asset, view] = math.floor(azimuth / 90 + 0.5) % 4
+            turns = self._turns[asset, view]
+        return quarter_turn(turns, mirrored=self._is_mirrored(key))
+
+    def _is_mirrored(self, key: Sequence[str | int]) -> bool:
+        return self.mirrored and seed_of("mirror", *key) % 2 == 1
 
     def _prepared(self, asset: int, view: int) -> PreparedImage:
         return prepare_image(self.views.read(asset, view), self.image_size, whole_if_opaque=True)

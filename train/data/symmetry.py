@@ -18,6 +18,23 @@ SYMMETRIES: tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...] = tuple(
 )
 
 
+def quarter_turn(turns: int, *, mirrored: bool = False) -> int:
+    """Return the symmetry that turns a shape about the up axis, which is y.
+
+    Args:
+        turns: Number of turns by 90 degrees that move +x to +z, so that what a camera at azimuth 90
+            sees is afterwards seen at azimuth 0.
+        mirrored: Whether x changes its sign after the turns.
+    """
+    axes, signs = (
+        ((0, 1, 2), (False, False, False)),
+        ((2, 1, 0), (True, False, False)),
+        ((0, 1, 2), (True, False, True)),
+        ((2, 1, 0), (False, False, True)),
+    )[turns % 4]
+    return SYMMETRIES.index((axes, (signs[0] != mirrored, *signs[1:])))
+
+
 def move_bricks(bricks: Bricks, symmetry: int) -> tuple[Bricks, NDArray[np.int64]]:
     """Return the bricks of the transformed shape without copying their values.
 

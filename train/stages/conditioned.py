@@ -116,4 +116,6 @@ def choose_views(
         training=use == "training",
         held_out_only=use == "held_out",
         ahead=2 * flow.open_shards if use == "training" else 0,
+        facing=cfg.facing_views,
+        mirrored=cfg.mirrored_views,
     )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from model.config import ConditionedDiTConfig, RecommendedSampling, Refine
 from pipeline.core.grid import check_resolution
-from pipeline.core.options import CameraSet, at_least
+from pipeline.core.options import CameraSet, added, at_least
 from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
-from train.engine.config import RankOptions
+from train.engine.config import SMALL_LOOP, RankOptions
 
 # What the presets for minutes on a CPU and for minutes on a GPU have in common.
 TINY_OPTIONS: dict[str, Any] = {
@@ -27,6 +27,25 @@ SMALL_OPTIONS: dict[str, Any] = {
     "resolution": 256,
     "held_out_views": 5,
 }
+
+# What the presets of examples/recipes/props have in common.
+PROPS_OPTIONS: dict[str, Any] = {
+    "preset": "props",
+    "data": Path("data/props"),
+    "resolution": 256,
+    "held_out_views": 4,
+    "facing_views": True,
+    "mirrored_views": True,
+    "workers": 12,
+}
+PROPS_LOOP = replace(
+    SMALL_LOOP,
+    ema_decay=0.998,
+    keep_last=1,
+    checkpoint_every=500,
+    validate_every=1000,
+    sample_every=0,
+)
 
 
 def every(steps: int) -> dict[str, int]:
@@ -71,6 +90,13 @@ class ConditionedTraining(RankOptions):
 
     held_out_views: int = at_least(0, 0)
     """Number of views of each asset, the last ones, that are not trained on."""
+
+    facing_views: bool = added(False, before=False)
+    """Turn each asset by quarter turns about the up axis until the camera of its view is in front
+    of it, within 45 degrees of azimuth. The model then generates meshes that face the camera."""
+
+    mirrored_views: bool = added(False, before=False)
+    """Mirror half of the training samples, image and shape, from left to right."""
 
     workers: int = at_least(0, 4)
     """Number of threads that prepare batches ahead. Every number gives the same batches."""

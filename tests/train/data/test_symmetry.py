@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from model.sparse_tensor import BrickBatch
+from pipeline.core.cameras import look_at_origin
 from tests.train.analytic_builds import bricks_of, ellipsoid, grid
-from train.data.symmetry import SYMMETRIES, move_bricks, transform_points
+from train.data.symmetry import SYMMETRIES, move_bricks, quarter_turn, transform_points
 
 R = 32
 FIELD = ellipsoid((0.09, -0.05, 0.02), (0.31, 0.2, 0.12))  # no symmetry of its own
@@ -63,3 +64,18 @@ def test_points_move_like_cells():
 def test_other_symmetries_are_refused(symmetry):
     with pytest.raises(ValueError, match=r"symmetry must be in 0\.\.47"):
         transform_bricks(bricks_of(FIELD, R), symmetry)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_quarter_turns_bring_what_a_camera_sees_to_the_front(turns):
+    seen = look_at_origin(90.0 * turns, 0.0, 50.0).c2w[:3, 2].round()  # direction of the eye
+    axes, mirrored = SYMMETRIES[quarter_turn(turns)]
+    moved = np.where(mirrored, -1, 1) * seen[list(axes)]
+    np.testing.assert_array_equal(moved, [0, 0, 1])
+    up = np.where(mirrored, -1, 1) * np.array([0, 1, 0])[list(axes)]
+    np.testing.assert_array_equal(up, [0, 1, 0])
+    matrix = np.where(mirrored, -1, 1)[:, None] * np.eye(3)[list(axes)]
+    assert np.linalg.det(matrix) == 1  # a turn and no mirroring
+    flip = SYMMETRIES[quarter_turn(turns, mirrored=True)]
+    flipped = np.where(flip[1], -1, 1)[:, None] * np.eye(3)[list(flip[0])]
+    np.testing.assert_array_equal(flipped, np.diag([-1, 1, 1]) @ matrix)

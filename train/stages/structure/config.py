@@ -18,6 +18,8 @@ from pipeline.core.options import at_least, check_bounds
 from train.data.config import FlowOptions
 from train.engine.config import TINY_LOOP, LoopConfig
 from train.stages.config import (
+    PROPS_LOOP,
+    PROPS_OPTIONS,
     SMALL_OPTIONS,
     TINY_OPTIONS,
     ConditionedTraining,
@@ -25,7 +27,7 @@ from train.stages.config import (
     every,
 )
 
-StructurePreset = Literal["tiny", "small", "base"]
+StructurePreset = Literal["tiny", "small", "props", "base"]
 StructurePart = Literal["both", "vae", "flow"]
 
 
@@ -71,7 +73,7 @@ class StructureTraining(ConditionedTraining):
 
     preset: StructurePreset = "tiny"
     """Set of defaults for all other options. tiny takes minutes on a CPU, small minutes on a GPU,
-    base is the paper's model at 512."""
+    props is the recipe of examples/recipes/props, base is the paper's model at 512."""
 
     part: StructurePart = "both"
     """Part of the stage to train. flow needs a trained VAE in OUT/vae."""
@@ -99,14 +101,20 @@ _SMALL_LOOP = LoopConfig(schedule="cosine", ema_decay=0.995)
 
 
 def _dense_dit(
-    latent_channels: int, *, channels: int, blocks: int, mlp_ratio: int, encoder: EncoderConfig
+    latent_channels: int,
+    *,
+    channels: int,
+    blocks: int,
+    mlp_ratio: int,
+    encoder: EncoderConfig,
+    heads: int = 4,
 ) -> ConditionedDiTConfig:
-    """Return a DiT with four heads of full attention, as a dense grid of latents needs it."""
+    """Return a DiT with full attention, as a dense grid of latents needs it."""
     dit = DiTConfig(
         channels=channels,
         blocks=blocks,
-        heads=4,
-        kv_heads=4,
+        heads=heads,
+        kv_heads=heads,
         mlp_ratio=mlp_ratio,
         latent_channels=latent_channels,
         condition_channels=encoder.channels,
@@ -152,6 +160,27 @@ STRUCTURE_PRESETS: dict[str, StructureTraining] = {
                 blocks=8,
                 mlp_ratio=4,
                 encoder=EncoderConfig(kind="stand-in", image_size=224, channels=256),
+            ),
+        ),
+    ),
+    "props": StructureTraining(
+        **PROPS_OPTIONS,
+        out=Path("runs/props/structure"),
+        vae=OccupancyTraining(
+            batch_size=64, loop=replace(PROPS_LOOP, steps=1500, learning_rate=2e-3)
+        ),
+        flow=FlowTraining(batch_size=64, loop=replace(PROPS_LOOP, steps=6000, learning_rate=1e-3)),
+        model=StructureConfig(
+            occupancy=OccupancyConfig(
+                side=32, widths=(16, 32, 48), blocks=1, groups=8, latent_channels=8
+            ),
+            flow=_dense_dit(
+                8,
+                channels=160,
+                blocks=6,
+                mlp_ratio=3,
+                heads=5,
+                encoder=EncoderConfig(kind="stand-in", image_size=112, channels=128),
             ),
         ),
     ),

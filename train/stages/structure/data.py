@@ -50,7 +50,7 @@ class GridLoader(BrickLoader):
         index: Assets of the build.
         cfg: Options of the run.
         images: Whether each sample gets a render, as the flow needs it.
-        use: What the samples are for. Grids are transformed for training.
+        use: What the samples are for. Grids are transformed to train the VAE.
     """
 
     def __init__(
@@ -108,7 +108,10 @@ class GridLoader(BrickLoader):
             uid = self.index.uids[asset]
             # Seeds use names instead of numbers: a sample is the same in every index.
             key = (self.seed, "structure", cfg.resolution, sample.epoch, uid)
-            if self.conditions is None and self.training and cfg.vae.symmetries:
+            if self.conditions is not None:
+                symmetry = self.conditions.symmetry(asset, sample.epoch, key)
+                cells = transform_points(cells, side, symmetry)
+            elif self.training and cfg.vae.symmetries:
                 cells = transform_points(cells, side, seed_of("symmetry", *key) % len(SYMMETRIES))
             occupied[number, *torch.from_numpy(cells.astype(np.int64)).T] = True
             seeds.append(seed_of("noise", *key) >> 1)

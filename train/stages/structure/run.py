@@ -29,7 +29,8 @@ from train.stages.structure.task import FlowTask, OccupancyTask
 
 log = logging.getLogger(__name__)
 
-RECORDED = {"vae": ("resolution",), "flow": ("resolution", "held_out_views", "cameras")}
+OF_VIEWS = ("held_out_views", "cameras", "facing_views", "mirrored_views")
+RECORDED = {"vae": ("resolution",), "flow": ("resolution", *OF_VIEWS)}
 PREVIEW_OPTIONS = ("guidance", "steps")  # they do not change what is trained
 
 
@@ -125,7 +126,8 @@ def run_config(cfg: StructureTraining, part: str) -> dict[str, Any]:
         {"model", "config", "training"}. The first two are what loading the model needs.
     """
     options = options_of(cfg)
-    training = {**{name: options[name] for name in RECORDED[part]}, **options[part]}
+    recorded = {name: options[name] for name in RECORDED[part] if name in options}
+    training = {**recorded, **options[part]}
     for name in PREVIEW_OPTIONS:
         training.pop(name, None)
     config = options["model"]
