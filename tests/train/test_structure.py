@@ -148,7 +148,8 @@ def test_facing_views_turn_the_cells_and_mirrored_views_the_image_too(rendered, 
         np.testing.assert_array_equal(after.occupied[0].numpy(), turned)
         turns_seen.add(turns)
         mirrored_seen.add(is_mirrored)
-    assert len(turns_seen) > 1 and mirrored_seen == {False, True}
+    assert len(turns_seen) > 1
+    assert mirrored_seen == {False, True}
     held_out = GridLoader(
         index, replace(plain_cfg, mirrored_views=True), images=True, use="held_out"
     )
