@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -11,7 +12,9 @@ from pipeline.core.errors import UserError
 from pipeline.core.hashing import hash_of, make_uid
 from pipeline.core.product import Product
 from pipeline.core.schema import Record
+from pipeline.curation.catalogue import Catalogue
 from pipeline.orchestration.plan import make_plan, read_plan, with_values_of_plan
+from pipeline.sources.folder import FolderSource
 from tests.child_python import run_python
 from tests.pipeline.builds import Listing
 
@@ -30,6 +33,31 @@ def test_an_asset_listed_twice_counts_once(tmp_path, caplog):
     plan = make_plan(BuildConfig(out=tmp_path), [Listing("ab"), Listing("bc")])
     assert [record.url for record in plan.records("000000")] == list("abc")
     assert "is listed twice" in caplog.text
+
+
+def test_a_list_selects_assets_of_sources_and_not_of_a_catalogue(tmp_path):
+    """The catalogue has URLs that the list does not name, as those of Objaverse."""
+    (tmp_path / "list.json").write_text('["b"]', encoding="utf-8")
+    cfg = BuildConfig(out=tmp_path / "screen", ids=tmp_path / "list.json")
+    (record,) = make_plan(cfg, [Listing("abc")]).records("000000")
+    assert record.url == "b"
+    row = {**vars(record), "url": "https://hub/x.glb", "keep": True, "copy_group": record.uid}
+    del row["split_key"]
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "catalogue.parquet")
+    catalogue = Catalogue(path=tmp_path / "catalogue.parquet")
+    plan = make_plan(replace(cfg, out=tmp_path / "out"), [catalogue])
+    assert [record.url for record in plan.records("000000")] == ["https://hub/x.glb"]
+
+
+def test_a_plan_counts_the_files_that_a_listed_folder_leaves_out(tmp_path):
+    folder = tmp_path / "meshes"
+    folder.mkdir()
+    for name in ("a.obj", "b.obj", "notes.txt"):
+        (folder / name).touch()
+    (tmp_path / "list.json").write_text('["b.obj"]', encoding="utf-8")
+    cfg = BuildConfig(out=tmp_path / "out", ids=tmp_path / "list.json")
+    info = make_plan(cfg, [FolderSource(root=folder)]).info
+    assert (info.assets, info.skipped_files) == (1, {"folder": 1})
 
 
 def test_a_plan_needs_an_asset(tmp_path):
