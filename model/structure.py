@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import token_order
-from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.conditioning.image_conditioned_dit import ConditionedDiT, views_of
 from model.conditioning.image_encoder import ImageBatch
 from model.config import SamplingOptions, StructureConfig
 from model.image_tokens import ImageTokens
@@ -54,7 +54,7 @@ class Structure(nn.Module):
 
     def generate(
         self,
-        image: ImageTokens,
+        image: ImageTokens | Sequence[ImageTokens],
         seeds: Sequence[int],
         sampling: SamplingOptions,
         *,
@@ -63,7 +63,8 @@ class Structure(nn.Module):
         """Generate the occupied cells of each asset.
 
         Args:
-            image: Image tokens of this stage's own encoder, `flow.encode_images`.
+            image: Image tokens of this stage's own encoder, `flow.encode_images`, or one entry for
+                each of several views.
             seeds: Seed of each asset's noise.
             sampling: Steps, guidance and solver.
             progress: Wraps the steps, as tqdm does.
@@ -74,8 +75,9 @@ class Structure(nn.Module):
         Raises:
             ValueError: As `ConditionedDiT.generate`.
         """
+        view = views_of(image)[0]
         level = dense_level(
-            self.config.occupancy.latent_side, image.batch_size, image.feats_SC.device
+            self.config.occupancy.latent_side, view.batch_size, view.feats_SC.device
         )
         z_NC = self.flow.generate(level, image, seeds, sampling, progress=progress)
         dtype = next(self.vae.parameters()).dtype

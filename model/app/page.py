@@ -39,8 +39,14 @@ CHECKERBOARD = "repeating-conic-gradient(#d7dde4 0% 25%, #f4f6f8 0% 50%) 50% / 1
 CSS = f"""
 footer {{ display: none !important; }}
 h1 {{ font-size: 1.3rem; margin: 0; }}
-.gradio-container {{ max-width: 1360px !important; margin: 0 auto !important; }}
+.gradio-container {{ width: 100%; max-width: 1360px !important; margin: 0 auto !important; }}
+.gradio-container .main {{ width: 100%; }}
 .cutout img {{ background: {CHECKERBOARD}; }}
+.cutout .grid-wrap {{ padding-top: 28px; }}
+@media (max-width: 640px) {{
+  .cutout .grid-container {{
+    grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) !important; }}
+}}
 .problem {{ color: #b91c1c; font-weight: 600; }}
 .dark .problem {{ color: #fca5a5; }}
 .progress {{ display: grid; gap: 6px; padding: 2px; }}
@@ -50,8 +56,9 @@ h1 {{ font-size: 1.3rem; margin: 0; }}
 .progress .bar div {{ height: 100%; background: #1d4ed8; transition: width 0.25s linear; }}
 .downloads {{ display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }}
 .downloads a {{ display: inline-flex; align-items: center; padding: 0 14px; min-height: 40px;
-  border-radius: 8px; margin: 0 0 8px; background: #1d4ed8;
+  border-radius: 8px; margin: 0 !important; background: #1d4ed8;
   color: #fff !important; font-weight: 600; text-decoration: none !important; }}
+.downloads + p {{ margin-top: 10px; }}
 .downloads a:hover {{ background: #1e40af; }}
 .downloads a:focus-visible {{ outline: 3px solid #93c5fd; }}
 .empty {{ display: grid; place-items: center; min-height: 26rem; border-radius: 8px;
@@ -425,8 +432,8 @@ class _GenerateTab:
                 raise UserError(cut_out.problem)
         options = self.service.options(
             resolution=resolution,
-            steps=parse_steps(steps),
-            guidance=parse_guidance(guidance),
+            steps=parse_steps(steps or ""),
+            guidance=parse_guidance(guidance or ""),
             faces=int(faces) if faces else None,
         )
         return JobRequest(
@@ -522,6 +529,7 @@ class _DataTab:
 
     def build(self) -> None:
         """Add the components and their events to the page that is being built."""
+        first_uids, first_rows, first_count = self.find("", "")
         columns = ["name", "status", "reason", "warnings", "faces", "tokens"]
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
@@ -531,8 +539,9 @@ class _DataTab:
                 status = gr.Dropdown(
                     [("all", ""), "done", "rejected", "failed"], value="", label="Status"
                 )
-                count = gr.HTML(elem_id="count")
+                count = gr.HTML(first_count, elem_id="count")
                 table = gr.Dataframe(
+                    first_rows,
                     headers=columns,
                     label="Assets",
                     interactive=False,
@@ -545,17 +554,14 @@ class _DataTab:
                 details = gr.HTML(
                     empty_html("Select an asset in the table to see it."), elem_id="asset"
                 )
-        uids = gr.State([])
+        uids = gr.State(first_uids)
         shown = [uids, table, count]
         gr.on([text.change, status.change], self.find, [text, status], shown)
         table.select(self.show, [uids], [details], show_progress="minimal")
-        page = gr.context.Context.root_block
-        assert page is not None
-        page.load(self.find, [text, status], shown)
 
-    def find(self, text: str, status: str) -> tuple[list[str], list[list[Any]], str]:
+    def find(self, text: str | None, status: str | None) -> tuple[list[str], list[list[Any]], str]:
         """Return the uids and the table of the assets that match, and their number."""
-        rows = self.builds.browser.find(text, status or "")
+        rows = self.builds.browser.find(text or "", status or "")
         shown = rows[:MAX_ROWS]
         table = [
             [

@@ -248,7 +248,7 @@ class Service:
 
     def _generate(self, request: JobRequest, progress: Progress) -> Any:
         return self.generator.generate(
-            request.images[0],
+            request.images,
             request.seed,
             request.options,
             whole_if_opaque=request.whole_if_opaque,

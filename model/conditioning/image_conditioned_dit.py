@@ -116,7 +116,7 @@ class ConditionedDiT(nn.Module):
     def generate(
         self,
         level: Level,
-        image: ImageTokens,
+        image: ImageTokens | Sequence[ImageTokens],
         seeds: Sequence[int],
         sampling: SamplingOptions,
         *,
@@ -128,7 +128,8 @@ class ConditionedDiT(nn.Module):
 
         Args:
             level: N cells of B assets at resolution R / 8.
-            image: Image tokens of the B assets, from `encode_images`.
+            image: Image tokens of the B assets, from `encode_images`. Of several views of the
+                assets there is one entry each, and the velocities are averaged over the views.
             seeds: Seed of each asset's noise.
             sampling: Steps, guidance and solver.
             progress: Wraps the steps, as tqdm does.
@@ -140,17 +141,19 @@ class ConditionedDiT(nn.Module):
             ValueError: If there is not one seed and one image for each asset, or as
                 `model.rectified_flow.sample`.
         """
-        if not len(seeds) == level.batch_size == image.batch_size:
-            raise ValueError(
-                f"there must be one seed and one image for each of {level.batch_size} assets, "
-                f"got {len(seeds)} seeds and {image.batch_size} images"
-            )
+        views = views_of(image)
+        for view in views:
+            if not len(seeds) == level.batch_size == view.batch_size:
+                raise ValueError(
+                    f"there must be one seed and one image for each of {level.batch_size} assets, "
+                    f"got {len(seeds)} seeds and {view.batch_size} images"
+                )
         counts = level.asset_starts.diff().tolist()
-        conditional = self._velocity(level, image)
-        without_image = image.unconditional()
-        if 2 * len(level) <= LARGEST_PAIR:
+        conditional = mean_velocity([self._velocity(level, view) for view in views])
+        without_image = views[0].unconditional()
+        if len(views) == 1 and 2 * len(level) <= LARGEST_PAIR:
             # One batch of both passes takes half as many launches.
-            in_one_batch = self._velocity(level.twice(), image.followed_by(without_image))
+            in_one_batch = self._velocity(level.twice(), views[0].followed_by(without_image))
 
             def both(x_NC: Tensor, t: float) -> tuple[Tensor, Tensor]:
                 c_NC, u_NC = in_one_batch(torch.cat([x_NC, x_NC]), t).chunk(2)
@@ -189,3 +192,31 @@ class ConditionedDiT(nn.Module):
 
         call = ReplayedFunction(velocity) if len(level) <= LARGEST_RECORDED else velocity
         return lambda x_NC, t: call(x_NC, torch.full((level.batch_size,), t, device=x_NC.device))
+
+
+def views_of(image: ImageTokens | Sequence[ImageTokens]) -> Sequence[ImageTokens]:
+    """Return the image tokens of each view. A single one is one view.
+
+    Raises:
+        ValueError: If there is no view.
+    """
+    views = [image] if isinstance(image, ImageTokens) else image
+    if not views:
+        raise ValueError("image must have at least one view, got none")
+    return views
+
+
+def mean_velocity(
+    velocities: Sequence[Callable[[Tensor, float], Tensor]],
+) -> Callable[[Tensor, float], Tensor]:
+    """Return the mean of several velocities, or the only one itself."""
+    if len(velocities) == 1:
+        return velocities[0]
+
+    def mean(x_NC: Tensor, t: float) -> Tensor:
+        total_NC = velocities[0](x_NC, t)
+        for velocity in velocities[1:]:
+            total_NC = total_NC + velocity(x_NC, t)
+        return total_NC / len(velocities)
+
+    return mean

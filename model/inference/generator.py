@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,7 +53,9 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.primitives.marching_cubes import MeshArrays
 
-EncodeImage = Callable[[ConditionedDiT], ImageTokens]  # the image's tokens for a DiT
+# The tokens of each view of the object for a DiT.
+EncodeImage = Callable[[ConditionedDiT], ImageTokens | Sequence[ImageTokens]]
+ObjectImage = Image.Image | NDArray[np.uint8]
 Progress = Callable[[str, Iterable[int]], Iterable[int]]  # (stage, steps) -> the same steps
 
 
@@ -239,7 +241,7 @@ class Generator:
 
     def generate(
         self,
-        image: Image.Image | NDArray[np.uint8],
+        image: ObjectImage | Sequence[ObjectImage],
         seed: int,
         options: GenerationOptions | None = None,
         *,
@@ -251,7 +253,8 @@ class Generator:
         The same image, seed, options and device give the same mesh.
 
         Args:
-            image: RGBA. As an array uint8 [height, width, 4].
+            image: RGBA. As an array uint8 [height, width, 4]. Of several views of the object the
+                estimated velocities are averaged, which needs no training with several views.
             seed: Seed of the noise of all stages, 0 <= seed < 2^63.
             options: How meshes are sampled and cleaned. None takes the defaults.
             whole_if_opaque: Take an image without transparent pixels as foreground.
@@ -265,16 +268,12 @@ class Generator:
         options = options or GenerationOptions()
         last = self._finest(options)
 
-        def encode(dit: ConditionedDiT) -> ImageTokens:
-            config = dit.config
-            prepared = prepare_image(
-                image,
-                dit.encoder.image_size,
-                whole_if_opaque=whole_if_opaque,
-                preparation=config.encoder.preparation,
-            )
-            batch = ImageBatch.collate([prepared], config.image_tokens)
-            return dit.encode_images(batch.to(self.device))
+        views = [image] if isinstance(image, (Image.Image, np.ndarray)) else image
+        if not views:
+            raise ValueError("image must have at least one view, got none")
+
+        def encode(dit: ConditionedDiT) -> list[ImageTokens]:
+            return [self._encode_view(dit, view, whole_if_opaque) for view in views]
 
         started = self._now()
         level = self.generate_cells(encode, seed, options, progress)
@@ -304,6 +303,19 @@ class Generator:
             cleaned=cleaned,
             stages=tuple(reports),
         )
+
+    def _encode_view(
+        self, dit: ConditionedDiT, image: ObjectImage, whole_if_opaque: bool
+    ) -> ImageTokens:
+        """Prepare an image and return its tokens for a DiT."""
+        prepared = prepare_image(
+            image,
+            dit.encoder.image_size,
+            whole_if_opaque=whole_if_opaque,
+            preparation=dit.config.encoder.preparation,
+        )
+        batch = ImageBatch.collate([prepared], dit.config.image_tokens)
+        return dit.encode_images(batch.to(self.device))
 
     @torch.no_grad()
     def generate_cells(

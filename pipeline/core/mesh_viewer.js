@@ -39,7 +39,7 @@
       vec3 n = normalize(eye_normal) * side;
       float key = max(dot(n, normalize(vec3(-0.4, 0.7, 0.8))), 0.0);
       float fill = max(dot(n, normalize(vec3(0.8, 0.1, 0.5))), 0.0);
-      float sky = 0.5 + 0.5 * n.y;
+      float sky = 0.7 + 0.3 * n.y;
       float shine = pow(max(dot(n, normalize(vec3(-0.2, 0.4, 1.0))), 0.0), 40.0);
       vec3 light = vec3(1.5) * key + vec3(0.45, 0.5, 0.6) * fill + vec3(0.35, 0.4, 0.48) * sky;
       result = vec4(encode(color * light + 0.06 * shine), 1.0);

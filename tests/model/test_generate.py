@@ -12,12 +12,14 @@ from PIL import Image
 
 from model.checkpoint import save_model
 from model.conditioning.background_removal import load_foreground
-from model.config import GenerationOptions, RecommendedSampling
+from model.conditioning.image_encoder import ImageBatch
+from model.conditioning.image_preprocessing import prepare_image
+from model.config import GenerationOptions, Guidance, RecommendedSampling, SamplingOptions
 from model.generate import GenerateConfig, generate, main, mesh_files
 from model.inference.cells_near_mesh import cells_near
 from model.inference.generator import Generator
 from model.sparse_vae import SparseVAE
-from model.structure import occupied_level
+from model.structure import dense_level, occupied_level
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import band, spacing
 from tests.child_python import run_python
@@ -92,6 +94,44 @@ def test_the_same_seed_gives_the_same_closed_mesh(checkpoint, picture, tmp_path)
     assert make("c.ply", seed=1)[0] != first
     fewer = make("d.ply", generation=replace(FAST, guidance=1.0))[0]
     assert fewer != first
+
+
+def test_the_velocities_of_several_views_are_averaged():
+    _, structure, dits = random_stages((64,))
+    level = dense_level(8, 1)
+    dit = dits[64]
+    tokens = []
+    for turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180):
+        prepared = prepare_image(disc_image().transpose(turn), dit.encoder.image_size)
+        tokens.append(dit.encode_images(ImageBatch.collate([prepared])))
+    # One step is linear in the velocity, so the latents are averaged, too.
+    once = SamplingOptions(steps=1, guidance=Guidance(scale=3.0))
+    first, second = (dit.generate(level, view, [0], once) for view in tokens)
+    both = dit.generate(level, tokens, [0], once)
+    torch.testing.assert_close(both, (first + second) / 2, atol=1e-4, rtol=1e-4)
+    assert (first - second).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="at least one view, got none"):
+        structure.generate([], [0], once)
+
+
+def test_each_view_is_encoded_for_each_stage(monkeypatch):
+    generator = Generator(stages_of(*random_stages((64,))), torch.device("cpu"))
+    images = [disc_image(), disc_image(96)]
+    seen = []
+
+    def encode(_dit, image, _whole):
+        seen.append(image)
+        return object()
+
+    monkeypatch.setattr(generator, "_encode_view", encode)
+    monkeypatch.setattr(
+        generator.structure, "generate", lambda views, *_, **__: pytest.fail(str(len(views)))
+    )
+    with pytest.raises(pytest.fail.Exception, match=r"^2$"):
+        generator.generate(images, 0, FAST)
+    assert seen == images
+    with pytest.raises(ValueError, match="at least one view, got none"):
+        generator.generate([], 0, FAST)
 
 
 def test_each_of_several_images_gives_the_mesh_it_gives_alone(checkpoint, picture, tmp_path):

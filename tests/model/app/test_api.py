@@ -1,9 +1,14 @@
 """The HTTP API: from images to a mesh file, cancel, bad requests, limits, and other sites."""
 
 import io
+import json
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
@@ -12,7 +17,9 @@ import trimesh
 from PIL import Image
 
 from model.app.config import AppConfig
+from tests.child_python import ROOT, run_python
 from tests.model.app.ball_generator import BallGenerator
+from tests.model.app.local_server import served
 from tests.model.tiny_models import disc_image
 
 pytest.importorskip("fastapi", reason="the page's library Gradio is not installed")
@@ -42,6 +49,11 @@ def images(*files):
     return [("images", (f"view_{n}.png", data)) for n, data in enumerate(files or [png()])]
 
 
+def request(url):
+    with urllib.request.urlopen(url) as answer:
+        return json.load(answer)
+
+
 def finished(client, job, timeout_s=20):
     end = time.monotonic() + timeout_s
     while job["state"] in ("queued", "running"):
@@ -67,7 +79,7 @@ def test_an_image_becomes_a_mesh_in_every_format():
             mesh = trimesh.load(io.BytesIO(file.content), file_type=name, force="mesh")
             assert (len(mesh.faces), mesh.is_watertight) == (1280, True)
         assert set(job["files"]) == {"glb", "obj", "ply", "stl"}
-        (image, seed, used, whole) = generator.requests[0]
+        ((image,), seed, used, whole) = generator.requests[0]
         np.testing.assert_array_equal(np.asarray(image), np.asarray(disc_image()))
         assert (seed, used.steps, used.guidance, used.faces, whole) == (7, (3,), 2.5, 500, False)
 
@@ -189,3 +201,40 @@ def test_a_cut_out_is_repaired_by_paint(tmp_path):
         np.testing.assert_array_equal(alpha[32:48], old[32:48])
         with pytest.raises(UserError, match=r"disc\.png: .*foreground"):
             service.repair(before, [Image.new("RGBA", (4, 4), (*REMOVE_COLOR, 255))])
+
+
+@pytest.mark.slow
+def test_the_examples_in_python_and_curl_make_a_mesh(tmp_path):
+    pytest.importorskip("gradio", reason="the page's library Gradio is not installed")
+    image = tmp_path / "disc.png"
+    disc_image().save(image)
+    generator = BallGenerator(step_s=0.05)
+    with served(generator) as url:
+        server = url.rstrip("/")
+        ended = run_python(
+            ROOT / "examples" / "generate_over_http.py", image, tmp_path / "mesh.ply", server
+        )
+        assert "mesh.ply has 1280 faces" in ended.stdout
+        assert trimesh.load(tmp_path / "mesh.ply", force="mesh").is_watertight
+        text = (ROOT / "docs" / "app.md").read_text(encoding="utf-8")
+        commands = [line for line in text.splitlines() if line.startswith("curl ")]
+        assert len(commands) == 4
+        if shutil.which("curl") is None:
+            pytest.skip("there is no curl")
+        job = ""
+        for line in commands:
+            line = line.replace("http://127.0.0.1:7860", server).replace("chair.png", str(image))
+            words = shlex.split(line.replace("/ID", f"/{job}"))
+            answer = subprocess.run(
+                [*words[:1], "-sSf", *words[1:]],
+                cwd=tmp_path,
+                capture_output=True,
+                encoding="utf-8",
+                check=True,
+            ).stdout
+            if not job:
+                job = json.loads(answer)["id"]
+                while request(f"{server}/api/jobs/{job}")["state"] != "done":
+                    time.sleep(0.1)
+        assert trimesh.load(tmp_path / "mesh.glb", force="mesh").is_watertight
+        assert json.loads(answer)["state"] == "done"

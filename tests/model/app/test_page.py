@@ -7,9 +7,6 @@ import ipaddress
 import re
 import shutil
 import socket
-import threading
-import time
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,16 +14,13 @@ import pytest
 import trimesh
 from PIL import Image
 
-from model.app.config import AppConfig
-from model.app.server import open_server
-from model.inference.generator import Generator
 from tests.model.app.ball_generator import BallGenerator
+from tests.model.app.local_server import served
 from tests.model.test_generate import export
 from tests.model.tiny_models import disc_image
 
 pytest.importorskip("gradio", reason="the page's library Gradio is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-import uvicorn  # noqa: E402 - comes with Gradio
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -60,28 +54,6 @@ def outside(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", watched)
     yield addresses
     assert addresses == []
-
-
-@contextmanager
-def served(generator=None, **options):
-    """Serve the page in a thread and yield its URL. None loads the generator of a checkpoint."""
-    config = AppConfig(**{"checkpoint": "unused", **options}, port=0, device="cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        if generator is not None:
-            patch.setattr(Generator, "load", lambda *_: generator)
-        with open_server(config) as (app, listener, url):
-            server = uvicorn.Server(
-                uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-            )
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-            thread.start()
-            while not server.started:
-                time.sleep(0.01)
-            try:
-                yield url
-            finally:
-                server.should_exit = True
-                thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +279,7 @@ def test_a_cut_out_is_repaired_with_the_brush(open_page, picture):
         )
         press(page, "Generate")
         wait_for_mesh(page)
-        image = generator.requests[0][0]
+        (image,) = generator.requests[0][0]
         assert image.getpixel((128, 128))[3] == 0
         assert image.getpixel((128, 190))[3] == 255
 
@@ -370,3 +342,20 @@ def test_trained_stages_make_a_mesh_on_the_cpu(open_page, picture, tmp_path):
             page.get_by_role("link", name="Download PLY").click()
         download.value.save_as(tmp_path / "mesh.ply")
     assert trimesh.load(Path(tmp_path / "mesh.ply"), force="mesh").is_watertight
+
+
+@pytest.mark.slow
+def test_the_assets_of_a_build_are_browsed(open_page, tiny_build):
+    with served(checkpoint=None, data=tiny_build) as url:
+        page = open_page(url)
+        page.get_by_text("12 assets").wait_for()
+        assert page.get_by_role("tab").all_inner_texts() == ["Data"]
+        page.locator("#assets td").filter(has_text="done").first.click()
+        for caption in ("Original", "Bricks at 96³"):
+            page.locator("#asset figcaption").filter(has_text=caption).wait_for()
+        page.wait_for_function(
+            "document.querySelectorAll('#asset mesh-viewer[data-state=ready]').length === 2"
+        )
+        assert page.locator("#asset .renders img").count() == 2
+        page.get_by_label("Find").fill("no such asset")
+        page.get_by_text("0 assets").wait_for()
