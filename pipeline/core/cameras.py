@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import atan, cos, degrees, radians, sin
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,8 @@ class Camera:
     distance: float
     fov_degrees: float
     c2w: NDArray[np.float64]
+    projection: Literal["perspective", "orthographic"] = "perspective"
+    ortho_scale: float = 0.0
 
     def meta(self) -> dict[str, Any]:
         """Return what the json of a view says about its camera."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,24 @@ class Sampler:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SurfaceMap:
+    """A texture that varies a property over a surface.
+
+    Attributes:
+        values: uint8 [h, w] of values from 0 to 1, or uint8 [h, w, 3] of tangent-space normals,
+            where 1 is -1, 128 is 0 and 255 is 1. Row 0 is at the top.
+        sampler: How the texture is read.
+    """
+
+    values: NDArray[np.uint8]
+    sampler: Sampler = Sampler()
+
+
+# Names of the maps of a material. Part has the texture coordinates of each as `<name>_uv`.
+MAP_NAMES = ("normal", "metallic", "roughness", "occlusion")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Material:
     """A surface material in the metallic-roughness model of glTF.
 
@@ -58,8 +77,11 @@ class Material:
         base_color: Linear RGBA factors. They multiply the texture.
         texture: uint8 [h, w, 4], sRGB with alpha, row 0 at the top. None if there is no texture.
         sampler: How the texture is read.
-        metallic: 0 for dielectrics to 1 for metals.
-        roughness: 0 for mirrors to 1 for matte surfaces.
+        metallic: 0 for dielectrics to 1 for metals. The mean where there is a map of it.
+        roughness: 0 for mirrors to 1 for matte surfaces. The mean where there is a map of it.
+        maps: Maps by names of MAP_NAMES. A map replaces the number. "occlusion" is the share of
+            the surrounding light that arrives.
+        normal_scale: Factor of x and y of the normals of the map.
         alpha_mode: "OPAQUE", "MASK" or "BLEND".
         alpha_cutoff: Alpha below which "MASK" draws nothing.
         double_sided: Whether back faces are drawn.
@@ -74,6 +96,8 @@ class Material:
     sampler: Sampler = Sampler()
     metallic: float = 0.0
     roughness: float = 0.8
+    maps: Mapping[str, SurfaceMap] = field(default_factory=dict)
+    normal_scale: float = 1.0
     alpha_mode: str = "OPAQUE"
     alpha_cutoff: float = 0.5
     double_sided: bool = True
@@ -93,6 +117,10 @@ class Part:
         material: The material of the faces.
         uv: float32 [V_part, 2], texture coordinates with v = 0 at the bottom, as in OpenGL.
         emissive_uv: The same for the emissive texture.
+        normal_uv: The same for the map of normals.
+        metallic_uv: The same for the map of metallic.
+        roughness_uv: The same for the map of roughness.
+        occlusion_uv: The same for the map of occlusion.
         colors: uint8 [V_part, 4], sRGB with alpha.
         normals: float32 [V_part, 3], unit normals for shading only.
     """
@@ -102,8 +130,16 @@ class Part:
     material: Material = field(default_factory=Material)
     uv: NDArray[np.float32] | None = None
     emissive_uv: NDArray[np.float32] | None = None
+    normal_uv: NDArray[np.float32] | None = None
+    metallic_uv: NDArray[np.float32] | None = None
+    roughness_uv: NDArray[np.float32] | None = None
+    occlusion_uv: NDArray[np.float32] | None = None
     colors: NDArray[np.uint8] | None = None
     normals: NDArray[np.float32] | None = None
+
+
+# Names of the arrays of a part with one row for each vertex.
+VERTEX_ARRAYS = ("uv", "emissive_uv", *(f"{name}_uv" for name in MAP_NAMES), "colors", "normals")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.schema import Material, Sampler
+from pipeline.core.schema import Material, Sampler, SurfaceMap
 from pipeline.mesh_io.images import IMAGE_ERRORS, decode_image, fit_image
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.scene import Scene, SceneMaterial, TextureSlot
@@ -21,6 +21,7 @@ class Appearance:
     material: Material
     base_slot: TextureSlot | None = None
     emissive_slot: TextureSlot | None = None
+    map_slots: Mapping[str, TextureSlot] = field(default_factory=dict)  # by names of MAP_NAMES
 
 
 class AppearanceConverter:
@@ -74,6 +75,7 @@ class AppearanceConverter:
         roughness = source.roughness * self._mean(source.roughness_texture)
         if source.glossiness_texture is not None:
             roughness = 1 - (1 - roughness) * self._mean(source.glossiness_texture)
+        map_slots, maps = self._maps(source, uv_sets)
         color = source.base_color
         if source.texture_replaces_color and source.base_color_texture is not None:
             color = color if base_slot is None else (1.0, 1.0, 1.0, color[3])
@@ -81,9 +83,11 @@ class AppearanceConverter:
             base_color=color,
             texture=texture,
             sampler=_sampler(base_slot),
-            # The renderer uses one value per material: the mean of the texture.
+            # The lamps use one value per material: the mean of the texture.
             metallic=source.metallic * self._mean(source.metallic_texture),
             roughness=roughness,
+            maps=maps,
+            normal_scale=source.normal_scale,
             alpha_mode=source.alpha_mode,
             alpha_cutoff=source.alpha_cutoff,
             double_sided=source.double_sided,
@@ -95,7 +99,42 @@ class AppearanceConverter:
             emissive_sampler=_sampler(emissive_slot),
             unlit=source.unlit,
         )
-        return Appearance(material=material, base_slot=base_slot, emissive_slot=emissive_slot)
+        return Appearance(
+            material=material,
+            base_slot=base_slot,
+            emissive_slot=emissive_slot,
+            map_slots=map_slots,
+        )
+
+    def _maps(
+        self, source: SceneMaterial, uv_sets: Collection[int]
+    ) -> tuple[dict[str, TextureSlot], dict[str, SurfaceMap]]:
+        """Return the maps of a material and the slots that give their texture coordinates.
+
+        The values of a map contain the factors of the material.
+        """
+        slots: dict[str, TextureSlot] = {}
+        maps: dict[str, SurfaceMap] = {}
+
+        def add(
+            name: str, wanted: TextureSlot | None, of_image: Callable[..., NDArray[np.floating]]
+        ) -> None:
+            slot, image = self._drawn_texture(wanted, uv_sets)
+            if slot is not None and image is not None:
+                values = np.clip(of_image(_channel(image, slot) / 255), 0, 1)
+                values = np.rint(255 * values).astype(np.uint8)
+                slots[name], maps[name] = slot, SurfaceMap(values=values, sampler=_sampler(slot))
+
+        strength = source.occlusion_strength
+        add("metallic", source.metallic_texture, lambda m: source.metallic * m)
+        add("roughness", source.roughness_texture, lambda r: source.roughness * r)
+        add("roughness", source.glossiness_texture, lambda g: 1 - (1 - source.roughness) * g)
+        add("occlusion", source.occlusion_texture, lambda o: 1 + strength * (o - 1))
+        slot, image = self._drawn_texture(source.normal_texture, uv_sets)
+        if slot is not None and image is not None:
+            slots["normal"] = slot
+            maps["normal"] = SurfaceMap(values=image[..., :3], sampler=_sampler(slot))
+        return slots, maps
 
     def _texture(
         self, slot: TextureSlot | None

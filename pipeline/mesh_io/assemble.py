@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import Reject
-from pipeline.core.schema import Material, Mesh, Part
+from pipeline.core.schema import MAP_NAMES, Material, Mesh, Part
 from pipeline.mesh_io.appearance import AppearanceConverter
 from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.load_warnings import WarningLog
@@ -271,6 +271,10 @@ def _place(
             attributes={
                 "uv": _uv_of(geometry, appearance.base_slot, used),
                 "emissive_uv": _uv_of(geometry, appearance.emissive_slot, used),
+                **{
+                    f"{name}_uv": _uv_of(geometry, appearance.map_slots.get(name), used)
+                    for name in MAP_NAMES
+                },
                 "colors": None if geometry.colors is None else geometry.colors[used],
                 "normals": None if normals is None else normals[used].astype(np.float32),
             },

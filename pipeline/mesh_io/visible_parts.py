@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
 from pipeline.core.errors import Reject
-from pipeline.core.schema import Material, Mesh, Part
+from pipeline.core.schema import VERTEX_ARRAYS, Material, Mesh, Part
 from pipeline.mesh_io.load_warnings import WarningLog
 
 # A fragment with less alpha leaves no trace in an 8-bit image.
@@ -97,7 +97,7 @@ def _with_faces(mesh: Mesh, keep: NDArray[np.bool_]) -> Mesh:
         faces.append(local.reshape(-1, 3) + num_vertices)
         arrays = {
             name: None if (array := getattr(part, name)) is None else array[own]
-            for name in ("uv", "emissive_uv", "colors", "normals")
+            for name in VERTEX_ARRAYS
         }
         parts.append(
             replace(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.schema import Material, Mesh, Part, Sampler
+from pipeline.core.schema import Material, Mesh, Part, Sampler, SurfaceMap
 from pipeline.rendering.shading import smooth_normals, to_linear
 
 # A face is lit per vertex if it is small, or if it is flat and has no highlights.
 SMALL_AREA = 4.5e-4  # square units of the cube: 150 pixels of an image of 1024 pixels
 FLAT_COSINE = 0.95  # smallest cosine between the normals of a flat face's corners
+MIRROR_ROUGHNESS = 0.3  # smallest roughness of a surface that shows no details of what it mirrors
 DULL_ROUGHNESS = 0.5  # smallest roughness of a material without highlights
 SAME_NORMAL_COSINE = 0.9999  # corners whose normals have a smaller cosine get separate vertices
 
@@ -39,6 +41,19 @@ class Emission:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MapTexture:
+    """A map of a draw call: its values and where the vertices read them.
+
+    Attributes:
+        surface_map: Values and sampler.
+        uv: float32 [N, 2].
+    """
+
+    surface_map: SurfaceMap
+    uv: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawCall:
     """Faces that are drawn by one call.
 
@@ -60,6 +75,12 @@ class DrawCall:
     alpha_mode: str  # OPAQUE, MASK or BLEND
     alpha_cutoff: float
     per_vertex: bool  # lit at the vertices and interpolated, instead of per pixel
+    maps: dict[str, MapTexture]  # by names of MAP_NAMES
+    normal_scale: float  # factor of x and y of the normals of the map
+
+
+# Arrays of a draw call with one row for each vertex.
+VERTEX_ARRAYS = ("positions", "normals", "surface", "uv", "emissive_uv", "colors")
 
 
 def _is_opaque(part: Part, texture_is_opaque: bool) -> bool:
@@ -93,8 +114,8 @@ def _uv_of_vertices(
     return np.nan_to_num(uv[source]).astype(np.float32)
 
 
-def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a part by their names in `DrawCall`.
+def _part_arrays(mesh: Mesh, part: Part, maps: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a part by their names in `DrawCall`, and `<name>_uv` for its maps.
 
     Vertices are split where the faces need different normals.
     """
@@ -141,7 +162,19 @@ def _part_arrays(mesh: Mesh, part: Part) -> dict[str, NDArray[Any]]:
         "emissive_uv": _uv_of_vertices(part.emissive_uv, source),
         "colors": colors,
         "faces": faces,
+        **{f"{name}_uv": _uv_of_vertices(getattr(part, f"{name}_uv"), source) for name in maps},
     }
+
+
+def _can_have_interpolated_mirrors(
+    arrays: dict[str, NDArray[Any]], textured: bool
+) -> NDArray[np.bool_]:
+    """Return the faces [F] whose image of the surroundings may be interpolated.
+
+    A mirror shows details, and what a metal reflects is not linear in the colour of a texture.
+    """
+    metallic, roughness = arrays["surface"][arrays["faces"][:, 0], :2].T
+    return (roughness >= MIRROR_ROUGHNESS) & ((metallic == 0) | (not textured))
 
 
 def _can_be_lit_per_vertex(arrays: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
@@ -156,10 +189,24 @@ def _can_be_lit_per_vertex(arrays: dict[str, NDArray[Any]]) -> NDArray[np.bool_]
     return (area < SMALL_AREA) | (flat & (metallic < 0.5) & (roughness >= DULL_ROUGHNESS))
 
 
-def draw_calls(mesh: Mesh) -> list[DrawCall]:
+def _maps_of(part: Part) -> dict[str, SurfaceMap]:
+    """Return the maps of a part that have texture coordinates."""
+    return {
+        name: surface_map
+        for name, surface_map in part.material.maps.items()
+        if getattr(part, f"{name}_uv") is not None
+    }
+
+
+def draw_calls(mesh: Mesh, *, with_maps: bool = False) -> list[DrawCall]:
     """Group the faces of a mesh into draw calls.
 
     Parts that one call can draw are merged, so that an asset of a thousand parts needs a few calls.
+
+    Args:
+        mesh: The mesh.
+        with_maps: Whether the calls have the maps of the materials. Otherwise metallic and
+            roughness are the means of their maps. Faces with maps are lit per pixel.
     """
     # group the parts by what must be the same within a call
     whole = Part(
@@ -179,13 +226,26 @@ def draw_calls(mesh: Mesh) -> list[DrawCall]:
         sampler = Sampler() if texture is None else material.sampler
         emission = None if material.unlit else _emission(part)
         emission_key = None if emission is None else emission.key
-        key = (texture, mode, cutoff, sampler, emission_key, material.unlit)
+        maps = _maps_of(part) if with_maps and not material.unlit else {}
+        map_key = tuple((name, id(m.values), m.sampler) for name, m in sorted(maps.items()))
+        scale = material.normal_scale if "normal" in maps else 1.0
+        key = (texture, mode, cutoff, sampler, emission_key, material.unlit, map_key, scale)
         groups.setdefault(key, []).append(part)
 
     calls = []
-    for (texture, mode, cutoff, sampler, emission_key, unlit), parts in groups.items():
+    for (
+        texture,
+        mode,
+        cutoff,
+        sampler,
+        emission_key,
+        unlit,
+        map_key,
+        scale,
+    ), parts in groups.items():
         # merge the arrays of the parts
-        arrays = [_part_arrays(mesh, part) for part in parts]
+        maps = _maps_of(parts[0]) if map_key else {}
+        arrays = [_part_arrays(mesh, part, maps) for part in parts]
         first = np.cumsum([0] + [len(a["positions"]) for a in arrays])
         for a, offset in zip(arrays, first):
             a["faces"] = a["faces"] + offset
@@ -193,11 +253,18 @@ def draw_calls(mesh: Mesh) -> list[DrawCall]:
         image = parts[0].material.texture if texture is not None else None
         # blended faces are sorted together, so they stay in one call
         per_vertex_faces = _can_be_lit_per_vertex(merged) & (mode != "BLEND") & (not unlit)
+        if with_maps:
+            per_vertex_faces &= _can_have_interpolated_mirrors(merged, image is not None)
+            per_vertex_faces &= not maps
         for per_vertex in (False, True):
             chosen = merged["faces"][per_vertex_faces == per_vertex]
             if len(chosen):
                 used, faces = np.unique(chosen, return_inverse=True)
                 arrays = {name: merged[name][used] for name in merged if name != "faces"}
+                map_textures = {
+                    name: MapTexture(surface_map=surface_map, uv=arrays.pop(f"{name}_uv"))
+                    for name, surface_map in maps.items()
+                }
                 calls.append(
                     DrawCall(
                         **arrays,
@@ -209,6 +276,8 @@ def draw_calls(mesh: Mesh) -> list[DrawCall]:
                         alpha_mode=mode,
                         alpha_cutoff=cutoff,
                         per_vertex=per_vertex,
+                        maps=map_textures,
+                        normal_scale=scale,
                     )
                 )
     return calls
