@@ -72,6 +72,8 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     cfg = replace(cfg, keep_splits_of=tuple(earlier))
     for path in cfg.keep_splits_of:
         read_plan(path)  # raises if it is not a build
+    if cfg.environment is not None:
+        cfg = replace(cfg, environment=cfg.environment.absolute())
     if cfg.device == "cuda" and not os.environ.get("RAY_ADDRESS"):
         check_cuda()  # on a cluster the runner checks the nodes instead
     sources = open_sources(cfg) if sources is None else sources
@@ -85,7 +87,8 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
         *total.values(),
         time.monotonic() - started,
     )
-    for content, folder in (("bricks", "sdf"), ("renders", "renders"), ("manifest", "manifest")):
+    contents = dict.fromkeys(product.kind for product in cfg.products if product.kind != "sdf")
+    for content, folder in (("bricks", "sdf"), *zip(contents, contents), ("manifest", "manifest")):
         log.info("%-8s %s", content, cfg.out / folder)
     log.info("report   %s", page)
     if not total["done"] and total["failed"]:

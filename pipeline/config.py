@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
+from pipeline.core.cameras import read_cameras, text_of_camera
 from pipeline.core.grid import check_resolution
 from pipeline.core.hashing import hash_of, options_of
-from pipeline.core.options import CameraSet, added
+from pipeline.core.options import CameraSet, Light, ViewProduct, added
 from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION, READER_VERSION
 from pipeline.curation.config import FilterConfig, RankConfig, ScreenConfig
@@ -117,6 +119,25 @@ class BuildConfig:
     """Camera set of the renders. "paper" looks at the front half from 10 to 40 degrees above the
     horizon, "wide" from all directions."""
 
+    cameras_file: Path | None = None
+    """JSON file with the cameras of all assets, which replaces `--cameras` and `--views`. The name
+    of the file without its extension is part of the product's name. The format is in the
+    documentation of rendering."""
+
+    light: Light | None = None
+    """Light of the renders. "ibl" is image-based light from environments, with shadows and all maps
+    of the materials, "lamps" is a sky, a ground and three lights. None is the light that an
+    existing build was begun with, otherwise "ibl" for the presets "full" and "paper" and "lamps"
+    for "smoke"."""
+
+    environment: Annotated[Path | None, tyro.conf.arg(name="render.environment")] = None
+    """Directory with .hdr and .exr panoramas for `--light ibl`. Its name is part of the product's
+    name. None takes the environments that the project makes."""
+
+    view_products: tuple[ViewProduct, ...] = ()
+    """What else is made of each view, in products of their own: normals, depth, albedo,
+    metallic-roughness, mask, and transforms, which is one transforms.json for each asset."""
+
     views: int = 12
     """Number of rendered views of each asset."""
 
@@ -195,6 +216,16 @@ class BuildConfig:
             raise ValueError(
                 f"best_resolutions must not be among resolutions, got {self.rank.best_resolutions}"
             )
+        for name, path in (("cameras_file", self.cameras_file), ("environment", self.environment)):
+            if path is not None and not re.fullmatch(r"[a-z0-9_]+", path.stem):
+                raise ValueError(
+                    f"{name} must have a name of a-z, 0-9 and _, because it becomes part of the "
+                    f"product's name, got {path.name}"
+                )
+        if self.cameras_file is not None and self.cameras_file.stem in get_args(CameraSet):
+            raise ValueError(f"cameras_file must not be named like a set, got {self.cameras_file}")
+        if self.environment is not None and self.light == "lamps":
+            raise ValueError("environment is for --light ibl, got --light lamps")
         self.render  # noqa: B018  RenderConfig checks views and image_size
 
     @property
@@ -229,12 +260,46 @@ class BuildConfig:
     @cached_property
     def render(self) -> RenderConfig:
         """The rendering options of this pass."""
+        cameras = self._cameras_of_file
+        is_lit = self.planned_light == "ibl"
         return RenderConfig(
             cameras=self.cameras,
-            views=self.views,
+            views=len(cameras) or self.views,
             image_size=self.image_size,
             format=self.image_format,
+            light=self.planned_light,
+            environments=self._environments if is_lit else (),
+            camera_list=cameras,
         )
+
+    @property
+    def planned_light(self) -> Light:
+        """The light that applies: the given one, or that of the preset."""
+        if self.light is not None:
+            return self.light
+        return "lamps" if self.preset == "smoke" and self.environment is None else "ibl"
+
+    @property
+    def camera_name(self) -> str:
+        """Name of the cameras in the names of products."""
+        return self.cameras if self.cameras_file is None else self.cameras_file.stem
+
+    @cached_property
+    def _cameras_of_file(self) -> tuple[str, ...]:
+        if self.cameras_file is None:
+            return ()
+        try:
+            cameras = read_cameras(self.cameras_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cameras_file {self.cameras_file}: {error}") from error
+        return tuple(text_of_camera(camera) for camera in cameras)
+
+    @cached_property
+    def _environments(self) -> tuple[str, ...]:
+        # imported here, because parsing the options must not load numba
+        from pipeline.rendering.environments import describe_environments
+
+        return () if self.environment is None else describe_environments(self.environment)
 
     @cached_property
     def products(self) -> tuple[Product, ...]:
@@ -244,7 +309,14 @@ class BuildConfig:
         best = self.run == "best"
         resolutions = self.rank.best_resolutions if best else self.resolutions
         bricks = [Product.sdf(resolution) for resolution in sorted(set(resolutions))]
-        return tuple(bricks) if best else (*bricks, Product.renders(self.cameras))
+        if best:
+            return tuple(bricks)
+        name = self.camera_name
+        renders = name if self.planned_light == "lamps" else f"{name}-ibl"
+        if self.environment is not None:
+            renders += f"-{self.environment.stem}"
+        views = [Product(kind, name) for kind in dict.fromkeys(self.view_products)]
+        return (*bricks, *sorted([Product.renders(renders), *views]))
 
     def shared(self) -> dict[str, Any]:
         """Return the options that all products of an output directory share, as JSON values.
@@ -273,7 +345,9 @@ class BuildConfig:
             return {"resolution": product.resolution}
         if product.kind == "screen":
             return options_of(self.screen)
-        return options_of(self.render)
+        if product.kind == "renders":
+            return options_of(self.render)
+        return options_of(replace(self.render, light="lamps", environments=()))
 
     def product_hash(self, product: Product) -> str:
         """Return the hash of all options that decide the bytes of a product.

@@ -3,7 +3,9 @@
 from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal
 
-CameraSet = Literal["paper", "wide"]
+CameraSet = Literal["paper", "wide", "orthographic"]
+Light = Literal["lamps", "ibl"]  # ibl: image-based light
+ViewProduct = Literal["normals", "depth", "albedo", "metallic-roughness", "mask", "transforms"]
 ImageFormat = Literal["png", "webp"]
 
 BOUNDS = "bounds"  # metadata of a field: its smallest and its largest value

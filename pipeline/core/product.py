@@ -1,4 +1,4 @@
-"""Products: what a build makes of every shard, named `sdf-512`, `renders-paper` or `screen-128`."""
+"""Products: what a build makes of every shard, named `sdf-512`, `renders-paper` or `depth-wide`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-_NAME = re.compile(r"(sdf|screen)-\d+|renders-.+")
+# Kinds of products that have one file for each view of an asset, and the one that has a file for
+# each asset with all its cameras.
+EXTENSIONS = {
+    "normals": "normal.exr",
+    "depth": "depth.exr",
+    "albedo": "albedo.png",
+    "metallic-roughness": "metallic_roughness.png",
+    "mask": "mask.png",
+}
+VIEW_KINDS = ("renders", *EXTENSIONS)
+TRANSFORMS = "transforms"
+_NAME = re.compile(rf"(sdf|screen)-(\d+)|({'|'.join((*VIEW_KINDS, TRANSFORMS))})-(.+)")
 
 
 @dataclass(frozen=True)
@@ -14,11 +25,13 @@ class Product:
     """One resolution, one camera set or one screening of a build.
 
     Products have an order, in which an asset goes through them: SDF bricks with increasing
-    resolution, then renders or screening.
+    resolution, then renders, what else views show, or screening.
 
     Args:
-        kind: "sdf", "renders" or "screen".
-        variant: The resolution in digits, or the name of the camera set for renders.
+        kind: "sdf", "screen", one of VIEW_KINDS or TRANSFORMS.
+        variant: The resolution in digits, or the name of the camera set. That of renders in
+            image-based light ends with "-ibl", and with "-ibl-NAME" for other environments than
+            those of the project.
     """
 
     kind: str
@@ -27,8 +40,8 @@ class Product:
     def __post_init__(self):
         if not is_product_name(str(self)):
             raise ValueError(
-                "a product must be sdf-RESOLUTION, renders-CAMERAS or screen-RESOLUTION, "
-                f"got {self}"
+                "a product must be sdf-RESOLUTION, screen-RESOLUTION, or one of "
+                f"{', '.join((*VIEW_KINDS, TRANSFORMS))} with -CAMERAS, got {self}"
             )
 
     @classmethod
@@ -38,8 +51,10 @@ class Product:
         Raises:
             ValueError: If `name` is not the name of a product.
         """
-        kind, _, variant = name.partition("-")
-        return cls(kind, variant)
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return cls(*name.partition("-")[::2])
+        return cls(match[1] or match[3], match[2] or match[4])
 
     @classmethod
     def sdf(cls, resolution: int) -> Product:
@@ -62,18 +77,31 @@ class Product:
     def __lt__(self, other: Product) -> bool:
         return self._order < other._order
 
+    def extension(self, format: str) -> str:
+        """Return what follows `<uid>-<view>.` in the names of the files of views.
+
+        Args:
+            format: Format of renders, "png" or "webp".
+        """
+        return format if self.kind == "renders" else EXTENSIONS[self.kind]
+
+    @property
+    def has_views(self) -> bool:
+        """Whether the product has a file for each view of an asset."""
+        return self.kind in VIEW_KINDS
+
     @property
     def _order(self) -> tuple[int, int, str]:
-        return (0, self.resolution, "") if self.kind == "sdf" else (1, 0, self.variant)
+        return (0, self.resolution, "") if self.kind == "sdf" else (1, 0, str(self))
 
     @property
     def resolution(self) -> int:
         """Grid points along one side.
 
         Raises:
-            ValueError: If the product is renders.
+            ValueError: If the product has none.
         """
-        if self.kind == "renders":
+        if self.kind not in ("sdf", "screen"):
             raise ValueError(f"{self} has no resolution")
         return int(self.variant)
 

@@ -176,7 +176,12 @@ def tiles(build: BuildContents) -> list[dict[str, str]]:
     """Return the numbers at the top of the page, each with its label and its CSS class."""
     status = Counter(row.status for row in build.rows)
     all_markers = [marker for markers in build.markers.values() for marker in markers]
-    views = sum(marker.counts.get("views", 0) for marker in all_markers)
+    views = sum(
+        marker.counts.get("views", 0)
+        for product, markers in build.markers.items()
+        for marker in markers
+        if product.kind == "renders"
+    )
     stored_bytes = sum(marker.bytes for marker in all_markers)
     validation = sum(row.split == "val" and row.status == "done" for row in build.rows)
     skipped = sum(build.plan.info.skipped_files.values())

@@ -254,7 +254,7 @@ def _render_seconds(stages: dict[str, float]) -> float:
     return sum(
         seconds
         for stage, seconds in stages.items()
-        if is_product_name(stage) and Product.parse(stage).kind == "renders"
+        if is_product_name(stage) and Product.parse(stage).has_views
     )
 
 

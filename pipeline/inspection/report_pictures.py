@@ -25,6 +25,7 @@ from pipeline.storage.sdf_shard import SdfShard
 PICTURES = ("render", "bricks", "slice")
 PICTURE_SIDE = 192  # pixels
 # Stands out from the page under any light.
+PICTURE_FOCAL_MM = 100.0
 SURFACE_MATERIAL = Material(base_color=(0.30, 0.38, 0.48, 1.0))
 PAGE_COLOR = np.array([238, 241, 245], np.float64)  # behind a render
 INSIDE_COLOR = [53.0, 103.0, 176.0]
@@ -74,7 +75,9 @@ def draw_bricks(bricks: Bricks, uid: str, meta: dict[str, float]) -> NDArray[np.
         uint8 [PICTURE_SIDE, PICTURE_SIDE, 4], not premultiplied by alpha.
     """
     vertices, faces = extract(bricks)
-    eye = look_at_origin(meta["azimuth_degrees"], meta["elevation_degrees"], meta["focal_mm"])
+    # an orthographic camera has no focal length
+    focal = meta["focal_mm"] or PICTURE_FOCAL_MM
+    eye = look_at_origin(meta["azimuth_degrees"], meta["elevation_degrees"], focal)
     part = Part(
         vertices=slice(0, len(vertices)), faces=slice(0, len(faces)), material=SURFACE_MATERIAL
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,10 +14,11 @@ from typing import cast
 
 import pyarrow as pa
 
+from pipeline.core.cameras import camera_of
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import hash_of
 from pipeline.core.options import CameraSet
-from pipeline.core.product import Product, is_product_name
+from pipeline.core.product import TRANSFORMS, VIEW_KINDS, Product, is_product_name
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Record
 from pipeline.curation.catalogue import Catalogue
@@ -41,13 +43,15 @@ from pipeline.storage.manifest import STATUSES, ManifestRow, read_manifest
 from pipeline.storage.remote import StorePath, list_children
 from pipeline.storage.render_shard import RenderShard, check_render_shard
 from pipeline.storage.sdf_shard import SdfShard, check_sdf_shard
+from pipeline.storage.transforms_shard import read_transforms_shard
 
 TOP_LEVEL = {
     PLAN,
     PLAN_TABLE,
     CATALOGUE,
     "sdf",
-    "renders",
+    *VIEW_KINDS,
+    TRANSFORMS,
     "manifest",
     "stats",
     "shards",
@@ -194,7 +198,7 @@ def _plan_problems(plan: Plan, committed_names: Mapping[str, set[str]]) -> Itera
     shards = set(plan.shards)
     variants = [
         (kind, variant.name)
-        for kind in ("renders", "sdf")
+        for kind in ("sdf", *VIEW_KINDS, TRANSFORMS)
         for variant in list_children(plan.out / kind)
     ]
     for kind, *variant in sorted([("manifest",), *variants, ("shards",)]):
@@ -375,6 +379,22 @@ def _product_problems(
         counts = {"assets": len(stored)}
         if stored != done:
             yield f"{product}: its {len(stored)} assets are not the done ones of the manifest"
+    elif product.kind == TRANSFORMS:
+        try:
+            contents = read_transforms_shard(path)
+        except (ValueError, OSError) as error:
+            yield f"{product}: unreadable: {error}"
+            return
+        stored = [row.uid for row in rows if row.uid in contents or row.status == "done"]
+        views = 0 if marker.config is None else marker.config["views"]
+        counts = {"assets": len(stored), "views": len(stored) * views}
+        if list(contents) != stored:
+            yield f"{product}: its {len(contents)} assets are not those of the manifest"
+        yield from (
+            f"{uid}: {product}: has {len(content['frames'])} frames, must have {views}"
+            for uid, content in contents.items()
+            if len(content["frames"]) != views
+        )
     else:
         if marker.config is None:
             yield f"{product}: the marker has no config"
@@ -389,8 +409,18 @@ def _product_problems(
         # An asset that was rejected while another product was made may still have its renders.
         stored = [row.uid for row in rows if row.uid in rendered or row.status == "done"]
         counts = {"assets": len(stored), "views": len(stored) * views}
-        cameras = cast(CameraSet, product.variant)
-        problems = check_render_shard(path, stored, views, image_size, cameras)
+        problems = check_render_shard(
+            path,
+            stored,
+            views,
+            image_size,
+            cast(CameraSet, marker.config["cameras"]),
+            given=[
+                camera_of(json.loads(text), number)
+                for number, text in enumerate(marker.config.get("camera_list", ()))
+            ],
+            extension=product.extension(marker.config["format"]),
+        )
         yield from (f"{product}: {problem}" for problem in problems)
         if rendered - set(stored):
             yield f"{product}: holds {sorted(rendered - set(stored))}, which the manifest lacks"

@@ -16,7 +16,7 @@ from pipeline.core.errors import Reject
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.hashing import sha256_of
 from pipeline.core.image_codec import encode
-from pipeline.core.product import Product
+from pipeline.core.product import TRANSFORMS, Product
 from pipeline.core.schema import BRICK_ARRAYS, Bricks, Mesh
 from pipeline.curation.filters import (
     filter_file,
@@ -39,10 +39,13 @@ from pipeline.mesh_io.normalize import normalize
 from pipeline.mesh_io.visible_parts import keep_visible
 from pipeline.orchestration.asset_results import AssetJob, AssetNotes
 from pipeline.rendering.gl_context import on_gpu, renderer_string
+from pipeline.rendering.surface_views import surface_views, view_cameras
+from pipeline.rendering.transforms import dump_transforms, transforms_of
 from pipeline.rendering.views import render_views
 from pipeline.sources import side_file_root
 from pipeline.storage.manifest import thin_share_name
-from pipeline.storage.render_shard import save_view
+from pipeline.storage.render_shard import save_view, view_key
+from pipeline.storage.transforms_shard import MEMBER
 
 
 def process(job: AssetJob) -> None:
@@ -157,10 +160,29 @@ def _make_product(
         return {"tokens": len(bricks.cells), "device": sdf_cuda.device_name(job.config.device)}
     cfg, uid = job.config.render, job.record.uid
     with on_gpu(job.gpu):
-        for view in render_views(mesh, uid, cfg):
-            image = encode(view, cfg.format)
-            save_view(folder, uid, view.meta["view"], image, view.meta, cfg.format)
+        if product.kind == TRANSFORMS:
+            cameras = view_cameras(mesh, uid, cfg)
+            # the files of the renders, if both tar files are unpacked in one directory
+            files = [f"../{view_key(uid, view)}.{cfg.format}" for view in range(cfg.views)]
+            content = transforms_of(cameras, cfg.image_size, files)
+            (folder / MEMBER).write_bytes(dump_transforms(content))
+        else:
+            extension = product.extension(cfg.format)
+            for image, meta in _encoded_views(job, product, mesh):
+                save_view(folder, uid, meta["view"], image, meta, extension)
         return {"views": cfg.views, "renderer": renderer_string()}
+
+
+def _encoded_views(
+    job: AssetJob, product: Product, mesh: Mesh
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the encoded file of each view and the content of its json."""
+    cfg, uid = job.config.render, job.record.uid
+    if product.kind != "renders":
+        yield from surface_views(mesh, uid, cfg, product.kind)
+        return
+    for view in render_views(mesh, uid, cfg, job.config.environment):
+        yield encode(view, cfg.format), view.meta
 
 
 def save_bricks(folder: Path, bricks: Bricks) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.config import BuildConfig
 from pipeline.core.files import sync, write_atomically
-from pipeline.core.product import Product
+from pipeline.core.product import TRANSFORMS, Product
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import Bricks, Record
 from pipeline.curation.screening_metrics import load_metrics, write_metrics_table
@@ -28,6 +28,7 @@ from pipeline.storage.manifest import STATUSES, ManifestRow, read_manifest, writ
 from pipeline.storage.remote import StorePath
 from pipeline.storage.render_shard import ViewFolder, write_render_shard
 from pipeline.storage.sdf_shard import write_sdf_shard
+from pipeline.storage.transforms_shard import MEMBER, write_transforms_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +159,16 @@ def _write_product(
         metrics = [(uid, load_metrics(folder)) for uid, folder in zip(uids, folders, strict=True)]
         write_metrics_table(partial / paths[0].name, metrics)
     else:
-        entries = [
-            (uid, ViewFolder(folder, uid, cfg.render.views, cfg.render.format))
-            for uid, folder in zip(uids, folders, strict=True)
-        ]
-        write_render_shard(partial / paths[0].name, entries, cfg.render.format)
+        if product.kind == TRANSFORMS:
+            contents = [(folder / MEMBER).read_bytes() for folder in folders]
+            write_transforms_shard(partial / paths[0].name, list(zip(uids, contents, strict=True)))
+        else:
+            extension = product.extension(cfg.render.format)
+            entries = [
+                (uid, ViewFolder(folder, uid, cfg.render.views, extension))
+                for uid, folder in zip(uids, folders, strict=True)
+            ]
+            write_render_shard(partial / paths[0].name, entries, extension)
         counts["views"] = len(uids) * cfg.render.views
         renderers = tuple(sorted({counted["renderer"] for counted in made}))
 

@@ -20,6 +20,7 @@ from pipeline.config import BuildConfig
 from pipeline.core.errors import UserError
 from pipeline.core.files import is_disk_full, write_atomically
 from pipeline.core.hashing import as_options, differences, hash_of
+from pipeline.core.options import Light
 from pipeline.core.product import Product
 from pipeline.core.provenance import FORMAT_VERSION, commit_of_code, provenance
 from pipeline.core.schema import Record
@@ -72,6 +73,7 @@ class PlanInfo:
         snapshots: {source: hash of the state of its catalogue}.
         versions: {package: version} of the code that made the plan.
         commit: Git commit of the code that made the plan, None outside a repository.
+        light: Light of the renders that the build was begun with.
     """
 
     format_version: int
@@ -83,6 +85,7 @@ class PlanInfo:
     snapshots: dict[str, str]
     versions: dict[str, str | None]
     commit: str | None
+    light: Light = "lamps"  # of plans that do not state it
 
     @property
     def shard_size(self) -> int:
@@ -113,6 +116,7 @@ class PlanInfo:
             ValueError: If `text` is not JSON.
         """
         content = json.loads(text)
+        content.setdefault("light", "lamps")
         return cls(**{item.name: content[item.name] for item in fields(cls)})
 
 
@@ -238,6 +242,7 @@ def _describe(cfg: BuildConfig, sources: Sequence[Listing], assets: int) -> Plan
         shards=-(-assets // cfg.shard_size),
         skipped_files={name: files for name, files in skipped.items() if files},
         snapshots=snapshots,
+        light=cfg.planned_light,
         **provenance(PACKAGES),
     )
 
@@ -294,10 +299,10 @@ def read_plan(out: StorePath) -> Plan:
 def with_values_of_plan(cfg: BuildConfig) -> BuildConfig:
     """Return the options with the values that the build in `cfg.out` was begun with, if any.
 
-    These are the reader version and, if it is not given, the topology resolution. A ranked build
-    whose metrics are of version 1 keeps the options of its deduplication. What is committed
-    there was made with them. Its options are compared as that version knew them, and the runner
-    refuses to add products of another version.
+    These are the reader version and, if they are not given, the topology resolution and the light.
+    A ranked build whose metrics are of version 1 keeps the options of its deduplication. What is
+    committed there was made with them. Its options are compared as that version knew them, and the
+    runner refuses to add products of another version.
 
     Raises:
         UserError: If the plan cannot be read.
@@ -306,6 +311,8 @@ def with_values_of_plan(cfg: BuildConfig) -> BuildConfig:
         if (out / PLAN).exists():
             info = read_plan(out).info
             cfg = replace(cfg, reader_version=info.reader_version)
+            if cfg.light is None and cfg.environment is None:
+                cfg = replace(cfg, light=info.light)
             if cfg.topology_resolution is None:
                 cfg = replace(cfg, topology_resolution=info.config["topology_resolution"])
             screen = info.config.get("screen")

@@ -6,8 +6,6 @@ A panorama is float32 [height, 2 * height, 3] of linear radiance. Row 0 is the z
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import pi
@@ -17,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import UserError
-from pipeline.core.hashing import seed_of
+from pipeline.core.hashing import seed_of, sha256_of
 
 HEIGHT = 256  # rows of a panorama; HDR files are resized to it
 STUDIOS, SKIES = 10, 6  # numbers of computed environments
@@ -207,9 +205,8 @@ def sky(seed: int) -> NDArray[np.float32]:
     return exposed(ground + (light - ground) * above)
 
 
-@lru_cache(maxsize=STUDIOS + SKIES)
 def computed_environment(number: int) -> Environment:
-    """Return environment `number` of 0 .. STUDIOS + SKIES - 1: first the studios, then the skies."""
+    """Compute environment `number`, 0 to STUDIOS + SKIES - 1: first studios, then skies."""
     if number < STUDIOS:
         return Environment(name=f"studio-{number:02d}", radiance=studio(number))
     return Environment(name=f"sky-{number - STUDIOS:02d}", radiance=sky(number - STUDIOS))
@@ -229,9 +226,13 @@ def environment_files(folder: Path) -> list[Path]:
     return files
 
 
-def file_digests(files: Sequence[Path]) -> dict[str, str]:
-    """Return {file name: sha256} of files. A product's options name its environments so."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def describe_environments(folder: Path) -> tuple[str, ...]:
+    """Return the name and sha256 of each HDR file of a directory, for the options of a product.
+
+    Raises:
+        UserError: If there is none.
+    """
+    return tuple(f"{path.name} {sha256_of(path)}" for path in environment_files(folder))
 
 
 def read_environment(path: Path) -> Environment:
@@ -285,12 +286,21 @@ def _resized(panorama: NDArray[np.float32], height: int) -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=64)
-def load_environments(folder: Path | None) -> tuple[Environment, ...]:
-    """Return all environments: those of a directory, or the computed ones for None.
+def environment(number: int, folder: Path | None = None) -> Environment:
+    """Return environment `number` of a directory of HDR files, or of the computed ones for None.
 
     Raises:
-        UserError: If the directory has no readable environments.
+        UserError: If the file cannot be read.
     """
     if folder is None:
-        return tuple(computed_environment(number) for number in range(STUDIOS + SKIES))
-    return tuple(read_environment(path) for path in environment_files(folder))
+        return computed_environment(number)
+    return read_environment(environment_files(folder)[number])
+
+
+def count_environments(folder: Path | None) -> int:
+    """Return the number of environments of a directory, or of the computed ones for None.
+
+    Raises:
+        UserError: If the directory has none.
+    """
+    return STUDIOS + SKIES if folder is None else len(environment_files(folder))

@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 from pipeline.core.cameras import RADIUS, Camera
 from pipeline.core.schema import MAP_NAMES, Mesh, Sampler
 from pipeline.rendering.draw_calls import DrawCall, draw_calls
-from pipeline.rendering.environments import Environment
 from pipeline.rendering.gl_context import gl_context
-from pipeline.rendering.prefilter import EnvironmentLight, prepare, reflected_shares
+from pipeline.rendering.prefilter import (
+    EnvironmentLight,
+    PreparedEnvironment,
+    reflected_shares,
+)
 from pipeline.rendering.shading import Lighting, ShaderVariant, shader_sources
 from pipeline.rendering.sky_visibility import (
     DEPTH_SIDE,
@@ -333,7 +336,7 @@ class MeshRenderer:
             return
         if self._visibility is None:
             raise ValueError("with_shadows must be True to draw in the light of an environment")
-        shares = self._visibility.shares(light_from(light.environment.radiance, light.yaw))
+        shares = self._visibility.shares(light_from(light.environment.coarse, light.yaw))
         for item, of_call in zip(self._calls, shares, strict=True):
             item.set_shares(of_call)
         self._lit_by = key
@@ -413,7 +416,7 @@ class MeshRenderer:
         set_uniform(program, "world_to_clip", world_to_clip(camera).T)  # OpenGL wants columns
         set_uniform(program, "eye", camera.c2w[:3, 3].astype(np.float32))
         set_uniform(program, "backwards", camera.c2w[:3, 2].astype(np.float32))
-        set_uniform(program, "orthographic", np.int32(camera.projection == "orthographic"))
+        set_uniform(program, "orthographic", np.int32(camera.is_orthographic))
         cutoff = item.call.alpha_cutoff if cutoff is None else cutoff
         set_uniform(program, "cutoff", np.float32(cutoff))
         set_uniform(program, "normal_scale", np.float32(item.call.normal_scale))
@@ -461,8 +464,7 @@ class Target:
 class UploadedEnvironment:
     """An environment on the GPU: its panorama at all roughnesses, and its matte light."""
 
-    def __init__(self, context: moderngl.Context, environment: Environment):
-        prepared = prepare(environment)
+    def __init__(self, context: moderngl.Context, prepared: PreparedEnvironment):
         layers, height, width, channels = prepared.mirrors.shape
         self._panorama = context.texture3d(
             (width, height, layers), channels, prepared.mirrors, dtype="f2"
@@ -503,7 +505,7 @@ def with_even_half(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def world_to_clip(camera: Camera) -> NDArray[np.float32]:
     """Return the matrix [4, 4] from world coordinates to OpenGL's clip coordinates."""
     near, far = (camera.distance - RADIUS) / 2, camera.distance + 10
-    if camera.projection == "orthographic":
+    if camera.is_orthographic:
         scale = 2 / camera.ortho_scale
         lens = np.diag([scale, scale, 2 / (near - far), 1.0])
         lens[2, 3] = (far + near) / (near - far)

@@ -7,15 +7,33 @@ with alpha = roughness^2 and height-correlated Smith shadowing.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from math import atan2, floor, log2, pi, sqrt
+from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.rendering.environments import Environment, directions, halved, irradiance
+from pipeline.core.files import replacing
+from pipeline.core.hashing import hash_of, sha256_of
+from pipeline.rendering import environments
+from pipeline.rendering.environments import (
+    Environment,
+    directions,
+    environment,
+    environment_files,
+    halved,
+    irradiance,
+)
+
+log = logging.getLogger(__name__)
+
+CACHE = Path.home() / ".cache" / "sparse3d" / "environments"
+ARRAYS = ("mirrors", "matte", "coarse")  # of a prepared environment
 
 LEVELS = 4  # blurred panoramas; that of level l is for roughness l / LEVELS and 2**l times smaller
 SAMPLES = 32  # directions of one blurred pixel
@@ -138,7 +156,7 @@ def blurred(panorama: NDArray[np.float32]) -> list[NDArray[np.float32]]:
 
 
 def enlarged(panorama: NDArray[np.float32], height: int) -> NDArray[np.float16]:
-    """Return a panorama with more rows, interpolated bilinearly, float16 [height, 2 * height, 3]."""
+    """Interpolate a panorama bilinearly, float16 [height, 2 * height, 3]."""
     at = (np.arange(2 * height) + 0.5) * len(panorama) / height - 0.5
     low = np.floor(at).astype(int)
     part = (at - low).astype(np.float32)
@@ -155,12 +173,16 @@ class PreparedEnvironment:
     """What shading looks up of an environment.
 
     Attributes:
+        name: Name of the environment.
         mirrors: float16 [LEVELS + 1, h, 2 * h, 3], the panoramas of `blurred`, all of one size.
         matte: float32 [9, 3] of `matte_coefficients`.
+        coarse: float32 [32, 64, 3], the panorama with few pixels.
     """
 
+    name: str
     mirrors: NDArray[np.float16]
     matte: NDArray[np.float32]
+    coarse: NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,26 +194,56 @@ class EnvironmentLight:
         yaw: Angle in radians. Light that comes from +z at 0 comes from +x at pi / 2.
     """
 
-    environment: Environment
+    environment: PreparedEnvironment
     yaw: float = 0.0
 
 
-_prepared: dict[str, tuple[Environment, PreparedEnvironment]] = {}
-
-
 def prepare(environment: Environment) -> PreparedEnvironment:
-    """Return what shading looks up. The result is kept in memory for the process."""
-    known = _prepared.get(environment.name)
-    if known is None or known[0] is not environment:
-        levels = blurred(np.minimum(environment.radiance, MAX_RADIANCE))
-        prepared = PreparedEnvironment(
-            mirrors=np.ascontiguousarray(
-                np.stack([enlarged(level, len(levels[0])) for level in levels])
-            ),
-            matte=matte_coefficients(environment.radiance),
-        )
-        known = _prepared[environment.name] = environment, prepared
-    return known[1]
+    """Compute what shading looks up of an environment."""
+    levels = blurred(np.minimum(environment.radiance, MAX_RADIANCE))
+    coarse = environment.radiance
+    while len(coarse) > 32:
+        coarse = halved(coarse)
+    return PreparedEnvironment(
+        name=environment.name,
+        mirrors=np.ascontiguousarray(
+            np.stack([enlarged(level, len(levels[0])) for level in levels])
+        ),
+        matte=matte_coefficients(environment.radiance),
+        coarse=coarse,
+    )
+
+
+@lru_cache(maxsize=64)
+def prepared_environment(number: int, folder: Path | None = None) -> PreparedEnvironment:
+    """Return environment `number` of a directory of HDR files, or of the computed ones for None.
+
+    The result is kept in the directory CACHE, because preparing takes half a second.
+
+    Raises:
+        UserError: If an HDR file cannot be read.
+    """
+    code = "".join(sha256_of(Path(source)) for source in (environments.__file__, __file__))
+    content = str(number) if folder is None else sha256_of(environment_files(folder)[number])
+    path = CACHE / f"{hash_of([code, content])}.npz"
+    if path.exists():
+        try:
+            with np.load(path) as arrays:
+                return PreparedEnvironment(
+                    name=str(arrays["name"]),
+                    mirrors=arrays["mirrors"],
+                    matte=arrays["matte"],
+                    coarse=arrays["coarse"],
+                )
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            log.warning("%s is damaged (%s). It is computed again.", path, error)
+    prepared = prepare(environment(number, folder))
+    try:
+        with replacing(path, several_writers=True) as partial, partial.open("wb") as file:
+            np.savez(file, **{name: getattr(prepared, name) for name in ARRAYS}, name=prepared.name)
+    except OSError as error:
+        log.warning("%s cannot be written (%s). Environments are computed again.", path, error)
+    return prepared
 
 
 @lru_cache(maxsize=1)
@@ -242,7 +294,7 @@ def matte_coefficients(panorama: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def harmonics(n: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return the nine polynomials 1, x, y, z, xy, yz, xz, 3z^2 - 1, x^2 - y^2 of directions [N, 3]."""
+    """Return 1, x, y, z, xy, yz, xz, 3z^2 - 1 and x^2 - y^2 of directions [N, 3], as [N, 9]."""
     x, y, z = n[:, 0], n[:, 1], n[:, 2]
     one = np.ones_like(x)
     return np.stack([one, x, y, z, x * y, y * z, x * z, 3 * z * z - 1, x * x - y * y], axis=1)

@@ -23,15 +23,15 @@ def product_paths(product: Product, shard: str) -> list[Path]:
         shard: Name of the shard, such as "000012".
 
     Returns:
-        Paths relative to the output directory. The first one is the product itself. Renders have
-        an index as the second one.
+        Paths relative to the output directory. The first one is the product itself. Products with
+        views have an index as the second one.
     """
     if product.kind == "sdf":
         return [Path("sdf", product.variant, f"{shard}.zarr")]
     if product.kind == "screen":
         return [Path("screen", product.variant, f"{shard}.parquet")]
-    tar = Path("renders", product.variant, f"{shard}.tar")
-    return [tar, index_path(tar)]
+    tar = Path(product.kind, product.variant, f"{shard}.tar")
+    return [tar, index_path(tar)] if product.has_views else [tar]
 
 
 def index_path(tar: AnyStorePath) -> AnyStorePath:

@@ -1,7 +1,7 @@
 """Render shards: WebDataset tar files with an index of byte offsets, written, read and checked.
 
 The views of a shard are stored in view-major order: view 0 of every asset, then view 1, and so on.
-Each view has two members, `<uid>-<view>.png` (or .webp) and `<uid>-<view>.json`.
+Each view has two members, `<uid>-<view>.png` (or another extension) and `<uid>-<view>.json`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ from typing import IO, Any, NamedTuple, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.core.cameras import look_at_origin, sample_camera
+from pipeline.core.cameras import (
+    Camera,
+    look_at_origin,
+    orthographic_camera,
+    sample_camera,
+)
 from pipeline.core.files import replacing
-from pipeline.core.image_codec import decode
+from pipeline.core.image_codec import decode, decode_any
 from pipeline.core.options import CameraSet, ImageFormat
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import View
@@ -74,7 +80,7 @@ def dump_meta(meta: Mapping[str, Any]) -> bytes:
 
 
 def save_view(
-    folder: Path, uid: str, view: int, data: bytes, meta: Mapping[str, Any], format: ImageFormat
+    folder: Path, uid: str, view: int, data: bytes, meta: Mapping[str, Any], format: str
 ) -> None:
     """Write one encoded view into a directory from which `ViewFolder` reads it.
 
@@ -84,7 +90,7 @@ def save_view(
         view: Number of the view.
         data: The encoded image.
         meta: The content of the view's json member.
-        format: Format of the image.
+        format: What follows `<uid>-<view>.` in the name of the image, such as "png".
     """
     key = view_key(uid, view)
     (folder / f"{key}.{format}").write_bytes(data)
@@ -101,7 +107,7 @@ class ViewFolder(Sequence[tuple[bytes, dict[str, Any]]]):
     folder: Path
     uid: str
     views: int
-    format: ImageFormat = "png"
+    format: str = "png"
 
     def __len__(self) -> int:
         return self.views
@@ -117,7 +123,7 @@ class ViewFolder(Sequence[tuple[bytes, dict[str, Any]]]):
 def write_render_shard(
     path: Path,
     entries: Sequence[tuple[str, Sequence[tuple[bytes, Mapping[str, Any]]]]],
-    format: ImageFormat = "png",
+    format: str = "png",
 ) -> None:
     """Write a shard and its index atomically, the tar file last.
 
@@ -127,7 +133,7 @@ def write_render_shard(
     Args:
         path: The tar file.
         entries: A pair (uid, views) for each asset. The views are pairs (encoded image, meta).
-        format: Format of the encoded images.
+        format: What follows `<uid>-<view>.` in the names of the images.
 
     Raises:
         ValueError: If a uid occurs twice, the numbers of views differ, or the meta of a view names
@@ -149,9 +155,7 @@ def write_render_shard(
         pq.write_table(table, partial_index, compression="zstd")
 
 
-def _write_tar(
-    path: Path, entries: Sequence[Any], views: int, format: ImageFormat
-) -> list[IndexRow]:
+def _write_tar(path: Path, entries: Sequence[Any], views: int, format: str) -> list[IndexRow]:
     rows = []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for view in range(views):
@@ -274,6 +278,20 @@ class RenderShard:
         data, meta = self.read_bytes(uid, view)
         return View(rgba=decode(data), meta=meta)
 
+    def read_array(self, uid: str, view: int) -> tuple[NDArray[Any], dict[str, Any]]:
+        """Read one view as it is stored: depth, normals, albedo, or whatever the product has.
+
+        Returns:
+            pixels: [height, width] of a mask, otherwise [height, width, C].
+            meta: The content of the view's json.
+
+        Raises:
+            KeyError: If the shard has no such view.
+        """
+        data, meta = self.read_bytes(uid, view)
+        (extension,) = set(self._members[view_key(uid, view)]) - {"json"}
+        return decode_any(data, extension), meta
+
     def _bytes_at(self, offset: int, size: int) -> bytes:
         if isinstance(self.path, Path):
             with self.path.open("rb") as file:
@@ -299,8 +317,12 @@ def check_render_shard(
     views: int,
     image_size: int | None = None,
     cameras: CameraSet | None = None,
+    given: Sequence[Camera] = (),
+    extension: str = "",
 ) -> list[str]:
-    """Check a shard against the format. PNG images are verified by their checksums, not decoded.
+    """Check a shard of views against the format.
+
+    PNG images are verified by their checksums, not decoded.
 
     Args:
         path: The tar file.
@@ -308,6 +330,9 @@ def check_render_shard(
         views: Number of views that each asset must have.
         image_size: Width and height that every image must have. None accepts the size in its json.
         cameras: The camera set that every view must be of. None accepts any camera.
+        given: The cameras of a file that the views must have, in order, instead of a set.
+        extension: What must follow `<uid>-<view>.` in the names of the images. "" accepts PNG and
+            WebP images.
 
     Returns:
         Every problem as "rule: where". Empty if the shard is sound.
@@ -316,7 +341,13 @@ def check_render_shard(
         rows = read_index(path)
         with path.open("rb") as tar:
             keys = [view_key(uid, view) for view in range(views) for uid in uids]
-            return list(_shard_problems(path.name, tar, rows, keys, image_size, cameras))
+            check = _ViewCheck(
+                image_size=image_size,
+                cameras=cameras,
+                given=tuple(given),
+                extensions=frozenset([extension] if extension else get_args(ImageFormat)),
+            )
+            return list(_shard_problems(path.name, tar, rows, keys, check))
     except (OSError, ValueError, pa.ArrowException) as error:
         return [f"unreadable: {error}"]
 
@@ -326,8 +357,7 @@ def _shard_problems(
     tar: IO[bytes],
     rows: list[IndexRow],
     keys: list[str],
-    image_size: int | None,
-    cameras: CameraSet | None,
+    check: _ViewCheck,
 ) -> Iterator[str]:
     # The views that the index lists must be the expected ones.
     listed_keys = list(dict.fromkeys(row.key for row in rows))
@@ -367,26 +397,40 @@ def _shard_problems(
             continue
         members_of_view[row.kind] = _read_at(tar, row.offset, row.size)
         if len(members_of_view) == 2:
-            problems = _view_problems(row.key, incomplete.pop(row.key), image_size, cameras)
+            problems = _view_problems(row.key, incomplete.pop(row.key), check)
             yield from (f"{problem}: {name} {row.key}" for problem in problems)
     yield from (f"incomplete view: {name} {key}" for key in incomplete)
 
 
-def _view_problems(
-    key: str, members: dict[str, bytes], image_size: int | None, cameras: CameraSet | None
-) -> Iterator[str]:
-    if "json" not in members or not set(members) & set(get_args(ImageFormat)):
+@dataclass(frozen=True, kw_only=True)
+class _ViewCheck:
+    """What every view of a shard must have, see `check_render_shard`."""
+
+    image_size: int | None
+    cameras: CameraSet | None
+    given: tuple[Camera, ...]
+    extensions: frozenset[str]
+
+
+def _stored_camera(meta: Mapping[str, Any], given: Sequence[Camera]) -> Camera:
+    """Return the camera that the json of a view states."""
+    if given:
+        return given[int(meta["view"])]
+    angles = float(meta["azimuth_degrees"]), float(meta["elevation_degrees"])
+    if meta.get("projection") == "orthographic":
+        return orthographic_camera(*angles)
+    return look_at_origin(*angles, float(meta["focal_mm"]))
+
+
+def _view_problems(key: str, members: dict[str, bytes], check: _ViewCheck) -> Iterator[str]:
+    if "json" not in members or not set(members) & check.extensions:
         yield f"incomplete view: members {sorted(members)}"
         return
     try:
         meta = json.loads(members.pop("json"))
         missing_keys = META_KEYS - set(meta)
-        stored_camera = (
-            None
-            if missing_keys
-            else look_at_origin(*(float(meta[name]) for name in SAMPLED_NUMBERS))
-        )
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+        stored_camera = None if missing_keys else _stored_camera(meta, check.given)
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
         yield f"json: {error}"
         return
     if stored_camera is None:
@@ -398,11 +442,14 @@ def _view_problems(
     # The matrix and the derived numbers must follow from azimuth, elevation and focal length.
     for field, value in stored_camera.meta().items():
         try:
-            agrees = np.allclose(meta[field], value, rtol=0, atol=CAMERA_TOLERANCE)
-        except (ValueError, TypeError):
+            agrees = meta[field] == value or np.allclose(
+                meta[field], value, rtol=0, atol=CAMERA_TOLERANCE
+            )
+        except (ValueError, TypeError, LookupError):
             agrees = False
         if not agrees:
-            yield f"camera: {field} is {meta[field]}, the formula gives {value}"
+            yield f"camera: {field} is {meta.get(field)}, the formula gives {value}"
+    cameras = None if check.given else check.cameras
     if cameras is not None:
         attempts = (
             sample_camera(uid, int(view), cameras, attempt)
@@ -413,14 +460,23 @@ def _view_problems(
             for camera in attempts
         ):
             yield f"camera: is not of the set {cameras!r} for this view"
-    (data,) = members.values()
-    yield from _image_problems(data, (meta["width"], meta["height"]), image_size)
+    ((extension, data),) = members.items()
+    size_in_json = meta["width"], meta["height"]
+    yield from _image_problems(data, extension, size_in_json, check.image_size)
 
 
 def _image_problems(
-    data: bytes, size_in_json: tuple[int, int], image_size: int | None
+    data: bytes, extension: str, size_in_json: tuple[int, int], image_size: int | None
 ) -> Iterator[str]:
+    expected_mode = "L" if extension == "mask.png" else "RGBA"
     try:
+        if extension.endswith("exr"):
+            pixels = decode_any(data, extension)
+            if pixels.shape[1::-1] != size_in_json:
+                yield f"image size: is {pixels.shape[1::-1]}, the json says {size_in_json}"
+            if not np.isfinite(pixels).all():
+                yield "image: has values that are not finite"
+            return
         with Image.open(BytesIO(data)) as image:
             size = image.size
             mode = image.mode
@@ -431,7 +487,7 @@ def _image_problems(
     except (OSError, SyntaxError, ValueError) as error:
         yield f"image: {error}"
         return
-    if mode != "RGBA":
-        yield f"image: must be RGBA, is {mode}"
+    if mode != expected_mode:
+        yield f"image: must be {expected_mode}, is {mode}"
     if size != size_in_json or (image_size is not None and size != (image_size, image_size)):
         yield f"image size: is {size}, the json says {size_in_json}, the build {image_size}"

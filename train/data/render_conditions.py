@@ -66,7 +66,7 @@ class ViewReader:
 
     Args:
         index: Assets of the build.
-        cameras: Camera set of the renders, such as "paper".
+        cameras: Name of the renders' product without "renders-", such as "paper".
         ahead: Number of shards whose encoded images are kept in memory. A view is then read for all
             assets of a shard at once, as it lies in the view-major tar file. 0 reads every render
             on its own.
@@ -80,10 +80,15 @@ class ViewReader:
         self.cameras = cameras
         commits = list_commits(index.root)
         for name in sorted(set(index.shards)):
-            if str(Product.renders(cameras)) not in commits.get(name, ()):
+            committed = commits.get(name, set())
+            if str(Product.renders(cameras)) not in committed:
+                names = sorted(item for item in committed if item.startswith("renders-"))
+                others = " ".join(item.removeprefix("renders-") for item in names)
+                options = cameras.replace("-ibl", " --light ibl")
                 raise UserError(
-                    f"{index.root} has no renders of cameras {cameras} in shard {name}; add them: "
-                    f"python -m pipeline.build --out {index.root} --cameras {cameras}"
+                    f"{index.root} has no renders of cameras {cameras} in shard {name}"
+                    + (f", but --cameras {others}" if others else "")
+                    + f"; add them: python -m pipeline.build --out {index.root} --cameras {options}"
                 )
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from model.config import GenerationOptions
 from pipeline.core.devices import Device, check_device
-from pipeline.core.options import CameraSet, at_least, check_bounds
+from pipeline.core.options import at_least, check_bounds
 from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
 
@@ -86,8 +86,9 @@ class GenerationEvaluation(EvaluationConfig):
     view: int = -1
     """Number of the view that is the input. Negative numbers count from the last one, -1."""
 
-    cameras: CameraSet = "paper"
-    """Camera set of the renders."""
+    cameras: str = "paper"
+    """Renders to read: the name of their product without "renders-", such as paper, or paper-ibl
+    for image-based light."""
 
     limit: int | None = None
     """Number of assets to evaluate, spread evenly over the split. None evaluates all of it."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from model.inference.generator import Generator
 from model.inference.turntable import CLAY, over_background
-from pipeline.core.cameras import Camera, look_at_origin
+from pipeline.core.cameras import Camera, camera_of_meta, look_at_origin
 from pipeline.core.devices import choose_device
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.primitives.marching_cubes import MeshArrays
@@ -47,6 +47,7 @@ from train.evaluation.results import (
 
 log = logging.getLogger(__name__)
 
+BEHIND_FOCAL_MM = 100.0  # of the picture from behind if the render has an orthographic camera
 PICTURE_SIDE = 256  # pixels
 COLUMNS = ("image", "generated", "stored surface", "generated, from behind")
 EMPTY: MeshArrays = (np.zeros((0, 3)), np.zeros((0, 3), np.int32))
@@ -219,8 +220,7 @@ def _evaluate(
     """Generate and compare one mesh. Returns the result and the pictures of COLUMNS."""
     index = references.index
     uid = index.uids[asset]
-    angles = ("azimuth_degrees", "elevation_degrees", "focal_mm")
-    camera = look_at_origin(*(image.meta[name] for name in angles))
+    camera = camera_of_meta(image.meta)
     empty = GenerationResult(
         uid=uid,
         split="val" if index.is_val[asset] else "train",
@@ -266,7 +266,8 @@ def _evaluate(
         dino_similarity=similarity,
         dino_similarity_of_asset=similarity_of_asset,
     )
-    behind = look_at_origin(camera.azimuth_degrees + 180, camera.elevation_degrees, camera.focal_mm)
+    focal = camera.focal_mm or BEHIND_FOCAL_MM  # an orthographic camera has none
+    behind = look_at_origin(camera.azimuth_degrees + 180, camera.elevation_degrees, focal)
     return result, [
         _shown(image.rgba),
         draw(mesh, camera),

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.config import ConditionedDiTConfig, RecommendedSampling, Refine
 from pipeline.core.grid import check_resolution
-from pipeline.core.options import CameraSet, added, at_least
+from pipeline.core.options import added, at_least
 from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
 from train.engine.config import SMALL_LOOP, RankOptions
@@ -85,8 +85,9 @@ class ConditionedTraining(RankOptions):
     resolution: int = 512
     """Resolution R of the stored SDF. The stage is trained on a grid of R / 8 cells per side."""
 
-    cameras: CameraSet = "paper"
-    """Camera set of the renders that are the condition."""
+    cameras: str = "paper"
+    """Renders that are the condition: the name of their product without "renders-", such as paper,
+    or paper-ibl for image-based light."""
 
     held_out_views: int = at_least(0, 0)
     """Number of views of each asset, the last ones, that are not trained on."""

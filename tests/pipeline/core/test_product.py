@@ -24,7 +24,7 @@ def test_a_name_is_parsed_and_written_back(name, product):
 @pytest.mark.parametrize("name", ["", "sdf", "sdf-", "sdf-x", "renders-", "latents-64", "fetch"])
 def test_another_name_is_refused_with_the_names_that_there_are(name):
     assert not is_product_name(name)
-    with pytest.raises(ValueError, match="must be sdf-RESOLUTION, renders-CAMERAS or"):
+    with pytest.raises(ValueError, match="must be sdf-RESOLUTION, screen-RESOLUTION, or"):
         Product.parse(name)
 
 
