@@ -9,7 +9,7 @@ import trimesh
 
 from pipeline.core.cameras import look_at_origin, orthographic_camera
 from pipeline.core.schema import Material, SurfaceMap
-from pipeline.rendering import prefilter
+from pipeline.rendering import prefilter, views
 from pipeline.rendering.environments import (
     HEIGHT,
     Environment,
@@ -124,7 +124,8 @@ def test_a_mirror_shows_the_surroundings_of_the_reflected_direction(yaw):
 def monte_carlo(normal, view, base, metallic, roughness, light):
     """Integrate the metallic-roughness model over all directions of a coarse panorama.
 
-    The microfacets scatter once, so light that they scatter twice is missing.
+    What metallic microfacets scatter twice has the form of Kulla and Conty 2017, "Revisiting
+    Physically Based Shading at Imageworks".
     """
     while len(light) > 64:
         light = halved(light)
@@ -142,7 +143,16 @@ def monte_carlo(normal, view, base, metallic, roughness, light):
     f0 = 0.04 + (base - 0.04) * metallic
     fresnel = f0 + (1 - f0) * (1 - vh[:, None]) ** 5
     specular = fresnel * (lobe * smith)[:, None]
-    diffuse = base / pi * (1 - metallic) * (1 - fresnel)
+    # glTF mixes a dielectric, whose diffuse part has the fresnel of 0.04, and a metal
+    through = 1 - (0.04 + 0.96 * (1 - vh[:, None]) ** 5)
+    diffuse = base / pi * (1 - metallic) * through
+    share = reflected_shares()[round(roughness * 31)].sum(axis=-1)
+    even = np.linspace(0, 1, 32)
+    mean_share = 2 * np.trapezoid(share * even, even)
+    mean_fresnel = base + (1 - base) / 21
+    again = mean_fresnel**2 * mean_share / (1 - mean_fresnel * (1 - mean_share))
+    lost = (1 - np.interp(up, even, share)) * (1 - np.interp(nv, even, share))
+    specular += metallic * again * (lost / (pi * (1 - mean_share)))[:, None]
     power = light.reshape(-1, 3) * (weight * up)[:, None]
     return ((specular + diffuse) * power).sum(axis=0)
 
@@ -161,11 +171,8 @@ def test_roughness_and_metallic_agree_with_the_integral(metallic, roughness):
         at = rows[k], columns[k]
         expected = monte_carlo(n[at], np.array([0.0, 0.0, 1.0]), base, metallic, roughness, light)
         errors.append(radiance[at] / expected - 1)
-    # scattering twice adds up to 15% to a rough metal and nothing to a smooth one
-    low, high = -0.08, 0.10 + 0.15 * metallic * roughness**2
-    assert np.mean(errors) > low / 2
-    assert np.quantile(errors, 0.05) > low
-    assert np.quantile(errors, 0.95) < high
+    assert abs(np.mean(errors)) < 0.05
+    assert np.quantile(np.abs(errors), 0.9) < 0.1
 
 
 def test_the_share_that_mirrors_reflect_agrees_with_the_integral():
@@ -262,7 +269,7 @@ def test_a_crevice_is_darker_and_a_convex_shape_is_not():
     eye = orthographic_camera(0, 45)
     light = light_of(constant())
     alone, covered = radiance_of(floor, light, eye)
-    assert np.ptp(alone[covered == 1]) < 0.02  # a box casts no shadow on itself
+    assert alone[covered == 1].min() > 0.49  # a box casts no shadow on itself
     both, _ = radiance_of(joined(floor, wall), light, eye)
     # a point of the floor in front of the wall: far from it, then next to it
     scale = SIZE / eye.ortho_scale
@@ -326,7 +333,7 @@ def test_every_computed_environment_is_exposed_and_seeded():
         level = irradiance(halved(halved(panorama)), normals[normals[:, 1] > -0.3]).mean()
         assert 0.6 < level < 0.9
         assert panorama.min() >= 0
-        np.testing.assert_array_equal(exposed(panorama * 7), exposed(panorama))
+        np.testing.assert_allclose(exposed(panorama * 7), exposed(panorama), rtol=1e-5)
     np.testing.assert_array_equal(studio(3), studio(3))
     assert np.abs(studio(3) - studio(4)).max() > 1
     assert computed_environment(12).name == "sky-02"
@@ -366,17 +373,19 @@ def test_an_hdr_file_becomes_an_environment(tmp_path):
         np.testing.assert_allclose(read.radiance, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_the_environment_of_a_view_is_seeded():
+def test_the_environment_of_a_view_is_seeded(monkeypatch):
+    monkeypatch.setattr(views, "prepared_environment", lambda number, folder: number)
     eye = look_at_origin(100, 20, 50)
     lights = [sample_environment("a", view, eye) for view in range(6)]
     again = [sample_environment("a", view, eye) for view in range(6)]
-    assert [light.environment.name for light in lights] == [x.environment.name for x in again]
-    assert [light.yaw for light in lights] == [x.yaw for x in again]
-    assert len({light.environment.name for light in lights}) > 2
+    assert lights == again
+    assert len({light.environment for light in lights}) > 2
     assert all(abs(np.degrees(light.yaw) - 100) <= 75 for light in lights)
 
 
-def test_equal_seeds_give_equal_bytes():
+def test_equal_seeds_give_equal_bytes(monkeypatch):
+    few = [light_of(smooth()).environment, light_of(constant()).environment]
+    monkeypatch.setattr(views, "prepared_environment", lambda number, folder: few[number % 2])
     mesh, cfg = of_trimesh(torus_knot()), replace(SMALL, views=2, light="ibl")
     first = [view.rgba.tobytes() for view in render_views(mesh, "a", cfg)]
     assert first == [view.rgba.tobytes() for view in render_views(mesh, "a", cfg)]
