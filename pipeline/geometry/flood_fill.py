@@ -17,6 +17,11 @@ BARRIER_VOXELS = 0.6
 # Distance from a cell up to which triangles are in the cell's bin. It suffices for every line of
 # sight that starts or ends in the cell.
 REACH_VOXELS = 3.0
+# Share of the grid points of a box that the flood reached.
+NONE_REACHED = 0
+SOME_REACHED = 1
+ALL_REACHED = 2
+MAX_BOX_CELLS = 16384  # larger boxes are not searched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,6 +405,85 @@ def is_reached(bin_of, words, whole, x, y, z, off_grid):
     if m < 0:
         return whole[x // 8, y // 8, z // 8]
     return (words[m, x % 8] >> np.uint64(8 * (y % 8) + z % 8) & np.uint64(1)) != 0
+
+
+@njit(cache=True)
+def reached_corners(bin_of, words, whole, x, y, z):
+    """Return which of the eight grid points from (x, y, z) to (x + 1, y + 1, z + 1) are reached.
+
+    Bit 4 i + 2 j + k stands for grid point (x + i, y + j, z + k). All points beyond the grid count
+    as reached. For the other arguments see `is_reached`.
+    """
+    last = len(bin_of) * CELL_SIDE - 1
+    corners = 0
+    if min(x, y, z) >= 0 and max(x, y, z) < last and x % 8 < 7 and y % 8 < 7 and z % 8 < 7:
+        # all eight points lie in one cell
+        m = bin_of[x // 8, y // 8, z // 8]
+        if m < 0:
+            return 255 if whole[x // 8, y // 8, z // 8] else 0
+        shift = np.uint64(8 * (y % 8) + z % 8)
+        for i in range(2):
+            word = int(words[m, x % 8 + i] >> shift & np.uint64(0x303))
+            corners |= (word & 3 | word >> 6) << (4 * i)
+        return corners
+    for corner in range(8):
+        i, j, k = corner >> 2, corner >> 1 & 1, corner & 1
+        if is_reached(bin_of, words, whole, x + i, y + j, z + k, True):
+            corners |= 1 << corner
+    return corners
+
+
+@njit(cache=True)
+def reached_in_box(bin_of, words, whole, box):
+    """Return whether the flood reached none, some or all of the grid points in a box.
+
+    All points beyond the grid count as reached. SOME_REACHED is also the result for boxes of more
+    than MAX_BOX_CELLS cells.
+
+    Args:
+        bin_of: `Bins.bin_of`.
+        words: `FloodFill.outside`.
+        whole: `FloodFill.whole_cells`.
+        box: float64 [6] lowest and highest corner.
+    """
+    size = len(bin_of) * CELL_SIDE
+    x0 = int(np.ceil((box[0] + 0.5) * (size - 1)))
+    y0 = int(np.ceil((box[1] + 0.5) * (size - 1)))
+    z0 = int(np.ceil((box[2] + 0.5) * (size - 1)))
+    x1 = int(np.floor((box[3] + 0.5) * (size - 1)))
+    y1 = int(np.floor((box[4] + 0.5) * (size - 1)))
+    z1 = int(np.floor((box[5] + 0.5) * (size - 1)))
+    some = min(x0, y0, z0) < 0 or max(x1, y1, z1) >= size
+    all_of_them = True
+    x0, y0, z0 = max(x0, 0), max(y0, 0), max(z0, 0)
+    x1, y1, z1 = min(x1, size - 1), min(y1, size - 1), min(z1, size - 1)
+    a0, b0, c0 = x0 // 8, y0 // 8, z0 // 8
+    a1, b1, c1 = x1 // 8 + 1, y1 // 8 + 1, z1 // 8 + 1
+    if (a1 - a0) * (b1 - b0) * (c1 - c0) > MAX_BOX_CELLS:
+        return SOME_REACHED
+    for b in range(b0, b1):
+        # one bit at z = 0 of each y in the box
+        low, high = max(y0 - 8 * b, 0), min(y1 - 8 * b, 7)
+        rows = np.uint64(0x0101010101010101) >> np.uint64(8 * (7 - high + low))
+        rows <<= np.uint64(8 * low)
+        for c in range(c0, c1):
+            low, high = max(z0 - 8 * c, 0), min(z1 - 8 * c, 7)
+            mask = rows * np.uint64((1 << high + 1) - (1 << low))
+            for a in range(a0, a1):
+                m = bin_of[a, b, c]
+                if m < 0:
+                    if whole[a, b, c]:
+                        some = True
+                    else:
+                        all_of_them = False
+                else:
+                    for x in range(max(x0 - 8 * a, 0), min(x1 - 8 * a, 7) + 1):
+                        word = words[m, x] & mask
+                        some = some or word != 0
+                        all_of_them = all_of_them and word == mask
+                if some and not all_of_them:
+                    return SOME_REACHED
+    return ALL_REACHED if some else NONE_REACHED
 
 
 @njit(cache=True, inline="always")

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from pipeline.core.grid import spacing
 from pipeline.core.primitives.triangles import distance2, segment_hits
 from pipeline.geometry.box_tree import (
+    LEAF,
     BoxTree,
     boxes_meet,
     build_box_tree,
     triangles_in_box,
     with_room,
 )
-from pipeline.geometry.flood_fill import FloodFill, is_reached
+from pipeline.geometry.flood_fill import FloodFill, reached_corners, reached_in_box
 
 # Sides of a surface that are visible from outside: none, the side of its normal, the other, both.
 HIDDEN = 0
@@ -83,6 +84,20 @@ def write_sight_box(region, sign, packed, t, h, box):
         border = (1 + START_VOXELS + 2 * MARGIN_VOXELS) * h
         box[k] = region[k] + min(rise, 0.0) - border
         box[3 + k] = region[3 + k] + max(rise, 0.0) + border
+
+
+@njit(cache=True)
+def write_high_box(region, sign, packed, t, h, box):
+    """Write the box of the ends of the longest eight lines from samples on one side of triangle t.
+
+    They rise by more than REACHES[2] - sqrt(3) voxels, so none of them lies below its sample. For
+    the arguments see `write_sight_box`.
+    """
+    for k in range(3):
+        rise = sign * REACHES[2] * h * packed[t, 9 + k]
+        border = (1 + START_VOXELS + 2 * MARGIN_VOXELS) * h
+        box[k] = region[k] + rise - border
+        box[3 + k] = region[3 + k] + rise + border
 
 
 @njit(cache=True)
@@ -154,13 +169,16 @@ def keep_blockers(packed, boxes, box, exact, blockers, first, last, end):
 
 @njit(cache=True)
 def make_field(scene):
-    """Return the members of a scene that `visible_sides` needs.
+    """Return the members of a scene that `visible_sides` needs, and room for a search in its tree.
 
     A call costs a count of references for each array of a tuple, so the tuple is made small once.
     """
     return (
         scene.packed,
         scene.tree.boxes,
+        scene.tree.nodes,
+        scene.tree.order,
+        np.empty(64, np.int64),
         scene.bin_of,
         scene.outside,
         scene.whole_cells,
@@ -169,15 +187,61 @@ def make_field(scene):
 
 
 @njit(cache=True)
-def _count_sights(field, blockers, first, last, sample, side, most, hints):
+def side_state(scene, box):
+    """Return whether none, some or all of the grid points in a box are outside."""
+    return reached_in_box(scene.bin_of, scene.outside, scene.whole_cells, box)
+
+
+@njit(cache=True)
+def _blocker_in_tree(packed, boxes, nodes, order, stack, margin, line):
+    """Return a triangle of the tree that blocks a line of sight, or -1.
+
+    `line` is the start and the end of the line. `stack` is overwritten.
+    """
+    x, y, z, qx, qy, qz = line
+    low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
+    high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
+    leaves = len(nodes) // 2
+    stack[0] = 1
+    depth = 1
+    while depth > 0:
+        depth -= 1
+        n = stack[depth]
+        if nodes[n, 0] > high_x or nodes[n, 1] > high_y or nodes[n, 2] > high_z:
+            continue
+        if nodes[n, 3] < low_x or nodes[n, 4] < low_y or nodes[n, 5] < low_z:
+            continue
+        if n < leaves:
+            stack[depth], stack[depth + 1] = 2 * n + 1, 2 * n
+            depth += 2
+            continue
+        for place in range(LEAF * (n - leaves), LEAF * (n - leaves + 1)):
+            t = order[place]
+            if t < 0:
+                continue
+            if boxes[t, 0] > high_x or boxes[t, 1] > high_y or boxes[t, 2] > high_z:
+                continue
+            if boxes[t, 3] < low_x or boxes[t, 4] < low_y or boxes[t, 5] < low_z:
+                continue
+            if segment_hits(packed, t, x, y, z, qx, qy, qz):
+                return t
+    return -1
+
+
+@njit(cache=True)
+def _count_sights(field, blockers, first, last, sample, side, progress, most, hints):
     """Count the outside grid points on one side of a sample that have a free line of sight to it.
 
-    LINES grid points within three voxels are tried. The search stops once `most` are free.
-    `blockers[first:last]` are the triangles that can block a line. `sample` is the point and the
-    unit normal of `side` 0. For `field` and `hints` see `visible_sides`.
+    LINES grid points within three voxels are tried, until `most` are free. `progress` is the number
+    of the first line, the number of lines tried before and the count so far. `blockers[first:last]`
+    are the triangles that can block a line; if `first` is negative, they are searched in the tree.
+    `sample` is the point and the unit normal of `side` 0. For `field` and `hints` see
+    `visible_sides`.
+
+    Returns the new progress.
     """
-    packed, boxes, bin_of, outside, whole_cells, h = field
-    count = 0
+    packed, boxes, nodes, order, stack, bin_of, outside, whole_cells, h = field
+    start, turn, count = progress
     sign = 1.0 - 2.0 * side
     x, y, z, nx, ny, nz = sample
     nx, ny, nz = sign * nx, sign * ny, sign * nz
@@ -185,9 +249,8 @@ def _count_sights(field, blockers, first, last, sample, side, most, hints):
     # lines start just above the surface
     x, y, z = x + START_VOXELS * h * nx, y + START_VOXELS * h * ny, z + START_VOXELS * h * nz
     blocker = -1  # the triangle that blocked the last line often blocks the next one too
-    start = hints[side, LINES]
-    place, i0, j0, k0 = -1, 0, 0, 0
-    for turn in range(LINES):
+    place, i0, j0, k0, corners = -1, 0, 0, 0, 0
+    while turn < LINES and count < most:
         line = start + turn
         if line >= LINES:
             line -= LINES
@@ -198,49 +261,65 @@ def _count_sights(field, blockers, first, last, sample, side, most, hints):
             i0 = int(np.floor((x + reach * h * nx + 0.5) / h))
             j0 = int(np.floor((y + reach * h * ny + 0.5) / h))
             k0 = int(np.floor((z + reach * h * nz + 0.5) / h))
-        # skip grid points that are not outside, lie below the sample or are hidden as before
-        i, j, k = i0 + (line >> 2 & 1), j0 + (line >> 1 & 1), k0 + (line & 1)
-        if not is_reached(bin_of, outside, whole_cells, i, j, k, True):
+            corners = reached_corners(bin_of, outside, whole_cells, i0, j0, k0)
+        # skip grid points that are not outside or lie below the sample
+        if corners == 0:
+            turn += 8 - line % 8
             continue
+        turn += 1
+        if not corners >> (line & 7) & 1:
+            continue
+        i, j, k = i0 + (line >> 2 & 1), j0 + (line >> 1 & 1), k0 + (line & 1)
         qx, qy, qz = i * h - 0.5, j * h - 0.5, k * h - 0.5
         if (qx - x) * nx + (qy - y) * ny + (qz - z) * nz < MIN_RISE_VOXELS * h:
             continue
         # search for a triangle that blocks the line, in the likely ones first
-        low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
-        high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
-        blocked = False
-        for e in range(first - 2, last):
-            t = blockers[e] if e >= first else (blocker if e < first - 1 else hints[side, line])
-            if t < 0:
-                continue
-            if boxes[t, 0] > high_x or boxes[t, 1] > high_y or boxes[t, 2] > high_z:
-                continue
-            if boxes[t, 3] < low_x or boxes[t, 4] < low_y or boxes[t, 5] < low_z:
-                continue
-            if segment_hits(packed, t, x, y, z, qx, qy, qz):
-                blocked = True
-                blocker = t
-                hints[side, line] = t
-                break
-        if not blocked:
+        if blocker >= 0 and segment_hits(packed, blocker, x, y, z, qx, qy, qz):
+            hints[side, line] = blocker
+            continue
+        t = hints[side, line]
+        if t >= 0 and t != blocker and segment_hits(packed, t, x, y, z, qx, qy, qz):
+            blocker = t
+            continue
+        found = -1
+        if first < 0:
+            found = _blocker_in_tree(
+                packed, boxes, nodes, order, stack, margin, (x, y, z, qx, qy, qz)
+            )
+        else:
+            low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
+            high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
+            for e in range(first, last):
+                t = blockers[e]
+                if boxes[t, 0] > high_x or boxes[t, 1] > high_y or boxes[t, 2] > high_z:
+                    continue
+                if boxes[t, 3] < low_x or boxes[t, 4] < low_y or boxes[t, 5] < low_z:
+                    continue
+                if segment_hits(packed, t, x, y, z, qx, qy, qz):
+                    found = t
+                    break
+        if found >= 0:
+            blocker = found
+            hints[side, line] = found
+        else:
             hints[side, LINES] = line
             count += 1
-            if count == most:
-                return count
-    return count
+    return start, turn, count
 
 
 @njit(cache=True)
-def visible_sides(field, blockers, first, middle, last, x, y, z, nx, ny, nz, hints):
+def visible_sides(field, blockers, first, middle, last, open_sides, point, normal, hints):
     """Return which sides of the surface are visible from outside at a point.
 
     Args:
         field: See `make_field`.
         blockers: int32 array. `blockers[first:middle]` are the triangles that can block a line on
-            the side of the normal, and `blockers[middle:last]` those of the other side.
+            the side of the normal, and `blockers[middle:last]` those of the other side. If the
+            three numbers are negative, the triangles are searched in the scene's tree.
         first, middle, last: See `blockers`.
-        x, y, z: The point on the surface.
-        nx, ny, nz: Unit normal of the surface there.
+        open_sides: FRONT, BACK or BOTH: the sides on which a line can end outside.
+        point: x, y, z of the point on the surface.
+        normal: Unit normal of the surface there, three numbers.
         hints: int32 [2, LINES + 1] of each side: the triangle that blocked each line of an earlier
             sample or -1, and the line that was free last. They speed up the search and alter no
             result. Fill it by `clear_hints` for each triangle on which samples lie.
@@ -248,16 +327,14 @@ def visible_sides(field, blockers, first, middle, last, x, y, z, nx, ny, nz, hin
     Returns:
         HIDDEN, FRONT, BACK or BOTH.
     """
-    sample = (x, y, z, nx, ny, nz)
-    front, back, most = 0, 0, 1
+    sample = (point[0], point[1], point[2], normal[0], normal[1], normal[2])
+    ahead = (hints[0, LINES], 0, 0) if open_sides & FRONT else (0, LINES, 0)
+    behind = (hints[1, LINES], 0, 0) if open_sides & BACK else (0, LINES, 0)
+    most = 1
     while True:
-        for side in range(2):
-            start, end = (middle, last) if side else (first, middle)
-            count = _count_sights(field, blockers, start, end, sample, side, most, hints)
-            if side:
-                back = count
-            else:
-                front = count
+        ahead = _count_sights(field, blockers, first, middle, sample, 0, ahead, most, hints)
+        behind = _count_sights(field, blockers, middle, last, sample, 1, behind, most, hints)
+        front, back = ahead[2], behind[2]
         # one side alone is visible, or both have lines enough, or all lines are counted
         if front == 0 or back == 0 or min(front, back) >= ENOUGH or most == LINES:
             break

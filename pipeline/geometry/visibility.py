@@ -11,15 +11,25 @@ from numpy.typing import NDArray
 
 from pipeline.core.primitives.triangles import pack, triangles_cross
 from pipeline.geometry.box_tree import triangles_in_box
-from pipeline.geometry.flood_fill import FloodFill
+from pipeline.geometry.flood_fill import (
+    ALL_REACHED,
+    NONE_REACHED,
+    SOME_REACHED,
+    FloodFill,
+)
 from pipeline.geometry.line_of_sight import (
+    BACK,
+    FRONT,
+    HIDDEN,
     LINES,
     clear_hints,
     find_blockers,
     keep_blockers,
     make_field,
     make_scene,
+    side_state,
     visible_sides,
+    write_high_box,
     write_sight_box,
 )
 
@@ -138,16 +148,17 @@ def _is_crossed(path, depth, scene, crossings, first, last, region, own):
 
 
 @njit(cache=True)
-def _sides_of_piece(path, depth, field, t, samples, blockers, first, middle, last, hints):
+def _sides_of_piece(path, depth, field, t, samples, blockers, lists, open_sides, hints):
     """Look at piece `path[depth]` of triangle t from its centre and from near its corners.
 
-    The search stops at the first of 1 to 4 samples that differs from the centre. For the last five
-    arguments see `visible_sides`.
+    The search stops at the first of 1 to 4 samples that differs from the centre. `lists` [3] are
+    `first`, `middle` and `last` of `visible_sides`, which explains the other arguments.
 
     Returns the code of the centre, and the code of all samples or UNDECIDED.
     """
     packed = field[0]
-    nx, ny, nz = packed[t, 9], packed[t, 10], packed[t, 11]
+    normal = packed[t, 9], packed[t, 10], packed[t, 11]
+    first, middle, last = lists
     centre = UNDECIDED
     for s in range(samples):
         wa = 1 / 3 if s == 0 else (0.8 if s == 1 else 0.1)
@@ -156,12 +167,68 @@ def _sides_of_piece(path, depth, field, t, samples, blockers, first, middle, las
         x = wa * path[depth, 0, 0] + wb * path[depth, 1, 0] + wc * path[depth, 2, 0]
         y = wa * path[depth, 0, 1] + wb * path[depth, 1, 1] + wc * path[depth, 2, 1]
         z = wa * path[depth, 0, 2] + wb * path[depth, 1, 2] + wc * path[depth, 2, 2]
-        seen = visible_sides(field, blockers, first, middle, last, x, y, z, nx, ny, nz, hints)
+        point = x, y, z
+        seen = visible_sides(field, blockers, first, middle, last, open_sides, point, normal, hints)
         if s == 0:
             centre = seen
         elif seen != centre:
             return centre, UNDECIDED
     return centre, centre
+
+
+@njit(cache=True)
+def _known_sides(states):
+    """Return the visible sides of a piece if they are known without samples, else UNDECIDED.
+
+    `states` [2] are NONE_REACHED if no line of sight on the side ends outside, ALL_REACHED if each
+    sample has more than ENOUGH free lines there, and SOME_REACHED if samples have to tell. Returns
+    also the sides on which a line can end outside.
+    """
+    known, open_sides = True, HIDDEN
+    for side in range(2):
+        if states[side] != NONE_REACHED:
+            open_sides |= BACK if side else FRONT
+            known = known and states[side] == ALL_REACHED
+    return (open_sides if known else UNDECIDED), open_sides
+
+
+@njit(cache=True)
+def _start_lists(scene, t, region, box, longest, blockers, lists, states):
+    """Write the states of triangle t to `states[0]`, and its blockers if its pieces need them.
+
+    A triangle that is small enough for samples needs no list until it is cut. `region` is the box
+    of the triangle, `longest` its longest edge in voxels, and `box` is overwritten. Returns
+    `blockers` or a longer array.
+    """
+    for side in range(2):
+        write_sight_box(region, 1.0 - 2.0 * side, scene.packed, t, scene.h, box)
+        is_open = side_state(scene, box) != NONE_REACHED
+        states[0, side] = SOME_REACHED if is_open else NONE_REACHED
+    lists[0] = -1
+    if longest > COARSEST_VOXELS:
+        blockers = _list_blockers(scene, t, region, box, blockers, lists, states)
+    return blockers
+
+
+@njit(cache=True)
+def _list_blockers(scene, t, region, box, blockers, lists, states):
+    """List the triangles that can block a line from triangle t on the sides that are not hidden.
+
+    Writes to `lists[0]` and `states[0]`. For the arguments and the result see `_start_lists`.
+    """
+    used = 0
+    lists[0, 0] = 0
+    for side in range(2):
+        if states[0, side] != NONE_REACHED:
+            sign = 1.0 - 2.0 * side
+            write_sight_box(region, sign, scene.packed, t, scene.h, box)
+            blockers, used = find_blockers(scene, t, sign, box, blockers, used)
+            if used == lists[0, side]:
+                write_high_box(region, sign, scene.packed, t, scene.h, box)
+                if side_state(scene, box) == ALL_REACHED:
+                    states[0, side] = ALL_REACHED
+        lists[0, side + 1] = used
+    return blockers
 
 
 @njit(cache=True)
@@ -211,7 +278,8 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
     # lists[d, 2]] on the other. A piece chooses from those of the piece before it.
     blockers = np.empty(1024, np.int32)
     lists = np.zeros((MAX_CUTS + 1, 3), np.int64)
-    sizes = np.empty(MAX_CUTS + 1)  # longest edge of each piece of the path, in voxels
+    states = np.empty((MAX_CUTS + 1, 2), np.int64)  # of both sides, see `_known_sides`
+    filtered = np.empty(MAX_CUTS + 1)  # longest edge, in voxels, of the piece that chose the list
     hints = np.empty((2, LINES + 1), np.int32)
     masks = np.empty(4, np.uint8)  # precisions at which a piece has each of the four codes
     region, box, own = np.empty(6), np.empty(6), np.empty((1, 16))
@@ -228,7 +296,6 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
             # look at a new piece
             if is_new:
                 longest = _longest_edge(path, depth)[0] / h
-                sizes[depth] = longest
                 levels_end = cut_end[depth - 1] if depth else len(precisions)
                 end = lowest
                 while end < levels_end and longest > precisions[end]:
@@ -237,18 +304,28 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
                 for k in range(3):
                     a, b, c = path[depth, 0, k], path[depth, 1, k], path[depth, 2, k]
                     region[k], region[3 + k] = min(a, b, c), max(a, b, c)
-                # list the blockers; a piece that is not cut has one sample and keeps those before
-                if depth == 0 or end > lowest:
+                # List the blockers, and find the sides on which lines can end outside. The box of
+                # all lines changes little from one small piece to the next. A piece more than half
+                # as long as the one for which this was done takes it from there.
+                if depth == 0:
+                    filtered[0] = longest
+                    blockers = _start_lists(scene, t, region, box, longest, blockers, lists, states)
+                elif end > lowest and (
+                    2 * longest <= filtered[depth - 1]
+                    or longest <= COARSEST_VOXELS < filtered[depth - 1]
+                ):
                     # the exact test is worth its cost once, for the largest pieces with samples
-                    exact = longest <= COARSEST_VOXELS and sizes[depth - 1] > COARSEST_VOXELS
-                    used = lists[depth - 1, 2] if depth else 0
+                    exact = longest <= COARSEST_VOXELS < filtered[depth - 1]
+                    filtered[depth] = longest
+                    used = lists[depth - 1, 2]
                     lists[depth, 0] = used
                     for side in range(2):
                         sign = 1.0 - 2.0 * side
                         write_sight_box(region, sign, packed, t, h, box)
-                        if depth == 0:
-                            blockers, used = find_blockers(scene, t, sign, box, blockers, used)
-                        else:
+                        state = states[depth - 1, side]
+                        if state == SOME_REACHED and side_state(scene, box) == NONE_REACHED:
+                            state = NONE_REACHED
+                        if state == SOME_REACHED:
                             blockers, used = keep_blockers(
                                 packed,
                                 boxes,
@@ -259,9 +336,16 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
                                 lists[depth - 1, side + 1],
                                 used,
                             )
+                            if used == lists[depth, side]:
+                                write_high_box(region, sign, packed, t, h, box)
+                                if side_state(scene, box) == ALL_REACHED:
+                                    state = ALL_REACHED
                         lists[depth, side + 1] = used
+                        states[depth, side] = state
                 else:
+                    filtered[depth] = filtered[depth - 1]
                     lists[depth] = lists[depth - 1]
+                    states[depth] = states[depth - 1]
                 # large pieces are cut without a look, and so are those that others pass through
                 samples = 4 if end > lowest else 1
                 if longest > COARSEST_VOXELS:
@@ -272,26 +356,20 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
                         path, depth, scene, crossings, first_crossing, last_crossing, region, own
                     ):
                         samples = 1 if end < levels_end else 0
-                centre, agreed = UNDECIDED, UNDECIDED
-                if samples > 0:
+                known, open_sides = _known_sides(states[depth])
+                centre, agreed = known, known
+                if known == UNDECIDED and samples > 0:
                     centre, agreed = _sides_of_piece(
-                        path,
-                        depth,
-                        field,
-                        t,
-                        samples,
-                        blockers,
-                        lists[depth, 0],
-                        lists[depth, 1],
-                        lists[depth, 2],
-                        hints,
+                        path, depth, field, t, samples, blockers, lists[depth], open_sides, hints
                     )
-                if samples == 1 and end > lowest:
-                    agreed = UNDECIDED
+                    if samples == 1 and end > lowest:
+                        agreed = UNDECIDED
                 for level in range(lowest, levels_end):
                     results[depth, level] = agreed if level < end else centre
                 # descend into the first half of a piece that has to be cut
                 if end > lowest and agreed == UNDECIDED and depth < MAX_CUTS - 1:
+                    if lists[depth, 0] < 0:
+                        blockers = _list_blockers(scene, t, region, box, blockers, lists, states)
                     second[depth] = False
                     _write_half(path, depth, False)
                     depth += 1
@@ -413,7 +491,7 @@ def _visible_stretches(scene, vertices, edges, starts, members):
     h, packed, field = scene.h, scene.packed, make_field(scene)
     stretches = np.empty((1024, 2, 3))
     count = 0
-    blockers, region, box = np.empty(1024, np.int32), np.empty(6), np.empty(6)
+    blockers, region, box = np.empty(0, np.int32), np.empty(6), np.empty(6)
     hints = np.empty((2, LINES + 1), np.int32)
     for e in range(len(edges)):
         # steps of at most two voxels along the edge
@@ -433,13 +511,16 @@ def _visible_stretches(scene, vertices, edges, starts, members):
                 at = middle + inward * min(0.25 * h / height, 0.5)
                 nx, ny, nz = packed[f, 9], packed[f, 10], packed[f, 11]
                 region[:3], region[3:] = at, at
+                open_sides = HIDDEN
                 write_sight_box(region, 1.0, packed, f, h, box)
-                blockers, split = find_blockers(scene, f, 1.0, box, blockers, 0)
+                if side_state(scene, box) != NONE_REACHED:
+                    open_sides |= FRONT
                 write_sight_box(region, -1.0, packed, f, h, box)
-                blockers, last = find_blockers(scene, f, -1.0, box, blockers, split)
+                if side_state(scene, box) != NONE_REACHED:
+                    open_sides |= BACK
                 clear_hints(hints)
-                x, y, z = at
-                if visible_sides(field, blockers, 0, split, last, x, y, z, nx, ny, nz, hints):
+                point, normal = (at[0], at[1], at[2]), (nx, ny, nz)
+                if visible_sides(field, blockers, -1, -1, -1, open_sides, point, normal, hints):
                     seen += 1
             if seen < 2:
                 extends = False

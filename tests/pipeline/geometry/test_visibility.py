@@ -6,8 +6,20 @@ import pytest
 from pipeline.core.grid import spacing
 from pipeline.core.primitives.triangles import pack
 from pipeline.geometry import visibility
-from pipeline.geometry.flood_fill import bin_triangles, flood_fill
+from pipeline.geometry.flood_fill import (
+    ALL_REACHED,
+    NONE_REACHED,
+    SOME_REACHED,
+    bin_triangles,
+    flood_fill,
+    is_reached,
+    reached_corners,
+    reached_in_box,
+)
 from pipeline.geometry.line_of_sight import (
+    BOTH,
+    FRONT,
+    HIDDEN,
     LINES,
     clear_hints,
     find_blockers,
@@ -68,7 +80,7 @@ def test_the_coarsest_precision_leaves_no_triangle_out(soup, monkeypatch):
     assert set(parents.tolist()) == set(range(len(soup[0])))
 
 
-def test_hints_alter_no_result(soup):
+def test_neither_hints_nor_the_search_in_the_tree_alter_a_result(soup):
     packed, _, flood = soup
     scene, h = make_scene(packed, flood), spacing(RESOLUTION)
     field = make_field(scene)
@@ -84,12 +96,80 @@ def test_hints_alter_no_result(soup):
             blockers, middle = find_blockers(scene, t, 1.0, box, np.empty(8, np.int32), 0)
             write_sight_box(region, -1.0, packed, t, h, box)
             blockers, last = find_blockers(scene, t, -1.0, box, blockers, middle)
-            normal = packed[t, 9:12]
+            normal = tuple(packed[t, 9:12])
             clear_hints(cleared)
             sides = [
-                visible_sides(field, blockers, 0, middle, last, *at, *normal, hints)
+                visible_sides(field, blockers, *places, BOTH, tuple(at), normal, hints)
                 for hints in (kept, cleared)
+                for places in ((0, middle, last), (-1, -1, -1))
             ]
-            assert sides[0] == sides[1]
+            assert len(set(sides)) == 1
             seen.add(sides[0])
     assert len(seen) >= 2
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """Return `bin_of`, `outside` and `whole_cells` of cells that are reached at random."""
+    random = np.random.default_rng(1)
+    bin_of = random.permutation(64).reshape(4, 4, 4).astype(np.int32)
+    bin_of[bin_of >= 40] = -1  # cells without a bin
+    words = random.integers(0, 2**64, (40, 8), np.uint64)
+    words[:12], words[12:24] = 0, 2**64 - 1  # none and all of a cell
+    return bin_of, words, random.random((4, 4, 4)) < 0.5
+
+
+def reached_points(flags, low, high):
+    """Return which grid points from `low` to `high` are reached, in order."""
+    return [
+        is_reached(*flags, x, y, z, True)
+        for x in range(low[0], high[0] + 1)
+        for y in range(low[1], high[1] + 1)
+        for z in range(low[2], high[2] + 1)
+    ]
+
+
+def test_the_corners_of_a_voxel_are_those_that_the_flood_reached(flags):
+    seen = set()
+    for low in np.random.default_rng(2).integers(-2, 33, (500, 3)):
+        reached = reached_points(flags, low, low + 1)
+        expected = sum(1 << corner for corner in range(8) if reached[corner])
+        assert reached_corners(*flags, *low) == expected
+        seen.add(sum(reached))
+    assert seen == set(range(9))
+
+
+def test_a_box_counts_the_grid_points_that_the_flood_reached(flags):
+    random, h = np.random.default_rng(3), spacing(32)
+    seen = {NONE_REACHED: 0, SOME_REACHED: 0, ALL_REACHED: 0}
+    for _ in range(400):
+        low = random.integers(-2, 33, 3)
+        high = low + random.integers(0, 6, 3)
+        reached = reached_points(flags, low, high)
+        expected = ALL_REACHED if all(reached) else SOME_REACHED if any(reached) else NONE_REACHED
+        box = np.concatenate([(low - 0.4) * h - 0.5, (high + 0.4) * h - 0.5])
+        assert reached_in_box(*flags, box) == expected
+        seen[expected] += 1
+    assert min(seen.values()) > 10
+
+
+def test_pieces_that_are_known_without_samples_have_the_sides_that_samples_show():
+    # a closed box with a smaller one inside, and a loose sheet above them
+    corners = np.stack(np.meshgrid(*[[-1.0, 1.0]] * 3, indexing="ij"), axis=-1).reshape(8, 3)
+    quads = np.array(
+        [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+    )
+    sides = np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
+    sheet = np.array([[[-0.4, 0.4, -0.4], [0.4, 0.4, -0.4], [0.0, 0.45, 0.4]]])
+    packed = pack(np.concatenate([0.25 * corners[sides], 0.1 * corners[sides], sheet]))
+    faces = np.arange(3 * len(packed), dtype=np.int32).reshape(-1, 3)
+    flood = flood_fill(packed, bin_triangles(packed, RESOLUTION), np.ones(len(packed), np.bool_))
+    pieces, codes, parents, _ = visibility.classify_triangles(packed, faces, flood)
+    assert codes.tolist() == len(sides) * [FRONT] + len(sides) * [HIDDEN] + [BOTH]
+    field, hints = make_field(make_scene(packed, flood)), np.empty((2, LINES + 1), np.int32)
+    random, blockers = np.random.default_rng(0), np.empty(0, np.int32)
+    for piece, code, t in zip(pieces, codes, parents, strict=True):
+        for weights in random.dirichlet([1, 1, 1], 8):
+            clear_hints(hints)
+            at, normal = tuple(weights @ piece), tuple(packed[t, 9:12])
+            assert visible_sides(field, blockers, -1, -1, -1, BOTH, at, normal, hints) == code
