@@ -8,6 +8,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,11 @@ from moto.server import ThreadedMotoServer
 
 BUCKET = "bucket"
 REQUEST = re.compile(rb"(GET|PUT|POST|DELETE|HEAD) (\S+) HTTP/1\.1\r\n")
+ERROR = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SLOW_DOWN = (
+    b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\n"
+    b"Content-Length: %d\r\n\r\n%s" % (len(ERROR), ERROR)
+)
 KEYS = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
 
 
@@ -31,6 +37,7 @@ class Cut:
         where: "body" cuts within the request, so that the server does not receive its end.
             "answer" cuts within the answer. The server has then done what was asked, but the
             client does not learn of it. "stall" keeps the connection open and passes no answer on.
+            "throttle" answers that the client must slow down, and the server gets nothing.
         times: Number of requests to cut.
         after_bytes: Number of bytes of the request or the answer that pass before the cut.
         done: The requests that were cut.
@@ -49,12 +56,14 @@ class CuttingProxy:
     Attributes:
         cuts: The requests to cut.
         down: Whether every connection is refused.
+        latency_s: Seconds before each answer is passed on.
     """
 
     def __init__(self, server: tuple[str, int]):
         self.server = server
         self.cuts: list[Cut] = []
         self.down = False
+        self.latency_s = 0.0
         self.lock = threading.Lock()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self.listener.getsockname()[1]
@@ -94,6 +103,10 @@ class CuttingProxy:
                 cut = state["cut"]
                 if self.down:
                     break
+                if cut is not None and cut.where == "throttle":
+                    client.sendall(SLOW_DOWN)
+                    state["cut"] = None
+                    continue
                 if cut is not None and cut.where == "body":
                     allowed = cut.after_bytes - state["passed"]
                     if len(data) > allowed:
@@ -109,6 +122,8 @@ class CuttingProxy:
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 16):
                 cut = state["cut"]
+                if data.startswith(b"HTTP/1.1 "):
+                    time.sleep(self.latency_s)
                 if self.down:
                     break
                 if cut is not None and not data.startswith(b"HTTP/1.1 100"):

@@ -68,6 +68,9 @@ class PointStream:
         self.step += 1
         return PointBatch(x, self.step - 1)
 
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
     def close(self) -> None:
         self.closed = True
 

@@ -102,9 +102,30 @@ def join_world(device: Device) -> Iterator[World]:
         device_id=torch_device if torch_device.type == "cuda" else None,
     )
     try:
-        yield World(rank=rank, size=size, device=torch_device)
+        with reporting_lost_ranks(rank, size):
+            yield World(rank=rank, size=size, device=torch_device)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def reporting_lost_ranks(rank: int, size: int) -> Iterator[None]:
+    """Turn the errors of collectives inside the block, which fail without a rank, into RunError.
+
+    Args:
+        rank: Number of this rank.
+        size: Number of ranks.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = str(error).strip().partition("\n")[0]
+        if not isinstance(error, dist.DistError) and "gloo" not in first_line:
+            raise
+        raise RunError(
+            f"rank {rank} of {size} lost the connection to another rank ({first_line}); see the "
+            "message of the rank that ended first, and run the same command to resume"
+        ) from error
 
 
 def _ranks() -> tuple[int, int, int]:
@@ -143,9 +164,17 @@ def fresh_store(store: Store, rank: int, size: int) -> Store:
     Raises:
         RunError: If a rank did not start within TIMEOUT.
     """
+    advice = "see their messages, and run the same command to resume"
     own_name = uuid.uuid4().hex
     if rank:
         store.set(f"here-{rank}", own_name)
+        try:
+            store.wait([f"start-for-{own_name}"], TIMEOUT)
+        except dist.DistError as error:
+            raise RunError(
+                f"rank 0 of {size} did not start within {TIMEOUT}, or waits for another rank; "
+                f"{advice}"
+            ) from error
         first_name = store.get(f"start-for-{own_name}").decode()
         store.set(f"heard-{own_name}-{first_name}", "")
         return PrefixStore(first_name, store)
@@ -160,7 +189,7 @@ def fresh_store(store: Store, rank: int, size: int) -> Store:
                 missing.remove(other)
         if time.monotonic() > deadline:
             raise RunError(
-                f"ranks {sorted(missing)} of {size} did not start within {TIMEOUT}; see their logs"
+                f"ranks {sorted(missing)} of {size} did not start within {TIMEOUT}; {advice}"
             )
         time.sleep(0.02)
     return PrefixStore(own_name, store)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, Protocol, TypeVar
 
 Job = TypeVar("Job")
@@ -43,6 +43,14 @@ class Stream(Protocol[BatchT_co]):
         ...
 
     def __next__(self) -> BatchT_co: ...
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until the next batch can be had at once, for at most `timeout_s` seconds.
+
+        Returns:
+            Whether it can, or loading it has failed. True if it is loaded by `__next__` itself.
+        """
+        ...
 
     def close(self) -> None:
         """Stop loading."""
@@ -91,23 +99,36 @@ class Prefetcher(Generic[Job, Loaded]):
         self._state = self.jobs.state
 
     def __next__(self) -> Loaded:
+        self._load_ahead()
         if self._pool is None:
             batch = self.load(self.jobs.next())
             self._state = self.jobs.state
             return batch
-        while len(self._waiting) < self.ahead:
-            job = self.jobs.next()
-            self._waiting.append((self._pool.submit(self.load, job), self.jobs.state))
         future, state = self._waiting.popleft()
         batch = future.result()
         self._state = state
         return batch
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until the next batch is loaded, for at most `timeout_s` seconds."""
+        self._load_ahead()
+        if not self._waiting:
+            return True
+        return bool(wait([self._waiting[0][0]], timeout_s).done)
+
     def close(self) -> None:
-        """Stop the threads. Batches loaded ahead are dropped."""
+        """Stop the threads after the batches that they load now, which a store may delay.
+
+        Batches loaded ahead are dropped.
+        """
         self._drop()
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load_ahead(self) -> None:
+        while self._pool is not None and len(self._waiting) < self.ahead:
+            job = self.jobs.next()
+            self._waiting.append((self._pool.submit(self.load, job), self.jobs.state))
 
     def _drop(self) -> None:
         while self._waiting:

@@ -37,6 +37,7 @@ from train.engine.prefetch import Stream
 
 log = logging.getLogger(__name__)
 
+WAIT_S = 0.5  # for the next batch, after which the ranks ask each other for signals
 SAMPLES = "samples"  # directory of the previews inside a run's directory
 
 
@@ -117,6 +118,7 @@ class StepResult:
     skipped: str  # why the gradient was not applied, or ""
     stop: bool  # a rank got a signal or the time limit has passed
     saved: bool  # every rank has written its part of the pending checkpoint
+    has_next: bool  # every rank has loaded its next batch
 
 
 class Trainer:
@@ -220,9 +222,15 @@ class Trainer:
     def _train(self, metrics_log: MetricsLog, stop: Stop) -> None:
         cfg = self.cfg
         ending = self.done >= cfg.steps
+        has_batches = False
         while not ending:
             started = time.monotonic()
-            result = self.training_step(stop)
+            if not (has_batches or self._wait_for_batches(stop)):
+                self._finish_save(ending=False)
+                self._save(ending=True)
+                break
+            result = self.training_step(stop, started)
+            has_batches = result.has_next
             seconds = time.monotonic() - started
             self._log_step(metrics_log, result, seconds)
             if result.skipped:
@@ -245,12 +253,39 @@ class Trainer:
             if samples:
                 self._sample()
         if stop.signum or self.signalled:
+            log.info("The checkpoint of step %d is complete.", self.saved)
             raise Stopped(stop.signum or signal.SIGTERM)
 
-    def training_step(self, stop: Stop) -> StepResult:
-        """Do one step on all ranks: batch, losses, gradients, optimizer and averaged weights."""
+    def _wait_for_batches(self, stop: Stop) -> bool:
+        """Wait until every rank has loaded its next batch. All ranks call this together.
+
+        A store may stall for minutes, which the checkpoint after a signal must not wait for.
+
+        Returns:
+            False if a signal or the time limit ends the run before.
+        """
+        while True:
+            has_batch = self.stream.wait(WAIT_S)
+            flags = [not has_batch, bool(stop.signum), self._is_late()]
+            missing, signals, late = self.world.sum(
+                torch.tensor(flags, dtype=torch.float64).to(self.world.device)
+            ).tolist()
+            self.signalled = signals > 0
+            if not missing or signals or late:
+                return not missing
+
+    def _is_late(self) -> bool:
+        limit = self.cfg.max_minutes
+        return limit is not None and time.monotonic() - self.started > 60 * limit
+
+    def training_step(self, stop: Stop, started: float) -> StepResult:
+        """Do one step on all ranks: batch, losses, gradients, optimizer and averaged weights.
+
+        Args:
+            stop: The signal that ends the run, if any.
+            started: When this rank began to wait for the batch, by `time.monotonic`.
+        """
         cfg, world = self.cfg, self.world
-        started = time.monotonic()
         batch = next(self.stream)
         tokens, samples = batch.tokens, batch.samples
         labels = dict(batch.metric_labels)
@@ -266,11 +301,10 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_norm)
 
         # One all-reduce and one wait for the device give all ranks the same numbers.
-        late = (
-            cfg.max_minutes is not None and time.monotonic() - self.started > 60 * cfg.max_minutes
-        )
-        saved = self.writer.is_waiting
-        counts = [tokens, samples, self.task.flops(batch), waited, bool(stop.signum), late, saved]
+        counts = [
+            *(tokens, samples, self.task.flops(batch), waited, bool(stop.signum)),
+            *(self._is_late(), self.writer.is_waiting, self.stream.wait(0)),
+        ]
         scalars = torch.stack(
             [*(value.detach().double() for value in losses.values()), norm.double()]
         )
@@ -278,7 +312,7 @@ class Trainer:
         sums = world.sum(torch.cat([scalars, counted])).tolist()
         split = len(losses) + 1
         *means, norm = (value / world.size for value in sums[:split])
-        tokens, samples, flops, waited, signals, late, saved = sums[split:]
+        tokens, samples, flops, waited, signals, late, saved, loaded = sums[split:]
         metrics = dict(zip(losses, means, strict=True))
 
         # A bad gradient is dropped, so that neither weights, moments nor averages see it.
@@ -299,7 +333,12 @@ class Trainer:
             "skipped": self.guard.skipped,
         }
         return StepResult(
-            metrics, flops, skipped, stop=bool(signals or late), saved=saved == world.size
+            metrics,
+            flops,
+            skipped,
+            stop=bool(signals or late),
+            saved=saved == world.size,
+            has_next=loaded == world.size,
         )
 
     def _log_step(self, metrics_log: MetricsLog, result: StepResult, seconds: float) -> None:

@@ -1,6 +1,11 @@
 """Training from a build in an object store: the same results as from a directory, and faults."""
 
+import errno
 import json
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +14,7 @@ import torch
 from s3fs import S3FileSystem
 
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.signals import Stopped
 from pipeline.storage import remote
 from pipeline.storage.remote import RemotePath, store_path
 from tests.pipeline import s3_server
@@ -28,6 +34,7 @@ from train.stages.dit.run import train_dit
 from train.stages.vae.config import EncodeConfig
 from train.stages.vae.encode import encode
 from train.stages.vae.run import train_vae
+from train.stages.vae.task import VAETask
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +54,9 @@ def settings(store, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(RemotePath.__init__, "__defaults__", ((0.05, 0.05),))
-    store.proxy.cuts, store.proxy.down = [], False
+    store.proxy.cuts, store.proxy.down, store.proxy.latency_s = [], False, 0.0
     yield
-    store.proxy.cuts, store.proxy.down = [], False
+    store.proxy.cuts, store.proxy.down, store.proxy.latency_s = [], False, 0.0
     S3FileSystem.clear_instance_cache()
 
 
@@ -165,15 +172,132 @@ def test_from_url_a_cut_answer_is_read_again(store, url, cache, after_bytes):
 
 
 def test_from_url_a_store_that_stalls_ends_the_run_in_one_line(store, url, cache, monkeypatch):
-    s3 = remote.FILESYSTEM_OPTIONS["s3"]
-    impatient = {**s3, "config_kwargs": {"read_timeout": 0.3, "retries": {"max_attempts": 0}}}
-    monkeypatch.setitem(remote.FILESYSTEM_OPTIONS, "s3", impatient)
+    impatient(monkeypatch)
     index = read_build_index(open_source(store_path(url), cache), [32])
     cut = Cut(r"^GET /bucket/rendered/sdf", "stall", times=1000)
     store.proxy.cuts = [cut]
     with pytest.raises(RunError, match=r"cannot be read .*; .* run the same command") as error:
         BrickReader(index).read(0, 32)
     assert "\n" not in str(error.value)
+
+
+def impatient(monkeypatch):
+    """Let requests fail after a fraction of a second, without retries of the store's package."""
+    s3 = remote.FILESYSTEM_OPTIONS["s3"]
+    options = {**s3, "config_kwargs": {"read_timeout": 0.5, "retries": {"max_attempts": 0}}}
+    monkeypatch.setitem(remote.FILESYSTEM_OPTIONS, "s3", options)
+
+
+@pytest.fixture
+def drill(rendered, url, cache, tmp_path):
+    """A run from the URL that needs the store in every step, and the losses of the directory."""
+    options = {"steps": 8, "workers": 1, "checkpoint_every": 1}
+    train_vae(tiny_training(rendered[0], tmp_path / "local", **options), World())
+    tiny = replace(cache, max_gb=1e-5)
+    run = tiny_training(store_path(url), tmp_path / "remote", cache=tiny, **options)
+    return run, losses(tmp_path / "local")
+
+
+def at_step(monkeypatch, number, act):
+    """Call a function in a step of a run, once."""
+    original, calls = VAETask.losses, []
+
+    def compute(self, model, batch):
+        calls.append(1)
+        if len(calls) == number:
+            act()
+        return original(self, model, batch)
+
+    monkeypatch.setattr(VAETask, "losses", compute)
+
+
+def test_from_url_a_store_that_throttles_and_answers_late_changes_no_loss(drill, store):
+    run, expected = drill
+    store.proxy.latency_s = 0.02
+    throttle = Cut(r"^GET /bucket/rendered/sdf/32/.*/c/0/0", "throttle", times=5)
+    short = Cut(r"^GET /bucket/rendered/sdf/32/.*/values/c/0/0", "answer", 3, after_bytes=700)
+    store.proxy.cuts = [throttle, short]
+    assert train_vae(run, World()) == 8
+    assert losses(run.out) == expected
+    assert (len(throttle.done), len(short.done)) == (5, 3)
+
+
+@pytest.mark.parametrize("fault", ["down", "throttle", "stall"])
+def test_from_url_a_lost_store_is_one_line_and_the_run_resumes(drill, store, monkeypatch, fault):
+    run, expected = drill
+    impatient(monkeypatch)
+
+    def lose() -> None:
+        store.proxy.down = fault == "down"
+        store.proxy.cuts = [] if fault == "down" else [Cut("^GET .*/sdf/", fault, times=10_000)]
+
+    at_step(monkeypatch, 3, lose)
+    with pytest.raises(RunError, match=r"cannot be read .* to resume") as error:
+        train_vae(run, World())
+    assert "\n" not in str(error.value)
+    kept = int((run.out / "latest").resolve().name.removeprefix("step-"))
+    assert 3 <= kept < 8
+    store.proxy.cuts, store.proxy.down = [], False
+    assert train_vae(run, World()) == 8
+    assert losses(run.out) == expected
+
+
+def test_from_url_a_signal_while_the_store_stalls_ends_with_a_checkpoint(drill, store, monkeypatch):
+    """The grace period of a spot instance is shorter than the retries."""
+    run, expected = drill
+    monkeypatch.setattr(RemotePath.__init__, "__defaults__", ((0.5,) * 20,))
+    impatient(monkeypatch)
+    stall = Cut("^GET .*/sdf/", "stall", times=10_000)
+
+    def interrupt() -> None:
+        while not stall.done:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    at_step(monkeypatch, 3, lambda: (store.proxy.cuts.append(stall), thread.start()))
+    with pytest.raises(Stopped):
+        train_vae(run, World())
+    thread.join()
+    (last,) = {row["step"] for row in metric_rows(run.out)[-1:]}
+    assert 3 <= last < 8
+    assert (run.out / "latest").resolve().name == f"step-{last:08d}"
+    store.proxy.cuts = []
+    assert train_vae(run, World()) == 8
+    assert losses(run.out) == expected
+
+
+def test_from_url_a_full_cache_disk_changes_no_loss(drill, monkeypatch, caplog):
+    run, expected = drill
+    original = os.ftruncate
+
+    def full(descriptor: int, length: int) -> None:
+        if length == 0:  # the count of used bytes
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor, length)
+
+    at_step(monkeypatch, 3, lambda: monkeypatch.setattr(os, "ftruncate", full))
+    assert train_vae(run, World()) == 8
+    assert losses(run.out) == expected
+    full_disks = [text for text in caplog.messages if "No space left on device" in text]
+    assert len(full_disks) == 1
+    assert "What it lacks is downloaded every time; free some space." in full_disks[0]
+
+
+def test_from_url_another_version_in_a_run_is_one_line(drill, store, rendered, monkeypatch):
+    """The object comes back as it was, and the run resumes."""
+    run, expected = drill
+    (name,) = (key for key in store.keys("rendered") if key.endswith("000001.zarr/values/c/0/0"))
+    content = store.get(f"rendered/{name}")
+    at_step(monkeypatch, 3, lambda: store.put(f"rendered/{name}", content[::-1]))
+    try:
+        with pytest.raises(RunError, match=r"was changed or deleted while it was in use") as error:
+            train_vae(run, World())
+    finally:
+        store.put(f"rendered/{name}", content)
+    assert "\n" not in str(error.value)
+    assert train_vae(run, World()) == 8
+    assert losses(run.out) == expected
 
 
 def test_from_url_another_version_of_an_object_ends_the_run(store, rendered, cache):

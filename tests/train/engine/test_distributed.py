@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import safetensors.torch
@@ -11,11 +12,12 @@ import torch
 from torch.distributed import HashStore
 
 from pipeline.core.devices import choose_device
-from pipeline.core.errors import UserError
+from pipeline.core.errors import RunError, UserError
 from tests.child_python import project_environment, start_python
 from tests.train.analytic_builds import tiny_training
 from tests.train.two_rank_gradients import gradients
-from train.engine.distributed import World, fresh_store, join_world
+from train.engine import distributed
+from train.engine.distributed import World, fresh_store, join_world, reporting_lost_ranks
 from train.stages.vae.run import train_vae
 
 
@@ -105,6 +107,38 @@ def test_a_fresh_store_does_not_show_the_keys_of_killed_ranks():
 
     for attempt in range(4):
         assert start(attempt) == [([], [str(attempt)] * 3)] * 3
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [(0, r"ranks \[1, 2\] of 3 did not start within"), (1, "rank 0 of 3 did not start within")],
+)
+def test_a_rank_that_never_arrives_is_one_line(monkeypatch, rank, message):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.2))
+    with pytest.raises(RunError, match=message) as error:
+        fresh_store(HashStore(), rank, 3)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/pytorch/gloo/tcp/pair.cc:534] Connection closed by peer [::1]\nat A\nat B"),
+        torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nLast error: remote closed"),
+    ],
+)
+def test_a_lost_rank_is_one_line(error):
+    with (
+        pytest.raises(RunError, match=r"rank 0 of 2 lost the connection .*; see the m") as raised,
+        reporting_lost_ranks(0, 2),
+    ):
+        raise error
+    assert "\n" not in str(raised.value)
+
+
+def test_other_errors_of_a_rank_stay_as_they_are():
+    with pytest.raises(RuntimeError, match="shapes differ"), reporting_lost_ranks(0, 2):
+        raise RuntimeError("shapes differ")
 
 
 def test_more_ranks_than_gpus_is_one_clear_error(monkeypatch):

@@ -1,5 +1,8 @@
 """The prefetcher: order of batches and exceptions. Resuming is tested with real bricks."""
 
+import threading
+import time
+
 import pytest
 
 from pipeline.core.errors import RunError
@@ -35,3 +38,25 @@ def test_an_exception_is_raised_in_place_of_its_batch():
     with pytest.raises(RunError, match="job 3"):
         next(stream)
     stream.close()
+
+
+def test_waiting_for_a_batch_ends_when_it_is_loaded_and_closing_waits_for_none():
+    gate = threading.Event()
+    stream = Prefetcher(Count(), lambda job: gate.wait(20) and job, workers=1)
+    assert not stream.wait(0.01)
+    gate.set()
+    assert stream.wait(20)
+    assert next(stream) == 0
+    gate.clear()
+    while stream.wait(0):  # the batches that were loaded before
+        next(stream)
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 5
+    gate.set()
+
+
+def test_without_threads_no_batch_is_waited_for():
+    stream = Prefetcher(Count(), lambda job: job, workers=0)
+    assert stream.wait(0)
+    assert (next(stream), next(stream)) == (0, 1)

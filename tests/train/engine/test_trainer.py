@@ -458,6 +458,41 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_current_step(tmp_path, s
     assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
 
 
+class StalledStream(PointStream):
+    """A stream that never has batch number `stalled`. A signal arrives while it is waited for."""
+
+    def __init__(self, stalled, signum):
+        super().__init__()
+        self.stalled, self.signum, self.waits = stalled, signum, 0
+
+    def wait(self, timeout_s):
+        if self.step < self.stalled:
+            return True
+        self.waits += 1
+        if self.waits == 3:
+            os.kill(os.getpid(), self.signum)
+        return False
+
+
+@pytest.mark.parametrize("stalled", [10, 17])  # with and without a checkpoint that is pending
+def test_a_signal_while_a_batch_is_waited_for_ends_the_run_with_a_checkpoint(tmp_path, stalled):
+    run(tmp_path / "whole")
+    stream = StalledStream(stalled, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        run(tmp_path / "cut", stream=stream)
+    assert stream.waits == 3
+    assert (tmp_path / "cut" / "latest").resolve().name == f"step-{stalled:08d}"
+    run(tmp_path / "cut")
+    assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
+    assert same_files(tmp_path / "cut" / "latest", tmp_path / "whole" / "latest")
+
+
+def test_a_time_limit_ends_a_run_that_waits_for_a_batch(tmp_path):
+    done, _ = run(tmp_path, stream=StalledStream(5, 0), max_minutes=0.01)
+    assert done == 5
+    assert (tmp_path / "latest").resolve().name == "step-00000005"
+
+
 def test_log_lines_show_the_time_left_and_the_last_one_names_the_files(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run(tmp_path, steps=20, sample_every=20)
