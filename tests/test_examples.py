@@ -126,7 +126,10 @@ def test_the_laptop_recipe(tmp_path):
     assert (tmp_path / "run" / "export" / "vae" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", ["paper.sh", "laptop.sh"])
+@pytest.mark.parametrize("script", ["paper.sh", "laptop.sh", "slurm.sbatch"])
 def test_a_recipe_uses_options_that_exist(script):
     """The README's check covers options of commands; here the shell syntax is checked."""
-    subprocess.run(["sh", "-n", EXAMPLES / "recipes" / script], check=True)
+    subprocess.run(
+        ["bash" if script.endswith("sbatch") else "sh", "-n", EXAMPLES / "recipes" / script],
+        check=True,
+    )

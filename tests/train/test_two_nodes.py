@@ -1,7 +1,12 @@
 """Training on two nodes equals training on one: torchrun with node ranks, Slurm's recipe, Ray."""
 
 import logging
+import os
 import shutil
+import signal
+import stat
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -10,7 +15,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.child_python import project_environment, start_python
+from tests.child_python import ROOT, project_environment, start_python
 from tests.pipeline.test_ray_job import free_ports
 from tests.train.metric_rows import metric_rows
 from train.vae import main
@@ -69,6 +74,93 @@ def test_two_groups_of_torchrun_have_the_losses_of_one_node(build, one_node, tmp
     assert losses(tmp_path / "run") == one_node
 
 
+SRUN = """#!/bin/bash
+# Runs the command once for each of two nodes, and passes SIGTERM on.
+shift
+for node in 0 1; do
+    SLURM_NNODES=2 SLURM_NODEID=$node "$@" &
+    pids="$pids $!"
+done
+trap 'kill -TERM $pids' TERM
+code=0
+for pid in $pids; do
+    while kill -0 $pid 2>/dev/null; do wait $pid; last=$?; done
+    [ $last = 0 ] || code=$last
+done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [ $1 = requeue ]; then echo "$2" > "$REQUEUED"; else echo 127.0.0.1; echo 127.0.0.1; fi
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Start the recipe with commands that stand for Slurm's, on two nodes of one GPU."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).chmod(stat.S_IRWXU)
+    (port,) = free_ports(1)
+    env = project_environment(
+        OMP_NUM_THREADS="1",
+        PATH=f"{folder}:{os.environ['PATH']}",
+        PYTHON=sys.executable,
+        PORT=str(port),
+        REQUEUED=str(tmp_path / "requeued"),
+        SLURM_GPUS_ON_NODE="1",
+        SLURM_JOB_NODELIST="node-[0-1]",
+        SLURM_JOB_ID="77",
+    )
+    recipe = ROOT / "examples" / "recipes" / "slurm.sbatch"
+
+    def start(*words):
+        return subprocess.Popen(
+            ["bash", recipe, *map(str, words)],
+            env=env,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+        )
+
+    return start
+
+
+def test_the_recipe_for_slurm_has_the_losses_of_one_node_and_is_requeued_after_sigterm(
+    slurm, build, one_node, tmp_path
+):
+    out, requeued = tmp_path / "run", tmp_path / "requeued"
+    job = slurm("train.vae", *options(build, out, **{"--loop.steps": 100_000}))
+    while not (out / "latest").exists():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    output = job.communicate(timeout=200)[0]
+    assert job.returncode == 0, output
+    assert requeued.read_text(encoding="utf-8") == "77\n"
+    done = losses(out)
+    latest = (out / "latest").resolve()
+    assert latest.name == f"step-{len(done):08d}", output
+    assert {"rank-0.pt", "rank-1.pt"} <= {path.name for path in latest.iterdir()}
+    # The job in the queue runs the same command.
+    job = slurm("train.vae", *options(build, out, **{"--loop.steps": len(done) + STEPS}))
+    output = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, output
+    assert [step for step, _ in losses(out)] == [*range(1, len(done) + STEPS + 1)]
+    assert losses(out)[: min(len(done), STEPS)] == one_node[: len(done)]
+
+
+def test_the_recipe_for_slurm_ends_with_the_code_of_a_run_that_failed(slurm, tmp_path):
+    job = slurm("train.vae", *options(tmp_path / "nothing", tmp_path / "run"))
+    output = job.communicate(timeout=200)[0]
+    assert job.returncode != 0
+    assert "nothing is not a build with committed shards" in output
+    assert not (tmp_path / "requeued").exists()
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray cluster whose head has no GPU, and two nodes that say they have one each."""
@@ -122,14 +214,14 @@ def test_two_nodes_of_ray_have_the_losses_of_one_node(on_ray, one_node, tmp_path
 def test_a_lost_node_of_ray_means_a_restart_from_the_last_checkpoint(
     cluster, on_ray, one_node, tmp_path, caplog
 ):
-    """The node is lost after a checkpoint, and another one joins the cluster."""
+    """The node is lost after a checkpoint, when another one has joined the cluster."""
     out, node = tmp_path / "run", next(iter(cluster.worker_nodes))
 
     def lose() -> None:
         while not (out / "latest").exists():
             time.sleep(0.01)
-        cluster.remove_node(node, allow_graceful=False)
         add_node(cluster)
+        cluster.remove_node(node, allow_graceful=False)
 
     thread = threading.Thread(target=lose)
     thread.start()
