@@ -188,14 +188,22 @@ def impatient(monkeypatch):
     monkeypatch.setitem(remote.FILESYSTEM_OPTIONS, "s3", options)
 
 
+DRILL = {"steps": 6, "workers": 1, "checkpoint_every": 1}
+
+
+@pytest.fixture(scope="module")
+def expected(rendered, tmp_path_factory):
+    """The losses of the drills' run from the directory."""
+    run = tiny_training(rendered[0], tmp_path_factory.mktemp("local"), **DRILL)
+    train_vae(run, World())
+    return losses(run.out)
+
+
 @pytest.fixture
-def drill(rendered, url, cache, tmp_path):
-    """A run from the URL that needs the store in every step, and the losses of the directory."""
-    options = {"steps": 8, "workers": 1, "checkpoint_every": 1}
-    train_vae(tiny_training(rendered[0], tmp_path / "local", **options), World())
+def drill(url, cache, tmp_path):
+    """A run from the URL that needs the store in every step."""
     tiny = replace(cache, max_gb=1e-5)
-    run = tiny_training(store_path(url), tmp_path / "remote", cache=tiny, **options)
-    return run, losses(tmp_path / "local")
+    return tiny_training(store_path(url), tmp_path / "remote", cache=tiny, **DRILL)
 
 
 def at_step(monkeypatch, number, act):
@@ -211,20 +219,26 @@ def at_step(monkeypatch, number, act):
     monkeypatch.setattr(VAETask, "losses", compute)
 
 
-def test_from_url_a_store_that_throttles_and_answers_late_changes_no_loss(drill, store):
-    run, expected = drill
+def test_from_url_a_store_that_throttles_and_answers_late_changes_no_loss(drill, expected, store):
     store.proxy.latency_s = 0.02
     throttle = Cut(r"^GET /bucket/rendered/sdf/32/.*/c/0/0", "throttle", times=5)
     short = Cut(r"^GET /bucket/rendered/sdf/32/.*/values/c/0/0", "answer", 3, after_bytes=700)
     store.proxy.cuts = [throttle, short]
-    assert train_vae(run, World()) == 8
-    assert losses(run.out) == expected
+    assert train_vae(drill, World()) == 6
+    assert losses(drill.out) == expected
     assert (len(throttle.done), len(short.done)) == (5, 3)
 
 
-@pytest.mark.parametrize("fault", ["down", "throttle", "stall"])
-def test_from_url_a_lost_store_is_one_line_and_the_run_resumes(drill, store, monkeypatch, fault):
-    run, expected = drill
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "down",
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("throttle", "stall")),
+    ],
+)
+def test_from_url_a_lost_store_is_one_line_and_the_run_resumes(
+    drill, expected, store, monkeypatch, fault
+):
     impatient(monkeypatch)
 
     def lose() -> None:
@@ -233,18 +247,17 @@ def test_from_url_a_lost_store_is_one_line_and_the_run_resumes(drill, store, mon
 
     at_step(monkeypatch, 3, lose)
     with pytest.raises(RunError, match=r"cannot be read .* to resume") as error:
-        train_vae(run, World())
+        train_vae(drill, World())
     assert "\n" not in str(error.value)
-    kept = int((run.out / "latest").resolve().name.removeprefix("step-"))
-    assert 3 <= kept < 8
+    kept = int((drill.out / "latest").resolve().name.removeprefix("step-"))
+    assert 3 <= kept < 6
     store.proxy.cuts, store.proxy.down = [], False
-    assert train_vae(run, World()) == 8
-    assert losses(run.out) == expected
+    assert train_vae(drill, World()) == 6
+    assert losses(drill.out) == expected
 
 
 def test_from_url_a_signal_while_the_store_stalls_ends_with_a_checkpoint(drill, store, monkeypatch):
     """The grace period of a spot instance is shorter than the retries."""
-    run, expected = drill
     monkeypatch.setattr(RemotePath.__init__, "__defaults__", ((0.5,) * 20,))
     impatient(monkeypatch)
     stall = Cut("^GET .*/sdf/", "stall", times=10_000)
@@ -257,18 +270,17 @@ def test_from_url_a_signal_while_the_store_stalls_ends_with_a_checkpoint(drill, 
     thread = threading.Thread(target=interrupt)
     at_step(monkeypatch, 3, lambda: (store.proxy.cuts.append(stall), thread.start()))
     with pytest.raises(Stopped):
-        train_vae(run, World())
+        train_vae(drill, World())
     thread.join()
-    (last,) = {row["step"] for row in metric_rows(run.out)[-1:]}
-    assert 3 <= last < 8
-    assert (run.out / "latest").resolve().name == f"step-{last:08d}"
+    (last,) = {row["step"] for row in metric_rows(drill.out)[-1:]}
+    assert 3 <= last < 6
+    assert (drill.out / "latest").resolve().name == f"step-{last:08d}"
     store.proxy.cuts = []
-    assert train_vae(run, World()) == 8
-    assert losses(run.out) == expected
+    assert train_vae(drill, World()) == 6
+    assert losses(drill.out) == expected
 
 
-def test_from_url_a_full_cache_disk_changes_no_loss(drill, monkeypatch, caplog):
-    run, expected = drill
+def test_from_url_a_full_cache_disk_changes_no_loss(drill, expected, cache, monkeypatch, caplog):
     original = os.ftruncate
 
     def full(descriptor: int, length: int) -> None:
@@ -276,28 +288,29 @@ def test_from_url_a_full_cache_disk_changes_no_loss(drill, monkeypatch, caplog):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(descriptor, length)
 
-    at_step(monkeypatch, 3, lambda: monkeypatch.setattr(os, "ftruncate", full))
-    assert train_vae(run, World()) == 8
-    assert losses(run.out) == expected
+    monkeypatch.setattr(os, "ftruncate", full)
+    drill = replace(drill, cache=cache)
+    assert train_vae(drill, World()) == 6
+    assert losses(drill.out) == expected
     full_disks = [text for text in caplog.messages if "No space left on device" in text]
     assert len(full_disks) == 1
     assert "What it lacks is downloaded every time; free some space." in full_disks[0]
 
 
-def test_from_url_another_version_in_a_run_is_one_line(drill, store, rendered, monkeypatch):
+@pytest.mark.slow
+def test_from_url_another_version_in_a_run_is_one_line(drill, expected, store, monkeypatch):
     """The object comes back as it was, and the run resumes."""
-    run, expected = drill
     (name,) = (key for key in store.keys("rendered") if key.endswith("000001.zarr/values/c/0/0"))
     content = store.get(f"rendered/{name}")
     at_step(monkeypatch, 3, lambda: store.put(f"rendered/{name}", content[::-1]))
     try:
         with pytest.raises(RunError, match=r"was changed or deleted while it was in use") as error:
-            train_vae(run, World())
+            train_vae(drill, World())
     finally:
         store.put(f"rendered/{name}", content)
     assert "\n" not in str(error.value)
-    assert train_vae(run, World()) == 8
-    assert losses(run.out) == expected
+    assert train_vae(drill, World()) == 6
+    assert losses(drill.out) == expected
 
 
 def test_from_url_another_version_of_an_object_ends_the_run(store, rendered, cache):
