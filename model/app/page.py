@@ -530,7 +530,7 @@ class _DataTab:
     def build(self) -> None:
         """Add the components and their events to the page that is being built."""
         first_uids, first_rows, first_count = self.find("", "")
-        columns = ["name", "status", "reason", "warnings", "faces", "tokens"]
+        columns = ["name", "status", "reason or warnings", "faces"]
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 text = gr.Textbox(
@@ -547,6 +547,7 @@ class _DataTab:
                     interactive=False,
                     max_height=420,
                     wrap=True,
+                    column_widths=["34%", "20%", "30%", "16%"],
                     buttons=[],
                     elem_id="assets",
                 )
@@ -567,10 +568,8 @@ class _DataTab:
             [
                 row.url,
                 row.status,
-                row.reason,
-                " ".join(row.warnings),
+                row.reason or " ".join(row.warnings),
                 row.faces,
-                " ".join(f"{size}³: {count}" for size, count in row.tokens.items() if count),
             ]
             for row in shown
         ]
@@ -597,6 +596,9 @@ def asset_html(builds: Builds, uid: str) -> str:
         f"{escape(' '.join(word for word in (row.stage, row.reason) if word))} "
         f"<code>{escape(uid)}</code>, licence {escape(row.licence)}</p>",
     ]
+    if row.faces is not None:
+        tokens = "".join(f", {n:,} cells at {size}³" for size, n in row.tokens.items() if n)
+        parts.append(f"<p>{row.faces:,} faces{tokens}</p>")
     parts += [
         f"<p><b>{escape(warning['code'])}</b>: {escape(warning['meaning'])} "
         f"{escape('; '.join(warning['examples']))}</p>"

@@ -114,7 +114,7 @@ def wall_thickness(vertices: Vertices, faces: Faces) -> NDArray[np.float64]:
     """
     import trimesh
 
-    points, normals = sample_surface(vertices, faces, SAMPLES, seed=0)
+    points, normals, _ = sample_surface(vertices, faces, SAMPLES, seed=0)
     step = STEP_INSIDE * float(np.ptp(vertices, axis=0).max())
     mesh = trimesh.Trimesh(vertices, faces, process=False, validate=False)
     origins = points - step * normals

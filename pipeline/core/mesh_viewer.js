@@ -254,7 +254,10 @@
       this.note.textContent = "Loading the mesh";
       try {
         const response = await fetch(source);
-        if (!response.ok) throw new Error(`the server answered ${response.status}`);
+        if (!response.ok) {
+          const answer = await response.json().catch(() => ({}));
+          throw new Error(answer.detail || `the server answered ${response.status}`);
+        }
         const mesh = readGlb(await response.arrayBuffer());
         if (source !== this.getAttribute("src") || !this.canvas) return; // another one was chosen
         this.set(mesh);
