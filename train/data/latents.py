@@ -48,6 +48,16 @@ def vae_hash(vae: SparseVAE) -> str:
     return digest.hexdigest()[:12]
 
 
+def latents_name(resolution: int, symmetry: int = 0) -> str:
+    """Return the name of the directory of latents at a resolution.
+
+    Args:
+        resolution: Resolution R of the encoded bricks.
+        symmetry: Number of the symmetry of `train.data.symmetry` by which they were transformed.
+    """
+    return f"{resolution}-symmetry-{symmetry}" if symmetry else str(resolution)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Latent:
     """Latents of one asset at one resolution: a diagonal Gaussian for each of its M cells.
@@ -269,6 +279,8 @@ class LatentStore:
         root: Directory or URL of the latents, with one directory per VAE.
         resolution: Resolution R of the encoded bricks.
         vae: Hash of the VAE. None takes the only one.
+        symmetry: Number of the symmetry of `train.data.symmetry` that the bricks were transformed
+            by before they were encoded.
 
     Attributes:
         root: As given.
@@ -282,14 +294,18 @@ class LatentStore:
             VAEs and `vae` names none of them.
     """
 
-    def __init__(self, root: StorePath, resolution: int, vae: str | None = None):
+    def __init__(
+        self, root: StorePath, resolution: int, vae: str | None = None, *, symmetry: int = 0
+    ):
         self.root = root
         self.vae = _choose_vae(root, resolution, vae)
         self.resolution = resolution
-        self.folder = root / self.vae / str(resolution)
+        self.folder = root / self.vae / latents_name(resolution, symmetry)
+        self._turned: dict[int, LatentStore] = {symmetry: self}
         command = (
-            f"python -m train.encode --resolutions {resolution} --latents {root}, with the --vae "
-            "and --data that they were made from"
+            f"python -m train.encode --resolutions {resolution} --latents {root}"
+            f"{' --quarter-turns' if symmetry else ''}, with the --vae and --data that they were "
+            "made from"
         )
         try:
             statistics = json.loads((self.folder / STATISTICS).read_text(encoding="utf-8"))
@@ -329,6 +345,19 @@ class LatentStore:
 
     def __contains__(self, uid: str) -> bool:
         return uid in self.tokens
+
+    def turned(self, symmetry: int) -> LatentStore:
+        """Return the latents of the same assets that were transformed by a symmetry.
+
+        Raises:
+            UserError: If they were not made, see `python -m train.encode --quarter-turns`.
+        """
+        with self._lock:
+            if symmetry not in self._turned:
+                self._turned[symmetry] = LatentStore(
+                    self.root, self.resolution, self.vae, symmetry=symmetry
+                )
+            return self._turned[symmetry]
 
     @property
     def channels(self) -> int:

@@ -35,6 +35,17 @@ def quarter_turn(turns: int, *, mirrored: bool = False) -> int:
     return SYMMETRIES.index((axes, (signs[0] != mirrored, *signs[1:])))
 
 
+QUARTER_TURNS = tuple(
+    quarter_turn(turns, mirrored=mirrored) for mirrored in (False, True) for turns in range(4)
+)  # the symmetries that keep the up axis; the first one is the identity
+
+
+def turn_directions(directions: NDArray[np.float64], symmetry: int) -> NDArray[np.float64]:
+    """Return directions [..., 3] in a shape's frame after a symmetry of SYMMETRIES moved it."""
+    axes, mirrored = SYMMETRIES[symmetry]
+    return np.where(mirrored, -1.0, 1.0) * directions[..., list(axes)]
+
+
 def move_bricks(bricks: Bricks, symmetry: int) -> tuple[Bricks, NDArray[np.int64]]:
     """Return the bricks of the transformed shape without copying their values.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -10,12 +11,21 @@ import pytest
 import torch
 
 import pipeline.core.image_codec
+from model.checkpoint import load_model
+from model.sparse_tensor import BrickBatch
+from model.sparse_vae import SparseVAE
+from pipeline.core.errors import UserError
 from pipeline.storage.render_shard import RenderShard
 from tests.train.analytic_builds import color_of
 from tests.train.ss_dit_fixtures import VIEWS, config, loader_of, task_of, wake
-from train.data.bricks import read_build_index
+from train.data.bricks import BrickReader, read_build_index
 from train.data.render_conditions import ThreadSafeCache, ViewReader, sample_time
+from train.data.symmetry import move_bricks
 from train.engine.batch_sampler import SampleId, ShardBatchSampler
+from train.engine.distributed import World
+from train.stages.dit.run import train_dit
+from train.stages.vae.config import EncodeConfig
+from train.stages.vae.encode import encode
 
 
 def test_a_sample_is_the_same_in_every_batch(rendered, tmp_path):
@@ -172,3 +182,36 @@ def test_random_and_streamed_reading_give_the_same_images(rendered):
     for asset in range(len(index)):
         for view in range(VIEWS):
             assert np.array_equal(streamed.read(asset, view), single.read(asset, view))
+
+
+def test_facing_views_take_the_latents_of_turned_assets(rendered, tmp_path):
+    data, vae = rendered
+    latents = tmp_path / "latents"
+    options = {"latents": latents, "facing_views": True, "mirrored_views": True}
+    cfg = config(rendered, tmp_path / "run", **options)
+    encoding = EncodeConfig(
+        **{"vae": vae, "data": data, "resolutions": (32,), "latents": latents, "device": "cpu"},
+        **{"precision": "fp32", "workers": 1},
+    )
+    encode(encoding, World())
+    with pytest.raises(UserError, match=r"not complete .* train\.encode .* --quarter-turns"):
+        loader_of(cfg)
+    encode(replace(encoding, quarter_turns=True), World())
+    loader = loader_of(cfg)
+    reader = BrickReader(read_build_index(data, [32]).split("train"))
+    model = load_model(vae, SparseVAE)
+    seen = set()
+    for asset, epoch in itertools.product(range(2), range(4)):
+        batch = loader.batch([SampleId(asset, epoch)], 1.0)
+        key = (cfg.flow.loop.seed, "dit", 32, epoch, batch.uids[0])
+        symmetry = loader.conditions.symmetry(asset, epoch, key)
+        bricks, points = move_bricks(reader.read(asset, 32), symmetry)
+        with torch.no_grad():
+            expected = model.encode(BrickBatch.collate([bricks], [points]))
+        assert torch.equal(batch.latents.cells.coords, expected.level.coords)
+        torch.testing.assert_close(batch.latents.mean, expected.mean, rtol=2e-3, atol=2e-3)
+        seen.add(symmetry)
+    assert len(seen) > 2
+    loop = {"steps": 1, "sample_every": 1}
+    train_dit(config(rendered, tmp_path / "run", loop=loop, **options), World())
+    assert (tmp_path / "run" / "samples" / "step-00000001" / "contact.png").exists()

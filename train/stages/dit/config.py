@@ -12,6 +12,8 @@ from pipeline.storage.config import PathOrUrl
 from train.data.config import FlowOptions
 from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
 from train.stages.config import (
+    PROPS_LOOP,
+    PROPS_OPTIONS,
     SMALL_OPTIONS,
     TINY_OPTIONS,
     ConditionedTraining,
@@ -19,7 +21,7 @@ from train.stages.config import (
     every,
 )
 
-DiTPreset = Literal["tiny", "small", "256", "384", "512", "1024"]
+DiTPreset = Literal["tiny", "small", "props", "256", "384", "512", "1024"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,9 @@ class DiTTraining(ConditionedTraining):
     stopped run."""
 
     preset: DiTPreset = "tiny"
-    """Set of defaults for all other options. tiny takes minutes on a CPU, small minutes on a GPU.
-    256, 384, 512 and 1024 are the paper's runs, each of which starts from the one before."""
+    """Set of defaults for all other options. tiny takes minutes on a CPU, small minutes on a GPU,
+    props is the recipe of examples/recipes/props. 256, 384, 512 and 1024 are the paper's runs, each
+    of which starts from the one before."""
 
     latents: PathOrUrl | None = None
     """Directory or URL of the latents, written by `python -m train.encode`. The default is
@@ -141,6 +144,25 @@ DIT_PRESETS: dict[str, DiTTraining] = {
         model=ConditionedDiTConfig(
             dit=DiTConfig(channels=384, blocks=8, heads=12, kv_heads=3, condition_channels=256),
             encoder=EncoderConfig(kind="stand-in", image_size=224, channels=256),
+        ),
+    ),
+    "props": DiTTraining(
+        **PROPS_OPTIONS,
+        vae=Path("runs/props/vae/latest"),
+        out=Path("runs/props/dit"),
+        token_budget=60_000,
+        flow=FlowOptions(loop=replace(PROPS_LOOP, steps=4000, learning_rate=1e-3)),
+        model=ConditionedDiTConfig(
+            dit=DiTConfig(
+                channels=128,
+                blocks=5,
+                heads=4,
+                kv_heads=2,
+                mlp_ratio=2,
+                latent_channels=8,
+                condition_channels=96,
+            ),
+            encoder=EncoderConfig(kind="stand-in", image_size=112, channels=96, layers=4, heads=3),
         ),
     ),
     "256": _paper_preset(

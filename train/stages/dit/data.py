@@ -128,7 +128,13 @@ class DiTLoader:
             (cfg.flow.loop.seed, "dit", cfg.resolution, sample.epoch, uid)
             for sample, uid in zip(samples, uids, strict=True)
         ]
-        latents = self.concurrent.map(self._read_latent, uids)
+        symmetries = [
+            self.conditions.symmetry(sample.asset, sample.epoch, key)
+            for sample, key in zip(samples, keys, strict=True)
+        ]
+        latents = self.concurrent.map(
+            lambda number: self._read_latent(uids[number], symmetries[number]), range(len(uids))
+        )
         images = self.concurrent.map(
             lambda number: self.conditions.image(
                 samples[number].asset, samples[number].epoch, keys[number]
@@ -155,11 +161,12 @@ class DiTLoader:
             uids=uids,
         )
 
-    def _read_latent(self, uid: str) -> Latent:
+    def _read_latent(self, uid: str, symmetry: int) -> Latent:
+        store = self.store.turned(symmetry)
         try:
-            return self.store.read(uid)
+            return store.read(uid)
         except UNREADABLE as error:
             raise RunError(
-                f"the latents of {uid} in {self.store.folder} cannot be read: {error!r}; remove "
+                f"the latents of {uid} in {store.folder} cannot be read: {error!r}; remove "
                 "its shard there and run the same python -m train.encode again"
             ) from error

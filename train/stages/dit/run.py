@@ -17,6 +17,7 @@ from pipeline.core.hashing import options_of
 from train.data.bricks import log_training_data
 from train.data.latents import LatentStore, vae_hash
 from train.data.source import open_source
+from train.data.symmetry import quarter_turn
 from train.engine import checkpoint
 from train.engine.batch_sampler import ShardBatchSampler
 from train.engine.distributed import World
@@ -28,7 +29,8 @@ from train.stages.dit.task import DiTTask
 
 log = logging.getLogger(__name__)
 
-RECORDED = ("resolution", "max_tokens", "token_budget", "held_out_views", "cameras")
+OF_VIEWS = ("held_out_views", "cameras", "facing_views", "mirrored_views")
+RECORDED = ("resolution", "max_tokens", "token_budget", *OF_VIEWS)
 PREVIEW_OPTIONS = ("guidance", "steps")  # they do not change what is trained
 
 
@@ -114,6 +116,9 @@ def read_latents(cfg: DiTTraining, world: World) -> tuple[SparseVAE | None, Late
         vae = load_model(cfg.vae, SparseVAE, device=world.device)
     latents = open_source(cfg.latents or cfg.data / "latents", cfg.cache)
     store = LatentStore(latents, cfg.resolution, None if vae is None else vae_hash(vae))
+    for turns in range(4 if cfg.facing_views else 1):
+        for mirrored in (False, True) if cfg.mirrored_views else (False,):
+            store.turned(quarter_turn(turns, mirrored=mirrored))
     if store.channels != cfg.model.dit.latent_channels:
         raise UserError(
             f"model.dit.latent_channels must be the {store.channels} channels of {store.folder}, "

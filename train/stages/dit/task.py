@@ -19,6 +19,7 @@ from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.voxel_iou import intersection_over_union
 from train.data.bricks import BuildIndex
 from train.data.latents import LatentStore
+from train.data.symmetry import turn_directions
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
@@ -165,9 +166,11 @@ class DiTTask(StageTask[DiTTraining]):
         generated_mesh, stored_mesh = (extract_meshes(level, x)[0] for x in (values, stored))
         write_ply(folder / f"{batch.uids[0]}.ply", *generated_mesh)
         view = loader.conditions.views.read_view(asset, loader.conditions.view_of(asset, 0))
+        symmetry = loader.conditions.symmetry(asset, 0, ())
+        axes = turn_directions(camera_axes(view.meta), symmetry)
         row = [on_white(view.rgba, PICTURE_SIDE)]
         for mesh in (generated_mesh, stored_mesh):
-            row.append(picture(*mesh, size=PICTURE_SIDE, view=camera_axes(view.meta)))
+            row.append(picture(*mesh, size=PICTURE_SIDE, view=axes))
         return float(intersection_over_union(values < 0, stored < 0)), row
 
 

@@ -195,6 +195,9 @@ class EncodeConfig(RankOptions):
     are encoded."""
     latents: PathOrUrl | None = None
     """Directory or URL of the latents. None takes latents/ in the build."""
+    quarter_turns: bool = False
+    """Also encode the assets turned by 90, 180 and 270 degrees about the up axis, and the mirror
+    images of all four. `train.dit --facing-views` and `--mirrored-views` need them."""
     precision: Literal["bf16", "fp32"] | None = None
     """Precision of the arithmetic. None takes the one that the VAE was trained in."""
     max_tokens: int = at_least(1, 46_000)

@@ -33,10 +33,12 @@ from train.data.latents import (
     LatentShard,
     LatentSums,
     is_written,
+    latents_name,
     vae_hash,
     write_latent_shard,
 )
 from train.data.source import ConcurrentReader, open_source
+from train.data.symmetry import QUARTER_TURNS, move_bricks
 from train.engine.distributed import World
 from train.stages.vae.config import EncodeConfig
 
@@ -53,13 +55,15 @@ class LatentEncoder:
         vae: The trained VAE.
         device: Device to encode on.
         precision: "bf16" or "fp32".
+        symmetry: Number of the symmetry of `train.data.symmetry` by which assets are transformed.
     """
 
-    def __init__(self, vae: SparseVAE, device: torch.device, precision: str):
+    def __init__(self, vae: SparseVAE, device: torch.device, precision: str, symmetry: int = 0):
         self.vae = vae.to(device).eval()
         self.device = device
         self.hash = vae_hash(vae)
         self.autocast = precision == "bf16"
+        self.symmetry = symmetry
 
     @property
     def channels(self) -> int:
@@ -72,7 +76,8 @@ class LatentEncoder:
 
         Cells without an active value after rounding to float16 have no latent.
         """
-        batch = BrickBatch.collate(bricks).to(self.device)
+        moved = [move_bricks(asset, self.symmetry) for asset in bricks]
+        batch = BrickBatch.collate(*map(list, zip(*moved, strict=True))).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             posterior = self.vae.encode(batch)
         coords = batch.cells.coords.cpu().numpy()
@@ -105,11 +110,14 @@ def encode(cfg: EncodeConfig, world: World) -> StorePath:
     data = open_source(cfg.data, cfg.cache)
     resolutions = cfg.resolutions or _default_resolutions(data, trained_resolutions)
     precision = cfg.precision or training.get("loop", {}).get("precision", "bf16")
-    encoder = LatentEncoder(vae, world.device, precision)
-    folder = (cfg.latents or cfg.data / "latents") / encoder.hash
+    symmetries = QUARTER_TURNS if cfg.quarter_turns else QUARTER_TURNS[:1]
+    encoders = [LatentEncoder(vae, world.device, precision, symmetry) for symmetry in symmetries]
+    folder = (cfg.latents or cfg.data / "latents") / encoders[0].hash
     index = read_build_index(data, resolutions)
     for resolution in resolutions:
-        _encode_resolution(cfg, world, encoder, index, resolution, folder / str(resolution))
+        for encoder in encoders:
+            name = latents_name(resolution, encoder.symmetry)
+            _encode_resolution(cfg, world, encoder, index, resolution, folder / name)
     log.info("The latents are in %s.", folder)
     return folder
 
