@@ -253,7 +253,22 @@ def simplify(vertices: Vertices, faces: Faces, target: int) -> tuple[Vertices, F
         target_index_count=3 * target,
         target_error=LARGEST_ERROR,
     )
-    return drop_unused_vertices(vertices, left[:size].reshape(-1, 3).astype(np.int32))
+    return _without_flaps(vertices, left[:size].reshape(-1, 3).astype(np.int32))
+
+
+def _without_flaps(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces]:
+    """Remove pairs of faces with the same vertices and opposite orientation.
+
+    Such a pair encloses nothing, and its edges have four faces. Removing both leaves the surface
+    closed. Where the rest touches in a vertex, the vertex is split.
+    """
+    order = np.sort(faces, axis=1)
+    _, kind, counts = np.unique(order, axis=0, return_inverse=True, return_counts=True)
+    flap = counts[kind.ravel()] == 2
+    if flap.any():
+        touched = np.unique(faces[flap])
+        vertices, faces = _split_vertices(vertices, faces[~flap], touched)
+    return drop_unused_vertices(vertices, faces)
 
 
 def _directed_edges(faces: Faces) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

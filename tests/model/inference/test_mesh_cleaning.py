@@ -214,10 +214,24 @@ def test_simplification_reduces_the_faces():
     assert simplify(vertices, faces, len(faces))[1] is faces
 
 
+HALF = np.array([0.3, 0.2, 0.15])
+TURN = trimesh.transformations.euler_matrix(0.35, 0.6, 0.17)[:3, :3]
+
+
+def turned_box():
+    return extract(bricks_of(lambda p: (np.abs(p @ TURN) - HALF).max(-1)))
+
+
+@pytest.mark.parametrize("target", [1600, 800, 400, 200, 100, 50])
+def test_a_simplified_mesh_stays_a_closed_manifold(target):
+    vertices, faces = simplify(*turned_box(), target)
+    assert 0.9 * target <= len(faces) <= target
+    assert_closed_manifold(vertices, faces)
+
+
 def test_simplification_keeps_sharp_edges():
-    half = np.array([0.3, 0.2, 0.15])
-    turn = trimesh.transformations.euler_matrix(0.35, 0.6, 0.17)[:3, :3]
-    vertices, faces = extract(bricks_of(lambda p: (np.abs(p @ turn) - half).max(-1)))
+    half, turn = HALF, TURN
+    vertices, faces = turned_box()
     fewer, fewer_faces = simplify(vertices, faces, 200)
     assert len(fewer_faces) <= 200
     inward = (np.abs(fewer[fewer_faces].mean(1) @ turn) - half).max(-1)
