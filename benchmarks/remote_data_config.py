@@ -49,7 +49,7 @@ class RemoteData:
     """Presets of the SS-VAE and of the SS-DiT."""
     token_budget: int = 49_152
     """Number of tokens of a step of either stage."""
-    seconds: float = 20.0
+    seconds: float = 15.0
     """Seconds of each measured run after its first steps. The two runs of a stage take as many
     steps, which are counted in the local run."""
     warmup_steps: int = at_least(1, 6)

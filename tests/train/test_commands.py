@@ -33,6 +33,7 @@ COMMANDS = [
     ("train.demo.__main__", ["--help"], "--size {auto,cpu,gpu}"),
     ("benchmarks.dit", ["--help"], "python -m benchmarks.dit {steps,gradients,learn}"),
     ("benchmarks.dit", ["learn", "--help"], "--vae-minutes"),
+    ("benchmarks.remote_data", ["--help"], "--megabytes-per-s"),
     ("benchmarks.training", ["--help"], "benchmarks.training {geometry,bricks,measure}"),
     ("benchmarks.training", ["measure", "--help"], "--learning-rate"),
 ]
