@@ -256,7 +256,9 @@ def test_from_url_a_lost_store_is_one_line_and_the_run_resumes(
     assert losses(drill.out) == expected
 
 
-def test_from_url_a_signal_while_the_store_stalls_ends_with_a_checkpoint(drill, store, monkeypatch):
+def test_from_url_a_signal_while_the_store_stalls_ends_with_a_checkpoint(
+    drill, expected, store, monkeypatch
+):
     """The grace period of a spot instance is shorter than the retries."""
     monkeypatch.setattr(RemotePath.__init__, "__defaults__", ((0.5,) * 20,))
     impatient(monkeypatch)
