@@ -29,7 +29,7 @@ def main(source: Path, root: Path, target: Path) -> None:
 
     Args:
         source: A blend or abc file.
-        root: Directory outside which no image is read.
+        root: Directory of the files that may be used.
         target: The GLB file that is written.
     """
     found: Counter[tuple[str, str]] = Counter()
@@ -38,11 +38,11 @@ def main(source: Path, root: Path, target: Path) -> None:
         bpy.ops.wm.alembic_import(filepath=str(source), as_background_job=False)
     else:
         bpy.ops.wm.open_mainfile(filepath=str(source), load_ui=False, use_scripts=False)
+    check_files(root, found)  # first, because later steps draw what the files hold
     scene = bpy.context.scene
     scene.frame_set(scene.frame_start)
     for armature in bpy.data.armatures:
         armature.pose_position = "REST"
-    check_files(root, found)
     check_objects(scene, found)
     check_materials(scene, found)
     bpy.ops.export_scene.gltf(
@@ -62,7 +62,10 @@ def main(source: Path, root: Path, target: Path) -> None:
 
 
 def check_files(root: Path, found: Counter) -> None:
-    """Forget images outside the root, and report them and files that are missing."""
+    """Remove what comes from files outside the root, and report it and files that are missing.
+
+    The files are images, linked libraries, caches of animations, volumes and fonts.
+    """
     for image in bpy.data.images:
         if image.source not in ("FILE", "SEQUENCE", "TILED") or image.packed_file:
             continue
@@ -72,10 +75,17 @@ def check_files(root: Path, found: Counter) -> None:
             image.filepath = ""
         elif image.source == "TILED":
             found["appearance_ignored", f"{image.name}: tiles"] += 1
-    for library in bpy.data.libraries:
-        path = Path(bpy.path.abspath(library.filepath)).resolve()
+    # Blender has opened these files already. What came from outside the root is removed.
+    removed = []
+    for item in (*bpy.data.libraries, *bpy.data.cache_files, *bpy.data.volumes, *bpy.data.fonts):
+        if item.filepath in ("", "<builtin>") or getattr(item, "packed_file", None):
+            continue
+        library = item.parent if isinstance(item, bpy.types.Library) else item.library
+        path = Path(bpy.path.abspath(item.filepath, library=library)).resolve()
         if not path.is_relative_to(root) or not path.is_file():
-            found["side_file_missing", library.filepath] += 1
+            found["side_file_missing", item.filepath] += 1
+            removed.append(item)
+    bpy.data.batch_remove(removed)
 
 
 def check_objects(scene: "bpy.types.Scene", found: Counter) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,7 +95,8 @@ print(f"Error: cannot read {source}")
     ],
 )
 def test_a_failed_conversion_costs_the_asset(tmp_path, stand_in, monkeypatch, body, error):
-    monkeypatch.setattr("pipeline.mesh_io.readers.blender.TIMEOUT_S", 1.0)
+    if error == "blender_timeout":
+        monkeypatch.setattr("pipeline.mesh_io.readers.blender.TIMEOUT_S", 1.0)
     with pytest.raises(Reject) as caught:
         load(tmp_path, stand_in(body))
     assert caught.value.reason == "unreadable"
@@ -126,18 +128,58 @@ bpy.ops.wm.save_as_mainfile(filepath=sys.argv[-1])
 """
 
 
-@pytest.mark.skipif("BLENDER" not in os.environ, reason="BLENDER does not name a Blender")
-def test_blender_converts_a_file_without_running_its_scripts(tmp_path):
-    import subprocess
+NEEDS_BLENDER = pytest.mark.skipif(
+    "BLENDER" not in os.environ, reason="BLENDER does not name a Blender"
+)
 
+
+def run_blender(tmp_path, script: str, *arguments: str) -> str:
+    """Run a script in Blender and return the program's path."""
     blender = os.environ["BLENDER"]
-    (tmp_path / "make.py").write_text(MAKE, encoding="utf-8")
+    (tmp_path / "make.py").write_text(script, encoding="utf-8")
     is_python = Path(blender).name.startswith("python")
     run = [blender] if is_python else [blender, "--background", "--python"]
-    arguments = [str(tmp_path / "make.py"), "--", str(tmp_path / "evil"), str(tmp_path / "a.blend")]
-    subprocess.run([*run, *arguments], check=True, capture_output=True)
+    command = [*run, str(tmp_path / "make.py"), "--", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
+    return blender
+
+
+@NEEDS_BLENDER
+def test_blender_converts_a_file_without_running_its_scripts(tmp_path):
+    blender = run_blender(tmp_path, MAKE, str(tmp_path / "evil"), str(tmp_path / "a.blend"))
     mesh, report = load_with_report(tmp_path / "a.blend", LoadConfig(blender=blender))
     assert mesh.vertices.max(0).round(4).tolist() == [5, 1, 1]
     assert len(mesh.faces) == 24
     assert [warning.code for warning in report.warnings] == ["hidden_left_out"]
     assert not (tmp_path / "evil").exists()
+
+
+LINK = """
+import bpy, pathlib, sys
+folder = pathlib.Path(sys.argv[-1])
+for place, height in (("inside", 10), ("../outside", 90)):
+    bpy.ops.wm.read_factory_settings(use_empty=True)
+    bpy.ops.mesh.primitive_cube_add(size=2, location=(0, 0, height))
+    bpy.context.object.name = place
+    bpy.ops.wm.save_as_mainfile(filepath=str(folder / f"{place}.blend"))
+bpy.ops.wm.read_factory_settings(use_empty=True)
+bpy.ops.mesh.primitive_cube_add(size=2)
+for place in ("inside", "../outside"):
+    with bpy.data.libraries.load(str(folder / f"{place}.blend"), link=True) as (names, linked):
+        linked.objects = names.objects
+    bpy.context.collection.objects.link(linked.objects[0])
+bpy.ops.wm.save_as_mainfile(filepath=str(folder / "a.blend"))
+"""
+
+
+@NEEDS_BLENDER
+def test_libraries_outside_the_root_are_removed_and_reported(tmp_path):
+    folder = tmp_path / "root"
+    folder.mkdir()
+    blender = run_blender(tmp_path, LINK, str(folder))
+    mesh, report = load_with_report(folder / "a.blend", LoadConfig(blender=blender))
+    assert mesh.vertices.max(0).round(4).tolist() == [1, 11, 1]
+    assert len(mesh.faces) == 24
+    (warning,) = report.warnings
+    assert warning.code == "side_file_missing"
+    assert warning.examples[0].endswith("outside.blend")
