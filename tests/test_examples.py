@@ -1,5 +1,6 @@
 """Every script in examples/ runs as it stands there."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,11 @@ import numpy as np
 import pytest
 import trimesh
 
+from pipeline.core.cameras import camera_of_meta
+from pipeline.rendering.transforms import dump_transforms, transforms_of
 from pipeline.storage.manifest import read_manifest
+from pipeline.storage.render_shard import RenderShard
+from pipeline.storage.transforms_shard import write_transforms_shard
 from tests.child_python import ROOT, run_python
 from tests.pipeline.builds import environment
 from tests.train.analytic_builds import add_renders, make_build
@@ -42,6 +47,22 @@ def test_read_a_shard(build):
     text = run("read_a_shard.py", build, 32)
     assert "bricks of 512 values at R = 32" in text
     assert "40 x 40 pixels" in text
+
+
+def test_unpack_views_writes_the_images_and_their_cameras(build, tmp_path):
+    tar = min((build / "renders" / "paper").glob("*.tar"))
+    shard = RenderShard(tar)
+    uid = shard.uids[0]
+    cameras = [camera_of_meta(shard.read_bytes(uid, view)[1]) for view in shard.views(uid)]
+    content = transforms_of(cameras, 40, ["../0.png"] * len(cameras))
+    write_transforms_shard(
+        build / "transforms" / "paper" / tar.name, [(uid, dump_transforms(content))]
+    )
+    run("unpack_views.py", build, uid, tmp_path / "views")
+    unpacked = json.loads((tmp_path / "views" / "transforms.json").read_text(encoding="utf-8"))
+    for frame, camera in zip(unpacked["frames"], cameras, strict=True):
+        assert (tmp_path / "views" / frame["file_path"]).read_bytes()[1:4] == b"PNG"
+        np.testing.assert_allclose(frame["transform_matrix"], camera.c2w)
 
 
 def test_other_libraries_read_the_same_values(build):

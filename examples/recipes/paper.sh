@@ -23,12 +23,12 @@ train train.encode --vae runs/vae-base-1024/latest --resolutions 1024
 
 # 4. The diffusion transformer, from coarse to fine. The paper: seven days on 8 A100.
 for preset in 256 384 512 1024; do
-    train train.dit --preset "$preset"
+    train train.dit --preset "$preset" --cameras paper-ibl
 done
 
 # 5. The structure stage. The paper: seven days on 8 A100.
-train train.structure --preset base
+train train.structure --preset base --cameras paper-ibl
 
 # 6. Collect the models, generate, evaluate.
 python -m train.export --vae runs/vae-base/latest --structure runs/structure-base/flow/latest --dit runs/dit-512/latest
-python -m train.evaluate generation --checkpoint runs/export --data "$DATA" --split val --limit 100
+python -m train.evaluate generation --checkpoint runs/export --data "$DATA" --cameras paper-ibl --split val --limit 100
