@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from pipeline.storage.commit_marker import check_sizes
 from pipeline.storage.layout import list_commits, product_paths
 from train.data.bricks import OPEN_SHARDS, UNREADABLE, BuildIndex
 from train.data.config import FlowOptions
-from train.data.symmetry import quarter_turn
+from train.data.symmetry import quarter_turn, turns_to_face
 
 if TYPE_CHECKING:
     from pipeline.core.schema import View
@@ -278,7 +277,7 @@ class RenderConditions:
         if self.facing:
             if (asset, view) not in self._turns:
                 azimuth = self.views.azimuth(asset, view)
-                self._turns[asset, view] = math.floor(azimuth / 90 + 0.5) % 4
+                self._turns[asset, view] = turns_to_face(azimuth)
             turns = self._turns[asset, view]
         return quarter_turn(turns, mirrored=self._is_mirrored(key))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,15 @@ from pipeline.core.schema import Bricks
 SYMMETRIES: tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...] = tuple(
     itertools.product(itertools.permutations(range(3)), itertools.product((False, True), repeat=3))
 )
+
+
+def turns_to_face(azimuth_degrees: float) -> int:
+    """Return the quarter turns after which a camera lies between the azimuths -45 and 45 degrees.
+
+    Args:
+        azimuth_degrees: Azimuth of the camera, see `pipeline.core.cameras.Camera`.
+    """
+    return math.floor(azimuth_degrees / 90 + 0.5) % 4
 
 
 def quarter_turn(turns: int, *, mirrored: bool = False) -> int:

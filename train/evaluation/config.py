@@ -96,6 +96,10 @@ class GenerationEvaluation(EvaluationConfig):
     seed: int = 0
     """Seed of the noise that generation starts from."""
 
+    facing_views: bool = False
+    """Turn each generated mesh back by the quarter turns that brought the camera of its view to the
+    front. Models that were trained with `--facing-views` need this."""
+
     features: str | None = None
     """DINOv2 weights, as a folder or a name on the Hugging Face hub. With them the evaluation also
     compares how the meshes look. None skips that."""

@@ -25,6 +25,7 @@ from pipeline.rendering.views import render_from
 from train.data.bricks import built_resolutions, read_build_index
 from train.data.render_conditions import ViewReader
 from train.data.source import open_source
+from train.data.symmetry import quarter_turn, turn_directions, turns_to_face
 from train.engine.mesh_pictures import save_image, side_by_side
 from train.evaluation.config import GenerationEvaluation
 from train.evaluation.image_metrics import (
@@ -168,6 +169,7 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     protocol = {
         **surface_protocol(cfg),
         "seed": cfg.seed,
+        "facing_views": cfg.facing_views,
         "sampling": generator.describe_sampling(cfg.generation),
         "image_encoder": generator.structure.flow.encoder.label,
         "looks": _protocol_of_looks(cfg.features),
@@ -239,7 +241,11 @@ def _evaluate(
             looks.add(EMPTY, reference)
             empty = replace(empty, dino_similarity=0.0, dino_similarity_of_asset=0.0)
         return empty, [_shown(image.rgba), blank, draw(reference, camera), blank]
-    mesh = generated.vertices, generated.faces
+    vertices = generated.vertices
+    if cfg.facing_views:
+        back = quarter_turn(-turns_to_face(image.meta["azimuth_degrees"]))
+        vertices = turn_directions(vertices, back)
+    mesh = vertices, generated.faces
     write_mesh(folder / f"{uid}.glb", *mesh)
     metrics = compare_surfaces(*mesh, *reference, samples=cfg.samples)
     (render,) = render_from(_clay_mesh(mesh), [camera], len(image.rgba))

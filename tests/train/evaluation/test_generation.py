@@ -1,7 +1,9 @@
 """Evaluation of generation: metrics of perfect, wrong, empty and unreadable results."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -48,6 +50,31 @@ def rendered(tmp_path_factory):
     write_render_shard(root / "renders" / "paper" / "000000.tar", entries)
     commit(root, "000000", "renders-paper")
     return root
+
+
+class FacingSurfaces:
+    """A generator that returns stored surfaces, turned until they face the camera of the last view.
+
+    Args:
+        root: The build.
+    """
+
+    def __init__(self, root):
+        self.stored = StoredSurfaces(root)
+        self.structure = self.stored.structure
+        self.describe_sampling = self.stored.describe_sampling
+        self.turns = []
+
+    def generate(self, *args, **options):
+        uid = self.stored.shard.uids[self.stored.calls]
+        azimuth = sample_camera(uid, VIEWS - 1).azimuth_degrees
+        mesh = self.stored.generate(*args, **options)
+        self.turns.append(round(azimuth / 90))
+        angle = -np.radians(90 * self.turns[-1])  # about y, so that the azimuth falls
+        turn = np.array(
+            [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
+        )
+        return replace(mesh, vertices=mesh.vertices @ turn.T)
 
 
 class StoredSurfaces:
@@ -106,6 +133,17 @@ def test_the_stored_surface_has_perfect_metrics(rendered, tmp_path, monkeypatch)
     assert "nearest of 4 is right %" in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert Image.open(tmp_path / "generated.png").size == (4 * 256, LABEL_HEIGHT + 3 * 256)
     assert len(list((tmp_path / "meshes").glob("*.glb"))) == 3
+
+
+def test_meshes_that_face_the_camera_are_turned_back(rendered, tmp_path, monkeypatch):
+    model = FacingSurfaces(rendered)
+    result = evaluate(rendered, tmp_path / "a", monkeypatch, model, facing_views=True)
+    assert any(model.turns)
+    assert result["summary"]["chamfer"] < 1e-4
+    assert result["summary"]["silhouette_iou"] > 99.9
+    assert result["protocol"]["facing_views"]
+    as_they_are = evaluate(rendered, tmp_path / "b", monkeypatch, FacingSurfaces(rendered))
+    assert as_they_are["summary"]["chamfer"] > 10
 
 
 def test_the_surface_of_another_asset_has_worse_metrics_and_is_recognised(
