@@ -49,7 +49,8 @@ class MeshReadersConfig:
     """Interpreter with assimp-py and numpy. None leaves that reader out."""
 
     blender: Path | None = None
-    """Interpreter with bpy and numpy. None leaves that reader out."""
+    """Interpreter with bpy and numpy. None leaves that reader out. This project reads blend and abc
+    files through it, too."""
 
     trimesh: Path | None = None
     """Interpreter with trimesh and the libraries that it reads 3MF and COLLADA with. None leaves
@@ -105,7 +106,7 @@ def measure(
     log.info("%s: %d files", reader, len(pending))
     with stored.open("a", encoding="utf-8") as out:
         while pending:
-            for result in _run_child(reader, python, pending, cfg.timeout_s):
+            for result in _run_child(reader, python, pending, cfg):
                 out.write(json.dumps(result) + "\n")
                 out.flush()
                 results[result["path"]] = result
@@ -114,13 +115,15 @@ def measure(
 
 
 def _run_child(
-    reader: str, python: Path, files: Sequence[Path], timeout_s: float
+    reader: str, python: Path, files: Sequence[Path], cfg: MeshReadersConfig
 ) -> Iterable[dict[str, Any]]:
     """Yield results until the child has read all files or one of them ends it."""
     command_line = [str(python.absolute())]
     if reader != "ufbx":  # a program of its own
         command_line += [str(CHILD), reader]
     environment = {**os.environ, "PYTHONPATH": str(CHILD.parents[1]) if reader == "ours" else ""}
+    if cfg.blender is not None:  # with which this project reads blend and abc files
+        environment["BLENDER"] = str(cfg.blender.absolute())
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     text = {"encoding": "utf-8", "errors": "replace"}  # libraries print names in any encoding
     child = subprocess.Popen(command_line, env=environment, **streams, **text)
@@ -128,7 +131,7 @@ def _run_child(
     assert child.stdout is not None
     try:
         for path in files:
-            timer = threading.Timer(timeout_s, child.kill)
+            timer = threading.Timer(cfg.timeout_s, child.kill)
             timer.start()
             try:
                 child.stdin.write(f"{path}\n")
@@ -142,7 +145,9 @@ def _run_child(
             timed_out = not timer.is_alive()
             timer.cancel()
             if not line:
-                error = f"no result within {timeout_s:.0f} s" if timed_out else "the process died"
+                error = (
+                    f"no result within {cfg.timeout_s:.0f} s" if timed_out else "the process died"
+                )
                 yield {"path": str(path), "error": error}
                 return
             yield json.loads(line)

@@ -8,6 +8,7 @@ readers "assimp", "blender" and "trimesh" need assimp-py, bpy and trimesh.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def ours(path: Path) -> dict[str, Any]:
     from pipeline.mesh_io.load import load_with_report
 
     try:
-        mesh, report = load_with_report(path, LoadConfig(), root=Path(path.anchor))
+        cfg = LoadConfig(blender=os.environ.get("BLENDER", ""))
+        mesh, report = load_with_report(path, cfg, root=Path(path.anchor))
     except Reject as verdict:
         return {"error": str(verdict)[:200]}
     textures = {id(p.material.texture) for p in mesh.parts if p.material.texture is not None}
@@ -122,6 +124,8 @@ def blender(path: Path) -> dict[str, Any]:
         ".dae": "wm.collada_import",
         **dict.fromkeys((".usd", ".usda", ".usdc", ".usdz"), "wm.usd_import"),
         ".fbx": "import_scene.fbx",
+        ".abc": "wm.alembic_import",
+        ".blend": "wm.open_mainfile",
     }
     if suffix not in operators:
         return {"error": "format not supported by Blender"}
@@ -133,8 +137,12 @@ def blender(path: Path) -> dict[str, Any]:
         options = {"up_axis": "Y", "forward_axis": "NEGATIVE_Z"}
     elif suffix.startswith(".usd"):  # the purposes and the cage that our reader draws, too
         options = {"import_guide": False, "import_proxy": False, "import_subdiv": False}
+    elif suffix == ".blend":
+        options = {"load_ui": False, "use_scripts": False}
+    elif suffix == ".abc":
+        options = {"as_background_job": False}
     getattr(getattr(bpy.ops, group), name)(filepath=str(path), **options)
-    if suffix.startswith(".usd"):
+    if suffix.startswith(".usd") or suffix in (".blend", ".abc"):
         # The first sample of animations, and the bind pose of skins.
         bpy.context.scene.frame_set(bpy.context.scene.frame_start)
         for armature in bpy.data.armatures:
@@ -143,7 +151,8 @@ def blender(path: Path) -> dict[str, Any]:
     corners = []
     images: set[str] = set()
     for instance in graph.object_instances:
-        if instance.object.type != "MESH":
+        drawn = ("MESH", "CURVE", "SURFACE", "FONT", "META") if suffix == ".blend" else ("MESH",)
+        if instance.object.type not in drawn or instance.object.hide_render:
             continue
         images |= _base_color_images(instance.object)
         mesh = instance.object.to_mesh()
