@@ -1,12 +1,16 @@
 """The configuration of a build: which options decide the hash of a product."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from pipeline.config import PRESETS, BuildConfig
+from pipeline.core.errors import UserError
 from pipeline.core.product import Product
 from pipeline.curation.config import RankConfig
+from pipeline.orchestration.plan import make_plan, with_values_of_plan
+from pipeline.sources.procedural import ProceduralSource
 
 SDF_64 = Product.sdf(64)
 RENDERS = Product.renders("paper")
@@ -73,3 +77,48 @@ def test_a_ranked_build_of_metrics_version_1_keeps_its_hash():
     )
     assert old.product_hash(SDF_64) == "b4ef100ee84b960f"
     assert cfg.product_hash(SDF_64) != old.product_hash(Product.sdf(64))
+
+
+def test_products_of_views_are_named_by_cameras_and_light(tmp_path):
+    def names(**options):
+        return [str(product) for product in BuildConfig(**options).products]
+
+    assert names(resolutions=(64,)) == ["sdf-64", "renders-paper"]
+    assert names(resolutions=(64,), light="ibl", view_products=("depth", "depth", "mask")) == [
+        *("sdf-64", "depth-paper", "mask-paper", "renders-paper-ibl")
+    ]
+    camera = {"azimuth_degrees": 0, "elevation_degrees": 0, "projection": "orthographic"}
+    file = tmp_path / "front.json"
+    file.write_text(json.dumps({"cameras": [camera]}), encoding="utf-8")
+    assert names(resolutions=(64,), cameras_file=file, cameras="wide") == [
+        "sdf-64",
+        "renders-front",
+    ]
+    assert BuildConfig(cameras_file=file).render.views == 1
+    with pytest.raises(ValueError, match="cameras_file must not be named like a set"):
+        BuildConfig(cameras_file=file.with_name("paper.json"))
+    with pytest.raises(UserError, match=r"has no \.exr or \.hdr file"):
+        BuildConfig(light="ibl", environment=tmp_path)
+
+
+def test_light_changes_only_the_renders_hash():
+    lamps, lit = BuildConfig(light="lamps"), BuildConfig(light="ibl")
+    depth, renders = Product("depth", "paper"), Product.renders("paper")
+    assert lamps.product_hash(depth) == lit.product_hash(depth)
+    assert lamps.product_hash(renders) != lit.product_hash(renders)
+    assert "light" not in lamps.of_product(renders)  # older renders keep their hash
+
+
+def test_an_existing_build_keeps_its_light(tmp_path):
+    options = {"source": ("procedural:1",), "resolutions": (64,), "out": tmp_path / "build"}
+    full = BuildConfig(preset="full", **options)
+    assert full.planned_light == "ibl"
+    make_plan(full, [ProceduralSource(count=1)])
+    assert with_values_of_plan(BuildConfig(**options)).planned_light == "ibl"
+    # plans of older versions do not state it
+    path = tmp_path / "build" / "plan.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["light"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert with_values_of_plan(full).planned_light == "lamps"
+    assert with_values_of_plan(replace(full, light="ibl")).planned_light == "ibl"
