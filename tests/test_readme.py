@@ -86,7 +86,10 @@ def test_every_option_that_the_documentation_shows_exists(line, monkeypatch, cap
     part = [words[0]] if words and re.fullmatch("[a-z]+", words[0]) else []
     monkeypatch.setattr(sys, "argv", [module, *part, "--help-all"])
     monkeypatch.setenv("COLUMNS", "200")
-    main = importlib.import_module(module).main
+    found = importlib.import_module(module)
+    if hasattr(found, "__path__"):  # a package, which `python -m` runs by its __main__
+        found = importlib.import_module(f"{module}.__main__")
+    main = found.main
     with pytest.raises(SystemExit) as ended:
         main(sys.argv[1:]) if inspect.signature(main).parameters else main()
     assert ended.value.code in (0, None)

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
+import gradio as gr  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from model.app.api import describe_job, mesh_url

@@ -41,7 +41,7 @@ def open_server(config: AppConfig) -> Iterator[tuple[object, socket.socket, str]
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
         try:
-            import gradio as gr
+            import gradio as gr  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError(
                 f'the page needs the library Gradio ({error}): pip install -e ".[app]"'
@@ -106,7 +106,7 @@ def serve(config: AppConfig) -> None:
         UserError: As `open_server`.
     """
     with open_server(config) as (server, listener, url):
-        import uvicorn
+        import uvicorn  # pyright: ignore[reportMissingImports]
 
         log.info("The page is at %s", url)
         if not config.loopback_only:

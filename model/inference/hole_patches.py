@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix, csr_matrix, diags
+from scipy.sparse import coo_matrix, diags
 from scipy.sparse.linalg import spsolve
 
 Vertices = NDArray[np.float64]  # [V, 3]
@@ -35,7 +36,8 @@ def fill_loops(
         The old vertices followed by those of the patches, and the old faces followed by those of
         the patches.
     """
-    points, patches = [vertices], [faces]
+    points: list[Vertices] = [vertices]
+    patches: list[NDArray[np.integer]] = [faces]
     count = len(vertices)
     for loop in loops:
         inner, patch = _flat_patch(vertices[loop], loop, count)
@@ -125,8 +127,8 @@ def _thin_plate(points: Vertices, faces: Faces, fixed: int, border: NDArray[np.i
     return np.asarray(spsolve((free.T @ free).tocsc(), -(free.T @ known))).reshape(-1, 3)
 
 
-def _graph_laplacian(faces: NDArray[np.int64], count: int) -> csr_matrix:
-    """Return the matrix that subtracts from each vertex the mean of its neighbours."""
+def _graph_laplacian(faces: NDArray[np.int64], count: int) -> Any:
+    """Return the sparse matrix that subtracts from each vertex the mean of its neighbours."""
     start = faces.ravel()
     end = np.roll(faces, -1, axis=1).ravel()
     ones = np.ones(2 * len(start))
