@@ -23,7 +23,7 @@ def main(args: Sequence[str]) -> None:
     from pipeline.storage.remote import check_exists
 
     check_exists(cfg.directory)
-    page = write_report(cfg.directory, cfg.pictures)
+    page = write_report(cfg.directory, cfg)
     log.info("The report is %s.", page)
 
 

@@ -12,8 +12,8 @@ from scipy.sparse.csgraph import connected_components
 
 from model.inference.hole_patches import fill_loops
 from pipeline.core.errors import UserError
+from pipeline.core.primitives.simplification import collapse_edges
 
-LARGEST_ERROR = 1.0  # of a simplification, relative to the size of the mesh: the count decides
 Vertices = NDArray[np.float64]  # [V, 3] in the cube [-0.5, 0.5]^3
 Faces = NDArray[np.int32]  # [F, 3], counterclockwise seen from outside
 
@@ -242,18 +242,7 @@ def simplify(vertices: Vertices, faces: Faces, target: int) -> tuple[Vertices, F
     if len(faces) <= target:
         return vertices, faces
     check_simplification()
-    import meshoptimizer
-
-    corners = np.ascontiguousarray(faces.ravel(), np.uint32)
-    left = np.zeros_like(corners)
-    size = meshoptimizer.simplify(
-        left,
-        corners,
-        np.ascontiguousarray(vertices, np.float32),
-        target_index_count=3 * target,
-        target_error=LARGEST_ERROR,
-    )
-    return _without_flaps(vertices, left[:size].reshape(-1, 3).astype(np.int32))
+    return _without_flaps(vertices, collapse_edges(vertices, faces, target))
 
 
 def _without_flaps(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces]:

@@ -98,8 +98,9 @@ class ClosingReport:
         if self.hollows:
             yield f"{_were(self.hollows, 'enclosed hollow')} filled."
         yield (
-            f"The result has {counted(self.faces, 'face')} in {counted(self.pieces, 'closed piece')}, the "
-            f"input had {counted(self.input_faces, 'face')}. A voxel is "
+            f"The result has {counted(self.faces, 'face')} in "
+            f"{counted(self.pieces, 'closed piece')}, the input had "
+            f"{counted(self.input_faces, 'face')}. A voxel is "
             f"{100 * self.voxel:.2g} % of the longest side."
         )
         m, unit = self.metrics, LONGEST_SIDE * 2 * self.voxel  # a voxel in the frame [-1, 1]^3

@@ -14,9 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from threading import local
-from typing import Any
 
-from pipeline.config import BuildConfig
 from pipeline.conversion.config import ExportConfig
 from pipeline.conversion.vecset_asset import NAME, VecsetJob
 from pipeline.conversion.vecset_layouts import LAYOUTS, Counts, Layout
@@ -24,15 +22,13 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.files import write_atomically
 from pipeline.core.hashing import as_options, differences, options_of
 from pipeline.core.product import Product, is_product_name
-from pipeline.core.provenance import READER_VERSION
 from pipeline.core.text import counted
-from pipeline.curation.config import FilterConfig
 from pipeline.inspection.asset_list import finished_assets
-from pipeline.mesh_io.config import LoadConfig, NormalizeConfig
 from pipeline.orchestration.asset_results import AssetJob, AssetNotes
 from pipeline.orchestration.isolated_process import IsolatedProcess
 from pipeline.orchestration.plan import Plan, read_plan
 from pipeline.orchestration.progress import LINE_EVERY_S
+from pipeline.orchestration.recorded_options import build_options
 from pipeline.sources import Source, open_source
 from pipeline.storage.layout import list_commits
 from pipeline.storage.locks import lock_output
@@ -157,51 +153,6 @@ def export(cfg: ExportConfig) -> dict[str, int]:
     return result
 
 
-def build_options(plan: Plan) -> BuildConfig:
-    """Return the options with which a build read its meshes.
-
-    Raises:
-        UserError: If another version of the readers or options of another version made the build.
-    """
-    info, config = plan.info, plan.info.config
-    if info.reader_version != READER_VERSION:
-        raise UserError(
-            f"{plan.out} was made by reader {info.reader_version} and this is reader "
-            f"{READER_VERSION}, which reads some files differently; build again and export that"
-        )
-    try:
-        build = BuildConfig(
-            out=plan.out,
-            source=tuple(config["source"]),
-            up=config["up"],
-            topology_resolution=config["topology_resolution"],
-            load=LoadConfig(**_as_options(config["load"])),
-            normalize=NormalizeConfig(**_as_options(config["normalize"])),
-            filter=FilterConfig(**_as_options(config["filter"])),
-        )
-    except (TypeError, ValueError, LookupError) as error:
-        raise UserError(
-            f"the options of {plan.out} are not those of this version: {error}; use the version "
-            f"that made it, commit {info.commit}"
-        ) from error
-    shared = build.shared()
-    names = ("up", "topology_resolution", "load", "normalize", "filter", "topology")
-    changes = differences({n: config[n] for n in names}, {n: shared[n] for n in names})
-    if changes:
-        raise UserError(
-            f"{plan.out} was built with options that this version does not know: "
-            f"{'; '.join(changes)}; use the version that made it, commit {info.commit}"
-        )
-    return build
-
-
-def _as_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return recorded options as arguments of their dataclass, whose sequences are tuples."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()
-    }
-
-
 def _finest(plan: Plan) -> int:
     """Return the finest resolution of a build's bricks."""
     names = {name for products in list_commits(plan.out).values() for name in products}
@@ -225,7 +176,8 @@ def _cameras(plan: Plan, cfg: ExportConfig, layout: Layout) -> str | None:
             f"{plan.out} has no renders, which the loader of {cfg.trainer} reads as images; "
             "build them or give --no-images"
         )
-    return "paper" if "paper" in variants else variants[0]
+    # Image-based light looks more real, and the paper's cameras see the front as its trainer did.
+    return min(variants, key=lambda name: ("-ibl" not in name, "paper" not in name, name))
 
 
 def _open_sources(plan: Plan, cfg: ExportConfig) -> list[Source]:

@@ -19,11 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import UserError
-from pipeline.core.html import image_uri, render_page
+from pipeline.core.html import MESH_VIEWER, image_uri, render_page
 from pipeline.core.product import Product, is_product_name
 from pipeline.core.text import counted
 from pipeline.curation.catalogue import read_funnel
 from pipeline.curation.reasons import as_options, thresholds
+from pipeline.inspection.config import ReportConfig
+from pipeline.inspection.report_assets import asset_list
 from pipeline.inspection.report_pictures import PICTURES, PictureJob
 from pipeline.mesh_io.load_warnings import WARNING_CODES
 from pipeline.orchestration.isolated_process import IsolatedProcess
@@ -51,6 +53,7 @@ from pipeline.storage.remote import AnyStorePath, StorePath, write_file
 log = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("build_report.html.j2")
+SCRIPT = Path(__file__).with_name("build_report.js")  # of the list of assets
 # The stages that an asset goes through once for all products, in order.
 SHARED_STAGES = ("metadata", "fetch", "file", "load", "normalize", "geometry", "topology")
 THIN_PERCENT = 5  # of the visible area; from here on an asset counts as partly too thin
@@ -81,12 +84,12 @@ class BuildContents:
     open_shards: int
 
 
-def write_report(out: AnyStorePath, pictures: int = 24) -> AnyStorePath:
+def write_report(out: AnyStorePath, options: ReportConfig | None = None) -> AnyStorePath:
     """Write the report of a build.
 
     Args:
         out: Output directory or URL of the build.
-        pictures: Largest number of assets on the contact sheet.
+        options: Numbers of pictures and meshes. None takes the defaults.
 
     Returns:
         The path of the page, `out`/report/index.html.
@@ -94,11 +97,29 @@ def write_report(out: AnyStorePath, pictures: int = 24) -> AnyStorePath:
     Raises:
         UserError: If `out` is not a build.
     """
+    options = options or ReportConfig(directory=out)
     with local_copy(out, SOURCE_NAMES) as folder:
         build = read_build(folder)
     build = replace(build, plan=replace(build.plan, out=out))
     page = out / "report" / "index.html"
-    html = render_page(TEMPLATE, **summary(build), **contact_sheet(build, pictures))
+    resolutions, cameras = _resolutions(build), _cameras(build)
+    assets = asset_list(
+        build.plan,
+        build.rows,
+        resolutions=resolutions,
+        picture_resolution=_picture_resolution(resolutions),
+        cameras=cameras,
+        options=options,
+    )
+    scripts = {"viewer_js": MESH_VIEWER, "report_js": SCRIPT}
+    html = render_page(
+        TEMPLATE,
+        **summary(build),
+        **contact_sheet(build, options.pictures),
+        **assets,
+        **{name: path.read_text(encoding="utf-8") for name, path in scripts.items()},
+        human_bytes=human_bytes,
+    )
     write_file(page, html.encode())
     return page
 
@@ -340,13 +361,11 @@ def contact_sheet(build: BuildContents, limit: int) -> dict[str, Any]:
     The assets are spread over the build. A child process draws the pictures, because the renderer
     may crash.
     """
-    resolutions = [product.resolution for product in build.markers if product.kind == "sdf"]
-    cameras = next((p.variant for p in build.markers if p.kind == "renders"), None)
+    resolutions, cameras = _resolutions(build), _cameras(build)
+    resolution = _picture_resolution(resolutions)
     done = [row for row in build.rows if row.status == "done"]
-    if not resolutions or cameras is None or not done or limit < 1:
+    if resolution is None or cameras is None or not done or limit < 1:
         return {"cards": [], "picture_resolution": 0, "no_pictures": "nothing is finished"}
-    fine_enough = [resolution for resolution in resolutions if resolution <= PICTURE_RESOLUTION]
-    resolution = max(fine_enough, default=min(resolutions))
     count = min(limit, len(done))
     chosen = [done[i * len(done) // count] for i in range(count)]
     folder = Path(tempfile.mkdtemp(prefix="report-"))
@@ -380,6 +399,20 @@ def contact_sheet(build: BuildContents, limit: int) -> dict[str, Any]:
         "picture_resolution": resolution,
         "no_pictures": f"drawing them failed: {end.reason} {end.detail}".strip(),
     }
+
+
+def _resolutions(build: BuildContents) -> list[int]:
+    return [product.resolution for product in build.markers if product.kind == "sdf"]
+
+
+def _cameras(build: BuildContents) -> str | None:
+    return next((p.variant for p in build.markers if p.kind == "renders"), None)
+
+
+def _picture_resolution(resolutions: Sequence[int]) -> int | None:
+    """Return the resolution of the bricks that the page shows. None if there are none."""
+    fine_enough = [resolution for resolution in resolutions if resolution <= PICTURE_RESOLUTION]
+    return max(fine_enough, default=min(resolutions, default=None))
 
 
 @contextmanager

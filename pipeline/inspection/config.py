@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.core.options import at_least, between, check_bounds
 from pipeline.storage.config import PathOrUrl
 
 
@@ -30,8 +31,23 @@ class ReportConfig:
     directory: Annotated[PathOrUrl, tyro.conf.Positional]
     """Output directory of the build, or its URL."""
 
-    pictures: int = 24
+    pictures: int = at_least(0, 24)
     """Number of assets on the contact sheet. 0 leaves the pictures out."""
+
+    meshes: int = at_least(0, 100)
+    """Number of assets with a 3D view. Each takes about 40 kB of the page, so some hundred are
+    possible. 0 leaves the meshes out."""
+
+    mesh_faces: int = between(100, 10_000, 2000)
+    """Number of faces to which a mesh of the 3D view is simplified."""
+
+    originals: Literal["local", "all", "none"] = "local"
+    """Which original meshes are read from the sources for the 3D view. "local" takes those of
+    folders, ShapeNet and procedural shapes, "all" also downloads assets again, "none" reads
+    none."""
+
+    def __post_init__(self):
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,12 @@
 
 import base64
 import io
+import json
 import re
 import shutil
+import struct
 import time
+import zlib
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -27,6 +30,7 @@ from pipeline.inspection.build_report import (
     warning_rows,
     write_report,
 )
+from pipeline.inspection.config import ReportConfig
 from pipeline.inspection.report_pictures import slice_picture
 from pipeline.mesh_io.load_warnings import WARNING_CODES
 from pipeline.storage.manifest import ManifestRow, read_manifest, write_manifest
@@ -74,7 +78,23 @@ def test_the_page_is_well_formed_and_loads_nothing(page, tiny_build):
     assert page.open == []
     assert all(link.startswith("data:image/webp;base64,") for link in page.links)
     assert "url(" not in (tiny_build / "report" / "index.html").read_text(encoding="utf-8")
-    assert (tiny_build / "report" / "index.html").stat().st_size < 500_000
+    assert (tiny_build / "report" / "index.html").stat().st_size < 1_000_000
+
+
+def test_every_finished_asset_has_its_original_and_its_bricks_in_3d(tiny_build):
+    html = (tiny_build / "report" / "index.html").read_text(encoding="utf-8")
+    rows = read_build(tiny_build).rows
+    meshes = dict(re.findall(r'data-mesh="([^"]+)">([^<]+)</script>', html))
+    assert set(meshes) == {f"{row.uid}/{kind}" for row in rows for kind in ("original", "bricks")}
+    for data in meshes.values():
+        packed = zlib.decompress(base64.b64decode(data))
+        vertices, faces, groups = struct.unpack_from("<3I", packed)
+        assert len(packed) == 12 + 16 * groups + 6 * vertices + 6 * faces
+        assert faces <= 4000
+    assert f"12 of {len(rows)} finished assets" in html
+    entries = json.loads(re.search(r'id="asset-data">(.*?)</script>', html)[1])
+    assert [entry["uid"] for entry in entries] == [row.uid for row in rows]
+    assert {entry["tokens"] for entry in entries} == {row.tokens[96] for row in rows}
 
 
 def test_every_asset_has_a_render_a_surface_and_a_slice(page, tiny_build):
@@ -124,8 +144,10 @@ def test_text_of_assets_is_escaped_and_reasons_are_listed(tiny_build, tmp_path):
         "url": "<script>alert(1)</script>.obj",
     }
     write_manifest(path, [replace(rows[0], **bad), *rows[1:]], [64, 96])
-    html = write_report(out, pictures=1).read_text(encoding="utf-8")
-    assert "<script" not in html
+    html = write_report(out, ReportConfig(directory=out, pictures=1, meshes=0)).read_text(
+        encoding="utf-8"
+    )
+    assert html.count("<script") == 3  # the data and the two scripts of the list of assets
     assert "&lt;script&gt;" in html
     assert re.search(r"rejected</span></td>.*load</td>.*empty_file</td><td>1</td>", html)
     assert len(Page(html).images) == 3
@@ -153,7 +175,9 @@ def test_warnings_are_counted_with_their_meaning_and_examples(tiny_build, tmp_pa
     assert listed[0]["meaning"] == WARNING_CODES["trailing_data"]
     assert listed[0]["examples"][0] == "0.obj (trailing_data x2: <b>0</b>)"
     assert len(listed[0]["examples"]) == min(3, len(rows))
-    html = write_report(out, pictures=1).read_text(encoding="utf-8")
+    html = write_report(out, ReportConfig(directory=out, pictures=1, meshes=0)).read_text(
+        encoding="utf-8"
+    )
     assert "0.obj (trailing_data x2: &lt;b&gt;0&lt;/b&gt;)" in html
     assert WARNING_CODES["trailing_data"] in Page(html).text
 
