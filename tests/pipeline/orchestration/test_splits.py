@@ -11,11 +11,12 @@ from pipeline.core.errors import UserError
 from pipeline.core.hashing import split_of
 from pipeline.curation.shape_moments import surface_moments
 from pipeline.inspection.verification import verify
-from pipeline.orchestration.plan import make_plan
+from pipeline.orchestration.plan import make_plan, read_plan
 from pipeline.orchestration.splits import assign_splits
 from pipeline.storage.commit_marker import CommitMarker, describe_files, read_marker, tree_sha256
 from pipeline.storage.layout import MANIFEST, manifest_path, marker_path
 from pipeline.storage.manifest import ManifestRow, read_manifest, write_manifest
+from pipeline.storage.remote import store_path
 from tests.pipeline.builds import Listing, rows_of
 from train.data.bricks import read_build_index
 
@@ -144,6 +145,27 @@ def test_a_later_build_keeps_the_splits_of_an_earlier_one_and_copies_follow(tmp_
     assign_splits(alone)
     assert splits_of(alone.out) != expected  # else the test shows nothing
     assert verify(plan.out) == []
+
+
+def test_object_store_splits_are_those_of_a_local_build(store, tmp_path):
+    local = plan_of(tmp_path / "build", NAMES)
+    for shard in local.shards:
+        commit_shard(local, shard, SHAPES)
+    url = store_path(store.upload(local.out, "splits"))
+    assign_splits(read_plan(url))
+    assign_splits(local)
+    for shard in local.shards:
+        expected = manifest_path(local.out, shard).read_bytes()
+        assert manifest_path(url, shard).read_bytes() == expected
+        assert read_marker(url, shard, MANIFEST) == read_marker(local.out, shard, MANIFEST)
+    later = plan_of(tmp_path / "later", "pqrs", keep_splits_of=(url,))
+    for shard in later.shards:
+        commit_shard(later, shard, "ZYXW")
+    assign_splits(later)
+    before = splits_of(local.out)
+    assert splits_of(later.out) == {
+        name: before[NAMES[SHAPES.index(shape)]] for name, shape in zip("pqrs", "ZYXW")
+    }
 
 
 def test_verification_finds_a_copy_in_the_other_split(tmp_path):
