@@ -33,7 +33,7 @@ from pipeline.mesh_io.visible_parts import keep_visible
 
 HERE = Path(__file__).parent
 HELD_OUT_EVERY = 10  # one family in so many is held out
-COLUMNS = ("file", "repository", "sha256", "licence", "group", "shape", "split")
+COLUMNS: tuple[str, ...] = ("file", "repository", "sha256", "licence", "group", "shape", "split")
 
 
 def moments_of(path: Path, root: Path) -> NDArray[np.float32]:
