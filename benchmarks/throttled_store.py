@@ -13,7 +13,7 @@ import hashlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +222,7 @@ def running(cfg: StoreConfig) -> Iterator[str]:
         process.wait()
 
 
-def main(args: list[str]) -> None:
+def main(args: Sequence[str]) -> None:
     """Parse the options and serve."""
     cfg = parse(StoreConfig, args, prog="python -m benchmarks.throttled_store")
     asyncio.run(ThrottledStore(cfg).serve())
