@@ -197,10 +197,10 @@ class MeshRenderer:
         textures = {}
         if call.texture is not None:
             textures["base_color"] = self._upload_texture(call.texture, call.sampler, self._linear)
-        if call.emission is not None and call.emission.texture is not None:
-            emission = call.emission
+        emitted = None if call.emission is None else call.emission.texture
+        if call.emission is not None and emitted is not None:
             textures["emissive_color"] = self._upload_texture(
-                emission.texture, emission.sampler, self._linear
+                emitted, call.emission.sampler, self._linear
             )
         for name, texture in call.maps.items():
             surface_map = texture.surface_map
@@ -421,7 +421,7 @@ class MeshRenderer:
         set_uniform(program, "cutoff", np.float32(cutoff))
         set_uniform(program, "normal_scale", np.float32(item.call.normal_scale))
         if item.call.emission is not None:
-            set_uniform(program, "emission", np.float32(item.call.emission.color))
+            set_uniform(program, "emission", np.array(item.call.emission.color, np.float32))
         item.draw(program)
 
     def _target(self, kind: str) -> Target:
@@ -489,7 +489,7 @@ class UploadedEnvironment:
         set_uniform(program, "shares", np.int32(FIRST_LIGHT_UNIT + 1))
         set_uniform(program, "matte", self._matte)
         # the shader turns directions back into the environment's own frame
-        set_uniform(program, "turn", np.float32([np.cos(yaw), np.sin(yaw)]))
+        set_uniform(program, "turn", np.array([np.cos(yaw), np.sin(yaw)], np.float32))
 
 
 def with_even_half(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -558,7 +558,8 @@ def upload_texture(
 
 def mirror_scale(sampler: Sampler) -> NDArray[np.float32]:
     """Return the factors [2] of texture coordinates for a texture of `upload_texture`."""
-    return np.float32([0.5 if wrap == "mirror" else 1 for wrap in (sampler.wrap_u, sampler.wrap_v)])
+    scale = [0.5 if wrap == "mirror" else 1.0 for wrap in (sampler.wrap_u, sampler.wrap_v)]
+    return np.array(scale, np.float32)
 
 
 def read_pixels(framebuffer: moderngl.Framebuffer, dtype: str) -> NDArray[Any]:
