@@ -1,5 +1,5 @@
 #!/bin/sh
-# A model of 9.6 M parameters in three stages for props: data, training, export and evaluation.
+# A model of 9.9 M parameters in three stages for props: data, training, export and evaluation.
 # FOLDER holds the files of assets.csv (CC0), at the paths of its column "file". shapes.csv has one
 # asset of each set of copies. Both state the split: families of groups and copies are held out, and
 # no command trains on them. Every step is resumable: run the script again.

@@ -156,7 +156,7 @@ VAE_PRESETS: dict[str, VAETraining] = {
             keep_last=1,
             **_intervals(500, 1000, 0),
         ),
-        model=VAEConfig(widths=(32, 64, 64, 128), heads=4, blocks=2, latent_channels=8),
+        model=VAEConfig(widths=(32, 64, 96, 128), heads=4, blocks=2, latent_channels=8),
     ),
     # Direct3D-S2 paper (arXiv 2505.17412), section 3: a day on eight A100 GPUs.
     "base": VAETraining(
