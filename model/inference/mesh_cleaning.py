@@ -255,7 +255,7 @@ def _without_flaps(vertices: Vertices, faces: Faces) -> tuple[Vertices, Faces]:
     _, kind, counts = np.unique(order, axis=0, return_inverse=True, return_counts=True)
     flap = counts[kind.ravel()] == 2
     if flap.any():
-        touched = np.unique(faces[flap])
+        touched = np.unique(faces[flap]).astype(np.int64)
         vertices, faces = _split_vertices(vertices, faces[~flap], touched)
     return drop_unused_vertices(vertices, faces)
 

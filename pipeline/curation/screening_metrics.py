@@ -106,7 +106,7 @@ def compute_metrics(mesh: Mesh, topology: Topology, cfg: ScreenConfig) -> Screen
     box = bounding_box_grid_points(mesh, topology.resolution)
     solid = float(enclosed_grid_points(topology.flood) / box)
     views = list(render_views(mesh, VIEW_SEED_KEY, cfg.render))
-    numbers = {name: round(value, 6) for name, value in view_numbers(views).items()}
+    numbers: dict[str, Any] = {name: round(value, 6) for name, value in view_numbers(views).items()}
     solid_without_cracks = float(enclosed_grid_points(_flood_thicker_barrier(topology)) / box)
     visible = topology.triangles[topology.kinds != BURIED]
     bend, sharp_length = bend_length(visible)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from pipeline.core.product import Product, is_product_name
 from pipeline.core.schema import Record
@@ -29,7 +30,7 @@ def new_row(
         split: The split of an asset without a shape, "train" or "val".
     """
     center = result.row.get("center")
-    moments = {
+    moments: dict[str, Any] = {
         name: bytes.fromhex(text) if (text := result.row.get(name)) else None for name in SIGNATURES
     }
     return ManifestRow(

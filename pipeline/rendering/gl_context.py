@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import RunError
 
@@ -95,18 +95,13 @@ def gl_context() -> Iterator[moderngl.Context]:
 
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa shall not start threads: one core per asset
     problems: list[str] = []
+    settings: dict[str, Any] = {"backend": "egl", "libegl": LIBEGL, "libgl": LIBGL}
     context = None
     try:
         for number in device_order():
             try:
-                context = moderngl.create_context(
-                    require=330,
-                    standalone=True,
-                    backend="egl",
-                    libegl=LIBEGL,
-                    libgl=LIBGL,
-                    device_index=number,
-                )
+                settings["device_index"] = number
+                context = moderngl.create_context(require=330, standalone=True, **settings)
                 break
             except Exception as error:  # noqa: BLE001  moderngl has no class for its errors
                 problems.append(f"device {number}: {error}")
