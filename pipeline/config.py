@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from pipeline.core.cameras import read_cameras, text_of_camera
 from pipeline.core.grid import check_resolution
 from pipeline.core.hashing import hash_of, options_of
 from pipeline.core.options import CameraSet, Light, ViewProduct, added
@@ -288,6 +287,9 @@ class BuildConfig:
     def _cameras_of_file(self) -> tuple[str, ...]:
         if self.cameras_file is None:
             return ()
+        # imported here, because parsing the options must not load numpy
+        from pipeline.core.cameras import read_cameras, text_of_camera
+
         try:
             cameras = read_cameras(self.cameras_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -127,9 +127,9 @@ def test_a_build_from_a_source_of_ones_own_as_the_documentation_shows(tmp_path):
 def test_train_on_a_folder(tmp_path):
     meshes = tmp_path / "meshes"
     meshes.mkdir()
-    for number in range(2):
-        sphere = trimesh.creation.icosphere(subdivisions=2, radius=1 + number)
-        sphere.export(meshes / f"{number}.stl")
+    for number in range(2):  # two shapes: copies of one shape are in one split
+        shape = trimesh.creation.capsule(height=1 + 3 * number, count=[12, 12])
+        shape.export(meshes / f"{number}.stl")
     run("train_on_a_folder.py", meshes, tmp_path / "out", 2, env=environment(tmp_path))
     assert (tmp_path / "out" / "data" / "report" / "index.html").exists()
     assert (tmp_path / "out" / "evaluation" / "index.html").exists()

@@ -305,4 +305,5 @@ def test_presets_follow_the_schedule_of_the_paper():
     assert {name for name, p in DIT_PRESETS.items() if p.model.encoder.kind == "stand-in"} == {
         "tiny",
         "small",
+        "props",
     }

@@ -118,7 +118,9 @@ def test_one_more_resolution_then_report_and_estimate(store, local_build, remote
     page = write_report(cfg.out)
     text = store.get(f"{prefix}/report/index.html").decode()
     assert str(page) == f"s3://{BUCKET}/{prefix}/report/index.html"
-    assert text.count("data:image/webp") == 3 * 4  # three pictures of every asset that is done
+    assert (
+        text.count("data:image/webp") == 4 * 4
+    )  # three pictures and the thumbnail of each done asset
     write_report(local.out)
     assert_like_local(store, prefix, local.out, tmp_path)
     (cost,), (cost_here,) = (measure_passes(out).values() for out in (cfg.out, local.out))

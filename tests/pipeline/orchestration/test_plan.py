@@ -100,13 +100,13 @@ def test_options_of_reader_1_keep_their_hash(cfg, stored):
 def test_a_build_keeps_the_reader_version_that_it_was_begun_with(tmp_path):
     cfg = BuildConfig(out=tmp_path / "new", topology_resolution=128)
     make_plan(cfg, [Listing("ab")])
-    assert with_values_of_plan(cfg) == cfg
+    assert with_values_of_plan(cfg) == replace(cfg, light="lamps")
     old = replace(cfg, out=tmp_path / "old", reader_version=1)
     plan = make_plan(old, [Listing("ab")])
     assert (plan.info.reader_version, "reader_version" in plan.info.config) == (1, False)
     assert plan.info.config["up"] == "y"
     asked = replace(cfg, out=tmp_path / "old")
-    assert with_values_of_plan(asked) == old
+    assert with_values_of_plan(asked) == replace(old, light="lamps")
     make_plan(with_values_of_plan(asked), [])  # the same options, so the plan is read
     screening = replace(cfg, out=tmp_path / "ranked" / "screen", reader_version=1)
     make_plan(screening, [Listing("ab")])
@@ -118,7 +118,7 @@ def test_a_build_keeps_the_topology_resolution_that_it_was_begun_with(tmp_path):
     old = BuildConfig(out=tmp_path, resolutions=(256, 512), topology_resolution=128)
     make_plan(old, [Listing("ab")])
     resumed = with_values_of_plan(BuildConfig(out=tmp_path, resolutions=(256, 512)))
-    assert resumed == old
+    assert resumed == replace(old, light="lamps")
     make_plan(resumed, [])
     more = with_values_of_plan(BuildConfig(out=tmp_path, resolutions=(1024,)))
     assert more.topology.resolution == 128

@@ -46,7 +46,8 @@ def test_columns_are_those_agreed_in_their_order(tmp_path):
     assert " ".join(table.column_names) == (
         "uid source url licence sha256 format status stage reason numbers "
         "faces vertices components area volume sign_path tokens_64 tokens_512 "
-        "center scale shard row split up_axis up_origin warnings listed"
+        "center scale shard row split up_axis up_origin warnings listed "
+        "visible_moments face_moments"
     )
     (columns,) = table.to_pylist()
     assert (columns["tokens_64"], columns["tokens_512"]) == (5, 50)
@@ -107,13 +108,16 @@ def test_schema_sorts_resolutions_as_numbers():
 def test_a_manifest_of_reader_1_is_read_without_axis_and_warnings(tmp_path):
     write_manifest(tmp_path / "m.parquet", [ROW], [64, 512])
     table = pq.read_table(tmp_path / "m.parquet")
-    assert table.column_names[-4:] == ["up_axis", "up_origin", "warnings", "listed"]
-    pq.write_table(table.drop_columns(table.column_names[-4:]), tmp_path / "old.parquet")
+    moments = ["visible_moments", "face_moments"]
+    assert table.column_names[-6:] == ["up_axis", "up_origin", "warnings", "listed", *moments]
+    pq.write_table(table.drop_columns(table.column_names[-6:]), tmp_path / "old.parquet")
     (row,) = read_manifest(tmp_path / "old.parquet")
     assert (row.up_axis, row.up_origin, row.warnings) == (None, None, ())
     assert row == replace(ROW, up_axis=None, up_origin=None, warnings=())
-    pq.write_table(table.drop_columns(["listed"]), tmp_path / "before_lists.parquet")
+    pq.write_table(table.drop_columns(["listed", *moments]), tmp_path / "before_lists.parquet")
     assert read_manifest(tmp_path / "before_lists.parquet") == [ROW]
-    pq.write_table(table.drop_columns(["warnings", "listed"]), tmp_path / "partly.parquet")
+    pq.write_table(
+        table.drop_columns(["warnings", "listed", *moments]), tmp_path / "partly.parquet"
+    )
     with pytest.raises(ValueError, match="must have the columns"):
         read_manifest(tmp_path / "partly.parquet")
