@@ -298,10 +298,12 @@ class BuildConfig:
 
     @cached_property
     def _environments(self) -> tuple[str, ...]:
-        # imported here, because parsing the options must not load numba
+        if self.environment is None:
+            return ()
+        # imported here, because parsing the options must not load numpy
         from pipeline.rendering.environments import describe_environments
 
-        return () if self.environment is None else describe_environments(self.environment)
+        return describe_environments(self.environment)
 
     @cached_property
     def products(self) -> tuple[Product, ...]:
