@@ -222,13 +222,16 @@ def at_step(monkeypatch, number, act):
 def test_from_url_a_store_that_throttles_and_answers_late_changes_no_loss(drill, expected, store):
     store.proxy.latency_s = 0.02
     throttle = Cut(r"^GET /bucket/rendered/sdf/32/.*/c/0/0", "throttle", times=5)
-    # A read has three attempts of three requests each. One cut answer is as much as a read can take
-    # on which all throttled requests fall.
-    short = Cut(r"^GET /bucket/rendered/sdf/32/.*/values/c/0/0", "answer", 1, after_bytes=700)
-    store.proxy.cuts = [throttle, short]
+    # A read has three attempts. Three cuts of one object could use all of them, which rightly ends
+    # the run, so each cut is of another shard.
+    short = [
+        Cut(f"^GET /bucket/rendered/sdf/32/00000{n}.*/values/c/0/0", "answer", 1, after_bytes=700)
+        for n in range(2)
+    ]
+    store.proxy.cuts = [throttle, *short]
     assert train_vae(drill, World()) == 6
     assert losses(drill.out) == expected
-    assert (len(throttle.done), len(short.done)) == (5, 1)
+    assert (len(throttle.done), [len(cut.done) for cut in short]) == (5, [1, 1])
 
 
 @pytest.mark.parametrize(
