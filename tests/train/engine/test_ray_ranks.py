@@ -133,6 +133,7 @@ def test_the_failure_that_explains_the_others_is_the_reason():
 
 def test_a_run_on_ray_needs_a_cluster_that_answers(monkeypatch):
     options = RankOptions(ray_gpus=2)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # as outside this process of tests
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match="--ray-gpus needs a Ray cluster: submit the command with"):
         ranks.started_ranks("train.dit", [], options)
