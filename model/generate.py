@@ -1,5 +1,7 @@
 """`python -m model.generate IMAGE ... -o OUT.glb`: a closed mesh of the object in each image.
 
+With `--views A.png B.png ...` it is one mesh of the object that all images show.
+
 Options and images are checked before torch and the models are imported, which takes seconds.
 """
 
@@ -35,15 +37,21 @@ PROG = "python -m model.generate"
 class GenerateConfig:
     """Generate a mesh for each image of an object. Transparent pixels are background."""
 
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Image files, each of an object of its own."""
+
+    views: tuple[Path, ...] = ()
+    """Image files that show one object from several sides. One mesh is generated from all of them.
+    A model that was trained with --facing-views needs views from the same side, within 45 degrees
+    of azimuth."""
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Mesh file, or the directory of the mesh files. The default is the current directory."""
 
     checkpoint: str = "runs/export"
     """Directory of the trained stages, which python -m train.export writes, or of the published
-    Direct3D-S2 weights. hf://OWNER/NAME/SUBFOLDER downloads it from the Hugging Face hub."""
+    Direct3D-S2 weights. "props" takes the weights of the package, hf://OWNER/NAME/SUBFOLDER
+    downloads from the Hugging Face hub."""
 
     image_encoder: str | None = None
     """DINOv2 weights: a folder or a name on the Hugging Face hub. Without it those that the
@@ -74,22 +82,31 @@ class GenerateConfig:
     )
 
     def __post_init__(self) -> None:
-        if not self.images:
-            raise ValueError("images must name at least one file, got none")
+        if bool(self.images) == bool(self.views):
+            found = "both" if self.images else "neither"
+            raise ValueError(
+                "images must name at least one file, or --views the views of one object, "
+                f"got {found}"
+            )
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
         check_device(self.device)
 
+    @property
+    def objects(self) -> list[tuple[Path, ...]]:
+        """The image files of each object, of which one mesh is generated each."""
+        return [self.views] if self.views else [(image,) for image in self.images]
+
 
 def mesh_files(cfg: GenerateConfig) -> list[Path]:
-    """Return the mesh file of each image.
+    """Return the mesh file of each object.
 
     Raises:
-        UserError: If --out does not fit the number of images, if two files would have one name, or
+        UserError: If --out does not fit the number of objects, if two files would have one name, or
             if a file would replace an image.
     """
     files = _mesh_files(cfg)
-    images = {image.resolve() for image in cfg.images}
+    images = {view.resolve() for views in cfg.objects for view in views}
     for file in files:
         replaced = images & {file.resolve(), _preview_file(file, cfg).resolve()}
         if replaced:
@@ -103,15 +120,16 @@ def mesh_files(cfg: GenerateConfig) -> list[Path]:
 def _mesh_files(cfg: GenerateConfig) -> list[Path]:
     from pipeline.mesh_io.mesh_export import FORMATS
 
+    objects = cfg.objects
     names_a_file = cfg.out is not None and not cfg.out.is_dir()
-    if len(cfg.images) == 1 and cfg.out is not None and names_a_file and cfg.out.suffix:
+    if len(objects) == 1 and cfg.out is not None and names_a_file and cfg.out.suffix:
         if cfg.out.suffix.lower() not in FORMATS:
             raise UserError(f"--out must end in one of {', '.join(FORMATS)}, got {cfg.out}")
         return [cfg.out]
     if cfg.out is not None and names_a_file and cfg.out.suffix.lower() in FORMATS:
-        raise UserError(f"--out must be a directory for {len(cfg.images)} images, got {cfg.out}")
+        raise UserError(f"--out must be a directory for {len(objects)} images, got {cfg.out}")
     folder = cfg.out or Path()
-    files = [folder / f"{image.stem}.{cfg.format}" for image in cfg.images]
+    files = [folder / f"{views[0].stem}.{cfg.format}" for views in objects]
     repeated = {file for file in files if files.count(file) > 1}
     if repeated:
         raise UserError(
@@ -137,10 +155,10 @@ def _check_writable(folder: Path) -> None:
 
 
 def generate(cfg: GenerateConfig) -> int:
-    """Generate the mesh of every image. An image that fails does not stop the others.
+    """Generate the mesh of every object. An object that fails does not stop the others.
 
     Returns:
-        Number of images that failed.
+        Number of objects that failed.
 
     Raises:
         UserError: If an option or an image cannot be used, or a stage is missing.
@@ -151,8 +169,9 @@ def generate(cfg: GenerateConfig) -> int:
     _check_writable(files[0].parent)
     # Every image is checked before any model is loaded. A directory of photos may not fit into
     # memory, so they are read again later.
-    for path in cfg.images:
-        load_foreground(path, keep_background=cfg.keep_background)
+    for views in cfg.objects:
+        for path in views:
+            load_foreground(path, keep_background=cfg.keep_background)
     if cfg.generation.faces is not None:
         from model.inference.mesh_cleaning import check_simplification
 
@@ -176,13 +195,12 @@ def generate(cfg: GenerateConfig) -> int:
         device,
     )
     failed = 0
-    for path, file in zip(cfg.images, files, strict=True):
+    for views, file in zip(cfg.objects, files, strict=True):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            image = load_foreground(path, keep_background=cfg.keep_background)
             mesh = generator.generate(
-                image,
+                [load_foreground(path, keep_background=cfg.keep_background) for path in views],
                 cfg.seed,
                 cfg.generation,
                 whole_if_opaque=cfg.keep_background,
@@ -201,7 +219,7 @@ def generate(cfg: GenerateConfig) -> int:
                 log.info("preview: %s", _preview_file(file, cfg))
         except (RunError, UserError, ValueError) as error:
             failed += 1
-            log.error("%s: %s", path, error)
+            log.error("%s: %s", " ".join(map(str, views)), error)
     return failed
 
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: in a directory, or in a repository of the Hugging Face hub."""
+"""Where a checkpoint lies: in a directory, in the installed package, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from model.config import Refine
 from pipeline.core.errors import UserError
 
 HUB = "hf://"
+SHIPPED = ("props",)  # names of the weights that are part of the package
+SHIPPED_WEIGHTS = Path(__file__).parent.parent / "weights"
 REFINER_FILES = {"none": ["*refiner*"], "512": ["*refiner_1024*"], "all": []}
 
 
@@ -16,7 +18,8 @@ def find_checkpoint(path: Path | str, refine: Refine | None = None) -> Path:
     """Return the directory of a checkpoint, which is downloaded if it is a name on the hub.
 
     Args:
-        path: A directory, or "hf://OWNER/NAME" with an optional "/SUBFOLDER".
+        path: A directory, the name of weights that the package ships, or "hf://OWNER/NAME" with an
+            optional "/SUBFOLDER". A directory in the current one goes before shipped weights.
         refine: Which refiners are needed. The others are not downloaded.
 
     Raises:
@@ -26,12 +29,24 @@ def find_checkpoint(path: Path | str, refine: Refine | None = None) -> Path:
     if text.startswith("hf:"):
         return _download(text, refine)
     folder = Path(path)
+    if is_shipped(path):
+        folder = SHIPPED_WEIGHTS / text
+        if not any(folder.glob("*/config.json")):
+            raise UserError(
+                f"the weights {text} are not in this installation ({folder} holds no exported "
+                "stage); install the package from its repository, or name a directory"
+            )
     if not folder.is_dir():
         raise UserError(
             f"{folder} is not a directory; name an export of python -m train.export, the published "
-            f"folder, or {HUB}OWNER/NAME/SUBFOLDER"
+            f"folder, {HUB}OWNER/NAME/SUBFOLDER, or shipped weights: {', '.join(SHIPPED)}"
         )
     return folder
+
+
+def is_shipped(path: Path | str) -> bool:
+    """Return whether a checkpoint is named by the name of weights that the package ships."""
+    return str(path) in SHIPPED and not Path(path).is_dir()
 
 
 def _download(text: str, refine: Refine | None) -> Path:

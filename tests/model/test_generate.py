@@ -134,6 +134,42 @@ def test_each_view_is_encoded_for_each_stage(monkeypatch):
         generator.generate([], 0, FAST)
 
 
+def test_views_of_one_object_give_one_mesh(checkpoint, picture, tmp_path):
+    other = tmp_path / "other.png"
+    disc_image().transpose(Image.Transpose.ROTATE_90).save(other)
+    coarse = replace(FAST, steps=(1,), resolution=64)
+
+    def make(name, **files):
+        cfg = GenerateConfig(
+            **files, out=tmp_path / name, checkpoint=checkpoint, device="cpu", generation=coarse
+        )
+        assert generate(cfg) == 0
+        return (tmp_path / name).read_bytes()
+
+    alone = make("alone.stl", images=(picture,))
+    assert make("one_view.stl", views=(picture,)) == alone
+    both = make("both.stl", views=(picture, other))
+    assert both not in (alone, make("other.stl", images=(other,)))
+    # The mean does not depend on the order of the views.
+    assert make("swapped.stl", views=(other, picture)) == both
+
+
+def test_views_are_files_of_one_object(picture, tmp_path):
+    views = (picture, tmp_path / "back.png")
+    cfg = GenerateConfig(views=views, out=tmp_path, device="cpu")
+    assert mesh_files(cfg) == [tmp_path / "disc.glb"]
+    assert mesh_files(replace(cfg, out=tmp_path / "a.obj")) == [tmp_path / "a.obj"]
+    preview = replace(cfg, out=tmp_path / "back.glb", preview="png")
+    preview = replace(preview, views=(picture, tmp_path / "back.preview.png"))
+    with pytest.raises(UserError, match=r"back\.preview\.png is an image and would be replaced"):
+        mesh_files(preview)
+    with pytest.raises(UserError, match=r"back\.png must be a readable image"):
+        main(["--views", *map(str, views), "--device", "cpu"])
+    for words, found in (((), "neither"), ((str(picture), "--views", str(picture)), "both")):
+        with pytest.raises(UserError, match=f"views of one object, got {found}"):
+            main(list(words))
+
+
 def test_each_of_several_images_gives_the_mesh_it_gives_alone(checkpoint, picture, tmp_path):
     other = tmp_path / "other.png"
     disc_image().transpose(Image.Transpose.ROTATE_90).save(other)
