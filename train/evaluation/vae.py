@@ -21,7 +21,7 @@ from pipeline.core.devices import choose_device
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.core.primitives.surface_distance import THRESHOLDS, compare_surfaces
-from pipeline.core.primitives.voxel_iou import intersection_over_union
+from pipeline.core.primitives.voxel_iou import solid_intersection_over_union
 from train.data.bricks import (
     UNREADABLE,
     BrickReader,
@@ -142,7 +142,7 @@ def evaluate_asset(
         resolution=resolution,
         reference_resolution=finest,
         tokens=len(batch.cells),
-        iou=intersection_over_union(values < 0, batch.values < 0).item(),
+        iou=solid_intersection_over_union(values, batch.values, resolution).item(),
         chamfer=metrics.chamfer,
         accuracy=metrics.accuracy,
         completeness=metrics.completeness,

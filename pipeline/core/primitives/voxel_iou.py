@@ -1,4 +1,4 @@
-"""Grid points inside a closed mesh, and the intersection over union of two masks."""
+"""Grid points inside a closed mesh, and the intersection over union of masks and of solids."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from pipeline.core.grid import band, spacing
 
 # Offsets of the lines in y and z, in voxels. Irrational, so that no line meets an edge or a vertex.
 OFFSETS = (0.3183098861, 0.2718281828)
@@ -92,5 +94,28 @@ def intersection_over_union(a: Any, b: Any, axes: tuple[int, ...] | None = None)
         shared, union = shared.sum(axes), union.sum(axes)
     if not isinstance(a, np.ndarray):  # tensors of integers would be divided in float32
         shared, union = shared.double(), union.double()
+    empty = union == 0
+    return (shared + empty) / (union + empty)
+
+
+def solid_intersection_over_union(a: Any, b: Any, resolution: int) -> Any:
+    """Return the intersection over union (IoU) of two solids, given as truncated distances.
+
+    Each grid point counts with the share of its voxel that is inside, as a plane at the point's
+    distance would cut it. A mask of the grid points would lose or gain a whole layer of points
+    where a flat surface passes close to one, which is half the volume of a plate of two voxels.
+
+    Args:
+        a: Signed distances of grid points divided by `pipeline.core.grid.band(resolution)`, a
+            tensor of any shape.
+        b: The same for the other solid.
+        resolution: Grid points along one side of the cube.
+
+    Returns:
+        A float64 tensor without axes. It is 1 if both solids are empty.
+    """
+    voxels_per_band = band(resolution) / spacing(resolution)
+    a, b = ((0.5 - x.double() * voxels_per_band).clamp(0, 1) for x in (a, b))
+    shared, union = a.minimum(b).sum(), a.maximum(b).sum()
     empty = union == 0
     return (shared + empty) / (union + empty)

@@ -16,7 +16,7 @@ from model.inference.extract_mesh import extract_meshes
 from model.rectified_flow import interpolate, velocity_target
 from model.sparse_tensor import SparseTensor
 from model.sparse_vae import SparseVAE
-from pipeline.core.primitives.voxel_iou import intersection_over_union
+from pipeline.core.primitives.voxel_iou import solid_intersection_over_union
 from train.data.bricks import BuildIndex
 from train.data.latents import LatentStore
 from train.data.symmetry import turn_directions
@@ -171,7 +171,7 @@ class DiTTask(StageTask[DiTTraining]):
         row = [on_white(view.rgba, PICTURE_SIDE)]
         for mesh in (generated_mesh, stored_mesh):
             row.append(picture(*mesh, size=PICTURE_SIDE, view=axes))
-        return float(intersection_over_union(values < 0, stored < 0)), row
+        return float(solid_intersection_over_union(values, stored, self.cfg.resolution)), row
 
 
 def camera_axes(meta: dict[str, Any]) -> NDArray[np.float64]:

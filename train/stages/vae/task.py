@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.inference.extract_mesh import extract_meshes
 from model.sparse_vae import SparseVAE
 from pipeline.core.primitives.marching_cubes import extract
-from pipeline.core.primitives.voxel_iou import intersection_over_union
+from pipeline.core.primitives.voxel_iou import solid_intersection_over_union
 from train.data.bricks import BrickLoader, BuildIndex, VAEBatch
 from train.engine.distributed import World
 from train.engine.mesh_pictures import picture, save_image, side_by_side, write_ply
@@ -63,7 +63,7 @@ class VAETask(StageTask[VAETraining]):
                 batch = loader.load_assets([asset], resolution).to(self.world.device)
                 values, posterior = model(batch.bricks)
                 losses = vae_losses(values, posterior, batch.bricks, self.cfg.loss, 1.0)
-                iou = intersection_over_union(values < 0, batch.bricks.values < 0)
+                iou = solid_intersection_over_union(values, batch.bricks.values, resolution)
                 metrics.append(torch.stack([*(losses[name].double() for name in LOSS_NAMES), iou]))
         names = (*LOSS_NAMES, "iou")
         sums = torch.zeros(len(names), device=self.world.device)

@@ -2,9 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 
-from pipeline.core.primitives.voxel_iou import OFFSETS, inside, intersection_over_union
+from pipeline.core.grid import band, spacing
+from pipeline.core.primitives.voxel_iou import (
+    OFFSETS,
+    inside,
+    intersection_over_union,
+    solid_intersection_over_union,
+)
 
 
 def points(side):
@@ -52,3 +59,33 @@ def test_intersection_over_union():
     a[0], b[:, :2] = True, True
     assert intersection_over_union(a, b) == pytest.approx(2 / 6)
     assert not inside(np.zeros((3, 3)), np.array([[0, 1, 2]]), 8).any()
+
+
+def plate(bottom, top, side=8, resolution=256):
+    """Return the stored values of a plate across the whole grid, of which `side` rows are taken."""
+    y = torch.arange(side, dtype=torch.float64)
+    distance = torch.maximum(bottom - y, y - top) * spacing(resolution) / band(resolution)
+    return distance.clamp(-1, 1)[:, None].expand(side, 5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((2.01, 4.5), (2.01, 4.5), 1.0),
+        ((1.99, 4.5), (2.01, 4.5), 2.49 / 2.51),  # the masks differ in one of three layers
+        ((2.0, 3.5), (2.3, 3.8), 1.2 / 1.8),
+        ((1.0, 2.0), (4.0, 5.0), 0.0),
+    ],
+)
+def test_the_overlap_of_plates_is_exact_between_grid_points(a, b, expected):
+    found = solid_intersection_over_union(plate(*a), plate(*b), 256)
+    assert found.item() == pytest.approx(expected, abs=1e-6)
+    masks = plate(*a) < 0, plate(*b) < 0
+    if a == (1.99, 4.5):
+        assert intersection_over_union(*masks) == pytest.approx(2 / 3)
+
+
+def test_solids_without_a_point_inside_overlap_completely():
+    empty = torch.ones(4, 4)
+    assert solid_intersection_over_union(empty, empty, 64).item() == 1.0
+    assert solid_intersection_over_union(empty, -empty, 64).item() == 0.0
