@@ -13,7 +13,6 @@ import random
 import resource
 import secrets
 import shutil
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from pipeline.core.files import is_disk_full
 from pipeline.core.hashing import as_options, differences
 from pipeline.core.product import Product
 from pipeline.core.provenance import READER_VERSION
+from pipeline.core.ray_address import check_answers
 from pipeline.core.schema import Record
 from pipeline.core.signals import Stop, Stopped, note_signals
 from pipeline.core.text import counted
@@ -57,7 +57,6 @@ OBJECT_STORE_BYTES = 100 << 20  # assets travel through the file system, only re
 FAILURES_BEFORE_STOP = 10
 DISK_CHECK_S = 5.0
 CANCEL_S = 30.0
-PROBE_TIMEOUT_S = 10.0  # for the first connection to a given Ray
 STARTING = (
     "Starting the workers. The first build on a machine also compiles the geometry code "
     "(once per machine), which can take a few minutes."
@@ -523,7 +522,7 @@ def _connected(cfg: BuildConfig) -> Iterator[None]:
     with nullcontext() if address else _local_settings():
         if address:
             try:
-                _check_answers(address)
+                check_answers(address)
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
             except (OSError, ValueError) as error:
                 cause = " ".join(str(error).split())
@@ -543,19 +542,6 @@ def _connected(cfg: BuildConfig) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
-
-
-def _check_answers(address: str) -> None:
-    """Check that something listens at an address of the form [ray://]HOST:PORT.
-
-    Ray itself would try for minutes, and then end the process.
-
-    Raises:
-        OSError: If nothing listens there within PROBE_TIMEOUT_S.
-    """
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdigit() and int(port) < 1 << 16:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
 
 
 @contextmanager

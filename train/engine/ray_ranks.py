@@ -6,7 +6,6 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,13 +23,13 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.ray_address import check_answers
 from pipeline.core.signals import Stop, note_signals
 from train.engine.config import RankOptions
 from train.engine.rank_process import GRACE_S, RankPlace, describe_end, serve_store
 
 log = logging.getLogger(__name__)
 
-PROBE_TIMEOUT_S = 10.0  # for the head at RAY_ADDRESS to answer
 PLACEMENT_TIMEOUT_S = 1800.0  # for so many GPUs to be free, also after a node was lost
 REPORT_EVERY_S = 60.0  # while waiting for GPUs
 POLL_S = 0.2
@@ -237,10 +236,8 @@ def _connected() -> Iterator[None]:
             "--ray-gpus needs a Ray cluster: submit the command with ray job submit, or set "
             "RAY_ADDRESS; --gpus uses the GPUs of this machine without Ray"
         )
-    host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
-        if host and port.isdigit():  # Ray itself would try for minutes, and then end the process
-            socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
+        check_answers(address)
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())
