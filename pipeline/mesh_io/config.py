@@ -21,9 +21,10 @@ class LoadConfig:
 
     max_unpacked_bytes: int = 1 << 30
     """Largest size in bytes of the unpacked contents of a zipped format (3mf, zae, usdz), of all
-    layers of a USD file, of the compressed arrays of an FBX file, or of the buffers that a glTF
-    file compresses with meshopt. Contents of more than 64 MiB in a zipped format must also be at
-    most 200 times as large as the file."""
+    layers of a USD file, of the compressed arrays of an FBX file, of a compressed blend file and
+    the libraries that it links, or of the buffers that a glTF file compresses with meshopt.
+    Contents of more than 64 MiB in a zipped format must also be at most 200 times as large as the
+    file."""
 
     max_texture_side: int = 4096
     """Largest side of a texture in pixels. Larger textures are scaled down to it. Reduce it to save

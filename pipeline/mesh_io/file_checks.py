@@ -8,6 +8,8 @@ from pipeline.core.errors import Reject
 from pipeline.mesh_io.config import LoadConfig
 
 LFS_SIGNATURE = b"version https://git-lfs"
+GZIP_MAGIC = b"\x1f\x8b"
+ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"
 HEAD_BYTES = 4096  # bytes at the beginning of a file that the checks look at
 
 # A claim beyond BOMB_BYTES and beyond BOMB_FACTOR times the bytes that are there is an attack.
@@ -71,7 +73,7 @@ def check_magic(head: bytes, extension: str, size: int) -> None:
         **dict.fromkeys(("usd", "usda", "usdc"), is_usd),
         "usdz": is_zip,
         # Blend files may be compressed with gzip or Zstandard. Alembic is Ogawa or HDF5.
-        "blend": head.startswith((b"BLENDER", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")),
+        "blend": head.startswith((b"BLENDER", GZIP_MAGIC, ZSTANDARD_MAGIC)),
         "abc": head.startswith((b"Ogawa", b"\x89HDF")),
     }
     if is_html or not has_magic.get(extension, True):

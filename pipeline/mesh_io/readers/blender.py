@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.core.errors import Reject
 from pipeline.mesh_io.load_warnings import WARNING_CODES, WarningLog
 from pipeline.mesh_io.reader_context import ReaderContext
+from pipeline.mesh_io.readers.blend_links import check_links
 from pipeline.mesh_io.readers.gltf import read_gltf
 from pipeline.mesh_io.scene import Scene
 
@@ -30,11 +31,16 @@ def read_with_blender(content: bytes, context: ReaderContext) -> Scene:
         content: The file. Blender reads it from its path.
         context: Names Blender, the file, and the root for images.
 
+    A blend file that links a file outside the root is rejected before Blender runs, because Blender
+    opens such files together with it.
+
     Raises:
         Reject: "unreadable" if Blender cannot be run or cannot convert the file, and as
-            `read_gltf`.
+            `check_links` and `read_gltf`.
     """
     path = context.path.resolve()
+    if path.suffix.lower() == ".blend":
+        check_links(content, path, context.side_files.root, context.cfg)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "scene.glb"
         output = _run(_command(context.cfg.blender, path, context.side_files.root, target))

@@ -75,7 +75,8 @@ def check_files(root: Path, found: Counter) -> None:
             image.filepath = ""
         elif image.source == "TILED":
             found["appearance_ignored", f"{image.name}: tiles"] += 1
-    # Blender has opened these files already. What came from outside the root is removed.
+    # `blend_links` rejects links to files outside the root before Blender opens them. Links that it
+    # does not know are removed here.
     removed = []
     for item in (*bpy.data.libraries, *bpy.data.cache_files, *bpy.data.volumes, *bpy.data.fonts):
         if item.filepath in ("", "<builtin>") or getattr(item, "packed_file", None):

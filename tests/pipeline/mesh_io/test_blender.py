@@ -12,8 +12,9 @@ from pipeline.core.errors import Reject
 from pipeline.mesh_io.config import LoadConfig
 from pipeline.mesh_io.load import load_with_report
 from tests.pipeline.mesh_files import VALID_FILES, assert_same_triangles, write
+from tests.pipeline.mesh_io.blend_files import blend_file
 
-BLEND = b"BLENDER-v405RENDH"
+BLEND = blend_file()
 
 
 @pytest.fixture
@@ -114,6 +115,20 @@ def test_other_content_is_rejected_before_blender_runs(tmp_path, name):
         load(tmp_path, "gone", name, b"hello")
 
 
+def test_a_file_that_links_a_file_outside_is_rejected_before_blender_runs(tmp_path, stand_in):
+    folder = tmp_path / "root"
+    folder.mkdir()
+    blender = stand_in(f"pathlib.Path({str(tmp_path / 'ran')!r}).touch()\nREPORT = []" + CONVERT)
+    content = blend_file([("Library", "//../outside.blend")])
+    load(folder, blender, content=content)
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    (tmp_path / "outside.blend").write_bytes(BLEND)
+    with pytest.raises(Reject, match=r"error=file_outside_root .*name=//\.\./outside\.blend"):
+        load(folder, blender, content=content)
+    assert not (tmp_path / "ran").exists()
+
+
 MAKE = """
 import bpy, sys
 bpy.ops.wm.read_factory_settings(use_empty=True)
@@ -173,13 +188,15 @@ bpy.ops.wm.save_as_mainfile(filepath=str(folder / "a.blend"))
 
 
 @NEEDS_BLENDER
-def test_libraries_outside_the_root_are_removed_and_reported(tmp_path):
+def test_linked_files_outside_the_root_are_never_read(tmp_path):
     folder = tmp_path / "root"
     folder.mkdir()
-    blender = run_blender(tmp_path, LINK, str(folder))
-    mesh, report = load_with_report(folder / "a.blend", LoadConfig(blender=blender))
+    cfg = LoadConfig(blender=run_blender(tmp_path, LINK, str(folder)))
+    with pytest.raises(Reject, match="file_outside_root"):
+        load_with_report(folder / "a.blend", cfg)
+    (tmp_path / "outside.blend").unlink()
+    mesh, report = load_with_report(folder / "a.blend", cfg)
     assert mesh.vertices.max(0).round(4).tolist() == [1, 11, 1]
     assert len(mesh.faces) == 24
-    (warning,) = report.warnings
-    assert warning.code == "side_file_missing"
-    assert warning.examples[0].endswith("outside.blend")
+    codes = {warning.code: warning.examples[0] for warning in report.warnings}
+    assert codes["side_file_missing"].endswith("outside.blend")
