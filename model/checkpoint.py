@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -93,6 +93,8 @@ def load_model(
     *,
     config: Any | None = None,
     adapt: Callable[[Any], Any] | None = None,
+    make: Callable[[Any], Model] | None = None,
+    skeleton: bool = False,
     device: torch.device | str = "cpu",
     averaged: bool = True,
 ) -> Model:
@@ -103,6 +105,9 @@ def load_model(
         cls: Class of the model. It is constructed as `cls(cls.Config(...))`.
         config: The configuration that the model must have. None accepts any.
         adapt: Changes the configuration before the model is made. None keeps it.
+        make: Makes the model of a configuration. None calls `cls`.
+        skeleton: Return the model on the meta device. The names and shapes of its weights are
+            checked, and the weights are not read.
         device: Where the model is moved.
         averaged: Take the averaged weights, if there are any, instead of those of the last step.
 
@@ -128,8 +133,15 @@ def load_model(
             if wanted[key] != actual[key]
         ]
         raise CheckpointError(f"{path} must have {', '.join(fields)}")
-    model = cls(found if adapt is None else adapt(found))
-    load_weights(weights_file(path) if averaged else path / WEIGHTS, model)
+    final = found if adapt is None else adapt(found)
+    weights = weights_file(path) if averaged else path / WEIGHTS
+    if skeleton:
+        with torch.device("meta"):
+            model = (make or cls)(final)
+        check_weights(weights, model)
+        return model.eval()
+    model = (make or cls)(final)
+    load_weights(weights, model)
     return model.to(device).eval()
 
 
@@ -245,7 +257,30 @@ def load_weights(path: Path, model: nn.Module) -> None:
     try:
         copy_weights(load_file(path), model, "it")
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error}"[:MAX_MESSAGE]) from error
+        raise _unusable(path, error) from error
+
+
+def check_weights(path: Path, model: nn.Module) -> None:
+    """Check that a file has the names and shapes of a model's weights, without reading weights.
+
+    Args:
+        path: A safetensors file.
+        model: The model, which may be on the meta device.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or of another model.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        shaped = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        convert_weights(shaped, model, "it")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be used: {error}"[:MAX_MESSAGE])
 
 
 def copy_weights(

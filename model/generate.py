@@ -63,6 +63,10 @@ class GenerateConfig:
     device: Device = "auto"
     """Device of the models. "auto" takes a GPU if there is one, "cuda:N" the GPU of number N."""
 
+    low_memory: bool = False
+    """Load each stage when it runs and free it afterwards, for every image anew. This needs less
+    memory and more time, and gives the same meshes."""
+
     format: Literal["glb", "obj", "ply", "stl"] = "glb"
     """Format of the mesh files, unless --out names a file."""
 
@@ -187,7 +191,9 @@ def generate(cfg: GenerateConfig) -> int:
     from model.inference.generator import Generator
     from pipeline.mesh_io.mesh_export import write_mesh
 
-    generator = Generator.load(cfg.checkpoint, device, cfg.generation, cfg.image_encoder)
+    generator = Generator.load(
+        cfg.checkpoint, device, cfg.generation, cfg.image_encoder, low_memory=cfg.low_memory
+    )
     log.info(
         "image encoder: %s; models for R = %s on %s",
         generator.structure.flow.encoder.label,

@@ -42,6 +42,10 @@ class AppConfig:
     """DINOv2 weights: a folder or a name on the Hugging Face hub. Without it those that the
     checkpoint names are taken."""
 
+    low_memory: bool = False
+    """Load each stage when it runs and free it afterwards, in every generation. This needs less
+    memory and more time, and gives the same meshes."""
+
     max_upload_mb: int = 32
     """Largest size of a request in megabytes."""
 

@@ -60,7 +60,13 @@ def open_server(config: AppConfig) -> Iterator[tuple[object, socket.socket, str]
 
             options = GenerationOptions(precision=config.precision, refine=config.refine)
             device = choose_device(config.device)
-            generator = Generator.load(config.checkpoint, device, options, config.image_encoder)
+            generator = Generator.load(
+                config.checkpoint,
+                device,
+                options,
+                config.image_encoder,
+                low_memory=config.low_memory,
+            )
             service = stack.enter_context(closing(Service(config, generator)))
         server = gr.mount_gradio_app(
             build_server(config, service, builds),

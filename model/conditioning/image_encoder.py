@@ -304,9 +304,11 @@ class StandInEncoder(ImageEncoder):
             for _ in range(layers)
         )
         init_linears(self)
-        row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        coords = torch.stack([column, row, torch.zeros_like(row)], 2).flatten(0, 1)
-        self.register_buffer("position", position_embedding(coords, channels), persistent=False)
+        with torch.device("cpu"):  # positions are no weights: a model on the meta device has them
+            row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+            coords = torch.stack([column, row, torch.zeros_like(row)], 2).flatten(0, 1)
+            position = position_embedding(coords, channels)
+        self.register_buffer("position", position, persistent=False)
 
     def tokens(self, pixels_BCHW: Tensor) -> Tensor:
         """Encode images."""
@@ -316,6 +318,33 @@ class StandInEncoder(ImageEncoder):
         for block in self.blocks:
             x_BTC = block(x_BTC)
         return x_BTC
+
+
+class EncoderOnDemand(ImageEncoder):
+    """A frozen encoder whose weights are in memory only while images are encoded.
+
+    Args:
+        config: The configuration of a frozen encoder.
+
+    Raises:
+        UserError: As `build_encoder`.
+        ValueError: As `build_encoder`.
+    """
+
+    trainable = False
+
+    def __init__(self, config: EncoderConfig):
+        with torch.device("cpu"):
+            super().__init__()
+            encoder = build_encoder(config)
+        self.config = config
+        self.channels = encoder.channels
+        self.image_size = encoder.image_size
+        self.label = encoder.label
+
+    def forward(self, batch: ImageBatch) -> ImageTokens:
+        """Load the encoder to the device of a batch, encode the batch and free the encoder."""
+        return build_encoder(self.config).to(batch.pixels.device).eval()(batch)
 
 
 def build_encoder(config: EncoderConfig) -> ImageEncoder:

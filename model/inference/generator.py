@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ from model.inference.stages import (
 from model.refiner import VolumeRefiner
 from model.sparse_dit import SparseDiT
 from model.sparse_tensor import Level
+from model.sparse_vae import SparseVAE
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.primitives.marching_cubes import MeshArrays
@@ -60,6 +62,7 @@ Progress = Callable[[str, Iterable[int]], Iterable[int]]  # (stage, steps) -> th
 
 
 Result = TypeVar("Result")
+Model = TypeVar("Model", bound=nn.Module)
 SIMPLIFICATION = "simplification"  # name of the stage that reduces the faces
 
 
@@ -135,23 +138,20 @@ class Generator:
         stages.check()
         first = stages.structure.resolution
         self.stages = stages
-        self.structure = stages.structure.to(device).eval()
+        self.device = device
+        self.dtype = compute_dtype(precision, device)
+        self.structure = self._prepared(stages.structure)
         self.dits = {
-            resolution: stages.dits[resolution].to(device).eval()
+            resolution: self._prepared(stages.dits[resolution])
             for resolution in sorted(stages.dits)
             if resolution >= first
         }
-        self.vaes = {size: stages.vaes[size].to(device).eval() for size in self.dits}
+        self.vaes = {size: self._prepared(stages.vaes[size]) for size in self.dits}
         self.refiners = {
-            size: refiner.to(device).eval()
+            size: self._prepared(refiner)
             for size, refiner in stages.refiners.items()
             if size in self.dits
         }
-        self.device = device
-        self.dtype = compute_dtype(precision, device)
-        if device.type == "cuda" and self.dtype != torch.float32:
-            for model in (self.structure, *self.dits.values(), *self.refiners.values()):
-                store_weights(model, self.dtype)
 
     @classmethod
     def load(
@@ -160,6 +160,8 @@ class Generator:
         device: torch.device | str = "cpu",
         options: GenerationOptions | None = None,
         image_encoder: str | None = None,
+        *,
+        low_memory: bool = False,
     ) -> Generator:
         """Load the stages of an export, or of the published Direct3D-S2 folder.
 
@@ -171,6 +173,8 @@ class Generator:
                 defaults.
             image_encoder: Folder or name on the hub of DINOv2's weights. None takes the one that
                 the checkpoint names.
+            low_memory: Check all stages, but load each one when it runs and free it afterwards.
+                Meshes are the same.
 
         Raises:
             UserError: If stages are missing, incomplete or damaged.
@@ -178,7 +182,10 @@ class Generator:
         options = options or GenerationOptions()
         folder = find_checkpoint(path, options.refine)
         selection = StageSelection(
-            resolution=options.resolution, refine=options.refine, image_encoder=image_encoder
+            resolution=options.resolution,
+            refine=options.refine,
+            image_encoder=image_encoder,
+            low_memory=low_memory,
         )
         try:
             read = read_published if is_published(folder) else read_export
@@ -188,6 +195,32 @@ class Generator:
             raise
         except ValueError as error:
             raise UserError(f"{folder} holds stages that do not fit: {error}") from error
+
+    def _prepared(self, model: Model) -> Model:
+        """Return a stage on the device and in the precision of its weights.
+
+        A deferred stage is returned as it is.
+        """
+        if model in self.stages.deferred:
+            return model
+        stored = self.device.type == "cuda" and self.dtype != torch.float32
+        if stored and not isinstance(model, SparseVAE):
+            store_weights(model, self.dtype)
+        return model.to(self.device).eval()
+
+    def _run(self, model: Model, work: Callable[[Model], Result]) -> Result:
+        """Do work with a stage. A deferred one is loaded for it and freed afterwards."""
+        load = self.stages.deferred.get(model)
+        if load is None:
+            return work(model)
+        loaded = self._prepared(load())
+        try:
+            return work(loaded)  # pyright: ignore[reportArgumentType]
+        finally:
+            del loaded
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     @property
     def resolutions(self) -> list[int]:
@@ -337,11 +370,15 @@ class Generator:
             The occupied cells, at resolution R / 8. There may be none.
         """
         with self._precision():
-            return self.structure.generate(
-                encode(self.structure.flow),
-                [seed],
-                self._sampling(0, STRUCTURE, options),
-                progress=lambda numbers: progress(STRUCTURE, numbers),
+            tokens = self._frozen_tokens(self.structure.flow, encode)
+            return self._run(
+                self.structure,
+                lambda structure: structure.generate(
+                    tokens or encode(structure.flow),
+                    [seed],
+                    self._sampling(0, STRUCTURE, options),
+                    progress=lambda numbers: progress(STRUCTURE, numbers),
+                ),
             )
 
     @torch.no_grad()
@@ -382,12 +419,16 @@ class Generator:
         name = str(resolution)
         dit = self.dits[resolution]
         with self._precision():
-            z_MC = dit.generate(
-                level,
-                encode(dit),
-                [seed],
-                self._sampling(stage, name, options),
-                progress=lambda numbers: progress(name, numbers),
+            tokens = self._frozen_tokens(dit, encode)
+            z_MC = self._run(
+                dit,
+                lambda model: model.generate(
+                    level,
+                    tokens or encode(model),
+                    [seed],
+                    self._sampling(stage, name, options),
+                    progress=lambda numbers: progress(name, numbers),
+                ),
             )
             vertices, faces = in_one_step(
                 progress, surface_stage(name), lambda: self._surface(z_MC, level, options)
@@ -402,6 +443,15 @@ class Generator:
             lambda: clean_mesh(vertices, faces, options.min_piece, options.max_hole),
         )
 
+    def _frozen_tokens(
+        self, dit: ConditionedDiT, encode: EncodeImage
+    ) -> ImageTokens | Sequence[ImageTokens] | None:
+        """Return the image's tokens before the DiT is loaded, so that its encoder is freed first.
+
+        None if the encoder is trained, because it is then loaded with the DiT.
+        """
+        return None if dit.encoder.trainable else encode(dit)
+
     def _sampling(self, stage: int, name: str, options: GenerationOptions) -> SamplingOptions:
         return options.sampling(stage, self.stages.recommended.get(name, RecommendedSampling()))
 
@@ -411,15 +461,15 @@ class Generator:
         vae, iso_value = self.vaes[resolution], self.stages.meshing_of(resolution).iso_value
         refiner = self._refiner(resolution, options.refine)
         if refiner is None:
-            values_MK = vae.decode(z_MC, level)
+            values_MK = self._run(vae, lambda vae: vae.decode(z_MC, level))
         elif refiner.config.output == "sdf":
-            values_MK, features_NF = vae.decode_with_features(z_MC, level)
-            volume = refined_volume(refiner, level, values_MK, features_NF)
+            decoded = self._run(vae, lambda vae: vae.decode_with_features(z_MC, level))
+            volume = self._run(refiner, lambda refiner: refined_volume(refiner, level, *decoded))
             iso_value = refiner.config.iso_value
             level, values_MK = crossed_bricks(volume, iso_value)
         else:
-            values_MK = vae.decode(z_MC, level)
-            outside = outside_of(refiner, level, values_MK)
+            values_MK = self._run(vae, lambda vae: vae.decode(z_MC, level))
+            outside = self._run(refiner, lambda refiner: outside_of(refiner, level, values_MK))
             iso_value = refiner.config.iso_value
             level, values_MK = signed_bricks(level, values_MK, outside)
         ((vertices, faces),) = extract_meshes(level, values_MK, iso_value)

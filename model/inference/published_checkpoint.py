@@ -9,6 +9,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from model import published_settings
 from model.checkpoint import KeyMap, convert_weights, unchanged
 from model.conditioning.image_conditioned_dit import ConditionedDiT
-from model.conditioning.image_encoder import ImageEncoder, build_encoder
+from model.conditioning.image_encoder import EncoderOnDemand, ImageEncoder, build_encoder
 from model.config import (
     DINO_WEIGHTS,
     ConditionedDiTConfig,
@@ -94,6 +95,58 @@ class SparseSettings:
     vae: VAEConfig
     dit: ConditionedDiTConfig
     scale: LatentScale
+
+
+def as_stored(weights: Mapping[str, Tensor], _where: str) -> Mapping[str, Tensor]:
+    """Return a state dict unchanged."""
+    return weights
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A model among the published files.
+
+    Attributes:
+        cls: Its class.
+        config: Its configuration.
+        file: The file that holds its weights.
+        name: Name of its state dict.
+        names: Names of all state dicts of the file.
+        keys: The key map. None if the published names are ours.
+        prepare: Changes the state dict, given the name of the source for error messages.
+    """
+
+    cls: Callable[[Any], nn.Module]
+    config: Any
+    file: Path
+    name: str
+    names: tuple[str, ...] = ("vae", "dit")
+    keys: KeyMap | None = None
+    prepare: Callable[[Mapping[str, Tensor], str], Mapping[str, Tensor]] = as_stored
+
+    def check(self) -> Callable[[], Any]:
+        """Check the weights, and return the function that makes the model with them.
+
+        Nothing large is allocated before the function is called.
+
+        Raises:
+            UserError: If the file cannot be read, or names or shapes do not fit.
+        """
+        where = f"{self.file}: {self.name}"
+        weights = self.prepare(read_state_dicts(self.file, *self.names)[self.name], where)
+        return load_module(self.cls, self.config, weights, self.keys, where)
+
+    def load(self) -> Any:
+        """Return the model with its weights, which are read anew.
+
+        Raises:
+            UserError: As `check`.
+        """
+        return self.check()()
+
+    def skeleton(self) -> Any:
+        """Return the model on the meta device, without weights."""
+        return _model_on_meta(self.cls, self.config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,49 +454,106 @@ def read_published(path: Path, selection: StageSelection | None = None) -> Stage
     files += [REFINER_FILES[OPTIONAL[size != first]] for size in refiners]
     for name in files:
         _check_not_a_pointer(path / name, optional=name in REFINER_FILES.values())
-    flow = settings.structure.flow
-    dense = read_state_dicts(path / DENSE_FILE, "vae", "dit")
-    where = f"{path / DENSE_FILE}: dit"
-    side = settings.structure.occupancy.latent_side
-    dense_dit = without_positions(dense["dit"], side, flow.dit.channels, where)
-    make_occupancy = load_module(
-        OccupancyVAE,
-        settings.structure.occupancy,
-        dense["vae"],
-        published_occupancy_keys(settings.structure.occupancy),
-        f"{path / DENSE_FILE}: vae",
+    flow, scale = settings.structure.flow, settings.structure_scale
+    occupancy = Part(
+        cls=OccupancyVAE,
+        config=settings.structure.occupancy,
+        file=path / DENSE_FILE,
+        name="vae",
+        keys=published_occupancy_keys(settings.structure.occupancy),
     )
-    make_flow = _dit_maker(flow, dense_dit, settings.structure_scale, where)
-    make_vaes: dict[int, Callable[[], SparseVAE]] = {}
-    make_dits: dict[int, Callable[[], SparseDiT]] = {}
+    side = settings.structure.occupancy.latent_side
+
+    def dense_weights(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        return dit_weights(without_positions(weights, side, flow.dit.channels, where), flow, scale)
+
+    dense_dit = _dit_part(path / DENSE_FILE, flow, dense_weights)
+    vaes, dits = {}, {}
     for size in wanted:
         sparse = settings.sparse[size]
         file = path / SPARSE_FILE.format(sparse.name)
-        content = read_state_dicts(file, "vae", "dit")
-        keys = published_vae_keys(sparse.vae)
-        make_vaes[size] = load_module(SparseVAE, sparse.vae, content["vae"], keys, f"{file}: vae")
-        make_dits[size] = _dit_maker(sparse.dit, content["dit"], sparse.scale, f"{file}: dit")
-    make_refiners = {}
-    for size, config in refiners.items():
-        file = path / REFINER_FILES[OPTIONAL[size != first]]
-        weights = read_state_dicts(file, "refiner")["refiner"]
-        make_refiners[size] = load_module(VolumeRefiner, config, weights, None, f"{file}: refiner")
+        vaes[size] = _vae_part(path, sparse)
+        dits[size] = _dit_part(
+            file,
+            sparse.dit,
+            lambda weights, _, sparse=sparse: dit_weights(weights, sparse.dit, sparse.scale),
+        )
+    refiner_parts = {
+        size: Part(
+            cls=VolumeRefiner,
+            config=config,
+            file=path / REFINER_FILES[OPTIONAL[size != first]],
+            name="refiner",
+            names=("refiner",),
+        )
+        for size, config in refiners.items()
+    }
+    groups = (vaes, dits, refiner_parts)
+    parts = [occupancy, dense_dit, *(part for group in groups for part in group.values())]
+    makers = {part: part.check() for part in parts}
     # Everything has been checked. The encoder comes first, since its weights may be missing.
     encoders: dict[EncoderConfig, ImageEncoder] = {}
-
-    def conditioned(config: ConditionedDiTConfig, make: Callable[[], SparseDiT]) -> ConditionedDiT:
-        return ConditionedDiT(config, make(), encoders[config.encoder])
-
+    make_encoder = EncoderOnDemand if selection.low_memory else build_encoder
     for config in (flow, *(settings.sparse[size].dit for size in wanted)):
         if config.encoder not in encoders:
-            encoders[config.encoder] = _encoder(config.encoder, path)
-    structure = Structure(settings.structure, (make_occupancy(), conditioned(flow, make_flow)))
+            encoders[config.encoder] = _encoder(config.encoder, path, make_encoder)
+    deferred: dict[nn.Module, Callable[[], nn.Module]] = {}
+
+    def use(build: Callable[[Callable[[Part], Any]], Module]) -> Module:
+        """Return the model that is made of parts, on the meta device if it is loaded later."""
+        if not selection.low_memory:
+            return build(lambda part: makers[part]())
+        model = build(Part.skeleton)
+        deferred[model] = lambda: build(Part.load)
+        return model
+
+    def conditioned(
+        config: ConditionedDiTConfig, part: Part, make: Callable[[Part], Any]
+    ) -> ConditionedDiT:
+        return ConditionedDiT(config, make(part), encoders[config.encoder])
+
+    def structure(make: Callable[[Part], Any]) -> Structure:
+        return Structure(settings.structure, (make(occupancy), conditioned(flow, dense_dit, make)))
+
     return Stages(
-        structure=structure,
-        dits={size: conditioned(settings.sparse[size].dit, make_dits[size]) for size in wanted},
-        vaes={size: make() for size, make in make_vaes.items()},
-        refiners={size: make() for size, make in make_refiners.items()},
+        structure=use(structure),
+        dits={
+            size: use(partial(conditioned, settings.sparse[size].dit, part))
+            for size, part in dits.items()
+        },
+        vaes={size: use(partial(_made, part)) for size, part in vaes.items()},
+        refiners={size: use(partial(_made, part)) for size, part in refiner_parts.items()},
         meshing={size: Meshing(iso_value=ISO_VALUE, normalize=size != first) for size in wanted},
+        deferred=deferred,
+    )
+
+
+def _made(part: Part, make: Callable[[Part], Any]) -> Any:
+    return make(part)
+
+
+def _vae_part(path: Path, sparse: SparseSettings) -> Part:
+    return Part(
+        cls=SparseVAE,
+        config=sparse.vae,
+        file=path / SPARSE_FILE.format(sparse.name),
+        name="vae",
+        keys=published_vae_keys(sparse.vae),
+    )
+
+
+def _dit_part(
+    file: Path,
+    config: ConditionedDiTConfig,
+    prepare: Callable[[Mapping[str, Tensor], str], dict[str, Tensor]],
+) -> Part:
+    return Part(
+        cls=SparseDiT,
+        config=config.dit,
+        file=file,
+        name="dit",
+        keys=published_dit_keys(config.dit),
+        prepare=prepare,
     )
 
 
@@ -467,27 +577,13 @@ def read_vae(path: Path, resolution: int | None = None) -> tuple[SparseVAE, int]
     """
     settings = read_settings(path)
     size = StageSelection(resolution=resolution).resolutions(path, settings.sparse)[-1]
-    sparse = settings.sparse[size]
-    file = path / SPARSE_FILE.format(sparse.name)
-    weights = read_state_dicts(file, "vae", "dit")["vae"]
-    keys = published_vae_keys(sparse.vae)
-    return load_module(SparseVAE, sparse.vae, weights, keys, f"{file}: vae")(), size
+    return _vae_part(path, settings.sparse[size]).load(), size
 
 
-def _encoder(config: EncoderConfig, path: Path) -> ImageEncoder:
+def _encoder(
+    config: EncoderConfig, path: Path, make: Callable[[EncoderConfig], ImageEncoder]
+) -> ImageEncoder:
     try:
-        return build_encoder(config)
+        return make(config)
     except ValueError as error:
         raise UserError(f"{path / CONFIG}: the image encoder does not fit: {error}") from error
-
-
-def _dit_maker(
-    config: ConditionedDiTConfig, weights: Mapping[str, Tensor], scale: LatentScale, where: str
-) -> Callable[[], SparseDiT]:
-    return load_module(
-        SparseDiT,
-        config.dit,
-        dit_weights(weights, config, scale),
-        published_dit_keys(config.dit),
-        where,
-    )

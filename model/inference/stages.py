@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from model.checkpoint import CheckpointError, build_config, load_model, read_config, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.conditioning.image_encoder import EncoderOnDemand, ImageEncoder
 from model.config import (
     ConditionedDiTConfig,
+    EncoderConfig,
     Meshing,
     RecommendedSampling,
     Refine,
     RefinerConfig,
     StructureConfig,
 )
+from model.occupancy_vae import OccupancyVAE
 from model.refiner import VolumeRefiner
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
 from pipeline.core.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 STRUCTURE = "structure"  # name of the first stage; the others are named by their resolution
 
@@ -37,6 +45,8 @@ class Stages:
         refiners: The refiners of some resolutions.
         recommended: Recommended sampling options by name of the stage, "structure" or "512".
         meshing: How the mesh of each resolution is made. A missing one has the defaults.
+        deferred: For each model that is on the meta device and has no weights, the function that
+            loads it with its weights.
     """
 
     structure: Structure
@@ -45,6 +55,7 @@ class Stages:
     refiners: dict[int, VolumeRefiner] = field(default_factory=dict)
     recommended: dict[str, RecommendedSampling] = field(default_factory=dict)
     meshing: dict[int, Meshing] = field(default_factory=dict)
+    deferred: dict[nn.Module, Callable[[], nn.Module]] = field(default_factory=dict)
 
     def meshing_of(self, resolution: int) -> Meshing:
         """Return how the mesh of a resolution is made."""
@@ -94,11 +105,14 @@ class StageSelection:
         refine: Which refiners are loaded. None loads the one of values, if the checkpoint has it.
         image_encoder: Folder or name on the Hugging Face hub of DINOv2's weights. None takes those
             that the checkpoint names.
+        low_memory: Whether the weights are checked but not loaded. `Stages.deferred` then loads
+            each model.
     """
 
     resolution: int | None = None
     refine: Refine | None = None
     image_encoder: str | None = None
+    low_memory: bool = False
 
     def resolutions(self, path: Path, available: Iterable[int]) -> list[int]:
         """Return the resolutions up to the wanted one, in ascending order.
@@ -154,8 +168,9 @@ def read_export(path: Path, selection: StageSelection | None = None) -> Stages:
                 f"{path} lacks vae_{size}: export the VAE of the DiT at R = {size} with "
                 "python -m train.export --vae"
             )
+    models = ModelReader(low_memory=selection.low_memory)
     loaded_vaes = {
-        folder: load_model(folder, SparseVAE) for folder in sorted(set(vae_folders.values()))
+        folder: models.read(folder, SparseVAE) for folder in sorted(set(vae_folders.values()))
     }
 
     def dit_config(config: ConditionedDiTConfig) -> ConditionedDiTConfig:
@@ -166,17 +181,16 @@ def read_export(path: Path, selection: StageSelection | None = None) -> Stages:
     def structure_config(config: StructureConfig) -> StructureConfig:
         return replace(config, flow=dit_config(config.flow))
 
-    structure = load_model(path / STRUCTURE, Structure, adapt=structure_config)
+    structure = models.read(path / STRUCTURE, Structure, structure_config)
     dits = {
-        size: load_model(folder, ConditionedDiT, adapt=dit_config)
-        for size, folder in wanted.items()
+        size: models.read(folder, ConditionedDiT, dit_config) for size, folder in wanted.items()
     }
     for dit in dits.values():
         dit.share_encoder(structure.flow)
     refiners = {}
     for size, folder in exported_resolutions(path, "refiner").items():
         if size in wanted and selection.refine != "none":
-            model = load_model(folder, VolumeRefiner)
+            model = models.read(folder, VolumeRefiner)
             if selection.includes(model.config):
                 refiners[size] = model
     check_refiners(path, refiners, wanted, selection.refine)
@@ -190,7 +204,70 @@ def read_export(path: Path, selection: StageSelection | None = None) -> Stages:
             **{str(size): read_recommended(folder) for size, folder in wanted.items()},
         },
         meshing={size: read_meshing(folder) for size, folder in wanted.items()},
+        deferred=models.deferred,
     )
+
+
+class ModelReader:
+    """Reads the models of an export, or checks them and defers their loading.
+
+    Args:
+        low_memory: Whether loading is deferred.
+
+    Attributes:
+        deferred: As `Stages.deferred`.
+    """
+
+    def __init__(self, *, low_memory: bool):
+        self.low_memory = low_memory
+        self.deferred: dict[nn.Module, Callable[[], nn.Module]] = {}
+        self._encoders: dict[EncoderConfig, ImageEncoder] = {}
+
+    def read(
+        self, folder: Path, cls: type[Model], adapt: Callable[[Any], Any] | None = None
+    ) -> Model:
+        """Load the model of a directory, or return it on the meta device.
+
+        Raises:
+            CheckpointError: As `load_model`.
+            UserError: If the weights of its frozen image encoder are not available.
+        """
+        if not self.low_memory:
+            return load_model(folder, cls, adapt=adapt)
+        load = partial(load_model, folder, cls, adapt=adapt, make=partial(self._make, cls))
+        model = load(skeleton=True)
+        self.deferred[model] = load
+        return model
+
+    def _make(self, cls: type[nn.Module], config: Any) -> Any:
+        if cls is Structure:
+            return Structure(
+                config, (OccupancyVAE(config.occupancy), self._conditioned(config.flow))
+            )
+        return self._conditioned(config) if cls is ConditionedDiT else cls(config)
+
+    def _conditioned(self, config: ConditionedDiTConfig) -> ConditionedDiT:
+        return ConditionedDiT(config, encoder=encoder_for(config.encoder, self._encoders))
+
+
+def encoder_for(
+    config: EncoderConfig, known: dict[EncoderConfig, ImageEncoder]
+) -> ImageEncoder | None:
+    """Return the encoder of a model whose weights are loaded on demand.
+
+    Args:
+        config: Its configuration.
+        known: The frozen encoders so far, to which a new one is added.
+
+    Returns:
+        A frozen encoder that holds no weights. None for one that is trained with the model and is
+        among its weights.
+    """
+    if config.kind == "stand-in":
+        return None
+    if config not in known:
+        known[config] = EncoderOnDemand(config)
+    return known[config]
 
 
 def check_refiners(

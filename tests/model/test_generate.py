@@ -1,6 +1,8 @@
 """Generation from an image: unusable images, output files, the chain of stages, and seeds."""
 
+import shutil
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +11,15 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from model.checkpoint import save_model
+from model.checkpoint import CheckpointError, load_model, save_model
 from model.conditioning.background_removal import load_foreground
 from model.conditioning.image_encoder import ImageBatch
 from model.conditioning.image_preprocessing import prepare_image
 from model.config import GenerationOptions, Guidance, RecommendedSampling, SamplingOptions
 from model.generate import GenerateConfig, generate, main, mesh_files
+from model.inference import stages
 from model.inference.cells_near_mesh import cells_near
 from model.inference.generator import Generator
 from model.sparse_vae import SparseVAE
@@ -94,6 +98,42 @@ def test_the_same_seed_gives_the_same_closed_mesh(checkpoint, picture, tmp_path)
     assert make("c.ply", seed=1)[0] != first
     fewer = make("d.ply", generation=replace(FAST, guidance=1.0))[0]
     assert fewer != first
+
+
+def test_low_memory_gives_the_same_mesh_with_one_stage_in_memory(checkpoint, picture, monkeypatch):
+    usual = Generator.load(checkpoint).generate(Image.open(picture), 0, FAST)
+    loaded, together = [], []
+
+    def watched(*arguments, skeleton=False, **options):
+        model = load_model(*arguments, skeleton=skeleton, **options)
+        if not skeleton:
+            loaded.append((type(model).__name__, weakref.ref(model)))
+            together.append(sum(reference() is not None for _, reference in loaded))
+        return model
+
+    monkeypatch.setattr(stages, "load_model", watched)
+    generator = Generator.load(checkpoint, low_memory=True)
+    assert loaded == []
+    low = generator.generate(Image.open(picture), 0, FAST)
+    np.testing.assert_array_equal(low.vertices, usual.vertices)
+    np.testing.assert_array_equal(low.faces, usual.faces)
+    names = [name for name, _ in loaded]
+    assert names == ["Structure", *2 * ["ConditionedDiT", "SparseVAE"]]
+    assert together == [1] * 5
+    assert [reference() for _, reference in loaded] == [None] * 5
+
+
+def test_low_memory_finds_weights_of_another_shape_before_the_work(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "export")
+    file = tmp_path / "export" / "dit_128" / "model.safetensors"
+    weights = load_file(file)
+    weights["dit.input.weight"] = weights["dit.input.weight"][:-1]
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=r"dit_128.*dit\.input\.weight of shape"):
+        Generator.load(tmp_path / "export", low_memory=True)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"dit_128.*cannot be used"):
+        Generator.load(tmp_path / "export", low_memory=True)
 
 
 def test_the_velocities_of_several_views_are_averaged():

@@ -19,7 +19,7 @@ def served(generator=None, **options):
     config = AppConfig(**{"checkpoint": "unused", **options}, port=0, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         if generator is not None:
-            patch.setattr(Generator, "load", lambda *_: generator)
+            patch.setattr(Generator, "load", lambda *_, **__: generator)
         with open_server(config) as (app, listener, url):
             server = uvicorn.Server(
                 uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)

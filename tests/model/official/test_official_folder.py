@@ -48,7 +48,7 @@ def folders(tmp_path_factory, tiny_refiners):
     return {version: write_folder(root / version, version) for version in VERSIONS}
 
 
-def mesh_of(checkpoint, dino, folder, **options):
+def mesh_of(checkpoint, dino, folder, *, low_memory=False, **options):
     """Generate a mesh on the CPU by the function of the command, and read it."""
     folder.mkdir(exist_ok=True)
     disc_image().save(folder / "disc.png")
@@ -57,6 +57,7 @@ def mesh_of(checkpoint, dino, folder, **options):
         out=folder / "mesh.ply",
         checkpoint=str(checkpoint),
         image_encoder=str(dino),
+        low_memory=low_memory,
         device="cpu",
         generation=GenerationOptions(steps=(2,), min_piece=0.0, **options),
     )
@@ -79,6 +80,20 @@ def test_an_official_folder_and_its_export_give_the_same_closed_mesh(
     assert mesh_of(tmp_path / "export", dino, tmp_path / "b") == made
     note = json.loads((tmp_path / "export" / "dit_128" / "config.json").read_text(encoding="utf-8"))
     assert note["meshing"] == {"iso_value": 0.2, "normalize": True}
+
+
+def test_low_memory_gives_the_same_mesh_and_keeps_no_weights(folders, dino, tmp_path):
+    options = {"resolution": 64, "refine": "512"}
+    usual = mesh_of(folders["1.1"], dino, tmp_path / "usual", **options)
+    assert mesh_of(folders["1.1"], dino, tmp_path / "low", low_memory=True, **options) == usual
+    generator = Generator.load(
+        folders["1.1"], options=GenerationOptions(refine="all"), **at(dino), low_memory=True
+    )
+    models = [generator.structure, *generator.dits.values(), *generator.vaes.values()]
+    models += generator.refiners.values()
+    assert len(models) == 7
+    assert {tensor.device.type for model in models for tensor in model.parameters()} == {"meta"}
+    assert list(generator.structure.flow.encoder.parameters()) == []
 
 
 def test_the_refiners_of_an_official_folder_change_the_mesh(folders, dino, tmp_path):
