@@ -43,3 +43,20 @@ class SsaConfig:
 
     out: Path = Path("runs/bench")
     """Directory that ssa.json and ssa.png are written to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopBlocksConfig:
+    """Time the choice of the blocks of largest score, for rows of several lengths."""
+
+    blocks: tuple[int, ...] = (493, 914, 2048, 4760, 16384)
+    """Numbers of blocks of an asset, which are the lengths of the rows of scores."""
+
+    top_k: int = 8
+    """Number of blocks that each query selects."""
+
+    groups: tuple[int, ...] = (0, 128, 256, 512)
+    """Numbers of groups of columns by which rows are narrowed. 0 holds a row at once."""
+
+    rows: int = 32768
+    """Number of queries, which have two rows each."""

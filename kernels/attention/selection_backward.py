@@ -315,7 +315,7 @@ def selection_backward(
         queries_per_tile(32, group), BLOCK_K, FAST=not wide, num_warps=4,
         num_stages=2 if not wide else 1, **common, **options,
     )  # fmt: skip
-    BLOCK_K = 32
+    BLOCK_K = 32 if D <= 64 else 16  # four stages of two tiles lie in shared memory
     _reduce_dkdv[(index.num_blocks, G, cdiv(index.max_block_tokens, BLOCK_K))](
         part_dk, part_dv, lists.sums, index.block_starts, index.block_asset, index.asset_blocks,
         index.chunk_asset, index.chunk_pairs, dk_NGD, dv_NGD, queries.first_chunk,

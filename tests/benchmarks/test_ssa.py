@@ -9,6 +9,7 @@ import torch
 from benchmarks import ssa_timing
 from benchmarks.ssa_config import SsaConfig
 from benchmarks.token_sets import surface_coords
+from benchmarks.top_blocks_timing import index_of_blocks
 from kernels import BlockIndex, select_blocks, token_order
 from pipeline.core.errors import UserError
 from tests.child_python import run_python
@@ -96,6 +97,14 @@ def test_the_benchmark_refuses_a_machine_without_a_gpu():
         pytest.skip("has a GPU")
     with pytest.raises(UserError, match="needs a CUDA device"):
         ssa_timing.time_ssa(SsaConfig())
+
+
+@pytest.mark.parametrize(("blocks", "rows"), [(1, 512), (1500, 4000)])
+def test_the_benchmark_of_the_choice_has_full_blocks(blocks, rows):
+    index = index_of_blocks(blocks, rows)
+    assert index.max_blocks == index.num_blocks == blocks
+    assert rows <= index.num_tokens < rows + blocks
+    assert (torch.diff(index.block_starts) == index.num_tokens // blocks).all()
 
 
 @pytest.mark.parametrize(("module", "words"), [("ssa", ["ssa"]), ("conv", [])])

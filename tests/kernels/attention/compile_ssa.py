@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from kernels.attention.ssa import ssa_backward, ssa_forward
+from kernels.attention.top_blocks import choose_groups, rank_dtype, top_blocks
 from tests.kernel_inputs import random_index
 from tests.kernels.compile_ahead import print_launches
 
@@ -24,6 +25,11 @@ def launch_step(
     for shifted, k in ((False, top_k), (True, index.max_blocks)):
         out, *saved = ssa_forward(inputs, index, k, shifted, 1.0)
         ssa_backward(out, inputs, saved, index, k, shifted, 1.0)
+    # Rows that are narrowed by groups.
+    for columns, k in ((914, 8), (16384, 32)):
+        scores, selected = torch.zeros(G, N, columns), torch.empty(G, N, k, dtype=torch.int32)
+        assert choose_groups(columns, k)
+        top_blocks(scores, index, selected, torch.zeros(1, dtype=rank_dtype(k)))
 
 
 if __name__ == "__main__":

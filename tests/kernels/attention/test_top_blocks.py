@@ -8,22 +8,25 @@ import torch
 from kernels import select_blocks
 from kernels.attention import reference
 from kernels.attention.block_score import block_score
-from kernels.attention.top_blocks import rank_dtype, top_blocks
+from kernels.attention.inverse_lists import chunk_ranges, new_ranks
+from kernels.attention.top_blocks import choose_groups, rank_dtype, top_blocks
 from tests.kernel_inputs import DEVICE, assert_close_as, random_index
 
 
-def by_kernel(scores_GNM: torch.Tensor, index, top_k: int) -> torch.Tensor:
+def by_kernel(
+    scores_GNM: torch.Tensor, index, top_k: int, groups: int | None = None
+) -> torch.Tensor:
     G, N, _ = scores_GNM.shape
     selected = torch.full(
         (G, N, min(top_k, index.max_blocks)), 7777, dtype=torch.int32, device=DEVICE
     )
-    top_blocks(scores_GNM, index, selected)
+    top_blocks(scores_GNM, index, selected, groups=groups)
     return selected
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "zeros", "tiny", "one large", "infinite"])
-@pytest.mark.parametrize("top_k", [1, 2, 7, 50])
-def test_equals_sorting(kind, top_k):
+@pytest.mark.parametrize(("top_k", "groups"), [(1, 0), (2, 0), (7, 0), (50, 0), (1, 4), (7, 8)])
+def test_equals_sorting(kind, top_k, groups):
     index = random_index([40, 0, 25, 1], 24)
     generator = torch.Generator().manual_seed(top_k)
     shape = (2, 66, index.max_blocks)
@@ -37,19 +40,50 @@ def test_equals_sorting(kind, top_k):
             2, torch.tensor([2]), float("inf")
         ),
     }[kind].to(DEVICE)
-    assert torch.equal(by_kernel(scores, index, top_k), reference.top_blocks(scores, index, top_k))
+    selected = by_kernel(scores, index, top_k, groups)
+    assert torch.equal(selected, reference.top_blocks(scores, index, top_k))
+
+
+@pytest.mark.parametrize(
+    ("values", "top_k", "groups"), [(2, 8, 8), (5, 8, 16), (1000, 5, 16), (30, 30, 32)]
+)
+def test_groups_change_no_choice(values, top_k, groups):
+    """With few different values, most groups have the same largest score."""
+    index = random_index([70, 30], 64)
+    assert index.max_blocks > 2 * groups
+    generator = torch.Generator().manual_seed(values)
+    shape = (2, 100, index.max_blocks)
+    scores = torch.randint(0, values, shape, generator=generator).float().to(DEVICE)
+    (all_queries,) = chunk_ranges(index, 1, 1 << 30)
+    ranks = [new_ranks(index, all_queries, 2, top_k) for _ in range(2)]
+    for x, n in zip(ranks, (0, groups), strict=True):
+        selected = torch.empty(2, 100, top_k, dtype=torch.int32, device=DEVICE)
+        top_blocks(scores, index, selected, x, groups=n)
+        assert torch.equal(selected, reference.top_blocks(scores, index, top_k))
+    assert ranks[0].any()
+    assert torch.equal(*ranks)
+
+
+@pytest.mark.parametrize(
+    ("columns", "top_k", "groups"),
+    [(512, 8, 0), (914, 8, 256), (4760, 8, 512), (16384, 32, 512), (4760, 300, 0), (914, 64, 0)],
+)
+def test_long_rows_are_narrowed_by_groups(columns, top_k, groups):
+    assert choose_groups(columns, top_k) == groups
 
 
 @pytest.mark.timeout(60)  # a wrong bisection would never end
+@pytest.mark.parametrize("groups", [0, 4])
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -0x400000], ids=hex)
-def test_not_a_number_is_above_all(bits):
+def test_not_a_number_is_above_all(bits, groups):
     """A NaN of GPU arithmetic has all bits set, one of CPU arithmetic a single bit."""
     index = random_index([40, 0, 25, 1], 24)
     scores = torch.rand(2, 66, index.max_blocks, generator=torch.Generator().manual_seed(0))
     nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     scores[:, ::3, 2], scores[:, ::5], scores[:, 7, 1] = nan, nan, torch.inf
     scores = scores.to(DEVICE)
-    assert torch.equal(by_kernel(scores, index, 3), reference.top_blocks(scores, index, 3))
+    selected = by_kernel(scores, index, 3, groups)
+    assert torch.equal(selected, reference.top_blocks(scores, index, 3))
 
 
 @pytest.mark.parametrize("top_k", [8, 300])
