@@ -7,9 +7,10 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import Reject
-from pipeline.mesh_io.load_warnings import WARNING_CODES, WarningLog
+from pipeline.mesh_io.load_warnings import WARNING_CODES
 from pipeline.mesh_io.reader_context import ReaderContext
 from pipeline.mesh_io.readers.blend_links import check_links
 from pipeline.mesh_io.readers.gltf import read_gltf
@@ -43,18 +44,28 @@ def read_with_blender(content: bytes, context: ReaderContext) -> Scene:
         check_links(content, path, context.side_files.root, context.cfg)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "scene.glb"
-        output = _run(_command(context.cfg.blender, path, context.side_files.root, target))
+        output = _run(_command(context, path, target))
+        report = _report(target)
+        if report.get("instances", 0) > context.cfg.max_instances:
+            limit = context.cfg.max_instances
+            raise Reject("too_many_faces", instances=report["instances"], max_instances=limit)
         if not target.exists():
             message = next(iter(_messages(output, path)), "it wrote no file")
             raise Reject("unreadable", error="blender", message=message)
-        _add_warnings(context.warnings, target, output, path)
+        for code, detail, count in report["found"]:
+            assert code in WARNING_CODES
+            context.warnings.add(code, detail, count)
+        for message in _messages(output, path):
+            context.warnings.add("converter_warning", message)
         converted = target.read_bytes()
     return read_gltf(converted, context)
 
 
-def _command(blender: str, source: Path, root: Path, target: Path) -> list[str]:
+def _command(context: ReaderContext, source: Path, target: Path) -> list[str]:
     """Return the command line. A Python interpreter runs the script itself."""
-    arguments = ["--", str(source), str(root), str(target)]
+    blender = context.cfg.blender
+    arguments = ["--", str(source), str(context.side_files.root), str(target)]
+    arguments.append(str(context.cfg.max_instances))
     if Path(blender).name.startswith("python"):
         return [blender, "-I", str(SCRIPT), *arguments]
     options = ["--background", "--factory-startup", "--disable-autoexec", "--python-exit-code", "1"]
@@ -89,15 +100,12 @@ def _run(command: list[str]) -> str:
 def _messages(output: str, path: Path) -> list[str]:
     """Return the warnings and errors that Blender printed, without the directory of the file."""
     found = [match[1] for line in output.splitlines() if (match := MESSAGE.match(line.strip()))]
-    texts = [text.replace(str(path.parent), "")[:120] for text in found]
+    # Addresses differ from run to run.
+    texts = [re.sub(" at 0x[0-9a-fA-F]+", "", t.replace(str(path.parent), ""))[:120] for t in found]
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def _add_warnings(warnings: WarningLog, target: Path, output: str, path: Path) -> None:
-    """Record what the script and Blender reported."""
+def _report(target: Path) -> dict[str, Any]:
+    """Return what the script reported, {} if it did not come to its end."""
     report = target.with_name(f"{target.name}.json")
-    for code, detail, count in json.loads(report.read_text(encoding="utf-8")):
-        assert code in WARNING_CODES
-        warnings.add(code, detail, count)
-    for message in _messages(output, path):
-        warnings.add("converter_warning", message)
+    return json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
