@@ -231,12 +231,18 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(condition_channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
+    def keys_and_values(self, image: ImageTokens) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values of the S image tokens, [S, H, D] each."""
+        k_SHD, v_SHD = self.key_value(image.feats_SC).unflatten(1, (2, self.heads, -1)).unbind(1)
+        return k_SHD, v_SHD
+
     def forward(
         self,
         x_NC: Tensor,
         layout: TokenLayout,
         image: ImageTokens,
         kept: BlockActivations | None = None,
+        key_value: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend: [N, C] -> [N, C], rows in the layout's order.
 
@@ -245,12 +251,12 @@ class CrossAttention(nn.Module):
             layout: Layout of the N tokens.
             image: Image tokens.
             kept: The activations of the block. None keeps all.
+            key_value: `self.keys_and_values(image)`. None computes it.
         """
         q_NC = self.query(x_NC)
         if kept is not None:
             kept.drop("attention", q_NC, self.query, x_NC)
-        key_value = self.key_value(image.feats_SC).unflatten(1, (2, self.heads, -1))
-        k_SHD, v_SHD = key_value.unbind(1)
+        k_SHD, v_SHD = key_value or self.keys_and_values(image)
         q_NHD = q_NC.unflatten(1, (self.heads, -1))
         starts, index = layout.index.token_starts, layout.index
         if q_NC.is_cuda and q_NC.dtype == torch.float32:

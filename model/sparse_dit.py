@@ -160,6 +160,7 @@ class DiTBlock(nn.Module):
         image: ImageTokens,
         layout: TokenLayout,
         kept: KeptActivations = "all",
+        key_value: tuple[Tensor, Tensor] | None = None,
     ) -> ResidualStream:
         """Apply the block.
 
@@ -169,6 +170,7 @@ class DiTBlock(nn.Module):
             image: Projected image tokens.
             layout: Layout of the N tokens.
             kept: Which activations are kept for the backward pass.
+            key_value: Keys and values of the cross-attention. None computes them.
 
         Returns:
             The residual stream, to which the result of the MLP is not added yet.
@@ -185,7 +187,7 @@ class DiTBlock(nn.Module):
             stream = ResidualStream(x_NC, attended_NC, gate)
             after = Normalization(self.cross_norm.bias, self.cross_norm.weight)
             x_NC, y_NC = add_and_normalize(stream, after, *common)
-            attended_NC = self.cross_attention(y_NC, layout, image, activations)
+            attended_NC = self.cross_attention(y_NC, layout, image, activations, key_value)
 
             stream = ResidualStream(x_NC, attended_NC)
             after = Normalization(mlp_shift, mlp_scale)
@@ -194,6 +196,22 @@ class DiTBlock(nn.Module):
             if product_NF is not None:
                 activations.drop("attention", product_NF, self.mlp.first_product, y_NC)
         return ResidualStream(x_NC, out_NC, mlp_gate)
+
+
+class FixedInputs(NamedTuple):
+    """What all steps of a sampling have in common: cells, image tokens and their products.
+
+    Attributes:
+        layout: Layout of the N tokens.
+        positions_NC: [N, C], embedding of the cells' positions, rows as in the level.
+        image: Projected image tokens.
+        key_values: Keys and values of the image tokens for the cross-attention of each block.
+    """
+
+    layout: TokenLayout
+    positions_NC: Tensor
+    image: ImageTokens
+    key_values: list[tuple[Tensor, Tensor]]
 
 
 class SparseDiT(nn.Module):
@@ -270,15 +288,31 @@ class SparseDiT(nn.Module):
         return x_NC * self.latent_std + self.latent_mean
 
     def layout(self, level: Level) -> TokenLayout:
-        """Return the layout of a level's tokens.
-
-        `forward` makes it if it is not given one. In sampling, where one level is used many times,
-        it is made once.
-        """
+        """Return the layout of a level's tokens, which `forward` makes if it is not given one."""
         return TokenLayout.of(level, self.config.compress_block)
 
+    def fixed_inputs(self, level: Level, image: ImageTokens) -> FixedInputs:
+        """Return what does not change from one step of a sampling to the next.
+
+        Args:
+            level: The cells.
+            image: Image tokens of the same assets.
+        """
+        image = self._project(image)
+        key_values = []
+        for block in self._blocks():
+            # The kernels need contiguous tensors and would copy others at each step.
+            k_SHD, v_SHD = block.cross_attention.keys_and_values(image)
+            key_values.append((k_SHD.contiguous(), v_SHD.contiguous()))
+        return FixedInputs(self.layout(level), self._cell_positions(level), image, key_values)
+
     def forward(
-        self, x: SparseTensor, t_B: Tensor, image: ImageTokens, layout: TokenLayout | None = None
+        self,
+        x: SparseTensor,
+        t_B: Tensor,
+        image: ImageTokens,
+        layout: TokenLayout | None = None,
+        fixed: FixedInputs | None = None,
     ) -> Tensor:
         """Estimate the velocity of the flow.
 
@@ -287,6 +321,8 @@ class SparseDiT(nn.Module):
             t_B: [B] in [0, 1], the time of each asset.
             image: Image tokens of the B assets.
             layout: `self.layout(x.level)`. None makes it.
+            fixed: `self.fixed_inputs(x.level, image)`, which replaces the layout too. None computes
+                it, as training needs.
 
         Returns:
             fp32 (fp64 in an fp64 model) [N, latent_channels], rows as in `x`.
@@ -296,19 +332,21 @@ class SparseDiT(nn.Module):
         """
         self._check(x, t_B, image)
         level = x.level
+        if fixed is not None:
+            layout = fixed.layout
         layout = layout or self.layout(level)
         # The first and the last layer are cheap, and rounding them would cost precision.
         with torch.autocast(x.feats.device.type, enabled=False):
             h_NC = self.input(x.feats.to(self.input.weight.dtype))
-        factor = self.config.position_factor(CELL_SIDE * level.resolution)
-        h_NC = h_NC + self._positions(level.coords[:, 1:], h_NC, factor)
+        h_NC = h_NC + (self._cell_positions(level) if fixed is None else fixed.positions_NC)
         h_NC = h_NC if layout.order is None else h_NC[layout.order]
-        image = self._project(image)
+        image = self._project(image) if fixed is None else fixed.image
         time_BC = F.silu(self.time(t_B))
         kept = self._kept_level(h_NC)
         stream = ResidualStream(h_NC)
-        for block in self.blocks:
-            stream = block(stream, time_BC, image, layout, kept)
+        for i, block in enumerate(self.blocks):
+            key_value = None if fixed is None else fixed.key_values[i]
+            stream = block(stream, time_BC, image, layout, kept, key_value)
         after = Normalization(eps=1e-5)
         keep_all = BlockActivations("all", h_NC.device.type)
         _, y_NC = add_and_normalize(stream, after, layout, h_NC.dtype, keep_all)
@@ -330,9 +368,18 @@ class SparseDiT(nn.Module):
         free = free_memory(x_NC.device, sum(p.numel() for p in self.parameters()))
         return choose_level(self.config, len(x_NC), itemsize, free, missing + one_block)
 
+    def _blocks(self) -> list[DiTBlock]:
+        return [block for block in self.blocks if isinstance(block, DiTBlock)]
+
+    def _cell_positions(self, level: Level) -> Tensor:
+        """Embed the positions of a level's cells, in the dtype of the residual stream: [N, C]."""
+        factor = self.config.position_factor(CELL_SIDE * level.resolution)
+        C, dtype = self.config.channels, self.input.weight.dtype
+        return position_embedding(level.coords[:, 1:], C, factor).to(dtype)
+
     @staticmethod
-    def _positions(coords_N3: Tensor, like_NC: Tensor, factor: float = 1.0) -> Tensor:
-        return position_embedding(coords_N3, like_NC.shape[1], factor).to(like_NC.dtype)
+    def _positions(coords_N3: Tensor, like_NC: Tensor) -> Tensor:
+        return position_embedding(coords_N3, like_NC.shape[1]).to(like_NC.dtype)
 
     def _project(self, image: ImageTokens) -> ImageTokens:
         if self.condition is None:

@@ -12,9 +12,8 @@ from model.conditioning.image_encoder import ImageBatch, ImageEncoder, build_enc
 from model.config import ConditionedDiTConfig, SamplingOptions
 from model.cuda_graph import ReplayedFunction
 from model.image_tokens import ImageTokens
-from model.kv_compression import TokenLayout
 from model.rectified_flow import draw_noise, guide, sample
-from model.sparse_dit import SparseDiT
+from model.sparse_dit import FixedInputs, SparseDiT
 from model.sparse_tensor import Level, SparseTensor
 
 # Most tokens of a batch that holds both passes of classifier-free guidance.
@@ -181,14 +180,14 @@ class ConditionedDiT(nn.Module):
     def _velocity(self, level: Level, tokens: ImageTokens) -> Callable[[Tensor, float], Tensor]:
         """Return the velocity as a function of the noisy latents and the time.
 
-        The layout is made at the first call and used in all calls.
+        What depends on the cells and the image alone is computed at the first call.
         """
-        layout: TokenLayout | None = None
+        fixed: FixedInputs | None = None
 
         def velocity(x_NC: Tensor, t_B: Tensor) -> Tensor:
-            nonlocal layout
-            layout = layout or self.dit.layout(level)
-            return self.dit(SparseTensor(x_NC, level), t_B, tokens, layout)
+            nonlocal fixed
+            fixed = fixed or self.dit.fixed_inputs(level, tokens)
+            return self.dit(SparseTensor(x_NC, level), t_B, tokens, fixed=fixed)
 
         call = ReplayedFunction(velocity) if len(level) <= LARGEST_RECORDED else velocity
         return lambda x_NC, t: call(x_NC, torch.full((level.batch_size,), t, device=x_NC.device))

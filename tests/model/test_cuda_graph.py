@@ -62,13 +62,13 @@ def test_a_recorded_dit_gives_the_same_velocities(attention):
     starts = torch.tensor([0, 40, 65], dtype=torch.int32, device="cuda")
     places = torch.zeros(65, 4, dtype=torch.int32, device="cuda")
     image = ImageTokens(torch.randn(65, 64, device="cuda"), places, starts, 40)
-    layout = model.layout(level)
 
     def velocity(x_NC, t_B):
-        return model(SparseTensor(x_NC, level), t_B, image, layout)
+        return model(SparseTensor(x_NC, level), t_B, image, fixed=fixed)
 
     replayed = ReplayedFunction(velocity)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        fixed = model.fixed_inputs(level, image)
         for n in range(4):
             x_NC = torch.randn(len(level), 16, device="cuda")
             t_B = torch.tensor([0.2 * n, 1 - 0.2 * n], device="cuda")

@@ -213,6 +213,22 @@ def test_a_layout_can_be_used_again():
     assert torch.equal(model(x, t, image, layout), model(x, t, image))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"condition_projection": False}, {"attention": "full", "kv_heads": 4}]
+)
+def test_inputs_that_all_steps_share_can_be_computed_once(options):
+    model = make_dit(**options)
+    x, t, image = make_inputs([40, 30], [5, 7])
+    fixed = model.fixed_inputs(x.level, image)
+    products = []
+    for part in model.modules():
+        if part in [block.cross_attention.key_value for block in model.blocks]:
+            part.register_forward_hook(lambda *_: products.append(1))
+    for time in (t, t / 2):
+        assert torch.equal(model(x, time, image, fixed=fixed), model(x, time, image))
+    assert len(products) == 2 * len(model.blocks)  # those of the calls without them
+
+
 def test_the_first_and_last_layer_stay_in_fp32_under_autocast():
     model = make_dit(dtype=torch.float32, top_k=50)
     x, t, image = make_inputs([40, 30], [5, 7], torch.float32)
