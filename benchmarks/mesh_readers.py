@@ -124,9 +124,15 @@ def _run_child(
     environment = {**os.environ, "PYTHONPATH": str(CHILD.parents[1]) if reader == "ours" else ""}
     if cfg.blender is not None:  # with which this project reads blend and abc files
         environment["BLENDER"] = str(cfg.blender.absolute())
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    text = {"encoding": "utf-8", "errors": "replace"}  # libraries print names in any encoding
-    child = subprocess.Popen(command_line, env=environment, **streams, **text)
+    child = subprocess.Popen(
+        command_line,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+        errors="replace",  # libraries print names in any encoding
+    )
     assert child.stdin is not None
     assert child.stdout is not None
     try:
@@ -222,13 +228,14 @@ def is_confirmed(row: dict[str, Any]) -> bool:
 def table(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> str:
     """Return a Markdown table: files by format, and how many agree with each peer.
 
-    "confirmed" counts the files whose box and area some peer has, too, or that no peer reads where
-    we reject them. "by no reader" counts the files that we read and no peer does.
+    "unreadable" counts the files that no reader reads, this project included. "confirmed" counts
+    the files whose box and area some peer has, too, or that no peer reads where we reject them.
+    "by no reader" counts the files that we read and no peer does.
     """
     by_format: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_format[row["format"]].append(row)
-    head = ["format", "files", "read", "with warnings", "confirmed", "by no reader"]
+    head = ["format", "files", "read", "unreadable", "with warnings", "confirmed", "by no reader"]
     for peer in peers:
         head += [f"{peer} reads", "same box and area", "same triangles"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -236,6 +243,9 @@ def table(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> str:
         chosen = rows if name == "all" else by_format[name]
         read = [row for row in chosen if "error" not in row["results"]["ours"]]
         cells: list[Any] = [name, len(chosen), len(read)]
+        cells.append(
+            sum(all("error" in result for result in row["results"].values()) for row in chosen)
+        )
         cells.append(sum(bool(row["results"]["ours"]["warnings"]) for row in read))
         confirmed = sum(is_confirmed(row) for row in chosen)
         alone = sum(

@@ -29,6 +29,7 @@ LAYER_FORMATS = ("usd", "usda", "usdc")
 BINARY_SIGNATURE = b"PXR-USDC"
 ZIP_SIGNATURE = b"PK\x03\x04"
 MAX_LAYERS = 1000  # of one asset
+MAX_NESTED_PACKAGES = 8
 MAX_DEPTH = 2000  # of brackets in a text, far below what overflows the stack of the parser
 MAX_PRIMS_PER_INSTANCE = 10  # of composed prims, relative to the limit of instances
 PRIM_SPECS_PER_STEP = 10_000_000  # largest number of visited specs while prims are counted
@@ -77,9 +78,8 @@ class Layers:
         key = (str(context.path),)
         files: Files = context.side_files
         if content.startswith(ZIP_SIGNATURE):
-            package, key, files = self._enter(key, content)
             try:
-                content = package.read(key[-1])
+                content, key, files = self._enter(key, content)
             except MEMBER_ERRORS as error:
                 raise _unreadable(f"the first layer of the package is damaged: {error}") from error
         try:
@@ -106,11 +106,7 @@ class Layers:
             Tf.ErrorException: If it cannot be read.
             Reject: "allocation_bomb".
         """
-        self._bytes += len(content)
-        if self._bytes > self.context.cfg.max_unpacked_bytes or len(self._opened) > MAX_LAYERS:
-            raise Reject(
-                "allocation_bomb", what="layers", claimed=self._bytes, layers=len(self._opened)
-            )
+        self._count(content)
         if content.startswith(BINARY_SIGNATURE):
             check_claims(content)
             with tempfile.TemporaryDirectory() as folder:
@@ -125,6 +121,18 @@ class Layers:
         self._by_identifier[layer.identifier] = opened
         self._pending.append(opened)
         return opened
+
+    def _count(self, content: bytes) -> None:
+        """Count the bytes of a layer or of a package in a package.
+
+        Raises:
+            Reject: "allocation_bomb" if all of them together are too many.
+        """
+        self._bytes += len(content)
+        if self._bytes > self.context.cfg.max_unpacked_bytes or len(self._opened) > MAX_LAYERS:
+            raise Reject(
+                "allocation_bomb", what="layers", claimed=self._bytes, layers=len(self._opened)
+            )
 
     def _text(self, content: bytes) -> str:
         """Decode a layer of text.
@@ -146,19 +154,32 @@ class Layers:
             self.warnings.add("text_encoding", self.context.path.name)
             return content.decode("windows-1252", "replace")
 
-    def _enter(self, key: Key, content: bytes) -> tuple[ZipPackage, Key, PackageFiles]:
-        """Return a package, the key of its default layer, and the files relative to that.
+    def _package(self, key: Key, content: bytes) -> ZipPackage:
+        """Return the package with a key, which is opened once."""
+        if key not in self._packages:
+            self._packages[key] = ZipPackage(content, self.context.cfg)
+        return self._packages[key]
+
+    def _enter(self, key: Key, content: bytes) -> tuple[bytes, Key, PackageFiles]:
+        """Return the default layer of a package, its key, and the files relative to it.
+
+        It is the first file, which may be a package itself.
 
         Raises:
             Reject: "unreadable" or "allocation_bomb".
         """
-        if key not in self._packages:
-            self._packages[key] = ZipPackage(content, self.context.cfg)
-        package = self._packages[key]
-        names = [name for name in package.names if _extension(name) in LAYER_FORMATS]
-        if not names:
+        package = self._package(key, content)
+        formats = (*LAYER_FORMATS, "usdz")
+        first = next((name for name in package.names if _extension(name) in formats), None)
+        if first is None:
             raise _unreadable("the package has no layer")
-        return package, (*key, names[0]), PackageFiles(package, names[0], self.warnings)
+        if len(key) > MAX_NESTED_PACKAGES:
+            raise _unreadable(f"packages are nested more than {MAX_NESTED_PACKAGES} deep")
+        inner, key = package.read(first), (*key, first)
+        if inner.startswith(ZIP_SIGNATURE):
+            self._count(inner)
+            return self._enter(key, inner)
+        return inner, key, PackageFiles(package, first, self.warnings)
 
     def _find(self, name: str, opened: _Layer) -> tuple[bytes, Key, Files] | None:
         """Return (content, key, files relative to it) of a file that a layer names.
@@ -181,22 +202,29 @@ class Layers:
             assert path is not None
             key = (str(path),)
             there = SideFiles(path, files.root, self.warnings)
-        if not content.startswith(ZIP_SIGNATURE):
-            return content, key, there
-        # A package: the named part of it, or its first layer.
+        # A package: the named part of it, which may be a package again, or its default layer.
         try:
-            package, first, there = self._enter(key, content)
-            part = package.find(inner) if inner else first[-1]
-            if part is None:
-                self.warnings.add("side_file_missing", f"{name}[{inner}]")
-                return None
-            there = PackageFiles(package, part, self.warnings)
-            return package.read(part), (*key, part), there
+            while content.startswith(ZIP_SIGNATURE) and inner:
+                part_name = inner
+                if Ar.IsPackageRelativePath(inner):
+                    part_name, inner = Ar.SplitPackageRelativePathOuter(inner)
+                else:
+                    inner = ""
+                package = self._package(key, content)
+                part = package.find(part_name)
+                if part is None:
+                    self.warnings.add("side_file_missing", f"{name}[{part_name}]")
+                    return None
+                content, key = package.read(part), (*key, part)
+                there = PackageFiles(package, part, self.warnings)
+            if content.startswith(ZIP_SIGNATURE):
+                return self._enter(key, content)
         except (*MEMBER_ERRORS, Reject) as error:
             if isinstance(error, Reject) and error.reason == "allocation_bomb":
                 raise
             self.warnings.add("reference_unresolved", f"{name}: damaged package")
             return None
+        return content, key, there
 
     def _connect(self, opened: _Layer) -> None:
         """Replace the names of other layers in a layer by those of the opened ones."""
@@ -389,6 +417,7 @@ def error_text(error: Exception) -> str:
     """Return the message of an error of the library without places in its source code."""
     match = re.search(r"file \S+ : '(.*?)'?\s*$", str(error).strip(), re.DOTALL)
     text = match[1] if match else str(error)
+    text = re.sub(r"/\S*/(layer\.usdc)", r"\1", text)  # the directory is another one in each run
     return re.sub(r"anon:0x[0-9a-f]+:", "", " ".join(text.split()))[:120]
 
 

@@ -70,6 +70,31 @@ class TestArcs:
         assert_box(found)
         assert codes == {}
 
+    def test_the_first_file_of_a_package_may_be_a_package(self, tmp_path):
+        members = {"a.usda": layer(arc("@part.usda@")), "part.usda": PART}
+        content = package(members, tmp_path / "p.usdz")
+        decoy = layer(root(mesh("decoy") * 2))
+        nested = package({"p.usdz": content, "z.usda": decoy}, tmp_path / "n.usdz")
+        for name in ("n.usdz", "n.usdz[p.usdz]", "n.usdz[p.usdz[a.usda]]"):
+            found, codes = read(tmp_path, "a.usda", layer(arc(f"@{name}@")))
+            assert_box(found)
+            assert codes == {}
+        assert_box(read(tmp_path, "b.usdz", nested)[0])
+        for depth in range(2, 12):
+            content = package({"p.usdz": content}, tmp_path / "q.usdz")
+            reason = rejected(tmp_path, "b.usdz", content)
+            assert reason == ("loaded" if depth <= 8 else "unreadable"), depth
+        assert rejected(tmp_path, "b.usdz", nested, max_unpacked_bytes=1000) == "allocation_bomb"
+
+    def test_messages_name_no_temporary_file(self, tmp_path):
+        messages = []
+        for _ in range(2):
+            with pytest.raises(Reject) as caught:
+                read(tmp_path, "a.usdc", b"PXR-USDC" + bytes([0, 8]) + bytes(200))
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+        assert "/tmp" not in messages[0]
+
     def test_a_part_that_is_missing_or_unreadable_costs_itself(self, tmp_path):
         (tmp_path / "broken.usda").write_text("#usda 1.0\ndef {", encoding="utf-8")
         (tmp_path / "empty.usda").write_text("#usda 1.0\n", encoding="utf-8")
