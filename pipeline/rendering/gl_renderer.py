@@ -24,7 +24,7 @@ from pipeline.rendering.sky_visibility import (
     DIRECTIONS,
     DepthMaps,
     SkyVisibility,
-    light_frame,
+    light_frames,
     light_from,
     split_at_shadows,
 )
@@ -353,7 +353,7 @@ class MeshRenderer:
         for number in range(DIRECTIONS):
             # a box around the origin, whose near end is at the light
             matrix = np.eye(4, dtype=np.float32)
-            matrix[:3, :3] = light_frame(number) / radius
+            matrix[:3, :3] = light_frames()[number] / radius
             matrix[2] *= -1
             buffer.clear(depth=1.0)
             for item in self._calls:

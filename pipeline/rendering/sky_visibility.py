@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import pi, sqrt
 
 import numpy as np
@@ -26,14 +27,18 @@ UNEVEN = 255 * 0.03  # change of what the middle of an edge sees, compared with 
 MIN_BACK = 0.3  # share of even light that arrives at the back of an open surface
 EXTRA_FACES = 100_000  # that splitting may add
 ROUNDS = 7  # of halving edges
+BLOCK = 64  # vertices that are weighted together
 
 
+@cache
 def light_directions() -> NDArray[np.float32]:
-    """Return DIRECTIONS unit vectors that cover the sphere evenly, float32 [D, 3]."""
+    """Return DIRECTIONS unit vectors that cover the sphere evenly, read-only float32 [D, 3]."""
     y = 1 - (2 * np.arange(DIRECTIONS) + 1) / DIRECTIONS
     angle = np.arange(DIRECTIONS) * (pi * (3 - sqrt(5)))  # the golden angle
     ring = np.sqrt(1 - y * y)
-    return np.stack([ring * np.sin(angle), y, ring * np.cos(angle)], axis=1).astype(np.float32)
+    unit = np.stack([ring * np.sin(angle), y, ring * np.cos(angle)], axis=1).astype(np.float32)
+    unit.setflags(write=False)
+    return unit
 
 
 def light_from(panorama: NDArray[np.float32], yaw: float) -> NDArray[np.float32]:
@@ -86,17 +91,23 @@ class DepthMaps:
             uint8 [V, D], 0 to 255, for the side of the surface that faces the direction.
         """
         seen = np.empty((len(positions), DIRECTIONS), np.uint8)
-        frames = np.stack([light_frame(number) for number in range(DIRECTIONS)])
-        _look_up(self.depth, frames, self.radius, positions, normals, seen)
+        _look_up(self.depth, light_frames(), self.radius, positions, normals, seen)
         return seen
 
 
-def light_frame(number: int) -> NDArray[np.float32]:
-    """Return the rows right, up and towards the light of a direction, float32 [3, 3]."""
-    ahead = light_directions()[number]
+@cache
+def light_frames() -> NDArray[np.float32]:
+    """Return the rows right, up and towards the light of each direction.
+
+    Returns:
+        Read-only float32 [D, 3, 3].
+    """
+    ahead = light_directions().astype(np.float64)
     right = np.cross([0.0, 1.0, 0.0], ahead)
-    right /= np.linalg.norm(right)  # no direction is vertical
-    return np.stack([right, np.cross(ahead, right), ahead]).astype(np.float32)
+    right /= np.linalg.norm(right, axis=1, keepdims=True)  # no direction is vertical
+    frames = np.stack([right, np.cross(ahead, right), ahead], axis=1).astype(np.float32)
+    frames.setflags(write=False)
+    return frames
 
 
 def split_at_shadows(calls: Sequence[DrawCall], maps: DepthMaps) -> list[DrawCall]:
@@ -304,33 +315,48 @@ def _arriving_shares(seen, normals, towards, light, albedo, shares):
         shares: uint8 [V, 2, 4], 0 to 255: front and back, three channels of the light and the
             share of even light from all directions.
     """
-    total = np.empty((2, 4), np.float32)
-    arrived = np.empty((2, 4), np.float32)
-    for v in range(len(normals)):
+    # A vertex of a block is a lane of the innermost loops, which the compiler vectorises.
+    total = np.empty((2, 4, BLOCK), np.float32)
+    arrived = np.empty((2, 4, BLOCK), np.float32)
+    cosine = np.empty((2, BLOCK), np.float32)
+    part = np.empty((2, BLOCK), np.float32)
+    normal = np.empty((3, BLOCK), np.float32)
+    seeing = np.empty((len(towards), BLOCK), np.float32)
+    for first in range(0, len(normals), BLOCK):
+        size = min(BLOCK, len(normals) - first)
         total[:] = 1e-9
         arrived[:] = 1e-9
+        for j in range(size):
+            for k in range(3):
+                normal[k, j] = normals[first + j, k]
+            for d in range(len(towards)):
+                seeing[d, j] = seen[first + j, d]
         for d in range(len(towards)):
-            cosine = np.float32(0)
-            for k in range(3):
-                cosine += normals[v, k] * towards[d, k]
-            side = 0 if cosine > 0 else 1
-            cosine = abs(cosine)
-            part = cosine * np.float32(seen[v, d]) * np.float32(1 / 255)
-            for k in range(3):
-                total[side, k] += cosine * light[d, k]
-                arrived[side, k] += part * light[d, k]
-            total[side, 3] += cosine
-            arrived[side, 3] += part
-        for side in range(2):
-            for k in range(4):
-                share = arrived[side, k] / total[side, k]
-                if k < 3:
-                    # Light that the surroundings reflect into a crevice: the fit of Jimenez et al.
-                    # 2016, "Practical Realtime Strategies for Accurate Indirect Occlusion".
-                    c = albedo[v, k]
-                    a, b, g = 2.0404 * c - 0.3324, 4.7951 * c - 0.6417, 2.7552 * c + 0.6903
-                    share = max(share, ((share * a - b) * share + g) * share)
-                shares[v, side, k] = int(255 * min(share, 1.0) + 0.5)
+            x, y, z = towards[d]
+            for j in range(size):
+                facing = normal[0, j] * x + normal[1, j] * y + normal[2, j] * z
+                cosine[0, j] = facing if facing > 0 else np.float32(0)
+                cosine[1, j] = np.float32(0) if facing > 0 else -facing
+            for side in range(2):
+                for j in range(size):
+                    part[side, j] = cosine[side, j] * seeing[d, j] * np.float32(1 / 255)
+            for side in range(2):
+                for k in range(4):
+                    power = light[d, k] if k < 3 else np.float32(1)
+                    for j in range(size):
+                        total[side, k, j] += cosine[side, j] * power
+                        arrived[side, k, j] += part[side, j] * power
+        for j in range(size):
+            for side in range(2):
+                for k in range(4):
+                    share = arrived[side, k, j] / total[side, k, j]
+                    if k < 3:
+                        # Light that the surroundings reflect into a crevice: the fit of Jimenez et
+                        # al. 2016, "Practical Realtime Strategies for Accurate Indirect Occlusion".
+                        c = albedo[first + j, k]
+                        a, b, g = 2.0404 * c - 0.3324, 4.7951 * c - 0.6417, 2.7552 * c + 0.6903
+                        share = max(share, ((share * a - b) * share + g) * share)
+                    shares[first + j, side, k] = int(255 * min(share, 1.0) + 0.5)
 
 
 class SkyVisibility:

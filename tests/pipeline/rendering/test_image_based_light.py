@@ -31,7 +31,12 @@ from pipeline.rendering.prefilter import (
     prepare,
     reflected_shares,
 )
-from pipeline.rendering.sky_visibility import light_directions, light_from
+from pipeline.rendering.sky_visibility import (
+    BLOCK,
+    _arriving_shares,
+    light_directions,
+    light_from,
+)
 from pipeline.rendering.surface_shaders import displayed, tone_mapped
 from pipeline.rendering.views import render_views, sample_environment
 from tests.pipeline.rendering.test_views import SMALL, joined, of_trimesh, quad, torus_knot
@@ -355,6 +360,27 @@ def test_the_light_directions_gather_all_light():
     for yaw in (0.0, 2.0):
         np.testing.assert_allclose(light_from(panorama, yaw).sum(axis=0), total, rtol=1e-3)
     assert np.abs(light_directions().mean(axis=0)).max() < 0.02
+
+
+def test_the_shares_of_light_are_those_of_the_sum_over_directions():
+    """More vertices than one block has, without reflected light (the colour is black)."""
+    rng = np.random.default_rng(0)
+    count, towards = BLOCK + 7, light_directions()
+    seen = rng.integers(0, 256, (count, len(towards)), dtype=np.uint8)
+    normals = rng.normal(size=(count, 3)).astype(np.float32)
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    light = rng.random((len(towards), 3), dtype=np.float32)
+    shares = np.empty((count, 2, 4), np.uint8)
+    black = np.zeros((count, 3), np.float32)
+    _arriving_shares(seen, normals, towards, light, black, shares)
+    power = np.concatenate([light, np.ones((len(towards), 1))], axis=1)
+    for side, sign in ((0, 1), (1, -1)):
+        weight = np.maximum(sign * normals.astype(np.float64) @ towards.T, 0)
+        share = (weight * seen / 255) @ power / (weight @ power)
+        # the fit of reflected light at a black surface, which never takes light away
+        reflected = ((-0.3324 * share + 0.6417) * share + 0.6903) * share
+        share[:, :3] = np.maximum(share, reflected)[:, :3]
+        np.testing.assert_allclose(shares[:, side], 255 * share, atol=0.51)
 
 
 def test_an_hdr_file_becomes_an_environment(tmp_path):
