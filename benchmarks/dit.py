@@ -1,6 +1,6 @@
-"""`python -m benchmarks.dit steps | gradients | learn`: cost and precision of training the SS-DiT.
+"""`python -m benchmarks.dit steps | parts | gradients | learn`: cost and precision of the SS-DiT.
 
-`steps` and `gradients` need only a GPU. `learn` trains for minutes. It also needs a build
+`steps`, `parts` and `gradients` need only a GPU. `learn` trains for minutes. It also needs a build
 with bricks at one resolution and renders.
 """
 
@@ -10,13 +10,18 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.dit_config import GradientsConfig, LearnConfig, StepsConfig
+from benchmarks.dit_config import GradientsConfig, LearnConfig, PartsConfig, StepsConfig
 from pipeline.core.cli import command
 from pipeline.core.files import write_atomically
 from pipeline.core.subcommands import parse_subcommand
 
 PROG = "python -m benchmarks.dit"
-SUBCOMMANDS = {"steps": StepsConfig, "gradients": GradientsConfig, "learn": LearnConfig}
+SUBCOMMANDS = {
+    "steps": StepsConfig,
+    "parts": PartsConfig,
+    "gradients": GradientsConfig,
+    "learn": LearnConfig,
+}
 
 
 def main(args: Sequence[str]) -> None:
@@ -36,6 +41,10 @@ def main(args: Sequence[str]) -> None:
         from benchmarks.dit_steps import time_steps
 
         time_steps(cfg, device, results["rows"], save)
+    elif name == "parts":
+        from benchmarks.dit_parts import time_parts
+
+        time_parts(cfg, device, results["rows"], save)
     elif name == "gradients":
         from benchmarks.dit_gradients import gradient_errors
 

@@ -36,6 +36,24 @@ class StepsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartsConfig:
+    """Time transformer blocks with and without torch.compile and as CUDA graphs, and alternatives
+    of parts of a sampling step. This only needs a GPU."""
+
+    out: Path
+    """Directory of the results, dit-parts.json."""
+
+    presets: tuple[str, ...] = ("256", "512", "1024")
+    """Presets of `python -m train.dit` whose block is timed."""
+
+    vae: tuple[str, ...] = ("256x4", "512x4", "1024x1")
+    """Resolution and number of assets of the batches for which a block of the SS-VAE is timed."""
+
+    sampling: bool = True
+    """Also time the MLP with GELU in the product's epilogue, and cross-attention by cuDNN."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GradientsConfig:
     """Compare all gradients of a small SS-DiT in bf16 with those in fp32. This only needs a GPU."""
 

@@ -31,7 +31,7 @@ COMMANDS = [
     ("train.evaluate", ["vae", "--help"], "--resolutions"),
     ("train.evaluate", ["generation", "--help"], "--generation.guidance"),
     ("train.demo.__main__", ["--help"], "--size {auto,cpu,gpu}"),
-    ("benchmarks.dit", ["--help"], "python -m benchmarks.dit {steps,gradients,learn}"),
+    ("benchmarks.dit", ["--help"], "python -m benchmarks.dit {steps,parts,gradients,learn}"),
     ("benchmarks.dit", ["learn", "--help"], "--vae-minutes"),
     ("benchmarks.remote_data", ["--help"], "--megabytes-per-s"),
     ("benchmarks.training", ["--help"], "benchmarks.training {geometry,bricks,measure}"),
