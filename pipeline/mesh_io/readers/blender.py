@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from pipeline.mesh_io.scene import Scene
 SCRIPT = Path(__file__).with_name("blender_script.py")
 TIMEOUT_S = 300.0  # of one conversion; the process of the asset has a limit of its own
 # Lines in which Blender says that something is wrong with a file.
-MESSAGE = re.compile(r"^(?:\S+ \| )?(?:.*\b)?(?:warning|error)\b:?\s*(.*)$", re.IGNORECASE)
+MESSAGE = re.compile(
+    r"^(?:\S+ \| )?(?:(?:.*\b)?(?:warning|error)\b|what\(\)):?\s*(.*)$", re.IGNORECASE
+)
 
 
 def read_with_blender(content: bytes, context: ReaderContext) -> Scene:
@@ -99,7 +102,12 @@ def _run(command: list[str]) -> str:
 
 def _messages(output: str, path: Path) -> list[str]:
     """Return the warnings and errors that Blender printed, without the directory of the file."""
-    found = [match[1] for line in output.splitlines() if (match := MESSAGE.match(line.strip()))]
+    lines = [line.strip() for line in output.splitlines()]
+    found = []
+    for line, following in pairwise([*lines, ""]):
+        if match := MESSAGE.match(line):
+            is_heading = match[1].endswith(":")  # of a message in the next line
+            found.append(f"{match[1]} {following}" if is_heading else match[1])
     # Addresses differ from run to run.
     texts = [re.sub(" at 0x[0-9a-fA-F]+", "", t.replace(str(path.parent), ""))[:120] for t in found]
     return list(dict.fromkeys(text for text in texts if text))

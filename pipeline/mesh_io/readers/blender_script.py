@@ -38,7 +38,10 @@ def main(source: Path, root: Path, target: Path, max_instances: int) -> None:
     found: Counter[tuple[str, str]] = Counter()
     if source.suffix.lower() == ".abc":
         bpy.ops.wm.read_factory_settings(use_empty=True)
-        bpy.ops.wm.alembic_import(filepath=str(source), as_background_job=False)
+        if "FINISHED" not in bpy.ops.wm.alembic_import(
+            filepath=str(source), as_background_job=False
+        ):
+            sys.exit(1)  # Blender has printed why
     else:
         bpy.ops.wm.open_mainfile(filepath=str(source), load_ui=False, use_scripts=False)
     check_files(root, found)  # first, because later steps draw what the files hold

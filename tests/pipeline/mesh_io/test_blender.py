@@ -77,17 +77,21 @@ def test_scripts_are_disabled_and_the_script_gets_its_paths(tmp_path, stand_in):
 def test_reports_and_messages_become_warnings(tmp_path, stand_in):
     body = """REPORT = [["hidden_left_out", "Sphere", 2]]
 print("00:01.250  blend | Warning: the file is strange")
+print("00:01.250  blend | Warning: the file is strange")
 print("Info: nothing")
 print(f"Error: cannot read {source}")
 print(f"Warning: image <struct at {hex(id(source))}>")
 """
     _, codes = load(tmp_path, stand_in(body + CONVERT))
     assert codes["hidden_left_out"].count == 2
+    assert codes["converter_warning"].count == 3
     assert codes["converter_warning"].examples == (
         "the file is strange",
         "cannot read /a.blend",
         "image <struct>",
     )
+    with pytest.raises(Reject, match="message=EXCEPTION: no such object"):
+        load(tmp_path, stand_in('print("ERROR: EXCEPTION:")\nprint("no such object")'))
     assert set(codes) == {"hidden_left_out", "converter_warning"}
 
 
@@ -214,6 +218,26 @@ def test_linked_files_outside_the_root_are_never_read(tmp_path):
     assert len(mesh.faces) == 24
     codes = {warning.code: warning.examples[0] for warning in report.warnings}
     assert codes["side_file_missing"].endswith("outside.blend")
+
+
+@NEEDS_BLENDER
+def test_damaged_alembic_files_are_unreadable_or_read(tmp_path):
+    script = """
+import bpy, sys
+bpy.ops.wm.read_factory_settings(use_empty=True)
+bpy.ops.mesh.primitive_cube_add(size=2, location=(0, 0, 4))
+bpy.ops.wm.alembic_export(filepath=sys.argv[-1], as_background_job=False)
+"""
+    blender = run_blender(tmp_path, script, str(tmp_path / "a.abc"))
+    mesh, report = load_with_report(tmp_path / "a.abc", LoadConfig(blender=blender))
+    assert mesh.vertices.max(0).round(4).tolist() == [1, 5, 1]
+    assert len(mesh.faces) == 12
+    assert report.warnings == ()
+    content = (tmp_path / "a.abc").read_bytes()
+    for damaged in (content[: len(content) // 2], content[:16] + bytes(8) + content[24:]):
+        (tmp_path / "b.abc").write_bytes(damaged)
+        with pytest.raises(Reject, match=r"unreadable error=blender message=(Could not|Ogawa)"):
+            load_with_report(tmp_path / "b.abc", LoadConfig(blender=blender))
 
 
 SCENE = """
