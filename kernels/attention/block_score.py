@@ -15,6 +15,7 @@ from kernels.attention.block_index import TILE_BLOCKS, TILE_COMPRESSED, BlockInd
 from kernels.attention.packed_heads import load_keys
 from kernels.attention.softmax import LOG2E, products
 from kernels.runtime.integer_math import cdiv
+from kernels.runtime.triton_ops import register_limit
 
 
 @triton.jit(do_not_specialize=["first_token", "last_token", "columns"])
@@ -100,7 +101,7 @@ def block_score(
     BLOCK_N = 32 if q_NHD.dtype == torch.float32 else 64
     tiles = index.tile_blocks.shape[0] - 1
     # Five programs share a multiprocessor.
-    options = {"maxnreg": 96} if D <= 32 and BLOCK_N == 64 else {}
+    options = register_limit(96) if D <= 32 and BLOCK_N == 64 else {}
     _block_score[(tiles, cdiv(min(index.max_tokens, last - first), BLOCK_N), G)](
         q_NHD, ck_PGD, lse_NH, index.tile_blocks, index.block_compressed, index.compressed_block,
         index.block_asset, index.asset_blocks, index.token_starts, score_GNM, first, last, columns,

@@ -26,7 +26,7 @@ from kernels.attention.scaled_keys import BranchKeys
 from kernels.attention.segment import Segments
 from kernels.attention.softmax import LN2, LOG2E, products, score_gradients
 from kernels.runtime.integer_math import cdiv
-from kernels.runtime.triton_ops import add_dot, needs_long_offsets
+from kernels.runtime.triton_ops import add_dot, needs_long_offsets, register_limit
 
 # Wanted number of programs for dk and dv: eight waves of five per multiprocessor on an H200. It is
 # fixed, so that sums do not depend on the GPU.
@@ -281,7 +281,7 @@ def segment_backward(
 
     # dq: four programs share a multiprocessor.
     BLOCK_Q = queries_per_tile(32 if q_NHD.dtype == torch.float32 else 64, group)
-    options = {"maxnreg": 128} if small and not segments.short else {}
+    options = register_limit(128) if small and not segments.short else {}
     _segment_dq[(cdiv(N, BLOCK_Q), G)](
         *inputs, segments.query_segment, segments.key_starts, dq_NHD, N, keys.scale,
         keys.scale * LOG2E, G, group, D, BLOCK_Q, BLOCK_K=32 if wide or segments.short else 64,
@@ -298,7 +298,7 @@ def segment_backward(
     splits = _splits(cdiv(M, BLOCK_K) * G, segments, N)
     dk_SMGD = q_NHD.new_empty(splits, M, G, D, dtype=torch.float32)
     dv_SMGD = torch.empty_like(dk_SMGD)
-    options = {"maxnreg": 168} if small else {}
+    options = register_limit(168) if small else {}
     _segment_dkdv[(cdiv(M, BLOCK_K), G, splits)](
         *inputs, segments.key_segment, segments.query_starts, dk_SMGD, dv_SMGD, M, keys.scale,
         keys.scale * LOG2E, G, group, D, BLOCK_Q, BLOCK_K, ORDERED=segments.ordered, FAST=not wide,

@@ -21,7 +21,7 @@ from kernels.attention.packed_heads import queries_per_tile
 from kernels.attention.scaled_keys import BranchKeys
 from kernels.attention.softmax import LOG2E, attend_run, log_sum, lse_dtype
 from kernels.runtime.integer_math import cdiv
-from kernels.runtime.triton_ops import needs_long_offsets
+from kernels.runtime.triton_ops import needs_long_offsets, register_limit
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def selection_partials(
     wide = q_NHD.dtype == torch.float32 or D == 128
     BLOCK_Q = queries_per_tile(32 if D == 128 else 64 if wide else 128, H // G)
     # Three programs share a multiprocessor.
-    options = {"maxnreg": 168} if D <= 32 and not wide else {}
+    options = register_limit(168) if D <= 32 and not wide else {}
     _selection_fwd[(lists.capacity, programs_per_item(lists, BLOCK_Q))](
         q_NHD, *keys.plain_and_scaled, v_NGD, flags, lists.entries, lists.items, lists.total,
         index.block_starts, part, part_lse, queries.first_token, top_k, entry_shift(top_k),

@@ -22,7 +22,7 @@ from kernels.attention.segment_backward import add_dkdv, dq_of_run
 from kernels.attention.selection import locate_range_rows
 from kernels.attention.softmax import LN2, LOG2E
 from kernels.runtime.integer_math import cdiv
-from kernels.runtime.triton_ops import needs_long_offsets
+from kernels.runtime.triton_ops import needs_long_offsets, register_limit
 
 
 @triton.jit
@@ -309,7 +309,7 @@ def selection_backward(
     BLOCK_K = 32 if wide else 128 if small else 64
     tiles = cdiv(index.max_block_tokens, BLOCK_K) if programs_per_item(lists, 1) > 1 else 1
     # Three programs share a multiprocessor.
-    options = {"maxnreg": 168} if small else {}
+    options = register_limit(168) if small else {}
     _selection_dkdv[(lists.capacity, tiles)](
         *inputs, part_dk, part_dv, queries.first_token, shift, keys.scale, scale2, G, group, D,
         queries_per_tile(32, group), BLOCK_K, FAST=not wide, num_warps=4,

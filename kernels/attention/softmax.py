@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
 from kernels.attention.packed_heads import load_keys
 
@@ -40,10 +41,10 @@ def products(a, b):
 def score_gradients(p, dp, q):
     """p * dp in the dtype of q.
 
-    For bf16 the factors are rounded first. Two such products take one instruction, and the error
+    On CUDA, bf16 factors are rounded first. Two such products take one instruction, and the error
     grows little.
     """
-    if q.dtype == tl.bfloat16:
+    if q.dtype == tl.bfloat16 and not is_hip():
         ds = tl.inline_asm_elementwise(
             # sm_80 has no bf16 product: multiply and add minus zero.
             "{.reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero;}",

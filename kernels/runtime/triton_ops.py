@@ -37,3 +37,8 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     Every operator opens this context once. The launch functions rely on it.
     """
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def register_limit(registers: int) -> dict[str, int]:
+    """Return the launch option that limits the registers of a thread, which ROCm does not have."""
+    return {} if torch.version.hip else {"maxnreg": registers}

@@ -1,4 +1,4 @@
-"""Compiles Triton launches for an architecture without a GPU, and reports what each one needs.
+"""Compiles Triton launches for a GPU that need not be there, and reports what each one needs.
 
 The launches are those that the operators really make: `JITFunction.run` is replaced by the
 compiler. This must run without the interpreter, so that tests start a process for it.
@@ -34,7 +34,21 @@ TYPES |= {torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8", torch
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
-def compile_launch(fn, args, kwargs, arch: int) -> dict:
+def gpu_target(name: str) -> GPUTarget:
+    """Return the target of a name such as "90" (sm_90 of CUDA) or "gfx942" (ROCm)."""
+    return (
+        GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name), 32)
+    )
+
+
+class TargetDriver:
+    """Stands in for the driver of a GPU, which kernels ask for their target while they compile."""
+
+    def __init__(self, target: GPUTarget):
+        self.get_current_target = lambda: target
+
+
+def compile_launch(fn, args, kwargs, target: GPUTarget) -> dict:
     """Return registers, spilled bytes, shared memory and float64 operations (PTX) of a launch."""
     options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
     bound = dict(zip(fn.arg_names, args)) | kwargs
@@ -52,10 +66,22 @@ def compile_launch(fn, args, kwargs, arch: int) -> dict:
             if not parameter.do_not_specialize and value == 1:
                 signature[parameter.name], constants[(i,)] = "constexpr", 1
     source = ASTSource(fn, signature, constants, attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    triton.runtime.driver.set_active(TargetDriver(target))
+    compiled = triton.compile(source, target=target, options=options)
+    launch = {"name": fn.__name__, "shared": compiled.metadata.shared}
+    if target.backend == "hip":
+        return launch | rocm_resources(compiled.asm["amdgcn"])
     float64 = sorted(set(re.findall(r"\b\w+(?:\.\w+)*\.f64\b", compiled.asm["ptx"])))
-    launch = {"name": fn.__name__, "shared": compiled.metadata.shared, "float64": float64}
-    return launch | resources(compiled.asm["cubin"])
+    return launch | {"float64": float64} | resources(compiled.asm["cubin"])
+
+
+def rocm_resources(assembly: str) -> dict:
+    """Return vector registers and the bytes of scratch memory per thread, from the assembly."""
+    values = {
+        name: int(re.search(rf"^\s*\.{name}:\s*(\d+)", assembly, re.M)[1])
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    }
+    return {"registers": values["vgpr_count"], "spilled": values["private_segment_fixed_size"]}
 
 
 def resources(cubin: bytes) -> dict:
@@ -74,7 +100,7 @@ def resources(cubin: bytes) -> dict:
     return {"registers": int(usage["REG"]), "spilled": int(usage["STACK"]) + int(usage["LOCAL"])}
 
 
-def record_launches(arch: int) -> dict[str, dict]:
+def record_launches(target: GPUTarget) -> dict[str, dict]:
     """Let every launch be compiled instead of run.
 
     Returns:
@@ -85,7 +111,7 @@ def record_launches(arch: int) -> dict[str, dict]:
     def record(fn, *args, grid, warmup, **kwargs):
         key = f"{fn.__name__} {[value for value in args if isinstance(value, int)]} {kwargs}"
         if key not in launches:
-            launches[key] = compile_launch(fn, args, kwargs, arch)
+            launches[key] = compile_launch(fn, args, kwargs, target)
 
     triton.JITFunction.run = record
     return launches
@@ -95,12 +121,13 @@ def print_launches(launch_all: Callable[..., None]) -> None:
     """Print the launches of a function as JSON: the command of a module for `compiled_launches`.
 
     Args:
-        launch_all: Makes the launches, given the architecture, the dtype and the numbers that
-            follow them on the command line.
+        launch_all: Makes the launches, given the target, the dtype and the numbers that follow them
+            on the command line.
     """
-    arch, dtype, *sizes = sys.argv[1:]
-    launches = record_launches(int(arch))
-    launch_all(int(arch), getattr(torch, dtype), *map(int, sizes))
+    name, dtype, *sizes = sys.argv[1:]
+    target = gpu_target(name)
+    launches = record_launches(target)
+    launch_all(target, getattr(torch, dtype), *map(int, sizes))
     sys.stdout.write(json.dumps(list(launches.values())) + "\n")
 
 

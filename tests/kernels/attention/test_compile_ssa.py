@@ -13,6 +13,7 @@ def test_every_launch_compiles(arch, arguments):
     )
     names = {launch["name"] for launch in launches}
     assert names >= {
+        "_block_mean_fwd",
         "_segment_fwd",
         "_block_score",
         "_top_blocks",

@@ -1,6 +1,6 @@
 """The launches of convolution, pooling and GroupNorm, to be compiled without a GPU.
 
-`python -m tests.kernels.conv.compile_conv 80 bfloat16 64 32 6` (architecture, dtype, C, O, number
+`python -m tests.kernels.conv.compile_conv 80 bfloat16 64 32 6` (target, dtype, C, O, number
 of tile sizes) prints the resources that each kernel of forward and gradients needs, on full blocks,
 with and without duplication.
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 
 import torch
+from triton.backends.compiler import GPUTarget
 
 from kernels.conv import gather_gemm, sparse_conv_backward
 from kernels.conv.gather_gemm import plain_taps
 from tests.kernels.compile_ahead import print_launches
 
 
-def launch_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> None:
+def launch_all(target: GPUTarget, dtype: torch.dtype, C: int, O: int, sizes: int) -> None:
     """Launch every kernel of forward and backward."""
 
     def try_all(key, candidates, launch, like, kernels):
@@ -24,8 +25,9 @@ def launch_all(arch: int, dtype: torch.dtype, C: int, O: int, sizes: int) -> Non
             launch(candidate)
         return candidates[0]
 
+    warpgroups = target.backend == "cuda" and target.arch // 10 in (9, 10)
     for module in (gather_gemm, sparse_conv_backward):
-        module.has_warpgroup_products = lambda device: arch >= 90
+        module.has_warpgroup_products = lambda device: warpgroups
     gather_gemm.choose = sparse_conv_backward.choose = try_all
     for name in ("group_norm", "pool", "sparse_conv"):  # they register the operators
         importlib.import_module(f"kernels.conv.{name}")

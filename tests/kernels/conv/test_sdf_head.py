@@ -71,25 +71,9 @@ def test_bad_arguments_are_named(change, message):
         sdf_head(**inputs, backend="triton")
 
 
-_COMPILE = """
-import json, sys, torch, triton
-from kernels import sdf_head
-from kernels.conv.sdf_head import _head, _head_grad
-from tests.kernels.compile_ahead import compile_launch
-launches = []
-def record(fn, *args, grid, warmup, **kwargs):
-    launches.append(compile_launch(fn, args, kwargs, int(sys.argv[1])))
-triton.JITFunction.run = record
-x, w, b = torch.zeros(64, 32, dtype=torch.bfloat16), torch.zeros(32), torch.zeros(1)
-y = _head(x, w, b)
-_head_grad(y, y, x, w, b)
-print(json.dumps(launches))
-"""
-
-
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_it_compiles_without_spills(arch):
-    launches = compiled_launches("-c", _COMPILE, arch)
+    launches = compiled_launches("-m", "tests.kernels.conv.compile_sdf_head", arch, "bfloat16", 32)
     assert [launch["name"] for launch in launches] == ["_head_fwd", "_head_bwd"]
     assert all(launch["spilled"] == 0 and launch["shared"] < 16384 for launch in launches)
 

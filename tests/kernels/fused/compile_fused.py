@@ -1,6 +1,6 @@
 """The launches of the fused kernels and cross-attention, to be compiled without a GPU.
 
-`python -m tests.kernels.fused.compile_fused 80 bfloat16 1024 32` (architecture, dtype, channels,
+`python -m tests.kernels.fused.compile_fused 80 bfloat16 1024 32` (target, dtype, channels,
 head size) prints the resources that each kernel of forward and gradients needs.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 
 import torch
+from triton.backends.compiler import GPUTarget
 
 from kernels.attention.segment import Segments
 from kernels.attention.segment_attention import attend_segments, attend_segments_backward
 from tests.kernels.compile_ahead import print_launches
 
 
-def launch_all(_arch: int, dtype: torch.dtype, C: int, D: int) -> None:
+def launch_all(_target: GPUTarget, dtype: torch.dtype, C: int, D: int) -> None:
     """Launch every kernel of forward and backward."""
     N, A = 100, 2
     of, starts = torch.zeros(N).int(), torch.tensor([0, 60, N]).int()

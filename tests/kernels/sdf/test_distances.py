@@ -388,32 +388,13 @@ def test_bad_arguments_are_named():
         kernel.cell_distances(fine, *arguments[1:], **lengths)
 
 
-_COMPILE = """
-import json, torch, triton
-from kernels.sdf import distances as sdf
-from tests.kernels.compile_ahead import compile_launch
-found = []
-def record(fn, *args, grid, warmup, **kwargs):
-    found.extend(compile_launch(fn, args, dict(kwargs), arch) for arch in (80, 90))
-    if fn.__name__ == "_distances":
-        args[9].fill_(1)  # mark points for the votes
-triton.JITFunction.run = record
-side = torch.zeros(8, 8, 8)
-outside = torch.zeros(1, 8, dtype=torch.int64)
-flood = sdf.FloodBits(bin_of=side.int(), outside=outside, whole_cells=side.bool())
-packed = torch.rand(5, 16, dtype=torch.float64)
-triangles = sdf.grid_triangles(packed, torch.zeros(5, dtype=torch.uint8), 64)
-cells, ids = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
-lengths = dict(tau=0.01, sheet_half=0.01, trusted=0.01, tie=2e-7)
-sdf.cell_distances(triangles, flood, cells, torch.tensor([0, 2, 5]), ids, **lengths)
-print(json.dumps(found))
-"""
-
-
 def test_it_compiles_for_both_architectures_without_spills():
-    launches = compiled_launches("-c", _COMPILE)
-    assert [launch["name"] for launch in launches[::2]] == ["_narrow", "_distances", "_votes"]
-    assert len(launches) == 6
+    launches = [
+        launch
+        for arch in (80, 90)
+        for launch in compiled_launches("-m", "tests.kernels.sdf.compile_sdf", arch, "float64")
+    ]
+    assert [launch["name"] for launch in launches] == 2 * ["_narrow", "_distances", "_votes"]
     assert all(launch["spilled"] == 0 and launch["shared"] < 16384 for launch in launches)
     # The kernel that decides sides rounds like the CPU: each operation separately, to nearest.
     votes = [launch["float64"] for launch in launches if launch["name"] == "_votes"]
