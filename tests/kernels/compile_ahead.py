@@ -19,7 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompilationError
+from triton.runtime.errors import TritonError
 
 SPILL_LIMIT = 256  # bytes per thread: what a register cap that buys occupancy may cost
 SHARED_LIMIT = 58 * 1024  # at least two programs in the 164 KB of an A100 multiprocessor
@@ -104,14 +105,19 @@ def record_launches(target: GPUTarget) -> dict[str, dict]:
     """Let every launch be compiled instead of run.
 
     Returns:
-        What `compile_launch` says about the launches that follow, each different one once.
+        What `compile_launch` says about the launches that follow, each different one once. A launch
+        that does not compile has its name and the reason, "failed".
     """
     launches: dict[str, dict] = {}
 
     def record(fn, *args, grid, warmup, **kwargs):
         key = f"{fn.__name__} {[value for value in args if isinstance(value, int)]} {kwargs}"
         if key not in launches:
-            launches[key] = compile_launch(fn, args, kwargs, target)
+            try:
+                launches[key] = compile_launch(fn, args, kwargs, target)
+            except (RuntimeError, CompilationError, TritonError) as error:
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                launches[key] = {"name": fn.__name__, "failed": reason}
 
     triton.JITFunction.run = record
     return launches
