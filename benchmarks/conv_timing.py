@@ -1,4 +1,4 @@
-"""Measures the sparse convolutions of the SS-VAE against hardware limits, torch and spconv."""
+"""Measures the sparse convolutions of the SS-VAE against hardware limits and other libraries."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from benchmarks.gpu_timing import (
 )
 from kernels import duplicate_children, neighbor_map, parent_voxels, sparse_conv, token_order
 from kernels.conv import reference as reference_conv
+from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomically
 
 # Direct3D-S2 paper (arXiv 2505.17412), section 4: mean numbers of latent tokens.
@@ -164,6 +165,64 @@ def measure_spconv(layer: Layer, coords: Tensor) -> tuple[float, float]:
     return forward_ms, milliseconds(step, repeats) - forward_ms
 
 
+def measure_flex_gemm(layer: Layer, coords: Tensor) -> tuple[float, float]:
+    """Return milliseconds of forward and backward of FlexGEMM's submanifold convolution.
+
+    It runs in bf16, with its masked implicit product. Its tables are made beforehand, and its tiles
+    are chosen at the first call.
+
+    Raises:
+        RuntimeError: If its results are not ours.
+    """
+    from flex_gemm.ops.spconv import (  # pyright: ignore[reportMissingImports]
+        Algorithm,
+        set_algorithm,
+        sparse_submanifold_conv3d,
+    )
+
+    set_algorithm(Algorithm.MASKED_IMPLICIT_GEMM)
+    voxels = coords if layer.size == 1 else voxel_coords(coords, layer.size)
+    rows = len(voxels)
+    shape = torch.Size([1, layer.C, *([int(voxels[:, 1:].max()) + 1] * 3)])
+    rows_in = rows // 8 if layer.upsample else rows
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*size, device="cuda", generator=generator).bfloat16()
+        for size in ((rows_in, layer.C), (27, layer.C, layer.O), (layer.O,))
+    )
+    weight *= (27 * layer.C) ** -0.5
+    # [O, 3, 3, 3, C], which it takes.
+    theirs = weight.permute(2, 0, 1).reshape(layer.O, 3, 3, 3, layer.C).contiguous()
+    neighbors = neighbor_map(coords)
+    cache = None
+
+    def source(x: Tensor) -> Tensor:
+        return duplicate_children(x, layer.size) if layer.upsample else x
+
+    def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        nonlocal cache
+        out, cache = sparse_submanifold_conv3d(source(x), voxels, shape, w, b, cache)
+        return out
+
+    def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return sparse_conv(x, w, b, neighbors, size=layer.size, upsample=layer.upsample)
+
+    results = []
+    for function, w in ((forward, theirs), (ours, weight)):
+        leaves = [t.detach().requires_grad_() for t in (x, w, bias)]
+        out = function(*leaves)
+        dx, dw, db = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        if w is theirs:
+            dw = dw.reshape(layer.O, 27, layer.C).permute(1, 2, 0)
+        results.append([t.float() for t in (out.detach(), dx, dw, db)])
+    for name, a, b in zip(("output", "dx", "dweight", "dbias"), *results, strict=True):
+        error = ((a - b).norm() / b.norm()).item()
+        if not error < 0.02:
+            raise RuntimeError(f"{name} of layer {layer.name} differs by {error:.3g} from ours")
+    del results
+    return step_times(forward, [x, theirs, bias], False, 3 if rows > 4_000_000 else 8)
+
+
 def step_times(
     function: Callable[..., Tensor], inputs: list[Tensor], graph: bool, repeats: int
 ) -> tuple[float, float]:
@@ -210,7 +269,7 @@ def floors(
     return forward * 1e3, backward * 1e3
 
 
-def measure(layer: Layer, coords: Tensor, rates: dict[str, float], peers: bool) -> dict:
+def measure(layer: Layer, coords: Tensor, rates: dict[str, float], with_torch: bool) -> dict:
     """Return one row of the table.
 
     Rows are bf16 and master weights fp32. Neighbour tables are made beforehand for every peer.
@@ -252,7 +311,7 @@ def measure(layer: Layer, coords: Tensor, rates: dict[str, float], peers: bool) 
         "gb_per_s": moved / forward / 1e6,
         "peak_gb": peak_gb(ours, inputs),
     }
-    if peers:
+    if with_torch:
         row |= measure_torch(layer, inputs, neighbors)
     return row
 
@@ -285,18 +344,21 @@ def measure_torch(layer: Layer, inputs: list[Tensor], neighbors: Tensor) -> dict
     return result
 
 
+PEER_COLUMNS = ("gather", "halo", "spconv", "flex_gemm")
+
+
 def table(rows: list[dict], rates: dict[str, float]) -> str:
     """Return a Markdown table of times, bounds, peers, rates and memory."""
     lines = [
         "| layer | rows | ours f/b ms | floor f/b | of it | gather f/b | halo f/b | spconv f/b "
-        "| gain | TFLOP/s 27 taps, executed (of peak) | GB/s | GB, gather's |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| FlexGEMM f/b | gain | TFLOP/s 27 taps, executed (of peak) | GB/s | GB, gather's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         share = "/".join(
             f"{100 * f / t:.0f}%" for f, t in zip(row["floor"], row["ours"], strict=True)
         )
-        peers = [sum(row[name]) for name in ("gather", "halo", "spconv") if row.get(name)]
+        peers = [sum(row[name]) for name in PEER_COLUMNS if row.get(name)]
         gain = f"{min(peers) / sum(row['ours']):.2f}x" if peers else "-"
         of_peak = 100e12 * row["tflops"] / rates["flop"]
         gather_gb = row.get("gather_gb", float("nan"))
@@ -306,7 +368,7 @@ def table(rows: list[dict], rates: dict[str, float]) -> str:
             milliseconds_pair(row["ours"]),
             milliseconds_pair(row["floor"]),
             share,
-            *(milliseconds_pair(row.get(peer)) for peer in ("gather", "halo", "spconv")),
+            *(milliseconds_pair(row.get(peer)) for peer in PEER_COLUMNS),
             gain,
             f"{row['dense_tflops']:.0f}, {row['tflops']:.0f} ({of_peak:.0f}%)",
             f"{row['gb_per_s']:.0f}",
@@ -320,9 +382,15 @@ def time_convolutions(cfg: ConvConfig) -> None:
     """Print tables and write conv.json.
 
     Raises:
-        UserError: If there is no GPU.
+        UserError: If there is no GPU, or a resolution or layer is unknown.
     """
     require_gpu()
+    unknown = [R for R in cfg.resolutions if R not in RESOLUTIONS]
+    if unknown:
+        raise UserError(f"resolutions must be of {list(RESOLUTIONS)}, got {unknown}")
+    unknown = [number for number in cfg.layers if not 0 <= number < len(LAYERS)]
+    if unknown:
+        raise UserError(f"layers must be from 0 to {len(LAYERS) - 1}, got {unknown}")
     rates = peak_rates()
     result: dict = {**gpu_and_versions(), "ceilings": rates}
     sys.stdout.write(", ".join(f"{k} {v}" for k, v in result.items()) + "\n")
@@ -332,9 +400,10 @@ def time_convolutions(cfg: ConvConfig) -> None:
     def save() -> None:
         write_atomically(cfg.out / "conv.json", json.dumps(result, indent=1) + "\n")
 
+    layers = [LAYERS[number] for number in cfg.layers]
     sets = {}
-    for R, tokens in RESOLUTIONS.items():
-        levels = {1: active_voxels(R, tokens)}
+    for R in cfg.resolutions:
+        levels = {1: active_voxels(R, RESOLUTIONS[R])}
         for level in (2, 4, 8):
             levels[level] = parent_voxels(levels[level // 2]).coords_P4
         share = len(levels[1]) / len(levels[8]) / 512
@@ -342,21 +411,25 @@ def time_convolutions(cfg: ConvConfig) -> None:
         sys.stdout.write(f"R = {R}: {sizes}; {share:.0%} active\n")
         sets[R] = levels
         result[str(R)] = []
-        for layer in LAYERS:
-            result[str(R)].append(measure(layer, levels[layer.level], rates, cfg.peers))
+        for layer in layers:
+            row = measure(layer, levels[layer.level], rates, "torch" in cfg.peers)
+            result[str(R)].append(row)
             torch.cuda.empty_cache()
             save()
     errors = set()
-    # spconv comes last, because a failure may leave the device unusable.
-    if cfg.peers:
+    # These come last, because a failure may leave the device unusable.
+    others = {"flex_gemm": measure_flex_gemm, "spconv": measure_spconv}
+    for name, measure_peer in others.items():
+        if name not in cfg.peers:
+            continue
         for R, levels in sets.items():
-            for layer, row in zip(LAYERS, result[str(R)], strict=True):
+            for layer, row in zip(layers, result[str(R)], strict=True):
                 try:
-                    row["spconv"] = measure_spconv(layer, levels[layer.level])
+                    row[name] = measure_peer(layer, levels[layer.level])
                 except (ImportError, RuntimeError, KeyError) as failure:
-                    errors.add(f"spconv: {type(failure).__name__}: {str(failure)[:200]}\n")
+                    errors.add(f"{name}: {type(failure).__name__}: {str(failure)[:200]}\n")
                 torch.cuda.empty_cache()
                 save()
-    for R in RESOLUTIONS:
+    for R in cfg.resolutions:
         sys.stdout.write(f"\nR = {R}\n\n{table(result[str(R)], rates)}\n")
     sys.stdout.writelines(sorted(errors))
