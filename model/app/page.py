@@ -175,6 +175,27 @@ def empty_html(text: str) -> str:
 NO_MESH = "The mesh appears here. Drag turns it, the wheel or two fingers zoom."
 
 
+def _gallery(label: str, columns: int, **options: Any) -> gr.Gallery:
+    """Return a gallery of pictures with transparent pixels, which cannot be changed.
+
+    Args:
+        label: Its label.
+        columns: Pictures of a row.
+        **options: Further options of `gr.Gallery`.
+    """
+    return gr.Gallery(
+        label=label,
+        columns=columns,
+        fit_columns=False,
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        buttons=[],
+        elem_classes="cutout",
+        **options,
+    )
+
+
 class _GenerateTab:
     """The tab that makes meshes.
 
@@ -202,18 +223,7 @@ class _GenerateTab:
                 )
                 keep = gr.Checkbox(label="Keep the background: the object fills the picture")
                 note = gr.HTML(elem_id="note")
-                gallery = gr.Gallery(
-                    label="Cut-out: what the models see",
-                    columns=3,
-                    fit_columns=False,
-                    height=200,
-                    object_fit="contain",
-                    format="png",
-                    interactive=False,
-                    buttons=[],
-                    elem_classes="cutout",
-                    elem_id="cutout",
-                )
+                gallery = _gallery("Cut-out: what the models see", 3, height=200, elem_id="cutout")
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate")
                     cancel = gr.Button("Cancel", variant="stop", interactive=False)
@@ -290,17 +300,11 @@ class _GenerateTab:
                     with gr.Column(scale=3, min_width=300):
                         viewer = gr.HTML(empty_html(NO_MESH), elem_id="viewer")
                 result = gr.HTML(elem_id="result")
-                past = gr.Gallery(
-                    label="History of this session",
-                    columns=5,
-                    fit_columns=False,
+                past = _gallery(
+                    "History of this session",
+                    5,
                     height=170,
-                    object_fit="contain",
-                    format="png",
                     allow_preview=False,
-                    interactive=False,
-                    buttons=[],
-                    elem_classes="cutout",
                     elem_id="history",
                     visible=False,
                 )

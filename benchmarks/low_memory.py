@@ -1,0 +1,238 @@
+"""`python -m benchmarks.low_memory`: peak memory of a generation, with and without --low-memory.
+
+An export with random weights is written, and each mode generates a mesh in a process of its own.
+Random weights have no surface: the cells and the surface of each stage are those of a torus. All
+stages run, with the memory that their weights and their cells need.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from benchmarks.generation import torus_mesh
+from model import structure as structure_module
+from model.conditioning.image_conditioned_dit import ConditionedDiT
+from model.conditioning.image_encoder import DinoEncoder
+from model.config import (
+    ConditionedDiTConfig,
+    DiTConfig,
+    EncoderConfig,
+    GenerationOptions,
+    OccupancyConfig,
+    StructureConfig,
+    VAEConfig,
+)
+from model.inference import generator as generator_module
+from model.inference.generator import Generator, level_near_mesh
+from model.inference.mesh_cleaning import CleanedMesh
+from model.inference.stages import Stages, write_stages
+from model.sparse_vae import SparseVAE
+from model.structure import Structure
+from pipeline.core.cli import command, parse
+from pipeline.core.devices import choose_device
+from pipeline.core.errors import RunError
+from pipeline.core.grid import CELL_SIDE
+
+log = logging.getLogger(__name__)
+
+PICTURE_SIDE = 1024
+TORUS_QUADS = 256  # along each circle
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """Sizes of all stages.
+
+    Attributes:
+        dit: Configuration of the SS-DiTs.
+        structure_dit: Configuration of the structure stage's DiT.
+        occupancy: Configuration of its VAE. Its side is an eighth of the first resolution.
+        vae: Configuration of the SS-VAE.
+        dino_layers: Layers of the random DINOv2. Its channels are those that the DiTs take.
+    """
+
+    dit: DiTConfig
+    structure_dit: DiTConfig
+    occupancy: OccupancyConfig
+    vae: VAEConfig
+    dino_layers: int
+
+
+# On a CPU, medium needs minutes. Its resolutions are 128 and 256.
+_MEDIUM = DiTConfig(channels=512, blocks=24, heads=16, condition_channels=512)
+SIZES = {
+    "medium": ModelSizes(
+        dit=_MEDIUM,
+        structure_dit=replace(_MEDIUM, kv_heads=16, latent_channels=8, attention="full"),
+        occupancy=OccupancyConfig(side=16, widths=(32, 128, 256)),
+        vae=VAEConfig(),
+        dino_layers=12,
+    ),
+    "paper": ModelSizes(
+        dit=DiTConfig(),
+        structure_dit=StructureConfig().flow.dit,
+        occupancy=OccupancyConfig(),
+        vae=VAEConfig(),
+        dino_layers=24,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowMemoryConfig:
+    """Measure the peak memory of a generation with and without --low-memory."""
+
+    size: Literal["medium", "paper"] = "medium"
+    """Sizes of the models: "paper" needs a GPU and 10 GB of disk, "medium" runs on a CPU."""
+
+    device: str = "auto"
+    """Device: "auto", "cpu", "cuda" or "cuda:N"."""
+
+    steps: int = 2
+    """Sampling steps of each stage."""
+
+    folder: Path | None = None
+    """Directory of the export, which is written if it is missing. None takes a temporary one."""
+
+    mode: Literal["both", "usual", "low"] = "both"
+    """Measure both modes, each in a process of its own, or one in this process."""
+
+    out: Path | None = None
+    """File to which the rows are also written as JSON."""
+
+
+def write_export(folder: Path, sizes: ModelSizes) -> dict[str, float]:
+    """Write an export with random weights, and the image encoder beside it.
+
+    Args:
+        folder: Directory of "stages" and "dinov2".
+        sizes: Sizes of the models.
+
+    Returns:
+        Size of the weights of each stage as they are stored, in GB.
+    """
+    torch.manual_seed(0)
+    channels = sizes.dit.condition_channels
+    dino = DinoEncoder.random(channels, sizes.dino_layers, channels // 64, 518)
+    dino.model.to(torch.bfloat16).save_pretrained(folder / "dinov2")  # pyright: ignore
+    encoder = EncoderConfig(channels=channels, weights=str(folder / "dinov2"))
+    flow = ConditionedDiT(
+        ConditionedDiTConfig(dit=sizes.structure_dit, encoder=encoder), encoder=dino
+    )
+    config = StructureConfig(occupancy=sizes.occupancy, flow=flow.config)
+    structure = Structure(config, (structure_module.OccupancyVAE(sizes.occupancy), flow))
+    dit = ConditionedDiT(ConditionedDiTConfig(dit=sizes.dit, encoder=encoder), encoder=dino)
+    vae = SparseVAE(sizes.vae)
+    resolutions = (structure.resolution, 2 * structure.resolution)
+    write_stages(
+        folder / "stages",
+        Stages(
+            structure=structure,
+            dits=dict.fromkeys(resolutions, dit),
+            vaes=dict.fromkeys(resolutions, vae),
+        ),
+    )
+    models = {"image encoder": dino, "structure": structure, "DiT": dit, "VAE": vae}
+    return {
+        name: sum(x.numel() * x.element_size() for x in model.parameters()) / 1e9
+        for name, model in models.items()
+    }
+
+
+def measure(cfg: LowMemoryConfig, folder: Path) -> dict[str, Any]:
+    """Generate once in this process.
+
+    Args:
+        cfg: The options. The mode must be "usual" or "low".
+        folder: What `write_export` wrote.
+
+    Returns:
+        "mode", "seconds", "load_seconds", "peak_gb" of the process, and "gpu_peak_gb" of the GPU's
+        tensors or None.
+    """
+    device = choose_device(cfg.device)
+    vertices, faces = torus_mesh(TORUS_QUADS)
+    torus = CleanedMesh(vertices=vertices, faces=faces, holes=0, floaters=0, bubbles=0)
+    # The stages run on the torus, whatever the random weights generate.
+    structure_module.occupied_level = lambda grid: level_near_mesh(
+        torus, CELL_SIDE * grid.shape[1], device
+    )
+    generator_module.extract_meshes = lambda *_: [(vertices, faces)]
+    row, column = np.mgrid[:PICTURE_SIDE, :PICTURE_SIDE] / PICTURE_SIDE - 0.5
+    alpha = np.uint8(255 * (row**2 + column**2 < 0.2))
+    picture = np.dstack([np.full((PICTURE_SIDE, PICTURE_SIDE, 3), 120, np.uint8), alpha])
+    started = time.perf_counter()
+    stages = Generator.load(folder / "stages", device, low_memory=cfg.mode == "low")
+    load_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    made = stages.generate(picture, 0, GenerationOptions(steps=(cfg.steps,)))
+    on_gpu = device.type == "cuda"
+    return {
+        "mode": cfg.mode,
+        "load_seconds": load_seconds,
+        "seconds": time.perf_counter() - started,
+        "tokens": [stage.tokens for stage in made.stages],
+        "peak_gb": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9,
+        "gpu_peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None,
+    }
+
+
+def measure_in_child(cfg: LowMemoryConfig, folder: Path, mode: str) -> dict[str, Any]:
+    """Return the row of a mode, measured in a process of its own.
+
+    Raises:
+        RunError: If the process fails.
+    """
+    options = ["--size", cfg.size, "--device", cfg.device, "--steps", str(cfg.steps)]
+    options += ["--mode", mode, "--folder", str(folder)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.low_memory", *options],
+        stdout=subprocess.PIPE,
+        check=False,
+        encoding="utf-8",
+    )
+    if ended.returncode:
+        raise RunError(f"the mode {mode} failed with {ended.returncode}; see the messages above")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse the options, measure and print a Markdown table, or one row as JSON."""
+    cfg = parse(LowMemoryConfig, args, prog="python -m benchmarks.low_memory")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = cfg.folder or Path(temporary)
+        weights = {}
+        if not (folder / "stages").is_dir():
+            weights = write_export(folder, SIZES[cfg.size])
+            log.info("weights in GB: %s", {name: round(gb, 2) for name, gb in weights.items()})
+        if cfg.mode != "both":
+            sys.stdout.write(json.dumps(measure(cfg, folder)) + "\n")
+            return
+        rows = [measure_in_child(cfg, folder, mode) for mode in ("usual", "low")]
+    lines = ["| mode | load s | generation s | peak GB of the process | peak GB of the GPU |"]
+    lines.append("|---|---|---|---|---|")
+    for row in rows:
+        gpu = "" if row["gpu_peak_gb"] is None else f"{row['gpu_peak_gb']:.2f}"
+        cells = (f"{row['load_seconds']:.1f}", f"{row['seconds']:.1f}", f"{row['peak_gb']:.2f}")
+        lines.append(f"| {row['mode']} | {' | '.join(cells)} | {gpu} |")
+    sys.stdout.write("\n".join(lines) + "\n")
+    if cfg.out is not None:
+        result = {"options": asdict(cfg), "weights_gb": weights, "rows": rows}
+        cfg.out.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command(main)
