@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,10 +65,57 @@ def _time_base(
     return time_vae_step(task, cfg, batch, device)
 
 
+def profile_step(step: Callable[[], object], shown: int = 40) -> dict[str, Any]:
+    """Return where the time of a step goes on the GPU and on the host.
+
+    Args:
+        step: A training step, whose kernels are compiled and whose tiles are chosen.
+        shown: Number of kernels to name.
+
+    Returns:
+        "host_ms", the time to issue the step. "busy_ms", the sum of its kernels. "launches", their
+        number. "waits", the number of calls that wait for the GPU. "kernels", milliseconds and
+        number of launches of the kernels that take most, by name.
+    """
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    step()
+    host_ms = 1000 * (time.monotonic() - started)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    kernels: dict[str, list[float]] = {}
+    waits = 0
+    for event in profile.events() or ():
+        if event.device_type.name == "CUDA":
+            entry = kernels.setdefault(event.name[:120], [0.0, 0])
+            entry[0] += event.device_time / 1000
+            entry[1] += 1
+        elif event.name in ("cudaStreamSynchronize", "cudaEventSynchronize"):
+            waits += 1
+    longest = sorted(kernels.items(), key=lambda item: -item[1][0])
+    return {
+        "host_ms": host_ms,
+        "busy_ms": sum(ms for ms, _ in kernels.values()),
+        "launches": int(sum(count for _, count in kernels.values())),
+        "waits": waits,
+        "kernels": {name: [round(ms, 3), int(count)] for name, (ms, count) in longest[:shown]},
+    }
+
+
 def time_vae_step(
-    task: VAETask, cfg: VAETraining, batch: VAEBatch, device: torch.device
+    task: VAETask, cfg: VAETraining, batch: VAEBatch, device: torch.device, profile: bool = False
 ) -> dict[str, Any]:
-    """Return the median time of training steps with one batch, their MFU and the peak of memory."""
+    """Return the median time of training steps with one batch, their MFU and the peak of memory.
+
+    Args:
+        task: The model and its losses.
+        cfg: Options of the run.
+        batch: A batch on the host.
+        device: The GPU.
+        profile: Also return `profile_step`.
+    """
     optimizer = make_optimizer(task.model, cfg.loop, device)
     events = []
 
@@ -99,6 +147,7 @@ def time_vae_step(
     return {
         **report,
         "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
+        **(profile_step(step) if profile else {}),
     }
 
 

@@ -39,6 +39,8 @@ class VaeSteps:
     """Directory of the results, vae-steps.json."""
     batches: tuple[str, ...] = ("256x4", "256x16", "512x4", "1024x1")
     """Resolution and number of assets of each step, such as 512x4."""
+    profile: bool = False
+    """Also report the kernels of each step, the time to issue it and how often it waits."""
 
 
 def torus_batch(resolution: int, count: int, device: torch.device) -> VAEBatch:
@@ -83,7 +85,7 @@ def main(args: Sequence[str]) -> None:
         preset = VAE_PRESETS["base"]
         no_index: Any = None
         task = VAETask(preset, World(device=device), no_index)
-        times = time_vae_step(task, preset, batch, device)
+        times = time_vae_step(task, preset, batch, device, cfg.profile)
         rows.append({"batch": name, "cells": batch.tokens, **times})
         log.info("%s", rows[-1])
         del task

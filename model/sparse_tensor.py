@@ -353,10 +353,12 @@ class BrickBatch:
         local = _LOCAL_POINTS.to(self.device)
         # Voxels are sorted by cell, then by grid point.
         rows, points = self.active[order][:, local].nonzero(as_tuple=True)
-        rows, points = order[rows], local[points]
-        coords = _take_coords(self.cells.coords, rows)
-        coords[:, 1:] *= CELL_SIDE
-        coords[:, 1:] += torch.stack([points // 64, points // 8 % 8, points % 8], 1).int()
+        rows = order[rows]
+        corners = self.cells.coords.clone()
+        corners[:, 1:] *= CELL_SIDE
+        inside = torch.stack([0 * local, local // 64, local // 8 % 8, local % 8], 1).int()
+        coords = _take_coords(corners, rows) + _take_coords(inside, points)
+        points = local[points]
         feats = self.values[rows, points].float()[:, None]
         starts = _asset_starts(coords[:, 0], self.batch_size)
         return SparseTensor(feats, Level(coords, self.resolution, self.batch_size, starts))
