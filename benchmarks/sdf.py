@@ -264,7 +264,7 @@ def tables(results: dict[str, Any]) -> str:
         "the resident memory before the work. Errors are measured in voxels at random grid points "
         "of the band, against brute force. A positive offset means that the surface lies too far "
         "out.",
-        _markdown(_cost_rows(results["rows"])),
+        markdown_table(_cost_rows(results["rows"])),
     ]
     full = [row for row in results["full"] if "stored" in row]
     if full:
@@ -272,9 +272,9 @@ def tables(results: dict[str, Any]) -> str:
         parts += [
             f"## All resolutions from one topology at {topology}",
             "Peak MB includes writing the stores.",
-            _markdown(_full_rows(full)),
+            markdown_table(_full_rows(full)),
             "## Stored bytes per cell (8^3 grid points), with metadata and one asset per store",
-            _markdown(_size_rows(full)),
+            markdown_table(_size_rows(full)),
         ]
     left_out = [
         *results["left_out"],
@@ -370,7 +370,8 @@ def _number(value: float | None, digits: int, factor: float = 1) -> str:
     return "" if value is None else f"{value * factor:.{digits}f}"
 
 
-def _markdown(rows: Iterator[Row]) -> str:
+def markdown_table(rows: Iterator[Row]) -> str:
+    """Format rows with equal keys as a Markdown table with aligned columns."""
     table = [{name: str(value) for name, value in row.items()} for row in rows]
     if not table:
         return "(none)"

@@ -3,10 +3,14 @@
 import json
 
 import numpy as np
+import pytest
 import trimesh
 
+from benchmarks import sdf_cost
 from benchmarks.sdf import main
+from benchmarks.sdf_cost import digest
 from benchmarks.sdf_truth import closest_on_mesh, open_edges, sample_truth, winding
+from pipeline.core.errors import UserError
 from pipeline.core.grid import band, spacing
 from pipeline.core.schema import Mesh
 
@@ -70,3 +74,28 @@ def test_the_truth_leaves_open_sheets_out():
     truth = sample_truth(mesh, 256, 1000)
     assert truth.sampled > 500
     assert len(truth.points) == 0
+
+
+def test_digests_tell_types_shapes_and_values_apart():
+    values = np.arange(6, dtype=np.int32)
+    others = [values.reshape(2, 3), values.astype(np.uint32), values[::-1], np.append(values, 0)]
+    assert len({digest(array) for array in [values, *others]}) == 5
+    assert digest(values) == digest(values.copy())
+
+
+def test_one_run_measures_topology_and_bricks_of_a_file(tmp_path, capsys):
+    ball().export(tmp_path / "ball.ply")
+    sdf_cost.main(f"--meshes {tmp_path / 'ball.ply'} --resolution 64".split())
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    name, resolution, faces, pieces, topology, bricks, total, *digests = row.strip("| ").split(
+        " | "
+    )
+    assert (name.strip(), int(resolution), int(faces)) == ("ball.ply", 64, 320)
+    assert int(pieces) == 320
+    assert abs(float(topology) + float(bricks) - float(total)) < 0.02
+    assert all(len(text.strip()) == 16 for text in digests)
+
+
+def test_a_file_that_does_not_exist_ends_the_command_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"must be files, got .*lost\.ply"):
+        sdf_cost.main(["--meshes", str(tmp_path / "lost.ply")])
