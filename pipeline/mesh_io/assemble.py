@@ -264,6 +264,10 @@ def _place(
         appearance = converter.convert(
             index, is_colored=geometry.colors is not None, uv_sets=geometry.uv
         )
+        colors = None if geometry.colors is None else geometry.colors[used]
+        is_black = colors is not None and not colors[:, :3].any()
+        if is_black and appearance.material.texture is not None:
+            converter.warnings.add("black_vertex_colors")
         yield _Piece(
             vertices=vertices[used],
             faces=faces,
@@ -275,7 +279,7 @@ def _place(
                     f"{name}_uv": _uv_of(geometry, appearance.map_slots.get(name), used)
                     for name in MAP_NAMES
                 },
-                "colors": None if geometry.colors is None else geometry.colors[used],
+                "colors": colors,
                 "normals": None if normals is None else normals[used].astype(np.float32),
             },
         )

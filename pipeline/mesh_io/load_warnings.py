@@ -50,6 +50,7 @@ WARNING_CODES = {
     "image_unreadable": "An image is missing in the file or cannot be decoded.",
     "texture_without_uv": "A texture has no texture coordinates to be drawn with.",
     "attribute_mismatch": "Texture coordinates, colours or normals do not fit the geometry.",
+    "black_vertex_colors": "All vertex colours of a textured part are black and hide its texture.",
     "appearance_ignored": "The file states a property of the look that is not drawn.",
 }
 

@@ -334,3 +334,24 @@ def test_scenes_without_a_surface_have_a_reason(scene, reason):
     with pytest.raises(Reject) as caught:
         build(scene)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("color", "is_textured", "is_reported"),
+    [((0, 0, 0, 255), True, True), ((0, 0, 1, 255), True, False), ((0, 0, 0, 255), False, False)],
+)
+def test_black_vertex_colors_that_hide_a_texture_are_drawn_and_reported(
+    color, is_textured, is_reported
+):
+    geometry = tetrahedron(
+        colors=Attribute(values=np.full((4, 4), color, dtype=np.uint8)),
+        uv={0: Attribute(values=np.zeros((4, 2)))},
+        materials=np.zeros(4, dtype=np.int64),
+    )
+    slot = TextureSlot(image=0) if is_textured else None
+    images = [SceneImage(name="a", content=png((255, 0, 0, 255)))]
+    material = SceneMaterial(base_color_texture=slot)
+    scene = Scene.of_geometries([geometry], materials=[material], images=images)
+    mesh, codes = build(scene)
+    assert codes == ({"black_vertex_colors": 1} if is_reported else {})
+    assert set(map(tuple, mesh.parts[0].colors)) == {color}
