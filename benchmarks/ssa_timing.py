@@ -39,8 +39,13 @@ from pipeline.core.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-# Grid sides of the paper's token counts (Direct3D-S2, arXiv 2505.17412). Other sets lie in 128^3.
+# Grid sides of the paper's token counts (Direct3D-S2, arXiv 2505.17412).
 GRIDS = {2062: 32, 5509: 48, 10682: 64}
+
+
+def grid_side(tokens: int) -> int:
+    """Return the side of the grid of a generated set: 128, or 256 for more than 200,000 tokens."""
+    return GRIDS.get(tokens, 128 if tokens <= 200_000 else 256)
 
 
 def floors(
@@ -196,7 +201,7 @@ def token_sets(cfg: SsaConfig) -> list[Tensor]:
         UserError: If an array of the user's file is not [N, 3] integers.
     """
     if cfg.coords is None:
-        return [surface_coords(n, GRIDS.get(n, 128)) for n in cfg.tokens]
+        return [surface_coords(n, grid_side(n)) for n in cfg.tokens]
     loaded = np.load(cfg.coords)
     sets = []
     for array in loaded.values() if hasattr(loaded, "values") else [loaded]:

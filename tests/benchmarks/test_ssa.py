@@ -99,6 +99,11 @@ def test_the_benchmark_refuses_a_machine_without_a_gpu():
         ssa_timing.time_ssa(SsaConfig())
 
 
+def test_large_sets_lie_in_larger_grids():
+    tokens = (2062, 10682, 45668, 130812, 525000)
+    assert [ssa_timing.grid_side(n) for n in tokens] == [32, 64, 128, 128, 256]
+
+
 @pytest.mark.parametrize(("blocks", "rows"), [(1, 512), (1500, 4000)])
 def test_the_benchmark_of_the_choice_has_full_blocks(blocks, rows):
     index = index_of_blocks(blocks, rows)
