@@ -23,6 +23,8 @@ TIMEOUT_S = 300.0  # of one conversion; the process of the asset has a limit of 
 MESSAGE = re.compile(
     r"^(?:\S+ \| )?(?:(?:.*\b)?(?:warning|error)\b|what\(\)):?\s*(.*)$", re.IGNORECASE
 )
+# Messages about the windows of Blender, which old files have.
+ABOUT_WINDOWS = re.compile(r"region type \d+ missing in space type")
 
 
 def read_with_blender(content: bytes, context: ReaderContext) -> Scene:
@@ -110,7 +112,8 @@ def _messages(output: str, path: Path) -> list[str]:
             found.append(f"{match[1]} {following}" if is_heading else match[1])
     # Addresses differ from run to run.
     texts = [re.sub(" at 0x[0-9a-fA-F]+", "", t.replace(str(path.parent), ""))[:120] for t in found]
-    return list(dict.fromkeys(text for text in texts if text))
+    kept = (text for text in texts if text and not ABOUT_WINDOWS.match(text))
+    return list(dict.fromkeys(kept))
 
 
 def _report(target: Path) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def test_reports_and_messages_become_warnings(tmp_path, stand_in):
 print("00:01.250  blend | Warning: the file is strange")
 print("00:01.250  blend | Warning: the file is strange")
 print("Info: nothing")
+print('Warning: region type 4 missing in space type "Info" (id: 7) - removing region')
 print(f"Error: cannot read {source}")
 print(f"Warning: image <struct at {hex(id(source))}>")
 """
