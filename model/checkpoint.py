@@ -36,7 +36,14 @@ class CheckpointError(UserError, ValueError):
     """
 
 
-def save_model(path: Path | str, model: nn.Module, config: Any, **notes: Any) -> None:
+def save_model(
+    path: Path | str,
+    model: nn.Module,
+    config: Any,
+    *,
+    matrices: torch.dtype | None = None,
+    **notes: Any,
+) -> None:
     """Write a model to a directory, which holds config.json and model.safetensors.
 
     The directory is complete or absent, also after a power cut. An old directory is replaced.
@@ -45,12 +52,16 @@ def save_model(path: Path | str, model: nn.Module, config: Any, **notes: Any) ->
         path: The directory. Its parents are created.
         model: The model whose state dict is written.
         config: The frozen dataclass that `model` was made from.
+        matrices: Dtype in which weights of two or more axes are written. Biases, norms and
+            statistics keep theirs. None keeps that of all weights.
         **notes: Further entries of config.json, which must be JSON values.
     """
     path = Path(path)
-    weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if matrices is not None and tensor.is_floating_point() and tensor.ndim > 1:
+            tensor = tensor.to(matrices)
+        weights[name] = tensor.detach().cpu().contiguous()
     description = {
         "format_version": FORMAT_VERSION,
         "model": type(model).__name__,

@@ -1,4 +1,4 @@
-"""`python -m train.evaluate vae | generation`: distances of surfaces to the stored ones."""
+"""`python -m train.evaluate vae | generation | retrieval`: distances of surfaces to stored ones."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 from pipeline.core.cli import command
 from pipeline.core.subcommands import parse_subcommand
-from train.evaluation.config import GenerationEvaluation, VAEEvaluation
+from train.evaluation.config import GenerationEvaluation, RetrievalEvaluation, VAEEvaluation
 
 PROG = "python -m train.evaluate"
-SUBCOMMANDS = {"vae": VAEEvaluation, "generation": GenerationEvaluation}
+SUBCOMMANDS = {
+    "vae": VAEEvaluation,
+    "generation": GenerationEvaluation,
+    "retrieval": RetrievalEvaluation,
+}
 
 
 def main(args: Sequence[str]) -> None:
@@ -19,10 +23,14 @@ def main(args: Sequence[str]) -> None:
         from train.evaluation.vae import evaluate_vae
 
         evaluate_vae(cfg)
-    else:
+    elif name == "generation":
         from train.evaluation.generation import evaluate_generation
 
         evaluate_generation(cfg)
+    else:
+        from train.evaluation.generation import evaluate_retrieval
+
+        evaluate_retrieval(cfg)
 
 
 if __name__ == "__main__":

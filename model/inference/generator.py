@@ -279,6 +279,7 @@ class Generator:
         options: GenerationOptions | None = None,
         *,
         whole_if_opaque: bool = False,
+        cells: Level | None = None,
         progress: Progress = no_progress,
     ) -> GeneratedMesh:
         """Generate a mesh of the object in an image.
@@ -291,6 +292,7 @@ class Generator:
             seed: Seed of the noise of all stages, 0 <= seed < 2^63.
             options: How meshes are sampled and cleaned. None takes the defaults.
             whole_if_opaque: Take an image without transparent pixels as foreground.
+            cells: Cells of the first resolution on the generator's device. None generates them.
             progress: Called once a stage with its name and its steps.
 
         Raises:
@@ -309,7 +311,7 @@ class Generator:
             return [self._encode_view(dit, view, whole_if_opaque) for view in views]
 
         started = self._now()
-        level = self.generate_cells(encode, seed, options, progress)
+        level = self.generate_cells(encode, seed, options, progress) if cells is None else cells
         reports = [StageReport(name=STRUCTURE, seconds=self._now() - started, tokens=len(level))]
         cleaned = None
         for number, resolution in enumerate(size for size in self.resolutions if size <= last):

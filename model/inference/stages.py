@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+import torch
+
 from model.checkpoint import CheckpointError, build_config, load_model, read_config, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import EncoderOnDemand, ImageEncoder
@@ -289,7 +291,10 @@ def check_refiners(
 
 
 def write_stages(
-    path: Path, stages: Stages, notes: Mapping[str, Mapping[str, Any]] | None = None
+    path: Path,
+    stages: Stages,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
+    matrices: torch.dtype | None = None,
 ) -> list[Path]:
     """Write stages as an export.
 
@@ -297,6 +302,7 @@ def write_stages(
         path: Directory of the export. Stages that it has already are replaced.
         stages: The stages.
         notes: Further entries of each stage's config.json, by name of its directory.
+        matrices: As for `save_model`.
 
     Returns:
         The directories that were written.
@@ -315,7 +321,7 @@ def write_stages(
             entries["recommended"] = asdict(recommended)
         if name != size:
             entries["meshing"] = asdict(stages.meshing_of(int(size)))
-        save_model(path / name, model, model.config, **entries)
+        save_model(path / name, model, model.config, matrices=matrices, **entries)
     return [path / name for name in models]
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from model.config import GenerationOptions
 from model.inference.generator import Generator
@@ -69,6 +69,24 @@ def test_exported_stages_generate_the_mesh_of_the_trained_ones(trained):
     assert files == [
         f"{name}/{file}" for name in sorted(names) for file in ("config.json", "model.safetensors")
     ]
+
+
+def test_weights_are_rounded_to_bf16_on_request(trained):
+    cfg, (vae, structure, dits) = trained
+    export(replace(cfg, precision="bf16"))
+    for name, model in (("vae_64", vae), ("structure", structure), ("dit_64", dits[64])):
+        stored = load_file(cfg.out / name / "model.safetensors")
+        for key, tensor in model.state_dict().items():
+            rounded = (
+                tensor.bfloat16() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+            )
+            assert stored[key].dtype == rounded.dtype
+            assert torch.equal(stored[key], rounded)
+    loaded = Generator.load(cfg.out)
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.structure.parameters())
+    weight = loaded.vaes[64].state_dict()
+    for key, tensor in vae.state_dict().items():
+        assert torch.allclose(weight[key], tensor, rtol=2**-8)
 
 
 def test_two_vaes_are_exported_each_for_its_dit(trained, tmp_path):

@@ -157,6 +157,18 @@ def read_build_index(root: StorePath, resolutions: Sequence[int]) -> BuildIndex:
     )
 
 
+def read_asset_names(root: StorePath) -> dict[str, str]:
+    """Return the name of each asset of a build by its uid: its path or URL, or else its uid.
+
+    Raises:
+        UserError: If the build has another format version.
+    """
+    commits = list_commits(root)
+    tables = _read_manifests(root, [shard for shard, names in commits.items() if MANIFEST in names])
+    rows = [row for table in tables for row in table.to_pylist()]
+    return {row["uid"]: row.get("url") or row["uid"] for row in rows}
+
+
 def log_training_data(
     training: BuildIndex, held_out: BuildIndex, sampler: BatchSampler, world: World
 ) -> None:
@@ -211,7 +223,7 @@ def _read_manifests(root: StorePath, shards: Sequence[str]) -> list[pa.Table]:
 
 
 def _manifest(path: StorePath, content: bytes) -> pa.Table:
-    wanted = ("uid", "status", "shard", "split")
+    wanted = ("uid", "status", "shard", "split", "url")
     try:
         schema = pq.read_schema(pa.BufferReader(content))
         # Other columns are not read: not every version of Arrow reads a missing list of fixed

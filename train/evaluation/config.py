@@ -16,15 +16,12 @@ Split = Literal["train", "val", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What is evaluated on which assets.
+class AssetSelection:
+    """Which assets are evaluated, and where the results are written.
 
     Raises:
         ValueError: If a number is out of range.
     """
-
-    checkpoint: Path
-    """Directory of the model."""
 
     data: PathOrUrl = Path("data/smoke")
     """Directory or URL of a build made by `python -m pipeline.build`."""
@@ -40,6 +37,21 @@ class EvaluationConfig:
     samples: int = at_least(1, 100_000)
     """Number of points that are sampled on each surface to measure distances."""
 
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(AssetSelection):
+    """What is evaluated on which assets.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    checkpoint: Path
+    """Directory of the model."""
+
     out: Path | None = None
     """Directory of the results. None takes `evaluation` in the run of the VAE, or in the
     export."""
@@ -48,8 +60,8 @@ class EvaluationConfig:
     """Device to run on. auto is a GPU if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_device(self.device)
-        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +86,11 @@ class VAEEvaluation(EvaluationConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationEvaluation(EvaluationConfig):
-    """Generate meshes from stored renders and measure how far they are from the rendered assets."""
+class RetrievalOptions(AssetSelection):
+    """The input views, and the training assets among which the most similar one is looked up."""
 
-    checkpoint: Path = Path("runs/export")
-    """Directory of the exported stages, written by `python -m train.export`."""
-
-    split: Split = "train"
-    """Assets to evaluate: those of the training set, those held out, or all."""
+    limit: int | None = None
+    """Number of assets to evaluate, spread evenly over the split. None evaluates all of it."""
 
     view: int = -1
     """Number of the view that is the input. Negative numbers count from the last one, -1."""
@@ -90,18 +99,65 @@ class GenerationEvaluation(EvaluationConfig):
     """Renders to read: the name of their product without "renders-", such as paper, or paper-ibl
     for image-based light."""
 
-    limit: int | None = None
-    """Number of assets to evaluate, spread evenly over the split. None evaluates all of it."""
-
-    seed: int = 0
-    """Seed of the noise that generation starts from."""
-
     facing_views: bool = False
     """Turn each generated mesh back by the quarter turns that brought the camera of its view to the
-    front. Models that were trained with `--facing-views` need this."""
+    front. Models that were trained with `--facing-views` need this. Retrieved assets are turned
+    so that the cameras of both views are in the same quarter."""
+
+    training_data: PathOrUrl | None = None
+    """Build whose training assets are looked up. None takes --data."""
+
+    held_out_views: int = at_least(0, 0)
+    """Number of views at the end of each training asset that were not trained on and are not
+    looked up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalEvaluation(RetrievalOptions):
+    """Measure how near the training assets come that look most like a view of each asset, and the
+    one that is nearest to its shape. Generated meshes must be nearer than these baselines."""
+
+    split: Split = "val"
+    """Assets to evaluate: those of the training set, those held out, or all."""
+
+    out: Path = Path("runs/retrieval")
+    """Directory of the results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationEvaluation(RetrievalOptions, EvaluationConfig):
+    """Generate meshes from stored renders and measure how far they are from the rendered assets."""
+
+    checkpoint: Path = Path("runs/export")
+    """Directory of the exported stages, written by `python -m train.export`. "props" takes the
+    weights of the package."""
+
+    split: Split = "train"
+    """Assets to evaluate: those of the training set, those held out, or all."""
+
+    views: int = at_least(1, 1)
+    """Number of views that are the input together: the one of --view and those before it. With
+    --facing-views only views that need the same quarter turns are taken."""
+
+    cells: Literal["generated", "stored"] = "generated"
+    """Cells of the first resolution: those that the structure stage generates ("generated"), or
+    those of the asset ("stored"), which shows what the other stages do alone."""
+
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the noise that generation starts from. A mesh is generated for each of them, and the
+    results are means over all."""
+
+    retrieval: bool = False
+    """Also compare with the training assets that look most like the view, by their pixels and by
+    the features of the model's image encoder, and with the one nearest to the true shape."""
 
     features: str | None = None
     """DINOv2 weights, as a folder or a name on the Hugging Face hub. With them the evaluation also
     compares how the meshes look. None skips that."""
 
     generation: GenerationOptions = field(default_factory=GenerationOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be different numbers from 0 on, got {self.seeds}")

@@ -9,25 +9,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from kernels import token_order
+from model.conditioning.image_encoder import ImageBatch
+from model.conditioning.image_preprocessing import prepare_image
+from model.inference.checkpoint_source import is_shipped
 from model.inference.generator import Generator
-from model.inference.turntable import CLAY, over_background
-from pipeline.core.cameras import Camera, camera_of_meta, look_at_origin
+from model.sparse_tensor import Level
+from pipeline.core.cameras import camera_of_meta, look_at_origin
 from pipeline.core.devices import choose_device
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.grid import CELL_SIDE
 from pipeline.core.primitives.marching_cubes import MeshArrays
 from pipeline.core.primitives.surface_distance import EMPTY_METRICS, THRESHOLDS, compare_surfaces
 from pipeline.core.primitives.voxel_iou import inside, intersection_over_union
-from pipeline.core.schema import Mesh, Part, View
+from pipeline.core.schema import View
 from pipeline.mesh_io.mesh_export import write_mesh
 from pipeline.rendering.views import render_from
-from train.data.bricks import built_resolutions, read_build_index
+from train.data.bricks import BuildIndex, built_resolutions, read_build_index
 from train.data.render_conditions import ViewReader
 from train.data.source import open_source
-from train.data.symmetry import quarter_turn, turn_directions, turns_to_face
+from train.data.symmetry import quarter_turn, transform_points, turn_directions, turns_to_face
 from train.engine.mesh_pictures import save_image, side_by_side
-from train.evaluation.config import GenerationEvaluation
+from train.evaluation.baselines import (
+    BY_SHAPE,
+    Baselines,
+    RetrievalResult,
+    best_by_image,
+    summarize_retrieval,
+)
+from train.evaluation.clay import PICTURE_SIDE, clay_mesh, draw, shown
+from train.evaluation.config import GenerationEvaluation, RetrievalEvaluation, RetrievalOptions
 from train.evaluation.image_metrics import (
     NORMAL_MAPS,
     SIZE,
@@ -45,13 +59,15 @@ from train.evaluation.results import (
     surface_protocol,
     write_results,
 )
+from train.evaluation.retrieval import ImageFeatures, describe_pixels
 
 log = logging.getLogger(__name__)
 
 BEHIND_FOCAL_MM = 100.0  # of the picture from behind if the render has an orthographic camera
-PICTURE_SIDE = 256  # pixels
 COLUMNS = ("image", "generated", "stored surface", "generated, from behind")
 EMPTY: MeshArrays = (np.zeros((0, 3)), np.zeros((0, 3), np.int32))
+PIXELS, FEATURES = "pixels", "features"  # what retrieval by image compares
+BATCH = 32  # images that the encoder describes at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +86,10 @@ class GenerationResult(SurfaceResult):
             rendered with the same camera.
         nearest: uid of the asset whose surface is nearest to the mesh.
         nearest_is_right: Whether that is the rendered asset.
+        seed: Seed of the noise.
+        nearest_training: Path or URL of the training asset whose surface is nearest to the mesh.
+            Empty without retrieval.
+        nearest_training_chamfer: Chamfer distance between sampled points of both.
         dino_similarity: Cosine between DINOv2 features of the input image and of the mesh rendered
             with the same camera. None if no weights were given.
         dino_similarity_of_asset: The same for the stored surface, which a perfect mesh would reach.
@@ -83,6 +103,9 @@ class GenerationResult(SurfaceResult):
     silhouette_iou: float = 0.0
     nearest: str = ""
     nearest_is_right: bool = False
+    seed: int = 0
+    nearest_training: str = ""
+    nearest_training_chamfer: float | None = None
     dino_similarity: float | None = None
     dino_similarity_of_asset: float | None = None
 
@@ -103,8 +126,146 @@ class _NormalMapFeatures:
         return frechet_distance(np.concatenate(self.generated), np.concatenate(self.stored))
 
 
+@dataclass(frozen=True)
+class _EvaluatedAssets:
+    """The assets that are evaluated, with their surfaces and renders."""
+
+    index: BuildIndex
+    references: ReferenceSurfaces
+    views: ViewReader
+    chosen: list[int]
+
+    @classmethod
+    def choose(cls, cfg: RetrievalOptions) -> _EvaluatedAssets:
+        """Open the build and choose assets of the split.
+
+        Raises:
+            UserError: If the build cannot be used, or the split has no asset.
+        """
+        data = open_source(cfg.data, cfg.cache)
+        index = read_build_index(data, built_resolutions(data))
+        references = ReferenceSurfaces(index)
+        views = ViewReader(index, cfg.cameras)
+        in_split = [
+            asset
+            for asset in references.assets
+            if cfg.split == "all" or index.is_val[asset] == (cfg.split == "val")
+        ]
+        if not in_split:
+            raise UserError(f"{cfg.data} has no usable asset in split {cfg.split}; use --split all")
+        return cls(index, references, views, spread_evenly(in_split, cfg.limit or len(in_split)))
+
+    def read(self, cfg: RetrievalOptions, asset: int) -> tuple[MeshArrays, View]:
+        """Return the stored surface of an asset and the view that is the input.
+
+        Raises:
+            RunError: If either cannot be read.
+        """
+        surface = self.references.surface(asset)
+        return surface, self.views.read_view(asset, _view_number(cfg, self.views.views(asset)))
+
+    def target(self, asset: int) -> SurfaceResult:
+        """Return the result of an asset of which nothing was generated."""
+        return SurfaceResult(
+            uid=self.index.uids[asset],
+            split="val" if self.index.is_val[asset] else "train",
+            iou=0.0,
+            chamfer=EMPTY_METRICS.chamfer,
+            normal_consistency=EMPTY_METRICS.normal_consistency,
+            f1=EMPTY_METRICS.f1,
+        )
+
+    def none_readable(self, cfg: RetrievalOptions) -> RunError:
+        return RunError(
+            f"none of {len(self.chosen)} assets of {cfg.data} can be read; "
+            f"run python -m pipeline.verify {cfg.data}"
+        )
+
+
+def evaluate_retrieval(cfg: RetrievalEvaluation) -> dict[str, Any]:
+    """Look up training assets for every chosen asset, compare them, and write the results.
+
+    Returns:
+        The content of evaluation.json.
+
+    Raises:
+        UserError: If a build cannot be used, or the split has no asset.
+        RunError: If none of the assets can be read, or nothing can be rendered.
+    """
+    assets = _EvaluatedAssets.choose(cfg)
+    baselines = Baselines(cfg, {PIXELS: describe_pixels})
+    results: list[RetrievalResult] = []
+    pictures = []
+    for asset in assets.chosen:
+        try:
+            reference, image = assets.read(cfg, asset)
+        except RunError as error:
+            log.warning("%s is skipped: %s", assets.index.uids[asset], error)
+            continue
+        compared = baselines.compare(assets.target(asset), image, reference)
+        camera = camera_of_meta(image.meta)
+        results += [result for result, _ in compared]
+        surfaces = [surface for _, surface in compared]
+        pictures.append(
+            [shown(image.rgba), *(draw(surface, camera) for surface in (*surfaces, reference))]
+        )
+        log.info(
+            "%s: %s",
+            assets.index.uids[asset],
+            ", ".join(f"CD x1000 by {r.by} {1000 * r.chamfer:.1f}" for r, _ in compared),
+        )
+    if not results:
+        raise assets.none_readable(cfg)
+    summaries = summarize_retrieval(results)
+    labels = ("image", *(f"by {summary['by']}" for summary in summaries), "stored surface")
+    return write_results(
+        cfg.out,
+        cfg,
+        checkpoint=None,
+        title="Training assets that are like held-out ones",
+        protocol={**surface_protocol(cfg), **_protocol_of_retrieval(cfg, baselines)},
+        results=results,
+        table=generation_table(summaries),
+        details=_retrieval_details(results),
+        sheet=PictureSheet(file="retrieved.png", labels=labels, rows=pictures),
+        summaries=summaries,
+    )
+
+
+def _protocol_of_retrieval(cfg: RetrievalOptions, baselines: Baselines) -> dict[str, Any]:
+    """Return how training assets are looked up."""
+    return {
+        "training_assets": len(baselines.shapes),
+        "looked_up_views": "all but the last "
+        f"{cfg.held_out_views} of each training asset; {PIXELS}: distance of RGBA images of 64^2 "
+        "pixels, cropped to the foreground",
+        "looked_up_turned": cfg.facing_views,
+    }
+
+
+def _retrieval_details(results: Sequence[RetrievalResult]) -> str:
+    """Return a table of what was looked up for each asset."""
+    rows = [
+        {
+            "name": result.uid,
+            "by": result.by,
+            "found": result.name,
+            "chamfer": 1000 * result.chamfer,
+            "silhouette_iou": 100 * result.silhouette_iou,
+        }
+        for result in results
+    ]
+    heads = {
+        "by": "by",
+        "found": "training asset",
+        "chamfer": "CD x1000",
+        "silhouette_iou": "silhouette IoU %",
+    }
+    return markdown_table(rows, heads, dict.fromkeys(heads, 1))
+
+
 def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
-    """Generate a mesh for every chosen asset, compare it, and write meshes and results.
+    """Generate a mesh for every chosen asset and seed, compare it, and write meshes and results.
 
     Returns:
         The content of evaluation.json.
@@ -113,77 +274,174 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
         UserError: If the models or the build cannot be used, or the split has no asset.
         RunError: If none of the assets can be read, or nothing can be rendered.
     """
-    data = open_source(cfg.data, cfg.cache)
-    index = read_build_index(data, built_resolutions(data))
-    references = ReferenceSurfaces(index)
-    views = ViewReader(index, cfg.cameras)
-    in_split = [
-        asset
-        for asset in references.assets
-        if cfg.split == "all" or index.is_val[asset] == (cfg.split == "val")
-    ]
-    if not in_split:
-        raise UserError(f"{cfg.data} has no usable asset in split {cfg.split}; use --split all")
-    chosen = spread_evenly(in_split, cfg.limit or len(in_split))
-    references.load_candidates(chosen)
+    assets = _EvaluatedAssets.choose(cfg)
+    index, references = assets.index, assets.references
+    references.load_candidates(assets.chosen)
     device = choose_device(cfg.device)
     generator = Generator.load(cfg.checkpoint, device, cfg.generation)
-    out = cfg.out or cfg.checkpoint / "evaluation"
+    out = cfg.out or _default_out(cfg.checkpoint)
     meshes = out / "meshes"
     meshes.mkdir(parents=True, exist_ok=True)
     looks = None
     if cfg.features is not None:
         looks = _NormalMapFeatures(DinoFeatures.load(cfg.features, device))
-    results = []
+    baselines = None
+    if cfg.retrieval:
+        baselines = Baselines(cfg, {PIXELS: describe_pixels, FEATURES: encoder_features(generator)})
+    evaluator = _Evaluator(cfg, generator, assets, meshes, looks, baselines)
+    results: list[GenerationResult] = []
+    retrieved: list[RetrievalResult] = []
     pictures = []
-    for asset in chosen:
+    for asset in assets.chosen:
         if asset not in references.trees:
             continue  # a warning was logged when it could not be read
         try:
-            reference = references.surface(asset)
-            image = views.read_view(asset, _view_number(cfg, views.views(asset)))
+            reference, image = assets.read(cfg, asset)
+            inputs = [image.rgba, *evaluator.further_views(asset, image)]
+            cells = evaluator.stored_cells(asset, image) if cfg.cells == "stored" else None
         except RunError as error:
             log.warning("%s is skipped: %s", index.uids[asset], error)
             continue
-        result, row = _evaluate(cfg, generator, references, asset, reference, image, meshes, looks)
-        save_image(meshes / f"{result.uid}.png", side_by_side([row], COLUMNS))
-        results.append(result)
-        pictures.append(row)
-        log.info(
-            "%s: CD x1000 %.1f, IoU %.3f, silhouette IoU %.3f, nearest asset %s",
-            result.uid,
-            1000 * result.chamfer,
-            result.iou,
-            result.silhouette_iou,
-            "right" if result.nearest_is_right else "wrong",
-        )
+        for seed in cfg.seeds:
+            result, row = evaluator.evaluate(asset, reference, image, inputs, cells, seed)
+            name = result.uid if seed == cfg.seeds[0] else f"{result.uid}-{seed}"
+            save_image(meshes / f"{name}.png", side_by_side([row], COLUMNS))
+            results.append(result)
+            if seed == cfg.seeds[0]:
+                pictures.append(row)
+            log.info(
+                "%s: CD x1000 %.1f, IoU %.3f, silhouette IoU %.3f, nearest asset %s",
+                name,
+                1000 * result.chamfer,
+                result.iou,
+                result.silhouette_iou,
+                "right" if result.nearest_is_right else "wrong",
+            )
+        if baselines is not None:
+            compared = baselines.compare(assets.target(asset), image, reference)
+            retrieved += [retrieval for retrieval, _ in compared]
     if not results:
-        raise RunError(
-            f"none of {len(chosen)} assets of {cfg.data} can be read; "
-            f"run python -m pipeline.verify {cfg.data}"
-        )
+        raise assets.none_readable(cfg)
     view = "last view" if cfg.view == -1 else f"view {cfg.view}"
     summary = summarize(results, f"{cfg.split} assets, {view}", len(references.trees))
     if looks is not None:
         summary["normal_map_distance"] = looks.distance()
+    summaries = summarize_retrieval(retrieved)
+    if retrieved:
+        summary |= compare_with_retrieval(results, retrieved, best_by_image(summaries))
     protocol = {
         **surface_protocol(cfg),
-        "seed": cfg.seed,
+        "seeds": cfg.seeds,
+        "views": cfg.views,
+        "cells": cfg.cells,
         "facing_views": cfg.facing_views,
         "sampling": generator.describe_sampling(cfg.generation),
         "image_encoder": generator.structure.flow.encoder.label,
         "looks": _protocol_of_looks(cfg.features),
+        **({} if baselines is None else _protocol_of_retrieval(cfg, baselines)),
     }
     return write_results(
         out,
         cfg,
+        checkpoint=cfg.checkpoint,
         title="Meshes generated from images",
         protocol=protocol,
         results=results,
-        table=generation_table(summary),
+        table=generation_table([summary, *summaries]),
+        details=None if baselines is None else _generation_details(results, retrieved),
         sheet=PictureSheet(file="generated.png", labels=COLUMNS, rows=pictures),
         summary=summary,
+        **({} if baselines is None else {"retrieval": summaries, "retrieved": retrieved}),
     )
+
+
+def _default_out(checkpoint: Path) -> Path:
+    """Return the directory of the results beside the stages, but never one in the package."""
+    if is_shipped(checkpoint):
+        return Path("runs") / f"evaluation-{checkpoint}"
+    return checkpoint / "evaluation"
+
+
+def encoder_features(generator: Generator) -> ImageFeatures:
+    """Return what describes images by the mean token of the structure stage's image encoder.
+
+    The rows have unit length.
+    """
+    flow = generator.structure.flow
+    size, kept = flow.encoder.image_size, flow.config.image_tokens
+
+    @torch.no_grad()
+    def describe(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        rows = []
+        for first in range(0, len(images), BATCH):
+            some = [
+                prepare_image(rgba, size, whole_if_opaque=True)
+                for rgba in images[first : first + BATCH]
+            ]
+            tokens = flow.encode_images(ImageBatch.collate(some, kept).to(generator.device))
+            for start, end in zip(tokens.starts[:-1], tokens.starts[1:], strict=True):
+                mean = tokens.feats_SC[start:end].float().mean(0)
+                rows.append((mean / mean.norm().clamp(min=1e-12)).cpu().numpy())
+        return np.stack(rows)
+
+    return describe
+
+
+def compare_with_retrieval(
+    results: Sequence[GenerationResult], retrieved: Sequence[RetrievalResult], by_image: str
+) -> dict[str, Any]:
+    """Return how many assets are nearer to what was generated than to what was looked up.
+
+    Args:
+        results: Generated meshes, of one or several seeds for each asset.
+        retrieved: What was looked up for the same assets.
+        by_image: The way of looking up by image that is the baseline.
+
+    Returns:
+        Shares of the assets in percent. The Chamfer distance of an asset is the mean over its
+        seeds. An empty mesh is nearer than nothing.
+    """
+    chamfers: dict[str, list[float]] = {}
+    for result in results:
+        chamfers.setdefault(result.uid, []).append(result.chamfer)
+    shares = {}
+    for name, by in (("nearer_than_image", by_image), ("nearer_than_shape", BY_SHAPE)):
+        baseline = {result.uid: result.chamfer for result in retrieved if result.by == by}
+        shares[name] = mean_percent(
+            [float(np.mean(each)) < baseline[uid] for uid, each in chamfers.items()]
+        )
+    return {"image_retrieval": by_image, **shares}
+
+
+def _generation_details(
+    results: Sequence[GenerationResult], retrieved: Sequence[RetrievalResult]
+) -> str:
+    """Return a table of each mesh, its nearest training asset and the baselines of its asset."""
+    kinds = tuple(dict.fromkeys(result.by for result in retrieved))
+    baselines = {(result.uid, result.by): 1000 * result.chamfer for result in retrieved}
+    rows = [
+        {
+            "name": result.uid,
+            "seed": result.seed,
+            "chamfer": 1000 * result.chamfer,
+            **{by: baselines[result.uid, by] for by in kinds},
+            "silhouette_iou": 100 * result.silhouette_iou,
+            "nearest_training": result.nearest_training or None,
+            "distance": None
+            if result.nearest_training_chamfer is None
+            else 1000 * result.nearest_training_chamfer,
+        }
+        for result in results
+    ]
+    heads = {
+        "seed": "seed",
+        "chamfer": "CD x1000",
+        **{by: f"CD of retrieval by {by}" for by in kinds},
+        "silhouette_iou": "silhouette IoU %",
+        "nearest_training": "training asset nearest to the mesh",
+        "distance": "its CD x1000 to the mesh",
+    }
+    return markdown_table(rows, heads, dict.fromkeys(heads, 1))
 
 
 def _protocol_of_looks(weights: str | None) -> str | None:
@@ -199,7 +457,7 @@ def _protocol_of_looks(weights: str | None) -> str | None:
     )
 
 
-def _view_number(cfg: GenerationEvaluation, count: int) -> int:
+def _view_number(cfg: RetrievalOptions, count: int) -> int:
     """Return the number of the input view, from 0 to `count` - 1."""
     if not -count <= cfg.view < count:
         raise UserError(
@@ -209,106 +467,120 @@ def _view_number(cfg: GenerationEvaluation, count: int) -> int:
     return cfg.view % count
 
 
-def _evaluate(
-    cfg: GenerationEvaluation,
-    generator: Generator,
-    references: ReferenceSurfaces,
-    asset: int,
-    reference: MeshArrays,
-    image: View,
-    folder: Path,
-    looks: _NormalMapFeatures | None,
-) -> tuple[GenerationResult, list[NDArray[np.uint8]]]:
-    """Generate and compare one mesh. Returns the result and the pictures of COLUMNS."""
-    index = references.index
-    uid = index.uids[asset]
-    camera = camera_of_meta(image.meta)
-    empty = GenerationResult(
-        uid=uid,
-        split="val" if index.is_val[asset] else "train",
-        view=image.meta["view"],
-        iou=0.0,
-        chamfer=EMPTY_METRICS.chamfer,
-        normal_consistency=EMPTY_METRICS.normal_consistency,
-        f1=EMPTY_METRICS.f1,
-    )
-    try:
-        generated = generator.generate(image.rgba, cfg.seed, cfg.generation, whole_if_opaque=True)
-    except RunError as error:
-        log.warning("%s: nothing was generated: %s", uid, error)
-        blank = np.full((PICTURE_SIDE, PICTURE_SIDE, 3), 255, np.uint8)
+@dataclass(frozen=True)
+class _Evaluator:
+    """Generates and compares meshes."""
+
+    cfg: GenerationEvaluation
+    generator: Generator
+    assets: _EvaluatedAssets
+    folder: Path
+    looks: _NormalMapFeatures | None
+    baselines: Baselines | None
+
+    def _turns(self, image: View) -> int:
+        """Return the quarter turns that bring the camera of a view to the front."""
+        return turns_to_face(image.meta["azimuth_degrees"]) if self.cfg.facing_views else 0
+
+    def further_views(self, asset: int, image: View) -> list[NDArray[np.uint8]]:
+        """Return the images that are the input besides the one of --view.
+
+        Raises:
+            RunError: If one cannot be read.
+        """
+        views, first = self.assets.views, image.meta["view"]
+        count = views.views(asset)
+        images = []
+        for step in range(1, count):
+            if len(images) == self.cfg.views - 1:
+                break
+            view = views.read_view(asset, (first - step) % count)
+            if self._turns(view) == self._turns(image):
+                images.append(view.rgba)
+        return images
+
+    def stored_cells(self, asset: int, image: View) -> Level:
+        """Return an asset's stored cells of the first resolution, turned as its mesh will be.
+
+        Raises:
+            RunError: If they cannot be read.
+        """
+        resolution = self.generator.resolutions[0]
+        side = resolution // CELL_SIDE
+        cells = self.assets.references.cells(asset, resolution)
+        xyz = transform_points(cells, side, quarter_turn(self._turns(image))).astype(np.int32)
+        coords = torch.from_numpy(np.concatenate([np.zeros((len(xyz), 1), np.int32), xyz], 1))
+        return Level.from_coords(coords[token_order(coords)].to(self.generator.device), side, 1)
+
+    def evaluate(
+        self,
+        asset: int,
+        reference: MeshArrays,
+        image: View,
+        inputs: list[NDArray[np.uint8]],
+        cells: Level | None,
+        seed: int,
+    ) -> tuple[GenerationResult, list[NDArray[np.uint8]]]:
+        """Generate and compare one mesh. Returns the result and the pictures of COLUMNS."""
+        cfg, looks, index = self.cfg, self.looks, self.assets.index
+        camera = camera_of_meta(image.meta)
+        target = self.assets.target(asset)
+        empty = GenerationResult(**vars(target), view=image.meta["view"], seed=seed)
+        name = target.uid if seed == cfg.seeds[0] else f"{target.uid}-{seed}"
+        given = {} if cells is None else {"cells": cells}
+        source = inputs[0] if len(inputs) == 1 else inputs
+        try:
+            generated = self.generator.generate(
+                source, seed, cfg.generation, whole_if_opaque=True, **given
+            )
+        except RunError as error:
+            log.warning("%s: nothing was generated: %s", name, error)
+            blank = np.full((PICTURE_SIDE, PICTURE_SIDE, 3), 255, np.uint8)
+            if looks is not None:
+                looks.add(EMPTY, reference)
+                empty = replace(empty, dino_similarity=0.0, dino_similarity_of_asset=0.0)
+            return empty, [shown(image.rgba), blank, draw(reference, camera), blank]
+        back = quarter_turn(-self._turns(image))
+        mesh = turn_directions(generated.vertices, back), generated.faces
+        write_mesh(self.folder / f"{name}.glb", *mesh)
+        metrics = compare_surfaces(*mesh, *reference, samples=cfg.samples)
+        (render,) = render_from(clay_mesh(mesh), [camera], len(image.rgba))
+        nearest = self.assets.references.nearest(mesh)
+        similarity = similarity_of_asset = None
         if looks is not None:
-            looks.add(EMPTY, reference)
-            empty = replace(empty, dino_similarity=0.0, dino_similarity_of_asset=0.0)
-        return empty, [_shown(image.rgba), blank, draw(reference, camera), blank]
-    vertices = generated.vertices
-    if cfg.facing_views:
-        back = quarter_turn(-turns_to_face(image.meta["azimuth_degrees"]))
-        vertices = turn_directions(vertices, back)
-    mesh = vertices, generated.faces
-    write_mesh(folder / f"{uid}.glb", *mesh)
-    metrics = compare_surfaces(*mesh, *reference, samples=cfg.samples)
-    (render,) = render_from(_clay_mesh(mesh), [camera], len(image.rgba))
-    nearest = references.nearest(mesh)
-    similarity = similarity_of_asset = None
-    if looks is not None:
-        looks.add(mesh, reference)
-        (reference_render,) = render_from(_clay_mesh(reference), [camera], len(image.rgba))
-        similarity = looks.features.similarity(image.rgba, render)
-        similarity_of_asset = looks.features.similarity(image.rgba, reference_render)
-    result = replace(
-        empty,
-        seconds=sum(stage.seconds for stage in generated.stages),
-        tokens={stage.name: stage.tokens for stage in generated.stages},
-        faces=len(generated.faces),
-        closed=generated.open_edges == 0,
-        chamfer=metrics.chamfer,
-        normal_consistency=metrics.normal_consistency,
-        f1=metrics.f1,
-        iou=intersection_over_union(inside(*mesh), inside(*reference)),
-        silhouette_iou=intersection_over_union(render[..., 3] > 127, image.rgba[..., 3] > 127),
-        nearest=index.uids[nearest],
-        nearest_is_right=nearest == asset,
-        dino_similarity=similarity,
-        dino_similarity_of_asset=similarity_of_asset,
-    )
-    focal = camera.focal_mm or BEHIND_FOCAL_MM  # an orthographic camera has none
-    behind = look_at_origin(camera.azimuth_degrees + 180, camera.elevation_degrees, focal)
-    return result, [
-        _shown(image.rgba),
-        draw(mesh, camera),
-        draw(reference, camera),
-        draw(mesh, behind),
-    ]
-
-
-def _clay_mesh(surface: MeshArrays) -> Mesh:
-    vertices, faces = surface
-    part = Part(vertices=slice(0, len(vertices)), faces=slice(0, len(faces)), material=CLAY)
-    return Mesh(vertices=vertices, faces=faces, parts=(part,))
-
-
-def draw(surface: MeshArrays, camera: Camera) -> NDArray[np.uint8]:
-    """Render a surface as clay on grey.
-
-    Args:
-        surface: Vertices and faces.
-        camera: Where it is seen from.
-
-    Returns:
-        RGB, uint8 [PICTURE_SIDE, PICTURE_SIDE, 3].
-
-    Raises:
-        RunError: If there is no OpenGL with EGL.
-    """
-    (rgba,) = render_from(_clay_mesh(surface), [camera], PICTURE_SIDE)
-    return over_background(rgba)
-
-
-def _shown(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return a stored render on grey at the size of the pictures, scaled to the nearest pixel."""
-    rows, columns = (np.arange(PICTURE_SIDE) * side // PICTURE_SIDE for side in rgba.shape[:2])
-    return over_background(rgba[rows][:, columns])
+            looks.add(mesh, reference)
+            (reference_render,) = render_from(clay_mesh(reference), [camera], len(image.rgba))
+            similarity = looks.features.similarity(image.rgba, render)
+            similarity_of_asset = looks.features.similarity(image.rgba, reference_render)
+        training, distance = "", None
+        if self.baselines is not None:
+            training, distance = self.baselines.nearest_training_asset(mesh)
+        result = replace(
+            empty,
+            seconds=sum(stage.seconds for stage in generated.stages),
+            tokens={stage.name: stage.tokens for stage in generated.stages},
+            faces=len(generated.faces),
+            closed=generated.open_edges == 0,
+            chamfer=metrics.chamfer,
+            normal_consistency=metrics.normal_consistency,
+            f1=metrics.f1,
+            iou=intersection_over_union(inside(*mesh), inside(*reference)),
+            silhouette_iou=intersection_over_union(render[..., 3] > 127, image.rgba[..., 3] > 127),
+            nearest=index.uids[nearest],
+            nearest_is_right=nearest == asset,
+            nearest_training=training,
+            nearest_training_chamfer=distance,
+            dino_similarity=similarity,
+            dino_similarity_of_asset=similarity_of_asset,
+        )
+        focal = camera.focal_mm or BEHIND_FOCAL_MM  # an orthographic camera has none
+        behind = look_at_origin(camera.azimuth_degrees + 180, camera.elevation_degrees, focal)
+        return result, [
+            shown(image.rgba),
+            draw(mesh, camera),
+            draw(reference, camera),
+            draw(mesh, behind),
+        ]
 
 
 def summarize(results: Sequence[GenerationResult], name: str, candidates: int) -> dict[str, Any]:
@@ -343,8 +615,10 @@ def summarize(results: Sequence[GenerationResult], name: str, candidates: int) -
     }
 
 
-def generation_table(summary: Mapping[str, Any]) -> str:
-    """Format a summary of `summarize` as Markdown."""
+def generation_table(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Format summaries of `summarize` and of `summarize_retrieval` as Markdown."""
+    found = set().union(*summaries)
+    candidates = summaries[0].get("candidates")
     heads = {
         "assets": "assets",
         "empty": "empty",
@@ -353,7 +627,9 @@ def generation_table(summary: Mapping[str, Any]) -> str:
         "normal_consistency": "normals %",
         "iou": "IoU %",
         "silhouette_iou": "silhouette IoU %",
-        "nearest_is_right": f"nearest of {summary['candidates']} is right %",
+        "nearest_is_right": f"nearest of {candidates} is right %",
+        "nearer_than_image": "nearer than image retrieval %",
+        "nearer_than_shape": "nearer than the nearest training shape %",
         "closed": "closed %",
         "seconds": "seconds",
     }
@@ -362,6 +638,6 @@ def generation_table(summary: Mapping[str, Any]) -> str:
         "dino_similarity": "DINOv2 cosine",
         "dino_similarity_of_asset": "DINOv2 cosine of the asset",
     }
-    heads_of_looks = {key: head for key, head in heads_of_looks.items() if key in summary}
     digits = dict.fromkeys(heads, 1) | dict.fromkeys(heads_of_looks, 3)
-    return markdown_table([summary], heads | heads_of_looks, digits)
+    heads = {key: head for key, head in (heads | heads_of_looks).items() if key in found}
+    return markdown_table(summaries, heads, digits)

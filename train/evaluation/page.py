@@ -12,7 +12,12 @@ TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def write_page(
-    out: Path, title: str, protocol: Mapping[str, Any], table: str, pictures: Mapping[str, str]
+    out: Path,
+    title: str,
+    protocol: Mapping[str, Any],
+    table: str,
+    pictures: Mapping[str, str],
+    details: str | None = None,
 ) -> Path:
     """Write the page `out`/index.html, which needs no other file.
 
@@ -22,13 +27,12 @@ def write_page(
         protocol: How the numbers were measured, by name. Values of None are left out.
         table: The evaluation's table in Markdown, with a heading row.
         pictures: Caption of each PNG file in `out`, by file name.
+        details: Further table in Markdown below the pictures, with a heading row.
 
     Returns:
         The path of the page.
     """
-    heads, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-    )
+    tables = [_parse(text) for text in (table, details) if text is not None]
     figures = [
         {"caption": caption, "source": html.image_uri((out / name).read_bytes(), "png")}
         for name, caption in pictures.items()
@@ -37,11 +41,18 @@ def write_page(
         out / "index.html",
         TEMPLATE,
         title=title,
-        heads=heads,
-        rows=rows,
+        tables=tables,
         pictures=figures,
         protocol=_as_text(protocol),
     )
+
+
+def _parse(table: str) -> dict[str, Any]:
+    """Return the heading and the rows of a Markdown table."""
+    heads, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+    )
+    return {"heads": heads, "rows": rows}
 
 
 def _as_text(protocol: Mapping[str, Any]) -> dict[str, str]:

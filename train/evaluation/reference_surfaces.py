@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from pipeline.core.errors import RunError
 from pipeline.core.primitives.marching_cubes import MeshArrays, extract
 from pipeline.core.primitives.surface_distance import sample_surface
+from pipeline.core.schema import Bricks
 from train.data.bricks import UNREADABLE, BrickReader, BuildIndex
 
 log = logging.getLogger(__name__)
@@ -54,14 +57,27 @@ class ReferenceSurfaces:
         """
         return self._read(asset, max(self._resolutions(asset)))
 
-    def _read(self, asset: int, resolution: int) -> MeshArrays:
+    def cells(self, asset: int, resolution: int) -> NDArray[np.int16]:
+        """Return an asset's cells at a resolution, [M, 3].
+
+        Raises:
+            RunError: If they cannot be read, or the build does not have the resolution.
+        """
+        if resolution not in self._resolutions(asset):
+            raise RunError(f"it has no bricks at R = {resolution}")
+        return self._bricks(asset, resolution).cells
+
+    def _bricks(self, asset: int, resolution: int) -> Bricks:
         try:
-            surface = extract(self._reader.read(asset, resolution))
+            return self._reader.read(asset, resolution)
         except UNREADABLE as error:
             raise RunError(
                 f"its bricks at R = {resolution} cannot be read ({error}); "
                 f"run python -m pipeline.verify {self.index.root}"
             ) from error
+
+    def _read(self, asset: int, resolution: int) -> MeshArrays:
+        surface = extract(self._bricks(asset, resolution))
         if not len(surface[1]):
             raise RunError(f"it has no surface at R = {resolution}")
         return surface

@@ -16,7 +16,7 @@ from pipeline.core.files import write_atomically
 from pipeline.core.primitives.surface_distance import THRESHOLDS
 from train.engine.checkpoint import provenance
 from train.engine.mesh_pictures import save_image, side_by_side
-from train.evaluation.config import EvaluationConfig
+from train.evaluation.config import AssetSelection
 from train.evaluation.page import write_page
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class PictureSheet:
     rows: Sequence[Sequence[NDArray[np.uint8]]]
 
 
-def surface_protocol(cfg: EvaluationConfig) -> dict[str, Any]:
+def surface_protocol(cfg: AssetSelection) -> dict[str, Any]:
     """Return how the numbers of a SurfaceResult are measured."""
     return {
         "frame": "[-1, 1]^3",
@@ -125,13 +125,15 @@ def markdown_table(
 
 def write_results(
     out: Path,
-    cfg: EvaluationConfig,
+    cfg: AssetSelection,
     *,
+    checkpoint: Path | None,
     title: str,
     protocol: Mapping[str, Any],
     results: Sequence[SurfaceResult],
     table: str,
     sheet: PictureSheet,
+    details: str | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Write evaluation.json, table.md, index.html and the pictures of an evaluation.
@@ -139,18 +141,20 @@ def write_results(
     Args:
         out: Directory of the results.
         cfg: Options of the evaluation.
+        checkpoint: Directory of the model, if one was evaluated.
         title: Heading of the page.
         protocol: How the numbers were measured, by name.
         results: One per asset, or per asset and resolution.
         table: Summary in Markdown.
         sheet: Pictures. No file is written if it has no rows.
+        details: Further table in Markdown for the page, one row for each asset.
         **more: Further entries of evaluation.json.
 
     Returns:
         The content of evaluation.json. Infinite numbers are null in the file.
     """
     content = {
-        "checkpoint": str(cfg.checkpoint.resolve()),
+        **({} if checkpoint is None else {"checkpoint": str(checkpoint.resolve())}),
         "data": str(cfg.data),
         "protocol": protocol,
         **provenance(),
@@ -160,14 +164,14 @@ def write_results(
             for result in results
         ],
     }
-    text = json.dumps(content, indent=1).replace("Infinity", "null")
+    text = json.dumps(content, indent=1, default=asdict).replace("Infinity", "null")
     write_atomically(out / "evaluation.json", text + "\n")
     write_atomically(out / "table.md", table + "\n")
     pictures = {}
     if sheet.rows:
         save_image(out / sheet.file, side_by_side(sheet.rows, sheet.labels))
         pictures[sheet.file] = f"Columns: {', '.join(sheet.labels)}."
-    write_page(out, title, protocol, table, pictures)
+    write_page(out, title, protocol, table, pictures, details)
     for line in table.splitlines():
         log.info("%s", line)
     files = ("evaluation.json", "table.md", "index.html", *pictures)

@@ -193,6 +193,7 @@ def evaluate_vae(cfg: VAEEvaluation) -> dict[str, Any]:
     return write_results(
         cfg.out or cfg.checkpoint.resolve().parent / "evaluation",
         cfg,
+        checkpoint=cfg.checkpoint,
         title="Reconstructions of the SS-VAE",
         protocol={**surface_protocol(cfg), "latents": "posterior mean"},
         results=results,

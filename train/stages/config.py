@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from model.config import ConditionedDiTConfig, RecommendedSampling, Refine
 from pipeline.core.grid import check_resolution
@@ -146,6 +146,9 @@ class ExportConfig:
     guidance: float | None = None
     """Guidance scale that `python -m model.generate` takes unless it is given another one. None
     recommends none."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the weights in the files. "bf16" rounds them and halves the files; biases and
+    norms stay in fp32, and so does the arithmetic."""
     push: str | None = None
     """Repository OWNER/NAME on the Hugging Face hub to which the export is uploaded with a model
     card. It is created if there is none. Log in first with `hf auth login`."""

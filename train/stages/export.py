@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from model.checkpoint import load_model, read_config, save_model
@@ -69,7 +70,8 @@ def export(cfg: ExportConfig) -> list[Path]:
             notes["vae"] = stage.vae
         if name in recommended:
             notes["recommended"] = recommended[name]
-        save_model(cfg.out / name, stage.model, stage.model.config, **notes)
+        config, matrices = stage.model.config, _dtype_of_matrices(cfg)
+        save_model(cfg.out / name, stage.model, config, matrices=matrices, **notes)
         _log_stage(cfg.out / name, stage.model, stage.source)
     checkpoints = [*cfg.vae, *cfg.dit, *([] if cfg.structure is None else [cfg.structure])]
     count = export_attribution(checkpoints, cfg.out)
@@ -88,12 +90,17 @@ def _export_published(cfg: ExportConfig, path: Path) -> list[Path]:
     notes: dict[str, dict[str, Any]] = {f"dit_{size}": {"vae": code} for size, code in vaes.items()}
     for name, recommended in _recommended_sampling(cfg, list(notes)).items():
         notes.setdefault(name, {})["recommended"] = recommended
-    directories = write_stages(cfg.out, stages, notes)
+    directories = write_stages(cfg.out, stages, notes, _dtype_of_matrices(cfg))
     if cfg.refine is None:
         for file in missing_refiners(path):
             log.warning("%s is not there, so %s has no refiner of it.", file, cfg.out)
     log.info("%s has %d stages from %s.", cfg.out, len(directories), path.resolve())
     return directories
+
+
+def _dtype_of_matrices(cfg: ExportConfig) -> torch.dtype | None:
+    """Return the dtype of the weights of two or more axes in the files, None for their own."""
+    return torch.bfloat16 if cfg.precision == "bf16" else None
 
 
 def _log_stage(path: Path, model: nn.Module, source: Path) -> None:

@@ -20,13 +20,14 @@ from pipeline.rendering.views import render_from
 from pipeline.storage.render_shard import write_render_shard
 from pipeline.storage.sdf_shard import SdfShard
 from tests.train.analytic_builds import commit, make_build
-from train.data.bricks import BrickReader
+from train.data.bricks import BrickReader, read_build_index
 from train.data.render_conditions import ViewReader
 from train.engine.mesh_pictures import LABEL_HEIGHT
 from train.evaluate import main
-from train.evaluation import reference_surfaces
-from train.evaluation.config import GenerationEvaluation
-from train.evaluation.generation import _clay_mesh, evaluate_generation
+from train.evaluation import generation, reference_surfaces
+from train.evaluation.clay import clay_mesh
+from train.evaluation.config import GenerationEvaluation, RetrievalEvaluation
+from train.evaluation.generation import evaluate_generation, evaluate_retrieval
 
 VIEWS = 3
 
@@ -39,7 +40,7 @@ def rendered(tmp_path_factory):
     entries = []
     for uid in shard.uids:
         mesh, eyes = (
-            _clay_mesh(extract(shard.bricks(uid))),
+            clay_mesh(extract(shard.bricks(uid))),
             [sample_camera(uid, view) for view in range(VIEWS)],
         )
         views = []
@@ -63,6 +64,7 @@ class FacingSurfaces:
         self.stored = StoredSurfaces(root)
         self.structure = self.stored.structure
         self.describe_sampling = self.stored.describe_sampling
+        self.device, self.resolutions = self.stored.device, self.stored.resolutions
         self.turns = []
 
     def generate(self, *args, **options):
@@ -93,6 +95,8 @@ class StoredSurfaces:
             turn,
             fails,
         )
+        self.seen = []
+        self.device, self.resolutions = torch.device("cpu"), [32]
         self.structure = torch.nn.Module()
         self.structure.flow = torch.nn.Module()
         self.structure.flow.encoder = type("Encoder", (), {"label": "stored surfaces"})
@@ -100,12 +104,13 @@ class StoredSurfaces:
     def describe_sampling(self, options):
         return {"steps": [2], "guidance": 1.0}
 
-    def generate(self, image, seed, options, whole_if_opaque):
+    def generate(self, image, seed, options, whole_if_opaque, cells=None):
+        self.seen.append((image, seed, cells))
         number = self.calls
         self.calls += 1
         if number in self.fails:
             raise RunError("no surface")
-        cleaned = clean_mesh(*extract(self.shard.bricks((number + self.turn) % 3)))
+        cleaned = clean_mesh(*extract(self.shard.bricks((number + self.turn) % 4)))
         surface = {"vertices": cleaned.vertices, "faces": cleaned.faces, "cleaned": cleaned}
         stages = (StageReport(name="structure", seconds=0.5, tokens=7),)
         return GeneratedMesh(**surface, open_edges=0, stages=stages)
@@ -270,3 +275,91 @@ def test_a_wrong_view_checkpoint_or_limit_is_an_error(rendered, tmp_path, monkey
         main(["generation", "--checkpoint", str(tmp_path), "--data", str(rendered)])
     with pytest.raises(ValueError, match="limit must be 1 or more, got 0"):
         GenerationEvaluation(limit=0)
+
+
+def mean_colour(images):
+    """Describe images by the mean colour of their foreground."""
+    return np.stack([image[image[..., 3] > 127][:, :3].mean(0) for image in images]) / 255
+
+
+def test_training_assets_are_looked_up_as_baselines(rendered, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "encoder_features", lambda _: mean_colour)
+    uids = SdfShard(rendered / "sdf" / "40" / "000000.zarr").uids
+    # The held-out asset itself is generated, which no training asset equals.
+    perfect = StoredSurfaces(rendered, turn=3)
+    result = evaluate(rendered, tmp_path / "a", monkeypatch, perfect, split="val", retrieval=True)
+    assert result["summary"]["nearer_than_image"] == result["summary"]["nearer_than_shape"] == 100.0
+    kinds = {row.by: row for row in result["retrieved"]}
+    assert list(kinds) == ["pixels", "features", "shape"]
+    assert all(row.uid == uids[3] and row.retrieved in uids[:3] for row in kinds.values())
+    assert kinds["shape"].chamfer == min(row.chamfer for row in kinds.values()) > 0.01
+    written = json.loads((tmp_path / "a" / "evaluation.json").read_text(encoding="utf-8"))
+    assert [row["by"] for row in written["retrieved"]] == list(kinds)
+    # A training asset is generated: it is named on the page, and is as near as the nearest one.
+    copied = StoredSurfaces(rendered, turn=uids.index(kinds["shape"].retrieved))
+    result = evaluate(rendered, tmp_path / "b", monkeypatch, copied, split="val", retrieval=True)
+    (row,) = result["rows"]
+    assert row["nearest_training"] == kinds["shape"].retrieved
+    assert row["nearest_training_chamfer"] < 0.02 < row["chamfer"]
+    assert row["chamfer"] == pytest.approx(kinds["shape"].chamfer, rel=0.05)
+    page = (tmp_path / "b" / "index.html").read_text(encoding="utf-8")
+    assert f"<td>{kinds['shape'].retrieved}</td>" in page
+    table = (tmp_path / "b" / "table.md").read_text(encoding="utf-8")
+    assert "retrieval: training asset nearest to the true shape" in table
+
+
+def test_an_asset_that_may_be_looked_up_finds_itself(rendered, tmp_path):
+    options = {"data": rendered, "split": "train", "samples": 2000}
+    result = evaluate_retrieval(RetrievalEvaluation(**options, out=tmp_path / "a"))
+    assert len(result["rows"]) == 2 * 3
+    assert all(row["retrieved"] == row["uid"] for row in result["rows"])
+    assert [summary["by"] for summary in result["summaries"]] == ["pixels", "shape"]
+    assert all(summary["chamfer"] < 1e-6 for summary in result["summaries"])
+    assert {row["retrieved_view"] for row in result["rows"]} == {VIEWS - 1, None}
+    # Its last view is not looked up any more if training held it out.
+    held_out = RetrievalEvaluation(**options, held_out_views=1, out=tmp_path / "b")
+    result = evaluate_retrieval(held_out)
+    assert not {row["retrieved_view"] for row in result["rows"]} & {VIEWS - 1}
+    with pytest.raises(UserError, match=r"held_out_views must be below the 3 views there are"):
+        evaluate_retrieval(replace(held_out, held_out_views=VIEWS))
+
+
+def test_each_seed_gives_a_mesh_of_its_own(rendered, tmp_path, monkeypatch):
+    model = StoredSurfaces(rendered)
+    result = evaluate(rendered, tmp_path, monkeypatch, model, limit=1, seeds=(4, 9))
+    assert [seed for _, seed, _ in model.seen] == [4, 9]
+    assert [row["seed"] for row in result["rows"]] == [4, 9]
+    # The second call returns another asset, so the mean is half way.
+    chamfers = [1000 * row["chamfer"] for row in result["rows"]]
+    assert chamfers[0] < 1e-3 < chamfers[1]
+    assert result["summary"]["chamfer"] == pytest.approx(sum(chamfers) / 2)
+    uid = result["rows"][0]["uid"]
+    names = {path.name for path in (tmp_path / "meshes").iterdir()}
+    assert names == {f"{uid}{suffix}" for suffix in (".glb", ".png", "-9.glb", "-9.png")}
+    with pytest.raises(ValueError, match=r"seeds must be different .* got \(1, 1\)"):
+        GenerationEvaluation(seeds=(1, 1))
+
+
+def test_stored_cells_lie_where_the_turned_mesh_does(rendered, tmp_path, monkeypatch):
+    model = FacingSurfaces(rendered)
+    evaluate(rendered, tmp_path, monkeypatch, model, cells="stored", facing_views=True)
+    assert any(model.turns)
+    for number, (_, _, level) in enumerate(model.stored.seen):
+        stored = extract(model.stored.shard.bricks(number))[0]
+        angle = -np.radians(90 * model.turns[number])
+        turn = np.array(
+            [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
+        )
+        cells = set(map(tuple, level.coords[:, 1:].tolist()))
+        places = np.clip((stored @ turn.T + 0.5) * 4, 0, 3).astype(int)
+        # The surfaces at R = 40 and the cells at R = 32 differ by less than a tenth of a cell.
+        assert np.mean([tuple(place) in cells for place in places.tolist()]) > 0.98
+        assert level.resolution == 4
+
+
+def test_further_views_are_given_together(rendered, tmp_path, monkeypatch):
+    model = StoredSurfaces(rendered)
+    evaluate(rendered, tmp_path, monkeypatch, model, limit=1, views=3)
+    views = ViewReader(read_build_index(rendered, [40]), "paper")
+    expected = [views.read_view(0, view).rgba for view in (2, 1, 0)]
+    assert all(np.array_equal(a, b) for a, b in zip(model.seen[0][0], expected, strict=True))
