@@ -14,8 +14,11 @@ class ConvConfig:
     out: Path = Path("runs/bench")
     """Directory that conv.json is written to."""
 
-    peers: tuple[Literal["torch", "spconv", "flex_gemm"], ...] = ("torch", "spconv")
-    """Other implementations to time. spconv and flex_gemm must be importable. Their results are
+    peers: tuple[Literal["torch", "spconv", "spconv_triton", "flex_gemm"], ...] = (
+        "torch",
+        "spconv",
+    )
+    """Other implementations to time. All but torch must be importable, and their results are
     compared with ours. flex_gemm compiles and times many tiles of every layer, which takes
     minutes."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,37 +134,110 @@ def voxel_coords(coords: Tensor, size: int) -> Tensor:
     return (coords[:, None] * scale + local).view(-1, 4).int()
 
 
-def measure_spconv(layer: Layer, coords: Tensor) -> tuple[float, float]:
+@dataclass(frozen=True)
+class PeerInputs:
+    """Inputs of another implementation of a layer, which takes all voxels as separate rows."""
+
+    layer: Layer
+    neighbors: Tensor
+    voxels: Tensor
+    """int32 [N, 4], coordinates of the rows."""
+
+    x: Tensor
+    """Rows, those before duplication if the layer duplicates."""
+
+    weight: Tensor
+    """[27, C, O]."""
+
+    bias: Tensor
+
+    @classmethod
+    def draw(cls, layer: Layer, coords: Tensor, dtype: torch.dtype) -> PeerInputs:
+        """Return random inputs for a layer on the voxels, or blocks, `coords`."""
+        voxels = coords if layer.size == 1 else voxel_coords(coords, layer.size)
+        rows = len(voxels) // 8 if layer.upsample else len(voxels)
+        generator = torch.Generator(device=coords.device).manual_seed(0)
+        x, weight, bias = (
+            torch.randn(*size, device=coords.device, generator=generator).to(dtype)
+            for size in ((rows, layer.C), (27, layer.C, layer.O), (layer.O,))
+        )
+        return cls(layer, neighbor_map(coords), voxels, x, weight * (27 * layer.C) ** -0.5, bias)
+
+    @property
+    def side(self) -> int:
+        """Side of the grid."""
+        return int(self.voxels[:, 1:].max()) + 1
+
+    def their_weight(self) -> Tensor:
+        """Return the weight as [O, 3, 3, 3, C], which other libraries take."""
+        C, O = self.layer.C, self.layer.O
+        return self.weight.permute(2, 0, 1).reshape(O, 3, 3, 3, C).contiguous()
+
+    def source(self, x: Tensor) -> Tensor:
+        """Return a row for each voxel."""
+        return duplicate_children(x, self.layer.size) if self.layer.upsample else x
+
+    def check(self, forward: Callable[..., Tensor]) -> None:
+        """Compare the output and the gradients of another implementation with ours.
+
+        Args:
+            forward: Takes the rows, `their_weight` and the bias.
+
+        Raises:
+            RuntimeError: If one differs by more than 2% of its norm.
+        """
+
+        def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            size, upsample = self.layer.size, self.layer.upsample
+            return sparse_conv(x, w, b, self.neighbors, size=size, upsample=upsample)
+
+        results = []
+        for function, w in ((forward, self.their_weight()), (ours, self.weight)):
+            leaves = [t.detach().requires_grad_() for t in (self.x, w, self.bias)]
+            out = function(*leaves)
+            dx, dw, db = torch.autograd.grad(out, leaves, torch.ones_like(out))
+            if function is forward:
+                dw = dw.reshape(self.layer.O, 27, self.layer.C).permute(1, 2, 0)
+            results.append([t.float() for t in (out.detach(), dx, dw, db)])
+        for name, a, b in zip(("output", "dx", "dweight", "dbias"), *results, strict=True):
+            error = ((a - b).norm() / b.norm()).item()
+            if not error < 0.02:
+                layer = f"{self.layer.name} {self.layer.C}->{self.layer.O}"
+                raise RuntimeError(f"{name} of layer {layer} differs by {error:.3g} from ours")
+
+    def time(self, forward: Callable[..., Tensor]) -> tuple[float, float]:
+        """Return milliseconds of forward and backward, after `check`."""
+        self.check(forward)
+        repeats = 3 if len(self.voxels) > 4_000_000 else 8
+        return step_times(forward, [self.x, self.their_weight(), self.bias], False, repeats)
+
+
+def measure_spconv(package: str, layer: Layer, coords: Tensor) -> tuple[float, float]:
     """Return milliseconds of forward and backward of spconv's submanifold convolution.
 
     It runs in fp16, because spconv has no bf16. Its table of pairs is made beforehand.
-    """
-    import spconv.pytorch as spconv
 
-    voxels = coords if layer.size == 1 else voxel_coords(coords, layer.size)
-    rows = len(voxels)
-    side = int(voxels[:, 1:].max()) + 1
+    Args:
+        package: "spconv", or "spconv_triton", which has the same interface.
+        layer: The layer.
+        coords: Its voxels or blocks.
+
+    Raises:
+        RuntimeError: If its results are not ours.
+    """
+    spconv = importlib.import_module(f"{package}.pytorch")
+    inputs = PeerInputs.draw(layer, coords, torch.float16)
+    side = inputs.side
     module = spconv.SubMConv3d(layer.C, layer.O, 3, bias=True, indice_key="pairs").cuda().half()
-    x = torch.randn(
-        rows // 8 if layer.upsample else rows, layer.C, device="cuda", dtype=torch.float16
-    )
     pairs: dict = {}
 
-    def forward(x: Tensor) -> Tensor:
-        features = duplicate_children(x, layer.size) if layer.upsample else x
-        source = spconv.SparseConvTensor(features, voxels, [side] * 3, 1, indice_dict=pairs)
-        return module(source).features
+    def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        rows = inputs.source(x)
+        source = spconv.SparseConvTensor(rows, inputs.voxels, [side] * 3, 1, indice_dict=pairs)
+        parameters = {"weight": w, "bias": b}
+        return torch.func.functional_call(module, parameters, (source,)).features
 
-    cotangent = torch.randn_like(forward(x))
-
-    def step() -> object:
-        leaf = x.detach().requires_grad_()
-        return torch.autograd.grad(forward(leaf), [leaf, *module.parameters()], cotangent)
-
-    repeats = 3 if rows > 4_000_000 else 8
-    with torch.no_grad():
-        forward_ms = milliseconds(lambda: forward(x), repeats)
-    return forward_ms, milliseconds(step, repeats) - forward_ms
+    return inputs.time(forward)
 
 
 def measure_flex_gemm(layer: Layer, coords: Tensor) -> tuple[float, float]:
@@ -174,53 +249,19 @@ def measure_flex_gemm(layer: Layer, coords: Tensor) -> tuple[float, float]:
     Raises:
         RuntimeError: If its results are not ours.
     """
-    from flex_gemm.ops.spconv import (  # pyright: ignore[reportMissingImports]
-        Algorithm,
-        set_algorithm,
-        sparse_submanifold_conv3d,
-    )
-
-    set_algorithm(Algorithm.MASKED_IMPLICIT_GEMM)
-    voxels = coords if layer.size == 1 else voxel_coords(coords, layer.size)
-    rows = len(voxels)
-    shape = torch.Size([1, layer.C, *([int(voxels[:, 1:].max()) + 1] * 3)])
-    rows_in = rows // 8 if layer.upsample else rows
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    x, weight, bias = (
-        torch.randn(*size, device="cuda", generator=generator).bfloat16()
-        for size in ((rows_in, layer.C), (27, layer.C, layer.O), (layer.O,))
-    )
-    weight *= (27 * layer.C) ** -0.5
-    # [O, 3, 3, 3, C], which it takes.
-    theirs = weight.permute(2, 0, 1).reshape(layer.O, 3, 3, 3, layer.C).contiguous()
-    neighbors = neighbor_map(coords)
+    spconv = importlib.import_module("flex_gemm.ops.spconv")
+    spconv.set_algorithm(spconv.Algorithm.MASKED_IMPLICIT_GEMM)
+    inputs = PeerInputs.draw(layer, coords, torch.bfloat16)
+    shape = torch.Size([1, layer.C, *([inputs.side] * 3)])
     cache = None
-
-    def source(x: Tensor) -> Tensor:
-        return duplicate_children(x, layer.size) if layer.upsample else x
 
     def forward(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         nonlocal cache
-        out, cache = sparse_submanifold_conv3d(source(x), voxels, shape, w, b, cache)
+        rows = inputs.source(x)
+        out, cache = spconv.sparse_submanifold_conv3d(rows, inputs.voxels, shape, w, b, cache)
         return out
 
-    def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return sparse_conv(x, w, b, neighbors, size=layer.size, upsample=layer.upsample)
-
-    results = []
-    for function, w in ((forward, theirs), (ours, weight)):
-        leaves = [t.detach().requires_grad_() for t in (x, w, bias)]
-        out = function(*leaves)
-        dx, dw, db = torch.autograd.grad(out, leaves, torch.ones_like(out))
-        if w is theirs:
-            dw = dw.reshape(layer.O, 27, layer.C).permute(1, 2, 0)
-        results.append([t.float() for t in (out.detach(), dx, dw, db)])
-    for name, a, b in zip(("output", "dx", "dweight", "dbias"), *results, strict=True):
-        error = ((a - b).norm() / b.norm()).item()
-        if not error < 0.02:
-            raise RuntimeError(f"{name} of layer {layer.name} differs by {error:.3g} from ours")
-    del results
-    return step_times(forward, [x, theirs, bias], False, 3 if rows > 4_000_000 else 8)
+    return inputs.time(forward)
 
 
 def step_times(
@@ -344,15 +385,16 @@ def measure_torch(layer: Layer, inputs: list[Tensor], neighbors: Tensor) -> dict
     return result
 
 
-PEER_COLUMNS = ("gather", "halo", "spconv", "flex_gemm")
+PEER_COLUMNS = ("gather", "halo", "spconv", "spconv_triton", "flex_gemm")
 
 
 def table(rows: list[dict], rates: dict[str, float]) -> str:
     """Return a Markdown table of times, bounds, peers, rates and memory."""
     lines = [
         "| layer | rows | ours f/b ms | floor f/b | of it | gather f/b | halo f/b | spconv f/b "
-        "| FlexGEMM f/b | gain | TFLOP/s 27 taps, executed (of peak) | GB/s | GB, gather's |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| spconv-triton f/b | FlexGEMM f/b | gain | TFLOP/s 27 taps, executed (of peak) | GB/s "
+        "| GB, gather's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         share = "/".join(
@@ -418,7 +460,11 @@ def time_convolutions(cfg: ConvConfig) -> None:
             save()
     errors = set()
     # These come last, because a failure may leave the device unusable.
-    others = {"flex_gemm": measure_flex_gemm, "spconv": measure_spconv}
+    others = {
+        "flex_gemm": measure_flex_gemm,
+        "spconv_triton": partial(measure_spconv, "spconv_triton"),
+        "spconv": partial(measure_spconv, "spconv"),
+    }
     for name, measure_peer in others.items():
         if name not in cfg.peers:
             continue

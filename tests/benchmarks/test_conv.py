@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from benchmarks import conv_timing
@@ -19,6 +20,24 @@ def test_voxels_of_blocks_have_the_neighbours_of_their_coordinates():
     for row, (batch, *xyz) in enumerate(voxels.tolist()):
         expected = [row_of.get((batch, *(torch.tensor(xyz) + o).tolist()), -1) for o in offsets]
         assert by_block[row].tolist() == expected
+
+
+@pytest.mark.parametrize("layer", [conv_timing.Layer("a", 1, 4, 3), conv_timing.LAYERS[-1]])
+def test_a_peer_is_compared_with_ours(layer):
+    blocks = random_coords([4], 2)
+    blocks = blocks[token_order(blocks)]
+    inputs = conv_timing.PeerInputs.draw(layer, blocks, torch.float32)
+    rows = neighbor_map(blocks)
+    rows = rows if layer.size == 1 else conv_timing.block_rows(rows, layer.size)
+
+    def by_gathering(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        source = torch.cat([inputs.source(x), torch.zeros(1, layer.C)])
+        w = w.reshape(layer.O, 27 * layer.C)
+        return source[rows.long()].flatten(1) @ w.T + b  # row -1 is zero
+
+    inputs.check(by_gathering)
+    with pytest.raises(RuntimeError, match=r"output of layer .* differs by 0\.0"):
+        inputs.check(lambda x, w, b: by_gathering(1.05 * x, w, b))
 
 
 def test_the_table_has_a_column_for_each_peer():
