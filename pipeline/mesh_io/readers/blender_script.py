@@ -2,13 +2,15 @@
 
 Blender or a Python interpreter with bpy runs this file in a process of its own:
 `blender --background --python blender_script.py -- INPUT ROOT OUTPUT MAX_INSTANCES`. It imports
-nothing of this project. Beside OUTPUT it writes OUTPUT.json: the number of placed objects, and a
-list of [code, detail, count]. It writes no OUTPUT if there are more than MAX_INSTANCES.
+nothing of this project. Beside OUTPUT it writes OUTPUT.json: the number of placed objects, counted
+up to MAX_INSTANCES + 1, and a list of [code, detail, count]. It writes no OUTPUT if there are more
+than MAX_INSTANCES.
 """
 
 import json
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import bpy  # pyright: ignore[reportMissingImports]
@@ -52,7 +54,8 @@ def main(source: Path, root: Path, target: Path, max_instances: int) -> None:
     check_objects(scene, found)
     check_materials(scene, found)
     graph = bpy.context.evaluated_depsgraph_get()
-    count = sum(is_drawn(instance) for instance in graph.object_instances)
+    drawn = (instance for instance in graph.object_instances if is_drawn(instance))
+    count = sum(1 for _ in islice(drawn, max_instances + 1))
     if count <= max_instances:
         flatten(scene, graph, found)
         export(target, found)

@@ -518,3 +518,10 @@ def test_damaged_text_is_loaded_or_rejected(tmp_path):
 def test_damaged_binary_layers_are_loaded_or_rejected(tmp_path):
     content = binary(layer(root(mesh(), quad())), tmp_path)
     assert_fuzzed_files_are_safe(tmp_path, "a.usdc", content, rounds=120)
+
+
+def test_damaged_packages_are_loaded_or_rejected(tmp_path):
+    inner = package({"b.usda": layer(root(mesh()))}, tmp_path / "b.usdz")
+    text = layer(root(quad()) + 'def "other" (references = @b.usdz@) {\n}\n')
+    content = package({"a.usda": text, "b.usdz": inner}, tmp_path / "c.usdz")
+    assert_fuzzed_files_are_safe(tmp_path, "a.usdz", content, rounds=120)
