@@ -1,4 +1,4 @@
-"""`python -m train.evaluate vae | generation | retrieval`: distances of surfaces to stored ones."""
+"""`python -m train.evaluate vae | generation | retrieval | meshes`: how far surfaces are apart."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from collections.abc import Sequence
 
 from pipeline.core.cli import command
 from pipeline.core.subcommands import parse_subcommand
-from train.evaluation.config import GenerationEvaluation, RetrievalEvaluation, VAEEvaluation
+from train.evaluation.config import (
+    GenerationEvaluation,
+    MeshEvaluation,
+    RetrievalEvaluation,
+    VAEEvaluation,
+)
 
 PROG = "python -m train.evaluate"
 SUBCOMMANDS = {
     "vae": VAEEvaluation,
     "generation": GenerationEvaluation,
     "retrieval": RetrievalEvaluation,
+    "meshes": MeshEvaluation,
 }
 
 
@@ -27,10 +33,14 @@ def main(args: Sequence[str]) -> None:
         from train.evaluation.generation import evaluate_generation
 
         evaluate_generation(cfg)
-    else:
+    elif name == "retrieval":
         from train.evaluation.generation import evaluate_retrieval
 
         evaluate_retrieval(cfg)
+    else:
+        from train.evaluation.meshes import evaluate_meshes
+
+        evaluate_meshes(cfg)
 
 
 if __name__ == "__main__":

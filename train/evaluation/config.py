@@ -113,6 +113,34 @@ class RetrievalOptions(AssetSelection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshEvaluation:
+    """Compare the mesh files of two directories that have one name: normal maps of 22 views, their
+    sharp edges, Chamfer distance and F1 score.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    pred: Path
+    """Directory of the meshes to judge."""
+
+    reference: Path
+    """Directory of the reference meshes. Files of both with one name are compared."""
+
+    out: Path = Path("runs/meshes")
+    """Directory of the results."""
+
+    size: int = at_least(16, 512)
+    """Pixels per side of each normal map."""
+
+    samples: int = at_least(1, 100_000)
+    """Number of points that are sampled on each surface to measure distances."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrievalEvaluation(RetrievalOptions):
     """Measure how near the training assets come that look most like a view of each asset, and the
     one that is nearest to its shape. Generated meshes must be nearer than these baselines."""

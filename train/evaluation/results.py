@@ -123,6 +123,29 @@ def markdown_table(
     return "\n".join(lines)
 
 
+def write_tables(
+    out: Path, protocol: Mapping[str, Any], results: Sequence[Any], table: str
+) -> dict[str, Any]:
+    """Write evaluation.json and table.md of an evaluation without pictures.
+
+    Args:
+        out: Directory of the results.
+        protocol: How the numbers were measured, by name.
+        results: One dataclass for each row.
+        table: Summary in Markdown.
+
+    Returns:
+        The content of evaluation.json.
+    """
+    content = {"protocol": protocol, **provenance(), "rows": [asdict(row) for row in results]}
+    write_atomically(out / "evaluation.json", json.dumps(content, indent=1) + "\n")
+    write_atomically(out / "table.md", table + "\n")
+    for line in table.splitlines():
+        log.info("%s", line)
+    log.info("The results are in %s: evaluation.json, table.md.", out)
+    return content
+
+
 def write_results(
     out: Path,
     cfg: AssetSelection,

@@ -108,7 +108,7 @@ class TrainingViews:
     ):
         self.describe = describe
         self.turned = turned
-        rows: list[NDArray[np.float32]] = []
+        rows: list[NDArray[np.float16]] = []
         self._found: list[tuple[int, int, float]] = []  # asset, view, azimuth
         for asset in assets:
             count = views.views(asset) - held_out
