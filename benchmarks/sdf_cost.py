@@ -1,6 +1,7 @@
 """`python -m benchmarks.sdf_cost`: CPU seconds of topology and bricks of mesh files.
 
-The work runs in one thread. The digests tell whether two commits give equal results: run the command on both.
+The work runs in one thread. The digests tell whether two commits give equal results: run the
+command on both.
 """
 
 from __future__ import annotations

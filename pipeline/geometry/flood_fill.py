@@ -68,19 +68,23 @@ class FloodFill:
 
 
 @njit(cache=True)
-def _visit_cells(packed, first, resolution, reach, counts, cursor, out):
+def _visit_cells(packed, resolution, reach, counts):
     """Find the cells within reach of each triangle by octree descent.
 
-    With an empty `out` the triangles of each cell are counted in `counts`. Otherwise each triangle
-    is written to `out` at the cell's `cursor`, which moves on.
+    Adds the number of triangles of each cell to `counts` [B, B, B].
+
+    Returns the numbers of the cells in the order of the triangles, and how many each triangle has.
     """
     h = 1.0 / (resolution - 1)
     size = resolution // CELL_SIDE
+    visited, used = np.empty(4 * len(packed) + 64, np.int32), 0
+    visits = np.empty(len(packed), np.int32)
+    low, high = np.empty(3, np.int32), np.empty(3, np.int32)
     stack = np.empty((256, 6), np.int32)  # boxes of cells: first cell and end cell
-    for t in range(first, len(packed)):
+    for t in range(len(packed)):
+        before = used
         # start with the cells of the triangle's bounding box
         row = packed[t]
-        low, high = np.empty(3, np.int32), np.empty(3, np.int32)
         for k in range(3):
             a, b, c = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
             low[k] = max(0, int(np.floor((min(a, b, c) - reach + 0.5) / h)) // CELL_SIDE)
@@ -106,13 +110,15 @@ def _visit_cells(packed, first, resolution, reach, counts, cursor, out):
                 continue
             if distance2(row, cx, cy, cz) > radius * radius:
                 continue
-            # a single cell: count or write
+            # a single cell
             if x1 - x0 == 1 and y1 - y0 == 1 and z1 - z0 == 1:
-                if len(out) == 0:
-                    counts[x0, y0, z0] += 1
-                else:
-                    out[cursor[x0, y0, z0]] = t
-                    cursor[x0, y0, z0] += 1
+                if used == len(visited):
+                    longer = np.empty(used + used // 2, np.int32)
+                    longer[:used] = visited
+                    visited = longer
+                visited[used] = (x0 * size + y0) * size + z0
+                counts[x0, y0, z0] += 1
+                used += 1
                 continue
             # several cells: descend into the eight octants
             mx, my, mz = (x0 + x1 + 1) // 2, (y0 + y1 + 1) // 2, (z0 + z1 + 1) // 2
@@ -123,6 +129,26 @@ def _visit_cells(packed, first, resolution, reach, counts, cursor, out):
                         stack[depth, 1], stack[depth, 4] = (y0, my) if j == 0 else (my, y1)
                         stack[depth, 2], stack[depth, 5] = (z0, mz) if k == 0 else (mz, z1)
                         depth += 1
+        visits[t] = used - before
+    return visited[:used], visits
+
+
+@njit(cache=True)
+def _list_triangles(visited, visits, cursor):
+    """Return the triangles of all cells, those of each cell in ascending order.
+
+    `visited` and `visits` are those of `_visit_cells`. `cursor` [B^3] is the place of each cell's
+    first triangle in the result. It is overwritten.
+    """
+    triangles = np.empty(len(visited), np.int32)
+    used = 0
+    for t in range(len(visits)):
+        for _ in range(visits[t]):
+            cell = visited[used]
+            triangles[cursor[cell]] = t
+            cursor[cell] += 1
+            used += 1
+    return triangles
 
 
 def bin_triangles(
@@ -139,8 +165,7 @@ def bin_triangles(
     size = resolution // CELL_SIDE
     reach = reach_voxels * spacing(resolution)
     counts = np.zeros((size, size, size), np.int32)
-    no_cursor = np.empty((0, 0, 0), np.int64)
-    _visit_cells(packed, 0, resolution, reach, counts, no_cursor, np.empty(0, np.int32))
+    visited, visits = _visit_cells(packed, resolution, reach, counts)
     cells = np.argwhere(counts).astype(np.int32)
     bin_of = np.full(counts.shape, -1, np.int32)
     bin_of[tuple(cells.T)] = np.arange(len(cells), dtype=np.int32)
@@ -148,11 +173,12 @@ def bin_triangles(
     np.cumsum(counts[tuple(cells.T)], out=offsets[1:])
     cursor = np.zeros(counts.shape, np.int64)
     cursor[tuple(cells.T)] = offsets[:-1]
-    triangles = np.empty(offsets[-1], np.int32)
-    if len(triangles):
-        _visit_cells(packed, 0, resolution, reach, counts, cursor, triangles)
     return Bins(
-        resolution=resolution, bin_of=bin_of, cells=cells, offsets=offsets, triangles=triangles
+        resolution=resolution,
+        bin_of=bin_of,
+        cells=cells,
+        offsets=offsets,
+        triangles=_list_triangles(visited, visits, cursor.reshape(-1)),
     )
 
 

@@ -330,15 +330,19 @@ def visible_sides(field, blockers, first, middle, last, open_sides, point, norma
     sample = (point[0], point[1], point[2], normal[0], normal[1], normal[2])
     ahead = (hints[0, LINES], 0, 0) if open_sides & FRONT else (0, LINES, 0)
     behind = (hints[1, LINES], 0, 0) if open_sides & BACK else (0, LINES, 0)
-    most = 1
+    most, is_last = 1, False
     while True:
         ahead = _count_sights(field, blockers, first, middle, sample, 0, ahead, most, hints)
         behind = _count_sights(field, blockers, middle, last, sample, 1, behind, most, hints)
         front, back = ahead[2], behind[2]
-        # one side alone is visible, or both have lines enough, or all lines are counted
-        if front == 0 or back == 0 or min(front, back) >= ENOUGH or most == LINES:
+        # one side alone is visible, or both have lines enough, or the ratio is known
+        fewer = min(front, back)
+        if fewer == 0 or fewer >= ENOUGH or is_last:
             break
-        most = ENOUGH if most == 1 else LINES
+        # All lines of a side with less than ENOUGH are counted by now. The other side's need to be
+        # counted only until the ratio is below MIN_SIGHT_RATIO.
+        is_last = most == ENOUGH
+        most = int(fewer / MIN_SIGHT_RATIO) + 1 if is_last else ENOUGH
     if back < MIN_SIGHT_RATIO * front:
         back = 0
     elif front < MIN_SIGHT_RATIO * back:

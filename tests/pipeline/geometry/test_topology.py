@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from pipeline.core.errors import Reject
 from pipeline.core.grid import spacing
-from pipeline.core.primitives.triangles import pack
+from pipeline.core.primitives.triangles import distance2, pack
 from pipeline.core.schema import Mesh
 from pipeline.geometry import holes
 from pipeline.geometry.config import TopologyConfig
@@ -54,6 +54,30 @@ def test_a_bar_through_a_box_is_cut_at_the_seam():
     assert buried == pytest.approx(exact, abs=2 * 4 * (0.1 + 0.12) * h)
     assert not (topology.kinds == SHEET).any()
     assert len(topology.triangles) < 20_000  # only the seam has small pieces
+
+
+@pytest.mark.parametrize("count", [0, 1, 60])
+def test_bins_list_the_triangles_within_reach_in_ascending_order(count):
+    random, resolution, reach = np.random.default_rng(count), 40, 1.5
+    corners = random.uniform(-0.45, 0.45, (count, 1, 3)) + random.uniform(-0.1, 0.1, (count, 3, 3))
+    corners = np.clip(corners, -0.49, 0.49)
+    bins, h = bin_triangles(pack(corners), resolution, reach), spacing(resolution)
+    lists = dict(zip(map(tuple, bins.cells), np.split(bins.triangles, bins.offsets[1:-1])))
+    assert len(bins.triangles) == bins.offsets[-1]
+    assert all((np.diff(own) > 0).all() and len(own) for own in lists.values())
+    radius = (np.sqrt(3) * 3.5 + reach) * h  # from the centre of a cell
+    places = np.stack(np.meshgrid(*[np.arange(8)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    for cell in np.ndindex(*bins.bin_of.shape):
+        assert (bins.bin_of[cell] >= 0) == (cell in lists)
+        points = (8 * np.array(cell) + places) * h - 0.5
+        centre = points.mean(axis=0)
+        for t, row in enumerate(pack(corners)):
+            is_listed = t in lists.get(cell, ())
+            near_centre = np.sqrt(distance2(row, *centre)) <= radius
+            if is_listed:
+                assert near_centre
+            elif near_centre:
+                assert min(distance2(row, *point) for point in points) > (reach * h) ** 2
 
 
 def test_the_flood_fill_equals_a_dense_one():

@@ -17,10 +17,14 @@ from pipeline.geometry.flood_fill import (
     reached_in_box,
 )
 from pipeline.geometry.line_of_sight import (
+    BACK,
     BOTH,
+    ENOUGH,
     FRONT,
     HIDDEN,
     LINES,
+    MIN_SIGHT_RATIO,
+    _count_sights,
     clear_hints,
     find_blockers,
     make_field,
@@ -106,6 +110,44 @@ def test_neither_hints_nor_the_search_in_the_tree_alter_a_result(soup):
             assert len(set(sides)) == 1
             seen.add(sides[0])
     assert len(seen) >= 2
+
+
+def fully_counted_sides(field, point, normal):
+    """Return the visible sides of a point from all lines of both sides."""
+    hints = np.empty((2, LINES + 1), np.int32)
+    clear_hints(hints)
+    blockers, sample = np.empty(0, np.int32), (*point, *normal)
+    counts = [
+        _count_sights(field, blockers, -1, -1, sample, side, (0, 0, 0), LINES + 1, hints)[2]
+        for side in (0, 1)
+    ]
+    return sum(
+        side
+        for side, own, other in zip((FRONT, BACK), counts, counts[::-1])
+        if own > 0 and own >= MIN_SIGHT_RATIO * other
+    ), counts
+
+
+def test_sides_are_those_of_counting_all_lines(soup):
+    packed, _, flood = soup
+    field, random = make_field(make_scene(packed, flood)), np.random.default_rng(4)
+    hints = np.empty((2, LINES + 1), np.int32)
+    fewer_than_enough, seen = 0, set()
+    for t in range(len(packed)):
+        clear_hints(hints)
+        normal = tuple(packed[t, 9:12])
+        for u, v in random.dirichlet([1, 1, 1], 60)[:, :2]:
+            point = tuple(packed[t, :3] + u * packed[t, 3:6] + v * packed[t, 6:9])
+            expected, counts = fully_counted_sides(field, point, normal)
+            got = visible_sides(
+                field, np.empty(0, np.int32), *(-1,) * 3, BOTH, point, normal, hints
+            )
+            assert got == expected
+            if 0 < min(counts) < ENOUGH:
+                fewer_than_enough += 1
+                seen.add(expected)
+    assert fewer_than_enough >= 10  # the ratio of the sides decides
+    assert seen >= {FRONT, BACK, BOTH}
 
 
 @pytest.fixture(scope="module")
