@@ -149,7 +149,8 @@ class Case:
         )
 
     def by_numba(self):
-        triangles = (self.packed, self.kinds)
+        shapes = sdf._shapes(self.packed, 1.0 / float(self.R - 1))
+        triangles = (self.packed, shapes, self.kinds)
         candidates = (self.cells, self.offsets, self.candidates)
         sizes = (self.R, self.tau, self.half)
         sides = sdf.flood_sides(self.topology.flood)
