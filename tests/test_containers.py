@@ -55,7 +55,9 @@ def test_the_extras_of_the_image_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = build_arguments()["EXTRAS"].split(",")
     assert set(extras) <= set(project["optional-dependencies"])
-    assert {"app", "cluster"} <= set(extras)
+    assert {"app", "generate"} <= set(extras)
+    (shown,) = re.findall(r"EXTRAS=([\w,]+)", CLUSTER)
+    assert {*extras, "cluster"} == set(shown.split(",")) <= set(project["optional-dependencies"])
 
 
 def test_the_image_has_the_torch_and_the_system_packages_of_the_makefile():

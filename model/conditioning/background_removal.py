@@ -81,7 +81,7 @@ def _remove_background(name: str, image: Image.Image) -> Image.Image:
         raise BackgroundKept(
             f"{name} is not clearly cut out: less than half of its border is transparent, or it is "
             "a picture with rounded corners; save it with a transparent background, "
-            "`pip install rembg` to have the background removed, or pass --keep-background"
+            "`pip install rembg[cpu]` to have the background removed, or pass --keep-background"
         ) from error
     result = rembg.remove(image.convert("RGB"))
     assert isinstance(result, Image.Image)
