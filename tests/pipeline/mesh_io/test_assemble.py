@@ -354,4 +354,6 @@ def test_black_vertex_colors_that_hide_a_texture_are_drawn_and_reported(
     scene = Scene.of_geometries([geometry], materials=[material], images=images)
     mesh, codes = build(scene)
     assert codes == ({"black_vertex_colors": 1} if is_reported else {})
-    assert set(map(tuple, mesh.parts[0].colors)) == {color}
+    (part,) = mesh.parts
+    assert part.colors is not None
+    assert set(map(tuple, part.colors)) == {color}

@@ -1,6 +1,7 @@
 """USD files that tests write: layers of text, binary layers and packages."""
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from pxr import Sdf
@@ -55,7 +56,7 @@ def binary(text: str, folder: Path) -> bytes:
     return (folder / "binary.usdc").read_bytes()
 
 
-def package(members: dict[str, bytes | str], path: Path) -> bytes:
+def package(members: Mapping[str, bytes | str], path: Path) -> bytes:
     """Return a usdz package, whose members are not compressed."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in members.items():
