@@ -61,9 +61,10 @@ EXTERNAL = {
         *("kernels", "pipeline.core", "pipeline.rendering", "pipeline.mesh_io"),
         *("pipeline.geometry", "pipeline.inspection"),
     },
+    # train.evaluation compares mesh files, which it reads as the data pipeline does.
     "train": {
         *("kernels", "model", "pipeline.core", "pipeline.rendering", "pipeline.storage"),
-        "pipeline.mesh_io.mesh_export",
+        "pipeline.mesh_io",
     },
 }
 FILES = sorted(path for package in UNITS for path in (ROOT / package).rglob("*.py"))

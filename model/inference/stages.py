@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
 import torch
+from torch import nn
 
 from model.checkpoint import CheckpointError, build_config, load_model, read_config, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT

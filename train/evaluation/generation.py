@@ -527,11 +527,10 @@ class _Evaluator:
         target = self.assets.target(asset)
         empty = GenerationResult(**vars(target), view=image.meta["view"], seed=seed)
         name = target.uid if seed == cfg.seeds[0] else f"{target.uid}-{seed}"
-        given = {} if cells is None else {"cells": cells}
         source = inputs[0] if len(inputs) == 1 else inputs
         try:
             generated = self.generator.generate(
-                source, seed, cfg.generation, whole_if_opaque=True, **given
+                source, seed, cfg.generation, whole_if_opaque=True, cells=cells
             )
         except RunError as error:
             log.warning("%s: nothing was generated: %s", name, error)
