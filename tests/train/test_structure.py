@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.checkpoint import load_weights
+from model.checkpoint import load_weights, save_model
 from model.config import (
     Guidance,
     SamplingOptions,
@@ -21,7 +21,7 @@ from model.structure import Structure
 from pipeline.core.cameras import sample_camera
 from pipeline.core.errors import UserError
 from pipeline.storage.sdf_shard import SdfShard
-from tests.model.tiny_models import STRUCTURE
+from tests.model.tiny_models import STRUCTURE, randomize
 from tests.train.analytic_builds import add_renders, color_of, make_build, short_loop
 from tests.train.metric_rows import all_rows
 from train.data.bricks import read_build_index
@@ -186,6 +186,35 @@ def test_both_parts_train_and_the_checkpoint_holds_the_whole_stage(rendered, tmp
         2 * 192,
         LABEL_HEIGHT + 2 * 192,
     )
+
+
+def test_the_stage_starts_from_an_export_and_keeps_its_vae(rendered, tmp_path, monkeypatch):
+    exported = randomize(Structure(MODEL), 3)
+    save_model(tmp_path / "export" / "structure", exported, MODEL)
+    cfg = config(rendered, tmp_path / "run", steps=1, part="flow", init=tmp_path / "export")
+    started = []
+
+    class Seen(FlowTask):
+        def losses(self, model, batch):
+            started.append({name: x.clone() for name, x in self.model.state_dict().items()})
+            return super().losses(model, batch)
+
+    monkeypatch.setattr("train.stages.structure.run.FlowTask", Seen)
+    train_structure(cfg, World())
+    train_structure(cfg, World())  # there is nothing left to do
+    assert len(started) == 1
+    for name, tensor in exported.state_dict().items():
+        if "latent_" not in name:  # the statistics are measured on this run's data
+            assert torch.equal(started[0][name], tensor), name
+
+
+def test_a_stage_of_another_number_of_cells_is_refused_before_training(rendered, tmp_path):
+    other = replace(MODEL, occupancy=replace(MODEL.occupancy, side=8))
+    save_model(tmp_path / "structure", Structure(other), other)
+    cfg = config(rendered, tmp_path / "run", init=tmp_path)
+    with pytest.raises(UserError, match=r"was trained on 8 cells per side, and this run has 4"):
+        train_structure(cfg, World())
+    assert not cfg.out.exists()
 
 
 def test_statistics_are_those_of_the_requested_number_of_assets(rendered, tmp_path):

@@ -113,7 +113,6 @@ def run(
     *,
     task: LineTask | None = None,
     stream: PointStream | None = None,
-    init: Path | None = None,
     **options: Any,
 ) -> tuple[int, LineTask]:
     """Train for 30 steps unless `options` say otherwise; return the steps done and the task."""
@@ -138,6 +137,5 @@ def run(
         out=out,
         world=World(),
         config=config,
-        init=init,
     )
     return trainer.run(), task

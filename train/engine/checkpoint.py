@@ -83,20 +83,6 @@ def latest(out: Path) -> Path | None:
     return path
 
 
-def check_init(init: Path | None, out: Path) -> None:
-    """Check that the checkpoint that a new run starts from exists.
-
-    Args:
-        init: Value of `--init`. It is not used if `out` has a checkpoint already.
-        out: Directory of the run.
-
-    Raises:
-        UserError: If a new run is to start from a checkpoint that does not exist.
-    """
-    if init is not None and not init.exists() and latest(out) is None:
-        raise UserError(f"{init} does not exist; train it first, or name a checkpoint with --init")
-
-
 def model_of_run(config: Model, out: Path) -> Model:
     """Return the configuration of a run's model, with what an older run was trained with.
 

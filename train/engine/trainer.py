@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import load_weights, read_config
+from model.checkpoint import read_config
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import differences
 from pipeline.core.provenance import FORMAT_VERSION
@@ -124,8 +124,8 @@ class StepResult:
 class Trainer:
     """Trains a model up to `cfg.steps` steps, with checkpoints, validation and previews.
 
-    The run continues from `out/latest` if that exists. Otherwise it starts from the weights of
-    `init`, or from new weights. All ranks end in the same way.
+    The run continues from `out/latest` if that exists. Otherwise it starts from the weights that
+    the task's model has. All ranks end in the same way.
 
     Args:
         task: The model with its losses.
@@ -135,10 +135,9 @@ class Trainer:
         world: This rank.
         config: JSON entries "model", "config" and "training", kept in every checkpoint. A resumed
             run must have the same ones except for FREE_ON_RESUME.
-        init: Checkpoint or exported model that a new run starts from.
 
     Raises:
-        UserError: If `out` or `init` has another configuration or is damaged.
+        UserError: If `out` has another configuration or is damaged.
     """
 
     def __init__(
@@ -150,7 +149,6 @@ class Trainer:
         out: Path,
         world: World,
         config: Mapping[str, Any],
-        init: Path | None = None,
     ):
         self.task = task
         self.stream = stream
@@ -171,9 +169,6 @@ class Trainer:
         self.guard = GradientGuard(cfg.spike_factor, cfg.clip_norm, cfg.max_bad_steps)
         self.optimizer = make_optimizer(self.model, cfg, world.device)
         newest = checkpoint.latest(out)
-        if newest is None and init is not None:
-            load_weights(init, self.model)
-            log.info("Starting from the weights of %s.", init)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.done = 0  # steps, of this process and of those that it resumes
         if newest is not None:

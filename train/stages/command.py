@@ -40,7 +40,8 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
     "structure": StageCommand(
         presets=STRUCTURE_PRESETS,
         basic=(
-            *("preset", "part", "data", "out", "device", "gpus", "ray-gpus", "resolution"),
+            *("preset", "part", "data", "out", "init", "device", "gpus", "ray-gpus"),
+            "resolution",
             *(
                 "cameras",
                 "held-out-views",

@@ -200,30 +200,6 @@ def test_limits_may_change_when_a_run_is_resumed(tmp_path):
     assert run(tmp_path, steps=20, max_bad_steps=50, max_failed_checkpoints=9)[0] == 20
 
 
-def test_init_is_checked_only_for_a_new_run(tmp_path):
-    with pytest.raises(
-        UserError, match="nowhere does not exist; train it first, or name a checkpoint with --init"
-    ):
-        checkpoint.check_init(tmp_path / "nowhere", tmp_path / "out")
-    run(tmp_path / "out", steps=10)
-    checkpoint.check_init(tmp_path / "nowhere", tmp_path / "out")
-    checkpoint.check_init(None, tmp_path / "new")
-
-
-def test_a_new_run_starts_from_the_averaged_weights_of_init(tmp_path):
-    _, first = run(tmp_path / "first", steps=50)
-    seen = []
-    task = LineTask(lambda step: seen.append(task.model.weight.detach().clone()))
-    run(tmp_path / "second", task=task, steps=1, init=tmp_path / "first" / "latest")
-    average = checkpoint.safetensors.torch.load_file(
-        tmp_path / "first" / "latest" / "ema.safetensors"
-    )
-    assert torch.equal(seen[0], average["weight"])
-    assert not torch.equal(seen[0], first.model.weight)
-    with pytest.raises(UserError, match="is not a checkpoint"):
-        run(tmp_path / "third", init=tmp_path)
-
-
 # Bad gradients
 
 

@@ -46,7 +46,9 @@ class DiTTraining(ConditionedTraining):
     """Directory of the run. It receives checkpoints, metrics.jsonl and samples/."""
 
     init: Path | None = None
-    """Checkpoint whose averaged weights a new run starts from. None starts from random weights."""
+    """Weights that a new run starts from: a checkpoint, of which the averaged ones are taken; an
+    export of `python -m train.export`, of which the stage of this kind and resolution is taken; or
+    the name of shipped weights, such as props. None starts from random weights."""
 
     init_any_positions: bool = False
     """Start from the weights of `init` although their run multiplied the cells' coordinates by

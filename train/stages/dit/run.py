@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import build_config, load_model, load_weights, read_config
+from model.checkpoint import build_config, load_model, read_config
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.config import DiTConfig
 from model.sparse_vae import SparseVAE
@@ -26,6 +26,7 @@ from train.engine.trainer import Trainer
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTLoader, index_with_latents
 from train.stages.dit.task import DiTTask
+from train.stages.initial_weights import find_init, load_init
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
         UserError: If the build, the latents, the VAE or a checkpoint do not fit the options.
         RunError: If data is unreadable, gradients stay bad or checkpoints cannot be written.
     """
-    checkpoint.check_init(cfg.init, cfg.out)
+    init = find_init(cfg.init, cfg.out, "dit", (ConditionedDiT.__name__,), (cfg.resolution,))
     cfg = replace(cfg, model=checkpoint.model_of_run(cfg.model, cfg.out))
     vae, store = read_latents(cfg, world)
     index = index_with_latents(cfg, store)
@@ -61,12 +62,11 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
     )
     loader = DiTLoader(training, store, cfg)
     task = DiTTask(cfg, world, training, held_out, store, vae)
-    if cfg.init is not None and checkpoint.latest(cfg.out) is None:
-        check_init_positions(cfg, cfg.init)
-        load_weights(cfg.init, task.model)
+    if init is not None:
+        check_init_positions(cfg, init)
+        load_init(init, task.model)
         # The statistics are those of the latents of this run and not of the run before.
         task.model.dit.set_statistics(store.mean, store.std)
-        log.info("Starting from the weights of %s.", cfg.init)
     log_training_data(training, held_out, sampler, world)
     log.info("The image encoder is %s.", task.model.encoder.label)
     stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.workers)
@@ -81,8 +81,7 @@ def check_init_positions(cfg: DiTTraining, init: Path) -> None:
         UserError: If the factor at the resolution of the weights' own run would be another one, and
             `init_any_positions` does not allow it.
     """
-    path = init if (init / "config.json").exists() else init.resolve()
-    description = read_config(path)
+    description = read_config(init)
     trained_at = (description.get("training") or {}).get("resolution", cfg.resolution)
     dit = (description.get("config") or {}).get("dit")
     if cfg.init_any_positions or not isinstance(dit, dict) or not isinstance(trained_at, int):

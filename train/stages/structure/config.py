@@ -81,6 +81,12 @@ class StructureTraining(ConditionedTraining):
     out: Path = Path("runs/structure-tiny")
     """Directory of both runs, with the subdirectories vae and flow."""
 
+    init: Path | None = None
+    """Weights that a new run starts from: a checkpoint, of which the averaged ones are taken; an
+    export of `python -m train.export`, of which the structure stage is taken; or the name of
+    shipped weights, such as props. --part flow takes the occupancy VAE from there, too, if OUT/vae
+    has none. None starts from random weights."""
+
     vae: OccupancyTraining = field(default_factory=OccupancyTraining)
     flow: FlowTraining = field(default_factory=FlowTraining)
     model: StructureConfig = field(default_factory=StructureConfig)

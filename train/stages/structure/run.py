@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.checkpoint import load_weights, weights_file
+from model.checkpoint import load_weights, read_config, weights_file
 from model.occupancy_vae import OccupancyVAE
 from model.structure import Structure
 from pipeline.core.errors import UserError
@@ -23,6 +23,7 @@ from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
 from train.engine.distributed import World
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import Trainer
+from train.stages.initial_weights import find_init, load_init
 from train.stages.structure.config import StructureTraining
 from train.stages.structure.data import GridLoader
 from train.stages.structure.task import FlowTask, OccupancyTask
@@ -43,6 +44,8 @@ def train_structure(cfg: StructureTraining, world: World) -> None:
     """
     index = read_build_index(open_source(cfg.data, cfg.cache), [cfg.resolution])
     training, held_out = index.split("train"), index.split("val")
+    if cfg.part != "vae":
+        _init_of_flow(cfg)  # before the first part is trained
     if cfg.part != "flow":
         done = train_occupancy_vae(cfg, world, training, held_out)
         steps = cfg.vae.loop.steps
@@ -65,8 +68,11 @@ def train_occupancy_vae(
     occupancy = checkpoint.model_of_run(cfg.model.occupancy, cfg.out / "vae")
     cfg = replace(cfg, model=replace(cfg.model, occupancy=occupancy))
     task = OccupancyTask(cfg, world, held_out)
-    stream = _stream(cfg, world, training, held_out, images=False)
     out = cfg.out / "vae"
+    init = _init_of_vae(cfg)
+    if init is not None:
+        load_init(init, task.model)
+    stream = _stream(cfg, world, training, held_out, images=False)
     config = run_config(cfg, "vae")
     return Trainer(task, stream, cfg.vae.loop, out=out, world=world, config=config).run()
 
@@ -83,6 +89,11 @@ def train_flow(
     vae = trained_vae(cfg)
     newest = checkpoint.latest(cfg.out / "flow")
     task = FlowTask(cfg, world, training, held_out, vae)
+    init = _init_of_flow(cfg)
+    if init is not None:
+        load_init(init, task.model)
+        # The occupancy VAE is that of this run, and so are the statistics of its latents.
+        task.model.vae.load_state_dict(vae.state_dict())
     if newest is None:  # a checkpoint holds the statistics
         task.measure(GridLoader(training, cfg, images=False, use="validation"))
     elif world.is_first and not _has_vae(newest, vae):
@@ -99,20 +110,48 @@ def train_flow(
 
 
 def trained_vae(cfg: StructureTraining) -> OccupancyVAE:
-    """Load the averaged weights of the occupancy VAE in OUT/vae.
+    """Load the averaged weights of the occupancy VAE in OUT/vae, or else of `cfg.init`.
 
     Raises:
         UserError: If there are none, or they have another configuration.
     """
-    newest = checkpoint.latest(cfg.out / "vae")
-    if newest is None:
+    newest, init = checkpoint.latest(cfg.out / "vae"), _init_of_vae(cfg)
+    vae = OccupancyVAE(cfg.model.occupancy)
+    if newest is not None:
+        load_weights(newest, vae)
+    elif init is not None:
+        load_init(init, vae)
+    else:
         raise UserError(
             f"{cfg.out / 'vae'} holds no occupancy VAE; train it first: "
             f"python -m train.structure --part vae --out {cfg.out}"
         )
-    vae = OccupancyVAE(cfg.model.occupancy)
-    load_weights(newest, vae)
     return vae.eval()
+
+
+def _init_of_vae(cfg: StructureTraining) -> Path | None:
+    """Return the weights that the occupancy VAE of a new run starts from, if any."""
+    models = (OccupancyVAE.__name__, Structure.__name__)
+    return find_init(cfg.init, cfg.out / "vae", "structure", models)
+
+
+def _init_of_flow(cfg: StructureTraining) -> Path | None:
+    """Return the weights that the flow of a new run starts from, if any.
+
+    Raises:
+        UserError: If they are not those of a whole stage of as many cells per side.
+    """
+    init = find_init(cfg.init, cfg.out / "flow", "structure", (Structure.__name__,))
+    if init is not None:
+        stored = (read_config(init).get("config") or {}).get("occupancy") or {}
+        side, wanted = stored.get("side"), cfg.model.occupancy.side
+        if side != wanted:
+            raise UserError(
+                f"{init} was trained on {side} cells per side, and this run has {wanted}; set "
+                "--resolution and --model.occupancy.side as it has them, or name other weights "
+                "with --init"
+            )
+    return init
 
 
 def run_config(cfg: StructureTraining, part: str) -> dict[str, Any]:

@@ -95,7 +95,9 @@ class VAETraining(RankOptions):
     out: Path = Path("runs/vae-tiny")
     """Directory of the run. It receives checkpoints, metrics.jsonl and samples/."""
     init: Path | None = None
-    """Checkpoint whose averaged weights a new run starts from. None starts from random weights."""
+    """Weights that a new run starts from: a checkpoint, of which the averaged ones are taken; an
+    export of `python -m train.export`, of which the stage of this kind and resolution is taken; or
+    the name of shipped weights, such as props. None starts from random weights."""
     bricks: BrickConfig = field(default_factory=BrickConfig)
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them. This saves memory and

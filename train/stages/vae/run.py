@@ -10,12 +10,12 @@ from model.sparse_vae import SparseVAE
 from pipeline.core.hashing import options_of
 from train.data.bricks import BrickLoader, log_training_data, read_build_index
 from train.data.source import open_source
-from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler
 from train.engine.config import RankOptions
 from train.engine.distributed import World
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import Trainer
+from train.stages.initial_weights import find_init, load_init
 from train.stages.vae.config import VAETraining
 from train.stages.vae.task import VAETask
 
@@ -38,10 +38,12 @@ def train_vae(cfg: VAETraining, world: World) -> int:
         RunError: If too much data is unreadable, gradients stay bad or checkpoints cannot be
             written.
     """
-    checkpoint.check_init(cfg.init, cfg.out)
+    init = find_init(cfg.init, cfg.out, "vae", (SparseVAE.__name__,), cfg.bricks.resolutions)
     index = read_build_index(open_source(cfg.data, cfg.cache), cfg.bricks.resolutions)
     training, held_out = index.split("train"), index.split("val")
     task = VAETask(cfg, world, held_out)
+    if init is not None:
+        load_init(init, task.model)
     sampler = BatchSampler(
         training.tokens,
         batch_size=cfg.bricks.batch_size,
@@ -63,10 +65,7 @@ def train_vae(cfg: VAETraining, world: World) -> int:
     log_training_data(training, held_out, sampler, world)
     stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.bricks.workers)
     config = run_config(cfg)
-    trainer = Trainer(
-        task, stream, cfg.loop, out=cfg.out, world=world, config=config, init=cfg.init
-    )
-    return trainer.run()
+    return Trainer(task, stream, cfg.loop, out=cfg.out, world=world, config=config).run()
 
 
 def run_config(cfg: VAETraining) -> dict[str, Any]:
