@@ -215,7 +215,8 @@ class _GenerateTab:
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 files = gr.File(
-                    label=f"Images of one object (at most {self.info['max_images']})",
+                    label=f"Images of one object (at most {self.info['max_images']}"
+                    f"{', all from one side' if self.info['facing_views'] else ''})",
                     file_count="multiple",
                     file_types=["image"],
                     height=150,

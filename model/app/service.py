@@ -128,6 +128,7 @@ class Service:
             "stages": self.generator.stages_of(self.options()),
             "steps": defaults["steps"],
             "guidance": defaults["guidance"],
+            "facing_views": bool(self.generator.facing_views),
             "device": str(self.generator.device),
             "formats": [name[1:] for name in FORMATS],
             "max_upload_bytes": self.config.max_upload_bytes,

@@ -227,6 +227,11 @@ class Generator:
         """The resolutions of the meshes that can be made, in ascending order."""
         return list(self.dits)
 
+    @property
+    def facing_views(self) -> bool | None:
+        """Whether meshes face the camera of their image. None if the export does not record it."""
+        return self.stages.facing_views
+
     def stages_of(self, options: GenerationOptions) -> dict[str, int]:
         """Return the number of steps of each stage of a generation, by name and in order.
 

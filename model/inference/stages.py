@@ -32,6 +32,7 @@ from pipeline.core.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
 
+FACING_VIEWS = "facing_views"  # entry of config.json of an exported stage
 STRUCTURE = "structure"  # name of the first stage; the others are named by their resolution
 
 
@@ -46,6 +47,8 @@ class Stages:
         refiners: The refiners of some resolutions.
         recommended: Recommended sampling options by name of the stage, "structure" or "512".
         meshing: How the mesh of each resolution is made. A missing one has the defaults.
+        facing_views: Whether meshes face the camera of their image, because the structure stage was
+            trained with --facing-views. None if that is not recorded.
         deferred: For each model that is on the meta device and has no weights, the function that
             loads it with its weights.
     """
@@ -56,6 +59,7 @@ class Stages:
     refiners: dict[int, VolumeRefiner] = field(default_factory=dict)
     recommended: dict[str, RecommendedSampling] = field(default_factory=dict)
     meshing: dict[int, Meshing] = field(default_factory=dict)
+    facing_views: bool | None = None
     deferred: dict[nn.Module, Callable[[], nn.Module]] = field(default_factory=dict)
 
     def meshing_of(self, resolution: int) -> Meshing:
@@ -205,6 +209,7 @@ def read_export(path: Path, selection: StageSelection | None = None) -> Stages:
             **{str(size): read_recommended(folder) for size, folder in wanted.items()},
         },
         meshing={size: read_meshing(folder) for size, folder in wanted.items()},
+        facing_views=read_facing_views(path / STRUCTURE),
         deferred=models.deferred,
     )
 
@@ -318,6 +323,8 @@ def write_stages(
         recommended = stages.recommended.get(size, RecommendedSampling())
         if recommended != RecommendedSampling():
             entries["recommended"] = asdict(recommended)
+        if stages.facing_views is not None and (name == STRUCTURE or name != size):
+            entries[FACING_VIEWS] = stages.facing_views
         if name != size:
             entries["meshing"] = asdict(stages.meshing_of(int(size)))
         save_model(path / name, model, model.config, matrices=matrices, **entries)
@@ -340,6 +347,18 @@ def read_recommended(path: Path) -> RecommendedSampling:
         CheckpointError: If its config.json is not readable or the options are not valid.
     """
     return _read_note(path, "recommended", RecommendedSampling)
+
+
+def read_facing_views(path: Path) -> bool | None:
+    """Return whether an exported stage was trained with --facing-views, None if it has no record.
+
+    Raises:
+        CheckpointError: If its config.json is not readable or the record is not true or false.
+    """
+    value = read_config(path).get(FACING_VIEWS)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{path}: {FACING_VIEWS} must be true or false, got {value!r}")
+    return value
 
 
 def read_meshing(path: Path) -> Meshing:

@@ -1,5 +1,6 @@
 """Generation from an image: unusable images, output files, the chain of stages, and seeds."""
 
+import json
 import shutil
 import sys
 import weakref
@@ -192,6 +193,25 @@ def test_views_of_one_object_give_one_mesh(checkpoint, picture, tmp_path):
     assert both not in (alone, make("other.stl", images=(other,)))
     # The mean does not depend on the order of the views.
     assert make("swapped.stl", views=(other, picture)) == both
+
+
+def test_views_of_a_model_that_faces_the_camera_must_be_from_one_side(
+    checkpoint, picture, tmp_path, caplog
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "facing")
+    config = folder / "structure" / "config.json"
+    described = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**described, "facing_views": True}), encoding="utf-8")
+    other = tmp_path / "other.png"
+    disc_image().transpose(Image.Transpose.ROTATE_90).save(other)
+    coarse = replace(FAST, steps=(1,), resolution=64)
+    for views, said in (((picture,), False), ((picture, other), True)):
+        caplog.clear()
+        cfg = GenerateConfig(
+            views=views, out=tmp_path / "m.stl", checkpoint=folder, device="cpu", generation=coarse
+        )
+        assert generate(cfg) == 0
+        assert ("all --views must be from the same side" in caplog.text) is said
 
 
 def test_views_are_files_of_one_object(picture, tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from model.config import GenerationOptions
 from model.inference.generator import Generator
+from model.inference.stages import read_export, read_facing_views, write_stages
 from model.sparse_vae import SparseVAE
 from pipeline.core.errors import UserError
 from pipeline.core.provenance import FORMAT_VERSION
@@ -136,6 +137,57 @@ def test_an_export_remembers_the_sampling_it_recommends(trained):
     export(replace(cfg, vae=(), structure=None, steps=(9, 5)))
     again = Generator.load(cfg.out).describe_sampling(fast)
     assert (again["steps"], again["guidance"]) == ([3, 5, 5], [2.0, 7.0, 7.0])
+
+
+def facing(path, source, *, facing_views):
+    """Copy a checkpoint to `path` with the option --facing-views in its record of the run."""
+    shutil.copytree(source, path)
+    described = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    described["training"]["facing_views"] = facing_views
+    (path / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    return path
+
+
+def test_an_export_records_whether_its_stages_face_the_camera(trained, tmp_path):
+    cfg, _ = trained
+    export(cfg)
+    for name, recorded in [("structure", False), ("dit_64", False), ("vae_64", None)]:
+        described = json.loads((cfg.out / name / "config.json").read_text(encoding="utf-8"))
+        assert described.get("facing_views") is recorded
+    assert Generator.load(cfg.out).facing_views is False
+    structure = facing(tmp_path / "turned", cfg.structure, facing_views=True)
+    with pytest.raises(UserError) as refused:
+        export(replace(cfg, structure=structure))
+    assert str(refused.value) == (
+        f"{structure} was trained with --facing-views and {cfg.dit[0]} without; export stages "
+        "that were trained alike"
+    )
+    # A stage that stays in the directory counts, too.
+    with pytest.raises(UserError, match=r"turned was trained with .*export/dit_\d+ without"):
+        export(replace(cfg, structure=structure, vae=(), dit=()))
+    dits = tuple(
+        facing(tmp_path / f"turned-{path.name}", path, facing_views=True) for path in cfg.dit
+    )
+    export(replace(cfg, structure=structure, dit=dits))
+    stages = read_export(cfg.out)
+    assert stages.facing_views is True
+    write_stages(tmp_path / "copy", stages)
+    assert read_facing_views(tmp_path / "copy" / "structure") is True
+    assert read_facing_views(tmp_path / "copy" / "dit_64") is True
+    assert read_facing_views(tmp_path / "copy" / "vae_64") is None
+
+
+def test_an_older_export_does_not_say_whether_it_faces_the_camera(trained):
+    cfg, _ = trained
+    export(cfg)
+    path = cfg.out / "structure" / "config.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    del described["facing_views"]
+    path.write_text(json.dumps(described), encoding="utf-8")
+    assert Generator.load(cfg.out).facing_views is None
+    path.write_text(json.dumps({**described, "facing_views": "yes"}), encoding="utf-8")
+    with pytest.raises(UserError, match="facing_views must be true or false, got 'yes'"):
+        Generator.load(cfg.out)
 
 
 def test_an_export_without_a_recommendation_is_sampled_as_before(trained):

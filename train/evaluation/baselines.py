@@ -76,12 +76,11 @@ class Baselines:
         self.references = ReferenceSurfaces(self.index)
         assets = training_assets(self.index, self.references.assets)
         log.info("Reading %d training assets for retrieval.", len(assets))
-        self.shapes = TrainingShapes(self.references, assets, turned=cfg.facing_views)
+        turned = bool(cfg.facing_views)
+        self.shapes = TrainingShapes(self.references, assets, turned=turned)
         views = ViewReader(self.index, cfg.cameras)
         self.views = {
-            name: TrainingViews(
-                views, assets, cfg.held_out_views, describe, turned=cfg.facing_views
-            )
+            name: TrainingViews(views, assets, cfg.held_out_views, describe, turned=turned)
             for name, describe in features.items()
         }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from model.config import GenerationOptions
 from pipeline.core.devices import Device, check_device
@@ -13,6 +15,27 @@ from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
 
 Split = Literal["train", "val", "all"]
+
+
+def _flag(words: list[str]) -> bool:
+    """Return the value of an option that may be given without one."""
+    values = {"True": True, "False": False}
+    if words and words[0] not in values:
+        raise ValueError(f"expected True or False, got {words[0]!r}")
+    return values[words[0]] if words else True
+
+
+# An option that is set by its name alone, and is None where it is not given.
+OptionalFlag = Annotated[
+    bool | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[{True,False}]",
+        instance_from_str=_flag,
+        is_instance=lambda value: value is None or isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +122,11 @@ class RetrievalOptions(AssetSelection):
     """Renders to read: the name of their product without "renders-", such as paper, or paper-ibl
     for image-based light."""
 
-    facing_views: bool = False
+    facing_views: OptionalFlag = None
     """Turn each generated mesh back by the quarter turns that brought the camera of its view to the
-    front. Models that were trained with `--facing-views` need this. Retrieved assets are turned
-    so that the cameras of both views are in the same quarter."""
+    front, as models that were trained with `--facing-views` need it. Retrieved assets are turned
+    so that the cameras of both views are in the same quarter. The default is what the export
+    records, and False without a record."""
 
     training_data: PathOrUrl | None = None
     """Build whose training assets are looked up. None takes --data."""

@@ -239,7 +239,7 @@ def _protocol_of_retrieval(cfg: RetrievalOptions, baselines: Baselines) -> dict[
         "looked_up_views": "all but the last "
         f"{cfg.held_out_views} of each training asset; {PIXELS}: distance of RGBA images of 64^2 "
         "pixels, cropped to the foreground",
-        "looked_up_turned": cfg.facing_views,
+        "looked_up_turned": bool(cfg.facing_views),
     }
 
 
@@ -276,9 +276,10 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     """
     assets = _EvaluatedAssets.choose(cfg)
     index, references = assets.index, assets.references
-    references.load_candidates(assets.chosen)
     device = choose_device(cfg.device)
     generator = Generator.load(cfg.checkpoint, device, cfg.generation)
+    cfg = replace(cfg, facing_views=_facing_views(cfg, generator.facing_views))
+    references.load_candidates(assets.chosen)
     out = cfg.out or _default_out(cfg.checkpoint)
     meshes = out / "meshes"
     meshes.mkdir(parents=True, exist_ok=True)
@@ -353,6 +354,27 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
         summary=summary,
         **({} if baselines is None else {"retrieval": summaries, "retrieved": retrieved}),
     )
+
+
+def _facing_views(cfg: GenerationEvaluation, recorded: bool | None) -> bool:
+    """Return whether generated meshes face the camera of their view.
+
+    Args:
+        cfg: Options of the evaluation.
+        recorded: What the export records. None if it has no record.
+
+    Raises:
+        UserError: If --facing-views contradicts the export.
+    """
+    if recorded is None:
+        return bool(cfg.facing_views)
+    if cfg.facing_views not in (None, recorded):
+        trained = "with" if recorded else "without"
+        raise UserError(
+            f"{cfg.checkpoint} records that it was trained {trained} --facing-views, but the "
+            f"option is {cfg.facing_views}; leave it out"
+        )
+    return recorded
 
 
 def _default_out(checkpoint: Path) -> Path:

@@ -15,9 +15,11 @@ from model.checkpoint import load_model, read_config, save_model
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.inference.published_checkpoint import missing_refiners, read_published
 from model.inference.stages import (
+    FACING_VIEWS,
     STRUCTURE,
     StageSelection,
     exported_resolutions,
+    read_facing_views,
     write_stages,
 )
 from model.sparse_vae import SparseVAE
@@ -34,10 +36,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedStage:
-    """A stage to export. `vae` is the hash of the VAE whose latents it was trained on, if known."""
+    """A stage to export.
+
+    `vae` is the hash of the VAE whose latents it was trained on, if known. `facing_views` says
+    whether it was trained with --facing-views.
+    """
 
     model: Any
     source: Path
+    facing_views: bool
     vae: str | None = None
 
 
@@ -60,14 +67,16 @@ def export(cfg: ExportConfig) -> list[Path]:
     if cfg.official is not None:
         return _export_published(cfg, cfg.official)
     stages = _read_stages(cfg)
+    _check_facing_views(cfg.out, stages)
     vaes = [_read_vae(path) for path in cfg.vae]
     assigned = _assign_vaes(cfg, stages, vaes)
     recommended = _recommended_sampling(cfg, stages)
     models = {f"vae_{size}": vae for size, vae in sorted(assigned.items())} | stages
     for name, stage in models.items():
         notes: dict[str, Any] = {}
-        if isinstance(stage, TrainedStage) and stage.vae is not None:
-            notes["vae"] = stage.vae
+        if isinstance(stage, TrainedStage):
+            notes[FACING_VIEWS] = stage.facing_views
+            notes |= {} if stage.vae is None else {"vae": stage.vae}
         if name in recommended:
             notes["recommended"] = recommended[name]
         config, matrices = stage.model.config, _dtype_of_matrices(cfg)
@@ -128,7 +137,9 @@ def _read_stages(cfg: ExportConfig) -> dict[str, TrainedStage]:
     stages: dict[str, TrainedStage] = {}
     if cfg.structure is not None:
         structure = _load_stage(cfg.structure, Structure, "structure")
-        stages[STRUCTURE] = TrainedStage(model=structure, source=cfg.structure)
+        training = read_config(cfg.structure).get("training") or {}
+        facing = _trained_facing_views(training)
+        stages[STRUCTURE] = TrainedStage(model=structure, source=cfg.structure, facing_views=facing)
     for path in cfg.dit:
         dit = _load_stage(path, ConditionedDiT, "dit")
         training = read_config(path).get("training") or {}
@@ -143,8 +154,46 @@ def _read_stages(cfg: ExportConfig) -> dict[str, TrainedStage]:
                 f"{path} and {stages[name].source} are both of R = {resolution}; "
                 "name one for each resolution"
             )
-        stages[name] = TrainedStage(model=dit, source=path, vae=training.get("vae"))
+        stages[name] = TrainedStage(
+            model=dit,
+            source=path,
+            facing_views=_trained_facing_views(training),
+            vae=training.get("vae"),
+        )
     return stages
+
+
+def _trained_facing_views(training: Mapping[str, Any]) -> bool:
+    """Return whether a run had --facing-views. A run without it does not record the option."""
+    return bool(training.get(FACING_VIEWS, False))
+
+
+def _check_facing_views(out: Path, stages: Mapping[str, TrainedStage]) -> None:
+    """Check that all stages of an export were trained with --facing-views, or none.
+
+    Stages that `out` holds already and that stay are checked, too, if they record it.
+
+    Raises:
+        UserError: If two stages differ.
+    """
+    sources = {stage.source: stage.facing_views for stage in stages.values()}
+    folders = [out / STRUCTURE, *exported_resolutions(out, "dit").values()]
+    for folder in folders:
+        if folder.name in stages or not folder.is_dir():
+            continue
+        try:
+            recorded = read_facing_views(folder)
+        except ValueError as error:
+            raise UserError(f"{error}; choose another --out") from error
+        if recorded is not None:
+            sources[folder] = recorded
+    facing = [source for source, value in sources.items() if value]
+    others = [source for source, value in sources.items() if not value]
+    if facing and others:
+        raise UserError(
+            f"{facing[0]} was trained with --facing-views and {others[0]} without; export stages "
+            "that were trained alike"
+        )
 
 
 def _read_vae(path: Path) -> TrainedVAE:

@@ -24,4 +24,4 @@ $PYTHON -m train.dit --preset props --data "$DATA" --vae "$OUT/vae/latest" --out
 $PYTHON -m train.export --vae "$OUT/vae/latest" --structure "$OUT/structure/flow/latest" \
     --dit "$OUT/dit/latest" --out "$OUT/export" --steps 25 12 --guidance 3
 $PYTHON -m train.evaluate vae --checkpoint "$OUT/vae/latest" --data "$DATA"
-$PYTHON -m train.evaluate generation --checkpoint "$OUT/export" --data "$DATA" --split val --facing-views
+$PYTHON -m train.evaluate generation --checkpoint "$OUT/export" --data "$DATA" --split val

@@ -22,6 +22,7 @@ class BallGenerator:
     """
 
     device = torch.device("cpu")
+    facing_views = None
 
     def __init__(self, *, closed_gate=False, step_s=0.0):
         self.resolutions = [64, 128]

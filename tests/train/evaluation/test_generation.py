@@ -12,6 +12,7 @@ from model.conditioning.image_encoder import DinoEncoder
 from model.inference.generator import GeneratedMesh, Generator, StageReport
 from model.inference.mesh_cleaning import clean_mesh
 from pipeline.core.cameras import sample_camera
+from pipeline.core.cli import parse
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.image_codec import encode
 from pipeline.core.primitives.marching_cubes import extract
@@ -66,6 +67,7 @@ class FacingSurfaces:
         self.describe_sampling = self.stored.describe_sampling
         self.device, self.resolutions = self.stored.device, self.stored.resolutions
         self.turns = []
+        self.facing_views: bool | None = None
 
     def generate(self, *args, **options):
         uid = self.stored.shard.uids[self.stored.calls]
@@ -97,6 +99,7 @@ class StoredSurfaces:
         )
         self.seen = []
         self.device, self.resolutions = torch.device("cpu"), [32]
+        self.facing_views: bool | None = None
         self.structure = torch.nn.Module()
         self.structure.flow = torch.nn.Module()
         self.structure.flow.encoder = type("Encoder", (), {"label": "stored surfaces"})
@@ -149,6 +152,44 @@ def test_meshes_that_face_the_camera_are_turned_back(rendered, tmp_path, monkeyp
     assert result["protocol"]["facing_views"]
     as_they_are = evaluate(rendered, tmp_path / "b", monkeypatch, FacingSurfaces(rendered))
     assert as_they_are["summary"]["chamfer"] > 10
+
+
+def test_the_record_of_an_export_decides_whether_meshes_are_turned_back(
+    rendered, tmp_path, monkeypatch
+):
+    model = FacingSurfaces(rendered)
+    model.facing_views = True
+    result = evaluate(rendered, tmp_path, monkeypatch, model)
+    assert any(model.turns)
+    assert result["summary"]["chamfer"] < 1e-4
+    assert result["protocol"]["facing_views"] is True
+    assert "<dt>facing views</dt><dd>True</dd>" in (tmp_path / "index.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("recorded", "word"), [(True, "with"), (False, "without")])
+def test_an_option_that_contradicts_the_export_is_refused(
+    rendered, tmp_path, monkeypatch, recorded, word
+):
+    model = StoredSurfaces(rendered)
+    model.facing_views = recorded
+    with pytest.raises(UserError) as refused:
+        evaluate(rendered, tmp_path, monkeypatch, model, facing_views=not recorded)
+    assert str(refused.value) == (
+        f"{tmp_path} records that it was trained {word} --facing-views, but the option is "
+        f"{not recorded}; leave it out"
+    )
+    assert model.calls == 0
+
+
+def test_the_option_of_facing_views_needs_no_value():
+    def parsed(*words):
+        return parse(GenerationEvaluation, [*words, "--view", "1"], prog="x").facing_views
+
+    assert parsed() is None
+    assert parsed("--facing-views") is True
+    assert parsed("--facing-views", "False") is False
+    with pytest.raises(UserError, match="expected True or False, got 'maybe'"):
+        parsed("--facing-views", "maybe")
 
 
 def test_the_surface_of_another_asset_has_worse_metrics_and_is_recognised(
