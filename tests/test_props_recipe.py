@@ -1,0 +1,83 @@
+"""The copy of a build of the props with a part of its training groups."""
+
+from dataclasses import replace
+
+import pytest
+
+from examples.recipes.props.fewer_groups import SHAPES, copy_build, groups_of_files, main
+from pipeline.core.errors import UserError
+from pipeline.storage.layout import MANIFEST, manifest_path
+from pipeline.storage.manifest import read_manifest, write_manifest
+from pipeline.storage.sdf_shard import SdfShard
+from tests.train.analytic_builds import commit, make_build
+from train.data.bricks import read_build_index
+
+TRAINING, HELD_OUT = 6, 2
+GROUPS = ("a", "a", "b", "c", "c", "d", "e", "f")  # of the files 0.glb to 7.glb
+
+
+def number_of(uid):
+    return int(uid.rpartition("-")[2])
+
+
+@pytest.fixture
+def build(tmp_path):
+    root = make_build(tmp_path / "build", assets=TRAINING, val=HELD_OUT)
+    for shard in ("000000", "000001"):
+        path = manifest_path(root, shard)
+        rows = [
+            replace(row, url=f"{int(row.uid.rpartition('-')[2])}.glb")
+            for row in read_manifest(path)
+        ]
+        write_manifest(path, rows, [32])
+        commit(root, shard, MANIFEST)
+    return root
+
+
+def test_every_second_training_group_and_all_held_out_assets_are_kept(build, tmp_path):
+    before = {path: path.read_bytes() for path in build.rglob("*") if path.is_file()}
+    copy = tmp_path / "copy"
+    groups = {f"{number}.glb": group for number, group in enumerate(GROUPS)}
+    # a, c of a, b, c, d: the files 0, 1, 3 and 4.
+    assert copy_build(build, copy, groups, every=2) == (2, 4)
+    index = read_build_index(copy, [32])
+    numbers = {
+        name: [number_of(uid) for uid in index.split(name).uids] for name in ("train", "val")
+    }
+    assert numbers == {"train": [0, 1, 3, 4], "val": [6, 7]}
+    copied = SdfShard(copy / "sdf" / "32" / "000000.zarr").bricks(0)
+    original = SdfShard(build / "sdf" / "32" / "000000.zarr").bricks(0)
+    assert (copied.values == original.values).all()
+    assert before == {path: path.read_bytes() for path in build.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("groups", "every", "message"),
+    [
+        ({"0.glb": "a"}, 1, r"groups must name every file of the build, '1\.glb' has none"),
+        ({}, 0, "every must be 1 or more, got 0"),
+    ],
+)
+def test_unsuitable_requests_are_refused_before_anything_is_written(
+    build, tmp_path, groups, every, message
+):
+    with pytest.raises(UserError, match=message):
+        copy_build(build, tmp_path / "copy", groups, every)
+    assert not (tmp_path / "copy").exists()
+    with pytest.raises(UserError, match=r"copy must not exist, got .*build; delete it"):
+        copy_build(build, build, groups, 1)
+
+
+def test_the_command_takes_the_groups_of_the_committed_list(build, tmp_path, capsys):
+    groups = groups_of_files(SHAPES)
+    files = sorted(groups)[: TRAINING + HELD_OUT]
+    for shard in ("000000", "000001"):
+        path = manifest_path(build, shard)
+        rows = [replace(row, url=files[int(row.url[:-4])]) for row in read_manifest(path)]
+        write_manifest(path, rows, [32])
+    main([str(build), str(tmp_path / "copy"), "1"])
+    kept = len({groups[file] for file in files[:TRAINING]})
+    assert capsys.readouterr().out == f"{kept} groups with {TRAINING} training assets\n"
+    for words in ((), (str(build),), (str(build), "copy", "half")):
+        with pytest.raises(UserError, match=r"the arguments must be BUILD COPY \[N\], got "):
+            main(words)
