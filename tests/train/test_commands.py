@@ -27,7 +27,7 @@ COMMANDS = [
         for name in ("vae", "dit", "structure", "encode", "export", "plot", "estimate")
         for option in ("--help", "--help-all")
     ),
-    ("train.evaluate", ["--help"], "python -m train.evaluate {vae,generation}"),
+    ("train.evaluate", ["--help"], "python -m train.evaluate {vae,generation,retrieval,meshes}"),
     ("train.evaluate", ["vae", "--help"], "--resolutions"),
     ("train.evaluate", ["generation", "--help"], "--generation.guidance"),
     ("train.demo.__main__", ["--help"], "--size {auto,cpu,gpu}"),

@@ -144,7 +144,7 @@ def test_a_perfect_model_has_perfect_metrics(build):
     row, _ = evaluate_asset(Identity(), BrickReader(index), 1, 32, **options)
     assert row.chamfer < 1e-9
     assert row.iou == 1
-    assert row.f1 == {0.005: 1.0, 0.001: 1.0}
+    assert row.f1 == {0.01: 1.0, 0.005: 1.0, 0.001: 1.0}
     finer = read_build_index(build, [32, 40])
     row, images = evaluate_asset(Identity(), BrickReader(finer), 1, 32, draw=True, **options)
     assert row.reference_resolution == 40
@@ -163,7 +163,7 @@ def test_evaluation_of_a_run(build, tmp_path):
     assert len(written["rows"]) == 3
     table = (tmp_path / "evaluation" / "table.md").read_text(encoding="utf-8")
     assert "| R = 32, train | 3 |" in table
-    assert "Direct3D-S2, 512 (paper, protocol unknown) |  |  |  | 13.59 | 99.98 | 41.11 |" in table
+    assert "Direct3D-S2, 512 (paper, protocol unknown) |  |  |  | 13.59 |  | 99.98 | 41.11 |" in table
     assert (tmp_path / "evaluation" / "reconstructions.png").exists()
 
 

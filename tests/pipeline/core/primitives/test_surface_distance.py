@@ -73,14 +73,14 @@ def test_concentric_spheres():
     )  # twice the difference of radii: the frame is [-1, 1]^3
     assert found.completeness == pytest.approx(0.02, rel=0.02)
     assert found.chamfer == pytest.approx(0.02, rel=0.02)
-    assert found.f1 == {0.005: 0.0, 0.001: 0.0}
+    assert found.f1 == {0.01: 0.0, 0.005: 0.0, 0.001: 0.0}
     assert found.normal_consistency > 0.995
 
 
 def test_a_surface_has_distance_zero_from_itself():
     found = compare_surfaces(*sphere(0.3), *sphere(0.3), samples=5_000)
     assert found.chamfer < 1e-9
-    assert found.f1 == {0.005: 1.0, 0.001: 1.0}
+    assert found.f1 == {0.01: 1.0, 0.005: 1.0, 0.001: 1.0}
     assert found.normal_consistency == pytest.approx(1.0)
 
 
