@@ -14,6 +14,7 @@ from model.config import Compression
 from model.image_tokens import ImageTokens
 from model.kept_activations import BlockActivations
 from model.kv_compression import TokenLayout, make_compression
+from model.layers import weight_of
 
 
 def ragged_attention(
@@ -146,7 +147,7 @@ class SpatialSparseAttention(SelfAttention):
         # Keys, values and gates come from one product, padded to a multiple of eight columns.
         E = self.key.weight.shape[0]
         padding = self.gate.weight.new_zeros(-(2 * E + 3) % 8, x_NC.shape[1])
-        weights = [self.key.weight, self.value.weight, self.gate.weight, padding]
+        weights = [*(weight_of(layer) for layer in (self.key, self.value, self.gate)), padding]
         k_NE, v_NE, gates_N3, _ = F.linear(x_NC, torch.cat(weights)).split(
             [E, E, 3, len(padding)], 1
         )

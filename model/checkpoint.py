@@ -22,6 +22,7 @@ from pipeline.core.provenance import FORMAT_VERSION
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 AVERAGED_WEIGHTS = "ema.safetensors"  # only training checkpoints have them
+ADAPTERS = "lora"  # entry of a checkpoint's "training" that has the options of its LoRA adapters
 MAX_MESSAGE = 500  # characters of an error that lists tensors
 
 # Published name -> (our name, conversion from the published layout to ours).
@@ -105,6 +106,7 @@ def load_model(
     config: Any | None = None,
     adapt: Callable[[Any], Any] | None = None,
     make: Callable[[Any], Model] | None = None,
+    adapters: bool = False,
     skeleton: bool = False,
     device: torch.device | str = "cpu",
     averaged: bool = True,
@@ -117,6 +119,8 @@ def load_model(
         config: The configuration that the model must have. None accepts any.
         adapt: Changes the configuration before the model is made. None keeps it.
         make: Makes the model of a configuration. None calls `cls`.
+        adapters: Whether `make` adds the LoRA adapters of a training checkpoint. Without it, a
+            checkpoint that has adapters is refused.
         skeleton: Return the model on the meta device. The names and shapes of its weights are
             checked, and the weights are not read.
         device: Where the model is moved.
@@ -134,6 +138,8 @@ def load_model(
     name, stored = description.get("model"), description.get("config")
     if name != cls.__name__ or not isinstance(stored, dict):
         raise CheckpointError(f"{path} must be a checkpoint of a {cls.__name__}, got {name}")
+    if not adapters:
+        check_merged(path, description)
     found = build_config(cls.Config, stored, str(path))  # pyright: ignore[reportAttributeAccessIssue]
     if config is not None and found != config:
         wanted = dataclasses.asdict(config)
@@ -154,6 +160,23 @@ def load_model(
     model = (make or cls)(final)
     load_weights(weights, model)
     return model.to(device).eval()
+
+
+def check_merged(path: Path, description: Mapping[str, Any]) -> None:
+    """Check that a checkpoint has no LoRA adapters beside the weights of its model.
+
+    Args:
+        path: The directory, for error messages.
+        description: The content of its config.json.
+
+    Raises:
+        CheckpointError: If it has.
+    """
+    training = description.get("training")
+    if isinstance(training, dict) and training.get(ADAPTERS):
+        raise CheckpointError(
+            f"{path} has LoRA adapters; merge them with python -m train.export and load the export"
+        )
 
 
 def build_config(cls: type, values: Mapping[str, Any], where: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,31 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def weight_of(layer: Any) -> Tensor:
+    """Return the weight by which a linear layer multiplies, with its adapters added to it.
+
+    Code that does not call the layer but joins its weight with others, or hands it to a kernel,
+    needs this. A layer to which the library peft added LoRA adapters has a weight without them.
+
+    Args:
+        layer: An nn.Linear, or the layer of peft that wraps one.
+
+    Returns:
+        [outputs, inputs] in the dtype of the layer's weight.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.weight
+    weight = layer.weight
+    with torch.autocast(weight.device.type, enabled=False):
+        for adapter in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter)
+    return weight
+
+
+def _weight_and_bias(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return weight_of(layer).to(dtype), layer.bias.to(dtype)
+
+
 def recompute(wanted: bool, function: Callable[..., Tensor], *args: object) -> Tensor:
     """Call a function, with activation checkpointing if `wanted`.
 
@@ -108,13 +134,13 @@ class Mlp(nn.Sequential):
     def with_product(self, x_NC: Tensor) -> tuple[Tensor, Tensor | None]:
         """Apply the layers. Also returns the first product, see `kernels.mlp`."""
         dtype = autocast_dtype(x_NC)
-        parameters = (p.to(dtype) for layer in (self[0], self[2]) for p in layer.parameters())
-        return mlp(x_NC.to(dtype), *parameters)
+        first, last = (_weight_and_bias(layer, dtype) for layer in (self[0], self[2]))
+        return mlp(x_NC.to(dtype), *first, *last)
 
     def first_product(self, x_NC: Tensor) -> Tensor:
         """Return the product of the first layer, as `with_product` does."""
         dtype = autocast_dtype(x_NC)
-        weight, bias = (p.to(dtype) for p in self[0].parameters())
+        weight, bias = _weight_and_bias(self[0], dtype)
         return torch.addmm(bias, x_NC.to(dtype), weight.t())
 
 

@@ -363,7 +363,8 @@ class SparseDiT(nn.Module):
             return "all"
         itemsize = autocast_dtype(x_NC).itemsize
         # Beside the activations: the gradients that do not exist yet, and what one block keeps.
-        missing = sum(p.numel() * p.itemsize for p in self.parameters() if p.grad is None)
+        without = [p for p in self.parameters() if p.requires_grad and p.grad is None]
+        missing = sum(p.numel() * p.itemsize for p in without)
         one_block = len(x_NC) * bytes_per_token(self.config, "all", itemsize)
         free = free_memory(x_NC.device, sum(p.numel() for p in self.parameters()))
         return choose_level(self.config, len(x_NC), itemsize, free, missing + one_block)

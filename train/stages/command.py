@@ -60,6 +60,7 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
             *("resolution", "max-tokens", "cameras", "held-out-views"),
             *("flow.batch-size", "flow.guidance", "flow.steps", "flow.loop.steps"),
             *("flow.loop.max-minutes", "flow.loop.learning-rate", "flow.loop.seed"),
+            "lora.rank",
         ),
     ),
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,6 @@ import torch
 from torch import nn
 
 from model.checkpoint import load_model, read_config, save_model
-from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.inference.published_checkpoint import missing_refiners, read_published
 from model.inference.stages import (
     FACING_VIEWS,
@@ -28,6 +28,7 @@ from pipeline.core.errors import UserError
 from train.data.attribution import ATTRIBUTION, export_attribution
 from train.data.latents import vae_hash
 from train.stages.config import ExportConfig
+from train.stages.dit.lora import load_merged
 
 log = logging.getLogger(__name__)
 
@@ -136,12 +137,12 @@ def _read_stages(cfg: ExportConfig) -> dict[str, TrainedStage]:
     """Load the structure stage and the DiTs, by the name of their directory."""
     stages: dict[str, TrainedStage] = {}
     if cfg.structure is not None:
-        structure = _load_stage(cfg.structure, Structure, "structure")
+        structure = _load_stage(cfg.structure, partial(load_model, cls=Structure), "structure")
         training = read_config(cfg.structure).get("training") or {}
         facing = _trained_facing_views(training)
         stages[STRUCTURE] = TrainedStage(model=structure, source=cfg.structure, facing_views=facing)
     for path in cfg.dit:
-        dit = _load_stage(path, ConditionedDiT, "dit")
+        dit = _load_stage(path, load_merged, "dit")
         training = read_config(path).get("training") or {}
         resolution = training.get("resolution")
         if not isinstance(resolution, int):
@@ -197,7 +198,7 @@ def _check_facing_views(out: Path, stages: Mapping[str, TrainedStage]) -> None:
 
 
 def _read_vae(path: Path) -> TrainedVAE:
-    model = _load_stage(path, SparseVAE, "vae")
+    model = _load_stage(path, partial(load_model, cls=SparseVAE), "vae")
     training = read_config(path).get("training") or {}
     resolutions = training.get("bricks", {}).get("resolutions", ())
     return TrainedVAE(
@@ -205,7 +206,7 @@ def _read_vae(path: Path) -> TrainedVAE:
     )
 
 
-def _load_stage(path: Path, cls: type[Model], option: str) -> Model:
+def _load_stage(path: Path, load: Callable[[Path], Model], option: str) -> Model:
     """Load a checkpoint's model with its averaged weights. Errors name the option."""
     if not path.exists():
         # Options of several paths are empty, an option of one path is None.
@@ -213,7 +214,7 @@ def _load_stage(path: Path, cls: type[Model], option: str) -> Model:
         raise UserError(
             f"{path} does not exist: train the stage first, or leave it out with {leave_out}"
         )
-    return load_model(path, cls)
+    return load(path)
 
 
 def _vaes_of_kept_dits(out: Path, replaced: Collection[str]) -> dict[int, str | None]:

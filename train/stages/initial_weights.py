@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from model.checkpoint import CONFIG, copy_weights, read_config, weights_file
+from model.checkpoint import CONFIG, check_merged, copy_weights, read_config, weights_file
 from model.inference.checkpoint_source import SHIPPED, find_checkpoint, is_shipped
 from model.inference.stages import exported_resolutions
 from pipeline.core.errors import UserError
@@ -58,7 +58,9 @@ def find_init(
     path = find_checkpoint(init)
     if not (path / CONFIG).exists():
         path = _stage_of_export(path, stage, resolutions)
-    name = read_config(path).get("model")
+    description = read_config(path)
+    check_merged(path, description)
+    name = description.get("model")
     if name not in models:
         raise UserError(
             f"{path} holds a {name} and cannot start this run, which trains a {models[0]}; name a "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from model.config import ConditionedDiTConfig, DiTConfig, EncoderConfig
-from pipeline.core.options import added
+from pipeline.core.options import added, at_least, check_bounds
 from pipeline.storage.config import PathOrUrl
 from train.data.config import FlowOptions
 from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
@@ -22,6 +22,29 @@ from train.stages.config import (
 )
 
 DiTPreset = Literal["tiny", "small", "props", "256", "384", "512", "1024"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters (LoRA) of linear layers, which are trained in place of all weights.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    rank: int = at_least(0, 0)
+    """Rank of the adapters. 0 trains all weights without adapters. 8 to 32 are usual, and need the
+    extra lora."""
+
+    alpha: int = at_least(1, 16)
+    """Scale of the adapters. Their product is multiplied by alpha / rank."""
+
+    modules: tuple[str, ...] = ("attention", "cross_attention", "mlp")
+    """Linear layers of each block that get adapters. Names of parts, such as mlp, take all linear
+    layers directly in them, and names of layers, such as attention.query, that one."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +92,15 @@ class DiTTraining(ConditionedTraining):
     workers: int = 8
     """Number of threads that prepare batches ahead. Every number gives the same batches."""
 
+    lora: LoraOptions = field(default_factory=LoraOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)
     model: ConditionedDiTConfig = field(default_factory=ConditionedDiTConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_trainable(self.model)
+        if self.lora.rank and self.init is None:
+            raise ValueError("lora.rank adapts trained weights; name them with --init")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, got {self.max_tokens}")
         if self.token_budget is not None and self.token_budget < 1:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import build_config, load_model, read_config
+from model.checkpoint import ADAPTERS, build_config, load_model, read_config
 from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.config import DiTConfig
 from model.sparse_vae import SparseVAE
@@ -25,6 +25,7 @@ from train.engine.prefetch import Prefetcher
 from train.engine.trainer import Trainer
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTLoader, index_with_latents
+from train.stages.dit.lora import add_adapters
 from train.stages.dit.task import DiTTask
 from train.stages.initial_weights import find_init, load_init
 
@@ -67,6 +68,8 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
         load_init(init, task.model)
         # The statistics are those of the latents of this run and not of the run before.
         task.model.dit.set_statistics(store.mean, store.std)
+    if cfg.lora.rank:
+        add_adapters(task.model, cfg.lora)
     log_training_data(training, held_out, sampler, world)
     log.info("The image encoder is %s.", task.model.encoder.label)
     stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.workers)
@@ -139,6 +142,8 @@ def run_config(cfg: DiTTraining, vae: str) -> dict[str, Any]:
     options = options_of(cfg)
     recorded = {name: options[name] for name in RECORDED if name in options}
     training = {"vae": vae, **recorded, **options["flow"]}
+    if cfg.lora.rank:
+        training[ADAPTERS] = options["lora"]
     for name in PREVIEW_OPTIONS:
         del training[name]
     return {"model": ConditionedDiT.__name__, "config": options["model"], "training": training}
