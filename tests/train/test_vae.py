@@ -163,7 +163,9 @@ def test_evaluation_of_a_run(build, tmp_path):
     assert len(written["rows"]) == 3
     table = (tmp_path / "evaluation" / "table.md").read_text(encoding="utf-8")
     assert "| R = 32, train | 3 |" in table
-    assert "Direct3D-S2, 512 (paper, protocol unknown) |  |  |  | 13.59 |  | 99.98 | 41.11 |" in table
+    assert (
+        "Direct3D-S2, 512 (paper, protocol unknown) |  |  |  | 13.59 |  | 99.98 | 41.11 |" in table
+    )
     assert (tmp_path / "evaluation" / "reconstructions.png").exists()
 
 

@@ -1,5 +1,6 @@
 """LoRA: adapters start as nothing, alone are trained, resume exactly and merge into the weights."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -144,6 +145,8 @@ def test_a_run_trains_only_adapters_resumes_exactly_and_is_exported_merged(
             assert torch.equal(tensor, start[plain]), name
     # The export has the names of a model without adapters, and their product in the weights.
     averaged = weights(whole.out, "ema")
+    shutil.copytree(base, tmp_path / "export")
+    shutil.copytree(rendered[1], tmp_path / "export" / "vae_32")
     paths = {"vae": (), "structure": None, "dit": (whole.out / "latest",)}
     export(ExportConfig(**paths, out=tmp_path / "export"))
     merged = load_model(tmp_path / "export" / "dit_32", ConditionedDiT).state_dict()
