@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.core.cli import command, parse
-from train.stages.config import ExportConfig
+from train.stages.config import CardOptions, ExportConfig
 
 PROG = "python -m train.export"
 
@@ -20,7 +20,11 @@ def main(args: Sequence[str]) -> None:
     if cfg.push is not None:
         from train.stages.hub import push_export
 
-        push_export(cfg.out, cfg.push, licence=cfg.license, private=cfg.private)
+        push_export(cfg.out, cfg.push, licence=cfg.license, sources=cfg.card, private=cfg.private)
+    elif cfg.card != CardOptions():
+        from train.stages.model_card import model_card, write_card
+
+        write_card(cfg.out, model_card(cfg.out, None, cfg.license, cfg.card))
 
 
 if __name__ == "__main__":

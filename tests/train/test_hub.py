@@ -1,5 +1,8 @@
 """Pushing an export to a hub on this machine, and its model card."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -9,8 +12,11 @@ from pipeline.core.errors import RunError, UserError
 from tests.model.test_generate import export
 from tests.model.tiny_models import random_stages
 from tests.train import fake_hub
-from train.stages.config import ExportConfig
-from train.stages.hub import model_card, push_export
+from train.export import main
+from train.stages import model_card as card_module
+from train.stages.config import CardOptions, ExportConfig
+from train.stages.hub import push_export
+from train.stages.model_card import model_card
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 
@@ -75,6 +81,117 @@ def test_the_model_card_describes_the_stages_and_how_to_use_them(exported):
     unlicensed = model_card(exported, "ada/chairs", None)
     assert "names the authors" in unlicensed
     assert "license:" not in unlicensed
+
+
+@pytest.fixture
+def sources(tmp_path):
+    folder = tmp_path / "image"
+    folder.mkdir()
+    protocol = {"samples": 200, "cells": "stored", "seeds": [0, 1], "sampling": {"steps": [2]}}
+    (folder / "evaluation.json").write_text(
+        json.dumps({"protocol": protocol, "commit": "ab12"}), encoding="utf-8"
+    )
+    (folder / "table.md").write_text("| | CD |\n|---|---|\n| val | 1.5 |\n", encoding="utf-8")
+    texts = {
+        "list.csv": "file,licence,split\na,CC0-1.0,train\nb,CC0-1.0,val\nc,CC-BY-4.0,train\n",
+        "train.sh": "python -m train.vae\n",
+        "limits.md": "It knows only chairs.\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return CardOptions(
+        evaluation=(folder / "evaluation.json",),
+        assets=tmp_path / "list.csv",
+        recipe=tmp_path / "train.sh",
+        limits=tmp_path / "limits.md",
+    )
+
+
+def test_every_section_of_the_model_card_has_a_source(exported, sources, monkeypatch):
+    monkeypatch.setattr(card_module, "commit_of_code", lambda: "cd34")
+    card = model_card(exported, "ada/chairs", "cc0-1.0", sources)
+    start = card.index("## Training data")
+    assert (
+        card[start:]
+        == """\
+## Training data and licence
+
+The export does not list the assets that it was trained on.
+
+Number of assets of the list `list.csv` by licence and split:
+
+| licence | train | val |
+|---|---:|---:|
+| CC-BY-4.0 | 1 | 0 |
+| CC0-1.0 | 1 | 1 |
+
+The weights are licensed under cc0-1.0.
+
+Exported with the code of commit cd34.
+
+## Recipe
+
+`train.sh`:
+
+```sh
+python -m train.vae
+```
+
+## Evaluation: image
+
+| | CD |
+|---|---|
+| val | 1.5 |
+
+Measured by `python -m train.evaluate` with the code of commit ab12: samples 200, cells stored, \
+seeds 0 1.
+
+## Limits
+
+It knows only chairs.
+"""
+    )
+    plain = model_card(exported, "ada/chairs", None)
+    assert [line for line in plain.splitlines() if line.startswith("## ")] == [
+        "## Use",
+        "## Stages",
+        "## Training data and licence",
+    ]
+
+
+def test_a_source_of_the_model_card_that_cannot_be_used_is_refused(exported, sources, tmp_path):
+    list_without_licence = tmp_path / "plain.csv"
+    list_without_licence.write_text("file,split\na,train\n", encoding="utf-8")
+    no_rows = tmp_path / "empty.csv"
+    no_rows.write_text("licence,split\n", encoding="utf-8")
+    other = tmp_path / "other.json"
+    other.write_text("{}", encoding="utf-8")
+    for changed, message in (
+        ({"assets": list_without_licence}, r"plain\.csv must be a CSV file .*; it lacks licence"),
+        ({"assets": no_rows}, r"empty\.csv lists no asset"),
+        ({"evaluation": (other,)}, r"other\.json must be the evaluation\.json .*KeyError"),
+        ({"limits": tmp_path / "none.md"}, r"none\.md cannot be read for the model card"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model_card(exported, None, None, replace(sources, **changed))
+    sources.evaluation[0].with_name("table.md").unlink()
+    with pytest.raises(UserError, match=r"table\.md cannot be read"):
+        model_card(exported, None, None, sources)
+
+
+@pytest.mark.parametrize("with_limits", [False, True])
+def test_a_card_without_a_push_names_the_directory(sources, tmp_path, with_limits):
+    vae, _, _ = random_stages()
+    training = {"bricks": {"resolutions": [64]}}
+    save_model(tmp_path / "vae", vae, vae.config, training=training)
+    out = tmp_path / "export"
+    words = ["--vae", str(tmp_path / "vae"), "--structure", "None", "--dit", "--out", str(out)]
+    main(words)
+    assert not (out / "README.md").exists()
+    main([*words, *(["--card.limits", str(sources.limits)] if with_limits else ["--card.write"])])
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"python -m model.generate chair.png --checkpoint {out} -o chair.glb" in card
+    assert card.endswith("## Limits\n\nIt knows only chairs.\n") is with_limits
 
 
 def test_a_refused_or_unreachable_hub_is_one_line(exported, online, monkeypatch):

@@ -114,6 +114,24 @@ class ConditionedTraining(RankOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CardOptions:
+    """What the model card says besides the stages. A section without a source is left out."""
+
+    write: bool = False
+    """Write the model card README.md into the export, also without --push. Any other option of the
+    card does so, too."""
+    evaluation: tuple[Path, ...] = ()
+    """Files evaluation.json of `python -m train.evaluate` for this export. The card shows the table
+    beside each."""
+    assets: Path | None = None
+    """CSV file with the columns licence and split, whose assets the card counts."""
+    recipe: Path | None = None
+    """Script with the commands that trained the model, which the card shows."""
+    limits: Path | None = None
+    """Text in Markdown about what the model cannot do, which the card shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Collect trained stages in one directory for `python -m model.generate`.
 
@@ -156,6 +174,7 @@ class ExportConfig:
     """Licence of the weights that the model card states, such as apache-2.0. None states none."""
     private: bool = False
     """Create the repository of --push as a private one."""
+    card: CardOptions = field(default_factory=CardOptions)
 
     def __post_init__(self) -> None:
         if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):

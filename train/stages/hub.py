@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
-from model.checkpoint import CONFIG, WEIGHTS, read_config
-from model.inference.checkpoint_source import HUB
+from model.checkpoint import CONFIG, WEIGHTS
 from pipeline.core.errors import RunError, UserError
-from pipeline.core.files import write_atomically
-from pipeline.core.provenance import commit_of_code
 from train.data.attribution import ATTRIBUTION
+from train.stages.config import CardOptions
+from train.stages.model_card import CARD, model_card, write_card
 
 log = logging.getLogger(__name__)
-
-CARD = "README.md"
 
 
 def push_export(
@@ -23,6 +19,7 @@ def push_export(
     repository: str,
     *,
     licence: str | None = None,
+    sources: CardOptions | None = None,
     private: bool = False,
     endpoint: str | None = None,
 ) -> str:
@@ -35,6 +32,7 @@ def push_export(
         folder: The export.
         repository: "OWNER/NAME".
         licence: Licence of the weights, such as "apache-2.0". None states none.
+        sources: What the model card says besides. None takes nothing.
         private: Whether a new repository is private.
         endpoint: URL of the hub. None takes the public one, or HF_ENDPOINT.
 
@@ -42,7 +40,8 @@ def push_export(
         The URL of the commit.
 
     Raises:
-        UserError: If the hub refuses the token, the name or the files.
+        UserError: If the hub refuses the token, the name or the files, or a file that `sources`
+            names cannot be used.
         RunError: If the hub cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -53,7 +52,7 @@ def push_export(
         LocalTokenNotFoundError,
     )
 
-    write_atomically(folder / CARD, model_card(folder, repository, licence).encode())
+    write_card(folder, model_card(folder, repository, licence, sources))
     api = HfApi(endpoint=endpoint)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
@@ -75,77 +74,3 @@ def push_export(
         ) from error
     log.info("%s is at %s.", folder, commit.commit_url)
     return commit.commit_url
-
-
-def model_card(folder: Path, repository: str, licence: str | None) -> str:
-    """Return the model card of an export: its stages, how to use it, licence and training data.
-
-    Args:
-        folder: The export.
-        repository: "OWNER/NAME", where it will be.
-        licence: Licence of the weights. None states none.
-
-    Raises:
-        UserError: If the directory holds no exported stage.
-    """
-    stages = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    if not stages:
-        raise UserError(f"{folder} holds no exported stage; export one first")
-    metadata = ["---", "library_name: sparse3d", "pipeline_tag: image-to-3d"]
-    metadata += [f"license: {licence}"] if licence else []
-    metadata += ["tags:", "- image-to-3d", "- sparse-sdf", "- direct3d-s2", "---"]
-    lines = [
-        *metadata,
-        "",
-        f"# {repository.rpartition('/')[2]}",
-        "",
-        "Weights that turn one picture of an object into a closed 3D mesh, trained with sparse3d, "
-        "an open implementation of Direct3D-S2 (arXiv 2505.17412).",
-        "",
-        "## Use",
-        "",
-        "```",
-        f"python -m model.generate chair.png --checkpoint {HUB}{repository} -o chair.glb",
-        f"python -m model.app --checkpoint {HUB}{repository}",
-        "```",
-        "",
-        "## Stages",
-        "",
-        "| stage | model | parameters | recommended sampling |",
-        "|---|---|---:|---|",
-        *(_stage_row(stage) for stage in stages),
-        "",
-        "## Training data and licence",
-        "",
-        f"[{ATTRIBUTION}]({ATTRIBUTION}) names the authors and the licence of every asset that was "
-        "trained on."
-        if (folder / ATTRIBUTION).exists()
-        else "The export does not list the assets that it was trained on.",
-        "",
-        f"The weights are licensed under {licence}."
-        if licence
-        else "No licence of the weights was stated.",
-        "",
-        f"Exported with the code of commit {commit_of_code() or 'unknown'}.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _stage_row(stage: Path) -> str:
-    """Return the row of an exported stage in the table of the model card."""
-    from safetensors import safe_open
-
-    described = read_config(stage)
-    with safe_open(stage / WEIGHTS, "pt") as file:
-        count = sum(_size(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    recommended: dict[str, Any] = described.get("recommended") or {}
-    sampling = ", ".join(f"{name} {value:g}" for name, value in recommended.items())
-    return f"| {stage.name} | {described['model']} | {count / 1e6:.2f} M | {sampling or '-'} |"
-
-
-def _size(shape: list[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
