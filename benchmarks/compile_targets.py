@@ -42,7 +42,7 @@ STEPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A kind of GPU.
+    """A GPU architecture that the kernels are compiled for.
 
     Attributes:
         name: Its name for the modules of `STEPS`.

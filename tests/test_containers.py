@@ -81,7 +81,7 @@ def test_the_last_user_is_not_root():
     assert order.index("USER") < order.index("CMD")
     # What the user writes to is created for it, before it becomes the user.
     (made,) = [text for text in arguments("RUN") if "useradd" in text]
-    for path in ("/cache", "/work", "/work/data", "/work/runs", "/opt/numba"):
+    for path in ("/cache", "/sparse3d", "/sparse3d/data", "/sparse3d/runs", "/opt/numba"):
         assert path in made.split()
     variables = re.findall(r"(\w+)=(\S+)", " ".join(arguments("ENV")))
     caches = {
@@ -145,7 +145,7 @@ def test_the_services_are_built_with_arguments_of_the_dockerfile_and_keep_a_cach
         assert set(build["args"]) <= set(build_arguments()), name
         volumes = dict(reversed(volume.rsplit(":", 1)) for volume in service["volumes"])
         assert volumes["/cache"] in COMPOSE["volumes"]
-        assert set(volumes) == {"/cache", "/work/data", "/work/runs"}
+        assert set(volumes) == {"/cache", "/sparse3d/data", "/sparse3d/runs"}
     kind = {name: service["image"] for name, service in COMPOSE["services"].items()}
     assert kind["page"] != kind["page-cuda"]
 

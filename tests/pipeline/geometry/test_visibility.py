@@ -113,7 +113,7 @@ def test_neither_hints_nor_the_search_in_the_tree_alter_a_result(soup):
 
 
 def fully_counted_sides(field, point, normal):
-    """Return the visible sides of a point from all lines of both sides."""
+    """Decide which sides of a point are visible by counting every line of sight."""
     hints = np.empty((2, LINES + 1), np.int32)
     clear_hints(hints)
     blockers, sample = np.empty(0, np.int32), (*point, *normal)
