@@ -191,6 +191,8 @@ def test_both_parts_train_and_the_checkpoint_holds_the_whole_stage(rendered, tmp
 def test_the_stage_starts_from_an_export_and_keeps_its_vae(rendered, tmp_path, monkeypatch):
     exported = randomize(Structure(MODEL), 3)
     save_model(tmp_path / "export" / "structure", exported, MODEL)
+    authors = "uid,author\na,Ann\n"
+    (tmp_path / "export" / "attribution.csv").write_text(authors, encoding="utf-8")
     cfg = config(rendered, tmp_path / "run", steps=1, part="flow", init=tmp_path / "export")
     started = []
 
@@ -206,6 +208,7 @@ def test_the_stage_starts_from_an_export_and_keeps_its_vae(rendered, tmp_path, m
     for name, tensor in exported.state_dict().items():
         if "latent_" not in name:  # the statistics are measured on this run's data
             assert torch.equal(started[0][name], tensor), name
+    assert (cfg.out / "attribution.csv").read_text(encoding="utf-8") == authors
 
 
 def test_a_stage_of_another_number_of_cells_is_refused_before_training(rendered, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from model.checkpoint import load_model, read_config, save_model
+from model.checkpoint import CONFIG, load_model, read_config, save_model
 from model.inference.published_checkpoint import missing_refiners, read_published
 from model.inference.stages import (
     FACING_VIEWS,
@@ -84,7 +84,9 @@ def export(cfg: ExportConfig) -> list[Path]:
         save_model(cfg.out / name, stage.model, config, matrices=matrices, **notes)
         _log_stage(cfg.out / name, stage.model, stage.source)
     checkpoints = [*cfg.vae, *cfg.dit, *([] if cfg.structure is None else [cfg.structure])]
-    count = export_attribution(checkpoints, cfg.out)
+    stages_of_out = {path.parent.name for path in cfg.out.glob(f"*/{CONFIG}")}
+    keep = bool(stages_of_out - models.keys())
+    count = export_attribution(checkpoints, cfg.out, keep=keep)
     if count:
         log.info("%s names the authors of %d assets.", cfg.out / ATTRIBUTION, count)
     return [cfg.out / name for name in models]

@@ -16,7 +16,9 @@ from model.checkpoint import CONFIG, check_merged, copy_weights, read_config, we
 from model.inference.checkpoint_source import SHIPPED, find_checkpoint, is_shipped
 from model.inference.stages import exported_resolutions
 from pipeline.core.errors import UserError
+from train.data.attribution import attribute_weights
 from train.engine import checkpoint
+from train.engine.distributed import World
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,23 @@ def find_init(
             f"checkpoint of python -m train.{stage} or an export with --init"
         )
     return path
+
+
+def start_from(path: Path, model: nn.Module, out: Path, world: World) -> None:
+    """Let a run start from the weights that `find_init` found, and carry their attribution into it.
+
+    Args:
+        path: Directory of the weights.
+        model: The model, which gets them as by `load_init`.
+        out: Directory of the run.
+        world: The ranks. The first one writes the attribution.
+
+    Raises:
+        UserError: As `load_init`.
+    """
+    load_init(path, model)
+    if world.is_first:
+        attribute_weights(path, out)
 
 
 def load_init(path: Path, model: nn.Module) -> None:

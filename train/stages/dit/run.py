@@ -27,7 +27,7 @@ from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTLoader, index_with_latents
 from train.stages.dit.lora import add_adapters
 from train.stages.dit.task import DiTTask
-from train.stages.initial_weights import find_init, load_init
+from train.stages.initial_weights import find_init, start_from
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
     task = DiTTask(cfg, world, training, held_out, store, vae)
     if init is not None:
         check_init_positions(cfg, init)
-        load_init(init, task.model)
+        start_from(init, task.model, cfg.out, world)
         # The statistics are those of the latents of this run and not of the run before.
         task.model.dit.set_statistics(store.mean, store.std)
     if cfg.lora.rank:

@@ -23,7 +23,7 @@ from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
 from train.engine.distributed import World
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import Trainer
-from train.stages.initial_weights import find_init, load_init
+from train.stages.initial_weights import find_init, start_from
 from train.stages.structure.config import StructureTraining
 from train.stages.structure.data import GridLoader
 from train.stages.structure.task import FlowTask, OccupancyTask
@@ -71,7 +71,7 @@ def train_occupancy_vae(
     out = cfg.out / "vae"
     init = _init_of_vae(cfg)
     if init is not None:
-        load_init(init, task.model)
+        start_from(init, task.model, cfg.out, world)
     stream = _stream(cfg, world, training, held_out, images=False)
     config = run_config(cfg, "vae")
     return Trainer(task, stream, cfg.vae.loop, out=out, world=world, config=config).run()
@@ -86,12 +86,12 @@ def train_flow(
         UserError: If OUT/vae has no checkpoint, besides the errors of `train_structure`.
     """
     cfg = replace(cfg, model=checkpoint.model_of_run(cfg.model, cfg.out / "flow"))
-    vae = trained_vae(cfg)
+    vae = trained_vae(cfg, world)
     newest = checkpoint.latest(cfg.out / "flow")
     task = FlowTask(cfg, world, training, held_out, vae)
     init = _init_of_flow(cfg)
     if init is not None:
-        load_init(init, task.model)
+        start_from(init, task.model, cfg.out, world)
         # The occupancy VAE is that of this run, and so are the statistics of its latents.
         task.model.vae.load_state_dict(vae.state_dict())
     if newest is None:  # a checkpoint holds the statistics
@@ -109,7 +109,7 @@ def train_flow(
     return Trainer(task, stream, cfg.flow.loop, out=out, world=world, config=config).run()
 
 
-def trained_vae(cfg: StructureTraining) -> OccupancyVAE:
+def trained_vae(cfg: StructureTraining, world: World) -> OccupancyVAE:
     """Load the averaged weights of the occupancy VAE in OUT/vae, or else of `cfg.init`.
 
     Raises:
@@ -120,7 +120,7 @@ def trained_vae(cfg: StructureTraining) -> OccupancyVAE:
     if newest is not None:
         load_weights(newest, vae)
     elif init is not None:
-        load_init(init, vae)
+        start_from(init, vae, cfg.out, world)
     else:
         raise UserError(
             f"{cfg.out / 'vae'} holds no occupancy VAE; train it first: "

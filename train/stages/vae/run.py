@@ -15,7 +15,7 @@ from train.engine.config import RankOptions
 from train.engine.distributed import World
 from train.engine.prefetch import Prefetcher
 from train.engine.trainer import Trainer
-from train.stages.initial_weights import find_init, load_init
+from train.stages.initial_weights import find_init, start_from
 from train.stages.vae.config import VAETraining
 from train.stages.vae.task import VAETask
 
@@ -43,7 +43,7 @@ def train_vae(cfg: VAETraining, world: World) -> int:
     training, held_out = index.split("train"), index.split("val")
     task = VAETask(cfg, world, held_out)
     if init is not None:
-        load_init(init, task.model)
+        start_from(init, task.model, cfg.out, world)
     sampler = BatchSampler(
         training.tokens,
         batch_size=cfg.bricks.batch_size,
