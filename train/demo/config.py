@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+HELD_OUT_FOLDER = Path(__file__).parent / "held_out"  # pictures that are part of the package
+HELD_OUT_CHECKPOINT = "props"  # the shipped weights that they are given to
+LIVE_PICTURES = 3  # from so many pictures the demo generates meshes; it shows stored ones of others
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Build data, train every stage, generate and evaluate meshes, and write a report page.
+    """Generate meshes from pictures of held-out objects with the shipped weights. Then build data,
+    train every stage, generate and evaluate meshes, and write a report page.
 
     The demo is resumable: run the same command again and it continues where it stopped.
     """

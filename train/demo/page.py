@@ -15,6 +15,8 @@ from PIL import Image
 
 from pipeline.core import html
 from train.demo.charts import chart
+from train.demo.held_out import HeldOutRow
+from train.demo.held_out import page_content as held_out_content
 from train.demo.runner import CommandCost
 from train.engine.checkpoint import provenance
 from train.engine.curves import read_curves
@@ -30,7 +32,13 @@ RUNS = (
 
 
 def write_page(
-    out: Path, build: Path, costs: Sequence[CommandCost], *, size: str, seconds: float
+    out: Path,
+    build: Path,
+    costs: Sequence[CommandCost],
+    held_out: Sequence[HeldOutRow],
+    *,
+    size: str,
+    seconds: float,
 ) -> Path:
     """Write the page `out`/index.html, which needs no other file.
 
@@ -38,18 +46,25 @@ def write_page(
         out: Directory of the demo, with the outputs of all its commands.
         build: Directory of the build, with its report.
         costs: The cost of each command, in the order in which they are listed.
+        held_out: Meshes of the shipped weights. Empty if the installation does not have them.
         size: Name of the demo's size.
         seconds: Wall time of the demo.
 
     Returns:
         The path of the page.
     """
-    content = page_content(out, build, costs, size=size, seconds=seconds)
+    content = page_content(out, build, costs, held_out, size=size, seconds=seconds)
     return html.write_page(out / "index.html", TEMPLATE, **content)
 
 
 def page_content(
-    out: Path, build: Path, costs: Sequence[CommandCost], *, size: str, seconds: float
+    out: Path,
+    build: Path,
+    costs: Sequence[CommandCost],
+    held_out: Sequence[HeldOutRow],
+    *,
+    size: str,
+    seconds: float,
 ) -> dict[str, Any]:
     """Return the variables of the template. The arguments are those of `write_page`."""
     seen, unseen = (_generation(out / name) for name in ("generation", "unseen"))
@@ -70,6 +85,7 @@ def page_content(
         ("image, generated cells, stored cells", _latest_sample(out / "structure" / "flow")),
     )
     return {
+        **held_out_content(held_out),
         "size": size,
         "build_report": build_report(build / "report" / "index.html"),
         "tiles": tiles,

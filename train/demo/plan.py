@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train.demo.config import DemoConfig, DemoSize
+from train.demo.config import HELD_OUT_CHECKPOINT, DemoConfig, DemoSize
 
 SURFACE_SAMPLES = "20000"  # of each surface in the demo's evaluations
 
@@ -42,6 +43,26 @@ class DemoPlan:
     groups: tuple[Group, ...]
     out: Path
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+
+
+def plan_held_out(cfg: DemoConfig, size: DemoSize, pictures: Iterable[Path]) -> DemoPlan:
+    """Return the command that generates meshes from pictures with the shipped weights.
+
+    The meshes are written to the directory `held_out` of the demo.
+    """
+    command = Command(
+        name="generate from held-out pictures",
+        arguments=(
+            *("model.generate", *map(str, pictures), "--checkpoint", HELD_OUT_CHECKPOINT),
+            *("--device", size.device, "-o", str(held_out_meshes(cfg.out))),
+        ),
+    )
+    return DemoPlan(groups=(((command,),),), out=cfg.out)
+
+
+def held_out_meshes(out: Path) -> Path:
+    """Return the directory of the meshes that a demo generates from held-out pictures."""
+    return out / "held_out"
 
 
 def plan_demo(cfg: DemoConfig, size: DemoSize) -> DemoPlan:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from model.generate import GenerateConfig, mesh_files
 from pipeline.config import PRESETS, BuildConfig
 from pipeline.core.cli import parse, parse_with_presets
-from train.demo.config import DEMO_SIZES, DemoConfig
-from train.demo.plan import plan_demo
+from train.demo.config import DEMO_SIZES, HELD_OUT_FOLDER, LIVE_PICTURES, DemoConfig
+from train.demo.held_out import read_pictures
+from train.demo.plan import held_out_meshes, plan_demo, plan_held_out
 from train.evaluation.config import GenerationEvaluation, VAEEvaluation
 from train.stages.config import ExportConfig
 from train.stages.dit.config import DIT_PRESETS
@@ -60,3 +62,17 @@ def test_every_command_exists_and_reads_what_the_others_wrote(size):
     assert configs["evaluate generation"].checkpoint == configs["export"].out
     assert configs["evaluate generation"].view == -1  # a view that training held out
     assert vae.preset == dit.preset == structure.preset == ("small" if size == "gpu" else "tiny")
+
+
+def test_the_shipped_weights_get_the_pictures_of_the_package(tmp_path):
+    pictures = [HELD_OUT_FOLDER / picture.image for picture in read_pictures()[:LIVE_PICTURES]]
+    plan = plan_held_out(DemoConfig(out=tmp_path), DEMO_SIZES["cpu"], pictures)
+    ((((command,),)),) = plan.groups
+    module, *words = command.arguments
+    assert module == "model.generate"
+    cfg = parse(GenerateConfig, words, prog=module)
+    assert (cfg.checkpoint, cfg.device, cfg.images) == ("props", "cpu", tuple(pictures))
+    held_out_meshes(tmp_path).mkdir()
+    assert mesh_files(cfg) == [
+        held_out_meshes(tmp_path) / f"{picture.stem}.glb" for picture in pictures
+    ]
