@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,7 @@ from model.sparse_vae import SparseVAE
 from model.structure import Structure
 from pipeline.core.cli import command, parse
 from pipeline.core.devices import choose_device
-from pipeline.core.errors import RunError
+from pipeline.core.errors import UserError
 from pipeline.core.grid import CELL_SIDE
 
 log = logging.getLogger(__name__)
@@ -110,8 +110,11 @@ class LowMemoryConfig:
     mode: Literal["both", "usual", "low"] = "both"
     """Measure both modes, each in a process of its own, or one in this process."""
 
+    timeout_s: float = 900.0
+    """Seconds after which a mode that has not ended counts as failed."""
+
     out: Path | None = None
-    """File to which the rows are also written as JSON."""
+    """File to which the rows are also written as JSON, after each mode."""
 
 
 def write_export(folder: Path, sizes: ModelSizes) -> dict[str, float]:
@@ -126,7 +129,7 @@ def write_export(folder: Path, sizes: ModelSizes) -> dict[str, float]:
     """
     torch.manual_seed(0)
     channels = sizes.dit.condition_channels
-    dino = DinoEncoder.random(channels, sizes.dino_layers, channels // 64, 518)
+    dino = DinoEncoder.random(channels, sizes.dino_layers, channels // 64, 518, mlp_ratio=4)
     dino.model.to(torch.bfloat16).save_pretrained(folder / "dinov2")  # pyright: ignore
     encoder = EncoderConfig(channels=channels, weights=str(folder / "dinov2"))
     flow = ConditionedDiT(
@@ -153,15 +156,16 @@ def write_export(folder: Path, sizes: ModelSizes) -> dict[str, float]:
 
 
 def measure(cfg: LowMemoryConfig, folder: Path) -> dict[str, Any]:
-    """Generate once in this process.
+    """Generate in this process: twice on a GPU, where the first time includes compilation.
 
     Args:
         cfg: The options. The mode must be "usual" or "low".
         folder: What `write_export` wrote.
 
     Returns:
-        "mode", "seconds", "load_seconds", "peak_gb" of the process, and "gpu_peak_gb" of the GPU's
-        tensors or None.
+        "mode", "load_seconds", "first_seconds" and "seconds" of the first and the last generation,
+        "tokens" of each stage, "peak_gb" of the process, "gpu_peak_gb" of the GPU's tensors and
+        "gpu_reserved_gb" of what torch took from the driver. Without a GPU both are None.
     """
     device = choose_device(cfg.device)
     vertices, faces = torus_mesh(TORUS_QUADS)
@@ -177,61 +181,103 @@ def measure(cfg: LowMemoryConfig, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     stages = Generator.load(folder / "stages", device, low_memory=cfg.mode == "low")
     load_seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    made = stages.generate(picture, 0, GenerationOptions(steps=(cfg.steps,)))
+    log.info("%s: the stages are loaded after %.1f s.", cfg.mode, load_seconds)
+
+    def progress(stage: str, numbers: Iterable[int]) -> Iterable[int]:
+        log.info("%s: stage %s", cfg.mode, stage)
+        return numbers
+
     on_gpu = device.type == "cuda"
+    seconds, tokens = [], []
+    for _ in range(2 if on_gpu else 1):
+        started = time.perf_counter()
+        made = stages.generate(picture, 0, GenerationOptions(steps=(cfg.steps,)), progress=progress)
+        seconds.append(time.perf_counter() - started)
+        tokens = [stage.tokens for stage in made.stages]
+        log.info("%s: a mesh is generated after %.1f s.", cfg.mode, seconds[-1])
     return {
         "mode": cfg.mode,
         "load_seconds": load_seconds,
-        "seconds": time.perf_counter() - started,
-        "tokens": [stage.tokens for stage in made.stages],
+        "first_seconds": seconds[0],
+        "seconds": seconds[-1],
+        "tokens": tokens,
         "peak_gb": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9,
         "gpu_peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None,
+        "gpu_reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9 if on_gpu else None,
     }
 
 
 def measure_in_child(cfg: LowMemoryConfig, folder: Path, mode: str) -> dict[str, Any]:
     """Return the row of a mode, measured in a process of its own.
 
-    Raises:
-        RunError: If the process fails.
+    Returns:
+        As `measure`, or "mode" and "failed" with the reason.
     """
     options = ["--size", cfg.size, "--device", cfg.device, "--steps", str(cfg.steps)]
     options += ["--mode", mode, "--folder", str(folder)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks.low_memory", *options],
-        stdout=subprocess.PIPE,
-        check=False,
-        encoding="utf-8",
-    )
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "benchmarks.low_memory", *options],
+            stdout=subprocess.PIPE,
+            check=False,
+            encoding="utf-8",
+            timeout=cfg.timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        return {"mode": mode, "failed": f"it did not end within {cfg.timeout_s:g} s"}
     if ended.returncode:
-        raise RunError(f"the mode {mode} failed with {ended.returncode}; see the messages above")
+        reason = f"its process ended with {ended.returncode}; see the messages above"
+        return {"mode": mode, "failed": reason}
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def main(args: Sequence[str]) -> None:
-    """Parse the options, measure and print a Markdown table, or one row as JSON."""
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [
+        "| mode | load s | first mesh s | last mesh s | peak GB of the process "
+        "| GPU: tensors GB | GPU: reserved GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['mode']} | failed: {row['failed']} | | | | | |")
+            continue
+        times = [f"{row[name]:.1f}" for name in ("load_seconds", "first_seconds", "seconds")]
+        sizes = [row[name] for name in ("peak_gb", "gpu_peak_gb", "gpu_reserved_gb")]
+        cells = [row["mode"], *times, *("" if gb is None else f"{gb:.2f}" for gb in sizes)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Sequence[str]) -> int:
+    """Parse the options, measure and print a Markdown table, or one row as JSON.
+
+    Returns:
+        0, or 1 if a mode failed. The rows of the others are printed and written.
+    """
     cfg = parse(LowMemoryConfig, args, prog="python -m benchmarks.low_memory")
+    if cfg.out is not None and not cfg.out.parent.is_dir():
+        raise UserError(f"--out {cfg.out} is in a directory that does not exist; create it")
     with tempfile.TemporaryDirectory() as temporary:
         folder = cfg.folder or Path(temporary)
-        weights = {}
+        weights: dict[str, float] = {}
         if not (folder / "stages").is_dir():
+            log.info("An export with random weights is written to %s.", folder)
             weights = write_export(folder, SIZES[cfg.size])
             log.info("weights in GB: %s", {name: round(gb, 2) for name, gb in weights.items()})
         if cfg.mode != "both":
             sys.stdout.write(json.dumps(measure(cfg, folder)) + "\n")
-            return
-        rows = [measure_in_child(cfg, folder, mode) for mode in ("usual", "low")]
-    lines = ["| mode | load s | generation s | peak GB of the process | peak GB of the GPU |"]
-    lines.append("|---|---|---|---|---|")
-    for row in rows:
-        gpu = "" if row["gpu_peak_gb"] is None else f"{row['gpu_peak_gb']:.2f}"
-        cells = (f"{row['load_seconds']:.1f}", f"{row['seconds']:.1f}", f"{row['peak_gb']:.2f}")
-        lines.append(f"| {row['mode']} | {' | '.join(cells)} | {gpu} |")
-    sys.stdout.write("\n".join(lines) + "\n")
-    if cfg.out is not None:
-        result = {"options": asdict(cfg), "weights_gb": weights, "rows": rows}
-        cfg.out.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+            return 0
+        rows: list[dict[str, Any]] = []
+        for mode in ("usual", "low"):
+            rows.append(measure_in_child(cfg, folder, mode))
+            log.info("%s", rows[-1])
+            if cfg.out is not None:
+                result = {"options": asdict(cfg), "weights_gb": weights, "rows": rows}
+                text = json.dumps(result, indent=1, default=str) + "\n"
+                cfg.out.write_text(text, encoding="utf-8")
+    sys.stdout.write(table(rows))
+    return int(any("failed" in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import replacing, sync_directory
@@ -25,9 +26,35 @@ AVERAGED_WEIGHTS = "ema.safetensors"  # only training checkpoints have them
 ADAPTERS = "lora"  # entry of a checkpoint's "training" that has the options of its LoRA adapters
 MAX_MESSAGE = 500  # characters of an error that lists tensors
 
+# What layers fill their weights with. torch.nn.init passes only some of its functions to a mode.
+RANDOM_FILLS = (
+    Tensor.uniform_,
+    Tensor.normal_,
+    nn.init.uniform_,
+    nn.init.normal_,
+    nn.init.kaiming_uniform_,
+)
+
 # Published name -> (our name, conversion from the published layout to ours).
 KeyMap = Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class ZeroInitialization(TorchFunctionMode):
+    """A context in which new weights are zeros where a model would draw them at random.
+
+    The weights of a file replace them. To draw half a billion of them takes half a minute.
+    """
+
+    def __torch_function__(
+        self, func: Any, _types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Fill with zeros in place of random numbers."""
+        arguments = kwargs or {}
+        if func in RANDOM_FILLS:
+            with torch.no_grad():
+                return (args[0] if args else arguments["tensor"]).zero_()
+        return func(*args, **arguments)
 
 
 class CheckpointError(UserError, ValueError):
@@ -157,7 +184,8 @@ def load_model(
             model = (make or cls)(final)
         check_weights(weights, model)
         return model.eval()
-    model = (make or cls)(final)
+    with ZeroInitialization():
+        model = (make or cls)(final)
     load_weights(weights, model)
     return model.to(device).eval()
 

@@ -229,6 +229,7 @@ class DinoEncoder(ImageEncoder):
         heads: int = 2,
         image_size: int = 112,
         seed: int = 0,
+        mlp_ratio: int = 2,
     ) -> DinoEncoder:
         """Make a small encoder of the same architecture with random fp32 weights, for tests."""
         from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -237,7 +238,7 @@ class DinoEncoder(ImageEncoder):
             hidden_size=channels,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            mlp_ratio=2,
+            mlp_ratio=mlp_ratio,
             image_size=image_size,
             patch_size=PATCH,
             num_register_tokens=SPECIAL - 1,

@@ -32,6 +32,24 @@ class Other(Tiny):
     pass
 
 
+class Drawing(nn.Module):
+    """Has the tensors of a Tiny, and draws them in each way that the models use."""
+
+    Config = Sizes
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layer = nn.Linear(*config.widths)
+        nn.init.xavier_uniform_(self.layer.weight)
+        nn.init.normal_(self.layer.weight, std=0.02)
+        self.layer.bias = nn.Parameter(torch.empty(config.widths[1]).uniform_(-1, 1))
+        self.register_buffer("shift", torch.empty(2).normal_())
+
+
+Drawing.__name__ = "Tiny"
+
+
 @pytest.fixture
 def saved(tmp_path):
     model = Tiny(Sizes())
@@ -50,6 +68,15 @@ def test_a_saved_model_is_loaded_unchanged(saved):
     )
     assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
     assert [p.name for p in path.parent.iterdir()] == ["vae"]
+
+
+def test_loading_draws_no_random_weights(saved):
+    path, model = saved
+    state = torch.get_rng_state()
+    back = load_model(path, Drawing)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(back.layer.weight, model.layer.weight)
+    assert Drawing(Sizes()).layer.weight.std() > 0  # outside, weights are drawn as before
 
 
 def test_saving_again_replaces_the_directory(saved):
