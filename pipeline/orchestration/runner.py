@@ -32,7 +32,7 @@ from pipeline.core.files import is_disk_full
 from pipeline.core.hashing import as_options, differences
 from pipeline.core.product import Product
 from pipeline.core.provenance import READER_VERSION
-from pipeline.core.ray_address import check_answers
+from pipeline.core.ray_address import connecting
 from pipeline.core.schema import Record
 from pipeline.core.signals import Stop, Stopped, note_signals
 from pipeline.core.text import counted
@@ -514,30 +514,25 @@ def _connected(cfg: BuildConfig) -> Iterator[None]:
 
     Raises:
         UserError: If there is no Ray at RAY_ADDRESS.
+        RunError: If Ray cannot start on this machine.
     """
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
     with nullcontext() if address else _local_settings():
-        if address:
-            try:
-                check_answers(address)
+        with connecting(address):
+            if address:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            except (OSError, ValueError) as error:
-                cause = " ".join(str(error).split())
-                raise UserError(
-                    f"no Ray at RAY_ADDRESS={address}: {cause}; correct or unset it"
-                ) from error
-        else:
-            ray.init(
-                address="local",
-                num_cpus=cfg.workers,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=cfg.workers,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         try:
             yield
         finally:

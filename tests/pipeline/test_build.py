@@ -15,7 +15,7 @@ import pytest
 from pipeline.build import build, configure, main
 from pipeline.config import PRESETS, BuildConfig
 from pipeline.core.cli import command
-from pipeline.core.errors import UserError
+from pipeline.core.errors import RunError, UserError
 from pipeline.curation.config import RankConfig
 from pipeline.inspection.verification import verify
 from pipeline.storage.manifest import read_manifest
@@ -156,7 +156,12 @@ def test_a_bad_request_is_reported_in_one_line_with_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionError("Could not find\nany"), ValueError("Invalid address format: here")]
+    "error",
+    [
+        ConnectionError("Could not find\nany"),
+        ValueError("Invalid address format: here"),
+        Exception("Cannot connect to the node"),  # Ray raises this class itself
+    ],
 )
 def test_a_missing_ray_cluster_is_named(error, monkeypatch, tmp_path):
     def init(**_):
@@ -168,6 +173,25 @@ def test_a_missing_ray_cluster_is_named(error, monkeypatch, tmp_path):
     with pytest.raises(
         UserError, match=r"^no Ray at RAY_ADDRESS=here: [CI].*; correct or unset it$"
     ):
+        main([*TINY, "--limit", "1", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError("AF_UNIX path length cannot\nexceed 107 bytes"), "AF_UNIX path .* 107 bytes"),
+        (RuntimeError("The current node timed out"), "The current node timed out"),
+        (Exception(), "Exception"),  # Ray raises this class itself
+    ],
+)
+def test_a_ray_that_cannot_start_is_reported_in_one_line(error, cause, monkeypatch, tmp_path):
+    def init(**_):
+        raise error
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(RunError, match=f"^Ray cannot start on this machine: {cause}; free .*$"):
         main([*TINY, "--limit", "1", "--out", str(tmp_path / "out")])
 
 

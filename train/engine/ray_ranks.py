@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.core.errors import RunError, UserError
-from pipeline.core.ray_address import check_answers
+from pipeline.core.ray_address import connecting
 from pipeline.core.signals import Stop, note_signals
 from train.engine.config import RankOptions
 from train.engine.rank_process import GRACE_S, RankPlace, describe_end, serve_store
@@ -236,12 +236,8 @@ def _connected() -> Iterator[None]:
             "--ray-gpus needs a Ray cluster: submit the command with ray job submit, or set "
             "RAY_ADDRESS; --gpus uses the GPUs of this machine without Ray"
         )
-    try:
-        check_answers(address)
+    with connecting(address, advice="correct it"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError) as error:
-        cause = " ".join(str(error).split())
-        raise UserError(f"no Ray at RAY_ADDRESS={address}: {cause}; correct it") from error
     try:
         yield
     finally:

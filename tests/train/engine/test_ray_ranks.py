@@ -140,6 +140,14 @@ def test_a_run_on_ray_needs_a_cluster_that_answers(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(UserError, match=r"no Ray at RAY_ADDRESS=127.0.0.1:1: .*; correct it"):
         ranks.started_ranks("train.dit", [], options)
+
+    def refuse(**_):
+        raise RuntimeError("Version mismatch:\nthe cluster runs 2.9")
+
+    monkeypatch.setenv("RAY_ADDRESS", "here")
+    monkeypatch.setattr("ray.init", refuse)
+    with pytest.raises(UserError, match=r"^no Ray at RAY_ADDRESS=here: V.* 2\.9; correct it$"):
+        ranks.started_ranks("train.dit", [], options)
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"--ray-gpus needs the package ray; pip install 'sparse3d"):
         ranks.started_ranks("train.dit", [], options)
