@@ -225,9 +225,20 @@ class ConditionedDiTConfig:
     the patches that show the object. "all" takes the tokens of all patches."""
     schedule: TimeSchedule = field(default_factory=TimeSchedule, metadata={BEFORE: {}})
     """Times of the sampling steps. Training does not depend on them."""
+    views: int = added(1, before=1)
+    """Largest number of views of a training sample. Above 1, each sample is conditioned on 1 to
+    this many views of its asset, drawn with equal probability, and the DiT attends to the tokens of
+    all views together, in training and in generation. A model of one view averages the velocities
+    of several views in generation."""
 
     def __post_init__(self) -> None:
         _check_choice(self, image_tokens=("foreground", "all"))
+        _check_at_least_one(self, "views")
+        if self.views > 1 and not self.dit.condition_projection:
+            raise ValueError(
+                f"views must be 1 without dit.condition_projection, got {self.views}, because "
+                "image tokens then have no positions that tell the views apart"
+            )
         if self.dit.condition_channels != self.encoder.channels:
             raise ValueError(
                 "dit.condition_channels must be the encoder's channels, "

@@ -43,7 +43,8 @@ class GenerateConfig:
     views: tuple[Path, ...] = ()
     """Image files that show one object from several sides. One mesh is generated from all of them.
     A model that was trained with --facing-views needs views from the same side, within 45 degrees
-    of azimuth. A warning says so if the export records it."""
+    of azimuth, and a warning says so if the export records it. A model that was trained with
+    several views takes views from all sides, and its mesh faces the camera of the first one."""
 
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Mesh file, or the directory of the mesh files. The default is the current directory."""
@@ -200,7 +201,7 @@ def generate(cfg: GenerateConfig) -> int:
         " ".join(map(str, generator.resolutions)),
         device,
     )
-    if generator.facing_views and len(cfg.views) > 1:
+    if generator.views_from_one_side and len(cfg.views) > 1:
         log.warning(
             "%s generates meshes that face the camera, so all --views must be from the same side, "
             "within 45 degrees of azimuth.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,12 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
-    """The image tokens of all assets of a batch, concatenated. Each asset has one image.
+    """The image tokens of all assets of a batch, concatenated.
+
+    An asset has one image, or several views that the DiT attends to together.
 
     Attributes:
         feats_SC: [S, C] features.
-        coords: int32 [S, 4]. (asset, column, row, 0) for a patch, (asset, 0, 0, 1) for the class
-            token and the registers.
+        coords: int32 [S, 4]. (asset, column, row, 2 v) for a patch of view v, (asset, 0, 0,
+            2 v + 1) for the class token and the registers of view v. The only image is view 0.
         starts: int32 [B + 1]. Asset b has the rows starts[b]:starts[b + 1].
         max_tokens: Number of tokens of the asset that has most.
     """
@@ -49,6 +52,39 @@ class ImageTokens:
             torch.cat([self.coords, moved]),
             torch.cat([self.starts, other.starts[1:] + len(self.coords)]),
             max(self.max_tokens, other.max_tokens),
+        )
+
+    @classmethod
+    def joined(cls, views: Sequence[ImageTokens]) -> ImageTokens:
+        """Return the tokens of several views of the same assets, as one condition of each asset.
+
+        This copies from the device to the host once.
+
+        Args:
+            views: The tokens of each view of all assets, in which every asset has one image. The
+                first one is view 0.
+
+        Raises:
+            ValueError: If there is no view, or they are of different numbers of assets.
+        """
+        sizes = [view.batch_size for view in views]
+        if not views or len(set(sizes)) != 1:
+            raise ValueError(f"views must be of one number of assets, got {sizes}")
+        if len(views) == 1:
+            return views[0]
+        moved = []
+        for number, view in enumerate(views):
+            coords = view.coords.clone()
+            coords[:, 3] += 2 * number
+            moved.append(coords)
+        coords = torch.cat(moved)
+        order = torch.argsort(coords[:, 0], stable=True)
+        starts = torch.stack([view.starts for view in views]).sum(0, dtype=torch.int32)
+        return cls(
+            torch.cat([view.feats_SC for view in views])[order],
+            coords[order],
+            starts,
+            int(starts.diff().max()),
         )
 
     def drop(self, dropped_B: Tensor) -> ImageTokens:

@@ -147,7 +147,10 @@ def test_the_laptop_recipe(tmp_path):
     assert (tmp_path / "run" / "export" / "vae" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", ["paper.sh", "laptop.sh", "slurm.sbatch", "props/train.sh"])
+@pytest.mark.parametrize(
+    "script",
+    ["paper.sh", "laptop.sh", "slurm.sbatch", "props/train.sh", "props/several_views.sh"],
+)
 def test_a_recipe_uses_options_that_exist(script):
     """The README's check covers options of commands; here the shell syntax is checked."""
     subprocess.run(

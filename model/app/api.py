@@ -54,8 +54,9 @@ class Capabilities(BaseModel):
     stages: dict[str, int] = Field(description="Steps of each stage with the defaults, in order.")
     steps: list[int] = Field(description="Default sampling steps of each sampled stage.")
     guidance: float | list[float] = Field(description="Default guidance scale, or one per stage.")
-    facing_views: bool = Field(
-        description="Whether meshes face the camera. Several images must then be from one side."
+    facing_views: bool = Field(description="Whether meshes face the camera of the first image.")
+    views_from_one_side: bool = Field(
+        description="Whether several images of one object must be from the side of the first one."
     )
     device: str = Field(description="Device of the models.")
     formats: list[str] = Field(description="Formats of the mesh files.")

@@ -216,7 +216,7 @@ class _GenerateTab:
             with gr.Column(scale=2, min_width=320):
                 files = gr.File(
                     label=f"Images of one object (at most {self.info['max_images']}"
-                    f"{', all from one side' if self.info['facing_views'] else ''})",
+                    f"{', all from one side' if self.info['views_from_one_side'] else ''})",
                     file_count="multiple",
                     file_types=["image"],
                     height=150,

@@ -129,18 +129,24 @@ class Service:
             "steps": defaults["steps"],
             "guidance": defaults["guidance"],
             "facing_views": bool(self.generator.facing_views),
+            "views_from_one_side": self.generator.views_from_one_side,
             "device": str(self.generator.device),
             "formats": [name[1:] for name in FORMATS],
             "max_upload_bytes": self.config.max_upload_bytes,
             "max_pixels": self.config.max_pixels,
-            "max_images": self.config.max_images,
+            "max_images": self.max_images,
         }
+
+    @property
+    def max_images(self) -> int:
+        """Largest number of images of one object that the server and the models take."""
+        return min(self.config.max_images, self.generator.max_views or self.config.max_images)
 
     def check_count(self, count: int) -> None:
         """Raise UserError unless so many images of one object are accepted."""
-        if not 1 <= count <= self.config.max_images:
+        if not 1 <= count <= self.max_images:
             raise UserError(
-                f"there must be 1 to {self.config.max_images} images of one object, got {count}"
+                f"there must be 1 to {self.max_images} images of one object, got {count}"
             )
 
     def cut_out(self, path: Path, name: str, *, keep_background: bool) -> CutOut:

@@ -102,7 +102,7 @@ class ConditionedDiT(nn.Module):
         Args:
             x: Noisy latents of B assets, as in `SparseDiT.forward`.
             t_B: Time of each asset, as in `SparseDiT.forward`.
-            images: One image for each asset.
+            images: One image for each asset, or several views.
             dropped_B: bool [B]. Where it is true, the asset is treated as if it had no image.
 
         Returns:
@@ -110,6 +110,23 @@ class ConditionedDiT(nn.Module):
         """
         image = self.encode_images(images)
         return self.dit(x, t_B, image if dropped_B is None else image.drop(dropped_B))
+
+    @property
+    def joint_views(self) -> bool:
+        """Whether the DiT attends to several views together, as it was trained to."""
+        return self.config.views > 1
+
+    def check_views(self, count: int) -> None:
+        """Check that the model can take a number of views.
+
+        Raises:
+            ValueError: If it attends to views together and was trained with fewer.
+        """
+        if self.joint_views and count > self.config.views:
+            raise ValueError(
+                f"the model was trained with up to {self.config.views} views of an object, "
+                f"got {count}; leave some out"
+            )
 
     @torch.no_grad()
     def generate(
@@ -128,7 +145,9 @@ class ConditionedDiT(nn.Module):
         Args:
             level: N cells of B assets at resolution R / 8.
             image: Image tokens of the B assets, from `encode_images`. Of several views of the
-                assets there is one entry each, and the velocities are averaged over the views.
+                assets there is one entry each. A model that was trained with several views attends
+                to all of them together, and the first one is that which it was trained to face. Of
+                another model the velocities are averaged over the views.
             seeds: Seed of each asset's noise.
             sampling: Steps, guidance and solver.
             progress: Wraps the steps, as tqdm does.
@@ -137,10 +156,13 @@ class ConditionedDiT(nn.Module):
             fp32 [N, latent_channels], latents of the VAE, rows as in `level`.
 
         Raises:
-            ValueError: If there is not one seed and one image for each asset, or as
-                `model.rectified_flow.sample`.
+            ValueError: If there is not one seed and one image for each asset, there are more views
+                than the model was trained with together, or as `model.rectified_flow.sample`.
         """
         views = views_of(image)
+        self.check_views(len(views))
+        if self.joint_views:
+            views = [ImageTokens.joined(views)]
         for view in views:
             if not len(seeds) == level.batch_size == view.batch_size:
                 raise ValueError(

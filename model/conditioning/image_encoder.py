@@ -29,11 +29,11 @@ class ImageBatch:
     patches.
 
     Attributes:
-        pixels: uint8 [B, 3, size, size].
-        rows: int64 [S], the kept rows among the encoder's B * (SPECIAL + patches) tokens.
+        pixels: uint8 [I, 3, size, size], the images of asset 0, then those of asset 1, and so on.
+        rows: int64 [S], the kept rows among the encoder's I * (SPECIAL + patches) tokens.
         coords: int32 [S, 4], as `ImageTokens.coords`.
         starts: int32 [B + 1], as `ImageTokens.starts`.
-        max_tokens: Number of kept tokens of the image that has most.
+        max_tokens: Number of kept tokens of the asset that has most.
     """
 
     pixels: Tensor
@@ -44,17 +44,29 @@ class ImageBatch:
 
     @classmethod
     def collate(
-        cls, images: Sequence[PreparedImage], kept: KeptTokens = "foreground"
+        cls,
+        images: Sequence[PreparedImage],
+        kept: KeptTokens = "foreground",
+        views: Sequence[int] | None = None,
     ) -> ImageBatch:
         """Make a batch on the CPU.
 
         Args:
             images: The images.
             kept: Whether the patches with foreground are kept, or all of them.
+            views: Number of views of each asset. The images are then the views of the first asset,
+                followed by those of the next one. None takes one image for each asset.
 
         Raises:
-            ValueError: If there is no image, or the sizes differ or are no multiple of PATCH.
+            ValueError: If there is no image, the sizes differ or are no multiple of PATCH, or
+                `views` does not divide the images among assets.
         """
+        views = [1] * len(images) if views is None else views
+        if sum(views) != len(images) or any(count < 1 for count in views):
+            raise ValueError(
+                f"views must be 1 or more and {len(images)} together, the number of images, "
+                f"got {list(views)}"
+            )
         sizes = sorted({image.rgb.shape[0] for image in images})
         if len(sizes) != 1 or sizes[0] % PATCH:
             raise ValueError(
@@ -62,27 +74,25 @@ class ImageBatch:
             )
         side = sizes[0] // PATCH
         coords, rows = [], []
-        for asset, image in enumerate(images):
+        counts = np.zeros(len(views), np.int64)  # tokens of each asset
+        places = [(asset, view) for asset, count in enumerate(views) for view in range(count)]
+        for number, (image, (asset, view)) in enumerate(zip(images, places, strict=True)):
             has_foreground = image.mask.reshape(side, PATCH, side, PATCH).any(axis=(1, 3))
             row, column = np.nonzero(has_foreground | (kept == "all"))
-            first = asset * (SPECIAL + side * side)
-            coords.append(np.tile([asset, 0, 0, 1], (SPECIAL, 1)))
-            coords.append(np.stack([np.full_like(row, asset), column, row, np.zeros_like(row)], 1))
+            first = number * (SPECIAL + side * side)
+            coords.append(np.tile([asset, 0, 0, 2 * view + 1], (SPECIAL, 1)))
+            patch = np.broadcast_arrays(asset, column, row, 2 * view)
+            coords.append(np.stack(patch, 1))
             rows.append(first + np.concatenate([np.arange(SPECIAL), SPECIAL + row * side + column]))
-        counts = [len(part) for part in rows]
+            counts[asset] += len(rows[-1])
         pixels = torch.from_numpy(np.stack([image.rgb for image in images]))
         return cls(
             pixels.permute(0, 3, 1, 2).contiguous(),
             torch.from_numpy(np.concatenate(rows)),
             torch.from_numpy(np.concatenate(coords).astype(np.int32)),
             torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
-            max(counts),
+            int(counts.max()),
         )
-
-    @property
-    def batch_size(self) -> int:
-        """Number B of images."""
-        return len(self.pixels)
 
     @property
     def size(self) -> int:

@@ -232,6 +232,31 @@ class Generator:
         """Whether meshes face the camera of their image. None if the export does not record it."""
         return self.stages.facing_views
 
+    @property
+    def averages_views(self) -> bool:
+        """Whether a stage averages the velocities of views instead of attending to all of them."""
+        return not all(dit.joint_views for dit in self._conditioned(self.resolutions[-1]))
+
+    @property
+    def views_from_one_side(self) -> bool:
+        """Whether all views of an object must be from the side that the mesh faces.
+
+        Averaged velocities would otherwise be those of shapes that face different sides. A stage
+        that attends to all views together faces the first one.
+        """
+        return bool(self.facing_views) and self.averages_views
+
+    @property
+    def max_views(self) -> int | None:
+        """Largest number of views of an object. None if any number of them can be averaged."""
+        dits = self._conditioned(self.resolutions[-1])
+        return min((dit.config.views for dit in dits if dit.joint_views), default=None)
+
+    def _conditioned(self, last: int) -> list[ConditionedDiT]:
+        """Return the DiTs of the structure stage and of the resolutions up to the last one."""
+        sizes = [size for size in self.resolutions if size <= last]
+        return [self.structure.flow, *(self.dits[size] for size in sizes)]
+
     def stages_of(self, options: GenerationOptions) -> dict[str, int]:
         """Return the number of steps of each stage of a generation, by name and in order.
 
@@ -292,8 +317,8 @@ class Generator:
         The same image, seed, options and device give the same mesh.
 
         Args:
-            image: RGBA. As an array uint8 [height, width, 4]. Of several views of the object the
-                estimated velocities are averaged, which needs no training with several views.
+            image: RGBA. As an array uint8 [height, width, 4]. Several views of the object are
+                combined in each stage as it was trained: see `ConditionedDiT.generate`.
             seed: Seed of the noise of all stages, 0 <= seed < 2^63.
             options: How meshes are sampled and cleaned. None takes the defaults.
             whole_if_opaque: Take an image without transparent pixels as foreground.
@@ -301,8 +326,8 @@ class Generator:
             progress: Called once a stage with its name and its steps.
 
         Raises:
-            ValueError: If the image has no usable foreground (see `prepare_image`) or there is no
-                model of the resolution.
+            ValueError: If the image has no usable foreground (see `prepare_image`), there is no
+                model of the resolution, or there are more views than a stage can take.
             RunError: If a stage comes out empty or too large.
         """
         options = options or GenerationOptions()
@@ -311,6 +336,8 @@ class Generator:
         views = [image] if isinstance(image, (Image.Image, np.ndarray)) else image
         if not views:
             raise ValueError("image must have at least one view, got none")
+        for dit in self._conditioned(last):
+            dit.check_views(len(views))
 
         def encode(dit: ConditionedDiT) -> list[ImageTokens]:
             return [self._encode_view(dit, view, whole_if_opaque) for view in views]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint import CheckpointError, load_model, save_model
 from model.conditioning.background_removal import load_foreground
+from model.conditioning.image_conditioned_dit import ConditionedDiT
 from model.conditioning.image_encoder import ImageBatch
 from model.conditioning.image_preprocessing import prepare_image
 from model.config import GenerationOptions, Guidance, RecommendedSampling, SamplingOptions
@@ -153,6 +154,64 @@ def test_the_velocities_of_several_views_are_averaged():
     assert (first - second).abs().max() > 1e-2
     with pytest.raises(ValueError, match="at least one view, got none"):
         structure.generate([], [0], once)
+
+
+def jointly(dit, views=3):
+    """Return the model as one that was trained with several views together."""
+    model = ConditionedDiT(replace(dit.config, views=views))
+    model.load_state_dict(dit.state_dict())
+    return model.eval()
+
+
+def test_a_model_of_several_views_attends_to_all_of_them_together():
+    dit = random_stages((64,))[2][64].eval()
+    joint, level = jointly(dit), dense_level(8, 1)
+    images = [prepare_image(disc_image(size), dit.encoder.image_size) for size in (64, 96)]
+    images[1] = replace(images[1], rgb=255 - images[1].rgb)
+    tokens = [dit.encode_images(ImageBatch.collate([image])) for image in images]
+    guided = SamplingOptions(steps=2, guidance=Guidance(scale=3.0))
+    assert torch.equal(
+        joint.generate(level, tokens[0], [0], guided), dit.generate(level, tokens[0], [0], guided)
+    )
+    both = joint.generate(level, tokens, [0], guided)
+    trained = joint.encode_images(ImageBatch.collate(images, views=[2]))
+    torch.testing.assert_close(both, joint.generate(level, trained, [0], guided))
+    assert (both - dit.generate(level, tokens, [0], guided)).abs().max() > 1e-3
+    # The first view is told from the second one.
+    assert (both - joint.generate(level, tokens[::-1], [0], guided)).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="trained with up to 3 views of an object, got 4"):
+        joint.generate(level, 4 * tokens[:1], [0], guided)
+    without_positions = replace(dit.config.dit, condition_projection=False)
+    with pytest.raises(ValueError, match=r"views must be 1 without dit\.condition_projection"):
+        replace(dit.config, dit=without_positions, views=2)
+
+
+def test_an_export_records_with_how_many_views_a_stage_was_trained(checkpoint, picture, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "joint")
+    coarse = replace(FAST, steps=(1,), resolution=64)
+    for name in ("structure", "dit_64"):
+        file = folder / name / "config.json"
+        described = json.loads(file.read_text(encoding="utf-8"))
+        flow = described["config"] if name == "dit_64" else described["config"]["flow"]
+        assert flow["views"] == 1
+        flow["views"] = 2
+        described["facing_views"] = True
+        file.write_text(json.dumps(described), encoding="utf-8")
+        generator = Generator.load(folder, options=coarse)
+        assert (generator.max_views, generator.facing_views) == (2, True)
+        # One stage that averages is enough to need views from one side.
+        assert generator.views_from_one_side is (name == "structure")
+    images = [load_foreground(picture)] * 3
+    with pytest.raises(ValueError, match="trained with up to 2 views of an object, got 3"):
+        generator.generate(images, 0, coarse)
+    alone = Generator.load(checkpoint, options=coarse).generate(images[:1], 0, coarse)
+    np.testing.assert_array_equal(
+        generator.generate(images[:1], 0, coarse).vertices, alone.vertices
+    )
+    for low_memory in (False, True):
+        loaded = Generator.load(folder, options=coarse, low_memory=low_memory)
+        mesh = loaded.generate(images[:2], 0, coarse)
+        assert mesh.vertices.tobytes() != alone.vertices.tobytes()
 
 
 def test_each_view_is_encoded_for_each_stage(monkeypatch):

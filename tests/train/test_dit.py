@@ -130,6 +130,24 @@ def test_a_run_that_crashed_between_checkpoints_resumes_bit_exactly(
     ]
 
 
+def test_a_run_with_several_views_resumes_bit_exactly_and_records_them(rendered, tmp_path):
+    several = replace(MODEL, views=2)
+    whole = config(rendered, tmp_path / "whole", steps=4, model=several)
+    parts = [config(rendered, tmp_path / "parts", steps=n, model=several) for n in (2, 4)]
+    for cfg in (whole, *parts):
+        train_dit(cfg, World())
+    for name in ("model", "ema"):
+        ours, theirs = weights(tmp_path / "parts", name), weights(whole.out, name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    assert read_config(whole.out / "latest")["config"]["views"] == 2
+    with pytest.raises(UserError, match=r"views"):
+        train_dit(config(rendered, whole.out, steps=5), World())
+    # The gradient of a batch with several views differs from that of one view.
+    train_dit(config(rendered, tmp_path / "one", steps=4), World())
+    one = weights(tmp_path / "one")
+    assert any(not torch.equal(one[key], ours[key]) for key in one)
+
+
 def test_a_run_of_older_code_resumes_as_it_was_trained(rendered, tmp_path):
     """Its file lacks the options that were added since, one of which has another default now."""
 

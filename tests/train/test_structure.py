@@ -123,6 +123,30 @@ def test_all_views_that_are_not_held_out_come_in_turn(rendered, tmp_path):
         GridLoader(index, replace(cfg, held_out_views=5), images=True).conditions.view_of(0, 0)
 
 
+def test_several_views_turn_the_cells_as_the_first_one(rendered, tmp_path):
+    index = read_build_index(rendered, [32]).split("train")
+    one = config(rendered, tmp_path, facing_views=True, mirrored_views=True)
+    several = replace(one, model=replace(MODEL, flow=replace(MODEL.flow, views=3)))
+    samples = [SampleId(asset, epoch) for asset in range(3) for epoch in range(4)]
+    alone, together = (
+        GridLoader(index, cfg, images=True).batch(samples, 0.1) for cfg in (one, several)
+    )
+    assert torch.equal(alone.occupied, together.occupied)
+    assert torch.equal(alone.noise, together.noise)
+    first = (together.images.coords[:, 3] == 1).nonzero()[::5, 0]  # class tokens of first views
+    numbers = together.images.rows[first] // (5 + 2 * 2)  # of images, which have 2^2 patches
+    assert torch.equal(together.images.pixels[numbers], alone.images.pixels)
+    assert len(together.images.pixels) > len(samples)
+    model = randomize(Structure(several.model), 1)
+    task = FlowTask(several, World(), index, index, model.vae)
+    loss = task.losses(randomize(task.model, 2), together)["loss"]
+    shuffled = replace(
+        together, images=replace(together.images, pixels=together.images.pixels // 2)
+    )
+    assert loss.isfinite()
+    assert task.losses(task.model, shuffled)["loss"] != loss
+
+
 def test_facing_views_turn_the_cells_and_mirrored_views_the_image_too(rendered, tmp_path):
     index = read_build_index(rendered, [32]).split("train")
     flow = replace(config(rendered, tmp_path).flow, augment=False)

@@ -170,16 +170,18 @@ class ViewReader:
 
 
 class RenderConditions:
-    """Chooses a view for each sample and prepares its image for the image encoder.
+    """Chooses the views of each sample and prepares their images for the image encoder.
 
     In an epoch all assets of a shard get the same view, so that a view-major shard is read in
-    order. The view differs from epoch to epoch.
+    order. The view differs from epoch to epoch. Further views of a sample are those of the next
+    epochs.
 
     Args:
         index: Assets of the build.
         flow: Options of the flow model.
         cameras: Camera set of the renders.
         image_size: Pixels per side of the prepared images.
+        most_views: Largest number of views of a sample.
         held_out: Number of views at the end of each asset that are not trained on.
         training: Whether images are augmented.
         held_out_only: Whether only the held-out views are chosen.
@@ -195,6 +197,7 @@ class RenderConditions:
         *,
         cameras: str,
         image_size: int,
+        most_views: int = 1,
         held_out: int,
         training: bool = True,
         held_out_only: bool = False,
@@ -212,18 +215,24 @@ class RenderConditions:
         self.flow = flow
         self.training = training
         self.image_size = image_size
+        self.most_views = most_views
         # Images that are not augmented are the same every time, so those of a small build are kept.
         self._plain: ThreadSafeCache[tuple[int, int], PreparedImage] = ThreadSafeCache(
             max(1, PREPARED_BYTES // (4 * image_size**2))
         )
 
-    def view_of(self, asset: int, epoch: int) -> int:
-        """Return the view of an asset in an epoch.
+    def view_of(self, asset: int, epoch: int, number: int = 0) -> int:
+        """Return a view of an asset in an epoch.
 
         All allowed views come in a random order, then all again in another order.
 
+        Args:
+            asset: Number of the asset in the index.
+            epoch: The epoch.
+            number: 0 for the first view of the epoch, 1 for the next one, and so on.
+
         Raises:
-            UserError: If all views are held out.
+            UserError: If all views are held out, or a sample may have more views than are allowed.
         """
         count = self.views.views(asset)
         if self.held_out >= count:
@@ -234,25 +243,49 @@ class RenderConditions:
         allowed = np.arange(first_held_out)
         if self.held_out_only and self.held_out:
             allowed = np.arange(first_held_out, count)
+        if self.most_views > len(allowed):
+            raise UserError(
+                f"the model's option views must be at most {len(allowed)}, the number of views of "
+                f"each asset to train on, got {self.most_views}"
+            )
         turn, place = divmod(epoch, len(allowed))
         seed = seed_of("view", self.flow.loop.seed, self.index.shards[asset], turn)
-        return int(np.random.default_rng(seed).permutation(allowed)[place])
+        order = np.random.default_rng(seed).permutation(allowed)
+        return int(order[(place + number) % len(allowed)])
 
-    def image(self, asset: int, epoch: int, key: Sequence[str | int]) -> PreparedImage:
-        """Return the prepared image of a sample.
+    def images(self, asset: int, epoch: int, key: Sequence[str | int]) -> list[PreparedImage]:
+        """Return the prepared images of a sample's views, from 1 to `most_views`.
+
+        Each number of views has the same probability. The first view is the one that decides about
+        the symmetry.
+
+        Args:
+            asset: Number of the asset in the index.
+            epoch: Epoch of the sample, which decides about the views.
+            key: Names and numbers from which the number of views and the augmentation are seeded.
+        """
+        count = 1 + seed_of("views", *key) % self.most_views
+        return [self.image(asset, epoch, key, number) for number in range(count)]
+
+    def image(
+        self, asset: int, epoch: int, key: Sequence[str | int], number: int = 0
+    ) -> PreparedImage:
+        """Return the prepared image of one view of a sample.
 
         Args:
             asset: Number of the asset in the index.
             epoch: Epoch of the sample, which decides about the view.
             key: Names and numbers from which the augmentation is seeded.
+            number: Number of the view in the sample, from 0.
         """
-        view = self.view_of(asset, epoch)
+        view = self.view_of(asset, epoch, number)
+        of_view = (number,) if number else ()
         if self.training and self.flow.augment:
             image = prepare_image(
                 self.views.read(asset, view),
                 self.image_size,
                 augmentation=self.flow.augmentation,
-                rng=np.random.default_rng(seed_of("augmentation", *key)),
+                rng=np.random.default_rng(seed_of("augmentation", *key, *of_view)),
                 whole_if_opaque=True,
             )
         else:

@@ -189,7 +189,8 @@ class GenerationEvaluation(RetrievalOptions, EvaluationConfig):
 
     views: int = at_least(1, 1)
     """Number of views that are the input together: the one of --view and those before it. With
-    --facing-views only views that need the same quarter turns are taken."""
+    --facing-views only views that need the same quarter turns are taken, unless the model was
+    trained with several views."""
 
     cells: Literal["generated", "stored"] = "generated"
     """Cells of the first resolution: those that the structure stage generates ("generated"), or

@@ -279,6 +279,11 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     device = choose_device(cfg.device)
     generator = Generator.load(cfg.checkpoint, device, cfg.generation)
     cfg = replace(cfg, facing_views=_facing_views(cfg, generator.facing_views))
+    if generator.max_views is not None and cfg.views > generator.max_views:
+        raise UserError(
+            f"{cfg.checkpoint} was trained with up to {generator.max_views} views of an asset, "
+            f"--views is {cfg.views}"
+        )
     references.load_candidates(assets.chosen)
     out = cfg.out or _default_out(cfg.checkpoint)
     meshes = out / "meshes"
@@ -517,7 +522,7 @@ class _Evaluator:
             if len(images) == self.cfg.views - 1:
                 break
             view = views.read_view(asset, (first - step) % count)
-            if self._turns(view) == self._turns(image):
+            if not self.generator.averages_views or self._turns(view) == self._turns(image):
                 images.append(view.rgba)
         return images
 

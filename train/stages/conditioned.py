@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.conditioning.image_encoder import ImageBatch
+from model.conditioning.image_preprocessing import PreparedImage
+from model.config import ConditionedDiTConfig
 from train.data.bricks import BuildIndex
 from train.data.config import FlowOptions, SampleUse
 from train.data.rank_batch import RankBatch
@@ -91,11 +94,19 @@ def write_ious(folder: Path, groups: Mapping[str, Mapping[str, float] | Sequence
     (folder / "iou.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def collate_views(
+    images: Sequence[Sequence[PreparedImage]], model: ConditionedDiTConfig
+) -> ImageBatch:
+    """Return the batch of the views of each sample for a model."""
+    flat = [image for views in images for image in views]
+    return ImageBatch.collate(flat, model.image_tokens, [len(views) for views in images])
+
+
 def choose_views(
     index: BuildIndex,
     cfg: ConditionedTraining,
     flow: FlowOptions,
-    image_size: int,
+    model: ConditionedDiTConfig,
     use: SampleUse,
 ) -> RenderConditions:
     """Return what chooses and prepares the images of a stage's samples.
@@ -104,18 +115,21 @@ def choose_views(
         index: Assets of the build.
         cfg: Options of the run.
         flow: Its options of the flow.
-        image_size: Pixels per side of the prepared images.
-        use: What the samples are for. Images are read ahead for training.
+        model: Configuration of the model that gets the images.
+        use: What the samples are for. Samples for training have up to `model.views` views, which
+            are read ahead. Others have one.
     """
+    most_views = model.views if use == "training" else 1
     return RenderConditions(
         index,
         flow,
         cameras=cfg.cameras,
-        image_size=image_size,
+        image_size=model.encoder.image_size,
+        most_views=most_views,
         held_out=cfg.held_out_views,
         training=use == "training",
         held_out_only=use == "held_out",
-        ahead=2 * flow.open_shards if use == "training" else 0,
+        ahead=2 * flow.open_shards * most_views if use == "training" else 0,
         facing=cfg.facing_views,
         mirrored=cfg.mirrored_views,
     )

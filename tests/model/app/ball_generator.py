@@ -23,6 +23,8 @@ class BallGenerator:
 
     device = torch.device("cpu")
     facing_views = None
+    views_from_one_side = False
+    max_views = None
 
     def __init__(self, *, closed_gate=False, step_s=0.0):
         self.resolutions = [64, 128]

@@ -180,7 +180,7 @@ def test_the_schema_describes_every_route_and_field():
             assert all(method["description"] for method in methods.values())
         answer = client.get("/api/capabilities").json()
         assert answer["resolutions"] == [64, 128]
-        assert answer["facing_views"] is False
+        assert answer["facing_views"] is answer["views_from_one_side"] is False
         assert answer["stages"] == {"structure": 4, "128": 4, "128 surface": 1}
         described = schema["components"]["schemas"]["JobDescription"]["properties"]
         job = client.post("/api/jobs", files=images()).json()

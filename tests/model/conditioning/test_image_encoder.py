@@ -26,6 +26,7 @@ from model.conditioning.image_preprocessing import (
     prepare_image,
 )
 from model.config import Augmentation, EncoderConfig
+from model.image_tokens import ImageTokens
 from pipeline.core.errors import UserError
 
 torch.set_num_threads(1)
@@ -282,6 +283,51 @@ def test_only_foreground_patches_are_kept_with_their_coordinates():
         ImageBatch.collate([prepared((0, 0)), prepared((0, 0), side=4)])
     with pytest.raises(ValueError, match="images must be of one size"):
         ImageBatch.collate([])
+
+
+def test_the_tokens_of_one_three_and_two_views_are_those_of_each_image():
+    places = [(3, 1), (0, 2), (7, 7), (1, 0), (4, 4), (2, 6)]
+    images = [prepared(place, seed=n) for n, place in enumerate(places)]
+    batch = ImageBatch.collate(images, views=[1, 3, 2])
+    of_view = [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+    expected = []
+    for (asset, view), (column, row) in zip(of_view, places, strict=True):
+        expected += [[asset, 0, 0, 2 * view + 1]] * SPECIAL + [[asset, column, row, 2 * view]]
+    assert batch.coords.tolist() == expected
+    per_image = SPECIAL + 1
+    assert batch.starts.tolist() == [0, per_image, 4 * per_image, 6 * per_image]
+    assert batch.max_tokens == 3 * per_image
+    encoder = StandInEncoder(32, 1, 2, SIZE)
+    alone = [encoder(ImageBatch.collate([image])) for image in images]
+    tokens = encoder(batch)
+    torch.testing.assert_close(tokens.feats_SC, torch.cat([one.feats_SC for one in alone]))
+    assert tokens.batch_size == 3
+    # Views that were encoded apart are joined to the same condition.
+    joined = ImageTokens.joined(alone[1:4])
+    chosen = batch.coords[:, 0] == 1
+    torch.testing.assert_close(joined.feats_SC, tokens.feats_SC[chosen])
+    assert torch.equal(joined.coords[:, 1:], batch.coords[chosen][:, 1:])
+    assert (joined.starts.tolist(), joined.max_tokens) == ([0, 3 * per_image], 3 * per_image)
+    for views in ([1, 3, 3], [0, 6]):
+        with pytest.raises(ValueError, match="views must be 1 or more and 6 together"):
+            ImageBatch.collate(images, views=views)
+
+
+def test_joined_views_of_several_assets_lie_asset_by_asset():
+    encoder = StandInEncoder(32, 1, 2, SIZE)
+    first = [prepared((3, 1), (1, 1)), prepared((7, 7), seed=1)]
+    second = [prepared((0, 2), seed=2), prepared((5, 5), (5, 6), (6, 6), seed=3)]
+    joined = ImageTokens.joined([encoder(ImageBatch.collate(images)) for images in (first, second)])
+    pairs = [image for pair in zip(first, second, strict=True) for image in pair]
+    expected = encoder(ImageBatch.collate(pairs, views=[2, 2]))
+    torch.testing.assert_close(joined.feats_SC, expected.feats_SC)
+    assert torch.equal(joined.coords, expected.coords)
+    assert torch.equal(joined.starts, expected.starts)
+    assert joined.max_tokens == expected.max_tokens
+    one = encoder(ImageBatch.collate([first[0]]))
+    assert ImageTokens.joined([one]) is one
+    with pytest.raises(ValueError, match=r"one number of assets, got \[1, 2\]"):
+        ImageTokens.joined([one, expected])
 
 
 ENCODERS = {

@@ -62,6 +62,7 @@ class FacingSurfaces:
         self.device, self.resolutions = self.stored.device, self.stored.resolutions
         self.turns = []
         self.facing_views: bool | None = None
+        self.averages_views, self.max_views = True, None
 
     def generate(self, *args, **options):
         uid = self.stored.shard.uids[self.stored.calls]
@@ -94,6 +95,7 @@ class StoredSurfaces:
         self.seen = []
         self.device, self.resolutions = torch.device("cpu"), [32]
         self.facing_views: bool | None = None
+        self.averages_views, self.max_views = True, None
         self.structure = torch.nn.Module()
         self.structure.flow = torch.nn.Module()
         self.structure.flow.encoder = type("Encoder", (), {"label": "stored surfaces"})

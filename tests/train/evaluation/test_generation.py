@@ -318,3 +318,19 @@ def test_further_views_are_given_together(rendered, tmp_path, monkeypatch):
     views = ViewReader(read_build_index(rendered, [40]), "paper")
     expected = [views.read_view(0, view).rgba for view in (2, 1, 0)]
     assert all(np.array_equal(a, b) for a, b in zip(model.seen[0][0], expected, strict=True))
+
+
+def test_a_model_of_several_views_takes_them_from_all_sides_up_to_its_number(
+    rendered, tmp_path, monkeypatch
+):
+    model = StoredSurfaces(rendered)
+    options = {"limit": 4, "views": 3, "facing_views": True}
+    evaluate(rendered, tmp_path, monkeypatch, model, **options)
+    assert min(len(images) for images, _, _ in model.seen) < 3
+    joint = StoredSurfaces(rendered)
+    joint.averages_views, joint.max_views = False, 3
+    evaluate(rendered, tmp_path, monkeypatch, joint, **options)
+    assert [len(images) for images, _, _ in joint.seen] == [3] * len(model.seen)
+    joint.max_views = 2
+    with pytest.raises(UserError, match="up to 2 views of an asset, --views is 3"):
+        evaluate(rendered, tmp_path, monkeypatch, joint, **options)

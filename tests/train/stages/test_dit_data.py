@@ -12,9 +12,11 @@ import torch
 
 import pipeline.core.image_codec
 from model.checkpoint import load_model
+from model.conditioning.image_preprocessing import prepare_image
 from model.sparse_tensor import BrickBatch
 from model.sparse_vae import SparseVAE
 from pipeline.core.errors import UserError
+from pipeline.core.hashing import seed_of
 from pipeline.storage.render_shard import RenderShard
 from tests.train.analytic_builds import color_of
 from tests.train.ss_dit_fixtures import VIEWS, config, loader_of, task_of, wake
@@ -62,6 +64,56 @@ def test_latents_and_image_belong_to_the_same_asset(rendered, tmp_path):
         pixel = batch.images.pixels[0, :, 14, 14]
         number = int(batch.uids[0][-3:])
         assert tuple(pixel.tolist()) == color_of(number, loader.conditions.view_of(asset, 1))
+
+
+def test_samples_have_one_to_n_views_of_which_the_first_is_that_of_one_view(rendered, tmp_path):
+    plain = config(rendered, tmp_path)
+    cfg = replace(plain, model=replace(plain.model, views=3))
+    one, several = loader_of(plain), loader_of(cfg)
+    counts = Counter()
+    for epoch, asset in itertools.product(range(40), range(3)):
+        batches = [loader.batch([SampleId(asset, epoch)], 1.0) for loader in (one, several)]
+        for name in ("noise", "posterior_noise", "times", "dropped"):
+            assert torch.equal(getattr(batches[0], name), getattr(batches[1], name)), name
+        alone, together = (batch.images for batch in batches)
+        assert torch.equal(alone.pixels, together.pixels[:1])
+        assert torch.equal(alone.coords, together.coords[: len(alone.coords)])
+        counts[len(together.pixels)] += 1
+        views = [several.conditions.view_of(asset, epoch, n) for n in range(3)]
+        assert sorted(views) == [0, 1, 2]  # the two held-out views are never among them
+        assert views[0] == one.conditions.view_of(asset, epoch)
+    assert set(counts) == {1, 2, 3}
+    assert min(counts.values()) > 20
+    # A batch is made of its samples, whatever their numbers of views.
+    samples = [SampleId(asset, 7) for asset in range(3)]
+    parts = [several.batch([sample], 1.0).images for sample in samples]
+    batch = several.batch(samples, 1.0).images
+    assert torch.equal(batch.pixels, torch.cat([part.pixels for part in parts]))
+    assert batch.starts.diff().tolist() == [len(part.coords) for part in parts]
+    for use in ("validation", "held_out"):
+        assert len(loader_of(cfg, use=use).batch(samples, 1.0).images.pixels) == 3
+
+
+def test_one_view_is_augmented_by_the_key_of_its_sample(rendered, tmp_path):
+    loader = loader_of(config(rendered, tmp_path))
+    conditions = loader.conditions
+    batch = loader.batch([SampleId(2, 5)], 1.0)
+    key = ("augmentation", loader.cfg.flow.loop.seed, "dit", 32, 5, batch.uids[0])
+    expected = prepare_image(
+        conditions.views.read(2, conditions.view_of(2, 5)),
+        28,
+        augmentation=loader.cfg.flow.augmentation,
+        rng=np.random.default_rng(seed_of(*key)),
+        whole_if_opaque=True,
+    )
+    assert np.array_equal(batch.images.pixels[0].permute(1, 2, 0), expected.rgb)
+
+
+def test_more_views_than_there_are_to_train_on_are_refused(rendered, tmp_path):
+    cfg = config(rendered, tmp_path)
+    loader = loader_of(replace(cfg, model=replace(cfg.model, views=4)))
+    with pytest.raises(UserError, match=r"views must be at most 3, .* to train on, got 4"):
+        loader.batch([SampleId(0, 0)], 1.0)
 
 
 def test_the_clean_latents_are_normalised_samples_of_the_posterior(rendered, tmp_path):

@@ -20,7 +20,7 @@ from train.data.latents import Latent, LatentBatch, LatentStore
 from train.data.render_conditions import sample_time
 from train.data.source import ConcurrentReader, open_source
 from train.engine.batch_sampler import SampleId, StepSamples
-from train.stages.conditioned import ConditionedBatch, choose_views
+from train.stages.conditioned import ConditionedBatch, choose_views, collate_views
 from train.stages.dit.config import DiTTraining
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class DiTBatch(ConditionedBatch):
         latents: Posteriors of the assets' latents.
         posterior_noise: Standard normal noise, fp32 [N, C], with which latents are drawn from their
             posteriors.
-        images: Prepared image of each asset.
+        images: Prepared images of each asset.
         resolution: Resolution R of the cells that the latents describe.
     """
 
@@ -96,8 +96,7 @@ class DiTLoader:
         self.cfg = cfg
         self.training = use == "training"
         self.concurrent = ConcurrentReader(index.root, store.folder)
-        size = cfg.model.encoder.image_size
-        self.conditions = choose_views(index, cfg, cfg.flow, size, use)
+        self.conditions = choose_views(index, cfg, cfg.flow, cfg.model, use)
 
     def load(self, step: StepSamples, rank: int) -> DiTBatch:
         """Load the batch of one rank in one step.
@@ -136,7 +135,7 @@ class DiTLoader:
             lambda number: self._read_latent(uids[number], symmetries[number]), range(len(uids))
         )
         images = self.concurrent.map(
-            lambda number: self.conditions.image(
+            lambda number: self.conditions.images(
                 samples[number].asset, samples[number].epoch, keys[number]
             ),
             range(len(samples)),
@@ -155,7 +154,7 @@ class DiTLoader:
             noise=draw_noise(noise_seeds, counts, channels),
             times=torch.cat(times),
             dropped=torch.tensor(dropped),
-            images=ImageBatch.collate(images, cfg.model.image_tokens),
+            images=collate_views(images, cfg.model),
             resolution=cfg.resolution,
             share=share,
             uids=uids,

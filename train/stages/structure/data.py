@@ -19,7 +19,7 @@ from train.data.config import SampleUse
 from train.data.render_conditions import sample_time
 from train.data.symmetry import SYMMETRIES, transform_points
 from train.engine.batch_sampler import SampleId, StepSamples
-from train.stages.conditioned import ConditionedBatch, choose_views
+from train.stages.conditioned import ConditionedBatch, choose_views, collate_views
 from train.stages.structure.config import StructureTraining
 
 CELLS_KEPT = 1 << 14  # assets whose cells stay in memory, about 20 kB each
@@ -33,7 +33,7 @@ class GridBatch(ConditionedBatch):
 
     Args:
         occupied: Whether each cell is occupied, bool [B, S, S, S].
-        images: Prepared image of each asset. None when the occupancy VAE is trained.
+        images: Prepared images of each asset. None when the occupancy VAE is trained.
     """
 
     occupied: Tensor
@@ -69,8 +69,7 @@ class GridLoader(BrickLoader):
         self._cells = lru_cache(CELLS_KEPT)(self._read_cells)
         self.conditions = None
         if images:
-            size = cfg.model.flow.encoder.image_size
-            self.conditions = choose_views(index, cfg, cfg.flow, size, use)
+            self.conditions = choose_views(index, cfg, cfg.flow, cfg.model.flow, use)
 
     def load(self, step: StepSamples, rank: int) -> GridBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Load the batch of one rank in one step.
@@ -120,14 +119,14 @@ class GridLoader(BrickLoader):
             times.append(time)
             dropped.append(is_dropped)
             if self.conditions is not None:
-                images.append(self.conditions.image(asset, sample.epoch, key))
+                images.append(self.conditions.images(asset, sample.epoch, key))
         latents = cfg.model.occupancy.latent_side**3
         return GridBatch(
             occupied=occupied,
             noise=draw_noise(seeds, [latents] * len(samples), self.noise_channels),
             times=torch.cat(times),
             dropped=torch.tensor(dropped),
-            images=ImageBatch.collate(images, cfg.model.flow.image_tokens) if images else None,
+            images=collate_views(images, cfg.model.flow) if images else None,
             share=share,
             uids=tuple(uids),
         )
