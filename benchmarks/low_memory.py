@@ -71,9 +71,17 @@ class ModelSizes:
     dino_layers: int
 
 
-# On a CPU, medium needs minutes. Its resolutions are 128 and 256.
+# On a CPU, medium needs minutes. Its resolutions are 128 and 256, those of tiny are 64 and 128.
 _MEDIUM = DiTConfig(channels=512, blocks=24, heads=16, condition_channels=512)
+_TINY = DiTConfig(channels=64, blocks=2, heads=4, kv_heads=2, condition_channels=64)
 SIZES = {
+    "tiny": ModelSizes(
+        dit=_TINY,
+        structure_dit=replace(_TINY, kv_heads=4, latent_channels=8, attention="full"),
+        occupancy=OccupancyConfig(side=8, widths=(8, 16), groups=8),
+        vae=VAEConfig(widths=(8, 8, 16, 32), heads=2, groups=8),
+        dino_layers=1,
+    ),
     "medium": ModelSizes(
         dit=_MEDIUM,
         structure_dit=replace(_MEDIUM, kv_heads=16, latent_channels=8, attention="full"),
@@ -95,8 +103,9 @@ SIZES = {
 class LowMemoryConfig:
     """Measure the peak memory of a generation with and without --low-memory."""
 
-    size: Literal["medium", "paper"] = "medium"
-    """Sizes of the models: "paper" needs a GPU and 10 GB of disk, "medium" runs on a CPU."""
+    size: Literal["tiny", "medium", "paper"] = "medium"
+    """Sizes of the models: "paper" needs a GPU and 10 GB of disk. "medium" runs on a CPU within
+    minutes, "tiny" within seconds."""
 
     device: str = "auto"
     """Device: "auto", "cpu", "cuda" or "cuda:N"."""

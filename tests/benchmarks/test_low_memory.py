@@ -1,0 +1,34 @@
+"""The memory benchmark keeps what it has measured if a mode fails."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks.low_memory import main, table
+from pipeline.core.errors import UserError
+
+
+def test_modes_that_fail_are_recorded_and_the_file_is_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "stages").mkdir()  # no export is written
+    monkeypatch.setattr(sys, "executable", "false")  # the process of every mode fails
+    assert main(["--folder", str(tmp_path), "--out", str(tmp_path / "low.json")]) == 1
+    rows = json.loads((tmp_path / "low.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["mode"] for row in rows] == ["usual", "low"]
+    assert all("ended with 1" in row["failed"] for row in rows)
+    assert capsys.readouterr().out.count("failed: its process ended with 1") == 2
+
+
+def test_a_missing_directory_of_the_result_is_refused_before_the_work(tmp_path):
+    with pytest.raises(UserError, match="in a directory that does not exist; create it"):
+        main(["--out", str(tmp_path / "missing" / "low.json")])
+
+
+def test_the_table_shows_the_gpu_only_where_there_is_one():
+    row = {"mode": "low", "load_seconds": 1, "first_seconds": 2, "seconds": 3, "peak_gb": 4}
+    cpu = row | {"gpu_peak_gb": None, "gpu_reserved_gb": None}
+    gpu = row | {"gpu_peak_gb": 5, "gpu_reserved_gb": 6}
+    assert table([cpu, gpu]).splitlines()[2:] == [
+        "| low | 1.0 | 2.0 | 3.0 | 4.00 |  |  |",
+        "| low | 1.0 | 2.0 | 3.0 | 4.00 | 5.00 | 6.00 |",
+    ]
