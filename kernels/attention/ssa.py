@@ -32,6 +32,7 @@ from kernels.attention.segment import (
 from kernels.attention.segment_backward import segment_backward
 from kernels.attention.selection import combine_partials, selection_partials
 from kernels.attention.selection_backward import selection_backward
+from kernels.attention.selection_by_block import selection_by_block
 from kernels.attention.softmax import lse_dtype
 from kernels.attention.top_blocks import top_blocks
 from kernels.runtime import eager_autograd
@@ -39,6 +40,13 @@ from kernels.runtime.triton_ops import on_device
 
 RANGE_BYTES = 400 << 20
 """Memory that one range of queries may need at a time, for scores, ranks and partial outputs."""
+
+
+def _without_gradients(inputs: Sequence[Tensor]) -> bool:
+    """Return whether eager code may take the forward pass that has no gradient."""
+    wide = inputs[0].dtype in (torch.float32, torch.float64)
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return wide and not tracked and not eager_autograd.needs_dispatcher(*inputs)
 
 
 def split_queries(
@@ -301,10 +309,11 @@ def spatial_sparse_attention(
         top_k: Number of blocks that each query of each key/value head selects.
         shifted: Whether the windows are the index's shifted windows.
         scale: Factor of the scores. None stands for 1 / sqrt(D).
-        backend: "auto" takes Triton for CUDA tensors and the torch reference for others. "triton"
-            works on CPU tensors only in Triton's interpreter. "reference" takes the torch
-            definition with any float dtype, D and H / G. The reference is dense in slices of the
-            queries and meant for tests and tiny models.
+        backend: "auto" takes Triton for CUDA tensors and the torch reference for others, with
+            `selection_by_block` where fp32 or fp64 tensors need no gradients. "triton" works on CPU
+            tensors only in Triton's interpreter. "reference" takes the torch definition with any
+            float dtype, D and H / G. The reference is dense in slices of the queries and meant for
+            tests and tiny models.
 
     Returns:
         [N, H, D] in the dtype of `q_NHD`.
@@ -355,7 +364,14 @@ def ssa_with_branches(
     scale = checks.check_scale(scale, q_NHD.shape[2])
     if not triton:
         selected_GNT = reference.select_blocks(q_NHD, ck_PGD, index, top_k, scale)
-        branches = reference.ssa_branches(*inputs[:5], selected_GNT, index, shifted, scale)
+        if backend == "auto" and _without_gradients(inputs):
+            branches = (
+                reference.compressed_attention(q_NHD, ck_PGD, cv_PGD, index, scale),
+                selection_by_block(q_NHD, k_NGD, v_NGD, selected_GNT, index, scale),
+                reference.window_attention(q_NHD, k_NGD, v_NGD, index, shifted, scale),
+            )
+        else:
+            branches = reference.ssa_branches(*inputs[:5], selected_GNT, index, shifted, scale)
         out, detached = reference.gated_sum(branches, gates_N3), (x.detach() for x in branches)
     elif eager_autograd.needs_dispatcher(*inputs):
         out, *saved = _ssa(*inputs, index.tensors(), top_k, shifted, scale)

@@ -29,15 +29,16 @@ def softmax_over(q, keys, values, scale):
     return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])  # "auto": block by block on a CPU
 @pytest.mark.parametrize("shifted", [False, True])
-def test_spatial_sparse_attention_is_what_the_paper_says(shifted):
+def test_spatial_sparse_attention_is_what_the_paper_says(shifted, backend):
     tokens, top_k = [25, 0, 12], 2
     index = random_index(tokens, 16)
     coords = random_coords(tokens, 16)
     coords = coords[token_order(coords)].tolist()
     q, k, v, ck, cv, gates = inputs(index)
     out = spatial_sparse_attention(
-        q, k, v, ck, cv, gates, index, top_k=top_k, shifted=shifted, scale=0.3
+        *(q, k, v, ck, cv, gates, index), top_k=top_k, shifted=shifted, scale=0.3, backend=backend
     )
     block = [(b, x // 8, y // 8, z // 8) for b, x, y, z in coords]
     cell = [(b, x // 4, y // 4, z // 4) for b, x, y, z in coords]
