@@ -159,6 +159,22 @@ It knows only chairs.
     ]
 
 
+def test_a_card_of_shipped_weights_has_their_name_and_the_commit_of_the_training(
+    exported, sources, monkeypatch
+):
+    monkeypatch.setattr(card_module, "commit_of_code", lambda: "cd34")
+    path = sources.evaluation[0]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, "commit": None}), encoding="utf-8")
+    assert "commit unknown:" in model_card(exported, None, None, sources)
+    named = replace(sources, name="chairs", commit="ef56")
+    card = model_card(exported, None, "cc0-1.0", named)
+    assert "\n# chairs\n" in card
+    assert "python -m model.app --checkpoint chairs\n" in card
+    assert card.count("commit ef56") == 2
+    assert "cd34" not in card
+
+
 def test_a_source_of_the_model_card_that_cannot_be_used_is_refused(exported, sources, tmp_path):
     list_without_licence = tmp_path / "plain.csv"
     list_without_licence.write_text("file,split\na,train\n", encoding="utf-8")

@@ -129,6 +129,12 @@ class CardOptions:
     """Script with the commands that trained the model, which the card shows."""
     limits: Path | None = None
     """Text in Markdown about what the model cannot do, which the card shows."""
+    name: str | None = None
+    """Name of the checkpoint in the commands on the card, such as props for shipped weights. None
+    takes the repository of --push, or the directory."""
+    commit: str | None = None
+    """Commit of the code that trained and evaluated the model, where evaluations do not record it.
+    None takes the commit of the running code for the export and none for evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,10 +48,12 @@ def model_card(
     metadata += [f"license: {licence}"] if licence else []
     metadata += ["tags:", "- image-to-3d", "- sparse-sdf", "- direct3d-s2", "---"]
     checkpoint = str(folder) if repository is None else f"{HUB}{repository}"
+    checkpoint = sources.name or checkpoint
+    title = folder.resolve().name if repository is None else repository.rpartition("/")[2]
     lines = [
         *metadata,
         "",
-        f"# {folder.resolve().name if repository is None else repository.rpartition('/')[2]}",
+        f"# {sources.name or title}",
         "",
         "Weights that turn one picture of an object into a closed 3D mesh, trained with sparse3d, "
         "an open implementation of Direct3D-S2 (arXiv 2505.17412).",
@@ -69,16 +71,21 @@ def model_card(
         "|---|---|---:|---|",
         *(_stage_row(stage) for stage in stages),
         "",
-        *_data_section(folder, licence, sources.assets),
+        *_data_section(folder, licence, sources),
         *_recipe_section(sources.recipe),
-        *(line for path in sources.evaluation for line in _evaluation_section(path)),
+        *(
+            line
+            for path in sources.evaluation
+            for line in _evaluation_section(path, sources.commit)
+        ),
         *_limits_section(sources.limits),
     ]
     return "\n".join(lines)
 
 
-def _data_section(folder: Path, licence: str | None, assets: Path | None) -> list[str]:
+def _data_section(folder: Path, licence: str | None, sources: CardOptions) -> list[str]:
     """Return the section about training data and licence."""
+    assets = sources.assets
     lines = [
         "## Training data and licence",
         "",
@@ -109,7 +116,7 @@ def _data_section(folder: Path, licence: str | None, assets: Path | None) -> lis
         if licence
         else "No licence of the weights was stated.",
         "",
-        f"Exported with the code of commit {commit_of_code() or 'unknown'}.",
+        f"Exported with the code of commit {sources.commit or commit_of_code() or 'unknown'}.",
         "",
     ]
 
@@ -140,8 +147,12 @@ def _recipe_section(path: Path | None) -> list[str]:
     return ["## Recipe", "", f"`{path.name}`:", "", "```sh", _text(path).strip(), "```", ""]
 
 
-def _evaluation_section(path: Path) -> list[str]:
+def _evaluation_section(path: Path, commit: str | None) -> list[str]:
     """Return the section with the numbers of an evaluation.json and of the table beside it.
+
+    Args:
+        path: The evaluation.json.
+        commit: Commit of the code if the file does not record it.
 
     Raises:
         UserError: If either file is missing or evaluation.json is no result of an evaluation.
@@ -149,7 +160,7 @@ def _evaluation_section(path: Path) -> list[str]:
     try:
         content = json.loads(_text(path))
         protocol: dict[str, Any] = content["protocol"]
-        commit = content["commit"] or "unknown"
+        commit = content["commit"] or commit or "unknown"
         stated = [f"{name} {_words(protocol[name])}" for name in PROTOCOL if name in protocol]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

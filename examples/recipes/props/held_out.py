@@ -15,7 +15,6 @@ and with --checkpoint also the stored results and the picture of the README.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from examples.recipes.props.make_list import HERE, write
+from examples.recipes.props.make_list import HERE, read_rows, write_rows
 from pipeline.core.cli import command, parse
 from pipeline.core.devices import Device
 from pipeline.core.errors import UserError
@@ -88,12 +87,6 @@ def choose(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     return list(of_packs.values())[:COUNT]
 
 
-def read_list(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a list of assets."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write_pictures(build: Path, folder: Path) -> list[HeldOutPicture]:
     """Write the last view of each asset of the list, and pictures.json with its camera.
 
@@ -108,7 +101,7 @@ def write_pictures(build: Path, folder: Path) -> list[HeldOutPicture]:
     index = read_build_index(build, built_resolutions(build))
     names, views = read_asset_names(build), ViewReader(index, "paper")
     numbers = {names[uid]: number for number, uid in enumerate(index.uids)}
-    rows = read_list(LIST)
+    rows = read_rows(LIST)
     missing = [row["file"] for row in rows if row["file"] not in numbers]
     if missing:
         raise UserError(f"{build} lacks {missing[0]}; build all assets of {LIST}")
@@ -214,7 +207,7 @@ def main(args: Sequence[str]) -> None:
     if cfg.build is None:
         if cfg.checkpoint is not None:
             raise UserError("--checkpoint needs --build, which has the assets to generate from")
-        write(LIST, choose(read_list(SHAPES)))
+        write_rows(LIST, choose(read_rows(SHAPES)))
         log.info("%s lists %d held-out assets.", LIST, COUNT)
         return
     pictures = write_pictures(cfg.build, cfg.folder)

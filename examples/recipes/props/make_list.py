@@ -76,8 +76,7 @@ def main(index: Path, folder: Path) -> None:
         index: Table with the columns file, group, pack, repo, licence and sha256.
         folder: Directory of the files.
     """
-    with index.open(encoding="utf-8", newline="") as file:
-        assets = list(csv.DictReader(file))
+    assets = read_rows(index)
     for asset in assets:
         if sha256_of(folder / asset["file"]) != asset["sha256"]:
             raise ValueError(f"{asset['file']} must have the sha256 {asset['sha256']}")
@@ -110,14 +109,22 @@ def main(index: Path, folder: Path) -> None:
         }
         for asset, shape, family in zip(assets, shapes, families, strict=True)
     ]
-    write(HERE / "assets.csv", rows)
-    write(HERE / "shapes.csv", [row for row in rows if row["file"] == row["shape"]])
+    write_rows(HERE / "assets.csv", rows)
+    write_rows(HERE / "shapes.csv", [row for row in rows if row["file"] == row["shape"]])
 
 
-def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Write a list with the columns COLUMNS."""
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a list."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(
+    path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str] = COLUMNS
+) -> None:
+    """Write a list with some columns, COLUMNS if none are given."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from examples.recipes.props import held_out as recipe
-from examples.recipes.props.held_out import HeldOutConfig, choose, read_list
+from examples.recipes.props.held_out import HeldOutConfig, choose
+from examples.recipes.props.make_list import read_rows
 from model.inference.checkpoint_source import SHIPPED_WEIGHTS
 from model.inference.generator import Generator
 from model.inference.stages import STRUCTURE
@@ -39,9 +40,9 @@ needs_weights = pytest.mark.skipif(
 
 
 def test_ten_packs_are_chosen_by_the_hashes_of_their_held_out_files():
-    shapes = read_list(recipe.SHAPES)
+    shapes = read_rows(recipe.SHAPES)
     chosen = choose(shapes)
-    assert chosen == read_list(recipe.LIST)
+    assert chosen == read_rows(recipe.LIST)
     assert len(chosen) == len({row["file"].partition("/")[0] for row in chosen}) == 10
     for row in chosen:
         pack = row["file"].partition("/")[0] + "/"
@@ -51,9 +52,9 @@ def test_ten_packs_are_chosen_by_the_hashes_of_their_held_out_files():
 
 def test_the_pictures_show_held_out_cc0_assets_from_views_that_are_not_trained_on():
     pictures = read_pictures()
-    assert [picture.file for picture in pictures] == [row["file"] for row in read_list(recipe.LIST)]
-    trained = {row["group"] for row in read_list(recipe.SHAPES) if row["split"] == "train"}
-    assert not trained & {row["group"] for row in read_list(recipe.LIST)}
+    assert [picture.file for picture in pictures] == [row["file"] for row in read_rows(recipe.LIST)]
+    trained = {row["group"] for row in read_rows(recipe.SHAPES) if row["split"] == "train"}
+    assert not trained & {row["group"] for row in read_rows(recipe.LIST)}
     licence = (HELD_OUT_FOLDER / "README.md").read_text(encoding="utf-8")
     for picture in pictures:
         rgba = decode((HELD_OUT_FOLDER / picture.image).read_bytes())
