@@ -415,7 +415,7 @@ def connected_region(free: FloodFill, start: NDArray[np.int64]) -> FloodFill:
     return FloodFill(bins=bins, barrier=free.barrier, outside=reached, whole_cells=whole)
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def is_reached(bin_of, words, whole, x, y, z, off_grid):
     """Return whether the flood reached grid point (x, y, z), and `off_grid` beyond the grid.
 
@@ -433,7 +433,7 @@ def is_reached(bin_of, words, whole, x, y, z, off_grid):
     return (words[m, x % 8] >> np.uint64(8 * (y % 8) + z % 8) & np.uint64(1)) != 0
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def reached_corners(bin_of, words, whole, x, y, z):
     """Return which of the eight grid points from (x, y, z) to (x + 1, y + 1, z + 1) are reached.
 
@@ -459,7 +459,7 @@ def reached_corners(bin_of, words, whole, x, y, z):
     return corners
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def reached_in_box(bin_of, words, whole, box):
     """Return whether the flood reached none, some or all of the grid points in a box.
 

@@ -1,4 +1,10 @@
-"""Exact lines of sight from points of a surface to grid points outside it."""
+"""Exact lines of sight from points of a surface to grid points outside it.
+
+The innermost functions are compiled with two further options. `_nrt=False` leaves out the counts of
+references to arrays, which are atomic operations; such a function must not create an array.
+`forceinline=True` leaves out the calls: a call passes each array as nine arguments or more. Without
+the two, the search for visible pieces takes twice the time.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +38,7 @@ MIN_SIGHT_RATIO = 0.2
 # Lines end at grid points around three places above the sample, at these heights in voxels.
 REACHES = (1.0, 1.6, 2.4)
 LINES = 8 * len(REACHES)  # lines of sight of one side of a sample
+ALL_PLACES = (1 << len(REACHES)) - 1  # bit mask of the places around which they end
 # With so many free lines on both sides, neither has less than MIN_SIGHT_RATIO of the other.
 ENOUGH = math.ceil(MIN_SIGHT_RATIO * LINES)
 START_VOXELS = 1e-3  # height above the surface at which lines start
@@ -41,6 +48,9 @@ MARGIN_VOXELS = 1e-3
 # A triangle blocks no line from a plane above which it rises by no more than this. It is well below
 # the start of the lines.
 BLOCKING_VOXELS = 0.5e-3
+# Relative error that `blocked_lines` allows for. It exceeds the tolerance of `segment_hits`, times
+# the length of any line, plus rounding.
+BATCH_MARGIN = 1e-8
 
 
 class Scene(NamedTuple):
@@ -66,7 +76,7 @@ def make_scene(packed: NDArray[np.float64], flood: FloodFill) -> Scene:
     )
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def write_sight_box(region, sign, packed, t, h, box):
     """Write the box of all lines of sight from samples on one side of triangle t.
 
@@ -86,7 +96,7 @@ def write_sight_box(region, sign, packed, t, h, box):
         box[3 + k] = region[3 + k] + max(rise, 0.0) + border
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def write_high_box(region, sign, packed, t, h, box):
     """Write the box of the ends of the longest eight lines from samples on one side of triangle t.
 
@@ -100,7 +110,7 @@ def write_high_box(region, sign, packed, t, h, box):
         box[3 + k] = region[3 + k] + rise + border
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _rises_above(packed, j, sign, t, height):
     """Return whether triangle j reaches more than `height` above one side of triangle t's plane."""
     nx, ny, nz = sign * packed[t, 9], sign * packed[t, 10], sign * packed[t, 11]
@@ -183,16 +193,17 @@ def make_field(scene):
         scene.outside,
         scene.whole_cells,
         scene.h,
+        np.empty((2, 3, LINES)),  # ends of the lines of sight of a sample, of both sides
     )
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def side_state(scene, box):
     """Return whether none, some or all of the grid points in a box are outside."""
     return reached_in_box(scene.bin_of, scene.outside, scene.whole_cells, box)
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _blocker_in_tree(packed, boxes, nodes, order, stack, margin, line):
     """Return a triangle of the tree that blocks a line of sight, or -1.
 
@@ -228,86 +239,180 @@ def _blocker_in_tree(packed, boxes, nodes, order, stack, margin, line):
     return -1
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False, forceinline=True)
+def _find_blocker(field, blockers, first, last, line):
+    """Return a triangle that blocks a line of sight, or -1.
+
+    `line` is the start and the end of the line. For the other arguments see `_count_sights`.
+    """
+    packed, boxes, nodes, order, stack, _, _, _, h, _ = field
+    margin = MARGIN_VOXELS * h
+    if first < 0:
+        return _blocker_in_tree(packed, boxes, nodes, order, stack, margin, line)
+    x, y, z, qx, qy, qz = line
+    low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
+    high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
+    for e in range(first, last):
+        t = blockers[e]
+        if boxes[t, 0] > high_x or boxes[t, 1] > high_y or boxes[t, 2] > high_z:
+            continue
+        if boxes[t, 3] < low_x or boxes[t, 4] < low_y or boxes[t, 5] < low_z:
+            continue
+        if segment_hits(packed, t, x, y, z, qx, qy, qz):
+            return t
+    return -1
+
+
+@njit(cache=True, _nrt=False, forceinline=True)
+def blocked_lines(packed, t, start, ends, side, lines):
+    """Return which lines of sight from one point triangle t blocks, as a bit mask.
+
+    The results are those of `segment_hits`. All lines are tested at once, without a division. Where
+    the line passes so close to a border of the test that rounding matters, `segment_hits` decides.
+
+    Args:
+        packed: [T, 16] packed triangles.
+        t: The triangle.
+        start: x, y, z of the point.
+        ends: float64 [2, 3, LINES]. Line p ends at `ends[side, :, p]`.
+        side: See `ends`.
+        lines: Bit mask of the lines to test.
+    """
+    x, y, z = start
+    sx, sy, sz = x - packed[t, 0], y - packed[t, 1], z - packed[t, 2]
+    ux, uy, uz = packed[t, 3], packed[t, 4], packed[t, 5]
+    vx, vy, vz = packed[t, 6], packed[t, 7], packed[t, 8]
+    # det, u * det, v * det of Moeller and Trumbore are products of the direction with one vector
+    # each, and s * det does not depend on it. All are negated if the point lies below the plane.
+    gx, gy, gz = sy * uz - sz * uy, sz * ux - sx * uz, sx * uy - sy * ux
+    depth = vx * gx + vy * gy + vz * gz
+    sign = 1.0 if depth >= 0 else -1.0
+    depth *= sign
+    gx, gy, gz = sign * gx, sign * gy, sign * gz
+    ax, ay, az = (
+        sign * (vy * sz - vz * sy),
+        sign * (vz * sx - vx * sz),
+        sign * (vx * sy - vy * sx),
+    )
+    nx, ny, nz = (
+        sign * (vy * uz - vz * uy),
+        sign * (vz * ux - vx * uz),
+        sign * (vx * uy - vy * ux),
+    )
+    # an upper bound of rounding and of the tolerance of `segment_hits`
+    size = 2 * packed[t, 15]
+    margin = BATCH_MARGIN * size * (size + abs(sx) + abs(sy) + abs(sz))
+    sure, unsure = np.int64(0), np.int64(0)
+    for p in range(LINES):
+        dx, dy, dz = ends[side, 0, p] - x, ends[side, 1, p] - y, ends[side, 2, p] - z
+        det = dx * nx + dy * ny + dz * nz
+        u = dx * ax + dy * ay + dz * az
+        v = dx * gx + dy * gy + dz * gz
+        inside = u if u < v else v
+        rest = det - u - v
+        inside = inside if inside < rest else rest
+        ahead = det - depth
+        inside = inside if inside < ahead else ahead
+        sure |= np.int64(inside > margin) << p
+        unsure |= np.int64(inside > -margin) << p
+    if depth <= margin:  # the point may lie in the plane, so that the sign is not known
+        sure, unsure = 0, lines
+    unsure &= lines & ~sure
+    line = 0
+    while unsure >> line:
+        if unsure >> line & 1:
+            qx, qy, qz = ends[side, 0, line], ends[side, 1, line], ends[side, 2, line]
+            if segment_hits(packed, t, x, y, z, qx, qy, qz):
+                sure |= 1 << line
+        line += 1
+    return sure & lines
+
+
+@njit(cache=True, _nrt=False, forceinline=True)
+def _write_ends(field, sample, side, place):
+    """Write the ends of the eight lines of sight of one side of a sample around one place.
+
+    Returns a bit mask of the lines that end at an outside grid point above the sample. `sample` is
+    the start of the lines and the unit normal of the side.
+    """
+    bin_of, outside, whole_cells, h, ends = field[5:]
+    x, y, z, nx, ny, nz = sample
+    reach = REACHES[place]
+    i0 = int(np.floor((x + reach * h * nx + 0.5) / h))
+    j0 = int(np.floor((y + reach * h * ny + 0.5) / h))
+    k0 = int(np.floor((z + reach * h * nz + 0.5) / h))
+    corners = reached_corners(bin_of, outside, whole_cells, i0, j0, k0)
+    if corners == 0:
+        return 0
+    above = 0
+    for corner in range(8):
+        i, j, k = i0 + (corner >> 2 & 1), j0 + (corner >> 1 & 1), k0 + (corner & 1)
+        qx, qy, qz = i * h - 0.5, j * h - 0.5, k * h - 0.5
+        rise = (qx - x) * nx + (qy - y) * ny + (qz - z) * nz
+        above |= int(rise >= MIN_RISE_VOXELS * h) << corner
+        line = 8 * place + corner
+        ends[side, 0, line], ends[side, 1, line], ends[side, 2, line] = qx, qy, qz
+    return (corners & above) << 8 * place
+
+
+@njit(cache=True, _nrt=False, forceinline=True)
 def _count_sights(field, blockers, first, last, sample, side, progress, most, hints):
     """Count the outside grid points on one side of a sample that have a free line of sight to it.
 
-    LINES grid points within three voxels are tried, until `most` are free. `progress` is the number
-    of the first line, the number of lines tried before and the count so far. `blockers[first:last]`
-    are the triangles that can block a line; if `first` is negative, they are searched in the tree.
-    `sample` is the point and the unit normal of `side` 0. For `field` and `hints` see
-    `visible_sides`.
+    LINES grid points within three voxels are tried, until `most` are free. `progress` is a bit mask
+    of the places whose lines were not looked up before, a bit mask of further lines that were not
+    tried, and the count so far. `blockers[first:last]` are the triangles that can block a line; if
+    `first` is negative, they are searched in the tree. `sample` is the point and the unit normal of
+    `side` 0. For `field` and `hints` see `visible_sides`.
 
     Returns the new progress.
     """
-    packed, boxes, nodes, order, stack, bin_of, outside, whole_cells, h = field
-    start, turn, count = progress
+    packed, h, ends = field[0], field[8], field[9]
+    places, lines, count = progress
     sign = 1.0 - 2.0 * side
     x, y, z, nx, ny, nz = sample
     nx, ny, nz = sign * nx, sign * ny, sign * nz
-    margin = MARGIN_VOXELS * h
     # lines start just above the surface
     x, y, z = x + START_VOXELS * h * nx, y + START_VOXELS * h * ny, z + START_VOXELS * h * nz
-    blocker = -1  # the triangle that blocked the last line often blocks the next one too
-    place, i0, j0, k0, corners = -1, 0, 0, 0, 0
-    while turn < LINES and count < most:
-        line = start + turn
-        if line >= LINES:
-            line -= LINES
-        # the eight grid points around a place above the sample
-        if line // 8 != place:
-            place = line // 8
-            reach = REACHES[place]
-            i0 = int(np.floor((x + reach * h * nx + 0.5) / h))
-            j0 = int(np.floor((y + reach * h * ny + 0.5) / h))
-            k0 = int(np.floor((z + reach * h * nz + 0.5) / h))
-            corners = reached_corners(bin_of, outside, whole_cells, i0, j0, k0)
-        # skip grid points that are not outside or lie below the sample
-        if corners == 0:
-            turn += 8 - line % 8
+    line, blocker = hints[side, LINES], -1
+    # the place of the line that was free last comes first, and then all others
+    wanted = 1 << line // 8 if places == ALL_PLACES else 0
+    while count < most:
+        for place in range(len(REACHES)):
+            if wanted >> place & 1:
+                lines |= _write_ends(field, (x, y, z, nx, ny, nz), side, place)
+        places &= ~wanted
+        # what blocked the last line often blocks other lines, too
+        if blocker >= 0 and lines:
+            blocked = blocked_lines(packed, blocker, (x, y, z), ends, side, lines)
+            lines &= ~blocked
+            for other in range(LINES):
+                if blocked >> other & 1:
+                    hints[side, other] = blocker
+            blocker = -1
+        if lines == 0:
+            if places == 0:
+                break
+            wanted = places
             continue
-        turn += 1
-        if not corners >> (line & 7) & 1:
-            continue
-        i, j, k = i0 + (line >> 2 & 1), j0 + (line >> 1 & 1), k0 + (line & 1)
-        qx, qy, qz = i * h - 0.5, j * h - 0.5, k * h - 0.5
-        if (qx - x) * nx + (qy - y) * ny + (qz - z) * nz < MIN_RISE_VOXELS * h:
-            continue
-        # search for a triangle that blocks the line, in the likely ones first
-        if blocker >= 0 and segment_hits(packed, blocker, x, y, z, qx, qy, qz):
-            hints[side, line] = blocker
-            continue
-        t = hints[side, line]
-        if t >= 0 and t != blocker and segment_hits(packed, t, x, y, z, qx, qy, qz):
-            blocker = t
-            continue
-        found = -1
-        if first < 0:
-            found = _blocker_in_tree(
-                packed, boxes, nodes, order, stack, margin, (x, y, z, qx, qy, qz)
-            )
-        else:
-            low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
-            high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
-            for e in range(first, last):
-                t = blockers[e]
-                if boxes[t, 0] > high_x or boxes[t, 1] > high_y or boxes[t, 2] > high_z:
-                    continue
-                if boxes[t, 3] < low_x or boxes[t, 4] < low_y or boxes[t, 5] < low_z:
-                    continue
-                if segment_hits(packed, t, x, y, z, qx, qy, qz):
-                    found = t
-                    break
-        if found >= 0:
-            blocker = found
-            hints[side, line] = found
-        else:
+        # search for a triangle that blocks the next line, in the likely one first
+        while not lines >> line & 1:
+            line = line + 1 if line + 1 < LINES else 0
+        lines &= ~(1 << line)
+        qx, qy, qz = ends[side, 0, line], ends[side, 1, line], ends[side, 2, line]
+        blocker, wanted = hints[side, line], 0
+        if blocker < 0 or not segment_hits(packed, blocker, x, y, z, qx, qy, qz):
+            blocker = _find_blocker(field, blockers, first, last, (x, y, z, qx, qy, qz))
+        if blocker < 0:
             hints[side, LINES] = line
             count += 1
-    return start, turn, count
+        else:
+            hints[side, line] = blocker
+            wanted = places
+    return places, lines, count
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False, forceinline=True)
 def visible_sides(field, blockers, first, middle, last, open_sides, point, normal, hints):
     """Return which sides of the surface are visible from outside at a point.
 
@@ -328,12 +433,18 @@ def visible_sides(field, blockers, first, middle, last, open_sides, point, norma
         HIDDEN, FRONT, BACK or BOTH.
     """
     sample = (point[0], point[1], point[2], normal[0], normal[1], normal[2])
-    ahead = (hints[0, LINES], 0, 0) if open_sides & FRONT else (0, LINES, 0)
-    behind = (hints[1, LINES], 0, 0) if open_sides & BACK else (0, LINES, 0)
+    ahead = (ALL_PLACES if open_sides & FRONT else 0, 0, 0)
+    behind = (ALL_PLACES if open_sides & BACK else 0, 0, 0)
     most, is_last = 1, False
     while True:
-        ahead = _count_sights(field, blockers, first, middle, sample, 0, ahead, most, hints)
-        behind = _count_sights(field, blockers, middle, last, sample, 1, behind, most, hints)
+        for side in range(2):
+            start, end = (middle, last) if side else (first, middle)
+            progress = behind if side else ahead
+            progress = _count_sights(
+                field, blockers, start, end, sample, side, progress, most, hints
+            )
+            ahead = ahead if side else progress
+            behind = progress if side else behind
         front, back = ahead[2], behind[2]
         # one side alone is visible, or both have lines enough, or the ratio is known
         fewer = min(front, back)
@@ -350,7 +461,7 @@ def visible_sides(field, blockers, first, middle, last, open_sides, point, norma
     return (FRONT if front else HIDDEN) | (BACK if back else HIDDEN)
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def clear_hints(hints):
     """Reset the hints of `visible_sides`, in place."""
     hints[:] = -1

@@ -86,7 +86,7 @@ def _find_crossings(packed, faces, tree):
     return pairs[:count]
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _longest_edge(path, depth):
     """Return length and number of the longest edge of piece `path[depth]`.
 
@@ -105,7 +105,7 @@ def _longest_edge(path, depth):
     return longest, edge
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _write_half(path, depth, second):
     """Write the first or second half of piece `path[depth]` to `path[depth + 1]`.
 
@@ -147,7 +147,7 @@ def _is_crossed(path, depth, scene, crossings, first, last, region, own):
     return False
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False, forceinline=True)
 def _sides_of_piece(path, depth, field, t, samples, blockers, lists, open_sides, hints):
     """Look at piece `path[depth]` of triangle t from its centre and from near its corners.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.core.grid import spacing
-from pipeline.core.primitives.triangles import pack
+from pipeline.core.primitives.triangles import pack, segment_hits
 from pipeline.geometry import visibility
 from pipeline.geometry.flood_fill import (
     ALL_REACHED,
@@ -17,6 +17,7 @@ from pipeline.geometry.flood_fill import (
     reached_in_box,
 )
 from pipeline.geometry.line_of_sight import (
+    ALL_PLACES,
     BACK,
     BOTH,
     ENOUGH,
@@ -25,6 +26,7 @@ from pipeline.geometry.line_of_sight import (
     LINES,
     MIN_SIGHT_RATIO,
     _count_sights,
+    blocked_lines,
     clear_hints,
     find_blockers,
     make_field,
@@ -112,13 +114,46 @@ def test_neither_hints_nor_the_search_in_the_tree_alter_a_result(soup):
     assert len(seen) >= 2
 
 
+def lines_on_a_lattice(random):
+    """Return a packed triangle, a point and the ends [3, LINES] of lines, all on few coordinates.
+
+    Lines often touch an edge or a corner, lie in the plane or end on it.
+    """
+    while True:
+        corners = random.integers(-2, 3, (1, 3, 3)) / 8
+        if np.linalg.norm(np.cross(corners[0, 1] - corners[0, 0], corners[0, 2] - corners[0, 0])):
+            break
+    scale = 1 + random.integers(0, 2) * random.random() / 3
+    start, ends = random.integers(-3, 4, 3) / 8, random.integers(-3, 4, (3, LINES)) / 8
+    return pack(corners * scale), start * scale, ends * scale
+
+
+def test_lines_of_a_point_are_blocked_together_as_one_by_one():
+    random = np.random.default_rng(5)
+    ends = np.full((2, 3, LINES), np.nan)
+    blocked = 0
+    for _ in range(3000):
+        packed, start, ends[1] = lines_on_a_lattice(random)
+        lines = int(random.integers(0, 1 << LINES))
+        expected = sum(
+            1 << p
+            for p in range(LINES)
+            if lines >> p & 1 and segment_hits(packed, 0, *start, *ends[1, :, p])
+        )
+        assert blocked_lines(packed, 0, tuple(start), ends, 1, lines) == expected
+        blocked += expected.bit_count()
+    assert blocked > 1000
+
+
 def fully_counted_sides(field, point, normal):
     """Decide which sides of a point are visible by counting every line of sight."""
     hints = np.empty((2, LINES + 1), np.int32)
     clear_hints(hints)
     blockers, sample = np.empty(0, np.int32), (*point, *normal)
     counts = [
-        _count_sights(field, blockers, -1, -1, sample, side, (0, 0, 0), LINES + 1, hints)[2]
+        _count_sights(field, blockers, -1, -1, sample, side, (ALL_PLACES, 0, 0), LINES + 1, hints)[
+            2
+        ]
         for side in (0, 1)
     ]
     return sum(
