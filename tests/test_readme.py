@@ -18,8 +18,9 @@ PAGES = [
 ]
 RECIPES = [
     path.read_text(encoding="utf-8")
-    for path in sorted((ROOT / "examples" / "recipes").glob("*.sh"))
+    for path in sorted((ROOT / "examples" / "recipes").rglob("*.sh"))
 ]
+PROPS = (ROOT / "examples" / "recipes" / "props" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
 
 torch.set_num_threads(1)
@@ -72,10 +73,11 @@ def test_the_documentation_names_every_stage_and_only_reasons_that_exist():
     assert [reason for reason in reasons if f'"{reason}"' not in code] == []
 
 
-MODULES = "pipeline|train|model|kernels|benchmarks"
-TEXT = "\n".join([*PAGES, *(text.replace("train train.", "-m train.") for text in RECIPES)])
+MODULES = "pipeline|train|model|kernels|benchmarks|examples"
+TEXT = "\n".join([*PAGES, PROPS, *(text.replace("train train.", "-m train.") for text in RECIPES)])
 SHOWN = re.findall(
-    rf"(?:-m |`(?=[\w.]+ ))((?:{MODULES})\.\w+(?: [^`#\n]*)?)", TEXT.replace("\n--", " --")
+    rf"(?:-m |`(?=[\w.]+ ))((?:{MODULES})\.[\w.]+(?: [^`#\n]*)?)",
+    re.sub(r"\\\n +", "", TEXT).replace("\n--", " --"),
 )
 COMMANDS = sorted({line.strip() for line in SHOWN})
 
