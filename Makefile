@@ -13,8 +13,11 @@ DEMO ?= runs/demo
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 TORCH_INDEX_TIMEOUT_S ?= 10
-# What headless rendering needs on Debian and Ubuntu.
-APT_PACKAGES = libegl1 libgl1 libgl1-mesa-dri
+# What headless rendering needs on Debian and Ubuntu, and the compiler of libraries without wheels.
+APT_PACKAGES = g++ libegl1 libgl1 libgl1-mesa-dri
+# The headers of the interpreter, where it has none: the Python of Debian has them in a package.
+PYTHON_HEADERS = $(shell $(PYTHON) -c 'import os, sys, sysconfig as s; \
+  os.path.exists(s.get_path("include") + "/Python.h") or print("python%d.%d-dev" % sys.version_info[:2])')
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -36,21 +39,20 @@ setup: $(READY)
 setup-all: $(READY_ALL)
 
 $(READY): pyproject.toml
-	@sh .ci/system_packages.sh "$(APT_PACKAGES)"
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 was found; install one, or get one with uv (https://docs.astral.sh/uv):" >&2; \
 	  echo "    uv python install 3.12 && make $(MAKECMDGOALS) PYTHON=\$$(uv python find 3.12)" >&2; exit 1; }
+	@sh .ci/system_packages.sh "$(APT_PACKAGES) $(PYTHON_HEADERS)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	PYTHON="$(BIN)/python" TORCH="$(TORCH)" INDEX="$(TORCH_INDEX)" TIMEOUT_S="$(TORCH_INDEX_TIMEOUT_S)" sh .ci/install_torch.sh
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	@echo "compiling the geometry (once per machine)"
+	@echo "compiling the geometry of builds and of generation (once per machine)"
 	$(BIN)/python -c "from pipeline.orchestration.asset_stages import warm_up; warm_up()"
+	$(BIN)/python -c "from model.inference.warm_up import warm_up; warm_up()"
 	@touch $(READY)
 
 $(READY_ALL): $(READY)
-	@sh .ci/system_packages.sh g++
 	$(BIN)/python -m pip install --quiet -e ".[dev,docs,generate,tensorboard,usd]"
-	@if command -v g++ >/dev/null; then $(BIN)/python -m pip install --quiet -e ".[mesh2sdf]" || echo "mesh2sdf did not build; it is optional" >&2; \
-	  else echo "there is no g++, so the optional mesh2sdf is left out" >&2; fi
+	@$(BIN)/python -m pip install --quiet -e ".[mesh2sdf]" || echo "mesh2sdf did not build; it is optional" >&2
 	@touch $(READY_ALL)
 
 demo: setup

@@ -102,6 +102,34 @@ def test_the_same_seed_gives_the_same_closed_mesh(checkpoint, picture, tmp_path)
     assert fewer != first
 
 
+COMPILED_BY_A_GENERATION = """
+import sys
+from numba.core.registry import CPUDispatcher
+from PIL import Image
+from model.inference.generator import Generator
+from model.inference.warm_up import warm_up
+from tests.model.tiny_models import FAST
+
+def signatures():
+    modules = [m for name, m in sys.modules.items() if name.startswith(("model.", "pipeline."))]
+    functions = [f for m in modules for f in vars(m).values() if isinstance(f, CPUDispatcher)]
+    return {(f.__module__, f.__name__, str(s)) for f in functions for s in f.signatures}
+
+warm_up()
+before = signatures()
+Generator.load(sys.argv[1]).generate(Image.open(sys.argv[2]), 0, FAST)
+print(len(before), sorted(signatures() - before))
+"""
+
+
+@pytest.mark.slow  # compiles for 15 s where no cache is there
+def test_a_generation_compiles_nothing_after_the_warm_up(checkpoint, picture):
+    ended = run_python("-c", COMPILED_BY_A_GENERATION, checkpoint, picture)
+    count, new = ended.stdout.split(maxsplit=1)
+    assert int(count) >= 5  # functions that are called from Python
+    assert new.strip() == "[]"
+
+
 def test_low_memory_gives_the_same_mesh_with_one_stage_in_memory(checkpoint, picture, monkeypatch):
     usual = Generator.load(checkpoint).generate(Image.open(picture), 0, FAST)
     loaded, together = [], []
