@@ -80,7 +80,9 @@ class BuildConfig:
 
     source: tuple[str, ...] = ("procedural",)
     """One or more sources of assets: procedural[:COUNT], folder:PATH, objaverse,
-    objaverse-xl[?places=github,...] or shapenet:PATH[?categories=chair,...]."""
+    objaverse-xl[?places=github,...], github:LIST[?folder=DIR] or
+    shapenet:PATH[?categories=chair,...]. LIST is a csv file with the columns repository, commit,
+    path, sha256 and licence, whose files are downloaded, or read below DIR."""
 
     ids: Path | None = added(None, before=None)  # noqa: RUF009
     """List of the assets to take from the sources: a csv, json or parquet file with the columns

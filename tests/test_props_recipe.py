@@ -1,11 +1,16 @@
 """The copy of a build of the props with a part of its training groups."""
 
+import subprocess
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 
 from examples.recipes.props.fewer_groups import SHAPES, copy_build, groups_of_files, main
+from examples.recipes.props.make_list import with_origins
 from pipeline.core.errors import UserError
+from pipeline.sources.folder import FolderSource
+from pipeline.sources.github_list import GitHubListSource
 from pipeline.storage.layout import MANIFEST, manifest_path
 from pipeline.storage.manifest import read_manifest, write_manifest
 from pipeline.storage.sdf_shard import SdfShard
@@ -66,6 +71,40 @@ def test_unsuitable_requests_are_refused_before_anything_is_written(
     assert not (tmp_path / "copy").exists()
     with pytest.raises(UserError, match=r"copy must not exist, got .*build; delete it"):
         copy_build(build, build, groups, 1)
+
+
+def test_commit_and_path_of_a_file_are_found_in_a_clone_by_its_hash(tmp_path):
+    clone = tmp_path / "ann" / "kit"
+    for name, content in (("models/a.glb", b"1"), ("old/a.glb", b"2"), ("b.glb", b"3")):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_bytes(content)
+    git = ["git", "-C", clone, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (("init", "-q"), ("add", "-A"), ("commit", "-q", "-m", "Add models")):
+        subprocess.run([*git, *words], check=True)
+    row = {"file": "pack/a.glb", "repository": "ann/kit", "sha256": sha256(b"2").hexdigest()}
+    (located,) = with_origins([row], tmp_path)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True).stdout
+    assert located == {**row, "commit": head.decode().strip(), "path": "old/a.glb"}
+    with pytest.raises(ValueError, match=r"pack/b\.glb must be a file of ann/kit at"):
+        with_origins([{**row, "file": "pack/b.glb"}], tmp_path)
+
+
+def test_the_committed_lists_name_the_origin_of_every_asset(tmp_path):
+    shapes = {record.uid: record for record in GitHubListSource(path=SHAPES).records()}
+    assets = {
+        record.uid: record
+        for record in GitHubListSource(path=SHAPES.with_name("assets.csv")).records()
+    }
+    assert (len(shapes), len(assets)) == (640, 803)
+    assert shapes.items() <= assets.items()
+    assert {record.licence for record in assets.values()} == {"cc0"}
+    # A build of a folder has the same assets under the same names.
+    (tmp_path / "kenney-city" / "models").mkdir(parents=True)
+    (tmp_path / "kenney-city" / "models" / "building-garage.glb").touch()
+    (record,) = FolderSource(root=tmp_path).records()
+    assert record.uid in shapes
+    groups = groups_of_files(SHAPES)
+    assert groups[record.url] == groups[shapes[record.uid].url] == "kenney-city/building_garage"
 
 
 def test_the_command_takes_the_groups_of_the_committed_list(build, tmp_path, capsys):

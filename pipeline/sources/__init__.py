@@ -64,9 +64,10 @@ def open_source(
     Args:
         spec: `procedural` or `procedural:COUNT`, the embedded shapes; `folder:PATH`, a directory of
             mesh files; `objaverse` or `objaverse:ANNOTATIONS`; `objaverse-xl`, optionally followed
-            by `:ANNOTATIONS` and by `?places=github,...`; `shapenet:PATH`, optionally followed by
-            `?categories=chair,03001627&splits=train`. ANNOTATIONS is a directory in the layout of
-            the objaverse package. Without it the package's own directory is used.
+            by `:ANNOTATIONS` and by `?places=github,...`; `github:LIST`, a csv list of files of
+            repositories, optionally followed by `?folder=DIR`; `shapenet:PATH`, optionally followed
+            by `?categories=chair,03001627&splits=train`. ANNOTATIONS is a directory in the layout
+            of the objaverse package. Without it the package's own directory is used.
         fetch: Options of downloads.
         max_bytes: Largest size of a downloaded file.
         out: Output directory of the build, which a folder source does not read.
@@ -78,6 +79,7 @@ def open_source(
     # need them.
     from pipeline.sources.annotations import Annotations
     from pipeline.sources.folder import FolderSource
+    from pipeline.sources.github_list import GitHubListSource
     from pipeline.sources.objaverse import ObjaverseSource
     from pipeline.sources.objaverse_xl import PLACES, ObjaverseXLSource
     from pipeline.sources.procedural import ProceduralSource
@@ -109,6 +111,18 @@ def open_source(
         return ObjaverseXLSource(
             annotations=annotations, fetch=fetch, max_bytes=max_bytes, places=places
         )
+    if scheme == "github" and rest:
+        folders = _parse_options(spec, options, "folder").get("folder", ())
+        if options and len(folders) != 1:
+            raise UserError(f"{spec}: folder must name one directory, got {len(folders)}")
+        source = GitHubListSource(
+            path=_absolute_path(rest),
+            folder=_absolute_path(folders[0]) if folders else None,
+            fetch=fetch,
+            max_bytes=max_bytes,
+        )
+        source.check()
+        return source
     if scheme == "shapenet" and rest:
         chosen = _parse_options(spec, options, "categories", "splits")
         source = ShapeNetSource(
@@ -119,8 +133,8 @@ def open_source(
         source.check()
         return source
     raise UserError(
-        f"unknown source {spec!r}; use procedural[:COUNT], folder:PATH, objaverse, objaverse-xl or "
-        "shapenet:PATH"
+        f"unknown source {spec!r}; use procedural[:COUNT], folder:PATH, objaverse, objaverse-xl, "
+        "github:LIST or shapenet:PATH"
     )
 
 

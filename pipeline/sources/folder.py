@@ -97,16 +97,9 @@ class FolderSource:
             PermissionError: If the file cannot be read.
             Reject: If an archive is damaged, too large, or does not hold exactly one mesh.
         """
-        path = self.root / record.url
-        try:
-            is_inside = path.resolve().is_relative_to(self.root.resolve())
-        except RuntimeError as error:  # a link to itself
-            raise FileNotFoundError(f"{record.url} is a link to itself") from error
-        if not is_inside:
-            raise FileNotFoundError(f"{record.url} leads out of the folder {self.root}")
-        with path.open("rb"):  # raises if the file cannot be read
-            if record.format not in ARCHIVE_FORMATS:
-                return path
+        path = readable_file(self.root, record.url)
+        if record.format not in ARCHIVE_FORMATS:
+            return path
         folder = scratch / "archive"
         folder.mkdir()
         return unpack_mesh(path, folder, self.archives)
@@ -118,6 +111,28 @@ class FolderSource:
         if out is not None and top in out.parents:
             excluded = self.root / out.relative_to(top)
         return _list_files(self.root, excluded)
+
+
+def readable_file(root: Path, name: str) -> Path:
+    """Return the path of a file below a directory.
+
+    Args:
+        root: The directory.
+        name: Relative POSIX path of the file.
+
+    Raises:
+        FileNotFoundError: If the file is missing or leads out of the directory.
+        PermissionError: If the file cannot be read.
+    """
+    path = root / name
+    try:
+        is_inside = path.resolve().is_relative_to(root.resolve())
+    except RuntimeError as error:  # a link to itself
+        raise FileNotFoundError(f"{name} is a link to itself") from error
+    if not is_inside:
+        raise FileNotFoundError(f"{name} leads out of the folder {root}")
+    with path.open("rb"):  # raises if the file cannot be read
+        return path
 
 
 def _is_mesh(path: str) -> bool:

@@ -45,6 +45,10 @@ class Blob:
     commit: str  # 40 hex digits
     path: str  # as git spells it, not percent-encoded
 
+    def page(self, hosts: GitHub) -> str:
+        """Return the URL of the file's page, which `parse_blob` parses."""
+        return f"{hosts.site}/{self.repository}/blob/{self.commit}/{self.path}"
+
     def url(self, hosts: GitHub) -> str:
         """Return the URL of the raw file."""
         return f"{hosts.files}/{self.repository}/{self.commit}/{quote(self.path)}"

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from examples.recipes.props.make_list import page_of
 from pipeline.core.cli import command
 from pipeline.core.errors import UserError
 from pipeline.storage.commit_marker import CommitMarker, describe_files
@@ -26,9 +27,16 @@ KEPT_EVERY = 8  # one training group in so many is kept
 
 
 def groups_of_files(path: Path) -> dict[str, str]:
-    """Return the group of each file of a list with the columns file and group."""
+    """Return the group of each file of a list, by its path in a folder and by its URL.
+
+    Args:
+        path: A list with the columns file, repository, commit, path and group.
+    """
+    groups = {}
     with path.open(encoding="utf-8", newline="") as file:
-        return {row["file"]: row["group"] for row in csv.DictReader(file)}
+        for row in csv.DictReader(file):
+            groups[row["file"]] = groups[page_of(row)] = row["group"]
+    return groups
 
 
 def copy_build(

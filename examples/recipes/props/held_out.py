@@ -5,7 +5,8 @@ shape with the smallest SHA-256 of its file, and of these the ten with the small
 picture is the last view of its asset, which training never reads for any asset.
 
     python -m examples.recipes.props.held_out
-    python -m pipeline.build --source folder:FOLDER --ids examples/recipes/props/held_out.csv \\
+    python -m pipeline.build --source github:examples/recipes/props/held_out.csv \\
+        --ids examples/recipes/props/held_out.csv \\
         --split-column split --resolutions 256 --views 24 --image-size 256 --out BUILD
     python -m examples.recipes.props.held_out --build BUILD --checkpoint props
 
@@ -30,6 +31,7 @@ from pipeline.core.cli import command, parse
 from pipeline.core.devices import Device
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomically
+from pipeline.core.hashing import make_uid
 from pipeline.storage.config import PathOrUrl
 from train.demo.config import HELD_OUT_FOLDER
 
@@ -100,8 +102,10 @@ def write_pictures(build: Path, folder: Path) -> list[HeldOutPicture]:
 
     index = read_build_index(build, built_resolutions(build))
     names, views = read_asset_names(build), ViewReader(index, "paper")
-    numbers = {names[uid]: number for number, uid in enumerate(index.uids)}
     rows = read_rows(LIST)
+    # A build of the list names assets by their URLs, and a build of a folder by their paths.
+    files = {make_uid("folder", row["file"]): row["file"] for row in rows}
+    numbers = {files.get(uid, names[uid]): number for number, uid in enumerate(index.uids)}
     missing = [row["file"] for row in rows if row["file"] not in numbers]
     if missing:
         raise UserError(f"{build} lacks {missing[0]}; build all assets of {LIST}")

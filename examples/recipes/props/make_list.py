@@ -2,18 +2,20 @@
 
 The list is committed as `assets.csv` and `shapes.csv`, so this script documents how it was made.
 Families are held out, not assets: a family holds whole groups and every copy that deduplication
-finds, so that no held-out shape is a training shape in another colour, turn or mirror image.
+finds, so that no held-out shape is a training shape in another colour, turn or mirror image. The
+commit and the path of each file come from clones of the repositories, by the sha256 of the file.
 
-    python -m examples.recipes.props.make_list INDEX.csv FOLDER
+    python -m examples.recipes.props.make_list INDEX.csv FOLDER CLONES
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +32,14 @@ from pipeline.mesh_io.load import load
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.normalize import normalize
 from pipeline.mesh_io.visible_parts import keep_visible
+from pipeline.sources.github import Blob, GitHub
 
 HERE = Path(__file__).parent
 HELD_OUT_EVERY = 10  # one family in so many is held out
-COLUMNS: tuple[str, ...] = ("file", "repository", "sha256", "licence", "group", "shape", "split")
+COLUMNS: tuple[str, ...] = (
+    *("file", "repository", "commit", "path", "sha256", "licence"),
+    *("group", "shape", "split"),
+)
 
 
 def moments_of(path: Path, root: Path) -> NDArray[np.float32]:
@@ -69,12 +75,51 @@ def held_out(names: Sequence[tuple[str, str]]) -> list[bool]:
     return [number in chosen for number in range(len(names))]
 
 
-def main(index: Path, folder: Path) -> None:
+def _git(clone: Path, *words: str) -> bytes:
+    return subprocess.run(["git", "-C", clone, *words], capture_output=True, check=True).stdout
+
+
+def origins_of(clone: Path, names: Collection[str]) -> tuple[str, dict[str, str]]:
+    """Return the newest commit of a clone, and the paths of its files of some names by sha256."""
+    commit = _git(clone, "rev-parse", "HEAD").decode().strip()
+    listed = _git(clone, "ls-tree", "-r", "-z", "--name-only", commit).decode().split("\0")
+    paths = [path for path in listed if path.rpartition("/")[2] in names]
+    contents = (_git(clone, "cat-file", "blob", f"{commit}:{path}") for path in paths)
+    return commit, {
+        hashlib.sha256(content).hexdigest(): path
+        for path, content in zip(paths, contents, strict=True)
+    }
+
+
+def with_origins(rows: Sequence[dict[str, str]], clones: Path) -> list[dict[str, str]]:
+    """Return the rows of a list with the columns commit and path.
+
+    Args:
+        rows: Rows with the columns file, repository and sha256.
+        clones: Directory of the clones, each at OWNER/NAME.
+
+    Raises:
+        ValueError: If a repository does not have a file.
+    """
+    names = {row["file"].rpartition("/")[2] for row in rows}
+    repositories = sorted({row["repository"] for row in rows})
+    origins = {name: origins_of(clones / name, names) for name in repositories}
+    located = []
+    for row in rows:
+        commit, paths = origins[row["repository"]]
+        if row["sha256"] not in paths:
+            raise ValueError(f"{row['file']} must be a file of {row['repository']} at {commit}")
+        located.append({**row, "commit": commit, "path": paths[row["sha256"]]})
+    return located
+
+
+def main(index: Path, folder: Path, clones: Path) -> None:
     """Write `assets.csv` and `shapes.csv` beside this script.
 
     Args:
         index: Table with the columns file, group, pack, repo, licence and sha256.
         folder: Directory of the files.
+        clones: Directory of the clones of the repositories, each at OWNER/NAME.
     """
     assets = read_rows(index)
     for asset in assets:
@@ -109,8 +154,15 @@ def main(index: Path, folder: Path) -> None:
         }
         for asset, shape, family in zip(assets, shapes, families, strict=True)
     ]
+    rows = with_origins(rows, clones)
     write_rows(HERE / "assets.csv", rows)
     write_rows(HERE / "shapes.csv", [row for row in rows if row["file"] == row["shape"]])
+
+
+def page_of(row: Mapping[str, str]) -> str:
+    """Return the URL of the file of a row, by which a build of the list names the asset."""
+    blob = Blob(repository=row["repository"], commit=row["commit"], path=row["path"])
+    return blob.page(GitHub())
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -130,4 +182,4 @@ def write_rows(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -1,9 +1,10 @@
 #!/bin/sh
 # A model of 9.9 M parameters in three stages for props: data, training, export and evaluation.
-# The files of assets.csv (CC0) are collected from their public repositories, or FOLDER holds them at
-# the paths of the column "file". shapes.csv has one asset of each set of copies. Both lists state the
-# split: families of groups and copies are held out, and no command trains on them. Every step is
-# resumable: run the script again.
+# The assets (CC0) are files of public repositories, which the build downloads at the commits of
+# shapes.csv and checks by their sha256. Where there is no network, FOLDER names a directory that
+# holds them at the paths of the column "file". shapes.csv has one asset of each set of copies in
+# assets.csv. Both state the split: families of groups and copies are held out, and no command
+# trains on them. Every step is resumable: run the script again.
 # MINUTES limits each training command, which then exits with 0 after a checkpoint.
 set -eu
 OUT=${OUT:-runs/props}
@@ -11,12 +12,9 @@ MINUTES=${MINUTES:-60}
 PYTHON=${PYTHON:-.venv/bin/python}
 HERE=$(dirname "$0")
 DATA="$OUT/data"
-if [ -z "${FOLDER:-}" ]; then
-    FOLDER="$OUT/assets"
-    $PYTHON -m examples.recipes.props.collect "$OUT/clones" "$FOLDER"
-fi
+SOURCE="github:$HERE/shapes.csv${FOLDER:+?folder=$FOLDER}"
 
-$PYTHON -m pipeline.build --source "folder:$FOLDER" --ids "$HERE/shapes.csv" --split-column split \
+$PYTHON -m pipeline.build --source "$SOURCE" --ids "$HERE/shapes.csv" --split-column split \
     --resolutions 256 --views 24 --image-size 128 --image-format webp --out "$DATA"
 $PYTHON -m pipeline.verify "$DATA"
 $PYTHON -m train.vae --preset props --data "$DATA" --out "$OUT/vae" --loop.max-minutes "$MINUTES"

@@ -19,6 +19,7 @@ from pipeline.orchestration.plan import make_plan, read_plan
 from pipeline.sources import open_source
 from pipeline.sources.annotations import Annotations
 from pipeline.sources.github import GitHub, find_references
+from pipeline.sources.github_list import GitHubListSource
 from pipeline.sources.objaverse import ObjaverseSource
 from pipeline.sources.objaverse_xl import ObjaverseXLSource
 from pipeline.sources.shapenet import ShapeNetSource
@@ -37,6 +38,9 @@ from tests.pipeline.mesh_io.fbx_files import binary
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
+
+
+LISTED = ("repository", "commit", "path", "sha256", "licence", "file")
 
 
 @pytest.fixture
@@ -222,6 +226,105 @@ def test_a_url_with_a_branch_is_rejected(tmp_path, client, server):
             tmp_path,
             small_objaverse_xl(tmp_path, client, server, github=[(url, "MIT", "glb", None)]),
         )
+
+
+def github_list(path, *rows):
+    """Write a list of rows (repository, path, content, file). All are CC0."""
+    lines = [
+        f"{repository},{COMMIT},{name},{sha256(content)},CC0-1.0,{file}"
+        for repository, name, content, file in rows
+    ]
+    path.write_text("\n".join([",".join(LISTED), *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_a_list_of_github_files_is_downloaded_or_read_from_a_folder(tmp_path, client, server):
+    gltf = json.dumps({"buffers": [{"uri": "a%20b.bin"}], "images": [{"uri": "../t.png"}]}).encode()
+    path = github_list(
+        tmp_path / "list.csv",
+        ("ann/meshes", "kit/gltf/a b.gltf", gltf, "kit/a.gltf"),
+        ("bob/props", "x.GLB", GLB, ""),
+    )
+    hosts = GitHub(site=f"{server.url}/site", files=f"{server.url}/raw")
+    here = f"/raw/ann/meshes/{COMMIT}/kit"
+    server.files |= {
+        f"{here}/gltf/a%20b.gltf": gltf,
+        f"{here}/gltf/a%20b.bin": b"12",
+        f"{here}/t.png": png(),
+        f"/raw/bob/props/{COMMIT}/x.GLB": GLB,
+    }
+    online = GitHubListSource(path=path, fetch=client, github=hosts)
+    first, second = online.records()
+    assert (first.url, second.url) == (
+        f"{server.url}/site/ann/meshes/blob/{COMMIT}/kit/gltf/a b.gltf",
+        f"{server.url}/site/bob/props/blob/{COMMIT}/x.GLB",
+    )
+    assert (first.uid, first.licence) == (make_uid("folder", "kit/a.gltf"), "cc0")
+    assert second.uid == make_uid("github", second.url)
+    assert (first.format, second.format, second.sha256) == ("gltf", "glb", sha256(GLB))
+    downloaded = online.materialize(first, tmp_path / "s1")
+    assert downloaded.read_bytes() == gltf
+    assert (downloaded.parent / "a b.bin").read_bytes() == b"12"
+    assert (downloaded.parent.parent / "t.png").exists()
+    assert online.materialize(second, tmp_path / "s2").read_bytes() == GLB
+    with pytest.raises(Reject, match="wrong_sha256"):
+        online.materialize(replace(second, sha256="0" * 64), tmp_path / "s3")
+
+    folder = tmp_path / "files"
+    for name, content in (("kit/a.gltf", gltf), ("bob/props/x.GLB", GLB)):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+    asked = len(server.requests)
+    local = pickle.loads(pickle.dumps(replace(online, folder=folder)))
+    assert list(local.records()) == [first, second]
+    assert local.snapshot() == online.snapshot()
+    assert local.materialize(first, tmp_path / "s4") == folder / "kit/a.gltf"
+    assert local.materialize(second, tmp_path / "s5") == folder / "bob/props/x.GLB"
+    assert local.side_file_root == folder
+    assert len(server.requests) == asked
+    (folder / "bob/props/x.GLB").unlink()
+    with pytest.raises(FileNotFoundError):
+        local.materialize(second, tmp_path / "s6")
+
+
+def test_the_specification_of_a_github_list_names_the_list_and_a_folder(tmp_path):
+    path = github_list(tmp_path / "list.csv", ("ann/meshes", "a.glb", GLB, ""))
+    online = open_source(f"github:{path}", max_bytes=5)
+    assert (online.path, online.folder, online.max_bytes) == (path, None, 5)
+    assert open_source(f"github:{path}?folder={tmp_path}").folder == tmp_path
+    for options, words in (
+        ("?folder=/no/such", "no folder /no/such"),
+        ("?folder=", "folder must name one directory, got 0"),
+        ("?place=x", "unknown option 'place'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            open_source(f"github:{path}{options}")
+    with pytest.raises(UserError, match=r"cannot read the list .*no\.csv"):
+        open_source(f"github:{tmp_path}/no.csv")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("", r"names no asset; a list has at least one row"),
+        (f"ann,{COMMIT},a.glb,{'0' * 64},CC0,", r"row 1 has no usable repository, got 'ann'"),
+        (f"ann/m,main,a.glb,{'0' * 64},CC0,", r"row 1 has no usable commit, got 'main'"),
+        (f"ann/m,{COMMIT},a/../b.glb,{'0' * 64},CC0,", r"no usable path, got 'a/\.\./b\.glb'"),
+        (f"ann/m,{COMMIT},/b.glb,{'0' * 64},CC0,", r"no usable path, got '/b\.glb'"),
+        (f"ann/m,{COMMIT},a.glb,12,CC0,", r"row 1 has no usable sha256, got '12'"),
+        (f"ann/m,{COMMIT},a.glb,{'0' * 64},,", r"no usable licence, got ''; .* columns repository"),
+        ("\n".join(2 * [f"ann/m,{COMMIT},a.glb,{'0' * 64},CC0,"]), r"row 2 repeats .*/a\.glb or"),
+        (
+            "\n".join(f"ann/m,{COMMIT},{name}.glb,{'0' * 64},CC0,x.glb" for name in "ab"),
+            r"row 2 repeats .* or its file x\.glb",
+        ),
+    ],
+)
+def test_a_list_with_an_unusable_row_is_refused(tmp_path, row, words):
+    path = tmp_path / "list.csv"
+    path.write_text(f"{','.join(LISTED)}\n{row}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        open_source(f"github:{path}")
 
 
 def lfs(server, content, oid):
