@@ -36,7 +36,8 @@ class ReconstructConfig:
 
     checkpoint: str = "runs/export"
     """Directory of an export, of a VAE alone, or of the published Direct3D-S2 weights.
-    hf://OWNER/NAME/SUBFOLDER downloads it from the Hugging Face hub."""
+    "props" takes the weights of the package, hf://OWNER/NAME/SUBFOLDER downloads from the Hugging
+    Face hub."""
 
     resolution: int | None = None
     """Resolution of the SDF. None takes the finest one that the checkpoint has a VAE for."""

@@ -16,8 +16,8 @@ class AppConfig:
 
     checkpoint: str | None = None
     """Directory of the trained stages, which python -m train.export writes, or of the published
-    Direct3D-S2 weights. hf://OWNER/NAME/SUBFOLDER downloads it from the Hugging Face hub. Without
-    it only the build of --data is shown."""
+    Direct3D-S2 weights. "props" takes the weights of the package, hf://OWNER/NAME/SUBFOLDER
+    downloads from the Hugging Face hub. Without it only the build of --data is shown."""
 
     data: Path | None = None
     """Output directory of a build, whose assets the page shows."""
