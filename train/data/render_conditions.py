@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -118,10 +119,8 @@ class ViewReader:
         from pipeline.core.image_codec import decode
 
         shard, _ = self._shard(asset)
-        try:
+        with self._readable(asset, view):
             return decode(self._images.get((name, view), lambda: shard.read_images(view))[uid])
-        except UNREADABLE as error:
-            raise self._unreadable(asset, view, error) from error
 
     def read_view(self, asset: int, view: int) -> View:
         """Read a render with its camera.
@@ -130,10 +129,8 @@ class ViewReader:
             RunError: If the render cannot be read.
         """
         shard, _ = self._shard(asset)
-        try:
+        with self._readable(asset, view):
             return shard.read(self.index.uids[asset], view)
-        except UNREADABLE as error:
-            raise self._unreadable(asset, view, error) from error
 
     def azimuth(self, asset: int, view: int) -> float:
         """Return the azimuth of a view's camera in degrees, see `pipeline.core.cameras.Camera`.
@@ -142,24 +139,24 @@ class ViewReader:
             RunError: If the render cannot be read.
         """
         shard, _ = self._shard(asset)
-        try:
+        with self._readable(asset, view):
             return shard.read_bytes(self.index.uids[asset], view)[1]["azimuth_degrees"]
-        except UNREADABLE as error:
-            raise self._unreadable(asset, view, error) from error
 
-    def _unreadable(self, asset: int, view: int, error: Exception) -> RunError:
-        shard, uid = self.index.shards[asset], self.index.uids[asset]
-        return RunError(
-            f"view {view} of {uid} in shard {shard} cannot be read: {error!r}; "
-            f"run python -m pipeline.verify {self.index.root}"
-        )
+    @contextmanager
+    def _readable(self, asset: int, view: int) -> Iterator[None]:
+        """Raise RunError if a render cannot be read in the block."""
+        try:
+            yield
+        except UNREADABLE as error:
+            shard, uid = self.index.shards[asset], self.index.uids[asset]
+            raise RunError(
+                f"view {view} of {uid} in shard {shard} cannot be read: {error!r}; "
+                f"run python -m pipeline.verify {self.index.root}"
+            ) from error
 
     def _shard(self, asset: int) -> tuple[RenderShard, int]:
-        try:
-            with self._lock:
-                return self._open(self.index.shards[asset])
-        except UNREADABLE as error:
-            raise self._unreadable(asset, 0, error) from error
+        with self._readable(asset, 0), self._lock:
+            return self._open(self.index.shards[asset])
 
     def _open_shard(self, name: str) -> tuple[RenderShard, int]:
         from pipeline.storage.render_shard import RenderShard  # not all users need its imports

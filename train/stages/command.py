@@ -50,7 +50,7 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
                 "vae.loop.max-minutes",
             ),
             *("vae.loop.learning-rate", "flow.batch-size", "flow.loop.steps"),
-            *("flow.loop.max-minutes", "flow.loop.learning-rate"),
+            *("flow.loop.max-minutes", "flow.loop.learning-rate", "model.flow.views"),
         ),
     ),
     "dit": StageCommand(
@@ -60,7 +60,7 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
             *("resolution", "max-tokens", "cameras", "held-out-views"),
             *("flow.batch-size", "flow.guidance", "flow.steps", "flow.loop.steps"),
             *("flow.loop.max-minutes", "flow.loop.learning-rate", "flow.loop.seed"),
-            "lora.rank",
+            *("model.views", "lora.rank"),
         ),
     ),
 }
