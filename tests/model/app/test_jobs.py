@@ -7,9 +7,11 @@ from contextlib import closing
 import pytest
 import torch
 
+from model.app.config import AppConfig
 from model.app.jobs import JobQueue, JobRequest, QueueFull, memory_advice
+from model.app.service import Service
 from model.config import GenerationOptions
-from pipeline.core.errors import RunError
+from pipeline.core.errors import RunError, UserError
 from tests.model.app.ball_generator import STEPS, BallGenerator
 from tests.model.tiny_models import disc_image
 
@@ -161,3 +163,14 @@ def test_closing_cancels_what_runs_and_waits():
         jobs = [queue.submit(request(steps=(100_000,))) for _ in range(2)]
         wait_until(lambda: queue.status(jobs[0].id).step > 1)
     assert [job.state for job in jobs] == ["cancelled", "cancelled"]
+
+
+def test_the_page_takes_no_more_images_than_the_models():
+    generator = BallGenerator()
+    with closing(Service(AppConfig(max_images=3), generator)) as service:
+        service.check_count(3)
+        assert service.describe()["max_images"] == 3
+        generator.max_views = 2
+        assert service.describe()["max_images"] == 2
+        with pytest.raises(UserError, match="1 to 2 images of one object, got 3"):
+            service.check_count(3)
