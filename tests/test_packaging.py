@@ -49,6 +49,6 @@ def test_shipped_weights_are_small_and_have_a_card(name):
     for section in SECTIONS:
         assert f"\n## {section}" in card
     assert f"--checkpoint {name} " in card
-    assert "unknown" not in card
+    assert "commit unknown" not in card
     assert "license: " in card
     assert (folder / "attribution.csv").exists()

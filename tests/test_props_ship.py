@@ -48,7 +48,7 @@ def test_the_stages_are_copied_with_their_authors_and_a_complete_card(words, tmp
     assert "--checkpoint props " in card
     assert "license: apache-2.0" in card
     assert "| CC0-1.0 | 562 | 78 |" in card
-    assert "unknown" not in card
+    assert "commit unknown" not in card
     assert list(tmp_path.glob("weights/*")) == [out]
 
 
