@@ -167,7 +167,7 @@ def test_closing_cancels_what_runs_and_waits():
 
 def test_the_page_takes_no_more_images_than_the_models():
     generator = BallGenerator()
-    with closing(Service(AppConfig(max_images=3), generator)) as service:
+    with closing(Service(AppConfig(checkpoint="unused", max_images=3), generator)) as service:
         service.check_count(3)
         assert service.describe()["max_images"] == 3
         generator.max_views = 2
