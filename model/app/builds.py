@@ -7,11 +7,12 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.core.primitives.marching_cubes import MeshArrays
-from pipeline.inspection.build_browser import BuildBrowser
 from pipeline.mesh_io.mesh_export import write_mesh
+
+if TYPE_CHECKING:
+    from pipeline.core.primitives.marching_cubes import MeshArrays
 
 MAX_FILES = 64  # mesh files that are kept
 API = "/api"
@@ -33,6 +34,9 @@ class Builds:
     """
 
     def __init__(self, out: Path):
+        # Imported here: a page without --data does not wait for the readers of builds.
+        from pipeline.inspection.build_browser import BuildBrowser
+
         self.browser = BuildBrowser(out)
         self._folder = Path(tempfile.mkdtemp(prefix="sparse3d-data-"))
         self._writing = threading.Lock()

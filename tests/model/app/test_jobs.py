@@ -12,6 +12,7 @@ from model.app.jobs import JobQueue, JobRequest, QueueFull, memory_advice
 from model.app.service import Service
 from model.config import GenerationOptions
 from pipeline.core.errors import RunError, UserError
+from tests.child_python import run_python
 from tests.model.app.ball_generator import STEPS, BallGenerator
 from tests.model.tiny_models import disc_image
 
@@ -174,3 +175,8 @@ def test_the_page_takes_no_more_images_than_the_models():
         assert service.describe()["max_images"] == 2
         with pytest.raises(UserError, match="1 to 2 images of one object, got 3"):
             service.check_count(3)
+
+
+def test_a_page_without_a_build_does_not_wait_for_the_readers_of_builds():
+    code = "import sys, model.app.builds; print({'zarr', 'pipeline.inspection'} & set(sys.modules))"
+    assert run_python("-c", code).stdout.strip() == "set()"
