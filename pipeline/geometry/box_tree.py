@@ -59,7 +59,7 @@ def build_box_tree(packed: NDArray[np.float64]) -> BoxTree:
     return BoxTree(boxes=boxes, nodes=nodes, order=order)
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False, forceinline=True)
 def boxes_meet(boxes, t, box):
     """Return whether row t of boxes [T, 6] overlaps a box [6]."""
     return (
@@ -99,7 +99,8 @@ def triangles_in_box(tree, box, found, end):
             stack[depth], stack[depth + 1] = 2 * n + 1, 2 * n
             depth += 2
             continue
-        found = with_room(found, end, LEAF)
+        if end + LEAF > len(found):  # the call would count references at each leaf
+            found = with_room(found, end, LEAF)
         for place in range(LEAF * (n - leaves), LEAF * (n - leaves + 1)):
             t = order[place]
             if t >= 0 and boxes_meet(boxes, t, box):

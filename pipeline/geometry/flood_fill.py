@@ -89,11 +89,13 @@ def _visit_cells(packed, resolution, reach, counts):
             a, b, c = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
             low[k] = max(0, int(np.floor((min(a, b, c) - reach + 0.5) / h)) // CELL_SIDE)
             high[k] = min(size, int(np.ceil((max(a, b, c) + reach + 0.5) / h)) // CELL_SIDE + 1)
-        stack[0, :3], stack[0, 3:] = low, high
+            stack[0, k], stack[0, 3 + k] = low[k], high[k]
         depth = 1
         while depth > 0:
             depth -= 1
-            x0, y0, z0, x1, y1, z1 = stack[depth]
+            # numbers, because a view of a row would count references
+            x0, y0, z0 = stack[depth, 0], stack[depth, 1], stack[depth, 2]
+            x1, y1, z1 = stack[depth, 3], stack[depth, 4], stack[depth, 5]
             if x0 >= x1 or y0 >= y1 or z0 >= z1:
                 continue
             # centre and half extents of the box, from its first to its last grid point

@@ -20,10 +20,8 @@ from pipeline.core.primitives.triangles import distance2, segment_hits
 from pipeline.geometry.box_tree import (
     LEAF,
     BoxTree,
-    boxes_meet,
     build_box_tree,
     triangles_in_box,
-    with_room,
 )
 from pipeline.geometry.flood_fill import FloodFill, reached_corners, reached_in_box
 
@@ -51,6 +49,8 @@ BLOCKING_VOXELS = 0.5e-3
 # Relative error that `blocked_lines` allows for. It exceeds the tolerance of `segment_hits`, times
 # the length of any line, plus rounding.
 BATCH_MARGIN = 1e-8
+# An upper bound of the rounding of float32 coordinates and heights in the cube.
+ROUNDING = 1e-6
 
 
 class Scene(NamedTuple):
@@ -58,6 +58,8 @@ class Scene(NamedTuple):
 
     packed: NDArray[np.float64]  # [T, 16] packed triangles
     tree: BoxTree  # of the same triangles
+    nodes: NDArray[np.float32]  # those of the tree
+    outlines: NDArray[np.float32]  # [T, 16], see `_outlines`
     bin_of: NDArray[np.int32]  # see Bins
     outside: NDArray[np.uint64]  # this and the next: see FloodFill
     whole_cells: NDArray[np.bool_]
@@ -66,14 +68,39 @@ class Scene(NamedTuple):
 
 def make_scene(packed: NDArray[np.float64], flood: FloodFill) -> Scene:
     """Return the scene of packed triangles [T, 16] and the flood fill of their outside."""
+    tree = build_box_tree(packed)
     return Scene(
         packed=packed,
-        tree=build_box_tree(packed),
+        tree=tree,
+        nodes=_rounded_outwards(tree.nodes),
+        outlines=_outlines(packed, tree.boxes),
         bin_of=flood.bins.bin_of,
         outside=flood.outside,
         whole_cells=flood.whole_cells,
         h=spacing(flood.bins.resolution),
     )
+
+
+def _rounded_outwards(boxes: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return boxes [N, 6] in float32 that contain those in float64."""
+    rounded = boxes.astype(np.float32)
+    rounded[:, :3] = np.nextafter(rounded[:, :3], np.float32(-np.inf))
+    rounded[:, 3:] = np.nextafter(rounded[:, 3:], np.float32(np.inf))
+    return rounded
+
+
+def _outlines(packed: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return what tells whether a triangle is near a place, in one line of the processor's cache.
+
+    Each row [16] holds the lowest and the highest corner of the triangle's box, its unit normal,
+    the height of its plane above the origin, its centroid, and three unused numbers.
+    """
+    outlines = np.zeros((len(packed), 16), np.float32)
+    outlines[:, :6] = _rounded_outwards(boxes)
+    outlines[:, 6:9] = packed[:, 9:12]
+    outlines[:, 9] = (packed[:, :3] * packed[:, 9:12]).sum(axis=1)
+    outlines[:, 10:13] = packed[:, 12:15]
+    return outlines
 
 
 @njit(cache=True, _nrt=False)
@@ -150,31 +177,58 @@ def find_blockers(scene, t, sign, box, blockers, end):
     return blockers, end
 
 
-@njit(cache=True)
-def keep_blockers(packed, boxes, box, exact, blockers, first, last, end):
+@njit(cache=True, _nrt=False, forceinline=True)
+def _outline_meets(outlines, t, low_x, low_y, low_z, high_x, high_y, high_z):
+    """Return whether the box of row t of `outlines` overlaps another box. All are float32."""
+    # without branches, which would not be predicted well
+    return (
+        (outlines[t, 0] <= high_x)
+        & (outlines[t, 1] <= high_y)
+        & (outlines[t, 2] <= high_z)
+        & (outlines[t, 3] >= low_x)
+        & (outlines[t, 4] >= low_y)
+        & (outlines[t, 5] >= low_z)
+    )
+
+
+@njit(cache=True, _nrt=False)
+def keep_blockers(packed, outlines, box, exact, blockers, first, last, end):
     """Append to `blockers` those of `blockers[first:last]` that come near a smaller box.
 
-    `packed` and `boxes` are those of the scene. With `exact` the distance of a triangle counts, and
-    not only its box and its plane. For the other arguments and the results see `find_blockers`.
+    `packed` and `outlines` are those of the scene. With `exact` the distance of a triangle counts,
+    and not only its box and its plane. `blockers` must have room for all. For the other arguments
+    see `find_blockers`.
+
+    Returns:
+        The new number of entries, and the number of triangles that only their distance excluded.
     """
-    blockers = with_room(blockers, end, last - first)
+    excluded = 0
     cx, cy, cz = 0.5 * (box[0] + box[3]), 0.5 * (box[1] + box[4]), 0.5 * (box[2] + box[5])
     hx, hy, hz = 0.5 * (box[3] - box[0]), 0.5 * (box[4] - box[1]), 0.5 * (box[5] - box[2])
     radius2 = hx * hx + hy * hy + hz * hz
+    low_x, high_x = np.float32(box[0] - ROUNDING), np.float32(box[3] + ROUNDING)
+    low_y, high_y = np.float32(box[1] - ROUNDING), np.float32(box[4] + ROUNDING)
+    low_z, high_z = np.float32(box[2] - ROUNDING), np.float32(box[5] + ROUNDING)
+    x, y, z = np.float32(cx), np.float32(cy), np.float32(cz)
+    x_half, y_half, z_half = np.float32(hx), np.float32(hy), np.float32(hz)
+    near2, rounding = np.float32(radius2), np.float32(ROUNDING)
     for e in range(first, last):
         t = blockers[e]
-        if not boxes_meet(boxes, t, box):
+        if not _outline_meets(outlines, t, low_x, low_y, low_z, high_x, high_y, high_z):
             continue
         # a triangle much larger than the box may pass by: its plane, and then its distance
-        nx, ny, nz = packed[t, 9], packed[t, 10], packed[t, 11]
-        height = (cx - packed[t, 0]) * nx + (cy - packed[t, 1]) * ny + (cz - packed[t, 2]) * nz
-        if abs(height) > abs(nx) * hx + abs(ny) * hy + abs(nz) * hz:
+        nx, ny, nz = outlines[t, 6], outlines[t, 7], outlines[t, 8]
+        height = abs(x * nx + y * ny + z * nz - outlines[t, 9])
+        if height > abs(nx) * x_half + abs(ny) * y_half + abs(nz) * z_half + rounding:
             continue
-        if exact and distance2(packed[t], cx, cy, cz) > radius2:
-            continue
+        if exact:
+            dx, dy, dz = x - outlines[t, 10], y - outlines[t, 11], z - outlines[t, 12]
+            if dx * dx + dy * dy + dz * dz > near2 and distance2(packed[t], cx, cy, cz) > radius2:
+                excluded += 1
+                continue
         blockers[end] = t
         end += 1
-    return blockers, end
+    return end, excluded
 
 
 @njit(cache=True)
@@ -185,8 +239,8 @@ def make_field(scene):
     """
     return (
         scene.packed,
-        scene.tree.boxes,
-        scene.tree.nodes,
+        scene.outlines,
+        scene.nodes,
         scene.tree.order,
         np.empty(64, np.int64),
         scene.bin_of,
@@ -197,21 +251,22 @@ def make_field(scene):
     )
 
 
-@njit(cache=True, _nrt=False)
+@njit(cache=True, _nrt=False, forceinline=True)
 def side_state(scene, box):
     """Return whether none, some or all of the grid points in a box are outside."""
     return reached_in_box(scene.bin_of, scene.outside, scene.whole_cells, box)
 
 
 @njit(cache=True, _nrt=False)
-def _blocker_in_tree(packed, boxes, nodes, order, stack, margin, line):
+def _blocker_in_tree(packed, outlines, nodes, order, stack, margin, line):
     """Return a triangle of the tree that blocks a line of sight, or -1.
 
     `line` is the start and the end of the line. `stack` is overwritten.
     """
     x, y, z, qx, qy, qz = line
-    low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
-    high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
+    low_x, high_x = np.float32(min(x, qx) - margin), np.float32(max(x, qx) + margin)
+    low_y, high_y = np.float32(min(y, qy) - margin), np.float32(max(y, qy) + margin)
+    low_z, high_z = np.float32(min(z, qz) - margin), np.float32(max(z, qz) + margin)
     leaves = len(nodes) // 2
     stack[0] = 1
     depth = 1
@@ -230,9 +285,7 @@ def _blocker_in_tree(packed, boxes, nodes, order, stack, margin, line):
             t = order[place]
             if t < 0:
                 continue
-            if boxes[t, 0] > high_x or boxes[t, 1] > high_y or boxes[t, 2] > high_z:
-                continue
-            if boxes[t, 3] < low_x or boxes[t, 4] < low_y or boxes[t, 5] < low_z:
+            if not _outline_meets(outlines, t, low_x, low_y, low_z, high_x, high_y, high_z):
                 continue
             if segment_hits(packed, t, x, y, z, qx, qy, qz):
                 return t
@@ -245,18 +298,17 @@ def _find_blocker(field, blockers, first, last, line):
 
     `line` is the start and the end of the line. For the other arguments see `_count_sights`.
     """
-    packed, boxes, nodes, order, stack, _, _, _, h, _ = field
-    margin = MARGIN_VOXELS * h
+    packed, outlines, nodes, order, stack, _, _, _, h, _ = field
+    margin = MARGIN_VOXELS * h + ROUNDING
     if first < 0:
-        return _blocker_in_tree(packed, boxes, nodes, order, stack, margin, line)
+        return _blocker_in_tree(packed, outlines, nodes, order, stack, margin, line)
     x, y, z, qx, qy, qz = line
-    low_x, low_y, low_z = min(x, qx) - margin, min(y, qy) - margin, min(z, qz) - margin
-    high_x, high_y, high_z = max(x, qx) + margin, max(y, qy) + margin, max(z, qz) + margin
+    low_x, high_x = np.float32(min(x, qx) - margin), np.float32(max(x, qx) + margin)
+    low_y, high_y = np.float32(min(y, qy) - margin), np.float32(max(y, qy) + margin)
+    low_z, high_z = np.float32(min(z, qz) - margin), np.float32(max(z, qz) + margin)
     for e in range(first, last):
         t = blockers[e]
-        if boxes[t, 0] > high_x or boxes[t, 1] > high_y or boxes[t, 2] > high_z:
-            continue
-        if boxes[t, 3] < low_x or boxes[t, 4] < low_y or boxes[t, 5] < low_z:
+        if not _outline_meets(outlines, t, low_x, low_y, low_z, high_x, high_y, high_z):
             continue
         if segment_hits(packed, t, x, y, z, qx, qy, qz):
             return t

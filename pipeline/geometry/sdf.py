@@ -36,6 +36,7 @@ REACH_SLACK = 3 * SLACK
 GROUP_VOXELS = 1.5 * np.sqrt(3)  # from the centre of 4^3 points to their corners, in voxels
 # Side of a point: known, left to the flood fill, or to be decided in float64.
 INSIDE, OUTSIDE, FLOODED, UNSURE = range(4)
+ORDER_STEPS = 32  # of the distances by which triangles are ordered
 CHUNK_CELLS = 4096  # cells whose float32 distances are in memory at once
 DEVICES = ("cpu", "cuda")
 
@@ -228,7 +229,7 @@ def _shape_at(shapes, t):
     )
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _to_centres(packed, shapes, kinds, candidates, x, y, z, h, centres, distances, closest):
     """Write the distances of a cell's candidates to the centres of its eight groups of 4^3 points.
 
@@ -253,7 +254,7 @@ def _to_centres(packed, shapes, kinds, candidates, x, y, z, h, centres, distance
                 closest[kind, s] = new if new < old else old
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _keep_candidates(kinds, candidates, s, closest, bounds, distances, kept, scratch):
     """Keep the candidates that can be closest to some point of group s of a cell.
 
@@ -279,7 +280,29 @@ def _keep_candidates(kinds, candidates, s, closest, bounds, distances, kept, scr
     return count
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
+def _write_order(distances, count, order, starts):
+    """Write to `order` the numbers 0 to count - 1, roughly by ascending distance.
+
+    The order alters no result. Close triangles come first, because they rule out others. The
+    distances are sorted into ORDER_STEPS equal steps. `starts` [ORDER_STEPS + 1] is overwritten.
+    """
+    low, high = np.float32(np.inf), np.float32(0)
+    for c in range(count):
+        low, high = min(low, distances[c]), max(high, distances[c])
+    scale = np.float32(ORDER_STEPS - 1) / max(high - low, np.float32(SLACK))
+    starts[:] = 0
+    for c in range(count):
+        starts[int((distances[c] - low) * scale) + 1] += 1
+    for step in range(ORDER_STEPS):
+        starts[step + 1] += starts[step]
+    for c in range(count):
+        step = int((distances[c] - low) * scale)
+        order[starts[step]] = c
+        starts[step] += 1
+
+
+@njit(cache=True, _nrt=False)
 def is_outside_exact(packed, kinds, candidates, distances, x, y, z, trusted, flood):
     """Return whether a point is outside, in float64. This definition decides the side.
 
@@ -318,7 +341,7 @@ def is_outside_exact(packed, kinds, candidates, distances, x, y, z, trusted, flo
     return votes + weight * VOTE_ROUNDING >= 0
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _near_slabs(shape, ax, ay, az, limits, kind, gaps):
     """Return which slabs of 4^2 points of a group a triangle can be close to, as four bits.
 
@@ -358,7 +381,7 @@ def _near_slabs(shape, ax, ay, az, limits, kind, gaps):
     return slabs
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _lower_to_triangle(shape, ax, ay, az, grid, slabs, nearest, row, limits):
     """Lower the squared distances of 4^3 points where a triangle is closer. float32, in voxels.
 
@@ -396,7 +419,7 @@ def _lower_to_triangle(shape, ax, ay, az, grid, slabs, nearest, row, limits):
                 limits[row // 4, p] = limit * limit
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, _nrt=False, inline="always")
 def flood_reached(flood, x, y, z):
     """Return whether the flood fill reached the topology's grid point nearest to (x, y, z)."""
     i = int(np.round((x + 0.5) / flood.h))
@@ -405,7 +428,7 @@ def flood_reached(flood, x, y, z):
     return is_reached(flood.bin_of, flood.outside, flood.whole_cells, i, j, k, True)
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _find_sides(nearest, h, trusted, distances, shells, sides):
     """Write distances to solids and sheets and the side of each of 4^3 points.
 
@@ -431,7 +454,7 @@ def _find_sides(nearest, h, trusted, distances, shells, sides):
         distances[p], shells[p], sides[p] = distance, shell, side
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _possible_ties(packed, kinds, candidates, x, y, z, distance, trusted, ties):
     """List the candidates on which the side of a point can depend.
 
@@ -451,7 +474,7 @@ def _possible_ties(packed, kinds, candidates, x, y, z, distance, trusted, ties):
     return count
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _fill_cell(packed, shapes, kinds, candidates, cell, last, tau, half, flood, room, out):
     """Write the signed distances of one cell's 512 points. Return whether any is inside the band.
 
@@ -459,10 +482,8 @@ def _fill_cell(packed, shapes, kinds, candidates, cell, last, tau, half, flood, 
     the nearest grid point of the topology is then outside the barrier. Where float32 does not
     suffice, `is_outside_exact` decides. `room` is that of `_make_room`.
     """
-    (kept, ties, scratch, exact, to_centres, closest, nearest, limits, gaps, grid, centres) = room[
-        :11
-    ]
-    distances, shells, sides = room[11:]
+    kept, ties, scratch, exact, to_centres, closest, nearest, limits, gaps = room[:9]
+    grid, centres, distances, shells, sides, order, starts = room[9:]
     active = False
     h = 1.0 / last
     radius = GROUP_VOXELS * h
@@ -492,8 +513,9 @@ def _fill_cell(packed, shapes, kinds, candidates, cell, last, tau, half, flood, 
         # distances in float32, from the closest candidate on
         nearest[:] = np.inf
         limits[0], limits[1] = (bounds[0] + REACH_SLACK) ** 2, (bounds[1] + REACH_SLACK) ** 2
-        for c in np.argsort(scratch[:count]):
-            t = kept[c]
+        _write_order(scratch, count, order, starts)
+        for place in range(count):
+            t = kept[order[place]]
             kind = kinds[t]
             shape = _shape_at(shapes, t)
             ax = np.float32((packed[t, 0] - x) / h)
@@ -558,6 +580,8 @@ def _make_room(longest):
         np.empty(64),  # see `_find_sides`
         np.empty(64),
         np.empty(64, np.uint8),
+        np.empty(longest, np.int32),  # see `_write_order`
+        np.empty(ORDER_STEPS + 1, np.int32),
     )
 
 

@@ -10,7 +10,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from pipeline.core.primitives.triangles import pack, triangles_cross
-from pipeline.geometry.box_tree import triangles_in_box
+from pipeline.geometry.box_tree import triangles_in_box, with_room
 from pipeline.geometry.flood_fill import (
     ALL_REACHED,
     NONE_REACHED,
@@ -40,6 +40,13 @@ FINEST_VOXELS = 0.5
 COARSEST_VOXELS = 8.0
 # Pieces that another triangle passes through are cut down to this size, in voxels.
 CROSSED_VOXELS = 2.0
+# A list of blockers is chosen anew when a piece is half as long as the one that chose it, and a
+# quarter as long if more than this share of the longer list was kept.
+KEPT_SHARE = 0.75
+# The exact test of blockers ends for a triangle if it has kept more than so many and has excluded
+# less than this share of them.
+MIN_EXACT_TESTS = 256
+EXCLUDED_SHARE = 0.25
 MAX_CUTS = 128  # cuts from a whole triangle to one of its pieces
 # Pieces beyond two per triangle. Random triangles that pass through each other would take millions.
 MAX_PIECES = 300_000
@@ -151,7 +158,7 @@ def _is_crossed(path, depth, scene, crossings, first, last, region, own):
 def _sides_of_piece(path, depth, field, t, samples, blockers, lists, open_sides, hints):
     """Look at piece `path[depth]` of triangle t from its centre and from near its corners.
 
-    The search stops at the first of 1 to 4 samples that differs from the centre. `lists` [3] are
+    The search stops at the first of 1 to 4 samples that differs from the centre. `lists` are
     `first`, `middle` and `last` of `visible_sides`, which explains the other arguments.
 
     Returns the code of the centre, and the code of all samples or UNDECIDED.
@@ -176,19 +183,20 @@ def _sides_of_piece(path, depth, field, t, samples, blockers, lists, open_sides,
     return centre, centre
 
 
-@njit(cache=True)
-def _known_sides(states):
+@njit(cache=True, _nrt=False, forceinline=True)
+def _known_sides(front, back):
     """Return the visible sides of a piece if they are known without samples, else UNDECIDED.
 
-    `states` [2] are NONE_REACHED if no line of sight on the side ends outside, ALL_REACHED if each
-    sample has more than ENOUGH free lines there, and SOME_REACHED if samples have to tell. Returns
-    also the sides on which a line can end outside.
+    The states `front` and `back` are NONE_REACHED if no line of sight on the side ends outside,
+    ALL_REACHED if each sample has more than ENOUGH free lines there, and SOME_REACHED if samples
+    have to tell. Returns also the sides on which a line can end outside.
     """
     known, open_sides = True, HIDDEN
     for side in range(2):
-        if states[side] != NONE_REACHED:
+        state = back if side else front
+        if state != NONE_REACHED:
             open_sides |= BACK if side else FRONT
-            known = known and states[side] == ALL_REACHED
+            known = known and state == ALL_REACHED
     return (open_sides if known else UNDECIDED), open_sides
 
 
@@ -261,7 +269,7 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
     Returns pieces [P, 3, 3], codes [P], the triangle of each piece [P], the precisions to which
     each belongs as a bit mask [P], and the triangle at which the search stopped.
     """
-    packed, h, boxes, field = scene.packed, scene.h, scene.tree.boxes, make_field(scene)
+    packed, outlines, h, field = scene.packed, scene.outlines, scene.h, make_field(scene)
     pieces = np.empty((2 * (len(packed) - first_triangle) + 1024, 3, 3))
     codes, levels = np.empty(len(pieces), np.uint8), np.empty(len(pieces), np.uint8)
     parents = np.empty(len(pieces), np.int32)
@@ -291,6 +299,7 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
             path[0, 1, k] = packed[t, k] + packed[t, 3 + k]
             path[0, 2, k] = packed[t, k] + packed[t, 6 + k]
         clear_hints(hints)
+        all_kept, all_excluded = 0, 0  # triangles near pieces of t by the exact test
         depth, is_new = 0, True
         while True:
             # look at a new piece
@@ -314,8 +323,11 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
                     2 * longest <= filtered[depth - 1]
                     or longest <= COARSEST_VOXELS < filtered[depth - 1]
                 ):
-                    # the exact test is worth its cost once, for the largest pieces with samples
-                    exact = longest <= COARSEST_VOXELS < filtered[depth - 1]
+                    # The exact test is worth its cost once, for the largest pieces with samples,
+                    # and only if it excludes triangles.
+                    exact = longest <= COARSEST_VOXELS < filtered[
+                        depth - 1
+                    ] and all_excluded > EXCLUDED_SHARE * (all_kept - MIN_EXACT_TESTS)
                     filtered[depth] = longest
                     used = lists[depth - 1, 2]
                     lists[depth, 0] = used
@@ -326,26 +338,30 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
                         if state == SOME_REACHED and side_state(scene, box) == NONE_REACHED:
                             state = NONE_REACHED
                         if state == SOME_REACHED:
-                            blockers, used = keep_blockers(
-                                packed,
-                                boxes,
-                                box,
-                                exact,
-                                blockers,
-                                lists[depth - 1, side],
-                                lists[depth - 1, side + 1],
-                                used,
+                            start, stop = lists[depth - 1, side], lists[depth - 1, side + 1]
+                            blockers = with_room(blockers, used, stop - start)
+                            chosen = used
+                            used, excluded = keep_blockers(
+                                packed, outlines, box, exact, blockers, start, stop, used
                             )
+                            if exact:
+                                all_kept += used - chosen
+                                all_excluded += excluded
                             if used == lists[depth, side]:
                                 write_high_box(region, sign, packed, t, h, box)
                                 if side_state(scene, box) == ALL_REACHED:
                                     state = ALL_REACHED
                         lists[depth, side + 1] = used
                         states[depth, side] = state
+                    # a list that hardly became shorter is kept for longer
+                    before = lists[depth - 1, 2] - lists[depth - 1, 0]
+                    if longest <= COARSEST_VOXELS and used - lists[depth, 0] > KEPT_SHARE * before:
+                        filtered[depth] = 0.5 * longest
                 else:
                     filtered[depth] = filtered[depth - 1]
-                    lists[depth] = lists[depth - 1]
-                    states[depth] = states[depth - 1]
+                    for k in range(3):
+                        lists[depth, k] = lists[depth - 1, k]
+                    states[depth, 0], states[depth, 1] = states[depth - 1, 0], states[depth - 1, 1]
                 # large pieces are cut without a look, and so are those that others pass through
                 samples = 4 if end > lowest else 1
                 if longest > COARSEST_VOXELS:
@@ -356,11 +372,12 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
                         path, depth, scene, crossings, first_crossing, last_crossing, region, own
                     ):
                         samples = 1 if end < levels_end else 0
-                known, open_sides = _known_sides(states[depth])
+                known, open_sides = _known_sides(states[depth, 0], states[depth, 1])
                 centre, agreed = known, known
                 if known == UNDECIDED and samples > 0:
+                    places = lists[depth, 0], lists[depth, 1], lists[depth, 2]
                     centre, agreed = _sides_of_piece(
-                        path, depth, field, t, samples, blockers, lists[depth], open_sides, hints
+                        path, depth, field, t, samples, blockers, places, open_sides, hints
                     )
                     if samples == 1 and end > lowest:
                         agreed = UNDECIDED
@@ -381,7 +398,8 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
             depth -= 1
             end = cut_end[depth]
             if not second[depth]:
-                halves[depth, lowest:end] = results[depth + 1, lowest:end]
+                for level in range(lowest, end):
+                    halves[depth, level] = results[depth + 1, level]
                 second[depth] = True
                 _write_half(path, depth, True)
                 depth += 1

@@ -97,7 +97,7 @@ def _barycentric(row, x, y, z):
     return vb / total, vc / total
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def distance2(row, x, y, z):
     """Return the squared distance from (x, y, z) to a packed triangle."""
     v, w = _barycentric(row, x, y, z)
@@ -107,7 +107,7 @@ def distance2(row, x, y, z):
     return dx * dx + dy * dy + dz * dz
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def side_vote(row, x, y, z):
     """Return a triangle's vote on the side of a point. Positive: on the side of the normal.
 

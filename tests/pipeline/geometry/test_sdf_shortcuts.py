@@ -141,3 +141,13 @@ def test_sides_depend_on_the_possible_ties_alone(size):
         assert sides[0] == sides[1]
         fewer += count < len(packed)
     assert fewer
+
+
+@pytest.mark.parametrize("spread", [0, 1e-3, 5], ids=["equal", "close", "apart"])
+def test_triangles_are_tried_once_each_and_by_distance_to_one_step(spread):
+    distances = np.random.default_rng(0).random(200).astype(np.float32) * spread + 2
+    order = np.full(200, -1, np.int32)
+    sdf._write_order(distances, 200, order, np.empty(sdf.ORDER_STEPS + 1, np.int32))
+    assert sorted(order.tolist()) == list(range(200))
+    step = max(spread, sdf.SLACK) / (sdf.ORDER_STEPS - 1)
+    assert (np.diff(distances[order]) > -1.01 * step).all()
