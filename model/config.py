@@ -448,7 +448,10 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random changes of training images, by default those of the published Direct3D-S2 code."""
+    """Random changes of training images, by default those of the published Direct3D-S2 code.
+
+    The published code does not change colours.
+    """
 
     rotation_probability: float = between(0.0, 1.0, 0.1)
     """Probability that an image is rotated."""
@@ -460,6 +463,14 @@ class Augmentation:
     """Smallest side of a crop, relative to the square around the foreground."""
     padding: tuple[int, int] = (0, 32)
     """Smallest and largest number of white pixels around the foreground."""
+    color_probability: float = between(0.0, 1.0, 0.0, is_added=True)
+    """Probability that the colours of the foreground are changed."""
+    brightness: float = between(0.0, 1.0, 0.3, is_added=True)
+    """Largest relative change of the brightness of changed colours, in either direction."""
+    saturation: float = between(0.0, 1.0, 0.5, is_added=True)
+    """Largest relative change of the saturation of changed colours, in either direction."""
+    hue_degrees: float = between(0.0, 180.0, 30.0, is_added=True)
+    """Largest angle by which the hue of changed colours is turned, in either direction."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

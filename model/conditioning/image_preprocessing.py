@@ -191,8 +191,10 @@ def prepare_image(
     padding = PADDING
     if augmentation is not None and rng is not None:
         square, padding = _augmented(square, augmentation, rng)
-    rgb, alpha = square.resized(size, padding)
-    return PreparedImage(np.asarray(rgb), np.asarray(alpha) >= OPAQUE)
+    rgb, alpha = (np.asarray(layer) for layer in square.resized(size, padding))
+    if augmentation is not None and rng is not None and augmentation.color_probability:
+        rgb = _recolored(rgb, alpha, augmentation, rng)
+    return PreparedImage(rgb, alpha >= OPAQUE)
 
 
 def _prepared_as_published(image: Image.Image, size: int) -> PreparedImage:
@@ -317,3 +319,52 @@ def _augmented(
         if cropped.alpha.getextrema()[1] >= OPAQUE:
             square = cropped
     return square, padding
+
+
+def _recolored(
+    rgb: NDArray[np.uint8],
+    alpha: NDArray[np.uint8],
+    chosen: Augmentation,
+    rng: np.random.Generator,
+) -> NDArray[np.uint8]:
+    """Change the colours of the foreground at random. The white behind it stays white.
+
+    All random numbers are always drawn, so that one choice does not change another.
+
+    Args:
+        rgb: Colours on white, [h, w, 3].
+        alpha: Opacity, [h, w].
+        chosen: Probability and limits.
+        rng: Source of the random numbers.
+    """
+    probability, brightness, saturation, hue = rng.random(4)
+    if probability >= chosen.color_probability:
+        return rgb
+    matrix = _color_matrix(
+        1 + (2 * brightness - 1) * chosen.brightness,
+        1 + (2 * saturation - 1) * chosen.saturation,
+        math.radians((2 * hue - 1) * chosen.hue_degrees),
+    )
+    # The map is linear, so that colours that were multiplied by alpha stay so.
+    white = 255 - alpha[..., None].astype(np.float32)
+    changed = (rgb - white) @ matrix.T + white
+    return np.rint(changed.clip(0, 255)).astype(np.uint8)
+
+
+def _color_matrix(brightness: float, saturation: float, hue: float) -> NDArray[np.float32]:
+    """Return the map of RGB that scales brightness and saturation and turns the hue.
+
+    The hue is turned about the grey axis, from red to green.
+
+    Args:
+        brightness: Factor of all channels.
+        saturation: Factor of the distance from the grey of the same mean.
+        hue: Angle in radians.
+
+    Returns:
+        float32 [3, 3].
+    """
+    grey = np.full((3, 3), 1 / 3)  # the projection on the grey axis
+    turned = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    colorful = math.cos(hue) * (np.eye(3) - grey) + math.sin(hue) * turned
+    return np.float32(brightness * (grey + saturation * colorful))

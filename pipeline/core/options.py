@@ -30,9 +30,18 @@ def at_least(minimum: float, default: Any) -> Any:
     return field(default=default, metadata={BOUNDS: (minimum, None)})
 
 
-def between(minimum: float, maximum: float, default: Any) -> Any:
-    """Return a field for `check_bounds` with a smallest and a largest value. None is allowed."""
-    return field(default=default, metadata={BOUNDS: (minimum, maximum)})
+def between(minimum: float, maximum: float, default: Any, *, is_added: bool = False) -> Any:
+    """Return a field for `check_bounds` with a smallest and a largest value. None is allowed.
+
+    Args:
+        minimum: Smallest value.
+        maximum: Largest value.
+        default: Value of new instances.
+        is_added: Whether the field was added as `added` does it, and its default describes what the
+            code did before.
+    """
+    metadata = {BOUNDS: (minimum, maximum)} | ({BEFORE: default} if is_added else {})
+    return field(default=default, metadata=metadata)
 
 
 def check_bounds(config: Any) -> None:

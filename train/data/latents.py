@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +284,7 @@ class LatentStore:
 
     Attributes:
         root: As given.
+        symmetry: As given.
         folder: `root/<vae>/<R>`.
         mean: Mean of posterior samples of training assets, float32 [C].
         std: Their standard deviation, float32 [C].
@@ -301,6 +302,7 @@ class LatentStore:
         self.vae = _choose_vae(root, resolution, vae)
         self.resolution = resolution
         self.folder = root / self.vae / latents_name(resolution, symmetry)
+        self.symmetry = symmetry
         self._turned: dict[int, LatentStore] = {symmetry: self}
         command = (
             f"python -m train.encode --resolutions {resolution} --latents {root}"
@@ -330,6 +332,10 @@ class LatentStore:
             self._shard_of.update(dict.fromkeys(shard.uids, path))
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_SHARDS)(LatentShard)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = partial(LatentStore, self.root, self.resolution, self.vae, symmetry=self.symmetry)
+        return make, ()
 
     def _open_checked(self, path: StorePath) -> LatentShard:
         try:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.storage.render_shard import RenderShard
 
 PREPARED_BYTES = 64 << 20  # of prepared images that are kept in memory
+VIEW_ORDERS = 1 << 12  # orders of a shard's views that are kept in memory, of some hundred bytes
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -207,6 +208,7 @@ class RenderConditions:
         self.facing = facing
         self.mirrored = mirrored and training
         self._turns: dict[tuple[int, int], int] = {}  # quarter turns of an asset and a view
+        self._view_order = lru_cache(VIEW_ORDERS)(self._shuffled_views)
         self.held_out = held_out
         self.held_out_only = held_out_only
         self.flow = flow
@@ -236,19 +238,22 @@ class RenderConditions:
             raise UserError(
                 f"held_out_views must be below the {count} views there are, got {self.held_out}"
             )
-        first_held_out = count - self.held_out
-        allowed = np.arange(first_held_out)
+        first, count = 0, count - self.held_out
         if self.held_out_only and self.held_out:
-            allowed = np.arange(first_held_out, count)
-        if self.most_views > len(allowed):
+            first, count = count, self.held_out
+        if self.most_views > count:
             raise UserError(
-                f"the model's option views must be at most {len(allowed)}, the number of views of "
+                f"the model's option views must be at most {count}, the number of views of "
                 f"each asset to train on, got {self.most_views}"
             )
-        turn, place = divmod(epoch, len(allowed))
-        seed = seed_of("view", self.flow.loop.seed, self.index.shards[asset], turn)
-        order = np.random.default_rng(seed).permutation(allowed)
-        return int(order[(place + number) % len(allowed)])
+        turn, place = divmod(epoch, count)
+        order = self._view_order(self.index.shards[asset], first, first + count, turn)
+        return int(order[(place + number) % count])
+
+    def _shuffled_views(self, shard: str, first: int, end: int, turn: int) -> NDArray[np.int64]:
+        """Return the views from `first` to `end` in the order of a shard's epochs."""
+        seed = seed_of("view", self.flow.loop.seed, shard, turn)
+        return np.random.default_rng(seed).permutation(np.arange(first, end))
 
     def images(self, asset: int, epoch: int, key: Sequence[str | int]) -> list[PreparedImage]:
         """Return the prepared images of a sample's views, from 1 to `most_views`.

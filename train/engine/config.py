@@ -13,6 +13,7 @@ from pipeline.core.devices import Device, check_device
 from pipeline.core.options import added, at_least, check_bounds
 
 Gpus = int | Literal["auto"]  # type of `--gpus`, checked by `check_gpus`
+WorkerKind = Literal["threads", "processes"]  # what prepares batches ahead
 MAX_SEED = 1 << 40  # seed * 1_000_003 + rank stays below 2^63 for a million ranks
 
 # Options that may differ when a run is resumed: how long it runs, what it reports, its limits, and

@@ -1,11 +1,20 @@
-"""Streams of batches, and a prefetcher that loads batches ahead in threads, in order."""
+"""Streams of batches, and prefetchers that load batches ahead in threads or processes, in order."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from pipeline.core.errors import RunError
+from train.engine.config import WorkerKind
 
 Job = TypeVar("Job")
 JobT_co = TypeVar("JobT_co", covariant=True)
@@ -57,12 +66,43 @@ class Stream(Protocol[BatchT_co]):
         ...
 
 
+class Loader(Protocol[Job, Loaded]):
+    """Loads the batches of all ranks."""
+
+    def load(self, step: Job, rank: int) -> Loaded:
+        """Load the batch of one rank in one step."""
+        ...
+
+
+def start_prefetcher(
+    jobs: JobSource[Job],
+    make_loader: Callable[[], Loader[Job, Loaded]],
+    *,
+    rank: int,
+    workers: int,
+    kind: WorkerKind,
+) -> Prefetcher[Job, Loaded]:
+    """Return the batches of a rank, which are loaded ahead.
+
+    Args:
+        jobs: The samples of each step.
+        make_loader: Makes the loader. It must be picklable for processes, each of which makes one.
+        rank: Number of the rank.
+        workers: Number of threads or processes. 0 loads each batch when it is asked for.
+        kind: Whether threads or processes load the batches, which are the same.
+    """
+    if kind == "processes" and workers:
+        return ProcessPrefetcher(jobs, make_loader, rank=rank, workers=workers)
+    loader = make_loader()
+    return Prefetcher(jobs, lambda job: loader.load(job, rank), workers=workers)
+
+
 class Prefetcher(Generic[Job, Loaded]):
     """A stream that loads the jobs of a source ahead in threads.
 
-    The batches come in the order of the jobs, whatever the number of threads. Threads suffice:
-    reading, decompression and large array operations release the interpreter's lock. An exception
-    in `load` is raised where its batch would have been returned.
+    The batches come in the order of the jobs, whatever the number of threads. Reading,
+    decompression and large array operations release the interpreter's lock. An exception in `load`
+    is raised where its batch would have been returned.
 
     Args:
         jobs: The source of jobs.
@@ -85,7 +125,13 @@ class Prefetcher(Generic[Job, Loaded]):
         self.ahead = ahead or 2 * workers
         self._state = jobs.state
         self._waiting: deque[tuple[Future[Loaded], dict[str, Any]]] = deque()
-        self._pool = ThreadPoolExecutor(workers, "prefetch") if workers else None
+        self._pool = self._make_pool() if workers else None
+
+    def _make_pool(self) -> Executor:
+        return ThreadPoolExecutor(self.workers, "prefetch")
+
+    def _submit(self, pool: Executor, job: Job) -> Future[Loaded]:
+        return pool.submit(self.load, job)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -117,7 +163,7 @@ class Prefetcher(Generic[Job, Loaded]):
         return bool(wait([self._waiting[0][0]], timeout_s).done)
 
     def close(self) -> None:
-        """Stop the threads after the batches that they load now, which a store may delay.
+        """Stop the workers after the batches that they load now, which a store may delay.
 
         Batches loaded ahead are dropped.
         """
@@ -128,8 +174,73 @@ class Prefetcher(Generic[Job, Loaded]):
     def _load_ahead(self) -> None:
         while self._pool is not None and len(self._waiting) < self.ahead:
             job = self.jobs.next()
-            self._waiting.append((self._pool.submit(self.load, job), self.jobs.state))
+            self._waiting.append((self._submit(self._pool, job), self.jobs.state))
 
     def _drop(self) -> None:
         while self._waiting:
             self._waiting.popleft()[0].cancel()
+
+
+class ProcessPrefetcher(Prefetcher[Job, Loaded]):
+    """A prefetcher that loads the jobs in processes.
+
+    Processes are worth their start of some seconds and their memory where many small samples make
+    a batch: the interpreter's lock then limits threads. Tensors come back through shared memory.
+
+    Args:
+        jobs: The source of jobs.
+        make_loader: Makes the loader of each process. It is pickled.
+        rank: Number of the rank whose batches are loaded.
+        workers: Number of processes.
+        ahead: Largest number of batches that are loaded or waiting. None is twice `workers`.
+    """
+
+    def __init__(
+        self,
+        jobs: JobSource[Job],
+        make_loader: Callable[[], Loader[Job, Loaded]],
+        *,
+        rank: int,
+        workers: int,
+        ahead: int | None = None,
+    ):
+        self._arguments = (make_loader, rank)
+        super().__init__(jobs, _load, workers=workers, ahead=ahead)
+
+    def _make_pool(self) -> Executor:
+        # Processes that are forked from this one would inherit the locks of its threads and a CUDA
+        # context that they cannot use.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, self._arguments[0].__module__])
+        return ProcessPoolExecutor(self.workers, context, _start, self._arguments)
+
+    def __next__(self) -> Loaded:
+        """Return the next batch.
+
+        Raises:
+            RunError: If a process ended, besides the exceptions of the loader.
+        """
+        try:
+            return super().__next__()
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a process that loads batches ended, perhaps for lack of memory or because its "
+                "loader could not be made; set fewer workers, or load in threads"
+            ) from error
+
+
+_loader: list[tuple[Loader[Any, Any], int]] = []  # of this process, if it is a worker
+
+
+def _start(make_loader: Callable[[], Loader[Any, Any]], rank: int) -> None:
+    """Make the loader of a worker process, which ends with the process that started it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+    _loader.append((make_loader(), rank))
+
+
+def _load(job: Any) -> Any:
+    loader, rank = _loader[0]
+    return loader.load(job, rank)

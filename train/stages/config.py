@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config import ConditionedDiTConfig, RecommendedSampling, Refine
+from model.config import Augmentation, ConditionedDiTConfig, RecommendedSampling, Refine
 from pipeline.core.grid import check_resolution
 from pipeline.core.options import added, at_least
 from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
-from train.engine.config import SMALL_LOOP, RankOptions
+from train.engine.config import SMALL_LOOP, RankOptions, WorkerKind
 
 # What the presets for minutes on a CPU and for minutes on a GPU have in common.
 TINY_OPTIONS: dict[str, Any] = {
@@ -37,7 +37,9 @@ PROPS_OPTIONS: dict[str, Any] = {
     "facing_views": True,
     "mirrored_views": True,
     "workers": 12,
+    "worker_kind": "processes",
 }
+PROPS_AUGMENTATION = Augmentation(color_probability=0.8)
 PROPS_LOOP = replace(
     SMALL_LOOP,
     ema_decay=0.998,
@@ -100,7 +102,12 @@ class ConditionedTraining(RankOptions):
     """Mirror half of the training samples, image and shape, from left to right."""
 
     workers: int = at_least(0, 4)
-    """Number of threads that prepare batches ahead. Every number gives the same batches."""
+    """Number of threads or processes that prepare batches ahead. Every number gives the same
+    batches."""
+
+    worker_kind: WorkerKind = "threads"
+    """What prepares batches ahead. Processes take some seconds to start and more memory, and are
+    faster where many small samples make a batch. Both give the same batches."""
 
     val_batches: int = at_least(0, 8)
     """Number of batches per rank in a validation."""

@@ -21,6 +21,7 @@ from model.conditioning.image_encoder import (
 from model.conditioning.image_preprocessing import (
     OPAQUE,
     PreparedImage,
+    _color_matrix,
     has_alpha,
     load_image,
     prepare_image,
@@ -116,6 +117,60 @@ def test_augmentation_moves_image_and_mask_together():
         assert (
             (image.rgb[..., 0] <= 255 - OPAQUE) == image.mask
         ).mean() > 0.999  # black at its alpha on white
+
+
+def recolored(pixels, **limits):
+    """Return an image prepared with changed colours and nothing else changed, and without."""
+    still = {"rotation_probability": 0, "crop_probability": 0, "padding": (16, 16)}
+    limits = {"brightness": 0, "saturation": 0, "hue_degrees": 0, "color_probability": 1} | limits
+    rng = np.random.default_rng(3)
+    chosen = Augmentation(**still, **limits)
+    changed = prepare_image(pixels, SIZE, augmentation=chosen, rng=rng)
+    return changed.rgb.astype(int), prepare_image(pixels, SIZE).rgb.astype(int)
+
+
+def random_numbers():
+    """Return the random numbers of the colours, which are drawn after those of the geometry."""
+    rng = np.random.default_rng(3)
+    rng.random(6)
+    rng.integers(16, 16, endpoint=True)
+    return rng.random(4)
+
+
+def test_colors_are_changed_as_the_color_model_says_and_white_stays():
+    pixels = rectangle(color=(120, 60, 30))
+    draws = 2 * random_numbers() - 1
+    centre = SIZE // 2
+    changed, plain = recolored(pixels, brightness=0.4)
+    expected = np.array([120, 60, 30]) * (1 + 0.4 * draws[1])
+    assert np.abs(changed[centre, centre] - expected).max() <= 1
+    assert (changed[0, 0] == 255).all()
+    changed, _ = recolored(pixels, saturation=0.5)
+    expected = 70 + (np.array([120, 60, 30]) - 70) * (1 + 0.5 * draws[2])  # 70 is the mean
+    assert np.abs(changed[centre, centre] - expected).max() <= 1
+    changed, _ = recolored(pixels, hue_degrees=120)
+    mean, spread = changed[centre, centre].mean(), changed[centre, centre].std()
+    assert mean == pytest.approx(70, abs=1)
+    assert spread == pytest.approx(np.std([120, 60, 30]), abs=1)
+    assert np.abs(changed[centre, centre] - [120, 60, 30]).max() > 5
+    unchanged, plain = recolored(pixels)
+    assert np.abs(unchanged - plain).max() <= 1  # rounding
+
+
+def test_a_half_transparent_color_is_changed_under_the_white():
+    pixels = rectangle(color=(100, 0, 0))
+    pixels[..., 3] //= 2
+    changed, _ = recolored(pixels, brightness=1.0)
+    factor = 2 * random_numbers()[1]  # of the brightness
+    alpha = pixels[..., 3].max() / 255
+    centre = SIZE // 2
+    expected = 255 - alpha * (255 - factor * np.array([100, 0, 0]))
+    assert np.abs(changed[centre, centre] - expected).max() <= 1
+
+
+def test_the_hue_turns_from_red_to_green():
+    matrix = _color_matrix(1.0, 1.0, np.radians(120))
+    assert matrix @ [1, 0, 0] == pytest.approx([0, 1, 0], abs=1e-6)
 
 
 FILES = {

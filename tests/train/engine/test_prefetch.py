@@ -1,12 +1,16 @@
 """The prefetcher: order of batches and exceptions. Resuming is tested with real bricks."""
 
+import os
+import signal
 import threading
 import time
+from functools import partial
 
 import pytest
+import torch
 
 from pipeline.core.errors import RunError
-from train.engine.prefetch import Prefetcher
+from train.engine.prefetch import Prefetcher, start_prefetcher
 
 
 class Count:
@@ -60,3 +64,46 @@ def test_without_threads_no_batch_is_waited_for():
     stream = Prefetcher(Count(), lambda job: job, workers=0)
     assert stream.wait(0)
     assert (next(stream), next(stream)) == (0, 1)
+
+
+class ProcessLoader:
+    """Returns the job, the rank and the process of a batch. Job 5 fails, and job 100 ends it."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def load(self, step, rank):
+        if step == 5:
+            raise RunError("job 5 cannot be read")
+        if step == 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.full((2, 3), self.factor * step), rank, os.getpid()
+
+
+def test_processes_load_the_same_batches_in_order_and_hand_on_exceptions():
+    make = partial(ProcessLoader, 10)
+    stream = start_prefetcher(Count(), make, rank=3, workers=2, kind="processes")
+    try:
+        for job in range(5):
+            values, rank, process = next(stream)
+            assert torch.equal(values, torch.full((2, 3), 10 * job))
+            assert rank == 3
+            assert process != os.getpid()
+        assert stream.state == {"number": 5}
+        with pytest.raises(RunError, match="job 5 cannot be read"):
+            next(stream)
+        stream.restore({"number": 2})
+        assert next(stream)[0][0, 0] == 20
+        stream.restore({"number": 100})
+        with pytest.raises(RunError, match="a process that loads batches ended"):
+            next(stream)
+    finally:
+        stream.close()
+
+
+def test_threads_and_no_workers_load_in_this_process():
+    for workers, kind in ((1, "threads"), (0, "threads"), (0, "processes")):
+        make = partial(ProcessLoader, 1)
+        stream = start_prefetcher(Count(), make, rank=0, workers=workers, kind=kind)
+        assert next(stream)[2] == os.getpid()
+        stream.close()

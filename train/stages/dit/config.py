@@ -12,6 +12,7 @@ from pipeline.storage.config import PathOrUrl
 from train.data.config import FlowOptions
 from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig
 from train.stages.config import (
+    PROPS_AUGMENTATION,
     PROPS_LOOP,
     PROPS_OPTIONS,
     SMALL_OPTIONS,
@@ -90,7 +91,8 @@ class DiTTraining(ConditionedTraining):
     """Share of the build's assets that may lack latents before the run ends."""
 
     workers: int = 8
-    """Number of threads that prepare batches ahead. Every number gives the same batches."""
+    """Number of threads or processes that prepare batches ahead. Every number gives the same
+    batches."""
 
     lora: LoraOptions = field(default_factory=LoraOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)
@@ -179,7 +181,10 @@ DIT_PRESETS: dict[str, DiTTraining] = {
         vae=Path("runs/props/vae/latest"),
         out=Path("runs/props/dit"),
         token_budget=60_000,
-        flow=FlowOptions(loop=replace(PROPS_LOOP, steps=4000, learning_rate=1e-3)),
+        flow=FlowOptions(
+            augmentation=PROPS_AUGMENTATION,
+            loop=replace(PROPS_LOOP, steps=4000, learning_rate=1e-3),
+        ),
         model=ConditionedDiTConfig(
             dit=DiTConfig(
                 channels=128,

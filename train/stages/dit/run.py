@@ -21,7 +21,7 @@ from train.data.symmetry import quarter_turn
 from train.engine import checkpoint
 from train.engine.batch_sampler import ShardBatchSampler
 from train.engine.distributed import World
-from train.engine.prefetch import Prefetcher
+from train.engine.prefetch import start_prefetcher
 from train.engine.trainer import Trainer
 from train.stages.dit.config import DiTTraining
 from train.stages.dit.data import DiTLoader, index_with_latents
@@ -61,7 +61,6 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
         max_tokens=cfg.max_tokens,
         token_budget=cfg.token_budget,
     )
-    loader = DiTLoader(training, store, cfg)
     task = DiTTask(cfg, world, training, held_out, store, vae)
     if init is not None:
         check_init_positions(cfg, init)
@@ -72,7 +71,13 @@ def train_dit(cfg: DiTTraining, world: World) -> int:
         add_adapters(task.model, cfg.lora)
     log_training_data(training, held_out, sampler, world)
     log.info("The image encoder is %s.", task.model.encoder.label)
-    stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.workers)
+    stream = start_prefetcher(
+        sampler,
+        partial(DiTLoader, training, store, cfg),
+        rank=world.rank,
+        workers=cfg.workers,
+        kind=cfg.worker_kind,
+    )
     config = run_config(cfg, store.vae)
     return Trainer(task, stream, cfg.flow.loop, out=cfg.out, world=world, config=config).run()
 

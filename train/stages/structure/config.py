@@ -18,6 +18,7 @@ from pipeline.core.options import at_least, check_bounds
 from train.data.config import FlowOptions
 from train.engine.config import TINY_LOOP, LoopConfig
 from train.stages.config import (
+    PROPS_AUGMENTATION,
     PROPS_LOOP,
     PROPS_OPTIONS,
     SMALL_OPTIONS,
@@ -175,7 +176,11 @@ STRUCTURE_PRESETS: dict[str, StructureTraining] = {
         vae=OccupancyTraining(
             batch_size=64, loop=replace(PROPS_LOOP, steps=1500, learning_rate=2e-3)
         ),
-        flow=FlowTraining(batch_size=64, loop=replace(PROPS_LOOP, steps=6000, learning_rate=1e-3)),
+        flow=FlowTraining(
+            batch_size=64,
+            augmentation=PROPS_AUGMENTATION,
+            loop=replace(PROPS_LOOP, steps=6000, learning_rate=1e-3),
+        ),
         model=StructureConfig(
             occupancy=OccupancyConfig(
                 side=32, widths=(16, 32, 48), blocks=1, groups=8, latent_channels=8

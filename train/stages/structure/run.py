@@ -21,7 +21,7 @@ from train.data.source import open_source
 from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
 from train.engine.distributed import World
-from train.engine.prefetch import Prefetcher
+from train.engine.prefetch import Prefetcher, start_prefetcher
 from train.engine.trainer import Trainer
 from train.stages.initial_weights import find_init, start_from
 from train.stages.structure.config import StructureTraining
@@ -208,5 +208,10 @@ def _stream(
     else:
         sampler = BatchSampler(training.tokens, **options)
     log_training_data(training, held_out, sampler, world)
-    loader = GridLoader(training, cfg, images=images)
-    return Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.workers)
+    return start_prefetcher(
+        sampler,
+        partial(GridLoader, training, cfg, images=images),
+        rank=world.rank,
+        workers=cfg.workers,
+        kind=cfg.worker_kind,
+    )

@@ -11,7 +11,7 @@ from pipeline.core.grid import check_resolution
 from pipeline.core.options import added, at_least, check_bounds
 from pipeline.storage.config import PathOrUrl
 from train.data.config import CacheConfig
-from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig, RankOptions
+from train.engine.config import SMALL_LOOP, TINY_LOOP, LoopConfig, RankOptions, WorkerKind
 
 VAEPreset = Literal["tiny", "small", "props", "base", "base-1024"]
 
@@ -62,8 +62,12 @@ class BrickConfig:
     """Memory in gigabytes for bricks that were read, which later epochs then do not read again. 0
     reads them every time."""
     workers: int = at_least(0, 4)
-    """Number of threads that prepare batches ahead. Every number gives the same batches. 0 prepares
-    them in the training thread."""
+    """Number of threads or processes that prepare batches ahead. Every number gives the same
+    batches. 0 prepares them in the training thread."""
+    worker_kind: WorkerKind = "threads"
+    """What prepares batches ahead. Processes take some seconds to start, and each of them keeps its
+    share of kept_gb. They are faster where many small samples make a batch. Both give the same
+    batches."""
     val_batches: int = at_least(0, 8)
     """Number of batches per rank and resolution in a validation."""
     reconstructions: int = at_least(0, 4)

@@ -13,7 +13,7 @@ from train.data.source import open_source
 from train.engine.batch_sampler import BatchSampler
 from train.engine.config import RankOptions
 from train.engine.distributed import World
-from train.engine.prefetch import Prefetcher
+from train.engine.prefetch import start_prefetcher
 from train.engine.trainer import Trainer
 from train.stages.initial_weights import find_init, start_from
 from train.stages.vae.config import VAETraining
@@ -24,7 +24,7 @@ NOT_RECORDED = (
     *("cache", "data", "out", "init", "preset"),
     *(item.name for item in fields(RankOptions)),
 )
-NOT_RECORDED_OF_BRICKS = ("kept_gb", "workers", "val_batches", "reconstructions")
+NOT_RECORDED_OF_BRICKS = ("kept_gb", "workers", "worker_kind", "val_batches", "reconstructions")
 
 
 def train_vae(cfg: VAETraining, world: World) -> int:
@@ -52,18 +52,28 @@ def train_vae(cfg: VAETraining, world: World) -> int:
         max_tokens=cfg.bricks.max_tokens,
         token_budget=cfg.bricks.token_budget,
     )
-    loader = BrickLoader(
+    bricks = cfg.bricks
+    in_threads = bricks.worker_kind == "threads"
+    make_loader = partial(
+        BrickLoader,
         training,
         seed=cfg.loop.seed,
         noise_channels=cfg.model.latent_channels,
         symmetries=cfg.bricks.symmetries,
         max_bad_share=cfg.bricks.max_bad_share,
         largest=cfg.bricks.max_tokens,
-        pin=world.device.type == "cuda",
-        kept_bytes=int(1e9 * cfg.bricks.kept_gb),
+        # A process that loads has no access to the GPU, which page-locked memory needs.
+        pin=world.device.type == "cuda" and in_threads,
+        kept_bytes=int(1e9 * bricks.kept_gb / (1 if in_threads else max(1, bricks.workers))),
     )
     log_training_data(training, held_out, sampler, world)
-    stream = Prefetcher(sampler, partial(loader.load, rank=world.rank), workers=cfg.bricks.workers)
+    stream = start_prefetcher(
+        sampler,
+        make_loader,
+        rank=world.rank,
+        workers=bricks.workers,
+        kind=bricks.worker_kind,
+    )
     config = run_config(cfg)
     return Trainer(task, stream, cfg.loop, out=cfg.out, world=world, config=config).run()
 
