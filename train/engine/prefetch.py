@@ -210,9 +210,16 @@ class ProcessPrefetcher(Prefetcher[Job, Loaded]):
     def _make_pool(self) -> Executor:
         # Processes that are forked from this one would inherit the locks of its threads and a CUDA
         # context that they cannot use.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, self._arguments[0].__module__])
+        context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(self.workers, context, _start, self._arguments)
+
+    def _submit(self, pool: Executor, job: Job) -> Future[Loaded]:
+        try:
+            return super()._submit(pool, job)
+        except BrokenProcessPool as error:  # raised where the batch would have been returned
+            failed: Future[Loaded] = Future()
+            failed.set_exception(error)
+            return failed
 
     def __next__(self) -> Loaded:
         """Return the next batch.
@@ -237,6 +244,8 @@ def _start(make_loader: Callable[[], Loader[Any, Any]], rank: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    # A signal to stop the run reaches all processes of its group. The run still needs its batches.
+    os.setsid()
     torch.set_num_threads(1)
     _loader.append((make_loader(), rank))
 

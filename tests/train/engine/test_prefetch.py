@@ -95,6 +95,7 @@ def test_processes_load_the_same_batches_in_order_and_hand_on_exceptions():
         stream.restore({"number": 2})
         assert next(stream)[0][0, 0] == 20
         stream.restore({"number": 100})
+        assert stream.wait(60)
         with pytest.raises(RunError, match="a process that loads batches ended"):
             next(stream)
     finally:
