@@ -163,9 +163,9 @@ def choose_groups(columns: int, top_k: int) -> int:
         columns: Length of a row.
         top_k: Number of scores to choose.
     """
-    groups = 256 if columns <= 4096 else 512
+    groups = 128 if columns <= 512 else 256 if columns <= 4096 else 512
     listed = next_power_of_2(top_k) * next_power_of_2(cdiv(columns, groups))
-    return groups if columns > 512 and top_k <= groups and 4 * listed <= columns else 0
+    return groups if columns > 256 and top_k <= groups and 4 * listed <= columns else 0
 
 
 def top_blocks(

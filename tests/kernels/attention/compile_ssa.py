@@ -29,7 +29,7 @@ def launch_step(
         out, *saved = ssa_forward(inputs, index, k, shifted, 1.0)
         ssa_backward(out, inputs, saved, index, k, shifted, 1.0)
     # Rows that are narrowed by groups.
-    for columns, k in ((914, 8), (16384, 32)):
+    for columns, k in ((493, 8), (914, 8), (16384, 32)):
         scores, selected = torch.zeros(G, N, columns), torch.empty(G, N, k, dtype=torch.int32)
         assert choose_groups(columns, k)
         top_blocks(scores, index, selected, torch.zeros(1, dtype=rank_dtype(k)))

@@ -66,7 +66,17 @@ def test_groups_change_no_choice(values, top_k, groups):
 
 @pytest.mark.parametrize(
     ("columns", "top_k", "groups"),
-    [(512, 8, 0), (914, 8, 256), (4760, 8, 512), (16384, 32, 512), (4760, 300, 0), (914, 64, 0)],
+    [
+        (256, 8, 0),
+        (257, 8, 128),
+        (493, 8, 128),
+        (493, 32, 0),
+        (914, 8, 256),
+        (4760, 8, 512),
+        (16384, 32, 512),
+        (4760, 300, 0),
+        (914, 64, 0),
+    ],
 )
 def test_long_rows_are_narrowed_by_groups(columns, top_k, groups):
     assert choose_groups(columns, top_k) == groups
