@@ -385,9 +385,11 @@ def test_inputs_are_checked_before_models_are_loaded(picture, tmp_path, monkeypa
     with pytest.raises(UserError, match=r"file cannot be written to \(.*\); choose another --out"):
         generate(cfg)
     # The library looks as if it were not installed.
-    monkeypatch.setitem(sys.modules, "meshoptimizer", None)
-    with pytest.raises(UserError, match="pip install meshoptimizer"):
-        generate(replace(cfg, out=tmp_path / "a.glb", generation=replace(FAST, faces=500)))
+    for module, package in (("igl", "libigl"), ("meshoptimizer", "meshoptimizer --pre")):
+        with monkeypatch.context() as context:
+            context.setitem(sys.modules, module, None)
+            with pytest.raises(UserError, match=f"pip install {package}$"):
+                generate(replace(cfg, out=tmp_path / "a.glb", generation=replace(FAST, faces=500)))
     with pytest.raises(UserError, match="nowhere is not a directory; name an export"):
         generate(replace(cfg, out=tmp_path / "a.glb"))
 

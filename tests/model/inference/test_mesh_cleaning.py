@@ -1,12 +1,18 @@
 """Cleaning of surfaces: holes, floaters and bubbles, and meshes that need no cleaning."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import trimesh
+from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from model.inference import mesh_cleaning
 from model.inference.mesh_cleaning import (
+    _is_manifold,
+    _without_flaps,
     clean_mesh,
     close_holes,
     count_open_edges,
@@ -16,6 +22,7 @@ from model.inference.mesh_cleaning import (
 )
 from pipeline.core.grid import CELL_SIDE, band, spacing
 from pipeline.core.primitives.marching_cubes import extract
+from pipeline.core.primitives.simplification import collapse_edges
 from pipeline.core.schema import Bricks
 
 R = 64
@@ -72,6 +79,10 @@ def assert_closed_manifold(vertices, faces):
         for _ in range(len(link) - 1):
             node = following[node]
             assert node != first, "two fans meet in one vertex"
+
+
+def euler_number(vertices, faces):
+    return trimesh.Trimesh(vertices, faces, process=False, validate=False).euler_number
 
 
 def test_a_closed_mesh_is_unchanged():
@@ -227,6 +238,77 @@ def test_a_simplified_mesh_stays_a_closed_manifold(target):
     vertices, faces = simplify(*turned_box(), target)
     assert 0.9 * target <= len(faces) <= target
     assert_closed_manifold(vertices, faces)
+
+
+@cache
+def porous_ball():
+    """Return a ball full of caves, whose walls and bridges are a few voxels thick."""
+    noise = gaussian_filter(np.random.default_rng(0).standard_normal((R,) * 3), 1.5)
+    noise *= 0.02 / noise.std()
+    cleaned = clean_mesh(*extract(bricks_of(lambda p: np.maximum(noise, ball(0.2)(p)))))
+    return cleaned.vertices, cleaned.faces
+
+
+@pytest.mark.parametrize("share", [0.3, 0.1, 0.05])
+@pytest.mark.parametrize("large", [10**9, 1000])
+def test_thin_walls_do_not_grow_together_in_simplification(share, large, monkeypatch):
+    monkeypatch.setattr(mesh_cleaning, "LARGE", large)
+    vertices, faces = porous_ball()
+    assert_closed_manifold(vertices, faces)
+    target = int(share * len(faces))
+    # The collapses of meshoptimizer alone let parts of this mesh touch in edges.
+    assert count_open_edges(collapse_edges(vertices, faces, target)) > 0
+    fewer, fewer_faces = simplify(vertices, faces, target)
+    assert 0.9 * target <= len(fewer_faces) <= target
+    assert_closed_manifold(fewer, fewer_faces)
+    # A file without vertex numbers, such as an STL file, has the same edges.
+    assert len(np.unique(fewer.astype(np.float32), axis=0)) == len(fewer)
+    assert euler_number(fewer, fewer_faces) == euler_number(vertices, faces)
+
+
+def test_a_large_mesh_is_halved_by_the_faster_library(monkeypatch):
+    seen = []
+
+    def collapse(vertices, faces, target):
+        seen.append((len(faces), target))
+        return collapse_edges(vertices, faces, target)
+
+    monkeypatch.setattr(mesh_cleaning, "collapse_edges", collapse)
+    monkeypatch.setattr(mesh_cleaning, "LARGE", 3000)
+    vertices, faces = simplify(*extract(bricks_of(ball(0.35))), 500)
+    assert [target == count // 2 for count, target in seen] == [True] * 3
+    assert 0.9 * 500 <= len(faces) <= 500
+    assert_closed_manifold(vertices, faces)
+    np.testing.assert_allclose(np.linalg.norm(vertices, axis=1), 0.35, atol=0.01)
+
+
+def test_a_mesh_is_manifold_if_no_edges_and_no_vertices_of_its_parts_touch():
+    cube = trimesh.creation.box()
+    vertices, faces = np.asarray(cube.vertices), np.asarray(cube.faces, np.int32)
+    both = np.concatenate([vertices, vertices + 1])
+    assert _is_manifold(vertices, faces)
+    assert _is_manifold(vertices, faces[1:])
+    low = int(np.flatnonzero((vertices == 0.5).all(1))[0])
+    high = len(vertices) + int(np.flatnonzero((vertices == -0.5).all(1))[0])
+    second = faces + len(vertices)
+    assert _is_manifold(both, np.concatenate([faces, second]))
+    second[second == high] = low
+    assert not _is_manifold(both, np.concatenate([faces, second]))
+    assert not _is_manifold(vertices, np.concatenate([faces, faces[:1]]))
+    flap = np.array([[0, 1, 2], [2, 1, 0]], np.int32)
+    np.testing.assert_array_equal(_without_flaps(np.concatenate([flap, faces[3:]])), faces[3:])
+
+
+def test_a_hole_that_was_kept_stays_in_simplification():
+    vertices, faces = extract(bricks_of(ball(0.35)))
+    vertices, faces = drop_unused_vertices(vertices, faces[vertices[faces].mean(1)[:, 1] < 0.2])
+    fewer, fewer_faces = simplify(vertices, faces, 1000)
+    assert len(fewer_faces) <= 1000
+    assert euler_number(fewer, fewer_faces) == 1  # a disc
+    edges = np.sort(fewer_faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2), axis=1)
+    edges, counts = np.unique(edges, axis=0, return_counts=True)
+    border = fewer[np.unique(edges[counts == 1])]
+    np.testing.assert_allclose(border[:, 1], 0.2, atol=2 / R)
 
 
 def test_simplification_keeps_sharp_edges():
