@@ -3,21 +3,24 @@
 It answers what reading a build needs: ListObjectsV2, HeadObject, and GetObject with Range and
 If-Match. Run it as `python -m benchmarks.throttled_store FOLDER`; it writes its port to standard
 output. A real store has its latency before the first byte of each answer and its bandwidth for all
-answers together, and so has this one.
+answers together, and so has this one. GET /statistics returns what it has sent so far as JSON, at
+once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.request import ProxyHandler, build_opener
 from xml.sax.saxutils import escape
 
 from benchmarks.throttled_store_config import StoreConfig
@@ -25,6 +28,7 @@ from pipeline.core.cli import command, parse
 from pipeline.core.errors import RunError
 
 BUCKET = "bucket"
+STATISTICS = "/statistics"
 PIECE_BYTES = 256 << 10
 MAX_KEYS = 1000
 REASONS = {200: "OK", 206: "Partial Content", 404: "Not Found", 412: "Precondition Failed"}
@@ -40,6 +44,32 @@ class Answer:
     file: Path | None = None
     start: int = 0
     size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStatistics:
+    """What a store has done since it was started.
+
+    Args:
+        requests: Number of requests.
+        bytes: Number of bytes of the answers' bodies.
+        most_in_flight: Largest number of requests that were being answered at the same time.
+        busy_s: Sum of the durations of all answers in seconds.
+    """
+
+    requests: int = 0
+    bytes: int = 0
+    most_in_flight: int = 0
+    busy_s: float = 0.0
+
+    def since(self, before: StoreStatistics) -> StoreStatistics:
+        """Return the difference to earlier statistics. `most_in_flight` is kept as it is."""
+        return StoreStatistics(
+            requests=self.requests - before.requests,
+            bytes=self.bytes - before.bytes,
+            most_in_flight=self.most_in_flight,
+            busy_s=self.busy_s - before.busy_s,
+        )
 
 
 class Bandwidth:
@@ -66,7 +96,8 @@ class ThrottledStore:
     def __init__(self, cfg: StoreConfig):
         self.cfg = cfg
         self.bandwidth = Bandwidth(cfg.megabytes_per_s * 1e6)
-        self.requests = 0
+        self.statistics = StoreStatistics()
+        self._in_flight = 0
 
     async def serve(self) -> None:
         """Accept connections until the process ends."""
@@ -85,16 +116,37 @@ class ThrottledStore:
                     for name, _, value in (line.partition(":") for line in lines if line)
                 }
                 method, target, _ = first.split(" ")
-                await asyncio.sleep(self.cfg.latency_ms / 1000)
-                await self._send(writer, self.answer(target, headers), method)
+                if target == STATISTICS:
+                    body = json.dumps(asdict(self.statistics)).encode()
+                    await self._send(writer, Answer(status=200, headers={}, body=body), method)
+                    continue
+                with self._counted():
+                    await asyncio.sleep(self.cfg.latency_ms / 1000)
+                    await self._send(writer, self.answer(target, headers), method)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the client has left
         finally:
             writer.close()
 
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a request."""
+        self._in_flight += 1
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            counted = self.statistics
+            self.statistics = replace(
+                counted,
+                requests=counted.requests + 1,
+                most_in_flight=max(counted.most_in_flight, self._in_flight + 1),
+                busy_s=counted.busy_s + time.monotonic() - began,
+            )
+
     def answer(self, target: str, headers: dict[str, str]) -> Answer:
         """Return the answer to a request for a path with a query."""
-        self.requests += 1
         parts = urlsplit(target)
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         key = unquote(parts.path).removeprefix(f"/{BUCKET}").strip("/")
@@ -165,6 +217,19 @@ class ThrottledStore:
                 writer.write(piece)
                 await writer.drain()
                 left -= len(piece)
+                sent = self.statistics.bytes + len(piece)
+                self.statistics = replace(self.statistics, bytes=sent)
+
+
+def statistics_of(endpoint: str) -> StoreStatistics:
+    """Ask a running store for its statistics.
+
+    Args:
+        endpoint: As `running` yields it.
+    """
+    opener = build_opener(ProxyHandler({}))  # no proxy stands between the client and the store
+    with opener.open(f"{endpoint}{STATISTICS}", timeout=30) as answer:
+        return StoreStatistics(**json.loads(answer.read()))
 
 
 def etag_of(path: Path) -> str:

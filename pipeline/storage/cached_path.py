@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from pipeline.storage.range_cache import RangeCache
 from pipeline.storage.remote import RemoteObject, RemotePath
 
-CONCURRENT_READS = 16
+CONCURRENT_READS = 32
+UNIT_BYTES = 1 << 20  # so large that the latency of a request is small beside its transfer
 
 
 class KnownObjects:
     """The versions of the objects that a process has seen. Every later read must find the same."""
 
-    def __init__(self) -> None:
-        self._objects: dict[str, RemoteObject] = {}
+    def __init__(self, objects: Mapping[str, RemoteObject] | None = None) -> None:
+        self._objects = dict(objects or {})
+        self._listings: dict[str, dict[str, RemoteObject]] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[KnownObjects], tuple[dict[str, RemoteObject]]]:
+        with self._lock:
+            return KnownObjects, (dict(self._objects),)
 
     def get(self, path: RemotePath) -> RemoteObject | None:
         """Return the version of an object, or None if it has not been seen."""
@@ -29,6 +36,17 @@ class KnownObjects:
         """Remember the version of an object, and return the one that was seen first."""
         with self._lock:
             return self._objects.setdefault(path.url, version)
+
+    def listing(self, path: RemotePath) -> dict[str, RemoteObject] | None:
+        """Return the objects below a path, or None if they have not been listed."""
+        with self._lock:
+            return self._listings.get(path.url)
+
+    def add_listing(self, path: RemotePath, listing: dict[str, RemoteObject]) -> None:
+        """Remember the objects below a path, if there are any."""
+        if listing:
+            with self._lock:
+                self._listings[path.url] = listing
 
 
 @dataclass(frozen=True)
@@ -42,15 +60,24 @@ class CachedPath(RemotePath):
         cache: Keeps the ranges that were read.
     """
 
+    unit_bytes: ClassVar[int] = UNIT_BYTES
+
     cache: RangeCache = field(kw_only=True, compare=False, repr=False)
     known: KnownObjects = field(
         kw_only=True, compare=False, repr=False, default_factory=KnownObjects
     )
 
     def list_objects(self) -> dict[str, RemoteObject]:
-        """List all objects below at any depth, by their names relative to this path."""
-        found = super().list_objects()
-        return {name: self.known.add(self / name, version) for name, version in found.items()}
+        """List all objects below at any depth, by their names relative to this path.
+
+        The store is asked once.
+        """
+        listing = self.known.listing(self)
+        if listing is None:
+            listing = super().list_objects()
+            listing = {name: self.known.add(self / name, item) for name, item in listing.items()}
+            self.known.add_listing(self, listing)
+        return dict(listing)
 
     def describe(self) -> RemoteObject:
         """Return the size and the version of the object that were seen first."""

@@ -24,12 +24,15 @@ CHECKSUM_BYTES = 4
 KEPT_SHARE = 0.9  # of the limit that an eviction leaves, so that evictions are rare
 ABANDONED_AFTER_S = 600.0  # age at which an unfinished file is one of a killed process
 USAGE = "usage"  # name of the lock file, which holds the number of bytes in use
+DOWNLOADS = "downloads"  # name of the directory of lock files, which are empty
+RANGES = "[0-9a-f][0-9a-f]/*"  # pattern of the files with ranges
 
 
 class RangeCache:
     """Keeps byte ranges as files and deletes the least recently used ones beyond a limit.
 
     Several processes and threads may use one directory. The files together never exceed the limit.
+    If several of them miss a range at the same time, one downloads it and the others wait for it.
     A file is written under a temporary name and carries a checksum, so a killed process or a
     damaged disk costs a download and never gives wrong bytes. If the disk is full, ranges are
     downloaded and not kept.
@@ -48,7 +51,7 @@ class RangeCache:
         self._numbers = itertools.count()
         self._is_full = False
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / DOWNLOADS).mkdir(parents=True, exist_ok=True)
             with self._usage():
                 pass
         except OSError as error:
@@ -68,9 +71,29 @@ class RangeCache:
         path = self.folder / name[:2] / name
         data = _read(path, size)
         if data is None:
-            data = fetch()
-            self._keep(path, data)
+            with self._downloading(name):
+                data = _read(path, size)  # another thread or process may have downloaded it by now
+                if data is None:
+                    data = fetch()
+                    self._keep(path, data)
         return data
+
+    @contextmanager
+    def _downloading(self, name: str) -> Iterator[None]:
+        """Hold the lock of a range's download, which it shares with 1 of 4096 other ranges.
+
+        A lock ends with its process. If its file cannot be made, nothing is locked.
+        """
+        try:
+            descriptor = os.open(self.folder / DOWNLOADS / name[:3], os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            yield
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _keep(self, path: Path, data: bytes) -> None:
         size = len(data) + CHECKSUM_BYTES
@@ -116,7 +139,7 @@ class RangeCache:
         """Delete the least recently used files until at most `target` bytes are left."""
         files: list[tuple[float, int, Path]] = []
         used = 0
-        for path in self.folder.glob("*/*"):
+        for path in self.folder.glob(RANGES):
             try:
                 status = path.stat()
             except FileNotFoundError:  # its writer has just renamed it

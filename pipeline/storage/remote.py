@@ -6,17 +6,21 @@ example from the AWS configuration files.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import shutil
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePath
-from typing import Any, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar
 
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.files import is_disk_full, write_atomically
@@ -28,6 +32,7 @@ log = logging.getLogger(__name__)
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
 PART_BYTES = 16 << 20  # size of the parts in which a large object is sent or fetched
 CONCURRENT_PARTS = 4  # together 64 MB of memory
+CONCURRENT_REQUESTS = 64  # connections of a process to a store
 MAX_PARTS = 10_000  # S3 accepts no more parts per object
 RETRY_WAITS_S = (1.0, 5.0, 20.0, 60.0, 120.0)  # after the retries of the store's own package
 _S3: dict[str, Any] = {
@@ -36,6 +41,9 @@ _S3: dict[str, Any] = {
     "config_kwargs": {
         "connect_timeout": 10,
         "read_timeout": 60,
+        # The package's default of 10 would limit a store with 100 ms latency to 100 answers a
+        # second, whatever the number of threads that read.
+        "max_pool_connections": CONCURRENT_REQUESTS,
         "retries": {"mode": "standard", "total_max_attempts": 3},
     },
 }
@@ -58,6 +66,7 @@ STORE_ERRORS = (  # (module, class): what the packages raise besides OSError
 )
 PRECONDITION_FAILED = 412
 VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "created", "LastModified")
+STOP_POLL_S = 0.2  # how often a read looks whether it is still wanted
 T = TypeVar("T")
 
 
@@ -84,6 +93,66 @@ class _Changed(Exception):
     """An object has another version than expected."""
 
 
+class ReadStop:
+    """Ends the reads of a process from a store, although the store gives no answer.
+
+    A copy in another process is a ReadStop of its own.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def __reduce__(self) -> tuple[type[ReadStop], tuple[()]]:
+        return ReadStop, ()
+
+    def set(self) -> None:
+        """End all reads that take place, and let later ones fail at once."""
+        self._event.set()
+
+    @property
+    def is_set(self) -> bool:
+        """Whether nothing is to be read any more."""
+        return self._event.is_set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for `timeout_s` seconds, or until reads are ended. Return whether they are."""
+        return self._event.wait(timeout_s)
+
+    def result(self, future: Future[T]) -> T:
+        """Return the result of a future, or cancel it when reads are ended.
+
+        Raises:
+            CancelledError: If reads are ended, besides the exceptions of the future.
+        """
+        while not self.is_set:
+            try:
+                return future.result(STOP_POLL_S)
+            except TimeoutError:
+                if future.done():  # just now, or the timeout is one of the request
+                    return future.result()
+        future.cancel()
+        raise CancelledError
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Return function(), which is left to itself when reads are ended.
+
+        Raises:
+            CancelledError: If reads are ended, besides the exceptions of the function.
+        """
+        if self.is_set:
+            raise CancelledError
+        future: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # noqa: BLE001  raised by the caller
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="store", daemon=True).start()
+        return self.result(future)
+
+
 @dataclass(frozen=True)
 class RemotePath:
     """A URL with the methods of `pathlib.Path` that the pipeline needs.
@@ -95,10 +164,16 @@ class RemotePath:
     Args:
         url: The URL without a slash at its end.
         retry_waits_s: Seconds to wait before each retry.
+        stop: Ends reads early, which then raise RunError. None waits for the store.
     """
+
+    # Neighbouring pieces of an object that together have about this size are one request. 0 makes
+    # every request as large as what is asked for.
+    unit_bytes: ClassVar[int] = 0
 
     url: str
     retry_waits_s: tuple[float, ...] = field(default=RETRY_WAITS_S, compare=False, repr=False)
+    stop: ReadStop | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         """Return the URL without user name and password."""
@@ -202,7 +277,7 @@ class RemotePath:
 
         def read(fs: Any, path: str) -> bytes:
             if self.scheme in FILESYSTEM_OPTIONS:  # S3 checks the version in the same request
-                data = _read_s3_range(fs, path, version, start, size)
+                data = _read_s3_range(fs, path, version, start, size, self.stop or ReadStop())
             else:
                 data = fs.cat_file(path, start=start, end=start + size)
                 if RemoteObject.from_info(fs.info(path)) != version:
@@ -212,7 +287,7 @@ class RemotePath:
             return data
 
         try:
-            return self._call("cannot be read", read)
+            return self._call("cannot be read", read, ends_early=True)
         except (_Changed, FileNotFoundError) as error:
             raise RunError(
                 f"{self} was changed or deleted while it was in use; run the same command again, "
@@ -314,7 +389,11 @@ class RemotePath:
         self._call("cannot be written", write_atomically, may_be_missing=False)
 
     def _call(
-        self, failure: str, operation: Callable[[Any, str], T], may_be_missing: bool = True
+        self,
+        failure: str,
+        operation: Callable[[Any, str], T],
+        may_be_missing: bool = True,
+        ends_early: bool = False,
     ) -> T:
         """Return operation(file system, path), retried after each of the waits.
 
@@ -322,12 +401,18 @@ class RemotePath:
             failure: What the error message says about this path, such as "cannot be read".
             operation: Called with fsspec's file system and the path in it.
             may_be_missing: Raise FileNotFoundError at once. False treats it as a failed attempt.
+            ends_early: Whether the operation itself ends when `stop` is set.
         """
+        stop = self.stop
         for wait_s in (*self.retry_waits_s, None):
             try:
                 fs, path = self.filesystem()
                 fs.invalidate_cache()  # other processes write there, too
-                return operation(fs, path)
+                if stop is None or ends_early:
+                    return operation(fs, path)
+                return stop.call(partial(operation, fs, path))
+            except CancelledError as error:
+                raise RunError(f"{self} {failure}, because the run has ended") from error
             except _store_errors() as error:
                 if isinstance(error, OSError) and is_disk_full(error):
                     raise
@@ -339,8 +424,13 @@ class RemotePath:
                         f"{self} {failure} ({reason}); committed work is kept, run the same "
                         "command to resume"
                     ) from error
+                if stop is not None and stop.is_set:
+                    continue
                 log.warning("%s %s (%s). Retrying in %.0f s.", self, failure, reason, wait_s)
-                time.sleep(wait_s)
+                if stop is None:
+                    time.sleep(wait_s)
+                else:
+                    stop.wait(wait_s)
         raise AssertionError("the last wait is None")
 
     def filesystem(self) -> tuple[Any, str]:
@@ -364,25 +454,36 @@ class RemotePath:
         return fs, path
 
 
-def _read_s3_range(fs: Any, path: str, version: RemoteObject, start: int, size: int) -> bytes:
+def _read_s3_range(
+    fs: Any, path: str, version: RemoteObject, start: int, size: int, stop: ReadStop
+) -> bytes:
     """Read a range of an object in S3 on the condition that its ETag is the expected one."""
-    from fsspec.asyn import sync
-
     bucket, key, _ = fs.split_path(path)
-    try:
-        response = fs.call_s3(
+
+    async def read() -> bytes:
+        response = await fs._call_s3(
             "get_object",
             Bucket=bucket,
             Key=key,
             Range=f"bytes={start}-{start + size - 1}",
             IfMatch=version.version,
         )
+        return await response["Body"].read()
+
+    try:
+        return stop.result(asyncio.run_coroutine_threadsafe(read(), fs.loop))
     except OSError as error:
         answer = getattr(error.__cause__, "response", {})
         if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == PRECONDITION_FAILED:
             raise _Changed from error
         raise
-    return cast(bytes, sync(fs.loop, response["Body"].read))
+
+
+def stop_reading(*paths: StorePath) -> None:
+    """End all reads below paths whose reads end early. Local paths have none."""
+    for path in paths:
+        if isinstance(path, RemotePath) and path.stop is not None:
+            path.stop.set()
 
 
 StorePath = Path | RemotePath

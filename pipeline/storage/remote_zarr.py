@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from zarr.abc.store import (
@@ -17,11 +18,15 @@ from zarr.core.buffer import Buffer, BufferPrototype
 
 from pipeline.storage.remote import RemotePath, StorePath
 
+SMALL_BYTES = 4 << 10
+CONCURRENT_READS = 8
+
 
 class RemoteStore(Store):
     """Reads the keys of a Zarr group as objects below a URL.
 
-    The objects are listed once, so that a missing key costs no request.
+    The objects are listed once, so that a missing key costs no request. The descriptions of the
+    arrays and other small objects are read at the same time and kept in memory.
 
     Args:
         path: The URL of the group.
@@ -35,6 +40,14 @@ class RemoteStore(Store):
         super().__init__(read_only=True)
         self.path = path
         self._sizes = {name: found.size for name, found in path.list_objects().items()}
+        small = [
+            name
+            for name, size in self._sizes.items()
+            if name.endswith("zarr.json") or 0 < size <= SMALL_BYTES
+        ]
+        with ThreadPoolExecutor(CONCURRENT_READS) as pool:
+            contents = pool.map(lambda name: (path / name).read_bytes(), small)
+            self._contents = dict(zip(small, contents, strict=True))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemoteStore) and other.path == self.path
@@ -52,6 +65,9 @@ class RemoteStore(Store):
         if size is None:
             return None
         start, end = _range(byte_range, size)
+        content = self._contents.get(key)
+        if content is not None:
+            return prototype.buffer.from_bytes(content[start:end])
         data = await asyncio.to_thread((self.path / key).read_range, start, end - start)
         return prototype.buffer.from_bytes(data)
 

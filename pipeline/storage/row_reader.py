@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import google_crc32c
@@ -21,6 +24,9 @@ class RowReader:
 
     Zarr asks for the index of the chunks and for each chunk, one after another. The index is kept
     here, and neighbouring chunks are one range. The rows are those that Zarr returns.
+
+    At a cached path, the chunks that begin in the same unit of `unit_bytes` are one range. Assets
+    that lie side by side then share a download.
 
     Args:
         array: The array, opened with Zarr. It must be chunked along its rows alone, compressed by
@@ -50,7 +56,7 @@ class RowReader:
         self.chunk_rows = chunks[0]
         self.num_chunks = shards[0] // chunks[0]
         self.file = path / "/".join(["c", *("0" for _ in array.shape)])
-        self._spans: NDArray[np.uint64] | None = None
+        self._spans: NDArray[np.int64] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the rows from `start` to before `stop`.
@@ -61,19 +67,35 @@ class RowReader:
         if stop <= start:
             return np.zeros((0, *self.shape[1:]), self.dtype)
         first, last = start // self.chunk_rows, (stop - 1) // self.chunk_rows
-        spans = self._index()[first : last + 1].astype(np.int64)
-        begin, end = int(spans[:, 0].min()), int(spans.sum(1).max())
-        data = self.file.read_range(begin, end - begin)
-        rows = np.empty((len(spans) * self.chunk_rows, *self.shape[1:]), self.dtype)
-        for number, (offset, size) in enumerate(spans - [begin, 0]):
-            chunk = blosc.decompress(data[offset : offset + size])
-            piece = rows[number * self.chunk_rows : (number + 1) * self.chunk_rows]
-            piece[:] = np.frombuffer(chunk, self.dtype).reshape(piece.shape)
+        spans = self.read_index()
+        rows = np.empty(((last + 1 - first) * self.chunk_rows, *self.shape[1:]), self.dtype)
+        for chunks in self._ranges(spans, first, last):
+            of_range = spans[chunks.start : chunks.stop]
+            begin, end = int(of_range[:, 0].min()), int(of_range.sum(1).max())
+            data = memoryview(self.file.read_range(begin, end - begin))
+            for number in range(max(chunks.start, first), min(chunks.stop, last + 1)):
+                offset, size = spans[number] - [begin, 0]
+                chunk = blosc.decompress(data[offset : offset + size])
+                piece = rows[(number - first) * self.chunk_rows :][: self.chunk_rows]
+                piece[:] = np.frombuffer(chunk, self.dtype).reshape(piece.shape)
         skipped = first * self.chunk_rows
         return rows[start - skipped : stop - skipped]
 
-    def _index(self) -> NDArray[np.uint64]:
-        """Return offset and size of each chunk in the file, [chunks, 2]."""
+    def _ranges(self, spans: NDArray[np.int64], first: int, last: int) -> list[range]:
+        """Return the numbers of the chunks that are read together to have `first` to `last`."""
+        if not self.file.unit_bytes:
+            return [range(first, last + 1)]
+        units = spans[:, 0] // self.file.unit_bytes
+        edges = [0, *(np.flatnonzero(np.diff(units)) + 1).tolist(), len(spans)]
+        ranges = [range(*pair) for pair in itertools.pairwise(edges)]
+        return [chunks for chunks in ranges if chunks.stop > first and chunks.start <= last]
+
+    def read_index(self) -> NDArray[np.int64]:
+        """Return offset and size of each chunk in the file, [chunks, 2]. It is read once.
+
+        Raises:
+            ValueError: If the index is damaged.
+        """
         if self._spans is None:
             size = 16 * self.num_chunks + CHECKSUM_BYTES
             total = self.file.describe().size
@@ -84,16 +106,27 @@ class RowReader:
                 or google_crc32c.value(index).to_bytes(CHECKSUM_BYTES, "little") != checksum
             ):
                 raise ValueError(f"the index of the chunks of {self.file} is damaged")
-            spans = np.frombuffer(index, "<u8").reshape(-1, 2)
-            if spans.max() > total:
+            stored = np.frombuffer(index, "<u8").reshape(-1, 2)
+            if stored.max() > total:
                 raise ValueError(f"the index of the chunks of {self.file} exceeds the file")
-            self._spans = spans
+            self._spans = stored.astype(np.int64)
         return self._spans
 
 
-def row_reader(array: zarr.Array[Any], path: StorePath) -> zarr.Array[Any] | RowReader:
-    """Return what `read_rows` reads an array with: a RowReader at a URL, else the array itself."""
-    return RowReader(array, path) if isinstance(path, RemotePath) else array
+def row_readers(
+    arrays: Mapping[str, zarr.Array[Any]], group: StorePath
+) -> dict[str, zarr.Array[Any] | RowReader]:
+    """Return what `read_rows` reads the arrays of a group with.
+
+    These are RowReaders at a URL, whose indexes are read at the same time, else the arrays.
+    """
+    if not isinstance(group, RemotePath):
+        return dict(arrays)
+    readers = {name: RowReader(array, group / name) for name, array in arrays.items()}
+    if group.unit_bytes:
+        with ThreadPoolExecutor(len(readers)) as pool:
+            list(pool.map(RowReader.read_index, readers.values()))
+    return dict(readers)
 
 
 def read_rows(array: zarr.Array[Any] | RowReader, start: int, stop: int) -> NDArray[Any]:

@@ -31,7 +31,7 @@ from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.core.schema import BRICK_ARRAYS, Bricks
 from pipeline.storage.remote import StorePath, store_path
 from pipeline.storage.remote_zarr import zarr_store
-from pipeline.storage.row_reader import read_rows, row_reader
+from pipeline.storage.row_reader import read_rows, row_readers
 
 CHUNK_ROWS = 1024  # rows of an array that are compressed and read together
 POINTS_PER_CELL = CELL_SIDE**3
@@ -222,9 +222,9 @@ class SdfShard:
         self.uids: list[str] = list(self.attributes["uids"])  # pyright: ignore[reportArgumentType]
         self.offsets: NDArray[np.int64] = np.asarray(self._arrays["offsets"][:])
         self._rows = {uid: row for row, uid in enumerate(self.uids)}
-        self._readers = {
-            name: row_reader(self._arrays[name], self.path / name) for name in BRICK_ARRAYS.values()
-        }
+        self._readers = row_readers(
+            {name: self._arrays[name] for name in BRICK_ARRAYS.values()}, self.path
+        )
 
     def __len__(self) -> int:
         """Return the number of assets."""

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,10 +33,11 @@ from pipeline.storage.layout import (
     product_paths,
 )
 from pipeline.storage.manifest import check_version
-from pipeline.storage.remote import StorePath, read_files
+from pipeline.storage.remote import StorePath, read_files, stop_reading
 from train.data.rank_batch import RankBatch
-from train.data.source import ConcurrentReader
+from train.data.source import OPEN_SHARDS, ConcurrentReader
 from train.data.symmetry import SYMMETRIES, move_bricks
+from train.data.thread_safe_cache import ThreadSafeCache
 from train.engine.batch_sampler import BatchSampler, SampleId, StepSamples
 from train.engine.distributed import World
 
@@ -53,7 +54,6 @@ UNREADABLE = (
     OSError,
     IndexError,
 )
-OPEN_SHARDS = 64  # shards kept open at once; each is a few small objects
 ONE_BITS = 0x3C00  # the bits of 1.0 as float16
 MIN_BAD = 5  # unreadable assets below which a run never ends
 
@@ -271,7 +271,7 @@ class BrickReader:
         self._lock = threading.Lock()
         self._kept: dict[tuple[int, int], Bricks] = {}
         self._room = kept_bytes
-        self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._open: ThreadSafeCache[tuple[int, str], SdfShard] = ThreadSafeCache(OPEN_SHARDS)
         self.concurrent = ConcurrentReader(index.root)
 
     def read(self, asset: int, resolution: int) -> Bricks:
@@ -287,9 +287,10 @@ class BrickReader:
         """
         with self._lock:
             kept = self._kept.get((asset, resolution))
-            if kept is not None:
-                return kept
-            shard = self._open(resolution, self.index.shards[asset])
+        if kept is not None:
+            return kept
+        name = self.index.shards[asset]
+        shard = self._open.get((resolution, name), lambda: self._open_shard(resolution, name))
         bricks = shard.bricks(self.index.uids[asset])
         if not len(bricks.cells):
             raise ValueError("the asset has no cells")
@@ -398,6 +399,7 @@ class BrickLoader:
         self.largest = largest
         self.pin = pin
         self.bad: set[tuple[int, int]] = set()  # (asset, resolution)
+        self._is_closed = False
         self._tried: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
 
@@ -409,6 +411,11 @@ class BrickLoader:
         """
         batch = self._collate(step.ranks[rank], step.resolution, step.loss_weight)
         return batch.pin_memory() if self.pin else batch
+
+    def close(self) -> None:
+        """End reads, also those that wait for a store. Later loads raise RunError."""
+        self._is_closed = True
+        stop_reading(self.index.root)
 
     def load_assets(self, assets: Sequence[int], resolution: int) -> VAEBatch:
         """Load a batch of chosen assets as in their first epoch, for one rank."""
@@ -445,9 +452,11 @@ class BrickLoader:
             fits = tokens[candidate] and (self.largest is None or tokens[candidate] <= self.largest)
             if not fits or (candidate, resolution) in self.bad:
                 continue
+            self._check_open()
             try:
                 bricks = self.reader.read(candidate, resolution)
             except UNREADABLE as error:
+                self._check_open()  # an interpreter that ends fails reads of sound assets
                 self._note_bad(candidate, resolution, error)
                 continue
             with self._lock:
@@ -457,6 +466,10 @@ class BrickLoader:
             f"no asset of {self.index.root} can be read at R = {resolution}; "
             f"run python -m pipeline.verify {self.index.root}"
         )
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RunError(f"nothing is read from {self.index.root} after the run has ended")
 
     def _note_bad(self, asset: int, resolution: int, error: Exception) -> None:
         with self._lock:

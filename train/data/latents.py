@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from pipeline.core.hashing import options_of
 from pipeline.core.provenance import FORMAT_VERSION
 from pipeline.storage.locks import workspace
 from pipeline.storage.remote import StorePath, list_children
-from train.data.source import ConcurrentReader
+from train.data.source import OPEN_SHARDS, ConcurrentReader
+from train.data.thread_safe_cache import ThreadSafeCache
 
-OPEN_SHARDS = 64  # shards kept open at once
 STATISTICS = "stats.json"
 LAST_WRITTEN = "zarr.json"  # a store at a URL is complete when it has this object
 ARRAYS = ("cells", "mean", "logvar", "offsets")
@@ -225,7 +225,7 @@ class LatentShard:
         from zarr.errors import BaseZarrError
 
         from pipeline.storage.remote_zarr import zarr_store
-        from pipeline.storage.row_reader import row_reader
+        from pipeline.storage.row_reader import row_readers
 
         self.path = path
         try:
@@ -251,10 +251,9 @@ class LatentShard:
         self.train_sums = LatentSums(cells=sums["cells"], **arrays)
         self.offsets: NDArray[np.int64] = np.asarray(self._arrays["offsets"][:])
         self._row = {uid: row for row, uid in enumerate(self.uids)}
-        self._readers = {
-            name: row_reader(self._arrays[name], path / name)
-            for name in ("cells", "mean", "logvar")
-        }
+        self._readers = row_readers(
+            {name: self._arrays[name] for name in ("cells", "mean", "logvar")}, path
+        )
 
     def tokens(self, uid: str) -> int:
         """Return the number of cells of an asset. Unknown uids raise KeyError."""
@@ -326,12 +325,12 @@ class LatentStore:
         self.tokens: dict[str, int] = {}
         self._shard_of: dict[str, StorePath] = {}
         paths = [path for path in list_children(self.folder) if path.name.endswith(".zarr")]
+        self._lock = threading.Lock()
+        self._open: ThreadSafeCache[StorePath, LatentShard] = ThreadSafeCache(OPEN_SHARDS)
         shards = ConcurrentReader(root).map(self._open_checked, paths)
         for path, shard in zip(paths, shards, strict=True):
             self.tokens.update((uid, shard.tokens(uid)) for uid in shard.uids)
             self._shard_of.update(dict.fromkeys(shard.uids, path))
-        self._lock = threading.Lock()
-        self._open = lru_cache(OPEN_SHARDS)(LatentShard)
 
     def __reduce__(self) -> tuple[Any, ...]:
         make = partial(LatentStore, self.root, self.resolution, self.vae, symmetry=self.symmetry)
@@ -339,7 +338,7 @@ class LatentStore:
 
     def _open_checked(self, path: StorePath) -> LatentShard:
         try:
-            shard = LatentShard(path)
+            shard = self._shard(path)
         except ValueError as error:
             raise UserError(str(error)) from error
         if (shard.vae, shard.resolution) != (self.vae, self.resolution):
@@ -348,6 +347,9 @@ class LatentStore:
                 f"{shard.vae} at R = {shard.resolution}; delete it and encode again"
             )
         return shard
+
+    def _shard(self, path: StorePath) -> LatentShard:
+        return self._open.get(path, lambda: LatentShard(path))
 
     def __contains__(self, uid: str) -> bool:
         return uid in self.tokens
@@ -377,9 +379,7 @@ class LatentStore:
             ValueError: If they are not finite. Damaged files also raise KeyError, RuntimeError or
                 OSError.
         """
-        with self._lock:
-            shard = self._open(self._shard_of[uid])
-        latent = shard.read(uid)
+        latent = self._shard(self._shard_of[uid]).read(uid)
         if not (np.isfinite(latent.mean).all() and np.isfinite(latent.logvar).all()):
             raise ValueError("latents must be finite")
         return latent

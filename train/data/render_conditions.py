@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,9 +19,11 @@ from pipeline.core.hashing import seed_of
 from pipeline.core.product import Product
 from pipeline.storage.commit_marker import check_sizes
 from pipeline.storage.layout import list_commits, product_paths
-from train.data.bricks import OPEN_SHARDS, UNREADABLE, BuildIndex
+from train.data.bricks import UNREADABLE, BuildIndex
 from train.data.config import FlowOptions
+from train.data.source import OPEN_SHARDS
 from train.data.symmetry import quarter_turn, turns_to_face
+from train.data.thread_safe_cache import ThreadSafeCache
 
 if TYPE_CHECKING:
     from pipeline.core.schema import View
@@ -31,35 +31,6 @@ if TYPE_CHECKING:
 
 PREPARED_BYTES = 64 << 20  # of prepared images that are kept in memory
 VIEW_ORDERS = 1 << 12  # orders of a shard's views that are kept in memory, of some hundred bytes
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
-class ThreadSafeCache(Generic[Key, Value]):
-    """A cache of recently used values. One thread makes a value while others wait for it.
-
-    Args:
-        max_size: Number of values to keep.
-    """
-
-    def __init__(self, max_size: int):
-        self.max_size = max_size
-        self._lock = threading.Lock()
-        # Each key has a lock, and a list that is empty until the value is made.
-        self._entries: OrderedDict[Key, tuple[threading.Lock, list[Value]]] = OrderedDict()
-
-    def get(self, key: Key, make: Callable[[], Value]) -> Value:
-        """Return the value of a key, calling `make` if it is not cached."""
-        with self._lock:
-            key_lock, values = self._entries.setdefault(key, (threading.Lock(), []))
-            self._entries.move_to_end(key)
-            while len(self._entries) > self.max_size:
-                self._entries.popitem(last=False)
-        with key_lock:
-            if not values:
-                values.append(make())
-        return values[0]
 
 
 class ViewReader:
@@ -91,8 +62,7 @@ class ViewReader:
                     + (f", but --cameras {others}" if others else "")
                     + f"; add them: python -m pipeline.build --out {index.root} --cameras {options}"
                 )
-        self._lock = threading.Lock()
-        self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._open: ThreadSafeCache[str, tuple[RenderShard, int]] = ThreadSafeCache(OPEN_SHARDS)
         self._images: ThreadSafeCache[tuple[str, int], dict[str, bytes]] | None = (
             ThreadSafeCache(ahead) if ahead else None
         )
@@ -156,8 +126,9 @@ class ViewReader:
             ) from error
 
     def _shard(self, asset: int) -> tuple[RenderShard, int]:
-        with self._readable(asset, 0), self._lock:
-            return self._open(self.index.shards[asset])
+        name = self.index.shards[asset]
+        with self._readable(asset, 0):
+            return self._open.get(name, lambda: self._open_shard(name))
 
     def _open_shard(self, name: str) -> tuple[RenderShard, int]:
         from pipeline.storage.render_shard import RenderShard  # not all users need its imports

@@ -10,13 +10,14 @@ from typing import TypeVar
 from pipeline.core.errors import UserError
 from pipeline.storage.cached_path import CachedPath
 from pipeline.storage.range_cache import RangeCache
-from pipeline.storage.remote import RemotePath, StorePath, check_exists
+from pipeline.storage.remote import ReadStop, RemotePath, StorePath, check_exists
 from train.data.config import CacheConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CONCURRENT_READS = 32  # from a remote build
+CONCURRENT_READS = 64  # from a remote build
+OPEN_SHARDS = 512  # shards that a reader keeps open, of some ten kilobytes each
 
 
 def open_source(path: StorePath, cache: CacheConfig) -> StorePath:
@@ -31,7 +32,7 @@ def open_source(path: StorePath, cache: CacheConfig) -> StorePath:
         raise UserError(f"{path} is visible to one process only; choose another --data")
     check_exists(path)
     ranges = RangeCache(cache.dir, cache.max_bytes)
-    return CachedPath(path.url, path.retry_waits_s, cache=ranges)
+    return CachedPath(path.url, path.retry_waits_s, ReadStop(), cache=ranges)
 
 
 class ConcurrentReader:

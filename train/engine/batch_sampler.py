@@ -195,6 +195,9 @@ class ShardBatchSampler(BatchSampler):
         tokens: As for BatchSampler.
         shards: Name of the shard of each asset.
         mixed: Number of shards that are shuffled together.
+        staggered: Whether the shards begin and end one after another, so that reading them needs
+            the same bandwidth all the time. The samples of a shard are then spread evenly over the
+            time of `mixed` shards. Otherwise `mixed` shards begin and end together.
         **options: Other arguments of BatchSampler.
     """
 
@@ -204,14 +207,22 @@ class ShardBatchSampler(BatchSampler):
         shards: Sequence[str],
         *,
         mixed: int,
+        staggered: bool = False,
         **options: Any,
     ):
         super().__init__(tokens, **options)
         self.mixed = mixed
+        self.staggered = staggered
         numbers = np.unique(np.asarray(shards), return_inverse=True)[1]
         self._shard_of = numbers.reshape(-1)  # number of each asset's shard
 
     def _order(self, assets: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-        place = rng.permutation(int(self._shard_of.max()) + 1)  # of each shard in this epoch
+        shards = int(self._shard_of.max()) + 1
+        if self.staggered and shards <= self.mixed:  # all shards are mixed
+            return super()._order(assets, rng)
+        place = rng.permutation(shards)  # of each shard in this epoch
+        if self.staggered:
+            times = place[self._shard_of[assets]] + self.mixed * rng.random(len(assets))
+            return assets[np.argsort(times, kind="stable")]
         group = place[self._shard_of[assets]] // self.mixed
         return assets[np.lexsort([rng.random(len(assets)), group])]

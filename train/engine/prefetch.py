@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -73,6 +75,10 @@ class Loader(Protocol[Job, Loaded]):
         """Load the batch of one rank in one step."""
         ...
 
+    def close(self) -> None:
+        """End loads that wait for data. They may fail."""
+        ...
+
 
 def start_prefetcher(
     jobs: JobSource[Job],
@@ -94,7 +100,9 @@ def start_prefetcher(
     if kind == "processes" and workers:
         return ProcessPrefetcher(jobs, make_loader, rank=rank, workers=workers)
     loader = make_loader()
-    return Prefetcher(jobs, lambda job: loader.load(job, rank), workers=workers)
+    return Prefetcher(
+        jobs, lambda job: loader.load(job, rank), workers=workers, close_loader=loader.close
+    )
 
 
 class Prefetcher(Generic[Job, Loaded]):
@@ -109,6 +117,7 @@ class Prefetcher(Generic[Job, Loaded]):
         load: Loads the batch of a job. It runs in several threads at once.
         workers: Number of threads. 0 loads each batch when it is asked for.
         ahead: Largest number of batches that are loaded or waiting. None is twice `workers`.
+        close_loader: Ends loads that wait for data when the stream is closed.
     """
 
     def __init__(
@@ -118,7 +127,9 @@ class Prefetcher(Generic[Job, Loaded]):
         *,
         workers: int,
         ahead: int | None = None,
+        close_loader: Callable[[], None] = lambda: None,
     ):
+        self._close_loader = close_loader
         self.jobs = jobs
         self.load = load
         self.workers = workers
@@ -163,11 +174,12 @@ class Prefetcher(Generic[Job, Loaded]):
         return bool(wait([self._waiting[0][0]], timeout_s).done)
 
     def close(self) -> None:
-        """Stop the workers after the batches that they load now, which a store may delay.
+        """Stop the workers. They end soon, although a store may give no answer.
 
         Batches loaded ahead are dropped.
         """
         self._drop()
+        self._close_loader()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -204,14 +216,16 @@ class ProcessPrefetcher(Prefetcher[Job, Loaded]):
         workers: int,
         ahead: int | None = None,
     ):
-        self._arguments = (make_loader, rank)
-        super().__init__(jobs, _load, workers=workers, ahead=ahead)
-
-    def _make_pool(self) -> Executor:
         # Processes that are forked from this one would inherit the locks of its threads and a CUDA
         # context that they cannot use.
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.workers, context, _start, self._arguments)
+        self._context = multiprocessing.get_context("spawn")
+        running, self._running = self._context.Pipe(duplex=False)
+        self._arguments = (make_loader, rank, running)
+        close = self._running.close
+        super().__init__(jobs, _load, workers=workers, ahead=ahead, close_loader=close)
+
+    def _make_pool(self) -> Executor:
+        return ProcessPoolExecutor(self.workers, self._context, _start, self._arguments)
 
     def _submit(self, pool: Executor, job: Job) -> Future[Loaded]:
         try:
@@ -239,11 +253,15 @@ class ProcessPrefetcher(Prefetcher[Job, Loaded]):
 _loader: list[tuple[Loader[Any, Any], int]] = []  # of this process, if it is a worker
 
 
-def _start(make_loader: Callable[[], Loader[Any, Any]], rank: int) -> None:
-    """Make the loader of a worker process, which ends with the process that started it."""
+def _start(make_loader: Callable[[], Loader[Any, Any]], rank: int, running: Connection) -> None:
+    """Make the loader of a worker process.
+
+    The process ends with the process that started it, or when that closes its end of `running`.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    ends = (parent.sentinel, running)
+    threading.Thread(target=lambda: (wait_for_any(ends), os._exit(1)), daemon=True).start()
     # A signal to stop the run reaches all processes of its group. The run still needs its batches.
     os.setsid()
     torch.set_num_threads(1)

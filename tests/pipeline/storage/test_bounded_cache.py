@@ -5,11 +5,18 @@ import multiprocessing
 import os
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.storage.range_cache import ABANDONED_AFTER_S, CHECKSUM_BYTES, USAGE, RangeCache
+from pipeline.storage.range_cache import (
+    ABANDONED_AFTER_S,
+    CHECKSUM_BYTES,
+    RANGES,
+    USAGE,
+    RangeCache,
+)
 
 
 def content(key: str, size: int) -> bytes:
@@ -30,7 +37,7 @@ def read(cache: RangeCache, key: str, size: int = 1000) -> bool:
 
 
 def files(cache: RangeCache) -> list:
-    return [path for path in cache.folder.rglob("*") if path.is_file() and path.name != USAGE]
+    return list(cache.folder.glob(RANGES))
 
 
 def used(cache: RangeCache) -> int:
@@ -132,6 +139,53 @@ def test_bounded_cache_in_a_place_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"the cache cannot use .*/file/x: .*; choose another --ca"):
         RangeCache(tmp_path / "file" / "x", 1000)
+
+
+def download_once(folder, number: int, downloads) -> None:
+    """Read one range as several processes and threads do, and count the downloads."""
+    cache = RangeCache(folder, 10_000)
+
+    def fetch() -> bytes:
+        downloads.put(number)
+        time.sleep(0.1)
+        return content("a", 1000)
+
+    with ThreadPoolExecutor(3) as pool:
+        results = [pool.submit(cache.get, "a", 1000, fetch) for _ in range(3)]
+    assert {result.result() for result in results} == {content("a", 1000)}
+
+
+def test_bounded_cache_downloads_a_range_once_for_all_who_miss_it(tmp_path):
+    context = multiprocessing.get_context("fork")
+    downloads = context.SimpleQueue()
+    workers = [
+        context.Process(target=download_once, args=(tmp_path, number, downloads))
+        for number in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    downloads.get()
+    assert downloads.empty()
+
+
+def test_bounded_cache_hands_a_failed_download_to_the_next_who_waits(tmp_path):
+    cache, attempts = RangeCache(tmp_path, 10_000), []
+
+    def fetch() -> bytes:
+        attempts.append(1)
+        time.sleep(0.05)
+        if len(attempts) == 1:
+            raise OSError("gone")
+        return content("a", 1000)
+
+    with ThreadPoolExecutor(3) as pool:
+        results = [pool.submit(cache.get, "a", 1000, fetch) for _ in range(3)]
+    errors = [result.exception() for result in results]
+    assert [str(error) for error in errors if error] == ["gone"]
+    assert len(attempts) == 2
 
 
 def work(folder, limit: int, seed: int, results) -> None:

@@ -75,3 +75,29 @@ def test_object_store_an_array_of_another_layout_is_refused(tmp_path):
     array = zarr.create_array(tmp_path / "other", shape=(9, 4), chunks=(3, 2), dtype="int16")
     with pytest.raises(ValueError, match=r"must be one file of Blosc chunks .* chunks \(3, 2\)"):
         RowReader(array, RemotePath("memory://other"))
+
+
+def test_object_store_chunks_of_a_unit_are_one_range_for_all_their_rows(stored, monkeypatch):
+    """A file of four chunks in units of about two: every row costs one of the same ranges."""
+    rows, url = stored
+    reader = reader_of(url)
+    reader.read_index()
+    ranges = []
+    original = RemotePath.read_range
+
+    def note(self, start, size):
+        ranges.append((start, size))
+        return original(self, start, size)
+
+    monkeypatch.setattr(RemotePath, "read_range", note)
+    monkeypatch.setattr(RemotePath, "unit_bytes", int(reader.read_index()[2, 0]))
+    for start in range(0, ROWS, 100):
+        np.testing.assert_array_equal(reader.read(start, start + 50), rows[start : start + 50])
+    spans = reader.read_index()
+    assert set(ranges) == {
+        (0, int(spans[1].sum())),
+        (int(spans[2, 0]), int(spans[3].sum() - spans[2, 0])),
+    }
+    ranges.clear()
+    np.testing.assert_array_equal(reader.read(10, ROWS - 10), rows[10 : ROWS - 10])
+    assert len(ranges) == 2

@@ -16,6 +16,7 @@ from model.sparse_tensor import BrickBatch
 from pipeline.core.errors import RunError, UserError
 from tests.train.analytic_builds import bricks_of, make_build, shape
 from train.data.bricks import BrickLoader, BrickReader, read_build_index
+from train.data.thread_safe_cache import ThreadSafeCache
 from train.engine.batch_sampler import BatchSampler
 from train.engine.prefetch import Prefetcher
 
@@ -206,7 +207,7 @@ def test_kept_bricks_are_not_read_again_and_stay_within_their_memory(build, tmp_
     reader = BrickReader(index, kept_bytes=size)
     before = [reader.read(asset, 32) for asset in (0, 1)]
     shutil.rmtree(copy / "sdf")
-    reader._open.cache_clear()
+    reader._open = ThreadSafeCache(1)
     assert reader.read(0, 32) is before[0]
     with pytest.raises((OSError, ValueError)):  # there was no room for the second asset
         reader.read(1, 32)

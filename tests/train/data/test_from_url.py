@@ -53,7 +53,7 @@ def settings(store, monkeypatch):
     for name, value in store.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(RemotePath.__init__, "__defaults__", ((0.05, 0.05),))
+    monkeypatch.setattr(RemotePath.__init__, "__defaults__", ((0.05, 0.05), None))
     store.proxy.cuts, store.proxy.down, store.proxy.latency_s = [], False, 0.0
     yield
     store.proxy.cuts, store.proxy.down, store.proxy.latency_s = [], False, 0.0
@@ -265,7 +265,7 @@ def test_from_url_a_signal_while_the_store_stalls_ends_with_a_checkpoint(
     drill, expected, store, monkeypatch
 ):
     """The grace period of a spot instance is shorter than the retries."""
-    monkeypatch.setattr(RemotePath.__init__, "__defaults__", ((0.5,) * 20,))
+    monkeypatch.setattr(RemotePath.__init__, "__defaults__", ((0.5,) * 20, None))
     impatient(monkeypatch)
     stall = Cut("^GET .*/sdf/", "stall", times=10_000)
 
@@ -285,6 +285,64 @@ def test_from_url_a_signal_while_the_store_stalls_ends_with_a_checkpoint(
     store.proxy.cuts = []
     assert train_vae(drill, World()) == 6
     assert losses(drill.out) == expected
+
+
+def test_from_url_readers_end_soon_after_the_run_although_the_store_is_down(
+    drill, store, monkeypatch
+):
+    """Their retries would take minutes, and the process would wait for them."""
+    monkeypatch.setattr(RemotePath.__init__, "__defaults__", ((120.0,) * 5, None))
+    before = set(threading.enumerate())
+    signals = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+
+    def lose() -> None:
+        store.proxy.down = True
+        signals.start()
+
+    at_step(monkeypatch, 3, lose)
+    with pytest.raises(Stopped):
+        train_vae(drill, World())
+    ended = time.monotonic() + 5
+    started = set(threading.enumerate()) - before
+    readers = [thread for thread in started if thread.name.startswith("prefetch")]
+    assert readers
+    for reader in readers:
+        reader.join(max(0.0, ended - time.monotonic()))
+        assert not reader.is_alive()
+
+
+def test_from_url_processes_load_the_batches_of_the_directory(drill, expected):
+    """The versions of the objects go with the index to the processes, the locks do not."""
+    bricks = replace(drill.bricks, worker_kind="processes", workers=2)
+    assert train_vae(replace(drill, bricks=bricks), World()) == 6
+    assert losses(drill.out) == expected
+
+
+def test_from_url_opening_a_shard_takes_few_round_trips(store, url, cache):
+    """Listing, marker, descriptions and indexes: what does not depend on each other is parallel."""
+    latency = 0.1
+    index = read_build_index(open_source(store_path(url), cache), [32])
+    reader = BrickReader(index)
+    store.proxy.latency_s = latency
+    began = time.monotonic()
+    reader._open_shard(32, index.shards[0])
+    assert time.monotonic() - began < 11 * latency
+
+
+def test_from_url_shards_are_opened_at_the_same_time(url, cache, monkeypatch):
+    index = read_build_index(open_source(store_path(url), cache), [32])
+    assets = [index.shards.index(name) for name in sorted(set(index.shards))]
+    assert len(assets) > 1
+    meeting, original = threading.Barrier(len(assets), timeout=20), BrickReader._open_shard
+
+    def open_together(self, resolution, name):
+        meeting.wait()  # for the other shards to be opened
+        return original(self, resolution, name)
+
+    monkeypatch.setattr(BrickReader, "_open_shard", open_together)
+    reader = BrickReader(index)
+    found = reader.concurrent.map(lambda asset: reader.read(asset, 32), assets)
+    assert [len(bricks.cells) for bricks in found] == index.tokens[32][assets].tolist()
 
 
 def test_from_url_a_full_cache_disk_changes_no_loss(drill, expected, cache, monkeypatch, caplog):

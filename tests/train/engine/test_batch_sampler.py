@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import UserError
-from train.engine.batch_sampler import BatchSampler
+from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
 
 
 def make_sampler(tokens=None, **options):
@@ -114,3 +114,43 @@ def test_a_token_budget_takes_at_least_one_asset_per_rank_and_resumes():
     assert again.next() == sampler.next()
     with pytest.raises(UserError, match="R = 256 with at most token_budget = 40"):
         make_sampler(tokens, token_budget=40)
+
+
+def staggered(shards, **options):
+    """Draw one asset a step. Asset n lies in shard n // 10."""
+    tokens = {256: np.ones(10 * shards, int)}
+    names = [f"{n // 10:06d}" for n in range(10 * shards)]
+    options = {"batch_size": 1, "world_size": 1, "seed": 0} | options
+    return ShardBatchSampler(tokens, names, staggered=True, **options)
+
+
+def test_staggered_shards_begin_and_end_one_after_another():
+    """At any time about as many shards as are mixed are read, and each begins in its own time."""
+    sampler = staggered(30, mixed=4)
+    epochs = [[sampler.next().ranks[0][0].asset for _ in range(300)] for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    for order in epochs:
+        assert sorted(order) == list(range(300)), "every asset once"
+        shard_of_step = np.array(order) // 10
+        steps = [np.flatnonzero(shard_of_step == shard) for shard in range(30)]
+        begins = np.sort([step[0] for step in steps])
+        assert np.diff(begins).max() < 40, "no shards wait for a group to end"
+        is_open = sum(
+            ((np.arange(300) >= step[0]) & (np.arange(300) <= step[-1])).astype(int)
+            for step in steps
+        )
+        assert is_open.max() <= 6
+        assert max(step[-1] - step[0] for step in steps) < 60
+        mixture = [len(set(shard_of_step[first : first + 20])) for first in range(40, 240)]
+        assert min(mixture) >= 3, "no shard is read on its own"
+
+
+def test_staggered_shards_of_a_small_build_are_shuffled_together_and_resume():
+    whole = BatchSampler({256: np.ones(30, int)}, batch_size=1, world_size=1, seed=0)
+    small = staggered(3, mixed=3)
+    assert [small.next() for _ in range(60)] == [whole.next() for _ in range(60)]
+    sampler, again = staggered(9, mixed=2), staggered(9, mixed=2)
+    for _ in range(7):
+        sampler.next()
+    again.restore(json.loads(json.dumps(sampler.state)))
+    assert [again.next() for _ in range(100)] == [sampler.next() for _ in range(100)]

@@ -79,6 +79,9 @@ class ProcessLoader:
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.full((2, 3), self.factor * step), rank, os.getpid()
 
+    def close(self):
+        pass
+
 
 def test_processes_load_the_same_batches_in_order_and_hand_on_exceptions():
     make = partial(ProcessLoader, 10)
@@ -100,6 +103,25 @@ def test_processes_load_the_same_batches_in_order_and_hand_on_exceptions():
             next(stream)
     finally:
         stream.close()
+
+
+class EndlessLoader(ProcessLoader):
+    """Never returns a batch, as a store that gives no answer for minutes."""
+
+    def load(self, step, rank):
+        time.sleep(600)
+
+
+def test_processes_that_wait_for_data_end_when_the_stream_is_closed():
+    make = partial(EndlessLoader, 1)
+    stream = start_prefetcher(Count(), make, rank=0, workers=2, kind="processes")
+    assert not stream.wait(0.1)
+    processes = list(stream._pool._processes.values())
+    assert processes
+    stream.close()
+    for process in processes:
+        process.join(30)
+        assert not process.is_alive()
 
 
 def test_threads_and_no_workers_load_in_this_process():

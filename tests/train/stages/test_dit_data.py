@@ -21,8 +21,9 @@ from pipeline.storage.render_shard import RenderShard
 from tests.train.analytic_builds import color_of
 from tests.train.ss_dit_fixtures import VIEWS, config, loader_of, task_of, wake
 from train.data.bricks import BrickReader, read_build_index
-from train.data.render_conditions import ThreadSafeCache, ViewReader, sample_time
+from train.data.render_conditions import ViewReader, sample_time
 from train.data.symmetry import move_bricks
+from train.data.thread_safe_cache import ThreadSafeCache
 from train.engine.batch_sampler import SampleId, ShardBatchSampler
 from train.engine.distributed import World
 from train.stages.dit.run import train_dit

@@ -14,6 +14,7 @@ from model.conditioning.image_encoder import ImageBatch
 from model.rectified_flow import draw_noise
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.hashing import seed_of
+from pipeline.storage.remote import stop_reading
 from train.data.bricks import UNREADABLE, BuildIndex, read_build_index
 from train.data.config import SampleUse
 from train.data.latents import Latent, LatentBatch, LatentStore
@@ -105,6 +106,10 @@ class DiTLoader:
             RunError: If an asset cannot be read.
         """
         return self.batch(step.ranks[rank], step.loss_weight)
+
+    def close(self) -> None:
+        """End reads that wait for a store. Nothing can be read from it any more."""
+        stop_reading(self.index.root, self.store.root)
 
     def batch(self, samples: Sequence[SampleId], share: float) -> DiTBatch:
         """Load a batch of chosen samples on the CPU.

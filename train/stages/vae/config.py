@@ -54,6 +54,11 @@ class BrickConfig:
     """Number of cells per rank and step that assets are drawn for, instead of batch_size assets.
     Steps at low resolutions then keep a GPU busy. The loss of a step stays the mean over its
     assets. None draws batch_size assets, as the paper does."""
+    mixed_shards: int | None = added(16, before=None)
+    """Number of shards of the build whose assets are mixed with each other. The shards of an epoch
+    begin and end one after another, so that a build is read from a URL evenly, each part once, if
+    the cache holds this number of shards. If the build has no more shards, all assets are shuffled
+    together. None shuffles them together in every build, as runs did that lack this option."""
     symmetries: bool = True
     """Apply one of the 48 symmetries of the cube to each asset."""
     max_bad_share: float = 0.05
@@ -81,6 +86,8 @@ class BrickConfig:
         check_bounds(self)
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(f"token_budget must be 1 or more, got {self.token_budget}")
+        if self.mixed_shards is not None and self.mixed_shards < 1:
+            raise ValueError(f"mixed_shards must be 1 or more, got {self.mixed_shards}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
 

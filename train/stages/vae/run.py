@@ -10,7 +10,7 @@ from model.sparse_vae import SparseVAE
 from pipeline.core.hashing import options_of
 from train.data.bricks import BrickLoader, log_training_data, read_build_index
 from train.data.source import open_source
-from train.engine.batch_sampler import BatchSampler
+from train.engine.batch_sampler import ShardBatchSampler
 from train.engine.config import RankOptions
 from train.engine.distributed import World
 from train.engine.prefetch import start_prefetcher
@@ -44,15 +44,18 @@ def train_vae(cfg: VAETraining, world: World) -> int:
     task = VAETask(cfg, world, held_out)
     if init is not None:
         start_from(init, task.model, cfg.out, world)
-    sampler = BatchSampler(
+    bricks = cfg.bricks
+    sampler = ShardBatchSampler(
         training.tokens,
-        batch_size=cfg.bricks.batch_size,
+        training.shards,
+        mixed=bricks.mixed_shards or len(training),
+        staggered=True,
+        batch_size=bricks.batch_size,
         world_size=world.size,
         seed=cfg.loop.seed,
-        max_tokens=cfg.bricks.max_tokens,
-        token_budget=cfg.bricks.token_budget,
+        max_tokens=bricks.max_tokens,
+        token_budget=bricks.token_budget,
     )
-    bricks = cfg.bricks
     in_threads = bricks.worker_kind == "threads"
     make_loader = partial(
         BrickLoader,
