@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,7 +106,7 @@ class LowMemoryConfig:
     """Measure the peak memory of a generation with and without --low-memory."""
 
     size: Literal["tiny", "medium", "paper"] = "medium"
-    """Sizes of the models: "paper" needs a GPU and 10 GB of disk. "medium" runs on a CPU within
+    """Sizes of the models: "paper" needs a GPU and 3 GB of disk. "medium" runs on a CPU within
     minutes, "tiny" within seconds."""
 
     device: str = "auto"
@@ -126,41 +128,46 @@ class LowMemoryConfig:
     """File to which the rows are also written as JSON, after each mode."""
 
 
-def write_export(folder: Path, sizes: ModelSizes) -> dict[str, float]:
+def write_export(folder: Path, sizes: ModelSizes, device: torch.device) -> dict[str, float]:
     """Write an export with random weights, and the image encoder beside it.
+
+    Matrices are written in bf16. Generation loads them in the precision of the models, as it loads
+    an export of any precision.
 
     Args:
         folder: Directory of "stages" and "dinov2".
         sizes: Sizes of the models.
+        device: Where random numbers are drawn. A CPU takes a minute for models of the paper's size.
 
     Returns:
         Size of the weights of each stage as they are stored, in GB.
     """
     torch.manual_seed(0)
     channels = sizes.dit.condition_channels
-    dino = DinoEncoder.random(channels, sizes.dino_layers, channels // 64, 518, mlp_ratio=4)
+    with device:
+        dino = DinoEncoder.random(channels, sizes.dino_layers, channels // 64, 518, mlp_ratio=4)
+        encoder = EncoderConfig(channels=channels, weights=str(folder / "dinov2"))
+        flow = ConditionedDiT(
+            ConditionedDiTConfig(dit=sizes.structure_dit, encoder=encoder), encoder=dino
+        )
+        config = StructureConfig(occupancy=sizes.occupancy, flow=flow.config)
+        structure = Structure(config, (structure_module.OccupancyVAE(sizes.occupancy), flow))
+        dit = ConditionedDiT(ConditionedDiTConfig(dit=sizes.dit, encoder=encoder), encoder=dino)
+        vae = SparseVAE(sizes.vae)
     dino.model.to(torch.bfloat16).save_pretrained(folder / "dinov2")  # pyright: ignore
-    encoder = EncoderConfig(channels=channels, weights=str(folder / "dinov2"))
-    flow = ConditionedDiT(
-        ConditionedDiTConfig(dit=sizes.structure_dit, encoder=encoder), encoder=dino
-    )
-    config = StructureConfig(occupancy=sizes.occupancy, flow=flow.config)
-    structure = Structure(config, (structure_module.OccupancyVAE(sizes.occupancy), flow))
-    dit = ConditionedDiT(ConditionedDiTConfig(dit=sizes.dit, encoder=encoder), encoder=dino)
-    vae = SparseVAE(sizes.vae)
-    resolutions = (structure.resolution, 2 * structure.resolution)
-    write_stages(
-        folder / "stages",
-        Stages(
-            structure=structure,
-            dits=dict.fromkeys(resolutions, dit),
-            vaes=dict.fromkeys(resolutions, vae),
-        ),
-    )
-    models = {"image encoder": dino, "structure": structure, "DiT": dit, "VAE": vae}
+    first = structure.resolution
+    stages = Stages(structure=structure, dits={first: dit}, vaes={first: vae})
+    written = write_stages(folder / "stages", stages, matrices=torch.bfloat16)
+    # Both resolutions have models of the same sizes, so that one file serves both.
+    for kind in ("dit", "vae"):
+        shutil.copytree(
+            folder / "stages" / f"{kind}_{first}",
+            folder / "stages" / f"{kind}_{2 * first}",
+            copy_function=os.link,
+        )
     return {
-        name: sum(x.numel() * x.element_size() for x in model.parameters()) / 1e9
-        for name, model in models.items()
+        path.name: sum(file.stat().st_size for file in path.iterdir()) / 1e9
+        for path in (folder / "dinov2", *written)
     }
 
 
@@ -272,8 +279,12 @@ def main(args: Sequence[str]) -> int:
         weights: dict[str, float] = {}
         if not (folder / "stages").is_dir():
             log.info("An export with random weights is written to %s.", folder)
-            weights = write_export(folder, SIZES[cfg.size])
+            started = time.perf_counter()
+            weights = write_export(folder, SIZES[cfg.size], choose_device(cfg.device))
+            log.info("It took %.1f s.", time.perf_counter() - started)
             log.info("weights in GB: %s", {name: round(gb, 2) for name, gb in weights.items()})
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # the modes have the GPU for themselves
         if cfg.mode != "both":
             sys.stdout.write(json.dumps(measure(cfg, folder)) + "\n")
             return 0
