@@ -4,8 +4,11 @@ import json
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from benchmarks.low_memory import main, table
+from benchmarks.low_memory import SIZES, main, table, write_export
+from model.inference.generator import Generator
 from pipeline.core.errors import UserError
 
 
@@ -32,3 +35,17 @@ def test_the_table_shows_the_gpu_only_where_there_is_one():
         "| low | 1.0 | 2.0 | 3.0 | 4.00 |  |  |",
         "| low | 1.0 | 2.0 | 3.0 | 4.00 | 5.00 | 6.00 |",
     ]
+
+
+@pytest.mark.slow  # it imports transformers
+def test_the_written_export_has_both_resolutions_of_one_file_in_bf16(tmp_path):
+    weights = write_export(tmp_path, SIZES["tiny"], torch.device("cpu"))
+    assert set(weights) == {"dinov2", "structure", "dit_64", "vae_64"}
+    generator = Generator.load(tmp_path / "stages", torch.device("cpu"))
+    assert generator.resolutions == [64, 128]
+    files = [tmp_path / "stages" / f"dit_{size}" / "model.safetensors" for size in (64, 128)]
+    assert files[0].samefile(files[1])
+    dit = generator.stages.dits[128]
+    stored = load_file(files[1])
+    assert {tensor.dtype for tensor in stored.values() if tensor.ndim > 1} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in dit.dit.parameters()} == {torch.float32}
