@@ -28,17 +28,21 @@ from pipeline.core.errors import UserError
 log = logging.getLogger(__name__)
 
 TITLE = "sparse3d"
+PURPOSE = "A closed 3D mesh from pictures of one object"
+DATA_PURPOSE = "The assets of a build"
 POLL_S = 0.25
 EDITOR_SIDE = 768  # pixels of the picture in which a cut-out is repaired
 MAX_ROWS = 200  # assets listed at once
 MAX_SEED = (1 << 31) - 1
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "monospace")
+BLUE, RED = ("#1d4ed8", "#1e40af"), ("#b91c1c", "#991b1b")  # of buttons, and below the pointer
 HEAD = f'<script src="{API}/mesh_viewer.js" defer></script>'
 CHECKERBOARD = "repeating-conic-gradient(#d7dde4 0% 25%, #f4f6f8 0% 50%) 50% / 16px 16px !important"
 CSS = f"""
 footer {{ display: none !important; }}
 h1 {{ font-size: 1.3rem; margin: 0; }}
+h1 small {{ font-size: 0.95rem; font-weight: 400; display: inline-block; }}
 .gradio-container {{ width: 100%; max-width: 1360px !important; margin: 0 auto !important; }}
 .gradio-container .main {{ width: 100%; }}
 .cutout img {{ background: {CHECKERBOARD}; }}
@@ -46,7 +50,13 @@ h1 {{ font-size: 1.3rem; margin: 0; }}
 @media (max-width: 640px) {{
   .cutout .grid-container {{
     grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) !important; }}
+  #picture {{ height: 200px !important; }}
+  .empty {{ min-height: 12rem; }}
+  #assets table {{ font-size: 13px; }}
 }}
+#assets :is(th, td) * {{ font-family: var(--font) !important; }}
+#assets th * {{ overflow-wrap: normal !important; word-break: normal !important; }}
+#assets :is(th, td) > * {{ padding-inline: 4px; }}
 .problem {{ color: #b91c1c; font-weight: 600; }}
 .dark .problem {{ color: #fca5a5; }}
 .progress {{ display: grid; gap: 6px; padding: 2px; }}
@@ -88,7 +98,8 @@ def build_page(service: Service | None, builds: Builds | None) -> gr.Blocks:
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, delete_cache=(3600, 6 * 3600), fill_width=True
     ) as page:
-        gr.HTML(f"<h1>{TITLE}</h1>")
+        purpose = DATA_PURPOSE if service is None else PURPOSE
+        gr.HTML(f"<h1>{TITLE} &ensp;<small>{purpose}</small></h1>")
         with gr.Tabs():
             if service is not None:
                 with gr.Tab("Generate"):
@@ -102,9 +113,19 @@ def build_page(service: Service | None, builds: Builds | None) -> gr.Blocks:
 
 def theme() -> gr.themes.Base:
     """Return the look of the page. All fonts are those of the system."""
-    return gr.themes.Default(
+    look = gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONO_FONTS
     )
+    # The contrast of Gradio's own colours of these buttons and texts is below 4.5.
+    colors = {
+        f"button_{kind}_background_fill{state}{mode}": color
+        for kind, pair in (("primary", BLUE), ("cancel", RED))
+        for state, color in zip(("", "_hover"), pair)
+        for mode in ("", "_dark")
+    }
+    for text in ("block_info_text_color", "input_placeholder_color"):
+        colors |= {text: "*neutral_600", f"{text}_dark": "*neutral_300"}
+    return look.set(**colors)
 
 
 def problem(text: str) -> str:
@@ -172,6 +193,7 @@ def empty_html(text: str) -> str:
     return f'<div class="empty"><p>{escape(text)}</p></div>'
 
 
+FIRST_STEPS = "Choose an image of one object, check its cut-out, then press Generate."
 NO_MESH = "The mesh appears here. Drag turns it, the wheel or two fingers zoom."
 
 
@@ -261,12 +283,18 @@ class _GenerateTab:
                     )
                     with gr.Row():
                         seed = gr.Number(
-                            0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120
+                            0,
+                            label="Seed",
+                            info="Another seed gives another mesh.",
+                            precision=0,
+                            minimum=0,
+                            maximum=MAX_SEED,
+                            min_width=120,
                         )
                         faces = gr.Number(
                             0,
                             label="Faces",
-                            info="0 keeps all faces.",
+                            info="Simplify to so many. 0 keeps all.",
                             precision=0,
                             minimum=0,
                             min_width=120,
@@ -275,16 +303,17 @@ class _GenerateTab:
                         steps = gr.Textbox(
                             " ".join(map(str, self.info["steps"])),
                             label="Steps of each stage",
+                            info="One number for all stages, or one for each.",
                             min_width=120,
                         )
                         guidance = gr.Textbox(
                             self._default_guidance(),
                             label="Guidance",
-                            info="1 turns it off. Empty: the checkpoint's values.",
+                            info="Empty takes the checkpoint's. 1 turns it off.",
                             min_width=120,
                         )
             with gr.Column(scale=3, min_width=320):
-                progress = gr.HTML(elem_id="progress")
+                progress = gr.HTML(f"<p>{FIRST_STEPS}</p>", elem_id="progress")
                 with gr.Row():
                     picture = gr.Image(
                         label="Image",
@@ -552,7 +581,7 @@ class _DataTab:
                     interactive=False,
                     max_height=420,
                     wrap=True,
-                    column_widths=["34%", "20%", "30%", "16%"],
+                    column_widths=["34%", "19%", "28%", "19%"],
                     buttons=[],
                     elem_id="assets",
                 )

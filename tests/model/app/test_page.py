@@ -7,6 +7,7 @@ import ipaddress
 import re
 import shutil
 import socket
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -65,27 +66,35 @@ def browser():
 
 
 @pytest.fixture
-def open_page(browser, outside):
-    """Return a function that opens a URL in a session of its own and watches its requests."""
-    contexts, requests, errors = [], [], []
+def site(browser, outside):
+    """Return a context manager that serves the page and yields a function that opens it.
 
-    def open_url(url, **options):
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(WAIT_MS)
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(url)
-        return page
+    Each call opens the page in a session of its own. Its requests are watched, and it is closed
+    before the server ends, because the page reports a lost server as an error.
+    """
 
-    yield open_url
-    for context in contexts:
-        context.close()
-    hosts = {urlsplit(url).hostname for url in requests if url.startswith(("http", "ws"))}
-    assert {host for host in hosts if not is_loopback(host)} == set()
-    assert hosts
-    assert errors == []
+    @contextmanager
+    def serve(generator=None, **options):
+        requests, errors = [], []
+        with served(generator, **options) as url, ExitStack() as sessions:
+
+            def open_page(**view):
+                context = browser.new_context(**view)
+                sessions.callback(context.close)
+                page = context.new_page()
+                page.set_default_timeout(WAIT_MS)
+                page.on("request", lambda request: requests.append(request.url))
+                page.on("pageerror", lambda error: errors.append(str(error)))
+                page.goto(url)
+                return page
+
+            yield open_page
+        hosts = {urlsplit(url).hostname for url in requests if url.startswith(("http", "ws"))}
+        assert {host for host in hosts if not is_loopback(host)} == set()
+        assert hosts
+        assert errors == []
+
+    return serve
 
 
 @pytest.fixture
@@ -116,10 +125,10 @@ def wait_for_mesh(page):
     page.wait_for_selector("#viewer mesh-viewer[data-state=ready]")
 
 
-def test_an_uploaded_image_becomes_a_downloaded_mesh(open_page, picture, tmp_path):
+def test_an_uploaded_image_becomes_a_downloaded_mesh(site, picture, tmp_path):
     generator = BallGenerator()
-    with served(generator) as url:
-        page = open_page(url)
+    with site(generator) as open_page:
+        page = open_page()
         upload_object(page, picture)
         press(page, "Generate")
         wait_for_mesh(page)
@@ -132,10 +141,10 @@ def test_an_uploaded_image_becomes_a_downloaded_mesh(open_page, picture, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_options_reach_the_generator_and_the_views_differ(open_page, picture):
+def test_the_options_reach_the_generator_and_the_views_differ(site, picture):
     generator = BallGenerator()
-    with served(generator) as url:
-        page = open_page(url)
+    with site(generator) as open_page:
+        page = open_page()
         upload_object(page, picture)
         page.get_by_role("button", name="Options").click()
         page.get_by_label("Seed").fill("11")
@@ -175,10 +184,10 @@ def test_the_options_reach_the_generator_and_the_views_differ(open_page, picture
 
 
 @pytest.mark.slow
-def test_cancel_stops_the_computation_within_a_step(open_page, picture):
+def test_cancel_stops_the_computation_within_a_step(site, picture):
     generator = BallGenerator(closed_gate=True)
-    with served(generator) as url:
-        page = open_page(url)
+    with site(generator) as open_page:
+        page = open_page()
         upload_object(page, picture)
         assert page.get_by_role("button", name="Cancel").is_disabled()
         press(page, "Generate")
@@ -196,15 +205,15 @@ def test_cancel_stops_the_computation_within_a_step(open_page, picture):
 
 
 @pytest.mark.slow
-def test_files_that_cannot_be_used_are_refused_on_the_page(open_page, picture, tmp_path):
+def test_files_that_cannot_be_used_are_refused_on_the_page(site, picture, tmp_path):
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(picture.read_bytes()[:200])
     opaque = tmp_path / "opaque.png"
     disc_image(256).convert("RGB").save(opaque)
     large = tmp_path / "large.png"
     Image.new("RGBA", (1200, 1200), (1, 2, 3, 0)).save(large)
-    with served(BallGenerator(), max_megapixels=1) as url:
-        page = open_page(url)
+    with site(BallGenerator(), max_megapixels=1) as open_page:
+        page = open_page()
         alert = page.get_by_role("alert")
         press(page, "Generate")
         alert.filter(has_text="There is no cut-out yet").wait_for()
@@ -225,10 +234,10 @@ def test_files_that_cannot_be_used_are_refused_on_the_page(open_page, picture, t
 
 
 @pytest.mark.slow
-def test_two_users_wait_for_each_other_and_see_their_own_mesh(open_page, picture):
+def test_two_users_wait_for_each_other_and_see_their_own_mesh(site, picture):
     generator = BallGenerator(closed_gate=True)
-    with served(generator) as url:
-        first, second = open_page(url), open_page(url)
+    with site(generator) as open_page:
+        first, second = open_page(), open_page()
         for page in (first, second):
             upload_object(page, picture)
             press(page, "Generate")
@@ -245,21 +254,21 @@ def test_two_users_wait_for_each_other_and_see_their_own_mesh(open_page, picture
 
 
 @pytest.mark.slow
-def test_a_memory_that_does_not_suffice_is_explained(open_page, picture):
+def test_a_memory_that_does_not_suffice_is_explained(site, picture):
     generator = BallGenerator()
     generator.error = MemoryError()
-    with served(generator) as url:
-        page = open_page(url)
+    with site(generator) as open_page:
+        page = open_page()
         upload_object(page, picture)
         press(page, "Generate")
         page.get_by_role("alert").filter(has_text="choose a smaller resolution").wait_for()
 
 
 @pytest.mark.slow
-def test_a_cut_out_is_repaired_with_the_brush(open_page, picture):
+def test_a_cut_out_is_repaired_with_the_brush(site, picture):
     generator = BallGenerator()
-    with served(generator) as url:
-        page = open_page(url)
+    with site(generator) as open_page:
+        page = open_page()
         upload_object(page, picture)
         page.get_by_role("button", name="Repair the cut-out").click()
         canvas = page.locator("#editor canvas").first
@@ -285,9 +294,9 @@ def test_a_cut_out_is_repaired_with_the_brush(open_page, picture):
 
 
 @pytest.mark.slow
-def test_the_page_fits_a_phone(open_page, picture):
-    with served(BallGenerator()) as url:
-        page = open_page(url, viewport=PHONE, is_mobile=True, has_touch=True)
+def test_the_page_fits_a_phone(site, picture):
+    with site(BallGenerator()) as open_page:
+        page = open_page(viewport=PHONE, is_mobile=True, has_touch=True)
         upload_object(page, picture)
         press(page, "Generate")
         wait_for_mesh(page)
@@ -299,10 +308,53 @@ def test_the_page_fits_a_phone(open_page, picture):
             assert min(box["width"], box["height"]) >= 32
 
 
+CONTRASTS = """selector => {
+  const channel = value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => 0.2126 * channel(r / 255) + 0.7152 * channel(g / 255)
+    + 0.0722 * channel(b / 255);
+  const parse = color => color.match(/[\\d.]+/g).map(Number);
+  const ground = element => {
+    for (; element; element = element.parentElement) {
+      const color = parse(getComputedStyle(element).backgroundColor);
+      if (color.length === 3 || color[3] === 1) return color;
+    }
+    return [255, 255, 255];
+  };
+  return [...document.querySelectorAll(selector)]
+    .filter(e => e.offsetParent && e.innerText.trim() && !e.disabled)
+    .map(e => {
+      const pair = [luminance(parse(getComputedStyle(e).color)), luminance(ground(e))];
+      return [e.innerText.trim(), (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05)];
+    });
+}"""
+
+
 @pytest.mark.slow
-def test_the_keyboard_and_labels_suffice(open_page, picture):
-    with served(BallGenerator()) as url:
-        page = open_page(url)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_and_buttons_have_enough_contrast(site, picture, scheme):
+    generator = BallGenerator(closed_gate=True)
+    with site(generator) as open_page:
+        page = open_page(color_scheme=scheme)
+        upload_object(page, picture)
+        page.get_by_role("button", name="Options").click()
+        page.get_by_label("Seed").wait_for()
+        selector = "h1, p, button, label > span, .downloads a, [class*=info]"
+        seen = dict(page.evaluate(CONTRASTS, selector))
+        press(page, "Generate")
+        page.get_by_role("progressbar").wait_for()
+        page.wait_for_timeout(500)  # colours change gradually
+        seen |= page.evaluate(CONTRASTS, selector)
+        generator.gate.set()
+        wait_for_mesh(page)
+        seen |= page.evaluate(CONTRASTS, selector)
+    assert {"Generate", "Cancel", "Download GLB", "Another seed gives another mesh."} <= set(seen)
+    assert {text: ratio for text, ratio in seen.items() if ratio < 4.5} == {}
+
+
+@pytest.mark.slow
+def test_the_keyboard_and_labels_suffice(site, picture):
+    with site(BallGenerator()) as open_page:
+        page = open_page()
         upload_object(page, picture)
         page.get_by_role("button", name="Options").press("Enter")
         page.get_by_label("Seed").wait_for()
@@ -326,10 +378,10 @@ def test_the_keyboard_and_labels_suffice(open_page, picture):
 
 
 @pytest.mark.slow
-def test_trained_stages_make_a_mesh_on_the_cpu(open_page, picture, tmp_path):
+def test_trained_stages_make_a_mesh_on_the_cpu(site, picture, tmp_path):
     checkpoint = export(tmp_path / "export")
-    with served(checkpoint=str(checkpoint)) as url:
-        page = open_page(url)
+    with site(checkpoint=str(checkpoint)) as open_page:
+        page = open_page()
         page.set_default_timeout(300_000)
         upload_object(page, picture)
         page.get_by_role("button", name="Options").click()
@@ -344,10 +396,28 @@ def test_trained_stages_make_a_mesh_on_the_cpu(open_page, picture, tmp_path):
     assert trimesh.load(Path(tmp_path / "mesh.ply"), force="mesh").is_watertight
 
 
+LINES_OF_WORDS = """selector => {
+  const words = [];
+  for (const element of document.querySelectorAll(selector)) {
+    if (!element.offsetParent) continue;
+    const texts = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+      for (const match of texts.currentNode.data.matchAll(/[^ \\n]+/g)) {
+        const range = document.createRange();
+        range.setStart(texts.currentNode, match.index);
+        range.setEnd(texts.currentNode, match.index + match[0].length);
+        words.push([match[0], new Set([...range.getClientRects()].map(r => r.top)).size]);
+      }
+    }
+  }
+  return words;
+}"""
+
+
 @pytest.mark.slow
-def test_the_assets_of_a_build_are_browsed(open_page, tiny_build):
-    with served(checkpoint=None, data=tiny_build) as url:
-        page = open_page(url)
+def test_the_assets_of_a_build_are_browsed(site, tiny_build):
+    with site(checkpoint=None, data=tiny_build) as open_page:
+        page = open_page()
         page.get_by_text("12 assets").wait_for()
         assert page.get_by_role("tab").all_inner_texts() == ["Data"]
         assets = page.locator("#assets").get_by_text("done", exact=True)
@@ -358,5 +428,11 @@ def test_the_assets_of_a_build_are_browsed(open_page, tiny_build):
             "document.querySelectorAll('#asset mesh-viewer[data-state=ready]').length === 2"
         )
         assert page.locator("#asset .renders img").count() == 2
+        phone = open_page(viewport=PHONE, is_mobile=True, has_touch=True)
+        phone.get_by_text("12 assets").wait_for()
+        assert phone.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        lines_of_words = phone.evaluate(LINES_OF_WORDS, "#assets th")
+        assert {word for word, _ in lines_of_words} >= {"name", "status", "warnings", "faces"}
+        assert [word for word, lines in lines_of_words if lines > 1] == []
         page.get_by_label("Find").fill("no such asset")
         page.get_by_text("0 assets").wait_for()
