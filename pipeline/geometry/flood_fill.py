@@ -184,13 +184,26 @@ def bin_triangles(
     )
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
+def _span_in_cell(packed, t, axis, radius, cell, h):
+    """Return the first and the last grid point of a cell inside a triangle's enlarged box.
+
+    They are counted along one axis, from the first grid point of the cell.
+    """
+    a = packed[t, axis]
+    b, c = a + packed[t, 3 + axis], a + packed[t, 6 + axis]
+    start = CELL_SIDE * cell
+    low = int(np.ceil((min(a, b, c) - radius + 0.5) / h)) - start
+    high = int(np.floor((max(a, b, c) + radius + 0.5) / h)) - start
+    return max(0, low), min(CELL_SIDE - 1, high)
+
+
+@njit(cache=True, _nrt=False)
 def _mark_barrier(packed, resolution, radius, use, cells, offsets, triangles, barrier):
     """Set the bits of the grid points within `radius` of a triangle for which `use` is true."""
     h = 1.0 / (resolution - 1)
     radius2 = radius * radius
     one = np.uint64(1)
-    low, high = np.empty(3, np.int64), np.empty(3, np.int64)
     for m in range(len(cells)):
         x0, y0, z0 = CELL_SIDE * cells[m, 0], CELL_SIDE * cells[m, 1], CELL_SIDE * cells[m, 2]
         for e in range(offsets[m], offsets[m + 1]):
@@ -199,19 +212,15 @@ def _mark_barrier(packed, resolution, radius, use, cells, offsets, triangles, ba
                 continue
             # the cell's grid points inside the triangle's enlarged bounding box
             row = packed[t]
-            for k in range(3):
-                a, b, c = row[k], row[k] + row[3 + k], row[k] + row[6 + k]
-                start = CELL_SIDE * cells[m, k]
-                low[k] = max(0, int(np.ceil((min(a, b, c) - radius + 0.5) / h)) - start)
-                high[k] = min(
-                    CELL_SIDE - 1, int(np.floor((max(a, b, c) + radius + 0.5) / h)) - start
-                )
+            i0, i1 = _span_in_cell(packed, t, 0, radius, cells[m, 0], h)
+            j0, j1 = _span_in_cell(packed, t, 1, radius, cells[m, 1], h)
+            k0, k1 = _span_in_cell(packed, t, 2, radius, cells[m, 2], h)
             # the exact distance decides for points that the plane does not exclude
-            for i in range(low[0], high[0] + 1):
+            for i in range(i0, i1 + 1):
                 x = (x0 + i) * h - 0.5
-                for j in range(low[1], high[1] + 1):
+                for j in range(j0, j1 + 1):
                     y = (y0 + j) * h - 0.5
-                    for k in range(low[2], high[2] + 1):
+                    for k in range(k0, k1 + 1):
                         bit = one << np.uint64(8 * j + k)
                         if barrier[m, i] & bit:
                             continue

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipeline.core.primitives.triangles import pack, triangles_cross
+from pipeline.core.primitives.triangles import triangles_cross, write_packed
 from pipeline.geometry.box_tree import triangles_in_box, with_room
 from pipeline.geometry.flood_fill import (
     ALL_REACHED,
@@ -127,13 +127,13 @@ def _write_half(path, depth, second):
         path[depth + 1, 2, k] = path[depth, g, k]
 
 
-@njit(cache=True)
-def _is_crossed(path, depth, scene, crossings, first, last, region, own):
+@njit(cache=True, _nrt=False)
+def _is_crossed(path, depth, packed, boxes, crossings, first, last, region, own):
     """Return whether a triangle of `crossings[first:last, 1]` passes through piece `path[depth]`.
 
-    `region` [6] is the box of the piece. `own` [1, 16] is overwritten.
+    `packed` [T, 16] and `boxes` [T, 6] are those of all triangles, and `region` [6] is the box of
+    the piece. `own` [1, 16] is overwritten.
     """
-    boxes = scene.tree.boxes
     is_packed = False
     for e in range(first, last):
         other = crossings[e, 1]
@@ -147,9 +147,9 @@ def _is_crossed(path, depth, scene, crossings, first, last, region, own):
         if apart:
             continue
         if not is_packed:
-            own[:] = pack(path[depth : depth + 1])
+            write_packed(path, depth, own, 0)
             is_packed = True
-        if triangles_cross(own, 0, scene.packed, other):
+        if triangles_cross(own, 0, packed, other):
             return True
     return False
 
@@ -240,20 +240,24 @@ def _list_blockers(scene, t, region, box, blockers, lists, states):
 
 
 @njit(cache=True)
-def _append(pieces, codes, parents, levels, count, path, depth, code, parent, mask):
-    """Write `path[depth]` to row `count`.
+def _twice_as_long(pieces, codes, parents, levels):
+    """Return copies of the arrays of pieces with room for as many pieces again."""
+    count = len(pieces)
+    more_pieces = np.empty((2 * count, 3, 3))
+    more_codes, more_levels = np.empty(2 * count, np.uint8), np.empty(2 * count, np.uint8)
+    more_parents = np.empty(2 * count, np.int32)
+    more_pieces[:count], more_codes[:count], more_parents[:count] = pieces, codes, parents
+    more_levels[:count] = levels
+    return more_pieces, more_codes, more_parents, more_levels
 
-    Return the arrays, twice as long if they were full, and the new count.
-    """
-    if count == len(pieces):
-        more_pieces = np.empty((2 * count, 3, 3))
-        more_codes, more_levels = np.empty(2 * count, np.uint8), np.empty(2 * count, np.uint8)
-        more_parents = np.empty(2 * count, np.int32)
-        more_pieces[:count], more_codes[:count], more_parents[:count] = pieces, codes, parents
-        more_levels[:count] = levels
-        pieces, codes, parents, levels = more_pieces, more_codes, more_parents, more_levels
-    pieces[count], codes[count], parents[count], levels[count] = path[depth], code, parent, mask
-    return pieces, codes, parents, levels, count + 1
+
+@njit(cache=True, _nrt=False)
+def _write_piece(pieces, codes, parents, levels, row, path, depth, code, parent, mask):
+    """Write `path[depth]`, its code, its triangle and its precisions to a row of the arrays."""
+    for corner in range(3):
+        for k in range(3):
+            pieces[row, corner, k] = path[depth, corner, k]
+    codes[row], parents[row], levels[row] = code, parent, mask
 
 
 @njit(cache=True)
@@ -270,6 +274,7 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
     each belongs as a bit mask [P], and the triangle at which the search stopped.
     """
     packed, outlines, h, field = scene.packed, scene.outlines, scene.h, make_field(scene)
+    boxes = scene.tree.boxes
     pieces = np.empty((2 * (len(packed) - first_triangle) + 1024, 3, 3))
     codes, levels = np.empty(len(pieces), np.uint8), np.empty(len(pieces), np.uint8)
     parents = np.empty(len(pieces), np.int32)
@@ -339,7 +344,9 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
                             state = NONE_REACHED
                         if state == SOME_REACHED:
                             start, stop = lists[depth - 1, side], lists[depth - 1, side + 1]
-                            blockers = with_room(blockers, used, stop - start)
+                            # the call counts references
+                            if used + stop - start > len(blockers):
+                                blockers = with_room(blockers, used, stop - start)
                             chosen = used
                             used, excluded = keep_blockers(
                                 packed, outlines, box, exact, blockers, start, stop, used
@@ -369,7 +376,15 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
                 elif end > lowest and longest > CROSSED_VOXELS:
                     first_crossing, last_crossing = crossing_starts[t], crossing_starts[t + 1]
                     if _is_crossed(
-                        path, depth, scene, crossings, first_crossing, last_crossing, region, own
+                        path,
+                        depth,
+                        packed,
+                        boxes,
+                        crossings,
+                        first_crossing,
+                        last_crossing,
+                        region,
+                        own,
                     ):
                         samples = 1 if end < levels_end else 0
                 known, open_sides = _known_sides(states[depth, 0], states[depth, 1])
@@ -406,6 +421,8 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
                 is_new = True
                 continue
             # both halves are known: write them at the precisions at which they differ
+            if count + 2 * len(masks) > len(pieces):
+                pieces, codes, parents, levels = _twice_as_long(pieces, codes, parents, levels)
             for which in range(2):
                 masks[:] = 0
                 for level in range(lowest, end):
@@ -415,18 +432,11 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
                 for code in range(4):
                     if masks[code]:
                         _write_half(path, depth, which == 1)
-                        pieces, codes, parents, levels, count = _append(
-                            pieces,
-                            codes,
-                            parents,
-                            levels,
-                            count,
-                            path,
-                            depth + 1,
-                            code,
-                            t,
-                            masks[code],
+                        mask = masks[code]
+                        _write_piece(
+                            pieces, codes, parents, levels, count, path, depth + 1, code, t, mask
                         )
+                        count += 1
                         own_count += masks[code] >> lowest & 1
             for level in range(lowest, end):
                 is_same = results[depth + 1, level] == halves[depth, level]
@@ -436,11 +446,13 @@ def _classify_some(scene, crossings, crossing_starts, precisions, lowest, first_
         for level in range(lowest, len(precisions)):
             if results[0, level] >= 0:
                 masks[results[0, level]] |= 1 << level
+        if count + len(masks) > len(pieces):
+            pieces, codes, parents, levels = _twice_as_long(pieces, codes, parents, levels)
         for code in range(4):
             if masks[code]:
-                pieces, codes, parents, levels, count = _append(
-                    pieces, codes, parents, levels, count, path, 0, code, t, masks[code]
-                )
+                mask = masks[code]
+                _write_piece(pieces, codes, parents, levels, count, path, 0, code, t, mask)
+                count += 1
                 own_count += masks[code] >> lowest & 1
         t += 1
     return pieces[:count].copy(), codes[:count].copy(), parents[:count].copy(), levels[:count], t

@@ -38,26 +38,32 @@ def pack(corners: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     packed = np.empty((len(corners), 16))
     for t in range(len(corners)):
-        # corner and edges
-        a, b, c = corners[t, 0], corners[t, 1], corners[t, 2]
-        row = packed[t]
-        for k in range(3):
-            row[k], row[3 + k], row[6 + k] = a[k], b[k] - a[k], c[k] - a[k]
-        # unit normal
-        nx = row[4] * row[8] - row[5] * row[7]
-        ny = row[5] * row[6] - row[3] * row[8]
-        nz = row[3] * row[7] - row[4] * row[6]
-        length = math.sqrt(nx * nx + ny * ny + nz * nz)
-        row[9], row[10], row[11] = nx / length, ny / length, nz / length
-        # bounding sphere around the centroid
-        radius2 = 0.0
-        for k in range(3):
-            row[12 + k] = (a[k] + b[k] + c[k]) / 3
-        for corner in (a, b, c):
-            dx, dy, dz = corner[0] - row[12], corner[1] - row[13], corner[2] - row[14]
-            radius2 = max(radius2, dx**2 + dy**2 + dz**2)
-        row[15] = math.sqrt(radius2)
+        write_packed(corners, t, packed, t)
     return packed
+
+
+@njit(cache=True, _nrt=False)
+def write_packed(corners, t, packed, row):
+    """Pack triangle t of corners [T, 3, 3] into a row of packed [N, 16], in place."""
+    # corner and edges
+    for k in range(3):
+        a, b, c = corners[t, 0, k], corners[t, 1, k], corners[t, 2, k]
+        packed[row, k], packed[row, 3 + k], packed[row, 6 + k] = a, b - a, c - a
+        packed[row, 12 + k] = (a + b + c) / 3
+    # unit normal
+    ux, uy, uz = packed[row, 3], packed[row, 4], packed[row, 5]
+    vx, vy, vz = packed[row, 6], packed[row, 7], packed[row, 8]
+    nx, ny, nz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
+    length = math.sqrt(nx * nx + ny * ny + nz * nz)
+    packed[row, 9], packed[row, 10], packed[row, 11] = nx / length, ny / length, nz / length
+    # bounding sphere around the centroid
+    radius2 = 0.0
+    for corner in range(3):
+        dx = corners[t, corner, 0] - packed[row, 12]
+        dy = corners[t, corner, 1] - packed[row, 13]
+        dz = corners[t, corner, 2] - packed[row, 14]
+        radius2 = max(radius2, dx**2 + dy**2 + dz**2)
+    packed[row, 15] = math.sqrt(radius2)
 
 
 @njit(cache=True, inline="always")
@@ -181,7 +187,7 @@ def segment_hits(packed, t, px, py, pz, qx, qy, qz):
     return 0.0 <= s <= 1.0
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def triangles_cross(packed, i, other, j):
     """Return whether an edge of one triangle passes through the other.
 
@@ -190,7 +196,7 @@ def triangles_cross(packed, i, other, j):
     return _edges_hit(packed, i, other, j) or _edges_hit(other, j, packed, i)
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _edges_hit(packed, i, other, j):
     """Return whether an edge of triangle i of `packed` meets triangle j of `other`."""
     ax, ay, az = packed[i, 0], packed[i, 1], packed[i, 2]
