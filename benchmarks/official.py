@@ -80,7 +80,7 @@ class OfficialBenchmark:
     version: Literal["1.0", "1.1"] = "1.1"
     """Version of the published settings."""
     precision: Precision = "fp16"
-    """Precision of products."""
+    """Precision of matrix products."""
     steps: tuple[int, int, int] = DEFAULT_STEPS
     """Sampling steps of the structure stage and of both resolutions."""
     refiners: bool = True

@@ -528,13 +528,14 @@ class GenerationOptions:
     """Largest diameter of a hole that is closed, in units of the cube that holds the mesh. None
     closes all holes."""
     faces: int | None = None
-    """Simplify the mesh to about this many faces. Sharp edges are kept. None keeps all faces."""
+    """Simplify the mesh to about this many faces. Sharp edges are kept, and a closed mesh stays
+    closed. None keeps all faces."""
     refine: Refine | None = None
     """Refiners that improve the decoded volumes: "none", the one of the first resolution ("512"),
     or also the one that signs what was not decoded at the finer resolution ("all"). Without it the
     first one is used if the checkpoint has it."""
     precision: Precision = "auto"
-    """Precision of products. "auto" is bf16 on a GPU and fp32 on the CPU."""
+    """Precision of matrix products. "auto" is bf16 on a GPU and fp32 on the CPU."""
     max_tokens: int = 400_000
     """Largest number of tokens of a stage. A stage with more of them fails."""
 

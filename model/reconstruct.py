@@ -46,7 +46,7 @@ class ReconstructConfig:
     """Device of the model. "auto" takes a GPU if there is one, "cuda:N" the GPU of number N."""
 
     precision: Precision = "auto"
-    """Precision of products. "auto" is bf16 on a GPU and fp32 on the CPU."""
+    """Precision of matrix products. "auto" is bf16 on a GPU and fp32 on the CPU."""
 
     samples: int = 200_000
     """Points on each surface from which the distances are measured."""

@@ -33,7 +33,7 @@ class AppConfig:
     """Device of the models. "auto" takes a GPU if there is one, "cuda:N" the GPU of number N."""
 
     precision: Precision = "auto"
-    """Precision of products. "auto" is bf16 on a GPU and fp32 on the CPU."""
+    """Precision of matrix products. "auto" is bf16 on a GPU and fp32 on the CPU."""
 
     refine: Refine | None = None
     """Refiners that are loaded, as in python -m model.generate."""

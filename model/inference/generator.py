@@ -127,8 +127,8 @@ class Generator:
     Args:
         stages: The stages. DiTs below the structure stage's resolution are ignored.
         device: Where all stages are moved.
-        precision: Precision of products. "auto" is bf16 on a GPU and fp32 on the CPU. On a GPU the
-            weights of products are stored in this precision, which halves their memory.
+        precision: Precision of matrix products. "auto" is bf16 on a GPU and fp32 on the CPU. On a
+            GPU the weights of these products are stored in it, which halves their memory.
 
     Raises:
         ValueError: If the stages do not fit each other.

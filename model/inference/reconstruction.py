@@ -132,7 +132,7 @@ def reconstruct_mesh(
         mesh: The input, in the frame of the training data.
         bricks: Its bricks.
         device: Where the VAE runs.
-        precision: Precision of products.
+        precision: Precision of matrix products.
         samples: Points sampled on each surface.
         iso_value: Value of the surface in the decoded bricks.
 

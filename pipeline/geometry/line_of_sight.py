@@ -257,6 +257,20 @@ def side_state(scene, box):
     return reached_in_box(scene.bin_of, scene.outside, scene.whole_cells, box)
 
 
+@njit(cache=True, _nrt=False, forceinline=True)
+def _box_of_line(line, margin):
+    """Return the box around a line, enlarged on all sides: its low and its high corner, float32."""
+    x, y, z, qx, qy, qz = line
+    return (
+        np.float32(min(x, qx) - margin),
+        np.float32(min(y, qy) - margin),
+        np.float32(min(z, qz) - margin),
+        np.float32(max(x, qx) + margin),
+        np.float32(max(y, qy) + margin),
+        np.float32(max(z, qz) + margin),
+    )
+
+
 @njit(cache=True, _nrt=False)
 def _blocker_in_tree(packed, outlines, nodes, order, stack, margin, line):
     """Return a triangle of the tree that blocks a line of sight, or -1.
@@ -264,9 +278,7 @@ def _blocker_in_tree(packed, outlines, nodes, order, stack, margin, line):
     `line` is the start and the end of the line. `stack` is overwritten.
     """
     x, y, z, qx, qy, qz = line
-    low_x, high_x = np.float32(min(x, qx) - margin), np.float32(max(x, qx) + margin)
-    low_y, high_y = np.float32(min(y, qy) - margin), np.float32(max(y, qy) + margin)
-    low_z, high_z = np.float32(min(z, qz) - margin), np.float32(max(z, qz) + margin)
+    low_x, low_y, low_z, high_x, high_y, high_z = _box_of_line(line, margin)
     leaves = len(nodes) // 2
     stack[0] = 1
     depth = 1
@@ -303,9 +315,7 @@ def _find_blocker(field, blockers, first, last, line):
     if first < 0:
         return _blocker_in_tree(packed, outlines, nodes, order, stack, margin, line)
     x, y, z, qx, qy, qz = line
-    low_x, high_x = np.float32(min(x, qx) - margin), np.float32(max(x, qx) + margin)
-    low_y, high_y = np.float32(min(y, qy) - margin), np.float32(max(y, qy) + margin)
-    low_z, high_z = np.float32(min(z, qz) - margin), np.float32(max(z, qz) + margin)
+    low_x, low_y, low_z, high_x, high_y, high_z = _box_of_line(line, margin)
     for e in range(first, last):
         t = blockers[e]
         if not _outline_meets(outlines, t, low_x, low_y, low_z, high_x, high_y, high_z):

@@ -53,20 +53,6 @@ def write_page(
     Returns:
         The path of the page.
     """
-    content = page_content(out, build, costs, held_out, size=size, seconds=seconds)
-    return html.write_page(out / "index.html", TEMPLATE, **content)
-
-
-def page_content(
-    out: Path,
-    build: Path,
-    costs: Sequence[CommandCost],
-    held_out: Sequence[HeldOutRow],
-    *,
-    size: str,
-    seconds: float,
-) -> dict[str, Any]:
-    """Return the variables of the template. The arguments are those of `write_page`."""
     seen, unseen = (_generation(out / name) for name in ("generation", "unseen"))
     summary = seen["summary"]
     tiles = [
@@ -84,7 +70,7 @@ def page_content(
         ("stored cells, decoded cells", _latest_sample(out / "structure" / "vae")),
         ("image, generated cells, stored cells", _latest_sample(out / "structure" / "flow")),
     )
-    return {
+    content = {
         **held_out_content(held_out),
         "size": size,
         "build_report": build_report(build / "report" / "index.html"),
@@ -123,6 +109,7 @@ def page_content(
         "provenance": provenance(),
         "configs": [(run, _config_text(out / run)) for _, run, _ in RUNS],
     }
+    return html.write_page(out / "index.html", TEMPLATE, **content)
 
 
 def _generation(folder: Path) -> dict[str, Any]:
