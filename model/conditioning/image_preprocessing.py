@@ -367,4 +367,4 @@ def _color_matrix(brightness: float, saturation: float, hue: float) -> NDArray[n
     grey = np.full((3, 3), 1 / 3)  # the projection on the grey axis
     turned = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     colorful = math.cos(hue) * (np.eye(3) - grey) + math.sin(hue) * turned
-    return np.float32(brightness * (grey + saturation * colorful))
+    return (brightness * (grey + saturation * colorful)).astype(np.float32)

@@ -200,7 +200,11 @@ def _stream(
     images: bool,
 ) -> Prefetcher[Any, Any]:
     part = cfg.flow if images else cfg.vae
-    options: dict[str, Any] = {"batch_size": part.batch_size, "world_size": world.size, "seed": part.loop.seed}
+    options: dict[str, Any] = {
+        "batch_size": part.batch_size,
+        "world_size": world.size,
+        "seed": part.loop.seed,
+    }
     if images:  # renders are read shard by shard
         sampler = ShardBatchSampler(
             training.tokens, training.shards, mixed=cfg.flow.open_shards, **options
