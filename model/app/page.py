@@ -54,7 +54,8 @@ h1 small {{ font-size: 0.95rem; font-weight: 400; display: inline-block; }}
   .empty {{ min-height: 12rem; }}
   #assets table {{ font-size: 13px; }}
 }}
-#assets :is(th, td) * {{ font-family: var(--font) !important; }}
+#assets * {{ font-family: var(--font) !important; }}
+button[role=tab][aria-selected=true] {{ color: var(--body-text-color) !important; }}
 #assets th * {{ overflow-wrap: normal !important; word-break: normal !important; }}
 #assets :is(th, td) > * {{ padding-inline: 4px; }}
 .problem {{ color: #b91c1c; font-weight: 600; }}
