@@ -1,7 +1,8 @@
 """`python -m benchmarks.remote_data`: training from a throttled object store and from the disk.
 
 It makes a synthetic build, serves it from a process of its own with a latency and a bandwidth, and
-trains the SS-VAE and the SS-DiT from the disk and from the store, on the same batches.
+loads batches and trains the SS-VAE and the SS-DiT from the disk and from the store, on the same
+batches.
 """
 
 from __future__ import annotations

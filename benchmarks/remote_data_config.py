@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.core.devices import Device, check_device
 from pipeline.core.options import at_least, check_bounds
+from train.engine.config import WorkerKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +44,18 @@ class RemoteData:
     """Directory of the build, the cache and the runs. It is deleted before and after."""
     device: Device = "auto"
     """Device to train on."""
-    stages: tuple[str, ...] = ("vae", "dit")
-    """Stages to train."""
+    stages: tuple[str, ...] = ("vae", "dit", "loader")
+    """Stages to measure, in this order. "loader" loads the batches of the SS-VAE and trains
+    nothing, which says what the store allows. It has no allowed loss."""
     presets: tuple[str, str] = ("base", "256")
     """Presets of the SS-VAE and of the SS-DiT."""
     token_budget: int = 49_152
     """Number of tokens of a step of either stage."""
+    mixed_shards: int = at_least(1, 8)
+    """Number of shards whose assets the SS-VAE mixes. The cache must hold them."""
+    total_s: float = 270.0
+    """Seconds after which everything ends. Runs are shortened to end before, and a stage that is
+    left without time is not measured."""
     seconds: float = 15.0
     """Seconds of each measured run after its first steps. The two runs of a stage take as many
     steps, which are counted in the local run."""
@@ -56,7 +63,9 @@ class RemoteData:
     """Number of steps of each run that are not measured: the threads fill, the first views of the
     open shards are read."""
     workers: int = at_least(1, 8)
-    """Number of threads that prepare batches."""
+    """Number of threads or processes that prepare batches."""
+    worker_kind: WorkerKind = "threads"
+    """What prepares the batches of the SS-VAE, from the disk as from the store."""
     processes: int = at_least(1, 14)
     """Number of processes that make the build."""
     latency_ms: float = 100.0
@@ -72,6 +81,7 @@ class RemoteData:
     def __post_init__(self) -> None:
         check_device(self.device)
         check_bounds(self)
-        unknown = set(self.stages) - {"vae", "dit"}
+        unknown = set(self.stages) - {"loader", "vae", "dit"}
         if unknown:
-            raise ValueError(f"stages must be vae or dit, got {', '.join(sorted(unknown))}")
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"stages must be loader, vae or dit, got {names}")

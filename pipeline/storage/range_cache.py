@@ -175,9 +175,9 @@ def _checksum(data: bytes) -> bytes:
 def _read(path: Path, size: int) -> bytes | None:
     """Return the content of a file of the cache, or None if it is missing or damaged."""
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:  # two reads are cheaper than cutting the checksum off
+            data, checksum = file.read(size), file.read()
         os.utime(path)
     except OSError:
         return None
-    data, checksum = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
     return data if len(data) == size and checksum == _checksum(data) else None

@@ -143,6 +143,8 @@ class ReadStop:
             raise CancelledError
         future: Future[T] = Future()
 
+        future.set_running_or_notify_cancel()  # it cannot be cancelled from now on
+
         def work() -> None:
             try:
                 future.set_result(function())

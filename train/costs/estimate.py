@@ -143,8 +143,8 @@ def _assumptions(
         "and mean tokens are the paper's.",
         f"Bytes by {of_build}: {sizes['bricks']:.0f} for a cell of bricks, {sizes['latents']:.0f} "
         f"for a cell of latents, {sizes['render'] / 1000:.0f} kB for a render of {cfg.views}.",
-        "An asset is read with a part of one more chunk of 1,024 cells. The cache drops what was "
-        "not used for longest, and each node has its own.",
+        "A shard is read once an epoch, which the cache allows if it holds the shards whose assets "
+        "are mixed. It drops what was not used for longest, and each node has its own.",
         f"Prices for an hour: A100 ${cfg.a100_usd:g}, H100 ${cfg.h100_usd:g}, H200 "
         f"${cfg.h200_usd:g}. Storage and transfer are not counted.",
         "The paper's own times are "

@@ -25,7 +25,6 @@ PAPER_GPU_DAYS = {  # on A100
     "train.structure base": 56.0,
 }
 ENCODE_SHARE = 1 / 6  # of a training step: the encoder's half of one of three passes
-CHUNK_ROWS = 1024  # rows that are read together; an asset takes a part of one more chunk
 BRICK_BYTES = 330.0  # of a cell in the store, see "Signed distances" in benchmarks/RESULTS.md
 LATENT_BYTES = 70.0  # of a cell: 16 means and 16 variances in float16, and its position
 RENDER_BYTES = 113_000.0  # of one view, by the 6.1 TB of the build in docs/clusters.md
@@ -158,8 +157,7 @@ def sample_bytes(stage: Stage, sizes: Mapping[str, float]) -> dict[str, float]:
     counts = [TOKENS[resolution] for resolution in stage.resolutions]
     # A training sample has one resolution. Encoding reads all of them.
     cells = mean(counts) if stage.steps else sum(counts)
-    chunks = cells + CHUNK_ROWS * (1 if stage.steps else len(counts))
-    amounts = {"bricks": chunks, "latents": chunks, "render": 1.0}
+    amounts = {"bricks": cells, "latents": cells, "render": 1.0}
     return {name: amounts[name] * sizes[name] for name in stage.reads}
 
 

@@ -1,5 +1,9 @@
 """Paths in object stores: uploads in parts, repeated requests, removal and atomic writing."""
 
+import pickle
+import threading
+import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import fsspec
@@ -7,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import RunError
-from pipeline.storage.remote import RemotePath, store_path
+from pipeline.storage.remote import ReadStop, RemotePath, stop_reading, store_path
 from tests.pipeline.s3_server import BUCKET, Cut
 
 
@@ -77,3 +81,59 @@ def test_where_objects_are_files_they_are_written_under_another_name_first(monke
     assert RemotePath("memory://files").list_files() == []
     with pytest.raises(FileNotFoundError):
         place.read_bytes()
+
+
+def test_a_stop_ends_a_call_that_does_not_return_and_all_later_ones():
+    stop, gate, errors = ReadStop(), threading.Event(), []
+    assert stop.call(lambda: 7) == 7
+    with pytest.raises(OSError, match="gone"):
+        stop.call(fail)
+
+    def wait() -> None:
+        try:
+            stop.call(gate.wait)
+        except CancelledError as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert not pickle.loads(pickle.dumps(stop)).is_set
+    stop.set()
+    waiting.join(10)
+    gate.set()
+    assert len(errors) == 1
+    with pytest.raises(CancelledError):
+        stop.call(pytest.fail)
+
+
+def fail() -> None:
+    raise OSError("gone")
+
+
+@pytest.mark.parametrize("where", ["stall", "down"])
+def test_reads_of_an_s3_store_that_gives_no_answer_end_when_they_are_stopped(store, where):
+    """A read of a range, and a listing, which the store's package cannot cancel."""
+    place = RemotePath(f"s3://{BUCKET}/wanted", (60.0,) * 5, ReadStop())
+    place.write_bytes(b"data")
+    version = place.describe()
+    store.proxy.cuts = [Cut("^GET ", "stall", times=1000)] if where == "stall" else []
+    store.proxy.down = where == "down"
+    ended = []
+
+    def read(function) -> None:
+        with pytest.raises(RunError, match=r"wanted cannot be .*, because the run has ended"):
+            function()
+        ended.append(1)
+
+    reads = (lambda: place.read_range_of(version, 0, 4), place.list_objects)
+    threads = [threading.Thread(target=read, args=(function,)) for function in reads]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    stop_reading(place, Path("local"))
+    try:
+        for thread in threads:
+            thread.join(10)
+        assert len(ended) == 2
+    finally:
+        store.proxy.cuts, store.proxy.down = [], False

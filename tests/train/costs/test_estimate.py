@@ -96,10 +96,10 @@ def test_gpu_days_follow_from_tokens_and_steps(tmp_path):
     assert slower == pytest.approx(days / 2 * TOKENS[512] / TOKENS[256])
     assert found["train.vae base"].run == ""
     assert not found["train.vae base"].costs
-    # An asset's latents with a part of one more chunk, and one render.
-    of_sample = (TOKENS[256] + 1024) * LATENT_BYTES + 113_000
+    # The latents of an asset and one render.
+    of_sample = TOKENS[256] * LATENT_BYTES + 113_000
     assert dit.reading.megabytes_per_s == pytest.approx(64 * of_sample / 0.5 / 1e6)
-    with_cache = 452_000 * ((TOKENS[256] + 1024) * LATENT_BYTES + 113_000 * 28.3)
+    with_cache = 452_000 * (TOKENS[256] * LATENT_BYTES + 113_000 * 28.3)
     assert dit.reading.read_with_it_tb == pytest.approx(with_cache / 1e12, rel=0.01)
 
 

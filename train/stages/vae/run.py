@@ -8,12 +8,18 @@ from typing import Any
 
 from model.sparse_vae import SparseVAE
 from pipeline.core.hashing import options_of
-from train.data.bricks import BrickLoader, log_training_data, read_build_index
+from train.data.bricks import (
+    BrickLoader,
+    BuildIndex,
+    VAEBatch,
+    log_training_data,
+    read_build_index,
+)
 from train.data.source import open_source
-from train.engine.batch_sampler import ShardBatchSampler
+from train.engine.batch_sampler import ShardBatchSampler, StepSamples
 from train.engine.config import RankOptions
 from train.engine.distributed import World
-from train.engine.prefetch import start_prefetcher
+from train.engine.prefetch import Prefetcher, start_prefetcher
 from train.engine.trainer import Trainer
 from train.stages.initial_weights import find_init, start_from
 from train.stages.vae.config import VAETraining
@@ -44,6 +50,25 @@ def train_vae(cfg: VAETraining, world: World) -> int:
     task = VAETask(cfg, world, held_out)
     if init is not None:
         start_from(init, task.model, cfg.out, world)
+    sampler, stream = brick_stream(cfg, world, training)
+    log_training_data(training, held_out, sampler, world)
+    config = run_config(cfg)
+    return Trainer(task, stream, cfg.loop, out=cfg.out, world=world, config=config).run()
+
+
+def brick_stream(
+    cfg: VAETraining, world: World, training: BuildIndex
+) -> tuple[ShardBatchSampler, Prefetcher[StepSamples, VAEBatch]]:
+    """Return what draws the samples of the steps, and the batches of this rank.
+
+    Args:
+        cfg: Options of the run.
+        world: This rank.
+        training: Assets to train on.
+
+    Raises:
+        UserError: If a resolution has no usable asset.
+    """
     bricks = cfg.bricks
     sampler = ShardBatchSampler(
         training.tokens,
@@ -62,14 +87,13 @@ def train_vae(cfg: VAETraining, world: World) -> int:
         training,
         seed=cfg.loop.seed,
         noise_channels=cfg.model.latent_channels,
-        symmetries=cfg.bricks.symmetries,
-        max_bad_share=cfg.bricks.max_bad_share,
-        largest=cfg.bricks.max_tokens,
+        symmetries=bricks.symmetries,
+        max_bad_share=bricks.max_bad_share,
+        largest=bricks.max_tokens,
         # A process that loads has no access to the GPU, which page-locked memory needs.
         pin=world.device.type == "cuda" and in_threads,
         kept_bytes=int(1e9 * bricks.kept_gb / (1 if in_threads else max(1, bricks.workers))),
     )
-    log_training_data(training, held_out, sampler, world)
     stream = start_prefetcher(
         sampler,
         make_loader,
@@ -77,8 +101,7 @@ def train_vae(cfg: VAETraining, world: World) -> int:
         workers=bricks.workers,
         kind=bricks.worker_kind,
     )
-    config = run_config(cfg)
-    return Trainer(task, stream, cfg.loop, out=cfg.out, world=world, config=config).run()
+    return sampler, stream
 
 
 def run_config(cfg: VAETraining) -> dict[str, Any]:
