@@ -117,8 +117,19 @@ def press(page, name):
     page.get_by_role("button", name=name, exact=True).click()
 
 
-def viewer_state(page):
-    return page.locator("#viewer mesh-viewer").get_attribute("data-state")
+def open_options(page):
+    """Open the options and wait until their fields no longer take their first values."""
+    page.get_by_role("button", name="Options").click()
+    page.get_by_label("Guidance").wait_for()
+    page.wait_for_timeout(1000)
+
+
+def fill(page, label, text):
+    """Fill in a field and assert that it keeps the text."""
+    field = page.get_by_label(label)
+    field.fill(text)
+    page.wait_for_timeout(200)
+    assert field.input_value() == text
 
 
 def wait_for_mesh(page):
@@ -146,11 +157,11 @@ def test_the_options_reach_the_generator_and_the_views_differ(site, picture):
     with site(generator) as open_page:
         page = open_page()
         upload_object(page, picture)
-        page.get_by_role("button", name="Options").click()
-        page.get_by_label("Seed").fill("11")
-        page.get_by_label("Steps of each stage").fill("3 2")
-        page.get_by_label("Guidance").fill("1.5")
-        page.get_by_label("Faces").fill("400")
+        open_options(page)
+        fill(page, "Seed", "11")
+        fill(page, "Steps of each stage", "3 2")
+        fill(page, "Guidance", "1.5")
+        fill(page, "Faces", "400")
         page.get_by_label("Resolution").click()
         page.get_by_role("option", name="64³").click()
         press(page, "Generate")
@@ -172,7 +183,7 @@ def test_the_options_reach_the_generator_and_the_views_differ(site, picture):
         page.wait_for_timeout(300)
         assert page.locator("#viewer mesh-viewer").screenshot() != pictures[2]
         # A second mesh is added to the history, and the first one can be shown again.
-        page.get_by_label("Seed").fill("12")
+        fill(page, "Seed", "12")
         press(page, "Generate")
         page.wait_for_function("document.querySelectorAll('#history img').length === 2")
         second = page.locator("#viewer mesh-viewer").get_attribute("src")
@@ -386,8 +397,8 @@ def test_trained_stages_make_a_mesh_on_the_cpu(site, picture, tmp_path):
         page = open_page()
         page.set_default_timeout(300_000)
         upload_object(page, picture)
-        page.get_by_role("button", name="Options").click()
-        page.get_by_label("Steps of each stage").fill("2")
+        open_options(page)
+        fill(page, "Steps of each stage", "2")
         page.get_by_label("Resolution").click()
         page.get_by_role("option", name="64³").click()
         press(page, "Generate")
