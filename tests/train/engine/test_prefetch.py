@@ -120,7 +120,7 @@ def test_processes_that_wait_for_data_end_when_the_stream_is_closed():
     assert processes
     stream.close()
     for process in processes:
-        process.join(30)
+        process.join(120)  # a process that still starts ends when it has started
         assert not process.is_alive()
 
 
