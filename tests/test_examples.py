@@ -144,7 +144,7 @@ def test_the_laptop_recipe(tmp_path):
         "PYTHON": sys.executable,
     }
     subprocess.run(["sh", EXAMPLES / "recipes" / "laptop.sh"], cwd=ROOT, env=env, check=True)
-    assert (tmp_path / "run" / "export" / "vae" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "export" / "vae_64" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from train.engine import checkpoint
 from train.engine.batch_sampler import SampleId
 from train.engine.distributed import World
 from train.engine.mesh_pictures import LABEL_HEIGHT
+from train.stages.structure import task as task_module
 from train.stages.structure.cell_pictures import cube_surface
 from train.stages.structure.config import (
     STRUCTURE_PRESETS,
@@ -267,6 +268,30 @@ def test_statistics_are_those_of_the_requested_number_of_assets(rendered, tmp_pa
         torch.testing.assert_close(
             task.model.flow.dit.latent_std.double(), std, rtol=1e-4, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_kept_latents_are_those_of_each_asset_and_symmetry(rendered, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(task_module, "LATENT_BYTES", limit)
+    cfg = config(rendered, tmp_path, facing_views=True, mirrored_views=True)
+    index = read_build_index(rendered, [32]).split("train")
+    vae = OccupancyVAE(MODEL.occupancy)
+    randomize(vae)
+    task = FlowTask(cfg, World(), index, index, vae)
+    loader = GridLoader(index, cfg, images=True)
+    batches = [
+        loader.batch([SampleId(asset, epoch) for asset in range(len(index))], 1.0)
+        for epoch in (0, 1, 2, 3, 0)
+    ]
+    assert len({symmetry for batch in batches for symmetry in batch.symmetries}) > 2
+    encoded = []
+    encode = task.model.vae.encode
+    monkeypatch.setattr(task.model.vae, "encode", lambda x: encoded.append(1) or encode(x))
+    for batch in batches:
+        expected = vae.encode(batch.occupied).mean.movedim(1, -1).flatten(0, 3)
+        torch.testing.assert_close(task._latents(batch), expected)
+    keys = [key for batch in batches for key in zip(batch.uids, batch.symmetries, strict=True)]
+    assert len(encoded) == len(set(keys) if limit else keys)
 
 
 def test_the_flow_starts_after_the_vae_and_keeps_its_weights(rendered, tmp_path, caplog):

@@ -12,6 +12,7 @@ from model.config import (
     EncoderConfig,
     OccupancyConfig,
     StructureConfig,
+    TimeDistribution,
 )
 from pipeline.core.grid import CELL_SIDE
 from pipeline.core.options import at_least, check_bounds
@@ -174,19 +175,30 @@ STRUCTURE_PRESETS: dict[str, StructureTraining] = {
         **PROPS_OPTIONS,
         out=Path("runs/props/structure"),
         vae=OccupancyTraining(
-            batch_size=64, loop=replace(PROPS_LOOP, steps=1500, learning_rate=2e-3)
+            batch_size=64,
+            kl_weight=2e-3,
+            loop=replace(PROPS_LOOP, steps=1000, learning_rate=2e-3, optimizer="muon"),
         ),
         flow=FlowTraining(
-            batch_size=64,
+            batch_size=256,
+            times=TimeDistribution(mean=1.0),
             augmentation=PROPS_AUGMENTATION,
-            loop=replace(PROPS_LOOP, steps=6000, learning_rate=1e-3),
+            guidance=1.5,
+            loop=replace(
+                PROPS_LOOP,
+                steps=5000,
+                learning_rate=2e-3,
+                optimizer="muon",
+                weight_decay=0.1,
+                warmup_steps=100,
+            ),
         ),
         model=StructureConfig(
             occupancy=OccupancyConfig(
-                side=32, widths=(16, 32, 48), blocks=1, groups=8, latent_channels=8
+                side=32, widths=(16, 32, 48), blocks=1, groups=8, latent_channels=4
             ),
             flow=_dense_dit(
-                8,
+                4,
                 channels=160,
                 blocks=6,
                 mlp_ratio=3,

@@ -33,10 +33,13 @@ class GridBatch(ConditionedBatch):
 
     Args:
         occupied: Whether each cell is occupied, bool [B, S, S, S].
+        symmetries: Symmetry of SYMMETRIES by which each asset is transformed. The uid of an asset
+            and its symmetry determine its grid.
         images: Prepared images of each asset. None when the occupancy VAE is trained.
     """
 
     occupied: Tensor
+    symmetries: tuple[int, ...]
     images: ImageBatch | None
 
 
@@ -99,6 +102,7 @@ class GridLoader(BrickLoader):
         occupied = torch.zeros(len(samples), side, side, side, dtype=torch.bool)
         seeds = []
         uids = []
+        symmetries = []
         images = []
         times = []
         dropped = []
@@ -107,14 +111,16 @@ class GridLoader(BrickLoader):
             uid = self.index.uids[asset]
             # Seeds use names instead of numbers: a sample is the same in every index.
             key = (self.seed, "structure", cfg.resolution, sample.epoch, uid)
+            symmetry = 0
             if self.conditions is not None:
                 symmetry = self.conditions.symmetry(asset, sample.epoch, key)
-                cells = transform_points(cells, side, symmetry)
             elif self.training and cfg.vae.symmetries:
-                cells = transform_points(cells, side, seed_of("symmetry", *key) % len(SYMMETRIES))
+                symmetry = seed_of("symmetry", *key) % len(SYMMETRIES)
+            cells = transform_points(cells, side, symmetry)
             occupied[number, *torch.from_numpy(cells.astype(np.int64)).T] = True
             seeds.append(seed_of("noise", *key) >> 1)
             uids.append(uid)
+            symmetries.append(symmetry)
             time, is_dropped = sample_time(cfg.flow, key, training=self.training)
             times.append(time)
             dropped.append(is_dropped)
@@ -129,4 +135,5 @@ class GridLoader(BrickLoader):
             images=collate_views(images, cfg.model.flow) if images else None,
             share=share,
             uids=tuple(uids),
+            symmetries=tuple(symmetries),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from train.stages.structure.config import StructureTraining
 from train.stages.structure.data import GridBatch, GridLoader
 from train.stages.task import StageTask
 from train.stages.validation import assets_of_rank, mean_over_ranks
+
+LATENT_BYTES = 1 << 30  # of encoded assets that are kept on the device
 
 LOSS_NAMES = ("loss", "bce", "dice", "kl", "iou")
 
@@ -118,6 +121,7 @@ class FlowTask(StageTask[StructureTraining]):
         self.model.flow.dit.kept_activations = cfg.flow.kept_activations
         self.model.to(world.device)
         self._flops_per_asset: float | None = None
+        self._encoded: dict[tuple[str, int], Tensor] = {}  # [s^3, C] by uid and symmetry
 
     @torch.no_grad()
     def measure(self, loader: GridLoader) -> None:
@@ -135,7 +139,7 @@ class FlowTask(StageTask[StructureTraining]):
         squares_C = torch.zeros(())
         for asset in assets[np.arange(count) * len(assets) // count]:
             batch = loader.batch([SampleId(int(asset), 0)], 1.0).to(self.world.device)
-            z_NC = self._latents(self.model, batch).double()
+            z_NC = self._latents(batch).double()
             rows += len(z_NC)
             total_C = total_C + z_NC.sum(0)
             squares_C = squares_C + z_NC.square().sum(0)
@@ -148,16 +152,34 @@ class FlowTask(StageTask[StructureTraining]):
         loss_B = self._errors(model, batch, batch.times, batch.dropped)
         return {"loss": batch.share * loss_B.sum()}
 
-    def _latents(self, model: Structure, batch: GridBatch) -> Tensor:
-        """Return the means of the posteriors, [B * s^3, C]."""
-        return grid_to_rows(model.vae.encode(batch.occupied).mean, latent_level(self.cfg, batch))
+    def _latents(self, batch: GridBatch) -> Tensor:
+        """Return the means of the posteriors, fp32 [B * s^3, C].
+
+        Encoding takes longer than a training step of a small flow, so the latents are kept, up to
+        LATENT_BYTES. Each asset is encoded alone: its latents do not depend on the batch, and a
+        resumed run, which has to encode again, gets the same ones.
+        """
+        keys = zip(batch.uids, batch.symmetries, strict=True)
+        return torch.cat([self._encode(batch, *item) for item in enumerate(keys)])
+
+    def _encode(self, batch: GridBatch, number: int, key: tuple[str, int]) -> Tensor:
+        """Return the latents of one asset of a batch, fp32 [s^3, C]."""
+        kept = self._encoded.get(key)
+        if kept is not None:
+            return kept
+        with torch.autocast(self.world.device.type, enabled=False):
+            grid = self.model.vae.encode(batch.occupied[number : number + 1]).mean
+        latents_NC = grid_to_rows(grid, _level(grid.shape[-1], 1, grid.device))
+        if (len(self._encoded) + 1) * latents_NC.nbytes <= LATENT_BYTES:
+            self._encoded[key] = latents_NC
+        return latents_NC
 
     def _errors(self, model: nn.Module, batch: GridBatch, t_B: Tensor, dropped_B: Tensor) -> Tensor:
         """Return the mean squared error of the velocity over each asset's latents, [B]."""
         assert batch.images is not None
         level = latent_level(self.cfg, batch)
         with torch.no_grad():
-            x0_NC = self.model.flow.dit.normalize(self._latents(self.model, batch))
+            x0_NC = self.model.flow.dit.normalize(self._latents(batch))
         x_NC = interpolate(x0_NC, batch.noise, t_B[level.coords[:, 0].long()])
         velocity_NC = model(SparseTensor(x_NC, level), t_B, batch.images, dropped_B)
         error_NC = (velocity_NC - velocity_target(x0_NC, batch.noise)).square()
@@ -219,8 +241,11 @@ class FlowTask(StageTask[StructureTraining]):
 
 
 def latent_level(cfg: StructureTraining, batch: GridBatch) -> Level:
-    """Return the dense level of a batch's latents."""
-    return dense_level(cfg.model.occupancy.latent_side, batch.samples, batch.noise.device)
+    """Return the dense level of a batch's latents. Batches of one size share it."""
+    return _level(cfg.model.occupancy.latent_side, batch.samples, batch.noise.device)
+
+
+_level = lru_cache(maxsize=4)(dense_level)  # sorting its coordinates takes longer than a small step
 
 
 def generate_cells(
