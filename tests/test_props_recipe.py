@@ -1,14 +1,24 @@
-"""The copy of a build of the props with a part of its training groups."""
+"""The list of the props recipe, and copies of its build with a part of the training groups."""
 
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from hashlib import sha256
 
+import numpy as np
 import pytest
+import trimesh
 
+from examples.recipes.props.add_training_assets import (
+    MOST_BYTES,
+    REPOSITORIES,
+    candidates,
+    new_shapes,
+)
 from examples.recipes.props.fewer_groups import SHAPES, copy_build, groups_of_files, main
-from examples.recipes.props.make_list import with_origins
+from examples.recipes.props.make_list import moments_of, read_rows, with_origins
 from pipeline.core.errors import UserError
+from pipeline.core.hashing import sha256_of
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.github_list import GitHubListSource
 from pipeline.storage.layout import MANIFEST, manifest_path
@@ -95,7 +105,7 @@ def test_the_committed_lists_name_the_origin_of_every_asset(tmp_path):
         record.uid: record
         for record in GitHubListSource(path=SHAPES.with_name("assets.csv")).records()
     }
-    assert (len(shapes), len(assets)) == (640, 803)
+    assert (len(shapes), len(assets)) == (2004, 2167)
     assert shapes.items() <= assets.items()
     assert {record.licence for record in assets.values()} == {"cc0"}
     # A build of a folder has the same assets under the same names.
@@ -105,6 +115,38 @@ def test_the_committed_lists_name_the_origin_of_every_asset(tmp_path):
     assert record.uid in shapes
     groups = groups_of_files(SHAPES)
     assert groups[record.url] == groups[shapes[record.uid].url] == "kenney-city/building_garage"
+
+
+def test_added_assets_are_new_shapes_and_never_copies_of_held_out_ones(tmp_path):
+    kinds = {
+        "old/chair.glb": trimesh.creation.box((1, 2, 3)),
+        "quaternius/kit/held_out_again.glb": trimesh.creation.box((2, 4, 6)),
+        "quaternius/kit/new.glb": trimesh.creation.box((1, 1, 3)),
+        "quaternius/kit/new_again.glb": trimesh.creation.box((1, 1, 3)),
+        "quaternius/kit/new-transformed.glb": trimesh.creation.box((1, 3, 3)),
+    }
+    for name, mesh in kinds.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        mesh.export(tmp_path / name)
+    (tmp_path / "quaternius/kit/large.glb").write_bytes(bytes(MOST_BYTES + 1))
+    rows = candidates(tmp_path, REPOSITORIES[0])
+    assert [row["group"] for row in rows] == [
+        "quaternius/kit/held_out_again",
+        "quaternius/kit/new",
+        "quaternius/kit/new_again",
+    ]
+    assert {(row["split"], row["author"]) for row in rows} == {("train", "Quaternius")}
+    files = ["old/chair.glb", *(row["file"] for row in rows)]
+    moments = np.stack([moments_of(tmp_path / file, tmp_path) for file in files])
+    listed = [{"sha256": sha256_of(tmp_path / "old/chair.glb")}]
+    assert new_shapes(listed, rows, moments) == [False, True, False]
+
+
+def test_no_added_asset_is_held_out():
+    rows = read_rows(SHAPES)
+    added = {repository.name for repository in REPOSITORIES}
+    splits = Counter((row["repository"] in added, row["split"]) for row in rows)
+    assert splits == {(False, "train"): 562, (False, "val"): 78, (True, "train"): 1364}
 
 
 def test_the_command_takes_the_groups_of_the_committed_list(build, tmp_path, capsys):

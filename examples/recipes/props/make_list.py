@@ -37,7 +37,7 @@ from pipeline.sources.github import Blob, GitHub
 HERE = Path(__file__).parent
 HELD_OUT_EVERY = 10  # one family in so many is held out
 COLUMNS: tuple[str, ...] = (
-    *("file", "repository", "commit", "path", "sha256", "licence"),
+    *("file", "repository", "commit", "path", "sha256", "licence", "author"),
     *("group", "shape", "split"),
 )
 
@@ -148,6 +148,7 @@ def main(index: Path, folder: Path, clones: Path) -> None:
             "repository": asset["repo"],
             "sha256": asset["sha256"],
             "licence": asset["licence"],
+            "author": asset["repo"].partition("/")[0],
             "group": asset["group"],
             "shape": first_of_shape[int(shape)],
             "split": "val" if is_held_out[int(family)] else "train",

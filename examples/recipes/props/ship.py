@@ -70,18 +70,22 @@ def attribution(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Return the author and the licence of each repository that training assets come from.
 
     Args:
-        rows: Rows of the list, with the columns repository, licence and split.
+        rows: Rows of the list, with the columns repository, licence, author and split.
     """
-    trained = [(row["repository"], row["licence"]) for row in rows if row["split"] == "train"]
+    trained = [
+        (row["repository"], row["licence"], row["author"])
+        for row in rows
+        if row["split"] == "train"
+    ]
     return [
         {
             "uid": make_uid("github", repository),
-            "author": repository.partition("/")[0],
+            "author": author,
             "title": f"{count} assets of {repository.partition('/')[2]}",
             "licence": licence,
             "url": f"https://github.com/{repository}",
         }
-        for (repository, licence), count in sorted(Counter(trained).items())
+        for (repository, licence, author), count in sorted(Counter(trained).items())
     ]
 
 
