@@ -91,7 +91,6 @@ def candidates(folder: Path, repository: Repository) -> list[dict[str, str]]:
         if path.stat().st_size > MOST_BYTES or path.stem.endswith("-transformed"):
             continue  # a transformed file is a compressed copy of another one
         file = path.relative_to(folder)
-        group = file.parent.name if repository.folder == "quaternius" else ""
         rows.append(
             {
                 "file": file.as_posix(),
@@ -99,7 +98,7 @@ def candidates(folder: Path, repository: Repository) -> list[dict[str, str]]:
                 "sha256": sha256_of(path),
                 "licence": repository.licence,
                 "author": repository.author,
-                "group": "/".join(filter(None, (repository.folder, group, path.stem))),
+                "group": file.with_suffix("").as_posix(),
                 "shape": file.as_posix(),
                 "split": "train",
             }
