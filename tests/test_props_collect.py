@@ -54,11 +54,57 @@ def test_a_clone_with_other_files_is_refused(tmp_path, texts, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_repositories_are_cloned(tmp_path, monkeypatch):
-    origin = write(tmp_path / "site" / "ada" / "pack", TEXTS)
+def commit(origin):
     author = ("-c", "user.name=a", "-c", "user.email=a@b")
     for words in (("init", "-q"), ("add", "-A"), (*author, "commit", "-qm", "x")):
         subprocess.run(["git", "-C", str(origin), *words], check=True)
+
+
+def test_bare_clones_are_unpacked_and_assets_that_are_not_listed_are_left_out(tmp_path):
+    origin = write(tmp_path / "origin", {f"addons/{k}": v for k, v in TEXTS.items()})
+    write(origin / "addons", {"gltf/sub/c.gltf": "not listed", "gltf/sub/c.png": "texture"})
+    commit(origin)
+    bare = tmp_path / "ada" / "pack"
+    subprocess.run(["git", "clone", "-q", "--bare", str(origin), str(bare)], check=True)
+    before = sorted(bare.rglob("*"))
+    assert collect(tmp_path, tmp_path / "out", ROWS) == 2
+    found = {
+        path.relative_to(tmp_path / "out" / "local").as_posix(): path.read_text(encoding="utf-8")
+        for path in (tmp_path / "out").rglob("*.*")
+    }
+    assert found == {**TEXTS, "gltf/sub/c.png": "texture"}
+    assert sorted(bare.rglob("*")) == before
+
+
+def test_contents_that_a_bare_clone_lacks_are_named_or_refused(tmp_path, caplog):
+    origin = write(tmp_path / "origin", {**TEXTS, "video.mp4": "large"})
+    commit(origin)
+    bare = tmp_path / "ada" / "pack"
+    subprocess.run(["git", "clone", "-q", "--bare", str(origin), str(bare)], check=True)
+
+    def forget(path):
+        words = ["git", "-C", str(bare), "rev-parse", f"HEAD:{path}"]
+        digest = subprocess.run(words, capture_output=True, check=True, text=True).stdout.strip()
+        (bare / "objects" / digest[:2] / digest[2:]).unlink()
+
+    forget("video.mp4")
+    assert collect(tmp_path, tmp_path / "out", ROWS) == 2
+    assert "pack lacks the contents of 1 files, such as video.mp4." in caplog.text
+    forget("gltf/a.gltf")
+    with pytest.raises(UserError, match=r"gltf/a\.gltf is nowhere in it"):
+        collect(tmp_path, tmp_path / "out", ROWS)
+
+
+def test_a_bare_clone_without_a_commit_is_refused(tmp_path):
+    bare = tmp_path / "ada" / "pack"
+    subprocess.run(["git", "init", "-q", "--bare", str(bare)], check=True)
+    with pytest.raises(RunError, match=r"pack cannot be read \(fatal: Not a valid object name"):
+        collect(tmp_path, tmp_path / "out", ROWS)
+
+
+def test_missing_repositories_are_cloned(tmp_path, monkeypatch):
+    origin = write(tmp_path / "site" / "ada" / "pack", TEXTS)
+    commit(origin)
     site = f"file://{tmp_path / 'site'}"
     monkeypatch.setattr(recipe, "clone", lambda name, folder: clone(name, folder, site))
     assert collect(tmp_path / "clones", tmp_path / "out", ROWS) == 2
