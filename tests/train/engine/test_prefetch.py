@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from functools import partial
+from multiprocessing.connection import wait as wait_for_any
 
 import pytest
 import torch
@@ -119,9 +120,11 @@ def test_processes_that_wait_for_data_end_when_the_stream_is_closed():
     processes = list(stream._pool._processes.values())
     assert processes
     stream.close()
+    # The thread of the pool waits for the same processes. `is_alive` takes a process for a running
+    # one if that thread has received its exit status, so the end is read from the sentinel. A
+    # process that still starts ends when it has started.
     for process in processes:
-        process.join(120)  # a process that still starts ends when it has started
-        assert not process.is_alive()
+        assert wait_for_any([process.sentinel], timeout=120)
 
 
 def test_threads_and_no_workers_load_in_this_process():
