@@ -2,11 +2,13 @@
 
 An export with random weights is written, and each mode generates a mesh in a process of its own.
 Random weights have no surface: the cells and the surface of each stage are those of a torus. All
-stages run, with the memory that their weights and their cells need.
+stages run, with the memory that their weights and their cells need. The decoded values of all
+resolutions are hashed, so that the modes can be compared bit by bit.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -41,12 +43,14 @@ from model.inference import generator as generator_module
 from model.inference.generator import Generator, level_near_mesh
 from model.inference.mesh_cleaning import CleanedMesh
 from model.inference.stages import Stages, write_stages
+from model.sparse_tensor import Level
 from model.sparse_vae import SparseVAE
 from model.structure import Structure
 from pipeline.core.cli import command, parse
 from pipeline.core.devices import choose_device
-from pipeline.core.errors import UserError
+from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import CELL_SIDE
+from pipeline.core.primitives.marching_cubes import MeshArrays
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +119,10 @@ class LowMemoryConfig:
     steps: int = 2
     """Sampling steps of each stage."""
 
+    resolution: int | None = None
+    """Resolution of the mesh. Models of finer ones are not loaded. None takes the finest one: 1024
+    of "paper", 256 of "medium" and 128 of "tiny"."""
+
     folder: Path | None = None
     """Directory of the export, which is written if it is missing. None takes a temporary one."""
 
@@ -154,6 +162,8 @@ def write_export(folder: Path, sizes: ModelSizes, device: torch.device) -> dict[
         structure = Structure(config, (structure_module.OccupancyVAE(sizes.occupancy), flow))
         dit = ConditionedDiT(ConditionedDiTConfig(dit=sizes.dit, encoder=encoder), encoder=dino)
         vae = SparseVAE(sizes.vae)
+        for model in (structure, dit, vae):
+            _draw_zero_weights(model)
     dino.model.to(torch.bfloat16).save_pretrained(folder / "dinov2")  # pyright: ignore
     first = structure.resolution
     stages = Stages(structure=structure, dits={first: dit}, vaes={first: vae})
@@ -171,6 +181,13 @@ def write_export(folder: Path, sizes: ModelSizes, device: torch.device) -> dict[
     }
 
 
+def _draw_zero_weights(model: torch.nn.Module) -> None:
+    """Give random values to matrices that start at zero, without which no stage has a result."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
 def measure(cfg: LowMemoryConfig, folder: Path) -> dict[str, Any]:
     """Generate in this process: twice on a GPU, where the first time includes compilation.
 
@@ -180,8 +197,9 @@ def measure(cfg: LowMemoryConfig, folder: Path) -> dict[str, Any]:
 
     Returns:
         "mode", "load_seconds", "first_seconds" and "seconds" of the first and the last generation,
-        "tokens" of each stage, "peak_gb" of the process, "gpu_peak_gb" of the GPU's tensors and
-        "gpu_reserved_gb" of what torch took from the driver. Without a GPU both are None.
+        "tokens" of each stage, "sha256" of the decoded values, "peak_gb" of the process,
+        "gpu_peak_gb" of the GPU's tensors and "gpu_reserved_gb" of what torch took from the driver.
+        Without a GPU both are None.
     """
     device = choose_device(cfg.device)
     vertices, faces = torus_mesh(TORUS_QUADS)
@@ -190,24 +208,33 @@ def measure(cfg: LowMemoryConfig, folder: Path) -> dict[str, Any]:
     structure_module.occupied_level = lambda grid: level_near_mesh(
         torus, CELL_SIDE * grid.shape[1], device
     )
-    generator_module.extract_meshes = lambda *_: [(vertices, faces)]
+    decoded = hashlib.sha256()
+
+    def torus_surface(_level: Level, values_MK: torch.Tensor, _iso: float) -> list[MeshArrays]:
+        if not values_MK.isfinite().all():
+            raise RunError("a stage decoded values that are not finite")
+        decoded.update(values_MK.cpu().numpy().tobytes())
+        return [(vertices, faces)]
+
+    generator_module.extract_meshes = torus_surface
     row, column = np.mgrid[:PICTURE_SIDE, :PICTURE_SIDE] / PICTURE_SIDE - 0.5
     alpha = np.uint8(255 * (row**2 + column**2 < 0.2))
     picture = np.dstack([np.full((PICTURE_SIDE, PICTURE_SIDE, 3), 120, np.uint8), alpha])
     started = time.perf_counter()
-    stages = Generator.load(folder / "stages", device, low_memory=cfg.mode == "low")
+    options = GenerationOptions(resolution=cfg.resolution, steps=(cfg.steps,))
+    stages = Generator.load(folder / "stages", device, options, low_memory=cfg.mode == "low")
     load_seconds = time.perf_counter() - started
     log.info("%s: the stages are loaded after %.1f s.", cfg.mode, load_seconds)
 
     def progress(stage: str, numbers: Iterable[int]) -> Iterable[int]:
-        log.info("%s: stage %s", cfg.mode, stage)
+        log.info("%s: stage %s begins; peak so far %.2f GB", cfg.mode, stage, _peak_gb())
         return numbers
 
     on_gpu = device.type == "cuda"
     seconds, tokens = [], []
     for _ in range(2 if on_gpu else 1):
         started = time.perf_counter()
-        made = stages.generate(picture, 0, GenerationOptions(steps=(cfg.steps,)), progress=progress)
+        made = stages.generate(picture, 0, options, progress=progress)
         seconds.append(time.perf_counter() - started)
         tokens = [stage.tokens for stage in made.stages]
         log.info("%s: a mesh is generated after %.1f s.", cfg.mode, seconds[-1])
@@ -217,10 +244,16 @@ def measure(cfg: LowMemoryConfig, folder: Path) -> dict[str, Any]:
         "first_seconds": seconds[0],
         "seconds": seconds[-1],
         "tokens": tokens,
-        "peak_gb": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9,
+        "sha256": decoded.hexdigest(),
+        "peak_gb": _peak_gb(),
         "gpu_peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None,
         "gpu_reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9 if on_gpu else None,
     }
+
+
+def _peak_gb() -> float:
+    """Return the largest resident memory of this process so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def measure_in_child(cfg: LowMemoryConfig, folder: Path, mode: str) -> dict[str, Any]:
@@ -231,6 +264,8 @@ def measure_in_child(cfg: LowMemoryConfig, folder: Path, mode: str) -> dict[str,
     """
     options = ["--size", cfg.size, "--device", cfg.device, "--steps", str(cfg.steps)]
     options += ["--mode", mode, "--folder", str(folder)]
+    if cfg.resolution is not None:
+        options += ["--resolution", str(cfg.resolution)]
     try:
         ended = subprocess.run(
             [sys.executable, "-m", "benchmarks.low_memory", *options],
@@ -270,6 +305,9 @@ def main(args: Sequence[str]) -> int:
 
     Returns:
         0, or 1 if a mode failed. The rows of the others are printed and written.
+
+    Raises:
+        RunError: If the modes decoded different values.
     """
     cfg = parse(LowMemoryConfig, args, prog="python -m benchmarks.low_memory")
     if cfg.out is not None and not cfg.out.parent.is_dir():
@@ -297,7 +335,12 @@ def main(args: Sequence[str]) -> int:
                 text = json.dumps(result, indent=1, default=str) + "\n"
                 cfg.out.write_text(text, encoding="utf-8")
     sys.stdout.write(table(rows))
-    return int(any("failed" in row for row in rows))
+    if any("failed" in row for row in rows):
+        return 1
+    if len({row["sha256"] for row in rows}) > 1:
+        raise RunError(f"the modes decoded different values: {[row['sha256'] for row in rows]}")
+    log.info("both modes decoded the same values, bit by bit")
+    return 0
 
 
 if __name__ == "__main__":

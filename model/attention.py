@@ -260,8 +260,10 @@ class CrossAttention(nn.Module):
         k_SHD, v_SHD = key_value or self.keys_and_values(image)
         q_NHD = q_NC.unflatten(1, (self.heads, -1))
         starts, index = layout.index.token_starts, layout.index
-        if q_NC.is_cuda and q_NC.dtype == torch.float32:
-            # The kernels compute fp32 in fp64, which is slow.
+        # On a GPU the kernels compute fp32 in fp64, which is slow. On a CPU the reference holds the
+        # scores of all pairs, which inference need not keep: 7 GB a copy at the paper's size.
+        fp32_on_gpu = q_NC.is_cuda and q_NC.dtype == torch.float32
+        if fp32_on_gpu or not (q_NC.is_cuda or torch.is_grad_enabled()):
             out_NHD = ragged_attention(
                 q_NHD, k_SHD, v_SHD, starts, image.starts, layout.max_tokens, image.max_tokens
             )

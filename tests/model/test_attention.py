@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import token_order
 from model.attention import CrossAttention, FullAttention, SpatialSparseAttention, ragged_attention
@@ -307,6 +309,32 @@ def test_full_and_cross_attention_equal_dense_attention():
     k, v = ((image.feats_SC @ w.T + b).unflatten(1, (HEADS, D)) for w, b in weights)
     exact = cross.out(dense_attention(q, k, v, asset, image.coords[:, 0]).flatten(1))
     assert torch.allclose(cross(x, layout, image), exact, atol=TOLERANCE)
+    with torch.no_grad():
+        assert torch.allclose(cross(x, layout, image), exact, atol=TOLERANCE)
+
+
+class _LargestResult(TorchDispatchMode):
+    """Records the largest number of elements that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return result
+
+
+def test_cross_attention_on_a_cpu_keeps_the_scores_of_all_pairs_only_for_training():
+    level, image = make_level([300], 16), make_image_tokens([200], dtype=torch.float32)
+    layout, cross = TokenLayout.of(level, 4), CrossAttention(C, 48, HEADS)
+    x = torch.randn(len(level), C)
+    with _LargestResult() as training:
+        cross(x, layout, image)
+    with torch.no_grad(), _LargestResult() as inference:
+        cross(x, layout, image)
+    assert training.elements >= HEADS * len(x) * 200  # what the counter must see
+    assert inference.elements <= max(len(x) * C, 200 * 2 * C)
 
 
 @pytest.mark.gpu
