@@ -74,7 +74,8 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
         read_plan(path)  # raises if it is not a build
     if cfg.environment is not None:
         cfg = replace(cfg, environment=cfg.environment.absolute())
-    if cfg.device == "cuda" and not os.environ.get("RAY_ADDRESS"):
+    on_cluster = cfg.executor == "ray" and os.environ.get("RAY_ADDRESS")
+    if cfg.device == "cuda" and not on_cluster:
         check_cuda()  # on a cluster the runner checks the nodes instead
     sources = open_sources(cfg) if sources is None else sources
     with lock_output(cfg.out):

@@ -162,6 +162,10 @@ class BuildConfig:
     workers: int | None = None
     """Number of assets processed at the same time. None uses every core."""
 
+    executor: Literal["ray", "processes"] = "ray"
+    """What runs the work: Ray, on this machine or on the cluster of RAY_ADDRESS, or processes of
+    this machine alone, which need no Ray. Both make the same bytes."""
+
     # Commit markers record the device, but hashes do not contain it, so that a build can resume on
     # a machine without a GPU.
 

@@ -167,8 +167,8 @@ def test_no_module_imports_a_command(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_only_the_runner_and_the_launcher_of_ranks_import_ray(path):
-    if module_of(path) not in ("pipeline.orchestration.runner", "train.engine.ray_ranks"):
+def test_only_the_executor_of_ray_and_the_launcher_of_ranks_import_ray(path):
+    if module_of(path) not in ("pipeline.orchestration.ray_executor", "train.engine.ray_ranks"):
         assert not {name for name in imports(path) if name.partition(".")[0] == "ray"}
 
 

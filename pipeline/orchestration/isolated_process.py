@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class _Request:
 class IsolatedProcess:
     """Calls functions in child processes. Use it from one thread at a time.
 
+    Only `retire` may be called from another thread.
+
     Args:
         warm_up: A function without arguments as "package.module:name". The server runs it once
             before the first fork, so that every child finds what it imports and compiles.
@@ -81,6 +84,16 @@ class IsolatedProcess:
         self._warm_up = warm_up
         self._errors: IO[bytes] = io.BytesIO()
         self._server: subprocess.Popen[bytes] | None = None
+        self._is_retired = False
+        self._starting = threading.Lock()  # between the start of the server and `retire`
+
+    def start(self) -> None:
+        """Start the server and wait for its warm-up. A call does it if nothing else did.
+
+        Raises:
+            RunError: If the process is retired.
+        """
+        self._running()
 
     def call(
         self,
@@ -142,8 +155,19 @@ class IsolatedProcess:
             _pipe(self._server.stdout).close()
             self._server = None
 
+    def retire(self) -> None:
+        """End the call that runs, with RunError, and start no server any more."""
+        with self._starting:
+            self._is_retired = True
+            if self._server is not None:
+                self._server.kill()
+
     def _running(self) -> subprocess.Popen[bytes]:
-        """Return the server. Start it and wait for its warm-up if it does not run."""
+        """Return the server. Start it and wait for its warm-up if it does not run.
+
+        Raises:
+            RunError: If the process is retired.
+        """
         if self._server is None or self._server.poll() is not None:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the server
             single = dict.fromkeys(
@@ -153,20 +177,28 @@ class IsolatedProcess:
                 ),
                 "1",
             )
-            self._server = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.orchestration.isolated_process", self._warm_up],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                # An asset uses one core. With 0, Mesa draws in the calling thread.
-                env={
-                    **os.environ,
-                    **single,
-                    "LP_NUM_THREADS": "0",
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                },
-                start_new_session=True,  # Ctrl-C on a terminal reaches the driver only
-            )
+            with self._starting:
+                if self._is_retired:
+                    raise RunError("the process that isolates assets is retired")
+                self._server = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "pipeline.orchestration.isolated_process",
+                        self._warm_up,
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._errors,
+                    # An asset uses one core. With 0, Mesa draws in the calling thread.
+                    env={
+                        **os.environ,
+                        **single,
+                        "LP_NUM_THREADS": "0",
+                        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    },
+                    start_new_session=True,  # Ctrl-C on a terminal reaches the driver only
+                )
             # The first compilation takes minutes. It must not count against an asset's time limit.
             with contextlib.suppress(EOFError):
                 _receive(_pipe(self._server.stdout))

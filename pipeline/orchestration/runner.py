@@ -1,30 +1,22 @@
-"""Runs a build on Ray: one task per asset and one task per commit of a shard.
+"""Runs a build: one task per asset and one task per commit of a shard.
 
 The driver keeps its own list of what runs where, so that it can retry, resume and stop.
 """
 
 from __future__ import annotations
 
-import errno
 import heapq
 import logging
-import os
 import random
-import resource
-import secrets
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
-
-import ray
-from ray.exceptions import RayError, RayTaskError
+from typing import Any
 
 from pipeline.config import BuildConfig
 from pipeline.core.errors import RunError, UserError
@@ -32,44 +24,33 @@ from pipeline.core.files import is_disk_full
 from pipeline.core.hashing import as_options, differences
 from pipeline.core.product import Product
 from pipeline.core.provenance import READER_VERSION
-from pipeline.core.ray_address import connecting
 from pipeline.core.schema import Record
 from pipeline.core.signals import Stop, Stopped, note_signals
 from pipeline.core.text import counted
-from pipeline.orchestration.asset_results import AssetJob, AssetResult, save_result
+from pipeline.orchestration.asset_results import save_result
+from pipeline.orchestration.asset_task import Verdict, make_job
 from pipeline.orchestration.commit import CommitJob, read_committed_rows
-from pipeline.orchestration.isolated_process import IsolatedProcess, ProcessExit
+from pipeline.orchestration.executors import Executor, WorkerLostError
+from pipeline.orchestration.isolated_process import ProcessExit
 from pipeline.orchestration.plan import Plan
 from pipeline.orchestration.progress import Progress
 from pipeline.orchestration.splits import assign_splits
-from pipeline.orchestration.transfer import commit, read_results, upload_asset
+from pipeline.orchestration.transfer import read_results, upload_asset
 from pipeline.sources import Source
 from pipeline.storage.commit_marker import CommitMarker, read_marker
-from pipeline.storage.layout import MANIFEST, SCRATCH, list_commits, scratch_folder
+from pipeline.storage.layout import MANIFEST, SCRATCH, list_commits
 from pipeline.storage.locks import scratch_root, sweep_on_exit, workspace
 from pipeline.storage.manifest import STATUSES
 from pipeline.storage.remote import delete, list_children, read_files
 
 log = logging.getLogger(__name__)
 
-TASKS_PER_SLOT = 2  # tasks handed to Ray for every core, so that none waits for the driver
-OBJECT_STORE_BYTES = 100 << 20  # assets travel through the file system, only results through Ray
 FAILURES_BEFORE_STOP = 10
 DISK_CHECK_S = 5.0
-CANCEL_S = 30.0
 STARTING = (
     "Starting the workers. The first build on a machine also compiles the geometry code "
     "(once per machine), which can take a few minutes."
 )
-
-
-class Verdict(NamedTuple):
-    """How an attempt at an asset ended."""
-
-    status: str
-    stage: str
-    reason: str
-    transient: bool  # whether the cause may be gone later
 
 
 @dataclass(kw_only=True)
@@ -85,8 +66,8 @@ class _Shard:
 def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, int]:
     """Make every product that is not committed yet.
 
-    The run uses the caller's Ray, or the cluster that RAY_ADDRESS names (Ray sets it in a submitted
-    job). Without both it starts Ray on this machine for as long as the run lasts.
+    On Ray, the run uses the caller's Ray, or the cluster that RAY_ADDRESS names (Ray sets it in a
+    submitted job). Without both it starts Ray on this machine for as long as the run lasts.
 
     Args:
         plan: The plan of the build.
@@ -121,16 +102,12 @@ def run(plan: Plan, cfg: BuildConfig, sources: Sequence[Source]) -> dict[str, in
         with (
             sweep_on_exit(cfg.out, cfg.scratch),
             note_signals(stop),
-            _connected(cfg),
+            _open_executor(cfg, {source.name: source for source in sources}) as executor,
             note_signals(stop),
         ):
             stop.check()
-            if cfg.gpu_share and not ray.cluster_resources().get("GPU"):
-                raise UserError(
-                    "--device cuda cannot be used: Ray finds no GPU in its cluster; leave it out"
-                )
             try:
-                _Run(plan, cfg, sources, missing, commits).loop(stop)
+                _Run(plan, cfg, executor, missing, commits).loop(stop)
             except Stopped:
                 assign_splits(plan)  # what is committed can be trained on
                 raise
@@ -227,7 +204,7 @@ class _Run:
         self,
         plan: Plan,
         cfg: BuildConfig,
-        sources: Sequence[Source],
+        executor: Executor,
         missing: Mapping[str, tuple[Product, ...]],
         commits: Mapping[str, set[str]],
     ):
@@ -235,9 +212,8 @@ class _Run:
         self.cfg = cfg
         self.missing = missing
         self.commits = commits
-        self.sources = {source.name: ray.put(source) for source in sources}
-        self.config = ray.put(cfg)
-        self.tasks: dict[ray.ObjectRef, tuple[_Shard, Record | None]] = {}  # None: a commit
+        self.executor = executor
+        self.tasks: dict[Any, tuple[_Shard, Record | None]] = {}  # None: a commit
         self.attempts: dict[str, int] = {}
         self.retries: list[tuple[float, str, _Shard, Record]] = []  # heap by time
         self.tried = 0
@@ -251,28 +227,25 @@ class _Run:
         jobs = self._jobs()
         try:
             while True:
-                room = max(0, self._task_limit() - len(self.tasks))
+                room = max(0, self.executor.task_limit - len(self.tasks))
                 for shard, record in islice(chain(self._due_retries(), jobs), room):
                     self._submit(shard, record)
                 if self.tasks:
-                    ready, _ = ray.wait(list(self.tasks), num_returns=1, timeout=0.5)
+                    ready = self.executor.wait(list(self.tasks), 0.5)
                 elif self.retries:
                     ready = []
                     time.sleep(0.5)
                 else:
                     return
                 stop.check()
-                for ref in ready:
-                    self._finish_task(ref)
+                for task in ready:
+                    self._finish_task(task)
                 self._check_disk()
                 self.progress.show()
         finally:
             self.progress.close()
             # After an error nobody needs the tasks any more, and the next run must not meet them.
-            for ref in self.tasks:
-                ray.cancel(ref, force=True)
-            if self.tasks:
-                ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=CANCEL_S)
+            self.executor.cancel(list(self.tasks))
 
     def _jobs(self) -> Iterator[tuple[_Shard, Record | None]]:
         """Yield assets shard by shard.
@@ -318,29 +291,27 @@ class _Run:
                 products=shard.products,
                 wanted=_count_wanted(self.plan, shard.name, shard.products),
             )
-            ref = _commit_task.remote(job)
+            task = self.executor.submit_commit(job)
         else:
             attempt = self.attempts[record.uid] = self.attempts.get(record.uid, 0) + 1
-            source = self.sources[record.source]
-            task = _asset_task.options(num_gpus=self.cfg.gpu_share or None)
-            ref = task.remote(record, source, self.config, shard.name, shard.products, attempt)
-        self.tasks[ref] = (shard, record)
+            task = self.executor.submit_asset(record, shard.name, shard.products, attempt)
+        self.tasks[task] = (shard, record)
 
-    def _finish_task(self, ref: ray.ObjectRef) -> None:
+    def _finish_task(self, task: Any) -> None:
         """Take the result of a finished task. Retry the task if its worker or node was lost."""
-        shard, record = self.tasks.pop(ref)
+        shard, record = self.tasks.pop(task)
         try:
-            result = ray.get(ref)
-        except RayTaskError as error:  # our own code raised: the run is at fault, not an asset
-            cause = error.cause
-            if isinstance(cause, RunError | UserError):
-                raise RunError(str(cause)) from None
-            if isinstance(cause, OSError) and is_disk_full(cause):
+            result = self.executor.result(task)
+        except WorkerLostError as error:
+            self._retry_lost(shard, record, str(error))
+            return
+        # Our own code raised: the run is at fault, not an asset.
+        except (RunError, UserError) as error:
+            raise RunError(str(error)) from None
+        except OSError as error:
+            if is_disk_full(error):
                 raise RunError(self._disk_full_message()) from None
             raise
-        except RayError as error:
-            self._retry_lost(shard, record, error)
-            return
         if record is None:
             log.debug("Shard %s is committed: %s.", shard.name, result)
             self.progress.count_shard()
@@ -380,10 +351,9 @@ class _Run:
         if not shard.unfinished:
             self._submit(shard, None)
 
-    def _retry_lost(self, shard: _Shard, record: Record | None, error: RayError) -> None:
+    def _retry_lost(self, shard: _Shard, record: Record | None, kind: str) -> None:
         """Retry a task whose worker or node was lost, as often as the limits allow."""
         name = record.uid if record else f"commit of shard {shard.name}"
-        kind = type(error).__name__
         if record is None:
             self.attempts[name] = self.attempts.get(name, 0) + 1
         attempt = self.attempts[name]
@@ -395,21 +365,12 @@ class _Run:
         else:
             lost = ProcessExit(reason="worker_lost", detail="", seconds=0.0, peak_rss_bytes=0)
             with workspace(self.cfg.out, self.cfg.scratch) as here:
-                job = _make_job(
+                job = make_job(
                     record, None, self.cfg, here, shard.name, shard.products, attempt + 1
                 )
-                verdict = _verdict(save_result(job, lost, attempt))
+                verdict = Verdict.of(save_result(job, lost, attempt))
                 upload_asset(self.cfg.out, here, shard.name, record.uid)
             self._finish_asset(shard, record, verdict)
-
-    def _task_limit(self) -> int:
-        """Return how many tasks may be submitted.
-
-        Ray runs as many as it has cores for, whatever `workers` says.
-        """
-        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        workers = self.cfg.workers or cores
-        return workers if workers < cores else workers * TASKS_PER_SLOT
 
     def _check_disk(self) -> None:
         """Stop the run before the disk is full."""
@@ -436,133 +397,24 @@ class _Run:
         return next(folder for folder in (root, *root.absolute().parents) if folder.exists())
 
 
-_isolated = {  # one of each per Ray worker process
-    "cpu": IsolatedProcess("pipeline.orchestration.asset_stages:warm_up"),
-    "cuda": IsolatedProcess("pipeline.orchestration.asset_stages:warm_up_cuda"),
-}
+def _open_executor(
+    cfg: BuildConfig, sources: Mapping[str, Source]
+) -> AbstractContextManager[Executor]:
+    """Return the executor of a build. It runs until the end of the block.
 
-
-@ray.remote(num_cpus=1, max_retries=0)
-def _asset_task(
-    record: Record,
-    source: Source,
-    cfg: BuildConfig,
-    shard: str,
-    products: tuple[Product, ...],
-    attempt: int,
-) -> Verdict:
-    """Run all stages of one asset in a child process.
+    Args:
+        cfg: Options of the build. `executor` chooses.
+        sources: The sources of the assets by name.
 
     Raises:
-        RunError: If the cause would make every asset fail.
-    """
-    with workspace(cfg.out, cfg.scratch) as here:
-        job = _make_job(record, source, cfg, here, shard, products, attempt)
-        on_gpu = cfg.gpu_share > 0
-        if on_gpu:
-            job = replace(job, gpu=ray.get_runtime_context().get_accelerator_ids()["GPU"][0])
-        end = _isolated["cuda" if on_gpu else "cpu"].call(
-            "pipeline.orchestration.asset_stages:process",
-            job,
-            log=job.folder / "log.txt",
-            timeout_s=cfg.limits.asset_timeout_s,
-            memory_bytes=int(cfg.limits.asset_memory_gb * 1e9),
-            memory_limit=resource.RLIMIT_DATA if on_gpu else resource.RLIMIT_AS,
-        )
-        if end.reason == "disk_full":
-            raise OSError(errno.ENOSPC, "disk full")
-        if end.reason == "run_error":
-            raise RunError(end.detail)
-        result = save_result(job, end, attempt)
-        upload_asset(cfg.out, here, shard, record.uid)
-        return _verdict(result)
-
-
-@ray.remote(num_cpus=1, max_retries=0)
-def _commit_task(job: CommitJob) -> dict[str, int]:
-    return commit(job)
-
-
-def _make_job(
-    record: Record,
-    source: Source | None,
-    cfg: BuildConfig,
-    here: Path,
-    shard: str,
-    products: tuple[Product, ...],
-    attempt: int,
-) -> AssetJob:
-    """Return the job with an empty directory that no other attempt uses.
-
-    An attempt on a node that only seemed lost may still be running.
-    """
-    final = scratch_folder(here, shard, record.uid)
-    for old in final.parent.glob(f"{record.uid}.*"):
-        shutil.rmtree(old, ignore_errors=True)
-    folder = final.with_name(f"{record.uid}.{attempt}-{os.getpid()}")
-    folder.mkdir(parents=True)
-    return AssetJob(record=record, source=source, config=cfg, products=products, folder=folder)
-
-
-def _verdict(result: AssetResult) -> Verdict:
-    return Verdict(result.status, result.stage, result.reason, result.transient)
-
-
-@contextmanager
-def _connected(cfg: BuildConfig) -> Iterator[None]:
-    """Use the caller's Ray, else the cluster at RAY_ADDRESS, else a Ray of this run alone.
-
-    Raises:
-        UserError: If there is no Ray at RAY_ADDRESS.
+        UserError: If there is no Ray at RAY_ADDRESS, or no GPU for `--device cuda`.
         RunError: If Ray cannot start on this machine.
     """
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    with nullcontext() if address else _local_settings():
-        with connecting(address):
-            if address:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=cfg.workers,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    # Imported here, because a machine need not have Ray.
+    if cfg.executor == "ray":
+        from pipeline.orchestration.ray_executor import open_ray
 
+        return open_ray(cfg, sources)
+    from pipeline.orchestration.process_executor import ProcessExecutor
 
-@contextmanager
-def _local_settings() -> Iterator[None]:
-    """Set what a Ray of this run alone reads from the environment, and restore it at the end.
-
-    Ray protects a local cluster with a token. Without one it would write ~/.ray/auth_token, and
-    every later Ray of this user would demand that token. The cluster gets a token of its own, which
-    no file keeps.
-    """
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", _process_token())
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@cache
-def _process_token() -> str:
-    """Return the token of this process. Ray reads it once, so it stays the same."""
-    return secrets.token_hex(32)
+    return ProcessExecutor(cfg, sources)

@@ -260,7 +260,7 @@ def test_no_more_is_in_flight_than_may_be_worked_on_where_ray_has_more_cores(
         flying.append(len(refs))
         return wait(refs, **options)
 
-    monkeypatch.setattr("pipeline.orchestration.runner.ray.wait", note)
+    monkeypatch.setattr("pipeline.orchestration.ray_executor.ray.wait", note)
     cfg = replace(config(tmp_path / "out"), workers=workers)
     assert build(cfg, [CrashingSource(count=6)])["done"] == 6
     assert max(flying) == tasks
