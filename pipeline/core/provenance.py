@@ -13,7 +13,7 @@ FORMAT_VERSION = 1  # of every store, shard and checkpoint; a reader refuses ano
 
 # Version of the mesh readers. It grows whenever some file gives another mesh or another look than
 # before. A build keeps the version that it was begun with, so that its products fit together.
-READER_VERSION = 2
+READER_VERSION = 3
 
 
 def provenance(packages: Iterable[str]) -> dict[str, Any]:

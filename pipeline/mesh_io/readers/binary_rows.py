@@ -209,7 +209,8 @@ def to_float64(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def to_float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Convert numbers of a file to finite ones. Undefined ones become 0."""
+    """Convert numbers of a file. Finite ones stay finite, and all others become NaN."""
     limit = float(np.finfo(np.float32).max)
-    finite = np.nan_to_num(to_float64(values), posinf=limit, neginf=-limit)
-    return np.clip(finite, -limit, limit).astype(np.float32)
+    numbers = to_float64(values)
+    clipped = np.clip(numbers, -limit, limit).astype(np.float32)
+    return np.where(np.isfinite(numbers), clipped, np.float32(np.nan))

@@ -303,6 +303,7 @@ class _ObjReader:
             return []
         uv_rows = self._rows(self.is_uv, b"vt")
         uv = to_float32(uv_rows.columns(0, 2))
+        uv[uv_rows.words == 1, 1] = 0  # the format allows coordinates of one dimension
         normals = to_float32(self._rows(self.is_normal, b"vn").columns(0, 3))
         colors = self._colors(rows)
         has_uv = self._has_attribute(faces, 1, len(uv), "vt")

@@ -108,6 +108,8 @@ def read_ply(content: bytes, context: ReaderContext) -> Scene:
             check_face_count(element.count, context.cfg)
     read = _read_text if header.order == "=" else _read_binary
     tables, is_cut = read(content, header, context.warnings)
+    if header.order == "=":
+        _with_declared_types(tables, header, context.warnings)
     return _Builder(header, tables, context).scene(is_cut=is_cut)
 
 
@@ -131,6 +133,8 @@ def _read_header(content: bytes, warnings: WarningLog) -> _Header:
             raise Reject("unreadable", error="no_end_header")
         if keyword == "format" and len(words) > 1 and words[1] in BYTE_ORDERS:
             header.order = BYTE_ORDERS[words[1]]
+            if words[2:] != ["1.0"]:
+                warnings.add("invalid_value", f"version {' '.join(words[2:])[:20]}")
         elif keyword == "element" and len(words) > 2:
             header.elements.append(_Element(name=words[1], count=int(words[2])))
         elif keyword == "property" and header.elements:
@@ -377,22 +381,42 @@ def _rows_of_numbers(
                 place = place + 1
         if complete:
             rows.end = int(place[-1])
-    for name, kind, length in element.properties:
-        if length is None:
-            rows.scalars[name] = _with_kind(rows.scalars[name], kind)
-        else:
-            items, sizes = rows.lists[name]
-            rows.lists[name] = (_with_kind(items, kind), sizes)
     return rows
 
 
-def _with_kind(values: NDArray[np.float64], kind: str) -> NDArray[Any]:
-    """Return numbers of a text as integers if they are declared so. NaN becomes -1."""
-    if kind.startswith("f"):
-        return values
-    is_usable = np.abs(values) < 2**62
-    integers = np.where(is_usable, np.where(is_usable, values, 0), -1).astype(np.int64)
-    return integers.astype(kind) if kind in ("u1", "i1", "u2", "i2") else integers
+def _with_declared_types(tables: list[Rows], header: _Header, warnings: WarningLog) -> None:
+    """Convert the numbers of a text to the types that the header declares, where they fit.
+
+    Numbers that do not fit give "invalid_value". An index is what the text says, whatever its
+    declared type is. A column with fractions stays one of floats, and other scalars are limited to
+    the range of their type.
+    """
+    for element, rows in zip(header.elements, tables, strict=True):
+        for name, kind, length in element.properties:
+            if kind.startswith("f"):
+                continue
+            values = rows.scalars[name] if length is None else rows.lists[name][0]
+            # A negative number in 8 bits is what some writers make of 128 to 255.
+            info = np.iinfo("u1" if kind == "i1" else kind)
+            low, high = (-128 if kind == "i1" else info.min), info.max
+            with np.errstate(invalid="ignore"):
+                is_whole = values == np.rint(values)
+                fits = is_whole & (values >= low) & (values <= high)
+            detail = f"{element.name}: {name} beyond its type"
+            warnings.add("invalid_value", detail, int((~fits).sum()))
+            if length is not None:
+                rows.lists[name] = (_as_indices(values), rows.lists[name][1])
+            elif is_whole.all():
+                whole = np.clip(values, low, min(high, 2**62)).astype(np.int64)
+                is_narrow = kind in ("u1", "i1", "u2", "i2")
+                rows.scalars[name] = whole.astype(kind) if is_narrow else whole
+
+
+def _as_indices(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return numbers as integers. What is no integer becomes -1, which no vertex has."""
+    with np.errstate(invalid="ignore"):
+        is_usable = (np.abs(values) < 2**62) & (values == np.rint(values))
+    return np.where(is_usable, np.where(is_usable, values, 0), -1).astype(np.int64)
 
 
 def _find_rows(
@@ -530,7 +554,7 @@ class _Builder:
             self.used[element].add(name)
             items, lengths = rows.lists[name]
             if items.dtype.kind == "f":
-                items = _with_kind(to_float64(items), "i8")
+                items = _as_indices(to_float64(items))
             items = items.astype(np.int64)
             if element == "face":
                 corners.append(items)

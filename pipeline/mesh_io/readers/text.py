@@ -44,7 +44,7 @@ def parse_numbers(
     Args:
         text: The text, as `plain_text` returns it.
         warnings: Receives "invalid_value" for each word that is not a number.
-        dtype: float64 or int64. An integer may be written with a fraction.
+        dtype: float64 or int64. An integer may be written as 3.0, but 3.5 is no integer.
         count: Number of words of the text, if it is known.
 
     Returns:
@@ -65,7 +65,7 @@ def parse_numbers(
     invalid = []
     for index, word in enumerate(words):
         number = _number(word)
-        if number is None:
+        if number is None or (dtype is not np.float64 and not number.is_integer()):
             invalid.append(word)
         else:
             numbers[index] = number

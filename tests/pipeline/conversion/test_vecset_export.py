@@ -15,6 +15,7 @@ from pipeline.conversion.config import ExportConfig
 from pipeline.conversion.vecset_export import export, read_records
 from pipeline.conversion.vecset_layouts import LAYOUTS
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.provenance import READER_VERSION
 from pipeline.orchestration.isolated_process import ProcessExit
 from pipeline.storage.manifest import read_manifest, write_manifest
 from tests.pipeline.conversion import trainer_loaders
@@ -208,4 +209,4 @@ def test_the_build_must_exist_and_be_read_by_this_version(assets, tmp_path):
         (build / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         with pytest.raises(UserError, match=message):
             export(config(build, tmp_path / "out"))
-        plan["config"]["reader_version"] = 2
+        plan["config"]["reader_version"] = READER_VERSION

@@ -279,3 +279,11 @@ def test_meshes_of_another_writer(tmp_path, seed):
 @pytest.mark.parametrize("text", [TEXT, VERTICES + ATTRIBUTES + FACES.replace(" ", " 1/1/1 ", 1)])
 def test_damaged_files_are_loaded_or_rejected(tmp_path, text):
     measures.assert_fuzzed_files_are_safe(tmp_path, "a.obj", text.encode(), rounds=150)
+
+
+@pytest.mark.parametrize("face", ["f 1.5 2 3\n", "f nan 2 3\n", "f 1e999 2 3\n"])
+def test_an_index_that_is_no_integer_refers_to_no_vertex(tmp_path, face):
+    """1.5 was read as 1."""
+    mesh, codes = read(tmp_path, "a.obj", TEXT + face)
+    assert codes == {"invalid_value": 1, "index_out_of_range": 1}
+    assert_box(mesh)

@@ -375,3 +375,43 @@ def test_meshes_of_another_writer(tmp_path, encoding, seed):
 @pytest.mark.parametrize("faces", [QUADS, MIXED], ids=["quads", "mixed"])
 def test_damaged_files_are_loaded_or_rejected(tmp_path, kind, faces):
     measures.assert_fuzzed_files_are_safe(tmp_path, "a.ply", box(kind, faces), rounds=150)
+
+
+def test_indices_of_a_text_beyond_their_declared_type_are_those_of_the_text(tmp_path):
+    """A fan of 298 triangles with indices up to 299, declared as 8 bits. They wrapped at 256."""
+    angles = 2 * np.pi * np.arange(300) / 300
+    points = [[np.cos(a), np.sin(a), 0] for a in angles.tolist()]
+    faces = [[[0, k, k + 1]] for k in range(1, 299)]
+    expected = 150 * np.sin(2 * np.pi / 300)  # 300 triangles from the centre
+    for kind in ("uchar", "char"):
+        content = ply(
+            {"vertex": (XYZ, points), "face": ([f"list uchar {kind} vertex_indices"], faces)}
+        )
+        mesh, codes = read(tmp_path, "a.ply", content)
+        assert codes.keys() == {"invalid_value"}
+        np.testing.assert_allclose((len(mesh.faces), area(mesh)), (298, expected))
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [(300, 255), (-1, 0), (0.5, 128), (255, 255), (255.0, 255)]
+)
+def test_colours_of_a_text_beyond_their_declared_type(tmp_path, written, expected):
+    """They wrapped at 256, and shares of 1 became 0."""
+    rows = [[*point, written, 0, 0] for point in BOX.tolist()]
+    properties = [*XYZ, "uchar red", "uchar green", "uchar blue"]
+    faces = (INDICES, [[face] for face in QUADS])
+    mesh, codes = read(tmp_path, "a.ply", ply({"vertex": (properties, rows), "face": faces}))
+    assert codes == ({} if written == 255 else {"invalid_value": 8})
+    assert measures.colors_at(mesh, BOX[0]) == {(expected, 0, 0, 255)}
+
+
+def test_an_index_with_a_fraction_refers_to_no_vertex(tmp_path):
+    mesh, codes = read(tmp_path, "a.ply", box(faces=[*QUADS, [0.5, 1, 2]]))
+    assert codes == {"invalid_value": 1, "index_out_of_range": 1}
+    assert_box(mesh)
+
+
+def test_another_version_is_reported(tmp_path):
+    mesh, codes = read(tmp_path, "a.ply", box().replace(b"ascii 1.0", b"ascii 2.0"))
+    assert codes == {"invalid_value": 1}
+    assert_box(mesh)
