@@ -201,13 +201,28 @@ def _to_triangles(geometry: Geometry, warnings: WarningLog) -> _Triangles:
             return None
         return np.asarray(attribute.values[sources[attribute.domain]], dtype=dtype)
 
+    def of_faces(attribute: Attribute | None, dtype: Any, name: str) -> Any:
+        """Report and return values with NaN where they are not finite."""
+        values = on_vertices(attribute, dtype)
+        if values is None or np.isfinite(values).all():
+            return values
+        is_used = np.zeros(len(values), dtype=bool)
+        is_used[faces] = True
+        is_undefined = is_used & ~np.isfinite(values).all(axis=1)
+        detail = f"{geometry.name} {name} that are not finite".strip()
+        warnings.add("invalid_value", detail, int(is_undefined.sum()))
+        return np.where(np.isfinite(values), values, np.nan)
+
     return _Triangles(
         vertices=vertices,
         faces=faces,
         materials=np.asarray(materials, dtype=np.int64)[polygon_of],
-        uv={name: np.nan_to_num(on_vertices(item, np.float32)) for name, item in uv.items()},
+        uv={
+            name: np.nan_to_num(of_faces(item, np.float32, f"uv {name}"))
+            for name, item in uv.items()
+        },
         colors=on_vertices(colors, np.uint8),
-        normals=on_vertices(normals, np.float64),
+        normals=of_faces(normals, np.float64, "normals"),
     )
 
 
@@ -239,7 +254,7 @@ def _place(
         is_mirrored = np.linalg.det(linear) < 0
         normals = geometry.normals
         if normals is not None:
-            normals = _normalized(normals @ _cofactors(linear).T)
+            normals = np.nan_to_num(normals @ _cofactors(linear).T)
 
     # the faces of each drawn material
     by_material: dict[int, list[int]] = {}
@@ -280,7 +295,9 @@ def _place(
                     for name in MAP_NAMES
                 },
                 "colors": colors,
-                "normals": None if normals is None else normals[used].astype(np.float32),
+                "normals": None
+                if normals is None
+                else _normalized(normals[used], vertices[used], faces).astype(np.float32),
             },
         )
 
@@ -321,9 +338,29 @@ def _cofactors(linear: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack(rows) * (-1 if np.linalg.det(linear) < 0 else 1)
 
 
-def _normalized(normals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scale vectors [V, 3] to length 1. A zero or undefined vector becomes (0, 1, 0)."""
-    normals = np.nan_to_num(normals)
+def _normalized(
+    normals: NDArray[np.float64], vertices: NDArray[np.float64], faces: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Scale normals [V, 3] to length 1.
+
+    A vertex whose normal is zero takes that of its faces, weighted by their areas. If they have
+    none either, it is (0, 1, 0).
+    """
+    # Long and short vectors must not overflow when they are squared.
+    largest = np.abs(normals).max(axis=1, keepdims=True, initial=0)
+    normals = normals / np.where(largest > 0, largest, 1)
+    if (largest == 0).any():
+        a, b, c = (vertices[faces[:, k]] for k in range(3))
+        with np.errstate(over="ignore", invalid="ignore"):
+            areas = np.nan_to_num(np.cross(b - a, c - a))
+        sums = np.stack(
+            [
+                np.bincount(faces.ravel(), np.repeat(areas[:, k], 3), len(vertices))
+                for k in range(3)
+            ],
+            axis=1,
+        )
+        normals = np.where(largest > 0, normals, sums)
     length = np.linalg.norm(normals, axis=1, keepdims=True)
     return np.where(length > 0, normals / np.where(length > 0, length, 1), [0.0, 1.0, 0.0])
 

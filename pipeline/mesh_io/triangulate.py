@@ -24,8 +24,8 @@ def triangulate(
     """Triangulate all polygons of a geometry.
 
     Polygons with corners that do not exist are left out with the warning "index_out_of_range",
-    polygons with fewer than three corners with "degenerate_polygon". A polygon whose triangles do
-    not have the area of its outline gives "polygon_not_simple".
+    polygons with fewer than three distinct corners with "degenerate_polygon". A polygon whose
+    triangles do not have the area of its outline gives "polygon_not_simple".
 
     Args:
         geometry: The polygons.
@@ -49,10 +49,8 @@ def triangulate(
         counts = np.concatenate([[0], np.cumsum(is_outside)])
         usable = counts[first + sizes] == counts[first]
         warnings.add("index_out_of_range", geometry.name, int((~usable).sum()))
-    too_small = usable & (sizes < 3)
-    if too_small.any():
-        warnings.add("degenerate_polygon", geometry.name, int(too_small.sum()))
-        usable &= ~too_small
+    num_degenerate = int((usable & (sizes < 3)).sum())
+    usable &= sizes >= 3
 
     triangles = [np.empty((0, 3), dtype=np.int64)]
     owners = [np.empty(0, dtype=np.int64)]
@@ -61,12 +59,20 @@ def triangulate(
     for size in np.unique(sizes[simple]).tolist():
         chosen = np.flatnonzero(simple & (sizes == size))
         corners = first[chosen, None] + np.arange(size)  # [n, size]
+        points = geometry.positions[geometry.corners[corners]]
+        is_degenerate = _are_degenerate(points)
+        if is_degenerate.any():
+            num_degenerate += int(is_degenerate.sum())
+            chosen, corners = chosen[~is_degenerate], corners[~is_degenerate]
+            points = points[~is_degenerate]
         if size > 3:
-            is_convex = _are_convex(geometry.positions[geometry.corners[corners]])
+            is_convex = _are_convex(points)
             to_clip.append(chosen[~is_convex])
             chosen, corners = chosen[is_convex], corners[is_convex]
         triangles.append(corners[:, _fan(size)].reshape(-1, 3))
         owners.append(np.repeat(chosen, size - 2))
+    if num_degenerate:
+        warnings.add("degenerate_polygon", geometry.name, num_degenerate)
     for polygon in np.concatenate(to_clip).tolist():
         bounds = contours[polygons[polygon] : polygons[polygon + 1] + 1]
         clipped = _ear_clip(geometry, bounds, warnings)
@@ -83,6 +89,16 @@ def _fan(size: int) -> NDArray[np.int64]:
     return np.stack([np.zeros_like(following), following, following + 1], axis=1)
 
 
+def _are_degenerate(points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return whether polygons [n, size, 3] have fewer than three distinct corners."""
+    if points.shape[1] == 3:
+        a, b, c = points.transpose(1, 0, 2)
+        return (a == b).all(axis=1) | (b == c).all(axis=1) | (c == a).all(axis=1)
+    is_first = (points == points[:, :1]).all(axis=2)
+    other = points[np.arange(len(points)), is_first.argmin(axis=1)]
+    return (is_first | (points == other[:, None]).all(axis=2)).all(axis=1)
+
+
 def _are_convex(points: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return whether polygons [n, size, 3] turn only to one side, and only once around."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -97,9 +113,11 @@ def _are_convex(points: NDArray[np.float64]) -> NDArray[np.bool_]:
         # polygon all have the orientation of the polygon.
         fan = np.cross(points[:, 1:-1] - points[:, :1], points[:, 2:] - points[:, :1])
         is_fan = (np.einsum("nki,ni->nk", fan, area) >= limit[:, None]).all(axis=1)
-    # Polygons without area or with undefined corners are drawn as fans.
-    has_area = np.einsum("ni,ni->n", area, area) > 0
-    return ~has_area | (turns_one_way & is_fan)
+        # Polygons without area or with undefined corners are drawn as fans. If some triangle of
+        # the fan has an area, the outline crosses itself, as the figure 8 does.
+        has_area = np.einsum("ni,ni->n", area, area) > 0
+        crosses_itself = np.isfinite(fan).all(axis=(1, 2)) & (fan != 0).any(axis=(1, 2))
+    return np.where(has_area, turns_one_way & is_fan, ~crosses_itself)
 
 
 def _ear_clip(
@@ -121,6 +139,8 @@ def _ear_clip(
     area = float(np.linalg.norm(normal))
     if not np.isfinite(points).all() or area == 0:
         # Undefined positions are rejected later, for the asset. An outline without area is a fan.
+        if np.isfinite(points).all():
+            warnings.add("polygon_not_simple", geometry.name)
         return _fan(len(outline)) + first
     plane = _plane_axes(normal / area)
     flat = np.ascontiguousarray((points - centre) @ plane.T)

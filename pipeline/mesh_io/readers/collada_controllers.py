@@ -209,7 +209,12 @@ class ControllerReader:
             or weight_of.max() >= len(values)
         ):
             raise ControllerError("an index of the weights does not exist")
-        weights = np.nan_to_num(values[:, 0])[weight_of] if len(rows) else np.empty(0)
+        weights = values[:, 0][weight_of] if len(rows) else np.empty(0)
+        is_finite = np.isfinite(weights)
+        self._warnings.add(
+            "invalid_value", "weights of joints that are not finite", int((~is_finite).sum())
+        )
+        weights = np.where(is_finite, weights, 0)
         return Skin(
             joints=names,
             inverse_bind=inverse.reshape(-1, 4, 4),

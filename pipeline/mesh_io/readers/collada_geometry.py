@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.readers.collada_schema import PRIMITIVES
 from pipeline.mesh_io.readers.collada_values import Document
+from pipeline.mesh_io.readers.strips import are_drawn
 from pipeline.mesh_io.scene import Attribute, Geometry
 from pipeline.mesh_io.xml_tree import Element
 
@@ -112,6 +113,10 @@ class GeometryReader:
         if values.shape[1] != 3:
             points = np.zeros((len(values), 3))
             points[:, : min(values.shape[1], 3)] = values[:, :3]
+        if element.name == "tristrips":
+            rows = corners.indices.reshape(-1, 3, stride)
+            rows = rows[are_drawn(rows[:, :, positions[0].offset], points)].reshape(-1, stride)
+            corners = _Corners(indices=rows, contours=np.arange(0, len(rows) + 1, 3))
         uv: dict[int, Attribute] = {}
         colors = normals = None
         for item in inputs:
@@ -206,7 +211,12 @@ class GeometryReader:
 
     def _color_bytes(self, values: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
         """Return colours as sRGB with alpha. The format does not say in which space they are."""
-        colors = np.nan_to_num(np.asarray(values, dtype=np.float64))
+        colors = np.asarray(values, dtype=np.float64)
+        is_finite = np.isfinite(colors).all(axis=1)
+        self._warnings.add(
+            "invalid_value", f"{name}: colours that are not finite", int((~is_finite).sum())
+        )
+        colors = np.nan_to_num(colors)
         if colors.max(initial=0) > 2:
             self._warnings.add("invalid_value", f"{name}: colours above 1")
             colors = colors / 255

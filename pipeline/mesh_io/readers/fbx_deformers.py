@@ -201,7 +201,11 @@ def _skin_matrices(
             bones.append(to_mesh @ matrix @ to_bone @ geometric)
         vertices.append(indices)
         joints.append(np.full(len(indices), len(names) - 1))
-        weights.append(np.nan_to_num(values))
+        is_finite = np.isfinite(values)
+        document.warnings.add(
+            "invalid_value", f"{cluster.name}: weights that are not finite", int((~is_finite).sum())
+        )
+        weights.append(np.where(is_finite, values, 0))
     if not bones:
         return None
     method = skin.element.text_of("SkinningType")

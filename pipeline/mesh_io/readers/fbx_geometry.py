@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.mesh_io.readers.binary_rows import to_float32
 from pipeline.mesh_io.readers.colors import to_rgba8
 from pipeline.mesh_io.readers.fbx_document import FbxDocument, FbxObject
 from pipeline.mesh_io.readers.fbx_tree import FbxElement
@@ -189,8 +190,8 @@ class _Layers:
         attribute = self._attribute(layer, "Normals", "NormalsIndex", 3)
         if attribute is None:
             return None
-        values = np.nan_to_num(attribute.values.astype(np.float64)).astype(np.float32)
-        if not values.any():
+        values = to_float32(attribute.values)
+        if not np.nan_to_num(values).any():
             return None
         return Attribute(values=values, domain=attribute.domain)
 

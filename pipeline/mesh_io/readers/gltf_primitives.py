@@ -15,11 +15,13 @@ from pipeline.mesh_io.readers.gltf_document import Document, Element, GltfError
 from pipeline.mesh_io.readers.gltf_draco import DracoMesh, decode_draco
 from pipeline.mesh_io.readers.gltf_materials import Materials
 from pipeline.mesh_io.readers.gltf_skins import Pose
+from pipeline.mesh_io.readers.strips import are_drawn
 from pipeline.mesh_io.scene import Attribute, Geometry
 
 DRACO = "KHR_draco_mesh_compression"
 POINTS, LINES, LINE_LOOP, LINE_STRIP, TRIANGLES, TRIANGLE_STRIP, TRIANGLE_FAN = range(7)
 INFLUENCES = 4  # joints in one set
+COLOR_TOLERANCE = 1e-3  # by which rounding may take a colour out of its range
 
 Floats = NDArray[np.float64]
 
@@ -128,7 +130,7 @@ class Meshes:
         corners = self._corners(primitive, draco, len(positions))
         if draco is not None:
             mode = TRIANGLES  # a Draco buffer holds the triangles of a strip one by one
-        triangles = self._triangles(mode, corners, name)
+        triangles = self._triangles(mode, corners, positions, name)
         if triangles is None:
             return None
         arrays = _Arrays(positions=positions, triangles=triangles)
@@ -242,7 +244,7 @@ class Meshes:
         return True
 
     def _triangles(
-        self, mode: int, corners: NDArray[np.int64], name: str
+        self, mode: int, corners: NDArray[np.int64], positions: Floats, name: str
     ) -> NDArray[np.int64] | None:
         """Return the triangles [F, 3] of corners in the order of a mode, None if it has none."""
         if mode == TRIANGLES:
@@ -257,7 +259,7 @@ class Meshes:
             return np.stack([first, corners[1:-1], corners[2:]], axis=1)
         strip = np.stack([corners[:-2], corners[1:-1], corners[2:]], axis=1)
         strip[1::2] = strip[1::2, [1, 0, 2]]  # every second triangle has the other orientation
-        return strip
+        return strip[are_drawn(strip, positions)]
 
     def _morph(
         self,
@@ -380,11 +382,21 @@ class _AttributeReader:
     def colors(self) -> Floats | None:
         """Return the linear colours [V, 4], None if there are none."""
         values = self._optional("COLOR_0", (3, 4))
-        if values is None or values.shape[1] == 4:
+        if values is None:
+            return None
+        self.accessors.cached(("checked colours", id(values)), lambda: self._check_colors(values))
+        if values.shape[1] == 4:
             return values
         return self.accessors.cached(
             ("rgba", id(values)), lambda: np.column_stack([values, np.ones(len(values))])
         )
+
+    def _check_colors(self, colors: Floats) -> None:
+        """Report colours [V, 3 or 4] outside of their range. They are clipped."""
+        with np.errstate(invalid="ignore"):
+            is_valid = ((colors > -COLOR_TOLERANCE) & (colors < 1 + COLOR_TOLERANCE)).all(axis=1)
+        detail = f"{self.primitive.path}: colours that are not between 0 and 1"
+        self.accessors.warnings.add("invalid_value", detail, int((~is_valid).sum()))
 
     def influences(self, used: NDArray[np.int64]) -> tuple[NDArray[np.int64], Floats]:
         """Return joints and weights [n, 4 * sets] of the vertices `used`.
@@ -399,10 +411,17 @@ class _AttributeReader:
             weight_set = self._floats(f"WEIGHTS_{number}", (INFLUENCES,))
             if len(joint_set) != self.num_vertices or len(weight_set) != self.num_vertices:
                 raise GltfError(f"joints do not fit {self.num_vertices} vertices")
-            joints.append(np.nan_to_num(joint_set[used]).astype(np.int64))
-            weights.append(np.nan_to_num(weight_set[used]))
+            joint_set, weight_set = joint_set[used], weight_set[used]
+            is_finite = np.isfinite(joint_set) & np.isfinite(weight_set)
+            detail = f"{self.primitive.path}: weights that are not finite"
+            self.accessors.warnings.add("invalid_value", detail, int((~is_finite).sum()))
+            joints.append(np.where(is_finite, joint_set, 0).astype(np.int64))
+            weights.append(np.where(is_finite, weight_set, 0))
         if not joints:
             raise GltfError("it has no JOINTS_0")
+        if unused := set(self._sets("WEIGHTS")) - set(self._sets("JOINTS")):
+            detail = f"{self.primitive.path}: WEIGHTS_{min(unused)} without joints"
+            self.accessors.warnings.add("attribute_mismatch", detail, len(unused))
         return np.concatenate(joints, axis=1), np.concatenate(weights, axis=1)
 
     def _sets(self, semantic: str) -> list[int]:

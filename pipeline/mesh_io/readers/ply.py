@@ -24,6 +24,7 @@ from pipeline.mesh_io.readers.binary_rows import (
     to_float64,
 )
 from pipeline.mesh_io.readers.colors import material_of_colors, to_rgba8
+from pipeline.mesh_io.readers.strips import are_drawn
 from pipeline.mesh_io.readers.text import (
     count_words_of_lines,
     find_spelling,
@@ -493,7 +494,7 @@ class _Builder:
         if vertices.count and columns is None:
             raise Reject("unreadable", error="vertices_without_positions")
         positions = np.empty((0, 3)) if columns is None else to_float64(np.stack(columns, axis=1))
-        corners, sizes, is_face = self._polygons()
+        corners, sizes, is_face = self._polygons(positions)
         check_face_count(len(sizes), self.context.cfg)
         if is_cut and not len(sizes):
             raise Reject("unreadable", error="truncated", vertices=len(positions), faces=0)
@@ -537,7 +538,9 @@ class _Builder:
                 return [rows.scalars[name] for name in names]
         return None
 
-    def _polygons(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    def _polygons(
+        self, positions: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         """Return the corners, their number for each polygon, and which polygons are faces."""
         corners, sizes = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         count = 0
@@ -562,6 +565,7 @@ class _Builder:
                 count = len(lengths)
             else:
                 triangles = _strip_triangles(items, lengths)
+                triangles = triangles[are_drawn(triangles, positions)]
                 corners.append(triangles.reshape(-1))
                 sizes.append(np.full(len(triangles), 3))
         lengths = np.concatenate(sizes)
@@ -688,10 +692,7 @@ class _Builder:
 
 
 def _strip_triangles(items: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the triangles [F, 3] of strips. -1 ends a strip, and every second triangle turns.
-
-    Triangles with two equal corners only join strips.
-    """
+    """Return the triangles [F, 3] of strips. -1 ends a strip, and every second triangle turns."""
     ends = np.zeros(len(items), dtype=bool)  # whether a new strip begins at an item
     starts = np.cumsum(lengths) - lengths
     ends[starts[lengths > 0]] = True
@@ -705,5 +706,4 @@ def _strip_triangles(items: NDArray[np.int64], lengths: NDArray[np.int64]) -> ND
     triangles = np.stack([items[last - 2], items[last - 1], items[last]], axis=1)
     is_odd = place[last] % 2 == 1
     triangles[is_odd] = triangles[is_odd][:, [1, 0, 2]]
-    a, b, c = triangles.T
-    return triangles[(a != b) & (b != c) & (a != c)]
+    return triangles

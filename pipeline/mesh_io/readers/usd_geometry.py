@@ -51,6 +51,7 @@ DEFAULT_UV = "st"
 ANY_UV = ""  # of a texture that names no coordinates: the default ones, otherwise the first ones
 # Types of primvars that are read as texture coordinates.
 UV_TYPES = r"((float|double|half)2|texCoord[23][fdh])(\[\])?"
+COLOR_TOLERANCE = 1e-3  # by which rounding may take a colour out of its range
 DISPLAY = Tint("displayColor", "displayOpacity")  # of a surface without material
 
 
@@ -326,8 +327,11 @@ class GeometryReader:
         if opacity is not None:
             rgba[:, 3:] = opacity.values
         is_finite = np.isfinite(rgba)
-        if not is_finite.all():
-            self.warnings.add("invalid_value", f"{prim.GetPath()}: colours that are not finite")
+        with np.errstate(invalid="ignore"):
+            is_valid = is_finite & (rgba >= 0) & (rgba < 1 + COLOR_TOLERANCE)
+        if not is_valid.all():
+            detail = f"{prim.GetPath()}: colours that are not between 0 and 1"
+            self.warnings.add("invalid_value", detail)
         rgba = np.clip(np.where(is_finite, rgba, 0.0), 0, 1)
         rgba[:, :3] = linear_to_srgb(rgba[:, :3])
         return Attribute(values=np.rint(rgba * 255).astype(np.uint8), domain=domain)

@@ -357,3 +357,44 @@ def test_black_vertex_colors_that_hide_a_texture_are_drawn_and_reported(
     (part,) = mesh.parts
     assert part.colors is not None
     assert set(map(tuple, part.colors)) == {color}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_attributes_that_are_not_finite_are_reported(bad):
+    """They became 0 without a warning. Those of vertices without faces do not matter."""
+    positions = np.vstack([CORNERS, [[9.0, 9, 9]]])
+    uv, normals = np.zeros((5, 2)), np.tile([0.0, 0, 1], (5, 1))
+    uv[4] = normals[4] = bad
+    unused = Geometry.from_triangles(
+        positions,
+        FACES,
+        uv={0: Attribute(values=uv.copy())},
+        normals=Attribute(values=normals.copy()),
+    )
+    assert build(Scene.of_geometries([unused]))[1] == {}
+    uv[1, 0] = normals[2, 1] = bad
+    used = Geometry.from_triangles(
+        positions, FACES, uv={0: Attribute(values=uv)}, normals=Attribute(values=normals)
+    )
+    mesh, codes = build(Scene.of_geometries([used]))
+    assert codes == {"invalid_value": 2}
+    normals = mesh.parts[0].normals
+    assert normals is not None
+    np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("matrix", [shift(), np.diag([-1.0, 1, 1, 1])])
+def test_a_vertex_without_normal_takes_that_of_its_faces(matrix):
+    """It took (0, 1, 0), so that the renders showed it as if it looked up."""
+    normals = np.tile([0.0, 0, -1], (4, 1))
+    normals[3] = 0
+    # only the faces that meet in (0, 0, 1): their area vectors sum to (0, 0, 1) / 2
+    geometry = Geometry.from_triangles(CORNERS, FACES[1:], normals=Attribute(values=normals))
+    scene = Scene(geometries=[geometry], nodes=[Node(matrix=matrix, geometries=(0,))], roots=[0])
+    mesh, codes = build(scene)
+    assert codes == {}
+    top = np.flatnonzero(mesh.vertices[:, 2] == 1)
+    given = mesh.parts[0].normals
+    assert given is not None
+    np.testing.assert_allclose(given[top], [[0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(np.delete(given, top, axis=0), [[0, 0, -1]] * 3, atol=1e-6)

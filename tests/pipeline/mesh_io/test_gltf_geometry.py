@@ -773,3 +773,27 @@ def test_a_document_with_a_byte_order_mark_or_another_encoding_is_read(tmp_path)
     mesh, report = load_with_report(write(tmp_path / "b.gltf", text.encode("latin-1")), CFG)
     assert_same_triangles(mesh)
     assert codes(report) == {"text_encoding": 1}
+
+
+@pytest.mark.parametrize("value", [np.nan, -0.5, 200.0])
+def test_colours_outside_of_their_range_are_reported(tmp_path, value):
+    file = GltfFile()
+    colors = np.full((8, 3), 0.5)
+    colors[3] = value
+    file.draw(file.primitive(BOX, BOX_FACES, {"COLOR_0": colors}))
+    mesh, report = file.load(tmp_path)
+    assert codes(report) == {"invalid_value": 1}
+    assert area(mesh) == pytest.approx(6)
+
+
+def test_weights_that_are_not_finite_or_have_no_joints_are_reported(tmp_path):
+    file = GltfFile(skins=[{"joints": [0]}])
+    weights = np.tile([1.0, 0, 0, 0], (8, 1))
+    weights[2, 0] = np.nan
+    attributes = {
+        "JOINTS_0": file.accessor(np.zeros((8, 4)), "u1"),
+        "WEIGHTS_0": weights,
+        "WEIGHTS_1": np.ones((8, 4)),
+    }
+    file.draw(file.primitive(BOX, BOX_FACES, attributes), skin=0)
+    assert codes(file.load(tmp_path)[1]) == {"attribute_mismatch": 1, "invalid_value": 1}

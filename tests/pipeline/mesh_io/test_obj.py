@@ -287,3 +287,15 @@ def test_an_index_that_is_no_integer_refers_to_no_vertex(tmp_path, face):
     mesh, codes = read(tmp_path, "a.obj", TEXT + face)
     assert codes == {"invalid_value": 1, "index_out_of_range": 1}
     assert_box(mesh)
+
+
+def test_texture_coordinates_that_are_no_numbers_are_reported(tmp_path):
+    """They became 0. A single number is a coordinate of one dimension."""
+    faces = "".join(
+        "f " + " ".join(f"{i + 1}/{k + 1}" for k, i in enumerate(q)) + "\n" for q in QUADS
+    )
+    for line in ("vt 1", "vt nan 1", "vt 1 inf", "vt"):
+        text = VERTICES + f"vt 0 0\nvt 1 0\n{line}\nvt 0 1\n" + faces
+        mesh, codes = read(tmp_path, "a.obj", text)
+        assert codes.keys() == (set() if line == "vt 1" else {"invalid_value"}), line
+        assert_box(mesh)

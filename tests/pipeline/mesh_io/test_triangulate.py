@@ -146,3 +146,29 @@ def test_many_polygons_of_mixed_sizes_stay_in_order():
     triangles, owner = triangulate(geometry, WarningLog())
     np.testing.assert_array_equal(owner, np.repeat(np.arange(200), sizes - 2))
     np.testing.assert_array_equal(geometry.positions[triangles[:, 0], 2], owner)
+
+
+@pytest.mark.parametrize("plane", [None, np.array([[1, 0, 0.25], [0, 1, -0.5]])])
+def test_a_figure_8_whose_halves_cancel_is_reported(plane):
+    """Its area vector is zero, so it was taken for a polygon without area."""
+    warnings = WarningLog()
+    normals_of(polygon([(0, 0), (1, 1), (1, 0), (0, 1)], plane=plane), warnings)
+    assert codes(warnings) == {"polygon_not_simple": 1}
+
+
+@pytest.mark.parametrize(
+    ("outline", "is_reported"),
+    [
+        ([(0, 0), (0, 0), (1, 1)], True),
+        ([(0, 0), (1, 1), (0, 0), (1, 1)], True),
+        ([(2, 2)] * 5, True),
+        ([(0, 0), (1, 1), (2, 2)], False),  # three corners on a line
+        ([(0, 0), (1, 0), (1, 1), (0, 0)], False),  # the first corner is repeated
+    ],
+)
+def test_a_polygon_with_fewer_than_three_distinct_corners_is_reported(outline, is_reported):
+    """Only the number of corners was looked at."""
+    warnings = WarningLog()
+    triangles, _ = triangulate(polygon(outline), warnings)
+    assert codes(warnings) == ({"degenerate_polygon": 1} if is_reported else {})
+    assert (len(triangles) == 0) == is_reported
