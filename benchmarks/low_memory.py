@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -50,6 +49,7 @@ from pipeline.core.cli import command, parse
 from pipeline.core.devices import choose_device
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.grid import CELL_SIDE
+from pipeline.core.memory import peak_memory
 from pipeline.core.primitives.marching_cubes import MeshArrays
 
 log = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ def measure(cfg: LowMemoryConfig, folder: Path) -> dict[str, Any]:
     log.info("%s: the stages are loaded after %.1f s.", cfg.mode, load_seconds)
 
     def progress(stage: str, numbers: Iterable[int]) -> Iterable[int]:
-        log.info("%s: stage %s begins; peak so far %.2f GB", cfg.mode, stage, _peak_gb())
+        log.info("%s: stage %s begins; peak so far %.2f GB", cfg.mode, stage, peak_memory() / 1e9)
         return numbers
 
     on_gpu = device.type == "cuda"
@@ -245,15 +245,10 @@ def measure(cfg: LowMemoryConfig, folder: Path) -> dict[str, Any]:
         "seconds": seconds[-1],
         "tokens": tokens,
         "sha256": decoded.hexdigest(),
-        "peak_gb": _peak_gb(),
+        "peak_gb": peak_memory() / 1e9,
         "gpu_peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None,
         "gpu_reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9 if on_gpu else None,
     }
-
-
-def _peak_gb() -> float:
-    """Return the largest resident memory of this process so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def measure_in_child(cfg: LowMemoryConfig, folder: Path, mode: str) -> dict[str, Any]:

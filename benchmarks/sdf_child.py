@@ -8,7 +8,6 @@ the interpreter and the libraries, whose part is `base_mb`.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import Reject
 from pipeline.core.grid import CELL_SIDE, band, spacing
+from pipeline.core.memory import peak_memory
 from pipeline.core.schema import Bricks, Mesh
 
 CHUNK = 1 << 20  # points per call of libigl
@@ -206,15 +206,8 @@ class Clock:
 
 
 def peak_mb() -> float:
-    """Return the largest resident set so far, in MiB.
-
-    getrusage can include the parent process, so it is only used where /proc is missing.
-    """
-    status = Path("/proc/self/status")
-    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return the largest resident memory of this process so far, in MiB."""
+    return peak_memory() / 2**20
 
 
 def stored_voxels(bricks: Bricks, points: NDArray[np.int32]) -> NDArray[np.float64]:

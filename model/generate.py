@@ -8,7 +8,6 @@ Options and images are checked before torch and the models are imported, which t
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from model.config import GenerationOptions, PrintOptions
 from pipeline.core.cli import command, parse
 from pipeline.core.devices import Device, check_device, choose_device
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.memory import peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -256,7 +256,7 @@ def _peak_memory(device: torch.device) -> str:
         import torch
 
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the GPU"
-    return f"{1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.2f} GB"
+    return f"{peak_memory() / 1e9:.2f} GB"
 
 
 def _progress_bar(stage: str, steps: Iterable[int]) -> Iterable[int]:

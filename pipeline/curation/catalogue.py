@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,25 @@ def write_catalogue(
         if isinstance(out, RemotePath):
             (out / CATALOGUE).upload(here / CATALOGUE)
     return Catalogue(path=out / CATALOGUE)
+
+
+def read_columns(out: StorePath, columns: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read columns of the catalogue of a build, of which older catalogues may lack some.
+
+    Args:
+        out: Output directory of the build.
+        columns: Names of the columns.
+
+    Returns:
+        {uid: {column: value}}, empty if the build has no catalogue.
+    """
+    path = out / CATALOGUE
+    if not path.exists():
+        return {}
+    with pq.ParquetFile(arrow_source(path)) as file:
+        existing = file.schema_arrow.names
+        names = ["uid", *(name for name in columns if name in existing and name != "uid")]
+        return {row["uid"]: row for row in file.read(names).to_pylist()}
 
 
 def read_funnel(path: StorePath) -> list[dict[str, Any]]:

@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 from pipeline.core.errors import UserError
 from pipeline.core.files import replacing
 from pipeline.core.schema import Record
+from pipeline.curation.catalogue import read_columns
 from pipeline.curation.licences import licence_of
 from pipeline.orchestration.plan import Plan, read_plan
 from pipeline.sources.id_list import FORMATS, listed_columns
-from pipeline.storage.layout import CATALOGUE, MANIFEST, list_commits, manifest_path
+from pipeline.storage.layout import MANIFEST, list_commits, manifest_path
 from pipeline.storage.manifest import ManifestRow, read_manifest
-from pipeline.storage.remote import StorePath, arrow_source, write_file
+from pipeline.storage.remote import StorePath, write_file
 
 ATTRIBUTION_COLUMNS = ("uid", "author", "title", "licence", "url")
 ATTRIBUTION = "attribution.csv"
@@ -57,11 +58,7 @@ def list_rows(out: StorePath, split: str = "all") -> list[dict[str, Any]]:
         UserError: If `out` is not a build, or no asset of the split is finished.
     """
     plan = read_plan(out)
-    scores: dict[str, dict[str, Any]] = {}
-    if (out / CATALOGUE).exists():
-        columns = ["uid", "score", "rank"]
-        table = pq.read_table(arrow_source(out / CATALOGUE), columns=columns)
-        scores = {row["uid"]: row for row in table.to_pylist()}
+    scores = read_columns(out, ["score", "rank"])
     rows = [
         {
             **row.listed,

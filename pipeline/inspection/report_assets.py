@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipeline.core.errors import UserError
 from pipeline.core.html import image_uri
+from pipeline.curation.catalogue import read_columns
 from pipeline.inspection.config import ReportConfig
 from pipeline.inspection.report_meshes import NOTES, STARTED, MeshJob, ShownAsset
 from pipeline.orchestration.isolated_process import IsolatedProcess
 from pipeline.orchestration.plan import Plan
 from pipeline.orchestration.recorded_options import build_options
 from pipeline.sources import Source, open_source
-from pipeline.storage.layout import CATALOGUE
 from pipeline.storage.manifest import ManifestRow
-from pipeline.storage.remote import arrow_source
 
 log = logging.getLogger(__name__)
 
@@ -116,12 +113,7 @@ def _entries(
     plan: Plan, rows: Sequence[ManifestRow], resolution: int | None
 ) -> list[dict[str, Any]]:
     """Return what the list says about each asset, those of the catalogue included."""
-    scores: dict[str, dict[str, Any]] = {}
-    path = plan.out / CATALOGUE
-    if path.exists():
-        names = [n for n in CATALOGUE_COLUMNS if n in pq.read_schema(arrow_source(path)).names]
-        table = pq.read_table(arrow_source(path), columns=names)
-        scores = {row["uid"]: row for row in table.to_pylist()}
+    scores = read_columns(plan.out, CATALOGUE_COLUMNS)
     entries = [
         {
             "uid": row.uid,
