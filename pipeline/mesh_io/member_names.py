@@ -1,4 +1,4 @@
-"""Decode the names in archives that do not state their encoding.
+"""Decode the names in archives that do not state their encoding, and compare names.
 
 Old zip programs store names in the code page of their author's computer. One encoding is chosen
 for all names of an archive: UTF-8 if they fit, otherwise the one whose characters are common.
@@ -6,10 +6,20 @@ for all names of an archive: UTF-8 if they fit, otherwise the one whose characte
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable
 
 # In the order of preference for names that fit several of them equally well.
 LEGACY_ENCODINGS = ("gbk", "cp932", "cp437", "cp1252")
+
+
+def folded(name: str) -> str:
+    """Return a name so that spellings of equal names are equal.
+
+    Upper and lower case are equal, and so are composed and decomposed characters: macOS stores
+    "\u00e9" as "e" and an accent.
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def common_encoding(names: Iterable[bytes]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
 from itertools import chain, product
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Generic, TypeVar
 from urllib.parse import unquote
 
 from pipeline.mesh_io.load_warnings import WarningLog
+from pipeline.mesh_io.member_names import folded
 from pipeline.mesh_io.zip_package import MEMBER_ERRORS, ZipPackage
 
 MAX_NAME_LENGTH = 2000  # characters; longer names are no file names
@@ -40,8 +42,8 @@ class _NamedFiles(ABC, Generic[Place]):
     A name is tried as written and percent-decoded, with "/" or a backslash as separator, relative
     to the asset. If there is no such file, its last components are tried in the directory of the
     asset and in those above it, up to the root, and the last component alone in their texture
-    directories (`TEXTURE_FOLDERS`). Upper and lower case are equal if no name fits exactly. A file
-    outside the root is never read.
+    directories (`TEXTURE_FOLDERS`). Upper and lower case, and composed and decomposed characters,
+    are equal if no name fits exactly. A file outside the root is never read.
 
     Args:
         bases: Where names are tried: at the asset, and in the directories above it up to the root.
@@ -52,6 +54,7 @@ class _NamedFiles(ABC, Generic[Place]):
         self.bases = bases
         self.warnings = warnings
         self._missing: set[str] = set()
+        self._num_own_bases = 1  # of those at the beginning, where names are tried as written
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a side file, or None with a warning if there is none."""
@@ -66,7 +69,9 @@ class _NamedFiles(ABC, Generic[Place]):
 
     def find(self, name: str) -> Place | None:
         """Return the place of a side file, or None if there is none below the root."""
-        at_the_asset = product(spellings(name), self.bases[:1])
+        at_the_asset = (
+            (path, base) for base in self.bases[: self._num_own_bases] for path in spellings(name)
+        )
         for path, base in chain(at_the_asset, product(tails(name), self.bases)):
             place = self._existing(base, path)
             if place is not None:
@@ -99,6 +104,21 @@ class SideFiles(_NamedFiles[Path]):
         above = [base for base in folder.parents if base.is_relative_to(self.root)]
         super().__init__([folder, *above], warnings)
 
+    def beside(self, place: Path) -> SideFiles:
+        """Return the same files for a side file that refers to others, such as a material library.
+
+        Names are tried relative to the side file first, and then relative to the asset.
+
+        Args:
+            place: The side file, as `find` returned it.
+        """
+        if place.parent == self.bases[0]:
+            return self
+        nested = copy(self)  # which shares the names that are known to be missing
+        nested.bases = [place.parent, *(base for base in self.bases if base != place.parent)]
+        nested._num_own_bases = 2
+        return nested
+
     def _content(self, place: Path) -> bytes | None:
         try:
             return place.read_bytes()
@@ -117,9 +137,7 @@ class SideFiles(_NamedFiles[Path]):
             actual_path = self.root
             for part in exact.relative_to(self.root).parts:
                 actual = (
-                    part
-                    if (actual_path / part).exists()
-                    else _names(actual_path).get(part.casefold())
+                    part if (actual_path / part).exists() else _names(actual_path).get(folded(part))
                 )
                 if actual is None:
                     return None
@@ -189,4 +207,4 @@ def _names(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     names = sorted((path.name for path in folder.iterdir()), reverse=True)
-    return {name.casefold(): name for name in names}
+    return {folded(name): name for name in names}

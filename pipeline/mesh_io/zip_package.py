@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from pipeline.core.errors import Reject
 from pipeline.mesh_io.config import LoadConfig
+from pipeline.mesh_io.member_names import folded
 
 BOMB_BYTES = 1 << 26  # contents up to this size may have any ratio
 MAX_ZIP_RATIO = 200  # unpacked to packed bytes; text that compresses well stays below it
@@ -47,8 +48,8 @@ class ZipPackage:
             raise Reject("allocation_bomb", what="archive", claimed=total, available=len(content))
         # As when the archive is unpacked, the last one of two members with the same name counts.
         self._members = {part_name(info.filename): info for info in members}
-        self._names = {unquote(name).casefold(): name for name in self._members}
-        self._names |= {name.casefold(): name for name in self._members}
+        self._names = {folded(unquote(name)): name for name in self._members}
+        self._names |= {folded(name): name for name in self._members}
         self._used: set[str] = set()
 
     def find(self, name: str, base: str = "") -> str | None:
@@ -60,7 +61,7 @@ class ZipPackage:
             base: Name of the part that refers to it.
         """
         for spelling in (name, unquote(name)):
-            found = self._names.get(part_name(spelling, base).casefold())
+            found = self._names.get(folded(part_name(spelling, base)))
             if found is not None:
                 return found
         return None

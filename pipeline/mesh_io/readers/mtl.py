@@ -13,6 +13,7 @@ from pipeline.mesh_io.ignored_elements import IGNORED_ELEMENTS
 from pipeline.mesh_io.reader_context import ReaderContext
 from pipeline.mesh_io.readers.text import find_spelling, plain_text, spellings
 from pipeline.mesh_io.scene import SceneImage, SceneMaterial, TextureSlot
+from pipeline.mesh_io.side_files import SideFiles
 
 # Options of textures: name -> largest number of values.
 OPTIONS = {
@@ -51,6 +52,8 @@ PACKED_TEXTURES = {  # channels of roughness, metallic and occlusion
     "map_rma": ("r", "g", "b"),
     "map_orm": ("g", "b", "r"),
 }
+# A line end that continues a statement. A path may end with a backslash too, and no number follows.
+CONTINUED_NUMBERS = re.compile(rb"\\ *\n(?= *[-+.]?[0-9])")
 # Statements that state a property of the look that is not drawn.
 NOT_DRAWN = ("disp", "decal", "refl", "map_refl", "map_disp", "map_decal")
 
@@ -75,6 +78,7 @@ class MaterialLibrary:
         self.warnings = context.warnings
         self.materials: list[SceneMaterial] = []
         self.images: list[SceneImage] = []
+        self._side_files = context.side_files  # of the library that is being read
         self._numbers: dict[bytes, int] = {}
         self._images: dict[str, int] = {}
 
@@ -86,10 +90,16 @@ class MaterialLibrary:
                     return self._numbers[key]
         return None
 
-    def read(self, content: bytes) -> None:
-        """Add the materials of an MTL file. The first of several with one name counts."""
+    def read(self, content: bytes, side_files: SideFiles) -> None:
+        """Add the materials of an MTL file. The first of several with one name counts.
+
+        Args:
+            content: The file.
+            side_files: Finds its images.
+        """
+        self._side_files = side_files
         current: _Statements | None = None
-        for line in plain_text(content).split(b"\n"):
+        for line in CONTINUED_NUMBERS.sub(b" ", plain_text(content)).split(b"\n"):
             words = line.split(None, 1)
             if not words or words[0].startswith(b"#"):
                 continue
@@ -286,10 +296,10 @@ class MaterialLibrary:
             options[option] = values
 
     def _exists(self, name: bytes) -> bool:
-        return find_spelling(name, self.context.side_files) is not None
+        return find_spelling(name, self._side_files) is not None
 
     def _image(self, name: bytes) -> int | None:
-        side_files = self.context.side_files
+        side_files = self._side_files
         text = find_spelling(name, side_files)
         if text is None:
             side_files.read(spellings(name)[0])  # warns

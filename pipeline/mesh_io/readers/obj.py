@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipeline.mesh_io.ignored_elements import IGNORED_ELEMENTS
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.reader_context import ReaderContext
 from pipeline.mesh_io.readers.binary_rows import to_float32
-from pipeline.mesh_io.readers.colors import to_rgba8
+from pipeline.mesh_io.readers.colors import material_of_colors, to_rgba8
 from pipeline.mesh_io.readers.mtl import MaterialLibrary
 from pipeline.mesh_io.readers.text import (
     count_words_of_lines,
@@ -23,7 +24,7 @@ from pipeline.mesh_io.readers.text import (
     plain_text,
     spellings,
 )
-from pipeline.mesh_io.scene import Attribute, Geometry, Scene
+from pipeline.mesh_io.scene import Attribute, Geometry, Scene, SceneMaterial
 
 ABSENT = np.iinfo(np.int64).min  # the index of an attribute that a corner does not have
 SPACE, LINE_END, SLASH = ord(" "), ord("\n"), ord("/")
@@ -245,12 +246,12 @@ class _ObjReader:
                 content = None if path in done else side_files.read(text)
                 done.add(path)
                 if content is not None:
-                    library.read(content)
+                    library.read(content, side_files.beside(Path(path)))
         beside = f"{self.context.path.stem}.mtl"
         if any(library.find(name) is None for name in set(names)):
             path = side_files.find(beside)
             if path is not None and str(path) not in done:
-                library.read(side_files.read(beside) or b"")
+                library.read(side_files.read(beside) or b"", side_files.beside(path))
 
     def _library_names(self, value: bytes) -> list[bytes]:
         """Split the value of `mtllib`: one or several names, which may have blanks."""
@@ -314,6 +315,9 @@ class _ObjReader:
             drawn_colors = ~np.array([*is_textured, False])[materials]
             if not drawn_colors.all() and (colors != 255).any():
                 self.warnings.add("appearance_ignored", "vertex colours beside a texture")
+            colors, translucent = material_of_colors(colors, self.warnings)
+            if translucent:
+                materials = _with_alpha(materials, drawn_colors, library.materials, translucent[0])
         kind = has_uv + 2 * has_normals + 4 * drawn_colors
         geometries = []
         for value in np.unique(kind).tolist():
@@ -352,6 +356,28 @@ class _ObjReader:
             int((has_some & ~has_all).sum()),
         )
         return has_all
+
+
+def _with_alpha(
+    of_face: NDArray[np.int64],
+    chosen: NDArray[np.bool_],
+    materials: list[SceneMaterial],
+    default: SceneMaterial,
+) -> NDArray[np.int64]:
+    """Return the materials of faces [F], where those of the chosen faces draw alpha.
+
+    Args:
+        of_face: Index in `materials` of each face, -1 for none.
+        chosen: [F].
+        materials: Receives the materials that draw alpha.
+        default: Such a material for faces without one.
+    """
+    result = of_face.copy()
+    for index in np.unique(of_face[chosen]).tolist():
+        material = default if index < 0 else replace(materials[index], alpha_mode="BLEND")
+        result[chosen & (of_face == index)] = len(materials)
+        materials.append(material)
+    return result
 
 
 def _one_statement_a_line(text: bytes) -> bytes:

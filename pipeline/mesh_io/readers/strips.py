@@ -18,7 +18,7 @@ def are_drawn(triangles: NDArray[np.int64], positions: NDArray[np.float64]) -> N
     """
     if not len(positions):
         return np.ones(len(triangles), dtype=bool)
-    exists = ((triangles >= 0) & (triangles < len(positions))).all(axis=1)
-    a, b, c = positions[np.where(exists[:, None], triangles, 0)].transpose(1, 0, 2)
+    exists = np.all((triangles >= 0) & (triangles < len(positions)), axis=1)
+    a, b, c = positions[triangles * exists[:, None]].transpose(1, 0, 2)
     is_joint = (a == b).all(axis=1) | (b == c).all(axis=1) | (c == a).all(axis=1)
     return ~(is_joint & exists)

@@ -240,3 +240,49 @@ def test_damaged_libraries_never_cost_the_mesh(tmp_path):
             assert len(mesh.faces) == 2
             assert np.isfinite(mesh.parts[0].material.base_color).all()
     assert_fuzzed_files_are_safe(tmp_path, "a.obj", OBJ.encode(), rounds=100)
+
+
+@pytest.mark.parametrize("name", ["t.png", "skins/t.png", "skins\\T.PNG", "../lib/skins/t.png"])
+def test_images_lie_relative_to_the_library_that_names_them(tmp_path, name):
+    """They were looked for beside the OBJ file only, which has another image of this name."""
+    (tmp_path / "t.png").write_bytes(png((200, 0, 0, 255)))
+    place = tmp_path / "lib" / name.replace("\\", "/").lower()
+    place.parent.mkdir(parents=True)
+    place.write_bytes(png(TEXTURE))
+    (tmp_path / "lib" / "a.mtl").write_text(f"newmtl m\nmap_Kd {name}\n", encoding="utf-8")
+    mesh, codes = read(tmp_path, "a.obj", OBJ.replace("a.mtl", "lib/a.mtl"))
+    assert codes == {}
+    assert (mesh.parts[0].material.texture == TEXTURE).all()
+
+
+def test_images_of_a_library_elsewhere_may_lie_beside_the_mesh(tmp_path):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "t.png").write_bytes(png(TEXTURE))
+    (tmp_path / "lib" / "a.mtl").write_text("newmtl m\nmap_Kd t.png\n", encoding="utf-8")
+    mesh, codes = read(tmp_path, "a.obj", OBJ.replace("a.mtl", "lib/a.mtl"))
+    assert codes == {}
+    assert (mesh.parts[0].material.texture == TEXTURE).all()
+
+
+@pytest.mark.parametrize("statement", ["Kd 1 \\\n0 0\n", "Kd \\\r\n 1 \\\n.0 -0\n"])
+def test_a_statement_continues_after_a_backslash(tmp_path, statement):
+    assert load_material(tmp_path, statement).base_color == (1, 0, 0, 1)
+
+
+def test_a_path_that_ends_with_a_backslash_costs_itself(tmp_path):
+    mesh, codes = load(tmp_path, "map_Kd C:\\textures\\\nKd 1 0 0\n")
+    assert mesh.parts[0].material.base_color == (1, 0, 0, 1)
+    assert codes.keys() >= {"side_file_missing"}
+
+
+@pytest.mark.parametrize("material", ["", "newmtl m\nKd 1 1 1\n"])
+def test_alpha_of_vertex_colours_is_drawn(tmp_path, material):
+    """The surface was opaque."""
+    (tmp_path / "a.mtl").write_text(material, encoding="utf-8")
+    text = OBJ if material else OBJ.replace("mtllib a.mtl\nusemtl m\n", "")
+    mesh, codes = read(tmp_path, "a.obj", re.sub(r"(?m)^(v .*)$", r"\1 1 0 0 0.2", text))
+    assert codes == {}
+    (part,) = mesh.parts
+    assert (part.colors == [255, 0, 0, 51]).all()
+    assert part.material.alpha_mode == "BLEND"
+    assert part.material.base_color[3] == 1

@@ -85,3 +85,15 @@ def test_without_a_root_only_the_folder_of_the_asset_counts(source):
     side_files = SideFiles(source / "models/car/a.obj", None, WarningLog())
     assert side_files.read("../textures/wood.png") is None
     assert side_files.read("b.png") == b"models/car/b.png"
+
+
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [("cafe\u0301.png", "caf\u00e9.png"), ("caf\u00e9.png", "CAFE\u0301.PNG")],
+)
+def test_composed_and_decomposed_characters_are_equal(tmp_path, stored, named):
+    """macOS stores names decomposed, and other programs write them composed."""
+    (tmp_path / stored).write_bytes(b"pixels")
+    warnings = WarningLog()
+    assert SideFiles(tmp_path / "a.obj", None, warnings).read(named) == b"pixels"
+    assert warnings.items() == ()
