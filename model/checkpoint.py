@@ -117,7 +117,8 @@ def read_config(path: Path | str) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         cause = getattr(error, "strerror", None) or repr(error)
         raise CheckpointError(
-            f"{path} is not a checkpoint: it has no readable {CONFIG} ({cause})"
+            f"{path} is not a checkpoint: it has no readable {CONFIG} ({cause}); "
+            "name the directory of a checkpoint or of an exported stage"
         ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -342,7 +343,9 @@ def check_weights(path: Path, model: nn.Module) -> None:
 
 
 def _unusable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be used: {error}"[:MAX_MESSAGE])
+    unreadable = isinstance(error, (OSError, SafetensorError))
+    hint = "; copy the file again, or name another checkpoint" if unreadable else ""
+    return CheckpointError(f"{path} cannot be used: {str(error)[:MAX_MESSAGE]}{hint}")
 
 
 def copy_weights(

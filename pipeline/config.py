@@ -207,8 +207,11 @@ class BuildConfig:
             raise ValueError("resolutions must name at least one resolution, got none")
         if self.split_column is not None and self.ids is None:
             raise ValueError(f"split_column needs ids, got the column {self.split_column!r} alone")
-        for resolution in (*self.resolutions, self.decision_resolution):
-            check_resolution(resolution)
+        for resolution in self.resolutions:
+            check_resolution(resolution, "resolutions")
+        decision = check_resolution(self.decision_resolution, "topology_resolution")
+        if decision < MIN_TOPOLOGY:
+            raise ValueError(f"topology_resolution must be at least {MIN_TOPOLOGY}, got {decision}")
         for name in ("shard_size", "limit", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -84,7 +84,9 @@ def test_contents_that_a_bare_clone_lacks_are_named_or_refused(tmp_path, caplog)
 
     def forget(path):
         words = ["git", "-C", str(bare), "rev-parse", f"HEAD:{path}"]
-        digest = subprocess.run(words, capture_output=True, check=True, text=True).stdout.strip()
+        digest = subprocess.run(
+            words, capture_output=True, check=True, text=True, encoding="utf-8"
+        ).stdout.strip()
         (bare / "objects" / digest[:2] / digest[2:]).unlink()
 
     forget("video.mp4")

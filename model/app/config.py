@@ -64,7 +64,7 @@ class AppConfig:
     def __post_init__(self) -> None:
         check_device(self.device)
         if self.checkpoint is None and self.data is None:
-            raise ValueError("checkpoint or data must be given, got neither")
+            raise ValueError("checkpoint must be given, or --data, got neither")
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"port must be from 0 to 65535, got {self.port}")
         for name in ("max_upload_mb", "max_megapixels", "max_images", "max_queue", "keep_results"):

@@ -103,7 +103,7 @@ def read_mesh(path: Path, resolution: int) -> tuple[Mesh, Bricks]:
             f'reading meshes needs the data pipeline ({error}): pip install -e ".[pipeline]"'
         ) from error
     if not path.is_file():
-        raise UserError(f"{path} is not a file")
+        raise UserError(f"{path} is not a file; name a mesh file")
     try:
         mesh = normalize(load(path, LoadConfig()), NormalizeConfig())
         topology = build_topology(mesh, TopologyConfig(resolution=max(64, min(resolution, 512))))

@@ -101,7 +101,8 @@ def as_typed(message: str, options: Collection[str]) -> str:
     """Return the message of a configuration's check with the names of options as they are typed.
 
     The first word, which such messages begin with, and every word with an underscore are names of
-    fields: "val_percent must be in 0..100" becomes "--val-percent must be in 0..100".
+    fields: "val_percent must be in 0..100" becomes "--val-percent must be in 0..100". The first
+    word may also be a path of fields, such as "model.widths".
 
     Args:
         message: The message. "Error parsing GROUP: " before it names a group of options.
@@ -110,6 +111,10 @@ def as_typed(message: str, options: Collection[str]) -> str:
     group = ""
     if match := re.match(r"Error parsing ([a-z][a-z._-]*): (?=[a-z])", message):
         group, message = f"{match[1]}.", message[match.end() :]
+
+    dotted = re.match(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)+(?= )", message)
+    if dotted and (option := f"--{group}{dotted[0].replace('_', '-')}") in options:
+        message = option + message[dotted.end() :]
 
     def typed(word: re.Match[str]) -> str:
         name = word[0].replace("_", "-")

@@ -5,17 +5,18 @@ from __future__ import annotations
 CELL_SIDE = 8  # grid points along one side of a cell; one cell is one latent token
 
 
-def check_resolution(resolution: int) -> int:
+def check_resolution(resolution: int, name: str = "resolution") -> int:
     """Return `resolution` unchanged if it is valid.
 
     Args:
         resolution: Number of grid points along one side.
+        name: What the message of the error calls it.
 
     Raises:
         ValueError: If `resolution` is not a positive multiple of 8.
     """
     if resolution <= 0 or resolution % CELL_SIDE:
-        raise ValueError(f"resolution must be a positive multiple of {CELL_SIDE}, got {resolution}")
+        raise ValueError(f"{name} must be a positive multiple of {CELL_SIDE}, got {resolution}")
     return resolution
 
 

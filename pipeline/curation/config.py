@@ -275,7 +275,7 @@ class RankConfig:
                 f"{self.best_count} and {self.best_resolutions}"
             )
         for resolution in self.best_resolutions:
-            check_resolution(resolution)
+            check_resolution(resolution, "best_resolutions")
         for name in ("weights", "min_listed", "max_listed"):
             parse_assignments(name, getattr(self, name))
         weights = {**TERM_WEIGHTS, **parse_assignments("weights", self.weights)}

@@ -74,6 +74,8 @@ def list_rows(out: StorePath, split: str = "all") -> list[dict[str, Any]]:
         if split in ("all", row.split)
     ]
     if not rows:
+        if split == "all":
+            raise UserError(f"{out} has no finished asset; let the build finish a shard")
         raise UserError(f"{out} has no finished asset of the split {split}; use --split all")
     return rows
 

@@ -71,7 +71,10 @@ class GitHubListSource:
                 "leave it out to download them"
             )
         if not list(self.records()):
-            raise UserError(f"{self.path} names no asset; a list has at least one row")
+            raise UserError(
+                f"{self.path} names no asset; github:LIST must be a csv file with the columns "
+                f"{', '.join(COLUMNS)} and at least one row"
+            )
 
     def snapshot(self) -> str:
         """Return the hash of the list."""
@@ -87,7 +90,11 @@ class GitHubListSource:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file))
         except (OSError, ValueError, csv.Error) as error:
-            raise UserError(f"cannot read the list {self.path}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"cannot read the list {self.path}: {reason}; name a readable csv file as "
+                "github:LIST"
+            ) from error
         seen: set[str] = set()
         for number, row in enumerate(rows, 1):
             for column, pattern in COLUMNS.items():

@@ -243,7 +243,11 @@ def read_id_list(path: Path) -> IdList:
     except FileNotFoundError as error:
         raise UserError(f"no file {path}; --ids must name an existing list") from error
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        raise UserError(f"cannot read the list {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot read the list {path}: {reason}; --ids must name a readable csv, json or "
+            "parquet file"
+        ) from error
     if not rows:
         raise UserError(f"{path} names no asset; --ids must name a list with at least one row")
     return IdList(

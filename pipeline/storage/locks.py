@@ -35,7 +35,9 @@ def lock_output(out: StorePath) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out, os.O_RDONLY)  # processes that Ray starts do not inherit it
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+        raise UserError(
+            f"cannot write to {out}: {error.strerror}; choose another output directory"
+        ) from error
     try:
         try:
             locked = try_lock(descriptor)

@@ -614,14 +614,17 @@ def check_exists(directory: StorePath) -> None:
     """
     if isinstance(directory, Path):
         if not directory.is_dir():
-            raise UserError(f"no directory {directory}; give the output directory of a build")
+            found = f"{directory} is a file" if directory.exists() else f"no directory {directory}"
+            raise UserError(f"{found}; give the output directory of a build")
         return
     try:
         directory.filesystem()
         entries = RemotePath(directory.url, retry_waits_s=()).iterdir()
     except (RunError, OSError, NotImplementedError) as error:
         reason = _describe(error.__cause__ or error)
-        raise UserError(f"cannot read {directory}: {reason}") from error
+        raise UserError(
+            f"cannot read {directory}: {reason}; check the URL, the network and the credentials"
+        ) from error
     if not entries:
         raise UserError(f"nothing at {directory}; give the output directory of a build")
 

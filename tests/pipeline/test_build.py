@@ -125,7 +125,14 @@ def test_options_override_the_preset_and_smoke_is_the_default():
     [
         ("--resolution 64", "unknown option --resolution, did you mean --resolutions?"),
         ("--preset huge", "smoke"),
-        ("--resolutions 65", "multiple of 8, got 65"),
+        ("--resolutions 65", "--resolutions must be a positive multiple of 8, got 65"),
+        ("--topology-resolution 36", "--topology-resolution must be a positive multiple of 8"),
+        ("--topology-resolution 32", "--topology-resolution must be at least 64, got 32"),
+        (
+            "--rank.target-count 2 --rank.best-count 1 --rank.best-resolutions 65",
+            "--rank.best-resolutions must be a positive multiple of 8, got 65",
+        ),
+        ("--source github:/no/such.csv", "/no/such.csv: No such file or directory; name a"),
         ("--views 0", "views must be"),
         ("--views many", "--views: invalid literal for int() with base 10: 'many'"),
         ("--shard-size 0", "--shard-size must be 1 or more, got 0"),

@@ -418,6 +418,15 @@ def test_missing_data_is_reported(rendered, tmp_path):
     train_occupancy_vae(cfg, World(), chosen, val)  # takes no images
     with pytest.raises(UserError, match=r"no renders of cameras paper in shard 000000; add them"):
         train_flow(cfg, World(), chosen, val)
+    # What the second part lacks is found before the first part is trained.
+    both = config(bare, tmp_path / "both")
+    with pytest.raises(UserError, match=r"no renders of cameras paper in shard 000000; add them"):
+        train_structure(both, World())
+    lost = replace(MODEL.flow.encoder, kind="dinov2", weights=str(tmp_path / "no-weights"))
+    no_encoder = replace(MODEL, flow=replace(MODEL.flow, encoder=lost))
+    with pytest.raises(UserError, match=r"image encoder's weights .*no-weights' are not on this"):
+        train_structure(config(rendered, tmp_path / "both", model=no_encoder), World())
+    assert not (tmp_path / "both").exists()
     with pytest.raises(ValueError, match="side must be resolution / 8 = 8, got 4"):
         config(rendered, tmp_path, resolution=64)
     with pytest.raises(UserError, match=r"unknown option --vae\.lop"):

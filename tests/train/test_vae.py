@@ -25,6 +25,7 @@ from train.engine.distributed import World
 from train.evaluate import main as evaluate
 from train.evaluation.config import VAEEvaluation
 from train.evaluation.vae import evaluate_asset, evaluate_vae
+from train.stages.command import train_stage
 from train.stages.vae.config import VAE_PRESETS
 from train.stages.vae.run import train_vae
 from train.vae import main
@@ -240,6 +241,7 @@ def test_options_start_from_the_preset():
             r"runs/vae-base/latest does not exist; train it first, or name .* --init",
         ),
         (["--preset", "huge"], "preset"),
+        (["--out", __file__], "is a file; name a directory for the run"),
     ],
 )
 def test_the_command_reports_errors_in_one_line(args, message, monkeypatch):
@@ -247,6 +249,15 @@ def test_the_command_reports_errors_in_one_line(args, message, monkeypatch):
     with pytest.raises(UserError, match=message) as error:
         main(args)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stage", ["vae", "structure", "dit"])
+def test_a_run_is_not_written_into_a_build(tmp_path, stage):
+    (tmp_path / "plan.json").write_text("{}", encoding="utf-8")
+    args = ["--data", str(tmp_path), "--out", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(UserError, match=r"is a build; name another directory for the run"):
+        train_stage(stage, args)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(build, tmp_path):

@@ -231,7 +231,9 @@ def _manifest(path: StorePath, content: bytes) -> pa.Table:
         names = [name for name in schema.names if name in wanted or resolution_of_column(name)]
         table = pq.read_table(pa.BufferReader(content), columns=names)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} is not a readable manifest: {error}") from error
+        raise UserError(
+            f"{path} is not a readable manifest: {error}; copy the build again, or make it again"
+        ) from error
     try:
         check_version(path, schema)
     except ValueError as error:

@@ -92,11 +92,16 @@ class BatchSampler:
             self.assets[resolution] = np.flatnonzero((counts > 0) & fits)
             self.left_out[resolution] = int(((counts > 0) & ~fits).sum())
             if not len(self.assets[resolution]):
-                rule = ""
-                if self.left_out[resolution]:
-                    limit = "token_budget" if max_tokens == token_budget else "max_tokens"
-                    rule = f" with at most {limit} = {max_tokens} cells"
-                raise UserError(f"no training asset at R = {resolution}{rule}")
+                if not self.left_out[resolution]:
+                    raise UserError(
+                        f"no training asset at R = {resolution}; build more assets, or lower "
+                        "--val-percent of the build"
+                    )
+                limit = "token-budget" if max_tokens == token_budget else "max-tokens"
+                raise UserError(
+                    f"no training asset at R = {resolution} with at most {max_tokens} cells, the "
+                    f"smallest has {counts[counts > 0].min()}; raise --{limit} (see --help-all)"
+                )
         self.step = 0
         self.cursors = {resolution: 0 for resolution in self.tokens}  # samples drawn so far
         self._permutation: dict[int, tuple[int, NDArray[np.int64]]] = {}

@@ -192,7 +192,10 @@ def pairs(pred: Path, reference: Path) -> list[tuple[str, Path, Path]]:
         found.append(files)
     names = sorted(set(found[0]) & set(found[1]))
     if not names:
-        raise UserError(f"no mesh of {pred} has the name of one in {reference}")
+        raise UserError(
+            f"no mesh of {pred} has the name of one in {reference}; "
+            "give both meshes of a pair one name"
+        )
     missing = sorted(set(found[1]) - set(found[0]))
     if missing:
         log.warning(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.cli import parse_with_presets
+from pipeline.core.errors import UserError
 from train.stages.dit.config import DIT_PRESETS
 from train.stages.structure.config import STRUCTURE_PRESETS
 from train.stages.vae.config import VAE_PRESETS
@@ -66,6 +68,20 @@ STAGE_COMMANDS: dict[StageName, StageCommand] = {
 }
 
 
+def check_run_directory(out: Path) -> None:
+    """Check that a run can be kept in a directory, which need not exist.
+
+    Raises:
+        UserError: If it is a file, or the output directory of a build.
+    """
+    from pipeline.storage.layout import PLAN
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a directory for the run")
+    if (out / PLAN).exists():
+        raise UserError(f"--out {out} is a build; name another directory for the run")
+
+
 def train_stage(name: StageName, args: Sequence[str]) -> int:
     """Parse the options of `python -m train.NAME` and train the stage.
 
@@ -86,6 +102,7 @@ def train_stage(name: StageName, args: Sequence[str]) -> int:
     stage = STAGE_COMMANDS[name]
     prog = f"python -m train.{name}"
     cfg = parse_with_presets(stage.presets, "tiny", args, prog=prog, basic=stage.basic)
+    check_run_directory(cfg.out)
     # torch is imported after the options are parsed, so that --help and errors come at once.
     from train.engine.ranks import started_ranks
 

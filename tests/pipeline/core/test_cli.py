@@ -135,6 +135,9 @@ def test_the_line_breaks_of_a_docstring_do_not_break_its_help(capsys, monkeypatc
         ),
         # the only group that has such an option
         ("best_count needs a target_count", "--rank.best-count needs a --rank.target-count"),
+        ("rank.best_count must be 1", "--rank.best-count must be 1"),
+        ("a.side_px must be 1", "--a.side-px must be 1"),
+        ("rank.x must be 1", "rank.x must be 1"),
         # two groups have it, so nobody knows which is meant
         ("side_px must be positive", "side_px must be positive"),
         ("seed of 'image_size' with seed", "--seed of 'image_size' with seed"),

@@ -129,7 +129,7 @@ def test_rows_without_an_asset_are_reported(tmp_path, caplog):
 BAD_LISTS = {
     "txt": {"x": "csv, json or parquet"},
     "json": {
-        "{": "cannot read the list",
+        "{": "cannot read the list .*; --ids must name a readable csv, json or parquet file",
         "3": "a list or an object",
         "[3]": "must be a text or an object",
         "[]": "names no asset",

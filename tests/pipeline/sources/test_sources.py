@@ -299,14 +299,14 @@ def test_the_specification_of_a_github_list_names_the_list_and_a_folder(tmp_path
     ):
         with pytest.raises(UserError, match=words):
             open_source(f"github:{path}{options}")
-    with pytest.raises(UserError, match=r"cannot read the list .*no\.csv"):
+    with pytest.raises(UserError, match=r"no\.csv: No such file or directory; name a readable csv"):
         open_source(f"github:{tmp_path}/no.csv")
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("", r"names no asset; a list has at least one row"),
+        ("", r"names no asset; .* columns repository, commit, .* at least one row"),
         (f"ann,{COMMIT},a.glb,{'0' * 64},CC0,", r"row 1 has no usable repository, got 'ann'"),
         (f"ann/m,main,a.glb,{'0' * 64},CC0,", r"row 1 has no usable commit, got 'main'"),
         (f"ann/m,{COMMIT},a/../b.glb,{'0' * 64},CC0,", r"no usable path, got 'a/\.\./b\.glb'"),

@@ -76,10 +76,13 @@ def test_no_rank_exceeds_max_tokens_and_no_asset_is_lost():
     assert set(seen.values()) == {1}
     per_epoch = Counter(draw.epoch for draw in seen)
     assert all(per_epoch[epoch] == 6 for epoch in range(max(per_epoch)))
-    with pytest.raises(
-        UserError, match="no training asset at R = 256 with at most max_tokens = 5 cells"
-    ):
+    message = "no training asset at R = 256 with at most 5 cells, the smallest has 10; raise --"
+    with pytest.raises(UserError, match=f"{message}max-tokens"):
         make_sampler(tokens, max_tokens=5)
+    with pytest.raises(UserError, match=f"{message}token-budget"):
+        make_sampler(tokens, token_budget=5)
+    with pytest.raises(UserError, match="no training asset at R = 256; build more assets"):
+        make_sampler({256: np.array([0, 0])})
 
 
 def test_assets_repeat_when_there_are_fewer_than_a_batch():
@@ -112,7 +115,9 @@ def test_a_token_budget_takes_at_least_one_asset_per_rank_and_resumes():
     again = make_sampler(tokens, token_budget=100)
     again.restore(json.loads(json.dumps(sampler.state)))
     assert again.next() == sampler.next()
-    with pytest.raises(UserError, match="R = 256 with at most token_budget = 40"):
+    with pytest.raises(
+        UserError, match="R = 256 with at most 40 cells, the smallest has 50; raise --token-budget"
+    ):
         make_sampler(tokens, token_budget=40)
 
 

@@ -12,11 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model.checkpoint import load_weights, read_config, weights_file
+from model.conditioning.image_encoder import build_encoder
 from model.occupancy_vae import OccupancyVAE
 from model.structure import Structure
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import options_of
 from train.data.bricks import BuildIndex, log_training_data, read_build_index
+from train.data.render_conditions import ViewReader
 from train.data.source import open_source
 from train.engine import checkpoint
 from train.engine.batch_sampler import BatchSampler, ShardBatchSampler
@@ -45,7 +47,7 @@ def train_structure(cfg: StructureTraining, world: World) -> None:
     index = read_build_index(open_source(cfg.data, cfg.cache), [cfg.resolution])
     training, held_out = index.split("train"), index.split("val")
     if cfg.part != "vae":
-        _init_of_flow(cfg)  # before the first part is trained
+        _check_flow(cfg, training, held_out)  # before the first part is trained
     if cfg.part != "flow":
         done = train_occupancy_vae(cfg, world, training, held_out)
         steps = cfg.vae.loop.steps
@@ -107,6 +109,20 @@ def train_flow(
     out = cfg.out / "flow"
     config = run_config(cfg, "flow")
     return Trainer(task, stream, cfg.flow.loop, out=out, world=world, config=config).run()
+
+
+def _check_flow(cfg: StructureTraining, training: BuildIndex, held_out: BuildIndex) -> None:
+    """Check what the flow needs besides the occupancy VAE, which is trained for long before it.
+
+    Raises:
+        UserError: If renders, the weights of the image encoder or those of `cfg.init` are missing.
+    """
+    _init_of_flow(cfg)
+    for index in (training, held_out):
+        ViewReader(index, cfg.cameras)
+    encoder = checkpoint.model_of_run(cfg.model, cfg.out / "flow").flow.encoder
+    if encoder.kind == "dinov2":
+        build_encoder(encoder)
 
 
 def trained_vae(cfg: StructureTraining, world: World) -> OccupancyVAE:
