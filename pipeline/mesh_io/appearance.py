@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,18 @@ from pipeline.core.schema import Material, Sampler, SurfaceMap
 from pipeline.mesh_io.images import IMAGE_ERRORS, decode_image, fit_image
 from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.scene import Scene, SceneMaterial, TextureSlot
+
+# Field of a material -> smallest and largest value. A lamp may emit more light than 1.
+FACTOR_LIMITS = {
+    "base_color": (0.0, 1.0),
+    "metallic": (0.0, 1.0),
+    "roughness": (0.0, 1.0),
+    "occlusion_strength": (0.0, 1.0),
+    "emissive": (0.0, np.inf),
+    "alpha_cutoff": (0.0, np.inf),
+    "normal_scale": (-np.inf, np.inf),
+}
+FACTOR_TOLERANCE = 1e-3  # by which rounding may take a factor out of its range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +43,8 @@ class AppearanceConverter:
     Args:
         scene: The materials and images.
         max_texture_side: Largest side of a texture in pixels. Larger ones are scaled down.
-        warnings: Receives "image_unreadable", "material_missing" and "texture_without_uv".
+        warnings: Receives "image_unreadable", "invalid_value", "material_missing" and
+            "texture_without_uv".
     """
 
     def __init__(self, scene: Scene, max_texture_side: int, warnings: WarningLog):
@@ -38,6 +52,7 @@ class AppearanceConverter:
         self.max_texture_side = max_texture_side
         self.warnings = warnings
         self._images: dict[int, NDArray[np.uint8] | None] = {}
+        self._allowed: dict[int, SceneMaterial] = {}
         self._converted: dict[tuple[int, bool, frozenset[int]], Appearance] = {}
 
     def convert(self, index: int, *, is_colored: bool, uv_sets: Collection[int]) -> Appearance:
@@ -54,7 +69,11 @@ class AppearanceConverter:
         key = (index, is_colored and not is_known, frozenset(uv_sets))
         if key not in self._converted:
             if is_known:
-                self._converted[key] = self._convert(self.scene.materials[index], uv_sets)
+                if index not in self._allowed:
+                    self._allowed[index] = _with_allowed_factors(
+                        self.scene.materials[index], self.warnings
+                    )
+                self._converted[key] = self._convert(self._allowed[index], uv_sets)
             else:
                 if index != -1:
                     self.warnings.add("material_missing", f"number {index}")
@@ -182,6 +201,26 @@ class AppearanceConverter:
             reason = f"{type(error).__name__} {str(error)[:60]}"
             self.warnings.add("image_unreadable", f"{image.name}: {reason}")
             return None
+
+
+def _with_allowed_factors(material: SceneMaterial, warnings: WarningLog) -> SceneMaterial:
+    """Return a material whose factors are within their limits, with a warning if one was not."""
+    allowed: dict[str, Any] = {}
+    for name, (low, high) in FACTOR_LIMITS.items():
+        stated = np.array(getattr(material, name), dtype=np.float64)
+        is_valid = np.isfinite(stated) & (stated >= low) & (stated <= high)
+        if is_valid.all():
+            continue
+        with np.errstate(invalid="ignore"):
+            is_near = (stated >= low - FACTOR_TOLERANCE) & (stated <= high + FACTOR_TOLERANCE)
+        if not (is_near & np.isfinite(stated)).all():
+            value = ", ".join(f"{number:g}" for number in np.atleast_1d(stated).tolist())
+            detail = f"{material.name}: {name.replace('_', ' ')} {value}"
+            warnings.add("invalid_value", detail)
+        default = np.array(getattr(SceneMaterial(), name))
+        result = np.clip(np.where(np.isfinite(stated), stated, default), low, high)
+        allowed[name] = tuple(result.tolist()) if result.ndim else float(result)
+    return replace(material, **allowed) if allowed else material
 
 
 def _channel(image: NDArray[np.uint8], slot: TextureSlot) -> NDArray[np.uint8]:

@@ -129,6 +129,7 @@ def place_instances(scene: Scene, cfg: LoadConfig, warnings: WarningLog) -> list
     instances: list[Instance] = []
     visits = 0
     on_path = np.zeros(len(scene.nodes), dtype=bool)
+    is_visited = np.zeros(len(scene.nodes), dtype=bool)
     # (node, matrix of its parent), and (node, None) when all its descendants are done.
     pending: list[tuple[int, NDArray[np.float64] | None]] = [
         (root, np.eye(4)) for root in reversed(scene.roots)
@@ -143,6 +144,11 @@ def place_instances(scene: Scene, cfg: LoadConfig, warnings: WarningLog) -> list
             warnings.add("node_cycle", node.name or f"node {index}")
             continue
         visits += 1
+        if not is_visited[index]:
+            is_visited[index] = True
+            if node.matrix[3, 3] != 1 or node.matrix[3, :3].any():
+                detail = f"{node.name or f'node {index}'}: the last row of its matrix"
+                warnings.add("invalid_value", detail)
         with np.errstate(over="ignore", invalid="ignore"):  # checked on the vertices
             matrix = parent @ node.matrix
         for geometry in node.geometries:

@@ -24,6 +24,7 @@ IMAGE_ERRORS = (
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_DEPTH_BYTE = 24  # in the header chunk, which is the first
 KTX2_SIGNATURE = b"\xabKTX 20\xbb\r\n\x1a\n"
+FAINT_ALPHA = 16  # of 255, below which colours weighted by alpha have few bits
 MODES_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -46,6 +47,8 @@ def decode_image(content: bytes, max_side: int) -> NDArray[np.uint8]:
         image.load()
         if image.mode in (*MODES_16_BITS, "I"):
             return fit_image(_from_wide_grey(image), max_side)
+        if image.mode == "F":
+            return fit_image(_from_float_grey(image), max_side)
         _scale_transparent_color(image, content)
         if image.mode == "CMYK":
             image = image.convert("RGB")
@@ -63,6 +66,18 @@ def _from_wide_grey(image: Image.Image) -> NDArray[np.uint8]:
     top = 255 if image.mode == "I" and values.max(initial=0) <= 255 else 65535
     grey = np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8)
     return np.stack([grey, grey, grey, alpha], axis=2)
+
+
+def _from_float_grey(image: Image.Image) -> NDArray[np.uint8]:
+    """Convert a grey image of floats to RGBA. Pillow would take them as values up to 255.
+
+    Values of which none is above 1 are shares of 1.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+    largest = values.max(initial=0)
+    top = next((limit for limit in (1, 255, 65535) if largest <= limit), largest)
+    grey = np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8)
+    return np.stack([grey, grey, grey, np.full_like(grey, 255)], axis=2)
 
 
 def _scale_transparent_color(image: Image.Image, content: bytes) -> None:
@@ -104,5 +119,13 @@ def fit_image(pixels: NDArray[np.uint8], max_side: int) -> NDArray[np.uint8]:
     if side <= max_side:
         return pixels
     height, width = (max(1, round(n * max_side / side)) for n in pixels.shape[:2])
-    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)
-    return np.asarray(image, dtype=np.uint8)
+    size = (width, height)
+    result = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BOX), dtype=np.uint8)
+    # The colours are weighted by alpha. Where it is small they are lost, though a material without
+    # alpha or a map of normals may show them.
+    is_faint = result[..., 3] < FAINT_ALPHA
+    if is_faint.any():
+        colors = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
+        plain = np.asarray(colors.resize(size, Image.Resampling.BOX), dtype=np.uint8)
+        result[is_faint, :3] = plain[is_faint]
+    return result

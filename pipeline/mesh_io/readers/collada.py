@@ -155,16 +155,25 @@ class _SceneReader:
     def _visual_scene(self) -> Element | None:
         """Return the visual scene that the document shows, or None if there is none."""
         scenes = list(self.document.all("visual_scene"))
+        drawn = self._stated_scene()
+        if drawn is None and scenes:
+            self.warnings.add("invalid_value", "no scene: the first visual scene is drawn")
+            drawn = scenes[0]
+        elif drawn is None:
+            self.warnings.add("invalid_value", "no visual scene: each geometry is drawn once")
+        for scene in scenes:
+            if scene is not drawn and any(scene.all("node")):
+                self.warnings.add("unplaced_geometry", f"visual scene {scene.get('id')[:50]}")
+        return drawn
+
+    def _stated_scene(self) -> Element | None:
+        """Return the visual scene that the document names and has."""
         for scene in self.document.root.all("scene"):
             for instance in scene.all("instance_visual_scene"):
                 found = self.document.find(instance.get("url"), "visual_scene")
                 if found is not None:
                     return found
                 self.warnings.add("invalid_value", f"no visual scene {instance.get('url')[:50]}")
-        if scenes:
-            self.warnings.add("invalid_value", "no scene: the first visual scene is drawn")
-            return scenes[0]
-        self.warnings.add("invalid_value", "no visual scene: each geometry is drawn once")
         return None
 
     def _number(self, top: list[Element]) -> None:

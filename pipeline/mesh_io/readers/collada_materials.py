@@ -267,13 +267,13 @@ class _EffectReader:
         if transparent.color is None and mode in ("RGB_ZERO", "A_ZERO"):
             return 1.0, None
         amount = float(color[3] if mode.startswith("A") else color[:3] @ LUMINANCE) * factor
-        opacity = float(np.clip(1 - amount if mode.endswith("ZERO") else amount, 0, 1))
-        if opacity == 0 and mode == "A_ONE" and (element is None or not element.get("opaque")):
+        opacity = 1 - amount if mode.endswith("ZERO") else amount
+        if opacity <= 0 and mode == "A_ONE" and (element is None or not element.get("opaque")):
             # Writers of the time before the attribute stated how transparent a surface is.
             self._materials.warn("invalid_value", f"{self._name}: transparency 0 read as opaque")
             return 1.0, None
         # Rounded numbers such as 0.9999 mean an opaque surface.
-        return (1.0 if opacity > 0.999 else opacity), None
+        return (1.0 if 0.999 < opacity < 1.001 else opacity), None
 
     def _textured_opacity(
         self, texture: Element, mode: str, factor: float
@@ -282,13 +282,13 @@ class _EffectReader:
         if slot is None:
             return 1.0, None
         if mode == "A_ONE":
-            return min(factor, 1.0) or 1.0, replace(slot, channel="a")
+            return factor or 1.0, replace(slot, channel="a")
         if mode.endswith("ZERO") and factor != 1:
             self._materials.warn("appearance_ignored", f"{self._name}: transparency {factor:g}")
         image = self._materials.opacity_image(slot.image, mode)
         if image is None:
             return 1.0, None
-        opacity = min(factor, 1.0) if mode == "RGB_ONE" else 1.0
+        opacity = factor if mode == "RGB_ONE" else 1.0
         return opacity, replace(slot, image=image, channel="r")
 
     def _factor(self, element: Element | None) -> float:
@@ -301,7 +301,7 @@ class _EffectReader:
             if element is not None:
                 self._materials.warn("invalid_value", f"{self._name}: transparency")
             return 1.0
-        return float(max(numbers[0], 0))
+        return float(numbers[0])
 
     def _value(self, element: Element | None) -> _Value:
         """Return the colour or texture of <diffuse>, <emission> or <transparent>."""
@@ -374,6 +374,6 @@ class _EffectReader:
 
 
 def _linear(color: tuple[float, ...]) -> tuple[float, float, float]:
-    """Return the linear light of an sRGB colour, which is limited to 1."""
-    red, green, blue = srgb_to_linear(np.clip(np.array(color[:3]), 0, 1)).tolist()
+    """Return the linear light of an sRGB colour."""
+    red, green, blue = srgb_to_linear(np.array(color[:3])).tolist()
     return red, green, blue

@@ -6,6 +6,7 @@ import re
 import warnings as python_warnings
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +50,13 @@ class Document:
             reference: "#id" or "id".
             names: Names of elements.
         """
+        identifier = reference.strip().lstrip("#")
+        # The parts of a URL may be percent-encoded, and an id may not.
         return next(
             (
                 element
-                for element in self._by_id.get(reference.strip().lstrip("#"), ())
+                for spelling in dict.fromkeys((identifier, unquote(identifier)))
+                for element in self._by_id.get(spelling, ())
                 if element.name in names
             ),
             None,

@@ -206,13 +206,12 @@ class MaterialReader:
                 "transparencyfactor", [1.0 if "transparentcolor" in values else 0.0]
             )
             opacity = 1 - float(np.mean(color[:3])) * factor[0]
-        opacity = min(max(opacity, 0.0), 1.0)
-        if opacity == 0:
+        if opacity <= 0:
             # Writers confuse transparency and opacity, and nobody stores what cannot be seen.
             self._warnings.add("invalid_value", f"{item.name}: opacity 0 read as opaque")
             return 1.0
         # Rounded numbers such as 0.9999 mean an opaque surface.
-        return 1.0 if opacity > 0.999 else opacity
+        return 1.0 if 0.999 < opacity < 1.001 else opacity
 
 
 def stated_values(item: FbxObject) -> dict[str, list[float]]:
@@ -240,14 +239,14 @@ def _color(values: Mapping[str, list[float]], role: str) -> Color | None:
         factor = next((values[name][0] for name in factors if name in values), 1.0)
         if role == "emissive" and "|emissionluminance" in values and names[0].startswith("|"):
             factor *= values["|emissionluminance"][0] / NITS_OF_WHITE
-        linear = srgb_to_linear(np.clip(np.array(color[:3]), 0, 1)) * max(factor, 0.0)
+        linear = srgb_to_linear(np.array(color[:3])) * factor
         red, green, blue = linear.tolist()
         return red, green, blue
     return None
 
 
 def _share(value: float | None, default: float) -> float:
-    return default if value is None else min(max(value, 0.0), 1.0)
+    return default if value is None else value
 
 
 def _image_texture(texture: FbxObject) -> FbxObject:

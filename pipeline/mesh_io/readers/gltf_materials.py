@@ -40,7 +40,7 @@ UNDRAWN_MATERIALS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "KHR_materials_dispersion": lambda data: data.get("dispersion", 0) != 0,
     "KHR_materials_ior": lambda data: data.get("ior", 1.5) != 1.5,
     "KHR_materials_iridescence": lambda data: data.get("iridescenceFactor", 0) != 0,
-    "KHR_materials_sheen": lambda data: any(data.get("sheenColorFactor", ())),
+    "KHR_materials_sheen": lambda data: data.get("sheenColorFactor", [0, 0, 0]) != [0, 0, 0],
     "KHR_materials_specular": lambda data: (
         data.get("specularFactor", 1) != 1
         or data.get("specularColorFactor", [1, 1, 1]) != [1, 1, 1]
@@ -116,11 +116,11 @@ class Materials:
         if strength is not None:
             emissive *= strength.number("emissiveStrength", 1.0)
         emissive_texture = None
-        if (emissive > 0).any():  # otherwise the texture has no effect
+        if emissive.any():  # otherwise the texture has no effect
             emissive_texture = self._slot(element, "emissiveTexture")
             if emissive_texture is None and "emissiveTexture" in element.data:
                 emissive *= 0  # an unreadable texture emits nothing, not the white of its factor
-        red, green, blue = np.maximum(emissive, 0).tolist()
+        red, green, blue = emissive.tolist()
         return replace(
             material,
             name=element.name,
@@ -160,7 +160,7 @@ class Materials:
             base_color=(red, green, blue, alpha),
             base_color_texture=self._slot(element, "diffuseTexture"),
             metallic=0.0,
-            roughness=1.0 - min(max(element.number("glossinessFactor", 1.0), 0.0), 1.0),
+            roughness=1.0 - element.number("glossinessFactor", 1.0),
             glossiness_texture=None if texture is None else replace(texture, channel="a"),
         )
         has_specular = max(specular) > DIELECTRIC_SPECULAR

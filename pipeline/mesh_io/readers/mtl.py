@@ -189,7 +189,7 @@ class MaterialLibrary:
                 self.warnings.add("invalid_value", "Tr 1 without d: taken as opaque")
                 transparency = 0.0
             opacity = None if transparency is None else 1 - transparency
-        return 1.0 if opacity is None else float(np.clip(opacity, 0, 1))
+        return 1.0 if opacity is None else opacity
 
     def _number(
         self, values: dict[str, bytes], keyword: str, default: float | None
@@ -342,5 +342,5 @@ def _is_number(word: bytes) -> bool:
 
 def _to_linear(color: tuple[float, ...]) -> tuple[float, float, float]:
     """Convert an sRGB colour to linear light. Values above 1 of lamps continue the curve."""
-    red, green, blue = srgb_to_linear(np.maximum(np.array(color), 0)).tolist()
+    red, green, blue = srgb_to_linear(np.array(color)).tolist()
     return (red, green, blue)

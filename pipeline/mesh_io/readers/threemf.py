@@ -126,6 +126,7 @@ class _PackageReader:
         self.parts: dict[str, _ModelPart | None] = {}
         self.geometries: list[Geometry] = []
         self.root_name = ""
+        self.unit = ""  # of the root part, which holds for all
         self.left_out: set[ObjectKey] = set()  # volumes for slicers
         self.roles = SlicerRoles()
 
@@ -134,6 +135,7 @@ class _PackageReader:
         root = self._parse_part(name, self.package.read(name))
         self.parts[name] = root
         self.root_name = name
+        self.unit = root.root.get("unit", "millimeter")
         self.roles = read_slicer_roles(self.package, self.warnings)
         warn_of_filament_colors(self.package, self.warnings)
         self._warn_of_extensions(root.root)
@@ -236,6 +238,9 @@ class _PackageReader:
             ignored=IGNORED_ELEMENTS["3mf"],
             warnings=self.warnings,
         )
+        unit = root.get("unit", "millimeter")
+        if self.root_name and unit != self.unit:
+            self.warnings.add("invalid_value", f"{name}: unit {unit[:50]} is not that of the root")
         resources = [child for element in root.all("resources") for child in element.children]
         objects: dict[str, Element] = {}
         for element in resources:
@@ -533,7 +538,7 @@ def _add_coordinate(parent: Element, attributes: dict[str, str]) -> None:
     try:
         parent.stream.extend((float(attributes["u"]), float(attributes["v"])))
     except (KeyError, ValueError):
-        parent.stream.extend((0.0, 0.0))
+        parent.stream.extend((math.nan, math.nan))
 
 
 def _add_text(name: str) -> Callable[[Element, dict[str, str]], None]:

@@ -337,7 +337,7 @@ class PropertyGroups:
 
     def _number(self, text: str, default: float) -> float:
         values = self._numbers(text)
-        return float(np.clip(values[0], 0, 1)) if values else default
+        return float(values[0]) if values else default
 
     def _numbers(self, text: str) -> list[float]:
         return self._parsed(text, float)

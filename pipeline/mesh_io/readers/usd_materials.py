@@ -218,7 +218,7 @@ class Materials:
                 base_slot = self._without_alpha(base_slot)
         material = SceneMaterial(
             name=name,
-            base_color=(*base, min(max(alpha, 0.0), 1.0)),
+            base_color=(*base, alpha),
             base_color_texture=base_slot,
             opacity_texture=opacity_slot,
             metallic=metal,
@@ -458,7 +458,7 @@ def _layer_of(attribute: Usd.Attribute) -> Sdf.Layer | None:
 
 
 def _rgb(value: Any) -> tuple[float, float, float]:
-    red, green, blue = (max(float(x), 0.0) for x in tuple(value)[:3])
+    red, green, blue = (float(x) for x in tuple(value)[:3])
     return red, green, blue
 
 

@@ -398,3 +398,44 @@ def test_a_vertex_without_normal_takes_that_of_its_faces(matrix):
     assert given is not None
     np.testing.assert_allclose(given[top], [[0, 0, 1]], atol=1e-6)
     np.testing.assert_allclose(np.delete(given, top, axis=0), [[0, 0, -1]] * 3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "stated", "expected"),
+    [
+        ("base_color", (255.0, 0.5, -1.0, 1.0), (1.0, 0.5, 0.0, 1.0)),
+        ("base_color", (0.1, 0.2, 0.3, 4.0), (0.1, 0.2, 0.3, 1.0)),
+        ("base_color", (np.nan, 0.2, 0.3, 0.4), (0.8, 0.2, 0.3, 0.4)),
+        ("metallic", 7.0, 1.0),
+        ("roughness", -0.5, 0.0),
+        ("roughness", np.inf, 0.8),
+        ("emissive", (5.0, -1.0, 0.0), (5.0, 0.0, 0.0)),
+        ("alpha_cutoff", -1.0, 0.0),
+        ("normal_scale", np.nan, 1.0),
+    ],
+)
+def test_factors_outside_of_their_range_are_reported(field, stated, expected):
+    """They were cut to their range, or drawn, without a warning."""
+    scene = Scene.of_geometries(
+        [tetrahedron(materials=0), tetrahedron(materials=0)],
+        materials=[SceneMaterial(name="m", **{field: stated})],
+    )
+    mesh, codes = build(scene)
+    assert codes == {"invalid_value": 1}
+    assert getattr(mesh.parts[0].material, field) == expected
+
+
+def test_factors_that_rounding_took_out_of_their_range_are_not_reported():
+    material = SceneMaterial(base_color=(1.0000001, 0, 0, 1), emissive=(9.0, 9.0, 9.0))
+    scene = Scene.of_geometries([tetrahedron(materials=0)], materials=[material])
+    mesh, codes = build(scene)
+    assert codes == {}
+    assert mesh.parts[0].material.base_color == (1, 0, 0, 1)
+
+
+def test_a_matrix_with_another_last_row_is_reported_once():
+    matrix = np.diag([1.0, 1, 1, 2])
+    nodes = [Node(matrix=matrix, geometries=(0,)), Node(children=(0, 0))]
+    mesh, codes = build(Scene(geometries=[tetrahedron()], nodes=nodes, roots=[1]))
+    assert codes == {"invalid_value": 1}
+    assert volume(mesh) == pytest.approx(2 * VOLUME)

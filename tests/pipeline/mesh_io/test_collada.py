@@ -764,3 +764,21 @@ class TestUnknownContent:
         content = re.sub("<(/?)([a-zA-Z])", r"<\g<1>c:\g<2>", self.content())
         mesh, codes = load(content.replace("xmlns=", "xmlns:c="))
         assert (volume(mesh), codes) == (pytest.approx(1), {})
+
+
+def test_references_may_be_percent_encoded(load):
+    """The asset was empty."""
+    nodes = '<node><instance_geometry url="#my%20box"/></node>'
+    mesh, codes = load(document(box("my box"), nodes))
+    assert (volume(mesh), codes) == (pytest.approx(1), {})
+
+
+def test_a_visual_scene_that_is_not_shown_is_reported(load):
+    """Its placement of the box was left out without a warning, since the box is drawn elsewhere."""
+    other = '<visual_scene id="t"><node><instance_geometry url="#g"/></node></visual_scene>'
+    empty = '<visual_scene id="u"/>'
+    content = document(box()).replace(
+        b"</library_visual_scenes>", f"{other}{empty}</library_visual_scenes>".encode()
+    )
+    mesh, codes = load(content)
+    assert (volume(mesh), codes) == (pytest.approx(1), {"unplaced_geometry": 1})

@@ -526,3 +526,11 @@ def test_the_same_scene_as_text_and_as_binary_is_equal(tmp_path):
     )
     assert first == second
     assert glb(file.document, file.data) == file.glb()
+
+
+@pytest.mark.parametrize("value", [5, "white", None, [1]])
+def test_a_value_of_another_type_in_a_look_that_is_not_drawn_costs_nothing(tmp_path, value):
+    """The asset was unreadable."""
+    material = {"extensions": {"KHR_materials_sheen": {"sheenColorFactor": value}}}
+    _, report = drawn(GltfFile(), tmp_path, material)
+    assert codes(report) == {"appearance_ignored": 1}

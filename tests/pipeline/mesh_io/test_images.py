@@ -141,3 +141,26 @@ def test_large_images_are_scaled_down():
 def test_a_cut_ktx2_file_is_an_error(cut):
     with pytest.raises(IMAGE_ERRORS):
         decode_image(ktx2((1, 2, 3, 255))[:cut], 4096)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 51.0, 255.0], [0, 51, 255]), ([0.0, np.nan], [0, 0])],
+)
+def test_grey_images_of_floats_keep_their_steps(values, expected):
+    """Shares of 1 became black."""
+    file = io.BytesIO()
+    Image.fromarray(np.array([values], dtype=np.float32)).save(file, "TIFF")
+    pixels = decode_image(file.getvalue(), 100)
+    assert pixels[0, :, 0].tolist() == expected
+    assert (pixels[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 10, 255])
+def test_scaling_keeps_the_colours_of_transparent_pixels(alpha):
+    """They became black or lost their steps, also in materials that do not draw alpha."""
+    file = io.BytesIO()
+    Image.new("RGBA", (64, 8), (200, 101, 3, alpha)).save(file, "PNG")
+    pixels = decode_image(file.getvalue(), 16)
+    assert pixels.shape == (2, 16, 4)
+    assert (pixels == [200, 101, 3, alpha]).all()

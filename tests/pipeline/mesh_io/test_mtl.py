@@ -286,3 +286,19 @@ def test_alpha_of_vertex_colours_is_drawn(tmp_path, material):
     assert (part.colors == [255, 0, 0, 51]).all()
     assert part.material.alpha_mode == "BLEND"
     assert part.material.base_color[3] == 1
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("Kd 200 0 0", (1, 0, 0, 1)),
+        ("Kd 0 -1 0", (0, 0, 0, 1)),
+        ("Kd 0 0 0\nd 5", (0, 0, 0, 1)),
+        ("Kd 0 0 0\nTr -1", (0, 0, 0, 1)),
+        ("Kd 0 0 0\nd -1", (0, 0, 0, 0)),
+    ],
+)
+def test_numbers_outside_of_their_range_are_reported(tmp_path, statement, expected):
+    mesh, codes = load(tmp_path, statement + "\n")
+    assert codes == {"invalid_value": 1}
+    assert mesh.parts[0].material.base_color == expected

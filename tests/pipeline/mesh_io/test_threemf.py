@@ -640,3 +640,27 @@ class TestDamage:
     def test_a_bare_ampersand_gives_a_warning(self, load):
         mesh, codes = load(package(model(box(attributes='name="A & B &deg;"'))))
         assert (volume(mesh), codes) == (pytest.approx(1), {"invalid_value": 2})
+
+
+def test_a_part_in_another_unit_than_the_root_is_reported(load):
+    root = model(
+        '<object id="2"><components><component objectid="1" p:path="/3D/b.model"/></components>'
+        "</object>",
+        '<item objectid="2"/>',
+    )
+    part = model(box(), build="")
+    mesh, codes = load(package(root, {"3D/b.model": part}))
+    assert (volume(mesh), codes) == (pytest.approx(1), {})
+    inches = part.replace(b'unit="millimeter"', b'unit="inch"')
+    mesh, codes = load(package(root, {"3D/b.model": inches}))
+    assert (volume(mesh), codes) == (pytest.approx(1), {"invalid_value": 1})
+
+
+def test_a_texture_coordinate_that_is_no_number_is_reported(load):
+    resources = (
+        '<m:texture2d id="4" path="/3D/t.png" contenttype="image/png"/>'
+        '<m:texture2dgroup id="9" texid="4"><m:tex2coord u="left" v="0"/></m:texture2dgroup>'
+    )
+    content = package(model(resources + box(attributes='pid="9" pindex="0"')), {"3D/t.png": png()})
+    mesh, codes = load(content)
+    assert (volume(mesh), codes.keys()) == (pytest.approx(1), {"invalid_value"})
