@@ -25,6 +25,9 @@ INVISIBLE_ALPHA = 0.5 / 255
 TRANSLUCENT_ALPHA = (0.02, 0.98)
 # Texels that are looked at for one face. A face that repeats a texture more often is kept.
 MAX_TEXELS = 1 << 24
+MANY_TEXELS = 64  # for each face, from which equal faces are looked at once
+# Texels of which the translucent share of one face is made. Larger faces are sampled evenly.
+MAX_SHARE_TEXELS = 1 << 16
 # An outline hull lies within this share of its diagonal outside of what it outlines.
 MAX_HULL_GAP = 0.05
 # Share of the hull's area that must have the outlined surface behind it.
@@ -141,9 +144,21 @@ def _opacity(mesh: Mesh) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
                 ("repeat", "mirror", "clamp").index(w) for w in (sampler.wrap_u, sampler.wrap_v)
             ]
             uv = part.uv[faces].astype(np.float64)
-            shown[part.faces], share = _texel_opacity(
-                np.ascontiguousarray(texture[..., 3]), uv, corner_alpha, limits, *wraps
+            first = which = slice(None)
+            texels = np.prod(np.ptp(uv, axis=1) * texture.shape[1::-1], axis=1).sum()
+            if texels > MANY_TEXELS * len(faces):
+                # Many faces may show the same part of a texture, such as the leaves of a tree.
+                rows = np.column_stack([uv.reshape(-1, 6), corner_alpha.max(axis=1)])
+                _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+                which = which.reshape(-1)
+            drawn, shares = _texel_opacity(
+                np.ascontiguousarray(texture[..., 3]),
+                uv[first],
+                corner_alpha[first],
+                limits,
+                *wraps,
             )
+            shown[part.faces], share = drawn[which], shares[which]
         if part.material.alpha_mode == "BLEND":
             translucent[part.faces] = share
     return shown, translucent
@@ -197,27 +212,34 @@ def _texel_opacity(alpha, uv, corner_alpha, limit, wrap_u, wrap_v):
         area = (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])
         turn = 1.0 if area >= 0 else -1.0
         inside = between = 0
-        for j in range(int(y0), int(y1) + 1):
-            row = _wrapped(j, height, wrap_v)
-            for i in range(int(x0), int(x1) + 1):
-                # the texel is apart from the triangle if an edge has all of it on its outer side
-                reach = True
-                for e in range(3):
-                    g = (e + 1) % 3
-                    ex, ey = turn * (x[g] - x[e]), turn * (y[g] - y[e])
-                    away = ex * (j + 0.5 - y[e]) - ey * (i + 0.5 - x[e])
-                    # a texel that only touches the triangle is not under it
-                    if away < -0.499999 * (abs(ex) + abs(ey)):
-                        reach = False
-                        break
-                if not reach:
-                    continue
-                value = factor * alpha[row, _wrapped(i, width, wrap_u)] / 255
-                inside += 1
-                if value >= limit:
-                    shown[f] = True
-                if TRANSLUCENT_ALPHA[0] < value < TRANSLUCENT_ALPHA[1]:
-                    between += 1
+        step = int(np.ceil(np.sqrt((x1 - x0 + 1) * (y1 - y0 + 1) / MAX_SHARE_TEXELS)))
+        while True:
+            for j in range(int(y0), int(y1) + 1, step):
+                row = _wrapped(j, height, wrap_v)
+                for i in range(int(x0), int(x1) + 1, step):
+                    # the texel is apart from the triangle if an edge has all of it outside
+                    reach = True
+                    for e in range(3):
+                        g = (e + 1) % 3
+                        ex, ey = turn * (x[g] - x[e]), turn * (y[g] - y[e])
+                        away = ex * (j + 0.5 - y[e]) - ey * (i + 0.5 - x[e])
+                        # a texel that only touches the triangle is not under it
+                        if away < -0.499999 * (abs(ex) + abs(ey)):
+                            reach = False
+                            break
+                    if not reach:
+                        continue
+                    value = factor * alpha[row, _wrapped(i, width, wrap_u)] / 255
+                    inside += 1
+                    if value >= limit:
+                        shown[f] = True
+                    if TRANSLUCENT_ALPHA[0] < value < TRANSLUCENT_ALPHA[1]:
+                        between += 1
+            if step == 1 or shown[f]:
+                break
+            # No sample is drawn, so all texels are looked at.
+            inside = between = 0
+            step = 1
         shown[f] = shown[f] or inside == 0  # a line between texels
         share[f] = between / max(inside, 1)
     return shown, share
