@@ -79,8 +79,8 @@ def _remove_background(name: str, image: Image.Image) -> Image.Image:
         import rembg  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise BackgroundKept(
-            f"{name} is not clearly cut out: less than half of its border is transparent, or it is "
-            "a picture with rounded corners; save it with a transparent background, "
+            f"{name} is not clearly cut out: less than half of its border is transparent, or what "
+            "is opaque has the shape of a picture; save it with a transparent background, "
             "`pip install rembg[cpu]` to have the background removed, or pass --keep-background"
         ) from error
     result = rembg.remove(image.convert("RGB"))

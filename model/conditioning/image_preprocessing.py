@@ -78,9 +78,9 @@ def load_image(
             image = Image.open(source)
         _check_size(name, *image.size, max_pixels)
         image.seek(0)
-        has_wide_channels = any("16" in str(tile[3]) for tile in image.tile)
+        raw_modes = " ".join(str(tile[3]) for tile in image.tile)
         image.load()
-        return _rgba(name, _with_eight_bit_key(_upright(image), has_wide_channels))
+        return _rgba(name, _with_eight_bit_key(_upright(image), raw_modes))
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name} must have at most {MAX_PIXELS} pixels ({MAX_SIDE} x {MAX_SIDE}): {error}"
@@ -99,14 +99,18 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _with_eight_bit_key(image: Image.Image, has_wide_channels: bool) -> Image.Image:
+def _with_eight_bit_key(image: Image.Image, raw_modes: str) -> Image.Image:
     """Return an image whose transparent colour has as many bits as its pixels.
 
-    Pillow reduces 16-bit RGB to 8 bits, but not the colour that a PNG declares transparent.
+    Pillow converts RGB of 16 bits and grey of 2 and 4 bits to 8 bits, but not the colour that a PNG
+    declares transparent.
     """
     key = image.info.get("transparency")
-    if has_wide_channels and image.mode == "RGB" and isinstance(key, tuple):
+    if "16" in raw_modes and image.mode == "RGB" and isinstance(key, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in key)
+    if image.mode == "L" and isinstance(key, int):
+        bits = next((bits for bits in (2, 4) if f"L;{bits}" in raw_modes), 8)
+        image.info["transparency"] = key * 255 // (2**bits - 1)
     return image
 
 

@@ -39,6 +39,15 @@ def disc(radius, cx=SIDE / 2, cy=SIDE / 2):
     return np.where((X - cx) ** 2 + (Y - cy) ** 2 <= radius**2, 255, 0)
 
 
+def framed(side, width, height, radius=0):
+    """Return the alpha of a picture in a transparent frame."""
+    dx, dy = (
+        np.maximum(np.abs(axis - (side - 1) / 2) - (size / 2 - radius), 0)
+        for axis, size in ((X, width), (Y, height))
+    )
+    return np.where(dx**2 + dy**2 <= radius**2, 255, 0)
+
+
 @pytest.mark.parametrize(
     "alpha",
     [
@@ -47,6 +56,9 @@ def disc(radius, cx=SIDE / 2, cy=SIDE / 2):
         one_pixel(),
         *(rounded(radius) for radius in (4, 12, 24, 40, 64)),
         np.where((X + Y) % 16 == 0, 20, 255),  # haze over an opaque picture
+        *(framed(SIDE, *size) for size in ((120, 120), (128, 80), (80, 128), (60, 90))),
+        *(framed(SIDE, 100, 70, radius) for radius in (5, 12)),
+        np.maximum(framed(SIDE, 80, 60), framed(SIDE, 100, 80, 10) // 4),  # with a shadow
     ],
 )
 def test_a_picture_with_some_transparency_still_has_its_background(alpha, tmp_path, monkeypatch):
@@ -89,6 +101,24 @@ def test_specks_of_haze_do_not_make_the_object_small(tmp_path):
     assert (prepared.mask == clean.mask).all()
 
 
+def test_a_rectangle_of_one_colour_is_an_object():
+    """A picture in a frame has several colours."""
+    alpha = framed(SIDE, 80, 60).astype(np.uint8)
+    image = Image.new("RGBA", (SIDE, SIDE), (200, 30, 10, 255))
+    image.putalpha(Image.fromarray(alpha))
+    assert background_is_removed(image)
+    assert not background_is_removed(picture(alpha))
+
+
+def test_a_patch_of_haze_does_not_make_the_object_small():
+    patch = np.where((X < 8) & (Y < 8), 60, 0)  # a hundredth of the object's sum of alpha
+    alpha = np.maximum(disc(30), patch)
+    kept = np.asarray(without_specks(picture(alpha)).getchannel("A"))
+    assert (kept == disc(30)).all()
+    solid = np.where(patch > 0, 255, alpha)  # a part of the object
+    assert (np.asarray(without_specks(picture(solid)).getchannel("A")) == solid).all()
+
+
 def test_small_parts_of_an_object_are_no_specks():
     image = picture(disc(40) + disc(3, 10, 10))
     assert without_specks(image).tobytes() == image.tobytes()
@@ -111,10 +141,18 @@ def png(depth, color_type, rows, key):
 OBJECT = disc(40) > 0
 
 
+def packed(values, depth):
+    """Return rows of values with several of them in a byte."""
+    bits = values[..., None] >> np.arange(depth)[::-1] & 1
+    return np.packbits(bits.reshape(SIDE, -1).astype(bool), axis=1)
+
+
 @pytest.mark.parametrize(
     ("depth", "color_type", "rows", "key"),
     [
         (1, 0, np.packbits(OBJECT, axis=1), b"\0\0"),
+        (2, 0, packed(np.where(OBJECT, 1, 2), 2), b"\0\2"),
+        (4, 0, packed(np.where(OBJECT, 3, 12), 4), b"\0\x0c"),
         (8, 0, np.where(OBJECT, 7, 200).astype(np.uint8), b"\0\xc8"),
         # 16 bits: 0x1235 is opaque, though its upper byte is that of the transparent 0x1234
         (16, 0, np.where(OBJECT, 0x1235, 0x1234).astype(">u2"), b"\x12\x34"),
