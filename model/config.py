@@ -24,6 +24,7 @@ KeptActivations = Literal["all", "products", "attention"]
 KEPT_LEVELS: tuple[KeptActivations, ...] = ("all", "products", "attention")
 Preparation = Literal["one_resize", "published"]
 KeptTokens = Literal["foreground", "all"]
+Stem = Literal["patches", "convolutions"]
 Refine = Literal["none", "512", "all"]
 REFINE: tuple[Refine, ...] = ("none", "512", "all")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -122,8 +123,12 @@ class DiTConfig:
     of the published weights attends to the image encoder's tokens as they are."""
     qk_norm: bool = added(False, before=False)
     """Normalise the queries and keys of each head of full self-attention, with learned scales."""
+    dropout: float = between(0.0, 0.9, 0.0, is_added=True)
+    """Share of the values of each branch of a block, self-attention, cross-attention and MLP, that
+    training sets to 0. Generation keeps all."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         _check_at_least_one(
             self,
             "channels",
@@ -188,13 +193,22 @@ class EncoderConfig:
     preparation: Literal["one_resize", "published"] = added("one_resize", before="one_resize")
     """How images are prepared: by one resampling ("one_resize"), or as the published Direct3D-S2
     pipeline does it, whose weights were trained with that ("published")."""
+    stem: Literal["patches", "convolutions"] = added("patches", before="patches")
+    """How the stand-in encoder turns pixels into the tokens of patches of 14 x 14 pixels: two
+    convolutions over each patch alone ("patches"), or overlapping 3 x 3 convolutions ("Early
+    convolutions help transformers see better", arXiv 2106.14881). DINOv2 ignores this."""
+    dropout: float = between(0.0, 0.9, 0.0, is_added=True)
+    """Share of the values of each branch of a layer of the stand-in encoder that training sets to
+    0. DINOv2 ignores this."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         _check_choice(
             self,
             kind=("dinov2", "stand-in"),
             precision=("bf16", "fp32"),
             preparation=("one_resize", "published"),
+            stem=("patches", "convolutions"),
         )
 
 
@@ -471,9 +485,19 @@ class Augmentation:
     """Largest relative change of the saturation of changed colours, in either direction."""
     hue_degrees: float = between(0.0, 180.0, 30.0, is_added=True)
     """Largest angle by which the hue of changed colours is turned, in either direction."""
+    erase_probability: float = between(0.0, 1.0, 0.0, is_added=True)
+    """Probability that a rectangle of the image becomes background, as if it were hidden."""
+    erase_size: tuple[float, float] = added((0.1, 0.4), before=(0.1, 0.4))
+    """Smallest and largest side of an erased rectangle, relative to that of the image."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        smallest, largest = self.erase_size
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(
+                "erase_size must be (smallest, largest) with 0 < smallest <= largest <= 1, "
+                f"got {self.erase_size}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

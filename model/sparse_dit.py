@@ -152,6 +152,13 @@ class DiTBlock(nn.Module):
         self.cross_norm = nn.LayerNorm(C, eps=1e-6)
         self.cross_attention = CrossAttention(C, config.condition_channels, config.heads)
         self.mlp = Mlp(C, config.mlp_ratio)
+        self.dropout = config.dropout
+
+    def _branch(self, result_NC: Tensor) -> Tensor:
+        """Return the result of a branch, a share of whose values training sets to 0."""
+        if self.training and self.dropout:
+            return F.dropout(result_NC, self.dropout)
+        return result_NC
 
     def forward(
         self,
@@ -184,17 +191,18 @@ class DiTBlock(nn.Module):
             x_NC, y_NC = add_and_normalize(stream, after, *common, first=True)
             attended_NC = self.attention(y_NC, layout, activations)
 
-            stream = ResidualStream(x_NC, attended_NC, gate)
+            stream = ResidualStream(x_NC, self._branch(attended_NC), gate)
             after = Normalization(self.cross_norm.bias, self.cross_norm.weight)
             x_NC, y_NC = add_and_normalize(stream, after, *common)
             attended_NC = self.cross_attention(y_NC, layout, image, activations, key_value)
 
-            stream = ResidualStream(x_NC, attended_NC)
+            stream = ResidualStream(x_NC, self._branch(attended_NC))
             after = Normalization(mlp_shift, mlp_scale)
             x_NC, y_NC = add_and_normalize(stream, after, *common)
             out_NC, product_NF = self.mlp.with_product(y_NC)
             if product_NF is not None:
                 activations.drop("attention", product_NF, self.mlp.first_product, y_NC)
+            out_NC = self._branch(out_NC)
         return ResidualStream(x_NC, out_NC, mlp_gate)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.conditioning.image_preprocessing import PreparedImage
-from model.config import DINO_WEIGHTS, PATCH, EncoderConfig, KeptTokens
+from model.config import DINO_WEIGHTS, PATCH, EncoderConfig, KeptTokens, Stem
 from model.image_tokens import ImageTokens
 from model.layers import init_linears, layer_norm, position_embedding
 from pipeline.core.errors import UserError
 
+STEM_GROUPS = 2  # of each GroupNorm of a convolutional stem
 SPECIAL = 5  # tokens before those of the patches: the class token and 4 registers
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the RGB values of ImageNet
 
@@ -281,25 +283,35 @@ class StandInEncoder(ImageEncoder):
         layers: Transformer layers.
         heads: Attention heads.
         image_size: Pixels along one side of the images.
+        stem: How pixels become tokens, as in `EncoderConfig`.
+        dropout: As in `EncoderConfig`.
 
     Raises:
-        ValueError: If `image_size` is no multiple of PATCH.
+        ValueError: If `image_size` is no multiple of PATCH, or the convolutional stem's channels
+            cannot be normalised in groups.
     """
 
     trainable = True
     label = "stand-in image encoder trained with the generator (not DINOv2)"
 
-    def __init__(self, channels: int = 256, layers: int = 4, heads: int = 4, image_size: int = 224):
+    def __init__(
+        self,
+        channels: int = 256,
+        layers: int = 4,
+        heads: int = 4,
+        image_size: int = 224,
+        stem: Stem = "patches",
+        dropout: float = 0.0,
+    ):
         super().__init__()
         if image_size % PATCH:
             raise ValueError(f"image_size must be a multiple of {PATCH}, got {image_size}")
         self.channels = channels
         self.image_size = image_size
         side = image_size // PATCH
-        # Two convolutions with strides 7 and 2 make one token of a patch of 14 x 14 pixels.
-        middle = max(channels // 2, 8)
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, middle, 7, stride=7), nn.GELU(), nn.Conv2d(middle, channels, 2, stride=2)
+        convolutional = stem == "convolutions"
+        self.stem = (
+            _convolutional_stem(channels, image_size) if convolutional else _patch_stem(channels)
         )
         self.special = nn.Parameter(0.02 * torch.randn(SPECIAL, channels))
         self.blocks = nn.ModuleList(
@@ -307,7 +319,7 @@ class StandInEncoder(ImageEncoder):
                 channels,
                 heads,
                 4 * channels,
-                dropout=0.0,
+                dropout=dropout,
                 activation=F.gelu,
                 batch_first=True,
                 norm_first=True,
@@ -329,6 +341,44 @@ class StandInEncoder(ImageEncoder):
         for block in self.blocks:
             x_BTC = block(x_BTC)
         return x_BTC
+
+
+def _patch_stem(channels: int) -> nn.Sequential:
+    """Return two convolutions that see each patch of 14 x 14 pixels alone: strides 7 and 2."""
+    middle = max(channels // 2, 8)
+    return nn.Sequential(
+        nn.Conv2d(3, middle, 7, stride=7), nn.GELU(), nn.Conv2d(middle, channels, 2, stride=2)
+    )
+
+
+def _convolutional_stem(channels: int, image_size: int) -> nn.Sequential:
+    """Return overlapping convolutions that make one token of every 14 x 14 pixels.
+
+    Resampling gives every token 16 x 16 pixels, which four 3 x 3 convolutions of stride 2 halve to
+    one. Each is followed by GroupNorm and GELU, and a 1 x 1 convolution ends the stem. A
+    convolution sees a row and a column beside its pair. The last one sees them on the other side
+    than those before it, so that what a token sees is centred on its patch.
+
+    Raises:
+        ValueError: If `channels` is no multiple of 8 * STEM_GROUPS.
+    """
+    if channels % (8 * STEM_GROUPS):
+        raise ValueError(
+            f'channels must be a multiple of {8 * STEM_GROUPS} for stem "convolutions", '
+            f"got {channels}"
+        )
+    widths = [3, channels // 8, channels // 4, channels // 2, channels]
+    side = image_size // PATCH << (len(widths) - 1)
+    layers: list[nn.Module] = [nn.Upsample((side, side), mode="bilinear", align_corners=False)]
+    for before, after in pairwise(widths):
+        beside = (0, 1, 0, 1) if after == channels else (1, 0, 1, 0)
+        layers += [
+            nn.ZeroPad2d(beside),
+            nn.Conv2d(before, after, 3, stride=2, bias=False),
+            nn.GroupNorm(STEM_GROUPS, after),
+            nn.GELU(),
+        ]
+    return nn.Sequential(*layers, nn.Conv2d(channels, channels, 1))
 
 
 class EncoderOnDemand(ImageEncoder):
@@ -366,7 +416,14 @@ def build_encoder(config: EncoderConfig) -> ImageEncoder:
         ValueError: If the weights have other channels than `config`.
     """
     if config.kind == "stand-in":
-        return StandInEncoder(config.channels, config.layers, config.heads, config.image_size)
+        return StandInEncoder(
+            config.channels,
+            config.layers,
+            config.heads,
+            config.image_size,
+            config.stem,
+            config.dropout,
+        )
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     encoder = DinoEncoder.load(config.weights, image_size=config.image_size, dtype=dtype)
     if encoder.channels != config.channels:

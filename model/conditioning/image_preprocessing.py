@@ -198,7 +198,10 @@ def prepare_image(
     rgb, alpha = (np.asarray(layer) for layer in square.resized(size, padding))
     if augmentation is not None and rng is not None and augmentation.color_probability:
         rgb = _recolored(rgb, alpha, augmentation, rng)
-    return PreparedImage(rgb, alpha >= OPAQUE)
+    mask = alpha >= OPAQUE
+    if augmentation is not None and rng is not None and augmentation.erase_probability:
+        rgb, mask = _erased(rgb, mask, augmentation, rng)
+    return PreparedImage(rgb, mask)
 
 
 def _prepared_as_published(image: Image.Image, size: int) -> PreparedImage:
@@ -353,6 +356,40 @@ def _recolored(
     white = 255 - alpha[..., None].astype(np.float32)
     changed = (rgb - white) @ matrix.T + white
     return np.rint(changed.clip(0, 255)).astype(np.uint8)
+
+
+def _erased(
+    rgb: NDArray[np.uint8],
+    mask: NDArray[np.bool_],
+    chosen: Augmentation,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Turn a rectangle at random into background, unless no foreground would be left.
+
+    All random numbers are always drawn, so that one choice does not change another.
+
+    Args:
+        rgb: Colours on white, [h, w, 3].
+        mask: Where the foreground is, [h, w].
+        chosen: Probability and limits.
+        rng: Source of the random numbers.
+    """
+    probability, height, width, top, left = rng.random(5)
+    if probability >= chosen.erase_probability:
+        return rgb, mask
+    smallest, largest = chosen.erase_size
+    rectangle = []
+    for side, share, place in zip(mask.shape, (height, width), (top, left), strict=True):
+        extent = max(1, round(side * (smallest + share * (largest - smallest))))
+        first = round(place * (side - extent))
+        rectangle.append(slice(first, first + extent))
+    kept = mask.copy()
+    kept[*rectangle] = False
+    if not kept.any():
+        return rgb, mask
+    erased = rgb.copy()
+    erased[*rectangle] = WHITE
+    return erased, kept
 
 
 def _color_matrix(brightness: float, saturation: float, hue: float) -> NDArray[np.float32]:

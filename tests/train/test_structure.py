@@ -336,9 +336,25 @@ def test_previews_of_trained_views_are_not_called_held_out(rendered, tmp_path):
     }
 
 
-def test_resumed_runs_of_both_parts_equal_uninterrupted_ones(rendered, tmp_path):
-    whole = config(rendered, tmp_path / "whole", steps=5)
-    parts = config(rendered, tmp_path / "parts", steps=2)
+AGAINST_OVERFITTING = replace(
+    MODEL,
+    flow=replace(
+        MODEL.flow,
+        dit=replace(MODEL.flow.dit, dropout=0.2),
+        encoder=replace(MODEL.flow.encoder, stem="convolutions", dropout=0.2),
+    ),
+)
+
+
+def erasing(cfg):
+    augmentation = replace(cfg.flow.augmentation, erase_probability=0.5)
+    return replace(cfg, flow=replace(cfg.flow, augmentation=augmentation))
+
+
+@pytest.mark.parametrize("model", [MODEL, AGAINST_OVERFITTING], ids=["plain", "regularised"])
+def test_resumed_runs_of_both_parts_equal_uninterrupted_ones(rendered, tmp_path, model):
+    whole = erasing(config(rendered, tmp_path / "whole", steps=5, model=model))
+    parts = erasing(config(rendered, tmp_path / "parts", steps=2, model=model))
     train_structure(whole, World())
     train_structure(parts, World())
     more = {
@@ -351,7 +367,7 @@ def test_resumed_runs_of_both_parts_equal_uninterrupted_ones(rendered, tmp_path)
     )
     assert resumed == uninterrupted
     # The flow in `parts` started on a VAE of two steps, so a new one starts on the VAE of `whole`.
-    split = config(rendered, tmp_path / "whole", steps=5)
+    split = whole
     other = replace(split, out=tmp_path / "split")
     (tmp_path / "split").mkdir()
     (tmp_path / "split" / "vae").symlink_to(whole.out / "vae")

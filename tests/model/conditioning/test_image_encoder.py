@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,9 +27,10 @@ from model.conditioning.image_preprocessing import (
     load_image,
     prepare_image,
 )
-from model.config import Augmentation, EncoderConfig
+from model.config import Augmentation, DiTConfig, EncoderConfig
 from model.image_tokens import ImageTokens
 from pipeline.core.errors import UserError
+from pipeline.core.hashing import options_of
 
 torch.set_num_threads(1)
 SIZE = 112
@@ -117,6 +119,57 @@ def test_augmentation_moves_image_and_mask_together():
         assert (
             (image.rgb[..., 0] <= 255 - OPAQUE) == image.mask
         ).mean() > 0.999  # black at its alpha on white
+
+
+def erased(pixels, seed=3, **options):
+    """Return an image of which a rectangle is erased and nothing else changed, and without."""
+    still = {"rotation_probability": 0, "crop_probability": 0, "padding": (16, 16)}
+    rng = np.random.default_rng(seed)
+    chosen = Augmentation(**still, erase_probability=1, **options)
+    return prepare_image(pixels, SIZE, augmentation=chosen, rng=rng), prepare_image(pixels, SIZE)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rectangle_is_erased_as_its_random_numbers_say(seed):
+    rng = np.random.default_rng(seed)
+    rng.random(6)
+    rng.integers(16, 16, endpoint=True)
+    _, *shares = rng.random(5)  # height, width, top, left
+    height, width = (round(SIZE * (0.2 + share * 0.3)) for share in shares[:2])
+    top = round(shares[2] * (SIZE - height))
+    left = round(shares[3] * (SIZE - width))
+    image, plain = erased(rectangle(color=(0, 0, 0)), seed, erase_size=(0.2, 0.5))
+    inside = np.zeros((SIZE, SIZE), bool)
+    inside[top : top + height, left : left + width] = True
+    assert (image.mask == (plain.mask & ~inside)).all()
+    assert (image.rgb[inside] == 255).all()
+    assert (image.rgb[~inside] == plain.rgb[~inside]).all()
+
+
+def test_erasing_keeps_some_foreground_and_does_not_change_other_choices():
+    image, plain = erased(rectangle(), erase_size=(1.0, 1.0))
+    assert (image.rgb == plain.rgb).all()
+    assert (image.mask == plain.mask).all()
+    moved = Augmentation(rotation_probability=1, crop_probability=1, color_probability=1)
+    images = [
+        prepare_image(rectangle(), SIZE, augmentation=chosen, rng=np.random.default_rng(5)).rgb
+        for chosen in (moved, replace(moved, erase_probability=1, erase_size=(0.01, 0.01)))
+    ]
+    assert (images[0] != images[1]).any(-1).sum() <= 1
+
+
+@pytest.mark.parametrize("size", [(0.0, 0.1), (0.3, 0.2), (0.5, 1.1)])
+def test_sizes_of_erased_rectangles_are_checked(size):
+    with pytest.raises(ValueError, match="0 < smallest <= largest <= 1"):
+        Augmentation(erase_size=size)
+
+
+def test_new_options_leave_the_records_of_older_runs_as_they_are():
+    recorded = {
+        name for cfg in (EncoderConfig, Augmentation, DiTConfig) for name in options_of(cfg())
+    }
+    assert not {"stem", "dropout", "erase_probability", "erase_size"} & recorded
+    assert options_of(Augmentation(erase_probability=0.25))["erase_probability"] == 0.25
 
 
 def recolored(pixels, **limits):
@@ -389,6 +442,9 @@ ENCODERS = {
     "dinov2": lambda layers: DinoEncoder.random(32, layers, 2, SIZE),
     "stand-in": lambda layers: StandInEncoder(32, layers, 2, SIZE),
 }
+CONVOLUTIONAL = {
+    "convolutions": lambda layers: StandInEncoder(32, layers, 2, SIZE, stem="convolutions")
+}
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -404,9 +460,9 @@ def test_the_token_of_a_patch_depends_on_its_own_pixels(kind):
     assert condition.coords[moved].tolist() == [[0, 6, 5, 0]]
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", ENCODERS | CONVOLUTIONAL)
 def test_a_batch_gives_the_tokens_of_each_image_alone(kind):
-    encoder = ENCODERS[kind](2).eval()
+    encoder = (ENCODERS | CONVOLUTIONAL)[kind](2).eval()
     images = [prepared((3, 1), (0, 2)), prepared((7, 7), seed=1)]
     together = encoder(ImageBatch.collate(images)).feats_SC
     alone = torch.cat([encoder(ImageBatch.collate([image])).feats_SC for image in images])
@@ -414,6 +470,61 @@ def test_a_batch_gives_the_tokens_of_each_image_alone(kind):
     assert together.mean(1).abs().max() < TOLERANCE  # normalised over channels
     patches = together[ImageBatch.collate(images).coords[:, 3] == 0]
     assert (patches.var(1, unbiased=False) - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [SIZE, 28])
+def test_a_convolutional_stem_has_its_tokens_in_place(size):
+    """A square inside a patch changes the token of this patch most."""
+    torch.manual_seed(0)
+    encoder = StandInEncoder(32, 0, 2, size, stem="convolutions")
+    side = size // 14
+    pixels = torch.zeros(1, 3, size, size)
+    plain = encoder.stem(pixels)
+    assert plain.shape == (1, 32, side, side)
+    for row, column in {(0, 0), (side - 1, 0), (side // 2, side - 1), (0, side // 2)}:
+        changed = pixels.clone()
+        changed[..., 14 * row + 3 : 14 * row + 11, 14 * column + 3 : 14 * column + 11] = 3.0
+        distance = (encoder.stem(changed) - plain).square().sum(1)[0]
+        assert divmod(int(distance.argmax()), side) == (row, column)
+
+
+def test_convolutions_of_a_stem_see_pixels_of_the_patches_beside_theirs():
+    encoder = StandInEncoder(32, 0, 2, SIZE, stem="convolutions")
+    for name, layer in encoder.stem.named_children():
+        if isinstance(layer, torch.nn.GroupNorm):  # it sees the whole image
+            setattr(encoder.stem, name, torch.nn.Identity())
+    pixels = torch.zeros(1, 3, SIZE, SIZE)
+    changed = pixels.clone()
+    changed[..., 26:28, 5] = 3.0  # the last pixels of the patch in row 1
+    moved = (encoder.stem(changed) != encoder.stem(pixels)).any(1)[0]
+    assert moved.nonzero().tolist() == [[1, 0], [2, 0]]
+
+
+def test_weights_of_a_convolutional_stem_are_trained_and_need_groups():
+    learning = StandInEncoder(32, 1, 2, SIZE, stem="convolutions")
+    learning(ImageBatch.collate([prepared((3, 1))])).feats_SC.sin().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learning.stem.parameters())
+    with pytest.raises(ValueError, match='multiple of 16 for stem "convolutions", got 24'):
+        StandInEncoder(24, 1, 2, SIZE, stem="convolutions")
+    config = EncoderConfig(kind="stand-in", image_size=28, channels=32, heads=2, dropout=0.5)
+    built = build_encoder(replace(config, stem="convolutions"))
+    assert [len(layer.stem) for layer in (built, build_encoder(config))] == [18, 3]
+    assert {layer.dropout.p for layer in built.blocks} == {0.5}
+
+
+def test_dropout_acts_in_training_only_and_by_the_seed():
+    encoder = StandInEncoder(32, 1, 2, SIZE, dropout=0.5)
+    plain = StandInEncoder(32, 1, 2, SIZE)
+    plain.load_state_dict(encoder.state_dict())
+    batch = ImageBatch.collate([prepared((3, 1))])
+
+    def features(model, seed):
+        torch.manual_seed(seed)
+        return model(batch).feats_SC
+
+    assert torch.equal(features(encoder.train(), 1), features(encoder, 1))
+    assert not torch.equal(features(encoder, 1), features(encoder, 2))
+    torch.testing.assert_close(features(encoder.eval(), 1), features(plain.eval(), 2))
 
 
 def test_pixels_are_normalised_by_the_statistics_of_imagenet(monkeypatch):
