@@ -208,9 +208,15 @@ class GenerationEvaluation(RetrievalOptions, EvaluationConfig):
     """DINOv2 weights, as a folder or a name on the Hugging Face hub. With them the evaluation also
     compares how the meshes look. None skips that."""
 
+    workers: int = at_least(1, 1)
+    """Number of processes that generate and compare meshes, each with the models in its memory. The
+    results are those of one process. --features needs one."""
+
     generation: GenerationOptions = field(default_factory=GenerationOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must be different numbers from 0 on, got {self.seeds}")
+        if self.workers > 1 and self.features is not None:
+            raise ValueError(f"workers must be 1 with features, got {self.workers}")

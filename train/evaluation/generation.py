@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -275,7 +279,7 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
         RunError: If none of the assets can be read, or nothing can be rendered.
     """
     assets = _EvaluatedAssets.choose(cfg)
-    index, references = assets.index, assets.references
+    references = assets.references
     device = choose_device(cfg.device)
     generator = Generator.load(cfg.checkpoint, device, cfg.generation)
     cfg = replace(cfg, facing_views=_facing_views(cfg, generator.facing_views))
@@ -291,41 +295,26 @@ def evaluate_generation(cfg: GenerationEvaluation) -> dict[str, Any]:
     looks = None
     if cfg.features is not None:
         looks = _NormalMapFeatures(DinoFeatures.load(cfg.features, device))
-    baselines = None
-    if cfg.retrieval:
-        baselines = Baselines(cfg, {PIXELS: describe_pixels, FEATURES: encoder_features(generator)})
-    evaluator = _Evaluator(cfg, generator, assets, meshes, looks, baselines)
+    evaluator = _Evaluator(cfg, generator, assets, meshes, looks)
     results: list[GenerationResult] = []
     retrieved: list[RetrievalResult] = []
     pictures = []
-    for asset in assets.chosen:
-        if asset not in references.trees:
-            continue  # a warning was logged when it could not be read
-        try:
-            reference, image = assets.read(cfg, asset)
-            inputs = [image.rgba, *evaluator.further_views(asset, image)]
-            cells = evaluator.stored_cells(asset, image) if cfg.cells == "stored" else None
-        except RunError as error:
-            log.warning("%s is skipped: %s", index.uids[asset], error)
-            continue
-        for seed in cfg.seeds:
-            result, row = evaluator.evaluate(asset, reference, image, inputs, cells, seed)
-            name = result.uid if seed == cfg.seeds[0] else f"{result.uid}-{seed}"
-            save_image(meshes / f"{name}.png", side_by_side([row], COLUMNS))
-            results.append(result)
-            if seed == cfg.seeds[0]:
-                pictures.append(row)
-            log.info(
-                "%s: CD x1000 %.1f, IoU %.3f, silhouette IoU %.3f, nearest asset %s",
-                name,
-                1000 * result.chamfer,
-                result.iou,
-                result.silhouette_iou,
-                "right" if result.nearest_is_right else "wrong",
-            )
-        if baselines is not None:
-            compared = baselines.compare(assets.target(asset), image, reference)
-            retrieved += [retrieval for retrieval, _ in compared]
+    readable = [asset for asset in assets.chosen if asset in references.trees]
+    with _evaluated_assets(evaluator, readable) as evaluated:
+        baselines = None
+        if cfg.retrieval:  # other processes generate meanwhile
+            features = encoder_features(generator)
+            baselines = Baselines(cfg, {PIXELS: describe_pixels, FEATURES: features})
+        for asset, made in zip(readable, evaluated, strict=True):
+            if not made:
+                continue  # a warning was logged when it could not be read
+            if baselines is not None:
+                made = [one.with_nearest(baselines) for one in made]
+                reference, image = assets.read(cfg, asset)
+                compared = baselines.compare(assets.target(asset), image, reference)
+                retrieved += [retrieval for retrieval, _ in compared]
+            results += [one.result for one in made]
+            pictures.append(made[0].pictures)
     if not results:
         raise assets.none_readable(cfg)
     view = "last view" if cfg.view == -1 else f"view {cfg.view}"
@@ -494,6 +483,22 @@ def _view_number(cfg: RetrievalOptions, count: int) -> int:
     return cfg.view % count
 
 
+class _Evaluated(NamedTuple):
+    """A mesh that was generated and compared."""
+
+    result: GenerationResult
+    pictures: list[NDArray[np.uint8]]  # of COLUMNS
+    mesh: MeshArrays | None  # None if nothing was generated
+
+    def with_nearest(self, baselines: Baselines) -> _Evaluated:
+        """Return the same with the training asset that is nearest to the mesh."""
+        if self.mesh is None:
+            return self
+        training, distance = baselines.nearest_training_asset(self.mesh)
+        result = replace(self.result, nearest_training=training, nearest_training_chamfer=distance)
+        return self._replace(result=result)
+
+
 @dataclass(frozen=True)
 class _Evaluator:
     """Generates and compares meshes."""
@@ -503,7 +508,36 @@ class _Evaluator:
     assets: _EvaluatedAssets
     folder: Path
     looks: _NormalMapFeatures | None
-    baselines: Baselines | None
+
+    def evaluate_asset(self, asset: int) -> list[_Evaluated]:
+        """Generate and compare the meshes of all seeds, and write them and their pictures.
+
+        Returns:
+            One entry for each seed. None at all, after a warning, if the asset cannot be read.
+        """
+        cfg, uid = self.cfg, self.assets.index.uids[asset]
+        try:
+            reference, image = self.assets.read(cfg, asset)
+            inputs = [image.rgba, *self.further_views(asset, image)]
+            cells = self.stored_cells(asset, image) if cfg.cells == "stored" else None
+        except RunError as error:
+            log.warning("%s is skipped: %s", uid, error)
+            return []
+        made = []
+        for seed in cfg.seeds:
+            one = self.evaluate(asset, reference, image, inputs, cells, seed)
+            name = uid if seed == cfg.seeds[0] else f"{uid}-{seed}"
+            save_image(self.folder / f"{name}.png", side_by_side([one.pictures], COLUMNS))
+            log.info(
+                "%s: CD x1000 %.1f, IoU %.3f, silhouette IoU %.3f, nearest asset %s",
+                name,
+                1000 * one.result.chamfer,
+                one.result.iou,
+                one.result.silhouette_iou,
+                "right" if one.result.nearest_is_right else "wrong",
+            )
+            made.append(one)
+        return made
 
     def _turns(self, image: View) -> int:
         """Return the quarter turns that bring the camera of a view to the front."""
@@ -547,8 +581,8 @@ class _Evaluator:
         inputs: list[NDArray[np.uint8]],
         cells: Level | None,
         seed: int,
-    ) -> tuple[GenerationResult, list[NDArray[np.uint8]]]:
-        """Generate and compare one mesh. Returns the result and the pictures of COLUMNS."""
+    ) -> _Evaluated:
+        """Generate and compare one mesh."""
         cfg, looks, index = self.cfg, self.looks, self.assets.index
         camera = camera_of_meta(image.meta)
         target = self.assets.target(asset)
@@ -565,7 +599,8 @@ class _Evaluator:
             if looks is not None:
                 looks.add(EMPTY, reference)
                 empty = replace(empty, dino_similarity=0.0, dino_similarity_of_asset=0.0)
-            return empty, [shown(image.rgba), blank, draw(reference, camera), blank]
+            images = [shown(image.rgba), blank, draw(reference, camera), blank]
+            return _Evaluated(empty, images, None)
         back = quarter_turn(-self._turns(image))
         mesh = turn_directions(generated.vertices, back), generated.faces
         write_mesh(self.folder / f"{name}.glb", *mesh)
@@ -578,9 +613,6 @@ class _Evaluator:
             (reference_render,) = render_from(clay_mesh(reference), [camera], len(image.rgba))
             similarity = looks.features.similarity(image.rgba, render)
             similarity_of_asset = looks.features.similarity(image.rgba, reference_render)
-        training, distance = "", None
-        if self.baselines is not None:
-            training, distance = self.baselines.nearest_training_asset(mesh)
         result = replace(
             empty,
             seconds=sum(stage.seconds for stage in generated.stages),
@@ -594,19 +626,86 @@ class _Evaluator:
             silhouette_iou=intersection_over_union(render[..., 3] > 127, image.rgba[..., 3] > 127),
             nearest=index.uids[nearest],
             nearest_is_right=nearest == asset,
-            nearest_training=training,
-            nearest_training_chamfer=distance,
             dino_similarity=similarity,
             dino_similarity_of_asset=similarity_of_asset,
         )
         focal = camera.focal_mm or BEHIND_FOCAL_MM  # an orthographic camera has none
         behind = look_at_origin(camera.azimuth_degrees + 180, camera.elevation_degrees, focal)
-        return result, [
+        images = [
             shown(image.rgba),
             draw(mesh, camera),
             draw(reference, camera),
             draw(mesh, behind),
         ]
+        return _Evaluated(result, images, mesh)
+
+
+_evaluator_of_process: _Evaluator | None = None  # in a process that evaluates some of the assets
+
+
+@contextmanager
+def _evaluated_assets(
+    evaluator: _Evaluator, assets: Sequence[int]
+) -> Iterator[Iterator[list[_Evaluated]]]:
+    """Yield what `evaluate_asset` returns for each asset, in their order.
+
+    Other processes begin at once if `workers` is above 1. The first asset is evaluated by one
+    process alone, so that the others find compiled code on the disk.
+
+    Raises:
+        RunError: If one of these processes dies, in the block.
+    """
+    cfg = evaluator.cfg
+    if cfg.workers == 1 or len(assets) < 2:
+        yield (evaluator.evaluate_asset(asset) for asset in assets)
+        return
+    level = logging.getLogger().getEffectiveLevel()
+    pool = ProcessPoolExecutor(
+        cfg.workers,
+        multiprocessing.get_context("spawn"),  # CUDA does not survive a fork
+        _open_evaluator,
+        (cfg, evaluator.folder, level),
+    )
+    try:
+        first = pool.submit(_evaluate_in_process, assets[0])
+        others: Future[list[Future[list[_Evaluated]]]] = Future()
+
+        def submit_others(_first: object) -> None:
+            try:
+                others.set_result([pool.submit(_evaluate_in_process, a) for a in assets[1:]])
+            except RuntimeError as error:  # the pool is broken or closed
+                others.set_exception(error)
+
+        first.add_done_callback(submit_others)
+
+        def results() -> Iterator[list[_Evaluated]]:
+            yield first.result()
+            for future in others.result():
+                yield future.result()
+
+        yield results()
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a process that evaluates assets died, see the lines above; lower --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _open_evaluator(cfg: GenerationEvaluation, folder: Path, level: int) -> None:
+    """Open the models and the assets in a process."""
+    global _evaluator_of_process
+    torch.set_num_threads(1)
+    logging.basicConfig(level=level, format="%(message)s")
+    assets = _EvaluatedAssets.choose(cfg)
+    generator = Generator.load(cfg.checkpoint, choose_device(cfg.device), cfg.generation)
+    assets.references.load_candidates(assets.chosen)
+    _evaluator_of_process = _Evaluator(cfg, generator, assets, folder, None)
+
+
+def _evaluate_in_process(asset: int) -> list[_Evaluated]:
+    assert _evaluator_of_process is not None
+    return _evaluator_of_process.evaluate_asset(asset)
 
 
 def summarize(results: Sequence[GenerationResult], name: str, candidates: int) -> dict[str, Any]:

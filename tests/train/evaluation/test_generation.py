@@ -13,6 +13,8 @@ from pipeline.core.cli import parse
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.primitives.marching_cubes import extract
 from pipeline.storage.sdf_shard import SdfShard
+from tests.model.test_generate import export
+from tests.model.tiny_models import FAST
 from tests.train.evaluation.stored_surfaces import (
     VIEWS,
     FacingSurfaces,
@@ -55,6 +57,48 @@ def test_the_stored_surface_has_perfect_metrics(rendered, tmp_path, monkeypatch)
     assert "nearest of 4 is right %" in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert Image.open(tmp_path / "generated.png").size == (4 * 256, LABEL_HEIGHT + 3 * 256)
     assert len(list((tmp_path / "meshes").glob("*.glb"))) == 3
+
+
+def test_several_processes_give_the_results_of_one(rendered, tmp_path):
+    export(tmp_path / "export")
+    options = {"samples": 500, "device": "cpu", "split": "all", "retrieval": True}
+    options |= {"checkpoint": tmp_path / "export", "data": rendered, "seeds": (0, 3)}
+    results, files = [], []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        cfg = GenerationEvaluation(**options, workers=workers, out=out, generation=FAST)
+        content = evaluate_generation(cfg)
+        rows = [replace_seconds(row) for row in content["rows"]]
+        results.append([content["protocol"], rows, content["retrieved"]])
+        written = sorted(path for path in out.rglob("*") if path.suffix in (".png", ".glb"))
+        files.append({path.relative_to(out): path.read_bytes() for path in written})
+        page = (out / "index.html").read_text(encoding="utf-8")
+        assert all(row["uid"] in page for row in rows)
+    assert results[0] == results[1]
+    assert files[0] == files[1]
+    assert len(results[0][1]) == 8
+    assert any(row["faces"] for row in results[0][1])
+    assert all(row["nearest_training"] for row in results[0][1] if row["faces"])
+
+
+def replace_seconds(row):
+    return {**row, "seconds": None}
+
+
+def test_processes_that_cannot_start_end_the_evaluation(rendered, tmp_path, monkeypatch):
+    monkeypatch.setattr(Generator, "load", classmethod(lambda *_: StoredSurfaces(rendered)))
+    cfg = GenerationEvaluation(
+        checkpoint=tmp_path / "none", data=rendered, out=tmp_path, device="cpu", workers=2
+    )
+    with pytest.raises(
+        RunError, match="process that evaluates assets died"
+    ):  # the processes have the real `Generator.load`
+        evaluate_generation(cfg)
+
+
+def test_features_need_one_process():
+    with pytest.raises(ValueError, match="workers must be 1 with features, got 2"):
+        GenerationEvaluation(workers=2, features="x")
 
 
 def test_meshes_that_face_the_camera_are_turned_back(rendered, tmp_path, monkeypatch):
