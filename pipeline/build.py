@@ -80,8 +80,10 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     sources = open_sources(cfg) if sources is None else sources
     with lock_output(cfg.out):
         total = run_passes(cfg, sources)
-        log.info("Writing the report.")
-        page = write_report(cfg.out)
+        page = None
+        if cfg.report:
+            log.info("Writing the report.")
+            page = write_report(cfg.out)
         write_attribution(cfg.out)
     log.info(
         "%d assets are done, %d rejected and %d failed after %.0f s.",
@@ -91,9 +93,13 @@ def build(cfg: BuildConfig, sources: Sequence[Source] | None = None) -> dict[str
     contents = dict.fromkeys(product.kind for product in cfg.products if product.kind != "sdf")
     for content, folder in (("bricks", "sdf"), *zip(contents, contents), ("manifest", "manifest")):
         log.info("%-8s %s", content, cfg.out / folder)
-    log.info("report   %s", page)
+    if page is not None:
+        log.info("report   %s", page)
     if not total["done"] and total["failed"]:
-        raise RunError(f"no asset is done and {total['failed']} failed; see the reasons in {page}")
+        reasons = cfg.out / "manifest" if page is None else page
+        raise RunError(
+            f"no asset is done and {total['failed']} failed; see the reasons in {reasons}"
+        )
     return total
 
 

@@ -166,6 +166,10 @@ class BuildConfig:
     """What runs the work: Ray, on this machine or on the cluster of RAY_ADDRESS, or processes of
     this machine alone, which need no Ray. Both make the same bytes."""
 
+    report: bool = True
+    """Write the report at the end, which takes up to a minute. `python -m pipeline.report DIR`
+    writes it later."""
+
     # Commit markers record the device, but hashes do not contain it, so that a build can resume on
     # a machine without a GPU.
 

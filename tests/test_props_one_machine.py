@@ -257,6 +257,8 @@ def test_the_program_goes_from_files_to_an_evaluation(tmp_path):
     main(list(map(str, words)))
     out = tmp_path / "out"
     assert verify(out / "data") == []
+    assert not (out / "data" / "report").exists()
+    assert (out / "data" / "attribution.csv").exists()
     for name in ("image", "cells", "vae"):
         assert (out / "evaluation" / name / "index.html").is_file()
     main(list(map(str, words)))  # nothing is left to do

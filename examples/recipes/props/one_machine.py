@@ -176,7 +176,8 @@ def phases_of(cfg: OneMachineConfig, cores: int) -> list[Phase]:
             words=lambda _: (
                 *("-m", "pipeline.build", "--executor", "processes", "--workers", workers),
                 *("--source", source, "--ids", cfg.list, "--split-column", "split"),
-                *("--resolutions", cfg.resolution, "--out", data, *shlex.split(cfg.build)),
+                *("--resolutions", cfg.resolution, "--no-report", "--out", data),
+                *shlex.split(cfg.build),
             ),
         ),
         Phase(name="verify", after=("build",), words=lambda _: ("-m", "pipeline.verify", data)),
