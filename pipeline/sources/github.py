@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
+import struct
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +16,9 @@ from pipeline.core.errors import Reject, Transient
 from pipeline.download.config import FetchConfig
 from pipeline.download.fetch import DownloadRequest, LfsPointer, download, negative_cache
 from pipeline.download.http import post_json
+from pipeline.mesh_io.load_warnings import WarningLog
 from pipeline.mesh_io.readers.fbx_references import guessed_names, image_names
+from pipeline.mesh_io.readers.gltf_document import parse_container
 
 LFS_JSON = "application/vnd.git-lfs+json"
 MAX_NAME_BYTES = 200  # of one component of a path
@@ -168,7 +170,7 @@ def find_references(path: Path) -> list[str]:
         that no file can have are left out. [] for other formats and for damaged files.
     """
     extension = path.suffix[1:].lower()
-    if extension not in ("gltf", "obj", "mtl", "dae", "usd", "usda", "usdc", "fbx"):
+    if extension not in ("gltf", "glb", "obj", "mtl", "dae", "usd", "usda", "usdc", "fbx"):
         return []
     names = [name.replace("\\", "/") for name in _references(path, extension)]
     return [name for name in dict.fromkeys(names) if _is_relative(name)]
@@ -184,14 +186,15 @@ def _is_relative(name: str) -> bool:
 
 def _references(path: Path, extension: str) -> Iterator[str]:
     content = path.read_bytes()
-    if extension == "gltf":
+    if extension in ("gltf", "glb"):
         try:
-            document = json.loads(content)
+            # A glb file may name textures beside it, too.
+            document = parse_container(content, WarningLog()).root.data
             entries = [*document.get("buffers", ()), *document.get("images", ())]
             yield from (
                 unquote(entry["uri"]) for entry in entries if isinstance(entry.get("uri"), str)
             )
-        except (ValueError, AttributeError, TypeError):
+        except (Reject, ValueError, AttributeError, TypeError, struct.error):
             return
     elif extension == "obj":
         # The argument is one name with blanks or several names, so both readings are yielded.

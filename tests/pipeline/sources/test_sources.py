@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 from dataclasses import replace
 
 import pytest
@@ -455,6 +456,28 @@ def test_a_temporary_error_of_a_side_file_is_not_a_rejection(tmp_path, client, s
     )
     with pytest.raises(Transient, match="http_500"):
         materialized(tmp_path, source)
+
+
+def glb(document: bytes) -> bytes:
+    text = document.ljust(-(-len(document) // 4) * 4)
+    chunk = struct.pack("<I4s", len(text), b"JSON") + text
+    return struct.pack("<4sII", b"glTF", 2, 12 + len(chunk)) + chunk
+
+
+def test_a_glb_file_is_downloaded_with_the_texture_that_it_names(tmp_path, client, server):
+    here = f"/raw/ann/meshes/{COMMIT}/models"
+    document = json.dumps({"images": [{"uri": "Textures/a%20b.png"}, {"bufferView": 0}]})
+    content = glb(document.encode())
+    server.files |= {f"{here}/a.glb": content, f"{here}/Textures/a%20b.png": b"png"}
+    source = small_objaverse_xl(
+        tmp_path, client, server, github=[(blob(server, "models/a.glb"), "MIT", "glb", None)]
+    )
+    path = materialized(tmp_path, source)
+    assert (path.parent / "Textures" / "a b.png").read_bytes() == b"png"
+    broken = {"cut": content[:-4], "old": content.replace(b"\2", b"\1", 1), "short": b"glTF"}
+    for name, damaged in (broken | {"none": b"", "list": glb(b"[1]")}).items():
+        (tmp_path / f"{name}.glb").write_bytes(damaged)
+        assert find_references(tmp_path / f"{name}.glb") == []
 
 
 def test_references_of_gltf_and_dae_files_are_found(tmp_path):
