@@ -21,7 +21,7 @@ from kernels.attention.segment import (
 )
 from kernels.attention.segment_attention import segment_attention
 from kernels.attention.selection import combine_partials, selection_partials
-from kernels.attention.selection_backward import selection_backward
+from kernels.attention.selection_backward import SelectionGradient, selection_backward
 from kernels.attention.softmax import BOUND_LIMIT, lse_dtype
 from kernels.attention.ssa import split_queries
 from kernels.attention.top_blocks import top_blocks
@@ -226,7 +226,10 @@ def _selection_backward_op(
     views = InverseListStorage(*lists).views(ranges, G, top_k)
     with on_device(q):
         for queries, part in zip(ranges, views, strict=True):
-            selection_backward(q, keys, v, gradient, selected, part, blocks, queries, dq, dk, dv)
+            range_gradient = SelectionGradient(
+                q, keys, v, gradient, selected, part, blocks, queries
+            )
+            selection_backward(range_gradient, dq, dk, dv)
     return (dq, dk, dv) if q.dtype == torch.float32 else (dq, dk.to(q.dtype), dv.to(q.dtype))
 
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention.launches import Launch, gates_launch
+from kernels.attention.softmax import round_scores
 from kernels.runtime.integer_math import cdiv, next_power_of_2
 
 
@@ -87,7 +89,7 @@ def branch_gradient(
     if FOLD and folded:
         # Multiply gate and 2^-lse into do.
         weight = tl.exp2(-lse) * gate[:, None]
-        weighted = (do * weight[:, :, None]).to(weighted_ptr.dtype.element_ty)
+        weighted = round_scores(do * weight[:, :, None], weighted_ptr.dtype.element_ty)
         tl.store(weighted_ptr + x, weighted, ok[:, :, None])
         # From the rounded gradient: a row's gradients of scores then still sum to zero.
         tl.store(dot_ptr + y, tl.sum(o * weighted.to(do.dtype), 2), ok)
@@ -164,6 +166,7 @@ def gates_backward(
     gates_N3: Tensor,
     do_NHD: Tensor,
     flags: Tensor | None = None,
+    launch: Launch | None = None,
 ) -> tuple[tuple[OutputGradient, OutputGradient, OutputGradient], Tensor]:
     """Return the output gradients of the three branches, and the gradient of the gates.
 
@@ -178,6 +181,7 @@ def gates_backward(
         gates_N3: Gates before the sigmoid.
         do_NHD: Gradient of the gated sum.
         flags: Flags of `segment_forward`.
+        launch: Tokens of a program. None takes `gates_launch`.
     """
     N, H, D = do_NHD.shape
     fold = flags is not None
@@ -188,11 +192,11 @@ def gates_backward(
     weighted = [torch.empty_like(do_NHD) if fold else None for _ in range(3)]
     if N:
         heads = next_power_of_2(H)
-        BLOCK_N = max(1, 2048 // (heads * D))
-        _gates_bwd[(cdiv(N, BLOCK_N),)](
+        launch = launch or gates_launch(heads, D)
+        _gates_bwd[(cdiv(N, launch.rows),)](
             *branches, lse_3NH, gates_N3, do_NHD, gates_N3 if flags is None else flags, dot_3NH,
             moved_3NH, *(do_NHD if x is None else x for x in weighted), dgates_N3, N, H, heads, D,
-            BLOCK_N, FOLD=fold, num_warps=4,
+            launch.rows, FOLD=fold, **launch.options,
         )  # fmt: skip
     cmp, sel, win = (
         OutputGradient(do_NHD, moved_3NH[i], dot_3NH[i], weighted[i], flags) for i in range(3)

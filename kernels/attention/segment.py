@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.block_index import BlockIndex
+from kernels.attention.launches import Launch, segment_forward_launch
 from kernels.attention.packed_heads import load_rows, queries_per_tile, store_heads, store_rows
 from kernels.attention.scaled_keys import BranchKeys
 from kernels.attention.softmax import BOUND_LIMIT, LOG2E, attend_run, log_sum, row_bound
 from kernels.runtime.integer_math import cdiv, next_power_of_2
-from kernels.runtime.triton_ops import needs_long_offsets, register_limit
+from kernels.runtime.triton_ops import needs_long_offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,7 @@ def _segment_fwd(
     flag_ptr, chunk_ptr, N, scale2, norms, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NORMS: tl.constexpr, ORDERED: tl.constexpr,
     BOUNDED: tl.constexpr, KEEP: tl.constexpr, CHUNKS: tl.constexpr, LONG: tl.constexpr,
+    UNROLL: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     # One program: BLOCK_Q queries with the R = BLOCK_Q * GROUP rows of one key/value head.
     R: tl.constexpr = BLOCK_Q * GROUP
@@ -131,7 +133,7 @@ def _segment_fwd(
         sums_R8, acc = tl.zeros([R, 8], tl.float32), tl.zeros([R, D], tl.float32)
         final_max, sums_R8, acc = attend_run(
             q, row_max, sums_R8, acc, k_ptr, scaled_ptr, v_ptr, order_ptr, start, end, bounded, g,
-            scale2, G, D, BLOCK_K, ORDERED, LONG,
+            scale2, G, D, BLOCK_K, ORDERED, LONG, UNROLL, EMULATED,
         )  # fmt: skip
         denominator = tl.sum(sums_R8, 1)
         inside = segment_of == segment  # other rows hold arbitrary values
@@ -149,6 +151,7 @@ def segment_forward(
     lse_NH: Tensor,
     flags: Tensor | None = None,
     chunk_of: Tensor | None = None,
+    launch: Launch | None = None,
 ) -> Tensor:
     """Return the attention output [N, H, D] and write the log-sums. Inputs are checked before.
 
@@ -163,26 +166,25 @@ def segment_forward(
         flags: int32 [1 + chunks]. Where there are bf16 rows with other scores, flags[0] becomes 1
             and flags[1 + c] for the chunks c of those rows.
         chunk_of: int32 [N], chunk of each token. Without it only flags[0] is set.
+        launch: Tile sizes. None takes `segment_forward_launch`.
     """
     N, H, D = q_NHD.shape
     G = keys.k.shape[1]
     o_NHD = torch.empty_like(q_NHD)
     if N == 0:
         return o_NHD
-    wide = q_NHD.dtype == torch.float32 or D == 128
-    BLOCK_Q = queries_per_tile(64 if wide else 128, H // G)
+    launch = launch or segment_forward_launch(q_NHD)
+    BLOCK_Q = queries_per_tile(launch.rows, H // G)
     num_norms = 0 if keys.norms is None else keys.norms.shape[1]
     flags_and_chunks = (x if x is not None else segments.order for x in (flags, chunk_of))
-    # Four programs share a multiprocessor instead of two: measured 12% faster at D = 32.
-    options = register_limit(128) if D <= 32 and not wide else {}
     _segment_fwd[(cdiv(N, BLOCK_Q), G)](
         q_NHD, *keys.plain_and_scaled, v_MGD, lse_NH if keys.norms is None else keys.norms,
         segments.order, segments.query_segment, segments.key_starts, o_NHD, lse_NH,
         *flags_and_chunks, N, keys.scale * LOG2E, num_norms, G, H // G, D, BLOCK_Q,
-        BLOCK_K=32 if D <= 32 or wide else 64, NORMS=next_power_of_2(max(1, num_norms)),
+        launch.keys, NORMS=next_power_of_2(max(1, num_norms)),
         ORDERED=segments.ordered, BOUNDED=keys.norms is not None,
         KEEP=flags is not None and keys.norms is not None, CHUNKS=chunk_of is not None,
-        LONG=needs_long_offsets(q_NHD),
-        num_warps=4, num_stages=3 if D <= 32 else 2, **options,
+        LONG=needs_long_offsets(q_NHD), UNROLL=launch.unroll, EMULATED=launch.emulated,
+        **launch.options,
     )  # fmt: skip
     return o_NHD

@@ -8,7 +8,6 @@ own. A second kernel combines the ranks of each query.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,19 +15,20 @@ from torch import Tensor
 from kernels.attention.block_index import BlockIndex
 from kernels.attention.gates import add_gated
 from kernels.attention.inverse_lists import ITEM_FIELDS, ChunkRange, InverseLists, programs_per_item
+from kernels.attention.launches import Launch, combine_launch, selection_forward_launch
 from kernels.attention.list_entries import entry_shift, load_entries, load_item
 from kernels.attention.packed_heads import queries_per_tile
 from kernels.attention.scaled_keys import BranchKeys
 from kernels.attention.softmax import LOG2E, attend_run, log_sum, lse_dtype
 from kernels.runtime.integer_math import cdiv
-from kernels.runtime.triton_ops import needs_long_offsets, register_limit
+from kernels.runtime.triton_ops import needs_long_offsets
 
 
 @triton.jit
 def _attend_block(
     q, k_ptr, scaled_ptr, v_ptr, part_ptr, lse_ptr, start, end, to, ok, g, scale2,
     G: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr,
-    LONG: tl.constexpr,
+    LONG: tl.constexpr, UNROLL: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """Attend rows q [R, D] to tokens start..end, and store the partial results in rows `to`."""
     R: tl.constexpr = q.shape[0]
@@ -39,7 +39,7 @@ def _attend_block(
     sums_R8, acc = tl.zeros([R, 8], tl.float32), tl.zeros([R, D], tl.float32)
     row_max, sums_R8, acc = attend_run(
         q, row_max, sums_R8, acc, k_ptr, scaled_ptr, v_ptr, k_ptr, start, end, BOUNDED, g, scale2,
-        G, D, BLOCK_K, False, LONG,
+        G, D, BLOCK_K, False, LONG, UNROLL, EMULATED,
     )  # fmt: skip
     denominator = tl.sum(sums_R8, 1)
     denominator = tl.where(denominator > 0, denominator, 1.0)  # rows past the end
@@ -54,7 +54,7 @@ def _selection_fwd(
     q_ptr, k_ptr, scaled_ptr, v_ptr, flag_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr, part_ptr,
     lse_ptr, first_token, top_k, shift, scale2, G: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr,
-    LONG: tl.constexpr, FIELDS: tl.constexpr,
+    LONG: tl.constexpr, FIELDS: tl.constexpr, UNROLL: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) < tl.load(total_ptr):
         # The item's block, key/value head and entries; the block's tokens.
@@ -76,12 +76,12 @@ def _selection_fwd(
             if bounded:
                 _attend_block(
                     q, k_ptr, scaled_ptr, v_ptr, part_ptr, lse_ptr, start, end, to, ok, g,
-                    scale2, G, D, BLOCK_K, True, LONG,
+                    scale2, G, D, BLOCK_K, True, LONG, UNROLL, EMULATED,
                 )  # fmt: skip
             else:
                 _attend_block(
                     q, k_ptr, scaled_ptr, v_ptr, part_ptr, lse_ptr, start, end, to, ok, g,
-                    scale2, G, D, BLOCK_K, False, LONG,
+                    scale2, G, D, BLOCK_K, False, LONG, UNROLL, EMULATED,
                 )  # fmt: skip
 
 
@@ -152,11 +152,12 @@ def selection_partials(
     index: BlockIndex,
     queries: ChunkRange,
     top_k: int,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute one softmax per (query, rank) of a range of n queries.
 
     Ranks that a query lacks are not written. In bf16, queries of chunks without a flag (see
-    `segment_forward`) skip the running maximum.
+    `segment_forward`) skip the running maximum. `launch` None takes `selection_forward_launch`.
 
     Returns:
         Outputs [n, T, H, D] in the dtype of `q_NHD`, and log2 of the denominators [n, T, H].
@@ -165,16 +166,14 @@ def selection_partials(
     G = keys.k.shape[1]
     part = q_NHD.new_empty(queries.num_tokens, top_k, H, D)
     part_lse = q_NHD.new_empty(queries.num_tokens, top_k, H, dtype=lse_dtype(q_NHD))
-    wide = q_NHD.dtype == torch.float32 or D == 128
-    BLOCK_Q = queries_per_tile(32 if D == 128 else 64 if wide else 128, H // G)
-    # Three programs share a multiprocessor.
-    options = register_limit(168) if D <= 32 and not wide else {}
+    launch = launch or selection_forward_launch(q_NHD)
+    BLOCK_Q = queries_per_tile(launch.rows, H // G)
     _selection_fwd[(lists.capacity, programs_per_item(lists, BLOCK_Q))](
         q_NHD, *keys.plain_and_scaled, v_NGD, flags, lists.entries, lists.items, lists.total,
         index.block_starts, part, part_lse, queries.first_token, top_k, entry_shift(top_k),
-        keys.scale * LOG2E, G, H // G, D, BLOCK_Q, BLOCK_K=32, BOUNDED=keys.scaled is not None,
-        LONG=needs_long_offsets(q_NHD, part), FIELDS=ITEM_FIELDS, num_warps=4,
-        num_stages=3 if D <= 32 else 2, **options,
+        keys.scale * LOG2E, G, H // G, D, BLOCK_Q, launch.keys, BOUNDED=keys.scaled is not None,
+        LONG=needs_long_offsets(q_NHD, part), FIELDS=ITEM_FIELDS, UNROLL=launch.unroll,
+        EMULATED=launch.emulated, **launch.options,
     )  # fmt: skip
     return part, part_lse
 
@@ -187,6 +186,7 @@ def combine_partials(
     o_NHD: Tensor,
     lse_NH: Tensor,
     gated: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    launch: Launch | None = None,
 ) -> None:
     """Write the range's rows of the selection output and its log-sums.
 
@@ -199,13 +199,14 @@ def combine_partials(
         lse_NH: Receives the log-sums.
         gated: (compressed output, window output, gates [N, 3], out). If given, `out` receives the
             sum of the three gated branches.
+        launch: Rows of a program. None takes `combine_launch`.
     """
     N, H, D = o_NHD.shape
     G, _, top_k = selected_GNT.shape
     rows = queries.num_tokens * H
-    R = max(1, 2048 // D)
+    launch = launch or combine_launch(o_NHD)
     cmp, win, gates, out = gated or (o_NHD, o_NHD, o_NHD, o_NHD)
-    _selection_combine[(cdiv(rows, R),)](
+    _selection_combine[(cdiv(rows, launch.rows),)](
         part, part_lse, selected_GNT, cmp, win, gates, o_NHD, lse_NH, out, queries.first_token,
-        rows, N, top_k, H, H // G, D, R, GATED=gated is not None, num_warps=4,
+        rows, N, top_k, H, H // G, D, launch.rows, GATED=gated is not None, **launch.options,
     )  # fmt: skip

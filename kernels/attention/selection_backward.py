@@ -7,6 +7,8 @@ queries of its list. The other holds queries and writes dq once per (query, rank
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,15 @@ from torch import Tensor
 from kernels.attention.block_index import BlockIndex
 from kernels.attention.gates import OutputGradient, is_folded
 from kernels.attention.inverse_lists import ITEM_FIELDS, ChunkRange, InverseLists, programs_per_item
+from kernels.attention.launches import (
+    CHOSEN,
+    Launch,
+    SsaLaunches,
+    combine_launch,
+    reduce_launch,
+    selection_dkdv_launch,
+    selection_dq_launch,
+)
 from kernels.attention.list_entries import entry_shift, load_entries, load_item
 from kernels.attention.packed_heads import load_keys, load_row_gradients, queries_per_tile
 from kernels.attention.scaled_keys import BranchKeys
@@ -22,14 +33,14 @@ from kernels.attention.segment_backward import add_dkdv, dq_of_run
 from kernels.attention.selection import locate_range_rows
 from kernels.attention.softmax import LN2, LOG2E
 from kernels.runtime.integer_math import cdiv
-from kernels.runtime.triton_ops import needs_long_offsets, register_limit
+from kernels.runtime.triton_ops import needs_long_offsets
 
 
 @triton.jit
 def _add_entries(
     k, v, dk, dv, q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, shift, g,
     scale2, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    FULL: tl.constexpr, LONG: tl.constexpr, FOLDED: tl.constexpr,
+    FULL: tl.constexpr, LONG: tl.constexpr, FOLDED: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv plus the share of entries e..e + BLOCK_Q. FULL: all lie before `last`."""
     row, _, ok = load_entries(  # pyright: ignore[reportGeneralTypeIssues]
@@ -38,7 +49,7 @@ def _add_entries(
     q, do, lse, dot = load_row_gradients(  # pyright: ignore[reportGeneralTypeIssues]
         q_ptr, do_ptr, lse_ptr, dot_ptr, row, ok, D, FULL, FOLDED
     )
-    return add_dkdv(k, v, dk, dv, q, do, lse, dot, scale2, FOLDED)
+    return add_dkdv(k, v, dk, dv, q, do, lse, dot, scale2, FOLDED, EMULATED)
 
 
 @triton.jit
@@ -46,7 +57,7 @@ def _tile_dkdv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr, first_token, shift,
     first, last, t, end, to, g, scale, scale2, G: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr,
-    LONG: tl.constexpr, FOLDED: tl.constexpr,
+    LONG: tl.constexpr, FOLDED: tl.constexpr, UNROLL: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys t..t + BLOCK_K of a block that ends at `end`, from entries first..last.
 
@@ -62,15 +73,15 @@ def _tile_dkdv(
     dk = tl.zeros([BLOCK_K, D], lse_ptr.dtype.element_ty)
     dv = dk
     full = first + (last - first) // BLOCK_Q * BLOCK_Q if FAST else last
-    for e in range(first, full, BLOCK_Q):
+    for e in tl.range(first, full, BLOCK_Q, loop_unroll_factor=UNROLL):
         dk, dv = _add_entries(
             k, v, dk, dv, q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, e, last, first_token, shift,
-            g, scale2, G, GROUP, D, BLOCK_Q, FAST, LONG, FOLDED,
+            g, scale2, G, GROUP, D, BLOCK_Q, FAST, LONG, FOLDED, EMULATED,
         )  # fmt: skip
     if full < last:
         dk, dv = _add_entries(
             k, v, dk, dv, q_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, full, last, first_token,
-            shift, g, scale2, G, GROUP, D, BLOCK_Q, False, LONG, FOLDED,
+            shift, g, scale2, G, GROUP, D, BLOCK_Q, False, LONG, FOLDED, EMULATED,
         )  # fmt: skip
     x = (to + c)[:, None] * D + d[None, :]
     inside = (t + c < end)[:, None]
@@ -83,7 +94,8 @@ def _item_dkdv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, dk_ptr, dv_ptr, entry_ptr, item_ptr, total_ptr,
     starts_ptr, first_token, shift, scale, scale2, G: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr,
-    LONG: tl.constexpr, FIELDS: tl.constexpr, FOLDED: tl.constexpr,
+    LONG: tl.constexpr, FIELDS: tl.constexpr, FOLDED: tl.constexpr, UNROLL: tl.constexpr,
+    EMULATED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys of an item's block, from the item's entries."""
     if tl.program_id(0) < tl.load(total_ptr):
@@ -103,14 +115,15 @@ def _item_dkdv(
             _tile_dkdv(
                 q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr,
                 first_token, shift, first, last, t, end, to + t - start, g, scale, scale2, G, GROUP,
-                D, BLOCK_Q, BLOCK_K, FAST, LONG, FOLDED,
+                D, BLOCK_Q, BLOCK_K, FAST, LONG, FOLDED, UNROLL, EMULATED,
             )  # fmt: skip
         if FAST:  # noqa: SIM102 (decides what is compiled)
             if (wide_end < end) & ((wide_end - own_start) % (BLOCK_K * tl.num_programs(1)) == 0):
                 _tile_dkdv(
                     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, dk_ptr, dv_ptr,
                     first_token, shift, first, last, wide_end, end, to + wide_end - start, g, scale,
-                    scale2, G, GROUP, D, BLOCK_Q, BLOCK_K // 2, FAST, LONG, FOLDED,
+                    scale2, G, GROUP, D, BLOCK_Q, BLOCK_K // 2, FAST, LONG, FOLDED, UNROLL,
+                    EMULATED,
                 )  # fmt: skip
 
 
@@ -120,19 +133,19 @@ def _selection_dkdv(
     item_ptr, total_ptr, starts_ptr, dk_ptr, dv_ptr, first_token, shift, scale, scale2,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, FAST: tl.constexpr, LONG: tl.constexpr, FIELDS: tl.constexpr,
-    FOLD: tl.constexpr,
+    FOLD: tl.constexpr, UNROLL: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     if is_folded(flag_ptr, FOLD):
         _item_dkdv(
             q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, dk_ptr, dv_ptr, entry_ptr,
             item_ptr, total_ptr, starts_ptr, first_token, shift, scale, 1.0, G, GROUP, D,
-            BLOCK_Q, BLOCK_K, FAST, LONG, FIELDS, True,
+            BLOCK_Q, BLOCK_K, FAST, LONG, FIELDS, True, UNROLL, EMULATED,
         )  # fmt: skip
     else:
         _item_dkdv(
             q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, dk_ptr, dv_ptr, entry_ptr, item_ptr,
             total_ptr, starts_ptr, first_token, shift, scale, scale2, G, GROUP, D, BLOCK_Q,
-            BLOCK_K, FAST, LONG, FIELDS, False,
+            BLOCK_K, FAST, LONG, FIELDS, False, UNROLL, 0,
         )  # fmt: skip
 
 
@@ -141,7 +154,7 @@ def _item_dq(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr, starts_ptr,
     part_ptr, first_token, top_k, shift, dq_scale, scale2, G: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LONG: tl.constexpr,
-    FIELDS: tl.constexpr, FOLDED: tl.constexpr,
+    FIELDS: tl.constexpr, FOLDED: tl.constexpr, UNROLL: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """dq of each entry of an item, from the keys of the item's block."""
     d = tl.arange(0, D)
@@ -159,7 +172,7 @@ def _item_dq(
             )
             acc = dq_of_run(
                 q, do, lse, dot, k_ptr, v_ptr, k_ptr, start, end, g, scale2, G, D, BLOCK_K, False,
-                LONG, FOLDED,
+                LONG, FOLDED, UNROLL, EMULATED,
             )  # fmt: skip
             x = to[:, None] * D + d[None, :]
             tl.store(part_ptr + x, (acc * dq_scale).to(part_ptr.dtype.element_ty), ok[:, None])
@@ -171,18 +184,19 @@ def _selection_dq(
     item_ptr, total_ptr, starts_ptr, part_ptr, first_token, top_k, shift, scale, scale2,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, LONG: tl.constexpr, FIELDS: tl.constexpr, FOLD: tl.constexpr,
+    UNROLL: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     if is_folded(flag_ptr, FOLD):
         _item_dq(
             q_ptr, scaled_ptr, v_ptr, weighted_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr,
             total_ptr, starts_ptr, part_ptr, first_token, top_k, shift, LN2, 1.0, G, GROUP, D,
-            BLOCK_Q, BLOCK_K, LONG, FIELDS, True,
+            BLOCK_Q, BLOCK_K, LONG, FIELDS, True, UNROLL, EMULATED,
         )  # fmt: skip
     else:
         _item_dq(
             q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dot_ptr, entry_ptr, item_ptr, total_ptr,
             starts_ptr, part_ptr, first_token, top_k, shift, scale, scale2, G, GROUP, D, BLOCK_Q,
-            BLOCK_K, LONG, FIELDS, False,
+            BLOCK_K, LONG, FIELDS, False, UNROLL, 0,
         )  # fmt: skip
 
 
@@ -249,75 +263,140 @@ def _reduce_dkdv(
         tl.store(dv_ptr + x, dv, mask)
 
 
+@dataclass(frozen=True, eq=False)
+class SelectionGradient:
+    """What the gradients of a range of n queries are computed from."""
+
+    q_NHD: Tensor
+    """[N, H, D], contiguous."""
+
+    keys: BranchKeys
+    """Keys [N, G, D]."""
+
+    v_NGD: Tensor
+    """[N, G, D], contiguous."""
+
+    output: OutputGradient
+    """Gradient of the branch's output."""
+
+    selected_GNT: Tensor
+    """Selected blocks, -1 for none."""
+
+    lists: InverseLists
+    """Inverse lists of the range."""
+
+    index: BlockIndex
+    """Block index."""
+
+    queries: ChunkRange
+    """The range."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """First arguments of the kernels of partial gradients."""
+        return (
+            self.q_NHD,
+            *self.keys.plain_and_scaled,
+            self.v_NGD,
+            *self.output.tensors(self.lists.total),
+            self.lists.entries,
+            self.lists.items,
+            self.lists.total,
+            self.index.block_starts,
+        )
+
+
+def partial_dq(gradient: SelectionGradient, launch: Launch | None = None) -> Tensor:
+    """Return dq of each (query, rank), [n, T, H, D] in the dtype of q.
+
+    `launch` None takes `selection_dq_launch`.
+    """
+    q_NHD, lists, queries = gradient.q_NHD, gradient.lists, gradient.queries
+    _, H, D = q_NHD.shape
+    G, _, top_k = gradient.selected_GNT.shape
+    launch = launch or selection_dq_launch(q_NHD)
+    BLOCK_Q = queries_per_tile(launch.rows, H // G)
+    part_nTHD = q_NHD.new_empty(queries.num_tokens, top_k, H, D)
+    scale = gradient.keys.scale
+    _selection_dq[(lists.capacity, programs_per_item(lists, BLOCK_Q))](
+        *gradient.inputs, part_nTHD, queries.first_token, top_k, entry_shift(top_k), scale,
+        scale * LOG2E, G, H // G, D, BLOCK_Q, launch.keys,
+        LONG=needs_long_offsets(q_NHD, part_nTHD), FIELDS=ITEM_FIELDS,
+        FOLD=gradient.output.flag is not None, UNROLL=launch.unroll, EMULATED=launch.emulated,
+        **launch.options,
+    )  # fmt: skip
+    return part_nTHD
+
+
+def combine_dq(
+    part_nTHD: Tensor, gradient: SelectionGradient, dq_NHD: Tensor, launch: Launch | None = None
+) -> None:
+    """Add the sums over ranks of `partial_dq` to dq. `launch` None takes `combine_launch`."""
+    N, H, D = dq_NHD.shape
+    G, _, top_k = gradient.selected_GNT.shape
+    launch = launch or combine_launch(dq_NHD)
+    rows = gradient.queries.num_tokens * H
+    _combine_dq[(cdiv(rows, launch.rows),)](
+        part_nTHD, gradient.selected_GNT, dq_NHD, gradient.queries.first_token, rows, N, top_k, H,
+        H // G, D, launch.rows, **launch.options,
+    )  # fmt: skip
+
+
+def partial_dkdv(
+    gradient: SelectionGradient, launch: Launch | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return dk and dv of each item, fp32 [rows, D].
+
+    `launch` None takes `selection_dkdv_launch`.
+    """
+    q_NHD, lists, queries = gradient.q_NHD, gradient.lists, gradient.queries
+    _, H, D = q_NHD.shape
+    G, _, top_k = gradient.selected_GNT.shape
+    most_tokens = gradient.index.max_block_tokens
+    launch = launch or selection_dkdv_launch(q_NHD)
+    rows = queries.partial_rows(G, top_k, most_tokens)
+    part_dk = q_NHD.new_empty(rows, D, dtype=torch.float32)
+    part_dv = torch.empty_like(part_dk)
+    tiles = cdiv(most_tokens, launch.keys) if programs_per_item(lists, 1) > 1 else 1
+    scale = gradient.keys.scale
+    _selection_dkdv[(lists.capacity, tiles)](
+        *gradient.inputs, part_dk, part_dv, queries.first_token, entry_shift(top_k), scale,
+        scale * LOG2E, G, H // G, D, queries_per_tile(launch.rows, H // G), launch.keys,
+        FAST=q_NHD.dtype != torch.float32 and D < 128, LONG=needs_long_offsets(q_NHD),
+        FIELDS=ITEM_FIELDS, FOLD=gradient.output.flag is not None, UNROLL=launch.unroll,
+        EMULATED=launch.emulated, **launch.options,
+    )  # fmt: skip
+    return part_dk, part_dv
+
+
+def reduce_dkdv(
+    partials: tuple[Tensor, Tensor],
+    gradient: SelectionGradient,
+    dk_NGD: Tensor,
+    dv_NGD: Tensor,
+    launch: Launch | None = None,
+) -> None:
+    """Add the sums over items of `partial_dkdv` to dk and dv. `launch` None: `reduce_launch`."""
+    index, queries = gradient.index, gradient.queries
+    _, G, D = dk_NGD.shape
+    launch = launch or reduce_launch(dk_NGD)
+    _reduce_dkdv[(index.num_blocks, G, cdiv(index.max_block_tokens, launch.keys))](
+        *partials, gradient.lists.sums, index.block_starts, index.block_asset, index.asset_blocks,
+        index.chunk_asset, index.chunk_pairs, dk_NGD, dv_NGD, queries.first_chunk,
+        queries.last_chunk, queries.num_pairs * G, G, D, launch.keys, CHUNKS=32, **launch.options,
+    )  # fmt: skip
+
+
 def selection_backward(
-    q_NHD: Tensor,
-    keys: BranchKeys,
-    v_NGD: Tensor,
-    gradient: OutputGradient,
-    selected_GNT: Tensor,
-    lists: InverseLists,
-    index: BlockIndex,
-    queries: ChunkRange,
+    gradient: SelectionGradient,
     dq_NHD: Tensor,
     dk_NGD: Tensor,
     dv_NGD: Tensor,
+    launches: SsaLaunches = CHOSEN,
 ) -> None:
     """Add one range's gradients to dq (in the dtype of q), dk and dv (fp32)."""
-    N, H, D = q_NHD.shape
-    G, _, top_k = selected_GNT.shape
-    tokens = queries.num_tokens
-    part_nTHD = q_NHD.new_empty(tokens, top_k, H, D)
-    wide = q_NHD.dtype == torch.float32 or D == 128
-    small = D <= 32 and not wide
-    inputs = (
-        q_NHD,
-        *keys.plain_and_scaled,
-        v_NGD,
-        *gradient.tensors(lists.total),
-        lists.entries,
-        lists.items,
-        lists.total,
-        index.block_starts,
-    )
-    common = {
-        "LONG": needs_long_offsets(q_NHD, part_nTHD),
-        "FIELDS": ITEM_FIELDS,
-        "FOLD": gradient.flag is not None,
-    }
-    shift = entry_shift(top_k)
-    scale2 = keys.scale * LOG2E
-    group = H // G
-
-    # dq of each (query, rank), then their sum over ranks.
-    BLOCK_Q = queries_per_tile(32 if wide else 64, group)
-    _selection_dq[(lists.capacity, programs_per_item(lists, BLOCK_Q))](
-        *inputs, part_nTHD, queries.first_token, top_k, shift, keys.scale, scale2, G, group, D,
-        BLOCK_Q, BLOCK_K=32, num_warps=4, num_stages=3 if D <= 32 else 2 if D == 64 else 1,
-        **common,
-    )  # fmt: skip
-    R = max(1, 2048 // D)
-    _combine_dq[(cdiv(tokens * H, R),)](
-        part_nTHD, selected_GNT, dq_NHD, queries.first_token, tokens * H, N, top_k, H, group, D, R,
-        num_warps=4,
-    )  # fmt: skip
+    part_nTHD = partial_dq(gradient, launches.selection_dq)
+    combine_dq(part_nTHD, gradient, dq_NHD, launches.combine_dq)
     del part_nTHD  # before the partial dk and dv take as much
-
-    # dk and dv of each item, then their sum over items.
-    partials = queries.partial_rows(G, top_k, index.max_block_tokens)
-    part_dk = q_NHD.new_empty(partials, D, dtype=torch.float32)
-    part_dv = torch.empty_like(part_dk)
-    BLOCK_K = 32 if wide else 128 if small else 64
-    tiles = cdiv(index.max_block_tokens, BLOCK_K) if programs_per_item(lists, 1) > 1 else 1
-    # Three programs share a multiprocessor.
-    options = register_limit(168) if small else {}
-    _selection_dkdv[(lists.capacity, tiles)](
-        *inputs, part_dk, part_dv, queries.first_token, shift, keys.scale, scale2, G, group, D,
-        queries_per_tile(32, group), BLOCK_K, FAST=not wide, num_warps=4,
-        num_stages=2 if not wide else 1, **common, **options,
-    )  # fmt: skip
-    BLOCK_K = 32 if D <= 64 else 16  # four stages of two tiles lie in shared memory
-    _reduce_dkdv[(index.num_blocks, G, cdiv(index.max_block_tokens, BLOCK_K))](
-        part_dk, part_dv, lists.sums, index.block_starts, index.block_asset, index.asset_blocks,
-        index.chunk_asset, index.chunk_pairs, dk_NGD, dv_NGD, queries.first_chunk,
-        queries.last_chunk, queries.num_pairs * G, G, D, BLOCK_K, CHUNKS=32, num_warps=2,
-    )  # fmt: skip
+    partials = partial_dkdv(gradient, launches.selection_dkdv)
+    reduce_dkdv(partials, gradient, dk_NGD, dv_NGD, launches.reduce_dkdv)

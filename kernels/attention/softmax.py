@@ -60,6 +60,70 @@ def score_gradients(p, dp, q):
 
 
 @triton.jit
+def round_scores(x, dtype: tl.constexpr):
+    """x in dtype.
+
+    Where the result is used twice, Triton rounds to bf16 one number at a time, in the unit of the
+    exponentials. Here one instruction rounds two numbers.
+    """
+    if dtype == tl.bfloat16 and not is_hip():
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, True, 2
+        )
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@triton.jit
+def polynomial_exponentials(x, BOUNDED: tl.constexpr):
+    """2^x in fp32 without the exponential unit, for x in [-125, 128).
+
+    BOUNDED says that no x is less than -125. Otherwise smaller ones count as -125. The relative
+    error is at most 8e-5, a fiftieth of that of rounding to bf16.
+    """
+    if not BOUNDED:
+        x = tl.maximum(x, -125.0)
+    # Adding 1.5 * 2^23 rounds to a whole number, which the last bits of the sum hold. The rest lies
+    # in [-0.5, 0.5]. The polynomial has the least largest relative error there (Cody and Waite).
+    whole = x + 12582912.0
+    rest = x - (whole - 12582912.0)
+    y = 0.05517167 * rest + 0.24261113
+    y = y * rest + 0.69326097
+    y = y * rest + 0.99992806
+    exponent = whole.to(tl.int32, bitcast=True) << 23
+    return (y.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponentials(x, EMULATED: tl.constexpr, BOUNDED: tl.constexpr):
+    """2^x for scores x [R, C].
+
+    If EMULATED is not 0, one of EMULATED numbers is computed by a polynomial, because the unit of
+    exponentials is what most loops over keys wait for. BOUNDED says that no x is less than -125.
+    """
+    R: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    if EMULATED == 0:
+        y = tl.exp2(x)
+    elif EMULATED == 1:
+        y = polynomial_exponentials(x, BOUNDED)
+    elif C >= 16:
+        # Every second group of eight columns. A thread holds as many numbers of either half, so
+        # that no number moves.
+        a, b = tl.split(tl.permute(tl.reshape(x, [R, C // 16, 2, 8]), [0, 1, 3, 2]))
+        a = exponentials(tl.reshape(a, [R, C // 2]), EMULATED // 2, BOUNDED)
+        y = tl.join(tl.reshape(a, [R, C // 16, 8]), tl.exp2(b))
+        y = tl.reshape(tl.permute(y, [0, 1, 3, 2]), [R, C])
+    else:
+        # The upper half of the rows.
+        a, b = tl.split(tl.permute(tl.reshape(x, [2, R // 2, C]), [1, 2, 0]))
+        y = tl.join(exponentials(a, EMULATED // 2, BOUNDED), tl.exp2(b))
+        y = tl.reshape(tl.permute(y, [2, 0, 1]), [R, C])
+    return y
+
+
+@triton.jit
 def log_sum(row_max, denominator, lse_ptr):
     """row_max + log2(denominator) in the dtype that lse_ptr points to."""
     return row_max.to(lse_ptr.dtype.element_ty) + tl.log2(denominator.to(lse_ptr.dtype.element_ty))
@@ -78,12 +142,13 @@ def row_bound(q, norm_ptr, g, norms, NORMS: tl.constexpr):
 def _add_bounded_keys(
     q, sums_R8, acc, scaled_ptr, v_ptr, order_ptr, m, end, g, G: tl.constexpr, D: tl.constexpr,
     BLOCK_K: tl.constexpr, ORDERED: tl.constexpr, FULL: tl.constexpr, LONG: tl.constexpr,
+    EMULATED: tl.constexpr,
 ):  # fmt: skip
     """One step of `attend_run` without a running maximum, for keys m [BLOCK_K]."""
     R: tl.constexpr = q.shape[0]
     k = load_keys(scaled_ptr, order_ptr, m, end, g, G, D, ORDERED, FULL, LONG)  # [BLOCK_K, D]
     v = load_keys(v_ptr, order_ptr, m, end, g, G, D, ORDERED, FULL, LONG)  # [BLOCK_K, D]
-    p = tl.exp2(products(q, k)).to(tl.float32)  # [R, BLOCK_K]
+    p = exponentials(products(q, k), EMULATED, True).to(tl.float32)  # [R, BLOCK_K]
     if not FULL:
         p = tl.where((m < end)[None, :], p, 0.0)
     sums_R8 += tl.sum(tl.reshape(p, [R, BLOCK_K // 8, 8]), 1)
@@ -95,7 +160,7 @@ def _add_bounded_keys(
 def attend_run(
     q, row_max, sums_R8, acc, k_ptr, scaled_ptr, v_ptr, order_ptr, start, end, bounded, g, scale2,
     G: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, ORDERED: tl.constexpr,
-    LONG: tl.constexpr,
+    LONG: tl.constexpr, UNROLL: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """Fold keys start..end into the softmax state (row_max [R], sums_R8 [R, 8], acc [R, D]).
 
@@ -109,15 +174,15 @@ def attend_run(
     if bounded:
         # Whole steps without masks, then the rest.
         full = start + (end - start) // BLOCK_K * BLOCK_K
-        for first in range(start, full, BLOCK_K):
+        for first in tl.range(start, full, BLOCK_K, loop_unroll_factor=UNROLL):  # pyright: ignore
             sums_R8, acc = _add_bounded_keys(  # pyright: ignore[reportGeneralTypeIssues]
                 q, sums_R8, acc, scaled_ptr, v_ptr, order_ptr, first + c, end, g, G, D, BLOCK_K,
-                ORDERED, True, LONG,
+                ORDERED, True, LONG, EMULATED,
             )  # fmt: skip
         if full < end:
             sums_R8, acc = _add_bounded_keys(  # pyright: ignore[reportGeneralTypeIssues]
                 q, sums_R8, acc, scaled_ptr, v_ptr, order_ptr, full + c, end, g, G, D, BLOCK_K,
-                ORDERED, False, LONG,
+                ORDERED, False, LONG, EMULATED,
             )  # fmt: skip
     else:
         for first in range(start, end, BLOCK_K):

@@ -22,6 +22,7 @@ from kernels.attention.inverse_lists import (
     fill_lists,
     new_ranks,
 )
+from kernels.attention.launches import CHOSEN, SsaLaunches
 from kernels.attention.scaled_keys import scale_keys
 from kernels.attention.segment import (
     asset_segments,
@@ -31,7 +32,7 @@ from kernels.attention.segment import (
 )
 from kernels.attention.segment_backward import segment_backward
 from kernels.attention.selection import combine_partials, selection_partials
-from kernels.attention.selection_backward import selection_backward
+from kernels.attention.selection_backward import SelectionGradient, selection_backward
 from kernels.attention.selection_by_block import selection_by_block
 from kernels.attention.softmax import lse_dtype
 from kernels.attention.top_blocks import top_blocks
@@ -50,20 +51,25 @@ def _without_gradients(inputs: Sequence[Tensor]) -> bool:
 
 
 def split_queries(
-    index: BlockIndex, H: int, G: int, D: int, top_k: int, itemsize: int
+    index: BlockIndex, H: int, G: int, D: int, top_k: int, itemsize: int, range_bytes: int = 0
 ) -> list[ChunkRange]:
     """Return the ranges of queries that selection processes one after another.
 
-    They are the same in forward and backward.
+    They are the same in forward and backward. `range_bytes` 0 stands for RANGE_BYTES.
     """
     # Bytes per query. Scores with their ranks are freed before the partial outputs are made.
     scores = G * index.max_blocks * 5
     partial_outputs = top_k * H * (D * itemsize + 4)
-    return chunk_ranges(index, max(partial_outputs, scores), RANGE_BYTES)
+    return chunk_ranges(index, max(partial_outputs, scores), range_bytes or RANGE_BYTES)
 
 
 def ssa_forward(
-    inputs: Sequence[Tensor], index: BlockIndex, top_k: int, shifted: bool, scale: float
+    inputs: Sequence[Tensor],
+    index: BlockIndex,
+    top_k: int,
+    shifted: bool,
+    scale: float,
+    launches: SsaLaunches = CHOSEN,
 ) -> tuple[Tensor, ...]:
     """Run the forward kernels.
 
@@ -73,17 +79,18 @@ def ssa_forward(
         top_k: Number of blocks per query.
         shifted: Whether the windows are shifted.
         scale: Factor of the scores.
+        launches: Tile sizes.
 
     Returns:
         The output, the outputs of the three branches, their log-sums [3, N, H], the flags of
         `segment_forward`, the selection [G, N, T], and the three tensors of its inverse lists.
     """
     with on_device(inputs[0]):
-        return _forward(*(x.contiguous() for x in inputs), index, top_k, shifted, scale)
+        return _forward(*(x.contiguous() for x in inputs), index, top_k, shifted, scale, launches)
 
 
 def _forward(
-    q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k, shifted, scale
+    q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, index, top_k, shifted, scale, launches
 ) -> tuple[Tensor, ...]:
     N, H, D = q_NHD.shape
     G = k_NGD.shape[1]
@@ -99,9 +106,14 @@ def _forward(
     # Compressed and window branch.
     keys, ckeys = scale_keys(k_NGD, scale, ck_PGD, flags)
     compressed = compressed_segments(index)
-    cmp_NHD = segment_forward(q_NHD, ckeys, cv_PGD, compressed, lse_3NH[0], flags, index.chunk_of)
+    chunk_flags = (flags, index.chunk_of)
+    cmp_NHD = segment_forward(
+        q_NHD, ckeys, cv_PGD, compressed, lse_3NH[0], *chunk_flags, launches.compressed_forward
+    )
     windows = window_segments(index, shifted)
-    win_NHD = segment_forward(q_NHD, keys, v_NGD, windows, lse_3NH[2], flags, index.chunk_of)
+    win_NHD = segment_forward(
+        q_NHD, keys, v_NGD, windows, lse_3NH[2], *chunk_flags, launches.window_forward
+    )
 
     # Selection branch. Where every block is selected it is dense attention within the asset.
     if top_k >= index.max_blocks:
@@ -109,19 +121,26 @@ def _forward(
         out_NHD = gated_sum_forward((cmp_NHD, sel_NHD, win_NHD), gates_N3)
         return out_NHD, cmp_NHD, sel_NHD, win_NHD, lse_3NH, *saved
     sel_NHD, out_NHD = torch.empty_like(q_NHD), torch.empty_like(q_NHD)
-    ranges = split_queries(index, H, G, D, top, q_NHD.element_size())
+    ranges = split_queries(index, H, G, D, top, q_NHD.element_size(), launches.range_bytes)
     for queries, lists in zip(ranges, storage.views(ranges, G, top), strict=True):
         first, last = queries.first_token, queries.last_token
-        score_GNM = block_score(q_NHD, ck_PGD, lse_3NH[0], index, scale, first, last)
+        score_GNM = block_score(
+            q_NHD, ck_PGD, lse_3NH[0], index, scale, first, last, launches.block_score
+        )
         ranks = new_ranks(index, queries, G, top)
         chunk = queries.first_chunk
         top_blocks(score_GNM, index, selected_GNT, ranks, first=first, first_chunk=chunk)
         del score_GNM
         fill_lists(ranks, index, queries, G, top, lists)
         del ranks
-        part, part_lse = selection_partials(q_NHD, keys, v_NGD, lists, flags, index, queries, top)
+        part, part_lse = selection_partials(
+            q_NHD, keys, v_NGD, lists, flags, index, queries, top, launches.selection_forward
+        )
         gated = (cmp_NHD, win_NHD, gates_N3, out_NHD)
-        combine_partials(part, part_lse, selected_GNT, queries, sel_NHD, lse_3NH[1], gated)
+        combine_partials(
+            part, part_lse, selected_GNT, queries, sel_NHD, lse_3NH[1], gated,
+            launches.selection_combine,
+        )  # fmt: skip
         del part, part_lse  # before the next range takes as much
     return out_NHD, cmp_NHD, sel_NHD, win_NHD, lse_3NH, *saved
 
@@ -134,6 +153,7 @@ def ssa_backward(
     top_k: int,
     shifted: bool,
     scale: float,
+    launches: SsaLaunches = CHOSEN,
 ) -> tuple[Tensor, ...]:
     """Run the backward kernels.
 
@@ -145,17 +165,30 @@ def ssa_backward(
         top_k: As in the forward.
         shifted: As in the forward.
         scale: As in the forward.
+        launches: Tile sizes, with the range_bytes of the forward.
 
     Returns:
         Gradients of q, k, v, ck, cv and gates.
     """
     with on_device(do_NHD):
         tensors = (x.contiguous() for x in (do_NHD, *inputs))
-        return _backward(*tensors, saved, index, top_k, shifted, scale)
+        return _backward(*tensors, saved, index, top_k, shifted, scale, launches)
 
 
 def _backward(
-    do_NHD, q_NHD, k_NGD, v_NGD, ck_PGD, cv_PGD, gates_N3, saved, index, top_k, shifted, scale
+    do_NHD,
+    q_NHD,
+    k_NGD,
+    v_NGD,
+    ck_PGD,
+    cv_PGD,
+    gates_N3,
+    saved,
+    index,
+    top_k,
+    shifted,
+    scale,
+    launches,
 ) -> tuple[Tensor, ...]:
     cmp_NHD, sel_NHD, win_NHD, lse_3NH, flags, selected_GNT, *lists = saved
     _, H, D = q_NHD.shape
@@ -167,13 +200,16 @@ def _backward(
         gates_N3,
         do_NHD,
         None if keys.scaled is None else flags,
+        launches.gates,
     )
 
     # Window and compressed branch.
     windows = window_segments(index, shifted)
-    dq_NHD, dk_NGD, dv_NGD = segment_backward(q_NHD, keys, v_NGD, win, windows)
+    choice = (launches.window_dq, launches.window_dkdv)
+    dq_NHD, dk_NGD, dv_NGD = segment_backward(q_NHD, keys, v_NGD, win, windows, launches=choice)
     compressed = compressed_segments(index)
-    _, dck_PGD, dcv_PGD = segment_backward(q_NHD, ckeys, cv_PGD, cmp, compressed, dq_NHD)
+    choice = (launches.compressed_dq, launches.compressed_dkdv)
+    _, dck_PGD, dcv_PGD = segment_backward(q_NHD, ckeys, cv_PGD, cmp, compressed, dq_NHD, choice)
     del win, cmp  # before selection takes as much
 
     # Selection branch.
@@ -181,12 +217,13 @@ def _backward(
         _, dk, dv = segment_backward(q_NHD, keys, v_NGD, sel, asset_segments(index), dq_NHD)
         dk_NGD, dv_NGD = dk_NGD + dk, dv_NGD + dv
     else:
-        ranges = split_queries(index, H, G, D, top, q_NHD.element_size())
+        ranges = split_queries(index, H, G, D, top, q_NHD.element_size(), launches.range_bytes)
         views = InverseListStorage(*lists).views(ranges, G, top)
         for queries, part in zip(ranges, views, strict=True):
-            selection_backward(
-                q_NHD, keys, v_NGD, sel, selected_GNT, part, index, queries, dq_NHD, dk_NGD, dv_NGD
+            gradient = SelectionGradient(
+                q_NHD, keys, v_NGD, sel, selected_GNT, part, index, queries
             )
+            selection_backward(gradient, dq_NHD, dk_NGD, dv_NGD, launches)
     grads = (x.to(q_NHD.dtype) for x in (dk_NGD, dv_NGD, dck_PGD, dcv_PGD))
     return dq_NHD, *grads, dgates_N3
 

@@ -123,13 +123,17 @@ def test_ranks_fit(top_k, dtype):
     [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else []),
     ids=str,
 )
-@pytest.mark.parametrize(("select", "compress"), [(8, 4), (8, 1)])
-def test_scores(select, compress, dtype):
-    index = random_index([50, 20], 16, select_block=select, compress_block=compress)
+@pytest.mark.parametrize(
+    ("select", "compress", "tokens"),
+    [(8, 4, 50), (8, 1, 50), pytest.param(16, 1, 150, id="a block of several tiles")],
+)
+def test_scores(select, compress, tokens, dtype):
+    index = random_index([tokens, 20], 16, select_block=select, compress_block=compress)
+    N = index.num_tokens
     generator = torch.Generator().manual_seed(0)
     q, ck = (
         torch.randn(n, h, 16, generator=generator).to(DEVICE, dtype)
-        for n, h in ((70, 4), (index.num_compressed, 2))
+        for n, h in ((N, 4), (index.num_compressed, 2))
     )
     logits = reference._scores(q.double(), ck.double(), 0.25)
     same = index.asset_of[:, None] == index.compressed_asset
@@ -148,7 +152,7 @@ def test_scores(select, compress, dtype):
     # half precision.
     assert (scores - exact)[exists].abs().max() <= 2**-13 * exact.max()
     ranges = [
-        block_score(q, ck, lse.float(), index, 0.25, a, b) for a, b in ((0, 13), (13, 58), (58, 70))
+        block_score(q, ck, lse.float(), index, 0.25, a, b) for a, b in ((0, 13), (13, 58), (58, N))
     ]
     parts = torch.where(exists, torch.cat(ranges, 1), zero.float())
     assert torch.allclose(parts, torch.where(exists, scores, zero.float()), rtol=1e-5)
