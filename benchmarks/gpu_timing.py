@@ -33,7 +33,7 @@ def milliseconds_pair(values: Iterable[float] | None) -> str:
 
 def milliseconds(function: Callable[[], object], repeats: int = 20) -> float:
     """Return the median of CUDA event times after a warm-up."""
-    for _ in range(3):
+    for _ in range(min(3, repeats)):
         function()
     events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
     for start, end in events:
@@ -44,8 +44,8 @@ def milliseconds(function: Callable[[], object], repeats: int = 20) -> float:
     return float(np.median([start.elapsed_time(end) for start, end in events]))
 
 
-def graph_milliseconds(function: Callable[[], object]) -> float:
-    """Return the median time of the function as a CUDA graph, without launches by the host."""
+def capture(function: Callable[[], object]) -> Callable[[], object]:
+    """Return a function that replays the given one as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -54,9 +54,46 @@ def graph_milliseconds(function: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = function()
-    time = milliseconds(graph.replay)
-    del outputs  # the graph writes to them
-    return time
+
+    def replay() -> object:
+        graph.replay()
+        return outputs  # the graph writes to them
+
+    return replay
+
+
+def graph_milliseconds(function: Callable[[], object]) -> float:
+    """Return the median time of the function as a CUDA graph, without launches by the host."""
+    return milliseconds(capture(function))
+
+
+def paired_milliseconds(
+    first: Callable[[], object], second: Callable[[], object], sample_ms: float
+) -> tuple[float, float, float]:
+    """Time two functions in turn, so that both see the same clock rates.
+
+    Args:
+        first: A function.
+        second: Another one.
+        sample_ms: Milliseconds that the repetitions of one function may take. There are at least
+            three of each.
+
+    Returns:
+        The medians of both, and the median of second / first.
+    """
+    once = milliseconds(first, 1) + milliseconds(second, 1)
+    repeats = min(50, max(3, int(2 * sample_ms / once)))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(repeats)]
+    for start, middle, end in events:
+        start.record()
+        first()
+        middle.record()
+        second()
+        end.record()
+    torch.cuda.synchronize()
+    times = np.array([[a.elapsed_time(b), b.elapsed_time(c)] for a, b, c in events])
+    first_ms, second_ms = np.median(times, axis=0)
+    return float(first_ms), float(second_ms), float(np.median(times[:, 1] / times[:, 0]))
 
 
 def kernel_milliseconds(function: Callable[[], object], repeats: int = 5) -> dict[str, float]:

@@ -60,3 +60,38 @@ class TopBlocksConfig:
 
     rows: int = 32768
     """Number of queries, which have two rows each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchesConfig:
+    """Time the launch of each SSA kernel against alternatives, to tune the kernels for a GPU."""
+
+    tokens: tuple[int, ...] = (46031, 130812)
+    """Numbers of tokens of the generated token sets."""
+
+    coords: Path | None = None
+    """File of token sets to use instead of generated ones: .npy [N, 3], or .npz of several."""
+
+    kernels: tuple[str, ...] = ()
+    """Kernels to measure, as the rows of the table name them. None stands for all."""
+
+    top_k: int = 8
+    """Number of blocks that each query selects."""
+
+    heads: int = 32
+    """Number of query heads."""
+
+    kv_heads: int = 2
+    """Number of key/value heads."""
+
+    head_size: int = 32
+    """Number of channels of a head."""
+
+    total_s: float = 240
+    """Seconds after which no other measurement begins. What was measured is written."""
+
+    sample_ms: float = 150
+    """Milliseconds that the repetitions of one launch may take. There are at least three."""
+
+    out: Path = Path("runs/bench/launches.json")
+    """JSON file of the measurements, which is written anew after each kernel."""

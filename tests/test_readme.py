@@ -134,7 +134,7 @@ def test_every_option_that_the_text_of_a_page_names_exists_somewhere(monkeypatch
         if "__main__" in path.read_text(encoding="utf-8")
         for part in (EVALUATIONS if path.stem == "evaluate" else [[]])
     ]
-    commands += [("model.app", []), ("train.demo", [])]
+    commands += [("model.app", []), ("train.demo", []), ("benchmarks.ssa", ["launches"])]
     assert len(commands) > 20
     known = {
         option
