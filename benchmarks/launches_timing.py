@@ -172,19 +172,25 @@ class Timer:
 
     def alternatives(self, kernel: str) -> Iterator[Measurement]:
         """Measure the alternatives of a kernel, in order."""
-        present = self._steps[-1].present[kernel]
-        for name, launch in alternatives(present, ALTERNATIVES[kernel]).items():
+        # The present launch can depend on the number of tokens, and so what an alternative changes.
+        launches = [alternatives(s.present[kernel], ALTERNATIVES[kernel]) for s in self._steps]
+        for name in dict.fromkeys(name for named in launches for name in named):
             if self._seconds_left() <= 0:
                 return
-            yield from self._alternative(kernel, name, launch)
+            pairs = zip(self._steps, launches, strict=True)
+            changed = [(step, named[name]) for step, named in pairs if name in named]
+            yield from self._alternative(kernel, name, changed)
 
-    def _alternative(self, kernel: str, name: str, launch: Launch) -> Iterator[Measurement]:
+    def _alternative(
+        self, kernel: str, name: str, changed: list[tuple[Step, Launch]]
+    ) -> Iterator[Measurement]:
         row = Measurement(kernel=kernel, launch=name)
         try:
-            for step in self._steps:
+            for step, _ in changed:
                 step.run[kernel](None)
             self.resources(kernel)  # those of the present launch do not count
-            self._steps[-1].run[kernel](launch)
+            step, launch = changed[-1]
+            step.run[kernel](launch)
             row = replace(row, **self.resources(kernel))
             row = replace(row, error=self._small(replace(CHOSEN, **{kernel: launch})))
         except FAILURES as error:
@@ -193,7 +199,7 @@ class Timer:
         if row.error > 1:
             yield replace(row, failed=f"error {row.error:.3g} of the tolerance")
             return
-        for step in self._steps:
+        for step, launch in changed:
             if self._seconds_left() <= 0:
                 return
             tokens = step.index.num_tokens
@@ -209,7 +215,7 @@ class Timer:
 
 
 def better_launches(rows: Iterable[Measurement], step: Step) -> SsaLaunches:
-    """Return the fastest launch of each kernel that is better at every number of tokens."""
+    """Return, for a step, the fastest launches of those that are better at every measured size."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         if not row.failed:
@@ -219,7 +225,7 @@ def better_launches(rows: Iterable[Measurement], step: Step) -> SsaLaunches:
         if max(values) < GAIN and kernel in ALTERNATIVES:
             best[kernel] = min(best.get(kernel, (1.0, "")), (sum(values) / len(values), name))
     launches = {
-        kernel: alternatives(step.present[kernel], ALTERNATIVES[kernel])[name]
+        kernel: alternatives(step.present[kernel], ALTERNATIVES[kernel]).get(name)
         for kernel, (_, name) in best.items()
     }
     return replace(CHOSEN, **launches)
@@ -336,21 +342,22 @@ def time_launches(cfg: LaunchesConfig) -> None:
             log.info("%s", table([row]).splitlines()[-1])
         _write(cfg.out, machine, rows)
 
-    better = better_launches(rows, steps[-1])
-    whole = [] if better == CHOSEN else [("better launches", better)]
+    better = [better_launches(rows, step) for step in steps]
+    whole = [] if better == [CHOSEN] * len(steps) else [("better launches", better)]
     if not cfg.kernels:
-        sizes = [(f"range_bytes {n >> 20} MiB", SsaLaunches(range_bytes=n)) for n in RANGE_BYTES]
-        whole += sizes
+        for n in RANGE_BYTES:
+            sizes = [SsaLaunches(range_bytes=n)] * len(steps)
+            whole.append((f"range_bytes {n >> 20} MiB", sizes))
     for name, launches in whole:
-        for step, cotangent in zip(steps, cotangents, strict=True):
+        for i, step in enumerate(steps):
             if seconds_left(1) > 0:
-                rows += measure_whole(timer, step, cotangent, name, launches)
+                rows += measure_whole(timer, step, cotangents[i], name, launches[i])
     _write(cfg.out, machine, rows)
 
     gpu = ", ".join(f"{name} {machine[name]}" for name in ("gpu", "torch", "triton", "commit"))
     done = {row.kernel for row in rows}
     missing = [kernel for kernel in cfg.kernels or KERNELS if kernel not in done]
     sys.stdout.write(f"{gpu}\n{table(rows)}\n")
-    sys.stdout.write(f"better: {better}\n")
+    sys.stdout.write(f"better: {better[-1]}\n")
     if missing:
         sys.stdout.write(f"no time for: {', '.join(missing)}\n")

@@ -11,10 +11,14 @@ import torch
 from benchmarks import launches_timing
 from benchmarks.launch_alternatives import ALTERNATIVES, Step
 from benchmarks.launches_timing import Measurement, Timer, better_launches, table
-from kernels import BlockIndex
+from benchmarks.ssa_config import LaunchesConfig
+from kernels import BlockIndex, token_order
+from kernels.attention import scaled_keys
 from kernels.attention.launches import CHOSEN, Launch
 from pipeline.core.errors import UserError
 from tests.child_python import run_python
+from tests.kernel_inputs import random_coords
+from tests.kernels.attention.test_ssa import make_inputs
 
 PRESENT = Launch(rows=4, registers=100)
 ROW = Measurement(
@@ -35,12 +39,17 @@ def steps(monkeypatch):
             raise RuntimeError("out of registers\nmore")
         return (torch.full((4,), 1.0 + (launch is not None and launch.warps == 8) / 100),)
 
-    def step(tokens):
+    def step(tokens, present=PRESENT):
         coords = torch.tensor([[0, 0, 0, z] for z in range(tokens)], dtype=torch.int32)
         index = BlockIndex.from_coords(coords, 1)
-        return Step(index, [], (), {"gates": PRESENT}, {"gates": gates})
+        return Step(index, [], (), {"gates": present}, {"gates": gates})
 
-    return [step(3), step(5)]
+    return [step(3), step(5), step(7, replace(PRESENT, warps=16))]
+
+
+def token_set(tokens):
+    coords = random_coords([tokens], 16)
+    return coords[token_order(coords)]
 
 
 class FakeTimer(Timer):
@@ -63,9 +72,10 @@ def test_a_launch_is_timed_only_if_it_is_right(steps):
         ("warps 16", 3, ""),
         ("warps 16", 5, ""),
     ]
-    assert [row.ratio for row in rows] == [0.0, 0.0, 0.0, 0.5, 0.5]
+    assert [row.ratio for row in rows] == [0.0, 0.0, 0.0, 0.5, 0.5]  # 7 tokens have it already
     assert rows[-1].registers == 7
-    assert better_launches(rows, steps[-1]).gates == Launch(rows=4, registers=100, warps=16)
+    assert better_launches(rows, steps[1]).gates == Launch(rows=4, registers=100, warps=16)
+    assert better_launches(rows, steps[2]) == CHOSEN
 
 
 def test_no_measurement_begins_after_the_time(steps):
@@ -112,3 +122,46 @@ def test_unknown_kernels_and_a_missing_gpu_are_named():
         pytest.skip("there is a GPU")
     ended = run_python("-m", "benchmarks.ssa", "launches", exit_code=2)
     assert ended.stderr.strip().splitlines()[-1].endswith("needs a CUDA device, and none was found")
+
+
+@pytest.mark.slow
+def test_the_command_measures_checks_and_writes(monkeypatch, tmp_path, capsys):
+    """The whole command on small fp16 steps in the interpreter, with a clock in place of a GPU."""
+    monkeypatch.setattr(scaled_keys, "FOLDED_DTYPES", {torch.float16})
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+    monkeypatch.setattr(launches_timing, "require_gpu", lambda: None)
+    monkeypatch.setattr(launches_timing, "compiled_resources", lambda *_: {"registers": 7})
+    monkeypatch.setattr(launches_timing, "capture", lambda function: function)
+    machine = dict.fromkeys(("gpu", "torch", "triton", "commit"), "none")
+    monkeypatch.setattr(launches_timing, "gpu_and_versions", lambda: machine)
+    monkeypatch.setattr(launches_timing, "paired_milliseconds", lambda *_: (2.0, 1.0, 0.5))
+    monkeypatch.setattr(launches_timing, "surface_coords", lambda *_: token_set(40))
+    monkeypatch.setattr(launches_timing, "token_sets", lambda _: [token_set(30), token_set(50)])
+
+    def inputs(index, _, sizes):
+        return make_inputs(index, sizes.heads, sizes.kv_heads, sizes.head_size, torch.float16)
+
+    monkeypatch.setattr(launches_timing, "make_inputs", inputs)
+    monkeypatch.setitem(ALTERNATIVES, "gates", ({"rows": 4},))
+    monkeypatch.setitem(ALTERNATIVES, "block_score", ({"tiles": 4}, {"emulated": 4}))
+    out = tmp_path / "launches.json"
+    launches_timing.time_launches(
+        LaunchesConfig(
+            kernels=("gates", "block_score"), heads=4, head_size=16, top_k=2, total_s=500, out=out
+        )
+    )
+    read = json.loads(out.read_text(encoding="utf-8"))
+    assert read["present_error"] <= 1
+    assert [(row["kernel"], row["launch"], row["tokens"]) for row in read["rows"]] == [
+        *(("gates", "rows 4", n) for n in (30, 50)),
+        *(("block_score", "tiles 4", n) for n in (30, 50)),
+        *(("block_score", "emulated 4", n) for n in (30, 50)),
+        *(
+            (f"whole {way}", "better launches", n)
+            for n in (30, 50)
+            for way in ("forward", "backward")
+        ),
+    ]
+    assert [row["failed"] for row in read["rows"]] == [""] * 10
+    assert read["rows"][2]["difference"] == 0.0  # tiles do not change the sums
+    assert "better: SsaLaunches(block_score=Launch(" in capsys.readouterr().out
