@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
+from gradio.themes import Base, Default  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from model.app.api import describe_job, mesh_url
@@ -112,11 +113,9 @@ def build_page(service: Service | None, builds: Builds | None) -> gr.Blocks:
     return page
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Base:
     """Return the look of the page. All fonts are those of the system."""
-    look = gr.themes.Default(
-        primary_hue="blue", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONO_FONTS
-    )
+    look = Default(primary_hue="blue", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONO_FONTS)
     # The contrast of Gradio's own colours of these buttons and texts is below 4.5.
     colors = {
         f"button_{kind}_background_fill{state}{mode}": color

@@ -214,14 +214,15 @@ def _prepared_as_published(image: Image.Image, size: int) -> PreparedImage:
         pixels, mask = pixels[box], mask[box]
     # Composited on white and cut off, not rounded.
     alpha = pixels[..., 3:].astype(np.float32) / 255
-    rgb = np.uint8(255 * (pixels[..., :3].astype(np.float32) / 255 * alpha + (1 - alpha)))
+    blended = 255 * (pixels[..., :3].astype(np.float32) / 255 * alpha + (1 - alpha))
+    rgb = blended.astype(np.uint8)
     height, width = mask.shape
     side = max(height, width)
     corner = ((side - width) // 2, (side - height) // 2)
     results = []
     for layer, fill, resampling in (
         (Image.fromarray(rgb), WHITE, Image.Resampling.BILINEAR),
-        (Image.fromarray(np.uint8(255 * mask)), 0, Image.Resampling.NEAREST),
+        (Image.fromarray(255 * mask.astype(np.uint8)), 0, Image.Resampling.NEAREST),
     ):
         square = Image.new(layer.mode, (side, side), fill)
         square.paste(layer, corner)

@@ -118,7 +118,8 @@ def extract(path: Path, folder: Path, limits: ArchiveLimits, below: str = "") ->
         if error.errno is None:  # bz2 reports damaged data in this way
             raise Reject("unreadable", error=type(error).__name__, what="archive") from error
         raise
-    return written
+    # The later one of two members of the same name replaces the earlier one.
+    return list(dict.fromkeys(written))
 
 
 def unpack_mesh(path: Path, folder: Path, limits: ArchiveLimits) -> Path:

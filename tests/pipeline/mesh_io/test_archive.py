@@ -53,6 +53,23 @@ def test_tar_archives_of_every_compression_are_unpacked(tmp_path, name, mode):
     assert archive_format(name) == name.partition(".")[2]
 
 
+@pytest.mark.parametrize("name", ["a.zip", "a.tar"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_the_later_of_two_members_of_one_name_replaces_the_earlier(tmp_path, name):
+    """As `tar --append` writes an updated file. It was taken for two meshes."""
+    path = make_archive(tmp_path / name, {"m/a.obj": b"old"})
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("m/a.obj", b"new")
+    else:
+        (tmp_path / "new").write_bytes(b"new")
+        with tarfile.open(path, "a") as archive:
+            archive.add(tmp_path / "new", "m/a.obj")
+    files = extract(path, tmp_path / "out", LIMITS)
+    assert [file.read_bytes() for file in files] == [b"new"]
+    assert find_only_mesh(files, tmp_path / "out") == tmp_path / "out" / "m" / "a.obj"
+
+
 def test_only_members_below_a_folder_are_unpacked(tmp_path):
     path = make_zip(tmp_path / "a.zip", {"x/a.obj": b"1", "x/b/c.png": b"2", "xy/d.obj": b"3"})
     files = extract(path, tmp_path / "out", LIMITS, below="x")
