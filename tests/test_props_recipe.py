@@ -9,16 +9,26 @@ import numpy as np
 import pytest
 import trimesh
 
+from examples.recipes.props import add_training_assets
 from examples.recipes.props.add_training_assets import (
     MOST_BYTES,
     REPOSITORIES,
+    Repository,
     candidates,
     new_shapes,
 )
 from examples.recipes.props.fewer_groups import SHAPES, copy_build, groups_of_files, main
-from examples.recipes.props.make_list import moments_of, read_rows, with_origins
+from examples.recipes.props.make_list import (
+    COLUMNS,
+    moments_of,
+    newest_commit,
+    read_rows,
+    with_origins,
+    write_rows,
+)
 from pipeline.core.errors import UserError
 from pipeline.core.hashing import sha256_of
+from pipeline.curation.config import DedupConfig
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.github_list import GitHubListSource
 from pipeline.storage.layout import MANIFEST, manifest_path
@@ -105,7 +115,7 @@ def test_the_committed_lists_name_the_origin_of_every_asset(tmp_path):
         record.uid: record
         for record in GitHubListSource(path=SHAPES.with_name("assets.csv")).records()
     }
-    assert (len(shapes), len(assets)) == (2004, 2167)
+    assert (len(shapes), len(assets)) == (4116, 4279)
     assert shapes.items() <= assets.items()
     assert {record.licence for record in assets.values()} == {"cc0"}
     # A build of a folder has the same assets under the same names.
@@ -124,29 +134,92 @@ def test_added_assets_are_new_shapes_and_never_copies_of_held_out_ones(tmp_path)
         "quaternius/kit/new.glb": trimesh.creation.box((1, 1, 3)),
         "quaternius/kit/new_again.glb": trimesh.creation.box((1, 1, 3)),
         "quaternius/kit/new-transformed.glb": trimesh.creation.box((1, 3, 3)),
+        "quaternius/kit/tile.glb": trimesh.creation.box((2, 3, 3)),
     }
     for name, mesh in kinds.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         mesh.export(tmp_path / name)
     (tmp_path / "quaternius/kit/large.glb").write_bytes(bytes(MOST_BYTES + 1))
-    rows = candidates(tmp_path, REPOSITORIES[0])
+    showcase = replace(REPOSITORIES[0], leave_out=("til?",))
+    rows = candidates(tmp_path, showcase, "c0ffee")
     assert [row["group"] for row in rows] == [
         "quaternius/kit/held_out_again",
         "quaternius/kit/new",
         "quaternius/kit/new_again",
     ]
     assert {(row["split"], row["author"]) for row in rows} == {("train", "Quaternius")}
+    assert {row["commit"] for row in rows} == {"c0ffee"}
+    assert rows[1]["path"] == "public/glb/kit/new.glb"
     files = ["old/chair.glb", *(row["file"] for row in rows)]
     moments = np.stack([moments_of(tmp_path / file, tmp_path) for file in files])
     listed = [{"sha256": sha256_of(tmp_path / "old/chair.glb")}]
     assert new_shapes(listed, rows, moments) == [False, True, False]
 
 
+def test_an_asset_that_nearly_has_a_listed_shape_is_left_out(tmp_path):
+    files = ("a.glb", "b.glb", "c.glb")
+    for file, height in zip(files, (1, 1.002, 1.2), strict=True):
+        trimesh.creation.box((2, height, 3)).export(tmp_path / file)
+    moments = np.stack([moments_of(tmp_path / file, tmp_path) for file in files])
+    rows = [{"sha256": sha256_of(tmp_path / file)} for file in files]
+    assert new_shapes(rows[:1], rows[1:], moments) == [False, True]
+    assert new_shapes(rows[:1], rows[1:], moments, DedupConfig()) == [True, True]
+
+
+def git(folder, *words):
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", "-C", folder, *author, *words], check=True)
+
+
+def test_listed_rows_stay_and_new_ones_are_neither_flat_nor_copies(tmp_path, monkeypatch):
+    listed = [
+        {column: "x" for column in COLUMNS}
+        | {"file": f"old/{name}.glb", "shape": f"old/{name}.glb", "sha256": name, "split": split}
+        for name, split in (("a", "train"), ("b", "val"))
+    ]
+    for name in ("assets.csv", "shapes.csv"):
+        write_rows(tmp_path / name, listed)
+    before = {
+        name: (tmp_path / name).read_text(encoding="utf-8") for name in ("assets.csv", "shapes.csv")
+    }
+    boxes = {
+        "files/old/a.glb": (2, 1, 3),
+        "files/old/b.glb": (2, 2, 3),
+        "clones/ann/kit/in/set/copy.glb": (4, 2, 6),
+        "clones/ann/kit/in/set/held out.glb": (2, 2.002, 3),
+        "clones/ann/kit/in/set/new.glb": (1, 3, 1),
+        "clones/ann/kit/in/set/new again.glb": (1, 3, 1),
+        "clones/ann/kit/in/set/thin.glb": (3, 0.03, 3),
+        "clones/ann/kit/in/other/left.glb": (1, 5, 1),
+    }
+    for name, sides in boxes.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        trimesh.creation.box(sides).export(tmp_path / name)
+    clone = tmp_path / "clones/ann/kit"
+    git(clone, "init", "-q")
+    git(clone, "add", "-A")
+    git(clone, "commit", "-q", "-m", "Add models")
+    repository = Repository("ann/kit", "in", "ann", "set/*.glb", "Ann")
+    monkeypatch.setattr(add_training_assets, "HERE", tmp_path)
+    monkeypatch.setattr(add_training_assets, "REPOSITORIES", (repository,))
+    for _ in range(2):  # again: the rows of these repositories are made anew
+        add_training_assets.main(tmp_path / "clones", tmp_path / "files")
+        for name, text in before.items():
+            assert (tmp_path / name).read_text(encoding="utf-8").startswith(text)
+            (row,) = read_rows(tmp_path / name)[2:]
+            assert (row["file"], row["path"], row["split"]) == (
+                *("ann/set/new again.glb", "in/set/new again.glb"),
+                "train",
+            )
+            assert row["commit"] == newest_commit(clone)
+    assert not (tmp_path / "files/ann/other").exists()
+
+
 def test_no_added_asset_is_held_out():
     rows = read_rows(SHAPES)
     added = {repository.name for repository in REPOSITORIES}
     splits = Counter((row["repository"] in added, row["split"]) for row in rows)
-    assert splits == {(False, "train"): 562, (False, "val"): 78, (True, "train"): 1364}
+    assert splits == {(False, "train"): 562, (False, "val"): 78, (True, "train"): 3476}
 
 
 def test_the_command_takes_the_groups_of_the_committed_list(build, tmp_path, capsys):

@@ -24,6 +24,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline.core.hashing import sha256_of
+from pipeline.core.schema import Mesh
 from pipeline.curation.config import DedupConfig
 from pipeline.curation.dedup import Signatures, find_copies
 from pipeline.curation.shape_moments import surface_moments
@@ -42,10 +43,15 @@ COLUMNS: tuple[str, ...] = (
 )
 
 
+def normalized_mesh(path: Path, root: Path) -> Mesh:
+    """Return the visible parts of the mesh in a file, normalised."""
+    mesh, _ = keep_visible(load(path, LoadConfig(), root=root), WarningLog())
+    return normalize(mesh, NormalizeConfig())
+
+
 def moments_of(path: Path, root: Path) -> NDArray[np.float32]:
     """Return the surface moments of the normalised mesh in a file, float32 [34]."""
-    mesh, _ = keep_visible(load(path, LoadConfig(), root=root), WarningLog())
-    mesh = normalize(mesh, NormalizeConfig())
+    mesh = normalized_mesh(path, root)
     return surface_moments(mesh.vertices[mesh.faces]).astype(np.float32)
 
 
@@ -79,9 +85,14 @@ def _git(clone: Path, *words: str) -> bytes:
     return subprocess.run(["git", "-C", clone, *words], capture_output=True, check=True).stdout
 
 
+def newest_commit(clone: Path) -> str:
+    """Return the newest commit of a clone, 40 hex digits."""
+    return _git(clone, "rev-parse", "HEAD").decode().strip()
+
+
 def origins_of(clone: Path, names: Collection[str]) -> tuple[str, dict[str, str]]:
     """Return the newest commit of a clone, and the paths of its files of some names by sha256."""
-    commit = _git(clone, "rev-parse", "HEAD").decode().strip()
+    commit = newest_commit(clone)
     listed = _git(clone, "ls-tree", "-r", "-z", "--name-only", commit).decode().split("\0")
     paths = [path for path in listed if path.rpartition("/")[2] in names]
     contents = (_git(clone, "cat-file", "blob", f"{commit}:{path}") for path in paths)
