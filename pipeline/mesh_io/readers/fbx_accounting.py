@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from math import isfinite
 
 from pipeline.mesh_io.ignored_elements import IGNORED_ELEMENTS
 from pipeline.mesh_io.readers.fbx_document import PROPERTY_LISTS, FbxDocument
@@ -68,6 +69,9 @@ def account(document: FbxDocument) -> None:
                     found["appearance_ignored", f"texture {name}"] += 1
                 elif not _is_ignored(f"texture {plain}"):
                     found["unknown_attribute", f"texture {name}"] += 1
+            for name, stated in item.properties.items():
+                if any(isinstance(value, float) and not isfinite(value) for value in stated):
+                    found["invalid_value", f"{item.name}: {name} is not finite"] += 1
             for name, value in stated_values(item).items():
                 if name in UNDRAWN_VALUES and value and value[0]:
                     found["appearance_ignored", f"{item.name}: {name.strip('|')}"] += 1

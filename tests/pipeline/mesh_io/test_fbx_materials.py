@@ -108,6 +108,14 @@ class TestValues:
         assert codes == {}
         assert np.allclose(only(mesh_).base_color[:3], srgb_to_linear(np.array(color)))
 
+    @pytest.mark.parametrize("number", [float("nan"), float("inf")])
+    def test_numbers_that_are_not_finite_are_reported(self, load, number):
+        rows = [p("DiffuseColor", number, 0.0, 0.0), p("3dsMax|main|metalness", number)]
+        mesh_, codes = load(with_material(*rows))
+        assert codes == {"invalid_value": 2}
+        assert np.isfinite(only(mesh_).base_color).all()
+        assert only(mesh_).metallic == load(with_material())[0].parts[0].material.metallic
+
     def test_factors_multiply_colours(self, load):
         rows = [p("DiffuseColor", 1.0, 1.0, 1.0), p("DiffuseFactor", 0.5)]
         rows += [p("EmissiveColor", 1.0, 0.0, 0.0), p("EmissiveFactor", 0.25)]
