@@ -47,7 +47,7 @@ def test_the_stages_are_copied_with_their_authors_and_a_complete_card(words, tmp
     assert [section for section in SECTIONS if f"\n## {section}" not in card] == []
     assert "--checkpoint props " in card
     assert "license: apache-2.0" in card
-    assert "| CC0-1.0 | 4038 | 78 |" in card
+    assert "| CC0-1.0 | 3523 | 78 |" in card
     assert "commit unknown" not in card
     assert list(tmp_path.glob("weights/*")) == [out]
 
@@ -56,7 +56,7 @@ def test_every_trained_asset_is_attributed_to_its_repository():
     rows = read_rows(HERE / "shapes.csv")
     authors = attribution(rows)
     trained = [row for row in rows if row["split"] == "train"]
-    assert sum(int(row["title"].split()[0]) for row in authors) == len(trained) == 4038
+    assert sum(int(row["title"].split()[0]) for row in authors) == len(trained) == 3523
     assert {row["url"].removeprefix("https://github.com/") for row in authors} == {
         row["repository"] for row in trained
     }

@@ -85,7 +85,8 @@ GOLF_COURSE = (
 FLOORS = ("floor*", "Street_*", "path-*", "driveway-*", "*_blanket_?*", "*cobble*stones*")
 
 # Kenney, Kay Lousberg (KayKit), Isa Lousberg (Tiny Treats) and Quaternius dedicate their packs to
-# the public domain, in a License.txt and on their sites. Many are in repositories of others.
+# the public domain. Many are in repositories of others, of which only packs are taken whose
+# dedication by their author is in the same repository: a License.txt beside or above the pack.
 _KENNEY = (
     (MAP_EDITOR, "public/models/kenney_nature-kit/Models", "kenney-nature", "GLTF format/*.glb"),
     (
@@ -96,14 +97,6 @@ _KENNEY = (
     ),
     (MAP_EDITOR, "public/models/kenney_survival-kit/Models", "kenney-survival", "GLB format/*.glb"),
     (CROSSING, "CltCrossing/assets/assets/furniture-kit", "kenney-furniture", "Models/*.glb"),
-    *(
-        (CROSSING, "CltCrossingv2/assets", "kenney", f"kenney_{kit}/*.glb")
-        for kit in (
-            *("food-kit", "train-kit", "prototype-kit", "mini-market", "mini-arcade"),
-            "mini-characters",
-        )
-    ),
-    (CROSSING, "CltCrossing/assets", "kenney-platformer-kit", "GLB format/*.glb"),
     *(
         (
             "wndzlf/TapTapCho",
@@ -122,7 +115,6 @@ _KENNEY = (
             "mini_forest",
         )
     ),
-    ("peterschmidt85/openworld", "city/models", "kenney-city-kit", "suburban/*.glb"),
     (
         "boatrocl/Project-Game-3D",
         "assets/kenney_minigolf-kit/Models",
