@@ -1,6 +1,6 @@
 """Alternatives to the launches of the SSA kernels, and the kernels run with any launch.
 
-Kernels and alternatives are in the order in which a gain is likely and large.
+Kernels and alternatives whose gain is likeliest and largest come first.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def test_packed_results_are_those_files_and_of_limited_size(tmp_path):
         (out / name).write_bytes(content)
     packed = tmp_path / "packed"
     packed.mkdir()
-    (packed / "results.tar.099").touch()  # of an earlier, larger archive
+    (packed / "results.tar.099").touch()  # A part that an earlier, larger archive left.
     parts = pack(out, packed, 4000)
     assert len(parts) > 1
     assert sorted(path.name for path in packed.iterdir()) == [
